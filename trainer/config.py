@@ -1,0 +1,339 @@
+"""The recipe: what a run is a function of.
+
+YAML and `key=value` overrides in, a frozen `Recipe` out. Parsing has no side effects: no process group,
+no folder, no network. Each stage receives its own section only.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trainer.flow import BadInput
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelSection(Section):
+    """Which model is trained, and how it runs."""
+
+    name: str = Field(description="A Hugging Face folder or hub name.")
+    revision: str | None = Field(None, description="The hub's branch, tag or commit.")
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="random: only the configuration and tokenizer are read; weights follow train.seed."
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "bfloat16", description="bfloat16 trains on fp32 master weights; float32 is for exact comparisons."
+    )
+    attention: Literal["auto", "flash_attn", "torch_varlen", "reference"] = Field(
+        "auto", description="The varlen kernel. auto: flash_attn, else torch's own on CUDA, else the reference."
+    )
+    recompute: bool = Field(True, description="Activation checkpointing: less memory, about a third more compute.")
+    add_tokens: tuple[str, ...] = Field(
+        (), description="Special tokens to add to a base model; new embedding rows start at the mean of the old."
+    )
+    chat_template: str | None = Field(
+        None, description="A Jinja file, or `chatml`, in place of the tokenizer's own template."
+    )
+    trust_remote_code: bool = Field(False, description="Runs the model's own Python code. Read it first.")
+
+
+class Source(Section):
+    """Where rows come from: a file or folder (`path`), or a dataset of the hub (`name`)."""
+
+    path: str | None = Field(None, description=".jsonl, .json or .parquet, or a folder of them.")
+    name: str | None = Field(None, description="A dataset of the hub.")
+    split: str = Field("train", description="Its split.")
+    format: Literal["auto", "messages", "prompt_completion", "instruction", "question_answer", "text"] = Field(
+        "auto", description="auto: recognised from the columns."
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Our name -> the file's, as `question: Problem`."
+    )
+    weight: float = Field(1.0, gt=0, description="round(weight x rows) rows an epoch (C1).")
+    rows: int | None = Field(None, ge=1, description="Only the first so many rows.")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Source:
+        if (self.path is None) == (self.name is None):
+            raise ValueError("give exactly one of `path` and `name`")
+        return self
+
+
+class DataSection(Section):
+    """Which tokens are learned, and how documents are laid into rows."""
+
+    train: tuple[Source, ...] = Field(min_length=1)
+    eval: tuple[Source, ...] = ()
+    train_on: Literal["all", "completion", "assistant", "last_turn"] = Field(
+        "assistant", description="all tokens, the last assistant turn after its prompt, every assistant turn."
+    )
+    train_on_eot: bool = Field(True, description="The stop token after an answer is learned with it.")
+    max_tokens: int | None = Field(None, ge=2, description="Of an example; batch.row_tokens where it is not given.")
+    too_long: Literal["reject", "truncate", "split"] = "reject"
+    packing: Literal["none", "bfd", "bfd_split", "wrapped"] = Field(
+        "bfd", description="bfd keeps examples whole; bfd_split cuts long ones; wrapped fills every row to the end."
+    )
+    max_rejects: float = Field(0.01, ge=0, le=1, description="The run stops above this share of rejected rows.")
+    cache: str = Field("~/.cache/packhorse", description="Tokenised data; may be local to a node.")
+    workers: int | None = Field(None, ge=1, description="Processes that tokenise; all cores where it is not given.")
+
+
+class BatchSection(Section):
+    """The batch of one optimizer step, whatever the number of GPUs."""
+
+    row_tokens: int = Field(8192, ge=2, description="Most tokens of a packed row.")
+    rows_per_step: int = Field(64, ge=1, description="Most rows of an optimizer step, over all ranks.")
+    rows_per_micro: int = Field(1, ge=1, description="Rows that one rank runs at once.")
+
+
+class LossSection(Section):
+    """The objective (C2)."""
+
+    weighting: Literal["token", "example", "constant"] = "token"
+    constant_tokens: int | None = Field(None, ge=1, description="K of `constant`.")
+    neftune_alpha: float = Field(0.0, ge=0, description="NEFTune noise; 0 is off, 5 is usual.")
+    kernel: Literal["auto", "liger", "chunked", "reference"] = Field(
+        "auto", description="auto: liger on CUDA, else chunked."
+    )
+
+    @model_validator(mode="after")
+    def _k_given(self) -> LossSection:
+        if (self.weighting == "constant") != (self.constant_tokens is not None):
+            raise ValueError("`constant_tokens` belongs to `weighting: constant`, and must be given there")
+        return self
+
+
+class OptimSection(Section):
+    """AdamW and its schedule; the learning rate is a function of the step alone."""
+
+    lr: float = Field(2e-5, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="On matrices; never on norms and biases.")
+    decay_embeddings: bool = Field(True, description="Whether the embeddings count as matrices.")
+    warmup: float = Field(0.03, ge=0, lt=1, description="Share of the steps.")
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    wsd_decay: float = Field(0.2, gt=0, le=1, description="Share of the steps in which wsd goes down.")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    clip: float = Field(1.0, gt=0, description="Largest gradient norm of a step.")
+
+
+class TrainSection(Section):
+    """How long, and from which seed."""
+
+    epochs: int = Field(1, ge=1)
+    steps: int | None = Field(None, ge=1, description="Exactly so many steps, whatever `epochs` says.")
+    seed: int = 0
+
+
+class ParallelSection(Section):
+    """What the hardware decides; nothing here changes what is learned."""
+
+    deepspeed: str = Field("ds_configs/zero3.json", description="A DeepSpeed template.")
+    grad_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of accumulation and reduction; bfloat16 makes the batch's cutting change the run."
+    )
+    sequence: Literal[1] = 1
+    allow_idle_ranks: bool = Field(False, description="Allow more ranks than a step has micro-batches.")
+
+
+class CheckpointSection(Section):
+    every_steps: int | None = Field(None, ge=1, description="Between checkpoints; the last step always saves.")
+    keep: int = Field(3, ge=1)
+
+
+class Scorer(Section):
+    """A generated answer's score: `pattern` must match all of it, or `extract`'s group must equal the reference's."""
+
+    pattern: str | None = None
+    extract: str | None = None
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Scorer:
+        if (self.pattern is None) == (self.extract is None):
+            raise ValueError("give exactly one of `pattern` and `extract`")
+        return self
+
+
+class GenerateSection(Section):
+    """Held-out prompts answered greedily, before and after training, and scored."""
+
+    rows: int = Field(64, ge=1)
+    max_new_tokens: int = Field(64, ge=1)
+    batch: int = Field(32, ge=1, description="Prompts that one rank runs at once.")
+    scorers: dict[str, Scorer] = Field(default_factory=dict)
+
+
+class EvalSection(Section):
+    every_steps: int | None = Field(None, ge=1, description="Between evaluations; always before and after training.")
+    generate: GenerateSection | None = None
+
+
+class RunSection(Section):
+    dir: str = Field(description="The run folder; on more than one node a shared one.")
+    log_every: int = Field(1, ge=1)
+
+
+class ProfileSection(Section):
+    """torch.profiler: a trace of `steps` steps from step `start`, in the run folder."""
+
+    start: int = Field(ge=1)
+    steps: int = Field(1, ge=1)
+
+
+class Recipe(Section):
+    model: ModelSection
+    data: DataSection
+    batch: BatchSection = BatchSection()
+    loss: LossSection = LossSection()
+    optim: OptimSection = OptimSection()
+    train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    eval: EvalSection = EvalSection()
+    run: RunSection
+    profile: ProfileSection | None = None
+
+    @model_validator(mode="after")
+    def _lengths_agree(self) -> Recipe:
+        cuts_rows = self.data.packing in ("bfd_split", "wrapped")
+        if self.data.max_tokens and self.data.max_tokens > self.batch.row_tokens and not cuts_rows:
+            raise ValueError(
+                f"data.max_tokens ({self.data.max_tokens}) is more than batch.row_tokens ({self.batch.row_tokens}): "
+                "an example must fit in a row; raise row_tokens, or use `packing: bfd_split`"
+            )
+        return self
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of an example."""
+        return self.data.max_tokens or self.batch.row_tokens
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, defaults included, as `load` reads it."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+# ----------------------------------------------------------------------------------------------- reading
+
+
+def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe and apply `a.b=value` overrides (values are YAML; list items by number: `data.train.0.path=x`).
+
+    Raises:
+        BadInput: the file is missing or not YAML, a key is unknown or given twice, or a value does not fit.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: the recipe cannot be read ({error})") from None
+    try:
+        tree = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise BadInput(f"{path}: a recipe is a mapping of sections; start from recipes/quickstart.yaml")
+    for override in overrides:
+        _apply(tree, override)
+    return parse(tree, where=str(path))
+
+
+def parse(tree: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Validate a plain tree. Raises BadInput with every fault in one line."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        faults = "; ".join(_fault(fault) for fault in error.errors())
+        raise BadInput(f"{where}: {faults}") from None
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A SafeLoader that refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key `{key}` is given twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise BadInput(f"override `{override}`: write key=value, as optim.lr=1e-5")
+    try:
+        value = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        raise BadInput(f"override `{override}`: the value is not valid YAML") from None
+    *parents, last = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        if isinstance(node, list):
+            node = node[_index(node, parent, override)]
+            continue
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict | list):
+            raise BadInput(f"override `{override}`: `{parent}` is a value, not a section")
+    if isinstance(node, list):
+        node[_index(node, last, override)] = value
+    else:
+        node[last] = value
+
+
+def _index(items: list[Any], text: str, override: str) -> int:
+    if not text.isdigit() or int(text) >= len(items):
+        raise BadInput(f"override `{override}`: `{text}` is not an item of a list of {len(items)}")
+    return int(text)
+
+
+def _fault(fault: Any) -> str:
+    """One pydantic fault as `section.key: what is wrong`, with the nearest right key for an unknown one."""
+    keys = [str(part) for part in fault["loc"]]
+    place = ".".join(keys) or "recipe"
+    if fault["type"] == "extra_forbidden":
+        allowed = _fields_at(keys[:-1])
+        near = difflib.get_close_matches(keys[-1], allowed, n=1, cutoff=0.5)
+        return f"unknown key `{place}`" + (
+            f"; did you mean `{'.'.join([*keys[:-1], near[0]])}`?" if near else f"; keys here: {', '.join(allowed)}"
+        )
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "missing":
+        return f"`{place}` is missing"
+    given = fault.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"`{place}`: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _fields_at(keys: list[str]) -> list[str]:
+    """Names of the fields of the section that `keys` leads to."""
+    section: Any = Recipe
+    for key in keys:
+        if key.isdigit() or not hasattr(section, "model_fields"):
+            continue
+        section = _section_of(section.model_fields[key].annotation)
+    return list(getattr(section, "model_fields", {}))
+
+
+def _section_of(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for inner in getattr(annotation, "__args__", ()):
+        found = _section_of(inner)
+        if found is not None:
+            return found
+    return None

@@ -1,0 +1,1 @@
+"""From raw rows to batches: format -> mask -> cache -> pack -> plan -> loader."""
