@@ -218,6 +218,25 @@ class Recipe(Section):
         """Most tokens of an example."""
         return self.data.max_tokens or self.batch.row_tokens
 
+    def fixed(self) -> dict[str, Any]:
+        """What may not change when a run is resumed (C8), as flat keys: `optim.lr` -> 2e-5."""
+        tree = self.model_dump(mode="json")
+        free = {
+            "model": ("recompute", "attention", "trust_remote_code"),
+            "data": ("eval", "cache", "workers", "max_rejects"),
+            "batch": ("rows_per_micro",),
+            "loss": ("kernel",),
+            "parallel": ("deepspeed", "sequence", "allow_idle_ranks"),
+        }
+        for section in ("checkpoint", "eval", "run", "profile"):
+            del tree[section]
+        return {
+            f"{section}.{key}": value
+            for section, values in tree.items()
+            for key, value in values.items()
+            if key not in free.get(section, ())
+        }
+
     def to_yaml(self) -> str:
         """The resolved recipe, defaults included, as `load` reads it."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
