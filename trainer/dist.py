@@ -104,6 +104,17 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, on every rank, in the order of ranks."""
+    import torch.distributed as td
+
+    if world_size() == 1:
+        return [value]
+    boxes: list[Any] = [None] * world_size()
+    td.all_gather_object(boxes, value)
+    return boxes
+
+
 def barrier() -> None:
     import torch.distributed as td
 

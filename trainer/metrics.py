@@ -154,8 +154,11 @@ class Metrics:
     def _reset(self) -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=dist.device())
         self._steps = self._tokens = self._trained = self._rows = self._fillers = self._micro_batches = 0
-        self._flop = 0.0
-        self._started = time.perf_counter()
+        self._flop = self._seconds = 0.0
+
+    def begin_step(self) -> None:
+        """A step's time runs from here to `step`: evaluation and saving lie outside."""
+        self._begun = time.perf_counter()
 
     def step(self, plan: StepPlan, result: StepResult, batches: list[Batch], lr: float) -> dict[str, float] | None:
         """Count one step; returns the line that was logged, on the steps where one is due, on every rank."""
@@ -168,19 +171,20 @@ class Metrics:
             self._fillers += batch.is_filler
             self._micro_batches += 1
             self._flop += self._flops.of(batch)
-        if (plan.step + 1) % self._log_every:
+        due = (plan.step + 1) % self._log_every == 0
+        parts = self.clock.read() if due else {}  # waits for the GPU, so before the time is taken
+        self._seconds += time.perf_counter() - self._begun
+        if not due:
             return None
-        line = self._line(plan, result, lr)
+        line = self._line(plan, result, lr, parts)
         self.write(plan.step + 1, line)
         self._reset()
         return line
 
-    def _line(self, plan: StepPlan, result: StepResult, lr: float) -> dict[str, float]:
-        parts = self.clock.read()
-        seconds = time.perf_counter() - self._started
+    def _line(self, plan: StepPlan, result: StepResult, lr: float, parts: dict[str, float]) -> dict[str, float]:
         counted = [float(self._loss), self._tokens, self._trained, self._rows, self._fillers, self._micro_batches]
         host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        sums = dist.sum_over_ranks([*counted, self._flop, seconds, host_gib, *(parts.get(p, 0.0) for p in _PARTS)])
+        sums = dist.sum_over_ranks([*counted, self._flop, self._seconds, host_gib, *(parts.get(p, 0.0) for p in _PARTS)])
         loss, tokens, trained, rows, fillers, micro_batches, flop, seconds, host_gib, *part_seconds = sums
         world = dist.world_size()
         seconds /= world
