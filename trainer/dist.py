@@ -137,6 +137,8 @@ class StopFlag:
         self._pending: Any = None
         for signum in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(signum, self._raise)
+        # the launcher starts workers with both held back, so that none is lost before this moment
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
 
     def _raise(self, signum: int, frame: Any) -> None:
         self.raised = True

@@ -1,0 +1,187 @@
+"""What the launcher promises (C9), with small stand-ins for the trainer as workers."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.local import exit_code, launch
+from trainer.flow import BadInput
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# A worker that behaves as the trainer does: it takes the signals when it is ready, saves, says so, leaves with 0.
+SAVES = """
+import os, pathlib, signal, sys, time
+run, save_s = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+asked = []
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: asked.append(number))
+time.sleep(0.2)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
+(run / f"ready{os.environ['RANK']}").touch()
+while not asked:
+    time.sleep(0.01)
+end = time.monotonic() + save_s
+while time.monotonic() < end:
+    time.sleep(0.01)
+(run / f"saved{os.environ['RANK']}").write_text(signal.Signals(asked[0]).name)
+if os.environ["RANK"] == "0":
+    (run / "stop.json").write_text("{}")
+"""
+
+
+def start(tmp_path: Path, code: str, *arguments: str, nproc: int = 2, **env: str) -> subprocess.Popen:
+    """A launcher of `nproc` workers that run `code`, in a process of its own."""
+    script = tmp_path / "worker.py"
+    script.write_text(code)
+    call = f"launch([{str(script)!r}, {str(tmp_path)!r}, *sys.argv[1:]], Path({str(tmp_path)!r}), nproc={nproc})"
+    program = f"import sys; from pathlib import Path; from launch.local import launch; sys.exit({call})"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        cwd=ROOT,
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def wait_for(*paths: Path) -> None:
+    end = time.monotonic() + 60
+    while not all(path.exists() for path in paths):
+        assert time.monotonic() < end, f"{paths} did not appear"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(
+    ("codes", "stopped", "expected"),
+    [
+        ([], False, 0),
+        ([], True, 75),
+        ([1], False, 1),
+        ([-9, -15], False, 1),
+        ([2], False, 2),
+        ([-15, 2], True, 2),
+        ([75], False, 1),
+        ([1], True, 1),
+    ],
+)
+def test_exit_codes(codes, stopped, expected):
+    assert exit_code(codes, stopped) == expected
+
+
+def test_success_rank_0_is_shown_and_the_others_write_files(tmp_path):
+    (tmp_path / "stop.json").write_text("{}")  # an earlier start's
+    worker = (
+        "import os, sys; keys = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT',"
+        " 'TORCHELASTIC_RUN_ID', 'OMP_NUM_THREADS'); print({k: os.environ[k] for k in keys}, sys.argv[2:])"
+    )
+    code, out, err = finish(start(tmp_path, worker, "a=$$local_rank ${x}", OMP_NUM_THREADS="3"))
+    assert code == 0, err
+    assert out.count("'RANK': '0'") == 1
+    assert "'RANK': '1'" not in out
+    assert "'WORLD_SIZE': '2'" in out
+    assert "'OMP_NUM_THREADS': '3'" in out, "the user's own number of threads stays"
+    assert "['a=$$local_rank ${x}']" in out, "arguments arrive as they were given"
+    assert "OMP_NUM_THREADS=3" in err
+    (written,) = tmp_path.glob("logs/*/rank00001.out")
+    assert "'RANK': '1'" in written.read_text()
+
+
+def test_signals_reach_the_workers_and_their_save_is_waited_for(tmp_path):
+    runs = {}
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        folder = tmp_path / number.name
+        folder.mkdir()
+        runs[number] = start(folder, SAVES, "1.5")
+    for number, process in runs.items():
+        wait_for(tmp_path / number.name / "ready0", tmp_path / number.name / "ready1")
+        process.send_signal(number)
+        time.sleep(0.5)
+        process.send_signal(number)  # a second one does no harm
+    for number, process in runs.items():
+        code, _, err = finish(process)
+        assert code == 75, err
+        seen = "SIGUSR1" if number == signal.SIGUSR1 else "SIGTERM"
+        assert [(tmp_path / number.name / f"saved{rank}").read_text() for rank in (0, 1)] == [seen, seen]
+        assert "goes on from there" in err
+
+
+def test_a_signal_in_a_workers_first_moments_is_not_lost(tmp_path):
+    process = start(tmp_path, "import pathlib, sys\npathlib.Path(sys.argv[1], 'begun').touch()\n" + SAVES, "0", nproc=1)
+    wait_for(tmp_path / "begun")  # its handlers are not set yet
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 75, err
+
+
+def test_the_third_ctrl_c_kills(tmp_path):
+    process = start(tmp_path, SAVES, "1000")
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    for _ in range(3):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    code, _, err = finish(process)
+    assert code == 1
+    assert "SIGKILL" in err
+    assert not (tmp_path / "stop.json").exists()
+
+
+def test_a_killed_worker_takes_the_others_down_and_is_named(tmp_path):
+    worker = (
+        "import os, signal, sys, time\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    print('the last words', file=sys.stderr, flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\n"
+        "time.sleep(1000)\n"
+    )
+    began = time.monotonic()
+    code, _, err = finish(start(tmp_path, worker))
+    assert code == 1
+    assert time.monotonic() - began < 60
+    assert "rank 1 failed (killed by SIGKILL)" in err
+    assert err.count("the last words") == 1
+    assert "Traceback" not in err
+    assert "elastic" not in err
+
+
+@pytest.mark.parametrize("ranks", ["01", "1"])
+def test_bad_input_of_any_rank_is_exit_code_2_and_shown_once(tmp_path, ranks):
+    worker = (
+        "import os, sys\n"
+        "if os.environ['RANK'] in sys.argv[2]:\n"
+        "    print('packhorse: error: no such file', file=sys.stderr)\n"
+        "    sys.exit(2)\n"
+    )
+    code, _, err = finish(start(tmp_path, worker, ranks))
+    assert code == 2
+    assert err.count("no such file") == 1
+
+
+def test_a_port_in_use_is_bad_input(tmp_path):
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(BadInput, match=f"port {port} cannot be used"):
+            launch(["-c", "0"], tmp_path, nproc=1, endpoint=f"localhost:{port}")
+
+
+@pytest.mark.runs
+def test_a_save_longer_than_torchs_patience_is_not_cut_short(tmp_path):
+    process = start(tmp_path, SAVES, "40")
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    process.send_signal(signal.SIGTERM)
+    code, _, err = finish(process)
+    assert code == 75, err
+    assert (tmp_path / "saved1").exists()
