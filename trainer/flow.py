@@ -30,6 +30,10 @@ class BadInput(ValueError):
     """The user's input cannot be used. The message is one sentence that says what to do; exit code 2."""
 
 
+class RowError(ValueError):
+    """One row cannot be used. The message is a short reason that repeats from row to row, so that it can be counted."""
+
+
 # ----------------------------------------------------------------------------------------------- data
 
 
@@ -90,6 +94,19 @@ class Piece(NamedTuple):
     start: int
     stop: int
     piece: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """An epoch's rows. `pieces` (P, 4) int64 has Piece's columns; row r holds
+    pieces[row_offsets[r] : row_offsets[r + 1]], `row_offsets` (R + 1,) int64."""
+
+    pieces: np.ndarray
+    row_offsets: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.row_offsets) - 1
 
 
 @dataclass(frozen=True)
