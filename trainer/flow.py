@@ -87,6 +87,21 @@ class Example:
     trained: np.ndarray
 
 
+@dataclass(frozen=True)
+class Tokenised:
+    """What became of some rows: n documents laid end to end, and the rows that are left out."""
+
+    lengths: np.ndarray  # (n,) int64
+    input_ids: np.ndarray  # (sum of lengths,) int32
+    trained: np.ndarray  # (sum of lengths,) bool
+    trained_counts: np.ndarray  # (n,) int64
+    sources: np.ndarray  # (n,) int32, number of the source in the recipe
+    files: np.ndarray  # (n,) int32, number of the file
+    rows: np.ndarray  # (n,) int64, row number in the file, from 1
+    rejects: tuple[tuple[int, int, int, str], ...]  # source, file, row, reason
+    source_rows: Mapping[int, int]  # rows read of each source, rejected ones too
+
+
 class Piece(NamedTuple):
     """Tokens [start, stop) of a document; `piece` counts the document's pieces from 0."""
 

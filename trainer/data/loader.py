@@ -1,0 +1,357 @@
+"""Joins the data rooms: sources in, a rank's batches out.
+
+    rows -> Conversation -> Example -> (cache) -> Prepared -> Plan -> Loader -> Batch
+
+`prepare` needs no process group (C10): each process calls it, one does the work, the others wait.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from os import sched_getaffinity
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import xxhash
+
+from trainer.config import DataSection, Recipe, Source
+from trainer.data import cache, pack, tokenise
+from trainer.data.cache import Documents
+from trainer.data.format import detect_format, to_conversation
+from trainer.data.mask import Masker
+from trainer.data.plan import Corpus, Plan, micro_batches_of
+from trainer.data.source import read_rows, source_digest, source_files
+from trainer.data.tokenise import Limits, Row
+from trainer.flow import Batch, Conversation, Example, Packed, RowError, StepPlan, Tokenised
+
+KEPT_FROM_DOCUMENTS = 100_000  # below so many, packing again is quicker than keeping an epoch's packing
+STEPS_AHEAD = 2  # steps that the background thread builds before they are asked for
+BATCHES_AHEAD = 4  # and micro-batches, where a step is streamed
+
+
+# ----------------------------------------------------------------------------------------------- preparing
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The tokenised documents of the recipe's train or eval sources."""
+
+    documents: Documents
+    weights: tuple[float, ...]  # of each source
+    files: tuple[str, ...]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(n,) tokens of each document."""
+        return self.documents.lengths
+
+    @property
+    def trained_counts(self) -> np.ndarray:
+        """(n,) trained tokens of each document."""
+        return self.documents.trained_counts
+
+    @property
+    def sources(self) -> np.ndarray:
+        """(n,) each document's source, by its number in the recipe."""
+        return self.documents.sources
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the documents themselves: equal on every node, and as long as nothing changes what is learned."""
+        return self.documents.fingerprint
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """Rows, documents, tokens, trained tokens, and rejects by reason: of all, and under `sources` of each."""
+        return self.documents.report
+
+    @property
+    def rejects_path(self) -> Path:
+        """JSON lines: source, row, reason."""
+        return self.documents.folder / "rejects.jsonl"
+
+    def example(self, document: int) -> Example:
+        return self.documents.example(document)
+
+    def place(self, document: int) -> tuple[str, int]:
+        """Where a document came from: the file, and its row there, counted from 1."""
+        return self.files[self.documents.files[document]], int(self.documents.rows[document])
+
+
+def prepare(
+    recipe: Recipe,
+    tokenizer: Any,
+    which: Literal["train", "eval"],
+    stopping: Callable[[], bool] = lambda: False,
+) -> Prepared:
+    """Tokenise the recipe's sources, or find them tokenised.
+
+    Raises:
+        BadInput: a source cannot be read, nothing is left of it, or too much is rejected.
+        Stopped (trainer.once): `stopping()` became true; the next start goes on from there.
+    """
+    section = recipe.data
+    sources = section.train if which == "train" else section.eval
+    masker = Masker(tokenizer, section.train_on, section.train_on_eot)
+    formats = tuple(_format(source) for source in sources)
+    limits = Limits(recipe.max_tokens, section.too_long, section.packing in ("bfd_split", "wrapped"))
+    files = [[str(path) for path in source_files(s.path)] if s.path else [f"{s.name}:{s.split}"] for s in sources]
+    names = [name for of_source in files for name in of_source]
+    work = _Tokenise(masker, formats, tuple(source.columns for source in sources))
+    workers = section.workers or len(sched_getaffinity(0))
+
+    def chunks(done: int) -> Generator[Tokenised, None, None]:
+        rows = islice(_rows(sources, files), done, None)
+        return tokenise.tokenise_rows(rows, work, limits, workers)
+
+    documents = cache.prepare(
+        _cache_folder(section) / f"documents-{_key(sources, formats, masker, limits)}",
+        chunks,
+        sources=[source.path or str(source.name) for source in sources],
+        files=names,
+        what=f"data.{which}",
+        max_rejects=section.max_rejects,
+        total_rows=lambda: _count_rows(sources),
+        stopping=stopping,
+    )
+    return Prepared(documents, tuple(source.weight for source in sources), tuple(names))
+
+
+@dataclass(frozen=True)
+class _Tokenise:
+    """A chunk of rows to examples: what the workers run."""
+
+    masker: Masker
+    formats: tuple[str, ...]  # of each source
+    columns: tuple[dict[str, str], ...]
+
+    def __call__(self, rows: list[Row]) -> list[Example | RowError]:
+        read = [self._conversation(row) for row in rows]
+        examples = iter(self.masker.examples([found for found in read if isinstance(found, Conversation)]))
+        return [found if isinstance(found, RowError) else next(examples) for found in read]
+
+    def _conversation(self, row: Row) -> Conversation | RowError:
+        try:
+            return to_conversation(row.fields, self.formats[row.source], self.columns[row.source])
+        except RowError as error:
+            return error
+
+
+def _format(source: Source) -> str:
+    """The source's format, by its first row's columns."""
+    first = next(iter(read_rows(source)))
+    return detect_format(first.fields, source)
+
+
+def _rows(sources: tuple[Source, ...], files: list[list[str]]) -> Iterator[Row]:
+    first = 0
+    for source, (section, of_source) in enumerate(zip(sources, files, strict=True)):
+        numbers = {Path(name).name: first + i for i, name in enumerate(of_source)}
+        for row in read_rows(section):
+            yield Row(source, numbers[row.file] if section.path else first, row.number, row.fields)
+        first += len(of_source)
+
+
+def _key(sources: tuple[Source, ...], formats: tuple[str, ...], masker: Masker, limits: Limits) -> str:
+    """Everything that shapes the cache. Where the files lie, and the sources' weights, do not."""
+    read = [
+        [source_digest(source), source.rows, format, sorted(source.columns.items())]
+        for source, format in zip(sources, formats, strict=True)
+    ]
+    policy = [limits.max_tokens, limits.too_long, limits.too_long == "split" and limits.packing_cuts]
+    whole = [cache.VERSION, tokenise.VERSION, masker.fingerprint(), read, policy]
+    return xxhash.xxh3_128_hexdigest(json.dumps(whole).encode())
+
+
+def _count_rows(sources: tuple[Source, ...]) -> int | None:
+    """How many rows there are to read, where that can be told without parsing them."""
+    total = 0
+    for source in sources:
+        rows = 0
+        for path in source_files(source.path) if source.path else ():
+            if path.suffix == ".parquet":
+                import pyarrow.parquet
+
+                rows += pyarrow.parquet.read_metadata(path).num_rows
+            elif path.suffix == ".jsonl":
+                with path.open("rb") as file:
+                    while block := file.read(1 << 22):
+                        rows += block.count(b"\n")
+            else:
+                return None
+        if not source.path:
+            return None
+        total += min(rows, source.rows or rows)
+    return total
+
+
+def _cache_folder(section: DataSection) -> Path:
+    return Path(section.cache).expanduser()
+
+
+# ----------------------------------------------------------------------------------------------- planning
+
+
+def train_plan(recipe: Recipe, prepared: Prepared, stopping: Callable[[], bool] = lambda: False) -> Plan:
+    """The steps of the run. Large packings are kept in the cache, so that one process does the work for all."""
+
+    def keep(epoch: int, make: Callable[[], Packed]) -> Packed:
+        if len(prepared.lengths) < KEPT_FROM_DOCUMENTS:
+            return make()
+        parts = [pack.VERSION, prepared.fingerprint, prepared.weights, recipe.data.packing]
+        key = xxhash.xxh3_128_hexdigest(
+            json.dumps([*parts, recipe.batch.row_tokens, recipe.train.seed, epoch]).encode()
+        )
+        folder = _cache_folder(recipe.data) / f"packing-{key}"
+        return cache.keep_packed(folder, make, f"packing epoch {epoch}", stopping)
+
+    return Plan(_corpus(prepared), _packer(recipe), recipe.batch, recipe.train, recipe.loss, keep)
+
+
+def eval_plan(recipe: Recipe, prepared: Prepared) -> Plan:
+    """All held-out rows as one step, weighted by token."""
+    return Plan.for_eval(_corpus(prepared), _packer(recipe), recipe.batch)
+
+
+def documents_of(plan: Plan, step: StepPlan, prepared: Prepared) -> list[tuple[str, int]]:
+    """The (file, row) of every document of a step, each once, for messages."""
+    rows = [row for micro_batch in step.micro_batches for row in micro_batch]
+    return sorted({prepared.place(document) for document in plan.pieces(step.epoch, rows)[:, 0].tolist()})
+
+
+def _corpus(prepared: Prepared) -> Corpus:
+    count = prepared.documents.count_trained
+    return Corpus(prepared.lengths, prepared.trained_counts, prepared.sources, prepared.weights, count)
+
+
+def _packer(recipe: Recipe) -> Callable[[np.ndarray, np.random.Generator], Packed]:
+    return lambda lengths, rng: pack.pack(lengths, recipe.batch.row_tokens, recipe.data.packing, rng)
+
+
+# ----------------------------------------------------------------------------------------------- batches
+
+
+def build_batch(
+    documents: Documents,
+    pieces: np.ndarray,
+    weights: np.ndarray,
+    *,
+    epoch: int,
+    rows: tuple[int, ...],
+    uniform_weight: float | None,
+) -> Batch:
+    """The rows of a micro-batch, laid end to end.
+
+    Position p of a document predicts token p + 1 wherever both lie in the document, also where the packing cut
+    between them; so no document predicts its neighbour's first token, and no trained token is lost at a cut.
+
+    Args:
+        pieces: (P, 4), columns as in flow.Piece.
+        weights: (P,), the weight of each trained token of a piece.
+        uniform_weight: the weight, where all pieces have the same.
+    """
+    document, start, stop, number = pieces.T
+    lengths = stop - start
+    ends = np.cumsum(lengths)
+    total = int(ends[-1])
+    positions = np.arange(total) - np.repeat(ends - lengths, lengths)
+    places = positions + np.repeat(documents.offsets[document] + start, lengths)  # in the flat columns
+
+    following = places + 1
+    following[ends - 1] = np.where(stop < documents.lengths[document], following[ends - 1], -1)
+    trained = np.flatnonzero(documents.trained[following] & (following >= 0))
+    weight = np.repeat(weights.astype(np.float32), lengths)[trained]
+    return Batch(
+        input_ids=torch.from_numpy(documents.input_ids[places].astype(np.int64)),
+        position_ids=torch.from_numpy(positions),
+        cu_seqlens=torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)),
+        max_seqlen=int(lengths.max()),
+        trained_positions=torch.from_numpy(trained),
+        targets=torch.from_numpy(documents.input_ids[following[trained]].astype(np.int64)),
+        weights=torch.from_numpy(weight),
+        uniform_weight=None if uniform_weight is None else float(np.float32(uniform_weight)),
+        document_keys=tuple((epoch, d, n) for d, n in zip(document.tolist(), number.tolist(), strict=True)),
+        row_ids=rows,
+    )
+
+
+def filler_batch(epoch: int = 0) -> Batch:
+    """One document of two tokens with one trained position of weight zero: every parameter gets a gradient,
+    of zero, and no collective hangs (C1)."""
+    return Batch(
+        input_ids=torch.zeros(2, dtype=torch.int64),
+        position_ids=torch.arange(2),
+        cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
+        max_seqlen=2,
+        trained_positions=torch.zeros(1, dtype=torch.int64),
+        targets=torch.zeros(1, dtype=torch.int64),
+        weights=torch.zeros(1),
+        uniform_weight=0.0,
+        document_keys=((epoch, -1, 0),),
+        row_ids=(),
+        is_filler=True,
+    )
+
+
+class Loader:
+    """The batches of one rank, built by a background thread a little before they are asked for.
+
+    A fault in the thread is raised where its batches are asked for. Close it, or use it in `with`.
+    """
+
+    def __init__(self, prepared: Prepared, plan: Plan, rank: int, world: int, pin: bool) -> None:
+        self.prepared, self.plan = prepared, plan
+        self._rank, self._world, self._pin = rank, world, pin
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self._ahead: dict[int, Future[list[Batch]]] = {}
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def step(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of a step, fillers included: as many on every rank."""
+        wanted = range(step, min(step + 1 + STEPS_AHEAD, self.plan.steps))
+        self._ahead = {s: self._ahead.get(s) or self._thread.submit(self._build_step, s) for s in wanted}
+        return self._ahead.pop(step).result()
+
+    def stream(self, step: int) -> Iterator[Batch]:
+        """The same, one after the other, where a step is too large to be held: held-out evaluation."""
+        plan = self.plan.step(step)
+        waiting: list[Future[Batch]] = []
+        for rows in micro_batches_of(plan, self._rank, self._world):
+            waiting.append(self._thread.submit(self._build, plan, rows))
+            if len(waiting) > BATCHES_AHEAD:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()
+
+    def _build_step(self, step: int) -> list[Batch]:
+        plan = self.plan.step(step)
+        return [self._build(plan, rows) for rows in micro_batches_of(plan, self._rank, self._world)]
+
+    def _build(self, step: StepPlan, rows: tuple[int, ...] | None) -> Batch:
+        if rows is None:
+            batch = filler_batch(step.epoch)
+        else:
+            pieces = self.plan.pieces(step.epoch, rows)
+            batch = build_batch(
+                self.prepared.documents,
+                pieces,
+                self.plan.piece_weights(step, pieces),
+                epoch=step.epoch,
+                rows=rows,
+                uniform_weight=self.plan.uniform_weight(step),
+            )
+        return batch.pin() if self._pin else batch

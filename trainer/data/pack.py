@@ -1,0 +1,117 @@
+"""Lengths of documents in, packed rows out. Pure: a function of the lengths and the generator alone.
+
+A row is a list of pieces laid end to end, at most `row_tokens` long. Packing sees all documents of an
+epoch at once, in one process, so that the number of workers cannot change it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from trainer.flow import Packed
+
+VERSION = 1  # part of the key of kept packings: raise it when the same input packs differently
+
+WINDOW_DOCUMENTS = 1024
+"""Documents sorted by length together. Windows make an epoch group its documents unlike the last one
+even where all lengths differ; rows that a window leaves open stay open for the next, so they cost no fill."""
+
+
+def pack(lengths: np.ndarray, row_tokens: int, packing: str, rng: np.random.Generator) -> Packed:
+    """Lay documents of `lengths` (n,) tokens into rows of at most `row_tokens`, in an order drawn from `rng`.
+
+    `none` gives each document a row; `bfd` packs by best-fit decreasing within windows; `bfd_split` does
+    so after cutting longer documents into pieces of `row_tokens`; `wrapped` lays the shuffled documents
+    end to end and cuts at every `row_tokens`.
+
+    Raises:
+        ValueError: a document is empty, or longer than a row under `none` and `bfd`.
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if len(lengths) and lengths.min() < 1:
+        raise ValueError("an empty document cannot be packed")
+    if packing in ("none", "bfd") and len(lengths) and lengths.max() > row_tokens:
+        raise ValueError(f"a document of {lengths.max()} tokens does not fit in a row of {row_tokens}")
+    if packing == "wrapped":
+        return _wrapped(lengths, row_tokens, rng)
+    pieces = _pieces(lengths, row_tokens)
+    if packing == "none":
+        rows, num_rows = np.arange(len(pieces)), len(pieces)
+    elif packing in ("bfd", "bfd_split"):
+        rows, num_rows = _best_fit_decreasing(pieces[:, 2] - pieces[:, 1], row_tokens, rng)
+    else:
+        raise ValueError(f"packing is none, bfd, bfd_split or wrapped, not {packing}")
+    rows = _shuffled(num_rows, rng)[rows]
+    return Packed(pieces[np.argsort(rows, kind="stable")], _offsets(np.bincount(rows, minlength=num_rows)))
+
+
+def _shuffled(count: int, rng: np.random.Generator) -> np.ndarray:
+    """A random order of range(count). From the raw bits: numpy keeps those the same in all its versions,
+    and does not promise that of `permutation`."""
+    return np.argsort(rng.bit_generator.random_raw(count), kind="stable")
+
+
+def _best_fit_decreasing(lengths: np.ndarray, row_tokens: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """The row of each piece (P,), and the number of rows.
+
+    Open rows lie in stacks by the tokens they have left; bit c of `has_left` says that stack c is not
+    empty, so the tightest row that takes a piece is the lowest bit at or above its length.
+    """
+    order = _shuffled(len(lengths), rng)
+    window = np.arange(len(lengths)) // WINDOW_DOCUMENTS
+    order = order[np.lexsort((-lengths[order], window))]  # stable: equal lengths keep their shuffled order
+
+    stacks: list[list[int]] = [[] for _ in range(row_tokens + 1)]
+    has_left = 0
+    placed: list[int] = []
+    num_rows = 0
+    for length in lengths[order].tolist():
+        fitting = has_left >> length
+        if fitting:
+            left = length - 1 + (fitting & -fitting).bit_length()
+            row = stacks[left].pop()
+            if not stacks[left]:
+                has_left ^= 1 << left
+            left -= length
+        else:
+            row, left = num_rows, row_tokens - length
+            num_rows += 1
+        placed.append(row)
+        if left:
+            if not stacks[left]:
+                has_left |= 1 << left
+            stacks[left].append(row)
+
+    rows = np.empty(len(lengths), dtype=np.int64)
+    rows[order] = placed
+    return rows, num_rows
+
+
+def _pieces(lengths: np.ndarray, row_tokens: int) -> np.ndarray:
+    """Every document as pieces (P, 4) of `row_tokens`, and a rest."""
+    counts = -(-lengths // row_tokens)
+    document = np.repeat(np.arange(len(lengths)), counts)
+    piece = np.arange(len(document)) - np.repeat(_offsets(counts)[:-1], counts)
+    start = piece * row_tokens
+    return np.stack([document, start, np.minimum(start + row_tokens, lengths[document]), piece], axis=1)
+
+
+def _wrapped(lengths: np.ndarray, row_tokens: int, rng: np.random.Generator) -> Packed:
+    """One stream of shuffled documents, cut where a document or a row ends."""
+    order = _shuffled(len(lengths), rng)
+    begins = _offsets(lengths[order])
+    total = int(begins[-1])
+    cuts = np.union1d(begins, np.arange(0, total, row_tokens))
+    place = np.searchsorted(begins, cuts[:-1], side="right") - 1  # in the stream, of each piece's document
+    first = np.searchsorted(cuts, begins[:-1])  # each document's first piece
+    pieces = np.stack(
+        [order[place], cuts[:-1] - begins[place], cuts[1:] - begins[place], np.arange(len(place)) - first[place]],
+        axis=1,
+    )
+    num_rows = -(-total // row_tokens)
+    return Packed(pieces, np.searchsorted(cuts[:-1], np.arange(num_rows + 1) * row_tokens))
+
+
+def _offsets(counts: np.ndarray) -> np.ndarray:
+    """0 and the running sums of `counts` (n,): (n + 1,)."""
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])

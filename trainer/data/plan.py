@@ -1,0 +1,243 @@
+"""Lengths of documents and a seed in; every optimizer step's rows, micro-batches and token weights out.
+
+Integers only: nothing here reads a token, and nothing depends on ranks but the last cut (C1). The same
+plan serves training and held-out evaluation.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.config import BatchSection, LossSection, TrainSection
+from trainer.dist import seed_from
+from trainer.flow import BadInput, Packed, Piece, StepPlan
+
+MUCH_FILLER = 0.10  # share of idle micro-batches above which the user is warned
+EPOCHS_KEPT = 2  # packings in memory: this epoch's and, around its end, the next one's
+
+Packer = Callable[[np.ndarray, np.random.Generator], Packed]
+"""Rows out of the lengths of an epoch's documents: data/pack.py, its row size and packing given."""
+
+Keep = Callable[[int, Callable[[], Packed]], Packed]
+"""keep(epoch, make): the epoch's packing, made now where none is kept."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What a plan knows of the n documents.
+
+    `lengths`, `trained_counts` (tokens, trained tokens) and `sources` (number of the source) are (n,)
+    integers; source s gives round(weights[s] x its documents) an epoch. `count_trained(documents, starts,
+    stops)` counts the trained tokens that positions [start, stop) of a document predict; it is asked only
+    about documents that packing has cut.
+    """
+
+    lengths: np.ndarray
+    trained_counts: np.ndarray
+    sources: np.ndarray
+    weights: tuple[float, ...]
+    count_trained: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+
+
+class Plan:
+    """The list of optimizer steps, as a function of (corpus, packer, batch, train, loss).
+
+    Every epoch is packed afresh from (seed, epoch). All are packed once at the start, to count their rows,
+    so `steps` is exact before the first step.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        packer: Packer,
+        batch: BatchSection,
+        train: TrainSection,
+        loss: LossSection,
+        keep: Keep = lambda epoch, make: make(),
+    ) -> None:
+        self.corpus, self.batch, self.train, self.loss = corpus, batch, train, loss
+        self._packer, self._keep = packer, keep
+        self._packings: dict[int, Packed] = {}
+        self._lock = threading.Lock()  # the loader's thread and the loop both ask
+        self._rows: list[int] = []  # rows of each epoch
+        self._first_steps = [0]  # number of each epoch's first step, and of the step after the last epoch
+        while not self._all_counted():
+            rows = self._packed(len(self._rows)).num_rows
+            self._rows.append(rows)
+            self._first_steps.append(self._first_steps[-1] + -(-rows // batch.rows_per_step))
+        self.steps = train.steps or self._first_steps[-1]
+
+    @classmethod
+    def for_eval(cls, corpus: Corpus, packer: Packer, batch: BatchSection) -> Plan:
+        """All rows as one step, weighted by `token`, whatever the run's seed and weighting: the loss of that
+        step is the held-out loss."""
+        whole = batch.model_copy(update={"rows_per_step": sys.maxsize})
+        return cls(corpus, packer, whole, TrainSection.model_validate({}), LossSection.model_validate({}))
+
+    # ------------------------------------------------------------------------------------------- steps
+
+    def step(self, step: int) -> StepPlan:
+        """Step `step`, counted from 0. An epoch's rows are spread evenly over its steps."""
+        if not 0 <= step < self.steps:
+            raise IndexError(f"step {step} of a plan of {self.steps} steps")
+        epoch = bisect_right(self._first_steps, step) - 1
+        steps = self._first_steps[epoch + 1] - self._first_steps[epoch]
+        place = step - self._first_steps[epoch]
+        first, end = (k * self._rows[epoch] // steps for k in (place, place + 1))
+        size = self.batch.rows_per_micro
+        cuts = range(first, end, size)
+        micro_batches = tuple(tuple(range(cut, min(cut + size, end))) for cut in cuts)
+        counts = self._targets(self.pieces(epoch, range(first, end)))
+        return StepPlan(step, epoch, micro_batches, int(counts.sum()), int(np.count_nonzero(counts)))
+
+    def row(self, epoch: int, row: int) -> list[Piece]:
+        """The pieces of one row, in their order."""
+        return [Piece(*numbers) for numbers in self.pieces(epoch, [row]).tolist()]
+
+    def pieces(self, epoch: int, rows: range | list[int] | tuple[int, ...]) -> np.ndarray:
+        """The pieces (P, 4) of rows, one after the other; columns as in flow.Piece."""
+        packed = self._packed(epoch)
+        return np.concatenate([packed.pieces[packed.row_offsets[r] : packed.row_offsets[r + 1]] for r in rows])
+
+    def piece_weights(self, step: StepPlan, pieces: np.ndarray) -> np.ndarray:
+        """The weight (P,) float64 of each trained token of `pieces`, which belong to `step` (C2).
+
+        An example is a piece with trained tokens. A step without any has weights of zero.
+        """
+        if self.loss.weighting == "example":
+            counts = self._targets(pieces)
+            return np.where(counts > 0, 1 / (np.maximum(counts, 1) * max(step.examples, 1)), 0.0)
+        return np.full(len(pieces), self.uniform_weight(step))
+
+    def uniform_weight(self, step: StepPlan) -> float | None:
+        """The one weight of all trained tokens of the step; None where the weighting tells them apart."""
+        if self.loss.weighting == "example":
+            return None
+        if self.loss.weighting == "constant":
+            assert self.loss.constant_tokens is not None  # the recipe requires it
+            return 1 / (self.loss.constant_tokens * step.examples) if step.examples else 0.0
+        return 1 / step.trained_tokens if step.trained_tokens else 0.0
+
+    def fill(self, epoch: int = 0) -> float:
+        """Share of the epoch's row space that holds tokens."""
+        packed = self._packed(epoch)
+        tokens = int((packed.pieces[:, 2] - packed.pieces[:, 1]).sum())
+        return tokens / (packed.num_rows * self.batch.row_tokens)
+
+    # ------------------------------------------------------------------------------------------- ranks
+
+    def micro_batch_counts(self) -> np.ndarray:
+        """Micro-batches of every step, (steps,)."""
+        counts = []
+        for rows, first, end in zip(self._rows, self._first_steps, self._first_steps[1:], strict=False):
+            edges = np.arange(end - first + 1) * rows // (end - first)
+            counts.append(-(-np.diff(edges) // self.batch.rows_per_micro))
+        return np.concatenate(counts)[: self.steps]
+
+    def filler_share(self, world: int) -> float:
+        """Share of all ranks' micro-batches that are fillers, over the whole plan."""
+        counts = self.micro_batch_counts()
+        return float(1 - counts.sum() / (-(-counts // world) * world).sum())
+
+    def good_worlds(self, world: int) -> list[int]:
+        """The numbers of ranks nearest to `world`, at most three, that keep (nearly) all busy."""
+        most = min(int(self.micro_batch_counts().min()), 2 * world)
+        shares = {candidate: self.filler_share(candidate) for candidate in range(1, most + 1)}
+        good = [candidate for candidate, share in shares.items() if share <= MUCH_FILLER / 4]
+        return sorted(sorted(good, key=lambda candidate: (abs(candidate - world), candidate))[:3])
+
+    def check_world(self, world: int, allow_idle_ranks: bool) -> str | None:
+        """A sentence of warning where many micro-batches of `world` ranks are fillers; None where few are.
+
+        Raises:
+            BadInput: a step has fewer micro-batches than there are ranks, and idle ranks are not allowed.
+        """
+        fewest = int(self.micro_batch_counts().min())
+        better = ", ".join(map(str, self.good_worlds(world)))
+        if world > fewest and not allow_idle_ranks:
+            raise BadInput(
+                f"{world} ranks, but a step has only {fewest} micro-batches: start {better} ranks, raise "
+                "batch.rows_per_step, lower batch.rows_per_micro, or set parallel.allow_idle_ranks: true"
+            )
+        share = self.filler_share(world)
+        if share <= MUCH_FILLER:
+            return None
+        return f"{share:.0%} of the micro-batches of {world} ranks are fillers; good numbers of ranks: {better}"
+
+    # ------------------------------------------------------------------------------------------- epochs
+
+    def _all_counted(self) -> bool:
+        if self.train.steps is not None:
+            return self._first_steps[-1] >= self.train.steps
+        return len(self._rows) == self.train.epochs
+
+    def _packed(self, epoch: int) -> Packed:
+        with self._lock:
+            if epoch not in self._packings:
+                packed = self._keep(epoch, lambda: self._pack(epoch))
+                while len(self._packings) >= EPOCHS_KEPT:
+                    del self._packings[next(iter(self._packings))]
+                self._packings[epoch] = packed
+            return self._packings[epoch]
+
+    def _pack(self, epoch: int) -> Packed:
+        documents = _documents_of(self.corpus, self.train.seed, epoch)
+        rng = np.random.default_rng(seed_from(self.train.seed, "pack", epoch))
+        packed = self._packer(self.corpus.lengths[documents], rng)
+        pieces = packed.pieces.copy()
+        pieces[:, 0] = documents[packed.pieces[:, 0]]
+        if max(self.corpus.weights) > 1:  # a document may come more than once
+            pieces[:, 3] = _numbered(packed.pieces[:, 0], pieces)
+        return Packed(pieces, packed.row_offsets)
+
+    def _targets(self, pieces: np.ndarray) -> np.ndarray:
+        """Trained tokens (P,) that each piece predicts. The last position of a piece that ends inside its
+        document predicts the next piece's first token, so a cut loses nothing and counts nothing twice."""
+        document, start, stop = pieces[:, 0], pieces[:, 1], pieces[:, 2]
+        counts = np.asarray(self.corpus.trained_counts[document], dtype=np.int64)
+        cut = np.flatnonzero((start > 0) | (stop < self.corpus.lengths[document]))
+        if len(cut):
+            counts[cut] = self.corpus.count_trained(document[cut], start[cut], stop[cut])
+        return counts
+
+
+def micro_batches_of(step: StepPlan, rank: int, world: int) -> list[tuple[int, ...] | None]:
+    """What `rank` of `world` runs in this step: rows of each micro-batch, None for a filler.
+
+    All ranks get the same number, at least one.
+    """
+    turns = max(1, -(-len(step.micro_batches) // world))
+    taken = range(rank, turns * world, world)
+    return [step.micro_batches[i] if i < len(step.micro_batches) else None for i in taken]
+
+
+def _documents_of(corpus: Corpus, seed: int, epoch: int) -> np.ndarray:
+    """The documents of an epoch, in passes: round(w n) of a source's n, a rest without replacement."""
+    chosen = []
+    for source, weight in enumerate(corpus.weights):
+        documents = np.flatnonzero(corpus.sources == source)
+        passes, rest = divmod(round(weight * len(documents)), len(documents)) if len(documents) else (0, 0)
+        rng = np.random.default_rng(seed_from(seed, "sample", epoch, source))
+        sample = np.argsort(rng.bit_generator.random_raw(len(documents)), kind="stable")[:rest]
+        chosen += [documents] * passes + [documents[np.sort(sample)]]
+    together = np.concatenate(chosen)
+    if not len(together):
+        raise BadInput("data: the sources' weights leave no row in an epoch; raise `weight`")
+    return together
+
+
+def _numbered(occurrence: np.ndarray, pieces: np.ndarray) -> np.ndarray:
+    """Piece numbers (P,) that go on from one pass over a document to the next: no two pieces of an epoch
+    share (document, piece), and so none share their noise (C3)."""
+    order = np.lexsort((pieces[:, 1], occurrence, pieces[:, 0]))
+    document = pieces[order, 0]
+    firsts = np.flatnonzero(np.diff(document, prepend=-1))
+    numbers = np.empty(len(pieces), dtype=np.int64)
+    numbers[order] = np.arange(len(pieces)) - np.repeat(firsts, np.diff(firsts, append=len(pieces)))
+    return numbers

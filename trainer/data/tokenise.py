@@ -1,0 +1,164 @@
+"""Rows in; tokenised documents out, in the rows' order whatever the number of processes.
+
+How a row is tokenised comes from outside (`Tokenise`); here is what becomes of examples that are too long,
+and the parallel running.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from trainer.flow import Example, RowError, Tokenised
+
+VERSION = 1  # part of every key: raise it when the same rows give other documents
+
+CHUNK_ROWS = 512  # a worker's share: small enough for steady progress, large against the cost of handing it over
+POOL_FROM_CHUNKS = 16  # below so many chunks starting processes costs more than it saves
+
+
+class Row(NamedTuple):
+    source: int
+    file: int
+    number: int  # in the file, from 1
+    fields: Any
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`too_long` says what becomes of an example above `max_tokens`; `packing_cuts` leaves `split` to the packing."""
+
+    max_tokens: int
+    too_long: str
+    packing_cuts: bool
+
+
+Tokenise = Callable[[list[Row]], list[Example | RowError]]
+"""Picklable; for each row its example, or the reason why it has none. The outcome must not depend on the chunk."""
+
+
+def tokenise_rows(
+    rows: Iterable[Row], tokenise: Tokenise, limits: Limits, workers: int
+) -> Generator[Tokenised, None, None]:
+    """Chunks of the rows' documents, in order. With one worker, or little to do, the work is done in this process.
+
+    Close the iterator to end the workers early.
+    """
+    work = _Work(tokenise, limits)
+    chunks = _chunks(iter(rows))
+    first = list(islice(chunks, POOL_FROM_CHUNKS))
+    if workers == 1 or len(first) < POOL_FROM_CHUNKS:
+        yield from map(work, chain(first, chunks))
+        return
+    # spawn: a forked child of a process with threads (the heartbeat, the tokenizer's own) may hang
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(work,))
+    pending = deque()
+    try:
+        for chunk in chain(first, chunks):
+            pending.append(pool.submit(_run_worker, chunk))
+            if len(pending) > 2 * workers:  # only so many are in memory at once
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def fit(example: Example, limits: Limits) -> list[Example]:
+    """The example as documents of at most `max_tokens`, by the policy.
+
+    `truncate` keeps an example only where no trained token is lost. `split` overlaps by one token, untrained
+    the second time: so the token after a cut is still predicted, once; parts with nothing to learn go.
+
+    Raises:
+        RowError: there is nothing to learn, or the policy does not allow it.
+    """
+    ids, trained, most = example.input_ids, example.trained, limits.max_tokens
+    if not trained.any():
+        raise RowError("no trained token")
+    assert not trained[0], "nothing predicts a document's first token"
+    if len(ids) <= most or (limits.too_long == "split" and limits.packing_cuts):
+        return [example]
+    if limits.too_long == "reject":
+        raise RowError("longer than max_tokens")
+    if limits.too_long == "truncate":
+        if trained[most:].any():
+            raise RowError("longer than max_tokens: its answer would lose its end")
+        return [Example(ids[:most], trained[:most])]
+    parts = []
+    for start in range(0, len(ids) - 1, most - 1):
+        flags = trained[start : start + most].copy()
+        flags[0] = False
+        if flags.any():
+            parts.append(Example(ids[start : start + most], flags))
+    return parts
+
+
+class _Work(NamedTuple):
+    """The work on one chunk of rows; pickled to the workers."""
+
+    tokenise: Tokenise
+    limits: Limits
+
+    def __call__(self, rows: list[Row]) -> Tokenised:
+        documents: list[tuple[Row, Example]] = []
+        rejects: list[tuple[int, int, int, str]] = []
+        for row, example in zip(rows, self.tokenise(rows), strict=True):
+            try:
+                if isinstance(example, RowError):
+                    raise example
+                documents += [(row, part) for part in fit(example, self.limits)]
+            except RowError as error:
+                rejects.append((row.source, row.file, row.number, str(error)))
+        parts = [part for _, part in documents]
+        return Tokenised(
+            lengths=np.array([len(part.input_ids) for part in parts], np.int64),
+            input_ids=np.concatenate([np.empty(0, np.int32), *(part.input_ids for part in parts)], dtype=np.int32),
+            trained=np.concatenate([np.empty(0, np.bool_), *(part.trained for part in parts)], dtype=np.bool_),
+            trained_counts=np.array([np.count_nonzero(part.trained) for part in parts], np.int64),
+            sources=np.array([row.source for row, _ in documents], np.int32),
+            files=np.array([row.file for row, _ in documents], np.int32),
+            rows=np.array([row.number for row, _ in documents], np.int64),
+            rejects=tuple(rejects),
+            source_rows=Counter(row.source for row in rows),
+        )
+
+
+def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    while chunk := list(islice(rows, CHUNK_ROWS)):
+        yield chunk
+
+
+_worker_work: _Work | None = None
+
+
+def _start_worker(work: _Work) -> None:
+    """Keep the work, which is large, once a process; leave Ctrl-C to the parent, and die with it if it is killed."""
+    global _worker_work
+    _worker_work = work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _run_worker(rows: list[Row]) -> Tokenised:
+    assert _worker_work is not None
+    return _worker_work(rows)
