@@ -1,0 +1,291 @@
+"""A raw row to a Conversation, whatever its format.
+
+The fields of a row enter, as plain values; a `Conversation` leaves, or a `RowError` whose reason can be counted.
+Formats: messages; prompt and completion; instruction, input and output; question and answer; text.
+Whatever stands in a row, nothing but a RowError comes of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from trainer.config import Source
+from trainer.flow import BadInput, Conversation, Message, RowError
+
+# Columns that a format cannot do without; the order is the order of recognition.
+REQUIRED = {
+    "messages": ("messages",),
+    "prompt_completion": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "question_answer": ("question", "answer"),
+    "text": ("text",),
+}
+OPTIONAL = ("input", "tools")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+MAX_DEPTH = 64  # of nested values: far above any schema, far below Python's limit
+
+
+def detect_format(columns: Iterable[str], source: Source) -> str:
+    """The format of rows with these columns: as named in the recipe, else the first in REQUIRED that is complete.
+
+    Raises:
+        BadInput: no format fits; lists the columns found and shows how to map them.
+    """
+    found = list(columns)
+    known = [name for names in REQUIRED.values() for name in names] + list(OPTIONAL)
+    for ours, theirs in source.columns.items():
+        if ours not in known:
+            raise BadInput(f"{_place(source)}: `columns` maps the unknown name `{ours}`; known: {', '.join(known)}")
+        if theirs not in found and ours not in OPTIONAL:
+            raise BadInput(f"{_place(source)}: `columns` names `{theirs}`, but the rows have {_listed(found)}")
+    wanted = REQUIRED if source.format == "auto" else {source.format: REQUIRED[source.format]}
+    for format_name, names in wanted.items():
+        if all(source.columns.get(name, name) in found for name in names):
+            return format_name
+    choices = "; ".join("+".join(names) for names in wanted.values())
+    raise BadInput(
+        f"{_place(source)}: the rows have {_listed(found)}, and none of these sets of columns is there: {choices}; "
+        "name them in the recipe, as `columns: {question: Problem, answer: Solution}`"
+    )
+
+
+def to_conversation(fields: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> Conversation:
+    """The row as a conversation with at least one answer, or a text.
+
+    Args:
+        fields: the row; values as JSON has them.
+        format: a key of REQUIRED.
+        columns: our name -> the row's, where they differ.
+
+    Raises:
+        RowError: the row cannot be used.
+    """
+    row = {name: fields.get(columns.get(name, name)) for name in (*REQUIRED[format], *OPTIONAL)}
+    for name in REQUIRED[format]:
+        if row[name] is None:
+            raise RowError(f"no {name}")
+    if format == "text":
+        return Conversation(text=_text(row["text"], "text"))
+    messages = _CONVERSATIONS[format](row)
+    _check_order(messages)
+    return Conversation(messages=messages, tools=_tools(row["tools"]))
+
+
+# ----------------------------------------------------------------------------------------------- formats
+
+
+def _from_messages(row: dict[str, Any]) -> tuple[Message, ...]:
+    return _messages(row["messages"])
+
+
+def _from_prompt_completion(row: dict[str, Any]) -> tuple[Message, ...]:
+    """Strings are a question and its answer; lists of messages are taken as they are."""
+    prompt, completion = row["prompt"], row["completion"]
+    before = _messages(prompt) if isinstance(prompt, list) else (Message("user", _text(prompt, "prompt")),)
+    after = _messages(completion) if isinstance(completion, list) else (_answer(completion),)
+    return before + after
+
+
+def _from_instruction(row: dict[str, Any]) -> tuple[Message, ...]:
+    task = _text(row["instruction"], "instruction")
+    given = row["input"]
+    if given is not None and not isinstance(given, str):
+        raise RowError("input is not a string")
+    if given and given.strip():
+        task = f"{task}\n\n{_text(given, 'input')}"
+    return Message("user", task), _answer(row["output"])
+
+
+def _from_question_answer(row: dict[str, Any]) -> tuple[Message, ...]:
+    return Message("user", _text(row["question"], "question")), _answer(row["answer"])
+
+
+_CONVERSATIONS = {
+    "messages": _from_messages,
+    "prompt_completion": _from_prompt_completion,
+    "instruction": _from_instruction,
+    "question_answer": _from_question_answer,
+}
+
+
+def _answer(value: Any) -> Message:
+    return Message("assistant", _text(value, "answer"))
+
+
+# ----------------------------------------------------------------------------------------------- messages
+
+
+def _messages(value: Any) -> tuple[Message, ...]:
+    if not isinstance(value, list) or not value:
+        raise RowError("messages are not a list of messages")
+    return tuple(_message(item) for item in value)
+
+
+def _message(item: Any) -> Message:
+    if not isinstance(item, Mapping):
+        raise RowError("a message is not an object")
+    role = item.get("role")
+    if not isinstance(role, str):
+        raise RowError("a message has no role")
+    if role not in ROLES:
+        raise RowError(f"unknown role {role[:40]!r}")
+    if item.get("function_call"):
+        raise RowError("a message uses function_call; write tool_calls")
+    calls = _tool_calls(item.get("tool_calls"))
+    if calls and role != "assistant":
+        raise RowError("tool calls outside an assistant message")
+    return Message(
+        role=role,
+        content=_content(item.get("content"), may_be_empty=bool(calls)),
+        reasoning_content=_optional_string(item, "reasoning_content"),
+        tool_calls=calls,
+        tool_call_id=_optional_string(item, "tool_call_id"),
+        name=_optional_string(item, "name"),
+        weight=_weight(item.get("weight")),
+    )
+
+
+def _content(value: Any, *, may_be_empty: bool) -> str:
+    """A string, a list of text parts (joined), or null beside tool calls."""
+    if value is None and may_be_empty:
+        return ""
+    if isinstance(value, list):
+        return "".join(_part(part) for part in value)
+    if not isinstance(value, str):
+        raise RowError("content is not text")
+    return _unicode(value)
+
+
+def _part(part: Any) -> str:
+    if isinstance(part, str):
+        return _unicode(part)
+    if not isinstance(part, Mapping) or part.get("type", "text") != "text":
+        raise RowError("content has parts that are not text")
+    text = part.get("text")
+    if not isinstance(text, str):
+        raise RowError("content has parts that are not text")
+    return _unicode(text)
+
+
+def _tool_calls(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """OpenAI's form, with arguments as an object: templates write objects as JSON, and strings twice quoted."""
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise RowError("tool calls are not a list")
+    return tuple(_tool_call(_plain(call)) for call in value)
+
+
+def _tool_call(call: Any) -> Mapping[str, Any]:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise RowError("a tool call names no function")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        arguments = _parsed(arguments, "tool-call arguments are not JSON") if arguments.strip() else {}
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, dict):
+        raise RowError("tool-call arguments are not an object")
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
+    """The functions that the row offers: a list of objects, or that list as a JSON string."""
+    if isinstance(value, str):
+        value = _parsed(value, "tools are not JSON") if value.strip() else None
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise RowError("tools are not a list")
+    tools = tuple(_plain(tool) for tool in value)
+    for tool in tools:
+        function = tool.get("function", tool) if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise RowError("a tool names no function")
+    return tools
+
+
+def _check_order(messages: tuple[Message, ...]) -> None:
+    """What no template means: a row that opens with an answer, an answer that says nothing, results without a call."""
+    if all(message.role != "assistant" for message in messages):
+        raise RowError("no answer")
+    called = False
+    for number, message in enumerate(messages):
+        if message.role == "assistant":
+            if all(earlier.role in ("system", "developer") for earlier in messages[:number]):
+                raise RowError("an answer comes before any question")
+            if not message.content.strip() and not message.tool_calls:
+                raise RowError("no answer")
+            called = called or bool(message.tool_calls)
+        elif message.role == "tool" and not called:
+            raise RowError("a tool result without a tool call")
+
+
+# ----------------------------------------------------------------------------------------------- values
+
+
+def _text(value: Any, name: str) -> str:
+    if not isinstance(value, str):
+        raise RowError(f"{name} is not a string")
+    if not value.strip():
+        raise RowError(f"no {name}")
+    return _unicode(value)
+
+
+def _optional_string(item: Mapping[Any, Any], name: str) -> str | None:
+    value = item.get(name)
+    if value is not None and not isinstance(value, str):
+        raise RowError(f"{name} is not a string")
+    return None if value is None else _unicode(value)
+
+
+def _weight(value: Any) -> int:
+    if value is None:
+        return 1
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        raise RowError("a message's weight is not 0 or 1")
+    return int(value)
+
+
+def _parsed(text: str, reason: str) -> Any:
+    try:
+        return _plain(json.loads(text))
+    except RowError:
+        raise
+    except (ValueError, RecursionError):  # ValueError: also numbers too long for an int
+        raise RowError(reason) from None
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """A copy of plain JSON values; anything else, or nesting beyond MAX_DEPTH, rejects the row."""
+    if depth > MAX_DEPTH:
+        raise RowError("nested too deeply")
+    if isinstance(value, str):
+        return _unicode(value)
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, list | tuple):
+        return [_plain(item, depth + 1) for item in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {_unicode(key): _plain(item, depth + 1) for key, item in value.items()}
+    raise RowError("a value that JSON does not have")
+
+
+def _unicode(text: str) -> str:
+    """JSON can write half a surrogate pair, which no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RowError("half a surrogate pair in the text") from None
+    return text
+
+
+def _listed(columns: list[str]) -> str:
+    return f"the columns {', '.join(columns)}" if columns else "no columns"
+
+
+def _place(source: Source) -> str:
+    return source.path or source.name or "the source"

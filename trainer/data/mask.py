@@ -1,0 +1,276 @@
+"""Which tokens of a row are trained, proved for each row (C6).
+
+Conversations enter; Examples leave, or RowErrors with the reason. `trainer/template.py` gives the origin of every
+character; this file carries it over to tokens:
+
+- A text is tokenised once and whole, without added special tokens, as at inference: the template writes BOS or there
+  is none. The control tokens that come out must be exactly those that the template wrote, in order. So no text can
+  bring one in, and the pieces between them, which the tokenizer treats apart, are known.
+- An answer begins where the generation prompt ends. There the tokens since the last control token must be what the
+  prompt gives when it is tokenised alone, as it is at inference. Where they are not (a token has merged across the
+  end), the row is tokenised in two pieces cut there, which is exactly what inference does, and looked at again.
+- It ends with its stop token, one of the control tokens already accounted for.
+
+What is trained: the answer from the end of the generation prompt, the template's own words in it included, to the
+stop token. White space that a template writes after the stop token (ChatML's newline) is context: generation has
+ended there, so nothing is gained by learning it. `train_trailing_newline` counts it, to compare with those who do.
+The first token is never trained. A plain text is all trained, between the tokenizer's own BOS (if it adds one) and EOS.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from trainer.flow import BadInput, Conversation, Example, Message, RowError
+from trainer.template import DATE_STRING, Render, Template, Turn
+
+VERSION = 1  # raise it when the same row comes out another way: it is part of the cache's key
+MODES = ("all", "completion", "assistant", "last_turn")
+MOST_WINDOWS = 4096
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A rendered conversation with the turns to train."""
+
+    render: Render
+    turns: list[Turn]
+
+
+class Masker:
+    """Conversation -> Example under one tokenizer, template and policy.
+
+    Args:
+        tokenizer: a fast one; its chat template is used as it stands.
+        train_on: `all` tokens; `completion`, the last answer; `assistant`, every answer; `last_turn`, every answer
+            after the last user message (tool calls before the last answer among them).
+        train_on_eot: the stop token is trained with its answer.
+        train_trailing_newline: so is white space that the template writes after it.
+
+    Raises:
+        BadInput: the tokenizer cannot be used.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        train_on: str = "assistant",
+        train_on_eot: bool = True,
+        *,
+        train_trailing_newline: bool = False,
+    ) -> None:
+        if train_on not in MODES:
+            raise BadInput(f"`data.train_on` is {train_on!r}; allowed: {', '.join(MODES)}")
+        if not tokenizer.is_fast:
+            raise BadInput(
+                f"the tokenizer ({type(tokenizer).__name__}) is a slow one, whose tokens cannot be traced to the text; "
+                "use a model folder with a tokenizer.json"
+            )
+        self.tokenizer = tokenizer
+        self.template = Template(tokenizer)
+        self.train_on = train_on
+        self.train_on_eot = train_on_eot
+        self.train_trailing_newline = train_trailing_newline and train_on_eot
+        control_ids = list(self.template.control_ids.values())
+        self._is_control = np.zeros(max([len(tokenizer), *(number + 1 for number in control_ids)]), dtype=bool)
+        self._is_control[control_ids] = True
+        self._windows: dict[str, list[int]] = {}
+        self._text_controls = [number for number in self._encode(["x"], True)[0] if self._is_control[number]]
+        self._cuts_cleanly = self._encode(["\nx"])[0][-len(self._encode(["x"])[0]) :] == self._encode(["x"])[0]
+
+    # ------------------------------------------------------------------------------------------- examples
+
+    def example(self, conversation: Conversation) -> Example:
+        """One row. Raises RowError with the reason where the mask cannot be proved."""
+        result = self.examples([conversation])[0]
+        if isinstance(result, RowError):
+            raise result
+        return result
+
+    def examples(self, conversations: Sequence[Conversation]) -> list[Example | RowError]:
+        """Many rows at once, which is faster: for each its example, or why it is rejected."""
+        results: list[Any] = [self._row(conversation) for conversation in conversations]
+        for has_template in (True, False):
+            chosen = [n for n, row in enumerate(results) if isinstance(row, _Row if has_template else str)]
+            texts = [row.render.text if has_template else row for row in (results[n] for n in chosen)]
+            for n, ids in zip(chosen, self._encode(texts, not has_template)):
+                try:
+                    results[n] = self._template_example(results[n], ids) if has_template else self._text_example(ids)
+                except RowError as error:
+                    results[n] = error
+        return results
+
+    def prompt(self, conversation: Conversation) -> tuple[list[int], str]:
+        """What inference is given before the last answer, and that answer's text.
+
+        Raises:
+            RowError: the row is no conversation, or its mask cannot be proved.
+        """
+        self.example(conversation)
+        answers = _answers(conversation.messages)
+        if not answers:
+            raise RowError("no answer")
+        messages = [message.as_dict() for message in conversation.messages[: answers[-1]]]
+        text = self.template.render(messages, list(conversation.tools) or None, prompt=True)
+        return self._encode([text])[0], conversation.messages[answers[-1]].content
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: the template's own after a plain one, and the tokenizer's EOS."""
+        stops = []
+        if self.tokenizer.chat_template is not None:
+            try:
+                skeleton = self.template.follow(_PLAIN).skeleton
+                stops.append(skeleton.control_ids[self.template.turn(skeleton, 1).stop])
+            except RowError:  # then every conversation will be rejected with this reason
+                pass
+        if self.tokenizer.eos_token_id is not None:
+            stops.append(self.tokenizer.eos_token_id)
+        return tuple(dict.fromkeys(stops))
+
+    def fingerprint(self) -> str:
+        """A hash of all that shapes an example: tokenizer, template, policy and this file's VERSION."""
+        self._plain_state()
+        parts = {
+            "version": VERSION,
+            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+            "template": self.tokenizer.chat_template,
+            "special": {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()},
+            "control": self.template.control_ids,
+            "policy": [self.train_on, self.train_on_eot, self.train_trailing_newline, DATE_STRING],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+    # ------------------------------------------------------------------------------------------- rows
+
+    def _row(self, conversation: Conversation) -> _Row | str | RowError:
+        """What is to be tokenised: a render with its turns, a plain text, or nothing and why."""
+        if conversation.text is not None:
+            return conversation.text
+        try:
+            render = self.template.follow(conversation)
+            return _Row(render, [self.template.turn(render.skeleton, n) for n in self._wanted(conversation.messages)])
+        except RowError as error:
+            return error
+
+    def _wanted(self, messages: Sequence[Message]) -> list[int]:
+        """The numbers of the messages whose turns are looked up: to train; under `all`, those to leave out."""
+        answers = _answers(messages)
+        if self.train_on == "all":
+            if any(message.weight == 0 and message.role != "assistant" for message in messages):
+                raise RowError("weight 0 on a message that is not an answer, under train_on: all")
+            return [number for number in answers if messages[number].weight == 0]
+        if self.train_on == "completion":
+            answers = answers[-1:]
+        elif self.train_on == "last_turn":
+            asked = max((number for number, message in enumerate(messages) if message.role == "user"), default=-1)
+            answers = [number for number in answers if number > asked]
+        wanted = [number for number in answers if messages[number].weight]
+        if not wanted:
+            raise RowError("nothing to train")
+        return wanted
+
+    def _template_example(self, row: _Row, tokens: list[int]) -> Example:
+        ids, spans, cuts = self._located(row, tokens)
+        if cuts:
+            ids, spans, cuts = self._located(row, self._encode_cut(row.render.text, cuts))
+            if cuts:
+                raise RowError("a token spans the end of the prompt and the answer")
+        trained = np.full(len(ids), self.train_on == "all")
+        for start, stop in spans:
+            trained[start:stop] = self.train_on != "all"
+        if self.train_on == "all" and not self.train_on_eot:
+            stops = [self.template.turn(row.render.skeleton, n).stop for n in _answer_numbers(row.render)]
+            trained[np.flatnonzero(self._is_control[ids])[stops]] = False
+        return _finished(ids, trained)
+
+    def _located(self, row: _Row, tokens: list[int]) -> tuple[np.ndarray, list[tuple[int, int]], list[int]]:
+        """The row's tokens, the span of each turn, and the characters at which the text must be cut first.
+
+        This is the proof: it raises RowError where the tokens are not what the template and the texts account for.
+        """
+        render, skeleton = row.render, row.render.skeleton
+        ids = np.array(tokens, dtype=np.int32)
+        controls = np.flatnonzero(self._is_control[ids])
+        if ids[controls].tolist() != skeleton.control_ids:
+            raise RowError("a text holds a control token of the model")
+        spans, cuts = [], []
+        for turn in row.turns:
+            before = skeleton.controls[turn.before] if turn.before >= 0 else None
+            window = self._window(render.between(before, turn.start))
+            first = int(controls[turn.before]) if turn.before >= 0 else 0
+            start = first + len(window)
+            if tokens[first:start] != window:
+                cuts.append(render.position(turn.start))
+            spans.append((start, self._end(turn, controls, len(tokens))))
+        return ids, spans, cuts
+
+    def _end(self, turn: Turn, controls: np.ndarray, num_tokens: int) -> int:
+        stop = int(controls[turn.stop])
+        if self.train_trailing_newline and turn.newline:
+            return int(controls[turn.stop + 1]) if turn.stop + 1 < len(controls) else num_tokens
+        return stop + 1 if self.train_on_eot else stop
+
+    def _text_example(self, tokens: list[int]) -> Example:
+        if [number for number in tokens if self._is_control[number]] != self._text_controls:
+            raise RowError("a text holds a control token of the model")
+        eos = self.tokenizer.eos_token_id
+        if eos is None:
+            raise BadInput("the tokenizer has no EOS token, and the rows are plain texts; set one in the tokenizer")
+        ids = np.array(tokens if tokens[-1:] == [eos] else [*tokens, eos], dtype=np.int32)
+        trained = np.ones(len(ids), dtype=bool)
+        trained[-1] = self.train_on_eot
+        return _finished(ids, trained)
+
+    # ------------------------------------------------------------------------------------------- tokens
+
+    def _encode(self, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
+        self._plain_state()
+        backend = self.tokenizer.backend_tokenizer
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+
+    def _plain_state(self) -> None:
+        """Undo the padding and truncation that a call to the tokenizer elsewhere leaves behind."""
+        self.tokenizer.backend_tokenizer.no_padding()
+        self.tokenizer.backend_tokenizer.no_truncation()
+
+    def _window(self, text: str) -> list[int]:
+        """The tokens of a prompt's end, tokenised alone. Mostly a role header, so the few there are are kept."""
+        found = self._windows.get(text)
+        if found is None:
+            if len(self._windows) >= MOST_WINDOWS:
+                self._windows.clear()
+            found = self._windows[text] = self._encode([text])[0]
+        return found
+
+    def _encode_cut(self, text: str, cuts: list[int]) -> list[int]:
+        """The text tokenised in pieces. Only for tokenizers that put nothing of their own before a piece."""
+        if not self._cuts_cleanly:
+            raise RowError("a token spans the end of the prompt and the answer")
+        pieces = [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)])]
+        return [number for ids in self._encode(pieces) for number in ids]
+
+
+_PLAIN = Conversation((Message("user", "Hello"), Message("assistant", "Hello")))
+
+
+def _answers(messages: Sequence[Message]) -> list[int]:
+    return [number for number, message in enumerate(messages) if message.role == "assistant"]
+
+
+def _answer_numbers(render: Render) -> list[int]:
+    return [number for number, message in enumerate(render.skeleton.messages) if message["role"] == "assistant"]
+
+
+def _finished(ids: np.ndarray, trained: np.ndarray) -> Example:
+    trained[:1] = False
+    if not trained.any():
+        raise RowError("nothing to train")
+    return Example(ids, trained)

@@ -1,0 +1,416 @@
+"""What a chat template makes of a conversation, with the origin of every character.
+
+A `Conversation` enters; a `Render` leaves: the rendered text, where each piece of template text lies in it, and, for
+each answer, where it begins and ends. The method follows from how templates work; there is no list of known models.
+
+*Origin.* The conversation is rendered twice: as it is, and with every text that a row fills in (contents, reasoning,
+strings in tool-call arguments, function names) replaced by a numbered word. White space at a text's ends stays outside
+its word, so that a template strips the same from both. Between the words of the second render stands template text
+(the `literals`). The first render must be exactly these literals with the texts between them, each as it is or
+escaped as JSON: then every character has a known origin. Otherwise the row is rejected. The second render depends on
+the row's shape alone and is cached by it; the comparison is made for every row, so a wrong skeleton cannot pass.
+Templates that look into a text (qwen3 splits at `</think>`) will not fit; then the strings that the template itself
+compares with are left standing in the texts, so that both renders branch alike, and the comparison is made again.
+
+*Where an answer begins.* Where the generation prompt ends: all that follows must be written by the model. The prompt
+of turn t is the render of the messages before it with `add_generation_prompt`; the part after its last text must open
+the literal that follows the same text in the whole render. What comes earlier may differ (mistral_nemo moves its tools
+about), and a template without a generation prompt (llama2) needs no exception. So an empty `<think>` block after the
+generation prompt is part of the answer, as the model will have to write it.
+
+*Where it ends.* With the first control token that closes the render of the messages up to and including the turn: the
+stop token. A template that writes none is refused. Where a template marks answers by {% generation %}, its mark must
+lie inside these bounds and reach the stop token; the answer then begins with the mark.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from trainer.flow import BadInput, Conversation, RowError
+
+# Templates that write the date get this one, so that tokenised data does not depend on the day it was made. The
+# formats are those of strftime_now; llama3_2 takes `date_string`, which its authors fixed to the same day.
+DATE_STRING = "26 Jul 2024"
+DATE_PARTS = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
+FIXED_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f"|replace('{code}', '{value}')" for code, value in DATE_PARTS.items())
+    + " }}{% endmacro +%}"
+)
+WORD = re.compile(r"zq(\d{4,})qz")
+GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+MOST_SKELETONS = 4096
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+class Place(NamedTuple):
+    """A character of template text: `offset` in literal number `literal`."""
+
+    literal: int
+    offset: int
+
+
+@dataclass(frozen=True)
+class Turn:
+    """An answer: from `start` to the end of its stop token, the control token number `stop` of the render.
+
+    `before` is the number of the last control token before `start`, -1 where there is none. `newline` says that
+    nothing but white space stands between the stop token and the next control token (or the end).
+    """
+
+    start: Place
+    before: int
+    stop: int
+    newline: bool
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """The render of a shape: `literals` (n + 1) with `slots` (n) between them, numbers of texts.
+
+    `owners[slot]` is the message and the field that the text came from; `controls` are the control tokens in the
+    literals, in order, `control_ids` their ids. `turns` fills as turns are asked for: a Turn, or why there is none.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any] | None
+    owners: list[tuple[int, str]]
+    literals: list[str]
+    slots: list[int]
+    controls: list[Place]
+    control_ids: list[int]
+    marks: list[tuple[Place, Place]]  # what the template itself marks as generated
+    turns: dict[int, Turn | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Render:
+    """A rendered row: `starts[i]` is where literal i begins in `text`."""
+
+    text: str
+    skeleton: Skeleton
+    starts: list[int]
+
+    def position(self, place: Place) -> int:
+        return self.starts[place.literal] + place.offset
+
+    def between(self, start: Place | None, stop: Place) -> str:
+        """The text from `start` (the beginning where None) to `stop`."""
+        return self.text[0 if start is None else self.position(start) : self.position(stop)]
+
+
+class Template:
+    """A tokenizer's chat template; keeps the skeletons of the shapes it has met."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        added = {token.content: (number, token.special) for number, token in tokenizer.added_tokens_decoder.items()}
+        # Tokens that only the template may write: a text that holds one would end or open turns.
+        self.control_ids: dict[str, int] = {text: number for text, (number, special) in added.items() if special}
+        self.control_ids |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+        longest_first = sorted({*added, *self.control_ids}, key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._skeletons: dict[str, Skeleton] = {}
+        self._constants: dict[str, re.Pattern[str] | None] = {}
+
+    def follow(self, conversation: Conversation) -> Render:
+        """Render a conversation with the origin of every character. Raises RowError where it cannot be known."""
+        messages = [message.as_dict() for message in conversation.messages]
+        tools = list(conversation.tools) or None
+        text = self.render(messages, tools)
+        for keep in (None, self._compared_strings(tools)):
+            words = _Words(keep)
+            shape = words.conversation(messages, tools)
+            skeleton = self._skeleton(*shape, words.owners)
+            starts = _fit(text, skeleton, words.texts)
+            if starts is not None:
+                return Render(text, skeleton, starts)
+        raise RowError("the template changes a text in a way that cannot be followed")
+
+    def turn(self, skeleton: Skeleton, message: int) -> Turn:
+        """The bounds of the answer in message number `message`. Raises RowError where they cannot be proved."""
+        found = skeleton.turns.get(message)
+        if found is None:
+            try:
+                found = self._prove_turn(skeleton, message)
+            except RowError as error:
+                found = str(error)
+            skeleton.turns[message] = found
+        if isinstance(found, str):
+            raise RowError(found)
+        return found
+
+    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False) -> str:
+        """The template's text; with `prompt`, ending with the generation prompt."""
+        return self._render(messages, tools, add_generation_prompt=prompt)[0][0]
+
+    def source(self, tools: list[Any] | None = None) -> str:
+        """The template in use (a tokenizer may have another one for rows with tools), its clock stopped.
+
+        Raises:
+            BadInput: the tokenizer has none.
+        """
+        if self.tokenizer.chat_template is None:
+            raise BadInput(
+                "the tokenizer has no chat template, and the rows are conversations; "
+                "set `model.chat_template: chatml`, or give a Jinja file there"
+            )
+        source = self.tokenizer.get_chat_template(tools=tools)
+        return FIXED_CLOCK + source if "strftime_now" in source else source
+
+    def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> tuple[Any, Any]:
+        source = self.source(tools)
+        variables = {**self.tokenizer.special_tokens_map, "date_string": DATE_STRING, **options}
+        try:
+            return render_jinja_template([messages], tools=tools, chat_template=source, **variables)
+        except TEMPLATE_ERRORS as error:
+            raise RowError(f"the template refuses the row: {' '.join(str(error).split())[:100]}") from None
+
+    # ------------------------------------------------------------------------------------------- skeletons
+
+    def _skeleton(self, messages: list[dict[str, Any]], tools: list[Any] | None, owners: list[Any]) -> Skeleton:
+        key = repr((messages, tools))
+        skeleton = self._skeletons.get(key)
+        if skeleton is None:
+            if len(self._skeletons) >= MOST_SKELETONS:
+                self._skeletons.clear()
+            skeleton = self._skeletons[key] = self._build(messages, tools, owners)
+        return skeleton
+
+    def _build(self, messages: list[dict[str, Any]], tools: list[Any] | None, owners: list[Any]) -> Skeleton:
+        if any(self._controls(text) for text in _strings((messages, tools))):
+            raise RowError("a text holds a control token of the model")
+        marked = GENERATION.search(self.source(tools)) is not None
+        texts, marks = self._render(messages, tools, return_assistant_tokens_mask=marked)
+        parts = WORD.split(texts[0])
+        slots = [int(number) for number in parts[1::2]]
+        if len(set(slots)) < len(slots):
+            raise RowError("the template writes a text twice")
+        _refuse_dropped(messages, owners, set(range(len(owners))) - set(slots))
+        literals = parts[0::2]
+        controls = [
+            (Place(number, match.start()), self.control_ids[match[0]])
+            for number, literal in enumerate(literals)
+            for match in self._controls(literal)
+        ]
+        places = [(_place(texts[0], start), _place(texts[0], stop)) for start, stop in (marks[0] if marked else ())]
+        where, ids = [place for place, _ in controls], [number for _, number in controls]
+        return Skeleton(messages, tools, owners, literals, slots, where, ids, places)
+
+    def _controls(self, text: str) -> list[re.Match[str]]:
+        return [match for match in self._added.finditer(text) if match[0] in self.control_ids]
+
+    def _prove_turn(self, skeleton: Skeleton, message: int) -> Turn:
+        slots, owners, literals = skeleton.slots, skeleton.owners, skeleton.literals
+        for dropped in set(range(len(owners))) - set(slots):
+            if owners[dropped][0] == message:
+                raise RowError(f"the template drops {_NAMES[owners[dropped][1]]} of an answer")
+        prompt = self.render(skeleton.messages[:message], skeleton.tools, prompt=True)
+        anchor, header = _after_last_word(prompt)
+        first = 0 if anchor is None else slots.index(anchor) + 1  # the row was refused if the text were dropped
+        if not literals[first].startswith(header):
+            raise RowError("an answer does not begin where the generation prompt ends")
+        own = [index for index, slot in enumerate(slots) if owners[slot][0] == message]
+        if not own or own != list(range(first, first + len(own))):
+            raise RowError("the template writes an answer out of its place")
+        last = own[-1] + 1
+        anchor, closing = _after_last_word(self.render(skeleton.messages[: message + 1], skeleton.tools))
+        stop = next(iter(self._controls(closing)), None)
+        if anchor != slots[own[-1]] or stop is None or not literals[last].startswith(closing[: stop.end()]):
+            raise RowError("the template writes no stop token after an answer")
+        start = Place(first, len(header))
+        for mark in skeleton.marks:
+            start = _narrowed(mark, start, first, Place(last, stop.end()))
+        if skeleton.marks and not any(begin == start for begin, _ in skeleton.marks):
+            raise RowError("the template's {% generation %} block leaves out an answer")
+        number = skeleton.controls.index(Place(last, stop.start()))
+        before = sum(place < start for place in skeleton.controls) - 1
+        return Turn(start, before, number, _blank_after(skeleton, number, stop.end()))
+
+    def _compared_strings(self, tools: list[Any] | None) -> re.Pattern[str] | None:
+        """The strings that the template compares texts with: operands of tests, arguments of calls and filters."""
+        source = self.source(tools)
+        if source not in self._constants:
+            tree = jinja2.Environment(autoescape=False, extensions=["jinja2.ext.loopcontrols"]).parse(  # noqa: S701
+                GENERATION.sub("", source)
+            )
+            found = {text for text in _compared(tree) if text.strip()}
+            pattern = "|".join(re.escape(text) for text in sorted(found, key=lambda text: (-len(text), text)))
+            self._constants[source] = re.compile(f"({pattern})") if found else None
+        return self._constants[source]
+
+
+_NAMES = {"content": "the content", "reasoning_content": "the reasoning", "tool_calls": "tool calls"}
+
+
+# ----------------------------------------------------------------------------------------------- words for texts
+
+
+class _Words:
+    """Puts words in the place of texts. `texts[n]` is what word n stands for, `owners[n]` where it was."""
+
+    def __init__(self, keep: re.Pattern[str] | None) -> None:
+        self.keep = keep
+        self.texts: list[str] = []
+        self.owners: list[tuple[int, str]] = []
+
+    def conversation(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> tuple[list[Any], Any]:
+        """The shape of the row: all that a template may branch on, and no text. Tools belong to message -1."""
+        shaped_tools = None if tools is None else [self._tool(tool, -1, "tools") for tool in tools]
+        return [self._message(number, message) for number, message in enumerate(messages)], shaped_tools
+
+    def _message(self, number: int, message: dict[str, Any]) -> dict[str, Any]:
+        shape = dict(message)
+        for name in ("reasoning_content", "content"):
+            if name in shape:
+                shape[name] = self._text(shape[name], (number, name))
+        if "tool_calls" in shape:
+            shape["tool_calls"] = [self._tool(call, number, "tool_calls") for call in shape["tool_calls"]]
+        return shape
+
+    def _tool(self, tool: Any, number: int, name: str) -> Any:
+        """A tool or a call: its function's name, and the strings in a call's arguments."""
+        if "function" in tool:
+            return {**tool, "function": self._tool(tool["function"], number, name)}
+        shape = {**tool, "name": self._text(tool["name"], (number, name))}
+        if "arguments" in shape:
+            shape["arguments"] = self._strings(shape["arguments"], (number, name))
+        return shape
+
+    def _strings(self, value: Any, owner: tuple[int, str]) -> Any:
+        if isinstance(value, str):
+            return self._text(value, owner)
+        if isinstance(value, dict):
+            return {key: self._strings(item, owner) for key, item in value.items()}
+        return [self._strings(item, owner) for item in value] if isinstance(value, list) else value
+
+    def _text(self, text: str, owner: tuple[int, str]) -> str:
+        if self.keep is None:
+            return self._word(text, owner)
+        parts = self.keep.split(text)  # texts at even places, kept strings at odd ones
+        return "".join(part if place % 2 else self._word(part, owner) for place, part in enumerate(parts))
+
+    def _word(self, text: str, owner: tuple[int, str]) -> str:
+        """A word in the place of the text, between the white space at its ends; an empty text stays empty."""
+        core = text.strip()
+        if not core:
+            return text
+        self.texts.append(core)
+        self.owners.append(owner)
+        word = f"zq{len(self.texts) - 1:04d}qz"
+        if len(core) == len(text):
+            return word
+        start = len(text) - len(text.lstrip())
+        return text[:start] + word + text[start + len(core) :]
+
+
+def _fit(text: str, skeleton: Skeleton, texts: list[str]) -> list[int] | None:
+    """Where each literal begins in `text`, if it is exactly the literals with the texts between them; else None."""
+    position, starts = 0, []
+    literals = skeleton.literals
+    for number, slot in enumerate(skeleton.slots):
+        starts.append(position)
+        if not text.startswith(literals[number], position):
+            return None
+        position += len(literals[number])
+        for form in _forms(texts[slot]):
+            if text.startswith(form, position) and text.startswith(literals[number + 1], position + len(form)):
+                position += len(form)
+                break
+        else:
+            return None
+    starts.append(position)
+    return starts if text[position:] == literals[-1] else None
+
+
+def _forms(text: str) -> Iterator[str]:
+    """How templates write a text: as it is, or inside JSON, with or without escapes for what is not ASCII."""
+    yield text
+    yield json.dumps(text, ensure_ascii=False)[1:-1]
+    yield json.dumps(text)[1:-1]
+
+
+def _refuse_dropped(messages: list[dict[str, Any]], owners: list[tuple[int, str]], dropped: set[int]) -> None:
+    """Refuse a render that leaves out what was said. Old reasoning may go: the same happens when the model is used."""
+    kept = {owner for number, (owner, _) in enumerate(owners) if number not in dropped}
+    for message, name in sorted({owners[number] for number in dropped}):
+        if name in ("tools", "tool_calls"):
+            raise RowError(f"the template drops {'the tools' if name == 'tools' else 'tool calls'}")
+        if messages[message]["role"] != "assistant":
+            raise RowError(f"the template drops the {messages[message]['role']} message")
+        if message not in kept:
+            raise RowError("the template drops an answer")
+
+
+def _after_last_word(text: str) -> tuple[int | None, str]:
+    """The number of the last word in `text`, and what follows it."""
+    *_, number, tail = [None, *WORD.split(text)]
+    return (None if number is None else int(number)), tail or ""
+
+
+def _place(text: str, position: int) -> Place:
+    """A position in a skeleton's text as a place; one inside a word counts as the end of the literal before."""
+    number, start = 0, 0
+    for match in WORD.finditer(text):
+        if position <= match.start():
+            break
+        if position < match.end():
+            return Place(number, match.start() - start)
+        number, start = number + 1, match.end()
+    return Place(number, position - start)
+
+
+def _narrowed(mark: tuple[Place, Place], start: Place, first: int, stop: Place) -> Place:
+    """`start` moved to where the template's own mark begins, if that mark is about this answer."""
+    begin, end = mark
+    if end <= start or begin >= stop:
+        return start
+    if begin < start or begin.literal != first:
+        raise RowError("the template's {% generation %} block begins before the generation prompt ends")
+    if end < stop:
+        raise RowError("the template's {% generation %} block leaves out the stop token")
+    return begin
+
+
+def _blank_after(skeleton: Skeleton, control: int, offset: int) -> bool:
+    """Whether white space alone stands from `offset` after control token number `control` to the next one."""
+    number = skeleton.controls[control].literal
+    following = skeleton.controls[control + 1] if control + 1 < len(skeleton.controls) else None
+    if following is not None and following.literal == number:
+        return skeleton.literals[number][offset : following.offset].isspace()
+    return number == len(skeleton.literals) - 1 and skeleton.literals[number][offset:].isspace()
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a nested value, keys among them."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _strings(item)
+
+
+def _compared(tree: jinja2.nodes.Template) -> Iterator[str]:
+    from jinja2 import nodes
+
+    for node in tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test)):
+        if isinstance(node, nodes.Compare):
+            candidates = [node.expr, *(operand.expr for operand in node.ops)]
+        else:
+            candidates = [*getattr(node, "args", ())]
+        for candidate in candidates:
+            if isinstance(candidate, nodes.Const) and isinstance(candidate.value, str):
+                yield candidate.value
