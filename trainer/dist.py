@@ -125,6 +125,9 @@ def barrier() -> None:
 # ----------------------------------------------------------------------------------------------- stopping
 
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
 class StopFlag:
     """SIGTERM or SIGUSR1 on any rank stops all of them after the same step (C9).
 
@@ -135,8 +138,10 @@ class StopFlag:
         self.raised = False
         self._group: Any = None
         self._pending: Any = None
-        for signum in (signal.SIGTERM, signal.SIGUSR1):
+        for signum in _STOP_SIGNALS:
             signal.signal(signum, self._raise)
+        # the launcher starts workers with these held back, so that none is lost before there is a handler
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
         # the launcher starts workers with both held back, so that none is lost before this moment
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
 
