@@ -1,0 +1,124 @@
+"""Packing lays every token of every document into exactly one row, and wastes little room."""
+
+import json
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from trainer.data.pack import pack
+
+ROW = 16
+PACKINGS = ("none", "bfd", "bfd_split", "wrapped")
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def documents(packing: str) -> st.SearchStrategy[list[int]]:
+    longest = ROW if packing in ("none", "bfd") else 3 * ROW + 1
+    return st.lists(st.integers(1, longest), min_size=1, max_size=60)
+
+
+@pytest.fixture(scope="module")
+def gsm8k_lengths(shared) -> np.ndarray:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models/smollm2_tokenizer")
+    lines = (shared / "data/gsm8k_train.jsonl").read_bytes().splitlines()
+    rows = [json.loads(line) for line in lines]
+    frame = len(tokenizer(tokenizer.apply_chat_template([{"role": "user", "content": ""}] * 2, tokenize=False)).input_ids)
+    encoded = tokenizer([f"{row['question']}{row['answer']}" for row in rows]).input_ids
+    return np.array([frame + len(ids) for ids in encoded])
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@given(data=st.data(), seed=st.integers(0, 9))
+def test_every_token_lies_in_one_piece_and_no_row_is_too_long(packing, data, seed):
+    lengths = np.array(data.draw(documents(packing)))
+    packed = pack(lengths, ROW, packing, rng(seed))
+
+    taken = [np.zeros(length, int) for length in lengths]
+    for document, start, stop, _ in packed.pieces:
+        assert start < stop
+        taken[document][start:stop] += 1
+    assert all((tokens == 1).all() for tokens in taken)
+
+    sizes = packed.pieces[:, 2] - packed.pieces[:, 1]
+    assert packed.row_offsets[0] == 0
+    assert packed.row_offsets[-1] == len(packed.pieces)
+    assert (np.diff(packed.row_offsets) > 0).all(), "no row is empty"
+    rows = [sizes[a:b].sum() for a, b in zip(packed.row_offsets, packed.row_offsets[1:], strict=False)]
+    assert max(rows) <= ROW
+    if packing == "wrapped":
+        assert all(row == ROW for row in rows[:-1])
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@given(data=st.data())
+def test_pieces_of_a_document_are_numbered_in_order(packing, data):
+    lengths = np.array(data.draw(documents(packing)))
+    packed = pack(lengths, ROW, packing, rng())
+    for document in range(len(lengths)):
+        of_document = packed.pieces[packed.pieces[:, 0] == document]
+        of_document = of_document[np.argsort(of_document[:, 1])]
+        assert of_document[:, 3].tolist() == list(range(len(of_document)))
+        if packing in ("none", "bfd"):
+            assert len(of_document) == 1
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_the_seed_decides_the_rows(packing):
+    lengths = rng(7).integers(1, ROW + 1, 500)
+    one, same, other = (pack(lengths, ROW, packing, rng(seed)) for seed in (1, 1, 2))
+    assert np.array_equal(one.pieces, same.pieces)
+    assert np.array_equal(one.row_offsets, same.row_offsets)
+    assert not np.array_equal(one.pieces, other.pieces)
+
+
+def test_epochs_group_documents_differently_even_where_all_lengths_differ():
+    lengths = np.arange(1, 4001)
+
+    def together(seed: int) -> set[tuple[int, ...]]:
+        packed = pack(lengths, 4096, "bfd", rng(seed))
+        cut = np.split(packed.pieces[:, 0], packed.row_offsets[1:-1])
+        return {tuple(sorted(row)) for row in cut}
+
+    assert len(together(1) & together(2)) < 0.25 * len(together(1))  # without windows: all
+
+
+def test_best_fit_takes_the_tightest_row():
+    packed = pack(np.array([10, 9, 7, 6]), ROW, "bfd", rng())  # 10 + 6 and 9 + 7, both full
+    assert packed.num_rows == 2
+    assert {tuple(sorted(row)) for row in np.split(packed.pieces[:, 0], packed.row_offsets[1:-1])} == {(0, 3), (1, 2)}
+
+
+@pytest.mark.parametrize("packing", ["none", "bfd"])
+def test_a_document_longer_than_a_row_is_refused_where_documents_stay_whole(packing):
+    with pytest.raises(ValueError, match="17 tokens does not fit in a row of 16"):
+        pack(np.array([3, 17]), ROW, packing, rng())
+
+
+def test_an_empty_document_is_refused():
+    with pytest.raises(ValueError, match="empty"):
+        pack(np.array([3, 0]), ROW, "bfd", rng())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_rows_of_gsm8k_are_nearly_full(gsm8k_lengths, seed):
+    packed = pack(gsm8k_lengths, 2048, "bfd", rng(seed))
+    fill = gsm8k_lengths.sum() / (packed.num_rows * 2048)
+    print(f"fill {fill:.4f} of {packed.num_rows} rows")
+    assert fill >= 0.985
+
+
+def test_a_million_documents_pack_in_seconds():
+    lengths = np.clip(rng(0).lognormal(5.5, 1.0, 1_000_000).astype(int), 2, 8192)
+    started = time.process_time()
+    packed = pack(lengths, 8192, "bfd", rng(1))
+    seconds = time.process_time() - started
+    print(f"{seconds:.1f} s, fill {lengths.sum() / packed.num_rows / 8192:.4f}")
+    assert seconds < 10
+    assert lengths.sum() / packed.num_rows / 8192 > 0.995
