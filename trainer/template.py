@@ -172,6 +172,8 @@ class Template:
         variables = {**self.tokenizer.special_tokens_map, "date_string": DATE_STRING, **options}
         try:
             return render_jinja_template([messages], tools=tools, chat_template=source, **variables)
+        except jinja2.TemplateSyntaxError as error:
+            raise BadInput(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})") from None
         except TEMPLATE_ERRORS as error:
             raise RowError(f"the template refuses the row: {' '.join(str(error).split())[:100]}") from None
 
