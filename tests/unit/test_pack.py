@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from trainer.data.pack import pack
 
 ROW = 16
@@ -29,7 +30,9 @@ def gsm8k_lengths(shared) -> np.ndarray:
     tokenizer = AutoTokenizer.from_pretrained(shared / "models/smollm2_tokenizer")
     lines = (shared / "data/gsm8k_train.jsonl").read_bytes().splitlines()
     rows = [json.loads(line) for line in lines]
-    frame = len(tokenizer(tokenizer.apply_chat_template([{"role": "user", "content": ""}] * 2, tokenize=False)).input_ids)
+    frame = len(
+        tokenizer(tokenizer.apply_chat_template([{"role": "user", "content": ""}] * 2, tokenize=False)).input_ids
+    )
     encoded = tokenizer([f"{row['question']}{row['answer']}" for row in rows]).input_ids
     return np.array([frame + len(ids) for ids in encoded])
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from trainer.config import BatchSection, LossSection, TrainSection
 from trainer.data.pack import pack
 from trainer.data.plan import Corpus, Plan, micro_batches_of
@@ -33,7 +34,9 @@ def some_flags(seed: int, documents: int, longest: int = ROW) -> list[np.ndarray
     return flags
 
 
-def make_plan(documents, packing="bfd", rows_per_step=4, rows_per_micro=1, epochs=1, steps=None, seed=0, **loss) -> Plan:
+def make_plan(
+    documents, packing="bfd", rows_per_step=4, rows_per_micro=1, epochs=1, steps=None, seed=0, **loss
+) -> Plan:
     return Plan(
         documents if isinstance(documents, Corpus) else corpus(documents),
         lambda lengths, rng: pack(lengths, ROW, packing, rng),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from trainer.data import tokenise
 from trainer.data.tokenise import Limits, Row, fit, tokenise_rows
 from trainer.flow import Example, RowError
@@ -24,7 +25,7 @@ def test_an_example_that_fits_is_left_alone(too_long):
 
 
 def test_reject_leaves_out_what_is_too_long():
-    with pytest.raises(RowError, match="^longer than max_tokens$"):
+    with pytest.raises(RowError, match=r"^longer than max_tokens$"):
         fit(example([0, 1, 1, 1]), Limits(3, "reject", packing_cuts=True))
 
 

@@ -1,0 +1,232 @@
+"""Tokenised once: whole or absent, the same however it came about, and honest about what was left out."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainer import once
+from trainer.data import cache, tokenise
+from trainer.data.cache import Documents, keep_packed, prepare
+from trainer.data.tokenise import Limits, Row, tokenise_rows
+from trainer.flow import BadInput, Example, Packed, RowError
+from trainer.once import Stopped
+
+LIMITS = Limits(100, "reject", packing_cuts=False)
+
+
+def fake_example(number: int) -> Example:
+    ids = np.arange(number, number + 3 + number % 4, dtype=np.int32)
+    return Example(ids, np.arange(len(ids)) % 2 == 1)
+
+
+def fake_tokenise(rows: list[Row]) -> list[Example | RowError]:
+    return [RowError(row.fields) if row.fields else fake_example(row.number) for row in rows]
+
+
+def rows(count: int, bad: dict[int, str] | None = None) -> list[Row]:
+    return [Row(number % 2, number % 2, number, (bad or {}).get(number)) for number in range(1, count + 1)]
+
+
+def made(
+    folder: Path, all_rows: list[Row], *, max_rejects: float = 1.0, seen: list[int] | None = None, **more
+) -> Documents:
+    def chunks(done: int):
+        if seen is not None:
+            seen.append(done)
+        return tokenise_rows(islice(all_rows, done, None), fake_tokenise, LIMITS, workers=1)
+
+    return prepare(
+        folder,
+        chunks,
+        sources=["a", "b"],
+        files=["a.jsonl", "b.jsonl"],
+        what="data.train",
+        max_rejects=max_rejects,
+        **more,
+    )
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(tokenise, "CHUNK_ROWS", 4)
+
+
+def test_documents_are_what_was_tokenised(tmp_path):
+    documents = made(tmp_path / "d", rows(30))
+    assert len(documents.lengths) == 30
+    for document in range(30):
+        expected = fake_example(document + 1)
+        assert np.array_equal(documents.example(document).input_ids, expected.input_ids)
+        assert np.array_equal(documents.example(document).trained, expected.trained)
+        assert documents.trained_counts[document] == expected.trained.sum()
+    assert documents.rows.tolist() == list(range(1, 31))
+    assert documents.sources.tolist() == documents.files.tolist() == [1, 0] * 15
+    assert documents.offsets[-1] == len(documents.input_ids)
+
+
+def test_tokens_stay_on_disk(tmp_path):
+    documents = made(tmp_path / "d", rows(5))
+    for column in (documents.input_ids, documents.trained, documents.example(2).input_ids):
+        while not isinstance(column, np.memmap):
+            column = column.base
+            assert column is not None, "copied into memory"
+
+
+def test_trained_tokens_are_counted_where_they_are_predicted(tmp_path):
+    documents = made(tmp_path / "d", rows(30))
+    for document in (0, 2, 29):
+        trained = documents.example(document).trained
+        for start in range(len(trained)):
+            for stop in range(start + 1, len(trained) + 1):
+                counted = documents.count_trained(np.array([document]), np.array([start]), np.array([stop]))
+                assert counted.tolist() == [trained[start + 1 : stop + 1].sum()]
+
+
+def test_a_second_start_reads_nothing_and_is_quick(tmp_path):
+    seen: list[int] = []
+    first = made(tmp_path / "d", rows(30), seen=seen)
+    started = time.monotonic()
+    second = made(tmp_path / "d", rows(30), seen=seen)
+    assert time.monotonic() - started < 0.5
+    assert seen == [0]
+    assert second.fingerprint == first.fingerprint
+
+
+def test_the_fingerprint_is_that_of_the_documents(tmp_path):
+    one, same, other = made(tmp_path / "1", rows(30)), made(tmp_path / "2", rows(30)), made(tmp_path / "3", rows(29))
+    assert one.fingerprint == same.fingerprint != other.fingerprint
+
+
+def test_the_report_counts_by_source_and_reason(tmp_path):
+    documents = made(tmp_path / "d", rows(10, {3: "no answer", 4: "too odd", 5: "no answer"}))
+    report = documents.report
+    assert (report["rows"], report["documents"], report["rejected"]) == (10, 7, 3)
+    assert report["reasons"] == {"no answer": 2, "too odd": 1}
+    assert report["tokens"] == documents.lengths.sum()
+    assert report["trained_tokens"] == documents.trained_counts.sum()
+    a, b = report["sources"]
+    assert (a["name"], a["rows"], a["rejected"], a["reasons"]) == ("a", 5, 1, {"too odd": 1})
+    assert (b["name"], b["rows"], b["rejected"], b["reasons"]) == ("b", 5, 2, {"no answer": 2})
+    lines = [json.loads(line) for line in (documents.folder / "rejects.jsonl").read_text().splitlines()]
+    assert lines[0] == {"source": "b.jsonl", "row": 3, "reason": "no answer"}
+    assert len(lines) == 3
+
+
+def test_too_many_rejects_stop_the_run_and_the_commonest_reasons_are_named(tmp_path):
+    bad = {1: "e", 2: "common", 3: "common", 4: "common", 5: "second", 6: "second", 7: "third", 8: "third"}
+    counts = r"common \(3\), second \(2\), third \(2\)"
+    said = rf"8 of 20 rows \(40\.0%\) .* data.max_rejects \(10\.0%\): {counts}; see .*rejects.jsonl"
+    for _ in range(2):  # found in the cache it is the same
+        with pytest.raises(BadInput, match=said):
+            made(tmp_path / "d", rows(20, bad), max_rejects=0.1)
+    seen: list[int] = []
+    assert len(made(tmp_path / "d", rows(20, bad), max_rejects=0.4, seen=seen).lengths) == 12
+    assert seen == [], "another bound needs no other tokens"
+
+
+def test_nothing_left_stops_the_run(tmp_path):
+    with pytest.raises(BadInput, match=r"no row is left of 2: no answer \(2\)"):
+        made(tmp_path / "d", rows(2, {1: "no answer", 2: "no answer"}))
+    with pytest.raises(BadInput, match="there are no rows"):
+        made(tmp_path / "e", [])
+
+
+def test_a_damaged_cache_is_not_used(tmp_path):
+    documents = made(tmp_path / "d", rows(30))
+    with (documents.folder / "input_ids.int32").open("ab") as file:
+        file.truncate(16)
+    with pytest.raises(BadInput, match="changed size"):
+        made(tmp_path / "d", rows(30))
+    (documents.folder / "report.json").write_text("{")
+    with pytest.raises(BadInput, match="damaged"):
+        made(tmp_path / "d", rows(30))
+
+
+def test_a_stopped_build_goes_on_where_it_was_and_ends_the_same(tmp_path):
+    whole = made(tmp_path / "whole", rows(30, {5: "bad"}))
+    seen: list[int] = []
+    with pytest.raises(Stopped, match="after 4 rows"):
+        made(tmp_path / "d", rows(30, {5: "bad"}), seen=seen, stopping=lambda: bool(seen))
+    documents = made(tmp_path / "d", rows(30, {5: "bad"}), seen=seen)
+    assert seen == [0, 4]
+    assert documents.fingerprint == whole.fingerprint
+    assert documents.report == whole.report
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["d", "whole"]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    def no_room(self, chunk):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(cache._Building, "append", no_room)
+    with pytest.raises(BadInput, match=r"the disk is full while preparing data\.train"):
+        made(tmp_path / "d", rows(30))
+    assert list(tmp_path.iterdir()) == []
+
+
+KILLED = """
+import sys, time
+from itertools import islice
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+import test_cache
+from trainer.data import cache, tokenise
+
+def slow_tokenise(rows):
+    if rows[0].number > 20:
+        print("at row", rows[0].number, flush=True)
+        time.sleep(600)
+    return test_cache.fake_tokenise(rows)
+
+def chunks(done):
+    rows = islice(test_cache.rows(40, {5: "bad"}), done, None)
+    return tokenise.tokenise_rows(rows, slow_tokenise, test_cache.LIMITS, workers=2)
+
+if __name__ == "__main__":
+    tokenise.CHUNK_ROWS, tokenise.POOL_FROM_CHUNKS, cache.SAVE_EVERY_S = 4, 2, 0.0
+    cache.prepare(Path(sys.argv[1]), chunks, sources=["a", "b"], files=["a", "b"], what="x", max_rejects=1.0)
+"""
+
+
+def test_a_killed_build_is_gone_on_with_and_its_workers_die_with_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(once, "STALE_S", 0.5)
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    folder = tmp_path / "cache" / "d"
+    here = Path(__file__).parent
+    command = [sys.executable, str(script), str(folder), str(here), str(here.parents[1])]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("at row")
+    deadline = time.monotonic() + 10
+    while not any(json.loads(p.read_text())["rows"] >= 12 for p in folder.parent.glob("d.build-*/progress.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.read()  # ends when the last process that holds the pipe has ended
+    assert not folder.exists()
+
+    seen: list[int] = []
+    documents = made(folder, rows(40, {5: "bad"}), seen=seen)
+    assert seen[0] >= 12
+    assert documents.fingerprint == made(tmp_path / "whole", rows(40, {5: "bad"})).fingerprint
+    assert os.listdir(folder.parent) == ["d"]
+
+
+def test_a_packing_is_made_once_and_mapped(tmp_path):
+    packed = Packed(np.arange(8).reshape(2, 4), np.array([0, 2]))
+    made_times = []
+    for _ in range(2):
+        kept = keep_packed(tmp_path / "p", lambda: made_times.append(1) or packed, "packing", lambda: False)
+        assert np.array_equal(kept.pieces, packed.pieces)
+        assert np.array_equal(kept.row_offsets, packed.row_offsets)
+    assert made_times == [1]
