@@ -1,0 +1,48 @@
+# `make help` lists what there is to do. Everything runs in .venv, which `make install` makes.
+
+PYTHON ?= python3
+# A folder or page of wheels to take torch from, as https://download.pytorch.org/whl/cpu/torch/, where the package
+# index would give a CUDA build that is not wanted.
+TORCH_WHEELS ?=
+# Steps of the demo; as many as fit into its time where this is empty.
+DEMO_STEPS ?=
+
+BIN := .venv/bin
+WHEELS := $(if $(TORCH_WHEELS),--find-links $(TORCH_WHEELS))
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-runs style gpu-check clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+install: .venv/installed  ## .venv with the pinned dependencies
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' \
+		|| { echo "packhorse needs Python 3.10 to 3.12: make install PYTHON=python3.11"; exit 2; }
+	@command -v c++ >/dev/null || { echo "DeepSpeed compiles parts of itself: apt-get install g++ python3-dev"; exit 2; }
+	@$(PYTHON) -m venv .venv || { echo "no venv module: apt-get install python3-venv"; exit 2; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(WHEELS) -c constraints.txt -e '.[dev,demo,bench]'
+	@touch $@
+
+demo: install  ## fine-tune a real model on two processes, about ten minutes on two cores
+	$(BIN)/python recipes/quickstart/demo.py $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
+
+test: install  ## everything that needs no GPU and no root, at most 15 minutes
+	$(BIN)/python -m pytest -m 'not gpu and not runs'
+
+test-runs: install  ## whole runs, minutes each
+	$(BIN)/python -m pytest -m 'runs and not gpu'
+
+style: install  ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+gpu-check: install  ## kernels against their twins and the GPU benchmark, at most 8 minutes
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/gpu.py
+
+clean:  ## remove .venv and what tools left
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info

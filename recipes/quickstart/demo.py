@@ -1,0 +1,155 @@
+"""The demo: a model and data from nothing, a run on two ZeRO-3 processes, and what it changed.
+
+usage: python recipes/quickstart/demo.py [--steps N]
+
+Run it again after it was interrupted: what is done is not done again. The number of steps is the recipe's, or as
+many as fit into the time for training on this machine (or --steps).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from get_smollm2 import get
+from make_problems import write
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from trainer import config
+
+RECIPE = "recipes/quickstart.yaml"
+MODEL_CACHE = Path("~/.cache/packhorse/models/smollm2-135m-instruct").expanduser()
+DATA = Path("data/quickstart")
+TRAINING_S = 330
+SPEED_RUN = Path("runs/quickstart-speed")
+
+console = Console(highlight=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=None)
+    asked = parser.parse_args().steps
+    times = [time.monotonic()]
+    get(MODEL_CACHE)
+    recipe = config.load(RECIPE)
+    link(Path(recipe.model.name), MODEL_CACHE)
+    if not (DATA / "heldout.jsonl").exists():
+        write(DATA)
+    times.append(time.monotonic())
+    run_dir = Path(recipe.run.dir)
+    steps = steps_of(run_dir) or asked or steps_that_fit(recipe)
+    times.append(time.monotonic())
+    if not (run_dir / "summary.json").exists():
+        train(f"train.steps={steps}")
+    times.append(time.monotonic())
+    if not (run_dir / "export" / "config.json").exists():
+        packhorse("export", str(run_dir), "--out", str(run_dir / "export"))
+    times.append(time.monotonic())
+    show(json.loads((run_dir / "summary.json").read_text()), run_dir)
+    show_times([stop - start for start, stop in pairwise(times)], run_dir)
+
+
+def link(name: Path, target: Path) -> None:
+    """Make the recipe's model path lead to the cache."""
+    if not name.exists():
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.unlink(missing_ok=True)  # a link that leads nowhere
+        name.symlink_to(target)
+
+
+def steps_of(run_dir: Path) -> int | None:
+    """The steps of a run that is there already: it goes on with those."""
+    saved = run_dir / "recipe.yaml"
+    return config.load(saved).train.steps if saved.exists() else None
+
+
+def steps_that_fit(recipe: config.Recipe) -> int:
+    """The recipe's steps, or fewer where this machine needs longer than TRAINING_S for them: told by a short run."""
+    wanted = recipe.train.steps
+    assert wanted, f"{RECIPE} says how many steps"
+    console.print("Measuring how fast this machine trains ...")
+    processes = num_processes()
+    shutil.rmtree(SPEED_RUN, ignore_errors=True)
+    # a micro-batch for each process a step, no evaluation
+    train(
+        f"run.dir={SPEED_RUN}",
+        "train.steps=4",
+        f"batch.rows_per_step={processes}",
+        "data.eval=[]",
+        "eval.generate=null",
+    )
+    lines = (SPEED_RUN / "metrics.jsonl").read_text().splitlines()
+    shutil.rmtree(SPEED_RUN)
+    micro_batch_s = statistics.median(json.loads(line)["perf/step_s"] for line in lines[1:])  # the first one warms up
+    step_s = micro_batch_s * recipe.batch.rows_per_step / processes
+    steps = max(1, min(wanted, int(TRAINING_S / step_s)))
+    told = f"{step_s:.1f} s a step: {wanted} steps of training take about {wanted * step_s:.0f} s"
+    if steps < wanted:
+        told += f"; this machine is slower than the demo was made for, so it takes {steps} steps and learns less"
+    console.print(told)
+    return steps
+
+
+def num_processes() -> int:
+    import torch
+
+    return min(torch.cuda.device_count() or 2, 2)
+
+
+def train(*overrides: str) -> None:
+    packhorse("train", RECIPE, *overrides, "--nproc", str(num_processes()))
+
+
+def packhorse(*arguments: str) -> None:
+    """Run the command as a user would; end with its exit code where it is not 0."""
+    console.print(f"[bold]packhorse {escape(' '.join(arguments))}[/bold]")
+    code = subprocess.run([sys.executable, "-m", "trainer.cli", *arguments]).returncode
+    if code:
+        sys.exit(code)
+
+
+def show(summary: dict[str, Any], run_dir: Path) -> None:
+    table = Table(title=f"SmolLM2-135M-Instruct on word problems, {summary['steps']} steps")
+    for column in ("held out", "before", "after"):
+        table.add_column(column, justify="left" if column == "held out" else "right")
+    table.add_row("loss", *(f"{summary[at]['eval/loss']:.3f}" for at in ("before", "after")))
+    for key in ("format_accuracy", "answer_accuracy"):
+        table.add_row(key.replace("_", " "), *(f"{summary[at][f'eval/{key}']:.1%}" for at in ("before", "after")))
+    console.print(table)
+    console.print(
+        f"[bold]One answer[/bold]\n{escape(summary['sample']['prompt'])}\n{escape(summary['sample']['answer'])}"
+    )
+    console.print(f"[bold]{summary['tokens_per_s']:,.0f} tokens per second[/bold] while training")
+    python = os.path.relpath(sys.executable)
+    console.print(
+        f"\nThe curves:     {Path(python).parent / 'tensorboard'} --logdir {run_dir / 'tensorboard'}\n"
+        f"Talk to it:     {python} recipes/quickstart/chat.py {run_dir / 'export'} "
+        '"Ada has 4 boxes with 6 books each, and 5 loose books. How many books does Ada have?"'
+    )
+
+
+def show_times(parts: list[float], run_dir: Path) -> None:
+    """Where the time of this start went; a run done before takes none."""
+    model_s, speed_s, run_s, export_s = parts
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    training_s = min(sum(line.get("perf/step_s", 0.0) for line in lines), run_s)
+    console.print(
+        f"\nTime: model and data {model_s:.0f} s, measuring speed {speed_s:.0f} s, training {training_s:.0f} s, "
+        f"evaluation, loading and saving {run_s - training_s:.0f} s, export {export_s:.0f} s, in all {sum(parts):.0f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""The command `packhorse`: reads its arguments and calls the rest.
+
+Whatever takes seconds to import is imported by the command that needs it, so that `--help` is at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from trainer.flow import BAD_INPUT, BadInput, RowError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from trainer.config import Recipe
+    from trainer.flow import Example
+
+app = typer.Typer(
+    help="Supervised fine-tuning where the run is a function of the recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe in YAML.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, as optim.lr=1e-5.", show_default=False),
+]
+
+
+@app.command()
+def train(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    nproc: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes on this machine. Default: one for each GPU, or one.", show_default=False),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where the processes meet; 0 takes a free port.")] = 0,
+) -> None:
+    """Train, or go on where the run folder's last checkpoint is.
+
+    [bold]packhorse train recipes/quickstart.yaml --nproc 2[/bold]
+    [bold]packhorse train recipes/debug.yaml optim.lr=1e-3 run.dir=runs/other[/bold]
+
+    SIGTERM, SIGUSR1 or Ctrl-C: the run saves and stops. Exit code 0: done; 2: the input is at fault; 75: saved,
+    run the same command again; 1: anything else. Inside torchrun this is one of its workers.
+    """
+    from trainer import config
+
+    recipe = config.load(recipe_file, overrides or ())
+    if {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"} <= os.environ.keys():
+        _end_with_the_launcher()
+        from trainer.train import train
+
+        train(recipe)
+        return
+    from launch.local import launch
+
+    worker = ["-m", "trainer.cli", "train", str(recipe_file), *(overrides or ())]
+    raise typer.Exit(launch(worker, Path(recipe.run.dir), nproc=nproc, endpoint=f"localhost:{port}"))
+
+
+@app.command()
+def preview(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Of each source.")] = 3,
+    split: Annotated[Literal["train", "eval"], typer.Option(help="Which of the recipe's sources.")] = "train",
+    html: Annotated[Path | None, typer.Option(help="Write a page instead of the terminal.", show_default=False)] = None,
+) -> None:
+    """Show rows as the model will see them: trained, context and special tokens in colours.
+
+    [bold]packhorse preview recipes/debug.yaml --rows 2[/bold]
+    [bold]packhorse preview recipes/quickstart.yaml --split eval --html preview.html[/bold]
+    """
+    from trainer import config
+    from trainer.model.load import load_tokenizer
+    from trainer.preview import as_html, as_text
+
+    recipe = config.load(recipe_file, overrides or ())
+    tokenizer = load_tokenizer(recipe.model)
+    shown = list(_first_rows(recipe, tokenizer, split, rows))
+    if html is None:
+        from rich.console import Console
+
+        Console().print(as_text(shown, tokenizer))
+    else:
+        html.write_text(as_html(shown, tokenizer), encoding="utf-8")
+        print(html)
+
+
+def _first_rows(recipe: Recipe, tokenizer: Any, split: str, count: int) -> Iterator[tuple[str, Example | RowError]]:
+    """Titles and examples (or why there is none) of the first rows of each source, cut as for training."""
+    from itertools import islice
+
+    from trainer.data.format import detect_format, to_conversation
+    from trainer.data.loader import limits_of
+    from trainer.data.mask import Masker
+    from trainer.data.source import read_rows
+    from trainer.data.tokenise import fit
+
+    section = recipe.data
+    masker = Masker(tokenizer, section.train_on, section.train_on_eot)
+    for source in section.train if split == "train" else section.eval:
+        rows = list(islice(read_rows(source), count))
+        format = detect_format(rows[0].fields, source)
+        for row in rows:
+            title = f"{row.file or source.name}:{row.number}"
+            try:
+                example = masker.example(to_conversation(row.fields, format, source.columns))
+                yield from ((title, part) for part in fit(example, limits_of(recipe)))
+            except RowError as error:
+                yield title, error
+
+
+@app.command()
+def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
+    """Tokenise and pack the data into the cache, and show what there is to train.
+
+    [bold]packhorse prepare recipes/quickstart.yaml[/bold]
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer import config, dist
+    from trainer.data.loader import eval_plan, prepare, train_plan
+    from trainer.model.load import load_tokenizer
+
+    dist.start_logging()
+    recipe = config.load(recipe_file, overrides or ())
+    tokenizer = load_tokenizer(recipe.model)
+    train = prepare(recipe, tokenizer, "train")
+    plan = train_plan(recipe, train)
+    tables = [_data_table("train", train.report, plan.fill())]
+    if recipe.data.eval:
+        held_out = prepare(recipe, tokenizer, "eval")
+        tables.append(_data_table("eval", held_out.report, eval_plan(recipe, held_out).fill()))
+    steps = Table("steps", "epochs", "rows per step", "tokens per row", title="plan")
+    steps.add_row(*map(str, (plan.steps, recipe.train.epochs, recipe.batch.rows_per_step, recipe.batch.row_tokens)))
+    Console().print(*tables, steps)
+
+
+def _data_table(title: str, report: dict[str, Any], fill: float) -> Table:
+    """What prepared data holds, source by source where there are several."""
+    from rich.table import Table
+
+    table = Table("", "rows", "rejected", "documents", "tokens", "trained", title=f"{title}: rows {fill:.1%} filled")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    sources = report["sources"] if len(report["sources"]) > 1 else []
+    for part in [*sources, {"name": "all", **report}]:
+        counts = (part[key] for key in ("rows", "rejected", "documents", "tokens"))
+        table.add_row(
+            part["name"], *(f"{count:,}" for count in counts), f"{part['trained_tokens'] / part['tokens']:.1%}"
+        )
+        for reason, count in part["reasons"].items():
+            table.add_row(f"  rejected: {reason}", "", f"{count:,}")
+    return table
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+) -> None:
+    """Write a run's last checkpoint as a Hugging Face folder, load it again and compare.
+
+    [bold]packhorse export runs/quickstart --out models/word-problems[/bold]
+    """
+    from trainer.export import export
+
+    print(export(run, out))
+
+
+def main() -> None:
+    """The command. Bad input is one line and exit code 2; any other failure is a traceback and 1."""
+    try:
+        app()
+    except BadInput as error:
+        print(f"packhorse: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def _end_with_the_launcher() -> None:
+    """Ask the kernel for a SIGTERM when the launcher dies: a worker left alone saves and leaves the GPU."""
+    import ctypes
+    import signal
+
+    set_parent_death_signal = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()
