@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -65,7 +66,7 @@ def runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Run]:
     edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(ids)]
     names = ("context", "trained", "special", "special trained")
     before = ""
-    for start, stop in zip(edges, edges[1:]):
+    for start, stop in pairwise(edges):
         # Decoded from the beginning: many decoders drop the space before the first token they are given.
         text = _decoded(tokenizer, ids[:stop])
         piece = text[len(before) :] if text.startswith(before) else _decoded(tokenizer, ids[start:stop])
@@ -103,9 +104,7 @@ def _html_row(title: str, result: Example | RowError, tokenizer: PreTrainedToken
     heading = html.escape(title)
     if isinstance(result, RowError):
         return f'<h2>{heading} <span class="rejected">rejected: {html.escape(str(result))}</span></h2>'
-    spans = "".join(
-        f'<span class="{run.kind}">{html.escape(_visible(run))}</span>' for run in runs(result, tokenizer)
-    )
+    spans = "".join(f'<span class="{run.kind}">{html.escape(_visible(run))}</span>' for run in runs(result, tokenizer))
     return f"<h2>{heading} &middot; {counts(result)}</h2>\n<pre>{spans}</pre>"
 
 

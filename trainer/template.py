@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jinja2
+from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -46,6 +47,7 @@ FIXED_CLOCK = (
     + "".join(f"|replace('{code}', '{value}')" for code, value in DATE_PARTS.items())
     + " }}{% endmacro +%}"
 )
+FIELD_NAMES = {"content": "the content", "reasoning_content": "the reasoning", "tool_calls": "tool calls"}
 WORD = re.compile(r"zq(\d{4,})qz")
 GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 MOST_SKELETONS = 4096
@@ -78,7 +80,7 @@ class Skeleton:
     """The render of a shape: `literals` (n + 1) with `slots` (n) between them, numbers of texts.
 
     `owners[slot]` is the message and the field that the text came from; `controls` are the control tokens in the
-    literals, in order, `control_ids` their ids. `turns` fills as turns are asked for: a Turn, or why there is none.
+    literals, in order, `control_ids` their ids. `turns` fills as turns are asked for.
     """
 
     messages: list[dict[str, Any]]
@@ -89,7 +91,7 @@ class Skeleton:
     controls: list[Place]
     control_ids: list[int]
     marks: list[tuple[Place, Place]]  # what the template itself marks as generated
-    turns: dict[int, Turn | str] = field(default_factory=dict)
+    turns: dict[int, Turn] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class Template:
         added = {token.content: (number, token.special) for number, token in tokenizer.added_tokens_decoder.items()}
         # Tokens that only the template may write: a text that holds one would end or open turns.
         self.control_ids: dict[str, int] = {text: number for text, (number, special) in added.items() if special}
-        self.control_ids |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+        self.control_ids |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         longest_first = sorted({*added, *self.control_ids}, key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._skeletons: dict[str, Skeleton] = {}
@@ -138,16 +140,9 @@ class Template:
 
     def turn(self, skeleton: Skeleton, message: int) -> Turn:
         """The bounds of the answer in message number `message`. Raises RowError where they cannot be proved."""
-        found = skeleton.turns.get(message)
-        if found is None:
-            try:
-                found = self._prove_turn(skeleton, message)
-            except RowError as error:
-                found = str(error)
-            skeleton.turns[message] = found
-        if isinstance(found, str):
-            raise RowError(found)
-        return found
+        if message not in skeleton.turns:
+            skeleton.turns[message] = self._prove_turn(skeleton, message)
+        return skeleton.turns[message]
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False) -> str:
         """The template's text; with `prompt`, ending with the generation prompt."""
@@ -167,7 +162,7 @@ class Template:
         source = self.tokenizer.get_chat_template(tools=tools)
         return FIXED_CLOCK + source if "strftime_now" in source else source
 
-    def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> tuple[Any, Any]:
+    def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> Any:
         source = self.source(tools)
         variables = {**self.tokenizer.special_tokens_map, "date_string": DATE_STRING, **options}
         try:
@@ -176,8 +171,6 @@ class Template:
             raise BadInput(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})") from None
         except TEMPLATE_ERRORS as error:
             raise RowError(f"the template refuses the row: {' '.join(str(error).split())[:100]}") from None
-
-    # ------------------------------------------------------------------------------------------- skeletons
 
     def _skeleton(self, messages: list[dict[str, Any]], tools: list[Any] | None, owners: list[Any]) -> Skeleton:
         key = repr((messages, tools))
@@ -215,7 +208,7 @@ class Template:
         slots, owners, literals = skeleton.slots, skeleton.owners, skeleton.literals
         for dropped in set(range(len(owners))) - set(slots):
             if owners[dropped][0] == message:
-                raise RowError(f"the template drops {_NAMES[owners[dropped][1]]} of an answer")
+                raise RowError(f"the template drops {FIELD_NAMES[owners[dropped][1]]} of an answer")
         prompt = self.render(skeleton.messages[:message], skeleton.tools, prompt=True)
         anchor, header = _after_last_word(prompt)
         first = 0 if anchor is None else slots.index(anchor) + 1  # the row was refused if the text were dropped
@@ -249,12 +242,6 @@ class Template:
             pattern = "|".join(re.escape(text) for text in sorted(found, key=lambda text: (-len(text), text)))
             self._constants[source] = re.compile(f"({pattern})") if found else None
         return self._constants[source]
-
-
-_NAMES = {"content": "the content", "reasoning_content": "the reasoning", "tool_calls": "tool calls"}
-
-
-# ----------------------------------------------------------------------------------------------- words for texts
 
 
 class _Words:
@@ -337,8 +324,7 @@ def _fit(text: str, skeleton: Skeleton, texts: list[str]) -> list[int] | None:
 def _forms(text: str) -> Iterator[str]:
     """How templates write a text: as it is, or inside JSON, with or without escapes for what is not ASCII."""
     yield text
-    yield json.dumps(text, ensure_ascii=False)[1:-1]
-    yield json.dumps(text)[1:-1]
+    yield from (json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
 
 
 def _refuse_dropped(messages: list[dict[str, Any]], owners: list[tuple[int, str]], dropped: set[int]) -> None:
@@ -360,15 +346,9 @@ def _after_last_word(text: str) -> tuple[int | None, str]:
 
 
 def _place(text: str, position: int) -> Place:
-    """A position in a skeleton's text as a place; one inside a word counts as the end of the literal before."""
-    number, start = 0, 0
-    for match in WORD.finditer(text):
-        if position <= match.start():
-            break
-        if position < match.end():
-            return Place(number, match.start() - start)
-        number, start = number + 1, match.end()
-    return Place(number, position - start)
+    """A position in a skeleton's text, not inside a word, as a place."""
+    ends = [match.end() for match in WORD.finditer(text) if match.end() <= position]
+    return Place(len(ends), position - (ends[-1] if ends else 0))
 
 
 def _narrowed(mark: tuple[Place, Place], start: Place, first: int, stop: Place) -> Place:
@@ -405,14 +385,11 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _compared(tree: jinja2.nodes.Template) -> Iterator[str]:
-    from jinja2 import nodes
-
+def _compared(tree: nodes.Template) -> Iterator[str]:
     for node in tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test)):
-        if isinstance(node, nodes.Compare):
-            candidates = [node.expr, *(operand.expr for operand in node.ops)]
-        else:
-            candidates = [*getattr(node, "args", ())]
-        for candidate in candidates:
-            if isinstance(candidate, nodes.Const) and isinstance(candidate.value, str):
-                yield candidate.value
+        compared = (
+            [node.expr, *(operand.expr for operand in node.ops)] if isinstance(node, nodes.Compare) else node.args
+        )
+        for operand in compared:
+            if isinstance(operand, nodes.Const) and isinstance(operand.value, str):
+                yield operand.value

@@ -12,6 +12,10 @@ ASKED, ANSWERED = Message("user", "2+2?"), Message("assistant", "4")
 CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
 
 
+def a_source(**fields) -> Source:
+    return Source.model_validate(fields)
+
+
 def read(fields, format, **columns):
     return to_conversation(fields, format, columns)
 
@@ -29,22 +33,22 @@ def read(fields, format, **columns):
     ],
 )
 def test_the_format_is_known_by_its_columns(columns, format):
-    assert detect_format(columns, Source(path="a.jsonl")) == format
+    assert detect_format(columns, a_source(path="a.jsonl")) == format
 
 
 def test_columns_can_be_mapped_and_formats_named():
-    mapped = Source(path="a.jsonl", columns={"question": "Problem", "answer": "Solution"})
+    mapped = a_source(path="a.jsonl", columns={"question": "Problem", "answer": "Solution"})
     assert detect_format(["Problem", "Solution"], mapped) == "question_answer"
-    assert detect_format(["messages", "text"], Source(path="a.jsonl", format="text")) == "text"
+    assert detect_format(["messages", "text"], a_source(path="a.jsonl", format="text")) == "text"
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (Source(path="a.jsonl"), r"a\.jsonl: the rows have the columns foo, bar, .*question\+answer.*columns: \{"),
-        (Source(path="a.jsonl", format="text"), "none of these sets of columns is there: text"),
-        (Source(path="a.jsonl", columns={"question": "Q", "answer": "bar"}), "names `Q`, but the rows have"),
-        (Source(path="a.jsonl", columns={"ask": "foo"}), "unknown name `ask`; known: messages, "),
+        (a_source(path="a.jsonl"), r"a\.jsonl: the rows have the columns foo, bar, .*question\+answer.*columns: \{"),
+        (a_source(path="a.jsonl", format="text"), "none of these sets of columns is there: text"),
+        (a_source(path="a.jsonl", columns={"question": "Q", "answer": "bar"}), "names `Q`, but the rows have"),
+        (a_source(path="a.jsonl", columns={"ask": "foo"}), "unknown name `ask`; known: messages, "),
     ],
 )
 def test_unknown_columns_say_what_is_known(source, message):
@@ -171,7 +175,7 @@ def test_a_missing_empty_or_wrong_column_is_rejected(format):
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=3)
-keys = st.sampled_from("role content tool_calls function name arguments type text weight user assistant".split())
+keys = st.sampled_from(["role", "content", "tool_calls", "function", "name", "arguments", "type", "text", "weight"])
 junk = st.recursive(
     scalars | st.sampled_from(["user", "assistant", "tool", "{}"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=5),
@@ -185,17 +189,16 @@ def test_nothing_but_a_row_error_comes_of_a_malformed_row(format, data):
     row = {name: data.draw(junk, label=name) for name in (*REQUIRED[format], "input", "tools")}
     try:
         conversation = read(row, format)
-    except RowError as error:
-        assert len(str(error)) < 100  # it is counted
-    else:
-        assert conversation.text or any(message.role == "assistant" for message in conversation.messages)
+    except RowError:
+        return
+    assert conversation.text or any(message.role == "assistant" for message in conversation.messages)
 
 
 def test_all_real_rows_are_read(shared):
     from trainer.data.source import read_rows
 
     for path in sorted((shared / "data").glob("*.jsonl")):
-        source = Source(path=str(path))
+        source = a_source(path=str(path))
         rows = list(read_rows(source))
         format = detect_format(rows[0].fields, source)
         assert all(to_conversation(row.fields, format, {}) for row in rows), path.name

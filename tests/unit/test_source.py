@@ -14,6 +14,10 @@ from trainer.flow import BadInput
 ROWS = [{"text": "one"}, {"text": "zwei\u2028drei"}, {"text": "四"}]
 
 
+def a_source(**fields) -> Source:
+    return Source.model_validate(fields)
+
+
 def write(path: Path, rows=ROWS) -> Source:
     if path.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
@@ -21,7 +25,7 @@ def write(path: Path, rows=ROWS) -> Source:
         path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     else:
         path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return Source(path=str(path))
+    return a_source(path=str(path))
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet"])
@@ -36,7 +40,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
     write(tmp_path / "b.jsonl", [{"text": "second"}])
     write(tmp_path / "a.parquet", [{"text": "first"}])
     (tmp_path / "notes.txt").write_text("not data")
-    assert [row.fields["text"] for row in read_rows(Source(path=str(tmp_path)))] == ["first", "second"]
+    assert [row.fields["text"] for row in read_rows(a_source(path=str(tmp_path)))] == ["first", "second"]
 
 
 def test_rows_limits_and_nothing_after_them_is_read(tmp_path):
@@ -48,7 +52,7 @@ def test_rows_limits_and_nothing_after_them_is_read(tmp_path):
 def test_lines_under_the_name_json_a_byte_order_mark_and_blank_lines(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}')
-    rows = list(read_rows(Source(path=str(path))))
+    rows = list(read_rows(a_source(path=str(path))))
     assert [(row.number, row.fields["text"]) for row in rows] == [(1, "one"), (3, "two")]
 
 
@@ -80,7 +84,7 @@ def test_a_null_column_stays_a_column(tmp_path):
 def test_a_bad_line_is_named(tmp_path, content, message):
     (tmp_path / "bad.jsonl").write_bytes(content)
     with pytest.raises(BadInput, match=message):
-        list(read_rows(Source(path=str(tmp_path / "bad.jsonl"))))
+        list(read_rows(a_source(path=str(tmp_path / "bad.jsonl"))))
 
 
 @pytest.mark.parametrize(
@@ -96,14 +100,21 @@ def test_a_bad_line_is_named(tmp_path, content, message):
 def test_a_bad_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=message):
-        list(read_rows(Source(path=str(tmp_path / name))))
+        list(read_rows(a_source(path=str(tmp_path / name))))
 
 
 def test_nothing_there(tmp_path):
     with pytest.raises(BadInput, match="no such file or folder"):
-        list(read_rows(Source(path=str(tmp_path / "gone.jsonl"))))
+        list(read_rows(a_source(path=str(tmp_path / "gone.jsonl"))))
     with pytest.raises(BadInput, match="the folder holds no"):
-        list(read_rows(Source(path=str(tmp_path))))
+        list(read_rows(a_source(path=str(tmp_path))))
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    source = write(tmp_path / "a.jsonl")
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(BadInput, match=r"a\.jsonl: the file may not be read"):
+        list(read_rows(source))
 
 
 def test_a_dataset_that_cannot_be_had_says_what_to_do(monkeypatch):
@@ -113,8 +124,8 @@ def test_a_dataset_that_cannot_be_had_says_what_to_do(monkeypatch):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(BadInput, match="`org/data`.*ConnectionError: no route to host.*give its files as `path`"):
-        list(read_rows(Source(name="org/data")))
+    with pytest.raises(BadInput, match=r"`org/data`.*ConnectionError: no route to host.*give its files as `path`"):
+        list(read_rows(a_source(name="org/data")))
 
 
 def test_a_dataset_of_the_hub_is_read_like_a_file(monkeypatch):
@@ -122,8 +133,8 @@ def test_a_dataset_of_the_hub_is_read_like_a_file(monkeypatch):
 
     rows = [{"messages": [{"role": "user", "name": None}]}]
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows))
-    assert [row.fields for row in read_rows(Source(name="org/data"))] == [{"messages": [{"role": "user"}]}]
-    assert source_digest(Source(name="org/data")).startswith("hub-")
+    assert [row.fields for row in read_rows(a_source(name="org/data"))] == [{"messages": [{"role": "user"}]}]
+    assert source_digest(a_source(name="org/data")).startswith("hub-")
 
 
 def test_the_digest_is_of_the_content(tmp_path):
@@ -136,7 +147,7 @@ def test_the_digest_is_of_the_content(tmp_path):
 
 
 def test_real_files(shared):
-    source = Source(path=str(shared / "data" / "glaive_toolcall_en_300.jsonl"))
+    source = a_source(path=str(shared / "data" / "glaive_toolcall_en_300.jsonl"))
     rows = list(read_rows(source))
     assert len(rows) == 300
     assert rows[0].fields["messages"][0]["role"] == "user"

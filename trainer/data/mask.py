@@ -100,7 +100,7 @@ class Masker:
         for has_template in (True, False):
             chosen = [n for n, row in enumerate(results) if isinstance(row, _Row if has_template else str)]
             texts = [row.render.text if has_template else row for row in (results[n] for n in chosen)]
-            for n, ids in zip(chosen, self._encode(texts, not has_template)):
+            for n, ids in zip(chosen, self._encode(texts, not has_template), strict=True):
                 try:
                     results[n] = self._template_example(results[n], ids) if has_template else self._text_example(ids)
                 except RowError as error:
@@ -137,10 +137,9 @@ class Masker:
 
     def fingerprint(self) -> str:
         """A hash of all that shapes an example: tokenizer, template, policy and this file's VERSION."""
-        self._plain_state()
         parts = {
             "version": VERSION,
-            "tokenizer": self.tokenizer.backend_tokenizer.to_str(),
+            "tokenizer": self._backend().to_str(),
             "template": self.tokenizer.chat_template,
             "special": {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()},
             "control": self.template.control_ids,
@@ -232,14 +231,15 @@ class Masker:
     # ------------------------------------------------------------------------------------------- tokens
 
     def _encode(self, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
-        self._plain_state()
-        backend = self.tokenizer.backend_tokenizer
+        backend = self._backend()
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
 
-    def _plain_state(self) -> None:
-        """Undo the padding and truncation that a call to the tokenizer elsewhere leaves behind."""
-        self.tokenizer.backend_tokenizer.no_padding()
-        self.tokenizer.backend_tokenizer.no_truncation()
+    def _backend(self) -> Any:
+        """The tokenizer proper, without the padding and truncation that a call elsewhere may have left in it."""
+        backend: Any = self.tokenizer.backend_tokenizer
+        backend.no_padding()
+        backend.no_truncation()
+        return backend
 
     def _window(self, text: str) -> list[int]:
         """The tokens of a prompt's end, tokenised alone. Mostly a role header, so the few there are are kept."""
@@ -254,7 +254,7 @@ class Masker:
         """The text tokenised in pieces. Only for tokenizers that put nothing of their own before a piece."""
         if not self._cuts_cleanly:
             raise RowError("a token spans the end of the prompt and the answer")
-        pieces = [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)])]
+        pieces = [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         return [number for ids in self._encode(pieces) for number in ids]
 
 

@@ -6,12 +6,13 @@ since nothing before its last bracket says that it is one.
 
 JSONL is read with json and not with Arrow, which gives every object of a column the union of their keys, so that
 each tool schema is filled with the nulls of all others. Parquet is written that way already: nulls inside nested
-values are taken out again (`without_nulls`). A null that was meant goes with them; no chat template tells the two apart.
+values are taken out again (`without_nulls`). A null that was meant goes with them: nothing tells the two apart.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -89,6 +90,8 @@ def without_nulls(value: Any) -> Any:
 
 def _file_rows(place: str) -> Iterator[RawRow]:
     for path in source_files(place):
+        if not os.access(path, os.R_OK):
+            raise BadInput(f"{path}: the file may not be read; check its permissions")
         read = _parquet_rows if path.suffix == ".parquet" else _json_rows
         found = False
         for row in read(path):
@@ -185,7 +188,7 @@ def _hub_dataset(source: Source) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(source.name, split=source.split)
+        return datasets.load_dataset(str(source.name), split=source.split)
     except Exception as error:  # the library raises a dozen unrelated classes
         raise BadInput(
             f"the dataset `{source.name}` (split `{source.split}`) cannot be loaded "

@@ -1,0 +1,68 @@
+"""What the preview shows: every token in the colour of what becomes of it, and nothing that a row could smuggle in."""
+
+import html
+import io
+import re
+
+import numpy as np
+import pytest
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from trainer.data.mask import Masker
+from trainer.flow import Conversation, Example, Message, RowError
+from trainer.preview import Run, as_html, as_text, counts, runs
+
+HOSTILE = "<script>alert('x')</script> & \x1b[2J größe"
+ROW = Conversation((Message("user", HOSTILE), Message("assistant", "line one\nline 数")))
+
+
+@pytest.fixture(scope="module", params=["smollm2", "llama2", "qwen3"])
+def shown(request, shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / request.param)
+    return tokenizer, Masker(tokenizer).example(ROW)
+
+
+def test_runs_are_the_whole_row_in_order(shown):
+    tokenizer, example = shown
+    found = list(runs(example, tokenizer))
+    whole = tokenizer.decode(example.input_ids.tolist(), skip_special_tokens=False)
+    assert "".join(run.text for run in found) == whole
+    learned = "".join(run.text for run in found if "trained" in run.kind)
+    assert learned.strip().endswith(
+        "line one\nline 数" + ("" if "llama" not in tokenizer.name_or_path else " ") + tokenizer.eos_token
+    )
+    assert found[-1 if found[-1].kind == "special trained" else -2] == Run("special trained", tokenizer.eos_token)
+    assert {run.text for run in found if run.kind == "special"} <= set(tokenizer.all_special_tokens)
+
+
+def test_counts(shown):
+    _, example = shown
+    assert counts(Example(np.arange(4), np.array([False, False, True, True]))) == "4 tokens, 2 trained (50%)"
+    assert counts(example).startswith(f"{len(example.input_ids)} tokens, {example.trained.sum()} trained")
+
+
+def test_the_terminal_shows_colours_counts_and_reasons(shown):
+    tokenizer, example = shown
+    console = Console(width=200, record=True, force_terminal=True, color_system="truecolor", file=io.StringIO())
+    console.print(as_text([("a.jsonl:1", example), ("a.jsonl:2", RowError("no answer"))], tokenizer))
+    plain = console.export_text(clear=False)
+    assert counts(example) in plain
+    assert "a.jsonl:2  rejected: no answer" in plain
+    assert "line one↵" in plain
+    styled = console.export_text(styles=True)
+    assert all(code in styled for code in ("\x1b[32m", "\x1b[2m", "\x1b[1;4;35m"))
+    assert "\x1b[2J" not in styled  # a row cannot clear the screen
+    assert "␛[2J" in plain
+
+
+def test_the_page_holds_the_text_escaped_and_asks_for_nothing(shown):
+    tokenizer, example = shown
+    page = as_html([("a<b>.jsonl:1", example), ("a.jsonl:2", RowError("unknown role '<b>'"))], tokenizer)
+    assert "<script" not in page
+    assert not re.search(r"(src|href)=|@import|url\(", page)
+    body = html.unescape("".join(re.findall(r'<span class="[a-z ]+">(.*?)</span>', page.split("<pre>")[1], re.DOTALL)))
+    assert HOSTILE.replace("\x1b", "␛") in body
+    assert all(f'class="{kind}"' in page.split("<pre>")[1] for kind in ("context", "trained", "special trained"))
+    assert "a&lt;b&gt;.jsonl:1" in page
+    assert "rejected: unknown role &#x27;&lt;b&gt;&#x27;" in page
