@@ -250,9 +250,9 @@ def test_only_two_packings_stay_in_memory_and_all_can_be_asked_for_again():
     plan = Plan(
         corpus(some_flags(0, 30)),
         lambda lengths, rng: pack(lengths, ROW, "bfd", rng),
-        BatchSection(row_tokens=ROW, rows_per_step=4),
-        TrainSection(epochs=5),
-        LossSection(),
+        BatchSection.model_validate({"row_tokens": ROW, "rows_per_step": 4}),
+        TrainSection.model_validate({"epochs": 5}),
+        LossSection.model_validate({}),
         keep=lambda epoch, make: made.append(epoch) or make(),
     )
     assert made == [0, 1, 2, 3, 4]

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 import xxhash
 
 from trainer.config import DataSection, Recipe, Source
@@ -28,7 +27,7 @@ from trainer.data.mask import Masker
 from trainer.data.plan import Corpus, Plan, micro_batches_of
 from trainer.data.source import read_rows, source_digest, source_files
 from trainer.data.tokenise import Limits, Row
-from trainer.flow import Batch, Conversation, Example, Packed, RowError, StepPlan, Tokenised
+from trainer.flow import BadInput, Batch, Conversation, Example, Packed, RowError, StepPlan, Tokenised
 
 KEPT_FROM_DOCUMENTS = 100_000  # below so many, packing again is quicker than keeping an epoch's packing
 STEPS_AHEAD = 2  # steps that the background thread builds before they are asked for
@@ -100,7 +99,7 @@ def prepare(
     sources = section.train if which == "train" else section.eval
     masker = Masker(tokenizer, section.train_on, section.train_on_eot)
     formats = tuple(_format(source) for source in sources)
-    limits = Limits(recipe.max_tokens, section.too_long, section.packing in ("bfd_split", "wrapped"))
+    limits = limits_of(recipe)
     files = [[str(path) for path in source_files(s.path)] if s.path else [f"{s.name}:{s.split}"] for s in sources]
     names = [name for of_source in files for name in of_source]
     work = _Tokenise(masker, formats, tuple(source.columns for source in sources))
@@ -121,6 +120,35 @@ def prepare(
         stopping=stopping,
     )
     return Prepared(documents, tuple(source.weight for source in sources), tuple(names))
+
+
+def held_out_prompts(recipe: Recipe, tokenizer: Any, rows: int) -> list[tuple[list[int], str, str]]:
+    """The first `rows` held-out questions that can be asked: the prompt's ids, its text, and the answer.
+
+    Raises:
+        BadInput: none of the eval rows has an answer.
+    """
+    section = recipe.data
+    masker = Masker(tokenizer, section.train_on, section.train_on_eot)
+    prompts: list[tuple[list[int], str, str]] = []
+    for source in section.eval:
+        format = _format(source)
+        for row in read_rows(source):
+            if len(prompts) == rows:
+                return prompts
+            try:
+                ids, answer = masker.prompt(to_conversation(row.fields, format, source.columns))
+            except RowError:  # counted and named where the data is prepared
+                continue
+            prompts.append((ids, tokenizer.decode(ids), answer))
+    if not prompts:
+        raise BadInput("data.eval: no row has a prompt and an answer; eval.generate needs some, or take it out")
+    return prompts
+
+
+def limits_of(recipe: Recipe) -> Limits:
+    """What becomes of examples that are too long."""
+    return Limits(recipe.max_tokens, recipe.data.too_long, recipe.data.packing in ("bfd_split", "wrapped"))
 
 
 @dataclass(frozen=True)
@@ -256,6 +284,8 @@ def build_batch(
         weights: (P,), the weight of each trained token of a piece.
         uniform_weight: the weight, where all pieces have the same.
     """
+    import torch  # here, as the processes that tokenise import this file too, and need none
+
     document, start, stop, number = pieces.T
     lengths = stop - start
     ends = np.cumsum(lengths)
@@ -284,6 +314,8 @@ def build_batch(
 def filler_batch(epoch: int = 0) -> Batch:
     """One document of two tokens with one trained position of weight zero: every parameter gets a gradient,
     of zero, and no collective hangs (C1)."""
+    import torch
+
     return Batch(
         input_ids=torch.zeros(2, dtype=torch.int64),
         position_ids=torch.arange(2),

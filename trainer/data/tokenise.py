@@ -24,7 +24,7 @@ from trainer.flow import Example, RowError, Tokenised
 VERSION = 1  # part of every key: raise it when the same rows give other documents
 
 CHUNK_ROWS = 512  # a worker's share: small enough for steady progress, large against the cost of handing it over
-POOL_FROM_CHUNKS = 16  # below so many chunks starting processes costs more than it saves
+POOL_FROM_CHUNKS = 24  # below so many, starting processes costs more than it saves
 
 
 class Row(NamedTuple):
