@@ -1,11 +1,11 @@
 """Checkpoints that are complete or absent (C7).
 
-    checkpoints/
-      .saving-step-000200/      being written; never read
-      step-000200/              published by one rename
-        state/                  DeepSpeed's files
-        manifest.json           RunState, and the size and checksum of every file
-      latest                    the newest one's name; a convenience, nothing trusts it
+checkpoints/
+  .saving-step-000200/      being written; never read
+  step-000200/              published by one rename
+    state/                  DeepSpeed's files
+    manifest.json           RunState, and the size and checksum of every file
+  latest                    the newest one's name; a convenience, nothing trusts it
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _require_room(folder: Path, bytes_needed: int) -> None:
     free = dist.broadcast(shutil.disk_usage(folder).free if dist.is_main() else None)
     if free < bytes_needed:
         raise BadInput(
-            f"{folder}: a checkpoint needs {bytes_needed / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free; "
+            f"{folder}: a checkpoint needs {bytes_needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free there; "
             "make room and start again, or lower checkpoint.keep"
         )
 

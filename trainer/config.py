@@ -26,40 +26,42 @@ class ModelSection(Section):
     """Which model is trained, and how it runs."""
 
     name: str = Field(description="A Hugging Face folder or hub name.")
-    revision: str | None = Field(None, description="The hub's branch, tag or commit.")
+    revision: str | None = Field(default=None, description="The hub's branch, tag or commit.")
     init: Literal["pretrained", "random"] = Field(
-        "pretrained", description="random: only the configuration and tokenizer are read; weights follow train.seed."
+        default="pretrained",
+        description="random: only the configuration and tokenizer are read; weights follow train.seed.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
-        "bfloat16", description="bfloat16 trains on fp32 master weights; float32 is for exact comparisons."
+        default="bfloat16", description="bfloat16 trains on fp32 master weights; float32 is for exact comparisons."
     )
     attention: Literal["auto", "flash_attn", "torch_varlen", "reference"] = Field(
-        "auto", description="The varlen kernel. auto: flash_attn, else torch's own on CUDA, else the reference."
+        default="auto", description="The varlen kernel. auto: flash_attn, else torch's own on CUDA, else the reference."
     )
-    recompute: bool = Field(True, description="Activation checkpointing: less memory, about a third more compute.")
+    recompute: bool = Field(
+        default=True, description="Activation checkpointing: less memory, about a third more compute."
+    )
     add_tokens: tuple[str, ...] = Field(
-        (), description="Special tokens to add to a base model; new embedding rows start at the mean of the old."
+        default=(),
+        description="Special tokens to add to a base model; new embedding rows start at the mean of the old.",
     )
     chat_template: str | None = Field(
-        None, description="A Jinja file, or `chatml`, in place of the tokenizer's own template."
+        default=None, description="A Jinja file, or `chatml`, in place of the tokenizer's own template."
     )
-    trust_remote_code: bool = Field(False, description="Runs the model's own Python code. Read it first.")
+    trust_remote_code: bool = Field(default=False, description="Runs the model's own Python code. Read it first.")
 
 
 class Source(Section):
     """Where rows come from: a file or folder (`path`), or a dataset of the hub (`name`)."""
 
-    path: str | None = Field(None, description=".jsonl, .json or .parquet, or a folder of them.")
-    name: str | None = Field(None, description="A dataset of the hub.")
-    split: str = Field("train", description="Its split.")
+    path: str | None = Field(default=None, description=".jsonl, .json or .parquet, or a folder of them.")
+    name: str | None = Field(default=None, description="A dataset of the hub.")
+    split: str = Field(default="train", description="Its split.")
     format: Literal["auto", "messages", "prompt_completion", "instruction", "question_answer", "text"] = Field(
-        "auto", description="auto: recognised from the columns."
+        default="auto", description="auto: recognised from the columns."
     )
-    columns: dict[str, str] = Field(
-        default_factory=dict, description="Our name -> the file's, as `question: Problem`."
-    )
-    weight: float = Field(1.0, gt=0, description="round(weight x rows) rows an epoch (C1).")
-    rows: int | None = Field(None, ge=1, description="Only the first so many rows.")
+    columns: dict[str, str] = Field(default_factory=dict, description="Our name -> the file's, as `question: Problem`.")
+    weight: float = Field(default=1.0, gt=0, description="round(weight x rows) rows an epoch (C1).")
+    rows: int | None = Field(default=None, ge=1, description="Only the first so many rows.")
 
     @model_validator(mode="after")
     def _one_place(self) -> Source:
@@ -74,35 +76,40 @@ class DataSection(Section):
     train: tuple[Source, ...] = Field(min_length=1)
     eval: tuple[Source, ...] = ()
     train_on: Literal["all", "completion", "assistant", "last_turn"] = Field(
-        "assistant", description="all tokens, the last assistant turn after its prompt, every assistant turn."
+        default="assistant", description="all tokens, the last assistant turn after its prompt, every assistant turn."
     )
-    train_on_eot: bool = Field(True, description="The stop token after an answer is learned with it.")
-    max_tokens: int | None = Field(None, ge=2, description="Of an example; batch.row_tokens where it is not given.")
+    train_on_eot: bool = Field(default=True, description="The stop token after an answer is learned with it.")
+    max_tokens: int | None = Field(
+        default=None, ge=2, description="Of an example; batch.row_tokens where it is not given."
+    )
     too_long: Literal["reject", "truncate", "split"] = "reject"
     packing: Literal["none", "bfd", "bfd_split", "wrapped"] = Field(
-        "bfd", description="bfd keeps examples whole; bfd_split cuts long ones; wrapped fills every row to the end."
+        default="bfd",
+        description="bfd keeps examples whole; bfd_split cuts long ones; wrapped fills every row to the end.",
     )
-    max_rejects: float = Field(0.01, ge=0, le=1, description="The run stops above this share of rejected rows.")
-    cache: str = Field("~/.cache/packhorse", description="Tokenised data; may be local to a node.")
-    workers: int | None = Field(None, ge=1, description="Processes that tokenise; all cores where it is not given.")
+    max_rejects: float = Field(default=0.01, ge=0, le=1, description="The run stops above this share of rejected rows.")
+    cache: str = Field(default="~/.cache/packhorse", description="Tokenised data; may be local to a node.")
+    workers: int | None = Field(
+        default=None, ge=1, description="Processes that tokenise; all cores where it is not given."
+    )
 
 
 class BatchSection(Section):
     """The batch of one optimizer step, whatever the number of GPUs."""
 
-    row_tokens: int = Field(8192, ge=2, description="Most tokens of a packed row.")
-    rows_per_step: int = Field(64, ge=1, description="Most rows of an optimizer step, over all ranks.")
-    rows_per_micro: int = Field(1, ge=1, description="Rows that one rank runs at once.")
+    row_tokens: int = Field(default=8192, ge=2, description="Most tokens of a packed row.")
+    rows_per_step: int = Field(default=64, ge=1, description="Most rows of an optimizer step, over all ranks.")
+    rows_per_micro: int = Field(default=1, ge=1, description="Rows that one rank runs at once.")
 
 
 class LossSection(Section):
     """The objective (C2)."""
 
     weighting: Literal["token", "example", "constant"] = "token"
-    constant_tokens: int | None = Field(None, ge=1, description="K of `constant`.")
-    neftune_alpha: float = Field(0.0, ge=0, description="NEFTune noise; 0 is off, 5 is usual.")
+    constant_tokens: int | None = Field(default=None, ge=1, description="K of `constant`.")
+    neftune_alpha: float = Field(default=0.0, ge=0, description="NEFTune noise; 0 is off, 5 is usual.")
     kernel: Literal["auto", "liger", "chunked", "reference"] = Field(
-        "auto", description="auto: liger on CUDA, else chunked."
+        default="auto", description="auto: liger on CUDA, else chunked."
     )
 
     @model_validator(mode="after")
@@ -115,40 +122,41 @@ class LossSection(Section):
 class OptimSection(Section):
     """AdamW and its schedule; the learning rate is a function of the step alone."""
 
-    lr: float = Field(2e-5, gt=0)
+    lr: float = Field(default=2e-5, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0, description="On matrices; never on norms and biases.")
-    decay_embeddings: bool = Field(True, description="Whether the embeddings count as matrices.")
-    warmup: float = Field(0.03, ge=0, lt=1, description="Share of the steps.")
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0, description="On matrices; never on norms and biases.")
+    decay_embeddings: bool = Field(default=True, description="Whether the embeddings count as matrices.")
+    warmup: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps.")
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    wsd_decay: float = Field(0.2, gt=0, le=1, description="Share of the steps in which wsd goes down.")
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    clip: float = Field(1.0, gt=0, description="Largest gradient norm of a step.")
+    wsd_decay: float = Field(default=0.2, gt=0, le=1, description="Share of the steps in which wsd goes down.")
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
+    clip: float = Field(default=1.0, gt=0, description="Largest gradient norm of a step.")
 
 
 class TrainSection(Section):
     """How long, and from which seed."""
 
-    epochs: int = Field(1, ge=1)
-    steps: int | None = Field(None, ge=1, description="Exactly so many steps, whatever `epochs` says.")
+    epochs: int = Field(default=1, ge=1)
+    steps: int | None = Field(default=None, ge=1, description="Exactly so many steps, whatever `epochs` says.")
     seed: int = 0
 
 
 class ParallelSection(Section):
     """What the hardware decides; nothing here changes what is learned."""
 
-    deepspeed: str = Field("ds_configs/zero3.json", description="A DeepSpeed template.")
+    deepspeed: str = Field(default="ds_configs/zero3.json", description="A DeepSpeed template.")
     grad_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Of accumulation and reduction; bfloat16 makes the batch's cutting change the run."
+        default="float32",
+        description="Of accumulation and reduction; bfloat16 makes the batch's cutting change the run.",
     )
     sequence: Literal[1] = 1
-    allow_idle_ranks: bool = Field(False, description="Allow more ranks than a step has micro-batches.")
+    allow_idle_ranks: bool = Field(default=False, description="Allow more ranks than a step has micro-batches.")
 
 
 class CheckpointSection(Section):
-    every_steps: int | None = Field(None, ge=1, description="Between checkpoints; the last step always saves.")
-    keep: int = Field(3, ge=1)
+    every_steps: int | None = Field(default=None, ge=1, description="Between checkpoints; the last step always saves.")
+    keep: int = Field(default=3, ge=1)
 
 
 class Scorer(Section):
@@ -167,27 +175,29 @@ class Scorer(Section):
 class GenerateSection(Section):
     """Held-out prompts answered greedily, before and after training, and scored."""
 
-    rows: int = Field(64, ge=1)
-    max_new_tokens: int = Field(64, ge=1)
-    batch: int = Field(32, ge=1, description="Prompts that one rank runs at once.")
+    rows: int = Field(default=64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
+    batch: int = Field(default=32, ge=1, description="Prompts that one rank runs at once.")
     scorers: dict[str, Scorer] = Field(default_factory=dict)
 
 
 class EvalSection(Section):
-    every_steps: int | None = Field(None, ge=1, description="Between evaluations; always before and after training.")
+    every_steps: int | None = Field(
+        default=None, ge=1, description="Between evaluations; always before and after training."
+    )
     generate: GenerateSection | None = None
 
 
 class RunSection(Section):
     dir: str = Field(description="The run folder; on more than one node a shared one.")
-    log_every: int = Field(1, ge=1)
+    log_every: int = Field(default=1, ge=1)
 
 
 class ProfileSection(Section):
     """torch.profiler: a trace of `steps` steps from step `start`, in the run folder."""
 
     start: int = Field(ge=1)
-    steps: int = Field(1, ge=1)
+    steps: int = Field(default=1, ge=1)
 
 
 class Recipe(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -29,6 +30,10 @@ import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
 
 deepspeed_logger.setLevel(logging.WARNING)
+# DeepSpeed calls collectives by names that torch 2.13 deprecates, once for each layer and step
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
+# An all-reduce for inference, which DeepSpeed would compile at every machine's first start, and say so on stdout.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 # The recipe owns these; a template that sets one of them would be a second owner.
 _OWNED_BY_RECIPE = {
@@ -62,7 +67,7 @@ def deepspeed_config(
     config = _read_template(Path(parallel.deepspeed))
     for key, owner in _OWNED_BY_RECIPE.items():
         if key in config:
-            raise BadInput(f"{parallel.deepspeed}: `{key}` belongs to the recipe's `{owner}`; take it out of the template")
+            raise BadInput(f"{parallel.deepspeed}: `{key}` belongs to the recipe's `{owner}`; take it out there")
     zero = config.setdefault("zero_optimization", {"stage": 0})
     sizes = {
         "reduce_bucket_size": hidden_size**2,
@@ -161,6 +166,7 @@ class Engine:
     ) -> None:
         self._clip = optim.clip
         self._stage = stage(config)
+        self._engine: Any
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=_optimizer(groups, optim, config), config=config, dist_init_required=False
         )
@@ -183,7 +189,7 @@ class Engine:
         for i, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
             with clock.part("forward"):
-                loss = self._engine(batch)
+                loss = self._engine(batch.to(dist.device()))
             with clock.part("backward"):
                 self._engine.backward(loss * self._world)
             loss_sum += loss.detach()
@@ -210,7 +216,11 @@ class Engine:
     def evaluate(self, batch: Batch) -> torch.Tensor:
         """The batch's weighted loss, without noise, dropout or gradients. () float32."""
         self._engine.eval()
-        return self._engine(batch)
+        return self._engine(batch.to(dist.device()))
+
+    def state_bytes(self) -> int:
+        """What all ranks together write in `save`: weights, and master weights with two moments in fp32."""
+        return sum(getattr(p, "ds_numel", p.numel()) * (p.element_size() + 12) for p in self.module.parameters())
 
     def save(self, folder: Path) -> None:
         """Write this rank's files under `folder`. Every rank calls it."""
@@ -233,7 +243,8 @@ def read_state(folder: Path) -> Mapping[str, Any]:
     if any(state_folder.glob("*_optim_states.pt")):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG, lazy_mode=True)
+        weights: Any = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG, lazy_mode=True)
+        return weights
     # stage 0: one file of this run's own, in DeepSpeed's format, which holds more than tensors
     saved = torch.load(state_folder / "mp_rank_00_model_states.pt", map_location="cpu", mmap=True, weights_only=False)
     return saved["module"]

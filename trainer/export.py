@@ -92,19 +92,21 @@ def _write(run_dir: Path, recipe: Recipe, folder: Path, weights: dict[str, torch
         )
     model.generation_config = GenerationConfig.from_pretrained(source)
     model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="5GB")
-    load_tokenizer(recipe.model.model_copy(update={"name": str(source), "chat_template": None, "add_tokens": ()})).save_pretrained(folder)
+    as_trained = recipe.model.model_copy(update={"name": str(source), "chat_template": None, "add_tokens": ()})
+    load_tokenizer(as_trained).save_pretrained(folder)
 
 
 def _compare(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> None:
     """Load the folder as a user would and compare every weight bit by bit."""
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=getattr(torch, recipe.model.dtype),
         trust_remote_code=recipe.model.trust_remote_code,
         output_loading_info=True,
     )
+    model, info = loaded
     if info["missing_keys"]:
         raise RuntimeError(f"{folder}: the export lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}")
     for name, parameter in model.named_parameters():

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # heavy, and this file is read by `packhorse --help`
@@ -166,7 +167,7 @@ class Batch:
 
     def document_lengths(self) -> list[int]:
         ends = self.cu_seqlens.tolist()
-        return [stop - start for start, stop in zip(ends, ends[1:])]
+        return [stop - start for start, stop in pairwise(ends)]
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; the copy does not wait where the host memory is pinned."""

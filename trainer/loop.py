@@ -65,7 +65,8 @@ def run(
         lr = learning_rate(index, steps, recipe.optim)
         result = engine.step(batches, lr, metrics.clock)
         if result.skipped:
-            raise StepNotApplied(f"step {done} was not applied: {result.skipped}; its rows: {rows_of(plan.step(index))}")
+            rows = rows_of(plan.step(index))
+            raise StepNotApplied(f"step {done} was not applied: {result.skipped}; its rows: {rows}")
         line = metrics.step(plan.step(index), result, batches, lr)
         profiler.after(index)
         progress.step(done, line)

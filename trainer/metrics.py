@@ -184,7 +184,8 @@ class Metrics:
     def _line(self, plan: StepPlan, result: StepResult, lr: float, parts: dict[str, float]) -> dict[str, float]:
         counted = [float(self._loss), self._tokens, self._trained, self._rows, self._fillers, self._micro_batches]
         host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        sums = dist.sum_over_ranks([*counted, self._flop, self._seconds, host_gib, *(parts.get(p, 0.0) for p in _PARTS)])
+        parts_s = [parts.get(part, 0.0) for part in _PARTS]
+        sums = dist.sum_over_ranks([*counted, self._flop, self._seconds, host_gib, *parts_s])
         loss, tokens, trained, rows, fillers, micro_batches, flop, seconds, host_gib, *part_seconds = sums
         world = dist.world_size()
         seconds /= world
@@ -200,7 +201,7 @@ class Metrics:
             "perf/trained_tokens_per_s": trained / seconds,
             "perf/filler_share": fillers / micro_batches,
             "perf/step_s": seconds / self._steps,
-            **{f"perf/{p}_s": s / world / self._steps for p, s in zip(_PARTS, part_seconds)},
+            **{f"perf/{p}_s": s / world / self._steps for p, s in zip(_PARTS, part_seconds, strict=True)},
             "pack/fill": tokens / (rows * self._row_tokens),
             "mem/host_peak_gib": host_gib,
         }

@@ -1,0 +1,157 @@
+"""Runs many small recipes on one set of ranks: starting ranks costs more than the runs do.
+
+    python -m tests.numerics.cases CASES.json
+
+A case is {"run": folder, "recipe": file, "overrides": [...], "sabotage": name or null, "stop_after": step or null}.
+A sabotage is a real defect put in on purpose: the controls that a test of exactness must notice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from trainer import dist, engine, train
+from trainer.config import load
+from trainer.data import loader
+from trainer.data.loader import prepare
+from trainer.model import sft
+from trainer.model.load import load_tokenizer
+
+
+def main(path: str) -> None:
+    torch.manual_seed(os.getpid())  # nothing may depend on the global generator
+    dist.start_logging()
+    dist.log.setLevel("WARNING")
+    with dist.process_group():
+        stop = dist.StopFlag()
+        stop.join()
+        for case in json.loads(Path(path).read_text()):
+            run_case(case, stop)
+
+
+def run_case(case: dict[str, Any], stop: dist.StopFlag) -> None:
+    recipe = load(case["recipe"], [*case["overrides"], f"run.dir={case['run']}"])
+    run_dir = Path(case["run"])
+    if dist.is_main():
+        train.open_run_folder(recipe, run_dir)
+    dist.barrier()
+    tokenizer = load_tokenizer(recipe.model)
+    train_data = prepare(recipe, tokenizer, "train")
+    eval_data = prepare(recipe, tokenizer, "eval") if recipe.data.eval else None
+    with sabotaged(case.get("sabotage")), stopping_after(case.get("stop_after"), stop):
+        train.fit(recipe, run_dir, tokenizer, train_data, eval_data, stop)
+    stop.raised = False
+    dist.barrier()
+
+
+@contextlib.contextmanager
+def stopping_after(step: int | None, stop: dist.StopFlag) -> Iterator[None]:
+    """Raise the stop flag on the last rank while step `step` runs."""
+    if step is None:
+        yield
+        return
+    apply = engine.Engine.step
+    count = 0
+
+    def counted(self: Any, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        # the flag is read at a step's start, so it goes up during the step before
+        stop.raised = stop.raised or (count == step - 1 and dist.rank() == dist.world_size() - 1)
+        return apply(self, *args)
+
+    with mock.patch.object(engine.Engine, "step", counted):
+        yield
+
+
+@contextlib.contextmanager
+def sabotaged(name: str | None) -> Iterator[None]:
+    if name is None:
+        yield
+    else:
+        with SABOTAGES[name]():
+            yield
+
+
+def mean_of_means() -> Any:
+    """Each micro-batch weighted by its own trained tokens, then averaged: what accumulation does elsewhere."""
+    apply = engine.Engine.step
+
+    def step(self: Any, batches: list[Any], *args: Any) -> Any:
+        real = max(1, dist.sum_over_ranks([sum(not b.is_filler for b in batches)])[0])
+        even = [
+            b
+            if b.is_filler
+            else replace(b, weights=torch.full_like(b.weights, w := 1 / (real * len(b.weights))), uniform_weight=w)
+            for b in batches
+        ]
+        return apply(self, even, *args)
+
+    return mock.patch.object(engine.Engine, "step", step)
+
+
+def dropped_micro_batch() -> Any:
+    """Rank 0's first micro-batch never runs."""
+    apply = engine.Engine.step
+
+    def step(self: Any, batches: list[Any], *args: Any) -> Any:
+        kept = [loader.filler_batch(), *batches[1:]] if dist.is_main() else batches
+        return apply(self, kept, *args)
+
+    return mock.patch.object(engine.Engine, "step", step)
+
+
+def decay_everywhere() -> Any:
+    """Norms and biases decay like matrices."""
+    build = train.parameter_groups
+
+    def groups(model: Any, section: Any) -> Any:
+        return [{**group, "weight_decay": section.weight_decay} for group in build(model, section)]
+
+    return mock.patch.object(train, "parameter_groups", groups)
+
+
+def bf16_accumulation() -> Any:
+    """Gradients summed and reduced in bf16, as DeepSpeed does where nobody says otherwise."""
+    build = train.deepspeed_config
+
+    def config(*args: Any) -> Any:
+        made = build(*args)
+        return {**made, "data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "bf16"}
+
+    return mock.patch.object(train, "deepspeed_config", config)
+
+
+def boundaries_ignored() -> Any:
+    """Documents of a row see each other."""
+
+    def whole(self: Any, batch: Any) -> Any:
+        ends = torch.tensor([0, batch.input_ids.shape[0]], dtype=torch.int32)
+        return forward(
+            self,
+            replace(batch, cu_seqlens=ends, max_seqlen=batch.input_ids.shape[0], document_keys=batch.document_keys[:1]),
+        )
+
+    forward = sft.SftModel.forward
+    return mock.patch.object(sft.SftModel, "forward", whole)
+
+
+SABOTAGES = {
+    f.__name__: f for f in (mean_of_means, dropped_micro_batch, decay_everywhere, bf16_accumulation, boundaries_ignored)
+}
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # DeepSpeed leaves threads behind that now and then abort a process at its very end
