@@ -1,0 +1,180 @@
+"""Shared by the side-by-side benchmarks: run an arm in a fresh process, time it from outside, say where it ran.
+
+In: a `Job`, the same for every arm, and a command that writes one JSON line a step into a metrics.jsonl.
+Out: a `Run`: those lines, when each one landed by this process's clock, the arm's peak memory.
+All arms are measured alike, ours too: nothing an arm says about its own speed is used, only its counts of tokens.
+This process imports no torch and computes nothing while an arm runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ARMS = Path(__file__).resolve().parent / "arms.py"
+POLL_S = 0.05
+LOOK_S = 0.5  # between looks at memory
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Job:
+    """What arms.py is to run; each arm reads the fields it needs."""
+
+    model: str  # a folder with config, tokenizer and, for `pretrained`, weights
+    init: str  # pretrained | random
+    source: str  # JSONL, the rows as they are
+    tokens: str  # folder: `documents` and `packed`, made by `arms.py prepare`
+    row_tokens: int
+    rows_per_step: int
+    steps: int
+    lr: float
+    seed: int
+    device: str  # cpu | cuda
+    metrics: str = ""  # where the arm writes its lines
+    dtype: str = "bfloat16"  # of the weights
+    attention: str = "sdpa"
+    recompute: bool = False
+    packed: bool = True
+    liger: bool = False
+    grad_dtype: str = "float32"  # arm `loop`: of accumulation; its master weights are fp32 always
+    trl: dict[str, object] = field(default_factory=dict)  # SFTConfig as it is given to TRL, over the job's own
+
+    def write(self, path: Path) -> Path:
+        path.write_text(json.dumps(asdict(self)))
+        return path
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm, run once. `lines[i]` landed at `arrived_s[i]`; the first `skip` steps are warm-up and not timed."""
+
+    lines: list[dict[str, float]]
+    arrived_s: list[float]
+    skip: int
+    peak_rss_gib: float  # of the largest process
+    peak_gpu_gib: float  # of the whole card, caches included; 0 without one
+
+    @property
+    def seconds(self) -> float:
+        return self.arrived_s[-1] - self.arrived_s[self.skip - 1]
+
+    def rate(self, key: str) -> float:
+        """Units of `key` (`tokens` or `train/trained_tokens`) a second over the timed steps."""
+        return sum(line[key] for line in self.lines[self.skip :]) / self.seconds
+
+    @property
+    def losses(self) -> list[float]:
+        return [line["train/loss"] for line in self.lines]
+
+
+class ArmFailed(RuntimeError):
+    """An arm ended without its lines; the message has the end of its log."""
+
+
+def run_arm(
+    command: list[str], metrics: Path, folder: Path, env: dict[str, str], *, skip: int, steps: int, limit_s: float
+) -> Run:
+    """Run `command` until `steps` lines have landed in `metrics`, noting when each did (to POLL_S); then end it.
+
+    What an arm does after its last step (saving, a model card) is not part of the comparison, and is not waited for.
+
+    Raises:
+        ArmFailed: it ended before its last line, or ran past `limit_s`.
+    """
+    arrived_s: list[float] = []
+    peak_rss_gib = peak_gpu_gib = looked_s = 0.0
+    started_s = time.monotonic()
+    log = folder / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **env}, cwd=ROOT)
+    try:
+        while len(arrived_s) < steps:
+            ended = process.poll() is not None
+            now_s = time.monotonic()
+            landed = metrics.read_text().count('"train/loss"') if metrics.exists() else 0
+            arrived_s += [now_s] * (landed - len(arrived_s))
+            if now_s - looked_s > LOOK_S or landed >= steps:
+                peak_rss_gib, looked_s = max(peak_rss_gib, peak_rss(process.pid)), now_s
+                peak_gpu_gib = max(peak_gpu_gib, gpu_used_gib() if env.get("CUDA_VISIBLE_DEVICES") else 0.0)
+            if landed < steps and (ended or now_s - started_s > limit_s):
+                why = f"exit code {process.returncode}" if ended else f"still running after {limit_s:.0f} s"
+                raise ArmFailed(f"{why}, {landed} of {steps} steps\n{log.read_text(errors='replace')[-3000:]}")
+            time.sleep(POLL_S)
+    finally:
+        for pid in family(process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+    lines = [json.loads(text) for text in metrics.read_text().splitlines() if '"train/loss"' in text]
+    return Run([with_tokens(line) for line in lines], arrived_s, skip, peak_rss_gib, peak_gpu_gib)
+
+
+def family(pid: int) -> list[int]:
+    """The process and all that descend from it, by /proc."""
+    parents: dict[int, int] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == each]
+    return found
+
+
+def peak_rss(pid: int) -> float:
+    """Peak resident memory of the largest process of the family so far, GiB."""
+    peaks = [0.0]
+    for each in family(pid):
+        with suppress(OSError):
+            status = Path(f"/proc/{each}/status").read_text()
+            peaks += [float(line.split()[1]) * 1024 / GIB for line in status.splitlines() if line.startswith("VmHWM")]
+    return max(peaks)
+
+
+def with_tokens(line: dict[str, float]) -> dict[str, float]:
+    """A line of packhorse gives its real tokens as a rate and a time; the other arms count them in `tokens`."""
+    if "tokens" in line:
+        return line
+    return {**line, "tokens": float(round(line["perf/tokens_per_s"] * line["perf/step_s"]))}
+
+
+def gpu_used_gib() -> float:
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]) / 1024
+
+
+def spread(values: list[float], form: str = "{:.0f}") -> str:
+    """`median (lowest to highest)`."""
+    middle, low, high = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
+    return f"{middle} ({low} to {high})" if len(values) > 1 else middle
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def machine(packages: tuple[str, ...]) -> str:
+    """Where it ran: processor, cores, memory; versions of Python and `packages`. Two Markdown items."""
+    cpu = Path("/proc/cpuinfo").read_text()
+    names = [line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")]
+    flags = "with" if "avx512_bf16" in cpu else "without"
+    memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
+    found = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    name, cores = names[0] if names else platform.machine(), len(os.sched_getaffinity(0))
+    return (
+        f"- {name} ({flags} AVX-512 bf16), {cores} cores, {memory_gib:.0f} GiB\n"
+        f"- Python {platform.python_version()}, {found}"
+    )
