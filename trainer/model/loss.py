@@ -1,0 +1,258 @@
+"""Hidden states of the trained positions, and their weights -> the weighted cross-entropy, without whole logits.
+
+In: hidden (N, H), the head's weight (V, H), targets (N,), weights (N,). Out: one fp32 number, sum(weight x loss).
+
+Three kernels give the same number and gradients (X6): `reference`, which reads like the formula and holds all
+logits; `chunked`, for the CPU; `liger`, for CUDA. N trained positions, H hidden, V vocabulary, B a block of it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from trainer.flow import BadInput
+
+BLOCK_HIDDEN = 4  # c of C5: `chunked` works on c x H entries of the vocabulary at a time (measured: flat from 2 to 16)
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """What a model does to its head's output: cap x tanh(scale x logits / cap), or scale x logits without a cap."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
+
+
+def choose_kernel(name: str, device: torch.device) -> str:
+    """The kernel that `loss.kernel` asks for: liger on CUDA and chunked elsewhere for `auto`.
+
+    Raises:
+        BadInput: liger is asked for where it cannot run.
+    """
+    installed = importlib.util.find_spec("liger_kernel") is not None
+    if name == "auto":
+        return "liger" if device.type == "cuda" and installed else "chunked"
+    if name == "liger" and not installed:
+        raise BadInput("loss.kernel: liger is not installed; `pip install liger-kernel`, or use `chunked`")
+    if name == "liger" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise BadInput("loss.kernel: liger needs a CUDA device; use `chunked`")
+    return name
+
+
+def linear_cross_entropy(
+    hidden_NH: torch.Tensor,
+    head_weight_VH: torch.Tensor,
+    targets_N: torch.Tensor,
+    weights_N: torch.Tensor,
+    uniform_weight: float | None,
+    kernel: str,
+    *,
+    bias_V: torch.Tensor | None = None,
+    transform: LogitTransform | None = None,
+) -> torch.Tensor:
+    """sum_i weights[i] x cross_entropy(transform(hidden[i] @ head_weight.T + bias), targets[i]), () float32.
+
+    `uniform_weight` is the one value of `weights` where they are alike; it saves `liger` a pass. Without a
+    trained position the result is a zero that still gives every parameter a gradient (of zeros), so that no
+    collective waits for one.
+    """
+    transform = transform or LogitTransform()
+    if hidden_NH.shape[0] == 0:
+        return _zero_with_gradients(hidden_NH, head_weight_VH, bias_V)
+    args = (hidden_NH, head_weight_VH, bias_V, targets_N, weights_N)
+    if kernel == "reference":
+        return _reference(*args, transform)
+    if kernel == "chunked":
+        return _Chunked.apply(*args, transform)  # type: ignore[return-value]
+    assert kernel == "liger", kernel
+    return _liger(*args, uniform_weight, transform)
+
+
+def _zero_with_gradients(*tensors: torch.Tensor | None) -> torch.Tensor:
+    parts = [t.reshape(-1)[:1].float().sum() * 0.0 for t in tensors if t is not None]
+    return torch.stack(parts).sum()
+
+
+# ----------------------------------------------------------------------------------------------- reference
+
+
+def _reference(
+    hidden_NH: torch.Tensor,
+    head_weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    weights_N: torch.Tensor,
+    transform: LogitTransform,
+) -> torch.Tensor:
+    logits_NV = transform(F.linear(hidden_NH, head_weight_VH, bias_V).float())
+    return (F.cross_entropy(logits_NV, targets_N, reduction="none") * weights_N).sum()
+
+
+# ----------------------------------------------------------------------------------------------- chunked
+
+
+class _Block(NamedTuple):
+    """Entries [start, stop) of the vocabulary: their logits, and the targets that lie among them."""
+
+    start: int
+    stop: int
+    low: torch.Tensor  # (N, B) in the weights' type: room for the gradient that goes back into matrix products
+    logits: torch.Tensor  # (N, B) float32, after the transform; the same storage as `low` where the type is fp32
+    column: torch.Tensor  # (N, 1) the target's column in this block (any column where it lies elsewhere)
+    inside: torch.Tensor  # (N, 1) 1.0 where the target lies in this block
+
+
+class _Chunked(torch.autograd.Function):
+    """The loss by blocks of the vocabulary: forward keeps each position's log-sum-exp, backward makes the
+    logits again.
+
+    Blocks of the vocabulary rather than of positions: a block's rows of the weight's gradient come out of one
+    matrix product over all N positions, so nothing is accumulated (no fp32 copy of the head, no rounding
+    between chunks), and the workspace is N x B = c x N x H whatever V is. The fourth matrix product costs
+    less than that accumulation does (docs/log.md).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        head_weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_N: torch.Tensor,
+        weights_N: torch.Tensor,
+        transform: LogitTransform,
+    ) -> torch.Tensor:
+        lse_N1 = hidden_NH.new_full((hidden_NH.shape[0], 1), -torch.inf, dtype=torch.float32)
+        target_logit_N1 = torch.zeros_like(lse_N1)
+        for block in _blocks(hidden_NH, head_weight_VH, bias_V, targets_N, transform):
+            target_logit_N1 += block.logits.gather(1, block.column) * block.inside
+            highest_N1 = block.logits.amax(1, keepdim=True)
+            sum_N1 = block.logits.sub_(highest_N1).exp_().sum(1, keepdim=True)
+            lse_N1 = torch.logaddexp(lse_N1, highest_N1 + sum_N1.log_())
+        ctx.save_for_backward(hidden_NH, head_weight_VH, bias_V, targets_N, weights_N, lse_N1)
+        ctx.transform = transform
+        return ((lse_N1 - target_logit_N1).squeeze(1) * weights_N).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        hidden_NH, head_weight_VH, bias_V, targets_N, weights_N, lse_N1 = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        weights_N1 = (weights_N * grad_loss).unsqueeze(1)
+        grad_hidden_NH = torch.zeros_like(hidden_NH, dtype=torch.float32)
+        grad_weight_VH = torch.empty_like(head_weight_VH) if needs_weight else None
+        grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
+        for block in _blocks(hidden_NH, head_weight_VH, bias_V, targets_N, ctx.transform):
+            grad_NB = _gradient_of_logits(block, lse_N1, weights_N1, ctx.transform)
+            part = slice(block.start, block.stop)
+            if needs_hidden:
+                grad_hidden_NH += grad_NB @ head_weight_VH[part]
+            if grad_weight_VH is not None:
+                torch.mm(grad_NB.t(), hidden_NH, out=grad_weight_VH[part])
+            if grad_bias_V is not None:
+                grad_bias_V[part] = grad_NB.sum(0)
+        return (
+            grad_hidden_NH.to(hidden_NH.dtype) if needs_hidden else None,
+            grad_weight_VH,
+            grad_bias_V,
+            None,
+            None,
+            None,
+        )
+
+
+def _blocks(
+    hidden_NH: torch.Tensor,
+    head_weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    transform: LogitTransform,
+) -> Iterator[_Block]:
+    """The logits, block after block, in buffers that the next block overwrites."""
+    (N, H), V = hidden_NH.shape, head_weight_VH.shape[0]
+    width = min(V, BLOCK_HIDDEN * H)
+    low_buffer = hidden_NH.new_empty(N * width)
+    logits_buffer = (
+        low_buffer if low_buffer.dtype == torch.float32 else torch.empty_like(low_buffer, dtype=torch.float32)
+    )
+    targets_N1 = targets_N.unsqueeze(1)
+    for start in range(0, V, width):
+        stop = min(start + width, V)
+        size = stop - start
+        low = torch.mm(hidden_NH, head_weight_VH[start:stop].t(), out=low_buffer[: N * size].view(N, size))
+        logits = logits_buffer[: N * size].view(N, size)
+        if logits.data_ptr() != low.data_ptr():
+            logits.copy_(low)
+        if bias_V is not None:
+            logits += bias_V[start:stop]
+        if transform.scale != 1.0:
+            logits *= transform.scale
+        if transform.softcap:
+            logits.div_(transform.softcap).tanh_().mul_(transform.softcap)
+        column = targets_N1 - start
+        inside = ((column >= 0) & (column < size)).float()
+        yield _Block(start, stop, low, logits, column.clamp_(0, size - 1), inside)
+
+
+def _gradient_of_logits(
+    block: _Block, lse_N1: torch.Tensor, weights_N1: torch.Tensor, transform: LogitTransform
+) -> torch.Tensor:
+    """weights x (softmax - one-hot), taken back through the transform; (N, B) in the weights' type."""
+    slope = None
+    if transform.softcap:  # of cap x tanh(x / cap), from its own value
+        slope = block.logits.div(transform.softcap).square_().neg_().add_(1.0)
+    grad = block.logits.sub_(lse_N1).exp_()
+    grad.scatter_add_(1, block.column, -block.inside)
+    grad *= weights_N1 * transform.scale
+    if slope is not None:
+        grad *= slope
+    if block.low.data_ptr() != grad.data_ptr():
+        block.low.copy_(grad)
+    return block.low
+
+
+# ----------------------------------------------------------------------------------------------- liger
+
+
+def _liger(
+    hidden_NH: torch.Tensor,
+    head_weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    weights_N: torch.Tensor,
+    uniform_weight: float | None,
+    transform: LogitTransform,
+) -> torch.Tensor:
+    """Liger's fused kernel (liger_kernel 0.8.5). Alike weights take one pass; unlike ones make the logits twice."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    if transform.scale != 1.0:  # Liger knows no scale: scale x (h W' + b) = (scale h) W' + scale b
+        hidden_NH = hidden_NH * transform.scale
+        bias_V = bias_V * transform.scale if bias_V is not None else None
+    loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(  # type: ignore[misc]
+        hidden_NH,
+        head_weight_VH,
+        targets_N,
+        bias_V,
+        None,  # class weights
+        -100,  # ignore_index: no target is
+        0.0,  # z-loss
+        0.0,  # label smoothing
+        "none" if uniform_weight is None else "sum",
+        transform.softcap,
+        False,  # return_z_loss
+        torch.float32,  # accum_dtype of the weight's gradient
+    )
+    if uniform_weight is None:
+        return (loss * weights_N).sum()
+    return loss * uniform_weight

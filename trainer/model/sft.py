@@ -1,0 +1,119 @@
+"""A causal language model with its loss: one micro-batch in, its share of the step's loss out.
+
+In: a transformers model (load.py) and a Batch. Out: sum(cross-entropy x weight) over the trained positions, ()
+float32. The backbone runs over all T tokens of the row, the head over the N trained positions only, and the loss
+is made inside the head's forward: there ZeRO-3 has the head's weight whole, tied or not (C5).
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from trainer import dist
+from trainer.config import LossSection
+from trainer.flow import BadInput, Batch
+from trainer.model.attention import keyword_arguments
+from trainer.model.loss import LogitTransform, choose_kernel, linear_cross_entropy
+from trainer.model.noise import document_noise
+
+
+class Targets(NamedTuple):
+    """What the head needs beside hidden states to return the loss instead of logits."""
+
+    targets_N: torch.Tensor
+    weights_N: torch.Tensor
+    uniform_weight: float | None
+    kernel: str
+    transform: LogitTransform
+
+
+class SftModel(nn.Module):
+    """The model that is trained. `forward(batch)` is the loss; `model` is the transformers model, unchanged to its users.
+
+    Call `probe.probe` once it can run a forward (under ZeRO-3: once the engine exists), before the first batch:
+    it finds out what the model does to its logits, and proves that packing changes nothing.
+    """
+
+    def __init__(self, model: Any, loss: LossSection, seed: int, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self.kernel = choose_kernel(loss.kernel, device)
+        self.transform: LogitTransform | None = None  # measured by the probe
+        self._alpha = loss.neftune_alpha
+        self._seed = seed
+        self._batch: Batch | None = None  # the one in work, for the embedding's hook
+        head = model.get_output_embeddings()
+        if head is None or not isinstance(getattr(head, "weight", None), nn.Parameter):
+            raise BadInput(f"{type(model).__name__} has no output head with a weight, so it cannot be trained here")
+        if "targets" not in inspect.signature(head.forward).parameters:
+            head.forward = MethodType(_loss_or_logits(type(head).forward), head)
+        self._embedding_hook = model.get_input_embeddings().register_forward_hook(self._add_noise)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """sum(cross-entropy x weight) of the batch's trained positions, () float32."""
+        assert self.transform is not None, "the probe has not run"
+        if self.training:
+            # Dropout, where the model has any, belongs to the micro-batch and not to the rank (C3).
+            epoch = batch.document_keys[0][0]
+            torch.manual_seed(dist.seed_from(self._seed, "dropout", epoch, *batch.row_ids))
+        hidden_NH = self.hidden_states(batch).index_select(0, batch.trained_positions)
+        targets = Targets(batch.targets, batch.weights, batch.uniform_weight, self.kernel, self.transform)
+        return self.model.get_output_embeddings()(hidden_NH, targets=targets)
+
+    def hidden_states(self, batch: Batch) -> torch.Tensor:
+        """(T, H), what the model hands to its head."""
+        self._batch = batch
+        try:
+            out = self.model.get_decoder()(
+                input_ids=batch.input_ids.unsqueeze(0),
+                position_ids=batch.position_ids.unsqueeze(0),
+                use_cache=False,
+                **keyword_arguments(batch, self._host_lengths),
+            )
+        finally:
+            self._batch = None
+        return out.last_hidden_state[0]
+
+    @property
+    def _host_lengths(self) -> bool:
+        return self.model.config._attn_implementation == "packhorse_reference"
+
+    def _add_noise(self, embedding: nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor | None:
+        """NEFTune on the embeddings (1, T, H) of a batch in training; a hook's None changes nothing."""
+        batch = self._batch
+        if not self.training or self._alpha == 0.0 or batch is None:
+            return None
+        noise = document_noise(
+            self._seed,
+            batch.document_keys,
+            batch.document_lengths(),
+            embedded.shape[-1],
+            self._alpha,
+            embedded.device,
+        )
+        return embedded + noise.to(embedded.dtype)
+
+
+def _loss_or_logits(plain_forward: Any) -> Any:
+    """The head's forward, which returns the loss where it is given targets, and its logits elsewhere."""
+
+    def forward(self: Any, hidden: torch.Tensor, *, targets: Targets | None = None) -> torch.Tensor:
+        if targets is None:
+            return plain_forward(self, hidden)
+        return linear_cross_entropy(
+            hidden,
+            self.weight,
+            targets.targets_N,
+            targets.weights_N,
+            targets.uniform_weight,
+            targets.kernel,
+            bias_V=getattr(self, "bias", None),
+            transform=targets.transform,
+        )
+
+    return forward
