@@ -1,0 +1,196 @@
+"""The recipe: what it takes, what it refuses and in which words."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pydantic
+import pytest
+import yaml
+
+from trainer import config
+from trainer.flow import BadInput
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALLEST = {"model": {"name": "some/model"}, "data": {"train": [{"path": "rows.jsonl"}]}, "run": {"dir": "runs/x"}}
+
+
+def with_key(key: str, value: object) -> dict:
+    """SMALLEST with a dotted key set."""
+    tree = yaml.safe_load(yaml.safe_dump(SMALLEST))
+    node = tree
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[last] = value
+    return tree
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_the_designs():
+    recipe = config.parse(SMALLEST)
+    assert (recipe.batch.row_tokens, recipe.batch.rows_per_step, recipe.batch.rows_per_micro) == (8192, 64, 1)
+    assert recipe.data.train_on == "assistant"
+    assert recipe.data.packing == "bfd"
+    assert recipe.data.too_long == "reject"
+    assert recipe.max_tokens == 8192
+    assert recipe.loss.weighting == "token"
+    optim = recipe.optim
+    assert (optim.betas, optim.weight_decay, optim.warmup, optim.clip) == ((0.9, 0.95), 0.1, 0.03, 1.0)
+    assert (optim.schedule, optim.min_lr_ratio) == ("cosine", 0.1)
+    assert recipe.parallel.grad_dtype == "float32"
+
+
+def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
+    recipe = config.parse(with_key("optim.lr", 3e-4))
+    assert config.load(written(tmp_path, recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_are_valid(path):
+    assert config.load(path).run.dir
+
+
+def test_it_is_frozen():
+    with pytest.raises(pydantic.ValidationError):
+        config.parse(SMALLEST).train.seed = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("optim.lr=1e-5", "optim", "lr", 1e-5),  # which YAML itself reads as a text
+        ("optim.betas=[0.9, 0.99]", "optim", "betas", (0.9, 0.99)),
+        ("train.steps=null", "train", "steps", None),
+        ("data.eval=[]", "data", "eval", ()),
+        ("run.dir=runs/a=b", "run", "dir", "runs/a=b"),
+        ("eval.generate.rows=8", "eval", "generate", config.GenerateSection(rows=8, max_new_tokens=64, batch=32)),
+    ],
+)
+def test_overrides(tmp_path, override, section, key, value):
+    recipe = config.load(written(tmp_path, yaml.safe_dump(SMALLEST)), [override])
+    assert getattr(getattr(recipe, section), key) == value
+
+
+def test_an_override_reaches_into_a_list(tmp_path):
+    recipe = config.load(written(tmp_path, yaml.safe_dump(SMALLEST)), ["data.train.0.path=other.jsonl"])
+    assert recipe.data.train[0].path == "other.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (with_key("optim.learning_rate", 1), "unknown key `optim.learning_rate`"),
+        (with_key("optim.weight_decai", 1), "did you mean `optim.weight_decay`?"),
+        (with_key("optimiser", {}), "did you mean `optim`?"),
+        (with_key("data.train", [{"pth": "x"}]), "did you mean `data.train.0.path`?"),
+        (with_key("optim.zzz", 1), "keys here: lr, betas"),
+        (with_key("optim.lr", 0), "`optim.lr`: input should be greater than 0 (got 0)"),
+        (with_key("optim.lr", float("nan")), "`optim.lr`"),
+        (with_key("batch.rows_per_step", 0), "`batch.rows_per_step`"),
+        (with_key("batch.row_tokens", 1), "`batch.row_tokens`"),
+        (with_key("data.packing", "best"), "'none', 'bfd', 'bfd_split' or 'wrapped' (got 'best')"),
+        (with_key("data.train", []), "`data.train`"),
+        (with_key("data.train", [{}]), "give exactly one of `path` and `name`"),
+        (with_key("data.train", [{"path": "a", "name": "b"}]), "give exactly one of `path` and `name`"),
+        (with_key("data.max_tokens", 9000), "an example must fit in a row"),
+        (with_key("loss.weighting", "constant"), "`constant_tokens` belongs to `weighting: constant`"),
+        ({**SMALLEST, "run": {}}, "`run.dir` is missing"),
+        ({"model": SMALLEST["model"]}, "`data` is missing; `run` is missing"),
+    ],
+)
+def test_refused_in_one_line(tree, message):
+    with pytest.raises(BadInput) as refused:
+        config.parse(tree, where="r.yaml")
+    assert message in str(refused.value)
+    assert str(refused.value).startswith("r.yaml: ")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {name: a}\nmodel: {name: b}", "the key `model` is given twice"),
+        ("optim: {lr: 1.0, lr: 2.0}", "the key `lr` is given twice"),
+        ("model: [", "not valid YAML"),
+        ("- a list", "a recipe is a mapping of sections"),
+        ("", "a recipe is a mapping of sections"),
+        ("model: !!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path, text, message):
+    with pytest.raises(BadInput, match=message):
+        config.load(written(tmp_path, text))
+
+
+def test_a_missing_file():
+    with pytest.raises(BadInput, match=r"nowhere\.yaml: the recipe cannot be read"):
+        config.load("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr", "write key=value"),
+        ("=3", "write key=value"),
+        ("optim.lr=[", "the value is not valid YAML"),
+        ("model.name.x=1", "`name` is a value, not a section"),
+        ("data.train.1.path=x", "`1` is not an item of a list of 1"),
+        ("optim.lrr=1", "did you mean `optim.lr`?"),
+        ("data.columns={a: 1, a: 2}", "the value is not valid YAML"),
+    ],
+)
+def test_overrides_that_are_refused(tmp_path, override, message):
+    with pytest.raises(BadInput) as refused:
+        config.load(written(tmp_path, yaml.safe_dump(SMALLEST)), [override])
+    assert message in str(refused.value)
+
+
+def test_what_may_change_on_a_resume_is_not_fixed():
+    free = {
+        "run.dir": "runs/y",
+        "batch.rows_per_micro": 2,
+        "model.recompute": False,
+        "model.attention": "reference",
+        "parallel.deepspeed": "ds_configs/zero2.json",
+        "checkpoint.keep": 9,
+    }
+    fixed = {
+        "model.name": "other",
+        "model.dtype": "float32",
+        "data.packing": "none",
+        "batch.row_tokens": 64,
+        "batch.rows_per_step": 3,
+        "loss.weighting": "example",
+        "optim.lr": 1e-3,
+        "train.seed": 7,
+        "parallel.grad_dtype": "bfloat16",
+    }
+    before = config.parse(SMALLEST).fixed()
+    assert all(config.parse(with_key(key, value)).fixed() == before for key, value in free.items())
+    for key, value in fixed.items():
+        now = config.parse(with_key(key, value)).fixed()
+        assert [name for name in now if now[name] != before[name]] == [key]
+
+
+def test_parsing_has_no_side_effects(tmp_path):
+    recipe = written(tmp_path, yaml.safe_dump(SMALLEST))
+    program = (
+        "import sys; from trainer import config; config.load(sys.argv[1])\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'datasets', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(repr(heavy) if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(recipe)],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == [recipe]
