@@ -211,8 +211,11 @@ def test_a_killed_build_is_gone_on_with_and_its_workers_die_with_it(tmp_path, mo
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.read()  # ends when the last process that holds the pipe has ended
+    try:
+        process.communicate(timeout=20)  # ends when the last process that holds the pipe has ended
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert not folder.exists()
 
     seen: list[int] = []
