@@ -215,7 +215,7 @@ def _attend(
         raise BadInput(
             f"{layer} does not hand the document boundaries on to its attention; this model cannot be packed"
         )
-    if attention_mask is not None and module.config._attn_implementation in _CHECKED:
+    if attention_mask is not None and getattr(module.config, "_attn_implementation", None) in _CHECKED:
         _compare_mask(layer, attention_mask, sliding_window, document_bounds.cu_seqlens)
     elif attention_mask is not None:
         raise BadInput(f"{layer} makes an attention mask of its own, which packed attention cannot honour")

@@ -67,7 +67,7 @@ def _use_chatml(tokenizer: Any, section: ModelSection) -> None:
     missing = [token for token in CHATML_TOKENS if token not in vocabulary]
     if missing:
         raise BadInput(
-            f"model.chat_template: the tokenizer of {section.name} has no {' and no '.join(missing)}, which chatml writes; "
+            f"model.chat_template: the tokenizer of {section.name} has no {' and no '.join(missing)} for chatml; "
             f'add them: model.add_tokens=["{CHATML_TOKENS[0]}","{CHATML_TOKENS[1]}"]'
         )
     tokenizer.chat_template = CHATML

@@ -178,7 +178,7 @@ def _run_alone(model: Any, ids: torch.Tensor) -> _Alone:
     return _Alone(states, F.cross_entropy(logits.float(), ids[-trained:], reduction="sum"))
 
 
-class _LayerDiffers(Exception):  # noqa: N818 - not an error before it is told to the user
+class _LayerDiffers(Exception):
     """Which layer differs, and how."""
 
     def __init__(self, layer: str, how: str) -> None:
@@ -273,7 +273,7 @@ def _advice(
             single = True
     if single:
         return (
-            f"{difference.layer} gives other hidden states through the attention backend {backend} than by the model's own "
+            f"{difference.layer} gives other hidden states through the backend {backend} than by the model's own "
             f"attention, even for one document ({difference}): try model.attention=reference, or another model"
         )
     return (

@@ -25,15 +25,15 @@ from trainer.model.noise import document_noise
 class Targets(NamedTuple):
     """What the head needs beside hidden states to return the loss instead of logits."""
 
-    targets_N: torch.Tensor
-    weights_N: torch.Tensor
+    targets: torch.Tensor  # (N,)
+    weights: torch.Tensor  # (N,)
     uniform_weight: float | None
     kernel: str
     transform: LogitTransform
 
 
 class SftModel(nn.Module):
-    """The model that is trained. `forward(batch)` is the loss; `model` is the transformers model, unchanged to its users.
+    """The model that is trained: `forward(batch)` is the loss, `model` the transformers model, as it was to its users.
 
     Call `probe.probe` once it can run a forward (under ZeRO-3: once the engine exists), before the first batch:
     it finds out what the model does to its logits, and proves that packing changes nothing.
@@ -108,8 +108,8 @@ def _loss_or_logits(plain_forward: Any) -> Any:
         return linear_cross_entropy(
             hidden,
             self.weight,
-            targets.targets_N,
-            targets.weights_N,
+            targets.targets,
+            targets.weights,
             targets.uniform_weight,
             targets.kernel,
             bias_V=getattr(self, "bias", None),
