@@ -14,9 +14,10 @@ import platform
 import signal
 import statistics
 import subprocess
+import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -47,7 +48,8 @@ class Job:
     recompute: bool = False
     packed: bool = True
     liger: bool = False
-    grad_dtype: str = "float32"  # arm `loop`: of accumulation; its master weights are fp32 always
+    grad_dtype: str = "float32"  # of accumulation, in the loop and in packhorse; their master weights are fp32 always
+    deepspeed: str = "ds_configs/zero1.json"  # packhorse's template
     trl: dict[str, object] = field(default_factory=dict)  # SFTConfig as it is given to TRL, over the job's own
 
     def write(self, path: Path) -> Path:
@@ -76,6 +78,30 @@ class Run:
     @property
     def losses(self) -> list[float]:
         return [line["train/loss"] for line in self.lines]
+
+
+def packhorse_command(job: Job, folder: Path, cache: Path) -> tuple[list[str], Path]:
+    """A recipe of the job and the command that anyone would type, and where its lines will be."""
+    run = folder / "run"
+    recipe = {
+        "model": {"name": job.model, "init": job.init, "dtype": job.dtype, "recompute": job.recompute},
+        "data": {"train": [{"path": job.source}], "train_on": "completion", "cache": str(cache)},
+        "batch": {"row_tokens": job.row_tokens, "rows_per_step": job.rows_per_step, "rows_per_micro": 1},
+        "optim": {"lr": job.lr, "weight_decay": 0.0, "warmup": 0.0, "schedule": "constant"},
+        "train": {"steps": job.steps, "seed": job.seed},
+        "parallel": {"deepspeed": job.deepspeed, "grad_dtype": job.grad_dtype},
+        "run": {"dir": str(run)},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(recipe, indent=2))  # JSON is YAML
+    return [sys.executable, "-m", "trainer.cli", "train", str(path), "--nproc", "1"], run / "metrics.jsonl"
+
+
+def arm_command(arm: str, job: Job, folder: Path) -> tuple[list[str], Path]:
+    """The command of an arm of arms.py, and where its lines will be."""
+    metrics = folder / "metrics.jsonl"
+    path = replace(job, metrics=str(metrics)).write(folder / "job.json")
+    return [sys.executable, str(ARMS), arm, str(path)], metrics
 
 
 class ArmFailed(RuntimeError):

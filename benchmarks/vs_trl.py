@@ -11,7 +11,6 @@ Writes benchmarks/results/vs_trl_cpu.md. Needs the extra `bench` (TRL); about 20
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import shlex
@@ -20,11 +19,11 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-from common import ARMS, ROOT, ArmFailed, Job, Run, machine, run_arm, spread, table
+from common import ROOT, ArmFailed, Job, Run, arm_command, machine, packhorse_command, run_arm, spread, table
 
 MODEL = Path("~/.cache/packhorse/models/smollm2-135m-instruct")
 DATA = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
@@ -43,7 +42,8 @@ TRL_ARMS: dict[str, dict[str, Any]] = {
     "trl_our_attention": {"attention": "documents", "trl": BEST},  # not TRL's: the loop's attention handed to it
     "trl_default": {"dtype": "float32", "packed": False},
 }
-KNOWN = ("packhorse", "loop", "loop_bf16_grads", *TRL_ARMS)
+LOOPS: dict[str, dict[str, Any]] = {"loop": {}, "loop_bf16_grads": {"grad_dtype": "bfloat16"}}
+KNOWN = ("packhorse", *LOOPS, *TRL_ARMS)
 LABELS = {
     "packhorse": "packhorse",
     "loop": "bare loop (ceiling)",
@@ -115,6 +115,7 @@ def shared_job(options: argparse.Namespace, work: Path) -> Job:
         lr=2e-5,
         seed=0,
         device="cpu",
+        deepspeed=options.deepspeed,
     )
 
 
@@ -132,19 +133,20 @@ def environment() -> dict[str, str]:
 
 
 def run_prepare(job: Job, work: Path) -> None:
-    """Tokenise and pack for the arms that are not packhorse. A process of its own, so that this one stays small."""
-    path = job.write(work / "prepare.json")
-    subprocess.run([sys.executable, str(ARMS), "prepare", str(path)], check=True, env={**os.environ, **environment()})
+    """Tokenise and pack for the arms that are not packhorse, in a process of its own: this one stays small."""
+    command, _ = arm_command("prepare", job, work)
+    subprocess.run(command, check=True, env={**os.environ, **environment()})
 
 
 def run_one(arm: str, job: Job, options: argparse.Namespace, work: Path) -> Run:
     """One run of one arm in a folder of its own, which is removed when it went well."""
     folder = Path(tempfile.mkdtemp(prefix=f"{arm}.", dir=work))
     if arm == "packhorse":
-        command, metrics = packhorse(job, options, folder, work)
+        command, metrics = packhorse_command(job, folder, work / "cache")
+    elif arm in LOOPS:
+        command, metrics = arm_command("loop", replace(job, attention="documents", **LOOPS[arm]), folder)
     else:
-        metrics = folder / "metrics.jsonl"
-        command = other(arm, dataclasses.replace(job, metrics=str(metrics)), folder)
+        command, metrics = arm_command("trl", trl_job(arm, job), folder)
     try:
         run = run_arm(
             command, metrics, folder, environment(), skip=options.warmup, steps=job.steps, limit_s=300.0 * job.steps
@@ -155,47 +157,21 @@ def run_one(arm: str, job: Job, options: argparse.Namespace, work: Path) -> Run:
     return run
 
 
-def other(arm: str, job: Job, folder: Path) -> list[str]:
-    if arm.startswith("loop"):
-        grad_dtype = "float32" if arm == "loop" else "bfloat16"
-        changed = dataclasses.replace(job, attention="documents", grad_dtype=grad_dtype)
-        return [sys.executable, str(ARMS), "loop", str(changed.write(folder / "job.json"))]
+def trl_job(arm: str, job: Job) -> Job:
+    """The job with an arm's settings, and the accumulation that gives it the step's tokens."""
     fields = dict(TRL_ARMS[arm])
     trl = dict(fields.pop("trl", {}))
     if fields.get("packed", True):
-        rows_at_once = trl.get("per_device_train_batch_size", 1)
-        trl["gradient_accumulation_steps"] = job.rows_per_step // rows_at_once
+        trl["gradient_accumulation_steps"] = job.rows_per_step // trl.get("per_device_train_batch_size", 1)
     else:
         trl["gradient_accumulation_steps"] = documents_per_step(job) // 8  # TRL's default batch is 8 documents
-    changed = dataclasses.replace(job, trl=trl, **fields)
-    return [sys.executable, str(ARMS), "trl", str(changed.write(folder / "job.json"))]
+    return replace(job, trl=trl, **fields)
 
 
 def documents_per_step(job: Job) -> int:
     """Documents whose tokens about fill a step's rows, in whole batches of 8."""
     info = json.loads((Path(job.tokens) / "counts.json").read_text())
     return max(8, round(job.row_tokens * job.rows_per_step * info["fill"] / info["mean_tokens"] / 8) * 8)
-
-
-def packhorse(job: Job, options: argparse.Namespace, folder: Path, work: Path) -> tuple[list[str], Path]:
-    """A recipe and the command that anyone would type; the cache is kept between rounds."""
-    run = folder / "run"
-    recipe = {
-        "model": {"name": job.model, "dtype": job.dtype, "recompute": False},
-        "data": {
-            "train": [{"path": job.source}],
-            "train_on": "completion",
-            "cache": str(work / "cache"),
-        },
-        "batch": {"row_tokens": job.row_tokens, "rows_per_step": job.rows_per_step, "rows_per_micro": 1},
-        "optim": {"lr": job.lr, "weight_decay": 0.0, "warmup": 0.0, "schedule": "constant"},
-        "train": {"steps": job.steps, "seed": job.seed},
-        "parallel": {"deepspeed": options.deepspeed},
-        "run": {"dir": str(run)},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    return [sys.executable, "-m", "trainer.cli", "train", str(path), "--nproc", "1"], run / "metrics.jsonl"
 
 
 # ----------------------------------------------------------------------------------------------- the report
