@@ -67,7 +67,7 @@ def table(kernels: list[str], tokens: list[int], hidden: int, vocabularies: list
         for v in vocabularies:
             cells = [loss_workspace(k, n, hidden, v, torch.bfloat16, device) / 2**20 for k in kernels]
             unit = n * hidden * 2 / 2**20
-            lines.append(f"| {n} | {v} | {' | '.join(f'{c:.1f}' for c in cells)} | {unit:.1f} |")
+            lines.append(f"| {n} | {v} | {' | '.join(f'{c:.1f}' for c in cells)} | {unit:.2f} |")
             print(lines[-1], flush=True)
     return "\n".join(lines)
 

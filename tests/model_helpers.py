@@ -1,0 +1,101 @@
+"""Tiny random models and hand-made batches for the tests of the model rooms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+import transformers
+
+from trainer.config import LossSection
+from trainer.flow import Batch
+from trainer.model import attention
+from trainer.model.load import initialise
+from trainer.model.loss import LogitTransform
+from trainer.model.sft import SftModel
+
+transformers.logging.set_verbosity_error()
+
+CPU = torch.device("cpu")
+SIZES: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+WIDE = {**SIZES, "head_dim": 8}
+
+
+def tiny(config: Any, dtype: torch.dtype = torch.float32, backend: str = "reference") -> Any:
+    """A random transformers model of this configuration, attending through packhorse."""
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention.implementation(backend), dtype=dtype
+    )
+    initialise(model, 0, lambda parameters, write=False: nullcontext())
+    return model
+
+
+def tiny_llama(**changes: Any) -> Any:
+    return tiny(transformers.LlamaConfig(**{**SIZES, **changes}))
+
+
+def sft(model: Any, kernel: str = "chunked", alpha: float = 0.0, transform: LogitTransform | None = None) -> SftModel:
+    """The model with its loss, its logits' transform given instead of measured."""
+    made = SftModel(model, LossSection.model_validate({"kernel": kernel, "neftune_alpha": alpha}), 0, CPU)
+    made.transform = transform or LogitTransform()
+    return made
+
+
+def documents(lengths: Sequence[int], vocabulary: int = SIZES["vocab_size"], seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(vocabulary, (n,), generator=generator) for n in lengths]
+
+
+def pack(
+    ids: Sequence[torch.Tensor],
+    trained: Sequence[Sequence[int]],
+    weights: Sequence[float],
+    keys: Sequence[int] | None = None,
+) -> Batch:
+    """Documents end to end. `trained[i]` are positions inside document i whose next token is learned, each of
+    them with `weights[i]`; `keys[i]` is its number in the data."""
+    lengths = [len(d) for d in ids]
+    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    positions = torch.tensor([start + p for start, ps in zip(starts, trained) for p in ps], dtype=torch.long)
+    by_token = torch.tensor([w for w, ps in zip(weights, trained) for _ in ps], dtype=torch.float32)
+    row = torch.cat(list(ids))
+    return Batch(
+        input_ids=row,
+        position_ids=torch.cat([torch.arange(n) for n in lengths]),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32),
+        max_seqlen=max(lengths),
+        trained_positions=positions,
+        targets=row[positions + 1],
+        weights=by_token,
+        uniform_weight=weights[0] if len(set(weights)) == 1 else None,
+        document_keys=tuple((0, key, 0) for key in (keys or range(len(lengths)))),
+        row_ids=(0,),
+    )
+
+
+def loss_and_gradients(model: SftModel, *batches: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+    """The summed loss of these batches in training, and every parameter's gradient."""
+    model.train()
+    model.zero_grad(set_to_none=True)
+    total = 0.0
+    for batch in batches:
+        loss = model(batch)
+        loss.backward()
+        total += loss.item()
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """||ours - theirs|| / ||theirs|| in float64."""
+    ours, theirs = ours.double(), theirs.double()
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))

@@ -1,0 +1,177 @@
+"""X1: a packed row gives the loss and the gradients that its documents give alone, with noise on (C3, C4)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig
+
+from tests.model_helpers import SIZES, WIDE, documents, loss_and_gradients, pack, relative, sft, tiny
+from trainer.flow import Batch
+from trainer.model import sft as sft_module
+from trainer.model.loss import LogitTransform
+from trainer.model.noise import document_noise
+
+torch.set_num_threads(1)
+
+BOUND = 1e-6
+LENGTHS = [9, 31, 2, 14, 8]
+TRAINED = [[3, 4, 7], list(range(5, 30)), [0], [12], []]  # uneven; the last document teaches nothing
+WEIGHTS = [0.02, 0.03, 0.05, 0.02, 0.01]
+MODELS = {
+    "llama": (LlamaConfig(**SIZES, tie_word_embeddings=True), LogitTransform()),
+    "mistral, window 8": (MistralConfig(**WIDE, sliding_window=8), LogitTransform()),
+    "gemma 2, window 8, soft caps": (
+        Gemma2Config(**WIDE, sliding_window=8, query_pre_attn_scalar=8),
+        LogitTransform(1.0, 30.0),
+    ),
+    "gpt-2, learned positions": (
+        GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+        LogitTransform(),
+    ),
+}
+
+
+def difference(model: Any, packed: Batch, apart: list[Batch]) -> float:
+    """The larger of the losses' and of the whole gradients' relative difference."""
+    loss, gradients = loss_and_gradients(model, packed)
+    loss_apart, gradients_apart = loss_and_gradients(model, *apart)
+    assert gradients.keys() == gradients_apart.keys()
+    flat, flat_apart = (torch.cat([g.flatten() for g in all_.values()]) for all_ in (gradients, gradients_apart))
+    return max(abs(loss - loss_apart) / abs(loss_apart), relative(flat, flat_apart))
+
+
+def row_and_documents() -> tuple[Batch, list[Batch]]:
+    ids = documents(LENGTHS)
+    alone = [pack([d], [t], [w], [key]) for key, (d, t, w) in enumerate(zip(ids, TRAINED, WEIGHTS))]
+    return pack(ids, TRAINED, WEIGHTS), alone
+
+
+@pytest.mark.parametrize("kernel", ["chunked", "reference"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_packed_row_is_its_documents_alone(name: str, kernel: str) -> None:
+    config, transform = MODELS[name]
+    packed, apart = row_and_documents()
+    seen = difference(sft(tiny(config), kernel, alpha=5.0, transform=transform), packed, apart)
+    print(f"X1 {name}, {kernel}: {seen:.1e}")
+    assert seen <= BOUND
+
+
+def test_recomputation_changes_nothing() -> None:
+    packed, _ = row_and_documents()
+    model = tiny(MODELS["llama"][0])
+    loss, plain = loss_and_gradients(sft(model, alpha=5.0), packed)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    again, recomputed = loss_and_gradients(sft(model, alpha=5.0), packed)
+    assert again == loss
+    assert all(torch.equal(recomputed[name], plain[name]) for name in plain)
+
+
+# ----------------------------------------------------------------------------------------------- controls
+
+
+def boundaries_ignored(packed: Batch) -> Batch:
+    total = packed.input_ids.shape[0]
+    return replace(packed, cu_seqlens=torch.tensor([0, total], dtype=torch.int32), max_seqlen=total)
+
+
+def one_boundary_late(packed: Batch) -> Batch:
+    ends = packed.cu_seqlens.clone()
+    ends[1] += 1
+    return replace(packed, cu_seqlens=ends)
+
+
+def positions_run_on(packed: Batch) -> Batch:
+    return replace(packed, position_ids=torch.arange(packed.input_ids.shape[0]))
+
+
+def labels_shifted_across_a_boundary(packed: Batch) -> Batch:
+    ids, last = packed.input_ids, LENGTHS[0] - 1  # the first document's last token learns its neighbour's first
+    return replace(
+        packed,
+        trained_positions=torch.cat([packed.trained_positions, torch.tensor([last])]),
+        targets=torch.cat([packed.targets, ids[last + 1 : last + 2]]),
+        weights=torch.cat([packed.weights, torch.tensor([0.02])]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("defect", "name"),
+    [
+        (boundaries_ignored, "llama"),
+        (one_boundary_late, "llama"),
+        (positions_run_on, "gpt-2, learned positions"),
+        (labels_shifted_across_a_boundary, "llama"),
+    ],
+)
+def test_control_a_defect_shows_tenfold(defect: Any, name: str) -> None:
+    packed, apart = row_and_documents()
+    seen = difference(sft(tiny(MODELS[name][0])), defect(packed), apart)
+    print(f"X1 control, {defect.__name__}: {seen:.1e}")
+    assert seen >= 10 * BOUND
+
+
+def test_control_noise_by_the_rows_length_shows_tenfold() -> None:
+    def by_row(seed: int, keys: Any, lengths: Any, *rest: Any) -> torch.Tensor:
+        return document_noise(seed, keys[:1], [sum(lengths)], *rest)
+
+    packed, apart = row_and_documents()
+    with mock.patch.object(sft_module, "document_noise", by_row):
+        seen = difference(sft(tiny(MODELS["llama"][0]), alpha=5.0), packed, apart)
+    print(f"X1 control, noise scaled by the row: {seen:.1e}")
+    assert seen >= 10 * BOUND
+
+
+def test_control_a_window_that_is_not_honoured_shows_tenfold() -> None:
+    config, _ = MODELS["mistral, window 8"]
+    packed, apart = row_and_documents()
+    windowed, full = sft(tiny(config)), sft(tiny(MistralConfig(**WIDE, sliding_window=None)))
+    _, seen_by_window = loss_and_gradients(windowed, packed)
+    _, seen_by_all = loss_and_gradients(full, *apart)
+    assert max(relative(seen_by_window[n], seen_by_all[n]) for n in seen_by_all) >= 10 * BOUND
+
+
+# ----------------------------------------------------------------------------------------------- noise
+
+
+def test_noise_belongs_to_the_document_and_to_nothing_else() -> None:
+    keys = [(0, 7, 0), (0, 3, 0), (1, 7, 0), (0, 7, 1)]
+    noise = document_noise(0, keys, [5, 9, 5, 5], 16, 5.0, torch.device("cpu")).split([5, 9, 5, 5])
+    alone = document_noise(0, keys[:1], [5], 16, 5.0, torch.device("cpu"))
+    assert torch.equal(noise[0], alone)
+    assert not torch.equal(noise[0], noise[2]), "another epoch has other noise"
+    assert not torch.equal(noise[0], noise[3]), "another piece has other noise"
+    assert not torch.equal(alone, document_noise(1, keys[:1], [5], 16, 5.0, torch.device("cpu")))
+
+
+def test_noise_is_uniform_within_alpha_over_root_of_length_times_width() -> None:
+    bound = 5.0 / (400 * 64) ** 0.5
+    noise = document_noise(0, [(0, 0, 0)], [400], 64, 5.0, torch.device("cpu"))
+    assert noise.dtype == torch.float32
+    assert 0.99 * bound < float(noise.max()) <= bound
+    assert -bound <= float(noise.min()) < -0.99 * bound
+    assert float(noise.std()) == pytest.approx(bound / 3**0.5, rel=0.01)
+
+
+def test_noise_is_for_training_only() -> None:
+    packed, _ = row_and_documents()
+    noisy, plain = (sft(tiny(MODELS["llama"][0]), alpha=alpha).eval() for alpha in (5.0, 0.0))
+    with torch.no_grad():
+        assert noisy(packed) == plain(packed)
+        assert noisy.train()(packed) != plain(packed)
+
+
+def test_dropout_belongs_to_the_micro_batch() -> None:
+    packed, _ = row_and_documents()
+    model = sft(tiny(GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=4)))
+    first, gradients = loss_and_gradients(model, packed)
+    torch.manual_seed(1)  # whatever ran before
+    again, gradients_again = loss_and_gradients(model, packed)
+    other, _ = loss_and_gradients(model, replace(packed, row_ids=(1,)))
+    assert first == again
+    assert all(torch.equal(gradients[n], gradients_again[n]) for n in gradients)
+    assert other != first
