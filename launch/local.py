@@ -207,6 +207,14 @@ class _RankLogs(LogsSpecs):
     def path(self, rank: int, stream: str) -> Path:
         return self.folder / f"rank{rank:05d}.{stream}"
 
+    def drop_empty(self) -> None:
+        """Leave what there is to read: most ranks say nothing."""
+        for path in self.folder.glob("rank*"):
+            if path.stat().st_size == 0:
+                path.unlink()
+        if self.folder.is_dir() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
 
 # ----------------------------------------------------------------------------------------------- after
 
@@ -221,6 +229,7 @@ def _conclude(result: RunResult | None, run_dir: Path, logs: _RankLogs) -> int:
         _say("saved; the same command goes on from there")
     elif code != DONE and codes.get(0) != BAD_INPUT:  # rank 0 has said itself what is wrong with the input
         _explain(codes, logs)
+    logs.drop_empty()
     return code
 
 
@@ -244,8 +253,11 @@ def _explain(codes: dict[int, int], logs: _RankLogs) -> None:
         return
     path = logs.path(rank, "err")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    if not lines:
+        _say(f"rank {rank} failed ({how}) without a word")
+        return
     _say(f"rank {rank} failed ({how}); the end of {path}:")
-    for line in lines[-_TAIL_LINES:] or ["(it is empty)"]:
+    for line in lines[-_TAIL_LINES:]:
         _say(f"  {line}")
 
 
