@@ -128,15 +128,16 @@ def show(summary: dict[str, Any], run_dir: Path) -> None:
     for key in ("format_accuracy", "answer_accuracy"):
         table.add_row(key.replace("_", " "), *(f"{summary[at][f'eval/{key}']:.1%}" for at in ("before", "after")))
     console.print(table)
-    console.print(
-        f"[bold]One answer[/bold]\n{escape(summary['sample']['prompt'])}\n{escape(summary['sample']['answer'])}"
-    )
+    heldout = [json.loads(line)["question"] for line in (DATA / "heldout.jsonl").read_text().splitlines()]
+    question = next(question for question in heldout if question in summary["sample"]["prompt"])
+    console.print(f"[bold]One answer[/bold]\n{escape(question)}\n{escape(summary['sample']['answer'])}", soft_wrap=True)
     console.print(f"[bold]{summary['tokens_per_s']:,.0f} tokens per second[/bold] while training")
     python = os.path.relpath(sys.executable)
     console.print(
         f"\nThe curves:     {Path(python).parent / 'tensorboard'} --logdir {run_dir / 'tensorboard'}\n"
         f"Talk to it:     {python} recipes/quickstart/chat.py {run_dir / 'export'} "
-        '"Ada has 4 boxes with 6 books each, and 5 loose books. How many books does Ada have?"'
+        '"Ada has 4 boxes with 6 books each, and 5 loose books. How many books does Ada have?"',
+        soft_wrap=True,
     )
 
 
@@ -147,7 +148,8 @@ def show_times(parts: list[float], run_dir: Path) -> None:
     training_s = min(sum(line.get("perf/step_s", 0.0) for line in lines), run_s)
     console.print(
         f"\nTime: model and data {model_s:.0f} s, measuring speed {speed_s:.0f} s, training {training_s:.0f} s, "
-        f"evaluation, loading and saving {run_s - training_s:.0f} s, export {export_s:.0f} s, in all {sum(parts):.0f} s"
+        f"evaluation, loading and saving {run_s - training_s:.0f} s, export {export_s:.0f} s, in all {sum(parts):.0f} s",
+        soft_wrap=True,
     )
 
 
