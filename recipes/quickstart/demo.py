@@ -148,7 +148,7 @@ def show_times(parts: list[float], run_dir: Path) -> None:
     training_s = min(sum(line.get("perf/step_s", 0.0) for line in lines), run_s)
     console.print(
         f"\nTime: model and data {model_s:.0f} s, measuring speed {speed_s:.0f} s, training {training_s:.0f} s, "
-        f"evaluation, loading and saving {run_s - training_s:.0f} s, export {export_s:.0f} s, in all {sum(parts):.0f} s",
+        f"evaluation and the rest {run_s - training_s:.0f} s, export {export_s:.0f} s, in all {sum(parts):.0f} s",
         soft_wrap=True,
     )
 
