@@ -50,6 +50,7 @@ def run_ranks(world: int, command: Sequence[str], timeout_s: float = 300.0) -> l
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     ends = "\n".join(f"--- rank {rank}\n{output[-3000:]}" for rank, output in enumerate(outputs))
     failed = [rank for rank, process in enumerate(processes) if process.returncode]
     assert not failed, f"ranks {failed} of {world} failed:\n{ends}"

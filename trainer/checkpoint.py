@@ -35,6 +35,7 @@ class RunState:
     step: int  # applied steps
     world_size: int  # of the shards on disk
     stage: int  # ZeRO's
+    data: str  # fingerprint of the tokenised training data
 
 
 # ----------------------------------------------------------------------------------------------- save
@@ -166,12 +167,17 @@ def fault_of(folder: Path) -> str | None:
     return None
 
 
-def require_same_layout(saved: RunState, world_size: int, stage: int) -> None:
-    """Refuse a resume that the shards on disk cannot serve.
+def require_same_run(saved: RunState, world_size: int, stage: int, data: str) -> None:
+    """Refuse a resume that would not go on with the same run, or that the shards on disk cannot serve.
 
     Raises:
-        BadInput: the world size or the ZeRO stage is another one.
+        BadInput: the data, the world size or the ZeRO stage is another one.
     """
+    if saved.data != data:
+        raise BadInput(
+            "the training data, its tokenizer or its masks are not those that the run folder's checkpoint was trained "
+            "on; put them back, or give another run.dir"
+        )
     if (saved.world_size, saved.stage) != (world_size, stage):
         raise BadInput(
             f"the checkpoint was written by {saved.world_size} ranks at ZeRO stage {saved.stage}, this start has "

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from trainer.flow import BAD_INPUT, BadInput, RowError
+from trainer.flow import BAD_INPUT, DONE, BadInput, RowError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,7 +62,9 @@ def train(
         from trainer.train import train
 
         train(recipe)
-        return
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(DONE)  # DeepSpeed leaves threads behind, which now and then abort a process at its very end
     from launch.local import launch
 
     worker = ["-m", "trainer.cli", "train", str(recipe_file), *(overrides or ())]
@@ -128,6 +130,8 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
 
     [bold]packhorse prepare recipes/quickstart.yaml[/bold]
     """
+    from bisect import bisect_left
+
     from rich.console import Console
     from rich.table import Table
 
@@ -144,8 +148,9 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     if recipe.data.eval:
         held_out = prepare(recipe, tokenizer, "eval")
         tables.append(_data_table("eval", held_out.report, eval_plan(recipe, held_out).fill()))
-    steps = Table("steps", "epochs", "rows per step", "tokens per row", title="plan")
-    steps.add_row(*map(str, (plan.steps, recipe.train.epochs, recipe.batch.rows_per_step, recipe.batch.row_tokens)))
+    epoch_steps = bisect_left(range(plan.steps), 1, key=lambda step: plan.step(step).epoch)
+    steps = Table("steps", "of the first epoch", "rows per step", "tokens per row", title="plan")
+    steps.add_row(*map(str, (plan.steps, epoch_steps, recipe.batch.rows_per_step, recipe.batch.row_tokens)))
     Console().print(*tables, steps)
 
 

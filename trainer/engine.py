@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,7 @@ class Engine:
             model=model, optimizer=_optimizer(groups, optim, config), config=config, dist_init_required=False
         )
         self._world = dist.world_size()
+        self._without_gradient = _GradientWatch(model) if self._stage == 3 else None
 
     @property
     def module(self) -> nn.Module:
@@ -192,6 +194,8 @@ class Engine:
                 loss = self._engine(batch.to(dist.device()))
             with clock.part("backward"):
                 self._engine.backward(loss * self._world)
+                if self._without_gradient:
+                    self._without_gradient.check()
             loss_sum += loss.detach()
         with clock.part("optimizer"):
             return self._apply(loss_sum)
@@ -231,6 +235,30 @@ class Engine:
         path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no state to load")
+
+
+class _GradientWatch:
+    """At ZeRO-3 a parameter that gets no gradient in a micro-batch keeps the last step's in its buffer, and
+    that one is applied again. Experts that no token chose are such parameters. Seen here, and refused."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._waiting = set(self._names)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(partial(self._seen, name))
+
+    def _seen(self, name: str, gradient: torch.Tensor) -> None:
+        self._waiting.discard(name)
+
+    def check(self) -> None:
+        """After a backward: raises BadInput where a parameter was not reached; then waits for the next one."""
+        if self._waiting:
+            raise BadInput(
+                f"`{min(self._waiting)}` and {len(self._waiting) - 1} other parameters got no gradient in a "
+                "micro-batch, where ZeRO-3 would apply the last step's again; use ds_configs/zero2.json"
+            )
+        self._waiting.update(self._names)
 
 
 _TAG = "state"

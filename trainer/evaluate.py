@@ -15,21 +15,10 @@ from typing import Any, NamedTuple
 import torch
 
 from trainer import dist
-from trainer.config import DataSection, GenerateSection, Scorer
-from trainer.data.format import detect_format, to_conversation
-from trainer.data.mask import Masker
-from trainer.data.source import read_rows
+from trainer.config import GenerateSection, Scorer
 from trainer.engine import Engine
-from trainer.flow import Batch, RowError
+from trainer.flow import Batch, Prompt
 from trainer.model.attention import other_attention
-
-
-class Prompt(NamedTuple):
-    """A held-out question as token ids that end with the generation prompt, and the answer it should get."""
-
-    input_ids: list[int]
-    text: str
-    reference: str
 
 
 class Sample(NamedTuple):
@@ -47,23 +36,6 @@ def held_out_loss(engine: Engine, batches: Iterable[Batch], stop: dist.StopFlag)
             return None
         total += engine.evaluate(batch)
     return dist.sum_over_ranks([float(total)])[0]
-
-
-def held_out_prompts(section: DataSection, masker: Masker, count: int) -> list[Prompt]:
-    """The first `count` held-out rows as prompts, each with its last answer; rows without a proof are left out."""
-    prompts: list[Prompt] = []
-    for source in section.eval:
-        form = None
-        for row in read_rows(source):
-            if len(prompts) == count:
-                return prompts
-            form = form or detect_format(row.fields, source)
-            try:
-                input_ids, reference = masker.prompt(to_conversation(row.fields, form, source.columns))
-            except RowError:  # counted and reported where the rows were prepared
-                continue
-            prompts.append(Prompt(input_ids, str(masker.tokenizer.decode(input_ids)), reference))
-    return prompts
 
 
 @torch.no_grad()

@@ -23,14 +23,12 @@ from trainer.model.load import load_tokenizer
 MODEL_FOLDER = "model"  # of a run: configuration, generation configuration and tokenizer, without weights
 
 
-def save_description(model: Any, tokenizer: Any, stop_token_ids: tuple[int, ...], run_dir: Path) -> None:
+def save_description(model: Any, tokenizer: Any, run_dir: Path) -> None:
     """Put what an export needs beside the weights into the run folder, so that it needs the source no more."""
     folder = run_dir / MODEL_FOLDER
     model.config.save_pretrained(folder)
-    generation = model.generation_config
-    generation.eos_token_id = sorted(stop_token_ids)
-    generation.pad_token_id = tokenizer.pad_token_id
-    generation.save_pretrained(folder)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

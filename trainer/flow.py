@@ -77,6 +77,14 @@ class Conversation:
     text: str | None = None
 
 
+class Prompt(NamedTuple):
+    """A held-out question as token ids that end with the generation prompt, as text, and the answer it should get."""
+
+    input_ids: list[int]
+    text: str
+    reference: str
+
+
 @dataclass(frozen=True)
 class Example:
     """A tokenised conversation: `input_ids` (L,) int32 and `trained` (L,) bool, True where a token is learned.

@@ -129,11 +129,14 @@ _PARTS = ("data", "forward", "backward", "optimizer", "checkpoint")
 class Metrics:
     """Accumulates steps and writes a line every `log_every` of them. Only rank 0 writes.
 
-    On a resume from step k, lines of later steps, which a killed run left, are dropped: the file reads as if
-    the run had never been stopped.
+    On a resume from step k, lines of later steps, which a killed run left, are dropped: the files read as if the
+    run had never been stopped. So are evaluations made before the first step and after the last: those are
+    made anew.
     """
 
-    def __init__(self, run_dir: Path, *, log_every: int, row_tokens: int, flops: ModelFlops, resumed_at: int) -> None:
+    def __init__(
+        self, run_dir: Path, *, log_every: int, row_tokens: int, flops: ModelFlops, resumed_at: int, steps: int
+    ) -> None:
         self.clock = Clock(dist.device())
         self._log_every = log_every
         self._row_tokens = row_tokens
@@ -143,9 +146,10 @@ class Metrics:
         if dist.is_main():
             from torch.utils.tensorboard import SummaryWriter
 
-            path = run_dir / "metrics.jsonl"
-            _drop_lines_after(path, resumed_at)
-            self._writer = path.open("a", buffering=1, encoding="utf-8")
+            remade = resumed_at if resumed_at in (0, steps) else None
+            for name in ("metrics.jsonl", "samples.jsonl"):
+                _drop_lines_after(run_dir / name, resumed_at, remade)
+            self._writer = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
         self._real_tokens = 0.0
         self._real_seconds = 0.0
@@ -235,16 +239,18 @@ class Metrics:
             self._board.close()
 
 
-def _drop_lines_after(path: Path, step: int) -> None:
+def _drop_lines_after(path: Path, step: int, remade: int | None) -> None:
+    """Keep a file's lines up to `step`, without the evaluation at step `remade`."""
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):  # the half line of a killed run
+            line = json.loads(text)
+        except ValueError:  # the half line of a killed run
             break
+        if line["step"] <= step and not (line["step"] == remade and "train/loss" not in line):
+            kept.append(text + "\n")
     path.write_text("".join(kept), encoding="utf-8")
 
 

@@ -18,13 +18,13 @@ import torch
 from trainer import __version__, checkpoint, config, dist
 from trainer.checkpoint import RunState
 from trainer.config import Recipe
-from trainer.data.loader import Loader, Prepared, documents_of, eval_plan, prepare, train_plan
+from trainer.data.loader import Loader, Prepared, documents_of, eval_plan, held_out_prompts, prepare, train_plan
 from trainer.data.mask import Masker
 from trainer.data.plan import Plan
 from trainer.engine import Engine, deepspeed_config, gathered, sharded_init, stage
-from trainer.evaluate import Prompt, accuracies, generate, held_out_loss, held_out_prompts, write_samples
+from trainer.evaluate import accuracies, generate, held_out_loss, write_samples
 from trainer.export import save_description
-from trainer.flow import BadInput, StepPlan
+from trainer.flow import BadInput, Prompt, StepPlan
 from trainer.loop import run
 from trainer.metrics import Metrics, Profiler, model_flops
 from trainer.model.load import load_config, load_model, load_tokenizer
@@ -52,20 +52,27 @@ def train(recipe: Recipe) -> None:
     tokenizer = load_tokenizer(recipe.model)
     try:
         train_data = prepare(recipe, tokenizer, "train", lambda: stop.raised)
+        plan = train_plan(recipe, train_data, lambda: stop.raised)
         eval_data = prepare(recipe, tokenizer, "eval", lambda: stop.raised) if recipe.data.eval else None
     except Stopped:
         _write_json(run_dir / STOP_FILE, {"step": 0})
         return
     with dist.process_group():
         stop.join()
-        fit(recipe, run_dir, tokenizer, train_data, eval_data, stop)
+        fit(recipe, run_dir, tokenizer, train_data, plan, eval_data, stop)
 
 
 def fit(
-    recipe: Recipe, run_dir: Path, tokenizer: Any, train_data: Prepared, eval_data: Prepared | None, stop: dist.StopFlag
+    recipe: Recipe,
+    run_dir: Path,
+    tokenizer: Any,
+    train_data: Prepared,
+    plan: Plan,
+    eval_data: Prepared | None,
+    stop: dist.StopFlag,
 ) -> None:
     """Everything that needs the process group: model, engine, loop, summary."""
-    plan = train_plan(recipe, train_data)
+    require_same_data(train_data, eval_data)
     warning = plan.check_world(dist.world_size(), recipe.parallel.allow_idle_ranks)
     if warning:
         dist.log.warning(warning)
@@ -82,7 +89,11 @@ def fit(
     module = SftModel(model, recipe.loss, recipe.train.seed, dist.device())
     engine = Engine(module, parameter_groups(module, recipe.optim), recipe.optim, ds_config)
     prove(recipe, module)
-    first_step = resume(recipe, run_dir, engine, stage(ds_config))
+    zero_stage = stage(ds_config)
+    first_step = resume(run_dir, engine, zero_stage, train_data)
+    if first_step == plan.steps and (run_dir / "summary.json").is_file():
+        dist.log.info("%s: all %d steps are done; give another run.dir for another run", run_dir, plan.steps)
+        return
 
     pin = dist.device().type == "cuda"
     loader = Loader(train_data, plan, dist.rank(), dist.world_size(), pin=pin)
@@ -92,11 +103,13 @@ def fit(
         row_tokens=recipe.batch.row_tokens,
         flops=model_flops(model),
         resumed_at=first_step,
+        steps=plan.steps,
     )
     masker = Masker(tokenizer, recipe.data.train_on, recipe.data.train_on_eot)
+    model.generation_config.eos_token_id = sorted(masker.stop_token_ids)  # what was learned to end an answer
     if dist.is_main():
         describe(recipe, run_dir, train_data, eval_data, metrics)
-        save_description(model, tokenizer, masker.stop_token_ids, run_dir)
+        save_description(model, tokenizer, run_dir)
     evaluation = Evaluation(recipe, run_dir, engine, eval_data, masker, metrics, stop)
     if first_step == 0 and not evaluation(0):
         return _stopped(run_dir, 0)
@@ -116,7 +129,7 @@ def fit(
         stop,
         first_step=first_step,
         evaluate=evaluation,
-        save=partial(save, recipe, run_dir, engine, stage(ds_config)),
+        save=partial(save, run_dir, engine, zero_stage, train_data, recipe.checkpoint.keep),
         rows_of=lambda step: _rows_of(plan, step, train_data),
     )
     progress.close()
@@ -137,6 +150,17 @@ def prove(recipe: Recipe, module: SftModel) -> None:
         "probe: documents of %s tokens, packed against apart: hidden states differ by %.1e, the loss by %.1e",
         ", ".join(map(str, proof.lengths)), proof.hidden_difference, proof.loss_difference,
     )  # fmt: skip
+
+
+def require_same_data(*prepared: Prepared | None) -> None:
+    """Raises BadInput where a rank's cache, which may be its node's own, holds other documents than rank 0's."""
+    prints = dist.gather([data.fingerprint for data in prepared if data])
+    others = [rank for rank, theirs in enumerate(prints) if theirs != prints[0]]
+    if others:
+        raise BadInput(
+            f"ranks {others} tokenised other data than rank 0: the nodes see other files under the same path, or have "
+            "other versions of the tokenizer; make them alike, or put data.cache on a shared folder"
+        )
 
 
 # ----------------------------------------------------------------------------------------------- the run folder
@@ -217,18 +241,19 @@ def _stopped(run_dir: Path, step: int) -> None:
 # ----------------------------------------------------------------------------------------------- save, resume, evaluate
 
 
-def save(recipe: Recipe, run_dir: Path, engine: Engine, zero_stage: int, step: int) -> None:
-    state = RunState(step=step, world_size=dist.world_size(), stage=zero_stage)
-    checkpoint.publish(run_dir, state, engine.save, keep=recipe.checkpoint.keep, bytes_needed=engine.state_bytes())
+def save(run_dir: Path, engine: Engine, zero_stage: int, data: Prepared, keep: int, step: int) -> None:
+    """Publish a checkpoint of `step` applied steps."""
+    state = RunState(step=step, world_size=dist.world_size(), stage=zero_stage, data=data.fingerprint)
+    checkpoint.publish(run_dir, state, engine.save, keep=keep, bytes_needed=engine.state_bytes())
 
 
-def resume(recipe: Recipe, run_dir: Path, engine: Engine, zero_stage: int) -> int:
+def resume(run_dir: Path, engine: Engine, zero_stage: int, data: Prepared) -> int:
     """Load the newest whole checkpoint; returns the steps it holds, 0 where there is none."""
     found = dist.broadcast(checkpoint.find(run_dir) if dist.is_main() else None)
     if found is None:
         return 0
     folder, state = found
-    checkpoint.require_same_layout(state, dist.world_size(), zero_stage)
+    checkpoint.require_same_run(state, dist.world_size(), zero_stage, data.fingerprint)
     engine.load(folder)
     dist.log.info("resuming from %s", folder)
     return state.step
@@ -255,7 +280,7 @@ class Evaluation:
         if data is not None:
             self._loader = Loader(data, eval_plan(recipe, data), dist.rank(), dist.world_size(), pin=False)
             if self._generate:
-                self._prompts = held_out_prompts(recipe.data, masker, self._generate.rows)
+                self._prompts = held_out_prompts(recipe, masker, self._generate.rows)
 
     def __call__(self, step: int) -> bool:
         if self._loader is None:

@@ -23,7 +23,7 @@ import torch
 from trainer import dist, engine, train
 from trainer.config import load
 from trainer.data import loader
-from trainer.data.loader import prepare
+from trainer.data.loader import prepare, train_plan
 from trainer.model import sft
 from trainer.model.load import load_tokenizer
 
@@ -49,7 +49,7 @@ def run_case(case: dict[str, Any], stop: dist.StopFlag) -> None:
     train_data = prepare(recipe, tokenizer, "train")
     eval_data = prepare(recipe, tokenizer, "eval") if recipe.data.eval else None
     with sabotaged(case.get("sabotage")), stopping_after(case.get("stop_after"), stop):
-        train.fit(recipe, run_dir, tokenizer, train_data, eval_data, stop)
+        train.fit(recipe, run_dir, tokenizer, train_data, train_plan(recipe, train_data), eval_data, stop)
     stop.raised = False
     dist.barrier()
 

@@ -27,7 +27,7 @@ from trainer.data.mask import Masker
 from trainer.data.plan import Corpus, Plan, micro_batches_of
 from trainer.data.source import read_rows, source_digest, source_files
 from trainer.data.tokenise import Limits, Row
-from trainer.flow import BadInput, Batch, Conversation, Example, Packed, RowError, StepPlan, Tokenised
+from trainer.flow import BadInput, Batch, Conversation, Example, Packed, Prompt, RowError, StepPlan, Tokenised
 
 KEPT_FROM_DOCUMENTS = 100_000  # below so many, packing again is quicker than keeping an epoch's packing
 STEPS_AHEAD = 2  # steps that the background thread builds before they are asked for
@@ -122,16 +122,14 @@ def prepare(
     return Prepared(documents, tuple(source.weight for source in sources), tuple(names))
 
 
-def held_out_prompts(recipe: Recipe, tokenizer: Any, rows: int) -> list[tuple[list[int], str, str]]:
-    """The first `rows` held-out questions that can be asked: the prompt's ids, its text, and the answer.
+def held_out_prompts(recipe: Recipe, masker: Masker, rows: int) -> list[Prompt]:
+    """The first `rows` held-out questions that can be asked.
 
     Raises:
         BadInput: none of the eval rows has an answer.
     """
-    section = recipe.data
-    masker = Masker(tokenizer, section.train_on, section.train_on_eot)
-    prompts: list[tuple[list[int], str, str]] = []
-    for source in section.eval:
+    prompts: list[Prompt] = []
+    for source in recipe.data.eval:
         format = _format(source)
         for row in read_rows(source):
             if len(prompts) == rows:
@@ -140,7 +138,7 @@ def held_out_prompts(recipe: Recipe, tokenizer: Any, rows: int) -> list[tuple[li
                 ids, answer = masker.prompt(to_conversation(row.fields, format, source.columns))
             except RowError:  # counted and named where the data is prepared
                 continue
-            prompts.append((ids, tokenizer.decode(ids), answer))
+            prompts.append(Prompt(ids, str(masker.tokenizer.decode(ids)), answer))
     if not prompts:
         raise BadInput("data.eval: no row has a prompt and an answer; eval.generate needs some, or take it out")
     return prompts
