@@ -218,8 +218,8 @@ def _random_model(
 
     with no_init_weights():  # under ZeRO-3 it would fill shards; below, each module is filled whole
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code, **arguments)
-    initialise(model, seed, gathered)
     model.tie_weights()
+    initialise(model, seed, gathered)
     return model
 
 
@@ -228,14 +228,20 @@ def initialise(model: Any, seed: int, gathered: Callable[..., Any]) -> None:
     """Every module's own `_init_weights`, each from its own seed, (seed, name), so that no order matters.
 
     Children come before their parents, whose rules may touch a child's weights (GPT-2 scales its residual
-    projections by depth); nothing looks further down than that.
+    projections by depth); nothing looks further down than that. A tied head is left to the embedding's rule.
     """
     from transformers import PreTrainedModel
+
+    done: set[nn.Parameter] = set()
 
     def visit(module: nn.Module, name: str, owner: Any) -> None:
         owner = module if isinstance(module, PreTrainedModel) else owner
         for child_name, child in module.named_children():
             visit(child, f"{name}.{child_name}", owner)
+        own = set(module.parameters(recurse=False))
+        if own and own <= done:
+            return
+        done.update(own)
         near = [m for m in (module, *module.children()) if not isinstance(m, PreTrainedModel)]
         parameters = list(dict.fromkeys(p for m in near for p in m.parameters(recurse=False)))
         with torch.random.fork_rng(), gathered(parameters, write=True):

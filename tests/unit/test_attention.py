@@ -1,0 +1,218 @@
+"""Backends keep documents apart, honour windows, caps and sinks, and refuse what they cannot honour."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.flow import BadInput
+from trainer.model import attention
+from trainer.model.attention import Bounds
+
+torch.set_num_threads(1)
+
+CPU = torch.device("cpu")
+LENGTHS = (5, 12, 1, 7)
+HEADS, GROUPS, SIZE = 4, 2, 8
+
+
+class Layer(nn.Module):
+    """A causal attention layer, as a backend sees one."""
+
+    is_causal = True
+    config = SimpleNamespace(_attn_implementation="packhorse_reference")
+
+
+def bounds(lengths: tuple[int, ...] = LENGTHS) -> Bounds:
+    ends = torch.tensor([0, *lengths]).cumsum(0).int()
+    return Bounds(ends, max(lengths), lengths)
+
+
+def row(lengths: tuple[int, ...] = LENGTHS, value_size: int = SIZE) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(HEADS, SIZE), (GROUPS, SIZE), (GROUPS, value_size)]
+    return [torch.randn(1, heads, sum(lengths), e, generator=generator).requires_grad_() for heads, e in shapes]
+
+
+def attend(backend: str, *qkv: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    return attention._FUNCTIONS[backend](Layer(), *qkv, None, **{"document_bounds": bounds(), **arguments})[0]
+
+
+def by_the_formula(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """softmax over all tokens of the row, token by token: those before it in its document and window."""
+    k, v = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (k, v))
+    document = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    out = torch.empty(1, q.shape[2], HEADS, v.shape[-1])
+    for i in range(q.shape[2]):
+        first = max(int((document < document[i]).sum()), i + 1 - (sliding_window or i + 1))
+        for head in range(HEADS):
+            scores = (k[0, head, first : i + 1] @ q[0, head, i]) * (scaling or SIZE**-0.5)
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            sink = torch.empty(0) if s_aux is None else s_aux[head : head + 1]
+            shares = torch.cat([scores, sink]).softmax(0)[: len(scores)]
+            out[0, i, head] = shares @ v[0, head, first : i + 1]
+    return out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"scaling": 0.3},
+        {"sliding_window": 3},
+        {"sliding_window": 12},
+        {"sliding_window": 1},
+        {"softcap": 0.5},
+        {"softcap": 0.5, "sliding_window": 3, "scaling": 0.7},
+        {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+        {"s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0]), "sliding_window": 3},
+    ],
+    ids=lambda arguments: ", ".join(arguments) or "plain",
+)
+def test_reference_is_the_formula(arguments: dict[str, Any]) -> None:
+    ours, true = row(), row()
+    out, out_true = attend("reference", *ours, **arguments), by_the_formula(*true, **arguments)
+    torch.testing.assert_close(out, out_true, rtol=1e-5, atol=1e-6)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    for mine, theirs in zip(
+        torch.autograd.grad((out * weights).sum(), ours), torch.autograd.grad((out_true * weights).sum(), true)
+    ):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_values_may_be_wider_or_narrower_than_keys() -> None:
+    q, k, v = row(value_size=5)
+    torch.testing.assert_close(attend("reference", q, k, v), by_the_formula(q, k, v), rtol=1e-5, atol=1e-6)
+
+
+def test_a_single_document_is_a_row() -> None:
+    q, k, v = row()
+    first = attend("reference", *(x[:, :, : LENGTHS[0]] for x in (q, k, v)), document_bounds=bounds(LENGTHS[:1]))
+    torch.testing.assert_close(first, attend("reference", q, k, v)[:, : LENGTHS[0]])
+
+
+# ----------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"document_bounds": None}, "does not hand the document boundaries on"),
+        ({"is_causal": False}, "not causal"),
+        ({"position_bias": torch.zeros(1)}, "position_bias"),
+        ({"something_new": 3}, "something_new"),
+    ],
+)
+def test_what_no_backend_does_is_refused(arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        attend("reference", *row(), **arguments)
+
+
+def test_a_mask_is_refused() -> None:
+    with pytest.raises(BadInput, match="mask of its own"):
+        attention._FUNCTIONS["reference"](Layer(), *row(), torch.ones(1, 1, 25, 25), document_bounds=bounds())
+
+
+def test_attention_to_other_positions_is_refused() -> None:
+    q, k, v = row()
+    with pytest.raises(BadInput, match="other positions"):
+        attend("reference", q[:, :, :3], k, v)
+
+
+@pytest.mark.parametrize(
+    ("backend", "arguments", "says"),
+    [
+        ("torch_varlen", {"softcap": 1.0}, "softcap"),
+        ("torch_varlen", {"s_aux": torch.zeros(HEADS)}, "sinks"),
+        ("torch_varlen", {"dropout": 0.1}, "dropout"),
+        ("torch_varlen", {}, "16-bit"),
+    ],
+)
+def test_what_a_backend_lacks_is_refused(backend: str, arguments: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        attend(backend, *row(), **arguments)
+
+
+def test_arguments_that_mean_nothing_to_attention_pass() -> None:
+    qkv = row()
+    out = attend("reference", *qkv, position_ids=torch.zeros(1), use_cache=False, output_attentions=False, other=None)
+    assert torch.equal(out, attend("reference", *qkv))
+
+
+def test_rows_for_fused_kernels_are_filled_to_a_head_size_they_take() -> None:
+    q, k, v = (x.bfloat16() for x in row(value_size=5))
+    rows = attention._as_rows("Layer", "torch_varlen", q[..., :6], k[..., :6], v, None)
+    assert [tuple(r.shape) for r in rows[:3]] == [(25, HEADS, 8), (25, GROUPS, 8), (25, GROUPS, 8)]
+    assert rows[3] == 6**-0.5, "the scale is the size's before it was filled"
+    assert rows[4] == 5
+    assert not rows[0][..., 6:].any()
+
+
+def test_heads_wider_than_the_kernels_take_are_refused() -> None:
+    wide = torch.zeros(1, 1, 4, 512, dtype=torch.bfloat16)
+    with pytest.raises(BadInput, match="256"):
+        attention._as_rows("Layer", "flash_attn", wide, wide, wide, None)
+
+
+# ----------------------------------------------------------------------------------------------- choice
+
+
+def test_auto_says_which_it_took_and_why() -> None:
+    backend, why = attention.choose("auto", CPU, torch.bfloat16)
+    assert backend == "reference"
+    assert "CUDA" in why
+
+
+@pytest.mark.parametrize("name", ["flash_attn", "torch_varlen"])
+def test_a_named_backend_that_is_not_there_is_refused(name: str) -> None:
+    with pytest.raises(BadInput, match=f"{name} cannot be used"):
+        attention.choose(name, CPU, torch.bfloat16)
+
+
+def test_fused_kernels_are_not_for_fp32() -> None:
+    assert "float32" in str(attention._fused_missing(torch.device("cuda"), torch.float32))
+
+
+# ----------------------------------------------------------------------------------------------- masks
+
+
+def layer_mask(window: int | None, *, chunk: int | None = None) -> torch.Tensor:
+    """What a layer with this window or chunk would mask a row by, as transformers makes it."""
+    position = torch.cat([torch.arange(n) for n in LENGTHS])
+    document = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
+    distance = position[:, None] - position[None, :]
+    seen = (document[:, None] == document[None, :]) & (distance >= 0)
+    if window:
+        seen &= distance < window
+    if chunk:
+        seen &= position[:, None] // chunk == position[None, :] // chunk
+    return seen[None, None]
+
+
+def test_a_layers_own_mask_is_compared_with_what_the_backend_sees() -> None:
+    ends = bounds().cu_seqlens
+    attention._compare_mask("Layer", layer_mask(None), None, ends)
+    attention._compare_mask("Layer", layer_mask(4), 4, ends)
+    for mask, window in [(layer_mask(4), None), (layer_mask(4), 5), (layer_mask(None, chunk=6), None)]:
+        with pytest.raises(BadInput, match="more than causality"):
+            attention._compare_mask("Layer", mask, window, ends)
+
+
+def test_a_mask_that_knows_no_documents_is_no_difference() -> None:
+    total = sum(LENGTHS)
+    causal = torch.ones(total, total, dtype=torch.bool).tril()[None, None]
+    attention._compare_mask("Layer", causal, None, bounds().cu_seqlens)
