@@ -73,8 +73,8 @@ class Source(Section):
 class DataSection(Section):
     """Which tokens are learned, and how documents are laid into rows."""
 
-    train: tuple[Source, ...] = Field(min_length=1)
-    eval: tuple[Source, ...] = ()
+    train: tuple[Source, ...] = Field(min_length=1, description="Where rows come from.")
+    eval: tuple[Source, ...] = Field(default=(), description="Held-out rows, as `train`.")
     train_on: Literal["all", "completion", "assistant", "last_turn"] = Field(
         default="assistant", description="all tokens, the last assistant turn after its prompt, every assistant turn."
     )
@@ -82,7 +82,9 @@ class DataSection(Section):
     max_tokens: int | None = Field(
         default=None, ge=2, description="Of an example; batch.row_tokens where it is not given."
     )
-    too_long: Literal["reject", "truncate", "split"] = "reject"
+    too_long: Literal["reject", "truncate", "split"] = Field(
+        default="reject", description="Of an example of more tokens. truncate keeps it only with its answer's end."
+    )
     packing: Literal["none", "bfd", "bfd_split", "wrapped"] = Field(
         default="bfd",
         description="bfd keeps examples whole; bfd_split cuts long ones; wrapped fills every row to the end.",
