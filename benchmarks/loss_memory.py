@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -35,8 +36,8 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    assert profiler.profiler is not None
-    events: list[Any] = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    recorded: Any = profiler.profiler
+    events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
@@ -78,16 +79,20 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=4096 if device == "cuda" else 512)
-    parser.add_argument("--tokens", default="2048,8192" if device == "cuda" else "256,1024")
+    parser.add_argument("--tokens", default="2048,8192" if device == "cuda" else "128,512")
     parser.add_argument("--vocabularies", default="8192,32768,131072,262144")
     args = parser.parse_args()
     kernels = ["reference", "chunked", *(["liger"] if device == "cuda" else [])]
     numbers = [[int(n) for n in text.split(",")] for text in (args.tokens, args.vocabularies)]
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"CPU ({platform.machine()}), no GPU"
+    machine = (
+        torch.cuda.get_device_name()
+        if device == "cuda"
+        else f"{os.cpu_count()} CPU cores ({platform.machine()}), no GPU"
+    )
     text = f"""# Memory of the loss
 
-Forward and backward of the head and the loss in bfloat16, hidden {args.hidden}: the most memory held at once beyond the
-head's weight and the weight's gradient, MiB. `chunked` holds blocks of {BLOCK_HIDDEN} x hidden entries of the vocabulary.
+Forward and backward of the head and the loss in bfloat16, hidden {args.hidden}: the most memory held at once, MiB, less
+the size of the weight's gradient. `chunked` works on {BLOCK_HIDDEN} x hidden entries of the vocabulary.
 {machine}; Python {platform.python_version()}, torch {torch.__version__}{_liger_version(kernels)}.
 `python benchmarks/loss_memory.py`
 
