@@ -26,6 +26,7 @@ from torch import Tensor
 IGNORED = -100
 HEAD_CHUNK = 256  # trained positions whose logits exist at one time, on CPU
 HEAD_CHUNK_CUDA = 1024
+QUERY_BLOCK = 256
 
 
 def main() -> None:
@@ -85,7 +86,7 @@ def documents_attention(
     """Causal attention inside each document.
 
     query (1, heads, T, d), key and value (1, kv heads, T, d) -> (1, T, heads, d). On CUDA torch's varlen kernel,
-    on CPU its flash kernel, a document at a time.
+    on CPU its flash kernel, a document at a time, or for `products` the function below.
     """
     starts, scale = kwargs["cu_seq_lens_q"], kwargs["scaling"]
     if query.is_cuda:
@@ -99,6 +100,11 @@ def documents_attention(
         out: Any = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), **grouped)
         return out[None], None
     lengths = starts.diff().tolist()
+    config: Any = module.config
+    if config._attn_implementation == "products":
+        cut = zip(*(each[0].split(lengths, dim=1) for each in (query, key, value)), strict=True)
+        out = torch.cat([CausalProducts.apply(q, k, v, scale) for q, k, v in cut], dim=1)
+        return out.transpose(0, 1)[None], None
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     cut = zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True)
@@ -106,12 +112,57 @@ def documents_attention(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
+class CausalProducts(torch.autograd.Function):
+    """Causal attention of one document by matrix products, QUERY_BLOCK queries at a time with the keys before them.
+
+    query (heads, L, d), key and value (kv heads, L, d) -> (heads, L, d). Heads that share a key are stacked as rows of
+    one product. For the short documents of instruction data 3 to 4 times as fast as torch's flash kernel for CPUs,
+    forward and backward; the probabilities are kept, L^2 / 2 a head.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        out, kept = torch.empty_like(query), []
+        for start, stop in blocks(query.shape[1]):
+            scores = torch.bmm(stacked(query, key, start, stop), key[:, :stop].transpose(1, 2)).mul_(scale)
+            later = torch.ones(stop - start, stop - start, dtype=torch.bool).triu_(1)
+            scores.view(-1, stop - start, stop)[..., start:].masked_fill_(later, -torch.inf)
+            kept.append(scores.softmax(-1))
+            out[:, start:stop] = torch.bmm(kept[-1], value[:, :stop]).view_as(out[:, start:stop])
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        query, key, value, *kept = ctx.saved_tensors
+        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        for (start, stop), probs in zip(blocks(query.shape[1]), kept, strict=True):
+            grad = stacked(grads[0], key, start, stop)
+            grad_probs = torch.bmm(grad, value[:, :stop].transpose(1, 2))
+            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype).mul_(ctx.scale)
+            grad_query[:, start:stop] = torch.bmm(grad_scores, key[:, :stop]).view_as(grad_query[:, start:stop])
+            grad_key[:, :stop] += torch.bmm(grad_scores.transpose(1, 2), stacked(query, key, start, stop))
+            grad_value[:, :stop] += torch.bmm(probs.transpose(1, 2), grad)
+        return grad_query, grad_key, grad_value, None
+
+
+def blocks(length: int) -> list[tuple[int, int]]:
+    return [(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
+
+
+def stacked(query: Tensor, key: Tensor, start: int, stop: int) -> Tensor:
+    """(heads, L, d) -> (kv heads, heads a kv head x block, d)"""
+    return query[:, start:stop].reshape(key.shape[0], -1, query.shape[-1])
+
+
 def load_model(job: Job) -> Any:
-    """The model on its device in training mode; `attention: documents` is the function above, mask-free."""
+    """The model on its device in training mode; `documents` and `products` attend by the above, without a mask."""
     from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
-    AttentionInterface.register("documents", documents_attention)
-    AttentionMaskInterface.register("documents", lambda *args, **kwargs: None)
+    for name in ("documents", "products"):
+        AttentionInterface.register(name, documents_attention)
+        AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
     dtype = getattr(torch, job.dtype)
     if job.init == "pretrained":
         model: Any = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, attn_implementation=job.attention)

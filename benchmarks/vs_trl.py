@@ -42,11 +42,16 @@ TRL_ARMS: dict[str, dict[str, Any]] = {
     "trl_our_attention": {"attention": "documents", "trl": BEST},  # not TRL's: the loop's attention handed to it
     "trl_default": {"dtype": "float32", "packed": False},
 }
-LOOPS: dict[str, dict[str, Any]] = {"loop": {}, "loop_bf16_grads": {"grad_dtype": "bfloat16"}}
+LOOPS: dict[str, dict[str, Any]] = {
+    "loop": {"attention": "documents"},
+    "loop_products": {"attention": "products"},
+    "loop_bf16_grads": {"attention": "documents", "grad_dtype": "bfloat16"},
+}
 KNOWN = ("packhorse", *LOOPS, *TRL_ARMS)
 LABELS = {
     "packhorse": "packhorse",
     "loop": "bare loop (ceiling)",
+    "loop_products": "bare loop, attention by matrix products",
     "loop_bf16_grads": "bare loop, accumulating in bf16",
     "trl_best": "TRL, best",
     "trl_default": "TRL, default",
@@ -144,7 +149,7 @@ def run_one(arm: str, job: Job, options: argparse.Namespace, work: Path) -> Run:
     if arm == "packhorse":
         command, metrics = packhorse_command(job, folder, work / "cache")
     elif arm in LOOPS:
-        command, metrics = arm_command("loop", replace(job, attention="documents", **LOOPS[arm]), folder)
+        command, metrics = arm_command("loop", replace(job, **LOOPS[arm]), folder)
     else:
         command, metrics = arm_command("trl", trl_job(arm, job), folder)
     try:
