@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 TRAIN_ROWS, HELDOUT_ROWS, SEED = 500, 64, 0
-LARGEST = 99  # of every number in a problem: two digits
+LARGEST = 50  # of every number in a problem: what a small model can learn to reckon with
 
 NAMES = (
     "Ada Ben Chloe Dev Elif Farid Grace Hugo Ines Jonas Kofi Lena Maya Nils Olga Pablo Rosa Sami Tara Uma Viktor Wen "
@@ -104,7 +104,7 @@ def _worked(rng: random.Random, steps: tuple[str, ...]) -> tuple[dict[str, int],
         numbers, lines = {"a": rng.randint(2, LARGEST)}, []
         total = numbers["a"]
         for operator, letter in (step.split() for step in steps[1:]):
-            number = numbers[letter] = rng.randint(2, 9 if operator in "*/" else 50)
+            number = numbers[letter] = rng.randint(2, 9 if operator in "*/" else 12)
             if operator == "/" and total % number:
                 break
             result = {"+": total + number, "-": total - number, "*": total * number, "/": total // number}[operator]
