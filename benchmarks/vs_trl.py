@@ -190,7 +190,7 @@ def report(runs: dict[str, list[Run]], options: argparse.Namespace) -> str:
         "# packhorse beside TRL, on CPU",
         f"`{command}`",
         machine(VERSIONS),
-        f"SmolLM2-135M-Instruct, {options.data.name}, rows of {options.row_tokens}, {options.rows} rows a step "
+        f"{options.model.name}, {options.data.name}, rows of {options.row_tokens}, {options.rows} rows a step "
         f"(about {first.lines[0]['tokens']:.0f} tokens), bf16, learning rate 2e-5, no decay, "
         f"{options.steps - options.warmup} timed steps after "
         f"{options.warmup}; {options.rounds} alternating rounds, a fresh process each, median (lowest to highest).",
