@@ -119,7 +119,8 @@ class _Chunked(torch.autograd.Function):
 
     Blocks of the vocabulary rather than of positions: a block's rows of the weight's gradient come out of one
     matrix product over all N positions, so nothing is accumulated (no fp32 copy of the head, no rounding
-    between chunks), and the workspace is N x B = c x N x H whatever V is. The fourth matrix product costs
+    between chunks), and the workspace is
+    N x B = c x N x H whatever V is (in all, at most 12 N x H fp32 numbers with a soft cap, 7 without). The fourth matrix product costs
     less than that accumulation does (docs/log.md).
     """
 
