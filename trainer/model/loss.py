@@ -119,9 +119,9 @@ class _Chunked(torch.autograd.Function):
 
     Blocks of the vocabulary rather than of positions: a block's rows of the weight's gradient come out of one
     matrix product over all N positions, so nothing is accumulated (no fp32 copy of the head, no rounding
-    between chunks), and the workspace is
-    N x B = c x N x H whatever V is (in all, at most 12 N x H fp32 numbers with a soft cap, 7 without). The fourth matrix product costs
-    less than that accumulation does (docs/log.md).
+    between chunks), and the workspace is N x B = c x N x H whatever V is: at most 12 N x H fp32 numbers in
+    all with a soft cap, 7 without. The fourth matrix product costs less than accumulating does: 512 x 576 x
+    49152 in bf16 on one core takes 0.36 s, chunks of 96 positions 0.41 s, whole logits 0.49 s.
     """
 
     @staticmethod
