@@ -37,6 +37,11 @@ SPEED_RUN = Path("runs/quickstart-speed")
 console = Console(highlight=False)
 
 
+def say(text: str) -> None:
+    """A long line stays one line, to be copied whole."""
+    console.print(text, soft_wrap=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=None)
@@ -79,26 +84,17 @@ def steps_that_fit(recipe: config.Recipe) -> int:
     """The recipe's steps, or fewer where this machine needs longer than TRAINING_S for them: told by a short run."""
     wanted = recipe.train.steps
     assert wanted, f"{RECIPE} says how many steps"
-    console.print("Measuring how fast this machine trains ...")
-    processes = num_processes()
+    say("Measuring how fast this machine trains ...")
     shutil.rmtree(SPEED_RUN, ignore_errors=True)
-    # a micro-batch for each process a step, no evaluation
-    train(
-        f"run.dir={SPEED_RUN}",
-        "train.steps=4",
-        f"batch.rows_per_step={processes}",
-        "data.eval=[]",
-        "eval.generate=null",
-    )
+    train(f"run.dir={SPEED_RUN}", "train.steps=3", "data.eval=[]", "eval.generate=null")
     lines = (SPEED_RUN / "metrics.jsonl").read_text().splitlines()
     shutil.rmtree(SPEED_RUN)
-    micro_batch_s = statistics.median(json.loads(line)["perf/step_s"] for line in lines[1:])  # the first one warms up
-    step_s = micro_batch_s * recipe.batch.rows_per_step / processes
+    step_s = statistics.mean(json.loads(line)["perf/step_s"] for line in lines[1:])  # the first one warms up
     steps = max(1, min(wanted, int(TRAINING_S / step_s)))
     told = f"{step_s:.1f} s a step: {wanted} steps of training take about {wanted * step_s:.0f} s"
     if steps < wanted:
         told += f"; this machine is slower than the demo was made for, so it takes {steps} steps and learns less"
-    console.print(told)
+    say(told)
     return steps
 
 
@@ -114,7 +110,7 @@ def train(*overrides: str) -> None:
 
 def packhorse(*arguments: str) -> None:
     """Run the command as a user would; end with its exit code where it is not 0."""
-    console.print(f"[bold]packhorse {escape(' '.join(arguments))}[/bold]")
+    say(f"[bold]packhorse {escape(' '.join(arguments))}[/bold]")
     code = subprocess.run([sys.executable, "-m", "trainer.cli", *arguments]).returncode
     if code:
         sys.exit(code)
@@ -130,14 +126,13 @@ def show(summary: dict[str, Any], run_dir: Path) -> None:
     console.print(table)
     heldout = [json.loads(line)["question"] for line in (DATA / "heldout.jsonl").read_text().splitlines()]
     question = next(question for question in heldout if question in summary["sample"]["prompt"])
-    console.print(f"[bold]One answer[/bold]\n{escape(question)}\n{escape(summary['sample']['answer'])}", soft_wrap=True)
-    console.print(f"[bold]{summary['tokens_per_s']:,.0f} tokens per second[/bold] while training")
+    say(f"[bold]One answer[/bold]\n{escape(question)}\n{escape(summary['sample']['answer'])}")
+    say(f"[bold]{summary['tokens_per_s']:,.0f} tokens per second[/bold] while training")
     python = os.path.relpath(sys.executable)
-    console.print(
+    say(
         f"\nThe curves:     {Path(python).parent / 'tensorboard'} --logdir {run_dir / 'tensorboard'}\n"
         f"Talk to it:     {python} recipes/quickstart/chat.py {run_dir / 'export'} "
         '"Ada has 4 boxes with 6 books each, and 5 loose books. How many books does Ada have?"',
-        soft_wrap=True,
     )
 
 
@@ -146,10 +141,9 @@ def show_times(parts: list[float], run_dir: Path) -> None:
     model_s, speed_s, run_s, export_s = parts
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     training_s = min(sum(line.get("perf/step_s", 0.0) for line in lines), run_s)
-    console.print(
+    say(
         f"\nTime: model and data {model_s:.0f} s, measuring speed {speed_s:.0f} s, training {training_s:.0f} s, "
         f"evaluation and the rest {run_s - training_s:.0f} s, export {export_s:.0f} s, in all {sum(parts):.0f} s",
-        soft_wrap=True,
     )
 
 
