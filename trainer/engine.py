@@ -6,9 +6,13 @@ losses, files of a checkpoint. What this file repairs or hides is said where it 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import json
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -55,9 +59,9 @@ _OWNED_BY_RECIPE = {
 
 
 def deepspeed_config(
-    parallel: ParallelSection, model: ModelSection, optim: OptimSection, hidden_size: int
+    parallel: ParallelSection, model: ModelSection, optim: OptimSection, hidden_size: int, run_dir: Path
 ) -> dict[str, Any]:
-    """The template with what the recipe owns filled in.
+    """The template with what the recipe owns filled in, and a folder on the NVMe for this run alone.
 
     `"auto"` of three sizes follows the model's hidden size H, as DeepSpeed's own guide has it: buckets of
     H^2, prefetch of 0.9 H^2, parameters below 10 H kept whole.
@@ -78,6 +82,8 @@ def deepspeed_config(
     for key, size in sizes.items():
         if zero.get(key) == "auto":
             zero[key] = size
+    for offload in _nvme_offloads(config):
+        offload["nvme_path"] = str(Path(offload["nvme_path"]) / f"packhorse-{_short_digest(str(run_dir.resolve()))}")
     bf16 = model.dtype == "bfloat16"
     if bf16 and stage(config) == 0:
         raise BadInput(
@@ -121,6 +127,34 @@ def stage(config: Mapping[str, Any]) -> int:
 
 def _offload_device(config: Mapping[str, Any], what: str) -> str:
     return config["zero_optimization"].get(f"offload_{what}", {}).get("device", "none")
+
+
+def _nvme_offloads(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    parts = (config["zero_optimization"].get(f"offload_{what}", {}) for what in ("optimizer", "param"))
+    return [part for part in parts if part.get("device") == "nvme"]
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def clear_nvme(config: Mapping[str, Any]) -> None:
+    """Empty this run's folder on the NVMe: DeepSpeed would take what a killed start left there for its own.
+
+    Raises:
+        BadInput: it cannot be written.
+    """
+    folders = {offload["nvme_path"] for offload in _nvme_offloads(config)}
+    for folder in folders if dist.local_rank() == 0 else ():
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            Path(folder).mkdir(parents=True)
+        except OSError as error:
+            raise BadInput(
+                f"nvme_path: {folder} cannot be written ({error}); set it in the DeepSpeed template"
+            ) from None
+    if folders:
+        dist.barrier()
 
 
 # ----------------------------------------------------------------------------------------------- parameters
@@ -203,9 +237,13 @@ class Engine:
     def _apply(self, loss: torch.Tensor) -> StepResult:
         """Apply the update or say why not, alike at every stage (C12)."""
         if self._stage == 0:  # DeepSpeed keeps no norm here, and would apply a NaN
-            norm = float(nn.utils.clip_grad_norm_(self.module.parameters(), self._clip))
+            parameters = [p for p in self.module.parameters() if p.grad is not None]
+            norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters]  # as ZeRO sums them
+            total = torch.linalg.vector_norm(torch.stack(norms))
+            norm = float(total)
             applied = norm < float("inf")
             if applied:
+                nn.utils.clip_grads_with_norm_(parameters, self._clip, total)
                 self._engine.step()
             else:
                 self._engine.zero_grad()
@@ -232,9 +270,23 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote at the same world size and stage. Every rank calls it."""
+        self._require_nvme_files(folder)
         path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no state to load")
+
+    def _require_nvme_files(self, folder: Path) -> None:
+        """DeepSpeed copies the saved files over those on the NVMe: one that was not saved would keep its start."""
+        swapper = getattr(self._engine.optimizer, "optimizer_swapper", None)
+        if swapper is None:
+            return
+        saved = folder / _TAG / "offloaded_tensors" / Path(swapper.swap_folder).name
+        lost = {path.name for path in Path(swapper.swap_folder).glob("*.tensor.swp") if "gradient" not in path.name}
+        lost -= {path.name for path in saved.glob("*")}
+        if lost:
+            raise RuntimeError(
+                f"{saved} lacks {min(lost)} and {len(lost) - 1} more, which the optimizer keeps on the NVMe"
+            )
 
 
 class _GradientWatch:
@@ -271,7 +323,8 @@ def read_state(folder: Path) -> Mapping[str, Any]:
     if any(state_folder.glob("*_optim_states.pt")):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        weights: Any = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG, lazy_mode=True)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):  # it is talkative
+            weights: Any = get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=_TAG, lazy_mode=True)
         return weights
     # stage 0: one file of this run's own, in DeepSpeed's format, which holds more than tensors
     saved = torch.load(state_folder / "mp_rank_00_model_states.pt", map_location="cpu", mmap=True, weights_only=False)

@@ -21,7 +21,7 @@ from trainer.config import Recipe
 from trainer.data.loader import Loader, Prepared, documents_of, eval_plan, held_out_prompts, prepare, train_plan
 from trainer.data.mask import Masker
 from trainer.data.plan import Plan
-from trainer.engine import Engine, deepspeed_config, gathered, sharded_init, stage
+from trainer.engine import Engine, clear_nvme, deepspeed_config, gathered, sharded_init, stage
 from trainer.evaluate import accuracies, generate, held_out_loss, write_samples
 from trainer.export import save_description
 from trainer.flow import BadInput, Prompt, StepPlan
@@ -78,7 +78,8 @@ def fit(
         dist.log.warning(warning)
 
     hidden_size = load_config(recipe.model).get_text_config().hidden_size
-    ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size)
+    ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size, run_dir)
+    clear_nvme(ds_config)
     model = load_model(
         recipe.model,
         tokenizer,

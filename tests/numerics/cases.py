@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import deepspeed
 import torch
 
 from trainer import dist, engine, train
@@ -41,6 +42,7 @@ def main(path: str) -> None:
 
 def run_case(case: dict[str, Any], stop: dist.StopFlag) -> None:
     recipe = load(case["recipe"], [*case["overrides"], f"run.dir={case['run']}"])
+    deepspeed.zero.Init.param_id = 0  # as in a process of its own: DeepSpeed names its NVMe files by it
     run_dir = Path(case["run"])
     if dist.is_main():
         train.open_run_folder(recipe, run_dir)
@@ -133,21 +135,47 @@ def bf16_accumulation() -> Any:
 
 
 def boundaries_ignored() -> Any:
-    """Documents of a row see each other."""
+    """Documents of a row see each other in training. (The probe, which would refuse the run, sees them apart.)"""
+    forward = sft.SftModel.forward
 
     def whole(self: Any, batch: Any) -> Any:
-        ends = torch.tensor([0, batch.input_ids.shape[0]], dtype=torch.int32)
-        return forward(
-            self,
-            replace(batch, cu_seqlens=ends, max_seqlen=batch.input_ids.shape[0], document_keys=batch.document_keys[:1]),
-        )
+        if self.training:
+            total = batch.input_ids.shape[0]
+            ends = torch.tensor([0, total], dtype=torch.int32)
+            batch = replace(batch, cu_seqlens=ends, max_seqlen=total, document_keys=batch.document_keys[:1])
+        return forward(self, batch)
 
-    forward = sft.SftModel.forward
     return mock.patch.object(sft.SftModel, "forward", whole)
 
 
+def labels_shifted_across_boundaries() -> Any:
+    """A document's last position learns its neighbour's first token."""
+    build = loader.build_batch
+
+    def shifted(*args: Any, **kwargs: Any) -> Any:
+        batch = build(*args, **kwargs)
+        last = batch.cu_seqlens[1:-1].long() - 1
+        extra = torch.full((len(last),), float(batch.weights[0]))
+        return replace(
+            batch,
+            trained_positions=torch.cat([batch.trained_positions, last]),
+            targets=torch.cat([batch.targets, batch.input_ids[last + 1]]),
+            weights=torch.cat([batch.weights, extra]),
+        )
+
+    return mock.patch.object(loader, "build_batch", shifted)
+
+
 SABOTAGES = {
-    f.__name__: f for f in (mean_of_means, dropped_micro_batch, decay_everywhere, bf16_accumulation, boundaries_ignored)
+    f.__name__: f
+    for f in (
+        mean_of_means,
+        dropped_micro_batch,
+        decay_everywhere,
+        bf16_accumulation,
+        boundaries_ignored,
+        labels_shifted_across_boundaries,
+    )
 }
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from torch import nn
 from trainer.flow import BadInput, Batch
 
 BACKENDS = ("flash_attn", "torch_varlen", "reference")
+PRODUCTS_TOKENS = 512  # of a document: beyond, holding all L x L scores costs more than it gains
 MAX_HEAD_SIZE = 256  # of FlashAttention 2, torch's own build of it included
 
 # Arguments of model.forward that pass through a layer to the attention function and change nothing in it.
@@ -343,6 +344,9 @@ def _reference(
 def _one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments) -> torch.Tensor:
     """(1, Hq, L, E) causal attention; a mask only where the document is longer than the window."""
     windowed = arguments.window is not None and q.shape[2] > arguments.window
+    on_cpu_in_bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if on_cpu_in_bf16 and q.shape[2] <= PRODUCTS_TOKENS and not windowed and not arguments.dropout:
+        return _by_products(q, k, v, arguments.scale)
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -353,6 +357,18 @@ def _one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: 
         scale=arguments.scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )
+
+
+def _by_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+    """The same by plain matrix products, the heads that share a key stacked as rows of one of them.
+
+    For short documents in bf16 three times as fast as torch's kernel for CPUs, forward and backward.
+    """
+    heads, groups, length = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
+    stacked = (q * (scale if scale is not None else q.shape[-1] ** -0.5)).reshape(heads, groups * length, -1)
+    later = torch.full((length, length), -torch.inf, dtype=q.dtype).triu_(1)
+    scores = torch.bmm(stacked, k[0].transpose(1, 2)).view(heads, groups, length, length) + later
+    return torch.bmm(scores.softmax(-1).view(heads, groups * length, length), v[0]).view(*q.shape[:3], v.shape[-1])
 
 
 def _one_document_in_full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments) -> torch.Tensor:

@@ -1,0 +1,82 @@
+"""A real pretrained model on real data: the loss it starts with, and that it learns."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import ROOT
+from trainer import config, dist
+from trainer.data import loader
+from trainer.data.mask import Masker
+from trainer.model.load import load_model, load_tokenizer
+from trainer.model.probe import probe
+from trainer.model.sft import SftModel
+
+pytestmark = pytest.mark.runs
+
+REFERENCE_LOSS = 1.4604  # of the untouched model, by transformers alone; see the folder of shared data
+REFERENCE_TOKENS = 6215  # end token and the newline after it counted
+
+
+@pytest.fixture(scope="module")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, as the demo fetches it."""
+    folder = Path("~/.cache/packhorse/models/smollm2-135m-instruct").expanduser()
+    runpy.run_path(str(ROOT / "recipes" / "quickstart" / "get_smollm2.py"))["get"](folder)
+    return folder
+
+
+def recipe(shared: Path, model: Path, run_dir: Path, **model_settings: Any) -> config.Recipe:
+    return config.parse(
+        {
+            "model": {"name": str(model), "recompute": False, **model_settings},
+            "data": {
+                "train": [{"path": str(shared / "data" / "gsm8k_train.jsonl")}],
+                "eval": [{"path": str(shared / "data" / "gsm8k_test.jsonl"), "rows": 48}],
+                "cache": str(run_dir.parent / "cache"),
+            },
+            "batch": {"row_tokens": 512, "rows_per_step": 2},
+            "optim": {"lr": 1e-4},
+            "train": {"steps": 30},
+            "parallel": {"deepspeed": "ds_configs/zero2.json"},
+            "run": {"dir": str(run_dir)},
+        }
+    )
+
+
+def test_the_untouched_model_has_the_loss_that_transformers_gives_it(
+    shared: Path, smollm2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gsm8k_test's first 48 rows under SmolLM2's own template, fp32. Our policy leaves the newline after the end
+    token out; the reference counts it, so here it is counted."""
+    monkeypatch.setattr(loader, "Masker", partial(Masker, train_trailing_newline=True))
+    made = recipe(shared, smollm2, tmp_path / "run", dtype="float32")
+    tokenizer = load_tokenizer(made.model)
+    data = loader.prepare(made, tokenizer, "eval")
+    assert int(data.trained_counts.sum()) == REFERENCE_TOKENS
+    model = load_model(made.model, tokenizer, seed=0)
+    sft = SftModel(model, made.loss, 0, dist.device())
+    probe(sft, row_tokens=512, one_document=False, seed=0)
+    sft.eval()
+    with torch.no_grad(), loader.Loader(data, loader.eval_plan(made, data), 0, 1, pin=False) as batches:
+        loss = sum(float(sft(batch)) for batch in batches.stream(0))
+    print(f"\n  held-out loss {loss:.4f}, by transformers alone {REFERENCE_LOSS}", end="")
+    assert abs(loss - REFERENCE_LOSS) <= 0.002
+
+
+def test_thirty_steps_on_gsm8k_lower_the_held_out_loss(shared: Path, smollm2: Path, tmp_path: Path) -> None:
+    path = tmp_path / "gsm8k.yaml"
+    path.write_text(recipe(shared, smollm2, tmp_path / "run").to_yaml())
+    subprocess.run([sys.executable, "-m", "trainer.cli", "train", str(path)], cwd=ROOT, check=True, env=os.environ)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    before, after = summary["before"]["eval/loss"], summary["after"]["eval/loss"]
+    print(f"\n  held-out loss {before:.4f} -> {after:.4f} in {summary['steps']} steps", end="")
+    assert after < before - 0.1
