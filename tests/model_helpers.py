@@ -73,7 +73,7 @@ def pack(
         input_ids=row,
         position_ids=torch.cat([torch.arange(n) for n in lengths]),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
-        max_seqlen=max(lengths),
+        lengths=tuple(lengths),
         trained_positions=positions,
         targets=row[positions + 1],
         weights=by_token,

@@ -201,6 +201,9 @@ class Engine:
     ) -> None:
         self._clip = optim.clip
         self._stage = stage(config)
+        self._on_nvme = bool(_nvme_offloads(config))
+        if self._on_nvme:
+            dist.log.warning("offload to NVMe: this run can be exported from its checkpoints, but not resumed")
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=_optimizer(groups, optim, config), config=config, dist_init_required=False
@@ -267,26 +270,26 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write this rank's files under `folder`. Every rank calls it."""
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        if self._on_nvme:  # its master weights lie in raw files that `read_state` cannot tell apart
+            weights = self._engine._zero3_consolidated_16bit_state_dict()
+            if dist.is_main():
+                torch.save(weights, folder / _TAG / _WHOLE_WEIGHTS)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote at the same world size and stage. Every rank calls it."""
-        self._require_nvme_files(folder)
+        """Read what `save` wrote at the same world size and stage. Every rank calls it.
+
+        Raises:
+            BadInput: the optimizer is on the NVMe. DeepSpeed 0.19.8 reads its master weights back from there and
+                loses its moments (seen: the next losses differ by a tenth).
+        """
+        if self._on_nvme:
+            raise BadInput(
+                "a run with NVMe offload cannot be resumed, since DeepSpeed loses the optimizer's moments on the way; "
+                "give another run.dir, or use ds_configs/zero3_offload_all.json from the start"
+            )
         path, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise RuntimeError(f"{folder}: DeepSpeed found no state to load")
-
-    def _require_nvme_files(self, folder: Path) -> None:
-        """DeepSpeed copies the saved files over those on the NVMe: one that was not saved would keep its start."""
-        swapper = getattr(self._engine.optimizer, "optimizer_swapper", None)
-        if swapper is None:
-            return
-        saved = folder / _TAG / "offloaded_tensors" / Path(swapper.swap_folder).name
-        lost = {path.name for path in Path(swapper.swap_folder).glob("*.tensor.swp") if "gradient" not in path.name}
-        lost -= {path.name for path in saved.glob("*")}
-        if lost:
-            raise RuntimeError(
-                f"{saved} lacks {min(lost)} and {len(lost) - 1} more, which the optimizer keeps on the NVMe"
-            )
 
 
 class _GradientWatch:
@@ -314,12 +317,15 @@ class _GradientWatch:
 
 
 _TAG = "state"
+_WHOLE_WEIGHTS = "weights.pt"
 
 
 def read_state(folder: Path) -> Mapping[str, Any]:
     """Weights of a checkpoint by name, without ranks or a GPU; `.contiguous()` on a value reads it, in fp32
     where master weights were kept. Shards stay memory-mapped: the model is never whole in memory."""
     state_folder = folder / _TAG
+    if (state_folder / _WHOLE_WEIGHTS).is_file():
+        return torch.load(state_folder / _WHOLE_WEIGHTS, map_location="cpu", mmap=True, weights_only=True)
     if any(state_folder.glob("*_optim_states.pt")):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # heavy, and this file is read by `packhorse --help`
@@ -155,7 +154,7 @@ class Batch:
     input_ids: torch.Tensor  # (T,) int64
     position_ids: torch.Tensor  # (T,) int64, restarting at every document's (piece's) first token
     cu_seqlens: torch.Tensor  # (D + 1,) int32, where documents begin, and T
-    max_seqlen: int
+    lengths: tuple[int, ...]  # of the D documents, on the host: a GPU need not be waited for
     trained_positions: torch.Tensor  # (N,) int64 into T: positions whose next token is learned
     targets: torch.Tensor  # (N,) int64, the next tokens
     weights: torch.Tensor  # (N,) float32; the step's loss is the sum of loss x weight over all ranks (C2)
@@ -173,9 +172,9 @@ class Batch:
     def trained_tokens(self) -> int:
         return 0 if self.is_filler else self.trained_positions.shape[0]
 
-    def document_lengths(self) -> list[int]:
-        ends = self.cu_seqlens.tolist()
-        return [stop - start for start, stop in pairwise(ends)]
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; the copy does not wait where the host memory is pinned."""

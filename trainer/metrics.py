@@ -58,7 +58,7 @@ class ModelFlops:
     attention_channels: int  # heads x head size, summed over the layers that attend
 
     def of(self, batch: Batch) -> float:
-        pairs = sum(length * length for length in batch.document_lengths())
+        pairs = sum(length * length for length in batch.lengths)
         return (
             6.0 * self.body_weights * batch.tokens
             + 6.0 * self.head_weights * batch.trained_tokens

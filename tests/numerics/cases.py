@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import deepspeed
 import torch
 
 from trainer import dist, engine, train
@@ -42,7 +41,7 @@ def main(path: str) -> None:
 
 def run_case(case: dict[str, Any], stop: dist.StopFlag) -> None:
     recipe = load(case["recipe"], [*case["overrides"], f"run.dir={case['run']}"])
-    deepspeed.zero.Init.param_id = 0  # as in a process of its own: DeepSpeed names its NVMe files by it
+    engine.deepspeed.zero.Init.param_id = 0  # as in a process of its own: DeepSpeed names its NVMe files by it
     run_dir = Path(case["run"])
     if dist.is_main():
         train.open_run_folder(recipe, run_dir)
@@ -142,7 +141,7 @@ def boundaries_ignored() -> Any:
         if self.training:
             total = batch.input_ids.shape[0]
             ends = torch.tensor([0, total], dtype=torch.int32)
-            batch = replace(batch, cu_seqlens=ends, max_seqlen=total, document_keys=batch.document_keys[:1])
+            batch = replace(batch, cu_seqlens=ends, lengths=(total,), document_keys=batch.document_keys[:1])
         return forward(self, batch)
 
     return mock.patch.object(sft.SftModel, "forward", whole)

@@ -12,6 +12,7 @@ purpose, that must exceed it by ten times.
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ from trainer.model.load import load_model, load_tokenizer
 SCALAR_BOUND = 1e-6  # relative, of losses and norms
 CHANGE_BOUND = 1e-4  # ||Da - Db|| / ||Da||, the worst tensor
 CONTROL_FACTOR = 10
-BF16_CHANGE_BOUND = 0.05  # measured, see test_x8
+BF16_CHANGE_BOUND = 1e-4  # measured: 9e-10, where every row makes a micro-batch of its own at both worlds
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer", "zero3_offload_all", "zero3_nvme")
+RESUMABLE = STAGES[:-1]  # on the NVMe DeepSpeed loses the moments: refused, see test_resume.py
 COMMON = ("optim.eps=1e-3", "train.steps=6", "eval.generate=null", "eval.every_steps=null", "checkpoint.keep=9")
 BF16 = ("model.dtype=bfloat16", "batch.rows_per_step=16", "data.train.0.weight=3", "batch.row_tokens=128")
 
@@ -69,7 +71,8 @@ class Difference:
 
 def case(root: Path, name: str, stage: str, *overrides: str, **extra: Any) -> dict[str, Any]:
     template = ROOT / "ds_configs" / f"{stage}.json"
-    if stage == "zero3_nvme":  # the same template, swapping into this test's folder
+    if stage == "zero3_nvme":  # the same template, swapping into this test's folder, and a model worth swapping
+        overrides = (f"model.name={wide_model(root)}", *overrides)
         template = root / "zero3_nvme.json"
         text = (ROOT / "ds_configs" / "zero3_nvme.json").read_text()
         template.write_text(text.replace("/local_nvme", str(root / "nvme")))
@@ -82,6 +85,16 @@ def case(root: Path, name: str, stage: str, *overrides: str, **extra: Any) -> di
     }
 
 
+def wide_model(root: Path) -> Path:
+    """The debug model, wide enough that DeepSpeed moves its optimizer states to the NVMe (from 1 MiB a rank on)."""
+    folder = root / "wide"
+    if not folder.exists():
+        shutil.copytree(ROOT / "recipes" / "debug" / "model", folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 256, "intermediate_size": 512}))
+    return folder
+
+
 def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
     """The matrix of runs, by world size. A resumed run is two cases: one that is stopped, one that goes on."""
 
@@ -89,9 +102,11 @@ def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
         name = f"{world}-{stage}-resumed"
         return [case(root, name, stage, stop_after=3), case(root, name, stage)]
 
+    wide = f"model.name={wide_model(root)}"
     return {
         1: [
             *(case(root, f"1-{stage}", stage) for stage in STAGES),
+            case(root, "1-wide", "zero0", wide),
             case(root, "1-micro4", "zero2", "batch.rows_per_micro=4"),
             case(root, "1-micro2", "zero2", "batch.rows_per_micro=2"),
             *resumed(1, "zero3"),
@@ -99,7 +114,8 @@ def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
         ],
         2: [
             *(case(root, f"2-{stage}", stage) for stage in STAGES),
-            *(part for stage in STAGES for part in resumed(2, stage)),
+            case(root, "2-wide", "zero0", wide),
+            *(part for stage in RESUMABLE for part in resumed(2, stage)),
             *(case(root, f"2-{name}", "zero3", sabotage=name) for name in SABOTAGES if name != "bf16_accumulation"),
             *(case(root, f"2-{w}", "zero2", f"loss.weighting={w}", *k) for w, *k in WEIGHTINGS),
         ],
@@ -125,24 +141,28 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         path = root / f"cases-{world}.json"
         path.write_text(json.dumps(cases))
         run_ranks(world, ["-m", "tests.numerics.cases", str(path)], timeout_s=600)
-    start = start_weights(root)
-    return {c["run"].rsplit("/", 1)[1]: read_run(Path(c["run"]), start) for cs in all_cases(root).values() for c in cs}
+    folders = {Path(c["run"]) for cs in all_cases(root).values() for c in cs}
+    starts: dict[str, dict[str, torch.Tensor]] = {}
+    return {folder.name: read_run(folder, starts) for folder in folders}
 
 
-def start_weights(root: Path) -> dict[str, torch.Tensor]:
-    recipe = load(ROOT / "recipes" / "debug.yaml", [f"run.dir={root}"])
-    model = load_model(recipe.model, load_tokenizer(recipe.model), seed=recipe.train.seed)
-    return {f"model.{name}": p.detach().double() for name, p in model.named_parameters()}
+def start_weights(run_dir: Path, starts: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The weights that a run started from, float64: its recipe makes them anew. Kept by the model's name."""
+    recipe = load(run_dir / "recipe.yaml", ["model.dtype=float32"])
+    if recipe.model.name not in starts:
+        model = load_model(recipe.model, load_tokenizer(recipe.model), seed=recipe.train.seed)
+        starts[recipe.model.name] = {f"model.{name}": p.detach().double() for name, p in model.named_parameters()}
+    return starts[recipe.model.name]
 
 
-def read_run(run_dir: Path, start: dict[str, torch.Tensor]) -> Run:
+def read_run(run_dir: Path, starts: dict[str, dict[str, torch.Tensor]]) -> Run:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "train/loss" in line]
     found = checkpoint.find(run_dir)
     assert found
     assert [line["step"] for line in steps] == list(range(1, found[1].step + 1)), "a step is missing or counted twice"
-    weights = {name: value.contiguous().double() for name, value in read_state(found[0]).items()}
-    changes = {name: weights[name] - start[name].to(torch.float64) for name in start}
+    weights = {name: value.contiguous().detach().double() for name, value in read_state(found[0]).items()}
+    changes = {name: weights[name] - start for name, start in start_weights(run_dir, starts).items()}
     return Run(
         [line["train/loss"] for line in steps],
         [line["train/grad_norm"] for line in steps],
@@ -198,7 +218,7 @@ def test_x2_notices(runs: dict[str, Run], defect: str) -> None:
 # ----------------------------------------------------------------------------------------------- X3
 
 
-@pytest.mark.parametrize("name", ["1-zero3", *(f"2-{stage}" for stage in STAGES)])
+@pytest.mark.parametrize("name", ["1-zero3", *(f"2-{stage}" for stage in RESUMABLE)])
 def test_x3_stopped_and_resumed_is_never_stopped(runs: dict[str, Run], name: str) -> None:
     """Bit by bit, at the same world size."""
     assert is_same(runs[name], runs[f"{name}-resumed"])
@@ -218,7 +238,8 @@ def test_x3_notices_a_single_bit(runs: dict[str, Run]) -> None:
 @pytest.mark.parametrize("stage", STAGES[1:])
 @pytest.mark.parametrize("world", [1, 2])
 def test_x7_every_stage_and_offload_is_stage_0(runs: dict[str, Run], world: int, stage: str) -> None:
-    seen = difference(runs[f"{world}-zero0"], runs[f"{world}-{stage}"])
+    base = f"{world}-wide" if stage == "zero3_nvme" else f"{world}-zero0"
+    seen = difference(runs[base], runs[f"{world}-{stage}"])
     report(f"{world} ranks, stage 0 against {stage}", seen)
     assert seen.agrees
 

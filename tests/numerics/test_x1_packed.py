@@ -76,13 +76,13 @@ def test_recomputation_changes_nothing() -> None:
 
 def boundaries_ignored(packed: Batch) -> Batch:
     total = packed.input_ids.shape[0]
-    return replace(packed, cu_seqlens=torch.tensor([0, total], dtype=torch.int32), max_seqlen=total)
+    return replace(packed, cu_seqlens=torch.tensor([0, total], dtype=torch.int32), lengths=(total,))
 
 
 def one_boundary_late(packed: Batch) -> Batch:
     ends = packed.cu_seqlens.clone()
     ends[1] += 1
-    return replace(packed, cu_seqlens=ends)
+    return replace(packed, cu_seqlens=ends, lengths=tuple(ends.diff().tolist()))
 
 
 def positions_run_on(packed: Batch) -> Batch:

@@ -25,6 +25,7 @@ from trainer.data.loader import (
     prepare,
     train_plan,
 )
+from trainer.data.mask import Masker
 from trainer.data.pack import pack
 from trainer.data.plan import Corpus, Plan
 from trainer.data.tokenise import Limits, Row, tokenise_rows
@@ -93,7 +94,7 @@ def check_batch(batch: Batch, prepared: Prepared, plan: Plan) -> None:
     ends = batch.cu_seqlens.tolist()
     assert ends[0] == 0
     assert ends[-1] == len(batch.input_ids) == batch.tokens
-    assert batch.max_seqlen == max(batch.document_lengths())
+    assert list(batch.lengths) == batch.cu_seqlens.diff().tolist()
     targets = dict(zip(batch.trained_positions.tolist(), batch.targets.tolist(), strict=True))
     pieces = [piece for row in batch.row_ids for piece in plan.row(batch.document_keys[0][0], row)]
     assert len(pieces) == len(ends) - 1 == len(batch.document_keys)
@@ -172,7 +173,7 @@ def test_a_filler_is_two_tokens_that_weigh_nothing():
     assert batch.trained_positions.tolist() == [0]
     assert batch.weights.tolist() == [0.0]
     assert batch.uniform_weight == 0.0
-    assert batch.document_lengths() == [2]
+    assert batch.lengths == (2,)
     assert batch.row_ids == ()
 
 
@@ -379,7 +380,7 @@ def test_large_packings_are_kept_for_the_other_processes(tmp_path, tokenizer, mo
 def test_held_out_prompts_end_before_the_answer(tmp_path, tokenizer):
     rows = [{"question": "What?", "answer": None}, *questions(5)]
     of = recipe(tmp_path, questions(1), eval=[{"path": write(tmp_path, rows)}])
-    prompts = held_out_prompts(of, tokenizer, 3)
+    prompts = held_out_prompts(of, Masker(tokenizer), 3)
     assert [answer for _, _, answer in prompts] == ["It is 0.", "It is 2.", "It is 4."]
     ids, text, _ = prompts[1]
     assert text == tokenizer.decode(ids)
@@ -390,4 +391,4 @@ def test_held_out_prompts_end_before_the_answer(tmp_path, tokenizer):
 def test_held_out_rows_without_an_answer_are_refused(tmp_path, tokenizer):
     of = recipe(tmp_path, questions(1), eval=[{"path": write(tmp_path, [{"text": "To be or not to be"}])}])
     with pytest.raises(BadInput, match="no row has a prompt and an answer"):
-        held_out_prompts(of, tokenizer, 3)
+        held_out_prompts(of, Masker(tokenizer), 3)

@@ -51,7 +51,7 @@ class Bounds(NamedTuple):
 
     cu_seqlens: torch.Tensor  # (D + 1,) int32
     max_seqlen: int
-    lengths: tuple[int, ...] | None  # the documents' lengths on the host, for the backend that needs them
+    lengths: tuple[int, ...]  # the same on the host
 
 
 class Arguments(NamedTuple):
@@ -110,17 +110,14 @@ def implementation(backend: str) -> str:
     return name
 
 
-def keyword_arguments(batch: Batch, host_lengths: bool) -> dict[str, Any]:
+def keyword_arguments(batch: Batch) -> dict[str, Any]:
     """Arguments of model.forward that carry the batch's document boundaries to every layer.
 
     `document_bounds` is ours. A row of several documents has them under transformers' own names too, for recurrent
     and convolutional layers: one document needs no boundaries, and such layers refuse them where they lack a kernel.
-
-    `host_lengths`: whether the backend needs the lengths as Python numbers (on a GPU they cost a wait).
     """
     bounds = batch.cu_seqlens
-    lengths = tuple(batch.document_lengths()) if host_lengths else None
-    ours = {"document_bounds": Bounds(bounds, batch.max_seqlen, lengths)}
+    ours = {"document_bounds": Bounds(bounds, batch.max_seqlen, batch.lengths)}
     if bounds.shape[0] == 2:
         return ours
     document = torch.zeros_like(batch.input_ids, dtype=torch.int32).index_fill_(0, bounds[1:-1].long(), 1).cumsum(0)
@@ -334,7 +331,6 @@ def _reference(
 ) -> torch.Tensor:
     """One document after the other through torch's own attention: what the fused kernels are tested against."""
     lengths = arguments.bounds.lengths
-    assert lengths is not None, "the reference needs the lengths on the host"
     one = _one_document if arguments.softcap is None and arguments.sinks is None else _one_document_in_full
     parts = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2))
     outputs = [one(q, k, v, arguments).transpose(1, 2) for q, k, v in parts]

@@ -152,7 +152,6 @@ def load_model(
         if not model.supports_gradient_checkpointing:
             raise BadInput(f"{type(model).__name__} does not know recomputation; set model.recompute=false")
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    _stop_at(model, tokenizer.eos_token_id)
     return model.to(device) if not _sharded(model) else model
 
 
@@ -269,17 +268,6 @@ def _add_rows(model: Any, rows: int, new_ids: Sequence[int], gathered: Callable[
             old = torch.ones(parameter.shape[0], dtype=torch.bool)
             old[list(new_ids)] = False
             parameter[list(new_ids)] = parameter[old].float().mean(0).to(parameter.dtype)
-
-
-def _stop_at(model: Any, token_id: int | None) -> None:
-    """Make the token that ends a turn one that ends generation."""
-    generation = getattr(model, "generation_config", None)
-    if generation is None or token_id is None:
-        return
-    known = generation.eos_token_id
-    known = [] if known is None else [known] if isinstance(known, int) else list(known)
-    if token_id not in known:
-        generation.eos_token_id = [*known, token_id]
 
 
 def _sharded(model: Any) -> bool:

@@ -130,7 +130,7 @@ def _batch(documents: Sequence[torch.Tensor]) -> Batch:
         input_ids=ids,
         position_ids=torch.cat([torch.arange(n, device=device) for n in lengths]),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
-        max_seqlen=max(lengths),
+        lengths=tuple(lengths),
         trained_positions=trained_positions,
         targets=ids[trained_positions + 1],
         weights=torch.full((len(positions),), 1 / len(positions), device=device),

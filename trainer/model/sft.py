@@ -73,15 +73,11 @@ class SftModel(nn.Module):
                 input_ids=batch.input_ids.unsqueeze(0),
                 position_ids=batch.position_ids.unsqueeze(0),
                 use_cache=False,
-                **keyword_arguments(batch, self._host_lengths),
+                **keyword_arguments(batch),
             )
         finally:
             self._batch = None
         return out.last_hidden_state[0]
-
-    @property
-    def _host_lengths(self) -> bool:
-        return self.model.config._attn_implementation == "packhorse_reference"
 
     def _add_noise(self, embedding: nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor | None:
         """NEFTune on the embeddings (1, T, H) of a batch in training; a hook's None changes nothing."""
@@ -91,7 +87,7 @@ class SftModel(nn.Module):
         noise = document_noise(
             self._seed,
             batch.document_keys,
-            batch.document_lengths(),
+            batch.lengths,
             embedded.shape[-1],
             self._alpha,
             embedded.device,
