@@ -1,0 +1,113 @@
+"""A step is applied or it is not, and all know: alike at every stage, also where one rank alone is at fault (C12)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import ROOT, run_ranks
+
+STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer", "zero3_offload_all")
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What each stage did with a NaN in the last rank's last micro-batch of its second step, by stage."""
+    out = tmp_path_factory.mktemp("c12")
+    run_ranks(2, ["-m", "tests.numerics.test_c12_not_applied", str(out)])
+    return json.loads((out / "outcomes.json").read_text())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_nan_on_one_rank_is_a_step_that_no_rank_applies(outcomes: dict[str, Any], stage: str) -> None:
+    seen = outcomes[stage]
+    assert seen["before"] == [None, None], "the first step is applied"
+    assert seen["skipped"] == ["the gradient norm is not finite"] * 2, "both ranks know"
+    assert seen["norms"] == ["nan", "nan"]
+    assert seen["weights_moved"] == [False, False]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_step_names_its_rows_and_is_not_counted(outcomes: dict[str, Any], stage: str) -> None:
+    assert "train.jsonl:" in outcomes[stage]["told"]
+    assert outcomes[stage]["logged_steps"] == [1]
+
+
+def main(out: Path) -> None:
+    """On each of two ranks: one good step and one with a NaN through the loop, stage after stage."""
+    from tests.numerics.cases import load, prepare, train_plan
+    from trainer import dist, loop, train
+    from trainer.engine import Engine
+    from trainer.model.load import load_tokenizer
+
+    real_step = Engine.step
+    seen: dict[str, Any] = {}
+
+    def step(self: Any, batches: list[Any], lr: float, clock: Any) -> Any:
+        first = "before" not in seen
+        if not first and dist.rank() == 1:
+            last = batches[-1]
+            nan = float("nan")
+            batches = [*batches[:-1], replace(last, weights=last.weights * nan, uniform_weight=nan)]
+        weights = _weights(self)
+        result = real_step(self, batches, lr, clock)
+        if first:
+            seen["before"] = dist.gather(result.skipped)
+        else:
+            seen["skipped"] = dist.gather(result.skipped)
+            seen["norms"] = dist.gather(str(result.grad_norm))
+            seen["weights_moved"] = dist.gather(_weights(self) != weights)
+        return result
+
+    def _weights(engine: Any) -> list[float]:
+        from trainer.engine import gathered
+
+        parameters = list(engine.module.parameters())
+        with gathered(parameters):
+            return [float(p.detach().double().sum()) for p in parameters]
+
+    Engine.step = step  # type: ignore[method-assign]
+    outcomes = {}
+    with dist.process_group():
+        stop = dist.StopFlag()
+        stop.join()
+        for stage in STAGES:
+            run_dir = out / stage
+            recipe = load(
+                ROOT / "recipes" / "debug.yaml",
+                [
+                    f"run.dir={run_dir}",
+                    f"parallel.deepspeed={ROOT}/ds_configs/{stage}.json",
+                    f"data.cache={out}/cache",
+                    "eval.generate=null",
+                    "data.eval=[]",
+                ],
+            )
+            if dist.is_main():
+                train.open_run_folder(recipe, run_dir)
+            dist.barrier()
+            tokenizer = load_tokenizer(recipe.model)
+            data = prepare(recipe, tokenizer, "train")
+            seen.clear()
+            try:
+                train.fit(recipe, run_dir, tokenizer, data, train_plan(recipe, data), None, stop)
+            except loop.StepNotApplied as told:
+                seen["told"] = str(told)
+            if dist.is_main():
+                lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+                seen["logged_steps"] = [line["step"] for line in lines]
+            outcomes[stage] = dict(seen)
+    if dist.is_main():
+        (out / "outcomes.json").write_text(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    import os
+
+    main(Path(sys.argv[1]))
+    os._exit(0)

@@ -1,0 +1,111 @@
+"""A run becomes a folder that transformers loads, and a folder that a second run starts from."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from tests.ranks import ROOT, run_ranks
+from trainer.checkpoint import find
+from trainer.config import load
+from trainer.engine import read_state
+from trainer.export import export
+from trainer.flow import BadInput
+
+pytestmark = pytest.mark.runs
+
+SHORT = ("train.steps=3", "eval.generate=null", "eval.every_steps=null")
+
+
+def train(world: int, root: Path, name: str, *overrides: str) -> Path:
+    """A short debug run on `world` ranks; its folder."""
+    case = {
+        "run": str(root / name),
+        "recipe": str(ROOT / "recipes" / "debug.yaml"),
+        "overrides": [*SHORT, f"data.cache={root / 'cache'}", *overrides],
+    }
+    path = root / f"{name}.json"
+    path.write_text(json.dumps([case]))
+    run_ranks(world, ["-m", "tests.numerics.cases", str(path)])
+    return root / name
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(2, tmp_path_factory.mktemp("export"), "run", "profile.start=2", "profile.steps=1")
+
+
+@pytest.fixture(scope="module")
+def exported(run_dir: Path) -> Path:
+    return export(run_dir, run_dir.parent / "out")
+
+
+def test_the_weights_are_the_checkpoints(run_dir: Path, exported: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    found = find(run_dir)
+    assert found
+    weights = read_state(found[0])
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[f"model.{name}"].contiguous()), name
+
+
+def test_it_brings_what_generation_needs(exported: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    trained = load(ROOT / "recipes" / "debug.yaml").model.name
+    assert tokenizer.chat_template == AutoTokenizer.from_pretrained(ROOT / trained).chat_template
+    stops = GenerationConfig.from_pretrained(exported).eos_token_id
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in (stops if isinstance(stops, list) else [stops])
+    card = (exported / "README.md").read_text()
+    assert "3 steps" in card
+    assert "eval/loss" in card
+
+
+def test_nothing_is_left_beside_it(exported: Path) -> None:
+    assert not list(exported.parent.glob(".*saving*"))
+
+
+def test_a_second_run_starts_from_it(run_dir: Path, exported: Path) -> None:
+    second = train(1, run_dir.parent, "second", f"model.name={exported}", "model.init=pretrained")
+    before = json.loads((second / "summary.json").read_text())["before"]["eval/loss"]
+    after = json.loads((run_dir / "summary.json").read_text())["after"]["eval/loss"]
+    assert before == pytest.approx(after, rel=1e-5)
+
+
+def test_the_profile_is_a_trace(run_dir: Path) -> None:
+    (trace,) = (run_dir / "profile").glob("*.json")
+    assert any("backward" in event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"])
+
+
+def test_a_run_on_the_nvme_is_exported_and_not_resumed(tmp_path: Path) -> None:
+    template = tmp_path / "nvme.json"
+    text = (ROOT / "ds_configs" / "zero3_nvme.json").read_text()
+    template.write_text(text.replace("/local_nvme", str(tmp_path / "nvme")))
+    run = train(1, tmp_path, "run", f"parallel.deepspeed={template}")
+    AutoModelForCausalLM.from_pretrained(export(run, tmp_path / "out"))
+    (run / "summary.json").unlink()  # so that it is not taken for done
+    with pytest.raises(AssertionError, match="NVMe offload cannot be resumed"):
+        train(1, tmp_path, "run", f"parallel.deepspeed={template}")
+
+
+def test_a_damaged_run_is_not_exported(run_dir: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(run_dir, damaged)
+    for path in damaged.rglob("*optim_states.pt"):
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BadInput, match="no whole checkpoint"):
+        export(damaged, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("what", ["no run", "a folder in the way"])
+def test_bad_input_is_told(run_dir: Path, tmp_path: Path, what: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("")
+    with pytest.raises(BadInput, match="not a run folder" if what == "no run" else "not a model folder"):
+        export(tmp_path if what == "no run" else run_dir, tmp_path / "out")
+    assert (tmp_path / "out" / "thesis.tex").exists()

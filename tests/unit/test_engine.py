@@ -1,0 +1,102 @@
+"""DeepSpeed's configuration has one owner for each setting."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.ranks import ROOT
+from trainer.config import ModelSection, OptimSection, ParallelSection
+from trainer.engine import clear_nvme, deepspeed_config
+from trainer.flow import BadInput
+
+RUN = Path("runs/some")
+
+
+def made(template: str | Path, dtype: str = "bfloat16", run_dir: Path = RUN, **parallel: Any) -> dict[str, Any]:
+    sections = (
+        ParallelSection.model_validate({"deepspeed": str(template), **parallel}),
+        ModelSection.model_validate({"name": "x", "dtype": dtype}),
+        OptimSection(clip=0.5),
+    )
+    return deepspeed_config(*sections, 64, run_dir)
+
+
+def template(tmp_path: Path, content: Any) -> Path:
+    path = tmp_path / "template.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+def test_every_template_is_filled(path: Path) -> None:
+    config = made(path, "float32" if path.stem == "zero0" else "bfloat16")
+    assert "auto" not in json.dumps(config)
+    assert config["data_types"]["grad_accum_dtype"] == config["communication_data_type"] == "fp32"
+
+
+def test_sizes_follow_the_hidden_size() -> None:
+    zero = made("ds_configs/zero3.json")["zero_optimization"]
+    assert zero["reduce_bucket_size"] == 64 * 64
+    assert zero["stage3_param_persistence_threshold"] == 640
+
+
+def test_gradients_are_summed_in_fp32_unless_the_recipe_says_otherwise() -> None:
+    assert made("ds_configs/zero2.json", grad_dtype="bfloat16")["communication_data_type"] == "bf16"
+    assert made("ds_configs/zero2.json", "float32", grad_dtype="bfloat16")["communication_data_type"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    "owned",
+    [
+        {"gradient_clipping": 1.0},
+        {"train_batch_size": 8},
+        {"gradient_accumulation_steps": 4},
+        {"optimizer": {"type": "AdamW"}},
+        {"bf16": {"enabled": True}},
+        {"communication_data_type": "bf16"},
+        {"elasticity": {"enabled": True}},
+    ],
+    ids=lambda owned: next(iter(owned)),
+)
+def test_what_the_recipe_owns_is_refused_in_a_template(tmp_path: Path, owned: dict[str, Any]) -> None:
+    with pytest.raises(BadInput, match=next(iter(owned))):
+        made(template(tmp_path, {"zero_optimization": {"stage": 2}, **owned}))
+
+
+@pytest.mark.parametrize(("content", "says"), [("{", "not valid JSON"), ([], "JSON object")])
+def test_a_template_that_is_none_is_refused(tmp_path: Path, content: Any, says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        made(template(tmp_path, content))
+
+
+def test_a_missing_template_is_refused() -> None:
+    with pytest.raises(BadInput, match="ds_configs"):
+        made("nowhere.json")
+
+
+def test_stage_0_in_bfloat16_is_refused() -> None:
+    with pytest.raises(BadInput, match="zero1"):
+        made("ds_configs/zero0.json")
+
+
+def test_two_runs_share_no_folder_on_the_nvme(tmp_path: Path) -> None:
+    text = (ROOT / "ds_configs" / "zero3_nvme.json").read_text().replace("/local_nvme", str(tmp_path / "nvme"))
+    path = template(tmp_path, text)
+    folders = [made(path, run_dir=tmp_path / name)["zero_optimization"]["offload_param"]["nvme_path"] for name in "ab"]
+    assert len(set(folders)) == 2
+    clear_nvme(made(path, run_dir=tmp_path / "a"))
+    left = Path(folders[0]) / "of a killed run"
+    left.write_text("")
+    clear_nvme(made(path, run_dir=tmp_path / "a"))
+    assert not left.exists()
+
+
+def test_an_nvme_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    text = (ROOT / "ds_configs" / "zero3_nvme.json").read_text().replace("/local_nvme", str(tmp_path / "file"))
+    with pytest.raises(BadInput, match="nvme_path"):
+        clear_nvme(made(template(tmp_path, text)))

@@ -1,0 +1,73 @@
+"""Which parameters decay, and the learning rate as a function of the step."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from torch import nn
+
+from trainer.config import OptimSection
+from trainer.optim import learning_rate, parameter_groups
+
+
+class Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 4)
+        self.linear = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.frozen = nn.Linear(4, 4).requires_grad_(False)
+        self.head = nn.Linear(4, 8, bias=False)
+        self.head.weight = self.embedding.weight  # tied
+
+
+def names(model: nn.Module, group: dict) -> set[str]:
+    ids = {id(p) for p in group["params"]}
+    return {name for name, p in model.named_parameters() if id(p) in ids}
+
+
+@pytest.mark.parametrize("decay_embeddings", [True, False])
+def test_matrices_decay_and_nothing_else(decay_embeddings: bool) -> None:
+    model = Tiny()
+    decayed, plain = parameter_groups(model, OptimSection(weight_decay=0.1, decay_embeddings=decay_embeddings))
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    embedding = {"embedding.weight"}
+    assert names(model, decayed) == {"linear.weight"} | (embedding if decay_embeddings else set())
+    assert names(model, plain) == {"linear.bias", "norm.weight", "norm.bias"} | (
+        set() if decay_embeddings else embedding
+    )
+
+
+def rates(steps: int, **settings: object) -> list[float]:
+    section = OptimSection.model_validate({"lr": 1.0, "warmup": 0.1, "min_lr_ratio": 0.1, **settings})
+    return [learning_rate(step, steps, section) for step in range(steps)]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_schedules_warm_up_peak_and_end_at_the_floor(schedule: str) -> None:
+    seen = rates(100, schedule=schedule)
+    assert seen[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert max(seen) == seen[9] == 1.0
+    assert seen[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in pairwise(seen[9:])), "down only after the peak"
+
+
+def test_cosine_is_half_way_in_the_middle() -> None:
+    assert rates(101, warmup=0)[50] == pytest.approx(0.55)
+
+
+def test_wsd_stays_up_until_its_decay_begins() -> None:
+    seen = rates(100, schedule="wsd", wsd_decay=0.2)
+    assert set(seen[10:80]) == {1.0}
+    assert seen[89] == pytest.approx(0.1 + 0.9 * 0.5, abs=0.05)
+
+
+def test_constant_stays_at_the_peak() -> None:
+    assert set(rates(50, schedule="constant")[5:]) == {1.0}
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
+def test_the_shortest_runs_have_rates_above_zero(steps: int, schedule: str) -> None:
+    assert all(0 < rate <= 1 for rate in rates(steps, schedule=schedule, warmup=0.03))
