@@ -23,6 +23,7 @@ import xxhash
 
 from trainer import dist
 from trainer.flow import BadInput
+from trainer.once import sync_folder
 
 _MANIFEST = "manifest.json"
 _FORMAT = 1
@@ -68,11 +69,11 @@ def publish(run_dir: Path, state: RunState, write: Callable[[Path], None], *, ke
         manifest = {"format": _FORMAT, "state": asdict(state), "files": dict(sorted(files.items()))}
         _write_synced(staged / _MANIFEST, json.dumps(manifest, indent=1))
         for folder in {staged, *(path.parent for path in staged.rglob("*"))}:
-            _sync_folder(folder)
+            sync_folder(folder)
         if final.exists():  # a damaged one: a whole one would have been resumed from
             shutil.rmtree(final)
         staged.rename(final)
-        _sync_folder(root)
+        sync_folder(root)
         _write_synced(root / "latest", final.name)
         for old in sorted(root.glob("step-*"))[:-keep]:
             shutil.rmtree(old)
@@ -124,14 +125,6 @@ def _write_synced(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # ----------------------------------------------------------------------------------------------- find

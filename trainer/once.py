@@ -71,9 +71,9 @@ def _build(folder: Path, build: Build, lock: _Lock) -> None:
     try:
         build(staging, leftovers, lock.check)
         lock.check()
-        _sync_folder(staging)
+        sync_folder(staging)
         staging.rename(folder)
-        _sync_folder(folder.parent)
+        sync_folder(folder.parent)
     except Stopped:
         raise
     except Exception:
@@ -185,7 +185,7 @@ def _owner(folder: Path, number: int) -> str:
         return "another process"
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make the entries of a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
