@@ -1,0 +1,64 @@
+"""A run folder belongs to one recipe: what shapes the run may not change, what the hardware decides may (C8)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import ROOT
+from trainer.config import Recipe, load
+from trainer.flow import BadInput
+from trainer.train import open_run_folder
+
+
+def recipe(run_dir: Path, *overrides: str) -> Recipe:
+    return load(ROOT / "recipes" / "debug.yaml", [f"run.dir={run_dir}", *overrides])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "optim.lr=1e-3",
+        "train.seed=1",
+        "train.epochs=3",
+        "batch.rows_per_step=8",
+        "batch.row_tokens=128",
+        "data.packing=none",
+        "data.train_on=all",
+        "loss.weighting=example",
+        "loss.neftune_alpha=0",
+        "model.dtype=bfloat16",
+        "model.name=other",
+        "parallel.grad_dtype=bfloat16",
+    ],
+)
+def test_what_shapes_the_run_may_not_change(tmp_path: Path, change: str) -> None:
+    open_run_folder(recipe(tmp_path), tmp_path)
+    with pytest.raises(BadInput, match=change.split("=")[0]):
+        open_run_folder(recipe(tmp_path, change), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "model.recompute=true",
+        "model.attention=reference",
+        "batch.rows_per_micro=2",
+        "parallel.deepspeed=ds_configs/zero2.json",
+        "checkpoint.keep=9",
+        "eval.every_steps=7",
+        "data.cache=/elsewhere",
+        "run.log_every=5",
+    ],
+)
+def test_what_the_hardware_decides_may(tmp_path: Path, change: str) -> None:
+    open_run_folder(recipe(tmp_path), tmp_path)
+    open_run_folder(recipe(tmp_path, change), tmp_path)
+    assert load(tmp_path / "recipe.yaml") == recipe(tmp_path, change), "the folder holds the recipe that runs"
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"run\.dir"):
+        open_run_folder(recipe(tmp_path / "file" / "run"), tmp_path / "file" / "run")
