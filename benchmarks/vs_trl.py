@@ -31,7 +31,7 @@ VERSIONS = ("torch", "transformers", "trl", "deepspeed", "datasets", "accelerate
 DEFAULT_ARMS = "trl_best,trl_default,loop,packhorse"
 
 # What TRL is given over its defaults, arm by arm: fields of `Job`, and under `trl` those of SFTConfig.
-# trl_best is the fastest of the packed ones that keep documents apart; results/vs_trl_peer.md has them all measured.
+# trl_best is packed and keeps documents apart, as those after it; `--arms` measures them side by side.
 BEST: dict[str, Any] = {"gradient_checkpointing": False, "bf16": False}  # no autocast: the weights are bf16
 TRL_ARMS: dict[str, dict[str, Any]] = {
     "trl_best": {"trl": BEST},
