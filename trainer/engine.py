@@ -200,7 +200,7 @@ class Engine:
         self, model: nn.Module, groups: list[dict[str, Any]], optim: OptimSection, config: dict[str, Any]
     ) -> None:
         self._clip = optim.clip
-        self._stage = stage(config)
+        self.stage = stage(config)
         self._on_nvme = bool(_nvme_offloads(config))
         if self._on_nvme:
             dist.log.warning("offload to NVMe: this run can be exported from its checkpoints, but not resumed")
@@ -209,7 +209,7 @@ class Engine:
             model=model, optimizer=_optimizer(groups, optim, config), config=config, dist_init_required=False
         )
         self._world = dist.world_size()
-        self._without_gradient = _GradientWatch(model) if self._stage == 3 else None
+        self._without_gradient = _GradientWatch(model) if self.stage == 3 else None
 
     @property
     def module(self) -> nn.Module:
@@ -239,7 +239,7 @@ class Engine:
 
     def _apply(self, loss: torch.Tensor) -> StepResult:
         """Apply the update or say why not, alike at every stage (C12)."""
-        if self._stage == 0:  # DeepSpeed keeps no norm here, and would apply a NaN
+        if self.stage == 0:  # DeepSpeed keeps no norm here, and would apply a NaN
             parameters = [p for p in self.module.parameters() if p.grad is not None]
             norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters]  # as ZeRO sums them
             total = torch.linalg.vector_norm(torch.stack(norms))

@@ -21,7 +21,7 @@ from trainer.config import Recipe
 from trainer.data.loader import Loader, Prepared, documents_of, eval_plan, held_out_prompts, prepare, train_plan
 from trainer.data.mask import Masker
 from trainer.data.plan import Plan
-from trainer.engine import Engine, clear_nvme, deepspeed_config, gathered, sharded_init, stage
+from trainer.engine import Engine, clear_nvme, deepspeed_config, gathered, sharded_init
 from trainer.evaluate import accuracies, generate, held_out_loss, write_samples
 from trainer.export import save_description
 from trainer.flow import BadInput, Prompt, StepPlan
@@ -77,27 +77,14 @@ def fit(
     if warning:
         dist.log.warning(warning)
 
-    hidden_size = load_config(recipe.model).get_text_config().hidden_size
-    ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size, run_dir)
-    clear_nvme(ds_config)
-    model = load_model(
-        recipe.model,
-        tokenizer,
-        seed=recipe.train.seed,
-        sharded_init=partial(sharded_init, ds_config),
-        gathered=gathered,
-    )
-    module = SftModel(model, recipe.loss, recipe.train.seed, dist.device())
-    engine = Engine(module, parameter_groups(module, recipe.optim), recipe.optim, ds_config)
-    prove(recipe, module)
-    zero_stage = stage(ds_config)
-    first_step = resume(run_dir, engine, zero_stage, train_data)
+    engine = build_engine(recipe, run_dir, tokenizer)
+    model: Any = engine.module.model
+    first_step = resume(run_dir, engine, train_data)
     if first_step == plan.steps and (run_dir / "summary.json").is_file():
         dist.log.info("%s: all %d steps are done; give another run.dir for another run", run_dir, plan.steps)
         return
 
-    pin = dist.device().type == "cuda"
-    loader = Loader(train_data, plan, dist.rank(), dist.world_size(), pin=pin)
+    loader = Loader(train_data, plan, dist.rank(), dist.world_size(), pin=dist.device().type == "cuda")
     metrics = Metrics(
         run_dir,
         log_every=recipe.run.log_every,
@@ -130,7 +117,7 @@ def fit(
         stop,
         first_step=first_step,
         evaluate=evaluation,
-        save=partial(save, run_dir, engine, zero_stage, train_data, recipe.checkpoint.keep),
+        save=partial(save, run_dir, engine, train_data, recipe.checkpoint.keep),
         rows_of=lambda step: _rows_of(plan, step, train_data),
     )
     progress.close()
@@ -143,8 +130,26 @@ def fit(
     return None
 
 
+def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any) -> Engine:
+    """The model with its loss, loaded in shards where the stage is 3, under DeepSpeed, and proved (C4)."""
+    hidden_size = load_config(recipe.model).get_text_config().hidden_size
+    ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size, run_dir)
+    clear_nvme(ds_config)
+    model = load_model(
+        recipe.model,
+        tokenizer,
+        seed=recipe.train.seed,
+        sharded_init=partial(sharded_init, ds_config),
+        gathered=gathered,
+    )
+    module = SftModel(model, recipe.loss, recipe.train.seed, dist.device())
+    engine = Engine(module, parameter_groups(module, recipe.optim), recipe.optim, ds_config)
+    prove(recipe, module)
+    return engine
+
+
 def prove(recipe: Recipe, module: SftModel) -> None:
-    """The start-up probe of C4: on the loaded model, through the backend it will train with."""
+    """The start-up probe, on the loaded model, through the backend that it will train with."""
     one_document = recipe.data.packing == "none" and recipe.batch.rows_per_micro == 1
     proof = probe(module, row_tokens=recipe.batch.row_tokens, one_document=one_document, seed=recipe.train.seed)
     dist.log.info(
@@ -168,13 +173,13 @@ def require_same_data(*prepared: Prepared | None) -> None:
 
 
 def open_run_folder(recipe: Recipe, run_dir: Path) -> None:
-    """Make the folder and save the resolved recipe, or check that a folder that is there is this recipe's.
+    """Make the folder and save the resolved recipe; a folder with checkpoints must be this recipe's.
 
     Raises:
         BadInput: the folder holds a run of another recipe (C8), or cannot be written.
     """
     saved = run_dir / "recipe.yaml"
-    if saved.is_file():
+    if saved.is_file() and any((run_dir / "checkpoints").glob("step-*")):
         before, now = config.load(saved).fixed(), recipe.fixed()
         changed = [key for key in now if now[key] != before.get(key)]
         if changed:
@@ -242,19 +247,19 @@ def _stopped(run_dir: Path, step: int) -> None:
 # ----------------------------------------------------------------------------------------------- save, resume, evaluate
 
 
-def save(run_dir: Path, engine: Engine, zero_stage: int, data: Prepared, keep: int, step: int) -> None:
+def save(run_dir: Path, engine: Engine, data: Prepared, keep: int, step: int) -> None:
     """Publish a checkpoint of `step` applied steps."""
-    state = RunState(step=step, world_size=dist.world_size(), stage=zero_stage, data=data.fingerprint)
+    state = RunState(step=step, world_size=dist.world_size(), stage=engine.stage, data=data.fingerprint)
     checkpoint.publish(run_dir, state, engine.save, keep=keep, bytes_needed=engine.state_bytes())
 
 
-def resume(run_dir: Path, engine: Engine, zero_stage: int, data: Prepared) -> int:
+def resume(run_dir: Path, engine: Engine, data: Prepared) -> int:
     """Load the newest whole checkpoint; returns the steps it holds, 0 where there is none."""
     found = dist.broadcast(checkpoint.find(run_dir) if dist.is_main() else None)
     if found is None:
         return 0
     folder, state = found
-    checkpoint.require_same_run(state, dist.world_size(), zero_stage, data.fingerprint)
+    checkpoint.require_same_run(state, dist.world_size(), engine.stage, data.fingerprint)
     engine.load(folder)
     dist.log.info("resuming from %s", folder)
     return state.step

@@ -12,6 +12,12 @@ from trainer.flow import BadInput
 from trainer.train import open_run_folder
 
 
+def open_and_save(run_dir: Path) -> None:
+    """A run of the debug recipe that has a checkpoint."""
+    open_run_folder(recipe(run_dir), run_dir)
+    (run_dir / "checkpoints" / "step-000001").mkdir(parents=True)
+
+
 def recipe(run_dir: Path, *overrides: str) -> Recipe:
     return load(ROOT / "recipes" / "debug.yaml", [f"run.dir={run_dir}", *overrides])
 
@@ -34,7 +40,7 @@ def recipe(run_dir: Path, *overrides: str) -> Recipe:
     ],
 )
 def test_what_shapes_the_run_may_not_change(tmp_path: Path, change: str) -> None:
-    open_run_folder(recipe(tmp_path), tmp_path)
+    open_and_save(tmp_path)
     with pytest.raises(BadInput, match=change.split("=")[0]):
         open_run_folder(recipe(tmp_path, change), tmp_path)
 
@@ -53,9 +59,15 @@ def test_what_shapes_the_run_may_not_change(tmp_path: Path, change: str) -> None
     ],
 )
 def test_what_the_hardware_decides_may(tmp_path: Path, change: str) -> None:
-    open_run_folder(recipe(tmp_path), tmp_path)
+    open_and_save(tmp_path)
     open_run_folder(recipe(tmp_path, change), tmp_path)
     assert load(tmp_path / "recipe.yaml") == recipe(tmp_path, change), "the folder holds the recipe that runs"
+
+
+def test_a_recipe_may_be_mended_until_there_is_a_checkpoint(tmp_path: Path) -> None:
+    open_run_folder(recipe(tmp_path, "data.train.0.path=mistyped.jsonl"), tmp_path)
+    open_run_folder(recipe(tmp_path), tmp_path)
+    assert load(tmp_path / "recipe.yaml") == recipe(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
