@@ -49,7 +49,7 @@ def prepare(job: Job) -> None:
     from trl import pack_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    rows = [json.loads(line) for line in Path(job.source).read_text().splitlines()]
+    rows = [json.loads(line) for line in Path(job.source).open(encoding="utf-8")]
     documents = Dataset.from_list([document(tokenizer, row) for row in rows])
     documents = documents.filter(lambda row: len(row["input_ids"]) <= job.row_tokens)
     documents = documents.shuffle(seed=job.seed).flatten_indices()

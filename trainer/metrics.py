@@ -244,14 +244,24 @@ def _drop_lines_after(path: Path, step: int, remade: int | None) -> None:
     if not path.is_file():
         return
     kept = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:  # the half line of a killed run
-            break
-        if line["step"] <= step and not (line["step"] == remade and "train/loss" not in line):
-            kept.append(text + "\n")
+    with path.open(encoding="utf-8") as file:
+        for text in file:
+            try:
+                line = json.loads(text)
+            except ValueError:  # the half line of a killed run
+                break
+            if line["step"] <= step and not (line["step"] == remade and "train/loss" not in line):
+                kept.append(text)
     path.write_text("".join(kept), encoding="utf-8")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, none where there is no file. (Not by `splitlines`: an answer may hold one
+    of the other characters that end a line.)"""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 # ----------------------------------------------------------------------------------------------- profiler

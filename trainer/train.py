@@ -26,7 +26,7 @@ from trainer.evaluate import accuracies, generate, held_out_loss, write_samples
 from trainer.export import save_description
 from trainer.flow import BadInput, Prompt, StepPlan
 from trainer.loop import run
-from trainer.metrics import Metrics, Profiler, model_flops
+from trainer.metrics import Metrics, Profiler, model_flops, read_lines
 from trainer.model.load import load_config, load_model, load_tokenizer
 from trainer.model.probe import probe
 from trainer.model.sft import SftModel
@@ -214,12 +214,9 @@ def describe(recipe: Recipe, run_dir: Path, train_data: Prepared, eval_data: Pre
 
 def summarise(run_dir: Path, steps: int, tokens_per_s: float) -> None:
     """summary.json: the numbers before and after, read back from the log, and one sample."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    evaluated = {line["step"]: line for line in lines if "eval/loss" in line}
+    evaluated = {line["step"]: line for line in read_lines(run_dir / "metrics.jsonl") if "eval/loss" in line}
     numbers = {at: {k: v for k, v in line.items() if k.startswith("eval/")} for at, line in evaluated.items()}
-    samples_path = run_dir / "samples.jsonl"
-    samples = samples_path.read_text(encoding="utf-8").splitlines() if samples_path.is_file() else []
-    of_last = [sample for sample in map(json.loads, samples) if sample["step"] == steps]
+    of_last = [sample for sample in read_lines(run_dir / "samples.jsonl") if sample["step"] == steps]
     _write_json(
         run_dir / "summary.json",
         {

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.model_helpers import pack
 from trainer.flow import StepPlan, StepResult
-from trainer.metrics import Clock, Metrics, ModelFlops, model_flops
+from trainer.metrics import Clock, Metrics, ModelFlops, model_flops, read_lines
 from trainer.progress import _clock
 
 H, LAYERS, HEADS, GROUPS, INNER, VOCABULARY = 16, 3, 4, 2, 40, 50
@@ -91,6 +91,12 @@ def test_a_killed_run_that_goes_on_leaves_one_line_a_step(
         file.write('{"step": 99, "train/lo')  # half a line
     lines = log(tmp_path, flops, saved_at, 4)
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4]
+
+
+def test_an_answer_with_a_line_separator_in_it_is_one_line(tmp_path: Path, flops: ModelFlops) -> None:
+    (tmp_path / "samples.jsonl").write_text('{"step": 1, "answer": "a\u2028b"}\n', encoding="utf-8")
+    log(tmp_path, flops, 1, 2)
+    assert read_lines(tmp_path / "samples.jsonl") == [{"step": 1, "answer": "a\u2028b"}]
 
 
 def test_time_to_go_is_a_clock() -> None:
