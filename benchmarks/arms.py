@@ -49,7 +49,8 @@ def prepare(job: Job) -> None:
     from trl import pack_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    rows = [json.loads(line) for line in Path(job.source).open(encoding="utf-8")]
+    with Path(job.source).open(encoding="utf-8") as file:  # not splitlines: questions hold other separators
+        rows = [json.loads(line) for line in file]
     documents = Dataset.from_list([document(tokenizer, row) for row in rows])
     documents = documents.filter(lambda row: len(row["input_ids"]) <= job.row_tokens)
     documents = documents.shuffle(seed=job.seed).flatten_indices()
