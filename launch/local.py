@@ -28,9 +28,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs, SignalException
 from torch.distributed.elastic.rendezvous import RendezvousParameters, registry
 
-from trainer.flow import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, BadInput
+from trainer.flow import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, STOP_FILE, BadInput
 
-STOP_FILE = "stop.json"  # the workers write it last, when they stop because they were asked to
 _TAIL_LINES = 20
 _CTRL_C_TO_KILL = 3
 # SIGHUP: the terminal went away. SIGQUIT (Ctrl-\) is left to torch's agent, which ends the workers without a save.

@@ -24,6 +24,7 @@ DONE = 0
 FAILED = 1
 BAD_INPUT = 2
 SAVED_RUN_AGAIN = 75  # EX_TEMPFAIL: a checkpoint is saved, start the same command again
+STOP_FILE = "stop.json"  # of a run folder: the workers' exit 0 means saved, and the launcher ends with 75
 
 
 class BadInput(ValueError):

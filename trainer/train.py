@@ -24,7 +24,7 @@ from trainer.data.plan import Plan
 from trainer.engine import Engine, clear_nvme, deepspeed_config, gathered, sharded_init
 from trainer.evaluate import accuracies, generate, held_out_loss, write_samples
 from trainer.export import save_description
-from trainer.flow import BadInput, Prompt, StepPlan
+from trainer.flow import STOP_FILE, BadInput, Prompt, StepPlan
 from trainer.loop import run
 from trainer.metrics import Metrics, Profiler, model_flops, read_lines
 from trainer.model.load import load_config, load_model, load_tokenizer
@@ -33,8 +33,6 @@ from trainer.model.sft import SftModel
 from trainer.once import Stopped
 from trainer.optim import parameter_groups
 from trainer.progress import Progress
-
-STOP_FILE = "stop.json"  # tells the launcher that a worker's exit 0 means: saved, start me again
 
 
 def train(recipe: Recipe) -> None:
