@@ -44,6 +44,7 @@ class Job:
     device: str  # cpu | cuda
     metrics: str = ""  # where the arm writes its lines
     dtype: str = "bfloat16"  # of the weights
+    rows_per_micro: int = 1  # of packhorse
     attention: str = "sdpa"
     recompute: bool = False
     packed: bool = True
@@ -86,7 +87,11 @@ def packhorse_command(job: Job, folder: Path, cache: Path) -> tuple[list[str], P
     recipe = {
         "model": {"name": job.model, "init": job.init, "dtype": job.dtype, "recompute": job.recompute},
         "data": {"train": [{"path": job.source}], "train_on": "completion", "cache": str(cache)},
-        "batch": {"row_tokens": job.row_tokens, "rows_per_step": job.rows_per_step, "rows_per_micro": 1},
+        "batch": {
+            "row_tokens": job.row_tokens,
+            "rows_per_step": job.rows_per_step,
+            "rows_per_micro": job.rows_per_micro,
+        },
         "optim": {"lr": job.lr, "weight_decay": 0.0, "warmup": 0.0, "schedule": "constant"},
         "train": {"steps": job.steps, "seed": job.seed},
         "parallel": {"deepspeed": job.deepspeed, "grad_dtype": job.grad_dtype},

@@ -5,7 +5,7 @@
 Each round runs every arm once, in a fresh process on all cores; rounds alternate (A B C D, A B C D, ...), so that a
 machine that slows down slows all of them. The clock is this process's (common.run_arm): from the end of the warm-up
 steps to the end of the last one, data loading and logging inside, tokenising and loading outside, for all arms.
-Writes benchmarks/results/vs_trl_cpu.md. Needs the extra `bench` (TRL); about 20 minutes at the defaults on 2 cores.
+Writes benchmarks/results/vs_trl_cpu.md. Needs the extra `bench` (TRL); about 40 minutes at the defaults on 2 cores.
 """
 
 from __future__ import annotations
@@ -28,17 +28,18 @@ from common import ROOT, ArmFailed, Job, Run, arm_command, machine, packhorse_co
 MODEL = Path("~/.cache/packhorse/models/smollm2-135m-instruct")
 DATA = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
 VERSIONS = ("torch", "transformers", "trl", "deepspeed", "datasets", "accelerate")
-DEFAULT_ARMS = "trl_best,trl_default,loop,packhorse"
+DEFAULT_ARMS = "trl_best,trl_default,loop,loop_products,packhorse"
 
 # What TRL is given over its defaults, arm by arm: fields of `Job`, and under `trl` those of SFTConfig.
-# trl_best is packed and keeps documents apart, as those after it; `--arms` measures them side by side.
+# trl_best is packed and keeps documents apart, as those after it; `--arms` measures them side by side. It attends
+# eagerly: on two cores that was the fastest of them (results/trl_settings_cpu.md).
 BEST: dict[str, Any] = {"gradient_checkpointing": False, "bf16": False}  # no autocast: the weights are bf16
 TRL_ARMS: dict[str, dict[str, Any]] = {
-    "trl_best": {"trl": BEST},
-    "trl_autocast": {"dtype": "float32", "trl": {"gradient_checkpointing": False}},
-    "trl_two_rows": {"trl": BEST | {"per_device_train_batch_size": 2}},
-    "trl_worker": {"trl": BEST | {"dataloader_num_workers": 1}},
-    "trl_eager": {"attention": "eager", "trl": BEST},
+    "trl_best": {"attention": "eager", "trl": BEST},
+    "trl_sdpa": {"trl": BEST},
+    "trl_autocast": {"attention": "eager", "dtype": "float32", "trl": {"gradient_checkpointing": False}},
+    "trl_two_rows": {"attention": "eager", "trl": BEST | {"per_device_train_batch_size": 2}},
+    "trl_worker": {"attention": "eager", "trl": BEST | {"dataloader_num_workers": 1}},
     "trl_our_attention": {"attention": "documents", "trl": BEST},  # not TRL's: the loop's attention handed to it
     "trl_default": {"dtype": "float32", "packed": False},
 }
@@ -91,7 +92,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="of them not timed")
     parser.add_argument("--row-tokens", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=4, help="rows of a step")
-    parser.add_argument("--deepspeed", default="ds_configs/zero1.json", help="packhorse's DeepSpeed template")
+    parser.add_argument("--rows-per-micro", type=int, default=2, help="packhorse's; TRL's are its arms' own")
+    parser.add_argument("--deepspeed", default="ds_configs/zero2.json", help="packhorse's DeepSpeed template")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "vs_trl_cpu.md")
     options = parser.parse_args()
     options.arms = options.arms.split(",")
@@ -121,6 +123,7 @@ def shared_job(options: argparse.Namespace, work: Path) -> Job:
         seed=0,
         device="cpu",
         deepspeed=options.deepspeed,
+        rows_per_micro=options.rows_per_micro,
     )
 
 
@@ -239,9 +242,10 @@ def loss_table(runs: dict[str, list[Run]]) -> str:
 
 NOTES = """\
 All losses are means over the step's trained tokens. TRL's packed arms and the loop train on the same rows in the
-same order; TRL's default takes the same documents one by one, and packhorse packs its own rows, so their steps hold
-other documents. TRL's best keeps its optimizer states and updates in bf16 (it has no fp32 master weights without
-DeepSpeed); the loop and packhorse keep fp32 masters and accumulate in fp32. Peak RSS is of the largest process."""
+same order; TRL's default takes the same documents one by one, and packhorse packs its own rows (two a micro-batch;
+TRL is slower with two), so their steps hold other documents. TRL's best keeps its optimizer states and updates in
+bf16 (it has no fp32 master weights without DeepSpeed); the loop and packhorse keep fp32 masters and accumulate in
+fp32. Peak RSS is of the largest process."""
 
 
 if __name__ == "__main__":
