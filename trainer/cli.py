@@ -5,15 +5,16 @@ Whatever takes seconds to import is imported by the command that needs it, so th
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from trainer.flow import BAD_INPUT, DONE, BadInput, RowError
+from trainer.flow import BAD_INPUT, DONE, FAILED, BadInput, RowError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,11 +46,26 @@ def train(
         typer.Option(min=1, help="Processes on this machine. Default: one for each GPU, or one.", show_default=False),
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Where the processes meet; 0 takes a free port.")] = 0,
+    nnodes: Annotated[
+        str, typer.Option(metavar="N|MIN:MAX", help="Machines, each of which runs this command; at least and at most.")
+    ] = "1",
+    rdzv_endpoint: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Where several machines meet: at one of them.", show_default=False),
+    ] = None,
+    rdzv_id: Annotated[
+        str | None,
+        typer.Option(help="Names the run there. Default: Slurm's job, or the name of run.dir.", show_default=False),
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option(min=0, help="Starts after a failure, from the last checkpoint, with the machines left.")
+    ] = 0,
 ) -> None:
     """Train, or go on where the run folder's last checkpoint is.
 
     [bold]packhorse train recipes/quickstart.yaml --nproc 2[/bold]
     [bold]packhorse train recipes/debug.yaml optim.lr=1e-3 run.dir=runs/other[/bold]
+    [bold]packhorse train recipes/quickstart.yaml --nnodes 1:2 --rdzv-endpoint node0:29400 --max-restarts 3[/bold]
 
     SIGTERM, SIGUSR1 or Ctrl-C: the run saves and stops. Exit code 0: done; 2: the input is at fault; 75: saved,
     run the same command again; 1: anything else. Inside torchrun this is one of its workers.
@@ -57,7 +73,7 @@ def train(
     from trainer import config
 
     recipe = config.load(recipe_file, overrides or ())
-    if {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"} <= os.environ.keys():
+    if _is_worker():
         _end_with_the_launcher()
         from trainer.train import train
 
@@ -65,10 +81,21 @@ def train(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(DONE)  # DeepSpeed leaves threads behind, which now and then abort a process at its very end
-    from launch.local import launch
+    from launch.local import launch, parse_nodes
 
-    worker = ["-m", "trainer.cli", "train", str(recipe_file), *(overrides or ())]
-    raise typer.Exit(launch(worker, Path(recipe.run.dir), nproc=nproc, endpoint=f"localhost:{port}"))
+    nodes = parse_nodes(nnodes)
+    if nodes[1] > 1 and rdzv_endpoint is None:
+        raise BadInput(f"--nnodes {nnodes}: say where they meet, the same on each, as --rdzv-endpoint node0:29400")
+    code = launch(
+        ["-m", "trainer.cli", "train", str(recipe_file), *(overrides or ())],
+        Path(recipe.run.dir),
+        nproc=nproc,
+        endpoint=rdzv_endpoint if rdzv_endpoint and nodes[1] > 1 else f"localhost:{port}",
+        nodes=nodes,
+        restarts=max_restarts,
+        run_id=rdzv_id or os.environ.get("SLURM_JOB_ID"),
+    )
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -176,14 +203,59 @@ def _data_table(title: str, report: dict[str, Any], fill: float) -> Table:
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    universal: Annotated[
+        bool, typer.Option("--universal", help="DeepSpeed's universal checkpoint, for other programs on DeepSpeed.")
+    ] = False,
 ) -> None:
     """Write a run's last checkpoint as a Hugging Face folder, load it again and compare.
 
     [bold]packhorse export runs/quickstart --out models/word-problems[/bold]
+    [bold]packhorse export runs/quickstart --out /scratch/universal --universal[/bold]
     """
-    from trainer.export import export
-
+    if universal:
+        from trainer.universal import export_universal as export
+    else:
+        from trainer.export import export
     print(export(run, out))
+
+
+@app.command()
+def verify_resume(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    worlds: Annotated[str, typer.Option(help="Numbers of processes that the run is handed to.")] = "2,1,3",
+    at: Annotated[int, typer.Option(min=1, help="Steps of each of them, but the last.")] = 4,
+    steps: Annotated[int, typer.Option(min=2, help="Of the whole run.")] = 10,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
+    tiny: Annotated[bool, typer.Option("--tiny", help="A tiny random model and its data, in seconds.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the run folders for a look.")] = False,
+) -> None:
+    """Prove that a run which is stopped and resumed by other numbers of processes learns the same.
+
+    [bold]packhorse verify-resume recipes/debug.yaml[/bold]
+    [bold]packhorse verify-resume recipes/quickstart.yaml --worlds 2,1 --at 2 --steps 4[/bold]
+    [bold]packhorse verify-resume my.yaml --tiny parallel.deepspeed=ds_configs/zero2.json[/bold]
+
+    Exit code 0: it learns the same, and a control with a defect was noticed; 1: not so.
+    """
+    from trainer import dist
+    from trainer.verify import verify_resume
+
+    if not all(world.isdigit() and int(world) > 0 for world in worlds.split(",")):
+        raise BadInput(f"--worlds {worlds}: give numbers of processes, as 2,1,3")
+    dist.start_logging()
+    dist.log.setLevel("WARNING")
+    proved = verify_resume(
+        recipe_file,
+        overrides or (),
+        worlds=[int(world) for world in worlds.split(",")],
+        at=at,
+        steps=steps,
+        dtype=dtype,
+        tiny=tiny,
+        keep=keep,
+    )
+    raise typer.Exit(DONE if proved else FAILED)
 
 
 def main() -> None:
@@ -191,8 +263,28 @@ def main() -> None:
     try:
         app()
     except BadInput as error:
-        print(f"packhorse: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+        _refuse(" ".join(str(error).split()))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        where = "make room where run.dir and data.cache lie, and run the same command again"
+        _refuse(f"a disk cannot be written to: {error}; {where}")
+
+
+def _refuse(sentence: str) -> NoReturn:
+    """Say it and end with 2, even where stderr is a file on the disk that is full."""
+    try:
+        print(f"packhorse: error: {sentence}", file=sys.stderr, flush=True)
+    except OSError:  # Python would try again at its very end, and make the exit code 120
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    if _is_worker():
+        os._exit(BAD_INPUT)  # at once: the launcher must see this code before the other ranks fall
+    sys.exit(BAD_INPUT)
+
+
+def _is_worker() -> bool:
+    """Whether a launcher, ours or torchrun, started this process."""
+    return {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"} <= os.environ.keys()
 
 
 def _end_with_the_launcher() -> None:

@@ -158,7 +158,14 @@ class ParallelSection(Section):
 
 class CheckpointSection(Section):
     every_steps: int | None = Field(default=None, ge=1, description="Between checkpoints; the last step always saves.")
-    keep: int = Field(default=3, ge=1)
+    keep: int = Field(default=3, ge=1, description="Older ones are removed once a new one is whole.")
+    asynchronous: bool | None = Field(
+        default=None,
+        description="Written beside training, from a copy in the host's memory. null: where half of it stays free.",
+    )
+    before_timeout_s: float | None = Field(
+        default=None, ge=0, description="Save and stop so long before the end of the Slurm job, where that is known."
+    )
 
 
 class Scorer(Section):
@@ -193,6 +200,28 @@ class EvalSection(Section):
 class RunSection(Section):
     dir: str = Field(description="The run folder; on more than one node a shared one.")
     log_every: int = Field(default=1, ge=1)
+    trace: bool = Field(default=False, description="trace.jsonl: the documents, loss, norm and settings of each step.")
+    stop_after: int | None = Field(
+        default=None, ge=1, description="Save and leave after so many steps, as on a signal; the schedule stays."
+    )
+
+
+Rule = Literal["stop", "skip", "rollback"]
+
+
+class GuardSection(Section):
+    """What is done when a run goes wrong. rollback: from the last checkpoint again, and then without the step."""
+
+    non_finite: Rule = Field(default="stop", description="With a step whose gradient is not finite.")
+    spike: Rule = Field(default="stop", description="With a step whose loss is a spike.")
+    spike_factor: float | None = Field(
+        default=None, gt=1, description="A spike is so many times the median of the last 50 losses."
+    )
+    at_most: int = Field(default=3, ge=0, description="Steps that are passed over, before the run stops after all.")
+    hang_factor: float = Field(
+        default=10.0, gt=1, description="Nothing moves for so many times as long as usual: the run hangs, and is ended."
+    )
+    hang_floor_s: float = Field(default=900.0, gt=0, description="But never before so many seconds.")
 
 
 class ProfileSection(Section):
@@ -212,6 +241,7 @@ class Recipe(Section):
     parallel: ParallelSection = ParallelSection()
     checkpoint: CheckpointSection = CheckpointSection()
     eval: EvalSection = EvalSection()
+    guard: GuardSection = GuardSection()
     run: RunSection
     profile: ProfileSection | None = None
 
@@ -240,7 +270,7 @@ class Recipe(Section):
             "loss": ("kernel",),
             "parallel": ("deepspeed", "sequence", "allow_idle_ranks"),
         }
-        for section in ("checkpoint", "eval", "run", "profile"):
+        for section in ("checkpoint", "eval", "guard", "run", "profile"):
             del tree[section]
         return {
             f"{section}.{key}": value

@@ -7,6 +7,8 @@ import logging
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,6 +30,10 @@ def world_size() -> int:
 
 def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def is_main() -> bool:
@@ -65,7 +71,10 @@ def start_logging() -> None:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """NCCL between GPUs, gloo between CPU processes; taken down at the end, or ranks fail at exit now and then."""
+    """NCCL between GPUs, gloo between CPU processes; taken down at the end, or ranks fail at exit now and then.
+
+    Not after an error: the others would fall at once, and the launcher could see one of them fail first.
+    """
     import torch
     import torch.distributed as td
 
@@ -76,10 +85,8 @@ def process_group() -> Iterator[None]:
     if on_gpu:
         torch.cuda.set_device(device())
     td.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30))
-    try:
-        yield
-    finally:
-        td.destroy_process_group()
+    yield
+    td.destroy_process_group()
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:
@@ -93,6 +100,17 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     return tensor.tolist()
 
 
+def sum_mod_2_64(values: list[int]) -> list[int]:
+    """Element-wise sums of unsigned 64-bit numbers, which wrap around. Every rank calls it."""
+    import torch
+    import torch.distributed as td
+
+    tensor = torch.tensor([value - 2**64 if value >= 2**63 else value for value in values], dtype=torch.int64)
+    if world_size() > 1:
+        td.all_reduce(tensor)
+    return [value % 2**64 for value in tensor.tolist()]
+
+
 def broadcast(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     import torch.distributed as td
@@ -104,15 +122,22 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def gather(value: Any) -> list[Any]:
+def gather(value: Any, group: Any = None) -> list[Any]:
     """Every rank's value, on every rank, in the order of ranks."""
     import torch.distributed as td
 
     if world_size() == 1:
         return [value]
     boxes: list[Any] = [None] * world_size()
-    td.all_gather_object(boxes, value)
+    td.all_gather_object(boxes, value, group=group)
     return boxes
+
+
+def new_group() -> Any:
+    """A gloo group beside the main one, for another thread or while a GPU works. Every rank calls it."""
+    import torch.distributed as td
+
+    return td.new_group(backend="gloo", timeout=timedelta(days=1)) if world_size() > 1 else None
 
 
 def barrier() -> None:
@@ -129,9 +154,11 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopFlag:
-    """SIGTERM or SIGUSR1 on any rank stops all of them after the same step (C9).
+    """SIGTERM or SIGUSR1 on any rank stops all of them at the same place (C9).
 
-    `start` launches one small max-reduction on a gloo group kept beside NCCL, `agreed` reads it: no GPU waits.
+    Before there is a process group the ranks agree through the launcher's store: in preparation each asks
+    `raised_early`, and `meet` lets all of them into the group or none. From then on `start` launches one small
+    max-reduction on a gloo group kept beside NCCL, and `agreed` reads it: no GPU waits.
     """
 
     def __init__(self) -> None:
@@ -142,17 +169,41 @@ class StopFlag:
             signal.signal(signum, self._raise)
         # the launcher starts workers with these held back, so that none is lost before there is a handler
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-        # the launcher starts workers with both held back, so that none is lost before this moment
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
+        self._store = _launchers_store()
 
-    def _raise(self, signum: int, frame: Any) -> None:
+    def _raise(self, *_: object) -> None:
         self.raised = True
+
+    def raise_at(self, time_s: float) -> None:
+        """Raise the flag at this time, in seconds since 1970, as a signal would."""
+        timer = threading.Timer(max(0.0, time_s - time.time()), self._raise)
+        timer.daemon = True
+        timer.start()
+
+    def raised_early(self) -> bool:
+        """Whether any rank has the flag up, before there is a process group. Waits for nobody."""
+        if self._store is None:
+            return self.raised
+        if self.raised:
+            self._store.compare_set(_START, "", _NEVER)
+        return self._store.check([_START]) and self._store.get(_START) == _NEVER
+
+    def meet(self) -> bool:
+        """Wait until every rank is here, ready for the process group, whose own waiting nothing can interrupt.
+        False on all ranks where one of them has the flag up first: the key `_START` is written once."""
+        if self._store is None:
+            return not self.raised
+        if self._store.add("packhorse/ready", 1) == world_size():
+            self._store.compare_set(_START, "", _NOW)
+        while not self._store.check([_START]):
+            if self.raised:
+                self._store.compare_set(_START, "", _NEVER)
+            time.sleep(_MEET_POLL_S)
+        return self._store.get(_START) == _NOW
 
     def join(self) -> None:
         """Make the group on which ranks agree. Every rank calls it, inside the process group."""
-        import torch.distributed as td
-
-        self._group = td.new_group(backend="gloo") if world_size() > 1 else None
+        self._group = new_group()
 
     def start(self) -> None:
         import torch
@@ -173,3 +224,16 @@ class StopFlag:
         """`start` and `agreed` at once, where waiting does no harm."""
         self.start()
         return self.agreed()
+
+
+_START, _NOW, _NEVER = "packhorse/start", b"now", b"never"
+_MEET_POLL_S = 0.1
+
+
+def _launchers_store() -> Any:
+    """The store that the launcher hosts for its workers; None for a single rank, or where there is no such launcher."""
+    if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    from torch.distributed import TCPStore
+
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)

@@ -15,10 +15,14 @@ from typing import Any, NamedTuple
 import torch
 
 from trainer import dist
-from trainer.config import GenerateSection, Scorer
+from trainer.config import GenerateSection, Recipe, Scorer
+from trainer.data.loader import Loader, Prepared, eval_plan, held_out_prompts
+from trainer.data.mask import Masker
 from trainer.engine import Engine
 from trainer.flow import Batch, Prompt
+from trainer.metrics import Metrics
 from trainer.model.attention import other_attention
+from trainer.watch import Watch
 
 
 class Sample(NamedTuple):
@@ -28,10 +32,11 @@ class Sample(NamedTuple):
     scores: dict[str, bool]
 
 
-def held_out_loss(engine: Engine, batches: Iterable[Batch], stop: dist.StopFlag) -> float | None:
+def held_out_loss(engine: Engine, batches: Iterable[Batch], stop: dist.StopFlag, watch: Watch) -> float | None:
     """The mean loss over all trained tokens of the held-out data; None where the stop flag went up meanwhile."""
     total = torch.zeros((), dtype=torch.float64, device=dist.device())
     for batch in batches:
+        watch.beat("evaluation")
         if stop.ask():
             return None
         total += engine.evaluate(batch)
@@ -39,8 +44,16 @@ def held_out_loss(engine: Engine, batches: Iterable[Batch], stop: dist.StopFlag)
 
 
 @torch.no_grad()
-def generate(engine: Engine, prompts: Sequence[Prompt], section: GenerateSection, tokenizer: Any) -> list[Sample]:
-    """Greedy answers to the prompts, split over the ranks; all of them on every rank, in order."""
+def generate(
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    section: GenerateSection,
+    tokenizer: Any,
+    stop: dist.StopFlag,
+    watch: Watch,
+) -> list[Sample] | None:
+    """Greedy answers to the prompts, split over the ranks; all of them on every rank, in order. None where the
+    stop flag went up meanwhile."""
     model: Any = engine.module.model
     model.eval()
     world = dist.world_size()
@@ -49,6 +62,9 @@ def generate(engine: Engine, prompts: Sequence[Prompt], section: GenerateSection
     answers: list[str] = []
     with other_attention(model, "sdpa"):
         for start in range(0, rounds * section.batch, section.batch):
+            watch.beat("generation")
+            if stop.ask():
+                return None
             batch = share[start : start + section.batch] or share[:1]  # every rank runs every round
             answers += _answers(model, [p.input_ids for p in batch], section.max_new_tokens, tokenizer)
     if torch.cuda.is_available():
@@ -100,3 +116,50 @@ def write_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
     with path.open("a", encoding="utf-8") as file:
         for sample in samples:
             file.write(json.dumps({"step": step, **sample._asdict()}, ensure_ascii=False) + "\n")
+
+
+class Evaluation:
+    """Called with the number of applied steps: evaluates, logs, and says whether it ran to its end."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run_dir: Path,
+        engine: Engine,
+        data: Prepared | None,
+        masker: Masker,
+        metrics: Metrics,
+        stop: dist.StopFlag,
+        watch: Watch,
+    ) -> None:
+        self._engine, self._tokenizer, self._metrics = engine, masker.tokenizer, metrics
+        self._stop, self._watch = stop, watch
+        self._generate = recipe.eval.generate
+        self._samples = run_dir / "samples.jsonl"
+        self._loader: Loader | None = None
+        self._prompts: list[Prompt] = []
+        if data is not None:
+            self._loader = Loader(data, eval_plan(recipe, data), dist.rank(), dist.world_size(), pin=False)
+            if self._generate:
+                self._prompts = held_out_prompts(recipe, masker, self._generate.rows)
+
+    def __call__(self, step: int) -> bool:
+        ended = self._loader is None or self._evaluate(self._loader, step)
+        self._watch.rest()
+        return ended
+
+    def _evaluate(self, loader: Loader, step: int) -> bool:
+        loss = held_out_loss(self._engine, loader.stream(0), self._stop, self._watch)
+        if loss is None:
+            return False
+        line = {"eval/loss": loss}
+        if self._generate and self._prompts:
+            samples = generate(self._engine, self._prompts, self._generate, self._tokenizer, self._stop, self._watch)
+            if samples is None:
+                return False
+            line |= accuracies(samples)
+            if dist.is_main():
+                write_samples(self._samples, step, samples)
+        self._metrics.write(step, line)
+        dist.log.info("after %d steps: %s", step, "  ".join(f"{key} {value:.4f}" for key, value in line.items()))
+        return True

@@ -16,9 +16,9 @@ import torch
 
 from trainer import __version__, checkpoint, dist
 from trainer.config import Recipe, load
-from trainer.engine import read_state
 from trainer.flow import BadInput
 from trainer.model.load import load_tokenizer
+from trainer.shards import Shards
 
 MODEL_FOLDER = "model"  # of a run: configuration, generation configuration and tokenizer, without weights
 
@@ -44,37 +44,33 @@ def export(run_dir: Path, out: Path) -> Path:
     if out.exists() and not (out / "config.json").is_file():
         raise BadInput(f"{out}: exists and is not a model folder; give another --out")
     recipe = load(run_dir / "recipe.yaml")
-    found = checkpoint.find(run_dir)
-    if found is None:
-        raise BadInput(f"{run_dir}: there is no whole checkpoint to export; train first")
-    folder, state = found
+    saved, manifest = checkpoint.open_newest(run_dir)
 
     staged = out.with_name(f".{out.name}.saving")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    mapped = _mapped_weights(folder, staged / "weights", getattr(torch, recipe.model.dtype))
+    mapped = _mapped_weights(saved, staged / "weights", getattr(torch, recipe.model.dtype))
     _write(run_dir, recipe, staged / "model", mapped)
     _compare(staged / "model", mapped, recipe)
-    (staged / "model" / "README.md").write_text(_model_card(run_dir, recipe, state.step), encoding="utf-8")
+    (staged / "model" / "README.md").write_text(_model_card(run_dir, recipe, manifest.state.step), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     (staged / "model").rename(out)
     shutil.rmtree(staged)
-    dist.log.info("exported step %d to %s, loaded it back and found every weight the same", state.step, out)
+    dist.log.info("exported step %d to %s, loaded it back and found every weight the same", manifest.state.step, out)
     return out
 
 
-def _mapped_weights(checkpoint_folder: Path, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _mapped_weights(saved: Shards, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The model's weights by name, in `dtype`, each backed by a file of its own."""
     folder.mkdir()
     weights = {}
-    prefix = "model."  # of the module that computes the loss, around the Hugging Face model
-    for number, (name, lazy) in enumerate(read_state(checkpoint_folder).items()):
-        value = lazy.contiguous()
+    for number, name in enumerate(saved.names):
+        value = saved.whole(name)
         if value.is_floating_point():
             value = value.to(dtype)
         path = str(folder / str(number))
         target = torch.from_file(path, shared=True, size=value.numel(), dtype=value.dtype).view(value.shape)
-        weights[name.removeprefix(prefix)] = target.copy_(value)
+        weights[name] = target.copy_(value)
     return weights
 
 

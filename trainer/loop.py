@@ -7,42 +7,44 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from trainer import dist
 from trainer.config import Recipe
 from trainer.data.loader import Loader
 from trainer.engine import Engine
-from trainer.flow import StepPlan
+from trainer.flow import Batch, StepPlan, StepResult
+from trainer.guard import Guard
 from trainer.metrics import Metrics, Profiler
 from trainer.optim import learning_rate
 from trainer.progress import Progress
+from trainer.watch import Watch
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`step` updates are applied and saved; `stopped` where a signal ended the run before its last step."""
+    """Where the loop left the plan, and why: its end, a stop (saved), or a step that asks for the last checkpoint."""
 
     step: int
-    stopped: bool
-
-
-class StepNotApplied(RuntimeError):
-    """An update was not finite, so it was not applied; the message names the step's rows."""
+    end: Literal["done", "stopped", "rollback"]
 
 
 def run(
     recipe: Recipe,
     engine: Engine,
     loader: Loader,
+    guard: Guard,
     metrics: Metrics,
     profiler: Profiler,
     progress: Progress,
     stop: dist.StopFlag,
+    watch: Watch,
     *,
     first_step: int,
     evaluate: Callable[[int], bool],
     save: Callable[[int], None],
     rows_of: Callable[[StepPlan], str],
+    trace: Callable[[int, list[Batch], StepResult], None] | None,
 ) -> Outcome:
     """Take the plan's steps from `first_step` on.
 
@@ -50,37 +52,45 @@ def run(
         evaluate: evaluates after so many steps; False where the stop flag ended it.
         save: saves a checkpoint after so many steps.
         rows_of: names the rows of a step, for the message where it is not applied.
+        trace: writes down what an applied step was made of.
 
     Raises:
-        StepNotApplied: the gradient norm of a step was not finite (C12).
+        StepNotApplied: a step went wrong, and by the guard's rule the run stops (C12).
     """
     plan, steps = loader.plan, loader.plan.steps
+    judge = guard.judge if guard.looks_at_losses else None
     for index in range(first_step, steps):
         done = index + 1
+        watch.beat(f"step {done}")
         stop.start()
-        profiler.before(index)
-        metrics.begin_step()
-        with metrics.clock.part("data", host=True):
-            batches = loader.step(index)
-        lr = learning_rate(index, steps, recipe.optim)
-        result = engine.step(batches, lr, metrics.clock)
-        if result.skipped:
-            rows = rows_of(plan.step(index))
-            raise StepNotApplied(f"step {done} was not applied: {result.skipped}; its rows: {rows}")
-        line = metrics.step(plan.step(index), result, batches, lr)
-        profiler.after(index)
-        progress.step(done, line)
+        if index not in guard.passed_over:
+            profiler.before(index)
+            metrics.begin_step()
+            with metrics.clock.part("data", host=True):
+                batches = loader.step(index)
+            lr = learning_rate(index, steps, recipe.optim)
+            result = engine.step(batches, lr, metrics.clock, judge)
+            if result.skipped is None:
+                line = metrics.step(plan.step(index), result, batches, lr)
+                progress.step(done, line)
+                if trace:
+                    trace(done, batches, result)
+            elif guard.decide(done, result.skipped, rows_of(plan.step(index))) == "rollback":
+                stop.agreed()
+                return Outcome(index, "rollback")
+            profiler.after(index)
 
-        stopping = stop.agreed()
+        stopping = stop.agreed() or done == recipe.run.stop_after
         last = done == steps
         if _due(done, recipe.eval.every_steps) and not last and not stopping:
             stopping = not evaluate(done)
         if last or stopping or _due(done, recipe.checkpoint.every_steps):
             with metrics.clock.part("checkpoint", host=True):
+                watch.rest()
                 save(done)
         if stopping and not last:
-            return Outcome(done, stopped=True)
-    return Outcome(steps, stopped=False)
+            return Outcome(done, "stopped")
+    return Outcome(steps, "done")
 
 
 def _due(step: int, every: int | None) -> bool:

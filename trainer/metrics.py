@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 from trainer import dist
 from trainer.config import ProfileSection
 from trainer.flow import Batch, StepPlan, StepResult
+from trainer.once import write_synced
 
 # Dense bf16 FLOP/s as the makers state them; the longest name that fits a device is taken.
 _PEAK_FLOPS = {
@@ -90,8 +91,9 @@ def model_flops(model: Any) -> ModelFlops:
 class Clock:
     """Seconds spent in named parts of steps. On a GPU, events mark the parts and nothing waits until `read`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, beat: Callable[[str], None] = lambda part: None) -> None:
         self._on_gpu = device.type == "cuda"
+        self._beat = beat  # told of each part as it begins
         self._spans: list[tuple[str, Any, Any]] = []
 
     def _mark(self, host: bool) -> Any:
@@ -104,6 +106,7 @@ class Clock:
     @contextmanager
     def part(self, name: str, host: bool = False) -> Iterator[None]:
         """Time what runs inside; `host` for work that the host itself waits on, as reading data."""
+        self._beat(name)
         start = self._mark(host)
         yield
         self._spans.append((name, start, self._mark(host)))
@@ -135,9 +138,17 @@ class Metrics:
     """
 
     def __init__(
-        self, run_dir: Path, *, log_every: int, row_tokens: int, flops: ModelFlops, resumed_at: int, steps: int
+        self,
+        run_dir: Path,
+        *,
+        log_every: int,
+        row_tokens: int,
+        flops: ModelFlops,
+        resumed_at: int,
+        steps: int,
+        beat: Callable[[str], None],
     ) -> None:
-        self.clock = Clock(dist.device())
+        self.clock = Clock(dist.device(), beat)
         self._log_every = log_every
         self._row_tokens = row_tokens
         self._flops = flops
@@ -147,7 +158,7 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             remade = resumed_at if resumed_at in (0, steps) else None
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in ("metrics.jsonl", "samples.jsonl", "trace.jsonl"):
                 _drop_lines_after(run_dir / name, resumed_at, remade)
             self._writer = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
@@ -252,7 +263,7 @@ def _drop_lines_after(path: Path, step: int, remade: int | None) -> None:
                 break
             if line["step"] <= step and not (line["step"] == remade and "train/loss" not in line):
                 kept.append(text)
-    path.write_text("".join(kept), encoding="utf-8")
+    write_synced(path, "".join(kept))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

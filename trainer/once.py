@@ -185,6 +185,16 @@ def _owner(folder: Path, number: int) -> str:
         return "another process"
 
 
+def write_synced(path: Path, text: str) -> None:
+    """Replace a small file at once: whoever is killed meanwhile leaves the old one or the new one."""
+    aside = path.with_name(f".{path.name}.new")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
 def sync_folder(folder: Path) -> None:
     """Make the entries of a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -65,6 +65,13 @@ class SftModel(nn.Module):
         targets = Targets(batch.targets, batch.weights, batch.uniform_weight, self.kernel, self.transform)
         return self.model.get_output_embeddings()(hidden_NH, targets=targets)
 
+    @property
+    def has_dropout(self) -> bool:
+        """Whether anything random but NEFTune happens in training; an adapter's dropout is a module."""
+        modules = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
+        settings = self.model.config.get_text_config().to_dict().items()
+        return modules or any("drop" in key and isinstance(value, float) and value > 0 for key, value in settings)
+
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """(T, H), what the model hands to its head."""
         self._batch = batch

@@ -1,0 +1,91 @@
+"""What becomes of a step that went wrong: a gradient that is not finite, or a loss far above the usual (C12).
+
+The run stops, naming the step's rows; or goes on without the step; or goes back to the last checkpoint and then
+passes the step over. What was passed over stands in passed_over.jsonl, so that every later start, of whatever world,
+passes over the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+from trainer import dist
+from trainer.config import GuardSection
+from trainer.metrics import read_lines
+
+WINDOW = 50  # losses whose median is the usual one
+_ENOUGH = 10  # of them, before anything is called a spike
+
+
+class StepNotApplied(RuntimeError):
+    """A step went wrong, and by its rule the run stops; the message names the step's rows."""
+
+
+class Guard:
+    """Every rank has one, and all decide alike.
+
+    Args:
+        recent_losses: of the steps before the first, from the checkpoint.
+    """
+
+    def __init__(self, section: GuardSection, run_dir: Path, recent_losses: Sequence[float]) -> None:
+        self._section = section
+        self._path = run_dir / "passed_over.jsonl"
+        lines = dist.broadcast(read_lines(self._path) if dist.is_main() else None)
+        self.passed_over = {int(line["step"]) - 1 for line in lines}
+        self._losses = deque(recent_losses, WINDOW)
+        self._is_spike = False
+
+    @property
+    def recent_losses(self) -> tuple[float, ...]:
+        """For the checkpoint; none where nobody looks for spikes."""
+        return tuple(self._losses)
+
+    @property
+    def looks_at_losses(self) -> bool:
+        return self._section.spike_factor is not None
+
+    def judge(self, loss: float) -> str | None:
+        """Why a step of this loss is not to be applied, or None; it then counts among the usual ones."""
+        self._is_spike = False
+        if not math.isfinite(loss):  # its gradient is not, either: that rule's case, and no usual loss
+            return None
+        if self._section.spike_factor is not None and len(self._losses) >= _ENOUGH:
+            usual = median(self._losses)
+            self._is_spike = loss > self._section.spike_factor * usual
+            if self._is_spike:
+                return f"its loss is {loss:.4f}, {loss / usual:.1f} times the usual"
+        self._losses.append(loss)
+        return None
+
+    def decide(self, step: int, reason: str, rows: str) -> Literal["skip", "rollback"]:
+        """The rule for step `step` (from 1), which was not applied; from here on it is passed over.
+
+        Raises:
+            StepNotApplied: the rule is to stop, or so many steps were passed over already.
+        """
+        rule = self._section.spike if self._is_spike else self._section.non_finite
+        told = f"step {step} was not applied: {reason}; its rows: {rows}"
+        if rule == "stop":
+            raise StepNotApplied(told)
+        if len(self.passed_over) >= self._section.at_most:
+            raise StepNotApplied(f"{told}; {len(self.passed_over)} steps were passed over before (guard.at_most)")
+        dist.log.warning("%s (guard: %s)", told, rule)
+        self.passed_over.add(step - 1)
+        if dist.is_main():
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "reason": reason, "rule": rule, "rows": rows}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        return rule
+
+    def applied(self, steps: int) -> int:
+        """Updates that were applied in the first `steps` of the plan."""
+        return steps - sum(index < steps for index in self.passed_over)
