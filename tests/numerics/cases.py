@@ -2,8 +2,8 @@
 
     python -m tests.numerics.cases CASES.json
 
-A case is {"run": folder, "recipe": file, "overrides": [...], "sabotage": name or null, "stop_after": step or null}.
-A sabotage is a real defect put in on purpose: the controls that a test of exactness must notice.
+A case is {"run": folder, "recipe": file, "overrides": [...], "changes": [names], "stop_after": step or null}.
+A change is a real defect put in on purpose, the controls that a test of exactness must notice; or another model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 
-from trainer import dist, engine, train
+from trainer import checkpoint, dist, engine, guard, shards, train
 from trainer.config import load
 from trainer.data import loader
 from trainer.data.loader import prepare, train_plan
@@ -49,7 +49,10 @@ def run_case(case: dict[str, Any], stop: dist.StopFlag) -> None:
     tokenizer = load_tokenizer(recipe.model)
     train_data = prepare(recipe, tokenizer, "train")
     eval_data = prepare(recipe, tokenizer, "eval") if recipe.data.eval else None
-    with sabotaged(case.get("sabotage")), stopping_after(case.get("stop_after"), stop):
+    with contextlib.ExitStack() as changed:
+        for name in case.get("changes", ()):
+            changed.enter_context(CHANGES[name]())
+        changed.enter_context(stopping_after(case.get("stop_after"), stop))
         train.fit(recipe, run_dir, tokenizer, train_data, train_plan(recipe, train_data), eval_data, stop)
     stop.raised = False
     dist.barrier()
@@ -73,15 +76,6 @@ def stopping_after(step: int | None, stop: dist.StopFlag) -> Iterator[None]:
 
     with mock.patch.object(engine.Engine, "step", counted):
         yield
-
-
-@contextlib.contextmanager
-def sabotaged(name: str | None) -> Iterator[None]:
-    if name is None:
-        yield
-    else:
-        with SABOTAGES[name]():
-            yield
 
 
 def mean_of_means() -> Any:
@@ -165,6 +159,57 @@ def labels_shifted_across_boundaries() -> Any:
     return mock.patch.object(loader, "build_batch", shifted)
 
 
+# ----------------------------------------------------------------------------------------------- defects of a resume
+
+
+def unchecked(fill: Any) -> Any:
+    """Restores a checkpoint with `fill(shards, piece)` in place of Shards.fill, and looks at no digest."""
+
+    def restore(folder: Path, manifest: Any, engine: Any) -> None:
+        with mock.patch.object(shards.Shards, "fill", fill):
+            engine.restore(shards.Shards(folder, manifest.files, manifest.shapes), manifest.state.updates)
+
+    return mock.patch.object(checkpoint, "restore", restore)
+
+
+def moment_zeroed() -> Any:
+    fill = shards.Shards.fill
+
+    def without(self: Any, piece: Any) -> None:
+        fill(self, piece)
+        piece.states[shards.EXP_AVG].zero_()
+
+    return unchecked(without)
+
+
+def slices_exchanged() -> Any:
+    """The two halves of what a rank reads of a parameter change places."""
+    fill = shards.Shards.fill
+
+    def exchanged(self: Any, piece: Any) -> None:
+        fill(self, piece)
+        for tensor in piece.states.values():
+            half = tensor.numel() // 2
+            first = tensor[:half].clone()
+            tensor[:half] = tensor[half : 2 * half]
+            tensor[half : 2 * half] = first
+
+    return unchecked(exchanged)
+
+
+def hyperparameters_of_group_0() -> Any:
+    """Every group goes on with the first one's, as after DeepSpeed's own universal load at ZeRO-3."""
+    restore = engine.Engine.restore
+
+    def overwrite(self: Any, *args: Any) -> None:
+        restore(self, *args)
+        groups = self._engine.optimizer.param_groups
+        for group in groups:
+            group["weight_decay"] = groups[0]["weight_decay"]
+
+    return mock.patch.object(engine.Engine, "restore", overwrite)
+
+
 SABOTAGES = {
     f.__name__: f
     for f in (
@@ -176,6 +221,61 @@ SABOTAGES = {
         labels_shifted_across_boundaries,
     )
 }
+DEFECTIVE_RESUMES = {f.__name__: f for f in (moment_zeroed, slices_exchanged, hyperparameters_of_group_0)}
+
+# ----------------------------------------------------------------------------------------------- other models
+
+
+def frozen_and_buffers() -> Any:
+    """As an adapter's base: the embeddings are not trained. And a persistent buffer counts the steps."""
+    load, apply = train.load_model, engine.Engine.step
+
+    def load_model(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        model.get_input_embeddings().weight.requires_grad = False
+        model.register_buffer("steps_seen", torch.zeros((), dtype=torch.int64))
+        return model
+
+    def step(self: Any, *args: Any) -> Any:
+        self.module.model.steps_seen += 1
+        return apply(self, *args)
+
+    both = contextlib.ExitStack()
+    both.enter_context(mock.patch.object(train, "load_model", load_model))
+    both.enter_context(mock.patch.object(engine.Engine, "step", step))
+    return both
+
+
+# ----------------------------------------------------------------------------------------------- steps that go wrong
+
+
+def third_step_times(factor: float) -> Any:
+    """The last rank's share of the third step's loss is so many times what it should be, whenever it is built."""
+    build = loader.Loader._build_step
+
+    def build_step(self: Any, step: int) -> Any:
+        batches = build(self, step)
+        if step == 2 and dist.rank() == dist.world_size() - 1:
+            first = batches[0]
+            batches[0] = replace(first, weights=first.weights * factor, uniform_weight=None)
+        return batches
+
+    return mock.patch.object(loader.Loader, "_build_step", build_step)
+
+
+def nan_in_the_third_step() -> Any:
+    return third_step_times(float("nan"))
+
+
+def spike_in_the_third_step() -> Any:
+    changed = contextlib.ExitStack()
+    changed.enter_context(mock.patch.object(guard, "_ENOUGH", 2))
+    changed.enter_context(third_step_times(100.0))
+    return changed
+
+
+MISHAPS = {f.__name__: f for f in (nan_in_the_third_step, spike_in_the_third_step)}
+CHANGES: dict[str, Any] = {**MISHAPS, **SABOTAGES, **DEFECTIVE_RESUMES, "frozen_and_buffers": frozen_and_buffers}
 
 if __name__ == "__main__":
     main(sys.argv[1])

@@ -41,21 +41,21 @@ def test_the_step_names_its_rows_and_is_not_counted(outcomes: dict[str, Any], st
 def main(out: Path) -> None:
     """On each of two ranks: one good step and one with a NaN through the loop, stage after stage."""
     from tests.numerics.cases import load, prepare, train_plan
-    from trainer import dist, loop, train
+    from trainer import dist, guard, train
     from trainer.engine import Engine
     from trainer.model.load import load_tokenizer
 
     real_step = Engine.step
     seen: dict[str, Any] = {}
 
-    def step(self: Any, batches: list[Any], lr: float, clock: Any) -> Any:
+    def step(self: Any, batches: list[Any], *args: Any) -> Any:
         first = "before" not in seen
         if not first and dist.rank() == 1:
             last = batches[-1]
             nan = float("nan")
             batches = [*batches[:-1], replace(last, weights=last.weights * nan, uniform_weight=nan)]
         weights = _weights(self)
-        result = real_step(self, batches, lr, clock)
+        result = real_step(self, batches, *args)
         if first:
             seen["before"] = dist.gather(result.skipped)
         else:
@@ -96,7 +96,7 @@ def main(out: Path) -> None:
             seen.clear()
             try:
                 train.fit(recipe, run_dir, tokenizer, data, train_plan(recipe, data), None, stop)
-            except loop.StepNotApplied as told:
+            except guard.StepNotApplied as told:
                 seen["told"] = str(told)
             if dist.is_main():
                 lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())

@@ -11,9 +11,6 @@ purpose, that must exceed it by ten times.
 
 from __future__ import annotations
 
-import json
-import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,78 +18,19 @@ import pytest
 import torch
 
 from tests.numerics.cases import SABOTAGES
-from tests.ranks import ROOT, run_ranks
-from trainer import checkpoint
-from trainer.config import load
-from trainer.engine import read_state
-from trainer.model.load import load_model, load_tokenizer
-
-SCALAR_BOUND = 1e-6  # relative, of losses and norms
-CHANGE_BOUND = 1e-4  # ||Da - Db|| / ||Da||, the worst tensor
-CONTROL_FACTOR = 10
-BF16_CHANGE_BOUND = 1e-4  # measured: 9e-10, where every row makes a micro-batch of its own at both worlds
-STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer", "zero3_offload_all", "zero3_nvme")
-RESUMABLE = STAGES[:-1]  # on the NVMe DeepSpeed loses the moments: refused, see test_resume.py
-COMMON = ("optim.eps=1e-3", "train.steps=6", "eval.generate=null", "eval.every_steps=null", "checkpoint.keep=9")
-BF16 = ("model.dtype=bfloat16", "batch.rows_per_step=16", "data.train.0.weight=3", "batch.row_tokens=128")
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a case left in its run folder."""
-
-    losses: list[float]
-    norms: list[float]
-    eval_losses: list[float]
-    changes: dict[str, torch.Tensor]  # of each weight since the start, float64
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The largest differences between two runs."""
-
-    loss: float
-    norm: float
-    change: float
-
-    def __str__(self) -> str:
-        return f"loss {self.loss:.1e}, norm {self.norm:.1e}, weights' change {self.change:.1e}"
-
-    @property
-    def agrees(self) -> bool:
-        return self.loss <= SCALAR_BOUND and self.norm <= SCALAR_BOUND and self.change <= CHANGE_BOUND
-
-    @property
-    def is_caught(self) -> bool:
-        """Beyond ten times some bound."""
-        scalars = max(self.loss, self.norm) > CONTROL_FACTOR * SCALAR_BOUND
-        return scalars or self.change > CONTROL_FACTOR * CHANGE_BOUND
-
-
-def case(root: Path, name: str, stage: str, *overrides: str, **extra: Any) -> dict[str, Any]:
-    template = ROOT / "ds_configs" / f"{stage}.json"
-    if stage == "zero3_nvme":  # the same template, swapping into this test's folder, and a model worth swapping
-        overrides = (f"model.name={wide_model(root)}", *overrides)
-        template = root / "zero3_nvme.json"
-        text = (ROOT / "ds_configs" / "zero3_nvme.json").read_text()
-        template.write_text(text.replace("/local_nvme", str(root / "nvme")))
-    cache = f"data.cache={root / 'cache'}"
-    return {
-        "run": str(root / name),
-        "recipe": str(ROOT / "recipes" / "debug.yaml"),
-        "overrides": [*COMMON, f"parallel.deepspeed={template}", cache, *overrides],
-        **extra,
-    }
-
-
-def wide_model(root: Path) -> Path:
-    """The debug model, wide enough that DeepSpeed moves its optimizer states to the NVMe (from 1 MiB a rank on)."""
-    folder = root / "wide"
-    if not folder.exists():
-        shutil.copytree(ROOT / "recipes" / "debug" / "model", folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 256, "intermediate_size": 512}))
-    return folder
+from tests.numerics.compare import (
+    BF16,
+    BF16_CHANGE_BOUND,
+    CONTROL_FACTOR,
+    STAGES,
+    Run,
+    case,
+    difference,
+    is_same,
+    report,
+    run_cases,
+    wide_model,
+)
 
 
 def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
@@ -115,8 +53,8 @@ def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
         2: [
             *(case(root, f"2-{stage}", stage) for stage in STAGES),
             case(root, "2-wide", "zero0", wide),
-            *(part for stage in RESUMABLE for part in resumed(2, stage)),
-            *(case(root, f"2-{name}", "zero3", sabotage=name) for name in SABOTAGES if name != "bf16_accumulation"),
+            *(part for stage in STAGES for part in resumed(2, stage)),
+            *(case(root, f"2-{name}", "zero3", changes=[name]) for name in SABOTAGES if name != "bf16_accumulation"),
             *(case(root, f"2-{w}", "zero2", f"loss.weighting={w}", *k) for w, *k in WEIGHTINGS),
         ],
         3: [
@@ -126,7 +64,7 @@ def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
         ],
         4: [
             case(root, "4-bf16", "zero3", *BF16),
-            case(root, "4-bf16-accumulated-in-bf16", "zero3", *BF16, sabotage="bf16_accumulation"),
+            case(root, "4-bf16-accumulated-in-bf16", "zero3", *BF16, changes=["bf16_accumulation"]),
         ],
     }
 
@@ -136,57 +74,7 @@ WEIGHTINGS = (("example",), ("constant", "loss.constant_tokens=20"))
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    root = tmp_path_factory.mktemp("runs")
-    for world, cases in all_cases(root).items():
-        path = root / f"cases-{world}.json"
-        path.write_text(json.dumps(cases))
-        run_ranks(world, ["-m", "tests.numerics.cases", str(path)], timeout_s=600)
-    folders = {Path(c["run"]) for cs in all_cases(root).values() for c in cs}
-    starts: dict[str, dict[str, torch.Tensor]] = {}
-    return {folder.name: read_run(folder, starts) for folder in folders}
-
-
-def start_weights(run_dir: Path, starts: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The weights that a run started from, float64: its recipe makes them anew. Kept by the model's name."""
-    recipe = load(run_dir / "recipe.yaml", ["model.dtype=float32"])
-    if recipe.model.name not in starts:
-        model = load_model(recipe.model, load_tokenizer(recipe.model), seed=recipe.train.seed)
-        starts[recipe.model.name] = {f"model.{name}": p.detach().double() for name, p in model.named_parameters()}
-    return starts[recipe.model.name]
-
-
-def read_run(run_dir: Path, starts: dict[str, dict[str, torch.Tensor]]) -> Run:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "train/loss" in line]
-    found = checkpoint.find(run_dir)
-    assert found
-    assert [line["step"] for line in steps] == list(range(1, found[1].step + 1)), "a step is missing or counted twice"
-    weights = {name: value.contiguous().detach().double() for name, value in read_state(found[0]).items()}
-    changes = {name: weights[name] - start for name, start in start_weights(run_dir, starts).items()}
-    return Run(
-        [line["train/loss"] for line in steps],
-        [line["train/grad_norm"] for line in steps],
-        [line["eval/loss"] for line in lines if "eval/loss" in line],
-        changes,
-    )
-
-
-def difference(a: Run, b: Run) -> Difference:
-    def worst(left: list[float], right: list[float]) -> float:
-        assert len(left) == len(right)
-        return max(abs(x - y) / abs(x) for x, y in zip(left, right, strict=True))
-
-    change = max(float((a.changes[k] - b.changes[k]).norm() / a.changes[k].norm()) for k in a.changes)
-    return Difference(worst(a.losses + a.eval_losses, b.losses + b.eval_losses), worst(a.norms, b.norms), change)
-
-
-def report(name: str, seen: Difference) -> None:
-    print(f"\n  {name}: {seen}", end="")
-
-
-def is_same(a: Run, b: Run) -> bool:
-    scalars = (a.losses, a.norms, a.eval_losses) == (b.losses, b.norms, b.eval_losses)
-    return scalars and all(torch.equal(a.changes[k], b.changes[k]) for k in a.changes)
+    return run_cases(all_cases(tmp_path_factory.mktemp("runs")))
 
 
 # ----------------------------------------------------------------------------------------------- X2
@@ -218,7 +106,7 @@ def test_x2_notices(runs: dict[str, Run], defect: str) -> None:
 # ----------------------------------------------------------------------------------------------- X3
 
 
-@pytest.mark.parametrize("name", ["1-zero3", *(f"2-{stage}" for stage in RESUMABLE)])
+@pytest.mark.parametrize("name", ["1-zero3", *(f"2-{stage}" for stage in STAGES)])
 def test_x3_stopped_and_resumed_is_never_stopped(runs: dict[str, Run], name: str) -> None:
     """Bit by bit, at the same world size."""
     assert is_same(runs[name], runs[f"{name}-resumed"])

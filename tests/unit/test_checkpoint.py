@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
+import threading
 from collections import namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from trainer import checkpoint, dist
-from trainer.checkpoint import RunState
+from trainer import checkpoint, dist, shards
+from trainer.checkpoint import RunState, Saver
+from trainer.config import CheckpointSection
 from trainer.flow import BadInput
+from trainer.shards import FROZEN, WEIGHT, Digests, Shards, Slice, add_digests, digest, digests_of
 
 
 @pytest.fixture(autouse=True)
@@ -21,29 +27,61 @@ def logs_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist.log, "propagate", True)
 
 
+class Model:
+    """What a Saver asks of an engine, with two parameters."""
+
+    stage = 3
+
+    def __init__(self, value: float = 1.0, base: float = 9.0) -> None:
+        self.parameters = {"a": torch.full((500,), value), "b": torch.full((30,), value)}
+        self.base = torch.full((10,), base)
+
+    def state_bytes(self) -> int:
+        return 4 * 530
+
+    def state_shapes(self) -> dict[str, list[int]]:
+        return {name: list(tensor.shape) for name, tensor in self.parameters.items()}
+
+    def state(self) -> Iterator[list[Slice]]:
+        for name, tensor in self.parameters.items():
+            yield [Slice(name, 0, {WEIGHT: tensor})]
+
+    def frozen_digests(self) -> Digests:
+        return {("base", FROZEN): digest(self.base)}
+
+    def restore(self, files: Shards, steps: int) -> None:
+        for group in self.state():
+            files.fill(group[0])
+
+    def state_digests(self) -> Digests:
+        found = self.frozen_digests()
+        for group in self.state():
+            add_digests(found, digests_of(group))
+        return found
+
+
 def state(step: int) -> RunState:
-    return RunState(step=step, world_size=1, stage=3, data="abc")
+    return RunState(step=step, updates=step, data="abc", rows_per_micro=1, recent_losses=[], world_size=1, stage=3)
 
 
-def write(folder: Path) -> None:
-    (folder / "state").mkdir()
-    (folder / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(bytes(range(256)) * 10)
-    (folder / "state" / "mp_rank_00_model_states.pt").write_bytes(b"weights")
-
-
-def publish(run_dir: Path, *steps: int, keep: int = 3) -> None:
-    for step in steps:
-        checkpoint.publish(run_dir, state(step), write, keep=keep, bytes_needed=3000)
+def publish(run_dir: Path, *steps: int, **section: Any) -> None:
+    with Saver(run_dir, Model(), CheckpointSection(**section)) as saver:  # type: ignore[arg-type]
+        for step in steps:
+            saver.save(state(step))
 
 
 def found_step(run_dir: Path) -> int | None:
     found = checkpoint.find(run_dir)
-    return found[1].step if found else None
+    return found[1].state.step if found else None
 
 
-def test_the_newest_is_found_and_older_ones_are_pruned(tmp_path: Path) -> None:
-    publish(tmp_path, 1, 2, 3, 10, keep=2)
-    assert checkpoint.find(tmp_path) == (tmp_path / "checkpoints" / "step-000010", state(10))
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_newest_is_found_and_older_ones_are_pruned(tmp_path: Path, asynchronous: bool) -> None:
+    publish(tmp_path, 1, 2, 3, 10, keep=2, asynchronous=asynchronous)
+    found = checkpoint.find(tmp_path)
+    assert found
+    assert found[0] == tmp_path / "checkpoints" / "step-000010"
+    assert found[1].state == state(10)
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000003", "step-000010"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000010"
 
@@ -52,20 +90,23 @@ def test_none_is_found_where_none_was_written(tmp_path: Path) -> None:
     assert checkpoint.find(tmp_path) is None
 
 
+# ----------------------------------------------------------------------------------------------- damage
+
+
 def flip_a_byte(folder: Path) -> None:
-    path = folder / "state" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
+    path = folder / "rank00000-000.safetensors"
     content = bytearray(path.read_bytes())
     content[1000] ^= 1
     path.write_bytes(content)
 
 
 def cut_a_file(folder: Path) -> None:
-    path = folder / "state" / "mp_rank_00_model_states.pt"
+    path = folder / "rank00000-001.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def lose_a_file(folder: Path) -> None:
-    (folder / "state" / "mp_rank_00_model_states.pt").unlink()
+    (folder / "rank00000-001.safetensors").unlink()
 
 
 def lose_the_manifest(folder: Path) -> None:
@@ -77,12 +118,31 @@ def cut_the_manifest(folder: Path) -> None:
     path.write_text(path.read_text()[:40])
 
 
+def flip_a_digit_of_the_manifest(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(re.sub(r'"step": \d+', '"step": 3', path.read_text()))
+
+
+def lose_all_files(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
 def be_of_another_format(folder: Path) -> None:
     path = folder / "manifest.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
 
 
-DAMAGES = [flip_a_byte, cut_a_file, lose_a_file, lose_the_manifest, cut_the_manifest, be_of_another_format]
+DAMAGES = [
+    flip_a_byte,
+    cut_a_file,
+    lose_a_file,
+    lose_the_manifest,
+    cut_the_manifest,
+    flip_a_digit_of_the_manifest,
+    lose_all_files,
+    be_of_another_format,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -96,6 +156,14 @@ def test_a_damaged_one_is_named_and_the_last_good_one_used(
     assert "step-000002" in caplog.text
 
 
+def test_a_run_without_a_whole_one_is_not_begun_anew_without_a_word(tmp_path: Path) -> None:
+    publish(tmp_path, 1, 2)
+    for folder in (tmp_path / "checkpoints").glob("step-*"):
+        be_of_another_format(folder)
+    with pytest.raises(BadInput, match=r"none of its 2 checkpoints can be used .*format is 99"):
+        checkpoint.find(tmp_path)
+
+
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
     publish(tmp_path, 1, 2)
     flip_a_byte(tmp_path / "checkpoints" / "step-000002")
@@ -103,14 +171,36 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path: Path) -> 
     assert found_step(tmp_path) == 2
 
 
-def test_a_killed_save_is_never_read_and_cleared_by_the_next(tmp_path: Path) -> None:
+def test_the_last_good_one_is_not_pruned_for_a_newer_damaged_one(tmp_path: Path) -> None:
+    publish(tmp_path, 2, 6, keep=2)
+    flip_a_byte(tmp_path / "checkpoints" / "step-000006")
+    publish(tmp_path, 4, keep=1)
+    assert found_step(tmp_path) == 4
+    assert not (tmp_path / "checkpoints" / "step-000002").exists()
+    publish(tmp_path, 6, keep=1)
+    assert found_step(tmp_path) == 6
+
+
+def test_what_is_put_beside_the_checkpoints_is_neither_read_nor_pruned(tmp_path: Path) -> None:
     publish(tmp_path, 1)
-    half = tmp_path / "checkpoints" / ".saving-step-000002"
+    copy = tmp_path / "checkpoints" / "step-000001-copy"
+    shutil.copytree(tmp_path / "checkpoints" / "step-000001", copy)
+    flip_a_byte(copy)
+    assert found_step(tmp_path) == 1
+    publish(tmp_path, 2, keep=1)
+    assert copy.exists()
+    assert found_step(tmp_path) == 2
+
+
+@pytest.mark.parametrize("name", [".saving-step-000002", ".removing-step-000001"])
+def test_what_a_kill_left_is_never_read_and_cleared_by_the_next_start(tmp_path: Path, name: str) -> None:
+    publish(tmp_path, 1)
+    half = tmp_path / "checkpoints" / name
     shutil.copytree(tmp_path / "checkpoints" / "step-000001", half)
     assert found_step(tmp_path) == 1
-    publish(tmp_path, 3)
+    publish(tmp_path)
     assert not half.exists()
-    assert found_step(tmp_path) == 3
+    assert found_step(tmp_path) == 1
 
 
 def test_latest_is_not_trusted(tmp_path: Path) -> None:
@@ -119,32 +209,104 @@ def test_latest_is_not_trusted(tmp_path: Path) -> None:
     assert found_step(tmp_path) == 2
 
 
-def test_a_failed_write_publishes_nothing_and_prunes_nothing(tmp_path: Path) -> None:
+# ----------------------------------------------------------------------------------------------- failed saves
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_failed_write_publishes_nothing_and_prunes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
     publish(tmp_path, 1)
+    written = shards.write
 
-    def fail(folder: Path) -> None:
-        write(folder)
-        raise OSError("the cable was pulled")
+    def fail(path: Path, slices: list[Slice]) -> Any:
+        if path.name == "rank00000-001.safetensors":
+            raise OSError(28, "No space left on device")
+        return written(path, slices)
 
-    with pytest.raises(OSError, match="cable"):
-        checkpoint.publish(tmp_path, state(2), fail, keep=1, bytes_needed=0)
+    monkeypatch.setattr(shards, "write", fail)
+    with pytest.raises(BadInput, match="step 2 could not be written: the disk is full; make room"):
+        publish(tmp_path, 2, keep=1, asynchronous=asynchronous)
     assert found_step(tmp_path) == 1
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file in its place")
+    with pytest.raises(BadInput, match=r"the checkpoints' folder cannot be used: .*File exists"):
+        publish(tmp_path, 1)
 
 
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(1, 1, 2999))
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(1, 1, 2000))
     with pytest.raises(BadInput, match="make room"):
         publish(tmp_path, 1)
     assert found_step(tmp_path) is None
 
 
-@pytest.mark.parametrize(
-    ("other", "says"),
-    [({"world_size": 2}, "--nproc 1"), ({"stage": 2}, "stage 3"), ({"data": "xyz"}, "training data")],
-)
-def test_a_resume_that_is_not_the_same_run_is_refused(other: dict, says: str) -> None:
-    now = {"world_size": 1, "stage": 3, "data": "abc"}
-    checkpoint.require_same_run(state(1), **now)
-    with pytest.raises(BadInput, match=says):
-        checkpoint.require_same_run(state(1), **{**now, **other})
+# ----------------------------------------------------------------------------------------------- beside training
+
+
+def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go, written = threading.Event(), shards.write
+
+    def slow(path: Path, slices: list[Slice]) -> Any:
+        assert go.wait(30)
+        return written(path, slices)
+
+    monkeypatch.setattr(shards, "write", slow)
+    model = Model(1.0)
+    with Saver(tmp_path, model, CheckpointSection(asynchronous=True)) as saver:  # type: ignore[arg-type]
+        saver.save(state(1))
+        assert found_step(tmp_path) is None
+        for tensor in model.parameters.values():
+            tensor.fill_(2.0)  # the next step
+        go.set()
+    found = checkpoint.find(tmp_path)
+    assert found
+    other = Model(0.0)
+    checkpoint.restore(*found, other)  # type: ignore[arg-type]
+    assert torch.equal(other.parameters["a"], torch.full((500,), 1.0)), "what was saved is the state of step 1"
+
+
+def test_a_copy_that_does_not_fit_is_refused_where_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = namedtuple("memory", "available")
+    monkeypatch.setattr(checkpoint.psutil, "virtual_memory", lambda: memory(2000))
+    with pytest.raises(BadInput, match="the copy of the state takes"):
+        publish(tmp_path, 1, asynchronous=True)
+    publish(tmp_path, 1)
+    assert found_step(tmp_path) == 1
+
+
+# ----------------------------------------------------------------------------------------------- restore
+
+
+def test_a_tensor_that_was_not_restored_is_named(tmp_path: Path) -> None:
+    class Forgetful(Model):
+        def restore(self, files: Shards, steps: int) -> None:
+            super().restore(files, steps)
+            self.parameters["b"][7] = 0.0
+
+    publish(tmp_path, 1)
+    found = checkpoint.find(tmp_path)
+    assert found
+    with pytest.raises(RuntimeError, match=r"`b` \(weight\)"):
+        checkpoint.restore(*found, Forgetful())  # type: ignore[arg-type]
+
+
+def test_another_base_model_is_refused(tmp_path: Path) -> None:
+    publish(tmp_path, 1)
+    found = checkpoint.find(tmp_path)
+    assert found
+    with pytest.raises(BadInput, match="`base`, which is not trained"):
+        checkpoint.restore(*found, Model(base=8.0))  # type: ignore[arg-type]
+
+
+def test_a_resume_that_is_not_the_same_run_is_refused() -> None:
+    checkpoint.require_same_run(state(1), "abc", rows_per_micro=2, has_dropout=False)
+    checkpoint.require_same_run(state(1), "abc", rows_per_micro=1, has_dropout=True)
+    with pytest.raises(BadInput, match="training data"):
+        checkpoint.require_same_run(state(1), "xyz", rows_per_micro=1, has_dropout=False)
+    with pytest.raises(BadInput, match="rows_per_micro was 1 and is 2: the model has dropout"):
+        checkpoint.require_same_run(state(1), "abc", rows_per_micro=2, has_dropout=True)

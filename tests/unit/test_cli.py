@@ -71,6 +71,8 @@ def test_answers_and_bad_recipes_import_nothing_heavy(arguments):
         (["train", "nowhere.yaml"], "nowhere.yaml: the recipe cannot be read"),
         (["train", DEBUG, "optim.lrr=1"], "did you mean `optim.lr`?"),
         (["train", DEBUG, "batch.rows_per_step=0"], "`batch.rows_per_step`"),
+        (["train", DEBUG, "--nnodes", "2"], "--nnodes 2: say where they meet"),
+        (["train", DEBUG, "--nnodes", "2:1"], "--nnodes 2:1: give a number, or MIN:MAX"),
         (["prepare", DEBUG, "data.train.0.path=nowhere.jsonl"], "nowhere.jsonl"),
         (["preview", DEBUG, "model.name=recipes/quickstart"], "recipes/quickstart"),
         (["export", "nowhere", "--out", "never"], "nowhere: not a run folder"),
@@ -134,3 +136,10 @@ def test_preview_on_the_terminal_and_as_a_page(packhorse, tmp_path):
     code, out, err = packhorse("preview", DEBUG, "--split", "eval", "--html", str(page))
     assert code == 0, err
     assert "eval.jsonl:1" in page.read_text()
+
+
+def test_bad_input_is_2_even_where_its_sentence_cannot_be_written():
+    """A rank's stderr is a file in the run folder, whose disk may be what is full."""
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "trainer.cli", "train", "missing.yaml"]
+        assert subprocess.run(command, cwd=ROOT, stderr=full).returncode == 2

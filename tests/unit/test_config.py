@@ -159,6 +159,8 @@ def test_what_may_change_on_a_resume_is_not_fixed():
         "model.attention": "reference",
         "parallel.deepspeed": "ds_configs/zero2.json",
         "checkpoint.keep": 9,
+        "checkpoint.before_timeout_s": 60,
+        "guard.hang_factor": 3,
     }
     fixed = {
         "model.name": "other",

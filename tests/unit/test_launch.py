@@ -7,10 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from launch.local import exit_code, launch
+from launch.local import exit_code, launch, parse_nodes
 from trainer.flow import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,16 +37,19 @@ if os.environ["RANK"] == "0":
 """
 
 
-def start(tmp_path: Path, code: str, *arguments: str, nproc: int = 2, **env: str) -> subprocess.Popen:
-    """A launcher of `nproc` workers that run `code`, in a process of its own."""
+def start(tmp_path: Path, code: str, *arguments: str, threads: str | None = None, **options: Any) -> subprocess.Popen:
+    """A launcher of workers that run `code`, two where `options` (of `launch`) do not say otherwise."""
     script = tmp_path / "worker.py"
     script.write_text(code)
-    call = f"launch([{str(script)!r}, {str(tmp_path)!r}, *sys.argv[1:]], Path({str(tmp_path)!r}), nproc={nproc})"
-    program = f"import sys; from pathlib import Path; from launch.local import launch; sys.exit({call})"
+    worker = f"[{str(script)!r}, {str(tmp_path)!r}, *sys.argv[1:]]"
+    call = f"launch({worker}, Path({str(tmp_path)!r}), **{ {'nproc': 2, **options} })"
+    # the tests may run under nohup, or in the background of a shell: both ignore signals for all that they start
+    heard = "import signal; [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)]"
+    program = f"{heard}; import sys; from pathlib import Path; from launch.local import launch; sys.exit({call})"
     return subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
         cwd=ROOT,
-        env=os.environ | env,
+        env=os.environ | ({"OMP_NUM_THREADS": threads} if threads else {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -87,7 +91,7 @@ def test_success_rank_0_is_shown_and_the_others_write_files(tmp_path):
         "import os, sys; keys = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT',"
         " 'TORCHELASTIC_RUN_ID', 'OMP_NUM_THREADS'); print({k: os.environ[k] for k in keys}, sys.argv[2:])"
     )
-    code, out, err = finish(start(tmp_path, worker, "a=$$local_rank ${x}", OMP_NUM_THREADS="3"))
+    code, out, err = finish(start(tmp_path, worker, "a=$$local_rank ${x}", threads="3"))
     assert code == 0, err
     assert out.count("'RANK': '0'") == 1
     assert "'RANK': '1'" not in out
@@ -170,18 +174,57 @@ def test_bad_input_of_any_rank_is_exit_code_2_and_shown_once(tmp_path, ranks):
     assert err.count("no such file") == 1
 
 
+FAILS_ONCE = """
+import os, pathlib, sys
+run, code = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+print("start", os.environ["TORCHELASTIC_RESTART_COUNT"], (run / "stop.json").exists(), flush=True)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    (run / "stop.json").write_text("{}")  # as ranks leave that are ended when another one fails
+    sys.exit(code)
+"""
+
+
+def test_failed_workers_start_again_and_the_last_rounds_stop_is_forgotten(tmp_path):
+    code, out, err = finish(start(tmp_path, FAILS_ONCE, "1", nproc=1, restarts=1))
+    assert code == 0, err
+    assert out == "start 0 False\nstart 1 False\n"
+    assert "rank 0 failed (exit code 1)" in err
+
+
+def test_bad_input_is_not_started_again(tmp_path):
+    code, out, err = finish(start(tmp_path, FAILS_ONCE, "2", nproc=1, restarts=3))
+    assert code == 2, err
+    assert out.count("start") == 1
+
+
+def test_two_launchers_meet_and_both_say_that_the_run_is_saved(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        endpoint = f"localhost:{probe.getsockname()[1]}"
+    several = {"nproc": 1, "nodes": (2, 2), "endpoint": endpoint, "run_id": "x"}
+    launchers = [start(tmp_path, SAVES, "0.5", **several) for _ in range(2)]
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    for launcher in launchers:  # as Slurm does
+        launcher.send_signal(signal.SIGUSR1)
+    for launcher in launchers:
+        code, _, err = finish(launcher)
+        assert code == 75, err
+    assert (tmp_path / "saved1").exists()
+
+
+@pytest.mark.parametrize(("text", "nodes"), [("2", (2, 2)), ("1:4", (1, 4))])
+def test_the_number_of_nodes(text, nodes):
+    assert parse_nodes(text) == nodes
+
+
+@pytest.mark.parametrize("text", ["0", "2:1", "a", "1:", "1:2:3", "-1", ""])
+def test_a_number_of_nodes_that_is_refused(text):
+    with pytest.raises(BadInput, match="give a number, or MIN:MAX"):
+        parse_nodes(text)
+
+
 def test_a_port_in_use_is_bad_input(tmp_path):
     with socket.create_server(("localhost", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(BadInput, match=f"port {port} cannot be used"):
             launch(["-c", "0"], tmp_path, nproc=1, endpoint=f"localhost:{port}")
-
-
-@pytest.mark.runs
-def test_a_save_longer_than_torchs_patience_is_not_cut_short(tmp_path):
-    process = start(tmp_path, SAVES, "40")
-    wait_for(tmp_path / "ready0", tmp_path / "ready1")
-    process.send_signal(signal.SIGTERM)
-    code, _, err = finish(process)
-    assert code == 75, err
-    assert (tmp_path / "saved1").exists()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.ranks import ROOT
+from trainer import dist
 from trainer.config import Recipe, load
 from trainer.flow import BadInput
-from trainer.train import open_run_folder
+from trainer.run_folder import open_run_folder, require_shared
 
 
 def open_and_save(run_dir: Path) -> None:
@@ -74,3 +76,34 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"run\.dir"):
         open_run_folder(recipe(tmp_path / "file" / "run"), tmp_path / "file" / "run")
+
+
+# ----------------------------------------------------------------------------------------------- several nodes
+
+
+def two_nodes(monkeypatch: pytest.MonkeyPatch, other_writes: Path) -> None:
+    """This process is rank 0 of two nodes with a rank each; what rank 1 writes lands in `other_writes`."""
+
+    def gather(value: Any) -> list[Any]:
+        for path in other_writes.parent.rglob(".node-of-rank-0-*"):  # rank 1 comes here just after rank 0
+            (other_writes / path.name.replace("rank-0", "rank-1")).touch()
+        return [value, value]
+
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
+    monkeypatch.setattr(dist, "broadcast", lambda value: value)
+    monkeypatch.setattr(dist, "gather", gather)
+
+
+def test_nodes_with_one_run_folder_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    two_nodes(monkeypatch, tmp_path / "run")
+    require_shared(tmp_path / "run")
+    assert not list((tmp_path / "run").glob(".node-of-rank-0-*"))
+
+
+def test_nodes_with_folders_of_their_own_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    two_nodes(monkeypatch, tmp_path / "elsewhere")
+    with pytest.raises(BadInput, match="not the same folder on all nodes"):
+        require_shared(tmp_path / "run")

@@ -9,17 +9,17 @@ ROOT = Path(__file__).resolve().parents[2]
 TIERS = [
     "flow",
     "config dist",
-    "once template",
+    "once template shards watch",
     "data/source data/format data/mask data/tokenise data/cache data/pack data/plan",
     "data/loader",
     "model/attention model/loss model/noise",
     "model/load model/sft",
     "model/probe",
-    "optim metrics progress preview",
-    "engine",
-    "evaluate checkpoint",
-    "loop export",
-    "train",
+    "optim metrics progress preview zero",
+    "engine guard",
+    "evaluate checkpoint run_folder",
+    "loop export universal",
+    "train verify",
     "cli",
 ]
 TIER_OF = {name: number for number, tier in enumerate(TIERS) for name in tier.split()}

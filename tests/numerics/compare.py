@@ -1,0 +1,140 @@
+"""Runs of the debug recipe, and what separates two of them: losses, gradient norms, the weights' change."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.ranks import ROOT, run_ranks
+from trainer import checkpoint
+from trainer.config import load
+from trainer.model.load import load_model, load_tokenizer
+
+SCALAR_BOUND = 1e-6  # relative, of losses and norms
+CHANGE_BOUND = 1e-4  # ||Da - Db|| / ||Da||, the worst tensor
+CONTROL_FACTOR = 10
+BF16_CHANGE_BOUND = 1e-4  # measured: 9e-10, where every row makes a micro-batch of its own at both worlds
+STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer", "zero3_offload_all", "zero3_nvme")
+COMMON = ("optim.eps=1e-3", "train.steps=6", "eval.generate=null", "eval.every_steps=null", "checkpoint.keep=9")
+BF16 = ("model.dtype=bfloat16", "batch.rows_per_step=16", "data.train.0.weight=3", "batch.row_tokens=128")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a case left in its run folder."""
+
+    losses: list[float]
+    norms: list[float]
+    eval_losses: list[float]
+    changes: dict[str, torch.Tensor]  # of each weight since the start, float64
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest differences between two runs."""
+
+    loss: float
+    norm: float
+    change: float
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.1e}, norm {self.norm:.1e}, weights' change {self.change:.1e}"
+
+    @property
+    def agrees(self) -> bool:
+        return self.loss <= SCALAR_BOUND and self.norm <= SCALAR_BOUND and self.change <= CHANGE_BOUND
+
+    @property
+    def is_caught(self) -> bool:
+        """Beyond ten times some bound."""
+        scalars = max(self.loss, self.norm) > CONTROL_FACTOR * SCALAR_BOUND
+        return scalars or self.change > CONTROL_FACTOR * CHANGE_BOUND
+
+
+def case(root: Path, name: str, stage: str, *overrides: str, **extra: Any) -> dict[str, Any]:
+    """The stage's own template, with buckets so small that even this model's gradients fill several."""
+    template = root / f"{stage}.json"
+    text = (ROOT / "ds_configs" / f"{stage}.json").read_text()
+    template.write_text(text.replace('"reduce_bucket_size": "auto"', '"reduce_bucket_size": 4096'))
+    if stage == "zero3_nvme":  # swapping into this test's folder, and a model worth swapping
+        overrides = (f"model.name={wide_model(root)}", *overrides)
+        template.write_text(template.read_text().replace("/local_nvme", str(root / "nvme")))
+    cache = f"data.cache={root / 'cache'}"
+    return {
+        "run": str(root / name),
+        "recipe": str(ROOT / "recipes" / "debug.yaml"),
+        "overrides": [*COMMON, f"parallel.deepspeed={template}", cache, *overrides],
+        **extra,
+    }
+
+
+def wide_model(root: Path) -> Path:
+    """The debug model, wide enough that DeepSpeed moves its optimizer states to the NVMe (from 1 MiB a rank on)."""
+    folder = root / "wide"
+    if not folder.exists():
+        shutil.copytree(ROOT / "recipes" / "debug" / "model", folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 256, "intermediate_size": 512}))
+    return folder
+
+
+def run_cases(*waves: dict[int, list[dict[str, Any]]]) -> dict[str, Run]:
+    """Run the cases of each world, one wave after the other; what is in their run folders at the end, by name."""
+    folders = set()
+    for wave in waves:
+        for world, cases in wave.items():
+            path = Path(cases[0]["run"]).parent / "cases.json"
+            path.write_text(json.dumps(cases))
+            run_ranks(world, ["-m", "tests.numerics.cases", str(path)], timeout_s=600)
+            folders |= {Path(case["run"]) for case in cases}
+    starts: dict[str, dict[str, torch.Tensor]] = {}
+    return {folder.name: read_run(folder, starts) for folder in folders}
+
+
+def start_weights(run_dir: Path, starts: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The weights that a run started from, float64: its recipe makes them anew. Kept by the model's name."""
+    recipe = load(run_dir / "recipe.yaml", ["model.dtype=float32"])
+    if recipe.model.name not in starts:
+        model = load_model(recipe.model, load_tokenizer(recipe.model), seed=recipe.train.seed)
+        starts[recipe.model.name] = {name: p.detach().double() for name, p in model.named_parameters()}
+    return starts[recipe.model.name]
+
+
+def read_run(run_dir: Path, starts: dict[str, dict[str, torch.Tensor]]) -> Run:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train/loss" in line]
+    shards, manifest = checkpoint.open_newest(run_dir)
+    last = manifest.state.step
+    assert [line["step"] for line in steps] == list(range(1, last + 1)), "a step is missing or counted twice"
+    weights = {name: shards.whole(name).double() for name in shards.names}
+    start = start_weights(run_dir, starts)
+    changes = {name: weight - start.get(name, 0.0) for name, weight in weights.items()}  # a buffer starts at zero
+    return Run(
+        [line["train/loss"] for line in steps],
+        [line["train/grad_norm"] for line in steps],
+        [line["eval/loss"] for line in lines if "eval/loss" in line],
+        changes,
+    )
+
+
+def difference(a: Run, b: Run) -> Difference:
+    def worst(left: list[float], right: list[float]) -> float:
+        assert len(left) == len(right)
+        return max(abs(x - y) / abs(x) for x, y in zip(left, right, strict=True))
+
+    change = max(float((a.changes[k] - b.changes[k]).norm() / a.changes[k].norm()) for k in a.changes)
+    return Difference(worst(a.losses + a.eval_losses, b.losses + b.eval_losses), worst(a.norms, b.norms), change)
+
+
+def report(name: str, seen: Difference) -> None:
+    print(f"\n  {name}: {seen}", end="")
+
+
+def is_same(a: Run, b: Run) -> bool:
+    scalars = (a.losses, a.norms, a.eval_losses) == (b.losses, b.norms, b.eval_losses)
+    return scalars and all(torch.equal(a.changes[k], b.changes[k]) for k in a.changes)

@@ -1,0 +1,39 @@
+"""`packhorse verify-resume` proves what it says, and says so when it cannot."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import ROOT
+from trainer.verify import Differences
+
+pytestmark = pytest.mark.runs
+
+
+def test_the_debug_recipe_survives_a_change_of_worlds(tmp_path: Path) -> None:
+    options = ["--worlds", "2,1", "--at", "2", "--steps", "4", f"run.dir={tmp_path / 'run'}"]
+    command = [sys.executable, "-m", "trainer.cli", "verify-resume", "recipes/debug.yaml", *options]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resuming changes nothing" in done.stdout
+    assert "the control, whose first moments were lost at the first break, was noticed" in done.stdout
+    assert not list(tmp_path.glob("verify-resume.*")), "nothing is left"
+
+
+@pytest.mark.parametrize(
+    ("seen", "agree", "noticed"),
+    [
+        (Differences(rows=0, groups=0, loss=1e-7, norm=1e-7, change=1e-5), True, False),
+        (Differences(rows=1, groups=0, loss=0, norm=0, change=0), False, False),
+        (Differences(rows=0, groups=1, loss=0, norm=0, change=0), False, False),
+        (Differences(rows=0, groups=0, loss=2e-6, norm=0, change=0), False, False),
+        (Differences(rows=0, groups=0, loss=0, norm=0, change=2e-3), False, True),
+        (Differences(rows=0, groups=0, loss=float("nan"), norm=0, change=0), False, True),
+    ],
+)
+def test_a_verdict_follows_from_the_bounds(seen: Differences, agree: bool, noticed: bool) -> None:
+    assert (seen.agree, seen.are_seen) == (agree, noticed)

@@ -1,0 +1,88 @@
+"""A rank of `packhorse train` that takes its time at one place, for signals to meet it there.
+
+    python -m tests.slowed PLACE RANKS SECONDS RECIPE [KEY=VALUE...]
+
+Every rank writes its process id to `pid-RANK` in the run folder; those named in RANKS (as 0 or 01) make `at-RANK`
+when they first come to the place, and wait there.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tests.ranks import ROOT
+
+
+def start(place: str, ranks: str, seconds: float, run_dir: Path, *overrides: str) -> subprocess.Popen:
+    """A launcher of two such ranks on the debug recipe."""
+    run_dir.mkdir(parents=True)
+    recipe = ["recipes/debug.yaml", f"run.dir={run_dir}", f"data.cache={run_dir.parent / 'cache'}", *overrides]
+    worker = ["-m", "tests.slowed", place, ranks, str(seconds), *recipe]
+    call = f"launch({worker!r}, Path({str(run_dir)!r}), nproc=2)"
+    program = f"import sys; from pathlib import Path; from launch.local import launch; sys.exit({call})"
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path: Path, seconds: float = 120) -> str:
+    """The content of a file that appears."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.02)
+    return path.read_text()
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_suffix(".new")
+    aside.write_text(text)
+    aside.rename(path)
+
+
+def _slow(place: str, seconds: float, marker: Path) -> None:
+    from trainer import evaluate, shards, train
+    from trainer.data import loader
+    from trainer.engine import Engine
+
+    owners: dict[str, tuple[Any, str]] = {
+        "preparation": (loader._Tokenise, "__call__"),
+        "meeting": (train, "train_plan"),
+        "reading": (loader.Loader, "step"),
+        "training": (Engine, "step"),
+        "held-out loss": (Engine, "evaluate"),
+        "generation": (evaluate, "_answers"),
+        "saving": (shards, "write"),
+    }
+    owner, name = owners[place]
+    call: Callable[..., Any] = getattr(owner, name)
+
+    def slowed(*args: Any, **kwargs: Any) -> Any:
+        end = time.monotonic() + (0 if marker.exists() else seconds)
+        marker.touch()
+        while (left := end - time.monotonic()) > 0:  # a signal ends a sleep
+            time.sleep(left)
+        return call(*args, **kwargs)
+
+    setattr(owner, name, slowed)
+
+
+def _main(place: str, ranks: str, seconds: str, *recipe: str) -> None:
+    from trainer import cli, config
+
+    rank = os.environ["RANK"]
+    run_dir = Path(config.load(recipe[0], recipe[1:]).run.dir)
+    _write(run_dir / f"pid-{rank}", str(os.getpid()))
+    if rank in ranks:
+        _slow(place, float(seconds), run_dir / f"at-{rank}")
+    sys.argv[1:] = ["train", *recipe]
+    cli.main()
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

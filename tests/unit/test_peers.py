@@ -1,0 +1,79 @@
+"""Launchers miss each other, and the one that is cut off knows it."""
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from torch.distributed import HashStore
+
+from launch import peers
+from launch.peers import Peers
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(peers, "BEAT_S", 0.05)
+    monkeypatch.setattr(peers, "SILENT_S", 1.0)
+    monkeypatch.setattr(peers, "JUDGE_S", 0.1)
+    monkeypatch.setattr(peers, "link_is_up", lambda: True)
+
+
+@pytest.fixture
+def store() -> HashStore:
+    store = HashStore()
+    store.set_timeout(timedelta(seconds=1))
+    return store
+
+
+def build(store: Any, node: int, said: list[str]) -> Peers:
+    return Peers(store, node, 2, lambda names: said.append(f"lost {names}"), lambda why: said.append(f"cut off: {why}"))
+
+
+def wait_until_said(said: list[str]) -> None:
+    end = time.monotonic() + 20
+    while not said:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_who_beats_is_not_missed_and_who_falls_silent_is_named_once(store):
+    said: list[list[str]] = [[], []]
+    both = [build(store, node, said[node]) for node in (0, 1)]
+    time.sleep(2.0)
+    assert said == [[], []]
+    both[1].close()
+    wait_until_said(said[0])
+    time.sleep(0.5)
+    assert said == [["lost " + peers.socket.gethostname()], []]
+
+
+def test_who_never_came_has_a_number(store):
+    said: list[str] = []
+    build(store, 0, said)
+    wait_until_said(said)
+    assert said == ["lost node 1"]
+
+
+def test_without_a_store_or_a_link_it_is_this_node_that_gives_up(store, monkeypatch):
+    class Broken:
+        def set(self, key: str, value: str) -> None:
+            raise RuntimeError("connection reset")
+
+    said: list[str] = []
+    build(Broken(), 0, said)
+    wait_until_said(said)
+    assert said == ["cut off: the rendezvous has not answered for 1 s"]
+
+    monkeypatch.setattr(peers, "link_is_up", lambda: False)
+    said.clear()
+    build(store, 0, said)
+    wait_until_said(said)
+    assert said == ["cut off: this host's network is down"]
+
+
+def test_closed_it_says_nothing(store):
+    said: list[str] = []
+    build(store, 0, said).close()
+    time.sleep(1.5)
+    assert said == []

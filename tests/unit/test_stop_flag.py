@@ -1,0 +1,92 @@
+"""One flag for all ranks, also before they have a process group."""
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+from torch.distributed import HashStore
+
+from trainer import dist
+from trainer.config import parse
+from trainer.train import stop_in_time
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def flags(monkeypatch) -> list[dist.StopFlag]:
+    """Of two ranks."""
+    store = HashStore()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(dist, "_launchers_store", lambda: store)
+    return [dist.StopFlag(), dist.StopFlag()]
+
+
+def met(flags: list[dist.StopFlag], delay_s: float = 0.0) -> list[bool]:
+    """What `meet` returns on each rank; the second one comes later."""
+    answers: dict[int, bool] = {}
+
+    def meet(rank: int) -> None:
+        time.sleep(rank * delay_s)
+        answers[rank] = flags[rank].meet()
+
+    threads = [threading.Thread(target=meet, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    return [answers[rank] for rank in (0, 1)]
+
+
+def test_ranks_that_nobody_stops_meet(flags):
+    assert not flags[0].raised_early()
+    assert met(flags, delay_s=0.3) == [True, True]
+    flags[0].raised = True
+    assert not flags[1].raised_early(), "from here on the process group tells"
+
+
+def test_one_flag_stops_the_others_in_preparation_and_at_the_meeting(flags):
+    flags[1].raised = True
+    assert flags[1].raised_early()
+    assert flags[0].raised_early()
+    assert met(flags) == [False, False]
+
+
+def test_a_flag_that_goes_up_while_waiting_stops_those_who_come_later(flags):
+    threading.Timer(0.2, lambda: setattr(flags[0], "raised", True)).start()
+    assert met(flags, delay_s=0.6) == [False, False]
+
+
+def test_without_other_ranks_the_own_flag_counts():
+    flag = dist.StopFlag()
+    assert not flag.raised_early()
+    assert flag.meet()
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert flag.raised_early()
+    assert not flag.meet()
+
+
+@pytest.mark.parametrize(("before_s", "end_in_s", "raised"), [(50, 50.2, True), (50, 60, False), (None, 0, False)])
+def test_the_flag_goes_up_before_the_jobs_end(monkeypatch, before_s, end_in_s, raised):
+    recipe = parse(
+        {
+            "model": {"name": "m"},
+            "data": {"train": [{"path": "x"}]},
+            "run": {"dir": "r"},
+            "checkpoint": {"before_timeout_s": before_s},
+        }
+    )
+    flag = dist.StopFlag()
+    stop_in_time(recipe, flag)  # Slurm tells no end
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + end_in_s))
+    stop_in_time(recipe, flag)
+    time.sleep(0.5)
+    assert flag.raised is raised
