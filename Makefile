@@ -11,7 +11,7 @@ BIN := .venv/bin
 WHEELS := $(if $(TORCH_WHEELS),--find-links $(TORCH_WHEELS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-runs style gpu-check clean
+.PHONY: help install demo test test-runs test-cluster style gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,10 +30,13 @@ demo: install  ## fine-tune a real model on two processes, about ten minutes on 
 	$(BIN)/python recipes/quickstart/demo.py $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 
 test: install  ## everything that needs no GPU and no root, at most 15 minutes
-	$(BIN)/python -m pytest -m 'not gpu and not runs'
+	$(BIN)/python -m pytest -m 'not gpu and not runs and not cluster'
 
 test-runs: install  ## whole runs, minutes each
 	$(BIN)/python -m pytest -m 'runs and not gpu'
+
+test-cluster: install  ## several hosts stood in for by network namespaces; needs root and iproute2
+	$(BIN)/python -m pytest -m cluster
 
 style: install  ## ruff and pyright
 	$(BIN)/ruff check .
