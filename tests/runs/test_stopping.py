@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,8 +18,11 @@ pytestmark = pytest.mark.runs
 EVALUATES_NEVER = ("data.eval=[]", "eval.every_steps=null", "eval.generate=null")
 
 
-def stop(place: str, ranks: str, seconds: float, run_dir: Path, asked: str, *overrides: str) -> tuple[float, int]:
-    """Run until the place, send signals to the process asked, and wait: the time it took, and the step of the stop."""
+def signalled(
+    place: str, ranks: str, seconds: float, run_dir: Path, asked: str, *overrides: str
+) -> Callable[[], tuple[float, int]]:
+    """Run until the place and send signals to the process asked. The result waits for the run's end: the time it took,
+    and the step of the stop."""
     process = start(place, ranks, seconds, run_dir, *overrides)
     wait_for(run_dir / f"at-{ranks[-1]}")
     pid = process.pid if asked == "launcher" else int(wait_for(run_dir / f"pid-{asked}"))
@@ -27,21 +31,25 @@ def stop(place: str, ranks: str, seconds: float, run_dir: Path, asked: str, *ove
     time.sleep(0.3)
     with suppress(ProcessLookupError):  # a waiting rank leaves at once
         os.kill(pid, signal.SIGTERM)  # a second one does no harm
-    _, err = process.communicate(timeout=200)
-    took = time.monotonic() - began
-    assert process.returncode == 75, err
-    return took, json.loads((run_dir / "stop.json").read_text())["step"]
+
+    def ended() -> tuple[float, int]:
+        _, err = process.communicate(timeout=200)
+        took = time.monotonic() - began
+        assert process.returncode == 75, err
+        return took, json.loads((run_dir / "stop.json").read_text())["step"]
+
+    return ended
 
 
 @pytest.mark.parametrize(("place", "asked"), [("preparation", "1"), ("meeting", "1")])
 def test_before_the_ranks_have_met(tmp_path, place, asked):
-    _, step = stop(place, "0", 2.0, tmp_path / "run", asked)
+    _, step = signalled(place, "0", 2.0, tmp_path / "run", asked)()
     assert step == 0
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_in_training(tmp_path):
-    _, step = stop("training", "01", 1.0, tmp_path / "run", "1", *EVALUATES_NEVER)
+    _, step = signalled("training", "01", 1.0, tmp_path / "run", "1", *EVALUATES_NEVER)()
     found = checkpoint.find(tmp_path / "run")
     assert found is not None
     assert found[1].state.step == step
@@ -50,19 +58,22 @@ def test_in_training(tmp_path):
 
 @pytest.mark.parametrize(("place", "asked"), [("held-out loss", "1"), ("generation", "0")])
 def test_in_evaluation(tmp_path, place, asked):
-    _, step = stop(place, "01", 1.0, tmp_path / "run", asked, "eval.generate.batch=1")
+    _, step = signalled(place, "01", 1.0, tmp_path / "run", asked, "eval.generate.batch=1")()
     assert step == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert lines == "", "half an evaluation is none"
 
 
-@pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_a_slow_save_is_not_cut_short(tmp_path, asynchronous):
-    run_dir = tmp_path / "run"
-    how = ("checkpoint.every_steps=1", f"checkpoint.asynchronous={asynchronous}", *EVALUATES_NEVER)
-    took, step = stop("saving", "1", 45.0, run_dir, "launcher", *how)
-    assert took > 45
-    found = checkpoint.find(run_dir)
-    assert found is not None
-    assert found[1].state.step == step, "what was trained is saved"
-    assert step in (2, 3), "it stops in the step after the save that the signals fell into, or with the one begun"
+def test_a_slow_save_is_not_cut_short(tmp_path):
+    runs = {}
+    for asynchronous in ("true", "false"):  # both at once: most of the time is waiting
+        run_dir = tmp_path / asynchronous / "run"
+        how = ("checkpoint.every_steps=1", f"checkpoint.asynchronous={asynchronous}", *EVALUATES_NEVER)
+        runs[run_dir] = signalled("saving", "1", 45.0, run_dir, "launcher", *how)
+    for run_dir, ended in runs.items():
+        took, step = ended()
+        assert took > 45
+        found = checkpoint.find(run_dir)
+        assert found is not None
+        assert found[1].state.step == step, "what was trained is saved"
+        assert step in (2, 3), "it stops in the step after the save that the signals fell into, or with the one begun"
