@@ -60,12 +60,16 @@ def train(
     max_restarts: Annotated[
         int, typer.Option(min=0, help="Starts after a failure, from the last checkpoint, with the machines left.")
     ] = 0,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Train the run on: train.epochs or train.steps may be more than they were.")
+    ] = False,
 ) -> None:
     """Train, or go on where the run folder's last checkpoint is.
 
     [bold]packhorse train recipes/quickstart.yaml --nproc 2[/bold]
     [bold]packhorse train recipes/debug.yaml optim.lr=1e-3 run.dir=runs/other[/bold]
     [bold]packhorse train recipes/quickstart.yaml --nnodes 1:2 --rdzv-endpoint node0:29400 --max-restarts 3[/bold]
+    [bold]packhorse train recipes/debug.yaml train.epochs=4 --extend[/bold]
 
     SIGTERM, SIGUSR1 or Ctrl-C: the run saves and stops. Exit code 0: done; 2: the input is at fault; 75: saved,
     run the same command again; 1: anything else. Inside torchrun this is one of its workers.
@@ -77,7 +81,7 @@ def train(
         _end_with_the_launcher()
         from trainer.train import train
 
-        train(recipe)
+        train(recipe, extend=extend)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(DONE)  # DeepSpeed leaves threads behind, which now and then abort a process at its very end
@@ -87,7 +91,7 @@ def train(
     if nodes[1] > 1 and rdzv_endpoint is None:
         raise BadInput(f"--nnodes {nnodes}: say where they meet, the same on each, as --rdzv-endpoint node0:29400")
     code = launch(
-        ["-m", "trainer.cli", "train", str(recipe_file), *(overrides or ())],
+        ["-m", "trainer.cli", "train", str(recipe_file), *(overrides or ()), *(["--extend"] if extend else [])],
         Path(recipe.run.dir),
         nproc=nproc,
         endpoint=rdzv_endpoint if rdzv_endpoint and nodes[1] > 1 else f"localhost:{port}",

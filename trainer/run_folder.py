@@ -22,9 +22,14 @@ from trainer.flow import STOP_FILE, BadInput, Batch, StepResult
 from trainer.metrics import Metrics, read_lines
 from trainer.once import write_synced
 
+_LENGTHS = ("train.epochs", "train.steps")
 
-def open_run_folder(recipe: Recipe, run_dir: Path) -> None:
+
+def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> None:
     """Make the folder and save the resolved recipe; a folder with checkpoints must be this recipe's.
+
+    Args:
+        extend: it may be of fewer epochs or steps (C8).
 
     Raises:
         BadInput: the folder holds a run of another recipe (C8), or cannot be written.
@@ -33,9 +38,13 @@ def open_run_folder(recipe: Recipe, run_dir: Path) -> None:
     if saved.is_file() and any((run_dir / "checkpoints").glob("step-*")):
         before, now = config.load(saved).fixed(), recipe.fixed()
         changed = [key for key in now if now[key] != before.get(key)]
-        if changed:
-            shown = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
-            raise BadInput(f"{run_dir} holds a run of another recipe: {shown}; give another run.dir, or set them back")
+        shown = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
+        longer = all(key in _LENGTHS and (before[key] or 0) < (now[key] or 0) for key in changed)
+        if changed and longer and extend:
+            dist.log.info("%s is extended: %s", run_dir, shown)
+        elif changed:
+            instead = "add --extend to train on" if longer else "give another run.dir, or set them back"
+            raise BadInput(f"{run_dir} holds a run of another recipe: {shown}; {instead}")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_synced(saved, recipe.to_yaml())
@@ -97,6 +106,12 @@ def summarise(run_dir: Path, steps: int, tokens_per_s: float, passed_over: int) 
             "versions": json.loads((run_dir / "environment.json").read_text())["packages"],
         },
     )
+
+
+def is_done(run_dir: Path, steps: int) -> bool:
+    """Whether a run of so many steps has ended here, and not one that has been extended since."""
+    summary = run_dir / "summary.json"
+    return summary.is_file() and json.loads(summary.read_text())["steps"] == steps
 
 
 def write_json(path: Path, content: Any) -> None:

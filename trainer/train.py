@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer import checkpoint, dist
 from trainer.checkpoint import RunState, Saver
-from trainer.config import Recipe
+from trainer.config import OptimSection, Recipe
 from trainer.data.loader import Loader, Prepared, documents_of, prepare, train_plan
 from trainer.data.mask import Masker
 from trainer.data.plan import Plan
@@ -29,14 +29,17 @@ from trainer.model.load import load_config, load_model, load_tokenizer
 from trainer.model.probe import probe
 from trainer.model.sft import SftModel
 from trainer.once import Stopped
-from trainer.optim import parameter_groups
+from trainer.optim import learning_rate, parameter_groups
 from trainer.progress import Progress
-from trainer.run_folder import describe, open_run_folder, require_shared, summarise, write_stop, write_trace
+from trainer.run_folder import describe, is_done, open_run_folder, require_shared, summarise, write_stop, write_trace
 from trainer.watch import Watch
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe, *, extend: bool = False) -> None:
     """Train what the recipe says, from its run folder's last checkpoint on. One call a rank.
+
+    Args:
+        extend: the run folder's run may be one of fewer epochs or steps.
 
     Raises:
         BadInput: the recipe, its data or its run folder cannot be used.
@@ -48,7 +51,7 @@ def train(recipe: Recipe) -> None:
         stop_in_time(recipe, stop)
     run_dir = Path(recipe.run.dir)
     if dist.is_main():
-        open_run_folder(recipe, run_dir)
+        open_run_folder(recipe, run_dir, extend=extend)
     tokenizer = load_tokenizer(recipe.model)
     try:
         train_data = prepare(recipe, tokenizer, "train", stop.raised_early)
@@ -101,7 +104,7 @@ def go_on(
     """Train from the last checkpoint on. True where the guard asks for just that once more."""
     model: Any = engine.module.model
     first_step, recent_losses = resume(run_dir, engine, train_data, recipe.batch.rows_per_micro)
-    if first_step == plan.steps and (run_dir / "summary.json").is_file():
+    if first_step == plan.steps and is_done(run_dir, plan.steps):
         dist.log.info("%s: all %d steps are done; give another run.dir for another run", run_dir, plan.steps)
         return False
 
@@ -128,8 +131,9 @@ def go_on(
         return False
 
     dist.log.info(
-        "%s: steps %d to %d, %.1f%% filled rows, %d ranks",
+        "%s: steps %d to %d, %.1f%% filled rows, %d ranks; learning rate %s",
         run_dir, first_step + 1, plan.steps, 100 * plan.fill(), dist.world_size(),
+        schedule(first_step, plan.steps, recipe.optim),
     )  # fmt: skip
     progress = Progress(plan.steps, first_step)
     with loader, Saver(run_dir, engine, recipe.checkpoint) as saver:
@@ -160,6 +164,15 @@ def go_on(
         summarise(run_dir, plan.steps, metrics.tokens_per_s, len(guard.passed_over))
     metrics.close()
     return False
+
+
+def schedule(first_step: int, steps: int, optim: OptimSection) -> str:
+    """The learning rates ahead, as `1.0e-05 at step 1, 2.0e-05 at step 10, 2.0e-06 at step 100`."""
+    rates = {step: learning_rate(step, steps, optim) for step in range(first_step, steps)}
+    highest = max(rates, key=lambda step: rates[step], default=first_step)
+    return ", ".join(
+        f"{rates[step]:.1e} at step {step + 1}" for step in sorted({first_step, highest, steps - 1} & set(rates))
+    )
 
 
 def stop_in_time(recipe: Recipe, stop: dist.StopFlag) -> None:

@@ -91,6 +91,22 @@ def test_stopped_and_run_again_it_ends_as_if_never_stopped(whole, tmp_path, numb
     assert losses(run_dir) == losses(whole)
 
 
+def test_an_extended_run_is_the_longer_run(tmp_path):
+    """Where the learning rate depends on no number of steps; elsewhere it takes the longer schedule from there on."""
+    run_dir = tmp_path / "run"
+    alike = (*SAVES_OFTEN, "optim.schedule=constant", "optim.warmup=0")
+    ends = {}
+    for steps, options in ((3, ()), (6, ("--extend",))):
+        code, err = finish(start(run_dir, *alike, f"train.steps={steps}", *options))
+        assert code == 0, err
+        ends[steps] = json.loads((run_dir / "summary.json").read_text())["steps"]
+    assert ends == {3: 3, 6: 6}
+    assert "is extended: train.steps was 3, is 6" in err
+    code, err = finish(start(tmp_path / "longer", *alike, "train.steps=6"))
+    assert code == 0, err
+    assert losses(run_dir) == losses(tmp_path / "longer")
+
+
 def test_a_killed_rank_ends_the_run_and_the_next_start_continues(whole, tmp_path):
     run_dir = tmp_path / "run"
     process = start(run_dir, *SAVES_OFTEN)

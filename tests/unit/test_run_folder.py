@@ -72,6 +72,22 @@ def test_a_recipe_may_be_mended_until_there_is_a_checkpoint(tmp_path: Path) -> N
     assert load(tmp_path / "recipe.yaml") == recipe(tmp_path)
 
 
+def test_more_epochs_or_steps_are_asked_for_by_name(tmp_path: Path) -> None:
+    open_and_save(tmp_path)
+    longer = recipe(tmp_path, "train.epochs=3")
+    with pytest.raises(BadInput, match=r"train\.epochs was 2, is 3; add --extend to train on"):
+        open_run_folder(longer, tmp_path)
+    open_run_folder(longer, tmp_path, extend=True)
+    assert load(tmp_path / "recipe.yaml") == longer
+
+
+@pytest.mark.parametrize("change", [["train.epochs=1"], ["train.epochs=3", "train.seed=1"], ["optim.lr=1e-3"]])
+def test_to_extend_is_nothing_else(tmp_path: Path, change: list[str]) -> None:
+    open_and_save(tmp_path)
+    with pytest.raises(BadInput, match="set them back"):
+        open_run_folder(recipe(tmp_path, *change), tmp_path, extend=True)
+
+
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"run\.dir"):
