@@ -33,7 +33,7 @@ test: install  ## everything that needs no GPU and no root, at most 15 minutes
 	$(BIN)/python -m pytest -m 'not gpu and not runs and not cluster'
 
 test-runs: install  ## whole runs, minutes each
-	$(BIN)/python -m pytest -m 'runs and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'runs and not gpu' -n 2 --dist loadfile  # they wait more than they work
 
 test-cluster: install  ## several hosts stood in for by network namespaces; needs root and iproute2
 	$(BIN)/python -m pytest -m cluster
