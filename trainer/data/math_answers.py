@@ -1,0 +1,103 @@
+"""Whether an answer comes to the same value as a reference, by the library math-verify.
+
+An answer and a reference enter; a verdict leaves. The library reads numbers, formulas and sets, and computes; what it
+is given may be a tower of powers that no computer finishes. Its own time limit is a Python signal handler, which fails
+outside the main thread and waits while C code runs. So the work is done in a process beside this one, with a timer
+that the kernel keeps: past LIMIT_S of its own processor time (not of the clock: a busy machine changes no verdict) that
+process is ended, the next one starts, and there is no verdict.
+
+`#### x` (gsm8k) and `\\boxed{x}` mark the final answer; where neither is there, it is what the library finds: the value
+after "the answer is", else the last one.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import multiprocessing
+import resource
+import signal
+import threading
+from multiprocessing.connection import Connection
+from typing import Literal
+
+from trainer.flow import BadInput
+
+LIMIT_S = 10.0
+LIMIT_BYTES = 4 << 30  # of its address space; what needs more has no verdict either
+
+Verdict = Literal["right", "wrong", "no reference", "no verdict"]
+
+
+def check_installed() -> None:
+    """Raises BadInput where the library is not there."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise BadInput("`verify: math` needs the library math-verify: pip install 'packhorse[math]'")
+
+
+def math_verdict(answer: str, reference: str) -> Verdict:
+    """`no reference`: nothing in the reference is a value; `no verdict`: it took more than LIMIT_S."""
+    global _process
+    with _lock:
+        if _process is None:
+            _process = _start()
+        try:
+            _process.send((answer, reference))
+            return _process.recv()
+        except (EOFError, OSError):
+            _process.close()
+            _process = None
+            return "no verdict"
+
+
+_process: Connection | None = None
+_lock = threading.Lock()
+
+
+def _start() -> Connection:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=_serve, args=(theirs, LIMIT_S), daemon=True).start()
+    theirs.close()  # or its end would not be noticed here
+    return ours
+
+
+def _serve(questions: Connection, limit_s: float) -> None:
+    """Answer until the process that asks is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that asks
+    logging.disable(logging.CRITICAL)  # the library logs every text that it cannot read
+    resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    import math_verify  # noqa: F401  seconds, which are not the first answer's
+
+    while True:
+        try:
+            answer, reference = questions.recv()
+        except (EOFError, OSError):
+            return
+        signal.setitimer(signal.ITIMER_PROF, limit_s)  # SIGPROF, which nothing handles, ends the process
+        try:
+            verdict = _verdict(answer, reference)
+        except Exception:  # of sympy's depths, a MemoryError among them
+            verdict = "no verdict"
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        questions.send(verdict)
+
+
+def _verdict(answer: str, reference: str) -> Verdict:
+    from math_verify import parse, verify
+
+    right = parse(_final(reference, alone=True), parsing_timeout=0)
+    if not right:
+        return "no reference"
+    given = parse(_final(answer, alone=False), parsing_timeout=0)
+    return "right" if verify(right, given, timeout_seconds=0) else "wrong"
+
+
+def _final(text: str, *, alone: bool) -> str:
+    """The text from its final answer on; a value that stands `alone` is marked, so that all of it is read."""
+    text = text.replace("\N{MINUS SIGN}", "-")
+    _, marked, final = text.rpartition("####")
+    if (marked or alone) and "\\boxed" not in final and "$" not in final:
+        return f"\\boxed{{{final.strip()}}}"
+    return final
