@@ -28,6 +28,9 @@ from trainer.flow import BadInput
         ("$\\{2, 1\\}$", "\\{1, 2\\}"),
         ("It is **\N{MINUS SIGN}3**.", "-3"),
         ("The answer is 5.0", "5"),
+        ("#### Step 1\nAdd.\n#### The result\nSo it is \\boxed{18}.", "18"),
+        ("<think>3 * 6 = 19? No.</think><answer>18</answer>", "18"),
+        ("<think>\\boxed{19}</think>It is 18.", "18"),
     ],
 )
 def test_equal_values_are_right_however_they_are_written(answer, reference):
@@ -40,6 +43,10 @@ def test_equal_values_are_right_however_they_are_written(answer, reference):
         ("She makes $18 a day.\n#### 17", "18"),
         ("First 18, then \\boxed{17}", "18"),
         ("First 18, then 19.", "18"),
+        ("#### 18\n\nNo:\n#### 19", "18"),
+        ("<think>3 * 6 = 18</think><answer>19</answer>", "18"),
+        ("<think>\\boxed{18}</think>It is 19.", "18"),
+        ("<think>It is 18</think>", "18"),
         ("I do not know.", "18"),
         ("", "18"),
         ("the root of 2 is \\boxed{2}", "\\sqrt{2}"),

@@ -6,8 +6,8 @@ outside the main thread and waits while C code runs. So the work is done in a pr
 that the kernel keeps: past LIMIT_S of its own processor time (not of the clock: a busy machine changes no verdict) that
 process is ended, the next one starts, and there is no verdict.
 
-`#### x` (gsm8k) and `\\boxed{x}` mark the final answer; where neither is there, it is what the library finds: the value
-after "the answer is", else the last one.
+`#### x` at the end (gsm8k), `<answer>x</answer>` and `\\boxed{x}` mark the final answer; where none of them is there, it is what
+the library finds: the value after "the answer is", else the last one. What comes before `</think>` is not looked at.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import multiprocessing
+import re
 import resource
 import signal
 import threading
@@ -23,6 +24,7 @@ from typing import Literal
 
 from trainer.flow import BadInput
 
+MARKED = re.compile(r"####([^\n]*)\s*\Z|<answer>(.*?)</answer>", re.DOTALL)
 LIMIT_S = 10.0
 LIMIT_BYTES = 4 << 30  # of its address space; what needs more has no verdict either
 
@@ -95,9 +97,11 @@ def _verdict(answer: str, reference: str) -> Verdict:
 
 
 def _final(text: str, *, alone: bool) -> str:
-    """The text from its final answer on; a value that stands `alone` is marked, so that all of it is read."""
-    text = text.replace("\N{MINUS SIGN}", "-")
-    _, marked, final = text.rpartition("####")
+    """The text's final answer, or the text, less its thinking; a value that stands `alone` is marked, so that all of
+    it is read."""
+    text = text.rpartition("</think>")[2].replace("\N{MINUS SIGN}", "-")
+    marked = [match[match.lastindex or 0] for match in MARKED.finditer(text)]
+    final = marked[-1] if marked else text
     if (marked or alone) and "\\boxed" not in final and "$" not in final:
         return f"\\boxed{{{final.strip()}}}"
     return final
