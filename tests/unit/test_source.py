@@ -160,7 +160,8 @@ def test_a_parquet_row_that_cannot_be_read_is_a_row_with_a_fault(tmp_path):
     texts = pyarrow.array([b"one", b"\xff", b"three"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
     first, faulty, last = read_rows(a_source(path=str(tmp_path / "a.parquet")))
-    assert (first.fields, str(faulty.fields), last.fields) == ({"text": "one"}, "not valid UTF-8", {"text": "three"})
+    assert (first.fields, last.fields) == ({"text": "one"}, {"text": "three"})
+    assert str(faulty.fields) == "a value that cannot be read, as text that is not UTF-8"
 
 
 @pytest.mark.parametrize(

@@ -340,7 +340,10 @@ def _unicode(text: str) -> str:
 
 
 def _listed(columns: list[str]) -> str:
-    return f"the columns {', '.join(columns)}" if columns else "no columns"
+    if not columns:
+        return "no columns"
+    more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
+    return f"the columns {', '.join(name[:60] for name in columns[:20])}{more}"
 
 
 def _place(source: Source) -> str:

@@ -6,8 +6,9 @@ outside the main thread and waits while C code runs. So the work is done in a pr
 that the kernel keeps: past LIMIT_S of its own processor time (not of the clock: a busy machine changes no verdict) that
 process is ended, the next one starts, and there is no verdict.
 
-`#### x` at the end (gsm8k), `<answer>x</answer>` and `\\boxed{x}` mark the final answer; where none of them is there, it is what
-the library finds: the value after "the answer is", else the last one. What comes before `</think>` is not looked at.
+`#### x` at the end (gsm8k), `<answer>x</answer>` and `\\boxed{x}` mark the final answer; where none of them is there,
+it is what the library finds: the value after "the answer is", else the last one. Thinking, which ends with `</think>`,
+is not looked at.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from trainer.strict_json import parse
 SUFFIXES = (".jsonl", ".json", ".parquet")
 CHUNK_BYTES = 1 << 22
 BATCH_ROWS = 256  # of Arrow, turned into Python values at once
+UNREADABLE = "a value that cannot be read, as text that is not UTF-8"
 
 
 class RawRow(NamedTuple):
@@ -172,7 +173,7 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
                 for fields in _arrow_rows(batch):
                     number += 1
                     yield RawRow(number, fields, path.name)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadInput(f"{path}: not a readable Parquet file after row {number} ({_one_line(error)})") from None
 
 
@@ -180,10 +181,13 @@ def _arrow_rows(batch: Any) -> Iterator[dict[str, Any] | RowError]:
     """The rows of an Arrow table or batch. Nested nulls go; a column that is null in a row stays, as the columns tell
     the format."""
     types = {field.name: field.type for field in batch.schema}
-    try:
-        rows = batch.to_pylist()
-    except ValueError:  # text that is not UTF-8, a date that Python does not have: find the row
-        rows = [_arrow_row(batch.slice(number, 1)) for number in range(len(batch))]
+    rows = _python_rows(batch)
+    if rows is None:  # find those that cannot be read
+        rows = [
+            row
+            for number in range(len(batch))
+            for row in _python_rows(batch.slice(number, 1)) or [RowError(UNREADABLE)]
+        ]
     for row in rows:
         try:
             if isinstance(row, RowError):
@@ -193,11 +197,14 @@ def _arrow_rows(batch: Any) -> Iterator[dict[str, Any] | RowError]:
             yield error
 
 
-def _arrow_row(row: Any) -> dict[str, Any] | RowError:
+def _python_rows(batch: Any) -> list[dict[str, Any] | RowError] | None:
+    """The rows as Python values; None where one holds what is not UTF-8, a date that Python does not have, or worse:
+    a damaged file may point anywhere in memory, so it is looked at first."""
     try:
-        return row.to_pylist()[0]
-    except ValueError as error:
-        return RowError("not valid UTF-8" if isinstance(error, UnicodeDecodeError) else "a value that cannot be read")
+        batch.validate(full=True)
+        return batch.to_pylist()
+    except ValueError:
+        return None
 
 
 def _parsed_json(value: Any, type: Any) -> Any:
@@ -243,11 +250,16 @@ def _one_line(error: BaseException) -> str:
 
 def _dataset_rows(dataset: Any, name: str) -> Iterator[RawRow]:
     """As Arrow and not as the library decodes it: it fills objects with nulls, and so hides which were meant."""
+    import pyarrow
+
     number = 0
-    for table in dataset.with_format("arrow").iter(BATCH_ROWS):
-        for fields in _arrow_rows(table):
-            number += 1
-            yield RawRow(number, fields, name)
+    try:
+        for table in dataset.with_format("arrow").iter(BATCH_ROWS):
+            for fields in _arrow_rows(table):
+                number += 1
+                yield RawRow(number, fields, name)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise BadInput(f"{name}: the dataset cannot be read after row {number} ({_one_line(error)})") from None
 
 
 def _saved_dataset(place: str) -> Any:
