@@ -89,9 +89,10 @@ def test_every_format_may_have_a_system_column(format):
     assert read({**row, "prompted": "Be brief."}, format, system="prompted").messages[0] == Message(
         "system", "Be brief."
     )
-    for faulty in (3, " "):
-        with pytest.raises(RowError, match="system"):
-            read({**row, "system": faulty}, format)
+    for none in (None, "", " "):
+        assert read({**row, "system": none}, format) == read(row, format)
+    with pytest.raises(RowError, match="system is not a string"):
+        read({**row, "system": 3}, format)
 
 
 def test_a_system_column_and_a_system_message_must_agree():

@@ -85,6 +85,17 @@ def test_what_no_computer_finishes_has_no_verdict_and_the_next_row_has_one(monke
     assert math_verdict("#### 18", "18") == "right"
 
 
+def _fail_to_start(questions, limit_s):
+    raise SystemExit("no such library")
+
+
+def test_a_process_that_does_not_start_is_no_fault_of_the_rows(monkeypatch):
+    monkeypatch.setattr(math_answers, "_process", None)
+    monkeypatch.setattr(math_answers, "_serve", _fail_to_start)
+    with pytest.raises(RuntimeError, match="did not start"):
+        math_verdict("#### 18", "18")
+
+
 def test_it_works_in_a_thread():
     found = []
     thread = threading.Thread(target=lambda: found.append(math_verdict("#### 18", "18")))

@@ -159,7 +159,7 @@ _CONVERSATIONS = {
 
 def _with_system(system: Any, messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """The messages under the row's `system` column; some files write the same text in both places."""
-    if system is None or system == "":
+    if system is None or (isinstance(system, str) and not system.strip()):
         return messages
     text = _text(system, "system")
     written = [message.content for message in messages if message.role in ("system", "developer")]

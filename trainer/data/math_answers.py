@@ -27,7 +27,7 @@ from trainer.flow import BadInput
 
 MARKED = re.compile(r"####([^\n]*)\s*\Z|<answer>(.*?)</answer>", re.DOTALL)
 LIMIT_S = 10.0
-LIMIT_BYTES = 4 << 30  # of its address space; what needs more has no verdict either
+LIMIT_BYTES = 4 << 30  # of memory beyond what the library itself takes; what needs more has no verdict either
 
 Verdict = Literal["right", "wrong", "no reference", "no verdict"]
 
@@ -62,6 +62,10 @@ def _start() -> Connection:
     ours, theirs = context.Pipe()
     context.Process(target=_serve, args=(theirs, LIMIT_S), daemon=True).start()
     theirs.close()  # or its end would not be noticed here
+    try:
+        ours.recv()
+    except EOFError:  # not a row's fault: it must not pass for one without a verdict
+        raise RuntimeError("the process that verifies answers did not start; what it says stands above") from None
     return ours
 
 
@@ -69,10 +73,13 @@ def _serve(questions: Connection, limit_s: float) -> None:
     """Answer until the process that asks is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that asks
     logging.disable(logging.CRITICAL)  # the library logs every text that it cannot read
-    resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    import math_verify  # noqa: F401  seconds, which are not the first answer's
+    import math_verify  # noqa: F401  takes a second, which is not the first answer's
+    import psutil
 
+    hard_limit = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if hard_limit == resource.RLIM_INFINITY:  # else the machine's owner has set one
+        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + LIMIT_BYTES, hard_limit))
+    questions.send("ready")
     while True:
         try:
             answer, reference = questions.recv()
