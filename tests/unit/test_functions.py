@@ -1,5 +1,7 @@
 """Functions of the user's own: found in the current folder, told apart by what is written in them."""
 
+import sys
+
 import pytest
 
 from trainer.flow import BadInput
@@ -8,9 +10,9 @@ from trainer.functions import function_digest, load_function
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """A current folder, as `python -m` and the installed command have it."""
+    """A current folder; as for the installed command, Python does not look into it by itself."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
     return tmp_path
 
 

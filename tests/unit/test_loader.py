@@ -1,6 +1,7 @@
 """A batch is its documents' own shifted labels; a run's batches train every trained token exactly once an epoch."""
 
 import json
+import sys
 import threading
 import time
 from collections import Counter
@@ -395,12 +396,16 @@ def test_sources_of_all_formats_are_trained_together(tmp_path, tokenizer):
 
 def test_filters_work_in_the_processes_that_tokenise(tmp_path, tokenizer, monkeypatch):
     rows = [{**row, "best": str(2 * n + n % 2)} for n, row in enumerate(questions(40))]
-    train = [{"path": write(tmp_path, rows), "filters": {"verify": "math", "reference": "best"}}]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (tmp_path / "early.py").write_text("def keep(row, conversation): return row['best'] != '8' or 'an eight'")
+    filters = {"verify": "math", "reference": "best", "function": "early:keep"}
+    train = [{"path": write(tmp_path, rows), "filters": filters}]
     monkeypatch.setattr(tokenise, "CHUNK_ROWS", 8)
     monkeypatch.setattr(tokenise, "POOL_FROM_CHUNKS", 2)
     many = prepare(recipe(tmp_path, train=train, workers=2), tokenizer, "train")
-    assert many.report["filter_reasons"] == {"verify: not the reference's value": 20}
-    assert many.documents.rows.tolist() == list(range(1, 41, 2))
+    assert many.report["filter_reasons"] == {"verify: not the reference's value": 20, "early:keep: an eight": 1}
+    assert many.documents.rows.tolist() == [row for row in range(1, 41, 2) if row != 5]
 
 
 def test_a_cache_is_found_again_under_another_path_and_by_eval(tmp_path, tokenizer):
