@@ -135,21 +135,20 @@ def _first_rows(recipe: Recipe, tokenizer: Any, split: str, count: int) -> Itera
     """Titles and examples (or why there is none) of the first rows of each source, cut as for training."""
     from itertools import islice
 
-    from trainer.data.format import detect_format, to_conversation
     from trainer.data.loader import limits_of
     from trainer.data.mask import Masker
+    from trainer.data.rows import RowReader
     from trainer.data.source import read_rows
     from trainer.data.tokenise import fit
 
     section = recipe.data
     masker = Masker(tokenizer, section.train_on, section.train_on_eot)
     for source in section.train if split == "train" else section.eval:
-        rows = list(islice(read_rows(source), count))
-        format = detect_format(rows[0].fields, source)
-        for row in rows:
+        reader = RowReader.of(source)
+        for row in islice(read_rows(source), count):
             title = f"{row.file or source.name}:{row.number}"
             try:
-                example = masker.example(to_conversation(row.fields, format, source.columns))
+                example = masker.example(reader.conversation(row.fields))
                 yield from ((title, part) for part in fit(example, limits_of(recipe)))
             except RowError as error:
                 yield title, error
@@ -189,17 +188,20 @@ def _data_table(title: str, report: dict[str, Any], fill: float) -> Table:
     """What prepared data holds, source by source where there are several."""
     from rich.table import Table
 
-    table = Table("", "rows", "rejected", "documents", "tokens", "trained", title=f"{title}: rows {fill:.1%} filled")
+    names = ("rows", "rejected", "filtered", "documents", "tokens")
+    table = Table("", *names, "trained", title=f"{title}: rows {fill:.1%} filled")
     for column in table.columns[1:]:
         column.justify = "right"
     sources = report["sources"] if len(report["sources"]) > 1 else []
     for part in [*sources, {"name": "all", **report}]:
-        counts = (part[key] for key in ("rows", "rejected", "documents", "tokens"))
+        counts = (part[key] for key in names)
         table.add_row(
             part["name"], *(f"{count:,}" for count in counts), f"{part['trained_tokens'] / part['tokens']:.1%}"
         )
         for reason, count in part["reasons"].items():
             table.add_row(f"  rejected: {reason}", "", f"{count:,}")
+        for reason, count in part["filter_reasons"].items():
+            table.add_row(f"  filtered: {reason}", "", "", f"{count:,}")
     return table
 
 

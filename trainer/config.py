@@ -7,6 +7,7 @@ no folder, no network. Each stage receives its own section only.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,16 +51,64 @@ class ModelSection(Section):
     trust_remote_code: bool = Field(default=False, description="Runs the model's own Python code. Read it first.")
 
 
+def _check_function(name: str | None) -> None:
+    module, colon, function = (name or "module:function").partition(":")
+    if not colon or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise ValueError(f"a function is named as `module:function`, not `{name}`")
+
+
+class Filters(Section):
+    """Which rows are not wanted, by their last answer (or text). They are counted apart from rejected ones."""
+
+    answer_words: tuple[int, int] | None = Field(
+        default=None, description="Fewest and most words, parted by white space, as `[3, 400]`."
+    )
+    pattern: str | None = Field(default=None, description="A regular expression that must be found in it.")
+    not_pattern: str | None = Field(default=None, description="One that must not be found.")
+    function: str | None = Field(
+        default=None,
+        description="`module:function` of your own: (row, flow.Conversation) -> True to keep it, False or a reason to "
+        "leave it out. Found and trusted as data.train.function.",
+    )
+    verify: Literal["math"] | None = Field(
+        default=None, description="math: it must come to the reference's value, by the library math-verify."
+    )
+    reference: str | None = Field(default=None, description="The column that holds the right answer, for `verify`.")
+
+    @model_validator(mode="after")
+    def _usable(self) -> Filters:
+        for pattern in (self.pattern, self.not_pattern):
+            try:
+                re.compile(pattern or "")
+            except re.error as error:
+                raise ValueError(f"`{pattern}` is not a regular expression: {error}") from None
+        if self.answer_words and not 0 <= self.answer_words[0] <= self.answer_words[1]:
+            raise ValueError("`answer_words` is [fewest, most]")
+        if (self.verify is None) != (self.reference is None):
+            raise ValueError("`reference` belongs to `verify`, and must be given there")
+        _check_function(self.function)
+        return self
+
+
 class Source(Section):
     """Where rows come from: a file or folder (`path`), or a dataset of the hub (`name`)."""
 
-    path: str | None = Field(default=None, description=".jsonl, .json or .parquet, or a folder of them.")
+    path: str | None = Field(
+        default=None, description=".jsonl, .json or .parquet, a folder of them, or one that datasets has saved."
+    )
     name: str | None = Field(default=None, description="A dataset of the hub.")
     split: str = Field(default="train", description="Its split.")
-    format: Literal["auto", "messages", "prompt_completion", "instruction", "question_answer", "text"] = Field(
-        default="auto", description="auto: recognised from the columns."
+    format: Literal["auto", "messages", "sharegpt", "prompt_completion", "instruction", "question_answer", "text"] = (
+        Field(default="auto", description="auto: recognised from the columns of the first row; all rows must have it.")
     )
     columns: dict[str, str] = Field(default_factory=dict, description="Our name -> the file's, as `question: Problem`.")
+    function: str | None = Field(
+        default=None,
+        description="`module:function` of your own, in place of a format: row (a dict) -> list of messages, or "
+        "{messages, tools}. Your code is run: it is imported from the current folder or the environment, never from a "
+        "folder of data. Its file is part of the cache's key, modules that it imports are not.",
+    )
+    filters: Filters = Filters()
     weight: float = Field(default=1.0, gt=0, description="round(weight x rows) rows an epoch (C1).")
     rows: int | None = Field(default=None, ge=1, description="Only the first so many rows.")
 
@@ -67,6 +116,9 @@ class Source(Section):
     def _one_place(self) -> Source:
         if (self.path is None) == (self.name is None):
             raise ValueError("give exactly one of `path` and `name`")
+        _check_function(self.function)
+        if self.function and (self.format != "auto" or self.columns):
+            raise ValueError("`function` reads the row itself: leave out `format` and `columns`")
         return self
 
 

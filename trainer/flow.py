@@ -35,6 +35,10 @@ class RowError(ValueError):
     """One row cannot be used. The message is a short reason that repeats from row to row, so that it can be counted."""
 
 
+class Filtered(RowError):
+    """A row that the recipe's filters leave out. It is counted, but no fault of the row."""
+
+
 # ----------------------------------------------------------------------------------------------- data
 
 
@@ -108,7 +112,8 @@ class Tokenised:
     files: np.ndarray  # (n,) int32, number of the file
     rows: np.ndarray  # (n,) int64, row number in the file, from 1
     rejects: tuple[tuple[int, int, int, str], ...]  # source, file, row, reason
-    source_rows: Mapping[int, int]  # rows read of each source, rejected ones too
+    filtered: tuple[tuple[int, int, int, str], ...]  # likewise: left out by the recipe's filters
+    source_rows: Mapping[int, int]  # rows read of each source, those left out too
 
 
 class Piece(NamedTuple):

@@ -1,6 +1,6 @@
 """Rows as the model will see them: trained, context and special tokens in colours.
 
-Titled Examples (or RowErrors, for rejected rows) and their tokenizer enter; a rich renderable for the terminal or one
+Titled Examples (or RowErrors, for rows left out) and their tokenizer enter; a rich renderable for the terminal or one
 self-contained HTML page leaves. Nothing is printed or written here.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Group
 from rich.text import Text
 
-from trainer.flow import Example, RowError
+from trainer.flow import Example, Filtered, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,7 +86,7 @@ def as_text(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Group:
     blocks: list[Text] = [legend]
     for title, result in rows:
         if isinstance(result, RowError):
-            blocks.append(Text.assemble("\n", (title, "bold"), "  ", (f"rejected: {result}", "red")))
+            blocks.append(Text.assemble("\n", (title, "bold"), "  ", (_left_out(result), "red")))
             continue
         blocks.append(Text.assemble("\n", (title, "bold"), f"  {counts(result)}"))
         blocks.append(Text.assemble(*((_visible(run), STYLES[run.kind]) for run in runs(result, tokenizer))))
@@ -103,9 +103,13 @@ def as_html(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, title: str 
 def _html_row(title: str, result: Example | RowError, tokenizer: PreTrainedTokenizerBase) -> str:
     heading = html.escape(title)
     if isinstance(result, RowError):
-        return f'<h2>{heading} <span class="rejected">rejected: {html.escape(str(result))}</span></h2>'
+        return f'<h2>{heading} <span class="rejected">{html.escape(_left_out(result))}</span></h2>'
     spans = "".join(f'<span class="{run.kind}">{html.escape(_visible(run))}</span>' for run in runs(result, tokenizer))
     return f"<h2>{heading} &middot; {counts(result)}</h2>\n<pre>{spans}</pre>"
+
+
+def _left_out(reason: RowError) -> str:
+    return f"{'filtered' if isinstance(reason, Filtered) else 'rejected'}: {reason}"
 
 
 def _visible(run: Run) -> str:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from trainer import once
 from trainer.data import cache, tokenise
 from trainer.data.cache import Documents, keep_packed, prepare
 from trainer.data.tokenise import Limits, Row, tokenise_rows
-from trainer.flow import BadInput, Example, Packed, RowError
+from trainer.flow import BadInput, Example, Filtered, Packed, RowError
 from trainer.once import Stopped
 
 LIMITS = Limits(100, "reject", packing_cuts=False)
@@ -28,10 +29,12 @@ def fake_example(number: int) -> Example:
 
 
 def fake_tokenise(rows: list[Row]) -> list[Example | RowError]:
-    return [RowError(row.fields) if row.fields else fake_example(row.number) for row in rows]
+    """A row's fields are None, the reason of a reject, or what is raised."""
+    faults = [RowError(row.fields) if isinstance(row.fields, str) else row.fields for row in rows]
+    return [fault or fake_example(row.number) for fault, row in zip(faults, rows, strict=True)]
 
 
-def rows(count: int, bad: dict[int, str] | None = None) -> list[Row]:
+def rows(count: int, bad: Mapping[int, str | RowError] | None = None) -> list[Row]:
     return [Row(number % 2, number % 2, number, (bad or {}).get(number)) for number in range(1, count + 1)]
 
 
@@ -130,6 +133,32 @@ def test_too_many_rejects_stop_the_run_and_the_commonest_reasons_are_named(tmp_p
     seen: list[int] = []
     assert len(made(tmp_path / "d", rows(20, bad), max_rejects=0.4, seen=seen).lengths) == 12
     assert seen == [], "another bound needs no other tokens"
+
+
+def test_filtered_rows_are_counted_apart_and_are_no_rejects(tmp_path):
+    unwanted = dict.fromkeys(range(1, 9), Filtered("too short"))
+    documents = made(tmp_path / "d", rows(10, {**unwanted, 9: Filtered("too long")}), max_rejects=0.0)
+    report = documents.report
+    assert (report["rows"], report["documents"], report["rejected"], report["filtered"]) == (10, 1, 0, 9)
+    assert (report["reasons"], report["filter_reasons"]) == ({}, {"too short": 8, "too long": 1})
+    assert [source["filtered"] for source in report["sources"]] == [4, 5]
+    lines = [json.loads(line) for line in (documents.folder / "filtered.jsonl").read_text().splitlines()]
+    assert lines[0] == {"source": "b.jsonl", "row": 1, "reason": "too short"}
+    assert len(lines) == 9
+    assert (documents.folder / "rejects.jsonl").read_text() == ""
+
+
+def test_the_share_of_rejects_is_of_the_rows_that_were_wanted(tmp_path):
+    faults = {**dict.fromkeys(range(1, 9), Filtered("too short")), 9: "odd"}
+    with pytest.raises(BadInput, match=r"1 of 2 rows \(50\.0%\) are rejected"):
+        made(tmp_path / "d", rows(10, faults), max_rejects=0.4)
+
+
+def test_filters_that_leave_nothing_are_named(tmp_path):
+    with pytest.raises(
+        BadInput, match=r"the filters leave no row of 3: too short \(2\), odd \(1\); see .*filtered\.jsonl"
+    ):
+        made(tmp_path / "d", rows(3, {1: Filtered("too short"), 2: "odd", 3: Filtered("too short")}))
 
 
 def test_nothing_left_stops_the_run(tmp_path):

@@ -127,6 +127,13 @@ def test_prepare_counts_rejects_by_reason(packhorse, tmp_path):
     assert "rejected: " in out
 
 
+def test_prepare_counts_filtered_rows_by_reason(packhorse, tmp_path):
+    filters = "data.train.0.filters.answer_words=[1, 7]"
+    code, out, err = packhorse("prepare", DEBUG, filters, f"data.cache={tmp_path}")
+    assert code == 0, err
+    assert "filtered: answer_words: more than 7" in out
+
+
 def test_preview_on_the_terminal_and_as_a_page(packhorse, tmp_path):
     code, out, err = packhorse("preview", DEBUG, "--rows", "2")
     assert code == 0, err

@@ -15,6 +15,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = {"model": {"name": "some/model"}, "data": {"train": [{"path": "rows.jsonl"}]}, "run": {"dir": "runs/x"}}
 
 
+def with_source(**fields: object) -> dict:
+    """SMALLEST with more keys in its source."""
+    return with_key("data.train", [{"path": "a", **fields}])
+
+
 def with_key(key: str, value: object) -> dict:
     """SMALLEST with a dotted key set."""
     tree = yaml.safe_load(yaml.safe_dump(SMALLEST))
@@ -98,6 +103,17 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (with_key("data.train", []), "`data.train`"),
         (with_key("data.train", [{}]), "give exactly one of `path` and `name`"),
         (with_key("data.train", [{"path": "a", "name": "b"}]), "give exactly one of `path` and `name`"),
+        (with_source(format="sharegtp"), "'sharegpt'"),
+        (with_source(function="mine.py"), "a function is named as `module:function`, not `mine.py`"),
+        (with_source(function="/data/mine:read"), "a function is named as `module:function`"),
+        (with_source(function="mine:read", format="text"), "leave out `format` and `columns`"),
+        (with_source(filters={"function": "mine"}), "a function is named as `module:function`"),
+        (with_source(filters={"pattern": "("}), "`(` is not a regular expression"),
+        (with_source(filters={"not_pattern": "["}), "`[` is not a regular expression"),
+        (with_source(filters={"answer_words": [3, 2]}), "`answer_words` is [fewest, most]"),
+        (with_source(filters={"verify": "math"}), "`reference` belongs to `verify`"),
+        (with_source(filters={"reference": "best"}), "`reference` belongs to `verify`"),
+        (with_source(filters={"patern": "x"}), "did you mean `data.train.0.filters.pattern`?"),
         (with_key("data.max_tokens", 9000), "an example must fit in a row"),
         (with_key("loss.weighting", "constant"), "`constant_tokens` belongs to `weighting: constant`"),
         ({**SMALLEST, "run": {}}, "`run.dir` is missing"),

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.config import Source
-from trainer.data.format import REQUIRED, detect_format, to_conversation
+from trainer.data.format import OPTIONAL, REQUIRED, detect_format, to_conversation
 from trainer.flow import BadInput, Conversation, Message, RowError
 
 ASKED, ANSWERED = Message("user", "2+2?"), Message("assistant", "4")
@@ -24,6 +24,7 @@ def read(fields, format, **columns):
     ("columns", "format"),
     [
         (["messages", "tools", "id"], "messages"),
+        (["id", "conversations"], "sharegpt"),
         (["prompt", "completion"], "prompt_completion"),
         (["instruction", "input", "output"], "instruction"),
         (["instruction", "output"], "instruction"),
@@ -60,11 +61,15 @@ def test_unknown_columns_say_what_is_known(source, message):
     ("fields", "format"),
     [
         ({"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}, "messages"),
+        ({"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}, "sharegpt"),
+        ({"conversations": [{"from": "user", "value": "2+2?"}, {"from": "chatgpt", "value": "4"}]}, "sharegpt"),
+        ({"conversations": [{"role": "user", "content": "2+2?"}, {"from": "gpt", "value": "4"}]}, "sharegpt"),
         ({"prompt": "2+2?", "completion": "4"}, "prompt_completion"),
         ({"prompt": [{"role": "user", "content": "2+2?"}], "completion": "4"}, "prompt_completion"),
         ({"prompt": "2+2?", "completion": [{"role": "assistant", "content": "4"}]}, "prompt_completion"),
         ({"instruction": "2+2?", "input": "", "output": "4"}, "instruction"),
         ({"instruction": "2+2?", "input": None, "output": "4"}, "instruction"),
+        ({"instruction": "2+2?", "input": "<noinput>", "output": "4", "system": "", "history": []}, "instruction"),
         ({"question": "2+2?", "answer": "4", "choices": [1]}, "question_answer"),
     ],
 )
@@ -75,6 +80,88 @@ def test_every_format_gives_the_same_conversation(fields, format):
 def test_an_instruction_and_its_input_are_parted_by_a_blank_line():
     row = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
     assert read(row, "instruction").messages[0].content == "Add.\n\n2 and 2"
+
+
+@pytest.mark.parametrize("format", [name for name in REQUIRED if name != "text"])
+def test_every_format_may_have_a_system_column(format):
+    turns = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]
+    row = dict.fromkeys(REQUIRED[format], turns if format in ("messages", "sharegpt") else "4")
+    assert read({**row, "prompted": "Be brief."}, format, system="prompted").messages[0] == Message(
+        "system", "Be brief."
+    )
+    for none in (None, "", " "):
+        assert read({**row, "system": none}, format) == read(row, format)
+    with pytest.raises(RowError, match="system is not a string"):
+        read({**row, "system": 3}, format)
+
+
+def test_a_system_column_and_a_system_message_must_agree():
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+    assert len(read({"messages": turns, "system": "s"}, "messages").messages) == 3
+    with pytest.raises(RowError, match="beside another system message"):
+        read({"messages": turns, "system": "other"}, "messages")
+
+
+def test_alpaca_rows_may_have_turns_before():
+    row = {"instruction": "2+2?", "output": "4", "history": [["Hi", "Hello"]]}
+    assert read(row, "instruction").messages == (Message("user", "Hi"), Message("assistant", "Hello"), ASKED, ANSWERED)
+    for history in ("Hi", [["Hi"]], [["Hi", None]], [{"Hi": "Hello"}]):
+        with pytest.raises(RowError):
+            read({**row, "history": history}, "instruction")
+
+
+def test_sharegpt_has_calls_their_results_tools_and_weights():
+    row = {
+        "conversations": [
+            {"from": "human", "value": "2+?", "weight": None},
+            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}', "weight": 0},
+            {"from": "observation", "value": "4"},
+            {"from": "gpt", "value": "4", "reasoning_content": "Hm."},
+        ],
+        "system": "Be brief.",
+        "tools": '[{"name": "add"}]',
+    }
+    assert read(row, "sharegpt") == Conversation(
+        (
+            Message("system", "Be brief."),
+            Message("user", "2+?"),
+            Message("assistant", "", tool_calls=({"function": {"name": "add", "arguments": {"a": 2}}},), weight=0),
+            Message("tool", "4"),
+            Message("assistant", "4", "Hm."),
+        ),
+        tools=({"name": "add"},),
+    )
+
+
+@pytest.mark.parametrize(
+    ("turns", "reason"),
+    [
+        ([{"from": "narrator", "value": "a"}], "unknown role 'narrator'"),
+        ([{"from": None, "value": "a"}], "a message has no role"),
+        ([{"from": ["gpt"], "value": "a"}], "a message has no role"),
+        ([{"value": "a"}], "a message has no role"),
+        ([{"from": "gpt", "value": None}], "content is not text"),
+        ([{"from": "gpt", "value": "a"}], "an answer comes before any question"),
+        ([{"from": "human", "value": "a"}], "no answer"),
+        ([{"from": "function_call", "value": "add(2)"}], "function_call: broken JSON: Expecting value"),
+        ([{"from": "function_call", "value": "[1]"}], "a tool call names no function"),
+        (["a"], "a message is not an object"),
+        ("a", "conversations are not a list of turns"),
+    ],
+)
+def test_a_bad_sharegpt_row_is_rejected_with_a_reason(turns, reason):
+    with pytest.raises(RowError) as error:
+        read({"conversations": turns}, "sharegpt")
+    assert str(error.value) == reason
+
+
+def test_a_row_of_another_format_than_the_first_is_rejected():
+    with pytest.raises(RowError, match=r"^no question$"):
+        read({"text": "To be or not to be"}, "question_answer")
 
 
 def test_text_stays_text_and_columns_are_mapped():
@@ -120,6 +207,7 @@ def calling(function, **more):
     }
 
 
+JSON_FAULT = "tool-call arguments: broken JSON: Expecting property name enclosed in double quotes"
 DEEP: list = []
 for _ in range(200):
     DEEP = [DEEP]
@@ -139,7 +227,10 @@ for _ in range(200):
         (chat(("user", None), ("assistant", "b")), "content is not text"),
         (chat(("user", [{"type": "image"}]), ("assistant", "b")), "content has parts that are not text"),
         (chat(("user", "\ud800"), ("assistant", "b")), "half a surrogate pair in the text"),
-        (chat(("user", "a"), ("assistant", "b"), tools="{"), "tools are not JSON"),
+        (
+            chat(("user", "a"), ("assistant", "b"), tools="{"),
+            "tools: broken JSON: Expecting property name enclosed in double quotes",
+        ),
         (chat(("user", "a"), ("assistant", "b"), tools=[{"type": "function"}]), "a tool names no function"),
         (chat(("user", "a"), ("assistant", "b"), tools=[{"name": "f", "x": DEEP}]), "nested too deeply"),
         (chat(("user", "a"), ("assistant", "b"), tools=[{"name": "f", "x": b"1"}]), "a value that JSON does not have"),
@@ -149,9 +240,14 @@ for _ in range(200):
         ({"messages": None}, "no messages"),
         ({}, "no messages"),
         ({"messages": [{"content": "a"}]}, "a message has no role"),
-        (calling({"name": "f", "arguments": "{"}), "tool-call arguments are not JSON"),
+        (calling({"name": "f", "arguments": "{'a': 1}"}), JSON_FAULT),
+        (
+            calling({"name": "f", "arguments": '{"a": 1, "a": 2}'}),
+            "tool-call arguments: a key stands twice in an object",
+        ),
+        (calling({"name": "f", "arguments": '{"a": NaN}'}), "tool-call arguments: a value that JSON does not have"),
         (calling({"name": "f", "arguments": "[1]"}), "tool-call arguments are not an object"),
-        (calling({"name": "f", "arguments": "1" * 5000}), "tool-call arguments are not JSON"),
+        (calling({"name": "f", "arguments": "1" * 5000}), "tool-call arguments: a number of too many digits"),
         (calling({"name": ""}), "a tool call names no function"),
         (calling({"name": "f"}, weight=2), "a message's weight is not 0 or 1"),
         (calling({"name": "f"}, weight=float("nan")), "a message's weight is not 0 or 1"),
@@ -175,9 +271,11 @@ def test_a_missing_empty_or_wrong_column_is_rejected(format):
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=3)
-keys = st.sampled_from(["role", "content", "tool_calls", "function", "name", "arguments", "type", "text", "weight"])
+keys = st.sampled_from(
+    ["role", "from", "value", "content", "tool_calls", "function", "name", "arguments", "type", "text", "weight"]
+)
 junk = st.recursive(
-    scalars | st.sampled_from(["user", "assistant", "tool", "{}"]),
+    scalars | st.sampled_from(["user", "assistant", "tool", "function_call", "{}"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=5),
     max_leaves=12,
 )
@@ -186,19 +284,9 @@ junk = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(REQUIRED)), st.data())
 def test_nothing_but_a_row_error_comes_of_a_malformed_row(format, data):
-    row = {name: data.draw(junk, label=name) for name in (*REQUIRED[format], "input", "tools")}
+    row = {name: data.draw(junk, label=name) for name in (*REQUIRED[format], *OPTIONAL)}
     try:
         conversation = read(row, format)
     except RowError:
         return
     assert conversation.text or any(message.role == "assistant" for message in conversation.messages)
-
-
-def test_all_real_rows_are_read(shared):
-    from trainer.data.source import read_rows
-
-    for path in sorted((shared / "data").glob("*.jsonl")):
-        source = a_source(path=str(path))
-        rows = list(read_rows(source))
-        format = detect_format(rows[0].fields, source)
-        assert all(to_conversation(row.fields, format, {}) for row in rows), path.name

@@ -1,6 +1,7 @@
 """A batch is its documents' own shifted labels; a run's batches train every trained token exactly once an epoch."""
 
 import json
+import sys
 import threading
 import time
 from collections import Counter
@@ -324,6 +325,8 @@ def test_what_shapes_the_documents_is_in_the_key(tmp_path, tokenizer):
     other = [
         {"train": [{**source, "rows": 10}]},
         {"train": [source, source]},
+        {"train": [{**source, "filters": {"answer_words": [1, 3]}}]},
+        {"train": [{**source, "filters": {"pattern": "It"}}]},
         {"train_on": "all"},
         {"train_on_eot": False},
         {"max_tokens": 100},
@@ -334,6 +337,75 @@ def test_what_shapes_the_documents_is_in_the_key(tmp_path, tokenizer):
         assert len(cached(tmp_path)) == number, change
     prepare(recipe(tmp_path, questions(21)), tokenizer, "train")
     assert len(cached(tmp_path)) == len(other) + 2
+
+
+def test_the_users_own_functions_are_in_the_key(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "shaping.py").write_text(
+        "def read(row):\n"
+        "    return [{'role': 'user', 'content': row['question']}, {'role': 'assistant', 'content': row['answer']}]\n"
+        "def keep(row, conversation):\n"
+        "    return '3' not in row['answer'] or 'a three'\n"
+    )
+    source = {"path": write(tmp_path, questions(20))}
+    plain = prepare(recipe(tmp_path, train=[source]), tokenizer, "train")
+    mine = {**source, "function": "shaping:read", "filters": {"function": "shaping:keep"}}
+    shaped = prepare(recipe(tmp_path, train=[mine]), tokenizer, "train")
+    threes = sum("3" in row["answer"] for row in questions(20))
+    assert shaped.report["filter_reasons"] == {"shaping:keep: a three": threes}
+    assert shaped.lengths.sum() < plain.lengths.sum()
+    with (tmp_path / "shaping.py").open("a") as file:
+        file.write("# changed\n")
+    prepare(recipe(tmp_path, train=[mine]), tokenizer, "train")
+    assert len(cached(tmp_path)) == 3
+
+
+def test_broken_lines_are_rejects_that_are_named(tmp_path, tokenizer):
+    of = recipe(tmp_path, questions(200))
+    path = tmp_path / "train.jsonl"
+    path.write_text(path.read_text() + '{"question": "cut o')
+    prepared = prepare(
+        of.model_copy(update={"data": of.data.model_copy(update={"max_rejects": 0.01})}), tokenizer, "train"
+    )
+    assert (prepared.report["rows"], prepared.report["rejected"]) == (201, 1)
+    (line,) = prepared.rejects_path.read_text().splitlines()
+    reason = "broken JSON: Unterminated string starting at"
+    assert json.loads(line) == {"source": str(path), "row": 201, "reason": reason}
+
+
+def test_sources_of_all_formats_are_trained_together(tmp_path, tokenizer):
+    kinds = {
+        "messages": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "It is 1."}]}],
+        "sharegpt": [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "It is 2."}]}],
+        "instruction": [{"instruction": "a", "input": "", "output": "It is 3."}],
+        "prompt_completion": [{"prompt": "a", "completion": "It is 4."}],
+        "question_answer": questions(1),
+        "text": [{"text": "It is 5."}],
+    }
+    sources = []
+    for name, rows in kinds.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        sources.append({"path": str(tmp_path / f"{name}.jsonl")})
+    prepared = prepare(recipe(tmp_path, train=sources), tokenizer, "train")
+    trained = [prepared.example(number) for number in range(len(kinds))]
+    said = [tokenizer.decode(example.input_ids[example.trained]) for example in trained]
+    assert [text.replace("<|im_end|>", "") for text in said[:5]] == [f"It is {n}." for n in (1, 2, 3, 4, 0)]
+    assert "is 5." in said[5]
+    assert [source["documents"] for source in prepared.report["sources"]] == [1] * 6
+
+
+def test_filters_work_in_the_processes_that_tokenise(tmp_path, tokenizer, monkeypatch):
+    rows = [{**row, "best": str(2 * n + n % 2)} for n, row in enumerate(questions(40))]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (tmp_path / "early.py").write_text("def keep(row, conversation): return row['best'] != '8' or 'an eight'")
+    filters = {"verify": "math", "reference": "best", "function": "early:keep"}
+    train = [{"path": write(tmp_path, rows), "filters": filters}]
+    monkeypatch.setattr(tokenise, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(tokenise, "POOL_FROM_CHUNKS", 2)
+    many = prepare(recipe(tmp_path, train=train, workers=2), tokenizer, "train")
+    assert many.report["filter_reasons"] == {"verify: not the reference's value": 20, "early:keep: an eight": 1}
+    assert many.documents.rows.tolist() == [row for row in range(1, 41, 2) if row != 5]
 
 
 def test_a_cache_is_found_again_under_another_path_and_by_eval(tmp_path, tokenizer):
@@ -386,6 +458,12 @@ def test_held_out_prompts_end_before_the_answer(tmp_path, tokenizer):
     assert text == tokenizer.decode(ids)
     assert "What is 1 + 1?" in text
     assert text.endswith("<|im_start|>assistant\n")
+
+
+def test_held_out_prompts_are_filtered_as_the_rows_are(tmp_path, tokenizer):
+    source = {"path": write(tmp_path, questions(5)), "filters": {"not_pattern": "0|4"}}
+    prompts = held_out_prompts(recipe(tmp_path, questions(1), eval=[source]), Masker(tokenizer), 9)
+    assert [prompt.reference for prompt in prompts] == ["It is 2.", "It is 6.", "It is 8."]
 
 
 def test_held_out_rows_without_an_answer_are_refused(tmp_path, tokenizer):

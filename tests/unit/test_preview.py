@@ -10,7 +10,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from trainer.data.mask import Masker
-from trainer.flow import Conversation, Example, Message, RowError
+from trainer.flow import Conversation, Example, Filtered, Message, RowError
 from trainer.preview import Run, as_html, as_text, counts, runs
 
 HOSTILE = "<script>alert('x')</script> & \x1b[2J größe"
@@ -45,10 +45,12 @@ def test_counts(shown):
 def test_the_terminal_shows_colours_counts_and_reasons(shown):
     tokenizer, example = shown
     console = Console(width=200, record=True, force_terminal=True, color_system="truecolor", file=io.StringIO())
-    console.print(as_text([("a.jsonl:1", example), ("a.jsonl:2", RowError("no answer"))], tokenizer))
+    left_out = [("a.jsonl:2", RowError("no answer")), ("a.jsonl:3", Filtered("too short"))]
+    console.print(as_text([("a.jsonl:1", example), *left_out], tokenizer))
     plain = console.export_text(clear=False)
     assert counts(example) in plain
     assert "a.jsonl:2  rejected: no answer" in plain
+    assert "a.jsonl:3  filtered: too short" in plain
     assert "line one↵" in plain
     styled = console.export_text(styles=True)
     assert all(code in styled for code in ("\x1b[32m", "\x1b[2m", "\x1b[1;4;35m"))

@@ -9,7 +9,7 @@ import pytest
 
 from trainer.config import Source
 from trainer.data.source import read_rows, source_digest, without_nulls
-from trainer.flow import BadInput
+from trainer.flow import BadInput, RowError
 
 ROWS = [{"text": "one"}, {"text": "zwei\u2028drei"}, {"text": "四"}]
 
@@ -40,7 +40,7 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
     write(tmp_path / "b.jsonl", [{"text": "second"}])
     write(tmp_path / "a.parquet", [{"text": "first"}])
     (tmp_path / "notes.txt").write_text("not data")
-    assert [row.fields["text"] for row in read_rows(a_source(path=str(tmp_path)))] == ["first", "second"]
+    assert [row.fields for row in read_rows(a_source(path=str(tmp_path)))] == [{"text": "first"}, {"text": "second"}]
 
 
 def test_rows_limits_and_nothing_after_them_is_read(tmp_path):
@@ -53,7 +53,7 @@ def test_lines_under_the_name_json_a_byte_order_mark_and_blank_lines(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}')
     rows = list(read_rows(a_source(path=str(path))))
-    assert [(row.number, row.fields["text"]) for row in rows] == [(1, "one"), (3, "two")]
+    assert [(row.number, row.fields) for row in rows] == [(1, {"text": "one"}), (3, {"text": "two"})]
 
 
 def test_tool_schemas_keep_their_own_keys(tmp_path):
@@ -63,36 +63,113 @@ def test_tool_schemas_keep_their_own_keys(tmp_path):
     assert without_nulls({"a": None, "b": [None, {"c": None}]}) == {"b": [None, {}]}
 
 
+SCHEMAS = [
+    {"text": "a", "tools": [{"name": "f", "p": {"city": {"type": "string"}}}]},
+    {"text": "b", "tools": [{"name": "g", "p": {"day": {"type": "integer", "minimum": 1}}}]},
+]
+MIXED = [  # no Arrow type holds both, and a null is meant: datasets stores `p` as JSON
+    {"text": "a", "tools": [{"name": "f", "p": {"city": {"enum": ["x", None], "default": None}}}]},
+    {"text": "b", "tools": [{"name": "g", "p": [1]}]},
+]
+
+
+@pytest.mark.parametrize("rows", [SCHEMAS, MIXED], ids=["filled with nulls", "stored as JSON"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "parquet", "hub", "saved"])
+def test_rows_are_the_same_however_they_are_stored(tmp_path, monkeypatch, kind, rows):
+    import datasets
+
+    plain = write(tmp_path / f"a.{'json' if kind == 'json' else 'jsonl'}", rows)
+    dataset = datasets.Dataset.from_json(str(plain.path), cache_dir=str(tmp_path / "cache"))
+    assert isinstance(dataset, datasets.Dataset)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: dataset)
+    if kind == "parquet":
+        dataset.to_parquet(tmp_path / "a.parquet")
+        plain = a_source(path=str(tmp_path / "a.parquet"))
+    elif kind == "saved":
+        dataset.save_to_disk(tmp_path / "saved")
+        plain = a_source(path=str(tmp_path / "saved"))
+    elif kind == "hub":
+        plain = a_source(name="org/data")
+    assert [row.fields for row in read_rows(plain)] == rows
+    assert [row.number for row in read_rows(plain)] == [1, 2]
+
+
+def test_a_saved_dataset_is_a_source_and_its_digest_that_of_its_rows(tmp_path):
+    import datasets
+
+    for name, rows in (("a", SCHEMAS), ("b", SCHEMAS), ("c", SCHEMAS[:1])):
+        datasets.Dataset.from_list(rows).save_to_disk(tmp_path / name)
+    a, b, c = (source_digest(a_source(path=str(tmp_path / name))) for name in "abc")
+    assert a == b != c
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(SCHEMAS)}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(BadInput, match=r"point `path` at one of them, as .*splits/train"):
+        list(read_rows(a_source(path=str(tmp_path / "splits"))))
+    assert len(list(read_rows(a_source(path=str(tmp_path / "splits" / "train"))))) == 2
+    (tmp_path / "a" / "data-00000-of-00001.arrow").write_bytes(b"broken")
+    with pytest.raises(BadInput, match="the saved dataset cannot be loaded"):
+        list(read_rows(a_source(path=str(tmp_path / "a"))))
+
+
 def test_a_null_column_stays_a_column(tmp_path):
     rows = [{"instruction": "a", "input": None}, {"instruction": "b", "input": "c"}]
     assert [row.fields for row in read_rows(write(tmp_path / "a.parquet", rows))] == rows
 
 
+@pytest.mark.parametrize("content", [b"", b"\n\r\n"])
+def test_a_file_without_rows_is_refused(tmp_path, content):
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    with pytest.raises(BadInput, match=r"bad\.jsonl: the file holds no rows"):
+        list(read_rows(a_source(path=str(tmp_path / "bad.jsonl"))))
+
+
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("line", "reason"),
     [
-        (b"", r"bad\.jsonl: the file holds no rows"),
-        (b"\n\n", r"bad\.jsonl: the file holds no rows"),
-        (b'{"text": "a"}\n{"text": \n', r"bad\.jsonl:2: broken JSON"),
-        (b'{"text": "a"}\n[1]\n', r"bad\.jsonl:2: the line is a list"),
-        (b"null\n", r"bad\.jsonl:1: the line is null"),
-        (b'{"text": "a"}\n\n{"text": "\xff"}\n', r"bad\.jsonl:3: not valid UTF-8 at byte 11"),
-        (b'{"n": ' + b"1" * 5000 + b"}", r"bad\.jsonl:1: broken JSON"),
-        (b'{"n": ' + b"[" * 100_000, r"bad\.jsonl:1: broken JSON"),
+        (b'{"text": ', "broken JSON: Expecting value"),
+        (b'{"text": "cut o', "broken JSON: Unterminated string starting at"),
+        (b'{"text": "a"} {"text": "b"}', "broken JSON: Extra data"),
+        (b"[1]", "the row is a list, not an object"),
+        (b"null", "the row is null, not an object"),
+        (b'{"text": "\xff"}', "not valid UTF-8"),
+        (b'{"n": ' + b"1" * 5000 + b"}", "a number of too many digits"),
+        (b'{"n": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"n": ' + b"[" * 100 + b"]" * 100 + b"}", "nested too deeply"),
+        (b'{"text": "a", "text": "b"}', "a key stands twice in an object"),
     ],
 )
-def test_a_bad_line_is_named(tmp_path, content, message):
-    (tmp_path / "bad.jsonl").write_bytes(content)
-    with pytest.raises(BadInput, match=message):
-        list(read_rows(a_source(path=str(tmp_path / "bad.jsonl"))))
+def test_a_line_that_cannot_be_read_is_a_row_with_a_fault_and_the_next_is_read(tmp_path, line, reason):
+    (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
+    first, faulty, last = read_rows(a_source(path=str(tmp_path / "a.jsonl")))
+    assert (first.fields, last.fields, last.number) == ({"text": "a"}, {"text": "b"}, 4)
+    assert isinstance(faulty.fields, RowError)
+    assert (str(faulty.fields), faulty.number) == (reason, 3)
+
+
+def test_many_brackets_side_by_side_are_not_deep(tmp_path):
+    rows = [{"table": [[n] for n in range(1000)], "text": "{" * 100}]
+    assert [row.fields for row in read_rows(write(tmp_path / "a.jsonl", rows))] == rows
+
+
+def test_an_item_of_a_list_that_is_no_object_is_a_row_with_a_fault(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "a"}, 3]')
+    _, faulty = read_rows(a_source(path=str(tmp_path / "a.json")))
+    assert str(faulty.fields) == "the row is a number, not an object"
+
+
+def test_a_parquet_row_that_cannot_be_read_is_a_row_with_a_fault(tmp_path):
+    texts = pyarrow.array([b"one", b"\xff", b"three"]).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet")
+    first, faulty, last = read_rows(a_source(path=str(tmp_path / "a.parquet")))
+    assert (first.fields, last.fields) == ({"text": "one"}, {"text": "three"})
+    assert str(faulty.fields) == "a value that cannot be read, as text that is not UTF-8"
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("bad.json", b"[]", "holds no rows"),
-        ("bad.json", b'[{"text": "a"}, 3]', "item 2 of the list is a number"),
-        ("bad.json", b'[{"text": "a"}', "broken JSON"),
+        ("bad.json", b'[{"text": "a"}', "the list cannot be read: broken JSON"),
+        ("bad.json", b'[{"text": "\xff"}]', "the list cannot be read: not valid UTF-8"),
         ("bad.parquet", b"PAR0", "not a readable Parquet file"),
         ("bad.csv", b"a,b", r"rows are read from \.jsonl, \.json, \.parquet"),
     ],
@@ -150,4 +227,4 @@ def test_real_files(shared):
     source = a_source(path=str(shared / "data" / "glaive_toolcall_en_300.jsonl"))
     rows = list(read_rows(source))
     assert len(rows) == 300
-    assert rows[0].fields["messages"][0]["role"] == "user"
+    assert all(isinstance(row.fields, dict) for row in rows)

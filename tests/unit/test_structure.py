@@ -9,8 +9,10 @@ ROOT = Path(__file__).resolve().parents[2]
 TIERS = [
     "flow",
     "config dist",
-    "once template shards watch",
-    "data/source data/format data/mask data/tokenise data/cache data/pack data/plan",
+    "once template shards watch functions strict_json",
+    "data/source data/format data/math_answers data/mask data/tokenise data/cache data/pack data/plan",
+    "data/filters",
+    "data/rows",
     "data/loader",
     "model/attention model/loss model/noise",
     "model/load model/sft",

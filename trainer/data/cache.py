@@ -1,8 +1,9 @@
 """Tokenised chunks in; a folder of them out, written once and memory-mapped ever after (C10).
 
 The folder holds the buffers of two Arrow lists, `input_ids` and `trained`, which share `offsets`, and a column
-each for where a document came from; `report.json` has the counts and every file's size, `rejects.jsonl` the
-rows left out. It is written aside and renamed (trainer/once.py): a folder with the final name is whole.
+each for where a document came from; `report.json` has the counts and every file's size, `rejects.jsonl` the rows
+left out for a fault, `filtered.jsonl` those that the recipe's filters leave out. It is written aside and renamed
+(trainer/once.py): a folder with the final name is whole.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from trainer.dist import is_main, log
 from trainer.flow import BadInput, Example, Packed, Tokenised
 from trainer.once import Stopped, build_once
 
-VERSION = 1  # part of every key: raise it when the files of a folder change
+VERSION = 2  # part of every key: raise it when the files of a folder change
 
 SAVE_EVERY_S = 5.0  # between points that a next start can go on from
 LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
@@ -39,6 +40,9 @@ COLUMNS = {
     "files": np.dtype(np.int32),  # (documents,) number of the file
     "rows": np.dtype(np.int64),  # (documents,) row number in the file, from 1
 }
+
+LEFT_OUT = ("rejects.jsonl", "filtered.jsonl")
+COUNTED = ("rows", "documents", "tokens", "trained_tokens", "rejected", "filtered")
 
 Chunks = Callable[[int], Generator[Tokenised, None, None]]
 """chunks(done): starts tokenising after the first `done` rows. The documents do not depend on how chunks fall."""
@@ -148,15 +152,21 @@ def _open(folder: Path, what: str, max_rejects: float) -> Documents:
 
 
 def _check_rejects(report: dict[str, Any], folder: Path, what: str, max_rejects: float) -> None:
-    rows, rejected = report["rows"], report["rejected"]
+    """The share is of the rows that the filters let through: those left out were not wanted."""
+    rows, rejected, filtered = report["rows"], report["rejected"], report["filtered"]
     common = ", ".join(f"{reason} ({count})" for reason, count in Counter(report["reasons"]).most_common(3))
     if not rows:
         raise BadInput(f"{what}: there are no rows; name a source that has some")
     if rejected == rows:
         raise BadInput(f"{what}: no row is left of {rows}: {common}; see {folder / 'rejects.jsonl'}")
-    if rejected / rows > max_rejects:
+    if filtered and rejected + filtered == rows:
+        reasons = Counter(report["reasons"]) + Counter(report["filter_reasons"])
+        common = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+        raise BadInput(f"{what}: the filters leave no row of {rows}: {common}; see {folder / 'filtered.jsonl'}")
+    wanted = rows - filtered
+    if rejected / wanted > max_rejects:
         raise BadInput(
-            f"{what}: {rejected} of {rows} rows ({rejected / rows:.1%}) are rejected, more than data.max_rejects "
+            f"{what}: {rejected} of {wanted} rows ({rejected / wanted:.1%}) are rejected, more than data.max_rejects "
             f"({max_rejects:.1%}): {common}; see {folder / 'rejects.jsonl'}, mend the data or raise data.max_rejects"
         )
 
@@ -170,11 +180,13 @@ class _Building:
     def __init__(self, staging: Path, leftovers: list[Path], sources: list[str], files: list[str]) -> None:
         self._folder, self._file_names = staging, files
         self.rows, self.tokens = 0, 0
-        counts = {"rows": 0, "documents": 0, "tokens": 0, "trained_tokens": 0, "rejected": 0}
-        self._sources: list[dict[str, Any]] = [{"name": name, **counts, "reasons": {}} for name in sources]
+        counts = dict.fromkeys(COUNTED, 0)
+        self._sources: list[dict[str, Any]] = [
+            {"name": name, **counts, "reasons": {}, "filter_reasons": {}} for name in sources
+        ]
         staging.mkdir()
         self._go_on_from(leftovers)
-        self._files = {name: (staging / name).open("ab") for name in [*map(_file, COLUMNS), "rejects.jsonl"]}
+        self._files = {name: (staging / name).open("ab") for name in [*map(_file, COLUMNS), *LEFT_OUT]}
         self._saved_at = time.monotonic()
 
     def close(self) -> None:
@@ -187,9 +199,10 @@ class _Building:
             column = starts if name == "offsets" else getattr(chunk, name)
             assert column.dtype == dtype, name
             self._files[_file(name)].write(column.tobytes())
-        for _, file, row, reason in chunk.rejects:
-            line = {"source": self._file_names[file], "row": row, "reason": reason}
-            self._files["rejects.jsonl"].write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        for name, rows in zip(LEFT_OUT, (chunk.rejects, chunk.filtered), strict=True):
+            for _, file, row, reason in rows:
+                line = {"source": self._file_names[file], "row": row, "reason": reason}
+                self._files[name].write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self._count(chunk)
         self.tokens += len(chunk.input_ids)
         self.rows += sum(chunk.source_rows.values())
@@ -203,10 +216,14 @@ class _Building:
             counts["documents"] += int(of_source.sum())
             counts["tokens"] += int(chunk.lengths[of_source].sum())
             counts["trained_tokens"] += int(chunk.trained_counts[of_source].sum())
-        for source, _, _, reason in chunk.rejects:
-            counts = self._sources[source]
-            counts["rejected"] += 1
-            counts["reasons"][reason] = counts["reasons"].get(reason, 0) + 1
+        for count, reasons, rows in (
+            ("rejected", "reasons", chunk.rejects),
+            ("filtered", "filter_reasons", chunk.filtered),
+        ):
+            for source, _, _, reason in rows:
+                counts = self._sources[source]
+                counts[count] += 1
+                counts[reasons][reason] = counts[reasons].get(reason, 0) + 1
 
     def save(self) -> None:
         """Make what is written so far a point to go on from."""
@@ -218,10 +235,10 @@ class _Building:
     def finish(self) -> None:
         """Write the report: the last thing before the folder is published."""
         sizes = self._sync_all()
-        counted = ("rows", "documents", "tokens", "trained_tokens", "rejected")
-        totals = {key: sum(source[key] for source in self._sources) for key in counted}
-        reasons = sum((Counter(source["reasons"]) for source in self._sources), Counter())
-        report = {**totals, "reasons": dict(reasons), "sources": self._sources}
+        report: dict[str, Any] = {key: sum(source[key] for source in self._sources) for key in COUNTED}
+        for reasons in ("reasons", "filter_reasons"):
+            report[reasons] = dict(sum((Counter(source[reasons]) for source in self._sources), Counter()))
+        report["sources"] = self._sources
         record = {"fingerprint": _digest(self._folder), "sizes": sizes, "report": report}
         _write(self._folder / "report.json", record)
         (self._folder / "progress.json").unlink(missing_ok=True)

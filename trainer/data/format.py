@@ -1,30 +1,43 @@
 """A raw row to a Conversation, whatever its format.
 
 The fields of a row enter, as plain values; a `Conversation` leaves, or a `RowError` whose reason can be counted.
-Formats: messages; prompt and completion; instruction, input and output; question and answer; text.
+Formats: messages; ShareGPT's conversations; prompt and completion; instruction, input and output (Alpaca); question
+and answer; text. Every format but text may have the columns `system` and `tools`.
+
+A source has one format, that of its first row. A row of another one is rejected: choosing row by row would hide a
+column that is misspelt here and there, and train what nobody asked for. Files of several formats are several sources.
 Whatever stands in a row, nothing but a RowError comes of it.
 """
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from trainer.config import Source
 from trainer.flow import BadInput, Conversation, Message, RowError
+from trainer.strict_json import MAX_DEPTH, parse
 
 # Columns that a format cannot do without; the order is the order of recognition.
 REQUIRED = {
     "messages": ("messages",),
+    "sharegpt": ("conversations",),
     "prompt_completion": ("prompt", "completion"),
     "instruction": ("instruction", "output"),
     "question_answer": ("question", "answer"),
     "text": ("text",),
 }
-OPTIONAL = ("input", "tools")
+OPTIONAL = ("input", "history", "system", "tools")
 ROLES = ("system", "developer", "user", "assistant", "tool")
-MAX_DEPTH = 64  # of nested values: far above any schema, far below Python's limit
+SHAREGPT_ROLES = {
+    **{role: role for role in ROLES},
+    **dict.fromkeys(("human",), "user"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("observation", "function_response", "tool_response"), "tool"),
+}
+SHAREGPT_CALLS = ("function_call", "tool_call")  # the value is a call, or a list of calls, as JSON
+NO_INPUT = "<noinput>"  # Alpaca's seeds write it where there is none
 
 
 def detect_format(columns: Iterable[str], source: Source) -> str:
@@ -68,7 +81,7 @@ def to_conversation(fields: Mapping[str, Any], format: str, columns: Mapping[str
             raise RowError(f"no {name}")
     if format == "text":
         return Conversation(text=_text(row["text"], "text"))
-    messages = _CONVERSATIONS[format](row)
+    messages = _with_system(row["system"], _CONVERSATIONS[format](row))
     _check_order(messages)
     return Conversation(messages=messages, tools=_tools(row["tools"]))
 
@@ -78,6 +91,26 @@ def to_conversation(fields: Mapping[str, Any], format: str, columns: Mapping[str
 
 def _from_messages(row: dict[str, Any]) -> tuple[Message, ...]:
     return _messages(row["messages"])
+
+
+def _from_sharegpt(row: dict[str, Any]) -> tuple[Message, ...]:
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise RowError("conversations are not a list of turns")
+    return tuple(_message(_sharegpt_turn(turn)) for turn in turns)
+
+
+def _sharegpt_turn(turn: Any) -> Any:
+    """The turn as a message; many files have messages under this name, which stay as they are."""
+    if not isinstance(turn, Mapping) or "from" not in turn:
+        return turn
+    role, value = turn["from"], turn.get("value")
+    rest = {key: item for key, item in turn.items() if key not in ("from", "value")}
+    if role in SHAREGPT_CALLS:
+        calls = _parsed(value, "function_call") if isinstance(value, str) else value
+        calls = calls if isinstance(calls, list) else [calls]
+        return {**rest, "role": "assistant", "content": "", "tool_calls": [{"function": call} for call in calls]}
+    return {**rest, "role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": value}
 
 
 def _from_prompt_completion(row: dict[str, Any]) -> tuple[Message, ...]:
@@ -93,9 +126,22 @@ def _from_instruction(row: dict[str, Any]) -> tuple[Message, ...]:
     given = row["input"]
     if given is not None and not isinstance(given, str):
         raise RowError("input is not a string")
-    if given and given.strip():
+    if given and given.strip() and given.strip().lower() != NO_INPUT:
         task = f"{task}\n\n{_text(given, 'input')}"
-    return Message("user", task), _answer(row["output"])
+    return *_earlier(row["history"]), Message("user", task), _answer(row["output"])
+
+
+def _earlier(history: Any) -> tuple[Message, ...]:
+    """The turns before: pairs of a question and its answer."""
+    if history is None:
+        return ()
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise RowError("history is not a list of pairs")
+    return tuple(
+        message
+        for question, answer in history
+        for message in (Message("user", _text(question, "question")), _answer(answer))
+    )
 
 
 def _from_question_answer(row: dict[str, Any]) -> tuple[Message, ...]:
@@ -104,10 +150,22 @@ def _from_question_answer(row: dict[str, Any]) -> tuple[Message, ...]:
 
 _CONVERSATIONS = {
     "messages": _from_messages,
+    "sharegpt": _from_sharegpt,
     "prompt_completion": _from_prompt_completion,
     "instruction": _from_instruction,
     "question_answer": _from_question_answer,
 }
+
+
+def _with_system(system: Any, messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages under the row's `system` column; some files write the same text in both places."""
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return messages
+    text = _text(system, "system")
+    written = [message.content for message in messages if message.role in ("system", "developer")]
+    if written and written != [text]:
+        raise RowError("a system column beside another system message")
+    return messages if written else (Message("system", text), *messages)
 
 
 def _answer(value: Any) -> Message:
@@ -184,7 +242,7 @@ def _tool_call(call: Any) -> Mapping[str, Any]:
         raise RowError("a tool call names no function")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        arguments = _parsed(arguments, "tool-call arguments are not JSON") if arguments.strip() else {}
+        arguments = _parsed(arguments, "tool-call arguments") if arguments.strip() else {}
     if arguments is None:
         arguments = {}
     if not isinstance(arguments, dict):
@@ -195,7 +253,7 @@ def _tool_call(call: Any) -> Mapping[str, Any]:
 def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     """The functions that the row offers: a list of objects, or that list as a JSON string."""
     if isinstance(value, str):
-        value = _parsed(value, "tools are not JSON") if value.strip() else None
+        value = _parsed(value, "tools") if value.strip() else None
     if value is None:
         return ()
     if not isinstance(value, list):
@@ -250,13 +308,11 @@ def _weight(value: Any) -> int:
     return int(value)
 
 
-def _parsed(text: str, reason: str) -> Any:
+def _parsed(text: str, name: str) -> Any:
     try:
-        return _plain(json.loads(text))
-    except RowError:
-        raise
-    except (ValueError, RecursionError):  # ValueError: also numbers too long for an int
-        raise RowError(reason) from None
+        return _plain(parse(text))
+    except RowError as error:
+        raise RowError(f"{name}: {error}") from None
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
@@ -265,7 +321,7 @@ def _plain(value: Any, depth: int = 0) -> Any:
         raise RowError("nested too deeply")
     if isinstance(value, str):
         return _unicode(value)
-    if value is None or isinstance(value, bool | int | float):
+    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, list | tuple):
         return [_plain(item, depth + 1) for item in value]
@@ -284,7 +340,10 @@ def _unicode(text: str) -> str:
 
 
 def _listed(columns: list[str]) -> str:
-    return f"the columns {', '.join(columns)}" if columns else "no columns"
+    if not columns:
+        return "no columns"
+    more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
+    return f"the columns {', '.join(name[:60] for name in columns[:20])}{more}"
 
 
 def _place(source: Source) -> str:

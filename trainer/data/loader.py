@@ -22,9 +22,9 @@ import xxhash
 from trainer.config import DataSection, Recipe, Source
 from trainer.data import cache, pack, tokenise
 from trainer.data.cache import Documents
-from trainer.data.format import detect_format, to_conversation
 from trainer.data.mask import Masker
 from trainer.data.plan import Corpus, Plan, micro_batches_of
+from trainer.data.rows import RowReader
 from trainer.data.source import read_rows, source_digest, source_files
 from trainer.data.tokenise import Limits, Row
 from trainer.flow import BadInput, Batch, Conversation, Example, Packed, Prompt, RowError, StepPlan, Tokenised
@@ -67,7 +67,8 @@ class Prepared:
 
     @property
     def report(self) -> dict[str, Any]:
-        """Rows, documents, tokens, trained tokens, and rejects by reason: of all, and under `sources` of each."""
+        """Rows, documents, tokens, trained tokens, rejects and filtered rows by reason: of all, and under `sources`
+        of each."""
         return self.documents.report
 
     @property
@@ -98,11 +99,11 @@ def prepare(
     section = recipe.data
     sources = section.train if which == "train" else section.eval
     masker = Masker(tokenizer, section.train_on, section.train_on_eot)
-    formats = tuple(_format(source) for source in sources)
+    readers = tuple(RowReader.of(source) for source in sources)
     limits = limits_of(recipe)
     files = [[str(path) for path in source_files(s.path)] if s.path else [f"{s.name}:{s.split}"] for s in sources]
     names = [name for of_source in files for name in of_source]
-    work = _Tokenise(masker, formats, tuple(source.columns for source in sources))
+    work = _Tokenise(masker, readers)
     workers = section.workers or len(sched_getaffinity(0))
 
     def chunks(done: int) -> Generator[Tokenised, None, None]:
@@ -110,7 +111,7 @@ def prepare(
         return tokenise.tokenise_rows(rows, work, limits, workers)
 
     documents = cache.prepare(
-        _cache_folder(section) / f"documents-{_key(sources, formats, masker, limits)}",
+        _cache_folder(section) / f"documents-{_key(readers, masker, limits)}",
         chunks,
         sources=[source.path or str(source.name) for source in sources],
         files=names,
@@ -130,12 +131,12 @@ def held_out_prompts(recipe: Recipe, masker: Masker, rows: int) -> list[Prompt]:
     """
     prompts: list[Prompt] = []
     for source in recipe.data.eval:
-        format = _format(source)
+        reader = RowReader.of(source)
         for row in read_rows(source):
             if len(prompts) == rows:
                 return prompts
             try:
-                ids, answer = masker.prompt(to_conversation(row.fields, format, source.columns))
+                ids, answer = masker.prompt(reader.conversation(row.fields))
             except RowError:  # counted and named where the data is prepared
                 continue
             prompts.append(Prompt(ids, str(masker.tokenizer.decode(ids)), answer))
@@ -154,8 +155,7 @@ class _Tokenise:
     """A chunk of rows to examples: what the workers run."""
 
     masker: Masker
-    formats: tuple[str, ...]  # of each source
-    columns: tuple[dict[str, str], ...]
+    readers: tuple[RowReader, ...]  # of each source
 
     def __call__(self, rows: list[Row]) -> list[Example | RowError]:
         read = [self._conversation(row) for row in rows]
@@ -164,15 +164,9 @@ class _Tokenise:
 
     def _conversation(self, row: Row) -> Conversation | RowError:
         try:
-            return to_conversation(row.fields, self.formats[row.source], self.columns[row.source])
+            return self.readers[row.source].conversation(row.fields)
         except RowError as error:
             return error
-
-
-def _format(source: Source) -> str:
-    """The source's format, by its first row's columns."""
-    first = next(iter(read_rows(source)))
-    return detect_format(first.fields, source)
 
 
 def _rows(sources: tuple[Source, ...], files: list[list[str]]) -> Iterator[Row]:
@@ -184,12 +178,9 @@ def _rows(sources: tuple[Source, ...], files: list[list[str]]) -> Iterator[Row]:
         first += len(of_source)
 
 
-def _key(sources: tuple[Source, ...], formats: tuple[str, ...], masker: Masker, limits: Limits) -> str:
+def _key(readers: tuple[RowReader, ...], masker: Masker, limits: Limits) -> str:
     """Everything that shapes the cache. Where the files lie, and the sources' weights, do not."""
-    read = [
-        [source_digest(source), source.rows, format, sorted(source.columns.items())]
-        for source, format in zip(sources, formats, strict=True)
-    ]
+    read = [[source_digest(reader.source), reader.source.rows, *reader.key()] for reader in readers]
     policy = [limits.max_tokens, limits.too_long, limits.too_long == "split" and limits.packing_cuts]
     whole = [cache.VERSION, tokenise.VERSION, masker.fingerprint(), read, policy]
     return xxhash.xxh3_128_hexdigest(json.dumps(whole).encode())

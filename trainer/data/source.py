@@ -4,14 +4,18 @@ A `config.Source` enters (a file, a folder of files, a dataset of the hub); `Raw
 stand in the file. Formats are known elsewhere (format.py). Files are streamed; only a `.json` list is read whole,
 since nothing before its last bracket says that it is one.
 
+A line that cannot be read is a row with a fault, and not the end: large files that were scraped or cut off hold some.
+It is named and counted with the other rejects, and data.max_rejects bounds them. What is wrong with a whole file
+(a list or a Parquet file that breaks off) is BadInput, as nothing says how many rows it would have had.
+
 JSONL is read with json and not with Arrow, which gives every object of a column the union of their keys, so that
-each tool schema is filled with the nulls of all others. Parquet is written that way already: nulls inside nested
-values are taken out again (`without_nulls`). A null that was meant goes with them: nothing tells the two apart.
+each tool schema is filled with the nulls of all others. Parquet and datasets are stored that way already: nulls inside
+nested values are taken out again (`without_nulls`). A null that was meant goes with them: nothing tells the two apart,
+but where the column is stored as JSON (Arrow's `arrow.json`, which datasets writes for mixed objects) it stays.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from itertools import islice
@@ -21,17 +25,23 @@ from typing import Any, NamedTuple
 import xxhash
 
 from trainer.config import Source
-from trainer.flow import BadInput
+from trainer.flow import BadInput, RowError
+from trainer.strict_json import parse
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 CHUNK_BYTES = 1 << 22
+BATCH_ROWS = 256  # of Arrow, turned into Python values at once
+UNREADABLE = "a value that cannot be read, as text that is not UTF-8"
 
 
 class RawRow(NamedTuple):
-    """`number` is the 1-based line of a JSONL file, else the 1-based row of the file; `file` its name."""
+    """`number` is the 1-based line of a JSONL file, else the 1-based row of the file; `file` its name.
+
+    `fields` is a RowError where the row cannot be read.
+    """
 
     number: int
-    fields: dict[str, Any]
+    fields: dict[str, Any] | RowError
     file: str = ""
 
 
@@ -39,9 +49,14 @@ def read_rows(source: Source) -> Iterator[RawRow]:
     """The rows of `source` in file order, at most `source.rows`.
 
     Raises:
-        BadInput: nothing is there, a file is empty, or a line cannot be read; it names the file and the line.
+        BadInput: nothing is there, or a file is empty or cannot be read; it names the file.
     """
-    rows = _hub_rows(source) if source.path is None else _file_rows(source.path)
+    if source.path is None:
+        rows = _dataset_rows(_hub_dataset(source), str(source.name))
+    elif is_saved_dataset(source.path):
+        rows = _dataset_rows(_saved_dataset(source.path), Path(source.path).name)
+    else:
+        rows = _file_rows(source.path)
     return islice(rows, source.rows)
 
 
@@ -53,7 +68,8 @@ def source_digest(source: Source) -> str:
     if source.path is None:
         return f"hub-{_hub_dataset(source)._fingerprint}"
     digest = xxhash.xxh3_128()
-    for path in source_files(source.path):
+    saved = is_saved_dataset(source.path)
+    for path in sorted(Path(source.path).expanduser().glob("*.arrow")) if saved else source_files(source.path):
         digest.update(f"{path.suffix} {path.stat().st_size}\n".encode())
         with path.open("rb") as file:
             while chunk := file.read(CHUNK_BYTES):
@@ -62,9 +78,18 @@ def source_digest(source: Source) -> str:
 
 
 def source_files(place: str) -> list[Path]:
-    """The files behind `path`: itself, or the readable ones in the folder, by name. Raises BadInput where none is."""
+    """The files behind `path`: itself, or the readable ones in the folder, by name. Raises BadInput where none is.
+
+    A dataset that the library datasets has saved counts as one file: its folder.
+    """
     path = Path(place).expanduser()
+    if is_saved_dataset(place):
+        return [path]
     if path.is_dir():
+        if (path / "dataset_dict.json").is_file():
+            raise BadInput(
+                f"{place}: the folder holds a dataset's splits; point `path` at one of them, as {path}/train"
+            )
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
         if not files:
             raise BadInput(f"{place}: the folder holds no {', '.join(SUFFIXES)} file; point `path` at one that does")
@@ -74,6 +99,12 @@ def source_files(place: str) -> list[Path]:
     if path.suffix not in SUFFIXES:
         raise BadInput(f"{place}: rows are read from {', '.join(SUFFIXES)}; convert or rename the file")
     return [path]
+
+
+def is_saved_dataset(place: str) -> bool:
+    """Whether the folder is what datasets.Dataset.save_to_disk writes."""
+    path = Path(place).expanduser()
+    return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
 
 
 def without_nulls(value: Any) -> Any:
@@ -109,15 +140,26 @@ def _json_rows(path: Path) -> Iterator[RawRow]:
     with path.open("rb") as file:  # bytes split at \n alone: U+2028 may stand inside a JSON string
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield RawRow(number, _object(_decode(line, f"{path}:{number}"), f"{path}:{number}"), path.name)
+                yield RawRow(number, _line(line), path.name)
+
+
+def _line(line: bytes) -> dict[str, Any] | RowError:
+    try:
+        return _object(parse(_decoded(line.rstrip(b"\r\n"))))
+    except RowError as error:
+        return error
 
 
 def _json_list(path: Path) -> Iterator[RawRow]:
-    rows = _parse(_decode(path.read_bytes(), str(path)), str(path))
-    for number, fields in enumerate(rows, start=1):
-        if not isinstance(fields, dict):
-            raise BadInput(f"{path}: item {number} of the list is {_kind(fields)}; every row must be an object")
-        yield RawRow(number, fields, path.name)
+    try:
+        rows = parse(_decoded(path.read_bytes()))
+    except RowError as error:
+        raise BadInput(f"{path}: the list cannot be read: {error}; mend it, or write one object a line") from None
+    for number, item in enumerate(rows, start=1):
+        try:
+            yield RawRow(number, _object(item), path.name)
+        except RowError as error:
+            yield RawRow(number, error, path.name)
 
 
 def _parquet_rows(path: Path) -> Iterator[RawRow]:
@@ -127,17 +169,57 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                for fields in batch.to_pylist():
+            for batch in file.iter_batches(batch_size=BATCH_ROWS):
+                for fields in _arrow_rows(batch):
                     number += 1
-                    yield RawRow(number, _row_without_nulls(fields), path.name)
-    except (pyarrow.ArrowException, OSError) as error:
+                    yield RawRow(number, fields, path.name)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadInput(f"{path}: not a readable Parquet file after row {number} ({_one_line(error)})") from None
 
 
-def _row_without_nulls(fields: dict[str, Any]) -> dict[str, Any]:
-    """Nested nulls go; a column that is null in this row stays, as the columns tell the format."""
-    return {name: without_nulls(value) for name, value in fields.items()}
+def _arrow_rows(batch: Any) -> Iterator[dict[str, Any] | RowError]:
+    """The rows of an Arrow table or batch. Nested nulls go; a column that is null in a row stays, as the columns tell
+    the format."""
+    types = {field.name: field.type for field in batch.schema}
+    rows = _python_rows(batch)
+    if rows is None:  # find those that cannot be read
+        rows = [
+            row
+            for number in range(len(batch))
+            for row in _python_rows(batch.slice(number, 1)) or [RowError(UNREADABLE)]
+        ]
+    for row in rows:
+        try:
+            if isinstance(row, RowError):
+                raise row
+            yield {name: _parsed_json(without_nulls(value), types[name]) for name, value in row.items()}
+        except RowError as error:
+            yield error
+
+
+def _python_rows(batch: Any) -> list[dict[str, Any] | RowError] | None:
+    """The rows as Python values; None where one holds what is not UTF-8, a date that Python does not have, or worse:
+    a damaged file may point anywhere in memory, so it is looked at first."""
+    try:
+        batch.validate(full=True)
+        return batch.to_pylist()
+    except ValueError:
+        return None
+
+
+def _parsed_json(value: Any, type: Any) -> Any:
+    """`value` with what is stored as JSON inside an Arrow column of this type parsed."""
+    import pyarrow
+
+    if value is None:
+        return None
+    if isinstance(type, pyarrow.JsonType):
+        return parse(value)
+    if isinstance(type, pyarrow.StructType):
+        return {key: _parsed_json(item, type.field(key).type) for key, item in value.items()}
+    if isinstance(value, list) and hasattr(type, "value_type"):
+        return [_parsed_json(item, type.value_type) for item in value]
+    return value
 
 
 def _first_byte(path: Path) -> bytes:
@@ -145,42 +227,48 @@ def _first_byte(path: Path) -> bytes:
         return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
 
 
-def _decode(line: bytes, where: str) -> str:
+def _decoded(line: bytes) -> str:
     try:
         return line.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{where}: not valid UTF-8 at byte {error.start + 1}; save the file as UTF-8") from None
+    except UnicodeDecodeError:
+        raise RowError("not valid UTF-8") from None
 
 
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also numbers too long for an int
-        raise BadInput(f"{where}: broken JSON ({_one_line(error)}); mend or delete it") from None
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    fields = _parse(text, where)
-    if not isinstance(fields, dict):
-        raise BadInput(f'{where}: the line is {_kind(fields)}; every line must be an object such as {{"text": "..."}}')
-    return fields
-
-
-def _kind(value: Any) -> str:
-    names = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
-    return names.get(type(value), "null")
+def _object(value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        kinds = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
+        raise RowError(f"the row is {kinds.get(type(value), 'null')}, not an object")
+    return value
 
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
-# ----------------------------------------------------------------------------------------------- the hub
+# ----------------------------------------------------------------------------------------------- datasets
 
 
-def _hub_rows(source: Source) -> Iterator[RawRow]:
-    for number, fields in enumerate(_hub_dataset(source), start=1):
-        yield RawRow(number, _row_without_nulls(dict(fields)), source.name or "")
+def _dataset_rows(dataset: Any, name: str) -> Iterator[RawRow]:
+    """As Arrow and not as the library decodes it: it fills objects with nulls, and so hides which were meant."""
+    import pyarrow
+
+    number = 0
+    try:
+        for table in dataset.with_format("arrow").iter(BATCH_ROWS):
+            for fields in _arrow_rows(table):
+                number += 1
+                yield RawRow(number, fields, name)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise BadInput(f"{name}: the dataset cannot be read after row {number} ({_one_line(error)})") from None
+
+
+def _saved_dataset(place: str) -> Any:
+    import datasets
+
+    try:
+        return datasets.load_from_disk(str(Path(place).expanduser()))
+    except Exception as error:  # the library raises a dozen unrelated classes
+        raise BadInput(f"{place}: the saved dataset cannot be loaded ({_one_line(error)}); save it again") from None
 
 
 def _hub_dataset(source: Source) -> Any:

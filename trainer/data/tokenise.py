@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainer.flow import Example, RowError, Tokenised
+from trainer.flow import Example, Filtered, RowError, Tokenised
 
 VERSION = 1  # part of every key: raise it when the same rows give other documents
 
@@ -114,13 +114,15 @@ class _Work(NamedTuple):
     def __call__(self, rows: list[Row]) -> Tokenised:
         documents: list[tuple[Row, Example]] = []
         rejects: list[tuple[int, int, int, str]] = []
+        filtered: list[tuple[int, int, int, str]] = []
         for row, example in zip(rows, self.tokenise(rows), strict=True):
             try:
                 if isinstance(example, RowError):
                     raise example
                 documents += [(row, part) for part in fit(example, self.limits)]
             except RowError as error:
-                rejects.append((row.source, row.file, row.number, str(error)))
+                left_out = filtered if isinstance(error, Filtered) else rejects
+                left_out.append((row.source, row.file, row.number, str(error)))
         parts = [part for _, part in documents]
         return Tokenised(
             lengths=np.array([len(part.input_ids) for part in parts], np.int64),
@@ -131,6 +133,7 @@ class _Work(NamedTuple):
             files=np.array([row.file for row, _ in documents], np.int32),
             rows=np.array([row.number for row, _ in documents], np.int64),
             rejects=tuple(rejects),
+            filtered=tuple(filtered),
             source_rows=Counter(row.source for row in rows),
         )
 

@@ -1,0 +1,126 @@
+"""Which rows the filters leave out, and why; a row that cannot be judged is a reject and not filtered."""
+
+import json
+import re
+
+import pytest
+
+from trainer.config import Filters, Source
+from trainer.data.filters import apply_filters, check_filters
+from trainer.data.rows import RowReader
+from trainer.data.source import read_rows
+from trainer.flow import BadInput, Conversation, Filtered, Message, RowError
+
+
+def left_out(answer: str, row=None, **filters) -> str | None:
+    """Why a row with this answer is left out."""
+    conversation = Conversation((Message("user", "q"), Message("assistant", "first"), Message("assistant", answer)))
+    try:
+        apply_filters(Filters.model_validate(filters), row or {}, conversation)
+    except Filtered as reason:
+        return str(reason)
+    return None
+
+
+def test_without_filters_all_rows_are_wanted():
+    assert left_out("") is None
+
+
+def test_words_of_the_last_answer_are_bounded():
+    assert left_out("one  two\nthree", answer_words=[3, 3]) is None
+    assert left_out("one two", answer_words=[3, 5]) == "answer_words: fewer than 3"
+    assert left_out("1 2 3 4 5 6", answer_words=[3, 5]) == "answer_words: more than 5"
+
+
+def test_a_pattern_must_be_found_in_the_last_answer_and_another_must_not():
+    assert left_out("so it is\n#### 4", pattern=r"(?m)^#### \d+$") is None
+    assert left_out("four", pattern=r"\d") == "pattern: not found"
+    assert left_out("no first here", not_pattern=r"^first$") is None
+    assert left_out("As an AI, I", not_pattern=r"(?i)as an ai") == "not_pattern: found"
+
+
+def test_a_text_is_judged_whole():
+    filters = Filters.model_validate({"answer_words": [2, 9]})
+    apply_filters(filters, {}, Conversation(text="To be"))
+    with pytest.raises(Filtered):
+        apply_filters(filters, {}, Conversation(text="To"))
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """`own("body")` is the name of a function of the user's own with this body."""
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def written(body: str) -> str:
+        name = f"own_{abs(hash(body))}"
+        (tmp_path / f"{name}.py").write_text(f"def keep(row, conversation):\n    {body}\n")
+        return f"{name}:keep"
+
+    return written
+
+
+def test_a_function_of_the_users_own_sees_the_row_and_the_conversation(own):
+    agrees = own("return conversation.messages[-1].content == row['best']")
+    assert left_out("4", {"best": "4"}, function=agrees) is None
+    assert left_out("5", {"best": "4"}, function=agrees) == f"{agrees}: False"
+    says = own("return 'a very long story ' * 99")
+    assert re.fullmatch(rf"{says}: a very long .{{,80}}", left_out("4", function=says) or "")
+
+
+def test_a_fault_of_the_function_is_a_reject(own):
+    for body, reason in (("return row['best']", "KeyError: 'best'"), ("return 1", "it must give True, False or")):
+        with pytest.raises(RowError, match=reason) as error:
+            left_out("4", function=own(body))
+        assert not isinstance(error.value, Filtered)
+
+
+def test_a_function_cannot_change_the_row(own):
+    row = {"best": "4"}
+    left_out("4", row, function=own("row.clear(); return True"))
+    assert row == {"best": "4"}
+
+
+@pytest.mark.parametrize("reference", [None, "", True, ["18"], "#### "])
+def test_a_row_without_a_reference_is_a_reject(reference):
+    with pytest.raises(RowError, match=r"verify: .*(no reference|holds no value)") as error:
+        left_out("#### 18", {"best": reference}, verify="math", reference="best")
+    assert not isinstance(error.value, Filtered)
+
+
+def test_wrong_traces_are_left_out_and_right_ones_kept(shared, tmp_path):
+    """Hand-made wrong traces among real ones: a wrong sum, the right value on the way only, no end, another form."""
+    real = [json.loads(line) for line in (shared / "data" / "gsm8k_train.jsonl").read_text().splitlines()[:200]]
+    rows, wrong = [], []
+    for number, row in enumerate(real):
+        reasoning, _, final = row["answer"].rpartition("#### ")
+        spoilt = {
+            0: f"{reasoning}#### {final}1",
+            1: f"It cannot be {final}.\n{reasoning}#### -{final}",
+            2: "I would have to guess.",
+            3: row["answer"].replace("#### ", "#### 2 * 7 + "),
+        }
+        good = [row["answer"], f"{reasoning}So it is \\boxed{{{final}}}.", f"{reasoning}#### {final}.00"]
+        rows.append({"question": row["question"], "answer": good[number % 3], "reference": row["answer"]})
+        rows.append(
+            {"question": row["question"], "answer": spoilt[number % 4], "reference": int(final.replace(",", ""))}
+        )
+        wrong.append(2 * number + 2)
+    path = tmp_path / "traces.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    filters = {"verify": "math", "reference": "reference"}
+    source = Source.model_validate({"path": str(path), "filters": filters})
+    reader, found = RowReader.of(source), {}
+    for row in read_rows(source):
+        try:
+            reader.conversation(row.fields)
+        except Filtered as reason:
+            found[row.number] = str(reason)
+    assert found == dict.fromkeys(wrong, "verify: not the reference's value")
+
+
+def test_what_filters_need_is_asked_for_at_the_start(monkeypatch):
+    with pytest.raises(BadInput, match="cannot be imported"):
+        check_filters(Filters.model_validate({"function": "nowhere_at_all:keep"}))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadInput, match="pip install"):
+        check_filters(Filters.model_validate({"verify": "math", "reference": "best"}))

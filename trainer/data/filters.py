@@ -1,0 +1,76 @@
+"""Which rows are wanted, by what they say.
+
+A row and its Conversation enter; nothing leaves, or a `Filtered` with a reason that can be counted. The reference is a
+part of the row, so a row without one is a RowError. What is judged is the last answer; of a plain text, all of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.config import Filters
+from trainer.data.math_answers import check_installed, math_verdict
+from trainer.flow import Conversation, Filtered, RowError
+from trainer.functions import load_function, short
+
+
+def check_filters(filters: Filters) -> None:
+    """Raises BadInput where a filter cannot work: before anything is read."""
+    if filters.verify:
+        check_installed()
+    if filters.function:
+        load_function(filters.function)
+
+
+def apply_filters(filters: Filters, row: Mapping[str, Any], conversation: Conversation) -> None:
+    """Raises Filtered where a filter leaves the row out, RowError where the row cannot be judged."""
+    answer = _last_answer(conversation)
+    if filters.answer_words:
+        fewest, most = filters.answer_words
+        words = len(answer.split())
+        if words < fewest:
+            raise Filtered(f"answer_words: fewer than {fewest}")
+        if words > most:
+            raise Filtered(f"answer_words: more than {most}")
+    if filters.pattern is not None and not re.search(filters.pattern, answer):
+        raise Filtered("pattern: not found")
+    if filters.not_pattern is not None and re.search(filters.not_pattern, answer):
+        raise Filtered("not_pattern: found")
+    if filters.verify:
+        _verify(answer, row.get(filters.reference or ""))
+    if filters.function:
+        _ask(filters.function, row, conversation)
+
+
+def _last_answer(conversation: Conversation) -> str:
+    if conversation.text is not None:
+        return conversation.text
+    return next(message.content for message in reversed(conversation.messages) if message.role == "assistant")
+
+
+def _verify(answer: str, reference: Any) -> None:
+    if isinstance(reference, bool) or not isinstance(reference, str | int | float):
+        raise RowError("verify: no reference")
+    verdict = math_verdict(answer, str(reference))
+    if verdict == "no reference":
+        raise RowError("verify: the reference holds no value")
+    if verdict == "no verdict":
+        raise Filtered("verify: no verdict in time")
+    if verdict == "wrong":
+        raise Filtered("verify: not the reference's value")
+
+
+def _ask(name: str, row: Mapping[str, Any], conversation: Conversation) -> None:
+    try:
+        said = load_function(name)(dict(row), conversation)
+    except Exception as error:  # whatever the user's own code does
+        raise RowError(f"{name}: {short(error)}") from None
+    if said is True:
+        return
+    if said is False:
+        raise Filtered(f"{name}: False")
+    if not isinstance(said, str):
+        raise RowError(f"{name}: it must give True, False or a reason, not {type(said).__name__}")
+    raise Filtered(f"{name}: {said[:80].encode(errors='replace').decode()}")
