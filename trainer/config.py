@@ -141,6 +141,9 @@ class DataSection(Section):
         default="bfd",
         description="bfd keeps examples whole; bfd_split cuts long ones; wrapped fills every row to the end.",
     )
+    broken_lines: Literal["stop", "reject"] = Field(
+        default="stop", description="A row that cannot be read at all ends the preparation, or is rejected like others."
+    )
     max_rejects: float = Field(default=0.01, ge=0, le=1, description="The run stops above this share of rejected rows.")
     cache: str = Field(default="~/.cache/packhorse", description="Tokenised data; may be local to a node.")
     workers: int | None = Field(
@@ -317,7 +320,7 @@ class Recipe(Section):
         tree = self.model_dump(mode="json")
         free = {
             "model": ("recompute", "attention", "trust_remote_code"),
-            "data": ("eval", "cache", "workers", "max_rejects"),
+            "data": ("eval", "cache", "workers", "max_rejects", "broken_lines"),
             "batch": ("rows_per_micro",),
             "loss": ("kernel",),
             "parallel": ("deepspeed", "sequence", "allow_idle_ranks"),

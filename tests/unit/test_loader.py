@@ -360,13 +360,14 @@ def test_the_users_own_functions_are_in_the_key(tmp_path, tokenizer, monkeypatch
     assert len(cached(tmp_path)) == 3
 
 
-def test_broken_lines_are_rejects_that_are_named(tmp_path, tokenizer):
-    of = recipe(tmp_path, questions(200))
+def test_a_broken_line_ends_the_preparation_or_is_a_reject_that_is_named(tmp_path, tokenizer):
     path = tmp_path / "train.jsonl"
+    of = recipe(tmp_path, questions(200), max_rejects=0.01)
     path.write_text(path.read_text() + '{"question": "cut o')
-    prepared = prepare(
-        of.model_copy(update={"data": of.data.model_copy(update={"max_rejects": 0.01})}), tokenizer, "train"
-    )
+    with pytest.raises(BadInput, match=rf"{path}:201: broken JSON: .*; mend or delete the line"):
+        prepare(of, tokenizer, "train")
+    data = of.data.model_copy(update={"broken_lines": "reject"})
+    prepared = prepare(of.model_copy(update={"data": data}), tokenizer, "train")
     assert (prepared.report["rows"], prepared.report["rejected"]) == (201, 1)
     (line,) = prepared.rejects_path.read_text().splitlines()
     reason = "broken JSON: Unterminated string starting at"

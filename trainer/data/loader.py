@@ -107,11 +107,11 @@ def prepare(
     workers = section.workers or len(sched_getaffinity(0))
 
     def chunks(done: int) -> Generator[Tokenised, None, None]:
-        rows = islice(_rows(sources, files), done, None)
+        rows = islice(_rows(sources, files, section.broken_lines), done, None)
         return tokenise.tokenise_rows(rows, work, limits, workers)
 
     documents = cache.prepare(
-        _cache_folder(section) / f"documents-{_key(readers, masker, limits)}",
+        _cache_folder(section) / f"documents-{_key(readers, masker, limits, section.broken_lines)}",
         chunks,
         sources=[source.path or str(source.name) for source in sources],
         files=names,
@@ -169,19 +169,23 @@ class _Tokenise:
             return error
 
 
-def _rows(sources: tuple[Source, ...], files: list[list[str]]) -> Iterator[Row]:
+def _rows(sources: tuple[Source, ...], files: list[list[str]], broken_lines: str) -> Iterator[Row]:
     first = 0
     for source, (section, of_source) in enumerate(zip(sources, files, strict=True)):
         numbers = {Path(name).name: first + i for i, name in enumerate(of_source)}
         for row in read_rows(section):
-            yield Row(source, numbers[row.file] if section.path else first, row.number, row.fields)
+            file = numbers[row.file] if section.path else first
+            if isinstance(row.fields, RowError) and broken_lines == "stop":
+                place = f"{of_source[file - first]}:{row.number}"
+                raise BadInput(f"{place}: {row.fields}; mend or delete the line, or set data.broken_lines: reject")
+            yield Row(source, file, row.number, row.fields)
         first += len(of_source)
 
 
-def _key(readers: tuple[RowReader, ...], masker: Masker, limits: Limits) -> str:
+def _key(readers: tuple[RowReader, ...], masker: Masker, limits: Limits, broken_lines: str) -> str:
     """Everything that shapes the cache. Where the files lie, and the sources' weights, do not."""
     read = [[source_digest(reader.source), reader.source.rows, *reader.key()] for reader in readers]
-    policy = [limits.max_tokens, limits.too_long, limits.too_long == "split" and limits.packing_cuts]
+    policy = [limits.max_tokens, limits.too_long, limits.too_long == "split" and limits.packing_cuts, broken_lines]
     whole = [cache.VERSION, tokenise.VERSION, masker.fingerprint(), read, policy]
     return xxhash.xxh3_128_hexdigest(json.dumps(whole).encode())
 

@@ -4,9 +4,9 @@ A `config.Source` enters (a file, a folder of files, a dataset of the hub); `Raw
 stand in the file. Formats are known elsewhere (format.py). Files are streamed; only a `.json` list is read whole,
 since nothing before its last bracket says that it is one.
 
-A line that cannot be read is a row with a fault, and not the end: large files that were scraped or cut off hold some.
-It is named and counted with the other rejects, and data.max_rejects bounds them. What is wrong with a whole file
-(a list or a Parquet file that breaks off) is BadInput, as nothing says how many rows it would have had.
+A line that cannot be read is a row with a fault; data.broken_lines says whether that is the end, or is counted with the
+other rejects: large files that were scraped or cut off hold some. What is wrong with a whole file (a list or a Parquet
+file that breaks off) is BadInput, as nothing says how many rows it would have had.
 
 JSONL is read with json and not with Arrow, which gives every object of a column the union of their keys, so that
 each tool schema is filled with the nulls of all others. Parquet and datasets are stored that way already: nulls inside
