@@ -19,14 +19,16 @@ about), and a template without a generation prompt (llama2) needs no exception. 
 generation prompt is part of the answer, as the model will have to write it.
 
 *Where it ends.* With the first control token that closes the render of the messages up to and including the turn: the
-stop token. A template that writes none is refused. Where a template marks answers by {% generation %}, its mark must
-lie inside these bounds and reach the stop token; the answer then begins with the mark.
+stop token. A template that writes none is refused, and so is an answer that ends otherwise because more follows (what
+a model would not stop with). Where a template marks answers by {% generation %}, one mark must hold all of an answer's
+texts, and no other text; the answer then begins with the mark, but never inside the generation prompt.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -124,15 +126,15 @@ class Template:
         self._skeletons: dict[str, Skeleton] = {}
         self._constants: dict[str, re.Pattern[str] | None] = {}
 
-    def follow(self, conversation: Conversation) -> Render:
+    def follow(self, conversation: Conversation, *, prompt: bool = False) -> Render:
         """Render a conversation with the origin of every character. Raises RowError where it cannot be known."""
         messages = [message.as_dict() for message in conversation.messages]
         tools = list(conversation.tools) or None
-        text = self.render(messages, tools)
+        text = self.render(messages, tools, prompt=prompt)
         for keep in (None, self._compared_strings(tools)):
             words = _Words(keep)
             shape = words.conversation(messages, tools)
-            skeleton = self._skeleton(*shape, words.owners)
+            skeleton = self._skeleton(*shape, words.owners, prompt)
             starts = _fit(text, skeleton, words.texts)
             if starts is not None:
                 return Render(text, skeleton, starts)
@@ -159,7 +161,13 @@ class Template:
                 "the tokenizer has no chat template, and the rows are conversations; "
                 "set `model.chat_template: chatml`, or give a Jinja file there"
             )
-        source = self.tokenizer.get_chat_template(tools=tools)
+        try:
+            source = self.tokenizer.get_chat_template(tools=tools)
+        except ValueError:
+            raise BadInput(
+                "the tokenizer has several chat templates and none named `default`; "
+                "give the one to use, a Jinja file, as `model.chat_template`"
+            ) from None
         return FIXED_CLOCK + source if "strftime_now" in source else source
 
     def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> Any:
@@ -172,36 +180,42 @@ class Template:
         except TEMPLATE_ERRORS as error:
             raise RowError(f"the template refuses the row: {' '.join(str(error).split())[:100]}") from None
 
-    def _skeleton(self, messages: list[dict[str, Any]], tools: list[Any] | None, owners: list[Any]) -> Skeleton:
-        key = repr((messages, tools))
+    def _skeleton(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, owners: list[Any], prompt: bool
+    ) -> Skeleton:
+        key = repr((messages, tools, prompt))
         skeleton = self._skeletons.get(key)
         if skeleton is None:
             if len(self._skeletons) >= MOST_SKELETONS:
                 self._skeletons.clear()
-            skeleton = self._skeletons[key] = self._build(messages, tools, owners)
+            skeleton = self._skeletons[key] = self._build(messages, tools, owners, prompt)
         return skeleton
 
-    def _build(self, messages: list[dict[str, Any]], tools: list[Any] | None, owners: list[Any]) -> Skeleton:
-        if any(self._controls(text) for text in _strings((messages, tools))):
+    def _build(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, owners: list[Any], prompt: bool
+    ) -> Skeleton:
+        if any(self.controls(text) for text in _strings((messages, tools))):
             raise RowError("a text holds a control token of the model")
         marked = GENERATION.search(self.source(tools)) is not None
-        texts, marks = self._render(messages, tools, return_assistant_tokens_mask=marked)
+        texts, marks = self._render(messages, tools, return_assistant_tokens_mask=marked, add_generation_prompt=prompt)
         parts = WORD.split(texts[0])
         slots = [int(number) for number in parts[1::2]]
-        if len(set(slots)) < len(slots):
+        # A tool's name may be written often, as beside its result; what was said may not.
+        if any(count > 1 and "content" in owners[slot][1] for slot, count in Counter(slots).items()):
             raise RowError("the template writes a text twice")
         _refuse_dropped(messages, owners, set(range(len(owners))) - set(slots))
         literals = parts[0::2]
         controls = [
             (Place(number, match.start()), self.control_ids[match[0]])
             for number, literal in enumerate(literals)
-            for match in self._controls(literal)
+            for match in self.controls(literal)
         ]
         places = [(_place(texts[0], start), _place(texts[0], stop)) for start, stop in (marks[0] if marked else ())]
         where, ids = [place for place, _ in controls], [number for _, number in controls]
         return Skeleton(messages, tools, owners, literals, slots, where, ids, places)
 
-    def _controls(self, text: str) -> list[re.Match[str]]:
+    def controls(self, text: str) -> list[re.Match[str]]:
+        """Where `text` spells control tokens, as the tokenizer finds them: leftmost first, the longest of them."""
         return [match for match in self._added.finditer(text) if match[0] in self.control_ids]
 
     def _prove_turn(self, skeleton: Skeleton, message: int) -> Turn:
@@ -211,22 +225,27 @@ class Template:
                 raise RowError(f"the template drops {FIELD_NAMES[owners[dropped][1]]} of an answer")
         prompt = self.render(skeleton.messages[:message], skeleton.tools, prompt=True)
         anchor, header = _after_last_word(prompt)
-        first = 0 if anchor is None else slots.index(anchor) + 1  # the row was refused if the text were dropped
-        if not literals[first].startswith(header):
+        after = [0] if anchor is None else [index + 1 for index, slot in enumerate(slots) if slot == anchor]
+        after = [index for index in after if literals[index].startswith(header)]
+        if not after:
             raise RowError("an answer does not begin where the generation prompt ends")
-        own = [index for index, slot in enumerate(slots) if owners[slot][0] == message]
-        if not own or own != list(range(first, first + len(own))):
+        owner_of = [owners[slot][0] for slot in slots]
+        after = [index for index in after if owner_of[index : index + 1] == [message]]
+        first = last = after[0] if len(after) == 1 else len(slots)
+        while owner_of[last : last + 1] == [message]:
+            last += 1
+        own = {text for text, (owner, _) in enumerate(owners) if owner == message}
+        if first == last or own != set(slots[first:last]):
             raise RowError("the template writes an answer out of its place")
-        last = own[-1] + 1
         anchor, closing = _after_last_word(self.render(skeleton.messages[: message + 1], skeleton.tools))
-        stop = next(iter(self._controls(closing)), None)
-        if anchor != slots[own[-1]] or stop is None or not literals[last].startswith(closing[: stop.end()]):
+        stop = next(iter(self.controls(closing)), None)
+        if anchor != slots[last - 1] or stop is None:
             raise RowError("the template writes no stop token after an answer")
+        if not literals[last].startswith(closing[: stop.end()]):
+            raise RowError("the template ends an answer otherwise when more follows")
         start = Place(first, len(header))
-        for mark in skeleton.marks:
-            start = _narrowed(mark, start, first, Place(last, stop.end()))
-        if skeleton.marks and not any(begin == start for begin, _ in skeleton.marks):
-            raise RowError("the template's {% generation %} block leaves out an answer")
+        if skeleton.marks:
+            start = _marked_start(skeleton.marks, start, Place(last, 0), Place(last, stop.end()))
         number = skeleton.controls.index(Place(last, stop.start()))
         before = sum(place < start for place in skeleton.controls) - 1
         return Turn(start, before, number, _blank_after(skeleton, number, stop.end()))
@@ -351,16 +370,17 @@ def _place(text: str, position: int) -> Place:
     return Place(len(ends), position - (ends[-1] if ends else 0))
 
 
-def _narrowed(mark: tuple[Place, Place], start: Place, first: int, stop: Place) -> Place:
-    """`start` moved to where the template's own mark begins, if that mark is about this answer."""
-    begin, end = mark
-    if end <= start or begin >= stop:
-        return start
-    if begin < start or begin.literal != first:
-        raise RowError("the template's {% generation %} block begins before the generation prompt ends")
-    if end < stop:
-        raise RowError("the template's {% generation %} block leaves out the stop token")
-    return begin
+def _marked_start(marks: list[tuple[Place, Place]], start: Place, text_end: Place, stop: Place) -> Place:
+    """Where an answer begins that the template itself marks: not before the generation prompt ends, at `start`."""
+    about = [(begin, end) for begin, end in marks if end > start and begin < stop]
+    if not about:
+        raise RowError("the template's {% generation %} block leaves out an answer")
+    (begin, _), (_, end) = about[0], about[-1]
+    if len(about) > 1 or begin.literal > start.literal or end < text_end:
+        raise RowError("the template's {% generation %} block leaves out a part of an answer")
+    if begin.literal < start.literal or end.literal > text_end.literal:
+        raise RowError("the template's {% generation %} block holds more than an answer")
+    return max(begin, start)
 
 
 def _blank_after(skeleton: Skeleton, control: int, offset: int) -> bool:

@@ -432,10 +432,15 @@ def test_a_template_that_cannot_be_followed_is_refused(tokenizers, change, reaso
     [
         ("{% generation %}{{ m.content + eos_token }}{% endgeneration %}", "a cat<|im_end|>"),
         ("{{ '...' }}{% generation %}{{ m.content + eos_token + '!' }}{% endgeneration %}", "a cat<|im_end|>"),
-        ("{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}", "leaves out the stop token"),
         (
-            "{{ m.content }}{% generation %}{{ eos_token }}{% endgeneration %}",
-            "begins before the generation prompt ends",
+            "{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}",
+            "a cat<|im_end|>",
+        ),  # train_on_eot says so
+        ("{{ m.content }}{% generation %}{{ eos_token }}{% endgeneration %}", "leaves out a part of an answer"),
+        (
+            "{% generation %}{{ m.content[:2] }}{% endgeneration %}{% generation %}{{ m.content[2:] + eos_token }}"
+            "{% endgeneration %}",
+            "leaves out a part of an answer",
         ),
         ("{{ m.content + eos_token }}{% generation %}{{ '!' }}{% endgeneration %}", "leaves out an answer"),
     ],
@@ -482,8 +487,8 @@ def test_control_tokens_that_are_not_accounted_for_are_refused(tokenizers, monke
     controls = set(masker.template.control_ids.values())
     encode = Masker._encode
 
-    def tampered(self, texts, add_special_tokens=False):
-        results = encode(self, texts, add_special_tokens)
+    def tampered(self, texts, *options):
+        results = encode(self, texts, *options)
         for text, ids in zip(texts, results, strict=True):
             places = [place for place, number in enumerate(ids) if number in controls]
             if "Say OK." not in text or len(places) < 5:
