@@ -132,13 +132,12 @@ def _first_rows(recipe: Recipe, tokenizer: Any, split: str, count: int) -> Itera
     from itertools import islice
 
     from trainer.data.format import detect_format, to_conversation
-    from trainer.data.loader import limits_of
-    from trainer.data.mask import Masker
+    from trainer.data.loader import limits_of, masker_of
     from trainer.data.source import read_rows
     from trainer.data.tokenise import fit
 
     section = recipe.data
-    masker = Masker(tokenizer, section.train_on, section.train_on_eot)
+    masker = masker_of(section, tokenizer)
     for source in section.train if split == "train" else section.eval:
         rows = list(islice(read_rows(source), count))
         format = detect_format(rows[0].fields, source)

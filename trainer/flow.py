@@ -109,6 +109,7 @@ class Tokenised:
     rows: np.ndarray  # (n,) int64, row number in the file, from 1
     rejects: tuple[tuple[int, int, int, str], ...]  # source, file, row, reason
     source_rows: Mapping[int, int]  # rows read of each source, rejected ones too
+    cuts: tuple[tuple[int, int], ...] = ()  # source of a row that was truncated or split, trained tokens it lost
 
 
 class Piece(NamedTuple):

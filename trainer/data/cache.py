@@ -25,7 +25,7 @@ from trainer.dist import is_main, log
 from trainer.flow import BadInput, Example, Packed, Tokenised
 from trainer.once import Stopped, build_once
 
-VERSION = 1  # part of every key: raise it when the files of a folder change
+VERSION = 2  # part of every key: raise it when the files of a folder change
 
 SAVE_EVERY_S = 5.0  # between points that a next start can go on from
 LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
@@ -39,6 +39,9 @@ COLUMNS = {
     "files": np.dtype(np.int32),  # (documents,) number of the file
     "rows": np.dtype(np.int64),  # (documents,) row number in the file, from 1
 }
+
+# Of all, and of each source; `cut` rows were truncated or split, with what was lost to learn.
+COUNTED = ("rows", "documents", "tokens", "trained_tokens", "rejected", "cut", "lost_trained_tokens")
 
 Chunks = Callable[[int], Generator[Tokenised, None, None]]
 """chunks(done): starts tokenising after the first `done` rows. The documents do not depend on how chunks fall."""
@@ -170,7 +173,7 @@ class _Building:
     def __init__(self, staging: Path, leftovers: list[Path], sources: list[str], files: list[str]) -> None:
         self._folder, self._file_names = staging, files
         self.rows, self.tokens = 0, 0
-        counts = {"rows": 0, "documents": 0, "tokens": 0, "trained_tokens": 0, "rejected": 0}
+        counts = dict.fromkeys(COUNTED, 0)
         self._sources: list[dict[str, Any]] = [{"name": name, **counts, "reasons": {}} for name in sources]
         staging.mkdir()
         self._go_on_from(leftovers)
@@ -207,6 +210,9 @@ class _Building:
             counts = self._sources[source]
             counts["rejected"] += 1
             counts["reasons"][reason] = counts["reasons"].get(reason, 0) + 1
+        for source, lost in chunk.cuts:
+            self._sources[source]["cut"] += 1
+            self._sources[source]["lost_trained_tokens"] += lost
 
     def save(self) -> None:
         """Make what is written so far a point to go on from."""
@@ -218,8 +224,7 @@ class _Building:
     def finish(self) -> None:
         """Write the report: the last thing before the folder is published."""
         sizes = self._sync_all()
-        counted = ("rows", "documents", "tokens", "trained_tokens", "rejected")
-        totals = {key: sum(source[key] for source in self._sources) for key in counted}
+        totals = {key: sum(source[key] for source in self._sources) for key in COUNTED}
         reasons = sum((Counter(source["reasons"]) for source in self._sources), Counter())
         report = {**totals, "reasons": dict(reasons), "sources": self._sources}
         record = {"fingerprint": _digest(self._folder), "sizes": sizes, "report": report}
