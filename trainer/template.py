@@ -146,6 +146,13 @@ class Template:
             skeleton.turns[message] = self._prove_turn(skeleton, message)
         return skeleton.turns[message]
 
+    def require_whole(self, skeleton: Skeleton, message: int) -> None:
+        """Raises RowError where the template leaves out a part of an answer that is to be learned."""
+        for dropped in set(range(len(skeleton.owners))) - set(skeleton.slots):
+            owner, name = skeleton.owners[dropped]
+            if owner == message:
+                raise RowError(f"the template drops {FIELD_NAMES[name]} of an answer")
+
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False) -> str:
         """The template's text; with `prompt`, ending with the generation prompt."""
         return self._render(messages, tools, add_generation_prompt=prompt)[0][0]
@@ -220,9 +227,7 @@ class Template:
 
     def _prove_turn(self, skeleton: Skeleton, message: int) -> Turn:
         slots, owners, literals = skeleton.slots, skeleton.owners, skeleton.literals
-        for dropped in set(range(len(owners))) - set(slots):
-            if owners[dropped][0] == message:
-                raise RowError(f"the template drops {FIELD_NAMES[owners[dropped][1]]} of an answer")
+        self.require_whole(skeleton, message)
         prompt = self.render(skeleton.messages[:message], skeleton.tools, prompt=True)
         anchor, header = _after_last_word(prompt)
         after = [0] if anchor is None else [index + 1 for index, slot in enumerate(slots) if slot == anchor]

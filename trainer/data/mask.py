@@ -179,6 +179,10 @@ class Masker:
             return conversation.text
         try:
             render = self.template.follow(conversation)
+            if self.train_on == "all":
+                for number in _answers(conversation.messages):
+                    if conversation.messages[number].weight:
+                        self.template.require_whole(render.skeleton, number)
             return _Row(render, [self.template.turn(render.skeleton, n) for n in self._wanted(conversation.messages)])
         except RowError as error:
             return error
