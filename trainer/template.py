@@ -18,10 +18,12 @@ the literal that follows the same text in the whole render. What comes earlier m
 about), and a template without a generation prompt (llama2) needs no exception. So an empty `<think>` block after the
 generation prompt is part of the answer, as the model will have to write it.
 
-*Where it ends.* With the first control token that closes the render of the messages up to and including the turn: the
-stop token. A template that writes none is refused, and so is an answer that ends otherwise because more follows (what
-a model would not stop with). Where a template marks answers by {% generation %}, one mark must hold all of an answer's
-texts, and no other text; the answer then begins with the mark, but never inside the generation prompt.
+*Where it ends.* With the stop token: the last control token that follows its last text both where the conversation ends
+there and where it goes on. (An answer may hold others, as around tool calls; and what closes a whole conversation is
+not the answer's.) A template that writes none is refused, and so is an answer that ends otherwise when more follows: a
+model that has learned that end would not stop. Where a template marks answers by {% generation %}, one mark must hold
+all of an answer's texts, and no other text; the answer then begins with the mark, but never inside the generation
+prompt.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -50,6 +52,7 @@ FIXED_CLOCK = (
     + " }}{% endmacro +%}"
 )
 FIELD_NAMES = {"content": "the content", "reasoning_content": "the reasoning", "tool_calls": "tool calls"}
+WORD_FORMAT = "zq%04dqz"
 WORD = re.compile(r"zq(\d{4,})qz")
 GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 MOST_SKELETONS = 4096
@@ -185,6 +188,9 @@ class Template:
         except jinja2.TemplateSyntaxError as error:
             raise BadInput(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})") from None
         except TEMPLATE_ERRORS as error:
+            pasted = _with_arguments_as_text(messages)
+            if pasted != messages:  # some templates paste a call's arguments instead of writing them as JSON
+                return self._render(pasted, tools, **options)
             raise RowError(f"the template refuses the row: {' '.join(str(error).split())[:100]}") from None
 
     def _skeleton(
@@ -217,7 +223,9 @@ class Template:
             for number, literal in enumerate(literals)
             for match in self.controls(literal)
         ]
-        places = [(_place(texts[0], start), _place(texts[0], stop)) for start, stop in (marks[0] if marked else ())]
+        places = [
+            (_place(texts[0], start), _place(texts[0], stop)) for start, stop in _joined(marks[0] if marked else ())
+        ]
         where, ids = [place for place, _ in controls], [number for _, number in controls]
         return Skeleton(messages, tools, owners, literals, slots, where, ids, places)
 
@@ -234,26 +242,44 @@ class Template:
         after = [index for index in after if literals[index].startswith(header)]
         if not after:
             raise RowError("an answer does not begin where the generation prompt ends")
-        owner_of = [owners[slot][0] for slot in slots]
-        after = [index for index in after if owner_of[index : index + 1] == [message]]
-        first = last = after[0] if len(after) == 1 else len(slots)
-        while owner_of[last : last + 1] == [message]:
-            last += 1
-        own = {text for text, (owner, _) in enumerate(owners) if owner == message}
-        if first == last or own != set(slots[first:last]):
+        *_, closing = ended = WORD.split(self.render(skeleton.messages[: message + 1], skeleton.tools))
+        words = [int(number) for number in ended[1::2]]
+        while words and owners[words[0]][0] != message:
+            words.pop(0)
+        after = [index for index in after if slots[index : index + len(words)] == words]
+        if len(after) != 1 or set(words) != {n for n, (owner, _) in enumerate(owners) if owner == message}:
             raise RowError("the template writes an answer out of its place")
-        anchor, closing = _after_last_word(self.render(skeleton.messages[: message + 1], skeleton.tools))
-        stop = next(iter(self.controls(closing)), None)
-        if anchor != slots[last - 1] or stop is None:
-            raise RowError("the template writes no stop token after an answer")
-        if not literals[last].startswith(closing[: stop.end()]):
-            raise RowError("the template ends an answer otherwise when more follows")
+        first, last = after[0], after[0] + len(words)
+        stop = self._stop_token(skeleton, message, words[-1], closing, literals[last])
         start = Place(first, len(header))
         if skeleton.marks:
             start = _marked_start(skeleton.marks, start, Place(last, 0), Place(last, stop.end()))
         number = skeleton.controls.index(Place(last, stop.start()))
         before = sum(place < start for place in skeleton.controls) - 1
         return Turn(start, before, number, _blank_after(skeleton, number, stop.end()))
+
+    def _stop_token(self, skeleton: Skeleton, message: int, word: int, closing: str, literal: str) -> re.Match[str]:
+        """The last control token in `closing` that follows an answer's last `word` also where the conversation goes
+        on, with `literal`: what comes after belongs to the end of the one or to the next turn of the other."""
+        controls = self.controls(closing)
+        if not controls:
+            raise RowError("the template writes no stop token after an answer")
+        is_last = message + 1 == len(skeleton.messages)
+        if is_last:
+            try:
+                more = self.render([*skeleton.messages, {"role": "user", "content": "x"}], skeleton.tools)
+            except RowError:  # no question may follow here, as after a tool call
+                more = ""
+            literal = more.rpartition(WORD_FORMAT % word)[2]
+        shared = [match for match in controls if literal.startswith(closing[: match.end()])]
+        if shared:
+            return shared[-1]
+        if not is_last:
+            raise RowError("the template ends an answer otherwise when more follows")
+        stop = controls[0]  # an answer that ends otherwise when none follows: with what stands together there
+        for match in controls[1:]:
+            stop = match if match.start() == stop.end() else stop
+        return stop
 
     def _compared_strings(self, tools: list[Any] | None) -> re.Pattern[str] | None:
         """The strings that the template compares texts with: operands of tests, arguments of calls and filters."""
@@ -319,7 +345,7 @@ class _Words:
             return text
         self.texts.append(core)
         self.owners.append(owner)
-        word = f"zq{len(self.texts) - 1:04d}qz"
+        word = WORD_FORMAT % (len(self.texts) - 1)
         if len(core) == len(text):
             return word
         start = len(text) - len(text.lstrip())
@@ -351,6 +377,21 @@ def _forms(text: str) -> Iterator[str]:
     yield from (json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
 
 
+def _with_arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def call_of(call: dict[str, Any]) -> dict[str, Any]:
+        function = call.get("function", {})
+        if not isinstance(function.get("arguments"), dict):
+            return call
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [
+        {**message, "tool_calls": [call_of(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
 def _refuse_dropped(messages: list[dict[str, Any]], owners: list[tuple[int, str]], dropped: set[int]) -> None:
     """Refuse a render that leaves out what was said. Old reasoning may go: the same happens when the model is used."""
     kept = {owner for number, (owner, _) in enumerate(owners) if number not in dropped}
@@ -373,6 +414,14 @@ def _place(text: str, position: int) -> Place:
     """A position in a skeleton's text, not inside a word, as a place."""
     ends = [match.end() for match in WORD.finditer(text) if match.end() <= position]
     return Place(len(ends), position - (ends[-1] if ends else 0))
+
+
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans in order; those that touch are one."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in spans:
+        joined.append((joined.pop()[0], stop) if joined and joined[-1][1] == start else (start, stop))
+    return joined
 
 
 def _marked_start(marks: list[tuple[Place, Place]], start: Place, text_end: Place, stop: Place) -> Place:

@@ -386,7 +386,7 @@ def test_a_template_that_cannot_be_followed_is_refused(tokenizers, change, reaso
         ),  # train_on_eot says so
         ("{{ m.content }}{% generation %}{{ eos_token }}{% endgeneration %}", "leaves out a part of an answer"),
         (
-            "{% generation %}{{ m.content[:2] }}{% endgeneration %}{% generation %}{{ m.content[2:] + eos_token }}"
+            "{% generation %}{{ m.content }}{% endgeneration %}{{ '...' }}{% generation %}{{ eos_token }}"
             "{% endgeneration %}",
             "leaves out a part of an answer",
         ),
