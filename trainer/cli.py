@@ -135,14 +135,13 @@ def _first_rows(recipe: Recipe, tokenizer: Any, split: str, count: int) -> Itera
     """Titles and examples (or why there is none) of the first rows of each source, cut as for training."""
     from itertools import islice
 
-    from trainer.data.loader import limits_of
-    from trainer.data.mask import Masker
+    from trainer.data.loader import limits_of, masker_of
     from trainer.data.rows import RowReader
     from trainer.data.source import read_rows
     from trainer.data.tokenise import fit
 
     section = recipe.data
-    masker = Masker(tokenizer, section.train_on, section.train_on_eot)
+    masker = masker_of(section, tokenizer)
     for source in section.train if split == "train" else section.eval:
         reader = RowReader.of(source)
         for row in islice(read_rows(source), count):

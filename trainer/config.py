@@ -131,11 +131,23 @@ class DataSection(Section):
         default="assistant", description="all tokens, the last assistant turn after its prompt, every assistant turn."
     )
     train_on_eot: bool = Field(default=True, description="The stop token after an answer is learned with it.")
+    train_trailing_newline: bool = Field(
+        default=False, description="So is the white space that a template writes after the stop token."
+    )
+    control_tokens: Literal["reject", "text", "keep"] = Field(
+        default="reject",
+        description="A text that spells a control token: its row is left out; it stays text; it is the token.",
+    )
     max_tokens: int | None = Field(
         default=None, ge=2, description="Of an example; batch.row_tokens where it is not given."
     )
     too_long: Literal["reject", "truncate", "split"] = Field(
-        default="reject", description="Of an example of more tokens. truncate keeps it only with its answer's end."
+        default="reject",
+        description="Of an example of more tokens. truncate keeps whole answers only; split makes documents of it.",
+    )
+    cut_answers: bool = Field(default=False, description="truncate may keep an answer without its end.")
+    split_context: int = Field(
+        default=0, ge=0, description="Tokens before a cut that split repeats, as context that is not learned again."
     )
     packing: Literal["none", "bfd", "bfd_split", "wrapped"] = Field(
         default="bfd",
@@ -149,6 +161,16 @@ class DataSection(Section):
     workers: int | None = Field(
         default=None, ge=1, description="Processes that tokenise; all cores where it is not given."
     )
+
+    @model_validator(mode="after")
+    def _cuts_allowed(self) -> DataSection:
+        if self.cut_answers and self.too_long != "truncate":
+            raise ValueError("`cut_answers` belongs to `too_long: truncate`")
+        if self.split_context and (self.too_long != "split" or self.packing == "wrapped"):
+            raise ValueError(
+                "`split_context` belongs to `too_long: split`, without `packing: wrapped`, which cuts anew"
+            )
+        return self
 
 
 class BatchSection(Section):
@@ -307,6 +329,11 @@ class Recipe(Section):
             raise ValueError(
                 f"data.max_tokens ({self.data.max_tokens}) is more than batch.row_tokens ({self.batch.row_tokens}): "
                 "an example must fit in a row; raise row_tokens, or use `packing: bfd_split`"
+            )
+        if self.data.split_context and self.max_tokens < self.data.split_context + 2:
+            raise ValueError(
+                f"data.split_context ({self.data.split_context}) leaves no room for anything new in "
+                f"{self.max_tokens} tokens; lower it"
             )
         return self
 

@@ -114,6 +114,7 @@ class Tokenised:
     rejects: tuple[tuple[int, int, int, str], ...]  # source, file, row, reason
     filtered: tuple[tuple[int, int, int, str], ...]  # likewise: left out by the recipe's filters
     source_rows: Mapping[int, int]  # rows read of each source, those left out too
+    cuts: tuple[tuple[int, int], ...] = ()  # source of a row that was truncated or split, trained tokens it lost
 
 
 class Piece(NamedTuple):

@@ -1,6 +1,6 @@
 """What a run leaves in its folder beside checkpoints and metrics: the recipe, where it ran, what became of it.
 
-recipe.yaml   environment.json   data.json   summary.json   stop.json   trace.jsonl
+recipe.yaml   environment.json   data.json   rejects.jsonl   summary.json   stop.json   trace.jsonl
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def require_shared(run_dir: Path) -> None:
 
 
 def describe(recipe: Recipe, run_dir: Path, train_data: Prepared, eval_data: Prepared | None, metrics: Metrics) -> None:
-    """environment.json, data.json, and the recipe as text in TensorBoard."""
+    """environment.json, data.json, rejects.jsonl, and the recipe as text in TensorBoard."""
     packages = ("torch", "deepspeed", "transformers", "datasets", "tokenizers")
     write_json(
         run_dir / "environment.json",
@@ -85,6 +85,8 @@ def describe(recipe: Recipe, run_dir: Path, train_data: Prepared, eval_data: Pre
     )
     reports = {"train": train_data.report, **({"eval": eval_data.report} if eval_data else {})}
     write_json(run_dir / "data.json", reports)
+    rejects = [data.rejects_path.read_text(encoding="utf-8") for data in (train_data, eval_data) if data]
+    write_synced(run_dir / "rejects.jsonl", "".join(rejects))
     rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.fixed().items())
     metrics.text("recipe", f"| key | value |\n|---|---|\n{rows}")
 

@@ -18,16 +18,20 @@ the literal that follows the same text in the whole render. What comes earlier m
 about), and a template without a generation prompt (llama2) needs no exception. So an empty `<think>` block after the
 generation prompt is part of the answer, as the model will have to write it.
 
-*Where it ends.* With the first control token that closes the render of the messages up to and including the turn: the
-stop token. A template that writes none is refused. Where a template marks answers by {% generation %}, its mark must
-lie inside these bounds and reach the stop token; the answer then begins with the mark.
+*Where it ends.* With the stop token: the last control token that follows its last text both where the conversation ends
+there and where it goes on. (An answer may hold others, as around tool calls; and what closes a whole conversation is
+not the answer's.) A template that writes none is refused, and so is an answer that ends otherwise when more follows: a
+model that has learned that end would not stop. Where a template marks answers by {% generation %}, one mark must hold
+all of an answer's texts, and no other text; the answer then begins with the mark, but never inside the generation
+prompt.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,6 +52,7 @@ FIXED_CLOCK = (
     + " }}{% endmacro +%}"
 )
 FIELD_NAMES = {"content": "the content", "reasoning_content": "the reasoning", "tool_calls": "tool calls"}
+WORD_FORMAT = "zq%04dqz"
 WORD = re.compile(r"zq(\d{4,})qz")
 GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 MOST_SKELETONS = 4096
@@ -124,15 +129,15 @@ class Template:
         self._skeletons: dict[str, Skeleton] = {}
         self._constants: dict[str, re.Pattern[str] | None] = {}
 
-    def follow(self, conversation: Conversation) -> Render:
+    def follow(self, conversation: Conversation, *, prompt: bool = False) -> Render:
         """Render a conversation with the origin of every character. Raises RowError where it cannot be known."""
         messages = [message.as_dict() for message in conversation.messages]
         tools = list(conversation.tools) or None
-        text = self.render(messages, tools)
+        text = self.render(messages, tools, prompt=prompt)
         for keep in (None, self._compared_strings(tools)):
             words = _Words(keep)
             shape = words.conversation(messages, tools)
-            skeleton = self._skeleton(*shape, words.owners)
+            skeleton = self._skeleton(*shape, words.owners, prompt)
             starts = _fit(text, skeleton, words.texts)
             if starts is not None:
                 return Render(text, skeleton, starts)
@@ -143,6 +148,13 @@ class Template:
         if message not in skeleton.turns:
             skeleton.turns[message] = self._prove_turn(skeleton, message)
         return skeleton.turns[message]
+
+    def require_whole(self, skeleton: Skeleton, message: int) -> None:
+        """Raises RowError where the template leaves out a part of an answer that is to be learned."""
+        for dropped in set(range(len(skeleton.owners))) - set(skeleton.slots):
+            owner, name = skeleton.owners[dropped]
+            if owner == message:
+                raise RowError(f"the template drops {FIELD_NAMES[name]} of an answer")
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False) -> str:
         """The template's text; with `prompt`, ending with the generation prompt."""
@@ -159,7 +171,13 @@ class Template:
                 "the tokenizer has no chat template, and the rows are conversations; "
                 "set `model.chat_template: chatml`, or give a Jinja file there"
             )
-        source = self.tokenizer.get_chat_template(tools=tools)
+        try:
+            source = self.tokenizer.get_chat_template(tools=tools)
+        except ValueError:
+            raise BadInput(
+                "the tokenizer has several chat templates and none named `default`; "
+                "give the one to use, a Jinja file, as `model.chat_template`"
+            ) from None
         return FIXED_CLOCK + source if "strftime_now" in source else source
 
     def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> Any:
@@ -170,66 +188,98 @@ class Template:
         except jinja2.TemplateSyntaxError as error:
             raise BadInput(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})") from None
         except TEMPLATE_ERRORS as error:
+            pasted = _with_arguments_as_text(messages)
+            if pasted != messages:  # some templates paste a call's arguments instead of writing them as JSON
+                return self._render(pasted, tools, **options)
             raise RowError(f"the template refuses the row: {' '.join(str(error).split())[:100]}") from None
 
-    def _skeleton(self, messages: list[dict[str, Any]], tools: list[Any] | None, owners: list[Any]) -> Skeleton:
-        key = repr((messages, tools))
+    def _skeleton(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, owners: list[Any], prompt: bool
+    ) -> Skeleton:
+        key = repr((messages, tools, prompt))
         skeleton = self._skeletons.get(key)
         if skeleton is None:
             if len(self._skeletons) >= MOST_SKELETONS:
                 self._skeletons.clear()
-            skeleton = self._skeletons[key] = self._build(messages, tools, owners)
+            skeleton = self._skeletons[key] = self._build(messages, tools, owners, prompt)
         return skeleton
 
-    def _build(self, messages: list[dict[str, Any]], tools: list[Any] | None, owners: list[Any]) -> Skeleton:
-        if any(self._controls(text) for text in _strings((messages, tools))):
+    def _build(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, owners: list[Any], prompt: bool
+    ) -> Skeleton:
+        if any(self.controls(text) for text in _strings((messages, tools))):
             raise RowError("a text holds a control token of the model")
         marked = GENERATION.search(self.source(tools)) is not None
-        texts, marks = self._render(messages, tools, return_assistant_tokens_mask=marked)
+        texts, marks = self._render(messages, tools, return_assistant_tokens_mask=marked, add_generation_prompt=prompt)
         parts = WORD.split(texts[0])
         slots = [int(number) for number in parts[1::2]]
-        if len(set(slots)) < len(slots):
+        # A tool's name may be written often, as beside its result; what was said may not.
+        if any(count > 1 and "content" in owners[slot][1] for slot, count in Counter(slots).items()):
             raise RowError("the template writes a text twice")
         _refuse_dropped(messages, owners, set(range(len(owners))) - set(slots))
         literals = parts[0::2]
         controls = [
             (Place(number, match.start()), self.control_ids[match[0]])
             for number, literal in enumerate(literals)
-            for match in self._controls(literal)
+            for match in self.controls(literal)
         ]
-        places = [(_place(texts[0], start), _place(texts[0], stop)) for start, stop in (marks[0] if marked else ())]
+        places = [
+            (_place(texts[0], start), _place(texts[0], stop)) for start, stop in _joined(marks[0] if marked else ())
+        ]
         where, ids = [place for place, _ in controls], [number for _, number in controls]
         return Skeleton(messages, tools, owners, literals, slots, where, ids, places)
 
-    def _controls(self, text: str) -> list[re.Match[str]]:
+    def controls(self, text: str) -> list[re.Match[str]]:
+        """Where `text` spells control tokens, as the tokenizer finds them: leftmost first, the longest of them."""
         return [match for match in self._added.finditer(text) if match[0] in self.control_ids]
 
     def _prove_turn(self, skeleton: Skeleton, message: int) -> Turn:
         slots, owners, literals = skeleton.slots, skeleton.owners, skeleton.literals
-        for dropped in set(range(len(owners))) - set(slots):
-            if owners[dropped][0] == message:
-                raise RowError(f"the template drops {FIELD_NAMES[owners[dropped][1]]} of an answer")
+        self.require_whole(skeleton, message)
         prompt = self.render(skeleton.messages[:message], skeleton.tools, prompt=True)
         anchor, header = _after_last_word(prompt)
-        first = 0 if anchor is None else slots.index(anchor) + 1  # the row was refused if the text were dropped
-        if not literals[first].startswith(header):
+        after = [0] if anchor is None else [index + 1 for index, slot in enumerate(slots) if slot == anchor]
+        after = [index for index in after if literals[index].startswith(header)]
+        if not after:
             raise RowError("an answer does not begin where the generation prompt ends")
-        own = [index for index, slot in enumerate(slots) if owners[slot][0] == message]
-        if not own or own != list(range(first, first + len(own))):
+        *_, closing = ended = WORD.split(self.render(skeleton.messages[: message + 1], skeleton.tools))
+        words = [int(number) for number in ended[1::2]]
+        while words and owners[words[0]][0] != message:
+            words.pop(0)
+        after = [index for index in after if slots[index : index + len(words)] == words]
+        if len(after) != 1 or set(words) != {n for n, (owner, _) in enumerate(owners) if owner == message}:
             raise RowError("the template writes an answer out of its place")
-        last = own[-1] + 1
-        anchor, closing = _after_last_word(self.render(skeleton.messages[: message + 1], skeleton.tools))
-        stop = next(iter(self._controls(closing)), None)
-        if anchor != slots[own[-1]] or stop is None or not literals[last].startswith(closing[: stop.end()]):
-            raise RowError("the template writes no stop token after an answer")
+        first, last = after[0], after[0] + len(words)
+        stop = self._stop_token(skeleton, message, words[-1], closing, literals[last])
         start = Place(first, len(header))
-        for mark in skeleton.marks:
-            start = _narrowed(mark, start, first, Place(last, stop.end()))
-        if skeleton.marks and not any(begin == start for begin, _ in skeleton.marks):
-            raise RowError("the template's {% generation %} block leaves out an answer")
+        if skeleton.marks:
+            start = _marked_start(skeleton.marks, start, Place(last, 0), Place(last, stop.end()))
         number = skeleton.controls.index(Place(last, stop.start()))
         before = sum(place < start for place in skeleton.controls) - 1
         return Turn(start, before, number, _blank_after(skeleton, number, stop.end()))
+
+    def _stop_token(self, skeleton: Skeleton, message: int, word: int, closing: str, literal: str) -> re.Match[str]:
+        """The last control token in `closing` that follows an answer's last `word` also where the conversation goes
+        on, with `literal`: what comes after belongs to the end of the one or to the next turn of the other."""
+        controls = self.controls(closing)
+        if not controls:
+            raise RowError("the template writes no stop token after an answer")
+        is_last = message + 1 == len(skeleton.messages)
+        if is_last:
+            try:
+                more = self.render([*skeleton.messages, {"role": "user", "content": "x"}], skeleton.tools)
+            except RowError:  # no question may follow here, as after a tool call
+                more = ""
+            literal = more.rpartition(WORD_FORMAT % word)[2]
+        shared = [match for match in controls if literal.startswith(closing[: match.end()])]
+        if shared:
+            return shared[-1]
+        if not is_last:
+            raise RowError("the template ends an answer otherwise when more follows")
+        stop = controls[0]  # an answer that ends otherwise when none follows: with what stands together there
+        for match in controls[1:]:
+            stop = match if match.start() == stop.end() else stop
+        return stop
 
     def _compared_strings(self, tools: list[Any] | None) -> re.Pattern[str] | None:
         """The strings that the template compares texts with: operands of tests, arguments of calls and filters."""
@@ -295,7 +345,7 @@ class _Words:
             return text
         self.texts.append(core)
         self.owners.append(owner)
-        word = f"zq{len(self.texts) - 1:04d}qz"
+        word = WORD_FORMAT % (len(self.texts) - 1)
         if len(core) == len(text):
             return word
         start = len(text) - len(text.lstrip())
@@ -327,6 +377,21 @@ def _forms(text: str) -> Iterator[str]:
     yield from (json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
 
 
+def _with_arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def call_of(call: dict[str, Any]) -> dict[str, Any]:
+        function = call.get("function", {})
+        if not isinstance(function.get("arguments"), dict):
+            return call
+        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+
+    return [
+        {**message, "tool_calls": [call_of(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
+
+
 def _refuse_dropped(messages: list[dict[str, Any]], owners: list[tuple[int, str]], dropped: set[int]) -> None:
     """Refuse a render that leaves out what was said. Old reasoning may go: the same happens when the model is used."""
     kept = {owner for number, (owner, _) in enumerate(owners) if number not in dropped}
@@ -351,16 +416,25 @@ def _place(text: str, position: int) -> Place:
     return Place(len(ends), position - (ends[-1] if ends else 0))
 
 
-def _narrowed(mark: tuple[Place, Place], start: Place, first: int, stop: Place) -> Place:
-    """`start` moved to where the template's own mark begins, if that mark is about this answer."""
-    begin, end = mark
-    if end <= start or begin >= stop:
-        return start
-    if begin < start or begin.literal != first:
-        raise RowError("the template's {% generation %} block begins before the generation prompt ends")
-    if end < stop:
-        raise RowError("the template's {% generation %} block leaves out the stop token")
-    return begin
+def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans in order; those that touch are one."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in spans:
+        joined.append((joined.pop()[0], stop) if joined and joined[-1][1] == start else (start, stop))
+    return joined
+
+
+def _marked_start(marks: list[tuple[Place, Place]], start: Place, text_end: Place, stop: Place) -> Place:
+    """Where an answer begins that the template itself marks: not before the generation prompt ends, at `start`."""
+    about = [(begin, end) for begin, end in marks if end > start and begin < stop]
+    if not about:
+        raise RowError("the template's {% generation %} block leaves out an answer")
+    (begin, _), (_, end) = about[0], about[-1]
+    if len(about) > 1 or begin.literal > start.literal or end < text_end:
+        raise RowError("the template's {% generation %} block leaves out a part of an answer")
+    if begin.literal < start.literal or end.literal > text_end.literal:
+        raise RowError("the template's {% generation %} block holds more than an answer")
+    return max(begin, start)
 
 
 def _blank_after(skeleton: Skeleton, control: int, offset: int) -> bool:

@@ -15,8 +15,7 @@ from typing import Any
 from trainer import checkpoint, dist
 from trainer.checkpoint import RunState, Saver
 from trainer.config import OptimSection, Recipe
-from trainer.data.loader import Loader, Prepared, documents_of, prepare, train_plan
-from trainer.data.mask import Masker
+from trainer.data.loader import Loader, Prepared, documents_of, masker_of, prepare, train_plan
 from trainer.data.plan import Plan
 from trainer.engine import Engine, clear_nvme, deepspeed_config, gathered, sharded_init
 from trainer.evaluate import Evaluation
@@ -120,7 +119,7 @@ def go_on(
         steps=plan.steps,
         beat=watch.beat,
     )
-    masker = Masker(tokenizer, recipe.data.train_on, recipe.data.train_on_eot)
+    masker = masker_of(recipe.data, tokenizer)
     model.generation_config.eos_token_id = sorted(masker.stop_token_ids)  # what was learned to end an answer
     if dist.is_main():
         describe(recipe, run_dir, train_data, eval_data, metrics)

@@ -1,5 +1,6 @@
 """Which tokens are trained, token by token, on real templates (C6).
 
+Each kind of row under each mode is in test_mask_matrix.py; here is what else holds.
 The oracle is written by hand: a render in which ⟦ ⟧ enclose what is to be learned. It must be what the tokenizer's own
 `apply_chat_template` gives, and the flags must be those of the tokens whose characters lie inside the brackets.
 """
@@ -160,19 +161,6 @@ def test_the_prompt_is_what_inference_is_given(tokenizers, family):
     assert masker.stop_token_ids == (tokenizer.eos_token_id,)
 
 
-@pytest.mark.parametrize("family", ["smollm2", "qwen2_5", "qwen3", "llama3_2", "llama2"])
-def test_a_system_message_is_context(tokenizers, family):
-    conversation = Conversation((Message("system", "Be brief."), *chat("Hi", "Hello!").messages))
-    tokenizer = tokenizers[family]
-    example = Masker(tokenizer).example(conversation)
-    text = official(tokenizer, conversation)
-    assert "Be brief." in text
-    start = len(official(tokenizer, conversation, upto=2))
-    assert agrees(
-        tokenizer, example, text, [(start, text.index(tokenizer.eos_token, start) + len(tokenizer.eos_token))]
-    )
-
-
 def test_the_newline_after_the_stop_token_is_trained_on_request_only(tokenizers):
     tokenizer = tokenizers["qwen2_5"]
     text, spans = parse(RENDERS["qwen2_5"].replace("⟧\n", "\n⟧"))
@@ -201,46 +189,6 @@ CALLING = (
     Message("assistant", "4"),
 )
 WITH_TOOLS = Conversation(CALLING, TOOLS)
-
-
-@pytest.mark.parametrize(
-    ("family", "answers"),
-    [
-        (
-            "qwen2_5",
-            [
-                '<tool_call>\n{"name": "add", "arguments": {"a": "2", "b": "say \\"zwölf\\""}}\n</tool_call><|im_end|>',
-                "4<|im_end|>",
-            ],
-        ),
-        (
-            "qwen3",
-            [
-                '<tool_call>\n{"name": "add", "arguments": {"a": "2", "b": "say \\"zwölf\\""}}\n</tool_call><|im_end|>',
-                "<think>\n\n</think>\n\n4<|im_end|>",
-            ],
-        ),
-        (
-            "llama3_2",
-            ['{"name": "add", "parameters": {"a": "2", "b": "say \\"zwölf\\""}}<|eot_id|>', "4<|eot_id|>"],
-        ),
-        (
-            "mistral_nemo",
-            [
-                '[TOOL_CALLS][{"name": "add", "arguments": {"a": "2", "b": "say \\"zwölf\\""}, "id": "call00001"}]</s>',
-                "4</s>",
-            ],
-        ),
-    ],
-)
-def test_tool_calls_are_answers(tokenizers, family, answers):
-    tokenizer = tokenizers[family]
-    text = official(tokenizer, WITH_TOOLS)
-    starts = [text.index(answer) for answer in answers]
-    spans = [(start, start + len(answer)) for start, answer in zip(starts, answers, strict=True)]
-    assert agrees(tokenizer, Masker(tokenizer).example(WITH_TOOLS), text, spans)
-    assert agrees(tokenizer, Masker(tokenizer, "last_turn").example(WITH_TOOLS), text, spans)
-    assert agrees(tokenizer, Masker(tokenizer, "completion").example(WITH_TOOLS), text, spans[1:])
 
 
 REASONED = Conversation(
@@ -432,10 +380,15 @@ def test_a_template_that_cannot_be_followed_is_refused(tokenizers, change, reaso
     [
         ("{% generation %}{{ m.content + eos_token }}{% endgeneration %}", "a cat<|im_end|>"),
         ("{{ '...' }}{% generation %}{{ m.content + eos_token + '!' }}{% endgeneration %}", "a cat<|im_end|>"),
-        ("{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}", "leaves out the stop token"),
         (
-            "{{ m.content }}{% generation %}{{ eos_token }}{% endgeneration %}",
-            "begins before the generation prompt ends",
+            "{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}",
+            "a cat<|im_end|>",
+        ),  # train_on_eot says so
+        ("{{ m.content }}{% generation %}{{ eos_token }}{% endgeneration %}", "leaves out a part of an answer"),
+        (
+            "{% generation %}{{ m.content }}{% endgeneration %}{{ '...' }}{% generation %}{{ eos_token }}"
+            "{% endgeneration %}",
+            "leaves out a part of an answer",
         ),
         ("{{ m.content + eos_token }}{% generation %}{{ '!' }}{% endgeneration %}", "leaves out an answer"),
     ],
@@ -482,8 +435,8 @@ def test_control_tokens_that_are_not_accounted_for_are_refused(tokenizers, monke
     controls = set(masker.template.control_ids.values())
     encode = Masker._encode
 
-    def tampered(self, texts, add_special_tokens=False):
-        results = encode(self, texts, add_special_tokens)
+    def tampered(self, texts, *options):
+        results = encode(self, texts, *options)
         for text, ids in zip(texts, results, strict=True):
             places = [place for place, number in enumerate(ids) if number in controls]
             if "Say OK." not in text or len(places) < 5:

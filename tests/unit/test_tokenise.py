@@ -45,17 +45,80 @@ def test_split_leaves_cutting_to_a_packing_that_cuts():
     assert fit(whole, Limits(3, "split", packing_cuts=True)) == [whole]
 
 
-@given(st.lists(st.booleans(), min_size=2, max_size=40), st.integers(2, 12))
-def test_split_trains_every_trained_token_once_in_parts_that_fit(flags, most):
-    flags = [False, *flags]
-    if not any(flags):
-        flags[-1] = True
-    parts = fit(example(flags), Limits(most, "split", packing_cuts=False))
-    assert trained_ids(parts) == trained_ids([example(flags)])
-    for part in parts:
+def test_truncate_keeps_the_answers_before_the_one_that_would_lose_its_end():
+    (part,) = fit(example([0, 1, 1, 0, 0, 1, 1]), Limits(6, "truncate", packing_cuts=False))
+    assert part.input_ids.tolist() == [10, 11, 12]
+    assert part.trained.tolist() == [False, True, True]
+
+
+def test_cut_answers_lets_truncate_keep_an_answer_without_its_end():
+    limits = Limits(6, "truncate", packing_cuts=False, cut_answers=True)
+    (part,) = fit(example([0, 1, 1, 0, 0, 1, 1]), limits)
+    assert part.input_ids.tolist() == [10, 11, 12, 13, 14, 15]
+    assert part.trained.tolist() == [False, True, True, False, False, True]
+    with pytest.raises(RowError, match="no answer fits"):
+        fit(example([0, 0, 0, 0, 0, 0, 1]), limits)
+
+
+flag_lists = st.lists(st.booleans(), min_size=2, max_size=40).map(
+    lambda flags: [False, *(flags if any(flags) else [*flags, True])]
+)
+
+
+@given(flag_lists, st.integers(2, 12), st.booleans())
+def test_a_truncated_answer_keeps_its_end_unless_it_may_be_cut(flags, most, cut_answers):
+    whole = example(flags)
+    try:
+        (part,) = fit(whole, Limits(most, "truncate", packing_cuts=False, cut_answers=cut_answers))
+    except RowError:
+        first = flags.index(True)  # no answer begins before the cut, or the first one does not end there
+        assert first >= most or (not cut_answers and all(flags[first : most + 1]))
+        return
+    stop = len(part.input_ids)
+    assert stop <= most or len(flags) <= most
+    assert part.input_ids.tolist() == whole.input_ids[:stop].tolist()
+    assert part.trained.tolist() == flags[:stop]
+    assert part.trained.any()
+    if stop < len(flags):
+        assert part.trained[-1], "an answer's last token, or the last that fits"
+        assert not flags[stop] or (cut_answers and stop == most)
+
+
+@given(flag_lists, st.integers(2, 12), st.integers(0, 8))
+def test_split_trains_every_trained_token_once_in_parts_that_fit(flags, most, context):
+    context = min(context, most - 2)
+    whole = example(flags)
+    parts = fit(whole, Limits(most, "split", packing_cuts=False, split_context=context))
+    assert trained_ids(parts) == trained_ids([whole])
+    for number, part in enumerate(parts):
         assert len(part.input_ids) <= most
         assert not part.trained[0], "nothing predicts a first token"
         assert part.trained.any()
+        start = int(part.input_ids[0]) - 10
+        assert part.input_ids.tolist() == whole.input_ids[start : start + len(part.input_ids)].tolist()
+        if number and start:
+            assert not part.trained[: context + 1].any(), "what is repeated is context"
+
+
+def test_split_repeats_the_tokens_before_a_cut_as_context():
+    parts = fit(example([0, 1, 1, 1, 1, 1, 1]), Limits(4, "split", packing_cuts=False, split_context=1))
+    assert [part.input_ids.tolist() for part in parts] == [[10, 11, 12, 13], [12, 13, 14, 15], [14, 15, 16]]
+    assert [part.trained.tolist() for part in parts] == [
+        [False, True, True, True],
+        [False, False, True, True],
+        [False, False, True],
+    ]
+
+
+def test_rows_that_are_cut_are_counted_with_what_they_lose():
+    longer = [Row(0, 0, 9, None), Row(1, 0, 14, None), Row(1, 0, 3, None)]  # 6, refused, 5 tokens
+
+    def cuts(limits: Limits) -> list:
+        return [cut for chunk in tokenise_rows(longer, fake_tokenise, limits, workers=1) for cut in chunk.cuts]
+
+    assert cuts(Limits(5, "truncate", packing_cuts=False, cut_answers=True)) == [(0, 1)]
+    assert cuts(Limits(5, "split", packing_cuts=False)) == [(0, 0)]
+    assert cuts(Limits(6, "truncate", packing_cuts=False)) == []
 
 
 def test_an_example_without_a_trained_token_is_rejected():

@@ -42,7 +42,8 @@ COLUMNS = {
 }
 
 LEFT_OUT = ("rejects.jsonl", "filtered.jsonl")
-COUNTED = ("rows", "documents", "tokens", "trained_tokens", "rejected", "filtered")
+# Of all, and of each source; `cut` rows were truncated or split, with what was lost to learn.
+COUNTED = ("rows", "documents", "tokens", "trained_tokens", "rejected", "filtered", "cut", "lost_trained_tokens")
 
 Chunks = Callable[[int], Generator[Tokenised, None, None]]
 """chunks(done): starts tokenising after the first `done` rows. The documents do not depend on how chunks fall."""
@@ -224,6 +225,9 @@ class _Building:
                 counts = self._sources[source]
                 counts[count] += 1
                 counts[reasons][reason] = counts[reasons].get(reason, 0) + 1
+        for source, lost in chunk.cuts:
+            self._sources[source]["cut"] += 1
+            self._sources[source]["lost_trained_tokens"] += lost
 
     def save(self) -> None:
         """Make what is written so far a point to go on from."""

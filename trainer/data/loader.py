@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import islice
 from os import sched_getaffinity
 from pathlib import Path
@@ -98,7 +98,7 @@ def prepare(
     """
     section = recipe.data
     sources = section.train if which == "train" else section.eval
-    masker = Masker(tokenizer, section.train_on, section.train_on_eot)
+    masker = masker_of(section, tokenizer)
     readers = tuple(RowReader.of(source) for source in sources)
     limits = limits_of(recipe)
     files = [[str(path) for path in source_files(s.path)] if s.path else [f"{s.name}:{s.split}"] for s in sources]
@@ -147,7 +147,20 @@ def held_out_prompts(recipe: Recipe, masker: Masker, rows: int) -> list[Prompt]:
 
 def limits_of(recipe: Recipe) -> Limits:
     """What becomes of examples that are too long."""
-    return Limits(recipe.max_tokens, recipe.data.too_long, recipe.data.packing in ("bfd_split", "wrapped"))
+    data = recipe.data
+    packing_cuts = data.packing in ("bfd_split", "wrapped") and not data.split_context
+    return Limits(recipe.max_tokens, data.too_long, packing_cuts, data.cut_answers, data.split_context)
+
+
+def masker_of(section: DataSection, tokenizer: Any) -> Masker:
+    """What is learned of a row."""
+    return Masker(
+        tokenizer,
+        section.train_on,
+        section.train_on_eot,
+        train_trailing_newline=section.train_trailing_newline,
+        control_tokens=section.control_tokens,
+    )
 
 
 @dataclass(frozen=True)
@@ -185,7 +198,7 @@ def _rows(sources: tuple[Source, ...], files: list[list[str]], broken_lines: str
 def _key(readers: tuple[RowReader, ...], masker: Masker, limits: Limits, broken_lines: str) -> str:
     """Everything that shapes the cache. Where the files lie, and the sources' weights, do not."""
     read = [[source_digest(reader.source), reader.source.rows, *reader.key()] for reader in readers]
-    policy = [limits.max_tokens, limits.too_long, limits.too_long == "split" and limits.packing_cuts, broken_lines]
+    policy = [*astuple(replace(limits, packing_cuts=limits.too_long == "split" and limits.packing_cuts)), broken_lines]
     whole = [cache.VERSION, tokenise.VERSION, masker.fingerprint(), read, policy]
     return xxhash.xxh3_128_hexdigest(json.dumps(whole).encode())
 

@@ -11,9 +11,18 @@ character; this file carries it over to tokens:
   end), the row is tokenised in two pieces cut there, which is exactly what inference does, and looked at again.
 - It ends with its stop token, one of the control tokens already accounted for.
 
+A text that spells a control token of the model is an injection, or data made for another tokenizer, and its row is
+rejected. The recipe may say otherwise, and then:
+
+- `text`: it stays text. The row is cut at the template's own control tokens, whose places are known, and what lies
+  between is tokenised with control tokens switched off. That this is what the tokenizer makes of a whole text is
+  tried out on each control token; one that takes white space from its neighbours is refused.
+- `keep`: it is the control token that it spells, as on a server that parses them. All that the rendered text spells
+  must come out of the tokenizer, in order, and those that lie in the template's places are the template's.
+
 What is trained: the answer from the end of the generation prompt, the template's own words in it included, to the
 stop token. White space that a template writes after the stop token (ChatML's newline) is context: generation has
-ended there, so nothing is gained by learning it. `train_trailing_newline` counts it, to compare with those who do.
+ended there, so nothing is gained by learning it. `train_trailing_newline` trains it, as many other trainers do.
 The first token is never trained. A plain text is all trained, between the tokenizer's own BOS (if it adds one) and EOS.
 """
 
@@ -21,18 +30,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from trainer.flow import BadInput, Conversation, Example, Message, RowError
-from trainer.template import DATE_STRING, Render, Template, Turn
+from trainer.template import DATE_STRING, Render, Skeleton, Template, Turn
 
-VERSION = 1  # raise it when the same row comes out another way: it is part of the cache's key
+VERSION = 2  # raise it when the same row comes out another way: it is part of the cache's key
 MODES = ("all", "completion", "assistant", "last_turn")
+SAMPLES = ("", "x", " x ", "\nx\n")
+HOLDS_CONTROL = "a text holds a control token of the model"
 MOST_WINDOWS = 4096
 
 
@@ -53,6 +65,7 @@ class Masker:
             after the last user message (tool calls before the last answer among them).
         train_on_eot: the stop token is trained with its answer.
         train_trailing_newline: so is white space that the template writes after it.
+        control_tokens: what becomes of a text that spells one: `reject` the row, `text`, or `keep` it as a token.
 
     Raises:
         BadInput: the tokenizer cannot be used.
@@ -65,6 +78,7 @@ class Masker:
         train_on_eot: bool = True,
         *,
         train_trailing_newline: bool = False,
+        control_tokens: str = "reject",
     ) -> None:
         if train_on not in MODES:
             raise BadInput(f"`data.train_on` is {train_on!r}; allowed: {', '.join(MODES)}")
@@ -78,11 +92,14 @@ class Masker:
         self.train_on = train_on
         self.train_on_eot = train_on_eot
         self.train_trailing_newline = train_trailing_newline and train_on_eot
+        self.control_tokens = control_tokens
         control_ids = list(self.template.control_ids.values())
         self._is_control = np.zeros(max([len(tokenizer), *(number + 1 for number in control_ids)]), dtype=bool)
         self._is_control[control_ids] = True
         self._windows: dict[str, list[int]] = {}
-        self._text_controls = [number for number in self._encode(["x"], True)[0] if self._is_control[number]]
+        self._spelt = {number: text for text, number in self.template.control_ids.items()}
+        self._apart: dict[int, bool] = {}
+        self._text_controls = self._controls(self._encode(["x"], True)[0])
         self._cuts_cleanly = self._encode(["\nx"])[0][-len(self._encode(["x"])[0]) :] == self._encode(["x"])[0]
 
     # ------------------------------------------------------------------------------------------- examples
@@ -100,7 +117,8 @@ class Masker:
         for has_template in (True, False):
             chosen = [n for n, row in enumerate(results) if isinstance(row, _Row if has_template else str)]
             texts = [row.render.text if has_template else row for row in (results[n] for n in chosen)]
-            for n, ids in zip(chosen, self._encode(texts, not has_template), strict=True):
+            as_text = not has_template and self.control_tokens == "text"
+            for n, ids in zip(chosen, self._encode(texts, not has_template, as_text), strict=True):
                 try:
                     results[n] = self._template_example(results[n], ids) if has_template else self._text_example(ids)
                 except RowError as error:
@@ -117,9 +135,15 @@ class Masker:
         answers = _answers(conversation.messages)
         if not answers:
             raise RowError("no answer")
-        messages = [message.as_dict() for message in conversation.messages[: answers[-1]]]
-        text = self.template.render(messages, list(conversation.tools) or None, prompt=True)
-        return self._encode([text])[0], conversation.messages[answers[-1]].content
+        asked = replace(conversation, messages=conversation.messages[: answers[-1]])
+        answer = conversation.messages[answers[-1]].content
+        messages = [message.as_dict() for message in asked.messages]
+        ids = self._encode([self.template.render(messages, list(asked.tools) or None, prompt=True)])[0]
+        if self.control_tokens == "text":
+            render = self.template.follow(asked, prompt=True)
+            if self._controls(ids) != render.skeleton.control_ids:
+                ids = self._encode_as_text(render)
+        return ids, answer
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -143,7 +167,7 @@ class Masker:
             "template": self.tokenizer.chat_template,
             "special": {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()},
             "control": self.template.control_ids,
-            "policy": [self.train_on, self.train_on_eot, self.train_trailing_newline, DATE_STRING],
+            "policy": [self.train_on, self.train_on_eot, self.train_trailing_newline, self.control_tokens, DATE_STRING],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -155,6 +179,10 @@ class Masker:
             return conversation.text
         try:
             render = self.template.follow(conversation)
+            if self.train_on == "all":
+                for number in _answers(conversation.messages):
+                    if conversation.messages[number].weight:
+                        self.template.require_whole(render.skeleton, number)
             return _Row(render, [self.template.turn(render.skeleton, n) for n in self._wanted(conversation.messages)])
         except RowError as error:
             return error
@@ -165,6 +193,8 @@ class Masker:
         if self.train_on == "all":
             if any(message.weight == 0 and message.role != "assistant" for message in messages):
                 raise RowError("weight 0 on a message that is not an answer, under train_on: all")
+            if any(_is_empty(messages[number]) for number in answers):
+                raise RowError("no answer")
             return [number for number in answers if messages[number].weight == 0]
         if self.train_on == "completion":
             answers = answers[-1:]
@@ -174,42 +204,70 @@ class Masker:
         wanted = [number for number in answers if messages[number].weight]
         if not wanted:
             raise RowError("nothing to train")
+        if any(_is_empty(messages[number]) for number in wanted):
+            raise RowError("no answer")
         return wanted
 
     def _template_example(self, row: _Row, tokens: list[int]) -> Example:
-        ids, spans, cuts = self._located(row, tokens)
+        render, skeleton = row.render, row.render.skeleton
+        as_text = self.control_tokens == "text" and self._controls(tokens) != skeleton.control_ids
+        if as_text:
+            tokens = self._encode_as_text(render)
+        ids, controls, spans, cuts = self._located(row, tokens, as_text)
         if cuts:
-            ids, spans, cuts = self._located(row, self._encode_cut(row.render.text, cuts))
+            tokens = self._encode_as_text(render, cuts) if as_text else self._encode_cut(render.text, cuts)
+            ids, controls, spans, cuts = self._located(row, tokens, as_text)
             if cuts:
                 raise RowError("a token spans the end of the prompt and the answer")
         trained = np.full(len(ids), self.train_on == "all")
         for start, stop in spans:
             trained[start:stop] = self.train_on != "all"
         if self.train_on == "all" and not self.train_on_eot:
-            stops = [self.template.turn(row.render.skeleton, n).stop for n in _answer_numbers(row.render)]
-            trained[np.flatnonzero(self._is_control[ids])[stops]] = False
+            trained[controls[[self.template.turn(skeleton, n).stop for n in _answers_of(skeleton)]]] = False
         return _finished(ids, trained)
 
-    def _located(self, row: _Row, tokens: list[int]) -> tuple[np.ndarray, list[tuple[int, int]], list[int]]:
-        """The row's tokens, the span of each turn, and the characters at which the text must be cut first.
+    def _located(
+        self, row: _Row, tokens: list[int], as_text: bool
+    ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]], list[int]]:
+        """The row's tokens, where the template's control tokens lie among them, the span of each turn, and the
+        characters at which the text must be cut first.
 
         This is the proof: it raises RowError where the tokens are not what the template and the texts account for.
         """
         render, skeleton = row.render, row.render.skeleton
         ids = np.array(tokens, dtype=np.int32)
         controls = np.flatnonzero(self._is_control[ids])
-        if ids[controls].tolist() != skeleton.control_ids:
-            raise RowError("a text holds a control token of the model")
+        found = ids[controls].tolist()
+        if found != skeleton.control_ids:
+            if self.control_tokens != "keep":
+                raise RowError(HOLDS_CONTROL)
+            controls = controls[self._own_controls(render, found)]
         spans, cuts = [], []
         for turn in row.turns:
-            before = skeleton.controls[turn.before] if turn.before >= 0 else None
-            window = self._window(render.between(before, turn.start))
+            window = self._window(render, turn, as_text)
             first = int(controls[turn.before]) if turn.before >= 0 else 0
             start = first + len(window)
             if tokens[first:start] != window:
                 cuts.append(render.position(turn.start))
             spans.append((start, self._end(turn, controls, len(tokens))))
-        return ids, spans, cuts
+        return ids, controls, spans, cuts
+
+    def _own_controls(self, render: Render, found: list[int]) -> list[int]:
+        """Which of the control tokens `found` are the template's, where texts may hold some too."""
+        matches = self.template.controls(render.text)
+        own = {render.position(place) for place in render.skeleton.controls}
+        chosen = [number for number, match in enumerate(matches) if match.start() in own]
+        if [self.template.control_ids[match[0]] for match in matches] != found:
+            raise RowError("control tokens in a text do not come out as they are spelt")
+        if [found[number] for number in chosen] != render.skeleton.control_ids:
+            raise RowError("a text runs into a control token of the template")
+        for match in matches:
+            literal = bisect_right(render.starts, match.start()) - 1
+            text_start = render.starts[literal] + len(render.skeleton.literals[literal])
+            text_stop = [*render.starts, len(render.text)][literal + 1]
+            if match.start() not in own and not text_start <= match.start() < match.end() <= text_stop:
+                raise RowError("a text runs into a control token of the template")
+        return chosen
 
     def _end(self, turn: Turn, controls: np.ndarray, num_tokens: int) -> int:
         stop = int(controls[turn.stop])
@@ -218,8 +276,10 @@ class Masker:
         return stop + 1 if self.train_on_eot else stop
 
     def _text_example(self, tokens: list[int]) -> Example:
-        if [number for number in tokens if self._is_control[number]] != self._text_controls:
-            raise RowError("a text holds a control token of the model")
+        if self.control_tokens != "keep" and self._controls(tokens) != self._text_controls:
+            raise RowError(HOLDS_CONTROL)
+        if tokens[:2] == [self.tokenizer.bos_token_id] * 2:  # the text brought its own
+            tokens = tokens[1:]
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise BadInput("the tokenizer has no EOS token, and the rows are plain texts; set one in the tokenizer")
@@ -230,9 +290,18 @@ class Masker:
 
     # ------------------------------------------------------------------------------------------- tokens
 
-    def _encode(self, texts: list[str], add_special_tokens: bool = False) -> list[list[int]]:
+    def _encode(self, texts: list[str], add_special_tokens: bool = False, as_text: bool = False) -> list[list[int]]:
+        """The tokens of each text; with `as_text`, what spells a control token is text."""
         backend = self._backend()
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+        backend.encode_special_tokens = as_text
+        try:
+            return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+        finally:
+            backend.encode_special_tokens = False
+
+    def _controls(self, tokens: list[int]) -> list[int]:
+        ids = np.array(tokens, dtype=np.int32)
+        return ids[self._is_control[ids]].tolist()
 
     def _backend(self) -> Any:
         """The tokenizer proper, without the padding and truncation that a call elsewhere may have left in it."""
@@ -241,14 +310,46 @@ class Masker:
         backend.no_truncation()
         return backend
 
-    def _window(self, text: str) -> list[int]:
-        """The tokens of a prompt's end, tokenised alone. Mostly a role header, so the few there are are kept."""
-        found = self._windows.get(text)
+    def _window(self, render: Render, turn: Turn, as_text: bool) -> list[int]:
+        """The tokens from the last control token before an answer to where it begins, tokenised alone."""
+        skeleton = render.skeleton
+        text = render.between(skeleton.controls[turn.before] if turn.before >= 0 else None, turn.start)
+        if as_text:
+            opening = skeleton.control_ids[turn.before : turn.before + 1] if turn.before >= 0 else []
+            rest = text[sum(len(self._spelt[number]) for number in opening) :]
+            return opening + self._encode([rest], as_text=True)[0]
+        found = self._windows.get(text)  # mostly a role header, so the few there are are kept
         if found is None:
             if len(self._windows) >= MOST_WINDOWS:
                 self._windows.clear()
             found = self._windows[text] = self._encode([text])[0]
         return found
+
+    def _encode_as_text(self, render: Render, cuts: Sequence[int] = ()) -> list[int]:
+        """A row's tokens where only the template writes control tokens: what lies between those, and between `cuts`,
+        is tokenised piece by piece."""
+        skeleton = render.skeleton
+        if not all(map(self._stands_apart, set(skeleton.control_ids))) or (cuts and not self._cuts_cleanly):
+            raise RowError(f"{HOLDS_CONTROL}, and this tokenizer does not take it as text")
+        joints = [
+            (render.position(place), [n]) for place, n in zip(skeleton.controls, skeleton.control_ids, strict=True)
+        ]
+        pieces, stop = [], 0
+        joints = sorted([*joints, *((cut, []) for cut in cuts)])
+        for start, ids in joints:
+            pieces.append(render.text[stop:start])
+            stop = start + sum(len(self._spelt[number]) for number in ids)
+        tokens = self._encode([*pieces, render.text[stop:]], as_text=True)
+        return [n for ids, (_, joint) in zip(tokens, [*joints, (0, [])], strict=True) for n in (*ids, *joint)]
+
+    def _stands_apart(self, control: int) -> bool:
+        """Whether a piece beside this control token is tokenised as it is alone."""
+        if control not in self._apart:
+            spelt = self._spelt[control]
+            alone = self._encode(list(SAMPLES))
+            beside = self._encode([f"{spelt}{text}{spelt}" for text in SAMPLES])
+            self._apart[control] = beside == [[control, *ids, control] for ids in alone]
+        return self._apart[control]
 
     def _encode_cut(self, text: str, cuts: list[int]) -> list[int]:
         """The text tokenised in pieces. Only for tokenizers that put nothing of their own before a piece."""
@@ -265,8 +366,12 @@ def _answers(messages: Sequence[Message]) -> list[int]:
     return [number for number, message in enumerate(messages) if message.role == "assistant"]
 
 
-def _answer_numbers(render: Render) -> list[int]:
-    return [number for number, message in enumerate(render.skeleton.messages) if message["role"] == "assistant"]
+def _answers_of(skeleton: Skeleton) -> list[int]:
+    return [number for number, message in enumerate(skeleton.messages) if message["role"] == "assistant"]
+
+
+def _is_empty(message: Message) -> bool:
+    return not (message.content.strip() or message.tool_calls or (message.reasoning_content or "").strip())
 
 
 def _finished(ids: np.ndarray, trained: np.ndarray) -> Example:

@@ -21,9 +21,10 @@ import numpy as np
 
 from trainer.flow import Example, Filtered, RowError, Tokenised
 
-VERSION = 1  # part of every key: raise it when the same rows give other documents
+VERSION = 2  # part of every key: raise it when the same rows give other documents
 
 CHUNK_ROWS = 512  # a worker's share: small enough for steady progress, large against the cost of handing it over
+CUT_ANSWER = "longer than max_tokens: its answer would lose its end"
 POOL_FROM_CHUNKS = 24  # below so many, starting processes costs more than it saves
 
 
@@ -36,11 +37,16 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """`too_long` says what becomes of an example above `max_tokens`; `packing_cuts` leaves `split` to the packing."""
+    """`too_long` says what becomes of an example above `max_tokens`; `packing_cuts` leaves `split` to the packing.
+
+    `cut_answers` lets `truncate` keep an answer without its end; `split_context` is how many tokens `split` repeats.
+    """
 
     max_tokens: int
     too_long: str
     packing_cuts: bool
+    cut_answers: bool = False
+    split_context: int = 0
 
 
 Tokenise = Callable[[list[Row]], list[Example | RowError]]
@@ -78,8 +84,9 @@ def tokenise_rows(
 def fit(example: Example, limits: Limits) -> list[Example]:
     """The example as documents of at most `max_tokens`, by the policy.
 
-    `truncate` keeps an example only where no trained token is lost. `split` overlaps by one token, untrained
-    the second time: so the token after a cut is still predicted, once; parts with nothing to learn go.
+    `truncate` keeps the answers that are whole before the cut, and nothing from a cut one on unless `cut_answers` is
+    set. `split` makes further documents that open with `1 + split_context` tokens of the one before, untrained the
+    second time: so the token after a cut is still predicted, once; parts with nothing to learn go.
 
     Raises:
         RowError: there is nothing to learn, or the policy does not allow it.
@@ -93,16 +100,26 @@ def fit(example: Example, limits: Limits) -> list[Example]:
     if limits.too_long == "reject":
         raise RowError("longer than max_tokens")
     if limits.too_long == "truncate":
-        if trained[most:].any():
-            raise RowError("longer than max_tokens: its answer would lose its end")
-        return [Example(ids[:most], trained[:most])]
-    parts = []
-    for start in range(0, len(ids) - 1, most - 1):
+        return [_truncated(example, limits)]
+    parts, repeated = [], 1 + limits.split_context
+    for start in range(0, len(ids) - repeated, most - repeated):
         flags = trained[start : start + most].copy()
-        flags[0] = False
+        flags[: repeated if start else 1] = False
         if flags.any():
             parts.append(Example(ids[start : start + most], flags))
     return parts
+
+
+def _truncated(example: Example, limits: Limits) -> Example:
+    """The example up to its last answer that ends within `max_tokens`, or is cut there where that is allowed."""
+    trained, stop = example.trained, limits.max_tokens
+    if trained[stop - 1] and trained[stop] and not limits.cut_answers:
+        stop = int(np.flatnonzero(~trained[:stop])[-1]) + 1
+    learned = np.flatnonzero(trained[:stop])
+    if not len(learned):
+        raise RowError("longer than max_tokens: no answer fits" if limits.cut_answers else CUT_ANSWER)
+    stop = int(learned[-1]) + 1  # what follows would be read for nothing
+    return Example(example.input_ids[:stop], trained[:stop])
 
 
 class _Work(NamedTuple):
@@ -115,11 +132,16 @@ class _Work(NamedTuple):
         documents: list[tuple[Row, Example]] = []
         rejects: list[tuple[int, int, int, str]] = []
         filtered: list[tuple[int, int, int, str]] = []
+        cuts: list[tuple[int, int]] = []
         for row, example in zip(rows, self.tokenise(rows), strict=True):
             try:
                 if isinstance(example, RowError):
                     raise example
-                documents += [(row, part) for part in fit(example, self.limits)]
+                parts = fit(example, self.limits)
+                documents += [(row, part) for part in parts]
+                if [len(part.input_ids) for part in parts] != [len(example.input_ids)]:
+                    kept = sum(np.count_nonzero(part.trained) for part in parts)
+                    cuts.append((row.source, int(np.count_nonzero(example.trained) - kept)))
             except RowError as error:
                 left_out = filtered if isinstance(error, Filtered) else rejects
                 left_out.append((row.source, row.file, row.number, str(error)))
@@ -134,6 +156,7 @@ class _Work(NamedTuple):
             rows=np.array([row.number for row, _ in documents], np.int64),
             rejects=tuple(rejects),
             filtered=tuple(filtered),
+            cuts=tuple(cuts),
             source_rows=Counter(row.source for row in rows),
         )
 

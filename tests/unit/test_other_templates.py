@@ -1,0 +1,286 @@
+"""The method on the forms of families whose tokenizers are not at hand (C6).
+
+Each form is the format's shape, written anew as a short template: how turns open and close, what is stripped, what the
+template forces or forgets. The tokenizer is SmolLM2's with the form's control tokens added. What is to be learned is
+written by hand, between ⟦ ⟧, in the render of the same conversation; or the reason why the rows are refused.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from tokenizers import AddedToken, Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tests.unit.test_mask import CALL, TOOLS, agrees, chat, official, parse
+from trainer.data.mask import Masker
+from trainer.flow import Conversation, Message, RowError
+
+TALK = chat("Say OK.", " OK.\n", "Why OK.?", "Größe")
+LAST = chat("Say OK.", " OK.")
+BRIEF = Conversation((Message("system", "Be brief."), *LAST.messages))
+CALLING = Conversation(
+    (
+        Message("user", "2+2?"),
+        Message("assistant", "", tool_calls=(CALL,)),
+        Message("tool", "4", tool_call_id="call00001"),
+        Message("assistant", "Four"),
+    ),
+    TOOLS,
+)
+ARGUMENTS = '{"a": "2", "b": "say \\"zwölf\\""}'
+PASTED = Conversation(
+    (
+        CALLING.messages[0],
+        Message("assistant", "", tool_calls=({**CALL, "function": {"name": "add", "arguments": ARGUMENTS}},)),
+        *CALLING.messages[2:],
+    ),
+    TOOLS,
+)
+
+
+@dataclass
+class Form:
+    controls: str  # the control tokens, the last one is EOS
+    template: str
+    expected: list[tuple[Conversation, str]]  # conversations, and their renders or why they are refused
+
+
+def turns(question: str, answer: str, prompt: str = "", *, before: str = "", after: str = "") -> str:
+    """A template of questions and answers, each with M for its text."""
+    question, answer = (text.replace("M", "' + m.content + '") for text in (question, answer))
+    return (
+        f"{{{{ '{before}' }}}}{{% for m in messages %}}{{% if m.role == 'assistant' %}}{{{{ '{answer}' }}}}"
+        f"{{% else %}}{{{{ '{question}' }}}}{{% endif %}}{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{{{{ '{prompt}' }}}}{{% else %}}{{{{ '{after}' }}}}{{% endif %}}"
+    )
+
+
+NO_STOP = "refused: the template writes no stop token after an answer"
+FORMS = {
+    "gemma: texts are stripped, the system text joins the first question": Form(
+        "<bos> <start_of_turn> <end_of_turn>",
+        "{{ '<bos>' }}{% set first = '' %}{% if messages[0].role == 'system' %}"
+        "{% set first = messages[0].content + '\\n\\n' %}{% set messages = messages[1:] %}{% endif %}"
+        "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\\n' }}"
+        "{{ (first if loop.first else '') + m.content | trim + '<end_of_turn>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}",
+        [
+            (
+                TALK,
+                "<bos><start_of_turn>user\nSay OK.<end_of_turn>\n<start_of_turn>model\n⟦OK.<end_of_turn>⟧\n"
+                "<start_of_turn>user\nWhy OK.?<end_of_turn>\n<start_of_turn>model\n⟦Größe<end_of_turn>⟧\n",
+            ),
+            (
+                BRIEF,
+                "<bos><start_of_turn>user\nBe brief.\n\nSay OK.<end_of_turn>\n"
+                "<start_of_turn>model\n⟦OK.<end_of_turn>⟧\n",
+            ),
+        ],
+    ),
+    "phi-3: a conversation ends with a token of its own": Form(
+        "<|user|> <|assistant|> <|end|> <|endoftext|>",
+        turns("<|user|>\\nM<|end|>\\n", "<|assistant|>\\nM<|end|>\\n", "<|assistant|>\\n", after="<|endoftext|>"),
+        [
+            (
+                TALK,
+                "<|user|>\nSay OK.<|end|>\n<|assistant|>\n⟦ OK.\n<|end|>⟧\n"
+                "<|user|>\nWhy OK.?<|end|>\n<|assistant|>\n⟦Größe<|end|>⟧\n<|endoftext|>",
+            )
+        ],
+    ),
+    "phi-4: a control token between role and text": Form(
+        "<|im_start|> <|im_sep|> <|im_end|>",
+        turns(
+            "<|im_start|>user<|im_sep|>M<|im_end|>",
+            "<|im_start|>assistant<|im_sep|>M<|im_end|>",
+            "<|im_start|>assistant<|im_sep|>",
+        ),
+        [(LAST, "<|im_start|>user<|im_sep|>Say OK.<|im_end|><|im_start|>assistant<|im_sep|>⟦ OK.<|im_end|>⟧")],
+    ),
+    "mistral: no generation prompt, the answer's space is its own": Form(
+        "<s> [INST] [/INST] </s>",
+        turns("[INST] M[/INST]", " M</s>", before="<s>"),
+        [(TALK, "<s>[INST] Say OK.[/INST]⟦  OK.\n</s>⟧[INST] Why OK.?[/INST]⟦ Größe</s>⟧")],
+    ),
+    "deepseek: nothing but control tokens between the turns": Form(
+        "<|begin_of_sentence|> <|User|> <|Assistant|> <|end_of_sentence|>",
+        turns("<|User|>M", "<|Assistant|>M<|end_of_sentence|>", "<|Assistant|>", before="<|begin_of_sentence|>"),
+        [
+            (
+                TALK,
+                "<|begin_of_sentence|><|User|>Say OK.<|Assistant|>⟦ OK.\n<|end_of_sentence|>⟧"
+                "<|User|>Why OK.?<|Assistant|>⟦Größe<|end_of_sentence|>⟧",
+            )
+        ],
+    ),
+    "deepseek-r1: the generation prompt opens a thought that the render has not": Form(
+        "<|User|> <|Assistant|> <|end_of_sentence|>",
+        turns("<|User|>M", "<|Assistant|>M<|end_of_sentence|>", "<|Assistant|><think>\\n"),
+        [(LAST, "refused: an answer does not begin where the generation prompt ends")],
+    ),
+    "command-r7b: two control tokens close an answer": Form(
+        "<|START_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|START_RESPONSE|> <|END_RESPONSE|> "
+        "<|END_OF_TURN_TOKEN|>",
+        turns(
+            "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>M<|END_OF_TURN_TOKEN|>",
+            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>M<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+        ),
+        [
+            (
+                LAST,
+                "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Say OK.<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|>"
+                "<|CHATBOT_TOKEN|>⟦<|START_RESPONSE|> OK.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟧",
+            )
+        ],
+    ),
+    "olmo-2, zephyr: roles are plain text": Form(
+        "<|endoftext|>",
+        turns("<|user|>\\nM\\n", "<|assistant|>\\nM<|endoftext|>\\n", "<|assistant|>\\n", before="<|endoftext|>"),
+        [
+            (
+                TALK,
+                "<|endoftext|><|user|>\nSay OK.\n<|assistant|>\n⟦ OK.\n<|endoftext|>⟧\n"
+                "<|user|>\nWhy OK.?\n<|assistant|>\n⟦Größe<|endoftext|>⟧\n",
+            )
+        ],
+    ),
+    "vicuna: plain words, and a stop token": Form(
+        "</s>",
+        turns("USER: M ", "ASSISTANT: M</s>", "ASSISTANT:", before="A chat. "),
+        [(TALK, "A chat. USER: Say OK. ASSISTANT:⟦  OK.\n</s>⟧USER: Why OK.? ASSISTANT:⟦ Größe</s>⟧")],
+    ),
+    "alpaca: plain words, and none": Form(
+        "</s>", turns("### Q:\\nM\\n", "### A:\\nM\\n", "### A:\\n", before="</s>"), [(LAST, NO_STOP)]
+    ),
+    "glm-4: the next role's token would be the stop token": Form(
+        "<|user|> <|assistant|> <|endoftext|>",
+        turns("<|user|>\\nM", "<|assistant|>\\nM", "<|assistant|>"),
+        [(LAST, NO_STOP)],
+    ),
+    "harmony: an answer ends otherwise when more follows": Form(
+        "<|start|> <|message|> <|channel|> <|end|> <|call|> <|return|>",
+        "{% set last = namespace() %}{% for m in messages %}{% if m.role == 'tool' %}"
+        "{{ '<|start|>functions.' + last.call.name + ' to=assistant<|message|>' + m.content | tojson + '<|end|>' }}"
+        "{% elif m.role == 'user' %}{{ '<|start|>user<|message|>' + m.content + '<|end|>' }}"
+        "{% elif m.tool_calls %}{% set last.call = m.tool_calls[0].function %}"
+        "{{ '<|start|>assistant to=functions.' + last.call.name + '<|message|>' }}"
+        "{{ last.call.arguments | tojson + '<|call|>' }}"
+        "{% else %}{{ '<|start|>assistant<|channel|>final<|message|>' + m.content }}"
+        "{{ '<|return|>' if loop.last else '<|end|>' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}",
+        [
+            (
+                LAST,
+                "<|start|>user<|message|>Say OK.<|end|><|start|>assistant⟦<|channel|>final<|message|> OK.<|return|>⟧",
+            ),
+            (TALK, "refused: the template ends an answer otherwise when more follows"),
+            (
+                Conversation(CALLING.messages),
+                "<|start|>user<|message|>2+2?<|end|><|start|>assistant"
+                "⟦ to=functions.add<|message|>"
+                + ARGUMENTS
+                + '<|call|>⟧<|start|>functions.add to=assistant<|message|>"4"'
+                "<|end|><|start|>assistant⟦<|channel|>final<|message|>Four<|return|>⟧",
+            ),
+            (CALLING, "refused: the template drops the tools"),
+        ],
+    ),
+    "kimi, lfm2: control tokens close a call before the stop token": Form(
+        "<|im_start|> <|call|> <|call_end|> <|im_end|>",
+        "{{ 'Tools: ' + tools | tojson + '\\n' if tools }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+        "{{ m.content }}{% for call in m.tool_calls or [] %}{{ '<|call|>' + call.function.name + '\\n' }}"
+        "{{ call.function.arguments | tojson + '<|call_end|>\\n' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+        [
+            (
+                CALLING,
+                "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦<|call|>add\n" + ARGUMENTS + "<|call_end|>\n"
+                "<|im_end|>⟧\n<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n⟦Four<|im_end|>⟧\n",
+            )
+        ],
+    ),
+    "a template that pastes a call's arguments, and names the tool beside its result": Form(
+        "<call> </call> </s>",
+        "{{ 'Tools: ' + tools | tojson + '\\n' if tools }}{% set last = namespace() %}"
+        "{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ 'U: ' + m.content + '\\nA:\\n' }}"
+        "{% elif m.role == 'tool' %}{{ last.name + ' says ' + m.content + '\\nA:\\n' }}"
+        "{% elif m.tool_calls %}{% set last.name = m.tool_calls[0].function.name %}"
+        "{{ '<call>' + last.name + ' ' + m.tool_calls[0].function.arguments + '</call></s>' }}"
+        "{% else %}{{ m.content + '</s>' }}{% endif %}{% endfor %}",
+        [(CALLING, f"U: 2+2?\nA:\n⟦<call>add {ARGUMENTS}</call></s>⟧add says 4\nA:\n⟦Four</s>⟧")],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def base(shared):
+    return AutoTokenizer.from_pretrained(shared / "tokenizers" / "smollm2")
+
+
+def tokenizer_of(base, controls: str, template: str) -> PreTrainedTokenizerFast:
+    backend = Tokenizer.from_str(base.backend_tokenizer.to_str())
+    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in controls.split()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=controls.split()[-1])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_answers_with_their_stop_tokens_or_a_reason(base, name):
+    form = FORMS[name]
+    tokenizer = tokenizer_of(base, form.controls, form.template)
+    for conversation, expected in form.expected:
+        if expected.startswith("refused: "):
+            with pytest.raises(RowError, match=re.escape(expected.removeprefix("refused: "))):
+                Masker(tokenizer).example(conversation)
+            continue
+        text, spans = parse(expected)
+        whole = official(tokenizer, PASTED if "pastes" in name else conversation)
+        head = len(whole) - len(text)  # tools are listed before the messages
+        assert whole[head:] == text
+        assert head == 0 or conversation.tools
+        spans = [(start + head, stop + head) for start, stop in spans]
+        assert agrees(tokenizer, Masker(tokenizer).example(conversation), whole, spans)
+        assert agrees(tokenizer, Masker(tokenizer, "completion").example(conversation), whole, spans[-1:])
+
+
+# ----------------------------------------------------------------------------------------------- marked answers
+
+CHATML = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}ANSWER{% else %}"
+    "{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+HEADER, MARK, END = "{{ '<|im_start|>assistant\\n' }}", "{% generation %}", "{% endgeneration %}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "options", "beyond"),
+    [  # what transformers' mask has beside ours: a newline that is trained on request, and the generation prompt
+        (HEADER + MARK + "{{ m.content + '<|im_end|>' }}" + END + "{{ '\\n' }}", {}, ""),
+        (HEADER + MARK + "{{ m.content + '<|im_end|>\\n' }}" + END, {}, "\n"),
+        (HEADER + MARK + "{{ m.content + '<|im_end|>\\n' }}" + END, {"train_trailing_newline": True}, ""),
+        (HEADER + MARK + "{{ m.content }}" + END + "{{ '<|im_end|>\\n' }}", {"train_on_eot": False}, ""),
+        (HEADER + MARK + "{{ m.content }}" + END + MARK + "{{ '<|im_end|>' }}" + END + "{{ '\\n' }}", {}, ""),
+        (MARK + HEADER + "{{ m.content + '<|im_end|>' }}" + END + "{{ '\\n' }}", {}, "<|im_start|>assistant\n"),
+    ],
+)
+@pytest.mark.parametrize("conversation", [TALK, LAST, BRIEF])
+def test_marked_answers_are_what_transformers_marks_after_the_generation_prompt(
+    base, answer, options, beyond, conversation
+):
+    tokenizer = tokenizer_of(base, "<|im_start|> <|im_end|>", CHATML.replace("ANSWER", answer))
+    theirs: Any = tokenizer.apply_chat_template(
+        [message.as_dict() for message in conversation.messages], return_dict=True, return_assistant_tokens_mask=True
+    )
+    example = Masker(tokenizer, **options).example(conversation)
+    assert example.input_ids.tolist() == theirs["input_ids"]
+    marks = np.array(theirs["assistant_masks"], bool)
+    answers = sum(message.role == "assistant" for message in conversation.messages)
+    assert tokenizer.decode(example.input_ids[marks & ~example.trained].tolist()) == beyond * answers
+    assert not (example.trained & ~marks).any()
