@@ -127,20 +127,24 @@ def preview(
         print(html)
 
 
-def _first_rows(recipe: Recipe, tokenizer: Any, split: str, count: int) -> Iterator[tuple[str, Example | RowError]]:
+def _first_rows(
+    recipe: Recipe, tokenizer: Any, split: Literal["train", "eval"], count: int
+) -> Iterator[tuple[str, Example | RowError]]:
     """Titles and examples (or why there is none) of the first rows of each source, cut as for training."""
     from itertools import islice
 
     from trainer.data.format import detect_format, to_conversation
-    from trainer.data.loader import limits_of
+    from trainer.data.loader import limits_of, rows_of
     from trainer.data.mask import Masker
-    from trainer.data.source import read_rows
+    from trainer.data.split import parts_of
     from trainer.data.tokenise import fit
 
     section = recipe.data
     masker = Masker(tokenizer, section.train_on, section.train_on_eot)
-    for source in section.train if split == "train" else section.eval:
-        rows = list(islice(read_rows(source), count))
+    for part in parts_of(section, split):
+        source, rows = part.source, list(islice(rows_of(section, part), count))
+        if not rows:
+            continue
         format = detect_format(rows[0].fields, source)
         for row in rows:
             title = f"{row.file or source.name}:{row.number}"
@@ -172,7 +176,7 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     train = prepare(recipe, tokenizer, "train")
     plan = train_plan(recipe, train)
     tables = [_data_table("train", train.report, plan.fill())]
-    if recipe.data.eval:
+    if recipe.has_eval:
         held_out = prepare(recipe, tokenizer, "eval")
         tables.append(_data_table("eval", held_out.report, eval_plan(recipe, held_out).fill()))
     epoch_steps = bisect_left(range(plan.steps), 1, key=lambda step: plan.step(step).epoch)
@@ -196,6 +200,8 @@ def _data_table(title: str, report: dict[str, Any], fill: float) -> Table:
         )
         for reason, count in part["reasons"].items():
             table.add_row(f"  rejected: {reason}", "", f"{count:,}")
+        if part["duplicates"]:
+            table.add_row("  duplicates", f"{part['duplicates']:,}")
     return table
 
 

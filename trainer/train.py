@@ -53,7 +53,7 @@ def train(recipe: Recipe) -> None:
     try:
         train_data = prepare(recipe, tokenizer, "train", stop.raised_early)
         plan = train_plan(recipe, train_data, stop.raised_early)
-        eval_data = prepare(recipe, tokenizer, "eval", stop.raised_early) if recipe.data.eval else None
+        eval_data = prepare(recipe, tokenizer, "eval", stop.raised_early) if recipe.has_eval else None
         if not stop.meet():
             raise Stopped("stopped before the ranks had met")
     except Stopped:

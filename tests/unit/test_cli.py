@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -125,6 +126,19 @@ def test_prepare_counts_rejects_by_reason(packhorse, tmp_path):
     code, out, err = packhorse("prepare", DEBUG, source, f"data.cache={tmp_path}", "data.max_rejects=0.5")
     assert code == 0, err
     assert "rejected: " in out
+
+
+def test_preview_shows_the_side_that_is_asked_for(packhorse):
+    shown = {}
+    for split in ("train", "eval"):
+        code, out, err = packhorse(
+            "preview", DEBUG, "--rows", "200", "--split", split, "data.eval=[]", "data.eval_fraction=0.2"
+        )
+        assert code == 0, err
+        shown[split] = set(re.findall(r"train\.jsonl:\d+", out))
+    assert len(shown["train"] | shown["eval"]) == 100
+    assert not shown["train"] & shown["eval"]
+    assert shown["eval"]
 
 
 def test_preview_on_the_terminal_and_as_a_page(packhorse, tmp_path):

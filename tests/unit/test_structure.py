@@ -10,7 +10,7 @@ TIERS = [
     "flow",
     "config dist",
     "once template shards watch",
-    "data/source data/format data/mask data/tokenise data/cache data/pack data/plan",
+    "data/source data/format data/mask data/tokenise data/cache data/pack data/plan data/split",
     "data/loader",
     "model/attention model/loss model/noise",
     "model/load model/sft",

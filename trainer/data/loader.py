@@ -20,12 +20,13 @@ import numpy as np
 import xxhash
 
 from trainer.config import DataSection, Recipe, Source
-from trainer.data import cache, pack, tokenise
+from trainer.data import cache, pack, split, tokenise
 from trainer.data.cache import Documents
 from trainer.data.format import detect_format, to_conversation
 from trainer.data.mask import Masker
 from trainer.data.plan import Corpus, Plan, micro_batches_of
-from trainer.data.source import read_rows, source_digest, source_files
+from trainer.data.source import RawRow, read_rows, source_digest, source_files
+from trainer.data.split import Part, held_out, parts_of
 from trainer.data.tokenise import Limits, Row
 from trainer.flow import BadInput, Batch, Conversation, Example, Packed, Prompt, RowError, StepPlan, Tokenised
 
@@ -44,6 +45,7 @@ class Prepared:
     documents: Documents
     weights: tuple[float, ...]  # of each source
     files: tuple[str, ...]
+    leakage: dict[str, Any] | None = None  # of held-out data: data/leakage.py's report
 
     @property
     def lengths(self) -> np.ndarray:
@@ -67,8 +69,9 @@ class Prepared:
 
     @property
     def report(self) -> dict[str, Any]:
-        """Rows, documents, tokens, trained tokens, and rejects by reason: of all, and under `sources` of each."""
-        return self.documents.report
+        """Rows, documents, tokens, trained tokens, duplicates, and rejects by reason: of all, and under `sources` of
+        each. Of held-out data that was compared with train, `leakage` too."""
+        return self.documents.report | ({"leakage": self.leakage} if self.leakage else {})
 
     @property
     def rejects_path(self) -> Path:
@@ -96,30 +99,26 @@ def prepare(
         Stopped (trainer.once): `stopping()` became true; the next start goes on from there.
     """
     section = recipe.data
-    sources = section.train if which == "train" else section.eval
-    masker = Masker(tokenizer, section.train_on, section.train_on_eot)
-    formats = tuple(_format(source) for source in sources)
+    side = Side(section, which)
+    work = tokenise_of(recipe, tokenizer, which)
     limits = limits_of(recipe)
-    files = [[str(path) for path in source_files(s.path)] if s.path else [f"{s.name}:{s.split}"] for s in sources]
-    names = [name for of_source in files for name in of_source]
-    work = _Tokenise(masker, formats, tuple(source.columns for source in sources))
-    workers = section.workers or len(sched_getaffinity(0))
+    drop = which == "train" and section.duplicates == "drop"
 
     def chunks(done: int) -> Generator[Tokenised, None, None]:
-        rows = islice(_rows(sources, files), done, None)
-        return tokenise.tokenise_rows(rows, work, limits, workers)
+        return tokenise.tokenise_rows(islice(side.rows(), done, None), work, limits, workers_of(section))
 
     documents = cache.prepare(
-        _cache_folder(section) / f"documents-{_key(sources, formats, masker, limits)}",
+        cache_folder(section) / f"documents-{_key(side, work, limits, drop)}",
         chunks,
-        sources=[source.path or str(source.name) for source in sources],
-        files=names,
+        sources=side.names,
+        files=side.files,
         what=f"data.{which}",
         max_rejects=section.max_rejects,
-        total_rows=lambda: _count_rows(sources),
+        drop_duplicates=drop,
+        total_rows=side.count_rows,
         stopping=stopping,
     )
-    return Prepared(documents, tuple(source.weight for source in sources), tuple(names))
+    return Prepared(documents, tuple(part.source.weight for part in side.parts), tuple(side.files))
 
 
 def held_out_prompts(recipe: Recipe, masker: Masker, rows: int) -> list[Prompt]:
@@ -129,13 +128,13 @@ def held_out_prompts(recipe: Recipe, masker: Masker, rows: int) -> list[Prompt]:
         BadInput: none of the eval rows has an answer.
     """
     prompts: list[Prompt] = []
-    for source in recipe.data.eval:
-        format = _format(source)
-        for row in read_rows(source):
+    for part in parts_of(recipe.data, "eval"):
+        format = _format(part.source)
+        for row in rows_of(recipe.data, part):
             if len(prompts) == rows:
                 return prompts
             try:
-                ids, answer = masker.prompt(to_conversation(row.fields, format, source.columns))
+                ids, answer = masker.prompt(to_conversation(row.fields, format, part.source.columns))
             except RowError:  # counted and named where the data is prepared
                 continue
             prompts.append(Prompt(ids, str(masker.tokenizer.decode(ids)), answer))
@@ -149,6 +148,22 @@ def limits_of(recipe: Recipe) -> Limits:
     return Limits(recipe.max_tokens, recipe.data.too_long, recipe.data.packing in ("bfd_split", "wrapped"))
 
 
+def workers_of(section: DataSection) -> int:
+    """How many processes work on rows."""
+    return section.workers or len(sched_getaffinity(0))
+
+
+def cache_folder(section: DataSection) -> Path:
+    return Path(section.cache).expanduser()
+
+
+def tokenise_of(recipe: Recipe, tokenizer: Any, which: Literal["train", "eval"]) -> _Tokenise:
+    """How the rows of a side are read and tokenised."""
+    masker = Masker(tokenizer, recipe.data.train_on, recipe.data.train_on_eot)
+    sources = [part.source for part in parts_of(recipe.data, which)]
+    return _Tokenise(masker, tuple(map(_format, sources)), tuple(source.columns for source in sources))
+
+
 @dataclass(frozen=True)
 class _Tokenise:
     """A chunk of rows to examples: what the workers run."""
@@ -158,11 +173,11 @@ class _Tokenise:
     columns: tuple[dict[str, str], ...]
 
     def __call__(self, rows: list[Row]) -> list[Example | RowError]:
-        read = [self._conversation(row) for row in rows]
+        read = [self.conversation(row) for row in rows]
         examples = iter(self.masker.examples([found for found in read if isinstance(found, Conversation)]))
         return [found if isinstance(found, RowError) else next(examples) for found in read]
 
-    def _conversation(self, row: Row) -> Conversation | RowError:
+    def conversation(self, row: Row) -> Conversation | RowError:
         try:
             return to_conversation(row.fields, self.formats[row.source], self.columns[row.source])
         except RowError as error:
@@ -175,50 +190,75 @@ def _format(source: Source) -> str:
     return detect_format(first.fields, source)
 
 
-def _rows(sources: tuple[Source, ...], files: list[list[str]]) -> Iterator[Row]:
-    first = 0
-    for source, (section, of_source) in enumerate(zip(sources, files, strict=True)):
-        numbers = {Path(name).name: first + i for i, name in enumerate(of_source)}
-        for row in read_rows(section):
-            yield Row(source, numbers[row.file] if section.path else first, row.number, row.fields)
-        first += len(of_source)
+def rows_of(data: DataSection, part: Part) -> Iterator[RawRow]:
+    """The rows of a source that are on its part's side. Every reader of rows reads them here."""
+    for row in read_rows(part.source):
+        if part.held_out is None or part.held_out == held_out(
+            row.fields, data, f"{row.file or part.source.name}:{row.number}"
+        ):
+            yield row
 
 
-def _key(sources: tuple[Source, ...], formats: tuple[str, ...], masker: Masker, limits: Limits) -> str:
+class Side:
+    """The train or eval side: its `parts` and `names`, one for each source, and its `files`, one after the other."""
+
+    def __init__(self, data: DataSection, which: Literal["train", "eval"]) -> None:
+        self.data = data
+        self.parts = parts_of(data, which)
+        self.names = [part.source.path or str(part.source.name) for part in self.parts]
+        self._files = [_files(part.source) for part in self.parts]
+        self.files = [name for of_source in self._files for name in of_source]
+
+    def rows(self) -> Iterator[Row]:
+        first = 0
+        for source, (part, files) in enumerate(zip(self.parts, self._files, strict=True)):
+            numbers = {Path(name).name: first + i for i, name in enumerate(files)}
+            for row in rows_of(self.data, part):
+                yield Row(source, numbers[row.file] if part.source.path else first, row.number, row.fields)
+            first += len(files)
+
+    def count_rows(self) -> int | None:
+        """About how many rows there are, where that can be told without parsing them."""
+        share = {None: 1.0, False: 1 - self.data.eval_fraction, True: self.data.eval_fraction}
+        counts = [(_count_rows(part.source), share[part.held_out]) for part in self.parts]
+        return None if any(rows is None for rows, _ in counts) else round(sum((rows or 0) * s for rows, s in counts))
+
+
+def _files(source: Source) -> list[str]:
+    return [str(path) for path in source_files(source.path)] if source.path else [f"{source.name}:{source.split}"]
+
+
+def _key(side: Side, work: _Tokenise, limits: Limits, drop_duplicates: bool) -> str:
     """Everything that shapes the cache. Where the files lie, and the sources' weights, do not."""
     read = [
-        [source_digest(source), source.rows, format, sorted(source.columns.items())]
-        for source, format in zip(sources, formats, strict=True)
+        [source_digest(part.source), part.source.rows, format, sorted(columns.items()), _split_key(side.data, part)]
+        for part, format, columns in zip(side.parts, work.formats, work.columns, strict=True)
     ]
-    policy = [limits.max_tokens, limits.too_long, limits.too_long == "split" and limits.packing_cuts]
-    whole = [cache.VERSION, tokenise.VERSION, masker.fingerprint(), read, policy]
+    policy = [limits.max_tokens, limits.too_long, limits.too_long == "split" and limits.packing_cuts, drop_duplicates]
+    whole = [cache.VERSION, tokenise.VERSION, work.masker.fingerprint(), read, policy]
     return xxhash.xxh3_128_hexdigest(json.dumps(whole).encode())
 
 
-def _count_rows(sources: tuple[Source, ...]) -> int | None:
-    """How many rows there are to read, where that can be told without parsing them."""
-    total = 0
-    for source in sources:
-        rows = 0
-        for path in source_files(source.path) if source.path else ():
-            if path.suffix == ".parquet":
-                import pyarrow.parquet
+def _split_key(data: DataSection, part: Part) -> list[Any] | None:
+    return None if part.held_out is None else [split.VERSION, part.held_out, data.eval_fraction, data.group_by]
 
-                rows += pyarrow.parquet.read_metadata(path).num_rows
-            elif path.suffix == ".jsonl":
-                with path.open("rb") as file:
-                    while block := file.read(1 << 22):
-                        rows += block.count(b"\n")
-            else:
-                return None
-        if not source.path:
+
+def _count_rows(source: Source) -> int | None:
+    if not source.path:
+        return None
+    rows = 0
+    for path in source_files(source.path):
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            rows += pyarrow.parquet.read_metadata(path).num_rows
+        elif path.suffix == ".jsonl":
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    rows += block.count(b"\n")
+        else:
             return None
-        total += min(rows, source.rows or rows)
-    return total
-
-
-def _cache_folder(section: DataSection) -> Path:
-    return Path(section.cache).expanduser()
+    return min(rows, source.rows or rows)
 
 
 # ----------------------------------------------------------------------------------------------- planning
@@ -234,7 +274,7 @@ def train_plan(recipe: Recipe, prepared: Prepared, stopping: Callable[[], bool] 
         key = xxhash.xxh3_128_hexdigest(
             json.dumps([*parts, recipe.batch.row_tokens, recipe.train.seed, epoch]).encode()
         )
-        folder = _cache_folder(recipe.data) / f"packing-{key}"
+        folder = cache_folder(recipe.data) / f"packing-{key}"
         return cache.keep_packed(folder, make, f"packing epoch {epoch}", stopping)
 
     return Plan(_corpus(prepared), _packer(recipe), recipe.batch, recipe.train, recipe.loss, keep)

@@ -15,13 +15,14 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import xxhash
 
 from trainer.flow import Example, RowError, Tokenised
 
-VERSION = 1  # part of every key: raise it when the same rows give other documents
+VERSION = 2  # part of every key: raise it when the same rows give other documents
 
 CHUNK_ROWS = 512  # a worker's share: small enough for steady progress, large against the cost of handing it over
 POOL_FROM_CHUNKS = 24  # below so many, starting processes costs more than it saves
@@ -43,6 +44,8 @@ class Limits:
     packing_cuts: bool
 
 
+Result = TypeVar("Result")
+
 Tokenise = Callable[[list[Row]], list[Example | RowError]]
 """Picklable; for each row its example, or the reason why it has none. The outcome must not depend on the chunk."""
 
@@ -50,11 +53,16 @@ Tokenise = Callable[[list[Row]], list[Example | RowError]]
 def tokenise_rows(
     rows: Iterable[Row], tokenise: Tokenise, limits: Limits, workers: int
 ) -> Generator[Tokenised, None, None]:
-    """Chunks of the rows' documents, in order. With one worker, or little to do, the work is done in this process.
+    """Chunks of the rows' documents, in order."""
+    return run(rows, _Work(tokenise, limits), workers)
+
+
+def run(rows: Iterable[Row], work: Callable[[list[Row]], Result], workers: int) -> Generator[Result, None, None]:
+    """What `work`, which must be picklable, makes of each chunk of rows, in order. With one worker, or little to do,
+    it is done in this process.
 
     Close the iterator to end the workers early.
     """
-    work = _Work(tokenise, limits)
     chunks = _chunks(iter(rows))
     first = list(islice(chunks, POOL_FROM_CHUNKS))
     if workers == 1 or len(first) < POOL_FROM_CHUNKS:
@@ -113,12 +121,15 @@ class _Work(NamedTuple):
 
     def __call__(self, rows: list[Row]) -> Tokenised:
         documents: list[tuple[Row, Example]] = []
+        digests: list[int] = []
         rejects: list[tuple[int, int, int, str]] = []
         for row, example in zip(rows, self.tokenise(rows), strict=True):
             try:
                 if isinstance(example, RowError):
                     raise example
-                documents += [(row, part) for part in fit(example, self.limits)]
+                parts = fit(example, self.limits)
+                documents += [(row, part) for part in parts]
+                digests += [_digest(example)] * len(parts)
             except RowError as error:
                 rejects.append((row.source, row.file, row.number, str(error)))
         parts = [part for _, part in documents]
@@ -130,9 +141,16 @@ class _Work(NamedTuple):
             sources=np.array([row.source for row, _ in documents], np.int32),
             files=np.array([row.file for row, _ in documents], np.int32),
             rows=np.array([row.number for row, _ in documents], np.int64),
+            digests=np.array(digests, np.uint64),
             rejects=tuple(rejects),
             source_rows=Counter(row.source for row in rows),
         )
+
+
+def _digest(example: Example) -> int:
+    digest = xxhash.xxh3_64(example.input_ids.tobytes())
+    digest.update(example.trained.tobytes())
+    return digest.intdigest()
 
 
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
@@ -140,10 +158,10 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-_worker_work: _Work | None = None
+_worker_work: Callable[[list[Row]], Any] | None = None
 
 
-def _start_worker(work: _Work) -> None:
+def _start_worker(work: Callable[[list[Row]], Any]) -> None:
     """Keep the work, which is large, once a process; leave Ctrl-C to the parent, and die with it if it is killed."""
     global _worker_work
     _worker_work = work
@@ -159,6 +177,6 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _run_worker(rows: list[Row]) -> Tokenised:
+def _run_worker(rows: list[Row]) -> Any:
     assert _worker_work is not None
     return _worker_work(rows)
