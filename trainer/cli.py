@@ -167,6 +167,7 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     from rich.table import Table
 
     from trainer import config, dist
+    from trainer.data.leakage import check_leakage
     from trainer.data.loader import eval_plan, prepare, train_plan
     from trainer.model.load import load_tokenizer
 
@@ -177,7 +178,7 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     plan = train_plan(recipe, train)
     tables = [_data_table("train", train.report, plan.fill())]
     if recipe.has_eval:
-        held_out = prepare(recipe, tokenizer, "eval")
+        held_out = check_leakage(recipe, tokenizer, train, prepare(recipe, tokenizer, "eval"))
         tables.append(_data_table("eval", held_out.report, eval_plan(recipe, held_out).fill()))
     epoch_steps = bisect_left(range(plan.steps), 1, key=lambda step: plan.step(step).epoch)
     steps = Table("steps", "of the first epoch", "rows per step", "tokens per row", title="plan")
@@ -202,6 +203,10 @@ def _data_table(title: str, report: dict[str, Any], fill: float) -> Table:
             table.add_row(f"  rejected: {reason}", "", f"{count:,}")
         if part["duplicates"]:
             table.add_row("  duplicates", f"{part['duplicates']:,}")
+    if "leakage" in report:
+        leakage = report["leakage"]
+        table.add_row("near-duplicates in train", f"{leakage['leaked_rows']:,}")
+        table.caption = f"all pairs: {leakage['path']}" if leakage["pairs"] else None
     return table
 
 

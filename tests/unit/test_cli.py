@@ -128,6 +128,21 @@ def test_prepare_counts_rejects_by_reason(packhorse, tmp_path):
     assert "rejected: " in out
 
 
+def test_prepare_counts_duplicates_and_rows_that_leak(packhorse, tmp_path):
+    rows = (ROOT / "recipes/debug/train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join([*rows, *rows[:7]]) + "\n")
+    (tmp_path / "held.jsonl").write_text("\n".join(rows[:5]) + "\n")
+    sources = (f"data.train.0.path={tmp_path / 'train.jsonl'}", f"data.eval.0.path={tmp_path / 'held.jsonl'}")
+    code, _, err = packhorse("prepare", DEBUG, *sources, f"data.cache={tmp_path}")
+    assert code == 2
+    assert "5 of 5 rows (100.0%) have a near-duplicate in data.train" in err
+    code, out, err = packhorse("prepare", DEBUG, *sources, f"data.cache={tmp_path}", "data.max_leakage=1")
+    assert code == 0, err
+    cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in out.splitlines()]
+    assert ["duplicates", "7"] in cells
+    assert ["near-duplicates in train", "5"] in cells
+
+
 def test_preview_shows_the_side_that_is_asked_for(packhorse):
     shown = {}
     for split in ("train", "eval"):
