@@ -9,7 +9,7 @@ import pytest
 
 from trainer.config import DataSection
 from trainer.data.split import Part, held_out, parts_of
-from trainer.flow import BadInput
+from trainer.flow import BadInput, RowError
 
 
 def data(fraction: float = 0.3, **more: Any) -> DataSection:
@@ -52,6 +52,10 @@ def test_a_group_stays_whole():
 def test_a_row_without_its_group_is_refused_by_name(fields):
     with pytest.raises(BadInput, match=r"a\.jsonl:1: the row has no `tree`"):
         side(fields, data(group_by="tree"))
+
+
+def test_a_row_that_could_not_be_read_is_counted_with_train():
+    assert not any(held_out(RowError(f"broken {n}"), data(0.9), "a.jsonl:1") for n in range(20))
 
 
 def test_values_of_parquet_have_a_side():

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import xxhash
 
 from trainer.config import DataSection, Source
-from trainer.flow import BadInput
+from trainer.flow import BadInput, RowError
 
 VERSION = 1  # part of the keys of what is split: raise it when a row may change sides
 
@@ -36,15 +36,18 @@ def parts_of(data: DataSection, which: Literal["train", "eval"]) -> tuple[Part, 
     return given + tuple(Part(source.model_copy(update={"weight": 1.0}), held_out=True) for source in data.train)
 
 
-def held_out(fields: Mapping[str, Any], data: DataSection, where: str) -> bool:
+def held_out(fields: Mapping[str, Any] | RowError, data: DataSection, where: str) -> bool:
     """Whether a row of a train source is held out: by the hash of its group, or else of all its fields.
 
     Args:
+        fields: as they were read; what could not be read stays in train, whose rejects it is counted with.
         where: file and row, for messages.
 
     Raises:
         BadInput: the row has no group, or its hash would not be the same elsewhere.
     """
+    if isinstance(fields, RowError):
+        return False
     value: Any = fields
     if data.group_by is not None:
         value = fields.get(data.group_by)
