@@ -131,24 +131,25 @@ def preview(
         print(html)
 
 
-def _first_rows(recipe: Recipe, tokenizer: Any, split: str, count: int) -> Iterator[tuple[str, Example | RowError]]:
+def _first_rows(
+    recipe: Recipe, tokenizer: Any, split: Literal["train", "eval"], count: int
+) -> Iterator[tuple[str, Example | RowError]]:
     """Titles and examples (or why there is none) of the first rows of each source, cut as for training."""
     from itertools import islice
 
-    from trainer.data.loader import limits_of, masker_of
+    from trainer.data.loader import limits_of, masker_of, rows_of
     from trainer.data.rows import RowReader
-    from trainer.data.source import read_rows
+    from trainer.data.split import parts_of
     from trainer.data.tokenise import fit
 
-    section = recipe.data
-    masker = masker_of(section, tokenizer)
-    for source in section.train if split == "train" else section.eval:
-        reader = RowReader.of(source)
-        for row in islice(read_rows(source), count):
-            title = f"{row.file or source.name}:{row.number}"
+    masker = masker_of(recipe.data, tokenizer)
+    for part in parts_of(recipe.data, split):
+        reader = RowReader.of(part.source)
+        for row in islice(rows_of(recipe.data, part), count):
+            title = f"{row.file or part.source.name}:{row.number}"
             try:
                 example = masker.example(reader.conversation(row.fields))
-                yield from ((title, part) for part in fit(example, limits_of(recipe)))
+                yield from ((title, document) for document in fit(example, limits_of(recipe)))
             except RowError as error:
                 yield title, error
 
@@ -165,6 +166,7 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     from rich.table import Table
 
     from trainer import config, dist
+    from trainer.data.leakage import check_leakage
     from trainer.data.loader import eval_plan, prepare, train_plan
     from trainer.model.load import load_tokenizer
 
@@ -174,8 +176,8 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     train = prepare(recipe, tokenizer, "train")
     plan = train_plan(recipe, train)
     tables = [_data_table("train", train.report, plan.fill())]
-    if recipe.data.eval:
-        held_out = prepare(recipe, tokenizer, "eval")
+    if recipe.has_eval:
+        held_out = check_leakage(recipe, tokenizer, train, prepare(recipe, tokenizer, "eval"))
         tables.append(_data_table("eval", held_out.report, eval_plan(recipe, held_out).fill()))
     epoch_steps = bisect_left(range(plan.steps), 1, key=lambda step: plan.step(step).epoch)
     steps = Table("steps", "of the first epoch", "rows per step", "tokens per row", title="plan")
@@ -201,6 +203,12 @@ def _data_table(title: str, report: dict[str, Any], fill: float) -> Table:
             table.add_row(f"  rejected: {reason}", "", f"{count:,}")
         for reason, count in part["filter_reasons"].items():
             table.add_row(f"  filtered: {reason}", "", "", f"{count:,}")
+        if part["duplicates"]:
+            table.add_row("  duplicates", f"{part['duplicates']:,}")
+    if "leakage" in report:
+        leakage = report["leakage"]
+        table.add_row("near-duplicates in train", f"{leakage['leaked_rows']:,}")
+        table.caption = f"all pairs: {leakage['path']}" if leakage["pairs"] else None
     return table
 
 

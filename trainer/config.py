@@ -127,6 +127,33 @@ class DataSection(Section):
 
     train: tuple[Source, ...] = Field(min_length=1, description="Where rows come from.")
     eval: tuple[Source, ...] = Field(default=(), description="Held-out rows, as `train`.")
+    eval_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of the train rows that are held out, besides `eval`: by a hash of what is in the row, so "
+        "that no row changes sides when others are added or reordered.",
+    )
+    group_by: str | None = Field(
+        default=None, description="A column; rows with the same value there stay on one side of `eval_fraction`."
+    )
+    duplicates: Literal["keep", "drop"] = Field(
+        default="keep", description="Train rows that are, token by token, an earlier one. Counted in either case."
+    )
+    near_duplicate: float = Field(
+        default=0.8,
+        ge=0.5,
+        le=1,
+        description="Two rows are near-duplicates that share so much of what was said: common three-word sequences "
+        "over all of theirs (Jaccard), system prompts and tool schemas left out.",
+    )
+    max_leakage: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="The run stops above this share of eval rows with a near-duplicate in train. Chance matches of "
+        "short rows stay below it; of a real leak, as a copied file or a random split of repeated rows, more is found.",
+    )
     train_on: Literal["all", "completion", "assistant", "last_turn"] = Field(
         default="assistant", description="all tokens, the last assistant turn after its prompt, every assistant turn."
     )
@@ -163,7 +190,9 @@ class DataSection(Section):
     )
 
     @model_validator(mode="after")
-    def _cuts_allowed(self) -> DataSection:
+    def _keys_agree(self) -> DataSection:
+        if self.group_by is not None and not self.eval_fraction:
+            raise ValueError("`group_by` says how `eval_fraction` splits, and must not be given without it")
         if self.cut_answers and self.too_long != "truncate":
             raise ValueError("`cut_answers` belongs to `too_long: truncate`")
         if self.split_context and (self.too_long != "split" or self.packing == "wrapped"):
@@ -338,6 +367,11 @@ class Recipe(Section):
         return self
 
     @property
+    def has_eval(self) -> bool:
+        """Whether rows are held out."""
+        return bool(self.data.eval or self.data.eval_fraction)
+
+    @property
     def max_tokens(self) -> int:
         """Most tokens of an example."""
         return self.data.max_tokens or self.batch.row_tokens
@@ -347,7 +381,7 @@ class Recipe(Section):
         tree = self.model_dump(mode="json")
         free = {
             "model": ("recompute", "attention", "trust_remote_code"),
-            "data": ("eval", "cache", "workers", "max_rejects", "broken_lines"),
+            "data": ("eval", "near_duplicate", "max_leakage", "cache", "workers", "max_rejects", "broken_lines"),
             "batch": ("rows_per_micro",),
             "loss": ("kernel",),
             "parallel": ("deepspeed", "sequence", "allow_idle_ranks"),

@@ -111,6 +111,7 @@ class Tokenised:
     sources: np.ndarray  # (n,) int32, number of the source in the recipe
     files: np.ndarray  # (n,) int32, number of the file
     rows: np.ndarray  # (n,) int64, row number in the file, from 1
+    digests: np.ndarray  # (n,) uint64, of all tokens and flags of the row that the document is from
     rejects: tuple[tuple[int, int, int, str], ...]  # source, file, row, reason
     filtered: tuple[tuple[int, int, int, str], ...]  # likewise: left out by the recipe's filters
     source_rows: Mapping[int, int]  # rows read of each source, those left out too

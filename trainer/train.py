@@ -15,6 +15,7 @@ from typing import Any
 from trainer import checkpoint, dist
 from trainer.checkpoint import RunState, Saver
 from trainer.config import OptimSection, Recipe
+from trainer.data.leakage import check_leakage
 from trainer.data.loader import Loader, Prepared, documents_of, masker_of, prepare, train_plan
 from trainer.data.plan import Plan
 from trainer.engine import Engine, clear_nvme, deepspeed_config, gathered, sharded_init
@@ -55,7 +56,9 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
     try:
         train_data = prepare(recipe, tokenizer, "train", stop.raised_early)
         plan = train_plan(recipe, train_data, stop.raised_early)
-        eval_data = prepare(recipe, tokenizer, "eval", stop.raised_early) if recipe.data.eval else None
+        eval_data = prepare(recipe, tokenizer, "eval", stop.raised_early) if recipe.has_eval else None
+        if eval_data:
+            eval_data = check_leakage(recipe, tokenizer, train_data, eval_data, stop.raised_early)
         if not stop.meet():
             raise Stopped("stopped before the ranks had met")
     except Stopped:

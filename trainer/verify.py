@@ -48,6 +48,8 @@ TINY = (
 )
 QUIET = (
     "data.eval=[]",
+    "data.eval_fraction=0",
+    "data.group_by=null",
     "eval.generate=null",
     "checkpoint.every_steps=null",
     "profile=null",

@@ -48,7 +48,7 @@ def run_case(case: dict[str, Any], stop: dist.StopFlag) -> None:
     dist.barrier()
     tokenizer = load_tokenizer(recipe.model)
     train_data = prepare(recipe, tokenizer, "train")
-    eval_data = prepare(recipe, tokenizer, "eval") if recipe.data.eval else None
+    eval_data = prepare(recipe, tokenizer, "eval") if recipe.has_eval else None
     with contextlib.ExitStack() as changed:
         for name in case.get("changes", ()):
             changed.enter_context(CHANGES[name]())

@@ -123,6 +123,56 @@ def test_the_report_counts_by_source_and_reason(tmp_path):
     assert len(lines) == 3
 
 
+def repeating(folder: Path, **more) -> Documents:
+    """Rows 1 to 30 of source b, then a; row n has the tokens of row n % 7, and is cut into two documents."""
+
+    def tokenise_repeated(rows: list[Row]) -> list[Example | RowError]:
+        ids = [np.arange(10, dtype=np.int32) + row.number % 7 * 100 for row in rows]
+        return [Example(each, np.arange(10) > 0) for each in ids]
+
+    def chunks(done: int):
+        all_rows = [Row(int(n > 20), int(n > 20), n, None) for n in range(1, 31)]
+        return tokenise_rows(all_rows[done:], tokenise_repeated, Limits(6, "split", packing_cuts=False), workers=1)
+
+    names = {"sources": ["a", "b"], "files": ["a.jsonl", "b.jsonl"], "what": "data.train", "max_rejects": 1.0}
+    return prepare(folder, chunks, **names, **more)
+
+
+def test_duplicates_are_counted_by_source_and_kept(tmp_path):
+    documents = repeating(tmp_path / "d")
+    assert len(documents.lengths) == 60
+    assert documents.report["duplicates"] == 23
+    assert [source["duplicates"] for source in documents.report["sources"]] == [13, 10]
+
+
+@pytest.mark.parametrize("block", [1, 3, 4096])
+def test_duplicates_are_dropped_and_the_first_stays(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(cache, "BLOCK_DOCUMENTS", block)
+    documents, whole = repeating(tmp_path / "d", drop_duplicates=True), repeating(tmp_path / "whole")
+    assert documents.rows.tolist() == [row for row in range(1, 8) for _ in range(2)]
+    for document in range(14):
+        for field in ("input_ids", "trained"):
+            assert np.array_equal(getattr(documents.example(document), field), getattr(whole.example(document), field))
+    report = documents.report
+    assert (report["rows"], report["duplicates"], report["rejected"]) == (30, 23, 0)
+    assert (report["documents"], report["tokens"]) == (14, documents.lengths.sum())
+    assert report["trained_tokens"] == documents.trained_counts.sum() == documents.trained.sum()
+    assert [source["documents"] for source in report["sources"]] == [14, 0]
+    assert documents.fingerprint != whole.fingerprint
+    assert repeating(tmp_path / "d", drop_duplicates=True).fingerprint == documents.fingerprint
+
+
+def test_rows_that_differ_in_what_is_trained_are_no_duplicates(tmp_path):
+    def tokenise_alike(rows: list[Row]) -> list[Example | RowError]:
+        return [Example(np.arange(5, dtype=np.int32), np.arange(5) >= row.number) for row in rows]
+
+    def chunks(done: int):
+        return tokenise_rows([Row(0, 0, n, None) for n in (1, 2, 3)][done:], tokenise_alike, LIMITS, workers=1)
+
+    documents = prepare(tmp_path / "d", chunks, sources=["a"], files=["a"], what="x", max_rejects=0.0)
+    assert documents.report["duplicates"] == 0
+
+
 def test_too_many_rejects_stop_the_run_and_the_commonest_reasons_are_named(tmp_path):
     bad = {1: "e", 2: "common", 3: "common", 4: "common", 5: "second", 6: "second", 7: "third", 8: "third"}
     counts = r"common \(3\), second \(2\), third \(2\)"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -132,6 +133,34 @@ def test_prepare_counts_filtered_rows_by_reason(packhorse, tmp_path):
     code, out, err = packhorse("prepare", DEBUG, filters, f"data.cache={tmp_path}")
     assert code == 0, err
     assert "filtered: answer_words: more than 7" in out
+
+
+def test_prepare_counts_duplicates_and_rows_that_leak(packhorse, tmp_path):
+    rows = (ROOT / "recipes/debug/train.jsonl").read_text().splitlines()
+    (tmp_path / "train.jsonl").write_text("\n".join([*rows, *rows[:7]]) + "\n")
+    (tmp_path / "held.jsonl").write_text("\n".join(rows[:5]) + "\n")
+    sources = (f"data.train.0.path={tmp_path / 'train.jsonl'}", f"data.eval.0.path={tmp_path / 'held.jsonl'}")
+    code, _, err = packhorse("prepare", DEBUG, *sources, f"data.cache={tmp_path}")
+    assert code == 2
+    assert "5 of 5 rows (100.0%) have a near-duplicate in data.train" in err
+    code, out, err = packhorse("prepare", DEBUG, *sources, f"data.cache={tmp_path}", "data.max_leakage=1")
+    assert code == 0, err
+    cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in out.splitlines()]
+    assert ["duplicates", "7"] in cells
+    assert ["near-duplicates in train", "5"] in cells
+
+
+def test_preview_shows_the_side_that_is_asked_for(packhorse):
+    shown = {}
+    for split in ("train", "eval"):
+        code, out, err = packhorse(
+            "preview", DEBUG, "--rows", "200", "--split", split, "data.eval=[]", "data.eval_fraction=0.2"
+        )
+        assert code == 0, err
+        shown[split] = set(re.findall(r"train\.jsonl:\d+", out))
+    assert len(shown["train"] | shown["eval"]) == 100
+    assert not shown["train"] & shown["eval"]
+    assert shown["eval"]
 
 
 def test_preview_on_the_terminal_and_as_a_page(packhorse, tmp_path):

@@ -56,6 +56,12 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
     assert config.load(written(tmp_path, recipe.to_yaml())) == recipe
 
 
+def test_rows_are_held_out_where_sources_or_a_share_say_so():
+    assert not config.parse(SMALLEST).has_eval
+    assert config.parse(with_key("data.eval", [{"path": "held.jsonl"}])).has_eval
+    assert config.parse(with_key("data.eval_fraction", 0.1)).has_eval
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.name)
 def test_shipped_recipes_are_valid(path):
     assert config.load(path).run.dir
@@ -101,6 +107,8 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (with_key("batch.row_tokens", 1), "`batch.row_tokens`"),
         (with_key("data.packing", "best"), "'none', 'bfd', 'bfd_split' or 'wrapped' (got 'best')"),
         (with_key("data.train", []), "`data.train`"),
+        (with_key("data.group_by", "id"), "`group_by` says how `eval_fraction` splits"),
+        (with_key("data.eval_fraction", 1), "`data.eval_fraction`"),
         (with_key("data.train", [{}]), "give exactly one of `path` and `name`"),
         (with_key("data.train", [{"path": "a", "name": "b"}]), "give exactly one of `path` and `name`"),
         (with_source(format="sharegtp"), "'sharegpt'"),

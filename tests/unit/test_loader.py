@@ -318,6 +318,8 @@ def test_what_shapes_the_documents_is_in_the_key(tmp_path, tokenizer):
         {"packing": "wrapped"},
         {"max_rejects": 0.5},
         {"workers": 1},
+        {"max_leakage": 0.5},
+        {"near_duplicate": 0.9},
     ]
     for change in same:
         prepare(recipe(tmp_path, **change), tokenizer, "train")
@@ -331,6 +333,10 @@ def test_what_shapes_the_documents_is_in_the_key(tmp_path, tokenizer):
         {"train_on_eot": False},
         {"max_tokens": 100},
         {"too_long": "truncate"},
+        {"duplicates": "drop"},
+        {"eval_fraction": 0.3},
+        {"eval_fraction": 0.4},
+        {"eval_fraction": 0.4, "group_by": "question"},
     ]
     for number, change in enumerate(other, start=2):
         prepare(recipe(tmp_path, **change), tokenizer, "train")
@@ -418,6 +424,57 @@ def test_a_cache_is_found_again_under_another_path_and_by_eval(tmp_path, tokeniz
     assert again.fingerprint == first.fingerprint
     plan = eval_plan(moved, again)
     assert (plan.steps, plan.step(0).trained_tokens) == (1, again.trained_counts.sum())
+
+
+def rows_of(prepared: Prepared) -> set[int]:
+    return set(prepared.documents.rows.tolist())
+
+
+def test_each_row_is_on_one_side_and_stays_there_when_rows_are_added(tmp_path, tokenizer):
+    of = recipe(tmp_path, questions(100), eval_fraction=0.2)
+    train, held_out = rows_of(prepare(of, tokenizer, "train")), rows_of(prepare(of, tokenizer, "eval"))
+    assert train | held_out == set(range(1, 101))
+    assert not train & held_out
+    assert 8 <= len(held_out) <= 32
+
+    more = recipe(tmp_path, [*questions(100), *({"question": f"New {n}?", "answer": "No."} for n in range(50))])
+    more = more.model_copy(update={"data": of.data})
+    assert rows_of(prepare(more, tokenizer, "train")) & set(range(1, 101)) == train
+    turned = recipe(tmp_path, questions(100)[::-1]).model_copy(update={"data": of.data})
+    assert {101 - row for row in rows_of(prepare(turned, tokenizer, "eval"))} == held_out
+
+
+def test_held_out_rows_come_after_the_given_ones_and_all_of_them_count_once(tmp_path, tokenizer):
+    given = write(tmp_path, [{"question": "Given?", "answer": "Yes."}])
+    train = recipe(tmp_path, questions(50)).data.train[0].path
+    of = recipe(tmp_path, train=[{"path": train, "weight": 0.5}], eval=[{"path": given}], eval_fraction=0.2)
+    held_out = prepare(of, tokenizer, "eval")
+    assert [source["name"] for source in held_out.report["sources"]] == [given, train]
+    assert held_out.place(0) == (given, 1)
+    assert held_out.place(1)[0] == train
+    assert eval_plan(of, held_out).step(0).trained_tokens == held_out.trained_counts.sum()
+    prompts = held_out_prompts(of, Masker(tokenizer), 100)
+    assert len(prompts) == len(held_out.lengths)
+    assert prompts[0].reference == "Yes."
+    assert prompts[1].reference == f"It is {2 * (held_out.place(1)[1] - 1)}."
+
+
+def test_a_share_so_small_that_no_row_is_held_out_is_refused(tmp_path, tokenizer):
+    with pytest.raises(BadInput, match=r"data\.eval: there are no rows; .* data\.eval_fraction"):
+        prepare(recipe(tmp_path, questions(3), eval_fraction=1e-9), tokenizer, "eval")
+
+
+def test_duplicates_are_dropped_from_train_alone(tmp_path, tokenizer):
+    twice = [*questions(10), *questions(10)]
+    of = recipe(tmp_path, twice, duplicates="drop", eval=[{"path": write(tmp_path, twice)}])
+    train, held_out = prepare(of, tokenizer, "train"), prepare(of, tokenizer, "eval")
+    assert train.documents.rows.tolist() == list(range(1, 11))
+    assert (train.report["duplicates"], held_out.report["duplicates"]) == (10, 10)
+    assert len(held_out.lengths) == 20
+    assert (
+        train_plan(of, train).steps
+        == train_plan(recipe(tmp_path), prepare(recipe(tmp_path, rows=questions(10)), tokenizer, "train")).steps
+    )
 
 
 def test_processes_tokenise_the_same_as_one(tmp_path, tokenizer, monkeypatch):

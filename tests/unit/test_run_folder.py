@@ -34,6 +34,8 @@ def recipe(run_dir: Path, *overrides: str) -> Recipe:
         "batch.row_tokens=128",
         "data.packing=none",
         "data.train_on=all",
+        "data.eval_fraction=0.1",
+        "data.duplicates=drop",
         "loss.weighting=example",
         "loss.neftune_alpha=0",
         "model.dtype=bfloat16",
@@ -57,6 +59,8 @@ def test_what_shapes_the_run_may_not_change(tmp_path: Path, change: str) -> None
         "checkpoint.keep=9",
         "eval.every_steps=7",
         "data.cache=/elsewhere",
+        "data.max_leakage=0.5",
+        "data.near_duplicate=0.9",
         "run.log_every=5",
     ],
 )

@@ -29,6 +29,7 @@ from trainer.once import Stopped, build_once
 VERSION = 2  # part of every key: raise it when the files of a folder change
 
 SAVE_EVERY_S = 5.0  # between points that a next start can go on from
+BLOCK_DOCUMENTS = 4096  # in memory while duplicates are dropped
 LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
 
 COLUMNS = {
@@ -39,11 +40,22 @@ COLUMNS = {
     "sources": np.dtype(np.int32),  # (documents,) number of the source in the recipe
     "files": np.dtype(np.int32),  # (documents,) number of the file
     "rows": np.dtype(np.int64),  # (documents,) row number in the file, from 1
+    "digests": np.dtype(np.uint64),  # (documents,) of the tokens and flags of the whole row
 }
 
 LEFT_OUT = ("rejects.jsonl", "filtered.jsonl")
 # Of all, and of each source; `cut` rows were truncated or split, with what was lost to learn.
-COUNTED = ("rows", "documents", "tokens", "trained_tokens", "rejected", "filtered", "cut", "lost_trained_tokens")
+COUNTED = (
+    "rows",
+    "documents",
+    "tokens",
+    "trained_tokens",
+    "rejected",
+    "filtered",
+    "duplicates",
+    "cut",
+    "lost_trained_tokens",
+)
 
 Chunks = Callable[[int], Generator[Tokenised, None, None]]
 """chunks(done): starts tokenising after the first `done` rows. The documents do not depend on how chunks fall."""
@@ -63,6 +75,7 @@ class Documents:
     sources: np.ndarray
     files: np.ndarray
     rows: np.ndarray
+    digests: np.ndarray
     lengths: np.ndarray  # (n,) int64
 
     def example(self, document: int) -> Example:
@@ -85,6 +98,7 @@ def prepare(
     files: list[str],
     what: str,
     max_rejects: float,
+    drop_duplicates: bool = False,
     total_rows: Callable[[], int | None] = lambda: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Documents:
@@ -93,6 +107,7 @@ def prepare(
     Args:
         folder: named by a key of everything that shapes its content.
         sources, files, what: names, for reports and messages.
+        drop_duplicates: of rows that are alike, token by token, only the first stays.
         total_rows: for the time to go; asked only when there is something to build.
 
     Raises:
@@ -103,17 +118,17 @@ def prepare(
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
         with (
             closing(_Building(staging, leftovers, sources, files)) as building,
-            closing(_Progress(what, building.rows, total_rows())) as progress,
+            closing(Progress(f"preparing {what}", building.rows, total_rows())) as progress,
             closing(chunks(building.rows)) as stream,
         ):
             for chunk in stream:
                 check()
                 building.append(chunk)
-                progress.show(building.rows, building.tokens)
+                progress.show(building.rows, f", {building.tokens:,} tokens")
                 if stopping():
                     building.save()
                     raise Stopped(f"stopped preparing {what} after {building.rows} rows, which are kept")
-            building.finish()
+            building.finish(drop_duplicates)
 
     build_once(folder, build, f"preparing {what}", stopping)
     return _open(folder, what, max_rejects)
@@ -144,10 +159,7 @@ def _open(folder: Path, what: str, max_rejects: float) -> Documents:
     if sizes != record["sizes"]:
         raise BadInput(f"{folder}: files of the cache have changed size since they were written; delete the folder")
     _check_rejects(record["report"], folder, what, max_rejects)
-    columns = {
-        name: np.asarray(np.memmap(folder / _file(name), dtype, mode="r"))  # a plain view: slices faster than memmap
-        for name, dtype in COLUMNS.items()
-    }
+    columns = _mapped(folder)
     columns["offsets"] = np.append(columns["offsets"], len(columns["input_ids"]))
     return Documents(folder, record["fingerprint"], record["report"], **columns, lengths=np.diff(columns["offsets"]))
 
@@ -157,7 +169,7 @@ def _check_rejects(report: dict[str, Any], folder: Path, what: str, max_rejects:
     rows, rejected, filtered = report["rows"], report["rejected"], report["filtered"]
     common = ", ".join(f"{reason} ({count})" for reason, count in Counter(report["reasons"]).most_common(3))
     if not rows:
-        raise BadInput(f"{what}: there are no rows; name a source that has some")
+        raise BadInput(f"{what}: there are no rows; name a source that has some, or change data.eval_fraction")
     if rejected == rows:
         raise BadInput(f"{what}: no row is left of {rows}: {common}; see {folder / 'rejects.jsonl'}")
     if filtered and rejected + filtered == rows:
@@ -236,8 +248,9 @@ class _Building:
         _write(self._folder / "progress.json", state)
         self._saved_at = time.monotonic()
 
-    def finish(self) -> None:
-        """Write the report: the last thing before the folder is published."""
+    def finish(self, drop_duplicates: bool) -> None:
+        """Count the duplicates, and write the report: the last thing before the folder is published."""
+        self._find_duplicates(drop_duplicates)
         sizes = self._sync_all()
         report: dict[str, Any] = {key: sum(source[key] for source in self._sources) for key in COUNTED}
         for reasons in ("reasons", "filter_reasons"):
@@ -246,6 +259,51 @@ class _Building:
         record = {"fingerprint": _digest(self._folder), "sizes": sizes, "report": report}
         _write(self._folder / "report.json", record)
         (self._folder / "progress.json").unlink(missing_ok=True)
+
+    def _find_duplicates(self, drop: bool) -> None:
+        """A row is a duplicate if an earlier one has its digest. That any two others among ten million rows share
+        one has a chance of one in 370,000."""
+        if not self.tokens:
+            return
+        columns = self._columns()
+        changes = (np.diff(columns["files"]) != 0) | (np.diff(columns["rows"]) != 0)
+        firsts = np.append(0, np.flatnonzero(changes) + 1)  # the first document of each row
+        repeated = np.ones(len(firsts), np.bool_)
+        repeated[np.unique(columns["digests"][firsts], return_index=True)[1]] = False
+        for source, counts in enumerate(self._sources):
+            counts["duplicates"] = int(np.count_nonzero(repeated & (columns["sources"][firsts] == source)))
+        if drop and repeated.any():
+            self._keep(columns, ~np.repeat(repeated, np.diff(firsts, append=len(columns["rows"]))))
+
+    def _keep(self, columns: dict[str, np.ndarray], kept: np.ndarray) -> None:
+        """Rewrite the columns with the documents that are kept, (n,) bool, a block at a time."""
+        begins = np.append(columns["offsets"], self.tokens)
+        lengths = np.diff(begins)
+        columns["offsets"] = np.cumsum(lengths * kept) - lengths * kept
+        for name in COLUMNS:
+            with (self._folder / f"{_file(name)}.aside").open("wb") as new:
+                for start in range(0, len(kept), BLOCK_DOCUMENTS):
+                    stop = min(start + BLOCK_DOCUMENTS, len(kept))
+                    span, chosen = slice(start, stop), kept[start:stop]
+                    if name in ("input_ids", "trained"):
+                        span, chosen = slice(begins[start], begins[stop]), np.repeat(chosen, lengths[start:stop])
+                    new.write(columns[name][span][chosen].tobytes())
+        (self._folder / "progress.json").unlink(missing_ok=True)  # it is about the files that now go
+        for name in map(_file, COLUMNS):
+            self._files[name].close()
+            (self._folder / f"{name}.aside").replace(self._folder / name)
+            self._files[name] = (self._folder / name).open("ab")
+        for source, counts in enumerate(self._sources):
+            of_source = kept & (columns["sources"] == source)
+            counts["documents"] = int(np.count_nonzero(of_source))
+            counts["tokens"] = int(lengths[of_source].sum())
+            counts["trained_tokens"] = int(columns["trained_counts"][of_source].sum())
+
+    def _columns(self) -> dict[str, np.ndarray]:
+        """What is written so far, memory-mapped; there must be something."""
+        for file in self._files.values():
+            file.flush()
+        return _mapped(self._folder)
 
     def _sync_all(self) -> dict[str, int]:
         for file in self._files.values():
@@ -281,6 +339,11 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _mapped(folder: Path) -> dict[str, np.ndarray]:
+    """The columns, as plain views, which are sliced faster than memmaps."""
+    return {name: np.asarray(np.memmap(folder / _file(name), dtype, mode="r")) for name, dtype in COLUMNS.items()}
+
+
 def _file(column: str) -> str:
     return f"{column}.{COLUMNS[column].name}"
 
@@ -305,8 +368,8 @@ def _sync(path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- progress
 
 
-class _Progress:
-    """Rows done, tokens per second and time to go: a bar in a terminal, lines elsewhere, on rank 0 only."""
+class Progress:
+    """Rows done, rows per second and time to go: a bar in a terminal, lines elsewhere, on rank 0 only."""
 
     def __init__(self, what: str, rows: int, total: int | None) -> None:
         self._what, self._first, self._total = what, rows, total
@@ -317,7 +380,7 @@ class _Progress:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             columns = (
-                TextColumn(f"preparing {what}"),
+                TextColumn(what),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TextColumn("{task.description}"),
@@ -326,7 +389,7 @@ class _Progress:
             self._bar.start()
             self._task = self._bar.add_task("", total=total, completed=rows)
 
-    def show(self, rows: int, tokens: int) -> None:
+    def show(self, rows: int, more: str = "") -> None:
         now = time.monotonic()
         rate = f"{(rows - self._first) / (now - self._started):,.0f} rows/s"
         if self._bar is not None:
@@ -337,9 +400,7 @@ class _Progress:
             if self._total:
                 seconds = (now - self._started) / (rows - self._first) * (self._total - rows)
                 of, to_go = f" of {self._total:,}", f", {max(seconds, 0):.0f} s to go"
-            log.info(
-                "preparing %s: %s%s rows, %s tokens, %s%s", self._what, f"{rows:,}", of, f"{tokens:,}", rate, to_go
-            )
+            log.info("%s: %s%s rows%s, %s%s", self._what, f"{rows:,}", of, more, rate, to_go)
 
     def close(self) -> None:
         if self._bar is not None:

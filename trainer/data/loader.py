@@ -20,12 +20,13 @@ import numpy as np
 import xxhash
 
 from trainer.config import DataSection, Recipe, Source
-from trainer.data import cache, pack, tokenise
+from trainer.data import cache, pack, split, tokenise
 from trainer.data.cache import Documents
 from trainer.data.mask import Masker
 from trainer.data.plan import Corpus, Plan, micro_batches_of
 from trainer.data.rows import RowReader
-from trainer.data.source import read_rows, source_digest, source_files
+from trainer.data.source import RawRow, read_rows, source_digest, source_files
+from trainer.data.split import Part, held_out, parts_of
 from trainer.data.tokenise import Limits, Row
 from trainer.flow import BadInput, Batch, Conversation, Example, Packed, Prompt, RowError, StepPlan, Tokenised
 
@@ -44,6 +45,7 @@ class Prepared:
     documents: Documents
     weights: tuple[float, ...]  # of each source
     files: tuple[str, ...]
+    leakage: dict[str, Any] | None = None  # of held-out data: data/leakage.py's report
 
     @property
     def lengths(self) -> np.ndarray:
@@ -67,9 +69,9 @@ class Prepared:
 
     @property
     def report(self) -> dict[str, Any]:
-        """Rows, documents, tokens, trained tokens, rejects and filtered rows by reason: of all, and under `sources`
-        of each."""
-        return self.documents.report
+        """Rows, documents, tokens, trained tokens, duplicates, rejects and filtered rows by reason: of all, and under
+        `sources` of each. Of held-out data that was compared with train, `leakage` too."""
+        return self.documents.report | ({"leakage": self.leakage} if self.leakage else {})
 
     @property
     def rejects_path(self) -> Path:
@@ -97,30 +99,26 @@ def prepare(
         Stopped (trainer.once): `stopping()` became true; the next start goes on from there.
     """
     section = recipe.data
-    sources = section.train if which == "train" else section.eval
-    masker = masker_of(section, tokenizer)
-    readers = tuple(RowReader.of(source) for source in sources)
+    side = Side(section, which)
+    work = tokenise_of(recipe, tokenizer, which)
     limits = limits_of(recipe)
-    files = [[str(path) for path in source_files(s.path)] if s.path else [f"{s.name}:{s.split}"] for s in sources]
-    names = [name for of_source in files for name in of_source]
-    work = _Tokenise(masker, readers)
-    workers = section.workers or len(sched_getaffinity(0))
+    drop = which == "train" and section.duplicates == "drop"
 
     def chunks(done: int) -> Generator[Tokenised, None, None]:
-        rows = islice(_rows(sources, files, section.broken_lines), done, None)
-        return tokenise.tokenise_rows(rows, work, limits, workers)
+        return tokenise.tokenise_rows(islice(side.rows(), done, None), work, limits, workers_of(section))
 
     documents = cache.prepare(
-        _cache_folder(section) / f"documents-{_key(readers, masker, limits, section.broken_lines)}",
+        cache_folder(section) / f"documents-{_key(side, work, limits, drop)}",
         chunks,
-        sources=[source.path or str(source.name) for source in sources],
-        files=names,
+        sources=side.names,
+        files=side.files,
         what=f"data.{which}",
         max_rejects=section.max_rejects,
-        total_rows=lambda: _count_rows(sources),
+        drop_duplicates=drop,
+        total_rows=side.count_rows,
         stopping=stopping,
     )
-    return Prepared(documents, tuple(source.weight for source in sources), tuple(names))
+    return Prepared(documents, tuple(part.source.weight for part in side.parts), tuple(side.files))
 
 
 def held_out_prompts(recipe: Recipe, masker: Masker, rows: int) -> list[Prompt]:
@@ -130,9 +128,9 @@ def held_out_prompts(recipe: Recipe, masker: Masker, rows: int) -> list[Prompt]:
         BadInput: none of the eval rows has an answer.
     """
     prompts: list[Prompt] = []
-    for source in recipe.data.eval:
-        reader = RowReader.of(source)
-        for row in read_rows(source):
+    for part in parts_of(recipe.data, "eval"):
+        reader = RowReader.of(part.source)
+        for row in rows_of(recipe.data, part):
             if len(prompts) == rows:
                 return prompts
             try:
@@ -163,6 +161,21 @@ def masker_of(section: DataSection, tokenizer: Any) -> Masker:
     )
 
 
+def workers_of(section: DataSection) -> int:
+    """How many processes work on rows."""
+    return section.workers or len(sched_getaffinity(0))
+
+
+def cache_folder(section: DataSection) -> Path:
+    return Path(section.cache).expanduser()
+
+
+def tokenise_of(recipe: Recipe, tokenizer: Any, which: Literal["train", "eval"]) -> _Tokenise:
+    """How the rows of a side are read and tokenised."""
+    readers = tuple(RowReader.of(part.source) for part in parts_of(recipe.data, which))
+    return _Tokenise(masker_of(recipe.data, tokenizer), readers)
+
+
 @dataclass(frozen=True)
 class _Tokenise:
     """A chunk of rows to examples: what the workers run."""
@@ -171,62 +184,92 @@ class _Tokenise:
     readers: tuple[RowReader, ...]  # of each source
 
     def __call__(self, rows: list[Row]) -> list[Example | RowError]:
-        read = [self._conversation(row) for row in rows]
+        read = [self.conversation(row) for row in rows]
         examples = iter(self.masker.examples([found for found in read if isinstance(found, Conversation)]))
         return [found if isinstance(found, RowError) else next(examples) for found in read]
 
-    def _conversation(self, row: Row) -> Conversation | RowError:
+    def conversation(self, row: Row) -> Conversation | RowError:
         try:
             return self.readers[row.source].conversation(row.fields)
         except RowError as error:
             return error
 
 
-def _rows(sources: tuple[Source, ...], files: list[list[str]], broken_lines: str) -> Iterator[Row]:
-    first = 0
-    for source, (section, of_source) in enumerate(zip(sources, files, strict=True)):
-        numbers = {Path(name).name: first + i for i, name in enumerate(of_source)}
-        for row in read_rows(section):
-            file = numbers[row.file] if section.path else first
-            if isinstance(row.fields, RowError) and broken_lines == "stop":
-                place = f"{of_source[file - first]}:{row.number}"
-                raise BadInput(f"{place}: {row.fields}; mend or delete the line, or set data.broken_lines: reject")
-            yield Row(source, file, row.number, row.fields)
-        first += len(of_source)
+def rows_of(data: DataSection, part: Part) -> Iterator[RawRow]:
+    """The rows of a source that are on its part's side. Every reader of rows reads them here."""
+    for row in read_rows(part.source):
+        if part.held_out is None or part.held_out == held_out(
+            row.fields, data, f"{row.file or part.source.name}:{row.number}"
+        ):
+            yield row
 
 
-def _key(readers: tuple[RowReader, ...], masker: Masker, limits: Limits, broken_lines: str) -> str:
+class Side:
+    """The train or eval side: its `parts` and `names`, one for each source, and its `files`, one after the other."""
+
+    def __init__(self, data: DataSection, which: Literal["train", "eval"]) -> None:
+        self.data = data
+        self.parts = parts_of(data, which)
+        self.names = [part.source.path or str(part.source.name) for part in self.parts]
+        self._files = [_files(part.source) for part in self.parts]
+        self.files = [name for of_source in self._files for name in of_source]
+
+    def rows(self) -> Iterator[Row]:
+        """Raises BadInput at one that cannot be read, unless data.broken_lines lets it be rejected."""
+        first = 0
+        for source, (part, files) in enumerate(zip(self.parts, self._files, strict=True)):
+            numbers = {Path(name).name: first + i for i, name in enumerate(files)}
+            for row in rows_of(self.data, part):
+                file = numbers[row.file] if part.source.path else first
+                if isinstance(row.fields, RowError) and self.data.broken_lines == "stop":
+                    place = f"{self.files[file]}:{row.number}"
+                    raise BadInput(f"{place}: {row.fields}; mend or delete the line, or set data.broken_lines: reject")
+                yield Row(source, file, row.number, row.fields)
+            first += len(files)
+
+    def count_rows(self) -> int | None:
+        """About how many rows there are, where that can be told without parsing them."""
+        share = {None: 1.0, False: 1 - self.data.eval_fraction, True: self.data.eval_fraction}
+        counts = [(_count_rows(part.source), share[part.held_out]) for part in self.parts]
+        return None if any(rows is None for rows, _ in counts) else round(sum((rows or 0) * s for rows, s in counts))
+
+
+def _files(source: Source) -> list[str]:
+    return [str(path) for path in source_files(source.path)] if source.path else [f"{source.name}:{source.split}"]
+
+
+def _key(side: Side, work: _Tokenise, limits: Limits, drop_duplicates: bool) -> str:
     """Everything that shapes the cache. Where the files lie, and the sources' weights, do not."""
-    read = [[source_digest(reader.source), reader.source.rows, *reader.key()] for reader in readers]
-    policy = [*astuple(replace(limits, packing_cuts=limits.too_long == "split" and limits.packing_cuts)), broken_lines]
-    whole = [cache.VERSION, tokenise.VERSION, masker.fingerprint(), read, policy]
+    read = [
+        [source_digest(part.source), part.source.rows, *reader.key(), _split_key(side.data, part)]
+        for part, reader in zip(side.parts, work.readers, strict=True)
+    ]
+    cut = replace(limits, packing_cuts=limits.too_long == "split" and limits.packing_cuts)
+    policy = [*astuple(cut), drop_duplicates, side.data.broken_lines]
+    whole = [cache.VERSION, tokenise.VERSION, work.masker.fingerprint(), read, policy]
     return xxhash.xxh3_128_hexdigest(json.dumps(whole).encode())
 
 
-def _count_rows(sources: tuple[Source, ...]) -> int | None:
-    """How many rows there are to read, where that can be told without parsing them."""
-    total = 0
-    for source in sources:
-        rows = 0
-        for path in source_files(source.path) if source.path else ():
-            if path.suffix == ".parquet":
-                import pyarrow.parquet
+def _split_key(data: DataSection, part: Part) -> list[Any] | None:
+    return None if part.held_out is None else [split.VERSION, part.held_out, data.eval_fraction, data.group_by]
 
-                rows += pyarrow.parquet.read_metadata(path).num_rows
-            elif path.suffix == ".jsonl":
-                with path.open("rb") as file:
-                    while block := file.read(1 << 22):
-                        rows += block.count(b"\n")
-            else:
-                return None
-        if not source.path:
+
+def _count_rows(source: Source) -> int | None:
+    if not source.path:
+        return None
+    rows = 0
+    for path in source_files(source.path):
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            rows += pyarrow.parquet.read_metadata(path).num_rows
+        elif path.suffix == ".jsonl":
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    rows += block.count(b"\n")
+        else:
             return None
-        total += min(rows, source.rows or rows)
-    return total
-
-
-def _cache_folder(section: DataSection) -> Path:
-    return Path(section.cache).expanduser()
+    return min(rows, source.rows or rows)
 
 
 # ----------------------------------------------------------------------------------------------- planning
@@ -242,7 +285,7 @@ def train_plan(recipe: Recipe, prepared: Prepared, stopping: Callable[[], bool] 
         key = xxhash.xxh3_128_hexdigest(
             json.dumps([*parts, recipe.batch.row_tokens, recipe.train.seed, epoch]).encode()
         )
-        folder = _cache_folder(recipe.data) / f"packing-{key}"
+        folder = cache_folder(recipe.data) / f"packing-{key}"
         return cache.keep_packed(folder, make, f"packing epoch {epoch}", stopping)
 
     return Plan(_corpus(prepared), _packer(recipe), recipe.batch, recipe.train, recipe.loss, keep)

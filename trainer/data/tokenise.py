@@ -15,9 +15,10 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+import xxhash
 
 from trainer.flow import Example, Filtered, RowError, Tokenised
 
@@ -49,6 +50,8 @@ class Limits:
     split_context: int = 0
 
 
+Result = TypeVar("Result")
+
 Tokenise = Callable[[list[Row]], list[Example | RowError]]
 """Picklable; for each row its example, or the reason why it has none. The outcome must not depend on the chunk."""
 
@@ -56,11 +59,16 @@ Tokenise = Callable[[list[Row]], list[Example | RowError]]
 def tokenise_rows(
     rows: Iterable[Row], tokenise: Tokenise, limits: Limits, workers: int
 ) -> Generator[Tokenised, None, None]:
-    """Chunks of the rows' documents, in order. With one worker, or little to do, the work is done in this process.
+    """Chunks of the rows' documents, in order."""
+    return run(rows, _Work(tokenise, limits), workers)
+
+
+def run(rows: Iterable[Row], work: Callable[[list[Row]], Result], workers: int) -> Generator[Result, None, None]:
+    """What `work`, which must be picklable, makes of each chunk of rows, in order. With one worker, or little to do,
+    it is done in this process.
 
     Close the iterator to end the workers early.
     """
-    work = _Work(tokenise, limits)
     chunks = _chunks(iter(rows))
     first = list(islice(chunks, POOL_FROM_CHUNKS))
     if workers == 1 or len(first) < POOL_FROM_CHUNKS:
@@ -130,6 +138,7 @@ class _Work(NamedTuple):
 
     def __call__(self, rows: list[Row]) -> Tokenised:
         documents: list[tuple[Row, Example]] = []
+        digests: list[int] = []
         rejects: list[tuple[int, int, int, str]] = []
         filtered: list[tuple[int, int, int, str]] = []
         cuts: list[tuple[int, int]] = []
@@ -142,6 +151,7 @@ class _Work(NamedTuple):
                 if [len(part.input_ids) for part in parts] != [len(example.input_ids)]:
                     kept = sum(np.count_nonzero(part.trained) for part in parts)
                     cuts.append((row.source, int(np.count_nonzero(example.trained) - kept)))
+                digests += [_digest(example)] * len(parts)
             except RowError as error:
                 left_out = filtered if isinstance(error, Filtered) else rejects
                 left_out.append((row.source, row.file, row.number, str(error)))
@@ -154,6 +164,7 @@ class _Work(NamedTuple):
             sources=np.array([row.source for row, _ in documents], np.int32),
             files=np.array([row.file for row, _ in documents], np.int32),
             rows=np.array([row.number for row, _ in documents], np.int64),
+            digests=np.array(digests, np.uint64),
             rejects=tuple(rejects),
             filtered=tuple(filtered),
             cuts=tuple(cuts),
@@ -161,15 +172,21 @@ class _Work(NamedTuple):
         )
 
 
+def _digest(example: Example) -> int:
+    digest = xxhash.xxh3_64(example.input_ids.tobytes())
+    digest.update(example.trained.tobytes())
+    return digest.intdigest()
+
+
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
     while chunk := list(islice(rows, CHUNK_ROWS)):
         yield chunk
 
 
-_worker_work: _Work | None = None
+_worker_work: Callable[[list[Row]], Any] | None = None
 
 
-def _start_worker(work: _Work) -> None:
+def _start_worker(work: Callable[[list[Row]], Any]) -> None:
     """Keep the work, which is large, once a process; leave Ctrl-C to the parent, and die with it if it is killed."""
     global _worker_work
     _worker_work = work
@@ -185,6 +202,6 @@ def _die_with_parent() -> None:
     os._exit(1)
 
 
-def _run_worker(rows: list[Row]) -> Tokenised:
+def _run_worker(rows: list[Row]) -> Any:
     assert _worker_work is not None
     return _worker_work(rows)

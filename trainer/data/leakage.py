@@ -1,0 +1,244 @@
+"""Rows of the held-out side that train holds too, or nearly: found by MinHash, proved by their true similarity.
+
+Both prepared sides enter; leakage.jsonl leaves, a pair of rows a line, in a cache folder of its own. What is compared
+is what was said: the texts of all turns but the system's, as sets of sequences of three words. One changed word among
+a hundred leaves a similarity of 0.94, so 0.8 is another wording of the same row, and not of the same question.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+import xxhash
+from rensa import RMinHash, RMinHashLSH  # pyright: ignore[reportAttributeAccessIssue] - it has no stubs
+
+from trainer.config import Recipe
+from trainer.data import tokenise
+from trainer.data.cache import Progress
+from trainer.data.loader import Prepared, Side, cache_folder, tokenise_of, workers_of
+from trainer.data.tokenise import Row
+from trainer.flow import BadInput, Conversation, RowError
+from trainer.once import Stopped, build_once, write_synced
+
+VERSION = 1  # part of every key: raise it when the same rows give other pairs
+
+WHAT = "comparing data.eval with data.train"
+SEQUENCE_WORDS = 3
+HASHES = 128  # of a signature
+SEED = 0
+MOST_MISSED = 1e-3  # chance that a pair just similar enough is not looked at
+NAMED = 3  # pairs in a message
+
+# A word; or one sign, in the scripts that write no space between words: Thai to Burmese, Khmer, Chinese, Japanese.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+WORD = re.compile(rf"[^\W{_UNSPACED}]+|\w")
+
+
+# ----------------------------------------------------------------------------------------------- similarity
+
+
+def said(conversation: Conversation) -> str:
+    """What was said in a row. System prompts and tool schemas are not: all rows of a source may share them."""
+    if conversation.text is not None:
+        return conversation.text
+    texts = []
+    for message in conversation.messages:
+        if message.role not in ("system", "developer"):
+            calls = (json.dumps(call["function"], sort_keys=True, ensure_ascii=False) for call in message.tool_calls)
+            texts += [message.reasoning_content or "", message.content, *calls]
+    return "\n".join(texts)
+
+
+def sequences(text: str) -> set[str]:
+    """Every three words in a row; all there is, where there are fewer."""
+    words = WORD.findall(text.lower()) or [text]
+    shifted = (words[start:] for start in range(SEQUENCE_WORDS))
+    return set(map(" ".join, zip(*shifted, strict=False))) or {" ".join(words)}
+
+
+def similarity(one: set[str], other: set[str]) -> float:
+    """Jaccard: what both hold, as a share of what either holds."""
+    return len(one & other) / len(one | other)
+
+
+class Index:
+    """Texts, to be asked for those that are like another one. Picklable."""
+
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
+        self._unlike = threshold - 4 * (threshold * (1 - threshold) / HASHES) ** 0.5  # four standard deviations
+        self._texts: list[str] = []
+        self._minhashes: list[RMinHash] = []
+        self._buckets = RMinHashLSH(threshold, HASHES, bands(threshold))
+
+    def add(self, texts: list[str]) -> None:
+        for text, minhash in zip(texts, _minhashes(map(sequences, texts)), strict=True):
+            self._buckets.insert(len(self._texts), minhash)
+            self._texts.append(text)
+            self._minhashes.append(minhash)
+
+    def near(self, texts: list[str]) -> Iterator[list[tuple[int, float]]]:
+        """For each text, the numbers of the texts that are at least as similar as the threshold, and how similar."""
+        sets = [sequences(text) for text in texts]
+        for own, minhash in zip(sets, _minhashes(sets), strict=True):
+            alike = sorted(
+                n for n in self._buckets.query(minhash) if minhash.jaccard(self._minhashes[n]) >= self._unlike
+            )
+            proved = ((number, similarity(own, sequences(self._texts[number]))) for number in alike)
+            yield [(number, similar) for number, similar in proved if similar >= self._threshold]
+
+
+def _minhashes(sets: Iterable[set[str]]) -> list[RMinHash]:
+    return RMinHash.from_token_sets(sets, HASHES, SEED)
+
+
+def bands(threshold: float) -> int:
+    """Into how many bands signatures are cut: as few as may be, since rows that agree in one of them are compared."""
+    for count in (16, 32, 64):
+        if (1 - threshold ** (HASHES // count)) ** count <= MOST_MISSED:
+            return count
+    return HASHES
+
+
+# ----------------------------------------------------------------------------------------------- two sides
+
+
+def check_leakage(
+    recipe: Recipe,
+    tokenizer: Any,
+    train: Prepared,
+    held_out: Prepared,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Prepared:
+    """The held-out data with `leakage` in its report: `leaked_rows` of its `rows` have a near-duplicate in train, in
+    `pairs` pairs; the `closest` are there, all are in the file `path`. Found once, like all in the cache.
+
+    Raises:
+        BadInput: a larger share than data.max_leakage has one.
+        Stopped (trainer.once): `stopping()` became true.
+    """
+    parts = [VERSION, recipe.data.near_duplicate, *(side.documents.folder.name for side in (train, held_out))]
+    folder = cache_folder(recipe.data) / f"leakage-{xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())}"
+
+    def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
+        def go_on() -> None:
+            check()
+            if stopping():
+                raise Stopped(f"stopped while {WHAT}")
+
+        staging.mkdir()
+        with (staging / "leakage.jsonl").open("w", encoding="utf-8") as file:
+            report = _compare(recipe, tokenizer, train, held_out, file, go_on)
+            file.flush()
+            os.fsync(file.fileno())
+        write_synced(staging / "report.json", json.dumps(report))
+
+    build_once(folder, build, WHAT, stopping)
+    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    report["path"] = str(folder / "leakage.jsonl")
+    _refuse_leak(report, recipe.data.max_leakage)
+    return replace(held_out, leakage=report)
+
+
+def _compare(
+    recipe: Recipe, tokenizer: Any, train: Prepared, held_out: Prepared, pairs_file: TextIO, go_on: Callable[[], None]
+) -> dict[str, Any]:
+    """Write the pairs, by the train row's place, and count them. Memory grows with the held-out side alone."""
+    workers = workers_of(recipe.data)
+    index, kept = Index(recipe.data.near_duplicate), _Kept(held_out)
+    places: list[str] = []  # of the index's texts
+    read = _Read(tokenise_of(recipe, tokenizer, "eval"))
+    with closing(tokenise.run(Side(recipe.data, "eval").rows(), read, workers)) as chunks:
+        for chunk in chunks:
+            go_on()
+            chosen = [row for row in chunk if kept(row.file, row.number)]
+            index.add([row.text for row in chosen])
+            places += [f"{held_out.files[row.file]}:{row.number}" for row in chosen]
+
+    side, kept = Side(recipe.data, "train"), _Kept(train)
+    near = _Near(_Read(tokenise_of(recipe, tokenizer, "train")), index)
+    leaked: set[str] = set()
+    closest: list[dict[str, Any]] = []
+    pairs = rows = 0
+    with (
+        closing(Progress(WHAT, 0, side.count_rows())) as progress,
+        closing(tokenise.run(side.rows(), near, workers)) as chunks,
+    ):
+        for chunk_rows, matches in chunks:
+            go_on()
+            lines = [
+                {"eval": places[text], "train": f"{train.files[file]}:{number}", "similarity": similar}
+                for file, number, text, similar in matches
+                if kept(file, number)
+            ]
+            pairs_file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            leaked |= {line["eval"] for line in lines}
+            closest = heapq.nlargest(NAMED, [*closest, *lines], key=lambda line: line["similarity"])
+            pairs, rows = pairs + len(lines), rows + chunk_rows
+            progress.show(rows, f", {pairs:,} near-duplicates")
+    return {"rows": len(places), "leaked_rows": len(leaked), "pairs": pairs, "closest": closest}
+
+
+def _refuse_leak(report: dict[str, Any], most: float) -> None:
+    rows, leaked = report["rows"], report["leaked_rows"]
+    if leaked <= most * rows:
+        return
+    closest = "; ".join(f"{pair['eval']} and {pair['train']} ({pair['similarity']:.2f})" for pair in report["closest"])
+    raise BadInput(
+        f"data.eval: {leaked} of {rows} rows ({leaked / rows:.1%}) have a near-duplicate in data.train, more than "
+        f"data.max_leakage ({most:.1%}); the most similar: {closest}; all pairs are in {report['path']}: take the rows "
+        "out of one side, keep them together with data.group_by, or raise data.max_leakage"
+    )
+
+
+# ----------------------------------------------------------------------------------------------- workers
+
+
+class SaidRow(NamedTuple):
+    file: int
+    number: int
+    text: str
+
+
+class _Read(NamedTuple):
+    """A chunk of rows to what was said in those that have a conversation."""
+
+    tokenise: Any  # loader.tokenise_of
+
+    def __call__(self, rows: list[Row]) -> list[SaidRow]:
+        read = ((row, self.tokenise.conversation(row)) for row in rows)
+        return [SaidRow(row.file, row.number, said(found)) for row, found in read if not isinstance(found, RowError)]
+
+
+class _Near(NamedTuple):
+    """A chunk of rows to its size and its matches: file and row, the index's text that it is like, and how much."""
+
+    read: _Read
+    index: Index
+
+    def __call__(self, rows: list[Row]) -> tuple[int, list[tuple[int, int, int, float]]]:
+        own = self.read(rows)
+        near = zip(own, self.index.near([row.text for row in own]), strict=True)
+        return len(rows), [(row.file, row.number, *match) for row, matches in near for match in matches]
+
+
+class _Kept:
+    """Whether a row became documents: what is rejected or dropped does not leak."""
+
+    def __init__(self, data: Prepared) -> None:
+        documents = data.documents
+        self._codes = np.unique(documents.files.astype(np.int64) << 40 | documents.rows)
+
+    def __call__(self, file: int, row: int) -> bool:
+        code = file << 40 | row
+        place = int(np.searchsorted(self._codes, code))
+        return place < len(self._codes) and self._codes[place] == code
