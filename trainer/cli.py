@@ -169,6 +169,9 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     dist.start_logging()
     recipe = config.load(recipe_file, overrides or ())
     tokenizer = load_tokenizer(recipe.model)
+    if recipe.grows:
+        _prepare_shards(recipe, tokenizer)
+        return
     train = prepare(recipe, tokenizer, "train")
     plan = train_plan(recipe, train)
     tables = [_data_table("train", train.report, plan.fill())]
@@ -179,6 +182,27 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     steps = Table("steps", "of the first epoch", "rows per step", "tokens per row", title="plan")
     steps.add_row(*map(str, (plan.steps, epoch_steps, recipe.batch.rows_per_step, recipe.batch.row_tokens)))
     Console().print(*tables, steps)
+
+
+def _prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
+    """`prepare` for a source that grows: there is no plan before its run, which logs its shards as it uses them."""
+    from rich.console import Console
+
+    from trainer.data.growing import prepare_now, report_now
+    from trainer.data.loader import eval_plan, prepare, train_plan
+
+    shards = prepare_now(recipe, tokenizer)
+    one_pass = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": None})})
+    plan = train_plan(one_pass, shards[0])
+    tables = [_data_table("train", report_now(shards, recipe), plan.fill())]
+    if recipe.data.eval:
+        held_out = prepare(recipe, tokenizer, "eval")
+        tables.append(_data_table("eval", held_out.report, eval_plan(recipe, held_out).fill()))
+    Console().print(*tables)
+    print(
+        f"data.train grows: {len(shards)} shards are there now, and the first makes {plan.steps} of the "
+        f"{recipe.train.steps} steps; the run logs its shards in shards.jsonl as it uses them"
+    )
 
 
 def _data_table(title: str, report: dict[str, Any], fill: float) -> Table:

@@ -62,11 +62,18 @@ class Source(Section):
     columns: dict[str, str] = Field(default_factory=dict, description="Our name -> the file's, as `question: Problem`.")
     weight: float = Field(default=1.0, gt=0, description="round(weight x rows) rows an epoch (C1).")
     rows: int | None = Field(default=None, ge=1, description="Only the first so many rows.")
+    grows: bool = Field(
+        default=False,
+        description="Files are still added to the folder, each renamed into it when it is whole; or the dataset is "
+        "read as a stream. Needs train.steps.",
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> Source:
         if (self.path is None) == (self.name is None):
             raise ValueError("give exactly one of `path` and `name`")
+        if self.grows and (self.weight != 1 or self.rows is not None):
+            raise ValueError("a source that grows is used as it comes: take out `weight` and `rows`")
         return self
 
 
@@ -90,6 +97,7 @@ class DataSection(Section):
         description="bfd keeps examples whole; bfd_split cuts long ones; wrapped fills every row to the end.",
     )
     max_rejects: float = Field(default=0.01, ge=0, le=1, description="The run stops above this share of rejected rows.")
+    shard_rows: int = Field(default=10_000, ge=1, description="Rows of a stream that are packed together.")
     cache: str = Field(default="~/.cache/packhorse", description="Tokenised data; may be local to a node.")
     workers: int | None = Field(
         default=None, ge=1, description="Processes that tokenise; all cores where it is not given."
@@ -254,6 +262,24 @@ class Recipe(Section):
                 "an example must fit in a row; raise row_tokens, or use `packing: bfd_split`"
             )
         return self
+
+    @model_validator(mode="after")
+    def _growth_is_bounded(self) -> Recipe:
+        if any(source.grows for source in self.data.eval):
+            raise ValueError("data.eval: held-out rows must stay the same, so no source of them may grow")
+        if self.grows:
+            if len(self.data.train) > 1:
+                raise ValueError("data.train: a source that grows must be the only one; put all files in its folder")
+            if self.train.steps is None:
+                raise ValueError("data.train.0.grows: a source that grows has no last row; say how long in train.steps")
+            if self.train.epochs != 1:
+                raise ValueError("train.epochs: a source that grows has no epochs; take it out, train.steps says all")
+        return self
+
+    @property
+    def grows(self) -> bool:
+        """Whether the training data grows while it is trained on (C1)."""
+        return any(source.grows for source in self.data.train)
 
     @property
     def max_tokens(self) -> int:

@@ -16,7 +16,8 @@ import torch
 
 from trainer import __version__, config, dist
 from trainer.config import Recipe
-from trainer.data.loader import Prepared
+from trainer.data.growing import LOG
+from trainer.data.loader import Prepared, TrainData
 from trainer.engine import Engine
 from trainer.flow import STOP_FILE, BadInput, Batch, StepResult
 from trainer.metrics import Metrics, read_lines
@@ -24,16 +25,20 @@ from trainer.once import write_synced
 
 
 def open_run_folder(recipe: Recipe, run_dir: Path) -> None:
-    """Make the folder and save the resolved recipe; a folder with checkpoints must be this recipe's.
+    """Make the folder and save the resolved recipe; a folder with checkpoints must be this recipe's. Without one the
+    recipe may change, and the log of shards, if another recipe wrote one, is begun anew.
 
     Raises:
         BadInput: the folder holds a run of another recipe (C8), or cannot be written.
     """
     saved = run_dir / "recipe.yaml"
-    if saved.is_file() and any((run_dir / "checkpoints").glob("step-*")):
+    has_checkpoint = any((run_dir / "checkpoints").glob("step-*"))
+    if saved.is_file() and (has_checkpoint or (run_dir / LOG).is_file()):
         before, now = config.load(saved).fixed(), recipe.fixed()
         changed = [key for key in now if now[key] != before.get(key)]
-        if changed:
+        if changed and not has_checkpoint:
+            (run_dir / LOG).unlink()
+        elif changed:
             shown = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
             raise BadInput(f"{run_dir} holds a run of another recipe: {shown}; give another run.dir, or set them back")
     try:
@@ -60,7 +65,9 @@ def require_shared(run_dir: Path) -> None:
         )
 
 
-def describe(recipe: Recipe, run_dir: Path, train_data: Prepared, eval_data: Prepared | None, metrics: Metrics) -> None:
+def describe(
+    recipe: Recipe, run_dir: Path, train_data: TrainData, eval_data: Prepared | None, metrics: Metrics
+) -> None:
     """environment.json, data.json, and the recipe as text in TensorBoard."""
     packages = ("torch", "deepspeed", "transformers", "datasets", "tokenizers")
     write_json(

@@ -12,6 +12,7 @@ TIERS = [
     "once template shards watch",
     "data/source data/format data/mask data/tokenise data/cache data/pack data/plan",
     "data/loader",
+    "data/growing",
     "model/attention model/loss model/noise",
     "model/load model/sft",
     "model/probe",

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from os import sched_getaffinity
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import xxhash
@@ -24,9 +24,10 @@ from trainer.data import cache, pack, tokenise
 from trainer.data.cache import Documents
 from trainer.data.format import detect_format, to_conversation
 from trainer.data.mask import Masker
-from trainer.data.plan import Corpus, Plan, micro_batches_of
+from trainer.data.plan import Corpus, Epochs, Plan, micro_batches_of
 from trainer.data.source import read_rows, source_digest, source_files
 from trainer.data.tokenise import Limits, Row
+from trainer.dist import is_main
 from trainer.flow import BadInput, Batch, Conversation, Example, Packed, Prompt, RowError, StepPlan, Tokenised
 
 KEPT_FROM_DOCUMENTS = 100_000  # below so many, packing again is quicker than keeping an epoch's packing
@@ -35,6 +36,24 @@ BATCHES_AHEAD = 4  # and micro-batches, where a step is streamed
 
 
 # ----------------------------------------------------------------------------------------------- preparing
+
+
+class TrainData(Protocol):
+    """What is trained on: Prepared, or the shards of a source that grows (data/growing.py)."""
+
+    @property
+    def report(self) -> dict[str, Any]: ...
+
+    @property
+    def epochs(self) -> Epochs: ...
+
+    def of(self, epoch: int) -> Prepared:
+        """The documents of an epoch."""
+        ...
+
+    def fingerprint_at(self, step: int) -> str:
+        """Of everything that the first `step` steps have been taken from."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -74,6 +93,18 @@ class Prepared:
     def rejects_path(self) -> Path:
         """JSON lines: source, row, reason."""
         return self.documents.folder / "rejects.jsonl"
+
+    @property
+    def epochs(self) -> Corpus:
+        count = self.documents.count_trained
+        return Corpus(self.lengths, self.trained_counts, self.sources, self.weights, count)
+
+    def of(self, epoch: int) -> Prepared:
+        """Every epoch is made of these documents."""
+        return self
+
+    def fingerprint_at(self, step: int) -> str:
+        return self.fingerprint
 
     def example(self, document: int) -> Example:
         return self.documents.example(document)
@@ -224,10 +255,11 @@ def _cache_folder(section: DataSection) -> Path:
 # ----------------------------------------------------------------------------------------------- planning
 
 
-def train_plan(recipe: Recipe, prepared: Prepared, stopping: Callable[[], bool] = lambda: False) -> Plan:
+def train_plan(recipe: Recipe, data: TrainData, stopping: Callable[[], bool] = lambda: False) -> Plan:
     """The steps of the run. Large packings are kept in the cache, so that one process does the work for all."""
 
     def keep(epoch: int, make: Callable[[], Packed]) -> Packed:
+        prepared = data.of(epoch)
         if len(prepared.lengths) < KEPT_FROM_DOCUMENTS:
             return make()
         parts = [pack.VERSION, prepared.fingerprint, prepared.weights, recipe.data.packing]
@@ -237,23 +269,22 @@ def train_plan(recipe: Recipe, prepared: Prepared, stopping: Callable[[], bool] 
         folder = _cache_folder(recipe.data) / f"packing-{key}"
         return cache.keep_packed(folder, make, f"packing epoch {epoch}", stopping)
 
-    return Plan(_corpus(prepared), _packer(recipe), recipe.batch, recipe.train, recipe.loss, keep)
+    plan = Plan(data.epochs, _packer(recipe), recipe.batch, recipe.train, recipe.loss, keep)
+    if data.epochs.grows and is_main():
+        plan.step(0)  # its first shard is chosen and prepared now: there is no collective yet that could time out
+    return plan
 
 
 def eval_plan(recipe: Recipe, prepared: Prepared) -> Plan:
     """All held-out rows as one step, weighted by token."""
-    return Plan.for_eval(_corpus(prepared), _packer(recipe), recipe.batch)
+    return Plan.for_eval(prepared.epochs, _packer(recipe), recipe.batch)
 
 
-def documents_of(plan: Plan, step: StepPlan, prepared: Prepared) -> list[tuple[str, int]]:
+def documents_of(plan: Plan, step: StepPlan, data: TrainData) -> list[tuple[str, int]]:
     """The (file, row) of every document of a step, each once, for messages."""
+    prepared = data.of(step.epoch)
     rows = [row for micro_batch in step.micro_batches for row in micro_batch]
     return sorted({prepared.place(document) for document in plan.pieces(step.epoch, rows)[:, 0].tolist()})
-
-
-def _corpus(prepared: Prepared) -> Corpus:
-    count = prepared.documents.count_trained
-    return Corpus(prepared.lengths, prepared.trained_counts, prepared.sources, prepared.weights, count)
 
 
 def _packer(recipe: Recipe) -> Callable[[np.ndarray, np.random.Generator], Packed]:
@@ -335,8 +366,8 @@ class Loader:
     A fault in the thread is raised where its batches are asked for. Close it, or use it in `with`.
     """
 
-    def __init__(self, prepared: Prepared, plan: Plan, rank: int, world: int, pin: bool) -> None:
-        self.prepared, self.plan = prepared, plan
+    def __init__(self, data: TrainData, plan: Plan, rank: int, world: int, pin: bool) -> None:
+        self.data, self.plan = data, plan
         self._rank, self._world, self._pin = rank, world, pin
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: dict[int, Future[list[Batch]]] = {}
@@ -377,7 +408,7 @@ class Loader:
         else:
             pieces = self.plan.pieces(step.epoch, rows)
             batch = build_batch(
-                self.prepared.documents,
+                self.data.of(step.epoch).documents,
                 pieces,
                 self.plan.piece_weights(step, pieces),
                 epoch=step.epoch,

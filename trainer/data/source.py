@@ -183,12 +183,21 @@ def _hub_rows(source: Source) -> Iterator[RawRow]:
         yield RawRow(number, _row_without_nulls(dict(fields)), source.name or "")
 
 
+def open_stream(source: Source, state: dict[str, Any] | None) -> Any:
+    """A growing hub dataset, an IterableDataset, from where its `state_dict` once stood."""
+    dataset = _hub_dataset(source)
+    if state is not None:
+        dataset.load_state_dict(state)
+    return dataset
+
+
 def _hub_dataset(source: Source) -> Any:
-    """The dataset, downloaded by the library's own cache. Every failure there is about the name or the network."""
+    """The dataset, downloaded by the library's own cache; read as it comes where the source grows. Every failure
+    there is about the name or the network."""
     import datasets
 
     try:
-        return datasets.load_dataset(str(source.name), split=source.split)
+        return datasets.load_dataset(str(source.name), split=source.split, streaming=source.grows)
     except Exception as error:  # the library raises a dozen unrelated classes
         raise BadInput(
             f"the dataset `{source.name}` (split `{source.split}`) cannot be loaded "
