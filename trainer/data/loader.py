@@ -271,7 +271,7 @@ def train_plan(recipe: Recipe, data: TrainData, stopping: Callable[[], bool] = l
 
     plan = Plan(data.epochs, _packer(recipe), recipe.batch, recipe.train, recipe.loss, keep)
     if data.epochs.grows and is_main():
-        plan.step(0)  # its first shard is chosen and prepared now: there is no collective yet that could time out
+        plan.micro_batch_counts()  # its first shard is chosen and prepared now: no collective yet that could time out
     return plan
 
 
