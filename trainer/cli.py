@@ -187,21 +187,22 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
 def _prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
     """`prepare` for a source that grows: there is no plan before its run, which logs its shards as it uses them."""
     from rich.console import Console
+    from rich.table import Table
 
-    from trainer.data.growing import prepare_now, report_now
-    from trainer.data.loader import eval_plan, prepare, train_plan
+    from trainer.data.growing import prepare_now
+    from trainer.data.loader import prepare
 
+    counted = ("rows", "rejected", "documents", "tokens", "trained_tokens")
+    table = Table("shard", *(name.replace("_", " ") for name in counted), title="train, the shards there are now")
     shards = prepare_now(recipe, tokenizer)
-    one_pass = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": None})})
-    plan = train_plan(one_pass, shards[0])
-    tables = [_data_table("train", report_now(shards, recipe), plan.fill())]
+    for shard in shards:
+        table.add_row(Path(shard.files[0]).name, *(f"{shard.report[name]:,}" for name in counted))
     if recipe.data.eval:
-        held_out = prepare(recipe, tokenizer, "eval")
-        tables.append(_data_table("eval", held_out.report, eval_plan(recipe, held_out).fill()))
-    Console().print(*tables)
+        prepare(recipe, tokenizer, "eval")
+    Console().print(table)
     print(
-        f"data.train grows: {len(shards)} shards are there now, and the first makes {plan.steps} of the "
-        f"{recipe.train.steps} steps; the run logs its shards in shards.jsonl as it uses them"
+        f"data.train grows: {len(shards)} shards are there now; a run of {recipe.train.steps} steps packs each by "
+        "itself, and logs it in shards.jsonl when it is first used"
     )
 
 

@@ -270,6 +270,10 @@ class Recipe(Section):
         if self.grows:
             if len(self.data.train) > 1:
                 raise ValueError("data.train: a source that grows must be the only one; put all files in its folder")
+            if getattr(self.data, "eval_fraction", 0):
+                raise ValueError(
+                    "data.eval_fraction: a later shard's rows could not be held out; give data.eval instead"
+                )
             if self.train.steps is None:
                 raise ValueError("data.train.0.grows: a source that grows has no last row; say how long in train.steps")
             if self.train.epochs != 1:

@@ -124,7 +124,8 @@ def test_prepare_of_a_source_that_grows_shows_the_shards_there_are(packhorse, tm
     grows = (f"data.train=[{{path: {tmp_path / 'in'}, grows: true}}]", "train.epochs=1", "train.steps=5")
     code, out, err = packhorse("prepare", DEBUG, *grows, f"data.cache={tmp_path}", f"run.dir={tmp_path / 'run'}")
     assert code == 0, err
-    assert "2 shards are there now, and the first makes 1 of the 5 steps" in " ".join(out.split())
+    assert "data.train grows: 2 shards are there now; a run of 5 steps" in out
+    assert all(name in out for name in ("a.jsonl", "b.jsonl"))
     assert not (tmp_path / "run").exists()
 
 

@@ -21,6 +21,7 @@ from trainer.data.loader import Loader, train_plan
 from trainer.data.plan import Plan
 from trainer.flow import BadInput
 from trainer.model.load import load_tokenizer
+from trainer.once import Stopped
 from trainer.run_folder import open_run_folder
 
 STEPS = 12
@@ -149,6 +150,23 @@ def test_a_rank_that_is_ahead_waits_for_rank_0(ground, monkeypatch):
     assert found == [plan.step(0)]
 
 
+def test_a_loader_that_is_closed_waits_for_no_shard(ground, monkeypatch):
+    ground.add("a.jsonl", 20)
+    as_other_rank(monkeypatch, True)
+    data, ahead = ground.open()
+    loader = Loader(data, ahead, 0, 1, pin=False)
+    waiting = loader._thread.submit(ahead.step, 0)
+    time.sleep(2 * growing.POLL_S)
+    loader.close()
+    with pytest.raises(Stopped, match="waiting for shard 0"):
+        waiting.result(10)
+    as_other_rank(monkeypatch, False)
+    _, plan = ground.open()
+    with Loader(data, ahead, 0, 1, pin=False) as again:
+        assert again.step(0)
+    assert ahead.step(0) == plan.step(0)
+
+
 def test_new_shards_come_first_and_known_ones_take_turns(ground):
     ground.add("b.jsonl", 2)
     ground.add("c.jsonl", 2)
@@ -190,6 +208,19 @@ def test_the_report_counts_every_known_shard_once(ground):
     all_steps(plan)
     assert len(ground.log()) > 2
     assert (data.report["rows"], data.report["shards"]) == (12, 2)
+    assert data.report["tokens"] == sum(line["report"]["tokens"] for line in ground.log()[:2])
+
+
+def test_rejects_are_counted_by_shard_and_together(ground):
+    for name in ("a.jsonl", "b.jsonl"):
+        ground.add(name, 4)
+        with (ground.folder / name).open("a") as file:
+            file.write('{"question": "?", "answer": null}\n')
+    data, plan = ground.open(max_rejects=0.5)
+    all_steps(plan)
+    assert ground.log()[1]["report"]["reasons"] == {"no answer": 1}
+    assert data.report["reasons"] == {"no answer": 2}
+    assert "no answer" in Path(ground.log()[1]["rejects"]).read_text()
 
 
 # ----------------------------------------------------------------------------------------------- the log

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,14 +34,12 @@ from trainer.data.plan import Corpus
 from trainer.data.source import open_stream, source_digest, source_files, without_nulls
 from trainer.dist import is_main, log
 from trainer.flow import BadInput
-from trainer.once import sync_folder
+from trainer.once import Stopped, sync_folder
 
 LOG = "shards.jsonl"  # in the run folder
 STREAMED = "shards"  # beside it, the rows that were taken from a stream
 POLL_S = 0.1  # of the ranks that wait for rank 0's decision
 OPEN = STEPS_AHEAD + 2  # shards of the steps that are at work, however small the shards are
-
-_COUNTS = ("rows", "documents", "tokens", "trained_tokens", "rejected")
 
 
 def prepare_train(recipe: Recipe, tokenizer: Any, stopping: Callable[[], bool] = lambda: False) -> TrainData:
@@ -62,7 +61,8 @@ class Shard:
     documents: str  # fingerprint of what it was tokenised into
     packed_rows: int
     first_step: int  # counted from 1, as in metrics.jsonl
-    report: dict[str, Any]  # rows, documents, tokens, trained tokens, rejects by reason
+    report: dict[str, Any]  # as Prepared.report
+    rejects: str  # where its rejected rows are listed
     stream: dict[str, Any] | None = None  # its rows [from, to] of the stream, and how to go on after them
 
 
@@ -129,8 +129,8 @@ class Growing:
 
     Raises, here and from every method:
         BadInput: a shard cannot be read, too much of it is rejected, or a file is not what it was when it was used.
-        Stopped: `stopping()` became true before the first shard was ready. Later ones are prepared beside the steps,
-            to their end: a stop is then agreed on after a step.
+        Stopped: `stopping()` became true before the first shard was ready, or it was closed. While steps ask, a shard
+            is prepared to its end: a stop is then agreed on after a step.
     """
 
     grows = True
@@ -143,11 +143,11 @@ class Growing:
         self._log = ShardLog(Path(recipe.run.dir) / LOG)
         self._folder = Path(recipe.run.dir) / STREAMED if self._source.name else _folder(self._source)
         self._stream = _Stream(recipe, self._log, self._folder) if self._source.name else None
-        self._reading, self._preparing = threading.Lock(), threading.RLock()
+        self._reading, self._preparing = threading.Lock(), threading.Lock()
         self._prepared: dict[int, Prepared] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="next-shard")
         self._ahead: Future[_New | None] | None = None
-        self._going_round = False
+        self._closed = self._going_round = False
 
     @property
     def epochs(self) -> Growing:
@@ -155,8 +155,10 @@ class Growing:
 
     @property
     def report(self) -> dict[str, Any]:
-        """Counts as in Prepared.report, over the shards that are known so far."""
-        return _summed([shard.report for shard in self._log.known.values()], self._source)
+        """As Prepared.report, of the shards that are known so far."""
+        counts = _sum([shard.report for shard in self._log.known.values()])
+        name = self._source.path or str(self._source.name)
+        return {**counts, "shards": len(self._log.known), "sources": [{"name": name, **counts}]}
 
     def fingerprint_at(self, step: int) -> str:
         """Of the log, up to what the first `step` steps are taken from; rank 0 has said where the first is."""
@@ -166,23 +168,29 @@ class Growing:
             self._log.read()
             return self._log.digest(step)
 
+    def open(self) -> None:
+        self._closed = False
+
+    def close(self) -> None:
+        self._closed = True
+
     def corpus(self, epoch: int) -> Corpus:
         return self.of(epoch).epochs
 
     def of(self, epoch: int) -> Prepared:
         """The documents of shard `epoch`. Its file must be there, as it was."""
         found = self._prepared.get(epoch)
-        if found is None:
-            shard = self._logged(epoch)
-            with self._preparing:
-                self._digest(shard.file, shard.digest)
-                found = self._prepared.get(epoch) or self._keep(epoch, self._prepare(shard.file))
-            if found.fingerprint != shard.documents:
-                raise BadInput(
-                    f"{shard.file}: this rank tokenised it into other documents than rank 0 once did: the tokenizer, "
-                    "its version or the masks are others; make them alike, or put data.cache on a shared folder"
-                )
-        return found
+        if found is not None:
+            return found
+        shard = self._logged(epoch)
+        self._digest(shard.file, shard.digest)
+        prepared = self._prepare(shard.file)
+        if prepared.fingerprint != shard.documents:
+            raise BadInput(
+                f"{shard.file}: this rank tokenised it into other documents than rank 0 once did: the tokenizer, its "
+                "version or the masks are others; make them alike, or put data.cache on a shared folder"
+            )
+        return self._keep(epoch, prepared)
 
     def rows(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
         """As the log says; where it does not, rank 0 says it, and the others wait for that."""
@@ -197,16 +205,21 @@ class Growing:
         return shard.packed_rows
 
     def _logged(self, epoch: int) -> Shard:
+        """The line of a shard, waited for."""
         while True:
             with self._reading:
                 self._log.read()
             if epoch < len(self._log.shards):
                 return self._log.shards[epoch]
+            if self._closed:  # rank 0 may have been closed before it chose
+                raise Stopped(f"stopped waiting for shard {epoch}")
             time.sleep(POLL_S)
 
     def _decide(self, epoch: int, first_step: int, count: Callable[[], int]) -> Shard:
         """Which shard is next: a new one; where none is there, the known ones again."""
-        new = (self._ahead.result() if self._ahead else None) or self._next()
+        if self._ahead is None or self._ahead.result() is None:
+            self._ahead = self._thread.submit(self._prepare_next)
+        new = self._ahead.result()
         if new:
             file, digest = new.file, self._digest(new.file)
         else:
@@ -215,8 +228,7 @@ class Growing:
             if not self._going_round:
                 self._going_round = True
                 log.info("no new shard: going round again, from %s, whenever there is none", file)
-        with self._preparing:
-            prepared = self._keep(epoch, self._prepare(file))
+        prepared = self._keep(epoch, self._prepare(file))
         self._digest(file, digest)  # it has been read, and is what it was before
         rows = count()
         shard = Shard(
@@ -227,7 +239,8 @@ class Growing:
             documents=prepared.fingerprint,
             packed_rows=rows,
             first_step=first_step + 1,
-            report={key: prepared.report[key] for key in (*_COUNTS, "reasons")},
+            report={key: value for key, value in prepared.report.items() if key != "sources"},
+            rejects=str(prepared.rejects_path),
             stream=new.stream if new else None,
         )
         with self._reading:
@@ -237,25 +250,26 @@ class Growing:
         return shard
 
     def _prepare_next(self) -> _New | None:
-        """While the last shard is trained on, so that the steps need not wait; nothing is decided here."""
-        new = self._next()
+        """While the last shard is trained on, so that the steps need not wait. Nothing is decided here."""
+        new = self._stream.next() if self._stream else _new_file(self._folder, self._log)
         if new:
-            with self._preparing:
+            with suppress(Stopped):  # it is found again, and then asked for
                 self._prepare(new.file)
         return new
 
-    def _next(self) -> _New | None:
-        return self._stream.next() if self._stream else _new_file(self._folder, self._log)
+    def _prepare(self, file: str) -> Prepared:
+        def stopping() -> bool:
+            return self._closed or (not self._log.shards and self._stopping())
+
+        with self._preparing:
+            return prepare(_recipe_of(self._recipe, self._folder / file), self._tokenizer, "train", stopping)
 
     def _keep(self, epoch: int, prepared: Prepared) -> Prepared:
-        while len(self._prepared) >= OPEN:
-            del self._prepared[next(iter(self._prepared))]
-        self._prepared[epoch] = prepared
+        with self._reading:
+            while len(self._prepared) >= OPEN:
+                del self._prepared[next(iter(self._prepared))]
+            self._prepared[epoch] = prepared
         return prepared
-
-    def _prepare(self, file: str) -> Prepared:
-        stopping = (lambda: False) if self._log.shards else self._stopping
-        return prepare(_recipe_of(self._recipe, self._folder / file), self._tokenizer, "train", stopping)
 
     def _digest(self, file: str, digest: str | None = None) -> str:
         """What the file holds, which must be what it held."""
@@ -279,16 +293,15 @@ def prepare_now(recipe: Recipe, tokenizer: Any) -> list[Prepared]:
         return [prepare(_recipe_of(recipe, path), tokenizer, "train")]
 
 
-def report_now(shards: list[Prepared], recipe: Recipe) -> dict[str, Any]:
-    """The counts of `prepare_now`'s shards together."""
-    return _summed([shard.report for shard in shards], recipe.data.train[0])
-
-
-def _summed(reports: list[dict[str, Any]], source: Source) -> dict[str, Any]:
-    counts: dict[str, Any] = {key: sum(report[key] for report in reports) for key in _COUNTS}
-    counts["reasons"] = dict(sum((Counter(report["reasons"]) for report in reports), Counter()))
-    name = source.path or str(source.name)
-    return {**counts, "shards": len(reports), "sources": [{"name": name, **counts}]}
+def _sum(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Counts, and counts by reason, of several shards together."""
+    total: dict[str, Any] = {}
+    for key, value in ((key, value) for report in reports for key, value in report.items()):
+        if isinstance(value, dict):
+            total[key] = dict(Counter(total.get(key, {})) + Counter(value))
+        else:
+            total[key] = total.get(key, 0) + value
+    return total
 
 
 def _recipe_of(recipe: Recipe, shard: Path) -> Recipe:

@@ -55,6 +55,14 @@ class TrainData(Protocol):
         """Of everything that the first `step` steps have been taken from."""
         ...
 
+    def open(self) -> None:
+        """A loader begins to ask."""
+        ...
+
+    def close(self) -> None:
+        """It asks no more: whoever waits for a shard, or prepares one, gives up."""
+        ...
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -105,6 +113,12 @@ class Prepared:
 
     def fingerprint_at(self, step: int) -> str:
         return self.fingerprint
+
+    def open(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
     def example(self, document: int) -> Example:
         return self.documents.example(document)
@@ -371,6 +385,7 @@ class Loader:
         self._rank, self._world, self._pin = rank, world, pin
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: dict[int, Future[list[Batch]]] = {}
+        data.open()
 
     def __enter__(self) -> Loader:
         return self
@@ -379,6 +394,7 @@ class Loader:
         self.close()
 
     def close(self) -> None:
+        self.data.close()
         self._thread.shutdown(cancel_futures=True)
 
     def step(self, step: int) -> list[Batch]:
