@@ -1,6 +1,8 @@
 """What a run leaves in its folder beside checkpoints and metrics: the recipe, where it ran, what became of it.
 
 recipe.yaml   environment.json   data.json   summary.json   stop.json   trace.jsonl
+
+Where the training data grows, data.json has the shards that were known at the start; shards.jsonl has them all.
 """
 
 from __future__ import annotations

@@ -41,7 +41,14 @@ def runs(root: Path) -> dict[str, Run]:
     def grown(**stop: int) -> dict[str, Any]:
         return case(root, "grown", "zero3", *grows, changes=["shards_appear"], **stop)
 
-    first = run_cases({2: [grown(stop_after=5), grown()]})
+    stream = cut(root / "stream", (17, 20), present=2)  # files of other sizes than the shards
+    streams = [f"data.train=[{{name: {stream}, grows: true}}]", "data.shard_rows=10", *grows[1:]]
+
+    def streamed(name: str, **stop: int) -> dict[str, Any]:
+        return case(root, name, "zero3", *streams, **stop)
+
+    parts = [streamed("stopped-stream", stop_after=4), streamed("stopped-stream"), streamed("stream-whole")]
+    first = run_cases({2: [grown(stop_after=5), grown(), *parts]})
     for name in ("1", "2"):
         (root / name).mkdir()
         shutil.copy(root / "grown" / "shards.jsonl", root / name)
@@ -57,6 +64,12 @@ def test_shards_came_while_it_trained_and_it_went_round(root: Path, runs: dict[s
 def test_x3_with_the_same_log_it_is_the_same_run_though_it_was_stopped(root: Path, runs: dict[str, Run]) -> None:
     assert uses(root / "2") == uses(root / "grown")
     assert is_same(runs["grown"], runs["2"])
+
+
+def test_x3_a_stream_that_was_stopped_goes_on_where_it_stood(root: Path, runs: dict[str, Run]) -> None:
+    assert uses(root / "stopped-stream") == uses(root / "stream-whole")
+    assert len(set(uses(root / "stream-whole"))) == 4
+    assert is_same(runs["stopped-stream"], runs["stream-whole"])
 
 
 def test_x2_with_the_same_log_the_number_of_ranks_changes_nothing(runs: dict[str, Run]) -> None:

@@ -201,6 +201,16 @@ def test_batches_are_made_of_their_shards_documents(ground, tokenizer):
             assert ({"a.jsonl", "b.jsonl"} - {here}).pop() not in text
 
 
+def test_the_world_is_judged_by_the_first_shard(ground):
+    ground.add("a.jsonl", 2)
+    _, plan = ground.open()
+    with pytest.raises(
+        BadInput, match=r"only 1 micro-batches: start 1 \(by the first shard; the others are not known\)"
+    ):
+        plan.check_world(2, allow_idle_ranks=False)
+    assert len(ground.log()) == 1, "nothing was decided for it"
+
+
 def test_the_report_counts_every_known_shard_once(ground):
     ground.add("a.jsonl", 5)
     ground.add("b.jsonl", 7)

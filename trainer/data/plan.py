@@ -186,6 +186,8 @@ class Plan:
         """
         fewest = int(self.micro_batch_counts().min())
         better = ", ".join(map(str, self.good_worlds(world)))
+        if self.epochs.grows:
+            better += " (by the first shard; the others are not known)"
         if world > fewest and not allow_idle_ranks:
             raise BadInput(
                 f"{world} ranks, but a step has only {fewest} micro-batches: start {better} ranks, raise "
