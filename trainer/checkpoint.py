@@ -353,8 +353,8 @@ def require_same_run(saved: RunState, data: str, rows_per_micro: int, has_dropou
     """
     if saved.data != data:
         raise BadInput(
-            "the training data, its tokenizer or its masks are not those that the run folder's checkpoint was trained "
-            "on; put them back, or give another run.dir"
+            "the training data (where it grows: shards.jsonl), its tokenizer or its masks are not those that the run "
+            "folder's checkpoint was trained on; put them back, or give another run.dir"
         )
     if has_dropout and saved.rows_per_micro != rows_per_micro:
         raise BadInput(

@@ -173,6 +173,9 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     dist.start_logging()
     recipe = config.load(recipe_file, overrides or ())
     tokenizer = load_tokenizer(recipe.model)
+    if recipe.grows:
+        _prepare_shards(recipe, tokenizer)
+        return
     train = prepare(recipe, tokenizer, "train")
     plan = train_plan(recipe, train)
     tables = [_data_table("train", train.report, plan.fill())]
@@ -183,6 +186,28 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
     steps = Table("steps", "of the first epoch", "rows per step", "tokens per row", title="plan")
     steps.add_row(*map(str, (plan.steps, epoch_steps, recipe.batch.rows_per_step, recipe.batch.row_tokens)))
     Console().print(*tables, steps)
+
+
+def _prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
+    """`prepare` for a source that grows: there is no plan before its run, which logs its shards as it uses them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer.data.growing import prepare_now
+    from trainer.data.loader import prepare
+
+    counted = ("rows", "rejected", "documents", "tokens", "trained_tokens")
+    table = Table("shard", *(name.replace("_", " ") for name in counted), title="train, the shards there are now")
+    shards = prepare_now(recipe, tokenizer)
+    for shard in shards:
+        table.add_row(Path(shard.files[0]).name, *(f"{shard.report[name]:,}" for name in counted))
+    if recipe.has_eval:
+        prepare(recipe, tokenizer, "eval")
+    Console().print(table)
+    print(
+        f"data.train grows: {len(shards)} shards are there now; a run of {recipe.train.steps} steps packs each by "
+        "itself, and logs it in shards.jsonl when it is first used"
+    )
 
 
 def _data_table(title: str, report: dict[str, Any], fill: float) -> Table:

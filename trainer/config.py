@@ -111,6 +111,11 @@ class Source(Section):
     filters: Filters = Filters()
     weight: float = Field(default=1.0, gt=0, description="round(weight x rows) rows an epoch (C1).")
     rows: int | None = Field(default=None, ge=1, description="Only the first so many rows.")
+    grows: bool = Field(
+        default=False,
+        description="Files are still added to the folder, each renamed into it when it is whole; or the dataset is "
+        "read as a stream. Needs train.steps.",
+    )
 
     @model_validator(mode="after")
     def _one_place(self) -> Source:
@@ -119,6 +124,8 @@ class Source(Section):
         _check_function(self.function)
         if self.function and (self.format != "auto" or self.columns):
             raise ValueError("`function` reads the row itself: leave out `format` and `columns`")
+        if self.grows and (self.weight != 1 or self.rows is not None):
+            raise ValueError("a source that grows is used as it comes: take out `weight` and `rows`")
         return self
 
 
@@ -184,6 +191,7 @@ class DataSection(Section):
         default="stop", description="A row that cannot be read at all ends the preparation, or is rejected like others."
     )
     max_rejects: float = Field(default=0.01, ge=0, le=1, description="The run stops above this share of rejected rows.")
+    shard_rows: int = Field(default=10_000, ge=1, description="Rows of a stream that are packed together.")
     cache: str = Field(default="~/.cache/packhorse", description="Tokenised data; may be local to a node.")
     workers: int | None = Field(
         default=None, ge=1, description="Processes that tokenise; all cores where it is not given."
@@ -365,6 +373,28 @@ class Recipe(Section):
                 f"{self.max_tokens} tokens; lower it"
             )
         return self
+
+    @model_validator(mode="after")
+    def _growth_is_bounded(self) -> Recipe:
+        if any(source.grows for source in self.data.eval):
+            raise ValueError("data.eval: held-out rows must stay the same, so no source of them may grow")
+        if self.grows:
+            if len(self.data.train) > 1:
+                raise ValueError("data.train: a source that grows must be the only one; put all files in its folder")
+            if self.data.eval_fraction:
+                raise ValueError(
+                    "data.eval_fraction: a later shard's rows could not be held out; give data.eval instead"
+                )
+            if self.train.steps is None:
+                raise ValueError("data.train.0.grows: a source that grows has no last row; say how long in train.steps")
+            if self.train.epochs != 1:
+                raise ValueError("train.epochs: a source that grows has no epochs; take it out, train.steps says all")
+        return self
+
+    @property
+    def grows(self) -> bool:
+        """Whether the training data grows while it is trained on (C1)."""
+        return any(source.grows for source in self.data.train)
 
     @property
     def has_eval(self) -> bool:

@@ -1,6 +1,8 @@
 """What a run leaves in its folder beside checkpoints and metrics: the recipe, where it ran, what became of it.
 
 recipe.yaml   environment.json   data.json   rejects.jsonl   summary.json   stop.json   trace.jsonl
+
+Where the training data grows, data.json has the shards that were known at the start; shards.jsonl has them all.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ import torch
 
 from trainer import __version__, config, dist
 from trainer.config import Recipe
-from trainer.data.loader import Prepared
+from trainer.data.growing import LOG
+from trainer.data.loader import Prepared, TrainData
 from trainer.engine import Engine
 from trainer.flow import STOP_FILE, BadInput, Batch, StepResult
 from trainer.metrics import Metrics, read_lines
@@ -26,7 +29,8 @@ _LENGTHS = ("train.epochs", "train.steps")
 
 
 def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> None:
-    """Make the folder and save the resolved recipe; a folder with checkpoints must be this recipe's.
+    """Make the folder and save the resolved recipe; a folder with checkpoints must be this recipe's. Without one the
+    recipe may change, and the log of shards, if another recipe wrote one, is begun anew.
 
     Args:
         extend: it may be of fewer epochs or steps (C8).
@@ -35,12 +39,15 @@ def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> N
         BadInput: the folder holds a run of another recipe (C8), or cannot be written.
     """
     saved = run_dir / "recipe.yaml"
-    if saved.is_file() and any((run_dir / "checkpoints").glob("step-*")):
+    has_checkpoint = any((run_dir / "checkpoints").glob("step-*"))
+    if saved.is_file() and (has_checkpoint or (run_dir / LOG).is_file()):
         before, now = config.load(saved).fixed(), recipe.fixed()
         changed = [key for key in now if now[key] != before.get(key)]
         shown = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
         longer = all(key in _LENGTHS and (before[key] or 0) < (now[key] or 0) for key in changed)
-        if changed and longer and extend:
+        if changed and not has_checkpoint:
+            (run_dir / LOG).unlink()
+        elif changed and longer and extend:
             dist.log.info("%s is extended: %s", run_dir, shown)
         elif changed:
             instead = "add --extend to train on" if longer else "give another run.dir, or set them back"
@@ -69,7 +76,9 @@ def require_shared(run_dir: Path) -> None:
         )
 
 
-def describe(recipe: Recipe, run_dir: Path, train_data: Prepared, eval_data: Prepared | None, metrics: Metrics) -> None:
+def describe(
+    recipe: Recipe, run_dir: Path, train_data: TrainData, eval_data: Prepared | None, metrics: Metrics
+) -> None:
     """environment.json, data.json, rejects.jsonl, and the recipe as text in TensorBoard."""
     packages = ("torch", "deepspeed", "transformers", "datasets", "tokenizers")
     write_json(
@@ -85,7 +94,9 @@ def describe(recipe: Recipe, run_dir: Path, train_data: Prepared, eval_data: Pre
     )
     reports = {"train": train_data.report, **({"eval": eval_data.report} if eval_data else {})}
     write_json(run_dir / "data.json", reports)
-    rejects = [data.rejects_path.read_text(encoding="utf-8") for data in (train_data, eval_data) if data]
+    rejects = [
+        data.rejects_path.read_text(encoding="utf-8") for data in (train_data, eval_data) if isinstance(data, Prepared)
+    ]
     write_synced(run_dir / "rejects.jsonl", "".join(rejects))
     rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.fixed().items())
     metrics.text("recipe", f"| key | value |\n|---|---|\n{rows}")

@@ -15,8 +15,9 @@ from typing import Any
 from trainer import checkpoint, dist
 from trainer.checkpoint import RunState, Saver
 from trainer.config import OptimSection, Recipe
+from trainer.data.growing import prepare_train
 from trainer.data.leakage import check_leakage
-from trainer.data.loader import Loader, Prepared, documents_of, masker_of, prepare, train_plan
+from trainer.data.loader import Loader, Prepared, TrainData, documents_of, masker_of, prepare, train_plan
 from trainer.data.plan import Plan
 from trainer.engine import Engine, clear_nvme, deepspeed_config, gathered, sharded_init
 from trainer.evaluate import Evaluation
@@ -54,10 +55,12 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
         open_run_folder(recipe, run_dir, extend=extend)
     tokenizer = load_tokenizer(recipe.model)
     try:
-        train_data = prepare(recipe, tokenizer, "train", stop.raised_early)
+        train_data = prepare_train(recipe, tokenizer, stop.raised_early)
         plan = train_plan(recipe, train_data, stop.raised_early)
         eval_data = prepare(recipe, tokenizer, "eval", stop.raised_early) if recipe.has_eval else None
-        if eval_data:
+        if eval_data and isinstance(
+            train_data, Prepared
+        ):  # where it grows, each shard is looked at when it is prepared
             eval_data = check_leakage(recipe, tokenizer, train_data, eval_data, stop.raised_early)
         if not stop.meet():
             raise Stopped("stopped before the ranks had met")
@@ -73,7 +76,7 @@ def fit(
     recipe: Recipe,
     run_dir: Path,
     tokenizer: Any,
-    train_data: Prepared,
+    train_data: TrainData,
     plan: Plan,
     eval_data: Prepared | None,
     stop: dist.StopFlag,
@@ -97,7 +100,7 @@ def go_on(
     recipe: Recipe,
     run_dir: Path,
     tokenizer: Any,
-    train_data: Prepared,
+    train_data: TrainData,
     plan: Plan,
     eval_data: Prepared | None,
     stop: dist.StopFlag,
@@ -132,9 +135,10 @@ def go_on(
         write_stop(run_dir, 0)
         return False
 
+    epoch = plan.step(min(first_step, plan.steps - 1)).epoch
     dist.log.info(
         "%s: steps %d to %d, %.1f%% filled rows, %d ranks; learning rate %s",
-        run_dir, first_step + 1, plan.steps, 100 * plan.fill(), dist.world_size(),
+        run_dir, first_step + 1, plan.steps, 100 * plan.fill(epoch), dist.world_size(),
         schedule(first_step, plan.steps, recipe.optim),
     )  # fmt: skip
     progress = Progress(plan.steps, first_step)
@@ -212,9 +216,9 @@ def prove(recipe: Recipe, module: SftModel) -> None:
     )  # fmt: skip
 
 
-def require_same_data(*prepared: Prepared | None) -> None:
+def require_same_data(*prepared: TrainData | None) -> None:
     """Raises BadInput where a rank's cache, which may be its node's own, holds other documents than rank 0's."""
-    prints = dist.gather([data.fingerprint for data in prepared if data])
+    prints = dist.gather([data.fingerprint_at(1) for data in prepared if data])
     others = [rank for rank, theirs in enumerate(prints) if theirs != prints[0]]
     if others:
         raise BadInput(
@@ -226,13 +230,13 @@ def require_same_data(*prepared: Prepared | None) -> None:
 # ----------------------------------------------------------------------------------------------- save, resume
 
 
-def save(saver: Saver, engine: Engine, guard: Guard, data: Prepared, rows_per_micro: int, step: int) -> None:
+def save(saver: Saver, engine: Engine, guard: Guard, data: TrainData, rows_per_micro: int, step: int) -> None:
     """Publish a checkpoint after the first `step` steps of the plan."""
     saver.save(
         RunState(
             step=step,
             updates=guard.applied(step),
-            data=data.fingerprint,
+            data=data.fingerprint_at(step),
             rows_per_micro=rows_per_micro,
             recent_losses=guard.recent_losses,
             world_size=dist.world_size(),
@@ -241,7 +245,7 @@ def save(saver: Saver, engine: Engine, guard: Guard, data: Prepared, rows_per_mi
     )
 
 
-def resume(run_dir: Path, engine: Engine, data: Prepared, rows_per_micro: int) -> tuple[int, Sequence[float]]:
+def resume(run_dir: Path, engine: Engine, data: TrainData, rows_per_micro: int) -> tuple[int, Sequence[float]]:
     """Load the newest whole checkpoint, of whatever world; returns the steps that it holds, 0 where there is none, and
     the last of their losses."""
     found = checkpoint.find(run_dir)
@@ -250,7 +254,7 @@ def resume(run_dir: Path, engine: Engine, data: Prepared, rows_per_micro: int) -
     folder, manifest = found
     state = manifest.state
     model: Any = engine.module
-    checkpoint.require_same_run(state, data.fingerprint, rows_per_micro, model.has_dropout)
+    checkpoint.require_same_run(state, data.fingerprint_at(state.step), rows_per_micro, model.has_dropout)
     checkpoint.restore(folder, manifest, engine)
     dist.log.info(
         "resuming from %s, written by %d ranks at ZeRO stage %d; every digest agrees",
@@ -259,7 +263,7 @@ def resume(run_dir: Path, engine: Engine, data: Prepared, rows_per_micro: int) -
     return state.step, state.recent_losses
 
 
-def _rows_of(plan: Plan, step: StepPlan, data: Prepared) -> str:
+def _rows_of(plan: Plan, step: StepPlan, data: TrainData) -> str:
     """The rows of a step as `file:row`, the first few of them."""
     names = documents_of(plan, step, data)
     return ", ".join(f"{file}:{row}" for file, row in names[:20]) + (" ..." if len(names) > 20 else "")

@@ -23,6 +23,7 @@ import torch
 from trainer import checkpoint, dist, engine, guard, shards, train
 from trainer.config import load
 from trainer.data import loader
+from trainer.data.growing import prepare_train
 from trainer.data.loader import prepare, train_plan
 from trainer.model import sft
 from trainer.model.load import load_tokenizer
@@ -47,7 +48,7 @@ def run_case(case: dict[str, Any], stop: dist.StopFlag) -> None:
         train.open_run_folder(recipe, run_dir)
     dist.barrier()
     tokenizer = load_tokenizer(recipe.model)
-    train_data = prepare(recipe, tokenizer, "train")
+    train_data = prepare_train(recipe, tokenizer)
     eval_data = prepare(recipe, tokenizer, "eval") if recipe.has_eval else None
     with contextlib.ExitStack() as changed:
         for name in case.get("changes", ()):
@@ -246,6 +247,23 @@ def frozen_and_buffers() -> Any:
     return both
 
 
+# ----------------------------------------------------------------------------------------------- a source that grows
+
+
+def shards_appear() -> Any:
+    """Files called `*.later` get their names in the source's folder, one before every second step."""
+    take = loader.Loader.step
+
+    def step(self: Any, number: int) -> Any:
+        source = getattr(self.data, "_source", None)
+        later = sorted(Path(source.path).glob("*.later")) if source else []
+        if later and dist.is_main() and number % 2:
+            later[0].rename(later[0].with_suffix(""))
+        return take(self, number)
+
+    return mock.patch.object(loader.Loader, "step", step)
+
+
 # ----------------------------------------------------------------------------------------------- steps that go wrong
 
 
@@ -276,6 +294,7 @@ def spike_in_the_third_step() -> Any:
 
 MISHAPS = {f.__name__: f for f in (nan_in_the_third_step, spike_in_the_third_step)}
 CHANGES: dict[str, Any] = {**MISHAPS, **SABOTAGES, **DEFECTIVE_RESUMES, "frozen_and_buffers": frozen_and_buffers}
+CHANGES["shards_appear"] = shards_appear
 
 if __name__ == "__main__":
     main(sys.argv[1])

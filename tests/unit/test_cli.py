@@ -118,6 +118,18 @@ def test_prepare_shows_what_there_is_to_train(packhorse, tmp_path):
     assert "steps" in out
 
 
+def test_prepare_of_a_source_that_grows_shows_the_shards_there_are(packhorse, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / "in" / name).write_text('{"question": "What?", "answer": "That."}\n')
+    grows = (f"data.train=[{{path: {tmp_path / 'in'}, grows: true}}]", "train.epochs=1", "train.steps=5")
+    code, out, err = packhorse("prepare", DEBUG, *grows, f"data.cache={tmp_path}", f"run.dir={tmp_path / 'run'}")
+    assert code == 0, err
+    assert "data.train grows: 2 shards are there now; a run of 5 steps" in out
+    assert all(name in out for name in ("a.jsonl", "b.jsonl"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_prepare_counts_rejects_by_reason(packhorse, tmp_path):
     rows = (ROOT / "recipes/debug/train.jsonl").read_text().splitlines()
     rows[3] = json.dumps({"question": "What now?", "answer": ""})

@@ -31,6 +31,12 @@ def with_key(key: str, value: object) -> dict:
     return tree
 
 
+def growing(*others: dict, train: dict | None = None, **source: object) -> dict:
+    """SMALLEST with a source that grows, and perhaps others beside it."""
+    sources = [{"path": "a", "grows": True, **source}, *others]
+    return {**SMALLEST, "data": {"train": sources}, "train": train or {}}
+
+
 def written(tmp_path: Path, text: str) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
@@ -124,6 +130,12 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (with_source(filters={"patern": "x"}), "did you mean `data.train.0.filters.pattern`?"),
         (with_key("data.max_tokens", 9000), "an example must fit in a row"),
         (with_key("loss.weighting", "constant"), "`constant_tokens` belongs to `weighting: constant`"),
+        (growing(), "say how long in train.steps"),
+        (growing(train={"steps": 9, "epochs": 2}), "a source that grows has no epochs"),
+        (growing({"path": "b"}, train={"steps": 9}), "a source that grows must be the only one"),
+        (growing(weight=2, train={"steps": 9}), "take out `weight` and `rows`"),
+        (growing(rows=2, train={"steps": 9}), "take out `weight` and `rows`"),
+        (with_key("data.eval", [{"path": "a", "grows": True}]), "no source of them may grow"),
         ({**SMALLEST, "run": {}}, "`run.dir` is missing"),
         ({"model": SMALLEST["model"]}, "`data` is missing; `run` is missing"),
     ],

@@ -73,7 +73,7 @@ def test_every_row_comes_once_an_epoch_and_sizes_differ_by_at_most_one(plan):
         assert max(sizes[epoch]) <= plan.batch.rows_per_step
         assert max(sizes[epoch]) - min(sizes[epoch]) <= 1
         tokens = plan.pieces(epoch, seen)
-        assert (tokens[:, 2] - tokens[:, 1]).sum() == plan.corpus.lengths.sum(), "every token once an epoch"
+        assert (tokens[:, 2] - tokens[:, 1]).sum() == plan.epochs.corpus(0).lengths.sum(), "every token once an epoch"
 
 
 @given(plans, st.integers(1, 12))
@@ -104,7 +104,7 @@ def test_token_weights_of_a_step_sum_to_one_and_count_every_trained_token(plan):
             assert weight * step.trained_tokens == pytest.approx(1)
         else:
             assert weight == 0.0
-    assert trained == plan.train.epochs * plan.corpus.trained_counts.sum()
+    assert trained == plan.train.epochs * plan.epochs.corpus(0).trained_counts.sum()
 
 
 @pytest.mark.parametrize("packing", ["none", "bfd", "bfd_split", "wrapped"])

@@ -209,7 +209,7 @@ def test_a_dataset_of_the_hub_is_read_like_a_file(monkeypatch):
     import datasets
 
     rows = [{"messages": [{"role": "user", "name": None}]}]
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: datasets.Dataset.from_list(rows))
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: datasets.Dataset.from_list(rows))
     assert [row.fields for row in read_rows(a_source(name="org/data"))] == [{"messages": [{"role": "user"}]}]
     assert source_digest(a_source(name="org/data")).startswith("hub-")
 

@@ -15,6 +15,7 @@ TIERS = [
     "data/rows",
     "data/loader",
     "data/leakage",
+    "data/growing",
     "model/attention model/loss model/noise",
     "model/load model/sft",
     "model/probe",

@@ -14,7 +14,7 @@ from dataclasses import astuple, dataclass, replace
 from itertools import islice
 from os import sched_getaffinity
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import xxhash
@@ -23,11 +23,12 @@ from trainer.config import DataSection, Recipe, Source
 from trainer.data import cache, pack, split, tokenise
 from trainer.data.cache import Documents
 from trainer.data.mask import Masker
-from trainer.data.plan import Corpus, Plan, micro_batches_of
+from trainer.data.plan import Corpus, Epochs, Plan, micro_batches_of
 from trainer.data.rows import RowReader
 from trainer.data.source import RawRow, read_rows, source_digest, source_files
 from trainer.data.split import Part, held_out, parts_of
 from trainer.data.tokenise import Limits, Row
+from trainer.dist import is_main
 from trainer.flow import BadInput, Batch, Conversation, Example, Packed, Prompt, RowError, StepPlan, Tokenised
 
 KEPT_FROM_DOCUMENTS = 100_000  # below so many, packing again is quicker than keeping an epoch's packing
@@ -36,6 +37,32 @@ BATCHES_AHEAD = 4  # and micro-batches, where a step is streamed
 
 
 # ----------------------------------------------------------------------------------------------- preparing
+
+
+class TrainData(Protocol):
+    """What is trained on: Prepared, or the shards of a source that grows (data/growing.py)."""
+
+    @property
+    def report(self) -> dict[str, Any]: ...
+
+    @property
+    def epochs(self) -> Epochs: ...
+
+    def of(self, epoch: int) -> Prepared:
+        """The documents of an epoch."""
+        ...
+
+    def fingerprint_at(self, step: int) -> str:
+        """Of everything that the first `step` steps have been taken from."""
+        ...
+
+    def open(self) -> None:
+        """A loader begins to ask."""
+        ...
+
+    def close(self) -> None:
+        """It asks no more: whoever waits for a shard, or prepares one, gives up."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -77,6 +104,24 @@ class Prepared:
     def rejects_path(self) -> Path:
         """JSON lines: source, row, reason."""
         return self.documents.folder / "rejects.jsonl"
+
+    @property
+    def epochs(self) -> Corpus:
+        count = self.documents.count_trained
+        return Corpus(self.lengths, self.trained_counts, self.sources, self.weights, count)
+
+    def of(self, epoch: int) -> Prepared:
+        """Every epoch is made of these documents."""
+        return self
+
+    def fingerprint_at(self, step: int) -> str:
+        return self.fingerprint
+
+    def open(self) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
 
     def example(self, document: int) -> Example:
         return self.documents.example(document)
@@ -275,10 +320,11 @@ def _count_rows(source: Source) -> int | None:
 # ----------------------------------------------------------------------------------------------- planning
 
 
-def train_plan(recipe: Recipe, prepared: Prepared, stopping: Callable[[], bool] = lambda: False) -> Plan:
+def train_plan(recipe: Recipe, data: TrainData, stopping: Callable[[], bool] = lambda: False) -> Plan:
     """The steps of the run. Large packings are kept in the cache, so that one process does the work for all."""
 
     def keep(epoch: int, make: Callable[[], Packed]) -> Packed:
+        prepared = data.of(epoch)
         if len(prepared.lengths) < KEPT_FROM_DOCUMENTS:
             return make()
         parts = [pack.VERSION, prepared.fingerprint, prepared.weights, recipe.data.packing]
@@ -288,23 +334,22 @@ def train_plan(recipe: Recipe, prepared: Prepared, stopping: Callable[[], bool] 
         folder = cache_folder(recipe.data) / f"packing-{key}"
         return cache.keep_packed(folder, make, f"packing epoch {epoch}", stopping)
 
-    return Plan(_corpus(prepared), _packer(recipe), recipe.batch, recipe.train, recipe.loss, keep)
+    plan = Plan(data.epochs, _packer(recipe), recipe.batch, recipe.train, recipe.loss, keep)
+    if data.epochs.grows and is_main():
+        plan.micro_batch_counts()  # its first shard is chosen and prepared now: no collective yet that could time out
+    return plan
 
 
 def eval_plan(recipe: Recipe, prepared: Prepared) -> Plan:
     """All held-out rows as one step, weighted by token."""
-    return Plan.for_eval(_corpus(prepared), _packer(recipe), recipe.batch)
+    return Plan.for_eval(prepared.epochs, _packer(recipe), recipe.batch)
 
 
-def documents_of(plan: Plan, step: StepPlan, prepared: Prepared) -> list[tuple[str, int]]:
+def documents_of(plan: Plan, step: StepPlan, data: TrainData) -> list[tuple[str, int]]:
     """The (file, row) of every document of a step, each once, for messages."""
+    prepared = data.of(step.epoch)
     rows = [row for micro_batch in step.micro_batches for row in micro_batch]
     return sorted({prepared.place(document) for document in plan.pieces(step.epoch, rows)[:, 0].tolist()})
-
-
-def _corpus(prepared: Prepared) -> Corpus:
-    count = prepared.documents.count_trained
-    return Corpus(prepared.lengths, prepared.trained_counts, prepared.sources, prepared.weights, count)
 
 
 def _packer(recipe: Recipe) -> Callable[[np.ndarray, np.random.Generator], Packed]:
@@ -386,11 +431,12 @@ class Loader:
     A fault in the thread is raised where its batches are asked for. Close it, or use it in `with`.
     """
 
-    def __init__(self, prepared: Prepared, plan: Plan, rank: int, world: int, pin: bool) -> None:
-        self.prepared, self.plan = prepared, plan
+    def __init__(self, data: TrainData, plan: Plan, rank: int, world: int, pin: bool) -> None:
+        self.data, self.plan = data, plan
         self._rank, self._world, self._pin = rank, world, pin
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: dict[int, Future[list[Batch]]] = {}
+        data.open()
 
     def __enter__(self) -> Loader:
         return self
@@ -399,6 +445,7 @@ class Loader:
         self.close()
 
     def close(self) -> None:
+        self.data.close()
         self._thread.shutdown(cancel_futures=True)
 
     def step(self, step: int) -> list[Batch]:
@@ -428,7 +475,7 @@ class Loader:
         else:
             pieces = self.plan.pieces(step.epoch, rows)
             batch = build_batch(
-                self.prepared.documents,
+                self.data.of(step.epoch).documents,
                 pieces,
                 self.plan.piece_weights(step, pieces),
                 epoch=step.epoch,

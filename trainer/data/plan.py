@@ -1,7 +1,7 @@
 """Lengths of documents and a seed in; every optimizer step's rows, micro-batches and token weights out.
 
 Integers only: nothing here reads a token, and nothing depends on ranks but the last cut (C1). The same
-plan serves training and held-out evaluation.
+plan serves training and held-out evaluation. Where a source grows, an epoch is a shard of it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -44,33 +45,56 @@ class Corpus:
     weights: tuple[float, ...]
     count_trained: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
+    grows = False
+
+    def corpus(self, epoch: int) -> Corpus:
+        """Every epoch is made of these documents."""
+        return self
+
+    def rows(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
+        return count()
+
+
+class Epochs(Protocol):
+    """The documents of each epoch: a Corpus, or the shards of a source that grows (data/growing.py)."""
+
+    @property
+    def grows(self) -> bool:
+        """Whether the next epoch is known only when the last one has been used."""
+        ...
+
+    def corpus(self, epoch: int) -> Corpus: ...
+
+    def rows(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
+        """Packed rows of the epoch that begins with `first_step` (from 0); `count` packs it, if nobody has."""
+        ...
+
 
 class Plan:
-    """The list of optimizer steps, as a function of (corpus, packer, batch, train, loss).
+    """The list of optimizer steps, as a function of (epochs, packer, batch, train, loss).
 
     Every epoch is packed afresh from (seed, epoch). All are packed once at the start, to count their rows,
-    so `steps` is exact before the first step.
+    so `steps` is exact before the first step; but those of a source that grows when a step needs them.
     """
 
     def __init__(
         self,
-        corpus: Corpus,
+        epochs: Epochs,
         packer: Packer,
         batch: BatchSection,
         train: TrainSection,
         loss: LossSection,
         keep: Keep = lambda epoch, make: make(),
     ) -> None:
-        self.corpus, self.batch, self.train, self.loss = corpus, batch, train, loss
+        self.epochs, self.batch, self.train, self.loss = epochs, batch, train, loss
         self._packer, self._keep = packer, keep
         self._packings: dict[int, Packed] = {}
         self._lock = threading.Lock()  # the loader's thread and the loop both ask
+        self._counting = threading.Lock()  # apart: the loop need not wait while a shard is prepared
         self._rows: list[int] = []  # rows of each epoch
         self._first_steps = [0]  # number of each epoch's first step, and of the step after the last epoch
-        while not self._all_counted():
-            rows = self._packed(len(self._rows)).num_rows
-            self._rows.append(rows)
-            self._first_steps.append(self._first_steps[-1] + -(-rows // batch.rows_per_step))
+        while not epochs.grows and not self._all_counted():
+            self._count_epoch()
         self.steps = train.steps or self._first_steps[-1]
 
     @classmethod
@@ -86,6 +110,7 @@ class Plan:
         """Step `step`, counted from 0. An epoch's rows are spread evenly over its steps."""
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of a plan of {self.steps} steps")
+        self._count_to(step)
         epoch = bisect_right(self._first_steps, step) - 1
         steps = self._first_steps[epoch + 1] - self._first_steps[epoch]
         place = step - self._first_steps[epoch]
@@ -93,7 +118,7 @@ class Plan:
         size = self.batch.rows_per_micro
         cuts = range(first, end, size)
         micro_batches = tuple(tuple(range(cut, min(cut + size, end))) for cut in cuts)
-        counts = self._targets(self.pieces(epoch, range(first, end)))
+        counts = self._targets(epoch, self.pieces(epoch, range(first, end)))
         return StepPlan(step, epoch, micro_batches, int(counts.sum()), int(np.count_nonzero(counts)))
 
     def row(self, epoch: int, row: int) -> list[Piece]:
@@ -111,7 +136,7 @@ class Plan:
         An example is a piece with trained tokens. A step without any has weights of zero.
         """
         if self.loss.weighting == "example":
-            counts = self._targets(pieces)
+            counts = self._targets(step.epoch, pieces)
             return np.where(counts > 0, 1 / (np.maximum(counts, 1) * max(step.examples, 1)), 0.0)
         return np.full(len(pieces), self.uniform_weight(step))
 
@@ -133,7 +158,8 @@ class Plan:
     # ------------------------------------------------------------------------------------------- ranks
 
     def micro_batch_counts(self) -> np.ndarray:
-        """Micro-batches of every step, (steps,)."""
+        """Micro-batches of every step, (steps,); of a source that grows, of the steps known so far."""
+        self._count_to(0)
         counts = []
         for rows, first, end in zip(self._rows, self._first_steps, self._first_steps[1:], strict=False):
             edges = np.arange(end - first + 1) * rows // (end - first)
@@ -141,7 +167,7 @@ class Plan:
         return np.concatenate(counts)[: self.steps]
 
     def filler_share(self, world: int) -> float:
-        """Share of all ranks' micro-batches that are fillers, over the whole plan."""
+        """Share of all ranks' micro-batches that are fillers, over the steps of `micro_batch_counts`."""
         counts = self.micro_batch_counts()
         return float(1 - counts.sum() / (-(-counts // world) * world).sum())
 
@@ -160,6 +186,8 @@ class Plan:
         """
         fewest = int(self.micro_batch_counts().min())
         better = ", ".join(map(str, self.good_worlds(world)))
+        if self.epochs.grows:
+            better += " (by the first shard; the others are not known)"
         if world > fewest and not allow_idle_ranks:
             raise BadInput(
                 f"{world} ranks, but a step has only {fewest} micro-batches: start {better} ranks, raise "
@@ -177,33 +205,53 @@ class Plan:
             return self._first_steps[-1] >= self.train.steps
         return len(self._rows) == self.train.epochs
 
+    def _count_to(self, step: int) -> None:
+        """Know the rows of all epochs up to the one of `step`."""
+        if self._first_steps[-1] <= step:
+            with self._counting:
+                while self._first_steps[-1] <= step:
+                    self._count_epoch()
+
+    def _count_epoch(self) -> None:
+        epoch, first_step = len(self._rows), self._first_steps[-1]
+        rows = self.epochs.rows(epoch, first_step, lambda: self._packed(epoch).num_rows)
+        self._rows.append(rows)
+        self._first_steps.append(first_step + -(-rows // self.batch.rows_per_step))
+
     def _packed(self, epoch: int) -> Packed:
+        corpus = self.epochs.corpus(epoch)
         with self._lock:
             if epoch not in self._packings:
-                packed = self._keep(epoch, lambda: self._pack(epoch))
+                packed = self._keep(epoch, lambda: self._pack(corpus, epoch))
+                if packed.num_rows != (self._rows[epoch] if epoch < len(self._rows) else packed.num_rows):
+                    raise BadInput(
+                        f"shard {epoch} packs into {packed.num_rows} rows, and was logged with {self._rows[epoch]}: "
+                        "another version packed it; go on with that one, or give another run.dir"
+                    )
                 while len(self._packings) >= EPOCHS_KEPT:
                     del self._packings[next(iter(self._packings))]
                 self._packings[epoch] = packed
             return self._packings[epoch]
 
-    def _pack(self, epoch: int) -> Packed:
-        documents = _documents_of(self.corpus, self.train.seed, epoch)
+    def _pack(self, corpus: Corpus, epoch: int) -> Packed:
+        documents = _documents_of(corpus, self.train.seed, epoch)
         rng = np.random.default_rng(seed_from(self.train.seed, "pack", epoch))
-        packed = self._packer(self.corpus.lengths[documents], rng)
+        packed = self._packer(corpus.lengths[documents], rng)
         pieces = packed.pieces.copy()
         pieces[:, 0] = documents[packed.pieces[:, 0]]
-        if max(self.corpus.weights) > 1:  # a document may come more than once
+        if max(corpus.weights) > 1:  # a document may come more than once
             pieces[:, 3] = _numbered(packed.pieces[:, 0], pieces)
         return Packed(pieces, packed.row_offsets)
 
-    def _targets(self, pieces: np.ndarray) -> np.ndarray:
+    def _targets(self, epoch: int, pieces: np.ndarray) -> np.ndarray:
         """Trained tokens (P,) that each piece predicts. The last position of a piece that ends inside its
         document predicts the next piece's first token, so a cut loses nothing and counts nothing twice."""
+        corpus = self.epochs.corpus(epoch)
         document, start, stop = pieces[:, 0], pieces[:, 1], pieces[:, 2]
-        counts = np.asarray(self.corpus.trained_counts[document], dtype=np.int64)
-        cut = np.flatnonzero((start > 0) | (stop < self.corpus.lengths[document]))
+        counts = np.asarray(corpus.trained_counts[document], dtype=np.int64)
+        cut = np.flatnonzero((start > 0) | (stop < corpus.lengths[document]))
         if len(cut):
-            counts[cut] = self.corpus.count_trained(document[cut], start[cut], stop[cut])
+            counts[cut] = corpus.count_trained(document[cut], start[cut], stop[cut])
         return counts
 
 

@@ -271,12 +271,21 @@ def _saved_dataset(place: str) -> Any:
         raise BadInput(f"{place}: the saved dataset cannot be loaded ({_one_line(error)}); save it again") from None
 
 
+def open_stream(source: Source, state: dict[str, Any] | None) -> Any:
+    """A growing hub dataset, an IterableDataset, from where its `state_dict` once stood."""
+    dataset = _hub_dataset(source)
+    if state is not None:
+        dataset.load_state_dict(state)
+    return dataset
+
+
 def _hub_dataset(source: Source) -> Any:
-    """The dataset, downloaded by the library's own cache. Every failure there is about the name or the network."""
+    """The dataset, downloaded by the library's own cache; read as it comes where the source grows. Every failure
+    there is about the name or the network."""
     import datasets
 
     try:
-        return datasets.load_dataset(str(source.name), split=source.split)
+        return datasets.load_dataset(str(source.name), split=source.split, streaming=source.grows)
     except Exception as error:  # the library raises a dozen unrelated classes
         raise BadInput(
             f"the dataset `{source.name}` (split `{source.split}`) cannot be loaded "

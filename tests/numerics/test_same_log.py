@@ -1,0 +1,78 @@
+"""A run is a function of its log of shards: with the same log it learns the same, however its shards came, whether it
+was stopped, and on however many ranks (C1; X2 and X3 for a source that grows)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.numerics.compare import Run, case, difference, is_same, report, run_cases
+from tests.ranks import ROOT
+
+
+def cut(folder: Path, sizes: tuple[int, ...], present: int) -> Path:
+    """A folder of the debug recipe's rows as shards of these sizes; those after the first few are called `*.later`."""
+    folder.mkdir()
+    lines = iter((ROOT / "recipes" / "debug" / "train.jsonl").read_text().splitlines(keepends=True))
+    for number, size in enumerate(sizes):
+        later = "" if number < present else ".later"
+        (folder / f"{number}.jsonl{later}").write_text("".join(next(lines) for _ in range(size)))
+    return folder
+
+
+def uses(run_dir: Path) -> list[str]:
+    return [json.loads(line)["file"] for line in (run_dir / "shards.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("growing")
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path) -> dict[str, Run]:
+    folder = cut(root / "folder", (14, 5, 12, 6), present=2)
+    grows = [f"data.train=[{{path: {folder}, grows: true}}]", "train.epochs=1", "train.steps=8"]
+
+    def grown(**stop: int) -> dict[str, Any]:
+        return case(root, "grown", "zero3", *grows, changes=["shards_appear"], **stop)
+
+    stream = cut(root / "stream", (17, 20), present=2)  # files of other sizes than the shards
+    streams = [f"data.train=[{{name: {stream}, grows: true}}]", "data.shard_rows=10", *grows[1:]]
+
+    def streamed(name: str, **stop: int) -> dict[str, Any]:
+        return case(root, name, "zero3", *streams, **stop)
+
+    parts = [streamed("stopped-stream", stop_after=4), streamed("stopped-stream"), streamed("stream-whole")]
+    first = run_cases({2: [grown(stop_after=5), grown(), *parts]})
+    for name in ("1", "2"):
+        (root / name).mkdir()
+        shutil.copy(root / "grown" / "shards.jsonl", root / name)
+    replays = {world: [case(root, str(world), "zero3", *grows)] for world in (1, 2)}
+    return first | run_cases(replays)
+
+
+def test_shards_came_while_it_trained_and_it_went_round(root: Path, runs: dict[str, Run]) -> None:
+    assert len(runs["grown"].losses) == 8
+    assert uses(root / "grown") == [f"{number}.jsonl" for number in (0, 1, 2, 0, 3, 1)]
+
+
+def test_x3_with_the_same_log_it_is_the_same_run_though_it_was_stopped(root: Path, runs: dict[str, Run]) -> None:
+    assert uses(root / "2") == uses(root / "grown")
+    assert is_same(runs["grown"], runs["2"])
+
+
+def test_x3_a_stream_that_was_stopped_goes_on_where_it_stood(root: Path, runs: dict[str, Run]) -> None:
+    assert uses(root / "stopped-stream") == uses(root / "stream-whole")
+    assert len(set(uses(root / "stream-whole"))) == 4
+    assert is_same(runs["stopped-stream"], runs["stream-whole"])
+
+
+def test_x2_with_the_same_log_the_number_of_ranks_changes_nothing(runs: dict[str, Run]) -> None:
+    seen = difference(runs["2"], runs["1"])
+    report("2 ranks against 1, growing", seen)
+    assert seen.agrees
