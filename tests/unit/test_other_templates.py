@@ -207,7 +207,8 @@ FORMS = {
         "<call> </call> </s>",
         "{{ 'Tools: ' + tools | tojson + '\\n' if tools }}{% set last = namespace() %}"
         "{% for m in messages %}{% if m.role == 'user' %}"
-        "{{ 'U: ' + m.content + '\\nA:\\n' }}{% elif m.role == 'tool' %}{{ last.name + ' says ' + m.content + '\\nA:\\n' }}"
+        "{{ 'U: ' + m.content + '\\nA:\\n' }}{% elif m.role == 'tool' %}"
+        "{{ last.name + ' says ' + m.content + '\\nA:\\n' }}"
         "{% elif m.tool_calls %}{% set last.name = m.tool_calls[0].function.name %}"
         "{{ '<call>' + last.name + ' ' + m.tool_calls[0].function.arguments + '</call></s>' }}"
         "{% else %}{{ m.content + '</s>' }}{% endif %}{% endfor %}",
