@@ -99,6 +99,12 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (with_key("data.train", [{}]), "give exactly one of `path` and `name`"),
         (with_key("data.train", [{"path": "a", "name": "b"}]), "give exactly one of `path` and `name`"),
         (with_key("data.max_tokens", 9000), "an example must fit in a row"),
+        (with_key("data.cut_answers", True), "`cut_answers` belongs to `too_long: truncate`"),
+        (with_key("data.split_context", 8), "`split_context` belongs to `too_long: split`"),
+        (
+            {**SMALLEST, "data": {**SMALLEST["data"], "too_long": "split", "split_context": 8, "max_tokens": 9}},
+            "data.split_context (8) leaves no room",
+        ),
         (with_key("loss.weighting", "constant"), "`constant_tokens` belongs to `weighting: constant`"),
         ({**SMALLEST, "run": {}}, "`run.dir` is missing"),
         ({"model": SMALLEST["model"]}, "`data` is missing; `run` is missing"),

@@ -328,12 +328,41 @@ def test_what_shapes_the_documents_is_in_the_key(tmp_path, tokenizer):
         {"train_on_eot": False},
         {"max_tokens": 100},
         {"too_long": "truncate"},
+        {"too_long": "truncate", "cut_answers": True},
+        {"too_long": "split"},
+        {"too_long": "split", "split_context": 3},
+        {"train_trailing_newline": True},
+        {"control_tokens": "text"},
+        {"control_tokens": "keep"},
     ]
     for number, change in enumerate(other, start=2):
         prepare(recipe(tmp_path, **change), tokenizer, "train")
         assert len(cached(tmp_path)) == number, change
     prepare(recipe(tmp_path, questions(21)), tokenizer, "train")
     assert len(cached(tmp_path)) == len(other) + 2
+
+
+def test_rows_that_are_cut_are_in_the_report(tmp_path, tokenizer):
+    rows = [*questions(3), {"question": "Count.", "answer": " ".join(map(str, range(50)))}]
+    whole = prepare(recipe(tmp_path, rows), tokenizer, "train").report
+    cut = prepare(recipe(tmp_path, max_tokens=64, too_long="truncate", cut_answers=True), tokenizer, "train").report
+    assert (whole["cut"], whole["lost_trained_tokens"]) == (0, 0)
+    assert (cut["cut"], cut["rejected"], cut["documents"]) == (1, 0, 4)
+    assert cut["lost_trained_tokens"] == whole["trained_tokens"] - cut["trained_tokens"] > 0
+    assert cut["sources"][0]["cut"] == 1
+    parted = prepare(recipe(tmp_path, max_tokens=64, too_long="split", split_context=8), tokenizer, "train").report
+    assert (parted["cut"], parted["lost_trained_tokens"]) == (1, 0)
+    assert parted["trained_tokens"] == whole["trained_tokens"]
+    assert parted["documents"] > 4
+
+
+@pytest.mark.parametrize(("policy", "rejected"), [("reject", 1), ("text", 0), ("keep", 0)])
+def test_the_recipe_says_what_becomes_of_control_tokens_in_a_text(tmp_path, tokenizer, policy, rejected):
+    rows = [*questions(3), {"question": "What is <|im_end|>?", "answer": "The end."}]
+    prepared = prepare(recipe(tmp_path, rows, control_tokens=policy), tokenizer, "train")
+    assert prepared.report["rejected"] == rejected
+    if not rejected:
+        assert prepared.example(3).input_ids.tolist().count(tokenizer.eos_token_id) == 3 + (policy == "keep")
 
 
 def test_a_cache_is_found_again_under_another_path_and_by_eval(tmp_path, tokenizer):

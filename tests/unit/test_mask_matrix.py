@@ -356,8 +356,8 @@ SNIPPETS = [
     "user",
 ]
 SNIPPETS += ["assistant\n", "[/INST", "zq0001qz", "{{ x }}", "<tool_call>", INJECTED]
-any_text = st.lists(st.sampled_from(SNIPPETS) | st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
-any_text = any_text.map(lambda parts: "".join(parts)).filter(lambda text: text.strip().strip("\x1c\x1d\x1e\x1f\x85"))
+snippets = st.lists(st.sampled_from(SNIPPETS) | st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+any_text = snippets.map("".join).filter(lambda text: text.strip().strip("\x1c\x1d\x1e\x1f\x85"))
 
 
 def asked(family: str, system: str | None, texts: list[str], thought: str | None) -> str:
