@@ -18,12 +18,12 @@ the literal that follows the same text in the whole render. What comes earlier m
 about), and a template without a generation prompt (llama2) needs no exception. So an empty `<think>` block after the
 generation prompt is part of the answer, as the model will have to write it.
 
-*Where it ends.* With the stop token: the last control token that follows its last text both where the conversation ends
-there and where it goes on. (An answer may hold others, as around tool calls; and what closes a whole conversation is
-not the answer's.) A template that writes none is refused, and so is an answer that ends otherwise when more follows: a
-model that has learned that end would not stop. Where a template marks answers by {% generation %}, one mark must hold
-all of an answer's texts, and no other text; the answer then begins with the mark, but never inside the generation
-prompt.
+*Where it ends.* With the stop token. Of the control tokens that follow its last text both where the conversation ends
+there and where it goes on, it is EOS, else the last of them if they stand together. (An answer may hold others, as
+around tool calls; and what closes a whole conversation is not the answer's.) A template that writes none is refused,
+and so is an answer that ends otherwise when more follows: a model that has learned that end would not stop. Where a
+template marks answers by {% generation %}, one mark must hold all of an answer's texts, and no other text; the answer
+then begins with the mark, but never inside the generation prompt.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import jinja2
@@ -259,8 +260,8 @@ class Template:
         return Turn(start, before, number, _blank_after(skeleton, number, stop.end()))
 
     def _stop_token(self, skeleton: Skeleton, message: int, word: int, closing: str, literal: str) -> re.Match[str]:
-        """The last control token in `closing` that follows an answer's last `word` also where the conversation goes
-        on, with `literal`: what comes after belongs to the end of the one or to the next turn of the other."""
+        """The control token in `closing` that ends an answer: one that follows its last `word` also where the
+        conversation goes on, with `literal`."""
         controls = self.controls(closing)
         if not controls:
             raise RowError("the template writes no stop token after an answer")
@@ -272,14 +273,15 @@ class Template:
                 more = ""
             literal = more.rpartition(WORD_FORMAT % word)[2]
         shared = [match for match in controls if literal.startswith(closing[: match.end()])]
-        if shared:
-            return shared[-1]
-        if not is_last:
+        if not (shared or is_last):
             raise RowError("the template ends an answer otherwise when more follows")
-        stop = controls[0]  # an answer that ends otherwise when none follows: with what stands together there
-        for match in controls[1:]:
-            stop = match if match.start() == stop.end() else stop
-        return stop
+        shared = shared or controls  # an answer that ends otherwise when none follows
+        for match in shared:
+            if self.control_ids[match[0]] == self.tokenizer.eos_token_id:
+                return match  # what follows would belong to the next turn
+        if any(one.end() < other.start() for one, other in pairwise(shared)):
+            raise RowError("several control tokens close an answer, and none is the tokenizer's EOS")
+        return shared[-1]
 
     def _compared_strings(self, tools: list[Any] | None) -> re.Pattern[str] | None:
         """The strings that the template compares texts with: operands of tests, arguments of calls and filters."""

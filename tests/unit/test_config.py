@@ -129,6 +129,12 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (with_source(filters={"reference": "best"}), "`reference` belongs to `verify`"),
         (with_source(filters={"patern": "x"}), "did you mean `data.train.0.filters.pattern`?"),
         (with_key("data.max_tokens", 9000), "an example must fit in a row"),
+        (with_key("data.cut_answers", True), "`cut_answers` belongs to `too_long: truncate`"),
+        (with_key("data.split_context", 8), "`split_context` belongs to `too_long: split`"),
+        (
+            {**SMALLEST, "data": {**SMALLEST["data"], "too_long": "split", "split_context": 8, "max_tokens": 9}},
+            "data.split_context (8) leaves no room",
+        ),
         (with_key("loss.weighting", "constant"), "`constant_tokens` belongs to `weighting: constant`"),
         (growing(), "say how long in train.steps"),
         (growing(train={"steps": 9, "epochs": 2}), "a source that grows has no epochs"),

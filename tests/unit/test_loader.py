@@ -337,6 +337,12 @@ def test_what_shapes_the_documents_is_in_the_key(tmp_path, tokenizer):
         {"eval_fraction": 0.3},
         {"eval_fraction": 0.4},
         {"eval_fraction": 0.4, "group_by": "question"},
+        {"too_long": "truncate", "cut_answers": True},
+        {"too_long": "split"},
+        {"too_long": "split", "split_context": 3},
+        {"train_trailing_newline": True},
+        {"control_tokens": "text"},
+        {"control_tokens": "keep"},
     ]
     for number, change in enumerate(other, start=2):
         prepare(recipe(tmp_path, **change), tokenizer, "train")
@@ -413,6 +419,29 @@ def test_filters_work_in_the_processes_that_tokenise(tmp_path, tokenizer, monkey
     many = prepare(recipe(tmp_path, train=train, workers=2), tokenizer, "train")
     assert many.report["filter_reasons"] == {"verify: not the reference's value": 20, "early:keep: an eight": 1}
     assert many.documents.rows.tolist() == [row for row in range(1, 41, 2) if row != 5]
+
+
+def test_rows_that_are_cut_are_in_the_report(tmp_path, tokenizer):
+    rows = [*questions(3), {"question": "Count.", "answer": " ".join(map(str, range(50)))}]
+    whole = prepare(recipe(tmp_path, rows), tokenizer, "train").report
+    cut = prepare(recipe(tmp_path, max_tokens=64, too_long="truncate", cut_answers=True), tokenizer, "train").report
+    assert (whole["cut"], whole["lost_trained_tokens"]) == (0, 0)
+    assert (cut["cut"], cut["rejected"], cut["documents"]) == (1, 0, 4)
+    assert cut["lost_trained_tokens"] == whole["trained_tokens"] - cut["trained_tokens"] > 0
+    assert cut["sources"][0]["cut"] == 1
+    parted = prepare(recipe(tmp_path, max_tokens=64, too_long="split", split_context=8), tokenizer, "train").report
+    assert (parted["cut"], parted["lost_trained_tokens"]) == (1, 0)
+    assert parted["trained_tokens"] == whole["trained_tokens"]
+    assert parted["documents"] > 4
+
+
+@pytest.mark.parametrize(("policy", "rejected"), [("reject", 1), ("text", 0), ("keep", 0)])
+def test_the_recipe_says_what_becomes_of_control_tokens_in_a_text(tmp_path, tokenizer, policy, rejected):
+    rows = [*questions(3), {"question": "What is <|im_end|>?", "answer": "The end."}]
+    prepared = prepare(recipe(tmp_path, rows, control_tokens=policy), tokenizer, "train")
+    assert prepared.report["rejected"] == rejected
+    if not rejected:
+        assert prepared.example(3).input_ids.tolist().count(tokenizer.eos_token_id) == 3 + (policy == "keep")
 
 
 def test_a_cache_is_found_again_under_another_path_and_by_eval(tmp_path, tokenizer):

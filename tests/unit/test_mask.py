@@ -6,13 +6,10 @@ The oracle is written by hand: a render in which ⟦ ⟧ enclose what is to be l
 """
 
 import pickle
-from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from trainer.data.mask import Masker
@@ -299,37 +296,6 @@ def test_a_token_across_the_end_of_the_prompt_is_cut_as_inference_cuts_it(tokeni
         assert whole != example.input_ids.tolist()
 
 
-texts = st.text(
-    st.sampled_from("aZ ß数\n\t'\"\\{}<>|.7\u00a0\u0301") | st.characters(exclude_categories=["Cs"]), min_size=1
-)
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.lists(texts.filter(str.strip), min_size=2, max_size=6), st.sampled_from(FAMILIES))
-def test_any_text_is_trained_whole_or_its_row_rejected(tokenizers, contents, family):
-    tokenizer = tokenizers[family]
-    conversation = chat(*contents[: len(contents) // 2 * 2])
-    try:
-        example = Masker(tokenizer).example(conversation)
-    except RowError as error:
-        if family != "llama2" or "spans the end of the prompt" not in str(error):
-            raise
-        return
-    text, stop = official(tokenizer, conversation), tokenizer.eos_token
-    spans = []
-    for upto in range(1, len(conversation.messages), 2):
-        start = len(official(tokenizer, conversation, upto))
-        spans.append((start, text.index(stop, start) + len(stop)))
-        assert conversation.messages[upto].content.strip() in text[start : spans[-1][1]]
-    if not agrees(tokenizer, example, text, spans):  # then it is the row cut at the ends of its prompts
-        edges = sorted({0, len(text), *(start for start, _ in spans)})
-        pieces = [tokenizer(text[a:b], add_special_tokens=False)["input_ids"] for a, b in pairwise(edges)]
-        assert tokenizer.decode(example.input_ids.tolist()) == tokenizer.decode([n for ids in pieces for n in ids])
-        expected = "".join(text[a:b] for a, b in spans)
-        normal = tokenizer.backend_tokenizer.normalizer
-        assert trained_text(tokenizer, example) == (normal.normalize_str(expected) if normal else expected)
-
-
 # ----------------------------------------------------------------------------------------------- templates
 
 PLAIN_TURNS = (
@@ -511,6 +477,8 @@ def test_the_fingerprint_tells_apart_what_shapes_an_example(tokenizers):
         Masker(tokenizer, "all"),
         Masker(tokenizer, train_on_eot=False),
         Masker(tokenizer, train_trailing_newline=True),
+        Masker(tokenizer, control_tokens="text"),
+        Masker(tokenizer, control_tokens="keep"),
         Masker(templated(tokenizer, PLAIN_TURNS)),
         Masker(tokenizers["qwen3"]),
     ]

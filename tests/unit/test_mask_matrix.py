@@ -6,11 +6,14 @@ brackets: `all` everything but the first token, `completion` the last bracket, `
 those after the last question. A family that cannot say a case must refuse it, for the reason named.
 """
 
+import json
 import re
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -154,11 +157,14 @@ def trained_spans(case: Case, mode: str, text: str, spans: list[tuple[int, int]]
     }[mode]
 
 
-def expected(backend, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, bool]]:
+def expected(
+    backend, text: str, spans: list[tuple[int, int]], starts: list[int] | None = None
+) -> list[tuple[int, bool]]:
     """Token ids, each with whether it is trained: whether it has a character in `spans`. A token that would span the
-    end of a prompt is cut there, as inference cuts it."""
+    end of a prompt (one of `starts`) is cut there, as inference cuts it."""
     whole = backend.encode(text, add_special_tokens=False).offsets
-    cuts = [start for start, _ in spans if any(a < start < b for a, b in whole)]
+    starts = [start for start, _ in spans] if starts is None else starts
+    cuts = [start for start in starts if any(a < start < b for a, b in whole)]
     tokens = []
     for begin, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         piece = backend.encode(text[begin:end], add_special_tokens=False)
@@ -258,7 +264,9 @@ def test_a_text_that_spells_control_tokens_is_rejected_kept_or_text(tokenizers, 
         assert len(kept.input_ids) < len(as_text.input_ids)
 
 
-def expected_as_text(tokenizer, text: str, spans: list[tuple[int, int]], injected: str) -> list[tuple[int, bool]]:
+def expected_as_text(
+    tokenizer, text: str, spans: list[tuple[int, int]], injected: str, starts: list[int] | None = None
+) -> list[tuple[int, bool]]:
     """As `expected`; what stands between the control tokens of the render without the injection gets it now, and is
     encoded by a tokenizer that knows no control token."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
@@ -272,12 +280,14 @@ def expected_as_text(tokenizer, text: str, spans: list[tuple[int, int]], injecte
     for piece in re.split("(" + "|".join(map(re.escape, controls)) + ")", text):
         inside = [(max(a - position, 0), min(b - position, len(piece))) for a, b in spans]
         inside = [(a, b) for a, b in inside if a < b]
+        begun = [a for a, _ in inside] if starts is None else [a - position for a in starts]
+        begun = [moved(piece, a) for a in begun if 0 < a < len(piece)]
         position += len(piece)
         if piece in controls:
             tokens.append((controls[piece], bool(inside)))
         else:
             inside = [(moved(piece, a), moved(piece, b)) for a, b in inside]
-            tokens += expected(backend, piece.replace(INJECTED, injected), inside)
+            tokens += expected(backend, piece.replace(INJECTED, injected), inside, begun)
     return tokens
 
 
@@ -320,3 +330,134 @@ def test_what_cannot_be_told_apart_is_refused(tokenizers):
     assert Masker(other, control_tokens="text").example(chat("a", "b")).trained.any()
     with pytest.raises(RowError, match="does not take it as text"):
         Masker(other, control_tokens="text").example(chat("a <|end|> ", "b"))
+
+
+# ----------------------------------------------------------------------------------------------- any conversation
+
+SNIPPETS = [
+    "a",
+    "Z ",
+    "ß",
+    "数",
+    "🙂",
+    "\u0301",
+    "\u00a0",
+    "\n",
+    "\t",
+    " ",
+    "7",
+    "'",
+    '"',
+    "\\",
+    "{",
+    "}",
+    "<|im_",
+    "|>",
+    "user",
+]
+SNIPPETS += ["assistant\n", "[/INST", "zq0001qz", "{{ x }}", "<tool_call>", INJECTED]
+snippets = st.lists(st.sampled_from(SNIPPETS) | st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+any_text = snippets.map("".join).filter(lambda text: text.strip().strip("\x1c\x1d\x1e\x1f\x85"))
+
+
+def asked(family: str, system: str | None, texts: list[str], thought: str | None) -> str:
+    """The row as the family writes it, with brackets."""
+    opening = {
+        "llama3_2": LLAMA3_SYSTEM.replace("<|eot_id|>", (system or "").strip() + "<|eot_id|>"),
+        "llama2": f"<s>[INST] <<SYS>>\n{(system or '').strip()}\n<</SYS>>\n\n",
+    }.get(family, f"<|im_start|>system\n{system}<|im_end|>\n")
+    if family == "qwen3":
+        texts = [*texts[:-1], texts[-1].lstrip("\n")]
+    tail = written(family, *texts)
+    if thought is not None:
+        tail = tail.replace(NO_THOUGHT, "<think>\n" + thought.strip("\n") + "\n</think>\n\n")
+    if system is None:
+        return OPENINGS.get(family, "") + tail
+    if family == "llama2":  # it strips the system text and the first question as one
+        return opening + texts[0].rstrip() + tail.removeprefix("<s>[INST] " + texts[0].strip())
+    return opening + tail
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.data())
+def test_of_any_conversation_the_answers_with_their_stop_tokens_are_trained_and_nothing_else(tokenizers, data):
+    family = data.draw(st.sampled_from(FAMILIES))
+    mode, policy = data.draw(st.sampled_from(MODES)), data.draw(st.sampled_from(["reject", "text", "keep"]))
+    texts = [data.draw(any_text) for _ in range(2 * data.draw(st.integers(1, 3)))]
+    weights = [data.draw(st.integers(0, 3)) and 1 for _ in texts[1::2]]
+    system = None if family == "mistral_nemo" else data.draw(st.none() | any_text)
+    thought = data.draw(st.none() | any_text) if family == "qwen3" else None
+    tokenizer, injected = tokenizers[family], tokenizers[family].eos_token
+
+    def said(text: str) -> str:
+        return text.replace(INJECTED, injected)
+
+    messages = [Message("system", said(system))] if system is not None else []
+    for number, text in enumerate(texts):
+        weight = weights[number // 2] if number % 2 else 1
+        reasoning = said(thought) if thought is not None and number == len(texts) - 1 else None
+        role = "assistant" if number % 2 else "user"
+        messages.append(Message(role, said(text), weight=weight, reasoning_content=reasoning))
+    conversation = Conversation(tuple(messages))
+
+    text, spans = parse(asked(family, system, texts, thought))
+    assert said(text) == official(tokenizer, conversation)
+    if mode == "all":
+        starts = [start for (start, _), weight in zip(spans, weights, strict=True) if not weight]
+        edges = [0, *(edge for span in spans if span[0] in starts for edge in span), len(text)]
+        wanted = [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+    else:
+        last = len(spans) - (1 if mode in ("completion", "last_turn") else len(spans))
+        wanted = [span for span, weight in zip(spans[last:], weights[last:], strict=True) if weight]
+        starts = [start for start, _ in wanted]
+    (example,) = Masker(tokenizer, mode, control_tokens=policy).examples([conversation])
+    if isinstance(example, RowError):
+        reasons = {
+            "nothing to train": not wanted,
+            "a text holds a control token of the model": policy == "reject" and said(text) != text,
+            "a token spans the end of the prompt and the answer": family == "llama2",  # which cannot be cut
+        }
+        assert reasons[str(example)]
+        return
+    if policy == "text":
+        tokens = expected_as_text(tokenizer, text, wanted, injected, starts)
+    else:
+        assert policy == "keep" or said(text) == text
+        places = {a: len(said(text[:a])) for span in [*wanted, *((start, start) for start in starts)] for a in span}
+        wanted = [(places[a], places[b]) for a, b in wanted]
+        tokens = expected(tokenizer.backend_tokenizer, said(text), wanted, [places[start] for start in starts])
+    assert agrees(example, tokens)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_of_any_tool_call_the_call_is_trained_with_its_stop_token(tokenizers, data):
+    family = data.draw(st.sampled_from(["qwen2_5", "qwen3", "llama3_2", "mistral_nemo"]))
+    tokenizer = tokenizers[family]
+    plain_text = any_text.map(lambda text: text.replace(INJECTED, "-"))
+    arguments = data.draw(st.dictionaries(st.sampled_from("abc"), plain_text | st.integers() | st.lists(plain_text)))
+    call = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    question, answer = data.draw(plain_text), data.draw(plain_text)
+    conversation = Conversation(
+        (
+            Message("user", question),
+            Message("assistant", "", tool_calls=(call,)),
+            Message("tool", '{"sum": "4"}', tool_call_id="call00001"),
+            Message("assistant", answer),
+        ),
+        TOOLS,
+    )
+    written = json.dumps(arguments, ensure_ascii=False)
+    called = {
+        "llama3_2": f'{{"name": "add", "parameters": {written}}}<|eot_id|>',
+        "mistral_nemo": f'[TOOL_CALLS][{{"name": "add", "arguments": {written}, "id": "call00001"}}]</s>',
+    }.get(family, f'<tool_call>\n{{"name": "add", "arguments": {written}}}\n</tool_call><|im_end|>')
+    answered = {
+        "qwen3": NO_THOUGHT + answer.lstrip("\n") + "<|im_end|>",
+        "llama3_2": answer.strip() + "<|eot_id|>",
+        "mistral_nemo": answer + "</s>",
+    }.get(family, answer + "<|im_end|>")
+    example = Masker(tokenizer).example(conversation)
+    trained = tokenizer.decode(example.input_ids[example.trained].tolist(), clean_up_tokenization_spaces=False)
+    normal = tokenizer.backend_tokenizer.normalizer
+    assert trained == "".join(normal.normalize_str(text) if normal else text for text in (called, answered))

@@ -153,6 +153,27 @@ FORMS = {
         turns("USER: M ", "ASSISTANT: M</s>", "ASSISTANT:", before="A chat. "),
         [(TALK, "A chat. USER: Say OK. ASSISTANT:⟦  OK.\n</s>⟧USER: Why OK.? ASSISTANT:⟦ Größe</s>⟧")],
     ),
+    "a template that always ends with a header": Form(
+        "<|im_start|> <|im_end|>",
+        turns(
+            "<|im_start|>user\\nM<|im_end|>\\n", "<|im_start|>assistant\\nM<|im_end|>\\n", after="<|im_start|>user\\n"
+        )
+        + "{{ '<|im_start|>assistant\\n' if add_generation_prompt }}",
+        [
+            (
+                LAST,
+                "<|im_start|>user\nSay OK.<|im_end|>\n<|im_start|>assistant\n⟦ OK.<|im_end|>⟧\n<|im_start|>user\n",
+            )
+        ],
+    ),
+    "the same, and another token is EOS": Form(
+        "<|im_start|> <|im_end|> <|endoftext|>",
+        turns(
+            "<|im_start|>user\\nM<|im_end|>\\n", "<|im_start|>assistant\\nM<|im_end|>\\n", after="<|im_start|>user\\n"
+        )
+        + "{{ '<|im_start|>assistant\\n' if add_generation_prompt }}",
+        [(LAST, "refused: several control tokens close an answer, and none is the tokenizer's EOS")],
+    ),
     "alpaca: plain words, and none": Form(
         "</s>", turns("### Q:\\nM\\n", "### A:\\nM\\n", "### A:\\n", before="</s>"), [(LAST, NO_STOP)]
     ),
@@ -207,8 +228,8 @@ FORMS = {
         "<call> </call> </s>",
         "{{ 'Tools: ' + tools | tojson + '\\n' if tools }}{% set last = namespace() %}"
         "{% for m in messages %}{% if m.role == 'user' %}"
-        "{{ 'U: ' + m.content + '\\nA:\\n' }}"
-        "{% elif m.role == 'tool' %}{{ last.name + ' says ' + m.content + '\\nA:\\n' }}"
+        "{{ 'U: ' + m.content + '\\nA:\\n' }}{% elif m.role == 'tool' %}"
+        "{{ last.name + ' says ' + m.content + '\\nA:\\n' }}"
         "{% elif m.tool_calls %}{% set last.name = m.tool_calls[0].function.name %}"
         "{{ '<call>' + last.name + ' ' + m.tool_calls[0].function.arguments + '</call></s>' }}"
         "{% else %}{{ m.content + '</s>' }}{% endif %}{% endfor %}",

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
 from tests.ranks import ROOT
 from trainer import dist
 from trainer.config import Recipe, load
+from trainer.data.loader import prepare
 from trainer.flow import BadInput
-from trainer.run_folder import open_run_folder, require_shared
+from trainer.metrics import Metrics, ModelFlops
+from trainer.run_folder import describe, open_run_folder, require_shared
 
 
 def open_and_save(run_dir: Path) -> None:
@@ -96,6 +100,28 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadInput, match=r"run\.dir"):
         open_run_folder(recipe(tmp_path / "file" / "run"), tmp_path / "file" / "run")
+
+
+def test_it_tells_of_every_row_that_is_left_out(tmp_path: Path, shared: Path) -> None:
+    rows = [{"question": "1?", "answer": "One."}, {"question": "2?"}, {"question": "3?", "answer": ""}]
+    for name, count in (("train", 3), ("eval", 2)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+    paths = [f"data.{name}=[{{path: {tmp_path / name}.jsonl}}]" for name in ("train", "eval")]
+    made = recipe(tmp_path, *paths, f"data.cache={tmp_path / 'cache'}", "data.max_rejects=1")
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "smollm2")
+    train, held_out = (prepare(made, tokenizer, which) for which in ("train", "eval"))
+    flops = ModelFlops(1, 1, 1)
+    metrics = Metrics(tmp_path, log_every=1, row_tokens=8, flops=flops, resumed_at=0, steps=1, beat=lambda part: None)
+    describe(made, tmp_path, train, held_out, metrics)
+    metrics.close()
+    reports = json.loads((tmp_path / "data.json").read_text())
+    assert (reports["train"]["reasons"], reports["eval"]["reasons"]) == ({"no answer": 2}, {"no answer": 1})
+    told = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
+    assert [(Path(row["source"]).name, row["row"], row["reason"]) for row in told] == [
+        ("train.jsonl", 2, "no answer"),
+        ("train.jsonl", 3, "no answer"),
+        ("eval.jsonl", 2, "no answer"),
+    ]
 
 
 # ----------------------------------------------------------------------------------------------- several nodes
