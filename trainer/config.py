@@ -85,9 +85,10 @@ class DataSection(Section):
     too_long: Literal["reject", "truncate", "split"] = Field(
         default="reject", description="Of an example of more tokens. truncate keeps it only with its answer's end."
     )
-    packing: Literal["none", "bfd", "bfd_split", "wrapped"] = Field(
+    packing: Literal["none", "bfd", "bfd_split", "wrapped", "greedy"] = Field(
         default="bfd",
-        description="bfd keeps examples whole; bfd_split cuts long ones; wrapped fills every row to the end.",
+        description="bfd keeps examples whole; bfd_split cuts long ones; wrapped fills every row to the end; greedy "
+        "keeps them whole and packs as they come.",
     )
     max_rejects: float = Field(default=0.01, ge=0, le=1, description="The run stops above this share of rejected rows.")
     cache: str = Field(default="~/.cache/packhorse", description="Tokenised data; may be local to a node.")
