@@ -17,8 +17,6 @@ import typer
 from trainer.flow import BAD_INPUT, DONE, FAILED, BadInput, RowError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from trainer.config import Recipe
     from trainer.flow import Example
 
@@ -152,51 +150,39 @@ def _first_rows(recipe: Recipe, tokenizer: Any, split: str, count: int) -> Itera
 
 
 @app.command()
-def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
+def prepare(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder to write data.json and data.png to.", show_default=False)
+    ] = None,
+) -> None:
     """Tokenise and pack the data into the cache, and show what there is to train.
 
     [bold]packhorse prepare recipes/quickstart.yaml[/bold]
+    [bold]packhorse prepare recipes/quickstart.yaml --out data-report[/bold]
     """
-    from bisect import bisect_left
-
     from rich.console import Console
-    from rich.table import Table
 
     from trainer import config, dist
-    from trainer.data.loader import eval_plan, prepare, train_plan
+    from trainer.data.loader import prepare, train_plan
+    from trainer.data.summary import tables, write
     from trainer.model.load import load_tokenizer
 
     dist.start_logging()
     recipe = config.load(recipe_file, overrides or ())
     tokenizer = load_tokenizer(recipe.model)
     train = prepare(recipe, tokenizer, "train")
+    held_out = prepare(recipe, tokenizer, "eval") if recipe.data.eval else None
     plan = train_plan(recipe, train)
-    tables = [_data_table("train", train.report, plan.fill())]
-    if recipe.data.eval:
-        held_out = prepare(recipe, tokenizer, "eval")
-        tables.append(_data_table("eval", held_out.report, eval_plan(recipe, held_out).fill()))
-    epoch_steps = bisect_left(range(plan.steps), 1, key=lambda step: plan.step(step).epoch)
-    steps = Table("steps", "of the first epoch", "rows per step", "tokens per row", title="plan")
-    steps.add_row(*map(str, (plan.steps, epoch_steps, recipe.batch.rows_per_step, recipe.batch.row_tokens)))
-    Console().print(*tables, steps)
-
-
-def _data_table(title: str, report: dict[str, Any], fill: float) -> Table:
-    """What prepared data holds, source by source where there are several."""
-    from rich.table import Table
-
-    table = Table("", "rows", "rejected", "documents", "tokens", "trained", title=f"{title}: rows {fill:.1%} filled")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    sources = report["sources"] if len(report["sources"]) > 1 else []
-    for part in [*sources, {"name": "all", **report}]:
-        counts = (part[key] for key in ("rows", "rejected", "documents", "tokens"))
-        table.add_row(
-            part["name"], *(f"{count:,}" for count in counts), f"{part['trained_tokens'] / part['tokens']:.1%}"
-        )
-        for reason, count in part["reasons"].items():
-            table.add_row(f"  rejected: {reason}", "", f"{count:,}")
-    return table
+    Console().print(*tables(recipe, train, plan, held_out))
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write(out, train, plan, held_out)
+        except OSError as error:
+            raise BadInput(f"--out {out}: cannot be written ({error})") from None
+        print(out / "data.json", out / "data.png", sep="\n")
 
 
 @app.command()

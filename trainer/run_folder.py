@@ -1,6 +1,6 @@
 """What a run leaves in its folder beside checkpoints and metrics: the recipe, where it ran, what became of it.
 
-recipe.yaml   environment.json   data.json   summary.json   stop.json   trace.jsonl
+recipe.yaml   environment.json   data.json   data.png   summary.json   stop.json   trace.jsonl
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import torch
 
 from trainer import __version__, config, dist
 from trainer.config import Recipe
+from trainer.data import summary
 from trainer.data.loader import Prepared
+from trainer.data.plan import Plan
 from trainer.engine import Engine
 from trainer.flow import STOP_FILE, BadInput, Batch, StepResult
 from trainer.metrics import Metrics, read_lines
@@ -60,8 +62,10 @@ def require_shared(run_dir: Path) -> None:
         )
 
 
-def describe(recipe: Recipe, run_dir: Path, train_data: Prepared, eval_data: Prepared | None, metrics: Metrics) -> None:
-    """environment.json, data.json, and the recipe as text in TensorBoard."""
+def describe(
+    recipe: Recipe, run_dir: Path, train_data: Prepared, plan: Plan, eval_data: Prepared | None, metrics: Metrics
+) -> None:
+    """environment.json, data.json, data.png, and the recipe as text in TensorBoard."""
     packages = ("torch", "deepspeed", "transformers", "datasets", "tokenizers")
     write_json(
         run_dir / "environment.json",
@@ -74,8 +78,7 @@ def describe(recipe: Recipe, run_dir: Path, train_data: Prepared, eval_data: Pre
             "world_size": dist.world_size(),
         },
     )
-    reports = {"train": train_data.report, **({"eval": eval_data.report} if eval_data else {})}
-    write_json(run_dir / "data.json", reports)
+    summary.write(run_dir, train_data, plan, eval_data)
     rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.fixed().items())
     metrics.text("recipe", f"| key | value |\n|---|---|\n{rows}")
 

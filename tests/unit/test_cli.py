@@ -117,6 +117,17 @@ def test_prepare_shows_what_there_is_to_train(packhorse, tmp_path):
     assert "steps" in out
 
 
+def test_prepare_writes_numbers_and_picture_where_it_is_told(packhorse, tmp_path):
+    code, out, err = packhorse("prepare", DEBUG, f"data.cache={tmp_path}/cache", "--out", f"{tmp_path}/report")
+    assert code == 0, err
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["data.json", "data.png"]
+    assert out.rstrip().endswith(f"{tmp_path}/report/data.png")
+    (tmp_path / "file").touch()
+    code, _, err = packhorse("prepare", DEBUG, f"data.cache={tmp_path}/cache", "--out", f"{tmp_path}/file")
+    assert code == 2
+    assert "cannot be written" in err
+
+
 def test_prepare_counts_rejects_by_reason(packhorse, tmp_path):
     rows = (ROOT / "recipes/debug/train.jsonl").read_text().splitlines()
     rows[3] = json.dumps({"question": "What now?", "answer": ""})

@@ -9,9 +9,10 @@ ROOT = Path(__file__).resolve().parents[2]
 TIERS = [
     "flow",
     "config dist",
-    "once template shards watch",
+    "once picture template shards watch",
     "data/source data/format data/mask data/tokenise data/cache data/pack data/plan",
     "data/loader",
+    "data/summary",
     "model/attention model/loss model/noise",
     "model/load model/sft",
     "model/probe",
