@@ -25,7 +25,7 @@ from trainer.dist import is_main, log
 from trainer.flow import BadInput, Example, Packed, Tokenised
 from trainer.once import Stopped, build_once
 
-VERSION = 1  # part of every key: raise it when the files of a folder change
+VERSION = 2  # part of every key: raise it when the files of a folder change
 
 SAVE_EVERY_S = 5.0  # between points that a next start can go on from
 LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
@@ -33,7 +33,7 @@ LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
 COLUMNS = {
     "input_ids": np.dtype(np.int32),  # (tokens,)
     "trained": np.dtype(np.bool_),  # (tokens,)
-    "offsets": np.dtype(np.int64),  # (documents,) where each document begins
+    "offsets": np.dtype(np.int64),  # (documents + 1,) where each document begins, and the end
     "trained_counts": np.dtype(np.int64),  # (documents,)
     "sources": np.dtype(np.int32),  # (documents,) number of the source in the recipe
     "files": np.dtype(np.int32),  # (documents,) number of the file
@@ -46,7 +46,7 @@ Chunks = Callable[[int], Generator[Tokenised, None, None]]
 
 @dataclass(frozen=True)
 class Documents:
-    """A finished cache of n documents: its columns, memory-mapped, `offsets` (n + 1,) with the end added."""
+    """A finished cache of n documents: its columns, memory-mapped; in memory are `lengths` alone, 8 bytes each."""
 
     folder: Path
     fingerprint: str  # of the content: equal wherever it was built
@@ -143,7 +143,6 @@ def _open(folder: Path, what: str, max_rejects: float) -> Documents:
         name: np.asarray(np.memmap(folder / _file(name), dtype, mode="r"))  # a plain view: slices faster than memmap
         for name, dtype in COLUMNS.items()
     }
-    columns["offsets"] = np.append(columns["offsets"], len(columns["input_ids"]))
     return Documents(folder, record["fingerprint"], record["report"], **columns, lengths=np.diff(columns["offsets"]))
 
 
@@ -216,7 +215,8 @@ class _Building:
         self._saved_at = time.monotonic()
 
     def finish(self) -> None:
-        """Write the report: the last thing before the folder is published."""
+        """Write the end of the last document, and the report: the last thing before the folder is published."""
+        self._files[_file("offsets")].write(np.int64(self.tokens).tobytes())
         sizes = self._sync_all()
         counted = ("rows", "documents", "tokens", "trained_tokens", "rejected")
         totals = {key: sum(source[key] for source in self._sources) for key in counted}

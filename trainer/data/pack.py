@@ -95,32 +95,31 @@ def _best_fit_decreasing(lengths: np.ndarray, row_tokens: int, rng: np.random.Ge
     empty, so the tightest row that takes a piece is the lowest bit at or above its length.
     """
     order = _shuffled(len(lengths), rng)
-    window = np.arange(len(lengths)) // WINDOW_DOCUMENTS
-    order = order[np.lexsort((-lengths[order], window))]  # stable: equal lengths keep their shuffled order
-
     stacks: list[list[int]] = [[] for _ in range(row_tokens + 1)]
     has_left = 0
-    placed: list[int] = []
     num_rows = 0
-    for length in lengths[order].tolist():
-        fitting = has_left >> length
-        if fitting:
-            left = length - 1 + (fitting & -fitting).bit_length()
-            row = stacks[left].pop()
-            if not stacks[left]:
-                has_left ^= 1 << left
-            left -= length
-        else:
-            row, left = num_rows, row_tokens - length
-            num_rows += 1
-        placed.append(row)
-        if left:
-            if not stacks[left]:
-                has_left |= 1 << left
-            stacks[left].append(row)
-
     rows = np.empty(len(lengths), dtype=np.int64)
-    rows[order] = placed
+    for start in range(0, len(order), WINDOW_DOCUMENTS):
+        window = order[start : start + WINDOW_DOCUMENTS]
+        window = window[np.argsort(-lengths[window], kind="stable")]  # equal lengths keep their shuffled order
+        placed: list[int] = []
+        for length in lengths[window].tolist():
+            fitting = has_left >> length
+            if fitting:
+                left = length - 1 + (fitting & -fitting).bit_length()
+                row = stacks[left].pop()
+                if not stacks[left]:
+                    has_left ^= 1 << left
+                left -= length
+            else:
+                row, left = num_rows, row_tokens - length
+                num_rows += 1
+            placed.append(row)
+            if left:
+                if not stacks[left]:
+                    has_left |= 1 << left
+                stacks[left].append(row)
+        rows[window] = placed
     return rows, num_rows
 
 
