@@ -5,7 +5,8 @@
 All arms read the same JSONL and leave what training maps into memory: tokens, what is trained of them, packed rows.
 Each round runs every arm on one core and on two, in a fresh process that is bound to so many cores; rounds alternate.
 The clock is this process's: from the line that an arm writes when its libraries and tokenizer are loaded to the line
-after its work; so are the seconds of computing, by the system's count of all its processes. Nothing is in a cache. Writes benchmarks/results/data_cpu.md. Needs the extra `bench` (TRL).
+after its work; so are the seconds of computing, by the system's count of all its processes. Nothing is in a cache.
+Writes benchmarks/results/data_cpu.md. Needs the extra `bench` (TRL).
 """
 
 from __future__ import annotations
@@ -317,13 +318,13 @@ def busy(load: float) -> str:
     if load < 0.5:
         return ""
     return (
-        f" The machine was busy with other work (load {load:.1f} before the start), so seconds on the clock say little: "
-        "read the seconds of computing, and their ratios."
+        f" The machine was busy with other work (load {load:.1f} before the start), so seconds on the clock say "
+        "little: read the seconds of computing, and their ratios."
     )
 
 
 def speed_table(runs: dict[tuple[str, int], list[Done]], cores: int, row_tokens: int) -> str:
-    head = ["", "tokens/s", "tokens a second of a core", "packhorse / it", "trained share", "fill"]
+    head = ["", "tokens/s", "tokens a second of a core", "packhorse / it, of a core", "trained share", "fill"]
     rows = []
     for arm, label in LABELS.items():
         done = runs[arm, cores]

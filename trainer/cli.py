@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from trainer.flow import BAD_INPUT, DONE, FAILED, BadInput, RowError
+from trainer.flow import BAD_INPUT, DONE, FAILED, BadInput, Example, RowError
 
 if TYPE_CHECKING:
     from trainer.config import Recipe
-    from trainer.flow import Example
+    from trainer.preview import Row
 
 app = typer.Typer(
     help="Supervised fine-tuning where the run is a function of the recipe.",
@@ -125,15 +125,18 @@ def preview(
         print(html)
 
 
-def _first_rows(recipe: Recipe, tokenizer: Any, split: str, count: int) -> Iterator[tuple[str, Example | RowError]]:
-    """Titles and examples (or why there is none) of the first rows of each source, cut as for training."""
+def _first_rows(recipe: Recipe, tokenizer: Any, split: str, count: int) -> Iterator[Row]:
+    """The first rows of each source, or why they are rejected, cut as for training."""
     from itertools import islice
+
+    import numpy as np
 
     from trainer.data.format import detect_format, to_conversation
     from trainer.data.loader import limits_of
     from trainer.data.mask import Masker
     from trainer.data.source import read_rows
     from trainer.data.tokenise import fit
+    from trainer.preview import Row, role_starts
 
     section = recipe.data
     masker = Masker(tokenizer, section.train_on, section.train_on_eot)
@@ -143,10 +146,16 @@ def _first_rows(recipe: Recipe, tokenizer: Any, split: str, count: int) -> Itera
         for row in rows:
             title = f"{row.file or source.name}:{row.number}"
             try:
-                example = masker.example(to_conversation(row.fields, format, source.columns))
-                yield from ((title, part) for part in fit(example, limits_of(recipe)))
+                conversation = to_conversation(row.fields, format, source.columns)
+                example = masker.example(conversation)
+                roles = role_starts(conversation, example, masker.template)
+                positions = Example(np.arange(len(example.input_ids), dtype=np.int32), example.trained)
+                for part in fit(positions, limits_of(recipe)):  # cut as the tokens are, so that roles are found again
+                    ids = example.input_ids[part.input_ids]
+                    shown = {place: roles[p] for place, p in enumerate(part.input_ids.tolist()) if p in roles}
+                    yield Row(title, Example(ids, part.trained), shown)
             except RowError as error:
-                yield title, error
+                yield Row(title, error)
 
 
 @app.command()

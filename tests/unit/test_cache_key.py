@@ -134,9 +134,9 @@ def test_long_examples_are_cut_by_the_packing_or_before_it(work):
 
 
 def test_a_dataset_of_the_hub_is_known_by_its_content_and_split(work, tmp_path, monkeypatch):
-    import datasets
+    from datasets import config
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "datasets")
     (tmp_path / "set").mkdir()
     for split in ("train", "test"):
         shutil.copyfile(work / "rows.jsonl", tmp_path / "set" / f"{split}.jsonl")

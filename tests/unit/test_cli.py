@@ -144,6 +144,11 @@ def test_preview_on_the_terminal_and_as_a_page(packhorse, tmp_path):
     assert "train.jsonl:1" in out
     assert "train.jsonl:3" not in out
     page = tmp_path / "page.html"
+    cut = ("data.max_tokens=40", "data.too_long=split", "data.train_on=all")
+    code, out, err = packhorse("preview", DEBUG, "--rows", "1", *cut)
+    assert code == 0, err
+    assert out.count("train.jsonl:1") > 1, "a row is shown as it is cut"
+    assert (out.count(" user "), out.count(" assistant ")) == (1, 1)
     code, out, err = packhorse("preview", DEBUG, "--split", "eval", "--html", str(page))
     assert code == 0, err
     assert "eval.jsonl:1" in page.read_text()
