@@ -4,9 +4,9 @@
 
 For each number: synthetic rows of about 200 tokens as JSONL; then, each in a fresh process, `prepare` builds the cache
 and packs, `again` finds it, `train` makes the plan and the batches of its last 1,000 steps. The tokenizer is made here
-and takes words as tokens: what is measured is memory, not speed. Peaks are looked up five times
-a second in /proc/PID/smaps_rollup, anonymous pages apart from those of mapped files, which the system takes back when
-it needs them. Writes benchmarks/results/data_scale_cpu.md. Needs about 4 GB of disk for 2,000,000 rows.
+and takes words as tokens: what is measured is memory, not speed. Peaks are looked up
+twice a second in /proc/PID/smaps_rollup, anonymous pages apart from those of mapped files, which the system takes back
+when it needs them. Writes benchmarks/results/data_scale_cpu.md. Needs about 4 GB of disk for 2,000,000 rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from common import ROOT, family, machine, table
 
 MIB = 2**20
-LOOK_S = 0.2
+LOOK_S = 0.5
 WORDS = 50_000
 STEPS = 1000  # of the plan, made into batches
 TEMPLATE = (

@@ -51,7 +51,10 @@ def pack(lengths: np.ndarray, row_tokens: int, packing: str, rng: np.random.Gene
     else:
         raise ValueError(f"packing is none, bfd, bfd_split, wrapped or greedy, not {packing}")
     rows = _shuffled(num_rows, rng)[rows]
-    return Packed(pieces[np.argsort(rows, kind="stable")], _offsets(np.bincount(rows, minlength=num_rows)))
+    order = np.argsort(rows, kind="stable")
+    for column in pieces.T:  # in place, as there may be millions
+        column[:] = column[order]
+    return Packed(pieces, _offsets(np.bincount(rows, minlength=num_rows)))
 
 
 def greedy(lengths: Iterable[int], row_tokens: int) -> Iterator[list[int]]:
@@ -136,10 +139,13 @@ def _in_order(lengths: np.ndarray, row_tokens: int, rng: np.random.Generator) ->
 def _pieces(lengths: np.ndarray, row_tokens: int) -> np.ndarray:
     """Every document as pieces (P, 4) of `row_tokens`, and a rest."""
     counts = -(-lengths // row_tokens)
-    document = np.repeat(np.arange(len(lengths)), counts)
-    piece = np.arange(len(document)) - np.repeat(_offsets(counts)[:-1], counts)
-    start = piece * row_tokens
-    return np.stack([document, start, np.minimum(start + row_tokens, lengths[document]), piece], axis=1)
+    pieces = np.empty((int(counts.sum()), 4), dtype=np.int64)
+    document, start, stop, piece = pieces.T
+    document[:] = np.repeat(np.arange(len(lengths)), counts)
+    piece[:] = np.arange(len(pieces)) - np.repeat(_offsets(counts)[:-1], counts)
+    np.multiply(piece, row_tokens, out=start)
+    np.minimum(start + row_tokens, lengths[document], out=stop)
+    return pieces
 
 
 def _wrapped(lengths: np.ndarray, row_tokens: int, rng: np.random.Generator) -> Packed:
