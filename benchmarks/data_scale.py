@@ -3,8 +3,8 @@
     python benchmarks/data_scale.py [--rows 100000,500000,2000000]
 
 For each number: synthetic rows of about 200 tokens as JSONL; then, each in a fresh process, `prepare` builds the cache
-and packs, `again` finds it, `train` makes the plan and the batches of its last 1,000 steps. The tokenizer is made here
-and takes words as tokens: what is measured is memory, not speed. Peaks are looked up
+and packs, `again` finds it, `train` makes the plan and the batches of its last 1,000 steps. Rows are plain texts, and
+the tokenizer, which is made here, takes words as tokens: what is measured is memory, not speed. Peaks are looked up
 twice a second in /proc/PID/smaps_rollup, anonymous pages apart from those of mapped files, which the system takes back
 when it needs them. Writes benchmarks/results/data_scale_cpu.md. Needs about 4 GB of disk for 2,000,000 rows.
 """
@@ -31,10 +31,6 @@ MIB = 2**20
 LOOK_S = 0.5
 WORDS = 50_000
 STEPS = 1000  # of the plan, made into batches
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|> {{ message.role }} {{ message.content }} <|im_end|> {% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -108,32 +104,21 @@ def make_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    special = ["<|im_start|>", "<|im_end|>", "<unk>"]
-    words = [*special, "user", "assistant", *(f"w{number}" for number in range(WORDS))]
+    words = ["<eos>", "<unk>", "x", *(f"w{number}" for number in range(WORDS))]
     backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token="<|im_end|>",
-        unk_token="<unk>",
-        extra_special_tokens=["<|im_start|>"],
-    )
-    tokenizer.chat_template = TEMPLATE
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
     tokenizer.save_pretrained(folder)
 
 
 def make_rows(path: Path, count: int) -> None:
-    """Questions of 60 to 120 words and answers as long, no two rows alike."""
+    """Texts of 140 to 260 words, no two alike."""
     draw = random.Random(0)
-    words = [f"w{number}" for number in range(WORDS)]
-    pool = draw.choices(words, k=1_000_000)
+    pool = draw.choices([f"w{number}" for number in range(WORDS)], k=1_000_000)
     with path.open("w") as file:
         for _ in range(count):
-            texts = []
-            for _ in range(2):
-                start = draw.randrange(len(pool) - 200)
-                texts.append(" ".join(pool[start : start + draw.randint(60, 120)]))
-            file.write(json.dumps({"question": texts[0], "answer": texts[1]}) + "\n")
+            start = draw.randrange(len(pool) - 300)
+            file.write(f'{{"text": "{" ".join(pool[start : start + draw.randint(140, 260)])}"}}\n')
 
 
 # ----------------------------------------------------------------------------------------------- the parts
