@@ -14,13 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from trainer.flow import BAD_INPUT, DONE, FAILED, BadInput, RowError
+from trainer.flow import BAD_INPUT, DONE, FAILED, BadInput, Example, RowError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from trainer.config import Recipe
-    from trainer.flow import Example
+    from trainer.preview import Row
 
 app = typer.Typer(
     help="Supervised fine-tuning where the run is a function of the recipe.",
@@ -131,16 +129,17 @@ def preview(
         print(html)
 
 
-def _first_rows(
-    recipe: Recipe, tokenizer: Any, split: Literal["train", "eval"], count: int
-) -> Iterator[tuple[str, Example | RowError]]:
-    """Titles and examples (or why there is none) of the first rows of each source, cut as for training."""
+def _first_rows(recipe: Recipe, tokenizer: Any, split: Literal["train", "eval"], count: int) -> Iterator[Row]:
+    """The first rows of each source, or why they are left out, cut as for training."""
     from itertools import islice
+
+    import numpy as np
 
     from trainer.data.loader import limits_of, masker_of, rows_of
     from trainer.data.rows import RowReader
     from trainer.data.split import parts_of
     from trainer.data.tokenise import fit
+    from trainer.preview import Row, role_starts
 
     masker = masker_of(recipe.data, tokenizer)
     for part in parts_of(recipe.data, split):
@@ -148,26 +147,37 @@ def _first_rows(
         for row in islice(rows_of(recipe.data, part), count):
             title = f"{row.file or part.source.name}:{row.number}"
             try:
-                example = masker.example(reader.conversation(row.fields))
-                yield from ((title, document) for document in fit(example, limits_of(recipe)))
+                conversation = reader.conversation(row.fields)
+                example = masker.example(conversation)
+                roles = role_starts(conversation, example, masker.template)
+                positions = Example(np.arange(len(example.input_ids), dtype=np.int32), example.trained)
+                for document in fit(positions, limits_of(recipe)):  # cut as the tokens are: roles are found again
+                    places = document.input_ids
+                    shown = {place: roles[p] for place, p in enumerate(places.tolist()) if p in roles}
+                    yield Row(title, Example(example.input_ids[places], document.trained), shown)
             except RowError as error:
-                yield title, error
+                yield Row(title, error)
 
 
 @app.command()
-def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
+def prepare(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder to write data.json and data.png to.", show_default=False)
+    ] = None,
+) -> None:
     """Tokenise and pack the data into the cache, and show what there is to train.
 
     [bold]packhorse prepare recipes/quickstart.yaml[/bold]
+    [bold]packhorse prepare recipes/quickstart.yaml --out data-report[/bold]
     """
-    from bisect import bisect_left
-
     from rich.console import Console
-    from rich.table import Table
 
     from trainer import config, dist
     from trainer.data.leakage import check_leakage
-    from trainer.data.loader import eval_plan, prepare, train_plan
+    from trainer.data.loader import prepare, train_plan
+    from trainer.data.summary import tables, write
     from trainer.model.load import load_tokenizer
 
     dist.start_logging()
@@ -177,15 +187,18 @@ def prepare(recipe_file: RecipeFile, overrides: Overrides = None) -> None:
         _prepare_shards(recipe, tokenizer)
         return
     train = prepare(recipe, tokenizer, "train")
+    held_out = prepare(recipe, tokenizer, "eval") if recipe.has_eval else None
+    if held_out:
+        held_out = check_leakage(recipe, tokenizer, train, held_out)
     plan = train_plan(recipe, train)
-    tables = [_data_table("train", train.report, plan.fill())]
-    if recipe.has_eval:
-        held_out = check_leakage(recipe, tokenizer, train, prepare(recipe, tokenizer, "eval"))
-        tables.append(_data_table("eval", held_out.report, eval_plan(recipe, held_out).fill()))
-    epoch_steps = bisect_left(range(plan.steps), 1, key=lambda step: plan.step(step).epoch)
-    steps = Table("steps", "of the first epoch", "rows per step", "tokens per row", title="plan")
-    steps.add_row(*map(str, (plan.steps, epoch_steps, recipe.batch.rows_per_step, recipe.batch.row_tokens)))
-    Console().print(*tables, steps)
+    Console().print(*tables(recipe, train, plan, held_out))
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write(out, train, plan, held_out)
+        except OSError as error:
+            raise BadInput(f"--out {out}: cannot be written ({error})") from None
+        print(out / "data.json", out / "data.png", sep="\n")
 
 
 def _prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
@@ -194,47 +207,17 @@ def _prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
     from rich.table import Table
 
     from trainer.data.growing import prepare_now
-    from trainer.data.loader import prepare
 
-    counted = ("rows", "rejected", "documents", "tokens", "trained_tokens")
+    counted = ("rows", "rejected", "filtered", "documents", "tokens", "trained_tokens")
     table = Table("shard", *(name.replace("_", " ") for name in counted), title="train, the shards there are now")
     shards = prepare_now(recipe, tokenizer)
     for shard in shards:
         table.add_row(Path(shard.files[0]).name, *(f"{shard.report[name]:,}" for name in counted))
-    if recipe.has_eval:
-        prepare(recipe, tokenizer, "eval")
     Console().print(table)
     print(
         f"data.train grows: {len(shards)} shards are there now; a run of {recipe.train.steps} steps packs each by "
         "itself, and logs it in shards.jsonl when it is first used"
     )
-
-
-def _data_table(title: str, report: dict[str, Any], fill: float) -> Table:
-    """What prepared data holds, source by source where there are several."""
-    from rich.table import Table
-
-    names = ("rows", "rejected", "filtered", "documents", "tokens")
-    table = Table("", *names, "trained", title=f"{title}: rows {fill:.1%} filled")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    sources = report["sources"] if len(report["sources"]) > 1 else []
-    for part in [*sources, {"name": "all", **report}]:
-        counts = (part[key] for key in names)
-        table.add_row(
-            part["name"], *(f"{count:,}" for count in counts), f"{part['trained_tokens'] / part['tokens']:.1%}"
-        )
-        for reason, count in part["reasons"].items():
-            table.add_row(f"  rejected: {reason}", "", f"{count:,}")
-        for reason, count in part["filter_reasons"].items():
-            table.add_row(f"  filtered: {reason}", "", "", f"{count:,}")
-        if part["duplicates"]:
-            table.add_row("  duplicates", f"{part['duplicates']:,}")
-    if "leakage" in report:
-        leakage = report["leakage"]
-        table.add_row("near-duplicates in train", f"{leakage['leaked_rows']:,}")
-        table.caption = f"all pairs: {leakage['path']}" if leakage["pairs"] else None
-    return table
 
 
 @app.command()

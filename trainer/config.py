@@ -183,9 +183,10 @@ class DataSection(Section):
     split_context: int = Field(
         default=0, ge=0, description="Tokens before a cut that split repeats, as context that is not learned again."
     )
-    packing: Literal["none", "bfd", "bfd_split", "wrapped"] = Field(
+    packing: Literal["none", "bfd", "bfd_split", "wrapped", "greedy"] = Field(
         default="bfd",
-        description="bfd keeps examples whole; bfd_split cuts long ones; wrapped fills every row to the end.",
+        description="bfd keeps examples whole; bfd_split cuts long ones; wrapped fills every row to the end; greedy "
+        "keeps them whole and packs as they come.",
     )
     broken_lines: Literal["stop", "reject"] = Field(
         default="stop", description="A row that cannot be read at all ends the preparation, or is rejected like others."

@@ -1,4 +1,4 @@
-"""Rows as the model will see them: trained, context and special tokens in colours.
+"""Rows as the model will see them: trained, context and special tokens in colours, each message named by its role.
 
 Titled Examples (or RowErrors, for rows left out) and their tokenizer enter; a rich renderable for the terminal or one
 self-contained HTML page leaves. Nothing is printed or written here.
@@ -7,22 +7,36 @@ self-contained HTML page leaves. Nothing is printed or written here.
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.console import Group
 from rich.text import Text
 
-from trainer.flow import Example, Filtered, RowError
+from trainer.flow import Conversation, Example, Filtered, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Row = tuple[str, "Example | RowError"]  # a title such as `train.jsonl:3`, and what became of the row
+    from trainer.template import Template
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of a row, under a title such as `train.jsonl:3`. `roles` names, by the position of the token at
+    which its text begins, each message's role."""
+
+    title: str
+    result: Example | RowError
+    roles: Mapping[int, str] = field(default_factory=dict)
+
 
 STYLES = {"trained": "green", "context": "dim", "special": "magenta", "special trained": "bold underline magenta"}
+ROLE_STYLE = "black on cyan"
 LEGEND = {
     "trained": "trained",
     "context": "context",
@@ -42,6 +56,7 @@ h2 {{ font-size: 1rem; margin: 2rem 0 .4rem; }}
 .special {{ color: #a626a4; }}
 .special.trained {{ font-weight: bold; text-decoration: underline; }}
 .rejected {{ color: #c0392b; }}
+.role {{ font: 600 .75rem system-ui, sans-serif; background: #8883; border-radius: 4px; padding: 0 .4em; }}
 </style></head><body>
 <h1>{title}</h1>
 <p>{legend}</p>
@@ -51,19 +66,45 @@ h2 {{ font-size: 1rem; margin: 2rem 0 .4rem; }}
 
 
 class Run(NamedTuple):
-    """Neighbouring tokens of one kind (a key of STYLES) and their text."""
+    """Neighbouring tokens of one kind (a key of STYLES) and their text; `role`, where a message begins with them."""
 
     kind: str
     text: str
+    role: str | None = None
 
 
-def runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Run]:
-    """The example's tokens, (L,), as runs of one kind, in order."""
+def role_starts(conversation: Conversation, example: Example, template: Template) -> dict[int, str]:
+    """The tokens of the whole example at which the messages' own texts begin, with their roles.
+
+    Empty for a plain text, and where the row was tokenised in pieces, whose tokens cannot be found again.
+    """
+    if conversation.text is not None:
+        return {}
+    render = template.follow(conversation)
+    backend: Any = template.tokenizer.backend_tokenizer
+    encoding = backend.encode(render.text, add_special_tokens=False)
+    if encoding.ids != example.input_ids.tolist():
+        return {}
+    ends = [stop for _, stop in encoding.offsets]
+    found: dict[int, str] = {}
+    told = set()
+    for number, slot in enumerate(render.skeleton.slots):
+        message, _ = render.skeleton.owners[slot]
+        if message >= 0 and message not in told:  # -1: the tools that the row offers
+            told.add(message)
+            begins = render.starts[number] + len(render.skeleton.literals[number])
+            found[bisect_right(ends, begins)] = conversation.messages[message].role
+    return found
+
+
+def runs(example: Example, tokenizer: PreTrainedTokenizerBase, roles: Mapping[int, str] | None = None) -> Iterator[Run]:
+    """The example's tokens, (L,), as runs of one kind, in order; another one begins where `roles` has a token."""
+    roles = roles or {}
     ids = example.input_ids.tolist()
     special_ids = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     special = np.isin(example.input_ids, list(special_ids | set(tokenizer.all_special_ids)))
     kinds = special * 2 + example.trained
-    edges = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(ids)]
+    edges = sorted({0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), *roles, len(ids)})
     names = ("context", "trained", "special", "special trained")
     before = ""
     for start, stop in pairwise(edges):
@@ -71,7 +112,7 @@ def runs(example: Example, tokenizer: PreTrainedTokenizerBase) -> Iterator[Run]:
         text = _decoded(tokenizer, ids[:stop])
         piece = text[len(before) :] if text.startswith(before) else _decoded(tokenizer, ids[start:stop])
         before = text
-        yield Run(names[kinds[start]], piece)
+        yield Run(names[kinds[start]], piece, roles.get(start))
 
 
 def counts(example: Example) -> str:
@@ -83,29 +124,40 @@ def counts(example: Example) -> str:
 def as_text(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Group:
     """The rows for a terminal, below a legend."""
     legend = Text("  ").join(Text(LEGEND[kind], style=style) for kind, style in STYLES.items())
+    legend.append("  ").append(" role ", ROLE_STYLE).append(" of the message that begins")
     blocks: list[Text] = [legend]
-    for title, result in rows:
-        if isinstance(result, RowError):
-            blocks.append(Text.assemble("\n", (title, "bold"), "  ", (_left_out(result), "red")))
+    for row in rows:
+        if isinstance(row.result, RowError):
+            blocks.append(Text.assemble("\n", (row.title, "bold"), "  ", (_left_out(row.result), "red")))
             continue
-        blocks.append(Text.assemble("\n", (title, "bold"), f"  {counts(result)}"))
-        blocks.append(Text.assemble(*((_visible(run), STYLES[run.kind]) for run in runs(result, tokenizer))))
+        blocks.append(Text.assemble("\n", (row.title, "bold"), f"  {counts(row.result)}"))
+        shown = Text()
+        for run in runs(row.result, tokenizer, row.roles):
+            if run.role:
+                shown.append(f" {run.role} ", ROLE_STYLE)
+            shown.append(_visible(run), STYLES[run.kind])
+        blocks.append(shown)
     return Group(*blocks)
 
 
 def as_html(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, title: str = "packhorse preview") -> str:
     """The rows as one page that needs nothing else; every text is escaped."""
     legend = " &middot; ".join(f'<span class="{kind}">{LEGEND[kind]}</span>' for kind in STYLES)
-    blocks = [_html_row(name, result, tokenizer) for name, result in rows]
+    legend += ' &middot; <b class="role">role</b> of the message that begins'
+    blocks = [_html_row(row, tokenizer) for row in rows]
     return PAGE.format(title=html.escape(title), legend=legend, rows="\n".join(blocks))
 
 
-def _html_row(title: str, result: Example | RowError, tokenizer: PreTrainedTokenizerBase) -> str:
-    heading = html.escape(title)
-    if isinstance(result, RowError):
-        return f'<h2>{heading} <span class="rejected">{html.escape(_left_out(result))}</span></h2>'
-    spans = "".join(f'<span class="{run.kind}">{html.escape(_visible(run))}</span>' for run in runs(result, tokenizer))
-    return f"<h2>{heading} &middot; {counts(result)}</h2>\n<pre>{spans}</pre>"
+def _html_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+    heading = html.escape(row.title)
+    if isinstance(row.result, RowError):
+        return f'<h2>{heading} <span class="rejected">{html.escape(_left_out(row.result))}</span></h2>'
+    spans = "".join(
+        (f'<b class="role">{html.escape(run.role)}</b>' if run.role else "")
+        + f'<span class="{run.kind}">{html.escape(_visible(run))}</span>'
+        for run in runs(row.result, tokenizer, row.roles)
+    )
+    return f"<h2>{heading} &middot; {counts(row.result)}</h2>\n<pre>{spans}</pre>"
 
 
 def _left_out(reason: RowError) -> str:

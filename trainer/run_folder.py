@@ -1,6 +1,6 @@
 """What a run leaves in its folder beside checkpoints and metrics: the recipe, where it ran, what became of it.
 
-recipe.yaml   environment.json   data.json   rejects.jsonl   summary.json   stop.json   trace.jsonl
+recipe.yaml   environment.json   data.json   data.png   rejects.jsonl   summary.json   stop.json   trace.jsonl
 
 Where the training data grows, data.json has the shards that were known at the start; shards.jsonl has them all.
 """
@@ -18,8 +18,10 @@ import torch
 
 from trainer import __version__, config, dist
 from trainer.config import Recipe
+from trainer.data import summary
 from trainer.data.growing import LOG
 from trainer.data.loader import Prepared, TrainData
+from trainer.data.plan import Plan
 from trainer.engine import Engine
 from trainer.flow import STOP_FILE, BadInput, Batch, StepResult
 from trainer.metrics import Metrics, read_lines
@@ -77,9 +79,9 @@ def require_shared(run_dir: Path) -> None:
 
 
 def describe(
-    recipe: Recipe, run_dir: Path, train_data: TrainData, eval_data: Prepared | None, metrics: Metrics
+    recipe: Recipe, run_dir: Path, train_data: TrainData, plan: Plan, eval_data: Prepared | None, metrics: Metrics
 ) -> None:
-    """environment.json, data.json, rejects.jsonl, and the recipe as text in TensorBoard."""
+    """environment.json, data.json, data.png, rejects.jsonl, and the recipe as text in TensorBoard."""
     packages = ("torch", "deepspeed", "transformers", "datasets", "tokenizers")
     write_json(
         run_dir / "environment.json",
@@ -92,8 +94,10 @@ def describe(
             "world_size": dist.world_size(),
         },
     )
-    reports = {"train": train_data.report, **({"eval": eval_data.report} if eval_data else {})}
-    write_json(run_dir / "data.json", reports)
+    if isinstance(train_data, Prepared):
+        summary.write(run_dir, train_data, plan, eval_data)
+    else:
+        write_json(run_dir / "data.json", {"train": train_data.report, **summary.of_eval(eval_data)})
     rejects = [
         data.rejects_path.read_text(encoding="utf-8") for data in (train_data, eval_data) if isinstance(data, Prepared)
     ]

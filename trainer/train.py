@@ -128,7 +128,7 @@ def go_on(
     masker = masker_of(recipe.data, tokenizer)
     model.generation_config.eos_token_id = sorted(masker.stop_token_ids)  # what was learned to end an answer
     if dist.is_main():
-        describe(recipe, run_dir, train_data, eval_data, metrics)
+        describe(recipe, run_dir, train_data, plan, eval_data, metrics)
         save_description(model, tokenizer, run_dir)
     evaluation = Evaluation(recipe, run_dir, engine, eval_data, masker, metrics, stop, watch)
     if first_step == 0 and not evaluation(0):

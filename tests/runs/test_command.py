@@ -71,7 +71,7 @@ def test_a_run_learns_and_leaves_its_story(whole):
     assert found[18] < 0.6 * found[1]
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["after"]["eval/loss"] < 0.6 * summary["before"]["eval/loss"]
-    for name in ("recipe.yaml", "environment.json", "data.json", "tensorboard", "checkpoints/latest"):
+    for name in ("recipe.yaml", "environment.json", "data.json", "data.png", "tensorboard", "checkpoints/latest"):
         assert (whole / name).exists(), name
 
 

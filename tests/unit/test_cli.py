@@ -130,6 +130,17 @@ def test_prepare_of_a_source_that_grows_shows_the_shards_there_are(packhorse, tm
     assert not (tmp_path / "run").exists()
 
 
+def test_prepare_writes_numbers_and_picture_where_it_is_told(packhorse, tmp_path):
+    code, out, err = packhorse("prepare", DEBUG, f"data.cache={tmp_path}/cache", "--out", f"{tmp_path}/report")
+    assert code == 0, err
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["data.json", "data.png"]
+    assert out.rstrip().endswith(f"{tmp_path}/report/data.png")
+    (tmp_path / "file").touch()
+    code, _, err = packhorse("prepare", DEBUG, f"data.cache={tmp_path}/cache", "--out", f"{tmp_path}/file")
+    assert code == 2
+    assert "cannot be written" in err
+
+
 def test_prepare_counts_rejects_by_reason(packhorse, tmp_path):
     rows = (ROOT / "recipes/debug/train.jsonl").read_text().splitlines()
     rows[3] = json.dumps({"question": "What now?", "answer": ""})
@@ -181,6 +192,11 @@ def test_preview_on_the_terminal_and_as_a_page(packhorse, tmp_path):
     assert "train.jsonl:1" in out
     assert "train.jsonl:3" not in out
     page = tmp_path / "page.html"
+    cut = ("data.max_tokens=40", "data.too_long=split", "data.train_on=all")
+    code, out, err = packhorse("preview", DEBUG, "--rows", "1", *cut)
+    assert code == 0, err
+    assert out.count("train.jsonl:1") > 1, "a row is shown as it is cut"
+    assert (out.count(" user "), out.count(" assistant ")) == (1, 1)
     code, out, err = packhorse("preview", DEBUG, "--split", "eval", "--html", str(page))
     assert code == 0, err
     assert "eval.jsonl:1" in page.read_text()

@@ -111,7 +111,7 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (with_key("optim.lr", float("nan")), "`optim.lr`"),
         (with_key("batch.rows_per_step", 0), "`batch.rows_per_step`"),
         (with_key("batch.row_tokens", 1), "`batch.row_tokens`"),
-        (with_key("data.packing", "best"), "'none', 'bfd', 'bfd_split' or 'wrapped' (got 'best')"),
+        (with_key("data.packing", "best"), "'none', 'bfd', 'bfd_split', 'wrapped' or 'greedy' (got 'best')"),
         (with_key("data.train", []), "`data.train`"),
         (with_key("data.group_by", "id"), "`group_by` says how `eval_fraction` splits"),
         (with_key("data.eval_fraction", 1), "`data.eval_fraction`"),

@@ -33,7 +33,7 @@ from trainer.data.tokenise import Limits, Row, tokenise_rows
 from trainer.flow import BadInput, Batch, Example
 
 ROW = 16
-PACKINGS = ("none", "bfd", "bfd_split", "wrapped")
+PACKINGS = ("none", "bfd", "bfd_split", "wrapped", "greedy")
 
 
 def made_up(number: int, longest: int) -> Example:
@@ -52,7 +52,7 @@ def packing(request) -> str:
 
 @pytest.fixture(scope="module")
 def prepared(packing, tmp_path_factory) -> Prepared:
-    longest = ROW if packing in ("none", "bfd") else 3 * ROW
+    longest = ROW if packing in ("none", "bfd", "greedy") else 3 * ROW
     rows = [Row(0, 0, number, None) for number in range(1, 61)]
 
     def chunks(done):

@@ -2,16 +2,19 @@
 
 import json
 import time
+from itertools import islice, repeat
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data.pack import pack
+from trainer.data import pack as packs
+from trainer.data.pack import greedy, pack
 
 ROW = 16
-PACKINGS = ("none", "bfd", "bfd_split", "wrapped")
+WHOLE = ("none", "bfd", "greedy")  # packings that cut no document
+PACKINGS = (*WHOLE, "bfd_split", "wrapped")
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -19,7 +22,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def documents(packing: str) -> st.SearchStrategy[list[int]]:
-    longest = ROW if packing in ("none", "bfd") else 3 * ROW + 1
+    longest = ROW if packing in WHOLE else 3 * ROW + 1
     return st.lists(st.integers(1, longest), min_size=1, max_size=60)
 
 
@@ -68,7 +71,7 @@ def test_pieces_of_a_document_are_numbered_in_order(packing, data):
         of_document = packed.pieces[packed.pieces[:, 0] == document]
         of_document = of_document[np.argsort(of_document[:, 1])]
         assert of_document[:, 3].tolist() == list(range(len(of_document)))
-        if packing in ("none", "bfd"):
+        if packing in WHOLE:
             assert len(of_document) == 1
 
 
@@ -98,7 +101,7 @@ def test_best_fit_takes_the_tightest_row():
     assert {tuple(sorted(row)) for row in np.split(packed.pieces[:, 0], packed.row_offsets[1:-1])} == {(0, 3), (1, 2)}
 
 
-@pytest.mark.parametrize("packing", ["none", "bfd"])
+@pytest.mark.parametrize("packing", WHOLE)
 def test_a_document_longer_than_a_row_is_refused_where_documents_stay_whole(packing):
     with pytest.raises(ValueError, match="17 tokens does not fit in a row of 16"):
         pack(np.array([3, 17]), ROW, packing, rng())
@@ -115,6 +118,50 @@ def test_rows_of_gsm8k_are_nearly_full(gsm8k_lengths, seed):
     fill = gsm8k_lengths.sum() / (packed.num_rows * 2048)
     print(f"fill {fill:.4f} of {packed.num_rows} rows")
     assert fill >= 0.985
+
+
+def test_greedy_takes_the_oldest_row_that_has_room():
+    assert list(greedy([10, 12, 9, 6, 4, 5], ROW)) == [[0, 3], [1, 4], [2, 5]]  # bfd would lay 6 beside 9
+    assert list(greedy([16, 3], ROW)) == [[0], [1]]
+
+
+def test_greedy_closes_its_oldest_row_when_too_many_are_open(monkeypatch):
+    monkeypatch.setattr(packs, "OPEN_ROWS", 2)
+    assert list(greedy([9, 10, 11, 7, 6, 5], ROW)) == [[0], [1], [2, 5], [3, 4]]  # 7 found the first closed
+
+
+@given(st.lists(st.integers(1, ROW), max_size=60), st.lists(st.integers(1, ROW), max_size=60))
+def test_later_documents_do_not_change_the_rows_that_greedy_has_given_out(first, later):
+    came: list[int] = []
+
+    def stream():
+        for length in first + later:
+            came.append(length)
+            yield length
+
+    settled = [row for row in greedy(stream(), ROW) if len(came) <= len(first)]
+    assert list(greedy(first, ROW))[: len(settled)] == settled
+
+
+def test_greedy_reads_a_stream_without_an_end_and_no_document_waits_for_long():
+    lengths = (int(length) for length in rng(3).integers(1, 600, 1_000_000))
+    ages = (max(row) - min(row) for row in islice(greedy(lengths, 1024), 2000))
+    assert max(ages) < 40 * packs.OPEN_ROWS
+    assert len(list(islice(greedy(repeat(7), 1024), 90))) == 90
+
+
+@pytest.mark.parametrize("length", [0, ROW + 1])
+def test_greedy_refuses_what_fits_in_no_row(length):
+    with pytest.raises(ValueError, match=f"a document of {length} tokens"):
+        list(greedy([3, length], ROW))
+
+
+@pytest.mark.parametrize(("row_tokens", "fill"), [(1024, 0.96), (2048, 0.98)])
+def test_greedy_fills_gsm8k_nearly_as_well_as_bfd(gsm8k_lengths, row_tokens, fill):
+    rows = {packing: pack(gsm8k_lengths, row_tokens, packing, rng()).num_rows for packing in ("greedy", "bfd")}
+    fills = {packing: gsm8k_lengths.sum() / (count * row_tokens) for packing, count in rows.items()}
+    print(fills)
+    assert fill - 0.005 < fills["greedy"] < fills["bfd"] < fills["greedy"] + 0.02
 
 
 def test_a_million_documents_pack_in_seconds():

@@ -53,7 +53,7 @@ def rows_of(plan: Plan, step: int) -> list[int]:
 plans = st.builds(
     make_plan,
     st.builds(some_flags, st.integers(0, 99), st.integers(1, 40)),
-    packing=st.sampled_from(["none", "bfd", "bfd_split", "wrapped"]),
+    packing=st.sampled_from(["none", "bfd", "bfd_split", "wrapped", "greedy"]),
     rows_per_step=st.integers(1, 9),
     rows_per_micro=st.integers(1, 4),
     epochs=st.integers(1, 3),
@@ -107,9 +107,9 @@ def test_token_weights_of_a_step_sum_to_one_and_count_every_trained_token(plan):
     assert trained == plan.train.epochs * plan.epochs.corpus(0).trained_counts.sum()
 
 
-@pytest.mark.parametrize("packing", ["none", "bfd", "bfd_split", "wrapped"])
+@pytest.mark.parametrize("packing", ["none", "bfd", "bfd_split", "wrapped", "greedy"])
 def test_example_weights_give_every_example_the_same_say(packing):
-    flags = some_flags(3, 50, longest=ROW if packing in ("none", "bfd") else 3 * ROW)
+    flags = some_flags(3, 50, longest=ROW if packing in ("none", "bfd", "greedy") else 3 * ROW)
     plan = make_plan(flags, packing, weighting="example")
     for step in map(plan.step, range(plan.steps)):
         says = []

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from trainer.data.mask import Masker
 from trainer.flow import Conversation, Example, Filtered, Message, RowError
-from trainer.preview import Run, as_html, as_text, counts, runs
+from trainer.preview import Row, Run, as_html, as_text, counts, role_starts, runs
 
 HOSTILE = "<script>alert('x')</script> & \x1b[2J größe"
 ROW = Conversation((Message("user", HOSTILE), Message("assistant", "line one\nline 数")))
@@ -45,8 +45,8 @@ def test_counts(shown):
 def test_the_terminal_shows_colours_counts_and_reasons(shown):
     tokenizer, example = shown
     console = Console(width=200, record=True, force_terminal=True, color_system="truecolor", file=io.StringIO())
-    left_out = [("a.jsonl:2", RowError("no answer")), ("a.jsonl:3", Filtered("too short"))]
-    console.print(as_text([("a.jsonl:1", example), *left_out], tokenizer))
+    left_out = [Row("a.jsonl:2", RowError("no answer")), Row("a.jsonl:3", Filtered("too short"))]
+    console.print(as_text([Row("a.jsonl:1", example), *left_out], tokenizer))
     plain = console.export_text(clear=False)
     assert counts(example) in plain
     assert "a.jsonl:2  rejected: no answer" in plain
@@ -60,7 +60,7 @@ def test_the_terminal_shows_colours_counts_and_reasons(shown):
 
 def test_the_page_holds_the_text_escaped_and_asks_for_nothing(shown):
     tokenizer, example = shown
-    page = as_html([("a<b>.jsonl:1", example), ("a.jsonl:2", RowError("unknown role '<b>'"))], tokenizer)
+    page = as_html([Row("a<b>.jsonl:1", example), Row("a.jsonl:2", RowError("unknown role '<b>'"))], tokenizer)
     assert "<script" not in page
     assert not re.search(r"(src|href)=|@import|url\(", page)
     body = html.unescape("".join(re.findall(r'<span class="[a-z ]+">(.*?)</span>', page.split("<pre>")[1], re.DOTALL)))
@@ -68,3 +68,50 @@ def test_the_page_holds_the_text_escaped_and_asks_for_nothing(shown):
     assert all(f'class="{kind}"' in page.split("<pre>")[1] for kind in ("context", "trained", "special trained"))
     assert "a&lt;b&gt;.jsonl:1" in page
     assert "rejected: unknown role &#x27;&lt;b&gt;&#x27;" in page
+
+
+# ----------------------------------------------------------------------------------------------- roles
+
+
+TURNS = Conversation(
+    (
+        Message("user", "What is it?"),
+        Message("assistant", "It is 数."),
+        Message("user", " What is it?"),
+        Message("assistant", "The same."),
+    )
+)
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama2", "qwen3", "qwen2_5", "llama3_2", "mistral_nemo"])
+def test_each_message_is_named_where_its_text_begins(shared, name):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
+    masker = Masker(tokenizer)
+    example = masker.example(TURNS)
+    roles = role_starts(TURNS, example, masker.template)
+    assert list(roles.values()) == ["user", "assistant", "user", "assistant"]
+    begun = [run for run in runs(example, tokenizer, roles) if run.role]
+    assert [run.text.strip().split("<")[0][:4] for run in begun] == ["What", "It i", "What", "The "]
+    assert ["trained" in run.kind for run in begun] == [False, True, False, True]
+    whole = "".join(run.text for run in runs(example, tokenizer))
+    assert "".join(run.text for run in runs(example, tokenizer, roles)) == whole
+
+
+def test_a_plain_text_has_no_roles(shared):
+    masker = Masker(AutoTokenizer.from_pretrained(shared / "tokenizers/smollm2"))
+    text = Conversation(text="To be or not to be")
+    assert role_starts(text, masker.example(text), masker.template) == {}
+
+
+def test_roles_stand_in_the_terminal_and_on_the_page(shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/llama2")  # whose text names no role
+    masker = Masker(tokenizer)
+    example = masker.example(TURNS)
+    row = Row("a.jsonl:1", example, role_starts(TURNS, example, masker.template))
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(as_text([row], tokenizer))
+    shown = console.export_text().split("a.jsonl:1")[1]
+    assert (shown.count(" user "), shown.count(" assistant ")) == (2, 2)
+    assert shown.index(" user ") < shown.index("What is it?") < shown.index(" assistant ") < shown.index("It is")
+    page = as_html([row], tokenizer).split("<pre>")[1]
+    assert re.findall(r'<b class="role">(\w+)</b>', page) == ["user", "assistant", "user", "assistant"]

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from tests.ranks import ROOT
 from trainer import dist
 from trainer.config import Recipe, load
-from trainer.data.loader import prepare
+from trainer.data.loader import prepare, train_plan
 from trainer.flow import BadInput
 from trainer.metrics import Metrics, ModelFlops
 from trainer.run_folder import describe, open_run_folder, require_shared
@@ -112,7 +112,7 @@ def test_it_tells_of_every_row_that_is_left_out(tmp_path: Path, shared: Path) ->
     train, held_out = (prepare(made, tokenizer, which) for which in ("train", "eval"))
     flops = ModelFlops(1, 1, 1)
     metrics = Metrics(tmp_path, log_every=1, row_tokens=8, flops=flops, resumed_at=0, steps=1, beat=lambda part: None)
-    describe(made, tmp_path, train, held_out, metrics)
+    describe(made, tmp_path, train, train_plan(made, train), held_out, metrics)
     metrics.close()
     reports = json.loads((tmp_path / "data.json").read_text())
     assert (reports["train"]["reasons"], reports["eval"]["reasons"]) == ({"no answer": 2}, {"no answer": 1})

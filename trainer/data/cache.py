@@ -35,7 +35,7 @@ LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
 COLUMNS = {
     "input_ids": np.dtype(np.int32),  # (tokens,)
     "trained": np.dtype(np.bool_),  # (tokens,)
-    "offsets": np.dtype(np.int64),  # (documents,) where each document begins
+    "offsets": np.dtype(np.int64),  # (documents + 1,) where each document begins, and the end
     "trained_counts": np.dtype(np.int64),  # (documents,)
     "sources": np.dtype(np.int32),  # (documents,) number of the source in the recipe
     "files": np.dtype(np.int32),  # (documents,) number of the file
@@ -63,7 +63,7 @@ Chunks = Callable[[int], Generator[Tokenised, None, None]]
 
 @dataclass(frozen=True)
 class Documents:
-    """A finished cache of n documents: its columns, memory-mapped, `offsets` (n + 1,) with the end added."""
+    """A finished cache of n documents: its columns, memory-mapped; in memory are `lengths` alone, 8 bytes each."""
 
     folder: Path
     fingerprint: str  # of the content: equal wherever it was built
@@ -160,7 +160,6 @@ def _open(folder: Path, what: str, max_rejects: float) -> Documents:
         raise BadInput(f"{folder}: files of the cache have changed size since they were written; delete the folder")
     _check_rejects(record["report"], folder, what, max_rejects)
     columns = _mapped(folder)
-    columns["offsets"] = np.append(columns["offsets"], len(columns["input_ids"]))
     return Documents(folder, record["fingerprint"], record["report"], **columns, lengths=np.diff(columns["offsets"]))
 
 
@@ -249,8 +248,10 @@ class _Building:
         self._saved_at = time.monotonic()
 
     def finish(self, drop_duplicates: bool) -> None:
-        """Count the duplicates, and write the report: the last thing before the folder is published."""
+        """Count the duplicates, write the end of the last document, and the report: the last thing before the folder
+        is published."""
         self._find_duplicates(drop_duplicates)
+        self._files[_file("offsets")].write(np.int64(sum(source["tokens"] for source in self._sources)).tobytes())
         sizes = self._sync_all()
         report: dict[str, Any] = {key: sum(source[key] for source in self._sources) for key in COUNTED}
         for reasons in ("reasons", "filter_reasons"):

@@ -6,6 +6,8 @@ epoch at once, in one process, so that the number of workers cannot change it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import numpy as np
 
 from trainer.flow import Packed
@@ -16,21 +18,26 @@ WINDOW_DOCUMENTS = 1024
 """Documents sorted by length together. Windows make an epoch group its documents unlike the last one
 even where all lengths differ; rows that a window leaves open stay open for the next, so they cost no fill."""
 
+OPEN_ROWS = 64
+"""Rows that `greedy` keeps open: all that it remembers, and the most rows that close between a document and its own.
+More of them fill no better: 1, 16, 64 and 1,000,000 fill 88.3, 95.6, 96.1 and 96.2% of gsm8k's rows of 1024 tokens, and
+94.3, 97.9, 98.2 and 98.2% of 2048; bfd, which sees all lengths at once, 97.6 and 98.8%."""
+
 
 def pack(lengths: np.ndarray, row_tokens: int, packing: str, rng: np.random.Generator) -> Packed:
     """Lay documents of `lengths` (n,) tokens into rows of at most `row_tokens`, in an order drawn from `rng`.
 
     `none` gives each document a row; `bfd` packs by best-fit decreasing within windows; `bfd_split` does
-    so after cutting longer documents into pieces of `row_tokens`; `wrapped` lays the shuffled documents
-    end to end and cuts at every `row_tokens`.
+    so after cutting longer documents into pieces of `row_tokens`; `greedy` lays the shuffled documents as `greedy`
+    below does; `wrapped` lays them end to end and cuts at every `row_tokens`.
 
     Raises:
-        ValueError: a document is empty, or longer than a row under `none` and `bfd`.
+        ValueError: a document is empty, or longer than a row under `none`, `bfd` and `greedy`.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and lengths.min() < 1:
         raise ValueError("an empty document cannot be packed")
-    if packing in ("none", "bfd") and len(lengths) and lengths.max() > row_tokens:
+    if packing in ("none", "bfd", "greedy") and len(lengths) and lengths.max() > row_tokens:
         raise ValueError(f"a document of {lengths.max()} tokens does not fit in a row of {row_tokens}")
     if packing == "wrapped":
         return _wrapped(lengths, row_tokens, rng)
@@ -39,10 +46,43 @@ def pack(lengths: np.ndarray, row_tokens: int, packing: str, rng: np.random.Gene
         rows, num_rows = np.arange(len(pieces)), len(pieces)
     elif packing in ("bfd", "bfd_split"):
         rows, num_rows = _best_fit_decreasing(pieces[:, 2] - pieces[:, 1], row_tokens, rng)
+    elif packing == "greedy":
+        rows, num_rows = _in_order(lengths, row_tokens, rng)
     else:
-        raise ValueError(f"packing is none, bfd, bfd_split or wrapped, not {packing}")
+        raise ValueError(f"packing is none, bfd, bfd_split, wrapped or greedy, not {packing}")
     rows = _shuffled(num_rows, rng)[rows]
-    return Packed(pieces[np.argsort(rows, kind="stable")], _offsets(np.bincount(rows, minlength=num_rows)))
+    order = np.argsort(rows, kind="stable")
+    for column in pieces.T:  # in place, as there may be millions
+        column[:] = column[order]
+    return Packed(pieces, _offsets(np.bincount(rows, minlength=num_rows)))
+
+
+def greedy(lengths: Iterable[int], row_tokens: int) -> Iterator[list[int]]:
+    """Rows of whole documents, which are numbered from 0 as they come; a row is given out as soon as it closes.
+
+    A document goes into the oldest open row that takes it, else into a new one. A row closes when it is full, or
+    when it is the oldest of more than OPEN_ROWS; at the end the open ones close, the oldest first. So what is
+    given out is settled by the documents so far, whatever comes later, and memory does not grow with their number.
+
+    Raises:
+        ValueError: a document is empty, or longer than a row.
+    """
+    rows: list[list[int]] = []  # open, the oldest first
+    left: list[int] = []  # tokens that each of them can still take
+    for document, length in enumerate(lengths):
+        if not 0 < length <= row_tokens:
+            raise ValueError(f"a document of {length} tokens does not fit in a row of {row_tokens}")
+        place = next((place for place, room in enumerate(left) if room >= length), len(rows))
+        if place == len(rows):
+            rows.append([])
+            left.append(row_tokens)
+        rows[place].append(document)
+        left[place] -= length
+        if not left[place] or len(rows) > OPEN_ROWS:
+            closed = place if not left[place] else 0
+            del left[closed]
+            yield rows.pop(closed)
+    yield from rows
 
 
 def _shuffled(count: int, rng: np.random.Generator) -> np.ndarray:
@@ -58,42 +98,54 @@ def _best_fit_decreasing(lengths: np.ndarray, row_tokens: int, rng: np.random.Ge
     empty, so the tightest row that takes a piece is the lowest bit at or above its length.
     """
     order = _shuffled(len(lengths), rng)
-    window = np.arange(len(lengths)) // WINDOW_DOCUMENTS
-    order = order[np.lexsort((-lengths[order], window))]  # stable: equal lengths keep their shuffled order
-
     stacks: list[list[int]] = [[] for _ in range(row_tokens + 1)]
     has_left = 0
-    placed: list[int] = []
     num_rows = 0
-    for length in lengths[order].tolist():
-        fitting = has_left >> length
-        if fitting:
-            left = length - 1 + (fitting & -fitting).bit_length()
-            row = stacks[left].pop()
-            if not stacks[left]:
-                has_left ^= 1 << left
-            left -= length
-        else:
-            row, left = num_rows, row_tokens - length
-            num_rows += 1
-        placed.append(row)
-        if left:
-            if not stacks[left]:
-                has_left |= 1 << left
-            stacks[left].append(row)
-
     rows = np.empty(len(lengths), dtype=np.int64)
-    rows[order] = placed
+    for start in range(0, len(order), WINDOW_DOCUMENTS):
+        window = order[start : start + WINDOW_DOCUMENTS]
+        window = window[np.argsort(-lengths[window], kind="stable")]  # equal lengths keep their shuffled order
+        placed: list[int] = []
+        for length in lengths[window].tolist():
+            fitting = has_left >> length
+            if fitting:
+                left = length - 1 + (fitting & -fitting).bit_length()
+                row = stacks[left].pop()
+                if not stacks[left]:
+                    has_left ^= 1 << left
+                left -= length
+            else:
+                row, left = num_rows, row_tokens - length
+                num_rows += 1
+            placed.append(row)
+            if left:
+                if not stacks[left]:
+                    has_left |= 1 << left
+                stacks[left].append(row)
+        rows[window] = placed
     return rows, num_rows
+
+
+def _in_order(lengths: np.ndarray, row_tokens: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+    """The row of each document (n,) where they come in an order drawn from `rng`, and the number of rows."""
+    order = _shuffled(len(lengths), rng)
+    packed = list(greedy(lengths[order].tolist(), row_tokens))
+    rows = np.empty(len(lengths), dtype=np.int64)
+    for row, documents in enumerate(packed):
+        rows[order[documents]] = row
+    return rows, len(packed)
 
 
 def _pieces(lengths: np.ndarray, row_tokens: int) -> np.ndarray:
     """Every document as pieces (P, 4) of `row_tokens`, and a rest."""
     counts = -(-lengths // row_tokens)
-    document = np.repeat(np.arange(len(lengths)), counts)
-    piece = np.arange(len(document)) - np.repeat(_offsets(counts)[:-1], counts)
-    start = piece * row_tokens
-    return np.stack([document, start, np.minimum(start + row_tokens, lengths[document]), piece], axis=1)
+    pieces = np.empty((int(counts.sum()), 4), dtype=np.int64)
+    document, start, stop, piece = pieces.T
+    document[:] = np.repeat(np.arange(len(lengths)), counts)
+    piece[:] = np.arange(len(pieces)) - np.repeat(_offsets(counts)[:-1], counts)
+    np.multiply(piece, row_tokens, out=start)
+    np.minimum(start + row_tokens, lengths[document], out=stop)
+    return pieces
 
 
 def _wrapped(lengths: np.ndarray, row_tokens: int, rng: np.random.Generator) -> Packed:

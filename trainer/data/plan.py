@@ -155,6 +155,12 @@ class Plan:
         tokens = int((packed.pieces[:, 2] - packed.pieces[:, 1]).sum())
         return tokens / (packed.num_rows * self.batch.row_tokens)
 
+    def row_sizes(self, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (R,) and pieces (R,) of each row of an epoch."""
+        packed = self._packed(epoch)
+        tokens = np.add.reduceat(packed.pieces[:, 2] - packed.pieces[:, 1], packed.row_offsets[:-1])
+        return tokens, np.diff(packed.row_offsets)
+
     # ------------------------------------------------------------------------------------------- ranks
 
     def micro_batch_counts(self) -> np.ndarray:

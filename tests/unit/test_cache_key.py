@@ -1,0 +1,151 @@
+"""A stale cache is never used: every key of the recipe that can shape the documents makes another one.
+
+All keys of the sections `model`, `data` and `batch` stand in one of the two tables below, or a test fails: whoever adds
+one says here whether it shapes the documents. The other sections are about what is done with them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trainer.config import BatchSection, DataSection, ModelSection, Recipe, Source, parse
+from trainer.data import loader
+from trainer.model.load import load_tokenizer
+
+OTHER_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+
+# Key of the recipe -> values under which the documents are others than under BASE. {work} is the folder of the test.
+SHAPES: dict[str, list[Any]] = {
+    "model.name": ["{work}/qwen2_5", "{work}/other_merges", "{work}/other_template"],
+    "model.add_tokens": [["<tool>"]],
+    "model.chat_template": ["{work}/other.jinja", "chatml"],
+    "data.train.0.path": ["{work}/changed.jsonl"],
+    "data.train.0.format": ["text"],
+    "data.train.0.columns": [{"question": "text"}],
+    "data.train.0.rows": [10],
+    "data.train_on": ["all", "completion", "last_turn"],
+    "data.train_on_eot": [False],
+    "data.max_tokens": [100],
+    "data.too_long": ["truncate", "split"],
+    "batch.row_tokens": [128],  # as data.max_tokens is not given
+}
+
+# Key of the recipe -> values under which the documents are the same, and need not be made again.
+DOES_NOT: dict[str, list[Any]] = {
+    "model.name": ["{work}/moved"],  # what lies there counts
+    "model.revision": ["v2"],
+    "model.init": ["random"],
+    "model.dtype": ["float32"],
+    "model.attention": ["reference"],
+    "model.recompute": [False],
+    "model.trust_remote_code": [True],
+    "data.train.0.path": ["{work}/moved.jsonl"],
+    "data.train.0.weight": [0.5],
+    "data.eval": [[{"path": "{work}/changed.jsonl"}]],
+    "data.packing": ["none", "bfd_split", "wrapped", "greedy"],
+    "data.max_rejects": [0.5],
+    "data.cache": ["{work}/elsewhere"],
+    "data.workers": [2],
+    "batch.rows_per_step": [3],
+    "batch.rows_per_micro": [2],
+}
+
+# The hub's keys, which exclude `path`: tested on a folder that the datasets library reads.
+HUB = {"data.train.0.name", "data.train.0.split"}
+
+
+@pytest.fixture(scope="module")
+def work(shared, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("key")
+    for name, origin in {"base": "smollm2", "moved": "smollm2", "qwen2_5": "qwen2_5"}.items():
+        shutil.copytree(shared / "tokenizers" / origin, folder / name, copy_function=shutil.copyfile)
+    for name in ("other_merges", "other_template"):
+        shutil.copytree(folder / "base", folder / name)
+    tokenizer = json.loads((folder / "base/tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (folder / "other_merges/tokenizer.json").write_text(json.dumps(tokenizer))
+    for path in (folder / "other.jinja", folder / "other_template/chat_template.jinja"):
+        path.write_text(OTHER_TEMPLATE)
+    rows = [{"question": f"What is {n}?", "answer": f"It is {n}.", "text": f"{n} it is."} for n in range(20)]
+    write(folder / "rows.jsonl", rows)
+    write(folder / "moved.jsonl", rows)
+    write(folder / "changed.jsonl", [*rows[:19], {**rows[19], "answer": "It is 19!"}])
+    return folder
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def key(work: Path, changes: dict[str, Any]) -> str:
+    """The name of the cache of the base recipe with changes: it holds the key, as where it lies does not."""
+    tree: Any = {
+        "model": {"name": f"{work}/base"},
+        "data": {"train": [{"path": f"{work}/rows.jsonl"}], "cache": f"{work}/cache", "workers": 1},
+        "batch": {"row_tokens": 512},
+        "run": {"dir": f"{work}/run"},
+    }
+    for path, value in changes.items():
+        node = tree
+        *parents, last = path.split(".")
+        for parent in parents:
+            node = node[int(parent)] if isinstance(node, list) else node[parent]
+        node[last] = json.loads(json.dumps(value).replace("{work}", str(work)))
+    recipe = parse(tree)
+    return loader.prepare(recipe, load_tokenizer(recipe.model), "train").documents.folder.name
+
+
+def cases(table: dict[str, list[Any]]) -> list[Any]:
+    return [pytest.param(path, value, id=f"{path}={value}") for path, values in table.items() for value in values]
+
+
+@pytest.mark.parametrize(("path", "value"), cases(SHAPES))
+def test_what_shapes_the_documents_makes_another_cache(work, path, value):
+    assert key(work, {path: value}) != key(work, {})
+
+
+@pytest.mark.parametrize(("path", "value"), cases(DOES_NOT))
+def test_what_does_not_finds_the_same(work, path, value):
+    assert key(work, {path: value}) == key(work, {})
+
+
+def test_every_key_is_in_a_table():
+    sections = {"model": ModelSection, "data": DataSection, "batch": BatchSection, "data.train.0": Source}
+    keys = {f"{place}.{name}" for place, section in sections.items() for name in section.model_fields}
+    assert keys - {"data.train"} == set(SHAPES) | set(DOES_NOT) | HUB
+
+
+def test_no_key_of_another_section_reaches_the_preparation():
+    known = {"model", "data", "batch", "loss", "optim", "train", "parallel", "checkpoint", "eval", "guard", "run"}
+    assert set(Recipe.model_fields) == known | {"profile"}
+
+
+def test_long_examples_are_cut_by_the_packing_or_before_it(work):
+    """Under `split` the packing decides who cuts, so it shapes the documents there."""
+    split = {"data.too_long": "split", "data.max_tokens": 40}
+    whole, cut = (key(work, {**split, "data.packing": packing}) for packing in ("bfd_split", "bfd"))
+    assert whole != cut
+    assert key(work, {**split, "data.packing": "greedy"}) == cut
+
+
+def test_a_dataset_of_the_hub_is_known_by_its_content_and_split(work, tmp_path, monkeypatch):
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    (tmp_path / "set").mkdir()
+    for split in ("train", "test"):
+        shutil.copyfile(work / "rows.jsonl", tmp_path / "set" / f"{split}.jsonl")
+
+    def of(split: str) -> str:
+        return key(work, {"data.train": [{"name": str(tmp_path / "set"), "split": split}]})
+
+    train, test = of("train"), of("test")
+    assert train != test
+    assert of("train") == train
+    shutil.copyfile(work / "changed.jsonl", tmp_path / "set" / "train.jsonl")
+    assert of("train") != train
