@@ -1,7 +1,7 @@
 """A stale cache is never used: every key of the recipe that can shape the documents makes another one.
 
-All keys of the sections `model`, `data` and `batch` stand in one of the two tables below, or a test fails: whoever adds
-one says here whether it shapes the documents. The other sections are about what is done with them.
+All keys of the sections `model`, `data` and `batch` stand in one of the tables below, or a test fails: whoever adds one
+says here whether it shapes the documents. The other sections are about what is done with them.
 """
 
 from __future__ import annotations
@@ -28,10 +28,17 @@ SHAPES: dict[str, list[Any]] = {
     "data.train.0.format": ["text"],
     "data.train.0.columns": [{"question": "text"}],
     "data.train.0.rows": [10],
+    "data.train.0.function": ["test_cache_key:as_messages"],
+    "data.train.0.filters": [{"answer_words": [1, 9]}, {"pattern": "is"}, {"not_pattern": "never"}],
+    "data.eval_fraction": [0.2, 0.3],
+    "data.duplicates": ["drop"],
     "data.train_on": ["all", "completion", "last_turn"],
     "data.train_on_eot": [False],
+    "data.train_trailing_newline": [True],
+    "data.control_tokens": ["text", "keep"],
     "data.max_tokens": [100],
     "data.too_long": ["truncate", "split"],
+    "data.broken_lines": ["reject"],
     "batch.row_tokens": [128],  # as data.max_tokens is not given
 }
 
@@ -47,6 +54,8 @@ DOES_NOT: dict[str, list[Any]] = {
     "data.train.0.path": ["{work}/moved.jsonl"],
     "data.train.0.weight": [0.5],
     "data.eval": [[{"path": "{work}/changed.jsonl"}]],
+    "data.near_duplicate": [0.5],
+    "data.max_leakage": [0.5],
     "data.packing": ["none", "bfd_split", "wrapped", "greedy"],
     "data.max_rejects": [0.5],
     "data.cache": ["{work}/elsewhere"],
@@ -54,6 +63,17 @@ DOES_NOT: dict[str, list[Any]] = {
     "batch.rows_per_step": [3],
     "batch.rows_per_micro": [2],
 }
+
+# Key of the recipe -> the keys and values that it needs beside it, and a value of its own under which the documents are
+# others than with those alone.
+WITH_OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
+    "data.group_by": ({"data.eval_fraction": 0.3}, "question"),
+    "data.cut_answers": ({"data.too_long": "truncate"}, True),
+    "data.split_context": ({"data.too_long": "split"}, 5),
+}
+
+# A source that grows is prepared shard by shard, each as a file like any other.
+GROWS = {"data.train.0.grows", "data.shard_rows"}
 
 # The hub's keys, which exclude `path`: tested on a folder that the datasets library reads.
 HUB = {"data.train.0.name", "data.train.0.split"}
@@ -76,6 +96,10 @@ def work(shared, tmp_path_factory) -> Path:
     write(folder / "moved.jsonl", rows)
     write(folder / "changed.jsonl", [*rows[:19], {**rows[19], "answer": "It is 19!"}])
     return folder
+
+
+def as_messages(row: dict[str, str]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:
@@ -109,6 +133,12 @@ def test_what_shapes_the_documents_makes_another_cache(work, path, value):
     assert key(work, {path: value}) != key(work, {})
 
 
+@pytest.mark.parametrize("path", WITH_OTHERS)
+def test_nor_is_it_found_where_a_key_that_needs_others_is_changed(work, path):
+    others, value = WITH_OTHERS[path]
+    assert key(work, {**others, path: value}) != key(work, others)
+
+
 @pytest.mark.parametrize(("path", "value"), cases(DOES_NOT))
 def test_what_does_not_finds_the_same(work, path, value):
     assert key(work, {path: value}) == key(work, {})
@@ -117,7 +147,7 @@ def test_what_does_not_finds_the_same(work, path, value):
 def test_every_key_is_in_a_table():
     sections = {"model": ModelSection, "data": DataSection, "batch": BatchSection, "data.train.0": Source}
     keys = {f"{place}.{name}" for place, section in sections.items() for name in section.model_fields}
-    assert keys - {"data.train"} == set(SHAPES) | set(DOES_NOT) | HUB
+    assert keys - {"data.train"} == set(SHAPES) | set(DOES_NOT) | set(WITH_OTHERS) | GROWS | HUB
 
 
 def test_no_key_of_another_section_reaches_the_preparation():

@@ -81,7 +81,7 @@ def test_rows_are_the_same_however_they_are_stored(tmp_path, monkeypatch, kind, 
     plain = write(tmp_path / f"a.{'json' if kind == 'json' else 'jsonl'}", rows)
     dataset = datasets.Dataset.from_json(str(plain.path), cache_dir=str(tmp_path / "cache"))
     assert isinstance(dataset, datasets.Dataset)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split: dataset)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: dataset)
     if kind == "parquet":
         dataset.to_parquet(tmp_path / "a.parquet")
         plain = a_source(path=str(tmp_path / "a.parquet"))
