@@ -186,7 +186,8 @@ def report(found: dict[int, dict[str, Peak]]) -> str:
         machine(("transformers", "tokenizers", "numpy")),
         "Peak resident MiB: anonymous pages of the process, pages of mapped files apart.",
         table(head, lines),
-        f"- aim: the cache of {most:,} rows found again in under 2 s: {got:.2f} s at most, {'met' if got < 2 else 'NOT met'}",
+        f"- aim: the cache of {most:,} rows found again in under 2 s: {got:.2f} s at most, "
+        + ("met" if got < 2 else "NOT met"),
         NOTES,
     ]
     return "\n\n".join(parts) + "\n"
