@@ -163,7 +163,7 @@ def report(found: dict[int, dict[str, Peak]]) -> str:
     command = shlex.join(["python", "benchmarks/data_scale.py", *sys.argv[1:]])
     head = [
         "rows", "file, GiB", "tokens", "prepare: anonymous", "its largest worker", "train: before the data",
-        "train: with plan", "train: peak", "mapped", "found again",
+        "train: with plan", "train: peak", "mapped", "found again, by one start and the next",
     ]  # fmt: skip
     lines = []
     for rows, parts in found.items():
@@ -175,18 +175,19 @@ def report(found: dict[int, dict[str, Peak]]) -> str:
                 f"{prepare.says['rows_gib']:.2f}",
                 f"{prepare.says['tokens']:,.0f}",
                 *(f"{value:,.0f}" for value in (*mib, train.mapped)),
-                f"{again.says['documents_s']:.2f} s",
+                f"{again.says['documents_s']:.2f} s, {train.says['documents_s']:.2f} s",
             ]
         )
     most = max(found)
-    got = found[most]["again"].says["documents_s"]
+    got = max(found[most][part].says["documents_s"] for part in ("again", "train"))
     parts = [
         "# Memory of the data path",
         f"`{command}`",
         machine(("transformers", "tokenizers", "numpy")),
         "Peak resident MiB: anonymous pages of the process, pages of mapped files apart.",
         table(head, lines),
-        f"- aim: the cache of {most:,} rows found again in under 2 s: {got:.2f} s, {'met' if got < 2 else 'NOT met'}",
+        f"- aim: the cache of {most:,} rows found again in under 2 s: {got:.2f} s at most, "
+        + ("met" if got < 2 else "NOT met"),
         NOTES,
     ]
     return "\n\n".join(parts) + "\n"
@@ -194,7 +195,7 @@ def report(found: dict[int, dict[str, Peak]]) -> str:
 
 NOTES = """\
 Held for each document: 8 bytes, its length. The columns (tokens, flags, offsets, counts, places) and the packings of
-100,000 documents or more are mapped files. While an epoch is packed, by one process for all, about 130 bytes a document
+100,000 documents or more are mapped files. While an epoch is packed, by one process for all, about 75 bytes a document
 come and go (order, rows, and two copies of its pieces, of 32 bytes each): that is what `prepare` grows by. Finding a
 cache again reads all bytes of the sources, from the system's memory here; from a disk it takes as long as the disk. No
 times of change are trusted, so a changed file is never missed."""

@@ -267,3 +267,19 @@ def test_only_two_packings_stay_in_memory_and_all_can_be_asked_for_again():
 def test_fill_is_the_share_of_row_space_with_tokens():
     plan = make_plan([np.array([False] + [True] * (ROW // 2 - 1))] * 3, "bfd")  # 1.5 rows in 2
     assert plan.fill() == pytest.approx(0.75)
+
+
+@given(plans)
+def test_sizes_of_rows_and_epochs_are_those_of_the_steps(plan):
+    for epoch in range(plan.train.epochs):
+        steps = [step for step in map(plan.step, range(plan.steps)) if step.epoch == epoch]
+        assert plan.epoch_steps(epoch) == len(steps)
+        rows = [row for step in steps for micro_batch in step.micro_batches for row in micro_batch]
+        tokens, pieces = plan.row_sizes(epoch)
+        assert tokens.tolist() == [sum(p.stop - p.start for p in plan.row(epoch, row)) for row in rows]
+        assert pieces.tolist() == [len(plan.row(epoch, row)) for row in rows]
+
+
+def test_a_run_may_end_inside_its_first_epoch():
+    plan = make_plan(some_flags(0, 40), rows_per_step=2, steps=3)
+    assert plan.epoch_steps() == 3

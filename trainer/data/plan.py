@@ -155,6 +155,10 @@ class Plan:
         tokens = int((packed.pieces[:, 2] - packed.pieces[:, 1]).sum())
         return tokens / (packed.num_rows * self.batch.row_tokens)
 
+    def epoch_steps(self, epoch: int = 0) -> int:
+        """Steps that the run takes of an epoch."""
+        return min(self._first_steps[epoch + 1], self.steps) - self._first_steps[epoch]
+
     def row_sizes(self, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (R,) and pieces (R,) of each row of an epoch."""
         packed = self._packed(epoch)

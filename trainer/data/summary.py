@@ -6,7 +6,6 @@ Prepared documents and the plan made of them enter. Nothing here changes what is
 from __future__ import annotations
 
 import json
-from bisect import bisect_left
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +40,7 @@ def summary(prepared: Prepared, plan: Plan | None = None) -> dict[str, Any]:
             "row_tokens": _quantiles(tokens),
             "documents_per_row": round(float(pieces.mean()), 3),
             "fill": round(plan.fill(), 5),
-            "steps": bisect_left(range(plan.steps), 1, key=lambda step: plan.step(step).epoch),
+            "steps": plan.epoch_steps(),
         }
         found["steps"] = plan.steps
     return found
