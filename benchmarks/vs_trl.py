@@ -39,6 +39,7 @@ TRL_ARMS: dict[str, dict[str, Any]] = {
     "trl_sdpa": {"trl": BEST},
     "trl_autocast": {"attention": "eager", "dtype": "float32", "trl": {"gradient_checkpointing": False}},
     "trl_two_rows": {"attention": "eager", "trl": BEST | {"per_device_train_batch_size": 2}},
+    "trl_four_rows": {"attention": "eager", "trl": BEST | {"per_device_train_batch_size": 4}},
     "trl_worker": {"attention": "eager", "trl": BEST | {"dataloader_num_workers": 1}},
     "trl_our_attention": {"attention": "documents", "trl": BEST},  # not TRL's: the loop's attention handed to it
     "trl_default": {"dtype": "float32", "packed": False},
@@ -92,7 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="of them not timed")
     parser.add_argument("--row-tokens", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=4, help="rows of a step")
-    parser.add_argument("--rows-per-micro", type=int, default=2, help="packhorse's; TRL's are its arms' own")
+    parser.add_argument("--rows-per-micro", type=int, default=4, help="packhorse's; TRL's are its arms' own")
     parser.add_argument("--deepspeed", default="ds_configs/zero2.json", help="packhorse's DeepSpeed template")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "vs_trl_cpu.md")
     options = parser.parse_args()
