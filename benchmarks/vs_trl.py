@@ -129,7 +129,7 @@ def shared_job(options: argparse.Namespace, work: Path) -> Job:
 
 
 def environment() -> dict[str, str]:
-    """Alike for every arm: all cores, freed memory kept by the allocator (4% on every arm), no network."""
+    """Alike for every arm: all cores, freed memory kept by the allocator (as our launcher has it), no network."""
     cores = str(len(os.sched_getaffinity(0)))
     return {
         "OMP_NUM_THREADS": cores,

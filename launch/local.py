@@ -73,7 +73,7 @@ def launch(
     nproc = _processes(nproc)
     if nodes[1] == 1:
         _require_free(endpoint)
-    threads = _set_threads(nproc)
+    threads = _set_environment(nproc)
     say(f"{nproc} {'process' if nproc == 1 else 'processes'} with OMP_NUM_THREADS={threads}")
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said below, in fewer words
@@ -162,8 +162,12 @@ def parse_nodes(text: str) -> tuple[int, int]:
     return least, most
 
 
-def _set_threads(nproc: int) -> str:
-    """OMP_NUM_THREADS of the workers: the cores shared out, where the user has not said otherwise."""
+def _set_environment(nproc: int) -> str:
+    """What the workers find there, where the user has not said otherwise; OMP_NUM_THREADS, the cores shared out."""
+    if not torch.cuda.is_available():
+        # a micro-batch's buffers come and go, and to ask the system for their pages anew takes a tenth of a step
+        os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
+        os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**40))
     cores = len(os.sched_getaffinity(0))
     return os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // nproc, 1)))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from launch import local
 from launch.local import exit_code, launch, parse_nodes
 from trainer.flow import BadInput
 
@@ -101,6 +102,14 @@ def test_success_rank_0_is_shown_and_the_others_write_files(tmp_path):
     assert "OMP_NUM_THREADS=3" in err
     (written,) = tmp_path.glob("logs/*/rank00001.out")
     assert "'RANK': '1'" in written.read_text()
+
+
+@pytest.mark.parametrize(("gpus", "kept"), [(False, "0"), (True, None)])
+def test_without_a_gpu_workers_keep_the_memory_they_free(monkeypatch, gpus, kept):
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(local.torch.cuda, "is_available", lambda: gpus)
+    local._set_environment(1)
+    assert os.environ.get("MALLOC_MMAP_MAX_") == kept
 
 
 def test_signals_reach_the_workers_and_their_save_is_waited_for(tmp_path):
