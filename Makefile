@@ -30,7 +30,7 @@ demo: install  ## fine-tune a real model on two processes, about ten minutes on 
 	$(BIN)/python recipes/quickstart/demo.py $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 
 test: install  ## everything that needs no GPU and no root, at most 15 minutes
-	$(BIN)/python -m pytest -m 'not gpu and not runs and not cluster'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not runs and not cluster' -n 2 --dist loadfile
 
 test-runs: install  ## whole runs, minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'runs and not gpu' -n 2 --dist loadfile  # they wait more than they work

@@ -247,11 +247,11 @@ class Plan:
         documents = _documents_of(corpus, self.train.seed, epoch)
         rng = np.random.default_rng(seed_from(self.train.seed, "pack", epoch))
         packed = self._packer(corpus.lengths[documents], rng)
-        pieces = packed.pieces.copy()
-        pieces[:, 0] = documents[packed.pieces[:, 0]]
+        occurrence = packed.pieces[:, 0].copy()
+        packed.pieces[:, 0] = documents[occurrence]  # in place, as there may be millions
         if max(corpus.weights) > 1:  # a document may come more than once
-            pieces[:, 3] = _numbered(packed.pieces[:, 0], pieces)
-        return Packed(pieces, packed.row_offsets)
+            packed.pieces[:, 3] = _numbered(occurrence, packed.pieces)
+        return packed
 
     def _targets(self, epoch: int, pieces: np.ndarray) -> np.ndarray:
         """Trained tokens (P,) that each piece predicts. The last position of a piece that ends inside its
