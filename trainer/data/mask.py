@@ -99,7 +99,7 @@ class Masker:
         self._windows: dict[str, list[int]] = {}
         self._spelt = {number: text for text, number in self.template.control_ids.items()}
         self._apart: dict[int, bool] = {}
-        self._text_controls = self._controls(self._encode(["x"], True)[0])
+        self._text_controls = self._controls(self._encode([""], True)[0])
         self._cuts_cleanly = self._encode(["\nx"])[0][-len(self._encode(["x"])[0]) :] == self._encode(["x"])[0]
 
     # ------------------------------------------------------------------------------------------- examples

@@ -74,8 +74,10 @@ def run(rows: Iterable[Row], work: Callable[[list[Row]], Result], workers: int) 
     if workers == 1 or len(first) < POOL_FROM_CHUNKS:
         yield from map(work, chain(first, chunks))
         return
-    # spawn: a forked child of a process with threads (the heartbeat, the tokenizer's own) may hang
-    context = multiprocessing.get_context("spawn")
+    # A forked child of a process with threads (the heartbeat, the tokenizer's own) may hang. The server has none, and
+    # what it has imported, which takes seconds, no worker imports again.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.data.loader"])
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(work,))
     pending = deque()
     try:
