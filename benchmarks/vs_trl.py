@@ -39,7 +39,6 @@ TRL_ARMS: dict[str, dict[str, Any]] = {
     "trl_sdpa": {"trl": BEST},
     "trl_autocast": {"attention": "eager", "dtype": "float32", "trl": {"gradient_checkpointing": False}},
     "trl_two_rows": {"attention": "eager", "trl": BEST | {"per_device_train_batch_size": 2}},
-    "trl_four_rows": {"attention": "eager", "trl": BEST | {"per_device_train_batch_size": 4}},
     "trl_worker": {"attention": "eager", "trl": BEST | {"dataloader_num_workers": 1}},
     "trl_our_attention": {"attention": "documents", "trl": BEST},  # not TRL's: the loop's attention handed to it
     "trl_default": {"dtype": "float32", "packed": False},
