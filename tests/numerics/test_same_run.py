@@ -29,7 +29,7 @@ from tests.numerics.compare import (
     is_same,
     report,
     run_cases,
-    wide_model,
+    wide,
 )
 
 
@@ -40,11 +40,10 @@ def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
         name = f"{world}-{stage}-resumed"
         return [case(root, name, stage, stop_after=3), case(root, name, stage)]
 
-    wide = f"model.name={wide_model(root)}"
     return {
         1: [
             *(case(root, f"1-{stage}", stage) for stage in STAGES),
-            case(root, "1-wide", "zero0", wide),
+            case(root, "1-wide", "zero0", *wide(root)),
             case(root, "1-micro4", "zero2", "batch.rows_per_micro=4"),
             case(root, "1-micro2", "zero2", "batch.rows_per_micro=2"),
             *resumed(1, "zero3"),
@@ -52,7 +51,7 @@ def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
         ],
         2: [
             *(case(root, f"2-{stage}", stage) for stage in STAGES),
-            case(root, "2-wide", "zero0", wide),
+            case(root, "2-wide", "zero0", *wide(root)),
             *(part for stage in STAGES for part in resumed(2, stage)),
             *(case(root, f"2-{name}", "zero3", changes=[name]) for name in SABOTAGES if name != "bf16_accumulation"),
             *(case(root, f"2-{w}", "zero2", f"loss.weighting={w}", *k) for w, *k in WEIGHTINGS),

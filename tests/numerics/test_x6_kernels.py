@@ -151,7 +151,7 @@ def test_a_frozen_head_costs_no_gradient() -> None:
 
 
 def test_a_tied_head_gets_both_gradients() -> None:
-    tied = torch.randn(203, 16, requires_grad=True)
+    tied = (torch.randn(203, 16) / 4).requires_grad_()  # at 1 the softmax saturates, and its rounding with it
     ids, targets, weights = torch.arange(9), torch.arange(9) + 100, torch.full((9,), 1 / 9)
     gradients = []
     for kernel in ("chunked", "reference"):
