@@ -81,7 +81,7 @@ def wide(root: Path) -> tuple[str, str]:
         shutil.copytree(ROOT / "recipes" / "debug" / "model", folder)
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, "hidden_size": 256, "intermediate_size": 512}))
-    return f"model.name={folder}", "optim.lr=5e-3"
+    return f"model.name={folder}", "optim.lr=3e-3"
 
 
 def run_cases(*waves: dict[int, list[dict[str, Any]]]) -> dict[str, Run]:
