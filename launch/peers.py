@@ -71,14 +71,15 @@ class Peers:
         while not self._closed.wait(JUDGE_S):
             now = time.monotonic()
             silent = [node for node, heard_at in enumerate(self._heard_at) if now - heard_at > SILENT_S]
-            if now - self._answered_at > SILENT_S:
+            unanswered_s = now - self._answered_at
+            if unanswered_s > SILENT_S:
                 self._cut_off(f"the rendezvous has not answered for {SILENT_S:.0f} s")
-            elif silent and not link_is_up():
-                self._cut_off("this host's network is down")
-            elif silent:
-                self._lost(", ".join(map(self._name, silent)))
-            else:
+            elif not silent or unanswered_s > SILENT_S / 4:  # without the rendezvous nobody is heard
                 continue
+            elif not link_is_up():
+                self._cut_off("this host's network is down")
+            else:
+                self._lost(", ".join(map(self._name, silent)))
             return
 
     def _name(self, node: int) -> str:

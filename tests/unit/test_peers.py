@@ -1,5 +1,6 @@
 """Launchers miss each other, and the one that is cut off knows it."""
 
+import threading
 import time
 from datetime import timedelta
 from typing import Any
@@ -70,6 +71,29 @@ def test_without_a_store_or_a_link_it_is_this_node_that_gives_up(store, monkeypa
     build(store, 0, said)
     wait_until_said(said)
     assert said == ["cut off: this host's network is down"]
+
+
+def test_where_the_rendezvous_is_gone_nobody_else_is_missed(store):
+    """The other host had fallen silent a little before: it was its last answer that did not come."""
+    gone = threading.Event()
+
+    class Dying:
+        compare_set, multi_get = store.compare_set, store.multi_get
+
+        def set(self, key: str, value: str) -> None:
+            if gone.is_set():
+                threading.Event().wait()  # an answer that never comes
+            store.set(key, value)
+
+    said: list[str] = []
+    build(Dying(), 0, said)
+    other = build(store, 1, [])
+    time.sleep(0.3)
+    other.close()
+    time.sleep(0.4)
+    gone.set()
+    wait_until_said(said)
+    assert said == ["cut off: the rendezvous has not answered for 1 s"]
 
 
 def test_closed_it_says_nothing(store):
