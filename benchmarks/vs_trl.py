@@ -32,7 +32,7 @@ DEFAULT_ARMS = "trl_best,trl_default,loop,loop_products,packhorse"
 
 # What TRL is given over its defaults, arm by arm: fields of `Job`, and under `trl` those of SFTConfig.
 # trl_best is packed and keeps documents apart, as those after it; `--arms` measures them side by side. It attends
-# eagerly: on two cores that was the fastest of them (results/trl_settings_cpu.md).
+# eagerly: on two cores of an AMD EPYC that was the fastest of them by a fifth, on an Intel Xeon sdpa was as fast.
 BEST: dict[str, Any] = {"gradient_checkpointing": False, "bf16": False}  # no autocast: the weights are bf16
 TRL_ARMS: dict[str, dict[str, Any]] = {
     "trl_best": {"attention": "eager", "trl": BEST},
