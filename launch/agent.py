@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,7 @@ class RankLogs(LogsSpecs):
         super().__init__()
         self._root = root
         self.name = ""  # of the round's folder
+        self._files: list[Path] = []  # of this node's ranks, in this round
 
     @property
     def root_log_dir(self) -> str:
@@ -135,6 +137,7 @@ class RankLogs(LogsSpecs):
         if any(ranks.values()):
             self.folder.mkdir(parents=True, exist_ok=True)
             say(f"ranks other than 0 write to {self.folder}")
+        self._files = [self.path(rank, stream) for rank in ranks.values() if rank for stream in ("out", "err")]
         return LogsDest(
             stdouts={local: str(self.path(rank, "out")) if rank else "" for local, rank in ranks.items()},
             stderrs={local: str(self.path(rank, "err")) if rank else "" for local, rank in ranks.items()},
@@ -145,11 +148,12 @@ class RankLogs(LogsSpecs):
         return self.folder / f"rank{rank:05d}.{stream}"
 
     def drop_empty(self) -> None:
-        """Leave what there is to read: most ranks say nothing."""
-        for path in self.folder.glob("rank*"):
-            if path.stat().st_size == 0:
+        """Leave what there is to read: most ranks say nothing. Other nodes write to the folder, too, and do the same
+        with their own files, perhaps at this moment."""
+        for path in self._files:
+            if path.exists() and path.stat().st_size == 0:
                 path.unlink()
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
+        with suppress(OSError):  # not empty, or another node was faster
             self.folder.rmdir()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from launch import local
+from launch.agent import RankLogs
 from launch.local import exit_code, launch, parse_nodes
 from trainer.flow import BadInput
 
@@ -219,6 +220,21 @@ def test_two_launchers_meet_and_both_say_that_the_run_is_saved(tmp_path):
         code, _, err = finish(launcher)
         assert code == 75, err
     assert (tmp_path / "saved1").exists()
+
+
+def test_a_node_drops_its_own_ranks_empty_files_and_no_other_nodes(tmp_path):
+    ours, theirs = (RankLogs(tmp_path) for _ in range(2))
+    for logs, ranks in ((ours, (0, 1)), (theirs, (2, 3))):
+        logs.name = "round"
+        logs.reify({local: {"RANK": str(rank)} for local, rank in enumerate(ranks)})
+        for path in (logs.path(rank, stream) for rank in ranks if rank for stream in ("out", "err")):
+            path.touch()
+    theirs.path(3, "out").write_text("a word")
+    ours.drop_empty()
+    assert len(list(tmp_path.glob("round/rank*"))) == 4  # rank 2 may say something yet
+    theirs.drop_empty()
+    assert [path.name for path in tmp_path.glob("round/*")] == ["rank00003.out"]
+    ours.drop_empty()
 
 
 @pytest.mark.parametrize(("text", "nodes"), [("2", (2, 2)), ("1:4", (1, 4))])
