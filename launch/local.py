@@ -53,6 +53,7 @@ def launch(
     nproc: int | None = None,
     endpoint: str = "localhost:0",
     nodes: tuple[int, int] = (1, 1),
+    is_host: bool | None = None,
     restarts: int = 0,
     run_id: str | None = None,
 ) -> int:
@@ -64,6 +65,7 @@ def launch(
         nproc: processes on this node; all GPUs, or one where there is none.
         endpoint: host:port of the rendezvous; port 0 takes a free one, on a single node only.
         nodes: least and most launchers that meet at the endpoint.
+        is_host: whether this node holds the rendezvous; None: found by the endpoint's name.
         restarts: how often the workers are started again after a failure, with the nodes that are left.
         run_id: the same in all launchers of a run, and in no other that meets at the endpoint.
 
@@ -84,7 +86,7 @@ def launch(
         entrypoint=sys.executable,
         # torch's agent substitutes $local_rank and the like in arguments
         args=tuple(argument.replace("$", "$$") for argument in worker),
-        rdzv_handler=_rendezvous(endpoint, nodes, run_id or run_dir.resolve().name),
+        rdzv_handler=_rendezvous(endpoint, nodes, is_host, run_id or run_dir.resolve().name),
         max_restarts=restarts,
         local_addr="localhost" if nodes[1] == 1 else None,
     )
@@ -184,11 +186,11 @@ def _require_free(endpoint: str) -> None:
             ) from None
 
 
-def _rendezvous(endpoint: str, nodes: tuple[int, int], run_id: str) -> RendezvousHandler:
+def _rendezvous(endpoint: str, nodes: tuple[int, int], is_host: bool | None, run_id: str) -> RendezvousHandler:
     """Where the nodes meet: the node that the endpoint names hosts it, the others wait for that one."""
     options: dict[str, Any] = {"join_timeout": _JOIN_S, "last_call_timeout": _LAST_CALL_S, "read_timeout": _STORE_S}
-    if nodes[1] == 1:
-        options["is_host"] = True  # of several nodes torch finds it by its name
+    if nodes[1] == 1 or is_host is not None:
+        options["is_host"] = nodes[1] == 1 or is_host
     parameters = RendezvousParameters("c10d", endpoint, run_id, *nodes, **options)
     end = time.monotonic() + _JOIN_S
     while True:

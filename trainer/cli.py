@@ -45,8 +45,13 @@ def train(
     ] = None,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Where the processes meet; 0 takes a free port.")] = 0,
     nnodes: Annotated[
-        str, typer.Option(metavar="N|MIN:MAX", help="Machines, each of which runs this command; at least and at most.")
-    ] = "1",
+        str | None,
+        typer.Option(
+            metavar="N|MIN:MAX",
+            help="Machines, each of which runs this command. Default: those of Slurm or Kubernetes, or 1.",
+            show_default=False,
+        ),
+    ] = None,
     rdzv_endpoint: Annotated[
         str | None,
         typer.Option(metavar="HOST:PORT", help="Where several machines meet: at one of them.", show_default=False),
@@ -84,18 +89,22 @@ def train(
         sys.stderr.flush()
         os._exit(DONE)  # DeepSpeed leaves threads behind, which now and then abort a process at its very end
     from launch.local import launch, parse_nodes
+    from launch.where import Where, find
 
-    nodes = parse_nodes(nnodes)
-    if nodes[1] > 1 and rdzv_endpoint is None:
-        raise BadInput(f"--nnodes {nnodes}: say where they meet, the same on each, as --rdzv-endpoint node0:29400")
+    where = find(os.environ) if nnodes is None else Where(nnodes)
+    nodes = parse_nodes(where.nodes)
+    endpoint = rdzv_endpoint or where.endpoint
+    if nodes[1] > 1 and endpoint is None:
+        raise BadInput(f"{where.nodes} nodes: say where they meet, the same on each, as --rdzv-endpoint node0:29400")
     code = launch(
         ["-m", "trainer.cli", "train", str(recipe_file), *(overrides or ()), *(["--extend"] if extend else [])],
         Path(recipe.run.dir),
-        nproc=nproc,
-        endpoint=rdzv_endpoint if rdzv_endpoint and nodes[1] > 1 else f"localhost:{port}",
+        nproc=nproc or where.nproc,
+        endpoint=endpoint if endpoint and nodes[1] > 1 else f"localhost:{port}",
         nodes=nodes,
+        is_host=None if rdzv_endpoint else where.is_host,
         restarts=max_restarts,
-        run_id=rdzv_id or os.environ.get("SLURM_JOB_ID"),
+        run_id=rdzv_id or where.run_id or os.environ.get("SLURM_JOB_ID"),
     )
     raise typer.Exit(code)
 

@@ -72,7 +72,7 @@ def test_answers_and_bad_recipes_import_nothing_heavy(arguments):
         (["train", "nowhere.yaml"], "nowhere.yaml: the recipe cannot be read"),
         (["train", DEBUG, "optim.lrr=1"], "did you mean `optim.lr`?"),
         (["train", DEBUG, "batch.rows_per_step=0"], "`batch.rows_per_step`"),
-        (["train", DEBUG, "--nnodes", "2"], "--nnodes 2: say where they meet"),
+        (["train", DEBUG, "--nnodes", "2"], "2 nodes: say where they meet"),
         (["train", DEBUG, "--nnodes", "2:1"], "--nnodes 2:1: give a number, or MIN:MAX"),
         (["prepare", DEBUG, "data.train.0.path=nowhere.jsonl"], "nowhere.jsonl"),
         (["preview", DEBUG, "model.name=recipes/quickstart"], "recipes/quickstart"),
