@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ranks import ROOT
 from trainer.config import ModelSection, OptimSection, ParallelSection
-from trainer.engine import BUCKET, clear_nvme, deepspeed_config
+from trainer.engine import BUCKET, clear_nvme, deepspeed_config, gradient_norm
 from trainer.flow import BadInput
 
 RUN = Path("runs/some")
@@ -100,3 +101,12 @@ def test_an_nvme_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     text = (ROOT / "ds_configs" / "zero3_nvme.json").read_text().replace("/local_nvme", str(tmp_path / "file"))
     with pytest.raises(BadInput, match="nvme_path"):
         clear_nvme(made(template(tmp_path, text)))
+
+
+@pytest.mark.parametrize(("numel", "within"), [(0, 1e-12), (255, 1e-12), (256, 3e-7), (3000 * 256 + 1, 1e-8)])
+def test_the_norm_by_blocks_is_the_norm_in_fp64(numel: int, within: float, monkeypatch) -> None:
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
+    gradients = [torch.randn(numel), torch.randn(7) * 1e-3]
+    exact = torch.cat(gradients).double().norm()
+    assert float(gradient_norm(gradients)) == pytest.approx(float(exact), rel=within)
+    assert float(gradient_norm([*gradients, torch.tensor([float("nan")])])) == -1.0
