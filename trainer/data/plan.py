@@ -11,6 +11,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -164,6 +165,35 @@ class Plan:
         packed = self._packed(epoch)
         tokens = np.add.reduceat(packed.pieces[:, 2] - packed.pieces[:, 1], packed.row_offsets[:-1])
         return tokens, np.diff(packed.row_offsets)
+
+    def fullest(self, first_step: int = 0) -> list[tuple[StepPlan, tuple[int, ...]]]:
+        """The micro-batch with the most tokens and the one with the most trained tokens, each as its step and rows;
+        one where they are the same.
+
+        Of the epochs from that of `first_step` on; of a source that grows, of that step's shard alone.
+        """
+        self._count_to(first_step)
+        first = bisect_right(self._first_steps, first_step) - 1
+        found: dict[str, tuple[tuple[int, int], int, int]] = {}  # sizes, step, number of the micro-batch
+        for epoch in range(first, first + 1 if self.epochs.grows else len(self._rows)):
+            packed = self._packed(epoch)
+            steps = self._first_steps[epoch + 1] - self._first_steps[epoch]
+            edges = [k * self._rows[epoch] // steps for k in range(self.epoch_steps(epoch) + 1)]
+            of_steps = [range(*edge, self.batch.rows_per_micro) for edge in pairwise(edges)]
+            starts = np.concatenate(of_steps)
+            pieces = packed.pieces[: packed.row_offsets[edges[-1]]]
+            tokens, trained = (
+                np.add.reduceat(counts, packed.row_offsets[starts]).tolist()
+                for counts in (pieces[:, 2] - pieces[:, 1], self._targets(epoch, pieces))
+            )
+            firsts = np.cumsum([0, *map(len, of_steps)])
+            for what, sizes in (("tokens", zip(tokens, trained)), ("trained", zip(trained, tokens))):
+                size, place = max((size, -place) for place, size in enumerate(sizes))
+                step = int(np.searchsorted(firsts, -place, side="right")) - 1
+                largest = (size, self._first_steps[epoch] + step, -place - int(firsts[step]))
+                found[what] = max(found.get(what, largest), largest, key=lambda one: one[0])
+        places = dict.fromkeys((step, micro_batch) for _, step, micro_batch in found.values())
+        return [(self.step(step), self.step(step).micro_batches[micro_batch]) for step, micro_batch in places]
 
     # ------------------------------------------------------------------------------------------- ranks
 
