@@ -195,6 +195,11 @@ class Plan:
         places = dict.fromkeys((step, micro_batch) for _, step, micro_batch in found.values())
         return [(self.step(step), self.step(step).micro_batches[micro_batch]) for step, micro_batch in places]
 
+    def size(self, step: StepPlan, rows: tuple[int, ...]) -> tuple[int, int]:
+        """Tokens and trained tokens of a micro-batch."""
+        pieces = self.pieces(step.epoch, rows)
+        return int((pieces[:, 2] - pieces[:, 1]).sum()), int(self._targets(step.epoch, pieces).sum())
+
     # ------------------------------------------------------------------------------------------- ranks
 
     def micro_batch_counts(self) -> np.ndarray:
@@ -208,15 +213,11 @@ class Plan:
 
     def filler_share(self, world: int) -> float:
         """Share of all ranks' micro-batches that are fillers, over the steps of `micro_batch_counts`."""
-        counts = self.micro_batch_counts()
-        return float(1 - counts.sum() / (-(-counts // world) * world).sum())
+        return filler_share(self.micro_batch_counts(), world)
 
     def good_worlds(self, world: int) -> list[int]:
         """The numbers of ranks nearest to `world`, at most three, that keep (nearly) all busy."""
-        most = min(int(self.micro_batch_counts().min()), 2 * world)
-        shares = {candidate: self.filler_share(candidate) for candidate in range(1, most + 1)}
-        good = [candidate for candidate, share in shares.items() if share <= MUCH_FILLER / 4]
-        return sorted(sorted(good, key=lambda candidate: (abs(candidate - world), candidate))[:3])
+        return good_worlds(self.micro_batch_counts(), world)
 
     def check_world(self, world: int, allow_idle_ranks: bool) -> str | None:
         """A sentence of warning where many micro-batches of `world` ranks are fillers; None where few are.
@@ -293,6 +294,19 @@ class Plan:
         if len(cut):
             counts[cut] = corpus.count_trained(document[cut], start[cut], stop[cut])
         return counts
+
+
+def filler_share(counts: np.ndarray, world: int) -> float:
+    """Share of the micro-batches of all ranks that are fillers, where steps have so many real ones, (steps,)."""
+    return float(1 - counts.sum() / (-(-counts // world) * world).sum())
+
+
+def good_worlds(counts: np.ndarray, world: int) -> list[int]:
+    """The numbers of ranks nearest to `world`, at most three, that keep (nearly) all busy."""
+    most = min(int(counts.min()), 2 * world)
+    shares = {candidate: filler_share(counts, candidate) for candidate in range(1, most + 1)}
+    good = [candidate for candidate, share in shares.items() if share <= MUCH_FILLER / 4]
+    return sorted(sorted(good, key=lambda candidate: (abs(candidate - world), candidate))[:3])
 
 
 def micro_batches_of(step: StepPlan, rank: int, world: int) -> list[tuple[int, ...] | None]:
