@@ -28,9 +28,11 @@ from trainer.config import ModelSection, OptimSection, Recipe
 from trainer.data.plan import filler_share
 from trainer.flow import BadInput
 from trainer.metrics import ModelFlops, model_flops
-from trainer.model.attention import Arguments
+from trainer.model import attention
+from trainer.model.attention import Arguments, Bounds
 from trainer.model.load import load_config
 from trainer.model.loss import BLOCK_HIDDEN
+from trainer.model.probe import decoder_layers
 from trainer.optim import parameter_groups
 
 GIB = 2**30
@@ -65,8 +67,6 @@ def empty_model(section: ModelSection) -> Any:
         BadInput: no such configuration, not a causal model, or one whose class cannot be built without data.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
-
-    from trainer.model import attention
 
     AttentionInterface.register("packhorse_fused", attention._bound(_fused))
     config = load_config(section)
@@ -109,32 +109,28 @@ class Activations:
     layer: int  # again while a layer is recomputed: the largest layer's; 0 without recomputation
 
 
-def trace(model: Any, tokens: int, recompute: bool) -> Activations:
-    """Run the decoder once over `tokens` meta tokens and count what is saved for its backward.
+def trace(model: Any, tokens: int) -> dict[bool, Activations]:
+    """Run the decoder once over `tokens` meta tokens, without recomputation and with it where the model knows it
+    (False and True), and count what is saved for the backward.
 
     Raises:
         BadInput: the model's forward depends on values, which meta tensors lack.
     """
-    if not recompute:
-        return Activations(_saved(model, tokens)[0], 0)
-    if not model.supports_gradient_checkpointing:
-        raise BadInput(f"{type(model).__name__} does not know recomputation; set model.recompute=false")
-    layer = max(_saved(model, tokens)[1], default=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # transformers gives the two another name
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        try:
-            return Activations(_saved(model, tokens)[0], layer)
-        finally:
+    kept, of_layers = _saved(model, tokens)
+    found = {False: Activations(kept, 0)}
+    if model.supports_gradient_checkpointing:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # transformers gives the two another name
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            found[True] = Activations(_saved(model, tokens)[0], max(of_layers, default=0))
             model.gradient_checkpointing_disable()
+    return found
 
 
 def _saved(model: Any, tokens: int) -> tuple[int, list[int]]:
     """Bytes saved by the decoder's forward, and those of each of its layers."""
-    from trainer.model.probe import decoder_layers
-
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-    bounds = attention_bounds(tokens)
+    bounds = Bounds(torch.zeros(2, dtype=torch.int32, device="meta"), tokens, (tokens,))
     of_layers: list[int] = []
     with saved_bytes(model) as saved:
 
@@ -158,12 +154,6 @@ def _saved(model: Any, tokens: int) -> tuple[int, list[int]]:
             for hook in hooks:
                 hook.remove()
         return saved(), of_layers
-
-
-def attention_bounds(tokens: int) -> Any:
-    from trainer.model.attention import Bounds
-
-    return Bounds(torch.zeros(2, dtype=torch.int32, device="meta"), tokens, (tokens,))
 
 
 @contextmanager

@@ -69,8 +69,9 @@ def plan(recipe: Recipe, cluster: Cluster, work: Work | None = None) -> Report:
         )
     empty = planner.empty_model(recipe.model)
     model = planner.describe(empty, recipe.optim)
-    modes = {recipe.model.recompute, True, False} if empty.supports_gradient_checkpointing else {recipe.model.recompute}
-    activations = {mode: planner.trace(empty, work.fullest_tokens, mode) for mode in modes}
+    activations = planner.trace(empty, work.fullest_tokens)
+    if recipe.model.recompute not in activations:
+        raise BadInput(f"{model.name} does not know recomputation; set model.recompute=false")
     disk = planner.disk(model, recipe.checkpoint.keep)
     kernel = "liger" if recipe.loss.kernel == "auto" else recipe.loss.kernel  # the image has it, and a GPU takes it
     candidates, refused = {}, {}
@@ -129,7 +130,7 @@ def predicted(recipe: Recipe, config: Mapping[str, Any], tokens: int, trained: i
     try:
         empty = planner.empty_model(recipe.model)
         model = planner.describe(empty, recipe.optim)
-        activations = planner.trace(empty, tokens, recipe.model.recompute)
+        activations = planner.trace(empty, tokens)[recipe.model.recompute]
         kernel = choose_kernel(recipe.loss.kernel, dist.device())
         worlds = dist.world_size(), dist.local_world_size()
         memory = planner.memory(model, config, *worlds, trained, kernel, activations)
