@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from trainer import planning
 from trainer.config import Recipe
@@ -32,11 +31,10 @@ GPU_GIB, PER_NODE, FLOPS, MFU = 80, 8, 989e12, 0.4
 
 
 def page() -> str:
-    reports = {(size, gpus): _report(size, gpus) for size, numbers in GPUS.items() for gpus in numbers}
-    return "\n".join([TOP, *(_section(size, reports) for size in SHAPES), ARITHMETIC])
+    return "\n".join([TOP, *map(_section, SHAPES), ARITHMETIC])
 
 
-def _report(size: str, gpus: int) -> tuple[planning.Report, Recipe]:
+def _reports(size: str) -> tuple[Recipe, list[planning.Report]]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({**COMMON, **SHAPES[size]}))
         recipe = Recipe.model_validate(
@@ -48,13 +46,15 @@ def _report(size: str, gpus: int) -> tuple[planning.Report, Recipe]:
                 "run": {"dir": "runs/scale"},
             }
         )
-        return planning.plan(recipe, Cluster(gpus, PER_NODE, GPU_GIB * GIB)), recipe
+        looked = planning.look(recipe, recipe.batch.row_tokens)
+        clusters = [Cluster(gpus, PER_NODE, GPU_GIB * GIB) for gpus in GPUS[size]]
+        return recipe, [planning.plan(recipe, cluster, looked=looked) for cluster in clusters]
 
 
-def _section(size: str, reports: dict[tuple[str, int], Any]) -> str:
+def _section(size: str) -> str:
     lines = [f"## {size}", ""]
-    for gpus in GPUS[size]:
-        report, recipe = reports[size, gpus]
+    recipe, reports = _reports(size)
+    for gpus, report in zip(GPUS[size], reports, strict=True):
         heading, body = planning.rows(report)
         said = planning.sentences(report, recipe, FLOPS, MFU)
         lines += [f"### {size} on {gpus} GPUs", "", *(f"- {sentence}" for sentence in said), ""]

@@ -451,5 +451,3 @@ def worlds(most: int, per_node: int) -> Iterator[int]:
     """Numbers of ranks to try: parts of a node, then whole nodes."""
     yield from (world for world in (1, 2, 4) if world < min(per_node, most + 1))
     yield from range(per_node, most + 1, per_node)
-
-

@@ -5,7 +5,6 @@ Joins the planner's arithmetic with the templates as engine.py fills them and, o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,8 +52,22 @@ class Report:
     disk: Disk
 
 
-def plan(recipe: Recipe, cluster: Cluster, work: Work | None = None) -> Report:
-    """Plan a recipe; without `work`, that of full rows.
+def look(recipe: Recipe, tokens: int) -> tuple[Model, dict[bool, Activations]]:
+    """The recipe's model, and its activations for so many tokens by recomputation."""
+    empty = planner.empty_model(recipe.model)
+    model, activations = planner.describe(empty, recipe.optim), planner.trace(empty, tokens)
+    if recipe.model.recompute not in activations:
+        raise BadInput(f"{model.name} does not know recomputation; set model.recompute=false")
+    return model, activations
+
+
+def plan(
+    recipe: Recipe,
+    cluster: Cluster,
+    work: Work | None = None,
+    looked: tuple[Model, dict[bool, Activations]] | None = None,
+) -> Report:
+    """Plan a recipe; without `work`, that of full rows. `looked` is what `look` found, if it was called before.
 
     Raises:
         BadInput: the model cannot be planned, or there are more GPUs than micro-batches in a step.
@@ -67,11 +80,7 @@ def plan(recipe: Recipe, cluster: Cluster, work: Work | None = None) -> Report:
             f"{', '.join(map(str, good_worlds(work.micro_batches, cluster.gpus)))}, raise batch.rows_per_step, "
             "or lower batch.rows_per_micro"
         )
-    empty = planner.empty_model(recipe.model)
-    model = planner.describe(empty, recipe.optim)
-    activations = planner.trace(empty, work.fullest_tokens)
-    if recipe.model.recompute not in activations:
-        raise BadInput(f"{model.name} does not know recomputation; set model.recompute=false")
+    model, activations = looked or look(recipe, work.fullest_tokens)
     disk = planner.disk(model, recipe.checkpoint.keep)
     kernel = "liger" if recipe.loss.kernel == "auto" else recipe.loss.kernel  # the image has it, and a GPU takes it
     candidates, refused = {}, {}
@@ -125,15 +134,14 @@ def work_of_data(plan: Plan) -> Work:
     )
 
 
-def predicted(recipe: Recipe, config: Mapping[str, Any], tokens: int, trained: int) -> int | None:
-    """Bytes of this rank's GPU at the peak of a step, as planned for this world; None where it cannot be planned."""
+def predicted(recipe: Recipe, tokens: int, trained: int) -> int | None:
+    """Bytes that torch holds on this rank's GPU at the peak of a step; None where the run cannot be planned."""
     try:
-        empty = planner.empty_model(recipe.model)
-        model = planner.describe(empty, recipe.optim)
-        activations = planner.trace(empty, tokens)[recipe.model.recompute]
+        model, activations = look(recipe, tokens)
+        config = filled(recipe, recipe.parallel.deepspeed, model.hidden)
         kernel = choose_kernel(recipe.loss.kernel, dist.device())
         worlds = dist.world_size(), dist.local_world_size()
-        memory = planner.memory(model, config, *worlds, trained, kernel, activations)
+        memory = planner.memory(model, config, *worlds, trained, kernel, activations[recipe.model.recompute])
     except BadInput as error:
         dist.log.info("memory is not predicted: %s", error)
         return None
@@ -220,4 +228,3 @@ def _gib(size: float) -> str:
 
 def _time(seconds: float) -> str:
     return f"{seconds / 60:.3g} min" if seconds < 3600 else f"{seconds / 3600:,.3g} h"
-

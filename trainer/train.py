@@ -32,6 +32,7 @@ from trainer.model.probe import probe
 from trainer.model.sft import SftModel
 from trainer.once import Stopped
 from trainer.optim import learning_rate, parameter_groups
+from trainer.planning import predicted
 from trainer.progress import Progress
 from trainer.run_folder import describe, is_done, open_run_folder, require_shared, summarise, write_stop, write_trace
 from trainer.watch import Watch
@@ -101,8 +102,11 @@ def fit(
 REHEARSED_ON = ("cuda",)  # devices whose memory runs out in the middle of a run; elsewhere it would only cost time
 
 
-def rehearse(engine: Engine, loader: Loader, first_step: int) -> None:
+def rehearse(engine: Engine, loader: Loader, first_step: int) -> tuple[int, int]:
     """Run the fullest micro-batches of the plan, so that a GPU too small for them says so now.
+
+    Returns:
+        The most tokens and the most trained tokens of one.
 
     Raises:
         BadInput: they do not fit.
@@ -111,7 +115,8 @@ def rehearse(engine: Engine, loader: Loader, first_step: int) -> None:
     tokens, trained = max(batch.tokens for batch in batches), max(batch.trained_tokens for batch in batches)
     with out_of_memory_told(f"the fullest micro-batch of the run ({tokens:,} tokens, {trained:,} trained)"):
         engine.rehearse(batches)
-    dist.log.info("rehearsed the fullest micro-batch: %s tokens, %s of them trained, fit", f"{tokens:,}", f"{trained:,}")
+    dist.log.info("rehearsed the fullest micro-batch: %d tokens, %d of them trained, fit", tokens, trained)
+    return tokens, trained
 
 
 @contextmanager
@@ -149,8 +154,8 @@ def go_on(
     guard = Guard(recipe.guard, run_dir, recent_losses)
     watch = Watch(recipe.guard, run_dir)
     loader = Loader(train_data, plan, dist.rank(), dist.world_size(), pin=dist.device().type == "cuda")
-    if dist.device().type in REHEARSED_ON and first_step < plan.steps:
-        rehearse(engine, loader, first_step)
+    rehearses = dist.device().type in REHEARSED_ON and first_step < plan.steps
+    fullest = rehearse(engine, loader, first_step) if rehearses else None
     metrics = Metrics(
         run_dir,
         log_every=recipe.run.log_every,
@@ -176,6 +181,8 @@ def go_on(
         run_dir, first_step + 1, plan.steps, 100 * plan.fill(epoch), dist.world_size(),
         schedule(first_step, plan.steps, recipe.optim),
     )  # fmt: skip
+    if fullest and dist.is_main() and dist.device().type == "cuda" and (expected := predicted(recipe, *fullest)):
+        metrics.predict(expected)
     progress = Progress(plan.steps, first_step)
     with loader, Saver(run_dir, engine, recipe.checkpoint) as saver:
         outcome = run(
