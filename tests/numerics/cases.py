@@ -321,7 +321,7 @@ def rehearsed_with_weights() -> Any:
     changed = contextlib.ExitStack()
     changed.enter_context(mock.patch.object(train, "REHEARSED_ON", ("cpu",)))
     changed.enter_context(mock.patch.object(engine, "_weightless", lambda batch: batch))
-    changed.enter_context(mock.patch.object(zero, "forget_gradients", lambda optimizer: None))
+    changed.enter_context(mock.patch.object(zero, "forget_gradients", return_value=None))
     return changed
 
 
