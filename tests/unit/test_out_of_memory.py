@@ -9,9 +9,9 @@ from trainer.train import out_of_memory_told
 
 
 def test_a_full_gpu_is_bad_input_that_says_what_to_do() -> None:
-    with pytest.raises(BadInput, match="the model does not fit .*rows_per_micro.*recompute.*`packhorse plan`"):
-        with out_of_memory_told("the model"):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    sentence = r"the model does not fit .*rows_per_micro.*recompute.*`packhorse plan`"
+    with pytest.raises(BadInput, match=sentence), out_of_memory_told("the model"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def test_predicted_stands_beside_measured() -> None:
