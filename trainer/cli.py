@@ -230,6 +230,68 @@ def _prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
 
 
 @app.command()
+def plan(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Ranks, one a GPU.")] = 8,
+    gpu_gib: Annotated[float, typer.Option(min=1, help="Memory of a GPU.")] = 80,
+    nodes: Annotated[
+        int | None, typer.Option(min=1, help="Machines. Default: as many as take 8 GPUs each.", show_default=False)
+    ] = None,
+    host_gib: Annotated[
+        float | None, typer.Option(min=1, help="Memory of a machine. Default: not asked.", show_default=False)
+    ] = None,
+    disk_gib: Annotated[
+        float | None, typer.Option(min=1, help="Free where run.dir lies. Default: not asked.", show_default=False)
+    ] = None,
+    nvme_gib: Annotated[
+        float | None, typer.Option(min=1, help="Free on a machine's NVMe. Default: not asked.", show_default=False)
+    ] = None,
+    gpu_tflops: Annotated[float, typer.Option(min=1, help="A GPU's dense bf16 peak, as its maker states it.")] = 989,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of that peak that the model's FLOPs reach.")] = 0.4,
+    data: Annotated[
+        bool, typer.Option("--data", help="Prepare the data, or find it prepared, and plan its real steps.")
+    ] = False,
+) -> None:
+    """Say what a run needs, from the model's configuration alone: memory, disk and time, and which template fits.
+
+    [bold]packhorse plan recipes/quickstart.yaml[/bold]
+    [bold]packhorse plan my.yaml --gpus 64 --nodes 8 --gpu-gib 80 --host-gib 1024 --disk-gib 20000[/bold]
+    [bold]packhorse plan my.yaml model.recompute=false batch.row_tokens=4096 --gpus 8 --data[/bold]
+
+    Without --data rows are taken as full, all their tokens as trained. Exit code 0: a template fits; 2: none does.
+    """
+    from rich.console import Console
+
+    from trainer import config, dist, planning
+    from trainer.planner import GIB, Cluster
+
+    dist.start_logging()
+    recipe = config.load(recipe_file, overrides or ())
+    if nodes and gpus % nodes:
+        raise BadInput(f"--gpus {gpus} --nodes {nodes}: every machine must have as many GPUs as the others")
+    sizes = [None if gib is None else gib * GIB for gib in (host_gib, disk_gib, nvme_gib)]
+    cluster = Cluster(gpus, gpus // nodes if nodes else 8, gpu_gib * GIB, *sizes)
+    report = planning.plan(recipe, cluster, _work_of_data(recipe) if data else None)
+    print(*planning.sentences(report, recipe, gpu_tflops * 1e12, mfu), sep="\n")
+    Console().print(planning.table(report))
+    for template, why in report.refused.items():
+        print(f"{template} is left out: {why}")
+    print(planning.verdict(report))
+
+
+def _work_of_data(recipe: Recipe) -> Any:
+    """The real steps that `plan` counts."""
+    from trainer.data.loader import prepare, train_plan
+    from trainer.model.load import load_tokenizer
+    from trainer.planning import work_of_data
+
+    if recipe.grows:
+        raise BadInput("--data: data.train grows, so that its steps are not known; plan without it")
+    return work_of_data(train_plan(recipe, prepare(recipe, load_tokenizer(recipe.model), "train")))
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],

@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
@@ -252,6 +252,24 @@ class Engine:
             result = self._apply(loss_sum)
         return replace(result, skipped=refused) if refused else result
 
+    def rehearse(self, batches: Sequence[Batch]) -> None:
+        """Run micro-batches forward and backward as a step does, but with weights of zero and no update.
+
+        What it leaves is the memory that a step takes, AdamW's moments included, so that a device without room for it
+        fails now. State, gradients and random numbers are as if it had not been.
+        """
+        zero.make_moments(self._engine.optimizer, self._names())
+        self._engine.train()
+        generators = [dist.device()] if dist.device().type == "cuda" else []
+        with torch.random.fork_rng(generators):
+            for i, batch in enumerate(batches):
+                self._engine.set_gradient_accumulation_boundary(i == len(batches) - 1)
+                loss = self._engine(_weightless(batch).to(dist.device()))
+                self._engine.backward(loss * self._world)
+                if self._without_gradient:
+                    self._without_gradient.check()
+        zero.forget_gradients(self._engine.optimizer)
+
     def _apply(self, loss: torch.Tensor) -> StepResult:
         """Apply the update or say why not, alike at every stage (C12)."""
         if self.stage == 0:  # DeepSpeed keeps no norm here, and would apply a NaN
@@ -372,6 +390,15 @@ def gradient_norm(gradients: Iterable[torch.Tensor], *_: Any) -> torch.Tensor:
         total += (blocks.double().square().sum() + flat[whole:].double().square().sum()).to(total.device)
     torch.distributed.all_reduce(total)
     return torch.where(total.isfinite(), total.sqrt(), -1.0)
+
+
+def _weightless(batch: Batch) -> Batch:
+    """The same work, of which nothing is learned."""
+    return replace(
+        batch,
+        weights=torch.zeros_like(batch.weights),
+        uniform_weight=None if batch.uniform_weight is None else 0.0,  # None asks the loss for another pass
+    )
 
 
 class _GradientWatch:

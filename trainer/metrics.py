@@ -128,6 +128,15 @@ _PARTS = ("data", "forward", "backward", "optimizer", "checkpoint")
 
 # ----------------------------------------------------------------------------------------------- the log
 
+_STEPS_MEASURED = 3  # after which a GPU's memory is compared with the plan
+
+
+def memory_line(predicted: int, allocated: int, reserved: int) -> str:
+    """Bytes predicted and measured, as a sentence."""
+    gib = [f"{size / 2**30:.1f} GiB" for size in (predicted, allocated, reserved)]
+    off = f"{(allocated - predicted) / predicted:+.0%}"
+    return f"memory of a GPU at its peak: predicted {gib[0]}, measured {gib[1]} ({off}), reserved {gib[2]}"
+
 
 class Metrics:
     """Accumulates steps and writes a line every `log_every` of them. Only rank 0 writes.
@@ -162,6 +171,7 @@ class Metrics:
                 _drop_lines_after(run_dir / name, resumed_at, remade)
             self._writer = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
+        self._predicted: tuple[int, int] | None = None  # bytes, and steps until they are compared
         self._real_tokens = 0.0
         self._real_seconds = 0.0
         self._reset()
@@ -171,12 +181,25 @@ class Metrics:
         self._steps = self._tokens = self._trained = self._rows = self._fillers = self._micro_batches = 0
         self._flop = self._seconds = 0.0
 
+    def predict(self, gpu_bytes: int) -> None:
+        """What the planner expects of a GPU at the peak of a step: after a few steps it is logged beside what is."""
+        self._predicted = (gpu_bytes, _STEPS_MEASURED)
+        torch.cuda.reset_peak_memory_stats()
+
+    def _compare_memory(self) -> None:
+        expected, left = self._predicted or (0, 0)
+        self._predicted = (expected, left - 1) if left > 1 else None
+        if left == 1:
+            peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+            dist.log.info(memory_line(expected, *peaks))
+
     def begin_step(self) -> None:
         """A step's time runs from here to `step`: evaluation and saving lie outside."""
         self._begun = time.perf_counter()
 
     def step(self, plan: StepPlan, result: StepResult, batches: list[Batch], lr: float) -> dict[str, float] | None:
         """Count one step; returns the line that was logged, on the steps where one is due, on every rank."""
+        self._compare_memory()
         self._loss += result.loss
         self._steps += 1
         for batch in batches:

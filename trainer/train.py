@@ -7,7 +7,8 @@ recipe -> run folder -> tokenizer -> data (no process group yet) -> plan
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from trainer.model.probe import probe
 from trainer.model.sft import SftModel
 from trainer.once import Stopped
 from trainer.optim import learning_rate, parameter_groups
+from trainer.planning import predicted
 from trainer.progress import Progress
 from trainer.run_folder import describe, is_done, open_run_folder, require_shared, summarise, write_stop, write_trace
 from trainer.watch import Watch
@@ -87,13 +89,49 @@ def fit(
     warning = plan.check_world(dist.world_size(), recipe.parallel.allow_idle_ranks)
     if warning:
         dist.log.warning(warning)
-    engine = build_engine(recipe, run_dir, tokenizer)
+    with out_of_memory_told("the model with its training state"):
+        engine = build_engine(recipe, run_dir, tokenizer)
     while go_on(recipe, run_dir, tokenizer, train_data, plan, eval_data, stop, engine):
         if checkpoint.find(run_dir) is None:
             raise StepNotApplied(
                 "guard: there is no checkpoint to go back to; the same command starts from the beginning, without the "
                 "step; set checkpoint.every_steps"
             )
+
+
+REHEARSED_ON = ("cuda",)  # devices whose memory runs out in the middle of a run; elsewhere it would only cost time
+
+
+def rehearse(engine: Engine, loader: Loader, first_step: int) -> tuple[int, int]:
+    """Run the fullest micro-batches of the plan, so that a GPU too small for them says so now.
+
+    Returns:
+        The most tokens and the most trained tokens of one.
+
+    Raises:
+        BadInput: they do not fit.
+    """
+    batches = loader.fullest(first_step)
+    tokens, trained = max(batch.tokens for batch in batches), max(batch.trained_tokens for batch in batches)
+    with out_of_memory_told(f"the fullest micro-batch of the run ({tokens:,} tokens, {trained:,} trained)"):
+        engine.rehearse(batches)
+    dist.log.info("rehearsed the fullest micro-batch: %d tokens, %d of them trained, fit", tokens, trained)
+    return tokens, trained
+
+
+@contextmanager
+def out_of_memory_told(what: str) -> Iterator[None]:
+    """A GPU that has no room for `what` is bad input, and the sentence says what takes less."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise BadInput(
+            f"{what} does not fit into the memory of rank {dist.rank()}'s GPU: lower batch.rows_per_micro or "
+            "batch.row_tokens, set model.recompute=true, take more GPUs or a template of ds_configs/ that shards or "
+            "offloads more; `packhorse plan` says which one fits"
+        ) from None
 
 
 def go_on(
@@ -116,6 +154,8 @@ def go_on(
     guard = Guard(recipe.guard, run_dir, recent_losses)
     watch = Watch(recipe.guard, run_dir)
     loader = Loader(train_data, plan, dist.rank(), dist.world_size(), pin=dist.device().type == "cuda")
+    rehearses = dist.device().type in REHEARSED_ON and first_step < plan.steps
+    fullest = rehearse(engine, loader, first_step) if rehearses else None
     metrics = Metrics(
         run_dir,
         log_every=recipe.run.log_every,
@@ -141,6 +181,8 @@ def go_on(
         run_dir, first_step + 1, plan.steps, 100 * plan.fill(epoch), dist.world_size(),
         schedule(first_step, plan.steps, recipe.optim),
     )  # fmt: skip
+    if fullest and dist.is_main() and dist.device().type == "cuda" and (expected := predicted(recipe, *fullest)):
+        metrics.predict(expected)
     progress = Progress(plan.steps, first_step)
     with loader, Saver(run_dir, engine, recipe.checkpoint) as saver:
         outcome = run(

@@ -117,5 +117,23 @@ def _base(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optimizer
 
 
+def make_moments(optimizer: Any, names: Names) -> None:
+    """Make AdamW's moments, of zeros, where there are none yet, as its first step would; not those off the GPU."""
+    base = _base(optimizer)
+    for master, _ in _partitions(optimizer, names) if isinstance(base, torch.optim.AdamW) else ():
+        if not base.state[master]:
+            _moments(base, master, 0)
+
+
+def forget_gradients(optimizer: Any) -> None:
+    """Leave no gradient behind a backward that no step follows, as DeepSpeed does where it does not apply one."""
+    optimizer.zero_grad()  # at stage 3 the next micro-batch then overwrites what is in the buffers
+    if hasattr(optimizer, "bit16_groups"):  # stages 1 and 2
+        optimizer.micro_step_id = -1  # counted up before a step's first micro-batch
+        optimizer._release_preflattened_grad_buffers()
+        for kept in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            kept.update(dict.fromkeys(kept))
+
+
 def _is_on_nvme(optimizer: Any, group: int) -> bool:
     return getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(group)

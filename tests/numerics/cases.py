@@ -20,7 +20,8 @@ from unittest import mock
 
 import torch
 
-from trainer import checkpoint, dist, engine, guard, shards, train
+from tests.numerics import buffers
+from trainer import checkpoint, dist, engine, guard, shards, train, zero
 from trainer.config import load
 from trainer.data import loader
 from trainer.data.growing import prepare_train
@@ -292,9 +293,42 @@ def spike_in_the_third_step() -> Any:
     return changed
 
 
+# ----------------------------------------------------------------------------------------------- a rehearsal
+
+
+def rehearsed() -> Any:
+    """The fullest micro-batches run before the first step, as on a GPU; what is left of the gradients is looked at."""
+    rehearse, forget = engine.Engine.rehearse, zero.forget_gradients
+
+    def looked_at(self: Any, batches: list[Any]) -> None:
+        def look(optimizer: Any) -> None:
+            found = list(buffers.gradients(self.module, optimizer))
+            assert found, "no gradient was found to look at"
+            assert not any(gradient.any() for gradient in found), "weights of zero left a gradient"
+            forget(optimizer)
+
+        with mock.patch.object(zero, "forget_gradients", look):
+            rehearse(self, batches)
+
+    changed = contextlib.ExitStack()
+    changed.enter_context(mock.patch.object(train, "REHEARSED_ON", ("cpu",)))
+    changed.enter_context(mock.patch.object(engine.Engine, "rehearse", looked_at))
+    return changed
+
+
+def rehearsed_with_weights() -> Any:
+    """A control: the rehearsal learns, and forgets nothing."""
+    changed = contextlib.ExitStack()
+    changed.enter_context(mock.patch.object(train, "REHEARSED_ON", ("cpu",)))
+    changed.enter_context(mock.patch.object(engine, "_weightless", lambda batch: batch))
+    changed.enter_context(mock.patch.object(zero, "forget_gradients", return_value=None))
+    return changed
+
+
 MISHAPS = {f.__name__: f for f in (nan_in_the_third_step, spike_in_the_third_step)}
 CHANGES: dict[str, Any] = {**MISHAPS, **SABOTAGES, **DEFECTIVE_RESUMES, "frozen_and_buffers": frozen_and_buffers}
 CHANGES["shards_appear"] = shards_appear
+CHANGES |= {f.__name__: f for f in (rehearsed, rehearsed_with_weights)}
 
 if __name__ == "__main__":
     main(sys.argv[1])

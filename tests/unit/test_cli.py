@@ -43,6 +43,14 @@ def packhorse(monkeypatch, capsys):
     dist.log.setLevel(level)
 
 
+def test_plan_says_what_fits(packhorse):
+    code, out, _ = packhorse("plan", DEBUG, "--gpus", "2", "--host-gib", "1000")
+    assert code == 0
+    assert "fits: ds_configs/zero0.json" in out
+    assert "good numbers of GPUs: 1, 2, 4" in out
+    assert re.search(r"from GPUs +│ +1", out)
+
+
 def test_help_within_a_second():
     times = []
     for _ in range(3):  # the quickest counts: this machine may be busy
@@ -73,6 +81,8 @@ def test_answers_and_bad_recipes_import_nothing_heavy(arguments):
         (["train", DEBUG, "optim.lrr=1"], "did you mean `optim.lr`?"),
         (["train", DEBUG, "batch.rows_per_step=0"], "`batch.rows_per_step`"),
         (["train", DEBUG, "--nnodes", "2"], "2 nodes: say where they meet"),
+        (["plan", DEBUG, "--gpus", "3", "--nodes", "2"], "every machine must have as many GPUs"),
+        (["plan", DEBUG, "--gpus", "2", "--gpu-gib", "1"], "no template fits 2 GPUs of 1.0 GiB"),
         (["train", DEBUG, "--nnodes", "2:1"], "--nnodes 2:1: give a number, or MIN:MAX"),
         (["prepare", DEBUG, "data.train.0.path=nowhere.jsonl"], "nowhere.jsonl"),
         (["preview", DEBUG, "model.name=recipes/quickstart"], "recipes/quickstart"),

@@ -20,9 +20,9 @@ TIERS = [
     "model/load model/sft",
     "model/probe",
     "optim metrics progress preview zero",
-    "engine guard",
+    "engine guard planner",
     "evaluate checkpoint run_folder",
-    "loop export universal",
+    "loop export universal planning",
     "train verify",
     "cli",
 ]

@@ -454,6 +454,10 @@ class Loader:
         self._ahead = {s: self._ahead.get(s) or self._thread.submit(self._build_step, s) for s in wanted}
         return self._ahead.pop(step).result()
 
+    def fullest(self, first_step: int) -> list[Batch]:
+        """The micro-batches of the plan, from a step on, that need the most memory: the same on every rank."""
+        return [self._thread.submit(self._build, *place).result() for place in self.plan.fullest(first_step)]
+
     def stream(self, step: int) -> Iterator[Batch]:
         """The same, one after the other, where a step is too large to be held: held-out evaluation."""
         plan = self.plan.step(step)

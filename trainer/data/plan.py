@@ -11,6 +11,7 @@ import threading
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
@@ -165,6 +166,40 @@ class Plan:
         tokens = np.add.reduceat(packed.pieces[:, 2] - packed.pieces[:, 1], packed.row_offsets[:-1])
         return tokens, np.diff(packed.row_offsets)
 
+    def fullest(self, first_step: int = 0) -> list[tuple[StepPlan, tuple[int, ...]]]:
+        """The micro-batch with the most tokens and the one with the most trained tokens, each as its step and rows;
+        one where they are the same.
+
+        Of the epochs from that of `first_step` on; of a source that grows, of that step's shard alone.
+        """
+        self._count_to(first_step)
+        first = bisect_right(self._first_steps, first_step) - 1
+        found: dict[str, tuple[tuple[int, int], int, int]] = {}  # sizes, step, number of the micro-batch
+        for epoch in range(first, first + 1 if self.epochs.grows else len(self._rows)):
+            packed = self._packed(epoch)
+            steps = self._first_steps[epoch + 1] - self._first_steps[epoch]
+            edges = [k * self._rows[epoch] // steps for k in range(self.epoch_steps(epoch) + 1)]
+            of_steps = [range(*edge, self.batch.rows_per_micro) for edge in pairwise(edges)]
+            starts = np.concatenate(of_steps)
+            pieces = packed.pieces[: packed.row_offsets[edges[-1]]]
+            tokens, trained = (
+                np.add.reduceat(counts, packed.row_offsets[starts]).tolist()
+                for counts in (pieces[:, 2] - pieces[:, 1], self._targets(epoch, pieces))
+            )
+            firsts = np.cumsum([0, *map(len, of_steps)])
+            for what, sizes in (("tokens", zip(tokens, trained)), ("trained", zip(trained, tokens))):
+                size, place = max((size, -place) for place, size in enumerate(sizes))
+                step = int(np.searchsorted(firsts, -place, side="right")) - 1
+                largest = (size, self._first_steps[epoch] + step, -place - int(firsts[step]))
+                found[what] = max(found.get(what, largest), largest, key=lambda one: one[0])
+        places = dict.fromkeys((step, micro_batch) for _, step, micro_batch in found.values())
+        return [(self.step(step), self.step(step).micro_batches[micro_batch]) for step, micro_batch in places]
+
+    def size(self, step: StepPlan, rows: tuple[int, ...]) -> tuple[int, int]:
+        """Tokens and trained tokens of a micro-batch."""
+        pieces = self.pieces(step.epoch, rows)
+        return int((pieces[:, 2] - pieces[:, 1]).sum()), int(self._targets(step.epoch, pieces).sum())
+
     # ------------------------------------------------------------------------------------------- ranks
 
     def micro_batch_counts(self) -> np.ndarray:
@@ -178,15 +213,11 @@ class Plan:
 
     def filler_share(self, world: int) -> float:
         """Share of all ranks' micro-batches that are fillers, over the steps of `micro_batch_counts`."""
-        counts = self.micro_batch_counts()
-        return float(1 - counts.sum() / (-(-counts // world) * world).sum())
+        return filler_share(self.micro_batch_counts(), world)
 
     def good_worlds(self, world: int) -> list[int]:
         """The numbers of ranks nearest to `world`, at most three, that keep (nearly) all busy."""
-        most = min(int(self.micro_batch_counts().min()), 2 * world)
-        shares = {candidate: self.filler_share(candidate) for candidate in range(1, most + 1)}
-        good = [candidate for candidate, share in shares.items() if share <= MUCH_FILLER / 4]
-        return sorted(sorted(good, key=lambda candidate: (abs(candidate - world), candidate))[:3])
+        return good_worlds(self.micro_batch_counts(), world)
 
     def check_world(self, world: int, allow_idle_ranks: bool) -> str | None:
         """A sentence of warning where many micro-batches of `world` ranks are fillers; None where few are.
@@ -263,6 +294,19 @@ class Plan:
         if len(cut):
             counts[cut] = corpus.count_trained(document[cut], start[cut], stop[cut])
         return counts
+
+
+def filler_share(counts: np.ndarray, world: int) -> float:
+    """Share of the micro-batches of all ranks that are fillers, where steps have so many real ones, (steps,)."""
+    return float(1 - counts.sum() / (-(-counts // world) * world).sum())
+
+
+def good_worlds(counts: np.ndarray, world: int) -> list[int]:
+    """The numbers of ranks nearest to `world`, at most three, that keep (nearly) all busy."""
+    most = min(int(counts.min()), 2 * world)
+    shares = {candidate: filler_share(counts, candidate) for candidate in range(1, most + 1)}
+    good = [candidate for candidate, share in shares.items() if share <= MUCH_FILLER / 4]
+    return sorted(sorted(good, key=lambda candidate: (abs(candidate - world), candidate))[:3])
 
 
 def micro_batches_of(step: StepPlan, rank: int, world: int) -> list[tuple[int, ...] | None]:

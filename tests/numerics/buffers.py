@@ -1,0 +1,53 @@
+"""DeepSpeed's own buffers, found in its optimizers: what the planner counts and a rehearsal must leave empty."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def weights(module: nn.Module) -> Iterator[torch.Tensor]:
+    """The parameters in the model's type: whole, or this rank's pieces, and those that stage 3 keeps whole beside."""
+    for parameter in module.parameters():
+        yield parameter.detach()
+        if hasattr(parameter, "ds_tensor"):
+            yield parameter.ds_tensor
+
+
+def gradients(module: nn.Module, optimizer: Any) -> Iterator[torch.Tensor]:
+    """After a backward: gradients of the parameters, and what they are summed in."""
+    for parameter in module.parameters():
+        yield from _tensors(parameter.grad, getattr(parameter, "grad_accum", None))
+    if hasattr(optimizer, "bf16_groups"):  # stage 1 in bf16, in DeepSpeed's class for that
+        yield from optimizer.fp32_groups_gradients_flat
+    elif hasattr(optimizer, "bit16_groups"):  # stages 1 and 2
+        for kept in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            yield from _tensors(*(gradient for group in kept.values() for gradient in group or ()))
+        yield from _tensors(*(master.grad for master in optimizer.single_partition_of_fp32_groups))
+    elif hasattr(optimizer, "fp16_partitioned_groups_flat"):  # stage 3
+        yield optimizer.grad_partitions_flat_buffer
+        yield from _tensors(*(master.grad for master in optimizer.fp32_partitioned_groups_flat))
+
+
+def masters(optimizer: Any) -> Iterator[torch.Tensor]:
+    """The fp32 weights that the optimizer changes, where they are not the model's own."""
+    for name in ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+        yield from getattr(optimizer, name, ())
+
+
+def moments(optimizer: Any) -> Iterator[torch.Tensor]:
+    base = optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optimizer
+    for state in base.state.values():
+        yield from (state[name] for name in ("exp_avg", "exp_avg_sq"))
+
+
+def size(tensors: Iterable[torch.Tensor]) -> int:
+    """Bytes of the storages behind the tensors, each counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _tensors(*candidates: Any) -> Iterator[torch.Tensor]:
+    yield from (one for one in candidates if isinstance(one, torch.Tensor))

@@ -1,0 +1,91 @@
+"""What the planner counts of the training state is what DeepSpeed holds: every byte, at every stage and type."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.numerics.compare import STAGES
+from tests.ranks import ROOT, run_ranks
+
+WORLD = 3  # which divides none of the model's sizes, so that every piece is filled up
+CASES = [
+    *(f"{stage}-float32-float32" for stage in STAGES if stage != "zero3_nvme"),  # whose states are files
+    *(f"{stage}-bfloat16-float32" for stage in STAGES[1:-1]),
+    *(f"{stage}-bfloat16-bfloat16" for stage in ("zero1", "zero2", "zero3")),
+]
+PARTS = ("weights", "gradients", "masters", "moments")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """By case and part: bytes of each rank's buffers, and the planner's number."""
+    out = tmp_path_factory.mktemp("planner")
+    run_ranks(WORLD, ["-m", "tests.numerics.test_planner", str(out)], timeout_s=600)
+    return json.loads((out / "found.json").read_text())
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_is_deepspeeds_own_bytes(found: dict[str, Any], name: str, part: str) -> None:
+    """Of the fullest rank."""
+    assert found[name][part]["planned"] == max(found[name][part]["held"]), found[name][part]
+
+
+def main(out: Path) -> None:
+    """On each rank: an engine of every case, one micro-batch back, one step."""
+    from tests.numerics import buffers
+    from tests.numerics.cases import load
+    from trainer import dist, planner, planning, train, zero
+    from trainer.data.loader import filler_batch
+    from trainer.metrics import Clock
+    from trainer.model.load import load_tokenizer
+
+    found: dict[str, Any] = {}
+    with dist.process_group():
+        for name in CASES:
+            stage, dtype, grad_dtype = name.split("-")
+            recipe = load(
+                ROOT / "recipes" / "debug.yaml",
+                [
+                    f"run.dir={out}",
+                    f"parallel.deepspeed={ROOT}/ds_configs/{stage}.json",
+                    f"model.dtype={dtype}",
+                    f"parallel.grad_dtype={grad_dtype}",
+                ],
+            )
+            engine = train.build_engine(recipe, out, load_tokenizer(recipe.model))
+            optimizer = engine._engine.optimizer
+            held = {"weights": buffers.size(buffers.weights(engine.module))}
+
+            def look(optimizer: Any, engine: Any = engine, held: dict[str, int] = held) -> None:
+                held["gradients"] = buffers.size(buffers.gradients(engine.module, optimizer))
+
+            forget, zero.forget_gradients = zero.forget_gradients, look
+            engine.rehearse([filler_batch()])
+            zero.forget_gradients = forget
+            forget(optimizer)
+            engine.step([filler_batch()], 1e-3, Clock(dist.device()))
+            held["masters"] = buffers.size(buffers.masters(optimizer))
+            held["moments"] = buffers.size(buffers.moments(optimizer))
+
+            model = planner.describe(planner.empty_model(recipe.model), recipe.optim)
+            config = planning.filled(recipe, recipe.parallel.deepspeed, model.hidden)
+            state = planner.state(model, config, WORLD)
+            planned = {part: getattr(state, part) for part in PARTS} | {"weights": state.weights + state.whole}
+            of_ranks = dist.gather(held)
+            found[name] = {part: {"held": [h[part] for h in of_ranks], "planned": planned[part]} for part in PARTS}
+    if dist.is_main():
+        (out / "found.json").write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    import os
+
+    main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)

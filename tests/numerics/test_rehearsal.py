@@ -1,0 +1,38 @@
+"""A run that rehearsed its fullest micro-batches, before the first step and after a resume, is the run that did not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.numerics.compare import BF16, STAGES, Run, case, difference, is_same, run_cases
+
+DONE = {"changes": ["rehearsed"]}
+IN_BF16 = ("zero1", "zero2", "zero3")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    """On two ranks, four steps each; where it is rehearsed, what the micro-batches leave of gradients is looked at."""
+    root = tmp_path_factory.mktemp("rehearsal")
+
+    def pair(name: str, stage: str, *overrides: str) -> list[dict[str, Any]]:
+        four = (*overrides, "train.steps=4")
+        rehearsed = [case(root, f"{name}-rehearsed", stage, *four, **DONE, **stop) for stop in ({"stop_after": 2}, {})]
+        return [case(root, name, stage, *four), *rehearsed]
+
+    cases = [one for stage in STAGES[:6] for one in pair(stage, stage)]
+    cases += [one for stage in IN_BF16 for one in pair(f"bf16-{stage}", stage, *BF16)]
+    cases += [case(root, "control", "zero2", "train.steps=4", changes=["rehearsed_with_weights"])]
+    return run_cases({2: cases})
+
+
+@pytest.mark.parametrize("name", [*STAGES, *(f"bf16-{stage}" for stage in IN_BF16)])
+def test_a_rehearsal_leaves_no_trace(runs: dict[str, Run], name: str) -> None:
+    """Bit by bit, at every stage, with offload, started and resumed."""
+    assert is_same(runs[name], runs[f"{name}-rehearsed"])
+
+
+def test_a_rehearsal_that_learned_would_be_noticed(runs: dict[str, Run]) -> None:
+    assert difference(runs["zero2"], runs["control"]).is_caught
