@@ -24,7 +24,7 @@ LONG = ("train.epochs=1000", "data.eval=[]", "eval.every_steps=null", "eval.gene
 
 @pytest.fixture
 def two(tmp_path) -> Iterator[Hosts]:
-    with hosts(tmp_path, 2) as made:
+    with hosts(tmp_path, ["host0", "host1"]) as made:
         yield made
 
 
