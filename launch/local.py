@@ -198,12 +198,29 @@ def _rendezvous(
         options["is_host"] = nodes[1] == 1 or is_host
     parameters = RendezvousParameters("c10d", endpoint, run_id, *nodes, **options)
     end = time.monotonic() + join_s
+    if is_host is False:
+        _wait_for_host(endpoint, end)
     while True:
         try:
             return registry.get_rendezvous_handler(parameters)
         except RendezvousConnectionError:
             if time.monotonic() > end:
                 raise BadInput(f"nobody answers at {endpoint}: is it one of this run's nodes, and reachable?") from None
+            time.sleep(1)
+
+
+def _wait_for_host(endpoint: str, end: float) -> None:
+    """Until somebody listens there. Torch's store would wait, too, but fills the log, and in a cluster it can last."""
+    host, _, port = endpoint.rpartition(":")
+    said = False
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((host, int(port)), timeout=_STORE_S).close()
+            return
+        except OSError as error:
+            if not said:
+                say(f"waiting for the first node at {endpoint} ({error})")
+            said = True
             time.sleep(1)
 
 

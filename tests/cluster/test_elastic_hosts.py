@@ -37,7 +37,7 @@ def start(two: Hosts, run_dir: Path, *arguments: str) -> list[subprocess.Popen]:
 
 
 def wait_for_step(run_dir: Path, step: int, world_size: int) -> None:
-    end = time.monotonic() + 150
+    end = time.monotonic() + 300
     while True:
         try:
             lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
