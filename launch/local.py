@@ -41,7 +41,7 @@ from trainer.flow import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, STOP_FILE, Ba
 _CTRL_C_TO_KILL = 3
 # SIGHUP: the terminal went away. SIGQUIT (Ctrl-\) is left to torch's agent, which ends the workers without a save.
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-_JOIN_S = 600  # for the least number of nodes to come
+_JOIN_S = 600  # for the least number of nodes to come, where nothing else is said
 _LAST_CALL_S = 15  # for more than the least to come
 _STORE_S = 30  # for an answer of the rendezvous
 
@@ -56,6 +56,7 @@ def launch(
     is_host: bool | None = None,
     restarts: int = 0,
     run_id: str | None = None,
+    join_s: int | None = None,
 ) -> int:
     """Run `python *worker` in `nproc` processes on this node until all have ended. Returns the exit code.
 
@@ -68,11 +69,13 @@ def launch(
         is_host: whether this node holds the rendezvous; None: found by the endpoint's name.
         restarts: how often the workers are started again after a failure, with the nodes that are left.
         run_id: the same in all launchers of a run, and in no other that meets at the endpoint.
+        join_s: seconds that the least number of nodes may take to come; None: ten minutes.
 
     Raises:
         BadInput: more processes than GPUs, the port is in use, or nobody answers at the endpoint.
     """
     nproc = _processes(nproc)
+    join_s = join_s or _JOIN_S
     if nodes[1] == 1:
         _require_free(endpoint)
     threads = _set_environment(nproc)
@@ -86,7 +89,7 @@ def launch(
         entrypoint=sys.executable,
         # torch's agent substitutes $local_rank and the like in arguments
         args=tuple(argument.replace("$", "$$") for argument in worker),
-        rdzv_handler=_rendezvous(endpoint, nodes, is_host, run_id or run_dir.resolve().name),
+        rdzv_handler=_rendezvous(endpoint, nodes, is_host, run_id or run_dir.resolve().name, join_s),
         max_restarts=restarts,
         local_addr="localhost" if nodes[1] == 1 else None,
     )
@@ -101,7 +104,7 @@ def launch(
         say("quit without a save")
         return FAILED
     except RendezvousError as error:
-        say(_why(error))
+        say(_why(error, join_s))
         return FAILED
     finally:
         agent.close()
@@ -186,19 +189,38 @@ def _require_free(endpoint: str) -> None:
             ) from None
 
 
-def _rendezvous(endpoint: str, nodes: tuple[int, int], is_host: bool | None, run_id: str) -> RendezvousHandler:
+def _rendezvous(
+    endpoint: str, nodes: tuple[int, int], is_host: bool | None, run_id: str, join_s: int
+) -> RendezvousHandler:
     """Where the nodes meet: the node that the endpoint names hosts it, the others wait for that one."""
-    options: dict[str, Any] = {"join_timeout": _JOIN_S, "last_call_timeout": _LAST_CALL_S, "read_timeout": _STORE_S}
+    options: dict[str, Any] = {"join_timeout": join_s, "last_call_timeout": _LAST_CALL_S, "read_timeout": _STORE_S}
     if nodes[1] == 1 or is_host is not None:
         options["is_host"] = nodes[1] == 1 or is_host
     parameters = RendezvousParameters("c10d", endpoint, run_id, *nodes, **options)
-    end = time.monotonic() + _JOIN_S
+    end = time.monotonic() + join_s
+    if is_host is False:
+        _wait_for_host(endpoint, end)
     while True:
         try:
             return registry.get_rendezvous_handler(parameters)
         except RendezvousConnectionError:
             if time.monotonic() > end:
                 raise BadInput(f"nobody answers at {endpoint}: is it one of this run's nodes, and reachable?") from None
+            time.sleep(1)
+
+
+def _wait_for_host(endpoint: str, end: float) -> None:
+    """Until somebody listens there. Torch's store would wait, too, but fills the log, and in a cluster it can last."""
+    host, _, port = endpoint.rpartition(":")
+    said = False
+    while time.monotonic() < end:
+        try:
+            socket.create_connection((host, int(port)), timeout=_STORE_S).close()
+            return
+        except OSError as error:
+            if not said:
+                say(f"waiting for the first node at {endpoint} ({error})")
+            said = True
             time.sleep(1)
 
 
@@ -228,9 +250,9 @@ def exit_code(codes: Collection[int], stopped: bool) -> int:
     return SAVED_RUN_AGAIN if stopped else DONE
 
 
-def _why(error: RendezvousError) -> str:
+def _why(error: RendezvousError, join_s: int) -> str:
     if isinstance(error, RendezvousClosedError):
         return "another node has ended the run; see its log"
     if isinstance(error, RendezvousTimeoutError):
-        return f"too few nodes came within {_JOIN_S} s"
+        return f"too few nodes came within {join_s} s"
     return "the node of the rendezvous is gone; the same command goes on from the last checkpoint"

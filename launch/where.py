@@ -27,12 +27,14 @@ class Where:
     endpoint: str | None = None  # host:port of the rendezvous; None where there is one node
     run_id: str | None = None
     is_host: bool | None = None  # of the rendezvous; None: found by the endpoint's name
+    join_s: int | None = None  # how long the others are waited for; None: the launcher's own patience
 
 
 def find(environ: Mapping[str, str]) -> Where:
     """
     Raises:
-        BadInput: Slurm started this process in a way that one launcher a node cannot work with.
+        BadInput: Slurm started this process in a way that one launcher a node cannot work with, or torchrun's
+            variables ask for what this launcher does not have.
     """
     if "PET_NNODES" in environ:
         return _torchrun(environ)
@@ -53,7 +55,18 @@ def _torchrun(environ: Mapping[str, str]) -> Where:
         endpoint=endpoint,
         run_id=environ.get("PET_RDZV_ID"),
         is_host=rank == "0" if rank is not None else None,
+        join_s=_join_s(environ.get("PET_RDZV_CONF", "")),
     )
+
+
+def _join_s(conf: str) -> int | None:
+    """Of torchrun's `join_timeout=600`; no other of its settings is known here."""
+    if not conf:
+        return None
+    asked = re.fullmatch(r"join_timeout=(\d+)", conf)
+    if asked is None:
+        raise BadInput(f"PET_RDZV_CONF is {conf!r}: give join_timeout alone, in seconds, as join_timeout=600")
+    return int(asked[1])
 
 
 def _slurm(environ: Mapping[str, str]) -> Where:

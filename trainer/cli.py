@@ -105,6 +105,7 @@ def train(
         is_host=None if rdzv_endpoint else where.is_host,
         restarts=max_restarts,
         run_id=rdzv_id or where.run_id or os.environ.get("SLURM_JOB_ID"),
+        join_s=where.join_s,
     )
     raise typer.Exit(code)
 
@@ -309,6 +310,61 @@ def export(
     else:
         from trainer.export import export
     print(export(run, out))
+
+
+launch_app = typer.Typer(help="Write what a cluster's scheduler takes, and submit it.", no_args_is_help=True)
+app.add_typer(launch_app, name="launch")
+
+
+@launch_app.command()
+def kubernetes(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    *,
+    nodes: Annotated[int, typer.Option(min=1, help="Pods, one for each node.", show_default=False)],
+    image: Annotated[
+        str, typer.Option(help="As the cluster pulls it; a digest keeps it the same.", show_default=False)
+    ],
+    kind: Annotated[
+        Literal["job", "jobset", "trainjob"], typer.Option(help="What starts the pods; jobset and trainjob need more.")
+    ] = "job",
+    cluster: Annotated[
+        Path | None,
+        typer.Option(help="What your cluster decides; start from the one that is written.", show_default=False),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="In the cluster. Default: the name of run.dir.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The folder to write. Default: kubernetes/ in run.dir.", show_default=False)
+    ] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Hand it to kubectl apply.")] = False,
+) -> None:
+    """Write the manifests of a run for Kubernetes.
+
+    [bold]packhorse launch kubernetes my_recipe.yaml --nodes 2 --image registry/packhorse:1[/bold]
+    [bold]packhorse launch kubernetes my_recipe.yaml --nodes 2 --image registry/packhorse:1 --submit[/bold]
+    """
+    from launch.kubernetes.render import CLUSTER, render, run_name, submit_file
+    from trainer import config
+
+    run_dir = config.load(recipe_file, overrides or ()).run.dir
+    cluster = cluster or CLUSTER
+    text = render(
+        recipe_file, overrides or (), kind, nodes=nodes, image=image, name=name or run_name(run_dir), cluster=cluster
+    )
+    folder = out or Path(run_dir) / "kubernetes"
+    manifests, kept = folder / f"{kind}.yaml", folder / "cluster.yaml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        manifests.write_text(text, encoding="utf-8")
+        if not kept.exists() or not kept.samefile(cluster):
+            kept.write_text(cluster.read_text(encoding="utf-8"), encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be written ({error}); give another folder as --out") from None
+    print(manifests, kept, sep="\n")
+    if submit:
+        raise typer.Exit(submit_file(manifests))
 
 
 @app.command()

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from tests.ranks import ROOT
-
-BRIDGE, NET = "phbridge", "10.79.0"
 
 
 def _run(*words: str) -> None:
@@ -21,47 +19,51 @@ def _run(*words: str) -> None:
 
 
 class Hosts:
-    """Hosts `host0` to `hostN`, and their links."""
+    """Hosts by name, and their links. `a.b` is called `a` by itself, and both by the others."""
 
-    def __init__(self, folder: Path, count: int) -> None:
-        self._table = folder / "hosts"
-        self._names = [f"host{i}" for i in range(count)]
+    def __init__(self, folder: Path, names: Sequence[str], tag: str, net: str) -> None:
+        self._table, self._sources = folder / "hosts", folder / "nsswitch.conf"
+        self._bridge, self._net = f"{tag}bridge", net
+        self._spaces = {name: f"{tag}-{i}" for i, name in enumerate(names)}
         self._started: list[subprocess.Popen] = []
 
     def up(self) -> None:
-        lines = [f"{NET}.{10 + i} {name}" for i, name in enumerate(self._names)]
+        addresses = {name: f"{self._net}.{10 + i}" for i, name in enumerate(self._spaces)}
+        lines = [f"{address} {name} {name.partition('.')[0]}" for name, address in addresses.items()]
         self._table.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
-        _run("ip", "link", "add", BRIDGE, "type", "bridge")
-        _run("ip", "link", "set", BRIDGE, "up")
-        for line in lines:
-            address, name = line.split()
-            _run("ip", "netns", "add", f"ph-{name}")
-            _run("ip", "link", "add", f"ph-{name}", "type", "veth", "peer", "name", "eth0", "netns", f"ph-{name}")
-            _run("ip", "link", "set", f"ph-{name}", "master", BRIDGE, "up")
-            _run("ip", "-n", f"ph-{name}", "addr", "add", f"{address}/24", "dev", "eth0")
-            _run("ip", "-n", f"ph-{name}", "link", "set", "lo", "up")
-            _run("ip", "-n", f"ph-{name}", "link", "set", "eth0", "up")
+        self._sources.write_text("hosts: files\n")  # no name server answers there, and each question takes 20 s
+        _run("ip", "link", "add", self._bridge, "type", "bridge")
+        _run("ip", "link", "set", self._bridge, "up")
+        for name, space in self._spaces.items():
+            _run("ip", "netns", "add", space)
+            _run("ip", "link", "add", space, "type", "veth", "peer", "name", "eth0", "netns", space)
+            _run("ip", "link", "set", space, "master", self._bridge, "up")
+            _run("ip", "-n", space, "addr", "add", f"{addresses[name]}/24", "dev", "eth0")
+            _run("ip", "-n", space, "link", "set", "lo", "up")
+            _run("ip", "-n", space, "link", "set", "eth0", "up")
 
     def down(self) -> None:
         for process in self._started:
             process.kill()
             process.wait()
-        things = [("link", BRIDGE), *((kind, f"ph-{name}") for name in self._names for kind in ("link", "netns"))]
-        for kind, name in things:
+        spaces = [(kind, space) for space in self._spaces.values() for kind in ("link", "netns")]
+        for kind, name in [("link", self._bridge), *spaces]:
             subprocess.run(["ip", kind, "del", name], check=False, capture_output=True)
 
     def cut(self, name: str) -> None:
-        _run("ip", "link", "set", f"ph-{name}", "down")
+        _run("ip", "link", "set", self._spaces[name], "down")
 
-    def start(self, name: str, command: Sequence[str]) -> subprocess.Popen:
+    def start(
+        self, name: str, command: Sequence[str], *, env: Mapping[str, str] = os.environ, cwd: Path = ROOT
+    ) -> subprocess.Popen:
         """A process on a host; its end ends all that it started there."""
-        inside = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"'
+        inside = 'hostname "$1"; mount --bind "$2" /etc/hosts; mount --bind "$3" /etc/nsswitch.conf; shift 3; exec "$@"'
         own = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
-        where = ["nsenter", f"--net=/run/netns/ph-{name}", *own]
+        where = ["nsenter", f"--net=/run/netns/{self._spaces[name]}", *own]
         process = subprocess.Popen(
-            [*where, "bash", "-c", inside, "_", name, str(self._table), *command],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            [*where, "bash", "-c", inside, "_", name.partition(".")[0], str(self._table), str(self._sources), *command],
+            cwd=cwd,
+            env={**env, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -75,8 +77,13 @@ class Hosts:
 
 
 @contextmanager
-def hosts(folder: Path, count: int) -> Iterator[Hosts]:
-    made = Hosts(folder, count)
+def hosts(folder: Path, names: Sequence[str], tag: str = "ph", net: str = "10.79.0") -> Iterator[Hosts]:
+    """
+    Args:
+        tag: begins the names of what is made on this machine; nine letters at most.
+        net: the first three numbers of the hosts' addresses.
+    """
+    made = Hosts(folder, names, tag, net)
     made.down()  # what a killed test left
     made.up()
     try:

@@ -24,7 +24,7 @@ LONG = ("train.epochs=1000", "data.eval=[]", "eval.every_steps=null", "eval.gene
 
 @pytest.fixture
 def two(tmp_path) -> Iterator[Hosts]:
-    with hosts(tmp_path, 2) as made:
+    with hosts(tmp_path, ["host0", "host1"]) as made:
         yield made
 
 
@@ -37,7 +37,7 @@ def start(two: Hosts, run_dir: Path, *arguments: str) -> list[subprocess.Popen]:
 
 
 def wait_for_step(run_dir: Path, step: int, world_size: int) -> None:
-    end = time.monotonic() + 150
+    end = time.monotonic() + 300
     while True:
         try:
             lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -253,3 +253,20 @@ def test_a_port_in_use_is_bad_input(tmp_path):
         port = taken.getsockname()[1]
         with pytest.raises(BadInput, match=f"port {port} cannot be used"):
             launch(["-c", "0"], tmp_path, nproc=1, endpoint=f"localhost:{port}")
+
+
+def test_a_node_waits_for_the_first_one_and_says_so_once(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    nodes = {"nodes": (2, 2), "endpoint": endpoint, "nproc": 1, "run_id": "waits"}
+    second = start(tmp_path, "", **nodes, is_host=False)
+    assert second.stderr is not None
+    lines = [second.stderr.readline(), second.stderr.readline()]
+    assert "waiting for the first node at 127.0.0.1" in lines[1], lines
+    first = start(tmp_path, "", **nodes, is_host=True)
+    for launcher in (first, second):
+        _, err = launcher.communicate(timeout=300)
+        assert launcher.returncode == 0, err
+        assert "waiting for" not in err
+        assert "client socket" not in err, "torch's own complaints"

@@ -53,6 +53,14 @@ def test_an_indexed_job_tells_its_pods_by_the_index():
     assert find(pod) == Where("2", None, "sft-0.sft:29400", "sft", is_host=True)
 
 
+def test_pods_may_be_told_how_long_to_wait_for_each_other():
+    pod = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "sft-0.sft:29400"}
+    assert find(pod).join_s is None
+    assert find(pod | {"PET_RDZV_CONF": "join_timeout=86400"}).join_s == 86_400
+    with pytest.raises(BadInput, match="give join_timeout alone"):
+        find(pod | {"PET_RDZV_CONF": "join_timeout=86400,is_host=1"})
+
+
 def test_kubeflows_trainer_gives_an_address_and_a_number_of_processes():
     node = {
         "PET_NNODES": "2",

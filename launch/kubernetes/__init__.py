@@ -1,0 +1,1 @@
+"""Manifests for Kubernetes: templates in YAML, and what fills them in."""

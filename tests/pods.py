@@ -1,0 +1,89 @@
+"""The pods that a cluster would make of manifests: their names, environment, arguments and files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launch.kubernetes.render import CLUSTER, Kind, render
+from tests.ranks import ROOT
+
+KINDS: tuple[Kind, ...] = ("job", "jobset", "trainjob")
+
+
+def manifests(kind: Kind = "job", *overrides: str, nodes: int = 2, cluster: Path = CLUSTER) -> dict[str, Any]:
+    """Those of the debug recipe in a run called `sft`, by kind."""
+    recipe = ROOT / "recipes/debug.yaml"
+    found = (f"parallel.deepspeed={ROOT}/ds_configs/zero3.json", *overrides)
+    text = render(recipe, found, kind, nodes=nodes, image="registry/packhorse:1", name="sft", cluster=cluster)
+    return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(text)}
+
+
+def job_spec(made: dict[str, Any]) -> Any:
+    """The Job's spec, wherever the kind has it."""
+    if "Job" in made:
+        return made["Job"]["spec"]
+    spec = made["JobSet"]["spec"] if "JobSet" in made else made["TrainingRuntime"]["spec"]["template"]["spec"]
+    (job,) = spec["replicatedJobs"]
+    return job["template"]["spec"]
+
+
+@dataclass(frozen=True)
+class Pod:
+    """One pod, as its kubelet starts it."""
+
+    hostname: str
+    subdomain: str
+    args: Sequence[str]
+    env: dict[str, str]
+    workdir: str
+    volumes: dict[str, Any]  # where mounted -> the volume
+
+
+def pods(made: dict[str, Any]) -> list[Pod]:
+    """One for each completion index."""
+    spec = job_spec(made)
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    volumes = {volume["name"]: volume for volume in pod["volumes"]}
+    # names: of a JobSet NAME the Job is NAME-node-0, and a pod of an Indexed Job is called by its index
+    job = "sft" if "Job" in made else "sft-node-0"
+    return [
+        Pod(
+            hostname=f"{job}-{index}",
+            subdomain=pod["subdomain"],
+            args=container["args"],
+            env={item["name"]: item["value"] for item in container["env"]}
+            | {"JOB_COMPLETION_INDEX": str(index)}
+            | (_of_kubeflow(made, index) if "TrainJob" in made else {}),
+            workdir=container["workingDir"],
+            volumes={mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]},
+        )
+        for index in range(spec["completions"])
+    ]
+
+
+def _of_kubeflow(made: dict[str, Any], index: int) -> dict[str, str]:
+    """What the torch plugin of Kubeflow's trainer 2 sets in the container `node`, where the TrainJob has a trainer."""
+    return {
+        "PET_NNODES": str(made["TrainJob"]["spec"]["trainer"]["numNodes"]),
+        "PET_NPROC_PER_NODE": "auto",
+        "PET_NODE_RANK": str(index),
+        "PET_MASTER_ADDR": "sft-node-0-0.sft",
+        "PET_MASTER_PORT": "29500",
+    }
+
+
+def what_becomes_of(made: dict[str, Any], exit_code: int, *, disrupted: bool = False) -> str:
+    """The action of the Job's podFailurePolicy on a pod that failed so."""
+    for rule in job_spec(made)["podFailurePolicy"]["rules"]:
+        codes = rule.get("onExitCodes")
+        if codes and (exit_code in codes["values"]) == (codes["operator"] == "In"):
+            return rule["action"]
+        if disrupted and any(pattern["type"] == "DisruptionTarget" for pattern in rule.get("onPodConditions", ())):
+            return rule["action"]
+    return "Count"

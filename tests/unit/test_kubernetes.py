@@ -1,0 +1,408 @@
+"""Manifests for Kubernetes: every field is one that the cluster knows, and what the pods get lets launchers meet."""
+
+import copy
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+from kubeflow_trainer_api import models
+
+from launch.kubernetes.render import CLUSTER, laid_over, run_name
+from launch.where import Where, find
+from tests.pods import KINDS, job_spec, manifests, pods, what_becomes_of
+from tests.ranks import ROOT
+from trainer import cli, config
+from trainer.flow import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN
+
+VERSIONS = ("1.29", "1.34", "1.37")  # the first with all fields on by itself, the first where all are stable, a new one
+MODELS: dict[str, Any] = {
+    "JobSet": models.JobsetV1alpha2JobSet,
+    "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
+    "TrainJob": models.TrainerV1alpha1TrainJob,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _schemas_are_read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            kubernetes_validate.utils, "schema_contents", functools.cache(kubernetes_validate.utils.schema_contents)
+        )
+        yield
+
+
+def refused(manifest: dict[str, Any], version: str = VERSIONS[-1]) -> str | None:
+    """Why a cluster would not take it; None where it would. Unknown fields and values of enumerations count."""
+    try:
+        if manifest["kind"] in MODELS:
+            model = MODELS[manifest["kind"]]
+            return None if model.from_dict(manifest).to_dict() == manifest else "a field is unknown"  # they are dropped
+        kubernetes_validate.validate(manifest, version, strict=True)
+        if manifest["kind"] == "Job":  # these schemas know no enumerations, the models do
+            models.IoK8sApiBatchV1JobSpec.from_dict(manifest["spec"])
+    except (ValueError, kubernetes_validate.ValidationError) as error:
+        return str(error)
+    return None
+
+
+# ----------------------------------------------------------------------------------------------- schemas
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_manifest_fits_its_schema(kind, version):
+    made = manifests(kind)
+    assert {name: refused(manifest, version) for name, manifest in made.items()} == dict.fromkeys(made)
+
+
+def test_the_claim_fits_its_schema():
+    (claim,) = yaml.safe_load_all((CLUSTER.parent / "claim.yaml").read_text())
+    assert refused(claim) is None
+    (volume,) = [v for v in job_spec(manifests())["template"]["spec"]["volumes"] if "persistentVolumeClaim" in v]
+    assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+
+
+NAMES_OF_ONES_OWN = {"data", "labels", "annotations", "matchLabels", "selector", "limits", "requests"}
+
+
+def mappings(tree: Any, free: bool = False) -> Iterator[dict[str, Any]]:
+    """All mappings whose keys are the API's."""
+    if isinstance(tree, dict):
+        if not free:
+            yield tree
+        for key, value in tree.items():
+            yield from mappings(value, free=key in NAMES_OF_ONES_OWN)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from mappings(value)
+
+
+def unseen(manifest: dict[str, Any], key_of: Callable[[str], bool], spoil: Callable[[dict, str], None]) -> list[str]:
+    """The keys of which a copy was spoilt, each for itself, and not refused."""
+    keys = []
+    for number, mapping in enumerate(mappings(manifest)):
+        for key in filter(key_of, mapping):
+            spoilt = copy.deepcopy(manifest)
+            spoil(list(mappings(spoilt))[number], key)
+            if refused(spoilt) is None:
+                keys.append(key)
+    return keys
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("job", "ConfigMap"),
+        ("job", "Service"),
+        ("job", "Job"),
+        ("jobset", "JobSet"),
+        ("trainjob", "TrainingRuntime"),
+        ("trainjob", "TrainJob"),
+    ],
+)
+def test_any_misspelt_field_is_found(kind, name):
+    def misspell(mapping, key):
+        mapping[f"{key}s"] = mapping.pop(key)
+
+    assert not unseen(manifests(kind)[name], lambda key: key not in ("apiVersion", "kind"), misspell)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("job", "Job"), ("jobset", "JobSet"), ("trainjob", "TrainingRuntime")])
+def test_any_misspelt_value_of_an_enumeration_is_found(kind, name):
+    enumerations = {"completionMode", "podReplacementPolicy", "action", "operator", "restartPolicy"}
+    enumerations |= {"fsGroupChangePolicy", "whenUnsatisfiable"}
+
+    def misspell(mapping, key):
+        mapping[key] = mapping[key].lower()
+
+    manifest = manifests(kind)[name]
+    assert enumerations <= {key for mapping in mappings(manifest) for key in mapping}
+    assert not unseen(manifest, enumerations.__contains__, misspell)
+
+
+def test_the_examples_in_the_packaged_cluster_file_are_right_too(tmp_path):
+    lines = CLUSTER.read_text().splitlines()
+    shown = [re.sub(r"^( +)#(?=\S|  )", r"\1", line) for line in lines]
+    assert shown != lines
+    (tmp_path / "all.yaml").write_text("\n".join(shown))
+    made = manifests(cluster=tmp_path / "all.yaml")
+    assert {name: refused(manifest) for name, manifest in made.items()} == dict.fromkeys(made)
+    spec = job_spec(made)["template"]["spec"]
+    (container,) = spec["containers"]
+    assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
+    assert spec["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][0]["labelSelector"] == {
+        "matchLabels": {"app.kubernetes.io/instance": "sft"}
+    }
+
+
+# ----------------------------------------------------------------------------------------------- in a cluster
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"),
+    [("job", "sft-0.sft:29400"), ("jobset", "sft-node-0-0.sft:29400"), ("trainjob", "sft-node-0-0.sft:29500")],
+)
+def test_launchers_find_each_other_by_the_first_pods_name(kind, first):
+    two = pods(manifests(kind))
+    assert f"{two[0].hostname}.{two[0].subdomain}" == first.partition(":")[0]
+    run_id = None if kind == "trainjob" else "sft"
+    for pod, is_host in zip(two, (True, False)):
+        assert find(pod.env) == Where("2", None, first, run_id, is_host, join_s=86_400)
+
+
+def test_the_service_is_the_pods_own_subdomain():
+    made = manifests()
+    spec = job_spec(made)["template"]
+    assert spec["spec"]["subdomain"] == made["Service"]["metadata"]["name"]
+    assert made["Service"]["spec"]["selector"].items() <= spec["metadata"]["labels"].items()
+    assert made["Service"]["spec"]["clusterIP"] == "None"
+    assert made["Service"]["spec"]["publishNotReadyAddresses"] is True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_exit_codes_mean_to_the_job_what_they_mean_to_us(kind):
+    made = manifests(kind)
+    assert what_becomes_of(made, SAVED_RUN_AGAIN) == "Ignore"
+    assert what_becomes_of(made, BAD_INPUT) == "FailJob"
+    assert what_becomes_of(made, FAILED) == what_becomes_of(made, 137) == "Count"
+    assert what_becomes_of(made, 137, disrupted=True) == "Ignore"
+    spec = job_spec(made)
+    assert spec["template"]["spec"]["restartPolicy"] == "Never"
+    assert {rule["onExitCodes"]["containerName"] for rule in spec["podFailurePolicy"]["rules"][:2]} == {
+        container["name"] for container in spec["template"]["spec"]["containers"]
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pods_keep_the_restricted_security_standard(kind):
+    spec = job_spec(manifests(kind))["template"]["spec"]
+    (container,) = spec["containers"]
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert spec["securityContext"]["runAsUser"] == 1000
+    assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    assert spec["automountServiceAccountToken"] is False
+    assert not any("hostPath" in volume for volume in spec["volumes"])
+    assert not any(spec.get(key) for key in ("hostNetwork", "hostPID", "hostIPC"))
+
+
+def test_what_pods_write_to_is_mounted():
+    pod = pods(manifests())[0]
+    writable = {"/work": "persistentVolumeClaim", "/tmp": "emptyDir", "/dev/shm": "emptyDir"}
+    assert {path: set(pod.volumes[path]) - {"name"} for path in writable} == {p: {kind} for p, kind in writable.items()}
+    assert pod.volumes["/dev/shm"]["emptyDir"]["medium"] == "Memory"
+    recipe = config.parse(yaml.safe_load(manifests()["ConfigMap"]["data"]["recipe.yaml"]))
+    written = (pod.env["HOME"], pod.env["HF_HOME"], recipe.data.cache, f"{pod.workdir}/{recipe.run.dir}")
+    assert all(any(Path(path).is_relative_to(root) for root in writable) for path in written)
+
+
+# ----------------------------------------------------------------------------------------------- the recipe
+
+
+def test_pods_read_the_recipe_as_it_was_with_the_overrides():
+    given = config.load(ROOT / "recipes/debug.yaml", ["optim.lr=0.5"])
+    config_map = manifests("job", "optim.lr=0.5")["ConfigMap"]
+    theirs = config.parse(yaml.safe_load(config_map["data"]["recipe.yaml"]))
+    assert theirs.fixed() == given.fixed()
+    assert theirs.run == given.run
+    assert theirs.parallel.deepspeed == "/etc/packhorse/deepspeed.json"
+    assert config_map["data"]["deepspeed.json"] == (ROOT / "ds_configs/zero3.json").read_text()
+    assert config_map["immutable"] is True
+
+
+def test_the_cache_lies_on_the_volume_unless_the_recipe_says_where():
+    def cache(*overrides: str) -> str:
+        return yaml.safe_load(manifests("job", *overrides)["ConfigMap"]["data"]["recipe.yaml"])["data"]["cache"]
+
+    assert cache() == "/work/.cache/packhorse"
+    assert cache("data.cache=/scratch") == "/scratch"
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("runs/sft", "sft"), ("/work/runs/SFT_8b.1/", "sft-8b-1"), ("a/-b-", "b")]
+)
+def test_a_run_is_called_after_its_folder(folder, name):
+    assert run_name(folder) == name
+
+
+# ----------------------------------------------------------------------------------------------- cluster.yaml
+
+
+def test_mappings_are_laid_over_each_other_and_named_things_by_name():
+    base = {"a": {"b": 1, "c": [1, 2]}, "env": [{"name": "X", "value": "1"}, {"name": "Y", "value": "2"}], "d": 3}
+    over = {"a": {"c": [3]}, "env": [{"name": "Y", "value": "5"}, {"name": "Z", "value": "6"}], "d": None, "e": 4}
+    assert laid_over(base, over) == {
+        "a": {"b": 1, "c": [3]},
+        "env": [{"name": "X", "value": "1"}, {"name": "Y", "value": "5"}, {"name": "Z", "value": "6"}],
+        "e": 4,
+    }
+
+
+def test_one_cluster_file_serves_all_kinds(tmp_path):
+    (tmp_path / "my.yaml").write_text(
+        """
+metadata: {namespace: team, labels: {kueue.x-k8s.io/queue-name: gpus}}
+spec:
+  template:
+    spec:
+      securityContext: {runAsUser: null}
+      tolerations: [{key: nvidia.com/gpu, operator: Exists}]
+      volumes: [{name: work, persistentVolumeClaim: null, nfs: {server: nas, path: /share}}]
+      containers: [{name: node, resources: {limits: {nvidia.com/gpu: 4}}}]
+"""
+    )
+    specs = []
+    for kind in KINDS:
+        made = manifests(kind, cluster=tmp_path / "my.yaml")
+        assert {name: refused(manifest) for name, manifest in made.items()} == dict.fromkeys(made)
+        assert {manifest["metadata"]["namespace"] for manifest in made.values()} == {"team"}
+        assert all("kueue.x-k8s.io/queue-name" in manifest["metadata"]["labels"] for manifest in made.values())
+        specs.append(job_spec(made))
+    for spec in specs:
+        pod = spec["template"]["spec"]
+        assert "runAsUser" not in pod["securityContext"]
+        assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists"}]
+        assert {"name": "work", "nfs": {"server": "nas", "path": "/share"}} in pod["volumes"]
+        pod["containers"][0]["env"] = []  # where they meet differs
+    assert specs[0] == specs[1] == specs[2]
+
+
+# ----------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def launch(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]:
+    """`packhorse launch kubernetes` on the debug recipe, with a run folder of its own: exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    (tmp_path / "debug.yaml").write_text((ROOT / "recipes/debug.yaml").read_text())
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        given = ["--nodes", "2", "--image", "registry/packhorse:1", *arguments]
+        monkeypatch.setattr(sys, "argv", ["packhorse", "launch", "kubernetes", "debug.yaml", *given])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert isinstance(ended.value.code, int | None)
+        return ended.value.code or 0, out, err
+
+    return run
+
+
+def test_it_writes_into_the_run_folder_and_says_what(launch):
+    code, out, err = launch("--kind", "jobset")
+    assert (code, err) == (DONE, "")
+    assert out.split() == ["runs/debug/kubernetes/jobset.yaml", "runs/debug/kubernetes/cluster.yaml"]
+    assert [m["kind"] for m in yaml.safe_load_all(Path(out.split()[0]).read_text())] == ["ConfigMap", "JobSet"]
+    assert Path(out.split()[1]).read_text() == CLUSTER.read_text()
+
+
+def test_the_cluster_file_that_it_wrote_can_be_changed_and_given_back(launch):
+    _, out, _ = launch()
+    kept = Path(out.split()[1])
+    kept.write_text(kept.read_text().replace("namespace: default", "namespace: team"))
+    code, out, err = launch("--cluster", str(kept), "--name", "other", "--out", "elsewhere")
+    assert code == DONE, err
+    made = list(yaml.safe_load_all(Path("elsewhere/job.yaml").read_text()))
+    assert {(m["metadata"]["name"], m["metadata"]["namespace"]) for m in made} == {("other", "team")}
+    assert launch("--cluster", str(kept))[0] == DONE
+    assert "namespace: team" in kept.read_text()
+
+
+def test_nothing_that_is_given_breaks_out_of_its_field(launch):
+    hostile = 'x"\n  hostNetwork: true #$NAME'
+    code, out, err = launch("--image", hostile)
+    assert code == DONE, err
+    made = {m["kind"]: m for m in yaml.safe_load_all(Path(out.split()[0]).read_text())}
+    (container,) = job_spec(made)["template"]["spec"]["containers"]
+    assert container["image"] == hostile
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--name", "Sft"], "'Sft' cannot name a run in a cluster"),
+        (["--name", "a" * 41], "at most 40"),
+        (["run.dir=runs/8b"], "'8b' cannot name a run in a cluster: give another --name"),
+        (["run.dir=/elsewhere/sft"], "run.dir: /elsewhere/sft would be lost with its pod; put it below /work"),
+        (["run.dir=../sft"], "run.dir: /sft would be lost with its pod"),
+        (["parallel.deepspeed=nowhere.json"], "parallel.deepspeed: there is no file nowhere.json"),
+        (["optim.lrr=1"], "did you mean `optim.lr`?"),
+        (["--cluster", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
+        (["--cluster", "broken.yaml"], "broken.yaml: cannot be read"),
+        (["--cluster", "pod.yaml"], "pod.yaml: it must be a part of a Job, with `metadata` and `spec`"),
+        (["--cluster", "flat.yaml"], "flat.yaml: spec.template.spec.containers: must be a list"),
+        (["--cluster", "none.yaml"], "none.yaml: it takes out the container `node`"),
+        (["--out", "debug.yaml"], "debug.yaml: cannot be written"),
+    ],
+)
+def test_bad_input_is_one_sentence(launch, arguments, sentence):
+    Path("broken.yaml").write_text("spec: [")
+    Path("pod.yaml").write_text("template: {}")
+    Path("flat.yaml").write_text("spec: {template: {spec: {containers: {name: node}}}}")
+    Path("none.yaml").write_text("spec: {template: {spec: {containers: null}}}")
+    code, _, err = launch(*arguments)
+    assert (code, err.count("\n")) == (BAD_INPUT, 1)
+    assert sentence in err
+
+
+def kubectl(monkeypatch, tmp_path: Path, says: str, code: int) -> Path:
+    """A kubectl that notes its arguments. What the real one does is the cluster's affair."""
+    noted = tmp_path / "arguments"
+    (tmp_path / "bin").mkdir()
+    program = tmp_path / "bin/kubectl"
+    program.write_text(f'#!/bin/sh\nfor argument; do echo "$argument"; done >{noted}\necho "{says}"\nexit {code}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    return noted
+
+
+@pytest.mark.parametrize(
+    ("says", "code", "ends"),
+    [
+        ("job.batch/debug created", 0, DONE),
+        ("job.batch/debug unchanged", 0, FAILED),  # a job that has ended is not started again
+        ("", 1, FAILED),
+    ],
+)
+def test_submit_hands_the_file_to_kubectl(launch, monkeypatch, tmp_path, says, code, ends):
+    noted = kubectl(monkeypatch, tmp_path, says, code)
+    ended, out, err = launch("--submit")
+    assert ended == ends
+    assert says in out
+    assert noted.read_text().split() == ["apply", "--validate=strict", "-f", "runs/debug/kubernetes/job.yaml"]
+    assert ("kubectl delete -f" in err) == says.endswith("unchanged")
+
+
+def test_without_kubectl_submit_says_so(launch, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, err = launch("--submit")
+    assert code == BAD_INPUT
+    assert "there is no kubectl here" in err
+
+
+def test_an_installed_packhorse_has_the_templates(tmp_path):
+    source = tmp_path / "source"
+    for package in ("launch", "trainer"):
+        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    subprocess.run([*wheel, str(source)], check=True)
+    (built,) = tmp_path.glob("*.whl")
+    packed = {Path(name).name for name in zipfile.ZipFile(built).namelist() if name.startswith("launch/kubernetes/")}
+    assert packed >= {path.name for path in CLUSTER.parent.glob("*.yaml")}
