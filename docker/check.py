@@ -17,13 +17,14 @@ import sys
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 GIB = 2**30
+SHARED_MEMORY = "/dev/shm"  # noqa: S108
 SHARED_MEMORY_GIB = 1  # that NCCL and several ranks of a node can do with; Docker's default is 1/16
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets")
 OPS = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}  # of DeepSpeed, that trainer/engine.py may use
@@ -58,9 +59,13 @@ def gpus(asked: int | None) -> list[Row]:
     rows = [Row("torch is built for", f"CUDA {built_for}" if built_for else "CPU"), Row("GPUs", str(count), fault)]
     for i in range(count):
         gpu = torch.cuda.get_device_properties(i)
-        rows.append(Row(f"GPU {i}", f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, capability {gpu.major}.{gpu.minor}"))
+        rows.append(
+            Row(f"GPU {i}", f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, capability {gpu.major}.{gpu.minor}")
+        )
     if built_for:
-        rows.append(Row("NCCL", ".".join(map(str, torch.cuda.nccl.version()))))
+        from torch.cuda import nccl
+
+        rows.append(Row("NCCL", ".".join(map(str, nccl.version()))))
     return rows
 
 
@@ -97,14 +102,15 @@ def flash_attn() -> Row:
 def deepspeed_ops() -> list[Row]:
     """Whether they are compiled already, and load."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.version.cuda else "cpu")  # also where no GPU is seen
-    import trainer.engine  # noqa: F401  sets up DeepSpeed as for training
+    importlib.import_module("trainer.engine")  # sets up DeepSpeed as for training
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
 
+    accelerator: Any = get_accelerator()
     compiler = shutil.which("c++")
     rows = []
     for name, builder_name in OPS.items():
-        builder = get_accelerator().create_op_builder(builder_name)
+        builder = accelerator.create_op_builder(builder_name)
         if not installed_ops.get(name):
             fault = None if compiler else f"{name} is not compiled, and there is no compiler: apt-get install g++"
             rows.append(Row(name, "compiled at its first use" if compiler else "missing", fault))
@@ -123,14 +129,14 @@ def deepspeed_ops() -> list[Row]:
 
 def limits() -> list[Row]:
     """Of the container: what is known to make runs fail where it is small."""
-    disk = os.statvfs("/dev/shm")
+    disk = os.statvfs(SHARED_MEMORY)
     shared_gib = disk.f_blocks * disk.f_frsize / GIB
     fault = None
     if torch.cuda.device_count() > 1 and shared_gib < SHARED_MEMORY_GIB:
         fault = f"NCCL needs more shared memory than {shared_gib:.2f} GiB: docker run --ipc=host, or --shm-size=16g"
     rows = [
         Row("cores", str(len(os.sched_getaffinity(0)))),
-        Row("/dev/shm", f"{shared_gib:.2f} GiB", fault),
+        Row(SHARED_MEMORY, f"{shared_gib:.2f} GiB", fault),
     ]
     for name in ("memlock", "nofile", "stack"):
         soft, _ = resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))
@@ -145,25 +151,21 @@ def limits() -> list[Row]:
 
 def folders() -> list[Row]:
     """Where a run writes to; the root may well be read-only."""
-    rows = [Row("user", f"{os.getuid()}:{os.getgid()}")]
-    for what, path in (("cache (HOME)", Path.home()), ("temporary files", Path(_temporary())), ("runs", Path("/runs"))):
-        if what == "runs" and not path.exists():
-            continue  # not in the image
-        writable = os.access(path, os.W_OK)
-        fault = f"{path} cannot be written: mount a folder there that user {os.getuid()} may write to"
-        rows.append(Row(what, f"{path}, {_free(path)}" if writable else f"{path}, not writable", None if writable else fault))
+    rows = [Row("user", f"{os.getuid()}:{os.getgid()}"), _folder("cache (HOME)", Path.home())]
+    try:
+        rows.append(_folder("temporary files", Path(tempfile.gettempdir())))
+    except FileNotFoundError:
+        rows.append(Row("temporary files", "no folder", "there is nowhere to write temporary files: --tmpfs /tmp"))
+    if (runs := Path("/runs")).exists():  # as in the image
+        rows.append(_folder("runs", runs))
     return rows
 
 
-def _temporary() -> str:
-    try:
-        return tempfile.gettempdir()
-    except FileNotFoundError:
-        return "/tmp"
-
-
-def _free(path: Path) -> str:
-    return f"{shutil.disk_usage(path).free / GIB:.0f} GiB free"
+def _folder(what: str, path: Path) -> Row:
+    if os.access(path, os.W_OK):
+        return Row(what, f"{path}, {shutil.disk_usage(path).free / GIB:.0f} GiB free")
+    fault = f"{path} cannot be written: mount a folder there that user {os.getuid()} may write to"
+    return Row(what, f"{path}, not writable", fault)
 
 
 def main() -> int:

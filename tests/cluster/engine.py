@@ -34,11 +34,17 @@ class Engine:
         self._folder = folder
         self._environ = os.environ | {"DOCKER_HOST": f"unix://{folder}/socket", "DOCKER_BUILDKIT": "1"}
         self._daemon: subprocess.Popen | None = None
+        self.pip: dict[str, str] = {}  # build arguments that say where packages are
 
     def up(self) -> None:
         self._down_bridge()  # that a killed test left
         own = self._folder
-        places = [f"--data-root={own}/data", f"--exec-root={own}/exec", f"--pidfile={own}/pid", f"--host=unix://{own}/socket"]
+        places = [
+            f"--data-root={own}/data",
+            f"--exec-root={own}/exec",
+            f"--pidfile={own}/pid",
+            f"--host=unix://{own}/socket",
+        ]
         network = ["--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-masq=false", "--ip-forward=false"]
         log = self._folder / "log"
         with log.open("w") as file:
@@ -51,8 +57,8 @@ class Engine:
             )
         end = time.monotonic() + 60
         while self._run("version").returncode:
-            ended = self._daemon.poll() is not None
-            assert not ended and time.monotonic() < end, f"the engine did not start:\n{log.read_text()[-3000:]}"
+            if self._daemon.poll() is not None or time.monotonic() > end:
+                raise AssertionError(f"the engine did not start:\n{log.read_text()[-3000:]}")
             time.sleep(0.2)
 
     def down(self) -> None:
@@ -82,7 +88,8 @@ class Engine:
     def run(self, *words: str) -> str:
         """What `docker *words` printed, which must not fail."""
         done = self._run(*words)
-        assert done.returncode == 0, f"docker {' '.join(words)}: {done.returncode}\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+        said = done.stdout[-6000:] + done.stderr[-6000:]
+        assert done.returncode == 0, f"docker {' '.join(words)} ended with {done.returncode}:\n{said}"
         return done.stdout
 
     def fails(self, *words: str) -> str:
@@ -114,27 +121,24 @@ class Engine:
         (context / "pip.conf").write_text("[global]\ncert = /etc/ssl/certs/ca-certificates.crt\n")
         (context / "Dockerfile").write_text(
             "FROM scratch\nADD base.tar /\nCOPY certificates/ /usr/local/share/ca-certificates/\n"
-            "COPY pip.conf /etc/pip.conf\nRUN update-ca-certificates\n"
+            "COPY pip.conf /etc/pip.conf\nRUN update-ca-certificates \\\n"
+            "  && echo force-unsafe-io > /etc/dpkg/dpkg.cfg.d/speed\n"  # as Debian's own image has it
         )
-        self.run("build", "--tag", BASE, str(context))
+        self.run("build", "--network=host", "--tag", BASE, str(context))  # BuildKit knows host and none
         shutil.rmtree(context)
 
     def build(self, *words: str) -> list[str]:
         """The words of a `docker build` of docker/Dockerfile's CPU flavour."""
-        bases = [f"BASE_IMAGE={BASE}", f"RUNTIME_IMAGE={BASE}", "FLAVOUR=cpu"]
-        arguments = [f"--build-arg={argument}" for argument in bases]
-        return ["build", "--network=host", f"--file={ROOT}/docker/Dockerfile", *arguments, *words, str(ROOT)]
-
-    def make_image(self) -> None:
-        with packages() as places:
-            self.run(*self.build("--tag", IMAGE, *(f"--build-arg={name}={place}" for name, place in places.items())))
+        arguments = {"BASE_IMAGE": BASE, "RUNTIME_IMAGE": BASE, "FLAVOUR": "cpu", **self.pip}
+        given = [f"--build-arg={name}={value}" for name, value in arguments.items()]
+        return ["build", "--network=host", f"--file={ROOT}/docker/Dockerfile", *given, *words, str(ROOT)]
 
 
 @contextmanager
 def packages() -> Iterator[dict[str, str]]:
     """pip's settings of this machine for where packages are, with its folders served to the builds."""
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True)
-    settings = dict(line.partition("=")[::2] for line in listed.stdout.splitlines())
+    settings = {name: value for name, _, value in (line.partition("=") for line in listed.stdout.splitlines())}
     with tempfile.TemporaryDirectory() as folder:
         handler = functools.partial(_Quiet, directory=folder)
         with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -182,7 +186,8 @@ def engine() -> Iterator[Engine]:
     try:
         made.up()
         made.make_base()
-        made.make_image()
-        yield made
+        with packages() as made.pip:
+            made.run(*made.build("--tag", IMAGE))
+            yield made
     finally:
         made.down()
