@@ -1,0 +1,43 @@
+"""Whether the packhorse of this container runs: its processes are there, and none of them is stopped or dead.
+
+For a HEALTHCHECK, so it is cheap: it reads /proc, and imports nothing that takes time. Whether the run moves on is
+watched from inside, by every rank: one that stands still ends the run, with exit code 1 (guard.hang_factor).
+"""
+
+import sys
+from pathlib import Path
+
+_STATES = {"T": "stopped", "t": "stopped", "Z": "dead", "X": "dead"}
+
+
+def processes(proc: Path) -> dict[int, str]:
+    """The state of each process of packhorse, the launcher and its workers, by its id."""
+    found = {}
+    for folder in proc.glob("[0-9]*"):
+        try:
+            stat = (folder / "stat").read_text()
+            command = (folder / "cmdline").read_bytes().split(b"\0")
+            parent = (folder.parent / stat.rpartition(")")[2].split()[1] / "cmdline").read_bytes()
+        except OSError:  # it ended while we looked
+            continue
+        state = stat.rpartition(")")[2].split()[0]
+        # a dead process has no command line any more: it is ours if its parent is
+        if _is_ours(command) or (state in "ZX" and _is_ours(parent.split(b"\0"))):
+            found[int(folder.name)] = state
+    return found
+
+
+def _is_ours(command: list[bytes]) -> bool:
+    """`python /opt/venv/bin/packhorse train ...`, and its workers, `python -m trainer.cli train ...`."""
+    return any(word == b"trainer.cli" or word.endswith(b"/packhorse") for word in command[1:3])
+
+
+def main() -> int:
+    states = processes(Path("/proc"))
+    bad = [f"process {pid} is {_STATES[state]}" for pid, state in sorted(states.items()) if state in _STATES]
+    print("; ".join(bad) or (f"{len(states)} processes run" if states else "no packhorse runs here"))
+    return 1 if bad or not states else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
