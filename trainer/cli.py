@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from trainer.flow import BAD_INPUT, DONE, FAILED, BadInput, Example, RowError
+from trainer.flow import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, BadInput, Example, RowError
 
 if TYPE_CHECKING:
     from trainer.config import Recipe
@@ -88,6 +88,7 @@ def train(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(DONE)  # DeepSpeed leaves threads behind, which now and then abort a process at its very end
+    _stop_while_starting()
     from launch.local import launch, parse_nodes
     from launch.where import Where, find
 
@@ -105,6 +106,7 @@ def train(
         is_host=None if rdzv_endpoint else where.is_host,
         restarts=max_restarts,
         run_id=rdzv_id or where.run_id or os.environ.get("SLURM_JOB_ID"),
+        recipe=recipe,
     )
     raise typer.Exit(code)
 
@@ -315,6 +317,18 @@ def _refuse(sentence: str) -> NoReturn:
 def _is_worker() -> bool:
     """Whether a launcher, ours or torchrun, started this process."""
     return {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"} <= os.environ.keys()
+
+
+def _stop_while_starting() -> None:
+    """A launcher imports torch for seconds before it can pass signals on: until then they end it, with nothing lost."""
+    import signal
+
+    def stop(number: int, _frame: Any) -> NoReturn:
+        print(f"packhorse: {signal.Signals(number).name}: stopped before the workers had started", file=sys.stderr)
+        sys.exit(SAVED_RUN_AGAIN)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)
 
 
 def _end_with_the_launcher() -> None:
