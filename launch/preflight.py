@@ -97,7 +97,9 @@ def check(
     run_dir = Path(recipe.run.dir)
     every = [
         Facts(**{**told, "gpus": tuple(told["gpus"])})
-        for told in _exchange(store, "facts", node, [f"node {i}" for i in range(nodes)], asdict(facts(recipe, processes)))
+        for told in _exchange(
+            store, "facts", node, [f"node {i}" for i in range(nodes)], asdict(facts(recipe, processes))
+        )
     ]
     hosts = names(every)
     token = run_dir / f".preflight-{stamp}-%d"

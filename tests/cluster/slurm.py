@@ -167,7 +167,13 @@ class Slurm:
         log = (self._folder / f"{name}.out").open("a")
         dies_with_us = ["setpriv", "--pdeathsig", "KILL"]
         self._started[name] = subprocess.Popen(
-            [*dies_with_us, *command], env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, umask=0o022
+            [*dies_with_us, *command],
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            umask=0o022,
         )
 
     def _until(self, true, otherwise: str) -> None:
