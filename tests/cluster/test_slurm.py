@@ -17,12 +17,12 @@ from trainer.metrics import read_lines
 
 pytestmark = pytest.mark.cluster
 
-# eps: with less, what rounding leaves of a gradient becomes a full step
+# lr: steady; eps: with less, what rounding leaves of a gradient becomes a full step
 SETTINGS = (
-    "train.epochs=8", "optim.eps=1e-3", "checkpoint.every_steps=5",
+    "train.epochs=4", "optim.lr=1e-3", "optim.eps=1e-3", "checkpoint.every_steps=5",
     "data.eval=[]", "eval.every_steps=null", "eval.generate=null",
 )  # fmt: skip
-STEPS = 72
+STEPS = 36
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def test_a_run_folder_that_is_not_shared_is_refused_and_the_node_is_named(cluste
     ("option", "sentence"),
     [
         ("--partition=nowhere", "invalid partition"),
-        ("--nodes=3", "configuration is not available"),
+        ("--gpus-per-node=9", "configuration is not available"),
         ("--nods=2", "nods"),
     ],
 )
