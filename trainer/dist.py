@@ -149,7 +149,8 @@ def barrier() -> None:
 
 def all_reduce_speed() -> tuple[float, float]:
     """Size in MiB of an all-reduce over all ranks, and its speed in GB/s as NCCL's own tests count it: what each rank
-    sends, 2 (n - 1) / n of the size, over the time; the median of five, after one that connects. Every rank calls it."""
+    sends, 2 (n - 1) / n of the size, over the time. The median of five, after one that connects. Every rank calls it.
+    """
     import torch
     import torch.distributed as td
 

@@ -85,7 +85,7 @@ class Slurm:
         """What `scontrol show job` says, as JobState, Restarts, ExitCode."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", number).stdout))
 
-    def wait(self, number: str, *states: str, restarts: int = 0, seconds: float = 240) -> dict[str, str]:
+    def wait(self, number: str, *states: str, restarts: int = 0, seconds: float = 600) -> dict[str, str]:
         """The job, once it is in one of the states, in its start of that number."""
         end = time.monotonic() + seconds
         while True:

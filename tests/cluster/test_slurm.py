@@ -64,7 +64,7 @@ def losses(run_dir: Path) -> list[float]:
 
 
 def wait_for_step(cluster: Slurm, number: str, run_dir: Path, step: int) -> None:
-    end = time.monotonic() + 180
+    end = time.monotonic() + 600
     metrics = run_dir / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < step:
         assert cluster.job(number)["JobState"] in ("PENDING", "RUNNING"), (run_dir / "job.log").read_text()
