@@ -98,7 +98,7 @@ def test_a_signal_saves_and_queues_again_and_the_second_start_goes_on(cluster, c
 
 
 def test_near_its_time_limit_a_job_saves_and_queues_itself_again(cluster, cache, tmp_path):
-    number = sbatch(cluster, tmp_path, cache, "train.epochs=1000", options=("--time=1", "--signal=B:USR1@20"))
+    number = sbatch(cluster, tmp_path, cache, "train.epochs=1000", options=("--time=1", "--signal=B:USR1@1"))
     cluster.wait(number, "PENDING", restarts=1)
     cluster.run("scancel", number)
     said = (tmp_path / "job.log").read_text()

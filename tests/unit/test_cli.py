@@ -228,3 +228,18 @@ def test_launch_slurm_writes_nothing_for_a_recipe_that_cannot_be_used(packhorse,
     assert code == 2
     assert "optim.lr" in err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_while_a_launcher_still_imports_loses_nothing(name):
+    program = (
+        "import os, signal, sys, types\n"
+        "from trainer.cli import main\n"
+        f"early = lambda *args, **options: os.kill(os.getpid(), signal.{name})\n"
+        "sys.modules['launch.local'] = types.SimpleNamespace(launch=early, parse_nodes=lambda text: (1, 1))\n"
+        f"sys.argv[1:] = ['train', {DEBUG!r}]\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
+    assert f"{name}: stopped before the workers had started" in done.stderr

@@ -122,10 +122,8 @@ def test_launchers_on_one_host_are_told_apart_and_may_meet_by_the_loopback():
 def test_a_node_that_cannot_write_or_has_no_room_is_named():
     hosts, folder = ["a", "b"], Path("/shared/run")
     assert unusable([DISK, DISK], hosts, folder) is None
-    read_only = replace(DISK, fault="Read-only file system")
-    assert (
-        unusable([DISK, read_only], hosts, folder) == "b cannot write to run.dir, /shared/run (Read-only file system)"
-    )
+    read_only = replace(DISK, fault="Read-only")
+    assert unusable([DISK, read_only], hosts, folder) == "b cannot write to run.dir, /shared/run (Read-only)"
     full = replace(DISK, free_gib={"run.dir": 900.0, "data.cache": 0.25})
     assert unusable([DISK, full], hosts, folder) == "b has 0.25 GiB free at data.cache; make room there"
 
