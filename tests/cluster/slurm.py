@@ -96,6 +96,10 @@ class Slurm:
             assert time.monotonic() < end, f"job {number} is {job['JobState']}, not {states}: {job}"
             time.sleep(0.2)
 
+    def wait_idle(self) -> None:
+        """Until all nodes are up, and free of the last job's end."""
+        self._until(lambda: self._idle() == len(self.nodes), "the nodes are not all idle")
+
     def start_now(self, number: str) -> None:
         """A job that was queued again waits for two minutes, if nobody asks for more."""
         self.run("scontrol", "update", f"jobid={number}", "starttime=now")
@@ -124,7 +128,7 @@ class Slurm:
         self._start("slurmctld", "unshare", "--uts", "bash", "-c", "hostname phctl; exec slurmctld -D -i")
         for node in self.nodes:
             self.revive(node)
-        self._until(lambda: self._idle() == len(self.nodes), "the nodes did not come up")
+        self.wait_idle()
 
     def down(self) -> None:
         for process in reversed(self._started.values()):
@@ -177,7 +181,7 @@ class Slurm:
         )
 
     def _until(self, true, otherwise: str) -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while not true():
             if time.monotonic() > end:
                 logs = [f"--- {path}\n{path.read_text()[-1500:]}" for path in self._folder.glob("*.log")]

@@ -109,6 +109,7 @@ def test_near_its_time_limit_a_job_saves_and_queues_itself_again(cluster, cache,
 
 def test_the_job_of_a_node_that_died_comes_back_on_the_one_that_is_left(cluster, cache, whole, tmp_path):
     run_dir = tmp_path / "it's a run"
+    cluster.wait_idle()  # or it would begin on one
     command = [sys.executable, "-m", "trainer.cli", "launch", "slurm", "recipes/debug.yaml", *recipe(run_dir, cache)]
     number = cluster.submit(*command, "--nodes", "1-2", "--submit")
     wait_for_step(cluster, number, run_dir, 8)
