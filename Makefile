@@ -38,10 +38,11 @@ test-runs: install  ## whole runs, minutes each
 test-cluster: install  ## several hosts stood in for by network namespaces; needs root and iproute2
 	$(BIN)/python -m pytest -m cluster
 
-style: install  ## ruff and pyright
+style: install  ## ruff, pyright and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/shellcheck .ci/run launch/*.sh slurm/*.sh
 
 gpu-check: install  ## kernels against their twins and the GPU benchmark, at most 8 minutes
 	$(BIN)/python -m pytest -m gpu

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,17 @@ _DAY_S = 86_400
 
 
 class Agent(LocalElasticAgent):
-    """Starts, watches and restarts the workers of one node."""
+    """Starts, watches and restarts the workers of one node.
 
-    def __init__(self, spec: WorkerSpec, run_dir: Path) -> None:
+    Args:
+        preflight: called with the round's store, this node's number, the number of nodes and the round's name, where
+            there are several; what it raises ends this launcher.
+    """
+
+    def __init__(
+        self, spec: WorkerSpec, run_dir: Path, preflight: Callable[[Any, int, int, str], None] | None = None
+    ) -> None:
+        self._preflight = preflight
         self.logs = RankLogs(run_dir / "logs")
         self.lost: str | None = None  # the nodes that fell silent in this round
         self._stop_file = run_dir / STOP_FILE
@@ -71,6 +80,8 @@ class Agent(LocalElasticAgent):
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{os.getpid()}"
         self.logs.name = store.compare_set("packhorse/logs", "", stamp).decode()  # the first node's
         node, nodes = worker_group.group_rank, worker_group.group_world_size
+        if nodes > 1 and self._preflight:
+            self._preflight(store, node, nodes, self.logs.name)
         self._peers = Peers(store.clone(), node, nodes, self._end_round, self._end) if nodes > 1 else None
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:

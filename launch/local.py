@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,9 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousTimeoutError,
 )
 
+from launch import preflight
 from launch.agent import Agent, explain, say
+from trainer.config import Recipe
 from trainer.flow import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, STOP_FILE, BadInput
 
 _CTRL_C_TO_KILL = 3
@@ -57,6 +60,7 @@ def launch(
     restarts: int = 0,
     run_id: str | None = None,
     join_s: int | None = None,
+    recipe: Recipe | None = None,
 ) -> int:
     """Run `python *worker` in `nproc` processes on this node until all have ended. Returns the exit code.
 
@@ -70,9 +74,10 @@ def launch(
         restarts: how often the workers are started again after a failure, with the nodes that are left.
         run_id: the same in all launchers of a run, and in no other that meets at the endpoint.
         join_s: seconds that the least number of nodes may take to come; None: ten minutes.
+        recipe: what the nodes are compared for before the workers start (launch/preflight.py); None: they are not.
 
     Raises:
-        BadInput: more processes than GPUs, the port is in use, or nobody answers at the endpoint.
+        BadInput: more processes than GPUs, the port is in use, nobody answers at the endpoint, or nodes differ.
     """
     nproc = _processes(nproc)
     join_s = join_s or _JOIN_S
@@ -93,7 +98,8 @@ def launch(
         max_restarts=restarts,
         local_addr="localhost" if nodes[1] == 1 else None,
     )
-    agent = Agent(spec, run_dir)
+    check = partial(preflight.check, recipe, nproc, say) if recipe else None
+    agent = Agent(spec, run_dir, check)
     try:
         with _passing_signals(agent):
             result: Any = agent.run()
@@ -105,6 +111,9 @@ def launch(
         return FAILED
     except RendezvousError as error:
         say(_why(error, join_s))
+        return FAILED
+    except preflight.NoAnswer as error:
+        say(str(error))
         return FAILED
     finally:
         agent.close()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from trainer.flow import BAD_INPUT, DONE, FAILED, BadInput, Example, RowError
+from trainer.flow import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, BadInput, Example, RowError
 
 if TYPE_CHECKING:
     from trainer.config import Recipe
@@ -88,6 +88,7 @@ def train(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(DONE)  # DeepSpeed leaves threads behind, which now and then abort a process at its very end
+    _stop_while_starting()
     from launch.local import launch, parse_nodes
     from launch.where import Where, find
 
@@ -106,6 +107,7 @@ def train(
         restarts=max_restarts,
         run_id=rdzv_id or where.run_id or os.environ.get("SLURM_JOB_ID"),
         join_s=where.join_s,
+        recipe=recipe,
     )
     raise typer.Exit(code)
 
@@ -312,7 +314,7 @@ def export(
     print(export(run, out))
 
 
-launch_app = typer.Typer(help="Write what a cluster's scheduler takes, and submit it.", no_args_is_help=True)
+launch_app = typer.Typer(help="Write what starts a run on a cluster, and submit it.", no_args_is_help=True)
 app.add_typer(launch_app, name="launch")
 
 
@@ -365,6 +367,65 @@ def kubernetes(
     print(manifests, kept, sep="\n")
     if submit:
         raise typer.Exit(submit_file(manifests))
+
+
+@launch_app.command()
+def slurm(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    nodes: Annotated[str, typer.Option(metavar="N|MIN-MAX", help="Machines; MIN-MAX: as many as there are.")] = "1",
+    gpus_per_node: Annotated[int, typer.Option(min=0)] = 8,
+    time: Annotated[
+        str, typer.Option(help="Slurm's time limit; the run saves before it and is queued again.")
+    ] = "24:00:00",
+    partition: Annotated[str | None, typer.Option(help="Default: the cluster's.", show_default=False)] = None,
+    account: Annotated[str | None, typer.Option(help="Default: the user's.", show_default=False)] = None,
+    container: Annotated[
+        str | None,
+        typer.Option(
+            help="A .sif file runs in Apptainer, any other image in Pyxis. Default: none.", show_default=False
+        ),
+    ] = None,
+    mount: Annotated[
+        list[str] | None,
+        typer.Option(help="A folder that the container sees, besides the current one.", show_default=False),
+    ] = None,
+    submit: Annotated[bool, typer.Option("--submit", help="Hand it to sbatch.")] = False,
+) -> None:
+    """Write a batch script for Slurm into the run folder.
+
+    [bold]packhorse launch slurm recipes/sft_70b.yaml --nodes 8 --gpus-per-node 8[/bold]
+    [bold]packhorse launch slurm recipes/sft_70b.yaml --nodes 4-8 --container packhorse.sif --submit[/bold]
+    """
+    import shlex
+    import sysconfig
+
+    from launch import slurm
+    from trainer import config
+
+    recipe = config.load(recipe_file, overrides or ())
+    run_dir = Path(recipe.run.dir).absolute()
+    options = {
+        "job-name": run_dir.name,
+        "nodes": nodes,
+        "gpus-per-node": str(gpus_per_node),
+        "time": time,
+        "partition": partition,
+        "account": account,
+        "chdir": str(Path.cwd()),
+        "output": str(run_dir).replace("%", "%%") + "/slurm-%j.log",
+    }
+    text = slurm.render(
+        options={name: value for name, value in options.items() if value is not None},
+        recipe=shlex.quote(str(recipe_file)),
+        overrides=overrides or (),
+        packhorse="packhorse" if container else f"{sysconfig.get_path('scripts')}/packhorse",
+        container=container or "",
+        mounts=[str(Path.cwd()), *(mount or ())],
+    )
+    script = slurm.write(run_dir, text)
+    print(script)
+    print(slurm.submit(script) if submit else f"submit it with: sbatch {shlex.quote(str(script))}")
 
 
 @app.command()
@@ -433,6 +494,18 @@ def _refuse(sentence: str) -> NoReturn:
 def _is_worker() -> bool:
     """Whether a launcher, ours or torchrun, started this process."""
     return {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"} <= os.environ.keys()
+
+
+def _stop_while_starting() -> None:
+    """A launcher imports torch for seconds before it can pass signals on: until then they end it, with nothing lost."""
+    import signal
+
+    def stop(number: int, _frame: Any) -> NoReturn:
+        print(f"packhorse: {signal.Signals(number).name}: stopped before the workers had started", file=sys.stderr)
+        sys.exit(SAVED_RUN_AGAIN)
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, stop)
 
 
 def _end_with_the_launcher() -> None:

@@ -62,7 +62,10 @@ def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> N
 
 
 def require_shared(run_dir: Path) -> None:
-    """Raises BadInput where nodes do not see one and the same run folder: each writes a file that all look for (C7)."""
+    """Raises BadInput where nodes do not see one and the same run folder: each writes a file that all look for (C7).
+
+    Packhorse's launchers have looked before (launch/preflight.py); torchrun's do not.
+    """
     if dist.local_world_size() == dist.world_size():
         return
     name = f".node-of-rank-%d-{dist.broadcast(secrets.token_hex(8))}"

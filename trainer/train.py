@@ -85,6 +85,8 @@ def fit(
 ) -> None:
     """Everything that needs the process group: model, engine, loop, summary."""
     require_shared(run_dir)
+    if dist.local_world_size() < dist.world_size():
+        dist.log.info("all-reduce over %d ranks, %.0f MiB: %.2f GB/s", dist.world_size(), *dist.all_reduce_speed())
     require_same_data(train_data, eval_data)
     warning = plan.check_world(dist.world_size(), recipe.parallel.allow_idle_ranks)
     if warning:

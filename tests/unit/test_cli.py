@@ -217,3 +217,39 @@ def test_bad_input_is_2_even_where_its_sentence_cannot_be_written():
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "trainer.cli", "train", "missing.yaml"]
         assert subprocess.run(command, cwd=ROOT, stderr=full).returncode == 2
+
+
+def test_launch_slurm_writes_into_the_run_folder_and_says_what(packhorse, tmp_path):
+    folder = tmp_path / "100%"
+    code, out, err = packhorse(
+        "launch", "slurm", "recipes/debug.yaml", f"run.dir={folder}", "--nodes", "4-8", "--partition", "big"
+    )
+    assert code == 0, err
+    assert out.splitlines()[0] == str(folder / "slurm.sh")
+    lines = (folder / "slurm.sh").read_text().splitlines()
+    assert {"#SBATCH --nodes=4-8", "#SBATCH --gpus-per-node=8", "#SBATCH --partition=big"} <= set(lines)
+    assert f"#SBATCH --chdir={ROOT}" in lines
+    assert f"#SBATCH --output={tmp_path}/100%%/slurm-%j.log" in lines
+    assert "##SBATCH --account=project" in lines
+
+
+def test_launch_slurm_writes_nothing_for_a_recipe_that_cannot_be_used(packhorse, tmp_path):
+    code, _, err = packhorse("launch", "slurm", "recipes/debug.yaml", f"run.dir={tmp_path / 'run'}", "optim.lr=-1")
+    assert code == 2
+    assert "optim.lr" in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_while_a_launcher_still_imports_loses_nothing(name):
+    program = (
+        "import os, signal, sys, types\n"
+        "from trainer.cli import main\n"
+        f"early = lambda *args, **options: os.kill(os.getpid(), signal.{name})\n"
+        "sys.modules['launch.local'] = types.SimpleNamespace(launch=early, parse_nodes=lambda text: (1, 1))\n"
+        f"sys.argv[1:] = ['train', {DEBUG!r}]\n"
+        "main()"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
+    assert f"{name}: stopped before the workers had started" in done.stderr

@@ -1,6 +1,9 @@
 """Rows become documents in the rows' order, whatever the number of processes; long ones by the policy."""
 
+import signal
+
 import numpy as np
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -162,6 +165,19 @@ def test_a_fault_in_a_worker_reaches_the_caller(monkeypatch):
     monkeypatch.setattr(tokenise, "POOL_FROM_CHUNKS", 2)
     with pytest.raises(ZeroDivisionError, match="in the worker"):
         list(tokenise_rows(rows(4), failing_tokenise, Limits(9, "reject", packing_cuts=False), workers=2))
+
+
+def test_workers_outlive_the_signal_that_slurm_sends_to_every_process(monkeypatch):
+    monkeypatch.setattr(tokenise, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(tokenise, "POOL_FROM_CHUNKS", 2)
+    stream = tokenise_rows(rows(50), fake_tokenise, Limits(9, "reject", packing_cuts=False), workers=2)
+    chunks = [next(stream)]
+    helpers = psutil.Process().children(recursive=True)
+    assert len(helpers) >= 3, "two workers, and the server they are forked from"
+    for helper in helpers:
+        helper.send_signal(signal.SIGUSR1)
+    chunks += stream
+    assert together(chunks)["rows"] == [row.number for row in rows(50) if row.number % 7]
 
 
 def test_reading_keeps_only_a_few_chunks_ahead(monkeypatch):

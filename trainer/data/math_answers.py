@@ -71,7 +71,11 @@ def _start() -> Connection:
 
 def _serve(questions: Connection, limit_s: float) -> None:
     """Answer until the process that asks is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one that asks
+    for number in (
+        signal.SIGINT,
+        signal.SIGUSR1,
+    ):  # Ctrl-C, and Slurm's word to all processes, are for the one that asks
+        signal.signal(number, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)  # the library logs every text that it cannot read
     import math_verify  # noqa: F401  takes a second, which is not the first answer's
     import psutil

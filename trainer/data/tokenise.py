@@ -15,6 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
+from multiprocessing import forkserver
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -78,6 +79,7 @@ def run(rows: Iterable[Row], work: Callable[[list[Row]], Result], workers: int) 
     # what it has imported, which takes seconds, no worker imports again.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.data.loader"])
+    _start_server()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(work,))
     pending = deque()
     try:
@@ -183,6 +185,16 @@ def _digest(example: Example) -> int:
 def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
     while chunk := list(islice(rows, CHUNK_ROWS)):
         yield chunk
+
+
+def _start_server() -> None:
+    """The server and its workers hold SIGUSR1 back: Slurm sends it to every process of a job's step, and it would end
+    those that only help."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 _worker_work: Callable[[list[Row]], Any] | None = None

@@ -1,0 +1,94 @@
+"""Batch scripts for Slurm: what is written is what was asked for, and nothing of it is taken for shell."""
+
+import os
+import runpy
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.slurm import render, submit
+from tests.ranks import ROOT
+from trainer.config import load
+from trainer.flow import BadInput
+
+# srun and scontrol as a batch script sees them: srun starts the command by itself
+SRUN = """#!/usr/bin/env bash
+printf '%s\\n' "$@" > "$OUT/srun"
+exit "${CODE:-0}"
+"""
+
+
+def run(folder: Path, text: str, *arguments: str, **env: str) -> tuple[int, list[str], str]:
+    """The script with stand-ins for Slurm: its exit code, the words given to srun, and what it says."""
+    for name, program in {"srun": SRUN, "scontrol": '#!/bin/sh\necho "scontrol $*"\n'}.items():
+        (folder / name).write_text(program)
+        (folder / name).chmod(0o755)
+    script = folder / "script.sh"
+    script.write_text(text)
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "OUT": str(folder)}
+    done = subprocess.run(
+        ["bash", str(script), *arguments],
+        env=os.environ | job | {"PATH": f"{folder}:{os.environ['PATH']}"} | env,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    return done.returncode, (folder / "srun").read_text().splitlines(), done.stdout + done.stderr
+
+
+def rendered(**changes) -> str:
+    return render(**{"options": {"nodes": "2"}, "recipe": "recipe.yaml", "packhorse": "packhorse", **changes})
+
+
+def test_the_scripts_of_the_folder_are_the_templates() -> None:
+    """`python slurm/make_scripts.py` brings them up to date."""
+    scripts = runpy.run_path(str(ROOT / "slurm" / "make_scripts.py"))["scripts"]()
+    assert {path.name for path in scripts} == {path.name for path in (ROOT / "slurm").glob("*.sh")}
+    for path, text in scripts.items():
+        assert path.read_text(encoding="utf-8") == text
+        assert load(ROOT / "recipes" / f"{path.stem}.yaml").run.dir == f"runs/{path.stem}"
+
+
+def test_one_launcher_a_node_gets_the_recipe_the_overrides_and_the_scripts_arguments(tmp_path):
+    text = rendered(overrides=["optim.lr=1e-5", "run.dir=/a b/$(touch x)'"])
+    code, words, said = run(tmp_path, text, "train.seed=1")
+    assert code == 0, said
+    launcher = ["packhorse", "train", "recipe.yaml", "optim.lr=1e-5", "run.dir=/a b/$(touch x)'", "train.seed=1"]
+    assert words[-6:] == launcher
+    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0"} <= set(words[:-6])
+    assert "start 1 on 2 nodes: n[1-2]" in said
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(("ended", "queued"), [("75", True), ("0", False), ("1", False), ("2", False), ("137", False)])
+def test_exit_code_75_alone_queues_the_job_again(tmp_path, ended, queued):
+    code, _, said = run(tmp_path, rendered(), CODE=ended, SLURM_RESTART_COUNT="2")
+    assert code == int(ended)
+    assert ("scontrol requeue 7" in said) == queued
+    assert "start 3 on 2 nodes" in said
+
+
+def test_a_sif_file_runs_in_apptainer(tmp_path):
+    _, words, _ = run(tmp_path, rendered(container="/images/a b.sif", mounts=["/work", "/data"]))
+    inside = ["apptainer", "exec", "--nv", "--bind", "/work,/data", "--pwd", str(tmp_path), "/images/a b.sif"]
+    assert words[-len(inside) - 3 :] == [*inside, "packhorse", "train", "recipe.yaml"]
+
+
+def test_another_image_runs_in_pyxis(tmp_path):
+    _, words, _ = run(tmp_path, rendered(container="ghcr.io#a/b:1", mounts=["/work", "/data"]))
+    assert words[-3:] == ["packhorse", "train", "recipe.yaml"]
+    of_pyxis = {"--container-image=ghcr.io#a/b:1", f"--container-workdir={tmp_path}"}
+    assert of_pyxis | {"--container-mounts=/work:/work,/data:/data"} <= set(words)
+
+
+def test_a_line_of_sbatch_holds_no_second_line():
+    with pytest.raises(BadInput, match="--partition"):
+        rendered(options={"partition": "a\n#SBATCH --uid=0"})
+
+
+def test_without_sbatch_nothing_can_be_submitted(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BadInput, match="no sbatch on this machine"):
+        submit(tmp_path / "slurm.sh")
