@@ -12,9 +12,7 @@ from torch import nn
 def weights(module: nn.Module) -> Iterator[torch.Tensor]:
     """The parameters in the model's type: whole, or this rank's pieces, and those that stage 3 keeps whole beside."""
     for parameter in module.parameters():
-        yield parameter.detach()
-        if hasattr(parameter, "ds_tensor"):
-            yield parameter.ds_tensor
+        yield from _tensors(parameter.detach(), getattr(parameter, "ds_tensor", None))
 
 
 def gradients(module: nn.Module, optimizer: Any) -> Iterator[torch.Tensor]:

@@ -24,7 +24,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 
     cases = [one for stage in STAGES[:6] for one in pair(stage, stage)]
     cases += [one for stage in IN_BF16 for one in pair(f"bf16-{stage}", stage, *BF16)]
-    cases += [case(root, "control", "zero2", "train.steps=4", changes=["rehearsed_with_weights"])]
+    cases += [case(root, "control", "zero0", "train.steps=4", changes=["rehearsed_with_weights"])]
     return run_cases({2: cases})
 
 
@@ -35,4 +35,4 @@ def test_a_rehearsal_leaves_no_trace(runs: dict[str, Run], name: str) -> None:
 
 
 def test_a_rehearsal_that_learned_would_be_noticed(runs: dict[str, Run]) -> None:
-    assert difference(runs["zero2"], runs["control"]).is_caught
+    assert difference(runs["zero0"], runs["control"]).is_caught
