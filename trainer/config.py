@@ -446,7 +446,7 @@ def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recip
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: the recipe cannot be read ({error})") from None
     try:
-        tree = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+        tree = yaml.load(text, Loader=UniqueKeys)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise BadInput(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -465,7 +465,7 @@ def parse(tree: dict[str, Any], where: str = "recipe") -> Recipe:
         raise BadInput(f"{where}: {faults}") from None
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """A SafeLoader that refuses a key given twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -483,7 +483,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise BadInput(f"override `{override}`: write key=value, as optim.lr=1e-5")
     try:
-        value = yaml.load(text, Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, Loader=UniqueKeys)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError:
         raise BadInput(f"override `{override}`: the value is not valid YAML") from None
     *parents, last = key.split(".")

@@ -63,10 +63,13 @@ def render(
     overlay = _read_overlay(cluster)
     service, job = _templates("job.yaml")
     job["spec"] = laid_over(job["spec"], overlay.get("spec", {}), f"{cluster}: spec")
-    pod = job["spec"]["template"]["spec"]
+    pod = job["spec"].get("template", {}).get("spec", {})
     container = next((one for one in pod.get("containers", ()) if one["name"] == _CONTAINER), None)
     if container is None:
         raise BadInput(f"{cluster}: it takes out the container `{_CONTAINER}`, which trains")
+    of_the_command = (container.get("image"), job["spec"].get("completions"), job["spec"].get("parallelism"))
+    if of_the_command != ("$IMAGE", "$NODES", "$NODES"):
+        raise BadInput(f"{cluster}: the image and the number of pods are given as --image and --nodes; take them out")
     container["env"] = laid_over(container.get("env", []), _meeting(name, nodes, kind))
     config_map = {
         "apiVersion": "v1",
@@ -76,8 +79,7 @@ def render(
         "data": _recipe(recipe_file, overrides, pod, container),
     }
     filled = _filled([*([service] if kind == "job" else []), *_workload(kind, job)], name, nodes, image)
-    metadata = overlay.get("metadata", {})
-    made = [laid_over(manifest, {"metadata": metadata}) for manifest in (config_map, *filled)]
+    made = [laid_over(manifest, {"metadata": overlay.get("metadata", {})}) for manifest in (config_map, *filled)]
     head = (
         f"# By `packhorse launch kubernetes`, for {nodes} nodes. Change the recipe or cluster.yaml, and render again.\n"
     )
@@ -128,7 +130,8 @@ def _kept_folders(pod: Tree, container: Tree) -> list[str]:
     """Where volumes are mounted that outlive a pod."""
     lost = {"emptyDir", "ephemeral", "configMap", "secret", "projected", "downwardAPI"}
     kept = {volume["name"] for volume in pod.get("volumes", ()) if not lost & volume.keys()}
-    return [mount["mountPath"] for mount in container.get("volumeMounts", ()) if mount["name"] in kept]
+    mounts = container.get("volumeMounts", ())
+    return [mount["mountPath"] for mount in mounts if mount["name"] in kept and "mountPath" in mount]
 
 
 # ----------------------------------------------------------------------------------------------- kubectl
@@ -165,7 +168,8 @@ def laid_over(base: Any, overlay: Any, place: str = "") -> Any:
     values whole. None takes a key out. These are kustomize's rules, but for the few lists that go by another key there.
 
     Raises:
-        BadInput: a mapping or list is to be replaced by something else.
+        BadInput: a mapping or list is to be replaced by something else, or something without a name is in a list of
+            named things.
     """
     if isinstance(base, dict) and isinstance(overlay, dict):
         merged = {
@@ -175,13 +179,19 @@ def laid_over(base: Any, overlay: Any, place: str = "") -> Any:
         return {key: value for key, value in {**base, **merged}.items() if value is not None}
     if isinstance(base, dict | list) and type(base) is not type(overlay):
         raise BadInput(f"{place}: must be {'a mapping' if isinstance(base, dict) else 'a list'}")
-    if isinstance(base, list) and all(isinstance(item, dict) and "name" in item for item in (*base, *overlay)):
+    if isinstance(base, list) and base and _are_named(base):
+        if not _are_named(overlay):
+            raise BadInput(f"{place}: each item must have a `name`")
         named = {item["name"]: item for item in base}
         for item in overlay:
             name = item["name"]
             named[name] = laid_over(named[name], item, f"{place}.{name}") if name in named else item
         return list(named.values())
     return overlay
+
+
+def _are_named(items: list[Any]) -> bool:
+    return all(isinstance(item, dict) and "name" in item for item in items)
 
 
 def _filled(tree: Any, name: str, nodes: int, image: str) -> Any:
@@ -201,11 +211,14 @@ def _templates(file: str) -> list[Tree]:
 
 def _read_overlay(path: Path) -> Tree:
     try:
-        overlay = yaml.safe_load(path.read_text(encoding="utf-8"))
+        overlay = yaml.load(path.read_text(encoding="utf-8"), Loader=config.UniqueKeys)  # noqa: S506 - a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(overlay, dict) or not overlay.keys() <= {"metadata", "spec"}:
         raise BadInput(f"{path}: it must be a part of a Job, with `metadata` and `spec`; start from {CLUSTER}")
+    metadata = overlay.get("metadata", {})
+    if not isinstance(metadata, dict) or not metadata.keys() <= {"namespace", "labels", "annotations"}:
+        raise BadInput(f"{path}: metadata: it may have `namespace`, `labels` and `annotations`; the name is --name")
     return overlay
 
 

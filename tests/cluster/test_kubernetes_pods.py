@@ -81,7 +81,7 @@ def cluster(folder: Path, names: Sequence[str]) -> Iterator[Cluster]:
 def ended(started: list[subprocess.Popen]) -> list[int]:
     """Exit codes; the pods' last words show where one is not as it should be."""
     for pod in started:
-        print(pod.communicate(timeout=300)[1])
+        print(pod.communicate(timeout=600)[1])
     return [pod.returncode for pod in started]
 
 
@@ -96,7 +96,7 @@ def test_two_pods_meet_and_train_to_the_end(tmp_path, kind):
 
 
 def test_an_evicted_pod_stops_all_and_the_run_goes_on_with_another_number_of_pods(tmp_path):
-    steps = 40
+    steps = 20
     made = manifests("job", *NO_EVAL, f"train.steps={steps}")
     with cluster(tmp_path, [f"{pod.hostname}.{pod.subdomain}" for pod in pods(made)]) as two:
         run = two.claim / "runs/debug"

@@ -347,14 +347,32 @@ def test_nothing_that_is_given_breaks_out_of_its_field(launch):
         (["--cluster", "pod.yaml"], "pod.yaml: it must be a part of a Job, with `metadata` and `spec`"),
         (["--cluster", "flat.yaml"], "flat.yaml: spec.template.spec.containers: must be a list"),
         (["--cluster", "none.yaml"], "none.yaml: it takes out the container `node`"),
+        (["--cluster", "bare.yaml"], "bare.yaml: it takes out the container `node`"),
+        (["--cluster", "unnamed.yaml"], "unnamed.yaml: spec.template.spec.volumes: each item must have a `name`"),
+        (["--cluster", "twice.yaml"], "the key `spec` is given twice"),
+        (["--cluster", "image.yaml"], "image.yaml: the image and the number of pods are given as --image and --nodes"),
+        (["--cluster", "pods.yaml"], "pods.yaml: the image and the number of pods are given as --image and --nodes"),
+        (["--cluster", "name.yaml"], "name.yaml: metadata: it may have `namespace`, `labels` and `annotations`"),
+        (["--cluster", "lost.yaml"], "would be lost with its pod; mount a persistent volume"),
         (["--out", "debug.yaml"], "debug.yaml: cannot be written"),
     ],
 )
 def test_bad_input_is_one_sentence(launch, arguments, sentence):
-    Path("broken.yaml").write_text("spec: [")
-    Path("pod.yaml").write_text("template: {}")
-    Path("flat.yaml").write_text("spec: {template: {spec: {containers: {name: node}}}}")
-    Path("none.yaml").write_text("spec: {template: {spec: {containers: null}}}")
+    wrong = {
+        "broken": "spec: [",
+        "twice": "spec: {}\nspec: {}",
+        "pod": "template: {}",
+        "name": "metadata: {name: other}",
+        "pods": "spec: {parallelism: 3}",
+        "bare": "spec: {template: null}",
+        "flat": "spec: {template: {spec: {containers: {name: node}}}}",
+        "none": "spec: {template: {spec: {containers: null}}}",
+        "image": "spec: {template: {spec: {containers: [{name: node, image: other}]}}}",
+        "unnamed": "spec: {template: {spec: {volumes: [{emptyDir: {}}]}}}",
+        "lost": "spec: {template: {spec: {volumes: [{name: work, persistentVolumeClaim: null, emptyDir: {}}]}}}",
+    }
+    for name, text in wrong.items():
+        Path(f"{name}.yaml").write_text(text)
     code, _, err = launch(*arguments)
     assert (code, err.count("\n")) == (BAD_INPUT, 1)
     assert sentence in err
