@@ -43,7 +43,7 @@ def on_all(recipes: list[Recipe], change: Callable[[int], None] = lambda node: N
         try:
             change(number)
             preflight.check(recipes[number], 1, said.append, store, number, len(recipes), "stamp")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             ends[number] = (error, said)
         else:
             ends[number] = (None, said)
