@@ -30,7 +30,7 @@ from trainer.config import Recipe
 from trainer.flow import BadInput
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy")
-_ANSWER_S = 60.0  # a launcher that is here answers at once, where its folders do
+_ANSWER_S = 120.0  # a launcher that is here answers at once, where its folders do
 _LEAST_GIB = 1.0  # of free disk: less, and even logs and samples may not fit
 _CLOCKS_S = 5.0
 
@@ -279,7 +279,7 @@ def _exchange(store: Any, what: str, node: int, hosts: Sequence[str], mine: Any)
 
 def _leave_together(store: Any, nodes: int) -> None:
     """The store ends with the launcher that hosts it: it waits until all have read what they judge by."""
-    end = time.monotonic() + _ANSWER_S / 6
+    end = time.monotonic() + _ANSWER_S / 10
     with suppress(RuntimeError):  # that one had waited long enough
         left = store.add("packhorse/preflight/judged", 1)
         while left < nodes and time.monotonic() < end:

@@ -8,8 +8,7 @@
 ##SBATCH --chdir=.
 #SBATCH --output=%x-%j.log
 #
-# One launcher a node, with all of its cores and memory.
-#SBATCH --ntasks-per-node=1
+# Whole nodes. The number of tasks is srun's, below: given here, --nodes=4-8 would never get more than four.
 #SBATCH --exclusive
 #SBATCH --mem=0
 #
@@ -39,7 +38,7 @@ train=("$packhorse" train "$recipe" ${overrides[@]+"${overrides[@]}"} "$@")
 # A node that dies is Slurm's to find: it queues the job again. Ended before that with the launchers of the other nodes,
 # which miss it sooner, the job would have failed.
 step=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0)
-step+=(--cpu-bind=none)                 # a task of all cores: Slurm would bind it to one
+step+=(--cpu-bind=none)                 # a node's one task has all of its cores: Slurm would bind it to one
 case $container in
   '') ;;
   *.sif) train=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$container" "${train[@]}") ;;

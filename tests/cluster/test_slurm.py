@@ -161,3 +161,19 @@ def test_what_sbatch_refuses_is_bad_input(cluster, cache, tmp_path):
     assert refused.returncode == 2
     assert "invalid partition" in refused.stderr
     assert shlex.quote(str(tmp_path / "slurm.sh")) in refused.stdout
+
+
+def test_a_cancelled_job_stays_cancelled_though_it_has_saved(cluster, tmp_path):
+    saves = tmp_path / "saves"
+    saves.write_text('#!/bin/sh\ntrap "exit 75" TERM\ntouch "$(dirname "$0")/runs"\nwhile :; do sleep 0.1; done\n')
+    saves.chmod(0o755)
+    words = ["sbatch", "--nodes=2", f"--output={tmp_path}/job.log", "slurm/sft_70b.sh"]
+    number = cluster.submit(*words, PACKHORSE=str(saves))
+    end = time.monotonic() + 60
+    while not (tmp_path / "runs").exists():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    cluster.run("scancel", number)
+    cluster.wait_idle()
+    job = cluster.job(number)
+    assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")

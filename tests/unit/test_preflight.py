@@ -34,7 +34,8 @@ def recipe(run_dir: Path) -> Recipe:
 
 def on_all(recipes: list[Recipe], change: Callable[[int], None] = lambda node: None) -> list[tuple[Any, list[str]]]:
     """What the check of each node raised, and said, in threads as nodes. `change` runs on each before."""
-    store, ends = HashStore(), [(None, [])] * len(recipes)
+    store = HashStore()
+    ends: list[tuple[Any, list[str]]] = [(None, [])] * len(recipes)
     store.set_timeout(timedelta(seconds=10))
 
     def node(number: int) -> None:
@@ -42,7 +43,7 @@ def on_all(recipes: list[Recipe], change: Callable[[int], None] = lambda node: N
         try:
             change(number)
             preflight.check(recipes[number], 1, said.append, store, number, len(recipes), "stamp")
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             ends[number] = (error, said)
         else:
             ends[number] = (None, said)
