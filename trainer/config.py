@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from trainer.flow import BadInput
 
@@ -129,6 +129,15 @@ class Source(Section):
         return self
 
 
+# Names that mean something to apply_chat_template itself, or that come from the row and the tokenizer.
+NO_KWARGS = {
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "sanitize_control_tokens", "return_assistant_tokens_mask", "tokenize", "padding"),
+    *("truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+    *(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
+}
+
+
 class DataSection(Section):
     """Which tokens are learned, and how documents are laid into rows."""
 
@@ -172,6 +181,11 @@ class DataSection(Section):
         default="reject",
         description="A text that spells a control token: its row is left out; it stays text; it is the token.",
     )
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Variables of the chat template, as `enable_thinking: false`: the same in training, evaluation and "
+        "preview, and to be given when the model is used.",
+    )
     max_tokens: int | None = Field(
         default=None, ge=2, description="Of an example; batch.row_tokens where it is not given."
     )
@@ -204,6 +218,11 @@ class DataSection(Section):
             raise ValueError("`group_by` says how `eval_fraction` splits, and must not be given without it")
         if self.cut_answers and self.too_long != "truncate":
             raise ValueError("`cut_answers` belongs to `too_long: truncate`")
+        if taken := sorted(NO_KWARGS & set(self.chat_template_kwargs)):
+            raise ValueError(
+                f"`chat_template_kwargs` cannot hold {', '.join(taken)}: they come from the rows, the tokenizer and "
+                "packhorse itself"
+            )
         if self.split_context and (self.too_long != "split" or self.packing == "wrapped"):
             raise ValueError(
                 "`split_context` belongs to `too_long: split`, without `packing: wrapped`, which cuts anew"
