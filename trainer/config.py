@@ -96,7 +96,9 @@ class Source(Section):
     path: str | None = Field(
         default=None, description=".jsonl, .json or .parquet, a folder of them, or one that datasets has saved."
     )
-    name: str | None = Field(default=None, description="A dataset of the hub.")
+    name: str | None = Field(
+        default=None, description="A dataset of the hub, or a folder of files, as datasets.load_dataset takes them."
+    )
     split: str = Field(default="train", description="Its split.")
     format: Literal["auto", "messages", "sharegpt", "prompt_completion", "instruction", "question_answer", "text"] = (
         Field(default="auto", description="auto: recognised from the columns of the first row; all rows must have it.")
