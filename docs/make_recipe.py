@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
+from pydantic import JsonValue
 from pydantic_core import PydanticUndefined
 
 from trainer.config import Recipe, Section
@@ -69,7 +70,7 @@ def _type(annotation: Any) -> str:
     return _type(arguments[0])
 
 
-_NAMES = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`"}
+_NAMES = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", JsonValue: "value"}
 
 if __name__ == "__main__":
     PAGE.write_text(reference(), encoding="utf-8")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
 
 from trainer.flow import BadInput
 
@@ -96,7 +96,9 @@ class Source(Section):
     path: str | None = Field(
         default=None, description=".jsonl, .json or .parquet, a folder of them, or one that datasets has saved."
     )
-    name: str | None = Field(default=None, description="A dataset of the hub.")
+    name: str | None = Field(
+        default=None, description="A dataset of the hub, or a folder of files, as datasets.load_dataset takes them."
+    )
     split: str = Field(default="train", description="Its split.")
     format: Literal["auto", "messages", "sharegpt", "prompt_completion", "instruction", "question_answer", "text"] = (
         Field(default="auto", description="auto: recognised from the columns of the first row; all rows must have it.")
@@ -127,6 +129,15 @@ class Source(Section):
         if self.grows and (self.weight != 1 or self.rows is not None):
             raise ValueError("a source that grows is used as it comes: take out `weight` and `rows`")
         return self
+
+
+# Names that mean something to apply_chat_template itself, or that come from the row and the tokenizer.
+NO_KWARGS = {
+    *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
+    *("continue_final_message", "sanitize_control_tokens", "return_assistant_tokens_mask", "tokenize", "padding"),
+    *("truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+    *(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
+}
 
 
 class DataSection(Section):
@@ -172,6 +183,11 @@ class DataSection(Section):
         default="reject",
         description="A text that spells a control token: its row is left out; it stays text; it is the token.",
     )
+    chat_template_kwargs: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="Variables of the chat template, as `enable_thinking: false`: the same in training, evaluation and "
+        "preview, and to be given when the model is used.",
+    )
     max_tokens: int | None = Field(
         default=None, ge=2, description="Of an example; batch.row_tokens where it is not given."
     )
@@ -204,6 +220,11 @@ class DataSection(Section):
             raise ValueError("`group_by` says how `eval_fraction` splits, and must not be given without it")
         if self.cut_answers and self.too_long != "truncate":
             raise ValueError("`cut_answers` belongs to `too_long: truncate`")
+        if taken := sorted(NO_KWARGS & set(self.chat_template_kwargs)):
+            raise ValueError(
+                f"`chat_template_kwargs` cannot hold {', '.join(taken)}: they come from the rows, the tokenizer and "
+                "packhorse itself"
+            )
         if self.split_context and (self.too_long != "split" or self.packing == "wrapped"):
             raise ValueError(
                 "`split_context` belongs to `too_long: split`, without `packing: wrapped`, which cuts anew"

@@ -114,6 +114,8 @@ def _model_card(run_dir: Path, recipe: Recipe, step: int) -> str:
     summary: dict[str, Any] = json.loads(summary_path.read_text()) if summary_path.is_file() else {}
     before, after = summary.get("before", {}), summary.get("after", {})
     rows = "\n".join(f"| {key} | {before.get(key, float('nan')):.4f} | {after[key]:.4f} |" for key in after)
+    given = ", ".join(f"{name}={value!r}" for name, value in recipe.data.chat_template_kwargs.items())
+    given = f"\nIts chat template was given `{given}`: give apply_chat_template the same.\n" if given else ""
     table = f"\n| held out | before | after |\n|---|---|---|\n{rows}\n" if after else ""
     return f"""---
 base_model: {recipe.model.name}
@@ -124,7 +126,7 @@ tags: [packhorse, sft]
 # {run_dir.name}
 
 {recipe.model.name}, fine-tuned by packhorse {__version__} for {step} steps.
-{table}
+{given}{table}
 The run is a function of this recipe:
 
 ```yaml

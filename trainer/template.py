@@ -16,7 +16,9 @@ compares with are left standing in the texts, so that both renders branch alike,
 of turn t is the render of the messages before it with `add_generation_prompt`; the part after its last text must open
 the literal that follows the same text in the whole render. What comes earlier may differ (mistral_nemo moves its tools
 about), and a template without a generation prompt (llama2) needs no exception. So an empty `<think>` block after the
-generation prompt is part of the answer, as the model will have to write it.
+generation prompt is part of the answer, as the model will have to write it. Where the generation prompt ends with a
+`<think>` that the template writes before no answer, an answer may bring it as the beginning of its own text: there it
+is left standing in both renders, and stands before the answer like the template's own text.
 
 *Where it ends.* With the stop token. Of the control tokens that follow its last text both where the conversation ends
 there and where it goes on, it is EOS, else the last of them if they stand together. (An answer may hold others, as
@@ -31,16 +33,20 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 import jinja2
+import jinja2.defaults
+import jinja2.meta
 from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from trainer.config import NO_KWARGS
 from trainer.flow import BadInput, Conversation, RowError
 
 # Templates that write the date get this one, so that tokenised data does not depend on the day it was made. The
@@ -57,6 +63,7 @@ WORD_FORMAT = "zq%04dqz"
 WORD = re.compile(r"zq(\d{4,})qz")
 GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 MOST_SKELETONS = 4096
+TEMPLATE_FUNCTIONS = {"raise_exception", "strftime_now"}
 TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
@@ -117,10 +124,18 @@ class Render:
 
 
 class Template:
-    """A tokenizer's chat template; keeps the skeletons of the shapes it has met."""
+    """A tokenizer's chat template; keeps the skeletons of the shapes it has met.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    Args:
+        kwargs: variables of the template, as apply_chat_template takes them.
+
+    Raises:
+        BadInput: the template reads no variable of that name.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None = None) -> None:
         self.tokenizer = tokenizer
+        self.kwargs = dict(kwargs or {})
         added = {token.content: (number, token.special) for number, token in tokenizer.added_tokens_decoder.items()}
         # Tokens that only the template may write: a text that holds one would end or open turns.
         self.control_ids: dict[str, int] = {text: number for text, (number, special) in added.items() if special}
@@ -129,14 +144,18 @@ class Template:
         self._added = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._skeletons: dict[str, Skeleton] = {}
         self._constants: dict[str, re.Pattern[str] | None] = {}
+        self._openings: dict[str, str] = {}
+        if self.kwargs:
+            self._check_kwargs()
 
     def follow(self, conversation: Conversation, *, prompt: bool = False) -> Render:
         """Render a conversation with the origin of every character. Raises RowError where it cannot be known."""
         messages = [message.as_dict() for message in conversation.messages]
         tools = list(conversation.tools) or None
         text = self.render(messages, tools, prompt=prompt)
+        opening = self.opening(None if tools is None else [])
         for keep in (None, self._compared_strings(tools)):
-            words = _Words(keep)
+            words = _Words(keep, opening)
             shape = words.conversation(messages, tools)
             skeleton = self._skeleton(*shape, words.owners, prompt)
             starts = _fit(text, skeleton, words.texts)
@@ -155,7 +174,8 @@ class Template:
         for dropped in set(range(len(skeleton.owners))) - set(skeleton.slots):
             owner, name = skeleton.owners[dropped]
             if owner == message:
-                raise RowError(f"the template drops {FIELD_NAMES[name]} of an answer")
+                advice = _mend(skeleton, message, "give a model.chat_template that keeps it")
+                raise RowError(f"the template drops {FIELD_NAMES[name]} of an answer; {advice}")
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False) -> str:
         """The template's text; with `prompt`, ending with the generation prompt."""
@@ -183,11 +203,11 @@ class Template:
 
     def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> Any:
         source = self.source(tools)
-        variables = {**self.tokenizer.special_tokens_map, "date_string": DATE_STRING, **options}
+        variables = {**self.tokenizer.special_tokens_map, "date_string": DATE_STRING, **self.kwargs, **options}
         try:
             return render_jinja_template([messages], tools=tools, chat_template=source, **variables)
         except jinja2.TemplateSyntaxError as error:
-            raise BadInput(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})") from None
+            raise _not_jinja(error) from None
         except TEMPLATE_ERRORS as error:
             pasted = _with_arguments_as_text(messages)
             if pasted != messages:  # some templates paste a call's arguments instead of writing them as JSON
@@ -242,11 +262,13 @@ class Template:
         after = [0] if anchor is None else [index + 1 for index, slot in enumerate(slots) if slot == anchor]
         after = [index for index in after if literals[index].startswith(header)]
         if not after:
-            raise RowError("an answer does not begin where the generation prompt ends")
+            raise RowError(_beginning_elsewhere(skeleton, message, anchor, header))
         *_, closing = ended = WORD.split(self.render(skeleton.messages[: message + 1], skeleton.tools))
         words = [int(number) for number in ended[1::2]]
         while words and owners[words[0]][0] != message:
             words.pop(0)
+        if not words:  # as of one that is `</think>` alone
+            raise RowError("no answer")
         after = [index for index in after if slots[index : index + len(words)] == words]
         if len(after) != 1 or set(words) != {n for n, (owner, _) in enumerate(owners) if owner == message}:
             raise RowError("the template writes an answer out of its place")
@@ -287,20 +309,44 @@ class Template:
         """The strings that the template compares texts with: operands of tests, arguments of calls and filters."""
         source = self.source(tools)
         if source not in self._constants:
-            tree = jinja2.Environment(autoescape=False, extensions=["jinja2.ext.loopcontrols"]).parse(  # noqa: S701
-                GENERATION.sub("", source)
-            )
-            found = {text for text in _compared(tree) if text.strip()}
+            found = {text for text in _compared(_parsed(source)) if text.strip()}
             pattern = "|".join(re.escape(text) for text in sorted(found, key=lambda text: (-len(text), text)))
             self._constants[source] = re.compile(f"({pattern})") if found else None
         return self._constants[source]
+
+    def opening(self, tools: list[Any] | None = None) -> str:
+        """What the generation prompt ends with and no answer is rendered with, as `<think>\\n`: the answer itself may
+        begin with it. Found on a question and an answer; that a row is so is proved for each row."""
+        source = self.source(tools)
+        if source not in self._openings:
+            question, answer = WORD_FORMAT % 0, WORD_FORMAT % 1
+            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            try:
+                _, header = _after_last_word(self.render(messages[:1], tools, prompt=True))
+                _, literal = _after_last_word(self.render(messages, tools).partition(answer)[0])
+            except RowError:  # nor will it render rows
+                header = literal = ""
+            self._openings[source] = header[len(literal) :] if header.startswith(literal) else ""
+        return self._openings[source]
+
+    def _check_kwargs(self) -> None:
+        templates: Any = self.tokenizer.chat_template or ""
+        sources = templates.values() if isinstance(templates, dict) else [templates]
+        read = set().union(*(jinja2.meta.find_undeclared_variables(_parsed(source)) for source in sources))
+        for name in self.kwargs:
+            if name not in read:
+                own = sorted(read - NO_KWARGS - set(jinja2.defaults.DEFAULT_NAMESPACE) - TEMPLATE_FUNCTIONS)
+                raise BadInput(
+                    f"data.chat_template_kwargs: the chat template reads no `{name}`; it reads "
+                    f"{', '.join(own) or 'no variable but what it is given in any case'}"
+                )
 
 
 class _Words:
     """Puts words in the place of texts. `texts[n]` is what word n stands for, `owners[n]` where it was."""
 
-    def __init__(self, keep: re.Pattern[str] | None) -> None:
-        self.keep = keep
+    def __init__(self, keep: re.Pattern[str] | None, opening: str) -> None:
+        self.keep, self.opening = keep, opening
         self.texts: list[str] = []
         self.owners: list[tuple[int, str]] = []
 
@@ -313,10 +359,16 @@ class _Words:
         shape = dict(message)
         for name in ("reasoning_content", "content"):
             if name in shape:
-                shape[name] = self._text(shape[name], (number, name))
+                kept = self._kept_opening(message[name]) if (message["role"], name) == ("assistant", "content") else ""
+                shape[name] = kept + self._text(message[name].removeprefix(kept), (number, name))
         if "tool_calls" in shape:
             shape["tool_calls"] = [self._tool(call, number, "tool_calls") for call in shape["tool_calls"]]
         return shape
+
+    def _kept_opening(self, answer: str) -> str:
+        """The opening, where the answer begins with it and says something after it."""
+        follows = answer.startswith(self.opening) and answer[len(self.opening) :].strip()
+        return self.opening if follows else ""
 
     def _tool(self, tool: Any, number: int, name: str) -> Any:
         """A tool or a call: its function's name, and the strings in a call's arguments."""
@@ -404,6 +456,37 @@ def _refuse_dropped(messages: list[dict[str, Any]], owners: list[tuple[int, str]
             raise RowError(f"the template drops the {messages[message]['role']} message")
         if message not in kept:
             raise RowError("the template drops an answer")
+
+
+def _beginning_elsewhere(skeleton: Skeleton, message: int, anchor: int | None, header: str) -> str:
+    """Why the answer does not begin where the generation prompt ends, and what to do."""
+    why = "an answer does not begin where the generation prompt ends"
+    agree = "begin the answer with it, or set data.chat_template_kwargs or model.chat_template so that they agree"
+    for index, slot in enumerate([None, *skeleton.slots]):
+        literal = skeleton.literals[index]
+        shared = commonprefix([header, literal])  # noqa: RUF071 - of characters, as is meant
+        if slot == anchor and shared and not literal[len(shared) :].strip():  # white space may be the answer's own
+            return f"{why}, with {header[len(shared) :]!r}; {_mend(skeleton, message, agree)}"
+    return why
+
+
+def _mend(skeleton: Skeleton, message: int, last: str) -> str:
+    """What to do where an answer is not rendered as it would be generated: `last`, if it is one of the last turn."""
+    earlier = any(later["role"] == "user" for later in skeleton.messages[message + 1 :])
+    return "data.train_on: last_turn leaves earlier answers out" if earlier else last
+
+
+def _not_jinja(error: jinja2.TemplateSyntaxError) -> BadInput:
+    return BadInput(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})")
+
+
+def _parsed(source: str) -> nodes.Template:
+    """The template's tree. Raises BadInput where it is not valid."""
+    jinja = jinja2.Environment(autoescape=False, extensions=["jinja2.ext.loopcontrols"])  # noqa: S701
+    try:
+        return jinja.parse(GENERATION.sub("", source))
+    except jinja2.TemplateSyntaxError as error:
+        raise _not_jinja(error) from None
 
 
 def _after_last_word(text: str) -> tuple[int | None, str]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tests.ranks import ROOT, run_ranks
 from trainer.checkpoint import open_newest
 from trainer.config import load
-from trainer.export import export
+from trainer.export import _model_card, export
 from trainer.flow import BadInput
 
 pytestmark = pytest.mark.runs
@@ -60,6 +60,12 @@ def test_it_brings_what_generation_needs(exported: Path) -> None:
     card = (exported / "README.md").read_text()
     assert "3 steps" in card
     assert "eval/loss" in card
+
+
+def test_the_card_says_what_the_chat_template_was_given(tmp_path: Path) -> None:
+    recipe = load(ROOT / "recipes" / "debug.yaml", ["data.chat_template_kwargs.enable_thinking=false"])
+    assert "was given `enable_thinking=False`" in _model_card(tmp_path, recipe, 3)
+    assert "was given" not in _model_card(tmp_path, load(ROOT / "recipes" / "debug.yaml"), 3)
 
 
 def test_nothing_is_left_beside_it(exported: Path) -> None:

@@ -68,6 +68,7 @@ DOES_NOT: dict[str, list[Any]] = {
 # others than with those alone.
 WITH_OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
     "data.group_by": ({"data.eval_fraction": 0.3}, "question"),
+    "data.chat_template_kwargs": ({"model.chat_template": "{work}/named.jinja"}, {"name": "Bob"}),
     "data.cut_answers": ({"data.too_long": "truncate"}, True),
     "data.split_context": ({"data.too_long": "split"}, 5),
 }
@@ -91,6 +92,7 @@ def work(shared, tmp_path_factory) -> Path:
     (folder / "other_merges/tokenizer.json").write_text(json.dumps(tokenizer))
     for path in (folder / "other.jinja", folder / "other_template/chat_template.jinja"):
         path.write_text(OTHER_TEMPLATE)
+    (folder / "named.jinja").write_text("{{ name }}\n" + OTHER_TEMPLATE)
     rows = [{"question": f"What is {n}?", "answer": f"It is {n}.", "text": f"{n} it is."} for n in range(20)]
     write(folder / "rows.jsonl", rows)
     write(folder / "moved.jsonl", rows)

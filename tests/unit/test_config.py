@@ -1,5 +1,6 @@
 """The recipe: what it takes, what it refuses and in which words."""
 
+import datetime
 import subprocess
 import sys
 from pathlib import Path
@@ -130,6 +131,14 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (with_source(filters={"patern": "x"}), "did you mean `data.train.0.filters.pattern`?"),
         (with_key("data.max_tokens", 9000), "an example must fit in a row"),
         (with_key("data.cut_answers", True), "`cut_answers` belongs to `too_long: truncate`"),
+        (
+            with_key("data.chat_template_kwargs", {"tokenize": True, "x": 1, "bos_token": ""}),
+            "hold bos_token, tokenize",
+        ),
+        (
+            with_key("data.chat_template_kwargs", {"day": datetime.date(2024, 7, 26)}),
+            "chat_template_kwargs.day`: input",
+        ),
         (with_key("data.split_context", 8), "`split_context` belongs to `too_long: split`"),
         (
             {**SMALLEST, "data": {**SMALLEST["data"], "too_long": "split", "split_context": 8, "max_tokens": 9}},

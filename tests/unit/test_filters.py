@@ -87,6 +87,20 @@ def test_a_row_without_a_reference_is_a_reject(reference):
     assert not isinstance(error.value, Filtered)
 
 
+@pytest.mark.parametrize(
+    ("verdict", "reason"),
+    [
+        ("too long", "verify: no verdict within 10 s of computing"),
+        ("failed", "verify: math-verify failed at the answer"),
+    ],
+)
+def test_an_answer_without_a_verdict_is_a_reject_and_not_a_wrong_one(monkeypatch, verdict, reason):
+    monkeypatch.setattr("trainer.data.filters.math_verdict", lambda answer, reference: verdict)
+    with pytest.raises(RowError, match=f"^{reason}$") as error:
+        left_out("#### 18", {"best": "18"}, verify="math", reference="best")
+    assert not isinstance(error.value, Filtered)
+
+
 def test_wrong_traces_are_left_out_and_right_ones_kept(shared, tmp_path):
     """Hand-made wrong traces among real ones: a wrong sum, the right value on the way only, no end, another form."""
     real = [json.loads(line) for line in (shared / "data" / "gsm8k_train.jsonl").read_text().splitlines()[:200]]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -412,6 +415,29 @@ def test_a_stream_goes_on_where_it_stood(ground):
         again, before = ground.log()[kept], log[kept]
         assert again["stream"]["rows"] == before["stream"]["rows"]
         assert again["digest"] == before["digest"]
+
+
+def test_parquet_files_are_a_stream_too(ground):
+    """Killed after its first shard, it goes on inside a file, from the log alone."""
+    for first in (0, 10):
+        rows = [{"question": f"{n}", "answer": "four words of answer"} for n in range(first, first + 10)]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), ground.folder / f"{first:02d}.parquet")
+    _, plan = ground.open(**stream(ground))
+    first = plan.step(0)
+    (line,) = (ground.run_dir / growing.LOG).read_text().splitlines(keepends=True)
+    _, whole = ground.open(**stream(ground))
+    steps = all_steps(whole)
+    assert steps[0] == first
+    log = ground.log()
+    assert [shard["stream"]["rows"] for shard in log[:3]] == [[1, 7], [8, 14], [15, 20]]
+    assert [shard["file"] for shard in log[3:5]] == [shard["file"] for shard in log[:2]], "and then it goes round"
+
+    ground.run_dir = ground.root / "killed"
+    (ground.run_dir / "shards").mkdir(parents=True)
+    (ground.run_dir / growing.LOG).write_text(line)
+    shutil.copy(ground.root / "run" / "shards" / "000000.jsonl", ground.run_dir / "shards")
+    assert all_steps(ground.open(**stream(ground))[1]) == steps
+    assert [shard["digest"] for shard in ground.log()] == [shard["digest"] for shard in log]
 
 
 def test_nulls_inside_a_streams_rows_are_taken_out(ground):

@@ -209,13 +209,32 @@ def test_processes_find_the_same_as_one(tmp_path, tokenizer, monkeypatch):
     assert [pair["similarity"] for pair in pairs(many)] == [pair["similarity"] for pair in pairs(alone)]
 
 
-def test_it_ends_when_asked_to_and_the_next_start_finds_all(tmp_path, tokenizer):
-    asked = chain([False], repeat(True))  # not while waiting for its turn, but at the first chunk
-    with pytest.raises(Stopped, match="stopped while comparing"):
-        checked(leaky(tmp_path), tokenizer, stopping=lambda: next(asked))
-    assert all(".build-" in path.name for path in (tmp_path / "cache").glob("leakage-*")), "nothing is published"
-    checked(leaky(tmp_path), tokenizer)
-    assert len(pairs(leaky(tmp_path))) == 3
+def test_it_ends_when_asked_to_and_the_next_start_goes_on(tmp_path, tokenizer, monkeypatch):
+    (tmp_path / "whole").mkdir()
+    whole = checked(leaky(tmp_path / "whole"), tokenizer).leakage
+    monkeypatch.setattr(tokenise, "CHUNK_ROWS", 8)
+    (tmp_path / "stopped").mkdir()
+    of, near = leaky(tmp_path / "stopped", workers=1), leakage._Near.__call__
+    asked = chain([False] * 9, repeat(True))  # not while waiting for its turn, but after some chunks of the train rows
+    with pytest.raises(Stopped, match=r"stopped while comparing data\.eval with data\.train after 48 rows"):
+        checked(of, tokenizer, stopping=lambda: next(asked))
+    assert all(".build-" in path.name for path in (tmp_path / "stopped/cache").glob("leakage-*")), "nothing published"
+    (left,) = (tmp_path / "stopped/cache").glob("leakage-*")
+    assert len((left / "leakage.jsonl").read_text().splitlines()) == 2
+    with (left / "leakage.jsonl").open("a") as file:
+        file.write("what a killed one wrote after it was last made safe")
+
+    compared = []
+    monkeypatch.setattr(leakage._Near, "__call__", lambda own, rows: compared.extend(rows) or near(own, rows))
+    report = checked(of, tokenizer).leakage
+    assert [row.number for row in compared] == list(range(49, 101))
+    assert len(pairs(of)) == 3
+    assert report
+    assert whole
+    for found in (report, whole):
+        assert (found["rows"], found["leaked_rows"], found["pairs"]) == (20, 2, 3)
+    assert [pair["similarity"] for pair in report["closest"]] == [pair["similarity"] for pair in whole["closest"]]
+    assert sorted(path.name for path in Path(report["path"]).parent.iterdir()) == ["leakage.jsonl", "report.json"]
 
 
 def test_a_random_split_of_repeated_rows_is_a_leak_and_one_by_groups_is_not(tmp_path, tokenizer):

@@ -66,14 +66,13 @@ def chat(*contents: str) -> Conversation:
     return Conversation(tuple(Message(roles[number % 2], text) for number, text in enumerate(contents)))
 
 
-def official(tokenizer, conversation: Conversation, upto: int | None = None) -> str:
+def official(tokenizer, conversation: Conversation, upto: int | None = None, **kwargs) -> str:
     """transformers' own render; of the messages before `upto`, with the generation prompt, where it is given."""
     messages = [message.as_dict() for message in conversation.messages[:upto]]
     tools = list(conversation.tools) or None
     prompt = upto is not None
-    return tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, add_generation_prompt=prompt, date_string=DATE_STRING
-    )
+    kwargs = {"date_string": DATE_STRING, **kwargs}
+    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **kwargs)
 
 
 def parse(marked: str) -> tuple[str, list[tuple[int, int]]]:
@@ -481,6 +480,8 @@ def test_the_fingerprint_tells_apart_what_shapes_an_example(tokenizers):
         Masker(tokenizer, control_tokens="keep"),
         Masker(templated(tokenizer, PLAIN_TURNS)),
         Masker(tokenizers["qwen3"]),
+        Masker(tokenizers["qwen3"], chat_template_kwargs={"enable_thinking": False}),
+        Masker(tokenizers["qwen3"], chat_template_kwargs={"enable_thinking": 0}),
     ]
     assert len({masker.fingerprint() for masker in maskers}) == len(maskers)
     assert Masker(tokenizer).fingerprint() == maskers[0].fingerprint()
@@ -492,3 +493,9 @@ def test_a_masker_travels_to_worker_processes(tokenizers):
     copied = pickle.loads(pickle.dumps(masker))
     assert copied.example(TURNS).trained.tolist() == masker.example(TURNS).trained.tolist()
     assert copied.fingerprint() == masker.fingerprint()
+
+
+def test_an_answer_that_says_nothing_to_the_template_is_refused(tokenizers):
+    """It splits answers at the end of a thought."""
+    with pytest.raises(RowError, match="no answer"):
+        Masker(tokenizers["qwen3"]).example(chat("a", "</think>"))

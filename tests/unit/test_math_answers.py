@@ -75,14 +75,28 @@ def _serve_endless(questions, limit_s):
     [(SERVE, "\\boxed{9^{9^{9^{9^{9}}}} - 9^{9^{9^{9}}}}"), (_serve_endless, "")],
     ids=["a tower of powers", "one C function"],
 )
-def test_what_no_computer_finishes_has_no_verdict_and_the_next_row_has_one(monkeypatch, serve, answer):
+def test_what_no_computer_finishes_takes_too_long_and_the_next_row_has_a_verdict(monkeypatch, serve, answer):
     """The limit is the kernel's: Python's own handlers wait while one long operation runs."""
     monkeypatch.setattr(math_answers, "_process", None)
     monkeypatch.setattr(math_answers, "LIMIT_S", 1.0)
     monkeypatch.setattr(math_answers, "_serve", serve)
-    assert math_verdict(answer, "18") == "no verdict"
+    assert math_verdict(answer, "18") == "too long"
     monkeypatch.setattr(math_answers, "_serve", SERVE)
     assert math_verdict("#### 18", "18") == "right"
+
+
+def _serve_failing(questions, limit_s):
+    def fail(answer, reference):
+        raise MemoryError
+
+    math_answers._verdict = fail
+    SERVE(questions, limit_s)
+
+
+def test_a_fault_of_the_library_is_not_a_wrong_answer(monkeypatch):
+    monkeypatch.setattr(math_answers, "_process", None)
+    monkeypatch.setattr(math_answers, "_serve", _serve_failing)
+    assert math_verdict("#### 18", "18") == "failed"
 
 
 def _fail_to_start(questions, limit_s):

@@ -6,7 +6,7 @@ written by hand, between ⟦ ⟧, in the render of the same conversation; or the
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.unit.test_mask import CALL, TOOLS, agrees, chat, official, parse
 from trainer.data.mask import Masker
-from trainer.flow import Conversation, Message, RowError
+from trainer.flow import BadInput, Conversation, Message, RowError
 
 TALK = chat("Say OK.", " OK.\n", "Why OK.?", "Größe")
 LAST = chat("Say OK.", " OK.")
@@ -46,6 +46,7 @@ class Form:
     controls: str  # the control tokens, the last one is EOS
     template: str
     expected: list[tuple[Conversation, str]]  # conversations, and their renders or why they are refused
+    kwargs: dict[str, Any] = field(default_factory=dict)  # of the template
 
 
 def turns(question: str, answer: str, prompt: str = "", *, before: str = "", after: str = "") -> str:
@@ -57,6 +58,33 @@ def turns(question: str, answer: str, prompt: str = "", *, before: str = "", aft
         f"{{% if add_generation_prompt %}}{{{{ '{prompt}' }}}}{{% else %}}{{{{ '{after}' }}}}{{% endif %}}"
     )
 
+
+# Reasoning models: what a template does with the thought of an answer, and what its generation prompt ends with.
+R1_CONTROLS = "<|User|> <|Assistant|> <|end_of_sentence|>"
+INLINE = chat("Say OK.", "<think>\nHm.\n</think>\n\nOK.")
+INLINE_TWICE = chat("Say OK.", INLINE.messages[1].content, "Why?", "<think>\n\n</think>\n\nSo.")
+FIELD = Conversation((LAST.messages[0], Message("assistant", "OK.", reasoning_content="Hm.")))
+ELSEWHERE = "refused: an answer does not begin where the generation prompt ends, with "
+AGREE = "; begin the answer with it, or set data.chat_template_kwargs or model.chat_template so that they agree"
+LAST_TURN = "; data.train_on: last_turn leaves earlier answers out"
+QWEN3_THINKING = (
+    "{% set last = namespace(query=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+    "{% set last.query = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
+    "{{ '<|im_start|>' + m.role + '\n' }}{% set content = m.content %}{% if m.role == 'assistant' %}"
+    "{% set thought = m.reasoning_content or '' %}{% if not thought and '</think>' in content %}"
+    "{% set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}{% if loop.index0 > last.query %}"
+    "{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}{% endif %}{% endif %}"
+    "{{ content.lstrip('\n') + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
+)
+V3_1 = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% set content = m.content %}{% if '</think>' in content %}"
+    "{% set content = content.split('</think>', 1)[1] %}{% endif %}"
+    "{{ '<|Assistant|></think>' + content + '<|end_of_sentence|>' }}{% else %}{{ '<|User|>' + m.content }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>' if thinking else '<|Assistant|></think>' }}"
+    "{% endif %}"
+)
 
 NO_STOP = "refused: the template writes no stop token after an answer"
 FORMS = {
@@ -116,11 +144,78 @@ FORMS = {
             )
         ],
     ),
-    "deepseek-r1: the generation prompt opens a thought that the render has not": Form(
-        "<|User|> <|Assistant|> <|end_of_sentence|>",
-        turns("<|User|>M", "<|Assistant|>M<|end_of_sentence|>", "<|Assistant|><think>\\n"),
-        [(LAST, "refused: an answer does not begin where the generation prompt ends")],
+    "deepseek-r1, qwq: the generation prompt opens a thought, and thoughts are dropped": Form(
+        R1_CONTROLS,
+        turns("<|User|>M", "<|Assistant|>M<|end_of_sentence|>", "<|Assistant|><think>\\n").replace(
+            "m.content + '<|end_of_sentence|>'", "m.content.split('</think>')[-1] + '<|end_of_sentence|>'"
+        ),
+        [
+            (LAST, f"{ELSEWHERE}'<think>\\n'{AGREE}"),
+            (TALK, f"{ELSEWHERE}'<think>\\n'{LAST_TURN}"),
+            (INLINE, "refused: the template drops the content of an answer; give a model.chat_template that keeps it"),
+            (FIELD, "refused: the template drops the reasoning of an answer; give a model.chat_template that keeps it"),
+        ],
     ),
+    "the generation prompt opens a thought, and answers bring their own": Form(
+        R1_CONTROLS,
+        turns("<|User|>M", "<|Assistant|>M<|end_of_sentence|>", "<|Assistant|><think>\\n"),
+        [
+            (
+                INLINE,
+                "<|User|>Say OK.<|Assistant|><think>\n⟦Hm.\n</think>\n\nOK.<|end_of_sentence|>⟧",
+            ),
+            (
+                INLINE_TWICE,
+                "<|User|>Say OK.<|Assistant|><think>\n⟦Hm.\n</think>\n\nOK.<|end_of_sentence|>⟧"
+                "<|User|>Why?<|Assistant|><think>\n⟦\n</think>\n\nSo.<|end_of_sentence|>⟧",
+            ),
+            (
+                chat("<think>\nWhy?", "<think>\nHm. <think>\n</think>So."),
+                "<|User|><think>\nWhy?<|Assistant|><think>\n⟦Hm. <think>\n</think>So.<|end_of_sentence|>⟧",
+            ),
+            (LAST, f"{ELSEWHERE}'<think>\\n'{AGREE}"),
+            (chat("Say OK.", "<think>Hm.</think>OK."), f"{ELSEWHERE}'<think>\\n'{AGREE}"),
+            (chat("Say OK.", "Hm.\n</think>\n\nOK."), f"{ELSEWHERE}'<think>\\n'{AGREE}"),
+            (chat("Say OK.", "<think>\n"), f"{ELSEWHERE}'<think>\\n'{AGREE}"),
+            (FIELD, "refused: the template drops the reasoning of an answer; give a model.chat_template that keeps it"),
+        ],
+    ),
+    "qwen3-thinking: the template writes the thought of the last turn, an empty one where there is none": Form(
+        "<|im_start|> <|im_end|>",
+        QWEN3_THINKING,
+        [
+            (
+                FIELD,
+                "<|im_start|>user\nSay OK.<|im_end|>\n<|im_start|>assistant\n<think>\n"
+                "⟦Hm.\n</think>\n\nOK.<|im_end|>⟧\n",
+            ),
+            (
+                INLINE,
+                "<|im_start|>user\nSay OK.<|im_end|>\n<|im_start|>assistant\n<think>\n"
+                "⟦Hm.\n</think>\n\nOK.<|im_end|>⟧\n",
+            ),
+            (
+                LAST,
+                "<|im_start|>user\nSay OK.<|im_end|>\n<|im_start|>assistant\n<think>\n⟦\n</think>\n\n OK.<|im_end|>⟧\n",
+            ),
+            (TALK, f"{ELSEWHERE}'<think>\\n'{LAST_TURN}"),
+            (INLINE_TWICE, "refused: the template drops the content of an answer; data.train_on: last_turn leaves"),
+        ],
+    ),
+    "deepseek-v3.1: a variable of the template says that there is no thought": Form(
+        R1_CONTROLS,
+        V3_1,
+        [
+            (
+                TALK,
+                "<|User|>Say OK.<|Assistant|></think>⟦ OK.\n<|end_of_sentence|>⟧"
+                "<|User|>Why OK.?<|Assistant|></think>⟦Größe<|end_of_sentence|>⟧",
+            ),
+            (INLINE, "refused: the template drops the content of an answer; give a model.chat_template that keeps it"),
+        ],
+        {"thinking": False},
+    ),
+    "the same, and the other way": Form(R1_CONTROLS, V3_1, [(LAST, f"{ELSEWHERE[:-7]}")], {"thinking": True}),
     "command-r7b: two control tokens close an answer": Form(
         "<|START_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|START_RESPONSE|> <|END_RESPONSE|> "
         "<|END_OF_TURN_TOKEN|>",
@@ -255,19 +350,88 @@ def tokenizer_of(base, controls: str, template: str) -> PreTrainedTokenizerFast:
 def test_the_answers_with_their_stop_tokens_or_a_reason(base, name):
     form = FORMS[name]
     tokenizer = tokenizer_of(base, form.controls, form.template)
+    masker = Masker(tokenizer, chat_template_kwargs=form.kwargs)
     for conversation, expected in form.expected:
         if expected.startswith("refused: "):
             with pytest.raises(RowError, match=re.escape(expected.removeprefix("refused: "))):
-                Masker(tokenizer).example(conversation)
+                masker.example(conversation)
             continue
         text, spans = parse(expected)
-        whole = official(tokenizer, PASTED if "pastes" in name else conversation)
+        whole = official(tokenizer, PASTED if "pastes" in name else conversation, **form.kwargs)
         head = len(whole) - len(text)  # tools are listed before the messages
         assert whole[head:] == text
         assert head == 0 or conversation.tools
         spans = [(start + head, stop + head) for start, stop in spans]
-        assert agrees(tokenizer, Masker(tokenizer).example(conversation), whole, spans)
-        assert agrees(tokenizer, Masker(tokenizer, "completion").example(conversation), whole, spans[-1:])
+        assert agrees(tokenizer, masker.example(conversation), whole, spans)
+        last = Masker(tokenizer, "completion", chat_template_kwargs=form.kwargs)
+        assert agrees(tokenizer, last.example(conversation), whole, spans[-1:])
+        assert generates(last, conversation)
+
+
+def generates(last: Masker, conversation: Conversation) -> bool:
+    """Whether what a model is asked goes on, token by token, with what it was trained on; `last` trains it alone."""
+    example = last.example(conversation)
+    prompt, _ = last.prompt(conversation)
+    return prompt == example.input_ids[: int(np.argmax(example.trained))].tolist()
+
+
+def test_an_empty_thought_is_cut_where_the_prompt_ends(shared):
+    """Two newlines are one token, and the prompt ends with the first of them."""
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "qwen3")
+    tokenizer.chat_template = QWEN3_THINKING
+    masker = Masker(tokenizer)
+    example = masker.example(LAST)
+    assert official(tokenizer, LAST) == tokenizer.decode(example.input_ids)
+    assert tokenizer.decode(example.input_ids[example.trained]) == "\n</think>\n\n OK.<|im_end|>"
+    assert generates(masker, LAST)
+    assert generates(masker, FIELD)
+    whole = tokenizer.backend_tokenizer.encode(official(tokenizer, LAST), add_special_tokens=False).ids
+    assert len(example.input_ids) == len(whole) + 1
+
+
+def test_the_stop_token_is_known_where_answers_bring_their_thought(base):
+    template = turns("<|im_start|>user\\nM<|im_end|>", "<|im_start|>M<|im_end|>", "<|im_start|><think>\\n")
+    tokenizer = tokenizer_of(base, "<|im_start|> <|im_end|> <|endoftext|>", template)
+    assert tokenizer.decode(list(Masker(tokenizer).stop_token_ids)) == "<|im_end|><|endoftext|>"
+
+
+@pytest.mark.parametrize("train_on", ["last_turn", "completion"])
+def test_where_earlier_answers_stand_otherwise_the_last_is_learned(base, train_on):
+    tokenizer = tokenizer_of(base, "<|im_start|> <|im_end|>", QWEN3_THINKING)
+    example = Masker(tokenizer, train_on).example(TALK)
+    assert tokenizer.decode(example.input_ids[example.trained]) == "\n</think>\n\nGröße<|im_end|>"
+
+
+# ----------------------------------------------------------------------------------------------- its variables
+
+
+def test_without_thinking_the_answer_begins_after_the_empty_thought(shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "qwen3")
+    for kwargs, learned in [
+        ({}, "<think>\n\n</think>\n\n OK.<|im_end|>"),
+        ({"enable_thinking": True}, "<think>\n\n</think>\n\n OK.<|im_end|>"),
+        ({"enable_thinking": False}, " OK.<|im_end|>"),
+    ]:
+        masker = Masker(tokenizer, chat_template_kwargs=kwargs)
+        example = masker.example(LAST)
+        assert tokenizer.decode(example.input_ids[example.trained]) == learned
+        assert generates(masker, LAST)
+        assert tokenizer.decode(masker.prompt(LAST)[0]) == official(tokenizer, LAST, upto=1, **kwargs)
+
+
+def test_the_date_can_be_given(shared):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "llama3_2")
+    masker = Masker(tokenizer, chat_template_kwargs={"date_string": "1 Jan 2031"})
+    assert "Today Date: 1 Jan 2031\n" in tokenizer.decode(masker.example(LAST).input_ids)
+    assert "Today Date: 1 Jan 2031\n" in tokenizer.decode(masker.prompt(LAST)[0])
+
+
+def test_a_variable_that_the_template_does_not_read_is_refused(base):
+    tokenizer = tokenizer_of(base, R1_CONTROLS, V3_1)
+    with pytest.raises(BadInput, match=r"the chat template reads no `thinkng`; it reads content, thinking$"):
+        Masker(tokenizer, chat_template_kwargs={"thinkng": True})
+    tokenizer.chat_template = {"default": turns("M", "M"), "tool_use": V3_1}  # read by one of several
+    assert Masker(tokenizer, chat_template_kwargs={"thinking": True})
 
 
 # ----------------------------------------------------------------------------------------------- marked answers

@@ -1,7 +1,8 @@
 """Which rows are wanted, by what they say.
 
-A row and its Conversation enter; nothing leaves, or a `Filtered` with a reason that can be counted. The reference is a
-part of the row, so a row without one is a RowError. What is judged is the last answer; of a plain text, all of it.
+A row and its Conversation enter; nothing leaves, or a `Filtered` with a reason that can be counted. A row that cannot
+be judged is a RowError, and so counted apart: one without a reference, one whose value cannot be computed in time, one
+at which the user's function fails. What is judged is the last answer; of a plain text, all of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from trainer.config import Filters
-from trainer.data.math_answers import check_installed, math_verdict
+from trainer.data.math_answers import LIMIT_S, check_installed, math_verdict
 from trainer.flow import Conversation, Filtered, RowError
 from trainer.functions import load_function, short
 
@@ -56,8 +57,10 @@ def _verify(answer: str, reference: Any) -> None:
     verdict = math_verdict(answer, str(reference))
     if verdict == "no reference":
         raise RowError("verify: the reference holds no value")
-    if verdict == "no verdict":
-        raise Filtered("verify: no verdict in time")
+    if verdict == "too long":
+        raise RowError(f"verify: no verdict within {LIMIT_S:g} s of computing")
+    if verdict == "failed":
+        raise RowError("verify: math-verify failed at the answer")
     if verdict == "wrong":
         raise Filtered("verify: not the reference's value")
 

@@ -1,6 +1,7 @@
 """Rows of the held-out side that train holds too, or nearly: found by MinHash, proved by their true similarity.
 
-Both prepared sides enter; leakage.jsonl leaves, a pair of rows a line, in a cache folder of its own. What is compared
+Both prepared sides enter; leakage.jsonl leaves, a pair of rows a line, in a cache folder of its own. A comparison that
+was stopped or killed is gone on with at the train row that it had come to. What is compared
 is what was said: the texts of all turns but the system's, as sets of sequences of three words. One changed word among
 a hundred leaves a similarity of 0.94, so 0.8 is another wording of the same row, and not of the same question.
 """
@@ -11,11 +12,13 @@ import heapq
 import json
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -26,6 +29,7 @@ from trainer.data import tokenise
 from trainer.data.cache import Progress
 from trainer.data.loader import Prepared, Side, cache_folder, tokenise_of, workers_of
 from trainer.data.tokenise import Row
+from trainer.dist import log
 from trainer.flow import BadInput, Conversation, RowError
 from trainer.once import Stopped, build_once, write_synced
 
@@ -37,6 +41,7 @@ HASHES = 128  # of a signature
 SEED = 0
 MOST_MISSED = 1e-3  # chance that a pair just similar enough is not looked at
 NAMED = 3  # pairs in a message
+SAVE_EVERY_S = 5.0  # between points that a next start can go on from
 
 # A word; or one sign, in the scripts that write no space between words: Thai to Burmese, Khmer, Chinese, Japanese.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
@@ -130,17 +135,17 @@ def check_leakage(
     folder = cache_folder(recipe.data) / f"leakage-{xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())}"
 
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
-        def go_on() -> None:
-            check()
-            if stopping():
-                raise Stopped(f"stopped while {WHAT}")
-
         staging.mkdir()
-        with (staging / "leakage.jsonl").open("w", encoding="utf-8") as file:
-            report = _compare(recipe, tokenizer, train, held_out, file, go_on)
-            file.flush()
-            os.fsync(file.fileno())
-        write_synced(staging / "report.json", json.dumps(report))
+        with closing(_Pairs(staging, leftovers)) as pairs:
+
+            def go_on() -> None:
+                check()
+                if stopping():
+                    pairs.save()
+                    raise Stopped(f"stopped while {WHAT} after {pairs.rows} rows, which are kept")
+
+            rows = _compare(recipe, tokenizer, train, held_out, pairs, go_on)
+            write_synced(staging / "report.json", json.dumps({"rows": rows, **pairs.finish()}))
 
     build_once(folder, build, WHAT, stopping)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -149,10 +154,68 @@ def check_leakage(
     return replace(held_out, leakage=report)
 
 
+class _Pairs:
+    """The pairs that are found, by the train row's place, in a file. Every few seconds they are made safe, with the
+    number of train `rows` that they are of."""
+
+    def __init__(self, staging: Path, leftovers: list[Path]) -> None:
+        self._folder = staging
+        self.rows = self.count = 0
+        self._file = (staging / "leakage.jsonl").open("wb+")
+        self._go_on_from(leftovers)
+        self._saved_at = time.monotonic()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def append(self, rows: int, lines: list[dict[str, Any]]) -> None:
+        """The pairs of the next `rows` train rows."""
+        self._file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+        self.rows, self.count = self.rows + rows, self.count + len(lines)
+        if time.monotonic() - self._saved_at > SAVE_EVERY_S:
+            self.save()
+
+    def save(self) -> None:
+        """Make what is written so far a point to go on from."""
+        state = {"rows": self.rows, "pairs": self.count, "bytes": self._sync()}
+        write_synced(self._folder / "progress.json", json.dumps(state))
+        self._saved_at = time.monotonic()
+
+    def finish(self) -> dict[str, Any]:
+        """What has been found, counted from the file."""
+        self._sync()
+        (self._folder / "progress.json").unlink(missing_ok=True)
+        leaked: set[str] = set()
+        closest: list[dict[str, Any]] = []
+        self._file.seek(0)
+        for pair in map(json.loads, self._file):
+            leaked.add(pair["eval"])
+            closest = heapq.nlargest(NAMED, [*closest, pair], key=lambda pair: pair["similarity"])
+        return {"leaked_rows": len(leaked), "pairs": self.count, "closest": closest}
+
+    def _sync(self) -> int:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def _go_on_from(self, leftovers: list[Path]) -> None:
+        """Copy what a stopped or killed comparison had made safe: the one thought dead may still write."""
+        paths = [path for folder in leftovers if (path := folder / "progress.json").is_file()]
+        states = [(json.loads(path.read_text(encoding="utf-8")), path.parent) for path in paths]
+        if not states:
+            return
+        state, folder = max(states, key=lambda found: found[0]["rows"])
+        with (folder / "leakage.jsonl").open("rb") as old:
+            self._file.write(old.read(state["bytes"]))
+        assert self._file.tell() == state["bytes"], f"{folder}: the file is shorter than it was"
+        self.rows, self.count = state["rows"], state["pairs"]
+        log.info("%s goes on after the %d rows that an earlier start compared", WHAT, self.rows)
+
+
 def _compare(
-    recipe: Recipe, tokenizer: Any, train: Prepared, held_out: Prepared, pairs_file: TextIO, go_on: Callable[[], None]
-) -> dict[str, Any]:
-    """Write the pairs, by the train row's place, and count them. Memory grows with the held-out side alone."""
+    recipe: Recipe, tokenizer: Any, train: Prepared, held_out: Prepared, pairs: _Pairs, go_on: Callable[[], None]
+) -> int:
+    """Find the pairs, and give back the number of held-out rows. Memory grows with the held-out side alone."""
     workers = workers_of(recipe.data)
     index, kept = Index(recipe.data.near_duplicate), _Kept(held_out)
     places: list[str] = []  # of the index's texts
@@ -166,26 +229,20 @@ def _compare(
 
     side, kept = Side(recipe.data, "train"), _Kept(train)
     near = _Near(_Read(tokenise_of(recipe, tokenizer, "train")), index)
-    leaked: set[str] = set()
-    closest: list[dict[str, Any]] = []
-    pairs = rows = 0
     with (
-        closing(Progress(WHAT, 0, side.count_rows())) as progress,
-        closing(tokenise.run(side.rows(), near, workers)) as chunks,
+        closing(Progress(WHAT, pairs.rows, side.count_rows())) as progress,
+        closing(tokenise.run(islice(side.rows(), pairs.rows, None), near, workers)) as chunks,
     ):
-        for chunk_rows, matches in chunks:
-            go_on()
+        for rows, matches in chunks:
             lines = [
                 {"eval": places[text], "train": f"{train.files[file]}:{number}", "similarity": similar}
                 for file, number, text, similar in matches
                 if kept(file, number)
             ]
-            pairs_file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            leaked |= {line["eval"] for line in lines}
-            closest = heapq.nlargest(NAMED, [*closest, *lines], key=lambda line: line["similarity"])
-            pairs, rows = pairs + len(lines), rows + chunk_rows
-            progress.show(rows, f", {pairs:,} near-duplicates")
-    return {"rows": len(places), "leaked_rows": len(leaked), "pairs": pairs, "closest": closest}
+            pairs.append(rows, lines)
+            progress.show(pairs.rows, f", {pairs.count:,} near-duplicates")
+            go_on()
+    return len(places)
 
 
 def _refuse_leak(report: dict[str, Any], most: float) -> None:

@@ -203,6 +203,7 @@ def masker_of(section: DataSection, tokenizer: Any) -> Masker:
         section.train_on_eot,
         train_trailing_newline=section.train_trailing_newline,
         control_tokens=section.control_tokens,
+        chat_template_kwargs=section.chat_template_kwargs,
     )
 
 

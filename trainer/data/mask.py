@@ -31,7 +31,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,6 +66,7 @@ class Masker:
         train_on_eot: the stop token is trained with its answer.
         train_trailing_newline: so is white space that the template writes after it.
         control_tokens: what becomes of a text that spells one: `reject` the row, `text`, or `keep` it as a token.
+        chat_template_kwargs: variables of the chat template.
 
     Raises:
         BadInput: the tokenizer cannot be used.
@@ -79,6 +80,7 @@ class Masker:
         *,
         train_trailing_newline: bool = False,
         control_tokens: str = "reject",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         if train_on not in MODES:
             raise BadInput(f"`data.train_on` is {train_on!r}; allowed: {', '.join(MODES)}")
@@ -88,7 +90,7 @@ class Masker:
                 "use a model folder with a tokenizer.json"
             )
         self.tokenizer = tokenizer
-        self.template = Template(tokenizer)
+        self.template = Template(tokenizer, chat_template_kwargs)
         self.train_on = train_on
         self.train_on_eot = train_on_eot
         self.train_trailing_newline = train_trailing_newline and train_on_eot
@@ -151,7 +153,8 @@ class Masker:
         stops = []
         if self.tokenizer.chat_template is not None:
             try:
-                skeleton = self.template.follow(_PLAIN).skeleton
+                plain = Message("user", "Hello"), Message("assistant", f"{self.template.opening()}Hello")
+                skeleton = self.template.follow(Conversation(plain)).skeleton
                 stops.append(skeleton.control_ids[self.template.turn(skeleton, 1).stop])
             except RowError:  # then every conversation will be rejected with this reason
                 pass
@@ -167,7 +170,8 @@ class Masker:
             "template": self.tokenizer.chat_template,
             "special": {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()},
             "control": self.template.control_ids,
-            "policy": [self.train_on, self.train_on_eot, self.train_trailing_newline, self.control_tokens, DATE_STRING],
+            "kwargs": {"date_string": DATE_STRING, **self.template.kwargs},
+            "policy": [self.train_on, self.train_on_eot, self.train_trailing_newline, self.control_tokens],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -357,9 +361,6 @@ class Masker:
             raise RowError("a token spans the end of the prompt and the answer")
         pieces = [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         return [number for ids in self._encode(pieces) for number in ids]
-
-
-_PLAIN = Conversation((Message("user", "Hello"), Message("assistant", "Hello")))
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:

@@ -4,7 +4,7 @@ An answer and a reference enter; a verdict leaves. The library reads numbers, fo
 is given may be a tower of powers that no computer finishes. Its own time limit is a Python signal handler, which fails
 outside the main thread and waits while C code runs. So the work is done in a process beside this one, with a timer
 that the kernel keeps: past LIMIT_S of its own processor time (not of the clock: a busy machine changes no verdict) that
-process is ended, the next one starts, and there is no verdict.
+process is ended, the next one starts, and the verdict is that it took too long: that is not `wrong`.
 
 `#### x` at the end (gsm8k), `<answer>x</answer>` and `\\boxed{x}` mark the final answer; where none of them is there,
 it is what the library finds: the value after "the answer is", else the last one. Thinking, which ends with `</think>`,
@@ -27,9 +27,9 @@ from trainer.flow import BadInput
 
 MARKED = re.compile(r"####([^\n]*)\s*\Z|<answer>(.*?)</answer>", re.DOTALL)
 LIMIT_S = 10.0
-LIMIT_BYTES = 4 << 30  # of memory beyond what the library itself takes; what needs more has no verdict either
+LIMIT_BYTES = 4 << 30  # of memory beyond what the library itself takes; what needs more fails
 
-Verdict = Literal["right", "wrong", "no reference", "no verdict"]
+Verdict = Literal["right", "wrong", "no reference", "too long", "failed"]
 
 
 def check_installed() -> None:
@@ -39,7 +39,8 @@ def check_installed() -> None:
 
 
 def math_verdict(answer: str, reference: str) -> Verdict:
-    """`no reference`: nothing in the reference is a value; `no verdict`: it took more than LIMIT_S."""
+    """`no reference`: nothing in the reference is a value; `too long`: it took more than LIMIT_S; `failed`: the library
+    did, or it needed more than LIMIT_BYTES."""
     global _process
     with _lock:
         if _process is None:
@@ -50,7 +51,7 @@ def math_verdict(answer: str, reference: str) -> Verdict:
         except (EOFError, OSError):
             _process.close()
             _process = None
-            return "no verdict"
+            return "too long"
 
 
 _process: Connection | None = None
@@ -93,7 +94,7 @@ def _serve(questions: Connection, limit_s: float) -> None:
         try:
             verdict = _verdict(answer, reference)
         except Exception:  # of sympy's depths, a MemoryError among them
-            verdict = "no verdict"
+            verdict = "failed"
         signal.setitimer(signal.ITIMER_PROF, 0)
         questions.send(verdict)
 

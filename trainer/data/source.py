@@ -29,7 +29,7 @@ from trainer.flow import BadInput, RowError
 from trainer.strict_json import parse
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-CHUNK_BYTES = 1 << 22
+CHUNK_BYTES = 1 << 18  # hashed while it is in the processor's cache
 BATCH_ROWS = 256  # of Arrow, turned into Python values at once
 UNREADABLE = "a value that cannot be read, as text that is not UTF-8"
 
@@ -67,13 +67,13 @@ def source_digest(source: Source) -> str:
     """
     if source.path is None:
         return f"hub-{_hub_dataset(source)._fingerprint}"
-    digest = xxhash.xxh3_128()
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(CHUNK_BYTES))
     saved = is_saved_dataset(source.path)
     for path in sorted(Path(source.path).expanduser().glob("*.arrow")) if saved else source_files(source.path):
         digest.update(f"{path.suffix} {path.stat().st_size}\n".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(CHUNK_BYTES):
-                digest.update(chunk)
+        with path.open("rb", buffering=0) as file:
+            while size := file.readinto(buffer):
+                digest.update(buffer[:size])
     return digest.hexdigest()
 
 
