@@ -205,6 +205,7 @@ class Engine:
     ) -> None:
         self._clip = optim.clip
         self.stage = stage(config)
+        self.swaps = bool(_nvme_offloads(config))
         self._engine: Any
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=_optimizer(groups, optim, config), config=config, dist_init_required=False

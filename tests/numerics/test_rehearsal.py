@@ -8,6 +8,7 @@ import pytest
 
 from tests.numerics.compare import BF16, STAGES, Run, case, difference, is_same, run_cases
 
+HERE = tuple(stage for stage in STAGES if stage != "zero3_nvme")
 DONE = {"changes": ["rehearsed"]}
 IN_BF16 = ("zero1", "zero2", "zero3")
 
@@ -22,13 +23,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         rehearsed = [case(root, f"{name}-rehearsed", stage, *four, **DONE, **stop) for stop in ({"stop_after": 2}, {})]
         return [case(root, name, stage, *four), *rehearsed]
 
-    cases = [one for stage in STAGES[:6] for one in pair(stage, stage)]
+    cases = [one for stage in HERE for one in pair(stage, stage)]
     cases += [one for stage in IN_BF16 for one in pair(f"bf16-{stage}", stage, *BF16)]
     cases += [case(root, "control", "zero0", "train.steps=4", changes=["rehearsed_with_weights"])]
     return run_cases({2: cases})
 
 
-@pytest.mark.parametrize("name", [*STAGES, *(f"bf16-{stage}" for stage in IN_BF16)])
+@pytest.mark.parametrize("name", [*HERE, *(f"bf16-{stage}" for stage in IN_BF16)])
 def test_a_rehearsal_leaves_no_trace(runs: dict[str, Run], name: str) -> None:
     """Bit by bit, at every stage, with offload, started and resumed."""
     assert is_same(runs[name], runs[f"{name}-rehearsed"])
