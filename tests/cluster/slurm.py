@@ -101,7 +101,10 @@ class Slurm:
         self._until(lambda: self._idle() == len(self.nodes), "the nodes are not all idle")
 
     def start_now(self, number: str) -> None:
-        """A job that was queued again waits for two minutes, if nobody asks for more."""
+        """A job that was queued again waits for two minutes, if nobody asks for less. A node takes credentials from
+        before the second in which it ended the last start for revoked ones, and the job for failed."""
+        self._until(lambda: not self.run("sinfo", "-h", "-t", "completing", "-o", "%N").stdout, "a start does not end")
+        time.sleep(3)
         self.run("scontrol", "update", f"jobid={number}", "starttime=now")
 
     # ------------------------------------------------------------------------------------------- up and down
