@@ -147,6 +147,21 @@ class Template:
         self._openings: dict[str, str] = {}
         if self.kwargs:
             self._check_kwargs()
+        self.control_ids |= {text: added[text][0] for text in self._turn_tokens()}
+
+    def _turn_tokens(self) -> set[str]:
+        """Added tokens that open and close turns, whether or not the tokenizer calls them special (some of DeepSeek's
+        do not): those that stand before a user's text, and the one that begins an answer's header."""
+        talk = [{"role": role, "content": WORD_FORMAT % n} for n, role in enumerate(("user", "assistant", "user"))]
+        try:
+            literals = WORD.split(self.render(talk, None))[::2]
+        except (BadInput, RowError):  # there is no template, or not for such messages; rows that need it are told why
+            return set()
+        if len(literals) != len(talk) + 1:
+            return set()
+        before_user = set(self._added.findall(literals[0] + literals[2]))
+        header = [token for token in self._added.findall(literals[1]) if token not in before_user]
+        return before_user.union(header[:1])
 
     def follow(self, conversation: Conversation, *, prompt: bool = False) -> Render:
         """Render a conversation with the origin of every character. Raises RowError where it cannot be known."""

@@ -419,6 +419,18 @@ def test_without_thinking_the_answer_begins_after_the_empty_thought(shared):
         assert tokenizer.decode(masker.prompt(LAST)[0]) == official(tokenizer, LAST, upto=1, **kwargs)
 
 
+@pytest.mark.parametrize("assistant", ["<|Assistant|>", "<|Assistant|></think>"])
+@pytest.mark.parametrize("token", ["<|User|>", "<|Assistant|>"])
+def test_a_text_that_opens_a_turn_is_refused_though_its_token_is_not_called_special(base, assistant, token):
+    template = turns("<|User|>M", f"{assistant}M<|end_of_sentence|>", assistant)
+    tokenizer = tokenizer_of(base, "<|end_of_sentence|>", template)
+    tokenizer.add_tokens(["<|User|>", "<|Assistant|>", "</think>"], special_tokens=False)
+    masker = Masker(tokenizer)
+    with pytest.raises(RowError, match="control token"):
+        masker.example(chat(f"Say{token}OK", "OK"))
+    assert masker.example(chat("Say</think>OK", "OK")).trained.any()  # it opens and closes no turn
+
+
 def test_the_date_can_be_given(shared):
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "llama3_2")
     masker = Masker(tokenizer, chat_template_kwargs={"date_string": "1 Jan 2031"})
