@@ -60,6 +60,8 @@ class Engine:
             if self._daemon.poll() is not None or time.monotonic() > end:
                 raise AssertionError(f"the engine did not start:\n{log.read_text()[-3000:]}")
             time.sleep(0.2)
+        bridge = f"--opt=com.docker.network.bridge.name={BRIDGE}"
+        self.run("network", "create", bridge, f"--subnet={SUBNET}", NETWORK)
 
     def down(self) -> None:
         """Whatever state it is in: everything that it runs, itself, and its folder."""
