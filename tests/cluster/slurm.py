@@ -168,7 +168,7 @@ class Slurm:
         subprocess.run(["nsenter", f"--mount=/proc/{first}/ns/mnt", *command], check=True)
 
     def _idle(self) -> int:
-        return len(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").stdout.split())
+        return self.run("sinfo", "-h", "-N", "-o", "%T").stdout.split().count("idle")  # -t idle: completing ones, too
 
     def _start(self, name: str, *command: str) -> None:
         log = (self._folder / f"{name}.out").open("a")

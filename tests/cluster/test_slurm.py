@@ -169,6 +169,5 @@ def test_a_cancelled_job_stays_cancelled_though_it_has_saved(cluster, tmp_path):
         assert time.monotonic() < end
         time.sleep(0.1)
     cluster.run("scancel", number)
-    cluster.wait_idle()
-    job = cluster.job(number)
+    job = cluster.wait(number, "CANCELLED", "PENDING")
     assert (job["JobState"], job["Restarts"]) == ("CANCELLED", "0")
