@@ -60,7 +60,8 @@ class Cluster:
             return self.claim
         if path == "/dev/shm":  # the machine's own
             return Path(path)
-        folder = self._folder / pod.hostname / path.strip("/")
+        # what a ConfigMap holds lies in the same place in all pods, and the recipe names it
+        folder = self._folder / ("config" if "configMap" in volume else pod.hostname) / path.strip("/")
         folder.mkdir(parents=True, exist_ok=True)
         if "configMap" in volume:
             for name, text in config_map["data"].items():
