@@ -35,8 +35,8 @@ test: install  ## everything that needs no GPU and no root, at most 15 minutes
 test-runs: install  ## whole runs, minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'runs and not gpu' -n 2 --dist loadfile  # they wait more than they work
 
-test-cluster: install  ## several hosts stood in for by network namespaces; needs root and iproute2
-	$(BIN)/python -m pytest -m cluster
+test-cluster: install  ## hosts, Slurm, pods and the image, all on this machine; needs root and what .ci/run installs
+	$(BIN)/python -m pytest -m cluster -n 2 --dist loadfile  # the image is built beside the rest
 
 style: install  ## ruff, pyright and shellcheck
 	$(BIN)/ruff check .

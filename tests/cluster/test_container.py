@@ -184,6 +184,10 @@ def test_deepspeeds_ops_have_no_instruction_that_other_machines_lack(docker, run
         assert "%zmm" not in code, f"{op} has AVX-512, which x86-64-v3 lacks"
 
 
+def test_the_cpu_flavour_is_small(docker):
+    assert int(docker.run("inspect", "--format={{.Size}}", IMAGE)) < 2e9
+
+
 def test_what_is_in_the_image_and_what_is_not(docker):
     folders = {"docker", "ds_configs", "launch", "recipes", "slurm", "trainer"}
     files = {"LICENSE", "README.md", "constraints.txt", "packhorse.egg-info", "pyproject.toml"}
