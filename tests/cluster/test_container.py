@@ -185,7 +185,7 @@ def test_deepspeeds_ops_have_no_instruction_that_other_machines_lack(docker, run
 
 
 def test_the_cpu_flavour_is_small(docker):
-    assert int(docker.run("inspect", "--format={{.Size}}", IMAGE)) < 2e9
+    assert int(docker.run("inspect", "--format={{.Size}}", IMAGE)) < 2.5e9
 
 
 def test_what_is_in_the_image_and_what_is_not(docker):
