@@ -36,7 +36,7 @@ test-runs: install  ## whole runs, minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'runs and not gpu' -n 2 --dist loadfile  # they wait more than they work
 
 test-cluster: install  ## hosts, Slurm, pods and the image, all on this machine; needs root and what .ci/run installs
-	$(BIN)/python -m pytest -m cluster -n 2 --dist loadfile  # the image is built beside the rest
+	$(BIN)/python -m pytest -m cluster
 
 style: install  ## ruff, pyright and shellcheck
 	$(BIN)/ruff check .
