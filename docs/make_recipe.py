@@ -8,7 +8,8 @@ from typing import Any, get_args, get_origin
 from pydantic import JsonValue
 from pydantic_core import PydanticUndefined
 
-from trainer.config import Recipe, Section
+from trainer.config import Recipe
+from trainer.section import Section
 
 PAGE = Path(__file__).parent / "recipe.md"
 

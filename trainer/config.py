@@ -12,15 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import Field, JsonValue, ValidationError, model_validator
 
+from trainer.config_eval import EvalSection
 from trainer.flow import BadInput
-
-
-class Section(BaseModel):
-    """A part of the recipe: frozen, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+from trainer.section import Section, check_function
 
 
 class ModelSection(Section):
@@ -49,12 +45,6 @@ class ModelSection(Section):
         default=None, description="A Jinja file, or `chatml`, in place of the tokenizer's own template."
     )
     trust_remote_code: bool = Field(default=False, description="Runs the model's own Python code. Read it first.")
-
-
-def _check_function(name: str | None) -> None:
-    module, colon, function = (name or "module:function").partition(":")
-    if not colon or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise ValueError(f"a function is named as `module:function`, not `{name}`")
 
 
 class Filters(Section):
@@ -86,7 +76,7 @@ class Filters(Section):
             raise ValueError("`answer_words` is [fewest, most]")
         if (self.verify is None) != (self.reference is None):
             raise ValueError("`reference` belongs to `verify`, and must be given there")
-        _check_function(self.function)
+        check_function(self.function)
         return self
 
 
@@ -123,7 +113,7 @@ class Source(Section):
     def _one_place(self) -> Source:
         if (self.path is None) == (self.name is None):
             raise ValueError("give exactly one of `path` and `name`")
-        _check_function(self.function)
+        check_function(self.function)
         if self.function and (self.format != "auto" or self.columns):
             raise ValueError("`function` reads the row itself: leave out `format` and `columns`")
         if self.grows and (self.weight != 1 or self.rows is not None):
@@ -302,35 +292,6 @@ class CheckpointSection(Section):
     before_timeout_s: float | None = Field(
         default=None, ge=0, description="Save and stop so long before the end of the Slurm job, where that is known."
     )
-
-
-class Scorer(Section):
-    """A generated answer's score: `pattern` must match all of it, or `extract`'s group must equal the reference's."""
-
-    pattern: str | None = None
-    extract: str | None = None
-
-    @model_validator(mode="after")
-    def _one_rule(self) -> Scorer:
-        if (self.pattern is None) == (self.extract is None):
-            raise ValueError("give exactly one of `pattern` and `extract`")
-        return self
-
-
-class GenerateSection(Section):
-    """Held-out prompts answered greedily, before and after training, and scored."""
-
-    rows: int = Field(default=64, ge=1)
-    max_new_tokens: int = Field(default=64, ge=1)
-    batch: int = Field(default=32, ge=1, description="Prompts that one rank runs at once.")
-    scorers: dict[str, Scorer] = Field(default_factory=dict)
-
-
-class EvalSection(Section):
-    every_steps: int | None = Field(
-        default=None, ge=1, description="Between evaluations; always before and after training."
-    )
-    generate: GenerateSection | None = None
 
 
 class RunSection(Section):

@@ -82,11 +82,13 @@ class Conversation:
 
 
 class Prompt(NamedTuple):
-    """A held-out question as token ids that end with the generation prompt, as text, and the answer it should get."""
+    """A held-out question, and the answer it should get."""
 
-    input_ids: list[int]
-    text: str
+    input_ids: list[int]  # end with the generation prompt
+    text: str  # the same
     reference: str
+    conversation: Conversation  # with the reference's turn
+    row: Mapping[str, Any]  # as it stands in the file
 
 
 @dataclass(frozen=True)

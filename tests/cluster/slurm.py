@@ -151,6 +151,7 @@ class Slurm:
         )
         enter = ["nsenter", f"--net=/run/netns/ph-{node}"]
         self._start(node, *enter, *own, "bash", "-c", inside, "_", node, str(self._folder))
+        self._until(lambda: self._children(node), f"{node} did not start")
 
     def fail(self, node: str) -> None:
         _end(self._started.pop(node))
@@ -163,9 +164,13 @@ class Slurm:
         self._inside(node, "umount", str(folder))
 
     def _inside(self, node: str, *command: str) -> None:
-        outer = self._started[node].pid
-        (first,) = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
+        (first,) = self._children(node)
         subprocess.run(["nsenter", f"--mount=/proc/{first}/ns/mnt", *command], check=True)
+
+    def _children(self, node: str) -> list[str]:
+        """The first process of the node, once it is there."""
+        outer = self._started[node].pid
+        return Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
 
     def _idle(self) -> int:
         return self.run("sinfo", "-h", "-N", "-o", "%T").stdout.split().count("idle")  # -t idle: completing ones, too

@@ -9,7 +9,7 @@ import pydantic
 import pytest
 import yaml
 
-from trainer import config
+from trainer import config, config_eval
 from trainer.flow import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ def test_it_is_frozen():
         ("train.steps=null", "train", "steps", None),
         ("data.eval=[]", "data", "eval", ()),
         ("run.dir=runs/a=b", "run", "dir", "runs/a=b"),
-        ("eval.generate.rows=8", "eval", "generate", config.GenerateSection(rows=8, max_new_tokens=64, batch=32)),
+        ("eval.generate.rows=8", "eval", "generate", config_eval.GenerateSection(rows=8, max_new_tokens=64, batch=32)),
     ],
 )
 def test_overrides(tmp_path, override, section, key, value):

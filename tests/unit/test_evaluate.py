@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import Scorer
-from trainer.evaluate import Sample, accuracies, score, write_samples
+from trainer.config_eval import Scorer
+from trainer.evaluate import write_samples
+from trainer.score import Sample, accuracies, score
 
 FORMAT = Scorer(pattern=r"<think>.+</think><answer>-?[0-9]+</answer>")
 ANSWER = Scorer(extract=r"<answer>(-?[0-9]+)</answer>")

@@ -540,9 +540,9 @@ def test_held_out_prompts_end_before_the_answer(tmp_path, tokenizer):
     rows = [{"question": "What?", "answer": None}, *questions(5)]
     of = recipe(tmp_path, questions(1), eval=[{"path": write(tmp_path, rows)}])
     prompts = held_out_prompts(of, Masker(tokenizer), 3)
-    assert [answer for _, _, answer in prompts] == ["It is 0.", "It is 2.", "It is 4."]
-    ids, text, _ = prompts[1]
-    assert text == tokenizer.decode(ids)
+    assert [prompt.reference for prompt in prompts] == ["It is 0.", "It is 2.", "It is 4."]
+    text = prompts[1].text
+    assert text == tokenizer.decode(prompts[1].input_ids)
     assert "What is 1 + 1?" in text
     assert text.endswith("<|im_start|>assistant\n")
 

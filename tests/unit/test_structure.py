@@ -7,7 +7,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A file imports only from the lines above its own. A new file takes its place here.
 TIERS = [
-    "flow arguments",
+    "flow arguments section",
+    "config_eval",
     "config dist",
     "once picture template shards watch functions strict_json",
     "data/source data/format data/math_answers data/mask data/tokenise data/cache data/pack data/plan data/split",
@@ -20,7 +21,8 @@ TIERS = [
     "model/load model/sft",
     "model/probe",
     "optim metrics progress preview zero",
-    "engine guard planner",
+    "engine guard planner score",
+    "generate",
     "evaluate checkpoint run_folder",
     "loop export universal planning",
     "train verify",

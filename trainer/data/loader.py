@@ -179,10 +179,12 @@ def held_out_prompts(recipe: Recipe, masker: Masker, rows: int) -> list[Prompt]:
             if len(prompts) == rows:
                 return prompts
             try:
-                ids, answer = masker.prompt(reader.conversation(row.fields))
+                conversation = reader.conversation(row.fields)
+                ids, answer = masker.prompt(conversation)
             except RowError:  # counted and named where the data is prepared
                 continue
-            prompts.append(Prompt(ids, str(masker.tokenizer.decode(ids)), answer))
+            assert not isinstance(row.fields, RowError), "it would have been raised"
+            prompts.append(Prompt(ids, str(masker.tokenizer.decode(ids)), answer, conversation, row.fields))
     if not prompts:
         raise BadInput("data.eval: no row has a prompt and an answer; eval.generate needs some, or take it out")
     return prompts
