@@ -5,7 +5,7 @@
 All arms read the same JSONL and leave what training maps into memory: tokens, what is trained of them, packed rows.
 Each round runs every arm on one core and on two, in a fresh process that is bound to so many cores; rounds alternate.
 The clock is this process's: from the line that an arm writes when its libraries and tokenizer are loaded to the line
-after its work; so are the seconds of computing, by the system's count of all its processes. Nothing is in a cache.
+after its work. Nothing is in a cache.
 Writes benchmarks/results/data_cpu.md. Needs the extra `bench` (TRL).
 """
 
@@ -55,14 +55,12 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """What an arm made: (real) tokens, those trained, and rows. By the clock outside: the seconds that it took, and
-    those that it and its processes computed, which other work on the machine does not lengthen."""
+    """What an arm made: (real) tokens, those trained, and rows; and the seconds that it took, by the clock outside."""
 
     tokens: int
     trained: int
     rows: int
     seconds: float = 0.0
-    cpu_s: float = 0.0
 
 
 def main() -> None:
@@ -77,9 +75,7 @@ def main() -> None:
     for number in range(1, options.rounds + 1):
         for (arm, cores), done in runs.items():
             done.append(timed(arm, job(options, work, cores)))
-            print(
-                f"round {number} {arm:15} {cores} cores {done[-1].tokens / done[-1].cpu_s:9,.0f}", done[-1], flush=True
-            )
+            print(f"round {number} {arm:15} {cores} cores", done[-1], flush=True)
     text = report(runs, options, load)
     options.out.write_text(text)
     print(f"\n{text}\nwritten to {options.out}")
@@ -135,26 +131,19 @@ def timed(arm: str, job: Job) -> Done:
             preexec_fn=lambda: os.sched_setaffinity(0, cpus),
         )
         assert process.stdout is not None
-        started = seconds = cpu_before = 0.0
+        started = seconds = 0.0
         result = None
         for line in process.stdout:
             if line == "READY\n":
-                started, cpu_before = time.monotonic(), cpu_seconds(process.pid)
+                started = time.monotonic()
             elif line.startswith("DONE "):
                 seconds = time.monotonic() - started
                 result = json.loads(line.removeprefix("DONE "))
-        _, status, usage = os.wait4(process.pid, 0)
-        if status or result is None:
+        if process.wait() or result is None:
             log.seek(0)
-            raise SystemExit(f"{arm} ended with {status}\n{log.read()[-3000:]}")
+            raise SystemExit(f"{arm} ended with {process.returncode}\n{log.read()[-3000:]}")
     shutil.rmtree(job.folder)
-    return Done(**result, seconds=seconds, cpu_s=usage.ru_utime + usage.ru_stime - cpu_before)
-
-
-def cpu_seconds(pid: int) -> float:
-    """What a process without children has computed so far."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return Done(**result, seconds=seconds)
 
 
 # ----------------------------------------------------------------------------------------------- arms
@@ -318,24 +307,22 @@ def busy(load: float) -> str:
     if load < 0.5:
         return ""
     return (
-        f" The machine was busy with other work (load {load:.1f} before the start), so seconds on the clock say "
-        "little: read the seconds of computing, and their ratios."
+        f" The machine was busy with other work (load {load:.1f} before the start), so this table says little: run "
+        "the command on a quiet one."
     )
 
 
 def speed_table(runs: dict[tuple[str, int], list[Done]], cores: int, row_tokens: int) -> str:
-    head = ["", "tokens/s", "tokens a second of a core", "packhorse / it, of a core", "trained share", "fill"]
+    head = ["", "tokens/s", "packhorse / it", "trained share", "fill"]
     rows = []
     for arm, label in LABELS.items():
         done = runs[arm, cores]
         rates = [run.tokens / run.seconds for run in done]
-        of_a_core = [run.tokens / run.cpu_s for run in done]
         first = done[0]
         rows.append(
             [
                 label,
                 spread(rates, "{:,.0f}"),
-                spread(of_a_core, "{:,.0f}"),
                 spread(ratios(runs, arm, cores), "{:.2f}"),
                 f"{first.trained / first.tokens:.3f}",
                 f"{first.tokens / first.rows / row_tokens:.3f}",
@@ -345,9 +332,9 @@ def speed_table(runs: dict[tuple[str, int], list[Done]], cores: int, row_tokens:
 
 
 def ratios(runs: dict[tuple[str, int], list[Done]], arm: str, cores: int) -> list[float]:
-    """packhorse over `arm` in tokens a second of computing, round by round."""
+    """packhorse over `arm` in tokens a second, round by round."""
     pairs = zip(runs["packhorse", cores], runs[arm, cores], strict=True)
-    return [ours.tokens / ours.cpu_s / theirs.tokens * theirs.cpu_s for ours, theirs in pairs]
+    return [ours.tokens / ours.seconds / theirs.tokens * theirs.seconds for ours, theirs in pairs]
 
 
 def aims(runs: dict[tuple[str, int], list[Done]]) -> str:

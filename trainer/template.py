@@ -245,6 +245,8 @@ class Template:
     ) -> Skeleton:
         if any(self.controls(text) for text in _strings((messages, tools))):
             raise RowError("a text holds a control token of the model")
+        if len(WORD.findall(repr((messages, tools)))) != len(owners):
+            raise RowError("a tool's schema holds a word that the proof of the mask puts in the place of texts")
         marked = GENERATION.search(self.source(tools)) is not None
         texts, marks = self._render(messages, tools, return_assistant_tokens_mask=marked, add_generation_prompt=prompt)
         parts = WORD.split(texts[0])

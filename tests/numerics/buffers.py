@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer import dist, zero
+from trainer.engine import Engine
+from trainer.flow import Batch
+from trainer.metrics import Clock
+
 
 def weights(module: nn.Module) -> Iterator[torch.Tensor]:
     """The parameters in the model's type: whole, or this rank's pieces, and those that stage 3 keeps whole beside."""
@@ -40,6 +45,22 @@ def moments(optimizer: Any) -> Iterator[torch.Tensor]:
     base = optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optimizer
     for state in base.state.values():
         yield from (state[name] for name in ("exp_avg", "exp_avg_sq"))
+
+
+def held(engine: Engine, batch: Batch) -> dict[str, int]:
+    """Bytes of this rank's buffers by part: gradients after a backward of the batch, the rest after a step of it."""
+    optimizer: Any = engine._engine.optimizer
+    found = {"weights": size(weights(engine.module))}
+
+    def look(optimizer: Any) -> None:
+        found["gradients"] = size(gradients(engine.module, optimizer))
+
+    forget, zero.forget_gradients = zero.forget_gradients, look
+    engine.rehearse([batch])
+    zero.forget_gradients = forget
+    forget(optimizer)
+    engine.step([batch], 1e-3, Clock(dist.device()))
+    return found | {"masters": size(masters(optimizer)), "moments": size(moments(optimizer))}
 
 
 def size(tensors: Iterable[torch.Tensor]) -> int:

@@ -40,9 +40,8 @@ def main(out: Path) -> None:
     """On each rank: an engine of every case, one micro-batch back, one step."""
     from tests.numerics import buffers
     from tests.numerics.cases import load
-    from trainer import dist, planner, planning, train, zero
+    from trainer import dist, planner, planning, train
     from trainer.data.loader import filler_batch
-    from trainer.metrics import Clock
     from trainer.model.load import load_tokenizer
 
     found: dict[str, Any] = {}
@@ -59,20 +58,7 @@ def main(out: Path) -> None:
                 ],
             )
             engine = train.build_engine(recipe, out, load_tokenizer(recipe.model))
-            optimizer = engine._engine.optimizer
-            held = {"weights": buffers.size(buffers.weights(engine.module))}
-
-            def look(optimizer: Any, engine: Any = engine, held: dict[str, int] = held) -> None:
-                held["gradients"] = buffers.size(buffers.gradients(engine.module, optimizer))
-
-            forget, zero.forget_gradients = zero.forget_gradients, look
-            engine.rehearse([filler_batch()])
-            zero.forget_gradients = forget
-            forget(optimizer)
-            engine.step([filler_batch()], 1e-3, Clock(dist.device()))
-            held["masters"] = buffers.size(buffers.masters(optimizer))
-            held["moments"] = buffers.size(buffers.moments(optimizer))
-
+            held = buffers.held(engine, filler_batch())
             model = planner.describe(planner.empty_model(recipe.model), recipe.optim)
             config = planning.filled(recipe, recipe.parallel.deepspeed, model.hidden)
             state = planner.state(model, config, WORLD)

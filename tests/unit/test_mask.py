@@ -258,6 +258,13 @@ def test_nor_can_tools_and_calls(tokenizers):
         Masker(tokenizer).example(Conversation(chat("a", "b").messages, (tool,)))
 
 
+@pytest.mark.parametrize("word", ["zq0000qz", "zq9999qz"])
+def test_a_schema_that_holds_a_word_of_the_proof_is_rejected(tokenizers, word):
+    tool = {"type": "function", "function": {"name": "add", "description": word}}
+    with pytest.raises(RowError, match="a word that the proof of the mask"):
+        Masker(tokenizers["qwen2_5"]).example(Conversation(chat("a", "b").messages, (tool,)))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_that_look_like_template_text(tokenizers, family):
     tokenizer = tokenizers[family]

@@ -46,6 +46,9 @@ MODES = ("all", "completion", "assistant", "last_turn")
 SAMPLES = ("", "x", " x ", "\nx\n")
 HOLDS_CONTROL = "a text holds a control token of the model"
 MOST_WINDOWS = 4096
+CACHED_WORDS = (
+    2**16
+)  # by the tokenizer: its own 10,000 are full after some thousand rows, and the rest takes a sixth longer
 
 
 @dataclass(frozen=True)
@@ -312,6 +315,8 @@ class Masker:
         backend: Any = self.tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
+        if hasattr(backend.model, "_resize_cache"):  # of the library's own making: it may go
+            backend.model._resize_cache(CACHED_WORDS)
         return backend
 
     def _window(self, render: Render, turn: Turn, as_text: bool) -> list[int]:

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing import forkserver
@@ -76,14 +76,20 @@ def run(rows: Iterable[Row], work: Callable[[list[Row]], Result], workers: int) 
         yield from map(work, chain(first, chunks))
         return
     # A forked child of a process with threads (the heartbeat, the tokenizer's own) may hang. The server has none, and
-    # what it has imported, which takes seconds, no worker imports again.
+    # what it has imported, which takes seconds, no worker imports again. Meanwhile this process works.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.data.loader"])
     _start_server()
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(work,))
+    chunks = chain(first, chunks)
     pending = deque()
     try:
-        for chunk in chain(first, chunks):
+        with ThreadPoolExecutor(1) as aside:
+            started = aside.submit(pool.submit, _is_ready)  # returns when the server has imported all
+            while not started.done() and (chunk := next(chunks, None)) is not None:
+                yield work(chunk)
+            started.result()
+        for chunk in chunks:
             pending.append(pool.submit(_run_worker, chunk))
             if len(pending) > 2 * workers:  # only so many are in memory at once
                 yield pending.popleft().result()
@@ -214,6 +220,10 @@ def _die_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(1)
+
+
+def _is_ready() -> None:
+    """A first task, which makes the first worker start."""
 
 
 def _run_worker(rows: list[Row]) -> Any:
