@@ -196,9 +196,8 @@ def report(found: dict[int, dict[str, Peak]]) -> str:
 NOTES = """\
 Held for each document: 8 bytes, its length. The columns (tokens, flags, offsets, counts, places) and the packings of
 100,000 documents or more are mapped files. While an epoch is packed, by one process for all, about 75 bytes a document
-come and go (order, rows, and two copies of its pieces, of 32 bytes each): that is what `prepare` grows by. Finding a
-cache again reads all bytes of the sources, from the system's memory here; from a disk it takes as long as the disk. No
-times of change are trusted, so a changed file is never missed."""
+come and go (order, rows, and two copies of its pieces, of 32 bytes each): that is what `prepare` grows by. A start
+reads the sources' bytes once, and then no more as long as no file changes (trainer/data/digest.py)."""
 
 
 if __name__ == "__main__":

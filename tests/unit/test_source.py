@@ -1,6 +1,9 @@
 """Rows of files: what is read, in which order, and what a bad file says."""
 
 import json
+import os
+import time
+from functools import partial
 from pathlib import Path
 
 import pyarrow
@@ -8,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from trainer.config import Source
+from trainer.data import digest
 from trainer.data.source import read_rows, source_digest, without_nulls
 from trainer.flow import BadInput, RowError
 
@@ -99,7 +103,7 @@ def test_a_saved_dataset_is_a_source_and_its_digest_that_of_its_rows(tmp_path):
 
     for name, rows in (("a", SCHEMAS), ("b", SCHEMAS), ("c", SCHEMAS[:1])):
         datasets.Dataset.from_list(rows).save_to_disk(tmp_path / name)
-    a, b, c = (source_digest(a_source(path=str(tmp_path / name))) for name in "abc")
+    a, b, c = (source_digest(a_source(path=str(tmp_path / name)), tmp_path) for name in "abc")
     assert a == b != c
     datasets.DatasetDict({"train": datasets.Dataset.from_list(SCHEMAS)}).save_to_disk(tmp_path / "splits")
     with pytest.raises(BadInput, match=r"point `path` at one of them, as .*splits/train"):
@@ -211,16 +215,55 @@ def test_a_dataset_of_the_hub_is_read_like_a_file(monkeypatch):
     rows = [{"messages": [{"role": "user", "name": None}]}]
     monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: datasets.Dataset.from_list(rows))
     assert [row.fields for row in read_rows(a_source(name="org/data"))] == [{"messages": [{"role": "user"}]}]
-    assert source_digest(a_source(name="org/data")).startswith("hub-")
+    assert source_digest(a_source(name="org/data"), Path("unused")).startswith("hub-")
 
 
 def test_the_digest_is_of_the_content(tmp_path):
     (tmp_path / "x").mkdir()
     first, moved = write(tmp_path / "a.jsonl"), write(tmp_path / "x" / "other.jsonl")
     changed = write(tmp_path / "c.jsonl", [*ROWS[:-1], {"text": "五"}])
-    assert source_digest(first) == source_digest(moved)
-    assert source_digest(first) != source_digest(changed)
-    assert source_digest(first) == source_digest(first.model_copy(update={"rows": 1}))
+    of = partial(source_digest, memory=tmp_path / "digests")
+    assert of(first) == of(moved)
+    assert of(first) != of(changed)
+    assert of(first) == of(first.model_copy(update={"rows": 1}))
+
+
+@pytest.fixture
+def settled(tmp_path):
+    """A file that changed a while ago."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text("one")
+    while time.time_ns() - path.stat().st_ctime_ns <= digest.SETTLED_NS:
+        time.sleep(0.1)
+    return path
+
+
+def test_a_file_that_has_not_changed_is_not_read_again(settled, tmp_path, monkeypatch):
+    first = digest.file_digest(settled, tmp_path / "digests")
+    monkeypatch.setattr(digest.xxhash, "xxh3_128", None)
+    assert digest.file_digest(settled, tmp_path / "digests") == first
+
+
+def test_a_changed_file_is_read_again_though_its_size_and_time_are_the_old_ones(settled, tmp_path):
+    first, before = digest.file_digest(settled, tmp_path / "digests"), settled.stat()
+    settled.write_text("two")
+    os.utime(settled, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert digest.file_digest(settled, tmp_path / "digests") != first
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("one")
+    digest.file_digest(path, tmp_path / "digests")
+    assert not (tmp_path / "digests").exists()
+
+
+def test_a_damaged_memory_is_made_anew(settled, tmp_path):
+    first = digest.file_digest(settled, tmp_path / "digests")
+    (record,) = (tmp_path / "digests").iterdir()
+    record.write_text("{")
+    assert digest.file_digest(settled, tmp_path / "digests") == first
+    assert "identity" in record.read_text()
 
 
 def test_real_files(shared):

@@ -1,6 +1,9 @@
 """Rows become documents in the rows' order, whatever the number of processes; long ones by the policy."""
 
+import multiprocessing
 import signal
+import time
+from collections.abc import Iterator
 
 import numpy as np
 import psutil
@@ -139,6 +142,14 @@ def rows(count: int) -> list[Row]:
     return [Row(number % 2, 0, number, None) for number in range(1, count + 1)]
 
 
+def once_a_worker_is_there(rows: list[Row]) -> Iterator[Row]:
+    """The rows, which the caller's process would have done before; the first few decide that there are workers."""
+    for place, row in enumerate(rows):
+        while place == 6 and len(psutil.Process().children(recursive=True)) < 2:  # the server is the first
+            time.sleep(0.01)
+        yield row
+
+
 def together(chunks) -> dict[str, list]:
     chunks = list(chunks)
     columns = ("lengths", "input_ids", "trained", "trained_counts", "sources", "files", "rows", "rejects")
@@ -153,31 +164,44 @@ def test_the_outcome_does_not_depend_on_the_number_of_processes(monkeypatch):
 
     monkeypatch.setattr(tokenise, "CHUNK_ROWS", 3)
     monkeypatch.setattr(tokenise, "POOL_FROM_CHUNKS", 2)
-    assert together(tokenise_rows(rows(50), fake_tokenise, limits, workers=2)) == alone
+    shared = tokenise_rows(once_a_worker_is_there(rows(50)), fake_tokenise, limits, workers=2)
+    assert together(shared) == alone
+
+
+def slow_here(rows: list[Row]) -> list[Example | RowError]:
+    """In the process that waits for its workers, so that they get most of the rows."""
+    if multiprocessing.parent_process() is None:
+        time.sleep(0.02)
+    return fake_tokenise(rows)
 
 
 def failing_tokenise(rows: list[Row]) -> list[Example | RowError]:
-    raise ZeroDivisionError("in the worker")
+    if multiprocessing.parent_process() is not None:
+        raise ZeroDivisionError("in the worker")
+    return slow_here(rows)
 
 
 def test_a_fault_in_a_worker_reaches_the_caller(monkeypatch):
     monkeypatch.setattr(tokenise, "CHUNK_ROWS", 1)
     monkeypatch.setattr(tokenise, "POOL_FROM_CHUNKS", 2)
+    limits = Limits(9, "reject", packing_cuts=False)
     with pytest.raises(ZeroDivisionError, match="in the worker"):
-        list(tokenise_rows(rows(4), failing_tokenise, Limits(9, "reject", packing_cuts=False), workers=2))
+        list(tokenise_rows(once_a_worker_is_there(rows(100)), failing_tokenise, limits, workers=2))
 
 
-def test_workers_outlive_the_signal_that_slurm_sends_to_every_process(monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_workers_outlive_a_signal_that_slurm_sends_to_every_process(monkeypatch, number):
     monkeypatch.setattr(tokenise, "CHUNK_ROWS", 1)
     monkeypatch.setattr(tokenise, "POOL_FROM_CHUNKS", 2)
-    stream = tokenise_rows(rows(50), fake_tokenise, Limits(9, "reject", packing_cuts=False), workers=2)
-    chunks = [next(stream)]
+    given = once_a_worker_is_there(rows(100))
+    stream = tokenise_rows(given, slow_here, Limits(9, "reject", packing_cuts=False), workers=2)
+    chunks = [next(stream) for _ in range(10)]
     helpers = psutil.Process().children(recursive=True)
-    assert len(helpers) >= 3, "two workers, and the server they are forked from"
+    assert len(helpers) >= 2, "a worker, and the server it is forked from"
     for helper in helpers:
-        helper.send_signal(signal.SIGUSR1)
+        helper.send_signal(number)
     chunks += stream
-    assert together(chunks)["rows"] == [row.number for row in rows(50) if row.number % 7]
+    assert together(chunks)["rows"] == [row.number for row in rows(100) if row.number % 7]
 
 
 def test_reading_keeps_only_a_few_chunks_ahead(monkeypatch):

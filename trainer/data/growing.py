@@ -30,9 +30,9 @@ import xxhash
 
 from trainer.config import Recipe, Source
 from trainer.data.leakage import check_leakage
-from trainer.data.loader import STEPS_AHEAD, Prepared, TrainData, prepare
+from trainer.data.loader import STEPS_AHEAD, Prepared, TrainData, digest_of, prepare
 from trainer.data.plan import Corpus
-from trainer.data.source import open_stream, source_digest, source_files, without_nulls
+from trainer.data.source import open_stream, source_files, without_nulls
 from trainer.dist import is_main, log
 from trainer.flow import BadInput
 from trainer.once import Stopped, sync_folder
@@ -277,7 +277,7 @@ class Growing:
         path = self._folder / file
         if not path.is_file():
             raise BadInput(f"{path}: {LOG} names this shard, which is needed again, and it is not there; put it back")
-        now = source_digest(Source(path=str(path)))
+        now = digest_of(self._recipe.data, Source(path=str(path)))
         if now != (digest or now):
             raise _changed(path)
         return now

@@ -218,6 +218,11 @@ def cache_folder(section: DataSection) -> Path:
     return Path(section.cache).expanduser()
 
 
+def digest_of(section: DataSection, source: Source) -> str:
+    """What the source holds; of files that have not changed, as the cache remembers it."""
+    return source_digest(source, cache_folder(section) / "digests")
+
+
 def tokenise_of(recipe: Recipe, tokenizer: Any, which: Literal["train", "eval"]) -> _Tokenise:
     """How the rows of a side are read and tokenised."""
     readers = tuple(RowReader.of(part.source) for part in parts_of(recipe.data, which))
@@ -289,7 +294,7 @@ def _files(source: Source) -> list[str]:
 def _key(side: Side, work: _Tokenise, limits: Limits, drop_duplicates: bool) -> str:
     """Everything that shapes the cache. Where the files lie, and the sources' weights, do not."""
     read = [
-        [source_digest(part.source), part.source.rows, *reader.key(), _split_key(side.data, part)]
+        [digest_of(side.data, part.source), part.source.rows, *reader.key(), _split_key(side.data, part)]
         for part, reader in zip(side.parts, work.readers, strict=True)
     ]
     cut = replace(limits, packing_cuts=limits.too_long == "split" and limits.packing_cuts)

@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 import xxhash
 
 from trainer.config import Source
+from trainer.data.digest import file_digest
 from trainer.flow import BadInput, RowError
 from trainer.strict_json import parse
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-CHUNK_BYTES = 1 << 18  # hashed while it is in the processor's cache
 BATCH_ROWS = 256  # of Arrow, turned into Python values at once
 UNREADABLE = "a value that cannot be read, as text that is not UTF-8"
 
@@ -60,21 +60,20 @@ def read_rows(source: Source) -> Iterator[RawRow]:
     return islice(rows, source.rows)
 
 
-def source_digest(source: Source) -> str:
-    """What the source holds, wherever it lies: xxh3-128 over the files' bytes, or the hub dataset's fingerprint.
+def source_digest(source: Source, memory: Path) -> str:
+    """What the source holds, wherever it lies: the digest of its files, or the hub dataset's fingerprint.
 
     `source.rows` is not part of it.
+
+    Args:
+        memory: a folder where digests of files are kept (digest.py).
     """
     if source.path is None:
         return f"hub-{_hub_dataset(source)._fingerprint}"
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(CHUNK_BYTES))
     saved = is_saved_dataset(source.path)
-    for path in sorted(Path(source.path).expanduser().glob("*.arrow")) if saved else source_files(source.path):
-        digest.update(f"{path.suffix} {path.stat().st_size}\n".encode())
-        with path.open("rb", buffering=0) as file:
-            while size := file.readinto(buffer):
-                digest.update(buffer[:size])
-    return digest.hexdigest()
+    files = sorted(Path(source.path).expanduser().glob("*.arrow")) if saved else source_files(source.path)
+    digests = [file_digest(path, memory) for path in files]
+    return digests[0] if len(digests) == 1 else xxhash.xxh3_128_hexdigest("\n".join(digests).encode())
 
 
 def source_files(place: str) -> list[Path]:

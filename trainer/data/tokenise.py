@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -194,9 +194,10 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 
 def _start_server() -> None:
-    """The server and its workers hold SIGUSR1 back: Slurm sends it to every process of a job's step, and it would end
-    those that only help."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
+    """The server and its workers hold SIGUSR1 and SIGTERM back: Slurm sends them to every process of a job's step, and
+    they would end those that only help. These end with this process."""
+    resource_tracker.ensure_running()  # the server's start would do it, and it lets SIGTERM through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
     try:
         forkserver.ensure_running()
     finally:

@@ -1,0 +1,53 @@
+"""What a file holds, as a digest; of one that has not changed it is remembered, as git remembers its index.
+
+A file is the one that was read before if its device, inode, size and both times of change are the same. The time of the
+inode's change cannot be set, so a file put in place of another, or changed with its old time given back, is seen. One
+that changed just before it was read is not remembered: a further change might get the same time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import xxhash
+
+CHUNK_BYTES = 1 << 18  # hashed while it is in the processor's cache
+SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system
+
+
+def file_digest(path: Path, memory: Path) -> str:
+    """xxh3-128 of the file's suffix, size and bytes.
+
+    Args:
+        memory: a folder for the digests of files that are settled.
+    """
+    begun, seen = time.time_ns(), _identity(path)
+    remembered = memory / f"{xxhash.xxh3_128_hexdigest(os.fsencode(path.resolve()))}.json"
+    with suppress(OSError, ValueError, KeyError, TypeError):  # it is not there, or not as it was written
+        known = json.loads(remembered.read_text(encoding="utf-8"))
+        if known["identity"] == seen:
+            return known["digest"]
+    digest, buffer = xxhash.xxh3_128(f"{path.suffix} {seen['size']}\n".encode()), memoryview(bytearray(CHUNK_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while size := file.readinto(buffer):
+            digest.update(buffer[:size])
+    if _identity(path) == seen and begun - seen["ctime_ns"] > SETTLED_NS:
+        with suppress(OSError):  # then it is read again
+            _remember(remembered, {"identity": seen, "digest": digest.hexdigest()})
+    return digest.hexdigest()
+
+
+def _identity(path: Path) -> dict[str, int]:
+    stat = path.stat()
+    return {name: getattr(stat, f"st_{name}") for name in ("dev", "ino", "size", "mtime_ns", "ctime_ns")}
+
+
+def _remember(path: Path, content: dict[str, object]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(content), encoding="utf-8")
+    aside.replace(path)
