@@ -11,11 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.cluster import network
 from tests.ranks import ROOT
-
-
-def _run(*words: str) -> None:
-    subprocess.run(words, check=True)
 
 
 class Hosts:
@@ -32,34 +29,23 @@ class Hosts:
         lines = [f"{address} {name} {name.partition('.')[0]}" for name, address in addresses.items()]
         self._table.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
         self._sources.write_text("hosts: files\n")  # no name server answers there, and each question takes 20 s
-        _run("ip", "link", "add", self._bridge, "type", "bridge")
-        _run("ip", "link", "set", self._bridge, "up")
-        for name, space in self._spaces.items():
-            _run("ip", "netns", "add", space)
-            _run("ip", "link", "add", space, "type", "veth", "peer", "name", "eth0", "netns", space)
-            _run("ip", "link", "set", space, "master", self._bridge, "up")
-            _run("ip", "-n", space, "addr", "add", f"{addresses[name]}/24", "dev", "eth0")
-            _run("ip", "-n", space, "link", "set", "lo", "up")
-            _run("ip", "-n", space, "link", "set", "eth0", "up")
+        network.link(self._bridge, {space: f"{addresses[name]}/24" for name, space in self._spaces.items()})
 
     def down(self) -> None:
         for process in self._started:
             process.kill()
             process.wait()
-        spaces = [(kind, space) for space in self._spaces.values() for kind in ("link", "netns")]
-        for kind, name in [("link", self._bridge), *spaces]:
-            subprocess.run(["ip", kind, "del", name], check=False, capture_output=True)
+        network.unlink(self._bridge, self._spaces.values())
 
     def cut(self, name: str) -> None:
-        _run("ip", "link", "set", self._spaces[name], "down")
+        network.ip("link", "set", self._spaces[name], "down")
 
     def start(
         self, name: str, command: Sequence[str], *, env: Mapping[str, str] = os.environ, cwd: Path = ROOT
     ) -> subprocess.Popen:
         """A process on a host; its end ends all that it started there."""
         inside = 'hostname "$1"; mount --bind "$2" /etc/hosts; mount --bind "$3" /etc/nsswitch.conf; shift 3; exec "$@"'
-        own = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
-        where = ["nsenter", f"--net=/run/netns/{self._spaces[name]}", *own]
+        where = network.enter(self._spaces[name])
         process = subprocess.Popen(
             [*where, "bash", "-c", inside, "_", name.partition(".")[0], str(self._table), str(self._sources), *command],
             cwd=cwd,
@@ -71,8 +57,8 @@ class Hosts:
         return process
 
     def signal(self, process: subprocess.Popen, number: int) -> None:
-        """To the command that was started; what is around it would not pass it on."""
-        (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        """To the command that was started."""
+        (child,) = network.inside(process)
         os.kill(int(child), number)
 
 

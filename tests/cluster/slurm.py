@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from tests.cluster import network
 from tests.ranks import ROOT
 
 BRIDGE, NET, GPUS = "phslurm", "10.83.0", 8
@@ -111,17 +112,8 @@ class Slurm:
 
     def up(self) -> None:
         self._write_config()
-        _ip("link", "add", BRIDGE, "type", "bridge")
-        _ip("addr", "add", f"{NET}.1/24", "dev", BRIDGE)
-        _ip("link", "set", BRIDGE, "up")
-        for node, address in self.nodes.items():
-            space = f"ph-{node}"
-            _ip("netns", "add", space)
-            _ip("link", "add", space, "type", "veth", "peer", "name", "eth0", "netns", space)
-            _ip("link", "set", space, "master", BRIDGE, "up")
-            _ip("-n", space, "addr", "add", f"{address}/24", "dev", "eth0")
-            _ip("-n", space, "link", "set", "lo", "up")
-            _ip("-n", space, "link", "set", "eth0", "up")
+        network.link(BRIDGE, {f"ph-{node}": f"{address}/24" for node, address in self.nodes.items()})
+        network.ip("addr", "add", f"{NET}.1/24", "dev", BRIDGE)
         folder = self._folder
         sockets = [f"--socket={folder}/munge.socket", f"--pid-file={folder}/munged.pid", f"--seed-file={folder}/seed"]
         keys = [f"--key-file={folder}/munge.key", f"--log-file={folder}/munged.log"]
@@ -136,22 +128,17 @@ class Slurm:
     def down(self) -> None:
         for process in reversed(self._started.values()):
             _end(process)
-        for node in self.nodes:
-            for kind in ("link", "netns"):
-                subprocess.run(["ip", kind, "del", f"ph-{node}"], check=False, capture_output=True)
-        subprocess.run(["ip", "link", "del", BRIDGE], check=False, capture_output=True)
+        network.unlink(BRIDGE, [f"ph-{node}" for node in self.nodes])
 
     def revive(self, node: str) -> None:
         """slurmd as the child of the first process of the node: all ends with it, as on a host that dies."""
-        own = ["unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc"]
         # there is no DNS: asked in vain, it would take seconds for each name that the table does not have
         inside = (
             'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf; '
             'slurmd -D -N "$1" & wait $!'
         )
-        enter = ["nsenter", f"--net=/run/netns/ph-{node}"]
-        self._start(node, *enter, *own, "bash", "-c", inside, "_", node, str(self._folder))
-        self._until(lambda: self._children(node), f"{node} did not start")
+        self._start(node, *network.enter(f"ph-{node}"), "bash", "-c", inside, "_", node, str(self._folder))
+        self._until(lambda: network.inside(self._started[node]), f"{node} did not start")
 
     def fail(self, node: str) -> None:
         _end(self._started.pop(node))
@@ -164,13 +151,8 @@ class Slurm:
         self._inside(node, "umount", str(folder))
 
     def _inside(self, node: str, *command: str) -> None:
-        (first,) = self._children(node)
+        (first,) = network.inside(self._started[node])
         subprocess.run(["nsenter", f"--mount=/proc/{first}/ns/mnt", *command], check=True)
-
-    def _children(self, node: str) -> list[str]:
-        """The first process of the node, once it is there."""
-        outer = self._started[node].pid
-        return Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
 
     def _idle(self) -> int:
         return self.run("sinfo", "-h", "-N", "-o", "%T").stdout.split().count("idle")  # -t idle: completing ones, too
@@ -211,10 +193,6 @@ class Slurm:
         for number in range(GPUS):  # slurmd registers a GPU by its file alone
             os.mknod(folder / f"nvidia{number}", 0o020666, os.makedev(1, 3))
         (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/nvidia[0-{GPUS - 1}]\n")
-
-
-def _ip(*words: str) -> None:
-    subprocess.run(["ip", *words], check=True)
 
 
 def _end(process: subprocess.Popen) -> None:
