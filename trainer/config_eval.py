@@ -2,22 +2,137 @@
 
 from __future__ import annotations
 
+import re
+from typing import Annotated, Literal
+
 from pydantic import Field, model_validator
 
-from trainer.section import Section
+from trainer.section import Section, check_function
 
 
-class Scorer(Section):
-    """A generated answer's score: `pattern` must match all of it, or `extract`'s group must equal the reference's."""
+class Format(Section):
+    """1 where the pattern matches all of the answer, else 0."""
 
-    pattern: str | None = None
-    extract: str | None = None
+    kind: Literal["format"] = "format"
+    pattern: str = Field(
+        description="A regular expression; `.` matches line ends, too, white space around the answer is not looked at."
+    )
 
     @model_validator(mode="after")
-    def _one_rule(self) -> Scorer:
-        if (self.pattern is None) == (self.extract is None):
-            raise ValueError("give exactly one of `pattern` and `extract`")
+    def _usable(self) -> Format:
+        _compiled(self.pattern)
         return self
+
+
+class Exact(Section):
+    """1 where the answer is the reference, else 0. Composed and decomposed characters are alike (Unicode's NFC)."""
+
+    kind: Literal["exact"] = "exact"
+    extract: str | None = Field(
+        default=None,
+        description="A regular expression: its first group is compared, in both, where it matches last. "
+        "null: all of the text.",
+    )
+    ignore_case: bool = False
+    ignore_space: bool = Field(default=False, description="Any run of white space is one space.")
+
+    @model_validator(mode="after")
+    def _usable(self) -> Exact:
+        if self.extract is not None and not _compiled(self.extract).groups:
+            raise ValueError("`extract` has no group: put what is compared in parentheses")
+        return self
+
+
+class Contains(Section):
+    """1 where the answer contains the reference, else 0."""
+
+    kind: Literal["contains"] = "contains"
+    text: str | None = Field(default=None, min_length=1, description="To be found in place of the reference.")
+    ignore_case: bool = False
+
+
+class Math(Section):
+    """1 where the answer comes to the reference's value, by the library math-verify, else 0. The final answer is what
+    `####`, `<answer>` or `\\boxed` marks last, else the last value."""
+
+    kind: Literal["math"] = "math"
+    column: str | None = Field(
+        default=None, description="The column of the row that holds the right value; null: the reference."
+    )
+
+
+class Choice(Section):
+    """1 where the right letter is the likeliest to follow the prompt, else 0. Nothing is generated for it."""
+
+    kind: Literal["choice"] = "choice"
+    letters: tuple[str, ...] = Field(default=("A", "B", "C", "D"), min_length=2, description="The choices.")
+    column: str | None = Field(
+        default=None,
+        description="The column of the row that holds the right letter, or its number from 0; null: the reference.",
+    )
+
+    @model_validator(mode="after")
+    def _usable(self) -> Choice:
+        if len(set(self.letters)) < len(self.letters) or not all(letter.strip() for letter in self.letters):
+            raise ValueError("`letters` are different texts, none of them empty")
+        return self
+
+
+class JsonSchema(Section):
+    """1 where the answer is JSON that a schema admits, else 0. One fence around all of it is allowed, and thinking
+    before it."""
+
+    kind: Literal["json_schema"] = "json_schema"
+    file: str | None = Field(default=None, description="A JSON file that holds the schema.")
+    column: str | None = Field(default=None, description="The column of the row that holds it.")
+    tools: bool = Field(
+        default=False,
+        description="The answer is a call, or a list of them, of tools of the row, and `arguments` or `parameters` "
+        "fit the tool's.",
+    )
+
+    @model_validator(mode="after")
+    def _one_schema(self) -> JsonSchema:
+        if (self.file is not None) + (self.column is not None) + self.tools != 1:
+            raise ValueError("give exactly one of `file`, `column` and `tools: true`")
+        return self
+
+
+class Refusal(Section):
+    """1 where the answer refuses, or does not, as it should; else 0. A heuristic: a phrase of refusal at its beginning
+    (trainer/scorers.py has the list). An answer that refuses in other words, or in another language than English, passes
+    for one that does not."""
+
+    kind: Literal["refusal"] = "refusal"
+    expected: bool | None = Field(default=None, description="Whether every answer should refuse.")
+    column: str | None = Field(default=None, description="The column of the row that says so, as true or false.")
+
+    @model_validator(mode="after")
+    def _one_rule(self) -> Refusal:
+        if (self.expected is None) == (self.column is None):
+            raise ValueError("give exactly one of `expected` and `column`")
+        return self
+
+
+class Function(Section):
+    """What a function of your own says."""
+
+    kind: Literal["function"] = "function"
+    function: str = Field(
+        description="`module:function`: (prompt, answer, reference, row) -> a number from 0 to 1, True or False, or "
+        "None where it cannot say. Found and trusted as data.train.function; it must come to an end by itself."
+    )
+
+    @model_validator(mode="after")
+    def _usable(self) -> Function:
+        check_function(self.function)
+        return self
+
+
+Scorer = Annotated[
+    Format | Exact | Contains | Math | Choice | JsonSchema | Refusal | Function,
+    Field(discriminator="kind"),
+]
 
 
 class GenerateSection(Section):
@@ -26,7 +141,7 @@ class GenerateSection(Section):
     rows: int = Field(default=64, ge=1)
     max_new_tokens: int = Field(default=64, ge=1)
     batch: int = Field(default=32, ge=1, description="Prompts that one rank runs at once.")
-    scorers: dict[str, Scorer] = Field(default_factory=dict)
+    scorers: dict[str, Scorer] = Field(default_factory=dict, description="What becomes `eval/NAME`; `kind` says how.")
 
 
 class EvalSection(Section):
@@ -34,3 +149,10 @@ class EvalSection(Section):
         default=None, ge=1, description="Between evaluations; always before and after training."
     )
     generate: GenerateSection | None = None
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise ValueError(f"`{pattern}` is not a regular expression: {error}") from None
