@@ -4,10 +4,48 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, JsonValue, model_validator
 
 from trainer.section import Section, check_function
+
+
+class Server(Section):
+    """An OpenAI-compatible server."""
+
+    url: str = Field(description="Up to its version, as http://localhost:8000/v1, without a key or a password.")
+    key_env: str | None = Field(
+        default=None, description="Name of the environment variable that holds its key; none is sent where not given."
+    )
+    timeout_s: float = Field(default=300.0, gt=0, description="For one answer.")
+    patience_s: float = Field(
+        default=120.0, ge=0, description="A request that fails (429, 5xx, no connection) is tried again for so long."
+    )
+    parallel: int = Field(default=16, ge=1, description="Requests at once.")
+    extra: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="More fields of each request, as `chat_template_kwargs`; null takes one out.",
+    )
+
+    @model_validator(mode="after")
+    def _plain_url(self) -> Server:
+        try:
+            parts = urlsplit(self.url)
+            whole = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            raise ValueError("`url` is not an address, as http://localhost:8000/v1") from None
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError("`url` must hold no user, password or key; name the key's variable in `key_env`")
+        if not whole:
+            raise ValueError("`url` is an address with http:// or https://, as http://localhost:8000/v1")
+        return self
+
+
+class Endpoint(Server):
+    """A model on an OpenAI-compatible server."""
+
+    model: str = Field(description="The name that the server knows it by.")
 
 
 class Format(Section):
@@ -129,8 +167,24 @@ class Function(Section):
         return self
 
 
+class Judge(Section):
+    """What a model on a server thinks of the answer. A reply that holds no verdict is no score; a server that is down
+    leaves the evaluation without this metric, and the run goes on."""
+
+    kind: Literal["judge"] = "judge"
+    endpoint: Endpoint
+    rubric: str = Field(description="What a good answer is, in words.", min_length=1)
+    against: Literal["none", "reference"] = Field(
+        default="none",
+        description="none: a grade, of which 1 becomes 0 and the highest 1. reference: which of the two is better, asked in "
+        "both orders; 1 where the answer wins both times, 0 where the reference does, else 0.5: the mean is the win rate.",
+    )
+    grades: int = Field(default=5, ge=2, le=10, description="The highest grade.")
+    max_tokens: int = Field(default=1024, ge=1, description="Of the judge's reply, its thinking included.")
+
+
 Scorer = Annotated[
-    Format | Exact | Contains | Math | Choice | JsonSchema | Refusal | Function,
+    Format | Exact | Contains | Math | Choice | JsonSchema | Refusal | Judge | Function,
     Field(discriminator="kind"),
 ]
 
