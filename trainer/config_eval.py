@@ -138,8 +138,7 @@ class JsonSchema(Section):
 
 class Refusal(Section):
     """1 where the answer refuses, or does not, as it should; else 0. A heuristic: a phrase of refusal at its beginning
-    (trainer/scorers.py has the list). An answer that refuses in other words, or in another language than English, passes
-    for one that does not."""
+    (trainer/scorers.py has the list). What refuses in other words, or not in English, passes for an answer."""
 
     kind: Literal["refusal"] = "refusal"
     expected: bool | None = Field(default=None, description="Whether every answer should refuse.")
@@ -176,8 +175,9 @@ class Judge(Section):
     rubric: str = Field(description="What a good answer is, in words.", min_length=1)
     against: Literal["none", "reference"] = Field(
         default="none",
-        description="none: a grade, of which 1 becomes 0 and the highest 1. reference: which of the two is better, asked in "
-        "both orders; 1 where the answer wins both times, 0 where the reference does, else 0.5: the mean is the win rate.",
+        description="none: a grade, of which 1 becomes 0 and the highest 1. reference: which of the two is better, "
+        "asked in both orders; 1 where the answer wins both times, 0 where the reference does, else 0.5: the mean is "
+        "the win rate.",
     )
     grades: int = Field(default=5, ge=2, le=10, description="The highest grade.")
     max_tokens: int = Field(default=1024, ge=1, description="Of the judge's reply, its thinking included.")
@@ -196,6 +196,13 @@ class GenerateSection(Section):
     max_new_tokens: int = Field(default=64, ge=1)
     batch: int = Field(default=32, ge=1, description="Prompts that one rank runs at once.")
     scorers: dict[str, Scorer] = Field(default_factory=dict, description="What becomes `eval/NAME`; `kind` says how.")
+
+    @model_validator(mode="after")
+    def _names_are_free(self) -> GenerateSection:
+        for name in self.scorers:
+            if name in ("loss", "eval_loss") or not re.fullmatch(r"[\w.-]+", name):
+                raise ValueError(f"`{name}` cannot name a scorer: take letters, digits, `_`, `.` and `-`, and not loss")
+        return self
 
 
 class EvalSection(Section):

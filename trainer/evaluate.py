@@ -20,7 +20,7 @@ from trainer.engine import Engine
 from trainer.flow import Batch, Prompt
 from trainer.generate import generate
 from trainer.metrics import Metrics
-from trainer.score import Sample, accuracies, sample
+from trainer.score import Sample, as_table, check_scorers, metrics, samples
 from trainer.watch import Watch
 
 
@@ -39,7 +39,7 @@ def write_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
     """Append the samples of one evaluation, a JSON object a line."""
     with path.open("a", encoding="utf-8") as file:
         for sample in samples:
-            file.write(json.dumps({"step": step, **sample._asdict()}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"step": step, **sample.as_json()}, ensure_ascii=False) + "\n")
 
 
 class Evaluation:
@@ -66,6 +66,8 @@ class Evaluation:
             self._loader = Loader(data, eval_plan(recipe, data), dist.rank(), dist.world_size(), pin=False)
             if self._generate:
                 self._prompts = held_out_prompts(recipe, masker, self._generate.rows)
+                if dist.is_main():
+                    check_scorers(self._generate.scorers, self._prompts)
 
     def __call__(self, step: int) -> bool:
         ended = self._loader is None or self._evaluate(self._loader, step)
@@ -81,13 +83,12 @@ class Evaluation:
             answers = generate(self._engine, self._prompts, self._generate, self._tokenizer, self._stop, self._watch)
             if answers is None:
                 return False
-            samples = [
-                sample(prompt, answer, self._generate.scorers)
-                for prompt, answer in zip(self._prompts, answers, strict=True)
-            ]
-            line |= accuracies(samples)
+            self._watch.rest()  # scores may be a server's or a user's
+            scored = dist.broadcast(samples(self._prompts, answers, self._generate.scorers) if dist.is_main() else None)
+            line |= {f"eval/{name}": m.value for name, m in metrics(scored).items() if m.value is not None}
             if dist.is_main():
-                write_samples(self._samples, step, samples)
+                write_samples(self._samples, step, scored)
+                self._metrics.text("samples", as_table(scored), step)
         self._metrics.write(step, line)
         dist.log.info("after %d steps: %s", step, "  ".join(f"{key} {value:.4f}" for key, value in line.items()))
         return True

@@ -263,9 +263,9 @@ class Metrics:
         for name, value in line.items():
             self._board.add_scalar(name, value, step)
 
-    def text(self, name: str, markdown: str) -> None:
+    def text(self, name: str, markdown: str, step: int | None = None) -> None:
         if self._board is not None:
-            self._board.add_text(name, markdown)
+            self._board.add_text(name, markdown, step)
 
     def close(self) -> None:
         if self._writer is not None and self._board is not None:

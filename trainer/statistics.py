@@ -1,7 +1,7 @@
 """What a mean of scores, and the difference of two, is worth: 95% intervals and paired tests.
 
-Scores enter, one a prompt, from 0 to 1. Where all are 0 or 1 they are counts of right answers, and the formulas are those
-for proportions; else the scores are resampled, with a fixed seed: the same scores have the same interval.
+Scores enter, one a prompt, from 0 to 1. Where all are 0 or 1 they are counts of right answers, and the formulas are
+those for proportions; else the scores are resampled, with a fixed seed: the same scores have the same interval.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Of two means over the same prompts: the second's less the first's, its 95% interval, and the probability of one at
-    least as large, either way, where the two do not differ."""
+    """Of two means over the same prompts: the second's less the first's, its 95% interval, and the probability of one
+    at least as large, either way, where the two do not differ."""
 
     value: float
     low: float
@@ -41,8 +41,8 @@ def interval(scores: Sequence[float]) -> Interval:
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     """How much better the second scores are than the first, prompt by prompt. Needs a prompt.
 
-    Scores of 0 and 1: Newcombe's interval and McNemar's exact test. Else: a BCa bootstrap of the differences, and a test
-    that exchanges the two at random.
+    Scores of 0 and 1: Newcombe's interval and McNemar's exact test. Else: a BCa bootstrap of the differences, and a
+    test that exchanges the two at random.
     """
     assert len(first) == len(second), "scores of the same prompts"
     if _are_binary([*first, *second]):
