@@ -1,8 +1,8 @@
 """One answer and its score, kind by kind: what each asks for stands in config_eval.py.
 
 A rule of the recipe, a prompt and an answer enter; a score from 0 to 1 leaves, or an Unscored with a reason: what
-cannot be told is neither right nor wrong. Patterns, schemas and formulas meet texts that a model made up, and are worked
-out in bounded time.
+cannot be told is neither right nor wrong. Patterns, schemas and formulas meet texts that a model made up, and are
+worked out in bounded time.
 """
 
 from __future__ import annotations
