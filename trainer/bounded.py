@@ -95,6 +95,7 @@ def _serve(questions: Connection) -> None:
             signal.setitimer(signal.ITIMER_PROF, limit_s)  # SIGPROF, which nothing handles, ends the process
             reply = function(*arguments), ""
         except Exception as error:  # of sympy's depths, a MemoryError among them
-            reply = None, type(error).__name__
+            text = " ".join(str(error).split())[:80]
+            reply = None, f"{type(error).__name__}: {text}" if text else type(error).__name__
         signal.setitimer(signal.ITIMER_PROF, 0)
         questions.send(reply)

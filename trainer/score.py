@@ -132,8 +132,13 @@ def as_table(samples: Sequence[Sample], rows: int = 8, characters: int = 600) ->
 
 def _cell(text: str) -> str:
     """The text as it is, whatever it would mean in Markdown or HTML, on one line."""
-    safe = "".join(c if c.isalnum() or c == " " else f"&#{ord(c)};" if c.isprintable() else "\n" for c in text)
-    return "<br>".join(safe.splitlines())
+    return "<br>".join("".join(map(_safe, line)) for line in text.splitlines())
+
+
+def _safe(character: str) -> str:
+    if not character.isprintable():
+        return " "
+    return character if character.isalnum() or character == " " else f"&#{ord(character)};"
 
 
 def _lacking(rule: Scorer, prompt: Prompt) -> str | None:

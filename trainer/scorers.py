@@ -66,7 +66,7 @@ def wanted(rule: Scorer, prompt: Prompt) -> Any:
         case Contains():
             return _normal(rule.text or _reference(prompt), rule.ignore_case)
         case Math():
-            return _value(_of_row(prompt, rule.column) if rule.column else _reference(prompt))
+            return _value(rule, _of_row(prompt, rule.column) if rule.column else _reference(prompt))
         case Choice():
             return _letter(rule, _of_row(prompt, rule.column) if rule.column else _reference(prompt).strip())
         case JsonSchema():
@@ -97,7 +97,7 @@ def score(rule: Scorer, prompt: Prompt, answer: str) -> float:
         case Contains():
             return float(right in _normal(answer, rule.ignore_case))
         case Math():
-            return _by_math(answer, right)
+            return _by_math(rule, answer, right)
         case Choice():
             if not answer:
                 raise Unscored("a letter's log-probability is not finite")
@@ -197,21 +197,21 @@ def _normal(text: str, ignore_case: bool) -> str:
 # ----------------------------------------------------------------------------------------------- math
 
 
-def _value(reference: Any) -> str:
+def _value(rule: Math, reference: Any) -> str:
     if isinstance(reference, bool) or not isinstance(reference, str | int | float):
         raise Unscored("the reference is no value")
-    if not _holds_value(str(reference)):
+    if not _holds_value(str(reference), alone=rule.column is not None):
         raise Unscored("the reference holds no value")
     return str(reference)
 
 
 @cache
-def _holds_value(reference: str) -> bool:
-    return math_verdict("", reference) == "wrong"
+def _holds_value(reference: str, *, alone: bool) -> bool:
+    return math_verdict("", reference, alone=alone) == "wrong"
 
 
-def _by_math(answer: str, reference: str) -> float:
-    verdict = math_verdict(answer, reference)
+def _by_math(rule: Math, answer: str, reference: str) -> float:
+    verdict = math_verdict(answer, reference, alone=rule.column is not None)
     if verdict == "too long":
         raise TooSlow("math-verify", MATH_S)
     if verdict == "failed":

@@ -41,7 +41,8 @@ EXTRACT = rule("exact", extract=r"<answer>(-?[0-9]+)</answer>")
         ("<think></think><answer>5</answer>", 0),
         ("<think>2 + 3 = 5.</think><answer>five</answer>", 0),
         ("<think>2 + 3 = 5.</think><answer>5</answer> and more", 0),
-        ("<think>2</think><answer>5</answer><answer>5</answer>", 1),  # what the pattern admits: `.+` takes it in
+        ("<think>2</think><answer>5</answer><answer>5</answer>", 0),
+        ("<think>2</think><answer>5</answer><think>2</think><answer>5</answer>", 1),  # `.+` takes all but the end
         ("<think>2</think><answer>\N{ARABIC-INDIC DIGIT FIVE}</answer>", 0),
         ("", 0),
         ("<think>" + "x" * 5_000_000 + "</think><answer>5</answer>", 1),
@@ -139,6 +140,8 @@ def test_an_empty_reference_is_in_no_answer() -> None:
         ("so it is 12", "12", 1),
         ("12 at first, 13 in the end", "12", 0),
         ("\\boxed{12}", THOUGHT, 1),
+        ("It is 12 dollars.", "So he has 3 * 4 = 12 dollars.", 1),
+        ("It is 3 dollars.", "So he has 3 * 4 = 12 dollars.", 0),
         ("<answer>11</answer><answer>12</answer>", THOUGHT, 1),
         ("<answer>12</answer><answer>11</answer>", THOUGHT, 0),
         ("<answer>1,234,567</answer>", "1234567", 1),
@@ -168,6 +171,7 @@ def test_the_right_value_may_stand_in_a_column(value: Any) -> None:
     ("reference", "row", "reason"),
     [
         ("none at all", {}, "the reference holds no value"),
+        ("none at all", {"solution": "####"}, "the reference holds no value"),
         ("12", {}, "the row has no `solution`"),
         ("12", {"solution": None}, "the row has no `solution`"),
         ("12", {"solution": [12]}, "the reference is no value"),
@@ -175,7 +179,7 @@ def test_the_right_value_may_stand_in_a_column(value: Any) -> None:
     ],
 )
 def test_a_row_without_a_value_is_named(reference: str, row: dict, reason: str) -> None:
-    column = None if reference == "none at all" else "solution"
+    column = None if reference == "none at all" and not row else "solution"
     with pytest.raises(Unscored, match=reason):
         score(rule("math", column=column), prompt(reference, **row), "so 12")
 

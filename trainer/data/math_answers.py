@@ -31,21 +31,25 @@ def check_installed(what: str = "`verify: math`") -> None:
         raise BadInput(f"{what} needs the library math-verify: pip install 'math-verify[antlr4_13_2]'")
 
 
-def math_verdict(answer: str, reference: str) -> Verdict:
+def math_verdict(answer: str, reference: str, *, alone: bool = True) -> Verdict:
     """`no reference`: nothing in the reference is a value; `too long`: it took more than LIMIT_S; `failed`: the library
-    did, or it needed too much memory."""
+    did, or it needed too much memory.
+
+    Args:
+        alone: the reference is a value and nothing else, where nothing in it is marked; else it is read as an answer is.
+    """
     try:
-        return bounded(_verdict, answer, reference, limit_s=LIMIT_S, imports=["math_verify"])
+        return bounded(_verdict, answer, reference, alone, limit_s=LIMIT_S, imports=["math_verify"])
     except TooLong:
         return "too long"
     except Failed:
         return "failed"
 
 
-def _verdict(answer: str, reference: str) -> Verdict:
+def _verdict(answer: str, reference: str, alone: bool) -> Verdict:
     from math_verify import parse, verify
 
-    right = parse(_final(reference, alone=True), parsing_timeout=0)
+    right = parse(_final(reference, alone=alone), parsing_timeout=0)
     if not right:
         return "no reference"
     given = parse(_final(answer, alone=False), parsing_timeout=0)
