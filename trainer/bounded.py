@@ -28,7 +28,7 @@ class TooLong(Exception):
 
 
 class Failed(Exception):
-    """The call raised what it should not, or needed more than LIMIT_BYTES."""
+    """The call raised what it should not, needed more than LIMIT_BYTES, or ended its process."""
 
 
 def bounded(function: Callable[..., T], *arguments: Any, limit_s: float, imports: Sequence[str] = ()) -> T:
@@ -39,41 +39,46 @@ def bounded(function: Callable[..., T], *arguments: Any, limit_s: float, imports
 
     Raises:
         TooLong: it took more than `limit_s` of processor time.
-        Failed: it raised anything, or needed more than LIMIT_BYTES.
+        Failed: it raised anything, needed more than LIMIT_BYTES, or ended its process.
     """
-    global _process
+    global _beside
+    code = None
     with _lock:
-        if _process is None:
-            _process = _start()
-        try:
-            _process.send((function, arguments, limit_s, tuple(imports)))
-            result, fault = _process.recv()
-        except (EOFError, OSError):
-            _process.close()
-            _process = None
-            raise TooLong from None
-    if fault:
-        raise Failed(fault)
-    return result
+        for _ in range(2):  # once more where the process was ended by a signal that was meant for all
+            _beside = _beside or _start()
+            process, calls = _beside
+            try:
+                calls.send((function, arguments, limit_s, tuple(imports)))
+                result, fault = calls.recv()
+            except (EOFError, OSError):
+                calls.close()
+                process.join()
+                _beside, code = None, process.exitcode
+                if code == -signal.SIGPROF:
+                    raise TooLong from None
+                if code >= 0:  # not the arguments' fault: it must not pass for one
+                    raise RuntimeError("the process beside this one failed; what it says stands above") from None
+            else:
+                if fault:
+                    raise Failed(fault)
+                return result
+    raise Failed(f"its process ended with exit code {code}")
 
 
-_process: Connection | None = None
+_beside: tuple[Any, Connection] | None = None  # the process, and where it takes calls
 _lock = threading.Lock()
 
 
-def _start() -> Connection:
+def _start() -> tuple[Any, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    context.Process(target=_serve, args=(theirs,), daemon=True).start()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    process.start()
     theirs.close()  # or its end would not be noticed here
-    try:
-        ours.recv()
-    except EOFError:  # not the arguments' fault: it must not pass for TooLong
-        raise RuntimeError("the process beside this one did not start; what it says stands above") from None
-    return ours
+    return process, ours
 
 
-def _serve(questions: Connection) -> None:
+def _serve(calls: Connection) -> None:
     """Answer until the process that asks is gone."""
     for number in (signal.SIGINT, signal.SIGUSR1):  # Ctrl-C, and Slurm's word to all, are for the one that asks
         signal.signal(number, signal.SIG_IGN)
@@ -83,10 +88,9 @@ def _serve(questions: Connection) -> None:
     hard_limit = resource.getrlimit(resource.RLIMIT_AS)[1]
     if hard_limit == resource.RLIM_INFINITY:  # else the machine's owner has set one
         resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + LIMIT_BYTES, hard_limit))
-    questions.send("ready")
     while True:
         try:
-            function, arguments, limit_s, imports = questions.recv()
+            function, arguments, limit_s, imports = calls.recv()
         except (EOFError, OSError):
             return
         try:
@@ -98,4 +102,4 @@ def _serve(questions: Connection) -> None:
             text = " ".join(str(error).split())[:80]
             reply = None, f"{type(error).__name__}: {text}" if text else type(error).__name__
         signal.setitimer(signal.ITIMER_PROF, 0)
-        questions.send(reply)
+        calls.send(reply)

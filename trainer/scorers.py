@@ -363,6 +363,6 @@ def _ask(name: str, prompt: Prompt, answer: str) -> float:
         raise Unscored(f"{name}: {short(error)}") from None
     if said is None:
         raise Unscored(f"{name}: None")
-    if not isinstance(said, Real) or not 0 <= said <= 1:
+    if not isinstance(said, Real) or not 0 <= float(said) <= 1:
         raise Unscored(f"{name}: it must give a number from 0 to 1, True, False or None")
     return float(said)

@@ -34,6 +34,17 @@ def take_memory():
     return len(bytearray(64 << 30))
 
 
+def double_after_a_signal(number, mark):
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return 2 * number
+
+
+def crash():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 def raise_key_error():
     raise KeyError("x")
 
@@ -61,23 +72,34 @@ def test_a_call_that_fails_is_told_apart_and_so_is_one_that_takes_all_memory(fun
     assert bounded(double, 4, limit_s=10.0) == 8
 
 
+def test_a_signal_to_all_processes_changes_no_result(tmp_path):
+    """Slurm's SIGTERM reaches this one, too, and must not pass for TooLong."""
+    assert bounded(double_after_a_signal, 4, tmp_path / "mark", limit_s=10.0) == 8
+
+
+def test_a_call_that_ends_its_process_has_failed_and_the_next_is_answered():
+    with pytest.raises(Failed, match=f"exit code -{signal.SIGSEGV.value}"):
+        bounded(crash, limit_s=10.0)
+    assert bounded(double, 4, limit_s=10.0) == 8
+
+
 def test_imports_are_not_the_calls_time(monkeypatch, tmp_path):
     (tmp_path / "slow_to_import.py").write_text("import time\nwhile time.process_time() < 2: pass\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(bounded_module, "_process", None)  # the next one knows this path
+    monkeypatch.setattr(bounded_module, "_beside", None)  # the next one knows this path
     assert bounded(double, 4, limit_s=0.5, imports=["slow_to_import"]) == 8
     with pytest.raises(Failed, match="ModuleNotFoundError"):
         bounded(double, 4, limit_s=0.5, imports=["no_such_module"])
 
 
-def _fail_to_start(questions):
+def _fail_to_start(calls):
     raise SystemExit("no such library")
 
 
-def test_a_process_that_does_not_start_is_no_fault_of_the_call(monkeypatch):
-    monkeypatch.setattr(bounded_module, "_process", None)
+def test_a_process_that_fails_is_no_fault_of_the_call(monkeypatch):
+    monkeypatch.setattr(bounded_module, "_beside", None)
     monkeypatch.setattr(bounded_module, "_serve", _fail_to_start)
-    with pytest.raises(RuntimeError, match="did not start"):
+    with pytest.raises(RuntimeError, match="the process beside this one failed"):
         bounded(double, 4, limit_s=10.0)
 
 

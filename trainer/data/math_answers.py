@@ -36,7 +36,7 @@ def math_verdict(answer: str, reference: str, *, alone: bool = True) -> Verdict:
     did, or it needed too much memory.
 
     Args:
-        alone: the reference is a value and nothing else, where nothing in it is marked; else it is read as an answer is.
+        alone: the reference is a value and nothing else, where nothing in it is marked; or it is read as an answer is.
     """
     try:
         return bounded(_verdict, answer, reference, alone, limit_s=LIMIT_S, imports=["math_verify"])
