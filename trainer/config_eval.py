@@ -95,7 +95,9 @@ class Math(Section):
 
     kind: Literal["math"] = "math"
     column: str | None = Field(
-        default=None, description="The column of the row that holds the right value; null: the reference."
+        default=None,
+        description="The column of the row that holds the right value, alone or as `#### 18`; null: the reference, of "
+        "which the final value counts, as of an answer.",
     )
 
 
