@@ -150,6 +150,14 @@ def test_an_empty_reference_is_in_no_answer() -> None:
         ("<answer>-0.0</answer>", "0", 1),
         ("<answer>\N{MINUS SIGN}3</answer>", "-3", 1),
         ("<answer>50%</answer>", "50%", 1),
+        ("<answer>50%</answer>", "1/2", 1),
+        ("<answer>50%</answer>", "50", 1),  # math-verify takes either meaning
+        ("<answer>50%</answer>", "5", 0),
+        ("<answer>12 dollars</answer>", "12", 0),  # what is marked is read whole
+        ("12 dollars", "12", 1),
+        ("\\boxed{11} or \\boxed{12}", "12", 0),
+        ("<answer>11 or 12</answer>", "12", 0),
+        ("<answer>" + "9" * 10_000 + "</answer>", "12", 0),
         ("<answer>0.5</answer>", "1/2", 1),
         ("<answer>1e3</answer>", "1001", 0),
         ("<answer></answer>", "12", 0),
