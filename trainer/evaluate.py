@@ -7,7 +7,7 @@ it and runs as many forwards as the others, fillers among them, so that no colle
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -55,11 +55,13 @@ class Evaluation:
         metrics: Metrics,
         stop: dist.StopFlag,
         watch: Watch,
+        evaluated: Callable[[], None] = lambda: None,
     ) -> None:
+        self._evaluated = evaluated  # called on every rank once an evaluation's line is written
         self._engine, self._tokenizer, self._metrics = engine, masker.tokenizer, metrics
         self._stop, self._watch = stop, watch
         self._generate = recipe.eval.generate
-        self._samples = run_dir / "samples.jsonl"
+        self._samples, self._evaluations = run_dir / "samples.jsonl", run_dir / "evaluations.jsonl"
         self._loader: Loader | None = None
         self._prompts: list[Prompt] = []
         if data is not None:
@@ -77,6 +79,7 @@ class Evaluation:
         if loss is None:
             return False
         line = {"eval/loss": loss}
+        scored: dict[str, float] = {}
         if self._generate and self._prompts:
             answers = generate(self._engine, self._prompts, self._generate, self._tokenizer, self._stop, self._watch)
             if answers is None:
@@ -85,9 +88,18 @@ class Evaluation:
                 sample(prompt, answer, self._generate.scorers)
                 for prompt, answer in zip(self._prompts, answers, strict=True)
             ]
-            line |= accuracies(samples)
+            scored = accuracies(samples)
+            line |= scored
             if dist.is_main():
                 write_samples(self._samples, step, samples)
         self._metrics.write(step, line)
+        if dist.is_main():
+            metrics = {
+                name.removeprefix("eval/"): {"value": value, "count": len(self._prompts), "low": None, "high": None}
+                for name, value in scored.items()
+            }
+            with self._evaluations.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": step, "eval_loss": loss, "metrics": metrics}) + "\n")
         dist.log.info("after %d steps: %s", step, "  ".join(f"{key} {value:.4f}" for key, value in line.items()))
+        self._evaluated()
         return True

@@ -167,7 +167,7 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             remade = resumed_at if resumed_at in (0, steps) else None
-            for name in ("metrics.jsonl", "samples.jsonl", "trace.jsonl"):
+            for name in ("metrics.jsonl", "samples.jsonl", "evaluations.jsonl", "trace.jsonl"):
                 _drop_lines_after(run_dir / name, resumed_at, remade)
             self._writer = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
