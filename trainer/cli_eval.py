@@ -53,7 +53,8 @@ def evaluate(
         end_with_the_launcher()
         from trainer.assess import assess
 
-        assert out is not None and step is not None, "the launcher gives them"
+        if out is None or step is None:
+            raise BadInput("packhorse eval starts its own processes: run it without torchrun")
         assess(config.load(recipe_file, overrides or ()), out, step)
         end_worker()
     stop_while_starting()

@@ -76,21 +76,21 @@ def run_tasks(recipe: Recipe, out: Path) -> None:
             tasks=list(section.lm_eval),
             task_manager=manager,
             apply_chat_template=section.lm_eval_chat,
-            bootstrap_iters=0,  # of metrics that have no formula for their error; the others have it all the same
+            bootstrap_iters=1000,  # for metrics that have no formula for their standard error
         )
     except (ConnectionError, FileNotFoundError) as error:
         said = " ".join(str(error).split())[:300]
         raise BadInput(f"eval.lm_eval: a task's data cannot be had from the hub ({said})") from None
     samples = samples_of(found["samples"])
-    write_synced(out / HARNESS_METRICS, json.dumps(metrics_of(found), indent=1) + "\n")
+    write_synced(out / HARNESS_METRICS, json.dumps(metrics_of(found["results"]), indent=1) + "\n")
     write_synced(out / HARNESS_SAMPLES, "".join(json.dumps(sample) + "\n" for sample in samples))
 
 
-def metrics_of(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def metrics_of(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The library's results as metrics: `task/metric` -> value, count and 95% interval by its standard error."""
     metrics = {}
-    for task, numbers in found["results"].items():
-        count = found["n-samples"].get(task, {}).get("effective", 0)
+    for task, numbers in results.items():
+        count = numbers.get("sample_len", 0)
         for key, value in numbers.items():
             name, comma, rule = key.partition(",")
             if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
