@@ -60,7 +60,6 @@ def _evaluate(recipe: Recipe, out: Path, tokenizer: Any, data: Prepared, stop: d
         row_tokens=recipe.batch.row_tokens,
         flops=model_flops(model),
         resumed_at=step,
-        steps=step,
         beat=watch.beat,
     )
     if not Evaluation(recipe, out, engine, data, masker, metrics, stop, watch)(step):

@@ -16,9 +16,8 @@ from trainer import dist
 from trainer.config import load
 from trainer.config_eval import EVAL_LOSS, BestSection
 from trainer.flow import BadInput
+from trainer.metrics import EVALUATIONS
 from trainer.once import write_synced
-
-EVALUATIONS = "evaluations.jsonl"  # of a run: a line an evaluation
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:

@@ -11,9 +11,10 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainer.best import EVALUATIONS, best_step, evaluations, whole_lines
+from trainer.best import best_step, evaluations, whole_lines
 from trainer.config_eval import EVAL_LOSS
 from trainer.flow import BadInput
+from trainer.metrics import EVALUATIONS
 from trainer.statistics import Difference, paired
 
 if TYPE_CHECKING:

@@ -1,14 +1,16 @@
 """Held-out loss with the training loss's own code, and answers by generation with their scores.
 
-In: the engine, held-out batches, prompts. Out: `eval/...` numbers, and samples. Every rank takes part in all of
-it and runs as many forwards as the others, fillers among them, so that no collective hangs.
+In: the engine, held-out batches, prompts. Out: `eval/...` numbers, samples, and a line of evaluations.jsonl. Every
+rank takes part in all of it and runs as many forwards as the others, fillers among them, so that no collective hangs.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,10 +20,12 @@ from trainer.data.loader import Loader, Prepared, eval_plan, held_out_prompts
 from trainer.data.mask import Masker
 from trainer.engine import Engine
 from trainer.flow import Batch, Prompt
-from trainer.generate import generate
-from trainer.metrics import Metrics
+from trainer.generate import choice_logprobs, generate, require_room
+from trainer.metrics import EVALUATIONS, Metrics, read_lines
 from trainer.score import Sample, accuracies, sample
 from trainer.watch import Watch
+
+SHOWN = 3  # samples of an evaluation, in TensorBoard
 
 
 def held_out_loss(engine: Engine, batches: Iterable[Batch], stop: dist.StopFlag, watch: Watch) -> float | None:
@@ -42,8 +46,28 @@ def write_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
             file.write(json.dumps({"step": step, **sample._asdict()}, ensure_ascii=False) + "\n")
 
 
+def write_evaluation(run_dir: Path, step: int, loss: float, measured: Mapping[str, Mapping[str, Any]]) -> None:
+    """Append an evaluation that has ended to evaluations.jsonl, which stands on the disk when this returns."""
+    with (run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": step, "eval_loss": loss, "metrics": measured}) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def measure(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
+    """Each scorer's value over all samples, and their count."""
+    return {
+        key.removeprefix("eval/"): {"value": value, "count": len(samples), "low": None, "high": None}
+        for key, value in accuracies(samples).items()
+    }
+
+
 class Evaluation:
-    """Called with the number of applied steps: evaluates, logs, and says whether it ran to its end."""
+    """Called with the number of applied steps: evaluates, logs, and says whether it ran to its end.
+
+    A step is evaluated once: what evaluations.jsonl holds is not evaluated again. Build it after Metrics, which
+    drops what a killed run left there of later steps.
+    """
 
     def __init__(
         self,
@@ -55,22 +79,26 @@ class Evaluation:
         metrics: Metrics,
         stop: dist.StopFlag,
         watch: Watch,
-        evaluated: Callable[[], None] = lambda: None,
+        afterwards: Callable[[], None] = lambda: None,
     ) -> None:
-        self._evaluated = evaluated  # called on every rank once an evaluation's line is written
+        self._afterwards = afterwards  # called on every rank once an evaluation's line is written
         self._engine, self._tokenizer, self._metrics = engine, masker.tokenizer, metrics
         self._stop, self._watch = stop, watch
-        self._generate = recipe.eval.generate
-        self._samples, self._evaluations = run_dir / "samples.jsonl", run_dir / "evaluations.jsonl"
+        self._generate, self._seed = recipe.eval.generate, recipe.train.seed
+        self._run_dir = run_dir
+        lines = read_lines(run_dir / EVALUATIONS) if dist.is_main() else []
+        self._evaluated: set[int] = dist.broadcast({line["step"] for line in lines})
         self._loader: Loader | None = None
         self._prompts: list[Prompt] = []
         if data is not None:
             self._loader = Loader(data, eval_plan(recipe, data), dist.rank(), dist.world_size(), pin=False)
             if self._generate:
                 self._prompts = held_out_prompts(recipe, masker, self._generate.rows)
+                model: Any = engine.module.model
+                require_room(model, self._prompts, self._generate.max_new_tokens)
 
     def __call__(self, step: int) -> bool:
-        ended = self._loader is None or self._evaluate(self._loader, step)
+        ended = self._loader is None or step in self._evaluated or self._evaluate(self._loader, step)
         self._watch.rest()
         return ended
 
@@ -78,28 +106,64 @@ class Evaluation:
         loss = held_out_loss(self._engine, loader.stream(0), self._stop, self._watch)
         if loss is None:
             return False
-        line = {"eval/loss": loss}
-        scored: dict[str, float] = {}
-        if self._generate and self._prompts:
-            answers = generate(self._engine, self._prompts, self._generate, self._tokenizer, self._stop, self._watch)
+        samples = self._samples(step)
+        if samples is None:
+            return False
+        self._write(step, loss, samples)
+        self._evaluated.add(step)
+        self._afterwards()
+        return True
+
+    def _samples(self, step: int) -> list[Sample] | None:
+        """Every prompt with its answer and scores, on all ranks; None where the stop flag went up meanwhile."""
+        section = self._generate
+        if section is None or not self._prompts:
+            return []
+        tools = self._tokenizer, self._stop, self._watch
+        chosen: dict[str, list[str]] = {}  # by scorer: the likeliest letter of each prompt
+        for name, rule in section.scorers.items():
+            if getattr(rule, "kind", None) == "choice":
+                letters: Sequence[str] = rule.letters  # type: ignore[attr-defined]
+                logprobs = choice_logprobs(self._engine, self._prompts, letters, section.batch, *tools)
+                if logprobs is None:
+                    return None
+                chosen[name] = [letters[row.index(max(row))] for row in logprobs]
+        if chosen and len(chosen) == len(section.scorers):  # nothing asks for more than likelihoods
+            answers: Sequence[str] | None = next(iter(chosen.values()))
+        else:
+            seeds = [dist.seed_from(self._seed, "answer", step, number) for number in range(len(self._prompts))]
+            answers = generate(self._engine, self._prompts, section, *tools, seeds=seeds)
             if answers is None:
-                return False
-            samples = [
-                sample(prompt, answer, self._generate.scorers)
-                for prompt, answer in zip(self._prompts, answers, strict=True)
-            ]
-            scored = accuracies(samples)
-            line |= scored
-            if dist.is_main():
-                write_samples(self._samples, step, samples)
+                return None
+        self._watch.rest()  # scores may be a server's or a user's
+        return dist.broadcast(self._scored(answers, chosen) if dist.is_main() else None)
+
+    def _scored(self, answers: Sequence[str], chosen: Mapping[str, Sequence[str]]) -> list[Sample]:
+        """One sample a prompt: the generated answer, scored as it is or by what was the likeliest."""
+        assert self._generate
+        scorers = self._generate.scorers
+        spoken = {name: rule for name, rule in scorers.items() if name not in chosen}
+        samples = [sample(p, answer, spoken) for p, answer in zip(self._prompts, answers, strict=True)]
+        for name, letters in chosen.items():
+            for prompt, letter, made in zip(self._prompts, letters, samples, strict=True):
+                made.scores.update(sample(prompt, letter, {name: scorers[name]}).scores)
+        return samples
+
+    def _write(self, step: int, loss: float, samples: Sequence[Sample]) -> None:
+        """The evaluation everywhere; in evaluations.jsonl last, which says that all of it is there."""
+        measured = measure(samples)
+        values = {f"eval/{name}": m["value"] for name, m in measured.items() if m["value"] is not None}
+        line = {"eval/loss": loss, **values}
         self._metrics.write(step, line)
         if dist.is_main():
-            metrics = {
-                name.removeprefix("eval/"): {"value": value, "count": len(self._prompts), "low": None, "high": None}
-                for name, value in scored.items()
-            }
-            with self._evaluations.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "eval_loss": loss, "metrics": metrics}) + "\n")
+            write_samples(self._run_dir / "samples.jsonl", step, samples)
+            for number, made in enumerate(samples[:SHOWN]):
+                self._metrics.text(f"samples/{number}", _as_markdown(made), step)
+            write_evaluation(self._run_dir, step, loss, measured)
         dist.log.info("after %d steps: %s", step, "  ".join(f"{key} {value:.4f}" for key, value in line.items()))
-        self._evaluated()
-        return True
+
+
+def _as_markdown(made: Sample) -> str:
+    scores = ", ".join(f"{name} {value}" for name, value in made.scores.items())
+    parts = {"prompt": made.prompt, "answer": made.answer, "reference": made.reference, "scores": scores}
+    return "\n\n".join(f"**{name}**\n\n```\n{text}\n```" for name, text in parts.items())

@@ -166,7 +166,6 @@ def go_on(
         row_tokens=recipe.batch.row_tokens,
         flops=model_flops(model),
         resumed_at=first_step,
-        steps=plan.steps,
         beat=watch.beat,
     )
     masker = masker_of(recipe.data, tokenizer)
@@ -178,8 +177,10 @@ def go_on(
         dist.log.info("eval.lm_eval: its tasks are run by `packhorse eval %s RECIPE`, not in training", run_dir)
     best = Best(recipe.eval.best, run_dir)
     evaluation = Evaluation(recipe, run_dir, engine, eval_data, masker, metrics, stop, watch, best.look)
-    if first_step == 0 and not evaluation(0):
-        write_stop(run_dir, 0)
+    every = recipe.eval.every_steps
+    due = first_step == 0 or (every is not None and first_step % every == 0)
+    if due and not evaluation(first_step):  # made already, unless this step's was stopped half-way
+        write_stop(run_dir, first_step)
         return False
 
     epoch = plan.step(min(first_step, plan.steps - 1)).epoch
