@@ -33,7 +33,7 @@ class Results(NamedTuple):
     name: str
     step: int
     eval_loss: float
-    metrics: dict[str, dict[str, Any]]  # value, count, low, high, perhaps missing
+    metrics: dict[str, dict[str, Any]]  # value, count, low, high; or no value, and why it is missing
     scores: dict[str, Scores]  # by metric, of the samples that could be scored
 
 
@@ -106,7 +106,7 @@ def table_of_one(results: Results) -> Table:
     table = Table("metric", "value", "95% interval", "count", title=results.name)
     table.add_row(EVAL_LOSS, f"{results.eval_loss:.4f}", "", "")
     for name, metric in results.metrics.items():
-        table.add_row(name, _value(metric), _interval(metric["low"], metric["high"]), str(metric["count"]))
+        table.add_row(name, _value(metric), _interval(metric.get("low"), metric.get("high")), str(metric["count"]))
     return table
 
 
@@ -140,5 +140,5 @@ def _interval(low: float | None, high: float | None, sign: str = "") -> str:
 def _with_interval(metric: dict[str, Any] | None) -> str:
     if metric is None:
         return "not measured"
-    interval = _interval(metric["low"], metric["high"])
+    interval = _interval(metric.get("low"), metric.get("high"))
     return _value(metric) + (f" ({interval})" if interval else "")

@@ -21,7 +21,7 @@ def write(folder: Path, steps: dict[int, Sequence[float | None]], prefix: str = 
     for step, scores in steps.items():
         known = [score for score in scores if score is not None]
         right = {"value": sum(known) / len(known), "count": len(known), "low": 0.1, "high": 0.9}
-        judged = {"value": None, "count": 0, "low": None, "high": None, "missing": "the judge did not answer"}
+        judged = {"value": None, "count": 0, "missing": "the judge did not answer"}
         lines.append({"step": step, "eval_loss": 1.0 / (step + 1), "metrics": {"right": right, "judged": judged}})
         for number, score in enumerate(scores):
             scored = {"right": score, "judged": None}
