@@ -71,7 +71,8 @@ def choose(rule: BestSection, lines: dict[int, dict[str, Any]]) -> dict[str, Any
     def worth(candidate: dict[str, Any]) -> tuple[float, float, int]:
         values = numbers(candidate)
         aim, tie = values[rule.metric], values[rule.tie] if rule.tie else 0.0
-        assert aim is not None and tie is not None, "it would meet nothing"
+        assert aim is not None, "it would meet nothing"
+        assert tie is not None
         return (aim if rule.maximize else -aim, -tie if rule.tie == EVAL_LOSS else tie, -candidate["step"])
 
     best = max((c for c in candidates if c["meets"]), key=worth, default=None)

@@ -338,9 +338,7 @@ def open_step(run_dir: Path, step: int) -> tuple[Shards, Manifest]:
     fault = fault_of(there[step])
     if fault is not None:
         others = ", ".join(str(other) for other in there if other != step) or "none"
-        raise BadInput(
-            f"{there[step]} cannot be used: {fault}; put a whole one back, or take another --step: {others}"
-        )
+        raise BadInput(f"{there[step]} cannot be used: {fault}; put a whole one back, or take another --step: {others}")
     manifest = Manifest.read(there[step])
     return Shards(there[step], manifest.files, manifest.shapes), manifest
 

@@ -21,9 +21,7 @@ _EVALUATED = "evaluated.json"  # of a results folder: what was scored
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a model folder or a hub name.")
-    ],
+    model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a model folder or a hub name.")],
     recipe_file: RecipeFile,
     overrides: Overrides = None,
     step: Annotated[

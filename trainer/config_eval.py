@@ -77,7 +77,7 @@ class BestSection(Section):
     minimize: str | None = Field(default=None, description="In place of `maximize`: the lowest one wins.")
     subject_to: dict[str, str] = Field(
         default_factory=dict,
-        description="What a step must meet to be the best at all, as `{format_accuracy: \">= 0.98\"}`.",
+        description='What a step must meet to be the best at all, as `{format_accuracy: ">= 0.98"}`.',
     )
     tie: str | None = Field(
         default=None, description="Decides where the metric is equal: the lower eval_loss, or the higher score."

@@ -371,9 +371,7 @@ class Engine:
         free = min(dist.gather(free_memory()))
         fits = needed <= GATHER_SHARE * free and not self.swaps  # from an NVMe it is not proved
         how = "gathered once" if fits else "gathered layer by layer for each token, which is slow"
-        dist.log.info(
-            "generation: %.2f GiB of weights, %.2f GiB free: %s", needed / 2**30, free / 2**30, how
-        )
+        dist.log.info("generation: %.2f GiB of weights, %.2f GiB free: %s", needed / 2**30, free / 2**30, how)
         return fits
 
     def hyperparameters(self) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """Tasks of lm-evaluation-harness, by that library: `eval.lm_eval`, as `packhorse eval` runs it after the recipe's own
 evaluation.
 
-In: a recipe whose model is a folder or a hub name. Out, in the results folder: lm_eval.json, the metrics as in a line of
-evaluations.jsonl, and lm_eval.jsonl, their samples, so that `packhorse compare` pairs them.
+In: a recipe whose model is a folder or a hub name. Out, in the results folder: lm_eval.json, the metrics as in a line
+of evaluations.jsonl, and lm_eval.jsonl, their samples, so that `packhorse compare` pairs them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def require_tasks(section: EvalSection) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise BadInput(
-            f"eval.lm_eval: lm-evaluation-harness is not installed ({error}); install packhorse with the extra [lm-eval]"
+            f"eval.lm_eval: lm-evaluation-harness is not installed ({error}); install packhorse's extra [lm-eval]"
         ) from None
     if section.lm_eval_path and not Path(section.lm_eval_path).is_dir():
         raise BadInput(f"eval.lm_eval_path: there is no folder {section.lm_eval_path}")

@@ -142,7 +142,7 @@ def test_a_damaged_best_is_refused_and_nothing_else_taken_in_its_place(root: Pat
     assert done.returncode == 2
     assert "no checkpoint of step 3; those that there are: 6" in done.stderr
     assert not (tmp_path / "out").exists()
-    with pytest.raises(BadInput, match="there is no best checkpoint: .*step 6: eval_loss is"):
+    with pytest.raises(BadInput, match=r"there is no best checkpoint: .*step 6: eval_loss is"):
         best_step(root / "never")
 
 

@@ -48,7 +48,9 @@ def test_what_cannot_be_evaluated_is_told(refused, tmp_path, run_dir):
     assert "neither a run folder" in refused("eval", str(tmp_path / "empty"), DEBUG)
     assert "no rows are held out" in refused("eval", str(run_dir), DEBUG, "data.eval=[]")
     assert "there is no checkpoint to evaluate" in refused("eval", str(run_dir), DEBUG)
-    assert "there is no checkpoint of step 3; there is none at all" in refused("eval", str(run_dir), DEBUG, "--step", "3")
+    assert "there is no checkpoint of step 3; there is none at all" in refused(
+        "eval", str(run_dir), DEBUG, "--step", "3"
+    )
     assert "--best and --step: give one of them" in refused("eval", str(run_dir), DEBUG, "--step", "3", "--best")
     assert "its recipe has no eval.best" in refused("eval", str(run_dir), DEBUG, "--best")
     assert "this is no run folder" in refused("eval", "recipes/debug/model", DEBUG, "--step", "3")
