@@ -31,14 +31,14 @@ def require_tasks(section: EvalSection) -> Any:
     Raises:
         BadInput: the library is not installed, or knows no such task.
     """
+    if section.lm_eval_path and not Path(section.lm_eval_path).is_dir():
+        raise BadInput(f"eval.lm_eval_path: there is no folder {section.lm_eval_path}")
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise BadInput(
             f"eval.lm_eval: lm-evaluation-harness is not installed ({error}); install packhorse's extra [lm-eval]"
         ) from None
-    if section.lm_eval_path and not Path(section.lm_eval_path).is_dir():
-        raise BadInput(f"eval.lm_eval_path: there is no folder {section.lm_eval_path}")
     manager = TaskManager(include_path=section.lm_eval_path)
     for task in section.lm_eval:
         if task not in manager.all_tasks:

@@ -15,7 +15,9 @@ from tests.ranks import ROOT
 from trainer.best import evaluations
 from trainer.compare import difference, read_results
 from trainer.config import load
-from trainer.lm_eval_tasks import metrics_of, samples_of
+from trainer.config_eval import EvalSection
+from trainer.flow import BadInput
+from trainer.lm_eval_tasks import metrics_of, require_tasks, samples_of
 from trainer.model.load import load_model, load_tokenizer
 
 pytestmark = pytest.mark.runs
@@ -103,6 +105,11 @@ def test_two_models_are_compared_question_by_question(work: Path, results: list[
     assert found
     assert found[1] == len(QUESTIONS)
     assert found[0].value == pytest.approx((sum(b) - sum(a)) / len(QUESTIONS))
+
+
+def test_an_unknown_task_is_told_with_the_nearest(work: Path) -> None:
+    with pytest.raises(BadInput, match="has no task `sumss`; the nearest: sums"):
+        require_tasks(EvalSection(lm_eval=("sumss",), lm_eval_path=str(work / "tasks")))
 
 
 def test_an_interval_is_by_the_libraries_error_and_what_is_no_mean_has_no_samples() -> None:
