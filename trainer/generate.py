@@ -21,6 +21,8 @@ from trainer.flow import BadInput, Prompt
 from trainer.model.attention import other_attention
 from trainer.watch import Watch
 
+PAD = 0  # nothing sees it, so any token will do
+
 
 def require_room(model: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
     """Raises BadInput where a prompt and its answer may take more positions than the model has."""
@@ -49,7 +51,7 @@ def generate(
         seeds: what is drawn for each prompt follows from its own one: neither the number of ranks nor the batch that
             it falls into changes it. Greedy answers need none.
     """
-    ids = answer_ids(engine, [prompt.input_ids for prompt in prompts], section, tokenizer, stop, watch, seeds=seeds)
+    ids = answer_ids(engine, [prompt.input_ids for prompt in prompts], section, stop, watch, seeds=seeds)
     return None if ids is None else tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
@@ -58,7 +60,6 @@ def answer_ids(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     section: GenerateSection,
-    tokenizer: Any,
     stop: dist.StopFlag,
     watch: Watch,
     *,
@@ -78,7 +79,6 @@ def answer_ids(
                 model,
                 [prompts[i] for i in batch],
                 section,
-                tokenizer,
                 [seeds[i] for i in batch] if section.temperature else [],
                 synced=not independent,
             )
@@ -87,7 +87,7 @@ def answer_ids(
 
 
 def _answers(
-    model: Any, prompts: list[Sequence[int]], section: GenerateSection, tokenizer: Any, seeds: list[int], synced: bool
+    model: Any, prompts: list[Sequence[int]], section: GenerateSection, seeds: list[int], synced: bool
 ) -> list[list[int]]:
     """One batch.
 
@@ -97,10 +97,10 @@ def _answers(
     from transformers import GenerationConfig
 
     stops = _as_list(model.generation_config.eos_token_id)
-    ids, mask = _padded(prompts, _pad(tokenizer))
+    ids, mask = _padded(prompts)
     width = ids.shape[1]
     plain = GenerationConfig(
-        max_new_tokens=section.max_new_tokens, eos_token_id=stops or None, pad_token_id=_pad(tokenizer), do_sample=False
+        max_new_tokens=section.max_new_tokens, eos_token_id=stops or None, pad_token_id=PAD, do_sample=False
     )
     with _configuration(model, plain):
         out = model.generate(
@@ -186,7 +186,7 @@ def choice_logprobs(
                 return None
             given = [rows[i] for i in numbers or [0]]
             last = max(len(tokens) for row in given for *_, tokens in wanted[row])
-            logprobs = _last_logprobs(model, [row[1:] for row in given], last, _pad(tokenizer)).cpu()
+            logprobs = _last_logprobs(model, [row[1:] for row in given], last).cpu()
             for i, of_row in zip(numbers, logprobs, strict=False):
                 for number, k, tokens in wanted[rows[i]]:
                     places = torch.arange(last - len(tokens), last)
@@ -205,9 +205,9 @@ def tokens_after(tokenizer: Any, prompt: Prompt, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]  # its start has grown together with the prompt's end
 
 
-def _last_logprobs(model: Any, rows: list[tuple[int, ...]], last: int, pad: int) -> torch.Tensor:
+def _last_logprobs(model: Any, rows: list[tuple[int, ...]], last: int) -> torch.Tensor:
     """(B, last, V) float32 log-probabilities of what follows each of a row's last tokens."""
-    ids, mask = _padded(rows, pad)
+    ids, mask = _padded(rows)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     keep = {"logits_to_keep": last} if model._supports_logits_to_keep() else {}
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **keep)
@@ -230,17 +230,12 @@ def _rounds(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
         yield order[i * count // batches : (i + 1) * count // batches]
 
 
-def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, L) tokens with the padding on the left, and (B, L) 1 where a token is real."""
     width = max(map(len, rows))
-    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=dist.device())
+    ids = torch.tensor([[PAD] * (width - len(row)) + list(row) for row in rows], device=dist.device())
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=dist.device())
     return ids, mask
-
-
-def _pad(tokenizer: Any) -> int:
-    """A token that nothing sees: any will do."""
-    return next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
 
 
 def _until_stop(tokens: list[int], stops: Sequence[int]) -> list[int]:

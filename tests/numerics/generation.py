@@ -43,7 +43,7 @@ def main(path: str) -> None:
         stop = dist.StopFlag()
         stop.join()
         watch = Watch(GuardSection(), Path(order["folder"]))
-        seen = {template: answers(order, template, stop, watch) for template in order["templates"]}
+        seen: dict[str, Any] = {template: answers(order, template, stop, watch) for template in order["templates"]}
         for template in order["traced"]:
             seen[f"trace of {template}"] = traces(order, template, stop, watch)
     if dist.is_main():
@@ -69,7 +69,7 @@ def answers(order: dict[str, Any], template: str, stop: dist.StopFlag, watch: Wa
     def ids(prompts: list[list[int]], batch: int, **changes: Any) -> Any:
         values = {"max_new_tokens": order["max_new_tokens"], "batch": batch, **changes}
         section = GenerateSection.model_validate(values)
-        return generate.answer_ids(built, prompts, section, tokenizer, stop, watch, seeds=seeds)
+        return generate.answer_ids(built, prompts, section, stop, watch, seeds=seeds)
 
     prompts = order["prompts"]
     with whole_seen(built) as whole:
@@ -91,16 +91,16 @@ def answers(order: dict[str, Any], template: str, stop: dist.StopFlag, watch: Wa
 
 
 def traces(order: dict[str, Any], template: str, stop: dist.StopFlag, watch: Watch) -> list[Any]:
-    """Two steps with answers between them, by whole weights and by layers, and two steps without: losses and digests."""
+    """Two steps with answers between them, by whole weights and by layers, and two steps without."""
     section = GenerateSection(max_new_tokens=4, batch=2)
     batch = pack(documents([9, 5], vocabulary=500), [[2, 3, 4], [1]], [0.25, 0.25])
     seen = []
     for answers_between in (False, True):
-        built, tokenizer = build(order, template)
+        built, _ = build(order, template)
         built.step([batch, batch], 1e-2, Clock(dist.device()))
         for context in (whole_seen(built), gathering_never()) if answers_between else ():
             with context:
-                generate.answer_ids(built, order["prompts"], section, tokenizer, stop, watch, seeds=[])
+                generate.answer_ids(built, order["prompts"], section, stop, watch, seeds=[])
         result = built.step([batch], 1e-2, Clock(dist.device()))
         digests = sorted((str(key), value) for key, value in built.state_digests().items())
         seen.append([float(result.loss), result.grad_norm, dist.gather(digests)])

@@ -18,7 +18,11 @@ from trainer.flow import BadInput, Conversation, Prompt
 
 VOCABULARY = 1013  # no other size of the tiny model
 QUIET: Any = SimpleNamespace(ask=lambda: False, beat=lambda where: None)
-TOKENIZER: Any = SimpleNamespace(pad_token_id=0, eos_token_id=2)
+
+
+def letters(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+    """As a tokenizer of one token a letter."""
+    return {"input_ids": [ord(letter) for letter in text]}
 
 
 def engine(model: Any) -> Any:
@@ -29,7 +33,7 @@ def engine(model: Any) -> Any:
 def answer(model: Any, prompts: list[list[int]], **values: Any) -> list[list[int]]:
     section = GenerateSection.model_validate({"max_new_tokens": 5, **values})
     seeds = list(range(len(prompts)))
-    found = generate.answer_ids(engine(model), prompts, section, TOKENIZER, QUIET, QUIET, seeds=seeds)
+    found = generate.answer_ids(engine(model), prompts, section, QUIET, QUIET, seeds=seeds)
     assert found is not None
     return found
 
@@ -50,7 +54,9 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     assert shares[3] == 0
 
 
-@pytest.mark.parametrize(("top_p", "left"), [(0.5, [2]), (0.51, [2, 0]), (0.8, [2, 0]), (0.81, [2, 0, 4]), (1.0, [2, 0, 4, 1])])
+@pytest.mark.parametrize(
+    ("top_p", "left"), [(0.5, [2]), (0.51, [2, 0]), (0.8, [2, 0]), (0.81, [2, 0, 4]), (1.0, [2, 0, 4, 1])]
+)
 def test_top_p_keeps_the_fewest_tokens_that_have_the_share(top_p: float, left: list[int]) -> None:
     probabilities = torch.tensor([[0.3, 0.05, 0.5, 0.0, 0.15]])
     uniform = torch.linspace(0, 1 - 1e-9, 2000, dtype=torch.float64)[:, None]
@@ -85,11 +91,9 @@ def test_padding_changes_no_answer_and_no_likelihood() -> None:
     alone = [answer(model, [prompt])[0] for prompt in prompts]
     assert answer(model, prompts, batch=4) == alone
     asked = [Prompt(p, "", "", Conversation(), {}) for p in prompts]
-    tokenizer: Any = lambda text, add_special_tokens: {"input_ids": [ord(letter) for letter in text]}  # noqa: E731
-    tokenizer.pad_token_id = 0
 
     def likelihoods(prompts: list[Prompt]) -> Any:
-        return generate.choice_logprobs(engine(model), prompts, ["A", "BC"], 4, tokenizer, QUIET, QUIET)
+        return generate.choice_logprobs(engine(model), prompts, ["A", "BC"], 4, letters, QUIET, QUIET)
 
     together = torch.tensor(likelihoods(asked))
     apart = torch.tensor([likelihoods([prompt])[0] for prompt in asked])
@@ -159,15 +163,15 @@ def test_prompts_that_leave_no_room_for_an_answer_are_refused() -> None:
 def test_a_choice_is_written_as_it_was_learned() -> None:
     """After its prompt: alone, a tokenizer may write it otherwise."""
 
-    def letters(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+    def merging(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
         """As a tokenizer that merges "ab", and writes 0 before a text that begins with a letter."""
         merged = text.replace("ab", "\x01")
         return {"input_ids": [0] * text[0].isalpha() + [ord(letter) for letter in merged]}
 
     prompt = Prompt([ord(">")], ">", "", Conversation(), {})
-    assert generate.tokens_after(letters, prompt, "B") == [ord("B")]
+    assert generate.tokens_after(merging, prompt, "B") == [ord("B")]
     ends_in_a = Prompt([ord(">"), ord("a")], ">a", "", Conversation(), {})
-    assert generate.tokens_after(letters, ends_in_a, "b") == [0, ord("b")], "alone, as it would merge with the prompt"
+    assert generate.tokens_after(merging, ends_in_a, "b") == [0, ord("b")], "alone, as it would merge with the prompt"
 
 
 # ----------------------------------------------------------------------------------------------- memory
@@ -207,10 +211,8 @@ def test_control_whole_logits_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> 
 def test_the_head_sees_the_positions_of_the_choices_alone() -> None:
     model = tiny_llama(vocab_size=VOCABULARY)
     asked = [Prompt(p, "", "", Conversation(), {}) for p in prompts_of(40, 33, vocabulary=VOCABULARY)]
-    tokenizer: Any = lambda text, add_special_tokens: {"input_ids": [ord(letter) for letter in text]}  # noqa: E731
-    tokenizer.pad_token_id = 0
     with LargestLogits(model) as seen:
-        generate.choice_logprobs(engine(model), asked, ["A", "B"], 2, tokenizer, QUIET, QUIET)
+        generate.choice_logprobs(engine(model), asked, ["A", "B"], 2, letters, QUIET, QUIET)
     assert seen.elements == 2 * VOCABULARY
 
 

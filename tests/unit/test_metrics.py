@@ -57,9 +57,7 @@ def test_the_clock_adds_up_parts_and_starts_anew() -> None:
 
 def log(run_dir: Path, flops: ModelFlops, resumed_at: int, last: int, steps: int = 4) -> list[dict[str, Any]]:
     """Run the log from step `resumed_at` to `last`, with the evaluations that a run makes."""
-    metrics = Metrics(
-        run_dir, log_every=1, row_tokens=16, flops=flops, resumed_at=resumed_at, beat=lambda part: None
-    )
+    metrics = Metrics(run_dir, log_every=1, row_tokens=16, flops=flops, resumed_at=resumed_at, beat=lambda part: None)
     if resumed_at == 0:
         metrics.write(0, {"eval/loss": 9.0})
     batch = pack([torch.arange(5), torch.arange(7)], [[0, 1], [3]], [1.0, 1.0])
@@ -97,7 +95,7 @@ def test_a_killed_run_that_goes_on_leaves_one_line_a_step(
 
 def test_an_answer_with_a_line_separator_in_it_is_one_line(tmp_path: Path, flops: ModelFlops) -> None:
     (tmp_path / "samples.jsonl").write_text('{"step": 1, "answer": "a\u2028b"}\n', encoding="utf-8")
-    log(tmp_path, flops, 1, 2)
+    log(tmp_path, flops, 2, 3)
     assert read_lines(tmp_path / "samples.jsonl") == [{"step": 1, "answer": "a\u2028b"}]
 
 
