@@ -360,7 +360,8 @@ class Engine:
             yield False
             return
         self._engine.empty_partition_cache()  # what was fetched ahead would be taken for gathered
-        offload = self._engine.optimizer.parameter_offload
+        optimizer = self._engine.optimizer
+        offload = getattr(optimizer, "parameter_offload", optimizer)  # without an optimizer this stands in its place
         hooks = [*offload.forward_hooks, *offload.backward_hooks]  # the first would cut each layer again after its use
         with gathered(self.module.parameters()), _without_hooks(self.module, hooks):
             yield True
