@@ -113,7 +113,7 @@ def _model_card(run_dir: Path, recipe: Recipe, step: int) -> str:
     before, after = (best.numbers(lines[at]) if at in lines else {} for at in (0, step))
     rows = "\n".join(f"| {name} | {_shown(before.get(name))} | {_shown(value)} |" for name, value in after.items())
     rule = recipe.eval.best
-    found = best.choose(rule, lines) if rule else {"step": None}
+    found: dict[str, Any] = best.choose(rule, lines) if rule else {"step": None}
     chosen = ""
     if found["step"] == step:
         chosen = f" Step {step} is the best of {len(found['candidates'])} evaluated ones: {rule}."

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import difflib
 import json
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import torch
 
-from trainer import dist
 from trainer.compare import HARNESS_METRICS, HARNESS_SAMPLES
 from trainer.config import Recipe
 from trainer.config_eval import EvalSection
@@ -54,13 +55,15 @@ def run_tasks(recipe: Recipe, out: Path) -> None:
     Raises:
         BadInput: a task's data cannot be had.
     """
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval import evaluator
+    from lm_eval.models import huggingface
 
+    library: Any = evaluator  # its decorators hide what its functions take
+    hugging_face_model: Any = huggingface.HFLM
     section, model = recipe.eval, recipe.model
     manager = require_tasks(section)
     on_gpu = torch.cuda.is_available()
-    harness: Any = HFLM(
+    harness = hugging_face_model(
         pretrained=model.name,
         revision=model.revision or "main",
         dtype=model.dtype,
@@ -69,9 +72,9 @@ def run_tasks(recipe: Recipe, out: Path) -> None:
         batch_size=section.generate.batch if section.generate else 8,
         trust_remote_code=model.trust_remote_code,
     )
-    dist.log.info("lm-evaluation-harness %s: %s", lm_eval.__version__, ", ".join(section.lm_eval))
+    print(f"lm-evaluation-harness {version('lm_eval')}: {', '.join(section.lm_eval)}", file=sys.stderr)
     try:
-        found: Any = lm_eval.simple_evaluate(
+        found = library.simple_evaluate(
             harness,
             tasks=list(section.lm_eval),
             task_manager=manager,
