@@ -70,9 +70,11 @@ def evaluate(
         out = out or run / "evals" / f"{recipe_file.stem}-step-{step:06d}"
     else:
         step = 0
-        out = out or Path("evals") / f"{model.strip('/').replace('/', '--')}-{recipe_file.stem}"
+        folder = Path(model).expanduser()
+        name = folder.resolve().name if folder.is_dir() else model.replace("/", "--")
+        out = out or Path("evals") / f"{name}-{recipe_file.stem}"
     _start_results(out, model, step)
-    exported = out / "model"
+    exported = out / "exported"
     # what is the model's own comes from it, and may still be overridden
     own = ["model.revision=null", "model.init=pretrained"]
     if run is not None:

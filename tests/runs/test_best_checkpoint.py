@@ -163,7 +163,7 @@ def test_a_checkpoint_is_scored_as_it_was_in_training(root: Path, evaluated: Pat
     assert now["metrics"] == then["metrics"]
     given = [line for line in read_lines(root / "whole" / "samples.jsonl") if line["step"] == BEST]
     assert read_lines(evaluated / "samples.jsonl") == given
-    assert not (evaluated / "model").exists(), "the weights were for the evaluation alone"
+    assert not (evaluated / "exported").exists(), "the weights were for the evaluation alone"
 
 
 def test_an_export_is_scored_as_its_checkpoint_whole_and_on_one_process(

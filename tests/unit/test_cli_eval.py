@@ -54,7 +54,7 @@ def test_what_cannot_be_evaluated_is_told(refused, tmp_path, run_dir):
     assert "--best and --step: give one of them" in refused("eval", str(run_dir), DEBUG, "--step", "3", "--best")
     assert "its recipe has no eval.best" in refused("eval", str(run_dir), DEBUG, "--best")
     assert "this is no run folder" in refused("eval", "recipes/debug/model", DEBUG, "--step", "3")
-    assert not list(run_dir.glob("evals/*/model"))
+    assert not list(run_dir.glob("evals/*/exported"))
 
 
 def test_results_are_not_written_over_what_is_something_else(refused, tmp_path):
