@@ -16,16 +16,16 @@ import torch
 
 from trainer import dist
 from trainer.config import Recipe
+from trainer.config_eval import Choice
 from trainer.data.loader import Loader, Prepared, eval_plan, held_out_prompts
 from trainer.data.mask import Masker
 from trainer.engine import Engine
 from trainer.flow import Batch, Prompt
 from trainer.generate import choice_logprobs, generate, require_room
 from trainer.metrics import EVALUATIONS, Metrics, read_lines
-from trainer.score import Sample, accuracies, sample
+from trainer.score import Metric, Sample, as_table, check_scorers, metrics, samples
+from trainer.scorers import likeliest
 from trainer.watch import Watch
-
-SHOWN = 3  # samples of an evaluation, in TensorBoard
 
 
 def held_out_loss(engine: Engine, batches: Iterable[Batch], stop: dist.StopFlag, watch: Watch) -> float | None:
@@ -43,23 +43,16 @@ def write_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
     """Append the samples of one evaluation, a JSON object a line."""
     with path.open("a", encoding="utf-8") as file:
         for sample in samples:
-            file.write(json.dumps({"step": step, **sample._asdict()}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"step": step, **sample.as_json()}, ensure_ascii=False) + "\n")
 
 
-def write_evaluation(run_dir: Path, step: int, loss: float, measured: Mapping[str, Mapping[str, Any]]) -> None:
+def write_evaluation(run_dir: Path, step: int, loss: float, measured: Mapping[str, Metric]) -> None:
     """Append an evaluation that has ended to evaluations.jsonl, which stands on the disk when this returns."""
+    line = {"step": step, "eval_loss": loss, "metrics": {name: metric.as_json() for name, metric in measured.items()}}
     with (run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": step, "eval_loss": loss, "metrics": measured}) + "\n")
+        file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def measure(samples: Sequence[Sample]) -> dict[str, dict[str, Any]]:
-    """Each scorer's value over all samples, and their count."""
-    return {
-        key.removeprefix("eval/"): {"value": value, "count": len(samples), "low": None, "high": None}
-        for key, value in accuracies(samples).items()
-    }
 
 
 class Evaluation:
@@ -96,6 +89,8 @@ class Evaluation:
                 self._prompts = held_out_prompts(recipe, masker, self._generate.rows)
                 model: Any = engine.module.model
                 require_room(model, self._prompts, self._generate.max_new_tokens)
+                if dist.is_main():
+                    check_scorers(self._generate.scorers, self._prompts)
 
     def __call__(self, step: int) -> bool:
         ended = self._loader is None or step in self._evaluated or self._evaluate(self._loader, step)
@@ -106,15 +101,15 @@ class Evaluation:
         loss = held_out_loss(self._engine, loader.stream(0), self._stop, self._watch)
         if loss is None:
             return False
-        samples = self._samples(step)
-        if samples is None:
+        scored = self._scored(step)
+        if scored is None:
             return False
-        self._write(step, loss, samples)
+        self._write(step, loss, scored)
         self._evaluated.add(step)
         self._afterwards()
         return True
 
-    def _samples(self, step: int) -> list[Sample] | None:
+    def _scored(self, step: int) -> list[Sample] | None:
         """Every prompt with its answer and scores, on all ranks; None where the stop flag went up meanwhile."""
         section = self._generate
         if section is None or not self._prompts:
@@ -122,12 +117,11 @@ class Evaluation:
         tools = self._tokenizer, self._stop, self._watch
         chosen: dict[str, list[str]] = {}  # by scorer: the likeliest letter of each prompt
         for name, rule in section.scorers.items():
-            if getattr(rule, "kind", None) == "choice":
-                letters: Sequence[str] = rule.letters  # type: ignore[attr-defined]
-                logprobs = choice_logprobs(self._engine, self._prompts, letters, section.batch, *tools)
+            if isinstance(rule, Choice):
+                logprobs = choice_logprobs(self._engine, self._prompts, rule.letters, section.batch, *tools)
                 if logprobs is None:
                     return None
-                chosen[name] = [letters[row.index(max(row))] for row in logprobs]
+                chosen[name] = [likeliest(rule.letters, row) for row in logprobs]
         if chosen and len(chosen) == len(section.scorers):  # nothing asks for more than likelihoods
             answers: Sequence[str] | None = next(iter(chosen.values()))
         else:
@@ -136,34 +130,16 @@ class Evaluation:
             if answers is None:
                 return None
         self._watch.rest()  # scores may be a server's or a user's
-        return dist.broadcast(self._scored(answers, chosen) if dist.is_main() else None)
+        return dist.broadcast(samples(self._prompts, answers, section.scorers, chosen) if dist.is_main() else None)
 
-    def _scored(self, answers: Sequence[str], chosen: Mapping[str, Sequence[str]]) -> list[Sample]:
-        """One sample a prompt: the generated answer, scored as it is or by what was the likeliest."""
-        assert self._generate
-        scorers = self._generate.scorers
-        spoken = {name: rule for name, rule in scorers.items() if name not in chosen}
-        samples = [sample(p, answer, spoken) for p, answer in zip(self._prompts, answers, strict=True)]
-        for name, letters in chosen.items():
-            for prompt, letter, made in zip(self._prompts, letters, samples, strict=True):
-                made.scores.update(sample(prompt, letter, {name: scorers[name]}).scores)
-        return samples
-
-    def _write(self, step: int, loss: float, samples: Sequence[Sample]) -> None:
+    def _write(self, step: int, loss: float, scored: Sequence[Sample]) -> None:
         """The evaluation everywhere; in evaluations.jsonl last, which says that all of it is there."""
-        measured = measure(samples)
-        values = {f"eval/{name}": m["value"] for name, m in measured.items() if m["value"] is not None}
+        measured = metrics(scored)
+        values = {f"eval/{name}": metric.value for name, metric in measured.items() if metric.value is not None}
         line = {"eval/loss": loss, **values}
         self._metrics.write(step, line)
         if dist.is_main():
-            write_samples(self._run_dir / "samples.jsonl", step, samples)
-            for number, made in enumerate(samples[:SHOWN]):
-                self._metrics.text(f"samples/{number}", _as_markdown(made), step)
+            write_samples(self._run_dir / "samples.jsonl", step, scored)
+            self._metrics.text("samples", as_table(scored), step)
             write_evaluation(self._run_dir, step, loss, measured)
         dist.log.info("after %d steps: %s", step, "  ".join(f"{key} {value:.4f}" for key, value in line.items()))
-
-
-def _as_markdown(made: Sample) -> str:
-    scores = ", ".join(f"{name} {value}" for name, value in made.scores.items())
-    parts = {"prompt": made.prompt, "answer": made.answer, "reference": made.reference, "scores": scores}
-    return "\n\n".join(f"**{name}**\n\n```\n{text}\n```" for name, text in parts.items())

@@ -1,7 +1,7 @@
 """What a mean of scores, and the difference of two, is worth: 95% intervals and paired tests.
 
-Scores enter, one a prompt, from 0 to 1. Where all are 0 or 1 they are counts of right answers, and the formulas are those
-for proportions; else the scores are resampled, with a fixed seed: the same scores have the same interval.
+Scores enter, one a prompt, from 0 to 1. Where all are 0 or 1 they are counts of right answers, and the formulas are
+those for proportions; else the scores are resampled, with a fixed seed: the same scores have the same interval.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 
 _Z = NormalDist().inv_cdf(0.975)
 _RESAMPLES = 10_000
+_MOST_VALUES = 1_000_000  # in memory at once
 _SEED = 0
 
 
@@ -24,8 +25,8 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Of two means over the same prompts: the second's less the first's, its 95% interval, and the probability of one at
-    least as large, either way, where the two do not differ."""
+    """Of two means over the same prompts: the second's less the first's, its 95% interval, and the probability of one
+    at least as large, either way, where the two do not differ."""
 
     value: float
     low: float
@@ -41,8 +42,8 @@ def interval(scores: Sequence[float]) -> Interval:
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     """How much better the second scores are than the first, prompt by prompt. Needs a prompt.
 
-    Scores of 0 and 1: Newcombe's interval and McNemar's exact test. Else: a BCa bootstrap of the differences, and a test
-    that exchanges the two at random.
+    Scores of 0 and 1: Newcombe's interval and McNemar's exact test. Else: a BCa bootstrap of the differences, and a
+    test that exchanges the two at random.
     """
     assert len(first) == len(second), "scores of the same prompts"
     if _are_binary([*first, *second]):
@@ -100,7 +101,7 @@ def _bootstrap(values: np.ndarray) -> Interval:
     n = len(values)
     if n == 1 or not np.ptp(values):
         return Interval(float(values[0]), float(values[0]))
-    means = np.sort(_resampled(lambda random: values[random.integers(n, size=n)].mean()))
+    means = _resampled(n, lambda random, size: values[random.integers(n, size=size)].mean(axis=1))
     normal = NormalDist()
     below = (np.sum(means < values.mean()) + np.sum(means <= values.mean())) / 2  # ties count as half
     bias = normal.inv_cdf(float(np.clip(below, 1, _RESAMPLES - 1)) / _RESAMPLES)
@@ -118,12 +119,15 @@ def _sign_flips(differences: np.ndarray) -> float:
     """The share of random exchanges of the two under which the mean differs as much, the true one counted as one of
     them (Phipson and Smyth, Stat. Appl. Genet. Mol. Biol. 9, 2010)."""
     n = len(differences)
-    flipped = _resampled(lambda random: abs((differences * random.choice((-1.0, 1.0), n)).mean()))
-    as_much = np.sum(flipped >= abs(differences.mean()) - 1e-12)
+    flipped = _resampled(n, lambda random, size: (differences * random.choice((-1.0, 1.0), size)).mean(axis=1))
+    as_much = np.sum(np.abs(flipped) >= abs(differences.mean()) - 1e-12)
     return float(1 + as_much) / (1 + _RESAMPLES)
 
 
-def _resampled(statistic: Callable[[np.random.Generator], float]) -> np.ndarray:
-    """(10,000,) values of the statistic: one by one, so that memory does not grow with their number."""
+def _resampled(n: int, means: Callable[[np.random.Generator, tuple[int, int]], np.ndarray]) -> np.ndarray:
+    """(10,000,) means of resamples of n values, which `means` draws by (resamples, n): a few at a time, so that memory
+    does not grow with n."""
     random = np.random.default_rng(_SEED)
-    return np.array([statistic(random) for _ in range(_RESAMPLES)])
+    at_once = max(1, _MOST_VALUES // n)
+    sizes = [min(at_once, _RESAMPLES - start) for start in range(0, _RESAMPLES, at_once)]
+    return np.concatenate([means(random, (size, n)) for size in sizes])
