@@ -152,8 +152,10 @@ def test_a_rule_that_cannot_be_meant_is_refused(best, sentence):
 def test_a_rule_needs_evaluations():
     with pytest.raises(BadInput, match="`best` needs `every_steps`"):
         config.parse(tree(RULE, every_steps=None))
+    asks_nothing = tree({"minimize": "eval_loss"}, eval=[])
+    asks_nothing["eval"]["generate"] = None
     with pytest.raises(BadInput, match=r"eval\.best: no rows are held out"):
-        config.parse(tree(RULE, eval=[]))
+        config.parse(asks_nothing)
 
 
 # ----------------------------------------------------------------------------------------------- a run's record
