@@ -6,6 +6,7 @@ checkpoints/
     rank00000-000.safetensors     slices of weights and moments (shards.py)
     manifest.json                 RunState, shapes, size and checksum of every file, digest of every tensor
   latest                          the newest one's name; a convenience, nothing trusts it
+  best                            likewise, the best one's by eval.best, which pruning spares
 """
 
 from __future__ import annotations
@@ -112,27 +113,30 @@ class Saver:
     def __exit__(self, *_: object) -> None:
         self.wait()
 
-    def save(self, state: RunState) -> None:
+    def save(self, state: RunState, best: int | None = None) -> None:
         """Copy the state and write it in the background; or write it now, where memory does not hold the copy.
+
+        Args:
+            best: the step whose checkpoint is spared when older ones are removed, and not counted.
 
         Raises:
             BadInput: the disk has no room; nothing was written. Or the last save failed, and is reported here.
         """
         self.wait()
         _require_room(self._root, self._engine.state_bytes())
-        staged = self._root / f".saving-step-{state.step:06d}"
+        staged = self._root / f".saving-{_name(state.step)}"
         self._raise_failure(state.step, self._tried_on_main(staged.mkdir))
         # what is known without reading the state comes first: the background must not touch the engine
         shapes, digests = self._engine.state_shapes(), self._engine.frozen_digests()
         groups: Iterable[list[Slice]] = self._engine.state()
         if not self._in_background:
-            self._write(staged, state, shapes, digests, groups)
+            self._write(staged, state, best, shapes, digests, groups)
             return
         copies = [[piece.copy() for piece in group] for group in groups]
 
         def write() -> None:
             try:
-                self._write(staged, state, shapes, digests, copies)
+                self._write(staged, state, best, shapes, digests, copies)
             except Exception as error:  # raised by `wait`
                 dist.log.warning("%s", error)
                 self._failure = error
@@ -153,6 +157,7 @@ class Saver:
         self,
         staged: Path,
         state: RunState,
+        best: int | None,
         shapes: dict[str, list[int]],
         digests: Digests,
         groups: Iterable[list[Slice]],
@@ -174,7 +179,7 @@ class Saver:
             for files, digests, _ in shares:
                 manifest.files.update(files)
                 add_digests(manifest.digests, digests)
-            failure = self._tried_on_main(lambda: self._publish(staged, manifest))
+            failure = self._tried_on_main(lambda: self._publish(staged, manifest, best))
         if failure is not None and dist.is_main():
             shutil.rmtree(staged, ignore_errors=True)
         self._raise_failure(state.step, failure)
@@ -199,7 +204,7 @@ class Saver:
         for left in self._root.glob(".*-step-*"):
             shutil.rmtree(left)
 
-    def _publish(self, staged: Path, manifest: Manifest) -> None:
+    def _publish(self, staged: Path, manifest: Manifest, best: int | None) -> None:
         write_manifest(staged, manifest)
         sync_folder(staged)
         final = self._root / staged.name.removeprefix(".saving-")
@@ -208,10 +213,26 @@ class Saver:
         staged.rename(final)
         sync_folder(self._root)
         write_synced(self._root / "latest", final.name)
+        point_at_best(self._root, best)
         published = _published(self._root)
         # newer ones are damaged, as the run went on from an older one: they do not count, and stay until their step
-        for old in published[: published.index(final) + 1][: -self._keep]:
+        others = [old for old in published[: published.index(final) + 1] if old.name != _name(best)]
+        for old in others[: -self._keep]:
             _remove(old)
+
+
+def _name(step: int | None) -> str | None:
+    """Of a step's checkpoint."""
+    return None if step is None else f"step-{step:06d}"
+
+
+def point_at_best(root: Path, step: int | None) -> None:
+    """Let `best` name the checkpoint of the best step, where it is there. Called on rank 0."""
+    name = _name(step)
+    if name and (root / name).is_dir():
+        write_synced(root / "best", name)
+    else:
+        (root / "best").unlink(missing_ok=True)
 
 
 def _published(root: Path) -> list[Path]:
@@ -301,6 +322,25 @@ def open_newest(run_dir: Path) -> tuple[Shards, Manifest]:
         raise BadInput(f"{run_dir}: there is no whole checkpoint to export; train first")
     folder, manifest = found
     return Shards(folder, manifest.files, manifest.shapes), manifest
+
+
+def open_step(run_dir: Path, step: int) -> tuple[Shards, Manifest]:
+    """The checkpoint of one step, to be read by name.
+
+    Raises:
+        BadInput: there is none, or it is not whole: no other one is taken in its place.
+    """
+    root = run_dir / "checkpoints"
+    there = {int(path.name[len("step-") :]): path for path in _published(root)}
+    if step not in there:
+        shown = f"those that there are: {', '.join(map(str, there))}" if there else "there is none at all"
+        raise BadInput(f"{run_dir}: there is no checkpoint of step {step}; {shown}")
+    fault = fault_of(there[step])
+    if fault is not None:
+        others = ", ".join(str(other) for other in there if other != step) or "none"
+        raise BadInput(f"{there[step]} cannot be used: {fault}; put a whole one back, or take another --step: {others}")
+    manifest = Manifest.read(there[step])
+    return Shards(there[step], manifest.files, manifest.shapes), manifest
 
 
 def fault_of(folder: Path) -> str | None:

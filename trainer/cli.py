@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from trainer.arguments import Overrides, RecipeFile
+from trainer.cli_eval import chosen_step, compare, evaluate
 from trainer.cli_launch import launch_app
-from trainer.flow import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, BadInput, Example, RowError
+from trainer.flow import BAD_INPUT, DONE, FAILED, BadInput, Example, RowError
+from trainer.worker import end_with_the_launcher, end_worker, is_worker, stop_while_starting
 
 if TYPE_CHECKING:
     from trainer.config import Recipe
@@ -76,15 +78,13 @@ def train(
     from trainer import config
 
     recipe = config.load(recipe_file, overrides or ())
-    if _is_worker():
-        _end_with_the_launcher()
+    if is_worker():
+        end_with_the_launcher()
         from trainer.train import train
 
         train(recipe, extend=extend)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(DONE)  # DeepSpeed leaves threads behind, which now and then abort a process at its very end
-    _stop_while_starting()
+        end_worker()
+    stop_while_starting()
     from launch.local import launch, parse_nodes
     from launch.where import Where, find
 
@@ -294,22 +294,27 @@ def _work_of_data(recipe: Recipe) -> Any:
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
+    best: Annotated[bool, typer.Option("--best", help="The best evaluated step, by the recipe's eval.best.")] = False,
+    step: Annotated[int | None, typer.Option(min=1, help="Default: the last checkpoint.", show_default=False)] = None,
     universal: Annotated[
         bool, typer.Option("--universal", help="DeepSpeed's universal checkpoint, for other programs on DeepSpeed.")
     ] = False,
 ) -> None:
-    """Write a run's last checkpoint as a Hugging Face folder, load it again and compare.
+    """Write a checkpoint of a run as a Hugging Face folder, load it again and compare.
 
     [bold]packhorse export runs/quickstart --out models/word-problems[/bold]
+    [bold]packhorse export runs/quickstart --out models/word-problems --best[/bold]
     [bold]packhorse export runs/quickstart --out /scratch/universal --universal[/bold]
     """
     if universal:
         from trainer.universal import export_universal as export
     else:
         from trainer.export import export
-    print(export(run, out))
+    print(export(run, out, chosen_step(run, step, best)))
 
 
+app.command(name="eval")(evaluate)
+app.command()(compare)
 app.add_typer(launch_app, name="launch")
 
 
@@ -371,36 +376,9 @@ def _refuse(sentence: str) -> NoReturn:
         print(f"packhorse: error: {sentence}", file=sys.stderr, flush=True)
     except OSError:  # Python would try again at its very end, and make the exit code 120
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    if _is_worker():
+    if is_worker():
         os._exit(BAD_INPUT)  # at once: the launcher must see this code before the other ranks fall
     sys.exit(BAD_INPUT)
-
-
-def _is_worker() -> bool:
-    """Whether a launcher, ours or torchrun, started this process."""
-    return {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"} <= os.environ.keys()
-
-
-def _stop_while_starting() -> None:
-    """A launcher imports torch for seconds before it can pass signals on: until then they end it, with nothing lost."""
-    import signal
-
-    def stop(number: int, _frame: Any) -> NoReturn:
-        print(f"packhorse: {signal.Signals(number).name}: stopped before the workers had started", file=sys.stderr)
-        sys.exit(SAVED_RUN_AGAIN)
-
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, stop)
-
-
-def _end_with_the_launcher() -> None:
-    """Ask the kernel for a SIGTERM when the launcher dies: a worker left alone saves and leaves the GPU."""
-    import ctypes
-    import signal
-
-    set_parent_death_signal = 1
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 if __name__ == "__main__":

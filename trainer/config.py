@@ -382,6 +382,12 @@ class Recipe(Section):
                 raise ValueError("train.epochs: a source that grows has no epochs; take it out, train.steps says all")
         return self
 
+    @model_validator(mode="after")
+    def _best_has_rows(self) -> Recipe:
+        if self.eval.best and not self.has_eval:
+            raise ValueError("eval.best: no rows are held out to evaluate; give data.eval or data.eval_fraction")
+        return self
+
     @property
     def grows(self) -> bool:
         """Whether the training data grows while it is trained on (C1)."""

@@ -223,19 +223,38 @@ def _optimizer(groups: list[dict[str, Any]], optim: OptimSection, config: Mappin
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 
+def _evaluator(model: nn.Module, config: dict[str, Any]) -> nn.Module:
+    """The model without an optimizer: DeepSpeed brings its shards together at stage 3, and has no work elsewhere."""
+    if stage(config) < 3:
+        return model.to(dist.device())
+    sharding = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
+    engine, *_ = deepspeed.initialize(
+        model=model, config={**config, "zero_optimization": sharding}, dist_init_required=False
+    )
+    return engine
+
+
 # ----------------------------------------------------------------------------------------------- the engine
 
 
 class Engine:
-    """A model under DeepSpeed. `model(batch)` returns this rank's share of the step's loss (C2)."""
+    """A model under DeepSpeed. `model(batch)` returns this rank's share of the step's loss (C2).
+
+    Args:
+        groups: of the optimizer; None: the model is only evaluated, in shards at stage 3, and whole elsewhere.
+    """
 
     def __init__(
-        self, model: nn.Module, groups: list[dict[str, Any]], optim: OptimSection, config: dict[str, Any]
+        self, model: nn.Module, groups: list[dict[str, Any]] | None, optim: OptimSection, config: dict[str, Any]
     ) -> None:
         self._clip = optim.clip
         self.stage = stage(config)
         self.swaps = bool(_nvme_offloads(config))
+        self._model = model
         self._engine: Any
+        if groups is None:
+            self._engine = _evaluator(model, config)
+            return
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=_optimizer(groups, optim, config), config=config, dist_init_required=False
         )
@@ -246,7 +265,7 @@ class Engine:
 
     @property
     def module(self) -> nn.Module:
-        return self._engine.module
+        return self._model
 
     def step(
         self, batches: list[Batch], lr: float, clock: Clock, judge: Callable[[float], str | None] | None = None
@@ -341,7 +360,8 @@ class Engine:
             yield False
             return
         self._engine.empty_partition_cache()  # what was fetched ahead would be taken for gathered
-        offload = self._engine.optimizer.parameter_offload
+        optimizer = self._engine.optimizer
+        offload = getattr(optimizer, "parameter_offload", optimizer)  # without an optimizer this stands in its place
         hooks = [*offload.forward_hooks, *offload.backward_hooks]  # the first would cut each layer again after its use
         with gathered(self.module.parameters()), _without_hooks(self.module, hooks):
             yield True

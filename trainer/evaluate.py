@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,9 @@ class Evaluation:
         metrics: Metrics,
         stop: dist.StopFlag,
         watch: Watch,
+        afterwards: Callable[[], None] = lambda: None,
     ) -> None:
+        self._afterwards = afterwards  # called on every rank once an evaluation's line is written
         self._engine, self._tokenizer, self._metrics = engine, masker.tokenizer, metrics
         self._stop, self._watch = stop, watch
         self._generate, self._seed = recipe.eval.generate, recipe.train.seed
@@ -104,6 +106,7 @@ class Evaluation:
             return False
         self._write(step, loss, scored)
         self._evaluated.add(step)
+        self._afterwards()
         return True
 
     def _scored(self, step: int) -> list[Sample] | None:

@@ -7,14 +7,13 @@ whole while it is written.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trainer import __version__, checkpoint, dist
+from trainer import __version__, best, checkpoint, dist
 from trainer.config import Recipe, load
 from trainer.flow import BadInput
 from trainer.model.load import load_tokenizer
@@ -32,11 +31,11 @@ def save_description(model: Any, tokenizer: Any, run_dir: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def export(run_dir: Path, out: Path) -> Path:
-    """Write the run's newest whole checkpoint to `out`, in the recipe's dtype.
+def export(run_dir: Path, out: Path, step: int | None = None) -> Path:
+    """Write the run's newest whole checkpoint, or that of a step, to `out`, in the recipe's dtype.
 
     Raises:
-        BadInput: the run has no checkpoint, or `out` exists and is not an export.
+        BadInput: the run has no such checkpoint, or `out` exists and is not an export.
         RuntimeError: what was written does not load as what was saved.
     """
     if not (run_dir / "recipe.yaml").is_file():
@@ -44,7 +43,7 @@ def export(run_dir: Path, out: Path) -> Path:
     if out.exists() and not (out / "config.json").is_file():
         raise BadInput(f"{out}: exists and is not a model folder; give another --out")
     recipe = load(run_dir / "recipe.yaml")
-    saved, manifest = checkpoint.open_newest(run_dir)
+    saved, manifest = checkpoint.open_newest(run_dir) if step is None else checkpoint.open_step(run_dir, step)
 
     staged = out.with_name(f".{out.name}.saving")
     shutil.rmtree(staged, ignore_errors=True)
@@ -109,14 +108,18 @@ def _compare(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> 
 
 
 def _model_card(run_dir: Path, recipe: Recipe, step: int) -> str:
-    """A model card of the run's own facts."""
-    summary_path = run_dir / "summary.json"
-    summary: dict[str, Any] = json.loads(summary_path.read_text()) if summary_path.is_file() else {}
-    before, after = summary.get("before", {}), summary.get("after", {})
-    rows = "\n".join(f"| {key} | {before.get(key, float('nan')):.4f} | {after[key]:.4f} |" for key in after)
+    """A model card of the run's own facts: of this step, and not of one that was trained on from it."""
+    lines = best.evaluations(run_dir)
+    before, after = (best.numbers(lines[at]) if at in lines else {} for at in (0, step))
+    rows = "\n".join(f"| {name} | {_shown(before.get(name))} | {_shown(value)} |" for name, value in after.items())
+    rule = recipe.eval.best
+    found: dict[str, Any] = best.choose(rule, lines) if rule else {"step": None}
+    chosen = ""
+    if found["step"] == step:
+        chosen = f" Step {step} is the best of {len(found['candidates'])} evaluated ones: {rule}."
     given = ", ".join(f"{name}={value!r}" for name, value in recipe.data.chat_template_kwargs.items())
     given = f"\nIts chat template was given `{given}`: give apply_chat_template the same.\n" if given else ""
-    table = f"\n| held out | before | after |\n|---|---|---|\n{rows}\n" if after else ""
+    table = f"\n| held out | before | after {step} steps |\n|---|---|---|\n{rows}\n" if after else ""
     return f"""---
 base_model: {recipe.model.name}
 library_name: transformers
@@ -125,10 +128,14 @@ tags: [packhorse, sft]
 ---
 # {run_dir.name}
 
-{recipe.model.name}, fine-tuned by packhorse {__version__} for {step} steps.
+{recipe.model.name}, fine-tuned by packhorse {__version__} for {step} steps.{chosen}
 {given}{table}
 The run is a function of this recipe:
 
 ```yaml
 {recipe.to_yaml()}```
 """
+
+
+def _shown(value: float | None) -> str:
+    return "missing" if value is None else f"{value:.4f}"

@@ -43,6 +43,7 @@ def run(
     first_step: int,
     evaluate: Callable[[int], bool],
     save: Callable[[int], None],
+    is_best: Callable[[int], bool],
     rows_of: Callable[[StepPlan], str],
     trace: Callable[[int, list[Batch], StepResult], None] | None,
 ) -> Outcome:
@@ -51,6 +52,7 @@ def run(
     Args:
         evaluate: evaluates after so many steps; False where the stop flag ended it.
         save: saves a checkpoint after so many steps.
+        is_best: whether an evaluation has found the model after so many steps to be the best so far.
         rows_of: names the rows of a step, for the message where it is not applied.
         trace: writes down what an applied step was made of.
 
@@ -84,7 +86,7 @@ def run(
         last = done == steps
         if _due(done, recipe.eval.every_steps) and not last and not stopping:
             stopping = not evaluate(done)
-        if last or stopping or _due(done, recipe.checkpoint.every_steps):
+        if last or stopping or _due(done, recipe.checkpoint.every_steps) or is_best(done):
             with metrics.clock.part("checkpoint", host=True):
                 watch.rest()
                 save(done)

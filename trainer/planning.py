@@ -52,6 +52,11 @@ class Report:
     disk: Disk
 
 
+def _checkpoints_kept(recipe: Recipe) -> int:
+    """The best one is not among checkpoint.keep."""
+    return recipe.checkpoint.keep + (recipe.eval.best is not None)
+
+
 def look(recipe: Recipe, tokens: int) -> tuple[Model, dict[bool, Activations]]:
     """The recipe's model, and its activations for so many tokens by recomputation."""
     empty = planner.empty_model(recipe.model)
@@ -81,7 +86,7 @@ def plan(
             "or lower batch.rows_per_micro"
         )
     model, activations = looked or look(recipe, work.fullest_tokens)
-    disk = planner.disk(model, recipe.checkpoint.keep)
+    disk = planner.disk(model, _checkpoints_kept(recipe))
     kernel = "liger" if recipe.loss.kernel == "auto" else recipe.loss.kernel  # the image has it, and a GPU takes it
     candidates, refused = {}, {}
     for template in templates(recipe):
@@ -170,7 +175,7 @@ def sentences(report: Report, recipe: Recipe, flops: float, mfu: float) -> list[
         f"activations of a micro-batch: {', '.join(reversed(kept))}",
         f"time, at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU: {seconds:.3g} s a step, "
         f"{work.tokens / seconds:,.0f} tokens/s{run}",
-        f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {recipe.checkpoint.keep} kept and one being written "
+        f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {_checkpoints_kept(recipe)} kept and one being written "
         f"{_gib(disk.checkpoints)} GiB; the universal form {_gib(disk.universal)} GiB; an export "
         f"{_gib(disk.export)} GiB while it is made",
     ]

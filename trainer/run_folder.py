@@ -111,8 +111,10 @@ def describe(
     metrics.text("recipe", f"| key | value |\n|---|---|\n{rows}")
 
 
-def summarise(run_dir: Path, steps: int, tokens_per_s: float, passed_over: int) -> None:
-    """summary.json: the numbers before and after, read back from the log, and one sample."""
+def summarise(
+    run_dir: Path, steps: int, tokens_per_s: float, passed_over: int, best: dict[str, Any] | None = None
+) -> None:
+    """summary.json: the numbers before and after, read back from the log, the best step's, and one sample."""
     evaluated = {line["step"]: line for line in read_lines(run_dir / "metrics.jsonl") if "eval/loss" in line}
     numbers = {at: {k: v for k, v in line.items() if k.startswith("eval/")} for at, line in evaluated.items()}
     of_last = [sample for sample in read_lines(run_dir / "samples.jsonl") if sample["step"] == steps]
@@ -122,6 +124,7 @@ def summarise(run_dir: Path, steps: int, tokens_per_s: float, passed_over: int) 
             "before": numbers.get(0, {}),
             "after": numbers.get(steps, {}),
             "steps": steps,
+            "best": best,
             "passed_over": passed_over,
             "tokens_per_s": tokens_per_s,
             "sample": of_last[0] if of_last else None,

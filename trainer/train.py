@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer import checkpoint, dist
+from trainer.best import Best
 from trainer.checkpoint import RunState, Saver
 from trainer.config import OptimSection, Recipe
 from trainer.data.growing import prepare_train
@@ -172,7 +173,10 @@ def go_on(
     if dist.is_main():
         describe(recipe, run_dir, train_data, plan, eval_data, metrics)
         save_description(model, tokenizer, run_dir)
-    evaluation = Evaluation(recipe, run_dir, engine, eval_data, masker, metrics, stop, watch)
+    if recipe.eval.lm_eval:
+        dist.log.info("eval.lm_eval: its tasks are run by `packhorse eval %s RECIPE`, not in training", run_dir)
+    best = Best(recipe.eval.best, run_dir)
+    evaluation = Evaluation(recipe, run_dir, engine, eval_data, masker, metrics, stop, watch, best.look)
     every = recipe.eval.every_steps
     due = first_step == 0 or (every is not None and first_step % every == 0)
     if due and not evaluation(first_step):  # made already, unless this step's was stopped half-way
@@ -201,7 +205,8 @@ def go_on(
             watch,
             first_step=first_step,
             evaluate=evaluation,
-            save=partial(save, saver, engine, guard, train_data, recipe.batch.rows_per_micro),
+            save=partial(save, saver, engine, guard, train_data, recipe.batch.rows_per_micro, best),
+            is_best=lambda step: step == best.step,
             rows_of=lambda step: _rows_of(plan, step, train_data),
             trace=partial(write_trace, run_dir, engine) if recipe.run.trace else None,
         )
@@ -213,7 +218,8 @@ def go_on(
         write_stop(run_dir, outcome.step)
         return False
     if dist.is_main():
-        summarise(run_dir, plan.steps, metrics.tokens_per_s, len(guard.passed_over))
+        checkpoint.point_at_best(run_dir / "checkpoints", best.step)  # it may be the last one
+        summarise(run_dir, plan.steps, metrics.tokens_per_s, len(guard.passed_over), best.summary())
     metrics.close()
     return False
 
@@ -234,8 +240,12 @@ def stop_in_time(recipe: Recipe, stop: dist.StopFlag) -> None:
         stop.raise_at(float(end_s) - before_s)
 
 
-def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any) -> Engine:
-    """The model with its loss, loaded in shards where the stage is 3, under DeepSpeed, and proved (C4)."""
+def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool = True) -> Engine:
+    """The model with its loss, loaded in shards where the stage is 3, under DeepSpeed, and proved (C4).
+
+    Args:
+        learns: False builds no optimizer, nor what it would keep.
+    """
     hidden_size = load_config(recipe.model).get_text_config().hidden_size
     ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size, run_dir)
     clear_nvme(ds_config)
@@ -247,7 +257,8 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any) -> Engine:
         gathered=gathered,
     )
     module = SftModel(model, recipe.loss, recipe.train.seed, dist.device())
-    engine = Engine(module, parameter_groups(module, recipe.optim), recipe.optim, ds_config)
+    groups = parameter_groups(module, recipe.optim) if learns else None
+    engine = Engine(module, groups, recipe.optim, ds_config)
     prove(recipe, module)
     return engine
 
@@ -276,7 +287,9 @@ def require_same_data(*prepared: TrainData | None) -> None:
 # ----------------------------------------------------------------------------------------------- save, resume
 
 
-def save(saver: Saver, engine: Engine, guard: Guard, data: TrainData, rows_per_micro: int, step: int) -> None:
+def save(
+    saver: Saver, engine: Engine, guard: Guard, data: TrainData, rows_per_micro: int, best: Best, step: int
+) -> None:
     """Publish a checkpoint after the first `step` steps of the plan."""
     saver.save(
         RunState(
@@ -287,7 +300,8 @@ def save(saver: Saver, engine: Engine, guard: Guard, data: TrainData, rows_per_m
             recent_losses=guard.recent_losses,
             world_size=dist.world_size(),
             stage=engine.stage,
-        )
+        ),
+        best.step,
     )
 
 

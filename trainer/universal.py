@@ -30,15 +30,15 @@ _GROUPS = 16  # parameter groups that a program may have: DeepSpeed loads as man
 _FILES = {"fp32": WEIGHT, EXP_AVG: EXP_AVG, EXP_AVG_SQ: EXP_AVG_SQ}
 
 
-def export_universal(run_dir: Path, out: Path) -> Path:
-    """Write the run's newest whole checkpoint to `out`, one tensor at a time.
+def export_universal(run_dir: Path, out: Path, step: int | None = None) -> Path:
+    """Write the run's newest whole checkpoint, or that of a step, to `out`, one tensor at a time.
 
     Raises:
-        BadInput: the run has no checkpoint, or `out` exists and is not such a folder.
+        BadInput: the run has no such checkpoint, or `out` exists and is not such a folder.
     """
     if out.exists() and not (out / "latest_universal").is_file():
         raise BadInput(f"{out}: exists and is not a universal checkpoint; give another --out")
-    saved, manifest = checkpoint.open_newest(run_dir)
+    saved, manifest = checkpoint.open_newest(run_dir) if step is None else checkpoint.open_step(run_dir, step)
     tag = f"step-{manifest.state.step:06d}"
     staged = out.with_name(f".{out.name}.saving")
     shutil.rmtree(staged, ignore_errors=True)

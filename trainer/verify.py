@@ -51,6 +51,7 @@ QUIET = (
     "data.eval_fraction=0",
     "data.group_by=null",
     "eval.generate=null",
+    "eval.best=null",
     "checkpoint.every_steps=null",
     "profile=null",
     "run.trace=true",

@@ -59,7 +59,7 @@ def test_it_brings_what_generation_needs(exported: Path) -> None:
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in (stops if isinstance(stops, list) else [stops])
     card = (exported / "README.md").read_text()
     assert "3 steps" in card
-    assert "eval/loss" in card
+    assert "eval_loss" in card
 
 
 def test_the_card_says_what_the_chat_template_was_given(tmp_path: Path) -> None:

@@ -86,6 +86,43 @@ def test_the_newest_is_found_and_older_ones_are_pruned(tmp_path: Path, asynchron
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000010"
 
 
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_best_one_is_spared_and_not_counted(tmp_path: Path, asynchronous: bool) -> None:
+    bests = {1: None, 2: 2, 3: 2, 4: 2, 5: 2}
+    section = CheckpointSection(keep=2, asynchronous=asynchronous)
+    with Saver(tmp_path, Model(), section) as saver:  # type: ignore[arg-type]
+        for step, best in bests.items():
+            saver.save(state(step), best)
+    assert names(tmp_path) == ["best", "latest", "step-000002", "step-000004", "step-000005"]
+    assert (tmp_path / "checkpoints" / "best").read_text() == "step-000002"
+    assert found_step(tmp_path) == 5
+
+
+def test_one_that_is_the_best_no_more_is_pruned_as_others_are(tmp_path: Path) -> None:
+    with Saver(tmp_path, Model(), CheckpointSection(keep=1)) as saver:  # type: ignore[arg-type]
+        for step, best in {1: 1, 2: 1, 3: 3, 4: 3}.items():
+            saver.save(state(step), best)
+    assert names(tmp_path) == ["best", "latest", "step-000003", "step-000004"]
+    publish(tmp_path, 5, keep=1)  # a rule that was taken out
+    assert names(tmp_path) == ["latest", "step-000005"]
+
+
+def test_a_step_is_opened_or_refused_and_never_replaced_by_another(tmp_path: Path) -> None:
+    publish(tmp_path, 1, 2, 3)
+    assert checkpoint.open_step(tmp_path, 2)[1].state == state(2)
+    with pytest.raises(BadInput, match=r"no checkpoint of step 7; those that there are: 1, 2, 3"):
+        checkpoint.open_step(tmp_path, 7)
+    lose_a_file(tmp_path / "checkpoints" / "step-000002")
+    with pytest.raises(BadInput, match=r"step-000002 cannot be used: .*; put a whole one back, or .*: 1, 3"):
+        checkpoint.open_step(tmp_path, 2)
+    with pytest.raises(BadInput, match="there is none at all"):
+        checkpoint.open_step(tmp_path / "empty", 2)
+
+
 def test_none_is_found_where_none_was_written(tmp_path: Path) -> None:
     assert checkpoint.find(tmp_path) is None
 

@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A file imports only from the lines above its own. A new file takes its place here.
 TIERS = [
     "flow arguments section",
-    "config_eval",
+    "config_eval worker",
     "config dist",
     "once picture template shards watch functions strict_json endpoint bounded statistics data/digest",
     "data/source data/format data/math_answers data/mask data/tokenise data/cache data/pack data/plan data/split",
@@ -23,10 +23,11 @@ TIERS = [
     "optim metrics progress preview zero scorers judge",
     "engine guard planner score",
     "generate",
-    "evaluate checkpoint run_folder",
-    "loop export universal planning",
-    "train verify",
-    "cli_launch",
+    "evaluate checkpoint run_folder best",
+    "loop export universal planning compare",
+    "train verify lm_eval_tasks",
+    "assess",
+    "cli_launch cli_eval",
     "cli",
 ]
 TIER_OF = {name: number for number, tier in enumerate(TIERS) for name in tier.split()}

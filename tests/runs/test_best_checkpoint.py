@@ -1,0 +1,186 @@
+"""Runs that keep their best checkpoint: which one it is, that pruning spares it, and that stops and rollbacks change
+nothing of it. And what is done with it afterwards: `packhorse export --best`, `packhorse eval`, `packhorse compare`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.ranks import ROOT, run_ranks
+from trainer import checkpoint
+from trainer.best import best_step, evaluations
+from trainer.compare import difference, read_results
+from trainer.flow import BadInput
+from trainer.metrics import read_lines
+
+pytestmark = pytest.mark.runs
+
+# The loss falls at every step: what a condition leaves out is the later ones, so that the best one has to be spared.
+RULE = "eval.best={minimize: eval_loss, subject_to: {eval_loss: '> 4.5'}, tie: answer_accuracy}"
+BEST = 3
+FIRST = "eval.best={minimize: eval_loss, subject_to: {eval_loss: '> 5.5'}}"
+NEVER = "eval.best={minimize: eval_loss, subject_to: {eval_loss: '> 100'}}"
+OFTEN = ("train.steps=6", "eval.every_steps=1", "eval.generate.max_new_tokens=8")
+
+
+def case(root: Path, name: str, *overrides: str, **extra: Any) -> dict[str, Any]:
+    common = (*OFTEN, "checkpoint.every_steps=null", "checkpoint.keep=1", f"data.cache={root / 'cache'}")
+    recipe = str(ROOT / "recipes" / "debug.yaml")
+    return {"run": str(root / name), "recipe": recipe, "overrides": [*common, RULE, *overrides], **extra}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On two ranks: a run; one that is stopped on the way; one in which no step is the best; one whose third step sends
+    it back to its best one, the first, so that it trains a step again that it had evaluated."""
+    root = tmp_path_factory.mktemp("best")
+    cases = [
+        case(root, "whole"),
+        case(root, "stopped", stop_after=4),
+        case(root, "stopped"),
+        case(root, "never", NEVER),
+        case(root, "back", FIRST, "guard.non_finite=rollback", changes=["nan_in_the_third_step"]),
+    ]
+    path = root / "cases.json"
+    path.write_text(json.dumps(cases))
+    run_ranks(2, ["-m", "tests.numerics.cases", str(path)])
+    return root
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+def packhorse(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trainer.cli", *arguments]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+# ----------------------------------------------------------------------------------------------- while training
+
+
+def test_a_step_that_is_the_best_is_saved_though_none_was_due_and_is_spared(root: Path) -> None:
+    losses = {step: line["eval_loss"] for step, line in evaluations(root / "whole").items()}
+    assert list(losses) == [0, 1, 2, 3, 4, 5, 6]
+    assert losses[BEST] > 4.5 > losses[BEST + 1], "the rule of this test picks the step no more: choose another bound"
+    assert names(root / "whole") == ["best", "latest", "step-000003", "step-000006"]
+    assert (root / "whole" / "checkpoints" / "best").read_text() == "step-000003"
+
+
+def test_the_run_folder_says_which_is_the_best_and_why(root: Path) -> None:
+    report = json.loads((root / "whole" / "best.json").read_text())
+    assert report["step"] == best_step(root / "whole") == BEST
+    assert [c["step"] for c in report["candidates"]] == [1, 2, 3, 4, 5, 6]
+    assert [c["meets"] for c in report["candidates"]] == [True] * 3 + [False] * 3
+    best = json.loads((root / "whole" / "summary.json").read_text())["best"]
+    assert best["step"] == BEST
+    assert best["rule"] == "the lowest eval_loss with eval_loss > 4.5, ties by answer_accuracy"
+    assert set(best["metrics"]) == {"eval_loss", "answer_accuracy", "format_accuracy"}
+
+
+def test_a_stopped_run_has_the_best_of_one_that_never_was(root: Path) -> None:
+    assert json.loads((root / "stopped" / "best.json").read_text())["step"] == BEST
+    assert names(root / "stopped") == names(root / "whole")
+    whole, stopped = (evaluations(root / name) for name in ("whole", "stopped"))
+    assert whole == stopped
+
+
+def test_where_no_step_meets_the_conditions_none_is_kept_apart(root: Path) -> None:
+    assert names(root / "never") == ["latest", "step-000006"]
+    best = json.loads((root / "never" / "summary.json").read_text())["best"]
+    assert best["step"] is None
+    assert "not > 100" in best["why"]
+
+
+def test_evaluations_of_steps_that_are_trained_again_do_not_count(root: Path) -> None:
+    """The third step sends the run back to step 1: the evaluation of step 2 is made again, and stands there once."""
+    assert [line["step"] for line in read_lines(root / "back" / "evaluations.jsonl")] == [0, 1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in read_lines(root / "back" / "passed_over.jsonl")] == [3]
+    assert names(root / "back") == ["best", "latest", "step-000001", "step-000006"]
+
+
+# ----------------------------------------------------------------------------------------------- afterwards
+
+
+@pytest.fixture(scope="module")
+def exported(root: Path) -> Path:
+    done = packhorse("export", str(root / "whole"), "--out", str(root / "best-model"), "--best")
+    assert done.returncode == 0, done.stderr
+    return root / "best-model"
+
+
+def test_the_best_is_exported_and_the_card_says_by_which_rule(root: Path, exported: Path) -> None:
+    saved, manifest = checkpoint.open_step(root / "whole", BEST)
+    assert manifest.state.step == BEST
+    for name, parameter in AutoModelForCausalLM.from_pretrained(exported).named_parameters():
+        assert torch.equal(parameter, saved.whole(name)), name
+    card = (exported / "README.md").read_text()
+    assert "Step 3 is the best of 6 evaluated ones: the lowest eval_loss with eval_loss > 4.5" in card
+    loss = evaluations(root / "whole")[BEST]["eval_loss"]
+    assert f"| {loss:.4f} |" in card
+
+
+def test_a_damaged_best_is_refused_and_nothing_else_taken_in_its_place(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "whole", tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints" / "step-000003").glob("rank*"):
+        path.write_bytes(path.read_bytes()[:-1])
+    done = packhorse("export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--best")
+    assert done.returncode == 2
+    assert "step-000003 cannot be used" in done.stderr
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000003")
+    done = packhorse("export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--best")
+    assert done.returncode == 2
+    assert "no checkpoint of step 3; those that there are: 6" in done.stderr
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(BadInput, match=r"there is no best checkpoint: .*step 6: eval_loss is"):
+        best_step(root / "never")
+
+
+@pytest.fixture(scope="module")
+def evaluated(root: Path) -> Path:
+    """The best checkpoint, scored again by two processes."""
+    changes = (*OFTEN, f"data.cache={root / 'cache'}")
+    done = packhorse("eval", str(root / "whole"), "recipes/debug.yaml", "--best", "--nproc", "2", *changes)
+    assert done.returncode == 0, done.stderr
+    assert "eval_loss" in done.stdout
+    assert "format_accuracy" in done.stdout
+    return root / "whole" / "evals" / "debug-step-000003"
+
+
+def test_a_checkpoint_is_scored_as_it_was_in_training(root: Path, evaluated: Path) -> None:
+    then, now = evaluations(root / "whole")[BEST], evaluations(evaluated)[BEST]
+    assert now["eval_loss"] == pytest.approx(then["eval_loss"], rel=1e-6)
+    assert now["metrics"] == then["metrics"]
+    given = [line for line in read_lines(root / "whole" / "samples.jsonl") if line["step"] == BEST]
+    assert read_lines(evaluated / "samples.jsonl") == given
+    assert not (evaluated / "exported").exists(), "the weights were for the evaluation alone"
+
+
+def test_an_export_is_scored_as_its_checkpoint_whole_and_on_one_process(
+    root: Path, exported: Path, evaluated: Path
+) -> None:
+    """At ZeRO stage 2, which without an optimizer has nothing to shard; the other was at stage 3."""
+    changes = (*OFTEN, f"data.cache={root / 'cache'}", "parallel.deepspeed=ds_configs/zero2.json")
+    out = root / "results"
+    done = packhorse("eval", str(exported), "recipes/debug.yaml", "--out", str(out), "--nproc", "1", *changes)
+    assert done.returncode == 0, done.stderr
+    a, b = read_results(str(evaluated)), read_results(str(out))
+    assert b.step == 0
+    assert b.eval_loss == pytest.approx(a.eval_loss, rel=1e-6)
+    found = difference(a, b, "format_accuracy")
+    assert found
+    assert (found[0].value, found[0].p) == (0, 1)
+    done = packhorse("compare", f"{root / 'whole'}@best", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "format_accuracy" in done.stdout
+    assert "+0.000" in done.stdout

@@ -1,0 +1,89 @@
+"""`packhorse eval`, `compare` and `export --best`: what they refuse, and in which words."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import ROOT
+from trainer import cli, config
+
+DEBUG = "recipes/debug.yaml"
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """The command in this process; gives the one line that it ends with."""
+    monkeypatch.chdir(ROOT)
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["packhorse", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        err = capsys.readouterr().err
+        assert ended.value.code == 2, err
+        assert err.startswith("packhorse: error: ")
+        assert err.count("\n") == 1
+        return err
+
+    return run
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run without checkpoints."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(config.load(ROOT / DEBUG).to_yaml())
+    return folder
+
+
+def test_what_cannot_be_evaluated_is_told(refused, tmp_path, run_dir):
+    assert "there is no such folder" in refused("eval", "./nowhere", DEBUG)
+    assert "there is no such folder" in refused("eval", str(tmp_path / "nowhere"), DEBUG)
+    (tmp_path / "empty").mkdir()
+    assert "neither a run folder" in refused("eval", str(tmp_path / "empty"), DEBUG)
+    assert "no rows are held out" in refused("eval", str(run_dir), DEBUG, "data.eval=[]")
+    assert "there is no checkpoint to evaluate" in refused("eval", str(run_dir), DEBUG)
+    assert "there is no checkpoint of step 3; there is none at all" in refused(
+        "eval", str(run_dir), DEBUG, "--step", "3"
+    )
+    assert "--best and --step: give one of them" in refused("eval", str(run_dir), DEBUG, "--step", "3", "--best")
+    assert "its recipe has no eval.best" in refused("eval", str(run_dir), DEBUG, "--best")
+    assert "this is no run folder" in refused("eval", "recipes/debug/model", DEBUG, "--step", "3")
+    assert not list(run_dir.glob("evals/*/exported"))
+
+
+def test_results_are_not_written_over_what_is_something_else(refused, tmp_path):
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("")
+    said = refused("eval", "recipes/debug/model", DEBUG, "--out", str(tmp_path / "thesis"))
+    assert "exists and holds no results of packhorse eval" in said
+    assert (tmp_path / "thesis" / "thesis.tex").exists()
+
+
+def test_a_folder_of_tasks_that_is_not_there_is_told(refused, tmp_path):
+    tasks = ("eval.lm_eval=[gsm8k]", "eval.lm_eval_path=nowhere")
+    said = refused("eval", "recipes/debug/model", DEBUG, *tasks, "--out", str(tmp_path / "out"))
+    assert "eval.lm_eval_path: there is no folder nowhere" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_exported_as_the_best_is_told(refused, run_dir):
+    out = ("--out", str(run_dir / "out"))
+    assert "its recipe has no eval.best" in refused("export", str(run_dir), "--best", *out)
+    assert "give one of them" in refused("export", str(run_dir), "--best", "--step", "3", *out)
+    assert "no checkpoint of step 3" in refused("export", str(run_dir), "--step", "3", *out)
+    rule = config.load(run_dir / "recipe.yaml", ["eval.best={minimize: eval_loss}"])
+    (run_dir / "recipe.yaml").write_text(rule.to_yaml())
+    assert "there is no best checkpoint: no step was evaluated yet" in refused("export", str(run_dir), "--best", *out)
+    (run_dir / "evaluations.jsonl").write_text(json.dumps({"step": 7, "eval_loss": 1.0, "metrics": {}}) + "\n")
+    assert "there is no checkpoint of step 7" in refused("export", str(run_dir), "--best", *out)
+
+
+def test_what_cannot_be_compared_is_told(refused, run_dir):
+    assert "nothing was evaluated there" in refused("compare", str(run_dir), str(run_dir))
+    assert "there is no such folder" in refused("compare", "nowhere", str(run_dir))
