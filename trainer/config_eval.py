@@ -2,9 +2,48 @@
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from urllib.parse import urlsplit
+
+from pydantic import Field, JsonValue, model_validator
 
 from trainer.section import Section
+
+
+class Server(Section):
+    """An OpenAI-compatible server."""
+
+    url: str = Field(description="Up to its version, as http://localhost:8000/v1, without a key or a password.")
+    key_env: str | None = Field(
+        default=None, description="Name of the environment variable that holds its key; none is sent where not given."
+    )
+    timeout_s: float = Field(default=300.0, gt=0, description="For one answer.")
+    patience_s: float = Field(
+        default=120.0, ge=0, description="A request that fails (429, 5xx, no connection) is tried again for so long."
+    )
+    parallel: int = Field(default=16, ge=1, description="Requests at once.")
+    extra: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="More fields of each request, as `chat_template_kwargs`; null takes one out.",
+    )
+
+    @model_validator(mode="after")
+    def _plain_url(self) -> Server:
+        try:
+            parts = urlsplit(self.url)
+            whole = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+        except ValueError:
+            raise ValueError("`url` is not an address, as http://localhost:8000/v1") from None
+        if "@" in parts.netloc or parts.query or parts.fragment:
+            raise ValueError("`url` must hold no user, password or key; name the key's variable in `key_env`")
+        if not whole:
+            raise ValueError("`url` is an address with http:// or https://, as http://localhost:8000/v1")
+        return self
+
+
+class Endpoint(Server):
+    """A model on an OpenAI-compatible server."""
+
+    model: str = Field(description="The name that the server knows it by.")
 
 
 class Scorer(Section):

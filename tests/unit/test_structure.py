@@ -10,7 +10,7 @@ TIERS = [
     "flow arguments section",
     "config_eval",
     "config dist",
-    "once picture template shards watch functions strict_json",
+    "once picture template shards watch functions strict_json endpoint",
     "data/source data/format data/math_answers data/mask data/tokenise data/cache data/pack data/plan data/split",
     "data/filters",
     "data/rows",
