@@ -12,12 +12,14 @@ from pathlib import Path
 
 import torch
 
-from trainer import dist
+from trainer import dist, served
 from trainer.config import Recipe
+from trainer.config_eval import GenerateSection
 from trainer.data.loader import Loader, Prepared, eval_plan, held_out_prompts
 from trainer.data.mask import Masker
+from trainer.endpoint import Unreachable
 from trainer.engine import Engine
-from trainer.flow import Batch, Prompt
+from trainer.flow import BadInput, Batch, Prompt
 from trainer.generate import generate
 from trainer.metrics import Metrics
 from trainer.score import Sample, accuracies, sample
@@ -58,6 +60,7 @@ class Evaluation:
     ) -> None:
         self._engine, self._tokenizer, self._metrics = engine, masker.tokenizer, metrics
         self._stop, self._watch = stop, watch
+        self._recipe, self._run_dir = recipe, run_dir
         self._generate = recipe.eval.generate
         self._samples = run_dir / "samples.jsonl"
         self._loader: Loader | None = None
@@ -78,12 +81,18 @@ class Evaluation:
             return False
         line = {"eval/loss": loss}
         if self._generate and self._prompts:
-            answers = generate(self._engine, self._prompts, self._generate, self._tokenizer, self._stop, self._watch)
+            try:
+                answers = self._answers(self._generate, step)
+            except Unreachable as error:
+                if step == 0:  # nothing is lost by saying so at once
+                    raise BadInput(f"eval.generator: {error}") from None
+                dist.log.warning("after %d steps there are no answers: %s", step, error)
+                answers = []
             if answers is None:
                 return False
             samples = [
                 sample(prompt, answer, self._generate.scorers)
-                for prompt, answer in zip(self._prompts, answers, strict=True)
+                for prompt, answer in zip(self._prompts, answers, strict=bool(answers))
             ]
             line |= accuracies(samples)
             if dist.is_main():
@@ -91,3 +100,11 @@ class Evaluation:
         self._metrics.write(step, line)
         dist.log.info("after %d steps: %s", step, "  ".join(f"{key} {value:.4f}" for key, value in line.items()))
         return True
+
+    def _answers(self, section: GenerateSection, step: int) -> list[str] | None:
+        """From the engine, or from a server that is handed its weights; None where the stop flag went up."""
+        if self._recipe.eval.generator == "engine":
+            return generate(self._engine, self._prompts, section, self._tokenizer, self._stop, self._watch)
+        return served.generate(
+            self._engine, self._recipe, self._run_dir, step, self._prompts, self._stop, self._watch
+        )

@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A file imports only from the lines above its own. A new file takes its place here.
 TIERS = [
-    "flow arguments section",
+    "flow arguments section supervise",
     "config_eval",
     "config dist",
     "once picture template shards watch functions strict_json endpoint",
@@ -23,8 +23,11 @@ TIERS = [
     "optim metrics progress preview zero",
     "engine guard planner score",
     "generate",
-    "evaluate checkpoint run_folder",
-    "loop export universal planning",
+    "checkpoint run_folder",
+    "export universal planning",
+    "served",
+    "evaluate",
+    "loop",
     "train verify",
     "cli_launch",
     "cli",
