@@ -10,7 +10,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -112,21 +113,35 @@ class Client:
         """
         given_up = threading.Event()
         patience_s = self._server.patience_s if patience_s is None else patience_s
-        pool = ThreadPoolExecutor(self._server.parallel, "endpoint")
+        todo: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+        done: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+        for number, body in enumerate(bodies):
+            todo.put((number, {k: v for k, v in {**body, **self._server.extra}.items() if v is not None}))
+
+        def work() -> None:
+            with suppress(Empty):
+                while not given_up.is_set():
+                    number, body = todo.get_nowait()
+                    try:
+                        done.put((number, self._reply("POST", path, body, patience_s, given_up)))
+                    except Exception as error:  # raised where it is waited for
+                        done.put((number, error))
+
+        for _ in range(min(self._server.parallel, len(bodies))):
+            threading.Thread(target=work, name="endpoint", daemon=True).start()  # no exit waits for an answer
+        replies: dict[int, Any] = {}
         try:
-            asked = [{k: v for k, v in {**body, **self._server.extra}.items() if v is not None} for body in bodies]
-            futures = [pool.submit(self._reply, "POST", path, body, patience_s, given_up) for body in asked]
-            waiting = set(futures)
-            while waiting:
+            while len(replies) < len(bodies):
                 if self._stopping():
                     raise Cancelled
-                done, waiting = wait(waiting, _LOOK_S, FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-            return [future.result() for future in futures]
+                with suppress(Empty):
+                    number, reply = done.get(timeout=_LOOK_S)
+                    if isinstance(reply, Exception):
+                        raise reply
+                    replies[number] = reply
         finally:
             given_up.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        return [replies[number] for number in range(len(bodies))]
 
     def _reply(self, method: str, path: str, body: Any, patience_s: float, given_up: threading.Event) -> Any:
         """One request, tried again with growing pauses for `patience_s` after it first failed."""

@@ -43,6 +43,7 @@ FOLDER = "serving"  # of a run: the weights that a server is handed, while it ha
 COMPILED = "_orig_mod."  # what torch.compile puts before the names of a module's parameters
 _LOOK_S = 0.5  # between looks at whether the answers are there, or a signal is
 _START_S = 1800.0  # for vLLM to load a model: hundreds of GB over a network take their time
+_END_S = 60.0  # for all of it to end
 _SHARE = 0.9  # of what is free on a GPU: vLLM refuses to start on less than it is told
 _WEIGHTS_SHARE = 0.7  # of that; the rest is for what attention keeps of the prompts
 _UNFIT = 422  # of a form of prompt that it makes something else of
@@ -151,7 +152,7 @@ def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watc
     persistent = model.state_dict(keep_vars=True).keys()
     tensors = dict(model.named_parameters())
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    root = run_dir.resolve() / FOLDER
+    root = run_dir.absolute() / FOLDER  # not resolved: another machine may have the link alone
     staged, folder = root / "weights", root / f"step-{step:06d}-{secrets.token_hex(4)}"
     failure = _tried(lambda: _make_room(root, staged, tensors.values()))
     weights: dict[str, torch.Tensor] = {}
@@ -233,7 +234,7 @@ def answers(
     """
     section = recipe.eval.generate or GenerateSection()
     if Path(model).is_dir():
-        model = str(Path(model).resolve())
+        model = str(Path(model).absolute())
     with _server(recipe, model, prompts, log, gpus, stopping) as server, Client(server, stopping) as client:
         fields = {"model": model, "max_tokens": section.max_new_tokens, "temperature": 0.0}
         path, form = _form(client, server, recipe.data.chat_template_kwargs, fields, prompts[0])
@@ -340,7 +341,10 @@ def _server(
             yield server
         finally:
             process.terminate()
-            process.wait()
+            try:
+                process.wait(_END_S)
+            except subprocess.TimeoutExpired:  # as where a GPU's driver holds a process
+                dist.log.warning("vLLM does not end: the process group %d is still there", process.pid)
 
 
 def vllm_command(
@@ -393,19 +397,18 @@ def _gpus_needed(folder: Path, room_bytes: int, gpus: int) -> int:
 
 def _wait_until_there(process: subprocess.Popen, server: Server, log: Path, stopping: Callable[[], bool]) -> None:
     deadline = time.monotonic() + _START_S
-    while True:
-        if stopping():
-            raise Cancelled
-        if process.poll() is not None:
-            raise Unreachable(f"vLLM ended while it was started ({_last_error(log)}); its output is in {log}")
-        try:
-            with Client(server) as client:
+    with Client(server) as client:
+        while not stopping():
+            if process.poll() is not None:
+                raise Unreachable(f"vLLM ended while it was started ({_last_error(log)}); its output is in {log}")
+            try:
                 client.check()
-            return
-        except Unreachable:
-            if time.monotonic() > deadline:
-                raise Unreachable(f"vLLM was not there after {_START_S:.0f} s; its output is in {log}") from None
-        time.sleep(_LOOK_S)
+                return
+            except Unreachable:
+                if time.monotonic() > deadline:
+                    raise Unreachable(f"vLLM was not there after {_START_S:.0f} s; its output is in {log}") from None
+            time.sleep(_LOOK_S)
+    raise Cancelled
 
 
 def _last_error(log: Path) -> str:
@@ -432,4 +435,5 @@ def clean_environment() -> dict[str, str]:
     """What a program of another environment may know of ours: not torchrun's RANK and MASTER_ADDR, which would make it
     wait for ranks, nor PYTHONPATH, which would bring in our packages, nor keys of judges."""
     kept = {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
+    kept.pop("VLLM_API_KEY", None)  # it would ask us for it
     return {**kept, "VLLM_NO_USAGE_STATS": "1"}
