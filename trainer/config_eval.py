@@ -83,7 +83,7 @@ class EvalSection(Section):
         default=None,
         description="The Python of an environment of its own that has vllm, as /opt/vllm/bin/python: vllm pins torch.",
     )
-    vllm_args: tuple[str, ...] = Field(
+    vllm_args: tuple[str | int | float, ...] = Field(
         default=(), description="More arguments of vLLM's server, after packhorse's own, so that these count."
     )
     generate: GenerateSection | None = None

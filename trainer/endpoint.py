@@ -87,7 +87,8 @@ class Client:
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx2.Timeout(server.timeout_s, connect=min(_CONNECT_S, server.timeout_s)),
             limits=httpx2.Limits(max_connections=server.parallel),
-            trust_env=urlsplit(server.url).hostname not in ("localhost", "127.0.0.1", "::1"),  # no proxy knows this host
+            trust_env=urlsplit(server.url).hostname
+            not in ("localhost", "127.0.0.1", "::1"),  # no proxy knows this host
         )
 
     def __enter__(self) -> Client:
@@ -209,4 +210,3 @@ def _key(server: Server) -> str | None:
             f"{'not a key' if key else 'not set'}; set it where the run is started"
         )
     return key
-

@@ -105,6 +105,4 @@ class Evaluation:
         """From the engine, or from a server that is handed its weights; None where the stop flag went up."""
         if self._recipe.eval.generator == "engine":
             return generate(self._engine, self._prompts, section, self._tokenizer, self._stop, self._watch)
-        return served.generate(
-            self._engine, self._recipe, self._run_dir, step, self._prompts, self._stop, self._watch
-        )
+        return served.generate(self._engine, self._recipe, self._run_dir, step, self._prompts, self._stop, self._watch)

@@ -221,7 +221,7 @@ def answers(
     gpus: Sequence[Gpu] = (),
     stopping: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """Answers to the prompts by a model folder, or a hub name, from the recipe's server or a vLLM. One process calls it.
+    """Answers to the prompts by a model folder, or a hub name, from the recipe's server or a vLLM. One rank calls it.
 
     Args:
         log: where vLLM's own output goes.
@@ -285,8 +285,8 @@ def _require_same_prompt(server: Server, prompt: Prompt, reply: Mapping[str, Any
     if counted != len(prompt.input_ids):
         raise Refused(
             f"the server at {server.url} counts {counted} tokens in a prompt of {len(prompt.input_ids)}: it renders or "
-            "tokenises it otherwise than training does, so that its answers would be to another question; take a server "
-            "whose /v1/completions takes token ids, as vLLM's does",
+            "tokenises it otherwise than training does, so that its answers would be to another question; take a "
+            "server whose /v1/completions takes token ids, as vLLM's does",
             _UNFIT,
         )
 
@@ -347,9 +347,7 @@ def _server(
                 dist.log.warning("vLLM does not end: the process group %d is still there", process.pid)
 
 
-def vllm_command(
-    recipe: Recipe, model: str, port: int, longest_prompt_tokens: int, gpus: Sequence[Gpu]
-) -> list[str]:
+def vllm_command(recipe: Recipe, model: str, port: int, longest_prompt_tokens: int, gpus: Sequence[Gpu]) -> list[str]:
     """vLLM's OpenAI-compatible server of the model, on what is free of the GPUs.
 
     Raises:
@@ -375,7 +373,7 @@ def vllm_command(
         *(part for pair in given.items() for part in pair),
         "--enforce-eager",  # compiling and capturing graphs takes minutes and memory, for a few answers
         *(["--trust-remote-code"] if recipe.model.trust_remote_code else []),
-        *section.vllm_args,
+        *map(str, section.vllm_args),
     ]
 
 
@@ -390,8 +388,8 @@ def _gpus_needed(folder: Path, room_bytes: int, gpus: int) -> int:
         if heads % count == 0 and weights / count <= _WEIGHTS_SHARE * room_bytes:
             return count
     raise Unreachable(
-        f"vLLM's weights of {weights / 2**30:.1f} GiB do not fit into the {room_bytes / 2**30:.1f} GiB that are free on "
-        f"each of {gpus} GPUs; take `eval.generator: server`, or a template of ds_configs/ that leaves more"
+        f"vLLM's weights of {weights / 2**30:.1f} GiB do not fit into the {room_bytes / 2**30:.1f} GiB that are free "
+        f"on each of {gpus} GPUs; take `eval.generator: server`, or a template of ds_configs/ that leaves more"
     )
 
 

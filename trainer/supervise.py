@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import psutil
 
@@ -55,10 +56,8 @@ def _end_all() -> None:
 
 
 def _send(child: psutil.Process, number: int) -> None:
-    try:
+    with suppress(psutil.NoSuchProcess):
         child.send_signal(number)
-    except psutil.NoSuchProcess:
-        pass
 
 
 if __name__ == "__main__":

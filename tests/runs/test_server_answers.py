@@ -128,7 +128,15 @@ def test_a_server_that_is_down_at_the_start_is_bad_input(tmp_path: Path) -> None
     with StandIn(lambda _: (200, {})) as down:
         pass
     run = subprocess.run(
-        [sys.executable, "-m", "trainer.cli", "train", "recipes/debug.yaml", f"run.dir={tmp_path / 'run'}", *asks(down)],
+        [
+            sys.executable,
+            "-m",
+            "trainer.cli",
+            "train",
+            "recipes/debug.yaml",
+            f"run.dir={tmp_path / 'run'}",
+            *asks(down),
+        ],
         cwd=ROOT,
         capture_output=True,
         text=True,

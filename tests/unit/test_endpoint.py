@@ -128,14 +128,14 @@ def test_a_server_that_is_down_is_named() -> None:
 def test_a_server_that_never_answers_is_given_up() -> None:
     never = threading.Event()
     with StandIn(lambda _: (200, never.wait(LIMIT_S))) as server:
-        with pytest.raises(Unreachable, match="does not answer .ReadTimeout"):
+        with pytest.raises(Unreachable, match=r"does not answer .ReadTimeout"):
             ask(server, patience_s=0.0, timeout_s=0.2)
         never.set()
 
 
 def test_a_refusal_that_stays_is_not_asked_again() -> None:
     with StandIn(lambda _: (404, {"error": "The model `judge` does not exist."})) as server:
-        with pytest.raises(Refused, match="404: .*`judge` does not exist") as told:
+        with pytest.raises(Refused, match=r"404: .*`judge` does not exist") as told:
             ask(server)
         assert len(server.requests) == 1
     assert told.value.status == 404
@@ -197,7 +197,7 @@ def test_no_key_is_sent_unless_the_recipe_names_it(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("value", ["", "two\nlines"])
 def test_a_variable_without_a_key_is_named(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("JUDGE_KEY", value)
-    with pytest.raises(Unreachable, match="environment variable JUDGE_KEY, .* is not"):
+    with pytest.raises(Unreachable, match=r"environment variable JUDGE_KEY, .* is not"):
         complete(endpoint("http://localhost:1/v1", key_env="JUDGE_KEY"), [], max_tokens=1)
 
 

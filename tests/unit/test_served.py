@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +32,9 @@ from trainer.served import Gpu, answers, check_generator, clean_environment, in_
 LIMIT_S = 60.0
 MODEL = "/runs/one/serving/step-000002-1f3a"
 PROMPTS = [
-    Prompt(ids, f"text {n}", "right", Conversation((Message("user", f"question {n}"), Message("assistant", "right"))), {})
+    Prompt(
+        ids, f"text {n}", "right", Conversation((Message("user", f"question {n}"), Message("assistant", "right"))), {}
+    )
     for n, ids in enumerate([[5, 6, 7], [8, 9]])
 ]
 
@@ -50,7 +51,9 @@ def prompt_of(request: Request) -> tuple[str, Prompt]:
     """In what form the request has a prompt, and which."""
     body = request.body
     if "messages" in body:
-        (found,) = [p for p in PROMPTS if body["messages"] == [{"role": "user", "content": p.conversation.messages[0].content}]]
+        (found,) = [
+            p for p in PROMPTS if body["messages"] == [{"role": "user", "content": p.conversation.messages[0].content}]
+        ]
         return "conversation", found
     form = "text" if isinstance(body["prompt"], str) else "ids"
     (found,) = [p for p in PROMPTS if body["prompt"] in (p.text, p.input_ids)]
@@ -111,13 +114,16 @@ def test_a_server_that_makes_something_else_of_the_prompts_is_refused() -> None:
 
 def test_a_server_that_looks_at_no_name_is_refused() -> None:
     """It would answer with the weights that it was started with."""
-    with server_that({"ids"}, names=False) as server, pytest.raises(Unreachable, match="whatever model it is asked for"):
+    with (
+        server_that({"ids"}, names=False) as server,
+        pytest.raises(Unreachable, match="whatever model it is asked for"),
+    ):
         ask(server)
 
 
 def test_a_server_that_cannot_load_the_folder_is_told_in_its_own_words() -> None:
     with StandIn(lambda _: (500, "cannot read /runs/one")) as server:
-        with pytest.raises(Unreachable, match="refused .500: cannot read /runs/one."):
+        with pytest.raises(Unreachable, match=r"refused .500: cannot read /runs/one."):
             ask(server)
         assert len(server.requests) == 1
 
@@ -224,18 +230,16 @@ def test_what_went_wrong_is_known_to_all_ranks() -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[tuple[Recipe, Any, Path]]:
+def run(tmp_path: Path) -> tuple[Recipe, Any, Path]:
     """A compiled model with tied weights and added tokens, in a run folder."""
     made = recipe("model.add_tokens=[<tool>]", f"run.dir={tmp_path}")
     tokenizer = load_tokenizer(made.model)
     from contextlib import nullcontext
 
-    model = load_model(
-        made.model, tokenizer, seed=0, sharded_init=nullcontext, gathered=lambda *_, **__: nullcontext()
-    )
+    model = load_model(made.model, tokenizer, seed=0, sharded_init=nullcontext, gathered=lambda *_, **__: nullcontext())
     model.generation_config.eos_token_id = [3, 7]
     save_description(model, tokenizer, tmp_path)
-    yield made, model, tmp_path
+    return made, model, tmp_path
 
 
 def written(run: tuple[Recipe, Any, Path]) -> Path:
@@ -271,7 +275,7 @@ def test_its_name_is_new_each_time_and_one_copy_is_left(run: tuple[Recipe, Any, 
 
 def test_a_disk_without_room_is_told(run: tuple[Recipe, Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(Unreachable, match="serving: the weights could not be written for the server: .* make room"):
+    with pytest.raises(Unreachable, match=r"serving: the weights could not be written for the server: .* make room"):
         written(run)
 
 
@@ -319,7 +323,7 @@ def test_it_takes_the_fewest_gpus_that_hold_the_weights(tmp_path: Path, gib: flo
 
 
 def test_weights_that_do_not_fit_are_told(tmp_path: Path) -> None:
-    with pytest.raises(Unreachable, match="140.0 GiB do not fit into the 18.0 GiB that are free on each of 8 GPUs"):
+    with pytest.raises(Unreachable, match=r"140.0 GiB do not fit into the 18.0 GiB that are free on each of 8 GPUs"):
         command(model=model_folder(tmp_path, 140, 64), gpus=[Gpu(20 * GIB, 80 * GIB)] * 8)
 
 
@@ -412,7 +416,7 @@ def test_vllm_is_gone_with_all_its_processes_when_it_has_answered(vllm: Path, tm
 
 def test_vllm_that_does_not_start_is_told_with_its_last_error(vllm: Path, tmp_path: Path) -> None:
     made = vllm_recipe(tmp_path / "vllm_python", "train.seed=13")
-    with pytest.raises(Unreachable, match="ValueError: no room for the KV cache.; its output is in .*vllm.log"):
+    with pytest.raises(Unreachable, match=r"ValueError: no room for the KV cache.; its output is in .*vllm.log"):
         answers(made, MODEL, PROMPTS, log=tmp_path / "vllm.log")
     assert not [pid for pid in started(vllm)["pids"] if runs(pid)]
 
