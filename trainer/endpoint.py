@@ -24,6 +24,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0  # between tries: doubled each time
 _LONGEST_RETRY_AFTER_S = 60.0  # what a server may ask for
 _LOOK_S = 0.2  # between looks at whether to stop
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # another try may find it otherwise
+_NOT_THERE = {401, 403, 502, 503, 504}  # closed to us, or nothing behind it
 _SHOWN = 200  # characters of a server's own words
 
 
@@ -86,7 +87,8 @@ class Client:
         self._client = httpx2.Client(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx2.Timeout(server.timeout_s, connect=min(_CONNECT_S, server.timeout_s)),
-            limits=httpx2.Limits(max_connections=server.parallel),
+            # a connection that is kept may be closed by the server just as it is used again
+            limits=httpx2.Limits(max_connections=server.parallel, max_keepalive_connections=0),
             trust_env=urlsplit(server.url).hostname
             not in ("localhost", "127.0.0.1", "::1"),  # no proxy knows this host
         )
@@ -98,11 +100,15 @@ class Client:
         self._client.close()
 
     def check(self) -> None:
-        """Ask whether it is there, once. Raises Unreachable where it is not, or does not take the key."""
+        """Ask whether it is there, once. Raises Unreachable where it is not, or does not take the key.
+
+        A server that is there may have no list of its models, or fail at it: `transformers serve` does, in 5.23, on a
+        machine that has never had a model of the hub.
+        """
         try:
             self._reply("GET", "models", None, 0.0, threading.Event())
         except Refused as refusal:
-            if refusal.status != 404:  # some servers have no list of their models
+            if refusal.status in _NOT_THERE:
                 raise
 
     def post(self, path: str, bodies: Sequence[Mapping[str, Any]], patience_s: float | None = None) -> list[Any]:
