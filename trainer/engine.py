@@ -297,6 +297,10 @@ class Engine:
         self._engine.eval()
         return self._engine(batch.to(dist.device()))
 
+    def settle(self) -> None:
+        """Make the parameters fit to be gathered after a step or an evaluation. Every rank calls it."""
+        zero.settle(self._engine.optimizer)
+
     def hyperparameters(self) -> list[dict[str, Any]]:
         """Of the optimizer's groups."""
         names = ("lr", "betas", "eps", "weight_decay")

@@ -148,6 +148,7 @@ def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watc
     Raises:
         Unreachable: there is no room for them, or the folder cannot be written; on every rank.
     """
+    engine.settle()
     model: Any = engine.module.model
     persistent = model.state_dict(keep_vars=True).keys()
     tensors = dict(model.named_parameters())

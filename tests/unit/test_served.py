@@ -244,7 +244,7 @@ def run(tmp_path: Path) -> tuple[Recipe, Any, Path]:
 
 def written(run: tuple[Recipe, Any, Path]) -> Path:
     made, model, run_dir = run
-    engine = SimpleNamespace(module=SimpleNamespace(model=torch.compile(model)))
+    engine = SimpleNamespace(module=SimpleNamespace(model=torch.compile(model)), settle=lambda: None)
     return write_weights(cast(Any, engine), made, run_dir, 2, cast(Any, Beats()))
 
 
