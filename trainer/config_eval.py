@@ -307,6 +307,19 @@ class EvalSection(Section):
     every_steps: int | None = Field(
         default=None, ge=1, description="Between evaluations; always before and after training."
     )
+    generator: Literal["engine", "server", "vllm"] = Field(
+        default="engine",
+        description="What answers the prompts of `generate`: the engine itself, or a server that is handed the current "
+        "weights as a Hugging Face folder: the one at `server`, or a vLLM, started between steps by `vllm_python`.",
+    )
+    server: Server | None = Field(default=None, description="It must see run.dir under the same path.")
+    vllm_python: str | None = Field(
+        default=None,
+        description="The Python of an environment of its own that has vllm, as /opt/vllm/bin/python: vllm pins torch.",
+    )
+    vllm_args: tuple[str | int | float, ...] = Field(
+        default=(), description="More arguments of vLLM's server, after packhorse's own, so that these count."
+    )
     generate: GenerateSection | None = None
     best: BestSection | None = None
     lm_eval: tuple[str, ...] = Field(
@@ -322,6 +335,16 @@ class EvalSection(Section):
         description="Ask its questions through the chat template; the library's own way, and most published numbers', "
         "is without.",
     )
+
+    @model_validator(mode="after")
+    def _generator_is_given(self) -> EvalSection:
+        if (self.generator == "server") != (self.server is not None):
+            raise ValueError("`server` belongs to `generator: server`, and must be given there")
+        if (self.generator == "vllm") != (self.vllm_python is not None):
+            raise ValueError("`vllm_python` belongs to `generator: vllm`, and must be given there")
+        if self.vllm_args and self.generator != "vllm":
+            raise ValueError("`vllm_args` belongs to `generator: vllm`")
+        return self
 
     @model_validator(mode="after")
     def _best_is_evaluated(self) -> EvalSection:

@@ -376,6 +376,10 @@ class Engine:
         dist.log.info("generation: %.2f GiB of weights, %.2f GiB free: %s", needed / 2**30, free / 2**30, how)
         return fits
 
+    def settle(self) -> None:
+        """Make the parameters fit to be gathered after a step or an evaluation. Every rank calls it."""
+        zero.settle(self._engine.optimizer)
+
     def hyperparameters(self) -> list[dict[str, Any]]:
         """Of the optimizer's groups."""
         names = ("lr", "betas", "eps", "weight_decay")

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from trainer import dist
+from trainer import dist, served
 from trainer.config import Recipe
-from trainer.config_eval import Choice
+from trainer.config_eval import Choice, GenerateSection
 from trainer.data.loader import Loader, Prepared, eval_plan, held_out_prompts
 from trainer.data.mask import Masker
+from trainer.endpoint import Unreachable
 from trainer.engine import Engine
-from trainer.flow import Batch, Prompt
+from trainer.flow import BadInput, Batch, Prompt
 from trainer.generate import choice_logprobs, generate, require_room
 from trainer.metrics import EVALUATIONS, Metrics, read_lines
 from trainer.score import Metric, Sample, as_table, check_scorers, metrics, samples
@@ -77,8 +78,8 @@ class Evaluation:
         self._afterwards = afterwards  # called on every rank once an evaluation's line is written
         self._engine, self._tokenizer, self._metrics = engine, masker.tokenizer, metrics
         self._stop, self._watch = stop, watch
-        self._generate, self._seed = recipe.eval.generate, recipe.train.seed
-        self._run_dir = run_dir
+        self._recipe, self._run_dir = recipe, run_dir
+        self._generate = recipe.eval.generate
         lines = read_lines(run_dir / EVALUATIONS) if dist.is_main() else []
         self._evaluated: set[int] = dist.broadcast({line["step"] for line in lines})
         self._loader: Loader | None = None
@@ -101,10 +102,17 @@ class Evaluation:
         loss = held_out_loss(self._engine, loader.stream(0), self._stop, self._watch)
         if loss is None:
             return False
-        scored = self._scored(step)
-        if scored is None:
-            return False
-        self._write(step, loss, scored)
+        try:
+            scored = self._scored(step)
+        except Unreachable as error:
+            if step == 0:  # nothing is lost by saying so at once
+                raise BadInput(f"eval.generator: {error}") from None
+            dist.log.warning("after %d steps there are no answers: %s", step, error)
+            self._write(step, loss, [], missing=str(error))
+        else:
+            if scored is None:
+                return False
+            self._write(step, loss, scored)
         self._evaluated.add(step)
         self._afterwards()
         return True
@@ -125,16 +133,30 @@ class Evaluation:
         if chosen and len(chosen) == len(section.scorers):  # nothing asks for more than likelihoods
             answers: Sequence[str] | None = next(iter(chosen.values()))
         else:
-            seeds = [dist.seed_from(self._seed, "answer", step, number) for number in range(len(self._prompts))]
-            answers = generate(self._engine, self._prompts, section, *tools, seeds=seeds)
+            answers = self._answers(section, step)
             if answers is None:
                 return None
         self._watch.rest()  # scores may be a server's or a user's
         return dist.broadcast(samples(self._prompts, answers, section.scorers, chosen) if dist.is_main() else None)
 
-    def _write(self, step: int, loss: float, scored: Sequence[Sample]) -> None:
-        """The evaluation everywhere; in evaluations.jsonl last, which says that all of it is there."""
+    def _answers(self, section: GenerateSection, step: int) -> list[str] | None:
+        """From the engine, or from a server that is handed its weights; None where the stop flag went up."""
+        recipe, prompts = self._recipe, self._prompts
+        if recipe.eval.generator != "engine":
+            return served.generate(self._engine, recipe, self._run_dir, step, prompts, self._stop, self._watch)
+        seeds = [dist.seed_from(recipe.train.seed, "answer", step, number) for number in range(len(prompts))]
+        tools = self._tokenizer, self._stop, self._watch
+        return generate(self._engine, prompts, section, *tools, seeds=seeds)
+
+    def _write(self, step: int, loss: float, scored: Sequence[Sample], missing: str | None = None) -> None:
+        """The evaluation everywhere; in evaluations.jsonl last, which says that all of it is there.
+
+        Args:
+            missing: why there are no answers.
+        """
         measured = metrics(scored)
+        if missing is not None and self._generate:
+            measured = {name: Metric(None, 0, None, None, missing) for name in self._generate.scorers}
         values = {f"eval/{name}": metric.value for name, metric in measured.items() if metric.value is not None}
         line = {"eval/loss": loss, **values}
         self._metrics.write(step, line)

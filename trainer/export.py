@@ -49,7 +49,7 @@ def export(run_dir: Path, out: Path, step: int | None = None) -> Path:
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     mapped = _mapped_weights(saved, staged / "weights", getattr(torch, recipe.model.dtype))
-    _write(run_dir, recipe, staged / "model", mapped)
+    write_folder(run_dir, recipe, staged / "model", mapped)
     _compare(staged / "model", mapped, recipe)
     (staged / "model" / "README.md").write_text(_model_card(run_dir, recipe, manifest.state.step), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
@@ -73,7 +73,8 @@ def _mapped_weights(saved: Shards, folder: Path, dtype: torch.dtype) -> dict[str
     return weights
 
 
-def _write(run_dir: Path, recipe: Recipe, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+def write_folder(run_dir: Path, recipe: Recipe, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """A Hugging Face folder of these weights, with what `save_description` put into the run folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     source = run_dir / MODEL_FOLDER

@@ -36,6 +36,7 @@ from trainer.optim import learning_rate, parameter_groups
 from trainer.planning import predicted
 from trainer.progress import Progress
 from trainer.run_folder import describe, is_done, open_run_folder, require_shared, summarise, write_stop, write_trace
+from trainer.served import check_generator
 from trainer.watch import Watch
 
 
@@ -56,6 +57,7 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
     run_dir = Path(recipe.run.dir)
     if dist.is_main():
         open_run_folder(recipe, run_dir, extend=extend)
+        check_generator(recipe)
     tokenizer = load_tokenizer(recipe.model)
     try:
         train_data = prepare_train(recipe, tokenizer, stop.raised_early)

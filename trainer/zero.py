@@ -53,6 +53,13 @@ def write(optimizer: Any, names: Names, updates: int) -> Iterator[list[Slice]]:
         optimizer.update_lp_params()
 
 
+def settle(optimizer: Any) -> None:
+    """Wait for the parameters that stage 3 fetches ahead of a forward that does not come: they cannot be gathered."""
+    if hasattr(optimizer, "fp16_partitioned_groups_flat"):
+        optimizer.checkpoint_event_prologue()
+        optimizer.checkpoint_event_epilogue()
+
+
 Place = tuple[str, int, int, int]
 """A parameter's name, the first element of it that lies in a partition, where in the partition, how many."""
 

@@ -7,7 +7,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # A file imports only from the lines above its own. A new file takes its place here.
 TIERS = [
-    "flow arguments section",
+    "flow arguments section supervise",
     "config_eval worker",
     "config dist",
     "once picture template shards watch functions strict_json endpoint bounded statistics data/digest",
@@ -23,8 +23,11 @@ TIERS = [
     "optim metrics progress preview zero scorers judge",
     "engine guard planner score",
     "generate",
-    "evaluate checkpoint run_folder best",
-    "loop export universal planning compare",
+    "checkpoint run_folder best",
+    "export universal planning compare",
+    "served",
+    "evaluate",
+    "loop",
     "train verify lm_eval_tasks",
     "assess",
     "cli_launch cli_eval",

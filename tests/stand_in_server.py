@@ -1,0 +1,64 @@
+"""A server whose replies a test decides, for what a real one cannot be made to do: fail, repeat a key, know no name."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Reply = tuple[int, Any] | tuple[int, Any, Mapping[str, str]]
+"""Status, body (JSON, or a text as it is) and headers."""
+
+
+class Request:
+    """What the server was asked."""
+
+    def __init__(self, path: str, body: Any, headers: Mapping[str, str]) -> None:
+        self.path, self.body, self.headers = path, body, headers
+
+
+class StandIn:
+    """Inside, a server on this machine that answers by `answer(request)`, each request in a thread of its own."""
+
+    def __init__(self, answer: Callable[[Request], Reply]) -> None:
+        self.requests: list[Request] = []
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                length = int(self.headers.get("Content-Length") or 0)
+                body = json.loads(self.rfile.read(length)) if length else None
+                request = Request(self.path, body, {name.lower(): value for name, value in self.headers.items()})
+                stand_in.requests.append(request)
+                status, content, *more = answer(request)
+                data = (content if isinstance(content, str) else json.dumps(content)).encode()
+                self.send_response(status)
+                for name, value in (more[0] if more else {}).items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            do_GET = do_POST  # noqa: N815 - http.server's names
+
+            def log_message(self, format: str, *args: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._server.block_on_close = False  # a request that a test left unanswered must not hold it up
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+
+    def __enter__(self) -> StandIn:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def chat_reply(text: str | None) -> dict[str, Any]:
+    return {"choices": [{"message": {"role": "assistant", "content": text}}]}
