@@ -306,7 +306,9 @@ def export(
     [bold]packhorse export runs/quickstart --out /scratch/universal --universal[/bold]
     """
     if universal and merge:
-        raise BadInput("--merge: a universal checkpoint is the training state, which nothing is merged into; leave it out")
+        raise BadInput(
+            "--merge: a universal checkpoint is the training state, which nothing is merged into; leave it out"
+        )
     if universal:
         from trainer.universal import export_universal
 

@@ -51,30 +51,35 @@ ADAPTER_LR = 1e-4  # the rate where an adapter is trained and the recipe gives n
 
 
 class AdapterSection(Section):
-    """LoRA: the model stays as it is, and small matrices beside its linear modules are trained. Not given: all weights are."""
+    """LoRA: the model stays as it is, small matrices beside its linear modules are trained. null: all its weights."""
 
     rank: int = Field(default=16, ge=1)
     alpha: int = Field(
         default=32,
         ge=1,
-        description="What the matrices add is multiplied by alpha / rank; left alone, the best rate is alike for all ranks.",
+        description="What the matrices add is multiplied by alpha / rank. Left alone it keeps the best learning rate "
+        "alike for all ranks.",
     )
     targets: str | tuple[str, ...] = Field(
         default="all-linear",
-        description="all-linear: every linear module but the head; a list of names or their ends, as `[q_proj, v_proj]`; "
-        "or a regular expression that must match a whole name.",
+        description="all-linear: every linear module but the head; a list of names or their ends, as "
+        "`[q_proj, v_proj]`; or a regular expression that must match a whole name.",
     )
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Of what goes into the matrices (C3).")
     rslora: bool = Field(default=False, description="alpha / sqrt(rank) instead, for high ranks.")
     dora: bool = Field(default=False, description="The size of each of a weight's rows is learned apart (DoRA).")
     save_modules: tuple[str, ...] = Field(
-        default=(), description="Modules that are trained whole and saved with the adapter, as `[embed_tokens, lm_head]`."
+        default=(),
+        description="Modules that are trained whole and saved with the adapter, as `[embed_tokens, lm_head]`.",
     )
     base: Literal["nf4"] | None = Field(
         default=None,
-        description="nf4: the linear modules lie in 4 bits (QLoRA), by the library bitsandbytes; at ZeRO stages 0 to 2.",
+        description="nf4: the linear modules lie in 4 bits (QLoRA), by the library bitsandbytes; at ZeRO stages 0 "
+        "to 2.",
     )
-    double_quantisation: bool = Field(default=False, description="Of nf4: its scales lie in 8 bits, 0.4 bits a weight less.")
+    double_quantisation: bool = Field(
+        default=False, description="Of nf4: its scales lie in 8 bits, 0.37 bits a weight less."
+    )
 
     @model_validator(mode="after")
     def _usable(self) -> AdapterSection:
@@ -88,7 +93,9 @@ class AdapterSection(Section):
         if self.double_quantisation and self.base is None:
             raise ValueError("`double_quantisation` belongs to `base: nf4`")
         if self.dora and self.base is not None:
-            raise ValueError("`dora` needs the norms of the weights, and is not proved with `base: nf4`; take one of them")
+            raise ValueError(
+                "`dora` needs the norms of the weights, and is not proved with `base: nf4`; take one of them"
+            )
         return self
 
 
@@ -400,8 +407,8 @@ class Recipe(Section):
     def _adapter_fits(self) -> Recipe:
         if self.adapter and self.model.add_tokens:
             raise ValueError(
-                "model.add_tokens: the new rows of the embeddings lie outside an adapter, and nobody who loads it would "
-                "have them; train all weights, or take a model that has the tokens"
+                "model.add_tokens: the new rows of the embeddings lie outside an adapter, and nobody who loads it has "
+                "them; train all weights, or take a model that has the tokens"
             )
         return self
 

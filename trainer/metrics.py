@@ -48,9 +48,10 @@ def peak_flops(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """Training FLOPs that a model needs: 6 a weight and token, as Kaplan et al. 2020 count them, of which a frozen
-    weight, that needs no gradient of its own, takes 4 and counts as two thirds of one; and 6 a layer for each channel of attention and pair of positions (causal pairs: half of L^2, scores and values).
+    """Training FLOPs that a model needs: 6 a weight and token, as Kaplan et al. 2020 count them, and 6 a layer
+    for each channel of attention and pair of positions (causal pairs: half of L^2, scores and values).
 
+    A frozen weight takes 4, as it has no gradient of its own, and counts as two thirds of one.
     The head is counted where it is used: at trained positions. Recomputation is not counted.
     """
 

@@ -7,7 +7,7 @@ exact       weights, gradients, masters and moments: DeepSpeed's own buffers, by
 traced      activations: what autograd saves in one forward over meta tensors, a fused attention kernel put in
 estimated   gathered parameters, communication, the loss's workspace, the reserve: upper bounds, from their sources
 
-P parameters, of which an adapter's run trains some, W ranks, T tokens and N trained tokens of a micro-batch, H hidden size, V vocabulary.
+P parameters, W ranks, T tokens and N trained tokens of a micro-batch, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -96,13 +96,11 @@ def empty_model(section: ModelSection, adapter: AdapterSection | None = None) ->
 def describe(model: Any, optim: OptimSection, adapter: AdapterSection | None = None) -> Model:
     """The facts of a model, which may lie on the meta device."""
     head = model.get_output_embeddings()
-    in_4_bits = {
-        id(module.weight): module.weight.numel()
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and module is not head and not module.weight.requires_grad
-    }
-    if adapter is None or adapter.base is None:
-        in_4_bits = {}
+    in_4_bits: dict[int, int] = {}  # elements
+    if adapter and adapter.base == "nf4":  # all linear modules that are frozen, but the head
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+        in_4_bits = {id(m.weight): m.weight.numel() for m in linear if not m.weight.requires_grad}
+    double = adapter is not None and adapter.double_quantisation
     groups = [tuple(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)]
     config = model.config.get_text_config()
     persistent = model.state_dict(keep_vars=True).keys()
@@ -111,7 +109,7 @@ def describe(model: Any, optim: OptimSection, adapter: AdapterSection | None = N
         groups=tuple(groups),
         frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in in_4_bits),
         quantised=sum(in_4_bits.values()),
-        quantised_bytes=sum(_bytes_in_4_bits(n, adapter is not None and adapter.double_quantisation) for n in in_4_bits.values()),
+        quantised_bytes=sum(_bytes_in_4_bits(elements, double) for elements in in_4_bits.values()),
         trains_head=head.weight.requires_grad,
         element=next(model.parameters()).element_size(),
         hidden=config.hidden_size,
@@ -407,7 +405,7 @@ def _swap_buffers(model: Model, zero: Mapping[str, Any], of_state: State) -> int
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes. A checkpoint is fp32 weights and two moments of what is trained; beside those kept one is being written."""
+    """Bytes. A checkpoint is fp32 weights and two moments of what is trained; one is written beside those kept."""
 
     checkpoint: int
     checkpoints: int

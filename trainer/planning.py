@@ -162,8 +162,8 @@ def sentences(report: Report, recipe: Recipe, flops: float, mfu: float) -> list[
     trained = f", {model.trained / 1e6:.3g} million of them trained" if model.trained < model.parameters else ""
     run = f"; {work.steps:,} steps: {_time(seconds * work.steps)}" if work.steps else ""
     return [
-        f"{model.name}: {model.parameters / 1e9:.3g} billion parameters{trained}, {recipe.model.dtype}; {cluster.gpus} GPUs of "
-        f"{_gib(cluster.gpu)} GiB, {min(cluster.per_node, cluster.gpus)} a node",
+        f"{model.name}: {model.parameters / 1e9:.3g} billion parameters{trained}, {recipe.model.dtype}; "
+        f"{cluster.gpus} GPUs of {_gib(cluster.gpu)} GiB, {min(cluster.per_node, cluster.gpus)} a node",
         f"a step: {work.tokens:,.0f} tokens in {work.micro_batches.mean():,.4g} micro-batches, of which the fullest "
         f"has {work.fullest_tokens:,} tokens, {work.fullest_trained:,} of them trained",
         f"fillers: {share:.1%} of the micro-batches of {cluster.gpus} GPUs; good numbers of GPUs: {worlds}"

@@ -25,7 +25,10 @@ pytestmark = pytest.mark.runs
 
 ADAPTERS = {  # with the stages they are trained at
     "lora": ("zero3", "adapter={rank: 4, dropout: 0.1}"),
-    "whole": ("zero2", "adapter={rank: 4, targets: [q_proj, up_proj], rslora: true, save_modules: [embed_tokens, lm_head]}"),
+    "whole": (
+        "zero2",
+        "adapter={rank: 4, targets: [q_proj, up_proj], rslora: true, save_modules: [embed_tokens, lm_head]}",
+    ),
     "dora": ("zero3", "adapter={rank: 4, dora: true}"),
     "nf4": ("zero2", "adapter={rank: 4, base: nf4, double_quantisation: true}"),
     "bf16": ("zero3", "adapter={rank: 4}"),

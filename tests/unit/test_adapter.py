@@ -127,7 +127,9 @@ def test_a_follows_from_seed_and_name_alone() -> None:
 
 
 def test_a_is_spread_as_a_linear_modules_weight() -> None:
-    values = torch.cat([value.flatten() for name, value in parameters(adapted(rank=64)).items() if ".0.mlp.up_proj.lora_A" in name])
+    values = torch.cat(
+        [value.flatten() for name, value in parameters(adapted(rank=64)).items() if ".0.mlp.up_proj.lora_A" in name]
+    )
     bound = SIZES["hidden_size"] ** -0.5
     assert float(values.abs().max()) <= bound
     assert float(values.std()) == pytest.approx(bound / 3**0.5, rel=0.05)
@@ -137,7 +139,9 @@ def test_the_adapter_alone_is_trained() -> None:
     model = adapted(save_modules=["lm_head"])
     module = sft(stir(model), alpha=5.0)
     _, gradients = loss_and_gradients(module, pack(documents([9, 14]), [[2, 3], [5]], [0.5, 0.5]))
-    assert set(gradients) == {f"model.{n}" for n, p in model.named_parameters() if ".lora_" in n or n == "lm_head.weight"}
+    assert set(gradients) == {
+        f"model.{n}" for n, p in model.named_parameters() if ".lora_" in n or n == "lm_head.weight"
+    }
     assert all(gradient.any() for gradient in gradients.values())
 
 

@@ -44,11 +44,11 @@ def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_of_adapter(name) or _lies_in(name, whole))
     _initialise(model, seed)
-    trained = sum(_numel(p) for p in model.parameters() if p.requires_grad)
+    there = sum(_numel(parameter) for parameter in model.parameters())
+    trained = sum(_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
     dist.log.info(
         "adapter: rank %d beside %d modules%s; %.2f%% of %.3g billion weights are trained",
-        section.rank, len(targets), f", {', '.join(whole)} whole" if whole else "",
-        100 * trained / sum(_numel(p) for p in model.parameters()), sum(_numel(p) for p in model.parameters()) / 1e9,
+        section.rank, len(targets), f", {', '.join(whole)} whole" if whole else "", 100 * trained / there, there / 1e9,
     )  # fmt: skip
 
 
@@ -116,7 +116,9 @@ def targets_of(model: Any, section: AdapterSection) -> list[str]:
         found += [name for name in mine if name not in found]
     twice = [name for name in found if _lies_in(name, whole)]
     if twice:
-        raise BadInput(f"adapter.targets: `{twice[0]}` is trained whole by adapter.save_modules; name it in one of them")
+        raise BadInput(
+            f"adapter.targets: `{twice[0]}` is trained whole by adapter.save_modules; name it in one of them"
+        )
     return found
 
 
@@ -126,7 +128,9 @@ def whole_modules(model: Any, section: AdapterSection) -> list[str]:
     Raises:
         BadInput: there is no such module with weights, or only one of two that share their weight is named.
     """
-    modules = {name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())}
+    modules = {
+        name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())
+    }
     found: list[str] = []
     for wanted in section.save_modules:
         matching = _matching(wanted, False, modules)
