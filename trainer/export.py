@@ -1,4 +1,4 @@
-"""A checkpoint becomes a Hugging Face folder: weights, configuration, tokenizer, a model card; an adapter peft's folder.
+"""A checkpoint becomes a Hugging Face folder: weights, configuration, tokenizer, a model card; or an adapter peft's.
 
 In: a run folder. Out: a folder that `from_pretrained` loads, and that was loaded and compared before it was
 published by a rename. Weights pass through memory-mapped files: neither a device nor the host holds the model

@@ -13,8 +13,17 @@ from trainer import planner, shards
 from trainer.config import AdapterSection, OptimSection
 from trainer.flow import BadInput
 from trainer.metrics import model_flops
-from trainer.model.adapter import add_adapter, merged_weights, parts_of, require_stage, targets_of, whole_modules
+from trainer.model.adapter import (
+    _require_near,
+    add_adapter,
+    merged_weights,
+    parts_of,
+    require_stage,
+    targets_of,
+    whole_modules,
+)
 
+EVEN = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks of 4-bit weights
 LINEAR = 7 * SIZES["num_hidden_layers"]
 PROJECTIONS = ["q_proj", "v_proj"]
 
@@ -25,7 +34,7 @@ def section(**fields: Any) -> AdapterSection:
 
 def adapted(seed: int = 0, model: dict[str, Any] | None = None, **fields: Any) -> Any:
     """A tiny model with an adapter."""
-    made = tiny_llama(**(model or {}))
+    made = tiny_llama(**(model or (EVEN if "base" in fields else {})))
     add_adapter(made, section(**fields), seed)
     return made
 
@@ -189,12 +198,13 @@ def test_frozen_weights_cost_two_thirds() -> None:
 )
 def test_merged_weights_give_the_adapters_logits(fields: dict[str, Any]) -> None:
     model = stir(adapted(**fields))
-    plain = tiny_llama()
+    plain = tiny_llama(**(EVEN if "base" in fields else {}))
+    start = logits(plain)
     merged = dict(merged_weights(model, torch.float32))
     assert merged.keys() == dict(plain.named_parameters()).keys()
     plain.load_state_dict(merged)
     assert relative(logits(plain), logits(model)) < 1e-5
-    assert relative(logits(tiny_llama()), logits(model)) > 1e-2, "the adapter does nothing"
+    assert relative(start, logits(model)) > 1e-2, "the adapter does nothing"
 
 
 # ----------------------------------------------------------------------------------------------- 4 bits
@@ -208,17 +218,19 @@ def test_every_linear_module_but_the_head_lies_in_4_bits(double: bool) -> None:
     held = {n: sum(t.nbytes for part, t in parts if "bitsandbytes__" not in part) for n, parts in quantised.items()}
     of_plan = planner.describe(planned(double), OptimSection(), section(base="nf4", double_quantisation=double))
     assert sum(held.values()) == pytest.approx(of_plan.quantised_bytes, abs=4 * LINEAR)  # the mean is a number there
-    assert of_plan.quantised == sum(m.weight.numel() for n, m in tiny_llama().named_modules() if n.endswith("_proj"))
-    original = parameters(tiny_llama())
+    assert of_plan.quantised == sum(
+        m.weight.numel() for n, m in tiny_llama(**EVEN).named_modules() if n.endswith("_proj")
+    )
+    original = parameters(tiny_llama(**EVEN))
     for name, weight in merged_weights(model, torch.float32):
         error = relative(weight, original[name])
-        assert (0.02 < error < 0.2) if "_proj" in name else error == 0, f"{name}: {error}"
+        assert (0.05 < error < 0.12) if "_proj" in name else error == 0, f"{name}: {error}"
 
 
 def planned(double: bool) -> Any:
     """The same on the meta device, where nothing is quantised."""
     with torch.device("meta"):
-        model = type(tiny_llama())(tiny_llama().config)
+        model = type(tiny_llama())(tiny_llama(**EVEN).config)
     add_adapter(model, section(base="nf4", double_quantisation=double, targets=PROJECTIONS), 0)
     return model
 
@@ -241,6 +253,16 @@ def test_neither_training_nor_evaluation_changes_a_bit_of_the_base() -> None:
     assert digests() == before
 
 
+def test_weights_that_are_read_back_with_wrong_scales_are_refused() -> None:
+    """As by bitsandbytes 0.50 on some CPUs, where a row is no multiple of 64 weights."""
+    weight = torch.randn(40, 48, generator=torch.Generator().manual_seed(0))
+    _require_near("up_proj", weight, weight + 0.15 * weight.abs().amax(1, keepdim=True))
+    wrong = weight.clone()
+    wrong[30:] *= 1.5
+    with pytest.raises(BadInput, match=r"does not read `up_proj` \(40 x 48\) back from its 4 bits on cpu"):
+        _require_near("up_proj", weight, wrong)
+
+
 def test_4_bits_are_not_sharded() -> None:
     with pytest.raises(BadInput, match=r"not proved at ZeRO-3.*zero2.json"):
         require_stage(section(base="nf4"), 3)
@@ -256,12 +278,13 @@ def test_without_bitsandbytes_one_sentence_says_what_to_install(monkeypatch: pyt
 
 
 def test_biases_stay() -> None:
-    biased = {"attention_bias": True}
+    biased = {**EVEN, "attention_bias": True}
     model = tiny_llama(**biased)
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.bias.fill_(0.5)
     add_adapter(model, section(base="nf4"), 0)
+    stir(model)
     plain = tiny_llama(**biased)
-    plain.load_state_dict(dict(merged_weights(stir(model), torch.float32)))
+    plain.load_state_dict(dict(merged_weights(model, torch.float32)))
     assert float(plain.model.layers[0].self_attn.q_proj.bias.detach().min()) == 0.5
     assert relative(logits(plain), logits(model)) < 1e-5

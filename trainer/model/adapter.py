@@ -26,6 +26,7 @@ from trainer import dist
 from trainer.config import AdapterSection
 from trainer.flow import BadInput
 
+_BLOCK = 64  # weights that share a scale in 4 bits
 NAME = "default"  # peft's own for the one adapter of a model; a part of parameters' names
 
 
@@ -231,10 +232,28 @@ def _quantise(model: Any, names: list[str], double: bool) -> None:
             old.weight.data, requires_grad=False, compress_statistics=double, quant_type="nf4", module=new
         )
         new.weight, new.bias = weight.to(dist.device()), old.bias
+        _require_near(name, old.weight.detach(), _dequantised(new.weight))
         new.support_avx512bf16_for_cpu = False
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, new)
     model.is_loaded_in_4bit = True  # peft asks
+
+
+def _require_near(name: str, weight_OI: torch.Tensor, back_OI: torch.Tensor) -> None:
+    """Raises BadInput where a weight is read back from its 4 bits farther off than they can put it: half the widest gap
+    of their values is 0.15 of a block's scale, and scales of 8 bits add a little of the largest.
+
+    bitsandbytes 0.50 takes wrong scales on a CPU where rows are no multiples of a block.
+    """
+    off = (back_OI.float() - weight_OI.to(back_OI).float()).abs().flatten()
+    sizes = weight_OI.to(back_OI).float().abs().flatten()
+    fill = (0, -off.numel() % _BLOCK)
+    off, sizes = (nn.functional.pad(values, fill).view(-1, _BLOCK).amax(1) for values in (off, sizes))
+    if not bool((off <= 0.2 * sizes + 0.05 * sizes.amax()).all()):
+        raise BadInput(
+            f"adapter.base: bitsandbytes does not read `{name}` ({weight_OI.shape[0]} x {weight_OI.shape[1]}) back "
+            f"from its 4 bits on {back_OI.device.type}: its rows are no multiple of {_BLOCK} weights; take `base` out"
+        )
 
 
 def require_stage(section: AdapterSection | None, stage: int) -> None:
