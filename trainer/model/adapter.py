@@ -26,6 +26,9 @@ from trainer import dist
 from trainer.config import AdapterSection
 from trainer.flow import BadInput
 
+# Where peft imports it on some CPUs, it warns that kernels of a hub were not found, which are not wanted.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
 _BLOCK = 64  # weights that share a scale in 4 bits
 NAME = "default"  # peft's own for the one adapter of a model; a part of parameters' names
 
@@ -210,9 +213,6 @@ def _quantise(model: Any, names: list[str], double: bool) -> None:
 
     NF4 (Dettmers et al., 2023, arXiv:2305.14314): blocks of 64 weights, each with its largest as a scale.
     """
-    # On some CPUs it looks for kernels of a hub, warns that there are none, and in evaluation lays the weights out anew
-    # in place: neither the hub nor other bits than those the run started from are wanted.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         import bitsandbytes as bnb
     except ImportError:
@@ -233,7 +233,7 @@ def _quantise(model: Any, names: list[str], double: bool) -> None:
         )
         new.weight, new.bias = weight.to(dist.device()), old.bias
         _require_near(name, old.weight.detach(), _dequantised(new.weight))
-        new.support_avx512bf16_for_cpu = False
+        new.support_avx512bf16_for_cpu = False  # where it evaluates it would lay the weights out anew, in place
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, new)
     model.is_loaded_in_4bit = True  # peft asks
@@ -275,12 +275,12 @@ def parts_of(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Te
 
 
 def borrowed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """Modules that use the weight of another: DoRA's, which need the norms of the base's rows in every forward."""
+    """Modules that use the weight of another: DoRA's, which take the norms of W + B A's rows in every forward."""
     for module in model.modules():
-        magnitudes = getattr(module, "lora_magnitude_vector", None)
-        if isinstance(magnitudes, nn.ModuleDict):
-            for magnitude in magnitudes.values():
-                yield magnitude, getattr(module, "base_layer").weight  # noqa: B009
+        if len(getattr(module, "lora_magnitude_vector", ())):
+            layer: Any = module
+            for owner in (layer.base_layer, layer.lora_A[NAME], layer.lora_B[NAME]):
+                yield layer.lora_magnitude_vector[NAME], owner.weight
 
 
 # ----------------------------------------------------------------------------------------------- what becomes of it
