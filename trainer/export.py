@@ -135,9 +135,9 @@ def _compare(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> 
 
 # ----------------------------------------------------------------------------------------------- adapters
 
-# Largest ||a - b|| / ||b|| of the logits of two models that are to act alike: in bf16 the merged weights are rounded
-# once, to 2^-9 of their size, where base and adapter apart are not (seen: 0.01).
-TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
+# Largest ||a - b|| / ||b|| of the logits of two models that are to act alike. In bf16 each model's forward is off by 0.016
+# of the same weights' in fp32, and merged weights are rounded once more (seen, tiny random model: 0.03).
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}
 
 
 def _merge(run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, staged: Path) -> None:

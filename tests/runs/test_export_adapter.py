@@ -113,11 +113,14 @@ def test_the_merged_model_gives_the_trained_models_logits(
 
 
 def test_in_bf16_the_merged_model_stays_within_the_stated_tolerance(
-    runs: dict[str, Path], merged: dict[str, Path]
+    runs: dict[str, Path], merged: dict[str, Path], root: Path
 ) -> None:
-    seen = relative(logits(plain(merged["bf16"], dtype=torch.bfloat16)), trained(runs["bf16"]))
-    print(f"\n  bf16, merged against base and adapter: {seen:.1e}", end="")
+    of_merged, of_base = (logits(plain(folder, dtype=torch.bfloat16)) for folder in (merged["bf16"], root / "base"))
+    of_trained = trained(runs["bf16"])
+    seen, control = relative(of_merged, of_trained), relative(of_base, of_trained)
+    print(f"\n  bf16, merged against base and adapter: {seen:.1e}; the base alone: {control:.1e}", end="")
     assert seen < TOLERANCE["bfloat16"]
+    assert control > 3 * TOLERANCE["bfloat16"]
 
 
 def test_a_4_bit_adapter_loads_onto_a_4_bit_base(runs: dict[str, Path], exported: dict[str, Path], root: Path) -> None:
@@ -129,6 +132,9 @@ def test_a_4_bit_adapter_loads_onto_a_4_bit_base(runs: dict[str, Path], exported
         bnb_4bit_compute_dtype=torch.float32,
     )
     base = plain(root / "base", quantization_config=bits, device_map="cpu")
+    for module in base.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # a kernel of such CPUs computes in bf16 whatever is asked for
     assert relative(logits(PeftModel.from_pretrained(base, str(exported["nf4"]))), trained(runs["nf4"])) < 1e-5
 
 

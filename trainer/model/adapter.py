@@ -214,12 +214,13 @@ def _quantise(model: Any, names: list[str], double: bool) -> None:
     NF4 (Dettmers et al., 2023, arXiv:2305.14314): blocks of 64 weights, each with its largest as a scale.
     """
     try:
-        import bitsandbytes as bnb
+        import bitsandbytes
     except ImportError:
         raise BadInput("adapter.base: nf4 needs the library bitsandbytes: pip install 'packhorse[qlora]'") from None
+    bnb: Any = bitsandbytes.nn  # whose own types are wrong
     for name in names:
         old = model.get_submodule(name)
-        new = bnb.nn.Linear4bit(
+        new = bnb.Linear4bit(
             old.in_features,
             old.out_features,
             bias=old.bias is not None,
@@ -228,7 +229,7 @@ def _quantise(model: Any, names: list[str], double: bool) -> None:
             quant_type="nf4",
             device="meta",
         )
-        weight = bnb.nn.Params4bit(
+        weight = bnb.Params4bit(
             old.weight.data, requires_grad=False, compress_statistics=double, quant_type="nf4", module=new
         )
         new.weight, new.bias = weight.to(dist.device()), old.bias
