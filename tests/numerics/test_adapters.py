@@ -15,6 +15,8 @@ import torch
 from tests.numerics.compare import Run, case, difference, is_same, report, run_cases
 from trainer import checkpoint
 
+pytestmark = pytest.mark.runs
+
 LORA = "adapter={rank: 4, alpha: 16, dropout: 0.1, save_modules: [lm_head]}"
 DORA = "adapter={rank: 4, alpha: 16, dora: true, dropout: 0.1}"
 NF4 = "adapter={rank: 4, alpha: 16, base: nf4, double_quantisation: true}"
