@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,9 @@ def _merge(run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, sta
     dtype = getattr(torch, recipe.model.dtype)
     model = _as_trained(recipe, saved, manifest)
     logits = _logits(model)
-    buffers = ((name, saved.whole(name)) for name in saved.names if name not in dict(model.named_parameters()))
-    mapped = _mapped_weights((*merged_weights(model, dtype), *buffers), staged / "weights", dtype)
+    parameters = {name for name, _ in model.named_parameters()}
+    buffers = ((name, saved.whole(name)) for name in saved.names if name not in parameters)
+    mapped = _mapped_weights(chain(merged_weights(model, dtype), buffers), staged / "weights", dtype)
     del model
     _write(run_dir, recipe, staged / "model", mapped)
     loaded = _compare(staged / "model", mapped, recipe)
