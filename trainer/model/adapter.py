@@ -52,7 +52,7 @@ def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
     trained = sum(_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
     dist.log.info(
         "adapter: rank %d beside %d modules%s; %.2f%% of %.3g billion weights are trained",
-        section.rank, len(targets), f", {len(whole)} trained whole" if whole else "", 100 * trained / there, there / 1e9,
+        section.rank, len(targets), f", {len(whole)} whole" if whole else "", 100 * trained / there, there / 1e9,
     )  # fmt: skip
 
 
