@@ -76,7 +76,7 @@ def evaluate(
     _start_results(out, model, step)
     exported = out / "exported"
     # what is the model's own comes from it, and may still be overridden
-    own = ["model.revision=null", "model.init=pretrained"]
+    own = ["model.revision=null", "model.init=pretrained", "adapter=null"]
     if run is not None:
         own += ["model.chat_template=null", "model.add_tokens=[]"]  # they are in its folder
     changes = [*own, *(overrides or ()), f"model.name={json.dumps(str(exported) if run else model)}"]
@@ -84,7 +84,7 @@ def evaluate(
         if run is not None:
             from trainer.export import export
 
-            export(run, exported, step)
+            export(run, exported, step, merge=config.load(run / "recipe.yaml").adapter is not None)
         code = _score(config.load(recipe_file, changes), recipe_file, changes, out, step, nproc)
     finally:
         shutil.rmtree(exported, ignore_errors=True)
