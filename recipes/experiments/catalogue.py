@@ -78,7 +78,7 @@ def arms(base: Recipe) -> dict[str, Arm]:
         "baseline": Arm({}, 300),
         "sheets-token": Arm(sheets, 300),
         "sheets-example": Arm({**sheets, "loss.weighting": "example"}, 300),
-        "sheets-constant": Arm({**sheets, "loss.weighting": "constant", "loss.constant_tokens": 60}, 300),
+        "sheets-constant": Arm({**sheets, "loss.weighting": "constant", "loss.constant_tokens": 50}, 300),
         "prompt-learned": Arm({"data.train_on": "all"}, 320),
         "traces-all": Arm(traces, 300),
         "traces-filtered": Arm({**traces, **math}, 310),

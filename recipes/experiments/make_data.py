@@ -2,7 +2,8 @@
 
 usage: python recipes/experiments/make_data.py OUT_DIR [--train FILE.jsonl --heldout FILE.jsonl]
 
-Without files they are the quickstart's word problems; else rows of `question` and `answer` as gsm8k has them. OUT_DIR gets
+Without files they are the quickstart's word problems; else rows of `question` and `answer` as gsm8k has them.
+OUT_DIR gets
 
     train.jsonl, heldout.jsonl    the problems; no question is in both
     sheets.jsonl                  train with half of its problems on sheets of five: answers of very different lengths
@@ -24,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 
-from make_problems import SEED, TRAIN_ROWS, problems  # noqa: E402 - it lies in the other recipe's folder
+from make_problems import SEED, TRAIN_ROWS, problems  # it lies in the other recipe's folder
 
 HELDOUT_ROWS = 128
 ON_A_SHEET = 5

@@ -3,8 +3,8 @@
 usage: python recipes/experiments/run.py [--only 1,4] [--commands]
        python recipes/experiments/run.py --recipe recipes/experiments/full.yaml --out runs/experiments-full
 
-Stopped (Ctrl-C, SIGTERM) it saves the run at hand and ends with 75; the same command goes on from there. A finished run is
-not repeated: remove its folder to have it anew. Of a finished run the checkpoints are removed, 2 GB each.
+Stopped (Ctrl-C, SIGTERM) it saves the run at hand and ends with 75; the same command goes on from there. A finished
+run is not repeated: remove its folder to have it anew. Of a finished run the checkpoints are removed, 2 GB each.
 docs/experiments.md gets the tables of the runs of base.yaml, OUT/experiments.md those of another recipe.
 """
 
@@ -109,8 +109,9 @@ def run_all(recipe_file: str, base: Recipe, wanted: list[Run], out: Path, page: 
         say(f"  {run.name:24}{about(expected_s[run], pace) if run in left else 'done'}")
     with Stop() as stop:
         while left and not stop.asked:
-            run, to_go_s = left[0], sum(expected_s[r] for r in left)
-            say(f"[{len(wanted) - len(left) + 1}/{len(wanted)}] {run.name}; to go: {about(to_go_s, pace_of(out, base))}")
+            run, number = left[0], len(wanted) - len(left) + 1
+            to_go = about(sum(expected_s[r] for r in left), pace_of(out, base))
+            say(f"[{number}/{len(wanted)}] {run.name}; to go: {to_go}")
             began = time.monotonic()
             command = [sys.executable, "-m", "trainer.cli", "train", recipe_file, *overrides(run, base, out)]
             code = stop.wait(subprocess.Popen(command, pass_fds=[lock]))

@@ -202,9 +202,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _of_arms(number: int, experiment: Experiment, results: Mapping[str, Sequence[Result]]) -> str:
     first = results[experiment.arms[0]]
-    rows = [
-        [f"`{arm}`", *(_cell(column, results[arm], first) for column in SHOWN[number])] for arm in experiment.arms
-    ]
+    rows = [[f"`{arm}`", *(_cell(column, results[arm], first) for column in SHOWN[number])] for arm in experiment.arms]
     n = len(first[0].scores(ANSWER))
     said = f"n = {n} prompts; of several seeds each one's value stands behind the colon, or beside the other's."
     return table(["arm", *(HEADS[column] for column in SHOWN[number])], rows) + "\n\n" + said

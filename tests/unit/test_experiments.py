@@ -120,7 +120,8 @@ def test_a_wrong_trace_has_the_form_of_a_right_one_and_reckons_right(problems: A
             assert RIGHT.fullmatch(mistaken), mistaken
             for term, result in re.findall(r"(\d+ [-+*/] \d+) = (\d+)", mistaken):
                 assert eval(term) == int(result), mistaken  # digits and one operator, by the pattern above
-            assert mistaken.endswith(f"= {make_data.final(mistaken)}.</think><answer>{make_data.final(mistaken)}</answer>")
+            value = make_data.final(mistaken)
+            assert mistaken.endswith(f"= {value}.</think><answer>{value}</answer>")
 
 
 @pytest.mark.parametrize(
@@ -164,9 +165,12 @@ def test_wilsons_interval_and_the_sign_test_are_the_textbooks() -> None:
     assert tables.sign_test(0, 0) == tables.sign_test(4, 4) == 1
 
 
+Evaluations = dict[int, tuple[float, set[int]]]  # after so many steps: the loss, and the prompts answered right
+
+
 def finished(
-    out: Path, run: Run, *, right: set[int], n: int = 40, steps: int = 10, later: dict[int, tuple[float, set[int]]] = {}
-) -> None:  # fmt: skip
+    out: Path, run: Run, *, right: set[int], n: int = 40, steps: int = 10, before: Evaluations | None = None
+) -> None:
     """A run folder as a finished run leaves it: of `n` prompts those in `right` are answered right at the end."""
     folder = out / run.name
     folder.mkdir(parents=True)
@@ -179,7 +183,7 @@ def finished(
         {"step": i, **step, "train/grad_norm": 1.0 + i % 2 if i > 1 else 99.0} for i in range(1, steps + 1)
     ]
     samples = []
-    for at, (loss, answered) in {**later, steps: (0.05, right)}.items():
+    for at, (loss, answered) in {**(before or {}), steps: (0.05, right)}.items():
         lines.append({"step": at, "eval/loss": loss})
         for i in range(n):
             scores = {"format_accuracy": True, "answer_accuracy": i in answered}
@@ -203,7 +207,7 @@ def test_a_difference_that_the_seeds_do_not_share_is_none(tmp_path: Path) -> Non
     finished(tmp_path, Run("baseline", 1), right=set(range(20)))
     finished(tmp_path, Run("prompt-learned", 0), right=set(range(40)))
     finished(tmp_path, Run("prompt-learned", 1), right=set(range(19)))
-    assert "+30 -1, p 3e-08: no difference seen" in tables.block(2, tmp_path)
+    assert "+29 -0, p 3.7e-09: no difference seen" in tables.block(2, tmp_path)
 
 
 def test_a_difference_that_chance_could_make_is_none(tmp_path: Path) -> None:
@@ -217,7 +221,7 @@ def test_the_spread_of_gradient_norms_leaves_the_warm_up_out(tmp_path: Path) -> 
         for seed in (0, 1):
             finished(tmp_path, Run(arm, seed), right={0})
     row = next(line for line in tables.block(1, tmp_path).splitlines() if "sheets-example" in line)
-    assert "| 0.351, 0.351 | 2.00, 2.00 |" in row, "of 1 and 2, nine of them; the first step's 99 is warm-up"
+    assert "| 0.365, 0.365 | 2.00, 2.00 |" in row, "of 1 and 2, nine of them; the first step's 99 is warm-up"
 
 
 def test_packing_is_compared_step_by_step(tmp_path: Path) -> None:
@@ -233,8 +237,8 @@ def test_packing_is_compared_step_by_step(tmp_path: Path) -> None:
 
 def test_one_half_of_the_prompts_chooses_the_checkpoint_and_the_other_judges(tmp_path: Path) -> None:
     even, odd = set(range(0, 40, 2)), set(range(1, 40, 2))
-    later = {0: (0.01, set()), 5: (0.02, {1, 3}), 10: (0.03, even | {5})}  # the lowest loss is before training
-    finished(tmp_path, Run("few-rows", 0), right=odd, steps=15, later=later)
+    before = {0: (0.01, set()), 5: (0.02, {1, 3}), 10: (0.03, even | {5})}  # the lowest loss is before training
+    finished(tmp_path, Run("few-rows", 0), right=odd, steps=15, before=before)
     text = tables.block(7, tmp_path)
     assert "| 5 | 0.0200 | 0.0% (0.0 to 16.1) | 10.0% (2.8 to 30.1) | lowest loss |" in text
     assert "| 10 | 0.0300 | 100.0% (83.9 to 100.0) | 5.0% (0.9 to 23.6) | best metric |" in text
