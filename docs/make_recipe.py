@@ -9,7 +9,7 @@ from pydantic import JsonValue
 from pydantic_core import PydanticUndefined
 
 from trainer.config import Recipe
-from trainer.section import Section
+from trainer.section import Section, kind_of
 
 PAGE = Path(__file__).parent / "recipe.md"
 
@@ -26,9 +26,13 @@ def reference() -> str:
 
 
 def _table(name: str, section: type[Section]) -> str:
-    lines = [f"## {name}", "", _first_line(section), "", "| key | value | default | |", "|---|---|---|---|"]
+    kind = kind_of(section)
+    heading = f"{name}, `kind: {kind}`" if kind else name
+    lines = [f"## {heading}", "", _first_line(section), "", "| key | value | default | |", "|---|---|---|---|"]
     nested = []
     for key, field in section.model_fields.items():
+        if key == "kind":
+            continue
         default = field.get_default(call_default_factory=True)
         shown = "" if default is PydanticUndefined else f"`{_plain(default)}`"
         lines.append(f"| `{key}` | {_type(field.annotation)} | {shown} | {field.description or ''} |")

@@ -46,7 +46,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _slow(place: str, seconds: float, marker: Path) -> None:
-    from trainer import evaluate, shards, train
+    from trainer import generate, shards, train
     from trainer.data import loader
     from trainer.engine import Engine
 
@@ -56,7 +56,7 @@ def _slow(place: str, seconds: float, marker: Path) -> None:
         "reading": (loader.Loader, "step"),
         "training": (Engine, "step"),
         "held-out loss": (Engine, "evaluate"),
-        "generation": (evaluate, "_answers"),
+        "generation": (generate, "_answers"),
         "saving": (shards, "write"),
     }
     owner, name = owners[place]

@@ -16,7 +16,7 @@ from pydantic import Field, JsonValue, ValidationError, model_validator
 
 from trainer.config_eval import EvalSection
 from trainer.flow import BadInput
-from trainer.section import Section, check_function
+from trainer.section import Section, check_function, items_of, kind_of, sections_of
 
 
 class ModelSection(Section):
@@ -358,6 +358,14 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _prompts_are_held_out(self) -> Recipe:
+        if self.eval.generate and not self.has_eval:
+            raise ValueError(
+                "eval.generate: no rows are held out to ask; give data.eval or data.eval_fraction, or take it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _growth_is_bounded(self) -> Recipe:
         if any(source.grows for source in self.data.eval):
             raise ValueError("data.eval: held-out rows must stay the same, so no source of them may grow")
@@ -492,15 +500,17 @@ def _index(items: list[Any], text: str, override: str) -> int:
 
 
 def _fault(fault: Any) -> str:
-    """One pydantic fault as `section.key: what is wrong`, with the nearest right key for an unknown one."""
-    keys = [str(part) for part in fault["loc"]]
-    place = ".".join(keys) or "recipe"
+    """One pydantic fault as `section.key: what is wrong`, with the nearest right name for an unknown one."""
+    path = [str(part) for part in fault["loc"]]
     if fault["type"] == "extra_forbidden":
-        allowed = _fields_at(keys[:-1])
-        near = difflib.get_close_matches(keys[-1], allowed, n=1, cutoff=0.5)
-        return f"unknown key `{place}`" + (
-            f"; did you mean `{'.'.join([*keys[:-1], near[0]])}`?" if near else f"; keys here: {', '.join(allowed)}"
-        )
+        parents, sections = _follow(path[:-1])
+        return _unknown("key", path[-1], list(sections[0].model_fields), "".join(f"{key}." for key in parents))
+    keys, sections = _follow(path)
+    place = ".".join(keys) or "recipe"
+    if fault["type"] == "union_tag_invalid":
+        return f"`{place}`: " + _unknown("kind", fault["ctx"]["tag"], [kind_of(section) for section in sections])
+    if fault["type"] == "union_tag_not_found":
+        return f"`{place}.kind` is missing; kinds: {', '.join(str(kind_of(section)) for section in sections)}"
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "missing":
         return f"`{place}` is missing"
@@ -509,21 +519,26 @@ def _fault(fault: Any) -> str:
     return f"`{place}`: {message[0].lower()}{message[1:]}{shown}"
 
 
-def _fields_at(keys: list[str]) -> list[str]:
-    """Names of the fields of the section that `keys` leads to."""
-    section: Any = Recipe
-    for key in keys:
-        if key.isdigit() or not hasattr(section, "model_fields"):
+def _unknown(what: str, name: str, known: list[Any], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"unknown {what} `{prefix}{name}`; " + (
+        f"did you mean `{prefix}{near[0]}`?" if near else f"{what}s here: {', '.join(known)}"
+    )
+
+
+def _follow(path: list[str]) -> tuple[list[str], list[type[Section]]]:
+    """Where pydantic's path leads: the keys as they stand in the recipe, and the section there, or those of a union.
+
+    In a union pydantic names the kind, too, which is no key.
+    """
+    keys: list[str] = []
+    place: Any = Recipe
+    for part in path:
+        sections, items = sections_of(place), items_of(place)
+        if len(sections) > 1:
+            place = next((section for section in sections if kind_of(section) == part), None)
             continue
-        section = _section_of(section.model_fields[key].annotation)
-    return list(getattr(section, "model_fields", {}))
-
-
-def _section_of(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    for inner in getattr(annotation, "__args__", ()):
-        found = _section_of(inner)
-        if found is not None:
-            return found
-    return None
+        keys.append(part)
+        field = sections[0].model_fields.get(part) if sections else None
+        place = field.annotation if field else items
+    return keys, sections_of(place)

@@ -19,6 +19,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -185,6 +186,34 @@ def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Abstrac
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None)
 
 
+GATHER_SHARE = 0.5  # of the free memory, which gathered weights may take: activations and caches come on top
+
+
+def free_memory() -> int:
+    """Bytes that this rank can still take of its device; on CPU its share of the host's free memory."""
+    if dist.device().type == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return psutil.virtual_memory().available // dist.local_world_size()
+
+
+@contextmanager
+def _without_hooks(module: nn.Module, handles: Iterable[Any]) -> Iterator[None]:
+    """Inside, these hooks of the module's parts are not called. Afterwards they stand where they stood."""
+    ids = {handle.id for handle in handles}
+    tables = [hooks for part in module.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+    before = [dict(hooks) for hooks in tables]
+    for hooks in tables:
+        for hook in ids & hooks.keys():
+            del hooks[hook]
+    try:
+        yield
+    finally:
+        for hooks, all_of_them in zip(tables, before, strict=True):
+            hooks.clear()
+            hooks.update(all_of_them)
+
+
 def _optimizer(groups: list[dict[str, Any]], optim: OptimSection, config: Mapping[str, Any]) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if _offload_device(config, "optimizer") != "none":
@@ -296,6 +325,35 @@ class Engine:
         """The batch's weighted loss, without noise, dropout or gradients. () float32."""
         self._engine.eval()
         return self._engine(batch.to(dist.device()))
+
+    @contextmanager
+    def whole_weights(self) -> Iterator[bool]:
+        """Inside, the model runs many forwards without gradients, as generation does. Every rank calls it.
+
+        Yields True where each rank has the weights whole and runs as many forwards as it likes. Stage 3 gathers them
+        once for that, where they take at most GATHER_SHARE of every rank's free memory. Elsewhere it is False: each
+        forward gathers them layer by layer, and all ranks must run equally many.
+        """
+        if self.stage < 3:
+            yield True
+            return
+        if not self._whole_fits():
+            yield False
+            return
+        self._engine.empty_partition_cache()  # what was fetched ahead would be taken for gathered
+        offload = self._engine.optimizer.parameter_offload
+        hooks = [*offload.forward_hooks, *offload.backward_hooks]  # the first would cut each layer again after its use
+        with gathered(self.module.parameters()), _without_hooks(self.module, hooks):
+            yield True
+
+    def _whole_fits(self) -> bool:
+        """Whether the gathered weights fit beside what else there is, on all ranks alike."""
+        needed = sum(p.ds_numel * p.element_size() for p in self._parameters().values())
+        free = min(dist.gather(free_memory()))
+        fits = needed <= GATHER_SHARE * free and not self.swaps  # from an NVMe it is not proved
+        how = "gathered once" if fits else "gathered layer by layer for each token, which is slow"
+        dist.log.info("generation: %.2f GiB of weights, %.2f GiB free: %s", needed / 2**30, free / 2**30, how)
+        return fits
 
     def hyperparameters(self) -> list[dict[str, Any]]:
         """Of the optimizer's groups."""

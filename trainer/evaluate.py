@@ -1,26 +1,30 @@
 """Held-out loss with the training loss's own code, and answers by generation with their scores.
 
-In: the engine, held-out batches, prompts. Out: `eval/...` numbers, and samples. Every rank takes part in all of
-it and runs as many forwards as the others, fillers among them, so that no collective hangs.
+In: the engine, held-out batches, prompts. Out: `eval/...` numbers, samples, and a line of evaluations.jsonl. Every
+rank takes part in all of it and runs as many forwards as the others, fillers among them, so that no collective hangs.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from trainer import dist
 from trainer.config import Recipe
+from trainer.config_eval import Choice
 from trainer.data.loader import Loader, Prepared, eval_plan, held_out_prompts
 from trainer.data.mask import Masker
 from trainer.engine import Engine
 from trainer.flow import Batch, Prompt
-from trainer.generate import generate
-from trainer.metrics import Metrics
-from trainer.score import Sample, accuracies, sample
+from trainer.generate import choice_logprobs, generate, require_room
+from trainer.metrics import EVALUATIONS, Metrics, read_lines
+from trainer.score import Metric, Sample, as_table, check_scorers, metrics, samples
+from trainer.scorers import likeliest
 from trainer.watch import Watch
 
 
@@ -39,11 +43,24 @@ def write_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
     """Append the samples of one evaluation, a JSON object a line."""
     with path.open("a", encoding="utf-8") as file:
         for sample in samples:
-            file.write(json.dumps({"step": step, **sample._asdict()}, ensure_ascii=False) + "\n")
+            file.write(json.dumps({"step": step, **sample.as_json()}, ensure_ascii=False) + "\n")
+
+
+def write_evaluation(run_dir: Path, step: int, loss: float, measured: Mapping[str, Metric]) -> None:
+    """Append an evaluation that has ended to evaluations.jsonl, which stands on the disk when this returns."""
+    line = {"step": step, "eval_loss": loss, "metrics": {name: metric.as_json() for name, metric in measured.items()}}
+    with (run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 class Evaluation:
-    """Called with the number of applied steps: evaluates, logs, and says whether it ran to its end."""
+    """Called with the number of applied steps: evaluates, logs, and says whether it ran to its end.
+
+    A step is evaluated once: what evaluations.jsonl holds is not evaluated again. Build it after Metrics, which
+    drops what a killed run left there of later steps.
+    """
 
     def __init__(
         self,
@@ -58,17 +75,23 @@ class Evaluation:
     ) -> None:
         self._engine, self._tokenizer, self._metrics = engine, masker.tokenizer, metrics
         self._stop, self._watch = stop, watch
-        self._generate = recipe.eval.generate
-        self._samples = run_dir / "samples.jsonl"
+        self._generate, self._seed = recipe.eval.generate, recipe.train.seed
+        self._run_dir = run_dir
+        lines = read_lines(run_dir / EVALUATIONS) if dist.is_main() else []
+        self._evaluated: set[int] = dist.broadcast({line["step"] for line in lines})
         self._loader: Loader | None = None
         self._prompts: list[Prompt] = []
         if data is not None:
             self._loader = Loader(data, eval_plan(recipe, data), dist.rank(), dist.world_size(), pin=False)
             if self._generate:
                 self._prompts = held_out_prompts(recipe, masker, self._generate.rows)
+                model: Any = engine.module.model
+                require_room(model, self._prompts, self._generate.max_new_tokens)
+                if dist.is_main():
+                    check_scorers(self._generate.scorers, self._prompts)
 
     def __call__(self, step: int) -> bool:
-        ended = self._loader is None or self._evaluate(self._loader, step)
+        ended = self._loader is None or step in self._evaluated or self._evaluate(self._loader, step)
         self._watch.rest()
         return ended
 
@@ -76,18 +99,44 @@ class Evaluation:
         loss = held_out_loss(self._engine, loader.stream(0), self._stop, self._watch)
         if loss is None:
             return False
-        line = {"eval/loss": loss}
-        if self._generate and self._prompts:
-            answers = generate(self._engine, self._prompts, self._generate, self._tokenizer, self._stop, self._watch)
-            if answers is None:
-                return False
-            samples = [
-                sample(prompt, answer, self._generate.scorers)
-                for prompt, answer in zip(self._prompts, answers, strict=True)
-            ]
-            line |= accuracies(samples)
-            if dist.is_main():
-                write_samples(self._samples, step, samples)
-        self._metrics.write(step, line)
-        dist.log.info("after %d steps: %s", step, "  ".join(f"{key} {value:.4f}" for key, value in line.items()))
+        scored = self._scored(step)
+        if scored is None:
+            return False
+        self._write(step, loss, scored)
+        self._evaluated.add(step)
         return True
+
+    def _scored(self, step: int) -> list[Sample] | None:
+        """Every prompt with its answer and scores, on all ranks; None where the stop flag went up meanwhile."""
+        section = self._generate
+        if section is None or not self._prompts:
+            return []
+        tools = self._tokenizer, self._stop, self._watch
+        chosen: dict[str, list[str]] = {}  # by scorer: the likeliest letter of each prompt
+        for name, rule in section.scorers.items():
+            if isinstance(rule, Choice):
+                logprobs = choice_logprobs(self._engine, self._prompts, rule.letters, section.batch, *tools)
+                if logprobs is None:
+                    return None
+                chosen[name] = [likeliest(rule.letters, row) for row in logprobs]
+        if chosen and len(chosen) == len(section.scorers):  # nothing asks for more than likelihoods
+            answers: Sequence[str] | None = next(iter(chosen.values()))
+        else:
+            seeds = [dist.seed_from(self._seed, "answer", step, number) for number in range(len(self._prompts))]
+            answers = generate(self._engine, self._prompts, section, *tools, seeds=seeds)
+            if answers is None:
+                return None
+        self._watch.rest()  # scores may be a server's or a user's
+        return dist.broadcast(samples(self._prompts, answers, section.scorers, chosen) if dist.is_main() else None)
+
+    def _write(self, step: int, loss: float, scored: Sequence[Sample]) -> None:
+        """The evaluation everywhere; in evaluations.jsonl last, which says that all of it is there."""
+        measured = metrics(scored)
+        values = {f"eval/{name}": metric.value for name, metric in measured.items() if metric.value is not None}
+        line = {"eval/loss": loss, **values}
+        self._metrics.write(step, line)
+        if dist.is_main():
+            write_samples(self._run_dir / "samples.jsonl", step, scored)
+            self._metrics.text("samples", as_table(scored), step)
+            write_evaluation(self._run_dir, step, loss, measured)
+        dist.log.info("after %d steps: %s", step, "  ".join(f"{key} {value:.4f}" for key, value in line.items()))

@@ -128,6 +128,7 @@ _PARTS = ("data", "forward", "backward", "optimizer", "checkpoint")
 
 # ----------------------------------------------------------------------------------------------- the log
 
+EVALUATIONS = "evaluations.jsonl"  # of a run folder: a line for each evaluation that ended
 _STEPS_MEASURED = 3  # after which a GPU's memory is compared with the plan
 
 
@@ -142,8 +143,8 @@ class Metrics:
     """Accumulates steps and writes a line every `log_every` of them. Only rank 0 writes.
 
     On a resume from step k, lines of later steps, which a killed run left, are dropped: the files read as if the
-    run had never been stopped. So are evaluations made before the first step and after the last: those are
-    made anew.
+    run had never been stopped. So is what an evaluation of step k left that does not stand in EVALUATIONS: it did not
+    end, and is made anew.
     """
 
     def __init__(
@@ -154,7 +155,6 @@ class Metrics:
         row_tokens: int,
         flops: ModelFlops,
         resumed_at: int,
-        steps: int,
         beat: Callable[[str], None],
     ) -> None:
         self.clock = Clock(dist.device(), beat)
@@ -166,9 +166,10 @@ class Metrics:
         if dist.is_main():
             from torch.utils.tensorboard import SummaryWriter
 
-            remade = resumed_at if resumed_at in (0, steps) else None
+            _drop_lines_after(run_dir / EVALUATIONS, resumed_at, None)
+            evaluated = any(line["step"] == resumed_at for line in read_lines(run_dir / EVALUATIONS))
             for name in ("metrics.jsonl", "samples.jsonl", "trace.jsonl"):
-                _drop_lines_after(run_dir / name, resumed_at, remade)
+                _drop_lines_after(run_dir / name, resumed_at, None if evaluated else resumed_at)
             self._writer = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
         self._predicted: tuple[int, int] | None = None  # bytes, and steps until they are compared
@@ -263,9 +264,9 @@ class Metrics:
         for name, value in line.items():
             self._board.add_scalar(name, value, step)
 
-    def text(self, name: str, markdown: str) -> None:
+    def text(self, name: str, markdown: str, step: int | None = None) -> None:
         if self._board is not None:
-            self._board.add_text(name, markdown)
+            self._board.add_text(name, markdown, step)
 
     def close(self) -> None:
         if self._writer is not None and self._board is not None:
@@ -285,7 +286,7 @@ def _drop_lines_after(path: Path, step: int, remade: int | None) -> None:
             except ValueError:  # the half line of a killed run
                 break
             if line["step"] <= step and not (line["step"] == remade and "train/loss" not in line):
-                kept.append(text)
+                kept.append(text.removesuffix("\n") + "\n")
     write_synced(path, "".join(kept))
 
 

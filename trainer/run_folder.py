@@ -24,7 +24,7 @@ from trainer.data.loader import Prepared, TrainData
 from trainer.data.plan import Plan
 from trainer.engine import Engine
 from trainer.flow import STOP_FILE, BadInput, Batch, StepResult
-from trainer.metrics import Metrics, read_lines
+from trainer.metrics import EVALUATIONS, Metrics, read_lines
 from trainer.once import write_synced
 
 _LENGTHS = ("train.epochs", "train.steps")
@@ -42,6 +42,8 @@ def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> N
     """
     saved = run_dir / "recipe.yaml"
     has_checkpoint = any((run_dir / "checkpoints").glob("step-*"))
+    if not has_checkpoint and saved.is_file() and saved.read_text(encoding="utf-8") != recipe.to_yaml():
+        (run_dir / EVALUATIONS).unlink(missing_ok=True)  # the untrained model of another recipe may be another one
     if saved.is_file() and (has_checkpoint or (run_dir / LOG).is_file()):
         before, now = config.load(saved).fixed(), recipe.fixed()
         changed = [key for key in now if now[key] != before.get(key)]

@@ -165,7 +165,6 @@ def go_on(
         row_tokens=recipe.batch.row_tokens,
         flops=model_flops(model),
         resumed_at=first_step,
-        steps=plan.steps,
         beat=watch.beat,
     )
     masker = masker_of(recipe.data, tokenizer)
@@ -174,8 +173,10 @@ def go_on(
         describe(recipe, run_dir, train_data, plan, eval_data, metrics)
         save_description(model, tokenizer, run_dir)
     evaluation = Evaluation(recipe, run_dir, engine, eval_data, masker, metrics, stop, watch)
-    if first_step == 0 and not evaluation(0):
-        write_stop(run_dir, 0)
+    every = recipe.eval.every_steps
+    due = first_step == 0 or (every is not None and first_step % every == 0)
+    if due and not evaluation(first_step):  # made already, unless this step's was stopped half-way
+        write_stop(run_dir, first_step)
         return False
 
     epoch = plan.step(min(first_step, plan.steps - 1)).epoch

@@ -56,7 +56,8 @@ class Order:
     log: str  # a file, which ranks append to
     point: Point | None = None
     rank: int = 0  # that dies at the point
-    fill: bool = False  # it does not die, but fills the disk of the run folder
+    stop: bool = False  # it does not die, but gets the signal to stop
+    fill: bool = False  # likewise, but fills the disk of the run folder
     leave_kib: int = 0  # and leaves so much
     victims: Sequence[int] = field(default_factory=list)  # or: these ranks die
     after_s: float = 0.0  # so long after the start, or after this file has come
@@ -257,7 +258,7 @@ def _rank(order: Order, rank: int) -> int:
 
 def _functions() -> dict[str, tuple[Any, str, Any]]:
     """What can be patched: where it is, and what a call of it works on, from the call's arguments."""
-    from trainer import metrics, shards, train
+    from trainer import evaluate, generate, metrics, shards, train
     from trainer.engine import Engine
 
     def opened(descriptor: int | None) -> str:
@@ -278,11 +279,14 @@ def _functions() -> dict[str, tuple[Any, str, Any]]:
         "restore": (Engine, "restore", lambda *_: "restore"),
         "evaluate": (Engine, "evaluate", lambda *_: "evaluate"),
         "evaluation": (train.Evaluation, "__call__", lambda _, step: f"evaluation {step}"),
+        "answers": (generate, "_answers", lambda *_, **__: "answers"),
+        "record": (evaluate, "write_evaluation", lambda _, step, *__: f"record {step}"),
         "load": (train, "load_model", lambda *_, **__: "model"),
     }
 
 
-_OUTER = {"digest": "write", "evaluate": "evaluation"}  # calls that say nothing themselves of what they work on
+# calls that say nothing themselves of what they work on
+_OUTER = {"digest": "write", "evaluate": "evaluation", "answers": "evaluation"}
 
 
 class _Fault:
@@ -335,6 +339,9 @@ class _Fault:
         return result
 
     def _strike(self) -> None:
+        if self._order.stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return
         if self._order.fill:
             fill(self._run_dir, self._order.leave_kib)
             return

@@ -9,7 +9,7 @@ import pydantic
 import pytest
 import yaml
 
-from trainer import config, config_eval
+from trainer import config
 from trainer.flow import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +30,12 @@ def with_key(key: str, value: object) -> dict:
         node = node.setdefault(parent, {})
     node[last] = value
     return tree
+
+
+def with_scorer(scorer: object, name: str = "mine") -> dict:
+    """SMALLEST with held-out rows and a scorer of answers to them."""
+    tree = with_key("data.eval", [{"path": "held.jsonl"}])
+    return {**tree, "eval": {"generate": {"scorers": {name: scorer}}}}
 
 
 def growing(*others: dict, train: dict | None = None, **source: object) -> dict:
@@ -58,9 +64,26 @@ def test_defaults_are_the_designs():
     assert recipe.parallel.grad_dtype == "float32"
 
 
+SCORERS = {
+    "format": {"pattern": "x+"},
+    "exact": {"extract": "(x)", "ignore_case": True},
+    "contains": {"text": "x"},
+    "math": {"column": "solution"},
+    "choice": {"letters": ["A", "B"], "column": "letter"},
+    "json_schema": {"tools": True},
+    "refusal": {"column": "unsafe"},
+    "judge": {"rubric": "kind", "endpoint": {"url": "http://judge/v1", "model": "m"}, "against": "reference"},
+    "function": {"function": "mine:score"},
+}
+
+
 def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
-    recipe = config.parse(with_key("optim.lr", 3e-4))
+    tree = with_key("data.eval_fraction", 0.1)
+    tree["eval"] = {"generate": {"scorers": {kind: {"kind": kind, **keys} for kind, keys in SCORERS.items()}}}
+    recipe = config.parse(tree)
     assert config.load(written(tmp_path, recipe.to_yaml())) == recipe
+    assert recipe.eval.generate is not None
+    assert [scorer.kind for scorer in recipe.eval.generate.scorers.values()] == list(SCORERS)
 
 
 def test_rows_are_held_out_where_sources_or_a_share_say_so():
@@ -87,7 +110,7 @@ def test_it_is_frozen():
         ("train.steps=null", "train", "steps", None),
         ("data.eval=[]", "data", "eval", ()),
         ("run.dir=runs/a=b", "run", "dir", "runs/a=b"),
-        ("eval.generate.rows=8", "eval", "generate", config_eval.GenerateSection(rows=8, max_new_tokens=64, batch=32)),
+        ("checkpoint.keep=8", "checkpoint", "keep", 8),  # of a section that the file does not have
     ],
 )
 def test_overrides(tmp_path, override, section, key, value):
@@ -144,6 +167,33 @@ def test_an_override_reaches_into_a_list(tmp_path):
             {**SMALLEST, "data": {**SMALLEST["data"], "too_long": "split", "split_context": 8, "max_tokens": 9}},
             "data.split_context (8) leaves no room",
         ),
+        (with_key("eval.generate", {}), "eval.generate: no rows are held out to ask; give data.eval"),
+        (with_scorer({"kind": "exat"}), "`eval.generate.scorers.mine`: unknown kind `exat`; did you mean `exact`?"),
+        (with_scorer({"kind": "bleu"}), "unknown kind `bleu`; kinds here: format, exact, contains, math, choice,"),
+        (with_scorer({"pattern": "x"}), "`eval.generate.scorers.mine.kind` is missing; kinds: format, exact,"),
+        (with_scorer({"kind": "format"}), "`eval.generate.scorers.mine.pattern` is missing"),
+        (
+            with_scorer({"kind": "exact", "extrct": "(x)"}, "exact"),
+            "unknown key `eval.generate.scorers.exact.extrct`; did you mean `eval.generate.scorers.exact.extract`?",
+        ),
+        (
+            with_scorer({"kind": "math", "zzz": 1}),
+            "unknown key `eval.generate.scorers.mine.zzz`; keys here: kind, column",
+        ),
+        (with_scorer({"kind": "format", "pattern": "("}), "`eval.generate.scorers.mine`: `(` is not a regular"),
+        (with_scorer({"kind": "exact", "extract": "x"}), "`extract` has no group"),
+        (with_scorer({"kind": "choice", "letters": ["A", "A"]}), "`letters` are different texts"),
+        (with_scorer({"kind": "choice", "letters": ["A"]}), "`eval.generate.scorers.mine.letters`: tuple should have"),
+        (with_scorer({"kind": "json_schema"}), "give exactly one of `file`, `column` and `tools: true`"),
+        (with_scorer({"kind": "json_schema", "file": "a", "tools": True}), "give exactly one of `file`, `column`"),
+        (with_scorer({"kind": "refusal"}), "give exactly one of `expected` and `column`"),
+        (with_scorer({"kind": "function", "function": "mine.py"}), "a function is named as `module:function`"),
+        (
+            with_scorer({"kind": "judge", "rubric": "x", "endpoint": {"ulr": "http://a/v1", "model": "m"}}),
+            "did you mean `eval.generate.scorers.mine.endpoint.url`?",
+        ),
+        (with_scorer({"kind": "exact"}, "loss"), "`loss` cannot name a scorer"),
+        (with_scorer({"kind": "exact"}, "a b"), "`a b` cannot name a scorer"),
         (with_key("loss.weighting", "constant"), "`constant_tokens` belongs to `weighting: constant`"),
         (growing(), "say how long in train.steps"),
         (growing(train={"steps": 9, "epochs": 2}), "a source that grows has no epochs"),

@@ -2,7 +2,10 @@
 
 import runpy
 
+import yaml
+
 from tests.ranks import ROOT
+from trainer import config
 
 
 def test_the_recipe_reference_is_current() -> None:
@@ -15,3 +18,13 @@ def test_the_table_of_scale_is_current() -> None:
     """`python docs/make_scale.py` brings it up to date."""
     page = runpy.run_path(str(ROOT / "docs" / "make_scale.py"))["page"]
     assert (ROOT / "docs" / "scale.md").read_text(encoding="utf-8") == page()
+
+
+def test_the_scorers_of_the_page_are_a_recipes() -> None:
+    section = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8").split("\n## Scorers\n")[1]
+    tree = yaml.safe_load(section.split("```yaml\n")[1].split("```")[0])
+    data = {"train": [{"path": "train.jsonl"}], "eval": [{"path": "eval.jsonl"}]}
+    recipe = config.parse({"model": {"name": "m"}, "data": data, "run": {"dir": "r"}, **tree})
+    assert recipe.eval.generate is not None
+    kinds = {scorer.kind for scorer in recipe.eval.generate.scorers.values()}
+    assert kinds == {"format", "exact", "contains", "math", "choice", "json_schema", "refusal", "function", "judge"}

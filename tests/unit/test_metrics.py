@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.model_helpers import pack
 from trainer.flow import StepPlan, StepResult
-from trainer.metrics import Clock, Metrics, ModelFlops, model_flops, read_lines
+from trainer.metrics import EVALUATIONS, Clock, Metrics, ModelFlops, model_flops, read_lines
 from trainer.progress import _clock
 
 H, LAYERS, HEADS, GROUPS, INNER, VOCABULARY = 16, 3, 4, 2, 40, 50
@@ -58,7 +58,7 @@ def test_the_clock_adds_up_parts_and_starts_anew() -> None:
 def log(run_dir: Path, flops: ModelFlops, resumed_at: int, last: int, steps: int = 4) -> list[dict[str, Any]]:
     """Run the log from step `resumed_at` to `last`, with the evaluations that a run makes."""
     metrics = Metrics(
-        run_dir, log_every=1, row_tokens=16, flops=flops, resumed_at=resumed_at, steps=steps, beat=lambda part: None
+        run_dir, log_every=1, row_tokens=16, flops=flops, resumed_at=resumed_at, beat=lambda part: None
     )
     if resumed_at == 0:
         metrics.write(0, {"eval/loss": 9.0})
@@ -99,6 +99,25 @@ def test_an_answer_with_a_line_separator_in_it_is_one_line(tmp_path: Path, flops
     (tmp_path / "samples.jsonl").write_text('{"step": 1, "answer": "a\u2028b"}\n', encoding="utf-8")
     log(tmp_path, flops, 1, 2)
     assert read_lines(tmp_path / "samples.jsonl") == [{"step": 1, "answer": "a\u2028b"}]
+
+
+@pytest.mark.parametrize(("recorded", "left"), [([0, 2], [0, 2, 2]), ([0], [0, 2]), ([0, 2, 4], [0, 2, 2])])
+def test_an_evaluation_that_did_not_end_leaves_nothing(
+    tmp_path: Path, flops: ModelFlops, recorded: list[int], left: list[int]
+) -> None:
+    """One that did stays, if it is not of a step that is trained again."""
+    samples = [{"step": step, "answer": "a"} for step in (0, 2)]
+    logged = [{"step": 0, "eval/loss": 9.0}, {"step": 2, "train/loss": 5.0}, {"step": 2, "eval/loss": 4.0}]
+    for name, lines in {
+        "samples.jsonl": samples,
+        "metrics.jsonl": logged,
+        EVALUATIONS: [{"step": step} for step in recorded],
+    }.items():
+        (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    log(tmp_path, flops, 2, 2)
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == left
+    assert [line["step"] for line in read_lines(tmp_path / "samples.jsonl")] == sorted(set(recorded) & {0, 2})
+    assert [line["step"] for line in read_lines(tmp_path / EVALUATIONS)] == sorted(set(recorded) & {0, 2})
 
 
 def test_time_to_go_is_a_clock() -> None:

@@ -14,7 +14,7 @@ from trainer import dist
 from trainer.config import Recipe, load
 from trainer.data.loader import prepare, train_plan
 from trainer.flow import BadInput
-from trainer.metrics import Metrics, ModelFlops
+from trainer.metrics import EVALUATIONS, Metrics, ModelFlops
 from trainer.run_folder import describe, open_run_folder, require_shared
 
 
@@ -74,6 +74,15 @@ def test_what_the_hardware_decides_may(tmp_path: Path, change: str) -> None:
     assert load(tmp_path / "recipe.yaml") == recipe(tmp_path, change), "the folder holds the recipe that runs"
 
 
+def test_the_evaluation_of_another_recipes_untrained_model_is_forgotten(tmp_path: Path) -> None:
+    open_run_folder(recipe(tmp_path), tmp_path)
+    (tmp_path / EVALUATIONS).write_text('{"step": 0}\n')
+    open_run_folder(recipe(tmp_path), tmp_path)
+    assert (tmp_path / EVALUATIONS).exists(), "the same recipe made it"
+    open_run_folder(recipe(tmp_path, "model.name=other"), tmp_path)
+    assert not (tmp_path / EVALUATIONS).exists()
+
+
 def test_a_recipe_may_be_mended_until_there_is_a_checkpoint(tmp_path: Path) -> None:
     open_run_folder(recipe(tmp_path, "data.train.0.path=mistyped.jsonl"), tmp_path)
     open_run_folder(recipe(tmp_path), tmp_path)
@@ -111,7 +120,7 @@ def test_it_tells_of_every_row_that_is_left_out(tmp_path: Path, shared: Path) ->
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "smollm2")
     train, held_out = (prepare(made, tokenizer, which) for which in ("train", "eval"))
     flops = ModelFlops(1, 1, 1)
-    metrics = Metrics(tmp_path, log_every=1, row_tokens=8, flops=flops, resumed_at=0, steps=1, beat=lambda part: None)
+    metrics = Metrics(tmp_path, log_every=1, row_tokens=8, flops=flops, resumed_at=0, beat=lambda part: None)
     describe(made, tmp_path, train, train_plan(made, train), held_out, metrics)
     metrics.close()
     reports = json.loads((tmp_path / "data.json").read_text())
