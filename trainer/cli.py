@@ -297,17 +297,26 @@ def export(
     universal: Annotated[
         bool, typer.Option("--universal", help="DeepSpeed's universal checkpoint, for other programs on DeepSpeed.")
     ] = False,
+    merge: Annotated[bool, typer.Option("--merge", help="An adapter becomes part of its base: a whole model.")] = False,
 ) -> None:
-    """Write a run's last checkpoint as a Hugging Face folder, load it again and compare.
+    """Write a run's last checkpoint as a Hugging Face folder, or its adapter as peft's; load it again and compare.
 
     [bold]packhorse export runs/quickstart --out models/word-problems[/bold]
+    [bold]packhorse export runs/lora_8b --out models/lora-merged --merge[/bold]
     [bold]packhorse export runs/quickstart --out /scratch/universal --universal[/bold]
     """
+    if universal and merge:
+        raise BadInput(
+            "--merge: a universal checkpoint is the training state, which nothing is merged into; leave it out"
+        )
     if universal:
-        from trainer.universal import export_universal as export
+        from trainer.universal import export_universal
+
+        print(export_universal(run, out))
     else:
         from trainer.export import export
-    print(export(run, out))
+
+        print(export(run, out, merge=merge))
 
 
 app.add_typer(launch_app, name="launch")

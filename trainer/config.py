@@ -47,6 +47,58 @@ class ModelSection(Section):
     trust_remote_code: bool = Field(default=False, description="Runs the model's own Python code. Read it first.")
 
 
+ADAPTER_LR = 1e-4  # the rate where an adapter is trained and the recipe gives none
+
+
+class AdapterSection(Section):
+    """LoRA: the model stays as it is, small matrices beside its linear modules are trained. null: all its weights."""
+
+    rank: int = Field(default=16, ge=1)
+    alpha: int = Field(
+        default=32,
+        ge=1,
+        description="What the matrices add is multiplied by alpha / rank. Left alone it keeps the best learning rate "
+        "alike for all ranks.",
+    )
+    targets: str | tuple[str, ...] = Field(
+        default="all-linear",
+        description="all-linear: every linear module but the head; a list of names or their ends, as "
+        "`[q_proj, v_proj]`; or a regular expression that must match a whole name.",
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Of what goes into the matrices (C3).")
+    rslora: bool = Field(default=False, description="alpha / sqrt(rank) instead, for high ranks.")
+    dora: bool = Field(default=False, description="The size of each of a weight's rows is learned apart (DoRA).")
+    save_modules: tuple[str, ...] = Field(
+        default=(),
+        description="Modules that are trained whole and saved with the adapter, as `[embed_tokens, lm_head]`.",
+    )
+    base: Literal["nf4"] | None = Field(
+        default=None,
+        description="nf4: the linear modules lie in 4 bits (QLoRA), by the library bitsandbytes; at ZeRO stages 0 "
+        "to 2.",
+    )
+    double_quantisation: bool = Field(
+        default=False, description="Of nf4: its scales lie in 8 bits, 0.37 bits a weight less."
+    )
+
+    @model_validator(mode="after")
+    def _usable(self) -> AdapterSection:
+        if not self.targets:
+            raise ValueError("`targets` names nothing; give `all-linear`, or names")
+        if isinstance(self.targets, str):
+            try:
+                re.compile(self.targets)
+            except re.error as error:
+                raise ValueError(f"`{self.targets}` is not a regular expression: {error}") from None
+        if self.double_quantisation and self.base is None:
+            raise ValueError("`double_quantisation` belongs to `base: nf4`")
+        if self.dora and self.base is not None:
+            raise ValueError(
+                "`dora` needs the norms of the weights, and is not proved with `base: nf4`; take one of them"
+            )
+        return self
+
+
 class Filters(Section):
     """Which rows are not wanted, by their last answer (or text). They are counted apart from rejected ones."""
 
@@ -250,7 +302,7 @@ class LossSection(Section):
 class OptimSection(Section):
     """AdamW and its schedule; the learning rate is a function of the step alone."""
 
-    lr: float = Field(default=2e-5, gt=0)
+    lr: float = Field(default=2e-5, gt=0, description=f"With an `adapter` the default is {ADAPTER_LR:g}.")
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0, description="On matrices; never on norms and biases.")
@@ -330,6 +382,7 @@ class ProfileSection(Section):
 
 class Recipe(Section):
     model: ModelSection
+    adapter: AdapterSection | None = None
     data: DataSection
     batch: BatchSection = BatchSection()
     loss: LossSection = LossSection()
@@ -341,6 +394,23 @@ class Recipe(Section):
     guard: GuardSection = GuardSection()
     run: RunSection
     profile: ProfileSection | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_an_adapter(cls, tree: Any) -> Any:
+        optim = (tree.get("optim") or {}) if isinstance(tree, dict) else None
+        if isinstance(optim, dict) and tree.get("adapter") is not None:
+            return {**tree, "optim": {"lr": ADAPTER_LR, **optim}}
+        return tree
+
+    @model_validator(mode="after")
+    def _adapter_fits(self) -> Recipe:
+        if self.adapter and self.model.add_tokens:
+            raise ValueError(
+                "model.add_tokens: the new rows of the embeddings lie outside an adapter, and nobody who loads it has "
+                "them; train all weights, or take a model that has the tokens"
+            )
+        return self
 
     @model_validator(mode="after")
     def _lengths_agree(self) -> Recipe:
@@ -409,7 +479,7 @@ class Recipe(Section):
         }
         for section in ("checkpoint", "eval", "guard", "run", "profile"):
             del tree[section]
-        return {
+        return {"adapter": tree.pop("adapter")} | {  # whole: a section that is not there has no keys to compare
             f"{section}.{key}": value
             for section, values in tree.items()
             for key, value in values.items()

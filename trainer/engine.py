@@ -27,6 +27,7 @@ from trainer import dist, zero
 from trainer.config import ModelSection, OptimSection, ParallelSection
 from trainer.flow import BadInput, Batch, StepResult
 from trainer.metrics import Clock
+from trainer.model.adapter import borrowed_weights, parts_of
 from trainer.shards import FROZEN, WEIGHT, Digests, Shards, Slice, add_digests, digests_of
 
 if not torch.cuda.is_available():
@@ -241,6 +242,8 @@ class Engine:
         )
         if hasattr(self._engine.optimizer, "get_grad_norm_direct"):  # stages 1 to 3
             self._engine.optimizer.get_grad_norm_direct = gradient_norm
+        for borrower, weight in borrowed_weights(model) if self.stage == 3 else ():
+            deepspeed.zero.register_external_parameter(borrower, weight)  # gathered where it runs, too
         self._world = dist.world_size()
         self._without_gradient = _GradientWatch(model) if self.stage == 3 else None
 
@@ -410,8 +413,8 @@ class Engine:
         for name, parameter in self._parameters().items():
             if not parameter.requires_grad:
                 with gathered([parameter]):
-                    if dist.is_main():
-                        found |= digests_of([Slice(name, 0, {FROZEN: parameter.detach().view(-1)})])
+                    for part, tensor in parts_of(name, parameter) if dist.is_main() else ():
+                        found |= digests_of([Slice(part, 0, {FROZEN: tensor.view(-1)})])
         return found
 
     def _parameters(self) -> dict[str, nn.Parameter]:

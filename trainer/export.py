@@ -1,24 +1,28 @@
-"""A checkpoint becomes a Hugging Face folder: weights, configuration, tokenizer, a model card.
+"""A checkpoint becomes a Hugging Face folder: weights, configuration, tokenizer, a model card; or an adapter peft's.
 
 In: a run folder. Out: a folder that `from_pretrained` loads, and that was loaded and compared before it was
 published by a rename. Weights pass through memory-mapped files: neither a device nor the host holds the model
-whole while it is written.
+whole while it is written. An adapter is written, and merged, beside its base, which is loaded for it.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from trainer import __version__, checkpoint, dist
+from trainer.checkpoint import Manifest
 from trainer.config import Recipe, load
 from trainer.flow import BadInput
-from trainer.model.load import load_tokenizer
-from trainer.shards import Shards
+from trainer.model.adapter import in_peft_form, is_of_adapter, merged_weights, parts_of
+from trainer.model.attention import other_attention
+from trainer.model.load import load_model, load_tokenizer
+from trainer.shards import FROZEN, Shards, digest
 
 MODEL_FOLDER = "model"  # of a run: configuration, generation configuration and tokenizer, without weights
 
@@ -32,27 +36,42 @@ def save_description(model: Any, tokenizer: Any, run_dir: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def export(run_dir: Path, out: Path) -> Path:
-    """Write the run's newest whole checkpoint to `out`, in the recipe's dtype.
+def export(run_dir: Path, out: Path, *, merge: bool = False) -> Path:
+    """Write the run's newest whole checkpoint to `out`, in the recipe's dtype: the model, or the adapter.
+
+    Args:
+        merge: an adapter becomes part of its base, and the model is written.
 
     Raises:
-        BadInput: the run has no checkpoint, or `out` exists and is not an export.
+        BadInput: the run has no checkpoint, or `out` exists and is not an export; there is nothing to merge; or the
+            adapter's base is not the one that it was trained on.
         RuntimeError: what was written does not load as what was saved.
     """
     if not (run_dir / "recipe.yaml").is_file():
         raise BadInput(f"{run_dir}: not a run folder (it has no recipe.yaml)")
-    if out.exists() and not (out / "config.json").is_file():
+    if out.exists() and not any((out / name).is_file() for name in ("config.json", "adapter_config.json")):
         raise BadInput(f"{out}: exists and is not a model folder; give another --out")
     recipe = load(run_dir / "recipe.yaml")
+    if merge and not recipe.adapter:
+        raise BadInput(f"--merge: {run_dir} has trained no adapter; leave it out, and the whole model is written")
+    if recipe.adapter and not merge and recipe.model.init == "random":
+        raise BadInput(f"{run_dir}: the adapter's base has random weights, that no folder holds; add --merge")
     saved, manifest = checkpoint.open_newest(run_dir)
 
     staged = out.with_name(f".{out.name}.saving")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
-    mapped = _mapped_weights(saved, staged / "weights", getattr(torch, recipe.model.dtype))
-    _write(run_dir, recipe, staged / "model", mapped)
-    _compare(staged / "model", mapped, recipe)
-    (staged / "model" / "README.md").write_text(_model_card(run_dir, recipe, manifest.state.step), encoding="utf-8")
+    if recipe.adapter is None:
+        weights = ((name, saved.whole(name)) for name in saved.names)
+        mapped = _mapped_weights(weights, staged / "weights", getattr(torch, recipe.model.dtype))
+        _write(run_dir, recipe, staged / "model", mapped)
+        _compare(staged / "model", mapped, recipe)
+    elif merge:
+        _merge(run_dir, recipe, saved, manifest, staged)
+    else:
+        _write_adapter(run_dir, recipe, saved, manifest, staged / "model")
+    card = _model_card(run_dir, recipe, manifest.state.step, recipe.adapter is not None and not merge)
+    (staged / "model" / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     (staged / "model").rename(out)
     shutil.rmtree(staged)
@@ -60,18 +79,19 @@ def export(run_dir: Path, out: Path) -> Path:
     return out
 
 
-def _mapped_weights(saved: Shards, folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _mapped_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
     """The model's weights by name, in `dtype`, each backed by a file of its own."""
     folder.mkdir()
-    weights = {}
-    for number, name in enumerate(saved.names):
-        value = saved.whole(name)
+    mapped = {}
+    for number, (name, value) in enumerate(weights):
         if value.is_floating_point():
             value = value.to(dtype)
         path = str(folder / str(number))
         target = torch.from_file(path, shared=True, size=value.numel(), dtype=value.dtype).view(value.shape)
-        weights[name] = target.copy_(value)
-    return weights
+        mapped[name] = target.copy_(value)
+    return mapped
 
 
 def _write(run_dir: Path, recipe: Recipe, folder: Path, weights: dict[str, torch.Tensor]) -> None:
@@ -86,12 +106,16 @@ def _write(run_dir: Path, recipe: Recipe, folder: Path, weights: dict[str, torch
         )
     model.generation_config = GenerationConfig.from_pretrained(source)
     model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="5GB")
+    _write_tokenizer(source, recipe, folder)
+
+
+def _write_tokenizer(source: Path, recipe: Recipe, folder: Path) -> None:
     as_trained = recipe.model.model_copy(update={"name": str(source), "chat_template": None, "add_tokens": ()})
     load_tokenizer(as_trained).save_pretrained(folder)
 
 
-def _compare(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> None:
-    """Load the folder as a user would and compare every weight bit by bit."""
+def _compare(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> Any:
+    """Load the folder as a user would and compare every weight bit by bit; the loaded model."""
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -106,9 +130,105 @@ def _compare(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> 
     for name, parameter in model.named_parameters():
         if not torch.equal(parameter.detach(), weights[name]):
             raise RuntimeError(f"{folder}: `{name}` loads with other values than were trained")
+    return model
 
 
-def _model_card(run_dir: Path, recipe: Recipe, step: int) -> str:
+# ----------------------------------------------------------------------------------------------- adapters
+
+# Largest ||a - b|| / ||b|| of the logits of two models that are to act alike: in bf16 the merged weights are rounded
+# once, to 2^-9 of their size, where base and adapter apart are not (seen: 0.01).
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.05}
+
+
+def _merge(run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, staged: Path) -> None:
+    """Write the base with the adapter merged into it, load that and compare weights and logits."""
+    dtype = getattr(torch, recipe.model.dtype)
+    model = _as_trained(recipe, saved, manifest)
+    logits = _logits(model)
+    buffers = ((name, saved.whole(name)) for name in saved.names if name not in dict(model.named_parameters()))
+    mapped = _mapped_weights((*merged_weights(model, dtype), *buffers), staged / "weights", dtype)
+    del model
+    _write(run_dir, recipe, staged / "model", mapped)
+    loaded = _compare(staged / "model", mapped, recipe)
+    _require_alike(_logits(loaded.to(dist.device())), logits, recipe, staged / "model")
+
+
+def _write_adapter(run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, folder: Path) -> None:
+    """Write the adapter as peft does, load it onto its base as a user would and compare tensors and logits.
+
+    The adapter's matrices are its fp32 masters; modules trained whole have the model's type, as in the model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    assert recipe.adapter
+    section, dtype = recipe.model, getattr(torch, recipe.model.dtype)
+    model = _as_trained(recipe, saved, manifest)
+    logits = _logits(model)
+    trained = {name: saved.whole(name) for name in saved.names}
+    trained = {name: tensor if is_of_adapter(name) else tensor.to(dtype) for name, tensor in trained.items()}
+    config, tensors = in_peft_form(model, recipe.adapter, trained, section.name, section.revision)
+    del model
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _write_tokenizer(run_dir / MODEL_FOLDER, recipe, folder)
+
+    base = AutoModelForCausalLM.from_pretrained(
+        section.name, revision=section.revision, dtype=dtype, trust_remote_code=section.trust_remote_code
+    )
+    loaded: Any = PeftModel.from_pretrained(base, str(folder))
+    again = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    differ = [name for name in tensors if name not in again or not torch.equal(again[name].cpu(), tensors[name])]
+    if differ:
+        raise RuntimeError(f"{folder}: `{differ[0]}` loads with other values than were trained")
+    if recipe.adapter.base is None:  # on the 4-bit base it was trained on it acts alike, on this one it does nearly
+        _require_alike(_logits(loaded.to(dist.device())), logits, recipe, folder)
+
+
+@torch.no_grad()
+def _as_trained(recipe: Recipe, saved: Shards, manifest: Manifest) -> Any:
+    """The base with the adapter in it, as peft's users have them: the adapter in fp32, the rest in the model's type.
+
+    Raises:
+        BadInput: the base is not the one that the adapter was trained on, bit by bit.
+    """
+    tokenizer = load_tokenizer(recipe.model)
+    model = load_model(recipe.model, tokenizer, seed=recipe.train.seed, adapter=recipe.adapter)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = saved.whole(name).to(parameter.device)
+            parameter.data = value if is_of_adapter(name) else value.to(parameter.dtype)
+            continue
+        for part, tensor in parts_of(name, parameter):
+            if digest(tensor) != manifest.digests.get((part, FROZEN)):
+                raise BadInput(
+                    f"model.name: `{part}` of {recipe.model.name} has other values here than the adapter was trained "
+                    "on; put the old model back, or export on the kind of device that trained it"
+                )
+    return model.eval()
+
+
+@torch.no_grad()
+def _logits(model: Any) -> torch.Tensor:
+    """For 32 tokens drawn at random, (32, V) float32."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0))
+    with other_attention(model, "eager"):
+        return model.eval()(input_ids=ids.to(dist.device()), use_cache=False).logits[0].float()
+
+
+def _require_alike(loaded: torch.Tensor, trained: torch.Tensor, recipe: Recipe, folder: Path) -> None:
+    difference = float((loaded - trained).norm() / trained.norm())
+    dist.log.info("logits of the loaded export differ from the trained model's by %.1e of their size", difference)
+    if not difference <= TOLERANCE[recipe.model.dtype]:
+        raise RuntimeError(
+            f"{folder}: its logits differ from the trained model's by {difference:.1e} of their size; "
+            f"{TOLERANCE[recipe.model.dtype]:g} is allowed"
+        )
+
+
+def _model_card(run_dir: Path, recipe: Recipe, step: int, is_adapter: bool = False) -> str:
     """A model card of the run's own facts."""
     summary_path = run_dir / "summary.json"
     summary: dict[str, Any] = json.loads(summary_path.read_text()) if summary_path.is_file() else {}
@@ -119,7 +239,7 @@ def _model_card(run_dir: Path, recipe: Recipe, step: int) -> str:
     table = f"\n| held out | before | after |\n|---|---|---|\n{rows}\n" if after else ""
     return f"""---
 base_model: {recipe.model.name}
-library_name: transformers
+library_name: {"peft" if is_adapter else "transformers"}
 pipeline_tag: text-generation
 tags: [packhorse, sft]
 ---

@@ -51,6 +51,7 @@ class ModelFlops:
     """Training FLOPs that a model needs: 6 a weight and token, as Kaplan et al. 2020 count them, and 6 a layer
     for each channel of attention and pair of positions (causal pairs: half of L^2, scores and values).
 
+    A frozen weight takes 4, as it has no gradient of its own, and counts as two thirds of one.
     The head is counted where it is used: at trained positions. Recomputation is not counted.
     """
 
@@ -76,13 +77,19 @@ def model_flops(model: Any) -> ModelFlops:
     body = 0.0
     for name, parameter in model.named_parameters():
         if id(parameter) not in embeddings:
-            count = getattr(parameter, "ds_numel", parameter.numel())
-            body += count * (share if ".experts." in name else 1.0)
-    head = sum(getattr(p, "ds_numel", p.numel()) for p in model.get_output_embeddings().parameters())
+            body += _weights(parameter) * (share if ".experts." in name else 1.0)
+    head = int(sum(_weights(p) for p in model.get_output_embeddings().parameters()))
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     attending = sum("attention" in kind and "linear" not in kind for kind in layer_types)
     return ModelFlops(int(body), head, head_size * config.num_attention_heads * attending)
+
+
+def _weights(parameter: Any) -> float:
+    """Of a parameter, sharded or in 4 bits, as ModelFlops counts them."""
+    quantised = getattr(parameter, "quant_state", None)
+    count = quantised.shape.numel() if quantised else getattr(parameter, "ds_numel", parameter.numel())
+    return count if parameter.requires_grad else count * 2 / 3
 
 
 # ----------------------------------------------------------------------------------------------- time

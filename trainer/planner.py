@@ -24,11 +24,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.config import ModelSection, OptimSection, Recipe
+from trainer.config import AdapterSection, ModelSection, OptimSection, Recipe
 from trainer.data.plan import filler_share
 from trainer.flow import BadInput
 from trainer.metrics import ModelFlops, model_flops
 from trainer.model import attention
+from trainer.model.adapter import add_adapter
 from trainer.model.attention import Arguments, Bounds
 from trainer.model.load import load_config
 from trainer.model.loss import BLOCK_HIDDEN
@@ -47,7 +48,11 @@ class Model:
     """What memory and time depend on."""
 
     name: str
-    groups: tuple[tuple[int, ...], ...]  # elements of each parameter, by the optimizer's groups
+    groups: tuple[tuple[int, ...], ...]  # elements of each trained parameter, by the optimizer's groups
+    frozen: tuple[int, ...]  # elements of each of the others, but for those in 4 bits
+    quantised: int  # elements of those
+    quantised_bytes: int
+    trains_head: bool
     element: int  # bytes of an element of the weights
     hidden: int
     vocabulary: int
@@ -56,15 +61,20 @@ class Model:
     flops: ModelFlops
 
     @property
-    def parameters(self) -> int:
+    def trained(self) -> int:
         return sum(map(sum, self.groups))
 
+    @property
+    def parameters(self) -> int:
+        return self.trained + sum(self.frozen) + self.quantised
 
-def empty_model(section: ModelSection) -> Any:
-    """The transformers model on the meta device, attending by a stand-in for a fused kernel.
+
+def empty_model(section: ModelSection, adapter: AdapterSection | None = None) -> Any:
+    """The transformers model on the meta device, with its adapter, attending by a stand-in for a fused kernel.
 
     Raises:
-        BadInput: no such configuration, not a causal model, or one whose class cannot be built without data.
+        BadInput: no such configuration, not a causal model, one whose class cannot be built without data, or that
+            cannot have the adapter.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -78,24 +88,43 @@ def empty_model(section: ModelSection) -> Any:
             trust_remote_code=section.trust_remote_code,
         )
     model.tie_weights()
+    if adapter:
+        add_adapter(model, adapter, seed=0)
     return model.train()
 
 
-def describe(model: Any, optim: OptimSection) -> Model:
+def describe(model: Any, optim: OptimSection, adapter: AdapterSection | None = None) -> Model:
     """The facts of a model, which may lie on the meta device."""
+    head = model.get_output_embeddings()
+    in_4_bits: dict[int, int] = {}  # elements
+    if adapter and adapter.base == "nf4":  # all linear modules that are frozen, but the head
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+        in_4_bits = {id(m.weight): m.weight.numel() for m in linear if not m.weight.requires_grad}
+    double = adapter is not None and adapter.double_quantisation
     groups = [tuple(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)]
     config = model.config.get_text_config()
     persistent = model.state_dict(keep_vars=True).keys()
     return Model(
         name=type(model).__name__,
         groups=tuple(groups),
+        frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in in_4_bits),
+        quantised=sum(in_4_bits.values()),
+        quantised_bytes=sum(_bytes_in_4_bits(elements, double) for elements in in_4_bits.values()),
+        trains_head=head.weight.requires_grad,
         element=next(model.parameters()).element_size(),
         hidden=config.hidden_size,
-        vocabulary=model.get_output_embeddings().weight.shape[0],
+        vocabulary=head.weight.shape[0],
         largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
         buffers=sum(b.numel() * b.element_size() for name, b in model.named_buffers() if name in persistent),
         flops=model_flops(model),
     )
+
+
+def _bytes_in_4_bits(elements: int, double: bool) -> int:
+    """NF4 by bitsandbytes: two weights a byte, an fp32 scale for 64 of them, and the 16 values in fp32; with double
+    quantisation the scales are bytes, an fp32 scale for 256 of those, their 256 values and their mean in fp32."""
+    scales = -(-elements // 64)
+    return -(-elements // 2) + 64 + (scales + 4 * -(-scales // 256) + 4 * 256 + 4 if double else 4 * scales)
 
 
 # ----------------------------------------------------------------------------------------------- activations
@@ -197,8 +226,8 @@ def _fused(layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, argume
 
 
 def loss_workspace(model: Model, trained: int, kernel: str) -> int:
-    """Bytes of the loss at its peak, in its own kernel; the head's gradient is among them (C5)."""
-    hidden, head = trained * model.hidden, model.vocabulary * model.hidden
+    """Bytes of the loss at its peak, in its own kernel; the head's gradient, if it is trained, is among them (C5)."""
+    hidden, head = trained * model.hidden, model.vocabulary * model.hidden * model.trains_head
     if kernel == "liger":  # gradients are made in the forward: the head's in fp32, and once more in its own type
         chunk = 2 ** math.ceil(math.log2(max(1, -(-trained // -(-model.vocabulary // model.hidden)))))
         logits = min(chunk, trained) * model.vocabulary
@@ -231,8 +260,9 @@ def state(model: Model, config: Mapping[str, Any], world: int) -> State:
     zero = config["zero_optimization"]
     summed = 2 if config["data_types"]["grad_accum_dtype"] == "bf16" else 4
     element, stage = model.element, zero.get("stage", 0)
+    frozen = element * sum(model.frozen) + model.quantised_bytes
     if stage == 0:  # torch's own AdamW: the weights are the masters
-        return State(element * model.parameters, 0, element * model.parameters, 0, 8 * model.parameters)
+        return State(element * model.trained + frozen, 0, element * model.trained, 0, 8 * model.trained)
     if stage < 3:
         offload = zero.get("offload_optimizer", {}).get("device", "none")
         flat = [-(-sum(group) // (2 * world)) * 2 * world for group in model.groups]  # aligned to 2 elements a rank
@@ -240,20 +270,22 @@ def state(model: Model, config: Mapping[str, Any], world: int) -> State:
         if offload != "none":
             raise BadInput("offload_optimizer at ZeRO stages 1 and 2 is not planned; plan it at stage 3")
         if stage == 1 and element == 2 and summed == 4:  # DeepSpeed's BF16_Optimizer sums whole gradients in fp32
-            gradients = 4 * sum(flat) + element * model.parameters
+            gradients = 4 * sum(flat) + element * model.trained
         elif summed != element:
             gradients = summed * piece
         else:
             gradients = element * _touched(model.groups, flat, world)
-        return State(element * sum(flat), 0, gradients, 4 * piece, 8 * piece)
-    sizes = [n for group in model.groups for n in group]
-    piece = sum(-(-n // world) for n in sizes)
+        return State(element * sum(flat) + frozen, 0, gradients, 4 * piece, 8 * piece)
+    if model.quantised:
+        raise BadInput("adapter.base: weights of 4 bits are not sharded at ZeRO-3")
+    trained_sizes = [n for group in model.groups for n in group]
+    piece = sum(-(-n // world) for n in trained_sizes)
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     where = {what: zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")}
     optimizer_on = "gpu" if where["optimizer"] == "none" else where["optimizer"]
     return State(
-        weights=element * piece,
-        whole=element * sum(n for n in sizes if n <= threshold),
+        weights=element * (piece + sum(-(-n // world) for n in model.frozen)),
+        whole=element * sum(n for n in (*trained_sizes, *model.frozen) if n <= threshold),
         gradients=(summed + 4 * (optimizer_on == "cpu")) * piece,  # and the optimizer's own copy on the host
         masters=4 * piece,
         moments=8 * piece,
@@ -341,14 +373,15 @@ def _communication(model: Model, zero: Mapping[str, Any], of_state: State, world
     """Bytes of parameters gathered at once, and of gradients on their way."""
     stage, element = zero.get("stage", 0), model.element
     largest = max(map(max, model.groups))
-    bucket = min(int(zero.get("reduce_bucket_size", 5e8)), model.parameters)
+    bucket = min(int(zero.get("reduce_bucket_size", 5e8)), model.trained)
+    at_once = element * model.largest_module if model.quantised else 0  # of 4 bits, where its module runs
     if stage == 0:
-        return 0, 4 * bucket
+        return at_once, 4 * bucket
     if stage == 1 and element == 2:
-        return 0, 4 * bucket
+        return at_once, 4 * bucket
     if stage < 3:  # two buffers and the fp32 copy that is sent; what is not in a bucket yet
-        in_flight = element * model.parameters if stage == 1 else 2 * element * largest
-        return 0, bucket * (2 * element + 4) + in_flight
+        in_flight = element * model.trained if stage == 1 else 2 * element * largest
+        return at_once, bucket * (2 * element + 4) + in_flight
     wanted = model.largest_module + int(zero.get("stage3_prefetch_bucket_size", 5e7))
     live = min(model.parameters, max(wanted, int(zero.get("stage3_max_live_parameters", 1e9))))
     # the bucket, which stays, and the largest gradient in the weights' type and as it is sent
@@ -372,7 +405,7 @@ def _swap_buffers(model: Model, zero: Mapping[str, Any], of_state: State) -> int
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes. A checkpoint is fp32 weights and two moments; beside those kept one is being written."""
+    """Bytes. A checkpoint is fp32 weights and two moments of what is trained; one is written beside those kept."""
 
     checkpoint: int
     checkpoints: int
@@ -381,7 +414,7 @@ class Disk:
 
 
 def disk(model: Model, keep: int) -> Disk:
-    one = 12 * model.parameters + model.buffers
+    one = 12 * model.trained + model.buffers
     return Disk(one, (keep + 1) * one, one, 2 * model.element * model.parameters)
 
 

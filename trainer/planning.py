@@ -54,8 +54,8 @@ class Report:
 
 def look(recipe: Recipe, tokens: int) -> tuple[Model, dict[bool, Activations]]:
     """The recipe's model, and its activations for so many tokens by recomputation."""
-    empty = planner.empty_model(recipe.model)
-    model, activations = planner.describe(empty, recipe.optim), planner.trace(empty, tokens)
+    empty = planner.empty_model(recipe.model, recipe.adapter)
+    model, activations = planner.describe(empty, recipe.optim, recipe.adapter), planner.trace(empty, tokens)
     if recipe.model.recompute not in activations:
         raise BadInput(f"{model.name} does not know recomputation; set model.recompute=false")
     return model, activations
@@ -159,10 +159,11 @@ def sentences(report: Report, recipe: Recipe, flops: float, mfu: float) -> list[
     seconds = planner.step_seconds(model, work, cluster.gpus, flops * mfu)
     modes = {True: "with recomputation", False: "without"}
     kept = [f"{_gib(a.kept + a.layer)} GiB {modes[mode]}" for mode, a in sorted(report.activations.items())]
+    trained = f", {model.trained / 1e6:.3g} million of them trained" if model.trained < model.parameters else ""
     run = f"; {work.steps:,} steps: {_time(seconds * work.steps)}" if work.steps else ""
     return [
-        f"{model.name}: {model.parameters / 1e9:.3g} billion parameters, {recipe.model.dtype}; {cluster.gpus} GPUs of "
-        f"{_gib(cluster.gpu)} GiB, {min(cluster.per_node, cluster.gpus)} a node",
+        f"{model.name}: {model.parameters / 1e9:.3g} billion parameters{trained}, {recipe.model.dtype}; "
+        f"{cluster.gpus} GPUs of {_gib(cluster.gpu)} GiB, {min(cluster.per_node, cluster.gpus)} a node",
         f"a step: {work.tokens:,.0f} tokens in {work.micro_batches.mean():,.4g} micro-batches, of which the fullest "
         f"has {work.fullest_tokens:,} tokens, {work.fullest_trained:,} of them trained",
         f"fillers: {share:.1%} of the micro-batches of {cluster.gpus} GPUs; good numbers of GPUs: {worlds}"

@@ -20,13 +20,14 @@ from trainer.data.growing import prepare_train
 from trainer.data.leakage import check_leakage
 from trainer.data.loader import Loader, Prepared, TrainData, documents_of, masker_of, prepare, train_plan
 from trainer.data.plan import Plan
-from trainer.engine import Engine, clear_nvme, deepspeed_config, gathered, sharded_init
+from trainer.engine import Engine, clear_nvme, deepspeed_config, gathered, sharded_init, stage
 from trainer.evaluate import Evaluation
 from trainer.export import save_description
 from trainer.flow import BadInput, StepPlan
 from trainer.guard import Guard, StepNotApplied
 from trainer.loop import run
 from trainer.metrics import Metrics, Profiler, model_flops
+from trainer.model.adapter import require_stage
 from trainer.model.load import load_config, load_model, load_tokenizer
 from trainer.model.probe import probe
 from trainer.model.sft import SftModel
@@ -238,11 +239,13 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any) -> Engine:
     """The model with its loss, loaded in shards where the stage is 3, under DeepSpeed, and proved (C4)."""
     hidden_size = load_config(recipe.model).get_text_config().hidden_size
     ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size, run_dir)
+    require_stage(recipe.adapter, stage(ds_config))
     clear_nvme(ds_config)
     model = load_model(
         recipe.model,
         tokenizer,
         seed=recipe.train.seed,
+        adapter=recipe.adapter,
         sharded_init=partial(sharded_init, ds_config),
         gathered=gathered,
     )

@@ -132,7 +132,8 @@ def verify_resume(
             train(name, world, steps if number == len(worlds) else number * at)
 
     recipe = config.load(work / "without-a-break" / "recipe.yaml", ["model.dtype=float32"])
-    model: Any = load_model(recipe.model, load_tokenizer(recipe.model), seed=recipe.train.seed)
+    tokenizer, seed = load_tokenizer(recipe.model), recipe.train.seed
+    model: Any = load_model(recipe.model, tokenizer, seed=seed, adapter=recipe.adapter)
     start = {name: parameter.detach() for name, parameter in model.named_parameters()}
     seen = {name: compare(work / "without-a-break", work / name, start) for name in ("handed-on", "control")}
     Console().print(_table(seen["handed-on"], seen["control"], worlds, at, steps))

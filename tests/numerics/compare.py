@@ -98,12 +98,14 @@ def run_cases(*waves: dict[int, list[dict[str, Any]]]) -> dict[str, Run]:
 
 
 def start_weights(run_dir: Path, starts: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The weights that a run started from, float64: its recipe makes them anew. Kept by the model's name."""
+    """The weights that a run started from, float64: its recipe makes them anew. Kept by the model and its adapter."""
     recipe = load(run_dir / "recipe.yaml", ["model.dtype=float32"])
-    if recipe.model.name not in starts:
-        model = load_model(recipe.model, load_tokenizer(recipe.model), seed=recipe.train.seed)
-        starts[recipe.model.name] = {name: p.detach().double() for name, p in model.named_parameters()}
-    return starts[recipe.model.name]
+    made_of = f"{recipe.model.name} {recipe.adapter}"
+    if made_of not in starts:
+        tokenizer, seed = load_tokenizer(recipe.model), recipe.train.seed
+        model = load_model(recipe.model, tokenizer, seed=seed, adapter=recipe.adapter)
+        starts[made_of] = {name: p.detach().double() for name, p in model.named_parameters() if p.requires_grad}
+    return starts[made_of]
 
 
 def read_run(run_dir: Path, starts: dict[str, dict[str, torch.Tensor]]) -> Run:

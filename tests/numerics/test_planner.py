@@ -17,6 +17,8 @@ CASES = [
     *(f"{stage}-float32-float32" for stage in STAGES if stage != "zero3_nvme"),  # whose states are files
     *(f"{stage}-bfloat16-float32" for stage in STAGES[1:-1]),
     *(f"{stage}-bfloat16-bfloat16" for stage in ("zero1", "zero2", "zero3")),
+    *(f"{stage}-bfloat16-float32-adapter" for stage in ("zero1", "zero2", "zero3")),
+    "zero0-float32-float32-adapter",
 ]
 PARTS = ("weights", "gradients", "masters", "moments")
 
@@ -48,7 +50,7 @@ def main(out: Path) -> None:
     found: dict[str, Any] = {}
     with dist.process_group():
         for name in CASES:
-            stage, dtype, grad_dtype = name.split("-")
+            stage, dtype, grad_dtype, *adapter = name.split("-")
             recipe = load(
                 ROOT / "recipes" / "debug.yaml",
                 [
@@ -56,6 +58,7 @@ def main(out: Path) -> None:
                     f"parallel.deepspeed={ROOT}/ds_configs/{stage}.json",
                     f"model.dtype={dtype}",
                     f"parallel.grad_dtype={grad_dtype}",
+                    *(["adapter={rank: 4, save_modules: [lm_head]}"] if adapter else []),
                 ],
             )
             engine = train.build_engine(recipe, out, load_tokenizer(recipe.model))
@@ -73,7 +76,8 @@ def main(out: Path) -> None:
             held["masters"] = buffers.size(buffers.masters(optimizer))
             held["moments"] = buffers.size(buffers.moments(optimizer))
 
-            model = planner.describe(planner.empty_model(recipe.model), recipe.optim)
+            empty = planner.empty_model(recipe.model, recipe.adapter)
+            model = planner.describe(empty, recipe.optim, recipe.adapter)
             config = planning.filled(recipe, recipe.parallel.deepspeed, model.hidden)
             state = planner.state(model, config, WORLD)
             planned = {part: getattr(state, part) for part in PARTS} | {"weights": state.weights + state.whole}

@@ -14,8 +14,9 @@ from trainer.verify import Differences
 pytestmark = pytest.mark.runs
 
 
-def test_the_debug_recipe_survives_a_change_of_worlds(tmp_path: Path) -> None:
-    options = ["--worlds", "2,1", "--at", "2", "--steps", "4", f"run.dir={tmp_path / 'run'}"]
+@pytest.mark.parametrize("changes", [[], ["adapter={rank: 4, dropout: 0.1}"]], ids=["whole", "adapter"])
+def test_the_debug_recipe_survives_a_change_of_worlds(tmp_path: Path, changes: list[str]) -> None:
+    options = ["--worlds", "2,1", "--at", "2", "--steps", "4", f"run.dir={tmp_path / 'run'}", *changes]
     command = [sys.executable, "-m", "trainer.cli", "verify-resume", "recipes/debug.yaml", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr

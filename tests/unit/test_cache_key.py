@@ -154,7 +154,7 @@ def test_every_key_is_in_a_table():
 
 def test_no_key_of_another_section_reaches_the_preparation():
     known = {"model", "data", "batch", "loss", "optim", "train", "parallel", "checkpoint", "eval", "guard", "run"}
-    assert set(Recipe.model_fields) == known | {"profile"}
+    assert set(Recipe.model_fields) == known | {"profile", "adapter"}
 
 
 def test_long_examples_are_cut_by_the_packing_or_before_it(work):

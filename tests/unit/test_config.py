@@ -86,6 +86,32 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
     assert [scorer.kind for scorer in recipe.eval.generate.scorers.values()] == list(SCORERS)
 
 
+@pytest.mark.parametrize(
+    ("changes", "rate"),
+    [
+        ({}, 2e-5),
+        ({"adapter": None}, 2e-5),
+        ({"adapter": {}}, 1e-4),
+        ({"adapter": {"rank": 8}, "optim": {"clip": 0.5}}, 1e-4),
+        ({"adapter": {"rank": 8}, "optim": {"lr": 3e-4}}, 3e-4),
+    ],
+)
+def test_an_adapter_has_a_learning_rate_of_its_own(tmp_path, changes, rate):
+    recipe = config.parse({**SMALLEST, **changes})
+    assert recipe.optim.lr == rate
+    assert config.load(written(tmp_path, recipe.to_yaml())) == recipe
+
+
+def test_an_adapter_may_not_come_go_or_change_on_a_resume():
+    """Of a section that is not there no key could be compared."""
+    without, small, large = (config.parse({**SMALLEST, "optim": {"lr": 1e-4}, "adapter": a}).fixed() for a in ADAPTERS)
+    for before, now in ((without, small), (small, without), (small, large)):
+        assert [name for name in now if now[name] != before.get(name)] == ["adapter"]
+
+
+ADAPTERS = (None, {"rank": 4}, {"rank": 8})
+
+
 def test_rows_are_held_out_where_sources_or_a_share_say_so():
     assert not config.parse(SMALLEST).has_eval
     assert config.parse(with_key("data.eval", [{"path": "held.jsonl"}])).has_eval
@@ -194,6 +220,18 @@ def test_an_override_reaches_into_a_list(tmp_path):
         ),
         (with_scorer({"kind": "exact"}, "loss"), "`loss` cannot name a scorer"),
         (with_scorer({"kind": "exact"}, "a b"), "`a b` cannot name a scorer"),
+        (with_key("adapter.rank", 0), "`adapter.rank`"),
+        (with_key("adapter.target", "all-linear"), "did you mean `adapter.targets`?"),
+        (with_key("adapter.targets", []), "`targets` names nothing"),
+        (with_key("adapter.targets", "("), "`(` is not a regular expression"),
+        (with_key("adapter.dropout", 1), "`adapter.dropout`"),
+        (with_key("adapter.base", "int8"), "`adapter.base`"),
+        (with_key("adapter.double_quantisation", True), "`double_quantisation` belongs to `base: nf4`"),
+        (with_key("adapter", {"base": "nf4", "dora": True}), "is not proved with `base: nf4`"),
+        (
+            {**SMALLEST, "adapter": {}, "model": {"name": "a", "add_tokens": ["<tool>"]}},
+            "the new rows of the embeddings lie outside an adapter",
+        ),
         (with_key("loss.weighting", "constant"), "`constant_tokens` belongs to `weighting: constant`"),
         (growing(), "say how long in train.steps"),
         (growing(train={"steps": 9, "epochs": 2}), "a source that grows has no epochs"),

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from trainer import dist
-from trainer.config import ModelSection
+from trainer.config import AdapterSection, ModelSection
 from trainer.flow import BadInput
 from trainer.model import attention
+from trainer.model.adapter import add_adapter
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -112,10 +113,12 @@ def load_model(
     tokenizer: Any,
     *,
     seed: int,
+    adapter: AdapterSection | None = None,
     sharded_init: Callable[[], AbstractContextManager[Any]] = nullcontext,
     gathered: Callable[..., AbstractContextManager[Any]] = lambda parameters, write=False: nullcontext(),
 ) -> Any:
-    """The transformers model in `section.dtype`, with rows for every token of `tokenizer`.
+    """The transformers model in `section.dtype`, with rows for every token of `tokenizer`; all of it is trained, or
+    the adapter alone.
 
     Args:
         sharded_init: makes the context in which transformers builds and loads in shards (engine.sharded_init).
@@ -123,7 +126,7 @@ def load_model(
 
     Raises:
         BadInput: not a causal model, a vocabulary smaller than the tokenizer's, weights that are missing or
-            quantised, a model without recomputation where the recipe wants it.
+            quantised, a model without recomputation where the recipe wants it, an adapter that it cannot have.
     """
     config = load_config(section)
     new_ids = _new_token_ids(section, tokenizer)
@@ -147,7 +150,9 @@ def load_model(
             ) from None
         if new_ids:
             _add_rows(model, rows, new_ids, gathered)
-    model.requires_grad_(True)
+        model.requires_grad_(True)
+        if adapter:
+            add_adapter(model, adapter, seed)
     if section.recompute:
         if not model.supports_gradient_checkpointing:
             raise BadInput(f"{type(model).__name__} does not know recomputation; set model.recompute=false")

@@ -1,0 +1,148 @@
+"""The promise for adapters: neither world, stage, recomputation nor a break changes what LoRA and QLoRA learn.
+
+As tests/numerics/test_same_run.py and test_x4_any_world.py, with the same bounds: rank 4 beside every linear module,
+dropout, and the head trained whole. The base is frozen, and checked by its digests at every resume.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.numerics.compare import Run, case, difference, is_same, report, run_cases
+from trainer import checkpoint
+
+LORA = "adapter={rank: 4, alpha: 16, dropout: 0.1, save_modules: [lm_head]}"
+DORA = "adapter={rank: 4, alpha: 16, dora: true, dropout: 0.1}"
+NF4 = "adapter={rank: 4, alpha: 16, base: nf4, double_quantisation: true}"
+STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer")
+
+
+def all_cases(root: Path) -> tuple[dict[int, list[dict[str, Any]]], dict[int, list[dict[str, Any]]]]:
+    """The runs of each world, and those that go on from them at another."""
+    recompute = "model.recompute=true"
+
+    def moved(name: str, stage: str, *overrides: str, **extra: Any) -> dict[str, Any]:
+        return case(root, name, stage, *overrides, "parallel.allow_idle_ranks=true", **extra)
+
+    first = {
+        1: [
+            case(root, "1-zero0", "zero0", LORA),
+            case(root, "1-zero3", "zero3", LORA),
+            case(root, "1-dora-zero0", "zero0", DORA),
+            case(root, "1-nf4-zero0", "zero0", NF4),
+            moved("1-to-3", "zero3", LORA, stop_after=3),
+        ],
+        2: [
+            *(case(root, f"2-{stage}", stage, LORA) for stage in STAGES),
+            case(root, "2-recompute", "zero3", LORA, recompute),
+            case(root, "2-resumed", "zero3", LORA, stop_after=3),
+            case(root, "2-resumed", "zero3", LORA),
+            case(root, "2-other-alpha", "zero2", LORA.replace("16", "17")),
+            case(root, "2-dora-zero2", "zero2", DORA),
+            case(root, "2-dora-zero3", "zero3", DORA),
+            case(root, "2-dora-recompute", "zero3", DORA, recompute),
+            case(root, "2-nf4-zero1", "zero1", NF4),
+            case(root, "2-nf4-zero2", "zero2", NF4),
+            case(root, "2-nf4-recompute", "zero2", NF4, recompute),
+            moved("2-to-1", "zero3", LORA, stop_after=3),
+            moved("zero3-to-zero1", "zero3", LORA, stop_after=3),
+            moved("moment-zeroed", "zero3", LORA, stop_after=3),
+            moved("nf4-2-to-1", "zero2", NF4, stop_after=3),
+        ],
+    }
+    then = {
+        1: [
+            moved("2-to-1", "zero3", LORA),
+            moved("moment-zeroed", "zero3", LORA, changes=["moment_zeroed"]),
+            moved("nf4-2-to-1", "zero1", NF4),
+        ],
+        3: [
+            case(root, "3-zero2", "zero2", LORA),
+            case(root, "3-zero3", "zero3", LORA),
+            moved("1-to-3", "zero3", LORA),
+            moved("zero3-to-zero1", "zero1", LORA),
+        ],
+    }
+    return first, then
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path) -> dict[str, Run]:
+    return run_cases(*all_cases(root))
+
+
+def require_agreement(runs: dict[str, Run], one: str, other: str) -> None:
+    seen = difference(runs[one], runs[other])
+    report(f"{one} against {other}", seen)
+    assert seen.agrees
+
+
+@pytest.mark.parametrize("other", ["1-zero3", *(f"2-{stage}" for stage in STAGES), "3-zero2", "3-zero3"])
+def test_lora_is_the_same_in_every_world_and_stage(runs: dict[str, Run], other: str) -> None:
+    require_agreement(runs, "1-zero0", other)
+
+
+def test_lora_is_the_same_where_layers_are_recomputed_in_shards(runs: dict[str, Run]) -> None:
+    require_agreement(runs, "1-zero0", "2-recompute")
+
+
+@pytest.mark.parametrize("other", ["2-dora-zero2", "2-dora-zero3", "2-dora-recompute"])
+def test_so_is_dora(runs: dict[str, Run], other: str) -> None:
+    require_agreement(runs, "1-dora-zero0", other)
+
+
+@pytest.mark.parametrize("other", ["2-nf4-zero1", "2-nf4-zero2", "2-nf4-recompute"])
+def test_so_is_qlora(runs: dict[str, Run], other: str) -> None:
+    require_agreement(runs, "1-nf4-zero0", other)
+
+
+def test_stopped_and_resumed_is_never_stopped(runs: dict[str, Run]) -> None:
+    """X3: bit by bit, at the same world size."""
+    assert is_same(runs["2-zero3"], runs["2-resumed"])
+
+
+@pytest.mark.parametrize("moved", ["2-to-1", "1-to-3", "zero3-to-zero1"])
+def test_x4_resumed_by_another_world_or_stage_is_never_stopped(runs: dict[str, Run], moved: str) -> None:
+    require_agreement(runs, "2-zero3", moved)
+
+
+def test_x4_holds_for_qlora(runs: dict[str, Run]) -> None:
+    require_agreement(runs, "2-nf4-zero2", "nf4-2-to-1")
+
+
+@pytest.mark.parametrize("defect", ["2-other-alpha", "moment-zeroed", "2-dora-zero2", "2-nf4-zero2"])
+def test_another_adapter_or_a_lost_moment_is_noticed(runs: dict[str, Run], defect: str) -> None:
+    a, b = runs["2-zero3"], runs[defect]
+    shared = a.changes.keys() & b.changes.keys()
+    alike = [Run(r.losses, r.norms, r.eval_losses, {name: r.changes[name] for name in shared}) for r in (a, b)]
+    seen = difference(*alike)
+    report(f"control {defect}", seen)
+    assert seen.is_caught
+
+
+@pytest.mark.parametrize("name", ["1-zero0", "1-dora-zero0", "1-nf4-zero0"])
+def test_everything_that_is_trained_moves_and_the_loss_falls(runs: dict[str, Run], name: str) -> None:
+    run = runs[name]
+    assert all(change.any() for change in run.changes.values())
+    assert run.eval_losses[-1] < run.eval_losses[0]
+
+
+def test_a_checkpoint_holds_the_adapter_and_of_the_base_its_digests(runs: dict[str, Run], root: Path) -> None:
+    saved, manifest = checkpoint.open_newest(root / "2-nf4-zero2")
+    assert all(".lora_" in name for name in saved.names)
+    assert all(saved.whole(name).any() for name in saved.names), "an adapter is empty"
+    size = sum(file.bytes for file in manifest.files.values())
+    state = 12 * sum(torch.Size(shape).numel() for shape in manifest.shapes.values())
+    assert state < size < 1.5 * state + 100_000
+    frozen = {name for name, state in manifest.digests if state == "frozen"}
+    quantised = "model.layers.0.mlp.up_proj.base_layer.weight"
+    assert {quantised, f"{quantised}.absmax", f"{quantised}.nested_absmax", "lm_head.weight"} <= frozen

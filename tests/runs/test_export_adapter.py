@@ -1,0 +1,179 @@
+"""An adapter is exported as peft's, or merged, and acts for its users as it did in training."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from tests.model_helpers import relative
+from tests.ranks import ROOT, run_ranks
+from trainer.checkpoint import open_newest
+from trainer.config import load
+from trainer.export import TOLERANCE, _as_trained, export
+from trainer.flow import BadInput
+from trainer.model.load import load_model, load_tokenizer
+
+pytestmark = pytest.mark.runs
+
+ADAPTERS = {  # with the stages they are trained at
+    "lora": ("zero3", "adapter={rank: 4, dropout: 0.1}"),
+    "whole": (
+        "zero2",
+        "adapter={rank: 4, targets: [q_proj, up_proj], rslora: true, save_modules: [embed_tokens, lm_head]}",
+    ),
+    "dora": ("zero3", "adapter={rank: 4, dora: true}"),
+    "nf4": ("zero2", "adapter={rank: 4, base: nf4, double_quantisation: true}"),
+    "bf16": ("zero3", "adapter={rank: 4}"),
+}
+FP32 = [name for name in ADAPTERS if name != "bf16"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path) -> dict[str, Path]:
+    """Short runs on two ranks from bases that lie in folders: one whose head is tied to its embeddings, one not."""
+    cases = []
+    for tied in (False, True):
+        base = root / ("tied" if tied else "base")
+        shutil.copytree(ROOT / "recipes" / "debug" / "model", base)
+        settings = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": tied}))
+        section = load(ROOT / "recipes" / "debug.yaml", [f"model.name={base}"]).model
+        load_model(section, load_tokenizer(section), seed=3).save_pretrained(base)
+    for name, (stage, adapter) in ADAPTERS.items():
+        base = root / ("tied" if name == "whole" else "base")
+        overrides = [
+            *("train.steps=3", "eval.every_steps=null", "optim.lr=3e-2", f"data.cache={root / 'cache'}"),
+            *(f"model.name={base}", "model.init=pretrained", f"parallel.deepspeed=ds_configs/{stage}.json", adapter),
+            *(["model.dtype=bfloat16"] if name == "bf16" else []),
+        ]
+        cases.append({"run": str(root / name), "recipe": str(ROOT / "recipes" / "debug.yaml"), "overrides": overrides})
+    path = root / "cases.json"
+    path.write_text(json.dumps(cases))
+    run_ranks(2, ["-m", "tests.numerics.cases", str(path)], timeout_s=600)
+    return {name: root / name for name in ADAPTERS}
+
+
+@pytest.fixture(scope="module")
+def exported(runs: dict[str, Path], root: Path) -> dict[str, Path]:
+    return {name: export(run, root / f"{name}-adapter") for name, run in runs.items()}
+
+
+@pytest.fixture(scope="module")
+def merged(runs: dict[str, Path], root: Path) -> dict[str, Path]:
+    return {name: export(run, root / f"{name}-merged", merge=True) for name, run in runs.items()}
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=torch.arange(10, 50).unsqueeze(0), use_cache=False).logits[0].float()
+
+
+def trained(run: Path) -> torch.Tensor:
+    """The logits of the model as it was trained."""
+    model = _as_trained(load(run / "recipe.yaml"), *open_newest(run))
+    model.set_attn_implementation("sdpa")
+    return logits(model)
+
+
+def plain(folder: Path | str, **settings: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, **{"dtype": torch.float32, **settings})
+
+
+@pytest.mark.parametrize("name", ["lora", "whole", "dora"])
+def test_the_adapter_on_its_base_gives_the_trained_models_logits(
+    runs: dict[str, Path], exported: dict[str, Path], name: str
+) -> None:
+    config = json.loads((exported[name] / "adapter_config.json").read_text())
+    base = plain(config["base_model_name_or_path"])
+    before = logits(base)
+    after = logits(PeftModel.from_pretrained(base, str(exported[name])))
+    assert relative(after, trained(runs[name])) < 1e-5
+    assert relative(after, before) > 1e-2, "the adapter does nothing"
+
+
+@pytest.mark.parametrize("name", FP32)
+def test_the_merged_model_gives_the_trained_models_logits(
+    runs: dict[str, Path], merged: dict[str, Path], name: str
+) -> None:
+    """QLoRA's is merged into what its 4 bits stand for."""
+    assert relative(logits(plain(merged[name])), trained(runs[name])) < 1e-5
+
+
+def test_in_bf16_the_merged_model_stays_within_the_stated_tolerance(
+    runs: dict[str, Path], merged: dict[str, Path]
+) -> None:
+    seen = relative(logits(plain(merged["bf16"], dtype=torch.bfloat16)), trained(runs["bf16"]))
+    print(f"\n  bf16, merged against base and adapter: {seen:.1e}", end="")
+    assert seen < TOLERANCE["bfloat16"]
+
+
+def test_a_4_bit_adapter_loads_onto_a_4_bit_base(runs: dict[str, Path], exported: dict[str, Path], root: Path) -> None:
+    """As transformers quantises it: the base that it was trained on."""
+    bits = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    base = plain(root / "base", quantization_config=bits, device_map="cpu")
+    assert relative(logits(PeftModel.from_pretrained(base, str(exported["nf4"]))), trained(runs["nf4"])) < 1e-5
+
+
+def test_it_brings_the_tokenizer_and_names_its_base(exported: dict[str, Path], root: Path) -> None:
+    folder = exported["lora"]
+    assert AutoTokenizer.from_pretrained(folder).chat_template
+    card = (folder / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert f"base_model: {root / 'base'}" in card
+
+
+def test_the_matrices_are_the_fp32_masters_and_no_more(runs: dict[str, Path], exported: dict[str, Path]) -> None:
+    saved, _ = open_newest(runs["bf16"])
+    tensors = load_file(exported["bf16"] / "adapter_model.safetensors")
+    assert len(tensors) == len(saved.names)
+    for name in saved.names:
+        found = tensors[f"base_model.model.{name.replace('.default', '')}"]
+        assert found.dtype == torch.float32
+        assert torch.equal(found, saved.whole(name))
+
+
+def test_another_base_is_refused(runs: dict[str, Path], root: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "run"
+    shutil.copytree(runs["lora"], moved)
+    other = tmp_path / "other"
+    shutil.copytree(root / "base", other)
+    model = plain(other)
+    with torch.no_grad():
+        model.model.norm.weight[0] += 1
+    model.save_pretrained(other)
+    recipe = (moved / "recipe.yaml").read_text().replace(str(root / "base"), str(other))
+    (moved / "recipe.yaml").write_text(recipe)
+    with pytest.raises(BadInput, match=r"`model.norm.weight` .* has other values here"):
+        export(moved, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_there_is_nothing_to_merge_into_or_from_is_told(runs: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(runs["lora"], run)
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace("init: pretrained", "init: random"))
+    with pytest.raises(BadInput, match=r"random weights, that no folder holds; add --merge"):
+        export(run, tmp_path / "out")
+    without = load(run / "recipe.yaml", ["adapter=null"])
+    (run / "recipe.yaml").write_text(without.to_yaml())
+    with pytest.raises(BadInput, match="has trained no adapter"):
+        export(run, tmp_path / "out", merge=True)
