@@ -19,6 +19,7 @@ from typing import Any
 from catalogue import EXPERIMENTS, Experiment, Run, runs
 
 from trainer import config
+from trainer.statistics import interval, paired
 
 FORMAT, ANSWER = "format_accuracy", "answer_accuracy"
 CLEAR = 0.01  # p below which a difference is called one: about a dozen comparisons are made
@@ -29,23 +30,6 @@ SHOWN = {  # columns of an experiment's table, beside the arm
     4: ("answers", "against", "format", "loss"),
     6: ("answers", "against", "format", "loss", "speed", "memory"),
 }
-
-
-# ----------------------------------------------------------------------------------------------- statistics
-
-
-def wilson(k: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95% interval of the share k / n; k need not be whole."""
-    share, extra = k / n, z * z / n
-    middle = (share + extra / 2) / (1 + extra)
-    half = z * math.sqrt(share * (1 - share) / n + extra / (4 * n)) / (1 + extra)
-    return middle - half, middle + half
-
-
-def sign_test(better: int, worse: int) -> float:
-    """The two-sided p of so many prompts for and against, if a coin had decided each."""
-    n, fewer = better + worse, min(better, worse)
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
 
 
 # ----------------------------------------------------------------------------------------------- a run
@@ -122,9 +106,8 @@ def _by_prompt(results: Sequence[Result], scorer: str) -> dict[str, float]:
 
 def _share(scores: Mapping[str, float]) -> str:
     """`61.7% (53.1 to 69.7)`."""
-    k, n = sum(scores.values()), len(scores)
-    low, high = wilson(k, n)
-    return f"{k / n:.1%} ({100 * low:.1f} to {100 * high:.1f})"
+    low, high = interval(list(scores.values()))
+    return f"{statistics.mean(scores.values()):.1%} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def _each(values: Sequence[float], form: str) -> str:
@@ -132,23 +115,22 @@ def _each(values: Sequence[float], form: str) -> str:
     return ", ".join(form.format(value) for value in values)
 
 
-def against(scores: Mapping[str, float], others: Mapping[str, float]) -> tuple[int, int, float]:
-    """Prompts that are answered better than by the others, those that are answered worse, and p."""
-    differences = [scores[prompt] - others[prompt] for prompt in others]
-    better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
-    return better, worse, sign_test(better, worse)
+def against(scores: Mapping[str, float], others: Mapping[str, float], *, agreed: bool = True) -> str:
+    """How many points better the scores are than the others, prompt by prompt, and what that is worth.
+
+    Args:
+        agreed: every seed says the same.
+    """
+    points, low, high, p = paired(list(others.values()), [scores[prompt] for prompt in others])
+    said = "no difference seen" if p >= CLEAR or not agreed else "better" if points > 0 else "worse"
+    return f"{100 * points:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), p {p:.2g}: {said}"
 
 
-def verdict(results: Sequence[Result], first: Sequence[Result]) -> str:
-    """Whether the answers of an arm are better or worse than the first arm's, in every seed and beyond chance."""
-    better, worse, p = against(_by_prompt(results, ANSWER), _by_prompt(first, ANSWER))
-    signs = {
-        math.copysign(1, sum(result.scores(ANSWER).values()) - sum(other.scores(ANSWER).values()))
-        for result, other in zip(results, first, strict=True)
-    }
-    if p >= CLEAR or len(signs) > 1:
-        return "no difference seen"
-    return "better" if better > worse else "worse"
+def _against_first(results: Sequence[Result], first: Sequence[Result]) -> str:
+    pairs = zip(results, first, strict=True)
+    gains = [sum(result.scores(ANSWER).values()) - sum(other.scores(ANSWER).values()) for result, other in pairs]
+    agreed = all(gain > 0 for gain in gains) or all(gain < 0 for gain in gains)
+    return against(_by_prompt(results, ANSWER), _by_prompt(first, ANSWER), agreed=agreed)
 
 
 HEADS = {
@@ -172,10 +154,7 @@ def _cell(column: str, results: Sequence[Result], first: Sequence[Result]) -> st
         shown = _share(_by_prompt(results, scorer))
         return shown if len(seeds) == 1 else f"{shown}: {_each(seeds, '{:.1%}')}"
     if column == "against":
-        if results is first:
-            return ""
-        better, worse, p = against(_by_prompt(results, ANSWER), _by_prompt(first, ANSWER))
-        return f"+{better} -{worse}, p {p:.2g}: {verdict(results, first)}"
+        return "" if results is first else _against_first(results, first)
     if column == "spread":
         return _each([statistics.stdev(r.norms) / statistics.mean(r.norms) for r in results], "{:.3f}")
     if column == "peak":
@@ -246,9 +225,8 @@ def _of_choice(result: Result) -> str:
     if by_loss == by_metric:
         said = "Both rules choose the same checkpoint."
     else:
-        better, worse, p = against(halves(by_metric)[1], halves(by_loss)[1])
-        said = f"On the half that judges, the one chosen by metric is better on {better} prompts and worse on {worse} "
-        said += f"(p {p:.2g}): {'no difference seen' if p >= CLEAR else 'a difference'}."
+        told = against(halves(by_metric)[1], halves(by_loss)[1])
+        said = f"On the half that judges, the one chosen by metric against the one chosen by loss: {told}."
     return table(head, rows) + "\n\n" + said
 
 
