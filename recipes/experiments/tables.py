@@ -183,7 +183,8 @@ def _of_arms(number: int, experiment: Experiment, results: Mapping[str, Sequence
     first = results[experiment.arms[0]]
     rows = [[f"`{arm}`", *(_cell(column, results[arm], first) for column in SHOWN[number])] for arm in experiment.arms]
     n = len(first[0].scores(ANSWER))
-    said = f"n = {n} prompts; of several seeds each one's value stands behind the colon, or beside the other's."
+    seeds = " " + "Each seed's value stands beside the other's, of shares behind the colon." * (len(first) > 1)
+    said = f"{n} prompts.{seeds}".rstrip()
     return table(["arm", *(HEADS[column] for column in SHOWN[number])], rows) + "\n\n" + said
 
 

@@ -192,7 +192,7 @@ def test_a_table_compares_arms_prompt_by_prompt(tmp_path: Path) -> None:
     text = tables.block(2, tmp_path)
     assert "| `baseline` | 50.0% (35.2 to 64.8): 50.0%, 50.0% |  | 100.0% (91.2 to 100.0): 100.0%, 100.0% |" in text
     assert "20.0% (10.5 to 34.8): 20.0%, 20.0% | -30.0 points (-43.6 to -14.3), p 0.00049: worse |" in text
-    assert "n = 40 prompts" in text
+    assert "40 prompts. Each seed's value" in text
 
 
 def test_a_difference_that_the_seeds_do_not_share_is_none(tmp_path: Path) -> None:
