@@ -4,7 +4,8 @@ usage: python recipes/experiments/run.py [--only 1,4] [--commands]
        python recipes/experiments/run.py --recipe recipes/experiments/full.yaml --out runs/experiments-full
 
 Stopped (Ctrl-C, SIGTERM) it saves the run at hand and ends with 75; the same command goes on from there. A finished
-run is not repeated: remove its folder to have it anew. Of a finished run the checkpoints are removed, 2 GB each.
+run is not repeated: remove its folder to have it anew. Its checkpoints are removed, 2 GB each. One that fails is left
+to the next start, and the others go on; the exit code is then 1.
 docs/experiments.md gets the tables of the runs of base.yaml, OUT/experiments.md those of another recipe.
 """
 
@@ -37,7 +38,7 @@ from get_smollm2 import get  # noqa: E402
 
 from trainer import config  # noqa: E402
 from trainer.config import Recipe  # noqa: E402
-from trainer.flow import BAD_INPUT, DONE, SAVED_RUN_AGAIN, BadInput  # noqa: E402
+from trainer.flow import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, BadInput  # noqa: E402
 
 BASE = "recipes/experiments/base.yaml"
 PAGE = ROOT / "docs" / "experiments.md"
@@ -107,6 +108,7 @@ def run_all(recipe_file: str, base: Recipe, wanted: list[Run], out: Path, page: 
     say(f"{len(wanted)} runs, {len(left)} of them to do, in {about(sum(expected_s[r] for r in left), pace)}:")
     for run in wanted:
         say(f"  {run.name:24}{about(expected_s[run], pace) if run in left else 'done'}")
+    failed = []
     with Stop() as stop:
         while left and not stop.asked:
             run, number = left[0], len(wanted) - len(left) + 1
@@ -120,18 +122,21 @@ def run_all(recipe_file: str, base: Recipe, wanted: list[Run], out: Path, page: 
                 file.write(json.dumps(line) + "\n")
             if code == SAVED_RUN_AGAIN or (code and stop.asked):
                 break
-            if code:
-                say(f"{run.name} failed with exit code {code}; what it said is above")
-                return code if code > 0 else 1
-            shutil.rmtree(out / run.name / "checkpoints", ignore_errors=True)
             left.pop(0)
+            if code:
+                failed.append(run.name)
+                say(f"{run.name} failed with exit code {code}; what it said is above")
+                continue
+            shutil.rmtree(out / run.name / "checkpoints", ignore_errors=True)
             write_page(page, out, base)
+    if failed:
+        say(f"failed: {', '.join(failed)}")
     if left:
         say(f"stopped with {len(left)} runs to do; the same command goes on")
         return SAVED_RUN_AGAIN
     write_page(page, out, base)
-    say(f"all {len(wanted)} runs are done: {page}")
-    return DONE
+    say(f"{len(wanted) - len(failed)} of {len(wanted)} runs are done: {page}")
+    return FAILED if failed else DONE
 
 
 def is_done(recipe: Recipe, folder: Path) -> bool:
@@ -152,7 +157,8 @@ class Stop:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Stop:
-        self._before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        taken = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._ask) for number in taken}  # under nohup all but SIGHUP
         return self
 
     def __exit__(self, *_: object) -> None:
