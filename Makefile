@@ -6,15 +6,17 @@ PYTHON ?= python3
 TORCH_WHEELS ?=
 # Steps of the demo; as many as fit into its time where this is empty.
 DEMO_STEPS ?=
+# Numbers of the experiments, as 1,4; all of them where this is empty.
+EXPERIMENTS ?=
 
 BIN := .venv/bin
 WHEELS := $(if $(TORCH_WHEELS),--find-links $(TORCH_WHEELS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-runs test-cluster style gpu-check clean
+.PHONY: help install demo experiments test test-runs test-cluster style gpu-check clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: .venv/installed  ## .venv with the pinned dependencies
 
@@ -28,6 +30,9 @@ install: .venv/installed  ## .venv with the pinned dependencies
 
 demo: install  ## fine-tune a real model on two processes, about ten minutes on two cores
 	$(BIN)/python recipes/quickstart/demo.py $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
+
+experiments: install  ## seven comparisons on the demo's model, in under three hours on two cores; docs/experiments.md
+	$(BIN)/python recipes/experiments/run.py $(if $(EXPERIMENTS),--only $(EXPERIMENTS))
 
 test: install  ## everything that needs no GPU and no root, at most 15 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not runs and not cluster' -n 2 --dist loadfile

@@ -1,0 +1,109 @@
+"""What is trained: the experiments, the arms that each of them compares, and what an arm changes in the base recipe.
+
+In: a recipe (base.yaml, or one of another size). Out: runs, each named by what it is, so that each is trained once
+whatever number of experiments look at it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trainer.config import Recipe
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question, and the arms that answer it."""
+
+    title: str
+    arms: tuple[str, ...]  # the others are compared with the first
+    seeds: tuple[int, ...]  # of the data's order and of the noise: train.seed
+
+
+EXPERIMENTS = {
+    1: Experiment("Loss weighting", ("sheets-token", "sheets-example", "sheets-constant"), (0, 1)),
+    2: Experiment("Prompt masked or learned", ("baseline", "prompt-learned"), (0, 1)),
+    3: Experiment("Filtered traces", ("traces-all", "traces-filtered", "baseline"), (0, 1)),
+    4: Experiment("NEFTune", ("baseline", "neftune"), (0,)),
+    5: Experiment("Packing", ("packed-float32", "alone-float32", "packed", "alone"), (0,)),
+    6: Experiment("Full, LoRA, QLoRA", ("baseline", "lora-r8", "lora-r64", "qlora-r64"), (0, 1)),
+    7: Experiment("Checkpoint by loss or by metric", ("few-rows",), (0,)),
+}
+
+
+class Run(NamedTuple):
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.arm}-seed{self.seed}"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train."""
+
+    changes: dict[str, Any]  # keys of the recipe, dotted
+    expected_s: int  # a run of base.yaml on two cores, evaluations among it
+
+
+ADAPTER_LR = 10  # times the full model's: low-rank updates want about that much, whatever the rank, at alpha 32
+
+
+def arms(base: Recipe) -> dict[str, Arm]:
+    """All arms, for a base recipe: what depends on its size is taken from it."""
+    folder = Path(base.data.train[0].path or "").parent
+    sheets = {"data.train.0.path": str(folder / "sheets.jsonl"), "data.max_tokens": base.batch.row_tokens}
+    traces = {"data.train.0.path": str(folder / "traces.jsonl")}
+    math = {"data.train.0.filters": {"verify": "math", "reference": "solution"}}
+    # Every step holds all the rows, so that packing cannot change which rows a step holds; and one row at a time.
+    rows = 40
+    same_steps = {
+        "data.train.0.rows": rows,
+        "batch.rows_per_step": rows,
+        "batch.rows_per_micro": 1,
+        "train.steps": 6,
+        "eval.generate": None,
+    }
+    float32 = {"model.dtype": "float32", "model.attention": "reference"}
+    alone = {"data.packing": "none", "batch.row_tokens": base.max_tokens}
+    adapter = {"optim.lr": ADAPTER_LR * base.optim.lr, "adapter.alpha": 32}
+    return {
+        "baseline": Arm({}, 300),
+        "sheets-token": Arm(sheets, 300),
+        "sheets-example": Arm({**sheets, "loss.weighting": "example"}, 300),
+        "sheets-constant": Arm({**sheets, "loss.weighting": "constant", "loss.constant_tokens": 50}, 300),
+        "prompt-learned": Arm({"data.train_on": "all"}, 320),
+        "traces-all": Arm(traces, 300),
+        "traces-filtered": Arm({**traces, **math}, 310),
+        "neftune": Arm({"loss.neftune_alpha": 5}, 300),
+        "packed-float32": Arm({**same_steps, **float32}, 150),
+        "alone-float32": Arm({**same_steps, **float32, **alone}, 200),
+        "packed": Arm(same_steps, 80),
+        "alone": Arm({**same_steps, **alone}, 130),
+        "lora-r8": Arm({**adapter, "adapter.rank": 8}, 270),
+        "lora-r64": Arm({**adapter, "adapter.rank": 64}, 290),
+        "qlora-r64": Arm({**adapter, "adapter.rank": 64, "adapter.base": "nf4"}, 500),
+        "few-rows": Arm({"data.train.0.rows": 125, "train.steps": 40, "eval.every_steps": 5}, 600),
+    }
+
+
+def runs(numbers: Iterable[int]) -> list[Run]:
+    """The runs that these experiments look at, each once."""
+    experiments = [EXPERIMENTS[number] for number in numbers]
+    return list(
+        dict.fromkeys(Run(arm, seed) for one in experiments for seed in one.seeds for arm in one.arms),
+    )
+
+
+def overrides(run: Run, base: Recipe, folder: Path) -> list[str]:
+    """The run as `key=value` arguments of `packhorse train`, into its folder below `folder`."""
+    changes = {**arms(base)[run.arm].changes, "train.seed": run.seed}
+    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in changes.items()}
+    return [*(f"{key}={value}" for key, value in values.items()), f"run.dir={folder / run.name}"]

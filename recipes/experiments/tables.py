@@ -1,0 +1,255 @@
+"""What the runs showed: run folders in, the tables of docs/experiments.md out.
+
+A comparison is made prompt by prompt: all arms answer the same ones, and a prompt's score is its mean over the seeds.
+Intervals and tests are over the prompts, of which the table has `n`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from catalogue import EXPERIMENTS, Experiment, Run, runs
+
+from trainer import config
+from trainer.statistics import interval, paired
+
+FORMAT, ANSWER = "format_accuracy", "answer_accuracy"
+CLEAR = 0.01  # p below which a difference is called one: about a dozen comparisons are made
+SHOWN = {  # columns of an experiment's table, beside the arm
+    1: ("answers", "against", "format", "spread", "peak", "loss"),
+    2: ("answers", "against", "format"),  # the held-out losses are over other tokens
+    3: ("answers", "against", "format", "loss", "rows"),
+    4: ("answers", "against", "format", "loss"),
+    6: ("answers", "against", "format", "loss", "speed", "memory"),
+}
+
+
+# ----------------------------------------------------------------------------------------------- a run
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run, read from its folder."""
+
+    folder: Path
+
+    @cached_property
+    def _lines(self) -> list[dict[str, Any]]:
+        return _read(self.folder / "metrics.jsonl")
+
+    @cached_property
+    def recipe(self) -> config.Recipe:
+        return config.load(self.folder / "recipe.yaml")
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The log's lines of optimizer steps."""
+        return [line for line in self._lines if "train/loss" in line]
+
+    @property
+    def losses(self) -> dict[int, float]:
+        """The held-out loss after so many steps."""
+        return {line["step"]: line["eval/loss"] for line in self._lines if "eval/loss" in line}
+
+    @property
+    def last(self) -> int:
+        return max(self.losses)
+
+    @cached_property
+    def _scores(self) -> dict[int, dict[str, dict[str, float]]]:
+        found: dict[int, dict[str, dict[str, float]]] = {}
+        for sample in _read(self.folder / "samples.jsonl"):  # of one made twice, after a kill, the last counts
+            found.setdefault(sample["step"], {})[sample["prompt"]] = sample["scores"]
+        return found
+
+    def scores(self, scorer: str, step: int | None = None) -> dict[str, float]:
+        """Prompt -> score, after `step` steps or at the end."""
+        found = self._scores[self.last if step is None else step]
+        return {prompt: float(scores[scorer]) for prompt, scores in found.items()}
+
+    @property
+    def norms(self) -> list[float]:
+        """Gradient norms, before clipping, after the warm-up."""
+        warm = math.ceil(self.recipe.optim.warmup * len(self.steps))
+        return [line["train/grad_norm"] for line in self.steps[warm:]]
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Real tokens a second, the first step, which warms up, left out."""
+        lines = self.steps[1:]
+        return sum(line["perf/tokens_per_s"] * line["perf/step_s"] for line in lines) / sum(
+            line["perf/step_s"] for line in lines
+        )
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+# ----------------------------------------------------------------------------------------------- arms
+
+
+def _by_prompt(results: Sequence[Result], scorer: str) -> dict[str, float]:
+    """Prompt -> mean score over the seeds."""
+    each = [result.scores(scorer) for result in results]
+    return {prompt: statistics.mean(scores[prompt] for scores in each) for prompt in each[0]}
+
+
+def _share(scores: Mapping[str, float]) -> str:
+    """`61.7% (53.1 to 69.7)`."""
+    low, high = interval(list(scores.values()))
+    return f"{statistics.mean(scores.values()):.1%} ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def _each(values: Sequence[float], form: str) -> str:
+    """The seeds' values, one after the other."""
+    return ", ".join(form.format(value) for value in values)
+
+
+def against(scores: Mapping[str, float], others: Mapping[str, float], *, agreed: bool = True) -> str:
+    """How many points better the scores are than the others, prompt by prompt, and what that is worth.
+
+    Args:
+        agreed: every seed says the same.
+    """
+    points, low, high, p = paired(list(others.values()), [scores[prompt] for prompt in others])
+    said = "no difference seen" if p >= CLEAR or not agreed else "better" if points > 0 else "worse"
+    return f"{100 * points:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), p {p:.2g}: {said}"
+
+
+def _against_first(results: Sequence[Result], first: Sequence[Result]) -> str:
+    pairs = zip(results, first, strict=True)
+    gains = [sum(result.scores(ANSWER).values()) - sum(other.scores(ANSWER).values()) for result, other in pairs]
+    agreed = all(gain > 0 for gain in gains) or all(gain < 0 for gain in gains)
+    return against(_by_prompt(results, ANSWER), _by_prompt(first, ANSWER), agreed=agreed)
+
+
+HEADS = {
+    "answers": "right answers",
+    "against": "against the first",
+    "format": "in the format",
+    "spread": "gradient norm: deviation / mean",
+    "peak": "highest / median",
+    "loss": "held-out loss",
+    "rows": "rows trained on",
+    "speed": "tokens/s",
+    "memory": "peak memory, GiB",
+}
+
+
+def _cell(column: str, results: Sequence[Result], first: Sequence[Result]) -> str:
+    """One cell of the table: an arm's results, a seed each, and the first arm's."""
+    if column in ("answers", "format"):
+        scorer = ANSWER if column == "answers" else FORMAT
+        seeds = [statistics.mean(result.scores(scorer).values()) for result in results]
+        shown = _share(_by_prompt(results, scorer))
+        return shown if len(seeds) == 1 else f"{shown}: {_each(seeds, '{:.1%}')}"
+    if column == "against":
+        return "" if results is first else _against_first(results, first)
+    if column == "spread":
+        return _each([statistics.stdev(r.norms) / statistics.mean(r.norms) for r in results], "{:.3f}")
+    if column == "peak":
+        return _each([max(r.norms) / statistics.median(r.norms) for r in results], "{:.2f}")
+    if column == "loss":
+        return _each([r.losses[r.last] for r in results], "{:.4f}")
+    if column == "rows":
+        train = json.loads((results[0].folder / "data.json").read_text(encoding="utf-8"))["train"]
+        return str(train["documents"])
+    if column == "speed":
+        return _each([r.tokens_per_s for r in results], "{:.0f}")
+    assert column == "memory"
+    key = "mem/gpu_peak_gib" if "mem/gpu_peak_gib" in results[0].steps[-1] else "mem/host_peak_gib"
+    return _each([max(line[key] for line in r.steps) for r in results], "{:.1f}")
+
+
+# ----------------------------------------------------------------------------------------------- experiments
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
+
+
+def _of_arms(number: int, experiment: Experiment, results: Mapping[str, Sequence[Result]]) -> str:
+    first = results[experiment.arms[0]]
+    rows = [[f"`{arm}`", *(_cell(column, results[arm], first) for column in SHOWN[number])] for arm in experiment.arms]
+    n = len(first[0].scores(ANSWER))
+    seeds = " " + "Each seed's value stands beside the other's, of shares behind the colon." * (len(first) > 1)
+    said = f"{n} prompts.{seeds}".rstrip()
+    return table(["arm", *(HEADS[column] for column in SHOWN[number])], rows) + "\n\n" + said
+
+
+def _of_packing(results: Mapping[str, Sequence[Result]]) -> str:
+    rows = []
+    for arm, (result,) in results.items():
+        (packed,) = results[arm.replace("alone", "packed")]
+        differences = [
+            max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(result.steps, packed.steps, strict=True))
+            for key in ("train/loss", "train/grad_norm")
+        ]
+        fill = statistics.mean(line["pack/fill"] for line in result.steps)
+        apart = ["", ""] if result is packed else [f"{difference:.1e}" for difference in differences]
+        loss = [f"{result.steps[0]['train/loss']:.6f}", f"{result.steps[-1]['train/loss']:.6f}"]
+        rows.append([f"`{arm}`", f"{result.tokens_per_s:.0f}", *loss, *apart, f"{fill:.1%}"])
+    head = ["arm", "tokens/s", "first loss", "last loss", "losses differ by", "gradient norms by", "fill"]
+    return table(head, rows)
+
+
+def _of_choice(result: Result) -> str:
+    """Candidates are chosen by one half of the prompts and judged by the other: the best of many noisy numbers is
+    partly luck."""
+    steps = [step for step in sorted(result.losses) if step]
+    choosing, judging = set(list(result.scores(ANSWER))[::2]), set(list(result.scores(ANSWER))[1::2])
+
+    def halves(step: int) -> tuple[dict[str, float], dict[str, float]]:
+        scores = result.scores(ANSWER, step)
+        return {p: scores[p] for p in scores if p in choosing}, {p: scores[p] for p in scores if p in judging}
+
+    by_loss = min(steps, key=lambda step: result.losses[step])
+    by_metric = max(steps, key=lambda step: (sum(halves(step)[0].values()), -result.losses[step]))
+    marks = {by_loss: "lowest loss", by_metric: "best metric"}
+    if by_loss == by_metric:
+        marks = {by_loss: "lowest loss, best metric"}
+    rows = [
+        [str(step), f"{result.losses[step]:.4f}", *map(_share, halves(step)), marks.get(step, "")] for step in steps
+    ]
+    head = ["step", "held-out loss", "right answers, half that chooses", "half that judges", "chosen by"]
+    if by_loss == by_metric:
+        said = "Both rules choose the same checkpoint."
+    else:
+        told = against(halves(by_metric)[1], halves(by_loss)[1])
+        said = f"On the half that judges, the one chosen by metric against the one chosen by loss: {told}."
+    return table(head, rows) + "\n\n" + said
+
+
+def block(number: int, out: Path) -> str:
+    """The table of an experiment, or how many of its runs are done."""
+    experiment = EXPERIMENTS[number]
+    wanted = runs([number])
+    done = [run for run in wanted if (out / run.name / "summary.json").exists()]
+    if len(done) < len(wanted):
+        return f"Not run yet: {len(done)} of its {len(wanted)} runs are done."
+    results = {arm: [Result(out / Run(arm, seed).name) for seed in experiment.seeds] for arm in experiment.arms}
+    if number == 5:
+        return _of_packing(results)
+    if number == 7:
+        return _of_choice(results[experiment.arms[0]][0])
+    return _of_arms(number, experiment, results)
+
+
+def fill(page: str, blocks: Mapping[str, str]) -> str:
+    """The page with the text between `<!-- NAME -->` and `<!-- end -->` replaced, for each name."""
+    for name, text in blocks.items():
+        place = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(\n?<!-- end -->)", re.DOTALL)
+        page, count = place.subn(lambda found, text=text: f"{found[1]}{text}\n<!-- end -->", page)
+        assert count == 1, f"the page has no place for {name}"
+    return page
