@@ -371,7 +371,7 @@ class Engine:
 
     def _whole_fits(self) -> bool:
         """Whether the gathered weights fit beside what else there is, on all ranks alike."""
-        parameters: Iterable[Any] = self._parameters().values()
+        parameters: list[Any] = list(self._parameters().values())
         needed = sum(p.ds_numel * p.element_size() for p in parameters)
         free = min(dist.gather(free_memory()))
         fits = needed <= GATHER_SHARE * free and not self.swaps  # from an NVMe it is not proved

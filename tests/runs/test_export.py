@@ -64,8 +64,8 @@ def test_it_brings_what_generation_needs(exported: Path) -> None:
 
 def test_the_card_says_what_the_chat_template_was_given(tmp_path: Path) -> None:
     recipe = load(ROOT / "recipes" / "debug.yaml", ["data.chat_template_kwargs.enable_thinking=false"])
-    assert "was given `enable_thinking=False`" in _model_card(tmp_path, recipe, 3)
-    assert "was given" not in _model_card(tmp_path, load(ROOT / "recipes" / "debug.yaml"), 3)
+    assert "was given `enable_thinking=False`" in _model_card(tmp_path, recipe, 3, False)
+    assert "was given" not in _model_card(tmp_path, load(ROOT / "recipes" / "debug.yaml"), 3, False)
 
 
 def test_nothing_is_left_beside_it(exported: Path) -> None:

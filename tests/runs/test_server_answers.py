@@ -10,9 +10,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
@@ -177,6 +178,9 @@ def test_a_real_models_greedy_answers_are_the_engines(server: Server, shared: Pa
     model.config.save_pretrained(tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    engine = cast(Any, SimpleNamespace(module=SimpleNamespace(model=model)))
-    by_engine = generate(engine, prompts, recipe.eval.generate, tokenizer, cast(Any, NoStop()), cast(Any, NoStop()))
+    module = SimpleNamespace(model=model)
+    engine: Any = SimpleNamespace(module=module, whole_weights=lambda: nullcontext(True))
+    never: Any = NoStop()
+    seeds = [0] * len(prompts)  # nothing is drawn
+    by_engine = generate(engine, prompts, recipe.eval.generate, tokenizer, never, never, seeds=seeds)
     assert answers(recipe, str(tmp_path / "model"), prompts, log=tmp_path / "unused") == by_engine
