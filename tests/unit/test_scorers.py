@@ -170,6 +170,11 @@ def test_the_value_must_be_the_references(answer: str, reference: str, right: in
     assert score(rule("math"), prompt(reference), answer) == right
 
 
+def test_a_small_number_of_a_column_is_read_as_it_is() -> None:
+    assert score(rule("math", column="solution"), prompt("x", solution=1e-05), "so 0.00001") == 1
+    assert score(rule("math", column="solution"), prompt("x", solution=1e-05), "so 0.0001") == 0
+
+
 @pytest.mark.parametrize("value", [12, 12.0, "12", "#### 12"])
 def test_the_right_value_may_stand_in_a_column(value: Any) -> None:
     assert score(rule("math", column="solution"), prompt("Twelve, I think.", solution=value), "so 12") == 1
