@@ -63,7 +63,7 @@ def names(run_dir: Path) -> list[str]:
 def packhorse(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "trainer.cli", *arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 # ----------------------------------------------------------------------------------------------- while training
