@@ -95,7 +95,7 @@ class Contains(Section):
 
 class Math(Section):
     """1 where the answer comes to the reference's value, by the library math-verify, else 0. The final answer is what
-    `####`, `<answer>` or `\\boxed` marks last, else the last value."""
+    `####` or the last `<answer>` marks, or `\\boxed` holds, read whole; else the last value."""
 
     kind: Literal["math"] = "math"
     column: str | None = Field(

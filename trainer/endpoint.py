@@ -10,7 +10,8 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,6 +24,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0  # between tries: doubled each time
 _LONGEST_RETRY_AFTER_S = 60.0  # what a server may ask for
 _LOOK_S = 0.2  # between looks at whether to stop
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # another try may find it otherwise
+_NOT_THERE = {401, 403, 502, 503, 504}  # closed to us, or nothing behind it
 _SHOWN = 200  # characters of a server's own words
 
 
@@ -85,8 +87,10 @@ class Client:
         self._client = httpx2.Client(
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx2.Timeout(server.timeout_s, connect=min(_CONNECT_S, server.timeout_s)),
-            limits=httpx2.Limits(max_connections=server.parallel),
-            trust_env=urlsplit(server.url).hostname not in ("localhost", "127.0.0.1", "::1"),  # no proxy knows this host
+            # a connection that is kept may be closed by the server just as it is used again
+            limits=httpx2.Limits(max_connections=server.parallel, max_keepalive_connections=0),
+            trust_env=urlsplit(server.url).hostname
+            not in ("localhost", "127.0.0.1", "::1"),  # no proxy knows this host
         )
 
     def __enter__(self) -> Client:
@@ -96,11 +100,15 @@ class Client:
         self._client.close()
 
     def check(self) -> None:
-        """Ask whether it is there, once. Raises Unreachable where it is not, or does not take the key."""
+        """Ask whether it is there, once. Raises Unreachable where it is not, or does not take the key.
+
+        A server that is there may have no list of its models, or fail at it: `transformers serve` does, in 5.23, on a
+        machine that has never had a model of the hub.
+        """
         try:
             self._reply("GET", "models", None, 0.0, threading.Event())
         except Refused as refusal:
-            if refusal.status != 404:  # some servers have no list of their models
+            if refusal.status in _NOT_THERE:
                 raise
 
     def post(self, path: str, bodies: Sequence[Mapping[str, Any]], patience_s: float | None = None) -> list[Any]:
@@ -112,21 +120,35 @@ class Client:
         """
         given_up = threading.Event()
         patience_s = self._server.patience_s if patience_s is None else patience_s
-        pool = ThreadPoolExecutor(self._server.parallel, "endpoint")
+        todo: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+        done: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+        for number, body in enumerate(bodies):
+            todo.put((number, {k: v for k, v in {**body, **self._server.extra}.items() if v is not None}))
+
+        def work() -> None:
+            with suppress(Empty):
+                while not given_up.is_set():
+                    number, body = todo.get_nowait()
+                    try:
+                        done.put((number, self._reply("POST", path, body, patience_s, given_up)))
+                    except Exception as error:  # raised where it is waited for
+                        done.put((number, error))
+
+        for _ in range(min(self._server.parallel, len(bodies))):
+            threading.Thread(target=work, name="endpoint", daemon=True).start()  # no exit waits for an answer
+        replies: dict[int, Any] = {}
         try:
-            asked = [{k: v for k, v in {**body, **self._server.extra}.items() if v is not None} for body in bodies]
-            futures = [pool.submit(self._reply, "POST", path, body, patience_s, given_up) for body in asked]
-            waiting = set(futures)
-            while waiting:
+            while len(replies) < len(bodies):
                 if self._stopping():
                     raise Cancelled
-                done, waiting = wait(waiting, _LOOK_S, FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-            return [future.result() for future in futures]
+                with suppress(Empty):
+                    number, reply = done.get(timeout=_LOOK_S)
+                    if isinstance(reply, Exception):
+                        raise reply
+                    replies[number] = reply
         finally:
             given_up.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+        return [replies[number] for number in range(len(bodies))]
 
     def _reply(self, method: str, path: str, body: Any, patience_s: float, given_up: threading.Event) -> Any:
         """One request, tried again with growing pauses for `patience_s` after it first failed."""
@@ -194,4 +216,3 @@ def _key(server: Server) -> str | None:
             f"{'not a key' if key else 'not set'}; set it where the run is started"
         )
     return key
-

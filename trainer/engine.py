@@ -368,8 +368,8 @@ class Engine:
 
     def _whole_fits(self) -> bool:
         """Whether the gathered weights fit beside what else there is, on all ranks alike."""
-        parameters: Iterable[Any] = self._parameters().values()
-        needed = sum(p.ds_numel * p.element_size() for p in parameters)
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size()) for p in self._parameters().values()]
+        needed = sum(numel * size for numel, size in sizes)
         free = min(dist.gather(free_memory()))
         fits = needed <= GATHER_SHARE * free and not self.swaps  # from an NVMe it is not proved
         how = "gathered once" if fits else "gathered layer by layer for each token, which is slow"

@@ -50,7 +50,8 @@ A good answer: {rubric}
 Weigh the answers in a few sentences. Then end with one line of its own: `Better: A`, `Better: B`, or \
 `Better: neither`."""
 
-_VERDICT = re.compile(r"[\s*_`]*(Grade|Better)[*_`]*:[\s*_`]*(\w+)[\s*_`.]*", re.IGNORECASE)
+_VERDICT = re.compile(r"(grade|better)\s*:\s*(\w+)\.?", re.IGNORECASE)
+_EMPHASIS = str.maketrans("", "", "*_`")  # which judges like to put around it
 
 
 def judged(rule: Judge, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
@@ -108,15 +109,13 @@ def _mark(*texts: str) -> str:
 def _verdict(reply: str, word: str) -> str | None:
     """What stands after `word:` in the last line."""
     lines = reply.strip().splitlines()
-    found = _VERDICT.fullmatch(lines[-1]) if lines else None
+    found = _VERDICT.fullmatch(lines[-1].translate(_EMPHASIS).strip()) if lines else None
     return found[2].lower() if found and found[1].lower() == word else None
 
 
 def _score_of_grade(reply: str, grades: int) -> float | None:
-    grade = _verdict(reply, "grade")
-    if grade is None or not grade.isascii() or not grade.isdecimal() or not 1 <= int(grade) <= grades:
-        return None
-    return (int(grade) - 1) / (grades - 1)
+    scores = {str(grade): (grade - 1) / (grades - 1) for grade in range(1, grades + 1)}
+    return scores.get(_verdict(reply, "grade") or "")
 
 
 def _preferred(reply: str) -> float | None:

@@ -96,19 +96,16 @@ def samples(
     """
     columns = {}
     for name, rule in scorers.items():
-        said = (letters or {})[name] if isinstance(rule, Choice) else answers
-        columns[name] = _scores(rule, prompts, said)
-        if reasons := Counter(found for found in columns[name] if isinstance(found, str)):
-            unscored = sum(reasons.values())
-            why = _most_common(reasons)
-            dist.log.warning(
-                "%s (%s): %d of %d answers have no score: %s", name, rule.kind, unscored, len(answers), why
-            )
+        columns[name] = _scores(rule, prompts, (letters or {})[name] if isinstance(rule, Choice) else answers)
+        reasons = Counter(found for found in columns[name] if isinstance(found, str))
+        if reasons:
+            what = f"{name} ({rule.kind}): {sum(reasons.values())} of {len(answers)} answers have no score"
+            dist.log.warning("%s: %s", what, _most_common(reasons))
     made = []
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         found = {name: column[number] for name, column in columns.items()}
-        scores = {name: None if isinstance(score, str) else score for name, score in found.items()}
         unscored = {name: reason for name, reason in found.items() if isinstance(reason, str)}
+        scores = {name: None if isinstance(value, str) else value for name, value in found.items()}
         made.append(Sample(prompt.text, answer, prompt.reference, scores, unscored))
     return made
 
@@ -125,7 +122,7 @@ def as_table(samples: Sequence[Sample], rows: int = 8, characters: int = 600) ->
     lines = [heads, ["---"] * len(heads)]
     for sample in samples[:rows]:
         texts = (sample.prompt[-characters:], sample.answer[:characters], sample.reference[:characters])
-        scores = ["" if score is None else f"{score:.3g}" for score in sample.scores.values()]
+        scores = ["" if value is None else f"{value:.3g}" for value in sample.scores.values()]
         lines.append([*map(_cell, texts), *scores])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -183,7 +180,7 @@ def _judgements(rule: Judge, prompts: Sequence[Prompt], answers: Sequence[str]) 
 
 
 def _metric(name: str, samples: Sequence[Sample]) -> Metric:
-    scores = [score for sample in samples if (score := sample.scores[name]) is not None]
+    scores = [value for sample in samples if (value := sample.scores[name]) is not None]
     if not scores:
         reasons = Counter(sample.unscored.get(name, "no score") for sample in samples)
         return Metric(None, 0, None, None, _most_common(reasons))

