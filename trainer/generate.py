@@ -35,6 +35,11 @@ def require_room(model: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> 
         )
 
 
+def stop_tokens(model: Any, learned: Sequence[int]) -> list[int]:
+    """What ends an answer: what was learned to, and what the model's makers named beside it, as a tool call's end."""
+    return sorted({*learned, *_as_list(model.generation_config.eos_token_id)})
+
+
 def generate(
     engine: Engine,
     prompts: Sequence[Prompt],

@@ -25,6 +25,7 @@ from trainer.engine import Engine, clear_nvme, deepspeed_config, gathered, shard
 from trainer.evaluate import Evaluation
 from trainer.export import save_description
 from trainer.flow import BadInput, StepPlan
+from trainer.generate import stop_tokens
 from trainer.guard import Guard, StepNotApplied
 from trainer.loop import run
 from trainer.metrics import Metrics, Profiler, model_flops
@@ -169,7 +170,7 @@ def go_on(
         beat=watch.beat,
     )
     masker = masker_of(recipe.data, tokenizer)
-    model.generation_config.eos_token_id = sorted(masker.stop_token_ids)  # what was learned to end an answer
+    model.generation_config.eos_token_id = stop_tokens(model, masker.stop_token_ids)
     if dist.is_main():
         describe(recipe, run_dir, train_data, plan, eval_data, metrics)
         save_description(model, tokenizer, run_dir)

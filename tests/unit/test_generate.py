@@ -130,6 +130,12 @@ def test_an_answer_ends_before_its_first_stop_token(stops: int | list[int]) -> N
     assert generate._until_stop([3, 4, 7, 5, 0, 0], generate._as_list(stops)) == ([3, 4, 7] if stops == 5 else [3, 4])
 
 
+@pytest.mark.parametrize(("named", "stops"), [(None, [5]), (7, [5, 7]), ([9, 5], [5, 9])])
+def test_what_was_learned_to_end_an_answer_ends_it_and_what_the_makers_named(named: Any, stops: list[int]) -> None:
+    model: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=named))
+    assert generate.stop_tokens(model, (5,)) == stops
+
+
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("size", [1, 2, 8])
 @pytest.mark.parametrize("count", [0, 1, 4, 7])
