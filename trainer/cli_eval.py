@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -59,10 +59,11 @@ def evaluate(
     recipe = config.load(recipe_file, overrides or ())
     if not recipe.has_eval:
         raise BadInput(f"{recipe_file}: no rows are held out to evaluate; give data.eval or data.eval_fraction")
+    tasks = None
     if recipe.eval.lm_eval:
         from trainer.lm_eval_tasks import require_tasks
 
-        require_tasks(recipe.eval)
+        tasks = require_tasks(recipe.eval)
     run = _run_folder(model, step, best)
     if run is not None:
         chosen = chosen_step(run, step, best)
@@ -85,7 +86,7 @@ def evaluate(
             from trainer.export import export
 
             export(run, exported, step, merge=config.load(run / "recipe.yaml").adapter is not None)
-        code = _score(config.load(recipe_file, changes), recipe_file, changes, out, step, nproc)
+        code = _score(config.load(recipe_file, changes), recipe_file, changes, out, step, nproc, tasks)
     finally:
         shutil.rmtree(exported, ignore_errors=True)
     if code == DONE:
@@ -98,17 +99,19 @@ def evaluate(
     raise typer.Exit(code)
 
 
-def _score(recipe: Recipe, recipe_file: Path, changes: list[str], out: Path, step: int, nproc: int | None) -> int:
-    """Run the workers, then the harness's tasks. Returns the exit code."""
+def _score(
+    recipe: Recipe, recipe_file: Path, changes: list[str], out: Path, step: int, nproc: int | None, tasks: Any
+) -> int:
+    """Run the workers, then the harness's tasks, where there are some. Returns the exit code."""
     from launch.local import launch
 
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     given = [recipe.model.name, str(recipe_file), *changes, "--out", str(out), "--step", str(step)]
     code = launch(["-m", "trainer.cli", "eval", *given], out, nproc=nproc)
-    if code == DONE and recipe.eval.lm_eval:
+    if code == DONE and tasks:
         from trainer.lm_eval_tasks import run_tasks
 
-        run_tasks(recipe, out)
+        run_tasks(recipe, out, tasks)
     return code
 
 

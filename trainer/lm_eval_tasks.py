@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import sys
+from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import NormalDist
@@ -22,6 +24,7 @@ from trainer.config import Recipe
 from trainer.config_eval import EvalSection
 from trainer.flow import BadInput
 from trainer.once import write_synced
+from trainer.statistics import interval
 
 _Z = NormalDist().inv_cdf(0.975)
 
@@ -49,8 +52,11 @@ def require_tasks(section: EvalSection) -> Any:
     return manager
 
 
-def run_tasks(recipe: Recipe, out: Path) -> None:
+def run_tasks(recipe: Recipe, out: Path, manager: Any) -> None:
     """Run them in this process, on its GPUs where there are some, and write what came of them.
+
+    Args:
+        manager: what `require_tasks` gave.
 
     Raises:
         BadInput: a task's data cannot be had.
@@ -61,7 +67,6 @@ def run_tasks(recipe: Recipe, out: Path) -> None:
     library: Any = evaluator  # its decorators hide what its functions take
     hugging_face_model: Any = huggingface.HFLM
     section, model = recipe.eval, recipe.model
-    manager = require_tasks(section)
     on_gpu = torch.cuda.is_available()
     harness = hugging_face_model(
         pretrained=model.name,
@@ -85,12 +90,19 @@ def run_tasks(recipe: Recipe, out: Path) -> None:
         said = " ".join(str(error).split())[:300]
         raise BadInput(f"eval.lm_eval: a task's data cannot be had from the hub ({said})") from None
     samples = samples_of(found["samples"])
-    write_synced(out / HARNESS_METRICS, json.dumps(metrics_of(found["results"]), indent=1) + "\n")
+    write_synced(out / HARNESS_METRICS, json.dumps(metrics_of(found["results"], samples), indent=1) + "\n")
     write_synced(out / HARNESS_SAMPLES, "".join(json.dumps(sample) + "\n" for sample in samples))
 
 
-def metrics_of(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The library's results as metrics: `task/metric` -> value, count and 95% interval by its standard error."""
+def metrics_of(results: dict[str, dict[str, Any]], samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The library's results as metrics: `task/metric` -> value, count and 95% interval.
+
+    The interval is ours where the value is the mean of the samples' scores, else by the library's standard error.
+    """
+    scores: dict[str, list[float]] = defaultdict(list)
+    for sample in samples:
+        for name, score in sample["scores"].items():
+            scores[name].append(score)
     metrics = {}
     for task, numbers in results.items():
         count = numbers.get("sample_len", 0)
@@ -98,10 +110,14 @@ def metrics_of(results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
             name, comma, rule = key.partition(",")
             if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
                 continue
-            error = numbers.get(f"{name}_stderr,{rule}")
-            known = isinstance(error, int | float)
-            low, high = (value - _Z * error, value + _Z * error) if known else (None, None)
-            metrics[_name(task, name, rule)] = {"value": value, "count": count, "low": low, "high": high}
+            full = _name(task, name, rule)
+            own, error = scores.get(full), numbers.get(f"{name}_stderr,{rule}")
+            low = high = None
+            if own and math.isclose(sum(own) / len(own), value):
+                low, high = interval(own)
+            elif isinstance(error, int | float):
+                low, high = value - _Z * error, value + _Z * error
+            metrics[full] = {"value": value, "count": count, "low": low, "high": high}
     return metrics
 
 

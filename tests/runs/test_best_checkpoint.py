@@ -6,8 +6,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,7 @@ def names(run_dir: Path) -> list[str]:
 def packhorse(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "trainer.cli", *arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
 # ----------------------------------------------------------------------------------------------- while training
@@ -144,6 +146,22 @@ def test_a_damaged_best_is_refused_and_nothing_else_taken_in_its_place(root: Pat
     assert not (tmp_path / "out").exists()
     with pytest.raises(BadInput, match=r"there is no best checkpoint: .*step 6: eval_loss is"):
         best_step(root / "never")
+
+
+def test_an_evaluation_that_is_stopped_ends_with_75_and_leaves_no_weights(root: Path) -> None:
+    out = root / "stopped-results"
+    changes = (*OFTEN, f"data.cache={root / 'cache'}")
+    command = ["eval", str(root / "whole"), "recipes/debug.yaml", "--out", str(out), "--nproc", "2", *changes]
+    process = subprocess.Popen([sys.executable, "-m", "trainer.cli", *command], cwd=ROOT, stderr=subprocess.PIPE)
+    end = time.monotonic() + 300
+    while not (out / "recipe.yaml").exists():  # it is written just before the workers start
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 75, err
+    assert not (out / "exported").exists()
 
 
 @pytest.fixture(scope="module")

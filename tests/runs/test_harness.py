@@ -64,7 +64,7 @@ def results(work: Path) -> list[Path]:
             *("eval.lm_eval=[sums]", f"eval.lm_eval_path={work / 'tasks'}"),
         ]
         env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(work / "hub"), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         assert "sums/acc" in done.stdout
     return folders
@@ -112,10 +112,18 @@ def test_an_unknown_task_is_told_with_the_nearest(work: Path) -> None:
         require_tasks(EvalSection(lm_eval=("sumss",), lm_eval_path=str(work / "tasks")))
 
 
-def test_an_interval_is_by_the_libraries_error_and_what_is_no_mean_has_no_samples() -> None:
-    found = {"alias": "t", "sample_len": 4, "acc,none": 0.5, "acc_stderr,none": 0.1}
-    metrics = metrics_of({"t": {**found, "f1,strict": 0.7, "f1_stderr,strict": "N/A"}})
-    assert metrics["t/acc"] == {"value": 0.5, "count": 4, "low": pytest.approx(0.304), "high": pytest.approx(0.696)}
+def test_an_interval_is_wilsons_for_a_mean_of_right_answers_and_else_by_the_libraries_error() -> None:
+    found = {"alias": "t", "sample_len": 4, "acc,none": 0.5, "acc_stderr,none": 0.1, "em,none": 1.0}
+    found |= {"em_stderr,none": 0.0, "f1,strict": 0.7, "f1_stderr,strict": "N/A"}
+    samples = [{"prompt": str(n), "scores": {"t/em": 1.0}} for n in range(4)]
+    metrics = metrics_of({"t": found}, samples)
+    assert metrics["t/acc"]["low"] == pytest.approx(0.5 - 1.96 * 0.1, abs=1e-4)
+    assert metrics["t/acc"]["high"] == pytest.approx(0.5 + 1.96 * 0.1, abs=1e-4)
+    assert metrics["t/em"]["low"] == pytest.approx(4 / (4 + 1.96**2), abs=1e-4), "Wilson's of 4 of 4"
+    assert metrics["t/em"]["high"] == 1
     assert metrics["t/f1,strict"] == {"value": 0.7, "count": 4, "low": None, "high": None}
+
+
+def test_what_is_no_number_of_one_sample_is_not_paired() -> None:
     sample = {"filter": "none", "doc_hash": "x", "metrics": ["acc", "ppl"], "acc": 1.0, "ppl": (-3.0, 4)}
     assert samples_of({"t": [sample]}) == [{"prompt": "t:none:x", "scores": {"t/acc": 1.0}}]
