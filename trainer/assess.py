@@ -14,6 +14,7 @@ from trainer import dist
 from trainer.config import Recipe
 from trainer.data.loader import Prepared, masker_of, prepare
 from trainer.evaluate import Evaluation
+from trainer.generate import stop_tokens
 from trainer.metrics import Metrics, model_flops
 from trainer.model.load import load_tokenizer
 from trainer.once import Stopped
@@ -52,7 +53,7 @@ def _evaluate(recipe: Recipe, out: Path, tokenizer: Any, data: Prepared, stop: d
         engine = build_engine(recipe, out, tokenizer, learns=False)
     model: Any = engine.module.model
     masker = masker_of(recipe.data, tokenizer)
-    model.generation_config.eos_token_id = sorted(masker.stop_token_ids)  # as in training
+    model.generation_config.eos_token_id = stop_tokens(model, masker.stop_token_ids)
     watch = Watch(recipe.guard, out)
     metrics = Metrics(
         out,

@@ -45,16 +45,16 @@ def export_universal(run_dir: Path, out: Path, step: int | None = None) -> Path:
     zero = staged / tag / "zero"
     zero.mkdir(parents=True)
 
-    step = torch.tensor(float(manifest.state.updates))
+    updates = torch.tensor(float(manifest.state.updates))
     buffers = [name for name in saved.names if (name, EXP_AVG) not in manifest.digests]
     parameters = [name for name in saved.names if name not in buffers]
     for name in track(parameters, "writing", console=Console(stderr=True)):
         (zero / name).mkdir()
         for file, state in _FILES.items():
             torch.save({"param": saved.whole(name, state), "cat_dim": 0}, zero / name / f"{file}.pt")
-        torch.save(step, zero / name / "step.pt")
+        torch.save(updates, zero / name / "step.pt")
     groups = [{"params": []} for _ in range(_GROUPS)]
-    common = {"param_groups": groups, "state": {0: {"step": step}}, "ds_version": version("deepspeed")}
+    common = {"param_groups": groups, "state": {0: {"step": updates}}, "ds_version": version("deepspeed")}
     torch.save({**common, "optimizer_state_dict": common}, zero / "optimizer_state.pt")
     model_states = {
         "module": {name: saved.whole(name) for name in buffers},
