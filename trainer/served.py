@@ -146,10 +146,13 @@ def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watc
     Every rank takes part: parameters are gathered one by one, and pass through files, so that no rank holds all.
 
     Raises:
+        BadInput: an adapter lies beside the weights, which is not merged here.
         Unreachable: there is no room for them, or the folder cannot be written; on every rank.
     """
-    engine.settle()
     model: Any = engine.module.model
+    if any(".base_layer." in name for name, _ in model.named_parameters()):  # as peft calls what it wraps
+        raise BadInput("eval.generator: an adapter is not merged for a server; take `eval.generator: engine`")
+    engine.settle()
     persistent = model.state_dict(keep_vars=True).keys()
     tensors = dict(model.named_parameters())
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}

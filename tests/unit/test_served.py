@@ -279,6 +279,15 @@ def test_a_disk_without_room_is_told(run: tuple[Recipe, Any, Path], monkeypatch:
         written(run)
 
 
+def test_an_adapter_beside_the_weights_is_refused(run: tuple[Recipe, Any, Path]) -> None:
+    """Its base alone would be served, and answer as the model that was there before training."""
+    made, _, run_dir = run
+    wrapped = torch.nn.ModuleDict({"q_proj": torch.nn.ModuleDict({"base_layer": torch.nn.Linear(2, 2)})})
+    engine = SimpleNamespace(module=SimpleNamespace(model=wrapped), settle=lambda: None)
+    with pytest.raises(BadInput, match="an adapter is not merged for a server"):
+        write_weights(cast(Any, engine), made, run_dir, 2, cast(Any, Beats()))
+
+
 # ----------------------------------------------------------------------------------------------- vLLM's command
 
 GIB = 2**30
