@@ -146,10 +146,13 @@ def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watc
     Every rank takes part: parameters are gathered one by one, and pass through files, so that no rank holds all.
 
     Raises:
+        BadInput: an adapter lies beside the weights, which is not merged here.
         Unreachable: there is no room for them, or the folder cannot be written; on every rank.
     """
-    engine.settle()
     model: Any = engine.module.model
+    if any(".base_layer." in name for name, _ in model.named_parameters()):  # as peft calls what it wraps
+        raise BadInput("eval.generator: an adapter is not merged for a server; take `eval.generator: engine`")
+    engine.settle()
     persistent = model.state_dict(keep_vars=True).keys()
     tensors = dict(model.named_parameters())
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
@@ -325,7 +328,7 @@ def _server(
         yield recipe.eval.server
         return
     port = _free_port()
-    server = Server(url=f"http://127.0.0.1:{port}/v1", timeout_s=900.0, parallel=64)
+    server = Server(url=f"http://127.0.0.1:{port}/v1", timeout_s=900.0, patience_s=10.0, parallel=64)
     longest = max(len(prompt.input_ids) for prompt in prompts)
     command = vllm_command(recipe, model, port, longest, gpus)
     environment = clean_environment() if gpus else {"VLLM_CPU_KVCACHE_SPACE": "1", **clean_environment()}
@@ -342,7 +345,10 @@ def _server(
         )
         try:
             _wait_until_there(process, server, log, stopping)
-            yield server
+            try:
+                yield server
+            except Unreachable as error:
+                raise Unreachable(f"vLLM: {error} ({_last_error(log)}); its output is in {log}") from None
         finally:
             process.terminate()
             try:
@@ -416,7 +422,7 @@ def _wait_until_there(process: subprocess.Popen, server: Server, log: Path, stop
 def _last_error(log: Path) -> str:
     """The last line of vLLM's output that names an error, else the last of all."""
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line]
+    errors = [line for line in lines if "Error: " in line]
     return (errors or lines or ["it said nothing"])[-1][-200:]
 
 

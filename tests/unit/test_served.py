@@ -279,6 +279,15 @@ def test_a_disk_without_room_is_told(run: tuple[Recipe, Any, Path], monkeypatch:
         written(run)
 
 
+def test_an_adapter_beside_the_weights_is_refused(run: tuple[Recipe, Any, Path]) -> None:
+    """Its base alone would be served, and answer as the model that was there before training."""
+    made, _, run_dir = run
+    wrapped = torch.nn.ModuleDict({"q_proj": torch.nn.ModuleDict({"base_layer": torch.nn.Linear(2, 2)})})
+    engine = SimpleNamespace(module=SimpleNamespace(model=wrapped), settle=lambda: None)
+    with pytest.raises(BadInput, match="an adapter is not merged for a server"):
+        write_weights(cast(Any, engine), made, run_dir, 2, cast(Any, Beats()))
+
+
 # ----------------------------------------------------------------------------------------------- vLLM's command
 
 GIB = 2**30
@@ -358,6 +367,8 @@ STAND_IN = """
     if given["--seed"] == "13":
         sys.exit("ValueError: no room for the KV cache\\nbye")
 
+    print("RuntimeError: head_dim=16 is not supported", flush=True)
+
     class Handler(BaseHTTPRequestHandler):
         def reply(self, status, content):
             data = json.dumps(content).encode()
@@ -371,7 +382,7 @@ STAND_IN = """
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            if body["model"] != given["--model"]:
+            if body["model"] != given["--model"] or given["--seed"] == "14":
                 return self.reply(404, {"error": "no such model"})
             text = " ".join(map(str, body["prompt"]))
             self.reply(200, {"choices": [{"text": text}], "usage": {"prompt_tokens": len(body["prompt"])}})
@@ -417,6 +428,13 @@ def test_vllm_is_gone_with_all_its_processes_when_it_has_answered(vllm: Path, tm
 def test_vllm_that_does_not_start_is_told_with_its_last_error(vllm: Path, tmp_path: Path) -> None:
     made = vllm_recipe(tmp_path / "vllm_python", "train.seed=13")
     with pytest.raises(Unreachable, match=r"ValueError: no room for the KV cache.; its output is in .*vllm.log"):
+        answers(made, MODEL, PROMPTS, log=tmp_path / "vllm.log")
+    assert not [pid for pid in started(vllm)["pids"] if runs(pid)]
+
+
+def test_vllm_that_does_not_answer_is_told_with_its_last_error(vllm: Path, tmp_path: Path) -> None:
+    made = vllm_recipe(tmp_path / "vllm_python", "train.seed=14")
+    with pytest.raises(Unreachable, match=r"refused .404.* .RuntimeError: head_dim=16 is not supported.; its output"):
         answers(made, MODEL, PROMPTS, log=tmp_path / "vllm.log")
     assert not [pid for pid in started(vllm)["pids"] if runs(pid)]
 
