@@ -6,6 +6,8 @@ dropout, and the head trained whole. The base is frozen, and checked by its dige
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import pytest
 import torch
 
 from tests.numerics.compare import Run, case, difference, is_same, report, run_cases
+from tests.ranks import ROOT
 from trainer import checkpoint
 
 pytestmark = pytest.mark.runs
@@ -148,3 +151,11 @@ def test_a_checkpoint_holds_the_adapter_and_of_the_base_its_digests(runs: dict[s
     frozen = {name for name, state in manifest.digests if state == "frozen"}
     quantised = "model.layers.0.mlp.up_proj.base_layer.weight"
     assert {quantised, f"{quantised}.absmax", f"{quantised}.nested_absmax", "lm_head.weight"} <= frozen
+
+
+def test_qlora_at_zero_3_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    changes = ["adapter={base: nf4}", f"run.dir={tmp_path / 'run'}", f"data.cache={tmp_path / 'cache'}"]
+    command = [sys.executable, "-m", "trainer.cli", "train", "recipes/debug.yaml", *changes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "adapter.base: nf4 is not proved at ZeRO-3" in done.stdout + done.stderr
