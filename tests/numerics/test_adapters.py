@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.numerics.compare import Run, case, difference, is_same, report, run_cases
+from tests.numerics.compare import BF16, BF16_CHANGE_BOUND, Run, case, difference, is_same, report, run_cases
 from tests.ranks import ROOT
 from trainer import checkpoint
 
@@ -39,6 +39,7 @@ def all_cases(root: Path) -> tuple[dict[int, list[dict[str, Any]]], dict[int, li
             case(root, "1-zero3", "zero3", LORA),
             case(root, "1-dora-zero0", "zero0", DORA),
             case(root, "1-nf4-zero0", "zero0", NF4),
+            case(root, "1-bf16", "zero3", LORA, *BF16),
             moved("1-to-3", "zero3", LORA, stop_after=3),
         ],
         2: [
@@ -53,6 +54,8 @@ def all_cases(root: Path) -> tuple[dict[int, list[dict[str, Any]]], dict[int, li
             case(root, "2-nf4-zero1", "zero1", NF4),
             case(root, "2-nf4-zero2", "zero2", NF4),
             case(root, "2-nf4-recompute", "zero2", NF4, recompute),
+            case(root, "2-bf16", "zero3", LORA, *BF16),
+            moved("bf16-2-to-1", "zero3", LORA, *BF16, stop_after=3),
             moved("2-to-1", "zero3", LORA, stop_after=3),
             moved("zero3-to-zero1", "zero3", LORA, stop_after=3),
             moved("moment-zeroed", "zero3", LORA, stop_after=3),
@@ -62,6 +65,7 @@ def all_cases(root: Path) -> tuple[dict[int, list[dict[str, Any]]], dict[int, li
     then = {
         1: [
             moved("2-to-1", "zero3", LORA),
+            moved("bf16-2-to-1", "zero3", LORA, *BF16),
             moved("moment-zeroed", "zero3", LORA, changes=["moment_zeroed"]),
             moved("nf4-2-to-1", "zero1", NF4),
         ],
@@ -108,6 +112,14 @@ def test_so_is_dora(runs: dict[str, Run], other: str) -> None:
 @pytest.mark.parametrize("other", ["2-nf4-zero1", "2-nf4-zero2", "2-nf4-recompute"])
 def test_so_is_qlora(runs: dict[str, Run], other: str) -> None:
     require_agreement(runs, "1-nf4-zero0", other)
+
+
+@pytest.mark.parametrize("other", ["2-bf16", "bf16-2-to-1"])
+def test_in_bf16_its_fp32_masters_keep_the_measured_tolerance(runs: dict[str, Run], other: str) -> None:
+    """X8, and X4 once."""
+    seen = difference(runs["1-bf16"], runs[other])
+    report(f"1-bf16 against {other}", seen)
+    assert seen.change <= BF16_CHANGE_BOUND
 
 
 def test_stopped_and_resumed_is_never_stopped(runs: dict[str, Run]) -> None:
