@@ -6,13 +6,16 @@ dropout, and the head trained whole. The base is frozen, and checked by its dige
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.numerics.compare import Run, case, difference, is_same, report, run_cases
+from tests.numerics.compare import BF16, BF16_CHANGE_BOUND, Run, case, difference, is_same, report, run_cases
+from tests.ranks import ROOT
 from trainer import checkpoint
 
 pytestmark = pytest.mark.runs
@@ -36,6 +39,7 @@ def all_cases(root: Path) -> tuple[dict[int, list[dict[str, Any]]], dict[int, li
             case(root, "1-zero3", "zero3", LORA),
             case(root, "1-dora-zero0", "zero0", DORA),
             case(root, "1-nf4-zero0", "zero0", NF4),
+            case(root, "1-bf16", "zero3", LORA, *BF16),
             moved("1-to-3", "zero3", LORA, stop_after=3),
         ],
         2: [
@@ -50,6 +54,8 @@ def all_cases(root: Path) -> tuple[dict[int, list[dict[str, Any]]], dict[int, li
             case(root, "2-nf4-zero1", "zero1", NF4),
             case(root, "2-nf4-zero2", "zero2", NF4),
             case(root, "2-nf4-recompute", "zero2", NF4, recompute),
+            case(root, "2-bf16", "zero3", LORA, *BF16),
+            moved("bf16-2-to-1", "zero3", LORA, *BF16, stop_after=3),
             moved("2-to-1", "zero3", LORA, stop_after=3),
             moved("zero3-to-zero1", "zero3", LORA, stop_after=3),
             moved("moment-zeroed", "zero3", LORA, stop_after=3),
@@ -59,6 +65,7 @@ def all_cases(root: Path) -> tuple[dict[int, list[dict[str, Any]]], dict[int, li
     then = {
         1: [
             moved("2-to-1", "zero3", LORA),
+            moved("bf16-2-to-1", "zero3", LORA, *BF16),
             moved("moment-zeroed", "zero3", LORA, changes=["moment_zeroed"]),
             moved("nf4-2-to-1", "zero1", NF4),
         ],
@@ -107,6 +114,14 @@ def test_so_is_qlora(runs: dict[str, Run], other: str) -> None:
     require_agreement(runs, "1-nf4-zero0", other)
 
 
+@pytest.mark.parametrize("other", ["2-bf16", "bf16-2-to-1"])
+def test_in_bf16_its_fp32_masters_keep_the_measured_tolerance(runs: dict[str, Run], other: str) -> None:
+    """X8, and X4 once."""
+    seen = difference(runs["1-bf16"], runs[other])
+    report(f"1-bf16 against {other}", seen)
+    assert seen.change <= BF16_CHANGE_BOUND
+
+
 def test_stopped_and_resumed_is_never_stopped(runs: dict[str, Run]) -> None:
     """X3: bit by bit, at the same world size."""
     assert is_same(runs["2-zero3"], runs["2-resumed"])
@@ -148,3 +163,11 @@ def test_a_checkpoint_holds_the_adapter_and_of_the_base_its_digests(runs: dict[s
     frozen = {name for name, state in manifest.digests if state == "frozen"}
     quantised = "model.layers.0.mlp.up_proj.base_layer.weight"
     assert {quantised, f"{quantised}.absmax", f"{quantised}.nested_absmax", "lm_head.weight"} <= frozen
+
+
+def test_qlora_at_zero_3_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    changes = ["adapter={base: nf4}", f"run.dir={tmp_path / 'run'}", f"data.cache={tmp_path / 'cache'}"]
+    command = [sys.executable, "-m", "trainer.cli", "train", "recipes/debug.yaml", *changes]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "adapter.base: nf4 is not proved at ZeRO-3" in done.stdout + done.stderr

@@ -219,6 +219,18 @@ def test_bad_input_is_2_even_where_its_sentence_cannot_be_written():
         assert subprocess.run(command, cwd=ROOT, stderr=full).returncode == 2
 
 
+def test_an_adapter_on_a_module_that_does_not_exist_is_2_and_names_the_nearest(packhorse):
+    code, _, err = packhorse("plan", "recipes/debug.yaml", "adapter.targets=[q_porj]", "--gpus", "2")
+    assert code == 2
+    assert "no module is called `q_porj`; the nearest is `q_proj`" in err
+
+
+def test_nothing_is_merged_into_a_universal_checkpoint(packhorse, tmp_path):
+    code, _, err = packhorse("export", str(tmp_path), "--out", str(tmp_path / "out"), "--universal", "--merge")
+    assert code == 2
+    assert "--merge: a universal checkpoint" in err
+
+
 def test_launch_slurm_writes_into_the_run_folder_and_says_what(packhorse, tmp_path):
     folder = tmp_path / "100%"
     code, out, err = packhorse(
