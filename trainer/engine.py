@@ -267,7 +267,7 @@ class Engine:
         self._without_gradient = _GradientWatch(model) if self.stage == 3 else None
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> Any:
         return self._model
 
     def step(

@@ -84,9 +84,9 @@ def run(
 
         stopping = stop.agreed() or done == recipe.run.stop_after
         last = done == steps
-        if _due(done, recipe.eval.every_steps) and not last and not stopping:
+        if is_due(done, recipe.eval.every_steps) and not last and not stopping:
             stopping = not evaluate(done)
-        if last or stopping or _due(done, recipe.checkpoint.every_steps) or is_best(done):
+        if last or stopping or is_due(done, recipe.checkpoint.every_steps) or is_best(done):
             with metrics.clock.part("checkpoint", host=True):
                 watch.rest()
                 save(done)
@@ -95,5 +95,6 @@ def run(
     return Outcome(steps, "done")
 
 
-def _due(step: int, every: int | None) -> bool:
+def is_due(step: int, every: int | None) -> bool:
+    """Whether after so many steps it is time for what is done `every` so many steps."""
     return every is not None and step % every == 0

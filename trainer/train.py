@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from trainer.export import save_description
 from trainer.flow import BadInput, StepPlan
 from trainer.generate import stop_tokens
 from trainer.guard import Guard, StepNotApplied
-from trainer.loop import run
+from trainer.loop import is_due, run
 from trainer.metrics import Metrics, Profiler, model_flops
 from trainer.model.adapter import require_stage
 from trainer.model.load import load_config, load_model, load_tokenizer
@@ -76,30 +77,35 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
         return
     with dist.process_group():
         stop.join()
-        fit(recipe, run_dir, tokenizer, train_data, plan, eval_data, stop)
+        fit(Job(recipe, run_dir, tokenizer, train_data, plan, eval_data, stop))
 
 
-def fit(
-    recipe: Recipe,
-    run_dir: Path,
-    tokenizer: Any,
-    train_data: TrainData,
-    plan: Plan,
-    eval_data: Prepared | None,
-    stop: dist.StopFlag,
-) -> None:
+@dataclass(frozen=True)
+class Job:
+    """What is there before the ranks meet."""
+
+    recipe: Recipe
+    run_dir: Path
+    tokenizer: Any
+    train_data: TrainData
+    plan: Plan
+    eval_data: Prepared | None
+    stop: dist.StopFlag
+
+
+def fit(job: Job) -> None:
     """Everything that needs the process group: model, engine, loop, summary."""
-    require_shared(run_dir)
+    require_shared(job.run_dir)
     if dist.local_world_size() < dist.world_size():
         dist.log.info("all-reduce over %d ranks, %.0f MiB: %.2f GB/s", dist.world_size(), *dist.all_reduce_speed())
-    require_same_data(train_data, eval_data)
-    warning = plan.check_world(dist.world_size(), recipe.parallel.allow_idle_ranks)
+    require_same_data(job.train_data, job.eval_data)
+    warning = job.plan.check_world(dist.world_size(), job.recipe.parallel.allow_idle_ranks)
     if warning:
         dist.log.warning(warning)
     with out_of_memory_told("the model with its training state"):
-        engine = build_engine(recipe, run_dir, tokenizer)
-    while go_on(recipe, run_dir, tokenizer, train_data, plan, eval_data, stop, engine):
-        if checkpoint.find(run_dir) is None:
+        engine = build_engine(job.recipe, job.run_dir, job.tokenizer)
+    while go_on(job, engine):
+        if checkpoint.find(job.run_dir) is None:
             raise StepNotApplied(
                 "guard: there is no checkpoint to go back to; the same command starts from the beginning, without the "
                 "step; set checkpoint.every_steps"
@@ -141,26 +147,17 @@ def out_of_memory_told(what: str) -> Iterator[None]:
         ) from None
 
 
-def go_on(
-    recipe: Recipe,
-    run_dir: Path,
-    tokenizer: Any,
-    train_data: TrainData,
-    plan: Plan,
-    eval_data: Prepared | None,
-    stop: dist.StopFlag,
-    engine: Engine,
-) -> bool:
+def go_on(job: Job, engine: Engine) -> bool:
     """Train from the last checkpoint on. True where the guard asks for just that once more."""
-    model: Any = engine.module.model
-    first_step, recent_losses = resume(run_dir, engine, train_data, recipe.batch.rows_per_micro)
+    recipe, run_dir, plan = job.recipe, job.run_dir, job.plan
+    first_step, recent_losses = resume(job, engine)
     if first_step == plan.steps and is_done(run_dir, plan.steps):
         dist.log.info("%s: all %d steps are done; give another run.dir for another run", run_dir, plan.steps)
         return False
 
     guard = Guard(recipe.guard, run_dir, recent_losses)
     watch = Watch(recipe.guard, run_dir)
-    loader = Loader(train_data, plan, dist.rank(), dist.world_size(), pin=dist.device().type == "cuda")
+    loader = Loader(job.train_data, plan, dist.rank(), dist.world_size(), pin=dist.device().type == "cuda")
     # where states lie on an NVMe it is not yet proved that a rehearsal leaves no trace
     rehearses = dist.device().type in REHEARSED_ON and not engine.swaps and first_step < plan.steps
     fullest = rehearse(engine, loader, first_step) if rehearses else None
@@ -168,31 +165,18 @@ def go_on(
         run_dir,
         log_every=recipe.run.log_every,
         row_tokens=recipe.batch.row_tokens,
-        flops=model_flops(model),
+        flops=model_flops(engine.module.model),
         resumed_at=first_step,
         beat=watch.beat,
     )
-    masker = masker_of(recipe.data, tokenizer)
-    model.generation_config.eos_token_id = stop_tokens(model, masker.stop_token_ids)
-    if dist.is_main():
-        describe(recipe, run_dir, train_data, plan, eval_data, metrics)
-        save_description(model, tokenizer, run_dir)
-    if recipe.eval.lm_eval:
-        dist.log.info("eval.lm_eval: its tasks are run by `packhorse eval %s RECIPE`, not in training", run_dir)
     best = Best(recipe.eval.best, run_dir)
-    evaluation = Evaluation(recipe, run_dir, engine, eval_data, masker, metrics, stop, watch, best.look)
-    every = recipe.eval.every_steps
-    due = first_step == 0 or (every is not None and first_step % every == 0)
+    evaluation = evaluation_of(job, engine, metrics, watch, best)
+    due = first_step == 0 or is_due(first_step, recipe.eval.every_steps)
     if due and not evaluation(first_step):  # made already, unless this step's was stopped half-way
         write_stop(run_dir, first_step)
         return False
 
-    epoch = plan.step(min(first_step, plan.steps - 1)).epoch
-    dist.log.info(
-        "%s: steps %d to %d, %.1f%% filled rows, %d ranks; learning rate %s",
-        run_dir, first_step + 1, plan.steps, 100 * plan.fill(epoch), dist.world_size(),
-        schedule(first_step, plan.steps, recipe.optim),
-    )  # fmt: skip
+    say_what_is_ahead(job, first_step)
     if fullest and dist.is_main() and dist.device().type == "cuda" and (expected := predicted(recipe, *fullest)):
         metrics.predict(expected)
     progress = Progress(plan.steps, first_step)
@@ -205,13 +189,13 @@ def go_on(
             metrics,
             Profiler(recipe.profile, run_dir),
             progress,
-            stop,
+            job.stop,
             watch,
             first_step=first_step,
             evaluate=evaluation,
-            save=partial(save, saver, engine, guard, train_data, recipe.batch.rows_per_micro, best),
+            save=partial(save, job, saver, engine, guard, best),
             is_best=lambda step: step == best.step,
-            rows_of=lambda step: _rows_of(plan, step, train_data),
+            rows_of=lambda step: _rows_of(plan, step, job.train_data),
             trace=partial(write_trace, run_dir, engine) if recipe.run.trace else None,
         )
     progress.close()
@@ -226,6 +210,30 @@ def go_on(
         summarise(run_dir, plan.steps, metrics.tokens_per_s, len(guard.passed_over), best.summary())
     metrics.close()
     return False
+
+
+def evaluation_of(job: Job, engine: Engine, metrics: Metrics, watch: Watch, best: Best) -> Evaluation:
+    """What evaluates the run; beside it, what the run folder says of the model and the data."""
+    recipe, model = job.recipe, engine.module.model
+    masker = masker_of(recipe.data, job.tokenizer)
+    model.generation_config.eos_token_id = stop_tokens(model, masker.stop_token_ids)
+    if dist.is_main():
+        describe(recipe, job.run_dir, job.train_data, job.plan, job.eval_data, metrics)
+        save_description(model, job.tokenizer, job.run_dir)
+    if recipe.eval.lm_eval:
+        dist.log.info("eval.lm_eval: its tasks are run by `packhorse eval %s RECIPE`, not in training", job.run_dir)
+    return Evaluation(recipe, job.run_dir, engine, job.eval_data, masker, metrics, job.stop, watch, best.look)
+
+
+def say_what_is_ahead(job: Job, first_step: int) -> None:
+    """Steps, fill, ranks and learning rates, as a line of the log."""
+    plan = job.plan
+    epoch = plan.step(min(first_step, plan.steps - 1)).epoch
+    dist.log.info(
+        "%s: steps %d to %d, %.1f%% filled rows, %d ranks; learning rate %s",
+        job.run_dir, first_step + 1, plan.steps, 100 * plan.fill(epoch), dist.world_size(),
+        schedule(first_step, plan.steps, job.recipe.optim),
+    )  # fmt: skip
 
 
 def schedule(first_step: int, steps: int, optim: OptimSection) -> str:
@@ -293,16 +301,14 @@ def require_same_data(*prepared: TrainData | None) -> None:
 # ----------------------------------------------------------------------------------------------- save, resume
 
 
-def save(
-    saver: Saver, engine: Engine, guard: Guard, data: TrainData, rows_per_micro: int, best: Best, step: int
-) -> None:
+def save(job: Job, saver: Saver, engine: Engine, guard: Guard, best: Best, step: int) -> None:
     """Publish a checkpoint after the first `step` steps of the plan."""
     saver.save(
         RunState(
             step=step,
             updates=guard.applied(step),
-            data=data.fingerprint_at(step),
-            rows_per_micro=rows_per_micro,
+            data=job.train_data.fingerprint_at(step),
+            rows_per_micro=job.recipe.batch.rows_per_micro,
             recent_losses=guard.recent_losses,
             world_size=dist.world_size(),
             stage=engine.stage,
@@ -311,16 +317,16 @@ def save(
     )
 
 
-def resume(run_dir: Path, engine: Engine, data: TrainData, rows_per_micro: int) -> tuple[int, Sequence[float]]:
+def resume(job: Job, engine: Engine) -> tuple[int, Sequence[float]]:
     """Load the newest whole checkpoint, of whatever world; returns the steps that it holds, 0 where there is none, and
     the last of their losses."""
-    found = checkpoint.find(run_dir)
+    found = checkpoint.find(job.run_dir)
     if found is None:
         return 0, ()
     folder, manifest = found
-    state = manifest.state
-    model: Any = engine.module
-    checkpoint.require_same_run(state, data.fingerprint_at(state.step), rows_per_micro, model.has_dropout)
+    state, rows_per_micro = manifest.state, job.recipe.batch.rows_per_micro
+    data = job.train_data.fingerprint_at(state.step)
+    checkpoint.require_same_run(state, data, rows_per_micro, engine.module.has_dropout)
     checkpoint.restore(folder, manifest, engine)
     dist.log.info(
         "resuming from %s, written by %d ranks at ZeRO stage %d; every digest agrees",

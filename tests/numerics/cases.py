@@ -55,7 +55,8 @@ def run_case(case: dict[str, Any], stop: dist.StopFlag) -> None:
         for name in case.get("changes", ()):
             changed.enter_context(CHANGES[name]())
         changed.enter_context(stopping_after(case.get("stop_after"), stop))
-        train.fit(recipe, run_dir, tokenizer, train_data, train_plan(recipe, train_data), eval_data, stop)
+        plan = train_plan(recipe, train_data)
+        train.fit(train.Job(recipe, run_dir, tokenizer, train_data, plan, eval_data, stop))
     stop.raised = False
     dist.barrier()
 

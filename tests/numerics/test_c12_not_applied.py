@@ -95,7 +95,7 @@ def main(out: Path) -> None:
             data = prepare(recipe, tokenizer, "train")
             seen.clear()
             try:
-                train.fit(recipe, run_dir, tokenizer, data, train_plan(recipe, data), None, stop)
+                train.fit(train.Job(recipe, run_dir, tokenizer, data, train_plan(recipe, data), None, stop))
             except guard.StepNotApplied as told:
                 seen["told"] = str(told)
             if dist.is_main():

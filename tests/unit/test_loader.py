@@ -278,7 +278,7 @@ def questions(count: int) -> list[dict]:
 
 
 def cached(tmp_path: Path) -> set[str]:
-    return {path.name for path in (tmp_path / "cache").glob("documents-*")}
+    return {path.name for path in (tmp_path / "cache").glob("*-*")}
 
 
 def test_rows_become_batches(tmp_path, tokenizer):

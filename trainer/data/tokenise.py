@@ -196,9 +196,10 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
 def _start_server() -> None:
     """The server and its workers hold SIGUSR1 and SIGTERM back: Slurm sends them to every process of a job's step, and
     they would end those that only help. These end with this process."""
-    resource_tracker.ensure_running()  # the server's start would do it, and it lets SIGTERM through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGTERM))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
     try:
+        resource_tracker.ensure_running()  # the server's start would do it, and it lets SIGTERM through again
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
