@@ -52,15 +52,17 @@ def complete(
     temperature: float = 0.0,
     seed: int | None = None,
     stop: Sequence[str] = (),
+    stopping: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """The endpoint's answers to conversations, each a list of messages as {role, content}, in their order.
 
     Raises:
         Unreachable: it is down or refuses, still after `patience_s`.
+        Cancelled: `stopping`, which is asked now and then, said yes.
     """
     settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": list(stop) or None}
     bodies = [{"model": endpoint.model, "messages": list(messages), **settings} for messages in conversations]
-    with Client(endpoint) as client:
+    with Client(endpoint, stopping) as client:
         return [text_of(reply) for reply in client.post("chat/completions", bodies)]
 
 

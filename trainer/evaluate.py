@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from trainer import dist, served
 from trainer.config import Recipe
-from trainer.config_eval import Choice, GenerateSection
+from trainer.config_eval import Choice, GenerateSection, Judge
 from trainer.data.loader import Loader, Prepared, eval_plan, held_out_prompts
 from trainer.data.mask import Masker
 from trainer.endpoint import Unreachable
@@ -136,8 +137,11 @@ class Evaluation:
             answers = self._answers(section, step)
             if answers is None:
                 return None
-        self._watch.rest()  # scores may be a server's or a user's
-        return dist.broadcast(samples(self._prompts, answers, section.scorers, chosen) if dist.is_main() else None)
+        score = partial(samples, self._prompts, answers, section.scorers, chosen)
+        if any(isinstance(rule, Judge) for rule in section.scorers.values()):
+            return served.in_background(score, self._stop, self._watch)
+        self._watch.rest()  # a user's scorer takes what it takes
+        return dist.broadcast(score() if dist.is_main() else None)
 
     def _answers(self, section: GenerateSection, step: int) -> list[str] | None:
         """From the engine, or from a server that is handed its weights; None where the stop flag went up."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from trainer.config_eval import Judge
 from trainer.endpoint import complete
@@ -54,28 +54,31 @@ _VERDICT = re.compile(r"(grade|better)\s*:\s*(\w+)\.?", re.IGNORECASE)
 _EMPHASIS = str.maketrans("", "", "*_`")  # which judges like to put around it
 
 
-def judged(rule: Judge, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | None]:
+def judged(
+    rule: Judge, prompts: Sequence[Prompt], answers: Sequence[str], stopping: Callable[[], bool] = lambda: False
+) -> list[float | None]:
     """A score from 0 to 1 for each answer; None where the judge gave none.
 
     Raises:
         Unreachable: the judge's server is down or refuses.
+        Cancelled: `stopping` said yes.
     """
     if rule.against == "none":
         asked = [_grade(rule, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        return [_score_of_grade(reply, rule.grades) for reply in _ask(rule, asked)]
+        return [_score_of_grade(reply, rule.grades) for reply in _ask(rule, asked, stopping)]
     pairs = [(answer, prompt.reference) for prompt, answer in zip(prompts, answers, strict=True)]
     asked = [_compare(rule, prompt, *pair) for prompt, pair in zip(prompts, pairs, strict=True)]
     asked += [_compare(rule, prompt, *reversed(pair)) for prompt, pair in zip(prompts, pairs, strict=True)]
-    replies = _ask(rule, asked)
+    replies = _ask(rule, asked, stopping)
     return [
         _score_of_pair(_preferred(first), _preferred(swapped))
         for first, swapped in zip(replies[: len(pairs)], replies[len(pairs) :], strict=True)
     ]
 
 
-def _ask(rule: Judge, texts: Sequence[str]) -> list[str]:
+def _ask(rule: Judge, texts: Sequence[str], stopping: Callable[[], bool]) -> list[str]:
     conversations = [[{"role": "user", "content": text}] for text in texts]
-    return complete(rule.endpoint, conversations, max_tokens=rule.max_tokens, temperature=0.0, seed=_SEED)
+    return complete(rule.endpoint, conversations, max_tokens=rule.max_tokens, seed=_SEED, stopping=stopping)
 
 
 # ----------------------------------------------------------------------------------------------- what is asked

@@ -7,7 +7,7 @@ each scorer a metric, the mean with its count and 95% interval.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from trainer import dist
@@ -88,15 +88,21 @@ def samples(
     answers: Sequence[str],
     scorers: Mapping[str, Scorer],
     letters: Mapping[str, Sequence[str]] | None = None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> list[Sample]:
     """The answers with all their scores. What a scorer could not score is logged, in one line.
 
     Args:
         letters: of each scorer of the kind `choice`, by its name: the likeliest letter after each prompt.
+        stopping: asked now and then while a judge is waited for.
+
+    Raises:
+        Cancelled (trainer.endpoint): `stopping` said yes.
     """
     columns = {}
     for name, rule in scorers.items():
-        columns[name] = _scores(rule, prompts, (letters or {})[name] if isinstance(rule, Choice) else answers)
+        said = (letters or {})[name] if isinstance(rule, Choice) else answers
+        columns[name] = _scores(rule, prompts, said, stopping)
         reasons = Counter(found for found in columns[name] if isinstance(found, str))
         if reasons:
             what = f"{name} ({rule.kind}): {sum(reasons.values())} of {len(answers)} answers have no score"
@@ -148,10 +154,12 @@ def _lacking(rule: Scorer, prompt: Prompt) -> str | None:
     return None
 
 
-def _scores(rule: Scorer, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | str]:
+def _scores(
+    rule: Scorer, prompts: Sequence[Prompt], answers: Sequence[str], stopping: Callable[[], bool]
+) -> list[float | str]:
     """A score for each answer, or the reason why there is none."""
     if isinstance(rule, Judge):
-        return _judgements(rule, prompts, answers)
+        return _judgements(rule, prompts, answers, stopping)
     found: list[float | str] = []
     slow_s = 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -167,11 +175,13 @@ def _scores(rule: Scorer, prompts: Sequence[Prompt], answers: Sequence[str]) -> 
     return found
 
 
-def _judgements(rule: Judge, prompts: Sequence[Prompt], answers: Sequence[str]) -> list[float | str]:
+def _judgements(
+    rule: Judge, prompts: Sequence[Prompt], answers: Sequence[str], stopping: Callable[[], bool]
+) -> list[float | str]:
     found: list[float | str] = [_lacking(rule, prompt) or "" for prompt in prompts]
     asked = [number for number, reason in enumerate(found) if not reason]
     try:
-        grades = judged(rule, [prompts[number] for number in asked], [answers[number] for number in asked])
+        grades = judged(rule, [prompts[number] for number in asked], [answers[number] for number in asked], stopping)
     except Unreachable as error:
         return [str(error)] * len(answers)
     for number, grade in zip(asked, grades, strict=True):

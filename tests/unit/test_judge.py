@@ -10,6 +10,7 @@ from pydantic import TypeAdapter
 
 from tests.judge_server import JudgeServer, part
 from trainer.config_eval import Judge, Scorer
+from trainer.endpoint import Cancelled
 from trainer.flow import BadInput, Conversation, Message, Prompt
 from trainer.judge import judged
 from trainer.score import check_scorers, metrics, samples
@@ -164,3 +165,9 @@ def test_prompts_without_a_reference_are_not_compared(serve: Any) -> None:
     with pytest.raises(BadInput, match="the row has no reference answer"):
         check_scorers({"wins": compares}, [prompt("")])
     check_scorers({"grade": judge(server)}, [prompt("")])
+
+
+def test_a_stop_is_not_kept_waiting_by_a_judge(serve: Any) -> None:
+    server = serve(lambda text: "Grade: 5")
+    with pytest.raises(Cancelled):
+        judged(judge(server), [prompt()], ["Paris."], stopping=lambda: True)
