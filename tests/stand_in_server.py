@@ -19,6 +19,12 @@ class Request:
         self.path, self.body, self.headers = path, body, headers
 
 
+class PatientServer(ThreadingHTTPServer):
+    """Many may connect at once: with Python's queue of 5 some would be reset."""
+
+    request_queue_size = 128
+
+
 class StandIn:
     """Inside, a server on this machine that answers by `answer(request)`, each request in a thread of its own."""
 
@@ -46,7 +52,7 @@ class StandIn:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server = PatientServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self._server.block_on_close = False  # a request that a test left unanswered must not hold it up
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"

@@ -387,6 +387,7 @@ STAND_IN = """
             text = " ".join(map(str, body["prompt"]))
             self.reply(200, {"choices": [{"text": text}], "usage": {"prompt_tokens": len(body["prompt"])}})
 
+    ThreadingHTTPServer.request_queue_size = 128
     ThreadingHTTPServer((given["--host"], int(given["--port"])), Handler).serve_forever()
 """
 
