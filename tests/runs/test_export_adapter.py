@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from trainer.checkpoint import open_newest
 from trainer.config import load
 from trainer.export import TOLERANCE, _as_trained, export
 from trainer.flow import BadInput
+from trainer.metrics import EVALUATIONS, read_lines
 from trainer.model.load import load_model, load_tokenizer
 
 pytestmark = pytest.mark.runs
@@ -183,3 +187,14 @@ def test_what_there_is_nothing_to_merge_into_or_from_is_told(runs: dict[str, Pat
     (run / "recipe.yaml").write_text(without.to_yaml())
     with pytest.raises(BadInput, match="has trained no adapter"):
         export(run, tmp_path / "out", merge=True)
+
+
+def test_a_run_with_an_adapter_is_scored_as_its_training_scored_it(runs: dict[str, Path], root: Path) -> None:
+    """`packhorse eval` takes the model with the adapter merged."""
+    given = [str(runs["lora"]), str(ROOT / "recipes" / "debug.yaml"), f"data.cache={root / 'cache'}"]
+    command = [sys.executable, "-m", "trainer.cli", "eval", *given, "--nproc", "1", "--out", str(root / "scored")]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=600)
+    (scored,), in_training = (read_lines(folder / EVALUATIONS) for folder in (root / "scored", runs["lora"]))
+    assert scored["step"] == in_training[-1]["step"] == 3
+    assert scored["eval_loss"] == pytest.approx(in_training[-1]["eval_loss"], rel=1e-5)
+    assert scored["metrics"] == in_training[-1]["metrics"]
