@@ -77,14 +77,16 @@ def measure(options: argparse.Namespace) -> None:
                     "model": {"name": str(options.model), "dtype": options.dtype, "recompute": False},
                     "data": {"train": [{"path": "unused"}]},
                     "batch": {"row_tokens": ROW_TOKENS},
-                    "parallel": {"deepspeed": str(path)},
+                    "parallel": {"deepspeed": f"ds_configs/{path.name}"},
                     "run": {"dir": str(options.rank_out.parent)},
                 }
             )
             try:
                 engine = train.build_engine(recipe, options.rank_out.parent, load_tokenizer(recipe.model))
                 model = planner.describe(planner.empty_model(recipe.model), recipe.optim)
-                state = planner.state(model, planning.filled(recipe, str(path), model.hidden), dist.world_size())
+                state = planner.state(
+                    model, planning.filled(recipe, recipe.parallel.deepspeed, model.hidden), dist.world_size()
+                )
             except BadInput as error:
                 found[path.stem] = str(error)
                 continue
