@@ -72,7 +72,8 @@ model's configuration and no weights.
 
 How sure each number is:
 
-- *weights, gradients, optimizer*: exact, byte for byte DeepSpeed's own buffers (`tests/numerics/test_planner.py`).
+- *weights, gradients, optimizer*: exact, byte for byte DeepSpeed's own buffers (`tests/numerics/test_planner.py`,
+  [planner_cpu.md](../benchmarks/results/planner_cpu.md)).
 - *activations*: traced. The model is run once on tensors without data, and what autograd saves is counted; within 10%
   of a real run's (`tests/unit/test_planner.py`). A fused attention kernel is taken for granted: `model.attention:
   reference` with soft caps or sinks holds all scores, which is more.
