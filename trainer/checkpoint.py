@@ -185,14 +185,7 @@ class Saver:
         self._raise_failure(state.step, failure)
 
     def _tried_on_main(self, work: Callable[[], None]) -> str | None:
-        """Do it on rank 0. What went wrong, on every rank: one that leaves alone would let the others hang."""
-        failure: str | None = None
-        if dist.is_main():
-            try:
-                work()
-            except OSError as error:
-                failure = _explained(error)
-        return dist.gather(failure, self._group)[0]
+        return dist.tried_on_main(work, _explained, self._group)
 
     def _raise_failure(self, step: int, failure: str | None) -> None:
         if failure is not None:

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -120,6 +120,17 @@ def broadcast(value: Any) -> Any:
     box = [value]
     td.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def tried_on_main(work: Callable[[], object], explain: Callable[[OSError], str] = str, group: Any = None) -> str | None:
+    """Do it on rank 0. What went wrong, on every rank: one that leaves alone would let the others hang."""
+    failure: str | None = None
+    if is_main():
+        try:
+            work()
+        except OSError as error:
+            failure = explain(error)
+    return gather(failure, group)[0]
 
 
 def gather(value: Any, group: Any = None) -> list[Any]:

@@ -158,7 +158,7 @@ def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watc
     tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     root = run_dir.absolute() / FOLDER  # not resolved: another machine may have the link alone
     staged, folder = root / "weights", root / f"step-{step:06d}-{secrets.token_hex(4)}"
-    failure = _tried(lambda: _make_room(root, staged, tensors.values()))
+    failure = dist.tried_on_main(lambda: _make_room(root, staged, tensors.values()))
     weights: dict[str, torch.Tensor] = {}
     if failure is None:
         for name, tensor in tensors.items():
@@ -167,24 +167,13 @@ def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watc
                 if dist.is_main():
                     weights[name.replace(COMPILED, "")] = _mapped(staged / str(len(weights)), tensor)
         watch.rest()
-        failure = _tried(lambda: write_folder(run_dir, recipe, folder, weights))
+        failure = dist.tried_on_main(lambda: write_folder(run_dir, recipe, folder, weights))
     weights.clear()
     if dist.is_main():
         shutil.rmtree(staged, ignore_errors=True)
     if failure is not None:
         raise Unreachable(f"{root}: the weights could not be written for the server: {failure}")
     return Path(dist.broadcast(str(folder)))
-
-
-def _tried(work: Callable[[], object]) -> str | None:
-    """Do it on rank 0. What went wrong, on every rank: one that leaves alone would let the others hang."""
-    failure: str | None = None
-    if dist.is_main():
-        try:
-            work()
-        except OSError as error:
-            failure = str(error)
-    return dist.broadcast(failure)
 
 
 def _make_room(root: Path, staged: Path, tensors: Any) -> None:
