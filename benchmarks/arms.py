@@ -261,7 +261,10 @@ class HeadLoss(torch.autograd.Function):
             probs.scatter_add_(1, target, torch.full_like(target, -1, dtype=probs.dtype))
             grad = probs.mul_(scale).to(weight.dtype)
             grad_hidden[start : start + chunk] = grad @ weight
-            grad_weight.addmm_(grad.T.to(grad_weight.dtype), part.to(grad_weight.dtype))
+            if weight.is_cuda:
+                torch.addmm(grad_weight, grad.T, part, out_dtype=torch.float32, out=grad_weight)
+            else:
+                grad_weight.addmm_(grad.T, part)
         ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
         return total
 
@@ -274,6 +277,10 @@ class HeadLoss(torch.autograd.Function):
 def run_loop(job: Job) -> None:
     """bf16 weights, fp32 master weights and moments; gradients accumulate in `job.grad_dtype`."""
     model = load_model(job)
+    if job.liger:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
     if job.recompute:
         model.gradient_checkpointing_enable()
     weights = list(model.parameters())

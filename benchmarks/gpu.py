@@ -1,6 +1,7 @@
 """One CUDA card: packhorse, TRL with Liger and a bare loop on 1.5B- and 8B-shaped random models, rows of 8192.
 
-    python benchmarks/gpu.py [--rounds 1] [--budget-s 440]      python benchmarks/gpu.py --tiny    (CPU, a dry run)
+    python benchmarks/gpu.py [--only 8B] [--rounds 1] [--budget-s 440]
+    python benchmarks/gpu.py --tiny                                          (CPU, a dry run)
 
 Shapes of Qwen2.5-1.5B and Llama-3.1-8B, weights random, rows packed from random documents: speed does not depend on
 what they say. Reports real tokens per second (clock and counts as in common.py), MFU and the card's peak memory;
@@ -17,7 +18,8 @@ mask of T x T. What fits where, on a card of 141 GB (weights W in billions, bf16
 
 Needs torch >= 2.11 for CUDA and transformers >= 5.17 on the machine; no network. Wheels to bring where missing
 (built beforehand where the index has a source archive only): deepspeed (build it), hjson, liger-kernel, trl, datasets,
-dill, multiprocess, accelerate, pydantic, pydantic-core, annotated-types, typing-inspection.
+dill, multiprocess, accelerate, pydantic, pydantic-core, annotated-types, typing-inspection, httpx2, httpcore2,
+truststore, rensa, jsonschema, jsonschema-specifications, referencing, rpds-py.
 """
 
 from __future__ import annotations
@@ -121,6 +123,8 @@ def main() -> None:
     deadline_s = time.monotonic() + options.budget_s
     rows: list[list[str]] = []
     for case in CASES:
+        if options.only not in (None, case.name):
+            continue
         job = make_case(case, options, work)
         results: dict[str, list[Run] | str] = {}
         for _ in range(options.rounds):
@@ -143,6 +147,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on CPU: shows that every arm runs, no speed")
+    parser.add_argument("--only", choices=[case.name for case in CASES], help="one of the models; default: all of them")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8, help="of an arm")
     parser.add_argument("--warmup", type=int, default=3, help="of them not timed")

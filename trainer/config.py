@@ -34,6 +34,11 @@ class ModelSection(Section):
     attention: Literal["auto", "flash_attn", "torch_varlen", "reference"] = Field(
         default="auto", description="The varlen kernel. auto: flash_attn, else torch's own on CUDA, else the reference."
     )
+    layers: Literal["auto", "liger", "plain"] = Field(
+        default="auto",
+        description="Norms, rotary positions and gated activations by Liger's kernels, proved at the start. auto: on "
+        "CUDA in bfloat16, where Liger knows the model.",
+    )
     recompute: bool = Field(
         default=True, description="Activation checkpointing: less memory, about a third more compute."
     )
@@ -482,7 +487,7 @@ class Recipe(Section):
         """What may not change when a run is resumed (C8), as flat keys: `optim.lr` -> 2e-5."""
         tree = self.model_dump(mode="json")
         free = {
-            "model": ("recompute", "attention", "trust_remote_code"),
+            "model": ("recompute", "attention", "layers", "trust_remote_code"),
             "data": ("eval", "near_duplicate", "max_leakage", "cache", "workers", "max_rejects", "broken_lines"),
             "batch": ("rows_per_micro",),
             "loss": ("kernel",),

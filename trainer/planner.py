@@ -32,7 +32,7 @@ from trainer.model import attention
 from trainer.model.adapter import add_adapter
 from trainer.model.attention import Arguments, Bounds
 from trainer.model.load import load_config
-from trainer.model.loss import BLOCK_HIDDEN
+from trainer.model.loss import BLOCK_HIDDEN, LIGER_HIDDEN
 from trainer.model.probe import decoder_layers
 from trainer.optim import parameter_groups
 
@@ -229,7 +229,8 @@ def loss_workspace(model: Model, trained: int, kernel: str) -> int:
     """Bytes of the loss at its peak, in its own kernel; the head's gradient, if it is trained, is among them (C5)."""
     hidden, head = trained * model.hidden, model.vocabulary * model.hidden * model.trains_head
     if kernel == "liger":  # gradients are made in the forward: the head's in fp32, and once more in its own type
-        chunk = 2 ** math.ceil(math.log2(max(1, -(-trained // -(-model.vocabulary // model.hidden)))))
+        chunks = -(-model.vocabulary // (LIGER_HIDDEN * model.hidden))
+        chunk = 2 ** math.ceil(math.log2(max(1, -(-trained // chunks))))
         logits = min(chunk, trained) * model.vocabulary
         return 2 * hidden * model.element + head * (4 + model.element) + logits * model.element
     if kernel == "chunked":

@@ -39,7 +39,7 @@ class Alone:
         self.model.eval()
 
     def greedy(self, prompt: list[int], stops: list[int] | None) -> list[int]:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=self.model.device)
         self.model.generation_config.eos_token_id = stops
         out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, pad_token_id=0)
         tokens = out[0, len(prompt) :].tolist()
@@ -48,7 +48,7 @@ class Alone:
     @torch.no_grad()
     def logprobs(self, tokens: list[int]) -> torch.Tensor:
         """(L, V)"""
-        return self.model(torch.tensor([tokens])).logits[0].float().log_softmax(-1)
+        return self.model(torch.tensor([tokens], device=self.model.device)).logits[0].float().log_softmax(-1).cpu()
 
     def sampled(self, prompt: list[int], stops: list[int], seed: int) -> list[int]:
         """Token by token, without a cache."""

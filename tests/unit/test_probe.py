@@ -91,6 +91,27 @@ def test_bf16_is_proved_within_its_own_rounding(name: str) -> None:
     assert seen.loss_difference < 0.01
 
 
+# its roundings add up to more than a shallow model's may
+DEEP = tf.LlamaConfig(
+    **{**SIZES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 32}, initializer_range=0.12
+)
+
+
+def test_a_deep_model_in_bf16_is_proved_within_the_rounding_of_its_own_two_ways(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert 0.05 < proof(tiny(DEEP, torch.bfloat16)).hidden_difference < probe.MOST_ROUNDING
+    monkeypatch.setattr(probe, "OWN_ROUNDING", 0.0)
+    with pytest.raises(BadInput, match=r"0\.05 is allowed"):
+        proof(tiny(DEEP, torch.bfloat16))
+
+
+@pytest.mark.parametrize("change", [{"scale": 0.3}, {"window": 12}], ids=str)
+def test_control_a_deep_models_rounding_hides_no_defect(change: dict[str, Any]) -> None:
+    with with_backend(lambda arguments: arguments._replace(**change)), pytest.raises(BadInput, match="one document"):
+        proof(tiny(DEEP, torch.bfloat16))
+
+
 def test_one_document_is_longer_than_the_window() -> None:
     assert proof(tiny(RIGHT["mistral, window"][0])).lengths[1] > 16
 

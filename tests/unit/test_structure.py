@@ -17,7 +17,7 @@ TIERS = [
     "data/loader",
     "data/leakage",
     "data/growing data/summary",
-    "model/attention model/loss model/noise model/adapter",
+    "model/attention model/loss model/noise model/adapter model/fused",
     "model/load model/sft",
     "model/probe",
     "optim metrics progress preview zero scorers judge",

@@ -17,7 +17,7 @@ from torch import nn
 from trainer import dist
 from trainer.config import AdapterSection, ModelSection
 from trainer.flow import BadInput
-from trainer.model import attention
+from trainer.model import attention, fused
 from trainer.model.adapter import add_adapter
 
 CHATML = (
@@ -153,6 +153,7 @@ def load_model(
         model.requires_grad_(True)
         if adapter:
             add_adapter(model, adapter, seed)
+    dist.log.info("layers: %s", fused.fuse(model, section.layers, device, dtype))
     if section.recompute:
         if not model.supports_gradient_checkpointing:
             raise BadInput(f"{type(model).__name__} does not know recomputation; set model.recompute=false")

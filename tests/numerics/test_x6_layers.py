@@ -1,0 +1,177 @@
+"""X6: Liger's kernels of norms, rotary positions and gated activations are transformers' own, in losses and gradients.
+
+Liger's own code by Triton's interpreter on a CPU, in fp32; tests/gpu has it compiled, in bf16 too.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+
+from tests.model_helpers import CPU, SIZES, WIDE, documents, loss_and_gradients, pack, relative, sft, tiny
+from trainer.flow import BadInput
+from trainer.model import fused, probe
+
+ROOT = Path(__file__).resolve().parents[2]
+BOUND = 5e-6  # of the worst tensor's gradient: the order of sums alone
+WINDOW: dict[str, Any] = {**WIDE, "sliding_window": 16}
+MODELS = {
+    "llama": tf.LlamaConfig(**SIZES),
+    "qwen 2": tf.Qwen2Config(**SIZES),
+    "qwen 3": tf.Qwen3Config(**WIDE),
+    "mistral": tf.MistralConfig(**WINDOW),
+    "gemma 2": tf.Gemma2Config(**WINDOW, query_pre_attn_scalar=8),
+    "gemma 3": tf.Gemma3TextConfig(
+        **WINDOW, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]
+    ),
+    "qwen 3 moe": tf.Qwen3MoeConfig(**WIDE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
+    "olmo 2": tf.Olmo2Config(**SIZES),
+    "phi 3": tf.Phi3Config(**SIZES, pad_token_id=0),
+    "granite": tf.GraniteConfig(**SIZES),
+}
+
+
+def difference(config: Any) -> float:
+    """The largest relative difference of the loss and of a gradient, fused against as transformers has it."""
+    results = []
+    for layers in ("liger", "plain"):
+        model = tiny(config)
+        said = fused.fuse(model, layers, CPU, torch.float32)
+        assert ("Liger's kernels" in said) == (layers == "liger"), said
+        ids = documents((20, 7, 30))
+        batch = pack(ids, [range(len(document) - 1) for document in ids], [0.02] * 3)
+        results.append(loss_and_gradients(sft(model, transform=probe.measure_transform(model)), batch))
+    (loss, gradients), (own_loss, own_gradients) = results
+    assert gradients.keys() == own_gradients.keys()
+    return max(abs(loss / own_loss - 1), *(relative(gradients[name], own_gradients[name]) for name in gradients))
+
+
+def refusal(config: Any) -> str | None:
+    """What the probe says of a model whose layers are fused."""
+    model = tiny(config)
+    fused.fuse(model, "liger", CPU, torch.float32)
+    try:
+        probe.probe(sft(model), row_tokens=64, one_document=False, seed=0)
+    except BadInput as error:
+        return str(error)
+    return None
+
+
+def of_a_model_made_later() -> str:
+    """How a model describes itself that is made after another of its kind was fused; it computes as one made before."""
+    config, ids = MODELS["llama"], documents((12,))[0].unsqueeze(0)
+
+    def logits(model: Any) -> torch.Tensor:
+        model.set_attn_implementation("sdpa")
+        with fused.plain(model):
+            return model(ids).logits
+
+    before = logits(tiny(config))
+    fused_one = tiny(config)
+    fused.fuse(fused_one, "liger", CPU, torch.float32)
+    assert torch.equal(logits(fused_one), before)
+    later = tiny(config)
+    assert torch.equal(logits(later), before)
+    return repr(later)
+
+
+def main() -> None:
+    """Runs in a process of its own: Triton decides at import whether it interprets."""
+    interpret_as_compiled()
+    torch.set_num_threads(1)
+    seen: dict[str, Any] = {name: difference(config) for name, config in MODELS.items()}
+    seen["later"] = of_a_model_made_later()
+    seen["proved"] = [refusal(MODELS["llama"]), refusal(MODELS["gemma 2"])]
+
+    from liger_kernel.transformers import monkey_patch
+
+    right = monkey_patch.LigerRMSNorm.forward
+    monkey_patch.LigerRMSNorm.forward = lambda self, hidden: right(self, hidden) * 1.01  # the control
+    seen["control"] = difference(MODELS["llama"])
+    seen["refused"] = refusal(MODELS["llama"])
+    print(json.dumps(seen))
+
+
+def interpret_as_compiled() -> None:
+    """What compiled kernels have and Triton's interpreter lacks: numbers that have `to`, and CUDA's libdevice."""
+    import numpy as np
+    import triton.language as tl
+    from liger_kernel.ops import geglu, rms_norm
+    from triton.runtime import interpreter
+
+    convert = interpreter._implicit_cvt
+
+    def with_floats(given: Any) -> Any:
+        if type(given) is not float:
+            return convert(given)
+        return tl.tensor(interpreter.TensorHandle(np.array([given], dtype=np.float32), tl.float32), tl.float32)
+
+    interpreter._implicit_cvt = with_floats
+    rms_norm.rsqrt = lambda x: tl.rsqrt(x)
+    geglu.tanh = lambda x: 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Any]:
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", "from tests.numerics.test_x6_layers import main; main()"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ligers_layers_are_the_models_own(seen: dict[str, Any], name: str) -> None:
+    print(f"X6 layers (interpreted), {name}: {seen[name]:.1e}")
+    assert seen[name] <= BOUND
+
+
+def test_control_a_norm_off_by_a_hundredth_shows(seen: dict[str, Any]) -> None:
+    assert seen["control"] >= 10 * BOUND
+
+
+def test_the_probe_proves_them_against_the_models_own(seen: dict[str, Any]) -> None:
+    assert seen["proved"] == [None, None]
+
+
+def test_the_probe_refuses_a_kernel_that_is_off(seen: dict[str, Any]) -> None:
+    assert "layer 0" in seen["refused"]
+    assert "model.layers=plain" in seen["refused"]
+
+
+def test_a_model_made_later_is_as_it_was_written(seen: dict[str, Any]) -> None:
+    assert "Liger" not in seen["later"]
+
+
+# ----------------------------------------------------------------------------------------------- choice
+
+
+def test_without_a_gpu_the_layers_stay_plain() -> None:
+    model = tiny(tf.LlamaConfig(**SIZES))
+    assert fused.fuse(model, "auto", CPU, torch.bfloat16) == "as transformers has them (they need a CUDA device)"
+    assert not fused.is_fused(model)
+
+
+def test_liger_that_cannot_run_is_refused() -> None:
+    with pytest.raises(BadInput, match="need a CUDA device"):
+        fused.fuse(tiny(tf.LlamaConfig(**SIZES)), "liger", CPU, torch.bfloat16)
+
+
+def test_a_model_that_liger_does_not_know_is_refused_by_name_and_left_alone_by_auto() -> None:
+    model = tiny(tf.GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+    with pytest.raises(BadInput, match="does not know models of type gpt2"):
+        fused.fuse(model, "liger", torch.device("cuda"), torch.bfloat16)
+    assert "does not know" in fused.fuse(model, "auto", torch.device("cuda"), torch.bfloat16)
+
+
+def test_in_fp32_auto_leaves_them_plain() -> None:
+    said = fused.fuse(tiny(tf.LlamaConfig(**SIZES)), "auto", torch.device("cuda"), torch.float32)
+    assert "float32" in said
