@@ -415,11 +415,6 @@ class Recipe(Section):
                 "model.add_tokens: the new rows of the embeddings lie outside an adapter, and nobody who loads it has "
                 "them; train all weights, or take a model that has the tokens"
             )
-        if self.adapter and self.eval.generator != "engine":
-            raise ValueError(
-                f"eval.generator: {self.eval.generator} is handed whole weights, and an adapter is not merged for it; "
-                "take `generator: engine`, or `packhorse eval` on the run"
-            )
         return self
 
     @model_validator(mode="after")

@@ -149,7 +149,7 @@ def _merge(run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, sta
     logits = _logits(model)
     parameters = {name for name, _ in model.named_parameters()}
     buffers = ((name, saved.whole(name)) for name in saved.names if name not in parameters)
-    mapped = _mapped_weights(chain(merged_weights(model, dtype), buffers), staged / "weights", dtype)
+    mapped = _mapped_weights(chain(merged_weights(model), buffers), staged / "weights", dtype)
     del model
     write_folder(run_dir, recipe, staged / "model", mapped)
     loaded = _compare(staged / "model", mapped, recipe)

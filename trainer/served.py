@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from threading import Event
 from typing import Any, NamedTuple, TypeVar
@@ -37,6 +38,7 @@ from trainer.endpoint import Cancelled, Client, Refused, Unreachable, text_of
 from trainer.engine import Engine, gathered
 from trainer.export import write_folder
 from trainer.flow import BadInput, Prompt
+from trainer.model.adapter import merged_weights, numel
 from trainer.watch import Watch
 
 FOLDER = "serving"  # of a run: the weights that a server is handed, while it has them
@@ -143,29 +145,26 @@ def in_background(work: Callable[[Callable[[], bool]], T], stop: dist.StopFlag, 
 def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watch: Watch) -> Path:
     """The engine's current weights as a Hugging Face folder of a new name, as `packhorse export` writes it.
 
-    Every rank takes part: parameters are gathered one by one, and pass through files, so that no rank holds all.
+    Every rank takes part: parameters are gathered one by one, and pass through files, so that no rank holds all. An
+    adapter is merged into them.
 
     Raises:
-        BadInput: an adapter lies beside the weights, which is not merged here.
         Unreachable: there is no room for them, or the folder cannot be written; on every rank.
     """
     model: Any = engine.module.model
-    if any(".base_layer." in name for name, _ in model.named_parameters()):  # as peft calls what it wraps
-        raise BadInput("eval.generator: an adapter is not merged for a server; take `eval.generator: engine`")
     engine.settle()
     persistent = model.state_dict(keep_vars=True).keys()
-    tensors = dict(model.named_parameters())
-    tensors |= {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
     root = run_dir.absolute() / FOLDER  # not resolved: another machine may have the link alone
     staged, folder = root / "weights", root / f"step-{step:06d}-{secrets.token_hex(4)}"
-    failure = dist.tried_on_main(lambda: _make_room(root, staged, tensors.values()))
+    size = getattr(torch, recipe.model.dtype).itemsize * sum(map(numel, model.parameters()))
+    failure = dist.tried_on_main(lambda: _make_room(root, staged, size))
     weights: dict[str, torch.Tensor] = {}
     if failure is None:
-        for name, tensor in tensors.items():
+        for name, tensor in chain(merged_weights(model, gathered), buffers):
             watch.beat("weights for a server")
-            with torch.no_grad(), gathered([tensor] if isinstance(tensor, torch.nn.Parameter) else []):
-                if dist.is_main():
-                    weights[name.replace(COMPILED, "")] = _mapped(staged / str(len(weights)), tensor)
+            if dist.is_main():
+                weights[name.replace(COMPILED, "")] = _mapped(staged / str(len(weights)), tensor)
         watch.rest()
         failure = dist.tried_on_main(lambda: write_folder(run_dir, recipe, folder, weights))
     weights.clear()
@@ -176,12 +175,11 @@ def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watc
     return Path(dist.broadcast(str(folder)))
 
 
-def _make_room(root: Path, staged: Path, tensors: Any) -> None:
-    """Clear what a killed start has left, and see that the weights fit twice: a copy is made folder by file."""
+def _make_room(root: Path, staged: Path, size: int) -> None:
+    """Clear what a killed start has left, and see that weights of `size` bytes fit: twice, as files become a folder."""
     shutil.rmtree(root, ignore_errors=True)
     staged.mkdir(parents=True)
-    needed = 2 * sum(getattr(tensor, "ds_numel", tensor.numel()) * tensor.element_size() for tensor in tensors)
-    free = shutil.disk_usage(root).free
+    needed, free = 2 * size, shutil.disk_usage(root).free
     if free < needed:
         raise OSError(f"they need {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free there; make room")
 

@@ -30,6 +30,7 @@ from trainer.served import answers
 pytestmark = pytest.mark.runs
 
 START_S = 180.0
+ADAPTER = ("adapter={rank: 8, dora: true, save_modules: [lm_head]}", "optim.lr=0.1")
 SHORT = ("train.steps=2", "eval.every_steps=1", "optim.lr=1e-3", "parallel.deepspeed=ds_configs/zero3.json")
 
 
@@ -80,7 +81,7 @@ def asks(server: Server | StandIn) -> list[str]:
 @pytest.fixture(scope="module")
 def runs(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The same run on two ranks at ZeRO-3, its prompts answered by the engine, by a server, and by one that knows the
-    weights of step 0 alone."""
+    weights of step 0 alone; and one with an adapter by the engine and by a server."""
     root = tmp_path_factory.mktemp("runs")
 
     def first_step_alone(request: Request) -> Reply:
@@ -95,18 +96,21 @@ def runs(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
             case(root, "engine"),
             case(root, "server", *asks(server)),
             case(root, "failing", *asks(failing)),
+            case(root, "adapter, engine", *ADAPTER),
+            case(root, "adapter, server", *ADAPTER, *asks(server)),
         ]
         (root / "cases.json").write_text(json.dumps(cases))
         run_ranks(2, ["-m", "tests.numerics.cases", str(root / "cases.json")], timeout_s=600)
-    return {name: root / name for name in ("engine", "server", "failing")}
+    return {name: root / name for name in ("engine", "server", "failing", "adapter, engine", "adapter, server")}
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_run_is_evaluated_alike_by_the_engine_and_by_a_server(runs: dict[str, Path]) -> None:
-    by_engine, by_server = (lines(runs[name] / "samples.jsonl") for name in ("engine", "server"))
+@pytest.mark.parametrize("what", ["", "adapter, "])
+def test_a_run_is_evaluated_alike_by_the_engine_and_by_a_server(runs: dict[str, Path], what: str) -> None:
+    by_engine, by_server = (lines(runs[what + name] / "samples.jsonl") for name in ("engine", "server"))
     assert by_server == by_engine
     at = {step: [sample["answer"] for sample in by_engine if sample["step"] == step] for step in (0, 1, 2)}
     assert at[0] != at[1] != at[2], "else a server that keeps old weights would pass"

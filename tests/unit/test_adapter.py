@@ -200,7 +200,7 @@ def test_merged_weights_give_the_adapters_logits(fields: dict[str, Any]) -> None
     model = stir(adapted(**fields))
     plain = tiny_llama(**(EVEN if "base" in fields else {}))
     start = logits(plain)
-    merged = dict(merged_weights(model, torch.float32))
+    merged = dict(merged_weights(model))
     assert merged.keys() == dict(plain.named_parameters()).keys()
     plain.load_state_dict(merged)
     assert relative(logits(plain), logits(model)) < 1e-5
@@ -222,7 +222,7 @@ def test_every_linear_module_but_the_head_lies_in_4_bits(double: bool) -> None:
         m.weight.numel() for n, m in tiny_llama(**EVEN).named_modules() if n.endswith("_proj")
     )
     original = parameters(tiny_llama(**EVEN))
-    for name, weight in merged_weights(model, torch.float32):
+    for name, weight in merged_weights(model):
         error = relative(weight, original[name])
         assert (0.05 < error < 0.12) if "_proj" in name else error == 0, f"{name}: {error}"
 
@@ -285,6 +285,6 @@ def test_biases_stay() -> None:
     add_adapter(model, section(base="nf4"), 0)
     stir(model)
     plain = tiny_llama(**biased)
-    plain.load_state_dict(dict(merged_weights(model, torch.float32)))
+    plain.load_state_dict(dict(merged_weights(model)))
     assert float(plain.model.layers[0].self_attn.q_proj.bias.detach().min()) == 0.5
     assert relative(logits(plain), logits(model)) < 1e-5

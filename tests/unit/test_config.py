@@ -232,10 +232,6 @@ def test_an_override_reaches_into_a_list(tmp_path):
             {**SMALLEST, "adapter": {}, "model": {"name": "a", "add_tokens": ["<tool>"]}},
             "the new rows of the embeddings lie outside an adapter",
         ),
-        (
-            {**SMALLEST, "adapter": {}, "eval": {"generator": "vllm", "vllm_python": "python"}},
-            "an adapter is not merged for it",
-        ),
         (with_key("loss.weighting", "constant"), "`constant_tokens` belongs to `weighting: constant`"),
         (growing(), "say how long in train.steps"),
         (growing(train={"steps": 9, "epochs": 2}), "a source that grows has no epochs"),

@@ -279,13 +279,29 @@ def test_a_disk_without_room_is_told(run: tuple[Recipe, Any, Path], monkeypatch:
         written(run)
 
 
-def test_an_adapter_beside_the_weights_is_refused(run: tuple[Recipe, Any, Path]) -> None:
-    """Its base alone would be served, and answer as the model that was there before training."""
-    made, _, run_dir = run
-    wrapped = torch.nn.ModuleDict({"q_proj": torch.nn.ModuleDict({"base_layer": torch.nn.Linear(2, 2)})})
-    engine = SimpleNamespace(module=SimpleNamespace(model=wrapped), settle=lambda: None)
-    with pytest.raises(BadInput, match="an adapter is not merged for a server"):
-        write_weights(cast(Any, engine), made, run_dir, 2, cast(Any, Beats()))
+def test_an_adapter_is_merged_into_them(tmp_path: Path) -> None:
+    made = recipe("adapter={rank: 4, save_modules: [lm_head]}", f"run.dir={tmp_path}")
+    tokenizer = load_tokenizer(made.model)
+    model = load_model(made.model, tokenizer, seed=0, adapter=made.adapter)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1)
+    save_description(model, tokenizer, tmp_path)
+    loaded, info = cast(
+        Any, AutoModelForCausalLM.from_pretrained(written((made, model, tmp_path)), output_loading_info=True)
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    ids = torch.arange(20).unsqueeze(0)
+    model.set_attn_implementation("sdpa")
+    assert torch.allclose(loaded(ids).logits, model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(loaded(ids).logits, base_logits(made, ids), rtol=1e-2, atol=1e-2)
+
+
+def base_logits(made: Recipe, ids: torch.Tensor) -> torch.Tensor:
+    base = load_model(made.model, load_tokenizer(made.model), seed=0)
+    base.set_attn_implementation("sdpa")
+    return base.eval()(ids).logits
 
 
 # ----------------------------------------------------------------------------------------------- vLLM's command

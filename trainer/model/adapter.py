@@ -16,7 +16,8 @@ import difflib
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -48,8 +49,8 @@ def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_of_adapter(name) or _lies_in(name, whole))
     _initialise(model, seed)
-    there = sum(_numel(parameter) for parameter in model.parameters())
-    trained = sum(_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    there = sum(numel(parameter) for parameter in model.parameters())
+    trained = sum(numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
     dist.log.info(
         "adapter: rank %d beside %d modules%s; %.2f%% of %.3g billion weights are trained",
         section.rank, len(targets), f", {len(whole)} whole" if whole else "", 100 * trained / there, there / 1e9,
@@ -61,7 +62,7 @@ def is_of_adapter(name: str) -> bool:
     return ".lora_" in name
 
 
-def _numel(parameter: Any) -> int:
+def numel(parameter: Any) -> int:
     """Weights of a parameter, in shards or in 4 bits."""
     state = getattr(parameter, "quant_state", None)
     return state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
@@ -288,20 +289,30 @@ def borrowed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter
 
 
 @torch.no_grad()
-def merged_weights(model: Any, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters of the plain model that acts as this one, by its own names, in `dtype`; one after the other.
+def merged_weights(
+    model: Any, gathered: Callable[..., AbstractContextManager[Any]] = lambda parameters: nullcontext()
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters of the plain model that acts as this one, by its own names; one after the other, and each for as
+    long as the next is not asked for. Of a model without an adapter they are its own.
 
-    Weights are merged in fp32 and rounded once. What lies in 4 bits is taken as what it stands for, which the adapter
-    was trained on, and not as the weights it was made from.
+    Weights are merged in fp32 and rounded once, to their own type. What lies in 4 bits is taken as what it stands for,
+    which the adapter was trained on, and not as the weights it was made from.
+
+    Args:
+        gathered: holds parameters whole, where they lie in shards (engine.gathered); then every rank takes part.
     """
     from peft.tuners.lora import LoraLayer
 
     layers = {f"{name}.base_layer.weight": m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
     for name, parameter in model.named_parameters():
-        if not is_of_adapter(name):
+        if is_of_adapter(name):
+            continue
+        layer: Any = layers.get(name)
+        beside = [p for part, p in layer.named_parameters() if is_of_adapter(f".{part}")] if layer else []
+        with gathered([parameter, *beside]):
             weight = _dequantised(parameter)
-            merged = _merged(layers[name], weight) if name in layers else weight
-            yield name.replace(".base_layer.", "."), merged.to("cpu", dtype)
+            merged = _merged(layer, weight).to(weight.dtype) if layer else weight
+            yield name.replace(".base_layer.", "."), merged
 
 
 def _merged(layer: Any, weight_OI: torch.Tensor) -> torch.Tensor:
