@@ -13,7 +13,7 @@ BIN := .venv/bin
 WHEELS := $(if $(TORCH_WHEELS),--find-links $(TORCH_WHEELS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo experiments test test-runs test-cluster style gpu-check clean
+.PHONY: help install demo experiments test test-runs test-cluster test-vllm style gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,13 +35,21 @@ experiments: install  ## seven comparisons on the demo's model, in under three h
 	$(BIN)/python recipes/experiments/run.py $(if $(EXPERIMENTS),--only $(EXPERIMENTS))
 
 test: install  ## everything that needs no GPU and no root, at most 15 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not runs and not cluster' -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not runs and not cluster and not vllm' -n 2 --dist loadfile
 
 test-runs: install  ## whole runs, minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'runs and not gpu' -n 2 --dist loadfile  # they wait more than they work
 
 test-cluster: install  ## hosts, Slurm, pods and the image, all on this machine; needs root and what .ci/run installs
 	$(BIN)/python -m pytest -m cluster
+
+test-vllm: install .venv-vllm/installed  ## answers of a real vLLM, on the CPU; it gets an environment of its own, 3 GB
+	PACKHORSE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm
+
+.venv-vllm/installed: tests/vllm/requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(WHEELS) -r $<
+	@touch $@
 
 style: install  ## ruff, pyright and shellcheck
 	$(BIN)/ruff check .
@@ -54,4 +62,4 @@ gpu-check: install  ## kernels against their twins and the GPU benchmark, at mos
 	$(BIN)/python benchmarks/gpu.py
 
 clean:  ## remove .venv and what tools left
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf .venv .venv-vllm .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -18,7 +18,8 @@ import torch
 from tests.model_helpers import documents, pack
 from trainer import dist
 from trainer.config import LossSection, ModelSection, OptimSection, ParallelSection
-from trainer.engine import Engine, deepspeed_config, gathered, sharded_init
+from trainer.ds_template import deepspeed_config
+from trainer.engine import Engine, gathered, sharded_init
 from trainer.metrics import Clock
 from trainer.model.load import load_model, load_tokenizer
 from trainer.model.probe import probe

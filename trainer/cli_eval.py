@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,30 +67,16 @@ def evaluate(
 
         tasks = require_tasks(recipe.eval)
     run = _run_folder(model, step, best)
-    if run is not None:
-        chosen = chosen_step(run, step, best)
-        step = _last_step(run) if chosen is None else chosen
-        out = out or run / "evals" / f"{recipe_file.stem}-step-{step:06d}"
-    else:
-        step = 0
-        folder = Path(model).expanduser()
-        name = folder.resolve().name if folder.is_dir() else model.replace("/", "--")
-        out = out or Path("evals") / f"{name}-{recipe_file.stem}"
+    step = _step_of(run, step, best) if run else 0
+    out = out or _default_out(model, run, recipe_file, step)
     _start_results(out, model, step)
-    exported = out / "exported"
-    # what is the model's own comes from it, and may still be overridden
-    own = ["model.revision=null", "model.init=pretrained", "adapter=null"]
-    if run is not None:
-        own += ["model.chat_template=null", "model.add_tokens=[]"]  # they are in its folder
-    changes = [*own, *(overrides or ()), f"model.name={json.dumps(str(exported) if run else model)}"]
-    try:
-        if run is not None:
-            from trainer.export import export
-
-            export(run, exported, step, merge=config.load(run / "recipe.yaml").adapter is not None)
+    with _model_folder(model, run, step, out) as name:
+        # what is the model's own comes from it, and may still be overridden
+        own = ["model.revision=null", "model.init=pretrained", "adapter=null"]
+        if run:
+            own += ["model.chat_template=null", "model.add_tokens=[]"]  # they are in its folder
+        changes = [*own, *(overrides or ()), f"model.name={json.dumps(name)}"]
         code = _score(config.load(recipe_file, changes), recipe_file, changes, out, step, nproc, tasks)
-    finally:
-        shutil.rmtree(exported, ignore_errors=True)
     if code == DONE:
         from rich.console import Console
 
@@ -148,9 +136,38 @@ def chosen_step(run: Path, step: int | None, best: bool) -> int | None:
     return best_step(run)
 
 
-def _last_step(run: Path) -> int:
+def _default_out(model: str, run: Path | None, recipe_file: Path, step: int) -> Path:
+    if run:
+        return run / "evals" / f"{recipe_file.stem}-step-{step:06d}"
+    folder = Path(model).expanduser()
+    name = folder.resolve().name if folder.is_dir() else model.replace("/", "--")
+    return Path("evals") / f"{name}-{recipe_file.stem}"
+
+
+@contextmanager
+def _model_folder(model: str, run: Path | None, step: int, out: Path) -> Iterator[str]:
+    """The name of the model to score; a run's checkpoint is exported into `out` until the block is left."""
+    if run is None:
+        yield model
+        return
+    from trainer import config
+    from trainer.export import export
+
+    exported = out / "exported"
+    try:
+        export(run, exported, step, merge=config.load(run / "recipe.yaml").adapter is not None)
+        yield str(exported)
+    finally:
+        shutil.rmtree(exported, ignore_errors=True)
+
+
+def _step_of(run: Path, step: int | None, best: bool) -> int:
+    """The step of a run that is asked for, or its last."""
     from trainer import checkpoint
 
+    chosen = chosen_step(run, step, best)
+    if chosen is not None:
+        return chosen
     found = checkpoint.find(run)
     if found is None:
         raise BadInput(f"{run}: there is no checkpoint to evaluate; train first")

@@ -6,17 +6,13 @@ losses, files of a checkpoint. What this file repairs or hides is said where it 
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,7 +20,8 @@ import torch
 from torch import nn
 
 from trainer import dist, zero
-from trainer.config import ModelSection, OptimSection, ParallelSection
+from trainer.config import OptimSection
+from trainer.ds_template import nvme_offloads, offload_device, stage
 from trainer.flow import BadInput, Batch, StepResult
 from trainer.metrics import Clock
 from trainer.model.adapter import borrowed_weights, parts_of
@@ -41,127 +38,6 @@ deepspeed_logger.setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
 # An all-reduce for inference, which DeepSpeed would compile at every machine's first start, and say so on stdout.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-# The recipe owns these; a template that sets one of them would be a second owner.
-_OWNED_BY_RECIPE = {
-    "train_batch_size": "batch",
-    "train_micro_batch_size_per_gpu": "batch",
-    "gradient_accumulation_steps": "batch",
-    "gradient_clipping": "optim.clip",
-    "optimizer": "optim",
-    "scheduler": "optim",
-    "bf16": "model.dtype",
-    "fp16": "model.dtype",
-    "data_types": "parallel.grad_dtype",
-    "communication_data_type": "parallel.grad_dtype",
-    "elasticity": "batch",
-}
-
-# ----------------------------------------------------------------------------------------------- configuration
-
-# Gradients of a bucket: fewer cost more calls, more fall out of a CPU's cache. Two cores, SmolLM2-135M, ZeRO-3:
-# 250 tokens/s with 576^2, 300 with 2^22; ZeRO-2: 400 with 576^2, 515 with 2^22, 450 with 5 x 10^7.
-BUCKET = 2**22
-
-
-def deepspeed_config(
-    parallel: ParallelSection, model: ModelSection, optim: OptimSection, hidden_size: int, run_dir: Path
-) -> dict[str, Any]:
-    """The template with what the recipe owns filled in, and a folder on the NVMe for this run alone.
-
-    `"auto"` of three sizes follows the model's hidden size H, as DeepSpeed's own guide has it: buckets of
-    H^2 (of BUCKET where that is more), prefetch of 0.9 H^2, parameters below 10 H kept whole.
-
-    Raises:
-        BadInput: the template is missing, not JSON, sets what the recipe owns, or cannot train these types.
-    """
-    config = _read_template(Path(parallel.deepspeed))
-    for key, owner in _OWNED_BY_RECIPE.items():
-        if key in config:
-            raise BadInput(f"{parallel.deepspeed}: `{key}` belongs to the recipe's `{owner}`; take it out there")
-    zero = config.setdefault("zero_optimization", {"stage": 0})
-    sizes = {
-        "reduce_bucket_size": max(hidden_size**2, BUCKET),
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    for key, size in sizes.items():
-        if zero.get(key) == "auto":
-            zero[key] = size
-    for offload in _nvme_offloads(config):
-        offload["nvme_path"] = str(Path(offload["nvme_path"]) / f"packhorse-{_short_digest(str(run_dir.resolve()))}")
-    bf16 = model.dtype == "bfloat16"
-    if bf16 and stage(config) == 0:
-        raise BadInput(
-            f"{parallel.deepspeed}: ZeRO stage 0 keeps no fp32 master weights for bfloat16; "
-            "use ds_configs/zero1.json, or model.dtype=float32"
-        )
-    grad_dtype = "fp32" if parallel.grad_dtype == "float32" or not bf16 else "bf16"
-    config |= {
-        "train_micro_batch_size_per_gpu": 1,  # micro-batches are cut by the plan; DeepSpeed counts none of them
-        "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": bf16},
-        # DeepSpeed's own default in bf16 is bf16, which makes the batch's cutting change what is learned
-        "data_types": {"grad_accum_dtype": grad_dtype},
-        "communication_data_type": grad_dtype,
-        "zero_force_ds_cpu_optimizer": True,
-        "steps_per_print": 10**12,
-    }
-    if stage(config) > 0:
-        config["gradient_clipping"] = optim.clip
-    return config
-
-
-def _read_template(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        packaged = Path(__file__).resolve().parent.parent / path
-        if not packaged.is_file():
-            raise BadInput(f"parallel.deepspeed: there is no file {path}; take one of ds_configs/")
-        path = packaged
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise BadInput(f"{path}: a DeepSpeed template is a JSON object")
-    return config
-
-
-def stage(config: Mapping[str, Any]) -> int:
-    return int(config["zero_optimization"].get("stage", 0))
-
-
-def _offload_device(config: Mapping[str, Any], what: str) -> str:
-    return config["zero_optimization"].get(f"offload_{what}", {}).get("device", "none")
-
-
-def _nvme_offloads(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    parts = (config["zero_optimization"].get(f"offload_{what}", {}) for what in ("optimizer", "param"))
-    return [part for part in parts if part.get("device") == "nvme"]
-
-
-def _short_digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
-def clear_nvme(config: Mapping[str, Any]) -> None:
-    """Empty this run's folder on the NVMe: DeepSpeed would take what a killed start left there for its own.
-
-    Raises:
-        BadInput: it cannot be written.
-    """
-    folders = {offload["nvme_path"] for offload in _nvme_offloads(config)}
-    for folder in folders if dist.local_rank() == 0 else ():
-        try:
-            shutil.rmtree(folder, ignore_errors=True)
-            Path(folder).mkdir(parents=True)
-        except OSError as error:
-            raise BadInput(
-                f"nvme_path: {folder} cannot be written ({error}); set it in the DeepSpeed template"
-            ) from None
-    if folders:
-        dist.barrier()
-
 
 # ----------------------------------------------------------------------------------------------- parameters
 
@@ -217,7 +93,7 @@ def _without_hooks(module: nn.Module, handles: Iterable[Any]) -> Iterator[None]:
 
 def _optimizer(groups: list[dict[str, Any]], optim: OptimSection, config: Mapping[str, Any]) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
-    if _offload_device(config, "optimizer") != "none":
+    if offload_device(config, "optimizer") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
@@ -250,7 +126,7 @@ class Engine:
     ) -> None:
         self._clip = optim.clip
         self.stage = stage(config)
-        self.swaps = bool(_nvme_offloads(config))
+        self.swaps = bool(nvme_offloads(config))
         self._model = model
         self._engine: Any
         if groups is None:

@@ -1,6 +1,6 @@
 """Memory, disk and time of a run from the model's configuration alone: no weights, no data, no GPU.
 
-In: a recipe, filled DeepSpeed templates (engine.deepspeed_config), a cluster. Out: bytes by part and whether they fit.
+In: a recipe, filled templates (ds_template.deepspeed_config), a cluster. Out: bytes by part and whether they fit.
 The model is built on torch's meta device, so that shapes follow from how it is made, not from a list of known models.
 
 exact       weights, gradients, masters and moments: DeepSpeed's own buffers, byte for byte (tests/numerics)
@@ -257,7 +257,7 @@ class State:
 
 
 def state(model: Model, config: Mapping[str, Any], world: int) -> State:
-    """The training state under a filled DeepSpeed template (engine.deepspeed_config)."""
+    """The training state under a filled DeepSpeed template (ds_template.deepspeed_config)."""
     zero = config["zero_optimization"]
     summed = 2 if config["data_types"]["grad_accum_dtype"] == "bf16" else 4
     element, stage = model.element, zero.get("stage", 0)

@@ -15,7 +15,7 @@ import numpy as np
 from trainer import dist, planner
 from trainer.config import Recipe
 from trainer.data.plan import MUCH_FILLER, Plan, filler_share, good_worlds
-from trainer.engine import deepspeed_config
+from trainer.ds_template import deepspeed_config
 from trainer.flow import BadInput
 from trainer.model.loss import choose_kernel
 from trainer.planner import GIB, Activations, Cluster, Disk, Memory, Model, Work

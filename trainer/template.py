@@ -46,7 +46,7 @@ from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trainer.config import NO_KWARGS
+from trainer.config_data import NO_KWARGS
 from trainer.flow import BadInput, Conversation, RowError
 
 # Templates that write the date get this one, so that tokenised data does not depend on the day it was made. The

@@ -22,7 +22,8 @@ from trainer.data.growing import prepare_train
 from trainer.data.leakage import check_leakage
 from trainer.data.loader import Loader, Prepared, TrainData, documents_of, masker_of, prepare, train_plan
 from trainer.data.plan import Plan
-from trainer.engine import Engine, clear_nvme, deepspeed_config, gathered, sharded_init, stage
+from trainer.ds_template import clear_nvme, deepspeed_config, stage
+from trainer.engine import Engine, gathered, sharded_init
 from trainer.evaluate import Evaluation
 from trainer.export import save_description
 from trainer.flow import BadInput, StepPlan

@@ -172,6 +172,14 @@ def test_a_model_that_liger_does_not_know_is_refused_by_name_and_left_alone_by_a
     assert "does not know" in fused.fuse(model, "auto", torch.device("cuda"), torch.bfloat16)
 
 
+def test_a_model_that_brings_code_of_its_own_stays_plain() -> None:
+    class Own(tf.LlamaForCausalLM):
+        """As `trust_remote_code` loads them: of a type that Liger knows, and not of transformers' files."""
+
+    said = fused.fuse(Own(tf.LlamaConfig(**SIZES)), "auto", torch.device("cuda"), torch.bfloat16)
+    assert "code of its own" in said
+
+
 def test_in_fp32_auto_leaves_them_plain() -> None:
     said = fused.fuse(tiny(tf.LlamaConfig(**SIZES)), "auto", torch.device("cuda"), torch.float32)
     assert "float32" in said

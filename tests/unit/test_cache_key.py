@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from trainer.config import BatchSection, DataSection, ModelSection, Recipe, Source, parse
+from trainer.config import BatchSection, ModelSection, Recipe, parse
+from trainer.config_data import DataSection, Source
 from trainer.data import loader
 from trainer.model.load import load_tokenizer
 
@@ -49,6 +50,7 @@ DOES_NOT: dict[str, list[Any]] = {
     "model.init": ["random"],
     "model.dtype": ["float32"],
     "model.attention": ["reference"],
+    "model.layers": ["plain"],
     "model.recompute": [False],
     "model.trust_remote_code": [True],
     "data.train.0.path": ["{work}/moved.jsonl"],

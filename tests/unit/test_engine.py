@@ -11,7 +11,8 @@ import torch
 
 from tests.ranks import ROOT
 from trainer.config import ModelSection, OptimSection, ParallelSection
-from trainer.engine import BUCKET, clear_nvme, deepspeed_config, gradient_norm
+from trainer.ds_template import BUCKET, clear_nvme, deepspeed_config
+from trainer.engine import gradient_norm
 from trainer.flow import BadInput
 
 RUN = Path("runs/some")

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from trainer.config import Filters, Source
+from trainer.config_data import Filters, Source
 from trainer.data.filters import apply_filters, check_filters
 from trainer.data.rows import RowReader
 from trainer.data.source import read_rows

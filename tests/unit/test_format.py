@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config import Source
+from trainer.config_data import Source
 from trainer.data.format import OPTIONAL, REQUIRED, detect_format, to_conversation
 from trainer.flow import BadInput, Conversation, Message, RowError
 

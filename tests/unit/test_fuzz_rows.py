@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from trainer.config import Source
+from trainer.config_data import Source
 from trainer.data.format import REQUIRED
 from trainer.data.rows import RowReader
 from trainer.data.source import read_rows

@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
-from trainer.config import Source
+from trainer.config_data import Source
 from trainer.data.rows import RowReader
 from trainer.data.source import read_rows
 from trainer.flow import BadInput, Conversation, Filtered, Message, RowError

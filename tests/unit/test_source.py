@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from trainer.config import Source
+from trainer.config_data import Source
 from trainer.data import digest
 from trainer.data.source import read_rows, source_digest, without_nulls
 from trainer.flow import BadInput, RowError

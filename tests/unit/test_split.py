@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from trainer.config import DataSection
+from trainer.config_data import DataSection
 from trainer.data.split import Part, held_out, parts_of
 from trainer.flow import BadInput, RowError
 

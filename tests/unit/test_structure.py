@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # A file imports only from the lines above its own. A new file takes its place here.
 TIERS = [
     "flow arguments section supervise",
-    "config_eval worker",
+    "config_data config_eval worker",
     "config dist",
     "once picture template shards watch functions strict_json endpoint bounded statistics data/digest",
     "data/source data/format data/math_answers data/mask data/tokenise data/cache data/pack data/plan data/split",
@@ -20,7 +20,7 @@ TIERS = [
     "model/attention model/loss model/noise model/adapter model/fused",
     "model/load model/sft",
     "model/probe",
-    "optim metrics progress preview zero scorers judge",
+    "optim metrics progress preview zero scorers judge ds_template",
     "engine guard planner score",
     "generate",
     "checkpoint run_folder best",

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config import Filters
+from trainer.config_data import Filters
 from trainer.data.math_answers import LIMIT_S, check_installed, math_verdict
 from trainer.flow import Conversation, Filtered, RowError
 from trainer.functions import load_function, short

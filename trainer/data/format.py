@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from trainer.config import Source
+from trainer.config_data import Source
 from trainer.flow import BadInput, Conversation, Message, RowError
 from trainer.strict_json import MAX_DEPTH, parse
 

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from trainer.config import Recipe, Source
+from trainer.config import Recipe
+from trainer.config_data import Source
 from trainer.data.leakage import check_leakage
 from trainer.data.loader import STEPS_AHEAD, Prepared, TrainData, digest_of, prepare
 from trainer.data.plan import Corpus

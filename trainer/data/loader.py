@@ -19,7 +19,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import xxhash
 
-from trainer.config import DataSection, Recipe, Source
+from trainer.config import Recipe
+from trainer.config_data import DataSection, Source
 from trainer.data import cache, pack, split, tokenise
 from trainer.data.cache import Documents
 from trainer.data.mask import Masker

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from itertools import islice
 from typing import Any
 
-from trainer.config import Source
+from trainer.config_data import Source
 from trainer.data.filters import apply_filters, check_filters
 from trainer.data.format import detect_format, to_conversation
 from trainer.data.source import read_rows

@@ -1,6 +1,6 @@
 """Rows of a source, one at a time.
 
-A `config.Source` enters (a file, a folder of files, a dataset of the hub); `RawRow`s leave: plain dicts as they
+A `config_data.Source` enters (a file, a folder of files, a dataset of the hub); `RawRow`s leave: plain dicts as they
 stand in the file. Formats are known elsewhere (format.py). Files are streamed; only a `.json` list is read whole,
 since nothing before its last bracket says that it is one.
 
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from trainer.config import Source
+from trainer.config_data import Source
 from trainer.data.digest import file_digest
 from trainer.flow import BadInput, RowError
 from trainer.strict_json import parse

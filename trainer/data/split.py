@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 import xxhash
 
-from trainer.config import DataSection, Source
+from trainer.config_data import DataSection, Source
 from trainer.flow import BadInput, RowError
 
 VERSION = 1  # part of the keys of what is split: raise it when a row may change sides

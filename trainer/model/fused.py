@@ -48,6 +48,8 @@ def _missing(model: Any, device: torch.device) -> str | None:
         return "they need a CUDA device"
     if importlib.util.find_spec("liger_kernel") is None:
         return "the package liger-kernel is not installed"
+    if not type(model).__module__.startswith("transformers.models."):
+        return "the model brings code of its own"
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
