@@ -31,10 +31,12 @@ install: .venv/installed  ## .venv with the pinned dependencies
 demo: install  ## fine-tune a real model on two processes, about ten minutes on two cores
 	$(BIN)/python recipes/quickstart/demo.py $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 
-experiments: install  ## seven comparisons on the demo's model, in under three hours on two cores; docs/experiments.md
+experiments: install  ## seven comparisons on the demo's model, in about 1.5 hours on two cores; docs/experiments.md
 	$(BIN)/python recipes/experiments/run.py $(if $(EXPERIMENTS),--only $(EXPERIMENTS))
 
 test: install  ## everything that needs no GPU and no root, at most 15 minutes
+	@echo '#include <libaio.h>' | c++ -E -x c++ - >/dev/null 2>&1 \
+		|| { echo "offload to an NVMe is tested, too, through libaio: apt-get install libaio-dev"; exit 2; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not runs and not cluster and not vllm' -n 2 --dist loadfile
 
 test-runs: install  ## whole runs, minutes each

@@ -31,7 +31,7 @@ EXPERIMENTS = {
     4: Experiment("NEFTune", ("baseline", "neftune"), (0,)),
     5: Experiment("Packing", ("packed-float32", "alone-float32", "packed", "alone"), (0,)),
     6: Experiment("Full, LoRA, QLoRA", ("baseline", "lora-r8", "lora-r64", "qlora-r64"), (0, 1)),
-    7: Experiment("Checkpoint by loss or by metric", ("few-rows",), (0,)),
+    7: Experiment("Checkpoint by loss or by metric", ("few-rows", "fewer-rows"), (0,)),
 }
 
 
@@ -75,22 +75,23 @@ def arms(base: Recipe) -> dict[str, Arm]:
     alone = {"data.packing": "none", "batch.row_tokens": base.max_tokens}
     adapter = {"optim.lr": ADAPTER_LR * base.optim.lr, "adapter.alpha": 32}
     return {
-        "baseline": Arm({}, 300),
-        "sheets-token": Arm(sheets, 300),
-        "sheets-example": Arm({**sheets, "loss.weighting": "example"}, 300),
-        "sheets-constant": Arm({**sheets, "loss.weighting": "constant", "loss.constant_tokens": 50}, 300),
-        "prompt-learned": Arm({"data.train_on": "all"}, 320),
-        "traces-all": Arm(traces, 300),
-        "traces-filtered": Arm({**traces, **math}, 310),
-        "neftune": Arm({"loss.neftune_alpha": 5}, 300),
-        "packed-float32": Arm({**same_steps, **float32}, 150),
-        "alone-float32": Arm({**same_steps, **float32, **alone}, 200),
-        "packed": Arm(same_steps, 80),
-        "alone": Arm({**same_steps, **alone}, 130),
-        "lora-r8": Arm({**adapter, "adapter.rank": 8}, 270),
-        "lora-r64": Arm({**adapter, "adapter.rank": 64}, 290),
-        "qlora-r64": Arm({**adapter, "adapter.rank": 64, "adapter.base": "nf4"}, 500),
-        "few-rows": Arm({"data.train.0.rows": 125, "train.steps": 40, "eval.every_steps": 5}, 600),
+        "baseline": Arm({}, 185),
+        "sheets-token": Arm(sheets, 200),
+        "sheets-example": Arm({**sheets, "loss.weighting": "example"}, 200),
+        "sheets-constant": Arm({**sheets, "loss.weighting": "constant", "loss.constant_tokens": 50}, 200),
+        "prompt-learned": Arm({"data.train_on": "all"}, 210),
+        "traces-all": Arm(traces, 185),
+        "traces-filtered": Arm({**traces, **math}, 185),
+        "neftune": Arm({"loss.neftune_alpha": 5}, 180),
+        "packed-float32": Arm({**same_steps, **float32}, 135),
+        "alone-float32": Arm({**same_steps, **float32, **alone}, 195),
+        "packed": Arm(same_steps, 60),
+        "alone": Arm({**same_steps, **alone}, 100),
+        "lora-r8": Arm({**adapter, "adapter.rank": 8}, 175),
+        "lora-r64": Arm({**adapter, "adapter.rank": 64}, 190),
+        "qlora-r64": Arm({**adapter, "adapter.rank": 64, "adapter.base": "nf4"}, 210),
+        "few-rows": Arm({"data.train.0.rows": 125, "train.steps": 40, "eval.every_steps": 5}, 300),
+        "fewer-rows": Arm({"data.train.0.rows": 60, "train.steps": 60, "eval.every_steps": 5}, 450),
     }
 
 

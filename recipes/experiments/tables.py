@@ -242,7 +242,7 @@ def block(number: int, out: Path) -> str:
     if number == 5:
         return _of_packing(results)
     if number == 7:
-        return _of_choice(results[experiment.arms[0]][0])
+        return "\n\n".join(f"`{arm}`\n\n{_of_choice(result)}" for arm, (result,) in results.items())
     return _of_arms(number, experiment, results)
 
 

@@ -67,15 +67,15 @@ def test_stopped_and_started_again_every_run_is_trained_once_and_the_tables_are_
     process.send_signal(signal.SIGTERM)
     code, said = finish(process)
     assert code == 75, said
-    assert "3 runs, 3 of them to do" in said
+    assert "4 runs, 4 of them to do" in said
     assert "the same command goes on" in said
 
     code, said = finish(start(recipe, out))
     assert code == 0, said
-    assert "3 of 3 runs are done" in said
+    assert "4 of 4 runs are done" in said
     starts = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert sorted(line["run"] for line in starts if line["code"] == 0) == [
-        *("baseline-seed0", "few-rows-seed0", "neftune-seed0")
+        *("baseline-seed0", "few-rows-seed0", "fewer-rows-seed0", "neftune-seed0")
     ]
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"train/loss"' in line]
     assert steps == list(range(1, 37)), "the stopped run went on where it was"
@@ -87,5 +87,5 @@ def test_stopped_and_started_again_every_run_is_trained_once_and_the_tables_are_
 
     code, said = finish(start(recipe, out))
     assert code == 0, said
-    assert "3 runs, 0 of them to do" in said
+    assert "4 runs, 0 of them to do" in said
     assert len((out / "log.jsonl").read_text().splitlines()) == len(starts)

@@ -232,10 +232,12 @@ def test_one_half_of_the_prompts_chooses_the_checkpoint_and_the_other_judges(tmp
     even, odd = set(range(0, 40, 2)), set(range(1, 40, 2))
     before = {0: (0.01, set()), 5: (0.02, {1, 3}), 10: (0.03, even | {5})}  # the lowest loss is before training
     finished(tmp_path, Run("few-rows", 0), right=odd, steps=15, before=before)
+    finished(tmp_path, Run("fewer-rows", 0), right={1}, steps=5, before={})
     text = tables.block(7, tmp_path)
     assert "| 5 | 0.0200 | 0.0% (0.0 to 16.1) | 10.0% (2.8 to 30.1) | lowest loss |" in text
     assert "| 10 | 0.0300 | 100.0% (83.9 to 100.0) | 5.0% (0.9 to 23.6) | best metric |" in text
     assert "chosen by loss: -5.0 points (-25.8 to +15.5), p 1: no difference seen" in text
+    assert text.endswith("Both rules choose the same checkpoint."), "the second arm's"
 
 
 def test_an_experiment_without_all_its_runs_has_no_table(tmp_path: Path) -> None:

@@ -53,7 +53,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def samples(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    """Without the character that an answer's end cuts in its middle, whose bytes vLLM leaves out."""
+    lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    return [{**line, "answer": line["answer"].rstrip("\ufffd")} for line in lines]
 
 
 @pytest.mark.parametrize("what", ["", "adapter, "])
