@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from tests.model_helpers import relative
+from tests.model_helpers import interpreted, relative
 from trainer.flow import BadInput
 from trainer.model.loss import BLOCK_HIDDEN, LogitTransform, choose_kernel, linear_cross_entropy
 
@@ -239,11 +236,7 @@ def liger_main() -> None:
 
 @pytest.fixture(scope="module")
 def liger() -> dict[str, float]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", "from tests.numerics.test_x6_kernels import liger_main; liger_main()"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return interpreted("tests.numerics.test_x6_kernels", "liger_main")
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)

@@ -6,21 +6,16 @@ Liger's own code by Triton's interpreter on a CPU, in fp32; tests/gpu has it com
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
 
-from tests.model_helpers import CPU, SIZES, WIDE, documents, loss_and_gradients, pack, relative, sft, tiny
+from tests.model_helpers import CPU, SIZES, WIDE, documents, interpreted, loss_and_gradients, pack, relative, sft, tiny
 from trainer.flow import BadInput
 from trainer.model import fused, probe
 
-ROOT = Path(__file__).resolve().parents[2]
 BOUND = 5e-6  # of the worst tensor's gradient: the order of sums alone
 WINDOW: dict[str, Any] = {**WIDE, "sliding_window": 16}
 MODELS = {
@@ -121,11 +116,7 @@ def interpret_as_compiled() -> None:
 
 @pytest.fixture(scope="module")
 def seen() -> dict[str, Any]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", "from tests.numerics.test_x6_layers import main; main()"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return interpreted("tests.numerics.test_x6_layers", "main")
 
 
 @pytest.mark.parametrize("name", MODELS)
