@@ -64,7 +64,7 @@ def work(order: dict[str, Any]) -> None:
 def build(folder: Path, universal: bool = False) -> Any:
     """The engine as `packhorse train` builds it."""
     from trainer import train
-    from trainer.config import load
+    from trainer.config.recipe import load_recipe
     from trainer.model.load import load_tokenizer
 
     made = train.deepspeed_config
@@ -73,7 +73,7 @@ def build(folder: Path, universal: bool = False) -> Any:
         return made(*args) | ({"checkpoint": {"load_universal": True}} if universal else {})
 
     wanted = [f"model.name={folder / 'model'}", "model.dtype=bfloat16", f"run.dir={folder / 'run'}"]
-    recipe = load(ROOT / "recipes" / "debug.yaml", wanted)
+    recipe = load_recipe(ROOT / "recipes" / "debug.yaml", wanted)
     with mock.patch.object(train, "deepspeed_config", config):
         return train.build_engine(recipe, folder / "run", load_tokenizer(recipe.model))
 
@@ -83,7 +83,7 @@ def step_s(engine: Any) -> float:
     import torch
 
     from trainer import dist
-    from trainer.flow import Batch
+    from trainer.datatypes import Batch
     from trainer.metrics import Clock
 
     tokens = 256
@@ -114,15 +114,15 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def saver(folder: Path, engine: Any, asynchronous: bool) -> Any:
-    from trainer.checkpoint import Saver
-    from trainer.config import CheckpointSection
+    from trainer.checkpoint.checkpoint import Saver
+    from trainer.config.recipe import CheckpointSection
 
     return Saver(folder, engine, CheckpointSection(keep=1, asynchronous=asynchronous))
 
 
 def run_state(step: int) -> Any:
     from trainer import dist
-    from trainer.checkpoint import RunState
+    from trainer.checkpoint.checkpoint import RunState
 
     return RunState(
         step=step,
@@ -158,11 +158,13 @@ def save_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
 
 def resume_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     """Seconds and bytes of a resume, as train.py makes it; then, where asked for, a save by this world."""
-    from trainer import checkpoint, dist, shards
+    from trainer import dist
+    from trainer.checkpoint import checkpoint
+    from trainer.engine import sharded_state
 
     engine = build(folder)
     asked = 0
-    fill, checksum = shards.Shards.fill, shards.checksum
+    fill, checksum = sharded_state.Shards.fill, sharded_state.checksum
 
     def counted_fill(self: Any, piece: Any) -> None:
         nonlocal asked
@@ -177,8 +179,8 @@ def resume_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     run_dir = folder / order["checkpoint"]
     before = disk_bytes()
     with (
-        mock.patch.object(shards.Shards, "fill", counted_fill),
-        mock.patch.object(shards, "checksum", counted_checksum),
+        mock.patch.object(sharded_state.Shards, "fill", counted_fill),
+        mock.patch.object(sharded_state, "checksum", counted_checksum),
     ):
         found: list[Any] = []
         find_s = seconds(lambda: found.append(checkpoint.find(run_dir)))

@@ -99,7 +99,7 @@ def packhorse_command(job: Job, folder: Path, cache: Path) -> tuple[list[str], P
     }
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe, indent=2))  # JSON is YAML
-    return [sys.executable, "-m", "trainer.cli", "train", str(path), "--nproc", "1"], run / "metrics.jsonl"
+    return [sys.executable, "-m", "trainer.cli.main", "train", str(path), "--nproc", "1"], run / "metrics.jsonl"
 
 
 def arm_command(arm: str, job: Job, folder: Path) -> tuple[list[str], Path]:

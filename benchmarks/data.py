@@ -158,11 +158,11 @@ def run_arm(arm: str, job: Job) -> None:
 
 
 def packhorse(arm: str, job: Job) -> Callable[[], Done]:
-    from trainer.config import parse
-    from trainer.data.loader import prepare, train_plan
+    from trainer.config.recipe import parse_recipe
+    from trainer.data.prepare import prepare, train_plan
     from trainer.model.load import load_tokenizer
 
-    recipe = parse(
+    recipe = parse_recipe(
         {
             "model": {"name": job.model},
             "data": {

@@ -125,8 +125,9 @@ def make_rows(path: Path, count: int) -> None:
 
 
 def run_part(part: str, work: Path) -> None:
-    from trainer.config import parse
-    from trainer.data.loader import Loader, prepare, train_plan
+    from trainer.config.recipe import parse_recipe
+    from trainer.data.loader import Loader
+    from trainer.data.prepare import prepare, train_plan
     from trainer.model.load import load_tokenizer
 
     sections = {
@@ -135,7 +136,7 @@ def run_part(part: str, work: Path) -> None:
         "batch": {"row_tokens": 4096, "rows_per_step": 8},
         "run": {"dir": str(work / "run")},
     }
-    recipe = parse(sections)
+    recipe = parse_recipe(sections)
     tokenizer = load_tokenizer(recipe.model)
     if part == "train":
         import torch  # noqa: F401 - as in a run, so that it is not counted as the batches'

@@ -61,10 +61,11 @@ def measure(options: argparse.Namespace) -> None:
     import torch
 
     from tests.numerics.buffers import held
-    from trainer import dist, planner, planning, train
-    from trainer.config import parse as parse_recipe
+    from trainer import dist, train
+    from trainer.config.recipe import parse_recipe as parse_recipe
     from trainer.data.loader import filler_batch
-    from trainer.flow import BadInput
+    from trainer.datatypes import BadInput
+    from trainer.estimate import memory, report
     from trainer.model.load import load_tokenizer
 
     found: dict[str, Any] = {}
@@ -83,9 +84,9 @@ def measure(options: argparse.Namespace) -> None:
             )
             try:
                 engine = train.build_engine(recipe, options.rank_out.parent, load_tokenizer(recipe.model))
-                model = planner.describe(planner.empty_model(recipe.model), recipe.optim)
-                state = planner.state(
-                    model, planning.filled(recipe, recipe.parallel.deepspeed, model.hidden), dist.world_size()
+                model = memory.describe(memory.empty_model(recipe.model), recipe.optim)
+                state = memory.state(
+                    model, report.filled(recipe, recipe.parallel.deepspeed, model.hidden), dist.world_size()
                 )
             except BadInput as error:
                 found[path.stem] = str(error)

@@ -27,7 +27,10 @@ GIB = 2**30
 SHARED_MEMORY = "/dev/shm"  # noqa: S108
 SHARED_MEMORY_GIB = 1  # that NCCL and several ranks of a node can do with; Docker's default is 1/16
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets")
-OPS = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}  # of DeepSpeed, that trainer/engine.py may use
+OPS = {
+    "cpu_adam": "CPUAdamBuilder",
+    "async_io": "AsyncIOBuilder",
+}  # of DeepSpeed, that trainer/engine/engine.py may use
 
 
 class Row(NamedTuple):
@@ -102,7 +105,7 @@ def flash_attn() -> Row:
 def deepspeed_ops() -> list[Row]:
     """Whether they are compiled already, and load."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.version.cuda else "cpu")  # also where no GPU is seen
-    importlib.import_module("trainer.engine")  # sets up DeepSpeed as for training
+    importlib.import_module("trainer.engine.engine")  # sets up DeepSpeed as for training
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
 

@@ -28,8 +28,8 @@ def processes(proc: Path) -> dict[int, str]:
 
 
 def _is_ours(command: list[bytes]) -> bool:
-    """`python /opt/venv/bin/packhorse train ...`, and its workers, `python -m trainer.cli train ...`."""
-    return any(word == b"trainer.cli" or word.endswith(b"/packhorse") for word in command[1:3])
+    """`python /opt/venv/bin/packhorse train ...`, and its workers, `python -m trainer.cli.main train ...`."""
+    return any(word == b"trainer.cli.main" or word.endswith(b"/packhorse") for word in command[1:3])
 
 
 def main() -> int:

@@ -8,8 +8,8 @@ from typing import Any, get_args, get_origin
 from pydantic import JsonValue
 from pydantic_core import PydanticUndefined
 
-from trainer.config import Recipe
-from trainer.section import Section, kind_of
+from trainer.config.base import Section, kind_of
+from trainer.config.recipe import Recipe
 
 PAGE = Path(__file__).parent / "recipe.md"
 
@@ -17,7 +17,7 @@ PAGE = Path(__file__).parent / "recipe.md"
 def reference() -> str:
     """The page: a table of keys for each section, in the order of config.py."""
     parts = [
-        "# The recipe\n\nWritten by `python docs/make_recipe.py` from `trainer/config.py`. "
+        "# The recipe\n\nWritten by `python docs/make_recipe.py` from `trainer/config/recipe.py`. "
         "On the command line: `packhorse train RECIPE optim.lr=1e-5 data.train.0.path=x.jsonl`.\n"
     ]
     for name, field in Recipe.model_fields.items():

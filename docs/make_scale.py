@@ -6,9 +6,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from trainer import planning
-from trainer.config import Recipe
-from trainer.planner import GIB, Cluster
+from trainer.config.recipe import Recipe
+from trainer.estimate.memory import GIB, Cluster
+from trainer.estimate.report import Report, build_report, look, rows, sentences
 
 PAGE = Path(__file__).parent / "scale.md"
 SHAPES = {  # of Llama 3.1
@@ -34,7 +34,7 @@ def page() -> str:
     return "\n".join([TOP, *map(_section, SHAPES), ARITHMETIC])
 
 
-def _reports(size: str) -> tuple[Recipe, list[planning.Report]]:
+def _reports(size: str) -> tuple[Recipe, list[Report]]:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps({**COMMON, **SHAPES[size]}))
         recipe = Recipe.model_validate(
@@ -46,17 +46,17 @@ def _reports(size: str) -> tuple[Recipe, list[planning.Report]]:
                 "run": {"dir": "runs/scale"},
             }
         )
-        looked = planning.look(recipe, recipe.batch.row_tokens)
+        looked = look(recipe, recipe.batch.row_tokens)
         clusters = [Cluster(gpus, PER_NODE, GPU_GIB * GIB) for gpus in GPUS[size]]
-        return recipe, [planning.plan(recipe, cluster, looked=looked) for cluster in clusters]
+        return recipe, [build_report(recipe, cluster, looked=looked) for cluster in clusters]
 
 
 def _section(size: str) -> str:
     lines = [f"## {size}", ""]
     recipe, reports = _reports(size)
     for gpus, report in zip(GPUS[size], reports, strict=True):
-        heading, body = planning.rows(report)
-        said = planning.sentences(report, recipe, FLOPS, MFU)
+        heading, body = rows(report)
+        said = sentences(report, recipe, FLOPS, MFU)
         lines += [f"### {size} on {gpus} GPUs", "", *(f"- {sentence}" for sentence in said), ""]
         lines += [f"| {' | '.join(row)} |" for row in (heading, ["---", *["---:"] * (len(heading) - 1)], *body)]
         lines += [""]

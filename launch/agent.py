@@ -19,8 +19,8 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, Wo
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
-from launch.peers import Peers
-from trainer.flow import BAD_INPUT, FAILED, STOP_FILE
+from launch.heartbeat import Peers
+from trainer.datatypes import BAD_INPUT, FAILED, STOP_FILE
 
 _DAY_S = 86_400
 

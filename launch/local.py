@@ -1,6 +1,6 @@
 """Start the workers of one node, pass signals on to them, and turn what became of them into an exit code (C9).
 
-In: a worker's command and the run folder. Out: 0, 1, 2 or 75 (trainer/flow.py). Torch's elastic agent starts
+In: a worker's command and the run folder. Out: 0, 1, 2 or 75 (trainer/datatypes.py). Torch's elastic agent starts
 and watches the processes, inside this one (launch/agent.py). What is done differently from torchrun, and why:
 
 - torchrun kills workers 30 s after SIGTERM and dies of SIGUSR1. Here both are passed on, and the workers are
@@ -38,8 +38,8 @@ from torch.distributed.elastic.rendezvous.api import (
 
 from launch import preflight
 from launch.agent import Agent, explain, say
-from trainer.config import Recipe
-from trainer.flow import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, STOP_FILE, BadInput
+from trainer.config.recipe import Recipe
+from trainer.datatypes import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, STOP_FILE, BadInput
 
 _CTRL_C_TO_KILL = 3
 # SIGHUP: the terminal went away. SIGQUIT (Ctrl-\) is left to torch's agent, which ends the workers without a save.
@@ -65,7 +65,7 @@ def launch(
     """Run `python *worker` in `nproc` processes on this node until all have ended. Returns the exit code.
 
     Args:
-        worker: arguments of this Python, as `["-m", "trainer.cli", "train", "recipe.yaml"]`.
+        worker: arguments of this Python, as `["-m", "trainer.cli.main", "train", "recipe.yaml"]`.
         run_dir: where `stop.json` appears, and where ranks other than 0 write `logs/`.
         nproc: processes on this node; all GPUs, or one where there is none.
         endpoint: host:port of the rendezvous; port 0 takes a free one, on a single node only.

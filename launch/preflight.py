@@ -26,8 +26,8 @@ from typing import Any
 import torch
 
 import trainer
-from trainer.config import Recipe
-from trainer.flow import BadInput
+from trainer.config.recipe import Recipe
+from trainer.datatypes import BadInput
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy")
 _ANSWER_S = 120.0  # a launcher that is here answers at once, where its folders do

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import transformers
 
-from trainer.config import LossSection
-from trainer.flow import Batch
+from trainer.config.recipe import LossSection
+from trainer.datatypes import Batch
 from trainer.model import attention
 from trainer.model.load import initialise
 from trainer.model.loss import LogitTransform

@@ -17,14 +17,14 @@ import torch
 
 from tests.model_helpers import documents, pack
 from trainer import dist
-from trainer.config import LossSection, ModelSection, OptimSection, ParallelSection
-from trainer.ds_template import deepspeed_config
-from trainer.engine import Engine, gathered, sharded_init
+from trainer.config.recipe import LossSection, ModelSection, OptimSection, ParallelSection
+from trainer.engine.ds_config import deepspeed_config
+from trainer.engine.engine import Engine, gathered, sharded_init
+from trainer.engine.optim import parameter_groups
 from trainer.metrics import Clock
 from trainer.model.load import load_model, load_tokenizer
-from trainer.model.probe import probe
+from trainer.model.packing_check import probe
 from trainer.model.sft import SftModel
-from trainer.optim import parameter_groups
 
 
 def differences(plain: Any, sharded: Any) -> list[str]:

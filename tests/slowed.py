@@ -46,18 +46,20 @@ def _write(path: Path, text: str) -> None:
 
 
 def _slow(place: str, seconds: float, marker: Path) -> None:
-    from trainer import generate, shards, train
-    from trainer.data import loader
-    from trainer.engine import Engine
+    from trainer import train
+    from trainer.data import loader, prepare
+    from trainer.engine import sharded_state
+    from trainer.engine.engine import Engine
+    from trainer.eval import generate
 
     owners: dict[str, tuple[Any, str]] = {
-        "preparation": (loader._Tokenise, "__call__"),
+        "preparation": (prepare._Tokenise, "__call__"),
         "meeting": (train, "train_plan"),
         "reading": (loader.Loader, "step"),
         "training": (Engine, "step"),
         "held-out loss": (Engine, "evaluate"),
         "generation": (generate, "_answers"),
-        "saving": (shards, "write"),
+        "saving": (sharded_state, "write"),
     }
     owner, name = owners[place]
     call: Callable[..., Any] = getattr(owner, name)
@@ -73,15 +75,16 @@ def _slow(place: str, seconds: float, marker: Path) -> None:
 
 
 def _main(place: str, ranks: str, seconds: str, *recipe: str) -> None:
-    from trainer import cli, config
+    from trainer.cli import main
+    from trainer.config.recipe import load_recipe
 
     rank = os.environ["RANK"]
-    run_dir = Path(config.load(recipe[0], recipe[1:]).run.dir)
+    run_dir = Path(load_recipe(recipe[0], recipe[1:]).run.dir)
     _write(run_dir / f"pid-{rank}", str(os.getpid()))
     if rank in ranks:
         _slow(place, float(seconds), run_dir / f"at-{rank}")
     sys.argv[1:] = ["train", *recipe]
-    cli.main()
+    main.main()
 
 
 if __name__ == "__main__":

@@ -1,171 +1,71 @@
-"""Held-out loss with the training loss's own code, and answers by generation with their scores.
+"""A model scored on held-out rows as a run scores it: what the workers of `packhorse eval` do.
 
-In: the engine, held-out batches, prompts. Out: `eval/...` numbers, samples, and a line of evaluations.jsonl. Every
-rank takes part in all of it and runs as many forwards as the others, fillers among them, so that no collective hangs.
+recipe (its model is what is scored) -> tokenizer -> held-out data -> process group -> model -> probe -> Evaluation
+
+Read it beside train.py, whose parts it uses: there is no plan, no optimizer and no loop.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from trainer import dist, served
-from trainer.config import Recipe
-from trainer.config_eval import Choice, GenerateSection, Judge
-from trainer.data.loader import Loader, Prepared, eval_plan, held_out_prompts
-from trainer.data.mask import Masker
-from trainer.endpoint import Unreachable
-from trainer.engine import Engine
-from trainer.flow import BadInput, Batch, Prompt
-from trainer.generate import choice_logprobs, generate, require_room
-from trainer.metrics import EVALUATIONS, Metrics, read_lines
-from trainer.score import Metric, Sample, as_table, check_scorers, metrics, samples
-from trainer.scorers import likeliest
-from trainer.watch import Watch
+from trainer import dist
+from trainer.checkpoint.hf_export import save_description
+from trainer.config.recipe import Recipe
+from trainer.data.prepare import Prepared, masker_of, prepare
+from trainer.eval.evaluator import Evaluation
+from trainer.eval.generate import stop_tokens
+from trainer.hang_watchdog import Watch
+from trainer.metrics import Metrics, model_flops
+from trainer.model.load import load_tokenizer
+from trainer.run_folder import write_stop
+from trainer.train import build_engine, out_of_memory_told, require_same_data
+from trainer.utils.files import Stopped
 
 
-def held_out_loss(engine: Engine, batches: Iterable[Batch], stop: dist.StopFlag, watch: Watch) -> float | None:
-    """The mean loss over all trained tokens of the held-out data; None where the stop flag went up meanwhile."""
-    total = torch.zeros((), dtype=torch.float64, device=dist.device())
-    for batch in batches:
-        watch.beat("evaluation")
-        if stop.ask():
-            return None
-        total += engine.evaluate(batch)
-    return dist.sum_over_ranks([float(total)])[0]
+def assess(recipe: Recipe, out: Path, step: int) -> None:
+    """Evaluate once, into the folder `out`: evaluations.jsonl, samples.jsonl, metrics.jsonl. One call a rank.
 
+    Args:
+        step: of the checkpoint, under which the results are recorded; 0 where it is none.
 
-def write_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
-    """Append the samples of one evaluation, a JSON object a line."""
-    with path.open("a", encoding="utf-8") as file:
-        for sample in samples:
-            file.write(json.dumps({"step": step, **sample.as_json()}, ensure_ascii=False) + "\n")
-
-
-def write_evaluation(run_dir: Path, step: int, loss: float, measured: Mapping[str, Metric]) -> None:
-    """Append an evaluation that has ended to evaluations.jsonl, which stands on the disk when this returns."""
-    line = {"step": step, "eval_loss": loss, "metrics": {name: metric.as_json() for name, metric in measured.items()}}
-    with (run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-class Evaluation:
-    """Called with the number of applied steps: evaluates, logs, and says whether it ran to its end.
-
-    A step is evaluated once: what evaluations.jsonl holds is not evaluated again. Build it after Metrics, which
-    drops what a killed run left there of later steps.
+    Raises:
+        BadInput: the recipe, its model or its held-out data cannot be used.
     """
+    dist.start_logging()
+    stop = dist.StopFlag()
+    tokenizer = load_tokenizer(recipe.model)
+    try:
+        data = prepare(recipe, tokenizer, "eval", stop.raised_early)
+        if not stop.meet():
+            raise Stopped("stopped before the ranks had met")
+    except Stopped:
+        write_stop(out, 0)
+        return
+    with dist.process_group():
+        stop.join()
+        _evaluate(recipe, out, tokenizer, data, stop, step)
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        run_dir: Path,
-        engine: Engine,
-        data: Prepared | None,
-        masker: Masker,
-        metrics: Metrics,
-        stop: dist.StopFlag,
-        watch: Watch,
-        afterwards: Callable[[], None] = lambda: None,
-    ) -> None:
-        self._afterwards = afterwards  # called on every rank once an evaluation's line is written
-        self._engine, self._tokenizer, self._metrics = engine, masker.tokenizer, metrics
-        self._stop, self._watch = stop, watch
-        self._recipe, self._run_dir = recipe, run_dir
-        self._generate = recipe.eval.generate
-        lines = read_lines(run_dir / EVALUATIONS) if dist.is_main() else []
-        self._evaluated: set[int] = dist.broadcast({line["step"] for line in lines})
-        self._loader: Loader | None = None
-        self._prompts: list[Prompt] = []
-        if data is not None:
-            self._loader = Loader(data, eval_plan(recipe, data), dist.rank(), dist.world_size(), pin=False)
-            if self._generate:
-                self._prompts = held_out_prompts(recipe, masker, self._generate.rows)
-                model: Any = engine.module.model
-                require_room(model, self._prompts, self._generate.max_new_tokens)
-                if dist.is_main():
-                    check_scorers(self._generate.scorers, self._prompts)
 
-    def __call__(self, step: int) -> bool:
-        ended = self._loader is None or step in self._evaluated or self._evaluate(self._loader, step)
-        self._watch.rest()
-        return ended
-
-    def _evaluate(self, loader: Loader, step: int) -> bool:
-        loss = held_out_loss(self._engine, loader.stream(0), self._stop, self._watch)
-        if loss is None:
-            return False
-        try:
-            scored = self._scored(step)
-        except Unreachable as error:
-            if step == 0:  # nothing is lost by saying so at once
-                raise BadInput(f"eval.generator: {error}") from None
-            dist.log.warning("after %d steps there are no answers: %s", step, error)
-            self._write(step, loss, [], missing=str(error))
-        else:
-            if scored is None:
-                return False
-            self._write(step, loss, scored)
-        self._evaluated.add(step)
-        self._afterwards()
-        return True
-
-    def _scored(self, step: int) -> list[Sample] | None:
-        """Every prompt with its answer and scores, on all ranks; None where the stop flag went up meanwhile."""
-        section = self._generate
-        if section is None or not self._prompts:
-            return []
-        tools = self._tokenizer, self._stop, self._watch
-        chosen: dict[str, list[str]] = {}  # by scorer: the likeliest letter of each prompt
-        for name, rule in section.scorers.items():
-            if isinstance(rule, Choice):
-                logprobs = choice_logprobs(self._engine, self._prompts, rule.letters, section.batch, *tools)
-                if logprobs is None:
-                    return None
-                chosen[name] = [likeliest(rule.letters, row) for row in logprobs]
-        if chosen and len(chosen) == len(section.scorers):  # nothing asks for more than likelihoods
-            answers: Sequence[str] | None = next(iter(chosen.values()))
-        else:
-            answers = self._answers(section, step)
-            if answers is None:
-                return None
-        score = partial(samples, self._prompts, answers, section.scorers, chosen)
-        if any(isinstance(rule, Judge) for rule in section.scorers.values()):
-            return served.in_background(score, self._stop, self._watch)
-        self._watch.rest()  # a user's scorer takes what it takes
-        return dist.broadcast(score() if dist.is_main() else None)
-
-    def _answers(self, section: GenerateSection, step: int) -> list[str] | None:
-        """From the engine, or from a server that is handed its weights; None where the stop flag went up."""
-        recipe, prompts = self._recipe, self._prompts
-        if recipe.eval.generator != "engine":
-            return served.generate(self._engine, recipe, self._run_dir, step, prompts, self._stop, self._watch)
-        seeds = [dist.seed_from(recipe.train.seed, "answer", step, number) for number in range(len(prompts))]
-        tools = self._tokenizer, self._stop, self._watch
-        return generate(self._engine, prompts, section, *tools, seeds=seeds)
-
-    def _write(self, step: int, loss: float, scored: Sequence[Sample], missing: str | None = None) -> None:
-        """The evaluation everywhere; in evaluations.jsonl last, which says that all of it is there.
-
-        Args:
-            missing: why there are no answers.
-        """
-        measured = metrics(scored)
-        if missing is not None and self._generate:
-            measured = {name: Metric(None, 0, None, None, missing) for name in self._generate.scorers}
-        values = {f"eval/{name}": metric.value for name, metric in measured.items() if metric.value is not None}
-        line = {"eval/loss": loss, **values}
-        self._metrics.write(step, line)
-        if dist.is_main():
-            write_samples(self._run_dir / "samples.jsonl", step, scored)
-            self._metrics.text("samples", as_table(scored), step)
-            write_evaluation(self._run_dir, step, loss, measured)
-        dist.log.info("after %d steps: %s", step, "  ".join(f"{key} {value:.4f}" for key, value in line.items()))
+def _evaluate(recipe: Recipe, out: Path, tokenizer: Any, data: Prepared, stop: dist.StopFlag, step: int) -> None:
+    require_same_data(data)
+    with out_of_memory_told("the model"):
+        engine = build_engine(recipe, out, tokenizer, learns=False)
+    model: Any = engine.module.model
+    masker = masker_of(recipe.data, tokenizer)
+    model.generation_config.eos_token_id = stop_tokens(model, masker.stop_token_ids)  # as in training
+    if recipe.eval.generator != "engine" and dist.is_main():
+        save_description(model, tokenizer, out)  # for the folder that a server is handed
+    watch = Watch(recipe.guard, out)
+    metrics = Metrics(
+        out,
+        log_every=1,
+        row_tokens=recipe.batch.row_tokens,
+        flops=model_flops(model),
+        resumed_at=step,
+        beat=watch.beat,
+    )
+    if not Evaluation(recipe, out, engine, data, masker, metrics, stop, watch)(step):
+        write_stop(out, step)
+    metrics.close()

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Literal
 
 from trainer import dist
-from trainer.config import GuardSection
+from trainer.config.recipe import GuardSection
 from trainer.metrics import read_lines
 
 WINDOW = 50  # losses whose median is the usual one

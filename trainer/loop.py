@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 from trainer import dist
-from trainer.config import Recipe
+from trainer.config.recipe import Recipe
 from trainer.data.loader import Loader
-from trainer.engine import Engine
-from trainer.flow import Batch, StepPlan, StepResult
+from trainer.datatypes import Batch, StepPlan, StepResult
+from trainer.engine.engine import Engine
+from trainer.engine.optim import learning_rate
 from trainer.guard import Guard
+from trainer.hang_watchdog import Watch
 from trainer.metrics import Metrics, Profiler
-from trainer.optim import learning_rate
-from trainer.progress import Progress
-from trainer.watch import Watch
+from trainer.utils.progress import Progress
 
 
 @dataclass(frozen=True)

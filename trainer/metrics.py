@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from trainer import dist
-from trainer.config import ProfileSection
-from trainer.flow import Batch, StepPlan, StepResult
-from trainer.once import write_synced
+from trainer.config.recipe import ProfileSection
+from trainer.datatypes import Batch, StepPlan, StepResult
+from trainer.utils.files import write_synced
 
 # Dense bf16 FLOP/s as the makers state them; the longest name that fits a device is taken.
 _PEAK_FLOPS = {

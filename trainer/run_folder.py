@@ -16,16 +16,16 @@ from typing import Any
 
 import torch
 
-from trainer import __version__, config, dist
-from trainer.config import Recipe
+from trainer import __version__, dist
+from trainer.config.recipe import Recipe, load_recipe
 from trainer.data import summary
-from trainer.data.growing import LOG
-from trainer.data.loader import Prepared, TrainData
-from trainer.data.plan import Plan
-from trainer.engine import Engine
-from trainer.flow import STOP_FILE, BadInput, Batch, StepResult
+from trainer.data.batch_plan import Plan
+from trainer.data.prepare import Prepared, TrainData
+from trainer.data.streaming import LOG
+from trainer.datatypes import STOP_FILE, BadInput, Batch, StepResult
+from trainer.engine.engine import Engine
 from trainer.metrics import EVALUATIONS, Metrics, read_lines
-from trainer.once import write_synced
+from trainer.utils.files import write_synced
 
 _LENGTHS = ("train.epochs", "train.steps")
 
@@ -45,7 +45,7 @@ def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> N
     if not has_checkpoint and saved.is_file() and saved.read_text(encoding="utf-8") != recipe.to_yaml():
         (run_dir / EVALUATIONS).unlink(missing_ok=True)  # the untrained model of another recipe may be another one
     if saved.is_file() and (has_checkpoint or (run_dir / LOG).is_file()):
-        before, now = config.load(saved).fixed(), recipe.fixed()
+        before, now = load_recipe(saved).fixed(), recipe.fixed()
         changed = [key for key in now if now[key] != before.get(key)]
         shown = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
         longer = all(key in _LENGTHS and (before[key] or 0) < (now[key] or 0) for key in changed)

@@ -14,34 +14,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from trainer import checkpoint, dist
-from trainer.best import Best
-from trainer.checkpoint import RunState, Saver
-from trainer.config import OptimSection, Recipe
-from trainer.data.growing import prepare_train
+from trainer import dist
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.best import Best
+from trainer.checkpoint.checkpoint import RunState, Saver
+from trainer.checkpoint.hf_export import save_description
+from trainer.config.recipe import OptimSection, Recipe
+from trainer.data.batch_plan import Plan
 from trainer.data.leakage import check_leakage
-from trainer.data.loader import Loader, Prepared, TrainData, documents_of, masker_of, prepare, train_plan
-from trainer.data.plan import Plan
-from trainer.ds_template import clear_nvme, deepspeed_config, stage
-from trainer.engine import Engine, gathered, sharded_init
-from trainer.evaluate import Evaluation
-from trainer.export import save_description
-from trainer.flow import BadInput, StepPlan
-from trainer.generate import stop_tokens
+from trainer.data.loader import Loader
+from trainer.data.prepare import Prepared, TrainData, documents_of, masker_of, prepare, train_plan
+from trainer.data.streaming import prepare_train
+from trainer.datatypes import BadInput, StepPlan
+from trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
+from trainer.engine.engine import Engine, gathered, sharded_init
+from trainer.engine.optim import learning_rate, parameter_groups
+from trainer.estimate.report import predicted
+from trainer.eval.evaluator import Evaluation
+from trainer.eval.generate import stop_tokens
+from trainer.eval.vllm_server import check_generator
 from trainer.guard import Guard, StepNotApplied
+from trainer.hang_watchdog import Watch
 from trainer.loop import is_due, run
 from trainer.metrics import Metrics, Profiler, model_flops
-from trainer.model.adapter import require_stage
 from trainer.model.load import load_config, load_model, load_tokenizer
-from trainer.model.probe import probe
+from trainer.model.lora import require_stage
+from trainer.model.packing_check import probe
 from trainer.model.sft import SftModel
-from trainer.once import Stopped
-from trainer.optim import learning_rate, parameter_groups
-from trainer.planning import predicted
-from trainer.progress import Progress
 from trainer.run_folder import describe, is_done, open_run_folder, require_shared, summarise, write_stop, write_trace
-from trainer.served import check_generator
-from trainer.watch import Watch
+from trainer.utils.files import Stopped
+from trainer.utils.progress import Progress
 
 
 def train(recipe: Recipe, *, extend: bool = False) -> None:

@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import yaml
 
-from trainer import config
-from trainer.flow import DONE, FAILED, BadInput
+from trainer.config.recipe import UniqueKeys, load_recipe
+from trainer.datatypes import DONE, FAILED, BadInput
 
 Kind = Literal["job", "jobset", "trainjob"]
 Tree = dict[str, Any]
@@ -96,7 +96,7 @@ def _workload(kind: Kind, job: Tree) -> list[Tree]:
 
 
 def _meeting(name: str, nodes: int, kind: Kind) -> list[Tree]:
-    """The variables by which launchers meet (launch/where.py). Kubeflow's trainer sets its own."""
+    """The variables by which launchers meet (launch/cluster_env.py). Kubeflow's trainer sets its own."""
     if kind == "trainjob":
         return []
     first = {"job": f"{name}-0", "jobset": f"{name}-node-0-0"}[kind]
@@ -109,7 +109,7 @@ def _meeting(name: str, nodes: int, kind: Kind) -> list[Tree]:
 
 def _recipe(recipe_file: Path, overrides: Sequence[str], pod: Tree, container: Tree) -> dict[str, str]:
     """The files that the pods read at RECIPE_DIR: the resolved recipe, and its DeepSpeed template."""
-    recipe = config.load(recipe_file, list(overrides))
+    recipe = load_recipe(recipe_file, list(overrides))
     template = Path(recipe.parallel.deepspeed)
     if not template.is_file():
         raise BadInput(f"parallel.deepspeed: there is no file {template}; take one of ds_configs/")
@@ -122,7 +122,7 @@ def _recipe(recipe_file: Path, overrides: Sequence[str], pod: Tree, container: T
     changed = [f"parallel.deepspeed={RECIPE_DIR}/{_DEEPSPEED}"]
     if "cache" not in recipe.data.model_fields_set:
         changed.append(f"data.cache={posixpath.join(workdir, '.cache/packhorse')}")  # made once for all pods, and kept
-    final = config.load(recipe_file, [*overrides, *changed])
+    final = load_recipe(recipe_file, [*overrides, *changed])
     return {"recipe.yaml": final.to_yaml(), _DEEPSPEED: template.read_text(encoding="utf-8")}
 
 
@@ -211,7 +211,7 @@ def _templates(file: str) -> list[Tree]:
 
 def _read_overlay(path: Path) -> Tree:
     try:
-        overlay = yaml.load(path.read_text(encoding="utf-8"), Loader=config.UniqueKeys)  # noqa: S506 - a SafeLoader
+        overlay = yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)  # noqa: S506 - a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(overlay, dict) or not overlay.keys() <= {"metadata", "spec"}:

@@ -36,9 +36,8 @@ from common import machine  # noqa: E402 - the benchmarks'
 from demo import MODEL_CACHE, link  # noqa: E402 - the quickstart's
 from get_smollm2 import get  # noqa: E402
 
-from trainer import config  # noqa: E402
-from trainer.config import Recipe  # noqa: E402
-from trainer.flow import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, BadInput  # noqa: E402
+from trainer.config.recipe import Recipe, load_recipe  # noqa: E402
+from trainer.datatypes import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, BadInput  # noqa: E402
 
 BASE = "recipes/experiments/base.yaml"
 PAGE = ROOT / "docs" / "experiments.md"
@@ -58,7 +57,7 @@ def main() -> int:
     page = asked.page or (PAGE if is_base else asked.out / PAGE.name)
     try:
         wanted = runs(numbers_of(asked.only))
-        base = config.load(asked.recipe)
+        base = load_recipe(asked.recipe)
         if asked.commands:
             for run in wanted:
                 print(shlex.join(["packhorse", "train", asked.recipe, *overrides(run, base, asked.out)]))
@@ -101,7 +100,7 @@ def alone_in(out: Path) -> Iterator[int]:
 
 def run_all(recipe_file: str, base: Recipe, wanted: list[Run], out: Path, page: Path, lock: int) -> int:
     """Train the wanted runs that are not done, and write the page after each. Returns the exit code."""
-    recipes = {run: config.load(recipe_file, overrides(run, base, out)) for run in wanted}  # all of them, before any
+    recipes = {run: load_recipe(recipe_file, overrides(run, base, out)) for run in wanted}  # all of them, before any
     expected_s = {run: arms(base)[run.arm].expected_s for run in wanted}
     left = [run for run in wanted if not is_done(recipes[run], out / run.name)]
     pace = pace_of(out, base)
@@ -115,7 +114,7 @@ def run_all(recipe_file: str, base: Recipe, wanted: list[Run], out: Path, page: 
             to_go = about(sum(expected_s[r] for r in left), pace_of(out, base))
             say(f"[{number}/{len(wanted)}] {run.name}; to go: {to_go}")
             began = time.monotonic()
-            command = [sys.executable, "-m", "trainer.cli", "train", recipe_file, *overrides(run, base, out)]
+            command = [sys.executable, "-m", "trainer.cli.main", "train", recipe_file, *overrides(run, base, out)]
             code = stop.wait(subprocess.Popen(command, pass_fds=[lock]))
             line = {"run": run.name, "code": code, "seconds": round(time.monotonic() - began), "commit": commit()}
             with (out / LOG).open("a", encoding="utf-8") as file:
@@ -143,7 +142,7 @@ def is_done(recipe: Recipe, folder: Path) -> bool:
     """Whether the run has ended. Raises BadInput where it was of another recipe."""
     if not (folder / "summary.json").exists():
         return False
-    before = config.load(folder / "recipe.yaml")
+    before = load_recipe(folder / "recipe.yaml")
     if (before.fixed(), before.eval) != (recipe.fixed(), recipe.eval):
         raise BadInput(f"{folder} holds a finished run of another recipe: remove it, or give another --out")
     return True
@@ -198,7 +197,7 @@ def pace_of(out: Path, base: Recipe) -> float | None:
             expected_s += arms(base)[line["run"].rpartition("-seed")[0]].expected_s
     if expected_s:
         return took_s / expected_s
-    return 1.0 if base.model.name == config.load(ROOT / BASE).model.name else None
+    return 1.0 if base.model.name == load_recipe(ROOT / BASE).model.name else None
 
 
 def about(expected_s: float, pace: float | None) -> str:

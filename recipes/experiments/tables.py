@@ -18,8 +18,8 @@ from typing import Any
 
 from catalogue import EXPERIMENTS, Experiment, Run, runs
 
-from trainer import config
-from trainer.statistics import interval, paired
+from trainer.config.recipe import Recipe, load_recipe
+from trainer.eval.confidence import interval, paired
 
 FORMAT, ANSWER = "format_accuracy", "answer_accuracy"
 CLEAR = 0.01  # p below which a difference is called one: about a dozen comparisons are made
@@ -46,8 +46,8 @@ class Result:
         return _read(self.folder / "metrics.jsonl")
 
     @cached_property
-    def recipe(self) -> config.Recipe:
-        return config.load(self.folder / "recipe.yaml")
+    def recipe(self) -> Recipe:
+        return load_recipe(self.folder / "recipe.yaml")
 
     @property
     def steps(self) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trainer import config
+from trainer.config.recipe import Recipe, load_recipe
 
 RECIPE = "recipes/quickstart.yaml"
 MODEL_CACHE = Path("~/.cache/packhorse/models/smollm2-135m-instruct").expanduser()
@@ -48,7 +48,7 @@ def main() -> None:
     asked = parser.parse_args().steps
     times = [time.monotonic()]
     get(MODEL_CACHE)
-    recipe = config.load(RECIPE)
+    recipe = load_recipe(RECIPE)
     link(Path(recipe.model.name), MODEL_CACHE)
     if not (DATA / "heldout.jsonl").exists():
         write(DATA)
@@ -77,10 +77,10 @@ def link(name: Path, target: Path) -> None:
 def steps_of(run_dir: Path) -> int | None:
     """The steps of a run that is there already: it goes on with those."""
     saved = run_dir / "recipe.yaml"
-    return config.load(saved).train.steps if saved.exists() else None
+    return load_recipe(saved).train.steps if saved.exists() else None
 
 
-def steps_that_fit(recipe: config.Recipe) -> int:
+def steps_that_fit(recipe: Recipe) -> int:
     """The recipe's steps, or fewer where this machine needs longer than TRAINING_S for them: told by a short run."""
     wanted = recipe.train.steps
     assert wanted, f"{RECIPE} says how many steps"
@@ -111,7 +111,7 @@ def train(*overrides: str) -> None:
 def packhorse(*arguments: str) -> None:
     """Run the command as a user would; end with its exit code where it is not 0."""
     say(f"[bold]packhorse {escape(' '.join(arguments))}[/bold]")
-    code = subprocess.run([sys.executable, "-m", "trainer.cli", *arguments]).returncode
+    code = subprocess.run([sys.executable, "-m", "trainer.cli.main", *arguments]).returncode
     if code:
         sys.exit(code)
 

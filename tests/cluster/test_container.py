@@ -15,7 +15,8 @@ import pytest
 
 from tests.cluster.engine import IMAGE, NETWORK, Engine, engine
 from tests.ranks import ROOT
-from trainer import __version__, checkpoint
+from trainer import __version__
+from trainer.checkpoint import checkpoint
 from trainer.metrics import read_lines
 
 pytestmark = pytest.mark.cluster

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.hosts import Hosts, hosts
-from trainer import checkpoint
+from trainer.checkpoint import checkpoint
 from trainer.metrics import read_lines
 
 pytestmark = pytest.mark.cluster
@@ -32,7 +32,7 @@ def start(two: Hosts, run_dir: Path, *arguments: str) -> list[subprocess.Popen]:
     """A launcher of one rank on each host; they meet at host0."""
     recipe = ["recipes/debug.yaml", f"run.dir={run_dir}", f"data.cache={run_dir.parent / 'cache'}", *LONG]
     meeting = ["--nproc", "1", "--rdzv-endpoint", "host0:29400", *arguments]
-    command = [sys.executable, "-m", "trainer.cli", "train", *recipe, *meeting]
+    command = [sys.executable, "-m", "trainer.cli.main", "train", *recipe, *meeting]
     return [two.start(name, command) for name in ("host0", "host1")]
 
 

@@ -20,7 +20,7 @@ from tests.cluster.hosts import Hosts, hosts
 from tests.cluster.test_elastic_hosts import wait_for_step
 from tests.pods import KINDS, Pod, manifests, pods, what_becomes_of
 from tests.ranks import ROOT
-from trainer.flow import DONE, SAVED_RUN_AGAIN
+from trainer.datatypes import DONE, SAVED_RUN_AGAIN
 from trainer.metrics import read_lines
 
 pytestmark = pytest.mark.cluster
@@ -50,7 +50,7 @@ class Cluster:
 
         image = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "USER": "packhorse"}
         env = image | {name: inside(value) for name, value in pod.env.items()}
-        entrypoint = [sys.executable, "-m", "trainer.cli"]
+        entrypoint = [sys.executable, "-m", "trainer.cli.main"]
         command = [*entrypoint, *(inside(argument) for argument in pod.args)]
         name = f"{pod.hostname}.{pod.subdomain}"
         return self._hosts.start(name, command, env=env, cwd=Path(inside(pod.workdir)))

@@ -110,7 +110,15 @@ def test_near_its_time_limit_a_job_saves_and_queues_itself_again(cluster, cache,
 def test_the_job_of_a_node_that_died_comes_back_on_the_one_that_is_left(cluster, cache, whole, tmp_path):
     run_dir = tmp_path / "it's a run"
     cluster.wait_idle()  # or it would begin on one
-    command = [sys.executable, "-m", "trainer.cli", "launch", "slurm", "recipes/debug.yaml", *recipe(run_dir, cache)]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer.cli.main",
+        "launch",
+        "slurm",
+        "recipes/debug.yaml",
+        *recipe(run_dir, cache),
+    ]
     number = cluster.submit(*command, "--nodes", "1-2", "--submit")
     wait_for_step(cluster, number, run_dir, 8)
     cluster.fail("cn2")
@@ -152,7 +160,7 @@ def test_sbatch_refuses_what_the_cluster_does_not_have(cluster, tmp_path, option
 
 def test_what_sbatch_refuses_is_bad_input(cluster, cache, tmp_path):
     words = ["launch", "slurm", str(ROOT / "recipes/debug.yaml"), *recipe(tmp_path, cache), "--partition", "nowhere"]
-    refused = cluster.run(sys.executable, "-m", "trainer.cli", *words, "--submit")
+    refused = cluster.run(sys.executable, "-m", "trainer.cli.main", *words, "--submit")
     assert refused.returncode == 2
     assert "invalid partition" in refused.stderr
     assert shlex.quote(str(tmp_path / "slurm.sh")) in refused.stdout

@@ -16,9 +16,9 @@ from torch import nn
 
 from tests.model_helpers import WIDE, documents, pack, relative, tiny
 from tests.numerics.test_x6_kernels import VARIANTS, Case, case, in_fp32, run
-from trainer.config import LossSection
-from trainer.flow import BadInput
-from trainer.model import attention, fused, probe
+from trainer.config.recipe import LossSection
+from trainer.datatypes import BadInput
+from trainer.model import attention, liger_layers, packing_check
 from trainer.model.attention import Bounds
 from trainer.model.loss import LogitTransform
 from trainer.model.sft import SftModel
@@ -164,9 +164,9 @@ LAYERS_BOUND = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the worst tenso
 def learned(config: Any, dtype: torch.dtype, layers: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of three packed documents and every parameter's gradient."""
     model = tiny(config, dtype).to(CUDA)
-    fused.fuse(model, layers, CUDA, dtype)
+    liger_layers.fuse(model, layers, CUDA, dtype)
     module = SftModel(model, LossSection(), 0, CUDA)
-    module.transform = probe.measure_transform(model)
+    module.transform = packing_check.measure_transform(model)
     ids = documents((100, 30, 140))
     batch = pack(ids, [range(len(document) - 1) for document in ids], [0.01, 0.01, 0.01]).to(CUDA)
     loss = module(batch)
@@ -188,7 +188,7 @@ def test_fused_layers_are_the_plain_ones(config: Any, dtype: torch.dtype) -> Non
 
 
 def test_a_model_made_later_is_as_it_was_written() -> None:
-    fused.fuse(tiny(tf.LlamaConfig(**SIZES)).to(CUDA), "liger", CUDA, torch.float32)
+    liger_layers.fuse(tiny(tf.LlamaConfig(**SIZES)).to(CUDA), "liger", CUDA, torch.float32)
     later = tiny(tf.LlamaConfig(**SIZES))
     ids = torch.arange(20).unsqueeze(0)
     later.set_attn_implementation("sdpa")
@@ -203,18 +203,18 @@ def test_the_probe_compares_fused_layers_with_the_models_own(monkeypatch: pytest
     right = LigerRMSNorm.forward
     monkeypatch.setattr(LigerRMSNorm, "forward", lambda self, hidden: right(self, hidden) * 1.2)
     model = tiny(tf.LlamaConfig(**SIZES), torch.bfloat16, FUSED[0]).to(CUDA)
-    fused.fuse(model, "liger", CUDA, torch.bfloat16)
+    liger_layers.fuse(model, "liger", CUDA, torch.bfloat16)
     with pytest.raises(BadInput, match=r"model\.layers=plain"):
-        probe.probe(SftModel(model, LossSection(), 0, CUDA), row_tokens=1024, one_document=False, seed=0)
+        packing_check.probe(SftModel(model, LossSection(), 0, CUDA), row_tokens=1024, one_document=False, seed=0)
 
 
 # ----------------------------------------------------------------------------------------------- the probe
 
 
-def proof(config: Any, backend: str, dtype: torch.dtype = torch.bfloat16) -> probe.Proof:
+def proof(config: Any, backend: str, dtype: torch.dtype = torch.bfloat16) -> packing_check.Proof:
     model = tiny(config, dtype, backend).to(CUDA)
-    fused.fuse(model, "auto", CUDA, dtype)
-    return probe.probe(SftModel(model, LossSection(), 0, CUDA), row_tokens=1024, one_document=False, seed=0)
+    liger_layers.fuse(model, "auto", CUDA, dtype)
+    return packing_check.probe(SftModel(model, LossSection(), 0, CUDA), row_tokens=1024, one_document=False, seed=0)
 
 
 @pytest.mark.parametrize("backend", [*FUSED, "reference"])

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import dist, zero
-from trainer.engine import Engine
-from trainer.flow import Batch
+from trainer import dist
+from trainer.datatypes import Batch
+from trainer.engine import zero_state
+from trainer.engine.engine import Engine
 from trainer.metrics import Clock
 
 
@@ -55,9 +56,9 @@ def held(engine: Engine, batch: Batch) -> dict[str, int]:
     def look(optimizer: Any) -> None:
         found["gradients"] = size(gradients(engine.module, optimizer))
 
-    forget, zero.forget_gradients = zero.forget_gradients, look
+    forget, zero_state.forget_gradients = zero_state.forget_gradients, look
     engine.rehearse([batch])
-    zero.forget_gradients = forget
+    zero_state.forget_gradients = forget
     forget(optimizer)
     engine.step([batch], 1e-3, Clock(dist.device()))
     return found | {"masters": size(masters(optimizer)), "moments": size(moments(optimizer))}

@@ -21,11 +21,13 @@ from unittest import mock
 import torch
 
 from tests.numerics import buffers
-from trainer import checkpoint, dist, engine, guard, shards, train, zero
-from trainer.config import load
+from trainer import dist, guard, train
+from trainer.checkpoint import checkpoint
+from trainer.config.recipe import load_recipe
 from trainer.data import loader
-from trainer.data.growing import prepare_train
-from trainer.data.loader import prepare, train_plan
+from trainer.data.prepare import prepare, train_plan
+from trainer.data.streaming import prepare_train
+from trainer.engine import engine, sharded_state, zero_state
 from trainer.model import sft
 from trainer.model.load import load_tokenizer
 
@@ -42,8 +44,8 @@ def main(path: str) -> None:
 
 
 def run_case(case: dict[str, Any], stop: dist.StopFlag) -> None:
-    recipe = load(case["recipe"], [*case["overrides"], f"run.dir={case['run']}"])
-    engine.deepspeed.zero.Init.param_id = 0  # as in a process of its own: DeepSpeed names its NVMe files by it
+    recipe = load_recipe(case["recipe"], [*case["overrides"], f"run.dir={case['run']}"])
+    engine.deepspeed.zero_state.Init.param_id = 0  # as in a process of its own: DeepSpeed names its NVMe files by it
     run_dir = Path(case["run"])
     if dist.is_main():
         train.open_run_folder(recipe, run_dir)
@@ -169,25 +171,25 @@ def unchecked(fill: Any) -> Any:
     """Restores a checkpoint with `fill(shards, piece)` in place of Shards.fill, and looks at no digest."""
 
     def restore(folder: Path, manifest: Any, engine: Any) -> None:
-        with mock.patch.object(shards.Shards, "fill", fill):
-            engine.restore(shards.Shards(folder, manifest.files, manifest.shapes), manifest.state.updates)
+        with mock.patch.object(sharded_state.Shards, "fill", fill):
+            engine.restore(sharded_state.Shards(folder, manifest.files, manifest.shapes), manifest.state.updates)
 
     return mock.patch.object(checkpoint, "restore", restore)
 
 
 def moment_zeroed() -> Any:
-    fill = shards.Shards.fill
+    fill = sharded_state.Shards.fill
 
     def without(self: Any, piece: Any) -> None:
         fill(self, piece)
-        piece.states[shards.EXP_AVG].zero_()
+        piece.states[sharded_state.EXP_AVG].zero_()
 
     return unchecked(without)
 
 
 def slices_exchanged() -> Any:
     """The two halves of what a rank reads of a parameter change places."""
-    fill = shards.Shards.fill
+    fill = sharded_state.Shards.fill
 
     def exchanged(self: Any, piece: Any) -> None:
         fill(self, piece)
@@ -299,7 +301,7 @@ def spike_in_the_third_step() -> Any:
 
 def rehearsed() -> Any:
     """The fullest micro-batches run before the first step, as on a GPU; what is left of the gradients is looked at."""
-    rehearse, forget = engine.Engine.rehearse, zero.forget_gradients
+    rehearse, forget = engine.Engine.rehearse, zero_state.forget_gradients
 
     def looked_at(self: Any, batches: list[Any]) -> None:
         def look(optimizer: Any) -> None:
@@ -308,7 +310,7 @@ def rehearsed() -> Any:
             assert not any(gradient.any() for gradient in found), "weights of zero left a gradient"
             forget(optimizer)
 
-        with mock.patch.object(zero, "forget_gradients", look):
+        with mock.patch.object(zero_state, "forget_gradients", look):
             rehearse(self, batches)
 
     changed = contextlib.ExitStack()
@@ -322,7 +324,7 @@ def rehearsed_with_weights() -> Any:
     changed = contextlib.ExitStack()
     changed.enter_context(mock.patch.object(train, "REHEARSED_ON", ("cpu",)))
     changed.enter_context(mock.patch.object(engine, "_weightless", lambda batch: batch))
-    changed.enter_context(mock.patch.object(zero, "forget_gradients", return_value=None))
+    changed.enter_context(mock.patch.object(zero_state, "forget_gradients", return_value=None))
     return changed
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from tests.ranks import ROOT, run_ranks
-from trainer import checkpoint
-from trainer.config import load
+from trainer.checkpoint import checkpoint
+from trainer.config.recipe import load_recipe
 from trainer.model.load import load_model, load_tokenizer
 
 SCALAR_BOUND = 1e-6  # relative, of losses and norms
@@ -99,7 +99,7 @@ def run_cases(*waves: dict[int, list[dict[str, Any]]]) -> dict[str, Run]:
 
 def start_weights(run_dir: Path, starts: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The weights that a run started from, float64: its recipe makes them anew. Kept by the model and its adapter."""
-    recipe = load(run_dir / "recipe.yaml", ["model.dtype=float32"])
+    recipe = load_recipe(run_dir / "recipe.yaml", ["model.dtype=float32"])
     made_of = f"{recipe.model.name} {recipe.adapter}"
     if made_of not in starts:
         tokenizer, seed = load_tokenizer(recipe.model), recipe.train.seed

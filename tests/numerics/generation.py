@@ -22,13 +22,15 @@ import torch
 
 from tests.model_helpers import documents, pack
 from tests.ranks import ROOT
-from trainer import dist, engine, generate, train
-from trainer.config import GuardSection, load
-from trainer.config_eval import GenerateSection
-from trainer.flow import Conversation, Prompt
+from trainer import dist, train
+from trainer.config.eval import GenerateSection
+from trainer.config.recipe import GuardSection, load_recipe
+from trainer.datatypes import Conversation, Prompt
+from trainer.engine import engine
+from trainer.eval import generate
+from trainer.hang_watchdog import Watch
 from trainer.metrics import Clock
 from trainer.model.load import load_tokenizer
-from trainer.watch import Watch
 
 CHOICES = ("A", "B", "C", "yes and no")
 SAMPLED = {"temperature": 0.8, "top_p": 0.9}
@@ -51,7 +53,7 @@ def main(path: str) -> None:
 
 
 def build(order: dict[str, Any], template: str) -> tuple[Any, Any]:
-    recipe = load(
+    recipe = load_recipe(
         ROOT / "recipes" / "debug.yaml",
         [f"parallel.deepspeed=ds_configs/{template}.json", f"run.dir={order['folder']}/run", *order["recipe"]],
     )

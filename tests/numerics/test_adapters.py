@@ -16,7 +16,7 @@ import torch
 
 from tests.numerics.compare import BF16, BF16_CHANGE_BOUND, Run, case, difference, is_same, report, run_cases
 from tests.ranks import ROOT
-from trainer import checkpoint
+from trainer.checkpoint import checkpoint
 
 pytestmark = pytest.mark.runs
 
@@ -167,7 +167,7 @@ def test_a_checkpoint_holds_the_adapter_and_of_the_base_its_digests(runs: dict[s
 
 def test_qlora_at_zero_3_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     changes = ["adapter={base: nf4}", f"run.dir={tmp_path / 'run'}", f"data.cache={tmp_path / 'cache'}"]
-    command = [sys.executable, "-m", "trainer.cli", "train", "recipes/debug.yaml", *changes]
+    command = [sys.executable, "-m", "trainer.cli.main", "train", "recipes/debug.yaml", *changes]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "adapter.base: nf4 is not proved at ZeRO-3" in done.stdout + done.stderr

@@ -40,9 +40,9 @@ def test_the_step_names_its_rows_and_is_not_counted(outcomes: dict[str, Any], st
 
 def main(out: Path) -> None:
     """On each of two ranks: one good step and one with a NaN through the loop, stage after stage."""
-    from tests.numerics.cases import load, prepare, train_plan
+    from tests.numerics.cases import load_recipe, prepare, train_plan
     from trainer import dist, guard, train
-    from trainer.engine import Engine
+    from trainer.engine.engine import Engine
     from trainer.model.load import load_tokenizer
 
     real_step = Engine.step
@@ -65,7 +65,7 @@ def main(out: Path) -> None:
         return result
 
     def _weights(engine: Any) -> list[float]:
-        from trainer.engine import gathered
+        from trainer.engine.engine import gathered
 
         parameters = list(engine.module.parameters())
         with gathered(parameters):
@@ -78,7 +78,7 @@ def main(out: Path) -> None:
         stop.join()
         for stage in STAGES:
             run_dir = out / stage
-            recipe = load(
+            recipe = load_recipe(
                 ROOT / "recipes" / "debug.yaml",
                 [
                     f"run.dir={run_dir}",

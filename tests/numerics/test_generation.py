@@ -16,9 +16,9 @@ import torch
 
 from tests.numerics.generation import CHOICES, SAMPLED
 from tests.ranks import ROOT, run_ranks
-from trainer.config import load
+from trainer.config.recipe import load_recipe
 from trainer.dist import seed_from
-from trainer.generate import draw
+from trainer.eval.generate import draw
 from trainer.model.load import load_model, load_tokenizer
 
 TEMPLATES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_all")
@@ -32,7 +32,7 @@ class Alone:
     """The plain model, without engine, batches and padding."""
 
     def __init__(self, recipe: list[str]) -> None:
-        loaded = load(ROOT / "recipes" / "debug.yaml", ["run.dir=unused", *recipe])
+        loaded = load_recipe(ROOT / "recipes" / "debug.yaml", ["run.dir=unused", *recipe])
         self.tokenizer = load_tokenizer(loaded.model)
         self.model = load_model(loaded.model, self.tokenizer, seed=loaded.train.seed)
         self.model.set_attn_implementation("sdpa")

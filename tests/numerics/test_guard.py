@@ -11,7 +11,7 @@ import torch
 
 from tests.numerics.compare import case
 from tests.ranks import run_ranks
-from trainer import checkpoint
+from trainer.checkpoint import checkpoint
 from trainer.metrics import read_lines
 
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer")

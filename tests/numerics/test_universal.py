@@ -9,9 +9,9 @@ import pytest
 
 from tests.numerics.compare import case
 from tests.ranks import ROOT, run_ranks
-from trainer import checkpoint
-from trainer.flow import BadInput
-from trainer.universal import export_universal
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.universal import export_universal
+from trainer.datatypes import BadInput
 
 pytestmark = pytest.mark.runs
 

@@ -11,10 +11,10 @@ import torch
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig
 
 from tests.model_helpers import SIZES, WIDE, documents, loss_and_gradients, pack, relative, sft, tiny
-from trainer.flow import Batch
+from trainer.datatypes import Batch
 from trainer.model import sft as sft_module
 from trainer.model.loss import LogitTransform
-from trainer.model.noise import document_noise
+from trainer.model.neftune import document_noise
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.model_helpers import interpreted, relative
-from trainer.flow import BadInput
+from trainer.datatypes import BadInput
 from trainer.model.loss import BLOCK_HIDDEN, LogitTransform, choose_kernel, linear_cross_entropy
 
 torch.set_num_threads(1)

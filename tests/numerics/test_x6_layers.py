@@ -13,8 +13,8 @@ import torch
 import transformers as tf
 
 from tests.model_helpers import CPU, SIZES, WIDE, documents, interpreted, loss_and_gradients, pack, relative, sft, tiny
-from trainer.flow import BadInput
-from trainer.model import fused, probe
+from trainer.datatypes import BadInput
+from trainer.model import liger_layers, packing_check
 
 BOUND = 5e-6  # of the worst tensor's gradient: the order of sums alone
 WINDOW: dict[str, Any] = {**WIDE, "sliding_window": 16}
@@ -39,11 +39,11 @@ def difference(config: Any) -> float:
     results = []
     for layers in ("liger", "plain"):
         model = tiny(config)
-        said = fused.fuse(model, layers, CPU, torch.float32)
+        said = liger_layers.fuse(model, layers, CPU, torch.float32)
         assert ("Liger's kernels" in said) == (layers == "liger"), said
         ids = documents((20, 7, 30))
         batch = pack(ids, [range(len(document) - 1) for document in ids], [0.02] * 3)
-        results.append(loss_and_gradients(sft(model, transform=probe.measure_transform(model)), batch))
+        results.append(loss_and_gradients(sft(model, transform=packing_check.measure_transform(model)), batch))
     (loss, gradients), (own_loss, own_gradients) = results
     assert gradients.keys() == own_gradients.keys()
     return max(abs(loss / own_loss - 1), *(relative(gradients[name], own_gradients[name]) for name in gradients))
@@ -52,9 +52,9 @@ def difference(config: Any) -> float:
 def refusal(config: Any) -> str | None:
     """What the probe says of a model whose layers are fused."""
     model = tiny(config)
-    fused.fuse(model, "liger", CPU, torch.float32)
+    liger_layers.fuse(model, "liger", CPU, torch.float32)
     try:
-        probe.probe(sft(model), row_tokens=64, one_document=False, seed=0)
+        packing_check.probe(sft(model), row_tokens=64, one_document=False, seed=0)
     except BadInput as error:
         return str(error)
     return None
@@ -66,12 +66,12 @@ def of_a_model_made_later() -> str:
 
     def logits(model: Any) -> torch.Tensor:
         model.set_attn_implementation("sdpa")
-        with fused.plain(model):
+        with liger_layers.plain(model):
             return model(ids).logits
 
     before = logits(tiny(config))
     fused_one = tiny(config)
-    fused.fuse(fused_one, "liger", CPU, torch.float32)
+    liger_layers.fuse(fused_one, "liger", CPU, torch.float32)
     assert torch.equal(logits(fused_one), before)
     later = tiny(config)
     assert torch.equal(logits(later), before)
@@ -147,30 +147,30 @@ def test_a_model_made_later_is_as_it_was_written(seen: dict[str, Any]) -> None:
 
 def test_without_a_gpu_the_layers_stay_plain() -> None:
     model = tiny(tf.LlamaConfig(**SIZES))
-    assert fused.fuse(model, "auto", CPU, torch.bfloat16) == "as transformers has them (they need a CUDA device)"
-    assert not fused.is_fused(model)
+    assert liger_layers.fuse(model, "auto", CPU, torch.bfloat16) == "as transformers has them (they need a CUDA device)"
+    assert not liger_layers.is_fused(model)
 
 
 def test_liger_that_cannot_run_is_refused() -> None:
     with pytest.raises(BadInput, match="need a CUDA device"):
-        fused.fuse(tiny(tf.LlamaConfig(**SIZES)), "liger", CPU, torch.bfloat16)
+        liger_layers.fuse(tiny(tf.LlamaConfig(**SIZES)), "liger", CPU, torch.bfloat16)
 
 
 def test_a_model_that_liger_does_not_know_is_refused_by_name_and_left_alone_by_auto() -> None:
     model = tiny(tf.GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=4, n_positions=64))
     with pytest.raises(BadInput, match="does not know models of type gpt2"):
-        fused.fuse(model, "liger", torch.device("cuda"), torch.bfloat16)
-    assert "does not know" in fused.fuse(model, "auto", torch.device("cuda"), torch.bfloat16)
+        liger_layers.fuse(model, "liger", torch.device("cuda"), torch.bfloat16)
+    assert "does not know" in liger_layers.fuse(model, "auto", torch.device("cuda"), torch.bfloat16)
 
 
 def test_a_model_that_brings_code_of_its_own_stays_plain() -> None:
     class Own(tf.LlamaForCausalLM):
         """As `trust_remote_code` loads them: of a type that Liger knows, and not of transformers' files."""
 
-    said = fused.fuse(Own(tf.LlamaConfig(**SIZES)), "auto", torch.device("cuda"), torch.bfloat16)
+    said = liger_layers.fuse(Own(tf.LlamaConfig(**SIZES)), "auto", torch.device("cuda"), torch.bfloat16)
     assert "code of its own" in said
 
 
 def test_in_fp32_auto_leaves_them_plain() -> None:
-    said = fused.fuse(tiny(tf.LlamaConfig(**SIZES)), "auto", torch.device("cuda"), torch.float32)
+    said = liger_layers.fuse(tiny(tf.LlamaConfig(**SIZES)), "auto", torch.device("cuda"), torch.float32)
     assert "float32" in said

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainer import dist, zero
-from trainer.engine import deepspeed
-from trainer.shards import Digests, add_digests, digests_of
+from trainer import dist
+from trainer.engine import zero_state
+from trainer.engine.engine import deepspeed
+from trainer.engine.sharded_state import Digests, add_digests, digests_of
 
 
 def main(model_folder: str, folder: str, stage: str, out: str) -> None:
@@ -34,7 +35,7 @@ def main(model_folder: str, folder: str, stage: str, out: str) -> None:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
         engine.load_checkpoint(folder)
         found: Digests = {}
-        for group in zero.read(engine.optimizer, {id(p): name for name, p in model.named_parameters()}):
+        for group in zero_state.read(engine.optimizer, {id(p): name for name, p in model.named_parameters()}):
             add_digests(found, digests_of(group))
         total: Digests = {}
         for share in dist.gather(found):

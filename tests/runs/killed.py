@@ -31,7 +31,7 @@ from typing import Any
 from unittest import mock
 
 from tests.ranks import ROOT
-from trainer import checkpoint
+from trainer.checkpoint import checkpoint
 
 SURVIVORS_S = 30.0  # which a killed rank's fellows have to end by themselves: torch's agent kills them then
 
@@ -233,18 +233,21 @@ def _rank(order: Order, rank: int) -> int:
     """What `packhorse train` runs in a worker; the exit code is the command's."""
     import torch
 
-    from trainer import cli, config, once, train
-    from trainer.data import cache, tokenise
+    from trainer import train
+    from trainer.cli import main
+    from trainer.config.recipe import load_recipe
+    from trainer.data import cache, tokenize
+    from trainer.utils import files
 
     torch.manual_seed(random.SystemRandom().randrange(2**31))  # nothing may depend on the global generator
-    once.BEAT_S, once.STALE_S = 0.1, 1.0  # so that a dead process's lock is soon taken over
-    tokenise.CHUNK_ROWS, cache.SAVE_EVERY_S = 16, 0.0  # so that even this little data has points to go on from
-    recipe = config.load(ROOT / "recipes" / "debug.yaml", tuple(order.overrides))
+    files.BEAT_S, files.STALE_S = 0.1, 1.0  # so that a dead process's lock is soon taken over
+    tokenize.CHUNK_ROWS, cache.SAVE_EVERY_S = 16, 0.0  # so that even this little data has points to go on from
+    recipe = load_recipe(ROOT / "recipes" / "debug.yaml", tuple(order.overrides))
     if order.point and rank == order.rank:
         _Fault(order.point, order, Path(recipe.run.dir)).arm()
-    with mock.patch.object(cli, "app", side_effect=lambda: train.train(recipe)):
+    with mock.patch.object(main, "app", side_effect=lambda: train.train(recipe)):
         try:
-            cli.main()
+            main.main()
         except SystemExit as end:
             return int(end.code or 0)
         except BaseException:
@@ -258,8 +261,10 @@ def _rank(order: Order, rank: int) -> int:
 
 def _functions() -> dict[str, tuple[Any, str, Any]]:
     """What can be patched: where it is, and what a call of it works on, from the call's arguments."""
-    from trainer import evaluate, generate, metrics, shards, train
-    from trainer.engine import Engine
+    from trainer import metrics, train
+    from trainer.engine import sharded_state
+    from trainer.engine.engine import Engine
+    from trainer.eval import evaluator, generate
 
     def opened(descriptor: int | None) -> str:
         return "" if descriptor is None else os.readlink(f"/proc/self/fd/{descriptor}")
@@ -270,17 +275,17 @@ def _functions() -> dict[str, tuple[Any, str, Any]]:
         "replace": (Path, "replace", lambda path, target: str(target)),
         "unlink": (os, "unlink", lambda path, *, dir_fd=None: f"{opened(dir_fd)}/{path}"),
         "rmdir": (os, "rmdir", lambda path, *, dir_fd=None: str(path)),
-        "write": (shards, "write", lambda path, slices: str(path)),
-        "digest": (shards, "digest", lambda *_: "digest"),
-        "checksum": (shards, "checksum", str),
-        "fill": (shards.Shards, "fill", lambda files, piece: piece.name),
+        "write": (sharded_state, "write", lambda path, slices: str(path)),
+        "digest": (sharded_state, "digest", lambda *_: "digest"),
+        "checksum": (sharded_state, "checksum", str),
+        "fill": (sharded_state.Shards, "fill", lambda files, piece: piece.name),
         "line": (metrics.Metrics, "step", lambda *_: "line"),
         "step": (Engine, "step", lambda *_: "step"),
         "restore": (Engine, "restore", lambda *_: "restore"),
         "evaluate": (Engine, "evaluate", lambda *_: "evaluate"),
         "evaluation": (train.Evaluation, "__call__", lambda _, step: f"evaluation {step}"),
         "answers": (generate, "_answers", lambda *_, **__: "answers"),
-        "record": (evaluate, "write_evaluation", lambda _, step, *__: f"record {step}"),
+        "record": (evaluator, "write_evaluation", lambda _, step, *__: f"record {step}"),
         "load": (train, "load_model", lambda *_, **__: "model"),
     }
 

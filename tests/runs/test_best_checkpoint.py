@@ -18,10 +18,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.ranks import ROOT, run_ranks
-from trainer import checkpoint
-from trainer.best import best_step, evaluations
-from trainer.compare import difference, read_results
-from trainer.flow import BadInput
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.best import best_step, evaluations
+from trainer.datatypes import BadInput
+from trainer.eval.compare import difference, read_results
 from trainer.metrics import read_lines
 
 pytestmark = pytest.mark.runs
@@ -63,7 +63,7 @@ def names(run_dir: Path) -> list[str]:
 
 
 def packhorse(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "trainer.cli", *arguments]
+    command = [sys.executable, "-m", "trainer.cli.main", *arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
@@ -152,7 +152,7 @@ def test_an_evaluation_that_is_stopped_ends_with_75_and_leaves_no_weights(root: 
     out = root / "stopped-results"
     changes = (*OFTEN, f"data.cache={root / 'cache'}")
     command = ["eval", str(root / "whole"), "recipes/debug.yaml", "--out", str(out), "--nproc", "2", *changes]
-    process = subprocess.Popen([sys.executable, "-m", "trainer.cli", *command], cwd=ROOT, stderr=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "trainer.cli.main", *command], cwd=ROOT, stderr=subprocess.PIPE)
     end = time.monotonic() + 300
     while not (out / "recipe.yaml").exists():  # it is written just before the workers start
         assert process.poll() is None

@@ -18,7 +18,7 @@ SAVES_OFTEN = ("checkpoint.every_steps=3", "eval.every_steps=null", "eval.genera
 
 
 def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
-    train = [sys.executable, "-m", "trainer.cli", "train", "recipes/debug.yaml", f"run.dir={run_dir}", *overrides]
+    train = [sys.executable, "-m", "trainer.cli.main", "train", "recipes/debug.yaml", f"run.dir={run_dir}", *overrides]
     cache = f"data.cache={run_dir.parent / 'cache'}"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen([*train, cache, "--nproc", "2"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)

@@ -19,8 +19,8 @@ import pytest
 from tests.runs.killed import Nursery, Point, Run, assert_same, ballast, fill
 from tests.runs.test_command import SAVES_OFTEN, finish, losses, start, wait_for_step
 from tests.unit.test_checkpoint import DAMAGES, be_of_another_format
-from trainer import checkpoint
-from trainer.flow import BAD_INPUT
+from trainer.checkpoint import checkpoint
+from trainer.datatypes import BAD_INPUT
 
 pytestmark = pytest.mark.runs
 

@@ -11,10 +11,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tests.ranks import ROOT, run_ranks
-from trainer.checkpoint import open_newest
-from trainer.config import load
-from trainer.export import _model_card, export
-from trainer.flow import BadInput
+from trainer.checkpoint.checkpoint import open_newest
+from trainer.checkpoint.hf_export import _model_card, export
+from trainer.config.recipe import load_recipe
+from trainer.datatypes import BadInput
 
 pytestmark = pytest.mark.runs
 
@@ -53,7 +53,7 @@ def test_the_weights_are_the_checkpoints(run_dir: Path, exported: Path) -> None:
 
 def test_it_brings_what_generation_needs(exported: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(exported)
-    trained = load(ROOT / "recipes" / "debug.yaml").model.name
+    trained = load_recipe(ROOT / "recipes" / "debug.yaml").model.name
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(ROOT / trained).chat_template
     stops = GenerationConfig.from_pretrained(exported).eos_token_id
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in (stops if isinstance(stops, list) else [stops])
@@ -63,9 +63,9 @@ def test_it_brings_what_generation_needs(exported: Path) -> None:
 
 
 def test_the_card_says_what_the_chat_template_was_given(tmp_path: Path) -> None:
-    recipe = load(ROOT / "recipes" / "debug.yaml", ["data.chat_template_kwargs.enable_thinking=false"])
+    recipe = load_recipe(ROOT / "recipes" / "debug.yaml", ["data.chat_template_kwargs.enable_thinking=false"])
     assert "was given `enable_thinking=False`" in _model_card(tmp_path, recipe, 3, False)
-    assert "was given" not in _model_card(tmp_path, load(ROOT / "recipes" / "debug.yaml"), 3, False)
+    assert "was given" not in _model_card(tmp_path, load_recipe(ROOT / "recipes" / "debug.yaml"), 3, False)
 
 
 def test_nothing_is_left_beside_it(exported: Path) -> None:

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from tests.model_helpers import relative
 from tests.ranks import ROOT, run_ranks
-from trainer.checkpoint import open_newest
-from trainer.config import load
-from trainer.export import TOLERANCE, _as_trained, export
-from trainer.flow import BadInput
+from trainer.checkpoint.checkpoint import open_newest
+from trainer.checkpoint.hf_export import TOLERANCE, _as_trained, export
+from trainer.config.recipe import load_recipe
+from trainer.datatypes import BadInput
 from trainer.metrics import EVALUATIONS, read_lines
 from trainer.model.load import load_model, load_tokenizer
 
@@ -54,7 +54,7 @@ def runs(root: Path) -> dict[str, Path]:
         shutil.copytree(ROOT / "recipes" / "debug" / "model", base)
         settings = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": tied}))
-        section = load(ROOT / "recipes" / "debug.yaml", [f"model.name={base}"]).model
+        section = load_recipe(ROOT / "recipes" / "debug.yaml", [f"model.name={base}"]).model
         load_model(section, load_tokenizer(section), seed=3).save_pretrained(base)
     for name, (stage, adapter) in ADAPTERS.items():
         base = root / ("tied" if name == "whole" else "base")
@@ -87,7 +87,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def trained(run: Path) -> torch.Tensor:
     """The logits of the model as it was trained."""
-    model = _as_trained(load(run / "recipe.yaml"), *open_newest(run))
+    model = _as_trained(load_recipe(run / "recipe.yaml"), *open_newest(run))
     model.set_attn_implementation("sdpa")
     return logits(model)
 
@@ -183,7 +183,7 @@ def test_what_there_is_nothing_to_merge_into_or_from_is_told(runs: dict[str, Pat
     (run / "recipe.yaml").write_text(recipe.replace("init: pretrained", "init: random"))
     with pytest.raises(BadInput, match=r"random weights, that no folder holds; add --merge"):
         export(run, tmp_path / "out")
-    without = load(run / "recipe.yaml", ["adapter=null"])
+    without = load_recipe(run / "recipe.yaml", ["adapter=null"])
     (run / "recipe.yaml").write_text(without.to_yaml())
     with pytest.raises(BadInput, match="has trained no adapter"):
         export(run, tmp_path / "out", merge=True)
@@ -192,7 +192,7 @@ def test_what_there_is_nothing_to_merge_into_or_from_is_told(runs: dict[str, Pat
 def test_a_run_with_an_adapter_is_scored_as_its_training_scored_it(runs: dict[str, Path], root: Path) -> None:
     """`packhorse eval` takes the model with the adapter merged."""
     given = [str(runs["lora"]), str(ROOT / "recipes" / "debug.yaml"), f"data.cache={root / 'cache'}"]
-    command = [sys.executable, "-m", "trainer.cli", "eval", *given, "--nproc", "1", "--out", str(root / "scored")]
+    command = [sys.executable, "-m", "trainer.cli.main", "eval", *given, "--nproc", "1", "--out", str(root / "scored")]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=600)
     (scored,), in_training = (read_lines(folder / EVALUATIONS) for folder in (root / "scored", runs["lora"]))
     assert scored["step"] == in_training[-1]["step"] == 3

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from tests.ranks import ROOT
-from trainer.best import evaluations
-from trainer.compare import difference, read_results
-from trainer.config import load
-from trainer.config_eval import EvalSection
-from trainer.flow import BadInput
-from trainer.lm_eval_tasks import metrics_of, require_tasks, samples_of
+from trainer.checkpoint.best import evaluations
+from trainer.config.eval import EvalSection
+from trainer.config.recipe import load_recipe
+from trainer.datatypes import BadInput
+from trainer.eval.compare import difference, read_results
+from trainer.eval.lm_eval_harness import metrics_of, require_tasks, samples_of
 from trainer.model.load import load_model, load_tokenizer
 
 pytestmark = pytest.mark.runs
@@ -45,7 +45,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (work / "tasks").mkdir()
     (work / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     (work / "tasks" / "sums.yaml").write_text(TASK.format(data=work / "sums.jsonl"))
-    recipe = load(ROOT / "recipes" / "debug.yaml")
+    recipe = load_recipe(ROOT / "recipes" / "debug.yaml")
     section = recipe.model.model_copy(update={"name": str(ROOT / recipe.model.name)})
     tokenizer = load_tokenizer(section)
     for seed in (0, 1):
@@ -59,7 +59,7 @@ def results(work: Path) -> list[Path]:
     folders = [work / f"results-{seed}" for seed in (0, 1)]
     for seed, out in enumerate(folders):
         command = [
-            *(sys.executable, "-m", "trainer.cli", "eval", str(work / f"model-{seed}"), "recipes/debug.yaml"),
+            *(sys.executable, "-m", "trainer.cli.main", "eval", str(work / f"model-{seed}"), "recipes/debug.yaml"),
             *("--out", str(out), "--nproc", "1", f"data.cache={work / 'cache'}", "eval.generate=null"),
             *("eval.lm_eval=[sums]", f"eval.lm_eval_path={work / 'tasks'}"),
         ]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import Recipe
+from trainer.config.recipe import Recipe
 from trainer.data.leakage import check_leakage
-from trainer.data.loader import Prepared, prepare
+from trainer.data.prepare import Prepared, prepare
 
 TRAIN_ROWS, HELD_OUT_ROWS, PLANTED = 100_000, 2_000, 200
 ROW_TOKENS = 200

@@ -36,7 +36,7 @@ def train(folder: Path, scorers: dict[str, Any]) -> subprocess.CompletedProcess[
         "train.steps": 2,
         "eval.generate": {"rows": 5, "max_new_tokens": 4, "batch": 2, "scorers": scorers},
     }
-    command = [sys.executable, "-m", "trainer.cli", "train", "recipes/debug.yaml", "--nproc", "2"]
+    command = [sys.executable, "-m", "trainer.cli.main", "train", "recipes/debug.yaml", "--nproc", "2"]
     return subprocess.run(
         [*command, *(f"{key}={json.dumps(value)}" for key, value in overrides.items())],
         cwd=ROOT,

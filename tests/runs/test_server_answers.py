@@ -19,13 +19,13 @@ import pytest
 
 from tests.ranks import ROOT, run_ranks
 from tests.stand_in_server import Reply, Request, StandIn
-from trainer.config import load
-from trainer.config_eval import Server
-from trainer.data.loader import held_out_prompts, masker_of
-from trainer.endpoint import Client, Unreachable
-from trainer.generate import generate
+from trainer.config.eval import Server
+from trainer.config.recipe import load_recipe
+from trainer.data.prepare import held_out_prompts, masker_of
+from trainer.eval.generate import generate
+from trainer.eval.openai_client import Client, Unreachable
+from trainer.eval.vllm_server import answers
 from trainer.model.load import load_model, load_tokenizer
-from trainer.served import answers
 
 pytestmark = pytest.mark.runs
 
@@ -136,7 +136,7 @@ def test_a_server_that_is_down_at_the_start_is_bad_input(tmp_path: Path) -> None
         [
             sys.executable,
             "-m",
-            "trainer.cli",
+            "trainer.cli.main",
             "train",
             "recipes/debug.yaml",
             f"run.dir={tmp_path / 'run'}",
@@ -163,7 +163,7 @@ class NoStop:
 def test_a_real_models_greedy_answers_are_the_engines(server: Server, shared: Path, tmp_path: Path) -> None:
     folder = Path("~/.cache/packhorse/models/smollm2-135m-instruct").expanduser()
     runpy.run_path(str(ROOT / "recipes" / "quickstart" / "get_smollm2.py"))["get"](folder)
-    recipe = load(
+    recipe = load_recipe(
         ROOT / "recipes" / "debug.yaml",
         [
             f"model={{name: {folder}, dtype: float32}}",

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from tests.ranks import ROOT
-from trainer import config, dist
-from trainer.data import loader
+from trainer import dist
+from trainer.config.recipe import Recipe, parse_recipe
+from trainer.data import loader, prepare
 from trainer.model.load import load_model, load_tokenizer
-from trainer.model.probe import probe
+from trainer.model.packing_check import probe
 from trainer.model.sft import SftModel
 
 pytestmark = pytest.mark.runs
@@ -32,8 +33,8 @@ def smollm2() -> Path:
     return folder
 
 
-def recipe(shared: Path, model: Path, run_dir: Path, **model_settings: Any) -> config.Recipe:
-    return config.parse(
+def recipe(shared: Path, model: Path, run_dir: Path, **model_settings: Any) -> Recipe:
+    return parse_recipe(
         {
             "model": {"name": str(model), "recompute": False, **model_settings},
             "data": {
@@ -58,13 +59,13 @@ def test_the_untouched_model_has_the_loss_that_transformers_gives_it(
     made = recipe(shared, smollm2, tmp_path / "run", dtype="float32")
     made = made.model_copy(update={"data": made.data.model_copy(update={"train_trailing_newline": True})})
     tokenizer = load_tokenizer(made.model)
-    data = loader.prepare(made, tokenizer, "eval")
+    data = prepare.prepare(made, tokenizer, "eval")
     assert int(data.trained_counts.sum()) == REFERENCE_TOKENS
     model = load_model(made.model, tokenizer, seed=0)
     sft = SftModel(model, made.loss, 0, dist.device())
     probe(sft, row_tokens=512, one_document=False, seed=0)
     sft.eval()
-    with torch.no_grad(), loader.Loader(data, loader.eval_plan(made, data), 0, 1, pin=False) as batches:
+    with torch.no_grad(), loader.Loader(data, prepare.eval_plan(made, data), 0, 1, pin=False) as batches:
         loss = sum(float(sft(batch)) for batch in batches.stream(0))
     print(f"\n  held-out loss {loss:.4f}, by transformers alone {REFERENCE_LOSS}", end="")
     assert abs(loss - REFERENCE_LOSS) <= 0.002
@@ -73,7 +74,7 @@ def test_the_untouched_model_has_the_loss_that_transformers_gives_it(
 def test_thirty_steps_on_gsm8k_lower_the_held_out_loss(shared: Path, smollm2: Path, tmp_path: Path) -> None:
     path = tmp_path / "gsm8k.yaml"
     path.write_text(recipe(shared, smollm2, tmp_path / "run").to_yaml())
-    subprocess.run([sys.executable, "-m", "trainer.cli", "train", str(path)], cwd=ROOT, check=True, env=os.environ)
+    subprocess.run([sys.executable, "-m", "trainer.cli.main", "train", str(path)], cwd=ROOT, check=True, env=os.environ)
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     before, after = summary["before"]["eval/loss"], summary["after"]["eval/loss"]
     print(f"\n  held-out loss {before:.4f} -> {after:.4f} in {summary['steps']} steps", end="")

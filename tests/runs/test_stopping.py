@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.slowed import start, wait_for
-from trainer import checkpoint
+from trainer.checkpoint import checkpoint
 
 pytestmark = pytest.mark.runs
 

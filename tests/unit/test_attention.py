@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.flow import BadInput
+from trainer.datatypes import BadInput
 from trainer.model import attention
 from trainer.model.attention import Bounds
 

@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from tests.ranks import ROOT
-from trainer import config
-from trainer.best import Best, best_step, choose, evaluations
-from trainer.config_eval import BestSection, Condition
-from trainer.flow import BadInput
+from trainer.checkpoint.best import Best, best_step, choose, evaluations
+from trainer.config.eval import BestSection, Condition
+from trainer.config.recipe import load_recipe, parse_recipe
+from trainer.datatypes import BadInput
 
 RULE = {"maximize": "answer_accuracy", "subject_to": {"format_accuracy": ">= 0.98"}, "tie": "eval_loss"}
 
@@ -102,14 +102,14 @@ def tree(best: Any, every_steps: int | None = 5, **data: Any) -> dict[str, Any]:
 
 
 def test_a_rule_reads_back_from_the_resolved_recipe(tmp_path):
-    recipe = config.parse(tree(RULE))
+    recipe = parse_recipe(tree(RULE))
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    assert config.load(tmp_path / "recipe.yaml").eval.best == BestSection(**RULE)
+    assert load_recipe(tmp_path / "recipe.yaml").eval.best == BestSection(**RULE)
     assert str(recipe.eval.best) == "the highest answer_accuracy with format_accuracy >= 0.98, ties by eval_loss"
 
 
 def test_a_rule_may_change_on_a_resume():
-    assert config.parse(tree(RULE)).fixed() == config.parse(tree(None)).fixed()
+    assert parse_recipe(tree(RULE)).fixed() == parse_recipe(tree(None)).fixed()
 
 
 @pytest.mark.parametrize(
@@ -145,17 +145,17 @@ def test_a_rule_may_change_on_a_resume():
 )
 def test_a_rule_that_cannot_be_meant_is_refused(best, sentence):
     with pytest.raises(BadInput) as refused:
-        config.parse(tree(best))
+        parse_recipe(tree(best))
     assert sentence in str(refused.value)
 
 
 def test_a_rule_needs_evaluations():
     with pytest.raises(BadInput, match="`best` needs `every_steps`"):
-        config.parse(tree(RULE, every_steps=None))
+        parse_recipe(tree(RULE, every_steps=None))
     asks_nothing = tree({"minimize": "eval_loss"}, eval=[])
     asks_nothing["eval"]["generate"] = None
     with pytest.raises(BadInput, match=r"eval\.best: no rows are held out"):
-        config.parse(asks_nothing)
+        parse_recipe(asks_nothing)
 
 
 # ----------------------------------------------------------------------------------------------- a run's record
@@ -163,7 +163,7 @@ def test_a_rule_needs_evaluations():
 
 def write(run_dir: Path, *lines: dict[str, Any], best: Any = RULE) -> Path:
     run_dir.mkdir(exist_ok=True)
-    (run_dir / "recipe.yaml").write_text(config.parse(tree(best)).to_yaml())
+    (run_dir / "recipe.yaml").write_text(parse_recipe(tree(best)).to_yaml())
     (run_dir / "evaluations.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     return run_dir
 

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer import once
-from trainer.data import cache, tokenise
+from trainer.data import cache, tokenize
 from trainer.data.cache import Documents, keep_packed, prepare
-from trainer.data.tokenise import Limits, Row, tokenise_rows
-from trainer.flow import BadInput, Example, Filtered, Packed, RowError
-from trainer.once import Stopped
+from trainer.data.tokenize import Limits, Row, tokenise_rows
+from trainer.datatypes import BadInput, Example, Filtered, Packed, RowError
+from trainer.utils import files
+from trainer.utils.files import Stopped
 
 LIMITS = Limits(100, "reject", packing_cuts=False)
 
@@ -59,7 +59,7 @@ def made(
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(tokenise, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(tokenize, "CHUNK_ROWS", 4)
 
 
 def test_documents_are_what_was_tokenised(tmp_path):
@@ -257,7 +257,7 @@ from itertools import islice
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 import test_cache
-from trainer.data import cache, tokenise
+from trainer.data import cache, tokenize
 
 def slow_tokenise(rows):
     if rows[0].number > 20:
@@ -267,16 +267,16 @@ def slow_tokenise(rows):
 
 def chunks(done):
     rows = islice(test_cache.rows(40, {5: "bad"}), done, None)
-    return tokenise.tokenise_rows(rows, slow_tokenise, test_cache.LIMITS, workers=2)
+    return tokenize.tokenise_rows(rows, slow_tokenise, test_cache.LIMITS, workers=2)
 
 if __name__ == "__main__":
-    tokenise.CHUNK_ROWS, tokenise.POOL_FROM_CHUNKS, cache.SAVE_EVERY_S = 4, 2, 0.0
+    tokenize.CHUNK_ROWS, tokenize.POOL_FROM_CHUNKS, cache.SAVE_EVERY_S = 4, 2, 0.0
     cache.prepare(Path(sys.argv[1]), chunks, sources=["a", "b"], files=["a", "b"], what="x", max_rejects=1.0)
 """
 
 
 def test_a_killed_build_is_gone_on_with_and_its_workers_die_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(once, "STALE_S", 0.5)
+    monkeypatch.setattr(files, "STALE_S", 0.5)
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     folder = tmp_path / "cache" / "d"

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from trainer.config import BatchSection, ModelSection, Recipe, parse
-from trainer.config_data import DataSection, Source
-from trainer.data import loader
+from trainer.config.data import DataSection, Source
+from trainer.config.recipe import BatchSection, ModelSection, Recipe, parse_recipe
+from trainer.data import prepare
 from trainer.model.load import load_tokenizer
 
 OTHER_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -124,8 +124,8 @@ def key(work: Path, changes: dict[str, Any]) -> str:
         for parent in parents:
             node = node[int(parent)] if isinstance(node, list) else node[parent]
         node[last] = json.loads(json.dumps(value).replace("{work}", str(work)))
-    recipe = parse(tree)
-    return loader.prepare(recipe, load_tokenizer(recipe.model), "train").documents.folder.name
+    recipe = parse_recipe(tree)
+    return prepare.prepare(recipe, load_tokenizer(recipe.model), "train").documents.folder.name
 
 
 def cases(table: dict[str, list[Any]]) -> list[Any]:

@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from trainer import checkpoint, dist, shards
-from trainer.checkpoint import RunState, Saver
-from trainer.config import CheckpointSection
-from trainer.flow import BadInput
-from trainer.shards import FROZEN, WEIGHT, Digests, Shards, Slice, add_digests, digest, digests_of
+from trainer import dist
+from trainer.checkpoint import checkpoint
+from trainer.checkpoint.checkpoint import RunState, Saver
+from trainer.config.recipe import CheckpointSection
+from trainer.datatypes import BadInput
+from trainer.engine import sharded_state
+from trainer.engine.sharded_state import FROZEN, WEIGHT, Digests, Shards, Slice, add_digests, digest, digests_of
 
 
 @pytest.fixture(autouse=True)
@@ -254,14 +256,14 @@ def test_a_failed_write_publishes_nothing_and_prunes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
     publish(tmp_path, 1)
-    written = shards.write
+    written = sharded_state.write
 
     def fail(path: Path, slices: list[Slice]) -> Any:
         if path.name == "rank00000-001.safetensors":
             raise OSError(28, "No space left on device")
         return written(path, slices)
 
-    monkeypatch.setattr(shards, "write", fail)
+    monkeypatch.setattr(sharded_state, "write", fail)
     with pytest.raises(BadInput, match="step 2 could not be written: the disk is full; make room"):
         publish(tmp_path, 2, keep=1, asynchronous=asynchronous)
     assert found_step(tmp_path) == 1
@@ -286,13 +288,13 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypa
 
 
 def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    go, written = threading.Event(), shards.write
+    go, written = threading.Event(), sharded_state.write
 
     def slow(path: Path, slices: list[Slice]) -> Any:
         assert go.wait(30)
         return written(path, slices)
 
-    monkeypatch.setattr(shards, "write", slow)
+    monkeypatch.setattr(sharded_state, "write", slow)
     model = Model(1.0)
     with Saver(tmp_path, model, CheckpointSection(asynchronous=True)) as saver:  # type: ignore[arg-type]
         saver.save(state(1))

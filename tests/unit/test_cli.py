@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import cli, dist
+from trainer import dist
+from trainer.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 DEBUG = "recipes/debug.yaml"
@@ -18,7 +19,7 @@ DEBUG = "recipes/debug.yaml"
 
 def command(*arguments: str, **env: str) -> subprocess.CompletedProcess:
     """The command in a process of its own."""
-    program = [sys.executable, "-m", "trainer.cli", *arguments]
+    program = [sys.executable, "-m", "trainer.cli.main", *arguments]
     return subprocess.run(program, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=120)
 
 
@@ -32,7 +33,7 @@ def packhorse(monkeypatch, capsys):
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["packhorse", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         out, err = capsys.readouterr()
         code = ended.value.code
         assert isinstance(code, int | None)
@@ -66,7 +67,7 @@ def test_help_within_a_second():
 def test_answers_and_bad_recipes_import_nothing_heavy(arguments):
     program = (
         "import sys; sys.argv[0] = 'packhorse'\n"
-        "from trainer.cli import main\n"
+        "from trainer.cli.main import main\n"
         "try:\n    main()\n"
         "finally:\n    print(sorted({'torch', 'transformers', 'deepspeed', 'datasets', 'numpy'} & set(sys.modules)))"
     )
@@ -108,10 +109,10 @@ def test_a_worker_of_torchrun_finds_bad_input_itself():
 def test_another_failure_is_a_traceback_and_exit_code_1():
     program = (
         "import sys; sys.argv = ['packhorse', 'train', 'r.yaml']\n"
-        "import trainer.config\n"
+        "import trainer.config.recipe\n"
         "def broken(*_): raise RuntimeError('a defect of ours')\n"
-        "trainer.config.load = broken\n"
-        "from trainer.cli import main; main()"
+        "trainer.config.recipe.load_recipe = broken\n"
+        "from trainer.cli.main import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
@@ -215,7 +216,7 @@ def test_preview_on_the_terminal_and_as_a_page(packhorse, tmp_path):
 def test_bad_input_is_2_even_where_its_sentence_cannot_be_written():
     """A rank's stderr is a file in the run folder, whose disk may be what is full."""
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "trainer.cli", "train", "missing.yaml"]
+        command = [sys.executable, "-m", "trainer.cli.main", "train", "missing.yaml"]
         assert subprocess.run(command, cwd=ROOT, stderr=full).returncode == 2
 
 
@@ -256,7 +257,7 @@ def test_launch_slurm_writes_nothing_for_a_recipe_that_cannot_be_used(packhorse,
 def test_a_signal_while_a_launcher_still_imports_loses_nothing(name):
     program = (
         "import os, signal, sys, types\n"
-        "from trainer.cli import main\n"
+        "from trainer.cli.main import main\n"
         f"early = lambda *args, **options: os.kill(os.getpid(), signal.{name})\n"
         "sys.modules['launch.local'] = types.SimpleNamespace(launch=early, parse_nodes=lambda text: (1, 1))\n"
         f"sys.argv[1:] = ['train', {DEBUG!r}]\n"

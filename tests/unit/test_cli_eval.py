@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import ROOT
-from trainer import cli, config
+from trainer.cli import main
+from trainer.config.recipe import load_recipe
 
 DEBUG = "recipes/debug.yaml"
 
@@ -22,7 +23,7 @@ def refused(monkeypatch, capsys):
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["packhorse", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         err = capsys.readouterr().err
         assert ended.value.code == 2, err
         assert err.startswith("packhorse: error: ")
@@ -37,7 +38,7 @@ def run_dir(tmp_path: Path) -> Path:
     """A run without checkpoints."""
     folder = tmp_path / "run"
     folder.mkdir()
-    (folder / "recipe.yaml").write_text(config.load(ROOT / DEBUG).to_yaml())
+    (folder / "recipe.yaml").write_text(load_recipe(ROOT / DEBUG).to_yaml())
     return folder
 
 
@@ -77,7 +78,7 @@ def test_what_cannot_be_exported_as_the_best_is_told(refused, run_dir):
     assert "its recipe has no eval.best" in refused("export", str(run_dir), "--best", *out)
     assert "give one of them" in refused("export", str(run_dir), "--best", "--step", "3", *out)
     assert "no checkpoint of step 3" in refused("export", str(run_dir), "--step", "3", *out)
-    rule = config.load(run_dir / "recipe.yaml", ["eval.best={minimize: eval_loss}"])
+    rule = load_recipe(run_dir / "recipe.yaml", ["eval.best={minimize: eval_loss}"])
     (run_dir / "recipe.yaml").write_text(rule.to_yaml())
     assert "there is no best checkpoint: no step was evaluated yet" in refused("export", str(run_dir), "--best", *out)
     (run_dir / "evaluations.jsonl").write_text(json.dumps({"step": 7, "eval_loss": 1.0, "metrics": {}}) + "\n")

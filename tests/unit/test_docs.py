@@ -5,7 +5,7 @@ import runpy
 import yaml
 
 from tests.ranks import ROOT
-from trainer import config
+from trainer.config.recipe import parse_recipe
 
 
 def test_the_recipe_reference_is_current() -> None:
@@ -24,7 +24,7 @@ def test_the_scorers_of_the_page_are_a_recipes() -> None:
     section = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8").split("\n## Scorers\n")[1]
     tree = yaml.safe_load(section.split("```yaml\n")[1].split("```")[0])
     data = {"train": [{"path": "train.jsonl"}], "eval": [{"path": "eval.jsonl"}]}
-    recipe = config.parse({"model": {"name": "m"}, "data": data, "run": {"dir": "r"}, **tree})
+    recipe = parse_recipe({"model": {"name": "m"}, "data": data, "run": {"dir": "r"}, **tree})
     assert recipe.eval.generate is not None
     kinds = {scorer.kind for scorer in recipe.eval.generate.scorers.values()}
     assert kinds == {"format", "exact", "contains", "math", "choice", "json_schema", "refusal", "function", "judge"}

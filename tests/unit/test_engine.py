@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests.ranks import ROOT
-from trainer.config import ModelSection, OptimSection, ParallelSection
-from trainer.ds_template import BUCKET, clear_nvme, deepspeed_config
-from trainer.engine import gradient_norm
-from trainer.flow import BadInput
+from trainer.config.recipe import ModelSection, OptimSection, ParallelSection
+from trainer.datatypes import BadInput
+from trainer.engine.ds_config import BUCKET, clear_nvme, deepspeed_config
+from trainer.engine.engine import gradient_norm
 
 RUN = Path("runs/some")
 

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from tests.ranks import ROOT
-from trainer import config
-from trainer.config import Recipe
-from trainer.data.math_answers import math_verdict
-from trainer.flow import BadInput
+from trainer.config.recipe import Recipe, load_recipe
+from trainer.datatypes import BadInput
+from trainer.utils.math_answers import math_verdict
 
 FOLDER = ROOT / "recipes" / "experiments"
 sys.path[:0] = [str(FOLDER), str(ROOT / "recipes" / "quickstart"), str(ROOT / "benchmarks")]
@@ -35,7 +34,7 @@ RIGHT = re.compile(r"<think>(\d+ [-+*/] \d+ = \d+\. ?){1,2}</think><answer>\d+</
 def of(run: Run, base: str) -> Recipe:
     """The recipe of a run."""
     path = FOLDER / base
-    return config.load(path, catalogue.overrides(run, config.load(path), Path("runs/x")))
+    return load_recipe(path, catalogue.overrides(run, load_recipe(path), Path("runs/x")))
 
 
 @pytest.mark.parametrize("base", ["base.yaml", "full.yaml"])
@@ -60,7 +59,7 @@ def test_experiments_1_2_3_and_6_have_two_seeds() -> None:
 
 
 def test_all_runs_are_expected_to_fit_into_three_hours_with_a_fifth_to_spare() -> None:
-    arms = catalogue.arms(config.load(FOLDER / "base.yaml"))
+    arms = catalogue.arms(load_recipe(FOLDER / "base.yaml"))
     assert sum(arms[run.arm].expected_s for run in catalogue.runs(EXPERIMENTS)) < 0.8 * 3 * 3600
 
 
@@ -269,7 +268,7 @@ def test_a_finished_run_is_not_done_again_and_one_of_another_recipe_is_refused(t
 
 
 def test_the_time_to_go_follows_the_pace_of_the_runs_so_far(tmp_path: Path) -> None:
-    base = config.load(FOLDER / "base.yaml")
+    base = load_recipe(FOLDER / "base.yaml")
     pace_of, about = RUNNER["pace_of"], RUNNER["about"]
     assert pace_of(tmp_path, base) == 1
     expected_s = catalogue.arms(base)["baseline"].expected_s

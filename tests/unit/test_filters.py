@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from trainer.config_data import Filters, Source
+from trainer.config.data import Filters, Source
 from trainer.data.filters import apply_filters, check_filters
 from trainer.data.rows import RowReader
 from trainer.data.source import read_rows
-from trainer.flow import BadInput, Conversation, Filtered, Message, RowError
+from trainer.datatypes import BadInput, Conversation, Filtered, Message, RowError
 
 
 def left_out(answer: str, row=None, **filters) -> str | None:

@@ -12,11 +12,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from trainer.config_data import Source
+from trainer.config.data import Source
 from trainer.data.format import REQUIRED
 from trainer.data.rows import RowReader
 from trainer.data.source import read_rows
-from trainer.flow import BadInput, Conversation, RowError
+from trainer.datatypes import BadInput, Conversation, RowError
 
 CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "n": 1.5}}}]

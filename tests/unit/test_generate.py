@@ -12,9 +12,9 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.model_helpers import SIZES, documents, pack, sft, tiny, tiny_llama
-from trainer import generate
-from trainer.config_eval import GenerateSection
-from trainer.flow import BadInput, Conversation, Prompt
+from trainer.config.eval import GenerateSection
+from trainer.datatypes import BadInput, Conversation, Prompt
+from trainer.eval import generate
 
 VOCABULARY = 1013  # no other size of the tiny model
 QUIET: Any = SimpleNamespace(ask=lambda: False, beat=lambda where: None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config import GuardSection
+from trainer.config.recipe import GuardSection
 from trainer.guard import Guard, StepNotApplied
 
 

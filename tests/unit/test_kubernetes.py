@@ -17,12 +17,13 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
+from launch.cluster_env import Where, find
 from launch.kubernetes.render import CLUSTER, laid_over, run_name
-from launch.where import Where, find
 from tests.pods import KINDS, job_spec, manifests, pods, what_becomes_of
 from tests.ranks import ROOT
-from trainer import cli, config
-from trainer.flow import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN
+from trainer.cli import main
+from trainer.config.recipe import load_recipe, parse_recipe
+from trainer.datatypes import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN
 
 VERSIONS = ("1.29", "1.34", "1.37")  # the first with all fields on by itself, the first where all are stable, a new one
 MODELS: dict[str, Any] = {
@@ -205,7 +206,7 @@ def test_what_pods_write_to_is_mounted():
     writable = {"/work": "persistentVolumeClaim", "/tmp": "emptyDir", "/dev/shm": "emptyDir"}
     assert {path: set(pod.volumes[path]) - {"name"} for path in writable} == {p: {kind} for p, kind in writable.items()}
     assert pod.volumes["/dev/shm"]["emptyDir"]["medium"] == "Memory"
-    recipe = config.parse(yaml.safe_load(manifests()["ConfigMap"]["data"]["recipe.yaml"]))
+    recipe = parse_recipe(yaml.safe_load(manifests()["ConfigMap"]["data"]["recipe.yaml"]))
     written = (pod.env["HOME"], pod.env["HF_HOME"], recipe.data.cache, f"{pod.workdir}/{recipe.run.dir}")
     assert all(any(Path(path).is_relative_to(root) for root in writable) for path in written)
 
@@ -214,9 +215,9 @@ def test_what_pods_write_to_is_mounted():
 
 
 def test_pods_read_the_recipe_as_it_was_with_the_overrides():
-    given = config.load(ROOT / "recipes/debug.yaml", ["optim.lr=0.5"])
+    given = load_recipe(ROOT / "recipes/debug.yaml", ["optim.lr=0.5"])
     config_map = manifests("job", "optim.lr=0.5")["ConfigMap"]
-    theirs = config.parse(yaml.safe_load(config_map["data"]["recipe.yaml"]))
+    theirs = parse_recipe(yaml.safe_load(config_map["data"]["recipe.yaml"]))
     assert theirs.fixed() == given.fixed()
     assert theirs.run == given.run
     assert theirs.parallel.deepspeed == "/etc/packhorse/deepspeed.json"
@@ -295,7 +296,7 @@ def launch(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]
         given = ["--nodes", "2", "--image", "registry/packhorse:1", *arguments]
         monkeypatch.setattr(sys, "argv", ["packhorse", "launch", "kubernetes", "debug.yaml", *given])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         out, err = capsys.readouterr()
         assert isinstance(ended.value.code, int | None)
         return ended.value.code or 0, out, err

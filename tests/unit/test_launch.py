@@ -14,7 +14,7 @@ import pytest
 from launch import local
 from launch.agent import RankLogs
 from launch.local import exit_code, launch, parse_nodes
-from trainer.flow import BadInput
+from trainer.datatypes import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
 

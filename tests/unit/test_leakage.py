@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import Recipe
-from trainer.data import leakage, tokenise
+from trainer.config.recipe import Recipe
+from trainer.data import leakage, tokenize
 from trainer.data.leakage import Index, bands, check_leakage, said, sequences, similarity
-from trainer.data.loader import Prepared, prepare
-from trainer.flow import BadInput, Conversation, Message
-from trainer.once import Stopped
+from trainer.data.prepare import Prepared, prepare
+from trainer.datatypes import BadInput, Conversation, Message
+from trainer.utils.files import Stopped
 
 WORDS = [f"word{n}" for n in range(500)]
 
@@ -202,8 +202,8 @@ def test_processes_find_the_same_as_one(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "2").mkdir()
     alone = leaky(tmp_path / "1", workers=1)
     checked(alone, tokenizer)
-    monkeypatch.setattr(tokenise, "CHUNK_ROWS", 8)
-    monkeypatch.setattr(tokenise, "POOL_FROM_CHUNKS", 2)
+    monkeypatch.setattr(tokenize, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(tokenize, "POOL_FROM_CHUNKS", 2)
     many = leaky(tmp_path / "2", workers=2)
     checked(many, tokenizer)
     assert [pair["similarity"] for pair in pairs(many)] == [pair["similarity"] for pair in pairs(alone)]
@@ -212,7 +212,7 @@ def test_processes_find_the_same_as_one(tmp_path, tokenizer, monkeypatch):
 def test_it_ends_when_asked_to_and_the_next_start_goes_on(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "whole").mkdir()
     whole = checked(leaky(tmp_path / "whole"), tokenizer).leakage
-    monkeypatch.setattr(tokenise, "CHUNK_ROWS", 8)
+    monkeypatch.setattr(tokenize, "CHUNK_ROWS", 8)
     (tmp_path / "stopped").mkdir()
     of, near = leaky(tmp_path / "stopped", workers=1), leakage._Near.__call__
     asked = chain([False] * 9, repeat(True))  # not while waiting for its turn, but after some chunks of the train rows

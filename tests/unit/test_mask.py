@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from trainer.data.chat_template import DATE_STRING
 from trainer.data.mask import Masker
-from trainer.flow import BadInput, Conversation, Example, Message, RowError
-from trainer.template import DATE_STRING
+from trainer.datatypes import BadInput, Conversation, Example, Message, RowError
 
 FAMILIES = ("smollm2", "qwen2_5", "qwen3", "llama3_2", "mistral_nemo", "llama2")
 SMOLLM2_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"

@@ -32,7 +32,7 @@ from tests.unit.test_mask import (
     parse,
 )
 from trainer.data.mask import Masker
-from trainer.flow import Conversation, Example, Message, RowError
+from trainer.datatypes import Conversation, Example, Message, RowError
 
 MODES = ("all", "completion", "assistant", "last_turn")
 OPENINGS = {"smollm2": SMOLLM2_SYSTEM, "qwen2_5": QWEN_SYSTEM, "llama3_2": LLAMA3_SYSTEM, "mistral_nemo": "<s>"}

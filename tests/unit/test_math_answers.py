@@ -2,9 +2,9 @@
 
 import pytest
 
-from trainer.data import math_answers
-from trainer.data.math_answers import math_verdict
-from trainer.flow import BadInput
+from trainer.datatypes import BadInput
+from trainer.utils import math_answers
+from trainer.utils.math_answers import math_verdict
 
 
 @pytest.mark.parametrize(

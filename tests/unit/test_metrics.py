@@ -11,9 +11,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.model_helpers import pack
-from trainer.flow import StepPlan, StepResult
+from trainer.datatypes import StepPlan, StepResult
 from trainer.metrics import EVALUATIONS, Clock, Metrics, ModelFlops, model_flops, read_lines
-from trainer.progress import _clock
+from trainer.utils.progress import _clock
 
 H, LAYERS, HEADS, GROUPS, INNER, VOCABULARY = 16, 3, 4, 2, 40, 50
 

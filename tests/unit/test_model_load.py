@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.model_helpers import SIZES
 from tests.ranks import run_ranks
-from trainer.config import ModelSection
-from trainer.flow import BadInput
+from trainer.config.recipe import ModelSection
+from trainer.datatypes import BadInput
 from trainer.model.load import load_model, load_tokenizer
 
 torch.set_num_threads(1)

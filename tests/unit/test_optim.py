@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 from torch import nn
 
-from trainer.config import OptimSection
-from trainer.optim import learning_rate, parameter_groups
+from trainer.config.recipe import OptimSection
+from trainer.engine.optim import learning_rate, parameter_groups
 
 
 class Tiny(nn.Module):

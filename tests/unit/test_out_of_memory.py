@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from trainer.flow import BadInput
+from trainer.datatypes import BadInput
 from trainer.metrics import memory_line
 from trainer.train import out_of_memory_told
 

@@ -15,8 +15,8 @@ from torch.distributed import HashStore
 from launch import preflight
 from launch.preflight import Disk, Facts, differing, names, unshared, unusable, warnings
 from tests.ranks import ROOT
-from trainer.config import Recipe, load
-from trainer.flow import BadInput
+from trainer.config.recipe import Recipe, load_recipe
+from trainer.datatypes import BadInput
 
 NODE = Facts("a", {"packhorse": "1", "torch": "2.13.0"}, "c0de", "7ec1be", 8, ("H100",) * 8, loopback=False)
 DISK = Disk(1000.0, None, {"run.dir": 900.0, "data.cache": 50.0})
@@ -29,7 +29,9 @@ def nodes(*changes: dict[str, Any]) -> tuple[list[Facts], list[str]]:
 
 
 def recipe(run_dir: Path) -> Recipe:
-    return load(ROOT / "recipes" / "debug.yaml", [f"run.dir={run_dir}", f"data.cache={run_dir.parent / 'cache'}"])
+    return load_recipe(
+        ROOT / "recipes" / "debug.yaml", [f"run.dir={run_dir}", f"data.cache={run_dir.parent / 'cache'}"]
+    )
 
 
 def on_all(recipes: list[Recipe], change: Callable[[int], None] = lambda node: None) -> list[tuple[Any, list[str]]]:
@@ -86,7 +88,7 @@ def test_a_node_that_does_not_answer_is_named(monkeypatch, tmp_path):
 
 def test_another_template_of_deepspeed_is_another_recipe(tmp_path, monkeypatch):
     (tmp_path / "ds.json").write_text("{}")
-    same = load(ROOT / "recipes" / "debug.yaml", [f"parallel.deepspeed={tmp_path / 'ds.json'}"])
+    same = load_recipe(ROOT / "recipes" / "debug.yaml", [f"parallel.deepspeed={tmp_path / 'ds.json'}"])
     before = preflight.facts(same, 1)
     assert preflight.facts(same, 1) == before
     (tmp_path / "ds.json").write_text("{ }")

@@ -10,8 +10,8 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from trainer.data.mask import Masker
-from trainer.flow import Conversation, Example, Filtered, Message, RowError
-from trainer.preview import Row, Run, as_html, as_text, counts, role_starts, runs
+from trainer.data.preview import Row, Run, as_html, as_text, counts, role_starts, runs
+from trainer.datatypes import Conversation, Example, Filtered, Message, RowError
 
 HOSTILE = "<script>alert('x')</script> & \x1b[2J größe"
 ROW = Conversation((Message("user", HOSTILE), Message("assistant", "line one\nline 数")))

@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 
 from tests.ranks import ROOT
 from trainer import dist
-from trainer.config import Recipe, load
-from trainer.data.loader import prepare, train_plan
-from trainer.flow import BadInput
+from trainer.config.recipe import Recipe, load_recipe
+from trainer.data.prepare import prepare, train_plan
+from trainer.datatypes import BadInput
 from trainer.metrics import EVALUATIONS, Metrics, ModelFlops
 from trainer.run_folder import describe, open_run_folder, require_shared
 
@@ -25,7 +25,7 @@ def open_and_save(run_dir: Path) -> None:
 
 
 def recipe(run_dir: Path, *overrides: str) -> Recipe:
-    return load(ROOT / "recipes" / "debug.yaml", [f"run.dir={run_dir}", *overrides])
+    return load_recipe(ROOT / "recipes" / "debug.yaml", [f"run.dir={run_dir}", *overrides])
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_what_shapes_the_run_may_not_change(tmp_path: Path, change: str) -> None
 def test_what_the_hardware_decides_may(tmp_path: Path, change: str) -> None:
     open_and_save(tmp_path)
     open_run_folder(recipe(tmp_path, change), tmp_path)
-    assert load(tmp_path / "recipe.yaml") == recipe(tmp_path, change), "the folder holds the recipe that runs"
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe(tmp_path, change), "the folder holds the recipe that runs"
 
 
 def test_the_evaluation_of_another_recipes_untrained_model_is_forgotten(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_the_evaluation_of_another_recipes_untrained_model_is_forgotten(tmp_path
 def test_a_recipe_may_be_mended_until_there_is_a_checkpoint(tmp_path: Path) -> None:
     open_run_folder(recipe(tmp_path, "data.train.0.path=mistyped.jsonl"), tmp_path)
     open_run_folder(recipe(tmp_path), tmp_path)
-    assert load(tmp_path / "recipe.yaml") == recipe(tmp_path)
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe(tmp_path)
 
 
 def test_more_epochs_or_steps_are_asked_for_by_name(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ def test_more_epochs_or_steps_are_asked_for_by_name(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"train\.epochs was 2, is 3; add --extend to train on"):
         open_run_folder(longer, tmp_path)
     open_run_folder(longer, tmp_path, extend=True)
-    assert load(tmp_path / "recipe.yaml") == longer
+    assert load_recipe(tmp_path / "recipe.yaml") == longer
 
 
 @pytest.mark.parametrize("change", [["train.epochs=1"], ["train.epochs=3", "train.seed=1"], ["optim.lr=1e-3"]])

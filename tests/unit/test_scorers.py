@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from trainer.config_eval import Scorer
-from trainer.flow import BadInput, Conversation, Message, Prompt
-from trainer.scorers import PATTERN_S, TooSlow, Unscored, likeliest, refuses, score, wanted
+from trainer.config.eval import Scorer
+from trainer.datatypes import BadInput, Conversation, Message, Prompt
+from trainer.eval.scorers import PATTERN_S, TooSlow, Unscored, likeliest, refuses, score, wanted
 
 RULES: TypeAdapter[Any] = TypeAdapter(Scorer)
 THOUGHT = "<think>3 * 4 = 12.</think><answer>12</answer>"

@@ -9,8 +9,8 @@ import pytest
 
 from launch.slurm import render, submit
 from tests.ranks import ROOT
-from trainer.config import load
-from trainer.flow import BadInput
+from trainer.config.recipe import load_recipe
+from trainer.datatypes import BadInput
 
 # srun and scontrol as a batch script sees them: srun starts the command by itself
 SRUN = """#!/usr/bin/env bash
@@ -48,7 +48,7 @@ def test_the_scripts_of_the_folder_are_the_templates() -> None:
     assert {path.name for path in scripts} == {path.name for path in (ROOT / "slurm").glob("*.sh")}
     for path, text in scripts.items():
         assert path.read_text(encoding="utf-8") == text
-        assert load(ROOT / "recipes" / f"{path.stem}.yaml").run.dir == f"runs/{path.stem}"
+        assert load_recipe(ROOT / "recipes" / f"{path.stem}.yaml").run.dir == f"runs/{path.stem}"
 
 
 def test_one_launcher_a_node_gets_the_recipe_the_overrides_and_the_scripts_arguments(tmp_path):

@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from trainer.config_data import Source
+from trainer.config.data import Source
 from trainer.data import digest
 from trainer.data.source import read_rows, source_digest, without_nulls
-from trainer.flow import BadInput, RowError
+from trainer.datatypes import BadInput, RowError
 
 ROWS = [{"text": "one"}, {"text": "zwei\u2028drei"}, {"text": "四"}]
 

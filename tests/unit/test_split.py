@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from trainer.config_data import DataSection
+from trainer.config.data import DataSection
 from trainer.data.split import Part, held_out, parts_of
-from trainer.flow import BadInput, RowError
+from trainer.datatypes import BadInput, RowError
 
 
 def data(fraction: float = 0.3, **more: Any) -> DataSection:

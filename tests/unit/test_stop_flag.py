@@ -9,7 +9,7 @@ import pytest
 from torch.distributed import HashStore
 
 from trainer import dist
-from trainer.config import parse
+from trainer.config.recipe import parse_recipe
 from trainer.train import stop_in_time
 
 
@@ -76,7 +76,7 @@ def test_without_other_ranks_the_own_flag_counts():
 
 @pytest.mark.parametrize(("before_s", "end_in_s", "raised"), [(50, 50.2, True), (50, 60, False), (None, 0, False)])
 def test_the_flag_goes_up_before_the_jobs_end(monkeypatch, before_s, end_in_s, raised):
-    recipe = parse(
+    recipe = parse_recipe(
         {
             "model": {"name": "m"},
             "data": {"train": [{"path": "x"}]},

@@ -1,50 +1,38 @@
-"""Imports go one way, so that a file can be read knowing only those above it."""
+"""Packages import one way, so that each can be read knowing only those before it."""
 
 import ast
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
-# A file imports only from the lines above its own. A new file takes its place here.
+# A package, or a file that lies beside them, imports only from lines above its own. Those on one line lie side by
+# side: none imports another. A new one takes its place here.
 TIERS = [
-    "flow arguments section supervise",
-    "config_data config_eval worker",
-    "config dist",
-    "once picture template shards watch functions strict_json endpoint bounded statistics data/digest",
-    "data/source data/format data/math_answers data/mask data/tokenise data/cache data/pack data/plan data/split",
-    "data/filters",
-    "data/rows",
-    "data/loader",
-    "data/leakage",
-    "data/growing data/summary",
-    "model/attention model/loss model/noise model/adapter model/fused",
-    "model/load model/sft",
-    "model/probe",
-    "optim metrics progress preview zero scorers judge ds_template",
-    "engine guard planner score",
-    "generate",
-    "checkpoint run_folder best",
-    "export universal planning compare",
-    "served",
+    "datatypes",
+    "dist",
+    "utils",
+    "config",
+    "data model metrics hang_watchdog",
+    "engine guard",
+    "checkpoint estimate run_folder loop",
+    "eval",
+    "train",
     "evaluate",
-    "loop",
-    "train verify lm_eval_tasks",
-    "assess",
-    "cli_launch cli_eval",
     "cli",
 ]
 TIER_OF = {name: number for number, tier in enumerate(TIERS) for name in tier.split()}
-LAUNCH_MAY_IMPORT = {"config", "flow"}
+LAUNCH_MAY_IMPORT = {"config", "datatypes"}
 
 
-def modules(package: str) -> dict[str, Path]:
-    """Files of a package by their names below it, as `data/loader`."""
-    folder = ROOT / package
-    paths = (path for path in folder.rglob("*.py") if path.name != "__init__.py")
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in paths}
+def modules(folder: str) -> dict[str, str]:
+    """The sources of a top-level folder by their dotted names, as `trainer.data.pack`."""
+    paths = (path for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py")
+    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text() for path in paths}
 
 
-def imported(source: str) -> set[str]:
+def imports_of(source: str) -> set[str]:
     """Dotted names of everything that `source` imports, at its top or inside a function."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
@@ -56,46 +44,81 @@ def imported(source: str) -> set[str]:
     return names
 
 
-def trainer_files(source: str) -> set[str]:
-    """The files of trainer/ among what `source` imports."""
-    paths = {
-        name.removeprefix("trainer.").replace(".", "/") for name in imported(source) if name.startswith("trainer.")
-    }
-    return paths & set(modules("trainer"))
+def packages_of(source: str) -> set[str]:
+    """The packages of trainer/, or the files beside them, that `source` imports."""
+    parts = (name.split(".") for name in imports_of(source) if name.startswith("trainer."))
+    return {part[1] for part in parts} & TIER_OF.keys()
 
 
-def upward(name: str, source: str) -> list[str]:
-    """Imports of file `name` that are not from the tiers above it, or are from the other room."""
-    wrong = [other for other in trainer_files(source) if TIER_OF[other] >= TIER_OF[name]]
-    rooms = {"data/": "model/", "model/": "data/"}
-    for room, other_room in rooms.items():
-        if name.startswith(room):
-            wrong += [other for other in trainer_files(source) if other.startswith(other_room)]
-    return [f"{name} imports {other}" for other in sorted(wrong)]
+def upward(module: str, source: str) -> list[str]:
+    """Imports of a module from its own line of TIERS, or from one below it."""
+    own = module.split(".")[1]
+    return [
+        f"{module} imports {other}"
+        for other in sorted(packages_of(source))
+        if other != own and TIER_OF[other] >= TIER_OF[own]
+    ]
 
 
-def test_every_file_has_its_place():
-    assert set(modules("trainer")) == set(TIER_OF)
+def cycle(sources: dict[str, str]) -> list[str]:
+    """Modules that import each other, in order; empty where there are none."""
+    graph = {name: sorted(imports_of(source) & sources.keys()) for name, source in sources.items()}
+    done: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name not in done:
+            for other in graph[name]:
+                if found := visit(other, [*path, name]):
+                    return found
+            done.add(name)
+        return []
+
+    return next((found for name in graph if (found := visit(name, []))), [])
 
 
-def test_imports_go_one_way():
-    wrong = [fault for name, path in modules("trainer").items() for fault in upward(name, path.read_text())]
+def test_every_package_has_its_place() -> None:
+    assert {name.split(".")[1] for name in modules("trainer")} == TIER_OF.keys()
+
+
+def test_packages_import_one_way() -> None:
+    wrong = [fault for name, source in modules("trainer").items() for fault in upward(name, source)]
     assert not wrong, wrong
 
 
-def test_an_upward_import_is_seen():
-    assert upward("loop", "from trainer.train import train") == ["loop imports train"]
-    assert upward("data/pack", "def f():\n    from trainer.data import plan") == ["data/pack imports data/plan"]
-    assert upward("model/load", "import trainer.data.pack") == ["model/load imports data/pack"]
-    assert upward("loop", "from trainer import dist") == []
+def test_no_file_imports_itself_in_a_circle() -> None:
+    assert not cycle(modules("trainer") | modules("launch"))
 
 
-def test_deepspeed_is_imported_in_engine_only():
-    files = {**modules("trainer"), **{f"launch/{name}": path for name, path in modules("launch").items()}}
-    users = {n for n, path in files.items() if any(i.split(".")[0] == "deepspeed" for i in imported(path.read_text()))}
-    assert users == {"engine"}
+@pytest.mark.parametrize(
+    ("module", "planted", "seen"),
+    [
+        ("trainer.loop", "from trainer.train import train", ["train"]),
+        ("trainer.data.pack", "def f():\n    import trainer.model.load", ["model"]),
+        ("trainer.model.load", "from trainer.data import pack", ["data"]),
+        ("trainer.config.recipe", "from trainer.engine.engine import Engine", ["engine"]),
+        ("trainer.data.pack", "from trainer import dist\nfrom trainer.data import cache", []),
+    ],
+)
+def test_a_planted_upward_import_is_found(module: str, planted: str, seen: list[str]) -> None:
+    assert upward(module, planted) == [f"{module} imports {name}" for name in seen]
 
 
-def test_launch_needs_the_recipe_alone():
-    used = set().union(*(trainer_files(path.read_text()) for path in modules("launch").values()))
-    assert used <= LAUNCH_MAY_IMPORT
+def test_a_planted_circle_is_found() -> None:
+    sources = {"trainer.a": "import trainer.b", "trainer.b": "def f():\n    from trainer import a"}
+    assert cycle(sources) == ["trainer.a", "trainer.b", "trainer.a"]
+
+
+def test_deepspeed_is_imported_in_engine_only() -> None:
+    users = {
+        name
+        for name, source in (modules("trainer") | modules("launch")).items()
+        if any(other.split(".")[0] == "deepspeed" for other in imports_of(source))
+    }
+    assert users, "the test looks at no file"
+    assert {name.rpartition(".")[0] for name in users} == {"trainer.engine"}
+
+
+def test_launch_needs_the_recipe_alone() -> None:
+    assert set().union(*map(packages_of, modules("launch").values())) <= LAUNCH_MAY_IMPORT

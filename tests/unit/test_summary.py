@@ -9,12 +9,12 @@ import pytest
 from rich.console import Console
 
 from tests.ranks import ROOT
-from trainer.config import Recipe, load
+from trainer.config.recipe import Recipe, load_recipe
 from trainer.data import summary
-from trainer.data.loader import Prepared, prepare, train_plan
-from trainer.data.plan import Plan
+from trainer.data.batch_plan import Plan
+from trainer.data.picture import BAR, SHARE, Panel, _ticks, draw
+from trainer.data.prepare import Prepared, prepare, train_plan
 from trainer.model.load import load_tokenizer
-from trainer.picture import BAR, SHARE, Panel, _ticks, draw
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def debug(tmp_path_factory) -> tuple[Recipe, Prepared, Plan]:
     cache = tmp_path_factory.mktemp("cache")
     data = f"{ROOT}/recipes/debug"
     overrides = [f"data.train.0.path={data}/train.jsonl", f"data.eval.0.path={data}/eval.jsonl", f"data.cache={cache}"]
-    recipe = load(ROOT / "recipes/debug.yaml", [*overrides, f"model.name={data}/model"])
+    recipe = load_recipe(ROOT / "recipes/debug.yaml", [*overrides, f"model.name={data}/model"])
     prepared = prepare(recipe, load_tokenizer(recipe.model), "train")
     return recipe, prepared, train_plan(recipe, prepared)
 

@@ -3,7 +3,7 @@
 The folder holds the buffers of two Arrow lists, `input_ids` and `trained`, which share `offsets`, and a column
 each for where a document came from; `report.json` has the counts and every file's size, `rejects.jsonl` the rows
 left out for a fault, `filtered.jsonl` those that the recipe's filters leave out. It is written aside and renamed
-(trainer/once.py): a folder with the final name is whole.
+(trainer/utils/files.py): a folder with the final name is whole.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from trainer.datatypes import BadInput, Example, Packed, Tokenised
 from trainer.dist import is_main, log
-from trainer.flow import BadInput, Example, Packed, Tokenised
-from trainer.once import Stopped, build_once
+from trainer.utils.files import Stopped, build_once
 
 VERSION = 2  # part of every key: raise it when the files of a folder change
 

@@ -11,10 +11,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config_data import Filters
-from trainer.data.math_answers import LIMIT_S, check_installed, math_verdict
-from trainer.flow import Conversation, Filtered, RowError
-from trainer.functions import load_function, short
+from trainer.config.data import Filters
+from trainer.datatypes import Conversation, Filtered, RowError
+from trainer.utils.math_answers import LIMIT_S, check_installed, math_verdict
+from trainer.utils.user_functions import load_function, short
 
 
 def check_filters(filters: Filters) -> None:

@@ -15,9 +15,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from trainer.config_data import Source
-from trainer.flow import BadInput, Conversation, Message, RowError
-from trainer.strict_json import MAX_DEPTH, parse
+from trainer.config.data import Source
+from trainer.datatypes import BadInput, Conversation, Message, RowError
+from trainer.utils.strict_json import MAX_DEPTH, parse
 
 # Columns that a format cannot do without; the order is the order of recognition.
 REQUIRED = {

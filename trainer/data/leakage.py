@@ -24,14 +24,14 @@ import numpy as np
 import xxhash
 from rensa import RMinHash, RMinHashLSH  # pyright: ignore[reportAttributeAccessIssue] - it has no stubs
 
-from trainer.config import Recipe
-from trainer.data import tokenise
+from trainer.config.recipe import Recipe
+from trainer.data import tokenize
 from trainer.data.cache import Progress
-from trainer.data.loader import Prepared, Side, cache_folder, tokenise_of, workers_of
-from trainer.data.tokenise import Row
+from trainer.data.prepare import Prepared, Side, cache_folder, tokenise_of, workers_of
+from trainer.data.tokenize import Row
+from trainer.datatypes import BadInput, Conversation, RowError
 from trainer.dist import log
-from trainer.flow import BadInput, Conversation, RowError
-from trainer.once import Stopped, build_once, write_synced
+from trainer.utils.files import Stopped, build_once, write_synced
 
 VERSION = 1  # part of every key: raise it when the same rows give other pairs
 
@@ -129,7 +129,7 @@ def check_leakage(
 
     Raises:
         BadInput: a larger share than data.max_leakage has one.
-        Stopped (trainer.once): `stopping()` became true.
+        Stopped (trainer.utils.files): `stopping()` became true.
     """
     parts = [VERSION, recipe.data.near_duplicate, *(side.documents.folder.name for side in (train, held_out))]
     folder = cache_folder(recipe.data) / f"leakage-{xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())}"
@@ -220,7 +220,7 @@ def _compare(
     index, kept = Index(recipe.data.near_duplicate), _Kept(held_out)
     places: list[str] = []  # of the index's texts
     read = _Read(tokenise_of(recipe, tokenizer, "eval"))
-    with closing(tokenise.run(Side(recipe.data, "eval").rows(), read, workers)) as chunks:
+    with closing(tokenize.run(Side(recipe.data, "eval").rows(), read, workers)) as chunks:
         for chunk in chunks:
             go_on()
             chosen = [row for row in chunk if kept(row.file, row.number)]
@@ -231,7 +231,7 @@ def _compare(
     near = _Near(_Read(tokenise_of(recipe, tokenizer, "train")), index)
     with (
         closing(Progress(WHAT, pairs.rows, side.count_rows())) as progress,
-        closing(tokenise.run(islice(side.rows(), pairs.rows, None), near, workers)) as chunks,
+        closing(tokenize.run(islice(side.rows(), pairs.rows, None), near, workers)) as chunks,
     ):
         for rows, matches in chunks:
             lines = [

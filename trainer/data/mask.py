@@ -1,7 +1,7 @@
 """Which tokens of a row are trained, proved for each row (C6).
 
-Conversations enter; Examples leave, or RowErrors with the reason. `trainer/template.py` gives the origin of every
-character; this file carries it over to tokens:
+Conversations enter; Examples leave, or RowErrors with the reason. `trainer/data/chat_template.py` gives the origin of
+every character; this file carries it over to tokens:
 
 - A text is tokenised once and whole, without added special tokens, as at inference: the template writes BOS or there
   is none. The control tokens that come out must be exactly those that the template wrote, in order. So no text can
@@ -38,8 +38,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from trainer.flow import BadInput, Conversation, Example, Message, RowError
-from trainer.template import DATE_STRING, Render, Skeleton, Template, Turn
+from trainer.data.chat_template import DATE_STRING, Render, Skeleton, Template, Turn
+from trainer.datatypes import BadInput, Conversation, Example, Message, RowError
 
 VERSION = 2  # raise it when the same row comes out another way: it is part of the cache's key
 MODES = ("all", "completion", "assistant", "last_turn")

@@ -10,12 +10,12 @@ from importlib.metadata import version
 from itertools import islice
 from typing import Any
 
-from trainer.config_data import Source
+from trainer.config.data import Source
 from trainer.data.filters import apply_filters, check_filters
 from trainer.data.format import detect_format, to_conversation
 from trainer.data.source import read_rows
-from trainer.flow import BadInput, Conversation, RowError
-from trainer.functions import function_digest, load_function, short
+from trainer.datatypes import BadInput, Conversation, RowError
+from trainer.utils.user_functions import function_digest, load_function, short
 
 MOST_BROKEN = 100  # rows at the beginning that may be broken before the source is given up
 

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from trainer.config_data import Source
+from trainer.config.data import Source
 from trainer.data.digest import file_digest
-from trainer.flow import BadInput, RowError
-from trainer.strict_json import parse
+from trainer.datatypes import BadInput, RowError
+from trainer.utils.strict_json import parse
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 BATCH_ROWS = 256  # of Arrow, turned into Python values at once

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.config import Recipe
-from trainer.data.loader import Prepared
-from trainer.data.plan import Plan
-from trainer.once import write_synced
-from trainer.picture import Panel, draw
+from trainer.config.recipe import Recipe
+from trainer.data.batch_plan import Plan
+from trainer.data.picture import Panel, draw
+from trainer.data.prepare import Prepared
+from trainer.utils.files import write_synced
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trainer.flow import BadInput, Batch
+from trainer.datatypes import BadInput, Batch
 
 BACKENDS = ("flash_attn", "torch_varlen", "reference")
 PRODUCTS_TOKENS = 512  # of a document: beyond, holding all L x L scores costs more than it gains

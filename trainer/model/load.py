@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from trainer import dist
-from trainer.config import AdapterSection, ModelSection
-from trainer.flow import BadInput
-from trainer.model import attention, fused
-from trainer.model.adapter import add_adapter
+from trainer.config.recipe import AdapterSection, ModelSection
+from trainer.datatypes import BadInput
+from trainer.model import attention, liger_layers
+from trainer.model.lora import add_adapter
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -153,7 +153,7 @@ def load_model(
         model.requires_grad_(True)
         if adapter:
             add_adapter(model, adapter, seed)
-    dist.log.info("layers: %s", fused.fuse(model, section.layers, device, dtype))
+    dist.log.info("layers: %s", liger_layers.fuse(model, section.layers, device, dtype))
     if section.recompute:
         if not model.supports_gradient_checkpointing:
             raise BadInput(f"{type(model).__name__} does not know recomputation; set model.recompute=false")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from trainer.flow import BadInput
+from trainer.datatypes import BadInput
 
 BLOCK_HIDDEN = 4  # c of C5: `chunked` works on c x H entries of the vocabulary at a time (measured: flat from 2 to 16)
 # c of C5 for `liger`: it makes the logits of c x H x N / V positions at a time, and adds each such part's gradient to

@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from trainer import dist
-from trainer.config import LossSection
-from trainer.flow import BadInput, Batch
+from trainer.config.recipe import LossSection
+from trainer.datatypes import BadInput, Batch
 from trainer.model.attention import keyword_arguments
 from trainer.model.loss import LogitTransform, choose_kernel, linear_cross_entropy
-from trainer.model.noise import document_noise
+from trainer.model.neftune import document_noise
 
 
 class Targets(NamedTuple):

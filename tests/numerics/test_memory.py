@@ -1,0 +1,82 @@
+"""What the planner counts of the training state is what DeepSpeed holds: every byte, at every stage and type."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.numerics.compare import STAGES
+from tests.ranks import ROOT, run_ranks
+
+WORLD = 3  # which divides none of the model's sizes, so that every piece is filled up
+CASES = [
+    *(f"{stage}-float32-float32" for stage in STAGES if stage != "zero3_nvme"),  # whose states are files
+    *(f"{stage}-bfloat16-float32" for stage in STAGES[1:-1]),
+    *(f"{stage}-bfloat16-bfloat16" for stage in ("zero1", "zero2", "zero3")),
+    *(f"{stage}-bfloat16-float32-adapter" for stage in ("zero1", "zero2", "zero3")),
+    "zero0-float32-float32-adapter",
+]
+PARTS = ("weights", "gradients", "masters", "moments")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """By case and part: bytes of each rank's buffers, and the planner's number."""
+    out = tmp_path_factory.mktemp("planner")
+    run_ranks(WORLD, ["-m", "tests.numerics.test_planner", str(out)], timeout_s=600)
+    return json.loads((out / "found.json").read_text())
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_is_deepspeeds_own_bytes(found: dict[str, Any], name: str, part: str) -> None:
+    """Of the fullest rank."""
+    assert found[name][part]["planned"] == max(found[name][part]["held"]), found[name][part]
+
+
+def main(out: Path) -> None:
+    """On each rank: an engine of every case, one micro-batch back, one step."""
+    from tests.numerics import buffers
+    from tests.numerics.cases import load_recipe
+    from trainer import dist, train
+    from trainer.data.loader import filler_batch
+    from trainer.estimate import memory, report
+    from trainer.model.load import load_tokenizer
+
+    found: dict[str, Any] = {}
+    with dist.process_group():
+        for name in CASES:
+            stage, dtype, grad_dtype, *adapter = name.split("-")
+            recipe = load_recipe(
+                ROOT / "recipes" / "debug.yaml",
+                [
+                    f"run.dir={out}",
+                    f"parallel.deepspeed={ROOT}/ds_configs/{stage}.json",
+                    f"model.dtype={dtype}",
+                    f"parallel.grad_dtype={grad_dtype}",
+                    *(["adapter={rank: 4, save_modules: [lm_head]}"] if adapter else []),
+                ],
+            )
+            engine = train.build_engine(recipe, out, load_tokenizer(recipe.model))
+            held = buffers.held(engine, filler_batch())
+            empty = memory.empty_model(recipe.model, recipe.adapter)
+            model = memory.describe(empty, recipe.optim, recipe.adapter)
+            config = report.filled(recipe, recipe.parallel.deepspeed, model.hidden)
+            state = memory.state(model, config, WORLD)
+            planned = {part: getattr(state, part) for part in PARTS} | {"weights": state.weights + state.whole}
+            of_ranks = dist.gather(held)
+            found[name] = {part: {"held": [h[part] for h in of_ranks], "planned": planned[part]} for part in PARTS}
+    if dist.is_main():
+        (out / "found.json").write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    import os
+
+    main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)

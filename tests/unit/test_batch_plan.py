@@ -1,0 +1,285 @@
+"""The list of steps is arithmetic: every row once an epoch, whatever the ranks, with weights known beforehand."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainer.config.recipe import BatchSection, LossSection, TrainSection
+from trainer.data.batch_plan import Corpus, Plan, micro_batches_of
+from trainer.data.pack import pack
+from trainer.datatypes import BadInput
+
+ROW = 32
+
+
+def corpus(flags: list[np.ndarray], sources=None, weights=(1.0,)) -> Corpus:
+    """Documents by their trained flags."""
+
+    def count(documents, starts, stops):
+        return np.array([flags[d][a + 1 : b + 1].sum() for d, a, b in zip(documents, starts, stops, strict=True)])
+
+    lengths = np.array([len(f) for f in flags])
+    counts = np.array([f.sum() for f in flags])
+    return Corpus(lengths, counts, np.zeros(len(flags), int) if sources is None else np.array(sources), weights, count)
+
+
+def some_flags(seed: int, documents: int, longest: int = ROW) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    flags = [rng.random(rng.integers(2, longest + 1)) < 0.5 for _ in range(documents)]
+    for f in flags:
+        f[0] = False
+    return flags
+
+
+def make_plan(
+    documents, packing="bfd", rows_per_step=4, rows_per_micro=1, epochs=1, steps=None, seed=0, **loss
+) -> Plan:
+    return Plan(
+        documents if isinstance(documents, Corpus) else corpus(documents),
+        lambda lengths, rng: pack(lengths, ROW, packing, rng),
+        BatchSection(row_tokens=ROW, rows_per_step=rows_per_step, rows_per_micro=rows_per_micro),
+        TrainSection(epochs=epochs, steps=steps, seed=seed),
+        LossSection(**loss),
+    )
+
+
+def rows_of(plan: Plan, step: int) -> list[int]:
+    return [row for micro_batch in plan.step(step).micro_batches for row in micro_batch]
+
+
+plans = st.builds(
+    make_plan,
+    st.builds(some_flags, st.integers(0, 99), st.integers(1, 40)),
+    packing=st.sampled_from(["none", "bfd", "bfd_split", "wrapped", "greedy"]),
+    rows_per_step=st.integers(1, 9),
+    rows_per_micro=st.integers(1, 4),
+    epochs=st.integers(1, 3),
+)
+
+
+@given(plans)
+def test_every_row_comes_once_an_epoch_and_sizes_differ_by_at_most_one(plan):
+    rows, sizes = {}, {}
+    for step in range(plan.steps):
+        epoch = plan.step(step).epoch
+        rows.setdefault(epoch, []).extend(rows_of(plan, step))
+        sizes.setdefault(epoch, []).append(len(rows_of(plan, step)))
+    assert sorted(rows) == list(range(plan.train.epochs))
+    for epoch, seen in rows.items():
+        assert seen == list(range(len(seen)))
+        assert max(sizes[epoch]) <= plan.batch.rows_per_step
+        assert max(sizes[epoch]) - min(sizes[epoch]) <= 1
+        tokens = plan.pieces(epoch, seen)
+        assert (tokens[:, 2] - tokens[:, 1]).sum() == plan.epochs.corpus(0).lengths.sum(), "every token once an epoch"
+
+
+@given(plans, st.integers(1, 12))
+def test_ranks_share_every_micro_batch_once_and_run_equally_many(plan, world):
+    for step in map(plan.step, range(plan.steps)):
+        shares = [micro_batches_of(step, rank, world) for rank in range(world)]
+        assert len({len(share) for share in shares}) == 1
+        taken = Counter(micro_batch for share in shares for micro_batch in share if micro_batch is not None)
+        assert taken == Counter(step.micro_batches)
+        assert all(1 <= len(micro_batch) <= plan.batch.rows_per_micro for micro_batch in step.micro_batches)
+
+
+@given(plans, st.integers(1, 12))
+def test_the_filler_share_is_the_share_of_fillers(plan, world):
+    shares = [micro_batches_of(plan.step(s), r, world) for s in range(plan.steps) for r in range(world)]
+    all_of_them = [micro_batch for share in shares for micro_batch in share]
+    assert plan.filler_share(world) == pytest.approx(all_of_them.count(None) / len(all_of_them))
+
+
+@given(plans)
+def test_token_weights_of_a_step_sum_to_one_and_count_every_trained_token(plan):
+    trained = 0
+    for step in map(plan.step, range(plan.steps)):
+        weight = plan.uniform_weight(step)
+        assert weight is not None
+        trained += step.trained_tokens
+        if step.trained_tokens:
+            assert weight * step.trained_tokens == pytest.approx(1)
+        else:
+            assert weight == 0.0
+    assert trained == plan.train.epochs * plan.epochs.corpus(0).trained_counts.sum()
+
+
+@pytest.mark.parametrize("packing", ["none", "bfd", "bfd_split", "wrapped", "greedy"])
+def test_example_weights_give_every_example_the_same_say(packing):
+    flags = some_flags(3, 50, longest=ROW if packing in ("none", "bfd", "greedy") else 3 * ROW)
+    plan = make_plan(flags, packing, weighting="example")
+    for step in map(plan.step, range(plan.steps)):
+        says = []
+        for micro_batch in step.micro_batches:
+            pieces = plan.pieces(step.epoch, micro_batch)
+            weights = plan.piece_weights(step, pieces)
+            counts = [flags[d][a + 1 : b + 1].sum() for d, a, b, _ in pieces]
+            says += [count * weight for count, weight in zip(counts, weights, strict=True) if count]
+        assert says == pytest.approx([1 / step.examples] * len(says))
+        assert len(says) == step.examples
+        assert sum(says) == pytest.approx(1)
+        assert plan.uniform_weight(step) is None
+
+
+def test_constant_weights_divide_by_k_and_the_examples():
+    plan = make_plan(some_flags(0, 20), weighting="constant", constant_tokens=10)
+    step = plan.step(0)
+    assert plan.uniform_weight(step) == pytest.approx(1 / (10 * step.examples))
+
+
+@pytest.mark.parametrize(("weighting", "more"), [("token", {}), ("example", {}), ("constant", {"constant_tokens": 5})])
+def test_a_step_without_a_trained_token_weighs_nothing(weighting, more):
+    flags = [np.zeros(2 * ROW, bool)]
+    flags[0][-1] = True  # cut in two rows, the first of which has nothing to learn
+    plan = make_plan(flags, "bfd_split", rows_per_step=1, weighting=weighting, **more)
+    assert sorted(plan.step(s).trained_tokens for s in range(plan.steps)) == [0, 1]
+    for step in map(plan.step, range(plan.steps)):
+        weights = plan.piece_weights(step, plan.pieces(0, step.micro_batches[0]))
+        assert np.isfinite(weights).all()
+        if not step.trained_tokens:
+            assert (weights == 0).all()
+
+
+def test_a_token_after_a_cut_is_predicted_by_the_piece_before_it():
+    flags = [np.zeros(ROW + 1, bool)]
+    flags[0][ROW] = True  # the second piece's first and only token
+    plan = make_plan(flags, "bfd_split", rows_per_step=1)
+    for step in map(plan.step, range(plan.steps)):
+        (piece,) = plan.row(0, step.micro_batches[0][0])
+        assert step.trained_tokens == (1 if piece.start == 0 else 0)
+
+
+def test_epochs_are_packed_afresh_and_the_same_seed_gives_the_same_plan():
+    one, same, other = (make_plan(some_flags(0, 60), epochs=2, seed=seed) for seed in (1, 1, 2))
+
+    def pieces(plan, epoch):
+        last = sum(len(rows_of(plan, s)) for s in range(plan.steps) if plan.step(s).epoch == epoch)
+        return plan.pieces(epoch, range(last)).tolist()
+
+    assert pieces(one, 0) == pieces(same, 0)
+    assert pieces(one, 1) == pieces(same, 1)
+    assert pieces(one, 0) != pieces(one, 1)
+    assert pieces(one, 0) != pieces(other, 0)
+
+
+def test_steps_take_as_many_epochs_as_they_need():
+    documents = some_flags(0, 30)
+    one_epoch = make_plan(documents)
+    plan = make_plan(documents, steps=2 * one_epoch.steps + 1)
+    assert plan.steps == 2 * one_epoch.steps + 1
+    assert plan.step(plan.steps - 1).epoch == 2
+    assert len(plan.micro_batch_counts()) == plan.steps
+    with pytest.raises(IndexError):
+        plan.step(plan.steps)
+
+
+def test_more_epochs_leave_the_first_ones_as_they_are():
+    short, long = (make_plan(some_flags(0, 30), epochs=epochs) for epochs in (1, 3))
+    assert [short.step(s) for s in range(short.steps)] == [long.step(s) for s in range(short.steps)]
+
+
+@pytest.mark.parametrize(("weight", "times"), [(0.25, 5), (1.0, 20), (2.3, 46), (0.01, 0)])
+def test_a_source_gives_its_weight_in_rows(weight, times):
+    flags = some_flags(0, 40)
+    sources = [0] * 20 + [1] * 20
+    plan = make_plan(corpus(flags, sources, (weight, 1.0)), "none", epochs=2)
+    for epoch in range(2):
+        rows = [row for s in range(plan.steps) if plan.step(s).epoch == epoch for row in rows_of(plan, s)]
+        counts = Counter(plan.pieces(epoch, rows)[:, 0].tolist())
+        of_first = [counts[document] for document in range(20)]
+        assert sum(of_first) == times
+        assert max(of_first) - min(of_first) <= 1, "whole passes, and a remainder without replacement"
+        assert all(counts[document] == 1 for document in range(20, 40))
+
+
+def test_samples_of_a_source_differ_between_epochs():
+    plan = make_plan(corpus(some_flags(0, 40), weights=(0.5,)), "none", epochs=2, rows_per_step=20)
+    first, second = (set(plan.pieces(epoch, range(20))[:, 0].tolist()) for epoch in (0, 1))
+    assert len(first) == len(second) == 20
+    assert first != second
+
+
+@pytest.mark.parametrize("packing", ["none", "wrapped"])
+def test_a_document_that_comes_twice_has_noise_of_its_own_each_time(packing):
+    plan = make_plan(corpus(some_flags(0, 10), weights=(2.5,)), packing, rows_per_step=99)
+    pieces = plan.pieces(0, rows_of(plan, 0))
+    assert len({(document, piece) for document, _, _, piece in pieces.tolist()}) == len(pieces)
+
+
+def test_weights_that_leave_no_row_are_refused():
+    with pytest.raises(BadInput, match="raise `weight`"):
+        make_plan(corpus(some_flags(0, 3), weights=(0.1,)))
+
+
+def test_more_ranks_than_micro_batches_are_refused_unless_allowed():
+    plan = make_plan([np.array([False, True])] * 12, "none", rows_per_step=6, rows_per_micro=2)  # steps of 3
+    with pytest.raises(BadInput, match=r"4 ranks, but a step has only 3 micro-batches: start 1, 3 ranks"):
+        plan.check_world(4, allow_idle_ranks=False)
+    assert plan.check_world(4, allow_idle_ranks=True) == (
+        "25% of the micro-batches of 4 ranks are fillers; good numbers of ranks: 1, 3"
+    )
+    assert plan.check_world(3, allow_idle_ranks=False) is None
+    assert [micro_batches_of(plan.step(0), rank, 4) for rank in (0, 3)] == [[(0, 1)], [None]]
+
+
+def test_good_worlds_are_near_the_one_asked_for():
+    plan = make_plan([np.array([False, True])] * 64, "none", rows_per_step=64)
+    assert plan.filler_share(48) == pytest.approx(1 - 64 / 96)
+    assert plan.good_worlds(48) == [16, 32, 64]
+    assert [plan.filler_share(world) for world in plan.good_worlds(48)] == [0, 0, 0]
+
+
+def test_held_out_rows_are_one_step():
+    flags = some_flags(0, 30)
+    plan = Plan.for_eval(
+        corpus(flags),
+        lambda lengths, rng: pack(lengths, ROW, "bfd", rng),
+        BatchSection(row_tokens=ROW, rows_per_step=2, rows_per_micro=3),
+    )
+    assert plan.steps == 1
+    step = plan.step(0)
+    assert step.trained_tokens == sum(f.sum() for f in flags)
+    assert {len(micro_batch) for micro_batch in step.micro_batches[:-1]} == {3}
+
+
+def test_only_two_packings_stay_in_memory_and_all_can_be_asked_for_again():
+    made = []
+    plan = Plan(
+        corpus(some_flags(0, 30)),
+        lambda lengths, rng: pack(lengths, ROW, "bfd", rng),
+        BatchSection.model_validate({"row_tokens": ROW, "rows_per_step": 4}),
+        TrainSection.model_validate({"epochs": 5}),
+        LossSection.model_validate({}),
+        keep=lambda epoch, make: made.append(epoch) or make(),
+    )
+    assert made == [0, 1, 2, 3, 4]
+    first = plan.pieces(0, [0])
+    plan.pieces(4, [0])
+    plan.pieces(0, [0])
+    assert made == [0, 1, 2, 3, 4, 0]
+    plan.pieces(1, [0])
+    assert np.array_equal(plan.pieces(0, [0]), first)
+
+
+def test_fill_is_the_share_of_row_space_with_tokens():
+    plan = make_plan([np.array([False] + [True] * (ROW // 2 - 1))] * 3, "bfd")  # 1.5 rows in 2
+    assert plan.fill() == pytest.approx(0.75)
+
+
+@given(plans)
+def test_sizes_of_rows_and_epochs_are_those_of_the_steps(plan):
+    for epoch in range(plan.train.epochs):
+        steps = [step for step in map(plan.step, range(plan.steps)) if step.epoch == epoch]
+        assert plan.epoch_steps(epoch) == len(steps)
+        rows = [row for step in steps for micro_batch in step.micro_batches for row in micro_batch]
+        tokens, pieces = plan.row_sizes(epoch)
+        assert tokens.tolist() == [sum(p.stop - p.start for p in plan.row(epoch, row)) for row in rows]
+        assert pieces.tolist() == [len(plan.row(epoch, row)) for row in rows]
+
+
+def test_a_run_may_end_inside_its_first_epoch():
+    plan = make_plan(some_flags(0, 40), rows_per_step=2, steps=3)
+    assert plan.epoch_steps() == 3

@@ -1,0 +1,223 @@
+"""One process builds, the others wait; whatever dies, the next one takes over and nothing half done is used."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from trainer.datatypes import BadInput
+from trainer.utils import files
+from trainer.utils.files import Stopped, build_once
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(files, "BEAT_S", 0.05)
+    monkeypatch.setattr(files, "STALE_S", 0.5)
+    monkeypatch.setattr(files, "POLL_S", 0.02)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "cache" / "thing"
+
+
+def write(text: str):
+    def build(staging: Path, leftovers: list[Path], check) -> None:
+        staging.mkdir()
+        (staging / "text").write_text(text)
+
+    return build
+
+
+def content(folder: Path) -> str:
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["thing"], "nothing else is left lying about"
+    return (folder / "text").read_text()
+
+
+def test_a_folder_is_built_once(folder):
+    build_once(folder, write("first"), "building")
+    build_once(folder, write("second"), "building")
+    assert content(folder) == "first"
+
+
+def test_of_many_that_start_together_one_builds(folder):
+    built = []
+
+    def build(staging, leftovers, check):
+        built.append(staging)
+        time.sleep(0.2)
+        write("one")(staging, leftovers, check)
+
+    threads = [threading.Thread(target=build_once, args=(folder, build, "building")) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1
+    assert content(folder) == "one"
+
+
+def test_a_live_owner_is_waited_for_and_named_once(folder, caplog):
+    def slow(staging, leftovers, check):
+        time.sleep(1.2)  # longer than STALE_S: the heartbeat keeps the lock
+        write("slow")(staging, leftovers, check)
+
+    owner = threading.Thread(target=build_once, args=(folder, slow, "building"))
+    owner.start()
+    time.sleep(0.1)
+    with caplog.at_level("INFO", "packhorse"):
+        build_once(folder, write("hasty"), "building")
+    owner.join()
+    assert content(folder) == "slow"
+    waited = [record.message for record in caplog.records]
+    assert len(waited) == 1
+    assert f"process {os.getpid()}), which is building" in waited[0]
+
+
+def test_a_dead_owner_is_followed_after_some_silence(folder, caplog):
+    folder.parent.mkdir(parents=True)
+    (folder.parent / "thing.lock-000003").write_text("a node that is gone")
+    (folder.parent / "thing.build-abc").mkdir()
+    seen = []
+
+    def build(staging, leftovers, check):
+        seen.extend(leftovers)
+        write("after")(staging, leftovers, check)
+
+    started = time.monotonic()
+    with caplog.at_level("INFO", "packhorse"):
+        build_once(folder, build, "building")
+    assert time.monotonic() - started > 0.5
+    assert [path.name for path in seen] == ["thing.build-abc"], "what it left is offered"
+    assert content(folder) == "after"
+    assert "taking over" in caplog.text
+
+
+def test_of_many_that_find_an_owner_dead_one_takes_over(folder):
+    folder.parent.mkdir(parents=True)
+    (folder.parent / "thing.lock-000001").touch()
+    built = []
+
+    def build(staging, leftovers, check):
+        built.append(staging)
+        time.sleep(0.2)
+        write("one")(staging, leftovers, check)
+
+    threads = [threading.Thread(target=build_once, args=(folder, build, "building")) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1
+    assert content(folder) == "one"
+
+
+def test_an_owner_that_was_frozen_gives_way_to_the_one_that_took_over(folder):
+    def frozen(staging, leftovers, check):
+        staging.mkdir()
+        (staging / "text").write_text("half of")
+        (folder.parent / "thing.lock-000002").touch()  # what the other does after STALE_S
+        with pytest.raises(RuntimeError, match="another process has taken over"):
+            check()
+        other.start()
+        check()
+
+    def publish():
+        time.sleep(0.2)
+        write("the other's")(folder.with_name("thing.other"), [], None)
+        folder.with_name("thing.other").rename(folder)
+        (folder.parent / "thing.lock-000002").unlink()
+
+    other = threading.Thread(target=publish)
+    build_once(folder, frozen, "building")
+    other.join()
+    assert content(folder) == "the other's"
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from trainer.utils.files import build_once
+
+def build(staging, leftovers, check):
+    staging.mkdir()
+    (staging / "text").write_text("half")
+    print("half done", flush=True)
+    time.sleep(60)
+
+build_once(Path(sys.argv[1]), build, "building")
+"""
+
+
+def test_a_killed_build_is_not_taken_for_whole(folder):
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "half done\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not folder.exists()
+    build_once(folder, write("whole"), "building")
+    assert content(folder) == "whole"
+
+
+def test_a_build_that_fails_leaves_nothing(folder):
+    def build(staging, leftovers, check):
+        write("half")(staging, leftovers, check)
+        raise BadInput("row 3 is broken")
+
+    with pytest.raises(BadInput, match="row 3"):
+        build_once(folder, build, "building")
+    assert list(folder.parent.iterdir()) == []
+
+
+def test_a_build_that_is_stopped_leaves_its_work_and_no_lock(folder):
+    def build(staging, leftovers, check):
+        write("half")(staging, leftovers, check)
+        raise Stopped("enough")
+
+    with pytest.raises(Stopped):
+        build_once(folder, build, "building")
+    (left,) = folder.parent.iterdir()
+    assert left.name.startswith("thing.build-")
+
+
+def test_waiting_ends_when_asked_to_stop(folder):
+    folder.parent.mkdir(parents=True)
+    (folder.parent / "thing.lock-000001").touch()
+    with pytest.raises(Stopped, match="waiting for another process that is building"):
+        build_once(folder, write("never"), "building", stopping=lambda: True)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(errno.ENOSPC, "the disk is full while building; free some room"), (errno.EROFS, "cannot be written")],
+)
+def test_a_disk_that_takes_no_more_is_said_in_a_sentence(folder, code, said):
+    def build(staging, leftovers, check):
+        raise OSError(code, os.strerror(code))
+
+    with pytest.raises(BadInput, match=said):
+        build_once(folder, build, "building")
+
+
+def test_a_place_that_cannot_be_a_folder_is_said_in_a_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(BadInput, match=r"cannot be written .* set data\.cache"):
+        build_once(tmp_path / "file" / "thing", write("never"), "building")
+
+
+def test_other_local_ranks_leave_the_work_to_the_first_for_a_while(folder, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(files, "PATIENCE_S", 0.3)
+    started = time.monotonic()
+    build_once(folder, write("at last"), "building")
+    assert time.monotonic() - started > 0.3

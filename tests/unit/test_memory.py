@@ -1,0 +1,132 @@
+"""The planner's arithmetic: activations against a real forward, verdicts, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.model_helpers import SIZES, WIDE, tiny
+from tests.ranks import ROOT
+from trainer.config.recipe import ModelSection, Recipe, load_recipe
+from trainer.datatypes import BadInput
+from trainer.estimate import memory
+from trainer.estimate.memory import GIB, Cluster
+from trainer.estimate.report import build_report, sentences, verdict, work_of_data
+from trainer.model.attention import Bounds
+
+TOKENS = 192
+FAMILIES = {
+    "llama": transformers.LlamaConfig(**SIZES),
+    "qwen2": transformers.Qwen2Config(**SIZES),
+    "qwen3": transformers.Qwen3Config(**WIDE),
+    "gemma2": transformers.Gemma2Config(**WIDE, attn_logit_softcapping=None),  # a cap needs a kernel no CPU has
+    "olmo2": transformers.Olmo2Config(**SIZES),
+    "tied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
+}
+
+
+def really_saved(model: Any) -> int:
+    """Bytes of what a forward on the CPU saves for its backward, by saved-tensor hooks, without the weights."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, tuple[int, Any]] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes(), tensor  # kept alive: an address comes once
+        return tensor
+
+    ids = torch.randint(SIZES["vocab_size"], (1, TOKENS))
+    bounds = Bounds(torch.tensor([0, TOKENS], dtype=torch.int32), TOKENS, (TOKENS,))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train().get_decoder()(
+            input_ids=ids, position_ids=torch.arange(TOKENS)[None], use_cache=False, document_bounds=bounds
+        )
+    return sum(size for size, _ in saved.values())
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activations_are_what_a_forward_saves(family: str, recompute: bool, tmp_path: Path) -> None:
+    """Within 10%, for models of several makes, with recomputation and without."""
+    FAMILIES[family].architectures = None
+    FAMILIES[family].save_pretrained(tmp_path)
+    section = ModelSection.model_validate({"name": str(tmp_path), "dtype": "float32"})
+    planned = memory.trace(memory.empty_model(section), TOKENS)[recompute]
+    real = tiny(FAMILIES[family])
+    if recompute:
+        real.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert planned.kept == pytest.approx(really_saved(real), rel=0.1)
+    assert (planned.layer > 0) == recompute
+
+
+def debug(*overrides: str) -> Recipe:
+    model = f"model.name={ROOT / 'recipes' / 'debug' / 'model'}"
+    return load_recipe(ROOT / "recipes" / "debug.yaml", [model, "batch.rows_per_step=64", *overrides])
+
+
+def cluster(gpus: int, gpu_gib: float = 80, **others: float) -> Cluster:
+    return Cluster(gpus, 8, gpu_gib * GIB, **{name: gib * GIB for name, gib in others.items()})
+
+
+def test_a_plan_names_what_fits_and_the_fewest_gpus() -> None:
+    report = build_report(debug(), cluster(4))
+    assert not any(one.lacks for one in report.candidates.values())
+    assert verdict(report).startswith("fits: ds_configs/zero0.json")
+    assert {one.smallest for one in report.candidates.values()} == {1}
+
+
+def test_where_nothing_fits_one_sentence_says_so() -> None:
+    with pytest.raises(BadInput, match=r"no template fits 4 GPUs of 1.0 GiB; .*model.recompute=true"):
+        verdict(build_report(debug(), cluster(4, gpu_gib=1)))
+
+
+@pytest.mark.parametrize(("limit", "what"), [("host", "host"), ("disk", "disk"), ("nvme", "NVMe")])
+def test_every_limit_given_is_asked(limit: str, what: str) -> None:
+    found = build_report(debug(), cluster(4, **{limit: 1e-6})).candidates
+    assert what in found["ds_configs/zero3_nvme.json"].lacks
+
+
+def test_more_gpus_than_micro_batches_are_refused_with_good_numbers() -> None:
+    with pytest.raises(BadInput, match="only 64 micro-batches: plan for 16, 32, 64"):
+        build_report(debug(), cluster(65))
+
+
+def test_a_template_that_cannot_train_the_recipe_is_left_out_with_its_reason() -> None:
+    report = build_report(debug("model.dtype=bfloat16"), cluster(2))
+    assert "fp32 master weights" in report.refused["ds_configs/zero0.json"]
+
+
+def test_more_gpus_need_less_of_each_and_less_time() -> None:
+    recipe = debug("model.dtype=bfloat16")
+    few, many = (build_report(recipe, cluster(gpus)) for gpus in (2, 8))
+    zero3 = [report.candidates["ds_configs/zero3.json"].memory.gpu for report in (few, many)]
+    assert zero3[0]["optimizer"] > 3 * zero3[1]["optimizer"]
+    seconds = [memory.step_seconds(report.model, report.work, report.cluster.gpus, 1e12) for report in (few, many)]
+    assert seconds[0] == pytest.approx(4 * seconds[1])
+
+
+def test_fillers_make_nobody_faster() -> None:
+    report = build_report(debug("batch.rows_per_step=4"), cluster(3))
+    three, two = (memory.step_seconds(report.model, report.work, gpus, 1e12) for gpus in (3, 2))
+    assert three == pytest.approx(two), "four micro-batches take two turns of either"
+    assert "fillers: 33.3%" in "\n".join(sentences(report, debug(), 1e12, 1.0))
+
+
+def test_a_fullest_micro_batch_of_the_plan_bounds_all_others(tmp_path: Path) -> None:
+    """In place of full rows: the data's own."""
+    from trainer.data.prepare import prepare, train_plan
+    from trainer.model.load import load_tokenizer
+
+    recipe = debug("batch.rows_per_step=4", "batch.rows_per_micro=2", f"data.cache={tmp_path}")
+    plan = train_plan(recipe, prepare(recipe, load_tokenizer(recipe.model), "train"))
+    sizes = [plan.size(plan.step(step), rows) for step in range(plan.steps) for rows in plan.step(step).micro_batches]
+    work = work_of_data(plan)
+    assert work.fullest_tokens == max(tokens for tokens, _ in sizes)
+    assert work.fullest_trained == max(trained for _, trained in sizes)
+    assert work.steps == plan.steps
+    assert work.tokens < memory.work_of(recipe).tokens

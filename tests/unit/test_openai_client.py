@@ -1,0 +1,246 @@
+"""An OpenAI-compatible endpoint is asked in parallel, patiently, and tells no key."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from tests.stand_in_server import Reply, Request, StandIn, chat_reply
+from trainer.config.eval import Endpoint
+from trainer.config.recipe import load_recipe
+from trainer.datatypes import BadInput
+from trainer.eval.openai_client import Cancelled, Client, Refused, Unreachable, complete
+
+LIMIT_S = 60.0
+KEY = "sk-a-very-secret-key"
+
+
+def endpoint(url: str, **settings: Any) -> Endpoint:
+    return Endpoint(url=url, model="judge", **{"timeout_s": LIMIT_S, "patience_s": LIMIT_S, **settings})
+
+
+def ask(server: StandIn, count: int = 1, **settings: Any) -> list[str]:
+    """Answers to conversations numbered from 0."""
+    conversations = [[{"role": "user", "content": str(n)}] for n in range(count)]
+    return complete(endpoint(server.url, **settings), conversations, max_tokens=5)
+
+
+def number(request: Request) -> int:
+    return int(request.body["messages"][0]["content"])
+
+
+def test_answers_come_in_the_order_of_their_questions() -> None:
+    """The first question is answered last, so that all must have been asked at once."""
+    last_is_answered = threading.Event()
+
+    def answer(request: Request) -> Reply:
+        if number(request) == 0:
+            assert last_is_answered.wait(LIMIT_S)
+        if number(request) == 3:
+            last_is_answered.set()
+        return 200, chat_reply(f"answer {number(request)}")
+
+    with StandIn(answer) as server:
+        assert ask(server, 4, parallel=4) == [f"answer {n}" for n in range(4)]
+
+
+def test_no_more_are_asked_at_once_than_the_recipe_says() -> None:
+    running, most, lock = 0, 0, threading.Lock()
+
+    def answer(request: Request) -> Reply:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.02)
+        with lock:
+            running -= 1
+        return 200, chat_reply("")
+
+    with StandIn(answer) as server:
+        ask(server, 12, parallel=2)
+    assert most <= 2
+
+
+def test_a_request_says_what_is_asked_for() -> None:
+    with StandIn(lambda _: (200, chat_reply("yes"))) as server:
+        given = endpoint(server.url, extra={"max_completion_tokens": 5, "max_tokens": None})
+        messages = [{"role": "user", "content": "Is it?"}]
+        assert complete(given, [messages], max_tokens=5, temperature=0.5, seed=7, stop=["\n"]) == ["yes"]
+        ((request),) = server.requests
+    assert request.path == "/v1/chat/completions"
+    assert request.body == {
+        "model": "judge",
+        "messages": messages,
+        "max_completion_tokens": 5,
+        "temperature": 0.5,
+        "seed": 7,
+        "stop": ["\n"],
+    }
+
+
+def test_an_answer_without_text_is_empty() -> None:
+    with StandIn(lambda _: (200, chat_reply(None))) as server:
+        assert ask(server) == [""]
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_server_that_is_busy_is_asked_again(status: int) -> None:
+    def answer(_: Request) -> Reply:
+        return (status, "busy") if len(server.requests) < 3 else (200, chat_reply("at last"))
+
+    with StandIn(answer) as server:
+        assert ask(server) == ["at last"]
+        assert len(server.requests) == 3
+
+
+def test_it_is_not_asked_earlier_than_it_says() -> None:
+    times: list[float] = []
+
+    def answer(_: Request) -> Reply:
+        times.append(time.monotonic())
+        return (429, "busy", {"Retry-After": "2"}) if len(times) == 1 else (200, chat_reply(""))
+
+    with StandIn(answer) as server:
+        ask(server)
+    assert times[1] - times[0] >= 2
+
+
+def test_patience_ends() -> None:
+    with StandIn(lambda _: (503, "loading")) as server:
+        with pytest.raises(Unreachable, match=f"{server.url} refused .503: loading.") as told:
+            ask(server, patience_s=1.0)
+        assert len(server.requests) == 2, "after 0.5 s, and not after 1.5 s"
+    assert "\n" not in str(told.value)
+
+
+def test_a_server_that_is_down_is_named() -> None:
+    with StandIn(lambda _: (200, {})) as server:
+        pass
+    with pytest.raises(Unreachable, match=f"{server.url} does not answer .*; start it, or correct its `url`"):
+        ask(server, patience_s=0.0)
+
+
+def test_a_server_that_never_answers_is_given_up() -> None:
+    never = threading.Event()
+    with StandIn(lambda _: (200, never.wait(LIMIT_S))) as server:
+        with pytest.raises(Unreachable, match=r"does not answer .ReadTimeout"):
+            ask(server, patience_s=0.0, timeout_s=0.2)
+        never.set()
+
+
+def test_a_refusal_that_stays_is_not_asked_again() -> None:
+    with StandIn(lambda _: (404, {"error": "The model `judge` does not exist."})) as server:
+        with pytest.raises(Refused, match=r"404: .*`judge` does not exist") as told:
+            ask(server)
+        assert len(server.requests) == 1
+    assert told.value.status == 404
+
+
+def test_one_that_fails_ends_the_wait_for_the_others() -> None:
+    release = threading.Event()
+
+    def answer(request: Request) -> Reply:
+        if number(request) == 1:
+            return 400, "no"
+        return 200, chat_reply(str(release.wait(LIMIT_S)))
+
+    with StandIn(answer) as server:
+        began = time.monotonic()
+        with pytest.raises(Refused):
+            ask(server, 3)
+        assert time.monotonic() - began < LIMIT_S / 2
+        release.set()
+
+
+def test_a_stop_ends_the_wait() -> None:
+    release = threading.Event()
+    with StandIn(lambda _: (200, chat_reply(str(release.wait(LIMIT_S))))) as server:
+        began = time.monotonic()
+        with Client(endpoint(server.url), lambda: bool(server.requests)) as client, pytest.raises(Cancelled):
+            client.post("completions", [{}])
+        assert time.monotonic() - began < LIMIT_S / 2
+        release.set()
+
+
+@pytest.mark.parametrize("content", ["<html>Welcome</html>", {"detail": "hello"}, {"choices": []}])
+def test_what_is_no_such_server_is_told(content: Any) -> None:
+    with StandIn(lambda _: (200, content)) as server, pytest.raises(Refused, match="something else than an OpenAI"):
+        ask(server)
+
+
+# ----------------------------------------------------------------------------------------------- the key
+
+
+def test_the_key_is_sent_and_told_nowhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setenv("JUDGE_KEY", f"{KEY}\n")
+    caplog.set_level("DEBUG")
+    with StandIn(lambda request: (401, f"no such key: {request.headers['authorization']}")) as server:
+        with pytest.raises(Refused, match=r"401: no such key: Bearer \*\*\*.; set `key_env`") as told:
+            ask(server, key_env="JUDGE_KEY")
+        assert server.requests[0].headers["authorization"] == f"Bearer {KEY}"
+    assert KEY not in str(told.value)
+    assert KEY not in caplog.text
+
+
+def test_no_key_is_sent_unless_the_recipe_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    with StandIn(lambda _: (200, chat_reply(""))) as server:
+        ask(server)
+        assert "authorization" not in server.requests[0].headers
+
+
+@pytest.mark.parametrize("value", ["", "two\nlines"])
+def test_a_variable_without_a_key_is_named(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("JUDGE_KEY", value)
+    with pytest.raises(Unreachable, match=r"environment variable JUDGE_KEY, .* is not"):
+        complete(endpoint("http://localhost:1/v1", key_env="JUDGE_KEY"), [], max_tokens=1)
+
+
+# ----------------------------------------------------------------------------------------------- is it there?
+
+
+@pytest.mark.parametrize("status", [200, 404, 500])
+def test_a_server_is_there_with_or_without_a_list_of_models(status: int) -> None:
+    with StandIn(lambda _: (status, {})) as server, Client(endpoint(server.url)) as client:
+        client.check()
+
+
+@pytest.mark.parametrize("status", [401, 503])
+def test_one_that_does_not_let_us_in_is_not(status: int) -> None:
+    with StandIn(lambda _: (status, "")) as server, Client(endpoint(server.url)) as client:
+        with pytest.raises(Refused):
+            client.check()
+        assert len(server.requests) == 1
+
+
+# ----------------------------------------------------------------------------------------------- the recipe
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        (f"http://me:{KEY}@host/v1", "no user, password or key"),
+        (f"http://{KEY}@host/v1", "no user, password or key"),
+        (f"https://host/v1?api-key={KEY}", "no user, password or key"),
+        ("host:8000/v1", "address with http"),
+        ("ftp://host/v1", "address with http"),
+        ("http:///v1", "address with http"),
+        ("http://host:99999/v1", "is not an address"),
+    ],
+)
+def test_an_address_is_plain(url: str, why: str) -> None:
+    given = ["eval.generator=server", f"eval.server.url={json.dumps(url)}"]
+    with pytest.raises(BadInput, match=why) as told:
+        load_recipe("recipes/debug.yaml", given)
+    assert KEY not in str(told.value)
+
+
+def test_a_slash_at_its_end_does_not_matter() -> None:
+    with StandIn(lambda _: (200, chat_reply(""))) as server:
+        complete(endpoint(f"{server.url}/"), [[]], max_tokens=1)
+        assert server.requests[0].path == "/v1/chat/completions"

@@ -1,0 +1,282 @@
+"""The probe accepts a model that is right packed, and refuses one that is not, naming the layer (C4)."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import transformers as tf
+
+from tests.model_helpers import CPU, SIZES, WIDE, tiny
+from trainer.config.recipe import LossSection
+from trainer.datatypes import BadInput, Batch
+from trainer.model import attention, packing_check, sft
+from trainer.model.loss import LogitTransform
+from trainer.model.sft import SftModel
+
+torch.set_num_threads(1)
+
+FOUR = {**WIDE, "num_hidden_layers": 4}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LINEAR: dict[str, Any] = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "shared_expert_intermediate_size": 24,
+}
+RIGHT: dict[str, tuple[Any, LogitTransform]] = {
+    "llama": (tf.LlamaConfig(**SIZES), LogitTransform()),
+    "llama, tied": (tf.LlamaConfig(**SIZES, tie_word_embeddings=True), LogitTransform()),
+    "qwen 2": (tf.Qwen2Config(**SIZES), LogitTransform()),
+    "qwen 3": (tf.Qwen3Config(**WIDE), LogitTransform()),
+    "mistral, window": (tf.MistralConfig(**WIDE, sliding_window=16), LogitTransform()),
+    "gemma 2, window, soft caps": (
+        tf.Gemma2Config(**WIDE, sliding_window=16, query_pre_attn_scalar=8),
+        LogitTransform(1.0, 30.0),
+    ),
+    "gemma 3, windows": (
+        tf.Gemma3TextConfig(
+            **WIDE,
+            sliding_window=16,
+            query_pre_attn_scalar=8,
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        LogitTransform(),
+    ),
+    "granite, logit scale": (tf.GraniteConfig(**SIZES, logits_scaling=8.0), LogitTransform(0.125)),
+    "cohere, logit scale": (tf.CohereConfig(**SIZES, logit_scale=0.0625), LogitTransform(0.0625)),
+    "gpt-oss, sinks, windows, experts": (
+        tf.GptOssConfig(**WIDE, sliding_window=16, num_local_experts=4, num_experts_per_tok=2),
+        LogitTransform(),
+    ),
+    "qwen 3 moe": (tf.Qwen3MoeConfig(**WIDE, **EXPERTS), LogitTransform()),
+    "mixtral": (tf.MixtralConfig(**WIDE, num_local_experts=4), LogitTransform()),
+    "gpt-2": (tf.GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=4, n_positions=64), LogitTransform()),
+    "phi, biased head": (tf.PhiConfig(**SIZES), LogitTransform()),
+}
+# Right one document at a time only. Each is refused packed, by its own library or by what the probe measures.
+MIXING = {
+    "qwen 3 next": (tf.Qwen3NextConfig(**FOUR, **EXPERTS, **LINEAR), "Qwen3NextGatedDeltaNet|linear_attention"),
+    "lfm 2": (tf.Lfm2Config(**FOUR, layer_types=["conv", "full_attention"] * 2), "Lfm2ShortConv|conv"),
+    "mamba": (tf.MambaConfig(vocab_size=160, hidden_size=32, num_hidden_layers=2), "MambaBlock"),
+}
+
+
+def proof(model: Any, *, one_document: bool = False, kernel: str = "chunked") -> packing_check.Proof:
+    module = SftModel(model, LossSection.model_validate({"kernel": kernel}), 0, CPU)
+    return packing_check.probe(module, row_tokens=128, one_document=one_document, seed=0)
+
+
+# ----------------------------------------------------------------------------------------------- right ones
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_model_is_accepted_and_its_logits_are_known(name: str) -> None:
+    config, transform = RIGHT[name]
+    seen = proof(tiny(config))
+    print(f"{name}: hidden {seen.hidden_difference:.1e}, loss {seen.loss_difference:.1e}")
+    assert seen.transform == transform
+    assert seen.hidden_difference < 1e-5
+    assert seen.loss_difference < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama, tied", "gpt-oss, sinks, windows, experts"])
+def test_bf16_is_proved_within_its_own_rounding(name: str) -> None:
+    seen = proof(tiny(RIGHT[name][0], torch.bfloat16))
+    assert seen.hidden_difference < 0.05
+    assert seen.loss_difference < 0.01
+
+
+# its roundings add up to more than a shallow model's may
+DEEP = tf.LlamaConfig(
+    **{**SIZES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 32}, initializer_range=0.12
+)
+
+
+def test_a_deep_model_in_bf16_is_proved_within_the_rounding_of_its_own_two_ways(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert 0.05 < proof(tiny(DEEP, torch.bfloat16)).hidden_difference < packing_check.MOST_ROUNDING
+    monkeypatch.setattr(packing_check, "OWN_ROUNDING", 0.0)
+    with pytest.raises(BadInput, match=r"0\.05 is allowed"):
+        proof(tiny(DEEP, torch.bfloat16))
+
+
+@pytest.mark.parametrize("change", [{"scale": 0.3}, {"window": 12}], ids=str)
+def test_control_a_deep_models_rounding_hides_no_defect(change: dict[str, Any]) -> None:
+    with with_backend(lambda arguments: arguments._replace(**change)), pytest.raises(BadInput, match="one document"):
+        proof(tiny(DEEP, torch.bfloat16))
+
+
+def test_one_document_is_longer_than_the_window() -> None:
+    assert proof(tiny(RIGHT["mistral, window"][0])).lengths[1] > 16
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny(RIGHT["llama"][0])
+    module = SftModel(model, LossSection(), 0, CPU).train()
+    packing_check.probe(module, row_tokens=64, one_document=False, seed=0)
+    assert module.training
+    assert model.config._attn_implementation == "packhorse_reference"
+    assert all(p.grad is None for p in model.parameters())
+
+
+# ----------------------------------------------------------------------------------------------- mixing ones
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_a_layer_that_mixes_documents_is_named(name: str) -> None:
+    config, layer = MIXING[name]
+    with pytest.raises(BadInput, match=layer) as refused:
+        proof(tiny(config))
+    assert "data.packing=none" in str(refused.value)
+    assert proof(tiny(config), one_document=True).hidden_difference < 1e-5
+
+
+def test_a_chunk_that_packed_attention_does_not_know_is_refused() -> None:
+    config = tf.Llama4TextConfig(
+        **WIDE, attention_chunk_size=16, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=48
+    )
+    with pytest.raises(BadInput, match="Llama4TextAttention masks its attention by more"):
+        proof(tiny(config))
+
+
+def test_a_model_that_does_not_attend_through_packhorse_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"layer 0 \(BloomBlock\)"):
+        proof(tiny(tf.BloomConfig(vocab_size=160, hidden_size=32, n_layer=2, n_head=4)))
+
+
+# ----------------------------------------------------------------------------------------------- broken ones
+
+
+def with_backend(change: Any) -> Any:
+    """The reference backend with its arguments changed on the way."""
+    right = attention._reference
+
+    def wrong(layer: str, q: Any, k: Any, v: Any, arguments: attention.Arguments) -> torch.Tensor:
+        return right(layer, q, k, v, change(arguments))
+
+    return mock.patch.dict(attention._FUNCTIONS, {"reference": attention._bound(wrong)})
+
+
+def no_boundaries(arguments: attention.Arguments) -> attention.Arguments:
+    total = int(arguments.bounds.cu_seqlens[-1])
+    return arguments._replace(bounds=arguments.bounds._replace(lengths=(total,)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_control_a_backend_without_boundaries_is_caught(dtype: torch.dtype) -> None:
+    with with_backend(no_boundaries), pytest.raises(BadInput, match=r"layer 0 \(LlamaDecoderLayer\) does not keep"):
+        proof(tiny(RIGHT["llama"][0], dtype))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mistral, window", {"window": None}),
+        ("mistral, window", {"window": 15}),
+        ("gemma 2, window, soft caps", {"softcap": None}),
+        ("gpt-oss, sinks, windows, experts", {"sinks": None}),
+        ("qwen 3", {"scale": 1.0}),
+    ],
+)
+def test_control_a_backend_that_ignores_an_argument_is_caught(name: str, change: dict[str, Any]) -> None:
+    with with_backend(lambda arguments: arguments._replace(**change)):
+        model = tiny(RIGHT[name][0])
+        for parameter in model.parameters():  # large scores, so that a soft cap of 50 bends them
+            if parameter.dim() == 2:
+                parameter.data *= 20
+        with pytest.raises(BadInput, match="even for one document"):
+            proof(model)
+
+
+def test_control_positions_that_do_not_restart_are_caught() -> None:
+    right = SftModel.hidden_states
+
+    def running_on(self: SftModel, batch: Batch) -> torch.Tensor:
+        batch.position_ids.copy_(torch.arange(batch.input_ids.shape[0]) % 64)
+        return right(self, batch)
+
+    with mock.patch.object(SftModel, "hidden_states", running_on), pytest.raises(BadInput, match="GPT2"):
+        proof(tiny(RIGHT["gpt-2"][0]))
+
+
+def test_control_a_window_that_only_the_mask_knows_is_caught() -> None:
+    right = attention._attend
+
+    def forgets(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> Any:
+        return right(*args, **kwargs)
+
+    with mock.patch.object(attention, "_attend", forgets), pytest.raises(BadInput, match="more than causality"):
+        proof(tiny(RIGHT["mistral, window"][0], torch.bfloat16))
+
+
+def test_control_a_loss_that_is_not_the_models_is_caught() -> None:
+    def no_scale(*args: Any, transform: LogitTransform, **kwargs: Any) -> torch.Tensor:
+        return right(*args, transform=LogitTransform(), **kwargs)
+
+    right = sft.linear_cross_entropy
+    model = tiny(RIGHT["granite, logit scale"][0])
+    model.lm_head.weight.data *= 50
+    with mock.patch.object(sft, "linear_cross_entropy", no_scale), pytest.raises(BadInput, match="own logits"):
+        proof(model)
+
+
+class Halved(tf.LlamaForCausalLM):
+    """A model that does something between its backbone and its head."""
+
+    def forward(self, input_ids: Any = None, logits_to_keep: int = 0, **others: Any) -> Any:
+        hidden = self.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        return SimpleNamespace(logits=self.lm_head(hidden * 0.5)[:, -logits_to_keep:])
+
+
+def test_something_between_backbone_and_head_is_caught() -> None:
+    model = tiny(RIGHT["llama"][0])
+    model.lm_head.weight.data *= 50
+    model.__class__ = Halved
+    with pytest.raises(BadInput, match="Halved: the loss made from the hidden states"):
+        proof(model)
+
+
+# ----------------------------------------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize(
+    "transform", [LogitTransform(), LogitTransform(0.0625), LogitTransform(1.0, 30.0), LogitTransform(0.5, 15.0)]
+)
+def test_a_scale_and_a_soft_cap_are_measured(transform: LogitTransform) -> None:
+    given = torch.logspace(-3, 6, 80).double()
+    assert packing_check._fit(given, transform(given)) == transform
+
+
+def test_logits_changed_in_another_way_are_not_fitted() -> None:
+    given = torch.logspace(-3, 6, 80).double()
+    hidden_tail = given.clone()
+    hidden_tail[-3:] = -torch.inf
+    for changed in (given.relu() + 1, given.sqrt(), given.clamp(max=20), hidden_tail):
+        assert packing_check._fit(given, changed) is None
+
+
+def test_windows_and_chunks_are_found_by_their_words() -> None:
+    config = {
+        "sliding_window": 4096,
+        "text": {"attention_chunk_size": 8192, "use_sliding_window": True},
+        "sliding_window_pattern": "LLG",
+        "max_window_layers": 28,
+        "local_attention": 128,
+        "id2label": {0: "a"},
+    }
+    assert packing_check.limits(config) == {4096, 8192, 28, 128}
+
+
+def test_the_middle_document_passes_every_limit_within_reach() -> None:
+    config = SimpleNamespace(
+        vocab_size=99, max_position_embeddings=10**6, to_dict=lambda: {"sliding_window": 512, "chunk": 8192}
+    )
+    assert len(packing_check._documents(config, 1024, 0)[1]) > 512
+    assert len(packing_check._documents(config, 1024, 0)[1]) < 1024
+    assert len(packing_check._documents(config, 16384, 0)[1]) > 8192

@@ -1,0 +1,337 @@
+"""The recipe: what it takes, what it refuses and in which words."""
+
+import datetime
+import subprocess
+import sys
+from pathlib import Path
+
+import pydantic
+import pytest
+import yaml
+
+from trainer.config.recipe import load_recipe, parse_recipe
+from trainer.datatypes import BadInput
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALLEST = {"model": {"name": "some/model"}, "data": {"train": [{"path": "rows.jsonl"}]}, "run": {"dir": "runs/x"}}
+
+
+def with_source(**fields: object) -> dict:
+    """SMALLEST with more keys in its source."""
+    return with_key("data.train", [{"path": "a", **fields}])
+
+
+def with_key(key: str, value: object) -> dict:
+    """SMALLEST with a dotted key set."""
+    tree = yaml.safe_load(yaml.safe_dump(SMALLEST))
+    node = tree
+    *parents, last = key.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+    node[last] = value
+    return tree
+
+
+def with_scorer(scorer: object, name: str = "mine") -> dict:
+    """SMALLEST with held-out rows and a scorer of answers to them."""
+    tree = with_key("data.eval", [{"path": "held.jsonl"}])
+    return {**tree, "eval": {"generate": {"scorers": {name: scorer}}}}
+
+
+def growing(*others: dict, train: dict | None = None, **source: object) -> dict:
+    """SMALLEST with a source that grows, and perhaps others beside it."""
+    sources = [{"path": "a", "grows": True, **source}, *others]
+    return {**SMALLEST, "data": {"train": sources}, "train": train or {}}
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_the_designs():
+    recipe = parse_recipe(SMALLEST)
+    assert (recipe.batch.row_tokens, recipe.batch.rows_per_step, recipe.batch.rows_per_micro) == (8192, 64, 1)
+    assert recipe.data.train_on == "assistant"
+    assert recipe.data.packing == "bfd"
+    assert recipe.data.too_long == "reject"
+    assert recipe.max_tokens == 8192
+    assert recipe.loss.weighting == "token"
+    optim = recipe.optim
+    assert (optim.betas, optim.weight_decay, optim.warmup, optim.clip) == ((0.9, 0.95), 0.1, 0.03, 1.0)
+    assert (optim.schedule, optim.min_lr_ratio) == ("cosine", 0.1)
+    assert recipe.parallel.grad_dtype == "float32"
+
+
+SCORERS = {
+    "format": {"pattern": "x+"},
+    "exact": {"extract": "(x)", "ignore_case": True},
+    "contains": {"text": "x"},
+    "math": {"column": "solution"},
+    "choice": {"letters": ["A", "B"], "column": "letter"},
+    "json_schema": {"tools": True},
+    "refusal": {"column": "unsafe"},
+    "judge": {"rubric": "kind", "endpoint": {"url": "http://judge/v1", "model": "m"}, "against": "reference"},
+    "function": {"function": "mine:score"},
+}
+
+
+def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
+    tree = with_key("data.eval_fraction", 0.1)
+    tree["eval"] = {"generate": {"scorers": {kind: {"kind": kind, **keys} for kind, keys in SCORERS.items()}}}
+    recipe = parse_recipe(tree)
+    assert load_recipe(written(tmp_path, recipe.to_yaml())) == recipe
+    assert recipe.eval.generate is not None
+    assert [scorer.kind for scorer in recipe.eval.generate.scorers.values()] == list(SCORERS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rate"),
+    [
+        ({}, 2e-5),
+        ({"adapter": None}, 2e-5),
+        ({"adapter": {}}, 1e-4),
+        ({"adapter": {"rank": 8}, "optim": {"clip": 0.5}}, 1e-4),
+        ({"adapter": {"rank": 8}, "optim": {"lr": 3e-4}}, 3e-4),
+    ],
+)
+def test_an_adapter_has_a_learning_rate_of_its_own(tmp_path, changes, rate):
+    recipe = parse_recipe({**SMALLEST, **changes})
+    assert recipe.optim.lr == rate
+    assert load_recipe(written(tmp_path, recipe.to_yaml())) == recipe
+
+
+def test_an_adapter_may_not_come_go_or_change_on_a_resume():
+    """Of a section that is not there no key could be compared."""
+    without, small, large = (parse_recipe({**SMALLEST, "optim": {"lr": 1e-4}, "adapter": a}).fixed() for a in ADAPTERS)
+    for before, now in ((without, small), (small, without), (small, large)):
+        assert [name for name in now if now[name] != before.get(name)] == ["adapter"]
+
+
+ADAPTERS = (None, {"rank": 4}, {"rank": 8})
+
+
+def test_rows_are_held_out_where_sources_or_a_share_say_so():
+    assert not parse_recipe(SMALLEST).has_eval
+    assert parse_recipe(with_key("data.eval", [{"path": "held.jsonl"}])).has_eval
+    assert parse_recipe(with_key("data.eval_fraction", 0.1)).has_eval
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/*.yaml")), ids=lambda path: path.name)
+def test_shipped_recipes_are_valid(path):
+    assert load_recipe(path).run.dir
+
+
+def test_it_is_frozen():
+    with pytest.raises(pydantic.ValidationError):
+        parse_recipe(SMALLEST).train.seed = 1  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@pytest.mark.parametrize(
+    ("override", "section", "key", "value"),
+    [
+        ("optim.lr=1e-5", "optim", "lr", 1e-5),  # which YAML itself reads as a text
+        ("optim.betas=[0.9, 0.99]", "optim", "betas", (0.9, 0.99)),
+        ("train.steps=null", "train", "steps", None),
+        ("data.eval=[]", "data", "eval", ()),
+        ("run.dir=runs/a=b", "run", "dir", "runs/a=b"),
+        ("checkpoint.keep=8", "checkpoint", "keep", 8),  # of a section that the file does not have
+    ],
+)
+def test_overrides(tmp_path, override, section, key, value):
+    recipe = load_recipe(written(tmp_path, yaml.safe_dump(SMALLEST)), [override])
+    assert getattr(getattr(recipe, section), key) == value
+
+
+def test_an_override_reaches_into_a_list(tmp_path):
+    recipe = load_recipe(written(tmp_path, yaml.safe_dump(SMALLEST)), ["data.train.0.path=other.jsonl"])
+    assert recipe.data.train[0].path == "other.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (with_key("optim.learning_rate", 1), "unknown key `optim.learning_rate`"),
+        (with_key("optim.weight_decai", 1), "did you mean `optim.weight_decay`?"),
+        (with_key("optimiser", {}), "did you mean `optim`?"),
+        (with_key("data.train", [{"pth": "x"}]), "did you mean `data.train.0.path`?"),
+        (with_key("optim.zzz", 1), "keys here: lr, betas"),
+        (with_key("optim.lr", 0), "`optim.lr`: input should be greater than 0 (got 0)"),
+        (with_key("optim.lr", float("nan")), "`optim.lr`"),
+        (with_key("batch.rows_per_step", 0), "`batch.rows_per_step`"),
+        (with_key("batch.row_tokens", 1), "`batch.row_tokens`"),
+        (with_key("data.packing", "best"), "'none', 'bfd', 'bfd_split', 'wrapped' or 'greedy' (got 'best')"),
+        (with_key("data.train", []), "`data.train`"),
+        (with_key("data.group_by", "id"), "`group_by` says how `eval_fraction` splits"),
+        (with_key("data.eval_fraction", 1), "`data.eval_fraction`"),
+        (with_key("data.train", [{}]), "give exactly one of `path` and `name`"),
+        (with_key("data.train", [{"path": "a", "name": "b"}]), "give exactly one of `path` and `name`"),
+        (with_source(format="sharegtp"), "'sharegpt'"),
+        (with_source(function="mine.py"), "a function is named as `module:function`, not `mine.py`"),
+        (with_source(function="/data/mine:read"), "a function is named as `module:function`"),
+        (with_source(function="mine:read", format="text"), "leave out `format` and `columns`"),
+        (with_source(filters={"function": "mine"}), "a function is named as `module:function`"),
+        (with_source(filters={"pattern": "("}), "`(` is not a regular expression"),
+        (with_source(filters={"not_pattern": "["}), "`[` is not a regular expression"),
+        (with_source(filters={"answer_words": [3, 2]}), "`answer_words` is [fewest, most]"),
+        (with_source(filters={"verify": "math"}), "`reference` belongs to `verify`"),
+        (with_source(filters={"reference": "best"}), "`reference` belongs to `verify`"),
+        (with_source(filters={"patern": "x"}), "did you mean `data.train.0.filters.pattern`?"),
+        (with_key("data.max_tokens", 9000), "an example must fit in a row"),
+        (with_key("data.cut_answers", True), "`cut_answers` belongs to `too_long: truncate`"),
+        (
+            with_key("data.chat_template_kwargs", {"tokenize": True, "x": 1, "bos_token": ""}),
+            "hold bos_token, tokenize",
+        ),
+        (
+            with_key("data.chat_template_kwargs", {"day": datetime.date(2024, 7, 26)}),
+            "chat_template_kwargs.day`: input",
+        ),
+        (with_key("data.split_context", 8), "`split_context` belongs to `too_long: split`"),
+        (
+            {**SMALLEST, "data": {**SMALLEST["data"], "too_long": "split", "split_context": 8, "max_tokens": 9}},
+            "data.split_context (8) leaves no room",
+        ),
+        (with_key("eval.generate", {}), "eval.generate: no rows are held out to ask; give data.eval"),
+        (with_scorer({"kind": "exat"}), "`eval.generate.scorers.mine`: unknown kind `exat`; did you mean `exact`?"),
+        (with_scorer({"kind": "bleu"}), "unknown kind `bleu`; kinds here: format, exact, contains, math, choice,"),
+        (with_scorer({"pattern": "x"}), "`eval.generate.scorers.mine.kind` is missing; kinds: format, exact,"),
+        (with_scorer({"kind": "format"}), "`eval.generate.scorers.mine.pattern` is missing"),
+        (
+            with_scorer({"kind": "exact", "extrct": "(x)"}, "exact"),
+            "unknown key `eval.generate.scorers.exact.extrct`; did you mean `eval.generate.scorers.exact.extract`?",
+        ),
+        (
+            with_scorer({"kind": "math", "zzz": 1}),
+            "unknown key `eval.generate.scorers.mine.zzz`; keys here: kind, column",
+        ),
+        (with_scorer({"kind": "format", "pattern": "("}), "`eval.generate.scorers.mine`: `(` is not a regular"),
+        (with_scorer({"kind": "exact", "extract": "x"}), "`extract` has no group"),
+        (with_scorer({"kind": "choice", "letters": ["A", "A"]}), "`letters` are different texts"),
+        (with_scorer({"kind": "choice", "letters": ["A"]}), "`eval.generate.scorers.mine.letters`: tuple should have"),
+        (with_scorer({"kind": "json_schema"}), "give exactly one of `file`, `column` and `tools: true`"),
+        (with_scorer({"kind": "json_schema", "file": "a", "tools": True}), "give exactly one of `file`, `column`"),
+        (with_scorer({"kind": "refusal"}), "give exactly one of `expected` and `column`"),
+        (with_scorer({"kind": "function", "function": "mine.py"}), "a function is named as `module:function`"),
+        (
+            with_scorer({"kind": "judge", "rubric": "x", "endpoint": {"ulr": "http://a/v1", "model": "m"}}),
+            "did you mean `eval.generate.scorers.mine.endpoint.url`?",
+        ),
+        (with_scorer({"kind": "exact"}, "loss"), "`loss` cannot name a scorer"),
+        (with_scorer({"kind": "exact"}, "a b"), "`a b` cannot name a scorer"),
+        (with_key("adapter.rank", 0), "`adapter.rank`"),
+        (with_key("adapter.target", "all-linear"), "did you mean `adapter.targets`?"),
+        (with_key("adapter.targets", []), "`targets` names nothing"),
+        (with_key("adapter.targets", "("), "`(` is not a regular expression"),
+        (with_key("adapter.dropout", 1), "`adapter.dropout`"),
+        (with_key("adapter.base", "int8"), "`adapter.base`"),
+        (with_key("adapter.double_quantisation", True), "`double_quantisation` belongs to `base: nf4`"),
+        (with_key("adapter", {"base": "nf4", "dora": True}), "is not proved with `base: nf4`"),
+        (
+            {**SMALLEST, "adapter": {}, "model": {"name": "a", "add_tokens": ["<tool>"]}},
+            "the new rows of the embeddings lie outside an adapter",
+        ),
+        (with_key("loss.weighting", "constant"), "`constant_tokens` belongs to `weighting: constant`"),
+        (growing(), "say how long in train.steps"),
+        (growing(train={"steps": 9, "epochs": 2}), "a source that grows has no epochs"),
+        (growing({"path": "b"}, train={"steps": 9}), "a source that grows must be the only one"),
+        (growing(weight=2, train={"steps": 9}), "take out `weight` and `rows`"),
+        (growing(rows=2, train={"steps": 9}), "take out `weight` and `rows`"),
+        (with_key("data.eval", [{"path": "a", "grows": True}]), "no source of them may grow"),
+        ({**SMALLEST, "run": {}}, "`run.dir` is missing"),
+        ({"model": SMALLEST["model"]}, "`data` is missing; `run` is missing"),
+    ],
+)
+def test_refused_in_one_line(tree, message):
+    with pytest.raises(BadInput) as refused:
+        parse_recipe(tree, where="r.yaml")
+    assert message in str(refused.value)
+    assert str(refused.value).startswith("r.yaml: ")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: {name: a}\nmodel: {name: b}", "the key `model` is given twice"),
+        ("optim: {lr: 1.0, lr: 2.0}", "the key `lr` is given twice"),
+        ("model: [", "not valid YAML"),
+        ("- a list", "a recipe is a mapping of sections"),
+        ("", "a recipe is a mapping of sections"),
+        ("model: !!python/object/apply:os.getcwd []", "not valid YAML"),
+    ],
+)
+def test_a_file_that_is_no_recipe(tmp_path, text, message):
+    with pytest.raises(BadInput, match=message):
+        load_recipe(written(tmp_path, text))
+
+
+def test_a_missing_file():
+    with pytest.raises(BadInput, match=r"nowhere\.yaml: the recipe cannot be read"):
+        load_recipe("nowhere.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lr", "write key=value"),
+        ("=3", "write key=value"),
+        ("optim.lr=[", "the value is not valid YAML"),
+        ("model.name.x=1", "`name` is a value, not a section"),
+        ("data.train.1.path=x", "`1` is not an item of a list of 1"),
+        ("optim.lrr=1", "did you mean `optim.lr`?"),
+        ("data.columns={a: 1, a: 2}", "the value is not valid YAML"),
+    ],
+)
+def test_overrides_that_are_refused(tmp_path, override, message):
+    with pytest.raises(BadInput) as refused:
+        load_recipe(written(tmp_path, yaml.safe_dump(SMALLEST)), [override])
+    assert message in str(refused.value)
+
+
+def test_what_may_change_on_a_resume_is_not_fixed():
+    free = {
+        "run.dir": "runs/y",
+        "batch.rows_per_micro": 2,
+        "model.recompute": False,
+        "model.attention": "reference",
+        "parallel.deepspeed": "ds_configs/zero2.json",
+        "checkpoint.keep": 9,
+        "checkpoint.before_timeout_s": 60,
+        "guard.hang_factor": 3,
+    }
+    fixed = {
+        "model.name": "other",
+        "model.dtype": "float32",
+        "data.packing": "none",
+        "batch.row_tokens": 64,
+        "batch.rows_per_step": 3,
+        "loss.weighting": "example",
+        "optim.lr": 1e-3,
+        "train.seed": 7,
+        "parallel.grad_dtype": "bfloat16",
+    }
+    before = parse_recipe(SMALLEST).fixed()
+    assert all(parse_recipe(with_key(key, value)).fixed() == before for key, value in free.items())
+    for key, value in fixed.items():
+        now = parse_recipe(with_key(key, value)).fixed()
+        assert [name for name in now if now[name] != before[name]] == [key]
+
+
+def test_parsing_has_no_side_effects(tmp_path):
+    recipe = written(tmp_path, yaml.safe_dump(SMALLEST))
+    program = (
+        "import sys; from trainer import config; load_recipe(sys.argv[1])\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'datasets', 'numpy'} & set(sys.modules)\n"
+        "sys.exit(repr(heavy) if heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(recipe)],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.iterdir()) == [recipe]

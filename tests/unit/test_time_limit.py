@@ -1,0 +1,146 @@
+"""A call beside this process: its result, or the word that it took too long or failed."""
+
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import time
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from trainer.utils import time_limit as bounded_module
+from trainer.utils.time_limit import Failed, TooLong, bounded
+
+
+def double(number):
+    return 2 * number
+
+
+def doubled_beside(number):
+    return bounded(double, number, limit_s=10.0)
+
+
+def one_c_function():
+    return 7 ** (10**9)
+
+
+def backtrack(pattern, text):
+    return re.fullmatch(pattern, text) is not None
+
+
+def take_memory():
+    return len(bytearray(64 << 30))
+
+
+def double_after_a_signal(number, mark):
+    if not mark.exists():
+        mark.touch()
+        os.kill(os.getpid(), signal.SIGTERM)
+    return 2 * number
+
+
+def crash():
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def raise_key_error():
+    raise KeyError("x")
+
+
+def test_the_result_comes_back():
+    assert bounded(double, 4, limit_s=10.0) == 8
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments"),
+    [(one_c_function, ()), (backtrack, ("(a+)+b", "a" * 64))],
+    ids=["one C function", "a pattern that backtracks"],
+)
+def test_what_does_not_end_takes_too_long_and_the_next_call_is_answered(function, arguments):
+    """The limit is the kernel's: Python's own handlers wait while one long operation runs."""
+    with pytest.raises(TooLong):
+        bounded(function, *arguments, limit_s=0.5)
+    assert bounded(double, 4, limit_s=10.0) == 8
+
+
+@pytest.mark.parametrize(("function", "name"), [(raise_key_error, "KeyError"), (take_memory, "MemoryError")])
+def test_a_call_that_fails_is_told_apart_and_so_is_one_that_takes_all_memory(function, name):
+    with pytest.raises(Failed, match=name):
+        bounded(function, limit_s=10.0)
+    assert bounded(double, 4, limit_s=10.0) == 8
+
+
+def test_a_signal_to_all_processes_changes_no_result(tmp_path):
+    """Slurm's SIGTERM reaches this one, too, and must not pass for TooLong."""
+    assert bounded(double_after_a_signal, 4, tmp_path / "mark", limit_s=10.0) == 8
+
+
+def test_a_call_that_ends_its_process_has_failed_and_the_next_is_answered():
+    with pytest.raises(Failed, match=f"exit code -{signal.SIGSEGV.value}"):
+        bounded(crash, limit_s=10.0)
+    assert bounded(double, 4, limit_s=10.0) == 8
+
+
+def test_imports_are_not_the_calls_time(monkeypatch, tmp_path):
+    (tmp_path / "slow_to_import.py").write_text("import time\nwhile time.process_time() < 2: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(bounded_module, "_beside", None)  # the next one knows this path
+    assert bounded(double, 4, limit_s=0.5, imports=["slow_to_import"]) == 8
+    with pytest.raises(Failed, match="ModuleNotFoundError"):
+        bounded(double, 4, limit_s=0.5, imports=["no_such_module"])
+
+
+def _fail_to_start(calls):
+    raise SystemExit("no such library")
+
+
+def test_a_process_that_fails_is_no_fault_of_the_call(monkeypatch):
+    monkeypatch.setattr(bounded_module, "_beside", None)
+    monkeypatch.setattr(bounded_module, "_serve", _fail_to_start)
+    with pytest.raises(RuntimeError, match="the process beside this one failed"):
+        bounded(double, 4, limit_s=10.0)
+
+
+def test_it_works_in_a_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(doubled_beside(4)))
+    thread.start()
+    thread.join()
+    assert found == [8]
+
+
+def test_it_works_in_processes_and_ends_with_them():
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        assert list(pool.map(doubled_beside, range(6))) == [0, 2, 4, 6, 8, 10]
+
+
+def test_a_killed_process_leaves_none_behind():
+    """The one beside it sees that nobody asks any more."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_ask_and_wait, args=(queue,))
+    process.start()
+    beside = queue.get(timeout=60)
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    deadline = time.monotonic() + 30
+    while _runs(beside):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _ask_and_wait(queue):
+    doubled_beside(4)
+    queue.put(multiprocessing.active_children()[0].pid)
+    time.sleep(600)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

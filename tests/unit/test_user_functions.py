@@ -1,0 +1,59 @@
+"""Functions of the user's own: found in the current folder, told apart by what is written in them."""
+
+import sys
+
+import pytest
+
+from trainer.datatypes import BadInput
+from trainer.utils.user_functions import function_digest, load_function
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    """A current folder; as for the installed command, Python does not look into it by itself."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    return tmp_path
+
+
+def test_a_function_of_the_current_folder_or_of_a_package_in_it_is_found(here):
+    (here / "mine_a.py").write_text("def double(x): return 2 * x")
+    (here / "package_a").mkdir()
+    (here / "package_a" / "inner.py").write_text("from mine_a import double")
+    assert load_function("mine_a:double")(4) == 8
+    assert load_function("package_a.inner:double")(4) == 8
+    assert load_function("json:loads")("4") == 4
+
+
+def test_a_function_beside_the_data_is_not_found(here):
+    (here / "data").mkdir()
+    (here / "data" / "mine_b.py").write_text("def double(x): return 2 * x")
+    with pytest.raises(BadInput, match=r"`mine_b:double`: the module cannot be imported .*ModuleNotFoundError"):
+        load_function("mine_b:double")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("def other(): pass", r"has no function `double`"),
+        ("double = 3", r"has no function `double`"),
+        ("def double(x) return", r"cannot be imported .*SyntaxError"),
+        ("1 / 0", r"cannot be imported .*ZeroDivisionError: division by zero"),
+        ("import sys; sys.exit(3)", r"cannot be imported .*SystemExit: 3"),
+    ],
+)
+def test_a_module_that_cannot_be_used_is_refused(here, request, source, message):
+    name = f"bad_{abs(hash(request.node.name))}"
+    (here / f"{name}.py").write_text(source)
+    with pytest.raises(BadInput, match=message):
+        load_function(f"{name}:double")
+
+
+def test_the_digest_is_of_the_file(here):
+    (here / "mine_c.py").write_text("def double(x): return 2 * x")
+    before = function_digest("mine_c:double")
+    assert function_digest("mine_c:double") == before
+    (here / "mine_c.py").write_text("def double(x): return x + x")
+    assert function_digest("mine_c:double") != before
+    with pytest.raises(BadInput, match="has no file"):
+        function_digest("builtins:dict")

@@ -1,0 +1,144 @@
+"""Which evaluated step is the best one by the recipe's rule, found from the run's own record of its evaluations.
+
+In: the lines of evaluations.jsonl, the rule. Out: best.json, which has the rule, the step and every candidate with
+its metrics. Nothing is kept between starts but that record, and best.json is only a report: whoever needs the step
+finds it anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from trainer import dist
+from trainer.config.eval import EVAL_LOSS, BestSection
+from trainer.config.recipe import load_recipe
+from trainer.datatypes import BadInput
+from trainer.metrics import EVALUATIONS
+from trainer.utils.files import write_synced
+
+
+def whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines, none where there is no file; the half line that a killed run has left, or
+    one that still runs is writing, is none."""
+    found = []
+    for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
+        try:
+            found.append(json.loads(text))
+        except ValueError:
+            continue
+    return found
+
+
+def evaluations(folder: Path) -> dict[int, dict[str, Any]]:
+    """The lines of a folder's evaluations by their steps, in order."""
+    return {line["step"]: line for line in sorted(whole_lines(folder / EVALUATIONS), key=lambda line: line["step"])}
+
+
+def numbers(line: dict[str, Any]) -> dict[str, float | None]:
+    """An evaluation's numbers by the names that rules know them by; None where one could not be had."""
+    return {EVAL_LOSS: line["eval_loss"], **{name: metric["value"] for name, metric in line["metrics"].items()}}
+
+
+def why_not(rule: BestSection, line: dict[str, Any]) -> str | None:
+    """Why the evaluated step cannot be the best one, or None."""
+    values = numbers(line)
+    for name in rule.places.values():
+        value = values.get(name)
+        if value is None or not math.isfinite(value):
+            return f"{name} is missing" if value is None else f"{name} is {value}"
+    for name, condition in rule.conditions.items():
+        value = values[name]
+        assert value is not None, "looked at above"
+        if not condition.holds(value):
+            return f"{name} is {value:.4g}, not {rule.subject_to[name]}"
+    return None
+
+
+def choose(rule: BestSection, lines: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    """What best.json says: the best step or null, and all candidates, in order.
+
+    A candidate is every evaluated step but 0: the model that training began with has no checkpoint.
+    """
+    candidates = []
+    for step, line in lines.items():
+        if step > 0:
+            fault = why_not(rule, line)
+            candidates.append({**line, "meets": fault is None, **({"why_not": fault} if fault else {})})
+
+    def worth(candidate: dict[str, Any]) -> tuple[float, float, int]:
+        values = numbers(candidate)
+        aim, tie = values[rule.metric], values[rule.tie] if rule.tie else 0.0
+        assert aim is not None, "it would meet nothing"
+        assert tie is not None
+        return (aim if rule.maximize else -aim, -tie if rule.tie == EVAL_LOSS else tie, -candidate["step"])
+
+    best = max((c for c in candidates if c["meets"]), key=worth, default=None)
+    rules = rule.model_dump(exclude_defaults=True)
+    return {"rule": rules, "step": best["step"] if best else None, "candidates": candidates}
+
+
+def best_step(run_dir: Path) -> int:
+    """The best step of a run, by the rule of its recipe.
+
+    Raises:
+        BadInput: it is no run folder, its recipe has no rule, no step was evaluated, or none meets the conditions.
+    """
+    if not (run_dir / "recipe.yaml").is_file():
+        raise BadInput(f"{run_dir}: not a run folder (it has no recipe.yaml)")
+    rule = load_recipe(run_dir / "recipe.yaml").eval.best
+    if rule is None:
+        raise BadInput(f"{run_dir}: its recipe has no eval.best that says what is best; give --step, or take the last")
+    found = choose(rule, evaluations(run_dir))
+    if found["step"] is None:
+        raise BadInput(f"{run_dir}: there is no best checkpoint: {_none(found)}; give --step to take one all the same")
+    return found["step"]
+
+
+def _none(found: dict[str, Any]) -> str:
+    """Why none is the best."""
+    if not found["candidates"]:
+        return "no step was evaluated yet"
+    return "; ".join(f"step {c['step']}: {c['why_not']}" for c in found["candidates"][-3:])
+
+
+class Best:
+    """The best step so far, on every rank. Only rank 0 reads and writes.
+
+    Made anew at each start, after the lines of steps that are trained again were dropped: those are of steps after
+    the checkpoint, which a killed run or the guard's rollback has left, and do not count.
+    """
+
+    def __init__(self, rule: BestSection | None, run_dir: Path) -> None:
+        self._rule, self._run_dir = rule, run_dir
+        self.found: dict[str, Any] = {"step": None}
+        if rule is None and dist.is_main():
+            (run_dir / "best.json").unlink(missing_ok=True)  # of a rule that was taken out
+        self.look()
+
+    @property
+    def step(self) -> int | None:
+        return self.found["step"]
+
+    def look(self) -> None:
+        """Find the best step again: one was evaluated. Every rank calls it."""
+        if self._rule is None:
+            return
+        before = self.step
+        if dist.is_main():
+            self.found = choose(self._rule, evaluations(self._run_dir))
+            write_synced(self._run_dir / "best.json", json.dumps(self.found, indent=1, ensure_ascii=False) + "\n")
+        self.found = dist.broadcast(self.found)
+        if self.step != before:
+            dist.log.info("the best step so far is %s, by %s", self.step, self._rule)
+
+    def summary(self) -> dict[str, Any] | None:
+        """For the run's summary: the step, the rule and the step's metrics; or why there is none."""
+        if self._rule is None:
+            return None
+        if self.step is None:
+            return {"step": None, "rule": str(self._rule), "why": _none(self.found)}
+        line = next(c for c in self.found["candidates"] if c["step"] == self.step)
+        return {"step": self.step, "rule": str(self._rule), "metrics": numbers(line)}

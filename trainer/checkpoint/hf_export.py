@@ -1,0 +1,266 @@
+"""A checkpoint becomes a Hugging Face folder: weights, configuration, tokenizer, a model card; or an adapter peft's.
+
+In: a run folder. Out: a folder that `from_pretrained` loads, and that was loaded and compared before it was
+published by a rename. Weights pass through memory-mapped files: neither a device nor the host holds the model
+whole while it is written. An adapter is written, and merged, beside its base, which is loaded for it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import __version__, dist
+from trainer.checkpoint import best, checkpoint
+from trainer.checkpoint.checkpoint import Manifest
+from trainer.config.recipe import Recipe, load_recipe
+from trainer.datatypes import BadInput
+from trainer.engine.sharded_state import FROZEN, Shards, digest
+from trainer.model.attention import other_attention
+from trainer.model.load import load_model, load_tokenizer
+from trainer.model.lora import in_peft_form, is_of_adapter, merged_weights, parts_of
+
+MODEL_FOLDER = "model"  # of a run: configuration, generation configuration and tokenizer, without weights
+
+
+def save_description(model: Any, tokenizer: Any, run_dir: Path) -> None:
+    """Put what an export needs beside the weights into the run folder, so that it needs the source no more."""
+    folder = run_dir / MODEL_FOLDER
+    model.config.save_pretrained(folder)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def export(run_dir: Path, out: Path, step: int | None = None, *, merge: bool = False) -> Path:
+    """Write the run's newest whole checkpoint, or that of a step, to `out`, in the recipe's dtype: the model, or the
+    adapter.
+
+    Args:
+        merge: an adapter becomes part of its base, and the model is written.
+
+    Raises:
+        BadInput: the run has no such checkpoint, or `out` exists and is not an export; there is nothing to merge; or
+            the adapter's base is not the one that it was trained on.
+        RuntimeError: what was written does not load as what was saved.
+    """
+    if not (run_dir / "recipe.yaml").is_file():
+        raise BadInput(f"{run_dir}: not a run folder (it has no recipe.yaml)")
+    if out.exists() and not any((out / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise BadInput(f"{out}: exists and is not a model folder; give another --out")
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    if merge and not recipe.adapter:
+        raise BadInput(f"--merge: {run_dir} has trained no adapter; leave it out, and the whole model is written")
+    if recipe.adapter and not merge and recipe.model.init == "random":
+        raise BadInput(f"{run_dir}: the adapter's base has random weights, that no folder holds; add --merge")
+    saved, manifest = checkpoint.open_newest(run_dir) if step is None else checkpoint.open_step(run_dir, step)
+
+    staged = out.with_name(f".{out.name}.saving")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    if recipe.adapter is None:
+        weights = ((name, saved.whole(name)) for name in saved.names)
+        mapped = _mapped_weights(weights, staged / "weights", getattr(torch, recipe.model.dtype))
+        write_folder(run_dir, recipe, staged / "model", mapped)
+        _compare(staged / "model", mapped, recipe)
+    elif merge:
+        _merge(run_dir, recipe, saved, manifest, staged)
+    else:
+        _write_adapter(run_dir, recipe, saved, manifest, staged / "model")
+    card = _model_card(run_dir, recipe, manifest.state.step, recipe.adapter is not None and not merge)
+    (staged / "model" / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    (staged / "model").rename(out)
+    shutil.rmtree(staged)
+    dist.log.info("exported step %d to %s, loaded it back and found every weight the same", manifest.state.step, out)
+    return out
+
+
+def _mapped_weights(
+    weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """The model's weights by name, in `dtype`, each backed by a file of its own."""
+    folder.mkdir()
+    mapped = {}
+    for number, (name, value) in enumerate(weights):
+        if value.is_floating_point():
+            value = value.to(dtype)
+        path = str(folder / str(number))
+        target = torch.from_file(path, shared=True, size=value.numel(), dtype=value.dtype).view(value.shape)
+        mapped[name] = target.copy_(value)
+    return mapped
+
+
+def write_folder(run_dir: Path, recipe: Recipe, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """A Hugging Face folder of these weights, with what `save_description` put into the run folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    source = run_dir / MODEL_FOLDER
+    trust = recipe.model.trust_remote_code
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=trust
+        )
+    model.generation_config = GenerationConfig.from_pretrained(source)
+    model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="5GB")
+    _write_tokenizer(source, recipe, folder)
+
+
+def _write_tokenizer(source: Path, recipe: Recipe, folder: Path) -> None:
+    as_trained = recipe.model.model_copy(update={"name": str(source), "chat_template": None, "add_tokens": ()})
+    load_tokenizer(as_trained).save_pretrained(folder)
+
+
+def _compare(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> Any:
+    """Load the folder as a user would and compare every weight bit by bit; the loaded model."""
+    from transformers import AutoModelForCausalLM
+
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, recipe.model.dtype),
+        trust_remote_code=recipe.model.trust_remote_code,
+        output_loading_info=True,
+    )
+    model, info = loaded
+    if info["missing_keys"]:
+        raise RuntimeError(f"{folder}: the export lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}")
+    for name, parameter in model.named_parameters():
+        if not torch.equal(parameter.detach(), weights[name]):
+            raise RuntimeError(f"{folder}: `{name}` loads with other values than were trained")
+    return model
+
+
+# ----------------------------------------------------------------------------------------------- adapters
+
+# Largest ||a - b|| / ||b|| of the logits of two models that are to act alike. In bf16 a forward is 0.016 off the same
+# weights' in fp32, and merged weights are rounded once more (seen on a tiny random model: 0.03 in all).
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}
+
+
+def _merge(run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, staged: Path) -> None:
+    """Write the base with the adapter merged into it, load that and compare weights and logits."""
+    dtype = getattr(torch, recipe.model.dtype)
+    model = _as_trained(recipe, saved, manifest)
+    logits = _logits(model)
+    parameters = {name for name, _ in model.named_parameters()}
+    buffers = ((name, saved.whole(name)) for name in saved.names if name not in parameters)
+    mapped = _mapped_weights(chain(merged_weights(model), buffers), staged / "weights", dtype)
+    del model
+    write_folder(run_dir, recipe, staged / "model", mapped)
+    loaded = _compare(staged / "model", mapped, recipe)
+    _require_alike(_logits(loaded.to(dist.device())), logits, recipe, staged / "model")
+
+
+def _write_adapter(run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, folder: Path) -> None:
+    """Write the adapter as peft does, load it onto its base as a user would and compare tensors and logits.
+
+    The adapter's matrices are its fp32 masters; modules trained whole have the model's type, as in the model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    assert recipe.adapter
+    section, dtype = recipe.model, getattr(torch, recipe.model.dtype)
+    model = _as_trained(recipe, saved, manifest)
+    logits = _logits(model)
+    trained = {name: saved.whole(name) for name in saved.names}
+    trained = {name: tensor if is_of_adapter(name) else tensor.to(dtype) for name, tensor in trained.items()}
+    config, tensors = in_peft_form(model, recipe.adapter, trained, section.name, section.revision)
+    del model
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _write_tokenizer(run_dir / MODEL_FOLDER, recipe, folder)
+
+    base = AutoModelForCausalLM.from_pretrained(
+        section.name, revision=section.revision, dtype=dtype, trust_remote_code=section.trust_remote_code
+    )
+    loaded: Any = PeftModel.from_pretrained(base, str(folder))
+    again = get_peft_model_state_dict(loaded, save_embedding_layers=False)
+    differ = [name for name in tensors if name not in again or not torch.equal(again[name].cpu(), tensors[name])]
+    if differ:
+        raise RuntimeError(f"{folder}: `{differ[0]}` loads with other values than were trained")
+    if recipe.adapter.base is None:  # on the 4-bit base it was trained on it acts alike, on this one it does nearly
+        _require_alike(_logits(loaded.to(dist.device())), logits, recipe, folder)
+
+
+@torch.no_grad()
+def _as_trained(recipe: Recipe, saved: Shards, manifest: Manifest) -> Any:
+    """The base with the adapter in it, as peft's users have them: the adapter in fp32, the rest in the model's type.
+
+    Raises:
+        BadInput: the base is not the one that the adapter was trained on, bit by bit.
+    """
+    tokenizer = load_tokenizer(recipe.model)
+    model = load_model(recipe.model, tokenizer, seed=recipe.train.seed, adapter=recipe.adapter)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            value = saved.whole(name).to(parameter.device)
+            parameter.data = value if is_of_adapter(name) else value.to(parameter.dtype)
+            continue
+        for part, tensor in parts_of(name, parameter):
+            if digest(tensor) != manifest.digests.get((part, FROZEN)):
+                raise BadInput(
+                    f"model.name: `{part}` of {recipe.model.name} has other values here than the adapter was trained "
+                    "on; put the old model back, or export on the kind of device that trained it"
+                )
+    return model.eval()
+
+
+@torch.no_grad()
+def _logits(model: Any) -> torch.Tensor:
+    """For 32 tokens drawn at random, (32, V) float32."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0))
+    with other_attention(model, "eager"):
+        return model.eval()(input_ids=ids.to(dist.device()), use_cache=False).logits[0].float()
+
+
+def _require_alike(loaded: torch.Tensor, trained: torch.Tensor, recipe: Recipe, folder: Path) -> None:
+    difference = float((loaded - trained).norm() / trained.norm())
+    dist.log.info("logits of the loaded export differ from the trained model's by %.1e of their size", difference)
+    if not difference <= TOLERANCE[recipe.model.dtype]:
+        raise RuntimeError(
+            f"{folder}: its logits differ from the trained model's by {difference:.1e} of their size; "
+            f"{TOLERANCE[recipe.model.dtype]:g} is allowed"
+        )
+
+
+def _model_card(run_dir: Path, recipe: Recipe, step: int, is_adapter: bool) -> str:
+    """A model card of the run's own facts: of this step, and not of one that was trained on from it."""
+    lines = best.evaluations(run_dir)
+    before, after = (best.numbers(lines[at]) if at in lines else {} for at in (0, step))
+    rows = "\n".join(f"| {name} | {_shown(before.get(name))} | {_shown(value)} |" for name, value in after.items())
+    rule = recipe.eval.best
+    found: dict[str, Any] = best.choose(rule, lines) if rule else {"step": None}
+    chosen = ""
+    if found["step"] == step:
+        chosen = f" Step {step} is the best of {len(found['candidates'])} evaluated ones: {rule}."
+    given = ", ".join(f"{name}={value!r}" for name, value in recipe.data.chat_template_kwargs.items())
+    given = f"\nIts chat template was given `{given}`: give apply_chat_template the same.\n" if given else ""
+    table = f"\n| held out | before | after {step} steps |\n|---|---|---|\n{rows}\n" if after else ""
+    return f"""---
+base_model: {recipe.model.name}
+library_name: {"peft" if is_adapter else "transformers"}
+pipeline_tag: text-generation
+tags: [packhorse, sft]
+---
+# {run_dir.name}
+
+{recipe.model.name}, fine-tuned by packhorse {__version__} for {step} steps.{chosen}
+{given}{table}
+The run is a function of this recipe:
+
+```yaml
+{recipe.to_yaml()}```
+"""
+
+
+def _shown(value: float | None) -> str:
+    return "missing" if value is None else f"{value:.4f}"

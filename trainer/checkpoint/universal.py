@@ -1,0 +1,72 @@
+"""A checkpoint as DeepSpeed's universal form, for other programs on DeepSpeed: packhorse itself needs it nowhere.
+
+out/
+  latest_universal
+  step-000200/
+    zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt
+    zero/optimizer_state.pt
+    mp_rank_00_model_states.pt, zero_pp_rank_0_mp_rank_00_model_states.pt     read at stages 1 and 2, and at 3
+
+Parameters have the names of the Hugging Face model. A program loads it with `{"checkpoint": {"load_universal":
+true}}` and `engine.load_checkpoint(out)`. Hyperparameters are its own: none are written, since DeepSpeed at stage 3
+would give every parameter group those of the first.
+"""
+
+from __future__ import annotations
+
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from trainer.checkpoint import checkpoint
+from trainer.datatypes import BadInput
+from trainer.engine.sharded_state import EXP_AVG, EXP_AVG_SQ, WEIGHT
+
+_GROUPS = 16  # parameter groups that a program may have: DeepSpeed loads as many as it finds here
+_FILES = {"fp32": WEIGHT, EXP_AVG: EXP_AVG, EXP_AVG_SQ: EXP_AVG_SQ}
+
+
+def export_universal(run_dir: Path, out: Path, step: int | None = None) -> Path:
+    """Write the run's newest whole checkpoint, or that of a step, to `out`, one tensor at a time.
+
+    Raises:
+        BadInput: the run has no such checkpoint, or `out` exists and is not such a folder.
+    """
+    if out.exists() and not (out / "latest_universal").is_file():
+        raise BadInput(f"{out}: exists and is not a universal checkpoint; give another --out")
+    saved, manifest = checkpoint.open_newest(run_dir) if step is None else checkpoint.open_step(run_dir, step)
+    tag = f"step-{manifest.state.step:06d}"
+    staged = out.with_name(f".{out.name}.saving")
+    shutil.rmtree(staged, ignore_errors=True)
+    zero = staged / tag / "zero"
+    zero.mkdir(parents=True)
+
+    updates = torch.tensor(float(manifest.state.updates))
+    buffers = [name for name in saved.names if (name, EXP_AVG) not in manifest.digests]
+    parameters = [name for name in saved.names if name not in buffers]
+    for name in track(parameters, "writing", console=Console(stderr=True)):
+        (zero / name).mkdir()
+        for file, state in _FILES.items():
+            torch.save({"param": saved.whole(name, state), "cat_dim": 0}, zero / name / f"{file}.pt")
+        torch.save(updates, zero / name / "step.pt")
+    groups = [{"params": []} for _ in range(_GROUPS)]
+    common = {"param_groups": groups, "state": {0: {"step": updates}}, "ds_version": version("deepspeed")}
+    torch.save({**common, "optimizer_state_dict": common}, zero / "optimizer_state.pt")
+    model_states = {
+        "module": {name: saved.whole(name) for name in buffers},
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "global_steps": manifest.state.step,
+        "skipped_steps": 0,
+        "ds_version": version("deepspeed"),
+    }
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
+        torch.save(model_states, staged / tag / name)
+    (staged / "latest_universal").write_text(tag)
+    shutil.rmtree(out, ignore_errors=True)
+    staged.rename(out)
+    return out

@@ -1,0 +1,232 @@
+"""Training state as slices of parameters: written as safetensors, read back by any number of ranks (C8).
+
+A rank owns some elements of each parameter, and what belongs to them: the fp32 weight and both moments. It writes
+them as they lie; another world cuts the parameters elsewhere, and each of its ranks reads what overlaps its own
+cut, out of memory-mapped files. So every byte is written once and read once, and nothing is converted.
+
+    rank00000-000.safetensors   `model.layers.0.mlp.up_proj.weight[0:8192].exp_avg`, ...
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from safetensors import safe_open
+
+from trainer.datatypes import BadInput
+
+WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"  # a buffer has the first alone
+FROZEN = "frozen"  # parameters that are not trained: only their digests are kept, the model's folder has them
+_CHUNK = 2**18  # elements hashed and written at a time: they stay in a core's cache
+_SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements [start, stop) of a flattened parameter or buffer, and their states, each (stop - start,)."""
+
+    name: str
+    start: int
+    states: Mapping[str, torch.Tensor]
+
+    @property
+    def stop(self) -> int:
+        return self.start + next(iter(self.states.values())).numel()
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.states.values())
+
+    def key(self, state: str) -> str:
+        return key_of(self.name, self.start, self.stop, state)
+
+    def copy(self) -> Slice:
+        """The same in memory of the host that nobody else writes to."""
+        copies = {name: tensor.to("cpu", copy=True) for name, tensor in self.states.items()}
+        return Slice(self.name, self.start, copies)
+
+
+def key_of(name: str, start: int, stop: int, state: str) -> str:
+    """Of a slice's state in its file."""
+    return f"{name}[{start}:{stop}].{state}"
+
+
+# ----------------------------------------------------------------------------------------------- digests
+
+Digests = dict[tuple[str, str], int]
+"""(name, state) -> the digest; those of a tensor's slices add up to the tensor's own, mod 2^64."""
+
+
+def add_digests(total: Digests, more: Digests) -> None:
+    for key, value in more.items():
+        total[key] = (total.get(key, 0) + value) % 2**64
+
+
+def digest(tensor: torch.Tensor, start: int = 0) -> int:
+    """sum over i of bits(x_i) x (2 (start + i) + 1) mod 2^64: exact in any order, and a moved slice changes it (C8).
+
+    `start` is the place of the first element in the whole tensor, so that slices add up.
+    """
+    bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
+    total = 0
+    for at in range(0, bits.numel(), _CHUNK):
+        part = bits[at : at + _CHUNK].to(torch.int64)
+        if tensor.element_size() < 8:  # a signed integer's bits, as the number that they are without a sign
+            part &= (1 << 8 * tensor.element_size()) - 1
+        odd = torch.arange(start + at, start + at + part.numel(), device=part.device) * 2 + 1
+        total += int((part * odd).sum())  # int64 wraps around, which is the sum mod 2^64
+    return total % 2**64
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def digests_of(slices: Iterable[Slice]) -> Digests:
+    """Digests of the slices, to be added to those of the other ranks."""
+    found: Digests = {}
+    for piece in slices:
+        add_digests(found, {(piece.name, state): digest(each, piece.start) for state, each in piece.states.items()})
+    return found
+
+
+# ----------------------------------------------------------------------------------------------- write
+
+
+@dataclass(frozen=True)
+class File:
+    """What the manifest says of a file."""
+
+    bytes: int
+    xxh3: str
+    slices: list[tuple[str, int, int]]  # name, start, stop
+
+
+def write(path: Path, slices: list[Slice]) -> tuple[File, Digests]:
+    """Write slices as safetensors and bring them to the disk, hashing on the way: each byte is touched once.
+
+    The library's own writer needs all of them in the host's memory at once, a second time.
+    """
+    header, at = {}, 0
+    for piece in slices:
+        for state, tensor in piece.states.items():
+            header[piece.key(state)] = {
+                "dtype": _SAFETENSORS_NAMES[tensor.dtype],
+                "shape": [tensor.numel()],
+                "data_offsets": [at, at + tensor.nbytes],
+            }
+            at += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    hasher = xxhash.xxh3_128()
+    found: Digests = {}
+    with path.open("wb") as file:
+        for block in (len(text).to_bytes(8, "little"), text):
+            hasher.update(block)
+            file.write(block)
+        for piece in slices:
+            for state, tensor in piece.states.items():
+                flat = tensor.detach().reshape(-1)
+                for start in range(0, flat.numel(), _CHUNK):
+                    part = flat[start : start + _CHUNK].cpu().contiguous()
+                    block = part.view(torch.uint8).numpy().data
+                    hasher.update(block)
+                    file.write(block)
+                    add_digests(found, {(piece.name, state): digest(part, piece.start + start)})
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    return File(size, hasher.hexdigest(), [(piece.name, piece.start, piece.stop) for piece in slices]), found
+
+
+def checksum(path: Path) -> str:
+    """As `File.xxh3`."""
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+# ----------------------------------------------------------------------------------------------- read
+
+
+class Shards:
+    """The files of a checkpoint, to be read in any cut.
+
+    Args:
+        files: by their names in `folder`.
+        shapes: of the trained parameters and the buffers, by name.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, File], shapes: Mapping[str, list[int]]) -> None:
+        self._shapes = shapes
+        self._opened: dict[Path, Any] = {}
+        self._places: dict[str, list[tuple[int, int, Path]]] = defaultdict(list)
+        for name, file in files.items():
+            for parameter, start, stop in file.slices:
+                self._places[parameter].append((start, stop, folder / name))
+        for places in self._places.values():
+            places.sort()
+
+    @property
+    def names(self) -> list[str]:
+        """Of the trained parameters and the buffers."""
+        return list(self._shapes)
+
+    def fill(self, piece: Slice) -> None:
+        """Read what belongs to the slice into its tensors.
+
+        Raises:
+            BadInput: the files do not hold all of it.
+        """
+        for state, tensor in piece.states.items():
+            filled = 0
+            for start, stop, saved in self._overlapping(piece.name, piece.start, piece.stop, state):
+                tensor[start - piece.start : stop - piece.start].copy_(saved)
+                filled += stop - start
+            if filled != tensor.numel():
+                raise BadInput(
+                    f"the checkpoint does not hold `{piece.key(state)}`: the model is another one than it was written "
+                    "from; put that one back, or give another run.dir"
+                )
+
+    def whole(self, name: str, state: str = WEIGHT) -> torch.Tensor:
+        """A state of a parameter, in the parameter's shape."""
+        start, stop, path = self._places[name][0]
+        dtype = self._open(path).get_slice(key_of(name, start, stop, state))[:0].dtype
+        shape = torch.Size(self._shapes[name])
+        flat = torch.empty(shape.numel(), dtype=dtype)
+        self.fill(Slice(name, 0, {state: flat}))
+        return flat.view(shape)
+
+    def _overlapping(self, name: str, start: int, stop: int, state: str) -> Iterator[tuple[int, int, torch.Tensor]]:
+        for first, last, path in self._places.get(name, ()):
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                saved = self._open(path).get_slice(key_of(name, first, last, state))
+                yield low, high, saved[low - first : high - first]
+
+    def _open(self, path: Path) -> Any:
+        """The file, memory-mapped: reading a slice of it touches that slice's bytes alone."""
+        if path not in self._opened:
+            self._opened[path] = safe_open(path, framework="pt").__enter__()
+        return self._opened[path]

@@ -1,0 +1,144 @@
+"""Two evaluations side by side: each metric with its interval, their difference, and a paired test of it.
+
+In: folders that hold evaluations.jsonl and samples.jsonl, a run's or what `packhorse eval` has written. Out: tables.
+Samples are paired by their prompts, so that questions which are hard for both say nothing about the difference.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trainer.checkpoint.best import best_step, evaluations, whole_lines
+from trainer.config.eval import EVAL_LOSS
+from trainer.datatypes import BadInput
+from trainer.eval.confidence import Difference, paired
+from trainer.metrics import EVALUATIONS
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+HARNESS_METRICS, HARNESS_SAMPLES = "lm_eval.json", "lm_eval.jsonl"  # of lm-evaluation-harness: as a line, and samples
+SHARED = 0.9  # of the prompts of the one that has more: with fewer in common the two were asked other things
+
+Scores = dict[tuple[str, int], float]
+"""(prompt, which of those that are alike) -> score."""
+
+
+class Results(NamedTuple):
+    """One evaluation."""
+
+    name: str
+    step: int
+    eval_loss: float
+    metrics: dict[str, dict[str, Any]]  # value, count, low, high; or no value, and why it is missing
+    scores: dict[str, Scores]  # by metric, of the samples that could be scored
+
+
+def read_results(place: str) -> Results:
+    """An evaluation by its folder, as `runs/a`, `runs/a@200` or `runs/a@best`; without a step the last one.
+
+    Raises:
+        BadInput: no evaluation is there, or not of that step.
+    """
+    name, step = place, ""
+    if not Path(place).expanduser().is_dir():
+        name, _, step = place.rpartition("@")
+    folder = Path(name).expanduser()
+    if not name or not folder.is_dir():
+        raise BadInput(f"{place}: there is no such folder; give a run folder or results of packhorse eval")
+    lines = evaluations(folder)
+    if not lines:
+        raise BadInput(f"{folder}: nothing was evaluated there (it has no {EVALUATIONS}); run packhorse eval")
+    if step and step != "best" and not step.isdigit():
+        raise BadInput(f"{place}: after the @ comes a step, or best")
+    at = best_step(folder) if step == "best" else int(step) if step else max(lines)
+    if at not in lines:
+        raise BadInput(f"{folder}: step {at} was not evaluated; those that were: {', '.join(map(str, lines))}")
+    metrics = dict(lines[at]["metrics"])
+    samples = [line for line in whole_lines(folder / "samples.jsonl") if line["step"] == at]
+    if (folder / HARNESS_METRICS).is_file():
+        metrics |= json.loads((folder / HARNESS_METRICS).read_text(encoding="utf-8"))
+        samples += whole_lines(folder / HARNESS_SAMPLES)
+    return Results(f"{name} at step {at}", at, lines[at]["eval_loss"], metrics, _scores(samples))
+
+
+def _scores(samples: list[dict[str, Any]]) -> dict[str, Scores]:
+    found: dict[str, Scores] = {}
+    seen: Counter[str] = Counter()
+    for sample in samples:
+        key = sample["prompt"], seen[sample["prompt"]]
+        seen[sample["prompt"]] += 1
+        for name, score in sample["scores"].items():
+            if score is not None:
+                found.setdefault(name, {})[key] = float(score)
+    return found
+
+
+def difference(a: Results, b: Results, name: str) -> tuple[Difference, int] | None:
+    """B less A in one metric, and over how many prompts; None where samples do not tell.
+
+    Raises:
+        BadInput: the two were asked other prompts.
+    """
+    left, right = a.scores.get(name, {}), b.scores.get(name, {})
+    both = [key for key in left if key in right]
+    most = max(len(left), len(right))
+    if not left or not right:
+        return None
+    if len(both) < SHARED * most:
+        raise BadInput(
+            f"{name}: {a.name} and {b.name} have {len(both)} prompts in common, of {len(left)} and {len(right)}: they "
+            "were asked other questions; evaluate both with the same recipe"
+        )
+    return paired([left[key] for key in both], [right[key] for key in both]), len(both)
+
+
+# ----------------------------------------------------------------------------------------------- tables
+
+
+def table_of_one(results: Results) -> Table:
+    """Each metric with its count and 95% interval."""
+    from rich.table import Table
+
+    table = Table("metric", "value", "95% interval", "count", title=results.name)
+    table.add_row(EVAL_LOSS, f"{results.eval_loss:.4f}", "", "")
+    for name, metric in results.metrics.items():
+        table.add_row(name, _value(metric), _interval(metric.get("low"), metric.get("high")), str(metric["count"]))
+    return table
+
+
+def table_of_two(a: Results, b: Results) -> Table:
+    """Each metric of A and B, and B less A over the prompts that both answered."""
+    from rich.table import Table
+
+    table = Table("metric", "A", "B", "B - A", "95% interval", "p", "prompts", title=f"A: {a.name}\nB: {b.name}")
+    less = b.eval_loss - a.eval_loss
+    table.add_row(EVAL_LOSS, f"{a.eval_loss:.4f}", f"{b.eval_loss:.4f}", f"{less:+.4f}", "", "", "")
+    for name in dict.fromkeys([*a.metrics, *b.metrics]):
+        shown = [_with_interval(results.metrics.get(name)) for results in (a, b)]
+        found = difference(a, b, name)
+        if found is None:
+            table.add_row(name, *shown, "", "", "", "")
+            continue
+        test, prompts = found
+        p = "< 0.001" if test.p < 0.001 else f"{test.p:.3f}"
+        table.add_row(name, *shown, f"{test.value:+.3f}", _interval(test.low, test.high, "+"), p, str(prompts))
+    return table
+
+
+def _value(metric: dict[str, Any]) -> str:
+    return f"missing: {metric.get('missing', 'not said why')}" if metric["value"] is None else f"{metric['value']:.3f}"
+
+
+def _interval(low: float | None, high: float | None, sign: str = "") -> str:
+    return "" if low is None or high is None else f"{low:{sign}.3f} to {high:{sign}.3f}"
+
+
+def _with_interval(metric: dict[str, Any] | None) -> str:
+    if metric is None:
+        return "not measured"
+    interval = _interval(metric.get("low"), metric.get("high"))
+    return _value(metric) + (f" ({interval})" if interval else "")

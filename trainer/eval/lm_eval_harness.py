@@ -1,0 +1,143 @@
+"""Tasks of lm-evaluation-harness, by that library: `eval.lm_eval`, as `packhorse eval` runs it after the recipe's own
+evaluation.
+
+In: a recipe whose model is a folder or a hub name. Out, in the results folder: lm_eval.json, the metrics as in a line
+of evaluations.jsonl, and lm_eval.jsonl, their samples, so that `packhorse compare` pairs them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import sys
+from collections import defaultdict
+from importlib.metadata import version
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+import torch
+
+from trainer.config.eval import EvalSection
+from trainer.config.recipe import Recipe
+from trainer.datatypes import BadInput
+from trainer.eval.compare import HARNESS_METRICS, HARNESS_SAMPLES
+from trainer.eval.confidence import interval
+from trainer.utils.files import write_synced
+
+_Z = NormalDist().inv_cdf(0.975)
+
+
+def require_tasks(section: EvalSection) -> Any:
+    """The library's list of tasks, all of the recipe's among them.
+
+    Raises:
+        BadInput: the library is not installed, or knows no such task.
+    """
+    if section.lm_eval_path and not Path(section.lm_eval_path).is_dir():
+        raise BadInput(f"eval.lm_eval_path: there is no folder {section.lm_eval_path}")
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise BadInput(
+            f"eval.lm_eval: lm-evaluation-harness is not installed ({error}); install packhorse's extra [lm-eval]"
+        ) from None
+    manager = TaskManager(include_path=section.lm_eval_path)
+    for task in section.lm_eval:
+        if task not in manager.all_tasks:
+            near = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.5)
+            instead = f"; the nearest: {', '.join(near)}" if near else ""
+            raise BadInput(f"eval.lm_eval: lm-evaluation-harness has no task `{task}`{instead}")
+    return manager
+
+
+def run_tasks(recipe: Recipe, out: Path, manager: Any) -> None:
+    """Run them in this process, on its GPUs where there are some, and write what came of them.
+
+    Args:
+        manager: what `require_tasks` gave.
+
+    Raises:
+        BadInput: a task's data cannot be had.
+    """
+    from lm_eval import evaluator
+    from lm_eval.models import huggingface
+
+    library: Any = evaluator  # its decorators hide what its functions take
+    hugging_face_model: Any = huggingface.HFLM
+    section, model = recipe.eval, recipe.model
+    on_gpu = torch.cuda.is_available()
+    harness = hugging_face_model(
+        pretrained=model.name,
+        revision=model.revision or "main",
+        dtype=model.dtype,
+        device="cuda" if on_gpu else "cpu",
+        parallelize=torch.cuda.device_count() > 1,
+        batch_size=section.generate.batch if section.generate else 8,
+        trust_remote_code=model.trust_remote_code,
+    )
+    print(f"lm-evaluation-harness {version('lm_eval')}: {', '.join(section.lm_eval)}", file=sys.stderr)
+    try:
+        found = library.simple_evaluate(
+            harness,
+            tasks=list(section.lm_eval),
+            task_manager=manager,
+            apply_chat_template=section.lm_eval_chat,
+            bootstrap_iters=1000,  # for metrics that have no formula for their standard error
+        )
+    except (ConnectionError, FileNotFoundError) as error:
+        said = " ".join(str(error).split())[:300]
+        raise BadInput(f"eval.lm_eval: a task's data cannot be had from the hub ({said})") from None
+    samples = samples_of(found["samples"])
+    write_synced(out / HARNESS_METRICS, json.dumps(metrics_of(found["results"], samples), indent=1) + "\n")
+    write_synced(out / HARNESS_SAMPLES, "".join(json.dumps(sample) + "\n" for sample in samples))
+
+
+def metrics_of(results: dict[str, dict[str, Any]], samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The library's results as metrics: `task/metric` -> value, count and 95% interval.
+
+    The interval is ours where the value is the mean of the samples' scores, else by the library's standard error.
+    """
+    scores: dict[str, list[float]] = defaultdict(list)
+    for sample in samples:
+        for name, score in sample["scores"].items():
+            scores[name].append(score)
+    metrics = {}
+    for task, numbers in results.items():
+        count = numbers.get("sample_len", 0)
+        for key, value in numbers.items():
+            name, comma, rule = key.partition(",")
+            if not comma or name.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            full = _name(task, name, rule)
+            own, error = scores.get(full), numbers.get(f"{name}_stderr,{rule}")
+            low = high = None
+            if own and math.isclose(sum(own) / len(own), value):
+                low, high = interval(own)
+            elif isinstance(error, int | float):
+                low, high = value - _Z * error, value + _Z * error
+            metrics[full] = {"value": value, "count": count, "low": low, "high": high}
+    return metrics
+
+
+def samples_of(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The library's samples as ours: the prompt, by its digest, and its scores, those that are numbers of one sample.
+
+    A metric that is no mean of such numbers, as a perplexity, has none: two of them are not compared by pairs.
+    """
+    samples = []
+    for task, of_task in found.items():
+        for sample in of_task:
+            scores = {
+                _name(task, metric, sample["filter"]): float(sample[metric])
+                for metric in sample["metrics"]
+                if isinstance(sample.get(metric), bool | int | float)
+            }
+            samples.append({"prompt": f"{task}:{sample['filter']}:{sample['doc_hash']}", "scores": scores})
+    return samples
+
+
+def _name(task: str, metric: str, rule: str) -> str:
+    """`rule` is the library's filter of the answers; most tasks have one, called none."""
+    return f"{task}/{metric}" + ("" if rule == "none" else f",{rule}")

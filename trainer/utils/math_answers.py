@@ -1,0 +1,67 @@
+"""Whether an answer comes to the same value as a reference, by the library math-verify.
+
+An answer and a reference enter; a verdict leaves. The library reads numbers, formulas and sets, and computes; what it
+is given may be a tower of powers that no computer finishes. Its own time limit is a Python signal handler, which fails
+outside the main thread and waits while C code runs. So it works in a process beside this one (bounded.py): past LIMIT_S
+the verdict is that it took too long, and that is not `wrong`.
+
+`#### x` at the end (gsm8k), `<answer>x</answer>` and `\\boxed{x}` mark the final answer; where none of them is there,
+it is what the library finds: the value after "the answer is", else the last one. Thinking, which ends with `</think>`,
+is not looked at.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from typing import Literal
+
+from trainer.datatypes import BadInput
+from trainer.utils.time_limit import Failed, TooLong, bounded
+
+MARKED = re.compile(r"####([^\n]*)\s*\Z|<answer>(.*?)</answer>", re.DOTALL)
+LIMIT_S = 10.0
+
+Verdict = Literal["right", "wrong", "no reference", "too long", "failed"]
+
+
+def check_installed(what: str = "`verify: math`") -> None:
+    """Raises BadInput, which names what needs it, where the library is not there."""
+    if importlib.util.find_spec("math_verify") is None:
+        raise BadInput(f"{what} needs the library math-verify: pip install 'math-verify[antlr4_13_2]'")
+
+
+def math_verdict(answer: str, reference: str, *, alone: bool = True) -> Verdict:
+    """`no reference`: nothing in the reference is a value; `too long`: it took more than LIMIT_S; `failed`: the library
+    did, or it needed too much memory.
+
+    Args:
+        alone: the reference is a value and nothing else, where nothing in it is marked; or it is read as an answer is.
+    """
+    try:
+        return bounded(_verdict, answer, reference, alone, limit_s=LIMIT_S, imports=["math_verify"])
+    except TooLong:
+        return "too long"
+    except Failed:
+        return "failed"
+
+
+def _verdict(answer: str, reference: str, alone: bool) -> Verdict:
+    from math_verify import parse, verify
+
+    right = parse(_final(reference, alone=alone), parsing_timeout=0)
+    if not right:
+        return "no reference"
+    given = parse(_final(answer, alone=False), parsing_timeout=0)
+    return "right" if verify(right, given, timeout_seconds=0) else "wrong"
+
+
+def _final(text: str, *, alone: bool) -> str:
+    """The text's final answer, or the text, less its thinking; a value that stands `alone` is marked, so that all of
+    it is read."""
+    text = text.rpartition("</think>")[2].replace("\N{MINUS SIGN}", "-")
+    marked = [match[match.lastindex or 0] for match in MARKED.finditer(text)]
+    final = marked[-1] if marked else text
+    if (marked or alone) and "\\boxed" not in final and "$" not in final:
+        return f"\\boxed{{{final.strip()}}}"
+    return final
