@@ -31,7 +31,9 @@ QUERY_BLOCK = 256
 
 def main() -> None:
     arm, path = sys.argv[1:]
-    {"prepare": prepare, "trl": run_trl, "loop": run_loop}[arm](Job(**json.loads(Path(path).read_text())))
+    {"prepare": prepare, "trl": run_trl, "loop": run_loop}[arm](
+        Job(**json.loads(Path(path).read_text()))
+    )
 
 
 def write_line(job: Job, line: dict[str, float]) -> None:
@@ -43,25 +45,27 @@ def write_line(job: Job, line: dict[str, float]) -> None:
 
 
 def prepare(job: Job) -> None:
-    """Tokenise as TRL does (trained: what follows the generation prompt), pack with TRL, shuffle once by seed."""
+    """Tokenize as TRL does (trained: what follows the generation prompt), pack with TRL, shuffle once by seed."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import pack_dataset
 
     tokenizer = AutoTokenizer.from_pretrained(job.model)
-    with Path(job.source).open(encoding="utf-8") as file:  # not splitlines: questions hold other separators
+    with Path(job.source).open(
+        encoding="utf-8"
+    ) as file:  # not splitlines: questions hold other separators
         rows = [json.loads(line) for line in file]
     documents = Dataset.from_list([document(tokenizer, row) for row in rows])
-    documents = documents.filter(lambda row: len(row["input_ids"]) <= job.row_tokens)
+    documents = documents.filter(lambda row: len(row["input_ids"]) <= job.seq_len)
     documents = documents.shuffle(seed=job.seed).flatten_indices()
     documents.save_to_disk(f"{job.tokens}/documents")
-    packed = pack_dataset(documents, job.row_tokens, "bfd").shuffle(seed=job.seed).flatten_indices()
+    packed = pack_dataset(documents, job.seq_len, "bfd").shuffle(seed=job.seed).flatten_indices()
     packed.save_to_disk(f"{job.tokens}/packed")
     lengths = [len(ids) for ids in documents["input_ids"]]
     counts = {
         "mean_tokens": sum(lengths) / len(lengths),
         "pairs_per_token": sum(n * n for n in lengths) / sum(lengths),  # for FLOPs of attention
-        "fill": sum(lengths) / len(packed) / job.row_tokens,
+        "fill": sum(lengths) / len(packed) / job.seq_len,
     }
     Path(job.tokens, "counts.json").write_text(json.dumps(counts))
 
@@ -71,10 +75,15 @@ def document(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
     if "text" in row:
         ids = tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id]
         return {"input_ids": ids, "labels": ids}
-    turns = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+    turns = [
+        {"role": "user", "content": row["question"]},
+        {"role": "assistant", "content": row["answer"]},
+    ]
     prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
     ids = tokenizer.apply_chat_template(turns, return_dict=False)
-    assert ids[: len(prompt)] == prompt, "the template's generation prompt is no prefix of the whole"
+    assert ids[: len(prompt)] == prompt, (
+        "the template's generation prompt is no prefix of the whole"
+    )
     return {"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]}
 
 
@@ -82,7 +91,12 @@ def document(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
 
 
 def documents_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **kwargs: Any
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: None,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document.
 
@@ -96,9 +110,13 @@ def documents_attention(
         q, k, v = (each[0].transpose(0, 1) for each in (query, key, value))
         longest = kwargs["max_length_q"]
         grouped: dict[str, Any] = (
-            {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+            {"enable_gqa": True}
+            if "enable_gqa" in inspect.signature(varlen_attn).parameters
+            else {}
         )
-        out: Any = varlen_attn(q, k, v, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), **grouped)
+        out: Any = varlen_attn(
+            q, k, v, starts, starts, longest, longest, scale=scale, window_size=(-1, 0), **grouped
+        )
         return out[None], None
     lengths = starts.diff().tolist()
     config: Any = module.config
@@ -109,7 +127,9 @@ def documents_attention(
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     cut = zip(*(each.split(lengths, dim=2) for each in (query, key, value)), strict=True)
-    parts = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale) for q, k, v in cut]
+    parts = [
+        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale) for q, k, v in cut
+    ]
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
@@ -125,7 +145,9 @@ class CausalProducts(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         out, kept = torch.empty_like(query), []
         for start, stop in blocks(query.shape[1]):
-            scores = torch.bmm(stacked(query, key, start, stop), key[:, :stop].transpose(1, 2)).mul_(scale)
+            scores = torch.bmm(
+                stacked(query, key, start, stop), key[:, :stop].transpose(1, 2)
+            ).mul_(scale)
             later = torch.ones(stop - start, stop - start, dtype=torch.bool).triu_(1)
             scores.view(-1, stop - start, stop)[..., start:].masked_fill_(later, -torch.inf)
             kept.append(scores.softmax(-1))
@@ -137,13 +159,23 @@ class CausalProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         query, key, value, *kept = ctx.saved_tensors
-        grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        grad_query, grad_key, grad_value = (
+            torch.empty_like(query),
+            torch.zeros_like(key),
+            torch.zeros_like(value),
+        )
         for (start, stop), probs in zip(blocks(query.shape[1]), kept, strict=True):
             grad = stacked(grads[0], key, start, stop)
             grad_probs = torch.bmm(grad, value[:, :stop].transpose(1, 2))
-            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype).mul_(ctx.scale)
-            grad_query[:, start:stop] = torch.bmm(grad_scores, key[:, :stop]).view_as(grad_query[:, start:stop])
-            grad_key[:, :stop] += torch.bmm(grad_scores.transpose(1, 2), stacked(query, key, start, stop))
+            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype).mul_(
+                ctx.scale
+            )
+            grad_query[:, start:stop] = torch.bmm(grad_scores, key[:, :stop]).view_as(
+                grad_query[:, start:stop]
+            )
+            grad_key[:, :stop] += torch.bmm(
+                grad_scores.transpose(1, 2), stacked(query, key, start, stop)
+            )
             grad_value[:, :stop] += torch.bmm(probs.transpose(1, 2), grad)
         return grad_query, grad_key, grad_value, None
 
@@ -159,19 +191,28 @@ def stacked(query: Tensor, key: Tensor, start: int, stop: int) -> Tensor:
 
 def load_model(job: Job) -> Any:
     """The model on its device in training mode; `documents` and `products` attend by the above, without a mask."""
-    from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+    from transformers import (
+        AttentionInterface,
+        AttentionMaskInterface,
+        AutoConfig,
+        AutoModelForCausalLM,
+    )
 
     for name in ("documents", "products"):
         AttentionInterface.register(name, documents_attention)
         AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
     dtype = getattr(torch, job.dtype)
     if job.init == "pretrained":
-        model: Any = AutoModelForCausalLM.from_pretrained(job.model, dtype=dtype, attn_implementation=job.attention)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            job.model, dtype=dtype, attn_implementation=job.attention
+        )
         return model.to(torch.device(job.device)).train()
     torch.manual_seed(job.seed)
     with torch.device(job.device):
         config = AutoConfig.from_pretrained(job.model)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=job.attention).train()
+        return AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=job.attention
+        ).train()
 
 
 # ----------------------------------------------------------------------------------------------- TRL
@@ -187,12 +228,21 @@ def run_trl(job: Job) -> None:
     class Counting(SFTTrainer):
         """Counts what a step trains on; the training is the peer's own."""
 
-        def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        def training_step(
+            self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+        ) -> Tensor:
             add_counts(counts, inputs)
             return super().training_step(model, inputs, *args, **kwargs)
 
     class Lines(TrainerCallback):
-        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        def on_log(
+            self,
+            args: Any,
+            state: Any,
+            control: Any,
+            logs: dict[str, float] | None = None,
+            **_: Any,
+        ) -> None:
             if logs and "loss" in logs:
                 write_line(job, {"step": state.global_step, "train/loss": logs["loss"], **counts})
                 counts.update(dict.fromkeys(counts, 0))
@@ -215,7 +265,7 @@ def trl_settings(job: Job) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "adam_beta2": 0.95,
         "max_steps": job.steps,
-        "max_length": job.row_tokens,
+        "max_length": job.seq_len,
         "seed": job.seed,
         "train_sampling_strategy": "sequential",
         "logging_steps": 1,
@@ -225,8 +275,15 @@ def trl_settings(job: Job) -> dict[str, Any]:
         "use_cpu": job.device == "cpu",
     }
     if job.packed:
-        same |= {"packing": True, "packing_strategy": "bfd", "dataset_kwargs": {"skip_prepare_dataset": True}}
-        same |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": job.rows_per_step}
+        same |= {
+            "packing": True,
+            "packing_strategy": "bfd",
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+        }
+        same |= {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": job.global_batch_size,
+        }
     return same | job.trl
 
 
@@ -251,7 +308,9 @@ class HeadLoss(torch.autograd.Function):
         chunk = HEAD_CHUNK_CUDA if hidden.is_cuda else HEAD_CHUNK
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32 if weight.is_cuda else weight.dtype)
+        grad_weight = torch.zeros_like(
+            weight, dtype=torch.float32 if weight.is_cuda else weight.dtype
+        )
         for start in range(0, hidden.shape[0], chunk):
             part, target = hidden[start : start + chunk], targets[start : start + chunk, None]
             logits = (part @ weight.T).float()
@@ -280,15 +339,20 @@ def run_loop(job: Job) -> None:
     if job.liger:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-        _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
-    if job.recompute:
+        _apply_liger_kernel_to_instance(
+            model, cross_entropy=False, fused_linear_cross_entropy=False
+        )
+    if job.activation_checkpointing == "full":
         model.gradient_checkpointing_enable()
     weights = list(model.parameters())
     masters = [each.detach().float().clone() for each in weights]
     settings = {"lr": job.lr, "betas": (0.9, 0.95), "weight_decay": 0.0, "fused": True}
     # one optimizer a weight where gradients stay in bf16: then one fp32 gradient exists at a time
     whole = job.grad_dtype == "float32"
-    optimizers = [torch.optim.AdamW(group, **settings) for group in ([masters] if whole else [[m] for m in masters])]
+    optimizers = [
+        torch.optim.AdamW(group, **settings)
+        for group in ([masters] if whole else [[m] for m in masters])
+    ]
     for step, rows in enumerate(packed_steps(job), 1):
         trained_tokens = sum(row["targets"].shape[0] for row in rows)
         loss = torch.zeros((), device=job.device)
@@ -300,12 +364,20 @@ def run_loop(job: Job) -> None:
         update(weights, masters, optimizers)
         tokens = sum(row["input_ids"].shape[1] for row in rows)
         write_line(
-            job, {"step": step, "train/loss": loss.item(), "tokens": tokens, "train/trained_tokens": trained_tokens}
+            job,
+            {
+                "step": step,
+                "train/loss": loss.item(),
+                "tokens": tokens,
+                "train/trained_tokens": trained_tokens,
+            },
         )
 
 
 @torch.no_grad()
-def update(weights: list[Tensor], masters: list[Tensor], optimizers: list[torch.optim.AdamW]) -> None:
+def update(
+    weights: list[Tensor], masters: list[Tensor], optimizers: list[torch.optim.AdamW]
+) -> None:
     """One AdamW step on the masters, copied to the weights; no gradient is left."""
     if len(optimizers) == 1:
         optimizers[0].step()
@@ -330,7 +402,9 @@ def forward_backward(model: Any, row: dict[str, Any], scale: float) -> Tensor:
         max_length_k=row["longest"],
         use_cache=False,
     ).last_hidden_state[0]
-    loss = HeadLoss.apply(hidden[row["positions"]], model.get_output_embeddings().weight, row["targets"], scale)
+    loss = HeadLoss.apply(
+        hidden[row["positions"]], model.get_output_embeddings().weight, row["targets"], scale
+    )
     loss.backward()
     return loss.detach()
 
@@ -359,7 +433,9 @@ def packed_steps(job: Job) -> Iterator[list[dict[str, Any]]]:
 
     packed: Any = load_from_disk(f"{job.tokens}/packed")
     for step in range(job.steps):
-        chosen = packed.select(range(step * job.rows_per_step, (step + 1) * job.rows_per_step))
+        chosen = packed.select(
+            range(step * job.global_batch_size, (step + 1) * job.global_batch_size)
+        )
         yield [row_tensors(row, job.device) for row in chosen]
 
 

@@ -128,7 +128,7 @@ def run_state(step: int) -> Any:
         step=step,
         updates=step,
         data="benchmark",
-        rows_per_micro=1,
+        micro_batch_size=1,
         recent_losses=(),
         world_size=dist.world_size(),
         stage=3,
@@ -140,7 +140,13 @@ def save_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     engine = build(folder)
     plain_s = [step_s(engine) for _ in range(4)][1:]
     one_s = statistics.median(plain_s)
-    found: dict[str, Any] = {"step": plain_s, "call": [], "asynchronous": [], "synchronous": [], "deepspeed": []}
+    found: dict[str, Any] = {
+        "step": plain_s,
+        "call": [],
+        "asynchronous": [],
+        "synchronous": [],
+        "deepspeed": [],
+    }
     for number in range(1, order["rounds"] + 1):
         with saver(folder / "asynchronous", engine, True) as beside:
             call_s = seconds(lambda: beside.save(run_state(number)))  # noqa: B023
@@ -262,7 +268,13 @@ def convert(folder: Path) -> dict[str, float]:
     source, target = folder / "deepspeed" / "saved", folder / "deepspeed" / "saved_universal"
     forget(source)
     before = asked_bytes(), written_bytes(), time.perf_counter()
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(source)]
+    command = [
+        sys.executable,
+        "-m",
+        "deepspeed.checkpoint.ds_to_universal",
+        "--input_folder",
+        str(source),
+    ]
     command += ["--output_folder", str(target), "--inject_missing_state"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     found = {
@@ -284,7 +296,11 @@ def measure(folder: Path, rounds: int) -> str:
     make_model(folder / "model")
     saved = run_arm("save", WORLD, folder, rounds=rounds)
     moves = []
-    for source, world, then in (("saved-2", 1, "saved-1"), ("saved-1", 2, None), ("saved-2", 3, None)):
+    for source, world, then in (
+        ("saved-2", 1, "saved-1"),
+        ("saved-1", 2, None),
+        ("saved-2", 3, None),
+    ):
         forget(folder / source)
         found = run_arm("resume", world, folder, checkpoint=source, then_save=then)
         moves.append((f"{source[-1]} -> {world}", found))
@@ -294,7 +310,13 @@ def measure(folder: Path, rounds: int) -> str:
         forget(folder / "deepspeed")
         loads.append((f"{WORLD} -> {world}", run_arm("universal", world, folder)))
     return report(
-        saved, size(folder / "saved-2"), size(folder / "deepspeed" / "saved"), moves, converted, loads, rounds
+        saved,
+        size(folder / "saved-2"),
+        size(folder / "deepspeed" / "saved"),
+        moves,
+        converted,
+        loads,
+        rounds,
     )
 
 
@@ -348,7 +370,15 @@ def report(
         ]
         for move, found in loads
     ]
-    head = ["resume", "s", "parts, s", "state, MiB/s", "asked for / state", "from disk / state", "written / state"]
+    head = [
+        "resume",
+        "s",
+        "parts, s",
+        "state, MiB/s",
+        "asked for / state",
+        "from disk / state",
+        "written / state",
+    ]
     ours_s = statistics.median(found["find"] + found["restore"] for _, found in moves) / state
     theirs_s = converted["seconds"] / state
     load_share = loads[0][1]["asked"] / state
@@ -364,7 +394,15 @@ def report(
         ]
         for name, billions in (("1B", 1), ("70B", 70), ("405B", 405))
     ]
-    size_head = ["model", "state, GB", "packhorse reads, TB", "minutes", "DeepSpeed reads, TB", "writes, TB", "minutes"]
+    size_head = [
+        "model",
+        "state, GB",
+        "packhorse reads, TB",
+        "minutes",
+        "DeepSpeed reads, TB",
+        "writes, TB",
+        "minutes",
+    ]
     return f"""# What a checkpoint costs, on CPU
 
 `{" ".join(["python", "benchmarks/checkpoint.py", *sys.argv[1:]])}`
@@ -400,16 +438,24 @@ a resume; the conversion runs on one node.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--folder", type=Path, help="Where the checkpoints go, about 12 GiB; default: a temporary one.")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="Where the checkpoints go, about 12 GiB; default: a temporary one.",
+    )
     parser.add_argument("--rank", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank:
         work(json.loads(args.rank))
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(0)  # DeepSpeed leaves threads behind that now and then abort a process at its very end
+        os._exit(
+            0
+        )  # DeepSpeed leaves threads behind that now and then abort a process at its very end
     folder = args.folder or Path(tempfile.mkdtemp(prefix="packhorse-checkpoint-"))
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -36,22 +36,24 @@ class Job:
     init: str  # pretrained | random
     source: str  # JSONL, the rows as they are
     tokens: str  # folder: `documents` and `packed`, made by `arms.py prepare`
-    row_tokens: int
-    rows_per_step: int
+    seq_len: int
+    global_batch_size: int
     steps: int
     lr: float
     seed: int
     device: str  # cpu | cuda
     metrics: str = ""  # where the arm writes its lines
     dtype: str = "bfloat16"  # of the weights
-    rows_per_micro: int = 1  # of packhorse
+    micro_batch_size: int = 1  # of packhorse
     attention: str = "sdpa"
-    recompute: bool = False
+    activation_checkpointing: str = "none"
     packed: bool = True
     liger: bool = False
     grad_dtype: str = "float32"  # of accumulation, in the loop and in packhorse; their master weights are fp32 always
     deepspeed: str = "ds_configs/zero1.json"  # packhorse's template
-    trl: dict[str, object] = field(default_factory=dict)  # SFTConfig as it is given to TRL, over the job's own
+    trl: dict[str, object] = field(
+        default_factory=dict
+    )  # SFTConfig as it is given to TRL, over the job's own
 
     def write(self, path: Path) -> Path:
         path.write_text(json.dumps(asdict(self)))
@@ -85,21 +87,39 @@ def packhorse_command(job: Job, folder: Path, cache: Path) -> tuple[list[str], P
     """A recipe of the job and the command that anyone would type, and where its lines will be."""
     run = folder / "run"
     recipe = {
-        "model": {"name": job.model, "init": job.init, "dtype": job.dtype, "recompute": job.recompute},
+        "model": {
+            "name": job.model,
+            "init": job.init,
+            "dtype": job.dtype,
+            "activation_checkpointing": job.activation_checkpointing,
+        },
         "data": {"train": [{"path": job.source}], "train_on": "completion", "cache": str(cache)},
         "batch": {
-            "row_tokens": job.row_tokens,
-            "rows_per_step": job.rows_per_step,
-            "rows_per_micro": job.rows_per_micro,
+            "seq_len": job.seq_len,
+            "global_batch_size": job.global_batch_size,
+            "micro_batch_size": job.micro_batch_size,
         },
-        "optim": {"lr": job.lr, "weight_decay": 0.0, "warmup": 0.0, "schedule": "constant"},
+        "optim": {
+            "lr": job.lr,
+            "weight_decay": 0.0,
+            "warmup_ratio": 0.0,
+            "lr_schedule": "constant",
+        },
         "train": {"steps": job.steps, "seed": job.seed},
         "parallel": {"deepspeed": job.deepspeed, "grad_dtype": job.grad_dtype},
         "run": {"dir": str(run)},
     }
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe, indent=2))  # JSON is YAML
-    return [sys.executable, "-m", "trainer.cli.main", "train", str(path), "--nproc", "1"], run / "metrics.jsonl"
+    return [
+        sys.executable,
+        "-m",
+        "trainer.cli.main",
+        "train",
+        str(path),
+        "--nproc",
+        "1",
+    ], run / "metrics.jsonl"
 
 
 def arm_command(arm: str, job: Job, folder: Path) -> tuple[list[str], Path]:
@@ -114,7 +134,14 @@ class ArmFailed(RuntimeError):
 
 
 def run_arm(
-    command: list[str], metrics: Path, folder: Path, env: dict[str, str], *, skip: int, steps: int, limit_s: float
+    command: list[str],
+    metrics: Path,
+    folder: Path,
+    env: dict[str, str],
+    *,
+    skip: int,
+    steps: int,
+    limit_s: float,
 ) -> Run:
     """Run `command` until `steps` lines have landed in `metrics`, noting when each did (to POLL_S); then end it.
 
@@ -128,7 +155,9 @@ def run_arm(
     started_s = time.monotonic()
     log = folder / "log"
     with log.open("wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, **env}, cwd=ROOT)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=out, env={**os.environ, **env}, cwd=ROOT
+        )
     try:
         while len(arrived_s) < steps:
             ended = process.poll() is not None
@@ -137,17 +166,27 @@ def run_arm(
             arrived_s += [now_s] * (landed - len(arrived_s))
             if now_s - looked_s > LOOK_S or landed >= steps:
                 peak_rss_gib, looked_s = max(peak_rss_gib, peak_rss(process.pid)), now_s
-                peak_gpu_gib = max(peak_gpu_gib, gpu_used_gib() if env.get("CUDA_VISIBLE_DEVICES") else 0.0)
+                peak_gpu_gib = max(
+                    peak_gpu_gib, gpu_used_gib() if env.get("CUDA_VISIBLE_DEVICES") else 0.0
+                )
             if landed < steps and (ended or now_s - started_s > limit_s):
-                why = f"exit code {process.returncode}" if ended else f"still running after {limit_s:.0f} s"
-                raise ArmFailed(f"{why}, {landed} of {steps} steps\n{log.read_text(errors='replace')[-3000:]}")
+                why = (
+                    f"exit code {process.returncode}"
+                    if ended
+                    else f"still running after {limit_s:.0f} s"
+                )
+                raise ArmFailed(
+                    f"{why}, {landed} of {steps} steps\n{log.read_text(errors='replace')[-3000:]}"
+                )
             time.sleep(POLL_S)
     finally:
         for pid in family(process.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
-    lines = [json.loads(text) for text in metrics.read_text().splitlines() if '"train/loss"' in text]
+    lines = [
+        json.loads(text) for text in metrics.read_text().splitlines() if '"train/loss"' in text
+    ]
     return Run([with_tokens(line) for line in lines], arrived_s, skip, peak_rss_gib, peak_gpu_gib)
 
 
@@ -169,7 +208,11 @@ def peak_rss(pid: int) -> float:
     for each in family(pid):
         with suppress(OSError):
             status = Path(f"/proc/{each}/status").read_text()
-            peaks += [float(line.split()[1]) * 1024 / GIB for line in status.splitlines() if line.startswith("VmHWM")]
+            peaks += [
+                float(line.split()[1]) * 1024 / GIB
+                for line in status.splitlines()
+                if line.startswith("VmHWM")
+            ]
     return max(peaks)
 
 
@@ -182,12 +225,19 @@ def with_tokens(line: dict[str, float]) -> dict[str, float]:
 
 def gpu_used_gib() -> float:
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]) / 1024
+    return (
+        float(
+            subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        )
+        / 1024
+    )
 
 
 def spread(values: list[float], form: str = "{:.0f}") -> str:
     """`median (lowest to highest)`."""
-    middle, low, high = (form.format(value) for value in (statistics.median(values), min(values), max(values)))
+    middle, low, high = (
+        form.format(value) for value in (statistics.median(values), min(values), max(values))
+    )
     return f"{middle} ({low} to {high})" if len(values) > 1 else middle
 
 
@@ -200,7 +250,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 def machine(packages: tuple[str, ...]) -> str:
     """Where it ran: processor, cores, memory; versions of Python and `packages`. Two Markdown items."""
     cpu = Path("/proc/cpuinfo").read_text()
-    names = [line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")]
+    names = [
+        line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")
+    ]
     flags = "with" if "avx512_bf16" in cpu else "without"
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     found = ", ".join(f"{name} {metadata.version(name)}" for name in packages)

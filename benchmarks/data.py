@@ -48,7 +48,7 @@ class Job:
     model: str
     messages: str  # JSONL, a row as {"messages": [question, answer]}
     pairs: str  # JSONL, the same rows as {"prompt": [question], "completion": [answer]}
-    row_tokens: int
+    seq_len: int
     cores: int
     folder: str  # for the caches
 
@@ -70,7 +70,9 @@ def main() -> None:
     options = parse()
     work = Path(tempfile.mkdtemp(prefix="data."))
     write_rows(options, work)
-    runs: dict[tuple[str, int], list[Done]] = {(arm, cores): [] for cores in (1, 2) for arm in LABELS}
+    runs: dict[tuple[str, int], list[Done]] = {
+        (arm, cores): [] for cores in (1, 2) for arm in LABELS
+    }
     load = os.getloadavg()[0]
     for number in range(1, options.rounds + 1):
         for (arm, cores), done in runs.items():
@@ -83,15 +85,24 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=MODEL, help="a folder with a tokenizer and its template")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, default=MODEL, help="a folder with a tokenizer and its template"
+    )
     parser.add_argument("--data", type=Path, default=DATA, help="JSONL with question and answer")
     parser.add_argument("--times", type=int, default=8, help="the data, so many times over")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--row-tokens", type=int, default=1024)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "data_cpu.md")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "data_cpu.md"
+    )
     options = parser.parse_args()
-    options.model, options.data = options.model.expanduser().resolve(), options.data.expanduser().resolve()
+    options.model, options.data = (
+        options.model.expanduser().resolve(),
+        options.data.expanduser().resolve(),
+    )
     return options
 
 
@@ -108,7 +119,9 @@ def write_rows(options: argparse.Namespace, work: Path) -> None:
 
 def job(options: argparse.Namespace, work: Path, cores: int) -> Job:
     messages, pairs = (str(work / f"{name}.jsonl") for name in ("messages", "pairs"))
-    return Job(str(options.model), messages, pairs, options.row_tokens, cores, tempfile.mkdtemp(dir=work))
+    return Job(
+        str(options.model), messages, pairs, options.seq_len, cores, tempfile.mkdtemp(dir=work)
+    )
 
 
 def timed(arm: str, job: Job) -> Done:
@@ -151,10 +164,16 @@ def timed(arm: str, job: Job) -> Done:
 
 def run_arm(arm: str, job: Job) -> None:
     """An arm loads what it needs and gives back its work, which is then done between the two lines."""
-    work = {"packhorse": packhorse, "trl_assistant": trl, "trl_completion": trl, "map": plain_map}[arm](arm, job)
+    work = {"packhorse": packhorse, "trl_assistant": trl, "trl_completion": trl, "map": plain_map}[
+        arm
+    ](arm, job)
     print("READY", flush=True)
     done = work()
-    print("DONE", json.dumps({"tokens": done.tokens, "trained": done.trained, "rows": done.rows}), flush=True)
+    print(
+        "DONE",
+        json.dumps({"tokens": done.tokens, "trained": done.trained, "rows": done.rows}),
+        flush=True,
+    )
 
 
 def packhorse(arm: str, job: Job) -> Callable[[], Done]:
@@ -170,7 +189,7 @@ def packhorse(arm: str, job: Job) -> Callable[[], Done]:
                 "cache": f"{job.folder}/cache",
                 "workers": job.cores,
             },
-            "batch": {"row_tokens": job.row_tokens},
+            "batch": {"seq_len": job.seq_len},
             "run": {"dir": f"{job.folder}/run"},
         }
     )
@@ -182,7 +201,11 @@ def packhorse(arm: str, job: Job) -> Callable[[], Done]:
         return Done(prepared.report["tokens"], prepared.report["trained_tokens"], rows)
 
     def rows_of(plan: Any) -> list[tuple[int, ...]]:
-        return [micro_batch for step in range(plan.steps) for micro_batch in plan.step(step).micro_batches]
+        return [
+            micro_batch
+            for step in range(plan.steps)
+            for micro_batch in plan.step(step).micro_batches
+        ]
 
     return work
 
@@ -198,14 +221,19 @@ def trl(arm: str, job: Job) -> Callable[[], Done]:
     if arm == "trl_assistant":
         tokenizer.chat_template = marked(tokenizer.chat_template)
     torch.manual_seed(0)
-    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes: dict[str, Any] = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
     settings = SFTConfig(
         output_dir=f"{job.folder}/trl",
         assistant_only_loss=arm == "trl_assistant",
         packing=True,
         packing_strategy="bfd",
-        max_length=job.row_tokens,
+        max_length=job.seq_len,
         dataset_num_proc=job.cores if job.cores > 1 else None,
         use_cpu=True,
         report_to="none",
@@ -213,7 +241,9 @@ def trl(arm: str, job: Job) -> Callable[[], Done]:
 
     def work() -> Done:
         rows: Any = Dataset.from_json(job.messages if arm == "trl_assistant" else job.pairs)
-        trainer = SFTTrainer(model=model, args=settings, train_dataset=rows, processing_class=tokenizer)
+        trainer = SFTTrainer(
+            model=model, args=settings, train_dataset=rows, processing_class=tokenizer
+        )
         return counted(trainer.train_dataset)
 
     return work
@@ -235,13 +265,13 @@ def marked(template: str) -> str:
 
 
 def plain_map(arm: str, job: Job) -> Callable[[], Done]:
-    """What one writes by hand: render and tokenise batches, mask what the prompt's tokens are, fill rows in turn."""
+    """What one writes by hand: render and tokenize batches, mask what the prompt's tokens are, fill rows in turn."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(job.model)
 
-    def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def tokenize(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         whole = tokenizer.apply_chat_template(batch["messages"], tokenize=False)
         prompts = [messages[:-1] for messages in batch["messages"]]
         before = tokenizer.apply_chat_template(prompts, tokenize=False, add_generation_prompt=True)
@@ -253,7 +283,7 @@ def plain_map(arm: str, job: Job) -> Callable[[], Done]:
     def pack(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
         rows: list[tuple[list[int], list[int]]] = [([], [])]
         for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
-            if len(rows[-1][0]) + len(ids) > job.row_tokens:
+            if len(rows[-1][0]) + len(ids) > job.seq_len:
                 rows.append(([], []))
             rows[-1][0].extend(ids)
             rows[-1][1].extend(labels)
@@ -262,7 +292,7 @@ def plain_map(arm: str, job: Job) -> Callable[[], Done]:
     def work() -> Done:
         rows: Any = Dataset.from_json(job.messages)
         same: dict[str, Any] = {"batched": True, "num_proc": job.cores if job.cores > 1 else None}
-        rows = rows.map(tokenise, remove_columns=["messages"], **same)
+        rows = rows.map(tokenize, remove_columns=["messages"], **same)
         return counted(rows.shuffle(seed=0).map(pack, **same))
 
     return work
@@ -285,18 +315,25 @@ def counted(packed: Any) -> Done:
 # ----------------------------------------------------------------------------------------------- the report
 
 
-def report(runs: dict[tuple[str, int], list[Done]], options: argparse.Namespace, load: float) -> str:
-    command = shlex.join(["python", "benchmarks/data.py", *sys.argv[1:]]).replace(str(Path.home()), "~")
+def report(
+    runs: dict[tuple[str, int], list[Done]], options: argparse.Namespace, load: float
+) -> str:
+    command = shlex.join(["python", "benchmarks/data.py", *sys.argv[1:]]).replace(
+        str(Path.home()), "~"
+    )
     rows = options.times * sum(1 for _ in options.data.open("rb"))
     parts = [
         "# Preparing data beside TRL and a plain `datasets.map`, on CPU",
         f"`{command}`",
         machine(VERSIONS),
         f"{options.data.name}, {options.times} times over ({rows:,} rows), the tokenizer and template of "
-        f"{options.model.name}, rows of {options.row_tokens}; {options.rounds} alternating rounds, a fresh process "
+        f"{options.model.name}, rows of {options.seq_len}; {options.rounds} alternating rounds, a fresh process "
         "each, median (lowest to highest). From a JSONL file to masked, packed rows that training can map into memory."
         + busy(load),
-        *(f"## {cores} core{'s' * (cores > 1)}\n\n{speed_table(runs, cores, options.row_tokens)}" for cores in (1, 2)),
+        *(
+            f"## {cores} core{'s' * (cores > 1)}\n\n{speed_table(runs, cores, options.seq_len)}"
+            for cores in (1, 2)
+        ),
         aims(runs),
         NOTES,
     ]
@@ -312,7 +349,7 @@ def busy(load: float) -> str:
     )
 
 
-def speed_table(runs: dict[tuple[str, int], list[Done]], cores: int, row_tokens: int) -> str:
+def speed_table(runs: dict[tuple[str, int], list[Done]], cores: int, seq_len: int) -> str:
     head = ["", "tokens/s", "packhorse / it", "trained share", "fill"]
     rows = []
     for arm, label in LABELS.items():
@@ -325,7 +362,7 @@ def speed_table(runs: dict[tuple[str, int], list[Done]], cores: int, row_tokens:
                 spread(rates, "{:,.0f}"),
                 spread(ratios(runs, arm, cores), "{:.2f}"),
                 f"{first.trained / first.tokens:.3f}",
-                f"{first.tokens / first.rows / row_tokens:.3f}",
+                f"{first.tokens / first.rows / seq_len:.3f}",
             ]
         )
     return table(head, rows)
@@ -340,18 +377,23 @@ def ratios(runs: dict[tuple[str, int], list[Done]], arm: str, cores: int) -> lis
 def aims(runs: dict[tuple[str, int], list[Done]]) -> str:
     lines = []
     for cores in (1, 2):
-        faster = min(("trl_assistant", "trl_completion"), key=lambda arm: statistics.median(ratios(runs, arm, cores)))
+        faster = min(
+            ("trl_assistant", "trl_completion"),
+            key=lambda arm: statistics.median(ratios(runs, arm, cores)),
+        )
         got = statistics.median(ratios(runs, faster, cores))
         met = "met" if got >= AIM else "NOT met"
-        lines.append(f"- aim on {cores} core{'s' * (cores > 1)}: at least {AIM:g} x {LABELS[faster]}: {got:.2f}, {met}")
+        lines.append(
+            f"- aim on {cores} core{'s' * (cores > 1)}: at least {AIM:g} x {LABELS[faster]}: {got:.2f}, {met}"
+        )
     return "\n".join(lines)
 
 
 NOTES = """\
 packhorse proves each row's mask, trains the answer with its stop token, packs all documents of the epoch together and
-syncs its cache to the disk. TRL renders and tokenises row by row and packs a thousand rows at a time; with prompt and
-completion it tokenises the prompt twice and trains the newline after the stop token too. The plain map renders and
-tokenises batches, whole and prompt, proves nothing and fills each row in turn. Tokens are real ones; TRL's may be fewer
+syncs its cache to the disk. TRL renders and tokenizes row by row and packs a thousand rows at a time; with prompt and
+completion it tokenizes the prompt twice and trains the newline after the stop token too. The plain map renders and
+tokenizes batches, whole and prompt, proves nothing and fills each row in turn. Tokens are real ones; TRL's may be fewer
 where it truncates."""
 
 

@@ -49,9 +49,13 @@ def main() -> None:
     if sys.argv[1:2] == ["--part"]:
         run_part(sys.argv[2], Path(sys.argv[3]))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", default="100000,500000,2000000")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "data_scale_cpu.md")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "data_scale_cpu.md"
+    )
     options = parser.parse_args()
     found = {}
     for rows in map(int, options.rows.split(",")):
@@ -71,7 +75,10 @@ def measured(part: str, work: Path) -> Peak:
     started = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false"}
     process = subprocess.Popen(
-        [sys.executable, __file__, "--part", part, str(work)], stdout=subprocess.PIPE, text=True, env=environment
+        [sys.executable, __file__, "--part", part, str(work)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     anonymous = mapped = worker = 0.0
     while process.poll() is None:
@@ -87,7 +94,9 @@ def measured(part: str, work: Path) -> Peak:
     assert process.stdout is not None
     if process.returncode:
         raise SystemExit(f"{part} ended with {process.returncode}")
-    return Peak(time.monotonic() - started, anonymous, mapped, worker, json.loads(process.stdout.read()))
+    return Peak(
+        time.monotonic() - started, anonymous, mapped, worker, json.loads(process.stdout.read())
+    )
 
 
 def smaps(pid: int) -> tuple[float, float]:
@@ -105,9 +114,13 @@ def make_tokenizer(folder: Path) -> None:
     from transformers import PreTrainedTokenizerFast
 
     words = ["<eos>", "<unk>", "x", *(f"w{number}" for number in range(WORDS))]
-    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
+    backend = Tokenizer(
+        models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
+    )
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>"
+    )
     tokenizer.save_pretrained(folder)
 
 
@@ -133,7 +146,7 @@ def run_part(part: str, work: Path) -> None:
     sections = {
         "model": {"name": str(work / "model")},
         "data": {"train": [{"path": str(work / "rows.jsonl")}], "cache": str(work / "cache")},
-        "batch": {"row_tokens": 4096, "rows_per_step": 8},
+        "batch": {"seq_len": 4096, "global_batch_size": 8},
         "run": {"dir": str(work / "run")},
     }
     recipe = parse_recipe(sections)
@@ -146,7 +159,11 @@ def run_part(part: str, work: Path) -> None:
     says = {"documents_s": time.monotonic() - started}
     plan = train_plan(recipe, prepared)
     says |= {"plan_s": time.monotonic() - started, "steps": plan.steps, "fill": plan.fill()}
-    says |= {"documents": len(prepared.lengths), "tokens": prepared.report["tokens"], "before": before}
+    says |= {
+        "documents": len(prepared.lengths),
+        "tokens": prepared.report["tokens"],
+        "before": before,
+    }
     if part == "train":
         started = time.monotonic()
         with Loader(prepared, plan, 0, 1, pin=False) as loader:
@@ -169,7 +186,13 @@ def report(found: dict[int, dict[str, Peak]]) -> str:
     lines = []
     for rows, parts in found.items():
         prepare, again, train = parts["prepare"], parts["again"], parts["train"]
-        mib = (prepare.anonymous, prepare.worker, train.says["before"], train.says["held"], train.anonymous)
+        mib = (
+            prepare.anonymous,
+            prepare.worker,
+            train.says["before"],
+            train.says["held"],
+            train.anonymous,
+        )
         lines.append(
             [
                 f"{rows:,}",

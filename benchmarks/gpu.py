@@ -38,7 +38,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, ArmFailed, Job, Run, arm_command, machine, packhorse_command, run_arm, spread, table
+from common import (
+    ROOT,
+    ArmFailed,
+    Job,
+    Run,
+    arm_command,
+    machine,
+    packhorse_command,
+    run_arm,
+    spread,
+    table,
+)
 
 TOKENIZER = ROOT / "recipes" / "debug" / "model"
 VERSIONS = ("torch", "transformers", "trl", "liger-kernel", "deepspeed")
@@ -69,7 +80,12 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
     "max_position_embeddings": 131072,
 }
-TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+TINY = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 TINY |= {"intermediate_size": 128, "vocab_size": 512}
 
 
@@ -90,12 +106,15 @@ class Case:
     arms: tuple[Arm, ...]
 
 
-TRL: dict[str, Any] = {"bf16": False, "gradient_checkpointing": False}  # bf16 weights without autocast
+TRL: dict[str, Any] = {
+    "bf16": False,
+    "gradient_checkpointing": False,
+}  # bf16 weights without autocast
 CASES = (
     Case(
         "1.5B",
         QWEN_1_5B,
-        {"rows_per_step": 4},
+        {"global_batch_size": 4},
         (
             Arm("packhorse", "packhorse, ZeRO-1", {"deepspeed": "ds_configs/zero1.json"}),
             Arm("trl", "TRL + Liger, all in bf16", {"trl": TRL}),
@@ -105,12 +124,16 @@ CASES = (
     Case(
         "8B",
         LLAMA_8B,
-        {"rows_per_step": 2, "recompute": True, "grad_dtype": "bfloat16"},
+        {"global_batch_size": 2, "activation_checkpointing": "full", "grad_dtype": "bfloat16"},
         (
             Arm("packhorse", "packhorse, ZeRO-3", {"deepspeed": "ds_configs/zero3.json"}),
             Arm("trl", "TRL + Liger, all in bf16", {"trl": TRL | {"gradient_checkpointing": True}}),
             Arm("loop", "bare loop", {}),
-            Arm("trl", "TRL + Liger, all in bf16, not recomputing", {"recompute": False, "trl": TRL}),
+            Arm(
+                "trl",
+                "TRL + Liger, all in bf16, not recomputing",
+                {"activation_checkpointing": "none", "trl": TRL},
+            ),
         ),
     ),
 )
@@ -145,14 +168,28 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiny", action="store_true", help="tiny shapes on CPU: shows that every arm runs, no speed")
-    parser.add_argument("--only", choices=[case.name for case in CASES], help="one of the models; default: all of them")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="tiny shapes on CPU: shows that every arm runs, no speed",
+    )
+    parser.add_argument(
+        "--only",
+        choices=[case.name for case in CASES],
+        help="one of the models; default: all of them",
+    )
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8, help="of an arm")
     parser.add_argument("--warmup", type=int, default=3, help="of them not timed")
-    parser.add_argument("--budget-s", type=float, default=440.0, help="arms that do not fit are named, not run")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu_CARD.md; none for --tiny")
+    parser.add_argument(
+        "--budget-s", type=float, default=440.0, help="arms that do not fit are named, not run"
+    )
+    parser.add_argument(
+        "--out", type=Path, help="default: benchmarks/results/gpu_CARD.md; none for --tiny"
+    )
     options = parser.parse_args()
     if not options.tiny and shutil.which("nvidia-smi") is None:
         parser.error("there is no CUDA card here (no nvidia-smi); --tiny makes a dry run on CPU")
@@ -161,7 +198,11 @@ def parse() -> argparse.Namespace:
 
 def card_name() -> str:
     query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    return (
+        subprocess.run(query, capture_output=True, text=True, check=True)
+        .stdout.splitlines()[0]
+        .strip()
+    )
 
 
 # ----------------------------------------------------------------------------------------------- what is run
@@ -171,14 +212,16 @@ def make_case(case: Case, options: argparse.Namespace, work: Path) -> Job:
     """Write the model's folder (configuration and tokenizer), the documents, and their tokens."""
     folder = work / case.name
     shutil.copytree(TOKENIZER, folder / "model")
-    (folder / "model" / "config.json").write_text(json.dumps(case.shape | (TINY if options.tiny else {})))
+    (folder / "model" / "config.json").write_text(
+        json.dumps(case.shape | (TINY if options.tiny else {}))
+    )
     job = Job(
         model=str(folder / "model"),
         init="random",
         source=str(folder / "documents.jsonl"),
         tokens=str(folder / "tokens"),
-        row_tokens=256 if options.tiny else 8192,
-        rows_per_step=1,
+        seq_len=256 if options.tiny else 8192,
+        global_batch_size=1,
         steps=options.steps,
         lr=1e-5,
         seed=0,
@@ -187,22 +230,30 @@ def make_case(case: Case, options: argparse.Namespace, work: Path) -> Job:
         liger=not options.tiny,
     )
     job = replace(job, **case.fields)
-    tokens = job.steps * job.rows_per_step * job.row_tokens
-    write_documents(Path(job.source), tokens, job.row_tokens)
+    tokens = job.steps * job.global_batch_size * job.seq_len
+    write_documents(Path(job.source), tokens, job.seq_len)
     command, _ = arm_command("prepare", job, folder)
     with (folder / "prepare.log").open("wb") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log, env={**os.environ, **environment(options.tiny)})
+        subprocess.run(
+            command,
+            check=True,
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **environment(options.tiny)},
+        )
     return job
 
 
-def write_documents(path: Path, tokens: int, row_tokens: int) -> None:
+def write_documents(path: Path, tokens: int, seq_len: int) -> None:
     """Random words, log-normal lengths, at least `tokens` tokens in all (no token has over 4 letters on average)."""
     draw = random.Random(0)
     letters, made = "abcdefghijklmnopqrstuvwxyz     ", 0
     with path.open("w") as out:
         while made < 4 * tokens:
-            length = min(row_tokens - 16, max(16, int(draw.lognormvariate(0.0, 0.9) * row_tokens / 6)))
-            out.write(json.dumps({"text": "".join(draw.choices(letters, k=length)).strip() or "a"}) + "\n")
+            length = min(seq_len - 16, max(16, int(draw.lognormvariate(0.0, 0.9) * seq_len / 6)))
+            out.write(
+                json.dumps({"text": "".join(draw.choices(letters, k=length)).strip() or "a"}) + "\n"
+            )
             made += length
 
 
@@ -210,10 +261,15 @@ def environment(tiny: bool) -> dict[str, str]:
     same = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
     if tiny:
         return same | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return same | {"CUDA_VISIBLE_DEVICES": "0", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    return same | {
+        "CUDA_VISIBLE_DEVICES": "0",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    }
 
 
-def run_one(arm: Arm, job: Job, options: argparse.Namespace, work: Path, deadline_s: float) -> Run | str:
+def run_one(
+    arm: Arm, job: Job, options: argparse.Namespace, work: Path, deadline_s: float
+) -> Run | str:
     """The run, or in a few words why there is none."""
     left_s = deadline_s - time.monotonic()
     if left_s < LEAST_S:
@@ -224,16 +280,30 @@ def run_one(arm: Arm, job: Job, options: argparse.Namespace, work: Path, deadlin
         command, metrics = packhorse_command(job, folder, work / "cache")
     else:
         if arm.program == "trl":
-            trl = {"use_liger_kernel": job.liger, "gradient_accumulation_steps": job.rows_per_step, **job.trl}
+            trl = {
+                "use_liger_kernel": job.liger,
+                "gradient_accumulation_steps": job.global_batch_size,
+                **job.trl,
+            }
             job = replace(job, trl=trl)
         command, metrics = arm_command(arm.program, job, folder)
     try:
         run = run_arm(
-            command, metrics, folder, environment(options.tiny), skip=options.warmup, steps=job.steps, limit_s=left_s
+            command,
+            metrics,
+            folder,
+            environment(options.tiny),
+            skip=options.warmup,
+            steps=job.steps,
+            limit_s=left_s,
         )
     except ArmFailed as error:
         print(f"{arm.label}: {error}", file=sys.stderr, flush=True)
-        return "out of memory" if "OutOfMemory" in str(error) else f"failed: {str(error).splitlines()[0]}"
+        return (
+            "out of memory"
+            if "OutOfMemory" in str(error)
+            else f"failed: {str(error).splitlines()[0]}"
+        )
     shutil.rmtree(folder)
     return run
 
@@ -244,7 +314,11 @@ def run_one(arm: Arm, job: Job, options: argparse.Namespace, work: Path, deadlin
 def flops_per_token(shape: dict[str, Any], trained_share: float, pairs_per_token: float) -> float:
     """Training FLOPs a real token: 6 a weight (Kaplan et al. 2020), and 6 a channel of attention and pair of
     positions a layer, pairs being L^2 of a document of L tokens (half of it causal; scores and values)."""
-    hidden, layers, heads = shape["hidden_size"], shape["num_hidden_layers"], shape["num_attention_heads"]
+    hidden, layers, heads = (
+        shape["hidden_size"],
+        shape["num_hidden_layers"],
+        shape["num_attention_heads"],
+    )
     kv_share = shape["num_key_value_heads"] / heads
     layer = hidden * hidden * (2 + 2 * kv_share) + 3 * hidden * shape["intermediate_size"]
     head = hidden * shape["vocab_size"] * trained_share
@@ -261,7 +335,11 @@ def table_row(case: Case, arm: Arm, job: Job, done: list[Run] | str, card: str) 
     share = statistics.median(t / r for t, r in zip(trained, rates, strict=True))
     flops = flops_per_token(shape, share, counts["pairs_per_token"])
     peak = next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if name in card), None)
-    mfu = spread([100 * rate * flops / peak for rate in rates], "{:.1f}%") if peak else "no stated peak"
+    mfu = (
+        spread([100 * rate * flops / peak for rate in rates], "{:.1f}%")
+        if peak
+        else "no stated peak"
+    )
     memory = spread([run.peak_gpu_gib or run.peak_rss_gib for run in done], "{:.1f}")
     return [case.name, arm.label, spread(rates), spread(trained), mfu, memory]
 

@@ -34,7 +34,9 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
         work()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         work()
     recorded: Any = profiler.profiler
     events = [e for e in recorded.kineto_results.events() if e.name() == "[memory]"]
@@ -45,11 +47,15 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def loss_workspace(kernel: str, tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str) -> int:
+def loss_workspace(
+    kernel: str, tokens: int, hidden: int, vocabulary: int, dtype: torch.dtype, device: str
+) -> int:
     """Bytes of one forward and backward beyond the head's weight and its gradient."""
     torch.manual_seed(0)
     hidden_NH = torch.randn(tokens, hidden, dtype=dtype, device=device, requires_grad=True)
-    weight_VH = (torch.randn(vocabulary, hidden, device=device) * hidden**-0.5).to(dtype).requires_grad_()
+    weight_VH = (
+        (torch.randn(vocabulary, hidden, device=device) * hidden**-0.5).to(dtype).requires_grad_()
+    )
     targets_N = torch.randint(vocabulary, (tokens,), device=device)
     weights_N = torch.full((tokens,), 1 / tokens, device=device)
 
@@ -60,7 +66,9 @@ def loss_workspace(kernel: str, tokens: int, hidden: int, vocabulary: int, dtype
     return peak_bytes(work, torch.device(device)) - weight_VH.numel() * weight_VH.element_size()
 
 
-def table(kernels: list[str], tokens: list[int], hidden: int, vocabularies: list[int], device: str) -> str:
+def table(
+    kernels: list[str], tokens: list[int], hidden: int, vocabularies: list[int], device: str
+) -> str:
     """The markdown table, MiB."""
     lines = [
         f"| tokens | vocabulary | {' | '.join(kernels)} | tokens x hidden |",
@@ -68,7 +76,9 @@ def table(kernels: list[str], tokens: list[int], hidden: int, vocabularies: list
     ]
     for n in tokens:
         for v in vocabularies:
-            cells = [loss_workspace(k, n, hidden, v, torch.bfloat16, device) / 2**20 for k in kernels]
+            cells = [
+                loss_workspace(k, n, hidden, v, torch.bfloat16, device) / 2**20 for k in kernels
+            ]
             unit = n * hidden * 2 / 2**20
             lines.append(f"| {n} | {v} | {' | '.join(f'{c:.1f}' for c in cells)} | {unit:.2f} |")
             print(lines[-1], flush=True)
@@ -77,7 +87,9 @@ def table(kernels: list[str], tokens: list[int], hidden: int, vocabularies: list
 
 def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--hidden", type=int, default=4096 if device == "cuda" else 512)
     parser.add_argument("--tokens", default="2048,8192" if device == "cuda" else "128,512")
     parser.add_argument("--vocabularies", default="8192,32768,131072,262144")

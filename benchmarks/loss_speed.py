@@ -39,7 +39,9 @@ class Case:
     def __init__(self, shape: tuple[int, int, int], device: torch.device) -> None:
         n, hidden, vocabulary = shape
         draw = torch.Generator(device).manual_seed(0)
-        self.hidden = torch.randn(n, hidden, device=device, generator=draw).bfloat16().requires_grad_()
+        self.hidden = (
+            torch.randn(n, hidden, device=device, generator=draw).bfloat16().requires_grad_()
+        )
         head = torch.randn(vocabulary, hidden, device=device, generator=draw) * hidden**-0.5
         self.head = head.bfloat16().requires_grad_()
         self.targets = torch.randint(vocabulary, (n,), device=device, generator=draw)
@@ -48,7 +50,9 @@ class Case:
     def run(self, kernel: str) -> tuple[torch.Tensor, ...]:
         """The gradients of hidden states and head."""
         each = 1 / len(self.weights)
-        total = linear_cross_entropy(self.hidden, self.head, self.targets, self.weights, each, kernel)
+        total = linear_cross_entropy(
+            self.hidden, self.head, self.targets, self.weights, each, kernel
+        )
         return torch.autograd.grad(total, [self.hidden, self.head])
 
     def true_gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,11 +102,22 @@ def rows(name: str, case: Case, rounds: int, device: torch.device) -> list[list[
     found = []
     for kernel, c in arms:
         with liger_parts(c or LIGER_HIDDEN):
-            errors = [float((a.float() - b).norm() / b.norm()) for a, b in zip(case.run(kernel), true, strict=True)]
+            errors = [
+                float((a.float() - b).norm() / b.norm())
+                for a, b in zip(case.run(kernel), true, strict=True)
+            ]
             times = times_ms(lambda kernel=kernel: case.run(kernel), rounds, device)
             mib = peak_bytes(lambda kernel=kernel: case.run(kernel), device) / 2**20
         label = f"{kernel}, c = {c}" if c else kernel
-        found.append([name, label, spread(times, "{:.1f}"), f"{mib:.0f}", *(f"{error:.1e}" for error in errors)])
+        found.append(
+            [
+                name,
+                label,
+                spread(times, "{:.1f}"),
+                f"{mib:.0f}",
+                *(f"{error:.1e}" for error in errors),
+            ]
+        )
         print(" | ".join(found[-1]), flush=True)
     fastest = min(found, key=lambda row: float(row[2].split()[0]))
     fastest[1] = f"**{fastest[1]}**"
@@ -110,15 +125,23 @@ def rows(name: str, case: Case, rounds: int, device: torch.device) -> list[list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="a small head: shows that it runs, no speed")
+    parser.add_argument(
+        "--tiny", action="store_true", help="a small head: shows that it runs, no speed"
+    )
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cuda.matmul.allow_tf32 = False
     shapes = TINY if options.tiny else SHAPES if device.type == "cuda" else ON_CPU
     head = ["head", "kernel", "ms", "peak memory, MiB", "error, hidden", "error, weight"]
-    lines = [row for name, shape in shapes.items() for row in rows(name, Case(shape, device), options.rounds, device)]
+    lines = [
+        row
+        for name, shape in shapes.items()
+        for row in rows(name, Case(shape, device), options.rounds, device)
+    ]
     where = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
     versions = ("torch", "liger-kernel") if device.type == "cuda" else ("torch",)
     text = f"""# Time of the loss

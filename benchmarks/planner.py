@@ -26,7 +26,12 @@ from common import machine, table  # noqa: E402
 from tests.ranks import run_ranks  # noqa: E402
 
 MODEL = Path("~/.cache/packhorse/models/smollm2-135m-instruct")
-PARTS = {"weights": "weights", "gradients": "gradients", "masters": "fp32 weights", "moments": "moments"}
+PARTS = {
+    "weights": "weights",
+    "gradients": "gradients",
+    "masters": "fp32 weights",
+    "moments": "moments",
+}
 ROW_TOKENS = 1024
 
 
@@ -46,7 +51,9 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=MODEL, help="a model folder")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
@@ -75,25 +82,37 @@ def measure(options: argparse.Namespace) -> None:
                 continue
             recipe = parse_recipe(
                 {
-                    "model": {"name": str(options.model), "dtype": options.dtype, "recompute": False},
+                    "model": {
+                        "name": str(options.model),
+                        "dtype": options.dtype,
+                        "activation_checkpointing": "none",
+                    },
                     "data": {"train": [{"path": "unused"}]},
-                    "batch": {"row_tokens": ROW_TOKENS},
+                    "batch": {"seq_len": ROW_TOKENS},
                     "parallel": {"deepspeed": f"ds_configs/{path.name}"},
                     "run": {"dir": str(options.rank_out.parent)},
                 }
             )
             try:
-                engine = train.build_engine(recipe, options.rank_out.parent, load_tokenizer(recipe.model))
+                engine = train.build_engine(
+                    recipe, options.rank_out.parent, load_tokenizer(recipe.model)
+                )
                 model = memory.describe(memory.empty_model(recipe.model), recipe.optim)
                 state = memory.state(
-                    model, report.filled(recipe, recipe.parallel.deepspeed, model.hidden), dist.world_size()
+                    model,
+                    report.filled(recipe, recipe.parallel.deepspeed, model.hidden),
+                    dist.world_size(),
                 )
             except BadInput as error:
                 found[path.stem] = str(error)
                 continue
-            planned = {part: getattr(state, part) for part in PARTS} | {"weights": state.weights + state.whole}
+            planned = {part: getattr(state, part) for part in PARTS} | {
+                "weights": state.weights + state.whole
+            }
             of_ranks = dist.gather(held(engine, filler_batch()))
-            found[path.stem] = {part: [planned[part], max(one[part] for one in of_ranks)] for part in PARTS}
+            found[path.stem] = {
+                part: [planned[part], max(one[part] for one in of_ranks)] for part in PARTS
+            }
             del engine
             gc.collect()
         if dist.is_main():
@@ -111,7 +130,9 @@ def report(options: argparse.Namespace, found: dict[str, Any]) -> str:
             refused.append(f"- {template}: {parts}")
             continue
         off = sum(planned - held for planned, held in parts.values())
-        rows.append([template, *(f"{held / 2**20:,.1f}" for _, held in parts.values()), f"{off:,} bytes"])
+        rows.append(
+            [template, *(f"{held / 2**20:,.1f}" for _, held in parts.values()), f"{off:,} bytes"]
+        )
     command = shlex.join(["python", "benchmarks/planner.py", *sys.argv[1:]])
     parts = [
         "# The planner beside DeepSpeed's own buffers",
@@ -121,7 +142,7 @@ def report(options: argparse.Namespace, found: dict[str, Any]) -> str:
         "and by how many bytes the plan is above it, over the four parts.",
         table(head, rows),
         *(["Left out:", "\n".join(refused)] if refused else []),
-        "Activations are compared with what a forward saves in tests/unit/test_planner.py. On a GPU a run itself logs, "
+        "Activations are compared with what a forward saves in tests/unit/test_memory.py. On a GPU a run itself logs, "
         "after its first steps, the peak that was predicted beside the one that torch's allocator counted.",
     ]
     return "\n\n".join(parts) + "\n"

@@ -4,7 +4,7 @@
 
 Each round runs every arm once, in a fresh process on all cores; rounds alternate (A B C D, A B C D, ...), so that a
 machine that slows down slows all of them. The clock is this process's (common.run_arm): from the end of the warm-up
-steps to the end of the last one, data loading and logging inside, tokenising and loading outside, for all arms.
+steps to the end of the last one, data loading and logging inside, tokenizing and loading outside, for all arms.
 Writes benchmarks/results/vs_trl_cpu.md. Needs the extra `bench` (TRL); about 40 minutes at the defaults on 2 cores.
 """
 
@@ -23,7 +23,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, ArmFailed, Job, Run, arm_command, machine, packhorse_command, run_arm, spread, table
+from common import (
+    ROOT,
+    ArmFailed,
+    Job,
+    Run,
+    arm_command,
+    machine,
+    packhorse_command,
+    run_arm,
+    spread,
+    table,
+)
 
 MODEL = Path("~/.cache/packhorse/models/smollm2-135m-instruct")
 DATA = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
@@ -33,14 +44,24 @@ DEFAULT_ARMS = "trl_best,trl_default,loop,loop_products,packhorse"
 # What TRL is given over its defaults, arm by arm: fields of `Job`, and under `trl` those of SFTConfig.
 # trl_best is packed and keeps documents apart, as those after it; `--arms` measures them side by side. It attends
 # eagerly: on two cores of an AMD EPYC that was the fastest of them by a fifth, on an Intel Xeon sdpa was as fast.
-BEST: dict[str, Any] = {"gradient_checkpointing": False, "bf16": False}  # no autocast: the weights are bf16
+BEST: dict[str, Any] = {
+    "gradient_checkpointing": False,
+    "bf16": False,
+}  # no autocast: the weights are bf16
 TRL_ARMS: dict[str, dict[str, Any]] = {
     "trl_best": {"attention": "eager", "trl": BEST},
     "trl_sdpa": {"trl": BEST},
-    "trl_autocast": {"attention": "eager", "dtype": "float32", "trl": {"gradient_checkpointing": False}},
+    "trl_autocast": {
+        "attention": "eager",
+        "dtype": "float32",
+        "trl": {"gradient_checkpointing": False},
+    },
     "trl_two_rows": {"attention": "eager", "trl": BEST | {"per_device_train_batch_size": 2}},
     "trl_worker": {"attention": "eager", "trl": BEST | {"dataloader_num_workers": 1}},
-    "trl_our_attention": {"attention": "documents", "trl": BEST},  # not TRL's: the loop's attention handed to it
+    "trl_our_attention": {
+        "attention": "documents",
+        "trl": BEST,
+    },  # not TRL's: the loop's attention handed to it
     "trl_default": {"dtype": "float32", "packed": False},
 }
 LOOPS: dict[str, dict[str, Any]] = {
@@ -81,26 +102,41 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", type=Path, default=MODEL, help="a Hugging Face folder")
     parser.add_argument("--data", type=Path, default=DATA, help="JSONL with question and answer")
     parser.add_argument(
-        "--arms", default=DEFAULT_ARMS, help=f"of packhorse, loop, loop_bf16_grads, {', '.join(TRL_ARMS)}"
+        "--arms",
+        default=DEFAULT_ARMS,
+        help=f"of packhorse, loop, loop_bf16_grads, {', '.join(TRL_ARMS)}",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=7, help="optimizer steps of an arm")
     parser.add_argument("--warmup", type=int, default=1, help="of them not timed")
     parser.add_argument("--row-tokens", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=4, help="rows of a step")
-    parser.add_argument("--rows-per-micro", type=int, default=4, help="packhorse's; TRL's are its arms' own")
-    parser.add_argument("--deepspeed", default="ds_configs/zero2.json", help="packhorse's DeepSpeed template")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "vs_trl_cpu.md")
+    parser.add_argument(
+        "--rows-per-micro", type=int, default=4, help="packhorse's; TRL's are its arms' own"
+    )
+    parser.add_argument(
+        "--deepspeed", default="ds_configs/zero2.json", help="packhorse's DeepSpeed template"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent / "results" / "vs_trl_cpu.md"
+    )
     options = parser.parse_args()
     options.arms = options.arms.split(",")
-    options.model, options.data = options.model.expanduser().resolve(), options.data.expanduser().resolve()
+    options.model, options.data = (
+        options.model.expanduser().resolve(),
+        options.data.expanduser().resolve(),
+    )
     for path in (options.model, options.data):
         if not path.exists():
-            parser.error(f"{path} does not exist; `make demo` fetches the model, and --data takes any such JSONL")
+            parser.error(
+                f"{path} does not exist; `make demo` fetches the model, and --data takes any such JSONL"
+            )
     unknown = set(options.arms) - set(KNOWN)
     if unknown:
         parser.error(f"unknown arms: {', '.join(sorted(unknown))}")
@@ -116,14 +152,14 @@ def shared_job(options: argparse.Namespace, work: Path) -> Job:
         init="pretrained",
         source=str(options.data),
         tokens=str(work / "tokens"),
-        row_tokens=options.row_tokens,
-        rows_per_step=options.rows,
+        seq_len=options.seq_len,
+        global_batch_size=options.rows,
         steps=options.steps,
         lr=2e-5,
         seed=0,
         device="cpu",
         deepspeed=options.deepspeed,
-        rows_per_micro=options.rows_per_micro,
+        micro_batch_size=options.micro_batch_size,
     )
 
 
@@ -141,7 +177,7 @@ def environment() -> dict[str, str]:
 
 
 def run_prepare(job: Job, work: Path) -> None:
-    """Tokenise and pack for the arms that are not packhorse, in a process of its own: this one stays small."""
+    """Tokenize and pack for the arms that are not packhorse, in a process of its own: this one stays small."""
     command, _ = arm_command("prepare", job, work)
     subprocess.run(command, check=True, env={**os.environ, **environment()})
 
@@ -157,7 +193,13 @@ def run_one(arm: str, job: Job, options: argparse.Namespace, work: Path) -> Run:
         command, metrics = arm_command("trl", trl_job(arm, job), folder)
     try:
         run = run_arm(
-            command, metrics, folder, environment(), skip=options.warmup, steps=job.steps, limit_s=300.0 * job.steps
+            command,
+            metrics,
+            folder,
+            environment(),
+            skip=options.warmup,
+            steps=job.steps,
+            limit_s=300.0 * job.steps,
         )
     except ArmFailed as error:
         raise SystemExit(f"{arm} failed (its folder is {folder}): {error}") from None
@@ -170,16 +212,22 @@ def trl_job(arm: str, job: Job) -> Job:
     fields = dict(TRL_ARMS[arm])
     trl = dict(fields.pop("trl", {}))
     if fields.get("packed", True):
-        trl["gradient_accumulation_steps"] = job.rows_per_step // trl.get("per_device_train_batch_size", 1)
+        trl["gradient_accumulation_steps"] = job.global_batch_size // trl.get(
+            "per_device_train_batch_size", 1
+        )
     else:
-        trl["gradient_accumulation_steps"] = documents_per_step(job) // 8  # TRL's default batch is 8 documents
+        trl["gradient_accumulation_steps"] = (
+            documents_per_step(job) // 8
+        )  # TRL's default batch is 8 documents
     return replace(job, trl=trl, **fields)
 
 
 def documents_per_step(job: Job) -> int:
     """Documents whose tokens about fill a step's rows, in whole batches of 8."""
     info = json.loads((Path(job.tokens) / "counts.json").read_text())
-    return max(8, round(job.row_tokens * job.rows_per_step * info["fill"] / info["mean_tokens"] / 8) * 8)
+    return max(
+        8, round(job.seq_len * job.global_batch_size * info["fill"] / info["mean_tokens"] / 8) * 8
+    )
 
 
 # ----------------------------------------------------------------------------------------------- the report
@@ -193,7 +241,7 @@ def report(runs: dict[str, list[Run]], options: argparse.Namespace) -> str:
         "# packhorse beside TRL, on CPU",
         f"`{command}`",
         machine(VERSIONS),
-        f"{options.model.name}, {options.data.name}, rows of {options.row_tokens}, {options.rows} rows a step "
+        f"{options.model.name}, {options.data.name}, rows of {options.seq_len}, {options.rows} rows a step "
         f"(about {first.lines[0]['tokens']:.0f} tokens), bf16, learning rate 2e-5, no decay, "
         f"{options.steps - options.warmup} timed steps after "
         f"{options.warmup}; {options.rounds} alternating rounds, a fresh process each, median (lowest to highest).",
@@ -214,7 +262,9 @@ def speed_table(runs: dict[str, list[Run]]) -> str:
         trained = [run.rate("train/trained_tokens") for run in done]
         peaks = [run.peak_rss_gib for run in done]
         ratio = spread(ratios(runs, arm), "{:.2f}") if "packhorse" in runs else ""
-        rows.append([LABELS.get(arm, arm), spread(rates), spread(trained), spread(peaks, "{:.2f}"), ratio])
+        rows.append(
+            [LABELS.get(arm, arm), spread(rates), spread(trained), spread(peaks, "{:.2f}"), ratio]
+        )
     return table(head, rows)
 
 
@@ -230,13 +280,18 @@ def ratio_lines(runs: dict[str, list[Run]]) -> str:
     for arm, aim in (("trl_best", 2.0), ("loop", 0.9)):
         if arm in runs and "packhorse" in runs:
             got = statistics.median(ratios(runs, arm))
-            lines.append(f"- aim: at least {aim:g} x {LABELS[arm]}: {got:.2f}, {'met' if got >= aim else 'NOT met'}")
+            lines.append(
+                f"- aim: at least {aim:g} x {LABELS[arm]}: {got:.2f}, {'met' if got >= aim else 'NOT met'}"
+            )
     return "\n".join(lines)
 
 
 def loss_table(runs: dict[str, list[Run]]) -> str:
     steps = range(len(next(iter(runs.values()))[0].lines))
-    rows = [[str(step + 1), *(f"{done[0].losses[step]:.4f}" for done in runs.values())] for step in steps]
+    rows = [
+        [str(step + 1), *(f"{done[0].losses[step]:.4f}" for done in runs.values())]
+        for step in steps
+    ]
     return table(["step", *(LABELS.get(arm, arm) for arm in runs)], rows)
 
 

@@ -59,11 +59,17 @@ def gpus(asked: int | None) -> list[Row]:
         fault = f"{asked} GPUs are asked for, and torch sees {count}"
     elif asked is None and built_for and count == 0:
         fault = "torch sees no GPU: start the container with --gpus all, on a host with NVIDIA's container toolkit"
-    rows = [Row("torch is built for", f"CUDA {built_for}" if built_for else "CPU"), Row("GPUs", str(count), fault)]
+    rows = [
+        Row("torch is built for", f"CUDA {built_for}" if built_for else "CPU"),
+        Row("GPUs", str(count), fault),
+    ]
     for i in range(count):
         gpu = torch.cuda.get_device_properties(i)
         rows.append(
-            Row(f"GPU {i}", f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, capability {gpu.major}.{gpu.minor}")
+            Row(
+                f"GPU {i}",
+                f"{gpu.name}, {gpu.total_memory / GIB:.0f} GiB, capability {gpu.major}.{gpu.minor}",
+            )
         )
     if built_for:
         from torch.cuda import nccl
@@ -86,7 +92,11 @@ def kernels() -> list[Row]:
     ]
     if torch.version.cuda:
         compiler = shutil.which("gcc") or shutil.which("clang")
-        fault = None if compiler else "Triton, and with it Liger, needs a C compiler: apt-get install gcc libc6-dev"
+        fault = (
+            None
+            if compiler
+            else "Triton, and with it Liger, needs a C compiler: apt-get install gcc libc6-dev"
+        )
         rows.append(Row("Triton's C compiler", compiler or "none", fault))
     return rows
 
@@ -104,7 +114,9 @@ def flash_attn() -> Row:
 
 def deepspeed_ops() -> list[Row]:
     """Whether they are compiled already, and load."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.version.cuda else "cpu")  # also where no GPU is seen
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cuda" if torch.version.cuda else "cpu"
+    )  # also where no GPU is seen
     importlib.import_module("trainer.engine.engine")  # sets up DeepSpeed as for training
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
@@ -115,12 +127,22 @@ def deepspeed_ops() -> list[Row]:
     for name, builder_name in OPS.items():
         builder = accelerator.create_op_builder(builder_name)
         if not installed_ops.get(name):
-            fault = None if compiler else f"{name} is not compiled, and there is no compiler: apt-get install g++"
+            fault = (
+                None
+                if compiler
+                else f"{name} is not compiled, and there is no compiler: apt-get install g++"
+            )
             rows.append(Row(name, "compiled at its first use" if compiler else "missing", fault))
         elif torch.version.cuda and not torch.cuda.is_available():
             there = importlib.util.find_spec(builder.absolute_name())
             fault = None if there else f"{name} is said to be compiled, and its file is not there"
-            rows.append(Row(name, "compiled; loads where there is a GPU's driver" if there else "missing", fault))
+            rows.append(
+                Row(
+                    name,
+                    "compiled; loads where there is a GPU's driver" if there else "missing",
+                    fault,
+                )
+            )
         else:
             try:
                 builder.load()
@@ -158,7 +180,13 @@ def folders() -> list[Row]:
     try:
         rows.append(_folder("temporary files", Path(tempfile.gettempdir())))
     except FileNotFoundError:
-        rows.append(Row("temporary files", "no folder", "there is nowhere to write temporary files: --tmpfs /tmp"))
+        rows.append(
+            Row(
+                "temporary files",
+                "no folder",
+                "there is nowhere to write temporary files: --tmpfs /tmp",
+            )
+        )
     if (runs := Path("/runs")).exists():  # as in the image
         rows.append(_folder("runs", runs))
     return rows
@@ -173,7 +201,9 @@ def _folder(what: str, path: Path) -> Row:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--gpus", type=int, help="so many there must be; default: one or more, in a CUDA image")
+    parser.add_argument(
+        "--gpus", type=int, help="so many there must be; default: one or more, in a CUDA image"
+    )
     asked = parser.parse_args().gpus
     sections = [versions(), gpus(asked), kernels(), deepspeed_ops(), limits(), folders()]
     table = Table("", "found")

@@ -34,8 +34,14 @@ def _is_ours(command: list[bytes]) -> bool:
 
 def main() -> int:
     states = processes(Path("/proc"))
-    bad = [f"process {pid} is {_STATES[state]}" for pid, state in sorted(states.items()) if state in _STATES]
-    print("; ".join(bad) or (f"{len(states)} processes run" if states else "no packhorse runs here"))
+    bad = [
+        f"process {pid} is {_STATES[state]}"
+        for pid, state in sorted(states.items())
+        if state in _STATES
+    ]
+    print(
+        "; ".join(bad) or (f"{len(states)} processes run" if states else "no packhorse runs here")
+    )
     return 1 if bad or not states else 0
 
 

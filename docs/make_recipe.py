@@ -28,15 +28,26 @@ def reference() -> str:
 def _table(name: str, section: type[Section]) -> str:
     kind = kind_of(section)
     heading = f"{name}, `kind: {kind}`" if kind else name
-    lines = [f"## {heading}", "", _first_line(section), "", "| key | value | default | |", "|---|---|---|---|"]
+    lines = [
+        f"## {heading}",
+        "",
+        _first_line(section),
+        "",
+        "| key | value | default | |",
+        "|---|---|---|---|",
+    ]
     nested = []
     for key, field in section.model_fields.items():
         if key == "kind":
             continue
         default = field.get_default(call_default_factory=True)
         shown = "" if default is PydanticUndefined else f"`{_plain(default)}`"
-        lines.append(f"| `{key}` | {_type(field.annotation)} | {shown} | {field.description or ''} |")
-        nested += [_table(f"{name}.{key}", inner) for inner in _sections(field.annotation) if key != "eval"]
+        lines.append(
+            f"| `{key}` | {_type(field.annotation)} | {shown} | {field.description or ''} |"
+        )
+        nested += [
+            _table(f"{name}.{key}", inner) for inner in _sections(field.annotation) if key != "eval"
+        ]
     return "\n".join([*lines, "", *nested])
 
 
@@ -56,7 +67,9 @@ def _plain(value: Any) -> str:
 def _sections(annotation: Any) -> list[type[Section]]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    return list(dict.fromkeys(section for inner in get_args(annotation) for section in _sections(inner)))
+    return list(
+        dict.fromkeys(section for inner in get_args(annotation) for section in _sections(inner))
+    )
 
 
 def _type(annotation: Any) -> str:
@@ -75,7 +88,13 @@ def _type(annotation: Any) -> str:
     return _type(arguments[0])
 
 
-_NAMES = {str: "text", int: "whole number", float: "number", bool: "`true`, `false`", JsonValue: "value"}
+_NAMES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "`true`, `false`",
+    JsonValue: "value",
+}
 
 if __name__ == "__main__":
     PAGE.write_text(reference(), encoding="utf-8")

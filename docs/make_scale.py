@@ -12,9 +12,24 @@ from trainer.estimate.report import Report, build_report, look, rows, sentences
 
 PAGE = Path(__file__).parent / "scale.md"
 SHAPES = {  # of Llama 3.1
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64},
-    "405B": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128},
+    "8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "70B": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+    "405B": {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+    },
 }
 COMMON = {
     "architectures": ["LlamaForCausalLM"],
@@ -39,14 +54,14 @@ def _reports(size: str) -> tuple[Recipe, list[Report]]:
         (Path(folder) / "config.json").write_text(json.dumps({**COMMON, **SHAPES[size]}))
         recipe = Recipe.model_validate(
             {
-                "model": {"name": folder, "recompute": True},
+                "model": {"name": folder, "activation_checkpointing": "full"},
                 "data": {"train": [{"path": "train.jsonl"}]},
-                "batch": {"row_tokens": 8192, "rows_per_step": 512, "rows_per_micro": 1},
+                "batch": {"seq_len": 8192, "global_batch_size": 512, "micro_batch_size": 1},
                 "loss": {"kernel": "liger"},
                 "run": {"dir": "runs/scale"},
             }
         )
-        looked = look(recipe, recipe.batch.row_tokens)
+        looked = look(recipe, recipe.batch.seq_len)
         clusters = [Cluster(gpus, PER_NODE, GPU_GIB * GIB) for gpus in GPUS[size]]
         return recipe, [build_report(recipe, cluster, looked=looked) for cluster in clusters]
 
@@ -58,7 +73,10 @@ def _section(size: str) -> str:
         heading, body = rows(report)
         said = sentences(report, recipe, FLOPS, MFU)
         lines += [f"### {size} on {gpus} GPUs", "", *(f"- {sentence}" for sentence in said), ""]
-        lines += [f"| {' | '.join(row)} |" for row in (heading, ["---", *["---:"] * (len(heading) - 1)], *body)]
+        lines += [
+            f"| {' | '.join(row)} |"
+            for row in (heading, ["---", *["---:"] * (len(heading) - 1)], *body)
+        ]
         lines += [""]
     return "\n".join(lines)
 
@@ -66,16 +84,16 @@ def _section(size: str) -> str:
 TOP = f"""# What it takes
 
 Written by `python docs/make_scale.py`, which asks `packhorse plan` for models of the shapes of Llama 3.1, with
-`model.recompute: true`, rows of 8,192 tokens, 512 of them a step, one a micro-batch, on GPUs of {GPU_GIB} GiB,
+`model.activation_checkpointing: full`, rows of 8,192 tokens, 512 of them a step, one a micro-batch, on GPUs of {GPU_GIB} GiB,
 {PER_NODE} a node. For a model of your own: `packhorse plan RECIPE --gpus 64 --gpu-gib 80 --nodes 8`. It reads the
 model's configuration and no weights.
 
 How sure each number is:
 
-- *weights, gradients, optimizer*: exact, byte for byte DeepSpeed's own buffers (`tests/numerics/test_planner.py`,
+- *weights, gradients, optimizer*: exact, byte for byte DeepSpeed's own buffers (`tests/numerics/test_memory.py`,
   [planner_cpu.md](../benchmarks/results/planner_cpu.md)).
 - *activations*: traced. The model is run once on tensors without data, and what autograd saves is counted; within 10%
-  of a real run's (`tests/unit/test_planner.py`). A fused attention kernel is taken for granted: `model.attention:
+  of a real run's (`tests/unit/test_memory.py`). A fused attention kernel is taken for granted: `model.attention:
   reference` with soft caps or sinks holds all scores, which is more.
 - *gathered, communication, loss*: upper bounds from the libraries' sources, below.
 - *reserve*: 1.5 GiB for CUDA, NCCL and cuBLAS, and 5% for what the allocator cannot use. **No GPU was at hand when this

@@ -34,7 +34,10 @@ class Agent(LocalElasticAgent):
     """
 
     def __init__(
-        self, spec: WorkerSpec, run_dir: Path, preflight: Callable[[Any, int, int, str], None] | None = None
+        self,
+        spec: WorkerSpec,
+        run_dir: Path,
+        preflight: Callable[[Any, int, int, str], None] | None = None,
     ) -> None:
         self._preflight = preflight
         self.logs = RankLogs(run_dir / "logs")
@@ -47,7 +50,9 @@ class Agent(LocalElasticAgent):
     def workers(self) -> list[Any]:
         """The processes that run, as subprocess.Popen."""
         context: Any = self._pcontext
-        started = [handler.proc for handler in context.subprocess_handlers.values()] if context else []
+        started = (
+            [handler.proc for handler in context.subprocess_handlers.values()] if context else []
+        )
         return [process for process in started if process.poll() is None]
 
     def kill_workers(self) -> None:
@@ -82,7 +87,9 @@ class Agent(LocalElasticAgent):
         node, nodes = worker_group.group_rank, worker_group.group_world_size
         if nodes > 1 and self._preflight:
             self._preflight(store, node, nodes, self.logs.name)
-        self._peers = Peers(store.clone(), node, nodes, self._end_round, self._end) if nodes > 1 else None
+        self._peers = (
+            Peers(store.clone(), node, nodes, self._end_round, self._end) if nodes > 1 else None
+        )
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
         """Start them with the stop signals held back: a worker lets them in when it is ready for them
@@ -100,7 +107,9 @@ class Agent(LocalElasticAgent):
             self._remaining_restarts = 0  # it would fail again
         elif codes and self._remaining_restarts:
             explain(codes, self)
-            say(f"starting again from the last checkpoint, {self._remaining_restarts - 1} restarts left after this one")
+            say(
+                f"starting again from the last checkpoint, {self._remaining_restarts - 1} restarts left after this one"
+            )
         return result
 
     def _stop_workers(self, worker_group: Any) -> None:
@@ -148,10 +157,16 @@ class RankLogs(LogsSpecs):
         if any(ranks.values()):
             self.folder.mkdir(parents=True, exist_ok=True)
             say(f"ranks other than 0 write to {self.folder}")
-        self._files = [self.path(rank, stream) for rank in ranks.values() if rank for stream in ("out", "err")]
+        self._files = [
+            self.path(rank, stream) for rank in ranks.values() if rank for stream in ("out", "err")
+        ]
         return LogsDest(
-            stdouts={local: str(self.path(rank, "out")) if rank else "" for local, rank in ranks.items()},
-            stderrs={local: str(self.path(rank, "err")) if rank else "" for local, rank in ranks.items()},
+            stdouts={
+                local: str(self.path(rank, "out")) if rank else "" for local, rank in ranks.items()
+            },
+            stderrs={
+                local: str(self.path(rank, "err")) if rank else "" for local, rank in ranks.items()
+            },
             error_files=dict.fromkeys(ranks, ""),
         )
 
@@ -197,4 +212,6 @@ def explain(codes: dict[int, int], agent: Agent) -> None:
 
 
 def say(text: str) -> None:
-    os.write(2, f"packhorse: {text}\n".encode())  # unbuffered: signal handlers and threads say things, too
+    os.write(
+        2, f"packhorse: {text}\n".encode()
+    )  # unbuffered: signal handlers and threads say things, too

@@ -27,7 +27,9 @@ class Where:
     endpoint: str | None = None  # host:port of the rendezvous; None where there is one node
     run_id: str | None = None
     is_host: bool | None = None  # of the rendezvous; None: found by the endpoint's name
-    join_s: int | None = None  # how long the others are waited for; None: the launcher's own patience
+    join_s: int | None = (
+        None  # how long the others are waited for; None: the launcher's own patience
+    )
 
 
 def find(environ: Mapping[str, str]) -> Where:
@@ -65,7 +67,9 @@ def _join_s(conf: str) -> int | None:
         return None
     asked = re.fullmatch(r"join_timeout=(\d+)", conf)
     if asked is None:
-        raise BadInput(f"PET_RDZV_CONF is {conf!r}: give join_timeout alone, in seconds, as join_timeout=600")
+        raise BadInput(
+            f"PET_RDZV_CONF is {conf!r}: give join_timeout alone, in seconds, as join_timeout=600"
+        )
     return int(asked[1])
 
 

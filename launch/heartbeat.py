@@ -32,7 +32,12 @@ class Peers:
     """
 
     def __init__(
-        self, store: Any, node: int, nodes: int, lost: Callable[[str], None], cut_off: Callable[[str], None]
+        self,
+        store: Any,
+        node: int,
+        nodes: int,
+        lost: Callable[[str], None],
+        cut_off: Callable[[str], None],
     ) -> None:
         self._store, self._node, self._lost, self._cut_off = store, node, lost, cut_off
         now = time.monotonic()
@@ -70,11 +75,15 @@ class Peers:
     def _judge(self) -> None:
         while not self._closed.wait(JUDGE_S):
             now = time.monotonic()
-            silent = [node for node, heard_at in enumerate(self._heard_at) if now - heard_at > SILENT_S]
+            silent = [
+                node for node, heard_at in enumerate(self._heard_at) if now - heard_at > SILENT_S
+            ]
             unanswered_s = now - self._answered_at
             if unanswered_s > SILENT_S:
                 self._cut_off(f"the rendezvous has not answered for {SILENT_S:.0f} s")
-            elif not silent or unanswered_s > SILENT_S / 4:  # without the rendezvous nobody is heard
+            elif (
+                not silent or unanswered_s > SILENT_S / 4
+            ):  # without the rendezvous nobody is heard
                 continue
             elif not link_is_up():
                 self._cut_off("this host's network is down")
@@ -89,7 +98,11 @@ class Peers:
 def link_is_up() -> bool:
     """Whether any network interface but the loopback has a carrier. The host of the rendezvous hears nobody when its
     own link is cut, too, and must not take itself for the only one left."""
-    get_flags, loopback, up_and_running = 0x8913, 0x8, 0x41  # SIOCGIFFLAGS, IFF_LOOPBACK, IFF_UP | IFF_RUNNING
+    get_flags, loopback, up_and_running = (
+        0x8913,
+        0x8,
+        0x41,
+    )  # SIOCGIFFLAGS, IFF_LOOPBACK, IFF_UP | IFF_RUNNING
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             answer = fcntl.ioctl(probe, get_flags, struct.pack("40s", name.encode()))

@@ -86,7 +86,9 @@ def launch(
     threads = _set_environment(nproc)
     say(f"{nproc} {'process' if nproc == 1 else 'processes'} with OMP_NUM_THREADS={threads}")
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # said below, in fewer words
+    logging.getLogger("torch.distributed.elastic").setLevel(
+        logging.CRITICAL
+    )  # said below, in fewer words
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     spec = WorkerSpec(
         role="trainer",
@@ -94,7 +96,9 @@ def launch(
         entrypoint=sys.executable,
         # torch's agent substitutes $local_rank and the like in arguments
         args=tuple(argument.replace("$", "$$") for argument in worker),
-        rdzv_handler=_rendezvous(endpoint, nodes, is_host, run_id or run_dir.resolve().name, join_s),
+        rdzv_handler=_rendezvous(
+            endpoint, nodes, is_host, run_id or run_dir.resolve().name, join_s
+        ),
         max_restarts=restarts,
         local_addr="localhost" if nodes[1] == 1 else None,
     )
@@ -142,7 +146,9 @@ def _passing_signals(agent: Agent) -> Iterator[None]:
         asked = signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM
         for worker in workers:
             worker.send_signal(asked)
-        once_more = f"; Ctrl-C {_CTRL_C_TO_KILL - interrupts} more times kills them" if interrupts else ""
+        once_more = (
+            f"; Ctrl-C {_CTRL_C_TO_KILL - interrupts} more times kills them" if interrupts else ""
+        )
         say(f"{signal.Signals(number).name}: the workers save and stop{once_more}")
 
     # a signal that is ignored (nohup) stays ignored
@@ -202,7 +208,11 @@ def _rendezvous(
     endpoint: str, nodes: tuple[int, int], is_host: bool | None, run_id: str, join_s: int
 ) -> RendezvousHandler:
     """Where the nodes meet: the node that the endpoint names hosts it, the others wait for that one."""
-    options: dict[str, Any] = {"join_timeout": join_s, "last_call_timeout": _LAST_CALL_S, "read_timeout": _STORE_S}
+    options: dict[str, Any] = {
+        "join_timeout": join_s,
+        "last_call_timeout": _LAST_CALL_S,
+        "read_timeout": _STORE_S,
+    }
     if nodes[1] == 1 or is_host is not None:
         options["is_host"] = nodes[1] == 1 or is_host
     parameters = RendezvousParameters("c10d", endpoint, run_id, *nodes, **options)
@@ -214,7 +224,9 @@ def _rendezvous(
             return registry.get_rendezvous_handler(parameters)
         except RendezvousConnectionError:
             if time.monotonic() > end:
-                raise BadInput(f"nobody answers at {endpoint}: is it one of this run's nodes, and reachable?") from None
+                raise BadInput(
+                    f"nobody answers at {endpoint}: is it one of this run's nodes, and reachable?"
+                ) from None
             time.sleep(1)
 
 
@@ -244,7 +256,9 @@ def _conclude(result: RunResult | None, run_dir: Path, agent: Agent) -> int:
     code = exit_code(codes.values(), stopped=(run_dir / STOP_FILE).exists())
     if code == SAVED_RUN_AGAIN:
         say("saved; the same command goes on from there")
-    elif code != DONE and codes.get(0) != BAD_INPUT:  # rank 0 has said itself what is wrong with the input
+    elif (
+        code != DONE and codes.get(0) != BAD_INPUT
+    ):  # rank 0 has said itself what is wrong with the input
         explain(codes, agent)
     agent.logs.drop_empty()
     return code

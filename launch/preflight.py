@@ -49,7 +49,9 @@ class Facts:
     recipe: str  # digest of the recipe, overrides applied, and of the DeepSpeed template
     processes: int
     gpus: tuple[str, ...]
-    loopback: bool  # the host's own name leads to itself alone, and gloo is not told another interface
+    loopback: (
+        bool  # the host's own name leads to itself alone, and gloo is not told another interface
+    )
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,13 @@ def facts(recipe: Recipe, processes: int) -> Facts:
 
 
 def check(
-    recipe: Recipe, processes: int, say: Callable[[str], None], store: Any, node: int, nodes: int, stamp: str
+    recipe: Recipe,
+    processes: int,
+    say: Callable[[str], None],
+    store: Any,
+    node: int,
+    nodes: int,
+    stamp: str,
 ) -> None:
     """Every launcher calls it, between their meeting and the start of the workers.
 
@@ -98,20 +106,29 @@ def check(
     every = [
         Facts(**{**told, "gpus": tuple(told["gpus"])})
         for told in _exchange(
-            store, "facts", node, [f"node {i}" for i in range(nodes)], asdict(facts(recipe, processes))
+            store,
+            "facts",
+            node,
+            [f"node {i}" for i in range(nodes)],
+            asdict(facts(recipe, processes)),
         )
     ]
     hosts = names(every)
     token = run_dir / f".preflight-{stamp}-%d"
     mine = Path(str(token) % node)
     try:
-        disks = [Disk(**told) for told in _exchange(store, "disk", node, hosts, asdict(_disk(recipe, mine)))]
+        disks = [
+            Disk(**told)
+            for told in _exchange(store, "disk", node, hosts, asdict(_disk(recipe, mine)))
+        ]
         seen = [i for i in range(nodes) if Path(str(token) % i).exists()]
         sees = _exchange(store, "sees", node, hosts, seen)
     finally:
         with suppress(OSError):
             mine.unlink(missing_ok=True)
-    fault = differing(every, hosts) or unusable(disks, hosts, run_dir) or unshared(sees, hosts, run_dir)
+    fault = (
+        differing(every, hosts) or unusable(disks, hosts, run_dir) or unshared(sees, hosts, run_dir)
+    )
     if fault:
         _leave_together(store, nodes)
         raise BadInput(f"preflight: {fault}")
@@ -128,7 +145,10 @@ def check(
 def names(every: Sequence[Facts]) -> list[str]:
     """The nodes' hosts; with a number where several are on one."""
     count = Counter(facts.host for facts in every)
-    return [f"{facts.host} (node {i})" if count[facts.host] > 1 else facts.host for i, facts in enumerate(every)]
+    return [
+        f"{facts.host} (node {i})" if count[facts.host] > 1 else facts.host
+        for i, facts in enumerate(every)
+    ]
 
 
 def differing(every: Sequence[Facts], hosts: Sequence[str]) -> str | None:
@@ -224,7 +244,9 @@ def _disk(recipe: Recipe, mine: Path) -> Disk:
 
 def _free_gib(folder: Path) -> float:
     """Of the disk that the folder is on, or will be."""
-    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    there = next(
+        place for place in (folder.absolute(), *folder.absolute().parents) if place.exists()
+    )
     return shutil.disk_usage(there).free / 2**30
 
 

@@ -40,12 +40,18 @@ def render(
     text = TEMPLATE.read_text(encoding="utf-8")
     for name, value in options.items():
         if not value.isprintable():
-            raise BadInput(f"--{name} {value!r}: a line of #SBATCH cannot hold it; take a name without such characters")
+            raise BadInput(
+                f"--{name} {value!r}: a line of #SBATCH cannot hold it; take a name without such characters"
+            )
         text = _set(text, rf"#+SBATCH --{name}=", f"#SBATCH --{name}={shlex.quote(value)}")
     text = _set(text, "recipe=", f"recipe={recipe}")
     if overrides:
         text = _set(text, "overrides=", f"overrides=({shlex.join(overrides)})")
-    for name, value in (("packhorse", packhorse), ("container", container), ("mounts", ",".join(mounts) or None)):
+    for name, value in (
+        ("packhorse", packhorse),
+        ("container", container),
+        ("mounts", ",".join(mounts) or None),
+    ):
         if value is not None:
             text = _set(text, f"{name}=", f"{name}={shlex.quote(value)}")
     return text

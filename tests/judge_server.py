@@ -23,7 +23,9 @@ class JudgeServer:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.asked.append(body)
                 said = reply(body["messages"][-1]["content"])
-                content = json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": said}}]})
+                content = json.dumps(
+                    {"choices": [{"index": 0, "message": {"role": "assistant", "content": said}}]}
+                )
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(content.encode())))

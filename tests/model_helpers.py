@@ -49,14 +49,20 @@ def tiny_llama(**changes: Any) -> Any:
     return tiny(transformers.LlamaConfig(**{**SIZES, **changes}))
 
 
-def sft(model: Any, kernel: str = "chunked", alpha: float = 0.0, transform: LogitTransform | None = None) -> SftModel:
+def sft(
+    model: Any, kernel: str = "chunked", alpha: float = 0.0, transform: LogitTransform | None = None
+) -> SftModel:
     """The model with its loss, its logits' transform given instead of measured."""
-    made = SftModel(model, LossSection.model_validate({"kernel": kernel, "neftune_alpha": alpha}), 0, CPU)
+    made = SftModel(
+        model, LossSection.model_validate({"kernel": kernel, "neftune_alpha": alpha}), 0, CPU
+    )
     made.transform = transform or LogitTransform()
     return made
 
 
-def documents(lengths: Sequence[int], vocabulary: int = SIZES["vocab_size"], seed: int = 0) -> list[torch.Tensor]:
+def documents(
+    lengths: Sequence[int], vocabulary: int = SIZES["vocab_size"], seed: int = 0
+) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocabulary, (n,), generator=generator) for n in lengths]
 
@@ -71,7 +77,9 @@ def pack(
     them with `weights[i]`; `keys[i]` is its number in the data."""
     lengths = [len(d) for d in ids]
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    positions = torch.tensor([start + p for start, ps in zip(starts, trained) for p in ps], dtype=torch.long)
+    positions = torch.tensor(
+        [start + p for start, ps in zip(starts, trained) for p in ps], dtype=torch.long
+    )
     by_token = torch.tensor([w for w, ps in zip(weights, trained) for _ in ps], dtype=torch.float32)
     row = torch.cat(list(ids))
     return Batch(
@@ -97,7 +105,9 @@ def loss_and_gradients(model: SftModel, *batches: Batch) -> tuple[float, dict[st
         loss = model(batch)
         loss.backward()
         total += loss.item()
-    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return total, {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def interpreted(module: str, function: str) -> Any:

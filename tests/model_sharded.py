@@ -64,7 +64,11 @@ def main(folders: list[str]) -> None:
             tokenizer = load_tokenizer(section)
             plain = load_model(section, tokenizer, seed=3)
             sharded = load_model(
-                section, tokenizer, seed=3, sharded_init=partial(sharded_init, config), gathered=gathered
+                section,
+                tokenizer,
+                seed=3,
+                sharded_init=partial(sharded_init, config),
+                gathered=gathered,
             )
             found: dict[str, Any] = {
                 "differ": differences(plain, sharded),
@@ -77,14 +81,16 @@ def main(folders: list[str]) -> None:
         print(json.dumps(seen), flush=True)
 
 
-def trained(plain: Any, sharded: Any, optim: OptimSection, config: dict[str, Any]) -> dict[str, float]:
+def trained(
+    plain: Any, sharded: Any, optim: OptimSection, config: dict[str, Any]
+) -> dict[str, float]:
     """The loss by the engine after the probe, and by the plain model; and after one step by the engine."""
     batch = pack(documents([9, 5], vocabulary=100), [[2, 3, 4], [1]], [0.25, 0.25])
     module = SftModel(sharded, LossSection(neftune_alpha=0.1), 0, torch.device("cpu"))
     engine = Engine(module, parameter_groups(module, optim), optim, config)
-    proof = probe(module, row_tokens=64, one_document=False, seed=0)
+    proof = probe(module, seq_len=64, one_document=False, seed=0)
     alone = SftModel(plain, LossSection(), 0, torch.device("cpu"))
-    probe(alone, row_tokens=64, one_document=False, seed=0)
+    probe(alone, seq_len=64, one_document=False, seed=0)
     before = float(engine.evaluate(batch))
     clock = Clock(torch.device("cpu"))
     for _ in range(5):

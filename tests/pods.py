@@ -15,11 +15,15 @@ from tests.ranks import ROOT
 KINDS: tuple[Kind, ...] = ("job", "jobset", "trainjob")
 
 
-def manifests(kind: Kind = "job", *overrides: str, nodes: int = 2, cluster: Path = CLUSTER) -> dict[str, Any]:
+def manifests(
+    kind: Kind = "job", *overrides: str, nodes: int = 2, cluster: Path = CLUSTER
+) -> dict[str, Any]:
     """Those of the debug recipe in a run called `sft`, by kind."""
     recipe = ROOT / "recipes/debug.yaml"
     found = (f"parallel.deepspeed={ROOT}/ds_configs/zero3.json", *overrides)
-    text = render(recipe, found, kind, nodes=nodes, image="registry/packhorse:1", name="sft", cluster=cluster)
+    text = render(
+        recipe, found, kind, nodes=nodes, image="registry/packhorse:1", name="sft", cluster=cluster
+    )
     return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(text)}
 
 
@@ -27,7 +31,11 @@ def job_spec(made: dict[str, Any]) -> Any:
     """The Job's spec, wherever the kind has it."""
     if "Job" in made:
         return made["Job"]["spec"]
-    spec = made["JobSet"]["spec"] if "JobSet" in made else made["TrainingRuntime"]["spec"]["template"]["spec"]
+    spec = (
+        made["JobSet"]["spec"]
+        if "JobSet" in made
+        else made["TrainingRuntime"]["spec"]["template"]["spec"]
+    )
     (job,) = spec["replicatedJobs"]
     return job["template"]["spec"]
 
@@ -61,7 +69,9 @@ def pods(made: dict[str, Any]) -> list[Pod]:
             | {"JOB_COMPLETION_INDEX": str(index)}
             | (_of_kubeflow(made, index) if "TrainJob" in made else {}),
             workdir=container["workingDir"],
-            volumes={mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]},
+            volumes={
+                mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]
+            },
         )
         for index in range(spec["completions"])
     ]
@@ -84,6 +94,8 @@ def what_becomes_of(made: dict[str, Any], exit_code: int, *, disrupted: bool = F
         codes = rule.get("onExitCodes")
         if codes and (exit_code in codes["values"]) == (codes["operator"] == "In"):
             return rule["action"]
-        if disrupted and any(pattern["type"] == "DisruptionTarget" for pattern in rule.get("onPodConditions", ())):
+        if disrupted and any(
+            pattern["type"] == "DisruptionTarget" for pattern in rule.get("onPodConditions", ())
+        ):
             return rule["action"]
     return "Count"

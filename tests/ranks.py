@@ -44,7 +44,10 @@ def run_ranks(world: int, command: Sequence[str], timeout_s: float = 300.0) -> l
     ]
     deadline = time.monotonic() + timeout_s
     try:
-        outputs = [process.communicate(timeout=max(1.0, deadline - time.monotonic()))[0] for process in processes]
+        outputs = [
+            process.communicate(timeout=max(1.0, deadline - time.monotonic()))[0]
+            for process in processes
+        ]
     except subprocess.TimeoutExpired:
         outputs = [f"still running after {timeout_s:.0f} s"]
     finally:

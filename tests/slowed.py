@@ -19,15 +19,26 @@ from typing import Any
 from tests.ranks import ROOT
 
 
-def start(place: str, ranks: str, seconds: float, run_dir: Path, *overrides: str) -> subprocess.Popen:
+def start(
+    place: str, ranks: str, seconds: float, run_dir: Path, *overrides: str
+) -> subprocess.Popen:
     """A launcher of two such ranks on the debug recipe."""
     run_dir.mkdir(parents=True)
-    recipe = ["recipes/debug.yaml", f"run.dir={run_dir}", f"data.cache={run_dir.parent / 'cache'}", *overrides]
+    recipe = [
+        "recipes/debug.yaml",
+        f"run.dir={run_dir}",
+        f"data.cache={run_dir.parent / 'cache'}",
+        *overrides,
+    ]
     worker = ["-m", "tests.slowed", place, ranks, str(seconds), *recipe]
     call = f"launch({worker!r}, Path({str(run_dir)!r}), nproc=2)"
-    program = f"import sys; from pathlib import Path; from launch.local import launch; sys.exit({call})"
+    program = (
+        f"import sys; from pathlib import Path; from launch.local import launch; sys.exit({call})"
+    )
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", program], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
+    )
 
 
 def wait_for(path: Path, seconds: float = 120) -> str:
@@ -53,7 +64,7 @@ def _slow(place: str, seconds: float, marker: Path) -> None:
     from trainer.eval import generate
 
     owners: dict[str, tuple[Any, str]] = {
-        "preparation": (prepare._Tokenise, "__call__"),
+        "preparation": (prepare._Tokenize, "__call__"),
         "meeting": (train, "train_plan"),
         "reading": (loader.Loader, "step"),
         "training": (Engine, "step"),

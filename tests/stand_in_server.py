@@ -36,7 +36,9 @@ class StandIn:
             def do_POST(self) -> None:
                 length = int(self.headers.get("Content-Length") or 0)
                 body = json.loads(self.rfile.read(length)) if length else None
-                request = Request(self.path, body, {name.lower(): value for name, value in self.headers.items()})
+                request = Request(
+                    self.path, body, {name.lower(): value for name, value in self.headers.items()}
+                )
                 stand_in.requests.append(request)
                 status, content, *more = answer(request)
                 data = (content if isinstance(content, str) else json.dumps(content)).encode()
@@ -54,7 +56,9 @@ class StandIn:
 
         self._server = PatientServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self._server.block_on_close = False  # a request that a test left unanswered must not hold it up
+        self._server.block_on_close = (
+            False  # a request that a test left unanswered must not hold it up
+        )
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
 
     def __enter__(self) -> StandIn:

@@ -24,7 +24,9 @@ DONE = 0
 FAILED = 1
 BAD_INPUT = 2
 SAVED_RUN_AGAIN = 75  # EX_TEMPFAIL: a checkpoint is saved, start the same command again
-STOP_FILE = "stop.json"  # of a run folder: the workers' exit 0 means saved, and the launcher ends with 75
+STOP_FILE = (
+    "stop.json"  # of a run folder: the workers' exit 0 means saved, and the launcher ends with 75
+)
 
 
 class BadInput(ValueError):
@@ -93,7 +95,7 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenised conversation: `input_ids` (L,) int32 and `trained` (L,) bool, True where a token is learned.
+    """A tokenized conversation: `input_ids` (L,) int32 and `trained` (L,) bool, True where a token is learned.
 
     The first token is never trained: nothing predicts it.
     """
@@ -103,7 +105,7 @@ class Example:
 
 
 @dataclass(frozen=True)
-class Tokenised:
+class Tokenized:
     """What became of some rows: n documents laid end to end, and the rows that are left out."""
 
     lengths: np.ndarray  # (n,) int64
@@ -117,7 +119,9 @@ class Tokenised:
     rejects: tuple[tuple[int, int, int, str], ...]  # source, file, row, reason
     filtered: tuple[tuple[int, int, int, str], ...]  # likewise: left out by the recipe's filters
     source_rows: Mapping[int, int]  # rows read of each source, those left out too
-    cuts: tuple[tuple[int, int], ...] = ()  # source of a row that was truncated or split, trained tokens it lost
+    cuts: tuple[
+        tuple[int, int], ...
+    ] = ()  # source of a row that was truncated or split, trained tokens it lost
 
 
 class Piece(NamedTuple):
@@ -167,9 +171,15 @@ class Batch:
     lengths: tuple[int, ...]  # of the D documents, on the host: a GPU need not be waited for
     trained_positions: torch.Tensor  # (N,) int64 into T: positions whose next token is learned
     targets: torch.Tensor  # (N,) int64, the next tokens
-    weights: torch.Tensor  # (N,) float32; the step's loss is the sum of loss x weight over all ranks (C2)
-    uniform_weight: float | None  # the weight, where all N are alike (lets the fused kernel take one pass)
-    document_keys: tuple[tuple[int, int, int], ...]  # (epoch, document, piece) for each of D: seeds noise (C3)
+    weights: (
+        torch.Tensor
+    )  # (N,) float32; the step's loss is the sum of loss x weight over all ranks (C2)
+    uniform_weight: (
+        float | None
+    )  # the weight, where all N are alike (lets the fused kernel take one pass)
+    document_keys: tuple[
+        tuple[int, int, int], ...
+    ]  # (epoch, document, piece) for each of D: seeds noise (C3)
     row_ids: tuple[int, ...]  # rows of the epoch's packing; empty for a filler
     is_filler: bool = False
 
@@ -188,14 +198,24 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`; the copy does not wait where the host memory is pinned."""
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in _BATCH_TENSORS})
+        return replace(
+            self,
+            **{name: getattr(self, name).to(device, non_blocking=True) for name in _BATCH_TENSORS},
+        )
 
     def pin(self) -> Batch:
         """The same batch in pinned host memory."""
         return replace(self, **{name: getattr(self, name).pin_memory() for name in _BATCH_TENSORS})
 
 
-_BATCH_TENSORS = ("input_ids", "position_ids", "cu_seqlens", "trained_positions", "targets", "weights")
+_BATCH_TENSORS = (
+    "input_ids",
+    "position_ids",
+    "cu_seqlens",
+    "trained_positions",
+    "targets",
+    "weights",
+)
 
 # ----------------------------------------------------------------------------------------------- training
 
@@ -204,6 +224,8 @@ _BATCH_TENSORS = ("input_ids", "position_ids", "cu_seqlens", "trained_positions"
 class StepResult:
     """What one optimizer step did. `skipped` says why the update was not applied (C12); None where it was."""
 
-    loss: torch.Tensor  # () float32 on the device: this rank's share of the step's loss (sums over ranks)
+    loss: (
+        torch.Tensor
+    )  # () float32 on the device: this rank's share of the step's loss (sums over ranks)
     grad_norm: float  # global, before clipping
     skipped: str | None = None

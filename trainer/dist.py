@@ -78,7 +78,12 @@ def process_group() -> Iterator[None]:
     import torch
     import torch.distributed as td
 
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}.items():
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+    }.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("LOCAL_RANK", "0")
     on_gpu = device().type == "cuda"
@@ -105,7 +110,9 @@ def sum_mod_2_64(values: list[int]) -> list[int]:
     import torch
     import torch.distributed as td
 
-    tensor = torch.tensor([value - 2**64 if value >= 2**63 else value for value in values], dtype=torch.int64)
+    tensor = torch.tensor(
+        [value - 2**64 if value >= 2**63 else value for value in values], dtype=torch.int64
+    )
     if world_size() > 1:
         td.all_reduce(tensor)
     return [value % 2**64 for value in tensor.tolist()]
@@ -122,7 +129,9 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def tried_on_main(work: Callable[[], object], explain: Callable[[OSError], str] = str, group: Any = None) -> str | None:
+def run_on_rank0(
+    work: Callable[[], object], explain: Callable[[OSError], str] = str, group: Any = None
+) -> str | None:
     """Do it on rank 0. What went wrong, on every rank: one that leaves alone would let the others hang."""
     failure: str | None = None
     if is_main():
@@ -190,7 +199,7 @@ class StopFlag:
     """SIGTERM or SIGUSR1 on any rank stops all of them at the same place (C9).
 
     Before there is a process group the ranks agree through the launcher's store: in preparation each asks
-    `raised_early`, and `meet` lets all of them into the group or none. From then on `start` launches one small
+    `raised_early`, and `wait_for_ranks` lets all of them into the group or none. From then on `start` launches one small
     max-reduction on a gloo group kept beside NCCL, and `agreed` reads it: no GPU waits.
     """
 
@@ -221,7 +230,7 @@ class StopFlag:
             self._store.compare_set(_START, "", _NEVER)
         return self._store.check([_START]) and self._store.get(_START) == _NEVER
 
-    def meet(self) -> bool:
+    def wait_for_ranks(self) -> bool:
         """Wait until every rank is here, ready for the process group, whose own waiting nothing can interrupt.
         False on all ranks where one of them has the flag up first: the key `_START` is written once."""
         if self._store is None:
@@ -234,7 +243,7 @@ class StopFlag:
             time.sleep(_MEET_POLL_S)
         return self._store.get(_START) == _NOW
 
-    def join(self) -> None:
+    def attach_group(self) -> None:
         """Make the group on which ranks agree. Every rank calls it, inside the process group."""
         self._group = new_group()
 
@@ -243,7 +252,11 @@ class StopFlag:
         import torch.distributed as td
 
         flag = torch.tensor([int(self.raised)], dtype=torch.int32)
-        work = td.all_reduce(flag, op=td.ReduceOp.MAX, group=self._group, async_op=True) if self._group else None
+        work = (
+            td.all_reduce(flag, op=td.ReduceOp.MAX, group=self._group, async_op=True)
+            if self._group
+            else None
+        )
         self._pending = (flag, work)
 
     def agreed(self) -> bool:
@@ -253,7 +266,7 @@ class StopFlag:
             work.wait()
         return bool(flag.item())
 
-    def ask(self) -> bool:
+    def poll(self) -> bool:
         """`start` and `agreed` at once, where waiting does no harm."""
         self.start()
         return self.agreed()

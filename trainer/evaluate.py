@@ -38,30 +38,34 @@ def assess(recipe: Recipe, out: Path, step: int) -> None:
     tokenizer = load_tokenizer(recipe.model)
     try:
         data = prepare(recipe, tokenizer, "eval", stop.raised_early)
-        if not stop.meet():
+        if not stop.wait_for_ranks():
             raise Stopped("stopped before the ranks had met")
     except Stopped:
         write_stop(out, 0)
         return
     with dist.process_group():
-        stop.join()
+        stop.attach_group()
         _evaluate(recipe, out, tokenizer, data, stop, step)
 
 
-def _evaluate(recipe: Recipe, out: Path, tokenizer: Any, data: Prepared, stop: dist.StopFlag, step: int) -> None:
+def _evaluate(
+    recipe: Recipe, out: Path, tokenizer: Any, data: Prepared, stop: dist.StopFlag, step: int
+) -> None:
     require_same_data(data)
     with out_of_memory_told("the model"):
         engine = build_engine(recipe, out, tokenizer, learns=False)
     model: Any = engine.module.model
     masker = masker_of(recipe.data, tokenizer)
-    model.generation_config.eos_token_id = stop_tokens(model, masker.stop_token_ids)  # as in training
+    model.generation_config.eos_token_id = stop_tokens(
+        model, masker.stop_token_ids
+    )  # as in training
     if recipe.eval.generator != "engine" and dist.is_main():
         save_description(model, tokenizer, out)  # for the folder that a server is handed
     watch = Watch(recipe.guard, out)
     metrics = Metrics(
         out,
         log_every=1,
-        row_tokens=recipe.batch.row_tokens,
+        seq_len=recipe.batch.seq_len,
         flops=model_flops(model),
         resumed_at=step,
         beat=watch.beat,

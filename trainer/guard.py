@@ -1,7 +1,7 @@
 """What becomes of a step that went wrong: a gradient that is not finite, or a loss far above the usual (C12).
 
 The run stops, naming the step's rows; or goes on without the step; or goes back to the last checkpoint and then
-passes the step over. What was passed over stands in passed_over.jsonl, so that every later start, of whatever world,
+passes the step over. What was passed over stands in skipped_steps.jsonl, so that every later start, of whatever world,
 passes over the same.
 """
 
@@ -35,11 +35,13 @@ class Guard:
         recent_losses: of the steps before the first, from the checkpoint.
     """
 
-    def __init__(self, section: GuardSection, run_dir: Path, recent_losses: Sequence[float]) -> None:
+    def __init__(
+        self, section: GuardSection, run_dir: Path, recent_losses: Sequence[float]
+    ) -> None:
         self._section = section
-        self._path = run_dir / "passed_over.jsonl"
+        self._path = run_dir / "skipped_steps.jsonl"
         lines = dist.broadcast(read_lines(self._path) if dist.is_main() else None)
-        self.passed_over = {int(line["step"]) - 1 for line in lines}
+        self.skipped_steps = {int(line["step"]) - 1 for line in lines}
         self._losses = deque(recent_losses, WINDOW)
         self._is_spike = False
 
@@ -52,10 +54,12 @@ class Guard:
     def looks_at_losses(self) -> bool:
         return self._section.spike_factor is not None
 
-    def judge(self, loss: float) -> str | None:
+    def check_loss(self, loss: float) -> str | None:
         """Why a step of this loss is not to be applied, or None; it then counts among the usual ones."""
         self._is_spike = False
-        if not math.isfinite(loss):  # its gradient is not, either: that rule's case, and no usual loss
+        if not math.isfinite(
+            loss
+        ):  # its gradient is not, either: that rule's case, and no usual loss
             return None
         if self._section.spike_factor is not None and len(self._losses) >= _ENOUGH:
             usual = median(self._losses)
@@ -75,17 +79,21 @@ class Guard:
         told = f"step {step} was not applied: {reason}; its rows: {rows}"
         if rule == "stop":
             raise StepNotApplied(told)
-        if len(self.passed_over) >= self._section.at_most:
-            raise StepNotApplied(f"{told}; {len(self.passed_over)} steps were passed over before (guard.at_most)")
+        if len(self.skipped_steps) >= self._section.max_skipped_steps:
+            raise StepNotApplied(
+                f"{told}; {len(self.skipped_steps)} steps were passed over before (guard.max_skipped_steps)"
+            )
         dist.log.warning("%s (guard: %s)", told, rule)
-        self.passed_over.add(step - 1)
+        self.skipped_steps.add(step - 1)
         if dist.is_main():
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, "reason": reason, "rule": rule, "rows": rows}) + "\n")
+                file.write(
+                    json.dumps({"step": step, "reason": reason, "rule": rule, "rows": rows}) + "\n"
+                )
                 file.flush()
                 os.fsync(file.fileno())
         return rule
 
     def applied(self, steps: int) -> int:
         """Updates that were applied in the first `steps` of the plan."""
-        return steps - sum(index < steps for index in self.passed_over)
+        return steps - sum(index < steps for index in self.skipped_steps)

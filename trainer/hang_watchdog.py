@@ -48,7 +48,7 @@ class Watch:
         self._trail.append(where)
         self._beat_at = now
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         """What follows may take as long as it likes, up to the next beat."""
         self._beat_at = None
 
@@ -69,9 +69,16 @@ class Watch:
         try:
             limit_s = self._limit_s()
             self._report()
-            time.sleep(_REPORTS_S if dist.is_main() else 1.2 * _REPORTS_S)  # the first to end takes the others down
+            time.sleep(
+                _REPORTS_S if dist.is_main() else 1.2 * _REPORTS_S
+            )  # the first to end takes the others down
             held_up_by = slowest(self._folder, dist.world_size())
-            dist.log.error("hang: nothing moved for %.0f s; %s; stacks are in %s", limit_s, held_up_by, self._folder)
+            dist.log.error(
+                "hang: nothing moved for %.0f s; %s; stacks are in %s",
+                limit_s,
+                held_up_by,
+                self._folder,
+            )
         finally:
             os._exit(FAILED)  # also where the disk takes no report
 
@@ -86,7 +93,10 @@ class Watch:
 
 def slowest(folder: Path, world_size: int) -> str:
     """Which rank holds the others up, by their reports."""
-    reports = {int(path.stem.removeprefix("rank")): path.read_text().split("\n")[0] for path in folder.glob("rank*")}
+    reports = {
+        int(path.stem.removeprefix("rank")): path.read_text().split("\n")[0]
+        for path in folder.glob("rank*")
+    }
     missing = sorted(set(range(world_size)) - set(reports))
     if missing:
         return f"no report from {_ranks(missing)}: stopped, or the machine is gone"

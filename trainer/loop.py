@@ -60,18 +60,18 @@ def run(
         StepNotApplied: a step went wrong, and by the guard's rule the run stops (C12).
     """
     plan, steps = loader.plan, loader.plan.steps
-    judge = guard.judge if guard.looks_at_losses else None
+    check_loss = guard.check_loss if guard.looks_at_losses else None
     for index in range(first_step, steps):
         done = index + 1
         watch.beat(f"step {done}")
         stop.start()
-        if index not in guard.passed_over:
+        if index not in guard.skipped_steps:
             profiler.before(index)
             metrics.begin_step()
             with metrics.clock.part("data", host=True):
                 batches = loader.step(index)
             lr = learning_rate(index, steps, recipe.optim)
-            result = engine.step(batches, lr, metrics.clock, judge)
+            result = engine.step(batches, lr, metrics.clock, check_loss)
             if result.skipped is None:
                 line = metrics.step(plan.step(index), result, batches, lr)
                 progress.step(done, line)
@@ -88,7 +88,7 @@ def run(
             stopping = not evaluate(done)
         if last or stopping or is_due(done, recipe.checkpoint.every_steps) or is_best(done):
             with metrics.clock.part("checkpoint", host=True):
-                watch.rest()
+                watch.pause()
                 save(done)
         if stopping and not last:
             return Outcome(done, "stopped")

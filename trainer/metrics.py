@@ -71,16 +71,27 @@ class ModelFlops:
 def model_flops(model: Any) -> ModelFlops:
     """Count the weights of a Hugging Face causal LM, sharded or not."""
     config = model.config.get_text_config()
-    embeddings = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
-    experts = max(getattr(config, name, None) or 0 for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    embeddings = {
+        id(p)
+        for m in (model.get_input_embeddings(), model.get_output_embeddings())
+        for p in m.parameters()
+    }
+    experts = max(
+        getattr(config, name, None) or 0
+        for name in ("num_experts", "num_local_experts", "n_routed_experts")
+    )
     share = (getattr(config, "num_experts_per_tok", None) or 1) / experts if experts else 1.0
     body = 0.0
     for name, parameter in model.named_parameters():
         if id(parameter) not in embeddings:
             body += _weights(parameter) * (share if ".experts." in name else 1.0)
     head = int(sum(_weights(p) for p in model.get_output_embeddings().parameters()))
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    layer_types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    head_size = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    layer_types = (
+        getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    )
     attending = sum("attention" in kind and "linear" not in kind for kind in layer_types)
     return ModelFlops(int(body), head, head_size * config.num_attention_heads * attending)
 
@@ -88,7 +99,9 @@ def model_flops(model: Any) -> ModelFlops:
 def _weights(parameter: Any) -> float:
     """Of a parameter, sharded or in 4 bits, as ModelFlops counts them."""
     quantised = getattr(parameter, "quant_state", None)
-    count = quantised.shape.numel() if quantised else getattr(parameter, "ds_numel", parameter.numel())
+    count = (
+        quantised.shape.numel() if quantised else getattr(parameter, "ds_numel", parameter.numel())
+    )
     return count if parameter.requires_grad else count * 2 / 3
 
 
@@ -98,7 +111,9 @@ def _weights(parameter: Any) -> float:
 class Clock:
     """Seconds spent in named parts of steps. On a GPU, events mark the parts and nothing waits until `read`."""
 
-    def __init__(self, device: torch.device, beat: Callable[[str], None] = lambda part: None) -> None:
+    def __init__(
+        self, device: torch.device, beat: Callable[[str], None] = lambda part: None
+    ) -> None:
         self._on_gpu = device.type == "cuda"
         self._beat = beat  # told of each part as it begins
         self._spans: list[tuple[str, Any, Any]] = []
@@ -159,14 +174,14 @@ class Metrics:
         run_dir: Path,
         *,
         log_every: int,
-        row_tokens: int,
+        seq_len: int,
         flops: ModelFlops,
         resumed_at: int,
         beat: Callable[[str], None],
     ) -> None:
         self.clock = Clock(dist.device(), beat)
         self._log_every = log_every
-        self._row_tokens = row_tokens
+        self._row_tokens = seq_len
         self._flops = flops
         self._peak = peak_flops(dist.device())
         self._writer = self._board = None
@@ -174,11 +189,15 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             _drop_lines_after(run_dir / EVALUATIONS, resumed_at, None)
-            evaluated = any(line["step"] == resumed_at for line in read_lines(run_dir / EVALUATIONS))
+            evaluated = any(
+                line["step"] == resumed_at for line in read_lines(run_dir / EVALUATIONS)
+            )
             for name in ("metrics.jsonl", "samples.jsonl", "trace.jsonl"):
                 _drop_lines_after(run_dir / name, resumed_at, None if evaluated else resumed_at)
             self._writer = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None)
+            self._board = SummaryWriter(
+                str(run_dir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None
+            )
         self._predicted: tuple[int, int] | None = None  # bytes, and steps until they are compared
         self._real_tokens = 0.0
         self._real_seconds = 0.0
@@ -186,7 +205,9 @@ class Metrics:
 
     def _reset(self) -> None:
         self._loss = torch.zeros((), dtype=torch.float64, device=dist.device())
-        self._steps = self._tokens = self._trained = self._rows = self._fillers = self._micro_batches = 0
+        self._steps = self._tokens = self._trained = self._rows = self._fillers = (
+            self._micro_batches
+        ) = 0
         self._flop = self._seconds = 0.0
 
     def predict(self, gpu_bytes: int) -> None:
@@ -205,7 +226,9 @@ class Metrics:
         """A step's time runs from here to `step`: evaluation and saving lie outside."""
         self._begun = time.perf_counter()
 
-    def step(self, plan: StepPlan, result: StepResult, batches: list[Batch], lr: float) -> dict[str, float] | None:
+    def step(
+        self, plan: StepPlan, result: StepResult, batches: list[Batch], lr: float
+    ) -> dict[str, float] | None:
         """Count one step; returns the line that was logged, on the steps where one is due, on every rank."""
         self._compare_memory()
         self._loss += result.loss
@@ -227,12 +250,32 @@ class Metrics:
         self._reset()
         return line
 
-    def _line(self, plan: StepPlan, result: StepResult, lr: float, parts: dict[str, float]) -> dict[str, float]:
-        counted = [float(self._loss), self._tokens, self._trained, self._rows, self._fillers, self._micro_batches]
+    def _line(
+        self, plan: StepPlan, result: StepResult, lr: float, parts: dict[str, float]
+    ) -> dict[str, float]:
+        counted = [
+            float(self._loss),
+            self._tokens,
+            self._trained,
+            self._rows,
+            self._fillers,
+            self._micro_batches,
+        ]
         host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         parts_s = [parts.get(part, 0.0) for part in _PARTS]
         sums = dist.sum_over_ranks([*counted, self._flop, self._seconds, host_gib, *parts_s])
-        loss, tokens, trained, rows, fillers, micro_batches, flop, seconds, host_gib, *part_seconds = sums
+        (
+            loss,
+            tokens,
+            trained,
+            rows,
+            fillers,
+            micro_batches,
+            flop,
+            seconds,
+            host_gib,
+            *part_seconds,
+        ) = sums
         world = dist.world_size()
         seconds /= world
         self._real_tokens += tokens
@@ -247,7 +290,10 @@ class Metrics:
             "perf/trained_tokens_per_s": trained / seconds,
             "perf/filler_share": fillers / micro_batches,
             "perf/step_s": seconds / self._steps,
-            **{f"perf/{p}_s": s / world / self._steps for p, s in zip(_PARTS, part_seconds, strict=True)},
+            **{
+                f"perf/{p}_s": s / world / self._steps
+                for p, s in zip(_PARTS, part_seconds, strict=True)
+            },
             "pack/fill": tokens / (rows * self._row_tokens),
             "mem/host_peak_gib": host_gib,
         }
@@ -322,7 +368,9 @@ class Profiler:
         if self._section and step + 1 == self._section.start:
             from torch.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
-            activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
+            activities = [ProfilerActivity.CPU] + [
+                ProfilerActivity.CUDA
+            ] * torch.cuda.is_available()
             self._profile = profile(
                 activities=activities,
                 record_shapes=True,
@@ -333,6 +381,10 @@ class Profiler:
 
     def after(self, step: int) -> None:
         """Call after step `step` (from 0)."""
-        if self._profile and self._section and step + 1 >= self._section.start + self._section.steps - 1:
+        if (
+            self._profile
+            and self._section
+            and step + 1 >= self._section.start + self._section.steps - 1
+        ):
             self._profile.stop()
             self._profile = None

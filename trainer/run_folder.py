@@ -42,8 +42,14 @@ def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> N
     """
     saved = run_dir / "recipe.yaml"
     has_checkpoint = any((run_dir / "checkpoints").glob("step-*"))
-    if not has_checkpoint and saved.is_file() and saved.read_text(encoding="utf-8") != recipe.to_yaml():
-        (run_dir / EVALUATIONS).unlink(missing_ok=True)  # the untrained model of another recipe may be another one
+    if (
+        not has_checkpoint
+        and saved.is_file()
+        and saved.read_text(encoding="utf-8") != recipe.to_yaml()
+    ):
+        (run_dir / EVALUATIONS).unlink(
+            missing_ok=True
+        )  # the untrained model of another recipe may be another one
     if saved.is_file() and (has_checkpoint or (run_dir / LOG).is_file()):
         before, now = load_recipe(saved).fixed(), recipe.fixed()
         changed = [key for key in now if now[key] != before.get(key)]
@@ -54,7 +60,9 @@ def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> N
         elif changed and longer and extend:
             dist.log.info("%s is extended: %s", run_dir, shown)
         elif changed:
-            instead = "add --extend to train on" if longer else "give another run.dir, or set them back"
+            instead = (
+                "add --extend to train on" if longer else "give another run.dir, or set them back"
+            )
             raise BadInput(f"{run_dir} holds a run of another recipe: {shown}; {instead}")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -84,7 +92,12 @@ def require_shared(run_dir: Path) -> None:
 
 
 def describe(
-    recipe: Recipe, run_dir: Path, train_data: TrainData, plan: Plan, eval_data: Prepared | None, metrics: Metrics
+    recipe: Recipe,
+    run_dir: Path,
+    train_data: TrainData,
+    plan: Plan,
+    eval_data: Prepared | None,
+    metrics: Metrics,
 ) -> None:
     """environment.json, data.json, data.png, rejects.jsonl, and the recipe as text in TensorBoard."""
     packages = ("torch", "deepspeed", "transformers", "datasets", "tokenizers")
@@ -95,16 +108,22 @@ def describe(
             "python": platform.python_version(),
             "platform": platform.platform(),
             "packages": {name: version(name) for name in packages},
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            "device": torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else platform.processor() or "cpu",
             "world_size": dist.world_size(),
         },
     )
     if isinstance(train_data, Prepared):
         summary.write(run_dir, train_data, plan, eval_data)
     else:
-        write_json(run_dir / "data.json", {"train": train_data.report, **summary.of_eval(eval_data)})
+        write_json(
+            run_dir / "data.json", {"train": train_data.report, **summary.of_eval(eval_data)}
+        )
     rejects = [
-        data.rejects_path.read_text(encoding="utf-8") for data in (train_data, eval_data) if isinstance(data, Prepared)
+        data.rejects_path.read_text(encoding="utf-8")
+        for data in (train_data, eval_data)
+        if isinstance(data, Prepared)
     ]
     write_synced(run_dir / "rejects.jsonl", "".join(rejects))
     rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.fixed().items())
@@ -112,12 +131,23 @@ def describe(
 
 
 def summarise(
-    run_dir: Path, steps: int, tokens_per_s: float, passed_over: int, best: dict[str, Any] | None = None
+    run_dir: Path,
+    steps: int,
+    tokens_per_s: float,
+    skipped_steps: int,
+    best: dict[str, Any] | None = None,
 ) -> None:
     """summary.json: the numbers before and after, read back from the log, the best step's, and one sample."""
-    evaluated = {line["step"]: line for line in read_lines(run_dir / "metrics.jsonl") if "eval/loss" in line}
-    numbers = {at: {k: v for k, v in line.items() if k.startswith("eval/")} for at, line in evaluated.items()}
-    of_last = [sample for sample in read_lines(run_dir / "samples.jsonl") if sample["step"] == steps]
+    evaluated = {
+        line["step"]: line for line in read_lines(run_dir / "metrics.jsonl") if "eval/loss" in line
+    }
+    numbers = {
+        at: {k: v for k, v in line.items() if k.startswith("eval/")}
+        for at, line in evaluated.items()
+    }
+    of_last = [
+        sample for sample in read_lines(run_dir / "samples.jsonl") if sample["step"] == steps
+    ]
     write_json(
         run_dir / "summary.json",
         {
@@ -125,7 +155,7 @@ def summarise(
             "after": numbers.get(steps, {}),
             "steps": steps,
             "best": best,
-            "passed_over": passed_over,
+            "skipped_steps": skipped_steps,
             "tokens_per_s": tokens_per_s,
             "sample": of_last[0] if of_last else None,
             "versions": json.loads((run_dir / "environment.json").read_text())["packages"],
@@ -151,9 +181,13 @@ def write_stop(run_dir: Path, step: int) -> None:
         dist.log.info("stopped on request %s; the same command goes on from there", where)
 
 
-def write_trace(run_dir: Path, engine: Engine, step: int, batches: list[Batch], result: StepResult) -> None:
+def write_trace(
+    run_dir: Path, engine: Engine, step: int, batches: list[Batch], result: StepResult
+) -> None:
     """A line of what the step was made of: documents as (epoch, document, piece), loss, norm, hyperparameters."""
-    keys = dist.gather([key for batch in batches if not batch.is_filler for key in batch.document_keys])
+    keys = dist.gather(
+        [key for batch in batches if not batch.is_filler for key in batch.document_keys]
+    )
     loss = dist.sum_over_ranks([result.loss.item()])[0]
     if dist.is_main():
         line = {

@@ -41,7 +41,15 @@ from trainer.model.load import load_config, load_model, load_tokenizer
 from trainer.model.lora import require_stage
 from trainer.model.packing_check import probe
 from trainer.model.sft import SftModel
-from trainer.run_folder import describe, is_done, open_run_folder, require_shared, summarise, write_stop, write_trace
+from trainer.run_folder import (
+    describe,
+    is_done,
+    open_run_folder,
+    require_shared,
+    summarise,
+    write_stop,
+    write_trace,
+)
 from trainer.utils.files import Stopped
 from trainer.utils.progress import Progress
 
@@ -68,18 +76,20 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
     try:
         train_data = prepare_train(recipe, tokenizer, stop.raised_early)
         plan = train_plan(recipe, train_data, stop.raised_early)
-        eval_data = prepare(recipe, tokenizer, "eval", stop.raised_early) if recipe.has_eval else None
+        eval_data = (
+            prepare(recipe, tokenizer, "eval", stop.raised_early) if recipe.has_eval else None
+        )
         if eval_data and isinstance(
             train_data, Prepared
         ):  # where it grows, each shard is looked at when it is prepared
             eval_data = check_leakage(recipe, tokenizer, train_data, eval_data, stop.raised_early)
-        if not stop.meet():
+        if not stop.wait_for_ranks():
             raise Stopped("stopped before the ranks had met")
     except Stopped:
         write_stop(run_dir, 0)
         return
     with dist.process_group():
-        stop.join()
+        stop.attach_group()
         fit(Job(recipe, run_dir, tokenizer, train_data, plan, eval_data, stop))
 
 
@@ -100,14 +110,18 @@ def fit(job: Job) -> None:
     """Everything that needs the process group: model, engine, loop, summary."""
     require_shared(job.run_dir)
     if dist.local_world_size() < dist.world_size():
-        dist.log.info("all-reduce over %d ranks, %.0f MiB: %.2f GB/s", dist.world_size(), *dist.all_reduce_speed())
+        dist.log.info(
+            "all-reduce over %d ranks, %.0f MiB: %.2f GB/s",
+            dist.world_size(),
+            *dist.all_reduce_speed(),
+        )
     require_same_data(job.train_data, job.eval_data)
     warning = job.plan.check_world(dist.world_size(), job.recipe.parallel.allow_idle_ranks)
     if warning:
         dist.log.warning(warning)
     with out_of_memory_told("the model with its training state"):
         engine = build_engine(job.recipe, job.run_dir, job.tokenizer)
-    while go_on(job, engine):
+    while train_from_checkpoint(job, engine):
         if checkpoint.find(job.run_dir) is None:
             raise StepNotApplied(
                 "guard: there is no checkpoint to go back to; the same command starts from the beginning, without the "
@@ -115,10 +129,12 @@ def fit(job: Job) -> None:
             )
 
 
-REHEARSED_ON = ("cuda",)  # devices whose memory runs out in the middle of a run; elsewhere it would only cost time
+REHEARSED_ON = (
+    "cuda",
+)  # devices whose memory runs out in the middle of a run; elsewhere it would only cost time
 
 
-def rehearse(engine: Engine, loader: Loader, first_step: int) -> tuple[int, int]:
+def memory_dry_run(engine: Engine, loader: Loader, first_step: int) -> tuple[int, int]:
     """Run the fullest micro-batches of the plan, so that a GPU too small for them says so now.
 
     Returns:
@@ -128,10 +144,17 @@ def rehearse(engine: Engine, loader: Loader, first_step: int) -> tuple[int, int]
         BadInput: they do not fit.
     """
     batches = loader.fullest(first_step)
-    tokens, trained = max(batch.tokens for batch in batches), max(batch.trained_tokens for batch in batches)
-    with out_of_memory_told(f"the fullest micro-batch of the run ({tokens:,} tokens, {trained:,} trained)"):
-        engine.rehearse(batches)
-    dist.log.info("rehearsed the fullest micro-batch: %d tokens, %d of them trained, fit", tokens, trained)
+    tokens, trained = (
+        max(batch.tokens for batch in batches),
+        max(batch.trained_tokens for batch in batches),
+    )
+    with out_of_memory_told(
+        f"the fullest micro-batch of the run ({tokens:,} tokens, {trained:,} trained)"
+    ):
+        engine.memory_dry_run(batches)
+    dist.log.info(
+        "rehearsed the fullest micro-batch: %d tokens, %d of them trained, fit", tokens, trained
+    )
     return tokens, trained
 
 
@@ -144,30 +167,34 @@ def out_of_memory_told(what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise BadInput(
-            f"{what} does not fit into the memory of rank {dist.rank()}'s GPU: lower batch.rows_per_micro or "
-            "batch.row_tokens, set model.recompute=true, take more GPUs or a template of ds_configs/ that shards or "
+            f"{what} does not fit into the memory of rank {dist.rank()}'s GPU: lower batch.micro_batch_size or "
+            "batch.seq_len, set model.activation_checkpointing=full, take more GPUs or a template of ds_configs/ that shards or "
             "offloads more; `packhorse plan` says which one fits"
         ) from None
 
 
-def go_on(job: Job, engine: Engine) -> bool:
+def train_from_checkpoint(job: Job, engine: Engine) -> bool:
     """Train from the last checkpoint on. True where the guard asks for just that once more."""
     recipe, run_dir, plan = job.recipe, job.run_dir, job.plan
     first_step, recent_losses = resume(job, engine)
     if first_step == plan.steps and is_done(run_dir, plan.steps):
-        dist.log.info("%s: all %d steps are done; give another run.dir for another run", run_dir, plan.steps)
+        dist.log.info(
+            "%s: all %d steps are done; give another run.dir for another run", run_dir, plan.steps
+        )
         return False
 
     guard = Guard(recipe.guard, run_dir, recent_losses)
     watch = Watch(recipe.guard, run_dir)
-    loader = Loader(job.train_data, plan, dist.rank(), dist.world_size(), pin=dist.device().type == "cuda")
+    loader = Loader(
+        job.train_data, plan, dist.rank(), dist.world_size(), pin=dist.device().type == "cuda"
+    )
     # where states lie on an NVMe it is not yet proved that a rehearsal leaves no trace
     rehearses = dist.device().type in REHEARSED_ON and not engine.swaps and first_step < plan.steps
-    fullest = rehearse(engine, loader, first_step) if rehearses else None
+    fullest = memory_dry_run(engine, loader, first_step) if rehearses else None
     metrics = Metrics(
         run_dir,
         log_every=recipe.run.log_every,
-        row_tokens=recipe.batch.row_tokens,
+        seq_len=recipe.batch.seq_len,
         flops=model_flops(engine.module.model),
         resumed_at=first_step,
         beat=watch.beat,
@@ -180,7 +207,12 @@ def go_on(job: Job, engine: Engine) -> bool:
         return False
 
     say_what_is_ahead(job, first_step)
-    if fullest and dist.is_main() and dist.device().type == "cuda" and (expected := predicted(recipe, *fullest)):
+    if (
+        fullest
+        and dist.is_main()
+        and dist.device().type == "cuda"
+        and (expected := predicted(recipe, *fullest))
+    ):
         metrics.predict(expected)
     progress = Progress(plan.steps, first_step)
     with loader, Saver(run_dir, engine, recipe.checkpoint) as saver:
@@ -210,12 +242,16 @@ def go_on(job: Job, engine: Engine) -> bool:
         return False
     if dist.is_main():
         checkpoint.point_at_best(run_dir / "checkpoints", best.step)  # it may be the last one
-        summarise(run_dir, plan.steps, metrics.tokens_per_s, len(guard.passed_over), best.summary())
+        summarise(
+            run_dir, plan.steps, metrics.tokens_per_s, len(guard.skipped_steps), best.summary()
+        )
     metrics.close()
     return False
 
 
-def evaluation_of(job: Job, engine: Engine, metrics: Metrics, watch: Watch, best: Best) -> Evaluation:
+def evaluation_of(
+    job: Job, engine: Engine, metrics: Metrics, watch: Watch, best: Best
+) -> Evaluation:
     """What evaluates the run; beside it, what the run folder says of the model and the data."""
     recipe, model = job.recipe, engine.module.model
     masker = masker_of(recipe.data, job.tokenizer)
@@ -224,8 +260,13 @@ def evaluation_of(job: Job, engine: Engine, metrics: Metrics, watch: Watch, best
         describe(recipe, job.run_dir, job.train_data, job.plan, job.eval_data, metrics)
         save_description(model, job.tokenizer, job.run_dir)
     if recipe.eval.lm_eval:
-        dist.log.info("eval.lm_eval: its tasks are run by `packhorse eval %s RECIPE`, not in training", job.run_dir)
-    return Evaluation(recipe, job.run_dir, engine, job.eval_data, masker, metrics, job.stop, watch, best.look)
+        dist.log.info(
+            "eval.lm_eval: its tasks are run by `packhorse eval %s RECIPE`, not in training",
+            job.run_dir,
+        )
+    return Evaluation(
+        recipe, job.run_dir, engine, job.eval_data, masker, metrics, job.stop, watch, best.look
+    )
 
 
 def say_what_is_ahead(job: Job, first_step: int) -> None:
@@ -244,7 +285,8 @@ def schedule(first_step: int, steps: int, optim: OptimSection) -> str:
     rates = {step: learning_rate(step, steps, optim) for step in range(first_step, steps)}
     highest = max(rates, key=lambda step: rates[step], default=first_step)
     return ", ".join(
-        f"{rates[step]:.1e} at step {step + 1}" for step in sorted({first_step, highest, steps - 1} & set(rates))
+        f"{rates[step]:.1e} at step {step + 1}"
+        for step in sorted({first_step, highest, steps - 1} & set(rates))
     )
 
 
@@ -282,8 +324,10 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
 
 def prove(recipe: Recipe, module: SftModel) -> None:
     """The start-up probe, on the loaded model, through the backend that it will train with."""
-    one_document = recipe.data.packing == "none" and recipe.batch.rows_per_micro == 1
-    proof = probe(module, row_tokens=recipe.batch.row_tokens, one_document=one_document, seed=recipe.train.seed)
+    one_document = recipe.data.packing == "none" and recipe.batch.micro_batch_size == 1
+    proof = probe(
+        module, seq_len=recipe.batch.seq_len, one_document=one_document, seed=recipe.train.seed
+    )
     dist.log.info(
         "probe: documents of %s tokens, packed against apart: hidden states differ by %.1e, the loss by %.1e",
         ", ".join(map(str, proof.lengths)), proof.hidden_difference, proof.loss_difference,
@@ -296,7 +340,7 @@ def require_same_data(*prepared: TrainData | None) -> None:
     others = [rank for rank, theirs in enumerate(prints) if theirs != prints[0]]
     if others:
         raise BadInput(
-            f"ranks {others} tokenised other data than rank 0: the nodes see other files under the same path, or have "
+            f"ranks {others} tokenized other data than rank 0: the nodes see other files under the same path, or have "
             "other versions of the tokenizer; make them alike, or put data.cache on a shared folder"
         )
 
@@ -311,7 +355,7 @@ def save(job: Job, saver: Saver, engine: Engine, guard: Guard, best: Best, step:
             step=step,
             updates=guard.applied(step),
             data=job.train_data.fingerprint_at(step),
-            rows_per_micro=job.recipe.batch.rows_per_micro,
+            micro_batch_size=job.recipe.batch.micro_batch_size,
             recent_losses=guard.recent_losses,
             world_size=dist.world_size(),
             stage=engine.stage,
@@ -327,9 +371,9 @@ def resume(job: Job, engine: Engine) -> tuple[int, Sequence[float]]:
     if found is None:
         return 0, ()
     folder, manifest = found
-    state, rows_per_micro = manifest.state, job.recipe.batch.rows_per_micro
+    state, micro_batch_size = manifest.state, job.recipe.batch.micro_batch_size
     data = job.train_data.fingerprint_at(state.step)
-    checkpoint.require_same_run(state, data, rows_per_micro, engine.module.has_dropout)
+    checkpoint.require_same_run(state, data, micro_batch_size, engine.module.has_dropout)
     checkpoint.restore(folder, manifest, engine)
     dist.log.info(
         "resuming from %s, written by %d ranks at ZeRO stage %d; every digest agrees",
@@ -341,4 +385,6 @@ def resume(job: Job, engine: Engine) -> tuple[int, Sequence[float]]:
 def _rows_of(plan: Plan, step: StepPlan, data: TrainData) -> str:
     """The rows of a step as `file:row`, the first few of them."""
     names = documents_of(plan, step, data)
-    return ", ".join(f"{file}:{row}" for file, row in names[:20]) + (" ..." if len(names) > 20 else "")
+    return ", ".join(f"{file}:{row}" for file, row in names[:20]) + (
+        " ..." if len(names) > 20 else ""
+    )

@@ -67,9 +67,15 @@ def render(
     container = next((one for one in pod.get("containers", ()) if one["name"] == _CONTAINER), None)
     if container is None:
         raise BadInput(f"{cluster}: it takes out the container `{_CONTAINER}`, which trains")
-    of_the_command = (container.get("image"), job["spec"].get("completions"), job["spec"].get("parallelism"))
+    of_the_command = (
+        container.get("image"),
+        job["spec"].get("completions"),
+        job["spec"].get("parallelism"),
+    )
     if of_the_command != ("$IMAGE", "$NODES", "$NODES"):
-        raise BadInput(f"{cluster}: the image and the number of pods are given as --image and --nodes; take them out")
+        raise BadInput(
+            f"{cluster}: the image and the number of pods are given as --image and --nodes; take them out"
+        )
     container["env"] = laid_over(container.get("env", []), _meeting(name, nodes, kind))
     config_map = {
         "apiVersion": "v1",
@@ -78,11 +84,14 @@ def render(
         "immutable": True,  # all pods of a run read the same, from the first to the last
         "data": _recipe(recipe_file, overrides, pod, container),
     }
-    filled = _filled([*([service] if kind == "job" else []), *_workload(kind, job)], name, nodes, image)
-    made = [laid_over(manifest, {"metadata": overlay.get("metadata", {})}) for manifest in (config_map, *filled)]
-    head = (
-        f"# By `packhorse launch kubernetes`, for {nodes} nodes. Change the recipe or cluster.yaml, and render again.\n"
+    filled = _filled(
+        [*([service] if kind == "job" else []), *_workload(kind, job)], name, nodes, image
     )
+    made = [
+        laid_over(manifest, {"metadata": overlay.get("metadata", {})})
+        for manifest in (config_map, *filled)
+    ]
+    head = f"# By `packhorse launch kubernetes`, for {nodes} nodes. Change the recipe or cluster.yaml, and render again.\n"
     return head + yaml.dump_all(made, Dumper=_Readable, sort_keys=False, width=120)
 
 
@@ -100,14 +109,20 @@ def _meeting(name: str, nodes: int, kind: Kind) -> list[Tree]:
     if kind == "trainjob":
         return []
     first = {"job": f"{name}-0", "jobset": f"{name}-node-0-0"}[kind]
-    meeting = {"PET_NNODES": str(nodes), "PET_RDZV_ENDPOINT": f"{first}.{name}:{_PORT}", "PET_RDZV_ID": name}
+    meeting = {
+        "PET_NNODES": str(nodes),
+        "PET_RDZV_ENDPOINT": f"{first}.{name}:{_PORT}",
+        "PET_RDZV_ID": name,
+    }
     return [{"name": variable, "value": value} for variable, value in meeting.items()]
 
 
 # ----------------------------------------------------------------------------------------------- the recipe
 
 
-def _recipe(recipe_file: Path, overrides: Sequence[str], pod: Tree, container: Tree) -> dict[str, str]:
+def _recipe(
+    recipe_file: Path, overrides: Sequence[str], pod: Tree, container: Tree
+) -> dict[str, str]:
     """The files that the pods read at RECIPE_DIR: the resolved recipe, and its DeepSpeed template."""
     recipe = load_recipe(recipe_file, list(overrides))
     template = Path(recipe.parallel.deepspeed)
@@ -121,7 +136,9 @@ def _recipe(recipe_file: Path, overrides: Sequence[str], pod: Tree, container: T
         raise BadInput(f"run.dir: {run_dir} would be lost with its pod; {where}")
     changed = [f"parallel.deepspeed={RECIPE_DIR}/{_DEEPSPEED}"]
     if "cache" not in recipe.data.model_fields_set:
-        changed.append(f"data.cache={posixpath.join(workdir, '.cache/packhorse')}")  # made once for all pods, and kept
+        changed.append(
+            f"data.cache={posixpath.join(workdir, '.cache/packhorse')}"
+        )  # made once for all pods, and kept
     final = load_recipe(recipe_file, [*overrides, *changed])
     return {"recipe.yaml": final.to_yaml(), _DEEPSPEED: template.read_text(encoding="utf-8")}
 
@@ -131,7 +148,9 @@ def _kept_folders(pod: Tree, container: Tree) -> list[str]:
     lost = {"emptyDir", "ephemeral", "configMap", "secret", "projected", "downwardAPI"}
     kept = {volume["name"] for volume in pod.get("volumes", ()) if not lost & volume.keys()}
     mounts = container.get("volumeMounts", ())
-    return [mount["mountPath"] for mount in mounts if mount["name"] in kept and "mountPath" in mount]
+    return [
+        mount["mountPath"] for mount in mounts if mount["name"] in kept and "mountPath" in mount
+    ]
 
 
 # ----------------------------------------------------------------------------------------------- kubectl
@@ -147,7 +166,9 @@ def submit_file(manifests: Path) -> int:
     try:
         done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     except FileNotFoundError:
-        raise BadInput(f"--submit: there is no kubectl here; apply {manifests} where there is one") from None
+        raise BadInput(
+            f"--submit: there is no kubectl here; apply {manifests} where there is one"
+        ) from None
     print(done.stdout, end="")
     if done.returncode:
         return FAILED
@@ -173,7 +194,9 @@ def laid_over(base: Any, overlay: Any, place: str = "") -> Any:
     """
     if isinstance(base, dict) and isinstance(overlay, dict):
         merged = {
-            key: laid_over(base[key], value, f"{place}.{key}") if key in base and value is not None else value
+            key: laid_over(base[key], value, f"{place}.{key}")
+            if key in base and value is not None
+            else value
             for key, value in overlay.items()
         }
         return {key: value for key, value in {**base, **merged}.items() if value is not None}
@@ -215,10 +238,18 @@ def _read_overlay(path: Path) -> Tree:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadInput(f"{path}: cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(overlay, dict) or not overlay.keys() <= {"metadata", "spec"}:
-        raise BadInput(f"{path}: it must be a part of a Job, with `metadata` and `spec`; start from {CLUSTER}")
+        raise BadInput(
+            f"{path}: it must be a part of a Job, with `metadata` and `spec`; start from {CLUSTER}"
+        )
     metadata = overlay.get("metadata", {})
-    if not isinstance(metadata, dict) or not metadata.keys() <= {"namespace", "labels", "annotations"}:
-        raise BadInput(f"{path}: metadata: it may have `namespace`, `labels` and `annotations`; the name is --name")
+    if not isinstance(metadata, dict) or not metadata.keys() <= {
+        "namespace",
+        "labels",
+        "annotations",
+    }:
+        raise BadInput(
+            f"{path}: metadata: it may have `namespace`, `labels` and `annotations`; the name is --name"
+        )
     return overlay
 
 
@@ -230,7 +261,9 @@ class _Readable(yaml.SafeDumper):
 
 
 def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style="|" if "\n" in text else None
+    )
 
 
 _Readable.add_representer(str, _text)

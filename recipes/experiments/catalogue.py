@@ -59,26 +59,31 @@ ADAPTER_LR = 10  # times the full model's: low-rank updates want about that much
 def arms(base: Recipe) -> dict[str, Arm]:
     """All arms, for a base recipe: what depends on its size is taken from it."""
     folder = Path(base.data.train[0].path or "").parent
-    sheets = {"data.train.0.path": str(folder / "sheets.jsonl"), "data.max_tokens": base.batch.row_tokens}
+    sheets = {
+        "data.train.0.path": str(folder / "sheets.jsonl"),
+        "data.max_length": base.batch.seq_len,
+    }
     traces = {"data.train.0.path": str(folder / "traces.jsonl")}
     math = {"data.train.0.filters": {"verify": "math", "reference": "solution"}}
     # Every step holds all the rows, so that packing cannot change which rows a step holds; and one row at a time.
     rows = 40
     same_steps = {
         "data.train.0.rows": rows,
-        "batch.rows_per_step": rows,
-        "batch.rows_per_micro": 1,
+        "batch.global_batch_size": rows,
+        "batch.micro_batch_size": 1,
         "train.steps": 6,
         "eval.generate": None,
     }
     float32 = {"model.dtype": "float32", "model.attention": "reference"}
-    alone = {"data.packing": "none", "batch.row_tokens": base.max_tokens}
+    alone = {"data.packing": "none", "batch.seq_len": base.max_length}
     adapter = {"optim.lr": ADAPTER_LR * base.optim.lr, "adapter.alpha": 32}
     return {
         "baseline": Arm({}, 185),
         "sheets-token": Arm(sheets, 200),
         "sheets-example": Arm({**sheets, "loss.weighting": "example"}, 200),
-        "sheets-constant": Arm({**sheets, "loss.weighting": "constant", "loss.constant_tokens": 50}, 200),
+        "sheets-constant": Arm(
+            {**sheets, "loss.weighting": "constant", "loss.constant_tokens": 50}, 200
+        ),
         "prompt-learned": Arm({"data.train_on": "all"}, 210),
         "traces-all": Arm(traces, 185),
         "traces-filtered": Arm({**traces, **math}, 185),
@@ -99,12 +104,17 @@ def runs(numbers: Iterable[int]) -> list[Run]:
     """The runs that these experiments look at, each once."""
     experiments = [EXPERIMENTS[number] for number in numbers]
     return list(
-        dict.fromkeys(Run(arm, seed) for one in experiments for seed in one.seeds for arm in one.arms),
+        dict.fromkeys(
+            Run(arm, seed) for one in experiments for seed in one.seeds for arm in one.arms
+        ),
     )
 
 
 def overrides(run: Run, base: Recipe, folder: Path) -> list[str]:
     """The run as `key=value` arguments of `packhorse train`, into its folder below `folder`."""
     changes = {**arms(base)[run.arm].changes, "train.seed": run.seed}
-    values = {key: value if isinstance(value, str) else json.dumps(value) for key, value in changes.items()}
+    values = {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in changes.items()
+    }
     return [*(f"{key}={value}" for key, value in values.items()), f"run.dir={folder / run.name}"]

@@ -53,7 +53,9 @@ def wrong(answer: str) -> str | None:
         return None
     first, space, sign, second, equals, result = calculations[-1].groups()
     numbers = int(first), int(second)
-    if result != final(answer) or WORKED[sign](*numbers) != int(result):  # or it is the end of a longer formula
+    if result != final(answer) or WORKED[sign](*numbers) != int(
+        result
+    ):  # or it is the end of a longer formula
         return None
     other = MISTAKEN_FOR[sign]
     large, small = (max(numbers), min(numbers)) if other == "-" else numbers
@@ -62,8 +64,12 @@ def wrong(answer: str) -> str | None:
         return None
     shown = f"{large}{space}{other}{space}{small}"
     before, line_end, line = answer[: calculations[-1].start()].rpartition("\n")
-    line = re.sub(rf"(?<![\d.,]){first} ?[{re.escape(sign)}x] ?{second}(?!\d)", shown, line)  # as said before `<<`
-    after = re.sub(rf"(?<![\d.,]){result}(?![\d.,]*\d)", str(mistaken), answer[calculations[-1].end() :])
+    line = re.sub(
+        rf"(?<![\d.,]){first} ?[{re.escape(sign)}x] ?{second}(?!\d)", shown, line
+    )  # as said before `<<`
+    after = re.sub(
+        rf"(?<![\d.,]){result}(?![\d.,]*\d)", str(mistaken), answer[calculations[-1].end() :]
+    )
     return f"{before}{line_end}{line}{shown}{equals}{mistaken}{after}"
 
 
@@ -73,13 +79,21 @@ def traces(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
     Raises:
         ValueError: too few answers can be made wrong.
     """
-    mistakes = {i: mistaken for i, row in enumerate(rows) if (mistaken := wrong(row["answer"])) is not None}
+    mistakes = {
+        i: mistaken for i, row in enumerate(rows) if (mistaken := wrong(row["answer"])) is not None
+    }
     count = round(share * len(rows))
     if count > len(mistakes):
-        raise ValueError(f"only {len(mistakes)} of {len(rows)} answers can be made wrong, and {count} should be")
+        raise ValueError(
+            f"only {len(mistakes)} of {len(rows)} answers can be made wrong, and {count} should be"
+        )
     chosen = set(random.Random(seed).sample(sorted(mistakes), count))  # noqa: S311 - reproducible, not secret
     return [
-        {**row, "answer": mistakes[i] if i in chosen else row["answer"], "solution": final(row["answer"]) or ""}
+        {
+            **row,
+            "answer": mistakes[i] if i in chosen else row["answer"],
+            "solution": final(row["answer"]) or "",
+        }
         for i, row in enumerate(rows)
     ]
 
@@ -89,7 +103,10 @@ def sheets(rows: Sequence[Row]) -> list[Row]:
     half = len(rows) // 2
     parts = [rows[start : start + ON_A_SHEET] for start in range(half, len(rows), ON_A_SHEET)]
     numbered = [
-        {key: "\n".join(f"{n}. {row[key]}" for n, row in enumerate(part, 1)) for key in ("question", "answer")}
+        {
+            key: "\n".join(f"{n}. {row[key]}" for n, row in enumerate(part, 1))
+            for key in ("question", "answer")
+        }
         for part in parts
     ]
     return [*rows[:half], *numbered]
@@ -98,7 +115,12 @@ def sheets(rows: Sequence[Row]) -> list[Row]:
 def write(folder: Path, train: Sequence[Row], heldout: Sequence[Row]) -> None:
     """The four files."""
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {"train": train, "heldout": heldout, "sheets": sheets(train), "traces": traces(train, WRONG_SHARE, SEED)}
+    parts = {
+        "train": train,
+        "heldout": heldout,
+        "sheets": sheets(train),
+        "traces": traces(train, WRONG_SHARE, SEED),
+    }
     for name, rows in parts.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
@@ -114,18 +136,25 @@ def read(path: Path) -> list[Row]:
     """The questions and answers of a file whose answers end with a whole number; the other rows are left out."""
     with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    return [{key: row[key] for key in ("question", "answer")} for row in rows if final(row["answer"])]
+    return [
+        {key: row[key] for key in ("question", "answer")} for row in rows if final(row["answer"])
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, metavar="OUT_DIR")
     parser.add_argument("--train", type=Path)
     parser.add_argument("--heldout", type=Path)
     asked = parser.parse_args()
     if (asked.train is None) != (asked.heldout is None):
         parser.error("give --train and --heldout together, or neither")
-    write(asked.folder, *((read(asked.train), read(asked.heldout)) if asked.train else word_problems()))
+    write(
+        asked.folder,
+        *((read(asked.train), read(asked.heldout)) if asked.train else word_problems()),
+    )
 
 
 if __name__ == "__main__":

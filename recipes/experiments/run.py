@@ -46,12 +46,20 @@ VERSIONS = ("torch", "transformers", "deepspeed")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(map(str, EXPERIMENTS)), help="numbers of experiments, as 1,4")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", default=",".join(map(str, EXPERIMENTS)), help="numbers of experiments, as 1,4"
+    )
     parser.add_argument("--recipe", default=BASE, help="what every run starts from")
-    parser.add_argument("--out", type=Path, default=Path("runs/experiments"), help="the folder of run folders")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/experiments"), help="the folder of run folders"
+    )
     parser.add_argument("--page", type=Path, default=None, help="where the tables are written")
-    parser.add_argument("--commands", action="store_true", help="print the runs' commands, and run nothing")
+    parser.add_argument(
+        "--commands", action="store_true", help="print the runs' commands, and run nothing"
+    )
     asked = parser.parse_args()
     is_base = Path(asked.recipe).resolve() == ROOT / BASE
     page = asked.page or (PAGE if is_base else asked.out / PAGE.name)
@@ -60,7 +68,11 @@ def main() -> int:
         base = load_recipe(asked.recipe)
         if asked.commands:
             for run in wanted:
-                print(shlex.join(["packhorse", "train", asked.recipe, *overrides(run, base, asked.out)]))
+                print(
+                    shlex.join(
+                        ["packhorse", "train", asked.recipe, *overrides(run, base, asked.out)]
+                    )
+                )
             return DONE
         if is_base:
             get(MODEL_CACHE)
@@ -94,17 +106,25 @@ def alone_in(out: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise BadInput(f"{out}: another start of the experiments is at work there; wait for its end") from None
+            raise BadInput(
+                f"{out}: another start of the experiments is at work there; wait for its end"
+            ) from None
         yield file.fileno()
 
 
-def run_all(recipe_file: str, base: Recipe, wanted: list[Run], out: Path, page: Path, lock: int) -> int:
+def run_all(
+    recipe_file: str, base: Recipe, wanted: list[Run], out: Path, page: Path, lock: int
+) -> int:
     """Train the wanted runs that are not done, and write the page after each. Returns the exit code."""
-    recipes = {run: load_recipe(recipe_file, overrides(run, base, out)) for run in wanted}  # all of them, before any
+    recipes = {
+        run: load_recipe(recipe_file, overrides(run, base, out)) for run in wanted
+    }  # all of them, before any
     expected_s = {run: arms(base)[run.arm].expected_s for run in wanted}
     left = [run for run in wanted if not is_done(recipes[run], out / run.name)]
     pace = pace_of(out, base)
-    say(f"{len(wanted)} runs, {len(left)} of them to do, in {about(sum(expected_s[r] for r in left), pace)}:")
+    say(
+        f"{len(wanted)} runs, {len(left)} of them to do, in {about(sum(expected_s[r] for r in left), pace)}:"
+    )
     for run in wanted:
         say(f"  {run.name:24}{about(expected_s[run], pace) if run in left else 'done'}")
     failed = []
@@ -114,9 +134,21 @@ def run_all(recipe_file: str, base: Recipe, wanted: list[Run], out: Path, page: 
             to_go = about(sum(expected_s[r] for r in left), pace_of(out, base))
             say(f"[{number}/{len(wanted)}] {run.name}; to go: {to_go}")
             began = time.monotonic()
-            command = [sys.executable, "-m", "trainer.cli.main", "train", recipe_file, *overrides(run, base, out)]
+            command = [
+                sys.executable,
+                "-m",
+                "trainer.cli.main",
+                "train",
+                recipe_file,
+                *overrides(run, base, out),
+            ]
             code = stop.wait(subprocess.Popen(command, pass_fds=[lock]))
-            line = {"run": run.name, "code": code, "seconds": round(time.monotonic() - began), "commit": commit()}
+            line = {
+                "run": run.name,
+                "code": code,
+                "seconds": round(time.monotonic() - began),
+                "commit": commit(),
+            }
             with (out / LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             if code == SAVED_RUN_AGAIN or (code and stop.asked):
@@ -144,7 +176,9 @@ def is_done(recipe: Recipe, folder: Path) -> bool:
         return False
     before = load_recipe(folder / "recipe.yaml")
     if (before.fixed(), before.eval) != (recipe.fixed(), recipe.eval):
-        raise BadInput(f"{folder} holds a finished run of another recipe: remove it, or give another --out")
+        raise BadInput(
+            f"{folder} holds a finished run of another recipe: remove it, or give another --out"
+        )
     return True
 
 
@@ -156,8 +190,14 @@ class Stop:
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Stop:
-        taken = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._ask) for number in taken}  # under nohup all but SIGHUP
+        taken = [
+            n
+            for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(n) != signal.SIG_IGN
+        ]
+        self._before = {
+            number: signal.signal(number, self._ask) for number in taken
+        }  # under nohup all but SIGHUP
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -185,7 +225,11 @@ class Stop:
 def log_of(out: Path) -> list[dict[str, Any]]:
     """The starts of runs so far."""
     path = out / LOG
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        if path.exists()
+        else []
+    )
 
 
 def pace_of(out: Path, base: Recipe) -> float | None:
@@ -205,7 +249,11 @@ def about(expected_s: float, pace: float | None) -> str:
     if pace is None:
         return "a time that is known after the first run"
     minutes = round(expected_s * pace / 60)
-    return f"about {minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"about {max(minutes, 1)} min"
+    return (
+        f"about {minutes // 60} h {minutes % 60:02} min"
+        if minutes >= 60
+        else f"about {max(minutes, 1)} min"
+    )
 
 
 # ----------------------------------------------------------------------------------------------- the page
@@ -234,11 +282,15 @@ def where(out: Path, base: Recipe) -> str:
 
 def commit() -> str:
     """The commit of the code, with a + where the code differs from it; `unknown` outside a checkout."""
-    found = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    found = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
     if found.returncode:
         return "unknown"
     code = ["trainer", "launch", "recipes", "ds_configs"]
-    changed = subprocess.run(["git", "-C", str(ROOT), "diff", "--quiet", "HEAD", "--", *code]).returncode
+    changed = subprocess.run(
+        ["git", "-C", str(ROOT), "diff", "--quiet", "HEAD", "--", *code]
+    ).returncode
     return found.stdout.strip() + "+" * bool(changed)
 
 

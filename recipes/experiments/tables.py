@@ -66,7 +66,9 @@ class Result:
     @cached_property
     def _scores(self) -> dict[int, dict[str, dict[str, float]]]:
         found: dict[int, dict[str, dict[str, float]]] = {}
-        for sample in _read(self.folder / "samples.jsonl"):  # of one made twice, after a kill, the last counts
+        for sample in _read(
+            self.folder / "samples.jsonl"
+        ):  # of one made twice, after a kill, the last counts
             found.setdefault(sample["step"], {})[sample["prompt"]] = sample["scores"]
         return found
 
@@ -78,7 +80,7 @@ class Result:
     @property
     def norms(self) -> list[float]:
         """Gradient norms, before clipping, after the warm-up."""
-        warm = math.ceil(self.recipe.optim.warmup * len(self.steps))
+        warm = math.ceil(self.recipe.optim.warmup_ratio * len(self.steps))
         return [line["train/grad_norm"] for line in self.steps[warm:]]
 
     @property
@@ -115,7 +117,9 @@ def _each(values: Sequence[float], form: str) -> str:
     return ", ".join(form.format(value) for value in values)
 
 
-def against(scores: Mapping[str, float], others: Mapping[str, float], *, agreed: bool = True) -> str:
+def against(
+    scores: Mapping[str, float], others: Mapping[str, float], *, agreed: bool = True
+) -> str:
     """How many points better the scores are than the others, prompt by prompt, and what that is worth.
 
     Args:
@@ -128,7 +132,10 @@ def against(scores: Mapping[str, float], others: Mapping[str, float], *, agreed:
 
 def _against_first(results: Sequence[Result], first: Sequence[Result]) -> str:
     pairs = zip(results, first, strict=True)
-    gains = [sum(result.scores(ANSWER).values()) - sum(other.scores(ANSWER).values()) for result, other in pairs]
+    gains = [
+        sum(result.scores(ANSWER).values()) - sum(other.scores(ANSWER).values())
+        for result, other in pairs
+    ]
     agreed = all(gain > 0 for gain in gains) or all(gain < 0 for gain in gains)
     return against(_by_prompt(results, ANSWER), _by_prompt(first, ANSWER), agreed=agreed)
 
@@ -156,7 +163,9 @@ def _cell(column: str, results: Sequence[Result], first: Sequence[Result]) -> st
     if column == "against":
         return "" if results is first else _against_first(results, first)
     if column == "spread":
-        return _each([statistics.stdev(r.norms) / statistics.mean(r.norms) for r in results], "{:.3f}")
+        return _each(
+            [statistics.stdev(r.norms) / statistics.mean(r.norms) for r in results], "{:.3f}"
+        )
     if column == "peak":
         return _each([max(r.norms) / statistics.median(r.norms) for r in results], "{:.2f}")
     if column == "loss":
@@ -181,9 +190,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _of_arms(number: int, experiment: Experiment, results: Mapping[str, Sequence[Result]]) -> str:
     first = results[experiment.arms[0]]
-    rows = [[f"`{arm}`", *(_cell(column, results[arm], first) for column in SHOWN[number])] for arm in experiment.arms]
+    rows = [
+        [f"`{arm}`", *(_cell(column, results[arm], first) for column in SHOWN[number])]
+        for arm in experiment.arms
+    ]
     n = len(first[0].scores(ANSWER))
-    seeds = " " + "Each seed's value stands beside the other's, of shares behind the colon." * (len(first) > 1)
+    seeds = " " + "Each seed's value stands beside the other's, of shares behind the colon." * (
+        len(first) > 1
+    )
     said = f"{n} prompts.{seeds}".rstrip()
     return table(["arm", *(HEADS[column] for column in SHOWN[number])], rows) + "\n\n" + said
 
@@ -193,14 +207,27 @@ def _of_packing(results: Mapping[str, Sequence[Result]]) -> str:
     for arm, (result,) in results.items():
         (packed,) = results[arm.replace("alone", "packed")]
         differences = [
-            max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(result.steps, packed.steps, strict=True))
+            max(
+                abs(a[key] - b[key]) / abs(b[key])
+                for a, b in zip(result.steps, packed.steps, strict=True)
+            )
             for key in ("train/loss", "train/grad_norm")
         ]
         fill = statistics.mean(line["pack/fill"] for line in result.steps)
-        apart = ["", ""] if result is packed else [f"{difference:.1e}" for difference in differences]
+        apart = (
+            ["", ""] if result is packed else [f"{difference:.1e}" for difference in differences]
+        )
         loss = [f"{result.steps[0]['train/loss']:.6f}", f"{result.steps[-1]['train/loss']:.6f}"]
         rows.append([f"`{arm}`", f"{result.tokens_per_s:.0f}", *loss, *apart, f"{fill:.1%}"])
-    head = ["arm", "tokens/s", "first loss", "last loss", "losses differ by", "gradient norms by", "fill"]
+    head = [
+        "arm",
+        "tokens/s",
+        "first loss",
+        "last loss",
+        "losses differ by",
+        "gradient norms by",
+        "fill",
+    ]
     return table(head, rows)
 
 
@@ -208,11 +235,16 @@ def _of_choice(result: Result) -> str:
     """Candidates are chosen by one half of the prompts and judged by the other: the best of many noisy numbers is
     partly luck."""
     steps = [step for step in sorted(result.losses) if step]
-    choosing, judging = set(list(result.scores(ANSWER))[::2]), set(list(result.scores(ANSWER))[1::2])
+    choosing, judging = (
+        set(list(result.scores(ANSWER))[::2]),
+        set(list(result.scores(ANSWER))[1::2]),
+    )
 
     def halves(step: int) -> tuple[dict[str, float], dict[str, float]]:
         scores = result.scores(ANSWER, step)
-        return {p: scores[p] for p in scores if p in choosing}, {p: scores[p] for p in scores if p in judging}
+        return {p: scores[p] for p in scores if p in choosing}, {
+            p: scores[p] for p in scores if p in judging
+        }
 
     by_loss = min(steps, key=lambda step: result.losses[step])
     by_metric = max(steps, key=lambda step: (sum(halves(step)[0].values()), -result.losses[step]))
@@ -220,9 +252,16 @@ def _of_choice(result: Result) -> str:
     if by_loss == by_metric:
         marks = {by_loss: "lowest loss, best metric"}
     rows = [
-        [str(step), f"{result.losses[step]:.4f}", *map(_share, halves(step)), marks.get(step, "")] for step in steps
+        [str(step), f"{result.losses[step]:.4f}", *map(_share, halves(step)), marks.get(step, "")]
+        for step in steps
     ]
-    head = ["step", "held-out loss", "right answers, half that chooses", "half that judges", "chosen by"]
+    head = [
+        "step",
+        "held-out loss",
+        "right answers, half that chooses",
+        "half that judges",
+        "chosen by",
+    ]
     if by_loss == by_metric:
         said = "Both rules choose the same checkpoint."
     else:
@@ -238,7 +277,10 @@ def block(number: int, out: Path) -> str:
     done = [run for run in wanted if (out / run.name / "summary.json").exists()]
     if len(done) < len(wanted):
         return f"Not run yet: {len(done)} of its {len(wanted)} runs are done."
-    results = {arm: [Result(out / Run(arm, seed).name) for seed in experiment.seeds] for arm in experiment.arms}
+    results = {
+        arm: [Result(out / Run(arm, seed).name) for seed in experiment.seeds]
+        for arm in experiment.arms
+    }
     if number == 5:
         return _of_packing(results)
     if number == 7:

@@ -89,7 +89,9 @@ def steps_that_fit(recipe: Recipe) -> int:
     train(f"run.dir={SPEED_RUN}", "train.steps=3", "data.eval=[]", "eval.generate=null")
     lines = (SPEED_RUN / "metrics.jsonl").read_text().splitlines()
     shutil.rmtree(SPEED_RUN)
-    step_s = statistics.mean(json.loads(line)["perf/step_s"] for line in lines[1:])  # the first one warms up
+    step_s = statistics.mean(
+        json.loads(line)["perf/step_s"] for line in lines[1:]
+    )  # the first one warms up
     steps = max(1, min(wanted, int(TRAINING_S / step_s)))
     told = f"{step_s:.1f} s a step: {wanted} steps of training take about {wanted * step_s:.0f} s"
     if steps < wanted:
@@ -122,9 +124,14 @@ def show(summary: dict[str, Any], run_dir: Path) -> None:
         table.add_column(column, justify="left" if column == "held out" else "right")
     table.add_row("loss", *(f"{summary[at]['eval/loss']:.3f}" for at in ("before", "after")))
     for key in ("format_accuracy", "answer_accuracy"):
-        table.add_row(key.replace("_", " "), *(f"{summary[at][f'eval/{key}']:.1%}" for at in ("before", "after")))
+        table.add_row(
+            key.replace("_", " "),
+            *(f"{summary[at][f'eval/{key}']:.1%}" for at in ("before", "after")),
+        )
     console.print(table)
-    heldout = [json.loads(line)["question"] for line in (DATA / "heldout.jsonl").read_text().splitlines()]
+    heldout = [
+        json.loads(line)["question"] for line in (DATA / "heldout.jsonl").read_text().splitlines()
+    ]
     question = next(question for question in heldout if question in summary["sample"]["prompt"])
     say(f"[bold]One answer[/bold]\n{escape(question)}\n{escape(summary['sample']['answer'])}")
     say(f"[bold]{summary['tokens_per_s']:,.0f} tokens per second[/bold] while training")

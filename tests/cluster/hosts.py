@@ -26,10 +26,16 @@ class Hosts:
 
     def up(self) -> None:
         addresses = {name: f"{self._net}.{10 + i}" for i, name in enumerate(self._spaces)}
-        lines = [f"{address} {name} {name.partition('.')[0]}" for name, address in addresses.items()]
+        lines = [
+            f"{address} {name} {name.partition('.')[0]}" for name, address in addresses.items()
+        ]
         self._table.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
-        self._sources.write_text("hosts: files\n")  # no name server answers there, and each question takes 20 s
-        network.link(self._bridge, {space: f"{addresses[name]}/24" for name, space in self._spaces.items()})
+        self._sources.write_text(
+            "hosts: files\n"
+        )  # no name server answers there, and each question takes 20 s
+        network.link(
+            self._bridge, {space: f"{addresses[name]}/24" for name, space in self._spaces.items()}
+        )
 
     def down(self) -> None:
         for process in self._started:
@@ -41,13 +47,28 @@ class Hosts:
         network.ip("link", "set", self._spaces[name], "down")
 
     def start(
-        self, name: str, command: Sequence[str], *, env: Mapping[str, str] = os.environ, cwd: Path = ROOT
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] = os.environ,
+        cwd: Path = ROOT,
     ) -> subprocess.Popen:
         """A process on a host; its end ends all that it started there."""
         inside = 'hostname "$1"; mount --bind "$2" /etc/hosts; mount --bind "$3" /etc/nsswitch.conf; shift 3; exec "$@"'
         where = network.enter(self._spaces[name])
         process = subprocess.Popen(
-            [*where, "bash", "-c", inside, "_", name.partition(".")[0], str(self._table), str(self._sources), *command],
+            [
+                *where,
+                "bash",
+                "-c",
+                inside,
+                "_",
+                name.partition(".")[0],
+                str(self._table),
+                str(self._sources),
+                *command,
+            ],
             cwd=cwd,
             env={**env, "OMP_NUM_THREADS": "1"},
             stderr=subprocess.PIPE,
@@ -63,7 +84,9 @@ class Hosts:
 
 
 @contextmanager
-def hosts(folder: Path, names: Sequence[str], tag: str = "ph", net: str = "10.79.0") -> Iterator[Hosts]:
+def hosts(
+    folder: Path, names: Sequence[str], tag: str = "ph", net: str = "10.79.0"
+) -> Iterator[Hosts]:
     """
     Args:
         tag: begins the names of what is made on this machine; nine letters at most.

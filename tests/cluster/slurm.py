@@ -73,7 +73,9 @@ class Slurm:
         }
 
     def run(self, *command: str, **env: str) -> subprocess.CompletedProcess:
-        return subprocess.run(command, cwd=ROOT, env=self.env | env, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            command, cwd=ROOT, env=self.env | env, capture_output=True, text=True, timeout=120
+        )
 
     def submit(self, *command: str, **env: str) -> str:
         """The job's number."""
@@ -86,14 +88,22 @@ class Slurm:
         """What `scontrol show job` says, as JobState, Restarts, ExitCode."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", number).stdout))
 
-    def wait(self, number: str, *states: str, restarts: int = 0, seconds: float = 600) -> dict[str, str]:
+    def wait(
+        self, number: str, *states: str, restarts: int = 0, seconds: float = 600
+    ) -> dict[str, str]:
         """The job, once it is in one of the states, in its start of that number."""
         end = time.monotonic() + seconds
         while True:
             job = self.job(number)
             if job["JobState"] in states and int(job["Restarts"]) >= restarts:
                 return job
-            assert job["JobState"] in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", *states), job
+            assert job["JobState"] in (
+                "PENDING",
+                "CONFIGURING",
+                "RUNNING",
+                "COMPLETING",
+                *states,
+            ), job
             assert time.monotonic() < end, f"job {number} is {job['JobState']}, not {states}: {job}"
             time.sleep(0.2)
 
@@ -104,7 +114,10 @@ class Slurm:
     def start_now(self, number: str) -> None:
         """A job that was queued again waits for two minutes, if nobody asks for less. A node takes credentials from
         before the second in which it ended the last start for revoked ones, and the job for failed."""
-        self._until(lambda: not self.run("sinfo", "-h", "-t", "completing", "-o", "%N").stdout, "a start does not end")
+        self._until(
+            lambda: not self.run("sinfo", "-h", "-t", "completing", "-o", "%N").stdout,
+            "a start does not end",
+        )
         time.sleep(3)
         self.run("scontrol", "update", f"jobid={number}", "starttime=now")
 
@@ -112,15 +125,23 @@ class Slurm:
 
     def up(self) -> None:
         self._write_config()
-        network.link(BRIDGE, {f"ph-{node}": f"{address}/24" for node, address in self.nodes.items()})
+        network.link(
+            BRIDGE, {f"ph-{node}": f"{address}/24" for node, address in self.nodes.items()}
+        )
         network.ip("addr", "add", f"{NET}.1/24", "dev", BRIDGE)
         folder = self._folder
-        sockets = [f"--socket={folder}/munge.socket", f"--pid-file={folder}/munged.pid", f"--seed-file={folder}/seed"]
+        sockets = [
+            f"--socket={folder}/munge.socket",
+            f"--pid-file={folder}/munged.pid",
+            f"--seed-file={folder}/seed",
+        ]
         keys = [f"--key-file={folder}/munge.key", f"--log-file={folder}/munged.log"]
         self._start("munged", "munged", "--force", "--foreground", *sockets, *keys)
         self._until(lambda: (folder / "munge.socket").exists(), "munged did not start")
         # a host's name of its own, because SlurmctldHost must equal it
-        self._start("slurmctld", "unshare", "--uts", "bash", "-c", "hostname phctl; exec slurmctld -D -i")
+        self._start(
+            "slurmctld", "unshare", "--uts", "bash", "-c", "hostname phctl; exec slurmctld -D -i"
+        )
         for node in self.nodes:
             self.revive(node)
         self.wait_idle()
@@ -137,7 +158,9 @@ class Slurm:
             'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf; '
             'slurmd -D -N "$1" & wait $!'
         )
-        self._start(node, *network.enter(f"ph-{node}"), "bash", "-c", inside, "_", node, str(self._folder))
+        self._start(
+            node, *network.enter(f"ph-{node}"), "bash", "-c", inside, "_", node, str(self._folder)
+        )
         self._until(lambda: network.inside(self._started[node]), f"{node} did not start")
 
     def fail(self, node: str) -> None:
@@ -155,7 +178,9 @@ class Slurm:
         subprocess.run(["nsenter", f"--mount=/proc/{first}/ns/mnt", *command], check=True)
 
     def _idle(self) -> int:
-        return self.run("sinfo", "-h", "-N", "-o", "%T").stdout.split().count("idle")  # -t idle: completing ones, too
+        return (
+            self.run("sinfo", "-h", "-N", "-o", "%T").stdout.split().count("idle")
+        )  # -t idle: completing ones, too
 
     def _start(self, name: str, *command: str) -> None:
         log = (self._folder / f"{name}.out").open("a")
@@ -174,7 +199,9 @@ class Slurm:
         end = time.monotonic() + 120
         while not true():
             if time.monotonic() > end:
-                logs = [f"--- {path}\n{path.read_text()[-1500:]}" for path in self._folder.glob("*.log")]
+                logs = [
+                    f"--- {path}\n{path.read_text()[-1500:]}" for path in self._folder.glob("*.log")
+                ]
                 raise AssertionError("\n".join([otherwise, *logs]))
             time.sleep(0.2)
 
@@ -185,14 +212,26 @@ class Slurm:
         (folder / "munge.key").touch(mode=0o600)
         (folder / "munge.key").write_bytes(os.urandom(1024))
         addresses = {"localhost": "127.0.0.1", "phctl": f"{NET}.1", **self.nodes}
-        (folder / "hosts").write_text("".join(f"{address} {name}\n" for name, address in addresses.items()))
-        others = [line for line in Path("/etc/nsswitch.conf").read_text().splitlines() if not line.startswith("hosts:")]
+        (folder / "hosts").write_text(
+            "".join(f"{address} {name}\n" for name, address in addresses.items())
+        )
+        others = [
+            line
+            for line in Path("/etc/nsswitch.conf").read_text().splitlines()
+            if not line.startswith("hosts:")
+        ]
         (folder / "nsswitch.conf").write_text("\n".join(["hosts: files", *others, ""]))
-        nodes = "\n".join(f"NodeName={name} NodeAddr={address}" for name, address in self.nodes.items())
-        (folder / "slurm.conf").write_text(CONFIG.format(folder=folder, net=NET, gpus=GPUS, nodes=nodes))
+        nodes = "\n".join(
+            f"NodeName={name} NodeAddr={address}" for name, address in self.nodes.items()
+        )
+        (folder / "slurm.conf").write_text(
+            CONFIG.format(folder=folder, net=NET, gpus=GPUS, nodes=nodes)
+        )
         for number in range(GPUS):  # slurmd registers a GPU by its file alone
             os.mknod(folder / f"nvidia{number}", 0o020666, os.makedev(1, 3))
-        (folder / "gres.conf").write_text(f"AutoDetect=off\nName=gpu File={folder}/nvidia[0-{GPUS - 1}]\n")
+        (folder / "gres.conf").write_text(
+            f"AutoDetect=off\nName=gpu File={folder}/nvidia[0-{GPUS - 1}]\n"
+        )
 
 
 def _end(process: subprocess.Popen) -> None:

@@ -61,11 +61,15 @@ def words(runs: Path, name: str, *options: str) -> list[str]:
 
 def inside(docker: Engine, *command: str) -> str:
     """What a command in a bare container of the image prints."""
-    return docker.run("run", "--rm", f"--entrypoint={command[0]}", "--network=none", IMAGE, *command[1:])
+    return docker.run(
+        "run", "--rm", f"--entrypoint={command[0]}", "--network=none", IMAGE, *command[1:]
+    )
 
 
 def losses(run_dir: Path) -> list[float]:
-    return [line["train/loss"] for line in read_lines(run_dir / "metrics.jsonl") if "train/loss" in line]
+    return [
+        line["train/loss"] for line in read_lines(run_dir / "metrics.jsonl") if "train/loss" in line
+    ]
 
 
 def wait_for_step(run_dir: Path, process: subprocess.Popen[str]) -> None:
@@ -88,10 +92,14 @@ def test_on_a_read_only_root_it_trains_and_exports_and_is_not_root(docker, runs,
     assert json.loads((trained / "summary.json").read_text())["steps"] == 18
     assert (trained / "summary.json").stat().st_uid == 1000
     docker.run(*words(runs, "ph-export"), "export", "/runs/debug", "--out", "/runs/model")
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in (runs / "model").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (runs / "model").iterdir()
+    }
 
 
-def test_two_containers_on_one_network_are_two_nodes_of_one_run_by_name_and_as_any_user(docker, runs, trained):
+def test_two_containers_on_one_network_are_two_nodes_of_one_run_by_name_and_as_any_user(
+    docker, runs, trained
+):
     nodes = ["--nnodes=2", "--nproc=1", "--rdzv-endpoint=ph-node0:29400"]
     started = [
         docker.start(
@@ -108,7 +116,9 @@ def test_two_containers_on_one_network_are_two_nodes_of_one_run_by_name_and_as_a
     two = runs / "two"
     assert json.loads((two / "environment.json").read_text())["world_size"] == 2
     assert (two / "summary.json").stat().st_uid == 1234
-    assert losses(two) == pytest.approx(losses(trained), rel=1e-6), "the run is a function of the recipe"
+    assert losses(two) == pytest.approx(losses(trained), rel=1e-6), (
+        "the run is a function of the recipe"
+    )
 
 
 def test_docker_stop_saves_and_ends_with_75_and_the_same_command_goes_on(docker, runs):
@@ -123,7 +133,9 @@ def test_docker_stop_saves_and_ends_with_75_and_the_same_command_goes_on(docker,
         assert container.returncode == 75, output
         found = checkpoint.find(runs / "stopped")
         assert found is not None
-        assert found[1].state.step == json.loads((runs / "stopped" / "stop.json").read_text())["step"]
+        assert (
+            found[1].state.step == json.loads((runs / "stopped" / "stop.json").read_text())["step"]
+        )
         saved.append(found[1].state.step)
     assert 0 < saved[0] < saved[1]
     assert "resuming from" in output
@@ -140,12 +152,19 @@ os.kill(max(health.processes(pathlib.Path("/proc"))), int(sys.argv[1]))
 
 def test_the_health_check_sees_a_worker_that_is_stopped(docker, runs):
     often = ("--health-interval=1s", "--health-retries=2", "--health-start-period=0s")
-    container = docker.start(*words(runs, "ph-health", *often), *DEBUG, "run.dir=/runs/health", *ENDLESS)
+    container = docker.start(
+        *words(runs, "ph-health", *often), *DEBUG, "run.dir=/runs/health", *ENDLESS
+    )
 
     def wait_for(status: str) -> None:
         end = time.monotonic() + 60
-        while docker.run("inspect", "--format={{.State.Health.Status}}", "ph-health").strip() != status:
-            assert time.monotonic() < end, docker.run("inspect", "--format={{json .State.Health}}", "ph-health")
+        while (
+            docker.run("inspect", "--format={{.State.Health.Status}}", "ph-health").strip()
+            != status
+        ):
+            assert time.monotonic() < end, docker.run(
+                "inspect", "--format={{json .State.Health}}", "ph-health"
+            )
             time.sleep(0.5)
 
     wait_for_step(runs / "health", container)
@@ -169,9 +188,16 @@ def test_deepspeeds_ops_need_no_compiler(docker, runs):
 
 def test_its_own_check_says_what_is_in_it_and_fails_where_something_is_missing(docker):
     table = inside(docker, "python", "docker/check.py")
-    for row in (r"flash-attn +│ not in", r"cpu_adam +│ compiled ", r"async_io +│ compiled ", r"user +│ 1000:1000"):
+    for row in (
+        r"flash-attn +│ not in",
+        r"cpu_adam +│ compiled ",
+        r"async_io +│ compiled ",
+        r"user +│ 1000:1000",
+    ):
         assert re.search(row, table), table
-    missing = docker.fails("run", "--rm", "--entrypoint=python", "--network=none", IMAGE, "docker/check.py", "--gpus=8")
+    missing = docker.fails(
+        "run", "--rm", "--entrypoint=python", "--network=none", IMAGE, "docker/check.py", "--gpus=8"
+    )
     assert "8 GPUs are asked for, and torch sees 0" in missing
 
 
@@ -181,7 +207,9 @@ def test_deepspeeds_ops_have_no_instruction_that_other_machines_lack(docker, run
     ops = sorted(runs.glob("*.so"))
     assert [op.name.split(".")[0] for op in ops] == ["async_io_op", "cpu_adam_op", "pin_memory_op"]
     for op in ops:
-        code = subprocess.run(["objdump", "--disassemble", op], check=True, capture_output=True, text=True).stdout
+        code = subprocess.run(
+            ["objdump", "--disassemble", op], check=True, capture_output=True, text=True
+        ).stdout
         assert "%zmm" not in code, f"{op} has AVX-512, which x86-64-v3 lacks"
 
 
@@ -196,20 +224,33 @@ def test_what_is_in_the_image_and_what_is_not(docker):
     tools = inside(docker, "sh", "-c", "command -v cc gcc c++ g++ clang nvcc ld make || true")
     assert tools == "", "no compiler"
     find = "find / -xdev -name '*.safetensors' -o -path '*/.cache/pip'"
-    weights = docker.run("run", "--rm", "--user=0", "--network=none", "--entrypoint=sh", IMAGE, "-c", find)
+    weights = docker.run(
+        "run", "--rm", "--user=0", "--network=none", "--entrypoint=sh", IMAGE, "-c", find
+    )
     assert weights == "", "no weights, and nothing that pip left"
-    writable = inside(docker, "sh", "-c", "find /opt /usr /etc -xdev -writable -not -type l 2>/dev/null || true")
+    writable = inside(
+        docker, "sh", "-c", "find /opt /usr /etc -xdev -writable -not -type l 2>/dev/null || true"
+    )
     assert writable == "", "nothing of the program can be changed"
     config = json.loads(docker.run("inspect", IMAGE))[0]["Config"]
     assert config["User"] == "1000:1000"
     assert config["Labels"]["org.opencontainers.image.version"] == __version__
-    assert not any(re.search("token|secret|password|PIP_", variable, re.IGNORECASE) for variable in config["Env"])
+    assert not any(
+        re.search("token|secret|password|PIP_", variable, re.IGNORECASE)
+        for variable in config["Env"]
+    )
 
 
 def test_every_package_in_it_is_one_of_the_pins(docker):
-    pins = {tuple(re.split(r"==|;", line)[:2]) for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    pins = {
+        tuple(re.split(r"==|;", line)[:2])
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+    }
     names = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()))"
-    installed = {tuple(package.split("+")[0].split("==")) for package in inside(docker, "python", "-c", names).split()}
+    installed = {
+        tuple(package.split("+")[0].split("=="))
+        for package in inside(docker, "python", "-c", names).split()
+    }
     normal = {(re.sub(r"[-_.]+", "-", name).lower(), number) for name, number in installed}
     assert {package for package in normal - pins if package[0] not in ("pip", "packhorse")} == set()
 

@@ -30,7 +30,12 @@ def two(tmp_path) -> Iterator[Hosts]:
 
 def start(two: Hosts, run_dir: Path, *arguments: str) -> list[subprocess.Popen]:
     """A launcher of one rank on each host; they meet at host0."""
-    recipe = ["recipes/debug.yaml", f"run.dir={run_dir}", f"data.cache={run_dir.parent / 'cache'}", *LONG]
+    recipe = [
+        "recipes/debug.yaml",
+        f"run.dir={run_dir}",
+        f"data.cache={run_dir.parent / 'cache'}",
+        *LONG,
+    ]
     meeting = ["--nproc", "1", "--rdzv-endpoint", "host0:29400", *arguments]
     command = [sys.executable, "-m", "trainer.cli.main", "train", *recipe, *meeting]
     return [two.start(name, command) for name in ("host0", "host1")]
@@ -40,7 +45,9 @@ def wait_for_step(run_dir: Path, step: int, world_size: int) -> None:
     end = time.monotonic() + 300
     while True:
         try:
-            lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+            lines = [
+                json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()
+            ]
             world = json.loads((run_dir / "environment.json").read_text())["world_size"]
         except (OSError, ValueError):
             lines, world = [], 0
@@ -52,7 +59,9 @@ def wait_for_step(run_dir: Path, step: int, world_size: int) -> None:
 
 def test_when_another_host_is_gone_the_run_goes_on_without_it(two, tmp_path):
     run_dir = tmp_path / "run"
-    stays, goes = start(two, run_dir, "--nnodes", "1:2", "--max-restarts", "1", "checkpoint.every_steps=2")
+    stays, goes = start(
+        two, run_dir, "--nnodes", "1:2", "--max-restarts", "1", "checkpoint.every_steps=2"
+    )
     wait_for_step(run_dir, 5, world_size=2)
     two.cut("host1")
     _, err = goes.communicate(timeout=60)

@@ -25,7 +25,12 @@ from trainer.metrics import read_lines
 
 pytestmark = pytest.mark.cluster
 
-NO_EVAL = ("data.eval=[]", "eval.every_steps=null", "eval.generate=null", "checkpoint.every_steps=10")
+NO_EVAL = (
+    "data.eval=[]",
+    "eval.every_steps=null",
+    "eval.generate=null",
+    "checkpoint.every_steps=10",
+)
 
 
 class Cluster:
@@ -41,7 +46,10 @@ class Cluster:
         return [self._start(pod, made["ConfigMap"]) for pod in pods(made)]
 
     def _start(self, pod: Pod, config_map: dict[str, Any]) -> subprocess.Popen:
-        places = {path: self._folder_of(pod, path, volume, config_map) for path, volume in pod.volumes.items()}
+        places = {
+            path: self._folder_of(pod, path, volume, config_map)
+            for path, volume in pod.volumes.items()
+        }
 
         def inside(text: str) -> str:
             """A path in the pod as it is on this machine, where nothing is mounted at the root."""
@@ -55,18 +63,24 @@ class Cluster:
         name = f"{pod.hostname}.{pod.subdomain}"
         return self._hosts.start(name, command, env=env, cwd=Path(inside(pod.workdir)))
 
-    def _folder_of(self, pod: Pod, path: str, volume: dict[str, Any], config_map: dict[str, Any]) -> Path:
+    def _folder_of(
+        self, pod: Pod, path: str, volume: dict[str, Any], config_map: dict[str, Any]
+    ) -> Path:
         if "persistentVolumeClaim" in volume:
             return self.claim
         if path == "/dev/shm":  # the machine's own
             return Path(path)
         # what a ConfigMap holds lies in the same place in all pods, and the recipe names it
-        folder = self._folder / ("config" if "configMap" in volume else pod.hostname) / path.strip("/")
+        folder = (
+            self._folder / ("config" if "configMap" in volume else pod.hostname) / path.strip("/")
+        )
         folder.mkdir(parents=True, exist_ok=True)
         if "configMap" in volume:
             for name, text in config_map["data"].items():
                 # what lies elsewhere in a pod lies elsewhere here, too
-                (folder / name).write_text(text.replace("/work/", f"{self.claim}/").replace(path, str(folder)))
+                (folder / name).write_text(
+                    text.replace("/work/", f"{self.claim}/").replace(path, str(folder))
+                )
         return folder
 
     def signal(self, pod: subprocess.Popen, number: int) -> None:
@@ -113,4 +127,6 @@ def test_an_evicted_pod_stops_all_and_the_run_goes_on_with_another_number_of_pod
         fewer = manifests("job", *NO_EVAL, f"train.steps={steps}", nodes=1)
         assert ended(two.start(fewer)) == [DONE]
         assert json.loads((run / "environment.json").read_text())["world_size"] == 1
-        assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(range(1, steps + 1))
+        assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(
+            range(1, steps + 1)
+        )

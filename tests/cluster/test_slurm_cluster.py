@@ -49,7 +49,9 @@ def recipe(run_dir: Path, cache: Path, *overrides: str) -> list[str]:
     return [f"run.dir={run_dir}", f"data.cache={cache}", *SETTINGS, *overrides]
 
 
-def sbatch(cluster: Slurm, run_dir: Path, cache: Path, *overrides: str, options: tuple[str, ...] = ()) -> str:
+def sbatch(
+    cluster: Slurm, run_dir: Path, cache: Path, *overrides: str, options: tuple[str, ...] = ()
+) -> str:
     """The many-node script with the debug recipe, on two nodes, logging to job.log in the folder."""
     own = ["--nodes=2", f"--output={run_dir}/job.log", *options]
     words = ["sbatch", *own, "slurm/sft_70b.sh", *recipe(run_dir, cache, *overrides)]
@@ -67,7 +69,9 @@ def wait_for_step(cluster: Slurm, number: str, run_dir: Path, step: int) -> None
     end = time.monotonic() + 600
     metrics = run_dir / "metrics.jsonl"
     while not metrics.exists() or metrics.read_text().count("\n") < step:
-        assert cluster.job(number)["JobState"] in ("PENDING", "RUNNING"), (run_dir / "job.log").read_text()
+        assert cluster.job(number)["JobState"] in ("PENDING", "RUNNING"), (
+            run_dir / "job.log"
+        ).read_text()
         assert time.monotonic() < end, f"step {step} did not come"
         time.sleep(0.1)
 
@@ -81,10 +85,14 @@ def test_the_script_trains_on_both_nodes(cluster, whole):
     assert f"steps 1 to {STEPS}" in said
 
 
-def test_a_signal_saves_and_queues_again_and_the_second_start_goes_on(cluster, cache, whole, tmp_path):
+def test_a_signal_saves_and_queues_again_and_the_second_start_goes_on(
+    cluster, cache, whole, tmp_path
+):
     number = sbatch(cluster, tmp_path, cache)
     wait_for_step(cluster, number, tmp_path, 4)
-    cluster.run("scancel", "--batch", "--signal=USR1", number)  # to the script alone, as --signal=B:USR1@600 does
+    cluster.run(
+        "scancel", "--batch", "--signal=USR1", number
+    )  # to the script alone, as --signal=B:USR1@600 does
     job = cluster.wait(number, "PENDING", restarts=1)
     assert job["Reason"] == "BeginTime", "the script has asked for it"
     cluster.start_now(number)
@@ -98,7 +106,9 @@ def test_a_signal_saves_and_queues_again_and_the_second_start_goes_on(cluster, c
 
 
 def test_near_its_time_limit_a_job_saves_and_queues_itself_again(cluster, cache, tmp_path):
-    number = sbatch(cluster, tmp_path, cache, "train.epochs=1000", options=("--time=1", "--signal=B:USR1@1"))
+    number = sbatch(
+        cluster, tmp_path, cache, "train.epochs=1000", options=("--time=1", "--signal=B:USR1@1")
+    )
     cluster.wait(number, "PENDING", restarts=1)
     cluster.run("scancel", number)
     said = (tmp_path / "job.log").read_text()
@@ -107,7 +117,9 @@ def test_near_its_time_limit_a_job_saves_and_queues_itself_again(cluster, cache,
     assert (tmp_path / "stop.json").exists()
 
 
-def test_the_job_of_a_node_that_died_comes_back_on_the_one_that_is_left(cluster, cache, whole, tmp_path):
+def test_the_job_of_a_node_that_died_comes_back_on_the_one_that_is_left(
+    cluster, cache, whole, tmp_path
+):
     run_dir = tmp_path / "it's a run"
     cluster.wait_idle()  # or it would begin on one
     command = [
@@ -145,12 +157,16 @@ def test_a_run_folder_that_is_not_shared_is_refused_and_the_node_is_named(cluste
     assert job["ExitCode"] == "2:0"
     assert job["Restarts"] == "0"
     said = (tmp_path / "job.log").read_text()
-    assert f"{tmp_path} is not the same folder on all nodes, cn2 does not see what cn1 wrote there" in said
+    assert (
+        f"{tmp_path} is not the same folder on all nodes, cn2 does not see what cn1 wrote there"
+        in said
+    )
     assert not (tmp_path / "recipe.yaml").exists(), "no worker has started"
 
 
 @pytest.mark.parametrize(
-    ("option", "sentence"), [("--partition=nowhere", "invalid partition"), ("--nods=2", "unrecognized option")]
+    ("option", "sentence"),
+    [("--partition=nowhere", "invalid partition"), ("--nods=2", "unrecognized option")],
 )
 def test_sbatch_refuses_what_the_cluster_does_not_have(cluster, tmp_path, option, sentence):
     refused = cluster.run("sbatch", option, "slurm/sft_70b.sh")
@@ -159,7 +175,14 @@ def test_sbatch_refuses_what_the_cluster_does_not_have(cluster, tmp_path, option
 
 
 def test_what_sbatch_refuses_is_bad_input(cluster, cache, tmp_path):
-    words = ["launch", "slurm", str(ROOT / "recipes/debug.yaml"), *recipe(tmp_path, cache), "--partition", "nowhere"]
+    words = [
+        "launch",
+        "slurm",
+        str(ROOT / "recipes/debug.yaml"),
+        *recipe(tmp_path, cache),
+        "--partition",
+        "nowhere",
+    ]
     refused = cluster.run(sys.executable, "-m", "trainer.cli.main", *words, "--submit")
     assert refused.returncode == 2
     assert "invalid partition" in refused.stderr
@@ -168,7 +191,9 @@ def test_what_sbatch_refuses_is_bad_input(cluster, cache, tmp_path):
 
 def test_a_cancelled_job_stays_cancelled_though_it_has_saved(cluster, tmp_path):
     saves = tmp_path / "saves"
-    saves.write_text('#!/bin/sh\ntrap "exit 75" TERM\ntouch "$(dirname "$0")/runs"\nwhile :; do sleep 0.1; done\n')
+    saves.write_text(
+        '#!/bin/sh\ntrap "exit 75" TERM\ntouch "$(dirname "$0")/runs"\nwhile :; do sleep 0.1; done\n'
+    )
     saves.chmod(0o755)
     words = ["sbatch", "--nodes=2", f"--output={tmp_path}/job.log", "slurm/sft_70b.sh"]
     number = cluster.submit(*words, PACKHORSE=str(saves))

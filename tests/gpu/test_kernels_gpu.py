@@ -28,7 +28,9 @@ pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
 LENGTHS = (300, 1, 129, 700, 64)
 FUSED = ["torch_varlen", *(["flash_attn"] if importlib.util.find_spec("flash_attn") else [])]
-ATTENTION_BOUND = 1e-2  # relative to fp32 from the same bf16 inputs: outputs and gradients are rounded to 8 bits
+ATTENTION_BOUND = (
+    1e-2  # relative to fp32 from the same bf16 inputs: outputs and gradients are rounded to 8 bits
+)
 
 
 class Layer(nn.Module):
@@ -44,19 +46,28 @@ def row(heads: int, groups: int, size: int, value_size: int | None = None) -> li
     generator = torch.Generator(CUDA).manual_seed(0)
     shapes = [(heads, size), (groups, size), (groups, value_size or size)]
     made = [torch.randn(1, sum(LENGTHS), h, e, device=CUDA, generator=generator) for h, e in shapes]
-    return [x.bfloat16().transpose(1, 2).requires_grad_() for x in made]  # as a model's projections leave them
+    return [
+        x.bfloat16().transpose(1, 2).requires_grad_() for x in made
+    ]  # as a model's projections leave them
 
 
 def attend(backend: str, qkv: list[torch.Tensor], **arguments: Any) -> list[torch.Tensor]:
     """The output and the gradients of queries, keys and values."""
-    out, _ = attention._FUNCTIONS[backend](Layer(), *qkv, None, **{"document_bounds": bounds(), **arguments})
+    out, _ = attention._FUNCTIONS[backend](
+        Layer(), *qkv, None, **{"document_bounds": bounds(), **arguments}
+    )
     weights = torch.randn(out.shape, device=CUDA, generator=torch.Generator(CUDA).manual_seed(1))
     return [out.detach(), *torch.autograd.grad((out.float() * weights).sum(), qkv)]
 
 
-def worst(backend: str, qkv: list[torch.Tensor], twin: dict[str, Any] | None = None, **arguments: Any) -> float:
+def worst(
+    backend: str, qkv: list[torch.Tensor], twin: dict[str, Any] | None = None, **arguments: Any
+) -> float:
     exact = [x.detach().float().requires_grad_() for x in qkv]
-    pairs = zip(attend(backend, qkv, **arguments), attend("reference", exact, **(arguments if twin is None else twin)))
+    pairs = zip(
+        attend(backend, qkv, **arguments),
+        attend("reference", exact, **(arguments if twin is None else twin)),
+    )
     return max(relative(ours, theirs) for ours, theirs in pairs)
 
 
@@ -82,7 +93,9 @@ def test_a_fused_kernel_is_the_reference(backend: str, shape: str) -> None:
 
 
 @pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("arguments", [{"sliding_window": 2}, {"sliding_window": 128}, {"scaling": 0.05}], ids=str)
+@pytest.mark.parametrize(
+    "arguments", [{"sliding_window": 2}, {"sliding_window": 128}, {"scaling": 0.05}], ids=str
+)
 def test_windows_and_scales_are_honoured(backend: str, arguments: dict[str, Any]) -> None:
     seen = worst(backend, row(8, 2, 64), **arguments)
     print(f"{backend}, {arguments}: {seen:.1e}")
@@ -91,7 +104,10 @@ def test_windows_and_scales_are_honoured(backend: str, arguments: dict[str, Any]
 
 @pytest.mark.parametrize("backend", FUSED)
 def test_control_a_window_of_one_more_shows(backend: str) -> None:
-    assert worst(backend, row(8, 2, 64), twin={"sliding_window": 5}, sliding_window=4) > 10 * ATTENTION_BOUND
+    assert (
+        worst(backend, row(8, 2, 64), twin={"sliding_window": 5}, sliding_window=4)
+        > 10 * ATTENTION_BOUND
+    )
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -117,14 +133,23 @@ def test_auto_takes_a_fused_kernel_for_bf16_and_the_reference_for_fp32() -> None
 # ----------------------------------------------------------------------------------------------- loss
 
 
-LOSS_BOUND = {torch.float32: 1e-5, torch.bfloat16: 2.5e-2}  # sums of 4099 in another order; a bias adds a rounding
+LOSS_BOUND = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 2.5e-2,
+}  # sums of 4099 in another order; a bias adds a rounding
 
 
 def on_gpu(given: Case) -> Case:
     def moved(tensor: torch.Tensor | None) -> Any:
-        return None if tensor is None else tensor.detach().to(CUDA).requires_grad_(tensor.requires_grad)
+        return (
+            None
+            if tensor is None
+            else tensor.detach().to(CUDA).requires_grad_(tensor.requires_grad)
+        )
 
-    return given._replace(**{k: moved(getattr(given, k)) for k in ("hidden", "weight", "bias", "targets", "weights")})
+    return given._replace(
+        **{k: moved(getattr(given, k)) for k in ("hidden", "weight", "bias", "targets", "weights")}
+    )
 
 
 @pytest.mark.parametrize("kernel", ["liger", "chunked"])
@@ -134,7 +159,9 @@ def test_a_loss_kernel_is_the_reference(variant: str, dtype: torch.dtype, kernel
     given = on_gpu(case(dtype, **{"shape": (515, 256, 4099), **VARIANTS[variant]}))
     loss, gradients = run(kernel, given, 3.0)
     true_loss, true_gradients = run("reference", in_fp32(given), 3.0)
-    seen = max([relative(loss, true_loss), *(relative(g, t) for g, t in zip(gradients, true_gradients))])
+    seen = max(
+        [relative(loss, true_loss), *(relative(g, t) for g, t in zip(gradients, true_gradients))]
+    )
     print(f"{kernel}, {variant}, {dtype}: {seen:.1e}")
     assert seen <= LOSS_BOUND[dtype]
 
@@ -148,7 +175,13 @@ def test_control_of_the_losses_shows() -> None:
 
 # ----------------------------------------------------------------------------------------------- layers
 
-SIZES = {**WIDE, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+SIZES = {
+    **WIDE,
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+}
 EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 FUSED_MODELS = [
     tf.LlamaConfig(**SIZES),
@@ -158,10 +191,15 @@ FUSED_MODELS = [
     tf.Gemma3TextConfig(**SIZES, sliding_window=128, query_pre_attn_scalar=64),
     tf.Qwen3MoeConfig(**SIZES, **EXPERTS),
 ]
-LAYERS_BOUND = {torch.float32: 1e-5, torch.bfloat16: 3e-2}  # of the worst tensor's gradient, against plain in fp32
+LAYERS_BOUND = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 3e-2,
+}  # of the worst tensor's gradient, against plain in fp32
 
 
-def learned(config: Any, dtype: torch.dtype, layers: str) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def learned(
+    config: Any, dtype: torch.dtype, layers: str
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of three packed documents and every parameter's gradient."""
     model = tiny(config, dtype).to(CUDA)
     liger_layers.fuse(model, layers, CUDA, dtype)
@@ -171,18 +209,22 @@ def learned(config: Any, dtype: torch.dtype, layers: str) -> tuple[torch.Tensor,
     batch = pack(ids, [range(len(document) - 1) for document in ids], [0.01, 0.01, 0.01]).to(CUDA)
     loss = module(batch)
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("dtype", LAYERS_BOUND, ids=str)
 @pytest.mark.parametrize("config", FUSED_MODELS, ids=lambda config: config.model_type)
 def test_fused_layers_are_the_plain_ones(config: Any, dtype: torch.dtype) -> None:
-    true_loss, true = learned(config, torch.float32, "plain")
+    true_loss, true = learned(config, torch.float32, "torch")
     loss, gradients = learned(config, dtype, "liger")
-    own_loss, own = learned(config, dtype, "plain")
+    own_loss, own = learned(config, dtype, "torch")
     assert gradients.keys() == true.keys()
     seen = max(relative(loss, true_loss), *(relative(gradients[name], true[name]) for name in true))
-    without = max(relative(own_loss, true_loss), *(relative(own[name], true[name]) for name in true))
+    without = max(
+        relative(own_loss, true_loss), *(relative(own[name], true[name]) for name in true)
+    )
     print(f"{config.model_type}, {dtype}: {seen:.1e}, not fused {without:.1e}")
     assert seen <= max(LAYERS_BOUND[dtype], 1.5 * without if dtype == torch.bfloat16 else 0.0)
 
@@ -197,15 +239,19 @@ def test_a_model_made_later_is_as_it_was_written() -> None:
     assert relative(later.to(CUDA)(ids.to(CUDA)).logits.cpu(), on_cpu) < 1e-5
 
 
-def test_the_probe_compares_fused_layers_with_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_compares_fused_layers_with_the_models_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from liger_kernel.transformers.rms_norm import LigerRMSNorm
 
     right = LigerRMSNorm.forward
     monkeypatch.setattr(LigerRMSNorm, "forward", lambda self, hidden: right(self, hidden) * 1.2)
     model = tiny(tf.LlamaConfig(**SIZES), torch.bfloat16, FUSED[0]).to(CUDA)
     liger_layers.fuse(model, "liger", CUDA, torch.bfloat16)
-    with pytest.raises(BadInput, match=r"model\.layers=plain"):
-        packing_check.probe(SftModel(model, LossSection(), 0, CUDA), row_tokens=1024, one_document=False, seed=0)
+    with pytest.raises(BadInput, match=r"model\.layer_kernels=torch"):
+        packing_check.probe(
+            SftModel(model, LossSection(), 0, CUDA), seq_len=1024, one_document=False, seed=0
+        )
 
 
 # ----------------------------------------------------------------------------------------------- the probe
@@ -214,7 +260,9 @@ def test_the_probe_compares_fused_layers_with_the_models_own(monkeypatch: pytest
 def proof(config: Any, backend: str, dtype: torch.dtype = torch.bfloat16) -> packing_check.Proof:
     model = tiny(config, dtype, backend).to(CUDA)
     liger_layers.fuse(model, "auto", CUDA, dtype)
-    return packing_check.probe(SftModel(model, LossSection(), 0, CUDA), row_tokens=1024, one_document=False, seed=0)
+    return packing_check.probe(
+        SftModel(model, LossSection(), 0, CUDA), seq_len=1024, one_document=False, seed=0
+    )
 
 
 @pytest.mark.parametrize("backend", [*FUSED, "reference"])
@@ -223,22 +271,30 @@ def proof(config: Any, backend: str, dtype: torch.dtype = torch.bfloat16) -> pac
     [
         tf.LlamaConfig(**{**SIZES, "num_hidden_layers": 8}),
         tf.MistralConfig(**SIZES, sliding_window=128),
-        tf.LlamaConfig(**{**SIZES, "num_hidden_layers": 32, "hidden_size": 2048, "head_dim": 512 // 4}),
+        tf.LlamaConfig(
+            **{**SIZES, "num_hidden_layers": 32, "hidden_size": 2048, "head_dim": 512 // 4}
+        ),
         tf.Qwen3MoeConfig(**SIZES, **EXPERTS),
     ],
     ids=["llama", "mistral", "llama, deep", "qwen3_moe"],
 )
 def test_the_probe_proves_each_backend_in_bf16(config: Any, backend: str) -> None:
     seen = proof(config, backend)
-    print(f"{config.model_type}, {backend}: hidden {seen.hidden_difference:.1e}, loss {seen.loss_difference:.1e}")
+    print(
+        f"{config.model_type}, {backend}: hidden {seen.hidden_difference:.1e}, loss {seen.loss_difference:.1e}"
+    )
 
 
 def test_the_probe_refuses_a_soft_cap_that_the_kernel_lacks() -> None:
     with pytest.raises(BadInput, match="softcap"):
-        proof(tf.Gemma2Config(**SIZES, sliding_window=128, query_pre_attn_scalar=64), "torch_varlen")
+        proof(
+            tf.Gemma2Config(**SIZES, sliding_window=128, query_pre_attn_scalar=64), "torch_varlen"
+        )
 
 
-def test_control_the_probe_catches_a_kernel_without_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_the_probe_catches_a_kernel_without_boundaries(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     right = attention._torch_varlen
 
     def whole(layer: str, q: Any, k: Any, v: Any, arguments: attention.Arguments) -> torch.Tensor:

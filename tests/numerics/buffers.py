@@ -38,7 +38,11 @@ def gradients(module: nn.Module, optimizer: Any) -> Iterator[torch.Tensor]:
 
 def masters(optimizer: Any) -> Iterator[torch.Tensor]:
     """The fp32 weights that the optimizer changes, where they are not the model's own."""
-    for name in ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
+    for name in (
+        "fp32_groups_flat_partition",
+        "single_partition_of_fp32_groups",
+        "fp32_partitioned_groups_flat",
+    ):
         yield from getattr(optimizer, name, ())
 
 
@@ -57,7 +61,7 @@ def held(engine: Engine, batch: Batch) -> dict[str, int]:
         found["gradients"] = size(gradients(engine.module, optimizer))
 
     forget, zero_state.forget_gradients = zero_state.forget_gradients, look
-    engine.rehearse([batch])
+    engine.memory_dry_run([batch])
     zero_state.forget_gradients = forget
     forget(optimizer)
     engine.step([batch], 1e-3, Clock(dist.device()))
@@ -66,7 +70,9 @@ def held(engine: Engine, batch: Batch) -> dict[str, int]:
 
 def size(tensors: Iterable[torch.Tensor]) -> int:
     """Bytes of the storages behind the tensors, each counted once."""
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    return sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()
+    )
 
 
 def _tensors(*candidates: Any) -> Iterator[torch.Tensor]:

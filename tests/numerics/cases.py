@@ -38,14 +38,16 @@ def main(path: str) -> None:
     dist.log.setLevel("WARNING")
     with dist.process_group():
         stop = dist.StopFlag()
-        stop.join()
+        stop.attach_group()
         for case in json.loads(Path(path).read_text()):
             run_case(case, stop)
 
 
 def run_case(case: dict[str, Any], stop: dist.StopFlag) -> None:
     recipe = load_recipe(case["recipe"], [*case["overrides"], f"run.dir={case['run']}"])
-    engine.deepspeed.zero_state.Init.param_id = 0  # as in a process of its own: DeepSpeed names its NVMe files by it
+    engine.deepspeed.zero.Init.param_id = (
+        0  # as in a process of its own: DeepSpeed names its NVMe files by it
+    )
     run_dir = Path(case["run"])
     if dist.is_main():
         train.open_run_folder(recipe, run_dir)
@@ -92,7 +94,11 @@ def mean_of_means() -> Any:
         even = [
             b
             if b.is_filler
-            else replace(b, weights=torch.full_like(b.weights, w := 1 / (real * len(b.weights))), uniform_weight=w)
+            else replace(
+                b,
+                weights=torch.full_like(b.weights, w := 1 / (real * len(b.weights))),
+                uniform_weight=w,
+            )
             for b in batches
         ]
         return apply(self, even, *args)
@@ -127,7 +133,11 @@ def bf16_accumulation() -> Any:
 
     def config(*args: Any) -> Any:
         made = build(*args)
-        return {**made, "data_types": {"grad_accum_dtype": "bf16"}, "communication_data_type": "bf16"}
+        return {
+            **made,
+            "data_types": {"grad_accum_dtype": "bf16"},
+            "communication_data_type": "bf16",
+        }
 
     return mock.patch.object(train, "deepspeed_config", config)
 
@@ -140,7 +150,9 @@ def boundaries_ignored() -> Any:
         if self.training:
             total = batch.input_ids.shape[0]
             ends = torch.tensor([0, total], dtype=torch.int32)
-            batch = replace(batch, cu_seqlens=ends, lengths=(total,), document_keys=batch.document_keys[:1])
+            batch = replace(
+                batch, cu_seqlens=ends, lengths=(total,), document_keys=batch.document_keys[:1]
+            )
         return forward(self, batch)
 
     return mock.patch.object(sft.SftModel, "forward", whole)
@@ -172,7 +184,10 @@ def unchecked(fill: Any) -> Any:
 
     def restore(folder: Path, manifest: Any, engine: Any) -> None:
         with mock.patch.object(sharded_state.Shards, "fill", fill):
-            engine.restore(sharded_state.Shards(folder, manifest.files, manifest.shapes), manifest.state.updates)
+            engine.restore(
+                sharded_state.Shards(folder, manifest.files, manifest.shapes),
+                manifest.state.updates,
+            )
 
     return mock.patch.object(checkpoint, "restore", restore)
 
@@ -226,7 +241,9 @@ SABOTAGES = {
         labels_shifted_across_boundaries,
     )
 }
-DEFECTIVE_RESUMES = {f.__name__: f for f in (moment_zeroed, slices_exchanged, hyperparameters_of_group_0)}
+DEFECTIVE_RESUMES = {
+    f.__name__: f for f in (moment_zeroed, slices_exchanged, hyperparameters_of_group_0)
+}
 
 # ----------------------------------------------------------------------------------------------- other models
 
@@ -301,7 +318,7 @@ def spike_in_the_third_step() -> Any:
 
 def rehearsed() -> Any:
     """The fullest micro-batches run before the first step, as on a GPU; what is left of the gradients is looked at."""
-    rehearse, forget = engine.Engine.rehearse, zero_state.forget_gradients
+    memory_dry_run, forget = engine.Engine.memory_dry_run, zero_state.forget_gradients
 
     def looked_at(self: Any, batches: list[Any]) -> None:
         def look(optimizer: Any) -> None:
@@ -311,11 +328,11 @@ def rehearsed() -> Any:
             forget(optimizer)
 
         with mock.patch.object(zero_state, "forget_gradients", look):
-            rehearse(self, batches)
+            memory_dry_run(self, batches)
 
     changed = contextlib.ExitStack()
     changed.enter_context(mock.patch.object(train, "REHEARSED_ON", ("cpu",)))
-    changed.enter_context(mock.patch.object(engine.Engine, "rehearse", looked_at))
+    changed.enter_context(mock.patch.object(engine.Engine, "memory_dry_run", looked_at))
     return changed
 
 
@@ -329,7 +346,12 @@ def rehearsed_with_weights() -> Any:
 
 
 MISHAPS = {f.__name__: f for f in (nan_in_the_third_step, spike_in_the_third_step)}
-CHANGES: dict[str, Any] = {**MISHAPS, **SABOTAGES, **DEFECTIVE_RESUMES, "frozen_and_buffers": frozen_and_buffers}
+CHANGES: dict[str, Any] = {
+    **MISHAPS,
+    **SABOTAGES,
+    **DEFECTIVE_RESUMES,
+    "frozen_and_buffers": frozen_and_buffers,
+}
 CHANGES["shards_appear"] = shards_appear
 CHANGES |= {f.__name__: f for f in (rehearsed, rehearsed_with_weights)}
 

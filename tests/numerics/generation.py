@@ -43,9 +43,11 @@ def main(path: str) -> None:
     order = json.loads(Path(path).read_text())
     with dist.process_group():
         stop = dist.StopFlag()
-        stop.join()
+        stop.attach_group()
         watch = Watch(GuardSection(), Path(order["folder"]))
-        seen: dict[str, Any] = {template: answers(order, template, stop, watch) for template in order["templates"]}
+        seen: dict[str, Any] = {
+            template: answers(order, template, stop, watch) for template in order["templates"]
+        }
         for template in order["traced"]:
             seen[f"trace of {template}"] = traces(order, template, stop, watch)
     if dist.is_main():
@@ -55,7 +57,11 @@ def main(path: str) -> None:
 def build(order: dict[str, Any], template: str) -> tuple[Any, Any]:
     recipe = load_recipe(
         ROOT / "recipes" / "debug.yaml",
-        [f"parallel.deepspeed=ds_configs/{template}.json", f"run.dir={order['folder']}/run", *order["recipe"]],
+        [
+            f"parallel.deepspeed=ds_configs/{template}.json",
+            f"run.dir={order['folder']}/run",
+            *order["recipe"],
+        ],
     )
     tokenizer = load_tokenizer(recipe.model)
     built = train.build_engine(recipe, Path(recipe.run.dir), tokenizer)
@@ -64,7 +70,9 @@ def build(order: dict[str, Any], template: str) -> tuple[Any, Any]:
     return built, tokenizer
 
 
-def answers(order: dict[str, Any], template: str, stop: dist.StopFlag, watch: Watch) -> dict[str, Any]:
+def answers(
+    order: dict[str, Any], template: str, stop: dist.StopFlag, watch: Watch
+) -> dict[str, Any]:
     built, tokenizer = build(order, template)
     seeds = [dist.seed_from("test", number) for number in range(len(order["prompts"]))]
 
@@ -131,7 +139,9 @@ def whole_seen(built: Any) -> Iterator[list[bool]]:
     plain, seen = generate._answers, []
 
     def noted(*args: Any, **kwargs: Any) -> Any:
-        seen.append(all(p.numel() == getattr(p, "ds_numel", p.numel()) for p in built.module.parameters()))
+        seen.append(
+            all(p.numel() == getattr(p, "ds_numel", p.numel()) for p in built.module.parameters())
+        )
         return plain(*args, **kwargs)
 
     with mock.patch.object(generate, "_answers", noted):

@@ -14,21 +14,32 @@ from typing import Any
 import pytest
 import torch
 
-from tests.numerics.compare import BF16, BF16_CHANGE_BOUND, Run, case, difference, is_same, report, run_cases
+from tests.numerics.compare import (
+    BF16,
+    BF16_CHANGE_BOUND,
+    Run,
+    case,
+    difference,
+    is_same,
+    report,
+    run_cases,
+)
 from tests.ranks import ROOT
 from trainer.checkpoint import checkpoint
 
 pytestmark = pytest.mark.runs
 
-LORA = "adapter={rank: 4, alpha: 16, dropout: 0.1, save_modules: [lm_head]}"
+LORA = "adapter={rank: 4, alpha: 16, dropout: 0.1, modules_to_save: [lm_head]}"
 DORA = "adapter={rank: 4, alpha: 16, dora: true, dropout: 0.1}"
-NF4 = "adapter={rank: 4, alpha: 16, base: nf4, double_quantisation: true}"
+NF4 = "adapter={rank: 4, alpha: 16, base: nf4, double_quant: true}"
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer")
 
 
-def all_cases(root: Path) -> tuple[dict[int, list[dict[str, Any]]], dict[int, list[dict[str, Any]]]]:
+def all_cases(
+    root: Path,
+) -> tuple[dict[int, list[dict[str, Any]]], dict[int, list[dict[str, Any]]]]:
     """The runs of each world, and those that go on from them at another."""
-    recompute = "model.recompute=true"
+    recompute = "model.activation_checkpointing=full"
 
     def moved(name: str, stage: str, *overrides: str, **extra: Any) -> dict[str, Any]:
         return case(root, name, stage, *overrides, "parallel.allow_idle_ranks=true", **extra)
@@ -95,7 +106,9 @@ def require_agreement(runs: dict[str, Run], one: str, other: str) -> None:
     assert seen.agrees
 
 
-@pytest.mark.parametrize("other", ["1-zero3", *(f"2-{stage}" for stage in STAGES), "3-zero2", "3-zero3"])
+@pytest.mark.parametrize(
+    "other", ["1-zero3", *(f"2-{stage}" for stage in STAGES), "3-zero2", "3-zero3"]
+)
 def test_lora_is_the_same_in_every_world_and_stage(runs: dict[str, Run], other: str) -> None:
     require_agreement(runs, "1-zero0", other)
 
@@ -115,7 +128,9 @@ def test_so_is_qlora(runs: dict[str, Run], other: str) -> None:
 
 
 @pytest.mark.parametrize("other", ["2-bf16", "bf16-2-to-1"])
-def test_in_bf16_its_fp32_masters_keep_the_measured_tolerance(runs: dict[str, Run], other: str) -> None:
+def test_in_bf16_its_fp32_masters_keep_the_measured_tolerance(
+    runs: dict[str, Run], other: str
+) -> None:
     """X8, and X4 once."""
     seen = difference(runs["1-bf16"], runs[other])
     report(f"1-bf16 against {other}", seen)
@@ -128,7 +143,9 @@ def test_stopped_and_resumed_is_never_stopped(runs: dict[str, Run]) -> None:
 
 
 @pytest.mark.parametrize("moved", ["2-to-1", "1-to-3", "zero3-to-zero1"])
-def test_x4_resumed_by_another_world_or_stage_is_never_stopped(runs: dict[str, Run], moved: str) -> None:
+def test_x4_resumed_by_another_world_or_stage_is_never_stopped(
+    runs: dict[str, Run], moved: str
+) -> None:
     require_agreement(runs, "2-zero3", moved)
 
 
@@ -136,24 +153,33 @@ def test_x4_holds_for_qlora(runs: dict[str, Run]) -> None:
     require_agreement(runs, "2-nf4-zero2", "nf4-2-to-1")
 
 
-@pytest.mark.parametrize("defect", ["2-other-alpha", "moment-zeroed", "2-dora-zero2", "2-nf4-zero2"])
+@pytest.mark.parametrize(
+    "defect", ["2-other-alpha", "moment-zeroed", "2-dora-zero2", "2-nf4-zero2"]
+)
 def test_another_adapter_or_a_lost_moment_is_noticed(runs: dict[str, Run], defect: str) -> None:
     a, b = runs["2-zero3"], runs[defect]
     shared = a.changes.keys() & b.changes.keys()
-    alike = [Run(r.losses, r.norms, r.eval_losses, {name: r.changes[name] for name in shared}) for r in (a, b)]
+    alike = [
+        Run(r.losses, r.norms, r.eval_losses, {name: r.changes[name] for name in shared})
+        for r in (a, b)
+    ]
     seen = difference(*alike)
     report(f"control {defect}", seen)
     assert seen.is_caught
 
 
 @pytest.mark.parametrize("name", ["1-zero0", "1-dora-zero0", "1-nf4-zero0"])
-def test_everything_that_is_trained_moves_and_the_loss_falls(runs: dict[str, Run], name: str) -> None:
+def test_everything_that_is_trained_moves_and_the_loss_falls(
+    runs: dict[str, Run], name: str
+) -> None:
     run = runs[name]
     assert all(change.any() for change in run.changes.values())
     assert run.eval_losses[-1] < run.eval_losses[0]
 
 
-def test_a_checkpoint_holds_the_adapter_and_of_the_base_its_digests(runs: dict[str, Run], root: Path) -> None:
+def test_a_checkpoint_holds_the_adapter_and_of_the_base_its_digests(
+    runs: dict[str, Run], root: Path
+) -> None:
     saved, manifest = checkpoint.open_newest(root / "2-nf4-zero2")
     assert all(".lora_" in name for name in saved.names)
     assert all(saved.whole(name).any() for name in saved.names), "an adapter is empty"
@@ -162,12 +188,23 @@ def test_a_checkpoint_holds_the_adapter_and_of_the_base_its_digests(runs: dict[s
     assert state < size < 1.5 * state + 100_000
     frozen = {name for name, state in manifest.digests if state == "frozen"}
     quantised = "model.layers.0.mlp.up_proj.base_layer.weight"
-    assert {quantised, f"{quantised}.absmax", f"{quantised}.nested_absmax", "lm_head.weight"} <= frozen
+    assert {
+        quantised,
+        f"{quantised}.absmax",
+        f"{quantised}.nested_absmax",
+        "lm_head.weight",
+    } <= frozen
 
 
 def test_qlora_at_zero_3_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    changes = ["adapter={base: nf4}", f"run.dir={tmp_path / 'run'}", f"data.cache={tmp_path / 'cache'}"]
+    changes = [
+        "adapter={base: nf4}",
+        f"run.dir={tmp_path / 'run'}",
+        f"data.cache={tmp_path / 'cache'}",
+    ]
     command = [sys.executable, "-m", "trainer.cli.main", "train", "recipes/debug.yaml", *changes]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600)
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
+    )
     assert done.returncode == 2, done.stdout + done.stderr
     assert "adapter.base: nf4 is not proved at ZeRO-3" in done.stdout + done.stderr

@@ -24,7 +24,9 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, An
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_nan_on_one_rank_is_a_step_that_no_rank_applies(outcomes: dict[str, Any], stage: str) -> None:
+def test_a_nan_on_one_rank_is_a_step_that_no_rank_applies(
+    outcomes: dict[str, Any], stage: str
+) -> None:
     seen = outcomes[stage]
     assert seen["before"] == [None, None], "the first step is applied"
     assert seen["skipped"] == ["the gradient norm is not finite"] * 2, "both ranks know"
@@ -75,7 +77,7 @@ def main(out: Path) -> None:
     outcomes = {}
     with dist.process_group():
         stop = dist.StopFlag()
-        stop.join()
+        stop.attach_group()
         for stage in STAGES:
             run_dir = out / stage
             recipe = load_recipe(
@@ -95,7 +97,11 @@ def main(out: Path) -> None:
             data = prepare(recipe, tokenizer, "train")
             seen.clear()
             try:
-                train.fit(train.Job(recipe, run_dir, tokenizer, data, train_plan(recipe, data), None, stop))
+                train.fit(
+                    train.Job(
+                        recipe, run_dir, tokenizer, data, train_plan(recipe, data), None, stop
+                    )
+                )
             except guard.StepNotApplied as told:
                 seen["told"] = str(told)
             if dist.is_main():

@@ -41,28 +41,40 @@ class Alone:
     def greedy(self, prompt: list[int], stops: list[int] | None) -> list[int]:
         ids = torch.tensor([prompt], device=self.model.device)
         self.model.generation_config.eos_token_id = stops
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, pad_token_id=0)
+        out = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, pad_token_id=0
+        )
         tokens = out[0, len(prompt) :].tolist()
         return tokens[:-1] if stops and tokens[-1] in stops else tokens
 
     @torch.no_grad()
     def logprobs(self, tokens: list[int]) -> torch.Tensor:
         """(L, V)"""
-        return self.model(torch.tensor([tokens], device=self.model.device)).logits[0].float().log_softmax(-1).cpu()
+        return (
+            self.model(torch.tensor([tokens], device=self.model.device))
+            .logits[0]
+            .float()
+            .log_softmax(-1)
+            .cpu()
+        )
 
     def sampled(self, prompt: list[int], stops: list[int], seed: int) -> list[int]:
         """Token by token, without a cache."""
         generator, tokens = torch.Generator().manual_seed(seed), list(prompt)
         for _ in range(NEW):
             uniform = torch.rand(1, 1, generator=generator, dtype=torch.float64)
-            token = int(draw(self.logprobs(tokens)[-1:], SAMPLED["temperature"], SAMPLED["top_p"], uniform))
+            token = int(
+                draw(self.logprobs(tokens)[-1:], SAMPLED["temperature"], SAMPLED["top_p"], uniform)
+            )
             if token in stops:
                 break
             tokens.append(token)
         return tokens[len(prompt) :]
 
     def choices(self, prompt: list[int]) -> list[float]:
-        after = [self.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in CHOICES]
+        after = [
+            self.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in CHOICES
+        ]
         found = []
         for tokens in after:
             rows = self.logprobs([*prompt, *tokens])[len(prompt) - 1 : -1]
@@ -82,17 +94,28 @@ def make_order(folder: Path) -> dict[str, Any]:
     alone = Alone(recipe)
     unstopped = [alone.greedy(prompt, None) for prompt in prompts]
     stops = [unstopped[0][1], unstopped[1][7], unstopped[3][4]]
-    return {"folder": str(folder), "recipe": recipe, "prompts": prompts, "stops": stops, "max_new_tokens": NEW}
+    return {
+        "folder": str(folder),
+        "recipe": recipe,
+        "prompts": prompts,
+        "stops": stops,
+        "max_new_tokens": NEW,
+    }
 
 
 class Answers:
     """Of the model alone, and of ranks, by world size and template."""
 
-    def __init__(self, order: dict[str, Any], worlds: Sequence[int], templates: Sequence[str]) -> None:
+    def __init__(
+        self, order: dict[str, Any], worlds: Sequence[int], templates: Sequence[str]
+    ) -> None:
         plain, prompts, stops = Alone(order["recipe"]), order["prompts"], order["stops"]
         self.alone = {
             "greedy": [plain.greedy(prompt, stops) for prompt in prompts],
-            "sampled": [plain.sampled(prompt, stops, seed_from("test", i)) for i, prompt in enumerate(prompts)],
+            "sampled": [
+                plain.sampled(prompt, stops, seed_from("test", i))
+                for i, prompt in enumerate(prompts)
+            ],
             "choices": [plain.choices(prompt) for prompt in prompts],
         }
         self.seen: dict[int, dict[str, Any]] = {}
@@ -101,7 +124,9 @@ class Answers:
             path = Path(order["folder"]) / f"order-{world}.json"
             path.write_text(json.dumps({**order, "templates": templates, "traced": traced}))
             began = time.monotonic()
-            outputs = run_ranks(world, ["-m", "tests.numerics.generation", str(path)], timeout_s=600)
+            outputs = run_ranks(
+                world, ["-m", "tests.numerics.generation", str(path)], timeout_s=600
+            )
             print(f"\n  {world} ranks: {time.monotonic() - began:.0f} s", end="")
             self.seen[world] = json.loads(outputs[0].strip().splitlines()[-1])
 
@@ -131,7 +156,9 @@ def test_the_answers_are_of_different_lengths(alone: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_greedy_answers_are_those_of_the_model_alone(seen, alone, template: str, world: int) -> None:
+def test_greedy_answers_are_those_of_the_model_alone(
+    seen, alone, template: str, world: int
+) -> None:
     answers = seen[world][template]
     assert answers["greedy"] == alone["greedy"]
     assert answers["greedy, by layers"] == alone["greedy"]
@@ -149,7 +176,9 @@ def test_a_sampled_answer_belongs_to_its_prompt(seen, alone, template: str, worl
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_a_choice_has_the_likelihood_that_the_model_alone_gives_it(seen, alone, template: str, world: int) -> None:
+def test_a_choice_has_the_likelihood_that_the_model_alone_gives_it(
+    seen, alone, template: str, world: int
+) -> None:
     found = torch.tensor(seen[world][template]["choices"], dtype=torch.float64)
     expected = torch.tensor(alone["choices"], dtype=torch.float64)
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -27,13 +27,22 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cases.append(case(root, f"{stage}-without", stage))
         cases.append(case(root, f"{stage}-skip", stage, "guard.non_finite=skip", **nan))
         cases.append(
-            case(root, f"{stage}-rollback", stage, "guard.non_finite=rollback", "checkpoint.every_steps=2", **nan)
+            case(
+                root,
+                f"{stage}-rollback",
+                stage,
+                "guard.non_finite=rollback",
+                "checkpoint.every_steps=2",
+                **nan,
+            )
         )
         (root / f"{stage}-without").mkdir()
-        (root / f"{stage}-without" / "passed_over.jsonl").write_text('{"step": 3}\n')
+        (root / f"{stage}-without" / "skipped_steps.jsonl").write_text('{"step": 3}\n')
     looking = ("guard.spike=skip", "guard.spike_factor=5")
     cases.append(case(root, "zero3-spike", "zero3", *looking, **spike))
-    cases += [case(root, "zero3-skip-resumed", "zero3", "guard.non_finite=skip", **nan, stop_after=4)]
+    cases += [
+        case(root, "zero3-skip-resumed", "zero3", "guard.non_finite=skip", **nan, stop_after=4)
+    ]
     cases += [case(root, "zero3-skip-resumed", "zero3", "guard.non_finite=skip", **nan)]
     path = root / "cases.json"
     path.write_text(json.dumps(cases))
@@ -74,9 +83,11 @@ def test_a_spike_is_as_if_never_taken(root: Path) -> None:
     assert_same(seen(root / "zero3-spike"), seen(root / "zero3-without"))
 
 
-@pytest.mark.parametrize(("name", "reason"), [("zero3-skip", "not finite"), ("zero3-spike", "times the usual")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("zero3-skip", "not finite"), ("zero3-spike", "times the usual")]
+)
 def test_the_rows_are_named(root: Path, name: str, reason: str) -> None:
-    (line,) = read_lines(root / name / "passed_over.jsonl")
+    (line,) = read_lines(root / name / "skipped_steps.jsonl")
     assert line["step"] == 3
     assert reason in line["reason"]
     assert "train.jsonl:" in line["rows"]

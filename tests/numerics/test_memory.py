@@ -14,7 +14,9 @@ from tests.ranks import ROOT, run_ranks
 
 WORLD = 3  # which divides none of the model's sizes, so that every piece is filled up
 CASES = [
-    *(f"{stage}-float32-float32" for stage in STAGES if stage != "zero3_nvme"),  # whose states are files
+    *(
+        f"{stage}-float32-float32" for stage in STAGES if stage != "zero3_nvme"
+    ),  # whose states are files
     *(f"{stage}-bfloat16-float32" for stage in STAGES[1:-1]),
     *(f"{stage}-bfloat16-bfloat16" for stage in ("zero1", "zero2", "zero3")),
     *(f"{stage}-bfloat16-float32-adapter" for stage in ("zero1", "zero2", "zero3")),
@@ -27,7 +29,7 @@ PARTS = ("weights", "gradients", "masters", "moments")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """By case and part: bytes of each rank's buffers, and the planner's number."""
     out = tmp_path_factory.mktemp("planner")
-    run_ranks(WORLD, ["-m", "tests.numerics.test_planner", str(out)], timeout_s=600)
+    run_ranks(WORLD, ["-m", "tests.numerics.test_memory", str(out)], timeout_s=600)
     return json.loads((out / "found.json").read_text())
 
 
@@ -58,7 +60,7 @@ def main(out: Path) -> None:
                     f"parallel.deepspeed={ROOT}/ds_configs/{stage}.json",
                     f"model.dtype={dtype}",
                     f"parallel.grad_dtype={grad_dtype}",
-                    *(["adapter={rank: 4, save_modules: [lm_head]}"] if adapter else []),
+                    *(["adapter={rank: 4, modules_to_save: [lm_head]}"] if adapter else []),
                 ],
             )
             engine = train.build_engine(recipe, out, load_tokenizer(recipe.model))
@@ -67,9 +69,14 @@ def main(out: Path) -> None:
             model = memory.describe(empty, recipe.optim, recipe.adapter)
             config = report.filled(recipe, recipe.parallel.deepspeed, model.hidden)
             state = memory.state(model, config, WORLD)
-            planned = {part: getattr(state, part) for part in PARTS} | {"weights": state.weights + state.whole}
+            planned = {part: getattr(state, part) for part in PARTS} | {
+                "weights": state.weights + state.whole
+            }
             of_ranks = dist.gather(held)
-            found[name] = {part: {"held": [h[part] for h in of_ranks], "planned": planned[part]} for part in PARTS}
+            found[name] = {
+                part: {"held": [h[part] for h in of_ranks], "planned": planned[part]}
+                for part in PARTS
+            }
     if dist.is_main():
         (out / "found.json").write_text(json.dumps(found, indent=1))
 

@@ -20,7 +20,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 
     def pair(name: str, stage: str, *overrides: str) -> list[dict[str, Any]]:
         four = (*overrides, "train.steps=4")
-        rehearsed = [case(root, f"{name}-rehearsed", stage, *four, **DONE, **stop) for stop in ({"stop_after": 2}, {})]
+        rehearsed = [
+            case(root, f"{name}-rehearsed", stage, *four, **DONE, **stop)
+            for stop in ({"stop_after": 2}, {})
+        ]
         return [case(root, name, stage, *four), *rehearsed]
 
     cases = [one for stage in HERE for one in pair(stage, stage)]

@@ -25,7 +25,9 @@ def cut(folder: Path, sizes: tuple[int, ...], present: int) -> Path:
 
 
 def uses(run_dir: Path) -> list[str]:
-    return [json.loads(line)["file"] for line in (run_dir / "shards.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["file"] for line in (run_dir / "shards.jsonl").read_text().splitlines()
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +38,26 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(root: Path) -> dict[str, Run]:
     folder = cut(root / "folder", (14, 5, 12, 6), present=2)
-    grows = [f"data.train=[{{path: {folder}, grows: true}}]", "train.epochs=1", "train.steps=8"]
+    grows = [f"data.train=[{{path: {folder}, streaming: true}}]", "train.epochs=1", "train.steps=8"]
 
     def grown(**stop: int) -> dict[str, Any]:
         return case(root, "grown", "zero3", *grows, changes=["shards_appear"], **stop)
 
     stream = cut(root / "stream", (17, 20), present=2)  # files of other sizes than the shards
-    streams = [f"data.train=[{{name: {stream}, grows: true}}]", "data.shard_rows=10", *grows[1:]]
+    streams = [
+        f"data.train=[{{name: {stream}, streaming: true}}]",
+        "data.shard_rows=10",
+        *grows[1:],
+    ]
 
     def streamed(name: str, **stop: int) -> dict[str, Any]:
         return case(root, name, "zero3", *streams, **stop)
 
-    parts = [streamed("stopped-stream", stop_after=4), streamed("stopped-stream"), streamed("stream-whole")]
+    parts = [
+        streamed("stopped-stream", stop_after=4),
+        streamed("stopped-stream"),
+        streamed("stream-whole"),
+    ]
     first = run_cases({2: [grown(stop_after=5), grown(), *parts]})
     for name in ("1", "2"):
         (root / name).mkdir()
@@ -61,12 +71,16 @@ def test_shards_came_while_it_trained_and_it_went_round(root: Path, runs: dict[s
     assert uses(root / "grown") == [f"{number}.jsonl" for number in (0, 1, 2, 0, 3, 1)]
 
 
-def test_x3_with_the_same_log_it_is_the_same_run_though_it_was_stopped(root: Path, runs: dict[str, Run]) -> None:
+def test_x3_with_the_same_log_it_is_the_same_run_though_it_was_stopped(
+    root: Path, runs: dict[str, Run]
+) -> None:
     assert uses(root / "2") == uses(root / "grown")
     assert is_same(runs["grown"], runs["2"])
 
 
-def test_x3_a_stream_that_was_stopped_goes_on_where_it_stood(root: Path, runs: dict[str, Run]) -> None:
+def test_x3_a_stream_that_was_stopped_goes_on_where_it_stood(
+    root: Path, runs: dict[str, Run]
+) -> None:
     assert uses(root / "stopped-stream") == uses(root / "stream-whole")
     assert len(set(uses(root / "stream-whole"))) == 4
     assert is_same(runs["stopped-stream"], runs["stream-whole"])

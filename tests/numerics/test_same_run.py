@@ -44,8 +44,8 @@ def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
         1: [
             *(case(root, f"1-{stage}", stage) for stage in STAGES),
             case(root, "1-wide", "zero0", *wide(root)),
-            case(root, "1-micro4", "zero2", "batch.rows_per_micro=4"),
-            case(root, "1-micro2", "zero2", "batch.rows_per_micro=2"),
+            case(root, "1-micro4", "zero2", "batch.micro_batch_size=4"),
+            case(root, "1-micro2", "zero2", "batch.micro_batch_size=2"),
             *resumed(1, "zero3"),
             case(root, "1-bf16", "zero3", *BF16),
         ],
@@ -53,7 +53,11 @@ def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
             *(case(root, f"2-{stage}", stage) for stage in STAGES),
             case(root, "2-wide", "zero0", *wide(root)),
             *(part for stage in STAGES for part in resumed(2, stage)),
-            *(case(root, f"2-{name}", "zero3", changes=[name]) for name in SABOTAGES if name != "bf16_accumulation"),
+            *(
+                case(root, f"2-{name}", "zero3", changes=[name])
+                for name in SABOTAGES
+                if name != "bf16_accumulation"
+            ),
             *(case(root, f"2-{w}", "zero2", f"loss.weighting={w}", *k) for w, *k in WEIGHTINGS),
         ],
         3: [
@@ -92,7 +96,9 @@ def test_x2_holds_for_every_weighting(runs: dict[str, Run], weighting: str) -> N
     seen = difference(runs[f"2-{weighting}"], runs[f"3-{weighting}"])
     report(f"{weighting}, 2 ranks against 3", seen)
     assert seen.agrees
-    assert difference(runs["2-zero2"], runs[f"2-{weighting}"]).is_caught, "the weighting has no effect"
+    assert difference(runs["2-zero2"], runs[f"2-{weighting}"]).is_caught, (
+        "the weighting has no effect"
+    )
 
 
 @pytest.mark.parametrize("defect", [name for name in SABOTAGES if name != "bf16_accumulation"])
@@ -116,7 +122,9 @@ def test_x3_notices_a_single_bit(runs: dict[str, Run]) -> None:
     name, change = next(iter(run.changes.items()))
     moved = change.clone()
     moved.view(-1)[0] = torch.nextafter(moved.view(-1)[0], torch.tensor(1.0, dtype=torch.float64))
-    assert not is_same(run, Run(run.losses, run.norms, run.eval_losses, {**run.changes, name: moved}))
+    assert not is_same(
+        run, Run(run.losses, run.norms, run.eval_losses, {**run.changes, name: moved})
+    )
 
 
 # ----------------------------------------------------------------------------------------------- X7
@@ -124,7 +132,9 @@ def test_x3_notices_a_single_bit(runs: dict[str, Run]) -> None:
 
 @pytest.mark.parametrize("stage", STAGES[1:])
 @pytest.mark.parametrize("world", [1, 2])
-def test_x7_every_stage_and_offload_is_stage_0(runs: dict[str, Run], world: int, stage: str) -> None:
+def test_x7_every_stage_and_offload_is_stage_0(
+    runs: dict[str, Run], world: int, stage: str
+) -> None:
     base = f"{world}-wide" if stage == "zero3_nvme" else f"{world}-zero0"
     seen = difference(runs[base], runs[f"{world}-{stage}"])
     report(f"{world} ranks, stage 0 against {stage}", seen)

@@ -27,14 +27,20 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("stage", "world"), [("1", 1), ("2", 3), ("3", 1), ("3", 3)])
-def test_the_twin_finds_the_same_tensors(run_dir: Path, tmp_path: Path, stage: str, world: int) -> None:
+def test_the_twin_finds_the_same_tensors(
+    run_dir: Path, tmp_path: Path, stage: str, world: int
+) -> None:
     folder = export_universal(run_dir, tmp_path / "universal")
     model, out = ROOT / "recipes" / "debug" / "model", tmp_path / "digests.json"
-    run_ranks(world, ["-m", "tests.numerics.universal_twin", str(model), str(folder), stage, str(out)])
+    run_ranks(
+        world, ["-m", "tests.numerics.universal_twin", str(model), str(folder), stage, str(out)]
+    )
     seen = json.loads(out.read_text())
     found = checkpoint.find(run_dir)
     assert found
-    assert {tuple(key.split("\t")): value for key, value in seen["digests"].items()} == found[1].digests
+    assert {tuple(key.split("\t")): value for key, value in seen["digests"].items()} == found[
+        1
+    ].digests
     assert seen["decays"] == [0.01, 0.0], "the load changed the hyperparameters of a group"
 
 

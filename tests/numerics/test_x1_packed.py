@@ -10,7 +10,16 @@ import pytest
 import torch
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig
 
-from tests.model_helpers import SIZES, WIDE, documents, loss_and_gradients, pack, relative, sft, tiny
+from tests.model_helpers import (
+    SIZES,
+    WIDE,
+    documents,
+    loss_and_gradients,
+    pack,
+    relative,
+    sft,
+    tiny,
+)
 from trainer.datatypes import Batch
 from trainer.model import sft as sft_module
 from trainer.model.loss import LogitTransform
@@ -20,7 +29,13 @@ torch.set_num_threads(1)
 
 BOUND = 1e-6
 LENGTHS = [9, 31, 2, 14, 8]
-TRAINED = [[3, 4, 7], list(range(5, 30)), [0], [12], []]  # uneven; the last document teaches nothing
+TRAINED = [
+    [3, 4, 7],
+    list(range(5, 30)),
+    [0],
+    [12],
+    [],
+]  # uneven; the last document teaches nothing
 WEIGHTS = [0.02, 0.03, 0.05, 0.02, 0.01]
 MODELS = {
     "llama": (LlamaConfig(**SIZES, tie_word_embeddings=True), LogitTransform()),
@@ -30,7 +45,15 @@ MODELS = {
         LogitTransform(1.0, 30.0),
     ),
     "gpt-2, learned positions": (
-        GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+        GPT2Config(
+            vocab_size=160,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+        ),
         LogitTransform(),
     ),
 }
@@ -41,7 +64,9 @@ def difference(model: Any, packed: Batch, apart: list[Batch]) -> float:
     loss, gradients = loss_and_gradients(model, packed)
     loss_apart, gradients_apart = loss_and_gradients(model, *apart)
     assert gradients.keys() == gradients_apart.keys()
-    flat, flat_apart = (torch.cat([g.flatten() for g in all_.values()]) for all_ in (gradients, gradients_apart))
+    flat, flat_apart = (
+        torch.cat([g.flatten() for g in all_.values()]) for all_ in (gradients, gradients_apart)
+    )
     return max(abs(loss - loss_apart) / abs(loss_apart), relative(flat, flat_apart))
 
 
@@ -90,7 +115,10 @@ def positions_run_on(packed: Batch) -> Batch:
 
 
 def labels_shifted_across_a_boundary(packed: Batch) -> Batch:
-    ids, last = packed.input_ids, LENGTHS[0] - 1  # the first document's last token learns its neighbour's first
+    ids, last = (
+        packed.input_ids,
+        LENGTHS[0] - 1,
+    )  # the first document's last token learns its neighbour's first
     return replace(
         packed,
         trained_positions=torch.cat([packed.trained_positions, torch.tensor([last])]),

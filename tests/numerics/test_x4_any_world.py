@@ -17,17 +17,29 @@ pytestmark = pytest.mark.runs
 
 MOVES = ((2, 1), (1, 2), (2, 4), (4, 3))  # worlds that X4 saves and resumes at
 MOVED_STAGES = ("zero1", "zero2", "zero3", "zero3_offload_optimizer")
-STAGE_MOVES = (("zero1", "zero3"), ("zero3", "zero2"), ("zero2", "zero0"), ("zero3", "zero3_offload_all"))
+STAGE_MOVES = (
+    ("zero1", "zero3"),
+    ("zero3", "zero2"),
+    ("zero2", "zero0"),
+    ("zero3", "zero3_offload_all"),
+)
 
 
-def moved_cases(root: Path) -> tuple[dict[int, list[dict[str, Any]]], dict[int, list[dict[str, Any]]]]:
+def moved_cases(
+    root: Path,
+) -> tuple[dict[int, list[dict[str, Any]]], dict[int, list[dict[str, Any]]]]:
     """X4: what is stopped after step 3 at one world, and what goes on from there at another."""
     before: dict[int, list[dict[str, Any]]] = {world: [] for world in (1, 2, 4)}
     after: dict[int, list[dict[str, Any]]] = {world: [] for world in (1, 2, 3, 4)}
 
-    def move(name: str, worlds: tuple[int, int], stages: tuple[str, str], *overrides: str, **then: Any) -> None:
+    def move(
+        name: str, worlds: tuple[int, int], stages: tuple[str, str], *overrides: str, **then: Any
+    ) -> None:
         model = {"changes": [name]} if name == "frozen_and_buffers" else {}
-        overrides = ("parallel.allow_idle_ranks=true", *overrides)  # of four; some steps have three micro-batches
+        overrides = (
+            "parallel.allow_idle_ranks=true",
+            *overrides,
+        )  # of four; some steps have three micro-batches
         before[worlds[0]].append(case(root, name, stages[0], *overrides, stop_after=3, **model))
         after[worlds[1]].append(case(root, name, stages[1], *overrides, **(then or model)))
 
@@ -64,7 +76,9 @@ def test_x4_resumed_by_another_world_is_never_stopped(
 
 
 @pytest.mark.parametrize("stages", STAGE_MOVES, ids="-to-".join)
-def test_x4_the_stage_may_change_with_the_world(runs: dict[str, Run], stages: tuple[str, str]) -> None:
+def test_x4_the_stage_may_change_with_the_world(
+    runs: dict[str, Run], stages: tuple[str, str]
+) -> None:
     seen = difference(runs["2-zero3"], runs["-to-".join(stages)])
     report(f"{' to '.join(stages)}, 2 ranks to 3", seen)
     assert seen.agrees

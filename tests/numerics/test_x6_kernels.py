@@ -20,9 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 # Relative to the reference in fp32: fp32 differs by the order of sums alone; bf16 by rounding logits' gradients to 8
 # bits, which the reference in bf16 does too (it is off by as much).
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 1.5e-2}
-WORKSPACE = (
-    48  # bytes for each (trained position x hidden) beyond the weight's gradient, with a soft cap: c = 12 in fp32
-)
+WORKSPACE = 48  # bytes for each (trained position x hidden) beyond the weight's gradient, with a soft cap: c = 12 in fp32
 
 
 class Case(NamedTuple):
@@ -46,7 +44,9 @@ def case(
     generator = torch.Generator().manual_seed(0)
     n, h, v = shape
     targets = torch.randint(v, (n,), generator=generator)
-    targets[:4] = torch.tensor([0, BLOCK_HIDDEN * h - 1, BLOCK_HIDDEN * h, v - 1]).clamp(max=v - 1)  # edges of blocks
+    targets[:4] = torch.tensor([0, BLOCK_HIDDEN * h - 1, BLOCK_HIDDEN * h, v - 1]).clamp(
+        max=v - 1
+    )  # edges of blocks
     weights = torch.full((n,), 1 / n) if uniform else torch.rand(n, generator=generator) / n
     weights[0] = weights[0] if uniform else 0.0
     return Case(
@@ -89,13 +89,17 @@ def worst(kernel: str, given: Case, incoming: float = 1.0, twin: Case | None = N
     true_loss, true_gradients = run("reference", twin or in_fp32(given), incoming)
     assert loss.dtype == torch.float32
     assert loss.shape == ()
-    return max([relative(loss, true_loss), *(relative(g, t) for g, t in zip(gradients, true_gradients))])
+    return max(
+        [relative(loss, true_loss), *(relative(g, t) for g, t in zip(gradients, true_gradients))]
+    )
 
 
 def of_a_frozen_head(kernel: str, given: Case) -> float:
     """The relative difference of the hidden states' gradient from the reference's, as under an adapter."""
     weight, weights = given.weight.detach(), given.weights
-    loss = linear_cross_entropy(given.hidden, weight, given.targets, weights, given.uniform_weight, kernel)
+    loss = linear_cross_entropy(
+        given.hidden, weight, given.targets, weights, given.uniform_weight, kernel
+    )
     (gradient,) = torch.autograd.grad(loss, [given.hidden])
     return relative(gradient, run("reference", given)[1][0])
 
@@ -125,13 +129,17 @@ def test_chunked_is_the_reference(variant: str, dtype: torch.dtype) -> None:
     assert seen <= BOUND[dtype]
 
 
-@pytest.mark.parametrize("defect", ["soft cap left out", "scale left out", "weights made alike", "a target moved"])
+@pytest.mark.parametrize(
+    "defect", ["soft cap left out", "scale left out", "weights made alike", "a target moved"]
+)
 def test_control_a_defect_shows_tenfold(defect: str) -> None:
     right = case(torch.bfloat16, transform=LogitTransform(0.5, 3.0))
     wrong = {
         "soft cap left out": right._replace(transform=LogitTransform(0.5)),
         "scale left out": right._replace(transform=LogitTransform(1.0, 3.0)),
-        "weights made alike": right._replace(weights=torch.full_like(right.weights, float(right.weights.mean()))),
+        "weights made alike": right._replace(
+            weights=torch.full_like(right.weights, float(right.weights.mean()))
+        ),
         "a target moved": right._replace(targets=right.targets.roll(1)),
     }[defect]
     seen = worst("chunked", wrong, twin=in_fp32(right))
@@ -152,18 +160,25 @@ def test_a_frozen_head_costs_no_gradient() -> None:
 
 
 def test_a_tied_head_gets_both_gradients() -> None:
-    tied = (torch.randn(203, 16) / 4).requires_grad_()  # at 1 the softmax saturates, and its rounding with it
+    tied = (
+        torch.randn(203, 16) / 4
+    ).requires_grad_()  # at 1 the softmax saturates, and its rounding with it
     ids, targets, weights = torch.arange(9), torch.arange(9) + 100, torch.full((9,), 1 / 9)
     gradients = []
     for kernel in ("chunked", "reference"):
-        loss = linear_cross_entropy(torch.nn.functional.embedding(ids, tied), tied, targets, weights, 1 / 9, kernel)
+        loss = linear_cross_entropy(
+            torch.nn.functional.embedding(ids, tied), tied, targets, weights, 1 / 9, kernel
+        )
         gradients += torch.autograd.grad(loss, [tied])
     assert relative(*gradients) <= BOUND[torch.float32]
 
 
 @pytest.mark.parametrize("kernel", ["chunked", "reference", "liger"])
 def test_no_trained_position_is_a_zero_with_gradients(kernel: str) -> None:
-    hidden, weight = torch.randn(0, 16, requires_grad=True), torch.randn(203, 16, requires_grad=True)
+    hidden, weight = (
+        torch.randn(0, 16, requires_grad=True),
+        torch.randn(203, 16, requires_grad=True),
+    )
     nothing = torch.empty(0)
     loss = linear_cross_entropy(hidden, weight, nothing.long(), nothing, None, kernel)
     loss.backward()
@@ -190,7 +205,10 @@ def peak_bytes(work: Any) -> int:
 def test_workspace_stays_under_c_times_tokens_times_hidden(vocabulary: int) -> None:
     n, h = 128, 64
     given = case(torch.bfloat16, shape=(n, h, vocabulary), transform=LogitTransform(0.5, 30.0))
-    held = {k: peak_bytes(lambda k=k: run(k, given)) - given.weight.numel() * 2 for k in ("chunked", "reference")}
+    held = {
+        k: peak_bytes(lambda k=k: run(k, given)) - given.weight.numel() * 2
+        for k in ("chunked", "reference")
+    }
     units = {kernel: round(number / (n * h), 1) for kernel, number in held.items()}
     print(f"X6 workspace, vocabulary {vocabulary}: {units} bytes x N x H")
     assert 0 < held["chunked"] <= WORKSPACE * n * h
@@ -224,13 +242,19 @@ def liger_main() -> None:
             given = case(dtype, **{**VARIANTS[variant], "shape": (7, 16, 99)})
             if given.transform.softcap:
                 given = given._replace(
-                    transform=LogitTransform(given.transform.scale, Interpreted(given.transform.softcap))
+                    transform=LogitTransform(
+                        given.transform.scale, Interpreted(given.transform.softcap)
+                    )
                 )
             seen[f"{variant}, {dtype}"] = worst("liger", given, incoming=3.0)
     right = case(shape=(7, 16, 99))
     for uniform in (False, True):
-        seen[f"frozen head, {uniform}"] = of_a_frozen_head("liger", case(uniform=uniform, shape=(7, 16, 99)))
-    seen["control"] = worst("liger", right._replace(transform=LogitTransform(0.5)), twin=in_fp32(right))
+        seen[f"frozen head, {uniform}"] = of_a_frozen_head(
+            "liger", case(uniform=uniform, shape=(7, 16, 99))
+        )
+    seen["control"] = worst(
+        "liger", right._replace(transform=LogitTransform(0.5)), twin=in_fp32(right)
+    )
     print(json.dumps(seen))
 
 
@@ -241,7 +265,9 @@ def liger() -> dict[str, float]:
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("variant", LIGER_CASES)
-def test_ligers_own_kernel_is_the_reference(liger: dict[str, float], variant: str, dtype: torch.dtype) -> None:
+def test_ligers_own_kernel_is_the_reference(
+    liger: dict[str, float], variant: str, dtype: torch.dtype
+) -> None:
     seen = liger[f"{variant}, {dtype}"]
     print(f"X6 liger (interpreted), {variant}, {dtype}: {seen:.1e}")
     assert seen <= BOUND[dtype]

@@ -12,7 +12,18 @@ import pytest
 import torch
 import transformers as tf
 
-from tests.model_helpers import CPU, SIZES, WIDE, documents, interpreted, loss_and_gradients, pack, relative, sft, tiny
+from tests.model_helpers import (
+    CPU,
+    SIZES,
+    WIDE,
+    documents,
+    interpreted,
+    loss_and_gradients,
+    pack,
+    relative,
+    sft,
+    tiny,
+)
 from trainer.datatypes import BadInput
 from trainer.model import liger_layers, packing_check
 
@@ -27,7 +38,9 @@ MODELS = {
     "gemma 3": tf.Gemma3TextConfig(
         **WINDOW, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"]
     ),
-    "qwen 3 moe": tf.Qwen3MoeConfig(**WIDE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24),
+    "qwen 3 moe": tf.Qwen3MoeConfig(
+        **WIDE, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
+    ),
     "olmo 2": tf.Olmo2Config(**SIZES),
     "phi 3": tf.Phi3Config(**SIZES, pad_token_id=0),
     "granite": tf.GraniteConfig(**SIZES),
@@ -37,16 +50,21 @@ MODELS = {
 def difference(config: Any) -> float:
     """The largest relative difference of the loss and of a gradient, fused against as transformers has it."""
     results = []
-    for layers in ("liger", "plain"):
+    for layers in ("liger", "torch"):
         model = tiny(config)
         said = liger_layers.fuse(model, layers, CPU, torch.float32)
         assert ("Liger's kernels" in said) == (layers == "liger"), said
         ids = documents((20, 7, 30))
         batch = pack(ids, [range(len(document) - 1) for document in ids], [0.02] * 3)
-        results.append(loss_and_gradients(sft(model, transform=packing_check.measure_transform(model)), batch))
+        results.append(
+            loss_and_gradients(sft(model, transform=packing_check.measure_transform(model)), batch)
+        )
     (loss, gradients), (own_loss, own_gradients) = results
     assert gradients.keys() == own_gradients.keys()
-    return max(abs(loss / own_loss - 1), *(relative(gradients[name], own_gradients[name]) for name in gradients))
+    return max(
+        abs(loss / own_loss - 1),
+        *(relative(gradients[name], own_gradients[name]) for name in gradients),
+    )
 
 
 def refusal(config: Any) -> str | None:
@@ -54,7 +72,7 @@ def refusal(config: Any) -> str | None:
     model = tiny(config)
     liger_layers.fuse(model, "liger", CPU, torch.float32)
     try:
-        packing_check.probe(sft(model), row_tokens=64, one_document=False, seed=0)
+        packing_check.probe(sft(model), seq_len=64, one_document=False, seed=0)
     except BadInput as error:
         return str(error)
     return None
@@ -89,7 +107,9 @@ def main() -> None:
     from liger_kernel.transformers import monkey_patch
 
     right = monkey_patch.LigerRMSNorm.forward
-    monkey_patch.LigerRMSNorm.forward = lambda self, hidden: right(self, hidden) * 1.01  # the control
+    monkey_patch.LigerRMSNorm.forward = lambda self, hidden: (
+        right(self, hidden) * 1.01
+    )  # the control
     seen["control"] = difference(MODELS["llama"])
     seen["refused"] = refusal(MODELS["llama"])
     print(json.dumps(seen))
@@ -107,7 +127,9 @@ def interpret_as_compiled() -> None:
     def with_floats(given: Any) -> Any:
         if type(given) is not float:
             return convert(given)
-        return tl.tensor(interpreter.TensorHandle(np.array([given], dtype=np.float32), tl.float32), tl.float32)
+        return tl.tensor(
+            interpreter.TensorHandle(np.array([given], dtype=np.float32), tl.float32), tl.float32
+        )
 
     interpreter._implicit_cvt = with_floats
     rms_norm.rsqrt = lambda x: tl.rsqrt(x)
@@ -135,7 +157,7 @@ def test_the_probe_proves_them_against_the_models_own(seen: dict[str, Any]) -> N
 
 def test_the_probe_refuses_a_kernel_that_is_off(seen: dict[str, Any]) -> None:
     assert "layer 0" in seen["refused"]
-    assert "model.layers=plain" in seen["refused"]
+    assert "model.layer_kernels=torch" in seen["refused"]
 
 
 def test_a_model_made_later_is_as_it_was_written(seen: dict[str, Any]) -> None:
@@ -147,7 +169,10 @@ def test_a_model_made_later_is_as_it_was_written(seen: dict[str, Any]) -> None:
 
 def test_without_a_gpu_the_layers_stay_plain() -> None:
     model = tiny(tf.LlamaConfig(**SIZES))
-    assert liger_layers.fuse(model, "auto", CPU, torch.bfloat16) == "as transformers has them (they need a CUDA device)"
+    assert (
+        liger_layers.fuse(model, "auto", CPU, torch.bfloat16)
+        == "as transformers has them (they need a CUDA device)"
+    )
     assert not liger_layers.is_fused(model)
 
 
@@ -167,10 +192,14 @@ def test_a_model_that_brings_code_of_its_own_stays_plain() -> None:
     class Own(tf.LlamaForCausalLM):
         """As `trust_remote_code` loads them: of a type that Liger knows, and not of transformers' files."""
 
-    said = liger_layers.fuse(Own(tf.LlamaConfig(**SIZES)), "auto", torch.device("cuda"), torch.bfloat16)
+    said = liger_layers.fuse(
+        Own(tf.LlamaConfig(**SIZES)), "auto", torch.device("cuda"), torch.bfloat16
+    )
     assert "code of its own" in said
 
 
 def test_in_fp32_auto_leaves_them_plain() -> None:
-    said = liger_layers.fuse(tiny(tf.LlamaConfig(**SIZES)), "auto", torch.device("cuda"), torch.float32)
+    said = liger_layers.fuse(
+        tiny(tf.LlamaConfig(**SIZES)), "auto", torch.device("cuda"), torch.float32
+    )
     assert "float32" in said

@@ -30,12 +30,18 @@ def main(model_folder: str, folder: str, stage: str, out: str) -> None:
         model = LlamaForCausalLM(LlamaConfig.from_pretrained(model_folder))
         matrices = [p for p in model.parameters() if p.ndim == 2]
         others = [p for p in model.parameters() if p.ndim < 2]
-        optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], fused=True)
+        optimizer = torch.optim.AdamW(
+            [{"params": matrices}, {"params": others, "weight_decay": 0.0}], fused=True
+        )
         engine: Any
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=config, dist_init_required=False
+        )
         engine.load_checkpoint(folder)
         found: Digests = {}
-        for group in zero_state.read(engine.optimizer, {id(p): name for name, p in model.named_parameters()}):
+        for group in zero_state.read(
+            engine.optimizer, {id(p): name for name, p in model.named_parameters()}
+        ):
             add_digests(found, digests_of(group))
         total: Digests = {}
         for share in dist.gather(found):

@@ -22,9 +22,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def whole(nursery: Nursery, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def whole(
+    nursery: Nursery, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Path]:
     """Runs that were never killed, by world size."""
-    runs = {world: Run(nursery, tmp_path_factory.mktemp(f"whole-{world}"), cache) for world in (1, 2)}
+    runs = {
+        world: Run(nursery, tmp_path_factory.mktemp(f"whole-{world}"), cache) for world in (1, 2)
+    }
     for world, run in runs.items():
         run.finish(world)
     return {world: run.folder for world, run in runs.items()}

@@ -33,7 +33,9 @@ from unittest import mock
 from tests.ranks import ROOT
 from trainer.checkpoint import checkpoint
 
-SURVIVORS_S = 30.0  # which a killed rank's fellows have to end by themselves: torch's agent kills them then
+SURVIVORS_S = (
+    30.0  # which a killed rank's fellows have to end by themselves: torch's agent kills them then
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,9 @@ class Nursery:
         command = [sys.executable, "-m", "tests.runs.killed"]
         env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         pipe = subprocess.PIPE
-        self._process: Any = subprocess.Popen(command, cwd=ROOT, env=env, stdin=pipe, stdout=pipe, text=True)
+        self._process: Any = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdin=pipe, stdout=pipe, text=True
+        )
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -116,7 +120,11 @@ class Run:
     def __init__(self, nursery: Nursery, folder: Path, cache: Path) -> None:
         self._nursery = nursery
         self.folder, self._log = folder / "run", folder / "log"
-        self.overrides: tuple[str, ...] = (*OVERRIDES, f"run.dir={self.folder}", f"data.cache={cache}")
+        self.overrides: tuple[str, ...] = (
+            *OVERRIDES,
+            f"run.dir={self.folder}",
+            f"data.cache={cache}",
+        )
 
     def start(self, world: int, point: Point | None = None, **order: Any) -> list[int]:
         """The ranks' exit codes."""
@@ -219,7 +227,12 @@ def _fork(order: Order, rank: int, port: int) -> int:
         log = os.open(order.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        names = {"WORLD_SIZE": order.world, "LOCAL_WORLD_SIZE": order.world, "RANK": rank, "LOCAL_RANK": rank}
+        names = {
+            "WORLD_SIZE": order.world,
+            "LOCAL_WORLD_SIZE": order.world,
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+        }
         os.environ.update({name: str(number) for name, number in names.items()})
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         code = _rank(order, rank)
@@ -239,9 +252,14 @@ def _rank(order: Order, rank: int) -> int:
     from trainer.data import cache, tokenize
     from trainer.utils import files
 
-    torch.manual_seed(random.SystemRandom().randrange(2**31))  # nothing may depend on the global generator
+    torch.manual_seed(
+        random.SystemRandom().randrange(2**31)
+    )  # nothing may depend on the global generator
     files.BEAT_S, files.STALE_S = 0.1, 1.0  # so that a dead process's lock is soon taken over
-    tokenize.CHUNK_ROWS, cache.SAVE_EVERY_S = 16, 0.0  # so that even this little data has points to go on from
+    tokenize.CHUNK_ROWS, cache.SAVE_EVERY_S = (
+        16,
+        0.0,
+    )  # so that even this little data has points to go on from
     recipe = load_recipe(ROOT / "recipes" / "debug.yaml", tuple(order.overrides))
     if order.point and rank == order.rank:
         _Fault(order.point, order, Path(recipe.run.dir)).arm()
@@ -353,7 +371,10 @@ class _Fault:
         if self._point.meanwhile:
             self._stepped.clear()
             assert self._stepped.wait(30), "training did not go on"
-        files = {str(path.relative_to(self._run_dir)): path.lstat().st_size for path in self._run_dir.rglob("*")}
+        files = {
+            str(path.relative_to(self._run_dir)): path.lstat().st_size
+            for path in self._run_dir.rglob("*")
+        }
         reached_file(Path(self._order.log)).write_text(json.dumps(files))
         os.kill(os.getpid(), signal.SIGKILL)
 

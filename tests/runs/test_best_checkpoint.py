@@ -35,9 +35,19 @@ OFTEN = ("train.steps=6", "eval.every_steps=1", "eval.generate.max_new_tokens=8"
 
 
 def case(root: Path, name: str, *overrides: str, **extra: Any) -> dict[str, Any]:
-    common = (*OFTEN, "checkpoint.every_steps=null", "checkpoint.keep=1", f"data.cache={root / 'cache'}")
+    common = (
+        *OFTEN,
+        "checkpoint.every_steps=null",
+        "checkpoint.keep=1",
+        f"data.cache={root / 'cache'}",
+    )
     recipe = str(ROOT / "recipes" / "debug.yaml")
-    return {"run": str(root / name), "recipe": recipe, "overrides": [*common, RULE, *overrides], **extra}
+    return {
+        "run": str(root / name),
+        "recipe": recipe,
+        "overrides": [*common, RULE, *overrides],
+        **extra,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +84,9 @@ def packhorse(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_a_step_that_is_the_best_is_saved_though_none_was_due_and_is_spared(root: Path) -> None:
     losses = {step: line["eval_loss"] for step, line in evaluations(root / "whole").items()}
     assert list(losses) == [0, 1, 2, 3, 4, 5, 6]
-    assert losses[BEST] > 4.5 > losses[BEST + 1], "the rule of this test picks the step no more: choose another bound"
+    assert losses[BEST] > 4.5 > losses[BEST + 1], (
+        "the rule of this test picks the step no more: choose another bound"
+    )
     assert names(root / "whole") == ["best", "latest", "step-000003", "step-000006"]
     assert (root / "whole" / "checkpoints" / "best").read_text() == "step-000003"
 
@@ -106,8 +118,16 @@ def test_where_no_step_meets_the_conditions_none_is_kept_apart(root: Path) -> No
 
 def test_evaluations_of_steps_that_are_trained_again_do_not_count(root: Path) -> None:
     """The third step sends the run back to step 1: the evaluation of step 2 is made again, and stands there once."""
-    assert [line["step"] for line in read_lines(root / "back" / "evaluations.jsonl")] == [0, 1, 2, 3, 4, 5, 6]
-    assert [line["step"] for line in read_lines(root / "back" / "passed_over.jsonl")] == [3]
+    assert [line["step"] for line in read_lines(root / "back" / "evaluations.jsonl")] == [
+        0,
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
+    assert [line["step"] for line in read_lines(root / "back" / "skipped_steps.jsonl")] == [3]
     assert names(root / "back") == ["best", "latest", "step-000001", "step-000006"]
 
 
@@ -127,12 +147,16 @@ def test_the_best_is_exported_and_the_card_says_by_which_rule(root: Path, export
     for name, parameter in AutoModelForCausalLM.from_pretrained(exported).named_parameters():
         assert torch.equal(parameter, saved.whole(name)), name
     card = (exported / "README.md").read_text()
-    assert "Step 3 is the best of 6 evaluated ones: the lowest eval_loss with eval_loss > 4.5" in card
+    assert (
+        "Step 3 is the best of 6 evaluated ones: the lowest eval_loss with eval_loss > 4.5" in card
+    )
     loss = evaluations(root / "whole")[BEST]["eval_loss"]
     assert f"| {loss:.4f} |" in card
 
 
-def test_a_damaged_best_is_refused_and_nothing_else_taken_in_its_place(root: Path, tmp_path: Path) -> None:
+def test_a_damaged_best_is_refused_and_nothing_else_taken_in_its_place(
+    root: Path, tmp_path: Path
+) -> None:
     shutil.copytree(root / "whole", tmp_path / "run")
     for path in (tmp_path / "run" / "checkpoints" / "step-000003").glob("rank*"):
         path.write_bytes(path.read_bytes()[:-1])
@@ -151,8 +175,19 @@ def test_a_damaged_best_is_refused_and_nothing_else_taken_in_its_place(root: Pat
 def test_an_evaluation_that_is_stopped_ends_with_75_and_leaves_no_weights(root: Path) -> None:
     out = root / "stopped-results"
     changes = (*OFTEN, f"data.cache={root / 'cache'}")
-    command = ["eval", str(root / "whole"), "recipes/debug.yaml", "--out", str(out), "--nproc", "2", *changes]
-    process = subprocess.Popen([sys.executable, "-m", "trainer.cli.main", *command], cwd=ROOT, stderr=subprocess.PIPE)
+    command = [
+        "eval",
+        str(root / "whole"),
+        "recipes/debug.yaml",
+        "--out",
+        str(out),
+        "--nproc",
+        "2",
+        *changes,
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer.cli.main", *command], cwd=ROOT, stderr=subprocess.PIPE
+    )
     end = time.monotonic() + 300
     while not (out / "recipe.yaml").exists():  # it is written just before the workers start
         assert process.poll() is None
@@ -168,7 +203,9 @@ def test_an_evaluation_that_is_stopped_ends_with_75_and_leaves_no_weights(root: 
 def evaluated(root: Path) -> Path:
     """The best checkpoint, scored again by two processes."""
     changes = (*OFTEN, f"data.cache={root / 'cache'}")
-    done = packhorse("eval", str(root / "whole"), "recipes/debug.yaml", "--best", "--nproc", "2", *changes)
+    done = packhorse(
+        "eval", str(root / "whole"), "recipes/debug.yaml", "--best", "--nproc", "2", *changes
+    )
     assert done.returncode == 0, done.stderr
     assert "eval_loss" in done.stdout
     assert "format_accuracy" in done.stdout
@@ -190,7 +227,9 @@ def test_an_export_is_scored_as_its_checkpoint_whole_and_on_one_process(
     """At ZeRO stage 2, which without an optimizer has nothing to shard; the other was at stage 3."""
     changes = (*OFTEN, f"data.cache={root / 'cache'}", "parallel.deepspeed=ds_configs/zero2.json")
     out = root / "results"
-    done = packhorse("eval", str(exported), "recipes/debug.yaml", "--out", str(out), "--nproc", "1", *changes)
+    done = packhorse(
+        "eval", str(exported), "recipes/debug.yaml", "--out", str(out), "--nproc", "1", *changes
+    )
     assert done.returncode == 0, done.stderr
     a, b = read_results(str(evaluated)), read_results(str(out))
     assert b.step == 0

@@ -18,10 +18,20 @@ SAVES_OFTEN = ("checkpoint.every_steps=3", "eval.every_steps=null", "eval.genera
 
 
 def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
-    train = [sys.executable, "-m", "trainer.cli.main", "train", "recipes/debug.yaml", f"run.dir={run_dir}", *overrides]
+    train = [
+        sys.executable,
+        "-m",
+        "trainer.cli.main",
+        "train",
+        "recipes/debug.yaml",
+        f"run.dir={run_dir}",
+        *overrides,
+    ]
     cache = f"data.cache={run_dir.parent / 'cache'}"
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([*train, cache, "--nproc", "2"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*train, cache, "--nproc", "2"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
+    )
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
@@ -71,7 +81,14 @@ def test_a_run_learns_and_leaves_its_story(whole):
     assert found[18] < 0.6 * found[1]
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["after"]["eval/loss"] < 0.6 * summary["before"]["eval/loss"]
-    for name in ("recipe.yaml", "environment.json", "data.json", "data.png", "tensorboard", "checkpoints/latest"):
+    for name in (
+        "recipe.yaml",
+        "environment.json",
+        "data.json",
+        "data.png",
+        "tensorboard",
+        "checkpoints/latest",
+    ):
         assert (whole / name).exists(), name
 
 
@@ -94,7 +111,7 @@ def test_stopped_and_run_again_it_ends_as_if_never_stopped(whole, tmp_path, numb
 def test_an_extended_run_is_the_longer_run(tmp_path):
     """Where the learning rate depends on no number of steps; elsewhere it takes the longer schedule from there on."""
     run_dir = tmp_path / "run"
-    alike = (*SAVES_OFTEN, "optim.schedule=constant", "optim.warmup=0")
+    alike = (*SAVES_OFTEN, "optim.lr_schedule=constant", "optim.warmup_ratio=0")
     ends = {}
     for steps, options in ((3, ()), (6, ("--extend",))):
         code, err = finish(start(run_dir, *alike, f"train.steps={steps}", *options))

@@ -44,10 +44,14 @@ def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         folder.mkdir(exist_ok=True)
         how = ["remount"] if folder in mounted else []
         wanted = ",".join([*how, f"size={kib}k", *options])
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", wanted, "none", folder], capture_output=True, text=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", wanted, "none", folder], capture_output=True, text=True
+        )
         if done.returncode:
             assert PROMISED_ROOT not in os.environ, f"this must run here: {done.stderr}"
-            pytest.skip(f"needs a disk of its own, which only root can mount: {done.stderr.strip()}")
+            pytest.skip(
+                f"needs a disk of its own, which only root can mount: {done.stderr.strip()}"
+            )
         if not how:
             mounted.append(folder)
         return folder
@@ -77,7 +81,9 @@ def test_the_disk_fills_up_in_a_save(
     codes = run.start(1, FILLS[name], fill=True)
     assert codes == [BAD_INPUT], run.said
     assert_said_once(run.said, "the disk is full; make room and start again")
-    assert not list((run.folder / "checkpoints").glob(".saving-*")), "half a checkpoint takes the room"
+    assert not list((run.folder / "checkpoints").glob(".saving-*")), (
+        "half a checkpoint takes the room"
+    )
     found = checkpoint.find(run.folder)
     assert found
     assert found[1].state.step == (4 if name == "before latest" else 2)
@@ -100,17 +106,23 @@ def test_the_disk_fills_up_for_one_of_two_ranks(
     assert_same(run.folder, whole[2])
 
 
-def test_the_disk_is_full_before_a_save(disk: Callable[..., Path], whole: dict[int, Path], run: Run) -> None:
+def test_the_disk_is_full_before_a_save(
+    disk: Callable[..., Path], whole: dict[int, Path], run: Run
+) -> None:
     """Found before a byte is written; the log still fits."""
     disk(run.folder)
     assert run.start(1, Point("step", call=4), fill=True, leave_kib=512) == [BAD_INPUT], run.said
-    assert_said_once(run.said, "a checkpoint needs .* GiB are free there; make room and start again")
+    assert_said_once(
+        run.said, "a checkpoint needs .* GiB are free there; make room and start again"
+    )
     ballast(run.folder).unlink()
     run.finish(1)
     assert_same(run.folder, whole[1])
 
 
-def test_the_disk_is_full_for_the_log(disk: Callable[..., Path], whole: dict[int, Path], run: Run) -> None:
+def test_the_disk_is_full_for_the_log(
+    disk: Callable[..., Path], whole: dict[int, Path], run: Run
+) -> None:
     """The next line of the log may still fit into its file's last page; then the save after it is what is refused."""
     disk(run.folder)
     assert run.start(1, Point("step", call=4), fill=True) == [BAD_INPUT], run.said
@@ -126,13 +138,17 @@ def test_the_disk_of_the_cache_is_full(
     cache = disk(tmp_path / "cache", 24)
     run = Run(nursery, tmp_path, cache)
     assert run.start(1) == [BAD_INPUT], run.said
-    assert_said_once(run.said, "the disk is full while preparing data.train; free some room, or set data.cache")
+    assert_said_once(
+        run.said, "the disk is full while preparing data.train; free some room, or set data.cache"
+    )
     disk(cache, 4096)
     run.finish(1)
     assert_same(run.folder, whole[1])
 
 
-def test_the_command_ends_with_2_and_goes_on_when_there_is_room(disk: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_command_ends_with_2_and_goes_on_when_there_is_room(
+    disk: Callable[..., Path], tmp_path: Path
+) -> None:
     """Two ranks under the launcher: the log and what the ranks say still fit, a checkpoint does not."""
     run_dir = disk(tmp_path / "run")
     process = start(run_dir, *SAVES_OFTEN, "train.epochs=20")

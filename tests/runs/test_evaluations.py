@@ -16,11 +16,17 @@ from trainer.metrics import read_lines
 
 pytestmark = pytest.mark.runs
 
-GENERATE = "eval.generate={rows: 3, max_new_tokens: 6, batch: 1, temperature: 1.0}"
+GENERATE = "eval.generate={num_prompts: 3, max_new_tokens: 6, batch: 1, temperature: 1.0}"
 FILES = ("evaluations.jsonl", "samples.jsonl")
 
-LOSS_0, ANSWERS_0 = Point("evaluate", "evaluation 0", call=2), Point("answers", "evaluation 0", call=2)
-LOSS_3, ANSWERS_3 = Point("evaluate", "evaluation 3", call=2), Point("answers", "evaluation 3", call=2)
+LOSS_0, ANSWERS_0 = (
+    Point("evaluate", "evaluation 0", call=2),
+    Point("answers", "evaluation 0", call=2),
+)
+LOSS_3, ANSWERS_3 = (
+    Point("evaluate", "evaluation 3", call=2),
+    Point("answers", "evaluation 3", call=2),
+)
 ANSWERS_6 = Point("answers", "evaluation 6", call=2)
 KILLS = {
     "in the held-out loss before training": LOSS_0,
@@ -37,9 +43,19 @@ KILLS = {
 STOPS = {
     "in the held-out loss before training": (LOSS_0, 0, 1, []),
     "in the answers before training": (ANSWERS_0, 0, 1, []),
-    "in the step before, so that an evaluation is due at the stop": (Point("step", call=2), 0, 1, [0]),
+    "in the step before, so that an evaluation is due at the stop": (
+        Point("step", call=2),
+        0,
+        1,
+        [0],
+    ),
     "in the answers of step 3": (ANSWERS_3, 0, 1, [0]),
-    "in the answers of step 3, the second of two ranks": (Point("answers", "evaluation 3"), 1, 2, [0]),
+    "in the answers of step 3, the second of two ranks": (
+        Point("answers", "evaluation 3"),
+        1,
+        2,
+        [0],
+    ),
     "in the answers after training": (ANSWERS_6, 0, 1, [0, 3]),
 }
 
@@ -51,9 +67,14 @@ def answering(nursery: Nursery, folder: Path, cache: Path) -> Run:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(nursery: Nursery, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def undisturbed(
+    nursery: Nursery, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, Path]:
     """Run folders, by world size."""
-    runs = {world: answering(nursery, tmp_path_factory.mktemp(f"undisturbed-{world}"), cache) for world in (1, 2)}
+    runs = {
+        world: answering(nursery, tmp_path_factory.mktemp(f"undisturbed-{world}"), cache)
+        for world in (1, 2)
+    }
     for world, made in runs.items():
         made.finish(world)
     return {world: made.folder for world, made in runs.items()}
@@ -72,11 +93,17 @@ def assert_evaluated_alike(run_dir: Path, other: Path) -> None:
 def test_each_evaluation_leaves_one_line(undisturbed: dict[int, Path]) -> None:
     evaluations = lines(undisturbed[1], "evaluations.jsonl")
     assert [line["step"] for line in evaluations] == [0, 3, 6]
-    logged = {line["step"]: line["eval/loss"] for line in lines(undisturbed[1], "metrics.jsonl") if "eval/loss" in line}
+    logged = {
+        line["step"]: line["eval/loss"]
+        for line in lines(undisturbed[1], "metrics.jsonl")
+        if "eval/loss" in line
+    }
     assert {line["step"]: line["eval_loss"] for line in evaluations} == logged
     samples = lines(undisturbed[1], "samples.jsonl")
     assert [sample["step"] for sample in samples] == [0] * 3 + [3] * 3 + [6] * 3
-    assert len({sample["answer"] for sample in samples}) > 3, "answers that are all alike would show nothing"
+    assert len({sample["answer"] for sample in samples}) > 3, (
+        "answers that are all alike would show nothing"
+    )
 
 
 @pytest.mark.parametrize("name", KILLS)
@@ -98,6 +125,8 @@ def test_stopped_in_an_evaluation(
     codes = made.start(world, point, rank=rank, stop=True)
     assert not any(codes), made.said
     assert (made.folder / "stop.json").exists(), "it was not stopped"
-    assert [line["step"] for line in lines(made.folder, "evaluations.jsonl")] == evaluated, "half of one left a line"
+    assert [line["step"] for line in lines(made.folder, "evaluations.jsonl")] == evaluated, (
+        "half of one left a line"
+    )
     made.finish(world)
     assert_evaluated_alike(made.folder, undisturbed[world])

@@ -21,7 +21,16 @@ SCRIPTS = ROOT / "recipes" / "experiments"
 
 
 def start(recipe: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(SCRIPTS / "run.py"), "--recipe", str(recipe), "--out", str(out), "--only", "4,7"]
+    command = [
+        sys.executable,
+        str(SCRIPTS / "run.py"),
+        "--recipe",
+        str(recipe),
+        "--out",
+        str(out),
+        "--only",
+        "4,7",
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
@@ -41,10 +50,10 @@ def recipe(tmp_path: Path) -> Path:
     tree["data"] = {
         "train": [{"path": str(tmp_path / "data" / "train.jsonl")}],
         "eval": [{"path": str(tmp_path / "data" / "heldout.jsonl")}],
-        "max_tokens": 250,  # the tiny tokenizer's are shorter
+        "max_length": 250,  # the tiny tokenizer's are shorter
         "cache": str(tmp_path / "cache"),
     }
-    tree["eval"]["generate"] |= {"rows": 8, "max_new_tokens": 8}
+    tree["eval"]["generate"] |= {"num_prompts": 8, "max_new_tokens": 8}
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -77,7 +86,9 @@ def test_stopped_and_started_again_every_run_is_trained_once_and_the_tables_are_
     assert sorted(line["run"] for line in starts if line["code"] == 0) == [
         *("baseline-seed0", "few-rows-seed0", "fewer-rows-seed0", "neftune-seed0")
     ]
-    steps = [json.loads(line)["step"] for line in log.read_text().splitlines() if '"train/loss"' in line]
+    steps = [
+        json.loads(line)["step"] for line in log.read_text().splitlines() if '"train/loss"' in line
+    ]
     assert steps == list(range(1, 37)), "the stopped run went on where it was"
     assert not list(out.glob("*/checkpoints"))
     page = (out / "experiments.md").read_text(encoding="utf-8")

@@ -56,16 +56,22 @@ def test_it_brings_what_generation_needs(exported: Path) -> None:
     trained = load_recipe(ROOT / "recipes" / "debug.yaml").model.name
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(ROOT / trained).chat_template
     stops = GenerationConfig.from_pretrained(exported).eos_token_id
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in (stops if isinstance(stops, list) else [stops])
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in (
+        stops if isinstance(stops, list) else [stops]
+    )
     card = (exported / "README.md").read_text()
     assert "3 steps" in card
     assert "eval_loss" in card
 
 
 def test_the_card_says_what_the_chat_template_was_given(tmp_path: Path) -> None:
-    recipe = load_recipe(ROOT / "recipes" / "debug.yaml", ["data.chat_template_kwargs.enable_thinking=false"])
+    recipe = load_recipe(
+        ROOT / "recipes" / "debug.yaml", ["data.chat_template_kwargs.enable_thinking=false"]
+    )
     assert "was given `enable_thinking=False`" in _model_card(tmp_path, recipe, 3, False)
-    assert "was given" not in _model_card(tmp_path, load_recipe(ROOT / "recipes" / "debug.yaml"), 3, False)
+    assert "was given" not in _model_card(
+        tmp_path, load_recipe(ROOT / "recipes" / "debug.yaml"), 3, False
+    )
 
 
 def test_nothing_is_left_beside_it(exported: Path) -> None:
@@ -81,7 +87,10 @@ def test_a_second_run_starts_from_it(run_dir: Path, exported: Path) -> None:
 
 def test_the_profile_is_a_trace(run_dir: Path) -> None:
     (trace,) = (run_dir / "profile").glob("*.json")
-    assert any("backward" in event.get("name", "") for event in json.loads(trace.read_text())["traceEvents"])
+    assert any(
+        "backward" in event.get("name", "")
+        for event in json.loads(trace.read_text())["traceEvents"]
+    )
 
 
 def test_a_damaged_run_is_not_exported(run_dir: Path, tmp_path: Path) -> None:
@@ -98,6 +107,8 @@ def test_a_damaged_run_is_not_exported(run_dir: Path, tmp_path: Path) -> None:
 def test_bad_input_is_told(run_dir: Path, tmp_path: Path, what: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")
-    with pytest.raises(BadInput, match="not a run folder" if what == "no run" else "not a model folder"):
+    with pytest.raises(
+        BadInput, match="not a run folder" if what == "no run" else "not a model folder"
+    ):
         export(tmp_path if what == "no run" else run_dir, tmp_path / "out")
     assert (tmp_path / "out" / "thesis.tex").exists()

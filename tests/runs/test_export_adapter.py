@@ -31,10 +31,10 @@ ADAPTERS = {  # with the stages they are trained at
     "lora": ("zero3", "adapter={rank: 4, dropout: 0.1}"),
     "whole": (
         "zero2",
-        "adapter={rank: 4, targets: [q_proj, up_proj], rslora: true, save_modules: [embed_tokens, lm_head]}",
+        "adapter={rank: 4, target_modules: [q_proj, up_proj], rslora: true, modules_to_save: [embed_tokens, lm_head]}",
     ),
     "dora": ("zero3", "adapter={rank: 4, dora: true}"),
-    "nf4": ("zero2", "adapter={rank: 4, base: nf4, double_quantisation: true}"),
+    "nf4": ("zero2", "adapter={rank: 4, base: nf4, double_quant: true}"),
     "bf16": ("zero3", "adapter={rank: 4}"),
 }
 FP32 = [name for name in ADAPTERS if name != "bf16"]
@@ -59,11 +59,27 @@ def runs(root: Path) -> dict[str, Path]:
     for name, (stage, adapter) in ADAPTERS.items():
         base = root / ("tied" if name == "whole" else "base")
         overrides = [
-            *("train.steps=3", "eval.every_steps=null", "optim.lr=3e-2", f"data.cache={root / 'cache'}"),
-            *(f"model.name={base}", "model.init=pretrained", f"parallel.deepspeed=ds_configs/{stage}.json", adapter),
+            *(
+                "train.steps=3",
+                "eval.every_steps=null",
+                "optim.lr=3e-2",
+                f"data.cache={root / 'cache'}",
+            ),
+            *(
+                f"model.name={base}",
+                "model.init=pretrained",
+                f"parallel.deepspeed=ds_configs/{stage}.json",
+                adapter,
+            ),
             *(["model.dtype=bfloat16"] if name == "bf16" else []),
         ]
-        cases.append({"run": str(root / name), "recipe": str(ROOT / "recipes" / "debug.yaml"), "overrides": overrides})
+        cases.append(
+            {
+                "run": str(root / name),
+                "recipe": str(ROOT / "recipes" / "debug.yaml"),
+                "overrides": overrides,
+            }
+        )
     path = root / "cases.json"
     path.write_text(json.dumps(cases))
     run_ranks(2, ["-m", "tests.numerics.cases", str(path)], timeout_s=600)
@@ -82,7 +98,11 @@ def merged(runs: dict[str, Path], root: Path) -> dict[str, Path]:
 
 def logits(model: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model.eval()(input_ids=torch.arange(10, 50).unsqueeze(0), use_cache=False).logits[0].float()
+        return (
+            model.eval()(input_ids=torch.arange(10, 50).unsqueeze(0), use_cache=False)
+            .logits[0]
+            .float()
+        )
 
 
 def trained(run: Path) -> torch.Tensor:
@@ -119,15 +139,22 @@ def test_the_merged_model_gives_the_trained_models_logits(
 def test_in_bf16_the_merged_model_stays_within_the_stated_tolerance(
     runs: dict[str, Path], merged: dict[str, Path], root: Path
 ) -> None:
-    of_merged, of_base = (logits(plain(folder, dtype=torch.bfloat16)) for folder in (merged["bf16"], root / "base"))
+    of_merged, of_base = (
+        logits(plain(folder, dtype=torch.bfloat16)) for folder in (merged["bf16"], root / "base")
+    )
     of_trained = trained(runs["bf16"])
     seen, control = relative(of_merged, of_trained), relative(of_base, of_trained)
-    print(f"\n  bf16, merged against base and adapter: {seen:.1e}; the base alone: {control:.1e}", end="")
+    print(
+        f"\n  bf16, merged against base and adapter: {seen:.1e}; the base alone: {control:.1e}",
+        end="",
+    )
     assert seen < TOLERANCE["bfloat16"]
     assert control > 3 * TOLERANCE["bfloat16"]
 
 
-def test_a_4_bit_adapter_loads_onto_a_4_bit_base(runs: dict[str, Path], exported: dict[str, Path], root: Path) -> None:
+def test_a_4_bit_adapter_loads_onto_a_4_bit_base(
+    runs: dict[str, Path], exported: dict[str, Path], root: Path
+) -> None:
     """As transformers quantises it: the base that it was trained on."""
     bits = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -138,8 +165,15 @@ def test_a_4_bit_adapter_loads_onto_a_4_bit_base(runs: dict[str, Path], exported
     base = plain(root / "base", quantization_config=bits, device_map="cpu")
     for module in base.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # a kernel of such CPUs computes in bf16 whatever is asked for
-    assert relative(logits(PeftModel.from_pretrained(base, str(exported["nf4"]))), trained(runs["nf4"])) < 1e-5
+            module.support_avx512bf16_for_cpu = (
+                False  # a kernel of such CPUs computes in bf16 whatever is asked for
+            )
+    assert (
+        relative(
+            logits(PeftModel.from_pretrained(base, str(exported["nf4"]))), trained(runs["nf4"])
+        )
+        < 1e-5
+    )
 
 
 def test_it_brings_the_tokenizer_and_names_its_base(exported: dict[str, Path], root: Path) -> None:
@@ -150,7 +184,9 @@ def test_it_brings_the_tokenizer_and_names_its_base(exported: dict[str, Path], r
     assert f"base_model: {root / 'base'}" in card
 
 
-def test_the_matrices_are_the_fp32_masters_and_no_more(runs: dict[str, Path], exported: dict[str, Path]) -> None:
+def test_the_matrices_are_the_fp32_masters_and_no_more(
+    runs: dict[str, Path], exported: dict[str, Path]
+) -> None:
     saved, _ = open_newest(runs["bf16"])
     tensors = load_file(exported["bf16"] / "adapter_model.safetensors")
     assert len(tensors) == len(saved.names)
@@ -176,7 +212,9 @@ def test_another_base_is_refused(runs: dict[str, Path], root: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_what_there_is_nothing_to_merge_into_or_from_is_told(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_what_there_is_nothing_to_merge_into_or_from_is_told(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs["lora"], run)
     recipe = (run / "recipe.yaml").read_text()
@@ -189,12 +227,32 @@ def test_what_there_is_nothing_to_merge_into_or_from_is_told(runs: dict[str, Pat
         export(run, tmp_path / "out", merge=True)
 
 
-def test_a_run_with_an_adapter_is_scored_as_its_training_scored_it(runs: dict[str, Path], root: Path) -> None:
+def test_a_run_with_an_adapter_is_scored_as_its_training_scored_it(
+    runs: dict[str, Path], root: Path
+) -> None:
     """`packhorse eval` takes the model with the adapter merged."""
-    given = [str(runs["lora"]), str(ROOT / "recipes" / "debug.yaml"), f"data.cache={root / 'cache'}"]
-    command = [sys.executable, "-m", "trainer.cli.main", "eval", *given, "--nproc", "1", "--out", str(root / "scored")]
-    subprocess.run(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=600)
-    (scored,), in_training = (read_lines(folder / EVALUATIONS) for folder in (root / "scored", runs["lora"]))
+    given = [
+        str(runs["lora"]),
+        str(ROOT / "recipes" / "debug.yaml"),
+        f"data.cache={root / 'cache'}",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer.cli.main",
+        "eval",
+        *given,
+        "--nproc",
+        "1",
+        "--out",
+        str(root / "scored"),
+    ]
+    subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=600
+    )
+    (scored,), in_training = (
+        read_lines(folder / EVALUATIONS) for folder in (root / "scored", runs["lora"])
+    )
     assert scored["step"] == in_training[-1]["step"] == 3
     assert scored["eval_loss"] == pytest.approx(in_training[-1]["eval_loss"], rel=1e-5)
     assert scored["metrics"] == in_training[-1]["metrics"]

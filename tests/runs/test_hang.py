@@ -11,7 +11,13 @@ from tests.slowed import start, wait_for
 
 pytestmark = pytest.mark.runs
 
-SMALL = ("guard.hang_floor_s=6", "guard.hang_factor=2", "data.eval=[]", "eval.every_steps=null", "eval.generate=null")
+SMALL = (
+    "guard.hang_floor_s=6",
+    "guard.hang_factor=2",
+    "data.eval=[]",
+    "eval.every_steps=null",
+    "eval.generate=null",
+)
 
 
 def ended(process: subprocess.Popen, began: float) -> str:

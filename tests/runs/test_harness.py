@@ -23,7 +23,12 @@ from trainer.model.load import load_model, load_tokenizer
 pytestmark = pytest.mark.runs
 
 QUESTIONS = [
-    {"question": f"How many are {n} and {n}?", "choices": ["two", "seven", "a dozen"], "label": n % 3} for n in range(8)
+    {
+        "question": f"How many are {n} and {n}?",
+        "choices": ["two", "seven", "a dozen"],
+        "label": n % 3,
+    }
+    for n in range(8)
 ]
 TASK = """
 task: sums
@@ -59,12 +64,32 @@ def results(work: Path) -> list[Path]:
     folders = [work / f"results-{seed}" for seed in (0, 1)]
     for seed, out in enumerate(folders):
         command = [
-            *(sys.executable, "-m", "trainer.cli.main", "eval", str(work / f"model-{seed}"), "recipes/debug.yaml"),
-            *("--out", str(out), "--nproc", "1", f"data.cache={work / 'cache'}", "eval.generate=null"),
+            *(
+                sys.executable,
+                "-m",
+                "trainer.cli.main",
+                "eval",
+                str(work / f"model-{seed}"),
+                "recipes/debug.yaml",
+            ),
+            *(
+                "--out",
+                str(out),
+                "--nproc",
+                "1",
+                f"data.cache={work / 'cache'}",
+                "eval.generate=null",
+            ),
             *("eval.lm_eval=[sums]", f"eval.lm_eval_path={work / 'tasks'}"),
         ]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HOME": str(work / "hub"), "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+        env = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "HF_HOME": str(work / "hub"),
+            "HF_HUB_OFFLINE": "1",
+        }
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
+        )
         assert done.returncode == 0, done.stderr
         assert "sums/acc" in done.stdout
     return folders
@@ -82,15 +107,21 @@ def right_answers(folder: Path) -> list[bool]:
         likelihoods = []
         for choice in row["choices"]:
             start = len(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-            ids = torch.tensor([tokenizer(f"{prompt} {choice}", add_special_tokens=False)["input_ids"]])
+            ids = torch.tensor(
+                [tokenizer(f"{prompt} {choice}", add_special_tokens=False)["input_ids"]]
+            )
             with torch.no_grad():
                 logprobs = model(ids).logits[0].log_softmax(-1)
-            likelihoods.append(sum(float(logprobs[i - 1, ids[0, i]]) for i in range(start, ids.shape[1])))
+            likelihoods.append(
+                sum(float(logprobs[i - 1, ids[0, i]]) for i in range(start, ids.shape[1]))
+            )
         right.append(likelihoods.index(max(likelihoods)) == row["label"])
     return right
 
 
-def test_the_harness_counts_what_the_model_thinks_likeliest(work: Path, results: list[Path]) -> None:
+def test_the_harness_counts_what_the_model_thinks_likeliest(
+    work: Path, results: list[Path]
+) -> None:
     for seed, out in enumerate(results):
         right = right_answers(work / f"model-{seed}")
         metric = read_results(str(out)).metrics["sums/acc"]
@@ -112,18 +143,28 @@ def test_an_unknown_task_is_told_with_the_nearest(work: Path) -> None:
         require_tasks(EvalSection(lm_eval=("sumss",), lm_eval_path=str(work / "tasks")))
 
 
-def test_an_interval_is_wilsons_for_a_mean_of_right_answers_and_else_by_the_libraries_error() -> None:
+def test_an_interval_is_wilsons_for_a_mean_of_right_answers_and_else_by_the_libraries_error() -> (
+    None
+):
     found = {"alias": "t", "sample_len": 4, "acc,none": 0.5, "acc_stderr,none": 0.1, "em,none": 1.0}
     found |= {"em_stderr,none": 0.0, "f1,strict": 0.7, "f1_stderr,strict": "N/A"}
     samples = [{"prompt": str(n), "scores": {"t/em": 1.0}} for n in range(4)]
     metrics = metrics_of({"t": found}, samples)
     assert metrics["t/acc"]["low"] == pytest.approx(0.5 - 1.96 * 0.1, abs=1e-4)
     assert metrics["t/acc"]["high"] == pytest.approx(0.5 + 1.96 * 0.1, abs=1e-4)
-    assert metrics["t/em"]["low"] == pytest.approx(4 / (4 + 1.96**2), abs=1e-4), "Wilson's of 4 of 4"
+    assert metrics["t/em"]["low"] == pytest.approx(4 / (4 + 1.96**2), abs=1e-4), (
+        "Wilson's of 4 of 4"
+    )
     assert metrics["t/em"]["high"] == 1
     assert metrics["t/f1,strict"] == {"value": 0.7, "count": 4, "low": None, "high": None}
 
 
 def test_what_is_no_number_of_one_sample_is_not_paired() -> None:
-    sample = {"filter": "none", "doc_hash": "x", "metrics": ["acc", "ppl"], "acc": 1.0, "ppl": (-3.0, 4)}
+    sample = {
+        "filter": "none",
+        "doc_hash": "x",
+        "metrics": ["acc", "ppl"],
+        "acc": 1.0,
+        "ppl": (-3.0, 4),
+    }
     assert samples_of({"t": [sample]}) == [{"prompt": "t:none:x", "scores": {"t/acc": 1.0}}]

@@ -51,9 +51,13 @@ SYNCHRONOUS = (
     "in the removal of the old one",
 )
 MEANWHILE = {
-    "in a file, training going on": Point("digest", "saving-step-000004/rank00000-000", call=30, meanwhile=True),
+    "in a file, training going on": Point(
+        "digest", "saving-step-000004/rank00000-000", call=30, meanwhile=True
+    ),
     "before it is published, training going on": Point("rename", "/step-000004", meanwhile=True),
-    "in the removal of the old one, training going on": Point("unlink", "removing-step-000002", meanwhile=True),
+    "in the removal of the old one, training going on": Point(
+        "unlink", "removing-step-000002", meanwhile=True
+    ),
 }
 ELSEWHERE = {
     "while the first checkpoint is written": Point("fsync", "saving-step-000002/rank00000-000"),
@@ -88,15 +92,23 @@ PREPARATIONS = {
     "before the report": Point("replace", "/report.json"),
     "before the cache is published": Point("rename", r"/documents-\w*$"),
     "after the cache is published": Point("rename", r"/documents-\w*$", after=True),
-    "while the held-out rows are prepared": Point("fsync", r"documents.*\.build-.*/input_ids", call=10),
+    "while the held-out rows are prepared": Point(
+        "fsync", r"documents.*\.build-.*/input_ids", call=10
+    ),
 }
 RANKS = {
     "rank 1 in its file": (1, Point("digest", "saving-step-000004/rank00001-000", call=10)),
     "rank 1 before its file's fsync": (1, Point("fsync", "saving-step-000004/rank00001-000")),
-    "rank 1 after its last file's fsync": (1, Point("fsync", "saving-step-000004/rank00001-001", after=True)),
+    "rank 1 after its last file's fsync": (
+        1,
+        Point("fsync", "saving-step-000004/rank00001-001", after=True),
+    ),
     "rank 0 before it publishes": (0, Point("rename", "/step-000004")),
     "rank 0 after it published": (0, Point("rename", "/step-000004", after=True)),
-    "rank 0 in the removal of the old one": (0, Point("unlink", "removing-step-000002", after=True)),
+    "rank 0 in the removal of the old one": (
+        0,
+        Point("unlink", "removing-step-000002", after=True),
+    ),
     "rank 1 in a step": (1, Point("step", call=5)),
     "rank 1 in the evaluation of step 3": (1, Point("evaluate", "evaluation 3")),
 }
@@ -121,7 +133,9 @@ def test_killed_in_a_synchronous_save(whole: dict[int, Path], run: Run, name: st
 
 
 @pytest.mark.parametrize("name", MEANWHILE)
-def test_killed_in_a_save_while_training_goes_on(whole: dict[int, Path], run: Run, name: str) -> None:
+def test_killed_in_a_save_while_training_goes_on(
+    whole: dict[int, Path], run: Run, name: str
+) -> None:
     run.die(1, MEANWHILE[name])
     assert logged(run.folder)[-1]["step"] > 4, "training waited for the save"
     run.finish(1)
@@ -153,7 +167,9 @@ def test_killed_in_a_resume(whole: dict[int, Path], half_way: Path, run: Run, na
 
 
 @pytest.mark.parametrize("name", PREPARATIONS)
-def test_killed_in_the_preparation(whole: dict[int, Path], nursery: Nursery, tmp_path: Path, name: str) -> None:
+def test_killed_in_the_preparation(
+    whole: dict[int, Path], nursery: Nursery, tmp_path: Path, name: str
+) -> None:
     run = Run(nursery, tmp_path, tmp_path / "cache")
     run.die(1, PREPARATIONS[name])
     run.finish(1)
@@ -209,7 +225,9 @@ def test_killed_at_a_random_moment(
         folder.mkdir()
         run = Run(nursery, folder, cache)
         log = run.folder / "metrics.jsonl"
-        codes = run.start(2, victims=victims, after_s=delay_s, after_file=None if starting else str(log))
+        codes = run.start(
+            2, victims=victims, after_s=delay_s, after_file=None if starting else str(log)
+        )
         if all(codes[rank] == KILLED for rank in victims):
             break
         delay_s *= 0.7  # the run had ended before

@@ -16,7 +16,10 @@ pytestmark = pytest.mark.runs
 
 POINTS = {
     "before the log's first line is safe": (1, Point("fsync", r"shards\.jsonl")),
-    "before a line is safe that no checkpoint knows of": (1, Point("fsync", r"shards\.jsonl", call=4)),
+    "before a line is safe that no checkpoint knows of": (
+        1,
+        Point("fsync", r"shards\.jsonl", call=4),
+    ),
     "after it": (2, Point("fsync", r"shards\.jsonl", call=4, after=True)),
     "in the middle of a shard": (2, Point("line", call=5)),
 }
@@ -46,7 +49,11 @@ def test_killed_and_started_again_it_is_the_run_of_its_log(
     def start_of(name: str) -> Run:
         (tmp_path / name).mkdir()
         run = Run(nursery, tmp_path / name, cache)
-        run.overrides += (f"data.train=[{{path: {folder}, grows: true}}]", "train.epochs=1", "train.steps=8")
+        run.overrides += (
+            f"data.train=[{{path: {folder}, streaming: true}}]",
+            "train.epochs=1",
+            "train.steps=8",
+        )
         return run
 
     run, replay = start_of("killed"), start_of("replay")

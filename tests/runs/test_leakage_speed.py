@@ -1,4 +1,4 @@
-"""100,000 rows of 200 tokens against 2,000 held-out ones, tokenising included: under three minutes on two cores."""
+"""100,000 rows of 200 tokens against 2,000 held-out ones, tokenizing included: under three minutes on two cores."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ MOST_S = 180.0
 
 
 @pytest.mark.runs
-def test_a_hundred_thousand_rows_are_prepared_and_compared_in_three_minutes(shared: Path, tmp_path: Path) -> None:
+def test_a_hundred_thousand_rows_are_prepared_and_compared_in_three_minutes(
+    shared: Path, tmp_path: Path
+) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "models/smollm2_tokenizer")
@@ -29,10 +31,16 @@ def test_a_hundred_thousand_rows_are_prepared_and_compared_in_three_minutes(shar
     report = check_leakage(recipe, tokenizer, train, held_out).leakage
     took_s = time.monotonic() - started
     tokens = train.report["tokens"]
-    print(f"\n{tokens:,} tokens, {tokens / TRAIN_ROWS:.0f} a row: {prepared_s:.0f} s to prepare, {took_s:.0f} s in all")
+    print(
+        f"\n{tokens:,} tokens, {tokens / TRAIN_ROWS:.0f} a row: {prepared_s:.0f} s to prepare, {took_s:.0f} s in all"
+    )
     assert abs(tokens / TRAIN_ROWS - ROW_TOKENS) < 20
     assert report
-    assert (report["rows"], report["leaked_rows"], report["pairs"]) == (HELD_OUT_ROWS, PLANTED, PLANTED)
+    assert (report["rows"], report["leaked_rows"], report["pairs"]) == (
+        HELD_OUT_ROWS,
+        PLANTED,
+        PLANTED,
+    )
     assert took_s < MOST_S
 
     started = time.monotonic()
@@ -49,7 +57,9 @@ def written(folder: Path, words_of: Path, tokenizer: object) -> Recipe:
     """Rows of a real text's words, drawn at random; the planted ones are train rows with two words changed."""
     rng = random.Random(0)
     with words_of.open(encoding="utf-8") as file:
-        words = [word for line in file for text in json.loads(line).values() for word in text.split()]
+        words = [
+            word for line in file for text in json.loads(line).values() for word in text.split()
+        ]
     per_row = words_that_make(ROW_TOKENS - 40, words, tokenizer)
     train = [rng.choices(words, k=per_row) for _ in range(TRAIN_ROWS)]
     held_out = [rng.choices(words, k=per_row) for _ in range(HELD_OUT_ROWS)]
@@ -72,7 +82,7 @@ def written(folder: Path, words_of: Path, tokenizer: object) -> Recipe:
                 "workers": 2,
                 "cache": str(folder / "cache"),
             },
-            "batch": {"row_tokens": 4096},
+            "batch": {"seq_len": 4096},
             "run": {"dir": str(folder / "run")},
         }
     )

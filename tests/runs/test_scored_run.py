@@ -25,7 +25,10 @@ DOWN = "http://127.0.0.1:9/v1"  # the discard port, where nothing listens
 
 
 def train(folder: Path, scorers: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    rows = [{"question": f"{n} + 1?", "answer": f"<answer>{n + 1}</answer>", "letter": "AB"[n % 2]} for n in range(5)]
+    rows = [
+        {"question": f"{n} + 1?", "answer": f"<answer>{n + 1}</answer>", "letter": "AB"[n % 2]}
+        for n in range(5)
+    ]
     (folder / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "scores_of_mine.py").write_text(FUNCTION)
     (folder / "schema.json").write_text('{"type": "object"}')
@@ -34,9 +37,17 @@ def train(folder: Path, scorers: dict[str, Any]) -> subprocess.CompletedProcess[
         "data.cache": str(folder / "cache"),
         "data.eval": [{"path": str(folder / "eval.jsonl")}],
         "train.steps": 2,
-        "eval.generate": {"rows": 5, "max_new_tokens": 4, "batch": 2, "scorers": scorers},
+        "eval.generate": {"num_prompts": 5, "max_new_tokens": 4, "batch": 2, "scorers": scorers},
     }
-    command = [sys.executable, "-m", "trainer.cli.main", "train", "recipes/debug.yaml", "--nproc", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer.cli.main",
+        "train",
+        "recipes/debug.yaml",
+        "--nproc",
+        "2",
+    ]
     return subprocess.run(
         [*command, *(f"{key}={json.dumps(value)}" for key, value in overrides.items())],
         cwd=ROOT,
@@ -75,16 +86,28 @@ def test_every_kind_becomes_a_metric_and_a_judge_that_is_down_a_missing_one(tmp_
         found = line["metrics"]
         assert list(found) == list(scorers)
         assert all(found[name]["count"] == 5 for name in scorers if name != "lost")
-        assert [found[name]["value"] for name in ("shape", "json", "polite", "mine", "wins")] == [1, 0, 1, 0.5, 0.5]
-        assert all(m["low"] <= m["value"] <= m["high"] for name, m in found.items() if name != "lost")
+        assert [found[name]["value"] for name in ("shape", "json", "polite", "mine", "wins")] == [
+            1,
+            0,
+            1,
+            0.5,
+            0.5,
+        ]
+        assert all(
+            m["low"] <= m["value"] <= m["high"] for name, m in found.items() if name != "lost"
+        )
         assert (found["lost"]["value"], found["lost"]["count"]) == (None, 0)
         assert f"the server at {DOWN} does not answer" in found["lost"]["missing"]
-    assert done.stderr.count("lost (judge): 5 of 5 answers have no score") == 2, "once an evaluation"
+    assert done.stderr.count("lost (judge): 5 of 5 answers have no score") == 2, (
+        "once an evaluation"
+    )
     logged = [line for line in read_lines(run / "metrics.jsonl") if "eval/loss" in line]
     assert [set(line) & {"eval/wins", "eval/lost"} for line in logged] == [{"eval/wins"}] * 2
     samples = read_lines(run / "samples.jsonl")
     assert len(samples) == 10
-    assert all(sample["scores"]["lost"] is None and "lost" in sample["unscored"] for sample in samples)
+    assert all(
+        sample["scores"]["lost"] is None and "lost" in sample["unscored"] for sample in samples
+    )
     assert texts(run) == 2
 
 
@@ -100,6 +123,9 @@ def texts(run: Path) -> int:
 def test_a_scorer_that_can_score_nothing_ends_the_run_before_it_is_trained(tmp_path: Path) -> None:
     done = train(tmp_path, {"value": {"kind": "math", "column": "solution"}})
     assert done.returncode == 2, done.stderr
-    assert "eval.generate.scorers.value (math): none of the 5 held-out prompts can be scored" in done.stderr
+    assert (
+        "eval.generate.scorers.value (math): none of the 5 held-out prompts can be scored"
+        in done.stderr
+    )
     assert "Traceback" not in done.stderr
     assert read_lines(tmp_path / "run" / "metrics.jsonl") == []

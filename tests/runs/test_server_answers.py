@@ -30,8 +30,13 @@ from trainer.model.load import load_model, load_tokenizer
 pytestmark = pytest.mark.runs
 
 START_S = 180.0
-ADAPTER = ("adapter={rank: 8, dora: true, save_modules: [lm_head]}", "optim.lr=0.1")
-SHORT = ("train.steps=2", "eval.every_steps=1", "optim.lr=1e-3", "parallel.deepspeed=ds_configs/zero3.json")
+ADAPTER = ("adapter={rank: 8, dora: true, modules_to_save: [lm_head]}", "optim.lr=0.1")
+SHORT = (
+    "train.steps=2",
+    "eval.every_steps=1",
+    "optim.lr=1e-3",
+    "parallel.deepspeed=ds_configs/zero3.json",
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "serve.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            [Path(sys.executable).with_name("transformers"), "serve", "--host", "127.0.0.1", "--port", str(port)],
+            [
+                Path(sys.executable).with_name("transformers"),
+                "serve",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+            ],
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -89,7 +101,10 @@ def runs(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
             return 400, "the disk is not there"
         if not isinstance(request.body["prompt"], list):
             return 400, "ids alone"
-        return 200, {"choices": [{"text": "hm"}], "usage": {"prompt_tokens": len(request.body["prompt"])}}
+        return 200, {
+            "choices": [{"text": "hm"}],
+            "usage": {"prompt_tokens": len(request.body["prompt"])},
+        }
 
     with StandIn(first_step_alone) as failing:
         cases = [
@@ -101,7 +116,10 @@ def runs(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         ]
         (root / "cases.json").write_text(json.dumps(cases))
         run_ranks(2, ["-m", "tests.numerics.cases", str(root / "cases.json")], timeout_s=600)
-    return {name: root / name for name in ("engine", "server", "failing", "adapter, engine", "adapter, server")}
+    return {
+        name: root / name
+        for name in ("engine", "server", "failing", "adapter, engine", "adapter, server")
+    }
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -109,10 +127,17 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("what", ["", "adapter, "])
-def test_a_run_is_evaluated_alike_by_the_engine_and_by_a_server(runs: dict[str, Path], what: str) -> None:
-    by_engine, by_server = (lines(runs[what + name] / "samples.jsonl") for name in ("engine", "server"))
+def test_a_run_is_evaluated_alike_by_the_engine_and_by_a_server(
+    runs: dict[str, Path], what: str
+) -> None:
+    by_engine, by_server = (
+        lines(runs[what + name] / "samples.jsonl") for name in ("engine", "server")
+    )
     assert by_server == by_engine
-    at = {step: [sample["answer"] for sample in by_engine if sample["step"] == step] for step in (0, 1, 2)}
+    at = {
+        step: [sample["answer"] for sample in by_engine if sample["step"] == step]
+        for step in (0, 1, 2)
+    }
     assert at[0] != at[1] != at[2], "else a server that keeps old weights would pass"
 
 
@@ -122,7 +147,11 @@ def test_the_weights_are_taken_away_when_they_are_answered(runs: dict[str, Path]
 
 def test_a_server_that_fails_in_the_middle_ends_no_run(runs: dict[str, Path]) -> None:
     assert {sample["step"] for sample in lines(runs["failing"] / "samples.jsonl")} == {0}
-    evaluated = {line["step"]: line for line in lines(runs["failing"] / "metrics.jsonl") if "eval/loss" in line}
+    evaluated = {
+        line["step"]: line
+        for line in lines(runs["failing"] / "metrics.jsonl")
+        if "eval/loss" in line
+    }
     assert set(evaluated) == {0, 1, 2}
     assert "eval/format_accuracy" in evaluated[0]
     assert "eval/format_accuracy" not in evaluated[1]
@@ -160,7 +189,9 @@ class NoStop:
         pass
 
 
-def test_a_real_models_greedy_answers_are_the_engines(server: Server, shared: Path, tmp_path: Path) -> None:
+def test_a_real_models_greedy_answers_are_the_engines(
+    server: Server, shared: Path, tmp_path: Path
+) -> None:
     folder = Path("~/.cache/packhorse/models/smollm2-135m-instruct").expanduser()
     runpy.run_path(str(ROOT / "recipes" / "quickstart" / "get_smollm2.py"))["get"](folder)
     recipe = load_recipe(
@@ -168,7 +199,7 @@ def test_a_real_models_greedy_answers_are_the_engines(server: Server, shared: Pa
         [
             f"model={{name: {folder}, dtype: float32}}",
             f"data.eval=[{{path: {shared / 'data' / 'gsm8k_test.jsonl'}}}]",
-            "eval.generate.rows=4",
+            "eval.generate.num_prompts=4",
             "eval.generate.max_new_tokens=24",
             *asks(server),
         ],
@@ -176,15 +207,17 @@ def test_a_real_models_greedy_answers_are_the_engines(server: Server, shared: Pa
     assert recipe.eval.generate
     tokenizer = load_tokenizer(recipe.model)
     masker = masker_of(recipe.data, tokenizer)
-    prompts = held_out_prompts(recipe, masker, recipe.eval.generate.rows)
+    prompts = held_out_prompts(recipe, masker, recipe.eval.generate.num_prompts)
     model = load_model(recipe.model, tokenizer, seed=0)
     model.generation_config.eos_token_id = sorted(masker.stop_token_ids)
     model.config.save_pretrained(tmp_path / "model")
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     module = SimpleNamespace(model=model)
-    engine: Any = SimpleNamespace(module=module, whole_weights=lambda: nullcontext(True))
+    engine: Any = SimpleNamespace(module=module, gather_for_generation=lambda: nullcontext(True))
     never: Any = NoStop()
     seeds = [0] * len(prompts)  # nothing is drawn
-    by_engine = generate(engine, prompts, recipe.eval.generate, tokenizer, never, never, seeds=seeds)
+    by_engine = generate(
+        engine, prompts, recipe.eval.generate, tokenizer, never, never, seeds=seeds
+    )
     assert answers(recipe, str(tmp_path / "model"), prompts, log=tmp_path / "unused") == by_engine

@@ -21,7 +21,9 @@ from trainer.model.sft import SftModel
 
 pytestmark = pytest.mark.runs
 
-REFERENCE_LOSS = 1.4604  # of the untouched model, by transformers alone; see the folder of shared data
+REFERENCE_LOSS = (
+    1.4604  # of the untouched model, by transformers alone; see the folder of shared data
+)
 REFERENCE_TOKENS = 6215  # end token and the newline after it counted
 
 
@@ -36,13 +38,13 @@ def smollm2() -> Path:
 def recipe(shared: Path, model: Path, run_dir: Path, **model_settings: Any) -> Recipe:
     return parse_recipe(
         {
-            "model": {"name": str(model), "recompute": False, **model_settings},
+            "model": {"name": str(model), "activation_checkpointing": "none", **model_settings},
             "data": {
                 "train": [{"path": str(shared / "data" / "gsm8k_train.jsonl")}],
                 "eval": [{"path": str(shared / "data" / "gsm8k_test.jsonl"), "rows": 48}],
                 "cache": str(run_dir.parent / "cache"),
             },
-            "batch": {"row_tokens": 512, "rows_per_step": 2},
+            "batch": {"seq_len": 512, "global_batch_size": 2},
             "optim": {"lr": 1e-4},
             "train": {"steps": 30},
             "parallel": {"deepspeed": "ds_configs/zero2.json"},
@@ -57,24 +59,36 @@ def test_the_untouched_model_has_the_loss_that_transformers_gives_it(
     """gsm8k_test's first 48 rows under SmolLM2's own template, fp32. Our policy leaves the newline after the end
     token out; the reference counts it, so here it is counted."""
     made = recipe(shared, smollm2, tmp_path / "run", dtype="float32")
-    made = made.model_copy(update={"data": made.data.model_copy(update={"train_trailing_newline": True})})
+    made = made.model_copy(
+        update={"data": made.data.model_copy(update={"train_trailing_newline": True})}
+    )
     tokenizer = load_tokenizer(made.model)
     data = prepare.prepare(made, tokenizer, "eval")
     assert int(data.trained_counts.sum()) == REFERENCE_TOKENS
     model = load_model(made.model, tokenizer, seed=0)
     sft = SftModel(model, made.loss, 0, dist.device())
-    probe(sft, row_tokens=512, one_document=False, seed=0)
+    probe(sft, seq_len=512, one_document=False, seed=0)
     sft.eval()
-    with torch.no_grad(), loader.Loader(data, prepare.eval_plan(made, data), 0, 1, pin=False) as batches:
+    with (
+        torch.no_grad(),
+        loader.Loader(data, prepare.eval_plan(made, data), 0, 1, pin=False) as batches,
+    ):
         loss = sum(float(sft(batch)) for batch in batches.stream(0))
     print(f"\n  held-out loss {loss:.4f}, by transformers alone {REFERENCE_LOSS}", end="")
     assert abs(loss - REFERENCE_LOSS) <= 0.002
 
 
-def test_thirty_steps_on_gsm8k_lower_the_held_out_loss(shared: Path, smollm2: Path, tmp_path: Path) -> None:
+def test_thirty_steps_on_gsm8k_lower_the_held_out_loss(
+    shared: Path, smollm2: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "gsm8k.yaml"
     path.write_text(recipe(shared, smollm2, tmp_path / "run").to_yaml())
-    subprocess.run([sys.executable, "-m", "trainer.cli.main", "train", str(path)], cwd=ROOT, check=True, env=os.environ)
+    subprocess.run(
+        [sys.executable, "-m", "trainer.cli.main", "train", str(path)],
+        cwd=ROOT,
+        check=True,
+        env=os.environ,
+    )
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     before, after = summary["before"]["eval/loss"], summary["after"]["eval/loss"]
     print(f"\n  held-out loss {before:.4f} -> {after:.4f} in {summary['steps']} steps", end="")

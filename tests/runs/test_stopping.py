@@ -68,7 +68,11 @@ def test_a_slow_save_is_not_cut_short(tmp_path):
     runs = {}
     for asynchronous in ("true", "false"):  # both at once: most of the time is waiting
         run_dir = tmp_path / asynchronous / "run"
-        how = ("checkpoint.every_steps=1", f"checkpoint.asynchronous={asynchronous}", *EVALUATES_NEVER)
+        how = (
+            "checkpoint.every_steps=1",
+            f"checkpoint.asynchronous={asynchronous}",
+            *EVALUATES_NEVER,
+        )
         runs[run_dir] = signalled("saving", "1", 45.0, run_dir, "launcher", *how)
     for run_dir, ended in runs.items():
         took, step = ended()
@@ -76,4 +80,6 @@ def test_a_slow_save_is_not_cut_short(tmp_path):
         found = checkpoint.find(run_dir)
         assert found is not None
         assert found[1].state.step == step, "what was trained is saved"
-        assert step in (2, 3), "it stops in the step after the save that the signals fell into, or with the one begun"
+        assert step in (2, 3), (
+            "it stops in the step after the save that the signals fell into, or with the one begun"
+        )

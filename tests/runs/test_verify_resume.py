@@ -14,14 +14,36 @@ from trainer.checkpoint.verify_resume import Differences
 pytestmark = pytest.mark.runs
 
 
-@pytest.mark.parametrize("changes", [[], ["adapter={rank: 4, dropout: 0.1}"]], ids=["whole", "adapter"])
+@pytest.mark.parametrize(
+    "changes", [[], ["adapter={rank: 4, dropout: 0.1}"]], ids=["whole", "adapter"]
+)
 def test_the_debug_recipe_survives_a_change_of_worlds(tmp_path: Path, changes: list[str]) -> None:
-    options = ["--worlds", "2,1", "--at", "2", "--steps", "4", f"run.dir={tmp_path / 'run'}", *changes]
-    command = [sys.executable, "-m", "trainer.cli.main", "verify-resume", "recipes/debug.yaml", *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900)
+    options = [
+        "--worlds",
+        "2,1",
+        "--at",
+        "2",
+        "--steps",
+        "4",
+        f"run.dir={tmp_path / 'run'}",
+        *changes,
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer.cli.main",
+        "verify-resume",
+        "recipes/debug.yaml",
+        *options,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=900
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "resuming changes nothing" in done.stdout
-    assert "the control, whose first moments were lost at the first break, was noticed" in done.stdout
+    assert (
+        "the control, whose first moments were lost at the first break, was noticed" in done.stdout
+    )
     assert not list(tmp_path.glob("verify-resume.*")), "nothing is left"
 
 

@@ -35,11 +35,16 @@ def bounds(lengths: tuple[int, ...] = LENGTHS) -> Bounds:
 def row(lengths: tuple[int, ...] = LENGTHS, value_size: int = SIZE) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(HEADS, SIZE), (GROUPS, SIZE), (GROUPS, value_size)]
-    return [torch.randn(1, heads, sum(lengths), e, generator=generator).requires_grad_() for heads, e in shapes]
+    return [
+        torch.randn(1, heads, sum(lengths), e, generator=generator).requires_grad_()
+        for heads, e in shapes
+    ]
 
 
 def attend(backend: str, *qkv: torch.Tensor, **arguments: Any) -> torch.Tensor:
-    return attention._FUNCTIONS[backend](Layer(), *qkv, None, **{"document_bounds": bounds(), **arguments})[0]
+    return attention._FUNCTIONS[backend](
+        Layer(), *qkv, None, **{"document_bounds": bounds(), **arguments}
+    )[0]
 
 
 def by_the_formula(
@@ -89,7 +94,8 @@ def test_reference_is_the_formula(arguments: dict[str, Any]) -> None:
     torch.testing.assert_close(out, out_true, rtol=1e-5, atol=1e-6)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     for mine, theirs in zip(
-        torch.autograd.grad((out * weights).sum(), ours), torch.autograd.grad((out_true * weights).sum(), true)
+        torch.autograd.grad((out * weights).sum(), ours),
+        torch.autograd.grad((out_true * weights).sum(), true),
     ):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
 
@@ -107,24 +113,42 @@ def test_short_documents_in_bf16_on_a_cpu_are_products_with_the_same_values_and_
             row(value_size=value_size),
             [x.detach().bfloat16().requires_grad_() for x in row(value_size=value_size)],
         )
-        outs = attend("reference", *exact, **arguments), attend("reference", *rounded, **arguments, **defect)
+        outs = (
+            attend("reference", *exact, **arguments),
+            attend("reference", *rounded, **arguments, **defect),
+        )
         for out in outs:
             out.float().square().sum().backward()
-        pairs = [(outs[0], outs[1]), *((a.grad, b.grad) for a, b in zip(exact, rounded, strict=True))]
-        return max(float((a - b.float()).norm() / a.norm()) for a, b in pairs if a is not None and b is not None)
+        pairs = [
+            (outs[0], outs[1]),
+            *((a.grad, b.grad) for a, b in zip(exact, rounded, strict=True)),
+        ]
+        return max(
+            float((a - b.float()).norm() / a.norm())
+            for a, b in pairs
+            if a is not None and b is not None
+        )
 
     assert off(max(LENGTHS)) <= max(3 * off(0), 1e-2) <= 3e-2
-    assert off(max(LENGTHS), document_bounds=bounds((sum(LENGTHS),))) > 0.3, "the control: boundaries ignored"
+    assert off(max(LENGTHS), document_bounds=bounds((sum(LENGTHS),))) > 0.3, (
+        "the control: boundaries ignored"
+    )
 
 
 def test_values_may_be_wider_or_narrower_than_keys() -> None:
     q, k, v = row(value_size=5)
-    torch.testing.assert_close(attend("reference", q, k, v), by_the_formula(q, k, v), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        attend("reference", q, k, v), by_the_formula(q, k, v), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_a_single_document_is_a_row() -> None:
     q, k, v = row()
-    first = attend("reference", *(x[:, :, : LENGTHS[0]] for x in (q, k, v)), document_bounds=bounds(LENGTHS[:1]))
+    first = attend(
+        "reference",
+        *(x[:, :, : LENGTHS[0]] for x in (q, k, v)),
+        document_bounds=bounds(LENGTHS[:1]),
+    )
     torch.testing.assert_close(first, attend("reference", q, k, v)[:, : LENGTHS[0]])
 
 
@@ -147,7 +171,9 @@ def test_what_no_backend_does_is_refused(arguments: dict[str, Any], says: str) -
 
 def test_a_mask_is_refused() -> None:
     with pytest.raises(BadInput, match="mask of its own"):
-        attention._FUNCTIONS["reference"](Layer(), *row(), torch.ones(1, 1, 25, 25), document_bounds=bounds())
+        attention._FUNCTIONS["reference"](
+            Layer(), *row(), torch.ones(1, 1, 25, 25), document_bounds=bounds()
+        )
 
 
 def test_attention_to_other_positions_is_refused() -> None:
@@ -165,14 +191,23 @@ def test_attention_to_other_positions_is_refused() -> None:
         ("torch_varlen", {}, "16-bit"),
     ],
 )
-def test_what_a_backend_lacks_is_refused(backend: str, arguments: dict[str, Any], says: str) -> None:
+def test_what_a_backend_lacks_is_refused(
+    backend: str, arguments: dict[str, Any], says: str
+) -> None:
     with pytest.raises(BadInput, match=says):
         attend(backend, *row(), **arguments)
 
 
 def test_arguments_that_mean_nothing_to_attention_pass() -> None:
     qkv = row()
-    out = attend("reference", *qkv, position_ids=torch.zeros(1), use_cache=False, output_attentions=False, other=None)
+    out = attend(
+        "reference",
+        *qkv,
+        position_ids=torch.zeros(1),
+        use_cache=False,
+        output_attentions=False,
+        other=None,
+    )
     assert torch.equal(out, attend("reference", *qkv))
 
 
@@ -230,7 +265,11 @@ def test_a_layers_own_mask_is_compared_with_what_the_backend_sees() -> None:
     ends = bounds().cu_seqlens
     attention._compare_mask("Layer", layer_mask(None), None, ends)
     attention._compare_mask("Layer", layer_mask(4), 4, ends)
-    for mask, window in [(layer_mask(4), None), (layer_mask(4), 5), (layer_mask(None, chunk=6), None)]:
+    for mask, window in [
+        (layer_mask(4), None),
+        (layer_mask(4), 5),
+        (layer_mask(None, chunk=6), None),
+    ]:
         with pytest.raises(BadInput, match="more than causality"):
             attention._compare_mask("Layer", mask, window, ends)
 

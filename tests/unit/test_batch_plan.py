@@ -19,11 +19,22 @@ def corpus(flags: list[np.ndarray], sources=None, weights=(1.0,)) -> Corpus:
     """Documents by their trained flags."""
 
     def count(documents, starts, stops):
-        return np.array([flags[d][a + 1 : b + 1].sum() for d, a, b in zip(documents, starts, stops, strict=True)])
+        return np.array(
+            [
+                flags[d][a + 1 : b + 1].sum()
+                for d, a, b in zip(documents, starts, stops, strict=True)
+            ]
+        )
 
     lengths = np.array([len(f) for f in flags])
     counts = np.array([f.sum() for f in flags])
-    return Corpus(lengths, counts, np.zeros(len(flags), int) if sources is None else np.array(sources), weights, count)
+    return Corpus(
+        lengths,
+        counts,
+        np.zeros(len(flags), int) if sources is None else np.array(sources),
+        weights,
+        count,
+    )
 
 
 def some_flags(seed: int, documents: int, longest: int = ROW) -> list[np.ndarray]:
@@ -35,12 +46,21 @@ def some_flags(seed: int, documents: int, longest: int = ROW) -> list[np.ndarray
 
 
 def make_plan(
-    documents, packing="bfd", rows_per_step=4, rows_per_micro=1, epochs=1, steps=None, seed=0, **loss
+    documents,
+    packing="bfd",
+    global_batch_size=4,
+    micro_batch_size=1,
+    epochs=1,
+    steps=None,
+    seed=0,
+    **loss,
 ) -> Plan:
     return Plan(
         documents if isinstance(documents, Corpus) else corpus(documents),
         lambda lengths, rng: pack(lengths, ROW, packing, rng),
-        BatchSection(row_tokens=ROW, rows_per_step=rows_per_step, rows_per_micro=rows_per_micro),
+        BatchSection(
+            seq_len=ROW, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size
+        ),
         TrainSection(epochs=epochs, steps=steps, seed=seed),
         LossSection(**loss),
     )
@@ -54,8 +74,8 @@ plans = st.builds(
     make_plan,
     st.builds(some_flags, st.integers(0, 99), st.integers(1, 40)),
     packing=st.sampled_from(["none", "bfd", "bfd_split", "wrapped", "greedy"]),
-    rows_per_step=st.integers(1, 9),
-    rows_per_micro=st.integers(1, 4),
+    global_batch_size=st.integers(1, 9),
+    micro_batch_size=st.integers(1, 4),
     epochs=st.integers(1, 3),
 )
 
@@ -70,10 +90,12 @@ def test_every_row_comes_once_an_epoch_and_sizes_differ_by_at_most_one(plan):
     assert sorted(rows) == list(range(plan.train.epochs))
     for epoch, seen in rows.items():
         assert seen == list(range(len(seen)))
-        assert max(sizes[epoch]) <= plan.batch.rows_per_step
+        assert max(sizes[epoch]) <= plan.batch.global_batch_size
         assert max(sizes[epoch]) - min(sizes[epoch]) <= 1
         tokens = plan.pieces(epoch, seen)
-        assert (tokens[:, 2] - tokens[:, 1]).sum() == plan.epochs.corpus(0).lengths.sum(), "every token once an epoch"
+        assert (tokens[:, 2] - tokens[:, 1]).sum() == plan.epochs.corpus(0).lengths.sum(), (
+            "every token once an epoch"
+        )
 
 
 @given(plans, st.integers(1, 12))
@@ -81,14 +103,21 @@ def test_ranks_share_every_micro_batch_once_and_run_equally_many(plan, world):
     for step in map(plan.step, range(plan.steps)):
         shares = [micro_batches_of(step, rank, world) for rank in range(world)]
         assert len({len(share) for share in shares}) == 1
-        taken = Counter(micro_batch for share in shares for micro_batch in share if micro_batch is not None)
+        taken = Counter(
+            micro_batch for share in shares for micro_batch in share if micro_batch is not None
+        )
         assert taken == Counter(step.micro_batches)
-        assert all(1 <= len(micro_batch) <= plan.batch.rows_per_micro for micro_batch in step.micro_batches)
+        assert all(
+            1 <= len(micro_batch) <= plan.batch.micro_batch_size
+            for micro_batch in step.micro_batches
+        )
 
 
 @given(plans, st.integers(1, 12))
 def test_the_filler_share_is_the_share_of_fillers(plan, world):
-    shares = [micro_batches_of(plan.step(s), r, world) for s in range(plan.steps) for r in range(world)]
+    shares = [
+        micro_batches_of(plan.step(s), r, world) for s in range(plan.steps) for r in range(world)
+    ]
     all_of_them = [micro_batch for share in shares for micro_batch in share]
     assert plan.filler_share(world) == pytest.approx(all_of_them.count(None) / len(all_of_them))
 
@@ -130,11 +159,13 @@ def test_constant_weights_divide_by_k_and_the_examples():
     assert plan.uniform_weight(step) == pytest.approx(1 / (10 * step.examples))
 
 
-@pytest.mark.parametrize(("weighting", "more"), [("token", {}), ("example", {}), ("constant", {"constant_tokens": 5})])
+@pytest.mark.parametrize(
+    ("weighting", "more"), [("token", {}), ("example", {}), ("constant", {"constant_tokens": 5})]
+)
 def test_a_step_without_a_trained_token_weighs_nothing(weighting, more):
     flags = [np.zeros(2 * ROW, bool)]
     flags[0][-1] = True  # cut in two rows, the first of which has nothing to learn
-    plan = make_plan(flags, "bfd_split", rows_per_step=1, weighting=weighting, **more)
+    plan = make_plan(flags, "bfd_split", global_batch_size=1, weighting=weighting, **more)
     assert sorted(plan.step(s).trained_tokens for s in range(plan.steps)) == [0, 1]
     for step in map(plan.step, range(plan.steps)):
         weights = plan.piece_weights(step, plan.pieces(0, step.micro_batches[0]))
@@ -146,7 +177,7 @@ def test_a_step_without_a_trained_token_weighs_nothing(weighting, more):
 def test_a_token_after_a_cut_is_predicted_by_the_piece_before_it():
     flags = [np.zeros(ROW + 1, bool)]
     flags[0][ROW] = True  # the second piece's first and only token
-    plan = make_plan(flags, "bfd_split", rows_per_step=1)
+    plan = make_plan(flags, "bfd_split", global_batch_size=1)
     for step in map(plan.step, range(plan.steps)):
         (piece,) = plan.row(0, step.micro_batches[0][0])
         assert step.trained_tokens == (1 if piece.start == 0 else 0)
@@ -187,16 +218,25 @@ def test_a_source_gives_its_weight_in_rows(weight, times):
     sources = [0] * 20 + [1] * 20
     plan = make_plan(corpus(flags, sources, (weight, 1.0)), "none", epochs=2)
     for epoch in range(2):
-        rows = [row for s in range(plan.steps) if plan.step(s).epoch == epoch for row in rows_of(plan, s)]
+        rows = [
+            row
+            for s in range(plan.steps)
+            if plan.step(s).epoch == epoch
+            for row in rows_of(plan, s)
+        ]
         counts = Counter(plan.pieces(epoch, rows)[:, 0].tolist())
         of_first = [counts[document] for document in range(20)]
         assert sum(of_first) == times
-        assert max(of_first) - min(of_first) <= 1, "whole passes, and a remainder without replacement"
+        assert max(of_first) - min(of_first) <= 1, (
+            "whole passes, and a remainder without replacement"
+        )
         assert all(counts[document] == 1 for document in range(20, 40))
 
 
 def test_samples_of_a_source_differ_between_epochs():
-    plan = make_plan(corpus(some_flags(0, 40), weights=(0.5,)), "none", epochs=2, rows_per_step=20)
+    plan = make_plan(
+        corpus(some_flags(0, 40), weights=(0.5,)), "none", epochs=2, global_batch_size=20
+    )
     first, second = (set(plan.pieces(epoch, range(20))[:, 0].tolist()) for epoch in (0, 1))
     assert len(first) == len(second) == 20
     assert first != second
@@ -204,7 +244,7 @@ def test_samples_of_a_source_differ_between_epochs():
 
 @pytest.mark.parametrize("packing", ["none", "wrapped"])
 def test_a_document_that_comes_twice_has_noise_of_its_own_each_time(packing):
-    plan = make_plan(corpus(some_flags(0, 10), weights=(2.5,)), packing, rows_per_step=99)
+    plan = make_plan(corpus(some_flags(0, 10), weights=(2.5,)), packing, global_batch_size=99)
     pieces = plan.pieces(0, rows_of(plan, 0))
     assert len({(document, piece) for document, _, _, piece in pieces.tolist()}) == len(pieces)
 
@@ -215,8 +255,12 @@ def test_weights_that_leave_no_row_are_refused():
 
 
 def test_more_ranks_than_micro_batches_are_refused_unless_allowed():
-    plan = make_plan([np.array([False, True])] * 12, "none", rows_per_step=6, rows_per_micro=2)  # steps of 3
-    with pytest.raises(BadInput, match=r"4 ranks, but a step has only 3 micro-batches: start 1, 3 ranks"):
+    plan = make_plan(
+        [np.array([False, True])] * 12, "none", global_batch_size=6, micro_batch_size=2
+    )  # steps of 3
+    with pytest.raises(
+        BadInput, match=r"4 ranks, but a step has only 3 micro-batches: start 1, 3 ranks"
+    ):
         plan.check_world(4, allow_idle_ranks=False)
     assert plan.check_world(4, allow_idle_ranks=True) == (
         "25% of the micro-batches of 4 ranks are fillers; good numbers of ranks: 1, 3"
@@ -226,7 +270,7 @@ def test_more_ranks_than_micro_batches_are_refused_unless_allowed():
 
 
 def test_good_worlds_are_near_the_one_asked_for():
-    plan = make_plan([np.array([False, True])] * 64, "none", rows_per_step=64)
+    plan = make_plan([np.array([False, True])] * 64, "none", global_batch_size=64)
     assert plan.filler_share(48) == pytest.approx(1 - 64 / 96)
     assert plan.good_worlds(48) == [16, 32, 64]
     assert [plan.filler_share(world) for world in plan.good_worlds(48)] == [0, 0, 0]
@@ -237,7 +281,7 @@ def test_held_out_rows_are_one_step():
     plan = Plan.for_eval(
         corpus(flags),
         lambda lengths, rng: pack(lengths, ROW, "bfd", rng),
-        BatchSection(row_tokens=ROW, rows_per_step=2, rows_per_micro=3),
+        BatchSection(seq_len=ROW, global_batch_size=2, micro_batch_size=3),
     )
     assert plan.steps == 1
     step = plan.step(0)
@@ -250,7 +294,7 @@ def test_only_two_packings_stay_in_memory_and_all_can_be_asked_for_again():
     plan = Plan(
         corpus(some_flags(0, 30)),
         lambda lengths, rng: pack(lengths, ROW, "bfd", rng),
-        BatchSection.model_validate({"row_tokens": ROW, "rows_per_step": 4}),
+        BatchSection.model_validate({"seq_len": ROW, "global_batch_size": 4}),
         TrainSection.model_validate({"epochs": 5}),
         LossSection.model_validate({}),
         keep=lambda epoch, make: made.append(epoch) or make(),
@@ -276,10 +320,12 @@ def test_sizes_of_rows_and_epochs_are_those_of_the_steps(plan):
         assert plan.epoch_steps(epoch) == len(steps)
         rows = [row for step in steps for micro_batch in step.micro_batches for row in micro_batch]
         tokens, pieces = plan.row_sizes(epoch)
-        assert tokens.tolist() == [sum(p.stop - p.start for p in plan.row(epoch, row)) for row in rows]
+        assert tokens.tolist() == [
+            sum(p.stop - p.start for p in plan.row(epoch, row)) for row in rows
+        ]
         assert pieces.tolist() == [len(plan.row(epoch, row)) for row in rows]
 
 
 def test_a_run_may_end_inside_its_first_epoch():
-    plan = make_plan(some_flags(0, 40), rows_per_step=2, steps=3)
+    plan = make_plan(some_flags(0, 40), global_batch_size=2, steps=3)
     assert plan.epoch_steps() == 3

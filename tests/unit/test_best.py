@@ -15,13 +15,22 @@ from trainer.config.eval import BestSection, Condition
 from trainer.config.recipe import load_recipe, parse_recipe
 from trainer.datatypes import BadInput
 
-RULE = {"maximize": "answer_accuracy", "subject_to": {"format_accuracy": ">= 0.98"}, "tie": "eval_loss"}
+RULE = {
+    "maximize": "answer_accuracy",
+    "subject_to": {"format_accuracy": ">= 0.98"},
+    "tie": "eval_loss",
+}
 
 
-def line(step: int, eval_loss: float, answer: float | None, form: float | None = 1.0) -> dict[str, Any]:
+def line(
+    step: int, eval_loss: float, answer: float | None, form: float | None = 1.0
+) -> dict[str, Any]:
     """A line of evaluations.jsonl."""
     scores = {"answer_accuracy": answer, "format_accuracy": form}
-    metrics = {name: {"value": value, "count": 8, "low": None, "high": None} for name, value in scores.items()}
+    metrics = {
+        name: {"value": value, "count": 8, "low": None, "high": None}
+        for name, value in scores.items()
+    }
     return {"step": step, "eval_loss": eval_loss, "metrics": metrics}
 
 
@@ -46,12 +55,22 @@ def test_of_equal_ones_the_tie_decides_and_then_the_earlier_step():
     assert best_of(line(10, 0.5, 0.75), line(20, 0.5, 0.75)) == 10
     assert best_of(line(10, 0.4, 0.75), line(20, 0.5, 0.75), maximize="format_accuracy") == 10
     by_score = {"minimize": "eval_loss", "tie": "answer_accuracy"}
-    assert best_of(line(10, 0.5, 0.25), line(20, 0.5, 0.75), **by_score) == 20, "the higher score is the better one"
+    assert best_of(line(10, 0.5, 0.25), line(20, 0.5, 0.75), **by_score) == 20, (
+        "the higher score is the better one"
+    )
 
 
 def test_the_lowest_wins_where_it_is_minimised():
-    assert best_of(line(10, 0.5, 0.2), line(20, 0.4, 0.1), line(30, 0.6, 0.0), minimize="eval_loss") == 20
-    assert best_of(line(10, 0.5, 0.2), line(20, 0.4, 0.1), line(30, 0.6, 0.0), minimize="answer_accuracy") == 30
+    assert (
+        best_of(line(10, 0.5, 0.2), line(20, 0.4, 0.1), line(30, 0.6, 0.0), minimize="eval_loss")
+        == 20
+    )
+    assert (
+        best_of(
+            line(10, 0.5, 0.2), line(20, 0.4, 0.1), line(30, 0.6, 0.0), minimize="answer_accuracy"
+        )
+        == 30
+    )
 
 
 @pytest.mark.parametrize(
@@ -82,7 +101,13 @@ def test_the_untrained_model_is_no_candidate_as_it_has_no_checkpoint():
 
 @pytest.mark.parametrize(
     ("text", "met", "not_met"),
-    [(">= 0.5", 0.5, 0.49), ("> 0.5", 0.51, 0.5), ("<=0.5", 0.5, 0.51), (" <  5e-1 ", 0.49, 0.5), ("> -.5", 0.0, -0.5)],
+    [
+        (">= 0.5", 0.5, 0.49),
+        ("> 0.5", 0.51, 0.5),
+        ("<=0.5", 0.5, 0.51),
+        (" <  5e-1 ", 0.49, 0.5),
+        ("> -.5", 0.0, -0.5),
+    ],
 )
 def test_conditions(text, met, not_met):
     condition = Condition.parse(text)
@@ -105,7 +130,10 @@ def test_a_rule_reads_back_from_the_resolved_recipe(tmp_path):
     recipe = parse_recipe(tree(RULE))
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     assert load_recipe(tmp_path / "recipe.yaml").eval.best == BestSection(**RULE)
-    assert str(recipe.eval.best) == "the highest answer_accuracy with format_accuracy >= 0.98, ties by eval_loss"
+    assert (
+        str(recipe.eval.best)
+        == "the highest answer_accuracy with format_accuracy >= 0.98, ties by eval_loss"
+    )
 
 
 def test_a_rule_may_change_on_a_resume():
@@ -122,7 +150,10 @@ def test_a_rule_may_change_on_a_resume():
         ({"maximize": "answer_acuracy"}, "did you mean `answer_accuracy`?"),
         ({"minimize": "eval_los"}, "did you mean `eval_loss`?"),
         ({"maximize": "zzz"}, "names here: eval_loss, format_accuracy, answer_accuracy"),
-        ({"maximize": "answer_accuracy", "tie": "lenght"}, "`best.tie`: there is no scorer `lenght`"),
+        (
+            {"maximize": "answer_accuracy", "tie": "lenght"},
+            "`best.tie`: there is no scorer `lenght`",
+        ),
         (
             {"maximize": "answer_accuracy", "subject_to": {"formt": "> 0"}},
             "`best.subject_to.formt`: there is no scorer",
@@ -135,11 +166,26 @@ def test_a_rule_may_change_on_a_resume():
             {"maximize": "answer_accuracy", "subject_to": {"format_accuracy": 0.98}},
             "`0.98` is no condition: write one of",
         ),
-        ({"maximize": "answer_accuracy", "subject_to": {"format_accuracy": "== 1"}}, "`== 1` is no condition"),
-        ({"maximize": "answer_accuracy", "subject_to": {"format_accuracy": ">= high"}}, "`>= high` is no condition"),
-        ({"maximize": "answer_accuracy", "subject_to": {"format_accuracy": ">= 1 or so"}}, "is no condition"),
-        ({"maximize": "answer_accuracy", "subject_to": {"format_accuracy": ">= nan"}}, "is no condition"),
-        ({"maximize": "answer_accuracy", "subject_to": {"format_accuracy": ">= 98"}}, "scores go from 0 to 1"),
+        (
+            {"maximize": "answer_accuracy", "subject_to": {"format_accuracy": "== 1"}},
+            "`== 1` is no condition",
+        ),
+        (
+            {"maximize": "answer_accuracy", "subject_to": {"format_accuracy": ">= high"}},
+            "`>= high` is no condition",
+        ),
+        (
+            {"maximize": "answer_accuracy", "subject_to": {"format_accuracy": ">= 1 or so"}},
+            "is no condition",
+        ),
+        (
+            {"maximize": "answer_accuracy", "subject_to": {"format_accuracy": ">= nan"}},
+            "is no condition",
+        ),
+        (
+            {"maximize": "answer_accuracy", "subject_to": {"format_accuracy": ">= 98"}},
+            "scores go from 0 to 1",
+        ),
         ({"maximize": "answer_accuracy", "subject_to": ">= 98"}, "`eval.best.subject_to`"),
     ],
 )
@@ -192,9 +238,14 @@ def test_where_none_meets_the_conditions_there_is_no_best_and_it_is_said(tmp_pat
     assert best.step is None
     summary = best.summary()
     assert summary
-    assert summary["why"] == "step 10: format_accuracy is 0.5, not >= 0.98; step 20: answer_accuracy is missing"
+    assert (
+        summary["why"]
+        == "step 10: format_accuracy is 0.5, not >= 0.98; step 20: answer_accuracy is missing"
+    )
     assert json.loads((tmp_path / "best.json").read_text())["step"] is None
-    with pytest.raises(BadInput, match=r"no best checkpoint: step 10: format_accuracy is 0\.5, not >= 0\.98"):
+    with pytest.raises(
+        BadInput, match=r"no best checkpoint: step 10: format_accuracy is 0\.5, not >= 0\.98"
+    ):
         best_step(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Tokenised once: whole or absent, the same however it came about, and honest about what was left out."""
+"""Tokenized once: whole or absent, the same however it came about, and honest about what was left out."""
 
 import json
 import os
@@ -15,12 +15,12 @@ import pytest
 
 from trainer.data import cache, tokenize
 from trainer.data.cache import Documents, keep_packed, prepare
-from trainer.data.tokenize import Limits, Row, tokenise_rows
+from trainer.data.tokenize import LengthPolicy, Row, tokenize_rows
 from trainer.datatypes import BadInput, Example, Filtered, Packed, RowError
 from trainer.utils import files
 from trainer.utils.files import Stopped
 
-LIMITS = Limits(100, "reject", packing_cuts=False)
+LIMITS = LengthPolicy(100, "reject", packing_cuts=False)
 
 
 def fake_example(number: int) -> Example:
@@ -28,23 +28,31 @@ def fake_example(number: int) -> Example:
     return Example(ids, np.arange(len(ids)) % 2 == 1)
 
 
-def fake_tokenise(rows: list[Row]) -> list[Example | RowError]:
+def fake_tokenize(rows: list[Row]) -> list[Example | RowError]:
     """A row's fields are None, the reason of a reject, or what is raised."""
     faults = [RowError(row.fields) if isinstance(row.fields, str) else row.fields for row in rows]
     return [fault or fake_example(row.number) for fault, row in zip(faults, rows, strict=True)]
 
 
 def rows(count: int, bad: Mapping[int, str | RowError] | None = None) -> list[Row]:
-    return [Row(number % 2, number % 2, number, (bad or {}).get(number)) for number in range(1, count + 1)]
+    return [
+        Row(number % 2, number % 2, number, (bad or {}).get(number))
+        for number in range(1, count + 1)
+    ]
 
 
 def made(
-    folder: Path, all_rows: list[Row], *, max_rejects: float = 1.0, seen: list[int] | None = None, **more
+    folder: Path,
+    all_rows: list[Row],
+    *,
+    max_rejects: float = 1.0,
+    seen: list[int] | None = None,
+    **more,
 ) -> Documents:
     def chunks(done: int):
         if seen is not None:
             seen.append(done)
-        return tokenise_rows(islice(all_rows, done, None), fake_tokenise, LIMITS, workers=1)
+        return tokenize_rows(islice(all_rows, done, None), fake_tokenize, LIMITS, workers=1)
 
     return prepare(
         folder,
@@ -62,7 +70,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(tokenize, "CHUNK_ROWS", 4)
 
 
-def test_documents_are_what_was_tokenised(tmp_path):
+def test_documents_are_what_was_tokenized(tmp_path):
     documents = made(tmp_path / "d", rows(30))
     assert len(documents.lengths) == 30
     for document in range(30):
@@ -89,7 +97,9 @@ def test_trained_tokens_are_counted_where_they_are_predicted(tmp_path):
         trained = documents.example(document).trained
         for start in range(len(trained)):
             for stop in range(start + 1, len(trained) + 1):
-                counted = documents.count_trained(np.array([document]), np.array([start]), np.array([stop]))
+                counted = documents.count_trained(
+                    np.array([document]), np.array([start]), np.array([stop])
+                )
                 assert counted.tolist() == [trained[start + 1 : stop + 1].sum()]
 
 
@@ -104,7 +114,11 @@ def test_a_second_start_reads_nothing_and_is_quick(tmp_path):
 
 
 def test_the_fingerprint_is_that_of_the_documents(tmp_path):
-    one, same, other = made(tmp_path / "1", rows(30)), made(tmp_path / "2", rows(30)), made(tmp_path / "3", rows(29))
+    one, same, other = (
+        made(tmp_path / "1", rows(30)),
+        made(tmp_path / "2", rows(30)),
+        made(tmp_path / "3", rows(29)),
+    )
     assert one.fingerprint == same.fingerprint != other.fingerprint
 
 
@@ -118,7 +132,9 @@ def test_the_report_counts_by_source_and_reason(tmp_path):
     a, b = report["sources"]
     assert (a["name"], a["rows"], a["rejected"], a["reasons"]) == ("a", 5, 1, {"too odd": 1})
     assert (b["name"], b["rows"], b["rejected"], b["reasons"]) == ("b", 5, 2, {"no answer": 2})
-    lines = [json.loads(line) for line in (documents.folder / "rejects.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (documents.folder / "rejects.jsonl").read_text().splitlines()
+    ]
     assert lines[0] == {"source": "b.jsonl", "row": 3, "reason": "no answer"}
     assert len(lines) == 3
 
@@ -126,15 +142,25 @@ def test_the_report_counts_by_source_and_reason(tmp_path):
 def repeating(folder: Path, **more) -> Documents:
     """Rows 1 to 30 of source b, then a; row n has the tokens of row n % 7, and is cut into two documents."""
 
-    def tokenise_repeated(rows: list[Row]) -> list[Example | RowError]:
+    def tokenize_repeated(rows: list[Row]) -> list[Example | RowError]:
         ids = [np.arange(10, dtype=np.int32) + row.number % 7 * 100 for row in rows]
         return [Example(each, np.arange(10) > 0) for each in ids]
 
     def chunks(done: int):
         all_rows = [Row(int(n > 20), int(n > 20), n, None) for n in range(1, 31)]
-        return tokenise_rows(all_rows[done:], tokenise_repeated, Limits(6, "split", packing_cuts=False), workers=1)
+        return tokenize_rows(
+            all_rows[done:],
+            tokenize_repeated,
+            LengthPolicy(6, "split", packing_cuts=False),
+            workers=1,
+        )
 
-    names = {"sources": ["a", "b"], "files": ["a.jsonl", "b.jsonl"], "what": "data.train", "max_rejects": 1.0}
+    names = {
+        "sources": ["a", "b"],
+        "files": ["a.jsonl", "b.jsonl"],
+        "what": "data.train",
+        "max_rejects": 1.0,
+    }
     return prepare(folder, chunks, **names, **more)
 
 
@@ -148,11 +174,16 @@ def test_duplicates_are_counted_by_source_and_kept(tmp_path):
 @pytest.mark.parametrize("block", [1, 3, 4096])
 def test_duplicates_are_dropped_and_the_first_stays(tmp_path, monkeypatch, block):
     monkeypatch.setattr(cache, "BLOCK_DOCUMENTS", block)
-    documents, whole = repeating(tmp_path / "d", drop_duplicates=True), repeating(tmp_path / "whole")
+    documents, whole = (
+        repeating(tmp_path / "d", drop_duplicates=True),
+        repeating(tmp_path / "whole"),
+    )
     assert documents.rows.tolist() == [row for row in range(1, 8) for _ in range(2)]
     for document in range(14):
         for field in ("input_ids", "trained"):
-            assert np.array_equal(getattr(documents.example(document), field), getattr(whole.example(document), field))
+            assert np.array_equal(
+                getattr(documents.example(document), field), getattr(whole.example(document), field)
+            )
     report = documents.report
     assert (report["rows"], report["duplicates"], report["rejected"]) == (30, 23, 0)
     assert (report["documents"], report["tokens"]) == (14, documents.lengths.sum())
@@ -163,18 +194,31 @@ def test_duplicates_are_dropped_and_the_first_stays(tmp_path, monkeypatch, block
 
 
 def test_rows_that_differ_in_what_is_trained_are_no_duplicates(tmp_path):
-    def tokenise_alike(rows: list[Row]) -> list[Example | RowError]:
+    def tokenize_alike(rows: list[Row]) -> list[Example | RowError]:
         return [Example(np.arange(5, dtype=np.int32), np.arange(5) >= row.number) for row in rows]
 
     def chunks(done: int):
-        return tokenise_rows([Row(0, 0, n, None) for n in (1, 2, 3)][done:], tokenise_alike, LIMITS, workers=1)
+        return tokenize_rows(
+            [Row(0, 0, n, None) for n in (1, 2, 3)][done:], tokenize_alike, LIMITS, workers=1
+        )
 
-    documents = prepare(tmp_path / "d", chunks, sources=["a"], files=["a"], what="x", max_rejects=0.0)
+    documents = prepare(
+        tmp_path / "d", chunks, sources=["a"], files=["a"], what="x", max_rejects=0.0
+    )
     assert documents.report["duplicates"] == 0
 
 
 def test_too_many_rejects_stop_the_run_and_the_commonest_reasons_are_named(tmp_path):
-    bad = {1: "e", 2: "common", 3: "common", 4: "common", 5: "second", 6: "second", 7: "third", 8: "third"}
+    bad = {
+        1: "e",
+        2: "common",
+        3: "common",
+        4: "common",
+        5: "second",
+        6: "second",
+        7: "third",
+        8: "third",
+    }
     counts = r"common \(3\), second \(2\), third \(2\)"
     said = rf"8 of 20 rows \(40\.0%\) .* data.max_rejects \(10\.0%\): {counts}; see .*rejects.jsonl"
     for _ in range(2):  # found in the cache it is the same
@@ -187,12 +231,21 @@ def test_too_many_rejects_stop_the_run_and_the_commonest_reasons_are_named(tmp_p
 
 def test_filtered_rows_are_counted_apart_and_are_no_rejects(tmp_path):
     unwanted = dict.fromkeys(range(1, 9), Filtered("too short"))
-    documents = made(tmp_path / "d", rows(10, {**unwanted, 9: Filtered("too long")}), max_rejects=0.0)
+    documents = made(
+        tmp_path / "d", rows(10, {**unwanted, 9: Filtered("too long")}), max_rejects=0.0
+    )
     report = documents.report
-    assert (report["rows"], report["documents"], report["rejected"], report["filtered"]) == (10, 1, 0, 9)
+    assert (report["rows"], report["documents"], report["rejected"], report["filtered"]) == (
+        10,
+        1,
+        0,
+        9,
+    )
     assert (report["reasons"], report["filter_reasons"]) == ({}, {"too short": 8, "too long": 1})
     assert [source["filtered"] for source in report["sources"]] == [4, 5]
-    lines = [json.loads(line) for line in (documents.folder / "filtered.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (documents.folder / "filtered.jsonl").read_text().splitlines()
+    ]
     assert lines[0] == {"source": "b.jsonl", "row": 1, "reason": "too short"}
     assert len(lines) == 9
     assert (documents.folder / "rejects.jsonl").read_text() == ""
@@ -206,9 +259,12 @@ def test_the_share_of_rejects_is_of_the_rows_that_were_wanted(tmp_path):
 
 def test_filters_that_leave_nothing_are_named(tmp_path):
     with pytest.raises(
-        BadInput, match=r"the filters leave no row of 3: too short \(2\), odd \(1\); see .*filtered\.jsonl"
+        BadInput,
+        match=r"the filters leave no row of 3: too short \(2\), odd \(1\); see .*filtered\.jsonl",
     ):
-        made(tmp_path / "d", rows(3, {1: Filtered("too short"), 2: "odd", 3: Filtered("too short")}))
+        made(
+            tmp_path / "d", rows(3, {1: Filtered("too short"), 2: "odd", 3: Filtered("too short")})
+        )
 
 
 def test_nothing_left_stops_the_run(tmp_path):
@@ -259,15 +315,15 @@ sys.path[:0] = sys.argv[2:]
 import test_cache
 from trainer.data import cache, tokenize
 
-def slow_tokenise(rows):
+def slow_tokenize(rows):
     if rows[0].number > 20:
         print("at row", rows[0].number, flush=True)
         time.sleep(600)
-    return test_cache.fake_tokenise(rows)
+    return test_cache.fake_tokenize(rows)
 
 def chunks(done):
     rows = islice(test_cache.rows(40, {5: "bad"}), done, None)
-    return tokenize.tokenise_rows(rows, slow_tokenise, test_cache.LIMITS, workers=2)
+    return tokenize.tokenize_rows(rows, slow_tokenize, test_cache.LIMITS, workers=2)
 
 if __name__ == "__main__":
     tokenize.CHUNK_ROWS, tokenize.POOL_FROM_CHUNKS, cache.SAVE_EVERY_S = 4, 2, 0.0
@@ -286,7 +342,10 @@ def test_a_killed_build_is_gone_on_with_and_its_workers_die_with_it(tmp_path, mo
     assert process.stdout is not None
     assert process.stdout.readline().startswith("at row")
     deadline = time.monotonic() + 10
-    while not any(json.loads(p.read_text())["rows"] >= 12 for p in folder.parent.glob("d.build-*/progress.json")):
+    while not any(
+        json.loads(p.read_text())["rows"] >= 12
+        for p in folder.parent.glob("d.build-*/progress.json")
+    ):
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
@@ -308,7 +367,9 @@ def test_a_packing_is_made_once_and_mapped(tmp_path):
     packed = Packed(np.arange(8).reshape(2, 4), np.array([0, 2]))
     made_times = []
     for _ in range(2):
-        kept = keep_packed(tmp_path / "p", lambda: made_times.append(1) or packed, "packing", lambda: False)
+        kept = keep_packed(
+            tmp_path / "p", lambda: made_times.append(1) or packed, "packing", lambda: False
+        )
         assert np.array_equal(kept.pieces, packed.pieces)
         assert np.array_equal(kept.row_offsets, packed.row_offsets)
     assert made_times == [1]

@@ -18,7 +18,9 @@ from trainer.config.recipe import BatchSection, ModelSection, Recipe, parse_reci
 from trainer.data import prepare
 from trainer.model.load import load_tokenizer
 
-OTHER_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+OTHER_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+)
 
 # Key of the recipe -> values under which the documents are others than under BASE. {work} is the folder of the test.
 SHAPES: dict[str, list[Any]] = {
@@ -37,10 +39,10 @@ SHAPES: dict[str, list[Any]] = {
     "data.train_on_eot": [False],
     "data.train_trailing_newline": [True],
     "data.control_tokens": ["text", "keep"],
-    "data.max_tokens": [100],
+    "data.max_length": [100],
     "data.too_long": ["truncate", "split"],
     "data.broken_lines": ["reject"],
-    "batch.row_tokens": [128],  # as data.max_tokens is not given
+    "batch.seq_len": [128],  # as data.max_length is not given
 }
 
 # Key of the recipe -> values under which the documents are the same, and need not be made again.
@@ -50,8 +52,8 @@ DOES_NOT: dict[str, list[Any]] = {
     "model.init": ["random"],
     "model.dtype": ["float32"],
     "model.attention": ["reference"],
-    "model.layers": ["plain"],
-    "model.recompute": [False],
+    "model.layer_kernels": ["torch"],
+    "model.activation_checkpointing": ["none"],
     "model.trust_remote_code": [True],
     "data.train.0.path": ["{work}/moved.jsonl"],
     "data.train.0.weight": [0.5],
@@ -62,8 +64,8 @@ DOES_NOT: dict[str, list[Any]] = {
     "data.max_rejects": [0.5],
     "data.cache": ["{work}/elsewhere"],
     "data.workers": [2],
-    "batch.rows_per_step": [3],
-    "batch.rows_per_micro": [2],
+    "batch.global_batch_size": [3],
+    "batch.micro_batch_size": [2],
 }
 
 # Key of the recipe -> the keys and values that it needs beside it, and a value of its own under which the documents are
@@ -76,7 +78,7 @@ WITH_OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
 }
 
 # A source that grows is prepared shard by shard, each as a file like any other.
-GROWS = {"data.train.0.grows", "data.shard_rows"}
+GROWS = {"data.train.0.streaming", "data.shard_rows"}
 
 # The hub's keys, which exclude `path`: tested on a folder that the datasets library reads.
 HUB = {"data.train.0.name", "data.train.0.split"}
@@ -86,7 +88,9 @@ HUB = {"data.train.0.name", "data.train.0.split"}
 def work(shared, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("key")
     for name, origin in {"base": "smollm2", "moved": "smollm2", "qwen2_5": "qwen2_5"}.items():
-        shutil.copytree(shared / "tokenizers" / origin, folder / name, copy_function=shutil.copyfile)
+        shutil.copytree(
+            shared / "tokenizers" / origin, folder / name, copy_function=shutil.copyfile
+        )
     for name in ("other_merges", "other_template"):
         shutil.copytree(folder / "base", folder / name)
     tokenizer = json.loads((folder / "base/tokenizer.json").read_text())
@@ -95,7 +99,10 @@ def work(shared, tmp_path_factory) -> Path:
     for path in (folder / "other.jinja", folder / "other_template/chat_template.jinja"):
         path.write_text(OTHER_TEMPLATE)
     (folder / "named.jinja").write_text("{{ name }}\n" + OTHER_TEMPLATE)
-    rows = [{"question": f"What is {n}?", "answer": f"It is {n}.", "text": f"{n} it is."} for n in range(20)]
+    rows = [
+        {"question": f"What is {n}?", "answer": f"It is {n}.", "text": f"{n} it is."}
+        for n in range(20)
+    ]
     write(folder / "rows.jsonl", rows)
     write(folder / "moved.jsonl", rows)
     write(folder / "changed.jsonl", [*rows[:19], {**rows[19], "answer": "It is 19!"}])
@@ -103,7 +110,10 @@ def work(shared, tmp_path_factory) -> Path:
 
 
 def as_messages(row: dict[str, str]) -> list[dict[str, str]]:
-    return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+    return [
+        {"role": "user", "content": row["question"]},
+        {"role": "assistant", "content": row["answer"]},
+    ]
 
 
 def write(path: Path, rows: list[dict[str, str]]) -> None:
@@ -115,7 +125,7 @@ def key(work: Path, changes: dict[str, Any]) -> str:
     tree: Any = {
         "model": {"name": f"{work}/base"},
         "data": {"train": [{"path": f"{work}/rows.jsonl"}], "cache": f"{work}/cache", "workers": 1},
-        "batch": {"row_tokens": 512},
+        "batch": {"seq_len": 512},
         "run": {"dir": f"{work}/run"},
     }
     for path, value in changes.items():
@@ -129,7 +139,11 @@ def key(work: Path, changes: dict[str, Any]) -> str:
 
 
 def cases(table: dict[str, list[Any]]) -> list[Any]:
-    return [pytest.param(path, value, id=f"{path}={value}") for path, values in table.items() for value in values]
+    return [
+        pytest.param(path, value, id=f"{path}={value}")
+        for path, values in table.items()
+        for value in values
+    ]
 
 
 @pytest.mark.parametrize(("path", "value"), cases(SHAPES))
@@ -149,19 +163,38 @@ def test_what_does_not_finds_the_same(work, path, value):
 
 
 def test_every_key_is_in_a_table():
-    sections = {"model": ModelSection, "data": DataSection, "batch": BatchSection, "data.train.0": Source}
-    keys = {f"{place}.{name}" for place, section in sections.items() for name in section.model_fields}
+    sections = {
+        "model": ModelSection,
+        "data": DataSection,
+        "batch": BatchSection,
+        "data.train.0": Source,
+    }
+    keys = {
+        f"{place}.{name}" for place, section in sections.items() for name in section.model_fields
+    }
     assert keys - {"data.train"} == set(SHAPES) | set(DOES_NOT) | set(WITH_OTHERS) | GROWS | HUB
 
 
 def test_no_key_of_another_section_reaches_the_preparation():
-    known = {"model", "data", "batch", "loss", "optim", "train", "parallel", "checkpoint", "eval", "guard", "run"}
+    known = {
+        "model",
+        "data",
+        "batch",
+        "loss",
+        "optim",
+        "train",
+        "parallel",
+        "checkpoint",
+        "eval",
+        "guard",
+        "run",
+    }
     assert set(Recipe.model_fields) == known | {"profile", "adapter"}
 
 
 def test_long_examples_are_cut_by_the_packing_or_before_it(work):
     """Under `split` the packing decides who cuts, so it shapes the documents there."""
-    split = {"data.too_long": "split", "data.max_tokens": 40}
+    split = {"data.too_long": "split", "data.max_length": 40}
     whole, cut = (key(work, {**split, "data.packing": packing}) for packing in ("bfd_split", "bfd"))
     assert whole != cut
     assert key(work, {**split, "data.packing": "greedy"}) == cut

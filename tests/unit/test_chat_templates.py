@@ -34,7 +34,11 @@ ARGUMENTS = '{"a": "2", "b": "say \\"zwölf\\""}'
 PASTED = Conversation(
     (
         CALLING.messages[0],
-        Message("assistant", "", tool_calls=({**CALL, "function": {"name": "add", "arguments": ARGUMENTS}},)),
+        Message(
+            "assistant",
+            "",
+            tool_calls=({**CALL, "function": {"name": "add", "arguments": ARGUMENTS}},),
+        ),
         *CALLING.messages[2:],
     ),
     TOOLS,
@@ -45,11 +49,15 @@ PASTED = Conversation(
 class Form:
     controls: str  # the control tokens, the last one is EOS
     template: str
-    expected: list[tuple[Conversation, str]]  # conversations, and their renders or why they are refused
+    expected: list[
+        tuple[Conversation, str]
+    ]  # conversations, and their renders or why they are refused
     kwargs: dict[str, Any] = field(default_factory=dict)  # of the template
 
 
-def turns(question: str, answer: str, prompt: str = "", *, before: str = "", after: str = "") -> str:
+def turns(
+    question: str, answer: str, prompt: str = "", *, before: str = "", after: str = ""
+) -> str:
     """A template of questions and answers, each with M for its text."""
     question, answer = (text.replace("M", "' + m.content + '") for text in (question, answer))
     return (
@@ -110,7 +118,12 @@ FORMS = {
     ),
     "phi-3: a conversation ends with a token of its own": Form(
         "<|user|> <|assistant|> <|end|> <|endoftext|>",
-        turns("<|user|>\\nM<|end|>\\n", "<|assistant|>\\nM<|end|>\\n", "<|assistant|>\\n", after="<|endoftext|>"),
+        turns(
+            "<|user|>\\nM<|end|>\\n",
+            "<|assistant|>\\nM<|end|>\\n",
+            "<|assistant|>\\n",
+            after="<|endoftext|>",
+        ),
         [
             (
                 TALK,
@@ -126,7 +139,12 @@ FORMS = {
             "<|im_start|>assistant<|im_sep|>M<|im_end|>",
             "<|im_start|>assistant<|im_sep|>",
         ),
-        [(LAST, "<|im_start|>user<|im_sep|>Say OK.<|im_end|><|im_start|>assistant<|im_sep|>⟦ OK.<|im_end|>⟧")],
+        [
+            (
+                LAST,
+                "<|im_start|>user<|im_sep|>Say OK.<|im_end|><|im_start|>assistant<|im_sep|>⟦ OK.<|im_end|>⟧",
+            )
+        ],
     ),
     "mistral: no generation prompt, the answer's space is its own": Form(
         "<s> [INST] [/INST] </s>",
@@ -135,7 +153,12 @@ FORMS = {
     ),
     "deepseek: nothing but control tokens between the turns": Form(
         "<|begin_of_sentence|> <|User|> <|Assistant|> <|end_of_sentence|>",
-        turns("<|User|>M", "<|Assistant|>M<|end_of_sentence|>", "<|Assistant|>", before="<|begin_of_sentence|>"),
+        turns(
+            "<|User|>M",
+            "<|Assistant|>M<|end_of_sentence|>",
+            "<|Assistant|>",
+            before="<|begin_of_sentence|>",
+        ),
         [
             (
                 TALK,
@@ -147,13 +170,20 @@ FORMS = {
     "deepseek-r1, qwq: the generation prompt opens a thought, and thoughts are dropped": Form(
         R1_CONTROLS,
         turns("<|User|>M", "<|Assistant|>M<|end_of_sentence|>", "<|Assistant|><think>\\n").replace(
-            "m.content + '<|end_of_sentence|>'", "m.content.split('</think>')[-1] + '<|end_of_sentence|>'"
+            "m.content + '<|end_of_sentence|>'",
+            "m.content.split('</think>')[-1] + '<|end_of_sentence|>'",
         ),
         [
             (LAST, f"{ELSEWHERE}'<think>\\n'{AGREE}"),
             (TALK, f"{ELSEWHERE}'<think>\\n'{LAST_TURN}"),
-            (INLINE, "refused: the template drops the content of an answer; give a model.chat_template that keeps it"),
-            (FIELD, "refused: the template drops the reasoning of an answer; give a model.chat_template that keeps it"),
+            (
+                INLINE,
+                "refused: the template drops the content of an answer; give a model.chat_template that keeps it",
+            ),
+            (
+                FIELD,
+                "refused: the template drops the reasoning of an answer; give a model.chat_template that keeps it",
+            ),
         ],
     ),
     "the generation prompt opens a thought, and answers bring their own": Form(
@@ -177,7 +207,10 @@ FORMS = {
             (chat("Say OK.", "<think>Hm.</think>OK."), f"{ELSEWHERE}'<think>\\n'{AGREE}"),
             (chat("Say OK.", "Hm.\n</think>\n\nOK."), f"{ELSEWHERE}'<think>\\n'{AGREE}"),
             (chat("Say OK.", "<think>\n"), f"{ELSEWHERE}'<think>\\n'{AGREE}"),
-            (FIELD, "refused: the template drops the reasoning of an answer; give a model.chat_template that keeps it"),
+            (
+                FIELD,
+                "refused: the template drops the reasoning of an answer; give a model.chat_template that keeps it",
+            ),
         ],
     ),
     "qwen3-thinking: the template writes the thought of the last turn, an empty one where there is none": Form(
@@ -199,7 +232,10 @@ FORMS = {
                 "<|im_start|>user\nSay OK.<|im_end|>\n<|im_start|>assistant\n<think>\n⟦\n</think>\n\n OK.<|im_end|>⟧\n",
             ),
             (TALK, f"{ELSEWHERE}'<think>\\n'{LAST_TURN}"),
-            (INLINE_TWICE, "refused: the template drops the content of an answer; data.train_on: last_turn leaves"),
+            (
+                INLINE_TWICE,
+                "refused: the template drops the content of an answer; data.train_on: last_turn leaves",
+            ),
         ],
     ),
     "deepseek-v3.1: a variable of the template says that there is no thought": Form(
@@ -211,11 +247,16 @@ FORMS = {
                 "<|User|>Say OK.<|Assistant|></think>⟦ OK.\n<|end_of_sentence|>⟧"
                 "<|User|>Why OK.?<|Assistant|></think>⟦Größe<|end_of_sentence|>⟧",
             ),
-            (INLINE, "refused: the template drops the content of an answer; give a model.chat_template that keeps it"),
+            (
+                INLINE,
+                "refused: the template drops the content of an answer; give a model.chat_template that keeps it",
+            ),
         ],
         {"thinking": False},
     ),
-    "the same, and the other way": Form(R1_CONTROLS, V3_1, [(LAST, f"{ELSEWHERE[:-7]}")], {"thinking": True}),
+    "the same, and the other way": Form(
+        R1_CONTROLS, V3_1, [(LAST, f"{ELSEWHERE[:-7]}")], {"thinking": True}
+    ),
     "command-r7b: two control tokens close an answer": Form(
         "<|START_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|START_RESPONSE|> <|END_RESPONSE|> "
         "<|END_OF_TURN_TOKEN|>",
@@ -234,7 +275,12 @@ FORMS = {
     ),
     "olmo-2, zephyr: roles are plain text": Form(
         "<|endoftext|>",
-        turns("<|user|>\\nM\\n", "<|assistant|>\\nM<|endoftext|>\\n", "<|assistant|>\\n", before="<|endoftext|>"),
+        turns(
+            "<|user|>\\nM\\n",
+            "<|assistant|>\\nM<|endoftext|>\\n",
+            "<|assistant|>\\n",
+            before="<|endoftext|>",
+        ),
         [
             (
                 TALK,
@@ -246,12 +292,19 @@ FORMS = {
     "vicuna: plain words, and a stop token": Form(
         "</s>",
         turns("USER: M ", "ASSISTANT: M</s>", "ASSISTANT:", before="A chat. "),
-        [(TALK, "A chat. USER: Say OK. ASSISTANT:⟦  OK.\n</s>⟧USER: Why OK.? ASSISTANT:⟦ Größe</s>⟧")],
+        [
+            (
+                TALK,
+                "A chat. USER: Say OK. ASSISTANT:⟦  OK.\n</s>⟧USER: Why OK.? ASSISTANT:⟦ Größe</s>⟧",
+            )
+        ],
     ),
     "a template that always ends with a header": Form(
         "<|im_start|> <|im_end|>",
         turns(
-            "<|im_start|>user\\nM<|im_end|>\\n", "<|im_start|>assistant\\nM<|im_end|>\\n", after="<|im_start|>user\\n"
+            "<|im_start|>user\\nM<|im_end|>\\n",
+            "<|im_start|>assistant\\nM<|im_end|>\\n",
+            after="<|im_start|>user\\n",
         )
         + "{{ '<|im_start|>assistant\\n' if add_generation_prompt }}",
         [
@@ -264,13 +317,22 @@ FORMS = {
     "the same, and another token is EOS": Form(
         "<|im_start|> <|im_end|> <|endoftext|>",
         turns(
-            "<|im_start|>user\\nM<|im_end|>\\n", "<|im_start|>assistant\\nM<|im_end|>\\n", after="<|im_start|>user\\n"
+            "<|im_start|>user\\nM<|im_end|>\\n",
+            "<|im_start|>assistant\\nM<|im_end|>\\n",
+            after="<|im_start|>user\\n",
         )
         + "{{ '<|im_start|>assistant\\n' if add_generation_prompt }}",
-        [(LAST, "refused: several control tokens close an answer, and none is the tokenizer's EOS")],
+        [
+            (
+                LAST,
+                "refused: several control tokens close an answer, and none is the tokenizer's EOS",
+            )
+        ],
     ),
     "alpaca: plain words, and none": Form(
-        "</s>", turns("### Q:\\nM\\n", "### A:\\nM\\n", "### A:\\n", before="</s>"), [(LAST, NO_STOP)]
+        "</s>",
+        turns("### Q:\\nM\\n", "### A:\\nM\\n", "### A:\\n", before="</s>"),
+        [(LAST, NO_STOP)],
     ),
     "glm-4: the next role's token would be the stop token": Form(
         "<|user|> <|assistant|> <|endoftext|>",
@@ -314,7 +376,9 @@ FORMS = {
         [
             (
                 CALLING,
-                "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦<|call|>add\n" + ARGUMENTS + "<|call_end|>\n"
+                "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦<|call|>add\n"
+                + ARGUMENTS
+                + "<|call_end|>\n"
                 "<|im_end|>⟧\n<|im_start|>tool\n4<|im_end|>\n<|im_start|>assistant\n⟦Four<|im_end|>⟧\n",
             )
         ],
@@ -340,7 +404,9 @@ def base(shared):
 
 def tokenizer_of(base, controls: str, template: str) -> PreTrainedTokenizerFast:
     backend = Tokenizer.from_str(base.backend_tokenizer.to_str())
-    backend.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in controls.split()])
+    backend.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in controls.split()]
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=controls.split()[-1])
     tokenizer.chat_template = template
     return tokenizer
@@ -385,12 +451,16 @@ def test_an_empty_thought_is_cut_where_the_prompt_ends(shared):
     assert tokenizer.decode(example.input_ids[example.trained]) == "\n</think>\n\n OK.<|im_end|>"
     assert generates(masker, LAST)
     assert generates(masker, FIELD)
-    whole = tokenizer.backend_tokenizer.encode(official(tokenizer, LAST), add_special_tokens=False).ids
+    whole = tokenizer.backend_tokenizer.encode(
+        official(tokenizer, LAST), add_special_tokens=False
+    ).ids
     assert len(example.input_ids) == len(whole) + 1
 
 
 def test_the_stop_token_is_known_where_answers_bring_their_thought(base):
-    template = turns("<|im_start|>user\\nM<|im_end|>", "<|im_start|>M<|im_end|>", "<|im_start|><think>\\n")
+    template = turns(
+        "<|im_start|>user\\nM<|im_end|>", "<|im_start|>M<|im_end|>", "<|im_start|><think>\\n"
+    )
     tokenizer = tokenizer_of(base, "<|im_start|> <|im_end|> <|endoftext|>", template)
     assert tokenizer.decode(list(Masker(tokenizer).stop_token_ids)) == "<|im_end|><|endoftext|>"
 
@@ -416,12 +486,16 @@ def test_without_thinking_the_answer_begins_after_the_empty_thought(shared):
         example = masker.example(LAST)
         assert tokenizer.decode(example.input_ids[example.trained]) == learned
         assert generates(masker, LAST)
-        assert tokenizer.decode(masker.prompt(LAST)[0]) == official(tokenizer, LAST, upto=1, **kwargs)
+        assert tokenizer.decode(masker.prompt(LAST)[0]) == official(
+            tokenizer, LAST, upto=1, **kwargs
+        )
 
 
 @pytest.mark.parametrize("assistant", ["<|Assistant|>", "<|Assistant|></think>"])
 @pytest.mark.parametrize("token", ["<|User|>", "<|Assistant|>"])
-def test_a_text_that_opens_a_turn_is_refused_though_its_token_is_not_called_special(base, assistant, token):
+def test_a_text_that_opens_a_turn_is_refused_though_its_token_is_not_called_special(
+    base, assistant, token
+):
     template = turns("<|User|>M", f"{assistant}M<|end_of_sentence|>", assistant)
     tokenizer = tokenizer_of(base, "<|end_of_sentence|>", template)
     tokenizer.add_tokens(["<|User|>", "<|Assistant|>", "</think>"], special_tokens=False)
@@ -440,9 +514,14 @@ def test_the_date_can_be_given(shared):
 
 def test_a_variable_that_the_template_does_not_read_is_refused(base):
     tokenizer = tokenizer_of(base, R1_CONTROLS, V3_1)
-    with pytest.raises(BadInput, match=r"the chat template reads no `thinkng`; it reads content, thinking$"):
+    with pytest.raises(
+        BadInput, match=r"the chat template reads no `thinkng`; it reads content, thinking$"
+    ):
         Masker(tokenizer, chat_template_kwargs={"thinkng": True})
-    tokenizer.chat_template = {"default": turns("M", "M"), "tool_use": V3_1}  # read by one of several
+    tokenizer.chat_template = {
+        "default": turns("M", "M"),
+        "tool_use": V3_1,
+    }  # read by one of several
     assert Masker(tokenizer, chat_template_kwargs={"thinking": True})
 
 
@@ -461,10 +540,33 @@ HEADER, MARK, END = "{{ '<|im_start|>assistant\\n' }}", "{% generation %}", "{% 
     [  # what transformers' mask has beside ours: a newline that is trained on request, and the generation prompt
         (HEADER + MARK + "{{ m.content + '<|im_end|>' }}" + END + "{{ '\\n' }}", {}, ""),
         (HEADER + MARK + "{{ m.content + '<|im_end|>\\n' }}" + END, {}, "\n"),
-        (HEADER + MARK + "{{ m.content + '<|im_end|>\\n' }}" + END, {"train_trailing_newline": True}, ""),
-        (HEADER + MARK + "{{ m.content }}" + END + "{{ '<|im_end|>\\n' }}", {"train_on_eot": False}, ""),
-        (HEADER + MARK + "{{ m.content }}" + END + MARK + "{{ '<|im_end|>' }}" + END + "{{ '\\n' }}", {}, ""),
-        (MARK + HEADER + "{{ m.content + '<|im_end|>' }}" + END + "{{ '\\n' }}", {}, "<|im_start|>assistant\n"),
+        (
+            HEADER + MARK + "{{ m.content + '<|im_end|>\\n' }}" + END,
+            {"train_trailing_newline": True},
+            "",
+        ),
+        (
+            HEADER + MARK + "{{ m.content }}" + END + "{{ '<|im_end|>\\n' }}",
+            {"train_on_eot": False},
+            "",
+        ),
+        (
+            HEADER
+            + MARK
+            + "{{ m.content }}"
+            + END
+            + MARK
+            + "{{ '<|im_end|>' }}"
+            + END
+            + "{{ '\\n' }}",
+            {},
+            "",
+        ),
+        (
+            MARK + HEADER + "{{ m.content + '<|im_end|>' }}" + END + "{{ '\\n' }}",
+            {},
+            "<|im_start|>assistant\n",
+        ),
     ],
 )
 @pytest.mark.parametrize("conversation", [TALK, LAST, BRIEF])
@@ -473,11 +575,15 @@ def test_marked_answers_are_what_transformers_marks_after_the_generation_prompt(
 ):
     tokenizer = tokenizer_of(base, "<|im_start|> <|im_end|>", CHATML.replace("ANSWER", answer))
     theirs: Any = tokenizer.apply_chat_template(
-        [message.as_dict() for message in conversation.messages], return_dict=True, return_assistant_tokens_mask=True
+        [message.as_dict() for message in conversation.messages],
+        return_dict=True,
+        return_assistant_tokens_mask=True,
     )
     example = Masker(tokenizer, **options).example(conversation)
     assert example.input_ids.tolist() == theirs["input_ids"]
     marks = np.array(theirs["assistant_masks"], bool)
     answers = sum(message.role == "assistant" for message in conversation.messages)
-    assert tokenizer.decode(example.input_ids[marks & ~example.trained].tolist()) == beyond * answers
+    assert (
+        tokenizer.decode(example.input_ids[marks & ~example.trained].tolist()) == beyond * answers
+    )
     assert not (example.trained & ~marks).any()

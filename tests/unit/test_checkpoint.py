@@ -21,7 +21,16 @@ from trainer.checkpoint.checkpoint import RunState, Saver
 from trainer.config.recipe import CheckpointSection
 from trainer.datatypes import BadInput
 from trainer.engine import sharded_state
-from trainer.engine.sharded_state import FROZEN, WEIGHT, Digests, Shards, Slice, add_digests, digest, digests_of
+from trainer.engine.sharded_state import (
+    FROZEN,
+    WEIGHT,
+    Digests,
+    Shards,
+    Slice,
+    add_digests,
+    digest,
+    digests_of,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +72,15 @@ class Model:
 
 
 def state(step: int) -> RunState:
-    return RunState(step=step, updates=step, data="abc", rows_per_micro=1, recent_losses=[], world_size=1, stage=3)
+    return RunState(
+        step=step,
+        updates=step,
+        data="abc",
+        micro_batch_size=1,
+        recent_losses=[],
+        world_size=1,
+        stage=3,
+    )
 
 
 def publish(run_dir: Path, *steps: int, **section: Any) -> None:
@@ -84,7 +101,11 @@ def test_the_newest_is_found_and_older_ones_are_pruned(tmp_path: Path, asynchron
     assert found
     assert found[0] == tmp_path / "checkpoints" / "step-000010"
     assert found[1].state == state(10)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-000003", "step-000010"]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "latest",
+        "step-000003",
+        "step-000010",
+    ]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-000010"
 
 
@@ -119,7 +140,9 @@ def test_a_step_is_opened_or_refused_and_never_replaced_by_another(tmp_path: Pat
     with pytest.raises(BadInput, match=r"no checkpoint of step 7; those that there are: 1, 2, 3"):
         checkpoint.open_step(tmp_path, 7)
     lose_a_file(tmp_path / "checkpoints" / "step-000002")
-    with pytest.raises(BadInput, match=r"step-000002 cannot be used: .*; put a whole one back, or .*: 1, 3"):
+    with pytest.raises(
+        BadInput, match=r"step-000002 cannot be used: .*; put a whole one back, or .*: 1, 3"
+    ):
         checkpoint.open_step(tmp_path, 2)
     with pytest.raises(BadInput, match="there is none at all"):
         checkpoint.open_step(tmp_path / "empty", 2)
@@ -232,7 +255,9 @@ def test_what_is_put_beside_the_checkpoints_is_neither_read_nor_pruned(tmp_path:
 
 
 @pytest.mark.parametrize("name", [".saving-step-000002", ".removing-step-000001"])
-def test_what_a_kill_left_is_never_read_and_cleared_by_the_next_start(tmp_path: Path, name: str) -> None:
+def test_what_a_kill_left_is_never_read_and_cleared_by_the_next_start(
+    tmp_path: Path, name: str
+) -> None:
     publish(tmp_path, 1)
     half = tmp_path / "checkpoints" / name
     shutil.copytree(tmp_path / "checkpoints" / "step-000001", half)
@@ -276,7 +301,9 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
         publish(tmp_path, 1)
 
 
-def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_told_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(1, 1, 2000))
     with pytest.raises(BadInput, match="make room"):
@@ -287,7 +314,9 @@ def test_a_full_disk_is_told_before_anything_is_written(tmp_path: Path, monkeypa
 # ----------------------------------------------------------------------------------------------- beside training
 
 
-def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_goes_on_while_a_copy_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     go, written = threading.Event(), sharded_state.write
 
     def slow(path: Path, slices: list[Slice]) -> Any:
@@ -306,10 +335,14 @@ def test_training_goes_on_while_a_copy_is_written(tmp_path: Path, monkeypatch: p
     assert found
     other = Model(0.0)
     checkpoint.restore(*found, other)  # type: ignore[arg-type]
-    assert torch.equal(other.parameters["a"], torch.full((500,), 1.0)), "what was saved is the state of step 1"
+    assert torch.equal(other.parameters["a"], torch.full((500,), 1.0)), (
+        "what was saved is the state of step 1"
+    )
 
 
-def test_a_copy_that_does_not_fit_is_refused_where_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_does_not_fit_is_refused_where_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     memory = namedtuple("memory", "available")
     monkeypatch.setattr(checkpoint.psutil, "virtual_memory", lambda: memory(2000))
     with pytest.raises(BadInput, match="the copy of the state takes"):
@@ -343,9 +376,9 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_resume_that_is_not_the_same_run_is_refused() -> None:
-    checkpoint.require_same_run(state(1), "abc", rows_per_micro=2, has_dropout=False)
-    checkpoint.require_same_run(state(1), "abc", rows_per_micro=1, has_dropout=True)
+    checkpoint.require_same_run(state(1), "abc", micro_batch_size=2, has_dropout=False)
+    checkpoint.require_same_run(state(1), "abc", micro_batch_size=1, has_dropout=True)
     with pytest.raises(BadInput, match="training data"):
-        checkpoint.require_same_run(state(1), "xyz", rows_per_micro=1, has_dropout=False)
-    with pytest.raises(BadInput, match="rows_per_micro was 1 and is 2: the model has dropout"):
-        checkpoint.require_same_run(state(1), "abc", rows_per_micro=2, has_dropout=True)
+        checkpoint.require_same_run(state(1), "xyz", micro_batch_size=1, has_dropout=False)
+    with pytest.raises(BadInput, match="micro_batch_size was 1 and is 2: the model has dropout"):
+        checkpoint.require_same_run(state(1), "abc", micro_batch_size=2, has_dropout=True)

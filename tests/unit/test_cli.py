@@ -20,7 +20,9 @@ DEBUG = "recipes/debug.yaml"
 def command(*arguments: str, **env: str) -> subprocess.CompletedProcess:
     """The command in a process of its own."""
     program = [sys.executable, "-m", "trainer.cli.main", *arguments]
-    return subprocess.run(program, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        program, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=120
+    )
 
 
 @pytest.fixture
@@ -63,7 +65,9 @@ def test_help_within_a_second():
     assert min(times) < 1, times
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["train", "nowhere.yaml"], [DEBUG]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["train", "nowhere.yaml"], [DEBUG]]
+)
 def test_answers_and_bad_recipes_import_nothing_heavy(arguments):
     program = (
         "import sys; sys.argv[0] = 'packhorse'\n"
@@ -71,7 +75,9 @@ def test_answers_and_bad_recipes_import_nothing_heavy(arguments):
         "try:\n    main()\n"
         "finally:\n    print(sorted({'torch', 'transformers', 'deepspeed', 'datasets', 'numpy'} & set(sys.modules)))"
     )
-    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stdout.splitlines()[-1] == "[]", done.stdout
 
 
@@ -80,7 +86,7 @@ def test_answers_and_bad_recipes_import_nothing_heavy(arguments):
     [
         (["train", "nowhere.yaml"], "nowhere.yaml: the recipe cannot be read"),
         (["train", DEBUG, "optim.lrr=1"], "did you mean `optim.lr`?"),
-        (["train", DEBUG, "batch.rows_per_step=0"], "`batch.rows_per_step`"),
+        (["train", DEBUG, "batch.global_batch_size=0"], "`batch.global_batch_size`"),
         (["train", DEBUG, "--nnodes", "2"], "2 nodes: say where they meet"),
         (["plan", DEBUG, "--gpus", "3", "--nodes", "2"], "every machine must have as many GPUs"),
         (["plan", DEBUG, "--gpus", "2", "--gpu-gib", "1"], "no template fits 2 GPUs of 1.0 GiB"),
@@ -100,7 +106,9 @@ def test_bad_input_is_one_line_and_exit_code_2(packhorse, arguments, sentence):
 
 def test_a_worker_of_torchrun_finds_bad_input_itself():
     worker = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
-    done = command("train", DEBUG, "data.train.0.path=nowhere.jsonl", "run.dir=/proc/nowhere", **worker)
+    done = command(
+        "train", DEBUG, "data.train.0.path=nowhere.jsonl", "run.dir=/proc/nowhere", **worker
+    )
     assert done.returncode == 2
     assert "process with OMP_NUM_THREADS" not in done.stderr, "it launched workers of its own"
     assert done.stderr.count("packhorse: error: ") == 1
@@ -133,8 +141,14 @@ def test_prepare_of_a_source_that_grows_shows_the_shards_there_are(packhorse, tm
     (tmp_path / "in").mkdir()
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / "in" / name).write_text('{"question": "What?", "answer": "That."}\n')
-    grows = (f"data.train=[{{path: {tmp_path / 'in'}, grows: true}}]", "train.epochs=1", "train.steps=5")
-    code, out, err = packhorse("prepare", DEBUG, *grows, f"data.cache={tmp_path}", f"run.dir={tmp_path / 'run'}")
+    grows = (
+        f"data.train=[{{path: {tmp_path / 'in'}, streaming: true}}]",
+        "train.epochs=1",
+        "train.steps=5",
+    )
+    code, out, err = packhorse(
+        "prepare", DEBUG, *grows, f"data.cache={tmp_path}", f"run.dir={tmp_path / 'run'}"
+    )
     assert code == 0, err
     assert "data.train grows: 2 shards are there now; a run of 5 steps" in out
     assert all(name in out for name in ("a.jsonl", "b.jsonl"))
@@ -142,12 +156,19 @@ def test_prepare_of_a_source_that_grows_shows_the_shards_there_are(packhorse, tm
 
 
 def test_prepare_writes_numbers_and_picture_where_it_is_told(packhorse, tmp_path):
-    code, out, err = packhorse("prepare", DEBUG, f"data.cache={tmp_path}/cache", "--out", f"{tmp_path}/report")
+    code, out, err = packhorse(
+        "prepare", DEBUG, f"data.cache={tmp_path}/cache", "--out", f"{tmp_path}/report"
+    )
     assert code == 0, err
-    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["data.json", "data.png"]
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
+        "data.json",
+        "data.png",
+    ]
     assert out.rstrip().endswith(f"{tmp_path}/report/data.png")
     (tmp_path / "file").touch()
-    code, _, err = packhorse("prepare", DEBUG, f"data.cache={tmp_path}/cache", "--out", f"{tmp_path}/file")
+    code, _, err = packhorse(
+        "prepare", DEBUG, f"data.cache={tmp_path}/cache", "--out", f"{tmp_path}/file"
+    )
     assert code == 2
     assert "cannot be written" in err
 
@@ -157,7 +178,9 @@ def test_prepare_counts_rejects_by_reason(packhorse, tmp_path):
     rows[3] = json.dumps({"question": "What now?", "answer": ""})
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
     source = f"data.train.0.path={tmp_path / 'rows.jsonl'}"
-    code, out, err = packhorse("prepare", DEBUG, source, f"data.cache={tmp_path}", "data.max_rejects=0.5")
+    code, out, err = packhorse(
+        "prepare", DEBUG, source, f"data.cache={tmp_path}", "data.max_rejects=0.5"
+    )
     assert code == 0, err
     assert "rejected: " in out
 
@@ -173,11 +196,16 @@ def test_prepare_counts_duplicates_and_rows_that_leak(packhorse, tmp_path):
     rows = (ROOT / "recipes/debug/train.jsonl").read_text().splitlines()
     (tmp_path / "train.jsonl").write_text("\n".join([*rows, *rows[:7]]) + "\n")
     (tmp_path / "held.jsonl").write_text("\n".join(rows[:5]) + "\n")
-    sources = (f"data.train.0.path={tmp_path / 'train.jsonl'}", f"data.eval.0.path={tmp_path / 'held.jsonl'}")
+    sources = (
+        f"data.train.0.path={tmp_path / 'train.jsonl'}",
+        f"data.eval.0.path={tmp_path / 'held.jsonl'}",
+    )
     code, _, err = packhorse("prepare", DEBUG, *sources, f"data.cache={tmp_path}")
     assert code == 2
     assert "5 of 5 rows (100.0%) have a near-duplicate in data.train" in err
-    code, out, err = packhorse("prepare", DEBUG, *sources, f"data.cache={tmp_path}", "data.max_leakage=1")
+    code, out, err = packhorse(
+        "prepare", DEBUG, *sources, f"data.cache={tmp_path}", "data.max_leakage=1"
+    )
     assert code == 0, err
     cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in out.splitlines()]
     assert ["duplicates", "7"] in cells
@@ -188,7 +216,14 @@ def test_preview_shows_the_side_that_is_asked_for(packhorse):
     shown = {}
     for split in ("train", "eval"):
         code, out, err = packhorse(
-            "preview", DEBUG, "--rows", "200", "--split", split, "data.eval=[]", "data.eval_fraction=0.2"
+            "preview",
+            DEBUG,
+            "--rows",
+            "200",
+            "--split",
+            split,
+            "data.eval=[]",
+            "data.eval_fraction=0.2",
         )
         assert code == 0, err
         shown[split] = set(re.findall(r"train\.jsonl:\d+", out))
@@ -203,7 +238,7 @@ def test_preview_on_the_terminal_and_as_a_page(packhorse, tmp_path):
     assert "train.jsonl:1" in out
     assert "train.jsonl:3" not in out
     page = tmp_path / "page.html"
-    cut = ("data.max_tokens=40", "data.too_long=split", "data.train_on=all")
+    cut = ("data.max_length=40", "data.too_long=split", "data.train_on=all")
     code, out, err = packhorse("preview", DEBUG, "--rows", "1", *cut)
     assert code == 0, err
     assert out.count("train.jsonl:1") > 1, "a row is shown as it is cut"
@@ -221,13 +256,17 @@ def test_bad_input_is_2_even_where_its_sentence_cannot_be_written():
 
 
 def test_an_adapter_on_a_module_that_does_not_exist_is_2_and_names_the_nearest(packhorse):
-    code, _, err = packhorse("plan", "recipes/debug.yaml", "adapter.targets=[q_porj]", "--gpus", "2")
+    code, _, err = packhorse(
+        "plan", "recipes/debug.yaml", "adapter.target_modules=[q_porj]", "--gpus", "2"
+    )
     assert code == 2
     assert "no module is called `q_porj`; the nearest is `q_proj`" in err
 
 
 def test_nothing_is_merged_into_a_universal_checkpoint(packhorse, tmp_path):
-    code, _, err = packhorse("export", str(tmp_path), "--out", str(tmp_path / "out"), "--universal", "--merge")
+    code, _, err = packhorse(
+        "export", str(tmp_path), "--out", str(tmp_path / "out"), "--universal", "--merge"
+    )
     assert code == 2
     assert "--merge: a universal checkpoint" in err
 
@@ -235,19 +274,30 @@ def test_nothing_is_merged_into_a_universal_checkpoint(packhorse, tmp_path):
 def test_launch_slurm_writes_into_the_run_folder_and_says_what(packhorse, tmp_path):
     folder = tmp_path / "100%"
     code, out, err = packhorse(
-        "launch", "slurm", "recipes/debug.yaml", f"run.dir={folder}", "--nodes", "4-8", "--partition", "big"
+        "launch",
+        "slurm",
+        "recipes/debug.yaml",
+        f"run.dir={folder}",
+        "--nodes",
+        "4-8",
+        "--partition",
+        "big",
     )
     assert code == 0, err
     assert out.splitlines()[0] == str(folder / "slurm.sh")
     lines = (folder / "slurm.sh").read_text().splitlines()
-    assert {"#SBATCH --nodes=4-8", "#SBATCH --gpus-per-node=8", "#SBATCH --partition=big"} <= set(lines)
+    assert {"#SBATCH --nodes=4-8", "#SBATCH --gpus-per-node=8", "#SBATCH --partition=big"} <= set(
+        lines
+    )
     assert f"#SBATCH --chdir={ROOT}" in lines
     assert f"#SBATCH --output={tmp_path}/100%%/slurm-%j.log" in lines
     assert "##SBATCH --account=project" in lines
 
 
 def test_launch_slurm_writes_nothing_for_a_recipe_that_cannot_be_used(packhorse, tmp_path):
-    code, _, err = packhorse("launch", "slurm", "recipes/debug.yaml", f"run.dir={tmp_path / 'run'}", "optim.lr=-1")
+    code, _, err = packhorse(
+        "launch", "slurm", "recipes/debug.yaml", f"run.dir={tmp_path / 'run'}", "optim.lr=-1"
+    )
     assert code == 2
     assert "optim.lr" in err
     assert not (tmp_path / "run").exists()

@@ -52,7 +52,9 @@ def test_what_cannot_be_evaluated_is_told(refused, tmp_path, run_dir):
     assert "there is no checkpoint of step 3; there is none at all" in refused(
         "eval", str(run_dir), DEBUG, "--step", "3"
     )
-    assert "--best and --step: give one of them" in refused("eval", str(run_dir), DEBUG, "--step", "3", "--best")
+    assert "--best and --step: give one of them" in refused(
+        "eval", str(run_dir), DEBUG, "--step", "3", "--best"
+    )
     assert "its recipe has no eval.best" in refused("eval", str(run_dir), DEBUG, "--best")
     assert "this is no run folder" in refused("eval", "recipes/debug/model", DEBUG, "--step", "3")
     assert not list(run_dir.glob("evals/*/exported"))
@@ -80,8 +82,12 @@ def test_what_cannot_be_exported_as_the_best_is_told(refused, run_dir):
     assert "no checkpoint of step 3" in refused("export", str(run_dir), "--step", "3", *out)
     rule = load_recipe(run_dir / "recipe.yaml", ["eval.best={minimize: eval_loss}"])
     (run_dir / "recipe.yaml").write_text(rule.to_yaml())
-    assert "there is no best checkpoint: no step was evaluated yet" in refused("export", str(run_dir), "--best", *out)
-    (run_dir / "evaluations.jsonl").write_text(json.dumps({"step": 7, "eval_loss": 1.0, "metrics": {}}) + "\n")
+    assert "there is no best checkpoint: no step was evaluated yet" in refused(
+        "export", str(run_dir), "--best", *out
+    )
+    (run_dir / "evaluations.jsonl").write_text(
+        json.dumps({"step": 7, "eval_loss": 1.0, "metrics": {}}) + "\n"
+    )
     assert "there is no checkpoint of step 7" in refused("export", str(run_dir), "--best", *out)
 
 

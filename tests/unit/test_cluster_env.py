@@ -27,7 +27,11 @@ def test_the_tasks_of_srun_meet_at_the_first_node_on_a_port_of_their_job():
 
 def test_a_job_of_one_node_meets_nobody():
     one = {"SLURM_JOB_ID": "4007", "SLURM_JOB_NUM_NODES": "1"}
-    assert find(one) == find(one | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"}) == Where(run_id="4007")
+    assert (
+        find(one)
+        == find(one | {"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NUM_TASKS": "1"})
+        == Where(run_id="4007")
+    )
 
 
 def test_a_batch_script_of_several_nodes_without_srun_is_refused():
@@ -42,14 +46,24 @@ def test_a_task_for_each_gpu_is_refused():
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("node1", "node1"), ("node1,node2", "node1"), ("gpu[003-004,7],login1", "gpu003"), ("a[1-2]-ib,b1", "a1-ib")],
+    [
+        ("node1", "node1"),
+        ("node1,node2", "node1"),
+        ("gpu[003-004,7],login1", "gpu003"),
+        ("a[1-2]-ib,b1", "a1-ib"),
+    ],
 )
 def test_the_first_of_slurms_list(nodes, first):
     assert first_host(nodes) == first
 
 
 def test_an_indexed_job_tells_its_pods_by_the_index():
-    pod = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "sft-0.sft:29400", "PET_RDZV_ID": "sft", "JOB_COMPLETION_INDEX": "0"}
+    pod = {
+        "PET_NNODES": "2",
+        "PET_RDZV_ENDPOINT": "sft-0.sft:29400",
+        "PET_RDZV_ID": "sft",
+        "JOB_COMPLETION_INDEX": "0",
+    }
     assert find(pod) == Where("2", None, "sft-0.sft:29400", "sft", is_host=True)
 
 

@@ -22,10 +22,18 @@ def write(folder: Path, steps: dict[int, Sequence[float | None]], prefix: str = 
         known = [score for score in scores if score is not None]
         right = {"value": sum(known) / len(known), "count": len(known), "low": 0.1, "high": 0.9}
         judged = {"value": None, "count": 0, "missing": "the judge did not answer"}
-        lines.append({"step": step, "eval_loss": 1.0 / (step + 1), "metrics": {"right": right, "judged": judged}})
+        lines.append(
+            {
+                "step": step,
+                "eval_loss": 1.0 / (step + 1),
+                "metrics": {"right": right, "judged": judged},
+            }
+        )
         for number, score in enumerate(scores):
             scored = {"right": score, "judged": None}
-            samples.append({"step": step, "prompt": f"{prefix} {number}?", "answer": "", "scores": scored})
+            samples.append(
+                {"step": step, "prompt": f"{prefix} {number}?", "answer": "", "scores": scored}
+            )
     for name, written in (("evaluations", lines), ("samples", samples)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(each) + "\n" for each in written))
     return folder
@@ -68,7 +76,11 @@ def test_prompts_that_are_alike_are_paired_one_by_one(tmp_path):
     path = folder / "samples.jsonl"
     path.write_text(path.read_text().replace("What is 1?", "What is 0?"))
     results = read_results(str(folder))
-    assert results.scores["right"] == {("What is 0?", 0): 1, ("What is 0?", 1): 0, ("What is 2?", 0): 1}
+    assert results.scores["right"] == {
+        ("What is 0?", 0): 1,
+        ("What is 0?", 1): 0,
+        ("What is 2?", 0): 1,
+    }
 
 
 def test_a_score_that_is_missing_on_one_side_is_no_pair(tmp_path):
@@ -82,7 +94,9 @@ def test_a_score_that_is_missing_on_one_side_is_no_pair(tmp_path):
 def test_answers_to_other_questions_are_not_compared(tmp_path):
     a = read_results(str(write(tmp_path / "a", {10: [1, 0, 1]})))
     b = read_results(str(write(tmp_path / "b", {10: [1, 0, 1]}, prefix="Who is")))
-    with pytest.raises(BadInput, match="have 0 prompts in common, of 3 and 3: they were asked other questions"):
+    with pytest.raises(
+        BadInput, match="have 0 prompts in common, of 3 and 3: they were asked other questions"
+    ):
         table_of_two(a, b)
 
 

@@ -88,13 +88,17 @@ def test_a_difference_is_the_seconds_less_the_firsts():
     assert difference.value == pytest.approx(0.4)
     assert difference[1:3] == newcombe(both=3, gained=10, lost=2, n=20)
     assert difference.p == mcnemar(10, 2)
-    assert paired(second, first) == pytest.approx((-0.4, -difference.high, -difference.low, difference.p))
+    assert paired(second, first) == pytest.approx(
+        (-0.4, -difference.high, -difference.low, difference.p)
+    )
 
 
 def test_a_difference_of_grades_is_resampled_and_tested_by_exchange():
     first = [0.25, 0.5, 0.0, 0.75, 0.5, 0.25, 0.5, 0.5]
     better = [score + 0.25 for score in first]
-    assert paired(first, better).p == pytest.approx(2 / 2**8, rel=0.3)  # all one way, of 256 exchanges
+    assert paired(first, better).p == pytest.approx(
+        2 / 2**8, rel=0.3
+    )  # all one way, of 256 exchanges
     difference = paired(first, [*better[:4], *[score - 0.25 for score in first[4:]]])
     assert difference.value == pytest.approx(0)
     assert difference.p == 1.0

@@ -21,10 +21,22 @@ def test_the_table_of_scale_is_current() -> None:
 
 
 def test_the_scorers_of_the_page_are_a_recipes() -> None:
-    section = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8").split("\n## Scorers\n")[1]
+    section = (
+        (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8").split("\n## Scorers\n")[1]
+    )
     tree = yaml.safe_load(section.split("```yaml\n")[1].split("```")[0])
     data = {"train": [{"path": "train.jsonl"}], "eval": [{"path": "eval.jsonl"}]}
     recipe = parse_recipe({"model": {"name": "m"}, "data": data, "run": {"dir": "r"}, **tree})
     assert recipe.eval.generate is not None
     kinds = {scorer.kind for scorer in recipe.eval.generate.scorers.values()}
-    assert kinds == {"format", "exact", "contains", "math", "choice", "json_schema", "refusal", "function", "judge"}
+    assert kinds == {
+        "format",
+        "exact",
+        "contains",
+        "math",
+        "choice",
+        "json_schema",
+        "refusal",
+        "function",
+        "judge",
+    }

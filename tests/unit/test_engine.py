@@ -18,11 +18,13 @@ from trainer.engine.engine import gradient_norm
 RUN = Path("runs/some")
 
 
-def made(template: str | Path, dtype: str = "bfloat16", run_dir: Path = RUN, **parallel: Any) -> dict[str, Any]:
+def made(
+    template: str | Path, dtype: str = "bfloat16", run_dir: Path = RUN, **parallel: Any
+) -> dict[str, Any]:
     sections = (
         ParallelSection.model_validate({"deepspeed": str(template), **parallel}),
         ModelSection.model_validate({"name": "x", "dtype": dtype}),
-        OptimSection(clip=0.5),
+        OptimSection(max_grad_norm=0.5),
     )
     return deepspeed_config(*sections, 64, run_dir)
 
@@ -33,7 +35,9 @@ def template(tmp_path: Path, content: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem
+)
 def test_every_template_is_filled(path: Path) -> None:
     config = made(path, "float32" if path.stem == "zero0" else "bfloat16")
     assert "auto" not in json.dumps(config)
@@ -48,7 +52,10 @@ def test_sizes_follow_the_hidden_size() -> None:
 
 def test_gradients_are_summed_in_fp32_unless_the_recipe_says_otherwise() -> None:
     assert made("ds_configs/zero2.json", grad_dtype="bfloat16")["communication_data_type"] == "bf16"
-    assert made("ds_configs/zero2.json", "float32", grad_dtype="bfloat16")["communication_data_type"] == "fp32"
+    assert (
+        made("ds_configs/zero2.json", "float32", grad_dtype="bfloat16")["communication_data_type"]
+        == "fp32"
+    )
 
 
 @pytest.mark.parametrize(
@@ -64,7 +71,9 @@ def test_gradients_are_summed_in_fp32_unless_the_recipe_says_otherwise() -> None
     ],
     ids=lambda owned: next(iter(owned)),
 )
-def test_what_the_recipe_owns_is_refused_in_a_template(tmp_path: Path, owned: dict[str, Any]) -> None:
+def test_what_the_recipe_owns_is_refused_in_a_template(
+    tmp_path: Path, owned: dict[str, Any]
+) -> None:
     with pytest.raises(BadInput, match=next(iter(owned))):
         made(template(tmp_path, {"zero_optimization": {"stage": 2}, **owned}))
 
@@ -86,9 +95,16 @@ def test_stage_0_in_bfloat16_is_refused() -> None:
 
 
 def test_two_runs_share_no_folder_on_the_nvme(tmp_path: Path) -> None:
-    text = (ROOT / "ds_configs" / "zero3_nvme.json").read_text().replace("/local_nvme", str(tmp_path / "nvme"))
+    text = (
+        (ROOT / "ds_configs" / "zero3_nvme.json")
+        .read_text()
+        .replace("/local_nvme", str(tmp_path / "nvme"))
+    )
     path = template(tmp_path, text)
-    folders = [made(path, run_dir=tmp_path / name)["zero_optimization"]["offload_param"]["nvme_path"] for name in "ab"]
+    folders = [
+        made(path, run_dir=tmp_path / name)["zero_optimization"]["offload_param"]["nvme_path"]
+        for name in "ab"
+    ]
     assert len(set(folders)) == 2
     clear_nvme(made(path, run_dir=tmp_path / "a"))
     left = Path(folders[0]) / "of a killed run"
@@ -99,12 +115,18 @@ def test_two_runs_share_no_folder_on_the_nvme(tmp_path: Path) -> None:
 
 def test_an_nvme_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    text = (ROOT / "ds_configs" / "zero3_nvme.json").read_text().replace("/local_nvme", str(tmp_path / "file"))
+    text = (
+        (ROOT / "ds_configs" / "zero3_nvme.json")
+        .read_text()
+        .replace("/local_nvme", str(tmp_path / "file"))
+    )
     with pytest.raises(BadInput, match="nvme_path"):
         clear_nvme(made(template(tmp_path, text)))
 
 
-@pytest.mark.parametrize(("numel", "within"), [(0, 1e-12), (255, 1e-12), (256, 3e-7), (3000 * 256 + 1, 1e-8)])
+@pytest.mark.parametrize(
+    ("numel", "within"), [(0, 1e-12), (255, 1e-12), (256, 3e-7), (3000 * 256 + 1, 1e-8)]
+)
 def test_the_norm_by_blocks_is_the_norm_in_fp64(numel: int, within: float, monkeypatch) -> None:
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
     gradients = [torch.randn(numel), torch.randn(7) * 1e-3]

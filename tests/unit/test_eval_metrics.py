@@ -26,11 +26,19 @@ def rule(kind: str, **fields: Any) -> Any:
 
 
 def prompt(reference: str = "", **row: Any) -> Prompt:
-    return Prompt([1], "?", reference, Conversation((Message("user", "?"), Message("assistant", reference))), row)
+    return Prompt(
+        [1],
+        "?",
+        reference,
+        Conversation((Message("user", "?"), Message("assistant", reference))),
+        row,
+    )
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+def said(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> pytest.LogCaptureFixture:
     """What is logged."""
     monkeypatch.setattr(dist.log, "propagate", True)
     caplog.set_level(logging.INFO, logger="packhorse")
@@ -49,10 +57,12 @@ def test_each_answer_has_each_score_and_each_scorer_is_a_metric() -> None:
     rules = {
         "right": rule("exact"),
         "said": rule("contains", ignore_case=True),
-        "length": rule("function", function="test_score:words_of_answer"),
+        "length": rule("function", function="test_eval_metrics:words_of_answer"),
     }
     made = samples(prompts, ["Paris", "rome, I think", "no"], rules)
-    assert made[1] == Sample("?", "rome, I think", "Rome", {"right": 0.0, "said": 1.0, "length": 0.75})
+    assert made[1] == Sample(
+        "?", "rome, I think", "Rome", {"right": 0.0, "said": 1.0, "length": 0.75}
+    )
     assert [sample.scores["right"] for sample in made] == [1, 0, 0]
     found = metrics(made)
     assert found["right"] == Metric(1 / 3, 3, *wilson(1, 3))
@@ -65,10 +75,12 @@ def test_without_samples_or_scorers_there_are_no_metrics() -> None:
     assert metrics(samples([prompt("a")], ["a"], {})) == {}
 
 
-def test_an_answer_without_a_score_is_neither_right_nor_wrong_and_said_in_one_line(said: Any) -> None:
+def test_an_answer_without_a_score_is_neither_right_nor_wrong_and_said_in_one_line(
+    said: Any,
+) -> None:
     rules = {
         "right": rule("math", column="solution"),
-        "length": rule("function", function="test_score:words_of_answer"),
+        "length": rule("function", function="test_eval_metrics:words_of_answer"),
     }
     prompts = [prompt("x", solution=1), prompt("x"), prompt("x", solution=2)]
     made = samples(prompts, ["so 1", "so 1", ""], rules)
@@ -77,24 +89,34 @@ def test_an_answer_without_a_score_is_neither_right_nor_wrong_and_said_in_one_li
     assert metrics(made)["right"] == Metric(0.5, 2, *wilson(1, 2))
     assert [record.message for record in said.records] == [
         "right (math): 1 of 3 answers have no score: the row has no `solution`",
-        "length (function): 1 of 3 answers have no score: test_score:words_of_answer: None",
+        "length (function): 1 of 3 answers have no score: test_eval_metrics:words_of_answer: None",
     ]
 
 
 def test_a_metric_without_any_score_is_missing_and_says_why() -> None:
-    made = samples([prompt("x")], [""], {"length": rule("function", function="test_score:words_of_answer")})
-    assert metrics(made) == {"length": Metric(None, 0, None, None, "test_score:words_of_answer: None")}
-    assert metrics(made)["length"].as_json()["missing"] == "test_score:words_of_answer: None"
+    made = samples(
+        [prompt("x")],
+        [""],
+        {"length": rule("function", function="test_eval_metrics:words_of_answer")},
+    )
+    assert metrics(made) == {
+        "length": Metric(None, 0, None, None, "test_eval_metrics:words_of_answer: None")
+    }
+    assert metrics(made)["length"].as_json()["missing"] == "test_eval_metrics:words_of_answer: None"
     assert "missing" not in Metric(0.5, 2, 0.1, 0.9).as_json()
 
 
 def test_a_choice_is_scored_by_its_likeliest_letter_and_not_by_what_was_generated() -> None:
     rules = {"mmlu": rule("choice", column="answer"), "said": rule("contains")}
-    made = samples([prompt("B", answer=1), prompt("B", answer=1)], ["B", "C"], rules, {"mmlu": ["C", "B"]})
+    made = samples(
+        [prompt("B", answer=1), prompt("B", answer=1)], ["B", "C"], rules, {"mmlu": ["C", "B"]}
+    )
     assert [sample.scores for sample in made] == [{"mmlu": 0, "said": 1}, {"mmlu": 1, "said": 0}]
 
 
-def test_a_scorer_that_is_slow_at_answer_after_answer_is_given_up(monkeypatch: pytest.MonkeyPatch, said: Any) -> None:
+def test_a_scorer_that_is_slow_at_answer_after_answer_is_given_up(
+    monkeypatch: pytest.MonkeyPatch, said: Any
+) -> None:
     """So that an evaluation ends, however many rows it has."""
     monkeypatch.setattr(scorers, "PATTERN_S", 0.2)
     monkeypatch.setattr(eval_metrics, "SLOW_S", 0.5)
@@ -118,8 +140,14 @@ def test_a_scorer_that_is_slow_at_answer_after_answer_is_given_up(monkeypatch: p
         (rule("json_schema", column="schema"), "the row has no `schema`"),
         (rule("json_schema", tools=True), "the row has no tools"),
         (rule("json_schema", file="nowhere.json"), "nowhere.json: the JSON schema cannot be read"),
-        (rule("exact", extract="<answer>(.*)</answer>"), "`extract` finds nothing in the reference"),
-        (rule("function", function="nowhere:mine"), "function `nowhere:mine`: the module cannot be imported"),
+        (
+            rule("exact", extract="<answer>(.*)</answer>"),
+            "`extract` finds nothing in the reference",
+        ),
+        (
+            rule("function", function="nowhere:mine"),
+            "function `nowhere:mine`: the module cannot be imported",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else value.kind,
 )
@@ -139,7 +167,10 @@ def test_so_is_one_that_needs_references_where_there_are_none(kind: str) -> None
 
 
 def test_one_that_can_score_some_says_how_many_are_left_out(said: Any) -> None:
-    check_scorers({"mine": rule("math", column="solution")}, [prompt("x", solution=3), prompt("x"), prompt("x")])
+    check_scorers(
+        {"mine": rule("math", column="solution")},
+        [prompt("x", solution=3), prompt("x"), prompt("x")],
+    )
     assert said.messages == [
         "eval.generate.scorers.mine (math): 2 of 3 prompts are left out: the row has no `solution`"
     ]
@@ -150,13 +181,20 @@ def test_one_that_can_score_all_says_nothing(said: Any) -> None:
     assert said.messages == []
 
 
-def test_a_pattern_that_does_not_end_at_a_reference_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pattern_that_does_not_end_at_a_reference_is_bad_input(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(scorers, "PATTERN_S", 0.2)
-    with pytest.raises(BadInput, match=r"mine \(exact\): `extract`: no end within 0.2 s of computing, at a reference"):
+    with pytest.raises(
+        BadInput,
+        match=r"mine \(exact\): `extract`: no end within 0.2 s of computing, at a reference",
+    ):
         check_scorers({"mine": rule("exact", extract="^((a+)+)b")}, [prompt("a" * 64)])
 
 
-def test_without_the_library_of_a_scorer_the_command_to_install_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_library_of_a_scorer_the_command_to_install_it_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"mine \(math\) needs the library math-verify: pip install"):
         check_scorers({"mine": rule("math")}, [prompt("12")])

@@ -40,7 +40,15 @@ def of(run: Run, base: str) -> Recipe:
 @pytest.mark.parametrize("base", ["base.yaml", "full.yaml"])
 def test_every_run_is_a_recipe_at_either_size_and_no_two_are_the_same(base: str) -> None:
     recipes = [of(run, base) for run in catalogue.runs(EXPERIMENTS)]
-    assert len({json.dumps([recipe.fixed(), recipe.eval.model_dump(mode="json")]) for recipe in recipes}) == 27
+    assert (
+        len(
+            {
+                json.dumps([recipe.fixed(), recipe.eval.model_dump(mode="json")])
+                for recipe in recipes
+            }
+        )
+        == 27
+    )
     assert len({recipe.run.dir for recipe in recipes}) == 27
 
 
@@ -50,7 +58,13 @@ def test_a_run_that_several_experiments_look_at_is_trained_once() -> None:
     looking = [number for number, one in EXPERIMENTS.items() if "baseline" in one.arms]
     assert looking == [2, 3, 4, 6]
     assert [run.name for run in catalogue.runs([4, 2])] == [
-        *("baseline-seed0", "neftune-seed0", "prompt-learned-seed0", "baseline-seed1", "prompt-learned-seed1")
+        *(
+            "baseline-seed0",
+            "neftune-seed0",
+            "prompt-learned-seed0",
+            "baseline-seed1",
+            "prompt-learned-seed1",
+        )
     ]
 
 
@@ -72,8 +86,10 @@ def test_adapters_take_ten_times_the_learning_rate_of_their_base_recipe() -> Non
 def test_packed_and_alone_every_step_holds_all_rows() -> None:
     for arm in ("packed", "alone"):
         recipe = of(Run(arm, 0), "base.yaml")
-        assert recipe.data.train[0].rows == recipe.batch.rows_per_step == 40
-    assert of(Run("alone", 0), "base.yaml").batch.row_tokens == 100, "so that the fill is that of padding to 100"
+        assert recipe.data.train[0].rows == recipe.batch.global_batch_size == 40
+    assert of(Run("alone", 0), "base.yaml").batch.seq_len == 100, (
+        "so that the fill is that of padding to 100"
+    )
 
 
 def test_an_experiment_that_is_not_there_is_refused() -> None:
@@ -91,7 +107,9 @@ def problems() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return make_data.word_problems()
 
 
-def test_the_problems_are_the_quickstarts_and_more_held_out_ones(problems: Any, tmp_path: Path) -> None:
+def test_the_problems_are_the_quickstarts_and_more_held_out_ones(
+    problems: Any, tmp_path: Path
+) -> None:
     make_problems.write(tmp_path)
     theirs = [
         [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
@@ -106,9 +124,17 @@ def test_the_problems_are_the_quickstarts_and_more_held_out_ones(problems: Any, 
 def test_half_of_the_traces_are_wrong_and_verifying_takes_out_exactly_those(problems: Any) -> None:
     train = problems[0]
     traces = make_data.traces(train, 0.5, seed=0)
-    wrong = {i for i, (trace, row) in enumerate(zip(traces, train, strict=True)) if trace["answer"] != row["answer"]}
+    wrong = {
+        i
+        for i, (trace, row) in enumerate(zip(traces, train, strict=True))
+        if trace["answer"] != row["answer"]
+    }
     assert len(wrong) == 250
-    assert {i for i, trace in enumerate(traces) if math_verdict(trace["answer"], trace["solution"]) == "wrong"} == wrong
+    assert {
+        i
+        for i, trace in enumerate(traces)
+        if math_verdict(trace["answer"], trace["solution"]) == "wrong"
+    } == wrong
     assert make_data.traces(train, 0.5, seed=0) == traces != make_data.traces(train, 0.5, seed=1)
 
 
@@ -118,7 +144,9 @@ def test_a_wrong_trace_has_the_form_of_a_right_one_and_reckons_right(problems: A
         if mistaken is not None:
             assert RIGHT.fullmatch(mistaken), mistaken
             for term, result in re.findall(r"(\d+ [-+*/] \d+) = (\d+)", mistaken):
-                assert eval(term) == int(result), mistaken  # digits and one operator, by the pattern above
+                assert eval(term) == int(result), (
+                    mistaken
+                )  # digits and one operator, by the pattern above
             value = make_data.final(mistaken)
             assert mistaken.endswith(f"= {value}.</think><answer>{value}</answer>")
 
@@ -126,14 +154,23 @@ def test_a_wrong_trace_has_the_form_of_a_right_one_and_reckons_right(problems: A
 @pytest.mark.parametrize(
     ("right", "mistaken"),
     [
-        ("<think>4 * 9 = 36.</think><answer>36</answer>", "<think>4 + 9 = 13.</think><answer>13</answer>"),
-        ("<think>5 + 9 = 14.</think><answer>14</answer>", "<think>9 - 5 = 4.</think><answer>4</answer>"),
+        (
+            "<think>4 * 9 = 36.</think><answer>36</answer>",
+            "<think>4 + 9 = 13.</think><answer>13</answer>",
+        ),
+        (
+            "<think>5 + 9 = 14.</think><answer>14</answer>",
+            "<think>9 - 5 = 4.</think><answer>4</answer>",
+        ),
         ("<think>2 * 2 = 4.</think><answer>4</answer>", None),  # as 2 + 2
         (
             "So 6*2=<<6*2=12>>12 pages.\nThat is 12 x 52 = <<12*52=624>>624 pages a year\n#### 624",
             "So 6*2=<<6*2=12>>12 pages.\nThat is 12+52 = <<12+52=64>>64 pages a year\n#### 64",
         ),
-        ("She needs 100 - 30 - 15 = $<<100-30-15=55>>55 more.\n#### 55", None),  # the end of a longer formula
+        (
+            "She needs 100 - 30 - 15 = $<<100-30-15=55>>55 more.\n#### 55",
+            None,
+        ),  # the end of a longer formula
         ("It is 0.2*50 = <<0.2*50=10>>10.\n#### 10", None),  # no whole numbers
     ],
 )
@@ -150,18 +187,28 @@ def test_sheets_hold_every_problem_once(problems: Any) -> None:
     sheets = make_data.sheets(problems[0])
     assert len(sheets) == 300
     assert sheets[:250] == problems[0][:250]
-    lines = [line.partition(". ")[2] for sheet in sheets[250:] for line in sheet["answer"].splitlines()]
+    lines = [
+        line.partition(". ")[2] for sheet in sheets[250:] for line in sheet["answer"].splitlines()
+    ]
     assert lines == [row["answer"] for row in problems[0][250:]]
 
 
 # ----------------------------------------------------------------------------------------------- tables
 
 
-Evaluations = dict[int, tuple[float, set[int]]]  # after so many steps: the loss, and the prompts answered right
+Evaluations = dict[
+    int, tuple[float, set[int]]
+]  # after so many steps: the loss, and the prompts answered right
 
 
 def finished(
-    out: Path, run: Run, *, right: set[int], n: int = 40, steps: int = 10, before: Evaluations | None = None
+    out: Path,
+    run: Run,
+    *,
+    right: set[int],
+    n: int = 40,
+    steps: int = 10,
+    before: Evaluations | None = None,
 ) -> None:
     """A run folder as a finished run leaves it: of `n` prompts those in `right` are answered right at the end."""
     folder = out / run.name
@@ -170,16 +217,31 @@ def finished(
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     (folder / "summary.json").write_text("{}")
     (folder / "data.json").write_text(json.dumps({"train": {"documents": 500}}))
-    step = {"train/loss": 1.0, "perf/tokens_per_s": 400.0, "perf/step_s": 2.0, "pack/fill": 0.9, "mem/host_peak_gib": 4}
+    step = {
+        "train/loss": 1.0,
+        "perf/tokens_per_s": 400.0,
+        "perf/step_s": 2.0,
+        "pack/fill": 0.9,
+        "mem/host_peak_gib": 4,
+    }
     lines: list[dict[str, Any]] = [
-        {"step": i, **step, "train/grad_norm": 1.0 + i % 2 if i > 1 else 99.0} for i in range(1, steps + 1)
+        {"step": i, **step, "train/grad_norm": 1.0 + i % 2 if i > 1 else 99.0}
+        for i in range(1, steps + 1)
     ]
     samples = []
     for at, (loss, answered) in {**(before or {}), steps: (0.05, right)}.items():
         lines.append({"step": at, "eval/loss": loss})
         for i in range(n):
             scores = {"format_accuracy": True, "answer_accuracy": i in answered}
-            samples.append({"step": at, "prompt": f"question {i}", "answer": "", "reference": "", "scores": scores})
+            samples.append(
+                {
+                    "step": at,
+                    "prompt": f"question {i}",
+                    "answer": "",
+                    "reference": "",
+                    "scores": scores,
+                }
+            )
     for name, objects in (("metrics", lines), ("samples", samples)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in objects))
 
@@ -189,8 +251,14 @@ def test_a_table_compares_arms_prompt_by_prompt(tmp_path: Path) -> None:
         finished(tmp_path, Run("baseline", seed), right=set(range(20)))
         finished(tmp_path, Run("prompt-learned", seed), right=set(range(8)))
     text = tables.block(2, tmp_path)
-    assert "| `baseline` | 50.0% (35.2 to 64.8): 50.0%, 50.0% |  | 100.0% (91.2 to 100.0): 100.0%, 100.0% |" in text
-    assert "20.0% (10.5 to 34.8): 20.0%, 20.0% | -30.0 points (-43.6 to -14.3), p 0.00049: worse |" in text
+    assert (
+        "| `baseline` | 50.0% (35.2 to 64.8): 50.0%, 50.0% |  | 100.0% (91.2 to 100.0): 100.0%, 100.0% |"
+        in text
+    )
+    assert (
+        "20.0% (10.5 to 34.8): 20.0%, 20.0% | -30.0 points (-43.6 to -14.3), p 0.00049: worse |"
+        in text
+    )
     assert "40 prompts. Each seed's value" in text
 
 
@@ -199,7 +267,9 @@ def test_a_difference_that_the_seeds_do_not_share_is_none(tmp_path: Path) -> Non
     finished(tmp_path, Run("baseline", 1), right=set(range(20)))
     finished(tmp_path, Run("prompt-learned", 0), right=set(range(40)))
     finished(tmp_path, Run("prompt-learned", 1), right=set(range(19)))
-    assert re.search(r"\+36\.2 points \(.*\), p 0\.0001: no difference seen", tables.block(2, tmp_path))
+    assert re.search(
+        r"\+36\.2 points \(.*\), p 0\.0001: no difference seen", tables.block(2, tmp_path)
+    )
 
 
 def test_a_difference_that_chance_could_make_is_none(tmp_path: Path) -> None:
@@ -213,7 +283,9 @@ def test_the_spread_of_gradient_norms_leaves_the_warm_up_out(tmp_path: Path) -> 
         for seed in (0, 1):
             finished(tmp_path, Run(arm, seed), right={0})
     row = next(line for line in tables.block(1, tmp_path).splitlines() if "sheets-example" in line)
-    assert "| 0.365, 0.365 | 2.00, 2.00 |" in row, "of 1 and 2, nine of them; the first step's 99 is warm-up"
+    assert "| 0.365, 0.365 | 2.00, 2.00 |" in row, (
+        "of 1 and 2, nine of them; the first step's 99 is warm-up"
+    )
 
 
 def test_packing_is_compared_step_by_step(tmp_path: Path) -> None:
@@ -227,9 +299,15 @@ def test_packing_is_compared_step_by_step(tmp_path: Path) -> None:
     assert "| `packed` | 400 | 1.000000 | 1.000000 |  |  | 90.0% |" in text
 
 
-def test_one_half_of_the_prompts_chooses_the_checkpoint_and_the_other_judges(tmp_path: Path) -> None:
+def test_one_half_of_the_prompts_chooses_the_checkpoint_and_the_other_judges(
+    tmp_path: Path,
+) -> None:
     even, odd = set(range(0, 40, 2)), set(range(1, 40, 2))
-    before = {0: (0.01, set()), 5: (0.02, {1, 3}), 10: (0.03, even | {5})}  # the lowest loss is before training
+    before = {
+        0: (0.01, set()),
+        5: (0.02, {1, 3}),
+        10: (0.03, even | {5}),
+    }  # the lowest loss is before training
     finished(tmp_path, Run("few-rows", 0), right=odd, steps=15, before=before)
     finished(tmp_path, Run("fewer-rows", 0), right={1}, steps=5, before={})
     text = tables.block(7, tmp_path)
@@ -249,7 +327,9 @@ def test_an_experiment_without_all_its_runs_has_no_table(tmp_path: Path) -> None
 
 def test_the_page_has_a_place_for_each_experiment_and_keeps_its_prose() -> None:
     page = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
-    filled = tables.fill(page, {"where": "here", **{str(number): f"table {number}" for number in EXPERIMENTS}})
+    filled = tables.fill(
+        page, {"where": "here", **{str(number): f"table {number}" for number in EXPERIMENTS}}
+    )
     for number, experiment in EXPERIMENTS.items():
         assert f"## {number}. {experiment.title}\n" in page
         assert f"<!-- {number} -->\ntable {number}\n<!-- end -->" in filled
@@ -258,7 +338,9 @@ def test_the_page_has_a_place_for_each_experiment_and_keeps_its_prose() -> None:
     assert tables.fill(filled, {"1": "table 1"}) == filled
 
 
-def test_a_finished_run_is_not_done_again_and_one_of_another_recipe_is_refused(tmp_path: Path) -> None:
+def test_a_finished_run_is_not_done_again_and_one_of_another_recipe_is_refused(
+    tmp_path: Path,
+) -> None:
     is_done, run = RUNNER["is_done"], Run("neftune", 0)
     assert not is_done(of(run, "base.yaml"), tmp_path / run.name)
     finished(tmp_path, run, right={1})
@@ -280,4 +362,7 @@ def test_the_time_to_go_follows_the_pace_of_the_runs_so_far(tmp_path: Path) -> N
     assert pace_of(tmp_path, base) == 2
     assert about(1950, 2) == "about 1 h 05 min"
     other = base.model_copy(update={"model": base.model.model_copy(update={"name": "other"})})
-    assert about(1950, pace_of(tmp_path / "elsewhere", other)) == "a time that is known after the first run"
+    assert (
+        about(1950, pace_of(tmp_path / "elsewhere", other))
+        == "a time that is known after the first run"
+    )

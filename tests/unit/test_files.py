@@ -39,7 +39,9 @@ def write(text: str):
 
 
 def content(folder: Path) -> str:
-    assert sorted(path.name for path in folder.parent.iterdir()) == ["thing"], "nothing else is left lying about"
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["thing"], (
+        "nothing else is left lying about"
+    )
     return (folder / "text").read_text()
 
 
@@ -57,7 +59,9 @@ def test_of_many_that_start_together_one_builds(folder):
         time.sleep(0.2)
         write("one")(staging, leftovers, check)
 
-    threads = [threading.Thread(target=build_once, args=(folder, build, "building")) for _ in range(8)]
+    threads = [
+        threading.Thread(target=build_once, args=(folder, build, "building")) for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -112,7 +116,9 @@ def test_of_many_that_find_an_owner_dead_one_takes_over(folder):
         time.sleep(0.2)
         write("one")(staging, leftovers, check)
 
-    threads = [threading.Thread(target=build_once, args=(folder, build, "building")) for _ in range(6)]
+    threads = [
+        threading.Thread(target=build_once, args=(folder, build, "building")) for _ in range(6)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -159,7 +165,9 @@ build_once(Path(sys.argv[1]), build, "building")
 
 
 def test_a_killed_build_is_not_taken_for_whole(folder):
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(folder)], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "half done\n"
     process.send_signal(signal.SIGKILL)
@@ -199,7 +207,10 @@ def test_waiting_ends_when_asked_to_stop(folder):
 
 @pytest.mark.parametrize(
     ("code", "said"),
-    [(errno.ENOSPC, "the disk is full while building; free some room"), (errno.EROFS, "cannot be written")],
+    [
+        (errno.ENOSPC, "the disk is full while building; free some room"),
+        (errno.EROFS, "cannot be written"),
+    ],
 )
 def test_a_disk_that_takes_no_more_is_said_in_a_sentence(folder, code, said):
     def build(staging, leftovers, check):

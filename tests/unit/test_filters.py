@@ -14,7 +14,9 @@ from trainer.datatypes import BadInput, Conversation, Filtered, Message, RowErro
 
 def left_out(answer: str, row=None, **filters) -> str | None:
     """Why a row with this answer is left out."""
-    conversation = Conversation((Message("user", "q"), Message("assistant", "first"), Message("assistant", answer)))
+    conversation = Conversation(
+        (Message("user", "q"), Message("assistant", "first"), Message("assistant", answer))
+    )
     try:
         apply_filters(Filters.model_validate(filters), row or {}, conversation)
     except Filtered as reason:
@@ -68,7 +70,10 @@ def test_a_function_of_the_users_own_sees_the_row_and_the_conversation(own):
 
 
 def test_a_fault_of_the_function_is_a_reject(own):
-    for body, reason in (("return row['best']", "KeyError: 'best'"), ("return 1", "it must give True, False or")):
+    for body, reason in (
+        ("return row['best']", "KeyError: 'best'"),
+        ("return 1", "it must give True, False or"),
+    ):
         with pytest.raises(RowError, match=reason) as error:
             left_out("4", function=own(body))
         assert not isinstance(error.value, Filtered)
@@ -103,7 +108,10 @@ def test_an_answer_without_a_verdict_is_a_reject_and_not_a_wrong_one(monkeypatch
 
 def test_wrong_traces_are_left_out_and_right_ones_kept(shared, tmp_path):
     """Hand-made wrong traces among real ones: a wrong sum, the right value on the way only, no end, another form."""
-    real = [json.loads(line) for line in (shared / "data" / "gsm8k_train.jsonl").read_text().splitlines()[:200]]
+    real = [
+        json.loads(line)
+        for line in (shared / "data" / "gsm8k_train.jsonl").read_text().splitlines()[:200]
+    ]
     rows, wrong = [], []
     for number, row in enumerate(real):
         reasoning, _, final = row["answer"].rpartition("#### ")
@@ -113,10 +121,20 @@ def test_wrong_traces_are_left_out_and_right_ones_kept(shared, tmp_path):
             2: "I would have to guess.",
             3: row["answer"].replace("#### ", "#### 2 * 7 + "),
         }
-        good = [row["answer"], f"{reasoning}So it is \\boxed{{{final}}}.", f"{reasoning}#### {final}.00"]
-        rows.append({"question": row["question"], "answer": good[number % 3], "reference": row["answer"]})
+        good = [
+            row["answer"],
+            f"{reasoning}So it is \\boxed{{{final}}}.",
+            f"{reasoning}#### {final}.00",
+        ]
         rows.append(
-            {"question": row["question"], "answer": spoilt[number % 4], "reference": int(final.replace(",", ""))}
+            {"question": row["question"], "answer": good[number % 3], "reference": row["answer"]}
+        )
+        rows.append(
+            {
+                "question": row["question"],
+                "answer": spoilt[number % 4],
+                "reference": int(final.replace(",", "")),
+            }
         )
         wrong.append(2 * number + 2)
     path = tmp_path / "traces.jsonl"

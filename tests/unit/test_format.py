@@ -46,9 +46,15 @@ def test_columns_can_be_mapped_and_formats_named():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (a_source(path="a.jsonl"), r"a\.jsonl: the rows have the columns foo, bar, .*question\+answer.*columns: \{"),
+        (
+            a_source(path="a.jsonl"),
+            r"a\.jsonl: the rows have the columns foo, bar, .*question\+answer.*columns: \{",
+        ),
         (a_source(path="a.jsonl", format="text"), "none of these sets of columns is there: text"),
-        (a_source(path="a.jsonl", columns={"question": "Q", "answer": "bar"}), "names `Q`, but the rows have"),
+        (
+            a_source(path="a.jsonl", columns={"question": "Q", "answer": "bar"}),
+            "names `Q`, but the rows have",
+        ),
         (a_source(path="a.jsonl", columns={"ask": "foo"}), "unknown name `ask`; known: messages, "),
     ],
 )
@@ -60,16 +66,50 @@ def test_unknown_columns_say_what_is_known(source, message):
 @pytest.mark.parametrize(
     ("fields", "format"),
     [
-        ({"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}, "messages"),
-        ({"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}, "sharegpt"),
-        ({"conversations": [{"from": "user", "value": "2+2?"}, {"from": "chatgpt", "value": "4"}]}, "sharegpt"),
-        ({"conversations": [{"role": "user", "content": "2+2?"}, {"from": "gpt", "value": "4"}]}, "sharegpt"),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": "2+2?"},
+                    {"role": "assistant", "content": "4"},
+                ]
+            },
+            "messages",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]},
+            "sharegpt",
+        ),
+        (
+            {
+                "conversations": [
+                    {"from": "user", "value": "2+2?"},
+                    {"from": "chatgpt", "value": "4"},
+                ]
+            },
+            "sharegpt",
+        ),
+        (
+            {"conversations": [{"role": "user", "content": "2+2?"}, {"from": "gpt", "value": "4"}]},
+            "sharegpt",
+        ),
         ({"prompt": "2+2?", "completion": "4"}, "prompt_completion"),
         ({"prompt": [{"role": "user", "content": "2+2?"}], "completion": "4"}, "prompt_completion"),
-        ({"prompt": "2+2?", "completion": [{"role": "assistant", "content": "4"}]}, "prompt_completion"),
+        (
+            {"prompt": "2+2?", "completion": [{"role": "assistant", "content": "4"}]},
+            "prompt_completion",
+        ),
         ({"instruction": "2+2?", "input": "", "output": "4"}, "instruction"),
         ({"instruction": "2+2?", "input": None, "output": "4"}, "instruction"),
-        ({"instruction": "2+2?", "input": "<noinput>", "output": "4", "system": "", "history": []}, "instruction"),
+        (
+            {
+                "instruction": "2+2?",
+                "input": "<noinput>",
+                "output": "4",
+                "system": "",
+                "history": [],
+            },
+            "instruction",
+        ),
         ({"question": "2+2?", "answer": "4", "choices": [1]}, "question_answer"),
     ],
 )
@@ -108,7 +148,12 @@ def test_a_system_column_and_a_system_message_must_agree():
 
 def test_alpaca_rows_may_have_turns_before():
     row = {"instruction": "2+2?", "output": "4", "history": [["Hi", "Hello"]]}
-    assert read(row, "instruction").messages == (Message("user", "Hi"), Message("assistant", "Hello"), ASKED, ANSWERED)
+    assert read(row, "instruction").messages == (
+        Message("user", "Hi"),
+        Message("assistant", "Hello"),
+        ASKED,
+        ANSWERED,
+    )
     for history in ("Hi", [["Hi"]], [["Hi", None]], [{"Hi": "Hello"}]):
         with pytest.raises(RowError):
             read({**row, "history": history}, "instruction")
@@ -118,7 +163,11 @@ def test_sharegpt_has_calls_their_results_tools_and_weights():
     row = {
         "conversations": [
             {"from": "human", "value": "2+?", "weight": None},
-            {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2}}', "weight": 0},
+            {
+                "from": "function_call",
+                "value": '{"name": "add", "arguments": {"a": 2}}',
+                "weight": 0,
+            },
             {"from": "observation", "value": "4"},
             {"from": "gpt", "value": "4", "reasoning_content": "Hm."},
         ],
@@ -129,7 +178,12 @@ def test_sharegpt_has_calls_their_results_tools_and_weights():
         (
             Message("system", "Be brief."),
             Message("user", "2+?"),
-            Message("assistant", "", tool_calls=({"function": {"name": "add", "arguments": {"a": 2}}},), weight=0),
+            Message(
+                "assistant",
+                "",
+                tool_calls=({"function": {"name": "add", "arguments": {"a": 2}}},),
+                weight=0,
+            ),
             Message("tool", "4"),
             Message("assistant", "4", "Hm."),
         ),
@@ -147,7 +201,10 @@ def test_sharegpt_has_calls_their_results_tools_and_weights():
         ([{"from": "gpt", "value": None}], "content is not text"),
         ([{"from": "gpt", "value": "a"}], "an answer comes before any question"),
         ([{"from": "human", "value": "a"}], "no answer"),
-        ([{"from": "function_call", "value": "add(2)"}], "function_call: broken JSON: Expecting value"),
+        (
+            [{"from": "function_call", "value": "add(2)"}],
+            "function_call: broken JSON: Expecting value",
+        ),
         ([{"from": "function_call", "value": "[1]"}], "a tool call names no function"),
         (["a"], "a message is not an object"),
         ("a", "conversations are not a list of turns"),
@@ -174,9 +231,18 @@ def test_parts_weights_reasoning_and_tool_calls():
     as_text = {**CALL, "function": {"name": "add", "arguments": json.dumps({"a": 2})}}
     row = {
         "messages": [
-            {"role": "system", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]},
+            {
+                "role": "system",
+                "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}],
+            },
             {"role": "user", "content": "2+?"},
-            {"role": "assistant", "content": None, "tool_calls": [as_text], "weight": 0, "reasoning_content": "Hm."},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [as_text],
+                "weight": 0,
+                "reasoning_content": "Hm.",
+            },
             {"role": "tool", "content": "4", "tool_call_id": "call00001", "name": None},
             {"role": "assistant", "content": "4", "tool_calls": None, "weight": 1.0},
         ],
@@ -222,18 +288,33 @@ for _ in range(200):
         (chat(("assistant", "a")), "an answer comes before any question"),
         (chat(("system", "s"), ("assistant", "a")), "an answer comes before any question"),
         (chat(("human", "a"), ("assistant", "b")), "unknown role 'human'"),
-        (chat(("user", "a"), ("tool", "b"), ("assistant", "c")), "a tool result without a tool call"),
+        (
+            chat(("user", "a"), ("tool", "b"), ("assistant", "c")),
+            "a tool result without a tool call",
+        ),
         (chat(("user", 3), ("assistant", "b")), "content is not text"),
         (chat(("user", None), ("assistant", "b")), "content is not text"),
-        (chat(("user", [{"type": "image"}]), ("assistant", "b")), "content has parts that are not text"),
+        (
+            chat(("user", [{"type": "image"}]), ("assistant", "b")),
+            "content has parts that are not text",
+        ),
         (chat(("user", "\ud800"), ("assistant", "b")), "half a surrogate pair in the text"),
         (
             chat(("user", "a"), ("assistant", "b"), tools="{"),
             "tools: broken JSON: Expecting property name enclosed in double quotes",
         ),
-        (chat(("user", "a"), ("assistant", "b"), tools=[{"type": "function"}]), "a tool names no function"),
-        (chat(("user", "a"), ("assistant", "b"), tools=[{"name": "f", "x": DEEP}]), "nested too deeply"),
-        (chat(("user", "a"), ("assistant", "b"), tools=[{"name": "f", "x": b"1"}]), "a value that JSON does not have"),
+        (
+            chat(("user", "a"), ("assistant", "b"), tools=[{"type": "function"}]),
+            "a tool names no function",
+        ),
+        (
+            chat(("user", "a"), ("assistant", "b"), tools=[{"name": "f", "x": DEEP}]),
+            "nested too deeply",
+        ),
+        (
+            chat(("user", "a"), ("assistant", "b"), tools=[{"name": "f", "x": b"1"}]),
+            "a value that JSON does not have",
+        ),
         ({"messages": []}, "messages are not a list of messages"),
         ({"messages": "hello"}, "messages are not a list of messages"),
         ({"messages": ["hello"]}, "a message is not an object"),
@@ -245,14 +326,23 @@ for _ in range(200):
             calling({"name": "f", "arguments": '{"a": 1, "a": 2}'}),
             "tool-call arguments: a key stands twice in an object",
         ),
-        (calling({"name": "f", "arguments": '{"a": NaN}'}), "tool-call arguments: a value that JSON does not have"),
+        (
+            calling({"name": "f", "arguments": '{"a": NaN}'}),
+            "tool-call arguments: a value that JSON does not have",
+        ),
         (calling({"name": "f", "arguments": "[1]"}), "tool-call arguments are not an object"),
-        (calling({"name": "f", "arguments": "1" * 5000}), "tool-call arguments: a number of too many digits"),
+        (
+            calling({"name": "f", "arguments": "1" * 5000}),
+            "tool-call arguments: a number of too many digits",
+        ),
         (calling({"name": ""}), "a tool call names no function"),
         (calling({"name": "f"}, weight=2), "a message's weight is not 0 or 1"),
         (calling({"name": "f"}, weight=float("nan")), "a message's weight is not 0 or 1"),
         (calling({"name": "f"}, reasoning_content=3), "reasoning_content is not a string"),
-        (calling({"name": "f"}, function_call={"name": "f"}), "a message uses function_call; write tool_calls"),
+        (
+            calling({"name": "f"}, function_call={"name": "f"}),
+            "a message uses function_call; write tool_calls",
+        ),
     ],
 )
 def test_a_bad_row_is_rejected_with_a_reason(row, reason):
@@ -270,9 +360,28 @@ def test_a_missing_empty_or_wrong_column_is_rejected(format):
                 read({**row, name: value}, format)
 
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=3)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=3)
+)
 keys = st.sampled_from(
-    ["role", "from", "value", "content", "tool_calls", "function", "name", "arguments", "type", "text", "weight"]
+    [
+        "role",
+        "from",
+        "value",
+        "content",
+        "tool_calls",
+        "function",
+        "name",
+        "arguments",
+        "type",
+        "text",
+        "weight",
+    ]
 )
 junk = st.recursive(
     scalars | st.sampled_from(["user", "assistant", "tool", "function_call", "{}"]),
@@ -289,4 +398,6 @@ def test_nothing_but_a_row_error_comes_of_a_malformed_row(format, data):
         conversation = read(row, format)
     except RowError:
         return
-    assert conversation.text or any(message.role == "assistant" for message in conversation.messages)
+    assert conversation.text or any(
+        message.role == "assistant" for message in conversation.messages
+    )

@@ -19,11 +19,19 @@ from trainer.data.source import read_rows
 from trainer.datatypes import BadInput, Conversation, RowError
 
 CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
-TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "n": 1.5}}}]
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "n": 1.5}}}
+]
 TURNS = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": [{"type": "text", "text": "2+?"}], "name": "Ann"},
-    {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning_content": "Hm.", "weight": 0},
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [CALL],
+        "reasoning_content": "Hm.",
+        "weight": 0,
+    },
     {"role": "tool", "content": "4", "tool_call_id": "call00001"},
     {"role": "assistant", "content": "Es ist 4. \u2028 四 \U0001f600", "weight": 1},
 ]
@@ -40,7 +48,12 @@ ROWS: dict[str, dict[str, Any]] = {
         "tools": json.dumps(TOOLS),
     },
     "prompt_completion": {"prompt": TURNS[:2], "completion": "4"},
-    "instruction": {"instruction": "Add.", "input": "2 and 2", "output": "4", "history": [["Hi", "Hello"]]},
+    "instruction": {
+        "instruction": "Add.",
+        "input": "2 and 2",
+        "output": "4",
+        "history": [["Hi", "Hello"]],
+    },
     "question_answer": {"question": "2+2?", "answer": "4", "system": "Be brief."},
     "text": {"text": "To be or not to be", "meta": {"score": 0.5, "tags": ["a", None]}},
 }
@@ -54,8 +67,37 @@ def deep(depth: int) -> Any:
 
 
 JUNK: list[Any] = [
-    *(None, True, False, 0, 1, -1, 2, 10**30, 10**4000, 1e308, float("nan"), float("inf"), -float("inf")),
-    *("", " ", "\n", "\x00", "\ud800", "\ufeff", "\u202e", "<|im_end|>", "{", "[]", "{}", "null", "NaN", "1" * 5000),
+    *(
+        None,
+        True,
+        False,
+        0,
+        1,
+        -1,
+        2,
+        10**30,
+        10**4000,
+        1e308,
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+    ),
+    *(
+        "",
+        " ",
+        "\n",
+        "\x00",
+        "\ud800",
+        "\ufeff",
+        "\u202e",
+        "<|im_end|>",
+        "{",
+        "[]",
+        "{}",
+        "null",
+        "NaN",
+        "1" * 5000,
+    ),
     *(
         [],
         {},
@@ -70,12 +112,59 @@ JUNK: list[Any] = [
         deep(70),
         deep(400),
     ),
-    *("system", "user", "assistant", "tool", "human", "gpt", "function_call", "[" * 300, '{"a": 1, "a": 2}'),
+    *(
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "human",
+        "gpt",
+        "function_call",
+        "[" * 300,
+        '{"a": 1, "a": 2}',
+    ),
 ]
 BYTES = [
-    *(b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf0\x9f", b"\x00", b"\xef\xbb\xbf", b"\r", b"\n", b"\r\n", b"\x1f", b'"'),
-    *(b"\\", b"\\u", b"\\ud800", b"\\u0000", b"{", b"}", b"[", b"]", b",", b":", b"NaN", b"-Infinity", b"1e999", b"-"),
-    *(b'"text": "b", ', b'"role": "user", ', b"null", b"// c\n", b"'", b"\xc2\xa0", b"[" * 2000, b"9" * 5000, b"\x85"),
+    *(
+        b"\xff",
+        b"\xc3",
+        b"\xed\xa0\x80",
+        b"\xf0\x9f",
+        b"\x00",
+        b"\xef\xbb\xbf",
+        b"\r",
+        b"\n",
+        b"\r\n",
+        b"\x1f",
+        b'"',
+    ),
+    *(
+        b"\\",
+        b"\\u",
+        b"\\ud800",
+        b"\\u0000",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b",",
+        b":",
+        b"NaN",
+        b"-Infinity",
+        b"1e999",
+        b"-",
+    ),
+    *(
+        b'"text": "b", ',
+        b'"role": "user", ',
+        b"null",
+        b"// c\n",
+        b"'",
+        b"\xc2\xa0",
+        b"[" * 2000,
+        b"9" * 5000,
+        b"\x85",
+    ),
 ]
 
 
@@ -91,11 +180,17 @@ def altered(value: Any, rng: random.Random) -> Any:
             items[::-1],
             {str(number): item for number, item in enumerate(items)},
         )
-        return rng.choice(changes) if rng.random() < 0.2 else [*items[:at], altered(items[at], rng), *items[at + 1 :]]
+        return (
+            rng.choice(changes)
+            if rng.random() < 0.2
+            else [*items[:at], altered(items[at], rng), *items[at + 1 :]]
+        )
     key = rng.choice(list(value))
     rest = {name: item for name, item in value.items() if name != key}
     if rng.random() < 0.2:
-        return rng.choice((rest, {**rest, key.upper(): value[key]}, {**value, "name": value[key]}, [value]))
+        return rng.choice(
+            (rest, {**rest, key.upper(): value[key]}, {**value, "name": value[key]}, [value])
+        )
     return {**rest, key: altered(value[key], rng)}
 
 
@@ -103,9 +198,9 @@ def altered_line(row: Any, rng: random.Random) -> bytes:
     """The row as JSON, after changes to its values and then to its bytes."""
     for _ in range(rng.choice((0, 1, 1, 2, 5))):
         row = altered(row, rng)
-    return altered_bytes(json.dumps(row, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass"), rng)[
-        :20_000
-    ]
+    return altered_bytes(
+        json.dumps(row, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass"), rng
+    )[:20_000]
 
 
 def altered_bytes(text: bytes, rng: random.Random) -> bytes:
@@ -122,7 +217,9 @@ def outcomes(source: Source, format: str) -> Iterator[Conversation | str]:
     reader = RowReader(source, format)
     for row in read_rows(source):
         try:
-            yield reader.conversation(pickle.loads(pickle.dumps(row.fields)))  # as on its way to another process
+            yield reader.conversation(
+                pickle.loads(pickle.dumps(row.fields))
+            )  # as on its way to another process
         except RowError as error:
             reason = str(error)
             assert 3 < len(reason) < 200, reason
@@ -136,7 +233,9 @@ def test_every_line_is_parsed_or_refused_with_a_sentence(tmp_path, format):
     rng = random.Random(format)
     found: Counter[str] = Counter()
     for _ in range(12):
-        content = rng.choice((b"\n", b"\r\n", b"\n\n")).join(altered_line(ROWS[format], rng) for _ in range(1400))
+        content = rng.choice((b"\n", b"\r\n", b"\n\n")).join(
+            altered_line(ROWS[format], rng) for _ in range(1400)
+        )
         path = tmp_path / "a.jsonl"
         path.write_bytes(content)
         source = Source.model_validate({"path": str(path)})
@@ -201,9 +300,15 @@ def test_every_file_is_read_or_refused_with_a_sentence(tmp_path, suffix):
 
 @pytest.mark.parametrize("format", REQUIRED)
 def test_texts_of_ten_megabytes_pass_and_take_no_longer_than_reading(tmp_path, format):
-    rows = [ROWS[format], json.loads(json.dumps(ROWS[format]).replace("4", "4" * 10_000_000, 1)), ROWS[format]]
+    rows = [
+        ROWS[format],
+        json.loads(json.dumps(ROWS[format]).replace("4", "4" * 10_000_000, 1)),
+        ROWS[format],
+    ]
     path = tmp_path / "a.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"text": "' + "x" * 10_000_000)
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in rows) + '{"text": "' + "x" * 10_000_000
+    )
     began = time.monotonic()
     *results, cut = outcomes(Source.model_validate({"path": str(path)}), format)
     assert time.monotonic() - began < 10

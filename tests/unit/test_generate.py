@@ -27,7 +27,9 @@ def letters(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
 
 def engine(model: Any) -> Any:
     """What generation takes of an engine."""
-    return SimpleNamespace(module=SimpleNamespace(model=model), whole_weights=lambda: nullcontext(True))
+    return SimpleNamespace(
+        module=SimpleNamespace(model=model), gather_for_generation=lambda: nullcontext(True)
+    )
 
 
 def answer(model: Any, prompts: list[list[int]], **values: Any) -> list[list[int]]:
@@ -55,7 +57,8 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 
 
 @pytest.mark.parametrize(
-    ("top_p", "left"), [(0.5, [2]), (0.51, [2, 0]), (0.8, [2, 0]), (0.81, [2, 0, 4]), (1.0, [2, 0, 4, 1])]
+    ("top_p", "left"),
+    [(0.5, [2]), (0.51, [2, 0]), (0.8, [2, 0]), (0.81, [2, 0, 4]), (1.0, [2, 0, 4, 1])],
 )
 def test_top_p_keeps_the_fewest_tokens_that_have_the_share(top_p: float, left: list[int]) -> None:
     probabilities = torch.tensor([[0.3, 0.05, 0.5, 0.0, 0.15]])
@@ -81,7 +84,14 @@ def test_top_p_without_a_temperature_is_refused() -> None:
 
 def gpt2() -> Any:
     """Its positions are learned: one that is off by the padding shows."""
-    sizes = {"vocab_size": 160, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.5}
+    sizes = {
+        "vocab_size": 160,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "initializer_range": 0.5,
+    }
     return tiny(transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2))
 
 
@@ -93,14 +103,18 @@ def test_padding_changes_no_answer_and_no_likelihood() -> None:
     asked = [Prompt(p, "", "", Conversation(), {}) for p in prompts]
 
     def likelihoods(prompts: list[Prompt]) -> Any:
-        return generate.choice_logprobs(engine(model), prompts, ["A", "BC"], 4, letters, QUIET, QUIET)
+        return generate.choice_logprobs(
+            engine(model), prompts, ["A", "BC"], 4, letters, QUIET, QUIET
+        )
 
     together = torch.tensor(likelihoods(asked))
     apart = torch.tensor([likelihoods([prompt])[0] for prompt in asked])
     assert (together - apart).abs().max() < 1e-4
 
 
-def test_control_positions_of_the_padded_row_would_change_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_control_positions_of_the_padded_row_would_change_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, prompts = gpt2(), prompts_of(3, 20, 11, 7)
     model.generation_config.eos_token_id = None
     alone = [answer(model, [prompt])[0] for prompt in prompts]
@@ -109,7 +123,9 @@ def test_control_positions_of_the_padded_row_would_change_answers(monkeypatch: p
     def padded_positions(ids: torch.Tensor, **kwargs: Any) -> Any:
         inputs = prepare(ids, **kwargs)
         new = inputs["input_ids"].shape[1]
-        inputs["position_ids"] = torch.arange(ids.shape[1] - new, ids.shape[1]).expand(ids.shape[0], -1)
+        inputs["position_ids"] = torch.arange(ids.shape[1] - new, ids.shape[1]).expand(
+            ids.shape[0], -1
+        )
         return inputs
 
     monkeypatch.setattr(model, "prepare_inputs_for_generation", padded_positions)
@@ -127,11 +143,15 @@ def test_a_penalty_of_the_makers_is_not_applied() -> None:
 
 @pytest.mark.parametrize("stops", [5, [5, 7]])
 def test_an_answer_ends_before_its_first_stop_token(stops: int | list[int]) -> None:
-    assert generate._until_stop([3, 4, 7, 5, 0, 0], generate._as_list(stops)) == ([3, 4, 7] if stops == 5 else [3, 4])
+    assert generate._until_stop([3, 4, 7, 5, 0, 0], generate._as_list(stops)) == (
+        [3, 4, 7] if stops == 5 else [3, 4]
+    )
 
 
 @pytest.mark.parametrize(("named", "stops"), [(None, [5]), (7, [5, 7]), ([9, 5], [5, 9])])
-def test_what_was_learned_to_end_an_answer_ends_it_and_what_the_makers_named(named: Any, stops: list[int]) -> None:
+def test_what_was_learned_to_end_an_answer_ends_it_and_what_the_makers_named(
+    named: Any, stops: list[int]
+) -> None:
     model: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=named))
     assert generate.stop_tokens(model, (5,)) == stops
 
@@ -151,7 +171,9 @@ def test_every_prompt_is_asked_once_in_equally_many_rounds(
     assert len({len(rounds) for rounds in by_rank}) == 1
     assert sorted(i for rounds in by_rank for batch in rounds for i in batch) == list(range(count))
     assert all(len(batch) <= size for rounds in by_rank for batch in rounds)
-    in_time = [lengths[i] for at_once in zip(*by_rank, strict=True) for batch in at_once for i in batch]
+    in_time = [
+        lengths[i] for at_once in zip(*by_rank, strict=True) for batch in at_once for i in batch
+    ]
     assert in_time == sorted(lengths, reverse=True), "prompts of like lengths run together"
 
 
@@ -159,7 +181,9 @@ def test_prompts_that_leave_no_room_for_an_answer_are_refused() -> None:
     model = tiny_llama(max_position_embeddings=64)
     prompts = [Prompt([1] * length, "", "", Conversation(), {}) for length in (9, 50)]
     generate.require_room(model, prompts, 14)
-    with pytest.raises(BadInput, match="50 tokens and max_new_tokens=15 do not fit into the model's 64 positions"):
+    with pytest.raises(
+        BadInput, match="50 tokens and max_new_tokens=15 do not fit into the model's 64 positions"
+    ):
         generate.require_room(model, prompts, 15)
 
 
@@ -177,7 +201,9 @@ def test_a_choice_is_written_as_it_was_learned() -> None:
     prompt = Prompt([ord(">")], ">", "", Conversation(), {})
     assert generate.tokens_after(merging, prompt, "B") == [ord("B")]
     ends_in_a = Prompt([ord(">"), ord("a")], ">a", "", Conversation(), {})
-    assert generate.tokens_after(merging, ends_in_a, "b") == [0, ord("b")], "alone, as it would merge with the prompt"
+    assert generate.tokens_after(merging, ends_in_a, "b") == [0, ord("b")], (
+        "alone, as it would merge with the prompt"
+    )
 
 
 # ----------------------------------------------------------------------------------------------- memory
@@ -191,10 +217,16 @@ class LargestLogits(TorchDispatchMode):
         self.elements = 0
         self._weights = {p.numel() for p in model.parameters()}
 
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = function(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else [out]:
-            if isinstance(tensor, torch.Tensor) and VOCABULARY in tensor.shape and tensor.numel() not in self._weights:
+            if (
+                isinstance(tensor, torch.Tensor)
+                and VOCABULARY in tensor.shape
+                and tensor.numel() not in self._weights
+            ):
                 self.elements = max(self.elements, tensor.numel())
         return out
 
@@ -216,7 +248,9 @@ def test_control_whole_logits_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_the_head_sees_the_positions_of_the_choices_alone() -> None:
     model = tiny_llama(vocab_size=VOCABULARY)
-    asked = [Prompt(p, "", "", Conversation(), {}) for p in prompts_of(40, 33, vocabulary=VOCABULARY)]
+    asked = [
+        Prompt(p, "", "", Conversation(), {}) for p in prompts_of(40, 33, vocabulary=VOCABULARY)
+    ]
     with LargestLogits(model) as seen:
         generate.choice_logprobs(engine(model), asked, ["A", "B"], 2, letters, QUIET, QUIET)
     assert seen.elements == 2 * VOCABULARY

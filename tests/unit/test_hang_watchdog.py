@@ -36,7 +36,7 @@ watching = hang_watchdog.Watch(GuardSection(hang_factor=5, hang_floor_s=0.5), Pa
 for i in range(10):
     watching.beat(f"step {i}")
     time.sleep(float(sys.argv[2]))
-watching.rest()
+watching.pause()
 time.sleep(2)
 print("rested", flush=True)
 watching.beat("the last")
@@ -47,7 +47,9 @@ time.sleep(30)
 @pytest.mark.parametrize(("pace_s", "least_s"), [(0.01, 0.5), (0.3, 1.5)])
 def test_silence_ends_the_process_and_rest_does_not(tmp_path, pace_s, least_s):
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(pace_s)]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     assert process.stdout.readline() == "rested\n"
     began = time.monotonic()

@@ -28,7 +28,13 @@ def store() -> HashStore:
 
 
 def build(store: Any, node: int, said: list[str]) -> Peers:
-    return Peers(store, node, 2, lambda names: said.append(f"lost {names}"), lambda why: said.append(f"cut off: {why}"))
+    return Peers(
+        store,
+        node,
+        2,
+        lambda names: said.append(f"lost {names}"),
+        lambda why: said.append(f"cut off: {why}"),
+    )
 
 
 def wait_until_said(said: list[str]) -> None:

@@ -25,7 +25,11 @@ from trainer.cli import main
 from trainer.config.recipe import load_recipe, parse_recipe
 from trainer.datatypes import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN
 
-VERSIONS = ("1.29", "1.34", "1.37")  # the first with all fields on by itself, the first where all are stable, a new one
+VERSIONS = (
+    "1.29",
+    "1.34",
+    "1.37",
+)  # the first with all fields on by itself, the first where all are stable, a new one
 MODELS: dict[str, Any] = {
     "JobSet": models.JobsetV1alpha2JobSet,
     "TrainingRuntime": models.TrainerV1alpha1TrainingRuntime,
@@ -37,7 +41,9 @@ MODELS: dict[str, Any] = {
 def _schemas_are_read_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            kubernetes_validate.utils, "schema_contents", functools.cache(kubernetes_validate.utils.schema_contents)
+            kubernetes_validate.utils,
+            "schema_contents",
+            functools.cache(kubernetes_validate.utils.schema_contents),
         )
         yield
 
@@ -47,7 +53,9 @@ def refused(manifest: dict[str, Any], version: str = VERSIONS[-1]) -> str | None
     try:
         if manifest["kind"] in MODELS:
             model = MODELS[manifest["kind"]]
-            return None if model.from_dict(manifest).to_dict() == manifest else "a field is unknown"  # they are dropped
+            return (
+                None if model.from_dict(manifest).to_dict() == manifest else "a field is unknown"
+            )  # they are dropped
         kubernetes_validate.validate(manifest, version, strict=True)
         if manifest["kind"] == "Job":  # these schemas know no enumerations, the models do
             models.IoK8sApiBatchV1JobSpec.from_dict(manifest["spec"])
@@ -63,17 +71,31 @@ def refused(manifest: dict[str, Any], version: str = VERSIONS[-1]) -> str | None
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_manifest_fits_its_schema(kind, version):
     made = manifests(kind)
-    assert {name: refused(manifest, version) for name, manifest in made.items()} == dict.fromkeys(made)
+    assert {name: refused(manifest, version) for name, manifest in made.items()} == dict.fromkeys(
+        made
+    )
 
 
 def test_the_claim_fits_its_schema():
     (claim,) = yaml.safe_load_all((CLUSTER.parent / "claim.yaml").read_text())
     assert refused(claim) is None
-    (volume,) = [v for v in job_spec(manifests())["template"]["spec"]["volumes"] if "persistentVolumeClaim" in v]
+    (volume,) = [
+        v
+        for v in job_spec(manifests())["template"]["spec"]["volumes"]
+        if "persistentVolumeClaim" in v
+    ]
     assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
 
 
-NAMES_OF_ONES_OWN = {"data", "labels", "annotations", "matchLabels", "selector", "limits", "requests"}
+NAMES_OF_ONES_OWN = {
+    "data",
+    "labels",
+    "annotations",
+    "matchLabels",
+    "selector",
+    "limits",
+    "requests",
+}
 
 
 def mappings(tree: Any, free: bool = False) -> Iterator[dict[str, Any]]:
@@ -88,7 +110,9 @@ def mappings(tree: Any, free: bool = False) -> Iterator[dict[str, Any]]:
             yield from mappings(value)
 
 
-def unseen(manifest: dict[str, Any], key_of: Callable[[str], bool], spoil: Callable[[dict, str], None]) -> list[str]:
+def unseen(
+    manifest: dict[str, Any], key_of: Callable[[str], bool], spoil: Callable[[dict, str], None]
+) -> list[str]:
     """The keys of which a copy was spoilt, each for itself, and not refused."""
     keys = []
     for number, mapping in enumerate(mappings(manifest)):
@@ -115,10 +139,14 @@ def test_any_misspelt_field_is_found(kind, name):
     def misspell(mapping, key):
         mapping[f"{key}s"] = mapping.pop(key)
 
-    assert not unseen(manifests(kind)[name], lambda key: key not in ("apiVersion", "kind"), misspell)
+    assert not unseen(
+        manifests(kind)[name], lambda key: key not in ("apiVersion", "kind"), misspell
+    )
 
 
-@pytest.mark.parametrize(("kind", "name"), [("job", "Job"), ("jobset", "JobSet"), ("trainjob", "TrainingRuntime")])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("job", "Job"), ("jobset", "JobSet"), ("trainjob", "TrainingRuntime")]
+)
 def test_any_misspelt_value_of_an_enumeration_is_found(kind, name):
     enumerations = {"completionMode", "podReplacementPolicy", "action", "operator", "restartPolicy"}
     enumerations |= {"fsGroupChangePolicy", "whenUnsatisfiable"}
@@ -141,9 +169,9 @@ def test_the_examples_in_the_packaged_cluster_file_are_right_too(tmp_path):
     spec = job_spec(made)["template"]["spec"]
     (container,) = spec["containers"]
     assert container["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}
-    assert spec["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][0]["labelSelector"] == {
-        "matchLabels": {"app.kubernetes.io/instance": "sft"}
-    }
+    assert spec["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][0][
+        "labelSelector"
+    ] == {"matchLabels": {"app.kubernetes.io/instance": "sft"}}
 
 
 # ----------------------------------------------------------------------------------------------- in a cluster
@@ -151,7 +179,11 @@ def test_the_examples_in_the_packaged_cluster_file_are_right_too(tmp_path):
 
 @pytest.mark.parametrize(
     ("kind", "first"),
-    [("job", "sft-0.sft:29400"), ("jobset", "sft-node-0-0.sft:29400"), ("trainjob", "sft-node-0-0.sft:29500")],
+    [
+        ("job", "sft-0.sft:29400"),
+        ("jobset", "sft-node-0-0.sft:29400"),
+        ("trainjob", "sft-node-0-0.sft:29500"),
+    ],
 )
 def test_launchers_find_each_other_by_the_first_pods_name(kind, first):
     two = pods(manifests(kind))
@@ -179,9 +211,9 @@ def test_exit_codes_mean_to_the_job_what_they_mean_to_us(kind):
     assert what_becomes_of(made, 137, disrupted=True) == "Ignore"
     spec = job_spec(made)
     assert spec["template"]["spec"]["restartPolicy"] == "Never"
-    assert {rule["onExitCodes"]["containerName"] for rule in spec["podFailurePolicy"]["rules"][:2]} == {
-        container["name"] for container in spec["template"]["spec"]["containers"]
-    }
+    assert {
+        rule["onExitCodes"]["containerName"] for rule in spec["podFailurePolicy"]["rules"][:2]
+    } == {container["name"] for container in spec["template"]["spec"]["containers"]}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,10 +236,17 @@ def test_pods_keep_the_restricted_security_standard(kind):
 def test_what_pods_write_to_is_mounted():
     pod = pods(manifests())[0]
     writable = {"/work": "persistentVolumeClaim", "/tmp": "emptyDir", "/dev/shm": "emptyDir"}
-    assert {path: set(pod.volumes[path]) - {"name"} for path in writable} == {p: {kind} for p, kind in writable.items()}
+    assert {path: set(pod.volumes[path]) - {"name"} for path in writable} == {
+        p: {kind} for p, kind in writable.items()
+    }
     assert pod.volumes["/dev/shm"]["emptyDir"]["medium"] == "Memory"
     recipe = parse_recipe(yaml.safe_load(manifests()["ConfigMap"]["data"]["recipe.yaml"]))
-    written = (pod.env["HOME"], pod.env["HF_HOME"], recipe.data.cache, f"{pod.workdir}/{recipe.run.dir}")
+    written = (
+        pod.env["HOME"],
+        pod.env["HF_HOME"],
+        recipe.data.cache,
+        f"{pod.workdir}/{recipe.run.dir}",
+    )
     assert all(any(Path(path).is_relative_to(root) for root in writable) for path in written)
 
 
@@ -227,7 +266,9 @@ def test_pods_read_the_recipe_as_it_was_with_the_overrides():
 
 def test_the_cache_lies_on_the_volume_unless_the_recipe_says_where():
     def cache(*overrides: str) -> str:
-        return yaml.safe_load(manifests("job", *overrides)["ConfigMap"]["data"]["recipe.yaml"])["data"]["cache"]
+        return yaml.safe_load(manifests("job", *overrides)["ConfigMap"]["data"]["recipe.yaml"])[
+            "data"
+        ]["cache"]
 
     assert cache() == "/work/.cache/packhorse"
     assert cache("data.cache=/scratch") == "/scratch"
@@ -244,11 +285,24 @@ def test_a_run_is_called_after_its_folder(folder, name):
 
 
 def test_mappings_are_laid_over_each_other_and_named_things_by_name():
-    base = {"a": {"b": 1, "c": [1, 2]}, "env": [{"name": "X", "value": "1"}, {"name": "Y", "value": "2"}], "d": 3}
-    over = {"a": {"c": [3]}, "env": [{"name": "Y", "value": "5"}, {"name": "Z", "value": "6"}], "d": None, "e": 4}
+    base = {
+        "a": {"b": 1, "c": [1, 2]},
+        "env": [{"name": "X", "value": "1"}, {"name": "Y", "value": "2"}],
+        "d": 3,
+    }
+    over = {
+        "a": {"c": [3]},
+        "env": [{"name": "Y", "value": "5"}, {"name": "Z", "value": "6"}],
+        "d": None,
+        "e": 4,
+    }
     assert laid_over(base, over) == {
         "a": {"b": 1, "c": [3]},
-        "env": [{"name": "X", "value": "1"}, {"name": "Y", "value": "5"}, {"name": "Z", "value": "6"}],
+        "env": [
+            {"name": "X", "value": "1"},
+            {"name": "Y", "value": "5"},
+            {"name": "Z", "value": "6"},
+        ],
         "e": 4,
     }
 
@@ -271,7 +325,10 @@ spec:
         made = manifests(kind, cluster=tmp_path / "my.yaml")
         assert {name: refused(manifest) for name, manifest in made.items()} == dict.fromkeys(made)
         assert {manifest["metadata"]["namespace"] for manifest in made.values()} == {"team"}
-        assert all("kueue.x-k8s.io/queue-name" in manifest["metadata"]["labels"] for manifest in made.values())
+        assert all(
+            "kueue.x-k8s.io/queue-name" in manifest["metadata"]["labels"]
+            for manifest in made.values()
+        )
         specs.append(job_spec(made))
     for spec in specs:
         pod = spec["template"]["spec"]
@@ -294,7 +351,9 @@ def launch(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]
 
     def run(*arguments: str) -> tuple[int, str, str]:
         given = ["--nodes", "2", "--image", "registry/packhorse:1", *arguments]
-        monkeypatch.setattr(sys, "argv", ["packhorse", "launch", "kubernetes", "debug.yaml", *given])
+        monkeypatch.setattr(
+            sys, "argv", ["packhorse", "launch", "kubernetes", "debug.yaml", *given]
+        )
         with pytest.raises(SystemExit) as ended:
             main.main()
         out, err = capsys.readouterr()
@@ -307,8 +366,14 @@ def launch(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]
 def test_it_writes_into_the_run_folder_and_says_what(launch):
     code, out, err = launch("--kind", "jobset")
     assert (code, err) == (DONE, "")
-    assert out.split() == ["runs/debug/kubernetes/jobset.yaml", "runs/debug/kubernetes/cluster.yaml"]
-    assert [m["kind"] for m in yaml.safe_load_all(Path(out.split()[0]).read_text())] == ["ConfigMap", "JobSet"]
+    assert out.split() == [
+        "runs/debug/kubernetes/jobset.yaml",
+        "runs/debug/kubernetes/cluster.yaml",
+    ]
+    assert [m["kind"] for m in yaml.safe_load_all(Path(out.split()[0]).read_text())] == [
+        "ConfigMap",
+        "JobSet",
+    ]
     assert Path(out.split()[1]).read_text() == CLUSTER.read_text()
 
 
@@ -319,7 +384,9 @@ def test_the_cluster_file_that_it_wrote_can_be_changed_and_given_back(launch):
     code, out, err = launch("--cluster", str(kept), "--name", "other", "--out", "elsewhere")
     assert code == DONE, err
     made = list(yaml.safe_load_all(Path("elsewhere/job.yaml").read_text()))
-    assert {(m["metadata"]["name"], m["metadata"]["namespace"]) for m in made} == {("other", "team")}
+    assert {(m["metadata"]["name"], m["metadata"]["namespace"]) for m in made} == {
+        ("other", "team")
+    }
     assert launch("--cluster", str(kept))[0] == DONE
     assert "namespace: team" in kept.read_text()
 
@@ -339,21 +406,39 @@ def test_nothing_that_is_given_breaks_out_of_its_field(launch):
         (["--name", "Sft"], "'Sft' cannot name a run in a cluster"),
         (["--name", "a" * 41], "at most 40"),
         (["run.dir=runs/8b"], "'8b' cannot name a run in a cluster: give another --name"),
-        (["run.dir=/elsewhere/sft"], "run.dir: /elsewhere/sft would be lost with its pod; put it below /work"),
+        (
+            ["run.dir=/elsewhere/sft"],
+            "run.dir: /elsewhere/sft would be lost with its pod; put it below /work",
+        ),
         (["run.dir=../sft"], "run.dir: /sft would be lost with its pod"),
         (["parallel.deepspeed=nowhere.json"], "parallel.deepspeed: there is no file nowhere.json"),
         (["optim.lrr=1"], "did you mean `optim.lr`?"),
         (["--cluster", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
         (["--cluster", "broken.yaml"], "broken.yaml: cannot be read"),
-        (["--cluster", "pod.yaml"], "pod.yaml: it must be a part of a Job, with `metadata` and `spec`"),
+        (
+            ["--cluster", "pod.yaml"],
+            "pod.yaml: it must be a part of a Job, with `metadata` and `spec`",
+        ),
         (["--cluster", "flat.yaml"], "flat.yaml: spec.template.spec.containers: must be a list"),
         (["--cluster", "none.yaml"], "none.yaml: it takes out the container `node`"),
         (["--cluster", "bare.yaml"], "bare.yaml: it takes out the container `node`"),
-        (["--cluster", "unnamed.yaml"], "unnamed.yaml: spec.template.spec.volumes: each item must have a `name`"),
+        (
+            ["--cluster", "unnamed.yaml"],
+            "unnamed.yaml: spec.template.spec.volumes: each item must have a `name`",
+        ),
         (["--cluster", "twice.yaml"], "the key `spec` is given twice"),
-        (["--cluster", "image.yaml"], "image.yaml: the image and the number of pods are given as --image and --nodes"),
-        (["--cluster", "pods.yaml"], "pods.yaml: the image and the number of pods are given as --image and --nodes"),
-        (["--cluster", "name.yaml"], "name.yaml: metadata: it may have `namespace`, `labels` and `annotations`"),
+        (
+            ["--cluster", "image.yaml"],
+            "image.yaml: the image and the number of pods are given as --image and --nodes",
+        ),
+        (
+            ["--cluster", "pods.yaml"],
+            "pods.yaml: the image and the number of pods are given as --image and --nodes",
+        ),
+        (
+            ["--cluster", "name.yaml"],
+            "name.yaml: metadata: it may have `namespace`, `labels` and `annotations`",
+        ),
         (["--cluster", "lost.yaml"], "would be lost with its pod; mount a persistent volume"),
         (["--out", "debug.yaml"], "debug.yaml: cannot be written"),
     ],
@@ -384,7 +469,9 @@ def kubectl(monkeypatch, tmp_path: Path, says: str, code: int) -> Path:
     noted = tmp_path / "arguments"
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin/kubectl"
-    program.write_text(f'#!/bin/sh\nfor argument; do echo "$argument"; done >{noted}\necho "{says}"\nexit {code}\n')
+    program.write_text(
+        f'#!/bin/sh\nfor argument; do echo "$argument"; done >{noted}\necho "{says}"\nexit {code}\n'
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     return noted
@@ -403,7 +490,12 @@ def test_submit_hands_the_file_to_kubectl(launch, monkeypatch, tmp_path, says, c
     ended, out, err = launch("--submit")
     assert ended == ends
     assert says in out
-    assert noted.read_text().split() == ["apply", "--validate=strict", "-f", "runs/debug/kubernetes/job.yaml"]
+    assert noted.read_text().split() == [
+        "apply",
+        "--validate=strict",
+        "-f",
+        "runs/debug/kubernetes/job.yaml",
+    ]
     assert ("kubectl delete -f" in err) == says.endswith("unchanged")
 
 
@@ -417,11 +509,27 @@ def test_without_kubectl_submit_says_so(launch, monkeypatch, tmp_path):
 def test_an_installed_packhorse_has_the_templates(tmp_path):
     source = tmp_path / "source"
     for package in ("launch", "trainer"):
-        shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    wheel = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    wheel = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+    ]
     subprocess.run([*wheel, str(source)], check=True)
     (built,) = tmp_path.glob("*.whl")
-    packed = {Path(name).name for name in zipfile.ZipFile(built).namelist() if name.startswith("launch/kubernetes/")}
+    packed = {
+        Path(name).name
+        for name in zipfile.ZipFile(built).namelist()
+        if name.startswith("launch/kubernetes/")
+    }
     assert packed >= {path.name for path in CLUSTER.parent.glob("*.yaml")}

@@ -39,7 +39,9 @@ if os.environ["RANK"] == "0":
 """
 
 
-def start(tmp_path: Path, code: str, *arguments: str, threads: str | None = None, **options: Any) -> subprocess.Popen:
+def start(
+    tmp_path: Path, code: str, *arguments: str, threads: str | None = None, **options: Any
+) -> subprocess.Popen:
     """A launcher of workers that run `code`, two where `options` (of `launch`) do not say otherwise."""
     script = tmp_path / "worker.py"
     script.write_text(code)
@@ -128,12 +130,20 @@ def test_signals_reach_the_workers_and_their_save_is_waited_for(tmp_path):
         code, _, err = finish(process)
         assert code == 75, err
         seen = "SIGUSR1" if number == signal.SIGUSR1 else "SIGTERM"
-        assert [(tmp_path / number.name / f"saved{rank}").read_text() for rank in (0, 1)] == [seen, seen]
+        assert [(tmp_path / number.name / f"saved{rank}").read_text() for rank in (0, 1)] == [
+            seen,
+            seen,
+        ]
         assert "goes on from there" in err
 
 
 def test_a_signal_in_a_workers_first_moments_is_not_lost(tmp_path):
-    process = start(tmp_path, "import pathlib, sys\npathlib.Path(sys.argv[1], 'begun').touch()\n" + SAVES, "0", nproc=1)
+    process = start(
+        tmp_path,
+        "import pathlib, sys\npathlib.Path(sys.argv[1], 'begun').touch()\n" + SAVES,
+        "0",
+        nproc=1,
+    )
     wait_for(tmp_path / "begun")  # its handlers are not set yet
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
@@ -227,7 +237,9 @@ def test_a_node_drops_its_own_ranks_empty_files_and_no_other_nodes(tmp_path):
     for logs, ranks in ((ours, (0, 1)), (theirs, (2, 3))):
         logs.name = "round"
         logs.reify({local: {"RANK": str(rank)} for local, rank in enumerate(ranks)})
-        for path in (logs.path(rank, stream) for rank in ranks if rank for stream in ("out", "err")):
+        for path in (
+            logs.path(rank, stream) for rank in ranks if rank for stream in ("out", "err")
+        ):
             path.touch()
     theirs.path(3, "out").write_text("a word")
     ours.drop_empty()

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 
 from trainer.config.recipe import Recipe
 from trainer.data import leakage, tokenize
-from trainer.data.leakage import Index, bands, check_leakage, said, sequences, similarity
+from trainer.data.leakage import (
+    Index,
+    bands,
+    check_leakage,
+    conversation_text,
+    sequences,
+    similarity,
+)
 from trainer.data.prepare import Prepared, prepare
 from trainer.datatypes import BadInput, Conversation, Message
 from trainer.utils.files import Stopped
@@ -48,11 +55,14 @@ def test_what_was_said_leaves_out_what_rows_of_a_source_share():
         ),
         tools=({"type": "function", "function": {"name": "schema", "parameters": {}}},),
     )
-    found = said(conversation)
-    assert all(part in found for part in ("Is it cold?", "I had better look.", "weather", "Oslo", "-3", "Yes."))
+    found = conversation_text(conversation)
+    assert all(
+        part in found
+        for part in ("Is it cold?", "I had better look.", "weather", "Oslo", "-3", "Yes.")
+    )
     assert "kind" not in found
     assert "schema" not in found
-    assert said(Conversation(text="To be")) == "To be"
+    assert conversation_text(Conversation(text="To be")) == "To be"
 
 
 @pytest.mark.parametrize(
@@ -67,13 +77,16 @@ def test_alike(one, other):
     assert similarity(sequences(one), sequences(other)) == 1
 
 
-@pytest.mark.parametrize(("one", "other"), [("?!", "!?"), ("", "a"), ("one two", "two one"), (text(1), text(2))])
+@pytest.mark.parametrize(
+    ("one", "other"), [("?!", "!?"), ("", "a"), ("one two", "two one"), (text(1), text(2))]
+)
 def test_unlike(one, other):
     assert similarity(sequences(one), sequences(other)) < 0.05
 
 
 @pytest.mark.parametrize(
-    "sentence", ["我们今天去公园散步吧", "きょうはこうえんへさんぽにいきます", "วนนเราไปเดนเลนทสวนกน"]
+    "sentence",
+    ["我们今天去公园散步吧", "きょうはこうえんへさんぽにいきます", "วนนเราไปเดนเลนทสวนกน"],
 )
 def test_scripts_without_spaces_are_compared_sign_by_sign(sentence):
     assert 0.2 < similarity(sequences(sentence), sequences(sentence[:-1])) < 1
@@ -82,7 +95,12 @@ def test_scripts_without_spaces_are_compared_sign_by_sign(sentence):
 @given(st.text(), st.text())
 def test_similarity_is_a_share_and_one_for_the_same_text(one, other):
     assert similarity(sequences(one), sequences(one)) == 1
-    assert 0 <= similarity(sequences(one), sequences(other)) == similarity(sequences(other), sequences(one)) <= 1
+    assert (
+        0
+        <= similarity(sequences(one), sequences(other))
+        == similarity(sequences(other), sequences(one))
+        <= 1
+    )
 
 
 # ----------------------------------------------------------------------------------------------- the index
@@ -96,8 +114,12 @@ def test_the_index_finds_what_comparing_all_with_all_finds(threshold):
     index.add(texts[:37])
     index.add(texts[37:])
     sets = list(map(sequences, texts))
-    compared = [[(n, similarity(sequences(one), other)) for n, other in enumerate(sets)] for one in asked]
-    truth = [[(number, similar) for number, similar in row if similar >= threshold] for row in compared]
+    compared = [
+        [(n, similarity(sequences(one), other)) for n, other in enumerate(sets)] for one in asked
+    ]
+    truth = [
+        [(number, similar) for number, similar in row if similar >= threshold] for row in compared
+    ]
     assert sum(map(len, truth)) >= 5, "else there is nothing to find"
     assert list(index.near(asked)) == truth
 
@@ -120,7 +142,10 @@ def tokenizer(shared):
 
 
 def written(path: Path, answers: list[Any]) -> str:
-    rows = [{"question": f"Question {path.stem} {n}?", "answer": answer} for n, answer in enumerate(answers)]
+    rows = [
+        {"question": f"Question {path.stem} {n}?", "answer": answer}
+        for n, answer in enumerate(answers)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -129,7 +154,7 @@ def recipe(tmp_path: Path, **data) -> Recipe:
     sections = {
         "model": {"name": "x"},
         "data": {"cache": str(tmp_path / "cache"), "max_rejects": 1.0, "max_leakage": 1.0, **data},
-        "batch": {"row_tokens": 8192},
+        "batch": {"seq_len": 8192},
         "run": {"dir": str(tmp_path / "run")},
     }
     return Recipe.model_validate(sections)
@@ -140,7 +165,12 @@ def leaky(tmp_path: Path, **data) -> Recipe:
     train: list[str | None] = [text(n) for n in range(100)]
     train[60] = changed(text(5), words=2)
     train[90] = None  # rejected: what is not trained does not leak
-    held_out = [train[40], changed(text(5), words=2, seed=1), text(90), *(text(n) for n in range(200, 217))]
+    held_out = [
+        train[40],
+        changed(text(5), words=2, seed=1),
+        text(90),
+        *(text(n) for n in range(200, 217)),
+    ]
     sources = {
         "train": [{"path": written(tmp_path / "train.jsonl", train)}],
         "eval": [{"path": written(tmp_path / "held.jsonl", held_out)}],
@@ -149,7 +179,9 @@ def leaky(tmp_path: Path, **data) -> Recipe:
 
 
 def checked(of: Recipe, tokenizer: Any, stopping=lambda: False) -> Prepared:
-    return check_leakage(of, tokenizer, prepare(of, tokenizer, "train"), prepare(of, tokenizer, "eval"), stopping)
+    return check_leakage(
+        of, tokenizer, prepare(of, tokenizer, "train"), prepare(of, tokenizer, "eval"), stopping
+    )
 
 
 def pairs(of: Recipe) -> list[dict[str, Any]]:
@@ -161,14 +193,19 @@ def test_all_pairs_are_written_and_the_rows_counted(tmp_path, tokenizer):
     of = leaky(tmp_path)
     report = checked(of, tokenizer).report["leakage"]
     assert (report["rows"], report["leaked_rows"], report["pairs"]) == (20, 2, 3)
-    found = {(Path(pair["eval"]).name, Path(pair["train"]).name): pair["similarity"] for pair in pairs(of)}
+    found = {
+        (Path(pair["eval"]).name, Path(pair["train"]).name): pair["similarity"]
+        for pair in pairs(of)
+    }
     assert set(found) == {
         ("held.jsonl:1", "train.jsonl:41"),
         ("held.jsonl:2", "train.jsonl:6"),
         ("held.jsonl:2", "train.jsonl:61"),
     }
     assert all(0.8 <= similar <= 1 for similar in found.values())
-    assert [pair["similarity"] for pair in report["closest"]] == sorted(found.values(), reverse=True)
+    assert [pair["similarity"] for pair in report["closest"]] == sorted(
+        found.values(), reverse=True
+    )
 
 
 def test_a_leak_stops_the_run_and_the_sentence_says_where(tmp_path, tokenizer):
@@ -206,7 +243,9 @@ def test_processes_find_the_same_as_one(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(tokenize, "POOL_FROM_CHUNKS", 2)
     many = leaky(tmp_path / "2", workers=2)
     checked(many, tokenizer)
-    assert [pair["similarity"] for pair in pairs(many)] == [pair["similarity"] for pair in pairs(alone)]
+    assert [pair["similarity"] for pair in pairs(many)] == [
+        pair["similarity"] for pair in pairs(alone)
+    ]
 
 
 def test_it_ends_when_asked_to_and_the_next_start_goes_on(tmp_path, tokenizer, monkeypatch):
@@ -215,17 +254,25 @@ def test_it_ends_when_asked_to_and_the_next_start_goes_on(tmp_path, tokenizer, m
     monkeypatch.setattr(tokenize, "CHUNK_ROWS", 8)
     (tmp_path / "stopped").mkdir()
     of, near = leaky(tmp_path / "stopped", workers=1), leakage._Near.__call__
-    asked = chain([False] * 9, repeat(True))  # not while waiting for its turn, but after some chunks of the train rows
-    with pytest.raises(Stopped, match=r"stopped while comparing data\.eval with data\.train after 48 rows"):
+    asked = chain(
+        [False] * 9, repeat(True)
+    )  # not while waiting for its turn, but after some chunks of the train rows
+    with pytest.raises(
+        Stopped, match=r"stopped while comparing data\.eval with data\.train after 48 rows"
+    ):
         checked(of, tokenizer, stopping=lambda: next(asked))
-    assert all(".build-" in path.name for path in (tmp_path / "stopped/cache").glob("leakage-*")), "nothing published"
+    assert all(".build-" in path.name for path in (tmp_path / "stopped/cache").glob("leakage-*")), (
+        "nothing published"
+    )
     (left,) = (tmp_path / "stopped/cache").glob("leakage-*")
     assert len((left / "leakage.jsonl").read_text().splitlines()) == 2
     with (left / "leakage.jsonl").open("a") as file:
         file.write("what a killed one wrote after it was last made safe")
 
     compared = []
-    monkeypatch.setattr(leakage._Near, "__call__", lambda own, rows: compared.extend(rows) or near(own, rows))
+    monkeypatch.setattr(
+        leakage._Near, "__call__", lambda own, rows: compared.extend(rows) or near(own, rows)
+    )
     report = checked(of, tokenizer).leakage
     assert [row.number for row in compared] == list(range(49, 101))
     assert len(pairs(of)) == 3
@@ -233,14 +280,23 @@ def test_it_ends_when_asked_to_and_the_next_start_goes_on(tmp_path, tokenizer, m
     assert whole
     for found in (report, whole):
         assert (found["rows"], found["leaked_rows"], found["pairs"]) == (20, 2, 3)
-    assert [pair["similarity"] for pair in report["closest"]] == [pair["similarity"] for pair in whole["closest"]]
-    assert sorted(path.name for path in Path(report["path"]).parent.iterdir()) == ["leakage.jsonl", "report.json"]
+    assert [pair["similarity"] for pair in report["closest"]] == [
+        pair["similarity"] for pair in whole["closest"]
+    ]
+    assert sorted(path.name for path in Path(report["path"]).parent.iterdir()) == [
+        "leakage.jsonl",
+        "report.json",
+    ]
 
 
 def test_a_random_split_of_repeated_rows_is_a_leak_and_one_by_groups_is_not(tmp_path, tokenizer):
     """Ten wordings of each of 60 rows."""
     rows = [
-        {"topic": topic, "question": f"Question {topic}?", "answer": changed(text(topic), words=2, seed=wording)}
+        {
+            "topic": topic,
+            "question": f"Question {topic}?",
+            "answer": changed(text(topic), words=2, seed=wording),
+        }
         for topic in range(60)
         for wording in range(10)
     ]
@@ -266,6 +322,9 @@ def test_gsm8k_does_not_leak(shared, tmp_path, tokenizer):
 
 
 def test_repeated_rows_of_a_real_file_are_found(shared, tmp_path, tokenizer):
-    split = {"train": [{"path": str(shared / "data/wwdc25_prompt_completion.jsonl")}], "eval_fraction": 0.1}
+    split = {
+        "train": [{"path": str(shared / "data/wwdc25_prompt_completion.jsonl")}],
+        "eval_fraction": 0.1,
+    }
     with pytest.raises(BadInput, match=r"25 of 195 rows \(12\.8%\)"):
         checked(recipe(tmp_path, **split, max_leakage=0.01), tokenizer)

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.model_helpers import SIZES, documents, loss_and_gradients, pack, relative, sft, tiny_llama
+from tests.model_helpers import (
+    SIZES,
+    documents,
+    loss_and_gradients,
+    pack,
+    relative,
+    sft,
+    tiny_llama,
+)
 from trainer.config.recipe import AdapterSection, OptimSection
 from trainer.datatypes import BadInput
 from trainer.engine import sharded_state
@@ -88,8 +96,14 @@ def test_targets_are_found_by_name_end_or_pattern(targets: Any, count: int) -> N
         ({"targets": ".*(q_proj|lm_head)"}, "`lm_head` is the head"),
         ({"targets": ["embed_tokens"]}, "is of the type Embedding"),
         ({"targets": ["self_attn"]}, "is of the type LlamaAttention"),
-        ({"save_modules": ["lm_heat"]}, "no module is called `lm_heat`; the nearest is `lm_head`"),
-        ({"targets": ["q_proj"], "save_modules": ["self_attn"]}, "is trained whole by adapter.save_modules"),
+        (
+            {"modules_to_save": ["lm_heat"]},
+            "no module is called `lm_heat`; the nearest is `lm_head`",
+        ),
+        (
+            {"targets": ["q_proj"], "modules_to_save": ["self_attn"]},
+            "is trained whole by adapter.modules_to_save",
+        ),
     ],
 )
 def test_what_cannot_have_one_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -100,16 +114,21 @@ def test_what_cannot_have_one_is_refused(fields: dict[str, Any], message: str) -
 
 def test_modules_that_share_a_weight_are_trained_together_or_not_at_all() -> None:
     tied = {"tie_word_embeddings": True}
-    with pytest.raises(BadInput, match=r"`lm_head` shares its weight with `model.embed_tokens`; name both"):
-        adapted(model=tied, save_modules=["lm_head"])
-    both = adapted(model=tied, save_modules=["lm_head", "embed_tokens"])
+    with pytest.raises(
+        BadInput, match=r"`lm_head` shares its weight with `model.embed_tokens`; name both"
+    ):
+        adapted(model=tied, modules_to_save=["lm_head"])
+    both = adapted(model=tied, modules_to_save=["lm_head", "embed_tokens"])
     assert both.lm_head.weight is both.model.embed_tokens.weight
     assert both.lm_head.weight.requires_grad
 
 
 def test_modules_trained_whole_get_no_matrices() -> None:
-    model = adapted(save_modules=["mlp"])
-    assert whole_modules(model, section(save_modules=["mlp"])) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    model = adapted(modules_to_save=["mlp"])
+    assert whole_modules(model, section(modules_to_save=["mlp"])) == [
+        "model.layers.0.mlp",
+        "model.layers.1.mlp",
+    ]
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert "model.layers.0.mlp.up_proj.weight" in trained
     assert not any("mlp" in name and "lora" in name for name in trained)
@@ -118,7 +137,9 @@ def test_modules_trained_whole_get_no_matrices() -> None:
 # ----------------------------------------------------------------------------------------------- how it starts
 
 
-@pytest.mark.parametrize("fields", [{}, {"rslora": True}, {"dora": True}], ids=["plain", "rslora", "dora"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"rslora": True}, {"dora": True}], ids=["plain", "rslora", "dora"]
+)
 def test_it_starts_as_nothing(fields: dict[str, Any]) -> None:
     assert relative(logits(adapted(**fields)), logits(tiny_llama())) < 1e-6
 
@@ -127,7 +148,11 @@ def test_a_follows_from_seed_and_name_alone() -> None:
     torch.manual_seed(1)
     first = parameters(adapted())
     torch.manual_seed(2)
-    again, fewer, other = parameters(adapted()), parameters(adapted(targets=PROJECTIONS)), parameters(adapted(seed=1))
+    again, fewer, other = (
+        parameters(adapted()),
+        parameters(adapted(targets=PROJECTIONS)),
+        parameters(adapted(seed=1)),
+    )
     of_a = [name for name in first if ".lora_A." in name]
     assert all(torch.equal(first[name], again[name]) for name in of_a)
     assert all(torch.equal(first[name], fewer[name]) for name in of_a if name in fewer)
@@ -138,7 +163,11 @@ def test_a_follows_from_seed_and_name_alone() -> None:
 
 def test_a_is_spread_as_a_linear_modules_weight() -> None:
     values = torch.cat(
-        [value.flatten() for name, value in parameters(adapted(rank=64)).items() if ".0.mlp.up_proj.lora_A" in name]
+        [
+            value.flatten()
+            for name, value in parameters(adapted(rank=64)).items()
+            if ".0.mlp.up_proj.lora_A" in name
+        ]
     )
     bound = SIZES["hidden_size"] ** -0.5
     assert float(values.abs().max()) <= bound
@@ -146,7 +175,7 @@ def test_a_is_spread_as_a_linear_modules_weight() -> None:
 
 
 def test_the_adapter_alone_is_trained() -> None:
-    model = adapted(save_modules=["lm_head"])
+    model = adapted(modules_to_save=["lm_head"])
     module = sft(stir(model), alpha=5.0)
     _, gradients = loss_and_gradients(module, pack(documents([9, 14]), [[2, 3], [5]], [0.5, 0.5]))
     assert set(gradients) == {
@@ -162,7 +191,9 @@ def test_recomputation_changes_no_gradient_although_the_embedding_is_frozen() ->
     for recompute in (False, True):
         model = stir(adapted(dropout=0.3))
         if recompute:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
         found.append(loss_and_gradients(sft(model), batch))
     (loss, plain), (again, recomputed) = found
     assert loss == again
@@ -194,7 +225,7 @@ def test_frozen_weights_cost_two_thirds() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"rslora": True}, {"dora": True}, {"save_modules": ["lm_head"]}, {"base": "nf4"}],
+    [{}, {"rslora": True}, {"dora": True}, {"modules_to_save": ["lm_head"]}, {"base": "nf4"}],
     ids=["plain", "rslora", "dora", "head", "nf4"],
 )
 def test_merged_weights_give_the_adapters_logits(fields: dict[str, Any]) -> None:
@@ -213,12 +244,21 @@ def test_merged_weights_give_the_adapters_logits(fields: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
 def test_every_linear_module_but_the_head_lies_in_4_bits(double: bool) -> None:
-    model = adapted(base="nf4", double_quantisation=double, targets=PROJECTIONS)
-    quantised = {n: list(parts_of(n, p)) for n, p in model.named_parameters() if hasattr(p, "quant_state")}
+    model = adapted(base="nf4", double_quant=double, targets=PROJECTIONS)
+    quantised = {
+        n: list(parts_of(n, p)) for n, p in model.named_parameters() if hasattr(p, "quant_state")
+    }
     assert len(quantised) == LINEAR
-    held = {n: sum(t.nbytes for part, t in parts if "bitsandbytes__" not in part) for n, parts in quantised.items()}
-    of_plan = memory.describe(planned(double), OptimSection(), section(base="nf4", double_quantisation=double))
-    assert sum(held.values()) == pytest.approx(of_plan.quantised_bytes, abs=4 * LINEAR)  # the mean is a number there
+    held = {
+        n: sum(t.nbytes for part, t in parts if "bitsandbytes__" not in part)
+        for n, parts in quantised.items()
+    }
+    of_plan = memory.describe(
+        planned(double), OptimSection(), section(base="nf4", double_quant=double)
+    )
+    assert sum(held.values()) == pytest.approx(
+        of_plan.quantised_bytes, abs=4 * LINEAR
+    )  # the mean is a number there
     assert of_plan.quantised == sum(
         m.weight.numel() for n, m in tiny_llama(**EVEN).named_modules() if n.endswith("_proj")
     )
@@ -232,7 +272,7 @@ def planned(double: bool) -> Any:
     """The same on the meta device, where nothing is quantised."""
     with torch.device("meta"):
         model = type(tiny_llama())(tiny_llama(**EVEN).config)
-    add_adapter(model, section(base="nf4", double_quantisation=double, targets=PROJECTIONS), 0)
+    add_adapter(model, section(base="nf4", double_quant=double, targets=PROJECTIONS), 0)
     return model
 
 
@@ -242,7 +282,11 @@ def test_neither_training_nor_evaluation_changes_a_bit_of_the_base() -> None:
 
     def digests() -> dict[str, int]:
         frozen = [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
-        return {part: sharded_state.digest(tensor) for name, p in frozen for part, tensor in parts_of(name, p)}
+        return {
+            part: sharded_state.digest(tensor)
+            for name, p in frozen
+            for part, tensor in parts_of(name, p)
+        }
 
     before = digests()
     assert any(name.endswith("q_proj.base_layer.weight.absmax") for name in before)
@@ -260,7 +304,9 @@ def test_weights_that_are_read_back_with_wrong_scales_are_refused() -> None:
     _require_near("up_proj", weight, weight + 0.15 * weight.abs().amax(1, keepdim=True))
     wrong = weight.clone()
     wrong[30:] *= 1.5
-    with pytest.raises(BadInput, match=r"does not read `up_proj` \(40 x 48\) back from its 4 bits on cpu"):
+    with pytest.raises(
+        BadInput, match=r"does not read `up_proj` \(40 x 48\) back from its 4 bits on cpu"
+    ):
         _require_near("up_proj", weight, wrong)
 
 
@@ -272,7 +318,9 @@ def test_4_bits_are_not_sharded() -> None:
     require_stage(section(), 3)
 
 
-def test_without_bitsandbytes_one_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bitsandbytes_one_sentence_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(BadInput, match=r"pip install 'packhorse\[qlora\]'"):
         adapted(base="nf4")

@@ -40,7 +40,9 @@ TURNS = Conversation(
 RENDERS = {
     "smollm2": SMOLLM2_SYSTEM + CHATML_TURNS.format(think=""),
     "qwen2_5": QWEN_SYSTEM + CHATML_TURNS.format(think=""),
-    "qwen3": CHATML_TURNS.format(think="<think>\n\n</think>\n\n"),  # the model must write the empty block itself
+    "qwen3": CHATML_TURNS.format(
+        think="<think>\n\n</think>\n\n"
+    ),  # the model must write the empty block itself
     "llama3_2": LLAMA3_SYSTEM
     + LLAMA3_TURN.format(role="user")
     + "Say OK.<|eot_id|>"
@@ -57,13 +59,17 @@ RENDERS = {
 
 @pytest.fixture(scope="module")
 def tokenizers(shared):
-    return {family: AutoTokenizer.from_pretrained(shared / "tokenizers" / family) for family in FAMILIES}
+    return {
+        family: AutoTokenizer.from_pretrained(shared / "tokenizers" / family) for family in FAMILIES
+    }
 
 
 def chat(*contents: str) -> Conversation:
     """User and assistant by turns."""
     roles = ("user", "assistant")
-    return Conversation(tuple(Message(roles[number % 2], text) for number, text in enumerate(contents)))
+    return Conversation(
+        tuple(Message(roles[number % 2], text) for number, text in enumerate(contents))
+    )
 
 
 def official(tokenizer, conversation: Conversation, upto: int | None = None, **kwargs) -> str:
@@ -72,7 +78,9 @@ def official(tokenizer, conversation: Conversation, upto: int | None = None, **k
     tools = list(conversation.tools) or None
     prompt = upto is not None
     kwargs = {"date_string": DATE_STRING, **kwargs}
-    return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **kwargs)
+    return tokenizer.apply_chat_template(
+        messages, tools=tools, tokenize=False, add_generation_prompt=prompt, **kwargs
+    )
 
 
 def parse(marked: str) -> tuple[str, list[tuple[int, int]]]:
@@ -87,7 +95,7 @@ def parse(marked: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def agrees(tokenizer, example: Example, text: str, spans: list[tuple[int, int]]) -> bool:
-    """Whether `example` is `text` tokenised whole, and exactly the tokens with characters in `spans` are trained."""
+    """Whether `example` is `text` tokenized whole, and exactly the tokens with characters in `spans` are trained."""
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     inside = [any(start < b and a < stop for a, b in spans) for start, stop in encoding.offsets]
     return encoding.ids == example.input_ids.tolist() and inside == example.trained.tolist()
@@ -134,14 +142,16 @@ def test_the_stop_token_can_be_left_out_and_weight_0_leaves_out_a_turn(tokenizer
     text, spans = parse(RENDERS[family])
     stop = tokenizer.eos_token
     without_stop = [(start, text.index(stop, start)) for start, _ in spans]
-    assert agrees(tokenizer, Masker(tokenizer, train_on_eot=False).example(TURNS), text, without_stop)
+    assert agrees(
+        tokenizer, Masker(tokenizer, train_on_eot=False).example(TURNS), text, without_stop
+    )
     asked, first, *rest = TURNS.messages
     skipped = Conversation((asked, Message("assistant", first.content, weight=0), *rest))
     assert agrees(tokenizer, Masker(tokenizer).example(skipped), text, spans[1:])
     unlearned = Masker(tokenizer, "all").example(skipped).trained
-    assert (unlearned[1:] == ~Masker(tokenizer).example(TURNS).trained[1:]).sum() == len(unlearned) - 1 - sum(
-        Masker(tokenizer, "completion").example(TURNS).trained
-    )
+    assert (unlearned[1:] == ~Masker(tokenizer).example(TURNS).trained[1:]).sum() == len(
+        unlearned
+    ) - 1 - sum(Masker(tokenizer, "completion").example(TURNS).trained)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,7 +159,9 @@ def test_the_prompt_is_what_inference_is_given(tokenizers, family):
     tokenizer = tokenizers[family]
     masker = Masker(tokenizer, "completion")
     ids, reference = masker.prompt(TURNS)
-    official_ids = tokenizer(official(tokenizer, TURNS, upto=3), add_special_tokens=False)["input_ids"]
+    official_ids = tokenizer(official(tokenizer, TURNS, upto=3), add_special_tokens=False)[
+        "input_ids"
+    ]
     assert ids == official_ids
     assert reference == " Größe 数 \n"
     example = masker.example(TURNS)
@@ -160,7 +172,9 @@ def test_the_prompt_is_what_inference_is_given(tokenizers, family):
 def test_the_newline_after_the_stop_token_is_trained_on_request_only(tokenizers):
     tokenizer = tokenizers["qwen2_5"]
     text, spans = parse(RENDERS["qwen2_5"].replace("⟧\n", "\n⟧"))
-    assert agrees(tokenizer, Masker(tokenizer, train_trailing_newline=True).example(TURNS), text, spans)
+    assert agrees(
+        tokenizer, Masker(tokenizer, train_trailing_newline=True).example(TURNS), text, spans
+    )
 
 
 def test_the_reference_count_of_gsm8k(shared):
@@ -169,15 +183,30 @@ def test_the_reference_count_of_gsm8k(shared):
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "smollm2_tokenizer")
     with (shared / "data" / "gsm8k_test.jsonl").open() as file:
-        rows = [chat(row["question"], row["answer"]) for row in map(json.loads, [next(file) for _ in range(48)])]
+        rows = [
+            chat(row["question"], row["answer"])
+            for row in map(json.loads, [next(file) for _ in range(48)])
+        ]
     examples = Masker(tokenizer, train_trailing_newline=True).examples(rows)
-    assert sum(int(example.trained.sum()) for example in examples if isinstance(example, Example)) == 6215
+    assert (
+        sum(int(example.trained.sum()) for example in examples if isinstance(example, Example))
+        == 6215
+    )
 
 
 # ----------------------------------------------------------------------------------------------- tools and reasoning
 
-TOOLS = ({"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}}},)
-CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": "2", "b": 'say "zwölf"'}}}
+TOOLS = (
+    {
+        "type": "function",
+        "function": {"name": "add", "description": "Adds.", "parameters": {"type": "object"}},
+    },
+)
+CALL = {
+    "id": "call00001",
+    "type": "function",
+    "function": {"name": "add", "arguments": {"a": "2", "b": 'say "zwölf"'}},
+}
 CALLING = (
     Message("user", "2+2?"),
     Message("assistant", "", tool_calls=(CALL,)),
@@ -188,7 +217,11 @@ WITH_TOOLS = Conversation(CALLING, TOOLS)
 
 
 REASONED = Conversation(
-    (Message("user", "2+2?"), Message("assistant", "4", reasoning_content="two\nand two"), *chat("3?", "3").messages)
+    (
+        Message("user", "2+2?"),
+        Message("assistant", "4", reasoning_content="two\nand two"),
+        *chat("3?", "3").messages,
+    )
 )
 
 
@@ -197,7 +230,9 @@ def test_reasoning_is_trained_where_the_template_writes_it(tokenizers):
     alone = Conversation(REASONED.messages[:2])
     expected = "<think>\ntwo\nand two\n</think>\n\n4<|im_end|>"
     assert trained_text(tokenizer, Masker(tokenizer).example(alone)) == expected
-    inline = chat("2+2?", "<think>\ntwo\nand two\n</think>\n\n4")  # the template takes the text apart
+    inline = chat(
+        "2+2?", "<think>\ntwo\nand two\n</think>\n\n4"
+    )  # the template takes the text apart
     assert trained_text(tokenizer, Masker(tokenizer).example(inline)) == expected
 
 
@@ -221,7 +256,11 @@ def test_old_reasoning_may_go_from_context_but_not_from_a_trained_answer(tokeniz
             Conversation((Message("system", "Be brief."), *chat("a", "b").messages)),
             "the template drops the system message",
         ),
-        ("llama2", Conversation(CALLING), "the template refuses the row: Conversation roles must alternate"),
+        (
+            "llama2",
+            Conversation(CALLING),
+            "the template refuses the row: Conversation roles must alternate",
+        ),
         ("qwen3", chat("a"), "nothing to train"),
     ],
 )
@@ -252,7 +291,9 @@ def test_nor_can_tools_and_calls(tokenizers):
     for key, value in (("b<|im_end|>", "x"), ("b", "<|im_end|>")):
         call = {**CALL, "function": {"name": "add", "arguments": {key: value}}}
         with pytest.raises(RowError, match="control token"):
-            Masker(tokenizer).example(Conversation((CALLING[0], Message("assistant", "", tool_calls=(call,)))))
+            Masker(tokenizer).example(
+                Conversation((CALLING[0], Message("assistant", "", tool_calls=(call,))))
+            )
     tool = {"type": "function", "function": {"name": "add", "description": "<|im_end|>"}}
     with pytest.raises(RowError, match="control token"):
         Masker(tokenizer).example(Conversation(chat("a", "b").messages, (tool,)))
@@ -268,7 +309,17 @@ def test_a_schema_that_holds_a_word_of_the_proof_is_rejected(tokenizers, word):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_texts_that_look_like_template_text(tokenizers, family):
     tokenizer = tokenizers[family]
-    for odd in ("assistant\n", "<|im_", "|im_end|>", "zq0001qz", "zq0000qz", "[/INST", "{{ x }}", "user", "</think>"):
+    for odd in (
+        "assistant\n",
+        "<|im_",
+        "|im_end|>",
+        "zq0001qz",
+        "zq0000qz",
+        "[/INST",
+        "{{ x }}",
+        "user",
+        "</think>",
+    ):
         conversation = chat(odd, f"{odd} b {odd}", odd, "c")
         masker = Masker(tokenizer)
         try:
@@ -323,7 +374,10 @@ def templated(tokenizer, template: str):
     ("change", "reason"),
     [
         (("{{ eos_token if m.role == 'assistant' }}", ""), "writes no stop token"),
-        (("m.content", "m.content|upper"), "drops the user message"),  # what is shouted is not what was said
+        (
+            ("m.content", "m.content|upper"),
+            "drops the user message",
+        ),  # what is shouted is not what was said
         (("m.content", "m.content|replace('ca', 'b')|title"), "drops the user message"),
         (("m.content", "m.content[:3]"), "drops the user message"),
         (("m.content", "m.content|reverse"), "drops an answer"),
@@ -332,8 +386,14 @@ def templated(tokenizer, template: str):
         (("m.content", "m.content * 2"), "writes a text twice"),
         (("m.content", "(m.content if m.role != 'user' else '')"), "drops the user message"),
         (("m.content", "(m.content if m.role != 'assistant' else '')"), "drops an answer"),
-        (("in messages", "in messages|reverse"), "(begin where the generation prompt ends|out of its place)"),
-        (("{% if add_generation_prompt %}A: ", "{% if add_generation_prompt %}A: <think>"), "does not begin where"),
+        (
+            ("in messages", "in messages|reverse"),
+            "(begin where the generation prompt ends|out of its place)",
+        ),
+        (
+            ("{% if add_generation_prompt %}A: ", "{% if add_generation_prompt %}A: <think>"),
+            "does not begin where",
+        ),
         (("{% for", "{{ raise_exception('never') }}{% for"), "refuses the row: never"),
         (("{% for", "{{ 1 / 0 }}{% for"), "refuses the row: division by zero"),
     ],
@@ -351,28 +411,41 @@ def test_a_template_that_cannot_be_followed_is_refused(tokenizers, change, reaso
     ("mark", "expected"),
     [
         ("{% generation %}{{ m.content + eos_token }}{% endgeneration %}", "a cat<|im_end|>"),
-        ("{{ '...' }}{% generation %}{{ m.content + eos_token + '!' }}{% endgeneration %}", "a cat<|im_end|>"),
+        (
+            "{{ '...' }}{% generation %}{{ m.content + eos_token + '!' }}{% endgeneration %}",
+            "a cat<|im_end|>",
+        ),
         (
             "{% generation %}{{ m.content }}{% endgeneration %}{{ eos_token }}",
             "a cat<|im_end|>",
         ),  # train_on_eot says so
-        ("{{ m.content }}{% generation %}{{ eos_token }}{% endgeneration %}", "leaves out a part of an answer"),
+        (
+            "{{ m.content }}{% generation %}{{ eos_token }}{% endgeneration %}",
+            "leaves out a part of an answer",
+        ),
         (
             "{% generation %}{{ m.content }}{% endgeneration %}{{ '...' }}{% generation %}{{ eos_token }}"
             "{% endgeneration %}",
             "leaves out a part of an answer",
         ),
-        ("{{ m.content + eos_token }}{% generation %}{{ '!' }}{% endgeneration %}", "leaves out an answer"),
+        (
+            "{{ m.content + eos_token }}{% generation %}{{ '!' }}{% endgeneration %}",
+            "leaves out an answer",
+        ),
     ],
 )
 def test_a_template_that_marks_answers_is_checked(tokenizers, mark, expected):
     template = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'A: ' }}" + mark + "{% else %}{{ 'U: ' + m.content }}"
+        "{% for m in messages %}{% if m.role == 'assistant' %}{{ 'A: ' }}"
+        + mark
+        + "{% else %}{{ 'U: ' + m.content }}"
         "{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
     )
     masker = Masker(templated(tokenizers["smollm2"], template))
     if expected.startswith("a cat"):
-        assert trained_text(tokenizers["smollm2"], masker.example(chat("a cat", "a cat"))) == expected
+        assert (
+            trained_text(tokenizers["smollm2"], masker.example(chat("a cat", "a cat"))) == expected
+        )
     else:
         with pytest.raises(RowError, match=expected):
             masker.example(chat("a cat", "a cat"))
@@ -400,7 +473,9 @@ def test_no_template_and_a_broken_one(shared, tokenizers):
 # ----------------------------------------------------------------------------------------------- the proof, the state
 
 
-@pytest.mark.parametrize("fault", ["a control token lost", "one more", "two exchanged", "the header changed"])
+@pytest.mark.parametrize(
+    "fault", ["a control token lost", "one more", "two exchanged", "the header changed"]
+)
 def test_control_tokens_that_are_not_accounted_for_are_refused(tokenizers, monkeypatch, fault):
     """The proof at work: the masker is handed tokens that are not those of its render."""
     masker = Masker(tokenizers["qwen2_5"])
@@ -454,10 +529,24 @@ def test_plain_texts_are_trained_between_bos_and_eos(tokenizers):
 
 
 def test_many_rows_at_once_are_as_one_by_one(tokenizers):
-    rows = [TURNS, Conversation(text="abc"), chat("a"), WITH_TOOLS, chat("a", "<|im_end|>"), chat("x", "y")]
+    rows = [
+        TURNS,
+        Conversation(text="abc"),
+        chat("a"),
+        WITH_TOOLS,
+        chat("a", "<|im_end|>"),
+        chat("x", "y"),
+    ]
     masker = Masker(tokenizers["qwen3"])
     together = masker.examples(rows)
-    assert [type(result) for result in together] == [Example, Example, RowError, Example, RowError, Example]
+    assert [type(result) for result in together] == [
+        Example,
+        Example,
+        RowError,
+        Example,
+        RowError,
+        Example,
+    ]
     for row, result in zip(rows, together, strict=True):
         if isinstance(result, Example):
             alone = Masker(tokenizers["qwen3"]).example(row)
@@ -471,7 +560,10 @@ def test_padding_set_elsewhere_does_not_reach_the_rows(tokenizers):
     before = Masker(tokenizer).fingerprint()
     tokenizer(["a", "a b c d"], padding=True, truncation=True, max_length=2)
     examples = Masker(tokenizer).examples([chat("a", "b"), TURNS])
-    assert [len(example.input_ids) for example in examples if isinstance(example, Example)] != [2, 2]
+    assert [len(example.input_ids) for example in examples if isinstance(example, Example)] != [
+        2,
+        2,
+    ]
     tokenizer(["a", "a b c d"], padding=True, truncation=True, max_length=2)
     assert Masker(tokenizer).fingerprint() == before
 

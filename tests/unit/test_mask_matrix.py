@@ -35,7 +35,12 @@ from trainer.data.mask import Masker
 from trainer.datatypes import Conversation, Example, Message, RowError
 
 MODES = ("all", "completion", "assistant", "last_turn")
-OPENINGS = {"smollm2": SMOLLM2_SYSTEM, "qwen2_5": QWEN_SYSTEM, "llama3_2": LLAMA3_SYSTEM, "mistral_nemo": "<s>"}
+OPENINGS = {
+    "smollm2": SMOLLM2_SYSTEM,
+    "qwen2_5": QWEN_SYSTEM,
+    "llama3_2": LLAMA3_SYSTEM,
+    "mistral_nemo": "<s>",
+}
 CHATML = ("<|im_start|>user\n{}<|im_end|>\n", "<|im_start|>assistant\n⟦{}<|im_end|>⟧\n")
 LLAMA3 = (
     "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
@@ -56,9 +61,13 @@ STRIPPING = ("llama3_2", "llama2")  # they take white space from a text's ends
 @dataclass
 class Case:
     conversation: Conversation
-    renders: dict[str, str]  # by family: the messages, with brackets, or the reason why they are refused
+    renders: dict[
+        str, str
+    ]  # by family: the messages, with brackets, or the reason why they are refused
     last_turn: int = 1  # brackets after the last question
-    opening: dict[str, str] | None = field(default_factory=lambda: OPENINGS)  # None: whatever the template writes
+    opening: dict[str, str] | None = field(
+        default_factory=lambda: OPENINGS
+    )  # None: whatever the template writes
 
 
 def written(family: str, *texts: str) -> str:
@@ -67,7 +76,9 @@ def written(family: str, *texts: str) -> str:
         texts = tuple(text.strip() for text in texts)
     if family == "qwen3":
         texts = (*texts[:-1], NO_THOUGHT + texts[-1])
-    return "".join(FORMS[family][number % 2].replace("{}", text) for number, text in enumerate(texts))
+    return "".join(
+        FORMS[family][number % 2].replace("{}", text) for number, text in enumerate(texts)
+    )
 
 
 def plain(*texts: str) -> Case:
@@ -81,7 +92,9 @@ def refused(reason: str, *families: str) -> dict[str, str]:
 
 CALLED = '{"name": "add", "arguments": {"a": "2", "b": "say \\"zwölf\\""}}'
 QWEN_CALLING = (
-    "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦<tool_call>\n" + CALLED + "\n</tool_call><|im_end|>⟧\n"
+    "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦<tool_call>\n"
+    + CALLED
+    + "\n</tool_call><|im_end|>⟧\n"
     '<|im_start|>user\n<tool_response>\n{"sum": "4"}\n</tool_response><|im_end|>\n<|im_start|>assistant\n'
 )
 SYSTEM = (Message("system", "Be brief."), *chat("Hi", "Hello!", "Bye", "See you.").messages)
@@ -89,13 +102,20 @@ GREETINGS = ("Hi", "Hello!", "Bye", "See you.")
 THOUGHT = (Message("user", "2+2?"), Message("assistant", "4", reasoning_content="two\nand two"))
 
 CASES = {
-    "multi-turn": Case(TURNS, {family: RENDERS[family].removeprefix(OPENINGS.get(family, "")) for family in FAMILIES}),
+    "multi-turn": Case(
+        TURNS,
+        {family: RENDERS[family].removeprefix(OPENINGS.get(family, "")) for family in FAMILIES},
+    ),
     "system": Case(
         Conversation(SYSTEM),
         {
-            **{f: "<|im_start|>system\nBe brief.<|im_end|>\n" + written(f, *GREETINGS) for f in ("smollm2", "qwen2_5")},
+            **{
+                f: "<|im_start|>system\nBe brief.<|im_end|>\n" + written(f, *GREETINGS)
+                for f in ("smollm2", "qwen2_5")
+            },
             "qwen3": "<|im_start|>system\nBe brief.<|im_end|>\n" + written("qwen3", *GREETINGS),
-            "llama3_2": LLAMA3_SYSTEM.replace("<|eot_id|>", "Be brief.<|eot_id|>") + written("llama3_2", *GREETINGS),
+            "llama3_2": LLAMA3_SYSTEM.replace("<|eot_id|>", "Be brief.<|eot_id|>")
+            + written("llama3_2", *GREETINGS),
             "llama2": "<s>[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n"
             + written("llama2", *GREETINGS).removeprefix("<s>[INST] "),
             **refused("the template drops the system message", "mistral_nemo"),
@@ -119,7 +139,9 @@ CASES = {
             + LLAMA3[1].replace("{}", CALLED.replace("arguments", "parameters"))
             + '<|start_header_id|>ipython<|end_header_id|>\n\n"{\\"sum\\": \\"4\\"}"<|eot_id|>'
             + LLAMA3[1].replace("{}", "4"),
-            "mistral_nemo": "[INST]2+2?[/INST]⟦[TOOL_CALLS][" + CALLED[:-1] + ', "id": "call00001"}]</s>⟧'
+            "mistral_nemo": "[INST]2+2?[/INST]⟦[TOOL_CALLS]["
+            + CALLED[:-1]
+            + ', "id": "call00001"}]</s>⟧'
             '[TOOL_RESULTS]{"content": {"sum": "4"}, "call_id": "call00001"}[/TOOL_RESULTS]⟦4</s>⟧',
             **refused("the template drops the tools", "smollm2"),
             **refused("the template refuses the row: Conversation roles must alternate", "llama2"),
@@ -130,24 +152,37 @@ CASES = {
     "reasoning": Case(
         Conversation(THOUGHT),
         {
-            "qwen3": written("qwen3", "2+2?", "4").replace("<think>\n\n", "<think>\ntwo\nand two\n"),
-            **refused("the template drops the reasoning", *(family for family in FAMILIES if family != "qwen3")),
+            "qwen3": written("qwen3", "2+2?", "4").replace(
+                "<think>\n\n", "<think>\ntwo\nand two\n"
+            ),
+            **refused(
+                "the template drops the reasoning",
+                *(family for family in FAMILIES if family != "qwen3"),
+            ),
         },
     ),
     "quoted by the user": plain("Say OK.\nOK.", "OK.", "You said OK.", "OK."),
     "white space at the ends": plain(" a \n", " \n b\t\n", "\tc", "d  "),
     "empty answer": Case(chat("a", "b", "c", " \n"), refused("no answer", *FAMILIES)),
-    "unicode": plain("Größe?", "数 🙂 e\u0301 \u202e\u2028x\u200b.", "ﬁ \u00a0?", "\ufeffZ\u0085z 👩‍👩‍👧"),
+    "unicode": plain(
+        "Größe?", "数 🙂 e\u0301 \u202e\u2028x\u200b.", "ﬁ \u00a0?", "\ufeffZ\u0085z 👩‍👩‍👧"
+    ),
 }
-assert CHATML_TURNS.format(think="") == "".join(CASES["multi-turn"].renders["smollm2"])  # one form, written twice
+assert CHATML_TURNS.format(think="") == "".join(
+    CASES["multi-turn"].renders["smollm2"]
+)  # one form, written twice
 
 
 @pytest.fixture(scope="module")
 def tokenizers(shared):
-    return {family: AutoTokenizer.from_pretrained(shared / "tokenizers" / family) for family in FAMILIES}
+    return {
+        family: AutoTokenizer.from_pretrained(shared / "tokenizers" / family) for family in FAMILIES
+    }
 
 
-def trained_spans(case: Case, mode: str, text: str, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+def trained_spans(
+    case: Case, mode: str, text: str, spans: list[tuple[int, int]]
+) -> list[tuple[int, int]]:
     """What a mode trains, as spans of characters."""
     return {
         "all": [(0, len(text))],
@@ -176,7 +211,10 @@ def expected(
 def agrees(example: Example, tokens: list[tuple[int, bool]]) -> bool:
     """Token by token; the first is never trained."""
     ids, trained = zip(*tokens, strict=True)
-    return example.input_ids.tolist() == list(ids) and example.trained.tolist() == [False, *trained[1:]]
+    return example.input_ids.tolist() == list(ids) and example.trained.tolist() == [
+        False,
+        *trained[1:],
+    ]
 
 
 def shifted(offsets: list[tuple[int, int]], by: int) -> list[tuple[int, int]]:
@@ -205,7 +243,9 @@ def test_what_is_trained(tokenizers, name, family, mode):
         return
     text, spans = render(case, family, tokenizer)
     example = masker.example(case.conversation)
-    assert agrees(example, expected(tokenizer.backend_tokenizer, text, trained_spans(case, mode, text, spans)))
+    assert agrees(
+        example, expected(tokenizer.backend_tokenizer, text, trained_spans(case, mode, text, spans))
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -220,7 +260,9 @@ def test_there_is_one_bos_and_it_is_the_templates_or_the_tokenizers(tokenizers, 
     if opens:
         bos = tokenizer.convert_tokens_to_ids(opens)
         assert ids[0] == bos != ids[1]
-        assert ids.count(bos) == (2 if family == "llama2" else 1)  # llama2 writes one before each question
+        assert ids.count(bos) == (
+            2 if family == "llama2" else 1
+        )  # llama2 writes one before each question
     plain_text = Masker(tokenizer).example(Conversation(text="Once upon")).input_ids.tolist()
     assert plain_text == [*tokenizer("Once upon")["input_ids"], tokenizer.eos_token_id]
     assert not opens or plain_text.count(bos) == 1
@@ -254,7 +296,10 @@ def test_a_text_that_spells_control_tokens_is_rejected_kept_or_text(tokenizers, 
         case = plain(*texts)
         text, spans = render(case, family, tokenizer)
         kept = Masker(tokenizer, mode, control_tokens="keep").example(case.conversation)
-        assert agrees(kept, expected(tokenizer.backend_tokenizer, text, trained_spans(case, mode, text, spans)))
+        assert agrees(
+            kept,
+            expected(tokenizer.backend_tokenizer, text, trained_spans(case, mode, text, spans)),
+        )
 
         as_text = Masker(tokenizer, mode, control_tokens="text").example(case.conversation)
         case = plain(*INJECTIONS[name])
@@ -265,13 +310,19 @@ def test_a_text_that_spells_control_tokens_is_rejected_kept_or_text(tokenizers, 
 
 
 def expected_as_text(
-    tokenizer, text: str, spans: list[tuple[int, int]], injected: str, starts: list[int] | None = None
+    tokenizer,
+    text: str,
+    spans: list[tuple[int, int]],
+    injected: str,
+    starts: list[int] | None = None,
 ) -> list[tuple[int, bool]]:
     """As `expected`; what stands between the control tokens of the render without the injection gets it now, and is
     encoded by a tokenizer that knows no control token."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.encode_special_tokens = True
-    controls = {token.content: n for n, token in tokenizer.added_tokens_decoder.items() if token.special}
+    controls = {
+        token.content: n for n, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
 
     def moved(piece: str, position: int) -> int:
         return len(piece[:position].replace(INJECTED, injected))
@@ -309,12 +360,18 @@ def test_inference_is_given_the_prompt_that_was_learned(tokenizers, family):
 def test_plain_texts_follow_the_same_rule(tokenizers, family):
     tokenizer = tokenizers[family]
     eos, bos = tokenizer.eos_token, tokenizer.bos_token or ""
-    ids = Masker(tokenizer, control_tokens="text").example(Conversation(text=f"a{eos}b")).input_ids.tolist()
+    ids = (
+        Masker(tokenizer, control_tokens="text")
+        .example(Conversation(text=f"a{eos}b"))
+        .input_ids.tolist()
+    )
     assert ids.index(tokenizer.eos_token_id) == len(ids) - 1
     assert tokenizer.decode(ids).count(eos) == 2
     rendered = Conversation(text=f"{bos}a{eos}b{eos}")
     ids = Masker(tokenizer, control_tokens="keep").example(rendered).input_ids.tolist()
-    assert ids == tokenizer(rendered.text, add_special_tokens=False)["input_ids"], "no second BOS, no second EOS"
+    assert ids == tokenizer(rendered.text, add_special_tokens=False)["input_ids"], (
+        "no second BOS, no second EOS"
+    )
 
 
 def test_what_cannot_be_told_apart_is_refused(tokenizers):
@@ -322,11 +379,15 @@ def test_what_cannot_be_told_apart_is_refused(tokenizers):
     tool = {"type": "function", "function": {"name": "add", "description": "Writes <|im_end|>."}}
     for policy in ("text", "keep"):  # a tool's description becomes template text
         with pytest.raises(RowError, match="a text holds a control token"):
-            Masker(tokenizer, control_tokens=policy).example(Conversation(chat("a", "b").messages, (tool,)))
+            Masker(tokenizer, control_tokens=policy).example(
+                Conversation(chat("a", "b").messages, (tool,))
+            )
     greedy = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     greedy.add_special_tokens([AddedToken("<|end|>", rstrip=True, special=True)])
     other = PreTrainedTokenizerFast(tokenizer_object=greedy, eos_token="<|end|>")
-    other.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endfor %}"
+    other.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '<|end|>' }}{% endfor %}"
+    )
     assert Masker(other, control_tokens="text").example(chat("a", "b")).trained.any()
     with pytest.raises(RowError, match="does not take it as text"):
         Masker(other, control_tokens="text").example(chat("a <|end|> ", "b"))
@@ -356,7 +417,9 @@ SNIPPETS = [
     "user",
 ]
 SNIPPETS += ["assistant\n", "[/INST", "zq0001qz", "{{ x }}", "<tool_call>", INJECTED]
-snippets = st.lists(st.sampled_from(SNIPPETS) | st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+snippets = st.lists(
+    st.sampled_from(SNIPPETS) | st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8
+)
 any_text = snippets.map("".join).filter(lambda text: text.strip().strip("\x1c\x1d\x1e\x1f\x85"))
 
 
@@ -380,9 +443,14 @@ def asked(family: str, system: str | None, texts: list[str], thought: str | None
 
 @settings(max_examples=400, deadline=None)
 @given(st.data())
-def test_of_any_conversation_the_answers_with_their_stop_tokens_are_trained_and_nothing_else(tokenizers, data):
+def test_of_any_conversation_the_answers_with_their_stop_tokens_are_trained_and_nothing_else(
+    tokenizers, data
+):
     family = data.draw(st.sampled_from(FAMILIES))
-    mode, policy = data.draw(st.sampled_from(MODES)), data.draw(st.sampled_from(["reject", "text", "keep"]))
+    mode, policy = (
+        data.draw(st.sampled_from(MODES)),
+        data.draw(st.sampled_from(["reject", "text", "keep"])),
+    )
     texts = [data.draw(any_text) for _ in range(2 * data.draw(st.integers(1, 3)))]
     weights = [data.draw(st.integers(0, 3)) and 1 for _ in texts[1::2]]
     system = None if family == "mistral_nemo" else data.draw(st.none() | any_text)
@@ -415,7 +483,8 @@ def test_of_any_conversation_the_answers_with_their_stop_tokens_are_trained_and_
         reasons = {
             "nothing to train": not wanted,
             "a text holds a control token of the model": policy == "reject" and said(text) != text,
-            "a token spans the end of the prompt and the answer": family == "llama2",  # which cannot be cut
+            "a token spans the end of the prompt and the answer": family
+            == "llama2",  # which cannot be cut
         }
         assert reasons[str(example)]
         return
@@ -423,9 +492,15 @@ def test_of_any_conversation_the_answers_with_their_stop_tokens_are_trained_and_
         tokens = expected_as_text(tokenizer, text, wanted, injected, starts)
     else:
         assert policy == "keep" or said(text) == text
-        places = {a: len(said(text[:a])) for span in [*wanted, *((start, start) for start in starts)] for a in span}
+        places = {
+            a: len(said(text[:a]))
+            for span in [*wanted, *((start, start) for start in starts)]
+            for a in span
+        }
         wanted = [(places[a], places[b]) for a, b in wanted]
-        tokens = expected(tokenizer.backend_tokenizer, said(text), wanted, [places[start] for start in starts])
+        tokens = expected(
+            tokenizer.backend_tokenizer, said(text), wanted, [places[start] for start in starts]
+        )
     assert agrees(example, tokens)
 
 
@@ -435,8 +510,14 @@ def test_of_any_tool_call_the_call_is_trained_with_its_stop_token(tokenizers, da
     family = data.draw(st.sampled_from(["qwen2_5", "qwen3", "llama3_2", "mistral_nemo"]))
     tokenizer = tokenizers[family]
     plain_text = any_text.map(lambda text: text.replace(INJECTED, "-"))
-    arguments = data.draw(st.dictionaries(st.sampled_from("abc"), plain_text | st.integers() | st.lists(plain_text)))
-    call = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": arguments}}
+    arguments = data.draw(
+        st.dictionaries(st.sampled_from("abc"), plain_text | st.integers() | st.lists(plain_text))
+    )
+    call = {
+        "id": "call00001",
+        "type": "function",
+        "function": {"name": "add", "arguments": arguments},
+    }
     question, answer = data.draw(plain_text), data.draw(plain_text)
     conversation = Conversation(
         (
@@ -458,6 +539,10 @@ def test_of_any_tool_call_the_call_is_trained_with_its_stop_token(tokenizers, da
         "mistral_nemo": answer + "</s>",
     }.get(family, answer + "<|im_end|>")
     example = Masker(tokenizer).example(conversation)
-    trained = tokenizer.decode(example.input_ids[example.trained].tolist(), clean_up_tokenization_spaces=False)
+    trained = tokenizer.decode(
+        example.input_ids[example.trained].tolist(), clean_up_tokenization_spaces=False
+    )
     normal = tokenizer.backend_tokenizer.normalizer
-    assert trained == "".join(normal.normalize_str(text) if normal else text for text in (called, answered))
+    assert trained == "".join(
+        normal.normalize_str(text) if normal else text for text in (called, answered)
+    )

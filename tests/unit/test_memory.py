@@ -23,7 +23,9 @@ FAMILIES = {
     "llama": transformers.LlamaConfig(**SIZES),
     "qwen2": transformers.Qwen2Config(**SIZES),
     "qwen3": transformers.Qwen3Config(**WIDE),
-    "gemma2": transformers.Gemma2Config(**WIDE, attn_logit_softcapping=None),  # a cap needs a kernel no CPU has
+    "gemma2": transformers.Gemma2Config(
+        **WIDE, attn_logit_softcapping=None
+    ),  # a cap needs a kernel no CPU has
     "olmo2": transformers.Olmo2Config(**SIZES),
     "tied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
 }
@@ -37,36 +39,46 @@ def really_saved(model: Any) -> int:
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = storage.nbytes(), tensor  # kept alive: an address comes once
+            saved[storage.data_ptr()] = (
+                storage.nbytes(),
+                tensor,
+            )  # kept alive: an address comes once
         return tensor
 
     ids = torch.randint(SIZES["vocab_size"], (1, TOKENS))
     bounds = Bounds(torch.tensor([0, TOKENS], dtype=torch.int32), TOKENS, (TOKENS,))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.train().get_decoder()(
-            input_ids=ids, position_ids=torch.arange(TOKENS)[None], use_cache=False, document_bounds=bounds
+            input_ids=ids,
+            position_ids=torch.arange(TOKENS)[None],
+            use_cache=False,
+            document_bounds=bounds,
         )
     return sum(size for size, _ in saved.values())
 
 
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_activations_are_what_a_forward_saves(family: str, recompute: bool, tmp_path: Path) -> None:
+def test_activations_are_what_a_forward_saves(
+    family: str, checkpointing: str, tmp_path: Path
+) -> None:
     """Within 10%, for models of several makes, with recomputation and without."""
     FAMILIES[family].architectures = None
     FAMILIES[family].save_pretrained(tmp_path)
     section = ModelSection.model_validate({"name": str(tmp_path), "dtype": "float32"})
-    planned = memory.trace(memory.empty_model(section), TOKENS)[recompute]
+    planned = memory.trace(memory.empty_model(section), TOKENS)[checkpointing]
     real = tiny(FAMILIES[family])
-    if recompute:
+    if checkpointing == "full":
         real.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     assert planned.kept == pytest.approx(really_saved(real), rel=0.1)
-    assert (planned.layer > 0) == recompute
+    assert (planned.layer > 0) == (checkpointing == "full")
 
 
 def debug(*overrides: str) -> Recipe:
     model = f"model.name={ROOT / 'recipes' / 'debug' / 'model'}"
-    return load_recipe(ROOT / "recipes" / "debug.yaml", [model, "batch.rows_per_step=64", *overrides])
+    return load_recipe(
+        ROOT / "recipes" / "debug.yaml", [model, "batch.global_batch_size=64", *overrides]
+    )
 
 
 def cluster(gpus: int, gpu_gib: float = 80, **others: float) -> Cluster:
@@ -81,7 +93,9 @@ def test_a_plan_names_what_fits_and_the_fewest_gpus() -> None:
 
 
 def test_where_nothing_fits_one_sentence_says_so() -> None:
-    with pytest.raises(BadInput, match=r"no template fits 4 GPUs of 1.0 GiB; .*model.recompute=true"):
+    with pytest.raises(
+        BadInput, match=r"no template fits 4 GPUs of 1.0 GiB; .*model.activation_checkpointing=full"
+    ):
         verdict(build_report(debug(), cluster(4, gpu_gib=1)))
 
 
@@ -106,12 +120,15 @@ def test_more_gpus_need_less_of_each_and_less_time() -> None:
     few, many = (build_report(recipe, cluster(gpus)) for gpus in (2, 8))
     zero3 = [report.candidates["ds_configs/zero3.json"].memory.gpu for report in (few, many)]
     assert zero3[0]["optimizer"] > 3 * zero3[1]["optimizer"]
-    seconds = [memory.step_seconds(report.model, report.work, report.cluster.gpus, 1e12) for report in (few, many)]
+    seconds = [
+        memory.step_seconds(report.model, report.work, report.cluster.gpus, 1e12)
+        for report in (few, many)
+    ]
     assert seconds[0] == pytest.approx(4 * seconds[1])
 
 
 def test_fillers_make_nobody_faster() -> None:
-    report = build_report(debug("batch.rows_per_step=4"), cluster(3))
+    report = build_report(debug("batch.global_batch_size=4"), cluster(3))
     three, two = (memory.step_seconds(report.model, report.work, gpus, 1e12) for gpus in (3, 2))
     assert three == pytest.approx(two), "four micro-batches take two turns of either"
     assert "fillers: 33.3%" in "\n".join(sentences(report, debug(), 1e12, 1.0))
@@ -122,9 +139,15 @@ def test_a_fullest_micro_batch_of_the_plan_bounds_all_others(tmp_path: Path) -> 
     from trainer.data.prepare import prepare, train_plan
     from trainer.model.load import load_tokenizer
 
-    recipe = debug("batch.rows_per_step=4", "batch.rows_per_micro=2", f"data.cache={tmp_path}")
+    recipe = debug(
+        "batch.global_batch_size=4", "batch.micro_batch_size=2", f"data.cache={tmp_path}"
+    )
     plan = train_plan(recipe, prepare(recipe, load_tokenizer(recipe.model), "train"))
-    sizes = [plan.size(plan.step(step), rows) for step in range(plan.steps) for rows in plan.step(step).micro_batches]
+    sizes = [
+        plan.size(plan.step(step), rows)
+        for step in range(plan.steps)
+        for rows in plan.step(step).micro_batches
+    ]
     work = work_of_data(plan)
     assert work.fullest_tokens == max(tokens for tokens, _ in sizes)
     assert work.fullest_trained == max(trained for _, trained in sizes)

@@ -42,7 +42,9 @@ def test_weights_and_channels_are_counted_as_by_hand(flops: ModelFlops) -> None:
 def test_attention_counts_pairs_inside_documents_only(flops: ModelFlops) -> None:
     """Forward 2 x 2 products over half of L^2 pairs, backward twice that: 6 L^2 a channel."""
     batch = pack([torch.arange(5), torch.arange(7)], [[0, 1], [3]], [1.0, 1.0])
-    expected = 6 * (flops.body_weights * 12 + flops.head_weights * 3 + flops.attention_channels * (25 + 49))
+    expected = 6 * (
+        flops.body_weights * 12 + flops.head_weights * 3 + flops.attention_channels * (25 + 49)
+    )
     assert flops.of(batch) == expected
 
 
@@ -55,9 +57,13 @@ def test_the_clock_adds_up_parts_and_starts_anew() -> None:
     assert clock.read() == {}
 
 
-def log(run_dir: Path, flops: ModelFlops, resumed_at: int, last: int, steps: int = 4) -> list[dict[str, Any]]:
+def log(
+    run_dir: Path, flops: ModelFlops, resumed_at: int, last: int, steps: int = 4
+) -> list[dict[str, Any]]:
     """Run the log from step `resumed_at` to `last`, with the evaluations that a run makes."""
-    metrics = Metrics(run_dir, log_every=1, row_tokens=16, flops=flops, resumed_at=resumed_at, beat=lambda part: None)
+    metrics = Metrics(
+        run_dir, log_every=1, seq_len=16, flops=flops, resumed_at=resumed_at, beat=lambda part: None
+    )
     if resumed_at == 0:
         metrics.write(0, {"eval/loss": 9.0})
     batch = pack([torch.arange(5), torch.arange(7)], [[0, 1], [3]], [1.0, 1.0])
@@ -73,16 +79,34 @@ def log(run_dir: Path, flops: ModelFlops, resumed_at: int, last: int, steps: int
 
 def test_a_line_holds_the_names_that_the_design_promises(tmp_path: Path, flops: ModelFlops) -> None:
     line = log(tmp_path, flops, 0, 1)[1]
-    promised = {"step", "train/loss", "train/lr", "train/grad_norm", "train/trained_tokens", "perf/tokens_per_s"}
-    promised |= {"perf/trained_tokens_per_s", "perf/filler_share", "perf/step_s", "perf/data_s", "perf/forward_s"}
-    assert promised | {"perf/backward_s", "perf/optimizer_s", "perf/checkpoint_s", "pack/fill"} <= line.keys()
+    promised = {
+        "step",
+        "train/loss",
+        "train/lr",
+        "train/grad_norm",
+        "train/trained_tokens",
+        "perf/tokens_per_s",
+    }
+    promised |= {
+        "perf/trained_tokens_per_s",
+        "perf/filler_share",
+        "perf/step_s",
+        "perf/data_s",
+        "perf/forward_s",
+    }
+    assert (
+        promised | {"perf/backward_s", "perf/optimizer_s", "perf/checkpoint_s", "pack/fill"}
+        <= line.keys()
+    )
     assert line["step"] == 1
     assert line["train/trained_tokens"] == 3
     assert line["pack/fill"] == 12 / 16
     assert (tmp_path / "tensorboard").is_dir()
 
 
-@pytest.mark.parametrize(("saved_at", "killed_at"), [(0, 1), (0, 4), (1, 1), (1, 3), (3, 3), (3, 4)])
+@pytest.mark.parametrize(
+    ("saved_at", "killed_at"), [(0, 1), (0, 4), (1, 1), (1, 3), (3, 3), (3, 4)]
+)
 def test_a_killed_run_that_goes_on_leaves_one_line_a_step(
     tmp_path: Path, flops: ModelFlops, killed_at: int, saved_at: int
 ) -> None:
@@ -93,19 +117,27 @@ def test_a_killed_run_that_goes_on_leaves_one_line_a_step(
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4]
 
 
-def test_an_answer_with_a_line_separator_in_it_is_one_line(tmp_path: Path, flops: ModelFlops) -> None:
+def test_an_answer_with_a_line_separator_in_it_is_one_line(
+    tmp_path: Path, flops: ModelFlops
+) -> None:
     (tmp_path / "samples.jsonl").write_text('{"step": 1, "answer": "a\u2028b"}\n', encoding="utf-8")
     log(tmp_path, flops, 2, 3)
     assert read_lines(tmp_path / "samples.jsonl") == [{"step": 1, "answer": "a\u2028b"}]
 
 
-@pytest.mark.parametrize(("recorded", "left"), [([0, 2], [0, 2, 2]), ([0], [0, 2]), ([0, 2, 4], [0, 2, 2])])
+@pytest.mark.parametrize(
+    ("recorded", "left"), [([0, 2], [0, 2, 2]), ([0], [0, 2]), ([0, 2, 4], [0, 2, 2])]
+)
 def test_an_evaluation_that_did_not_end_leaves_nothing(
     tmp_path: Path, flops: ModelFlops, recorded: list[int], left: list[int]
 ) -> None:
     """One that did stays, if it is not of a step that is trained again."""
     samples = [{"step": step, "answer": "a"} for step in (0, 2)]
-    logged = [{"step": 0, "eval/loss": 9.0}, {"step": 2, "train/loss": 5.0}, {"step": 2, "eval/loss": 4.0}]
+    logged = [
+        {"step": 0, "eval/loss": 9.0},
+        {"step": 2, "train/loss": 5.0},
+        {"step": 2, "eval/loss": 4.0},
+    ]
     for name, lines in {
         "samples.jsonl": samples,
         "metrics.jsonl": logged,
@@ -114,8 +146,12 @@ def test_an_evaluation_that_did_not_end_leaves_nothing(
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     log(tmp_path, flops, 2, 2)
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == left
-    assert [line["step"] for line in read_lines(tmp_path / "samples.jsonl")] == sorted(set(recorded) & {0, 2})
-    assert [line["step"] for line in read_lines(tmp_path / EVALUATIONS)] == sorted(set(recorded) & {0, 2})
+    assert [line["step"] for line in read_lines(tmp_path / "samples.jsonl")] == sorted(
+        set(recorded) & {0, 2}
+    )
+    assert [line["step"] for line in read_lines(tmp_path / EVALUATIONS)] == sorted(
+        set(recorded) & {0, 2}
+    )
 
 
 def test_time_to_go_is_a_clock() -> None:

@@ -27,12 +27,16 @@ def write_tokenizer(folder: Path, tokens: int = 100) -> None:
     words = {f"w{i}": i for i in range(tokens - 2)} | {"<unk>": tokens - 2, "</s>": tokens - 1}
     made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    tf.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>").save_pretrained(folder)
+    tf.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
 
 
 def write_model(folder: Path, **changes: Any) -> None:
     torch.manual_seed(0)
-    tf.LlamaForCausalLM(tf.LlamaConfig(**{**SIZES, "vocab_size": ROWS, **changes})).save_pretrained(folder)
+    tf.LlamaForCausalLM(tf.LlamaConfig(**{**SIZES, "vocab_size": ROWS, **changes})).save_pretrained(
+        folder
+    )
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +80,14 @@ def test_an_unreachable_hub_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         load_tokenizer(section("nobody/no-such-model"))
 
 
-def test_a_template_file_takes_the_place_of_the_tokenizers_own(folder: Path, tmp_path: Path) -> None:
+def test_a_template_file_takes_the_place_of_the_tokenizers_own(
+    folder: Path, tmp_path: Path
+) -> None:
     (tmp_path / "t.jinja").write_text("{{ messages[0]['content'] }}")
     tokenizer = load_tokenizer(section(folder, chat_template=str(tmp_path / "t.jinja")))
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False) == "w1"
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": "w1"}], tokenize=False) == "w1"
+    )
     with pytest.raises(BadInput, match="there is no file"):
         load_tokenizer(section(folder, chat_template=str(tmp_path / "missing.jinja")))
 
@@ -113,10 +121,12 @@ def test_the_weights_are_the_folders_own(folder: Path) -> None:
 
 def test_recomputation_follows_the_recipe(folder: Path) -> None:
     assert load(folder).is_gradient_checkpointing
-    assert not load(folder, recompute=False).is_gradient_checkpointing
+    assert not load(folder, activation_checkpointing="none").is_gradient_checkpointing
 
 
-def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_before_weights_are_read(tmp_path: Path) -> None:
+def test_a_vocabulary_smaller_than_the_tokenizers_is_refused_before_weights_are_read(
+    tmp_path: Path,
+) -> None:
     write_tokenizer(tmp_path)
     tf.LlamaConfig(**{**SIZES, "vocab_size": 99}).save_pretrained(tmp_path)  # no weights at all
     with pytest.raises(BadInput, match="has 99 rows, and its tokenizer makes ids up to 99"):
@@ -131,14 +141,19 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.layers.1.mlp.up_proj.weight"]
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(BadInput, match=r"lacks weights of LlamaForCausalLM: model.layers.1.mlp.up_proj.weight"):
+    with pytest.raises(
+        BadInput, match=r"lacks weights of LlamaForCausalLM: model.layers.1.mlp.up_proj.weight"
+    ):
         load(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (tf.T5Config(vocab_size=120, d_model=16, num_layers=1, num_heads=2), "not a causal language model"),
+        (
+            tf.T5Config(vocab_size=120, d_model=16, num_layers=1, num_heads=2),
+            "not a causal language model",
+        ),
         (tf.ViTConfig(), "not a causal language model"),
         (tf.LlamaConfig(**{**SIZES, "quantization_config": {"quant_method": "fp8"}}), "quantised"),
     ],
@@ -159,7 +174,11 @@ def test_a_folder_without_a_configuration_is_said(tmp_path: Path) -> None:
 def test_a_model_with_a_fixed_list_of_attentions_is_refused(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     tf.GPTNeoConfig(
-        vocab_size=ROWS, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]
+        vocab_size=ROWS,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global", "local"], 1]],
     ).save_pretrained(tmp_path)
     with pytest.raises(BadInput, match="attentions of its own"):
         load(tmp_path, init="random")
@@ -227,7 +246,9 @@ def test_two_zero3_ranks_load_what_one_process_loads(tmp_path: Path) -> None:
     for name, tied in {"tied": True, "untied": False}.items():
         write_tokenizer(tmp_path / name)
         write_model(tmp_path / name, vocab_size=100, tie_word_embeddings=tied)
-    output = run_ranks(2, ["-m", "tests.model_sharded", str(tmp_path / "tied"), str(tmp_path / "untied")])[0]
+    output = run_ranks(
+        2, ["-m", "tests.model_sharded", str(tmp_path / "tied"), str(tmp_path / "untied")]
+    )[0]
     seen = json.loads(next(line for line in output.splitlines() if line.startswith('{"tied')))
     print(json.dumps(seen, indent=1))
     assert len(seen) == 8

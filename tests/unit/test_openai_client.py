@@ -20,7 +20,9 @@ KEY = "sk-a-very-secret-key"
 
 
 def endpoint(url: str, **settings: Any) -> Endpoint:
-    return Endpoint(url=url, model="judge", **{"timeout_s": LIMIT_S, "patience_s": LIMIT_S, **settings})
+    return Endpoint(
+        url=url, model="judge", **{"timeout_s": LIMIT_S, "patience_s": LIMIT_S, **settings}
+    )
 
 
 def ask(server: StandIn, count: int = 1, **settings: Any) -> list[str]:
@@ -70,7 +72,9 @@ def test_a_request_says_what_is_asked_for() -> None:
     with StandIn(lambda _: (200, chat_reply("yes"))) as server:
         given = endpoint(server.url, extra={"max_completion_tokens": 5, "max_tokens": None})
         messages = [{"role": "user", "content": "Is it?"}]
-        assert complete(given, [messages], max_tokens=5, temperature=0.5, seed=7, stop=["\n"]) == ["yes"]
+        assert complete(given, [messages], max_tokens=5, temperature=0.5, seed=7, stop=["\n"]) == [
+            "yes"
+        ]
         ((request),) = server.requests
     assert request.path == "/v1/chat/completions"
     assert request.body == {
@@ -121,7 +125,9 @@ def test_patience_ends() -> None:
 def test_a_server_that_is_down_is_named() -> None:
     with StandIn(lambda _: (200, {})) as server:
         pass
-    with pytest.raises(Unreachable, match=f"{server.url} does not answer .*; start it, or correct its `url`"):
+    with pytest.raises(
+        Unreachable, match=f"{server.url} does not answer .*; start it, or correct its `url`"
+    ):
         ask(server, patience_s=0.0)
 
 
@@ -161,7 +167,10 @@ def test_a_stop_ends_the_wait() -> None:
     release = threading.Event()
     with StandIn(lambda _: (200, chat_reply(str(release.wait(LIMIT_S))))) as server:
         began = time.monotonic()
-        with Client(endpoint(server.url), lambda: bool(server.requests)) as client, pytest.raises(Cancelled):
+        with (
+            Client(endpoint(server.url), lambda: bool(server.requests)) as client,
+            pytest.raises(Cancelled),
+        ):
             client.post("completions", [{}])
         assert time.monotonic() - began < LIMIT_S / 2
         release.set()
@@ -169,18 +178,27 @@ def test_a_stop_ends_the_wait() -> None:
 
 @pytest.mark.parametrize("content", ["<html>Welcome</html>", {"detail": "hello"}, {"choices": []}])
 def test_what_is_no_such_server_is_told(content: Any) -> None:
-    with StandIn(lambda _: (200, content)) as server, pytest.raises(Refused, match="something else than an OpenAI"):
+    with (
+        StandIn(lambda _: (200, content)) as server,
+        pytest.raises(Refused, match="something else than an OpenAI"),
+    ):
         ask(server)
 
 
 # ----------------------------------------------------------------------------------------------- the key
 
 
-def test_the_key_is_sent_and_told_nowhere(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_key_is_sent_and_told_nowhere(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("JUDGE_KEY", f"{KEY}\n")
     caplog.set_level("DEBUG")
-    with StandIn(lambda request: (401, f"no such key: {request.headers['authorization']}")) as server:
-        with pytest.raises(Refused, match=r"401: no such key: Bearer \*\*\*.; set `key_env`") as told:
+    with StandIn(
+        lambda request: (401, f"no such key: {request.headers['authorization']}")
+    ) as server:
+        with pytest.raises(
+            Refused, match=r"401: no such key: Bearer \*\*\*.; set `key_env`"
+        ) as told:
             ask(server, key_env="JUDGE_KEY")
         assert server.requests[0].headers["authorization"] == f"Bearer {KEY}"
     assert KEY not in str(told.value)

@@ -30,7 +30,9 @@ def names(model: nn.Module, group: dict) -> set[str]:
 @pytest.mark.parametrize("decay_embeddings", [True, False])
 def test_matrices_decay_and_nothing_else(decay_embeddings: bool) -> None:
     model = Tiny()
-    decayed, plain = parameter_groups(model, OptimSection(weight_decay=0.1, decay_embeddings=decay_embeddings))
+    decayed, plain = parameter_groups(
+        model, OptimSection(weight_decay=0.1, decay_embeddings=decay_embeddings)
+    )
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     embedding = {"embedding.weight"}
     assert names(model, decayed) == {"linear.weight"} | (embedding if decay_embeddings else set())
@@ -40,7 +42,9 @@ def test_matrices_decay_and_nothing_else(decay_embeddings: bool) -> None:
 
 
 def rates(steps: int, **settings: object) -> list[float]:
-    section = OptimSection.model_validate({"lr": 1.0, "warmup": 0.1, "min_lr_ratio": 0.1, **settings})
+    section = OptimSection.model_validate(
+        {"lr": 1.0, "warmup": 0.1, "min_lr_ratio": 0.1, **settings}
+    )
     return [learning_rate(step, steps, section) for step in range(steps)]
 
 

@@ -9,11 +9,16 @@ from trainer.train import out_of_memory_told
 
 
 def test_a_full_gpu_is_bad_input_that_says_what_to_do() -> None:
-    sentence = r"the model does not fit .*rows_per_micro.*recompute.*`packhorse plan`"
+    sentence = (
+        r"the model does not fit .*micro_batch_size.*activation_checkpointing.*`packhorse plan`"
+    )
     with pytest.raises(BadInput, match=sentence), out_of_memory_told("the model"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
 def test_predicted_stands_beside_measured() -> None:
     line = memory_line(40 * 2**30, 44 * 2**30, 50 * 2**30)
-    assert line == "memory of a GPU at its peak: predicted 40.0 GiB, measured 44.0 GiB (+10%), reserved 50.0 GiB"
+    assert (
+        line
+        == "memory of a GPU at its peak: predicted 40.0 GiB, measured 44.0 GiB (+10%), reserved 50.0 GiB"
+    )

@@ -34,7 +34,9 @@ def gsm8k_lengths(shared) -> np.ndarray:
     lines = (shared / "data/gsm8k_train.jsonl").read_bytes().splitlines()
     rows = [json.loads(line) for line in lines]
     frame = len(
-        tokenizer(tokenizer.apply_chat_template([{"role": "user", "content": ""}] * 2, tokenize=False)).input_ids
+        tokenizer(
+            tokenizer.apply_chat_template([{"role": "user", "content": ""}] * 2, tokenize=False)
+        ).input_ids
     )
     encoded = tokenizer([f"{row['question']}{row['answer']}" for row in rows]).input_ids
     return np.array([frame + len(ids) for ids in encoded])
@@ -56,7 +58,9 @@ def test_every_token_lies_in_one_piece_and_no_row_is_too_long(packing, data, see
     assert packed.row_offsets[0] == 0
     assert packed.row_offsets[-1] == len(packed.pieces)
     assert (np.diff(packed.row_offsets) > 0).all(), "no row is empty"
-    rows = [sizes[a:b].sum() for a, b in zip(packed.row_offsets, packed.row_offsets[1:], strict=False)]
+    rows = [
+        sizes[a:b].sum() for a, b in zip(packed.row_offsets, packed.row_offsets[1:], strict=False)
+    ]
     assert max(rows) <= ROW
     if packing == "wrapped":
         assert all(row == ROW for row in rows[:-1])
@@ -98,7 +102,9 @@ def test_epochs_group_documents_differently_even_where_all_lengths_differ():
 def test_best_fit_takes_the_tightest_row():
     packed = pack(np.array([10, 9, 7, 6]), ROW, "bfd", rng())  # 10 + 6 and 9 + 7, both full
     assert packed.num_rows == 2
-    assert {tuple(sorted(row)) for row in np.split(packed.pieces[:, 0], packed.row_offsets[1:-1])} == {(0, 3), (1, 2)}
+    assert {
+        tuple(sorted(row)) for row in np.split(packed.pieces[:, 0], packed.row_offsets[1:-1])
+    } == {(0, 3), (1, 2)}
 
 
 @pytest.mark.parametrize("packing", WHOLE)
@@ -121,13 +127,22 @@ def test_rows_of_gsm8k_are_nearly_full(gsm8k_lengths, seed):
 
 
 def test_greedy_takes_the_oldest_row_that_has_room():
-    assert list(greedy([10, 12, 9, 6, 4, 5], ROW)) == [[0, 3], [1, 4], [2, 5]]  # bfd would lay 6 beside 9
+    assert list(greedy([10, 12, 9, 6, 4, 5], ROW)) == [
+        [0, 3],
+        [1, 4],
+        [2, 5],
+    ]  # bfd would lay 6 beside 9
     assert list(greedy([16, 3], ROW)) == [[0], [1]]
 
 
 def test_greedy_closes_its_oldest_row_when_too_many_are_open(monkeypatch):
     monkeypatch.setattr(packs, "OPEN_ROWS", 2)
-    assert list(greedy([9, 10, 11, 7, 6, 5], ROW)) == [[0], [1], [2, 5], [3, 4]]  # 7 found the first closed
+    assert list(greedy([9, 10, 11, 7, 6, 5], ROW)) == [
+        [0],
+        [1],
+        [2, 5],
+        [3, 4],
+    ]  # 7 found the first closed
 
 
 @given(st.lists(st.integers(1, ROW), max_size=60), st.lists(st.integers(1, ROW), max_size=60))
@@ -156,10 +171,13 @@ def test_greedy_refuses_what_fits_in_no_row(length):
         list(greedy([3, length], ROW))
 
 
-@pytest.mark.parametrize(("row_tokens", "fill"), [(1024, 0.96), (2048, 0.98)])
-def test_greedy_fills_gsm8k_nearly_as_well_as_bfd(gsm8k_lengths, row_tokens, fill):
-    rows = {packing: pack(gsm8k_lengths, row_tokens, packing, rng()).num_rows for packing in ("greedy", "bfd")}
-    fills = {packing: gsm8k_lengths.sum() / (count * row_tokens) for packing, count in rows.items()}
+@pytest.mark.parametrize(("seq_len", "fill"), [(1024, 0.96), (2048, 0.98)])
+def test_greedy_fills_gsm8k_nearly_as_well_as_bfd(gsm8k_lengths, seq_len, fill):
+    rows = {
+        packing: pack(gsm8k_lengths, seq_len, packing, rng()).num_rows
+        for packing in ("greedy", "bfd")
+    }
+    fills = {packing: gsm8k_lengths.sum() / (count * seq_len) for packing, count in rows.items()}
     print(fills)
     assert fill - 0.005 < fills["greedy"] < fills["bfd"] < fills["greedy"] + 0.02
 

@@ -55,20 +55,31 @@ RIGHT: dict[str, tuple[Any, LogitTransform]] = {
     ),
     "qwen 3 moe": (tf.Qwen3MoeConfig(**WIDE, **EXPERTS), LogitTransform()),
     "mixtral": (tf.MixtralConfig(**WIDE, num_local_experts=4), LogitTransform()),
-    "gpt-2": (tf.GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=4, n_positions=64), LogitTransform()),
+    "gpt-2": (
+        tf.GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+        LogitTransform(),
+    ),
     "phi, biased head": (tf.PhiConfig(**SIZES), LogitTransform()),
 }
 # Right one document at a time only. Each is refused packed, by its own library or by what the probe measures.
 MIXING = {
-    "qwen 3 next": (tf.Qwen3NextConfig(**FOUR, **EXPERTS, **LINEAR), "Qwen3NextGatedDeltaNet|linear_attention"),
-    "lfm 2": (tf.Lfm2Config(**FOUR, layer_types=["conv", "full_attention"] * 2), "Lfm2ShortConv|conv"),
+    "qwen 3 next": (
+        tf.Qwen3NextConfig(**FOUR, **EXPERTS, **LINEAR),
+        "Qwen3NextGatedDeltaNet|linear_attention",
+    ),
+    "lfm 2": (
+        tf.Lfm2Config(**FOUR, layer_types=["conv", "full_attention"] * 2),
+        "Lfm2ShortConv|conv",
+    ),
     "mamba": (tf.MambaConfig(vocab_size=160, hidden_size=32, num_hidden_layers=2), "MambaBlock"),
 }
 
 
-def proof(model: Any, *, one_document: bool = False, kernel: str = "chunked") -> packing_check.Proof:
+def proof(
+    model: Any, *, one_document: bool = False, kernel: str = "chunked"
+) -> packing_check.Proof:
     module = SftModel(model, LossSection.model_validate({"kernel": kernel}), 0, CPU)
-    return packing_check.probe(module, row_tokens=128, one_document=one_document, seed=0)
+    return packing_check.probe(module, seq_len=128, one_document=one_document, seed=0)
 
 
 # ----------------------------------------------------------------------------------------------- right ones
@@ -93,7 +104,8 @@ def test_bf16_is_proved_within_its_own_rounding(name: str) -> None:
 
 # its roundings add up to more than a shallow model's may
 DEEP = tf.LlamaConfig(
-    **{**SIZES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 32}, initializer_range=0.12
+    **{**SIZES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 32},
+    initializer_range=0.12,
 )
 
 
@@ -108,7 +120,10 @@ def test_a_deep_model_in_bf16_is_proved_within_the_rounding_of_its_own_two_ways(
 
 @pytest.mark.parametrize("change", [{"scale": 0.3}, {"window": 12}], ids=str)
 def test_control_a_deep_models_rounding_hides_no_defect(change: dict[str, Any]) -> None:
-    with with_backend(lambda arguments: arguments._replace(**change)), pytest.raises(BadInput, match="one document"):
+    with (
+        with_backend(lambda arguments: arguments._replace(**change)),
+        pytest.raises(BadInput, match="one document"),
+    ):
         proof(tiny(DEEP, torch.bfloat16))
 
 
@@ -119,7 +134,7 @@ def test_one_document_is_longer_than_the_window() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny(RIGHT["llama"][0])
     module = SftModel(model, LossSection(), 0, CPU).train()
-    packing_check.probe(module, row_tokens=64, one_document=False, seed=0)
+    packing_check.probe(module, seq_len=64, one_document=False, seed=0)
     assert module.training
     assert model.config._attn_implementation == "packhorse_reference"
     assert all(p.grad is None for p in model.parameters())
@@ -139,7 +154,11 @@ def test_a_layer_that_mixes_documents_is_named(name: str) -> None:
 
 def test_a_chunk_that_packed_attention_does_not_know_is_refused() -> None:
     config = tf.Llama4TextConfig(
-        **WIDE, attention_chunk_size=16, num_local_experts=2, num_experts_per_tok=1, intermediate_size_mlp=48
+        **WIDE,
+        attention_chunk_size=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        intermediate_size_mlp=48,
     )
     with pytest.raises(BadInput, match="Llama4TextAttention masks its attention by more"):
         proof(tiny(config))
@@ -170,7 +189,10 @@ def no_boundaries(arguments: attention.Arguments) -> attention.Arguments:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_control_a_backend_without_boundaries_is_caught(dtype: torch.dtype) -> None:
-    with with_backend(no_boundaries), pytest.raises(BadInput, match=r"layer 0 \(LlamaDecoderLayer\) does not keep"):
+    with (
+        with_backend(no_boundaries),
+        pytest.raises(BadInput, match=r"layer 0 \(LlamaDecoderLayer\) does not keep"),
+    ):
         proof(tiny(RIGHT["llama"][0], dtype))
 
 
@@ -184,7 +206,9 @@ def test_control_a_backend_without_boundaries_is_caught(dtype: torch.dtype) -> N
         ("qwen 3", {"scale": 1.0}),
     ],
 )
-def test_control_a_backend_that_ignores_an_argument_is_caught(name: str, change: dict[str, Any]) -> None:
+def test_control_a_backend_that_ignores_an_argument_is_caught(
+    name: str, change: dict[str, Any]
+) -> None:
     with with_backend(lambda arguments: arguments._replace(**change)):
         model = tiny(RIGHT[name][0])
         for parameter in model.parameters():  # large scores, so that a soft cap of 50 bends them
@@ -201,7 +225,10 @@ def test_control_positions_that_do_not_restart_are_caught() -> None:
         batch.position_ids.copy_(torch.arange(batch.input_ids.shape[0]) % 64)
         return right(self, batch)
 
-    with mock.patch.object(SftModel, "hidden_states", running_on), pytest.raises(BadInput, match="GPT2"):
+    with (
+        mock.patch.object(SftModel, "hidden_states", running_on),
+        pytest.raises(BadInput, match="GPT2"),
+    ):
         proof(tiny(RIGHT["gpt-2"][0]))
 
 
@@ -211,7 +238,10 @@ def test_control_a_window_that_only_the_mask_knows_is_caught() -> None:
     def forgets(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> Any:
         return right(*args, **kwargs)
 
-    with mock.patch.object(attention, "_attend", forgets), pytest.raises(BadInput, match="more than causality"):
+    with (
+        mock.patch.object(attention, "_attend", forgets),
+        pytest.raises(BadInput, match="more than causality"),
+    ):
         proof(tiny(RIGHT["mistral, window"][0], torch.bfloat16))
 
 
@@ -222,7 +252,10 @@ def test_control_a_loss_that_is_not_the_models_is_caught() -> None:
     right = sft.linear_cross_entropy
     model = tiny(RIGHT["granite, logit scale"][0])
     model.lm_head.weight.data *= 50
-    with mock.patch.object(sft, "linear_cross_entropy", no_scale), pytest.raises(BadInput, match="own logits"):
+    with (
+        mock.patch.object(sft, "linear_cross_entropy", no_scale),
+        pytest.raises(BadInput, match="own logits"),
+    ):
         proof(model)
 
 
@@ -246,7 +279,13 @@ def test_something_between_backbone_and_head_is_caught() -> None:
 
 
 @pytest.mark.parametrize(
-    "transform", [LogitTransform(), LogitTransform(0.0625), LogitTransform(1.0, 30.0), LogitTransform(0.5, 15.0)]
+    "transform",
+    [
+        LogitTransform(),
+        LogitTransform(0.0625),
+        LogitTransform(1.0, 30.0),
+        LogitTransform(0.5, 15.0),
+    ],
 )
 def test_a_scale_and_a_soft_cap_are_measured(transform: LogitTransform) -> None:
     given = torch.logspace(-3, 6, 80).double()
@@ -275,7 +314,9 @@ def test_windows_and_chunks_are_found_by_their_words() -> None:
 
 def test_the_middle_document_passes_every_limit_within_reach() -> None:
     config = SimpleNamespace(
-        vocab_size=99, max_position_embeddings=10**6, to_dict=lambda: {"sliding_window": 512, "chunk": 8192}
+        vocab_size=99,
+        max_position_embeddings=10**6,
+        to_dict=lambda: {"sliding_window": 512, "chunk": 8192},
     )
     assert len(packing_check._documents(config, 1024, 0)[1]) > 512
     assert len(packing_check._documents(config, 1024, 0)[1]) < 1024

@@ -18,23 +18,30 @@ from tests.ranks import ROOT
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.datatypes import BadInput
 
-NODE = Facts("a", {"packhorse": "1", "torch": "2.13.0"}, "c0de", "7ec1be", 8, ("H100",) * 8, loopback=False)
+NODE = Facts(
+    "a", {"packhorse": "1", "torch": "2.13.0"}, "c0de", "7ec1be", 8, ("H100",) * 8, loopback=False
+)
 DISK = Disk(1000.0, None, {"run.dir": 900.0, "data.cache": 50.0})
 
 
 def nodes(*changes: dict[str, Any]) -> tuple[list[Facts], list[str]]:
     """Nodes a, b, c, ... that differ from NODE so."""
-    every = [replace(NODE, **{"host": chr(ord("a") + i), **change}) for i, change in enumerate(changes)]
+    every = [
+        replace(NODE, **{"host": chr(ord("a") + i), **change}) for i, change in enumerate(changes)
+    ]
     return every, names(every)
 
 
 def recipe(run_dir: Path) -> Recipe:
     return load_recipe(
-        ROOT / "recipes" / "debug.yaml", [f"run.dir={run_dir}", f"data.cache={run_dir.parent / 'cache'}"]
+        ROOT / "recipes" / "debug.yaml",
+        [f"run.dir={run_dir}", f"data.cache={run_dir.parent / 'cache'}"],
     )
 
 
-def on_all(recipes: list[Recipe], change: Callable[[int], None] = lambda node: None) -> list[tuple[Any, list[str]]]:
+def on_all(
+    recipes: list[Recipe], change: Callable[[int], None] = lambda node: None
+) -> list[tuple[Any, list[str]]]:
     """What the check of each node raised, and said, in threads as nodes. `change` runs on each before."""
     store = HashStore()
     ends: list[tuple[Any, list[str]]] = [(None, [])] * len(recipes)
@@ -88,7 +95,9 @@ def test_a_node_that_does_not_answer_is_named(monkeypatch, tmp_path):
 
 def test_another_template_of_deepspeed_is_another_recipe(tmp_path, monkeypatch):
     (tmp_path / "ds.json").write_text("{}")
-    same = load_recipe(ROOT / "recipes" / "debug.yaml", [f"parallel.deepspeed={tmp_path / 'ds.json'}"])
+    same = load_recipe(
+        ROOT / "recipes" / "debug.yaml", [f"parallel.deepspeed={tmp_path / 'ds.json'}"]
+    )
     before = preflight.facts(same, 1)
     assert preflight.facts(same, 1) == before
     (tmp_path / "ds.json").write_text("{ }")
@@ -102,7 +111,10 @@ def test_another_template_of_deepspeed_is_another_recipe(tmp_path, monkeypatch):
         ({"versions": {"packhorse": "1", "torch": "2.12.0"}}, "b has torch 2.12.0, and a 2.13.0"),
         ({"code": "other"}, "b runs other code of packhorse than a"),
         ({"recipe": "other"}, "b has another recipe or DeepSpeed template than a"),
-        ({"processes": 7, "gpus": ("H100",) * 7}, "b has 7 GPUs and starts 7 processes, where a starts 8"),
+        (
+            {"processes": 7, "gpus": ("H100",) * 7},
+            "b has 7 GPUs and starts 7 processes, where a starts 8",
+        ),
         ({"loopback": True}, "b's own name leads to the loopback address"),
     ],
 )
@@ -126,9 +138,15 @@ def test_a_node_that_cannot_write_or_has_no_room_is_named():
     hosts, folder = ["a", "b"], Path("/shared/run")
     assert unusable([DISK, DISK], hosts, folder) is None
     read_only = replace(DISK, fault="Read-only")
-    assert unusable([DISK, read_only], hosts, folder) == "b cannot write to run.dir, /shared/run (Read-only)"
+    assert (
+        unusable([DISK, read_only], hosts, folder)
+        == "b cannot write to run.dir, /shared/run (Read-only)"
+    )
     full = replace(DISK, free_gib={"run.dir": 900.0, "data.cache": 0.25})
-    assert unusable([DISK, full], hosts, folder) == "b has 0.25 GiB free at data.cache; make room there"
+    assert (
+        unusable([DISK, full], hosts, folder)
+        == "b has 0.25 GiB free at data.cache; make room there"
+    )
 
 
 @pytest.mark.parametrize(

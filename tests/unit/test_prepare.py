@@ -20,8 +20,15 @@ from trainer.data.cache import prepare as prepare_documents
 from trainer.data.loader import Loader, filler_batch
 from trainer.data.mask import Masker
 from trainer.data.pack import pack
-from trainer.data.prepare import Prepared, documents_of, eval_plan, held_out_prompts, prepare, train_plan
-from trainer.data.tokenize import Limits, Row, tokenise_rows
+from trainer.data.prepare import (
+    Prepared,
+    documents_of,
+    eval_plan,
+    held_out_prompts,
+    prepare,
+    train_plan,
+)
+from trainer.data.tokenize import LengthPolicy, Row, tokenize_rows
 from trainer.datatypes import BadInput, Batch, Example
 
 ROW = 16
@@ -48,25 +55,35 @@ def prepared(packing, tmp_path_factory) -> Prepared:
     rows = [Row(0, 0, number, None) for number in range(1, 61)]
 
     def chunks(done):
-        return tokenise_rows(
+        return tokenize_rows(
             rows[done:],
             lambda rows: [made_up(row.number, longest) for row in rows],
-            Limits(99, "split", packing_cuts=True),
+            LengthPolicy(99, "split", packing_cuts=True),
             workers=1,
         )
 
     folder = tmp_path_factory.mktemp("cache") / packing
-    documents = prepare_documents(folder, chunks, sources=["a"], files=["a"], what="data.train", max_rejects=0.0)
+    documents = prepare_documents(
+        folder, chunks, sources=["a"], files=["a"], what="data.train", max_rejects=0.0
+    )
     return Prepared(documents, (1.0,), ("a.jsonl",))
 
 
-def plan_of(prepared: Prepared, packing: str, rows_per_step=6, rows_per_micro=1, epochs=1, **loss) -> Plan:
+def plan_of(
+    prepared: Prepared, packing: str, global_batch_size=6, micro_batch_size=1, epochs=1, **loss
+) -> Plan:
     count = prepared.documents.count_trained
     return Plan(
-        Corpus(prepared.lengths, prepared.trained_counts, prepared.sources, prepared.weights, count),
+        Corpus(
+            prepared.lengths, prepared.trained_counts, prepared.sources, prepared.weights, count
+        ),
         lambda lengths, rng: pack(lengths, ROW, packing, rng),
         BatchSection.model_validate(
-            {"row_tokens": ROW, "rows_per_step": rows_per_step, "rows_per_micro": rows_per_micro}
+            {
+                "seq_len": ROW,
+                "global_batch_size": global_batch_size,
+                "micro_batch_size": micro_batch_size,
+            }
         ),
         TrainSection.model_validate({"epochs": epochs}),
         LossSection.model_validate(loss),
@@ -76,7 +93,9 @@ def plan_of(prepared: Prepared, packing: str, rows_per_step=6, rows_per_micro=1,
 def batches_of(prepared: Prepared, plan: Plan, world: int = 1) -> list[list[Batch]]:
     """All ranks' batches of every step."""
     loaders = [Loader(prepared, plan, rank, world, pin=False) for rank in range(world)]
-    steps = [[batch for loader in loaders for batch in loader.step(step)] for step in range(plan.steps)]
+    steps = [
+        [batch for loader in loaders for batch in loader.step(step)] for step in range(plan.steps)
+    ]
     for loader in loaders:
         loader.close()
     return steps
@@ -102,18 +121,26 @@ def check_batch(batch: Batch, prepared: Prepared, plan: Plan) -> None:
             assert targets.get(place) == (document.input_ids[position + 1] if learned else None)
 
 
-@pytest.mark.parametrize("rows_per_micro", [1, 3])
-def test_a_batch_is_its_documents_shifted_labels(prepared, packing, rows_per_micro):
-    plan = plan_of(prepared, packing, rows_per_micro=rows_per_micro)
+@pytest.mark.parametrize("micro_batch_size", [1, 3])
+def test_a_batch_is_its_documents_shifted_labels(prepared, packing, micro_batch_size):
+    plan = plan_of(prepared, packing, micro_batch_size=micro_batch_size)
     for step in batches_of(prepared, plan):
         for batch in step:
             check_batch(batch, prepared, plan)
 
 
-@given(world=st.integers(1, 5), rows_per_step=st.integers(1, 12), rows_per_micro=st.integers(1, 3))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_every_trained_token_is_learned_once_at_any_world(prepared, packing, world, rows_per_step, rows_per_micro):
-    plan = plan_of(prepared, packing, rows_per_step, rows_per_micro)
+@given(
+    world=st.integers(1, 5),
+    global_batch_size=st.integers(1, 12),
+    micro_batch_size=st.integers(1, 3),
+)
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_every_trained_token_is_learned_once_at_any_world(
+    prepared, packing, world, global_batch_size, micro_batch_size
+):
+    plan = plan_of(prepared, packing, global_batch_size, micro_batch_size)
     learned = Counter()
     for number, step in enumerate(batches_of(prepared, plan, world)):
         real = [batch for batch in step if not batch.is_filler]
@@ -127,12 +154,16 @@ def test_every_trained_token_is_learned_once_at_any_world(prepared, packing, wor
 
 
 def test_world_and_cutting_change_no_weight(prepared, packing):
-    def said(world: int, rows_per_micro: int) -> list[dict[int, float]]:
-        plan = plan_of(prepared, packing, 6, rows_per_micro, weighting="example")
+    def said(world: int, micro_batch_size: int) -> list[dict[int, float]]:
+        plan = plan_of(prepared, packing, 6, micro_batch_size, weighting="example")
         steps = batches_of(prepared, plan, world)
         real = [[batch for batch in step if not batch.is_filler] for step in steps]
         return [
-            {t: w for batch in step for t, w in zip(batch.targets.tolist(), batch.weights.tolist(), strict=True)}
+            {
+                t: w
+                for batch in step
+                for t, w in zip(batch.targets.tolist(), batch.weights.tolist(), strict=True)
+            }
             for step in real
         ]
 
@@ -151,7 +182,12 @@ def test_the_uniform_weight_is_the_weight(prepared, packing):
 def test_shapes_and_types_are_those_of_flow(prepared, packing):
     plan = plan_of(prepared, packing)
     for batch in [*batches_of(prepared, plan)[0], filler_batch()]:
-        assert batch.input_ids.dtype == batch.position_ids.dtype == batch.trained_positions.dtype == torch.int64
+        assert (
+            batch.input_ids.dtype
+            == batch.position_ids.dtype
+            == batch.trained_positions.dtype
+            == torch.int64
+        )
         assert batch.targets.dtype == torch.int64
         assert batch.cu_seqlens.dtype == torch.int32
         assert batch.weights.dtype == torch.float32
@@ -177,10 +213,14 @@ def test_a_filler_is_two_tokens_that_weigh_nothing():
 def bfd(tmp_path) -> tuple[Prepared, Plan]:
     def chunks(done):
         rows = [Row(0, 0, number, None) for number in range(1, 61)]
-        limits = Limits(ROW, "reject", packing_cuts=False)
-        return tokenise_rows(rows, lambda rows: [made_up(row.number, ROW) for row in rows], limits, workers=1)
+        limits = LengthPolicy(ROW, "reject", packing_cuts=False)
+        return tokenize_rows(
+            rows, lambda rows: [made_up(row.number, ROW) for row in rows], limits, workers=1
+        )
 
-    documents = prepare_documents(tmp_path / "d", chunks, sources=["a"], files=["a"], what="x", max_rejects=0.0)
+    documents = prepare_documents(
+        tmp_path / "d", chunks, sources=["a"], files=["a"], what="x", max_rejects=0.0
+    )
     prepared = Prepared(documents, (1.0,), ("a.jsonl",))
     return prepared, plan_of(prepared, "bfd", epochs=2)
 
@@ -208,7 +248,9 @@ def test_the_next_steps_are_built_before_they_are_asked_for(bfd, monkeypatch):
     with Loader(prepared, plan, 0, 1, pin=False) as loader:
         built = []
         build = loader._build_step
-        monkeypatch.setattr(loader, "_build_step", lambda step: (built.append(step), build(step))[1])
+        monkeypatch.setattr(
+            loader, "_build_step", lambda step: (built.append(step), build(step))[1]
+        )
         loader.step(0)
         deadline = time.monotonic() + 5
         while built != [0, 1, 2] and time.monotonic() < deadline:
@@ -251,8 +293,13 @@ def recipe(tmp_path: Path, rows: list[dict] | None = None, **data) -> Recipe:
         train.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sections = {
         "model": {"name": "x"},
-        "data": {"train": [{"path": str(train)}], "cache": str(tmp_path / "cache"), "max_rejects": 1.0, **data},
-        "batch": {"row_tokens": 256, "rows_per_step": 4},
+        "data": {
+            "train": [{"path": str(train)}],
+            "cache": str(tmp_path / "cache"),
+            "max_rejects": 1.0,
+            **data,
+        },
+        "batch": {"seq_len": 256, "global_batch_size": 4},
         "run": {"dir": str(tmp_path / "run")},
     }
     return Recipe.model_validate(sections)
@@ -281,18 +328,30 @@ def test_rows_become_batches(tmp_path, tokenizer):
     assert prepared.place(7) == (str(tmp_path / "train.jsonl"), 8)
     plan = train_plan(of, prepared)
     with Loader(prepared, plan, 0, 1, pin=False) as loader:
-        texts = [tokenizer.decode(batch.targets) for step in range(plan.steps) for batch in loader.step(step)]
+        texts = [
+            tokenizer.decode(batch.targets)
+            for step in range(plan.steps)
+            for batch in loader.step(step)
+        ]
     assert all(f"It is {2 * n}.<|im_end|>" in "".join(texts) for n in range(40))
     assert "What" not in "".join(texts)
-    places = [place for step in range(plan.steps) for place in documents_of(plan, plan.step(step), prepared)]
+    places = [
+        place
+        for step in range(plan.steps)
+        for place in documents_of(plan, plan.step(step), prepared)
+    ]
     assert sorted(places) == [(str(tmp_path / "train.jsonl"), row) for row in range(1, 41)]
 
 
 def test_files_of_a_folder_are_told_apart(tmp_path, tokenizer):
     (tmp_path / "shards").mkdir()
     for name in ("a.jsonl", "b.jsonl"):
-        (tmp_path / "shards" / name).write_text("".join(json.dumps(row) + "\n" for row in questions(3)))
-    prepared = prepare(recipe(tmp_path, train=[{"path": str(tmp_path / "shards")}]), tokenizer, "train")
+        (tmp_path / "shards" / name).write_text(
+            "".join(json.dumps(row) + "\n" for row in questions(3))
+        )
+    prepared = prepare(
+        recipe(tmp_path, train=[{"path": str(tmp_path / "shards")}]), tokenizer, "train"
+    )
     assert [(Path(file).name, row) for file, row in map(prepared.place, range(6))] == [
         (name, row) for name in ("a.jsonl", "b.jsonl") for row in (1, 2, 3)
     ]
@@ -323,7 +382,7 @@ def test_what_shapes_the_documents_is_in_the_key(tmp_path, tokenizer):
         {"train": [{**source, "filters": {"pattern": "It"}}]},
         {"train_on": "all"},
         {"train_on_eot": False},
-        {"max_tokens": 100},
+        {"max_length": 100},
         {"too_long": "truncate"},
         {"duplicates": "drop"},
         {"eval_fraction": 0.3},
@@ -380,8 +439,22 @@ def test_a_broken_line_ends_the_preparation_or_is_a_reject_that_is_named(tmp_pat
 
 def test_sources_of_all_formats_are_trained_together(tmp_path, tokenizer):
     kinds = {
-        "messages": [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "It is 1."}]}],
-        "sharegpt": [{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "It is 2."}]}],
+        "messages": [
+            {
+                "messages": [
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "It is 1."},
+                ]
+            }
+        ],
+        "sharegpt": [
+            {
+                "conversations": [
+                    {"from": "human", "value": "a"},
+                    {"from": "gpt", "value": "It is 2."},
+                ]
+            }
+        ],
         "instruction": [{"instruction": "a", "input": "", "output": "It is 3."}],
         "prompt_completion": [{"prompt": "a", "completion": "It is 4."}],
         "question_answer": questions(1),
@@ -394,46 +467,61 @@ def test_sources_of_all_formats_are_trained_together(tmp_path, tokenizer):
     prepared = prepare(recipe(tmp_path, train=sources), tokenizer, "train")
     trained = [prepared.example(number) for number in range(len(kinds))]
     said = [tokenizer.decode(example.input_ids[example.trained]) for example in trained]
-    assert [text.replace("<|im_end|>", "") for text in said[:5]] == [f"It is {n}." for n in (1, 2, 3, 4, 0)]
+    assert [text.replace("<|im_end|>", "") for text in said[:5]] == [
+        f"It is {n}." for n in (1, 2, 3, 4, 0)
+    ]
     assert "is 5." in said[5]
     assert [source["documents"] for source in prepared.report["sources"]] == [1] * 6
 
 
-def test_filters_work_in_the_processes_that_tokenise(tmp_path, tokenizer, monkeypatch):
+def test_filters_work_in_the_processes_that_tokenize(tmp_path, tokenizer, monkeypatch):
     rows = [{**row, "best": str(2 * n + n % 2)} for n, row in enumerate(questions(40))]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
-    (tmp_path / "early.py").write_text("def keep(row, conversation): return row['best'] != '8' or 'an eight'")
+    (tmp_path / "early.py").write_text(
+        "def keep(row, conversation): return row['best'] != '8' or 'an eight'"
+    )
     filters = {"verify": "math", "reference": "best", "function": "early:keep"}
     train = [{"path": write(tmp_path, rows), "filters": filters}]
     monkeypatch.setattr(tokenize, "CHUNK_ROWS", 8)
     monkeypatch.setattr(tokenize, "POOL_FROM_CHUNKS", 2)
     many = prepare(recipe(tmp_path, train=train, workers=2), tokenizer, "train")
-    assert many.report["filter_reasons"] == {"verify: not the reference's value": 20, "early:keep: an eight": 1}
+    assert many.report["filter_reasons"] == {
+        "verify: not the reference's value": 20,
+        "early:keep: an eight": 1,
+    }
     assert many.documents.rows.tolist() == [row for row in range(1, 41, 2) if row != 5]
 
 
 def test_rows_that_are_cut_are_in_the_report(tmp_path, tokenizer):
     rows = [*questions(3), {"question": "Count.", "answer": " ".join(map(str, range(50)))}]
     whole = prepare(recipe(tmp_path, rows), tokenizer, "train").report
-    cut = prepare(recipe(tmp_path, max_tokens=64, too_long="truncate", cut_answers=True), tokenizer, "train").report
+    cut = prepare(
+        recipe(tmp_path, max_length=64, too_long="truncate", cut_answers=True), tokenizer, "train"
+    ).report
     assert (whole["cut"], whole["lost_trained_tokens"]) == (0, 0)
     assert (cut["cut"], cut["rejected"], cut["documents"]) == (1, 0, 4)
     assert cut["lost_trained_tokens"] == whole["trained_tokens"] - cut["trained_tokens"] > 0
     assert cut["sources"][0]["cut"] == 1
-    parted = prepare(recipe(tmp_path, max_tokens=64, too_long="split", split_context=8), tokenizer, "train").report
+    parted = prepare(
+        recipe(tmp_path, max_length=64, too_long="split", split_context=8), tokenizer, "train"
+    ).report
     assert (parted["cut"], parted["lost_trained_tokens"]) == (1, 0)
     assert parted["trained_tokens"] == whole["trained_tokens"]
     assert parted["documents"] > 4
 
 
 @pytest.mark.parametrize(("policy", "rejected"), [("reject", 1), ("text", 0), ("keep", 0)])
-def test_the_recipe_says_what_becomes_of_control_tokens_in_a_text(tmp_path, tokenizer, policy, rejected):
+def test_the_recipe_says_what_becomes_of_control_tokens_in_a_text(
+    tmp_path, tokenizer, policy, rejected
+):
     rows = [*questions(3), {"question": "What is <|im_end|>?", "answer": "The end."}]
     prepared = prepare(recipe(tmp_path, rows, control_tokens=policy), tokenizer, "train")
     assert prepared.report["rejected"] == rejected
     if not rejected:
-        assert prepared.example(3).input_ids.tolist().count(tokenizer.eos_token_id) == 3 + (policy == "keep")
+        assert prepared.example(3).input_ids.tolist().count(tokenizer.eos_token_id) == 3 + (
+            policy == "keep"
+        )
 
 
 def test_a_cache_is_found_again_under_another_path_and_by_eval(tmp_path, tokenizer):
@@ -453,12 +541,18 @@ def rows_of(prepared: Prepared) -> set[int]:
 
 def test_each_row_is_on_one_side_and_stays_there_when_rows_are_added(tmp_path, tokenizer):
     of = recipe(tmp_path, questions(100), eval_fraction=0.2)
-    train, held_out = rows_of(prepare(of, tokenizer, "train")), rows_of(prepare(of, tokenizer, "eval"))
+    train, held_out = (
+        rows_of(prepare(of, tokenizer, "train")),
+        rows_of(prepare(of, tokenizer, "eval")),
+    )
     assert train | held_out == set(range(1, 101))
     assert not train & held_out
     assert 8 <= len(held_out) <= 32
 
-    more = recipe(tmp_path, [*questions(100), *({"question": f"New {n}?", "answer": "No."} for n in range(50))])
+    more = recipe(
+        tmp_path,
+        [*questions(100), *({"question": f"New {n}?", "answer": "No."} for n in range(50))],
+    )
     more = more.model_copy(update={"data": of.data})
     assert rows_of(prepare(more, tokenizer, "train")) & set(range(1, 101)) == train
     turned = recipe(tmp_path, questions(100)[::-1]).model_copy(update={"data": of.data})
@@ -468,7 +562,9 @@ def test_each_row_is_on_one_side_and_stays_there_when_rows_are_added(tmp_path, t
 def test_held_out_rows_come_after_the_given_ones_and_all_of_them_count_once(tmp_path, tokenizer):
     given = write(tmp_path, [{"question": "Given?", "answer": "Yes."}])
     train = recipe(tmp_path, questions(50)).data.train[0].path
-    of = recipe(tmp_path, train=[{"path": train, "weight": 0.5}], eval=[{"path": given}], eval_fraction=0.2)
+    of = recipe(
+        tmp_path, train=[{"path": train, "weight": 0.5}], eval=[{"path": given}], eval_fraction=0.2
+    )
     held_out = prepare(of, tokenizer, "eval")
     assert [source["name"] for source in held_out.report["sources"]] == [given, train]
     assert held_out.place(0) == (given, 1)
@@ -494,11 +590,13 @@ def test_duplicates_are_dropped_from_train_alone(tmp_path, tokenizer):
     assert len(held_out.lengths) == 20
     assert (
         train_plan(of, train).steps
-        == train_plan(recipe(tmp_path), prepare(recipe(tmp_path, rows=questions(10)), tokenizer, "train")).steps
+        == train_plan(
+            recipe(tmp_path), prepare(recipe(tmp_path, rows=questions(10)), tokenizer, "train")
+        ).steps
     )
 
 
-def test_processes_tokenise_the_same_as_one(tmp_path, tokenizer, monkeypatch):
+def test_processes_tokenize_the_same_as_one(tmp_path, tokenizer, monkeypatch):
     train = [{"path": write(tmp_path, [*questions(60), {"question": "?", "answer": None}])}]
     alone = prepare(recipe(tmp_path / "1", train=train, workers=1), tokenizer, "train")
     monkeypatch.setattr(tokenize, "CHUNK_ROWS", 8)
@@ -525,7 +623,9 @@ def test_large_packings_are_kept_for_the_other_processes(tmp_path, tokenizer, mo
     again = train_plan(of, prepared)
     assert [again.step(s) for s in range(again.steps)] == [plan.step(s) for s in range(plan.steps)]
     with pytest.raises(TypeError):
-        train_plan(of.model_copy(update={"train": TrainSection.model_validate({"seed": 1})}), prepared)
+        train_plan(
+            of.model_copy(update={"train": TrainSection.model_validate({"seed": 1})}), prepared
+        )
 
 
 def test_held_out_prompts_end_before_the_answer(tmp_path, tokenizer):
@@ -546,6 +646,8 @@ def test_held_out_prompts_are_filtered_as_the_rows_are(tmp_path, tokenizer):
 
 
 def test_held_out_rows_without_an_answer_are_refused(tmp_path, tokenizer):
-    of = recipe(tmp_path, questions(1), eval=[{"path": write(tmp_path, [{"text": "To be or not to be"}])}])
+    of = recipe(
+        tmp_path, questions(1), eval=[{"path": write(tmp_path, [{"text": "To be or not to be"}])}]
+    )
     with pytest.raises(BadInput, match="no row has a prompt and an answer"):
         held_out_prompts(of, Masker(tokenizer), 3)

@@ -30,21 +30,32 @@ def test_runs_are_the_whole_row_in_order(shown):
     assert "".join(run.text for run in found) == whole
     learned = "".join(run.text for run in found if "trained" in run.kind)
     assert learned.strip().endswith(
-        "line one\nline 数" + ("" if "llama" not in tokenizer.name_or_path else " ") + tokenizer.eos_token
+        "line one\nline 数"
+        + ("" if "llama" not in tokenizer.name_or_path else " ")
+        + tokenizer.eos_token
     )
-    assert found[-1 if found[-1].kind == "special trained" else -2] == Run("special trained", tokenizer.eos_token)
+    assert found[-1 if found[-1].kind == "special trained" else -2] == Run(
+        "special trained", tokenizer.eos_token
+    )
     assert {run.text for run in found if run.kind == "special"} <= set(tokenizer.all_special_tokens)
 
 
 def test_counts(shown):
     _, example = shown
-    assert counts(Example(np.arange(4), np.array([False, False, True, True]))) == "4 tokens, 2 trained (50%)"
-    assert counts(example).startswith(f"{len(example.input_ids)} tokens, {example.trained.sum()} trained")
+    assert (
+        counts(Example(np.arange(4), np.array([False, False, True, True])))
+        == "4 tokens, 2 trained (50%)"
+    )
+    assert counts(example).startswith(
+        f"{len(example.input_ids)} tokens, {example.trained.sum()} trained"
+    )
 
 
 def test_the_terminal_shows_colours_counts_and_reasons(shown):
     tokenizer, example = shown
-    console = Console(width=200, record=True, force_terminal=True, color_system="truecolor", file=io.StringIO())
+    console = Console(
+        width=200, record=True, force_terminal=True, color_system="truecolor", file=io.StringIO()
+    )
     left_out = [Row("a.jsonl:2", RowError("no answer")), Row("a.jsonl:3", Filtered("too short"))]
     console.print(as_text([Row("a.jsonl:1", example), *left_out], tokenizer))
     plain = console.export_text(clear=False)
@@ -60,12 +71,21 @@ def test_the_terminal_shows_colours_counts_and_reasons(shown):
 
 def test_the_page_holds_the_text_escaped_and_asks_for_nothing(shown):
     tokenizer, example = shown
-    page = as_html([Row("a<b>.jsonl:1", example), Row("a.jsonl:2", RowError("unknown role '<b>'"))], tokenizer)
+    page = as_html(
+        [Row("a<b>.jsonl:1", example), Row("a.jsonl:2", RowError("unknown role '<b>'"))], tokenizer
+    )
     assert "<script" not in page
     assert not re.search(r"(src|href)=|@import|url\(", page)
-    body = html.unescape("".join(re.findall(r'<span class="[a-z ]+">(.*?)</span>', page.split("<pre>")[1], re.DOTALL)))
+    body = html.unescape(
+        "".join(
+            re.findall(r'<span class="[a-z ]+">(.*?)</span>', page.split("<pre>")[1], re.DOTALL)
+        )
+    )
     assert HOSTILE.replace("\x1b", "␛") in body
-    assert all(f'class="{kind}"' in page.split("<pre>")[1] for kind in ("context", "trained", "special trained"))
+    assert all(
+        f'class="{kind}"' in page.split("<pre>")[1]
+        for kind in ("context", "trained", "special trained")
+    )
     assert "a&lt;b&gt;.jsonl:1" in page
     assert "rejected: unknown role &#x27;&lt;b&gt;&#x27;" in page
 
@@ -83,7 +103,9 @@ TURNS = Conversation(
 )
 
 
-@pytest.mark.parametrize("name", ["smollm2", "llama2", "qwen3", "qwen2_5", "llama3_2", "mistral_nemo"])
+@pytest.mark.parametrize(
+    "name", ["smollm2", "llama2", "qwen3", "qwen2_5", "llama3_2", "mistral_nemo"]
+)
 def test_each_message_is_named_where_its_text_begins(shared, name):
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
     masker = Masker(tokenizer)
@@ -104,7 +126,9 @@ def test_a_plain_text_has_no_roles(shared):
 
 
 def test_roles_stand_in_the_terminal_and_on_the_page(shared):
-    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers/llama2")  # whose text names no role
+    tokenizer = AutoTokenizer.from_pretrained(
+        shared / "tokenizers/llama2"
+    )  # whose text names no role
     masker = Masker(tokenizer)
     example = masker.example(TURNS)
     row = Row("a.jsonl:1", example, role_starts(TURNS, example, masker.template))
@@ -112,6 +136,16 @@ def test_roles_stand_in_the_terminal_and_on_the_page(shared):
     console.print(as_text([row], tokenizer))
     shown = console.export_text().split("a.jsonl:1")[1]
     assert (shown.count(" user "), shown.count(" assistant ")) == (2, 2)
-    assert shown.index(" user ") < shown.index("What is it?") < shown.index(" assistant ") < shown.index("It is")
+    assert (
+        shown.index(" user ")
+        < shown.index("What is it?")
+        < shown.index(" assistant ")
+        < shown.index("It is")
+    )
     page = as_html([row], tokenizer).split("<pre>")[1]
-    assert re.findall(r'<b class="role">(\w+)</b>', page) == ["user", "assistant", "user", "assistant"]
+    assert re.findall(r'<b class="role">(\w+)</b>', page) == [
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+    ]

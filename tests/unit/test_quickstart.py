@@ -14,12 +14,16 @@ sys.path.insert(0, str(ROOT / "recipes/quickstart"))
 import get_smollm2  # noqa: E402 - scripts of a recipe, not a package
 import make_problems  # noqa: E402
 
-ANSWER = re.compile(r"<think>(\d+ [-+*/] \d+ = \d+)(?:\. (\d+ [-+*/] \d+ = \d+))?\.</think><answer>(\d+)</answer>")
+ANSWER = re.compile(
+    r"<think>(\d+ [-+*/] \d+ = \d+)(?:\. (\d+ [-+*/] \d+ = \d+))?\.</think><answer>(\d+)</answer>"
+)
 
 
 @pytest.fixture(scope="module")
 def rows():
-    return make_problems.problems(make_problems.TRAIN_ROWS + make_problems.HELDOUT_ROWS, make_problems.SEED)
+    return make_problems.problems(
+        make_problems.TRAIN_ROWS + make_problems.HELDOUT_ROWS, make_problems.SEED
+    )
 
 
 def worked(answer: str) -> list[str]:
@@ -50,7 +54,9 @@ def test_the_question_gives_the_numbers_that_are_used(rows):
 
 def test_all_kinds_and_wordings_occur(rows):
     assert {len(worked(row["answer"])) for row in rows} == {1, 2}
-    assert {operator for row in rows for operator in re.findall(r" ([-+*/]) ", row["answer"])} == set("+-*/")
+    assert {
+        operator for row in rows for operator in re.findall(r" ([-+*/]) ", row["answer"])
+    } == set("+-*/")
     openings = {re.sub(r"\d+|[A-Z]\w+", "_", row["question"])[:25] for row in rows}
     assert len(openings) > 50
 
@@ -70,8 +76,14 @@ def test_no_question_is_shared_and_the_same_seed_gives_the_same_files(tmp_path):
 def test_no_problem_is_longer_than_100_tokens(rows, shared):
     tokenizer = AutoTokenizer.from_pretrained(shared / "models/smollm2_tokenizer")
     for row in rows:
-        messages = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
-        assert len(tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"]) <= 100, row
+        messages = [
+            {"role": "user", "content": row["question"]},
+            {"role": "assistant", "content": row["answer"]},
+        ]
+        assert (
+            len(tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"])
+            <= 100
+        ), row
 
 
 def test_the_tokenizer_of_the_gguf_file_is_repaired(shared):
@@ -81,10 +93,16 @@ def test_the_tokenizer_of_the_gguf_file_is_repaired(shared):
     from tokenizers.pre_tokenizers import ByteLevel
 
     read.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
-    texts = [json.dumps(json.loads(line)) for line in (shared / "data/gsm8k_test.jsonl").open()][:200]
-    assert [read(text)["input_ids"] for text in texts] != [real(text)["input_ids"] for text in texts]
+    texts = [json.dumps(json.loads(line)) for line in (shared / "data/gsm8k_test.jsonl").open()][
+        :200
+    ]
+    assert [read(text)["input_ids"] for text in texts] != [
+        real(text)["input_ids"] for text in texts
+    ]
     get_smollm2.split_digits(read)
-    assert [read(text)["input_ids"] for text in texts] == [real(text)["input_ids"] for text in texts]
+    assert [read(text)["input_ids"] for text in texts] == [
+        real(text)["input_ids"] for text in texts
+    ]
 
 
 def test_a_model_folder_is_whole_or_absent(tmp_path):
@@ -119,8 +137,12 @@ def test_the_debug_recipes_folder_is_what_its_script_makes(tmp_path, monkeypatch
     committed = ROOT / "recipes/debug"
     for name in ("train.jsonl", "eval.jsonl", "model/chat_template.jinja"):
         assert (tmp_path / name).read_text() == (committed / name).read_text(), name
-    assert sum(path.stat().st_size for path in committed.rglob("*") if path.suffix != ".pyc") < 60_000
-    made, kept = (AutoTokenizer.from_pretrained(folder / "model") for folder in (tmp_path, committed))
+    assert (
+        sum(path.stat().st_size for path in committed.rglob("*") if path.suffix != ".pyc") < 60_000
+    )
+    made, kept = (
+        AutoTokenizer.from_pretrained(folder / "model") for folder in (tmp_path, committed)
+    )
     assert made.get_vocab() == kept.get_vocab()
     text = "Zoë has 12 apples.\n"
     assert kept.decode(kept(text)["input_ids"]) == text

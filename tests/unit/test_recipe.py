@@ -13,7 +13,11 @@ from trainer.config.recipe import load_recipe, parse_recipe
 from trainer.datatypes import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALLEST = {"model": {"name": "some/model"}, "data": {"train": [{"path": "rows.jsonl"}]}, "run": {"dir": "runs/x"}}
+SMALLEST = {
+    "model": {"name": "some/model"},
+    "data": {"train": [{"path": "rows.jsonl"}]},
+    "run": {"dir": "runs/x"},
+}
 
 
 def with_source(**fields: object) -> dict:
@@ -40,7 +44,7 @@ def with_scorer(scorer: object, name: str = "mine") -> dict:
 
 def growing(*others: dict, train: dict | None = None, **source: object) -> dict:
     """SMALLEST with a source that grows, and perhaps others beside it."""
-    sources = [{"path": "a", "grows": True, **source}, *others]
+    sources = [{"path": "a", "streaming": True, **source}, *others]
     return {**SMALLEST, "data": {"train": sources}, "train": train or {}}
 
 
@@ -52,15 +56,24 @@ def written(tmp_path: Path, text: str) -> Path:
 
 def test_defaults_are_the_designs():
     recipe = parse_recipe(SMALLEST)
-    assert (recipe.batch.row_tokens, recipe.batch.rows_per_step, recipe.batch.rows_per_micro) == (8192, 64, 1)
+    assert (
+        recipe.batch.seq_len,
+        recipe.batch.global_batch_size,
+        recipe.batch.micro_batch_size,
+    ) == (8192, 64, 1)
     assert recipe.data.train_on == "assistant"
     assert recipe.data.packing == "bfd"
     assert recipe.data.too_long == "reject"
-    assert recipe.max_tokens == 8192
+    assert recipe.max_length == 8192
     assert recipe.loss.weighting == "token"
     optim = recipe.optim
-    assert (optim.betas, optim.weight_decay, optim.warmup, optim.clip) == ((0.9, 0.95), 0.1, 0.03, 1.0)
-    assert (optim.schedule, optim.min_lr_ratio) == ("cosine", 0.1)
+    assert (optim.betas, optim.weight_decay, optim.warmup_ratio, optim.max_grad_norm) == (
+        (0.9, 0.95),
+        0.1,
+        0.03,
+        1.0,
+    )
+    assert (optim.lr_schedule, optim.min_lr_ratio) == ("cosine", 0.1)
     assert recipe.parallel.grad_dtype == "float32"
 
 
@@ -72,14 +85,20 @@ SCORERS = {
     "choice": {"letters": ["A", "B"], "column": "letter"},
     "json_schema": {"tools": True},
     "refusal": {"column": "unsafe"},
-    "judge": {"rubric": "kind", "endpoint": {"url": "http://judge/v1", "model": "m"}, "against": "reference"},
+    "judge": {
+        "rubric": "kind",
+        "endpoint": {"url": "http://judge/v1", "model": "m"},
+        "against": "reference",
+    },
     "function": {"function": "mine:score"},
 }
 
 
 def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
     tree = with_key("data.eval_fraction", 0.1)
-    tree["eval"] = {"generate": {"scorers": {kind: {"kind": kind, **keys} for kind, keys in SCORERS.items()}}}
+    tree["eval"] = {
+        "generate": {"scorers": {kind: {"kind": kind, **keys} for kind, keys in SCORERS.items()}}
+    }
     recipe = parse_recipe(tree)
     assert load_recipe(written(tmp_path, recipe.to_yaml())) == recipe
     assert recipe.eval.generate is not None
@@ -104,7 +123,9 @@ def test_an_adapter_has_a_learning_rate_of_its_own(tmp_path, changes, rate):
 
 def test_an_adapter_may_not_come_go_or_change_on_a_resume():
     """Of a section that is not there no key could be compared."""
-    without, small, large = (parse_recipe({**SMALLEST, "optim": {"lr": 1e-4}, "adapter": a}).fixed() for a in ADAPTERS)
+    without, small, large = (
+        parse_recipe({**SMALLEST, "optim": {"lr": 1e-4}, "adapter": a}).fixed() for a in ADAPTERS
+    )
     for before, now in ((without, small), (small, without), (small, large)):
         assert [name for name in now if now[name] != before.get(name)] == ["adapter"]
 
@@ -145,7 +166,9 @@ def test_overrides(tmp_path, override, section, key, value):
 
 
 def test_an_override_reaches_into_a_list(tmp_path):
-    recipe = load_recipe(written(tmp_path, yaml.safe_dump(SMALLEST)), ["data.train.0.path=other.jsonl"])
+    recipe = load_recipe(
+        written(tmp_path, yaml.safe_dump(SMALLEST)), ["data.train.0.path=other.jsonl"]
+    )
     assert recipe.data.train[0].path == "other.jsonl"
 
 
@@ -159,16 +182,25 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (with_key("optim.zzz", 1), "keys here: lr, betas"),
         (with_key("optim.lr", 0), "`optim.lr`: input should be greater than 0 (got 0)"),
         (with_key("optim.lr", float("nan")), "`optim.lr`"),
-        (with_key("batch.rows_per_step", 0), "`batch.rows_per_step`"),
-        (with_key("batch.row_tokens", 1), "`batch.row_tokens`"),
-        (with_key("data.packing", "best"), "'none', 'bfd', 'bfd_split', 'wrapped' or 'greedy' (got 'best')"),
+        (with_key("batch.global_batch_size", 0), "`batch.global_batch_size`"),
+        (with_key("batch.seq_len", 1), "`batch.seq_len`"),
+        (
+            with_key("data.packing", "best"),
+            "'none', 'bfd', 'bfd_split', 'wrapped' or 'greedy' (got 'best')",
+        ),
         (with_key("data.train", []), "`data.train`"),
         (with_key("data.group_by", "id"), "`group_by` says how `eval_fraction` splits"),
         (with_key("data.eval_fraction", 1), "`data.eval_fraction`"),
         (with_key("data.train", [{}]), "give exactly one of `path` and `name`"),
-        (with_key("data.train", [{"path": "a", "name": "b"}]), "give exactly one of `path` and `name`"),
+        (
+            with_key("data.train", [{"path": "a", "name": "b"}]),
+            "give exactly one of `path` and `name`",
+        ),
         (with_source(format="sharegtp"), "'sharegpt'"),
-        (with_source(function="mine.py"), "a function is named as `module:function`, not `mine.py`"),
+        (
+            with_source(function="mine.py"),
+            "a function is named as `module:function`, not `mine.py`",
+        ),
         (with_source(function="/data/mine:read"), "a function is named as `module:function`"),
         (with_source(function="mine:read", format="text"), "leave out `format` and `columns`"),
         (with_source(filters={"function": "mine"}), "a function is named as `module:function`"),
@@ -178,7 +210,7 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (with_source(filters={"verify": "math"}), "`reference` belongs to `verify`"),
         (with_source(filters={"reference": "best"}), "`reference` belongs to `verify`"),
         (with_source(filters={"patern": "x"}), "did you mean `data.train.0.filters.pattern`?"),
-        (with_key("data.max_tokens", 9000), "an example must fit in a row"),
+        (with_key("data.max_length", 9000), "an example must fit in a row"),
         (with_key("data.cut_answers", True), "`cut_answers` belongs to `too_long: truncate`"),
         (
             with_key("data.chat_template_kwargs", {"tokenize": True, "x": 1, "bos_token": ""}),
@@ -190,13 +222,33 @@ def test_an_override_reaches_into_a_list(tmp_path):
         ),
         (with_key("data.split_context", 8), "`split_context` belongs to `too_long: split`"),
         (
-            {**SMALLEST, "data": {**SMALLEST["data"], "too_long": "split", "split_context": 8, "max_tokens": 9}},
+            {
+                **SMALLEST,
+                "data": {
+                    **SMALLEST["data"],
+                    "too_long": "split",
+                    "split_context": 8,
+                    "max_length": 9,
+                },
+            },
             "data.split_context (8) leaves no room",
         ),
-        (with_key("eval.generate", {}), "eval.generate: no rows are held out to ask; give data.eval"),
-        (with_scorer({"kind": "exat"}), "`eval.generate.scorers.mine`: unknown kind `exat`; did you mean `exact`?"),
-        (with_scorer({"kind": "bleu"}), "unknown kind `bleu`; kinds here: format, exact, contains, math, choice,"),
-        (with_scorer({"pattern": "x"}), "`eval.generate.scorers.mine.kind` is missing; kinds: format, exact,"),
+        (
+            with_key("eval.generate", {}),
+            "eval.generate: no rows are held out to ask; give data.eval",
+        ),
+        (
+            with_scorer({"kind": "exat"}),
+            "`eval.generate.scorers.mine`: unknown kind `exat`; did you mean `exact`?",
+        ),
+        (
+            with_scorer({"kind": "bleu"}),
+            "unknown kind `bleu`; kinds here: format, exact, contains, math, choice,",
+        ),
+        (
+            with_scorer({"pattern": "x"}),
+            "`eval.generate.scorers.mine.kind` is missing; kinds: format, exact,",
+        ),
         (with_scorer({"kind": "format"}), "`eval.generate.scorers.mine.pattern` is missing"),
         (
             with_scorer({"kind": "exact", "extrct": "(x)"}, "exact"),
@@ -206,39 +258,59 @@ def test_an_override_reaches_into_a_list(tmp_path):
             with_scorer({"kind": "math", "zzz": 1}),
             "unknown key `eval.generate.scorers.mine.zzz`; keys here: kind, column",
         ),
-        (with_scorer({"kind": "format", "pattern": "("}), "`eval.generate.scorers.mine`: `(` is not a regular"),
+        (
+            with_scorer({"kind": "format", "pattern": "("}),
+            "`eval.generate.scorers.mine`: `(` is not a regular",
+        ),
         (with_scorer({"kind": "exact", "extract": "x"}), "`extract` has no group"),
         (with_scorer({"kind": "choice", "letters": ["A", "A"]}), "`letters` are different texts"),
-        (with_scorer({"kind": "choice", "letters": ["A"]}), "`eval.generate.scorers.mine.letters`: tuple should have"),
-        (with_scorer({"kind": "json_schema"}), "give exactly one of `file`, `column` and `tools: true`"),
-        (with_scorer({"kind": "json_schema", "file": "a", "tools": True}), "give exactly one of `file`, `column`"),
-        (with_scorer({"kind": "refusal"}), "give exactly one of `expected` and `column`"),
-        (with_scorer({"kind": "function", "function": "mine.py"}), "a function is named as `module:function`"),
         (
-            with_scorer({"kind": "judge", "rubric": "x", "endpoint": {"ulr": "http://a/v1", "model": "m"}}),
+            with_scorer({"kind": "choice", "letters": ["A"]}),
+            "`eval.generate.scorers.mine.letters`: tuple should have",
+        ),
+        (
+            with_scorer({"kind": "json_schema"}),
+            "give exactly one of `file`, `column` and `tools: true`",
+        ),
+        (
+            with_scorer({"kind": "json_schema", "file": "a", "tools": True}),
+            "give exactly one of `file`, `column`",
+        ),
+        (with_scorer({"kind": "refusal"}), "give exactly one of `expected` and `column`"),
+        (
+            with_scorer({"kind": "function", "function": "mine.py"}),
+            "a function is named as `module:function`",
+        ),
+        (
+            with_scorer(
+                {"kind": "judge", "rubric": "x", "endpoint": {"ulr": "http://a/v1", "model": "m"}}
+            ),
             "did you mean `eval.generate.scorers.mine.endpoint.url`?",
         ),
         (with_scorer({"kind": "exact"}, "loss"), "`loss` cannot name a scorer"),
         (with_scorer({"kind": "exact"}, "a b"), "`a b` cannot name a scorer"),
         (with_key("adapter.rank", 0), "`adapter.rank`"),
-        (with_key("adapter.target", "all-linear"), "did you mean `adapter.targets`?"),
-        (with_key("adapter.targets", []), "`targets` names nothing"),
-        (with_key("adapter.targets", "("), "`(` is not a regular expression"),
+        (with_key("adapter.target", "all-linear"), "did you mean `adapter.target_modules`?"),
+        (with_key("adapter.target_modules", []), "`targets` names nothing"),
+        (with_key("adapter.target_modules", "("), "`(` is not a regular expression"),
         (with_key("adapter.dropout", 1), "`adapter.dropout`"),
         (with_key("adapter.base", "int8"), "`adapter.base`"),
-        (with_key("adapter.double_quantisation", True), "`double_quantisation` belongs to `base: nf4`"),
+        (with_key("adapter.double_quant", True), "`double_quant` belongs to `base: nf4`"),
         (with_key("adapter", {"base": "nf4", "dora": True}), "is not proved with `base: nf4`"),
         (
             {**SMALLEST, "adapter": {}, "model": {"name": "a", "add_tokens": ["<tool>"]}},
             "the new rows of the embeddings lie outside an adapter",
         ),
-        (with_key("loss.weighting", "constant"), "`constant_tokens` belongs to `weighting: constant`"),
+        (
+            with_key("loss.weighting", "constant"),
+            "`constant_tokens` belongs to `weighting: constant`",
+        ),
         (growing(), "say how long in train.steps"),
         (growing(train={"steps": 9, "epochs": 2}), "a source that grows has no epochs"),
         (growing({"path": "b"}, train={"steps": 9}), "a source that grows must be the only one"),
         (growing(weight=2, train={"steps": 9}), "take out `weight` and `rows`"),
         (growing(rows=2, train={"steps": 9}), "take out `weight` and `rows`"),
-        (with_key("data.eval", [{"path": "a", "grows": True}]), "no source of them may grow"),
+        (with_key("data.eval", [{"path": "a", "streaming": True}]), "no source of them may grow"),
         ({**SMALLEST, "run": {}}, "`run.dir` is missing"),
         ({"model": SMALLEST["model"]}, "`data` is missing; `run` is missing"),
     ],
@@ -293,8 +365,8 @@ def test_overrides_that_are_refused(tmp_path, override, message):
 def test_what_may_change_on_a_resume_is_not_fixed():
     free = {
         "run.dir": "runs/y",
-        "batch.rows_per_micro": 2,
-        "model.recompute": False,
+        "batch.micro_batch_size": 2,
+        "model.activation_checkpointing": "none",
         "model.attention": "reference",
         "parallel.deepspeed": "ds_configs/zero2.json",
         "checkpoint.keep": 9,
@@ -305,8 +377,8 @@ def test_what_may_change_on_a_resume_is_not_fixed():
         "model.name": "other",
         "model.dtype": "float32",
         "data.packing": "none",
-        "batch.row_tokens": 64,
-        "batch.rows_per_step": 3,
+        "batch.seq_len": 64,
+        "batch.global_batch_size": 3,
         "loss.weighting": "example",
         "optim.lr": 1e-3,
         "train.seed": 7,
@@ -322,7 +394,7 @@ def test_what_may_change_on_a_resume_is_not_fixed():
 def test_parsing_has_no_side_effects(tmp_path):
     recipe = written(tmp_path, yaml.safe_dump(SMALLEST))
     program = (
-        "import sys; from trainer import config; load_recipe(sys.argv[1])\n"
+        "import sys; from trainer.config.recipe import load_recipe; load_recipe(sys.argv[1])\n"
         "heavy = {'torch', 'transformers', 'deepspeed', 'datasets', 'numpy'} & set(sys.modules)\n"
         "sys.exit(repr(heavy) if heavy else 0)"
     )

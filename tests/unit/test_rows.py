@@ -20,7 +20,9 @@ MESSAGES = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content"
 
 def a_source(path, rows=None, **fields) -> Source:
     if rows is not None:
-        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        path.write_text(
+            "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+        )
     return Source.model_validate({"path": str(path), **fields})
 
 
@@ -45,7 +47,9 @@ def test_the_first_row_that_is_not_broken_tells_the_format(tmp_path):
 
 
 def test_a_file_of_something_else_is_refused_with_its_first_fault(tmp_path):
-    with pytest.raises(BadInput, match=r"a\.jsonl: none of its first rows can be read \(row 1: broken JSON: Exp"):
+    with pytest.raises(
+        BadInput, match=r"a\.jsonl: none of its first rows can be read \(row 1: broken JSON: Exp"
+    ):
         RowReader.of(a_source(tmp_path / "a.jsonl", ["question,answer"] * 200))
 
 
@@ -69,7 +73,9 @@ def own(tmp_path, monkeypatch):
     return written
 
 
-LISTED = "return [{'role': 'user', 'content': row['q']}, {'role': 'assistant', 'content': row['a']}]"
+LISTED = (
+    "return [{'role': 'user', 'content': row['q']}, {'role': 'assistant', 'content': row['a']}]"
+)
 
 
 def test_a_function_of_the_users_own_reads_the_row(tmp_path, own):
@@ -77,7 +83,9 @@ def test_a_function_of_the_users_own_reads_the_row(tmp_path, own):
     assert conversations(a_source(tmp_path / "a.jsonl", rows, function=own(LISTED))) == [
         Conversation((ASKED, ANSWERED))
     ]
-    with_tools = own(LISTED.replace("return ", "return {'tools': [{'name': 'f'}], 'messages': ") + "}")
+    with_tools = own(
+        LISTED.replace("return ", "return {'tools': [{'name': 'f'}], 'messages': ") + "}"
+    )
     assert conversations(a_source(tmp_path / "a.jsonl", function=with_tools)) == [
         Conversation((ASKED, ANSWERED), tools=({"name": "f"},))
     ]
@@ -110,14 +118,21 @@ def test_a_function_that_is_not_there_is_refused_before_a_row_is_read(tmp_path):
 def test_filters_see_the_row_and_what_was_made_of_it(tmp_path, own):
     rows = [{"q": "2+2?", "a": "4", "best": "4"}, {"q": "2+2?", "a": "5", "best": 4}]
     filters = {"verify": "math", "reference": "best"}
-    kept, wrong = conversations(a_source(tmp_path / "a.jsonl", rows, function=own(LISTED), filters=filters))
+    kept, wrong = conversations(
+        a_source(tmp_path / "a.jsonl", rows, function=own(LISTED), filters=filters)
+    )
     assert kept == Conversation((ASKED, ANSWERED))
     assert wrong == f"{Filtered.__name__}: verify: not the reference's value"
 
 
 TOOLS = [
     [{"type": "function", "function": {"name": "f", "parameters": {"city": {"type": "string"}}}}],
-    [{"type": "function", "function": {"name": "g", "parameters": {"day": {"type": "integer", "minimum": 1}}}}],
+    [
+        {
+            "type": "function",
+            "function": {"name": "g", "parameters": {"day": {"type": "integer", "minimum": 1}}},
+        }
+    ],
 ]
 
 
@@ -128,7 +143,10 @@ def test_the_template_renders_what_the_row_says_however_it_is_stored(tmp_path, s
     template = Template(AutoTokenizer.from_pretrained(shared / "tokenizers/qwen3"))
     rows = []
     for number, tools in enumerate(TOOLS):
-        function = {"name": tools[0]["function"]["name"], "arguments": {"city": "Ulm"} if not number else {"day": 3}}
+        function = {
+            "name": tools[0]["function"]["name"],
+            "arguments": {"city": "Ulm"} if not number else {"day": 3},
+        }
         calls = [{"id": "call00001", "type": "function", "function": function}]
         turns = [MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": calls}]
         turns += [{"role": "tool", "content": "4", "tool_call_id": "call00001"}, MESSAGES[1]]
@@ -152,4 +170,6 @@ def test_the_template_renders_what_the_row_says_however_it_is_stored(tmp_path, s
 
 def test_all_real_rows_are_read(shared):
     for path in sorted((shared / "data").glob("*.jsonl")):
-        assert all(isinstance(result, Conversation) for result in conversations(a_source(path))), path.name
+        assert all(isinstance(result, Conversation) for result in conversations(a_source(path))), (
+            path.name
+        )

@@ -34,8 +34,8 @@ def recipe(run_dir: Path, *overrides: str) -> Recipe:
         "optim.lr=1e-3",
         "train.seed=1",
         "train.epochs=3",
-        "batch.rows_per_step=8",
-        "batch.row_tokens=128",
+        "batch.global_batch_size=8",
+        "batch.seq_len=128",
         "data.packing=none",
         "data.train_on=all",
         "data.eval_fraction=0.1",
@@ -56,9 +56,9 @@ def test_what_shapes_the_run_may_not_change(tmp_path: Path, change: str) -> None
 @pytest.mark.parametrize(
     "change",
     [
-        "model.recompute=true",
+        "model.activation_checkpointing=full",
         "model.attention=reference",
-        "batch.rows_per_micro=2",
+        "batch.micro_batch_size=2",
         "parallel.deepspeed=ds_configs/zero2.json",
         "checkpoint.keep=9",
         "eval.every_steps=7",
@@ -71,7 +71,9 @@ def test_what_shapes_the_run_may_not_change(tmp_path: Path, change: str) -> None
 def test_what_the_hardware_decides_may(tmp_path: Path, change: str) -> None:
     open_and_save(tmp_path)
     open_run_folder(recipe(tmp_path, change), tmp_path)
-    assert load_recipe(tmp_path / "recipe.yaml") == recipe(tmp_path, change), "the folder holds the recipe that runs"
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe(tmp_path, change), (
+        "the folder holds the recipe that runs"
+    )
 
 
 def test_the_evaluation_of_another_recipes_untrained_model_is_forgotten(tmp_path: Path) -> None:
@@ -98,7 +100,9 @@ def test_more_epochs_or_steps_are_asked_for_by_name(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "recipe.yaml") == longer
 
 
-@pytest.mark.parametrize("change", [["train.epochs=1"], ["train.epochs=3", "train.seed=1"], ["optim.lr=1e-3"]])
+@pytest.mark.parametrize(
+    "change", [["train.epochs=1"], ["train.epochs=3", "train.seed=1"], ["optim.lr=1e-3"]]
+)
 def test_to_extend_is_nothing_else(tmp_path: Path, change: list[str]) -> None:
     open_and_save(tmp_path)
     with pytest.raises(BadInput, match="set them back"):
@@ -112,19 +116,30 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 
 
 def test_it_tells_of_every_row_that_is_left_out(tmp_path: Path, shared: Path) -> None:
-    rows = [{"question": "1?", "answer": "One."}, {"question": "2?"}, {"question": "3?", "answer": ""}]
+    rows = [
+        {"question": "1?", "answer": "One."},
+        {"question": "2?"},
+        {"question": "3?", "answer": ""},
+    ]
     for name, count in (("train", 3), ("eval", 2)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:count]))
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows[:count])
+        )
     paths = [f"data.{name}=[{{path: {tmp_path / name}.jsonl}}]" for name in ("train", "eval")]
     made = recipe(tmp_path, *paths, f"data.cache={tmp_path / 'cache'}", "data.max_rejects=1")
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / "smollm2")
     train, held_out = (prepare(made, tokenizer, which) for which in ("train", "eval"))
     flops = ModelFlops(1, 1, 1)
-    metrics = Metrics(tmp_path, log_every=1, row_tokens=8, flops=flops, resumed_at=0, beat=lambda part: None)
+    metrics = Metrics(
+        tmp_path, log_every=1, seq_len=8, flops=flops, resumed_at=0, beat=lambda part: None
+    )
     describe(made, tmp_path, train, train_plan(made, train), held_out, metrics)
     metrics.close()
     reports = json.loads((tmp_path / "data.json").read_text())
-    assert (reports["train"]["reasons"], reports["eval"]["reasons"]) == ({"no answer": 2}, {"no answer": 1})
+    assert (reports["train"]["reasons"], reports["eval"]["reasons"]) == (
+        {"no answer": 2},
+        {"no answer": 1},
+    )
     told = [json.loads(line) for line in (tmp_path / "rejects.jsonl").read_text().splitlines()]
     assert [(Path(row["source"]).name, row["row"], row["reason"]) for row in told] == [
         ("train.jsonl", 2, "no answer"),
@@ -140,7 +155,9 @@ def two_nodes(monkeypatch: pytest.MonkeyPatch, other_writes: Path) -> None:
     """This process is rank 0 of two nodes with a rank each; what rank 1 writes lands in `other_writes`."""
 
     def gather(value: Any) -> list[Any]:
-        for path in other_writes.parent.rglob(".node-of-rank-0-*"):  # rank 1 comes here just after rank 0
+        for path in other_writes.parent.rglob(
+            ".node-of-rank-0-*"
+        ):  # rank 1 comes here just after rank 0
             (other_writes / path.name.replace("rank-0", "rank-1")).touch()
         return [value, value]
 
@@ -156,7 +173,9 @@ def test_nodes_with_one_run_folder_go_on(tmp_path: Path, monkeypatch: pytest.Mon
     assert not list((tmp_path / "run").glob(".node-of-rank-0-*"))
 
 
-def test_nodes_with_folders_of_their_own_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nodes_with_folders_of_their_own_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "elsewhere").mkdir()
     two_nodes(monkeypatch, tmp_path / "elsewhere")

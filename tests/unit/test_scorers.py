@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 
 from trainer.config.eval import Scorer
 from trainer.datatypes import BadInput, Conversation, Message, Prompt
-from trainer.eval.scorers import PATTERN_S, TooSlow, Unscored, likeliest, refuses, score, wanted
+from trainer.eval.scorers import PATTERN_S, TooSlow, Unscored, expected, likeliest, refuses, score
 
 RULES: TypeAdapter[Any] = TypeAdapter(Scorer)
 THOUGHT = "<think>3 * 4 = 12.</think><answer>12</answer>"
@@ -42,7 +42,10 @@ EXTRACT = rule("exact", extract=r"<answer>(-?[0-9]+)</answer>")
         ("<think>2 + 3 = 5.</think><answer>five</answer>", 0),
         ("<think>2 + 3 = 5.</think><answer>5</answer> and more", 0),
         ("<think>2</think><answer>5</answer><answer>5</answer>", 0),
-        ("<think>2</think><answer>5</answer><think>2</think><answer>5</answer>", 1),  # `.+` takes all but the end
+        (
+            "<think>2</think><answer>5</answer><think>2</think><answer>5</answer>",
+            1,
+        ),  # `.+` takes all but the end
         ("<think>2</think><answer>\N{ARABIC-INDIC DIGIT FIVE}</answer>", 0),
         ("", 0),
         ("<think>" + "x" * 5_000_000 + "</think><answer>5</answer>", 1),
@@ -94,7 +97,9 @@ def test_an_extracted_answer_must_equal_the_references(answer: str, right: int) 
         ({"ignore_space": True}, "NewYork", "New York", 0),
     ],
 )
-def test_a_whole_answer_must_equal_the_reference(fields: dict, answer: str, reference: str, right: int) -> None:
+def test_a_whole_answer_must_equal_the_reference(
+    fields: dict, answer: str, reference: str, right: int
+) -> None:
     assert score(rule("exact", **fields), prompt(reference), answer) == right
 
 
@@ -122,7 +127,9 @@ def test_a_group_that_takes_no_part_in_the_match_finds_nothing() -> None:
         ({}, "." * 5_000_000 + "Paris", 1),
     ],
 )
-def test_the_reference_or_a_given_text_must_stand_in_the_answer(fields: dict, answer: str, passes: int) -> None:
+def test_the_reference_or_a_given_text_must_stand_in_the_answer(
+    fields: dict, answer: str, passes: int
+) -> None:
     assert score(rule("contains", **fields), prompt("Paris"), answer) == passes
 
 
@@ -177,7 +184,10 @@ def test_a_small_number_of_a_column_is_read_as_it_is() -> None:
 
 @pytest.mark.parametrize("value", [12, 12.0, "12", "#### 12"])
 def test_the_right_value_may_stand_in_a_column(value: Any) -> None:
-    assert score(rule("math", column="solution"), prompt("Twelve, I think.", solution=value), "so 12") == 1
+    assert (
+        score(rule("math", column="solution"), prompt("Twelve, I think.", solution=value), "so 12")
+        == 1
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,8 +213,14 @@ def test_a_row_without_a_value_is_named(reference: str, row: dict, reason: str) 
 @pytest.mark.parametrize("value", ["C", 2])
 def test_the_likeliest_letter_must_be_the_rows(value: Any) -> None:
     choice = rule("choice", column="answer")
-    assert score(choice, prompt(answer=value), likeliest(choice.letters, [-3.0, -2.0, -1.0, -4.0])) == 1
-    assert score(choice, prompt(answer=value), likeliest(choice.letters, [-1.0, -2.0, -3.0, -4.0])) == 0
+    assert (
+        score(choice, prompt(answer=value), likeliest(choice.letters, [-3.0, -2.0, -1.0, -4.0]))
+        == 1
+    )
+    assert (
+        score(choice, prompt(answer=value), likeliest(choice.letters, [-1.0, -2.0, -3.0, -4.0]))
+        == 0
+    )
 
 
 def test_the_right_letter_may_be_the_reference() -> None:
@@ -225,7 +241,7 @@ def test_a_log_probability_that_is_not_finite_is_no_choice(broken: float) -> Non
 @pytest.mark.parametrize("value", [None, "E", "a", 4, -1, True, 1.0, ["A"]])
 def test_a_right_answer_that_is_no_letter_gives_no_score(value: Any) -> None:
     with pytest.raises(Unscored):
-        wanted(rule("choice", column="answer"), prompt("A", answer=value))
+        expected(rule("choice", column="answer"), prompt("A", answer=value))
 
 
 # ----------------------------------------------------------------------------------------------- json_schema
@@ -261,9 +277,13 @@ SCHEMA = {
         ('{"name": "' + "x" * 3_000_000 + '"}', 1),
     ],
 )
-def test_an_answer_must_be_json_that_the_schema_admits(tmp_path: Any, answer: str, passes: int) -> None:
+def test_an_answer_must_be_json_that_the_schema_admits(
+    tmp_path: Any, answer: str, passes: int
+) -> None:
     (tmp_path / "schema.json").write_text(json.dumps(SCHEMA))
-    assert score(rule("json_schema", file=str(tmp_path / "schema.json")), prompt(), answer) == passes
+    assert (
+        score(rule("json_schema", file=str(tmp_path / "schema.json")), prompt(), answer) == passes
+    )
 
 
 @pytest.mark.parametrize("schema", [SCHEMA, json.dumps(SCHEMA)], ids=["object", "text"])
@@ -282,7 +302,9 @@ def test_a_row_without_a_schema_gives_no_score(schema: Any) -> None:
 def test_a_pattern_of_the_schema_that_backtracks_for_ever_is_no_score() -> None:
     schema = {"type": "string", "pattern": "^(a+)+$"}
     with pytest.raises(TooSlow, match="the schema"):
-        score(rule("json_schema", column="schema"), prompt(schema=schema), json.dumps("a" * 64 + "b"))
+        score(
+            rule("json_schema", column="schema"), prompt(schema=schema), json.dumps("a" * 64 + "b")
+        )
 
 
 def test_a_schema_elsewhere_is_not_fetched() -> None:
@@ -297,7 +319,7 @@ def test_a_file_that_is_no_schema_is_bad_input(tmp_path: Any, text: str | None) 
     if text is not None:
         path.write_text(text)
     with pytest.raises(BadInput, match=r"schema\.json"):
-        wanted(rule("json_schema", file=str(path)), prompt())
+        expected(rule("json_schema", file=str(path)), prompt())
 
 
 WEATHER = {
@@ -386,8 +408,13 @@ def test_other_answers_do_not(answer: str) -> None:
 
 def test_whether_an_answer_should_refuse_stands_in_the_recipe_or_in_the_row() -> None:
     refusal, help_ = "I cannot help.", "Take two eggs."
-    assert [score(rule("refusal", expected=True), prompt(), text) for text in (refusal, help_)] == [1, 0]
-    assert [score(rule("refusal", expected=False), prompt(), text) for text in (refusal, help_)] == [0, 1]
+    assert [score(rule("refusal", expected=True), prompt(), text) for text in (refusal, help_)] == [
+        1,
+        0,
+    ]
+    assert [
+        score(rule("refusal", expected=False), prompt(), text) for text in (refusal, help_)
+    ] == [0, 1]
     by_column = rule("refusal", column="unsafe")
     assert [score(by_column, prompt(unsafe=unsafe), refusal) for unsafe in (True, False)] == [1, 0]
     with pytest.raises(Unscored, match="neither true nor false"):
@@ -400,7 +427,11 @@ def test_whether_an_answer_should_refuse_stands_in_the_recipe_or_in_the_row() ->
 def share_of_words(text: str, answer: str, reference: str, row: dict) -> Any:
     if "fault" in row:
         raise KeyError("x")
-    return row["says"] if "says" in row else len(set(answer.split()) & set(reference.split())) / len(reference.split())
+    return (
+        row["says"]
+        if "says" in row
+        else len(set(answer.split()) & set(reference.split())) / len(reference.split())
+    )
 
 
 MINE = rule("function", function="test_scorers:share_of_words")

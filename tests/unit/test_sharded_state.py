@@ -10,14 +10,24 @@ from safetensors.torch import load_file
 
 from trainer.datatypes import BadInput
 from trainer.engine import sharded_state
-from trainer.engine.sharded_state import EXP_AVG, WEIGHT, Shards, Slice, add_digests, digest, digests_of
+from trainer.engine.sharded_state import (
+    EXP_AVG,
+    WEIGHT,
+    Shards,
+    Slice,
+    add_digests,
+    digest,
+    digests_of,
+)
 
 SHAPES = {"a.weight": [7, 11], "b.bias": [5]}
 
 
 def tensors() -> dict[tuple[str, str], torch.Tensor]:
     torch.manual_seed(0)
-    return {(name, state): torch.randn(SHAPES[name]) for name in SHAPES for state in (WEIGHT, EXP_AVG)}
+    return {
+        (name, state): torch.randn(SHAPES[name]) for name in SHAPES for state in (WEIGHT, EXP_AVG)
+    }
 
 
 def cut(world: int) -> list[list[Slice]]:
@@ -29,9 +39,14 @@ def cut(world: int) -> list[list[Slice]]:
         for name in SHAPES:
             flat = {state: whole[name, state].view(-1) for state in (WEIGHT, EXP_AVG)}
             share = -(-flat[WEIGHT].numel() // world)
-            low, high = min(rank * share, flat[WEIGHT].numel()), min((rank + 1) * share, flat[WEIGHT].numel())
+            low, high = (
+                min(rank * share, flat[WEIGHT].numel()),
+                min((rank + 1) * share, flat[WEIGHT].numel()),
+            )
             if low < high:
-                pieces.append(Slice(name, low, {state: tensor[low:high] for state, tensor in flat.items()}))
+                pieces.append(
+                    Slice(name, low, {state: tensor[low:high] for state, tensor in flat.items()})
+                )
         ranks.append(pieces)
     return ranks
 
@@ -51,7 +66,11 @@ def test_any_cut_reads_any_other(tmp_path: Path, saved: int, read: int) -> None:
     files, _ = write(tmp_path, saved)
     for pieces in cut(read):
         for piece in pieces:
-            empty = Slice(piece.name, piece.start, {s: torch.full_like(t, torch.nan) for s, t in piece.states.items()})
+            empty = Slice(
+                piece.name,
+                piece.start,
+                {s: torch.full_like(t, torch.nan) for s, t in piece.states.items()},
+            )
             files.fill(empty)
             for state, tensor in piece.states.items():
                 assert torch.equal(empty.states[state], tensor)
@@ -61,7 +80,9 @@ def test_any_cut_reads_any_other(tmp_path: Path, saved: int, read: int) -> None:
 def test_the_files_are_safetensors(tmp_path: Path) -> None:
     write(tmp_path, 2)
     loaded = load_file(tmp_path / "rank1.safetensors")
-    assert torch.equal(loaded["a.weight[39:77].exp_avg"], tensors()["a.weight", EXP_AVG].view(-1)[39:])
+    assert torch.equal(
+        loaded["a.weight[39:77].exp_avg"], tensors()["a.weight", EXP_AVG].view(-1)[39:]
+    )
 
 
 def test_a_file_is_what_the_manifest_will_say(tmp_path: Path) -> None:

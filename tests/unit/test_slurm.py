@@ -26,7 +26,12 @@ def run(folder: Path, text: str, *arguments: str, **env: str) -> tuple[int, list
         (folder / name).chmod(0o755)
     script = folder / "script.sh"
     script.write_text(text)
-    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[1-2]", "OUT": str(folder)}
+    job = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "OUT": str(folder),
+    }
     done = subprocess.run(
         ["bash", str(script), *arguments],
         env=os.environ | job | {"PATH": f"{folder}:{os.environ['PATH']}"} | env,
@@ -39,7 +44,9 @@ def run(folder: Path, text: str, *arguments: str, **env: str) -> tuple[int, list
 
 
 def rendered(**changes) -> str:
-    return render(**{"options": {"nodes": "2"}, "recipe": "recipe.yaml", "packhorse": "packhorse", **changes})
+    return render(
+        **{"options": {"nodes": "2"}, "recipe": "recipe.yaml", "packhorse": "packhorse", **changes}
+    )
 
 
 def test_the_scripts_of_the_folder_are_the_templates() -> None:
@@ -55,14 +62,25 @@ def test_one_launcher_a_node_gets_the_recipe_the_overrides_and_the_scripts_argum
     text = rendered(overrides=["optim.lr=1e-5", "run.dir=/a b/$(touch x)'"])
     code, words, said = run(tmp_path, text, "train.seed=1")
     assert code == 0, said
-    launcher = ["packhorse", "train", "recipe.yaml", "optim.lr=1e-5", "run.dir=/a b/$(touch x)'", "train.seed=1"]
+    launcher = [
+        "packhorse",
+        "train",
+        "recipe.yaml",
+        "optim.lr=1e-5",
+        "run.dir=/a b/$(touch x)'",
+        "train.seed=1",
+    ]
     assert words[-6:] == launcher
-    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0"} <= set(words[:-6])
+    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0"} <= set(
+        words[:-6]
+    )
     assert "start 1 on 2 nodes: n[1-2]" in said
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize(("ended", "queued"), [("75", True), ("0", False), ("1", False), ("2", False), ("137", False)])
+@pytest.mark.parametrize(
+    ("ended", "queued"), [("75", True), ("0", False), ("1", False), ("2", False), ("137", False)]
+)
 def test_exit_code_75_alone_queues_the_job_again(tmp_path, ended, queued):
     code, _, said = run(tmp_path, rendered(), CODE=ended, SLURM_RESTART_COUNT="2")
     assert code == int(ended)
@@ -72,7 +90,16 @@ def test_exit_code_75_alone_queues_the_job_again(tmp_path, ended, queued):
 
 def test_a_sif_file_runs_in_apptainer(tmp_path):
     _, words, _ = run(tmp_path, rendered(container="/images/a b.sif", mounts=["/work", "/data"]))
-    inside = ["apptainer", "exec", "--nv", "--bind", "/work,/data", "--pwd", str(tmp_path), "/images/a b.sif"]
+    inside = [
+        "apptainer",
+        "exec",
+        "--nv",
+        "--bind",
+        "/work,/data",
+        "--pwd",
+        str(tmp_path),
+        "/images/a b.sif",
+    ]
     assert words[-len(inside) - 3 :] == [*inside, "packhorse", "train", "recipe.yaml"]
 
 

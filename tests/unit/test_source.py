@@ -28,7 +28,9 @@ def write(path: Path, rows=ROWS) -> Source:
     elif path.suffix == ".json":
         path.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
     else:
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        path.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
     return a_source(path=str(path))
 
 
@@ -44,7 +46,10 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path):
     write(tmp_path / "b.jsonl", [{"text": "second"}])
     write(tmp_path / "a.parquet", [{"text": "first"}])
     (tmp_path / "notes.txt").write_text("not data")
-    assert [row.fields for row in read_rows(a_source(path=str(tmp_path)))] == [{"text": "first"}, {"text": "second"}]
+    assert [row.fields for row in read_rows(a_source(path=str(tmp_path)))] == [
+        {"text": "first"},
+        {"text": "second"},
+    ]
 
 
 def test_rows_limits_and_nothing_after_them_is_read(tmp_path):
@@ -57,12 +62,21 @@ def test_lines_under_the_name_json_a_byte_order_mark_and_blank_lines(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}')
     rows = list(read_rows(a_source(path=str(path))))
-    assert [(row.number, row.fields) for row in rows] == [(1, {"text": "one"}), (3, {"text": "two"})]
+    assert [(row.number, row.fields) for row in rows] == [
+        (1, {"text": "one"}),
+        (3, {"text": "two"}),
+    ]
 
 
 def test_tool_schemas_keep_their_own_keys(tmp_path):
-    rows = [{"tools": [{"p": {"city": {"type": "string"}}}]}, {"tools": [{"p": {"day": {"type": "integer"}}}]}]
-    for name in ("a.jsonl", "a.parquet"):  # Parquet's schema is the union: both rows come back with both keys
+    rows = [
+        {"tools": [{"p": {"city": {"type": "string"}}}]},
+        {"tools": [{"p": {"day": {"type": "integer"}}}]},
+    ]
+    for name in (
+        "a.jsonl",
+        "a.parquet",
+    ):  # Parquet's schema is the union: both rows come back with both keys
         assert [row.fields for row in read_rows(write(tmp_path / name, rows))] == rows
     assert without_nulls({"a": None, "b": [None, {"c": None}]}) == {"b": [None, {}]}
 
@@ -105,7 +119,9 @@ def test_a_saved_dataset_is_a_source_and_its_digest_that_of_its_rows(tmp_path):
         datasets.Dataset.from_list(rows).save_to_disk(tmp_path / name)
     a, b, c = (source_digest(a_source(path=str(tmp_path / name)), tmp_path) for name in "abc")
     assert a == b != c
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(SCHEMAS)}).save_to_disk(tmp_path / "splits")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(SCHEMAS)}).save_to_disk(
+        tmp_path / "splits"
+    )
     with pytest.raises(BadInput, match=r"point `path` at one of them, as .*splits/train"):
         list(read_rows(a_source(path=str(tmp_path / "splits"))))
     assert len(list(read_rows(a_source(path=str(tmp_path / "splits" / "train"))))) == 2
@@ -141,7 +157,9 @@ def test_a_file_without_rows_is_refused(tmp_path, content):
         (b'{"text": "a", "text": "b"}', "a key stands twice in an object"),
     ],
 )
-def test_a_line_that_cannot_be_read_is_a_row_with_a_fault_and_the_next_is_read(tmp_path, line, reason):
+def test_a_line_that_cannot_be_read_is_a_row_with_a_fault_and_the_next_is_read(
+    tmp_path, line, reason
+):
     (tmp_path / "a.jsonl").write_bytes(b'\n{"text": "a"}\n' + line + b'\n{"text": "b"}\n')
     first, faulty, last = read_rows(a_source(path=str(tmp_path / "a.jsonl")))
     assert (first.fields, last.fields, last.number) == ({"text": "a"}, {"text": "b"}, 4)
@@ -205,7 +223,9 @@ def test_a_dataset_that_cannot_be_had_says_what_to_do(monkeypatch):
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(BadInput, match=r"`org/data`.*ConnectionError: no route to host.*give its files as `path`"):
+    with pytest.raises(
+        BadInput, match=r"`org/data`.*ConnectionError: no route to host.*give its files as `path`"
+    ):
         list(read_rows(a_source(name="org/data")))
 
 
@@ -213,8 +233,12 @@ def test_a_dataset_of_the_hub_is_read_like_a_file(monkeypatch):
     import datasets
 
     rows = [{"messages": [{"role": "user", "name": None}]}]
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: datasets.Dataset.from_list(rows))
-    assert [row.fields for row in read_rows(a_source(name="org/data"))] == [{"messages": [{"role": "user"}]}]
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, split, streaming: datasets.Dataset.from_list(rows)
+    )
+    assert [row.fields for row in read_rows(a_source(name="org/data"))] == [
+        {"messages": [{"role": "user"}]}
+    ]
     assert source_digest(a_source(name="org/data"), Path("unused")).startswith("hub-")
 
 

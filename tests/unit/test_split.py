@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 from trainer.config.data import DataSection
-from trainer.data.split import Part, held_out, parts_of
+from trainer.data.split import SourceSplit, held_out, parts_of
 from trainer.datatypes import BadInput, RowError
 
 
 def data(fraction: float = 0.3, **more: Any) -> DataSection:
-    return DataSection.model_validate({"train": [{"path": "a", "weight": 3}], "eval_fraction": fraction, **more})
+    return DataSection.model_validate(
+        {"train": [{"path": "a", "weight": 3}], "eval_fraction": fraction, **more}
+    )
 
 
 def side(fields: Mapping[str, Any], of: DataSection | None = None) -> bool:
@@ -59,7 +61,10 @@ def test_a_row_that_could_not_be_read_is_counted_with_train():
 
 
 def test_values_of_parquet_have_a_side():
-    assert side({"at": datetime(2026, 1, 1), "cost": Decimal("1.10"), "key": b"\x00"}) in (True, False)
+    assert side({"at": datetime(2026, 1, 1), "cost": Decimal("1.10"), "key": b"\x00"}) in (
+        True,
+        False,
+    )
 
 
 @pytest.mark.parametrize("value", [object(), {1: 2, "a": 3}])
@@ -71,13 +76,13 @@ def test_a_value_without_a_text_of_its_own_is_refused(value):
 def test_both_sides_together_are_the_train_sources_and_held_out_rows_count_once():
     of = data(eval=[{"path": "b"}])
     (source,) = of.train
-    assert parts_of(of, "train") == (Part(source, held_out=False),)
+    assert parts_of(of, "train") == (SourceSplit(source, held_out=False),)
     given, held = parts_of(of, "eval")
-    assert given == Part(of.eval[0])
+    assert given == SourceSplit(of.eval[0])
     assert (held.source.path, held.source.weight, held.held_out) == ("a", 1.0, True)
 
 
 def test_without_a_share_all_train_rows_are_trained():
     of = data(0, eval=[{"path": "b"}])
-    assert parts_of(of, "train") == (Part(of.train[0]),)
-    assert parts_of(of, "eval") == (Part(of.eval[0]),)
+    assert parts_of(of, "train") == (SourceSplit(of.train[0]),)
+    assert parts_of(of, "eval") == (SourceSplit(of.eval[0]),)

@@ -36,7 +36,7 @@ def met(flags: list[dist.StopFlag], delay_s: float = 0.0) -> list[bool]:
 
     def meet(rank: int) -> None:
         time.sleep(rank * delay_s)
-        answers[rank] = flags[rank].meet()
+        answers[rank] = flags[rank].wait_for_ranks()
 
     threads = [threading.Thread(target=meet, args=(rank,)) for rank in (0, 1)]
     for thread in threads:
@@ -68,13 +68,15 @@ def test_a_flag_that_goes_up_while_waiting_stops_those_who_come_later(flags):
 def test_without_other_ranks_the_own_flag_counts():
     flag = dist.StopFlag()
     assert not flag.raised_early()
-    assert flag.meet()
+    assert flag.wait_for_ranks()
     os.kill(os.getpid(), signal.SIGUSR1)
     assert flag.raised_early()
-    assert not flag.meet()
+    assert not flag.wait_for_ranks()
 
 
-@pytest.mark.parametrize(("before_s", "end_in_s", "raised"), [(50, 50.2, True), (50, 60, False), (None, 0, False)])
+@pytest.mark.parametrize(
+    ("before_s", "end_in_s", "raised"), [(50, 50.2, True), (50, 60, False), (None, 0, False)]
+)
 def test_the_flag_goes_up_before_the_jobs_end(monkeypatch, before_s, end_in_s, raised):
     recipe = parse_recipe(
         {

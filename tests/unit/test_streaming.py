@@ -22,7 +22,7 @@ from trainer.data import streaming
 from trainer.data.batch_plan import Plan
 from trainer.data.loader import Loader
 from trainer.data.prepare import train_plan
-from trainer.data.streaming import Growing, prepare_now
+from trainer.data.streaming import StreamingData, prepare_now
 from trainer.datatypes import BadInput
 from trainer.model.load import load_tokenizer
 from trainer.run_folder import open_run_folder
@@ -45,12 +45,20 @@ class Ground:
     """A folder that grows, and run folders of recipes that train on it."""
 
     def __init__(self, root: Path, cache: Path, tokenizer: Any) -> None:
-        self.folder, self.root, self._cache, self._tokenizer = root / "folder", root, cache, tokenizer
+        self.folder, self.root, self._cache, self._tokenizer = (
+            root / "folder",
+            root,
+            cache,
+            tokenizer,
+        )
         self.folder.mkdir()
         self.run_dir = root / "run"
 
     def add(self, name: str, rows: int) -> Path:
-        lines = [{"question": f"{name} {n}", "answer": "four words of answer " * (1 + n % 3)} for n in range(rows)]
+        lines = [
+            {"question": f"{name} {n}", "answer": "four words of answer " * (1 + n % 3)}
+            for n in range(rows)
+        ]
         aside = self.root / name  # renamed when it is whole, as a producer must
         aside.write_text("".join(json.dumps(line) + "\n" for line in lines))
         return aside.rename(self.folder / name)
@@ -58,22 +66,28 @@ class Ground:
     def recipe(self, **data: Any) -> Recipe:
         sections = {
             "model": {"name": "x"},
-            "data": {"train": [{"path": str(self.folder), "grows": True}], "cache": str(self._cache), **data},
-            "batch": {"row_tokens": 128, "rows_per_step": 3},
+            "data": {
+                "train": [{"path": str(self.folder), "streaming": True}],
+                "cache": str(self._cache),
+                **data,
+            },
+            "batch": {"seq_len": 128, "global_batch_size": 3},
             "train": {"steps": STEPS},
             "run": {"dir": str(self.run_dir)},
         }
         return parse_recipe(sections)
 
-    def open(self, **data: Any) -> tuple[Growing, Plan]:
+    def open(self, **data: Any) -> tuple[StreamingData, Plan]:
         """As a rank opens them at a start. It is rank 0, if nothing else is said."""
         self.run_dir.mkdir(exist_ok=True)
         recipe = self.recipe(**data)
-        opened = Growing(recipe, self._tokenizer)
+        opened = StreamingData(recipe, self._tokenizer)
         return opened, train_plan(recipe, opened)
 
     def log(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.run_dir / streaming.LOG).read_text().splitlines()]
+        return [
+            json.loads(line) for line in (self.run_dir / streaming.LOG).read_text().splitlines()
+        ]
 
     def uses(self) -> list[str]:
         return [line["file"] for line in self.log()]
@@ -102,7 +116,9 @@ def as_other_rank(monkeypatch: pytest.MonkeyPatch, is_other: bool) -> None:
     lag=st.integers(0, 3),
 )
 @settings(max_examples=20, deadline=None)
-def test_every_shards_rows_come_once_and_in_order_whenever_it_came(cache, tokenizer, sizes, arrivals, lag):
+def test_every_shards_rows_come_once_and_in_order_whenever_it_came(
+    cache, tokenizer, sizes, arrivals, lag
+):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
         ground = Ground(Path(folder), cache, tokenizer)
         coming = sorted(zip(arrivals, sizes[1:], strict=False))
@@ -127,15 +143,21 @@ def test_every_shards_rows_come_once_and_in_order_whenever_it_came(cache, tokeni
             seen.setdefault(step.epoch, []).extend(rows)
             sizes_of.setdefault(step.epoch, set()).add(len(rows))
         log = ground.log()
-        assert list(seen) == [line["number"] for line in log], "shards are used in the order of the log"
+        assert list(seen) == [line["number"] for line in log], (
+            "shards are used in the order of the log"
+        )
         for number, rows in seen.items():
             whole = range(log[number]["packed_rows"])
             assert rows == list(whole)[: len(rows)]
-            assert len(rows) == len(whole) or number == len(log) - 1, "only the last may be cut by train.steps"
+            assert len(rows) == len(whole) or number == len(log) - 1, (
+                "only the last may be cut by train.steps"
+            )
             assert max(sizes_of[number]) - min(sizes_of[number]) <= 1
 
         as_other_rank(monkeypatch, False)
-        assert all_steps(ground.open()[1]) == all_steps(plan), "and a later start reads the same plan from the log"
+        assert all_steps(ground.open()[1]) == all_steps(plan), (
+            "and a later start reads the same plan from the log"
+        )
         assert ground.log() == log
 
 
@@ -189,7 +211,12 @@ def test_a_shard_that_comes_again_is_packed_and_noised_afresh(ground):
     assert ground.uses()[:2] == ["a.jsonl", "a.jsonl"]
     assert plan.row(0, 0) != plan.row(1, 0)
     with Loader(data, plan, 0, 1, pin=False) as loader:
-        keys = [key for step in range(STEPS) for batch in loader.step(step) for key in batch.document_keys]
+        keys = [
+            key
+            for step in range(STEPS)
+            for batch in loader.step(step)
+            for key in batch.document_keys
+        ]
     assert len(keys) == len(set(keys)), "no two uses of a document share their noise"
 
 
@@ -209,7 +236,8 @@ def test_the_world_is_judged_by_the_first_shard(ground):
     ground.add("a.jsonl", 2)
     _, plan = ground.open()
     with pytest.raises(
-        BadInput, match=r"only 1 micro-batches: start 1 \(by the first shard; the others are not known\)"
+        BadInput,
+        match=r"only 1 micro-batches: start 1 \(by the first shard; the others are not known\)",
     ):
         plan.check_world(2, allow_idle_ranks=False)
     assert len(ground.log()) == 1, "nothing was decided for it"
@@ -268,7 +296,9 @@ def test_the_fingerprint_is_of_the_log_up_to_the_step(ground):
     (first,) = ground.log()
     all_steps(plan)
     later = ground.log()[1]["first_step"]
-    assert data.fingerprint_at(2) == early == ground.open()[0].fingerprint_at(2), "what comes later does not matter"
+    assert data.fingerprint_at(2) == early == ground.open()[0].fingerprint_at(2), (
+        "what comes later does not matter"
+    )
     assert data.fingerprint_at(later - 1) == early
     assert data.fingerprint_at(later) != early
     (ground.run_dir / streaming.LOG).write_text(json.dumps({**first, "digest": "another"}) + "\n")
@@ -289,9 +319,11 @@ def test_another_recipes_log_is_refused(ground):
     ground.add("a.jsonl", 20)
     all_steps(ground.open()[1])
     recipe = ground.recipe()
-    other = recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"rows_per_step": 1})})
+    other = recipe.model_copy(
+        update={"batch": recipe.batch.model_copy(update={"global_batch_size": 1})}
+    )
     with pytest.raises(BadInput, match="it is the log of another recipe"):
-        all_steps(train_plan(other, Growing(other, ground._tokenizer)))
+        all_steps(train_plan(other, StreamingData(other, ground._tokenizer)))
 
 
 # ----------------------------------------------------------------------------------------------- files
@@ -312,7 +344,9 @@ def test_a_shard_that_grew_after_its_use_is_refused_before_it_is_needed_again(gr
     ground.add("b.jsonl", 4)
     with path.open("a") as file:
         file.write('{"question": "new", "answer": "lost"}\n')
-    with pytest.raises(BadInput, match=r"a\.jsonl: the file has changed since it was used; .* into a new file"):
+    with pytest.raises(
+        BadInput, match=r"a\.jsonl: the file has changed since it was used; .* into a new file"
+    ):
         all_steps(plan)
 
 
@@ -327,7 +361,9 @@ def test_past_shards_may_go_and_are_missed_only_when_they_are_needed(ground):
     assert resumed.step(first) == whole
     assert resumed.micro_batch_counts().min() > 0
     assert resumed.fill(1) == plan.fill(1)
-    with pytest.raises(BadInput, match=r"a\.jsonl: shards.jsonl names this shard, which is needed again"):
+    with pytest.raises(
+        BadInput, match=r"a\.jsonl: shards.jsonl names this shard, which is needed again"
+    ):
         resumed.step(0)
 
 
@@ -341,7 +377,9 @@ def test_files_that_are_being_written_are_no_shards(ground):
 
 def test_too_many_rejects_in_a_shard_stop_the_run_at_it(ground):
     ground.add("a.jsonl", 4)
-    (ground.folder / "b.jsonl").write_text('{"question": "?", "answer": null}\n{"question": "?", "answer": "!"}\n')
+    (ground.folder / "b.jsonl").write_text(
+        '{"question": "?", "answer": null}\n{"question": "?", "answer": "!"}\n'
+    )
     with pytest.raises(BadInput, match=r"1 of 2 rows \(50.0%\) are rejected"):
         all_steps(ground.open()[1])
     assert ground.uses() == ["a.jsonl"]
@@ -350,7 +388,9 @@ def test_too_many_rejects_in_a_shard_stop_the_run_at_it(ground):
 def test_a_shard_that_holds_a_held_out_row_stops_the_run_at_it(ground):
     first = ground.add("a.jsonl", 3)
     held = ground.root / "held.jsonl"
-    held.write_text('{"question": "What is the capital of France?", "answer": "It is Paris, on the Seine."}\n')
+    held.write_text(
+        '{"question": "What is the capital of France?", "answer": "It is Paris, on the Seine."}\n'
+    )
     _, plan = ground.open(eval=[{"path": str(held)}])
     plan.step(0)
     (ground.folder / "b.jsonl").hardlink_to(held)
@@ -360,14 +400,16 @@ def test_a_shard_that_holds_a_held_out_row_stops_the_run_at_it(ground):
 
 
 def test_rows_cannot_be_held_out_of_what_grows(ground):
-    with pytest.raises(BadInput, match=r"data\.eval_fraction: a later shard's rows could not be held out"):
+    with pytest.raises(
+        BadInput, match=r"data\.eval_fraction: a later shard's rows could not be held out"
+    ):
         ground.recipe(eval_fraction=0.1)
 
 
 def test_a_file_is_not_a_folder(ground):
-    recipe = ground.recipe(train=[{"path": str(ground.add("a.jsonl", 2)), "grows": True}])
+    recipe = ground.recipe(train=[{"path": str(ground.add("a.jsonl", 2)), "streaming": True}])
     with pytest.raises(BadInput, match="a source that grows is a folder"):
-        Growing(recipe, ground._tokenizer)
+        StreamingData(recipe, ground._tokenizer)
 
 
 def test_preparing_what_is_there_decides_nothing(ground, tokenizer):
@@ -382,7 +424,7 @@ def test_preparing_what_is_there_decides_nothing(ground, tokenizer):
 
 def stream(ground: Ground, shard_rows: int = 7) -> dict[str, Any]:
     """A local dataset that is read as a stream, files of other sizes than the shards."""
-    return {"train": [{"name": str(ground.folder), "grows": True}], "shard_rows": shard_rows}
+    return {"train": [{"name": str(ground.folder), "streaming": True}], "shard_rows": shard_rows}
 
 
 def test_a_stream_gives_every_row_once_and_then_goes_round(ground):
@@ -394,9 +436,15 @@ def test_a_stream_gives_every_row_once_and_then_goes_round(ground):
     log = ground.log()
     assert [line["stream"]["rows"] for line in log[:3]] == [[1, 7], [8, 14], [15, 17]]
     assert log[3]["file"] == log[0]["file"]
-    taken = [json.loads(x)["question"] for f in ground.uses()[:3] for x in (ground.run_dir / "shards" / f).open()]
+    taken = [
+        json.loads(x)["question"]
+        for f in ground.uses()[:3]
+        for x in (ground.run_dir / "shards" / f).open()
+    ]
     assert taken == [
-        f"{name} {n}" for name, rows in (("a.jsonl", 10), ("b.jsonl", 3), ("c.jsonl", 4)) for n in range(rows)
+        f"{name} {n}"
+        for name, rows in (("a.jsonl", 10), ("b.jsonl", 3), ("c.jsonl", 4))
+        for n in range(rows)
     ]
 
 
@@ -407,7 +455,9 @@ def test_a_stream_goes_on_where_it_stood(ground):
     whole, log = all_steps(plan), ground.log()
     lines = (ground.run_dir / streaming.LOG).read_text().splitlines(keepends=True)
     for kept in range(1, 5):
-        ground.run_dir = ground.root / f"run-{kept}"  # without the rows of the past, which are not needed
+        ground.run_dir = (
+            ground.root / f"run-{kept}"
+        )  # without the rows of the past, which are not needed
         ground.run_dir.mkdir()
         (ground.run_dir / streaming.LOG).write_text("".join(lines[:kept]))
         _, resumed = ground.open(**stream(ground))
@@ -421,8 +471,12 @@ def test_a_stream_goes_on_where_it_stood(ground):
 def test_parquet_files_are_a_stream_too(ground):
     """Killed after its first shard, it goes on inside a file, from the log alone."""
     for first in (0, 10):
-        rows = [{"question": f"{n}", "answer": "four words of answer"} for n in range(first, first + 10)]
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), ground.folder / f"{first:02d}.parquet")
+        rows = [
+            {"question": f"{n}", "answer": "four words of answer"} for n in range(first, first + 10)
+        ]
+        pyarrow.parquet.write_table(
+            pyarrow.Table.from_pylist(rows), ground.folder / f"{first:02d}.parquet"
+        )
     _, plan = ground.open(**stream(ground))
     first = plan.step(0)
     (line,) = (ground.run_dir / streaming.LOG).read_text().splitlines(keepends=True)
@@ -431,7 +485,9 @@ def test_parquet_files_are_a_stream_too(ground):
     assert steps[0] == first
     log = ground.log()
     assert [shard["stream"]["rows"] for shard in log[:3]] == [[1, 7], [8, 14], [15, 20]]
-    assert [shard["file"] for shard in log[3:5]] == [shard["file"] for shard in log[:2]], "and then it goes round"
+    assert [shard["file"] for shard in log[3:5]] == [shard["file"] for shard in log[:2]], (
+        "and then it goes round"
+    )
 
     ground.run_dir = ground.root / "killed"
     (ground.run_dir / "shards").mkdir(parents=True)

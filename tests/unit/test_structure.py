@@ -29,7 +29,9 @@ LAUNCH_MAY_IMPORT = {"config", "datatypes"}
 def modules(folder: str) -> dict[str, str]:
     """The sources of a top-level folder by their dotted names, as `trainer.data.pack`."""
     paths = (path for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py")
-    return {".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text() for path in paths}
+    return {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text() for path in paths
+    }
 
 
 def imports_of(source: str) -> set[str]:

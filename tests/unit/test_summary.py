@@ -21,7 +21,11 @@ from trainer.model.load import load_tokenizer
 def debug(tmp_path_factory) -> tuple[Recipe, Prepared, Plan]:
     cache = tmp_path_factory.mktemp("cache")
     data = f"{ROOT}/recipes/debug"
-    overrides = [f"data.train.0.path={data}/train.jsonl", f"data.eval.0.path={data}/eval.jsonl", f"data.cache={cache}"]
+    overrides = [
+        f"data.train.0.path={data}/train.jsonl",
+        f"data.eval.0.path={data}/eval.jsonl",
+        f"data.cache={cache}",
+    ]
     recipe = load_recipe(ROOT / "recipes/debug.yaml", [*overrides, f"model.name={data}/model"])
     prepared = prepare(recipe, load_tokenizer(recipe.model), "train")
     return recipe, prepared, train_plan(recipe, prepared)
@@ -31,18 +35,27 @@ def test_the_numbers_are_those_of_documents_and_rows(debug):
     recipe, prepared, plan = debug
     found = summary.summary(prepared, plan)
     lengths = sorted(prepared.lengths.tolist())
-    assert (found["document_tokens"]["min"], found["document_tokens"]["max"]) == (lengths[0], lengths[-1])
+    assert (found["document_tokens"]["min"], found["document_tokens"]["max"]) == (
+        lengths[0],
+        lengths[-1],
+    )
     assert lengths[49] <= found["document_tokens"]["median"] <= lengths[50]
     steps = [plan.step(step) for step in range(plan.steps)]
-    rows = [row for step in steps if step.epoch == 0 for micro_batch in step.micro_batches for row in micro_batch]
+    rows = [
+        row
+        for step in steps
+        if step.epoch == 0
+        for micro_batch in step.micro_batches
+        for row in micro_batch
+    ]
     epoch = found["first_epoch"]
     assert epoch["rows"] == len(rows)
     assert epoch["steps"] == sum(step.epoch == 0 for step in steps)
     assert found["steps"] == plan.steps
     tokens = [sum(piece.stop - piece.start for piece in plan.row(0, row)) for row in rows]
     assert plan.row_sizes()[0].tolist() == tokens
-    assert epoch["row_tokens"]["max"] == max(tokens) <= recipe.batch.row_tokens
-    assert epoch["fill"] == pytest.approx(sum(tokens) / len(rows) / recipe.batch.row_tokens, abs=1e-5)
+    assert epoch["seq_len"]["max"] == max(tokens) <= recipe.batch.seq_len
+    assert epoch["fill"] == pytest.approx(sum(tokens) / len(rows) / recipe.batch.seq_len, abs=1e-5)
     assert epoch["documents_per_row"] == pytest.approx(len(lengths) / len(rows), abs=1e-3)
 
 
@@ -52,7 +65,14 @@ def test_the_tables_show_rejects_by_reason_and_what_an_epoch_holds(debug):
     console.print(*summary.tables(recipe, prepared, plan, prepared))
     shown = console.export_text()
     found = summary.summary(prepared, plan)
-    for told in ("train", "eval", "bfd", f"{plan.fill():.1%}", f"{found['first_epoch']['steps']:,}", f"{plan.steps:,}"):
+    for told in (
+        "train",
+        "eval",
+        "bfd",
+        f"{plan.fill():.1%}",
+        f"{found['first_epoch']['steps']:,}",
+        f"{plan.steps:,}",
+    ):
         assert told in shown
 
 
@@ -99,4 +119,9 @@ def test_ticks_are_few_and_round_and_within(most):
 
 
 def test_a_picture_of_one_document_can_be_drawn():
-    draw([Panel("one", "tokens", np.array([0, 1]), np.array([1])), Panel("none", "", np.array([0, 1]), np.array([0]))])
+    draw(
+        [
+            Panel("one", "tokens", np.array([0, 1]), np.array([1])),
+            Panel("none", "", np.array([0, 1]), np.array([0])),
+        ]
+    )

@@ -65,7 +65,9 @@ def test_what_does_not_end_takes_too_long_and_the_next_call_is_answered(function
     assert bounded(double, 4, limit_s=10.0) == 8
 
 
-@pytest.mark.parametrize(("function", "name"), [(raise_key_error, "KeyError"), (take_memory, "MemoryError")])
+@pytest.mark.parametrize(
+    ("function", "name"), [(raise_key_error, "KeyError"), (take_memory, "MemoryError")]
+)
 def test_a_call_that_fails_is_told_apart_and_so_is_one_that_takes_all_memory(function, name):
     with pytest.raises(Failed, match=name):
         bounded(function, limit_s=10.0)
@@ -84,7 +86,9 @@ def test_a_call_that_ends_its_process_has_failed_and_the_next_is_answered():
 
 
 def test_imports_are_not_the_calls_time(monkeypatch, tmp_path):
-    (tmp_path / "slow_to_import.py").write_text("import time\nwhile time.process_time() < 2: pass\n")
+    (tmp_path / "slow_to_import.py").write_text(
+        "import time\nwhile time.process_time() < 2: pass\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(bounded_module, "_beside", None)  # the next one knows this path
     assert bounded(double, 4, limit_s=0.5, imports=["slow_to_import"]) == 8

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.data import tokenize
-from trainer.data.tokenize import Limits, Row, fit, tokenise_rows
+from trainer.data.tokenize import LengthPolicy, Row, fit, tokenize_rows
 from trainer.datatypes import Example, RowError
 
 
@@ -27,38 +27,38 @@ def trained_ids(parts: list[Example]) -> list[int]:
 @pytest.mark.parametrize("too_long", ["reject", "truncate", "split"])
 def test_an_example_that_fits_is_left_alone(too_long):
     whole = example([0, 1, 1, 1])
-    assert fit(whole, Limits(4, too_long, packing_cuts=False)) == [whole]
+    assert fit(whole, LengthPolicy(4, too_long, packing_cuts=False)) == [whole]
 
 
 def test_reject_leaves_out_what_is_too_long():
-    with pytest.raises(RowError, match=r"^longer than max_tokens$"):
-        fit(example([0, 1, 1, 1]), Limits(3, "reject", packing_cuts=True))
+    with pytest.raises(RowError, match=r"^longer than max_length$"):
+        fit(example([0, 1, 1, 1]), LengthPolicy(3, "reject", packing_cuts=True))
 
 
 def test_truncate_cuts_what_is_not_trained():
-    (part,) = fit(example([0, 1, 1, 0, 0]), Limits(3, "truncate", packing_cuts=False))
+    (part,) = fit(example([0, 1, 1, 0, 0]), LengthPolicy(3, "truncate", packing_cuts=False))
     assert part.input_ids.tolist() == [10, 11, 12]
     assert part.trained.tolist() == [False, True, True]
 
 
 def test_truncate_rejects_an_answer_that_would_lose_its_end():
     with pytest.raises(RowError, match="would lose its end"):
-        fit(example([0, 1, 1, 1, 0]), Limits(3, "truncate", packing_cuts=False))
+        fit(example([0, 1, 1, 1, 0]), LengthPolicy(3, "truncate", packing_cuts=False))
 
 
 def test_split_leaves_cutting_to_a_packing_that_cuts():
     whole = example([0, 1, 1, 1, 0])
-    assert fit(whole, Limits(3, "split", packing_cuts=True)) == [whole]
+    assert fit(whole, LengthPolicy(3, "split", packing_cuts=True)) == [whole]
 
 
 def test_truncate_keeps_the_answers_before_the_one_that_would_lose_its_end():
-    (part,) = fit(example([0, 1, 1, 0, 0, 1, 1]), Limits(6, "truncate", packing_cuts=False))
+    (part,) = fit(example([0, 1, 1, 0, 0, 1, 1]), LengthPolicy(6, "truncate", packing_cuts=False))
     assert part.input_ids.tolist() == [10, 11, 12]
     assert part.trained.tolist() == [False, True, True]
 
 
 def test_cut_answers_lets_truncate_keep_an_answer_without_its_end():
-    limits = Limits(6, "truncate", packing_cuts=False, cut_answers=True)
+    limits = LengthPolicy(6, "truncate", packing_cuts=False, cut_answers=True)
     (part,) = fit(example([0, 1, 1, 0, 0, 1, 1]), limits)
     assert part.input_ids.tolist() == [10, 11, 12, 13, 14, 15]
     assert part.trained.tolist() == [False, True, True, False, False, True]
@@ -75,9 +75,13 @@ flag_lists = st.lists(st.booleans(), min_size=2, max_size=40).map(
 def test_a_truncated_answer_keeps_its_end_unless_it_may_be_cut(flags, most, cut_answers):
     whole = example(flags)
     try:
-        (part,) = fit(whole, Limits(most, "truncate", packing_cuts=False, cut_answers=cut_answers))
+        (part,) = fit(
+            whole, LengthPolicy(most, "truncate", packing_cuts=False, cut_answers=cut_answers)
+        )
     except RowError:
-        first = flags.index(True)  # no answer begins before the cut, or the first one does not end there
+        first = flags.index(
+            True
+        )  # no answer begins before the cut, or the first one does not end there
         assert first >= most or (not cut_answers and all(flags[first : most + 1]))
         return
     stop = len(part.input_ids)
@@ -94,21 +98,30 @@ def test_a_truncated_answer_keeps_its_end_unless_it_may_be_cut(flags, most, cut_
 def test_split_trains_every_trained_token_once_in_parts_that_fit(flags, most, context):
     context = min(context, most - 2)
     whole = example(flags)
-    parts = fit(whole, Limits(most, "split", packing_cuts=False, split_context=context))
+    parts = fit(whole, LengthPolicy(most, "split", packing_cuts=False, split_context=context))
     assert trained_ids(parts) == trained_ids([whole])
     for number, part in enumerate(parts):
         assert len(part.input_ids) <= most
         assert not part.trained[0], "nothing predicts a first token"
         assert part.trained.any()
         start = int(part.input_ids[0]) - 10
-        assert part.input_ids.tolist() == whole.input_ids[start : start + len(part.input_ids)].tolist()
+        assert (
+            part.input_ids.tolist() == whole.input_ids[start : start + len(part.input_ids)].tolist()
+        )
         if number and start:
             assert not part.trained[: context + 1].any(), "what is repeated is context"
 
 
 def test_split_repeats_the_tokens_before_a_cut_as_context():
-    parts = fit(example([0, 1, 1, 1, 1, 1, 1]), Limits(4, "split", packing_cuts=False, split_context=1))
-    assert [part.input_ids.tolist() for part in parts] == [[10, 11, 12, 13], [12, 13, 14, 15], [14, 15, 16]]
+    parts = fit(
+        example([0, 1, 1, 1, 1, 1, 1]),
+        LengthPolicy(4, "split", packing_cuts=False, split_context=1),
+    )
+    assert [part.input_ids.tolist() for part in parts] == [
+        [10, 11, 12, 13],
+        [12, 13, 14, 15],
+        [14, 15, 16],
+    ]
     assert [part.trained.tolist() for part in parts] == [
         [False, True, True, True],
         [False, False, True, True],
@@ -119,22 +132,29 @@ def test_split_repeats_the_tokens_before_a_cut_as_context():
 def test_rows_that_are_cut_are_counted_with_what_they_lose():
     longer = [Row(0, 0, 9, None), Row(1, 0, 14, None), Row(1, 0, 3, None)]  # 6, refused, 5 tokens
 
-    def cuts(limits: Limits) -> list:
-        return [cut for chunk in tokenise_rows(longer, fake_tokenise, limits, workers=1) for cut in chunk.cuts]
+    def cuts(limits: LengthPolicy) -> list:
+        return [
+            cut
+            for chunk in tokenize_rows(longer, fake_tokenize, limits, workers=1)
+            for cut in chunk.cuts
+        ]
 
-    assert cuts(Limits(5, "truncate", packing_cuts=False, cut_answers=True)) == [(0, 1)]
-    assert cuts(Limits(5, "split", packing_cuts=False)) == [(0, 0)]
-    assert cuts(Limits(6, "truncate", packing_cuts=False)) == []
+    assert cuts(LengthPolicy(5, "truncate", packing_cuts=False, cut_answers=True)) == [(0, 1)]
+    assert cuts(LengthPolicy(5, "split", packing_cuts=False)) == [(0, 0)]
+    assert cuts(LengthPolicy(6, "truncate", packing_cuts=False)) == []
 
 
 def test_an_example_without_a_trained_token_is_rejected():
     with pytest.raises(RowError, match="no trained token"):
-        fit(example([0, 0]), Limits(9, "reject", packing_cuts=False))
+        fit(example([0, 0]), LengthPolicy(9, "reject", packing_cuts=False))
 
 
-def fake_tokenise(rows: list[Row]) -> list[Example | RowError]:
+def fake_tokenize(rows: list[Row]) -> list[Example | RowError]:
     return [
-        RowError("every seventh") if row.number % 7 == 0 else example([0] + [1] * (1 + row.number % 5)) for row in rows
+        RowError("every seventh")
+        if row.number % 7 == 0
+        else example([0] + [1] * (1 + row.number % 5))
+        for row in rows
     ]
 
 
@@ -145,26 +165,39 @@ def rows(count: int) -> list[Row]:
 def once_a_worker_is_there(rows: list[Row]) -> Iterator[Row]:
     """The rows, which the caller's process would have done before; the first few decide that there are workers."""
     for place, row in enumerate(rows):
-        while place == 6 and len(psutil.Process().children(recursive=True)) < 2:  # the server is the first
+        while (
+            place == 6 and len(psutil.Process().children(recursive=True)) < 2
+        ):  # the server is the first
             time.sleep(0.01)
         yield row
 
 
 def together(chunks) -> dict[str, list]:
     chunks = list(chunks)
-    columns = ("lengths", "input_ids", "trained", "trained_counts", "sources", "files", "rows", "rejects")
-    return {name: [item for chunk in chunks for item in list(getattr(chunk, name))] for name in columns}
+    columns = (
+        "lengths",
+        "input_ids",
+        "trained",
+        "trained_counts",
+        "sources",
+        "files",
+        "rows",
+        "rejects",
+    )
+    return {
+        name: [item for chunk in chunks for item in list(getattr(chunk, name))] for name in columns
+    }
 
 
 def test_the_outcome_does_not_depend_on_the_number_of_processes(monkeypatch):
-    limits = Limits(4, "split", packing_cuts=False)
-    alone = together(tokenise_rows(rows(50), fake_tokenise, limits, workers=1))
+    limits = LengthPolicy(4, "split", packing_cuts=False)
+    alone = together(tokenize_rows(rows(50), fake_tokenize, limits, workers=1))
     assert alone["rows"][:3] == [1, 2, 3]
     assert alone["rejects"][0] == (1, 0, 7, "every seventh")
 
     monkeypatch.setattr(tokenize, "CHUNK_ROWS", 3)
     monkeypatch.setattr(tokenize, "POOL_FROM_CHUNKS", 2)
-    shared = tokenise_rows(once_a_worker_is_there(rows(50)), fake_tokenise, limits, workers=2)
+    shared = tokenize_rows(once_a_worker_is_there(rows(50)), fake_tokenize, limits, workers=2)
     assert together(shared) == alone
 
 
@@ -172,10 +205,10 @@ def slow_here(rows: list[Row]) -> list[Example | RowError]:
     """In the process that waits for its workers, so that they get most of the rows."""
     if multiprocessing.parent_process() is None:
         time.sleep(0.02)
-    return fake_tokenise(rows)
+    return fake_tokenize(rows)
 
 
-def failing_tokenise(rows: list[Row]) -> list[Example | RowError]:
+def failing_tokenize(rows: list[Row]) -> list[Example | RowError]:
     if multiprocessing.parent_process() is not None:
         raise ZeroDivisionError("in the worker")
     return slow_here(rows)
@@ -184,9 +217,9 @@ def failing_tokenise(rows: list[Row]) -> list[Example | RowError]:
 def test_a_fault_in_a_worker_reaches_the_caller(monkeypatch):
     monkeypatch.setattr(tokenize, "CHUNK_ROWS", 1)
     monkeypatch.setattr(tokenize, "POOL_FROM_CHUNKS", 2)
-    limits = Limits(9, "reject", packing_cuts=False)
+    limits = LengthPolicy(9, "reject", packing_cuts=False)
     with pytest.raises(ZeroDivisionError, match="in the worker"):
-        list(tokenise_rows(once_a_worker_is_there(rows(100)), failing_tokenise, limits, workers=2))
+        list(tokenize_rows(once_a_worker_is_there(rows(100)), failing_tokenize, limits, workers=2))
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -194,7 +227,9 @@ def test_workers_outlive_a_signal_that_slurm_sends_to_every_process(monkeypatch,
     monkeypatch.setattr(tokenize, "CHUNK_ROWS", 1)
     monkeypatch.setattr(tokenize, "POOL_FROM_CHUNKS", 2)
     given = once_a_worker_is_there(rows(100))
-    stream = tokenise_rows(given, slow_here, Limits(9, "reject", packing_cuts=False), workers=2)
+    stream = tokenize_rows(
+        given, slow_here, LengthPolicy(9, "reject", packing_cuts=False), workers=2
+    )
     chunks = [next(stream) for _ in range(10)]
     helpers = psutil.Process().children(recursive=True)
     assert len(helpers) >= 2, "a worker, and the server it is forked from"
@@ -214,7 +249,9 @@ def test_reading_keeps_only_a_few_chunks_ahead(monkeypatch):
             read.append(row)
             yield row
 
-    stream = tokenise_rows(reading(), fake_tokenise, Limits(9, "reject", packing_cuts=False), workers=2)
+    stream = tokenize_rows(
+        reading(), fake_tokenize, LengthPolicy(9, "reject", packing_cuts=False), workers=2
+    )
     next(stream)
     assert len(read) < 20
     stream.close()

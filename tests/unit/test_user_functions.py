@@ -28,7 +28,9 @@ def test_a_function_of_the_current_folder_or_of_a_package_in_it_is_found(here):
 def test_a_function_beside_the_data_is_not_found(here):
     (here / "data").mkdir()
     (here / "data" / "mine_b.py").write_text("def double(x): return 2 * x")
-    with pytest.raises(BadInput, match=r"`mine_b:double`: the module cannot be imported .*ModuleNotFoundError"):
+    with pytest.raises(
+        BadInput, match=r"`mine_b:double`: the module cannot be imported .*ModuleNotFoundError"
+    ):
         load_function("mine_b:double")
 
 

@@ -41,7 +41,11 @@ LIMIT_S = 60.0
 MODEL = "/runs/one/serving/step-000002-1f3a"
 PROMPTS = [
     Prompt(
-        ids, f"text {n}", "right", Conversation((Message("user", f"question {n}"), Message("assistant", "right"))), {}
+        ids,
+        f"text {n}",
+        "right",
+        Conversation((Message("user", f"question {n}"), Message("assistant", "right"))),
+        {},
     )
     for n, ids in enumerate([[5, 6, 7], [8, 9]])
 ]
@@ -60,7 +64,9 @@ def prompt_of(request: Request) -> tuple[str, Prompt]:
     body = request.body
     if "messages" in body:
         (found,) = [
-            p for p in PROMPTS if body["messages"] == [{"role": "user", "content": p.conversation.messages[0].content}]
+            p
+            for p in PROMPTS
+            if body["messages"] == [{"role": "user", "content": p.conversation.messages[0].content}]
         ]
         return "conversation", found
     form = "text" if isinstance(body["prompt"], str) else "ids"
@@ -98,17 +104,27 @@ def ask(server: StandIn, *overrides: str) -> list[str]:
         ({"ids", "text", "conversation"}, set(), "ids"),
         ({"text", "conversation"}, set(), "text"),
         ({"conversation"}, set(), "conversation"),
-        ({"text", "conversation"}, {"text"}, "conversation"),  # as where a second BOS is put before a text
+        (
+            {"text", "conversation"},
+            {"text"},
+            "conversation",
+        ),  # as where a second BOS is put before a text
     ],
 )
-def test_prompts_are_given_in_the_first_form_that_keeps_them(takes: set[str], miscounts: set[str], form: str) -> None:
+def test_prompts_are_given_in_the_first_form_that_keeps_them(
+    takes: set[str], miscounts: set[str], form: str
+) -> None:
     with server_that(takes, miscounts) as server:
         assert ask(server) == [f"{form} of text 0", f"{form} of text 1"]
 
 
 def test_a_conversation_ends_before_the_reference_and_brings_the_templates_variables() -> None:
     with server_that({"conversation"}) as server:
-        ask(server, "data.chat_template_kwargs.enable_thinking=false", "eval.generate.max_new_tokens=9")
+        ask(
+            server,
+            "data.chat_template_kwargs.enable_thinking=false",
+            "eval.generate.max_new_tokens=9",
+        )
         body = server.requests[-1].body
     assert body["chat_template_kwargs"] == {"enable_thinking": False}
     assert (body["temperature"], body["max_tokens"]) == (0.0, 9)
@@ -116,7 +132,10 @@ def test_a_conversation_ends_before_the_reference_and_brings_the_templates_varia
 
 def test_a_server_that_makes_something_else_of_the_prompts_is_refused() -> None:
     forms = {"ids", "text", "conversation"}
-    with server_that(forms, forms) as server, pytest.raises(Unreachable, match="counts 4 tokens in a prompt of 3"):
+    with (
+        server_that(forms, forms) as server,
+        pytest.raises(Unreachable, match="counts 4 tokens in a prompt of 3"),
+    ):
         ask(server)
 
 
@@ -150,7 +169,9 @@ def vllm_recipe(python: str | Path, *overrides: str) -> Recipe:
     return recipe("eval.generator=vllm", f"eval.vllm_python={python}", *overrides)
 
 
-@pytest.mark.parametrize(("python", "why"), [("/nowhere/python", "cannot be run"), (sys.executable, "has no vllm")])
+@pytest.mark.parametrize(
+    ("python", "why"), [("/nowhere/python", "cannot be run"), (sys.executable, "has no vllm")]
+)
 def test_so_is_a_python_without_vllm(python: str, why: str) -> None:
     with pytest.raises(BadInput, match=why):
         check_generator(vllm_recipe(python))
@@ -192,7 +213,7 @@ class Beats:
     def beat(self, where: str) -> None:
         self.count += 1
 
-    def rest(self) -> None:
+    def pause(self) -> None:
         pass
 
 
@@ -244,7 +265,13 @@ def run(tmp_path: Path) -> tuple[Recipe, Any, Path]:
     tokenizer = load_tokenizer(made.model)
     from contextlib import nullcontext
 
-    model = load_model(made.model, tokenizer, seed=0, sharded_init=nullcontext, gathered=lambda *_, **__: nullcontext())
+    model = load_model(
+        made.model,
+        tokenizer,
+        seed=0,
+        sharded_init=nullcontext,
+        gathered=lambda *_, **__: nullcontext(),
+    )
     model.generation_config.eos_token_id = [3, 7]
     save_description(model, tokenizer, tmp_path)
     return made, model, tmp_path
@@ -252,11 +279,15 @@ def run(tmp_path: Path) -> tuple[Recipe, Any, Path]:
 
 def written(run: tuple[Recipe, Any, Path]) -> Path:
     made, model, run_dir = run
-    engine = SimpleNamespace(module=SimpleNamespace(model=torch.compile(model)), settle=lambda: None)
+    engine = SimpleNamespace(
+        module=SimpleNamespace(model=torch.compile(model)), wait_for_prefetch=lambda: None
+    )
     return write_weights(cast(Any, engine), made, run_dir, 2, cast(Any, Beats()))
 
 
-def test_the_folder_has_the_compiled_models_weights_under_their_own_names(run: tuple[Recipe, Any, Path]) -> None:
+def test_the_folder_has_the_compiled_models_weights_under_their_own_names(
+    run: tuple[Recipe, Any, Path],
+) -> None:
     folder = written(run)
     loaded, info = cast(Any, AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True))
     assert not info["missing_keys"]
@@ -281,14 +312,18 @@ def test_its_name_is_new_each_time_and_one_copy_is_left(run: tuple[Recipe, Any, 
     assert [path.name for path in (run[2] / "serving").iterdir()] == [second.name]
 
 
-def test_a_disk_without_room_is_told(run: tuple[Recipe, Any, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_without_room_is_told(
+    run: tuple[Recipe, Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(vllm_server.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(Unreachable, match=r"serving: the weights could not be written for the server: .* make room"):
+    with pytest.raises(
+        Unreachable, match=r"serving: the weights could not be written for the server: .* make room"
+    ):
         written(run)
 
 
 def test_an_adapter_is_merged_into_them(tmp_path: Path) -> None:
-    made = recipe("adapter={rank: 4, save_modules: [lm_head]}", f"run.dir={tmp_path}")
+    made = recipe("adapter={rank: 4, modules_to_save: [lm_head]}", f"run.dir={tmp_path}")
     tokenizer = load_tokenizer(made.model)
     model = load_model(made.model, tokenizer, seed=0, adapter=made.adapter)
     for parameter in model.parameters():
@@ -296,7 +331,10 @@ def test_an_adapter_is_merged_into_them(tmp_path: Path) -> None:
             parameter.data.add_(0.1)
     save_description(model, tokenizer, tmp_path)
     loaded, info = cast(
-        Any, AutoModelForCausalLM.from_pretrained(written((made, model, tmp_path)), output_loading_info=True)
+        Any,
+        AutoModelForCausalLM.from_pretrained(
+            written((made, model, tmp_path)), output_loading_info=True
+        ),
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -318,7 +356,9 @@ GIB = 2**30
 
 
 def command(*overrides: str, model: str = "org/model", gpus: list[Gpu] | None = None) -> list[str]:
-    return vllm_command(vllm_recipe("/opt/vllm/bin/python", *overrides), model, 1234, 100, gpus or [])
+    return vllm_command(
+        vllm_recipe("/opt/vllm/bin/python", *overrides), model, 1234, 100, gpus or []
+    )
 
 
 def argument(of: list[str], name: str) -> str:
@@ -349,14 +389,20 @@ def test_it_takes_what_is_free_on_the_fullest_gpu(tmp_path: Path) -> None:
     assert argument(command(gpus=gpus), "--gpu-memory-utilization") == "0.22"
 
 
-@pytest.mark.parametrize(("gib", "heads", "gpus"), [(1, 32, 1), (15, 32, 2), (30, 32, 4), (30, 6, 3), (15, 9, 3)])
-def test_it_takes_the_fewest_gpus_that_hold_the_weights(tmp_path: Path, gib: float, heads: int, gpus: int) -> None:
+@pytest.mark.parametrize(
+    ("gib", "heads", "gpus"), [(1, 32, 1), (15, 32, 2), (30, 32, 4), (30, 6, 3), (15, 9, 3)]
+)
+def test_it_takes_the_fewest_gpus_that_hold_the_weights(
+    tmp_path: Path, gib: float, heads: int, gpus: int
+) -> None:
     made = command(model=model_folder(tmp_path, gib, heads), gpus=[Gpu(20 * GIB, 80 * GIB)] * 4)
     assert argument(made, "--tensor-parallel-size") == str(gpus)
 
 
 def test_weights_that_do_not_fit_are_told(tmp_path: Path) -> None:
-    with pytest.raises(Unreachable, match=r"140.0 GiB do not fit into the 18.0 GiB that are free on each of 8 GPUs"):
+    with pytest.raises(
+        Unreachable, match=r"140.0 GiB do not fit into the 18.0 GiB that are free on each of 8 GPUs"
+    ):
         command(model=model_folder(tmp_path, 140, 64), gpus=[Gpu(20 * GIB, 80 * GIB)] * 8)
 
 
@@ -366,8 +412,23 @@ def test_the_recipes_own_arguments_count() -> None:
 
 def test_it_knows_nothing_of_the_run_it_is_started_from(monkeypatch: pytest.MonkeyPatch) -> None:
     leaks = {
-        *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "PYTHONPATH", "PYTHONHOME"),
-        *("VIRTUAL_ENV", "DS_ACCELERATOR", "NCCL_DEBUG", "OMP_NUM_THREADS", "JUDGE_KEY", "PYTORCH_CUDA_ALLOC_CONF"),
+        *(
+            "RANK",
+            "LOCAL_RANK",
+            "WORLD_SIZE",
+            "MASTER_ADDR",
+            "TORCHELASTIC_RUN_ID",
+            "PYTHONPATH",
+            "PYTHONHOME",
+        ),
+        *(
+            "VIRTUAL_ENV",
+            "DS_ACCELERATOR",
+            "NCCL_DEBUG",
+            "OMP_NUM_THREADS",
+            "JUDGE_KEY",
+            "PYTORCH_CUDA_ALLOC_CONF",
+        ),
     }
     kept = {"CUDA_VISIBLE_DEVICES", "HOME", "HF_HOME", "VLLM_LOGGING_LEVEL"}
     for name in leaks | kept:
@@ -440,26 +501,35 @@ def runs(pid: int) -> bool:
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_vllm_is_gone_with_all_its_processes_when_it_has_answered(vllm: Path, tmp_path: Path) -> None:
+def test_vllm_is_gone_with_all_its_processes_when_it_has_answered(
+    vllm: Path, tmp_path: Path
+) -> None:
     made = vllm_recipe(tmp_path / "vllm_python")
     check_generator(made)
     assert answers(made, MODEL, PROMPTS, log=tmp_path / "logs" / "vllm.log") == ["5 6 7", "8 9"]
     seen = started(vllm)
     assert len(seen["pids"]) == 2
     assert not [pid for pid in seen["pids"] if runs(pid)]
-    assert seen["cwd"] == [], "a folder with files would be where its Python looks for modules first"
+    assert seen["cwd"] == [], (
+        "a folder with files would be where its Python looks for modules first"
+    )
 
 
 def test_vllm_that_does_not_start_is_told_with_its_last_error(vllm: Path, tmp_path: Path) -> None:
     made = vllm_recipe(tmp_path / "vllm_python", "train.seed=13")
-    with pytest.raises(Unreachable, match=r"ValueError: no room for the KV cache.; its output is in .*vllm.log"):
+    with pytest.raises(
+        Unreachable, match=r"ValueError: no room for the KV cache.; its output is in .*vllm.log"
+    ):
         answers(made, MODEL, PROMPTS, log=tmp_path / "vllm.log")
     assert not [pid for pid in started(vllm)["pids"] if runs(pid)]
 
 
 def test_vllm_that_does_not_answer_is_told_with_its_last_error(vllm: Path, tmp_path: Path) -> None:
     made = vllm_recipe(tmp_path / "vllm_python", "train.seed=14")
-    with pytest.raises(Unreachable, match=r"refused .404.* .RuntimeError: head_dim=16 is not supported.; its output"):
+    with pytest.raises(
+        Unreachable,
+        match=r"refused .404.* .RuntimeError: head_dim=16 is not supported.; its output",
+    ):
         answers(made, MODEL, PROMPTS, log=tmp_path / "vllm.log")
     assert not [pid for pid in started(vllm)["pids"] if runs(pid)]
 
@@ -467,7 +537,13 @@ def test_vllm_that_does_not_answer_is_told_with_its_last_error(vllm: Path, tmp_p
 def test_vllm_is_gone_when_a_stop_ends_the_wait(vllm: Path, tmp_path: Path) -> None:
     made = vllm_recipe(tmp_path / "vllm_python")
     with pytest.raises(Cancelled):
-        answers(made, MODEL, PROMPTS, log=tmp_path / "vllm.log", stopping=lambda: bool(started(vllm)["pids"]))
+        answers(
+            made,
+            MODEL,
+            PROMPTS,
+            log=tmp_path / "vllm.log",
+            stopping=lambda: bool(started(vllm)["pids"]),
+        )
     assert not [pid for pid in started(vllm)["pids"] if runs(pid)]
 
 
@@ -476,7 +552,7 @@ def test_vllm_is_gone_when_the_run_is_killed(vllm: Path, tmp_path: Path) -> None
     program = f"""
         import sys, time
         from pathlib import Path
-        from tests.unit import test_served as t
+        from tests.unit import test_vllm_server as t
         from trainer.eval import vllm_server
         made = t.vllm_recipe({str(tmp_path / "vllm_python")!r})
         with vllm_server._server(made, t.MODEL, t.PROMPTS, Path({str(tmp_path / "vllm.log")!r}), (), lambda: False):
@@ -484,7 +560,10 @@ def test_vllm_is_gone_when_the_run_is_killed(vllm: Path, tmp_path: Path) -> None
             time.sleep(600)
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(program)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout
     try:

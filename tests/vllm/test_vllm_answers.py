@@ -21,7 +21,7 @@ pytestmark = pytest.mark.vllm
 PYTHON = os.environ.get("PACKHORSE_VLLM_PYTHON", "")
 # vLLM takes no heads of 16; weights so large that answers differ from prompt to prompt, and change in a step
 SHAPE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
-ADAPTER = ("adapter={rank: 8, save_modules: [lm_head]}", "optim.lr=0.1")
+ADAPTER = ("adapter={rank: 8, modules_to_save: [lm_head]}", "optim.lr=0.1")
 BY_VLLM = ("eval.generator=vllm", f"eval.vllm_python={PYTHON}")
 
 
@@ -32,7 +32,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("runs")
     shutil.copytree(ROOT / "recipes" / "debug" / "model", root / "model")
     config = json.loads((root / "model" / "config.json").read_text())
-    (root / "model" / "config.json").write_text(json.dumps({**config, **SHAPE, "initializer_range": 0.3}))
+    (root / "model" / "config.json").write_text(
+        json.dumps({**config, **SHAPE, "initializer_range": 0.3})
+    )
     common = [
         f"model.name={root / 'model'}",
         f"data.cache={root / 'cache'}",
@@ -46,7 +48,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "adapter, vllm": (*ADAPTER, *BY_VLLM),
     }
     recipe = str(ROOT / "recipes" / "debug.yaml")
-    order = [{"run": str(root / name), "recipe": recipe, "overrides": [*common, *own]} for name, own in cases.items()]
+    order = [
+        {"run": str(root / name), "recipe": recipe, "overrides": [*common, *own]}
+        for name, own in cases.items()
+    ]
     (root / "cases.json").write_text(json.dumps(order))
     run_ranks(2, ["-m", "tests.numerics.cases", str(root / "cases.json")], timeout_s=1200)
     return {name: root / name for name in cases}
@@ -62,7 +67,9 @@ def samples(run: Path) -> list[dict[str, Any]]:
 def test_vllms_answers_are_the_engines(runs: dict[str, Path], what: str) -> None:
     by_engine, by_vllm = samples(runs[f"{what}engine"]), samples(runs[f"{what}vllm"])
     assert by_vllm == by_engine
-    before, after = ([sample["answer"] for sample in by_engine if sample["step"] == step] for step in (0, 1))
+    before, after = (
+        [sample["answer"] for sample in by_engine if sample["step"] == step] for step in (0, 1)
+    )
     assert len(set(before)) > 1
     assert before != after, "else a vLLM that keeps old weights would pass"
 

@@ -24,7 +24,9 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a file of JSON lines, none where there is no file; the half line that a killed run has left, or
     one that still runs is writing, is none."""
     found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ():
+    for text in (
+        path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ()
+    ):
         try:
             found.append(json.loads(text))
         except ValueError:
@@ -34,12 +36,18 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
 
 def evaluations(folder: Path) -> dict[int, dict[str, Any]]:
     """The lines of a folder's evaluations by their steps, in order."""
-    return {line["step"]: line for line in sorted(whole_lines(folder / EVALUATIONS), key=lambda line: line["step"])}
+    return {
+        line["step"]: line
+        for line in sorted(whole_lines(folder / EVALUATIONS), key=lambda line: line["step"])
+    }
 
 
 def numbers(line: dict[str, Any]) -> dict[str, float | None]:
     """An evaluation's numbers by the names that rules know them by; None where one could not be had."""
-    return {EVAL_LOSS: line["eval_loss"], **{name: metric["value"] for name, metric in line["metrics"].items()}}
+    return {
+        EVAL_LOSS: line["eval_loss"],
+        **{name: metric["value"] for name, metric in line["metrics"].items()},
+    }
 
 
 def why_not(rule: BestSection, line: dict[str, Any]) -> str | None:
@@ -66,14 +74,20 @@ def choose(rule: BestSection, lines: dict[int, dict[str, Any]]) -> dict[str, Any
     for step, line in lines.items():
         if step > 0:
             fault = why_not(rule, line)
-            candidates.append({**line, "meets": fault is None, **({"why_not": fault} if fault else {})})
+            candidates.append(
+                {**line, "meets": fault is None, **({"why_not": fault} if fault else {})}
+            )
 
     def worth(candidate: dict[str, Any]) -> tuple[float, float, int]:
         values = numbers(candidate)
         aim, tie = values[rule.metric], values[rule.tie] if rule.tie else 0.0
         assert aim is not None, "it would meet nothing"
         assert tie is not None
-        return (aim if rule.maximize else -aim, -tie if rule.tie == EVAL_LOSS else tie, -candidate["step"])
+        return (
+            aim if rule.maximize else -aim,
+            -tie if rule.tie == EVAL_LOSS else tie,
+            -candidate["step"],
+        )
 
     best = max((c for c in candidates if c["meets"]), key=worth, default=None)
     rules = rule.model_dump(exclude_defaults=True)
@@ -90,10 +104,14 @@ def best_step(run_dir: Path) -> int:
         raise BadInput(f"{run_dir}: not a run folder (it has no recipe.yaml)")
     rule = load_recipe(run_dir / "recipe.yaml").eval.best
     if rule is None:
-        raise BadInput(f"{run_dir}: its recipe has no eval.best that says what is best; give --step, or take the last")
+        raise BadInput(
+            f"{run_dir}: its recipe has no eval.best that says what is best; give --step, or take the last"
+        )
     found = choose(rule, evaluations(run_dir))
     if found["step"] is None:
-        raise BadInput(f"{run_dir}: there is no best checkpoint: {_none(found)}; give --step to take one all the same")
+        raise BadInput(
+            f"{run_dir}: there is no best checkpoint: {_none(found)}; give --step to take one all the same"
+        )
     return found["step"]
 
 
@@ -129,7 +147,10 @@ class Best:
         before = self.step
         if dist.is_main():
             self.found = choose(self._rule, evaluations(self._run_dir))
-            write_synced(self._run_dir / "best.json", json.dumps(self.found, indent=1, ensure_ascii=False) + "\n")
+            write_synced(
+                self._run_dir / "best.json",
+                json.dumps(self.found, indent=1, ensure_ascii=False) + "\n",
+            )
         self.found = dist.broadcast(self.found)
         if self.step != before:
             dist.log.info("the best step so far is %s, by %s", self.step, self._rule)

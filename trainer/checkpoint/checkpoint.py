@@ -33,7 +33,9 @@ from trainer.utils.files import sync_folder, write_synced
 
 _MANIFEST = "manifest.json"
 _FORMAT = 2
-_SHARE_OF_MEMORY = 0.5  # of what the host has left, which a copy of the state may take without being asked for
+_SHARE_OF_MEMORY = (
+    0.5  # of what the host has left, which a copy of the state may take without being asked for
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class RunState:
 
     step: int  # of the plan, taken or passed over
     updates: int  # applied: AdamW counts them
-    data: str  # fingerprint of the tokenised training data
-    rows_per_micro: int  # which may not change where the model has dropout
+    data: str  # fingerprint of the tokenized training data
+    micro_batch_size: int  # which may not change where the model has dropout
     recent_losses: Sequence[float]  # where the guard looks for spikes
     world_size: int  # that wrote it, for whoever reads the manifest, as
     stage: int  # ZeRO's
@@ -73,7 +75,11 @@ class Manifest:
             raise ValueError(f"its format is {content['format']}, this version reads {_FORMAT}")
         if content.pop("xxh3") != _own_checksum(content):
             raise ValueError(f"{_MANIFEST} does not say what was written")
-        digests = {(n, s): int(value, 16) for n, states in content["digests"].items() for s, value in states.items()}
+        digests = {
+            (n, s): int(value, 16)
+            for n, states in content["digests"].items()
+            for s, value in states.items()
+        }
         files = {name: File(**file) for name, file in content["files"].items()}
         return cls(RunState(**content["state"]), content["shapes"], files, digests)
 
@@ -106,7 +112,7 @@ class Saver:
         self._failure: Exception | None = None
 
     def __enter__(self) -> Saver:
-        failure = self._tried_on_main(self._clear)
+        failure = self._run_on_rank0(self._clear)
         if failure is not None:
             raise BadInput(f"{self._root}: the checkpoints' folder cannot be used: {failure}")
         return self
@@ -126,7 +132,7 @@ class Saver:
         self.wait()
         _require_room(self._root, self._engine.state_bytes())
         staged = self._root / f".saving-{_name(state.step)}"
-        self._raise_failure(state.step, self._tried_on_main(staged.mkdir))
+        self._raise_failure(state.step, self._run_on_rank0(staged.mkdir))
         # what is known without reading the state comes first: the background must not touch the engine
         shapes, digests = self._engine.state_shapes(), self._engine.frozen_digests()
         groups: Iterable[list[Slice]] = self._engine.state()
@@ -180,17 +186,19 @@ class Saver:
             for files, digests, _ in shares:
                 manifest.files.update(files)
                 add_digests(manifest.digests, digests)
-            failure = self._tried_on_main(lambda: self._publish(staged, manifest, best))
+            failure = self._run_on_rank0(lambda: self._publish(staged, manifest, best))
         if failure is not None and dist.is_main():
             shutil.rmtree(staged, ignore_errors=True)
         self._raise_failure(state.step, failure)
 
-    def _tried_on_main(self, work: Callable[[], None]) -> str | None:
-        return dist.tried_on_main(work, _explained, self._group)
+    def _run_on_rank0(self, work: Callable[[], None]) -> str | None:
+        return dist.run_on_rank0(work, _explained, self._group)
 
     def _raise_failure(self, step: int, failure: str | None) -> None:
         if failure is not None:
-            raise BadInput(f"{self._root}: the checkpoint of step {step} could not be written: {failure}")
+            raise BadInput(
+                f"{self._root}: the checkpoint of step {step} could not be written: {failure}"
+            )
 
     def _clear(self) -> None:
         """Of what a save or a removal that was killed has left. Here, as there may be no further save."""
@@ -231,7 +239,11 @@ def point_at_best(root: Path, step: int | None) -> None:
 
 def _published(root: Path) -> list[Path]:
     """From old to new; without what somebody put beside them, as `step-000200-copy`."""
-    found = {int(number): path for path in root.glob("step-*") if (number := path.name[len("step-") :]).isdigit()}
+    found = {
+        int(number): path
+        for path in root.glob("step-*")
+        if (number := path.name[len("step-") :]).isdigit()
+    }
     return [found[step] for step in sorted(found)]
 
 
@@ -246,7 +258,11 @@ def _copy_fits(bytes_of_all: int, asked: bool | None) -> bool:
         )
     fits = asked if asked is not None else here <= _SHARE_OF_MEMORY * free
     chosen = all(dist.gather(fits))
-    how = f"beside training, from a copy of {here / 2**30:.2f} GiB a node" if chosen else "while training waits"
+    how = (
+        f"beside training, from a copy of {here / 2**30:.2f} GiB a node"
+        if chosen
+        else "while training waits"
+    )
     dist.log.info("checkpoints of %.2f GiB, written %s", bytes_of_all / 2**30, how)
     return chosen
 
@@ -289,7 +305,9 @@ def find(run_dir: Path) -> tuple[Path, Manifest] | None:
     Raises:
         BadInput: there are checkpoints, and none of them is whole.
     """
-    names = dist.broadcast([folder.name for folder in reversed(_published(run_dir / "checkpoints"))])
+    names = dist.broadcast(
+        [folder.name for folder in reversed(_published(run_dir / "checkpoints"))]
+    )
     fault: str | None = None
     for name in names:
         folder = run_dir / "checkpoints" / name
@@ -327,12 +345,18 @@ def open_step(run_dir: Path, step: int) -> tuple[Shards, Manifest]:
     root = run_dir / "checkpoints"
     there = {int(path.name[len("step-") :]): path for path in _published(root)}
     if step not in there:
-        shown = f"those that there are: {', '.join(map(str, there))}" if there else "there is none at all"
+        shown = (
+            f"those that there are: {', '.join(map(str, there))}"
+            if there
+            else "there is none at all"
+        )
         raise BadInput(f"{run_dir}: there is no checkpoint of step {step}; {shown}")
     fault = fault_of(there[step])
     if fault is not None:
         others = ", ".join(str(other) for other in there if other != step) or "none"
-        raise BadInput(f"{there[step]} cannot be used: {fault}; put a whole one back, or take another --step: {others}")
+        raise BadInput(
+            f"{there[step]} cannot be used: {fault}; put a whole one back, or take another --step: {others}"
+        )
     manifest = Manifest.read(there[step])
     return Shards(there[step], manifest.files, manifest.shapes), manifest
 
@@ -376,10 +400,12 @@ def restore(folder: Path, manifest: Manifest, engine: Engine) -> None:
                     f"`{name}`, which is not trained, has other values in the model's folder than when {folder} was "
                     "written; put the old model back, or give another run.dir"
                 )
-            raise RuntimeError(f"{folder}: `{name}` ({state}) differs from what was saved; this is a defect, report it")
+            raise RuntimeError(
+                f"{folder}: `{name}` ({state}) differs from what was saved; this is a defect, report it"
+            )
 
 
-def require_same_run(saved: RunState, data: str, rows_per_micro: int, has_dropout: bool) -> None:
+def require_same_run(saved: RunState, data: str, micro_batch_size: int, has_dropout: bool) -> None:
     """Refuse a resume that would not go on with the same run.
 
     Raises:
@@ -390,8 +416,8 @@ def require_same_run(saved: RunState, data: str, rows_per_micro: int, has_dropou
             "the training data (where it grows: shards.jsonl), its tokenizer or its masks are not those that the run "
             "folder's checkpoint was trained on; put them back, or give another run.dir"
         )
-    if has_dropout and saved.rows_per_micro != rows_per_micro:
+    if has_dropout and saved.micro_batch_size != micro_batch_size:
         raise BadInput(
-            f"batch.rows_per_micro was {saved.rows_per_micro} and is {rows_per_micro}: the model has dropout, which is "
+            f"batch.micro_batch_size was {saved.micro_batch_size} and is {micro_batch_size}: the model has dropout, which is "
             "drawn for each micro-batch; set it back, or give another run.dir"
         )

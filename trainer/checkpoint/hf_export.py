@@ -25,7 +25,9 @@ from trainer.model.attention import other_attention
 from trainer.model.load import load_model, load_tokenizer
 from trainer.model.lora import in_peft_form, is_of_adapter, merged_weights, parts_of
 
-MODEL_FOLDER = "model"  # of a run: configuration, generation configuration and tokenizer, without weights
+MODEL_FOLDER = (
+    "model"  # of a run: configuration, generation configuration and tokenizer, without weights
+)
 
 
 def save_description(model: Any, tokenizer: Any, run_dir: Path) -> None:
@@ -51,14 +53,22 @@ def export(run_dir: Path, out: Path, step: int | None = None, *, merge: bool = F
     """
     if not (run_dir / "recipe.yaml").is_file():
         raise BadInput(f"{run_dir}: not a run folder (it has no recipe.yaml)")
-    if out.exists() and not any((out / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if out.exists() and not any(
+        (out / name).is_file() for name in ("config.json", "adapter_config.json")
+    ):
         raise BadInput(f"{out}: exists and is not a model folder; give another --out")
     recipe = load_recipe(run_dir / "recipe.yaml")
     if merge and not recipe.adapter:
-        raise BadInput(f"--merge: {run_dir} has trained no adapter; leave it out, and the whole model is written")
+        raise BadInput(
+            f"--merge: {run_dir} has trained no adapter; leave it out, and the whole model is written"
+        )
     if recipe.adapter and not merge and recipe.model.init == "random":
-        raise BadInput(f"{run_dir}: the adapter's base has random weights, that no folder holds; add --merge")
-    saved, manifest = checkpoint.open_newest(run_dir) if step is None else checkpoint.open_step(run_dir, step)
+        raise BadInput(
+            f"{run_dir}: the adapter's base has random weights, that no folder holds; add --merge"
+        )
+    saved, manifest = (
+        checkpoint.open_newest(run_dir) if step is None else checkpoint.open_step(run_dir, step)
+    )
 
     staged = out.with_name(f".{out.name}.saving")
     shutil.rmtree(staged, ignore_errors=True)
@@ -72,12 +82,18 @@ def export(run_dir: Path, out: Path, step: int | None = None, *, merge: bool = F
         _merge(run_dir, recipe, saved, manifest, staged)
     else:
         _write_adapter(run_dir, recipe, saved, manifest, staged / "model")
-    card = _model_card(run_dir, recipe, manifest.state.step, recipe.adapter is not None and not merge)
+    card = _model_card(
+        run_dir, recipe, manifest.state.step, recipe.adapter is not None and not merge
+    )
     (staged / "model" / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     (staged / "model").rename(out)
     shutil.rmtree(staged)
-    dist.log.info("exported step %d to %s, loaded it back and found every weight the same", manifest.state.step, out)
+    dist.log.info(
+        "exported step %d to %s, loaded it back and found every weight the same",
+        manifest.state.step,
+        out,
+    )
     return out
 
 
@@ -91,12 +107,16 @@ def _mapped_weights(
         if value.is_floating_point():
             value = value.to(dtype)
         path = str(folder / str(number))
-        target = torch.from_file(path, shared=True, size=value.numel(), dtype=value.dtype).view(value.shape)
+        target = torch.from_file(path, shared=True, size=value.numel(), dtype=value.dtype).view(
+            value.shape
+        )
         mapped[name] = target.copy_(value)
     return mapped
 
 
-def write_folder(run_dir: Path, recipe: Recipe, folder: Path, weights: dict[str, torch.Tensor]) -> None:
+def write_folder(
+    run_dir: Path, recipe: Recipe, folder: Path, weights: dict[str, torch.Tensor]
+) -> None:
     """A Hugging Face folder of these weights, with what `save_description` put into the run folder."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -113,7 +133,9 @@ def write_folder(run_dir: Path, recipe: Recipe, folder: Path, weights: dict[str,
 
 
 def _write_tokenizer(source: Path, recipe: Recipe, folder: Path) -> None:
-    as_trained = recipe.model.model_copy(update={"name": str(source), "chat_template": None, "add_tokens": ()})
+    as_trained = recipe.model.model_copy(
+        update={"name": str(source), "chat_template": None, "add_tokens": ()}
+    )
     load_tokenizer(as_trained).save_pretrained(folder)
 
 
@@ -129,7 +151,9 @@ def _compare(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> 
     )
     model, info = loaded
     if info["missing_keys"]:
-        raise RuntimeError(f"{folder}: the export lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}")
+        raise RuntimeError(
+            f"{folder}: the export lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}"
+        )
     for name, parameter in model.named_parameters():
         if not torch.equal(parameter.detach(), weights[name]):
             raise RuntimeError(f"{folder}: `{name}` loads with other values than were trained")
@@ -157,7 +181,9 @@ def _merge(run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, sta
     _require_alike(_logits(loaded.to(dist.device())), logits, recipe, staged / "model")
 
 
-def _write_adapter(run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, folder: Path) -> None:
+def _write_adapter(
+    run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, folder: Path
+) -> None:
     """Write the adapter as peft does, load it onto its base as a user would and compare tensors and logits.
 
     The adapter's matrices are its fp32 masters; modules trained whole have the model's type, as in the model.
@@ -171,7 +197,10 @@ def _write_adapter(run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manif
     model = _as_trained(recipe, saved, manifest)
     logits = _logits(model)
     trained = {name: saved.whole(name) for name in saved.names}
-    trained = {name: tensor if is_of_adapter(name) else tensor.to(dtype) for name, tensor in trained.items()}
+    trained = {
+        name: tensor if is_of_adapter(name) else tensor.to(dtype)
+        for name, tensor in trained.items()
+    }
     config, tensors = in_peft_form(model, recipe.adapter, trained, section.name, section.revision)
     del model
     config.save_pretrained(str(folder))
@@ -179,14 +208,23 @@ def _write_adapter(run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manif
     _write_tokenizer(run_dir / MODEL_FOLDER, recipe, folder)
 
     base = AutoModelForCausalLM.from_pretrained(
-        section.name, revision=section.revision, dtype=dtype, trust_remote_code=section.trust_remote_code
+        section.name,
+        revision=section.revision,
+        dtype=dtype,
+        trust_remote_code=section.trust_remote_code,
     )
     loaded: Any = PeftModel.from_pretrained(base, str(folder))
     again = get_peft_model_state_dict(loaded, save_embedding_layers=False)
-    differ = [name for name in tensors if name not in again or not torch.equal(again[name].cpu(), tensors[name])]
+    differ = [
+        name
+        for name in tensors
+        if name not in again or not torch.equal(again[name].cpu(), tensors[name])
+    ]
     if differ:
         raise RuntimeError(f"{folder}: `{differ[0]}` loads with other values than were trained")
-    if recipe.adapter.base is None:  # on the 4-bit base it was trained on it acts alike, on this one it does nearly
+    if (
+        recipe.adapter.base is None
+    ):  # on the 4-bit base it was trained on it acts alike, on this one it does nearly
         _require_alike(_logits(loaded.to(dist.device())), logits, recipe, folder)
 
 
@@ -222,9 +260,14 @@ def _logits(model: Any) -> torch.Tensor:
         return model.eval()(input_ids=ids.to(dist.device()), use_cache=False).logits[0].float()
 
 
-def _require_alike(loaded: torch.Tensor, trained: torch.Tensor, recipe: Recipe, folder: Path) -> None:
+def _require_alike(
+    loaded: torch.Tensor, trained: torch.Tensor, recipe: Recipe, folder: Path
+) -> None:
     difference = float((loaded - trained).norm() / trained.norm())
-    dist.log.info("logits of the loaded export differ from the trained model's by %.1e of their size", difference)
+    dist.log.info(
+        "logits of the loaded export differ from the trained model's by %.1e of their size",
+        difference,
+    )
     if not difference <= TOLERANCE[recipe.model.dtype]:
         raise RuntimeError(
             f"{folder}: its logits differ from the trained model's by {difference:.1e} of their size; "
@@ -236,15 +279,26 @@ def _model_card(run_dir: Path, recipe: Recipe, step: int, is_adapter: bool) -> s
     """A model card of the run's own facts: of this step, and not of one that was trained on from it."""
     lines = best.evaluations(run_dir)
     before, after = (best.numbers(lines[at]) if at in lines else {} for at in (0, step))
-    rows = "\n".join(f"| {name} | {_shown(before.get(name))} | {_shown(value)} |" for name, value in after.items())
+    rows = "\n".join(
+        f"| {name} | {_shown(before.get(name))} | {_shown(value)} |"
+        for name, value in after.items()
+    )
     rule = recipe.eval.best
     found: dict[str, Any] = best.choose(rule, lines) if rule else {"step": None}
     chosen = ""
     if found["step"] == step:
         chosen = f" Step {step} is the best of {len(found['candidates'])} evaluated ones: {rule}."
-    given = ", ".join(f"{name}={value!r}" for name, value in recipe.data.chat_template_kwargs.items())
-    given = f"\nIts chat template was given `{given}`: give apply_chat_template the same.\n" if given else ""
-    table = f"\n| held out | before | after {step} steps |\n|---|---|---|\n{rows}\n" if after else ""
+    given = ", ".join(
+        f"{name}={value!r}" for name, value in recipe.data.chat_template_kwargs.items()
+    )
+    given = (
+        f"\nIts chat template was given `{given}`: give apply_chat_template the same.\n"
+        if given
+        else ""
+    )
+    table = (
+        f"\n| held out | before | after {step} steps |\n|---|---|---|\n{rows}\n" if after else ""
+    )
     return f"""---
 base_model: {recipe.model.name}
 library_name: {"peft" if is_adapter else "transformers"}

@@ -38,7 +38,9 @@ def export_universal(run_dir: Path, out: Path, step: int | None = None) -> Path:
     """
     if out.exists() and not (out / "latest_universal").is_file():
         raise BadInput(f"{out}: exists and is not a universal checkpoint; give another --out")
-    saved, manifest = checkpoint.open_newest(run_dir) if step is None else checkpoint.open_step(run_dir, step)
+    saved, manifest = (
+        checkpoint.open_newest(run_dir) if step is None else checkpoint.open_step(run_dir, step)
+    )
     tag = f"step-{manifest.state.step:06d}"
     staged = out.with_name(f".{out.name}.saving")
     shutil.rmtree(staged, ignore_errors=True)
@@ -51,10 +53,16 @@ def export_universal(run_dir: Path, out: Path, step: int | None = None) -> Path:
     for name in track(parameters, "writing", console=Console(stderr=True)):
         (zero / name).mkdir()
         for file, state in _FILES.items():
-            torch.save({"param": saved.whole(name, state), "cat_dim": 0}, zero / name / f"{file}.pt")
+            torch.save(
+                {"param": saved.whole(name, state), "cat_dim": 0}, zero / name / f"{file}.pt"
+            )
         torch.save(updates, zero / name / "step.pt")
     groups = [{"params": []} for _ in range(_GROUPS)]
-    common = {"param_groups": groups, "state": {0: {"step": updates}}, "ds_version": version("deepspeed")}
+    common = {
+        "param_groups": groups,
+        "state": {0: {"step": updates}},
+        "ds_version": version("deepspeed"),
+    }
     torch.save({**common, "optimizer_state_dict": common}, zero / "optimizer_state.pt")
     model_states = {
         "module": {name: saved.whole(name) for name in buffers},

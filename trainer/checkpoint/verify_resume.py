@@ -36,7 +36,7 @@ SCALAR_BOUND = 1e-6  # relative, of a step's loss and gradient norm
 CHANGE_BOUND = 1e-4  # ||Da - Db|| / ||Da|| of the worst tensor, D its change since the start
 CONTROL_FACTOR = 10  # the control must go beyond a bound by as much
 # A large rate shows defects that hide under a small one; a large eps keeps rounding from becoming whole steps.
-LOUD = ("optim.lr=1e-2", "optim.eps=1e-3", "optim.schedule=constant", "optim.warmup=0")
+LOUD = ("optim.lr=1e-2", "optim.eps=1e-3", "optim.lr_schedule=constant", "optim.warmup_ratio=0")
 _DEBUG = Path(__file__).resolve().parents[2] / "recipes" / "debug"
 TINY = (
     f"model.name={_DEBUG / 'model'}",
@@ -45,8 +45,8 @@ TINY = (
     "model.add_tokens=[]",
     "model.chat_template=null",
     f"data.train=[{{path: {_DEBUG / 'train.jsonl'}}}]",
-    "batch.row_tokens=256",
-    "batch.rows_per_step=4",
+    "batch.seq_len=256",
+    "batch.global_batch_size=4",
 )
 QUIET = (
     "data.eval=[]",
@@ -107,7 +107,9 @@ def verify_resume(
         BadInput: the recipe cannot be used, or `steps` do not reach the last of the worlds.
     """
     if len(worlds) < 2 or at * (len(worlds) - 1) >= steps:
-        raise BadInput(f"--worlds {','.join(map(str, worlds))} --at {at}: give two worlds or more, and more --steps")
+        raise BadInput(
+            f"--worlds {','.join(map(str, worlds))} --at {at}: give two worlds or more, and more --steps"
+        )
     common = (
         *(TINY if tiny else ()),
         f"model.dtype={dtype}",
@@ -122,9 +124,17 @@ def verify_resume(
 
     def train(name: str, world: int, until: int) -> None:
         stop = [] if until == steps else [f"run.stop_after={until}"]
-        changes = [*common, *overrides, *stop, "parallel.allow_idle_ranks=true", f"run.dir={work / name}"]
+        changes = [
+            *common,
+            *overrides,
+            *stop,
+            "parallel.allow_idle_ranks=true",
+            f"run.dir={work / name}",
+        ]
         ranks = "1 rank" if world == 1 else f"{world} ranks"
-        _train(recipe_file, changes, world, f"{name}: {ranks} to step {until}", work / f"{name}.log")
+        _train(
+            recipe_file, changes, world, f"{name}: {ranks} to step {until}", work / f"{name}.log"
+        )
 
     train("without-a-break", worlds[0], steps)
     train("handed-on", worlds[0], at)
@@ -138,7 +148,10 @@ def verify_resume(
     tokenizer, seed = load_tokenizer(recipe.model), recipe.train.seed
     model: Any = load_model(recipe.model, tokenizer, seed=seed, adapter=recipe.adapter)
     start = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    seen = {name: compare(work / "without-a-break", work / name, start) for name in ("handed-on", "control")}
+    seen = {
+        name: compare(work / "without-a-break", work / name, start)
+        for name in ("handed-on", "control")
+    }
     Console().print(_table(seen["handed-on"], seen["control"], worlds, at, steps))
     print("resuming changes nothing" if seen["handed-on"].agree else "RESUMING CHANGES THE RUN")
     noticed = "was noticed" if seen["control"].are_seen else "was NOT noticed, so nothing is proved"
@@ -152,7 +165,16 @@ def verify_resume(
 
 def _train(recipe_file: Path, changes: list[str], world: int, what: str, log: Path) -> None:
     started = time.monotonic()
-    command = [sys.executable, "-m", "trainer.cli.main", "train", str(recipe_file), *changes, "--nproc", str(world)]
+    command = [
+        sys.executable,
+        "-m",
+        "trainer.cli.main",
+        "train",
+        str(recipe_file),
+        *changes,
+        "--nproc",
+        str(world),
+    ]
     with log.open("ab") as out:
         code = subprocess.run(command, stdout=out, stderr=out, check=False).returncode
     if code not in (DONE, SAVED_RUN_AGAIN):
@@ -166,13 +188,17 @@ def lose_first_moments(run_dir: Path) -> None:
     found = checkpoint.find(run_dir)
     assert found
     folder, manifest = found
-    files, digests = {}, {key: value for key, value in manifest.digests.items() if key[1] == sharded_state.FROZEN}
+    files, digests = (
+        {},
+        {key: value for key, value in manifest.digests.items() if key[1] == sharded_state.FROZEN},
+    )
     for name, file in manifest.files.items():
         tensors = load_file(folder / name)
         slices = []
         for parameter, start, stop in file.slices:
             keys = {
-                state: sharded_state.key_of(parameter, start, stop, state) for state in (WEIGHT, EXP_AVG, EXP_AVG_SQ)
+                state: sharded_state.key_of(parameter, start, stop, state)
+                for state in (WEIGHT, EXP_AVG, EXP_AVG_SQ)
             }
             states = {state: tensors[key] for state, key in keys.items() if key in tensors}
             if EXP_AVG in states:
@@ -214,7 +240,9 @@ def _change(a: Shards, b: Shards, name: str, start: torch.Tensor) -> float:
     return float((left - right).norm() / left.norm())
 
 
-def _table(seen: Differences, control: Differences, worlds: Sequence[int], at: int, steps: int) -> Table:
+def _table(
+    seen: Differences, control: Differences, worlds: Sequence[int], at: int, steps: int
+) -> Table:
     handed = " -> ".join(map(str, worlds))
     table = Table(
         "",

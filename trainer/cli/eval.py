@@ -23,26 +23,38 @@ _EVALUATED = "evaluated.json"  # of a results folder: what was scored
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a model folder or a hub name.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a model folder or a hub name."),
+    ],
     recipe_file: RecipeFile,
     overrides: Overrides = None,
     step: Annotated[
-        int | None, typer.Option(min=0, help="Of a run. Default: its last checkpoint.", show_default=False)
+        int | None,
+        typer.Option(min=0, help="Of a run. Default: its last checkpoint.", show_default=False),
     ] = None,
-    best: Annotated[bool, typer.Option("--best", help="A run's best step, by its own eval.best.")] = False,
+    best: Annotated[
+        bool, typer.Option("--best", help="A run's best step, by its own eval.best.")
+    ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="The folder to write. Default: in RUN/evals, or in evals here.", show_default=False),
+        typer.Option(
+            help="The folder to write. Default: in RUN/evals, or in evals here.", show_default=False
+        ),
     ] = None,
     nproc: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes on this machine. Default: one for each GPU, or one.", show_default=False),
+        typer.Option(
+            min=1,
+            help="Processes on this machine. Default: one for each GPU, or one.",
+            show_default=False,
+        ),
     ] = None,
 ) -> None:
     """Score a checkpoint, an export or a hub model on the recipe's held-out rows, with the code that training uses.
 
     [bold]packhorse eval runs/quickstart recipes/quickstart.yaml --best[/bold]
-    [bold]packhorse eval HuggingFaceTB/SmolLM2-135M-Instruct recipes/quickstart.yaml eval.generate.rows=256[/bold]
+    [bold]packhorse eval HuggingFaceTB/SmolLM2-135M-Instruct recipes/quickstart.yaml eval.generate.num_prompts=256[/bold]
     [bold]packhorse eval models/word-problems recipes/quickstart.yaml eval.lm_eval='[gsm8k]' --nproc 1[/bold]
 
     Exit codes are those of `packhorse train`; 75: stopped, and the same command starts anew.
@@ -60,7 +72,9 @@ def evaluate(
     stop_while_starting()
     recipe = load_recipe(recipe_file, overrides or ())
     if not recipe.has_eval:
-        raise BadInput(f"{recipe_file}: no rows are held out to evaluate; give data.eval or data.eval_fraction")
+        raise BadInput(
+            f"{recipe_file}: no rows are held out to evaluate; give data.eval or data.eval_fraction"
+        )
     tasks = None
     if recipe.eval.lm_eval:
         from trainer.eval.lm_eval_harness import require_tasks
@@ -76,7 +90,9 @@ def evaluate(
         if run:
             own += ["model.chat_template=null", "model.add_tokens=[]"]  # they are in its folder
         changes = [*own, *(overrides or ()), f"model.name={json.dumps(name)}"]
-        code = _score(load_recipe(recipe_file, changes), recipe_file, changes, out, step, nproc, tasks)
+        code = _score(
+            load_recipe(recipe_file, changes), recipe_file, changes, out, step, nproc, tasks
+        )
     if code == DONE:
         from rich.console import Console
 
@@ -88,7 +104,13 @@ def evaluate(
 
 
 def _score(
-    recipe: Recipe, recipe_file: Path, changes: list[str], out: Path, step: int, nproc: int | None, tasks: Any
+    recipe: Recipe,
+    recipe_file: Path,
+    changes: list[str],
+    out: Path,
+    step: int,
+    nproc: int | None,
+    tasks: Any,
 ) -> int:
     """Run the workers, then the harness's tasks, where there are some. Returns the exit code."""
     from launch.local import launch
@@ -113,11 +135,17 @@ def _run_folder(model: str, step: int | None, best: bool) -> Path | None:
     if (folder / "recipe.yaml").is_file() and not (folder / _EVALUATED).is_file():
         return folder
     if folder.exists() and not (folder / "config.json").is_file():
-        raise BadInput(f"{folder}: neither a run folder (no recipe.yaml) nor a model folder (no config.json)")
+        raise BadInput(
+            f"{folder}: neither a run folder (no recipe.yaml) nor a model folder (no config.json)"
+        )
     if not folder.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise BadInput(f"{folder}: there is no such folder; give a run folder, a model folder or a hub name")
+        raise BadInput(
+            f"{folder}: there is no such folder; give a run folder, a model folder or a hub name"
+        )
     if best or step is not None:
-        raise BadInput(f"{model}: --best and --step choose a checkpoint of a run, and this is no run folder")
+        raise BadInput(
+            f"{model}: --best and --step choose a checkpoint of a run, and this is no run folder"
+        )
     return None
 
 
@@ -181,13 +209,17 @@ def _start_results(out: Path, model: str, step: int) -> None:
     try:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        (out / _EVALUATED).write_text(json.dumps({"model": model, "step": step}) + "\n", encoding="utf-8")
+        (out / _EVALUATED).write_text(
+            json.dumps({"model": model, "step": step}) + "\n", encoding="utf-8"
+        )
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written ({error})") from None
 
 
 def compare(
-    a: Annotated[str, typer.Argument(metavar="A", help="A run folder, or results of packhorse eval.")],
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="A run folder, or results of packhorse eval.")
+    ],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one, or another step of it.")],
 ) -> None:
     """Say whether two evaluations differ: each metric with its interval, and a paired test on the prompts of both.

@@ -39,9 +39,15 @@ def train(
     overrides: Overrides = None,
     nproc: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes on this machine. Default: one for each GPU, or one.", show_default=False),
+        typer.Option(
+            min=1,
+            help="Processes on this machine. Default: one for each GPU, or one.",
+            show_default=False,
+        ),
     ] = None,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Where the processes meet; 0 takes a free port.")] = 0,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Where the processes meet; 0 takes a free port.")
+    ] = 0,
     nnodes: Annotated[
         str | None,
         typer.Option(
@@ -52,17 +58,31 @@ def train(
     ] = None,
     rdzv_endpoint: Annotated[
         str | None,
-        typer.Option(metavar="HOST:PORT", help="Where several machines meet: at one of them.", show_default=False),
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where several machines meet: at one of them.",
+            show_default=False,
+        ),
     ] = None,
     rdzv_id: Annotated[
         str | None,
-        typer.Option(help="Names the run there. Default: Slurm's job, or the name of run.dir.", show_default=False),
+        typer.Option(
+            help="Names the run there. Default: Slurm's job, or the name of run.dir.",
+            show_default=False,
+        ),
     ] = None,
     max_restarts: Annotated[
-        int, typer.Option(min=0, help="Starts after a failure, from the last checkpoint, with the machines left.")
+        int,
+        typer.Option(
+            min=0, help="Starts after a failure, from the last checkpoint, with the machines left."
+        ),
     ] = 0,
     extend: Annotated[
-        bool, typer.Option("--extend", help="Train the run on: train.epochs or train.steps may be more than they were.")
+        bool,
+        typer.Option(
+            "--extend",
+            help="Train the run on: train.epochs or train.steps may be more than they were.",
+        ),
     ] = False,
 ) -> None:
     """Train, or go on where the run folder's last checkpoint is.
@@ -92,9 +112,18 @@ def train(
     nodes = parse_nodes(where.nodes)
     endpoint = rdzv_endpoint or where.endpoint
     if nodes[1] > 1 and endpoint is None:
-        raise BadInput(f"{where.nodes} nodes: say where they meet, the same on each, as --rdzv-endpoint node0:29400")
+        raise BadInput(
+            f"{where.nodes} nodes: say where they meet, the same on each, as --rdzv-endpoint node0:29400"
+        )
     code = launch(
-        ["-m", "trainer.cli.main", "train", str(recipe_file), *(overrides or ()), *(["--extend"] if extend else [])],
+        [
+            "-m",
+            "trainer.cli.main",
+            "train",
+            str(recipe_file),
+            *(overrides or ()),
+            *(["--extend"] if extend else []),
+        ],
         Path(recipe.run.dir),
         nproc=nproc or where.nproc,
         endpoint=endpoint if endpoint and nodes[1] > 1 else f"localhost:{port}",
@@ -113,8 +142,12 @@ def preview(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
     rows: Annotated[int, typer.Option(min=1, help="Of each source.")] = 3,
-    split: Annotated[Literal["train", "eval"], typer.Option(help="Which of the recipe's sources.")] = "train",
-    html: Annotated[Path | None, typer.Option(help="Write a page instead of the terminal.", show_default=False)] = None,
+    split: Annotated[
+        Literal["train", "eval"], typer.Option(help="Which of the recipe's sources.")
+    ] = "train",
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page instead of the terminal.", show_default=False)
+    ] = None,
 ) -> None:
     """Show rows as the model will see them: trained, context and special tokens in colours.
 
@@ -137,7 +170,9 @@ def preview(
         print(html)
 
 
-def _first_rows(recipe: Recipe, tokenizer: Any, split: Literal["train", "eval"], count: int) -> Iterator[Row]:
+def _first_rows(
+    recipe: Recipe, tokenizer: Any, split: Literal["train", "eval"], count: int
+) -> Iterator[Row]:
     """The first rows of each source, or why they are left out, cut as for training."""
     from itertools import islice
 
@@ -158,10 +193,16 @@ def _first_rows(recipe: Recipe, tokenizer: Any, split: Literal["train", "eval"],
                 conversation = reader.conversation(row.fields)
                 example = masker.example(conversation)
                 roles = role_starts(conversation, example, masker.template)
-                positions = Example(np.arange(len(example.input_ids), dtype=np.int32), example.trained)
-                for document in fit(positions, limits_of(recipe)):  # cut as the tokens are: roles are found again
+                positions = Example(
+                    np.arange(len(example.input_ids), dtype=np.int32), example.trained
+                )
+                for document in fit(
+                    positions, limits_of(recipe)
+                ):  # cut as the tokens are: roles are found again
                     places = document.input_ids
-                    shown = {place: roles[p] for place, p in enumerate(places.tolist()) if p in roles}
+                    shown = {
+                        place: roles[p] for place, p in enumerate(places.tolist()) if p in roles
+                    }
                     yield Row(title, Example(example.input_ids[places], document.trained), shown)
             except RowError as error:
                 yield Row(title, error)
@@ -172,10 +213,11 @@ def prepare(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option(help="A folder to write data.json and data.png to.", show_default=False)
+        Path | None,
+        typer.Option(help="A folder to write data.json and data.png to.", show_default=False),
     ] = None,
 ) -> None:
-    """Tokenise and pack the data into the cache, and show what there is to train.
+    """Tokenize and pack the data into the cache, and show what there is to train.
 
     [bold]packhorse prepare recipes/quickstart.yaml[/bold]
     [bold]packhorse prepare recipes/quickstart.yaml --out data-report[/bold]
@@ -192,7 +234,7 @@ def prepare(
     dist.start_logging()
     recipe = load_recipe(recipe_file, overrides or ())
     tokenizer = load_tokenizer(recipe.model)
-    if recipe.grows:
+    if recipe.streaming:
         _prepare_shards(recipe, tokenizer)
         return
     train = prepare(recipe, tokenizer, "train")
@@ -218,7 +260,11 @@ def _prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
     from trainer.data.streaming import prepare_now
 
     counted = ("rows", "rejected", "filtered", "documents", "tokens", "trained_tokens")
-    table = Table("shard", *(name.replace("_", " ") for name in counted), title="train, the shards there are now")
+    table = Table(
+        "shard",
+        *(name.replace("_", " ") for name in counted),
+        title="train, the shards there are now",
+    )
     shards = prepare_now(recipe, tokenizer)
     for shard in shards:
         table.add_row(Path(shard.files[0]).name, *(f"{shard.report[name]:,}" for name in counted))
@@ -236,28 +282,46 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="Ranks, one a GPU.")] = 8,
     gpu_gib: Annotated[float, typer.Option(min=1, help="Memory of a GPU.")] = 80,
     nodes: Annotated[
-        int | None, typer.Option(min=1, help="Machines. Default: as many as take 8 GPUs each.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1, help="Machines. Default: as many as take 8 GPUs each.", show_default=False
+        ),
     ] = None,
     host_gib: Annotated[
-        float | None, typer.Option(min=1, help="Memory of a machine. Default: not asked.", show_default=False)
+        float | None,
+        typer.Option(min=1, help="Memory of a machine. Default: not asked.", show_default=False),
     ] = None,
     disk_gib: Annotated[
-        float | None, typer.Option(min=1, help="Free where run.dir lies. Default: not asked.", show_default=False)
+        float | None,
+        typer.Option(
+            min=1, help="Free where run.dir lies. Default: not asked.", show_default=False
+        ),
     ] = None,
     nvme_gib: Annotated[
-        float | None, typer.Option(min=1, help="Free on a machine's NVMe. Default: not asked.", show_default=False)
+        float | None,
+        typer.Option(
+            min=1, help="Free on a machine's NVMe. Default: not asked.", show_default=False
+        ),
     ] = None,
-    gpu_tflops: Annotated[float, typer.Option(min=1, help="A GPU's dense bf16 peak, as its maker states it.")] = 989,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1, help="Share of that peak that the model's FLOPs reach.")] = 0.4,
+    gpu_tflops: Annotated[
+        float, typer.Option(min=1, help="A GPU's dense bf16 peak, as its maker states it.")
+    ] = 989,
+    mfu: Annotated[
+        float,
+        typer.Option(min=0.01, max=1, help="Share of that peak that the model's FLOPs reach."),
+    ] = 0.4,
     data: Annotated[
-        bool, typer.Option("--data", help="Prepare the data, or find it prepared, and plan its real steps.")
+        bool,
+        typer.Option(
+            "--data", help="Prepare the data, or find it prepared, and plan its real steps."
+        ),
     ] = False,
 ) -> None:
     """Say what a run needs, from the model's configuration alone: memory, disk and time, and which template fits.
 
     [bold]packhorse plan recipes/quickstart.yaml[/bold]
     [bold]packhorse plan my.yaml --gpus 64 --nodes 8 --gpu-gib 80 --host-gib 1024 --disk-gib 20000[/bold]
-    [bold]packhorse plan my.yaml model.recompute=false batch.row_tokens=4096 --gpus 8 --data[/bold]
+    [bold]packhorse plan my.yaml model.activation_checkpointing=none batch.seq_len=4096 --gpus 8 --data[/bold]
 
     Without --data rows are taken as full, all their tokens as trained. Exit code 0: a template fits; 2: none does.
     """
@@ -271,7 +335,9 @@ def plan(
     dist.start_logging()
     recipe = load_recipe(recipe_file, overrides or ())
     if nodes and gpus % nodes:
-        raise BadInput(f"--gpus {gpus} --nodes {nodes}: every machine must have as many GPUs as the others")
+        raise BadInput(
+            f"--gpus {gpus} --nodes {nodes}: every machine must have as many GPUs as the others"
+        )
     sizes = [None if gib is None else gib * GIB for gib in (host_gib, disk_gib, nvme_gib)]
     cluster = Cluster(gpus, gpus // nodes if nodes else 8, gpu_gib * GIB, *sizes)
     report = build_report(recipe, cluster, _work_of_data(recipe) if data else None)
@@ -288,7 +354,7 @@ def _work_of_data(recipe: Recipe) -> Any:
     from trainer.estimate.report import work_of_data
     from trainer.model.load import load_tokenizer
 
-    if recipe.grows:
+    if recipe.streaming:
         raise BadInput("--data: data.train grows, so that its steps are not known; plan without it")
     return work_of_data(train_plan(recipe, prepare(recipe, load_tokenizer(recipe.model), "train")))
 
@@ -297,12 +363,21 @@ def _work_of_data(recipe: Recipe) -> Any:
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The folder to write.", show_default=False)],
-    best: Annotated[bool, typer.Option("--best", help="The best evaluated step, by the recipe's eval.best.")] = False,
-    step: Annotated[int | None, typer.Option(min=1, help="Default: the last checkpoint.", show_default=False)] = None,
-    universal: Annotated[
-        bool, typer.Option("--universal", help="DeepSpeed's universal checkpoint, for other programs on DeepSpeed.")
+    best: Annotated[
+        bool, typer.Option("--best", help="The best evaluated step, by the recipe's eval.best.")
     ] = False,
-    merge: Annotated[bool, typer.Option("--merge", help="An adapter becomes part of its base: a whole model.")] = False,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Default: the last checkpoint.", show_default=False)
+    ] = None,
+    universal: Annotated[
+        bool,
+        typer.Option(
+            "--universal", help="DeepSpeed's universal checkpoint, for other programs on DeepSpeed."
+        ),
+    ] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="An adapter becomes part of its base: a whole model.")
+    ] = False,
 ) -> None:
     """Write a checkpoint of a run as a Hugging Face folder, or its adapter as peft's; load it again and compare.
 
@@ -334,11 +409,17 @@ app.add_typer(launch_app, name="launch")
 def verify_resume(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
-    worlds: Annotated[str, typer.Option(help="Numbers of processes that the run is handed to.")] = "2,1,3",
+    worlds: Annotated[
+        str, typer.Option(help="Numbers of processes that the run is handed to.")
+    ] = "2,1,3",
     at: Annotated[int, typer.Option(min=1, help="Steps of each of them, but the last.")] = 4,
     steps: Annotated[int, typer.Option(min=2, help="Of the whole run.")] = 10,
-    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")] = "float32",
-    tiny: Annotated[bool, typer.Option("--tiny", help="A tiny random model and its data, in seconds.")] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of the weights.")
+    ] = "float32",
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="A tiny random model and its data, in seconds.")
+    ] = False,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the run folders for a look.")] = False,
 ) -> None:
     """Prove that a run which is stopped and resumed by other numbers of processes learns the same.

@@ -19,7 +19,10 @@ def stop_while_starting() -> None:
     import signal
 
     def stop(number: int, _frame: Any) -> NoReturn:
-        print(f"packhorse: {signal.Signals(number).name}: stopped before the workers had started", file=sys.stderr)
+        print(
+            f"packhorse: {signal.Signals(number).name}: stopped before the workers had started",
+            file=sys.stderr,
+        )
         sys.exit(SAVED_RUN_AGAIN)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):

@@ -17,7 +17,11 @@ class Section(BaseModel):
 def check_function(name: str | None) -> None:
     """Raises ValueError where a function is not named as `module:function`."""
     module, colon, function = (name or "module:function").partition(":")
-    if not colon or not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+    if (
+        not colon
+        or not function.isidentifier()
+        or not all(part.isidentifier() for part in module.split("."))
+    ):
         raise ValueError(f"a function is named as `module:function`, not `{name}`")
 
 
@@ -28,7 +32,11 @@ def sections_of(annotation: Any) -> list[type[Section]]:
     """The section that a value of this type is, or those of a union; none where it is a collection or a plain value."""
     if get_origin(annotation) in (Annotated, Union, types.UnionType):
         return [section for inner in get_args(annotation) for section in sections_of(inner)]
-    is_section = get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, Section)
+    is_section = (
+        get_origin(annotation) is None
+        and isinstance(annotation, type)
+        and issubclass(annotation, Section)
+    )
     return [annotation] if is_section else []
 
 

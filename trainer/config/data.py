@@ -16,7 +16,9 @@ class Filters(Section):
     answer_words: tuple[int, int] | None = Field(
         default=None, description="Fewest and most words, parted by white space, as `[3, 400]`."
     )
-    pattern: str | None = Field(default=None, description="A regular expression that must be found in it.")
+    pattern: str | None = Field(
+        default=None, description="A regular expression that must be found in it."
+    )
     not_pattern: str | None = Field(default=None, description="One that must not be found.")
     function: str | None = Field(
         default=None,
@@ -24,9 +26,12 @@ class Filters(Section):
         "leave it out. Found and trusted as data.train.function.",
     )
     verify: Literal["math"] | None = Field(
-        default=None, description="math: it must come to the reference's value, by the library math-verify."
+        default=None,
+        description="math: it must come to the reference's value, by the library math-verify.",
     )
-    reference: str | None = Field(default=None, description="The column that holds the right answer, for `verify`.")
+    reference: str | None = Field(
+        default=None, description="The column that holds the right answer, for `verify`."
+    )
 
     @model_validator(mode="after")
     def _usable(self) -> Filters:
@@ -47,16 +52,29 @@ class Source(Section):
     """Where rows come from: a file or folder (`path`), or a dataset of the hub (`name`)."""
 
     path: str | None = Field(
-        default=None, description=".jsonl, .json or .parquet, a folder of them, or one that datasets has saved."
+        default=None,
+        description=".jsonl, .json or .parquet, a folder of them, or one that datasets has saved.",
     )
     name: str | None = Field(
-        default=None, description="A dataset of the hub, or a folder of files, as datasets.load_dataset takes them."
+        default=None,
+        description="A dataset of the hub, or a folder of files, as datasets.load_dataset takes them.",
     )
     split: str = Field(default="train", description="Its split.")
-    format: Literal["auto", "messages", "sharegpt", "prompt_completion", "instruction", "question_answer", "text"] = (
-        Field(default="auto", description="auto: recognised from the columns of the first row; all rows must have it.")
+    format: Literal[
+        "auto",
+        "messages",
+        "sharegpt",
+        "prompt_completion",
+        "instruction",
+        "question_answer",
+        "text",
+    ] = Field(
+        default="auto",
+        description="auto: recognised from the columns of the first row; all rows must have it.",
     )
-    columns: dict[str, str] = Field(default_factory=dict, description="Our name -> the file's, as `question: Problem`.")
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Our name -> the file's, as `question: Problem`."
+    )
     function: str | None = Field(
         default=None,
         description="`module:function` of your own, in place of a format: row (a dict) -> list of messages, or "
@@ -66,7 +84,7 @@ class Source(Section):
     filters: Filters = Filters()
     weight: float = Field(default=1.0, gt=0, description="round(weight x rows) rows an epoch (C1).")
     rows: int | None = Field(default=None, ge=1, description="Only the first so many rows.")
-    grows: bool = Field(
+    streaming: bool = Field(
         default=False,
         description="Files are still added to the folder, each renamed into it when it is whole; or the dataset is "
         "read as a stream. Needs train.steps.",
@@ -79,15 +97,23 @@ class Source(Section):
         check_function(self.function)
         if self.function and (self.format != "auto" or self.columns):
             raise ValueError("`function` reads the row itself: leave out `format` and `columns`")
-        if self.grows and (self.weight != 1 or self.rows is not None):
-            raise ValueError("a source that grows is used as it comes: take out `weight` and `rows`")
+        if self.streaming and (self.weight != 1 or self.rows is not None):
+            raise ValueError(
+                "a source that grows is used as it comes: take out `weight` and `rows`"
+            )
         return self
 
 
 # Names that mean something to apply_chat_template itself, or that come from the row and the tokenizer.
 NO_KWARGS = {
     *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
-    *("continue_final_message", "sanitize_control_tokens", "return_assistant_tokens_mask", "tokenize", "padding"),
+    *(
+        "continue_final_message",
+        "sanitize_control_tokens",
+        "return_assistant_tokens_mask",
+        "tokenize",
+        "padding",
+    ),
     *("truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
     *(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")),
 }
@@ -106,10 +132,12 @@ class DataSection(Section):
         "that no row changes sides when others are added or reordered.",
     )
     group_by: str | None = Field(
-        default=None, description="A column; rows with the same value there stay on one side of `eval_fraction`."
+        default=None,
+        description="A column; rows with the same value there stay on one side of `eval_fraction`.",
     )
     duplicates: Literal["keep", "drop"] = Field(
-        default="keep", description="Train rows that are, token by token, an earlier one. Counted in either case."
+        default="keep",
+        description="Train rows that are, token by token, an earlier one. Counted in either case.",
     )
     near_duplicate: float = Field(
         default=0.8,
@@ -126,11 +154,15 @@ class DataSection(Section):
         "short rows stay below it; of a real leak, as a copied file or a random split of repeated rows, more is found.",
     )
     train_on: Literal["all", "completion", "assistant", "last_turn"] = Field(
-        default="assistant", description="all tokens, the last assistant turn after its prompt, every assistant turn."
+        default="assistant",
+        description="all tokens, the last assistant turn after its prompt, every assistant turn.",
     )
-    train_on_eot: bool = Field(default=True, description="The stop token after an answer is learned with it.")
+    train_on_eot: bool = Field(
+        default=True, description="The stop token after an answer is learned with it."
+    )
     train_trailing_newline: bool = Field(
-        default=False, description="So is the white space that a template writes after the stop token."
+        default=False,
+        description="So is the white space that a template writes after the stop token.",
     )
     control_tokens: Literal["reject", "text", "keep"] = Field(
         default="reject",
@@ -141,16 +173,20 @@ class DataSection(Section):
         description="Variables of the chat template, as `enable_thinking: false`: the same in training, evaluation and "
         "preview, and to be given when the model is used.",
     )
-    max_tokens: int | None = Field(
-        default=None, ge=2, description="Of an example; batch.row_tokens where it is not given."
+    max_length: int | None = Field(
+        default=None, ge=2, description="Of an example; batch.seq_len where it is not given."
     )
     too_long: Literal["reject", "truncate", "split"] = Field(
         default="reject",
         description="Of an example of more tokens. truncate keeps whole answers only; split makes documents of it.",
     )
-    cut_answers: bool = Field(default=False, description="truncate may keep an answer without its end.")
+    cut_answers: bool = Field(
+        default=False, description="truncate may keep an answer without its end."
+    )
     split_context: int = Field(
-        default=0, ge=0, description="Tokens before a cut that split repeats, as context that is not learned again."
+        default=0,
+        ge=0,
+        description="Tokens before a cut that split repeats, as context that is not learned again.",
     )
     packing: Literal["none", "bfd", "bfd_split", "wrapped", "greedy"] = Field(
         default="bfd",
@@ -158,19 +194,28 @@ class DataSection(Section):
         "keeps them whole and packs as they come.",
     )
     broken_lines: Literal["stop", "reject"] = Field(
-        default="stop", description="A row that cannot be read at all ends the preparation, or is rejected like others."
+        default="stop",
+        description="A row that cannot be read at all ends the preparation, or is rejected like others.",
     )
-    max_rejects: float = Field(default=0.01, ge=0, le=1, description="The run stops above this share of rejected rows.")
-    shard_rows: int = Field(default=10_000, ge=1, description="Rows of a stream that are packed together.")
-    cache: str = Field(default="~/.cache/packhorse", description="Tokenised data; may be local to a node.")
+    max_rejects: float = Field(
+        default=0.01, ge=0, le=1, description="The run stops above this share of rejected rows."
+    )
+    shard_rows: int = Field(
+        default=10_000, ge=1, description="Rows of a stream that are packed together."
+    )
+    cache: str = Field(
+        default="~/.cache/packhorse", description="Tokenized data; may be local to a node."
+    )
     workers: int | None = Field(
-        default=None, ge=1, description="Processes that tokenise; all cores where it is not given."
+        default=None, ge=1, description="Processes that tokenize; all cores where it is not given."
     )
 
     @model_validator(mode="after")
     def _keys_agree(self) -> DataSection:
         if self.group_by is not None and not self.eval_fraction:
-            raise ValueError("`group_by` says how `eval_fraction` splits, and must not be given without it")
+            raise ValueError(
+                "`group_by` says how `eval_fraction` splits, and must not be given without it"
+            )
         if self.cut_answers and self.too_long != "truncate":
             raise ValueError("`cut_answers` belongs to `too_long: truncate`")
         if taken := sorted(NO_KWARGS & set(self.chat_template_kwargs)):

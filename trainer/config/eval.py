@@ -18,13 +18,18 @@ EVAL_LOSS = "eval_loss"  # what a rule calls the held-out loss; its other names 
 class Server(Section):
     """An OpenAI-compatible server."""
 
-    url: str = Field(description="Up to its version, as http://localhost:8000/v1, without a key or a password.")
+    url: str = Field(
+        description="Up to its version, as http://localhost:8000/v1, without a key or a password."
+    )
     key_env: str | None = Field(
-        default=None, description="Name of the environment variable that holds its key; none is sent where not given."
+        default=None,
+        description="Name of the environment variable that holds its key; none is sent where not given.",
     )
     timeout_s: float = Field(default=300.0, gt=0, description="For one answer.")
     patience_s: float = Field(
-        default=120.0, ge=0, description="A request that fails (429, 5xx, no connection) is tried again for so long."
+        default=120.0,
+        ge=0,
+        description="A request that fails (429, 5xx, no connection) is tried again for so long.",
     )
     parallel: int = Field(default=16, ge=1, description="Requests at once.")
     extra: dict[str, JsonValue] = Field(
@@ -36,13 +41,19 @@ class Server(Section):
     def _plain_url(self) -> Server:
         try:
             parts = urlsplit(self.url)
-            whole = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+            whole = (
+                parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+            )
         except ValueError:
             raise ValueError("`url` is not an address, as http://localhost:8000/v1") from None
         if "@" in parts.netloc or parts.query or parts.fragment:
-            raise ValueError("`url` must hold no user, password or key; name the key's variable in `key_env`")
+            raise ValueError(
+                "`url` must hold no user, password or key; name the key's variable in `key_env`"
+            )
         if not whole:
-            raise ValueError("`url` is an address with http:// or https://, as http://localhost:8000/v1")
+            raise ValueError(
+                "`url` is an address with http:// or https://, as http://localhost:8000/v1"
+            )
         return self
 
 
@@ -89,7 +100,9 @@ class Contains(Section):
     """1 where the answer contains the reference, else 0."""
 
     kind: Literal["contains"] = "contains"
-    text: str | None = Field(default=None, min_length=1, description="To be found in place of the reference.")
+    text: str | None = Field(
+        default=None, min_length=1, description="To be found in place of the reference."
+    )
     ignore_case: bool = False
 
 
@@ -109,7 +122,9 @@ class Choice(Section):
     """1 where the right letter is the likeliest to follow the prompt, else 0. Nothing is generated for it."""
 
     kind: Literal["choice"] = "choice"
-    letters: tuple[str, ...] = Field(default=("A", "B", "C", "D"), min_length=2, description="The choices.")
+    letters: tuple[str, ...] = Field(
+        default=("A", "B", "C", "D"), min_length=2, description="The choices."
+    )
     column: str | None = Field(
         default=None,
         description="The column of the row that holds the right letter, or its number from 0; null: the reference.",
@@ -117,7 +132,9 @@ class Choice(Section):
 
     @model_validator(mode="after")
     def _usable(self) -> Choice:
-        if len(set(self.letters)) < len(self.letters) or not all(letter.strip() for letter in self.letters):
+        if len(set(self.letters)) < len(self.letters) or not all(
+            letter.strip() for letter in self.letters
+        ):
             raise ValueError("`letters` are different texts, none of them empty")
         return self
 
@@ -148,7 +165,9 @@ class Refusal(Section):
 
     kind: Literal["refusal"] = "refusal"
     expected: bool | None = Field(default=None, description="Whether every answer should refuse.")
-    column: str | None = Field(default=None, description="The column of the row that says so, as true or false.")
+    column: str | None = Field(
+        default=None, description="The column of the row that says so, as true or false."
+    )
 
     @model_validator(mode="after")
     def _one_rule(self) -> Refusal:
@@ -186,7 +205,9 @@ class Judge(Section):
         "the win rate.",
     )
     grades: int = Field(default=5, ge=2, le=10, description="The highest grade.")
-    max_tokens: int = Field(default=1024, ge=1, description="Of the judge's reply, its thinking included.")
+    max_tokens: int = Field(
+        default=1024, ge=1, description="Of the judge's reply, its thinking included."
+    )
 
 
 Scorer = Annotated[
@@ -198,28 +219,41 @@ Scorer = Annotated[
 class GenerateSection(Section):
     """Held-out prompts answered by the model that is trained, at every evaluation, and scored."""
 
-    rows: int = Field(default=64, ge=1, description="The first so many held-out prompts.")
-    max_new_tokens: int = Field(default=64, ge=1, description="Where an answer is cut that has not ended by itself.")
+    num_prompts: int = Field(default=64, ge=1, description="The first so many held-out prompts.")
+    max_new_tokens: int = Field(
+        default=64, ge=1, description="Where an answer is cut that has not ended by itself."
+    )
     batch: int = Field(default=32, ge=1, description="Prompts that one rank runs at once.")
     temperature: float = Field(
-        default=0.0, ge=0, description="0: greedy. Above, tokens are drawn; what is drawn follows from train.seed."
+        default=0.0,
+        ge=0,
+        description="0: greedy. Above, tokens are drawn; what is drawn follows from train.seed.",
     )
     top_p: float = Field(
-        default=1.0, gt=0, le=1, description="Draw from the most likely tokens that have this share of probability."
+        default=1.0,
+        gt=0,
+        le=1,
+        description="SeededSampler from the most likely tokens that have this share of probability.",
     )
-    scorers: dict[str, Scorer] = Field(default_factory=dict, description="What becomes `eval/NAME`; `kind` says how.")
+    scorers: dict[str, Scorer] = Field(
+        default_factory=dict, description="What becomes `eval/NAME`; `kind` says how."
+    )
 
     @model_validator(mode="after")
     def _names_are_free(self) -> GenerateSection:
         for name in self.scorers:
             if name in ("loss", "eval_loss") or not re.fullmatch(r"[\w.-]+", name):
-                raise ValueError(f"`{name}` cannot name a scorer: take letters, digits, `_`, `.` and `-`, and not loss")
+                raise ValueError(
+                    f"`{name}` cannot name a scorer: take letters, digits, `_`, `.` and `-`, and not loss"
+                )
         return self
 
     @model_validator(mode="after")
     def _greedy_draws_nothing(self) -> GenerateSection:
         if self.top_p < 1 and self.temperature == 0:
-            raise ValueError("`top_p` belongs to a `temperature` above 0: without one nothing is drawn")
+            raise ValueError(
+                "`top_p` belongs to a `temperature` above 0: without one nothing is drawn"
+            )
         return self
 
 
@@ -232,9 +266,13 @@ class Condition(NamedTuple):
     @classmethod
     def parse(cls, text: Any) -> Condition:
         """Raises ValueError where it is not a sign and a number."""
-        found = re.fullmatch(r"\s*(>=|<=|>|<)\s*([-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*", str(text))
+        found = re.fullmatch(
+            r"\s*(>=|<=|>|<)\s*([-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*", str(text)
+        )
         if found is None:
-            raise ValueError(f'`{text}` is no condition: write one of >=, <=, >, < and a number, as ">= 0.98"')
+            raise ValueError(
+                f'`{text}` is no condition: write one of >=, <=, >, < and a number, as ">= 0.98"'
+            )
         return cls(found[1], float(found[2]))
 
     def holds(self, value: float) -> bool:
@@ -248,14 +286,19 @@ class BestSection(Section):
     """Which evaluated step is the best one. Its checkpoint is kept apart, for `packhorse export RUN --best`. Names are
     those of scorers, or eval_loss. Of steps that are alike in all of it the earliest is taken."""
 
-    maximize: str | None = Field(default=None, description="The metric that decides: the highest one wins.")
-    minimize: str | None = Field(default=None, description="In place of `maximize`: the lowest one wins.")
+    maximize: str | None = Field(
+        default=None, description="The metric that decides: the highest one wins."
+    )
+    minimize: str | None = Field(
+        default=None, description="In place of `maximize`: the lowest one wins."
+    )
     subject_to: dict[str, str] = Field(
         default_factory=dict,
         description='What a step must meet to be the best at all, as `{format_accuracy: ">= 0.98"}`.',
     )
     tie: str | None = Field(
-        default=None, description="Decides where the metric is equal: the lower eval_loss, or the higher score."
+        default=None,
+        description="Decides where the metric is equal: the lower eval_loss, or the higher score.",
     )
 
     @field_validator("subject_to", mode="before")
@@ -300,7 +343,11 @@ class BestSection(Section):
         """The rule as a phrase."""
         aim = f"the {'highest' if self.maximize else 'lowest'} {self.metric}"
         conditions = " and ".join(f"{name} {text}" for name, text in self.subject_to.items())
-        return aim + (f" with {conditions}" if conditions else "") + (f", ties by {self.tie}" if self.tie else "")
+        return (
+            aim
+            + (f" with {conditions}" if conditions else "")
+            + (f", ties by {self.tie}" if self.tie else "")
+        )
 
 
 class EvalSection(Section):
@@ -312,13 +359,16 @@ class EvalSection(Section):
         description="What answers the prompts of `generate`: the engine itself, or a server that is handed the current "
         "weights as a Hugging Face folder: the one at `server`, or a vLLM, started between steps by `vllm_python`.",
     )
-    server: Server | None = Field(default=None, description="It must see run.dir under the same path.")
+    server: Server | None = Field(
+        default=None, description="It must see run.dir under the same path."
+    )
     vllm_python: str | None = Field(
         default=None,
         description="The Python of an environment of its own that has vllm, as /opt/vllm/bin/python: vllm pins torch.",
     )
     vllm_args: tuple[str | int | float, ...] = Field(
-        default=(), description="More arguments of vLLM's server, after packhorse's own, so that these count."
+        default=(),
+        description="More arguments of vLLM's server, after packhorse's own, so that these count.",
     )
     generate: GenerateSection | None = None
     best: BestSection | None = None
@@ -328,7 +378,8 @@ class EvalSection(Section):
         "long for a run in training. Needs the extra `lm-eval`.",
     )
     lm_eval_path: str | None = Field(
-        default=None, description="A folder of task files of your own, found before the library's tasks."
+        default=None,
+        description="A folder of task files of your own, found before the library's tasks.",
     )
     lm_eval_chat: bool = Field(
         default=False,
@@ -354,10 +405,16 @@ class EvalSection(Section):
         for place, name in self.best.places.items():
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-                instead = f"did you mean `{near[0]}`?" if near else f"names here: {', '.join(names)}"
-                raise ValueError(f"`best.{place}`: there is no scorer `{name}` in eval.generate.scorers; {instead}")
+                instead = (
+                    f"did you mean `{near[0]}`?" if near else f"names here: {', '.join(names)}"
+                )
+                raise ValueError(
+                    f"`best.{place}`: there is no scorer `{name}` in eval.generate.scorers; {instead}"
+                )
         if self.every_steps is None:
-            raise ValueError("`best` needs `every_steps`: without it the last step alone is evaluated")
+            raise ValueError(
+                "`best` needs `every_steps`: without it the last step alone is evaluated"
+            )
         return self
 
 

@@ -30,27 +30,34 @@ class ModelSection(Section):
         description="random: only the configuration and tokenizer are read; weights follow train.seed.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
-        default="bfloat16", description="bfloat16 trains on fp32 master weights; float32 is for exact comparisons."
+        default="bfloat16",
+        description="bfloat16 trains on fp32 master weights; float32 is for exact comparisons.",
     )
     attention: Literal["auto", "flash_attn", "torch_varlen", "reference"] = Field(
-        default="auto", description="The varlen kernel. auto: flash_attn, else torch's own on CUDA, else the reference."
+        default="auto",
+        description="The varlen kernel. auto: flash_attn, else torch's own on CUDA, else the reference.",
     )
-    layers: Literal["auto", "liger", "plain"] = Field(
+    layer_kernels: Literal["auto", "liger", "torch"] = Field(
         default="auto",
         description="Norms, rotary positions and gated activations by Liger's kernels, proved at the start. auto: on "
         "CUDA in bfloat16, where Liger knows the model.",
     )
-    recompute: bool = Field(
-        default=True, description="Activation checkpointing: less memory, about a third more compute."
+    activation_checkpointing: Literal["none", "full"] = Field(
+        default="full",
+        description="full: keep each layer's input alone and compute the rest again in the backward: less memory, "
+        "about a third more compute.",
     )
     add_tokens: tuple[str, ...] = Field(
         default=(),
         description="Special tokens to add to a base model; new embedding rows start at the mean of the old.",
     )
     chat_template: str | None = Field(
-        default=None, description="A Jinja file, or `chatml`, in place of the tokenizer's own template."
+        default=None,
+        description="A Jinja file, or `chatml`, in place of the tokenizer's own template.",
     )
-    trust_remote_code: bool = Field(default=False, description="Runs the model's own Python code. Read it first.")
+    trust_remote_code: bool = Field(
+        default=False, description="Runs the model's own Python code. Read it first."
+    )
 
 
 ADAPTER_LR = 1e-4  # the rate where an adapter is trained and the recipe gives none
@@ -66,15 +73,19 @@ class AdapterSection(Section):
         description="What the matrices add is multiplied by alpha / rank. Left alone it keeps the best learning rate "
         "alike for all ranks.",
     )
-    targets: str | tuple[str, ...] = Field(
+    target_modules: str | tuple[str, ...] = Field(
         default="all-linear",
         description="all-linear: every linear module but the head; a list of names or their ends, as "
         "`[q_proj, v_proj]`; or a regular expression that must match a whole name.",
     )
-    dropout: float = Field(default=0.0, ge=0, lt=1, description="Of what goes into the matrices (C3).")
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Of what goes into the matrices (C3)."
+    )
     rslora: bool = Field(default=False, description="alpha / sqrt(rank) instead, for high ranks.")
-    dora: bool = Field(default=False, description="The size of each of a weight's rows is learned apart (DoRA).")
-    save_modules: tuple[str, ...] = Field(
+    dora: bool = Field(
+        default=False, description="The size of each of a weight's rows is learned apart (DoRA)."
+    )
+    modules_to_save: tuple[str, ...] = Field(
         default=(),
         description="Modules that are trained whole and saved with the adapter, as `[embed_tokens, lm_head]`.",
     )
@@ -83,21 +94,23 @@ class AdapterSection(Section):
         description="nf4: the linear modules lie in 4 bits (QLoRA), by the library bitsandbytes; at ZeRO stages 0 "
         "to 2.",
     )
-    double_quantisation: bool = Field(
+    double_quant: bool = Field(
         default=False, description="Of nf4: its scales lie in 8 bits, 0.37 bits a weight less."
     )
 
     @model_validator(mode="after")
     def _usable(self) -> AdapterSection:
-        if not self.targets:
-            raise ValueError("`targets` names nothing; give `all-linear`, or names")
-        if isinstance(self.targets, str):
+        if not self.target_modules:
+            raise ValueError("`target_modules` names nothing; give `all-linear`, or names")
+        if isinstance(self.target_modules, str):
             try:
-                re.compile(self.targets)
+                re.compile(self.target_modules)
             except re.error as error:
-                raise ValueError(f"`{self.targets}` is not a regular expression: {error}") from None
-        if self.double_quantisation and self.base is None:
-            raise ValueError("`double_quantisation` belongs to `base: nf4`")
+                raise ValueError(
+                    f"`{self.target_modules}` is not a regular expression: {error}"
+                ) from None
+        if self.double_quant and self.base is None:
+            raise ValueError("`double_quant` belongs to `base: nf4`")
         if self.dora and self.base is not None:
             raise ValueError(
                 "`dora` needs the norms of the weights, and is not proved with `base: nf4`; take one of them"
@@ -108,9 +121,11 @@ class AdapterSection(Section):
 class BatchSection(Section):
     """The batch of one optimizer step, whatever the number of GPUs."""
 
-    row_tokens: int = Field(default=8192, ge=2, description="Most tokens of a packed row.")
-    rows_per_step: int = Field(default=64, ge=1, description="Most rows of an optimizer step, over all ranks.")
-    rows_per_micro: int = Field(default=1, ge=1, description="Rows that one rank runs at once.")
+    seq_len: int = Field(default=8192, ge=2, description="Most tokens of a packed row.")
+    global_batch_size: int = Field(
+        default=64, ge=1, description="Most rows of an optimizer step, over all ranks."
+    )
+    micro_batch_size: int = Field(default=1, ge=1, description="Rows that one rank runs at once.")
 
 
 class LossSection(Section):
@@ -118,7 +133,9 @@ class LossSection(Section):
 
     weighting: Literal["token", "example", "constant"] = "token"
     constant_tokens: int | None = Field(default=None, ge=1, description="K of `constant`.")
-    neftune_alpha: float = Field(default=0.0, ge=0, description="NEFTune noise; 0 is off, 5 is usual.")
+    neftune_alpha: float = Field(
+        default=0.0, ge=0, description="NEFTune noise; 0 is off, 5 is usual."
+    )
     kernel: Literal["auto", "liger", "chunked", "reference"] = Field(
         default="auto", description="auto: liger on CUDA, else chunked."
     )
@@ -126,30 +143,42 @@ class LossSection(Section):
     @model_validator(mode="after")
     def _k_given(self) -> LossSection:
         if (self.weighting == "constant") != (self.constant_tokens is not None):
-            raise ValueError("`constant_tokens` belongs to `weighting: constant`, and must be given there")
+            raise ValueError(
+                "`constant_tokens` belongs to `weighting: constant`, and must be given there"
+            )
         return self
 
 
 class OptimSection(Section):
     """AdamW and its schedule; the learning rate is a function of the step alone."""
 
-    lr: float = Field(default=2e-5, gt=0, description=f"With an `adapter` the default is {ADAPTER_LR:g}.")
+    lr: float = Field(
+        default=2e-5, gt=0, description=f"With an `adapter` the default is {ADAPTER_LR:g}."
+    )
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0, description="On matrices; never on norms and biases.")
-    decay_embeddings: bool = Field(default=True, description="Whether the embeddings count as matrices.")
-    warmup: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps.")
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    wsd_decay: float = Field(default=0.2, gt=0, le=1, description="Share of the steps in which wsd goes down.")
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="On matrices; never on norms and biases."
+    )
+    decay_embeddings: bool = Field(
+        default=True, description="Whether the embeddings count as matrices."
+    )
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps.")
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    wsd_decay: float = Field(
+        default=0.2, gt=0, le=1, description="Share of the steps in which wsd goes down."
+    )
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    clip: float = Field(default=1.0, gt=0, description="Largest gradient norm of a step.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Largest gradient norm of a step.")
 
 
 class TrainSection(Section):
     """How long, and from which seed."""
 
     epochs: int = Field(default=1, ge=1)
-    steps: int | None = Field(default=None, ge=1, description="Exactly so many steps, whatever `epochs` says.")
+    steps: int | None = Field(
+        default=None, ge=1, description="Exactly so many steps, whatever `epochs` says."
+    )
     seed: int = 0
 
 
@@ -162,27 +191,40 @@ class ParallelSection(Section):
         description="Of accumulation and reduction; bfloat16 makes the batch's cutting change the run.",
     )
     sequence: Literal[1] = 1
-    allow_idle_ranks: bool = Field(default=False, description="Allow more ranks than a step has micro-batches.")
+    allow_idle_ranks: bool = Field(
+        default=False, description="Allow more ranks than a step has micro-batches."
+    )
 
 
 class CheckpointSection(Section):
-    every_steps: int | None = Field(default=None, ge=1, description="Between checkpoints; the last step always saves.")
-    keep: int = Field(default=3, ge=1, description="Older ones are removed once a new one is whole.")
+    every_steps: int | None = Field(
+        default=None, ge=1, description="Between checkpoints; the last step always saves."
+    )
+    keep: int = Field(
+        default=3, ge=1, description="Older ones are removed once a new one is whole."
+    )
     asynchronous: bool | None = Field(
         default=None,
         description="Written beside training, from a copy in the host's memory. null: where half of it stays free.",
     )
     before_timeout_s: float | None = Field(
-        default=None, ge=0, description="Save and stop so long before the end of the Slurm job, where that is known."
+        default=None,
+        ge=0,
+        description="Save and stop so long before the end of the Slurm job, where that is known.",
     )
 
 
 class RunSection(Section):
     dir: str = Field(description="The run folder; on more than one node a shared one.")
     log_every: int = Field(default=1, ge=1)
-    trace: bool = Field(default=False, description="trace.jsonl: the documents, loss, norm and settings of each step.")
+    trace: bool = Field(
+        default=False,
+        description="trace.jsonl: the documents, loss, norm and settings of each step.",
+    )
     stop_after: int | None = Field(
-        default=None, ge=1, description="Save and leave after so many steps, as on a signal; the schedule stays."
+        default=None,
+        ge=1,
+        description="Save and leave after so many steps, as on a signal; the schedule stays.",
     )
 
 
@@ -192,16 +234,24 @@ Rule = Literal["stop", "skip", "rollback"]
 class GuardSection(Section):
     """What is done when a run goes wrong. rollback: from the last checkpoint again, and then without the step."""
 
-    non_finite: Rule = Field(default="stop", description="With a step whose gradient is not finite.")
+    non_finite: Rule = Field(
+        default="stop", description="With a step whose gradient is not finite."
+    )
     spike: Rule = Field(default="stop", description="With a step whose loss is a spike.")
     spike_factor: float | None = Field(
         default=None, gt=1, description="A spike is so many times the median of the last 50 losses."
     )
-    at_most: int = Field(default=3, ge=0, description="Steps that are passed over, before the run stops after all.")
-    hang_factor: float = Field(
-        default=10.0, gt=1, description="Nothing moves for so many times as long as usual: the run hangs, and is ended."
+    max_skipped_steps: int = Field(
+        default=3, ge=0, description="Steps that are passed over, before the run stops after all."
     )
-    hang_floor_s: float = Field(default=900.0, gt=0, description="But never before so many seconds.")
+    hang_factor: float = Field(
+        default=10.0,
+        gt=1,
+        description="Nothing moves for so many times as long as usual: the run hangs, and is ended.",
+    )
+    hang_floor_s: float = Field(
+        default=900.0, gt=0, description="But never before so many seconds."
+    )
 
 
 class ProfileSection(Section):
@@ -246,15 +296,15 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _lengths_agree(self) -> Recipe:
         cuts_rows = self.data.packing in ("bfd_split", "wrapped")
-        if self.data.max_tokens and self.data.max_tokens > self.batch.row_tokens and not cuts_rows:
+        if self.data.max_length and self.data.max_length > self.batch.seq_len and not cuts_rows:
             raise ValueError(
-                f"data.max_tokens ({self.data.max_tokens}) is more than batch.row_tokens ({self.batch.row_tokens}): "
-                "an example must fit in a row; raise row_tokens, or use `packing: bfd_split`"
+                f"data.max_length ({self.data.max_length}) is more than batch.seq_len ({self.batch.seq_len}): "
+                "an example must fit in a row; raise seq_len, or use `packing: bfd_split`"
             )
-        if self.data.split_context and self.max_tokens < self.data.split_context + 2:
+        if self.data.split_context and self.max_length < self.data.split_context + 2:
             raise ValueError(
                 f"data.split_context ({self.data.split_context}) leaves no room for anything new in "
-                f"{self.max_tokens} tokens; lower it"
+                f"{self.max_length} tokens; lower it"
             )
         return self
 
@@ -268,31 +318,41 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _growth_is_bounded(self) -> Recipe:
-        if any(source.grows for source in self.data.eval):
-            raise ValueError("data.eval: held-out rows must stay the same, so no source of them may grow")
-        if self.grows:
+        if any(source.streaming for source in self.data.eval):
+            raise ValueError(
+                "data.eval: held-out rows must stay the same, so no source of them may grow"
+            )
+        if self.streaming:
             if len(self.data.train) > 1:
-                raise ValueError("data.train: a source that grows must be the only one; put all files in its folder")
+                raise ValueError(
+                    "data.train: a source that grows must be the only one; put all files in its folder"
+                )
             if self.data.eval_fraction:
                 raise ValueError(
                     "data.eval_fraction: a later shard's rows could not be held out; give data.eval instead"
                 )
             if self.train.steps is None:
-                raise ValueError("data.train.0.grows: a source that grows has no last row; say how long in train.steps")
+                raise ValueError(
+                    "data.train.0.streaming: a source that grows has no last row; say how long in train.steps"
+                )
             if self.train.epochs != 1:
-                raise ValueError("train.epochs: a source that grows has no epochs; take it out, train.steps says all")
+                raise ValueError(
+                    "train.epochs: a source that grows has no epochs; take it out, train.steps says all"
+                )
         return self
 
     @model_validator(mode="after")
     def _best_has_rows(self) -> Recipe:
         if self.eval.best and not self.has_eval:
-            raise ValueError("eval.best: no rows are held out to evaluate; give data.eval or data.eval_fraction")
+            raise ValueError(
+                "eval.best: no rows are held out to evaluate; give data.eval or data.eval_fraction"
+            )
         return self
 
     @property
-    def grows(self) -> bool:
+    def streaming(self) -> bool:
         """Whether the training data grows while it is trained on (C1)."""
-        return any(source.grows for source in self.data.train)
+        return any(source.streaming for source in self.data.train)
 
     @property
     def has_eval(self) -> bool:
@@ -300,23 +360,38 @@ class Recipe(Section):
         return bool(self.data.eval or self.data.eval_fraction)
 
     @property
-    def max_tokens(self) -> int:
+    def max_length(self) -> int:
         """Most tokens of an example."""
-        return self.data.max_tokens or self.batch.row_tokens
+        return self.data.max_length or self.batch.seq_len
 
     def fixed(self) -> dict[str, Any]:
         """What may not change when a run is resumed (C8), as flat keys: `optim.lr` -> 2e-5."""
         tree = self.model_dump(mode="json")
         free = {
-            "model": ("recompute", "attention", "layers", "trust_remote_code"),
-            "data": ("eval", "near_duplicate", "max_leakage", "cache", "workers", "max_rejects", "broken_lines"),
-            "batch": ("rows_per_micro",),
+            "model": (
+                "activation_checkpointing",
+                "attention",
+                "layer_kernels",
+                "trust_remote_code",
+            ),
+            "data": (
+                "eval",
+                "near_duplicate",
+                "max_leakage",
+                "cache",
+                "workers",
+                "max_rejects",
+                "broken_lines",
+            ),
+            "batch": ("micro_batch_size",),
             "loss": ("kernel",),
             "parallel": ("deepspeed", "sequence", "allow_idle_ranks"),
         }
         for section in ("checkpoint", "eval", "guard", "run", "profile"):
             del tree[section]
-        return {"adapter": tree.pop("adapter")} | {  # whole: a section that is not there has no keys to compare
+        return {
+            "adapter": tree.pop("adapter")
+        } | {  # whole: a section that is not there has no keys to compare
             f"{section}.{key}": value
             for section, values in tree.items()
             for key, value in values.items()
@@ -329,6 +404,27 @@ class Recipe(Section):
 
 
 # ----------------------------------------------------------------------------------------------- reading
+
+
+# Keys that had another name before the first release, without the numbers of a list's items.
+RENAMED_KEYS = {
+    "batch.row_tokens": "`batch.seq_len`",
+    "batch.rows_per_step": "`batch.global_batch_size`",
+    "batch.rows_per_micro": "`batch.micro_batch_size`",
+    "data.max_tokens": "`data.max_length`",
+    "data.train.grows": "`data.train[].streaming`",
+    "data.eval.grows": "`data.eval[].streaming`",
+    "model.recompute": "`model.activation_checkpointing: none | full`",
+    "model.layers": "`model.layer_kernels: auto | liger | torch`",
+    "optim.clip": "`optim.max_grad_norm`",
+    "optim.warmup": "`optim.warmup_ratio`",
+    "optim.schedule": "`optim.lr_schedule`",
+    "adapter.targets": "`adapter.target_modules`",
+    "adapter.save_modules": "`adapter.modules_to_save`",
+    "adapter.double_quantisation": "`adapter.double_quant`",
+    "eval.generate.rows": "`eval.generate.num_prompts`",
+    "guard.at_most": "`guard.max_skipped_steps`",
+}
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -347,7 +443,9 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     except yaml.YAMLError as error:
         raise BadInput(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise BadInput(f"{path}: a recipe is a mapping of sections; start from recipes/quickstart.yaml")
+        raise BadInput(
+            f"{path}: a recipe is a mapping of sections; start from recipes/quickstart.yaml"
+        )
     for override in overrides:
         _apply(tree, override)
     return parse_recipe(tree, where=str(path))
@@ -370,7 +468,9 @@ class UniqueKeys(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key `{key}` is given twice", problem_mark=key_node.start_mark)
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key `{key}` is given twice", problem_mark=key_node.start_mark
+                )
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -411,11 +511,19 @@ def _fault(fault: Any) -> str:
     path = [str(part) for part in fault["loc"]]
     if fault["type"] == "extra_forbidden":
         parents, sections = _follow(path[:-1])
-        return _unknown("key", path[-1], list(sections[0].model_fields), "".join(f"{key}." for key in parents))
+        if renamed := RENAMED_KEYS.get(
+            ".".join(key for key in [*parents, path[-1]] if not key.isdigit())
+        ):
+            return f"`{'.'.join([*parents, path[-1]])}` is now {renamed}"
+        return _unknown(
+            "key", path[-1], list(sections[0].model_fields), "".join(f"{key}." for key in parents)
+        )
     keys, sections = _follow(path)
     place = ".".join(keys) or "recipe"
     if fault["type"] == "union_tag_invalid":
-        return f"`{place}`: " + _unknown("kind", fault["ctx"]["tag"], [kind_of(section) for section in sections])
+        return f"`{place}`: " + _unknown(
+            "kind", fault["ctx"]["tag"], [kind_of(section) for section in sections]
+        )
     if fault["type"] == "union_tag_not_found":
         return f"`{place}.kind` is missing; kinds: {', '.join(str(kind_of(section)) for section in sections)}"
     message = fault["msg"].removeprefix("Value error, ")

@@ -46,7 +46,7 @@ class Corpus:
     weights: tuple[float, ...]
     count_trained: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
-    grows = False
+    streaming = False
 
     def corpus(self, epoch: int) -> Corpus:
         """Every epoch is made of these documents."""
@@ -60,7 +60,7 @@ class Epochs(Protocol):
     """The documents of each epoch: a Corpus, or the shards of a source that grows (data/growing.py)."""
 
     @property
-    def grows(self) -> bool:
+    def streaming(self) -> bool:
         """Whether the next epoch is known only when the last one has been used."""
         ...
 
@@ -93,8 +93,10 @@ class Plan:
         self._lock = threading.Lock()  # the loader's thread and the loop both ask
         self._counting = threading.Lock()  # apart: the loop need not wait while a shard is prepared
         self._rows: list[int] = []  # rows of each epoch
-        self._first_steps = [0]  # number of each epoch's first step, and of the step after the last epoch
-        while not epochs.grows and not self._all_counted():
+        self._first_steps = [
+            0
+        ]  # number of each epoch's first step, and of the step after the last epoch
+        while not epochs.streaming and not self._all_counted():
             self._count_epoch()
         self.steps = train.steps or self._first_steps[-1]
 
@@ -102,8 +104,10 @@ class Plan:
     def for_eval(cls, corpus: Corpus, packer: Packer, batch: BatchSection) -> Plan:
         """All rows as one step, weighted by `token`, whatever the run's seed and weighting: the loss of that
         step is the held-out loss."""
-        whole = batch.model_copy(update={"rows_per_step": sys.maxsize})
-        return cls(corpus, packer, whole, TrainSection.model_validate({}), LossSection.model_validate({}))
+        whole = batch.model_copy(update={"global_batch_size": sys.maxsize})
+        return cls(
+            corpus, packer, whole, TrainSection.model_validate({}), LossSection.model_validate({})
+        )
 
     # ------------------------------------------------------------------------------------------- steps
 
@@ -116,11 +120,13 @@ class Plan:
         steps = self._first_steps[epoch + 1] - self._first_steps[epoch]
         place = step - self._first_steps[epoch]
         first, end = (k * self._rows[epoch] // steps for k in (place, place + 1))
-        size = self.batch.rows_per_micro
+        size = self.batch.micro_batch_size
         cuts = range(first, end, size)
         micro_batches = tuple(tuple(range(cut, min(cut + size, end))) for cut in cuts)
         counts = self._targets(epoch, self.pieces(epoch, range(first, end)))
-        return StepPlan(step, epoch, micro_batches, int(counts.sum()), int(np.count_nonzero(counts)))
+        return StepPlan(
+            step, epoch, micro_batches, int(counts.sum()), int(np.count_nonzero(counts))
+        )
 
     def row(self, epoch: int, row: int) -> list[Piece]:
         """The pieces of one row, in their order."""
@@ -129,7 +135,9 @@ class Plan:
     def pieces(self, epoch: int, rows: range | list[int] | tuple[int, ...]) -> np.ndarray:
         """The pieces (P, 4) of rows, one after the other; columns as in flow.Piece."""
         packed = self._packed(epoch)
-        return np.concatenate([packed.pieces[packed.row_offsets[r] : packed.row_offsets[r + 1]] for r in rows])
+        return np.concatenate(
+            [packed.pieces[packed.row_offsets[r] : packed.row_offsets[r + 1]] for r in rows]
+        )
 
     def piece_weights(self, step: StepPlan, pieces: np.ndarray) -> np.ndarray:
         """The weight (P,) float64 of each trained token of `pieces`, which belong to `step` (C2).
@@ -154,7 +162,7 @@ class Plan:
         """Share of the epoch's row space that holds tokens."""
         packed = self._packed(epoch)
         tokens = int((packed.pieces[:, 2] - packed.pieces[:, 1]).sum())
-        return tokens / (packed.num_rows * self.batch.row_tokens)
+        return tokens / (packed.num_rows * self.batch.seq_len)
 
     def epoch_steps(self, epoch: int = 0) -> int:
         """Steps that the run takes of an epoch."""
@@ -174,12 +182,14 @@ class Plan:
         """
         self._count_to(first_step)
         first = bisect_right(self._first_steps, first_step) - 1
-        found: dict[str, tuple[tuple[int, int], int, int]] = {}  # sizes, step, number of the micro-batch
-        for epoch in range(first, first + 1 if self.epochs.grows else len(self._rows)):
+        found: dict[
+            str, tuple[tuple[int, int], int, int]
+        ] = {}  # sizes, step, number of the micro-batch
+        for epoch in range(first, first + 1 if self.epochs.streaming else len(self._rows)):
             packed = self._packed(epoch)
             steps = self._first_steps[epoch + 1] - self._first_steps[epoch]
             edges = [k * self._rows[epoch] // steps for k in range(self.epoch_steps(epoch) + 1)]
-            of_steps = [range(*edge, self.batch.rows_per_micro) for edge in pairwise(edges)]
+            of_steps = [range(*edge, self.batch.micro_batch_size) for edge in pairwise(edges)]
             starts = np.concatenate(of_steps)
             pieces = packed.pieces[: packed.row_offsets[edges[-1]]]
             tokens, trained = (
@@ -187,18 +197,26 @@ class Plan:
                 for counts in (pieces[:, 2] - pieces[:, 1], self._targets(epoch, pieces))
             )
             firsts = np.cumsum([0, *map(len, of_steps)])
-            for what, sizes in (("tokens", zip(tokens, trained)), ("trained", zip(trained, tokens))):
+            for what, sizes in (
+                ("tokens", zip(tokens, trained)),
+                ("trained", zip(trained, tokens)),
+            ):
                 size, place = max((size, -place) for place, size in enumerate(sizes))
                 step = int(np.searchsorted(firsts, -place, side="right")) - 1
                 largest = (size, self._first_steps[epoch] + step, -place - int(firsts[step]))
                 found[what] = max(found.get(what, largest), largest, key=lambda one: one[0])
         places = dict.fromkeys((step, micro_batch) for _, step, micro_batch in found.values())
-        return [(self.step(step), self.step(step).micro_batches[micro_batch]) for step, micro_batch in places]
+        return [
+            (self.step(step), self.step(step).micro_batches[micro_batch])
+            for step, micro_batch in places
+        ]
 
     def size(self, step: StepPlan, rows: tuple[int, ...]) -> tuple[int, int]:
         """Tokens and trained tokens of a micro-batch."""
         pieces = self.pieces(step.epoch, rows)
-        return int((pieces[:, 2] - pieces[:, 1]).sum()), int(self._targets(step.epoch, pieces).sum())
+        return int((pieces[:, 2] - pieces[:, 1]).sum()), int(
+            self._targets(step.epoch, pieces).sum()
+        )
 
     # ------------------------------------------------------------------------------------------- ranks
 
@@ -206,9 +224,11 @@ class Plan:
         """Micro-batches of every step, (steps,); of a source that grows, of the steps known so far."""
         self._count_to(0)
         counts = []
-        for rows, first, end in zip(self._rows, self._first_steps, self._first_steps[1:], strict=False):
+        for rows, first, end in zip(
+            self._rows, self._first_steps, self._first_steps[1:], strict=False
+        ):
             edges = np.arange(end - first + 1) * rows // (end - first)
-            counts.append(-(-np.diff(edges) // self.batch.rows_per_micro))
+            counts.append(-(-np.diff(edges) // self.batch.micro_batch_size))
         return np.concatenate(counts)[: self.steps]
 
     def filler_share(self, world: int) -> float:
@@ -227,12 +247,12 @@ class Plan:
         """
         fewest = int(self.micro_batch_counts().min())
         better = ", ".join(map(str, self.good_worlds(world)))
-        if self.epochs.grows:
+        if self.epochs.streaming:
             better += " (by the first shard; the others are not known)"
         if world > fewest and not allow_idle_ranks:
             raise BadInput(
                 f"{world} ranks, but a step has only {fewest} micro-batches: start {better} ranks, raise "
-                "batch.rows_per_step, lower batch.rows_per_micro, or set parallel.allow_idle_ranks: true"
+                "batch.global_batch_size, lower batch.micro_batch_size, or set parallel.allow_idle_ranks: true"
             )
         share = self.filler_share(world)
         if share <= MUCH_FILLER:
@@ -257,14 +277,16 @@ class Plan:
         epoch, first_step = len(self._rows), self._first_steps[-1]
         rows = self.epochs.rows(epoch, first_step, lambda: self._packed(epoch).num_rows)
         self._rows.append(rows)
-        self._first_steps.append(first_step + -(-rows // self.batch.rows_per_step))
+        self._first_steps.append(first_step + -(-rows // self.batch.global_batch_size))
 
     def _packed(self, epoch: int) -> Packed:
         corpus = self.epochs.corpus(epoch)
         with self._lock:
             if epoch not in self._packings:
                 packed = self._keep(epoch, lambda: self._pack(corpus, epoch))
-                if packed.num_rows != (self._rows[epoch] if epoch < len(self._rows) else packed.num_rows):
+                if packed.num_rows != (
+                    self._rows[epoch] if epoch < len(self._rows) else packed.num_rows
+                ):
                     raise BadInput(
                         f"shard {epoch} packs into {packed.num_rows} rows, and was logged with {self._rows[epoch]}: "
                         "another version packed it; go on with that one, or give another run.dir"
@@ -324,7 +346,9 @@ def _documents_of(corpus: Corpus, seed: int, epoch: int) -> np.ndarray:
     chosen = []
     for source, weight in enumerate(corpus.weights):
         documents = np.flatnonzero(corpus.sources == source)
-        passes, rest = divmod(round(weight * len(documents)), len(documents)) if len(documents) else (0, 0)
+        passes, rest = (
+            divmod(round(weight * len(documents)), len(documents)) if len(documents) else (0, 0)
+        )
         rng = np.random.default_rng(seed_from(seed, "sample", epoch, source))
         sample = np.argsort(rng.bit_generator.random_raw(len(documents)), kind="stable")[:rest]
         chosen += [documents] * passes + [documents[np.sort(sample)]]

@@ -1,4 +1,4 @@
-"""Tokenised chunks in; a folder of them out, written once and memory-mapped ever after (C10).
+"""Tokenized chunks in; a folder of them out, written once and memory-mapped ever after (C10).
 
 The folder holds the buffers of two Arrow lists, `input_ids` and `trained`, which share `offsets`, and a column
 each for where a document came from; `report.json` has the counts and every file's size, `rejects.jsonl` the rows
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from trainer.datatypes import BadInput, Example, Packed, Tokenised
+from trainer.datatypes import BadInput, Example, Packed, Tokenized
 from trainer.dist import is_main, log
 from trainer.utils.files import Stopped, build_once
 
@@ -57,8 +57,8 @@ COUNTED = (
     "lost_trained_tokens",
 )
 
-Chunks = Callable[[int], Generator[Tokenised, None, None]]
-"""chunks(done): starts tokenising after the first `done` rows. The documents do not depend on how chunks fall."""
+Chunks = Callable[[int], Generator[Tokenized, None, None]]
+"""chunks(done): starts tokenizing after the first `done` rows. The documents do not depend on how chunks fall."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,16 @@ class Documents:
         span = slice(self.offsets[document], self.offsets[document + 1])
         return Example(self.input_ids[span], self.trained[span])
 
-    def count_trained(self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+    def count_trained(
+        self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray
+    ) -> np.ndarray:
         """Trained tokens (P,) that positions [start, stop) of the documents predict: those at [start + 1, stop]."""
         begins = self.offsets[documents] + starts + 1
         ends = np.minimum(self.offsets[documents] + stops + 1, self.offsets[documents + 1])
-        return np.array([np.count_nonzero(self.trained[b:e]) for b, e in zip(begins, ends, strict=True)], np.int64)
+        return np.array(
+            [np.count_nonzero(self.trained[b:e]) for b, e in zip(begins, ends, strict=True)],
+            np.int64,
+        )
 
 
 def prepare(
@@ -127,14 +132,18 @@ def prepare(
                 progress.show(building.rows, f", {building.tokens:,} tokens")
                 if stopping():
                     building.save()
-                    raise Stopped(f"stopped preparing {what} after {building.rows} rows, which are kept")
+                    raise Stopped(
+                        f"stopped preparing {what} after {building.rows} rows, which are kept"
+                    )
             building.finish(drop_duplicates)
 
     build_once(folder, build, f"preparing {what}", stopping)
     return _open(folder, what, max_rejects)
 
 
-def keep_packed(folder: Path, make: Callable[[], Packed], what: str, stopping: Callable[[], bool]) -> Packed:
+def keep_packed(
+    folder: Path, make: Callable[[], Packed], what: str, stopping: Callable[[], bool]
+) -> Packed:
     """A packing from `folder`, memory-mapped; made by whichever process comes first where it is not there."""
 
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
@@ -146,7 +155,9 @@ def keep_packed(folder: Path, make: Callable[[], Packed], what: str, stopping: C
             _sync(path)
 
     build_once(folder, build, what, stopping)
-    pieces, row_offsets = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("pieces", "row_offsets"))
+    pieces, row_offsets = (
+        np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("pieces", "row_offsets")
+    )
     return Packed(np.asarray(pieces), np.asarray(row_offsets))
 
 
@@ -157,24 +168,40 @@ def _open(folder: Path, what: str, max_rejects: float) -> Documents:
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"{folder}: the cache is damaged ({error}); delete the folder") from None
     if sizes != record["sizes"]:
-        raise BadInput(f"{folder}: files of the cache have changed size since they were written; delete the folder")
+        raise BadInput(
+            f"{folder}: files of the cache have changed size since they were written; delete the folder"
+        )
     _check_rejects(record["report"], folder, what, max_rejects)
     columns = _mapped(folder)
-    return Documents(folder, record["fingerprint"], record["report"], **columns, lengths=np.diff(columns["offsets"]))
+    return Documents(
+        folder,
+        record["fingerprint"],
+        record["report"],
+        **columns,
+        lengths=np.diff(columns["offsets"]),
+    )
 
 
 def _check_rejects(report: dict[str, Any], folder: Path, what: str, max_rejects: float) -> None:
     """The share is of the rows that the filters let through: those left out were not wanted."""
     rows, rejected, filtered = report["rows"], report["rejected"], report["filtered"]
-    common = ", ".join(f"{reason} ({count})" for reason, count in Counter(report["reasons"]).most_common(3))
+    common = ", ".join(
+        f"{reason} ({count})" for reason, count in Counter(report["reasons"]).most_common(3)
+    )
     if not rows:
-        raise BadInput(f"{what}: there are no rows; name a source that has some, or change data.eval_fraction")
+        raise BadInput(
+            f"{what}: there are no rows; name a source that has some, or change data.eval_fraction"
+        )
     if rejected == rows:
-        raise BadInput(f"{what}: no row is left of {rows}: {common}; see {folder / 'rejects.jsonl'}")
+        raise BadInput(
+            f"{what}: no row is left of {rows}: {common}; see {folder / 'rejects.jsonl'}"
+        )
     if filtered and rejected + filtered == rows:
         reasons = Counter(report["reasons"]) + Counter(report["filter_reasons"])
         common = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
-        raise BadInput(f"{what}: the filters leave no row of {rows}: {common}; see {folder / 'filtered.jsonl'}")
+        raise BadInput(
+            f"{what}: the filters leave no row of {rows}: {common}; see {folder / 'filtered.jsonl'}"
+        )
     wanted = rows - filtered
     if rejected / wanted > max_rejects:
         raise BadInput(
@@ -189,7 +216,9 @@ def _check_rejects(report: dict[str, Any], folder: Path, what: str, max_rejects:
 class _Building:
     """A cache being written. Every few seconds its state is made safe, for a next start to go on from."""
 
-    def __init__(self, staging: Path, leftovers: list[Path], sources: list[str], files: list[str]) -> None:
+    def __init__(
+        self, staging: Path, leftovers: list[Path], sources: list[str], files: list[str]
+    ) -> None:
         self._folder, self._file_names = staging, files
         self.rows, self.tokens = 0, 0
         counts = dict.fromkeys(COUNTED, 0)
@@ -198,14 +227,16 @@ class _Building:
         ]
         staging.mkdir()
         self._go_on_from(leftovers)
-        self._files = {name: (staging / name).open("ab") for name in [*map(_file, COLUMNS), *LEFT_OUT]}
+        self._files = {
+            name: (staging / name).open("ab") for name in [*map(_file, COLUMNS), *LEFT_OUT]
+        }
         self._saved_at = time.monotonic()
 
     def close(self) -> None:
         for file in self._files.values():
             file.close()
 
-    def append(self, chunk: Tokenised) -> None:
+    def append(self, chunk: Tokenized) -> None:
         starts = self.tokens + np.cumsum(chunk.lengths) - chunk.lengths
         for name, dtype in COLUMNS.items():
             column = starts if name == "offsets" else getattr(chunk, name)
@@ -221,7 +252,7 @@ class _Building:
         if time.monotonic() - self._saved_at > SAVE_EVERY_S:
             self.save()
 
-    def _count(self, chunk: Tokenised) -> None:
+    def _count(self, chunk: Tokenized) -> None:
         for source, rows in chunk.source_rows.items():
             counts, of_source = self._sources[source], chunk.sources == source
             counts["rows"] += rows
@@ -251,11 +282,17 @@ class _Building:
         """Count the duplicates, write the end of the last document, and the report: the last thing before the folder
         is published."""
         self._find_duplicates(drop_duplicates)
-        self._files[_file("offsets")].write(np.int64(sum(source["tokens"] for source in self._sources)).tobytes())
+        self._files[_file("offsets")].write(
+            np.int64(sum(source["tokens"] for source in self._sources)).tobytes()
+        )
         sizes = self._sync_all()
-        report: dict[str, Any] = {key: sum(source[key] for source in self._sources) for key in COUNTED}
+        report: dict[str, Any] = {
+            key: sum(source[key] for source in self._sources) for key in COUNTED
+        }
         for reasons in ("reasons", "filter_reasons"):
-            report[reasons] = dict(sum((Counter(source[reasons]) for source in self._sources), Counter()))
+            report[reasons] = dict(
+                sum((Counter(source[reasons]) for source in self._sources), Counter())
+            )
         report["sources"] = self._sources
         record = {"fingerprint": _digest(self._folder), "sizes": sizes, "report": report}
         _write(self._folder / "report.json", record)
@@ -272,7 +309,9 @@ class _Building:
         repeated = np.ones(len(firsts), np.bool_)
         repeated[np.unique(columns["digests"][firsts], return_index=True)[1]] = False
         for source, counts in enumerate(self._sources):
-            counts["duplicates"] = int(np.count_nonzero(repeated & (columns["sources"][firsts] == source)))
+            counts["duplicates"] = int(
+                np.count_nonzero(repeated & (columns["sources"][firsts] == source))
+            )
         if drop and repeated.any():
             self._keep(columns, ~np.repeat(repeated, np.diff(firsts, append=len(columns["rows"]))))
 
@@ -287,9 +326,14 @@ class _Building:
                     stop = min(start + BLOCK_DOCUMENTS, len(kept))
                     span, chosen = slice(start, stop), kept[start:stop]
                     if name in ("input_ids", "trained"):
-                        span, chosen = slice(begins[start], begins[stop]), np.repeat(chosen, lengths[start:stop])
+                        span, chosen = (
+                            slice(begins[start], begins[stop]),
+                            np.repeat(chosen, lengths[start:stop]),
+                        )
                     new.write(columns[name][span][chosen].tobytes())
-        (self._folder / "progress.json").unlink(missing_ok=True)  # it is about the files that now go
+        (self._folder / "progress.json").unlink(
+            missing_ok=True
+        )  # it is about the files that now go
         for name in map(_file, COLUMNS):
             self._files[name].close()
             (self._folder / f"{name}.aside").replace(self._folder / name)
@@ -342,7 +386,10 @@ def _digest(folder: Path) -> str:
 
 def _mapped(folder: Path) -> dict[str, np.ndarray]:
     """The columns, as plain views, which are sliced faster than memmaps."""
-    return {name: np.asarray(np.memmap(folder / _file(name), dtype, mode="r")) for name, dtype in COLUMNS.items()}
+    return {
+        name: np.asarray(np.memmap(folder / _file(name), dtype, mode="r"))
+        for name, dtype in COLUMNS.items()
+    }
 
 
 def _file(column: str) -> str:
@@ -378,7 +425,13 @@ class Progress:
         self._bar: Any = None
         if is_main() and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+            )
 
             columns = (
                 TextColumn(what),
@@ -386,7 +439,9 @@ class Progress:
                 MofNCompleteColumn(),
                 TextColumn("{task.description}"),
             )
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+            self._bar = Progress(
+                *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+            )
             self._bar.start()
             self._task = self._bar.add_task("", total=total, completed=rows)
 

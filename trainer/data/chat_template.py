@@ -49,22 +49,42 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trainer.config.data import NO_KWARGS
 from trainer.datatypes import BadInput, Conversation, RowError
 
-# Templates that write the date get this one, so that tokenised data does not depend on the day it was made. The
+# Templates that write the date get this one, so that tokenized data does not depend on the day it was made. The
 # formats are those of strftime_now; llama3_2 takes `date_string`, which its authors fixed to the same day.
 DATE_STRING = "26 Jul 2024"
-DATE_PARTS = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
+DATE_PARTS = {
+    "%d": "26",
+    "%b": "Jul",
+    "%B": "July",
+    "%m": "07",
+    "%Y": "2024",
+    "%y": "24",
+    "%A": "Friday",
+    "%a": "Fri",
+}
 FIXED_CLOCK = (
     "{% macro strftime_now(format) %}{{ format"
     + "".join(f"|replace('{code}', '{value}')" for code, value in DATE_PARTS.items())
     + " }}{% endmacro +%}"
 )
-FIELD_NAMES = {"content": "the content", "reasoning_content": "the reasoning", "tool_calls": "tool calls"}
+FIELD_NAMES = {
+    "content": "the content",
+    "reasoning_content": "the reasoning",
+    "tool_calls": "tool calls",
+}
 WORD_FORMAT = "zq%04dqz"
 WORD = re.compile(r"zq(\d{4,})qz")
 GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 MOST_SKELETONS = 4096
 TEMPLATE_FUNCTIONS = {"raise_exception", "strftime_now"}
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+)
 
 
 class Place(NamedTuple):
@@ -133,13 +153,22 @@ class Template:
         BadInput: the template reads no variable of that name.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.kwargs = dict(kwargs or {})
-        added = {token.content: (number, token.special) for number, token in tokenizer.added_tokens_decoder.items()}
+        added = {
+            token.content: (number, token.special)
+            for number, token in tokenizer.added_tokens_decoder.items()
+        }
         # Tokens that only the template may write: a text that holds one would end or open turns.
-        self.control_ids: dict[str, int] = {text: number for text, (number, special) in added.items() if special}
-        self.control_ids |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        self.control_ids: dict[str, int] = {
+            text: number for text, (number, special) in added.items() if special
+        }
+        self.control_ids |= dict(
+            zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
+        )
         longest_first = sorted({*added, *self.control_ids}, key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._skeletons: dict[str, Skeleton] = {}
@@ -152,10 +181,16 @@ class Template:
     def _turn_tokens(self) -> set[str]:
         """Added tokens that open and close turns, whether or not the tokenizer calls them special (some of DeepSeek's
         do not): those that stand before a user's text, and the one that begins an answer's header."""
-        talk = [{"role": role, "content": WORD_FORMAT % n} for n, role in enumerate(("user", "assistant", "user"))]
+        talk = [
+            {"role": role, "content": WORD_FORMAT % n}
+            for n, role in enumerate(("user", "assistant", "user"))
+        ]
         try:
             literals = WORD.split(self.render(talk, None))[::2]
-        except (BadInput, RowError):  # there is no template, or not for such messages; rows that need it are told why
+        except (
+            BadInput,
+            RowError,
+        ):  # there is no template, or not for such messages; rows that need it are told why
             return set()
         if len(literals) != len(talk) + 1:
             return set()
@@ -192,7 +227,9 @@ class Template:
                 advice = _mend(skeleton, message, "give a model.chat_template that keeps it")
                 raise RowError(f"the template drops {FIELD_NAMES[name]} of an answer; {advice}")
 
-    def render(self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False) -> str:
+    def render(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, *, prompt: bool = False
+    ) -> str:
         """The template's text; with `prompt`, ending with the generation prompt."""
         return self._render(messages, tools, add_generation_prompt=prompt)[0][0]
 
@@ -216,21 +253,36 @@ class Template:
             ) from None
         return FIXED_CLOCK + source if "strftime_now" in source else source
 
-    def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any) -> Any:
+    def _render(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any
+    ) -> Any:
         source = self.source(tools)
-        variables = {**self.tokenizer.special_tokens_map, "date_string": DATE_STRING, **self.kwargs, **options}
+        variables = {
+            **self.tokenizer.special_tokens_map,
+            "date_string": DATE_STRING,
+            **self.kwargs,
+            **options,
+        }
         try:
             return render_jinja_template([messages], tools=tools, chat_template=source, **variables)
         except jinja2.TemplateSyntaxError as error:
             raise _not_jinja(error) from None
         except TEMPLATE_ERRORS as error:
             pasted = _with_arguments_as_text(messages)
-            if pasted != messages:  # some templates paste a call's arguments instead of writing them as JSON
+            if (
+                pasted != messages
+            ):  # some templates paste a call's arguments instead of writing them as JSON
                 return self._render(pasted, tools, **options)
-            raise RowError(f"the template refuses the row: {' '.join(str(error).split())[:100]}") from None
+            raise RowError(
+                f"the template refuses the row: {' '.join(str(error).split())[:100]}"
+            ) from None
 
     def _skeleton(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, owners: list[Any], prompt: bool
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None,
+        owners: list[Any],
+        prompt: bool,
     ) -> Skeleton:
         key = repr((messages, tools, prompt))
         skeleton = self._skeletons.get(key)
@@ -241,18 +293,28 @@ class Template:
         return skeleton
 
     def _build(
-        self, messages: list[dict[str, Any]], tools: list[Any] | None, owners: list[Any], prompt: bool
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[Any] | None,
+        owners: list[Any],
+        prompt: bool,
     ) -> Skeleton:
         if any(self.controls(text) for text in _strings((messages, tools))):
             raise RowError("a text holds a control token of the model")
         if len(WORD.findall(repr((messages, tools)))) != len(owners):
-            raise RowError("a tool's schema holds a word that the proof of the mask puts in the place of texts")
+            raise RowError(
+                "a tool's schema holds a word that the proof of the mask puts in the place of texts"
+            )
         marked = GENERATION.search(self.source(tools)) is not None
-        texts, marks = self._render(messages, tools, return_assistant_tokens_mask=marked, add_generation_prompt=prompt)
+        texts, marks = self._render(
+            messages, tools, return_assistant_tokens_mask=marked, add_generation_prompt=prompt
+        )
         parts = WORD.split(texts[0])
         slots = [int(number) for number in parts[1::2]]
         # A tool's name may be written often, as beside its result; what was said may not.
-        if any(count > 1 and "content" in owners[slot][1] for slot, count in Counter(slots).items()):
+        if any(
+            count > 1 and "content" in owners[slot][1] for slot, count in Counter(slots).items()
+        ):
             raise RowError("the template writes a text twice")
         _refuse_dropped(messages, owners, set(range(len(owners))) - set(slots))
         literals = parts[0::2]
@@ -262,7 +324,8 @@ class Template:
             for match in self.controls(literal)
         ]
         places = [
-            (_place(texts[0], start), _place(texts[0], stop)) for start, stop in _joined(marks[0] if marked else ())
+            (_place(texts[0], start), _place(texts[0], stop))
+            for start, stop in _joined(marks[0] if marked else ())
         ]
         where, ids = [place for place, _ in controls], [number for _, number in controls]
         return Skeleton(messages, tools, owners, literals, slots, where, ids, places)
@@ -276,18 +339,26 @@ class Template:
         self.require_whole(skeleton, message)
         prompt = self.render(skeleton.messages[:message], skeleton.tools, prompt=True)
         anchor, header = _after_last_word(prompt)
-        after = [0] if anchor is None else [index + 1 for index, slot in enumerate(slots) if slot == anchor]
+        after = (
+            [0]
+            if anchor is None
+            else [index + 1 for index, slot in enumerate(slots) if slot == anchor]
+        )
         after = [index for index in after if literals[index].startswith(header)]
         if not after:
             raise RowError(_beginning_elsewhere(skeleton, message, anchor, header))
-        *_, closing = ended = WORD.split(self.render(skeleton.messages[: message + 1], skeleton.tools))
+        *_, closing = ended = WORD.split(
+            self.render(skeleton.messages[: message + 1], skeleton.tools)
+        )
         words = [int(number) for number in ended[1::2]]
         while words and owners[words[0]][0] != message:
             words.pop(0)
         if not words:  # as of one that is `</think>` alone
             raise RowError("no answer")
         after = [index for index in after if slots[index : index + len(words)] == words]
-        if len(after) != 1 or set(words) != {n for n, (owner, _) in enumerate(owners) if owner == message}:
+        if len(after) != 1 or set(words) != {
+            n for n, (owner, _) in enumerate(owners) if owner == message
+        }:
             raise RowError("the template writes an answer out of its place")
         first, last = after[0], after[0] + len(words)
         stop = self._stop_token(skeleton, message, words[-1], closing, literals[last])
@@ -298,7 +369,9 @@ class Template:
         before = sum(place < start for place in skeleton.controls) - 1
         return Turn(start, before, number, _blank_after(skeleton, number, stop.end()))
 
-    def _stop_token(self, skeleton: Skeleton, message: int, word: int, closing: str, literal: str) -> re.Match[str]:
+    def _stop_token(
+        self, skeleton: Skeleton, message: int, word: int, closing: str, literal: str
+    ) -> re.Match[str]:
         """The control token in `closing` that ends an answer: one that follows its last `word` also where the
         conversation goes on, with `literal`."""
         controls = self.controls(closing)
@@ -307,7 +380,9 @@ class Template:
         is_last = message + 1 == len(skeleton.messages)
         if is_last:
             try:
-                more = self.render([*skeleton.messages, {"role": "user", "content": "x"}], skeleton.tools)
+                more = self.render(
+                    [*skeleton.messages, {"role": "user", "content": "x"}], skeleton.tools
+                )
             except RowError:  # no question may follow here, as after a tool call
                 more = ""
             literal = more.rpartition(WORD_FORMAT % word)[2]
@@ -319,7 +394,9 @@ class Template:
             if self.control_ids[match[0]] == self.tokenizer.eos_token_id:
                 return match  # what follows would belong to the next turn
         if any(one.end() < other.start() for one, other in pairwise(shared)):
-            raise RowError("several control tokens close an answer, and none is the tokenizer's EOS")
+            raise RowError(
+                "several control tokens close an answer, and none is the tokenizer's EOS"
+            )
         return shared[-1]
 
     def _compared_strings(self, tools: list[Any] | None) -> re.Pattern[str] | None:
@@ -327,7 +404,9 @@ class Template:
         source = self.source(tools)
         if source not in self._constants:
             found = {text for text in _compared(_parsed(source)) if text.strip()}
-            pattern = "|".join(re.escape(text) for text in sorted(found, key=lambda text: (-len(text), text)))
+            pattern = "|".join(
+                re.escape(text) for text in sorted(found, key=lambda text: (-len(text), text))
+            )
             self._constants[source] = re.compile(f"({pattern})") if found else None
         return self._constants[source]
 
@@ -337,7 +416,10 @@ class Template:
         source = self.source(tools)
         if source not in self._openings:
             question, answer = WORD_FORMAT % 0, WORD_FORMAT % 1
-            messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            messages = [
+                {"role": "user", "content": question},
+                {"role": "assistant", "content": answer},
+            ]
             try:
                 _, header = _after_last_word(self.render(messages[:1], tools, prompt=True))
                 _, literal = _after_last_word(self.render(messages, tools).partition(answer)[0])
@@ -349,10 +431,14 @@ class Template:
     def _check_kwargs(self) -> None:
         templates: Any = self.tokenizer.chat_template or ""
         sources = templates.values() if isinstance(templates, dict) else [templates]
-        read = set().union(*(jinja2.meta.find_undeclared_variables(_parsed(source)) for source in sources))
+        read = set().union(
+            *(jinja2.meta.find_undeclared_variables(_parsed(source)) for source in sources)
+        )
         for name in self.kwargs:
             if name not in read:
-                own = sorted(read - NO_KWARGS - set(jinja2.defaults.DEFAULT_NAMESPACE) - TEMPLATE_FUNCTIONS)
+                own = sorted(
+                    read - NO_KWARGS - set(jinja2.defaults.DEFAULT_NAMESPACE) - TEMPLATE_FUNCTIONS
+                )
                 raise BadInput(
                     f"data.chat_template_kwargs: the chat template reads no `{name}`; it reads "
                     f"{', '.join(own) or 'no variable but what it is given in any case'}"
@@ -367,19 +453,29 @@ class _Words:
         self.texts: list[str] = []
         self.owners: list[tuple[int, str]] = []
 
-    def conversation(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> tuple[list[Any], Any]:
+    def conversation(
+        self, messages: list[dict[str, Any]], tools: list[Any] | None
+    ) -> tuple[list[Any], Any]:
         """The shape of the row: all that a template may branch on, and no text. Tools belong to message -1."""
         shaped_tools = None if tools is None else [self._tool(tool, -1, "tools") for tool in tools]
-        return [self._message(number, message) for number, message in enumerate(messages)], shaped_tools
+        return [
+            self._message(number, message) for number, message in enumerate(messages)
+        ], shaped_tools
 
     def _message(self, number: int, message: dict[str, Any]) -> dict[str, Any]:
         shape = dict(message)
         for name in ("reasoning_content", "content"):
             if name in shape:
-                kept = self._kept_opening(message[name]) if (message["role"], name) == ("assistant", "content") else ""
+                kept = (
+                    self._kept_opening(message[name])
+                    if (message["role"], name) == ("assistant", "content")
+                    else ""
+                )
                 shape[name] = kept + self._text(message[name].removeprefix(kept), (number, name))
         if "tool_calls" in shape:
-            shape["tool_calls"] = [self._tool(call, number, "tool_calls") for call in shape["tool_calls"]]
+            shape["tool_calls"] = [
+                self._tool(call, number, "tool_calls") for call in shape["tool_calls"]
+            ]
         return shape
 
     def _kept_opening(self, answer: str) -> str:
@@ -407,7 +503,9 @@ class _Words:
         if self.keep is None:
             return self._word(text, owner)
         parts = self.keep.split(text)  # texts at even places, kept strings at odd ones
-        return "".join(part if place % 2 else self._word(part, owner) for place, part in enumerate(parts))
+        return "".join(
+            part if place % 2 else self._word(part, owner) for place, part in enumerate(parts)
+        )
 
     def _word(self, text: str, owner: tuple[int, str]) -> str:
         """A word in the place of the text, between the white space at its ends; an empty text stays empty."""
@@ -433,7 +531,9 @@ def _fit(text: str, skeleton: Skeleton, texts: list[str]) -> list[int] | None:
             return None
         position += len(literals[number])
         for form in _forms(texts[slot]):
-            if text.startswith(form, position) and text.startswith(literals[number + 1], position + len(form)):
+            if text.startswith(form, position) and text.startswith(
+                literals[number + 1], position + len(form)
+            ):
                 position += len(form)
                 break
         else:
@@ -453,7 +553,13 @@ def _with_arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, An
         function = call.get("function", {})
         if not isinstance(function.get("arguments"), dict):
             return call
-        return {**call, "function": {**function, "arguments": json.dumps(function["arguments"], ensure_ascii=False)}}
+        return {
+            **call,
+            "function": {
+                **function,
+                "arguments": json.dumps(function["arguments"], ensure_ascii=False),
+            },
+        }
 
     return [
         {**message, "tool_calls": [call_of(call) for call in message["tool_calls"]]}
@@ -463,7 +569,9 @@ def _with_arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, An
     ]
 
 
-def _refuse_dropped(messages: list[dict[str, Any]], owners: list[tuple[int, str]], dropped: set[int]) -> None:
+def _refuse_dropped(
+    messages: list[dict[str, Any]], owners: list[tuple[int, str]], dropped: set[int]
+) -> None:
     """Refuse a render that leaves out what was said. Old reasoning may go: the same happens when the model is used."""
     kept = {owner for number, (owner, _) in enumerate(owners) if number not in dropped}
     for message, name in sorted({owners[number] for number in dropped}):
@@ -482,7 +590,9 @@ def _beginning_elsewhere(skeleton: Skeleton, message: int, anchor: int | None, h
     for index, slot in enumerate([None, *skeleton.slots]):
         literal = skeleton.literals[index]
         shared = commonprefix([header, literal])  # noqa: RUF071 - of characters, as is meant
-        if slot == anchor and shared and not literal[len(shared) :].strip():  # white space may be the answer's own
+        if (
+            slot == anchor and shared and not literal[len(shared) :].strip()
+        ):  # white space may be the answer's own
             return f"{why}, with {header[len(shared) :]!r}; {_mend(skeleton, message, agree)}"
     return why
 
@@ -522,11 +632,15 @@ def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """Spans in order; those that touch are one."""
     joined: list[tuple[int, int]] = []
     for start, stop in spans:
-        joined.append((joined.pop()[0], stop) if joined and joined[-1][1] == start else (start, stop))
+        joined.append(
+            (joined.pop()[0], stop) if joined and joined[-1][1] == start else (start, stop)
+        )
     return joined
 
 
-def _marked_start(marks: list[tuple[Place, Place]], start: Place, text_end: Place, stop: Place) -> Place:
+def _marked_start(
+    marks: list[tuple[Place, Place]], start: Place, text_end: Place, stop: Place
+) -> Place:
     """Where an answer begins that the template itself marks: not before the generation prompt ends, at `start`."""
     about = [(begin, end) for begin, end in marks if end > start and begin < stop]
     if not about:
@@ -564,7 +678,9 @@ def _strings(value: Any) -> Iterator[str]:
 def _compared(tree: nodes.Template) -> Iterator[str]:
     for node in tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test)):
         compared = (
-            [node.expr, *(operand.expr for operand in node.ops)] if isinstance(node, nodes.Compare) else node.args
+            [node.expr, *(operand.expr for operand in node.ops)]
+            if isinstance(node, nodes.Compare)
+            else node.args
         )
         for operand in compared:
             if isinstance(operand, nodes.Const) and isinstance(operand.value, str):

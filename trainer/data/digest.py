@@ -27,11 +27,16 @@ def file_digest(path: Path, memory: Path) -> str:
     """
     begun, seen = time.time_ns(), _identity(path)
     remembered = memory / f"{xxhash.xxh3_128_hexdigest(os.fsencode(path.resolve()))}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):  # it is not there, or not as it was written
+    with suppress(
+        OSError, ValueError, KeyError, TypeError
+    ):  # it is not there, or not as it was written
         known = json.loads(remembered.read_text(encoding="utf-8"))
         if known["identity"] == seen:
             return known["digest"]
-    digest, buffer = xxhash.xxh3_128(f"{path.suffix} {seen['size']}\n".encode()), memoryview(bytearray(CHUNK_BYTES))
+    digest, buffer = (
+        xxhash.xxh3_128(f"{path.suffix} {seen['size']}\n".encode()),
+        memoryview(bytearray(CHUNK_BYTES)),
+    )
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])
@@ -43,7 +48,9 @@ def file_digest(path: Path, memory: Path) -> str:
 
 def _identity(path: Path) -> dict[str, int]:
     stat = path.stat()
-    return {name: getattr(stat, f"st_{name}") for name in ("dev", "ino", "size", "mtime_ns", "ctime_ns")}
+    return {
+        name: getattr(stat, f"st_{name}") for name in ("dev", "ino", "size", "mtime_ns", "ctime_ns")
+    }
 
 
 def _remember(path: Path, content: dict[str, object]) -> None:

@@ -48,7 +48,11 @@ def apply_filters(filters: Filters, row: Mapping[str, Any], conversation: Conver
 def _last_answer(conversation: Conversation) -> str:
     if conversation.text is not None:
         return conversation.text
-    return next(message.content for message in reversed(conversation.messages) if message.role == "assistant")
+    return next(
+        message.content
+        for message in reversed(conversation.messages)
+        if message.role == "assistant"
+    )
 
 
 def _verify(answer: str, reference: Any) -> None:

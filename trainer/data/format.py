@@ -50,9 +50,13 @@ def detect_format(columns: Iterable[str], source: Source) -> str:
     known = [name for names in REQUIRED.values() for name in names] + list(OPTIONAL)
     for ours, theirs in source.columns.items():
         if ours not in known:
-            raise BadInput(f"{_place(source)}: `columns` maps the unknown name `{ours}`; known: {', '.join(known)}")
+            raise BadInput(
+                f"{_place(source)}: `columns` maps the unknown name `{ours}`; known: {', '.join(known)}"
+            )
         if theirs not in found and ours not in OPTIONAL:
-            raise BadInput(f"{_place(source)}: `columns` names `{theirs}`, but the rows have {_listed(found)}")
+            raise BadInput(
+                f"{_place(source)}: `columns` names `{theirs}`, but the rows have {_listed(found)}"
+            )
     wanted = REQUIRED if source.format == "auto" else {source.format: REQUIRED[source.format]}
     for format_name, names in wanted.items():
         if all(source.columns.get(name, name) in found for name in names):
@@ -64,7 +68,9 @@ def detect_format(columns: Iterable[str], source: Source) -> str:
     )
 
 
-def to_conversation(fields: Mapping[str, Any], format: str, columns: Mapping[str, str]) -> Conversation:
+def to_conversation(
+    fields: Mapping[str, Any], format: str, columns: Mapping[str, str]
+) -> Conversation:
     """The row as a conversation with at least one answer, or a text.
 
     Args:
@@ -109,14 +115,27 @@ def _sharegpt_turn(turn: Any) -> Any:
     if role in SHAREGPT_CALLS:
         calls = _parsed(value, "function_call") if isinstance(value, str) else value
         calls = calls if isinstance(calls, list) else [calls]
-        return {**rest, "role": "assistant", "content": "", "tool_calls": [{"function": call} for call in calls]}
-    return {**rest, "role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": value}
+        return {
+            **rest,
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": call} for call in calls],
+        }
+    return {
+        **rest,
+        "role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role,
+        "content": value,
+    }
 
 
 def _from_prompt_completion(row: dict[str, Any]) -> tuple[Message, ...]:
     """Strings are a question and its answer; lists of messages are taken as they are."""
     prompt, completion = row["prompt"], row["completion"]
-    before = _messages(prompt) if isinstance(prompt, list) else (Message("user", _text(prompt, "prompt")),)
+    before = (
+        _messages(prompt)
+        if isinstance(prompt, list)
+        else (Message("user", _text(prompt, "prompt")),)
+    )
     after = _messages(completion) if isinstance(completion, list) else (_answer(completion),)
     return before + after
 
@@ -135,7 +154,9 @@ def _earlier(history: Any) -> tuple[Message, ...]:
     """The turns before: pairs of a question and its answer."""
     if history is None:
         return ()
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+    if not isinstance(history, list) or not all(
+        isinstance(pair, list) and len(pair) == 2 for pair in history
+    ):
         raise RowError("history is not a list of pairs")
     return tuple(
         message
@@ -238,7 +259,11 @@ def _tool_calls(value: Any) -> tuple[Mapping[str, Any], ...]:
 
 def _tool_call(call: Any) -> Mapping[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+    if (
+        not isinstance(function, dict)
+        or not isinstance(function.get("name"), str)
+        or not function["name"]
+    ):
         raise RowError("a tool call names no function")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
@@ -261,7 +286,11 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     tools = tuple(_plain(tool) for tool in value)
     for tool in tools:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        if (
+            not isinstance(function, dict)
+            or not isinstance(function.get("name"), str)
+            or not function["name"]
+        ):
             raise RowError("a tool names no function")
     return tools
 
@@ -321,7 +350,11 @@ def _plain(value: Any, depth: int = 0) -> Any:
         raise RowError("nested too deeply")
     if isinstance(value, str):
         return _unicode(value)
-    if value is None or isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)):
+    if (
+        value is None
+        or isinstance(value, int)
+        or (isinstance(value, float) and math.isfinite(value))
+    ):
         return value
     if isinstance(value, list | tuple):
         return [_plain(item, depth + 1) for item in value]

@@ -27,7 +27,7 @@ from rensa import RMinHash, RMinHashLSH  # pyright: ignore[reportAttributeAccess
 from trainer.config.recipe import Recipe
 from trainer.data import tokenize
 from trainer.data.cache import Progress
-from trainer.data.prepare import Prepared, Side, cache_folder, tokenise_of, workers_of
+from trainer.data.prepare import Prepared, SplitRows, cache_folder, tokenizer_of_rows, workers_of
 from trainer.data.tokenize import Row
 from trainer.datatypes import BadInput, Conversation, RowError
 from trainer.dist import log
@@ -51,14 +51,17 @@ WORD = re.compile(rf"[^\W{_UNSPACED}]+|\w")
 # ----------------------------------------------------------------------------------------------- similarity
 
 
-def said(conversation: Conversation) -> str:
+def conversation_text(conversation: Conversation) -> str:
     """What was said in a row. System prompts and tool schemas are not: all rows of a source may share them."""
     if conversation.text is not None:
         return conversation.text
     texts = []
     for message in conversation.messages:
         if message.role not in ("system", "developer"):
-            calls = (json.dumps(call["function"], sort_keys=True, ensure_ascii=False) for call in message.tool_calls)
+            calls = (
+                json.dumps(call["function"], sort_keys=True, ensure_ascii=False)
+                for call in message.tool_calls
+            )
             texts += [message.reasoning_content or "", message.content, *calls]
     return "\n".join(texts)
 
@@ -80,7 +83,9 @@ class Index:
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
-        self._unlike = threshold - 4 * (threshold * (1 - threshold) / HASHES) ** 0.5  # four standard deviations
+        self._unlike = (
+            threshold - 4 * (threshold * (1 - threshold) / HASHES) ** 0.5
+        )  # four standard deviations
         self._texts: list[str] = []
         self._minhashes: list[RMinHash] = []
         self._buckets = RMinHashLSH(threshold, HASHES, bands(threshold))
@@ -96,7 +101,9 @@ class Index:
         sets = [sequences(text) for text in texts]
         for own, minhash in zip(sets, _minhashes(sets), strict=True):
             alike = sorted(
-                n for n in self._buckets.query(minhash) if minhash.jaccard(self._minhashes[n]) >= self._unlike
+                n
+                for n in self._buckets.query(minhash)
+                if minhash.jaccard(self._minhashes[n]) >= self._unlike
             )
             proved = ((number, similarity(own, sequences(self._texts[number]))) for number in alike)
             yield [(number, similar) for number, similar in proved if similar >= self._threshold]
@@ -131,20 +138,27 @@ def check_leakage(
         BadInput: a larger share than data.max_leakage has one.
         Stopped (trainer.utils.files): `stopping()` became true.
     """
-    parts = [VERSION, recipe.data.near_duplicate, *(side.documents.folder.name for side in (train, held_out))]
-    folder = cache_folder(recipe.data) / f"leakage-{xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())}"
+    parts = [
+        VERSION,
+        recipe.data.near_duplicate,
+        *(side.documents.folder.name for side in (train, held_out)),
+    ]
+    folder = (
+        cache_folder(recipe.data)
+        / f"leakage-{xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())}"
+    )
 
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
         staging.mkdir()
         with closing(_Pairs(staging, leftovers)) as pairs:
 
-            def go_on() -> None:
+            def train_from_checkpoint() -> None:
                 check()
                 if stopping():
                     pairs.save()
                     raise Stopped(f"stopped while {WHAT} after {pairs.rows} rows, which are kept")
 
-            rows = _compare(recipe, tokenizer, train, held_out, pairs, go_on)
+            rows = _compare(recipe, tokenizer, train, held_out, pairs, train_from_checkpoint)
             write_synced(staging / "report.json", json.dumps({"rows": rows, **pairs.finish()}))
 
     build_once(folder, build, WHAT, stopping)
@@ -170,7 +184,9 @@ class _Pairs:
 
     def append(self, rows: int, lines: list[dict[str, Any]]) -> None:
         """The pairs of the next `rows` train rows."""
-        self._file.writelines(json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines)
+        self._file.writelines(
+            json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines
+        )
         self.rows, self.count = self.rows + rows, self.count + len(lines)
         if time.monotonic() - self._saved_at > SAVE_EVERY_S:
             self.save()
@@ -213,35 +229,44 @@ class _Pairs:
 
 
 def _compare(
-    recipe: Recipe, tokenizer: Any, train: Prepared, held_out: Prepared, pairs: _Pairs, go_on: Callable[[], None]
+    recipe: Recipe,
+    tokenizer: Any,
+    train: Prepared,
+    held_out: Prepared,
+    pairs: _Pairs,
+    train_from_checkpoint: Callable[[], None],
 ) -> int:
     """Find the pairs, and give back the number of held-out rows. Memory grows with the held-out side alone."""
     workers = workers_of(recipe.data)
     index, kept = Index(recipe.data.near_duplicate), _Kept(held_out)
     places: list[str] = []  # of the index's texts
-    read = _Read(tokenise_of(recipe, tokenizer, "eval"))
-    with closing(tokenize.run(Side(recipe.data, "eval").rows(), read, workers)) as chunks:
+    read = _Read(tokenizer_of_rows(recipe, tokenizer, "eval"))
+    with closing(tokenize.run(SplitRows(recipe.data, "eval").rows(), read, workers)) as chunks:
         for chunk in chunks:
-            go_on()
+            train_from_checkpoint()
             chosen = [row for row in chunk if kept(row.file, row.number)]
             index.add([row.text for row in chosen])
             places += [f"{held_out.files[row.file]}:{row.number}" for row in chosen]
 
-    side, kept = Side(recipe.data, "train"), _Kept(train)
-    near = _Near(_Read(tokenise_of(recipe, tokenizer, "train")), index)
+    side, kept = SplitRows(recipe.data, "train"), _Kept(train)
+    near = _Near(_Read(tokenizer_of_rows(recipe, tokenizer, "train")), index)
     with (
         closing(Progress(WHAT, pairs.rows, side.count_rows())) as progress,
         closing(tokenize.run(islice(side.rows(), pairs.rows, None), near, workers)) as chunks,
     ):
         for rows, matches in chunks:
             lines = [
-                {"eval": places[text], "train": f"{train.files[file]}:{number}", "similarity": similar}
+                {
+                    "eval": places[text],
+                    "train": f"{train.files[file]}:{number}",
+                    "similarity": similar,
+                }
                 for file, number, text, similar in matches
                 if kept(file, number)
             ]
             pairs.append(rows, lines)
             progress.show(pairs.rows, f", {pairs.count:,} near-duplicates")
-            go_on()
+            train_from_checkpoint()
     return len(places)
 
 
@@ -249,7 +274,10 @@ def _refuse_leak(report: dict[str, Any], most: float) -> None:
     rows, leaked = report["rows"], report["leaked_rows"]
     if leaked <= most * rows:
         return
-    closest = "; ".join(f"{pair['eval']} and {pair['train']} ({pair['similarity']:.2f})" for pair in report["closest"])
+    closest = "; ".join(
+        f"{pair['eval']} and {pair['train']} ({pair['similarity']:.2f})"
+        for pair in report["closest"]
+    )
     raise BadInput(
         f"data.eval: {leaked} of {rows} rows ({leaked / rows:.1%}) have a near-duplicate in data.train, more than "
         f"data.max_leakage ({most:.1%}); the most similar: {closest}; all pairs are in {report['path']}: take the rows "
@@ -260,7 +288,7 @@ def _refuse_leak(report: dict[str, Any], most: float) -> None:
 # ----------------------------------------------------------------------------------------------- workers
 
 
-class SaidRow(NamedTuple):
+class TextRow(NamedTuple):
     file: int
     number: int
     text: str
@@ -269,11 +297,15 @@ class SaidRow(NamedTuple):
 class _Read(NamedTuple):
     """A chunk of rows to what was said in those that have a conversation."""
 
-    tokenise: Any  # loader.tokenise_of
+    tokenize: Any  # loader.tokenizer_of_rows
 
-    def __call__(self, rows: list[Row]) -> list[SaidRow]:
-        read = ((row, self.tokenise.conversation(row)) for row in rows)
-        return [SaidRow(row.file, row.number, said(found)) for row, found in read if not isinstance(found, RowError)]
+    def __call__(self, rows: list[Row]) -> list[TextRow]:
+        read = ((row, self.tokenize.conversation(row)) for row in rows)
+        return [
+            TextRow(row.file, row.number, conversation_text(found))
+            for row, found in read
+            if not isinstance(found, RowError)
+        ]
 
 
 class _Near(NamedTuple):
@@ -285,7 +317,9 @@ class _Near(NamedTuple):
     def __call__(self, rows: list[Row]) -> tuple[int, list[tuple[int, int, int, float]]]:
         own = self.read(rows)
         near = zip(own, self.index.near([row.text for row in own]), strict=True)
-        return len(rows), [(row.file, row.number, *match) for row, matches in near for match in matches]
+        return len(rows), [
+            (row.file, row.number, *match) for row, matches in near for match in matches
+        ]
 
 
 class _Kept:

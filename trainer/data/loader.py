@@ -38,14 +38,16 @@ def build_batch(
         weights: (P,), the weight of each trained token of a piece.
         uniform_weight: the weight, where all pieces have the same.
     """
-    import torch  # here, as the processes that tokenise import this file too, and need none
+    import torch  # here, as the processes that tokenize import this file too, and need none
 
     document, start, stop, number = pieces.T
     lengths = stop - start
     ends = np.cumsum(lengths)
     total = int(ends[-1])
     positions = np.arange(total) - np.repeat(ends - lengths, lengths)
-    places = positions + np.repeat(documents.offsets[document] + start, lengths)  # in the flat columns
+    places = positions + np.repeat(
+        documents.offsets[document] + start, lengths
+    )  # in the flat columns
 
     following = places + 1
     following[ends - 1] = np.where(stop < documents.lengths[document], following[ends - 1], -1)
@@ -60,7 +62,9 @@ def build_batch(
         targets=torch.from_numpy(documents.input_ids[following[trained]].astype(np.int64)),
         weights=torch.from_numpy(weight),
         uniform_weight=None if uniform_weight is None else float(np.float32(uniform_weight)),
-        document_keys=tuple((epoch, d, n) for d, n in zip(document.tolist(), number.tolist(), strict=True)),
+        document_keys=tuple(
+            (epoch, d, n) for d, n in zip(document.tolist(), number.tolist(), strict=True)
+        ),
         row_ids=rows,
     )
 
@@ -111,12 +115,17 @@ class Loader:
     def step(self, step: int) -> list[Batch]:
         """This rank's micro-batches of a step, fillers included: as many on every rank."""
         wanted = range(step, min(step + 1 + STEPS_AHEAD, self.plan.steps))
-        self._ahead = {s: self._ahead.get(s) or self._thread.submit(self._build_step, s) for s in wanted}
+        self._ahead = {
+            s: self._ahead.get(s) or self._thread.submit(self._build_step, s) for s in wanted
+        }
         return self._ahead.pop(step).result()
 
     def fullest(self, first_step: int) -> list[Batch]:
         """The micro-batches of the plan, from a step on, that need the most memory: the same on every rank."""
-        return [self._thread.submit(self._build, *place).result() for place in self.plan.fullest(first_step)]
+        return [
+            self._thread.submit(self._build, *place).result()
+            for place in self.plan.fullest(first_step)
+        ]
 
     def stream(self, step: int) -> Iterator[Batch]:
         """The same, one after the other, where a step is too large to be held: held-out evaluation."""

@@ -3,19 +3,19 @@
 Conversations enter; Examples leave, or RowErrors with the reason. `trainer/data/chat_template.py` gives the origin of
 every character; this file carries it over to tokens:
 
-- A text is tokenised once and whole, without added special tokens, as at inference: the template writes BOS or there
+- A text is tokenized once and whole, without added special tokens, as at inference: the template writes BOS or there
   is none. The control tokens that come out must be exactly those that the template wrote, in order. So no text can
   bring one in, and the pieces between them, which the tokenizer treats apart, are known.
 - An answer begins where the generation prompt ends. There the tokens since the last control token must be what the
-  prompt gives when it is tokenised alone, as it is at inference. Where they are not (a token has merged across the
-  end), the row is tokenised in two pieces cut there, which is exactly what inference does, and looked at again.
+  prompt gives when it is tokenized alone, as it is at inference. Where they are not (a token has merged across the
+  end), the row is tokenized in two pieces cut there, which is exactly what inference does, and looked at again.
 - It ends with its stop token, one of the control tokens already accounted for.
 
 A text that spells a control token of the model is an injection, or data made for another tokenizer, and its row is
 rejected. The recipe may say otherwise, and then:
 
 - `text`: it stays text. The row is cut at the template's own control tokens, whose places are known, and what lies
-  between is tokenised with control tokens switched off. That this is what the tokenizer makes of a whole text is
+  between is tokenized with control tokens switched off. That this is what the tokenizer makes of a whole text is
   tried out on each control token; one that takes white space from its neighbours is refused.
 - `keep`: it is the control token that it spells, as on a server that parses them. All that the rendered text spells
   must come out of the tokenizer, in order, and those that lie in the template's places are the template's.
@@ -99,13 +99,17 @@ class Masker:
         self.train_trailing_newline = train_trailing_newline and train_on_eot
         self.control_tokens = control_tokens
         control_ids = list(self.template.control_ids.values())
-        self._is_control = np.zeros(max([len(tokenizer), *(number + 1 for number in control_ids)]), dtype=bool)
+        self._is_control = np.zeros(
+            max([len(tokenizer), *(number + 1 for number in control_ids)]), dtype=bool
+        )
         self._is_control[control_ids] = True
         self._windows: dict[str, list[int]] = {}
         self._spelt = {number: text for text, number in self.template.control_ids.items()}
         self._apart: dict[int, bool] = {}
         self._text_controls = self._controls(self._encode([""], True)[0])
-        self._cuts_cleanly = self._encode(["\nx"])[0][-len(self._encode(["x"])[0]) :] == self._encode(["x"])[0]
+        self._cuts_cleanly = (
+            self._encode(["\nx"])[0][-len(self._encode(["x"])[0]) :] == self._encode(["x"])[0]
+        )
 
     # ------------------------------------------------------------------------------------------- examples
 
@@ -120,12 +124,20 @@ class Masker:
         """Many rows at once, which is faster: for each its example, or why it is rejected."""
         results: list[Any] = [self._row(conversation) for conversation in conversations]
         for has_template in (True, False):
-            chosen = [n for n, row in enumerate(results) if isinstance(row, _Row if has_template else str)]
-            texts = [row.render.text if has_template else row for row in (results[n] for n in chosen)]
+            chosen = [
+                n for n, row in enumerate(results) if isinstance(row, _Row if has_template else str)
+            ]
+            texts = [
+                row.render.text if has_template else row for row in (results[n] for n in chosen)
+            ]
             as_text = not has_template and self.control_tokens == "text"
             for n, ids in zip(chosen, self._encode(texts, not has_template, as_text), strict=True):
                 try:
-                    results[n] = self._template_example(results[n], ids) if has_template else self._text_example(ids)
+                    results[n] = (
+                        self._template_example(results[n], ids)
+                        if has_template
+                        else self._text_example(ids)
+                    )
                 except RowError as error:
                     results[n] = error
         return results
@@ -143,7 +155,9 @@ class Masker:
         asked = replace(conversation, messages=conversation.messages[: answers[-1]])
         answer = conversation.messages[answers[-1]].content
         messages = [message.as_dict() for message in asked.messages]
-        ids = self._encode([self.template.render(messages, list(asked.tools) or None, prompt=True)])[0]
+        ids = self._encode(
+            [self.template.render(messages, list(asked.tools) or None, prompt=True)]
+        )[0]
         if self.control_tokens == "text":
             render = self.template.follow(asked, prompt=True)
             if self._controls(ids) != render.skeleton.control_ids:
@@ -156,7 +170,10 @@ class Masker:
         stops = []
         if self.tokenizer.chat_template is not None:
             try:
-                plain = Message("user", "Hello"), Message("assistant", f"{self.template.opening()}Hello")
+                plain = (
+                    Message("user", "Hello"),
+                    Message("assistant", f"{self.template.opening()}Hello"),
+                )
                 skeleton = self.template.follow(Conversation(plain)).skeleton
                 stops.append(skeleton.control_ids[self.template.turn(skeleton, 1).stop])
             except RowError:  # then every conversation will be rejected with this reason
@@ -171,17 +188,24 @@ class Masker:
             "version": VERSION,
             "tokenizer": self._backend().to_str(),
             "template": self.tokenizer.chat_template,
-            "special": {name: str(token) for name, token in self.tokenizer.special_tokens_map.items()},
+            "special": {
+                name: str(token) for name, token in self.tokenizer.special_tokens_map.items()
+            },
             "control": self.template.control_ids,
             "kwargs": {"date_string": DATE_STRING, **self.template.kwargs},
-            "policy": [self.train_on, self.train_on_eot, self.train_trailing_newline, self.control_tokens],
+            "policy": [
+                self.train_on,
+                self.train_on_eot,
+                self.train_trailing_newline,
+                self.control_tokens,
+            ],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     # ------------------------------------------------------------------------------------------- rows
 
     def _row(self, conversation: Conversation) -> _Row | str | RowError:
-        """What is to be tokenised: a render with its turns, a plain text, or nothing and why."""
+        """What is to be tokenized: a render with its turns, a plain text, or nothing and why."""
         if conversation.text is not None:
             return conversation.text
         try:
@@ -190,7 +214,13 @@ class Masker:
                 for number in _answers(conversation.messages):
                     if conversation.messages[number].weight:
                         self.template.require_whole(render.skeleton, number)
-            return _Row(render, [self.template.turn(render.skeleton, n) for n in self._wanted(conversation.messages)])
+            return _Row(
+                render,
+                [
+                    self.template.turn(render.skeleton, n)
+                    for n in self._wanted(conversation.messages)
+                ],
+            )
         except RowError as error:
             return error
 
@@ -206,7 +236,10 @@ class Masker:
         if self.train_on == "completion":
             answers = answers[-1:]
         elif self.train_on == "last_turn":
-            asked = max((number for number, message in enumerate(messages) if message.role == "user"), default=-1)
+            asked = max(
+                (number for number, message in enumerate(messages) if message.role == "user"),
+                default=-1,
+            )
             answers = [number for number in answers if number > asked]
         wanted = [number for number in answers if messages[number].weight]
         if not wanted:
@@ -222,7 +255,11 @@ class Masker:
             tokens = self._encode_as_text(render)
         ids, controls, spans, cuts = self._located(row, tokens, as_text)
         if cuts:
-            tokens = self._encode_as_text(render, cuts) if as_text else self._encode_cut(render.text, cuts)
+            tokens = (
+                self._encode_as_text(render, cuts)
+                if as_text
+                else self._encode_cut(render.text, cuts)
+            )
             ids, controls, spans, cuts = self._located(row, tokens, as_text)
             if cuts:
                 raise RowError("a token spans the end of the prompt and the answer")
@@ -230,7 +267,9 @@ class Masker:
         for start, stop in spans:
             trained[start:stop] = self.train_on != "all"
         if self.train_on == "all" and not self.train_on_eot:
-            trained[controls[[self.template.turn(skeleton, n).stop for n in _answers_of(skeleton)]]] = False
+            trained[
+                controls[[self.template.turn(skeleton, n).stop for n in _answers_of(skeleton)]]
+            ] = False
         return _finished(ids, trained)
 
     def _located(
@@ -272,7 +311,10 @@ class Masker:
             literal = bisect_right(render.starts, match.start()) - 1
             text_start = render.starts[literal] + len(render.skeleton.literals[literal])
             text_stop = [*render.starts, len(render.text)][literal + 1]
-            if match.start() not in own and not text_start <= match.start() < match.end() <= text_stop:
+            if (
+                match.start() not in own
+                and not text_start <= match.start() < match.end() <= text_stop
+            ):
                 raise RowError("a text runs into a control token of the template")
         return chosen
 
@@ -289,7 +331,9 @@ class Masker:
             tokens = tokens[1:]
         eos = self.tokenizer.eos_token_id
         if eos is None:
-            raise BadInput("the tokenizer has no EOS token, and the rows are plain texts; set one in the tokenizer")
+            raise BadInput(
+                "the tokenizer has no EOS token, and the rows are plain texts; set one in the tokenizer"
+            )
         ids = np.array(tokens if tokens[-1:] == [eos] else [*tokens, eos], dtype=np.int32)
         trained = np.ones(len(ids), dtype=bool)
         trained[-1] = self.train_on_eot
@@ -297,12 +341,17 @@ class Masker:
 
     # ------------------------------------------------------------------------------------------- tokens
 
-    def _encode(self, texts: list[str], add_special_tokens: bool = False, as_text: bool = False) -> list[list[int]]:
+    def _encode(
+        self, texts: list[str], add_special_tokens: bool = False, as_text: bool = False
+    ) -> list[list[int]]:
         """The tokens of each text; with `as_text`, what spells a control token is text."""
         backend = self._backend()
         backend.encode_special_tokens = as_text
         try:
-            return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+            return [
+                e.ids
+                for e in backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+            ]
         finally:
             backend.encode_special_tokens = False
 
@@ -320,11 +369,15 @@ class Masker:
         return backend
 
     def _window(self, render: Render, turn: Turn, as_text: bool) -> list[int]:
-        """The tokens from the last control token before an answer to where it begins, tokenised alone."""
+        """The tokens from the last control token before an answer to where it begins, tokenized alone."""
         skeleton = render.skeleton
-        text = render.between(skeleton.controls[turn.before] if turn.before >= 0 else None, turn.start)
+        text = render.between(
+            skeleton.controls[turn.before] if turn.before >= 0 else None, turn.start
+        )
         if as_text:
-            opening = skeleton.control_ids[turn.before : turn.before + 1] if turn.before >= 0 else []
+            opening = (
+                skeleton.control_ids[turn.before : turn.before + 1] if turn.before >= 0 else []
+            )
             rest = text[sum(len(self._spelt[number]) for number in opening) :]
             return opening + self._encode([rest], as_text=True)[0]
         found = self._windows.get(text)  # mostly a role header, so the few there are are kept
@@ -336,12 +389,15 @@ class Masker:
 
     def _encode_as_text(self, render: Render, cuts: Sequence[int] = ()) -> list[int]:
         """A row's tokens where only the template writes control tokens: what lies between those, and between `cuts`,
-        is tokenised piece by piece."""
+        is tokenized piece by piece."""
         skeleton = render.skeleton
-        if not all(map(self._stands_apart, set(skeleton.control_ids))) or (cuts and not self._cuts_cleanly):
+        if not all(map(self._stands_apart, set(skeleton.control_ids))) or (
+            cuts and not self._cuts_cleanly
+        ):
             raise RowError(f"{HOLDS_CONTROL}, and this tokenizer does not take it as text")
         joints = [
-            (render.position(place), [n]) for place, n in zip(skeleton.controls, skeleton.control_ids, strict=True)
+            (render.position(place), [n])
+            for place, n in zip(skeleton.controls, skeleton.control_ids, strict=True)
         ]
         pieces, stop = [], 0
         joints = sorted([*joints, *((cut, []) for cut in cuts)])
@@ -349,10 +405,14 @@ class Masker:
             pieces.append(render.text[stop:start])
             stop = start + sum(len(self._spelt[number]) for number in ids)
         tokens = self._encode([*pieces, render.text[stop:]], as_text=True)
-        return [n for ids, (_, joint) in zip(tokens, [*joints, (0, [])], strict=True) for n in (*ids, *joint)]
+        return [
+            n
+            for ids, (_, joint) in zip(tokens, [*joints, (0, [])], strict=True)
+            for n in (*ids, *joint)
+        ]
 
     def _stands_apart(self, control: int) -> bool:
-        """Whether a piece beside this control token is tokenised as it is alone."""
+        """Whether a piece beside this control token is tokenized as it is alone."""
         if control not in self._apart:
             spelt = self._spelt[control]
             alone = self._encode(list(SAMPLES))
@@ -361,10 +421,12 @@ class Masker:
         return self._apart[control]
 
     def _encode_cut(self, text: str, cuts: list[int]) -> list[int]:
-        """The text tokenised in pieces. Only for tokenizers that put nothing of their own before a piece."""
+        """The text tokenized in pieces. Only for tokenizers that put nothing of their own before a piece."""
         if not self._cuts_cleanly:
             raise RowError("a token spans the end of the prompt and the answer")
-        pieces = [text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        pieces = [
+            text[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(text)], strict=True)
+        ]
         return [number for ids in self._encode(pieces) for number in ids]
 
 
@@ -373,11 +435,15 @@ def _answers(messages: Sequence[Message]) -> list[int]:
 
 
 def _answers_of(skeleton: Skeleton) -> list[int]:
-    return [number for number, message in enumerate(skeleton.messages) if message["role"] == "assistant"]
+    return [
+        number for number, message in enumerate(skeleton.messages) if message["role"] == "assistant"
+    ]
 
 
 def _is_empty(message: Message) -> bool:
-    return not (message.content.strip() or message.tool_calls or (message.reasoning_content or "").strip())
+    return not (
+        message.content.strip() or message.tool_calls or (message.reasoning_content or "").strip()
+    )
 
 
 def _finished(ids: np.ndarray, trained: np.ndarray) -> Example:

@@ -1,6 +1,6 @@
 """Lengths of documents in, packed rows out. Pure: a function of the lengths and the generator alone.
 
-A row is a list of pieces laid end to end, at most `row_tokens` long. Packing sees all documents of an
+A row is a list of pieces laid end to end, at most `seq_len` long. Packing sees all documents of an
 epoch at once, in one process, so that the number of workers cannot change it.
 """
 
@@ -24,12 +24,12 @@ More of them fill no better: 1, 16, 64 and 1,000,000 fill 88.3, 95.6, 96.1 and 9
 94.3, 97.9, 98.2 and 98.2% of 2048; bfd, which sees all lengths at once, 97.6 and 98.8%."""
 
 
-def pack(lengths: np.ndarray, row_tokens: int, packing: str, rng: np.random.Generator) -> Packed:
-    """Lay documents of `lengths` (n,) tokens into rows of at most `row_tokens`, in an order drawn from `rng`.
+def pack(lengths: np.ndarray, seq_len: int, packing: str, rng: np.random.Generator) -> Packed:
+    """Lay documents of `lengths` (n,) tokens into rows of at most `seq_len`, in an order drawn from `rng`.
 
     `none` gives each document a row; `bfd` packs by best-fit decreasing within windows; `bfd_split` does
-    so after cutting longer documents into pieces of `row_tokens`; `greedy` lays the shuffled documents as `greedy`
-    below does; `wrapped` lays them end to end and cuts at every `row_tokens`.
+    so after cutting longer documents into pieces of `seq_len`; `greedy` lays the shuffled documents as `greedy`
+    below does; `wrapped` lays them end to end and cuts at every `seq_len`.
 
     Raises:
         ValueError: a document is empty, or longer than a row under `none`, `bfd` and `greedy`.
@@ -37,17 +37,17 @@ def pack(lengths: np.ndarray, row_tokens: int, packing: str, rng: np.random.Gene
     lengths = np.asarray(lengths, dtype=np.int64)
     if len(lengths) and lengths.min() < 1:
         raise ValueError("an empty document cannot be packed")
-    if packing in ("none", "bfd", "greedy") and len(lengths) and lengths.max() > row_tokens:
-        raise ValueError(f"a document of {lengths.max()} tokens does not fit in a row of {row_tokens}")
+    if packing in ("none", "bfd", "greedy") and len(lengths) and lengths.max() > seq_len:
+        raise ValueError(f"a document of {lengths.max()} tokens does not fit in a row of {seq_len}")
     if packing == "wrapped":
-        return _wrapped(lengths, row_tokens, rng)
-    pieces = _pieces(lengths, row_tokens)
+        return _wrapped(lengths, seq_len, rng)
+    pieces = _pieces(lengths, seq_len)
     if packing == "none":
         rows, num_rows = np.arange(len(pieces)), len(pieces)
     elif packing in ("bfd", "bfd_split"):
-        rows, num_rows = _best_fit_decreasing(pieces[:, 2] - pieces[:, 1], row_tokens, rng)
+        rows, num_rows = _best_fit_decreasing(pieces[:, 2] - pieces[:, 1], seq_len, rng)
     elif packing == "greedy":
-        rows, num_rows = _in_order(lengths, row_tokens, rng)
+        rows, num_rows = _in_order(lengths, seq_len, rng)
     else:
         raise ValueError(f"packing is none, bfd, bfd_split, wrapped or greedy, not {packing}")
     rows = _shuffled(num_rows, rng)[rows]
@@ -57,7 +57,7 @@ def pack(lengths: np.ndarray, row_tokens: int, packing: str, rng: np.random.Gene
     return Packed(pieces, _offsets(np.bincount(rows, minlength=num_rows)))
 
 
-def greedy(lengths: Iterable[int], row_tokens: int) -> Iterator[list[int]]:
+def greedy(lengths: Iterable[int], seq_len: int) -> Iterator[list[int]]:
     """Rows of whole documents, which are numbered from 0 as they come; a row is given out as soon as it closes.
 
     A document goes into the oldest open row that takes it, else into a new one. A row closes when it is full, or
@@ -70,12 +70,12 @@ def greedy(lengths: Iterable[int], row_tokens: int) -> Iterator[list[int]]:
     rows: list[list[int]] = []  # open, the oldest first
     left: list[int] = []  # tokens that each of them can still take
     for document, length in enumerate(lengths):
-        if not 0 < length <= row_tokens:
-            raise ValueError(f"a document of {length} tokens does not fit in a row of {row_tokens}")
+        if not 0 < length <= seq_len:
+            raise ValueError(f"a document of {length} tokens does not fit in a row of {seq_len}")
         place = next((place for place, room in enumerate(left) if room >= length), len(rows))
         if place == len(rows):
             rows.append([])
-            left.append(row_tokens)
+            left.append(seq_len)
         rows[place].append(document)
         left[place] -= length
         if not left[place] or len(rows) > OPEN_ROWS:
@@ -91,20 +91,24 @@ def _shuffled(count: int, rng: np.random.Generator) -> np.ndarray:
     return np.argsort(rng.bit_generator.random_raw(count), kind="stable")
 
 
-def _best_fit_decreasing(lengths: np.ndarray, row_tokens: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+def _best_fit_decreasing(
+    lengths: np.ndarray, seq_len: int, rng: np.random.Generator
+) -> tuple[np.ndarray, int]:
     """The row of each piece (P,), and the number of rows.
 
     Open rows lie in stacks by the tokens they have left; bit c of `has_left` says that stack c is not
     empty, so the tightest row that takes a piece is the lowest bit at or above its length.
     """
     order = _shuffled(len(lengths), rng)
-    stacks: list[list[int]] = [[] for _ in range(row_tokens + 1)]
+    stacks: list[list[int]] = [[] for _ in range(seq_len + 1)]
     has_left = 0
     num_rows = 0
     rows = np.empty(len(lengths), dtype=np.int64)
     for start in range(0, len(order), WINDOW_DOCUMENTS):
         window = order[start : start + WINDOW_DOCUMENTS]
-        window = window[np.argsort(-lengths[window], kind="stable")]  # equal lengths keep their shuffled order
+        window = window[
+            np.argsort(-lengths[window], kind="stable")
+        ]  # equal lengths keep their shuffled order
         placed: list[int] = []
         for length in lengths[window].tolist():
             fitting = has_left >> length
@@ -115,7 +119,7 @@ def _best_fit_decreasing(lengths: np.ndarray, row_tokens: int, rng: np.random.Ge
                     has_left ^= 1 << left
                 left -= length
             else:
-                row, left = num_rows, row_tokens - length
+                row, left = num_rows, seq_len - length
                 num_rows += 1
             placed.append(row)
             if left:
@@ -126,42 +130,51 @@ def _best_fit_decreasing(lengths: np.ndarray, row_tokens: int, rng: np.random.Ge
     return rows, num_rows
 
 
-def _in_order(lengths: np.ndarray, row_tokens: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
+def _in_order(
+    lengths: np.ndarray, seq_len: int, rng: np.random.Generator
+) -> tuple[np.ndarray, int]:
     """The row of each document (n,) where they come in an order drawn from `rng`, and the number of rows."""
     order = _shuffled(len(lengths), rng)
-    packed = list(greedy(lengths[order].tolist(), row_tokens))
+    packed = list(greedy(lengths[order].tolist(), seq_len))
     rows = np.empty(len(lengths), dtype=np.int64)
     for row, documents in enumerate(packed):
         rows[order[documents]] = row
     return rows, len(packed)
 
 
-def _pieces(lengths: np.ndarray, row_tokens: int) -> np.ndarray:
-    """Every document as pieces (P, 4) of `row_tokens`, and a rest."""
-    counts = -(-lengths // row_tokens)
+def _pieces(lengths: np.ndarray, seq_len: int) -> np.ndarray:
+    """Every document as pieces (P, 4) of `seq_len`, and a rest."""
+    counts = -(-lengths // seq_len)
     pieces = np.empty((int(counts.sum()), 4), dtype=np.int64)
     document, start, stop, piece = pieces.T
     document[:] = np.repeat(np.arange(len(lengths)), counts)
     piece[:] = np.arange(len(pieces)) - np.repeat(_offsets(counts)[:-1], counts)
-    np.multiply(piece, row_tokens, out=start)
-    np.minimum(start + row_tokens, lengths[document], out=stop)
+    np.multiply(piece, seq_len, out=start)
+    np.minimum(start + seq_len, lengths[document], out=stop)
     return pieces
 
 
-def _wrapped(lengths: np.ndarray, row_tokens: int, rng: np.random.Generator) -> Packed:
+def _wrapped(lengths: np.ndarray, seq_len: int, rng: np.random.Generator) -> Packed:
     """One stream of shuffled documents, cut where a document or a row ends."""
     order = _shuffled(len(lengths), rng)
     begins = _offsets(lengths[order])
     total = int(begins[-1])
-    cuts = np.union1d(begins, np.arange(0, total, row_tokens))
-    place = np.searchsorted(begins, cuts[:-1], side="right") - 1  # in the stream, of each piece's document
+    cuts = np.union1d(begins, np.arange(0, total, seq_len))
+    place = (
+        np.searchsorted(begins, cuts[:-1], side="right") - 1
+    )  # in the stream, of each piece's document
     first = np.searchsorted(cuts, begins[:-1])  # each document's first piece
     pieces = np.stack(
-        [order[place], cuts[:-1] - begins[place], cuts[1:] - begins[place], np.arange(len(place)) - first[place]],
+        [
+            order[place],
+            cuts[:-1] - begins[place],
+            cuts[1:] - begins[place],
+            np.arange(len(place)) - first[place],
+        ],
         axis=1,
     )
-    num_rows = -(-total // row_tokens)
-    return Packed(pieces, np.searchsorted(cuts[:-1], np.arange(num_rows + 1) * row_tokens))
+    num_rows = -(-total // seq_len)
+    return Packed(pieces, np.searchsorted(cuts[:-1], np.arange(num_rows + 1) * seq_len))
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:

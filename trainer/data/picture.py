@@ -60,7 +60,9 @@ def _draw_panel(image: Image, top: int, panel: Panel) -> None:
         pen.line([(LEFT, y(tick)), (WIDTH - RIGHT, y(tick))], FAINT)
         pen.text((LEFT - 8, y(tick)), f"{tick:,.0f}", INK, font, anchor="rm")
     shares = np.zeros(len(panel.counts)) if panel.shares is None else panel.shares
-    for left, right, count, share in zip(panel.edges, panel.edges[1:], panel.counts, shares, strict=False):
+    for left, right, count, share in zip(
+        panel.edges, panel.edges[1:], panel.counts, shares, strict=False
+    ):
         for height, colour in ((count, BAR), (count * share, SHARE)):
             if height:
                 pen.rectangle([(x(left), y(height)), (max(x(right) - 2, x(left)), bottom)], colour)

@@ -1,4 +1,4 @@
-"""Turns a recipe's sources into tokenised documents, and those into the plan of the run.
+"""Turns a recipe's sources into tokenized documents, and those into the plan of the run.
 
     rows -> Conversation -> Example -> (cache) -> Prepared -> Plan
 
@@ -26,12 +26,23 @@ from trainer.data.cache import Documents
 from trainer.data.mask import Masker
 from trainer.data.rows import RowReader
 from trainer.data.source import RawRow, read_rows, source_digest, source_files
-from trainer.data.split import Part, held_out, parts_of
-from trainer.data.tokenize import Limits, Row
-from trainer.datatypes import BadInput, Conversation, Example, Packed, Prompt, RowError, StepPlan, Tokenised
+from trainer.data.split import SourceSplit, held_out, parts_of
+from trainer.data.tokenize import LengthPolicy, Row
+from trainer.datatypes import (
+    BadInput,
+    Conversation,
+    Example,
+    Packed,
+    Prompt,
+    RowError,
+    StepPlan,
+    Tokenized,
+)
 from trainer.dist import is_main
 
-KEPT_FROM_DOCUMENTS = 100_000  # below so many, packing again is quicker than keeping an epoch's packing
+KEPT_FROM_DOCUMENTS = (
+    100_000  # below so many, packing again is quicker than keeping an epoch's packing
+)
 
 
 # ----------------------------------------------------------------------------------------------- preparing
@@ -65,7 +76,7 @@ class TrainData(Protocol):
 
 @dataclass(frozen=True)
 class Prepared:
-    """The tokenised documents of the recipe's train or eval sources."""
+    """The tokenized documents of the recipe's train or eval sources."""
 
     documents: Documents
     weights: tuple[float, ...]  # of each source
@@ -135,20 +146,22 @@ def prepare(
     which: Literal["train", "eval"],
     stopping: Callable[[], bool] = lambda: False,
 ) -> Prepared:
-    """Tokenise the recipe's sources, or find them tokenised.
+    """Tokenize the recipe's sources, or find them tokenized.
 
     Raises:
         BadInput: a source cannot be read, nothing is left of it, or too much is rejected.
         Stopped (trainer.utils.files): `stopping()` became true; the next start goes on from there.
     """
     section = recipe.data
-    side = Side(section, which)
-    work = tokenise_of(recipe, tokenizer, which)
+    side = SplitRows(section, which)
+    work = tokenizer_of_rows(recipe, tokenizer, which)
     limits = limits_of(recipe)
     drop = which == "train" and section.duplicates == "drop"
 
-    def chunks(done: int) -> Generator[Tokenised, None, None]:
-        return tokenize.tokenise_rows(islice(side.rows(), done, None), work, limits, workers_of(section))
+    def chunks(done: int) -> Generator[Tokenized, None, None]:
+        return tokenize.tokenize_rows(
+            islice(side.rows(), done, None), work, limits, workers_of(section)
+        )
 
     documents = cache.prepare(
         cache_folder(section) / f"documents-{_key(side, work, limits, drop)}",
@@ -182,17 +195,23 @@ def held_out_prompts(recipe: Recipe, masker: Masker, rows: int) -> list[Prompt]:
             except RowError:  # counted and named where the data is prepared
                 continue
             assert not isinstance(row.fields, RowError), "it would have been raised"
-            prompts.append(Prompt(ids, str(masker.tokenizer.decode(ids)), answer, conversation, row.fields))
+            prompts.append(
+                Prompt(ids, str(masker.tokenizer.decode(ids)), answer, conversation, row.fields)
+            )
     if not prompts:
-        raise BadInput("data.eval: no row has a prompt and an answer; eval.generate needs some, or take it out")
+        raise BadInput(
+            "data.eval: no row has a prompt and an answer; eval.generate needs some, or take it out"
+        )
     return prompts
 
 
-def limits_of(recipe: Recipe) -> Limits:
+def limits_of(recipe: Recipe) -> LengthPolicy:
     """What becomes of examples that are too long."""
     data = recipe.data
     packing_cuts = data.packing in ("bfd_split", "wrapped") and not data.split_context
-    return Limits(recipe.max_tokens, data.too_long, packing_cuts, data.cut_answers, data.split_context)
+    return LengthPolicy(
+        recipe.max_length, data.too_long, packing_cuts, data.cut_answers, data.split_context
+    )
 
 
 def masker_of(section: DataSection, tokenizer: Any) -> Masker:
@@ -221,14 +240,14 @@ def digest_of(section: DataSection, source: Source) -> str:
     return source_digest(source, cache_folder(section) / "digests")
 
 
-def tokenise_of(recipe: Recipe, tokenizer: Any, which: Literal["train", "eval"]) -> _Tokenise:
-    """How the rows of a side are read and tokenised."""
+def tokenizer_of_rows(recipe: Recipe, tokenizer: Any, which: Literal["train", "eval"]) -> _Tokenize:
+    """How the rows of a side are read and tokenized."""
     readers = tuple(RowReader.of(part.source) for part in parts_of(recipe.data, which))
-    return _Tokenise(masker_of(recipe.data, tokenizer), readers)
+    return _Tokenize(masker_of(recipe.data, tokenizer), readers)
 
 
 @dataclass(frozen=True)
-class _Tokenise:
+class _Tokenize:
     """A chunk of rows to examples: what the workers run."""
 
     masker: Masker
@@ -236,7 +255,9 @@ class _Tokenise:
 
     def __call__(self, rows: list[Row]) -> list[Example | RowError]:
         read = [self.conversation(row) for row in rows]
-        examples = iter(self.masker.examples([found for found in read if isinstance(found, Conversation)]))
+        examples = iter(
+            self.masker.examples([found for found in read if isinstance(found, Conversation)])
+        )
         return [found if isinstance(found, RowError) else next(examples) for found in read]
 
     def conversation(self, row: Row) -> Conversation | RowError:
@@ -246,7 +267,7 @@ class _Tokenise:
             return error
 
 
-def rows_of(data: DataSection, part: Part) -> Iterator[RawRow]:
+def rows_of(data: DataSection, part: SourceSplit) -> Iterator[RawRow]:
     """The rows of a source that are on its part's side. Every reader of rows reads them here."""
     for row in read_rows(part.source):
         if part.held_out is None or part.held_out == held_out(
@@ -255,7 +276,7 @@ def rows_of(data: DataSection, part: Part) -> Iterator[RawRow]:
             yield row
 
 
-class Side:
+class SplitRows:
     """The train or eval side: its `parts` and `names`, one for each source, and its `files`, one after the other."""
 
     def __init__(self, data: DataSection, which: Literal["train", "eval"]) -> None:
@@ -274,7 +295,9 @@ class Side:
                 file = numbers[row.file] if part.source.path else first
                 if isinstance(row.fields, RowError) and self.data.broken_lines == "stop":
                     place = f"{self.files[file]}:{row.number}"
-                    raise BadInput(f"{place}: {row.fields}; mend or delete the line, or set data.broken_lines: reject")
+                    raise BadInput(
+                        f"{place}: {row.fields}; mend or delete the line, or set data.broken_lines: reject"
+                    )
                 yield Row(source, file, row.number, row.fields)
             first += len(files)
 
@@ -282,17 +305,30 @@ class Side:
         """About how many rows there are, where that can be told without parsing them."""
         share = {None: 1.0, False: 1 - self.data.eval_fraction, True: self.data.eval_fraction}
         counts = [(_count_rows(part.source), share[part.held_out]) for part in self.parts]
-        return None if any(rows is None for rows, _ in counts) else round(sum((rows or 0) * s for rows, s in counts))
+        return (
+            None
+            if any(rows is None for rows, _ in counts)
+            else round(sum((rows or 0) * s for rows, s in counts))
+        )
 
 
 def _files(source: Source) -> list[str]:
-    return [str(path) for path in source_files(source.path)] if source.path else [f"{source.name}:{source.split}"]
+    return (
+        [str(path) for path in source_files(source.path)]
+        if source.path
+        else [f"{source.name}:{source.split}"]
+    )
 
 
-def _key(side: Side, work: _Tokenise, limits: Limits, drop_duplicates: bool) -> str:
+def _key(side: SplitRows, work: _Tokenize, limits: LengthPolicy, drop_duplicates: bool) -> str:
     """Everything that shapes the cache. Where the files lie, and the sources' weights, do not."""
     read = [
-        [digest_of(side.data, part.source), part.source.rows, *reader.key(), _split_key(side.data, part)]
+        [
+            digest_of(side.data, part.source),
+            part.source.rows,
+            *reader.key(),
+            _split_key(side.data, part),
+        ]
         for part, reader in zip(side.parts, work.readers, strict=True)
     ]
     cut = replace(limits, packing_cuts=limits.too_long == "split" and limits.packing_cuts)
@@ -301,8 +337,12 @@ def _key(side: Side, work: _Tokenise, limits: Limits, drop_duplicates: bool) -> 
     return xxhash.xxh3_128_hexdigest(json.dumps(whole).encode())
 
 
-def _split_key(data: DataSection, part: Part) -> list[Any] | None:
-    return None if part.held_out is None else [split.VERSION, part.held_out, data.eval_fraction, data.group_by]
+def _split_key(data: DataSection, part: SourceSplit) -> list[Any] | None:
+    return (
+        None
+        if part.held_out is None
+        else [split.VERSION, part.held_out, data.eval_fraction, data.group_by]
+    )
 
 
 def _count_rows(source: Source) -> int | None:
@@ -326,7 +366,9 @@ def _count_rows(source: Source) -> int | None:
 # ----------------------------------------------------------------------------------------------- planning
 
 
-def train_plan(recipe: Recipe, data: TrainData, stopping: Callable[[], bool] = lambda: False) -> Plan:
+def train_plan(
+    recipe: Recipe, data: TrainData, stopping: Callable[[], bool] = lambda: False
+) -> Plan:
     """The steps of the run. Large packings are kept in the cache, so that one process does the work for all."""
 
     def keep(epoch: int, make: Callable[[], Packed]) -> Packed:
@@ -335,13 +377,13 @@ def train_plan(recipe: Recipe, data: TrainData, stopping: Callable[[], bool] = l
             return make()
         parts = [pack.VERSION, prepared.fingerprint, prepared.weights, recipe.data.packing]
         key = xxhash.xxh3_128_hexdigest(
-            json.dumps([*parts, recipe.batch.row_tokens, recipe.train.seed, epoch]).encode()
+            json.dumps([*parts, recipe.batch.seq_len, recipe.train.seed, epoch]).encode()
         )
         folder = cache_folder(recipe.data) / f"packing-{key}"
         return cache.keep_packed(folder, make, f"packing epoch {epoch}", stopping)
 
     plan = Plan(data.epochs, _packer(recipe), recipe.batch, recipe.train, recipe.loss, keep)
-    if data.epochs.grows and is_main():
+    if data.epochs.streaming and is_main():
         plan.micro_batch_counts()  # its first shard is chosen and prepared now: no collective yet that could time out
     return plan
 
@@ -355,8 +397,10 @@ def documents_of(plan: Plan, step: StepPlan, data: TrainData) -> list[tuple[str,
     """The (file, row) of every document of a step, each once, for messages."""
     prepared = data.of(step.epoch)
     rows = [row for micro_batch in step.micro_batches for row in micro_batch]
-    return sorted({prepared.place(document) for document in plan.pieces(step.epoch, rows)[:, 0].tolist()})
+    return sorted(
+        {prepared.place(document) for document in plan.pieces(step.epoch, rows)[:, 0].tolist()}
+    )
 
 
 def _packer(recipe: Recipe) -> Callable[[np.ndarray, np.random.Generator], Packed]:
-    return lambda lengths, rng: pack.pack(lengths, recipe.batch.row_tokens, recipe.data.packing, rng)
+    return lambda lengths, rng: pack.pack(lengths, recipe.batch.seq_len, recipe.data.packing, rng)

@@ -35,7 +35,12 @@ class Row:
     roles: Mapping[int, str] = field(default_factory=dict)
 
 
-STYLES = {"trained": "green", "context": "dim", "special": "magenta", "special trained": "bold underline magenta"}
+STYLES = {
+    "trained": "green",
+    "context": "dim",
+    "special": "magenta",
+    "special trained": "bold underline magenta",
+}
 ROLE_STYLE = "black on cyan"
 LEGEND = {
     "trained": "trained",
@@ -43,7 +48,9 @@ LEGEND = {
     "special": "special token, context",
     "special trained": "special token, trained",
 }
-CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {127: "␡"}
+CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {
+    127: "␡"
+}
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <style>
@@ -76,7 +83,7 @@ class Run(NamedTuple):
 def role_starts(conversation: Conversation, example: Example, template: Template) -> dict[int, str]:
     """The tokens of the whole example at which the messages' own texts begin, with their roles.
 
-    Empty for a plain text, and where the row was tokenised in pieces, whose tokens cannot be found again.
+    Empty for a plain text, and where the row was tokenized in pieces, whose tokens cannot be found again.
     """
     if conversation.text is not None:
         return {}
@@ -97,11 +104,15 @@ def role_starts(conversation: Conversation, example: Example, template: Template
     return found
 
 
-def runs(example: Example, tokenizer: PreTrainedTokenizerBase, roles: Mapping[int, str] | None = None) -> Iterator[Run]:
+def runs(
+    example: Example, tokenizer: PreTrainedTokenizerBase, roles: Mapping[int, str] | None = None
+) -> Iterator[Run]:
     """The example's tokens, (L,), as runs of one kind, in order; another one begins where `roles` has a token."""
     roles = roles or {}
     ids = example.input_ids.tolist()
-    special_ids = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special_ids = {
+        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
     special = np.isin(example.input_ids, list(special_ids | set(tokenizer.all_special_ids)))
     kinds = special * 2 + example.trained
     edges = sorted({0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), *roles, len(ids)})
@@ -110,7 +121,9 @@ def runs(example: Example, tokenizer: PreTrainedTokenizerBase, roles: Mapping[in
     for start, stop in pairwise(edges):
         # Decoded from the beginning: many decoders drop the space before the first token they are given.
         text = _decoded(tokenizer, ids[:stop])
-        piece = text[len(before) :] if text.startswith(before) else _decoded(tokenizer, ids[start:stop])
+        piece = (
+            text[len(before) :] if text.startswith(before) else _decoded(tokenizer, ids[start:stop])
+        )
         before = text
         yield Run(names[kinds[start]], piece, roles.get(start))
 
@@ -128,7 +141,9 @@ def as_text(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Group:
     blocks: list[Text] = [legend]
     for row in rows:
         if isinstance(row.result, RowError):
-            blocks.append(Text.assemble("\n", (row.title, "bold"), "  ", (_left_out(row.result), "red")))
+            blocks.append(
+                Text.assemble("\n", (row.title, "bold"), "  ", (_left_out(row.result), "red"))
+            )
             continue
         blocks.append(Text.assemble("\n", (row.title, "bold"), f"  {counts(row.result)}"))
         shown = Text()
@@ -140,7 +155,9 @@ def as_text(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Group:
     return Group(*blocks)
 
 
-def as_html(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, title: str = "packhorse preview") -> str:
+def as_html(
+    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, title: str = "packhorse preview"
+) -> str:
     """The rows as one page that needs nothing else; every text is escaped."""
     legend = " &middot; ".join(f'<span class="{kind}">{LEGEND[kind]}</span>' for kind in STYLES)
     legend += ' &middot; <b class="role">role</b> of the message that begins'
@@ -151,7 +168,9 @@ def as_html(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, title: str 
 def _html_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     heading = html.escape(row.title)
     if isinstance(row.result, RowError):
-        return f'<h2>{heading} <span class="rejected">{html.escape(_left_out(row.result))}</span></h2>'
+        return (
+            f'<h2>{heading} <span class="rejected">{html.escape(_left_out(row.result))}</span></h2>'
+        )
     spans = "".join(
         (f'<b class="role">{html.escape(run.role)}</b>' if run.role else "")
         + f'<span class="{run.kind}">{html.escape(_visible(run))}</span>'

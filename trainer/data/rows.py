@@ -22,7 +22,7 @@ MOST_BROKEN = 100  # rows at the beginning that may be broken before the source 
 
 @dataclass(frozen=True)
 class RowReader:
-    """`conversation` is the way from a raw row; picklable, as the processes that tokenise need it."""
+    """`conversation` is the way from a raw row; picklable, as the processes that tokenize need it."""
 
     source: Source
     format: str
@@ -40,7 +40,9 @@ class RowReader:
         fault = ""
         for row in islice(read_rows(source), MOST_BROKEN):
             if isinstance(row.fields, dict):
-                return cls(source, "messages" if source.function else detect_format(row.fields, source))
+                return cls(
+                    source, "messages" if source.function else detect_format(row.fields, source)
+                )
             fault = fault or f"row {row.number}: {row.fields}"
         raise BadInput(
             f"{source.path or source.name}: none of its first rows can be read ({fault}); "
@@ -64,9 +66,17 @@ class RowReader:
     def key(self) -> list[Any]:
         """All but the rows themselves that shapes the conversations, as JSON values."""
         source, filters = self.source, self.source.filters
-        functions = [[name, function_digest(name)] for name in (source.function, filters.function) if name]
+        functions = [
+            [name, function_digest(name)] for name in (source.function, filters.function) if name
+        ]
         library = version("math-verify") if filters.verify else None
-        return [self.format, sorted(source.columns.items()), functions, filters.model_dump(mode="json"), library]
+        return [
+            self.format,
+            sorted(source.columns.items()),
+            functions,
+            filters.model_dump(mode="json"),
+            library,
+        ]
 
 
 def _call(name: str, fields: dict[str, Any]) -> dict[str, Any]:
@@ -79,4 +89,6 @@ def _call(name: str, fields: dict[str, Any]) -> dict[str, Any]:
         return {"messages": written}
     if isinstance(written, dict) and "messages" in written:
         return written
-    raise RowError(f"{name}: it must give a list of messages, or {{messages, tools}}, not {type(written).__name__}")
+    raise RowError(
+        f"{name}: it must give a list of messages, or {{messages, tools}}, not {type(written).__name__}"
+    )

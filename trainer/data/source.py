@@ -71,9 +71,15 @@ def source_digest(source: Source, memory: Path) -> str:
     if source.path is None:
         return f"hub-{_hub_dataset(source)._fingerprint}"
     saved = is_saved_dataset(source.path)
-    files = sorted(Path(source.path).expanduser().glob("*.arrow")) if saved else source_files(source.path)
+    files = (
+        sorted(Path(source.path).expanduser().glob("*.arrow"))
+        if saved
+        else source_files(source.path)
+    )
     digests = [file_digest(path, memory) for path in files]
-    return digests[0] if len(digests) == 1 else xxhash.xxh3_128_hexdigest("\n".join(digests).encode())
+    return (
+        digests[0] if len(digests) == 1 else xxhash.xxh3_128_hexdigest("\n".join(digests).encode())
+    )
 
 
 def source_files(place: str) -> list[Path]:
@@ -89,14 +95,22 @@ def source_files(place: str) -> list[Path]:
             raise BadInput(
                 f"{place}: the folder holds a dataset's splits; point `path` at one of them, as {path}/train"
             )
-        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
+        files = sorted(
+            file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file()
+        )
         if not files:
-            raise BadInput(f"{place}: the folder holds no {', '.join(SUFFIXES)} file; point `path` at one that does")
+            raise BadInput(
+                f"{place}: the folder holds no {', '.join(SUFFIXES)} file; point `path` at one that does"
+            )
         return files
     if not path.is_file():
-        raise BadInput(f"{place}: there is no such file or folder; check `path` (it is taken from the current folder)")
+        raise BadInput(
+            f"{place}: there is no such file or folder; check `path` (it is taken from the current folder)"
+        )
     if path.suffix not in SUFFIXES:
-        raise BadInput(f"{place}: rows are read from {', '.join(SUFFIXES)}; convert or rename the file")
+        raise BadInput(
+            f"{place}: rows are read from {', '.join(SUFFIXES)}; convert or rename the file"
+        )
     return [path]
 
 
@@ -128,7 +142,9 @@ def _file_rows(place: str) -> Iterator[RawRow]:
             found = True
             yield row
         if not found:
-            raise BadInput(f"{path}: the file holds no rows; write at least one, or take the file out of the recipe")
+            raise BadInput(
+                f"{path}: the file holds no rows; write at least one, or take the file out of the recipe"
+            )
 
 
 def _json_rows(path: Path) -> Iterator[RawRow]:
@@ -153,7 +169,9 @@ def _json_list(path: Path) -> Iterator[RawRow]:
     try:
         rows = parse(_decoded(path.read_bytes()))
     except RowError as error:
-        raise BadInput(f"{path}: the list cannot be read: {error}; mend it, or write one object a line") from None
+        raise BadInput(
+            f"{path}: the list cannot be read: {error}; mend it, or write one object a line"
+        ) from None
     for number, item in enumerate(rows, start=1):
         try:
             yield RawRow(number, _object(item), path.name)
@@ -173,7 +191,9 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
                     number += 1
                     yield RawRow(number, fields, path.name)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise BadInput(f"{path}: not a readable Parquet file after row {number} ({_one_line(error)})") from None
+        raise BadInput(
+            f"{path}: not a readable Parquet file after row {number} ({_one_line(error)})"
+        ) from None
 
 
 def _arrow_rows(batch: Any) -> Iterator[dict[str, Any] | RowError]:
@@ -191,7 +211,9 @@ def _arrow_rows(batch: Any) -> Iterator[dict[str, Any] | RowError]:
         try:
             if isinstance(row, RowError):
                 raise row
-            yield {name: _parsed_json(without_nulls(value), types[name]) for name, value in row.items()}
+            yield {
+                name: _parsed_json(without_nulls(value), types[name]) for name, value in row.items()
+            }
         except RowError as error:
             yield error
 
@@ -235,7 +257,13 @@ def _decoded(line: bytes) -> str:
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        kinds = {list: "a list", str: "a string", bool: "true or false", int: "a number", float: "a number"}
+        kinds = {
+            list: "a list",
+            str: "a string",
+            bool: "true or false",
+            int: "a number",
+            float: "a number",
+        }
         raise RowError(f"the row is {kinds.get(type(value), 'null')}, not an object")
     return value
 
@@ -258,7 +286,9 @@ def _dataset_rows(dataset: Any, name: str) -> Iterator[RawRow]:
                 number += 1
                 yield RawRow(number, fields, name)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise BadInput(f"{name}: the dataset cannot be read after row {number} ({_one_line(error)})") from None
+        raise BadInput(
+            f"{name}: the dataset cannot be read after row {number} ({_one_line(error)})"
+        ) from None
 
 
 def _saved_dataset(place: str) -> Any:
@@ -267,7 +297,9 @@ def _saved_dataset(place: str) -> Any:
     try:
         return datasets.load_from_disk(str(Path(place).expanduser()))
     except Exception as error:  # the library raises a dozen unrelated classes
-        raise BadInput(f"{place}: the saved dataset cannot be loaded ({_one_line(error)}); save it again") from None
+        raise BadInput(
+            f"{place}: the saved dataset cannot be loaded ({_one_line(error)}); save it again"
+        ) from None
 
 
 def open_stream(source: Source, state: dict[str, Any] | None) -> Any:
@@ -284,7 +316,9 @@ def _hub_dataset(source: Source) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(str(source.name), split=source.split, streaming=source.grows)
+        return datasets.load_dataset(
+            str(source.name), split=source.split, streaming=source.streaming
+        )
     except Exception as error:  # the library raises a dozen unrelated classes
         raise BadInput(
             f"the dataset `{source.name}` (split `{source.split}`) cannot be loaded "

@@ -1,6 +1,6 @@
 """Which rows are trained and which are held out, decided row by row: no other row, count or order has a say.
 
-The data section enters; the `Part`s of a side leave, and `held_out` says for one row on which side it is.
+The data section enters; the `SourceSplit`s of a side leave, and `held_out` says for one row on which side it is.
 """
 
 from __future__ import annotations
@@ -19,21 +19,27 @@ from trainer.datatypes import BadInput, RowError
 VERSION = 1  # part of the keys of what is split: raise it when a row may change sides
 
 
-class Part(NamedTuple):
+class SourceSplit(NamedTuple):
     """A source and which of its rows: all, or where `held_out` is not None, those for which it is so."""
 
     source: Source
     held_out: bool | None = None
 
 
-def parts_of(data: DataSection, which: Literal["train", "eval"]) -> tuple[Part, ...]:
+def parts_of(data: DataSection, which: Literal["train", "eval"]) -> tuple[SourceSplit, ...]:
     """Where the rows of a side come from. Held-out rows of a train source count once each, whatever its weight."""
     if which == "train":
-        return tuple(Part(source, held_out=False if data.eval_fraction else None) for source in data.train)
-    given = tuple(Part(source) for source in data.eval)
+        return tuple(
+            SourceSplit(source, held_out=False if data.eval_fraction else None)
+            for source in data.train
+        )
+    given = tuple(SourceSplit(source) for source in data.eval)
     if not data.eval_fraction:
         return given
-    return given + tuple(Part(source.model_copy(update={"weight": 1.0}), held_out=True) for source in data.train)
+    return given + tuple(
+        SourceSplit(source.model_copy(update={"weight": 1.0}), held_out=True)
+        for source in data.train
+    )
 
 
 def held_out(fields: Mapping[str, Any] | RowError, data: DataSection, where: str) -> bool:
@@ -59,7 +65,9 @@ def held_out(fields: Mapping[str, Any] | RowError, data: DataSection, where: str
     try:
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=_stable)
     except (TypeError, ValueError, RecursionError) as error:
-        raise BadInput(f"{where}: data.eval_fraction cannot tell the row's side ({error}); leave the row out") from None
+        raise BadInput(
+            f"{where}: data.eval_fraction cannot tell the row's side ({error}); leave the row out"
+        ) from None
     return xxhash.xxh3_64_intdigest(text.encode()) < data.eval_fraction * 2**64
 
 

@@ -45,9 +45,15 @@ POLL_S = 0.1  # of the ranks that wait for rank 0's decision
 OPEN = STEPS_AHEAD + 2  # shards of the steps that are at work, however small the shards are
 
 
-def prepare_train(recipe: Recipe, tokenizer: Any, stopping: Callable[[], bool] = lambda: False) -> TrainData:
-    """The recipe's training data: tokenised, or ready to be, shard by shard. Raises as `loader.prepare`."""
-    return Growing(recipe, tokenizer, stopping) if recipe.grows else prepare(recipe, tokenizer, "train", stopping)
+def prepare_train(
+    recipe: Recipe, tokenizer: Any, stopping: Callable[[], bool] = lambda: False
+) -> TrainData:
+    """The recipe's training data: tokenized, or ready to be, shard by shard. Raises as `loader.prepare`."""
+    return (
+        StreamingData(recipe, tokenizer, stopping)
+        if recipe.streaming
+        else prepare(recipe, tokenizer, "train", stopping)
+    )
 
 
 # ----------------------------------------------------------------------------------------------- the log
@@ -61,12 +67,14 @@ class Shard:
     file: str  # its name in the source's folder; what came from a stream is in the run folder
     bytes: int
     digest: str  # of the file
-    documents: str  # fingerprint of what it was tokenised into
+    documents: str  # fingerprint of what it was tokenized into
     packed_rows: int
     first_step: int  # counted from 1, as in metrics.jsonl
     report: dict[str, Any]  # as Prepared.report
     rejects: str  # where its rejected rows are listed
-    stream: dict[str, Any] | None = None  # its rows [from, to] of the stream, and how to go on after them
+    stream: dict[str, Any] | None = (
+        None  # its rows [from, to] of the stream, and how to go on after them
+    )
 
 
 class ShardLog:
@@ -100,7 +108,9 @@ class ShardLog:
         """Write a line that survives a power cut, in place of what a killed start has left of one."""
         with self._path.open("ab") as file:
             file.truncate(self._offset)
-            self._offset += file.write(json.dumps(asdict(shard), ensure_ascii=False).encode() + b"\n")
+            self._offset += file.write(
+                json.dumps(asdict(shard), ensure_ascii=False).encode() + b"\n"
+            )
             file.flush()
             os.fsync(file.fileno())
         sync_folder(self._path.parent)
@@ -120,14 +130,16 @@ class ShardLog:
     def digest(self, step: int) -> str:
         """Of the shards that the first `step` steps are taken from: each in its place, as it was."""
         used = [s for s in self.shards if s.first_step <= step]
-        lines = [[s.number, s.file, s.digest, s.documents, s.packed_rows, s.first_step] for s in used]
+        lines = [
+            [s.number, s.file, s.digest, s.documents, s.packed_rows, s.first_step] for s in used
+        ]
         return xxhash.xxh3_128_hexdigest(json.dumps(lines).encode())
 
 
 # ----------------------------------------------------------------------------------------------- the shards
 
 
-class Growing:
+class StreamingData:
     """The training data of a run whose source grows: TrainData, and the plan's Epochs.
 
     Raises, here and from every method:
@@ -136,15 +148,21 @@ class Growing:
             is prepared to its end: a stop is then agreed on after a step.
     """
 
-    grows = True
+    streaming = True
 
-    def __init__(self, recipe: Recipe, tokenizer: Any, stopping: Callable[[], bool] = lambda: False) -> None:
+    def __init__(
+        self, recipe: Recipe, tokenizer: Any, stopping: Callable[[], bool] = lambda: False
+    ) -> None:
         (self._source,) = recipe.data.train
         self._recipe = recipe
-        self._tokenizer = copy.deepcopy(tokenizer)  # for one thread at a time; the loop uses its own beside it
+        self._tokenizer = copy.deepcopy(
+            tokenizer
+        )  # for one thread at a time; the loop uses its own beside it
         self._stopping = stopping
         self._log = ShardLog(Path(recipe.run.dir) / LOG)
-        self._folder = Path(recipe.run.dir) / STREAMED if self._source.name else _folder(self._source)
+        self._folder = (
+            Path(recipe.run.dir) / STREAMED if self._source.name else _folder(self._source)
+        )
         self._stream = _Stream(recipe, self._log, self._folder) if self._source.name else None
         self._reading, self._preparing = threading.Lock(), threading.Lock()
         self._prepared: dict[int, Prepared] = {}
@@ -153,7 +171,7 @@ class Growing:
         self._closed = self._going_round = False
 
     @property
-    def epochs(self) -> Growing:
+    def epochs(self) -> StreamingData:
         return self
 
     @property
@@ -190,7 +208,7 @@ class Growing:
         prepared = self._prepare(shard.file)
         if prepared.fingerprint != shard.documents:
             raise BadInput(
-                f"{shard.file}: this rank tokenised it into other documents than rank 0 once did: the tokenizer, its "
+                f"{shard.file}: this rank tokenized it into other documents than rank 0 once did: the tokenizer, its "
                 "version or the masks are others; make them alike, or put data.cache on a shared folder"
             )
         return self._keep(epoch, prepared)
@@ -248,7 +266,9 @@ class Growing:
         )
         with self._reading:
             self._log.append(shard)
-        more = first_step + -(-rows // self._recipe.batch.rows_per_step) < (self._recipe.train.steps or 0)
+        more = first_step + -(-rows // self._recipe.batch.global_batch_size) < (
+            self._recipe.train.steps or 0
+        )
         self._ahead = self._thread.submit(self._prepare_next) if more else None
         return shard
 
@@ -278,7 +298,9 @@ class Growing:
         """What the file holds, which must be what it held."""
         path = self._folder / file
         if not path.is_file():
-            raise BadInput(f"{path}: {LOG} names this shard, which is needed again, and it is not there; put it back")
+            raise BadInput(
+                f"{path}: {LOG} names this shard, which is needed again, and it is not there; put it back"
+            )
         now = digest_of(self._recipe.data, Source(path=str(path)))
         if now != (digest or now):
             raise _changed(path)
@@ -286,7 +308,7 @@ class Growing:
 
 
 def prepare_now(recipe: Recipe, tokenizer: Any) -> list[Prepared]:
-    """The shards that are there now, tokenised into the cache; of a stream the first. Nothing is decided."""
+    """The shards that are there now, tokenized into the cache; of a stream the first. Nothing is decided."""
     (source,) = recipe.data.train
     if source.path:
         return [_prepare_shard(recipe, path, tokenizer) for path in _files(_folder(source))]
@@ -303,7 +325,9 @@ def _prepare_shard(
     alone = _recipe_of(recipe, path)
     prepared = prepare(alone, tokenizer, "train", stopping)
     if recipe.has_eval:
-        check_leakage(alone, tokenizer, prepared, prepare(alone, tokenizer, "eval", stopping), stopping)
+        check_leakage(
+            alone, tokenizer, prepared, prepare(alone, tokenizer, "eval", stopping), stopping
+        )
     return prepared
 
 
@@ -320,7 +344,9 @@ def _sum(reports: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _recipe_of(recipe: Recipe, shard: Path) -> Recipe:
     """The recipe with a shard in place of what grows: it is prepared as any file is."""
-    source = recipe.data.train[0].model_copy(update={"path": str(shard), "name": None, "grows": False})
+    source = recipe.data.train[0].model_copy(
+        update={"path": str(shard), "name": None, "streaming": False}
+    )
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": (source,)})})
 
 
@@ -342,7 +368,9 @@ class _New(NamedTuple):
 def _folder(source: Source) -> Path:
     folder = Path(str(source.path)).expanduser()
     if not folder.is_dir():
-        raise BadInput(f"{folder}: a source that grows is a folder, to which files are added; make it one")
+        raise BadInput(
+            f"{folder}: a source that grows is a folder, to which files are added; make it one"
+        )
     return folder
 
 

@@ -20,7 +20,15 @@ from trainer.utils.files import write_synced
 if TYPE_CHECKING:
     from rich.table import Table
 
-QUANTILES = {"min": 0.0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
+QUANTILES = {
+    "min": 0.0,
+    "p5": 0.05,
+    "p25": 0.25,
+    "median": 0.5,
+    "p75": 0.75,
+    "p95": 0.95,
+    "max": 1.0,
+}
 LENGTH_BINS = 40
 FILL_BINS = 50
 
@@ -37,7 +45,7 @@ def summary(prepared: Prepared, plan: Plan | None = None) -> dict[str, Any]:
         tokens, pieces = plan.row_sizes()
         found["first_epoch"] = {
             "rows": len(tokens),
-            "row_tokens": _quantiles(tokens),
+            "seq_len": _quantiles(tokens),
             "documents_per_row": round(float(pieces.mean()), 3),
             "fill": round(plan.fill(), 5),
             "steps": plan.epoch_steps(),
@@ -60,10 +68,11 @@ def of_eval(held_out: Prepared | None) -> dict[str, Any]:
 
 def picture(prepared: Prepared, plan: Plan) -> Any:
     """A PIL image of the train documents and of the rows of the first epoch."""
-    lengths, tokens, row_tokens = prepared.lengths, plan.row_sizes()[0], plan.batch.row_tokens
+    lengths, tokens, seq_len = prepared.lengths, plan.row_sizes()[0], plan.batch.seq_len
     edges = np.linspace(0, lengths.max() + 1, min(LENGTH_BINS, int(lengths.max()) + 1) + 1)
     counts, in_bin, trained = (
-        np.histogram(lengths, edges, weights=weights)[0] for weights in (None, lengths, prepared.trained_counts)
+        np.histogram(lengths, edges, weights=weights)[0]
+        for weights in (None, lengths, prepared.trained_counts)
     )
     report = prepared.report
     share = report["trained_tokens"] / report["tokens"]
@@ -76,10 +85,10 @@ def picture(prepared: Prepared, plan: Plan) -> Any:
     )
     fill = np.linspace(0, 100, FILL_BINS + 1)
     rows = Panel(
-        title=f"{len(tokens):,} rows of {row_tokens:,} tokens in the first epoch, {plan.fill():.1%} filled",
+        title=f"{len(tokens):,} rows of {seq_len:,} tokens in the first epoch, {plan.fill():.1%} filled",
         label="filled, % of a row",
         edges=fill,
-        counts=np.histogram(100 * tokens / row_tokens, fill)[0],
+        counts=np.histogram(100 * tokens / seq_len, fill)[0],
     )
     return draw([documents, rows])
 
@@ -97,15 +106,22 @@ def _rows_table(title: str, prepared: Prepared) -> Table:
     names = ("rows", "rejected", "filtered", "documents", "tokens")
     table = _table("", *names, "trained", title=title)
     report = prepared.report
-    for part in [*(report["sources"] if len(report["sources"]) > 1 else []), {"name": "all", **report}]:
+    for part in [
+        *(report["sources"] if len(report["sources"]) > 1 else []),
+        {"name": "all", **report},
+    ]:
         counts = (f"{part[key]:,}" for key in names)
-        table.add_row(part["name"], *counts, f"{part['trained_tokens'] / max(part['tokens'], 1):.1%}")
+        table.add_row(
+            part["name"], *counts, f"{part['trained_tokens'] / max(part['tokens'], 1):.1%}"
+        )
         for reason, count in part["reasons"].items():
             table.add_row(f"  rejected: {reason}", "", f"{count:,}")
         for reason, count in part["filter_reasons"].items():
             table.add_row(f"  filtered: {reason}", "", "", f"{count:,}")
         if part["cut"]:
-            table.add_row(f"  cut, less {part['lost_trained_tokens']:,} trained tokens", f"{part['cut']:,}")
+            table.add_row(
+                f"  cut, less {part['lost_trained_tokens']:,} trained tokens", f"{part['cut']:,}"
+            )
         if part["duplicates"]:
             table.add_row("  duplicates", f"{part['duplicates']:,}")
     if "leakage" in report:
@@ -119,18 +135,32 @@ def _lengths_table(train: Prepared, held_out: Prepared | None) -> Table:
     table = _table("tokens of a document", *QUANTILES, title="lengths")
     for name, prepared in {"train": train, "eval": held_out}.items():
         if prepared is not None:
-            table.add_row(name, *(f"{value:,.0f}" for value in _quantiles(prepared.lengths).values()))
-            table.add_row("  trained", *(f"{value:,.0f}" for value in _quantiles(prepared.trained_counts).values()))
+            table.add_row(
+                name, *(f"{value:,.0f}" for value in _quantiles(prepared.lengths).values())
+            )
+            table.add_row(
+                "  trained",
+                *(f"{value:,.0f}" for value in _quantiles(prepared.trained_counts).values()),
+            )
     return table
 
 
 def _plan_table(recipe: Recipe, found: dict[str, Any]) -> Table:
     epoch = found["first_epoch"]
-    table = _table("packing", "rows", "tokens of a row", "filled", "documents", "steps", "in all", title="first epoch")
+    table = _table(
+        "packing",
+        "rows",
+        "tokens of a row",
+        "filled",
+        "documents",
+        "steps",
+        "in all",
+        title="first epoch",
+    )
     table.add_row(
         recipe.data.packing,
         f"{epoch['rows']:,}",
-        f"{recipe.batch.row_tokens:,}",
+        f"{recipe.batch.seq_len:,}",
         f"{epoch['fill']:.1%}",
         f"{epoch['documents_per_row']:.1f} a row",
         f"{epoch['steps']:,}",

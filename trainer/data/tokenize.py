@@ -1,6 +1,6 @@
-"""Rows in; tokenised documents out, in the rows' order whatever the number of processes.
+"""Rows in; tokenized documents out, in the rows' order whatever the number of processes.
 
-How a row is tokenised comes from outside (`Tokenise`); here is what becomes of examples that are too long,
+How a row is tokenized comes from outside (`Tokenize`); here is what becomes of examples that are too long,
 and the parallel running.
 """
 
@@ -21,12 +21,12 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import xxhash
 
-from trainer.datatypes import Example, Filtered, RowError, Tokenised
+from trainer.datatypes import Example, Filtered, RowError, Tokenized
 
 VERSION = 2  # part of every key: raise it when the same rows give other documents
 
 CHUNK_ROWS = 512  # a worker's share: small enough for steady progress, large against the cost of handing it over
-CUT_ANSWER = "longer than max_tokens: its answer would lose its end"
+CUT_ANSWER = "longer than max_length: its answer would lose its end"
 POOL_FROM_CHUNKS = 24  # below so many, starting processes costs more than it saves
 
 
@@ -38,13 +38,13 @@ class Row(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Limits:
-    """`too_long` says what becomes of an example above `max_tokens`; `packing_cuts` leaves `split` to the packing.
+class LengthPolicy:
+    """`too_long` says what becomes of an example above `max_length`; `packing_cuts` leaves `split` to the packing.
 
     `cut_answers` lets `truncate` keep an answer without its end; `split_context` is how many tokens `split` repeats.
     """
 
-    max_tokens: int
+    max_length: int
     too_long: str
     packing_cuts: bool
     cut_answers: bool = False
@@ -53,18 +53,20 @@ class Limits:
 
 Result = TypeVar("Result")
 
-Tokenise = Callable[[list[Row]], list[Example | RowError]]
+Tokenize = Callable[[list[Row]], list[Example | RowError]]
 """Picklable; for each row its example, or the reason why it has none. The outcome must not depend on the chunk."""
 
 
-def tokenise_rows(
-    rows: Iterable[Row], tokenise: Tokenise, limits: Limits, workers: int
-) -> Generator[Tokenised, None, None]:
+def tokenize_rows(
+    rows: Iterable[Row], tokenize: Tokenize, limits: LengthPolicy, workers: int
+) -> Generator[Tokenized, None, None]:
     """Chunks of the rows' documents, in order."""
-    return run(rows, _Work(tokenise, limits), workers)
+    return run(rows, _Work(tokenize, limits), workers)
 
 
-def run(rows: Iterable[Row], work: Callable[[list[Row]], Result], workers: int) -> Generator[Result, None, None]:
+def run(
+    rows: Iterable[Row], work: Callable[[list[Row]], Result], workers: int
+) -> Generator[Result, None, None]:
     """What `work`, which must be picklable, makes of each chunk of rows, in order. With one worker, or little to do,
     it is done in this process.
 
@@ -80,12 +82,16 @@ def run(rows: Iterable[Row], work: Callable[[list[Row]], Result], workers: int) 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.data.prepare"])
     _start_server()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(work,))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(work,)
+    )
     chunks = chain(first, chunks)
     pending = deque()
     try:
         with ThreadPoolExecutor(1) as aside:
-            started = aside.submit(pool.submit, _is_ready)  # returns when the server has imported all
+            started = aside.submit(
+                pool.submit, _is_ready
+            )  # returns when the server has imported all
             while not started.done() and (chunk := next(chunks, None)) is not None:
                 yield work(chunk)
             started.result()
@@ -99,8 +105,8 @@ def run(rows: Iterable[Row], work: Callable[[list[Row]], Result], workers: int) 
         pool.shutdown(cancel_futures=True)
 
 
-def fit(example: Example, limits: Limits) -> list[Example]:
-    """The example as documents of at most `max_tokens`, by the policy.
+def fit(example: Example, limits: LengthPolicy) -> list[Example]:
+    """The example as documents of at most `max_length`, by the policy.
 
     `truncate` keeps the answers that are whole before the cut, and nothing from a cut one on unless `cut_answers` is
     set. `split` makes further documents that open with `1 + split_context` tokens of the one before, untrained the
@@ -109,14 +115,14 @@ def fit(example: Example, limits: Limits) -> list[Example]:
     Raises:
         RowError: there is nothing to learn, or the policy does not allow it.
     """
-    ids, trained, most = example.input_ids, example.trained, limits.max_tokens
+    ids, trained, most = example.input_ids, example.trained, limits.max_length
     if not trained.any():
         raise RowError("no trained token")
     assert not trained[0], "nothing predicts a document's first token"
     if len(ids) <= most or (limits.too_long == "split" and limits.packing_cuts):
         return [example]
     if limits.too_long == "reject":
-        raise RowError("longer than max_tokens")
+        raise RowError("longer than max_length")
     if limits.too_long == "truncate":
         return [_truncated(example, limits)]
     parts, repeated = [], 1 + limits.split_context
@@ -128,14 +134,16 @@ def fit(example: Example, limits: Limits) -> list[Example]:
     return parts
 
 
-def _truncated(example: Example, limits: Limits) -> Example:
-    """The example up to its last answer that ends within `max_tokens`, or is cut there where that is allowed."""
-    trained, stop = example.trained, limits.max_tokens
+def _truncated(example: Example, limits: LengthPolicy) -> Example:
+    """The example up to its last answer that ends within `max_length`, or is cut there where that is allowed."""
+    trained, stop = example.trained, limits.max_length
     if trained[stop - 1] and trained[stop] and not limits.cut_answers:
         stop = int(np.flatnonzero(~trained[:stop])[-1]) + 1
     learned = np.flatnonzero(trained[:stop])
     if not len(learned):
-        raise RowError("longer than max_tokens: no answer fits" if limits.cut_answers else CUT_ANSWER)
+        raise RowError(
+            "longer than max_length: no answer fits" if limits.cut_answers else CUT_ANSWER
+        )
     stop = int(learned[-1]) + 1  # what follows would be read for nothing
     return Example(example.input_ids[:stop], trained[:stop])
 
@@ -143,16 +151,16 @@ def _truncated(example: Example, limits: Limits) -> Example:
 class _Work(NamedTuple):
     """The work on one chunk of rows; pickled to the workers."""
 
-    tokenise: Tokenise
-    limits: Limits
+    tokenize: Tokenize
+    limits: LengthPolicy
 
-    def __call__(self, rows: list[Row]) -> Tokenised:
+    def __call__(self, rows: list[Row]) -> Tokenized:
         documents: list[tuple[Row, Example]] = []
         digests: list[int] = []
         rejects: list[tuple[int, int, int, str]] = []
         filtered: list[tuple[int, int, int, str]] = []
         cuts: list[tuple[int, int]] = []
-        for row, example in zip(rows, self.tokenise(rows), strict=True):
+        for row, example in zip(rows, self.tokenize(rows), strict=True):
             try:
                 if isinstance(example, RowError):
                     raise example
@@ -166,10 +174,14 @@ class _Work(NamedTuple):
                 left_out = filtered if isinstance(error, Filtered) else rejects
                 left_out.append((row.source, row.file, row.number, str(error)))
         parts = [part for _, part in documents]
-        return Tokenised(
+        return Tokenized(
             lengths=np.array([len(part.input_ids) for part in parts], np.int64),
-            input_ids=np.concatenate([np.empty(0, np.int32), *(part.input_ids for part in parts)], dtype=np.int32),
-            trained=np.concatenate([np.empty(0, np.bool_), *(part.trained for part in parts)], dtype=np.bool_),
+            input_ids=np.concatenate(
+                [np.empty(0, np.int32), *(part.input_ids for part in parts)], dtype=np.int32
+            ),
+            trained=np.concatenate(
+                [np.empty(0, np.bool_), *(part.trained for part in parts)], dtype=np.bool_
+            ),
             trained_counts=np.array([np.count_nonzero(part.trained) for part in parts], np.int64),
             sources=np.array([row.source for row, _ in documents], np.int32),
             files=np.array([row.file for row, _ in documents], np.int32),

@@ -22,7 +22,7 @@ _OWNED_BY_RECIPE = {
     "train_batch_size": "batch",
     "train_micro_batch_size_per_gpu": "batch",
     "gradient_accumulation_steps": "batch",
-    "gradient_clipping": "optim.clip",
+    "gradient_clipping": "optim.max_grad_norm",
     "optimizer": "optim",
     "scheduler": "optim",
     "bf16": "model.dtype",
@@ -38,7 +38,11 @@ BUCKET = 2**22
 
 
 def deepspeed_config(
-    parallel: ParallelSection, model: ModelSection, optim: OptimSection, hidden_size: int, run_dir: Path
+    parallel: ParallelSection,
+    model: ModelSection,
+    optim: OptimSection,
+    hidden_size: int,
+    run_dir: Path,
 ) -> dict[str, Any]:
     """The template with what the recipe owns filled in, and a folder on the NVMe for this run alone.
 
@@ -51,7 +55,9 @@ def deepspeed_config(
     config = _read_template(Path(parallel.deepspeed))
     for key, owner in _OWNED_BY_RECIPE.items():
         if key in config:
-            raise BadInput(f"{parallel.deepspeed}: `{key}` belongs to the recipe's `{owner}`; take it out there")
+            raise BadInput(
+                f"{parallel.deepspeed}: `{key}` belongs to the recipe's `{owner}`; take it out there"
+            )
     zero = config.setdefault("zero_optimization", {"stage": 0})
     sizes = {
         "reduce_bucket_size": max(hidden_size**2, BUCKET),
@@ -62,7 +68,9 @@ def deepspeed_config(
         if zero.get(key) == "auto":
             zero[key] = size
     for offload in nvme_offloads(config):
-        offload["nvme_path"] = str(Path(offload["nvme_path"]) / f"packhorse-{_short_digest(str(run_dir.resolve()))}")
+        offload["nvme_path"] = str(
+            Path(offload["nvme_path"]) / f"packhorse-{_short_digest(str(run_dir.resolve()))}"
+        )
     bf16 = model.dtype == "bfloat16"
     if bf16 and stage(config) == 0:
         raise BadInput(
@@ -81,7 +89,7 @@ def deepspeed_config(
         "steps_per_print": 10**12,
     }
     if stage(config) > 0:
-        config["gradient_clipping"] = optim.clip
+        config["gradient_clipping"] = optim.max_grad_norm
     return config
 
 
@@ -109,7 +117,9 @@ def offload_device(config: Mapping[str, Any], what: str) -> str:
 
 
 def nvme_offloads(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    parts = (config["zero_optimization"].get(f"offload_{what}", {}) for what in ("optimizer", "param"))
+    parts = (
+        config["zero_optimization"].get(f"offload_{what}", {}) for what in ("optimizer", "param")
+    )
     return [part for part in parts if part.get("device") == "nvme"]
 
 

@@ -24,7 +24,15 @@ from trainer.config.recipe import OptimSection
 from trainer.datatypes import BadInput, Batch, StepResult
 from trainer.engine import zero_state
 from trainer.engine.ds_config import nvme_offloads, offload_device, stage
-from trainer.engine.sharded_state import FROZEN, WEIGHT, Digests, Shards, Slice, add_digests, digests_of
+from trainer.engine.sharded_state import (
+    FROZEN,
+    WEIGHT,
+    Digests,
+    Shards,
+    Slice,
+    add_digests,
+    digests_of,
+)
 from trainer.metrics import Clock
 from trainer.model.lora import borrowed_weights, parts_of
 
@@ -64,7 +72,9 @@ def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Abstrac
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None)
 
 
-GATHER_SHARE = 0.5  # of the free memory, which gathered weights may take: activations and caches come on top
+GATHER_SHARE = (
+    0.5  # of the free memory, which gathered weights may take: activations and caches come on top
+)
 
 
 def free_memory() -> int:
@@ -79,7 +89,11 @@ def free_memory() -> int:
 def _without_hooks(module: nn.Module, handles: Iterable[Any]) -> Iterator[None]:
     """Inside, these hooks of the module's parts are not called. Afterwards they stand where they stood."""
     ids = {handle.id for handle in handles}
-    tables = [hooks for part in module.modules() for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+    tables = [
+        hooks
+        for part in module.modules()
+        for hooks in (part._forward_hooks, part._forward_pre_hooks)
+    ]
     before = [dict(hooks) for hooks in tables]
     for hooks in tables:
         for hook in ids & hooks.keys():
@@ -92,7 +106,9 @@ def _without_hooks(module: nn.Module, handles: Iterable[Any]) -> Iterator[None]:
             hooks.update(all_of_them)
 
 
-def _optimizer(groups: list[dict[str, Any]], optim: OptimSection, config: Mapping[str, Any]) -> torch.optim.Optimizer:
+def _optimizer(
+    groups: list[dict[str, Any]], optim: OptimSection, config: Mapping[str, Any]
+) -> torch.optim.Optimizer:
     settings: dict[str, Any] = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if offload_device(config, "optimizer") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -105,7 +121,11 @@ def _evaluator(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     """The model without an optimizer: DeepSpeed brings its shards together at stage 3, and has no work elsewhere."""
     if stage(config) < 3:
         return model.to(dist.device())
-    sharding = {key: value for key, value in config["zero_optimization"].items() if key != "offload_optimizer"}
+    sharding = {
+        key: value
+        for key, value in config["zero_optimization"].items()
+        if key != "offload_optimizer"
+    }
     engine, *_ = deepspeed.initialize(
         model=model, config={**config, "zero_optimization": sharding}, dist_init_required=False
     )
@@ -123,9 +143,13 @@ class Engine:
     """
 
     def __init__(
-        self, model: nn.Module, groups: list[dict[str, Any]] | None, optim: OptimSection, config: dict[str, Any]
+        self,
+        model: nn.Module,
+        groups: list[dict[str, Any]] | None,
+        optim: OptimSection,
+        config: dict[str, Any],
     ) -> None:
-        self._clip = optim.clip
+        self._clip = optim.max_grad_norm
         self.stage = stage(config)
         self.swaps = bool(nvme_offloads(config))
         self._model = model
@@ -134,12 +158,17 @@ class Engine:
             self._engine = _evaluator(model, config)
             return
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=_optimizer(groups, optim, config), config=config, dist_init_required=False
+            model=model,
+            optimizer=_optimizer(groups, optim, config),
+            config=config,
+            dist_init_required=False,
         )
         if hasattr(self._engine.optimizer, "get_grad_norm_direct"):  # stages 1 to 3
             self._engine.optimizer.get_grad_norm_direct = gradient_norm
         for borrower, weight in borrowed_weights(model) if self.stage == 3 else ():
-            deepspeed.zero.register_external_parameter(borrower, weight)  # gathered where it runs, too
+            deepspeed.zero.register_external_parameter(
+                borrower, weight
+            )  # gathered where it runs, too
         self._world = dist.world_size()
         self._without_gradient = _GradientWatch(model) if self.stage == 3 else None
 
@@ -148,7 +177,11 @@ class Engine:
         return self._model
 
     def step(
-        self, batches: list[Batch], lr: float, clock: Clock, judge: Callable[[float], str | None] | None = None
+        self,
+        batches: list[Batch],
+        lr: float,
+        clock: Clock,
+        check_loss: Callable[[float], str | None] | None = None,
     ) -> StepResult:
         """Accumulate the gradients of this rank's micro-batches and apply one update with learning rate `lr`.
 
@@ -156,7 +189,7 @@ class Engine:
         else knows (C2). Micro-batches are not counted by DeepSpeed: the last one is the boundary.
 
         Args:
-            judge: is asked, with the loss of the whole step, whether not to apply it, and why.
+            check_loss: is asked, with the loss of the whole step, whether not to apply it, and why.
         """
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
@@ -169,8 +202,8 @@ class Engine:
             with clock.part("forward"):
                 loss = self._engine(batch.to(dist.device()))
             loss_sum += loss.detach()
-            if is_last and judge:
-                refused = judge(dist.sum_over_ranks([loss_sum.item()])[0])
+            if is_last and check_loss:
+                refused = check_loss(dist.sum_over_ranks([loss_sum.item()])[0])
                 if refused:  # a NaN takes the step the way of all that are not applied, which every stage knows
                     loss = loss * float("nan")
             with clock.part("backward"):
@@ -181,7 +214,7 @@ class Engine:
             result = self._apply(loss_sum)
         return replace(result, skipped=refused) if refused else result
 
-    def rehearse(self, batches: Sequence[Batch]) -> None:
+    def memory_dry_run(self, batches: Sequence[Batch]) -> None:
         """Run micro-batches forward and backward as a step does, but with weights of zero and no update.
 
         What it leaves is the memory that a step takes, AdamW's moments included, so that a device without room for it
@@ -203,7 +236,9 @@ class Engine:
         """Apply the update or say why not, alike at every stage (C12)."""
         if self.stage == 0:  # DeepSpeed keeps no norm here, and would apply a NaN
             parameters = [p for p in self.module.parameters() if p.grad is not None]
-            norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters]  # as ZeRO sums them
+            norms = [
+                torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in parameters
+            ]  # as ZeRO sums them
             total = torch.linalg.vector_norm(torch.stack(norms))
             norm = float(total)
             applied = norm < float("inf")
@@ -226,7 +261,7 @@ class Engine:
         return self._engine(batch.to(dist.device()))
 
     @contextmanager
-    def whole_weights(self) -> Iterator[bool]:
+    def gather_for_generation(self) -> Iterator[bool]:
         """Inside, the model runs many forwards without gradients, as generation does. Every rank calls it.
 
         Yields True where each rank has the weights whole and runs as many forwards as it likes. Stage 3 gathers them
@@ -241,33 +276,49 @@ class Engine:
             return
         self._engine.empty_partition_cache()  # what was fetched ahead would be taken for gathered
         optimizer = self._engine.optimizer
-        offload = getattr(optimizer, "parameter_offload", optimizer)  # without an optimizer this stands in its place
-        hooks = [*offload.forward_hooks, *offload.backward_hooks]  # the first would cut each layer again after its use
+        offload = getattr(
+            optimizer, "parameter_offload", optimizer
+        )  # without an optimizer this stands in its place
+        hooks = [
+            *offload.forward_hooks,
+            *offload.backward_hooks,
+        ]  # the first would cut each layer again after its use
         with gathered(self.module.parameters()), _without_hooks(self.module, hooks):
             yield True
 
     def _whole_fits(self) -> bool:
         """Whether the gathered weights fit beside what else there is, on all ranks alike."""
-        sizes = [(getattr(p, "ds_numel", p.numel()), p.element_size()) for p in self._parameters().values()]
+        sizes = [
+            (getattr(p, "ds_numel", p.numel()), p.element_size())
+            for p in self._parameters().values()
+        ]
         needed = sum(numel * size for numel, size in sizes)
         free = min(dist.gather(free_memory()))
         fits = needed <= GATHER_SHARE * free and not self.swaps  # from an NVMe it is not proved
         how = "gathered once" if fits else "gathered layer by layer for each token, which is slow"
-        dist.log.info("generation: %.2f GiB of weights, %.2f GiB free: %s", needed / 2**30, free / 2**30, how)
+        dist.log.info(
+            "generation: %.2f GiB of weights, %.2f GiB free: %s", needed / 2**30, free / 2**30, how
+        )
         return fits
 
-    def settle(self) -> None:
+    def wait_for_prefetch(self) -> None:
         """Make the parameters fit to be gathered after a step or an evaluation. Every rank calls it."""
-        zero_state.settle(self._engine.optimizer)
+        zero_state.wait_for_prefetch(self._engine.optimizer)
 
     def hyperparameters(self) -> list[dict[str, Any]]:
         """Of the optimizer's groups."""
         names = ("lr", "betas", "eps", "weight_decay")
-        return [{name: group[name] for name in names} for group in self._engine.optimizer.param_groups]
+        return [
+            {name: group[name] for name in names} for group in self._engine.optimizer.param_groups
+        ]
 
     def state_bytes(self) -> int:
         """What all ranks together write of a checkpoint: fp32 weights and two moments, and the buffers."""
-        trained = sum(getattr(p, "ds_numel", p.numel()) for p in self._parameters().values() if p.requires_grad)
+        trained = sum(
+            getattr(p, "ds_numel", p.numel())
+            for p in self._parameters().values()
+            if p.requires_grad
+        )
         return 12 * trained + sum(piece.bytes for piece in self._buffers())
 
     def state_shapes(self) -> dict[str, list[int]]:
@@ -350,8 +401,12 @@ def gradient_norm(gradients: Iterable[torch.Tensor], *_: Any) -> torch.Tensor:
     for gradient in gradients:
         flat = gradient.detach().view(-1)
         whole = flat.numel() // _NORM_BLOCK * _NORM_BLOCK
-        blocks = torch.linalg.vector_norm(flat[:whole].view(-1, _NORM_BLOCK), dim=1, dtype=torch.float32)
-        total += (blocks.double().square().sum() + flat[whole:].double().square().sum()).to(total.device)
+        blocks = torch.linalg.vector_norm(
+            flat[:whole].view(-1, _NORM_BLOCK), dim=1, dtype=torch.float32
+        )
+        total += (blocks.double().square().sum() + flat[whole:].double().square().sum()).to(
+            total.device
+        )
     torch.distributed.all_reduce(total)
     return torch.where(total.isfinite(), total.sqrt(), -1.0)
 
@@ -361,7 +416,9 @@ def _weightless(batch: Batch) -> Batch:
     return replace(
         batch,
         weights=torch.zeros_like(batch.weights),
-        uniform_weight=None if batch.uniform_weight is None else 0.0,  # None asks the loss for another pass
+        uniform_weight=None
+        if batch.uniform_weight is None
+        else 0.0,  # None asks the loss for another pass
     )
 
 
@@ -370,7 +427,9 @@ class _GradientWatch:
     that one is applied again. Experts that no token chose are such parameters. Seen here, and refused."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        self._names = [
+            name for name, parameter in model.named_parameters() if parameter.requires_grad
+        ]
         self._waiting = set(self._names)
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:

@@ -90,7 +90,9 @@ def digest(tensor: torch.Tensor, start: int = 0) -> int:
     total = 0
     for at in range(0, bits.numel(), _CHUNK):
         part = bits[at : at + _CHUNK].to(torch.int64)
-        if tensor.element_size() < 8:  # a signed integer's bits, as the number that they are without a sign
+        if (
+            tensor.element_size() < 8
+        ):  # a signed integer's bits, as the number that they are without a sign
             part &= (1 << 8 * tensor.element_size()) - 1
         odd = torch.arange(start + at, start + at + part.numel(), device=part.device) * 2 + 1
         total += int((part * odd).sum())  # int64 wraps around, which is the sum mod 2^64
@@ -104,7 +106,13 @@ def digests_of(slices: Iterable[Slice]) -> Digests:
     """Digests of the slices, to be added to those of the other ranks."""
     found: Digests = {}
     for piece in slices:
-        add_digests(found, {(piece.name, state): digest(each, piece.start) for state, each in piece.states.items()})
+        add_digests(
+            found,
+            {
+                (piece.name, state): digest(each, piece.start)
+                for state, each in piece.states.items()
+            },
+        )
     return found
 
 
@@ -154,7 +162,9 @@ def write(path: Path, slices: list[Slice]) -> tuple[File, Digests]:
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
-    return File(size, hasher.hexdigest(), [(piece.name, piece.start, piece.stop) for piece in slices]), found
+    return File(
+        size, hasher.hexdigest(), [(piece.name, piece.start, piece.stop) for piece in slices]
+    ), found
 
 
 def checksum(path: Path) -> str:
@@ -177,7 +187,9 @@ class Shards:
         shapes: of the trained parameters and the buffers, by name.
     """
 
-    def __init__(self, folder: Path, files: Mapping[str, File], shapes: Mapping[str, list[int]]) -> None:
+    def __init__(
+        self, folder: Path, files: Mapping[str, File], shapes: Mapping[str, list[int]]
+    ) -> None:
         self._shapes = shapes
         self._opened: dict[Path, Any] = {}
         self._places: dict[str, list[tuple[int, int, Path]]] = defaultdict(list)
@@ -218,7 +230,9 @@ class Shards:
         self.fill(Slice(name, 0, {state: flat}))
         return flat.view(shape)
 
-    def _overlapping(self, name: str, start: int, stop: int, state: str) -> Iterator[tuple[int, int, torch.Tensor]]:
+    def _overlapping(
+        self, name: str, start: int, stop: int, state: str
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
         for first, last, path in self._places.get(name, ()):
             low, high = max(start, first), min(stop, last)
             if low < high:

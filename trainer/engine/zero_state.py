@@ -53,7 +53,7 @@ def write(optimizer: Any, names: Names, updates: int) -> Iterator[list[Slice]]:
         optimizer.update_lp_params()
 
 
-def settle(optimizer: Any) -> None:
+def wait_for_prefetch(optimizer: Any) -> None:
     """Wait for the parameters that stage 3 fetches ahead of a forward that does not come: they cannot be gathered."""
     if hasattr(optimizer, "fp16_partitioned_groups_flat"):
         optimizer.checkpoint_event_prologue()
@@ -72,7 +72,11 @@ def _partitions(optimizer: Any, names: Names) -> Iterator[tuple[torch.Tensor, li
     elif hasattr(optimizer, "bit16_groups") or hasattr(optimizer, "bf16_groups"):  # stages 1 and 2
         in_bf16 = hasattr(optimizer, "bf16_groups")  # stage 1 in bf16 is a class of its own
         groups = optimizer.bf16_groups if in_bf16 else optimizer.bit16_groups
-        masters = optimizer.fp32_groups_flat_partition if in_bf16 else optimizer.single_partition_of_fp32_groups
+        masters = (
+            optimizer.fp32_groups_flat_partition
+            if in_bf16
+            else optimizer.single_partition_of_fp32_groups
+        )
         for master, group in zip(masters, groups, strict=True):
             yield master, list(_stage_1_2_places(group, names))
     else:  # stage 0
@@ -99,8 +103,12 @@ def _stage_1_2_places(parameters: list[Any], names: Names) -> Iterator[Place]:
             yield names[id(parameter)], of_parameter.start, here.start, here.numel
 
 
-def _slices(master: torch.Tensor, places: list[Place], moments: dict[str, torch.Tensor]) -> list[Slice]:
-    states = {name: tensor.detach().view(-1) for name, tensor in {WEIGHT: master, **moments}.items()}
+def _slices(
+    master: torch.Tensor, places: list[Place], moments: dict[str, torch.Tensor]
+) -> list[Slice]:
+    states = {
+        name: tensor.detach().view(-1) for name, tensor in {WEIGHT: master, **moments}.items()
+    }
     return [
         Slice(name, start, {state: flat[offset : offset + numel] for state, flat in states.items()})
         for name, start, offset, numel in places
@@ -108,13 +116,17 @@ def _slices(master: torch.Tensor, places: list[Place], moments: dict[str, torch.
     ]
 
 
-def _moments(base: torch.optim.Optimizer, master: torch.Tensor, updates: int | None = None) -> dict[str, torch.Tensor]:
+def _moments(
+    base: torch.optim.Optimizer, master: torch.Tensor, updates: int | None = None
+) -> dict[str, torch.Tensor]:
     """AdamW's two moments; with `updates`, made where there are none yet, and its step counter set."""
     state = base.state[master]
     if updates is not None:
         for name in (EXP_AVG, EXP_AVG_SQ):
             state.setdefault(name, torch.zeros_like(master))
-        of_torch = isinstance(base, torch.optim.AdamW)  # a tensor there, beside the weights; a number in DeepSpeed's
+        of_torch = isinstance(
+            base, torch.optim.AdamW
+        )  # a tensor there, beside the weights; a number in DeepSpeed's
         state["step"] = torch.tensor(float(updates), device=master.device) if of_torch else updates
     return {name: state[name] for name in (EXP_AVG, EXP_AVG_SQ)}
 
@@ -143,4 +155,6 @@ def forget_gradients(optimizer: Any) -> None:
 
 
 def _is_on_nvme(optimizer: Any, group: int) -> bool:
-    return getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(group)
+    return getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(
+        group
+    )

@@ -37,7 +37,9 @@ from trainer.model.loss import BLOCK_HIDDEN, LIGER_HIDDEN
 from trainer.model.packing_check import decoder_layers
 
 GIB = 2**30
-SHARE_RESERVED = 0.05  # of what is allocated: blocks that the allocator holds and cannot use (not measured here)
+SHARE_RESERVED = (
+    0.05  # of what is allocated: blocks that the allocator holds and cannot use (not measured here)
+)
 RESERVED = int(1.5 * GIB)  # CUDA's context, NCCL's buffers, cuBLAS's workspaces (not measured here)
 
 # ----------------------------------------------------------------------------------------------- the model
@@ -48,7 +50,9 @@ class Model:
     """What memory and time depend on."""
 
     name: str
-    groups: tuple[tuple[int, ...], ...]  # elements of each trained parameter, by the optimizer's groups
+    groups: tuple[
+        tuple[int, ...], ...
+    ]  # elements of each trained parameter, by the optimizer's groups
     frozen: tuple[int, ...]  # elements of each of the others, but for those in 4 bits
     quantised: int  # elements of those
     quantised_bytes: int
@@ -100,22 +104,28 @@ def describe(model: Any, optim: OptimSection, adapter: AdapterSection | None = N
     if adapter and adapter.base == "nf4":  # all linear modules that are frozen, but the head
         linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
         in_4_bits = {id(m.weight): m.weight.numel() for m in linear if not m.weight.requires_grad}
-    double = adapter is not None and adapter.double_quantisation
+    double = adapter is not None and adapter.double_quant
     groups = [tuple(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)]
     config = model.config.get_text_config()
     persistent = model.state_dict(keep_vars=True).keys()
     return Model(
         name=type(model).__name__,
         groups=tuple(groups),
-        frozen=tuple(p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in in_4_bits),
+        frozen=tuple(
+            p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in in_4_bits
+        ),
         quantised=sum(in_4_bits.values()),
         quantised_bytes=sum(_bytes_in_4_bits(elements, double) for elements in in_4_bits.values()),
         trains_head=head.weight.requires_grad,
         element=next(model.parameters()).element_size(),
         hidden=config.hidden_size,
         vocabulary=head.weight.shape[0],
-        largest_module=max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()),
-        buffers=sum(b.numel() * b.element_size() for name, b in model.named_buffers() if name in persistent),
+        largest_module=max(
+            sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules()
+        ),
+        buffers=sum(
+            b.numel() * b.element_size() for name, b in model.named_buffers() if name in persistent
+        ),
         flops=model_flops(model),
     )
 
@@ -124,7 +134,11 @@ def _bytes_in_4_bits(elements: int, double: bool) -> int:
     """NF4 by bitsandbytes: two weights a byte, an fp32 scale for 64 of them, and the 16 values in fp32; with double
     quantisation the scales are bytes, an fp32 scale for 256 of those, their 256 values and their mean in fp32."""
     scales = -(-elements // 64)
-    return -(-elements // 2) + 64 + (scales + 4 * -(-scales // 256) + 4 * 256 + 4 if double else 4 * scales)
+    return (
+        -(-elements // 2)
+        + 64
+        + (scales + 4 * -(-scales // 256) + 4 * 256 + 4 if double else 4 * scales)
+    )
 
 
 # ----------------------------------------------------------------------------------------------- activations
@@ -138,20 +152,24 @@ class Activations:
     layer: int  # again while a layer is recomputed: the largest layer's; 0 without recomputation
 
 
-def trace(model: Any, tokens: int) -> dict[bool, Activations]:
-    """Run the decoder once over `tokens` meta tokens, without recomputation and with it where the model knows it
-    (False and True), and count what is saved for the backward.
+def trace(model: Any, tokens: int) -> dict[str, Activations]:
+    """Run the decoder once over `tokens` meta tokens for each value of model.activation_checkpointing that the model
+    supports, and count what is saved for the backward.
 
     Raises:
         BadInput: the model's forward depends on values, which meta tensors lack.
     """
     kept, of_layers = _saved(model, tokens)
-    found = {False: Activations(kept, 0)}
+    found = {"none": Activations(kept, 0)}
     if model.supports_gradient_checkpointing:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # transformers gives the two another name
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            found[True] = Activations(_saved(model, tokens)[0], max(of_layers, default=0))
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # transformers gives the two another name
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+            found["full"] = Activations(_saved(model, tokens)[0], max(of_layers, default=0))
             model.gradient_checkpointing_disable()
     return found
 
@@ -170,9 +188,15 @@ def _saved(model: Any, tokens: int) -> tuple[int, list[int]]:
             of_layers[-1] += saved()
 
         layers = decoder_layers(model)
-        hooks = [h for m in layers for h in (m.register_forward_pre_hook(begin), m.register_forward_hook(end))]
+        hooks = [
+            h
+            for m in layers
+            for h in (m.register_forward_pre_hook(begin), m.register_forward_hook(end))
+        ]
         try:
-            model.get_decoder()(input_ids=ids, position_ids=ids, use_cache=False, document_bounds=bounds)
+            model.get_decoder()(
+                input_ids=ids, position_ids=ids, use_cache=False, document_bounds=bounds
+            )
         except (RuntimeError, NotImplementedError) as error:
             said = " ".join(str(error).split())[:200]
             raise BadInput(
@@ -219,7 +243,9 @@ class _FusedAttention(torch.autograd.Function):
         raise NotImplementedError("a plan runs no backward")
 
 
-def _fused(layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+def _fused(
+    layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments
+) -> torch.Tensor:
     out = _FusedAttention.apply(q, k, v)
     assert isinstance(out, torch.Tensor)
     return out.transpose(1, 2)
@@ -228,7 +254,9 @@ def _fused(layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, argume
 def loss_workspace(model: Model, trained: int, kernel: str) -> int:
     """Bytes of the loss at its peak, in its own kernel; the head's gradient, if it is trained, is among them (C5)."""
     hidden, head = trained * model.hidden, model.vocabulary * model.hidden * model.trains_head
-    if kernel == "liger":  # gradients are made in the forward: the head's in fp32, and once more in its own type
+    if (
+        kernel == "liger"
+    ):  # gradients are made in the forward: the head's in fp32, and once more in its own type
         chunks = -(-model.vocabulary // (LIGER_HIDDEN * model.hidden))
         chunk = 2 ** math.ceil(math.log2(max(1, -(-trained // chunks))))
         logits = min(chunk, trained) * model.vocabulary
@@ -237,7 +265,11 @@ def loss_workspace(model: Model, trained: int, kernel: str) -> int:
         block = trained * min(model.vocabulary, BLOCK_HIDDEN * model.hidden)
         extra = block * (4 + model.element) if model.element < 4 else block * 4
         return hidden * (2 * model.element + 4) + head * model.element + extra
-    return trained * model.vocabulary * (model.element + 3 * 4) + hidden * model.element + head * model.element
+    return (
+        trained * model.vocabulary * (model.element + 3 * 4)
+        + hidden * model.element
+        + head * model.element
+    )
 
 
 # ----------------------------------------------------------------------------------------------- training state
@@ -263,14 +295,22 @@ def state(model: Model, config: Mapping[str, Any], world: int) -> State:
     element, stage = model.element, zero.get("stage", 0)
     frozen = element * sum(model.frozen) + model.quantised_bytes
     if stage == 0:  # torch's own AdamW: the weights are the masters
-        return State(element * model.trained + frozen, 0, element * model.trained, 0, 8 * model.trained)
+        return State(
+            element * model.trained + frozen, 0, element * model.trained, 0, 8 * model.trained
+        )
     if stage < 3:
         offload = zero.get("offload_optimizer", {}).get("device", "none")
-        flat = [-(-sum(group) // (2 * world)) * 2 * world for group in model.groups]  # aligned to 2 elements a rank
+        flat = [
+            -(-sum(group) // (2 * world)) * 2 * world for group in model.groups
+        ]  # aligned to 2 elements a rank
         piece = sum(flat) // world
         if offload != "none":
-            raise BadInput("offload_optimizer at ZeRO stages 1 and 2 is not planned; plan it at stage 3")
-        if stage == 1 and element == 2 and summed == 4:  # DeepSpeed's BF16_Optimizer sums whole gradients in fp32
+            raise BadInput(
+                "offload_optimizer at ZeRO stages 1 and 2 is not planned; plan it at stage 3"
+            )
+        if (
+            stage == 1 and element == 2 and summed == 4
+        ):  # DeepSpeed's BF16_Optimizer sums whole gradients in fp32
             gradients = 4 * sum(flat) + element * model.trained
         elif summed != element:
             gradients = summed * piece
@@ -282,12 +322,16 @@ def state(model: Model, config: Mapping[str, Any], world: int) -> State:
     trained_sizes = [n for group in model.groups for n in group]
     piece = sum(-(-n // world) for n in trained_sizes)
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
-    where = {what: zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")}
+    where = {
+        what: zero.get(f"offload_{what}", {}).get("device", "none")
+        for what in ("optimizer", "param")
+    }
     optimizer_on = "gpu" if where["optimizer"] == "none" else where["optimizer"]
     return State(
         weights=element * (piece + sum(-(-n // world) for n in model.frozen)),
         whole=element * sum(n for n in (*trained_sizes, *model.frozen) if n <= threshold),
-        gradients=(summed + 4 * (optimizer_on == "cpu")) * piece,  # and the optimizer's own copy on the host
+        gradients=(summed + 4 * (optimizer_on == "cpu"))
+        * piece,  # and the optimizer's own copy on the host
         masters=4 * piece,
         moments=8 * piece,
         weights_on="gpu" if where["param"] == "none" else where["param"],
@@ -326,7 +370,9 @@ class Memory:
     @property
     def host_total(self) -> int:
         """Loading and training come one after the other."""
-        return max(self.host["load"], sum(bytes_ for part, bytes_ in self.host.items() if part != "load"))
+        return max(
+            self.host["load"], sum(bytes_ for part, bytes_ in self.host.items() if part != "load")
+        )
 
 
 def peak_memory(
@@ -345,7 +391,9 @@ def peak_memory(
     gathered, sent = _communication(model, zero, of_state, world)
     on_gpu = of_state.optimizer_on == "gpu"
     gpu = {
-        "weights": of_state.whole + (of_state.weights if of_state.weights_on == "gpu" else 0) + model.buffers,
+        "weights": of_state.whole
+        + (of_state.weights if of_state.weights_on == "gpu" else 0)
+        + model.buffers,
         "gradients": of_state.gradients if on_gpu else 0,
         "optimizer": of_state.masters + of_state.moments if on_gpu else 0,
         "gathered": gathered,
@@ -357,7 +405,9 @@ def peak_memory(
     whole = model.element * model.parameters
     kept_off = of_state.masters + of_state.moments
     host = {
-        "load": whole if stage == 3 else whole * local,  # at stage 3 the node of rank 0 reads for all
+        "load": whole
+        if stage == 3
+        else whole * local,  # at stage 3 the node of rank 0 reads for all
         "weights": local * of_state.weights if of_state.weights_on == "cpu" else 0,
         "gradients": 0 if on_gpu else local * of_state.gradients,
         "optimizer": local * kept_off if of_state.optimizer_on == "cpu" else 0,
@@ -370,12 +420,16 @@ def peak_memory(
     return Memory(gpu, host, nvme)
 
 
-def _communication(model: Model, zero: Mapping[str, Any], of_state: State, world: int) -> tuple[int, int]:
+def _communication(
+    model: Model, zero: Mapping[str, Any], of_state: State, world: int
+) -> tuple[int, int]:
     """Bytes of parameters gathered at once, and of gradients on their way."""
     stage, element = zero.get("stage", 0), model.element
     largest = max(map(max, model.groups))
     bucket = min(int(zero.get("reduce_bucket_size", 5e8)), model.trained)
-    at_once = element * model.largest_module if model.quantised else 0  # of 4 bits, where its module runs
+    at_once = (
+        element * model.largest_module if model.quantised else 0
+    )  # of 4 bits, where its module runs
     if stage == 0:
         return at_once, 4 * bucket
     if stage == 1 and element == 2:
@@ -394,7 +448,11 @@ def _swap_buffers(model: Model, zero: Mapping[str, Any], of_state: State) -> int
     total = 0
     if of_state.weights_on == "nvme":
         offload = zero["offload_param"]
-        total += int(offload.get("buffer_count", 5)) * int(offload.get("buffer_size", 1e8)) * model.element
+        total += (
+            int(offload.get("buffer_count", 5))
+            * int(offload.get("buffer_size", 1e8))
+            * model.element
+        )
     if of_state.optimizer_on == "nvme":
         largest = min(of_state.masters, 4 * int(zero.get("sub_group_size", 1e9)))
         total += int(zero["offload_optimizer"].get("buffer_count", 4)) * largest
@@ -420,7 +478,7 @@ def disk_needed(model: Model, keep: int) -> Disk:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepStats:
     """What a run's steps are made of, on average, and its fullest micro-batch."""
 
     micro_batches: np.ndarray  # (steps,), or (1,) where one stands for all
@@ -432,27 +490,31 @@ class Work:
     fullest_trained: int
 
 
-def work_of(recipe: Recipe) -> Work:
+def work_of(recipe: Recipe) -> StepStats:
     """Without a look at the data: every row is full, and one document whose tokens are all trained."""
     batch = recipe.batch
-    tokens = batch.rows_per_step * batch.row_tokens
-    fullest = min(batch.rows_per_micro, batch.rows_per_step) * batch.row_tokens
-    return Work(
-        micro_batches=np.array([-(-batch.rows_per_step // batch.rows_per_micro)]),
+    tokens = batch.global_batch_size * batch.seq_len
+    fullest = min(batch.micro_batch_size, batch.global_batch_size) * batch.seq_len
+    return StepStats(
+        micro_batches=np.array([-(-batch.global_batch_size // batch.micro_batch_size)]),
         steps=recipe.train.steps,
         tokens=tokens,
         trained=tokens,
-        pairs=tokens * batch.row_tokens,
+        pairs=tokens * batch.seq_len,
         fullest_tokens=fullest,
         fullest_trained=fullest,
     )
 
 
-def step_seconds(model: Model, work: Work, gpus: int, flops: float) -> float:
+def step_seconds(model: Model, work: StepStats, gpus: int, flops: float) -> float:
     """Seconds of a step, where a GPU at work makes so many of the model's own FLOP/s: its peak x the MFU. Fillers
     make nobody faster."""
     of = model.flops
-    needed = 6 * (of.body_weights * work.tokens + of.head_weights * work.trained + of.attention_channels * work.pairs)
+    needed = 6 * (
+        of.body_weights * work.tokens
+        + of.head_weights * work.trained
+        + of.attention_channels * work.pairs
+    )
     return needed / (gpus * flops * (1 - filler_share(work.micro_batches, gpus)))
 
 
@@ -478,7 +540,9 @@ class Cluster:
             "NVMe": (memory.nvme, self.nvme),
             "disk": (disk.checkpoints, self.disk),
         }
-        return [what for what, (needed, there) in asked.items() if there is not None and needed > there]
+        return [
+            what for what, (needed, there) in asked.items() if there is not None and needed > there
+        ]
 
 
 def worlds(most: int, per_node: int) -> Iterator[int]:

@@ -24,7 +24,7 @@ from trainer.estimate.memory import (
     Disk,
     Memory,
     Model,
-    Work,
+    StepStats,
     describe,
     disk_needed,
     empty_model,
@@ -42,7 +42,16 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 MOST_GPUS = 4096  # at which the search for the smallest number that fits ends
 
-GPU_PARTS = ("weights", "gradients", "optimizer", "gathered", "communication", "activations", "loss", "reserve")
+GPU_PARTS = (
+    "weights",
+    "gradients",
+    "optimizer",
+    "gathered",
+    "communication",
+    "activations",
+    "loss",
+    "reserve",
+)
 
 
 @dataclass(frozen=True)
@@ -59,10 +68,12 @@ class Report:
     """Everything that the tables say."""
 
     model: Model
-    work: Work
+    work: StepStats
     cluster: Cluster
-    recompute: bool
-    activations: dict[bool, Activations]  # by recomputation; without it alone where the model does not know it
+    activation_checkpointing: str
+    activations: dict[
+        str, Activations
+    ]  # by the values of model.activation_checkpointing that the model supports
     candidates: dict[str, Candidate]  # by template
     refused: dict[str, str]  # templates that cannot train this recipe, and why
     disk: Disk
@@ -73,20 +84,22 @@ def _checkpoints_kept(recipe: Recipe) -> int:
     return recipe.checkpoint.keep + (recipe.eval.best is not None)
 
 
-def look(recipe: Recipe, tokens: int) -> tuple[Model, dict[bool, Activations]]:
-    """The recipe's model, and its activations for so many tokens by recomputation."""
+def look(recipe: Recipe, tokens: int) -> tuple[Model, dict[str, Activations]]:
+    """Return the recipe's model, and its activations for `tokens` tokens by activation checkpointing."""
     empty = empty_model(recipe.model, recipe.adapter)
     model, activations = describe(empty, recipe.optim, recipe.adapter), trace(empty, tokens)
-    if recipe.model.recompute not in activations:
-        raise BadInput(f"{model.name} does not know recomputation; set model.recompute=false")
+    if recipe.model.activation_checkpointing not in activations:
+        raise BadInput(
+            f"{model.name} does not support activation checkpointing; set model.activation_checkpointing=none"
+        )
     return model, activations
 
 
 def build_report(
     recipe: Recipe,
     cluster: Cluster,
-    work: Work | None = None,
-    looked: tuple[Model, dict[bool, Activations]] | None = None,
+    work: StepStats | None = None,
+    looked: tuple[Model, dict[str, Activations]] | None = None,
 ) -> Report:
     """Plan a recipe; without `work`, that of full rows. `looked` is what `look` found, if it was called before.
 
@@ -98,12 +111,14 @@ def build_report(
     if cluster.gpus > fewest and not recipe.parallel.allow_idle_ranks:
         raise BadInput(
             f"{cluster.gpus} GPUs, but a step has only {fewest} micro-batches: plan for "
-            f"{', '.join(map(str, good_worlds(work.micro_batches, cluster.gpus)))}, raise batch.rows_per_step, "
-            "or lower batch.rows_per_micro"
+            f"{', '.join(map(str, good_worlds(work.micro_batches, cluster.gpus)))}, raise batch.global_batch_size, "
+            "or lower batch.micro_batch_size"
         )
     model, activations = looked or look(recipe, work.fullest_tokens)
     disk = disk_needed(model, _checkpoints_kept(recipe))
-    kernel = "liger" if recipe.loss.kernel == "auto" else recipe.loss.kernel  # the image has it, and a GPU takes it
+    kernel = (
+        "liger" if recipe.loss.kernel == "auto" else recipe.loss.kernel
+    )  # the image has it, and a GPU takes it
     candidates, refused = {}, {}
     for template in templates(recipe):
         try:
@@ -115,7 +130,7 @@ def build_report(
                 per_node=cluster.per_node,
                 trained=work.fullest_trained,
                 kernel=kernel,
-                activations=activations[recipe.model.recompute],
+                activations=activations[recipe.model.activation_checkpointing],
             )
             memory = needs(cluster.gpus)
         except BadInput as error:
@@ -124,7 +139,16 @@ def build_report(
         sizes = worlds(min(MOST_GPUS, max(fewest, cluster.gpus)), cluster.per_node)
         smallest = next((world for world in sizes if not cluster.lacks(needs(world), disk)), None)
         candidates[template] = Candidate(memory, cluster.lacks(memory, disk), smallest)
-    return Report(model, work, cluster, recipe.model.recompute, activations, candidates, refused, disk)
+    return Report(
+        model,
+        work,
+        cluster,
+        recipe.model.activation_checkpointing,
+        activations,
+        candidates,
+        refused,
+        disk,
+    )
 
 
 def templates(recipe: Recipe) -> list[str]:
@@ -138,13 +162,13 @@ def filled(recipe: Recipe, template: str, hidden: int) -> dict[str, Any]:
     return deepspeed_config(parallel, recipe.model, recipe.optim, hidden, Path(recipe.run.dir))
 
 
-def work_of_data(plan: Plan) -> Work:
+def work_of_data(plan: Plan) -> StepStats:
     """The real steps of prepared data; what is averaged, over the first epoch."""
     steps = range(plan.epoch_steps())
     pieces = plan.pieces(0, range(len(plan.row_sizes()[0])))
     lengths = (pieces[:, 2] - pieces[:, 1]).astype(np.float64)
     sizes = [plan.size(*place) for place in plan.fullest()]
-    return Work(
+    return StepStats(
         micro_batches=plan.micro_batch_counts(),
         steps=plan.steps,
         tokens=float(lengths.sum()) / len(steps),
@@ -162,7 +186,14 @@ def predicted(recipe: Recipe, tokens: int, trained: int) -> int | None:
         config = filled(recipe, recipe.parallel.deepspeed, model.hidden)
         kernel = choose_kernel(recipe.loss.kernel, dist.device())
         worlds = dist.world_size(), dist.local_world_size()
-        memory = peak_memory(model, config, *worlds, trained, kernel, activations[recipe.model.recompute])
+        memory = peak_memory(
+            model,
+            config,
+            *worlds,
+            trained,
+            kernel,
+            activations[recipe.model.activation_checkpointing],
+        )
     except BadInput as error:
         dist.log.info("memory is not predicted: %s", error)
         return None
@@ -178,9 +209,15 @@ def sentences(report: Report, recipe: Recipe, flops: float, mfu: float) -> list[
     share = filler_share(work.micro_batches, cluster.gpus)
     worlds = ", ".join(map(str, good_worlds(work.micro_batches, cluster.gpus)))
     seconds = step_seconds(model, work, cluster.gpus, flops * mfu)
-    modes = {True: "with recomputation", False: "without"}
-    kept = [f"{_gib(a.kept + a.layer)} GiB {modes[mode]}" for mode, a in sorted(report.activations.items())]
-    trained = f", {model.trained / 1e6:.3g} million of them trained" if model.trained < model.parameters else ""
+    kept = [
+        f"{_gib(a.kept + a.layer)} GiB with activation_checkpointing: {mode}"
+        for mode, a in sorted(report.activations.items())
+    ]
+    trained = (
+        f", {model.trained / 1e6:.3g} million of them trained"
+        if model.trained < model.parameters
+        else ""
+    )
     run = f"; {work.steps:,} steps: {_time(seconds * work.steps)}" if work.steps else ""
     return [
         f"{model.name}: {model.parameters / 1e9:.3g} billion parameters{trained}, {recipe.model.dtype}; "
@@ -189,7 +226,7 @@ def sentences(report: Report, recipe: Recipe, flops: float, mfu: float) -> list[
         f"has {work.fullest_tokens:,} tokens, {work.fullest_trained:,} of them trained",
         f"fillers: {share:.1%} of the micro-batches of {cluster.gpus} GPUs; good numbers of GPUs: {worlds}"
         + (" (this one idles much)" if share > MUCH_FILLER else ""),
-        f"activations of a micro-batch: {', '.join(reversed(kept))}",
+        f"activations of a micro-batch: {', '.join(kept)}",
         f"time, at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU: {seconds:.3g} s a step, "
         f"{work.tokens / seconds:,.0f} tokens/s{run}",
         f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {_checkpoints_kept(recipe)} kept and one being written "
@@ -203,9 +240,15 @@ def rows(report: Report) -> tuple[list[str], list[list[str]]]:
     found = report.candidates
     heading = ["GiB", *(Path(template).stem.replace("_", " ") for template in found)]
     body = [[part, *(_gib(one.memory.gpu[part]) for one in found.values())] for part in GPU_PARTS]
-    for label, value in (("a GPU", "gpu_total"), ("a host", "host_total"), ("a node's NVMe", "nvme")):
+    for label, value in (
+        ("a GPU", "gpu_total"),
+        ("a host", "host_total"),
+        ("a node's NVMe", "nvme"),
+    ):
         body.append([label, *(_gib(getattr(one.memory, value)) for one in found.values())])
-    body.append(["fits", *("no: " + ", ".join(one.lacks) if one.lacks else "yes" for one in found.values())])
+    body.append(
+        ["fits", *("no: " + ", ".join(one.lacks) if one.lacks else "yes" for one in found.values())]
+    )
     body.append(["from GPUs", *(str(one.smallest or "-") for one in found.values())])
     return heading, body
 
@@ -227,16 +270,20 @@ def verdict(report: Report) -> str:
     found = report.candidates
     fitting = [template for template, one in found.items() if not one.lacks]
     smallest = min(
-        ((one.smallest, template) for template, one in found.items() if one.smallest), default=(None, ""), key=_first
+        ((one.smallest, template) for template, one in found.items() if one.smallest),
+        default=(None, ""),
+        key=_first,
     )
     fewest = f"the fewest GPUs: {smallest[0]}, with {smallest[1]}" if smallest[0] else ""
     if fitting:
         return f"fits: {', '.join(fitting)}; {fewest or 'fewer GPUs were not tried'}"
     else_ = fewest or (
-        "nor does any number of GPUs that a step has micro-batches for: set model.recompute=true, lower "
-        "batch.row_tokens or batch.rows_per_micro, raise batch.rows_per_step, or give what is lacking"
+        "nor does any number of GPUs that a step has micro-batches for: set model.activation_checkpointing=full, lower "
+        "batch.seq_len or batch.micro_batch_size, raise batch.global_batch_size, or give what is lacking"
     )
-    raise BadInput(f"no template fits {report.cluster.gpus} GPUs of {_gib(report.cluster.gpu)} GiB; {else_}")
+    raise BadInput(
+        f"no template fits {report.cluster.gpus} GPUs of {_gib(report.cluster.gpu)} GiB; {else_}"
+    )
 
 
 def _first(pair: tuple[int | None, str]) -> int:

@@ -20,7 +20,10 @@ from trainer.metrics import EVALUATIONS
 if TYPE_CHECKING:
     from rich.table import Table
 
-HARNESS_METRICS, HARNESS_SAMPLES = "lm_eval.json", "lm_eval.jsonl"  # of lm-evaluation-harness: as a line, and samples
+HARNESS_METRICS, HARNESS_SAMPLES = (
+    "lm_eval.json",
+    "lm_eval.jsonl",
+)  # of lm-evaluation-harness: as a line, and samples
 SHARED = 0.9  # of the prompts of the one that has more: with fewer in common the two were asked other things
 
 Scores = dict[tuple[str, int], float]
@@ -33,7 +36,9 @@ class Results(NamedTuple):
     name: str
     step: int
     eval_loss: float
-    metrics: dict[str, dict[str, Any]]  # value, count, low, high; or no value, and why it is missing
+    metrics: dict[
+        str, dict[str, Any]
+    ]  # value, count, low, high; or no value, and why it is missing
     scores: dict[str, Scores]  # by metric, of the samples that could be scored
 
 
@@ -48,15 +53,21 @@ def read_results(place: str) -> Results:
         name, _, step = place.rpartition("@")
     folder = Path(name).expanduser()
     if not name or not folder.is_dir():
-        raise BadInput(f"{place}: there is no such folder; give a run folder or results of packhorse eval")
+        raise BadInput(
+            f"{place}: there is no such folder; give a run folder or results of packhorse eval"
+        )
     lines = evaluations(folder)
     if not lines:
-        raise BadInput(f"{folder}: nothing was evaluated there (it has no {EVALUATIONS}); run packhorse eval")
+        raise BadInput(
+            f"{folder}: nothing was evaluated there (it has no {EVALUATIONS}); run packhorse eval"
+        )
     if step and step != "best" and not step.isdigit():
         raise BadInput(f"{place}: after the @ comes a step, or best")
     at = best_step(folder) if step == "best" else int(step) if step else max(lines)
     if at not in lines:
-        raise BadInput(f"{folder}: step {at} was not evaluated; those that were: {', '.join(map(str, lines))}")
+        raise BadInput(
+            f"{folder}: step {at} was not evaluated; those that were: {', '.join(map(str, lines))}"
+        )
     metrics = dict(lines[at]["metrics"])
     samples = [line for line in whole_lines(folder / "samples.jsonl") if line["step"] == at]
     if (folder / HARNESS_METRICS).is_file():
@@ -106,7 +117,12 @@ def table_of_one(results: Results) -> Table:
     table = Table("metric", "value", "95% interval", "count", title=results.name)
     table.add_row(EVAL_LOSS, f"{results.eval_loss:.4f}", "", "")
     for name, metric in results.metrics.items():
-        table.add_row(name, _value(metric), _interval(metric.get("low"), metric.get("high")), str(metric["count"]))
+        table.add_row(
+            name,
+            _value(metric),
+            _interval(metric.get("low"), metric.get("high")),
+            str(metric["count"]),
+        )
     return table
 
 
@@ -114,7 +130,16 @@ def table_of_two(a: Results, b: Results) -> Table:
     """Each metric of A and B, and B less A over the prompts that both answered."""
     from rich.table import Table
 
-    table = Table("metric", "A", "B", "B - A", "95% interval", "p", "prompts", title=f"A: {a.name}\nB: {b.name}")
+    table = Table(
+        "metric",
+        "A",
+        "B",
+        "B - A",
+        "95% interval",
+        "p",
+        "prompts",
+        title=f"A: {a.name}\nB: {b.name}",
+    )
     less = b.eval_loss - a.eval_loss
     table.add_row(EVAL_LOSS, f"{a.eval_loss:.4f}", f"{b.eval_loss:.4f}", f"{less:+.4f}", "", "", "")
     for name in dict.fromkeys([*a.metrics, *b.metrics]):
@@ -125,12 +150,18 @@ def table_of_two(a: Results, b: Results) -> Table:
             continue
         test, prompts = found
         p = "< 0.001" if test.p < 0.001 else f"{test.p:.3f}"
-        table.add_row(name, *shown, f"{test.value:+.3f}", _interval(test.low, test.high, "+"), p, str(prompts))
+        table.add_row(
+            name, *shown, f"{test.value:+.3f}", _interval(test.low, test.high, "+"), p, str(prompts)
+        )
     return table
 
 
 def _value(metric: dict[str, Any]) -> str:
-    return f"missing: {metric.get('missing', 'not said why')}" if metric["value"] is None else f"{metric['value']:.3f}"
+    return (
+        f"missing: {metric.get('missing', 'not said why')}"
+        if metric["value"] is None
+        else f"{metric['value']:.3f}"
+    )
 
 
 def _interval(low: float | None, high: float | None, sign: str = "") -> str:

@@ -36,7 +36,11 @@ class Difference(NamedTuple):
 
 def interval(scores: Sequence[float]) -> Interval:
     """The 95% interval of the mean: Wilson's for scores of 0 and 1, else a BCa bootstrap's. Needs a score."""
-    return wilson(round(sum(scores)), len(scores)) if _are_binary(scores) else _bootstrap(np.asarray(scores))
+    return (
+        wilson(round(sum(scores)), len(scores))
+        if _are_binary(scores)
+        else _bootstrap(np.asarray(scores))
+    )
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
@@ -48,7 +52,9 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     assert len(first) == len(second), "scores of the same prompts"
     if _are_binary([*first, *second]):
         pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
-        both, gained, lost = (pairs.count(pair) for pair in ((True, True), (False, True), (True, False)))
+        both, gained, lost = (
+            pairs.count(pair) for pair in ((True, True), (False, True), (True, False))
+        )
         low, high = newcombe(both, gained, lost, len(pairs))
         return Difference((gained - lost) / len(pairs), low, high, mcnemar(gained, lost))
     differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
@@ -60,7 +66,9 @@ def wilson(successes: int, n: int) -> Interval:
     p = successes / n
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return Interval(min(max(0.0, centre - half), p), max(min(1.0, centre + half), p))  # p: of 0 and n, exactly
+    return Interval(
+        min(max(0.0, centre - half), p), max(min(1.0, centre + half), p)
+    )  # p: of 0 and n, exactly
 
 
 def newcombe(both: int, gained: int, lost: int, n: int) -> Interval:
@@ -103,7 +111,9 @@ def _bootstrap(values: np.ndarray) -> Interval:
         return Interval(float(values[0]), float(values[0]))
     means = _resampled(n, lambda random, size: values[random.integers(n, size=size)].mean(axis=1))
     normal = NormalDist()
-    below = (np.sum(means < values.mean()) + np.sum(means <= values.mean())) / 2  # ties count as half
+    below = (
+        np.sum(means < values.mean()) + np.sum(means <= values.mean())
+    ) / 2  # ties count as half
     bias = normal.inv_cdf(float(np.clip(below, 1, _RESAMPLES - 1)) / _RESAMPLES)
     apart = values - values.mean()  # the jackknife's influences, but for a factor that cancels
     acceleration = float((apart**3).sum() / (6 * (apart**2).sum() ** 1.5))
@@ -119,12 +129,16 @@ def _sign_flips(differences: np.ndarray) -> float:
     """The share of random exchanges of the two under which the mean differs as much, the true one counted as one of
     them (Phipson and Smyth, Stat. Appl. Genet. Mol. Biol. 9, 2010)."""
     n = len(differences)
-    flipped = _resampled(n, lambda random, size: (differences * random.choice((-1.0, 1.0), size)).mean(axis=1))
+    flipped = _resampled(
+        n, lambda random, size: (differences * random.choice((-1.0, 1.0), size)).mean(axis=1)
+    )
     as_much = np.sum(np.abs(flipped) >= abs(differences.mean()) - 1e-12)
     return float(1 + as_much) / (1 + _RESAMPLES)
 
 
-def _resampled(n: int, means: Callable[[np.random.Generator, tuple[int, int]], np.ndarray]) -> np.ndarray:
+def _resampled(
+    n: int, means: Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
+) -> np.ndarray:
     """(10,000,) means of resamples of n values, which `means` draws by (resamples, n): a few at a time, so that memory
     does not grow with n."""
     random = np.random.default_rng(_SEED)

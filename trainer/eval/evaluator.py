@@ -32,12 +32,14 @@ from trainer.hang_watchdog import Watch
 from trainer.metrics import EVALUATIONS, Metrics, read_lines
 
 
-def held_out_loss(engine: Engine, batches: Iterable[Batch], stop: dist.StopFlag, watch: Watch) -> float | None:
+def held_out_loss(
+    engine: Engine, batches: Iterable[Batch], stop: dist.StopFlag, watch: Watch
+) -> float | None:
     """The mean loss over all trained tokens of the held-out data; None where the stop flag went up meanwhile."""
     total = torch.zeros((), dtype=torch.float64, device=dist.device())
     for batch in batches:
         watch.beat("evaluation")
-        if stop.ask():
+        if stop.poll():
             return None
         total += engine.evaluate(batch)
     return dist.sum_over_ranks([float(total)])[0]
@@ -52,7 +54,11 @@ def write_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
 
 def write_evaluation(run_dir: Path, step: int, loss: float, measured: Mapping[str, Metric]) -> None:
     """Append an evaluation that has ended to evaluations.jsonl, which stands on the disk when this returns."""
-    line = {"step": step, "eval_loss": loss, "metrics": {name: metric.as_json() for name, metric in measured.items()}}
+    line = {
+        "step": step,
+        "eval_loss": loss,
+        "metrics": {name: metric.as_json() for name, metric in measured.items()},
+    }
     with (run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
         file.flush()
@@ -88,17 +94,21 @@ class Evaluation:
         self._loader: Loader | None = None
         self._prompts: list[Prompt] = []
         if data is not None:
-            self._loader = Loader(data, eval_plan(recipe, data), dist.rank(), dist.world_size(), pin=False)
+            self._loader = Loader(
+                data, eval_plan(recipe, data), dist.rank(), dist.world_size(), pin=False
+            )
             if self._generate:
-                self._prompts = held_out_prompts(recipe, masker, self._generate.rows)
+                self._prompts = held_out_prompts(recipe, masker, self._generate.num_prompts)
                 model: Any = engine.module.model
                 require_room(model, self._prompts, self._generate.max_new_tokens)
                 if dist.is_main():
                     check_scorers(self._generate.scorers, self._prompts)
 
     def __call__(self, step: int) -> bool:
-        ended = self._loader is None or step in self._evaluated or self._evaluate(self._loader, step)
-        self._watch.rest()
+        ended = (
+            self._loader is None or step in self._evaluated or self._evaluate(self._loader, step)
+        )
+        self._watch.pause()
         return ended
 
     def _evaluate(self, loader: Loader, step: int) -> bool:
@@ -129,7 +139,9 @@ class Evaluation:
         chosen: dict[str, list[str]] = {}  # by scorer: the likeliest letter of each prompt
         for name, rule in section.scorers.items():
             if isinstance(rule, Choice):
-                logprobs = choice_logprobs(self._engine, self._prompts, rule.letters, section.batch, *tools)
+                logprobs = choice_logprobs(
+                    self._engine, self._prompts, rule.letters, section.batch, *tools
+                )
                 if logprobs is None:
                     return None
                 chosen[name] = [likeliest(rule.letters, row) for row in logprobs]
@@ -142,19 +154,26 @@ class Evaluation:
         score = partial(samples, self._prompts, answers, section.scorers, chosen)
         if any(isinstance(rule, Judge) for rule in section.scorers.values()):
             return vllm_server.in_background(score, self._stop, self._watch)
-        self._watch.rest()  # a user's scorer takes what it takes
+        self._watch.pause()  # a user's scorer takes what it takes
         return dist.broadcast(score() if dist.is_main() else None)
 
     def _answers(self, section: GenerateSection, step: int) -> list[str] | None:
         """From the engine, or from a server that is handed its weights; None where the stop flag went up."""
         recipe, prompts = self._recipe, self._prompts
         if recipe.eval.generator != "engine":
-            return vllm_server.generate(self._engine, recipe, self._run_dir, step, prompts, self._stop, self._watch)
-        seeds = [dist.seed_from(recipe.train.seed, "answer", step, number) for number in range(len(prompts))]
+            return vllm_server.generate(
+                self._engine, recipe, self._run_dir, step, prompts, self._stop, self._watch
+            )
+        seeds = [
+            dist.seed_from(recipe.train.seed, "answer", step, number)
+            for number in range(len(prompts))
+        ]
         tools = self._tokenizer, self._stop, self._watch
         return generate(self._engine, prompts, section, *tools, seeds=seeds)
 
-    def _write(self, step: int, loss: float, scored: Sequence[Sample], missing: str | None = None) -> None:
+    def _write(
+        self, step: int, loss: float, scored: Sequence[Sample], missing: str | None = None
+    ) -> None:
         """The evaluation everywhere; in evaluations.jsonl last, which says that all of it is there.
 
         Args:
@@ -162,12 +181,22 @@ class Evaluation:
         """
         measured = metrics(scored)
         if missing is not None and self._generate:
-            measured = {name: Metric(None, 0, None, None, missing) for name in self._generate.scorers}
-        values = {f"eval/{name}": metric.value for name, metric in measured.items() if metric.value is not None}
+            measured = {
+                name: Metric(None, 0, None, None, missing) for name in self._generate.scorers
+            }
+        values = {
+            f"eval/{name}": metric.value
+            for name, metric in measured.items()
+            if metric.value is not None
+        }
         line = {"eval/loss": loss, **values}
         self._metrics.write(step, line)
         if dist.is_main():
             write_samples(self._run_dir / "samples.jsonl", step, scored)
             self._metrics.text("samples", as_table(scored), step)
             write_evaluation(self._run_dir, step, loss, measured)
-        dist.log.info("after %d steps: %s", step, "  ".join(f"{key} {value:.4f}" for key, value in line.items()))
+        dist.log.info(
+            "after %d steps: %s",
+            step,
+            "  ".join(f"{key} {value:.4f}" for key, value in line.items()),
+        )

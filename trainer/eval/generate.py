@@ -56,7 +56,9 @@ def generate(
         seeds: what is drawn for each prompt follows from its own one: neither the number of ranks nor the batch that
             it falls into changes it. Greedy answers need none.
     """
-    ids = answer_ids(engine, [prompt.input_ids for prompt in prompts], section, stop, watch, seeds=seeds)
+    ids = answer_ids(
+        engine, [prompt.input_ids for prompt in prompts], section, stop, watch, seeds=seeds
+    )
     return None if ids is None else tokenizer.batch_decode(ids, skip_special_tokens=True)
 
 
@@ -74,12 +76,14 @@ def answer_ids(
     model: Any = engine.module.model
     lengths = [len(prompt) for prompt in prompts]
     mine: dict[int, list[int]] = {}
-    with _evaluating(model), engine.whole_weights() as independent:
+    with _evaluating(model), engine.gather_for_generation() as independent:
         for numbers in _rounds(lengths, section.batch):
             watch.beat("generation")
-            if stop.ask():
+            if stop.poll():
                 return None
-            batch = numbers or [lengths.index(min(lengths))]  # without a prompt it runs along for the collectives
+            batch = numbers or [
+                lengths.index(min(lengths))
+            ]  # without a prompt it runs along for the collectives
             answers = _answers(
                 model,
                 [prompts[i] for i in batch],
@@ -92,7 +96,11 @@ def answer_ids(
 
 
 def _answers(
-    model: Any, prompts: list[Sequence[int]], section: GenerateSection, seeds: list[int], synced: bool
+    model: Any,
+    prompts: list[Sequence[int]],
+    section: GenerateSection,
+    seeds: list[int],
+    synced: bool,
 ) -> list[list[int]]:
     """One batch.
 
@@ -105,20 +113,25 @@ def _answers(
     ids, mask = _padded(prompts)
     width = ids.shape[1]
     plain = GenerationConfig(
-        max_new_tokens=section.max_new_tokens, eos_token_id=stops or None, pad_token_id=PAD, do_sample=False
+        max_new_tokens=section.max_new_tokens,
+        eos_token_id=stops or None,
+        pad_token_id=PAD,
+        do_sample=False,
     )
     with _configuration(model, plain):
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
             use_cache=True,
-            logits_processor=[Draw(section.temperature, section.top_p, seeds)] if section.temperature else [],
+            logits_processor=[SeededSampler(section.temperature, section.top_p, seeds)]
+            if section.temperature
+            else [],
             synced_gpus=synced,
         )
     return [_until_stop(row, stops) for row in out[:, width:].tolist()]
 
 
-class Draw:
+class SeededSampler:
     """Draws each row's next token, as a logits processor: what it returns leaves that one token possible.
 
     A row needs one uniform number a token. It comes from the row's own seed, on the CPU, so that it is the same
@@ -131,12 +144,16 @@ class Draw:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """(B, tokens until now), (B, V) logits -> (B, V): 0 at the drawn token, -inf elsewhere."""
-        uniform = torch.cat([torch.rand(1, 1, generator=g, dtype=torch.float64) for g in self._generators])
+        uniform = torch.cat(
+            [torch.rand(1, 1, generator=g, dtype=torch.float64) for g in self._generators]
+        )
         chosen = draw(scores, self._temperature, self._top_p, uniform.to(scores.device))
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
-def draw(scores: torch.Tensor, temperature: float, top_p: float, uniform: torch.Tensor) -> torch.Tensor:
+def draw(
+    scores: torch.Tensor, temperature: float, top_p: float, uniform: torch.Tensor
+) -> torch.Tensor:
     """(B, 1): of (B, V) logits the token at which the cumulative probability passes (B, 1) numbers from [0, 1).
 
     With `top_p` the least likely tokens are left out, as long as the others have that share. The order of the sum is
@@ -146,7 +163,9 @@ def draw(scores: torch.Tensor, temperature: float, top_p: float, uniform: torch.
     if top_p < 1:
         falling, order = probabilities.sort(dim=-1, descending=True)
         left_out = falling.cumsum(-1) - falling >= top_p
-        probabilities = probabilities.masked_fill(torch.zeros_like(left_out).scatter_(1, order, left_out), 0.0)
+        probabilities = probabilities.masked_fill(
+            torch.zeros_like(left_out).scatter_(1, order, left_out), 0.0
+        )
     cumulative = probabilities.cumsum(-1)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
 
@@ -175,7 +194,9 @@ def choice_logprobs(
     Returns:
         One list a prompt, one number a choice; None where the stop flag went up meanwhile.
     """
-    wanted: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = {}  # a row -> prompt, choice and its tokens
+    wanted: dict[
+        tuple[int, ...], list[tuple[int, int, list[int]]]
+    ] = {}  # a row -> prompt, choice and its tokens
     for number, prompt in enumerate(prompts):
         for k, choice in enumerate(choices):
             tokens = tokens_after(tokenizer, prompt, choice)
@@ -187,7 +208,7 @@ def choice_logprobs(
     with _evaluating(model):
         for numbers in _rounds([len(row) for row in rows], batch):
             watch.beat("likelihoods")
-            if stop.ask():
+            if stop.poll():
                 return None
             given = [rows[i] for i in numbers or [0]]
             last = max(len(tokens) for row in given for *_, tokens in wanted[row])
@@ -207,7 +228,9 @@ def tokens_after(tokenizer: Any, prompt: Prompt, text: str) -> list[int]:
     start = len(prompt.input_ids)
     if whole[:start] == prompt.input_ids and len(whole) > start:
         return whole[start:]
-    return tokenizer(text, add_special_tokens=False)["input_ids"]  # its start has grown together with the prompt's end
+    return tokenizer(text, add_special_tokens=False)[
+        "input_ids"
+    ]  # its start has grown together with the prompt's end
 
 
 def _last_logprobs(model: Any, rows: list[tuple[int, ...]], last: int) -> torch.Tensor:
@@ -238,8 +261,12 @@ def _rounds(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """(B, L) tokens with the padding on the left, and (B, L) 1 where a token is real."""
     width = max(map(len, rows))
-    ids = torch.tensor([[PAD] * (width - len(row)) + list(row) for row in rows], device=dist.device())
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=dist.device())
+    ids = torch.tensor(
+        [[PAD] * (width - len(row)) + list(row) for row in rows], device=dist.device()
+    )
+    mask = torch.tensor(
+        [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=dist.device()
+    )
     return ids, mask
 
 

@@ -55,7 +55,10 @@ _EMPHASIS = str.maketrans("", "", "*_`")  # which judges like to put around it
 
 
 def judged(
-    rule: Judge, prompts: Sequence[Prompt], answers: Sequence[str], stopping: Callable[[], bool] = lambda: False
+    rule: Judge,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str],
+    stopping: Callable[[], bool] = lambda: False,
 ) -> list[float | None]:
     """A score from 0 to 1 for each answer; None where the judge gave none.
 
@@ -64,11 +67,15 @@ def judged(
         Cancelled: `stopping` said yes.
     """
     if rule.against == "none":
-        asked = [_grade(rule, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        asked = [
+            _grade(rule, prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)
+        ]
         return [_score_of_grade(reply, rule.grades) for reply in _ask(rule, asked, stopping)]
     pairs = [(answer, prompt.reference) for prompt, answer in zip(prompts, answers, strict=True)]
     asked = [_compare(rule, prompt, *pair) for prompt, pair in zip(prompts, pairs, strict=True)]
-    asked += [_compare(rule, prompt, *reversed(pair)) for prompt, pair in zip(prompts, pairs, strict=True)]
+    asked += [
+        _compare(rule, prompt, *reversed(pair)) for prompt, pair in zip(prompts, pairs, strict=True)
+    ]
     replies = _ask(rule, asked, stopping)
     return [
         _score_of_pair(_preferred(first), _preferred(swapped))
@@ -78,7 +85,9 @@ def judged(
 
 def _ask(rule: Judge, texts: Sequence[str], stopping: Callable[[], bool]) -> list[str]:
     conversations = [[{"role": "user", "content": text}] for text in texts]
-    return complete(rule.endpoint, conversations, max_tokens=rule.max_tokens, seed=_SEED, stopping=stopping)
+    return complete(
+        rule.endpoint, conversations, max_tokens=rule.max_tokens, seed=_SEED, stopping=stopping
+    )
 
 
 # ----------------------------------------------------------------------------------------------- what is asked
@@ -87,13 +96,17 @@ def _ask(rule: Judge, texts: Sequence[str], stopping: Callable[[], bool]) -> lis
 def _grade(rule: Judge, prompt: Prompt, answer: str) -> str:
     conversation = _conversation(prompt)
     mark = _mark(conversation, answer)
-    return _GRADE.format(mark=mark, rubric=rule.rubric, conversation=conversation, answer=answer, grades=rule.grades)
+    return _GRADE.format(
+        mark=mark, rubric=rule.rubric, conversation=conversation, answer=answer, grades=rule.grades
+    )
 
 
 def _compare(rule: Judge, prompt: Prompt, first: str, second: str) -> str:
     conversation = _conversation(prompt)
     mark = _mark(conversation, *sorted((first, second)))
-    return _COMPARE.format(mark=mark, rubric=rule.rubric, conversation=conversation, first=first, second=second)
+    return _COMPARE.format(
+        mark=mark, rubric=rule.rubric, conversation=conversation, first=first, second=second
+    )
 
 
 def _conversation(prompt: Prompt) -> str:
@@ -103,7 +116,10 @@ def _conversation(prompt: Prompt) -> str:
 
 def _mark(*texts: str) -> str:
     """What begins the lines between texts: it follows from them, so that none of them can hold it."""
-    return "=" * 4 + hashlib.blake2b("\x1f".join(texts).encode(errors="replace"), digest_size=8).hexdigest()
+    return (
+        "=" * 4
+        + hashlib.blake2b("\x1f".join(texts).encode(errors="replace"), digest_size=8).hexdigest()
+    )
 
 
 # ----------------------------------------------------------------------------------------------- what is said

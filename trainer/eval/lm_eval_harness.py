@@ -77,7 +77,9 @@ def run_tasks(recipe: Recipe, out: Path, manager: Any) -> None:
         batch_size=section.generate.batch if section.generate else 8,
         trust_remote_code=model.trust_remote_code,
     )
-    print(f"lm-evaluation-harness {version('lm_eval')}: {', '.join(section.lm_eval)}", file=sys.stderr)
+    print(
+        f"lm-evaluation-harness {version('lm_eval')}: {', '.join(section.lm_eval)}", file=sys.stderr
+    )
     try:
         found = library.simple_evaluate(
             harness,
@@ -90,11 +92,15 @@ def run_tasks(recipe: Recipe, out: Path, manager: Any) -> None:
         said = " ".join(str(error).split())[:300]
         raise BadInput(f"eval.lm_eval: a task's data cannot be had from the hub ({said})") from None
     samples = samples_of(found["samples"])
-    write_synced(out / HARNESS_METRICS, json.dumps(metrics_of(found["results"], samples), indent=1) + "\n")
+    write_synced(
+        out / HARNESS_METRICS, json.dumps(metrics_of(found["results"], samples), indent=1) + "\n"
+    )
     write_synced(out / HARNESS_SAMPLES, "".join(json.dumps(sample) + "\n" for sample in samples))
 
 
-def metrics_of(results: dict[str, dict[str, Any]], samples: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def metrics_of(
+    results: dict[str, dict[str, Any]], samples: list[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """The library's results as metrics: `task/metric` -> value, count and 95% interval.
 
     The interval is ours where the value is the mean of the samples' scores, else by the library's standard error.
@@ -134,7 +140,9 @@ def samples_of(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 for metric in sample["metrics"]
                 if isinstance(sample.get(metric), bool | int | float)
             }
-            samples.append({"prompt": f"{task}:{sample['filter']}:{sample['doc_hash']}", "scores": scores})
+            samples.append(
+                {"prompt": f"{task}:{sample['filter']}:{sample['doc_hash']}", "scores": scores}
+            )
     return samples
 
 

@@ -16,7 +16,7 @@ from trainer.datatypes import BadInput, Prompt
 from trainer.eval.confidence import interval
 from trainer.eval.llm_judge import judged
 from trainer.eval.openai_client import Unreachable
-from trainer.eval.scorers import TooSlow, Unscored, score, wanted
+from trainer.eval.scorers import TooSlow, Unscored, expected, score
 from trainer.utils.math_answers import check_installed
 from trainer.utils.user_functions import load_function
 
@@ -36,7 +36,11 @@ class Sample(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """A line of samples.jsonl, less the step; `unscored` where there is something."""
         fields = self._asdict()
-        return fields if self.unscored else {key: value for key, value in fields.items() if key != "unscored"}
+        return (
+            fields
+            if self.unscored
+            else {key: value for key, value in fields.items() if key != "unscored"}
+        )
 
 
 class Metric(NamedTuple):
@@ -52,7 +56,11 @@ class Metric(NamedTuple):
     def as_json(self) -> dict[str, Any]:
         """As evaluations.jsonl has it: `missing` where something is."""
         fields = self._asdict()
-        return fields if self.missing else {key: value for key, value in fields.items() if key != "missing"}
+        return (
+            fields
+            if self.missing
+            else {key: value for key, value in fields.items() if key != "missing"}
+        )
 
 
 def check_scorers(scorers: Mapping[str, Scorer], prompts: Sequence[Prompt]) -> None:
@@ -79,7 +87,11 @@ def check_scorers(scorers: Mapping[str, Scorer], prompts: Sequence[Prompt]) -> N
             )
         if lacking:
             dist.log.warning(
-                "%s: %d of %d prompts are left out: %s", what, lacking, len(prompts), _most_common(reasons)
+                "%s: %d of %d prompts are left out: %s",
+                what,
+                lacking,
+                len(prompts),
+                _most_common(reasons),
             )
 
 
@@ -127,7 +139,11 @@ def as_table(samples: Sequence[Sample], rows: int = 8, characters: int = 600) ->
     heads = ["prompt", "answer", "reference", *names]
     lines = [heads, ["---"] * len(heads)]
     for sample in samples[:rows]:
-        texts = (sample.prompt[-characters:], sample.answer[:characters], sample.reference[:characters])
+        texts = (
+            sample.prompt[-characters:],
+            sample.answer[:characters],
+            sample.reference[:characters],
+        )
         scores = ["" if value is None else f"{value:.3g}" for value in sample.scores.values()]
         lines.append([*map(_cell, texts), *scores])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -146,7 +162,7 @@ def _safe(character: str) -> str:
 
 def _lacking(rule: Scorer, prompt: Prompt) -> str | None:
     try:
-        wanted(rule, prompt)
+        expected(rule, prompt)
     except TooSlow:
         raise
     except Unscored as reason:
@@ -168,7 +184,9 @@ def _scores(
         except TooSlow as slow:
             slow_s += slow.limit_s
             if slow_s >= SLOW_S:  # what is left would take as long: the metric is missing
-                return [f"given up: {slow}, at {round(slow_s / slow.limit_s)} answers"] * len(answers)
+                return [f"given up: {slow}, at {round(slow_s / slow.limit_s)} answers"] * len(
+                    answers
+                )
             found.append(str(slow))
         except Unscored as reason:
             found.append(str(reason))
@@ -181,7 +199,12 @@ def _judgements(
     found: list[float | str] = [_lacking(rule, prompt) or "" for prompt in prompts]
     asked = [number for number, reason in enumerate(found) if not reason]
     try:
-        grades = judged(rule, [prompts[number] for number in asked], [answers[number] for number in asked], stopping)
+        grades = judged(
+            rule,
+            [prompts[number] for number in asked],
+            [answers[number] for number in asked],
+            stopping,
+        )
     except Unreachable as error:
         return [str(error)] * len(answers)
     for number, grade in zip(asked, grades, strict=True):

@@ -60,8 +60,16 @@ def complete(
         Unreachable: it is down or refuses, still after `patience_s`.
         Cancelled: `stopping`, which is asked now and then, said yes.
     """
-    settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": list(stop) or None}
-    bodies = [{"model": endpoint.model, "messages": list(messages), **settings} for messages in conversations]
+    settings = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "seed": seed,
+        "stop": list(stop) or None,
+    }
+    bodies = [
+        {"model": endpoint.model, "messages": list(messages), **settings}
+        for messages in conversations
+    ]
     with Client(endpoint, stopping) as client:
         return [text_of(reply) for reply in client.post("chat/completions", bodies)]
 
@@ -90,7 +98,9 @@ class Client:
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx2.Timeout(server.timeout_s, connect=min(_CONNECT_S, server.timeout_s)),
             # a connection that is kept may be closed by the server just as it is used again
-            limits=httpx2.Limits(max_connections=server.parallel, max_keepalive_connections=0),
+            limits=httpx2.LengthPolicy(
+                max_connections=server.parallel, max_keepalive_connections=0
+            ),
             trust_env=urlsplit(server.url).hostname
             not in ("localhost", "127.0.0.1", "::1"),  # no proxy knows this host
         )
@@ -113,7 +123,9 @@ class Client:
             if refusal.status in _NOT_THERE:
                 raise
 
-    def post(self, path: str, bodies: Sequence[Mapping[str, Any]], patience_s: float | None = None) -> list[Any]:
+    def post(
+        self, path: str, bodies: Sequence[Mapping[str, Any]], patience_s: float | None = None
+    ) -> list[Any]:
         """Replies to the bodies, in their order; what the recipe adds or takes out is added and taken out here.
 
         Raises:
@@ -125,7 +137,9 @@ class Client:
         todo: SimpleQueue[tuple[int, Any]] = SimpleQueue()
         done: SimpleQueue[tuple[int, Any]] = SimpleQueue()
         for number, body in enumerate(bodies):
-            todo.put((number, {k: v for k, v in {**body, **self._server.extra}.items() if v is not None}))
+            todo.put(
+                (number, {k: v for k, v in {**body, **self._server.extra}.items() if v is not None})
+            )
 
         def work() -> None:
             with suppress(Empty):
@@ -137,7 +151,9 @@ class Client:
                         done.put((number, error))
 
         for _ in range(min(self._server.parallel, len(bodies))):
-            threading.Thread(target=work, name="endpoint", daemon=True).start()  # no exit waits for an answer
+            threading.Thread(
+                target=work, name="endpoint", daemon=True
+            ).start()  # no exit waits for an answer
         replies: dict[int, Any] = {}
         try:
             while len(replies) < len(bodies):
@@ -152,7 +168,9 @@ class Client:
             given_up.set()
         return [replies[number] for number in range(len(bodies))]
 
-    def _reply(self, method: str, path: str, body: Any, patience_s: float, given_up: threading.Event) -> Any:
+    def _reply(
+        self, method: str, path: str, body: Any, patience_s: float, given_up: threading.Event
+    ) -> Any:
         """One request, tried again with growing pauses for `patience_s` after it first failed."""
         failed_at: float | None = None
         pause_s = _FIRST_PAUSE_S
@@ -200,7 +218,9 @@ class Client:
         else:
             what_to_do = "its own log says more"
         status, words = response.status_code, self._shown(response.text)
-        return Refused(f"the server at {self._url} refused ({status}: {words}); {what_to_do}", status)
+        return Refused(
+            f"the server at {self._url} refused ({status}: {words}); {what_to_do}", status
+        )
 
     def _shown(self, text: str) -> str:
         """A part of a text on one line, without the key: servers repeat it in their refusals."""

@@ -54,7 +54,7 @@ class TooSlow(Unscored):
         self.limit_s = limit_s
 
 
-def wanted(rule: Scorer, prompt: Prompt) -> Any:
+def expected(rule: Scorer, prompt: Prompt) -> Any:
     """What an answer to the prompt is held against: a text, a letter's number, a schema, ...; None where it is nothing.
 
     Raises:
@@ -69,7 +69,9 @@ def wanted(rule: Scorer, prompt: Prompt) -> Any:
         case Math():
             return _value(rule, _of_row(prompt, rule.column) if rule.column else _reference(prompt))
         case Choice():
-            return _letter(rule, _of_row(prompt, rule.column) if rule.column else _reference(prompt).strip())
+            return _letter(
+                rule, _of_row(prompt, rule.column) if rule.column else _reference(prompt).strip()
+            )
         case JsonSchema():
             return _schema(rule, prompt)
         case Refusal():
@@ -86,7 +88,7 @@ def score(rule: Scorer, prompt: Prompt, answer: str) -> float:
     Raises:
         Unscored: it has none.
     """
-    right = wanted(rule, prompt)
+    right = expected(rule, prompt)
     match rule:
         case Format():
             return float(_in_time("the pattern", PATTERN_S, _matches, rule.pattern, answer.strip()))
@@ -105,7 +107,9 @@ def score(rule: Scorer, prompt: Prompt, answer: str) -> float:
             return float(answer == rule.letters[right])
         case JsonSchema():
             fits = _calls_fit if rule.tools else _fits
-            return float(_in_time("the schema", PATTERN_S, fits, answer, right, imports=["jsonschema"]))
+            return float(
+                _in_time("the schema", PATTERN_S, fits, answer, right, imports=["jsonschema"])
+            )
         case Refusal():
             return float(refuses(answer) == right)
         case Function():
@@ -148,7 +152,9 @@ def _letter(rule: Choice, value: Any) -> int:
         return value
     if value in rule.letters:
         return rule.letters.index(value)
-    raise Unscored(f"the row's right answer is none of {', '.join(rule.letters)}, nor a number of one, from 0")
+    raise Unscored(
+        f"the row's right answer is none of {', '.join(rule.letters)}, nor a number of one, from 0"
+    )
 
 
 # ----------------------------------------------------------------------------------------------- texts
@@ -158,7 +164,13 @@ class NotFound(Unscored):
     """`extract` finds nothing."""
 
 
-def _in_time(what: str, limit_s: float, function: Callable[..., T], *arguments: Any, imports: Sequence[str] = ()) -> T:
+def _in_time(
+    what: str,
+    limit_s: float,
+    function: Callable[..., T],
+    *arguments: Any,
+    imports: Sequence[str] = (),
+) -> T:
     """What the function makes of the arguments in time; else Unscored."""
     try:
         return bounded(function, *arguments, limit_s=limit_s, imports=imports)
@@ -237,7 +249,9 @@ def _schema(rule: JsonSchema, prompt: Prompt) -> Any:
         schemas = {function["name"]: function.get("parameters") or {} for function in functions}
         for name, schema in schemas.items():
             if fault := _fault(schema):
-                raise Unscored(f"the parameters of the row's tool `{name}` are no JSON schema: {fault}")
+                raise Unscored(
+                    f"the parameters of the row's tool `{name}` are no JSON schema: {fault}"
+                )
         return schemas
     schema = _of_row(prompt, rule.column or "")
     try:
@@ -304,15 +318,23 @@ def _calls_fit(answer: str, schemas: dict[str, Any]) -> bool:
 
 
 def _call_fits(call: Any, schemas: dict[str, Any]) -> bool:
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or call["name"] not in schemas:
+    if (
+        not isinstance(call, dict)
+        or not isinstance(call.get("name"), str)
+        or call["name"] not in schemas
+    ):
         return False
     given = [call[key] for key in ("arguments", "parameters") if key in call]
-    return len(given) == 1 and isinstance(given[0], dict) and _admits(schemas[call["name"]], given[0])
+    return (
+        len(given) == 1 and isinstance(given[0], dict) and _admits(schemas[call["name"]], given[0])
+    )
 
 
 def _admits(schema: Any, value: Any) -> bool:
     from jsonschema.validators import validator_for
-    from jsonschema_specifications import REGISTRY  # the schemas of JSON Schema itself; nothing is fetched
+    from jsonschema_specifications import (
+        REGISTRY,  # the schemas of JSON Schema itself; nothing is fetched
+    )
 
     return validator_for(schema)(schema, registry=REGISTRY).is_valid(value)
 

@@ -50,7 +50,14 @@ _END_S = 60.0  # for all of it to end
 _SHARE = 0.9  # of what is free on a GPU: vLLM refuses to start on less than it is told
 _WEIGHTS_SHARE = 0.7  # of that; the rest is for what attention keeps of the prompts
 _UNFIT = 422  # of a form of prompt that it makes something else of
-_OTHER_FORM = {400, 404, 405, 415, _UNFIT, 501}  # statuses of a form of prompt that a server does not take
+_OTHER_FORM = {
+    400,
+    404,
+    405,
+    415,
+    _UNFIT,
+    501,
+}  # statuses of a form of prompt that a server does not take
 
 Form = Callable[[Prompt], dict[str, Any]]
 T = TypeVar("T")
@@ -82,11 +89,17 @@ def check_generator(recipe: Recipe) -> None:
     if section.vllm_python is not None:
         look = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
         try:
-            found = subprocess.run([section.vllm_python, "-c", look], env=clean_environment(), cwd="/", check=False)
+            found = subprocess.run(
+                [section.vllm_python, "-c", look], env=clean_environment(), cwd="/", check=False
+            )
         except OSError as error:
-            raise BadInput(f"eval.vllm_python: {section.vllm_python} cannot be run ({error})") from None
+            raise BadInput(
+                f"eval.vllm_python: {section.vllm_python} cannot be run ({error})"
+            ) from None
         if found.returncode:
-            raise BadInput(f"eval.vllm_python: {section.vllm_python} has no vllm; install it there, with pip")
+            raise BadInput(
+                f"eval.vllm_python: {section.vllm_python} has no vllm; install it there, with pip"
+            )
 
 
 def generate(
@@ -108,14 +121,20 @@ def generate(
     log = run_dir / "logs" / f"vllm-step-{step:06d}.log"
     try:
         return in_background(
-            lambda stopping: answers(recipe, str(folder), prompts, log=log, gpus=gpus, stopping=stopping), stop, watch
+            lambda stopping: answers(
+                recipe, str(folder), prompts, log=log, gpus=gpus, stopping=stopping
+            ),
+            stop,
+            watch,
         )
     finally:
         if dist.is_main():
             shutil.rmtree(folder.parent, ignore_errors=True)
 
 
-def in_background(work: Callable[[Callable[[], bool]], T], stop: dist.StopFlag, watch: Watch) -> T | None:
+def in_background(
+    work: Callable[[Callable[[], bool]], T], stop: dist.StopFlag, watch: Watch
+) -> T | None:
     """What `work(stopping)` returns, done by a thread of rank 0, on every rank: meanwhile all of them beat and look at
     the stop flag. None where that went up, once the work has ended for it by raising Cancelled."""
     stopping = Event()
@@ -124,7 +143,7 @@ def in_background(work: Callable[[Callable[[], bool]], T], stop: dist.StopFlag, 
         try:
             while not dist.broadcast(future is None or future.done()):
                 watch.beat("answers of a server")
-                if stop.ask():
+                if stop.poll():
                     stopping.set()
                 time.sleep(_LOOK_S)
         finally:
@@ -153,21 +172,21 @@ def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watc
         Unreachable: there is no room for them, or the folder cannot be written; on every rank.
     """
     model: Any = engine.module.model
-    engine.settle()
+    engine.wait_for_prefetch()
     persistent = model.state_dict(keep_vars=True).keys()
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
     root = run_dir.absolute() / FOLDER  # not resolved: another machine may have the link alone
     staged, folder = root / "weights", root / f"step-{step:06d}-{secrets.token_hex(4)}"
     size = getattr(torch, recipe.model.dtype).itemsize * sum(map(numel, model.parameters()))
-    failure = dist.tried_on_main(lambda: _make_room(root, staged, size))
+    failure = dist.run_on_rank0(lambda: _make_room(root, staged, size))
     weights: dict[str, torch.Tensor] = {}
     if failure is None:
         for name, tensor in chain(merged_weights(model, gathered), buffers):
             watch.beat("weights for a server")
             if dist.is_main():
                 weights[name.replace(COMPILED, "")] = _mapped(staged / str(len(weights)), tensor)
-        watch.rest()
-        failure = dist.tried_on_main(lambda: write_folder(run_dir, recipe, folder, weights))
+        watch.pause()
+        failure = dist.run_on_rank0(lambda: write_folder(run_dir, recipe, folder, weights))
     weights.clear()
     if dist.is_main():
         shutil.rmtree(staged, ignore_errors=True)
@@ -182,12 +201,16 @@ def _make_room(root: Path, staged: Path, size: int) -> None:
     staged.mkdir(parents=True)
     needed, free = 2 * size, shutil.disk_usage(root).free
     if free < needed:
-        raise OSError(f"they need {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free there; make room")
+        raise OSError(
+            f"they need {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free there; make room"
+        )
 
 
 def _mapped(path: Path, tensor: torch.Tensor) -> torch.Tensor:
     """A copy that a file backs."""
-    target = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(tensor.shape)
+    target = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(
+        tensor.shape
+    )
     return target.copy_(tensor.detach())
 
 
@@ -227,7 +250,10 @@ def answers(
     section = recipe.eval.generate or GenerateSection()
     if Path(model).is_dir():
         model = str(Path(model).absolute())
-    with _server(recipe, model, prompts, log, gpus, stopping) as server, Client(server, stopping) as client:
+    with (
+        _server(recipe, model, prompts, log, gpus, stopping) as server,
+        Client(server, stopping) as client,
+    ):
         fields: dict[str, Any] = {"model": model, "max_tokens": section.max_new_tokens}
         fields["temperature"] = section.temperature
         if section.temperature:
@@ -240,7 +266,11 @@ def answers(
 
 
 def _form(
-    client: Client, server: Server, kwargs: Mapping[str, Any], fields: Mapping[str, Any], prompt: Prompt
+    client: Client,
+    server: Server,
+    kwargs: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    prompt: Prompt,
 ) -> tuple[str, Form]:
     """The first form in which the server takes the prompt as it is, and where: see the top of this file."""
     forms: dict[str, tuple[str, Form]] = {
@@ -280,13 +310,15 @@ def _require_same_prompt(server: Server, prompt: Prompt, reply: Mapping[str, Any
     if counted != len(prompt.input_ids):
         raise Refused(
             f"the server at {server.url} counts {counted} tokens in a prompt of {len(prompt.input_ids)}: it renders or "
-            "tokenises it otherwise than training does, so that its answers would be to another question; take a "
+            "tokenizes it otherwise than training does, so that its answers would be to another question; take a "
             "server whose /v1/completions takes token ids, as vLLM's does",
             _UNFIT,
         )
 
 
-def _require_names_matter(client: Client, server: Server, path: str, body: Mapping[str, Any]) -> None:
+def _require_names_matter(
+    client: Client, server: Server, path: str, body: Mapping[str, Any]
+) -> None:
     """Raises Unreachable where the server answers although it is asked for a model that there is not."""
     nowhere = f"/nonexistent/{secrets.token_hex(8)}"
     try:
@@ -316,12 +348,19 @@ def _server(
         yield recipe.eval.server
         return
     port = _free_port()
-    server = Server(url=f"http://127.0.0.1:{port}/v1", timeout_s=900.0, patience_s=10.0, parallel=64)
+    server = Server(
+        url=f"http://127.0.0.1:{port}/v1", timeout_s=900.0, patience_s=10.0, parallel=64
+    )
     longest = max(len(prompt.input_ids) for prompt in prompts)
     command = vllm_command(recipe, model, port, longest, gpus)
-    environment = clean_environment() if gpus else {"VLLM_CPU_KVCACHE_SPACE": "1", **clean_environment()}
+    environment = (
+        clean_environment() if gpus else {"VLLM_CPU_KVCACHE_SPACE": "1", **clean_environment()}
+    )
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file, tempfile.TemporaryDirectory() as empty:  # python -m looks into its folder first
+    with (
+        log.open("ab") as file,
+        tempfile.TemporaryDirectory() as empty,
+    ):  # python -m looks into its folder first
         process = subprocess.Popen(
             [sys.executable, subprocess_guard.__file__, str(os.getpid()), *command],
             cwd=empty,
@@ -336,16 +375,22 @@ def _server(
             try:
                 yield server
             except Unreachable as error:
-                raise Unreachable(f"vLLM: {error} ({_last_error(log)}); its output is in {log}") from None
+                raise Unreachable(
+                    f"vLLM: {error} ({_last_error(log)}); its output is in {log}"
+                ) from None
         finally:
             process.terminate()
             try:
                 process.wait(_END_S)
             except subprocess.TimeoutExpired:  # as where a GPU's driver holds a process
-                dist.log.warning("vLLM does not end: the process group %d is still there", process.pid)
+                dist.log.warning(
+                    "vLLM does not end: the process group %d is still there", process.pid
+                )
 
 
-def vllm_command(recipe: Recipe, model: str, port: int, longest_prompt_tokens: int, gpus: Sequence[Gpu]) -> list[str]:
+def vllm_command(
+    recipe: Recipe, model: str, port: int, longest_prompt_tokens: int, gpus: Sequence[Gpu]
+) -> list[str]:
     """vLLM's OpenAI-compatible server of the model, on what is free of the GPUs.
 
     Raises:
@@ -358,13 +403,17 @@ def vllm_command(recipe: Recipe, model: str, port: int, longest_prompt_tokens: i
         "--host": "127.0.0.1",
         "--port": str(port),
         "--dtype": recipe.model.dtype,  # its own choice makes float16 of float32
-        "--max-model-len": str(longest_prompt_tokens + new_tokens),  # else it keeps room for the longest there can be
+        "--max-model-len": str(
+            longest_prompt_tokens + new_tokens
+        ),  # else it keeps room for the longest there can be
         "--seed": str(recipe.train.seed),
     }
     if gpus:
         free, total = min(gpu.free for gpu in gpus), max(gpu.total for gpu in gpus)
         given["--gpu-memory-utilization"] = f"{int(100 * _SHARE * free / total) / 100:.2f}"
-        given["--tensor-parallel-size"] = str(_gpus_needed(Path(model), int(_SHARE * free), len(gpus)))
+        given["--tensor-parallel-size"] = str(
+            _gpus_needed(Path(model), int(_SHARE * free), len(gpus))
+        )
     assert section.vllm_python is not None
     return [
         *(section.vllm_python, "-m", "vllm.entrypoints.openai.api_server"),
@@ -391,25 +440,35 @@ def _gpus_needed(folder: Path, room_bytes: int, gpus: int) -> int:
     )
 
 
-def _wait_until_there(process: subprocess.Popen, server: Server, log: Path, stopping: Callable[[], bool]) -> None:
+def _wait_until_there(
+    process: subprocess.Popen, server: Server, log: Path, stopping: Callable[[], bool]
+) -> None:
     deadline = time.monotonic() + _START_S
     with Client(server) as client:
         while not stopping():
             if process.poll() is not None:
-                raise Unreachable(f"vLLM ended while it was started ({_last_error(log)}); its output is in {log}")
+                raise Unreachable(
+                    f"vLLM ended while it was started ({_last_error(log)}); its output is in {log}"
+                )
             try:
                 client.check()
                 return
             except Unreachable:
                 if time.monotonic() > deadline:
-                    raise Unreachable(f"vLLM was not there after {_START_S:.0f} s; its output is in {log}") from None
+                    raise Unreachable(
+                        f"vLLM was not there after {_START_S:.0f} s; its output is in {log}"
+                    ) from None
             time.sleep(_LOOK_S)
     raise Cancelled
 
 
 def _last_error(log: Path) -> str:
     """The last line of vLLM's output that names an error, else the last of all."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [
+        line.strip()
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+        if line.strip()
+    ]
     errors = [line for line in lines if "Error: " in line]
     return (errors or lines or ["it said nothing"])[-1][-200:]
 
@@ -430,6 +489,10 @@ _KEPT_PREFIXES = ("HF_", "VLLM_", "XDG_", "NVIDIA_")
 def clean_environment() -> dict[str, str]:
     """What a program of another environment may know of ours: not torchrun's RANK and MASTER_ADDR, which would make it
     wait for ranks, nor PYTHONPATH, which would bring in our packages, nor keys of judges."""
-    kept = {name: value for name, value in os.environ.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _KEPT or name.startswith(_KEPT_PREFIXES)
+    }
     kept.pop("VLLM_API_KEY", None)  # it would ask us for it
     return {**kept, "VLLM_NO_USAGE_STATS": "1"}

@@ -60,7 +60,9 @@ class Arguments(NamedTuple):
     scale: float | None
     window: int | None  # a token sees itself and window - 1 before it
     softcap: float | None
-    sinks: torch.Tensor | None  # (Hq,) a logit per head that takes part in the softmax and has no value
+    sinks: (
+        torch.Tensor | None
+    )  # (Hq,) a logit per head that takes part in the softmax and has no value
     dropout: float | None
     bounds: Bounds
 
@@ -78,11 +80,13 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, st
     }
     if name != "auto":
         if missing[name]:
-            raise BadInput(f"model.attention: {name} cannot be used: {missing[name]}; use `auto` or `reference`")
+            raise BadInput(
+                f"model.attention: {name} cannot be used: {missing[name]}; use `auto` or `reference`"
+            )
         return name, "named in the recipe"
     chosen = next(backend for backend in BACKENDS if not missing[backend])
-    passed_over = [f"no {backend}: {why}" for backend, why in missing.items() if why]
-    return chosen, "; ".join(passed_over) or "the first choice"
+    skipped_steps = [f"no {backend}: {why}" for backend, why in missing.items() if why]
+    return chosen, "; ".join(skipped_steps) or "the first choice"
 
 
 def _fused_missing(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -120,7 +124,11 @@ def keyword_arguments(batch: Batch) -> dict[str, Any]:
     ours = {"document_bounds": Bounds(bounds, batch.max_seqlen, batch.lengths)}
     if bounds.shape[0] == 2:
         return ours
-    document = torch.zeros_like(batch.input_ids, dtype=torch.int32).index_fill_(0, bounds[1:-1].long(), 1).cumsum(0)
+    document = (
+        torch.zeros_like(batch.input_ids, dtype=torch.int32)
+        .index_fill_(0, bounds[1:-1].long(), 1)
+        .cumsum(0)
+    )
     return ours | {
         "cu_seq_lens_q": bounds,
         "cu_seq_lens_k": bounds,
@@ -155,7 +163,9 @@ def checked_masks(model: Any) -> Iterator[None]:
     from transformers.masking_utils import sdpa_mask
 
     def whole_mask(**arguments: Any) -> Any:
-        return sdpa_mask(**{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
+        return sdpa_mask(
+            **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+        )
 
     name = model.config._attn_implementation
     AttentionMaskInterface.register(name, whole_mask)
@@ -170,12 +180,18 @@ def checked_masks(model: Any) -> Iterator[None]:
 _CHECKED: set[str] = set()  # attention functions whose masks are being compared
 
 
-def _compare_mask(layer: str, mask: torch.Tensor, window: int | None, cu_seqlens: torch.Tensor) -> None:
+def _compare_mask(
+    layer: str, mask: torch.Tensor, window: int | None, cu_seqlens: torch.Tensor
+) -> None:
     """Raise where the layer's own mask (1, 1, T, T), True where seen, is not causal, by document and window."""
     total = mask.shape[-1]
     starts = cu_seqlens[1:-1].long()
-    document = torch.zeros(total, dtype=torch.long, device=mask.device).index_fill_(0, starts, 1).cumsum(0)
-    same = document[:, None] == document[None, :]  # a mask made without position_ids knows no documents
+    document = (
+        torch.zeros(total, dtype=torch.long, device=mask.device).index_fill_(0, starts, 1).cumsum(0)
+    )
+    same = (
+        document[:, None] == document[None, :]
+    )  # a mask made without position_ids knows no documents
     ours = _visible(total, window, mask.device) & same
     if not torch.equal(ours.expand(mask.shape), mask & same):
         raise BadInput(
@@ -213,17 +229,28 @@ def _attend(
         raise BadInput(
             f"{layer} does not hand the document boundaries on to its attention; this model cannot be packed"
         )
-    if attention_mask is not None and getattr(module.config, "_attn_implementation", None) in _CHECKED:
+    if (
+        attention_mask is not None
+        and getattr(module.config, "_attn_implementation", None) in _CHECKED
+    ):
         _compare_mask(layer, attention_mask, sliding_window, document_bounds.cu_seqlens)
     elif attention_mask is not None:
-        raise BadInput(f"{layer} makes an attention mask of its own, which packed attention cannot honour")
+        raise BadInput(
+            f"{layer} makes an attention mask of its own, which packed attention cannot honour"
+        )
     if is_causal is False or not getattr(module, "is_causal", True):
         raise BadInput(f"{layer} is not causal attention")
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         raise BadInput(f"{layer} attends to other positions than its own row's")
-    unknown = [k for k, v in others.items() if v is not None and v is not False and k not in _NOT_FOR_ATTENTION]
+    unknown = [
+        k
+        for k, v in others.items()
+        if v is not None and v is not False and k not in _NOT_FOR_ATTENTION
+    ]
     if unknown:
-        raise BadInput(f"{layer} asks attention for `{'`, `'.join(unknown)}`, which no backend of packhorse knows")
+        raise BadInput(
+            f"{layer} asks attention for `{'`, `'.join(unknown)}`, which no backend of packhorse knows"
+        )
     arguments = Arguments(scaling, sliding_window, softcap, s_aux, dropout or None, document_bounds)
     return backend(layer, query, key, value, arguments), None
 
@@ -288,7 +315,10 @@ def _torch_varlen(
         arguments.bounds.max_seqlen,
         arguments.bounds.max_seqlen,
         scale=scale,
-        window_size=(arguments.window - 1 if arguments.window else -1, 0),  # its default is not causal
+        window_size=(
+            arguments.window - 1 if arguments.window else -1,
+            0,
+        ),  # its default is not causal
         **grouped,
     )
     assert isinstance(out, torch.Tensor)
@@ -301,7 +331,12 @@ def _takes_groups(varlen_attn: Any) -> bool:
 
 
 def _as_rows(
-    layer: str, backend: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float | None
+    layer: str,
+    backend: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, int]:
     """(1, H, T, E) -> (T, H, E), with the head size filled up by zeros to what the kernels take.
 
@@ -331,13 +366,19 @@ def _reference(
 ) -> torch.Tensor:
     """One document after the other through torch's own attention: what the fused kernels are tested against."""
     lengths = arguments.bounds.lengths
-    one = _one_document if arguments.softcap is None and arguments.sinks is None else _one_document_in_full
+    one = (
+        _one_document
+        if arguments.softcap is None and arguments.sinks is None
+        else _one_document_in_full
+    )
     parts = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2))
     outputs = [one(q, k, v, arguments).transpose(1, 2) for q, k, v in parts]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
-def _one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+def _one_document(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments
+) -> torch.Tensor:
     """(1, Hq, L, E) causal attention; a mask only where the document is longer than the window."""
     windowed = arguments.window is not None and q.shape[2] > arguments.window
     on_cpu_in_bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
@@ -355,19 +396,27 @@ def _one_document(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: 
     )
 
 
-def _by_products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None) -> torch.Tensor:
+def _by_products(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+) -> torch.Tensor:
     """The same by plain matrix products, the heads that share a key stacked as rows of one of them.
 
     For short documents in bf16 three times as fast as torch's kernel for CPUs, forward and backward.
     """
     heads, groups, length = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
-    stacked = (q * (scale if scale is not None else q.shape[-1] ** -0.5)).reshape(heads, groups * length, -1)
+    stacked = (q * (scale if scale is not None else q.shape[-1] ** -0.5)).reshape(
+        heads, groups * length, -1
+    )
     later = torch.full((length, length), -torch.inf, dtype=q.dtype).triu_(1)
     scores = torch.bmm(stacked, k[0].transpose(1, 2)).view(heads, groups, length, length) + later
-    return torch.bmm(scores.softmax(-1).view(heads, groups * length, length), v[0]).view(*q.shape[:3], v.shape[-1])
+    return torch.bmm(scores.softmax(-1).view(heads, groups * length, length), v[0]).view(
+        *q.shape[:3], v.shape[-1]
+    )
 
 
-def _one_document_in_full(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments) -> torch.Tensor:
+def _one_document_in_full(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments
+) -> torch.Tensor:
     """The same with soft caps (Gemma 2) and sinks (gpt-oss), which torch's kernels lack; all L x L scores in fp32."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)

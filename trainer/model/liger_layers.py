@@ -28,15 +28,17 @@ _GATED = {"swiglu": False, "geglu": False}
 
 
 def fuse(model: Any, name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Put Liger's kernels into the model as `model.layers` asks for. Returns what was done, for the log.
+    """Put Liger's kernels into the model as `model.layer_kernels` asks for. Returns what was done, for the log.
 
     Raises:
         BadInput: they are asked for where they cannot run, or Liger does not know the model.
     """
     missing = _missing(model, device)
     if name == "liger" and missing:
-        raise BadInput(f"model.layers: liger cannot be used: {missing}; use `auto` or `plain`")
-    if name == "plain" or missing:
+        raise BadInput(
+            f"model.layer_kernels: liger cannot be used: {missing}; use `auto` or `torch`"
+        )
+    if name == "torch" or missing:
         return f"as transformers has them ({missing or 'named in the recipe'})"
     if name == "auto" and dtype == torch.float32:
         return "as transformers has them (model.dtype is float32, for exact comparisons)"
@@ -68,13 +70,17 @@ def _fuse(model: Any) -> int:
     before = set(_with_own_forward(model))
     names = _names_of_file(model)
     as_written = dict(names)
-    experts = any("expert" in key for key in model.config.to_dict())  # theirs have another form in each model
+    experts = any(
+        "expert" in key for key in model.config.to_dict()
+    )  # theirs have another form in each model
     _apply_liger_kernel_to_instance(model, **_LEFT_OUT, **(_GATED if experts else {}))
     fused_rope = names.get(_ROPE)
     names.update(as_written)
     if fused_rope is not as_written.get(_ROPE):
         names[_ROPE] = _Rope(as_written[_ROPE], fused_rope)
-    model._fused_forwards = {m: vars(m)["forward"] for m in _with_own_forward(model) if m not in before}
+    model._fused_forwards = {
+        m: vars(m)["forward"] for m in _with_own_forward(model) if m not in before
+    }
     return len(model._fused_forwards)
 
 

@@ -25,7 +25,14 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
 
 # ----------------------------------------------------------------------------------------------- tokenizer
 
@@ -48,7 +55,9 @@ def load_tokenizer(section: ModelSection) -> Any:
     elif section.chat_template is not None:
         path = Path(section.chat_template)
         if not path.is_file():
-            raise BadInput(f"model.chat_template: there is no file {path}; give a Jinja file, or `chatml`")
+            raise BadInput(
+                f"model.chat_template: there is no file {path}; give a Jinja file, or `chatml`"
+            )
         tokenizer.chat_template = path.read_text(encoding="utf-8")
     return tokenizer
 
@@ -59,7 +68,9 @@ def _tokenizer_as_it_is(section: ModelSection) -> Any:
     folder = _local_folder(section.name)
     # transformers makes an empty tokenizer of a folder that has none
     if folder is not None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise BadInput(f"model.name: the folder {folder} has no tokenizer; copy the model's tokenizer files into it")
+        raise BadInput(
+            f"model.name: the folder {folder} has no tokenizer; copy the model's tokenizer files into it"
+        )
     return _from_hub(AutoTokenizer.from_pretrained, section, "tokenizer")
 
 
@@ -115,7 +126,9 @@ def load_model(
     seed: int,
     adapter: AdapterSection | None = None,
     sharded_init: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    gathered: Callable[..., AbstractContextManager[Any]] = lambda parameters, write=False: nullcontext(),
+    gathered: Callable[..., AbstractContextManager[Any]] = lambda parameters, write=False: (
+        nullcontext()
+    ),
 ) -> Any:
     """The transformers model in `section.dtype`, with rows for every token of `tokenizer`; all of it is trained, or
     the adapter alone.
@@ -153,10 +166,12 @@ def load_model(
         model.requires_grad_(True)
         if adapter:
             add_adapter(model, adapter, seed)
-    dist.log.info("layers: %s", liger_layers.fuse(model, section.layers, device, dtype))
-    if section.recompute:
+    dist.log.info("layers: %s", liger_layers.fuse(model, section.layer_kernels, device, dtype))
+    if section.activation_checkpointing == "full":
         if not model.supports_gradient_checkpointing:
-            raise BadInput(f"{type(model).__name__} does not know recomputation; set model.recompute=false")
+            raise BadInput(
+                f"{type(model).__name__} does not support activation checkpointing; set model.activation_checkpointing=none"
+            )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.to(device) if not _sharded(model) else model
 
@@ -167,13 +182,21 @@ def load_config(section: ModelSection) -> Any:
 
     folder = _local_folder(section.name)
     if folder is not None and not (folder / "config.json").is_file():
-        raise BadInput(f"model.name: the folder {folder} has no config.json; give a Hugging Face model folder")
+        raise BadInput(
+            f"model.name: the folder {folder} has no config.json; give a Hugging Face model folder"
+        )
     config = _from_hub(AutoConfig.from_pretrained, section, "configuration")
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if getattr(config, "is_encoder_decoder", False) or not (own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING):
-        raise BadInput(f"model.name: {section.name} ({config.model_type}) is not a causal language model")
+    if getattr(config, "is_encoder_decoder", False) or not (
+        own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    ):
+        raise BadInput(
+            f"model.name: {section.name} ({config.model_type}) is not a causal language model"
+        )
     if getattr(config, "quantization_config", None):
-        raise BadInput(f"model.name: the weights of {section.name} are quantised; give a bfloat16 or float32 model")
+        raise BadInput(
+            f"model.name: the weights of {section.name} are quantised; give a bfloat16 or float32 model"
+        )
     return config
 
 
@@ -182,7 +205,11 @@ def _new_token_ids(section: ModelSection, tokenizer: Any) -> list[int]:
     if not section.add_tokens:
         return []
     before = _tokenizer_as_it_is(section).get_vocab()
-    return [tokenizer.convert_tokens_to_ids(token) for token in section.add_tokens if token not in before]
+    return [
+        tokenizer.convert_tokens_to_ids(token)
+        for token in section.add_tokens
+        if token not in before
+    ]
 
 
 def _rows_needed(section: ModelSection, config: Any, tokenizer: Any, new_ids: Sequence[int]) -> int:
@@ -202,12 +229,21 @@ def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, A
     from transformers import AutoModelForCausalLM
 
     model, info = _from_hub(
-        AutoModelForCausalLM.from_pretrained, section, "model", config=config, output_loading_info=True, **arguments
+        AutoModelForCausalLM.from_pretrained,
+        section,
+        "model",
+        config=config,
+        output_loading_info=True,
+        **arguments,
     )
     missing = sorted(info["missing_keys"])
     if missing:
-        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise BadInput(f"model.name: {section.name} lacks weights of {type(model).__name__}: {shown}")
+        shown = ", ".join(missing[:3]) + (
+            f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        )
+        raise BadInput(
+            f"model.name: {section.name} lacks weights of {type(model).__name__}: {shown}"
+        )
     return model
 
 
@@ -215,14 +251,20 @@ def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, A
 
 
 def _random_model(
-    section: ModelSection, config: Any, seed: int, gathered: Callable[..., Any], arguments: dict[str, Any]
+    section: ModelSection,
+    config: Any,
+    seed: int,
+    gathered: Callable[..., Any],
+    arguments: dict[str, Any],
 ) -> Any:
     """A model of this configuration with its own kind of random weights, the same in every world and stage."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     with no_init_weights():  # under ZeRO-3 it would fill shards; below, each module is filled whole
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=section.trust_remote_code, **arguments)
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=section.trust_remote_code, **arguments
+        )
     model.tie_weights()
     initialise(model, seed, gathered)
     return model

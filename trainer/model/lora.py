@@ -44,7 +44,7 @@ def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
     """
     targets, whole = targets_of(model, section), whole_modules(model, section)
     if section.base == "nf4" and not next(model.parameters()).is_meta:
-        _quantise(model, quantised_modules(model, section), section.double_quantisation)
+        _quantise(model, quantised_modules(model, section), section.double_quant)
     _inject(model, section, targets)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_of_adapter(name) or _lies_in(name, whole))
@@ -65,7 +65,11 @@ def is_of_adapter(name: str) -> bool:
 def numel(parameter: Any) -> int:
     """Weights of a parameter, in shards or in 4 bits."""
     state = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
+    return (
+        state.shape.numel()
+        if state is not None
+        else getattr(parameter, "ds_numel", parameter.numel())
+    )
 
 
 def _inject(model: Any, section: AdapterSection, targets: list[str]) -> None:
@@ -93,7 +97,9 @@ def _initialise(model: Any, seed: int) -> None:
         if ".lora_A." in name:
             generator = torch.Generator().manual_seed(dist.seed_from(seed, "adapter", name))
             bound = 1 / math.sqrt(parameter.shape[1])
-            parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+            parameter.copy_(
+                torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+            )
 
 
 # ----------------------------------------------------------------------------------------------- which modules
@@ -106,14 +112,20 @@ def targets_of(model: Any, section: AdapterSection) -> list[str]:
         BadInput: a name or pattern is of no module, of one that is not linear, of the head, or of one trained whole.
     """
     linear, whole = _linear_modules(model), whole_modules(model, section)
-    if section.targets == "all-linear":
+    if section.target_modules == "all-linear":
         found = [name for name in linear if not _lies_in(name, whole)]
         if not found:
-            raise BadInput(f"adapter.targets: {type(model).__name__} has no linear modules; train all its weights")
+            raise BadInput(
+                f"adapter.target_modules: {type(model).__name__} has no linear modules; train all its weights"
+            )
         return found
-    is_pattern = isinstance(section.targets, str)
+    is_pattern = isinstance(section.target_modules, str)
     found = []
-    for wanted in (section.targets,) if isinstance(section.targets, str) else section.targets:
+    for wanted in (
+        (section.target_modules,)
+        if isinstance(section.target_modules, str)
+        else section.target_modules
+    ):
         matching = _matching(wanted, is_pattern, dict(model.named_modules()))
         mine = [name for name in matching if name in linear]
         if not mine or any(_needs_saving(model, name) for name in matching):
@@ -122,7 +134,7 @@ def targets_of(model: Any, section: AdapterSection) -> list[str]:
     twice = [name for name in found if _lies_in(name, whole)]
     if twice:
         raise BadInput(
-            f"adapter.targets: `{twice[0]}` is trained whole by adapter.save_modules; name it in one of them"
+            f"adapter.target_modules: `{twice[0]}` is trained whole by adapter.modules_to_save; name it in one of them"
         )
     return found
 
@@ -134,21 +146,29 @@ def whole_modules(model: Any, section: AdapterSection) -> list[str]:
         BadInput: there is no such module with weights, or only one of two that share their weight is named.
     """
     modules = {
-        name: module for name, module in model.named_modules() if name and any(True for _ in module.parameters())
+        name: module
+        for name, module in model.named_modules()
+        if name and any(True for _ in module.parameters())
     }
     found: list[str] = []
-    for wanted in section.save_modules:
+    for wanted in section.modules_to_save:
         matching = _matching(wanted, False, modules)
         if not matching:
-            raise BadInput(f"adapter.save_modules: no module is called `{wanted}`; {_nearest(wanted, modules)}")
+            raise BadInput(
+                f"adapter.modules_to_save: no module is called `{wanted}`; {_nearest(wanted, modules)}"
+            )
         found += [name for name in matching if name not in found]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in modules.items()}
-    tied = {names[id(module)] for module in (embedding, head)} if embedding.weight is head.weight else set()
+    tied = (
+        {names[id(module)] for module in (embedding, head)}
+        if embedding.weight is head.weight
+        else set()
+    )
     one = sorted(name for name in tied if _lies_in(name, found))
     if len(one) == 1:
         raise BadInput(
-            f"adapter.save_modules: `{one[0]}` shares its weight with `{min(tied - set(one))}`; name both, or neither"
+            f"adapter.modules_to_save: `{one[0]}` shares its weight with `{min(tied - set(one))}`; name both, or neither"
         )
     return found
 
@@ -162,7 +182,9 @@ def quantised_modules(model: Any, section: AdapterSection) -> list[str]:
 def _linear_modules(model: Any) -> dict[str, nn.Linear]:
     """By name, without the head: its loss is fused, and would not see an adapter."""
     head = model.get_output_embeddings()
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    return {
+        name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head
+    }
 
 
 def _lies_in(name: str, modules: Iterable[str]) -> bool:
@@ -181,21 +203,23 @@ def _needs_saving(model: Any, name: str) -> bool:
     return module is model.get_output_embeddings() or isinstance(module, nn.Embedding)
 
 
-def _no_target(model: Any, wanted: str, is_pattern: bool, matching: list[str], linear: Iterable[str]) -> str:
+def _no_target(
+    model: Any, wanted: str, is_pattern: bool, matching: list[str], linear: Iterable[str]
+) -> str:
     """Why `wanted` cannot have an adapter, in a sentence."""
     if not matching:
         what = "no module's whole name matches" if is_pattern else "no module is called"
-        return f"adapter.targets: {what} `{wanted}`; {_nearest(wanted, linear)}"
+        return f"adapter.target_modules: {what} `{wanted}`; {_nearest(wanted, linear)}"
     name = next((name for name in matching if _needs_saving(model, name)), matching[0])
     module = model.get_submodule(name)
     if module is model.get_output_embeddings():
         return (
-            f"adapter.targets: `{name}` is the head, whose loss is fused and would not see an adapter; put it "
-            "into adapter.save_modules, which trains it whole"
+            f"adapter.target_modules: `{name}` is the head, whose loss is fused and would not see an adapter; put it "
+            "into adapter.modules_to_save, which trains it whole"
         )
     return (
-        f"adapter.targets: `{name}` is of the type {type(module).__name__}, and an adapter goes beside linear "
-        "modules only; name those, or put it into adapter.save_modules"
+        f"adapter.target_modules: `{name}` is of the type {type(module).__name__}, and an adapter goes beside linear "
+        "modules only; name those, or put it into adapter.modules_to_save"
     )
 
 
@@ -217,7 +241,9 @@ def _quantise(model: Any, names: list[str], double: bool) -> None:
     try:
         import bitsandbytes
     except ImportError:
-        raise BadInput("adapter.base: nf4 needs the library bitsandbytes: pip install 'packhorse[qlora]'") from None
+        raise BadInput(
+            "adapter.base: nf4 needs the library bitsandbytes: pip install 'packhorse[qlora]'"
+        ) from None
     bnb: Any = bitsandbytes.nn  # whose own types are wrong
     for name in names:
         old = model.get_submodule(name)
@@ -231,11 +257,17 @@ def _quantise(model: Any, names: list[str], double: bool) -> None:
             device="meta",
         )
         weight = bnb.Params4bit(
-            old.weight.data, requires_grad=False, compress_statistics=double, quant_type="nf4", module=new
+            old.weight.data,
+            requires_grad=False,
+            compress_statistics=double,
+            quant_type="nf4",
+            module=new,
         )
         new.weight, new.bias = weight.to(dist.device()), old.bias
         _require_near(name, old.weight.detach(), _dequantised(new.weight))
-        new.support_avx512bf16_for_cpu = False  # where it evaluates it would lay the weights out anew, in place
+        new.support_avx512bf16_for_cpu = (
+            False  # where it evaluates it would lay the weights out anew, in place
+        )
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, new)
     model.is_loaded_in_4bit = True  # peft asks
@@ -250,7 +282,9 @@ def _require_near(name: str, weight_OI: torch.Tensor, back_OI: torch.Tensor) -> 
     off = (back_OI.float() - weight_OI.to(back_OI).float()).abs().flatten()
     sizes = weight_OI.to(back_OI).float().abs().flatten()
     fill = (0, -off.numel() % _BLOCK)
-    off, sizes = (nn.functional.pad(values, fill).view(-1, _BLOCK).amax(1) for values in (off, sizes))
+    off, sizes = (
+        nn.functional.pad(values, fill).view(-1, _BLOCK).amax(1) for values in (off, sizes)
+    )
     if not bool((off <= 0.2 * sizes + 0.05 * sizes.amax()).all()):
         raise BadInput(
             f"adapter.base: bitsandbytes does not read `{name}` ({weight_OI.shape[0]} x {weight_OI.shape[1]}) back "
@@ -290,7 +324,8 @@ def borrowed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter
 
 @torch.no_grad()
 def merged_weights(
-    model: Any, gathered: Callable[..., AbstractContextManager[Any]] = lambda parameters: nullcontext()
+    model: Any,
+    gathered: Callable[..., AbstractContextManager[Any]] = lambda parameters: nullcontext(),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The parameters of the plain model that acts as this one, by its own names; one after the other, and each for as
     long as the next is not asked for. Of a model without an adapter they are its own.
@@ -303,12 +338,20 @@ def merged_weights(
     """
     from peft.tuners.lora import LoraLayer
 
-    layers = {f"{name}.base_layer.weight": m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+    layers = {
+        f"{name}.base_layer.weight": m
+        for name, m in model.named_modules()
+        if isinstance(m, LoraLayer)
+    }
     for name, parameter in model.named_parameters():
         if is_of_adapter(name):
             continue
         layer: Any = layers.get(name)
-        beside = [p for part, p in layer.named_parameters() if is_of_adapter(f".{part}")] if layer else []
+        beside = (
+            [p for part, p in layer.named_parameters() if is_of_adapter(f".{part}")]
+            if layer
+            else []
+        )
         with gathered([parameter, *beside]):
             weight = _dequantised(parameter)
             merged = _merged(layer, weight).to(weight.dtype) if layer else weight
@@ -320,7 +363,9 @@ def _merged(layer: Any, weight_OI: torch.Tensor) -> torch.Tensor:
     b_OR, a_RI = (getattr(layer, which)[NAME].weight.float() for which in ("lora_B", "lora_A"))
     merged_OI = weight_OI.float() + layer.scaling[NAME] * b_OR @ a_RI
     if NAME in layer.lora_magnitude_vector:
-        merged_OI *= (layer.lora_magnitude_vector[NAME].weight.float() / merged_OI.norm(dim=1)).unsqueeze(1)
+        merged_OI *= (
+            layer.lora_magnitude_vector[NAME].weight.float() / merged_OI.norm(dim=1)
+        ).unsqueeze(1)
     return merged_OI
 
 
@@ -334,7 +379,11 @@ def _dequantised(parameter: Any) -> torch.Tensor:
 
 
 def in_peft_form(
-    model: Any, section: AdapterSection, trained: Mapping[str, torch.Tensor], base: str, revision: str | None
+    model: Any,
+    section: AdapterSection,
+    trained: Mapping[str, torch.Tensor],
+    base: str,
+    revision: str | None,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """The configuration and the tensors that peft writes: those of the adapter, and of the modules trained whole.
 
@@ -349,9 +398,13 @@ def in_peft_form(
     config.base_model_name_or_path, config.revision = base, revision
     config.modules_to_save, config.inference_mode = whole or None, True
     mine = {name: tensor for name, tensor in trained.items() if is_of_adapter(name)}
-    found = get_peft_model_state_dict(model, state_dict=mine, adapter_name=NAME, save_embedding_layers=False)
+    found = get_peft_model_state_dict(
+        model, state_dict=mine, adapter_name=NAME, save_embedding_layers=False
+    )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in whole:  # of two that share their weight each has it, as peft makes two of them
         for name, parameter in model.get_submodule(module).named_parameters():
             found[f"{module}.{name}"] = trained[names[id(parameter)]].clone()
-    return config, {f"base_model.model.{name}": tensor.contiguous() for name, tensor in found.items()}
+    return config, {
+        f"base_model.model.{name}": tensor.contiguous() for name, tensor in found.items()
+    }

@@ -47,7 +47,9 @@ def choose_kernel(name: str, device: torch.device) -> str:
     if name == "auto":
         return "liger" if device.type == "cuda" and installed else "chunked"
     if name == "liger" and not installed:
-        raise BadInput("loss.kernel: liger is not installed; `pip install liger-kernel`, or use `chunked`")
+        raise BadInput(
+            "loss.kernel: liger is not installed; `pip install liger-kernel`, or use `chunked`"
+        )
     if name == "liger" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise BadInput("loss.kernel: liger needs a CUDA device; use `chunked`")
     return name
@@ -110,9 +112,15 @@ class _Block(NamedTuple):
 
     start: int
     stop: int
-    low: torch.Tensor  # (N, B) in the weights' type: room for the gradient that goes back into matrix products
-    logits: torch.Tensor  # (N, B) float32, after the transform; the same storage as `low` where the type is fp32
-    column: torch.Tensor  # (N, 1) the target's column in this block (any column where it lies elsewhere)
+    low: (
+        torch.Tensor
+    )  # (N, B) in the weights' type: room for the gradient that goes back into matrix products
+    logits: (
+        torch.Tensor
+    )  # (N, B) float32, after the transform; the same storage as `low` where the type is fp32
+    column: (
+        torch.Tensor
+    )  # (N, 1) the target's column in this block (any column where it lies elsewhere)
     inside: torch.Tensor  # (N, 1) 1.0 where the target lies in this block
 
 
@@ -187,13 +195,17 @@ def _blocks(
     width = min(V, BLOCK_HIDDEN * H)
     low_buffer = hidden_NH.new_empty(N * width)
     logits_buffer = (
-        low_buffer if low_buffer.dtype == torch.float32 else torch.empty_like(low_buffer, dtype=torch.float32)
+        low_buffer
+        if low_buffer.dtype == torch.float32
+        else torch.empty_like(low_buffer, dtype=torch.float32)
     )
     targets_N1 = targets_N.unsqueeze(1)
     for start in range(0, V, width):
         stop = min(start + width, V)
         size = stop - start
-        low = torch.mm(hidden_NH, head_weight_VH[start:stop].t(), out=low_buffer[: N * size].view(N, size))
+        low = torch.mm(
+            hidden_NH, head_weight_VH[start:stop].t(), out=low_buffer[: N * size].view(N, size)
+        )
         logits = logits_buffer[: N * size].view(N, size)
         if logits.data_ptr() != low.data_ptr():
             logits.copy_(low)

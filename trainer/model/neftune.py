@@ -29,7 +29,9 @@ def document_noise(
     """
     noise = torch.empty(sum(lengths), width, device=device)
     generator = torch.Generator(device)
-    for (epoch, document, piece), length, part in zip(document_keys, lengths, noise.split(list(lengths))):
+    for (epoch, document, piece), length, part in zip(
+        document_keys, lengths, noise.split(list(lengths))
+    ):
         generator.manual_seed(seed_from(seed, "neftune", epoch, document, piece))
         bound = alpha / math.sqrt(length * width)
         part.uniform_(-bound, bound, generator=generator)

@@ -57,16 +57,18 @@ class _Alone(NamedTuple):
 
     states: list[torch.Tensor]
     loss: torch.Tensor
-    rounding: list[float]  # by which the states after each layer differ between its own two ways of attention
+    rounding: list[
+        float
+    ]  # by which the states after each layer differ between its own two ways of attention
 
 
 @torch.no_grad()
-def probe(sft: SftModel, *, row_tokens: int, one_document: bool, seed: int) -> Proof:
+def probe(sft: SftModel, *, seq_len: int, one_document: bool, seed: int) -> Proof:
     """Prove the model, and set `sft.transform`. All ranks must call it: under ZeRO-3 its forwards are collective.
 
     Args:
-        row_tokens: the longest row a run will make; longer windows are out of reach.
-        one_document: every micro-batch of this run is one document (`data.packing: none`, `batch.rows_per_micro: 1`),
+        seq_len: the longest row a run will make; longer windows are out of reach.
+        one_document: every micro-batch of this run is one document (`data.packing: none`, `batch.micro_batch_size: 1`),
             so that documents are proved one by one.
 
     Raises:
@@ -76,10 +78,13 @@ def probe(sft: SftModel, *, row_tokens: int, one_document: bool, seed: int) -> P
     sft.eval()
     try:
         sft.transform = measure_transform(sft.model)
-        documents = _documents(sft.model.config.get_text_config(), row_tokens, seed)
+        documents = _documents(sft.model.config.get_text_config(), seq_len, seed)
         alone = [_run_alone(sft.model, ids) for ids in documents]
         groups = [[0], [1], [2]] if one_document else [[0, 1, 2]]
-        worst = [_compare(sft, [documents[i] for i in group], [alone[i] for i in group]) for group in groups]
+        worst = [
+            _compare(sft, [documents[i] for i in group], [alone[i] for i in group])
+            for group in groups
+        ]
     except _LayerDiffers as difference:
         raise BadInput(_advice(sft, difference, documents, alone, one_document)) from None
     finally:
@@ -91,13 +96,18 @@ def probe(sft: SftModel, *, row_tokens: int, one_document: bool, seed: int) -> P
 # ----------------------------------------------------------------------------------------------- documents
 
 
-def _documents(config: Any, row_tokens: int, seed: int) -> list[torch.Tensor]:
+def _documents(config: Any, seq_len: int, seed: int) -> list[torch.Tensor]:
     """Three documents of random tokens, (L,) int64 each."""
-    middle = max([33, *(limit + PAST_LIMIT for limit in limits(config.to_dict()) if limit < row_tokens)])
+    middle = max(
+        [33, *(limit + PAST_LIMIT for limit in limits(config.to_dict()) if limit < seq_len)]
+    )
     longest = getattr(config, "max_position_embeddings", None) or middle
     generator = torch.Generator().manual_seed(dist.seed_from(seed, "probe"))
     lengths = (SHORT[0], min(middle, longest), SHORT[1])
-    return [torch.randint(config.vocab_size, (n,), generator=generator).to(dist.device()) for n in lengths]
+    return [
+        torch.randint(config.vocab_size, (n,), generator=generator).to(dist.device())
+        for n in lengths
+    ]
 
 
 def limits(config: dict[str, Any]) -> set[int]:
@@ -106,7 +116,11 @@ def limits(config: dict[str, Any]) -> set[int]:
     for key, value in config.items():
         if isinstance(value, dict):
             found |= limits(value)
-        elif any(word in str(key) for word in ("window", "chunk", "local")) and type(value) is int and value > 1:
+        elif (
+            any(word in str(key) for word in ("window", "chunk", "local"))
+            and type(value) is int
+            and value > 1
+        ):
             found.add(value)
     return found
 
@@ -127,7 +141,11 @@ def _batch(documents: Sequence[torch.Tensor]) -> Batch:
     """The documents packed, the last tokens of each trained with one weight."""
     lengths = [ids.shape[0] for ids in documents]
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    positions = [p for start, n in zip(starts, lengths) for p in range(start + n - 1 - _trained(n), start + n - 1)]
+    positions = [
+        p
+        for start, n in zip(starts, lengths)
+        for p in range(start + n - 1 - _trained(n), start + n - 1)
+    ]
     device = documents[0].device
     trained_positions = torch.tensor(positions, device=device)
     ids = torch.cat(list(documents))
@@ -181,16 +199,24 @@ def _run_alone(model: Any, ids: torch.Tensor) -> _Alone:
     return _Alone(states, loss, rounding)
 
 
-def _own_states(model: Any, ids: torch.Tensor, own_attention: str) -> tuple[list[torch.Tensor], torch.Tensor]:
+def _own_states(
+    model: Any, ids: torch.Tensor, own_attention: str
+) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The kept tokens' states after each layer and the summed loss, as transformers computes them."""
     trained = _trained(ids.shape[0])
-    fewer = {"logits_to_keep": trained + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    fewer = (
+        {"logits_to_keep": trained + 1}
+        if "logits_to_keep" in inspect.signature(model.forward).parameters
+        else {}
+    )
     with (
         liger_layers.plain(model),
         other_attention(model, own_attention),
         _states(model, _kept(ids.shape[0])) as states,
     ):
-        logits = model(input_ids=ids.unsqueeze(0), use_cache=False, **fewer).logits[0, -trained - 1 : -1]
+        logits = model(input_ids=ids.unsqueeze(0), use_cache=False, **fewer).logits[
+            0, -trained - 1 : -1
+        ]
     return states, F.cross_entropy(logits.float(), ids[-trained:], reduction="sum")
 
 
@@ -202,7 +228,9 @@ class _LayerDiffers(Exception):
         self.layer = layer
 
 
-def _compare(sft: SftModel, documents: Sequence[torch.Tensor], alone: Sequence[_Alone]) -> tuple[float, float]:
+def _compare(
+    sft: SftModel, documents: Sequence[torch.Tensor], alone: Sequence[_Alone]
+) -> tuple[float, float]:
     """The largest differences of states and loss between these documents packed and alone."""
     dtype = next(sft.model.parameters()).dtype
     hidden_allowed, neighbour_allowed, loss_allowed = TOLERANCE[dtype]
@@ -212,12 +240,16 @@ def _compare(sft: SftModel, documents: Sequence[torch.Tensor], alone: Sequence[_
     for layer, ours in enumerate(packed):
         pairs = zip(ours, (document.states[layer] for document in alone))
         difference = max(_difference(mine, theirs) for mine, theirs in pairs)
-        rounding = min(OWN_ROUNDING * max(document.rounding[layer] for document in alone), MOST_ROUNDING)
+        rounding = min(
+            OWN_ROUNDING * max(document.rounding[layer] for document in alone), MOST_ROUNDING
+        )
         allowed = max(hidden_allowed, rounding)
         _require(sft.model, layer, difference, allowed, "from the same document alone")
         worst = max(worst, difference)
     _other_neighbours(sft, documents, neighbour_allowed)
-    own = float(torch.stack([document.loss for document in alone]).sum()) / sum(_trained(len(d)) for d in documents)
+    own = float(torch.stack([document.loss for document in alone]).sum()) / sum(
+        _trained(len(d)) for d in documents
+    )
     off = abs(loss - own) / max(1.0, abs(own))
     if not off <= loss_allowed:
         raise BadInput(
@@ -237,12 +269,16 @@ def _other_neighbours(sft: SftModel, documents: Sequence[torch.Tensor], allowed:
     half = documents[middle].shape[0] // 2
     others = [(ids + 1) % sft.model.config.get_text_config().vocab_size for ids in documents]
     others[middle] = torch.cat([documents[middle][:half], others[middle][half:]])
-    kept = [list(range(min(half, KEPT_FIRST))) if i == middle else [] for i in range(len(documents))]
+    kept = [
+        list(range(min(half, KEPT_FIRST))) if i == middle else [] for i in range(len(documents))
+    ]
     before, _ = _run_packed(sft, documents, kept)
     after, _ = _run_packed(sft, others, kept)
     for layer, (mine, changed) in enumerate(zip(before, after)):
         difference = _difference(changed[middle], mine[middle])
-        _require(sft.model, layer, difference, allowed, "once its neighbours and later tokens are others")
+        _require(
+            sft.model, layer, difference, allowed, "once its neighbours and later tokens are others"
+        )
 
 
 def _run_packed(
@@ -250,7 +286,9 @@ def _run_packed(
 ) -> tuple[list[tuple[torch.Tensor, ...]], float]:
     """The kept tokens' states by layer and document, and the loss, of the documents in one row."""
     batch = _batch(documents)
-    positions = [start + i for start, tokens in zip(batch.cu_seqlens.tolist(), kept) for i in tokens]
+    positions = [
+        start + i for start, tokens in zip(batch.cu_seqlens.tolist(), kept) for i in tokens
+    ]
     try:
         with checked_masks(sft.model), _states(sft.model, positions) as states:
             loss = float(sft(batch))
@@ -263,7 +301,9 @@ def _run_packed(
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Of a document's tokens, (tokens, H) each: see TOLERANCE."""
-    by_token = (ours.float() - theirs.float()).norm(dim=1) / theirs.float().norm(dim=1).clamp_min(1e-12)
+    by_token = (ours.float() - theirs.float()).norm(dim=1) / theirs.float().norm(dim=1).clamp_min(
+        1e-12
+    )
     return float(by_token.max() if theirs.dtype == torch.float32 else by_token.median())
 
 
@@ -294,11 +334,11 @@ def _advice(
         return (
             f"{difference.layer} gives other hidden states through the backend {backend} than by the model's own "
             f"attention{' and layers' if layers else ''}, even for one document ({difference}): try "
-            f"model.attention=reference{', model.layers=plain' if layers else ''}, or another model"
+            f"model.attention=reference{', model.layer_kernels=torch' if layers else ''}, or another model"
         )
     return (
         f"{difference.layer} does not keep packed documents apart ({difference}): set data.packing=none and "
-        "batch.rows_per_micro=1, so that every micro-batch is one document, or take another model"
+        "batch.micro_batch_size=1, so that every micro-batch is one document, or take another model"
     )
 
 

@@ -49,7 +49,9 @@ class SftModel(nn.Module):
         self._batch: Batch | None = None  # the one in work, for the embedding's hook
         head = model.get_output_embeddings()
         if head is None or not isinstance(getattr(head, "weight", None), nn.Parameter):
-            raise BadInput(f"{type(model).__name__} has no output head with a weight, so it cannot be trained here")
+            raise BadInput(
+                f"{type(model).__name__} has no output head with a weight, so it cannot be trained here"
+            )
         if "targets" not in inspect.signature(head.forward).parameters:
             head.forward = MethodType(_loss_or_logits(type(head).forward), head)
         self._embedding_hook = model.get_input_embeddings().register_forward_hook(self._add_noise)
@@ -62,15 +64,21 @@ class SftModel(nn.Module):
             epoch = batch.document_keys[0][0]
             torch.manual_seed(dist.seed_from(self._seed, "dropout", epoch, *batch.row_ids))
         hidden_NH = self.hidden_states(batch).index_select(0, batch.trained_positions)
-        targets = Targets(batch.targets, batch.weights, batch.uniform_weight, self.kernel, self.transform)
+        targets = Targets(
+            batch.targets, batch.weights, batch.uniform_weight, self.kernel, self.transform
+        )
         return self.model.get_output_embeddings()(hidden_NH, targets=targets)
 
     @property
     def has_dropout(self) -> bool:
         """Whether anything random but NEFTune happens in training; an adapter's dropout is a module."""
-        modules = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
+        modules = any(
+            isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules()
+        )
         settings = self.model.config.get_text_config().to_dict().items()
-        return modules or any("drop" in key and isinstance(value, float) and value > 0 for key, value in settings)
+        return modules or any(
+            "drop" in key and isinstance(value, float) and value > 0 for key, value in settings
+        )
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """(T, H), what the model hands to its head."""
@@ -86,7 +94,9 @@ class SftModel(nn.Module):
             self._batch = None
         return out.last_hidden_state[0]
 
-    def _add_noise(self, embedding: nn.Module, args: Any, embedded: torch.Tensor) -> torch.Tensor | None:
+    def _add_noise(
+        self, embedding: nn.Module, args: Any, embedded: torch.Tensor
+    ) -> torch.Tensor | None:
         """NEFTune on the embeddings (1, T, H) of a batch in training; a hook's None changes nothing."""
         batch = self._batch
         if not self.training or self._alpha == 0.0 or batch is None:

@@ -21,7 +21,9 @@ from trainer.datatypes import BadInput
 from trainer.dist import local_rank, log
 
 BEAT_S = 1.0  # between touches
-STALE_S = 15.0  # an owner silent for so long is dead; by the waiter's own clock, as nodes' clocks differ
+STALE_S = (
+    15.0  # an owner silent for so long is dead; by the waiter's own clock, as nodes' clocks differ
+)
 POLL_S = 0.2
 PATIENCE_S = 3.0  # for which other local ranks leave the work to local rank 0, which shows progress
 
@@ -34,7 +36,9 @@ class Stopped(RuntimeError):
     """The build was asked to stop. What is done is kept for the next start."""
 
 
-def build_once(folder: Path, build: Build, what: str, stopping: Callable[[], bool] = lambda: False) -> None:
+def build_once(
+    folder: Path, build: Build, what: str, stopping: Callable[[], bool] = lambda: False
+) -> None:
     """Return when `folder` is there and whole: built here, or by another process that this one waits for.
 
     A build that is killed, or raises Stopped, leaves its staging folder to the next start; one that fails
@@ -80,7 +84,9 @@ def _build(folder: Path, build: Build, lock: _Lock) -> None:
         shutil.rmtree(staging, ignore_errors=True)
         if lock.is_ours():
             raise
-        log.info("another process took over %s; waiting for it", folder)  # as this one was taken for dead
+        log.info(
+            "another process took over %s; waiting for it", folder
+        )  # as this one was taken for dead
         return
     for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
@@ -145,7 +151,9 @@ class _Lock:
         while not self._ended.wait(BEAT_S):
             try:
                 os.utime(_lock_path(self._folder, self._number))
-            except FileNotFoundError:  # taken over, and that build has ended: `check` tells the owner
+            except (
+                FileNotFoundError
+            ):  # taken over, and that build has ended: `check` tells the owner
                 return
 
 
@@ -166,7 +174,9 @@ def _lock_path(folder: Path, number: int) -> Path:
 
 def _newest_lock(folder: Path) -> int:
     """The highest number there is, or 0."""
-    return max((int(path.name[-6:]) for path in folder.parent.glob(f"{folder.name}.lock-*")), default=0)
+    return max(
+        (int(path.name[-6:]) for path in folder.parent.glob(f"{folder.name}.lock-*")), default=0
+    )
 
 
 def _last_beat(folder: Path, number: int) -> int:

@@ -28,7 +28,9 @@ Verdict = Literal["right", "wrong", "no reference", "too long", "failed"]
 def check_installed(what: str = "`verify: math`") -> None:
     """Raises BadInput, which names what needs it, where the library is not there."""
     if importlib.util.find_spec("math_verify") is None:
-        raise BadInput(f"{what} needs the library math-verify: pip install 'math-verify[antlr4_13_2]'")
+        raise BadInput(
+            f"{what} needs the library math-verify: pip install 'math-verify[antlr4_13_2]'"
+        )
 
 
 def math_verdict(answer: str, reference: str, *, alone: bool = True) -> Verdict:

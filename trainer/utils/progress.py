@@ -18,7 +18,13 @@ class Progress:
         self._bar: Any = None
         if dist.is_main() and sys.stderr.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
             from rich.progress import Progress as Bar
 
             columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
@@ -30,10 +36,16 @@ class Progress:
     def step(self, done: int, line: dict[str, float] | None) -> None:
         """Show that `done` steps are applied; `line` is what was logged of the last one, if it was."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, **({"description": _short(line)} if line else {}))
+            self._bar.update(
+                self._task, completed=done, **({"description": _short(line)} if line else {})
+            )
         elif line is not None:
-            seconds_left = (time.monotonic() - self._started) / (done - self._first) * (self._steps - done)
-            dist.log.info("step %d/%d  %s  %s to go", done, self._steps, _short(line), _clock(seconds_left))
+            seconds_left = (
+                (time.monotonic() - self._started) / (done - self._first) * (self._steps - done)
+            )
+            dist.log.info(
+                "step %d/%d  %s  %s to go", done, self._steps, _short(line), _clock(seconds_left)
+            )
 
     def close(self) -> None:
         if self._bar is not None:

@@ -42,7 +42,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _is_deep(value: Any) -> bool:
     level = [value]
     for _ in range(MAX_DEPTH):
-        nested = (item.values() if isinstance(item, dict) else item for item in level if isinstance(item, dict | list))
+        nested = (
+            item.values() if isinstance(item, dict) else item
+            for item in level
+            if isinstance(item, dict | list)
+        )
         level = [inner for items in nested for inner in items]
         if not level:
             return False

@@ -31,7 +31,9 @@ class Failed(Exception):
     """The call raised what it should not, needed more than LIMIT_BYTES, or ended its process."""
 
 
-def bounded(function: Callable[..., T], *arguments: Any, limit_s: float, imports: Sequence[str] = ()) -> T:
+def bounded(
+    function: Callable[..., T], *arguments: Any, limit_s: float, imports: Sequence[str] = ()
+) -> T:
     """What the function, one of a module's own, makes of the arguments.
 
     Args:
@@ -44,7 +46,9 @@ def bounded(function: Callable[..., T], *arguments: Any, limit_s: float, imports
     global _beside
     code = None
     with _lock:
-        for _ in range(2):  # once more where the process was ended by a signal that was meant for all
+        for _ in range(
+            2
+        ):  # once more where the process was ended by a signal that was meant for all
             _beside = _beside or _start()
             process, calls = _beside
             try:
@@ -57,7 +61,9 @@ def bounded(function: Callable[..., T], *arguments: Any, limit_s: float, imports
                 if code == -signal.SIGPROF:
                     raise TooLong from None
                 if code >= 0:  # not the arguments' fault: it must not pass for one
-                    raise RuntimeError("the process beside this one failed; what it says stands above") from None
+                    raise RuntimeError(
+                        "the process beside this one failed; what it says stands above"
+                    ) from None
             else:
                 if fault:
                     raise Failed(fault)
@@ -80,14 +86,19 @@ def _start() -> tuple[Any, Connection]:
 
 def _serve(calls: Connection) -> None:
     """Answer until the process that asks is gone."""
-    for number in (signal.SIGINT, signal.SIGUSR1):  # Ctrl-C, and Slurm's word to all, are for the one that asks
+    for number in (
+        signal.SIGINT,
+        signal.SIGUSR1,
+    ):  # Ctrl-C, and Slurm's word to all, are for the one that asks
         signal.signal(number, signal.SIG_IGN)
     logging.disable(logging.CRITICAL)  # math-verify logs every text that it cannot read
     import psutil
 
     hard_limit = resource.getrlimit(resource.RLIMIT_AS)[1]
     if hard_limit == resource.RLIM_INFINITY:  # else the machine's owner has set one
-        resource.setrlimit(resource.RLIMIT_AS, (psutil.Process().memory_info().vms + LIMIT_BYTES, hard_limit))
+        resource.setrlimit(
+            resource.RLIMIT_AS, (psutil.Process().memory_info().vms + LIMIT_BYTES, hard_limit)
+        )
     while True:
         try:
             function, arguments, limit_s, imports = calls.recv()
@@ -96,7 +107,9 @@ def _serve(calls: Connection) -> None:
         try:
             for module in imports:
                 importlib.import_module(module)
-            signal.setitimer(signal.ITIMER_PROF, limit_s)  # SIGPROF, which nothing handles, ends the process
+            signal.setitimer(
+                signal.ITIMER_PROF, limit_s
+            )  # SIGPROF, which nothing handles, ends the process
             reply = function(*arguments), ""
         except Exception as error:  # of sympy's depths, a MemoryError among them
             text = " ".join(str(error).split())[:80]

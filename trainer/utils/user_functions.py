@@ -43,7 +43,9 @@ def function_digest(name: str) -> str:
     load_function(name)
     file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
     if file is None:
-        raise BadInput(f"function `{name}`: its module has no file; write the function into a .py file")
+        raise BadInput(
+            f"function `{name}`: its module has no file; write the function into a .py file"
+        )
     return xxhash.xxh3_128_hexdigest(Path(file).read_bytes())
 
 
