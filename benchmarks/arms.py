@@ -1,10 +1,12 @@
-"""The arms of the side-by-side benchmarks that are not packhorse, each run as `python arms.py ARM JOB.json`.
+"""The arms of the side-by-side benchmarks that are not packhorse, each run as `python arms.py ARM
+JOB.json`.
 
 prepare  rows -> `documents` (input_ids, labels) and `packed` (by TRL's own pack_dataset), on disk, before any clock
 trl      TRL's SFTTrainer
 loop     the ceiling: a loop with nothing in it but the work
 
-In: common.Job. Out: metrics.jsonl, a line a step: step, train/loss (mean over the step's trained tokens), tokens
+In: common.Job. Out: metrics.jsonl, a line a step: step, train/loss (mean over the step's trained
+    tokens), tokens
 (real ones, no padding), train/trained_tokens.
 T tokens of a row, N trained positions in it, H hidden size, V vocabulary.
 """
@@ -41,11 +43,13 @@ def write_line(job: Job, line: dict[str, float]) -> None:
         out.write(json.dumps(line) + "\n")
 
 
-# ----------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 
 def prepare(job: Job) -> None:
-    """Tokenize as TRL does (trained: what follows the generation prompt), pack with TRL, shuffle once by seed."""
+    """Tokenize as TRL does (trained: what follows the generation prompt), pack with TRL, shuffle
+    once by seed.
+    """
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import pack_dataset
@@ -71,7 +75,9 @@ def prepare(job: Job) -> None:
 
 
 def document(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
-    """A `text` row is trained whole and ends with EOS; a `question`/`answer` row from the answer on."""
+    """A `text` row is trained whole and ends with EOS; a `question`/`answer` row from the answer
+    on.
+    """
     if "text" in row:
         ids = tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id]
         return {"input_ids": ids, "labels": ids}
@@ -87,7 +93,7 @@ def document(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
     return {"input_ids": ids, "labels": [IGNORED] * len(prompt) + ids[len(prompt) :]}
 
 
-# ----------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
 
 
 def documents_attention(
@@ -100,8 +106,9 @@ def documents_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention inside each document.
 
-    query (1, heads, T, d), key and value (1, kv heads, T, d) -> (1, T, heads, d). On CUDA torch's varlen kernel,
-    on CPU its flash kernel, a document at a time, or for `products` the function below.
+    query (1, heads, T, d), key and value (1, kv heads, T, d) -> (1, T, heads, d). On CUDA torch's
+    varlen kernel, on CPU its flash kernel, a document at a time, or for `products` the function
+    below.
     """
     starts, scale = kwargs["cu_seq_lens_q"], kwargs["scaling"]
     if query.is_cuda:
@@ -134,11 +141,13 @@ def documents_attention(
 
 
 class CausalProducts(torch.autograd.Function):
-    """Causal attention of one document by matrix products, QUERY_BLOCK queries at a time with the keys before them.
+    """Causal attention of one document by matrix products, QUERY_BLOCK queries at a time with the
+    keys before them.
 
-    query (heads, L, d), key and value (kv heads, L, d) -> (heads, L, d). Heads that share a key are stacked as rows of
-    one product. For the short documents of instruction data 3 to 4 times as fast as torch's flash kernel for CPUs,
-    forward and backward; the probabilities are kept, L^2 / 2 a head.
+    query (heads, L, d), key and value (kv heads, L, d) -> (heads, L, d). Heads that share a key are
+    stacked as rows of one product. For the short documents of instruction data 3 to 4 times as fast
+    as torch's flash kernel for CPUs, forward and backward; the probabilities are kept, L^2 / 2 a
+    head.
     """
 
     @staticmethod
@@ -190,7 +199,9 @@ def stacked(query: Tensor, key: Tensor, start: int, stop: int) -> Tensor:
 
 
 def load_model(job: Job) -> Any:
-    """The model on its device in training mode; `documents` and `products` attend by the above, without a mask."""
+    """The model on its device in training mode; `documents` and `products` attend by the above,
+    without a mask.
+    """
     from transformers import (
         AttentionInterface,
         AttentionMaskInterface,
@@ -215,7 +226,7 @@ def load_model(job: Job) -> Any:
         ).train()
 
 
-# ----------------------------------------------------------------------------------------------- TRL
+# ---------------------------------------------------------------------------------------------- TRL
 
 
 def run_trl(job: Job) -> None:
@@ -259,7 +270,9 @@ def run_trl(job: Job) -> None:
 
 
 def trl_settings(job: Job) -> dict[str, Any]:
-    """What every TRL arm is given: the same data, order, optimizer, and no saving; `job.trl` says the rest."""
+    """What every TRL arm is given: the same data, order, optimizer, and no saving; `job.trl` says
+    the rest.
+    """
     same: dict[str, Any] = {
         "learning_rate": job.lr,
         "lr_scheduler_type": "constant",
@@ -288,19 +301,23 @@ def trl_settings(job: Job) -> dict[str, Any]:
 
 
 def add_counts(counts: dict[str, int], inputs: dict[str, Any]) -> None:
-    """Real and trained tokens of one micro-batch of TRL's collator; only an unpacked one has padding, and a mask."""
+    """Real and trained tokens of one micro-batch of TRL's collator; only an unpacked one has
+    padding, and a mask.
+    """
     padded = inputs.get("attention_mask")
     counts["tokens"] += inputs["input_ids"].numel() if padded is None else int(padded.sum())
     counts["train/trained_tokens"] += int((inputs["labels"][:, 1:] != IGNORED).sum())
 
 
-# ----------------------------------------------------------------------------------------------- the ceiling
+# -------------------------------------------------------------------------------------- the ceiling
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of cross-entropies, logits in chunks: hidden (N, H), weight (V, H), targets (N,) -> () float32.
+    """Sum of cross-entropies, logits in chunks: hidden (N, H), weight (V, H), targets (N,) -> ()
+    float32.
 
-    Both gradients are made in forward (d loss / d logits = softmax - one-hot), so no logits are kept or made twice.
+    Both gradients are made in forward (d loss / d logits = softmax - one-hot), so no logits are
+    kept or made twice.
     """
 
     @staticmethod

@@ -1,12 +1,16 @@
-"""What a checkpoint costs on CPU: saving beside training, resuming on another world, and DeepSpeed's own ways.
+"""What a checkpoint costs on CPU: saving beside training, resuming on another world, and
+DeepSpeed's own ways.
 
     python benchmarks/checkpoint.py [--rounds 2] [--folder DIR]
 
-A model of SmolLM2-135M's shape with random weights, ZeRO-3, two ranks. Every arm starts from files that are not in the
-page cache (posix_fadvise), in fresh processes. Writes benchmarks/results/checkpoint_cpu.md; about 6 minutes on 2 cores.
+A model of SmolLM2-135M's shape with random weights, ZeRO-3, two ranks. Every arm starts from files
+that are not in the page cache (posix_fadvise), in fresh processes. Writes
+benchmarks/results/checkpoint_cpu.md; about 6 minutes on 2 cores.
 
-In: nothing but the debug recipe's tokenizer. Out: seconds and bytes. Bytes asked for are counted where they are asked
-for: by the pass over checksums and by each slice that is filled. Bytes from the disk are the kernel's (`read_bytes` in
+In: nothing but the debug recipe's tokenizer. Out: seconds and bytes. Bytes asked for are counted
+    where they are asked
+for: by the pass over checksums and by each slice that is filled. Bytes from the disk are the
+    kernel's (`read_bytes` in
 /proc/PID/io, which sees memory-mapped files, too).
 """
 
@@ -46,7 +50,7 @@ SHAPE = {
 VERSIONS = ("torch", "deepspeed", "transformers", "safetensors")
 
 
-# ----------------------------------------------------------------------------------------------- in a rank
+# ---------------------------------------------------------------------------------------- in a rank
 
 
 def work(order: dict[str, Any]) -> None:
@@ -136,7 +140,9 @@ def run_state(step: int) -> Any:
 
 
 def save_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
-    """Seconds that a save takes from training, three ways in turn; leaves a checkpoint of each kind."""
+    """Seconds that a save takes from training, three ways in turn; leaves a checkpoint of each
+    kind.
+    """
     engine = build(folder)
     plain_s = [step_s(engine) for _ in range(4)][1:]
     one_s = statistics.median(plain_s)
@@ -163,7 +169,9 @@ def save_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
 
 
 def resume_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
-    """Seconds and bytes of a resume, as train.py makes it; then, where asked for, a save by this world."""
+    """Seconds and bytes of a resume, as train.py makes it; then, where asked for, a save by this
+    world.
+    """
     from trainer import dist
     from trainer.checkpoint import checkpoint
     from trainer.engine import sharded_state
@@ -213,7 +221,7 @@ def universal_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
 ARMS = {"save": save_arm, "resume": resume_arm, "universal": universal_arm}
 
 
-# ----------------------------------------------------------------------------------------------- bytes
+# -------------------------------------------------------------------------------------------- bytes
 
 
 def _io(key: str) -> int:
@@ -248,7 +256,7 @@ def forget(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-# ----------------------------------------------------------------------------------------------- the arms, in turn
+# -------------------------------------------------------------------------------- the arms, in turn
 
 
 def run_arm(arm: str, world: int, folder: Path, **order: Any) -> dict[str, Any]:

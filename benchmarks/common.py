@@ -1,9 +1,11 @@
-"""Shared by the side-by-side benchmarks: run an arm in a fresh process, time it from outside, say where it ran.
+"""Shared by the side-by-side benchmarks: run an arm in a fresh process, time it from outside, say
+where it ran.
 
-In: a `Job`, the same for every arm, and a command that writes one JSON line a step into a metrics.jsonl.
+In: a `Job`, the same for every arm, and a command that writes one JSON line a step into a
+    metrics.jsonl.
 Out: a `Run`: those lines, when each one landed by this process's clock, the arm's peak memory.
-All arms are measured alike, ours too: nothing an arm says about its own speed is used, only its counts of tokens.
-This process imports no torch and computes nothing while an arm runs.
+All arms are measured alike, ours too: nothing an arm says about its own speed is used, only its
+counts of tokens. This process imports no torch and computes nothing while an arm runs.
 """
 
 from __future__ import annotations
@@ -49,7 +51,8 @@ class Job:
     activation_checkpointing: str = "none"
     packed: bool = True
     liger: bool = False
-    grad_dtype: str = "float32"  # of accumulation, in the loop and in packhorse; their master weights are fp32 always
+    # of accumulation, in the loop and in packhorse; their master weights are fp32 always
+    grad_dtype: str = "float32"
     deepspeed: str = "ds_configs/zero1.json"  # packhorse's template
     trl: dict[str, object] = field(
         default_factory=dict
@@ -62,7 +65,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Run:
-    """One arm, run once. `lines[i]` landed at `arrived_s[i]`; the first `skip` steps are warm-up and not timed."""
+    """One arm, run once. `lines[i]` landed at `arrived_s[i]`; the first `skip` steps are warm-up
+    and not timed.
+    """
 
     lines: list[dict[str, float]]
     arrived_s: list[float]
@@ -143,9 +148,11 @@ def run_arm(
     steps: int,
     limit_s: float,
 ) -> Run:
-    """Run `command` until `steps` lines have landed in `metrics`, noting when each did (to POLL_S); then end it.
+    """Run `command` until `steps` lines have landed in `metrics`, noting when each did (to POLL_S);
+    then end it.
 
-    What an arm does after its last step (saving, a model card) is not part of the comparison, and is not waited for.
+    What an arm does after its last step (saving, a model card) is not part of the comparison, and
+    is not waited for.
 
     Raises:
         ArmFailed: it ended before its last line, or ran past `limit_s`.
@@ -217,7 +224,9 @@ def peak_rss(pid: int) -> float:
 
 
 def with_tokens(line: dict[str, float]) -> dict[str, float]:
-    """A line of packhorse gives its real tokens as a rate and a time; the other arms count them in `tokens`."""
+    """A line of packhorse gives its real tokens as a rate and a time; the other arms count them in
+    `tokens`.
+    """
     if "tokens" in line:
         return line
     return {**line, "tokens": float(round(line["perf/tokens_per_s"] * line["perf/step_s"]))}
@@ -248,7 +257,9 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def machine(packages: tuple[str, ...]) -> str:
-    """Where it ran: processor, cores, memory; versions of Python and `packages`. Two Markdown items."""
+    """Where it ran: processor, cores, memory; versions of Python and `packages`. Two Markdown
+    items.
+    """
     cpu = Path("/proc/cpuinfo").read_text()
     names = [
         line.split(":")[1].strip() for line in cpu.splitlines() if line.startswith("model name")

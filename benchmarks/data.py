@@ -1,12 +1,13 @@
-"""Rows to packed, masked tokens: packhorse beside TRL's SFTTrainer and beside a plain `datasets.map`, on CPU.
+"""Rows to packed, masked tokens: packhorse beside TRL's SFTTrainer and beside a plain
+`datasets.map`, on CPU.
 
     python benchmarks/data.py [--model DIR] [--data gsm8k_train.jsonl] [--times 8] [--rounds 3]
 
-All arms read the same JSONL and leave what training maps into memory: tokens, what is trained of them, packed rows.
-Each round runs every arm on one core and on two, in a fresh process that is bound to so many cores; rounds alternate.
-The clock is this process's: from the line that an arm writes when its libraries and tokenizer are loaded to the line
-after its work. Nothing is in a cache.
-Writes benchmarks/results/data_cpu.md. Needs the extra `bench` (TRL).
+All arms read the same JSONL and leave what training maps into memory: tokens, what is trained of
+them, packed rows. Each round runs every arm on one core and on two, in a fresh process that is
+bound to so many cores; rounds alternate. The clock is this process's: from the line that an arm
+writes when its libraries and tokenizer are loaded to the line after its work. Nothing is in a
+cache. Writes benchmarks/results/data_cpu.md. Needs the extra `bench` (TRL).
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """What an arm made: (real) tokens, those trained, and rows; and the seconds that it took, by the clock outside."""
+    """What an arm made: (real) tokens, those trained, and rows; and the seconds that it took, by
+    the clock outside.
+    """
 
     tokens: int
     trained: int
@@ -159,7 +162,7 @@ def timed(arm: str, job: Job) -> Done:
     return Done(**result, seconds=seconds)
 
 
-# ----------------------------------------------------------------------------------------------- arms
+# --------------------------------------------------------------------------------------------- arms
 
 
 def run_arm(arm: str, job: Job) -> None:
@@ -255,7 +258,8 @@ def marked(template: str) -> str:
     old = "{{'<|im_start|>' + message['role'] + '\n' + " + content + " + '\n'}}"
     assert old in template, "this benchmark knows SmolLM2's template"
     new = (
-        "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}{% generation %}{{ "
+        "{{'<|im_start|>' + message['role'] + '\n'}}{% if message['role'] == 'assistant' %}{% "
+        "generation %}{{ "
         + content
         + " }}{% endgeneration %}{% else %}{{ "
         + content
@@ -265,7 +269,9 @@ def marked(template: str) -> str:
 
 
 def plain_map(arm: str, job: Job) -> Callable[[], Done]:
-    """What one writes by hand: render and tokenize batches, mask what the prompt's tokens are, fill rows in turn."""
+    """What one writes by hand: render and tokenize batches, mask what the prompt's tokens are, fill
+    rows in turn.
+    """
     from datasets import Dataset
     from transformers import AutoTokenizer
 
@@ -299,7 +305,9 @@ def plain_map(arm: str, job: Job) -> Callable[[], Done]:
 
 
 def counted(packed: Any) -> Done:
-    """The tokens of an Arrow dataset of packed rows, counted in Arrow: a part of a second, in both arms alike."""
+    """The tokens of an Arrow dataset of packed rows, counted in Arrow: a part of a second, in both
+    arms alike.
+    """
     import pyarrow.compute
 
     pc: Any = pyarrow.compute  # its functions are made as it is imported
@@ -312,7 +320,7 @@ def counted(packed: Any) -> Done:
     return Done(tokens, trained, len(packed))
 
 
-# ----------------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------------- the report
 
 
 def report(
@@ -326,10 +334,12 @@ def report(
         "# Preparing data beside TRL and a plain `datasets.map`, on CPU",
         f"`{command}`",
         machine(VERSIONS),
-        f"{options.data.name}, {options.times} times over ({rows:,} rows), the tokenizer and template of "
-        f"{options.model.name}, rows of {options.seq_len}; {options.rounds} alternating rounds, a fresh process "
-        "each, median (lowest to highest). From a JSONL file to masked, packed rows that training can map into memory."
-        + busy(load),
+        f"{options.data.name}, {options.times} times over ({rows:,} rows), the tokenizer and "
+        f"template of "
+        f"{options.model.name}, rows of {options.seq_len}; {options.rounds} alternating rounds, a "
+        f"fresh process "
+        "each, median (lowest to highest). From a JSONL file to masked, packed rows that training "
+        "can map into memory." + busy(load),
         *(
             f"## {cores} core{'s' * (cores > 1)}\n\n{speed_table(runs, cores, options.seq_len)}"
             for cores in (1, 2)
@@ -344,7 +354,8 @@ def busy(load: float) -> str:
     if load < 0.5:
         return ""
     return (
-        f" The machine was busy with other work (load {load:.1f} before the start), so this table says little: run "
+        f" The machine was busy with other work (load {load:.1f} before the start), so this table "
+        f"says little: run "
         "the command on a quiet one."
     )
 
@@ -384,7 +395,8 @@ def aims(runs: dict[tuple[str, int], list[Done]]) -> str:
         got = statistics.median(ratios(runs, faster, cores))
         met = "met" if got >= AIM else "NOT met"
         lines.append(
-            f"- aim on {cores} core{'s' * (cores > 1)}: at least {AIM:g} x {LABELS[faster]}: {got:.2f}, {met}"
+            f"- aim on {cores} core{'s' * (cores > 1)}: at least {AIM:g} x {LABELS[faster]}: "
+            f"{got:.2f}, {met}"
         )
     return "\n".join(lines)
 

@@ -2,11 +2,13 @@
 
     python benchmarks/data_scale.py [--rows 100000,500000,2000000]
 
-For each number: synthetic rows of about 200 tokens as JSONL; then, each in a fresh process, `prepare` builds the cache
-and packs, `again` finds it, `train` makes the plan and the batches of its last 1,000 steps. Rows are plain texts, and
-the tokenizer, which is made here, takes words as tokens: what is measured is memory, not speed. Peaks are looked up
-twice a second in /proc/PID/smaps_rollup, anonymous pages apart from those of mapped files, which the system takes back
-when it needs them. Writes benchmarks/results/data_scale_cpu.md. Needs about 4 GB of disk for 2,000,000 rows.
+For each number: synthetic rows of about 200 tokens as JSONL; then, each in a fresh process,
+`prepare` builds the cache and packs, `again` finds it, `train` makes the plan and the batches of
+its last 1,000 steps. Rows are plain texts, and the tokenizer, which is made here, takes words as
+tokens: what is measured is memory, not speed. Peaks are looked up twice a second in
+/proc/PID/smaps_rollup, anonymous pages apart from those of mapped files, which the system takes
+back when it needs them. Writes benchmarks/results/data_scale_cpu.md. Needs about 4 GB of disk for
+2,000,000 rows.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ STEPS = 1000  # of the plan, made into batches
 
 @dataclass(frozen=True)
 class Peak:
-    """Of one part: its seconds, and the highest MiB of anonymous and of mapped pages of the main process, and of
-    anonymous pages of the largest of its workers. `says` is what it reports itself."""
+    """Of one part: its seconds, and the highest MiB of anonymous and of mapped pages of the main
+    process, and of anonymous pages of the largest of its workers. `says` is what it reports itself.
+    """
 
     seconds: float
     anonymous: float
@@ -106,7 +109,7 @@ def smaps(pid: int) -> tuple[float, float]:
     return kib["Anonymous:"] / 1024, (kib["Rss:"] - kib["Anonymous:"]) / 1024
 
 
-# ----------------------------------------------------------------------------------------------- the rows
+# ----------------------------------------------------------------------------------------- the rows
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -134,7 +137,7 @@ def make_rows(path: Path, count: int) -> None:
             file.write(f'{{"text": "{" ".join(pool[start : start + draw.randint(140, 260)])}"}}\n')
 
 
-# ----------------------------------------------------------------------------------------------- the parts
+# ---------------------------------------------------------------------------------------- the parts
 
 
 def run_part(part: str, work: Path) -> None:
@@ -174,13 +177,14 @@ def run_part(part: str, work: Path) -> None:
     print(json.dumps(says))
 
 
-# ----------------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------------- the report
 
 
 def report(found: dict[int, dict[str, Peak]]) -> str:
     command = shlex.join(["python", "benchmarks/data_scale.py", *sys.argv[1:]])
     head = [
-        "rows", "file, GiB", "tokens", "prepare: anonymous", "its largest worker", "train: before the data",
+        "rows", "file, GiB", "tokens", "prepare: anonymous", "its largest worker", "train: before "
+                                                                                   "the data",
         "train: with plan", "train: peak", "mapped", "found again, by one start and the next",
     ]  # fmt: skip
     lines = []

@@ -1,25 +1,30 @@
-"""One CUDA card: packhorse, TRL with Liger and a bare loop on 1.5B- and 8B-shaped random models, rows of 8192.
+"""One CUDA card: packhorse, TRL with Liger and a bare loop on 1.5B- and 8B-shaped random models,
+rows of 8192.
 
     python benchmarks/gpu.py [--only 8B] [--rounds 1] [--budget-s 440]
     python benchmarks/gpu.py --tiny                                          (CPU, a dry run)
 
-Shapes of Qwen2.5-1.5B and Llama-3.1-8B, weights random, rows packed from random documents: speed does not depend on
-what they say. Reports real tokens per second (clock and counts as in common.py), MFU and the card's peak memory;
-writes benchmarks/results/gpu_CARD.md. MFU counts what the model needs: 6 FLOPs a weight and token, the head at trained
-positions, attention over causal pairs within documents; recomputation is not counted. Alike for every arm.
+Shapes of Qwen2.5-1.5B and Llama-3.1-8B, weights random, rows packed from random documents: speed
+does not depend on what they say. Reports real tokens per second (clock and counts as in common.py),
+MFU and the card's peak memory; writes benchmarks/results/gpu_CARD.md. MFU counts what the model
+needs: 6 FLOPs a weight and token, the head at trained positions, attention over causal pairs within
+documents; recomputation is not counted. Alike for every arm.
 
-Attention is torch's varlen kernel in all arms: it is handed to TRL too, which without flash-attn would build a
-mask of T x T. What fits where, on a card of 141 GB (weights W in billions, bf16 2 W, fp32 master and moments 12 W):
+Attention is torch's varlen kernel in all arms: it is handed to TRL too, which without flash-attn
+would build a mask of T x T. What fits where, on a card of 141 GB (weights W in billions, bf16 2 W,
+fp32 master and moments 12 W):
   1.5B  packhorse ZeRO-1, gradients in fp32 (4 W): 18 W = 28 GB and activations, no recomputation.
   8B    fp32 gradients would make 18 W = 145 GB: too much. Gradients accumulate in bf16 instead (16 W = 128 GB), stated
-        in the table; ZeRO-3, as its update goes by sub-groups and never holds all gradients in fp32. Optimizer
-        offload would hold 16 W = 128 GB in host memory, which the machine aimed at (128 GiB) does not have to spare.
+        in the table; ZeRO-3, as its update goes by sub-groups and never holds all gradients in
+        fp32. Optimizer offload would hold 16 W = 128 GB in host memory, which the machine aimed at
+        (128 GiB) does not have to spare.
   TRL   keeps weights, gradients and moments in bf16 (8 W), its fastest way and a coarser update than the others'.
 
-Needs torch >= 2.11 for CUDA and transformers >= 5.17 on the machine; no network. Wheels to bring where missing
-(built beforehand where the index has a source archive only): deepspeed (build it), hjson, liger-kernel, trl, datasets,
-dill, multiprocess, accelerate, pydantic, pydantic-core, annotated-types, typing-inspection, httpx2, httpcore2,
-truststore, rensa, jsonschema, jsonschema-specifications, referencing, rpds-py.
+Needs torch >= 2.11 for CUDA and transformers >= 5.17 on the machine; no network. Wheels to bring
+where missing (built beforehand where the index has a source archive only): deepspeed (build it),
+hjson, liger-kernel, trl, datasets, dill, multiprocess, accelerate, pydantic, pydantic-core,
+annotated-types, typing-inspection, httpx2, httpcore2, truststore, rensa, jsonschema,
+jsonschema-specifications, referencing, rpds-py.
 """
 
 from __future__ import annotations
@@ -91,7 +96,9 @@ TINY |= {"intermediate_size": 128, "vocab_size": 512}
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of the table: `program` is packhorse or an arm of arms.py, `fields` what it changes in the job."""
+    """One line of the table: `program` is packhorse or an arm of arms.py, `fields` what it changes
+    in the job.
+    """
 
     program: str
     label: str
@@ -205,7 +212,7 @@ def card_name() -> str:
     )
 
 
-# ----------------------------------------------------------------------------------------------- what is run
+# -------------------------------------------------------------------------------------- what is run
 
 
 def make_case(case: Case, options: argparse.Namespace, work: Path) -> Job:
@@ -245,7 +252,9 @@ def make_case(case: Case, options: argparse.Namespace, work: Path) -> Job:
 
 
 def write_documents(path: Path, tokens: int, seq_len: int) -> None:
-    """Random words, log-normal lengths, at least `tokens` tokens in all (no token has over 4 letters on average)."""
+    """Random words, log-normal lengths, at least `tokens` tokens in all (no token has over 4
+    letters on average).
+    """
     draw = random.Random(0)
     letters, made = "abcdefghijklmnopqrstuvwxyz     ", 0
     with path.open("w") as out:
@@ -308,12 +317,13 @@ def run_one(
     return run
 
 
-# ----------------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------------- the report
 
 
 def flops_per_token(shape: dict[str, Any], trained_share: float, pairs_per_token: float) -> float:
-    """Training FLOPs a real token: 6 a weight (Kaplan et al. 2020), and 6 a channel of attention and pair of
-    positions a layer, pairs being L^2 of a document of L tokens (half of it causal; scores and values)."""
+    """Training FLOPs a real token: 6 a weight (Kaplan et al. 2020), and 6 a channel of attention
+    and pair of positions a layer, pairs being L^2 of a document of L tokens (half of it causal;
+    scores and values)."""
     hidden, layers, heads = (
         shape["hidden_size"],
         shape["num_hidden_layers"],
@@ -354,9 +364,12 @@ def write_report(rows: list[list[str]], card: str, options: argparse.Namespace) 
         f"`python {' '.join(['benchmarks/gpu.py', *sys.argv[1:]])}`",
         machine(VERSIONS),
         f"Random weights and documents, rows of {256 if options.tiny else 8192}, "
-        f"{options.steps - options.warmup} timed steps after {options.warmup}, rounds: {options.rounds}. "
-        "Attention: torch's varlen kernel in all arms. Memory: the whole card's, caches included, as nvidia-smi reads "
-        f"it twice a second. {modes} packhorse and the loop keep fp32 master weights and moments, TRL keeps bf16.",
+        f"{options.steps - options.warmup} timed steps after {options.warmup}, rounds: "
+        f"{options.rounds}. "
+        "Attention: torch's varlen kernel in all arms. Memory: the whole card's, caches included, "
+        "as nvidia-smi reads "
+        f"it twice a second. {modes} packhorse and the loop keep fp32 master weights and moments, "
+        f"TRL keeps bf16.",
         table(head, rows),
     ]
     text = "\n\n".join(parts) + "\n"

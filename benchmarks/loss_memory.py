@@ -1,10 +1,13 @@
-"""Peak memory of the loss against vocabulary and tokens, for each kernel: the head's weight and gradient left out.
+"""Peak memory of the loss against vocabulary and tokens, for each kernel: the head's weight and
+gradient left out.
 
-    python benchmarks/loss_memory.py [--hidden 1024] [--tokens 512,2048] [--vocabularies 8192,...,262144]
+    python benchmarks/loss_memory.py [--hidden 1024] [--tokens 512,2048] [--vocabularies
+    8192,...,262144]
 
-Memory is what forward and backward hold at most beyond what lay there before and beyond the weight's gradient. On a
-GPU the allocator counts it; on a CPU torch's profiler does, from every allocation and release. Prints a markdown
-table and writes it to benchmarks/results/loss_memory_<device>.md.
+Memory is what forward and backward hold at most beyond what lay there before and beyond the
+weight's gradient. On a GPU the allocator counts it; on a CPU torch's profiler does, from every
+allocation and release. Prints a markdown table and writes it to
+benchmarks/results/loss_memory_<device>.md.
 """
 
 from __future__ import annotations

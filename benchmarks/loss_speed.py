@@ -1,10 +1,12 @@
-"""Time of the loss, forward and backward, for each kernel on heads of real models; beside it how exact and how big.
+"""Time of the loss, forward and backward, for each kernel on heads of real models; beside it how
+exact and how big.
 
     python benchmarks/loss_speed.py [--rounds 5]      python benchmarks/loss_speed.py --tiny    (a dry run)
 
-Liger stands there with c = 1, its own, and c = LIGER_HIDDEN, ours: it makes the logits of c x hidden x tokens /
-vocabulary positions at a time. Errors are of the hidden states' gradient and of the weight's, against fp32. Prints a
-markdown table and writes it to benchmarks/results/loss_speed_<device>.md.
+Liger stands there with c = 1, its own, and c = LIGER_HIDDEN, ours: it makes the logits of c x
+hidden x tokens / vocabulary positions at a time. Errors are of the hidden states' gradient and of
+the weight's, against fp32. Prints a markdown table and writes it to
+benchmarks/results/loss_speed_<device>.md.
 """
 
 from __future__ import annotations

@@ -2,8 +2,9 @@
 
     python benchmarks/planner.py [--model DIR] [--ranks 2] [--dtype bfloat16]
 
-Each template of ds_configs/ (but NVMe's, whose states are files) trains one step; weights, gradients, fp32 weights and
-moments are the buffers of the fullest rank. Writes benchmarks/results/planner_<device>.md.
+Each template of ds_configs/ (but NVMe's, whose states are files) trains one step; weights,
+gradients, fp32 weights and moments are the buffers of the fullest rank. Writes
+benchmarks/results/planner_<device>.md.
 """
 
 from __future__ import annotations
@@ -138,12 +139,15 @@ def report(options: argparse.Namespace, found: dict[str, Any]) -> str:
         "# The planner beside DeepSpeed's own buffers",
         f"`{command}`",
         machine(("torch", "deepspeed", "transformers")),
-        f"{options.model.name}, {options.dtype}, {options.ranks} ranks: MiB that the fullest rank holds after a step, "
+        f"{options.model.name}, {options.dtype}, {options.ranks} ranks: MiB that the fullest rank "
+        f"holds after a step, "
         "and by how many bytes the plan is above it, over the four parts.",
         table(head, rows),
         *(["Left out:", "\n".join(refused)] if refused else []),
-        "Activations are compared with what a forward saves in tests/unit/test_memory.py. On a GPU a run itself logs, "
-        "after its first steps, the peak that was predicted beside the one that torch's allocator counted.",
+        "Activations are compared with what a forward saves in tests/unit/test_memory.py. On a GPU "
+        "a run itself logs, "
+        "after its first steps, the peak that was predicted beside the one that torch's allocator "
+        "counted.",
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -1,11 +1,14 @@
-"""packhorse beside TRL's SFTTrainer and beside a bare loop, on CPU: same model, data, dtype, tokens a step.
+"""packhorse beside TRL's SFTTrainer and beside a bare loop, on CPU: same model, data, dtype, tokens
+a step.
 
     python benchmarks/vs_trl.py [--model DIR] [--data gsm8k_train.jsonl] [--rounds 3] [--arms a,b,c]
 
-Each round runs every arm once, in a fresh process on all cores; rounds alternate (A B C D, A B C D, ...), so that a
-machine that slows down slows all of them. The clock is this process's (common.run_arm): from the end of the warm-up
-steps to the end of the last one, data loading and logging inside, tokenizing and loading outside, for all arms.
-Writes benchmarks/results/vs_trl_cpu.md. Needs the extra `bench` (TRL); about 40 minutes at the defaults on 2 cores.
+Each round runs every arm once, in a fresh process on all cores; rounds alternate (A B C D, A B C D,
+...), so that a machine that slows down slows all of them. The clock is this process's
+(common.run_arm): from the end of the warm-up steps to the end of the last one, data loading and
+logging inside, tokenizing and loading outside, for all arms. Writes
+benchmarks/results/vs_trl_cpu.md. Needs the extra `bench` (TRL); about 40 minutes at the defaults on
+2 cores.
 """
 
 from __future__ import annotations
@@ -41,9 +44,10 @@ DATA = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
 VERSIONS = ("torch", "transformers", "trl", "deepspeed", "datasets", "accelerate")
 DEFAULT_ARMS = "trl_best,trl_default,loop,loop_products,packhorse"
 
-# What TRL is given over its defaults, arm by arm: fields of `Job`, and under `trl` those of SFTConfig.
-# trl_best is packed and keeps documents apart, as those after it; `--arms` measures them side by side. It attends
-# eagerly: on two cores of an AMD EPYC that was the fastest of them by a fifth, on an Intel Xeon sdpa was as fast.
+# What TRL is given over its defaults, arm by arm: fields of `Job`, and under `trl` those of
+# SFTConfig. trl_best is packed and keeps documents apart, as those after it; `--arms` measures them
+# side by side. It attends eagerly: on two cores of an AMD EPYC that was the fastest of them by a
+# fifth, on an Intel Xeon sdpa was as fast.
 BEST: dict[str, Any] = {
     "gradient_checkpointing": False,
     "bf16": False,
@@ -91,7 +95,8 @@ def main() -> None:
             run = run_one(arm, job, options, work)
             runs[arm].append(run)
             print(
-                f"round {number} {arm:12} {run.rate('tokens'):6.1f} real tokens/s, peak {run.peak_rss_gib:.2f} GiB",
+                f"round {number} {arm:12} {run.rate('tokens'):6.1f} real tokens/s, peak "
+                f"{run.peak_rss_gib:.2f} GiB",
                 flush=True,
             )
     text = report(runs, options)
@@ -135,7 +140,8 @@ def parse() -> argparse.Namespace:
     for path in (options.model, options.data):
         if not path.exists():
             parser.error(
-                f"{path} does not exist; `make demo` fetches the model, and --data takes any such JSONL"
+                f"{path} does not exist; `make demo` fetches the model, and --data takes any such "
+                f"JSONL"
             )
     unknown = set(options.arms) - set(KNOWN)
     if unknown:
@@ -143,7 +149,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
-# ----------------------------------------------------------------------------------------------- running
+# ------------------------------------------------------------------------------------------ running
 
 
 def shared_job(options: argparse.Namespace, work: Path) -> Job:
@@ -164,7 +170,9 @@ def shared_job(options: argparse.Namespace, work: Path) -> Job:
 
 
 def environment() -> dict[str, str]:
-    """Alike for every arm: all cores, freed memory kept by the allocator (as our launcher has it), no network."""
+    """Alike for every arm: all cores, freed memory kept by the allocator (as our launcher has it),
+    no network.
+    """
     cores = str(len(os.sched_getaffinity(0)))
     return {
         "OMP_NUM_THREADS": cores,
@@ -177,7 +185,9 @@ def environment() -> dict[str, str]:
 
 
 def run_prepare(job: Job, work: Path) -> None:
-    """Tokenize and pack for the arms that are not packhorse, in a process of its own: this one stays small."""
+    """Tokenize and pack for the arms that are not packhorse, in a process of its own: this one
+    stays small.
+    """
     command, _ = arm_command("prepare", job, work)
     subprocess.run(command, check=True, env={**os.environ, **environment()})
 
@@ -230,7 +240,7 @@ def documents_per_step(job: Job) -> int:
     )
 
 
-# ----------------------------------------------------------------------------------------------- the report
+# --------------------------------------------------------------------------------------- the report
 
 
 def report(runs: dict[str, list[Run]], options: argparse.Namespace) -> str:
@@ -241,10 +251,12 @@ def report(runs: dict[str, list[Run]], options: argparse.Namespace) -> str:
         "# packhorse beside TRL, on CPU",
         f"`{command}`",
         machine(VERSIONS),
-        f"{options.model.name}, {options.data.name}, rows of {options.seq_len}, {options.rows} rows a step "
+        f"{options.model.name}, {options.data.name}, rows of {options.seq_len}, {options.rows} "
+        f"rows a step "
         f"(about {first.lines[0]['tokens']:.0f} tokens), bf16, learning rate 2e-5, no decay, "
         f"{options.steps - options.warmup} timed steps after "
-        f"{options.warmup}; {options.rounds} alternating rounds, a fresh process each, median (lowest to highest).",
+        f"{options.warmup}; {options.rounds} alternating rounds, a fresh process each, median "
+        f"(lowest to highest).",
         speed_table(runs),
         ratio_lines(runs),
         "## Loss by step",
@@ -281,7 +293,8 @@ def ratio_lines(runs: dict[str, list[Run]]) -> str:
         if arm in runs and "packhorse" in runs:
             got = statistics.median(ratios(runs, arm))
             lines.append(
-                f"- aim: at least {aim:g} x {LABELS[arm]}: {got:.2f}, {'met' if got >= aim else 'NOT met'}"
+                f"- aim: at least {aim:g} x {LABELS[arm]}: {got:.2f}, "
+                f"{'met' if got >= aim else 'NOT met'}"
             )
     return "\n".join(lines)
 

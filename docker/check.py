@@ -1,7 +1,8 @@
-"""What there is to train with: versions, GPUs, kernels, limits, as a table. `python docker/check.py [--gpus N]`
+"""What there is to train with: versions, GPUs, kernels, limits, as a table. `python docker/check.py
+[--gpus N]`
 
-Exit code 0: everything that this image, or this installation, is made for is there and loads. 1: something is not,
-and the last lines say what, and what to do.
+Exit code 0: everything that this image, or this installation, is made for is there and loads. 1:
+something is not, and the last lines say what, and what to do.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def gpus(asked: int | None) -> list[Row]:
 
 
 def kernels() -> list[Row]:
-    """What attention and the loss run through here, as the trainer itself chooses, and flash-attn if it is in."""
+    """What attention and the loss run through here, as the trainer itself chooses, and flash-attn
+    if it is in.
+    """
     from trainer.model.attention import choose
     from trainer.model.loss import choose_kernel
 

@@ -1,7 +1,9 @@
-"""Whether the packhorse of this container runs: its processes are there, and none of them is stopped or dead.
+"""Whether the packhorse of this container runs: its processes are there, and none of them is
+stopped or dead.
 
-For a HEALTHCHECK, so it is cheap: it reads /proc, and imports nothing that takes time. Whether the run moves on is
-watched from inside, by every rank: one that stands still ends the run, with exit code 1 (guard.hang_factor).
+For a HEALTHCHECK, so it is cheap: it reads /proc, and imports nothing that takes time. Whether the
+run moves on is watched from inside, by every rank: one that stands still ends the run, with exit
+code 1 (guard.hang_factor).
 """
 
 import sys
@@ -28,7 +30,9 @@ def processes(proc: Path) -> dict[int, str]:
 
 
 def _is_ours(command: list[bytes]) -> bool:
-    """`python /opt/venv/bin/packhorse train ...`, and its workers, `python -m trainer.cli.main train ...`."""
+    """`python /opt/venv/bin/packhorse train ...`, and its workers, `python -m trainer.cli.main
+    train ...`.
+    """
     return any(word == b"trainer.cli.main" or word.endswith(b"/packhorse") for word in command[1:3])
 
 

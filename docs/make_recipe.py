@@ -1,4 +1,6 @@
-"""Writes docs/recipe.md, the reference of all keys, from the recipe's own types: python docs/make_recipe.py"""
+"""Writes docs/recipe.md, the reference of all keys, from the recipe's own types: python
+docs/make_recipe.py
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Writes docs/scale.md, what models of three sizes need, with the arithmetic: python docs/make_scale.py"""
+"""Writes docs/scale.md, what models of three sizes need, with the arithmetic: python
+docs/make_scale.py
+"""
 
 from __future__ import annotations
 

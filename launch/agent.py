@@ -1,8 +1,8 @@
-"""Torch's elastic agent, with what a launcher of training runs needs beside: signals for the workers, a watch on
-the other nodes, and starts that carry nothing over from the last one.
+"""Torch's elastic agent, with what a launcher of training runs needs beside: signals for the
+workers, a watch on the other nodes, and starts that carry nothing over from the last one.
 
-A round is one start of workers, on all nodes that met for it. Another one follows where workers failed, a node was
-lost, or one came back, as long as restarts are left.
+A round is one start of workers, on all nodes that met for it. Another one follows where workers
+failed, a node was lost, or one came back, as long as restarts are left.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Agent(LocalElasticAgent):
     """Starts, watches and restarts the workers of one node.
 
     Args:
-        preflight: called with the round's store, this node's number, the number of nodes and the round's name, where
-            there are several; what it raises ends this launcher.
+        preflight: called with the round's store, this node's number, the number of nodes and the
+            round's name, where there are several; what it raises ends this launcher.
     """
 
     def __init__(
@@ -44,7 +44,8 @@ class Agent(LocalElasticAgent):
         self.lost: str | None = None  # the nodes that fell silent in this round
         self._stop_file = run_dir / STOP_FILE
         self._peers: Peers | None = None
-        # once its workers are done, a node waits for the others' last words; one that dies meanwhile is missed
+        # once its workers are done, a node waits for the others' last words; one that dies
+        # meanwhile is missed
         super().__init__(spec, self.logs, exit_barrier_timeout=_DAY_S)
 
     def workers(self) -> list[Any]:
@@ -76,8 +77,8 @@ class Agent(LocalElasticAgent):
             self._peers.close()
         self.lost = None
         self._stop_file.unlink(missing_ok=True)  # the last round's, whose workers have ended
-        # torch 2.13 hands the workers' store on from round to round, with addresses of processes that are gone; nodes
-        # other than the first keep the address of its host, too
+        # torch 2.13 hands the workers' store on from round to round, with addresses of processes
+        # that are gone; nodes other than the first keep the address of its host, too
         handler: Any = self._rdzv_handler
         handler._bootstrap_store_info = handler._shared_tcp_store_server = None
         super()._rendezvous(worker_group)  # pyright: ignore[reportCallIssue]
@@ -92,8 +93,8 @@ class Agent(LocalElasticAgent):
         )
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
-        """Start them with the stop signals held back: a worker lets them in when it is ready for them
-        (trainer/dist.py), so that a signal in its first seconds stops it in order, too."""
+        """Start them with the stop signals held back: a worker lets them in when it is ready for
+        them (trainer/dist.py), so that a signal in its first seconds stops it in order, too."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
         try:
             return super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]
@@ -108,12 +109,15 @@ class Agent(LocalElasticAgent):
         elif codes and self._remaining_restarts:
             explain(codes, self)
             say(
-                f"starting again from the last checkpoint, {self._remaining_restarts - 1} restarts left after this one"
+                f"starting again from the last checkpoint, {self._remaining_restarts - 1} restarts "
+                f"left after this one"
             )
         return result
 
     def _stop_workers(self, worker_group: Any) -> None:
-        """Healthy workers are stopped because another node wants in: they save first, however long that takes."""
+        """Healthy workers are stopped because another node wants in: they save first, however long
+        that takes.
+        """
         if worker_group.state == WorkerState.HEALTHY:
             say("a node waits to join: the workers save, and start again with it")
             self._shutdown(timeout=_DAY_S)
@@ -121,7 +125,9 @@ class Agent(LocalElasticAgent):
             self._shutdown()
 
     def _end_round(self, silent: str) -> None:
-        """Other nodes are gone. Workers wait for them without end: killed, they are a failure that torch handles."""
+        """Other nodes are gone. Workers wait for them without end: killed, they are a failure that
+        torch handles.
+        """
         self.lost = silent
         say(f"{silent} fell silent: ending this node's workers, which wait for it")
         if self._in_exit_barrier:
@@ -136,7 +142,9 @@ class Agent(LocalElasticAgent):
 
 
 class RankLogs(LogsSpecs):
-    """Rank 0 writes to this terminal, every other rank to files of its own, in a folder for each round."""
+    """Rank 0 writes to this terminal, every other rank to files of its own, in a folder for each
+    round.
+    """
 
     def __init__(self, root: Path) -> None:
         super().__init__()
@@ -174,8 +182,8 @@ class RankLogs(LogsSpecs):
         return self.folder / f"rank{rank:05d}.{stream}"
 
     def drop_empty(self) -> None:
-        """Leave what there is to read: most ranks say nothing. Other nodes write to the folder, too, and do the same
-        with their own files, perhaps at this moment."""
+        """Leave what there is to read: most ranks say nothing. Other nodes write to the folder,
+        too, and do the same with their own files, perhaps at this moment."""
         for path in self._files:
             if path.exists() and path.stat().st_size == 0:
                 path.unlink()

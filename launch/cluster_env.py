@@ -1,6 +1,7 @@
 """Which nodes a run has, and where they meet, as the scheduler says it in the environment.
 
-- torchrun's own variables, `PET_NNODES` and the like: Kubernetes manifests set them, Kubeflow's trainer does, too.
+- torchrun's own variables, `PET_NNODES` and the like: Kubernetes manifests set them, Kubeflow's
+  trainer does, too.
 - Slurm's, of the step that srun started: one task on each node.
 
 Otherwise there is one node, and nothing is guessed.
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from trainer.datatypes import BadInput
 
 _PORT = 29400  # torchrun's
-_SLURM_PORTS = 3000  # jobs that share a node meet at ports of their own, from _PORT on; ephemeral ones begin above
+# jobs that share a node meet at ports of their own, from _PORT on; ephemeral ones begin above
+_SLURM_PORTS = 3000
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Where:
 def find(environ: Mapping[str, str]) -> Where:
     """
     Raises:
-        BadInput: Slurm started this process in a way that one launcher a node cannot work with, or torchrun's
-            variables ask for what this launcher does not have.
+        BadInput: Slurm started this process in a way that one launcher a node cannot work with, or
+            torchrun's variables ask for what this launcher does not have.
     """
     if "PET_NNODES" in environ:
         return _torchrun(environ)
@@ -78,14 +80,16 @@ def _slurm(environ: Mapping[str, str]) -> Where:
     if "SLURM_STEP_NUM_NODES" not in environ:  # not started by srun
         if environ.get("SLURM_JOB_NUM_NODES", "1") != "1":
             raise BadInput(
-                f"Slurm job {job} has {environ['SLURM_JOB_NUM_NODES']} nodes, and this is one process on one of them: "
+                f"Slurm job {job} has {environ['SLURM_JOB_NUM_NODES']} nodes, and this is one "
+                f"process on one of them: "
                 "start it with srun --ntasks-per-node=1, as slurm/sft_70b.sh does"
             )
         return Where(run_id=job)
     nodes, tasks = environ["SLURM_STEP_NUM_NODES"], environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks != nodes:
         raise BadInput(
-            f"srun started {tasks} tasks on {nodes} nodes: packhorse starts the processes of a node itself; "
+            f"srun started {tasks} tasks on {nodes} nodes: packhorse starts the processes of a "
+            f"node itself; "
             "give srun --ntasks-per-node=1"
         )
     if nodes == "1":

@@ -1,7 +1,8 @@
 """Whether the other launchers of a run are there: heartbeats through the store of the rendezvous.
 
-A killed process resets its connections, and its peers' workers fail at once. A host that dies, or whose link is
-cut, resets nothing: workers wait for it in a collective for as long as NCCL's and gloo's patience lasts.
+A killed process resets its connections, and its peers' workers fail at once. A host that dies, or
+whose link is cut, resets nothing: workers wait for it in a collective for as long as NCCL's and
+gloo's patience lasts.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 BEAT_S = 2.0  # between heartbeats
-SILENT_S = 20.0  # a launcher silent for so long is gone; by the listener's own clock, as nodes' clocks differ
+# a launcher silent for so long is gone; by the listener's own clock, as nodes' clocks differ
+SILENT_S = 20.0
 JUDGE_S = 1.0
 _NOT_YET = "0"
 
@@ -96,8 +98,8 @@ class Peers:
 
 
 def link_is_up() -> bool:
-    """Whether any network interface but the loopback has a carrier. The host of the rendezvous hears nobody when its
-    own link is cut, too, and must not take itself for the only one left."""
+    """Whether any network interface but the loopback has a carrier. The host of the rendezvous
+    hears nobody when its own link is cut, too, and must not take itself for the only one left."""
     get_flags, loopback, up_and_running = (
         0x8913,
         0x8,

@@ -1,13 +1,19 @@
-"""Start the workers of one node, pass signals on to them, and turn what became of them into an exit code (C9).
+"""Start the workers of one node, pass signals on to them, and turn what became of them into an exit
+code (C9).
 
-In: a worker's command and the run folder. Out: 0, 1, 2 or 75 (trainer/datatypes.py). Torch's elastic agent starts
-and watches the processes, inside this one (launch/agent.py). What is done differently from torchrun, and why:
+In: a worker's command and the run folder. Out: 0, 1, 2 or 75 (trainer/datatypes.py). Torch's
+    elastic agent starts
+and watches the processes, inside this one (launch/agent.py). What is done differently from
+torchrun, and why:
 
-- torchrun kills workers 30 s after SIGTERM and dies of SIGUSR1. Here both are passed on, and the workers are
-  waited for however long their save takes.
-- torchrun makes every failure exit code 1. Here a worker's 2 (bad input) stays 2, and a saved run is 75.
-- torchrun waits for a node that is gone as long as its workers do. Here launchers miss each other in seconds.
-- Only rank 0 speaks; the other ranks write to files in the run folder, shown when one of them fails.
+- torchrun kills workers 30 s after SIGTERM and dies of SIGUSR1. Here both are passed on, and the
+  workers are waited for however long their save takes.
+- torchrun makes every failure exit code 1. Here a worker's 2 (bad input) stays 2, and a saved run
+  is 75.
+- torchrun waits for a node that is gone as long as its workers do. Here launchers miss each other
+  in seconds.
+- Only rank 0 speaks; the other ranks write to files in the run folder, shown when one of them
+  fails.
 """
 
 from __future__ import annotations
@@ -42,7 +48,8 @@ from trainer.config.recipe import Recipe
 from trainer.datatypes import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, STOP_FILE, BadInput
 
 _CTRL_C_TO_KILL = 3
-# SIGHUP: the terminal went away. SIGQUIT (Ctrl-\) is left to torch's agent, which ends the workers without a save.
+# SIGHUP: the terminal went away. SIGQUIT (Ctrl-\) is left to torch's agent, which ends the workers
+# without a save.
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _JOIN_S = 600  # for the least number of nodes to come, where nothing else is said
 _LAST_CALL_S = 15  # for more than the least to come
@@ -62,7 +69,8 @@ def launch(
     join_s: int | None = None,
     recipe: Recipe | None = None,
 ) -> int:
-    """Run `python *worker` in `nproc` processes on this node until all have ended. Returns the exit code.
+    """Run `python *worker` in `nproc` processes on this node until all have ended. Returns the exit
+    code.
 
     Args:
         worker: arguments of this Python, as `["-m", "trainer.cli.main", "train", "recipe.yaml"]`.
@@ -71,13 +79,16 @@ def launch(
         endpoint: host:port of the rendezvous; port 0 takes a free one, on a single node only.
         nodes: least and most launchers that meet at the endpoint.
         is_host: whether this node holds the rendezvous; None: found by the endpoint's name.
-        restarts: how often the workers are started again after a failure, with the nodes that are left.
+        restarts: how often the workers are started again after a failure, with the nodes that are
+            left.
         run_id: the same in all launchers of a run, and in no other that meets at the endpoint.
         join_s: seconds that the least number of nodes may take to come; None: ten minutes.
-        recipe: what the nodes are compared for before the workers start (launch/preflight.py); None: they are not.
+        recipe: what the nodes are compared for before the workers start (launch/preflight.py);
+            None: they are not.
 
     Raises:
-        BadInput: more processes than GPUs, the port is in use, nobody answers at the endpoint, or nodes differ.
+        BadInput: more processes than GPUs, the port is in use, nobody answers at the endpoint, or
+            nodes differ.
     """
     nproc = _processes(nproc)
     join_s = join_s or _JOIN_S
@@ -130,7 +141,9 @@ class _NotStartedError(Exception):
 
 @contextmanager
 def _passing_signals(agent: Agent) -> Iterator[None]:
-    """Inside, signals go to the workers, and this process waits for them. A third Ctrl-C kills them."""
+    """Inside, signals go to the workers, and this process waits for them. A third Ctrl-C kills
+    them.
+    """
     interrupts = 0
 
     def pass_on(number: int, _frame: Any) -> None:
@@ -161,7 +174,7 @@ def _passing_signals(agent: Agent) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-# ----------------------------------------------------------------------------------------------- before
+# ------------------------------------------------------------------------------------------- before
 
 
 def _processes(asked: int | None) -> int:
@@ -183,9 +196,12 @@ def parse_nodes(text: str) -> tuple[int, int]:
 
 
 def _set_environment(nproc: int) -> str:
-    """What the workers find there, where the user has not said otherwise; OMP_NUM_THREADS, the cores shared out."""
+    """What the workers find there, where the user has not said otherwise; OMP_NUM_THREADS, the
+    cores shared out.
+    """
     if not torch.cuda.is_available():
-        # a micro-batch's buffers come and go, and to ask the system for their pages anew takes a tenth of a step
+        # a micro-batch's buffers come and go, and to ask the system for their pages anew takes a
+        # tenth of a step
         os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
         os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**40))
     cores = len(os.sched_getaffinity(0))
@@ -200,14 +216,17 @@ def _require_free(endpoint: str) -> None:
             probe.bind((host, int(port)))
         except OSError as error:
             raise BadInput(
-                f"port {port} cannot be used ({error.strerror}): give another --port, or none to take a free one"
+                f"port {port} cannot be used ({error.strerror}): give another --port, or none to "
+                f"take a free one"
             ) from None
 
 
 def _rendezvous(
     endpoint: str, nodes: tuple[int, int], is_host: bool | None, run_id: str, join_s: int
 ) -> RendezvousHandler:
-    """Where the nodes meet: the node that the endpoint names hosts it, the others wait for that one."""
+    """Where the nodes meet: the node that the endpoint names hosts it, the others wait for that
+    one.
+    """
     options: dict[str, Any] = {
         "join_timeout": join_s,
         "last_call_timeout": _LAST_CALL_S,
@@ -231,7 +250,9 @@ def _rendezvous(
 
 
 def _wait_for_host(endpoint: str, end: float) -> None:
-    """Until somebody listens there. Torch's store would wait, too, but fills the log, and in a cluster it can last."""
+    """Until somebody listens there. Torch's store would wait, too, but fills the log, and in a
+    cluster it can last.
+    """
     host, _, port = endpoint.rpartition(":")
     said = False
     while time.monotonic() < end:
@@ -245,7 +266,7 @@ def _wait_for_host(endpoint: str, end: float) -> None:
             time.sleep(1)
 
 
-# ----------------------------------------------------------------------------------------------- after
+# -------------------------------------------------------------------------------------------- after
 
 
 def _conclude(result: RunResult | None, run_dir: Path, agent: Agent) -> int:

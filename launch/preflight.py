@@ -1,8 +1,10 @@
-"""Whether the nodes of a run agree and share its folder, asked in seconds, before their workers start.
+"""Whether the nodes of a run agree and share its folder, asked in seconds, before their workers
+start.
 
-In: the store of the rendezvous, and what this node is. Out: nothing, or BadInput on all nodes alike, which names the
-node at fault. Each launcher publishes its facts, reads everybody's, and judges them as all the others do. A run of one
-node is not asked.
+In: the store of the rendezvous, and what this node is. Out: nothing, or BadInput on all nodes
+    alike, which names the
+node at fault. Each launcher publishes its facts, reads everybody's, and judges them as all the
+others do. A run of one node is not asked.
 """
 
 from __future__ import annotations
@@ -99,7 +101,8 @@ def check(
         stamp: names the round, the same on all nodes.
 
     Raises:
-        BadInput: a node differs from the others, or cannot be used; all nodes raise the same sentence.
+        BadInput: a node differs from the others, or cannot be used; all nodes raise the same
+            sentence.
         NoAnswer: a node did not answer.
     """
     run_dir = Path(recipe.run.dir)
@@ -139,7 +142,7 @@ def check(
         say(f"preflight: {nodes} nodes agree and share {run_dir}, where {free:,.0f} GiB are free")
 
 
-# ----------------------------------------------------------------------------------------------- judging
+# ------------------------------------------------------------------------------------------ judging
 
 
 def names(every: Sequence[Facts]) -> list[str]:
@@ -152,7 +155,9 @@ def names(every: Sequence[Facts]) -> list[str]:
 
 
 def differing(every: Sequence[Facts], hosts: Sequence[str]) -> str | None:
-    """The first node that is not like most of the others, or not like node 0 where no kind is the more common."""
+    """The first node that is not like most of the others, or not like node 0 where no kind is the
+    more common.
+    """
     for package in every[0].versions:
         if odd := _odd([facts.versions[package] for facts in every], hosts):
             host, has, other, usual = odd
@@ -168,14 +173,16 @@ def differing(every: Sequence[Facts], hosts: Sequence[str]) -> str | None:
         host, has, other, usual = odd
         gpus = len(every[hosts.index(host)].gpus)
         return (
-            f"{host} has {gpus} GPUs and starts {has} processes, where {other} starts {usual}; repair or leave out "
+            f"{host} has {gpus} GPUs and starts {has} processes, where {other} starts {usual}; "
+            f"repair or leave out "
             "that node, or give --nproc"
         )
     apart = len({facts.host for facts in every}) > 1
     for facts, host in zip(every, hosts):
         if apart and facts.loopback:
             return (
-                f"{host}'s own name leads to the loopback address, where no other node finds it; correct its "
+                f"{host}'s own name leads to the loopback address, where no other node finds it; "
+                f"correct its "
                 "/etc/hosts, or set GLOO_SOCKET_IFNAME to the network that the nodes share"
             )
     return None
@@ -203,7 +210,8 @@ def unshared(sees: Sequence[Sequence[int]], hosts: Sequence[str], run_dir: Path)
     if not unseen:
         return None
     return (
-        f"run.dir: {run_dir} is not the same folder on all nodes, {hosts[blind]} does not see what {hosts[unseen[0]]} "
+        f"run.dir: {run_dir} is not the same folder on all nodes, {hosts[blind]} does not see what "
+        f"{hosts[unseen[0]]} "
         "wrote there; put it on a file system that all of them share"
     )
 
@@ -214,7 +222,8 @@ def warnings(every: Sequence[Facts], disks: Sequence[Disk], hosts: Sequence[str]
         ahead_s = disk.clock - disks[0].clock
         if abs(ahead_s) > _CLOCKS_S:
             yield (
-                f"{host}'s clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} {hosts[0]}'s, whose "
+                f"{host}'s clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} "
+                f"{hosts[0]}'s, whose "
                 "time is the run's"
             )
     if odd := _odd([facts.gpus for facts in every], hosts):
@@ -228,7 +237,7 @@ def _odd(values: Sequence[Any], hosts: Sequence[str]) -> tuple[str, Any, str, An
     return (hosts[odd[0]], values[odd[0]], hosts[values.index(usual)], usual) if odd else None
 
 
-# ----------------------------------------------------------------------------------------------- this node
+# ---------------------------------------------------------------------------------------- this node
 
 
 def _disk(recipe: Recipe, mine: Path) -> Disk:
@@ -278,7 +287,7 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-# ----------------------------------------------------------------------------------------------- all nodes
+# ---------------------------------------------------------------------------------------- all nodes
 
 
 def _exchange(store: Any, what: str, node: int, hosts: Sequence[str], mine: Any) -> list[Any]:
@@ -293,14 +302,17 @@ def _exchange(store: Any, what: str, node: int, hosts: Sequence[str], mine: Any)
         except RuntimeError:
             silent = ["the rendezvous"]
         raise NoAnswer(
-            f"preflight: {', '.join(silent)} did not answer within {_ANSWER_S:.0f} s; look at its log, and at the file "
+            f"preflight: {', '.join(silent)} did not answer within {_ANSWER_S:.0f} s; look at its "
+            f"log, and at the file "
             "system of run.dir there"
         ) from None
     return [json.loads(value) for value in store.multi_get(keys)]
 
 
 def _leave_together(store: Any, nodes: int) -> None:
-    """The store ends with the launcher that hosts it: it waits until all have read what they judge by."""
+    """The store ends with the launcher that hosts it: it waits until all have read what they judge
+    by.
+    """
     end = time.monotonic() + _ANSWER_S / 10
     with suppress(RuntimeError):  # that one had waited long enough
         left = store.add("packhorse/preflight/judged", 1)

@@ -1,6 +1,7 @@
 """A batch script for Slurm: `slurm.sh` beside this file, with its settings filled in.
 
-`slurm.sh` is a script that runs as it is; slurm/sft_8b.sh and slurm/sft_70b.sh are the same with other settings.
+`slurm.sh` is a script that runs as it is; slurm/sft_8b.sh and slurm/sft_70b.sh are the same with
+other settings.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def render(
     """The script's text. None: as the template has it, which lets the environment say.
 
     Args:
-        options: of sbatch, without their dashes, as `{"nodes": "4-8"}`; the template has a line for each.
+        options: of sbatch, without their dashes, as `{"nodes": "4-8"}`; the template has a line for
+            each.
         recipe: a shell word, already quoted where it needs to be.
         packhorse: the command on all nodes.
         container: an image.
@@ -41,7 +43,8 @@ def render(
     for name, value in options.items():
         if not value.isprintable():
             raise BadInput(
-                f"--{name} {value!r}: a line of #SBATCH cannot hold it; take a name without such characters"
+                f"--{name} {value!r}: a line of #SBATCH cannot hold it; take a name without such "
+                f"characters"
             )
         text = _set(text, rf"#+SBATCH --{name}=", f"#SBATCH --{name}={shlex.quote(value)}")
     text = _set(text, "recipe=", f"recipe={recipe}")

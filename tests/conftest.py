@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-# DeepSpeed compiles its CPU ops on first use, from this environment's sources: builds of two environments in one
-# folder would undo each other.
+# DeepSpeed compiles its CPU ops on first use, from this environment's sources: builds of two
+# environments in one folder would undo each other.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"

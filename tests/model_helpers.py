@@ -73,8 +73,8 @@ def pack(
     weights: Sequence[float],
     keys: Sequence[int] | None = None,
 ) -> Batch:
-    """Documents end to end. `trained[i]` are positions inside document i whose next token is learned, each of
-    them with `weights[i]`; `keys[i]` is its number in the data."""
+    """Documents end to end. `trained[i]` are positions inside document i whose next token is
+    learned, each of them with `weights[i]`; `keys[i]` is its number in the data."""
     lengths = [len(d) for d in ids]
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     positions = torch.tensor(
@@ -111,7 +111,9 @@ def loss_and_gradients(model: SftModel, *batches: Batch) -> tuple[float, dict[st
 
 
 def interpreted(module: str, function: str) -> Any:
-    """What a test's function prints last, as JSON, in a process of its own in which Triton interprets."""
+    """What a test's function prints last, as JSON, in a process of its own in which Triton
+    interprets.
+    """
     done = subprocess.run(
         [sys.executable, "-c", f"from {module} import {function}; {function}()"],
         cwd=Path(__file__).resolve().parents[1],

@@ -1,4 +1,5 @@
-"""Loads a model in shards on the ranks it runs on, and compares it with the plain load; prints what differed.
+"""Loads a model in shards on the ranks it runs on, and compares it with the plain load; prints what
+differed.
 
 python -m tests.model_sharded FOLDER ...    (under tests/ranks.py; DESIGN's C4, C5 and the loader's promises)
 """
@@ -84,7 +85,9 @@ def main(folders: list[str]) -> None:
 def trained(
     plain: Any, sharded: Any, optim: OptimSection, config: dict[str, Any]
 ) -> dict[str, float]:
-    """The loss by the engine after the probe, and by the plain model; and after one step by the engine."""
+    """The loss by the engine after the probe, and by the plain model; and after one step by the
+    engine.
+    """
     batch = pack(documents([9, 5], vocabulary=100), [[2, 3, 4], [1]], [0.25, 0.25])
     module = SftModel(sharded, LossSection(neftune_alpha=0.1), 0, torch.device("cpu"))
     engine = Engine(module, parameter_groups(module, optim), optim, config)

@@ -58,7 +58,8 @@ def pods(made: dict[str, Any]) -> list[Pod]:
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
-    # names: of a JobSet NAME the Job is NAME-node-0, and a pod of an Indexed Job is called by its index
+    # names: of a JobSet NAME the Job is NAME-node-0, and a pod of an Indexed Job is called by its
+    # index
     job = "sft" if "Job" in made else "sft-node-0"
     return [
         Pod(
@@ -78,7 +79,9 @@ def pods(made: dict[str, Any]) -> list[Pod]:
 
 
 def _of_kubeflow(made: dict[str, Any], index: int) -> dict[str, str]:
-    """What the torch plugin of Kubeflow's trainer 2 sets in the container `node`, where the TrainJob has a trainer."""
+    """What the torch plugin of Kubeflow's trainer 2 sets in the container `node`, where the
+    TrainJob has a trainer.
+    """
     return {
         "PET_NNODES": str(made["TrainJob"]["spec"]["trainer"]["numNodes"]),
         "PET_NPROC_PER_NODE": "auto",

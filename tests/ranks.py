@@ -17,7 +17,8 @@ def run_ranks(world: int, command: Sequence[str], timeout_s: float = 300.0) -> l
     """Run `python *command` on `world` ranks of one thread each; what each of them printed.
 
     Raises:
-        AssertionError: a rank failed or the time ran out; the message holds the ends of all outputs.
+        AssertionError: a rank failed or the time ran out; the message holds the ends of all
+            outputs.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

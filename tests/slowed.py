@@ -2,8 +2,8 @@
 
     python -m tests.slowed PLACE RANKS SECONDS RECIPE [KEY=VALUE...]
 
-Every rank writes its process id to `pid-RANK` in the run folder; those named in RANKS (as 0 or 01) make `at-RANK`
-when they first come to the place, and wait there.
+Every rank writes its process id to `pid-RANK` in the run folder; those named in RANKS (as 0 or 01)
+make `at-RANK` when they first come to the place, and wait there.
 """
 
 from __future__ import annotations

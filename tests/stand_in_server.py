@@ -1,4 +1,6 @@
-"""A server whose replies a test decides, for what a real one cannot be made to do: fail, repeat a key, know no name."""
+"""A server whose replies a test decides, for what a real one cannot be made to do: fail, repeat a
+key, know no name.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class PatientServer(ThreadingHTTPServer):
 
 
 class StandIn:
-    """Inside, a server on this machine that answers by `answer(request)`, each request in a thread of its own."""
+    """Inside, a server on this machine that answers by `answer(request)`, each request in a thread
+    of its own.
+    """
 
     def __init__(self, answer: Callable[[Request], Reply]) -> None:
         self.requests: list[Request] = []

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # heavy, and this file is read by `packhorse --help`
     import numpy as np
     import torch
 
-# ----------------------------------------------------------------------------------------------- exit codes
+# --------------------------------------------------------------------------------------- exit codes
 
 DONE = 0
 FAILED = 1
@@ -30,18 +30,22 @@ STOP_FILE = (
 
 
 class BadInput(ValueError):
-    """The user's input cannot be used. The message is one sentence that says what to do; exit code 2."""
+    """The user's input cannot be used. The message is one sentence that says what to do; exit code
+    2.
+    """
 
 
 class RowError(ValueError):
-    """One row cannot be used. The message is a short reason that repeats from row to row, so that it can be counted."""
+    """One row cannot be used. The message is a short reason that repeats from row to row, so that
+    it can be counted.
+    """
 
 
 class Filtered(RowError):
     """A row that the recipe's filters leave out. It is counted, but no fault of the row."""
 
 
-# ----------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ class Message:
 class Conversation:
     """A row in the one form that every format is read into.
 
-    Either `messages` (rendered by the chat template) or `text` (a plain document, no template, all of
-    it trained) is given.
+    Either `messages` (rendered by the chat template) or `text` (a plain document, no template, all
+    of it trained) is given.
     """
 
     messages: tuple[Message, ...] = ()
@@ -95,7 +99,8 @@ class Prompt(NamedTuple):
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenized conversation: `input_ids` (L,) int32 and `trained` (L,) bool, True where a token is learned.
+    """A tokenized conversation: `input_ids` (L,) int32 and `trained` (L,) bool, True where a token
+    is learned.
 
     The first token is never trained: nothing predicts it.
     """
@@ -163,7 +168,9 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on one rank. Documents lie end to end in one row of T tokens, without padding."""
+    """One micro-batch on one rank. Documents lie end to end in one row of T tokens, without
+    padding.
+    """
 
     input_ids: torch.Tensor  # (T,) int64
     position_ids: torch.Tensor  # (T,) int64, restarting at every document's (piece's) first token
@@ -217,12 +224,14 @@ _BATCH_TENSORS = (
     "weights",
 )
 
-# ----------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did. `skipped` says why the update was not applied (C12); None where it was."""
+    """What one optimizer step did. `skipped` says why the update was not applied (C12); None where
+    it was.
+    """
 
     loss: (
         torch.Tensor

@@ -50,7 +50,8 @@ def device() -> torch.device:
 def seed_from(*parts: int | str) -> int:
     """A seed in [0, 2^63) from what it belongs to, as `seed_from(seed, "noise", epoch, document)`.
 
-    Unlike Python's own hash it is the same in every process, and neighbouring parts give unrelated seeds.
+    Unlike Python's own hash it is the same in every process, and neighbouring parts give unrelated
+    seeds.
     """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
@@ -66,14 +67,16 @@ def start_logging() -> None:
     log.propagate = False
 
 
-# ----------------------------------------------------------------------------------------------- process group
+# ------------------------------------------------------------------------------------ process group
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """NCCL between GPUs, gloo between CPU processes; taken down at the end, or ranks fail at exit now and then.
+    """NCCL between GPUs, gloo between CPU processes; taken down at the end, or ranks fail at exit
+    now and then.
 
-    Not after an error: the others would fall at once, and the launcher could see one of them fail first.
+    Not after an error: the others would fall at once, and the launcher could see one of them fail
+    first.
     """
     import torch
     import torch.distributed as td
@@ -132,7 +135,9 @@ def broadcast(value: Any) -> Any:
 def run_on_rank0(
     work: Callable[[], object], explain: Callable[[OSError], str] = str, group: Any = None
 ) -> str | None:
-    """Do it on rank 0. What went wrong, on every rank: one that leaves alone would let the others hang."""
+    """Do it on rank 0. What went wrong, on every rank: one that leaves alone would let the others
+    hang.
+    """
     failure: str | None = None
     if is_main():
         try:
@@ -154,7 +159,9 @@ def gather(value: Any, group: Any = None) -> list[Any]:
 
 
 def new_group() -> Any:
-    """A gloo group beside the main one, for another thread or while a GPU works. Every rank calls it."""
+    """A gloo group beside the main one, for another thread or while a GPU works. Every rank calls
+    it.
+    """
     import torch.distributed as td
 
     return td.new_group(backend="gloo", timeout=timedelta(days=1)) if world_size() > 1 else None
@@ -168,8 +175,9 @@ def barrier() -> None:
 
 
 def all_reduce_speed() -> tuple[float, float]:
-    """Size in MiB of an all-reduce over all ranks, and its speed in GB/s as NCCL's own tests count it: what each rank
-    sends, 2 (n - 1) / n of the size, over the time. The median of five, after one that connects. Every rank calls it.
+    """Size in MiB of an all-reduce over all ranks, and its speed in GB/s as NCCL's own tests count
+    it: what each rank sends, 2 (n - 1) / n of the size, over the time. The median of five, after
+    one that connects. Every rank calls it.
     """
     import torch
     import torch.distributed as td
@@ -189,7 +197,7 @@ def all_reduce_speed() -> tuple[float, float]:
     return mib, sent / sorted(times_s[1:])[2] / 1e9
 
 
-# ----------------------------------------------------------------------------------------------- stopping
+# ----------------------------------------------------------------------------------------- stopping
 
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
@@ -198,9 +206,10 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopFlag:
     """SIGTERM or SIGUSR1 on any rank stops all of them at the same place (C9).
 
-    Before there is a process group the ranks agree through the launcher's store: in preparation each asks
-    `raised_early`, and `wait_for_ranks` lets all of them into the group or none. From then on `start` launches one small
-    max-reduction on a gloo group kept beside NCCL, and `agreed` reads it: no GPU waits.
+    Before there is a process group the ranks agree through the launcher's store: in preparation
+    each asks `raised_early`, and `wait_for_ranks` lets all of them into the group or none. From
+    then on `start` launches one small max-reduction on a gloo group kept beside NCCL, and `agreed`
+    reads it: no GPU waits.
     """
 
     def __init__(self) -> None:
@@ -209,7 +218,8 @@ class StopFlag:
         self._pending: Any = None
         for signum in _STOP_SIGNALS:
             signal.signal(signum, self._raise)
-        # the launcher starts workers with these held back, so that none is lost before there is a handler
+        # the launcher starts workers with these held back, so that none is lost before there is a
+        # handler
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
         self._store = _launchers_store()
 
@@ -231,8 +241,9 @@ class StopFlag:
         return self._store.check([_START]) and self._store.get(_START) == _NEVER
 
     def wait_for_ranks(self) -> bool:
-        """Wait until every rank is here, ready for the process group, whose own waiting nothing can interrupt.
-        False on all ranks where one of them has the flag up first: the key `_START` is written once."""
+        """Wait until every rank is here, ready for the process group, whose own waiting nothing can
+        interrupt. False on all ranks where one of them has the flag up first: the key `_START` is
+        written once."""
         if self._store is None:
             return not self.raised
         if self._store.add("packhorse/ready", 1) == world_size():
@@ -277,7 +288,9 @@ _MEET_POLL_S = 0.1
 
 
 def _launchers_store() -> Any:
-    """The store that the launcher hosts for its workers; None for a single rank, or where there is no such launcher."""
+    """The store that the launcher hosts for its workers; None for a single rank, or where there is
+    no such launcher.
+    """
     if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     from torch.distributed import TCPStore

@@ -1,6 +1,7 @@
 """A model scored on held-out rows as a run scores it: what the workers of `packhorse eval` do.
 
-recipe (its model is what is scored) -> tokenizer -> held-out data -> process group -> model -> probe -> Evaluation
+recipe (its model is what is scored) -> tokenizer -> held-out data -> process group -> model ->
+probe -> Evaluation
 
 Read it beside train.py, whose parts it uses: there is no plan, no optimizer and no loop.
 """
@@ -25,7 +26,8 @@ from trainer.utils.files import Stopped
 
 
 def assess(recipe: Recipe, out: Path, step: int) -> None:
-    """Evaluate once, into the folder `out`: evaluations.jsonl, samples.jsonl, metrics.jsonl. One call a rank.
+    """Evaluate once, into the folder `out`: evaluations.jsonl, samples.jsonl, metrics.jsonl. One
+    call a rank.
 
     Args:
         step: of the checkpoint, under which the results are recorded; 0 where it is none.

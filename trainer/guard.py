@@ -1,8 +1,9 @@
-"""What becomes of a step that went wrong: a gradient that is not finite, or a loss far above the usual (C12).
+"""What becomes of a step that went wrong: a gradient that is not finite, or a loss far above the
+usual (C12).
 
-The run stops, naming the step's rows; or goes on without the step; or goes back to the last checkpoint and then
-passes the step over. What was passed over stands in skipped_steps.jsonl, so that every later start, of whatever world,
-passes over the same.
+The run stops, naming the step's rows; or goes on without the step; or goes back to the last
+checkpoint and then passes the step over. What was passed over stands in skipped_steps.jsonl, so
+that every later start, of whatever world, passes over the same.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ class Guard:
         return self._section.spike_factor is not None
 
     def check_loss(self, loss: float) -> str | None:
-        """Why a step of this loss is not to be applied, or None; it then counts among the usual ones."""
+        """Why a step of this loss is not to be applied, or None; it then counts among the usual
+        ones.
+        """
         self._is_spike = False
         if not math.isfinite(
             loss
@@ -81,7 +84,8 @@ class Guard:
             raise StepNotApplied(told)
         if len(self.skipped_steps) >= self._section.max_skipped_steps:
             raise StepNotApplied(
-                f"{told}; {len(self.skipped_steps)} steps were passed over before (guard.max_skipped_steps)"
+                f"{told}; {len(self.skipped_steps)} steps were passed over before "
+                f"(guard.max_skipped_steps)"
             )
         dist.log.warning("%s (guard: %s)", told, rule)
         self.skipped_steps.add(step - 1)

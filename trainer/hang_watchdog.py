@@ -1,6 +1,7 @@
 """Ends a run that hangs, and says which rank holds it up.
 
-In: beats, where work moves on. Out, when none comes for far longer than usual: the stacks of every rank in
+In: beats, where work moves on. Out, when none comes for far longer than usual: the stacks of every
+    rank in
 `logs/hang-.../` of the run folder, one sentence that names the slowest rank, and exit code 1.
 """
 
@@ -25,8 +26,8 @@ _REPORTS_S = 5.0  # for the other ranks' reports to appear
 class Watch:
     """A thread that waits for beats. Every rank builds it, inside the process group.
 
-    It needs Python's global lock: a rank that hangs while it holds that is named by the others, as one that is
-    stopped or whose machine is gone.
+    It needs Python's global lock: a rank that hangs while it holds that is named by the others, as
+    one that is stopped or whose machine is gone.
     """
 
     def __init__(self, section: GuardSection, run_dir: Path) -> None:
@@ -40,7 +41,9 @@ class Watch:
         threading.Thread(target=self._wait, name="hang-watch", daemon=True).start()
 
     def beat(self, where: str) -> None:
-        """Work has moved on, and the next beat is due. All ranks beat alike: the counts tell who is behind."""
+        """Work has moved on, and the next beat is due. All ranks beat alike: the counts tell who is
+        behind.
+        """
         now = time.monotonic()
         if self._beat_at is not None:
             self._intervals.append(now - self._beat_at)

@@ -23,7 +23,9 @@ from trainer.utils.progress import Progress
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where the loop left the plan, and why: its end, a stop (saved), or a step that asks for the last checkpoint."""
+    """Where the loop left the plan, and why: its end, a stop (saved), or a step that asks for the
+    last checkpoint.
+    """
 
     step: int
     end: Literal["done", "stopped", "rollback"]
@@ -52,7 +54,8 @@ def run(
     Args:
         evaluate: evaluates after so many steps; False where the stop flag ended it.
         save: saves a checkpoint after so many steps.
-        is_best: whether an evaluation has found the model after so many steps to be the best so far.
+        is_best: whether an evaluation has found the model after so many steps to be the best so
+            far.
         rows_of: names the rows of a step, for the message where it is not applied.
         trace: writes down what an applied step was made of.
 

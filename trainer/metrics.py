@@ -1,6 +1,7 @@
 """What a run reports: one JSON line and the TensorBoard scalars of each logged step (C11).
 
-In: step results, batches, the clock. Out: `metrics.jsonl`, `tensorboard/`, `profile/`, lines on the terminal.
+In: step results, batches, the clock. Out: `metrics.jsonl`, `tensorboard/`, `profile/`, lines on the
+    terminal.
 Sums stay on the device until a line is due; then one reduction over all ranks makes it.
 """
 
@@ -48,14 +49,16 @@ def peak_flops(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """Training FLOPs that a model needs: 6 a weight and token, as Kaplan et al. 2020 count them, and 6 a layer
-    for each channel of attention and pair of positions (causal pairs: half of L^2, scores and values).
+    """Training FLOPs that a model needs: 6 a weight and token, as Kaplan et al. 2020 count them,
+    and 6 a layer for each channel of attention and pair of positions (causal pairs: half of L^2,
+    scores and values).
 
     A frozen weight takes 4, as it has no gradient of its own, and counts as two thirds of one.
     The head is counted where it is used: at trained positions. Recomputation is not counted.
     """
 
-    body_weights: int  # used by every token: matrices but for embeddings and head; of experts, the chosen ones
+    # used by every token: matrices but for embeddings and head; of experts, the chosen ones
+    body_weights: int
     head_weights: int
     attention_channels: int  # heads x head size, summed over the layers that attend
 
@@ -105,11 +108,13 @@ def _weights(parameter: Any) -> float:
     return count if parameter.requires_grad else count * 2 / 3
 
 
-# ----------------------------------------------------------------------------------------------- time
+# --------------------------------------------------------------------------------------------- time
 
 
 class Clock:
-    """Seconds spent in named parts of steps. On a GPU, events mark the parts and nothing waits until `read`."""
+    """Seconds spent in named parts of steps. On a GPU, events mark the parts and nothing waits
+    until `read`.
+    """
 
     def __init__(
         self, device: torch.device, beat: Callable[[str], None] = lambda part: None
@@ -148,7 +153,7 @@ class Clock:
 _PARTS = ("data", "forward", "backward", "optimizer", "checkpoint")
 
 
-# ----------------------------------------------------------------------------------------------- the log
+# ------------------------------------------------------------------------------------------ the log
 
 EVALUATIONS = "evaluations.jsonl"  # of a run folder: a line for each evaluation that ended
 _STEPS_MEASURED = 3  # after which a GPU's memory is compared with the plan
@@ -164,9 +169,9 @@ def memory_line(predicted: int, allocated: int, reserved: int) -> str:
 class Metrics:
     """Accumulates steps and writes a line every `log_every` of them. Only rank 0 writes.
 
-    On a resume from step k, lines of later steps, which a killed run left, are dropped: the files read as if the
-    run had never been stopped. So is what an evaluation of step k left that does not stand in EVALUATIONS: it did not
-    end, and is made anew.
+    On a resume from step k, lines of later steps, which a killed run left, are dropped: the files
+    read as if the run had never been stopped. So is what an evaluation of step k left that does not
+    stand in EVALUATIONS: it did not end, and is made anew.
     """
 
     def __init__(
@@ -211,7 +216,9 @@ class Metrics:
         self._flop = self._seconds = 0.0
 
     def predict(self, gpu_bytes: int) -> None:
-        """What the planner expects of a GPU at the peak of a step: after a few steps it is logged beside what is."""
+        """What the planner expects of a GPU at the peak of a step: after a few steps it is logged
+        beside what is.
+        """
         self._predicted = (gpu_bytes, _STEPS_MEASURED)
         torch.cuda.reset_peak_memory_stats()
 
@@ -229,7 +236,9 @@ class Metrics:
     def step(
         self, plan: StepPlan, result: StepResult, batches: list[Batch], lr: float
     ) -> dict[str, float] | None:
-        """Count one step; returns the line that was logged, on the steps where one is due, on every rank."""
+        """Count one step; returns the line that was logged, on the steps where one is due, on every
+        rank.
+        """
         self._compare_memory()
         self._loss += result.loss
         self._steps += 1
@@ -310,7 +319,9 @@ class Metrics:
         return self._real_tokens / self._real_seconds if self._real_seconds else 0.0
 
     def write(self, step: int, line: dict[str, float]) -> None:
-        """One JSON line and the same names in TensorBoard. `step` counts applied steps, from 1; 0 is before any."""
+        """One JSON line and the same names in TensorBoard. `step` counts applied steps, from 1; 0
+        is before any.
+        """
         if self._writer is None or self._board is None:
             return
         self._writer.write(json.dumps({"step": step, **line}) + "\n")
@@ -344,19 +355,21 @@ def _drop_lines_after(path: Path, step: int, remade: int | None) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, none where there is no file. (Not by `splitlines`: an answer may hold one
-    of the other characters that end a line.)"""
+    """The objects of a file of JSON lines, none where there is no file. (Not by `splitlines`: an
+    answer may hold one of the other characters that end a line.)"""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 
-# ----------------------------------------------------------------------------------------------- profiler
+# ----------------------------------------------------------------------------------------- profiler
 
 
 class Profiler:
-    """A torch.profiler trace of the steps that the recipe names, for TensorBoard's plug-in and Perfetto."""
+    """A torch.profiler trace of the steps that the recipe names, for TensorBoard's plug-in and
+    Perfetto.
+    """
 
     def __init__(self, section: ProfileSection | None, run_dir: Path) -> None:
         self._section = section if dist.is_main() else None

@@ -1,8 +1,10 @@
-"""What a run leaves in its folder beside checkpoints and metrics: the recipe, where it ran, what became of it.
+"""What a run leaves in its folder beside checkpoints and metrics: the recipe, where it ran, what
+became of it.
 
 recipe.yaml   environment.json   data.json   data.png   rejects.jsonl   summary.json   stop.json   trace.jsonl
 
-Where the training data grows, data.json has the shards that were known at the start; shards.jsonl has them all.
+Where the training data grows, data.json has the shards that were known at the start; shards.jsonl
+has them all.
 """
 
 from __future__ import annotations
@@ -31,8 +33,9 @@ _LENGTHS = ("train.epochs", "train.steps")
 
 
 def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> None:
-    """Make the folder and save the resolved recipe; a folder with checkpoints must be this recipe's. Without one the
-    recipe may change, and the log of shards, if another recipe wrote one, is begun anew.
+    """Make the folder and save the resolved recipe; a folder with checkpoints must be this
+    recipe's. Without one the recipe may change, and the log of shards, if another recipe wrote one,
+    is begun anew.
 
     Args:
         extend: it may be of fewer epochs or steps (C8).
@@ -72,7 +75,8 @@ def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> N
 
 
 def require_shared(run_dir: Path) -> None:
-    """Raises BadInput where nodes do not see one and the same run folder: each writes a file that all look for (C7).
+    """Raises BadInput where nodes do not see one and the same run folder: each writes a file that
+    all look for (C7).
 
     Packhorse's launchers have looked before (launch/preflight.py); torchrun's do not.
     """
@@ -87,7 +91,8 @@ def require_shared(run_dir: Path) -> None:
     mine.unlink(missing_ok=True)
     if any(unseen):
         raise BadInput(
-            f"run.dir: {run_dir} is not the same folder on all nodes; put it on a file system that all of them share"
+            f"run.dir: {run_dir} is not the same folder on all nodes; put it on a file system that "
+            f"all of them share"
         )
 
 
@@ -137,7 +142,9 @@ def summarise(
     skipped_steps: int,
     best: dict[str, Any] | None = None,
 ) -> None:
-    """summary.json: the numbers before and after, read back from the log, the best step's, and one sample."""
+    """summary.json: the numbers before and after, read back from the log, the best step's, and one
+    sample.
+    """
     evaluated = {
         line["step"]: line for line in read_lines(run_dir / "metrics.jsonl") if "eval/loss" in line
     }
@@ -184,7 +191,9 @@ def write_stop(run_dir: Path, step: int) -> None:
 def write_trace(
     run_dir: Path, engine: Engine, step: int, batches: list[Batch], result: StepResult
 ) -> None:
-    """A line of what the step was made of: documents as (epoch, document, piece), loss, norm, hyperparameters."""
+    """A line of what the step was made of: documents as (epoch, document, piece), loss, norm,
+    hyperparameters.
+    """
     keys = dist.gather(
         [key for batch in batches if not batch.is_filler for key in batch.document_keys]
     )

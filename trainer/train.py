@@ -124,7 +124,8 @@ def fit(job: Job) -> None:
     while train_from_checkpoint(job, engine):
         if checkpoint.find(job.run_dir) is None:
             raise StepNotApplied(
-                "guard: there is no checkpoint to go back to; the same command starts from the beginning, without the "
+                "guard: there is no checkpoint to go back to; the same command starts from the "
+                "beginning, without the "
                 "step; set checkpoint.every_steps"
             )
 
@@ -167,8 +168,10 @@ def out_of_memory_told(what: str) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise BadInput(
-            f"{what} does not fit into the memory of rank {dist.rank()}'s GPU: lower batch.micro_batch_size or "
-            "batch.seq_len, set model.activation_checkpointing=full, take more GPUs or a template of ds_configs/ that shards or "
+            f"{what} does not fit into the memory of rank {dist.rank()}'s GPU: lower "
+            f"batch.micro_batch_size or "
+            "batch.seq_len, set model.activation_checkpointing=full, take more GPUs or a template "
+            "of ds_configs/ that shards or "
             "offloads more; `packhorse plan` says which one fits"
         ) from None
 
@@ -291,14 +294,17 @@ def schedule(first_step: int, steps: int, optim: OptimSection) -> str:
 
 
 def stop_in_time(recipe: Recipe, stop: dist.StopFlag) -> None:
-    """Raise the stop flag so long before the end of the Slurm job as the recipe asks for, where Slurm tells it."""
+    """Raise the stop flag so long before the end of the Slurm job as the recipe asks for, where
+    Slurm tells it.
+    """
     before_s, end_s = recipe.checkpoint.before_timeout_s, os.environ.get("SLURM_JOB_END_TIME")
     if before_s is not None and end_s is not None:
         stop.raise_at(float(end_s) - before_s)
 
 
 def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool = True) -> Engine:
-    """The model with its loss, loaded in shards where the stage is 3, under DeepSpeed, and proved (C4).
+    """The model with its loss, loaded in shards where the stage is 3, under DeepSpeed, and proved
+    (C4).
 
     Args:
         learns: False builds no optimizer, nor what it would keep.
@@ -329,23 +335,27 @@ def prove(recipe: Recipe, module: SftModel) -> None:
         module, seq_len=recipe.batch.seq_len, one_document=one_document, seed=recipe.train.seed
     )
     dist.log.info(
-        "probe: documents of %s tokens, packed against apart: hidden states differ by %.1e, the loss by %.1e",
+        "probe: documents of %s tokens, packed against apart: hidden states differ by %.1e, the "
+        "loss by %.1e",
         ", ".join(map(str, proof.lengths)), proof.hidden_difference, proof.loss_difference,
     )  # fmt: skip
 
 
 def require_same_data(*prepared: TrainData | None) -> None:
-    """Raises BadInput where a rank's cache, which may be its node's own, holds other documents than rank 0's."""
+    """Raises BadInput where a rank's cache, which may be its node's own, holds other documents than
+    rank 0's.
+    """
     prints = dist.gather([data.fingerprint_at(1) for data in prepared if data])
     others = [rank for rank, theirs in enumerate(prints) if theirs != prints[0]]
     if others:
         raise BadInput(
-            f"ranks {others} tokenized other data than rank 0: the nodes see other files under the same path, or have "
+            f"ranks {others} tokenized other data than rank 0: the nodes see other files under the "
+            f"same path, or have "
             "other versions of the tokenizer; make them alike, or put data.cache on a shared folder"
         )
 
 
-# ----------------------------------------------------------------------------------------------- save, resume
+# ------------------------------------------------------------------------------------- save, resume
 
 
 def save(job: Job, saver: Saver, engine: Engine, guard: Guard, best: Best, step: int) -> None:
@@ -365,8 +375,8 @@ def save(job: Job, saver: Saver, engine: Engine, guard: Guard, best: Best, step:
 
 
 def resume(job: Job, engine: Engine) -> tuple[int, Sequence[float]]:
-    """Load the newest whole checkpoint, of whatever world; returns the steps that it holds, 0 where there is none, and
-    the last of their losses."""
+    """Load the newest whole checkpoint, of whatever world; returns the steps that it holds, 0 where
+    there is none, and the last of their losses."""
     found = checkpoint.find(job.run_dir)
     if found is None:
         return 0, ()

@@ -1,8 +1,10 @@
-"""A recipe -> what `kubectl apply` takes: one pod for each node, by a Job, a JobSet or Kubeflow's trainer.
+"""A recipe -> what `kubectl apply` takes: one pod for each node, by a Job, a JobSet or Kubeflow's
+trainer.
 
-The templates beside this file are plain YAML with three places to fill in, $NAME, $NODES and $IMAGE. All three kinds
-are made of the Job of job.yaml, over which the user's cluster.yaml is laid. The recipe goes along in a ConfigMap,
-resolved, with the DeepSpeed template it names: what is run is what was rendered, whatever becomes of the files.
+The templates beside this file are plain YAML with three places to fill in, $NAME, $NODES and
+$IMAGE. All three kinds are made of the Job of job.yaml, over which the user's cluster.yaml is laid.
+The recipe goes along in a ConfigMap, resolved, with the DeepSpeed template it names: what is run is
+what was rendered, whatever becomes of the files.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ def render(
     """
     if not re.fullmatch(rf"[a-z]([-a-z0-9]{{0,{_LONGEST_NAME - 2}}}[a-z0-9])?", name):
         raise BadInput(
-            f"{name!r} cannot name a run in a cluster: give another --name, of at most {_LONGEST_NAME} small letters, "
+            f"{name!r} cannot name a run in a cluster: give another --name, of at most "
+            f"{_LONGEST_NAME} small letters, "
             "digits and dashes, the first of them a letter"
         )
     overlay = _read_overlay(cluster)
@@ -74,7 +77,8 @@ def render(
     )
     if of_the_command != ("$IMAGE", "$NODES", "$NODES"):
         raise BadInput(
-            f"{cluster}: the image and the number of pods are given as --image and --nodes; take them out"
+            f"{cluster}: the image and the number of pods are given as --image and --nodes; take "
+            f"them out"
         )
     container["env"] = laid_over(container.get("env", []), _meeting(name, nodes, kind))
     config_map = {
@@ -105,7 +109,9 @@ def _workload(kind: Kind, job: Tree) -> list[Tree]:
 
 
 def _meeting(name: str, nodes: int, kind: Kind) -> list[Tree]:
-    """The variables by which launchers meet (launch/cluster_env.py). Kubeflow's trainer sets its own."""
+    """The variables by which launchers meet (launch/cluster_env.py). Kubeflow's trainer sets its
+    own.
+    """
     if kind == "trainjob":
         return []
     first = {"job": f"{name}-0", "jobset": f"{name}-node-0-0"}[kind]
@@ -117,7 +123,7 @@ def _meeting(name: str, nodes: int, kind: Kind) -> list[Tree]:
     return [{"name": variable, "value": value} for variable, value in meeting.items()]
 
 
-# ----------------------------------------------------------------------------------------------- the recipe
+# --------------------------------------------------------------------------------------- the recipe
 
 
 def _recipe(
@@ -153,11 +159,12 @@ def _kept_folders(pod: Tree, container: Tree) -> list[str]:
     ]
 
 
-# ----------------------------------------------------------------------------------------------- kubectl
+# ------------------------------------------------------------------------------------------ kubectl
 
 
 def submit_file(manifests: Path) -> int:
-    """`kubectl apply`, which checks every field against the cluster's own schemas. Returns 0, or 1 where it refused.
+    """`kubectl apply`, which checks every field against the cluster's own schemas. Returns 0, or 1
+    where it refused.
 
     Raises:
         BadInput: there is no kubectl.
@@ -174,23 +181,25 @@ def submit_file(manifests: Path) -> int:
         return FAILED
     if all(line.endswith(" unchanged") for line in done.stdout.splitlines()):
         print(
-            f"packhorse: it was there already, and is not started again: kubectl delete -f {manifests} first",
+            f"packhorse: it was there already, and is not started again: kubectl delete -f "
+            f"{manifests} first",
             file=sys.stderr,
         )
         return FAILED
     return DONE
 
 
-# ----------------------------------------------------------------------------------------------- trees of YAML
+# ------------------------------------------------------------------------------------ trees of YAML
 
 
 def laid_over(base: Any, overlay: Any, place: str = "") -> Any:
-    """`base` with what `overlay` says: mappings key by key, lists of named things by their names, other lists and
-    values whole. None takes a key out. These are kustomize's rules, but for the few lists that go by another key there.
+    """`base` with what `overlay` says: mappings key by key, lists of named things by their names,
+    other lists and values whole. None takes a key out. These are kustomize's rules, but for the few
+    lists that go by another key there.
 
     Raises:
-        BadInput: a mapping or list is to be replaced by something else, or something without a name is in a list of
-            named things.
+        BadInput: a mapping or list is to be replaced by something else, or something without a name
+            is in a list of named things.
     """
     if isinstance(base, dict) and isinstance(overlay, dict):
         merged = {
@@ -248,7 +257,8 @@ def _read_overlay(path: Path) -> Tree:
         "annotations",
     }:
         raise BadInput(
-            f"{path}: metadata: it may have `namespace`, `labels` and `annotations`; the name is --name"
+            f"{path}: metadata: it may have `namespace`, `labels` and `annotations`; the name is "
+            f"--name"
         )
     return overlay
 

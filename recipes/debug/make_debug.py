@@ -1,4 +1,5 @@
-"""The debug recipe's model folder and data, as committed: a tiny Llama without weights, a tokenizer, 110 problems.
+"""The debug recipe's model folder and data, as committed: a tiny Llama without weights, a
+tokenizer, 110 problems.
 
 usage: python recipes/debug/make_debug.py
 

@@ -1,6 +1,8 @@
-"""What is trained: the experiments, the arms that each of them compares, and what an arm changes in the base recipe.
+"""What is trained: the experiments, the arms that each of them compares, and what an arm changes in
+the base recipe.
 
-In: a recipe (base.yaml, or one of another size). Out: runs, each named by what it is, so that each is trained once
+In: a recipe (base.yaml, or one of another size). Out: runs, each named by what it is, so that each
+    is trained once
 whatever number of experiments look at it.
 """
 
@@ -53,7 +55,8 @@ class Arm:
     expected_s: int  # a run of base.yaml on two cores, evaluations among it
 
 
-ADAPTER_LR = 10  # times the full model's: low-rank updates want about that much, whatever the rank, at alpha 32
+# times the full model's: low-rank updates want about that much, whatever the rank, at alpha 32
+ADAPTER_LR = 10
 
 
 def arms(base: Recipe) -> dict[str, Arm]:
@@ -65,7 +68,8 @@ def arms(base: Recipe) -> dict[str, Arm]:
     }
     traces = {"data.train.0.path": str(folder / "traces.jsonl")}
     math = {"data.train.0.filters": {"verify": "math", "reference": "solution"}}
-    # Every step holds all the rows, so that packing cannot change which rows a step holds; and one row at a time.
+    # Every step holds all the rows, so that packing cannot change which rows a step holds; and one
+    # row at a time.
     rows = 40
     same_steps = {
         "data.train.0.rows": rows,

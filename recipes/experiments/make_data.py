@@ -1,15 +1,17 @@
-"""The data of the experiments: problems with worked answers, and two other forms of the same problems.
+"""The data of the experiments: problems with worked answers, and two other forms of the same
+problems.
 
 usage: python recipes/experiments/make_data.py OUT_DIR [--train FILE.jsonl --heldout FILE.jsonl]
 
-Without files they are the quickstart's word problems; else rows of `question` and `answer` as gsm8k has them.
-OUT_DIR gets
+Without files they are the quickstart's word problems; else rows of `question` and `answer` as gsm8k
+has them. OUT_DIR gets
 
     train.jsonl, heldout.jsonl    the problems; no question is in both
     sheets.jsonl                  train with half of its problems on sheets of five: answers of very different lengths
     traces.jsonl                  train with half of its answers wrong; `solution` holds the right value
 
-A wrong answer ends with another operation than it should, worked out right: 4 + 9 = 13 where 4 * 9 = 36 was asked for.
+A wrong answer ends with another operation than it should, worked out right: 4 + 9 = 13 where 4 * 9
+= 36 was asked for.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def final(answer: str) -> str | None:
 
 
 def wrong(answer: str) -> str | None:
-    """The answer with another operation in its last calculation; None where there is none that can be mistaken."""
+    """The answer with another operation in its last calculation; None where there is none that can
+    be mistaken.
+    """
     calculations = list(CALCULATION.finditer(answer))
     if not calculations:
         return None
@@ -133,7 +137,9 @@ def word_problems() -> tuple[list[Row], list[Row]]:
 
 
 def read(path: Path) -> list[Row]:
-    """The questions and answers of a file whose answers end with a whole number; the other rows are left out."""
+    """The questions and answers of a file whose answers end with a whole number; the other rows are
+    left out.
+    """
     with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     return [

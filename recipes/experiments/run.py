@@ -1,12 +1,14 @@
 """All experiments: trains what is not trained yet, one run after the other, and writes the tables.
 
 usage: python recipes/experiments/run.py [--only 1,4] [--commands]
-       python recipes/experiments/run.py --recipe recipes/experiments/full.yaml --out runs/experiments-full
+       python recipes/experiments/run.py --recipe recipes/experiments/full.yaml --out
+       runs/experiments-full
 
-Stopped (Ctrl-C, SIGTERM) it saves the run at hand and ends with 75; the same command goes on from there. A finished
-run is not repeated: remove its folder to have it anew. Its checkpoints are removed, 2 GB each. One that fails is left
-to the next start, and the others go on; the exit code is then 1.
-docs/experiments.md gets the tables of the runs of base.yaml, OUT/experiments.md those of another recipe.
+Stopped (Ctrl-C, SIGTERM) it saves the run at hand and ends with 75; the same command goes on from
+there. A finished run is not repeated: remove its folder to have it anew. Its checkpoints are
+removed, 2 GB each. One that fails is left to the next start, and the others go on; the exit code is
+then 1. docs/experiments.md gets the tables of the runs of base.yaml, OUT/experiments.md those of
+another recipe.
 """
 
 from __future__ import annotations
@@ -96,7 +98,8 @@ def numbers_of(text: str) -> list[int]:
 
 @contextmanager
 def alone_in(out: Path) -> Iterator[int]:
-    """Hold the folder. The runs hold it too, through this descriptor: one that is left over is not run beside another.
+    """Hold the folder. The runs hold it too, through this descriptor: one that is left over is not
+    run beside another.
 
     Raises:
         BadInput: somebody else does.
@@ -115,7 +118,9 @@ def alone_in(out: Path) -> Iterator[int]:
 def run_all(
     recipe_file: str, base: Recipe, wanted: list[Run], out: Path, page: Path, lock: int
 ) -> int:
-    """Train the wanted runs that are not done, and write the page after each. Returns the exit code."""
+    """Train the wanted runs that are not done, and write the page after each. Returns the exit
+    code.
+    """
     recipes = {
         run: load_recipe(recipe_file, overrides(run, base, out)) for run in wanted
     }  # all of them, before any
@@ -123,7 +128,8 @@ def run_all(
     left = [run for run in wanted if not is_done(recipes[run], out / run.name)]
     pace = pace_of(out, base)
     say(
-        f"{len(wanted)} runs, {len(left)} of them to do, in {about(sum(expected_s[r] for r in left), pace)}:"
+        f"{len(wanted)} runs, {len(left)} of them to do, in "
+        f"{about(sum(expected_s[r] for r in left), pace)}:"
     )
     for run in wanted:
         say(f"  {run.name:24}{about(expected_s[run], pace) if run in left else 'done'}")
@@ -219,7 +225,7 @@ class Stop:
         return code
 
 
-# ----------------------------------------------------------------------------------------------- time
+# --------------------------------------------------------------------------------------------- time
 
 
 def log_of(out: Path) -> list[dict[str, Any]]:
@@ -233,7 +239,9 @@ def log_of(out: Path) -> list[dict[str, Any]]:
 
 
 def pace_of(out: Path, base: Recipe) -> float | None:
-    """How many times as long as expected the finished runs took; None where nothing is known of this recipe."""
+    """How many times as long as expected the finished runs took; None where nothing is known of
+    this recipe.
+    """
     took_s = expected_s = 0
     for line in log_of(out):
         if line["code"] == DONE:
@@ -256,7 +264,7 @@ def about(expected_s: float, pace: float | None) -> str:
     )
 
 
-# ----------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 def write_page(page: Path, out: Path, base: Recipe) -> None:
@@ -275,13 +283,16 @@ def where(out: Path, base: Recipe) -> str:
     commits = ", ".join(sorted({line["commit"] for line in lines}))
     seconds = sum(line["seconds"] for line in lines)
     return (
-        f"- {Path(base.model.name).name}, {len(done)} runs in {seconds / 3600:.1f} hours, evaluations among it\n"
+        f"- {Path(base.model.name).name}, {len(done)} runs in {seconds / 3600:.1f} hours, "
+        f"evaluations among it\n"
         f"{machine(VERSIONS)}\n- packhorse at {commits}; seeds 0 and 1 where there are two, else 0"
     )
 
 
 def commit() -> str:
-    """The commit of the code, with a + where the code differs from it; `unknown` outside a checkout."""
+    """The commit of the code, with a + where the code differs from it; `unknown` outside a
+    checkout.
+    """
     found = subprocess.run(
         ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     )

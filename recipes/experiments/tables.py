@@ -1,7 +1,7 @@
 """What the runs showed: run folders in, the tables of docs/experiments.md out.
 
-A comparison is made prompt by prompt: all arms answer the same ones, and a prompt's score is its mean over the seeds.
-Intervals and tests are over the prompts, of which the table has `n`.
+A comparison is made prompt by prompt: all arms answer the same ones, and a prompt's score is its
+mean over the seeds. Intervals and tests are over the prompts, of which the table has `n`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SHOWN = {  # columns of an experiment's table, beside the arm
 }
 
 
-# ----------------------------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------------------------------- a run
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-# ----------------------------------------------------------------------------------------------- arms
+# --------------------------------------------------------------------------------------------- arms
 
 
 def _by_prompt(results: Sequence[Result], scorer: str) -> dict[str, float]:
@@ -120,7 +120,8 @@ def _each(values: Sequence[float], form: str) -> str:
 def against(
     scores: Mapping[str, float], others: Mapping[str, float], *, agreed: bool = True
 ) -> str:
-    """How many points better the scores are than the others, prompt by prompt, and what that is worth.
+    """How many points better the scores are than the others, prompt by prompt, and what that is
+    worth.
 
     Args:
         agreed: every seed says the same.
@@ -180,7 +181,7 @@ def _cell(column: str, results: Sequence[Result], first: Sequence[Result]) -> st
     return _each([max(line[key] for line in r.steps) for r in results], "{:.1f}")
 
 
-# ----------------------------------------------------------------------------------------------- experiments
+# -------------------------------------------------------------------------------------- experiments
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -232,8 +233,8 @@ def _of_packing(results: Mapping[str, Sequence[Result]]) -> str:
 
 
 def _of_choice(result: Result) -> str:
-    """Candidates are chosen by one half of the prompts and judged by the other: the best of many noisy numbers is
-    partly luck."""
+    """Candidates are chosen by one half of the prompts and judged by the other: the best of many
+    noisy numbers is partly luck."""
     steps = [step for step in sorted(result.losses) if step]
     choosing, judging = (
         set(list(result.scores(ANSWER))[::2]),

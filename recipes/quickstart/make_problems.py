@@ -2,8 +2,8 @@
 
 usage: python recipes/quickstart/make_problems.py OUT_DIR
 
-Writes OUT_DIR/train.jsonl (500 rows) and OUT_DIR/heldout.jsonl (64 rows) with the fields `question` and
-`answer`; no question is in both. An answer shows its steps, then the result:
+Writes OUT_DIR/train.jsonl (500 rows) and OUT_DIR/heldout.jsonl (64 rows) with the fields `question`
+and `answer`; no question is in both. An answer shows its steps, then the result:
 
     <think>3 * 4 = 12. 12 + 5 = 17.</think><answer>17</answer>
 """
@@ -19,11 +19,13 @@ TRAIN_ROWS, HELDOUT_ROWS, SEED = 500, 64, 0
 LARGEST = 50  # of every number in a problem: what a small model can learn to reckon with
 
 NAMES = (
-    "Ada Ben Chloe Dev Elif Farid Grace Hugo Ines Jonas Kofi Lena Maya Nils Olga Pablo Rosa Sami Tara Uma Viktor Wen "
+    "Ada Ben Chloe Dev Elif Farid Grace Hugo Ines Jonas Kofi Lena Maya Nils Olga Pablo Rosa Sami "
+    "Tara Uma Viktor Wen "
     "Yara Zoe"
 ).split()
 ITEMS = (
-    "apples beads books buttons cards coins cookies cups eggs flowers marbles muffins nails oranges pears pencils "
+    "apples beads books buttons cards coins cookies cups eggs flowers marbles muffins nails "
+    "oranges pears pencils "
     "photos plates shells stamps stickers stones tickets tiles"
 ).split()
 HOLDERS = "bags boxes baskets jars packs trays crates bundles".split()
@@ -40,7 +42,8 @@ KINDS: dict[tuple[str, ...], tuple[str, ...]] = {
         "{name} has {a} {items} and gives {b} to {other}. How many {items} are left?",
         "There were {a} {items} in the shop. {b} of them were sold. How many are still there?",
         "{name} needs {a} {items} and has {b}. How many more {items} does {name} need?",
-        "{name} has {a} {items} and {other} has {b}. How many more {items} does {name} have than {other}?",
+        "{name} has {a} {items} and {other} has {b}. How many more {items} does {name} have than "
+        "{other}?",
     ),
     ("a", "* b"): (
         "{name} buys {a} {holders} of {items}. Each one holds {b}. How many {items} is that?",
@@ -49,40 +52,54 @@ KINDS: dict[tuple[str, ...], tuple[str, ...]] = {
         "One of the {items} costs {a} dollars. How many dollars does {name} pay for {b} of them?",
     ),
     ("a", "/ b"): (
-        "{name} shares {a} {items} equally among {b} friends. How many {items} does each friend get?",
+        "{name} shares {a} {items} equally among {b} friends. How many {items} does each friend "
+        "get?",
         "{name} puts {a} {items} into {b} {holders}, the same number in each. How many are in each?",
         "{name} packs {a} {items}, {b} to a pack. How many packs does {name} fill?",
         "{a} {items} are laid in {b} equal rows. How many {items} are in a row?",
     ),
     ("a", "* b", "+ c"): (
-        "{name} has {a} {holders} with {b} {items} each, and {c} loose {items}. How many {items} does {name} have?",
-        "{name} buys {a} {holders} of {b} {items}. {other} adds {c} more. How many {items} are there now?",
+        "{name} has {a} {holders} with {b} {items} each, and {c} loose {items}. How many {items} "
+        "does {name} have?",
+        "{name} buys {a} {holders} of {b} {items}. {other} adds {c} more. How many {items} are "
+        "there now?",
         "{name} reads {a} pages a day for {b} days, then {c} more pages. How many pages is that?",
-        "A ticket costs {a} dollars. {name} buys {b} tickets and a drink for {c} dollars. How much is it in all?",
+        "A ticket costs {a} dollars. {name} buys {b} tickets and a drink for {c} dollars. How much "
+        "is it in all?",
     ),
     ("a", "* b", "- c"): (
-        "{name} fills {a} {holders} with {b} {items} each, then takes {c} {items} out. How many {items} remain?",
+        "{name} fills {a} {holders} with {b} {items} each, then takes {c} {items} out. How many "
+        "{items} remain?",
         "{name} bakes {a} trays of {b} muffins and eats {c}. How many muffins are left?",
         "There are {a} rows of {b} chairs. {c} chairs are broken. How many chairs can be used?",
-        "{name} earns {a} dollars an hour, works {b} hours and spends {c} dollars. How many dollars are left?",
+        "{name} earns {a} dollars an hour, works {b} hours and spends {c} dollars. How many "
+        "dollars are left?",
     ),
     ("a", "+ b", "- c"): (
         "{name} has {a} {items}, gets {b} more and loses {c}. How many {items} does {name} have?",
         "{a} people are on a bus. {b} get on and {c} get off. How many people are on the bus?",
-        "{name} picks {a} {items} and {other} picks {b}. They sell {c} of them. How many {items} are left?",
+        "{name} picks {a} {items} and {other} picks {b}. They sell {c} of them. How many {items} "
+        "are left?",
     ),
     ("a", "- b", "+ c"): (
-        "{name} has {a} {items}, gives away {b} and then buys {c}. How many {items} does {name} have now?",
-        "A tank holds {a} litres. {name} uses {b} litres and pours in {c}. How many litres does it hold now?",
-        "There are {a} birds on a tree. {b} fly away and {c} arrive. How many birds are on the tree?",
+        "{name} has {a} {items}, gives away {b} and then buys {c}. How many {items} does {name} "
+        "have now?",
+        "A tank holds {a} litres. {name} uses {b} litres and pours in {c}. How many litres does it "
+        "hold now?",
+        "There are {a} birds on a tree. {b} fly away and {c} arrive. How many birds are on the "
+        "tree?",
     ),
     ("a", "+ b", "/ c"): (
-        "{name} has {a} {items} and {other} has {b}. They share all of them among {c} friends. How many does each get?",
-        "{name} puts {a} red and {b} blue {items} into {c} equal {holders}. How many {items} are in each?",
+        "{name} has {a} {items} and {other} has {b}. They share all of them among {c} friends. How "
+        "many does each get?",
+        "{name} puts {a} red and {b} blue {items} into {c} equal {holders}. How many {items} are "
+        "in each?",
     ),
     ("a", "- b", "* c"): (
-        "{name} has {a} {items} and keeps {b}. {name} sells the others for {c} dollars each. How many dollars is that?",
-        "Of {a} {holders}, {b} are empty. Every other one holds {c} {items}. How many {items} are there?",
+        "{name} has {a} {items} and keeps {b}. {name} sells the others for {c} dollars each. How "
+        "many dollars is that?",
+        "Of {a} {holders}, {b} are empty. Every other one holds {c} {items}. How many {items} are "
+        "there?",
     ),
 }
 
@@ -107,7 +124,9 @@ def problem(rng: random.Random) -> dict[str, str]:
 
 
 def _worked(rng: random.Random, steps: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
-    """Numbers for the steps, drawn until every result is whole and from 1 to LARGEST, and the worked lines."""
+    """Numbers for the steps, drawn until every result is whole and from 1 to LARGEST, and the
+    worked lines.
+    """
     while True:
         numbers, lines = {"a": rng.randint(2, LARGEST)}, []
         total = numbers["a"]

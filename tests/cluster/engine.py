@@ -1,8 +1,9 @@
-"""A Docker engine of the tests' own, and the project's image built with it. Needs root, docker.io and mmdebstrap.
+"""A Docker engine of the tests' own, and the project's image built with it. Needs root, docker.io
+and mmdebstrap.
 
-The engine has its own folder and socket, and leaves the machine's network rules alone. The image is the CPU flavour of
-docker/Dockerfile; its bases, which no test may fetch from anywhere, are stood in for by a Debian made of packages.
-pip inside a build finds what pip finds on this machine.
+The engine has its own folder and socket, and leaves the machine's network rules alone. The image is
+the CPU flavour of docker/Dockerfile; its bases, which no test may fetch from anywhere, are stood in
+for by a Debian made of packages. pip inside a build finds what pip finds on this machine.
 """
 
 from __future__ import annotations
@@ -125,7 +126,7 @@ class Engine:
             text=True,
         )
 
-    # ------------------------------------------------------------------------------------------- images
+    # --------------------------------------------------------------------------------------- images
 
     def make_base(self) -> None:
         """A minimal Debian that trusts the certificates that this machine trusts."""
@@ -151,7 +152,8 @@ class Engine:
         (context / "Dockerfile").write_text(
             "FROM scratch\nADD base.tar /\nCOPY certificates/ /usr/local/share/ca-certificates/\n"
             "COPY pip.conf /etc/pip.conf\nRUN update-ca-certificates \\\n"
-            "  && echo force-unsafe-io > /etc/dpkg/dpkg.cfg.d/speed\n"  # as Debian's own image has it
+            # as Debian's own image has it
+            "  && echo force-unsafe-io > /etc/dpkg/dpkg.cfg.d/speed\n"
         )
         self.run(
             "build", "--network=host", "--tag", BASE, str(context)

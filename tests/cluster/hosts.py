@@ -1,4 +1,5 @@
-"""Stand-ins for hosts on this machine: each has its own network and name, linked by a bridge. Needs root.
+"""Stand-ins for hosts on this machine: each has its own network and name, linked by a bridge. Needs
+root.
 
 A link can be cut, which resets no connection: to the others it is as if the host had died.
 """

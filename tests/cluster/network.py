@@ -5,7 +5,8 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Iterable, Mapping
 
-# A process in a network space, with a name, processes and mounts of its own, all of which end with it: as on a host.
+# A process in a network space, with a name, processes and mounts of its own, all of which end with
+# it: as on a host.
 OWN = ("unshare", "--uts", "--mount", "--pid", "--fork", "--kill-child=KILL", "--mount-proc")
 
 
@@ -14,7 +15,9 @@ def ip(*words: str) -> None:
 
 
 def link(bridge: str, spaces: Mapping[str, str]) -> None:
-    """Make a bridge, and network spaces by their names with their addresses, as 10.79.0.10/24, on it."""
+    """Make a bridge, and network spaces by their names with their addresses, as 10.79.0.10/24, on
+    it.
+    """
     ip("link", "add", bridge, "type", "bridge")
     ip("link", "set", bridge, "up")
     for space, address in spaces.items():
@@ -39,6 +42,8 @@ def enter(space: str) -> list[str]:
 
 
 def inside(process: subprocess.Popen) -> list[str]:
-    """The first process in there, by its number, once it has begun: what is around it passes no signal on."""
+    """The first process in there, by its number, once it has begun: what is around it passes no
+    signal on.
+    """
     with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
         return file.read().split()

@@ -1,5 +1,6 @@
-"""A real Slurm on this machine: a controller and nodes `cn1`, `cn2`, each with its own network, name, processes and
-mounts. Needs root, and Debian's packages slurmctld, slurmd, slurm-client, munge and iproute2.
+"""A real Slurm on this machine: a controller and nodes `cn1`, `cn2`, each with its own network,
+name, processes and mounts. Needs root, and Debian's packages slurmctld, slurmd, slurm-client, munge
+and iproute2.
 
 The nodes claim eight GPUs each, which are null devices.
 """
@@ -112,8 +113,9 @@ class Slurm:
         self._until(lambda: self._idle() == len(self.nodes), "the nodes are not all idle")
 
     def start_now(self, number: str) -> None:
-        """A job that was queued again waits for two minutes, if nobody asks for less. A node takes credentials from
-        before the second in which it ended the last start for revoked ones, and the job for failed."""
+        """A job that was queued again waits for two minutes, if nobody asks for less. A node takes
+        credentials from before the second in which it ended the last start for revoked ones, and
+        the job for failed."""
         self._until(
             lambda: not self.run("sinfo", "-h", "-t", "completing", "-o", "%N").stdout,
             "a start does not end",
@@ -121,7 +123,7 @@ class Slurm:
         time.sleep(3)
         self.run("scontrol", "update", f"jobid={number}", "starttime=now")
 
-    # ------------------------------------------------------------------------------------------- up and down
+    # ---------------------------------------------------------------------------------- up and down
 
     def up(self) -> None:
         self._write_config()
@@ -152,10 +154,14 @@ class Slurm:
         network.unlink(BRIDGE, [f"ph-{node}" for node in self.nodes])
 
     def revive(self, node: str) -> None:
-        """slurmd as the child of the first process of the node: all ends with it, as on a host that dies."""
-        # there is no DNS: asked in vain, it would take seconds for each name that the table does not have
+        """slurmd as the child of the first process of the node: all ends with it, as on a host that
+        dies.
+        """
+        # there is no DNS: asked in vain, it would take seconds for each name that the table does
+        # not have
         inside = (
-            'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; mount --bind "$2/nsswitch.conf" /etc/nsswitch.conf; '
+            'hostname "$1"; mount --bind "$2/hosts" /etc/hosts; mount --bind "$2/nsswitch.conf" '
+            "/etc/nsswitch.conf; "
             'slurmd -D -N "$1" & wait $!'
         )
         self._start(

@@ -1,4 +1,5 @@
-"""The real image, in its CPU flavour, run as clusters run it: by any user, on a read-only root, without privileges.
+"""The real image, in its CPU flavour, run as clusters run it: by any user, on a read-only root,
+without privileges.
 
 Where these tests are asked for, they run: without root, docker.io or mmdebstrap they fail.
 """

@@ -1,6 +1,8 @@
-"""Two pods of the manifests, each on a host with the pod's own name, address, environment and files.
+"""Two pods of the manifests, each on a host with the pod's own name, address, environment and
+files.
 
-There is no Kubernetes here: the test is the kubelet that starts pods, and the Job that starts them again.
+There is no Kubernetes here: the test is the kubelet that starts pods, and the Job that starts them
+again.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Jobs of two nodes on a real Slurm: trained, stopped before the time limit, queued again, on a node less.
+"""Jobs of two nodes on a real Slurm: trained, stopped before the time limit, queued again, on a
+node less.
 
 Where these tests are asked for, they run: without root or Slurm they fail.
 """
@@ -192,7 +193,8 @@ def test_what_sbatch_refuses_is_bad_input(cluster, cache, tmp_path):
 def test_a_cancelled_job_stays_cancelled_though_it_has_saved(cluster, tmp_path):
     saves = tmp_path / "saves"
     saves.write_text(
-        '#!/bin/sh\ntrap "exit 75" TERM\ntouch "$(dirname "$0")/runs"\nwhile :; do sleep 0.1; done\n'
+        '#!/bin/sh\ntrap "exit 75" TERM\ntouch "$(dirname "$0")/runs"\nwhile :; do sleep 0.1; '
+        "done\n"
     )
     saves.chmod(0o755)
     words = ["sbatch", "--nodes=2", f"--output={tmp_path}/job.log", "slurm/sft_70b.sh"]

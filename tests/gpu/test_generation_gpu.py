@@ -1,4 +1,5 @@
-"""On a GPU: answers from the engine are those of `model.generate` alone, one prompt at a time, in fp32.
+"""On a GPU: answers from the engine are those of `model.generate` alone, one prompt at a time, in
+fp32.
 
 pytest -m gpu tests/gpu
 """

@@ -71,7 +71,7 @@ def worst(
     return max(relative(ours, theirs) for ours, theirs in pairs)
 
 
-# ----------------------------------------------------------------------------------------------- attention
+# ---------------------------------------------------------------------------------------- attention
 
 SHAPES = {
     "many heads": (8, 8, 64),
@@ -130,7 +130,7 @@ def test_auto_takes_a_fused_kernel_for_bf16_and_the_reference_for_fp32() -> None
     assert attention.choose("auto", CUDA, torch.float32)[0] == "reference"
 
 
-# ----------------------------------------------------------------------------------------------- loss
+# --------------------------------------------------------------------------------------------- loss
 
 
 LOSS_BOUND = {
@@ -173,7 +173,7 @@ def test_control_of_the_losses_shows() -> None:
     assert relative(gradients[0], true_gradients[0]) > 10 * LOSS_BOUND[torch.bfloat16]
 
 
-# ----------------------------------------------------------------------------------------------- layers
+# ------------------------------------------------------------------------------------------- layers
 
 SIZES = {
     **WIDE,
@@ -254,7 +254,7 @@ def test_the_probe_compares_fused_layers_with_the_models_own(
         )
 
 
-# ----------------------------------------------------------------------------------------------- the probe
+# ---------------------------------------------------------------------------------------- the probe
 
 
 def proof(config: Any, backend: str, dtype: torch.dtype = torch.bfloat16) -> packing_check.Proof:
@@ -281,7 +281,8 @@ def proof(config: Any, backend: str, dtype: torch.dtype = torch.bfloat16) -> pac
 def test_the_probe_proves_each_backend_in_bf16(config: Any, backend: str) -> None:
     seen = proof(config, backend)
     print(
-        f"{config.model_type}, {backend}: hidden {seen.hidden_difference:.1e}, loss {seen.loss_difference:.1e}"
+        f"{config.model_type}, {backend}: hidden {seen.hidden_difference:.1e}, loss "
+        f"{seen.loss_difference:.1e}"
     )
 
 

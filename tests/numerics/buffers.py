@@ -1,4 +1,6 @@
-"""DeepSpeed's own buffers, found in its optimizers: what the planner counts and a rehearsal must leave empty."""
+"""DeepSpeed's own buffers, found in its optimizers: what the planner counts and a rehearsal must
+leave empty.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from trainer.metrics import Clock
 
 
 def weights(module: nn.Module) -> Iterator[torch.Tensor]:
-    """The parameters in the model's type: whole, or this rank's pieces, and those that stage 3 keeps whole beside."""
+    """The parameters in the model's type: whole, or this rank's pieces, and those that stage 3
+    keeps whole beside.
+    """
     for parameter in module.parameters():
         yield from _tensors(parameter.detach(), getattr(parameter, "ds_tensor", None))
 
@@ -53,7 +57,9 @@ def moments(optimizer: Any) -> Iterator[torch.Tensor]:
 
 
 def held(engine: Engine, batch: Batch) -> dict[str, int]:
-    """Bytes of this rank's buffers by part: gradients after a backward of the batch, the rest after a step of it."""
+    """Bytes of this rank's buffers by part: gradients after a backward of the batch, the rest after
+    a step of it.
+    """
     optimizer: Any = engine._engine.optimizer
     found = {"weights": size(weights(engine.module))}
 

@@ -2,8 +2,9 @@
 
     python -m tests.numerics.cases CASES.json
 
-A case is {"run": folder, "recipe": file, "overrides": [...], "changes": [names], "stop_after": step or null}.
-A change is a real defect put in on purpose, the controls that a test of exactness must notice; or another model.
+A case is {"run": folder, "recipe": file, "overrides": [...], "changes": [names], "stop_after": step
+or null}. A change is a real defect put in on purpose, the controls that a test of exactness must
+notice; or another model.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ def stopping_after(step: int | None, stop: dist.StopFlag) -> Iterator[None]:
 
 
 def mean_of_means() -> Any:
-    """Each micro-batch weighted by its own trained tokens, then averaged: what accumulation does elsewhere."""
+    """Each micro-batch weighted by its own trained tokens, then averaged: what accumulation does
+    elsewhere.
+    """
     apply = engine.Engine.step
 
     def step(self: Any, batches: list[Any], *args: Any) -> Any:
@@ -143,7 +146,9 @@ def bf16_accumulation() -> Any:
 
 
 def boundaries_ignored() -> Any:
-    """Documents of a row see each other in training. (The probe, which would refuse the run, sees them apart.)"""
+    """Documents of a row see each other in training. (The probe, which would refuse the run, sees
+    them apart.)
+    """
     forward = sft.SftModel.forward
 
     def whole(self: Any, batch: Any) -> Any:
@@ -176,11 +181,13 @@ def labels_shifted_across_boundaries() -> Any:
     return mock.patch.object(loader, "build_batch", shifted)
 
 
-# ----------------------------------------------------------------------------------------------- defects of a resume
+# ------------------------------------------------------------------------------ defects of a resume
 
 
 def unchecked(fill: Any) -> Any:
-    """Restores a checkpoint with `fill(shards, piece)` in place of Shards.fill, and looks at no digest."""
+    """Restores a checkpoint with `fill(shards, piece)` in place of Shards.fill, and looks at no
+    digest.
+    """
 
     def restore(folder: Path, manifest: Any, engine: Any) -> None:
         with mock.patch.object(sharded_state.Shards, "fill", fill):
@@ -245,11 +252,13 @@ DEFECTIVE_RESUMES = {
     f.__name__: f for f in (moment_zeroed, slices_exchanged, hyperparameters_of_group_0)
 }
 
-# ----------------------------------------------------------------------------------------------- other models
+# ------------------------------------------------------------------------------------- other models
 
 
 def frozen_and_buffers() -> Any:
-    """As an adapter's base: the embeddings are not trained. And a persistent buffer counts the steps."""
+    """As an adapter's base: the embeddings are not trained. And a persistent buffer counts the
+    steps.
+    """
     load, apply = train.load_model, engine.Engine.step
 
     def load_model(*args: Any, **kwargs: Any) -> Any:
@@ -268,7 +277,7 @@ def frozen_and_buffers() -> Any:
     return both
 
 
-# ----------------------------------------------------------------------------------------------- a source that grows
+# ------------------------------------------------------------------------------ a source that grows
 
 
 def shards_appear() -> Any:
@@ -285,11 +294,13 @@ def shards_appear() -> Any:
     return mock.patch.object(loader.Loader, "step", step)
 
 
-# ----------------------------------------------------------------------------------------------- steps that go wrong
+# ------------------------------------------------------------------------------ steps that go wrong
 
 
 def third_step_times(factor: float) -> Any:
-    """The last rank's share of the third step's loss is so many times what it should be, whenever it is built."""
+    """The last rank's share of the third step's loss is so many times what it should be, whenever
+    it is built.
+    """
     build = loader.Loader._build_step
 
     def build_step(self: Any, step: int) -> Any:
@@ -313,11 +324,13 @@ def spike_in_the_third_step() -> Any:
     return changed
 
 
-# ----------------------------------------------------------------------------------------------- a rehearsal
+# -------------------------------------------------------------------------------------- a rehearsal
 
 
 def rehearsed() -> Any:
-    """The fullest micro-batches run before the first step, as on a GPU; what is left of the gradients is looked at."""
+    """The fullest micro-batches run before the first step, as on a GPU; what is left of the
+    gradients is looked at.
+    """
     memory_dry_run, forget = engine.Engine.memory_dry_run, zero_state.forget_gradients
 
     def looked_at(self: Any, batches: list[Any]) -> None:

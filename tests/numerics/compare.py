@@ -1,4 +1,6 @@
-"""Runs of the debug recipe, and what separates two of them: losses, gradient norms, the weights' change."""
+"""Runs of the debug recipe, and what separates two of them: losses, gradient norms, the weights'
+change.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +82,9 @@ class Difference:
 
 
 def case(root: Path, name: str, stage: str, *overrides: str, **extra: Any) -> dict[str, Any]:
-    """The stage's own template, with buckets so small that even this model's gradients fill several."""
+    """The stage's own template, with buckets so small that even this model's gradients fill
+    several.
+    """
     template = root / f"{stage}.json"
     text = (ROOT / "ds_configs" / f"{stage}.json").read_text()
     template.write_text(text.replace('"reduce_bucket_size": "auto"', '"reduce_bucket_size": 4096'))
@@ -97,8 +101,9 @@ def case(root: Path, name: str, stage: str, *overrides: str, **extra: Any) -> di
 
 
 def wide(root: Path) -> tuple[str, str]:
-    """The debug model, wide enough that DeepSpeed moves its optimizer states to the NVMe (from 1 MiB a rank on). At the
-    others' learning rate its third step overshoots sixfold, and rounding with it."""
+    """The debug model, wide enough that DeepSpeed moves its optimizer states to the NVMe (from 1
+    MiB a rank on). At the others' learning rate its third step overshoots sixfold, and rounding
+    with it."""
     folder = root / "wide"
     if not folder.exists():
         shutil.copytree(ROOT / "recipes" / "debug" / "model", folder)
@@ -110,7 +115,9 @@ def wide(root: Path) -> tuple[str, str]:
 
 
 def run_cases(*waves: dict[int, list[dict[str, Any]]]) -> dict[str, Run]:
-    """Run the cases of each world, one wave after the other; what is in their run folders at the end, by name."""
+    """Run the cases of each world, one wave after the other; what is in their run folders at the
+    end, by name.
+    """
     folders = set()
     for wave in waves:
         for world, cases in wave.items():
@@ -125,7 +132,9 @@ def run_cases(*waves: dict[int, list[dict[str, Any]]]) -> dict[str, Run]:
 def start_weights(
     run_dir: Path, starts: dict[str, dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """The weights that a run started from, float64: its recipe makes them anew. Kept by the model and its adapter."""
+    """The weights that a run started from, float64: its recipe makes them anew. Kept by the model
+    and its adapter.
+    """
     recipe = load_recipe(run_dir / "recipe.yaml", ["model.dtype=float32"])
     made_of = f"{recipe.model.name} {recipe.adapter}"
     if made_of not in starts:

@@ -1,9 +1,10 @@
-"""Answers from engines of many kinds on the ranks it runs on, for their test; rank 0 prints them as JSON.
+"""Answers from engines of many kinds on the ranks it runs on, for their test; rank 0 prints them as
+JSON.
 
     python -m tests.numerics.generation ORDER.json      (under tests/ranks.py)
 
-An order is {"folder", "recipe": overrides, "templates": of DeepSpeed, "traced": some of them, "prompts", "stops",
-"max_new_tokens"}.
+An order is {"folder", "recipe": overrides, "templates": of DeepSpeed, "traced": some of them,
+"prompts", "stops", "max_new_tokens"}.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""The promise for adapters: neither world, stage, recomputation nor a break changes what LoRA and QLoRA learn.
+"""The promise for adapters: neither world, stage, recomputation nor a break changes what LoRA and
+QLoRA learn.
 
-As tests/numerics/test_same_run.py and test_x4_any_world.py, with the same bounds: rank 4 beside every linear module,
-dropout, and the head trained whole. The base is frozen, and checked by its digests at every resume.
+As tests/numerics/test_same_run.py and test_x4_any_world.py, with the same bounds: rank 4 beside
+every linear module, dropout, and the head trained whole. The base is frozen, and checked by its
+digests at every resume.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""A step is applied or it is not, and all know: alike at every stage, also where one rank alone is at fault (C12)."""
+"""A step is applied or it is not, and all know: alike at every stage, also where one rank alone is
+at fault (C12).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer", "zero3_
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What each stage did with a NaN in the last rank's last micro-batch of its second step, by stage."""
+    """What each stage did with a NaN in the last rank's last micro-batch of its second step, by
+    stage.
+    """
     out = tmp_path_factory.mktemp("c12")
     run_ranks(2, ["-m", "tests.numerics.test_c12_not_applied", str(out)])
     return json.loads((out / "outcomes.json").read_text())

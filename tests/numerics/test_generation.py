@@ -1,5 +1,6 @@
-"""Answers are the model's own: at 1, 2 and 3 ranks and every ZeRO stage they are those of `model.generate` alone, one
-prompt at a time (fp32, CPU). What is sampled is the same, too, and a likelihood to 1e-5.
+"""Answers are the model's own: at 1, 2 and 3 ranks and every ZeRO stage they are those of
+`model.generate` alone, one prompt at a time (fp32, CPU). What is sampled is the same, too, and a
+likelihood to 1e-5.
 """
 
 from __future__ import annotations
@@ -83,8 +84,8 @@ class Alone:
 
 
 def make_order(folder: Path) -> dict[str, Any]:
-    """The debug model with weights so large that its answers differ, prompts, and stop tokens that end some of the
-    answers early: each rank has work of another length."""
+    """The debug model with weights so large that its answers differ, prompts, and stop tokens that
+    end some of the answers early: each rank has work of another length."""
     shutil.copytree(ROOT / "recipes" / "debug" / "model", folder / "model")
     config = json.loads((folder / "model" / "config.json").read_text())
     (folder / "model" / "config.json").write_text(json.dumps({**config, "initializer_range": 0.4}))

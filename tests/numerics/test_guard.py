@@ -1,4 +1,6 @@
-"""A run that passes a step over, by skipping it or by going back, is the run that never took it (C12)."""
+"""A run that passes a step over, by skipping it or by going back, is the run that never took it
+(C12).
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """On two ranks: every stage meets a NaN of one rank in step 3, and knows of it beforehand; one meets a spike."""
+    """On two ranks: every stage meets a NaN of one rank in step 3, and knows of it beforehand; one
+    meets a spike.
+    """
     root = tmp_path_factory.mktemp("guard")
     nan, spike = {"changes": ["nan_in_the_third_step"]}, {"changes": ["spike_in_the_third_step"]}
     cases: list[dict[str, Any]] = []

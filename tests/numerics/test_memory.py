@@ -1,4 +1,6 @@
-"""What the planner counts of the training state is what DeepSpeed holds: every byte, at every stage and type."""
+"""What the planner counts of the training state is what DeepSpeed holds: every byte, at every stage
+and type.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A run that rehearsed its fullest micro-batches, before the first step and after a resume, is the run that did not."""
+"""A run that rehearsed its fullest micro-batches, before the first step and after a resume, is the
+run that did not.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ IN_BF16 = ("zero1", "zero2", "zero3")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """On two ranks, four steps each; where it is rehearsed, what the micro-batches leave of gradients is looked at."""
+    """On two ranks, four steps each; where it is rehearsed, what the micro-batches leave of
+    gradients is looked at.
+    """
     root = tmp_path_factory.mktemp("rehearsal")
 
     def pair(name: str, stage: str, *overrides: str) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
-"""A run is a function of its log of shards: with the same log it learns the same, however its shards came, whether it
-was stopped, and on however many ranks (C1; X2 and X3 for a source that grows)."""
+"""A run is a function of its log of shards: with the same log it learns the same, however its
+shards came, whether it was stopped, and on however many ranks (C1; X2 and X3 for a source that
+grows)."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from tests.ranks import ROOT
 
 
 def cut(folder: Path, sizes: tuple[int, ...], present: int) -> Path:
-    """A folder of the debug recipe's rows as shards of these sizes; those after the first few are called `*.later`."""
+    """A folder of the debug recipe's rows as shards of these sizes; those after the first few are
+    called `*.later`.
+    """
     folder.mkdir()
     lines = iter((ROOT / "recipes" / "debug" / "train.jsonl").read_text().splitlines(keepends=True))
     for number, size in enumerate(sizes):

@@ -1,12 +1,13 @@
 """The promise: the run is a function of the recipe. X2, X3, X7 and X8 of the table of exactness.
 
-Every case is a whole run of recipes/debug.yaml through trainer/train.py: packing, uneven masks, NEFTune noise,
-three or four micro-batches a step, weight decay, clipping. Three ranks end a step on fillers.
+Every case is a whole run of recipes/debug.yaml through trainer/train.py: packing, uneven masks,
+NEFTune noise, three or four micro-batches a step, weight decay, clipping. Three ranks end a step on
+fillers.
 
 Losses and gradient norms agree to 1e-6 relative, weights by their change D since the start:
 ||Da - Db|| <= 1e-4 ||Da|| for each tensor. lr is 1e-2 and Adam's eps 1e-3: a small lr would hide a defect under the
-bound, and 1e-8 would make full steps of rounding noise. Every bound has controls, real defects put in on
-purpose, that must exceed it by ten times.
+bound, and 1e-8 would make full steps of rounding noise. Every bound has controls, real defects put
+in on purpose, that must exceed it by ten times.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ from tests.numerics.compare import (
 
 
 def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
-    """The matrix of runs, by world size. A resumed run is two cases: one that is stopped, one that goes on."""
+    """The matrix of runs, by world size. A resumed run is two cases: one that is stopped, one that
+    goes on.
+    """
 
     def resumed(world: int, stage: str) -> list[dict[str, Any]]:
         name = f"{world}-{stage}-resumed"

@@ -1,4 +1,6 @@
-"""DeepSpeed's own universal load, in a program of its own, finds the tensors that the direct reader finds (C8)."""
+"""DeepSpeed's own universal load, in a program of its own, finds the tensors that the direct reader
+finds (C8).
+"""
 
 from __future__ import annotations
 

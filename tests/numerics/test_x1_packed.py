@@ -1,4 +1,6 @@
-"""X1: a packed row gives the loss and the gradients that its documents give alone, with noise on (C3, C4)."""
+"""X1: a packed row gives the loss and the gradients that its documents give alone, with noise on
+(C3, C4).
+"""
 
 from __future__ import annotations
 
@@ -96,7 +98,7 @@ def test_recomputation_changes_nothing() -> None:
     assert all(torch.equal(recomputed[name], plain[name]) for name in plain)
 
 
-# ----------------------------------------------------------------------------------------------- controls
+# ----------------------------------------------------------------------------------------- controls
 
 
 def boundaries_ignored(packed: Batch) -> Batch:
@@ -163,7 +165,7 @@ def test_control_a_window_that_is_not_honoured_shows_tenfold() -> None:
     assert max(relative(seen_by_window[n], seen_by_all[n]) for n in seen_by_all) >= 10 * BOUND
 
 
-# ----------------------------------------------------------------------------------------------- noise
+# -------------------------------------------------------------------------------------------- noise
 
 
 def test_noise_belongs_to_the_document_and_to_nothing_else() -> None:

@@ -1,6 +1,8 @@
-"""Any world resumes any checkpoint: saved by so many ranks, resumed by others, it is the run that never stopped (X4).
+"""Any world resumes any checkpoint: saved by so many ranks, resumed by others, it is the run that
+never stopped (X4).
 
-`pytest -s` prints the differences. Each bound is checked against controls that must go beyond it by ten times.
+`pytest -s` prints the differences. Each bound is checked against controls that must go beyond it by
+ten times.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""X6: each loss kernel is its readable twin, in values and gradients, and its workspace stays as C5 says."""
+"""X6: each loss kernel is its readable twin, in values and gradients, and its workspace stays as C5
+says.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,12 @@ from trainer.model.loss import BLOCK_HIDDEN, LogitTransform, choose_kernel, line
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[2]
-# Relative to the reference in fp32: fp32 differs by the order of sums alone; bf16 by rounding logits' gradients to 8
-# bits, which the reference in bf16 does too (it is off by as much).
+# Relative to the reference in fp32: fp32 differs by the order of sums alone; bf16 by rounding
+# logits' gradients to 8 bits, which the reference in bf16 does too (it is off by as much).
 BOUND = {torch.float32: 1e-6, torch.bfloat16: 1.5e-2}
-WORKSPACE = 48  # bytes for each (trained position x hidden) beyond the weight's gradient, with a soft cap: c = 12 in fp32
+# bytes for each (trained position x hidden) beyond the weight's gradient, with a soft cap: c = 12
+# in fp32
+WORKSPACE = 48
 
 
 class Case(NamedTuple):
@@ -95,7 +99,9 @@ def worst(kernel: str, given: Case, incoming: float = 1.0, twin: Case | None = N
 
 
 def of_a_frozen_head(kernel: str, given: Case) -> float:
-    """The relative difference of the hidden states' gradient from the reference's, as under an adapter."""
+    """The relative difference of the hidden states' gradient from the reference's, as under an
+    adapter.
+    """
     weight, weights = given.weight.detach(), given.weights
     loss = linear_cross_entropy(
         given.hidden, weight, given.targets, weights, given.uniform_weight, kernel
@@ -115,7 +121,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "vocabulary of one more than a block": {"shape": (23, 16, 65)},
 }
 
-# ----------------------------------------------------------------------------------------------- chunked
+# ------------------------------------------------------------------------------------------ chunked
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
@@ -124,7 +130,8 @@ def test_chunked_is_the_reference(variant: str, dtype: torch.dtype) -> None:
     given = case(dtype, **VARIANTS[variant])
     seen = worst("chunked", given, incoming=3.0)
     print(
-        f"X6 chunked, {variant}, {dtype}: {seen:.1e}; the reference in this type: {worst('reference', given, 3.0):.1e}"
+        f"X6 chunked, {variant}, {dtype}: {seen:.1e}; the reference in this type: "
+        f"{worst('reference', given, 3.0):.1e}"
     )
     assert seen <= BOUND[dtype]
 
@@ -148,7 +155,9 @@ def test_control_a_defect_shows_tenfold(defect: str) -> None:
 
 
 def test_confident_tokens_keep_their_small_gradients_in_bf16() -> None:
-    """softmax - 1 of a token at probability 0.998 is lost where the softmax is rounded before the 1 is taken away."""
+    """softmax - 1 of a token at probability 0.998 is lost where the softmax is rounded before the 1
+    is taken away.
+    """
     given = case(torch.bfloat16)
     with torch.no_grad():
         given.hidden.copy_(given.weight[given.targets] * 0.5)
@@ -188,7 +197,7 @@ def test_no_trained_position_is_a_zero_with_gradients(kernel: str) -> None:
     assert hidden.grad is not None
 
 
-# ----------------------------------------------------------------------------------------------- workspace
+# ---------------------------------------------------------------------------------------- workspace
 
 
 def peak_bytes(work: Any) -> int:
@@ -215,14 +224,16 @@ def test_workspace_stays_under_c_times_tokens_times_hidden(vocabulary: int) -> N
     assert held["reference"] > 10 * held["chunked"], "the control: whole logits"
 
 
-# ----------------------------------------------------------------------------------------------- liger
+# -------------------------------------------------------------------------------------------- liger
 
 
 LIGER_CASES = ["plain", "one weight", "bias", "soft cap", "scale, soft cap, bias"]
 
 
 class Interpreted(float):
-    """Triton's interpreter hands a float on as it is, where a compiled kernel gets a number that has `to`."""
+    """Triton's interpreter hands a float on as it is, where a compiled kernel gets a number that
+    has `to`.
+    """
 
     def to(self, dtype: Any) -> Interpreted:
         return self
@@ -282,7 +293,7 @@ def test_control_of_liger_shows_tenfold(liger: dict[str, float]) -> None:
     assert liger["control"] >= 10 * BOUND[torch.bfloat16]
 
 
-# ----------------------------------------------------------------------------------------------- choice
+# ------------------------------------------------------------------------------------------- choice
 
 
 def test_auto_takes_chunked_without_a_gpu() -> None:

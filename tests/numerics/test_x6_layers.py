@@ -1,4 +1,5 @@
-"""X6: Liger's kernels of norms, rotary positions and gated activations are transformers' own, in losses and gradients.
+"""X6: Liger's kernels of norms, rotary positions and gated activations are transformers' own, in
+losses and gradients.
 
 Liger's own code by Triton's interpreter on a CPU, in fp32; tests/gpu has it compiled, in bf16 too.
 """
@@ -48,7 +49,9 @@ MODELS = {
 
 
 def difference(config: Any) -> float:
-    """The largest relative difference of the loss and of a gradient, fused against as transformers has it."""
+    """The largest relative difference of the loss and of a gradient, fused against as transformers
+    has it.
+    """
     results = []
     for layers in ("liger", "torch"):
         model = tiny(config)
@@ -79,7 +82,9 @@ def refusal(config: Any) -> str | None:
 
 
 def of_a_model_made_later() -> str:
-    """How a model describes itself that is made after another of its kind was fused; it computes as one made before."""
+    """How a model describes itself that is made after another of its kind was fused; it computes as
+    one made before.
+    """
     config, ids = MODELS["llama"], documents((12,))[0].unsqueeze(0)
 
     def logits(model: Any) -> torch.Tensor:
@@ -116,7 +121,9 @@ def main() -> None:
 
 
 def interpret_as_compiled() -> None:
-    """What compiled kernels have and Triton's interpreter lacks: numbers that have `to`, and CUDA's libdevice."""
+    """What compiled kernels have and Triton's interpreter lacks: numbers that have `to`, and CUDA's
+    libdevice.
+    """
     import numpy as np
     import triton.language as tl
     from liger_kernel.ops import geglu, rms_norm
@@ -164,7 +171,7 @@ def test_a_model_made_later_is_as_it_was_written(seen: dict[str, Any]) -> None:
     assert "Liger" not in seen["later"]
 
 
-# ----------------------------------------------------------------------------------------------- choice
+# ------------------------------------------------------------------------------------------- choice
 
 
 def test_without_a_gpu_the_layers_stay_plain() -> None:
@@ -190,7 +197,9 @@ def test_a_model_that_liger_does_not_know_is_refused_by_name_and_left_alone_by_a
 
 def test_a_model_that_brings_code_of_its_own_stays_plain() -> None:
     class Own(tf.LlamaForCausalLM):
-        """As `trust_remote_code` loads them: of a type that Liger knows, and not of transformers' files."""
+        """As `trust_remote_code` loads them: of a type that Liger knows, and not of transformers'
+        files.
+        """
 
     said = liger_layers.fuse(
         Own(tf.LlamaConfig(**SIZES)), "auto", torch.device("cuda"), torch.bfloat16

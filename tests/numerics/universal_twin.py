@@ -1,4 +1,5 @@
-"""A program on DeepSpeed that knows nothing of packhorse's checkpoints: loads a universal one, and tells its digests.
+"""A program on DeepSpeed that knows nothing of packhorse's checkpoints: loads a universal one, and
+tells its digests.
 
 python -m tests.numerics.universal_twin MODEL FOLDER STAGE OUT.json
 """

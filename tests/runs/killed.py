@@ -1,13 +1,15 @@
-"""Runs that are killed at a named point: real ranks, of which one sends itself SIGKILL in the middle of a call.
+"""Runs that are killed at a named point: real ranks, of which one sends itself SIGKILL in the
+middle of a call.
 
     python -m tests.runs.killed        # an order a line on stdin, its answer a line on stdout
 
-To import torch and DeepSpeed takes three times as long as a small run. So this process imports them once, computes
-nothing, and forks the ranks of each order. It has one thread, which is looked at: a fork can tear nothing apart.
+To import torch and DeepSpeed takes three times as long as a small run. So this process imports them
+once, computes nothing, and forks the ranks of each order. It has one thread, which is looked at: a
+fork can tear nothing apart.
 
-The program itself knows nothing of this. A point is a call of a function that is patched in the rank that dies, told
-from the other calls by a pattern on what the call works on. Before it dies the rank notes that it got there, and which
-files lay in the run folder.
+The program itself knows nothing of this. A point is a call of a function that is patched in the
+rank that dies, told from the other calls by a pattern on what the call works on. Before it dies the
+rank notes that it got there, and which files lay in the run folder.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ SURVIVORS_S = (
 
 @dataclass(frozen=True)
 class Point:
-    """The `call`-th call of `function` that works on something matching `what` (or is made inside such a call)."""
+    """The `call`-th call of `function` that works on something matching `what` (or is made inside
+    such a call).
+    """
 
     function: str  # a key of _functions()
     what: str = ""
@@ -90,7 +94,9 @@ class Nursery:
 
 
 def reached_file(log: Path) -> Path:
-    """What the rank that died at a point wrote: the files of the run folder and their sizes at that moment."""
+    """What the rank that died at a point wrote: the files of the run folder and their sizes at that
+    moment.
+    """
     return log.with_suffix(".reached")
 
 
@@ -99,7 +105,7 @@ def ballast(run_dir: Path) -> Path:
     return run_dir / "ballast"
 
 
-# ----------------------------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------------------------------- a run
 
 OVERRIDES = (
     "optim.eps=1e-3",  # as X4's bounds ask for
@@ -131,7 +137,9 @@ class Run:
         return self._nursery.live(Order(world, self.overrides, str(self._log), point, **order))
 
     def die(self, world: int, point: Point, rank: int = 0) -> dict[str, int]:
-        """Be killed at a point, which must be reached; the files of the run folder at that moment and their sizes."""
+        """Be killed at a point, which must be reached; the files of the run folder at that moment
+        and their sizes.
+        """
         codes = self.start(world, point, rank=rank)
         assert codes[rank] == KILLED, f"the point was not reached\n{self.said}"
         assert all(codes), f"a rank took its own end for the run's\n{self.said}"
@@ -152,7 +160,9 @@ def logged(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def assert_same(run_dir: Path, reference: Path) -> None:
-    """Bit for bit: what is logged, and the last checkpoint, every byte of which `find` has looked at."""
+    """Bit for bit: what is logged, and the last checkpoint, every byte of which `find` has looked
+    at.
+    """
     assert logged(run_dir) == logged(reference)
     found, expected = checkpoint.find(run_dir), checkpoint.find(reference)
     assert found
@@ -161,7 +171,7 @@ def assert_same(run_dir: Path, reference: Path) -> None:
     assert not list((run_dir / "checkpoints").glob(".*")), "what the kill left is still there"
 
 
-# ----------------------------------------------------------------------------------------------- the nursery
+# -------------------------------------------------------------------------------------- the nursery
 
 
 def main() -> None:
@@ -198,7 +208,9 @@ def _live(order: Order) -> list[int]:
 
 
 def _codes(pids: list[int]) -> list[int]:
-    """Wait for the ranks as the launcher does: where one fails the others are told, and killed in the end."""
+    """Wait for the ranks as the launcher does: where one fails the others are told, and killed in
+    the end.
+    """
     codes: dict[int, int] = {}
     deadline: float | None = None
     while len(codes) < len(pids):
@@ -274,7 +286,7 @@ def _rank(order: Order, rank: int) -> int:
     return 0
 
 
-# ----------------------------------------------------------------------------------------------- in the rank that dies
+# ---------------------------------------------------------------------------- in the rank that dies
 
 
 def _functions() -> dict[str, tuple[Any, str, Any]]:

@@ -1,5 +1,6 @@
-"""Runs that keep their best checkpoint: which one it is, that pruning spares it, and that stops and rollbacks change
-nothing of it. And what is done with it afterwards: `packhorse export --best`, `packhorse eval`, `packhorse compare`."""
+"""Runs that keep their best checkpoint: which one it is, that pruning spares it, and that stops and
+rollbacks change nothing of it. And what is done with it afterwards: `packhorse export --best`,
+`packhorse eval`, `packhorse compare`."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ from trainer.metrics import read_lines
 
 pytestmark = pytest.mark.runs
 
-# The loss falls at every step: what a condition leaves out is the later ones, so that the best one has to be spared.
+# The loss falls at every step: what a condition leaves out is the later ones, so that the best one
+# has to be spared.
 RULE = "eval.best={minimize: eval_loss, subject_to: {eval_loss: '> 4.5'}, tie: answer_accuracy}"
 BEST = 3
 FIRST = "eval.best={minimize: eval_loss, subject_to: {eval_loss: '> 5.5'}}"
@@ -52,8 +54,9 @@ def case(root: Path, name: str, *overrides: str, **extra: Any) -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """On two ranks: a run; one that is stopped on the way; one in which no step is the best; one whose third step sends
-    it back to its best one, the first, so that it trains a step again that it had evaluated."""
+    """On two ranks: a run; one that is stopped on the way; one in which no step is the best; one
+    whose third step sends it back to its best one, the first, so that it trains a step again that
+    it had evaluated."""
     root = tmp_path_factory.mktemp("best")
     cases = [
         case(root, "whole"),
@@ -78,7 +81,7 @@ def packhorse(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
 
-# ----------------------------------------------------------------------------------------------- while training
+# ----------------------------------------------------------------------------------- while training
 
 
 def test_a_step_that_is_the_best_is_saved_though_none_was_due_and_is_spared(root: Path) -> None:
@@ -117,7 +120,9 @@ def test_where_no_step_meets_the_conditions_none_is_kept_apart(root: Path) -> No
 
 
 def test_evaluations_of_steps_that_are_trained_again_do_not_count(root: Path) -> None:
-    """The third step sends the run back to step 1: the evaluation of step 2 is made again, and stands there once."""
+    """The third step sends the run back to step 1: the evaluation of step 2 is made again, and
+    stands there once.
+    """
     assert [line["step"] for line in read_lines(root / "back" / "evaluations.jsonl")] == [
         0,
         1,
@@ -131,7 +136,7 @@ def test_evaluations_of_steps_that_are_trained_again_do_not_count(root: Path) ->
     assert names(root / "back") == ["best", "latest", "step-000001", "step-000006"]
 
 
-# ----------------------------------------------------------------------------------------------- afterwards
+# --------------------------------------------------------------------------------------- afterwards
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""`packhorse train` on the debug recipe as a user and a scheduler run it: to the end, stopped, and killed."""
+"""`packhorse train` on the debug recipe as a user and a scheduler run it: to the end, stopped, and
+killed.
+"""
 
 import json
 import os
@@ -109,7 +111,9 @@ def test_stopped_and_run_again_it_ends_as_if_never_stopped(whole, tmp_path, numb
 
 
 def test_an_extended_run_is_the_longer_run(tmp_path):
-    """Where the learning rate depends on no number of steps; elsewhere it takes the longer schedule from there on."""
+    """Where the learning rate depends on no number of steps; elsewhere it takes the longer schedule
+    from there on.
+    """
     run_dir = tmp_path / "run"
     alike = (*SAVES_OFTEN, "optim.lr_schedule=constant", "optim.warmup_ratio=0")
     ends = {}

@@ -1,8 +1,9 @@
-"""A disk that is full, read-only or has damaged what lies on it: said in one sentence, and nothing is lost (C7).
+"""A disk that is full, read-only or has damaged what lies on it: said in one sentence, and nothing
+is lost (C7).
 
-The full disk is a real one, a few MiB of memory that root mounts as the run folder; a rank fills it up at a named
-point. Where the run cannot go on it ends with exit code 2, and once there is room the same command ends as if nothing
-had happened.
+The full disk is a real one, a few MiB of memory that root mounts as the run folder; a rank fills it
+up at a named point. Where the run cannot go on it ends with exit code 2, and once there is room the
+same command ends as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -61,11 +62,13 @@ def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
         subprocess.run(["umount", folder], check=True)
 
 
-# ----------------------------------------------------------------------------------------------- full
+# --------------------------------------------------------------------------------------------- full
 
 
 def assert_said_once(said: str, sentence: str) -> None:
-    """One line for the user says what is wrong and what to do, and the ranks that say it say the same."""
+    """One line for the user says what is wrong and what to do, and the ranks that say it say the
+    same.
+    """
     errors = set(re.findall("packhorse: error: .*", said))
     assert len(errors) == 1, said
     assert re.search(sentence, errors.pop()), said
@@ -123,7 +126,9 @@ def test_the_disk_is_full_before_a_save(
 def test_the_disk_is_full_for_the_log(
     disk: Callable[..., Path], whole: dict[int, Path], run: Run
 ) -> None:
-    """The next line of the log may still fit into its file's last page; then the save after it is what is refused."""
+    """The next line of the log may still fit into its file's last page; then the save after it is
+    what is refused.
+    """
     disk(run.folder)
     assert run.start(1, Point("step", call=4), fill=True) == [BAD_INPUT], run.said
     assert_said_once(run.said, "(No space left on device|GiB are free there); make room")
@@ -149,7 +154,9 @@ def test_the_disk_of_the_cache_is_full(
 def test_the_command_ends_with_2_and_goes_on_when_there_is_room(
     disk: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Two ranks under the launcher: the log and what the ranks say still fit, a checkpoint does not."""
+    """Two ranks under the launcher: the log and what the ranks say still fit, a checkpoint does
+    not.
+    """
     run_dir = disk(tmp_path / "run")
     process = start(run_dir, *SAVES_OFTEN, "train.epochs=20")
     wait_for_step(run_dir, 4)
@@ -175,7 +182,7 @@ def test_a_read_only_run_folder(disk: Callable[..., Path], run: Run) -> None:
     assert_said_once(run.said, "run.dir: .* cannot be written .*Read-only file system")
 
 
-# ----------------------------------------------------------------------------------------------- damaged
+# ------------------------------------------------------------------------------------------ damaged
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
-"""A step is evaluated once, whatever befell the run: killed or stopped half-way through an evaluation, it ends with the
-evaluations of a run that was left alone, with equal numbers and answers.
+"""A step is evaluated once, whatever befell the run: killed or stopped half-way through an
+evaluation, it ends with the evaluations of a run that was left alone, with equal numbers and
+answers.
 
-Six steps of recipes/debug.yaml with sampled answers, evaluated before, in the middle and after, saved every two steps.
+Six steps of recipes/debug.yaml with sampled answers, evaluated before, in the middle and after,
+saved every two steps.
 """
 
 from __future__ import annotations

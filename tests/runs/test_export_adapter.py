@@ -31,7 +31,8 @@ ADAPTERS = {  # with the stages they are trained at
     "lora": ("zero3", "adapter={rank: 4, dropout: 0.1}"),
     "whole": (
         "zero2",
-        "adapter={rank: 4, target_modules: [q_proj, up_proj], rslora: true, modules_to_save: [embed_tokens, lm_head]}",
+        "adapter={rank: 4, target_modules: [q_proj, up_proj], rslora: true, modules_to_save: "
+        "[embed_tokens, lm_head]}",
     ),
     "dora": ("zero3", "adapter={rank: 4, dora: true}"),
     "nf4": ("zero2", "adapter={rank: 4, base: nf4, double_quant: true}"),
@@ -47,7 +48,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(root: Path) -> dict[str, Path]:
-    """Short runs on two ranks from bases that lie in folders: one whose head is tied to its embeddings, one not."""
+    """Short runs on two ranks from bases that lie in folders: one whose head is tied to its
+    embeddings, one not.
+    """
     cases = []
     for tied in (False, True):
         base = root / ("tied" if tied else "base")

@@ -1,9 +1,11 @@
-"""X5: killed with SIGKILL at any moment and started again with the same command, a run ends as if never killed.
+"""X5: killed with SIGKILL at any moment and started again with the same command, a run ends as if
+never killed.
 
-Six steps of recipes/debug.yaml, evaluated before, in the middle and after, with a checkpoint every two steps, of which
-the last is kept: the save of step 4 removes that of step 2. Every named point is asserted to have been reached. On the
-same number of ranks the rest of the run is the same bit for bit: the logged numbers and the bytes of the last
-checkpoint. On another it stays within X4's bounds.
+Six steps of recipes/debug.yaml, evaluated before, in the middle and after, with a checkpoint every
+two steps, of which the last is kept: the save of step 4 removes that of step 2. Every named point
+is asserted to have been reached. On the same number of ranks the rest of the run is the same bit
+for bit: the logged numbers and the bytes of the last checkpoint. On another it stays within X4's
+bounds.
 """
 
 from __future__ import annotations
@@ -114,7 +116,7 @@ RANKS = {
 }
 
 
-# ----------------------------------------------------------------------------------------------- the same world
+# ----------------------------------------------------------------------------------- the same world
 
 
 @pytest.mark.parametrize("name", SAVES)
@@ -185,7 +187,7 @@ def test_one_of_two_ranks_killed(whole: dict[int, Path], run: Run, name: str) ->
     assert_same(run.folder, whole[2])
 
 
-# ----------------------------------------------------------------------------------------------- another world
+# ------------------------------------------------------------------------------------ another world
 
 
 @pytest.mark.parametrize(
@@ -207,15 +209,15 @@ def test_killed_and_resumed_by_another_world(
     assert seen.agrees, seen
 
 
-# ----------------------------------------------------------------------------------------------- any moment
+# --------------------------------------------------------------------------------------- any moment
 
 
 @pytest.mark.parametrize("seed", range(RANDOM_KILLS))
 def test_killed_at_a_random_moment(
     whole: dict[int, Path], nursery: Nursery, cache: Path, tmp_path: Path, seed: int
 ) -> None:
-    """One of two ranks, or both at once, as with the launcher's whole process tree. A third of the times while the run
-    starts, else from its first line on."""
+    """One of two ranks, or both at once, as with the launcher's whole process tree. A third of the
+    times while the run starts, else from its first line on."""
     drawn = random.Random(seed)
     victims = [0, 1] if seed % 2 else [drawn.randrange(2)]
     starting = seed % 3 == 0

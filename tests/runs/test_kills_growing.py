@@ -1,4 +1,6 @@
-"""A run whose shards come while it trains, killed and started again, is the run with that log that was never killed."""
+"""A run whose shards come while it trains, killed and started again, is the run with that log that
+was never killed.
+"""
 
 from __future__ import annotations
 

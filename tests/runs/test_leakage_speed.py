@@ -1,4 +1,6 @@
-"""100,000 rows of 200 tokens against 2,000 held-out ones, tokenizing included: under three minutes on two cores."""
+"""100,000 rows of 200 tokens against 2,000 held-out ones, tokenizing included: under three minutes
+on two cores.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,8 @@ def test_a_hundred_thousand_rows_are_prepared_and_compared_in_three_minutes(
     took_s = time.monotonic() - started
     tokens = train.report["tokens"]
     print(
-        f"\n{tokens:,} tokens, {tokens / TRAIN_ROWS:.0f} a row: {prepared_s:.0f} s to prepare, {took_s:.0f} s in all"
+        f"\n{tokens:,} tokens, {tokens / TRAIN_ROWS:.0f} a row: {prepared_s:.0f} s to prepare, "
+        f"{took_s:.0f} s in all"
     )
     assert abs(tokens / TRAIN_ROWS - ROW_TOKENS) < 20
     assert report
@@ -54,7 +57,9 @@ def both(recipe: Recipe, tokenizer: object) -> tuple[Prepared, Prepared]:
 
 
 def written(folder: Path, words_of: Path, tokenizer: object) -> Recipe:
-    """Rows of a real text's words, drawn at random; the planted ones are train rows with two words changed."""
+    """Rows of a real text's words, drawn at random; the planted ones are train rows with two words
+    changed.
+    """
     rng = random.Random(0)
     with words_of.open(encoding="utf-8") as file:
         words = [

@@ -1,4 +1,6 @@
-"""A run on two ranks whose answers are scored in every way, by a judge that is there and by one that is down."""
+"""A run on two ranks whose answers are scored in every way, by a judge that is there and by one
+that is down.
+"""
 
 from __future__ import annotations
 

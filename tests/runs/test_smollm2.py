@@ -56,8 +56,8 @@ def recipe(shared: Path, model: Path, run_dir: Path, **model_settings: Any) -> R
 def test_the_untouched_model_has_the_loss_that_transformers_gives_it(
     shared: Path, smollm2: Path, tmp_path: Path
 ) -> None:
-    """gsm8k_test's first 48 rows under SmolLM2's own template, fp32. Our policy leaves the newline after the end
-    token out; the reference counts it, so here it is counted."""
+    """gsm8k_test's first 48 rows under SmolLM2's own template, fp32. Our policy leaves the newline
+    after the end token out; the reference counts it, so here it is counted."""
     made = recipe(shared, smollm2, tmp_path / "run", dtype="float32")
     made = made.model_copy(
         update={"data": made.data.model_copy(update={"train_trailing_newline": True})}

@@ -1,4 +1,6 @@
-"""A signal to any one process stops all of them, wherever it meets them, with everything saved (C9)."""
+"""A signal to any one process stops all of them, wherever it meets them, with everything saved
+(C9).
+"""
 
 import json
 import os
@@ -21,8 +23,8 @@ EVALUATES_NEVER = ("data.eval=[]", "eval.every_steps=null", "eval.generate=null"
 def signalled(
     place: str, ranks: str, seconds: float, run_dir: Path, asked: str, *overrides: str
 ) -> Callable[[], tuple[float, int]]:
-    """Run until the place and send signals to the process asked. The result waits for the run's end: the time it took,
-    and the step of the stop."""
+    """Run until the place and send signals to the process asked. The result waits for the run's
+    end: the time it took, and the step of the stop."""
     process = start(place, ranks, seconds, run_dir, *overrides)
     wait_for(run_dir / f"at-{ranks[-1]}")
     pid = process.pid if asked == "launcher" else int(wait_for(run_dir / f"pid-{asked}"))

@@ -1,4 +1,6 @@
-"""Backends keep documents apart, honour windows, caps and sinks, and refuse what they cannot honour."""
+"""Backends keep documents apart, honour windows, caps and sinks, and refuse what they cannot
+honour.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def by_the_formula(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax over all tokens of the row, token by token: those before it in its document and window."""
+    """softmax over all tokens of the row, token by token: those before it in its document and
+    window.
+    """
     k, v = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (k, v))
     document = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     out = torch.empty(1, q.shape[2], HEADS, v.shape[-1])
@@ -152,7 +156,7 @@ def test_a_single_document_is_a_row() -> None:
     torch.testing.assert_close(first, attend("reference", q, k, v)[:, : LENGTHS[0]])
 
 
-# ----------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 @pytest.mark.parametrize(
@@ -226,7 +230,7 @@ def test_heads_wider_than_the_kernels_take_are_refused() -> None:
         attention._as_rows("Layer", "flash_attn", wide, wide, wide, None)
 
 
-# ----------------------------------------------------------------------------------------------- choice
+# ------------------------------------------------------------------------------------------- choice
 
 
 def test_auto_says_which_it_took_and_why() -> None:
@@ -245,7 +249,7 @@ def test_fused_kernels_are_not_for_fp32() -> None:
     assert "float32" in str(attention._fused_missing(torch.device("cuda"), torch.float32))
 
 
-# ----------------------------------------------------------------------------------------------- masks
+# -------------------------------------------------------------------------------------------- masks
 
 
 def layer_mask(window: int | None, *, chunk: int | None = None) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""The list of steps is arithmetic: every row once an epoch, whatever the ranks, with weights known beforehand."""
+"""The list of steps is arithmetic: every row once an epoch, whatever the ranks, with weights known
+beforehand.
+"""
 
 from collections import Counter
 

@@ -38,7 +38,7 @@ def best_of(*lines: dict[str, Any], **rule: Any) -> int | None:
     return choose(BestSection(**(rule or RULE)), {each["step"]: each for each in lines})["step"]
 
 
-# ----------------------------------------------------------------------------------------------- which one
+# ---------------------------------------------------------------------------------------- which one
 
 
 def test_the_highest_metric_wins_whatever_the_loss_says():
@@ -115,7 +115,7 @@ def test_conditions(text, met, not_met):
     assert not condition.holds(not_met)
 
 
-# ----------------------------------------------------------------------------------------------- rules in a recipe
+# -------------------------------------------------------------------------------- rules in a recipe
 
 
 def tree(best: Any, every_steps: int | None = 5, **data: Any) -> dict[str, Any]:
@@ -204,7 +204,7 @@ def test_a_rule_needs_evaluations():
         parse_recipe(asks_nothing)
 
 
-# ----------------------------------------------------------------------------------------------- a run's record
+# ----------------------------------------------------------------------------------- a run's record
 
 
 def write(run_dir: Path, *lines: dict[str, Any], best: Any = RULE) -> Path:

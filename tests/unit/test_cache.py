@@ -1,4 +1,6 @@
-"""Tokenized once: whole or absent, the same however it came about, and honest about what was left out."""
+"""Tokenized once: whole or absent, the same however it came about, and honest about what was left
+out.
+"""
 
 import json
 import os
@@ -140,7 +142,9 @@ def test_the_report_counts_by_source_and_reason(tmp_path):
 
 
 def repeating(folder: Path, **more) -> Documents:
-    """Rows 1 to 30 of source b, then a; row n has the tokens of row n % 7, and is cut into two documents."""
+    """Rows 1 to 30 of source b, then a; row n has the tokens of row n % 7, and is cut into two
+    documents.
+    """
 
     def tokenize_repeated(rows: list[Row]) -> list[Example | RowError]:
         ids = [np.arange(10, dtype=np.int32) + row.number % 7 * 100 for row in rows]

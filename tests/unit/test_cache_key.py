@@ -1,7 +1,9 @@
-"""A stale cache is never used: every key of the recipe that can shape the documents makes another one.
+"""A stale cache is never used: every key of the recipe that can shape the documents makes another
+one.
 
-All keys of the sections `model`, `data` and `batch` stand in one of the tables below, or a test fails: whoever adds one
-says here whether it shapes the documents. The other sections are about what is done with them.
+All keys of the sections `model`, `data` and `batch` stand in one of the tables below, or a test
+fails: whoever adds one says here whether it shapes the documents. The other sections are about what
+is done with them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ OTHER_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 )
 
-# Key of the recipe -> values under which the documents are others than under BASE. {work} is the folder of the test.
+# Key of the recipe -> values under which the documents are others than under BASE. {work} is the
+# folder of the test.
 SHAPES: dict[str, list[Any]] = {
     "model.name": ["{work}/qwen2_5", "{work}/other_merges", "{work}/other_template"],
     "model.add_tokens": [["<tool>"]],
@@ -68,8 +71,8 @@ DOES_NOT: dict[str, list[Any]] = {
     "batch.micro_batch_size": [2],
 }
 
-# Key of the recipe -> the keys and values that it needs beside it, and a value of its own under which the documents are
-# others than with those alone.
+# Key of the recipe -> the keys and values that it needs beside it, and a value of its own under
+# which the documents are others than with those alone.
 WITH_OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
     "data.group_by": ({"data.eval_fraction": 0.3}, "question"),
     "data.chat_template_kwargs": ({"model.chat_template": "{work}/named.jinja"}, {"name": "Bob"}),
@@ -121,7 +124,9 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def key(work: Path, changes: dict[str, Any]) -> str:
-    """The name of the cache of the base recipe with changes: it holds the key, as where it lies does not."""
+    """The name of the cache of the base recipe with changes: it holds the key, as where it lies
+    does not.
+    """
     tree: Any = {
         "model": {"name": f"{work}/base"},
         "data": {"train": [{"path": f"{work}/rows.jsonl"}], "cache": f"{work}/cache", "workers": 1},

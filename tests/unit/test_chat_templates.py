@@ -1,8 +1,9 @@
 """The method on the forms of families whose tokenizers are not at hand (C6).
 
-Each form is the format's shape, written anew as a short template: how turns open and close, what is stripped, what the
-template forces or forgets. The tokenizer is SmolLM2's with the form's control tokens added. What is to be learned is
-written by hand, between ⟦ ⟧, in the render of the same conversation; or the reason why the rows are refused.
+Each form is the format's shape, written anew as a short template: how turns open and close, what is
+stripped, what the template forces or forgets. The tokenizer is SmolLM2's with the form's control
+tokens added. What is to be learned is written by hand, between ⟦ ⟧, in the render of the same
+conversation; or the reason why the rows are refused.
 """
 
 import re
@@ -67,7 +68,8 @@ def turns(
     )
 
 
-# Reasoning models: what a template does with the thought of an answer, and what its generation prompt ends with.
+# Reasoning models: what a template does with the thought of an answer, and what its generation
+# prompt ends with.
 R1_CONTROLS = "<|User|> <|Assistant|> <|end_of_sentence|>"
 INLINE = chat("Say OK.", "<think>\nHm.\n</think>\n\nOK.")
 INLINE_TWICE = chat("Say OK.", INLINE.messages[1].content, "Why?", "<think>\n\n</think>\n\nSo.")
@@ -78,19 +80,25 @@ LAST_TURN = "; data.train_on: last_turn leaves earlier answers out"
 QWEN3_THINKING = (
     "{% set last = namespace(query=0) %}{% for m in messages %}{% if m.role == 'user' %}"
     "{% set last.query = loop.index0 %}{% endif %}{% endfor %}{% for m in messages %}"
-    "{{ '<|im_start|>' + m.role + '\n' }}{% set content = m.content %}{% if m.role == 'assistant' %}"
+    "{{ '<|im_start|>' + m.role + '\n' }}{% set content = m.content %}{% if m.role == 'assistant' "
+    "%}"
     "{% set thought = m.reasoning_content or '' %}{% if not thought and '</think>' in content %}"
-    "{% set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
-    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}{% if loop.index0 > last.query %}"
+    "{% set thought = content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') "
+    "%}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}{% if loop.index0 > "
+    "last.query %}"
     "{{ '<think>\n' + thought.strip('\n') + '\n</think>\n\n' }}{% endif %}{% endif %}"
     "{{ content.lstrip('\n') + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"
 )
 V3_1 = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}{% set content = m.content %}{% if '</think>' in content %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% set content = m.content %}{% if "
+    "'</think>' in content %}"
     "{% set content = content.split('</think>', 1)[1] %}{% endif %}"
-    "{{ '<|Assistant|></think>' + content + '<|end_of_sentence|>' }}{% else %}{{ '<|User|>' + m.content }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>' if thinking else '<|Assistant|></think>' }}"
+    "{{ '<|Assistant|></think>' + content + '<|end_of_sentence|>' }}{% else %}{{ '<|User|>' + "
+    "m.content }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|Assistant|><think>' if thinking else "
+    "'<|Assistant|></think>' }}"
     "{% endif %}"
 )
 
@@ -99,15 +107,19 @@ FORMS = {
     "gemma: texts are stripped, the system text joins the first question": Form(
         "<bos> <start_of_turn> <end_of_turn>",
         "{{ '<bos>' }}{% set first = '' %}{% if messages[0].role == 'system' %}"
-        "{% set first = messages[0].content + '\\n\\n' %}{% set messages = messages[1:] %}{% endif %}"
-        "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else 'user') + '\\n' }}"
+        "{% set first = messages[0].content + '\\n\\n' %}{% set messages = messages[1:] %}{% endif "
+        "%}"
+        "{% for m in messages %}{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else "
+        "'user') + '\\n' }}"
         "{{ (first if loop.first else '') + m.content | trim + '<end_of_turn>\\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}",
         [
             (
                 TALK,
-                "<bos><start_of_turn>user\nSay OK.<end_of_turn>\n<start_of_turn>model\n⟦OK.<end_of_turn>⟧\n"
-                "<start_of_turn>user\nWhy OK.?<end_of_turn>\n<start_of_turn>model\n⟦Größe<end_of_turn>⟧\n",
+                "<bos><start_of_turn>user\nSay "
+                "OK.<end_of_turn>\n<start_of_turn>model\n⟦OK.<end_of_turn>⟧\n"
+                "<start_of_turn>user\nWhy "
+                "OK.?<end_of_turn>\n<start_of_turn>model\n⟦Größe<end_of_turn>⟧\n",
             ),
             (
                 BRIEF,
@@ -142,7 +154,8 @@ FORMS = {
         [
             (
                 LAST,
-                "<|im_start|>user<|im_sep|>Say OK.<|im_end|><|im_start|>assistant<|im_sep|>⟦ OK.<|im_end|>⟧",
+                "<|im_start|>user<|im_sep|>Say OK.<|im_end|><|im_start|>assistant<|im_sep|>⟦ "
+                "OK.<|im_end|>⟧",
             )
         ],
     ),
@@ -178,11 +191,13 @@ FORMS = {
             (TALK, f"{ELSEWHERE}'<think>\\n'{LAST_TURN}"),
             (
                 INLINE,
-                "refused: the template drops the content of an answer; give a model.chat_template that keeps it",
+                "refused: the template drops the content of an answer; give a model.chat_template "
+                "that keeps it",
             ),
             (
                 FIELD,
-                "refused: the template drops the reasoning of an answer; give a model.chat_template that keeps it",
+                "refused: the template drops the reasoning of an answer; give a "
+                "model.chat_template that keeps it",
             ),
         ],
     ),
@@ -201,7 +216,8 @@ FORMS = {
             ),
             (
                 chat("<think>\nWhy?", "<think>\nHm. <think>\n</think>So."),
-                "<|User|><think>\nWhy?<|Assistant|><think>\n⟦Hm. <think>\n</think>So.<|end_of_sentence|>⟧",
+                "<|User|><think>\nWhy?<|Assistant|><think>\n⟦Hm. "
+                "<think>\n</think>So.<|end_of_sentence|>⟧",
             ),
             (LAST, f"{ELSEWHERE}'<think>\\n'{AGREE}"),
             (chat("Say OK.", "<think>Hm.</think>OK."), f"{ELSEWHERE}'<think>\\n'{AGREE}"),
@@ -209,11 +225,13 @@ FORMS = {
             (chat("Say OK.", "<think>\n"), f"{ELSEWHERE}'<think>\\n'{AGREE}"),
             (
                 FIELD,
-                "refused: the template drops the reasoning of an answer; give a model.chat_template that keeps it",
+                "refused: the template drops the reasoning of an answer; give a "
+                "model.chat_template that keeps it",
             ),
         ],
     ),
-    "qwen3-thinking: the template writes the thought of the last turn, an empty one where there is none": Form(
+    "qwen3-thinking: the template writes the thought of the last turn, an empty one where there is "
+    "none": Form(
         "<|im_start|> <|im_end|>",
         QWEN3_THINKING,
         [
@@ -229,12 +247,14 @@ FORMS = {
             ),
             (
                 LAST,
-                "<|im_start|>user\nSay OK.<|im_end|>\n<|im_start|>assistant\n<think>\n⟦\n</think>\n\n OK.<|im_end|>⟧\n",
+                "<|im_start|>user\nSay "
+                "OK.<|im_end|>\n<|im_start|>assistant\n<think>\n⟦\n</think>\n\n OK.<|im_end|>⟧\n",
             ),
             (TALK, f"{ELSEWHERE}'<think>\\n'{LAST_TURN}"),
             (
                 INLINE_TWICE,
-                "refused: the template drops the content of an answer; data.train_on: last_turn leaves",
+                "refused: the template drops the content of an answer; data.train_on: last_turn "
+                "leaves",
             ),
         ],
     ),
@@ -249,7 +269,8 @@ FORMS = {
             ),
             (
                 INLINE,
-                "refused: the template drops the content of an answer; give a model.chat_template that keeps it",
+                "refused: the template drops the content of an answer; give a model.chat_template "
+                "that keeps it",
             ),
         ],
         {"thinking": False},
@@ -258,7 +279,8 @@ FORMS = {
         R1_CONTROLS, V3_1, [(LAST, f"{ELSEWHERE[:-7]}")], {"thinking": True}
     ),
     "command-r7b: two control tokens close an answer": Form(
-        "<|START_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|START_RESPONSE|> <|END_RESPONSE|> "
+        "<|START_OF_TURN_TOKEN|> <|USER_TOKEN|> <|CHATBOT_TOKEN|> <|START_RESPONSE|> "
+        "<|END_RESPONSE|> "
         "<|END_OF_TURN_TOKEN|>",
         turns(
             "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>M<|END_OF_TURN_TOKEN|>",
@@ -268,7 +290,8 @@ FORMS = {
         [
             (
                 LAST,
-                "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Say OK.<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|>"
+                "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>Say "
+                "OK.<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|>"
                 "<|CHATBOT_TOKEN|>⟦<|START_RESPONSE|> OK.<|END_RESPONSE|><|END_OF_TURN_TOKEN|>⟧",
             )
         ],
@@ -310,7 +333,8 @@ FORMS = {
         [
             (
                 LAST,
-                "<|im_start|>user\nSay OK.<|im_end|>\n<|im_start|>assistant\n⟦ OK.<|im_end|>⟧\n<|im_start|>user\n",
+                "<|im_start|>user\nSay OK.<|im_end|>\n<|im_start|>assistant\n⟦ "
+                "OK.<|im_end|>⟧\n<|im_start|>user\n",
             )
         ],
     ),
@@ -342,7 +366,8 @@ FORMS = {
     "harmony: an answer ends otherwise when more follows": Form(
         "<|start|> <|message|> <|channel|> <|end|> <|call|> <|return|>",
         "{% set last = namespace() %}{% for m in messages %}{% if m.role == 'tool' %}"
-        "{{ '<|start|>functions.' + last.call.name + ' to=assistant<|message|>' + m.content | tojson + '<|end|>' }}"
+        "{{ '<|start|>functions.' + last.call.name + ' to=assistant<|message|>' + m.content | "
+        "tojson + '<|end|>' }}"
         "{% elif m.role == 'user' %}{{ '<|start|>user<|message|>' + m.content + '<|end|>' }}"
         "{% elif m.tool_calls %}{% set last.call = m.tool_calls[0].function %}"
         "{{ '<|start|>assistant to=functions.' + last.call.name + '<|message|>' }}"
@@ -353,7 +378,8 @@ FORMS = {
         [
             (
                 LAST,
-                "<|start|>user<|message|>Say OK.<|end|><|start|>assistant⟦<|channel|>final<|message|> OK.<|return|>⟧",
+                "<|start|>user<|message|>Say "
+                "OK.<|end|><|start|>assistant⟦<|channel|>final<|message|> OK.<|return|>⟧",
             ),
             (TALK, "refused: the template ends an answer otherwise when more follows"),
             (
@@ -369,9 +395,12 @@ FORMS = {
     ),
     "kimi, lfm2: control tokens close a call before the stop token": Form(
         "<|im_start|> <|call|> <|call_end|> <|im_end|>",
-        "{{ 'Tools: ' + tools | tojson + '\\n' if tools }}{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
-        "{{ m.content }}{% for call in m.tool_calls or [] %}{{ '<|call|>' + call.function.name + '\\n' }}"
-        "{{ call.function.arguments | tojson + '<|call_end|>\\n' }}{% endfor %}{{ '<|im_end|>\\n' }}{% endfor %}"
+        "{{ 'Tools: ' + tools | tojson + '\\n' if tools }}{% for m in messages %}{{ '<|im_start|>' "
+        "+ m.role + '\\n' }}"
+        "{{ m.content }}{% for call in m.tool_calls or [] %}{{ '<|call|>' + call.function.name + "
+        "'\\n' }}"
+        "{{ call.function.arguments | tojson + '<|call_end|>\\n' }}{% endfor %}{{ '<|im_end|>\\n' "
+        "}}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
         [
             (
@@ -435,7 +464,9 @@ def test_the_answers_with_their_stop_tokens_or_a_reason(base, name):
 
 
 def generates(last: Masker, conversation: Conversation) -> bool:
-    """Whether what a model is asked goes on, token by token, with what it was trained on; `last` trains it alone."""
+    """Whether what a model is asked goes on, token by token, with what it was trained on; `last`
+    trains it alone.
+    """
     example = last.example(conversation)
     prompt, _ = last.prompt(conversation)
     return prompt == example.input_ids[: int(np.argmax(example.trained))].tolist()
@@ -472,7 +503,7 @@ def test_where_earlier_answers_stand_otherwise_the_last_is_learned(base, train_o
     assert tokenizer.decode(example.input_ids[example.trained]) == "\n</think>\n\nGröße<|im_end|>"
 
 
-# ----------------------------------------------------------------------------------------------- its variables
+# ------------------------------------------------------------------------------------ its variables
 
 
 def test_without_thinking_the_answer_begins_after_the_empty_thought(shared):
@@ -525,7 +556,7 @@ def test_a_variable_that_the_template_does_not_read_is_refused(base):
     assert Masker(tokenizer, chat_template_kwargs={"thinking": True})
 
 
-# ----------------------------------------------------------------------------------------------- marked answers
+# ----------------------------------------------------------------------------------- marked answers
 
 CHATML = (
     "{% for m in messages %}{% if m.role == 'assistant' %}ANSWER{% else %}"
@@ -537,7 +568,9 @@ HEADER, MARK, END = "{{ '<|im_start|>assistant\\n' }}", "{% generation %}", "{% 
 
 @pytest.mark.parametrize(
     ("answer", "options", "beyond"),
-    [  # what transformers' mask has beside ours: a newline that is trained on request, and the generation prompt
+    # what transformers' mask has beside ours: a newline that is trained on request, and the
+    # generation prompt
+    [
         (HEADER + MARK + "{{ m.content + '<|im_end|>' }}" + END + "{{ '\\n' }}", {}, ""),
         (HEADER + MARK + "{{ m.content + '<|im_end|>\\n' }}" + END, {}, "\n"),
         (

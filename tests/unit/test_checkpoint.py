@@ -152,7 +152,7 @@ def test_none_is_found_where_none_was_written(tmp_path: Path) -> None:
     assert checkpoint.find(tmp_path) is None
 
 
-# ----------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 
 
 def flip_a_byte(folder: Path) -> None:
@@ -273,7 +273,7 @@ def test_latest_is_not_trusted(tmp_path: Path) -> None:
     assert found_step(tmp_path) == 2
 
 
-# ----------------------------------------------------------------------------------------------- failed saves
+# ------------------------------------------------------------------------------------- failed saves
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
@@ -311,7 +311,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     assert found_step(tmp_path) is None
 
 
-# ----------------------------------------------------------------------------------------------- beside training
+# ---------------------------------------------------------------------------------- beside training
 
 
 def test_training_goes_on_while_a_copy_is_written(
@@ -325,7 +325,8 @@ def test_training_goes_on_while_a_copy_is_written(
 
     monkeypatch.setattr(sharded_state, "write", slow)
     model = Model(1.0)
-    with Saver(tmp_path, model, CheckpointSection(asynchronous=True)) as saver:  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    with Saver(tmp_path, model, CheckpointSection(asynchronous=True)) as saver:
         saver.save(state(1))
         assert found_step(tmp_path) is None
         for tensor in model.parameters.values():
@@ -351,7 +352,7 @@ def test_a_copy_that_does_not_fit_is_refused_where_asked_for(
     assert found_step(tmp_path) == 1
 
 
-# ----------------------------------------------------------------------------------------------- restore
+# ------------------------------------------------------------------------------------------ restore
 
 
 def test_a_tensor_that_was_not_restored_is_named(tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def test_answers_and_bad_recipes_import_nothing_heavy(arguments):
         "import sys; sys.argv[0] = 'packhorse'\n"
         "from trainer.cli.main import main\n"
         "try:\n    main()\n"
-        "finally:\n    print(sorted({'torch', 'transformers', 'deepspeed', 'datasets', 'numpy'} & set(sys.modules)))"
+        "finally:\n    print(sorted({'torch', 'transformers', 'deepspeed', 'datasets', 'numpy'} & "
+        "set(sys.modules)))"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True
@@ -309,7 +310,8 @@ def test_a_signal_while_a_launcher_still_imports_loses_nothing(name):
         "import os, signal, sys, types\n"
         "from trainer.cli.main import main\n"
         f"early = lambda *args, **options: os.kill(os.getpid(), signal.{name})\n"
-        "sys.modules['launch.local'] = types.SimpleNamespace(launch=early, parse_nodes=lambda text: (1, 1))\n"
+        "sys.modules['launch.local'] = types.SimpleNamespace(launch=early, parse_nodes=lambda "
+        "text: (1, 1))\n"
         f"sys.argv[1:] = ['train', {DEBUG!r}]\n"
         "main()"
     )

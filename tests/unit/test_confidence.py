@@ -30,7 +30,9 @@ def test_wilsons_interval_holds_the_proportion_and_stays_between_0_and_1(n):
 
 
 def test_newcombes_interval_is_the_published_one():
-    """Cavo et al. 2012, in Fagerland, Lydersen and Laake, Statistical Analysis of Contingency Tables, chapter 8."""
+    """Cavo et al. 2012, in Fagerland, Lydersen and Laake, Statistical Analysis of Contingency
+    Tables, chapter 8.
+    """
     low, high = newcombe(both=59, gained=6, lost=16, n=161)
     assert (low, high) == pytest.approx((-0.1186, -0.0046), abs=5e-5)
 
@@ -58,7 +60,9 @@ def test_other_scores_have_the_bootstraps_and_always_the_same():
 
 
 def test_the_bootstrap_is_scipys_bca():
-    """What scipy.stats.bootstrap (1.17, method BCa, 200,000 resamples) gives for the same skewed scores."""
+    """What scipy.stats.bootstrap (1.17, method BCa, 200,000 resamples) gives for the same skewed
+    scores.
+    """
     scores = [0.0] * 20 + [0.1] * 8 + [0.25] * 5 + [0.5] * 3 + [0.9, 1.0, 1.0, 1.0]
     assert interval(scores) == pytest.approx(SCIPYS, abs=0.006)
 
@@ -72,7 +76,9 @@ def test_scores_that_do_not_differ_have_a_point(scores):
 
 
 def test_nine_in_ten_intervals_and_more_hold_the_mean_that_scores_come_from():
-    """Of 200 intervals of 95%; fewer than 180 would come by chance once in a thousand times, and the seed is fixed."""
+    """Of 200 intervals of 95%; fewer than 180 would come by chance once in a thousand times, and
+    the seed is fixed.
+    """
     random = np.random.default_rng(0)
     held = 0
     for _ in range(200):

@@ -1,4 +1,6 @@
-"""From prompts, answers and scorers to samples, metrics and a table; and what is refused before anything is trained."""
+"""From prompts, answers and scorers to samples, metrics and a table; and what is refused before
+anything is trained.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def words_of_answer(text: str, answer: str, reference: str, row: dict) -> float 
     return None if not answer else min(1.0, len(answer.split()) / 4)
 
 
-# ----------------------------------------------------------------------------------------------- samples and metrics
+# ------------------------------------------------------------------------------ samples and metrics
 
 
 def test_each_answer_has_each_score_and_each_scorer_is_a_metric() -> None:
@@ -127,7 +129,7 @@ def test_a_scorer_that_is_slow_at_answer_after_answer_is_given_up(
     assert reason in said.text
 
 
-# ----------------------------------------------------------------------------------------------- before training
+# ---------------------------------------------------------------------------------- before training
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,7 @@ def test_without_the_library_of_a_scorer_the_command_to_install_it_is_named(
         check_scorers({"mine": rule("math")}, [prompt("12")])
 
 
-# ----------------------------------------------------------------------------------------------- the table
+# ---------------------------------------------------------------------------------------- the table
 
 
 def test_the_table_shows_texts_as_they_are_whatever_they_mean_in_markdown() -> None:

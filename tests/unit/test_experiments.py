@@ -28,7 +28,7 @@ from catalogue import EXPERIMENTS, Run  # noqa: E402
 RUNNER = runpy.run_path(str(FOLDER / "run.py"), run_name="runner")
 RIGHT = re.compile(r"<think>(\d+ [-+*/] \d+ = \d+\. ?){1,2}</think><answer>\d+</answer>")
 
-# ----------------------------------------------------------------------------------------------- what is trained
+# ---------------------------------------------------------------------------------- what is trained
 
 
 def of(run: Run, base: str) -> Recipe:
@@ -99,7 +99,7 @@ def test_an_experiment_that_is_not_there_is_refused() -> None:
         numbers_of("1,8")
 
 
-# ----------------------------------------------------------------------------------------------- data
+# --------------------------------------------------------------------------------------------- data
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +193,7 @@ def test_sheets_hold_every_problem_once(problems: Any) -> None:
     assert lines == [row["answer"] for row in problems[0][250:]]
 
 
-# ----------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 Evaluations = dict[
@@ -210,7 +210,9 @@ def finished(
     steps: int = 10,
     before: Evaluations | None = None,
 ) -> None:
-    """A run folder as a finished run leaves it: of `n` prompts those in `right` are answered right at the end."""
+    """A run folder as a finished run leaves it: of `n` prompts those in `right` are answered right
+    at the end.
+    """
     folder = out / run.name
     folder.mkdir(parents=True)
     recipe = of(run, "base.yaml")
@@ -252,8 +254,8 @@ def test_a_table_compares_arms_prompt_by_prompt(tmp_path: Path) -> None:
         finished(tmp_path, Run("prompt-learned", seed), right=set(range(8)))
     text = tables.block(2, tmp_path)
     assert (
-        "| `baseline` | 50.0% (35.2 to 64.8): 50.0%, 50.0% |  | 100.0% (91.2 to 100.0): 100.0%, 100.0% |"
-        in text
+        "| `baseline` | 50.0% (35.2 to 64.8): 50.0%, 50.0% |  | 100.0% (91.2 to 100.0): 100.0%, "
+        "100.0% |" in text
     )
     assert (
         "20.0% (10.5 to 34.8): 20.0%, 20.0% | -30.0 points (-43.6 to -14.3), p 0.00049: worse |"
@@ -322,7 +324,7 @@ def test_an_experiment_without_all_its_runs_has_no_table(tmp_path: Path) -> None
     assert tables.block(4, tmp_path) == "Not run yet: 1 of its 2 runs are done."
 
 
-# ----------------------------------------------------------------------------------------------- the page
+# ----------------------------------------------------------------------------------------- the page
 
 
 def test_the_page_has_a_place_for_each_experiment_and_keeps_its_prose() -> None:

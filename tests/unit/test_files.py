@@ -1,4 +1,6 @@
-"""One process builds, the others wait; whatever dies, the next one takes over and nothing half done is used."""
+"""One process builds, the others wait; whatever dies, the next one takes over and nothing half done
+is used.
+"""
 
 import errno
 import os

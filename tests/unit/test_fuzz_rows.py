@@ -1,4 +1,6 @@
-"""100,000 broken and odd rows: every one is parsed, or refused with a sentence; none hangs, none stops the next."""
+"""100,000 broken and odd rows: every one is parsed, or refused with a sentence; none hangs, none
+stops the next.
+"""
 
 import json
 import pickle
@@ -213,7 +215,9 @@ def altered_bytes(text: bytes, rng: random.Random) -> bytes:
 
 
 def outcomes(source: Source, format: str) -> Iterator[Conversation | str]:
-    """What became of each row under a format: a conversation, or a sentence that can be counted and written down."""
+    """What became of each row under a format: a conversation, or a sentence that can be counted and
+    written down.
+    """
     reader = RowReader(source, format)
     for row in read_rows(source):
         try:

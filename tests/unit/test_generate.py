@@ -44,7 +44,7 @@ def prompts_of(*lengths: int, vocabulary: int = SIZES["vocab_size"]) -> list[lis
     return [ids.tolist() for ids in documents(lengths, vocabulary)]
 
 
-# ----------------------------------------------------------------------------------------------- drawing
+# ------------------------------------------------------------------------------------------ drawing
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
@@ -79,7 +79,7 @@ def test_top_p_without_a_temperature_is_refused() -> None:
         GenerateSection(top_p=0.9)
 
 
-# ----------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 def gpt2() -> Any:
@@ -187,7 +187,7 @@ def test_prompts_that_leave_no_room_for_an_answer_are_refused() -> None:
         generate.require_room(model, prompts, 15)
 
 
-# ----------------------------------------------------------------------------------------------- likelihoods
+# -------------------------------------------------------------------------------------- likelihoods
 
 
 def test_a_choice_is_written_as_it_was_learned() -> None:
@@ -206,11 +206,13 @@ def test_a_choice_is_written_as_it_was_learned() -> None:
     )
 
 
-# ----------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 
 
 class LargestLogits(TorchDispatchMode):
-    """The most elements of a tensor that has the vocabulary as a dimension, the head's weight aside."""
+    """The most elements of a tensor that has the vocabulary as a dimension, the head's weight
+    aside.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""The files of the image that can be judged without building it; tests/cluster/test_container.py builds it."""
+"""The files of the image that can be judged without building it; tests/cluster/test_container.py
+builds it.
+"""
 
 import os
 import subprocess

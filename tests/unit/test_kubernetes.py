@@ -1,4 +1,6 @@
-"""Manifests for Kubernetes: every field is one that the cluster knows, and what the pods get lets launchers meet."""
+"""Manifests for Kubernetes: every field is one that the cluster knows, and what the pods get lets
+launchers meet.
+"""
 
 import copy
 import functools
@@ -49,7 +51,9 @@ def _schemas_are_read_once() -> Iterator[None]:
 
 
 def refused(manifest: dict[str, Any], version: str = VERSIONS[-1]) -> str | None:
-    """Why a cluster would not take it; None where it would. Unknown fields and values of enumerations count."""
+    """Why a cluster would not take it; None where it would. Unknown fields and values of
+    enumerations count.
+    """
     try:
         if manifest["kind"] in MODELS:
             model = MODELS[manifest["kind"]]
@@ -64,7 +68,7 @@ def refused(manifest: dict[str, Any], version: str = VERSIONS[-1]) -> str | None
     return None
 
 
-# ----------------------------------------------------------------------------------------------- schemas
+# ------------------------------------------------------------------------------------------ schemas
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -174,7 +178,7 @@ def test_the_examples_in_the_packaged_cluster_file_are_right_too(tmp_path):
     ] == {"matchLabels": {"app.kubernetes.io/instance": "sft"}}
 
 
-# ----------------------------------------------------------------------------------------------- in a cluster
+# ------------------------------------------------------------------------------------- in a cluster
 
 
 @pytest.mark.parametrize(
@@ -250,7 +254,7 @@ def test_what_pods_write_to_is_mounted():
     assert all(any(Path(path).is_relative_to(root) for root in writable) for path in written)
 
 
-# ----------------------------------------------------------------------------------------------- the recipe
+# --------------------------------------------------------------------------------------- the recipe
 
 
 def test_pods_read_the_recipe_as_it_was_with_the_overrides():
@@ -281,7 +285,7 @@ def test_a_run_is_called_after_its_folder(folder, name):
     assert run_name(folder) == name
 
 
-# ----------------------------------------------------------------------------------------------- cluster.yaml
+# ------------------------------------------------------------------------------------- cluster.yaml
 
 
 def test_mappings_are_laid_over_each_other_and_named_things_by_name():
@@ -339,12 +343,14 @@ spec:
     assert specs[0] == specs[1] == specs[2]
 
 
-# ----------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 
 @pytest.fixture
 def launch(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]:
-    """`packhorse launch kubernetes` on the debug recipe, with a run folder of its own: exit code, stdout and stderr."""
+    """`packhorse launch kubernetes` on the debug recipe, with a run folder of its own: exit code,
+    stdout and stderr.
+    """
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
     (tmp_path / "debug.yaml").write_text((ROOT / "recipes/debug.yaml").read_text())
@@ -455,7 +461,8 @@ def test_bad_input_is_one_sentence(launch, arguments, sentence):
         "none": "spec: {template: {spec: {containers: null}}}",
         "image": "spec: {template: {spec: {containers: [{name: node, image: other}]}}}",
         "unnamed": "spec: {template: {spec: {volumes: [{emptyDir: {}}]}}}",
-        "lost": "spec: {template: {spec: {volumes: [{name: work, persistentVolumeClaim: null, emptyDir: {}}]}}}",
+        "lost": "spec: {template: {spec: {volumes: [{name: work, persistentVolumeClaim: null, "
+        "emptyDir: {}}]}}}",
     }
     for name, text in wrong.items():
         Path(f"{name}.yaml").write_text(text)

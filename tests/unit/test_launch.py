@@ -18,7 +18,8 @@ from trainer.datatypes import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A worker that behaves as the trainer does: it takes the signals when it is ready, saves, says so, leaves with 0.
+# A worker that behaves as the trainer does: it takes the signals when it is ready, saves, says so,
+# leaves with 0.
 SAVES = """
 import os, pathlib, signal, sys, time
 run, save_s = pathlib.Path(sys.argv[1]), float(sys.argv[2])
@@ -42,12 +43,15 @@ if os.environ["RANK"] == "0":
 def start(
     tmp_path: Path, code: str, *arguments: str, threads: str | None = None, **options: Any
 ) -> subprocess.Popen:
-    """A launcher of workers that run `code`, two where `options` (of `launch`) do not say otherwise."""
+    """A launcher of workers that run `code`, two where `options` (of `launch`) do not say
+    otherwise.
+    """
     script = tmp_path / "worker.py"
     script.write_text(code)
     worker = f"[{str(script)!r}, {str(tmp_path)!r}, *sys.argv[1:]]"
     call = f"launch({worker}, Path({str(tmp_path)!r}), **{ {'nproc': 2, **options} })"
-    # the tests may run under nohup, or in the background of a shell: both ignore signals for all that they start
+    # the tests may run under nohup, or in the background of a shell: both ignore signals for all
+    # that they start
     heard = "import signal; [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)]"
     program = f"{heard}; import sys; from pathlib import Path; from launch.local import launch; sys.exit({call})"
     return subprocess.Popen(
@@ -92,8 +96,10 @@ def test_exit_codes(codes, stopped, expected):
 def test_success_rank_0_is_shown_and_the_others_write_files(tmp_path):
     (tmp_path / "stop.json").write_text("{}")  # an earlier start's
     worker = (
-        "import os, sys; keys = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT',"
-        " 'TORCHELASTIC_RUN_ID', 'OMP_NUM_THREADS'); print({k: os.environ[k] for k in keys}, sys.argv[2:])"
+        "import os, sys; keys = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', "
+        "'MASTER_ADDR', 'MASTER_PORT',"
+        " 'TORCHELASTIC_RUN_ID', 'OMP_NUM_THREADS'); print({k: os.environ[k] for k in keys}, "
+        "sys.argv[2:])"
     )
     code, out, err = finish(start(tmp_path, worker, "a=$$local_rank ${x}", threads="3"))
     assert code == 0, err

@@ -40,7 +40,7 @@ def changed(original: str, words: int, seed: int = 0) -> str:
     return " ".join(parts)
 
 
-# ----------------------------------------------------------------------------------------------- similarity
+# --------------------------------------------------------------------------------------- similarity
 
 
 def test_what_was_said_leaves_out_what_rows_of_a_source_share():
@@ -103,7 +103,7 @@ def test_similarity_is_a_share_and_one_for_the_same_text(one, other):
     )
 
 
-# ----------------------------------------------------------------------------------------------- the index
+# ---------------------------------------------------------------------------------------- the index
 
 
 @pytest.mark.parametrize("threshold", [0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
@@ -131,7 +131,7 @@ def test_bands_let_hardly_a_pair_at_the_threshold_go_by():
         assert (1 - threshold ** (leakage.HASHES / count)) ** count <= leakage.MOST_MISSED
 
 
-# ----------------------------------------------------------------------------------------------- two sides
+# ---------------------------------------------------------------------------------------- two sides
 
 
 @pytest.fixture(scope="module")
@@ -210,8 +210,10 @@ def test_all_pairs_are_written_and_the_rows_counted(tmp_path, tokenizer):
 
 def test_a_leak_stops_the_run_and_the_sentence_says_where(tmp_path, tokenizer):
     said = (
-        r"2 of 20 rows \(10\.0%\) have a near-duplicate in data\.train, more than data\.max_leakage \(1\.0%\); "
-        r"the most similar: .*held.jsonl:1 and .*train.jsonl:41 \(0\.9\d\); .*; .*: all pairs are in"
+        r"2 of 20 rows \(10\.0%\) have a near-duplicate in data\.train, more than "
+        r"data\.max_leakage \(1\.0%\); "
+        r"the most similar: .*held.jsonl:1 and .*train.jsonl:41 \(0\.9\d\); .*; .*: all pairs are "
+        r"in"
         r".*leakage-.*/leakage.jsonl"
     ).replace(": all", "; all")
     for _ in range(2):  # found in the cache it is the same

@@ -1,4 +1,6 @@
-"""An adapter goes where it is asked to, starts as nothing, is trained alone, and merges into what it acted as."""
+"""An adapter goes where it is asked to, starts as nothing, is trained alone, and merges into what
+it acted as.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,7 @@ def parameters(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
-# ----------------------------------------------------------------------------------------------- where it goes
+# ------------------------------------------------------------------------------------ where it goes
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_modules_trained_whole_get_no_matrices() -> None:
     assert not any("mlp" in name and "lora" in name for name in trained)
 
 
-# ----------------------------------------------------------------------------------------------- how it starts
+# ------------------------------------------------------------------------------------ how it starts
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_frozen_weights_cost_two_thirds() -> None:
     assert adapter.body_weights == pytest.approx(whole.body_weights * 2 / 3 + of_matrices, abs=1)
 
 
-# ----------------------------------------------------------------------------------------------- merged
+# ------------------------------------------------------------------------------------------- merged
 
 
 @pytest.mark.parametrize(
@@ -239,7 +241,7 @@ def test_merged_weights_give_the_adapters_logits(fields: dict[str, Any]) -> None
     assert relative(start, logits(model)) > 1e-2, "the adapter does nothing"
 
 
-# ----------------------------------------------------------------------------------------------- 4 bits
+# ------------------------------------------------------------------------------------------- 4 bits
 
 
 @pytest.mark.parametrize("double", [False, True], ids=["single", "double"])

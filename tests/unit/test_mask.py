@@ -1,8 +1,9 @@
 """Which tokens are trained, token by token, on real templates (C6).
 
 Each kind of row under each mode is in test_mask_matrix.py; here is what else holds.
-The oracle is written by hand: a render in which ⟦ ⟧ enclose what is to be learned. It must be what the tokenizer's own
-`apply_chat_template` gives, and the flags must be those of the tokens whose characters lie inside the brackets.
+The oracle is written by hand: a render in which ⟦ ⟧ enclose what is to be learned. It must be what
+the tokenizer's own `apply_chat_template` gives, and the flags must be those of the tokens whose
+characters lie inside the brackets.
 """
 
 import pickle
@@ -73,7 +74,9 @@ def chat(*contents: str) -> Conversation:
 
 
 def official(tokenizer, conversation: Conversation, upto: int | None = None, **kwargs) -> str:
-    """transformers' own render; of the messages before `upto`, with the generation prompt, where it is given."""
+    """transformers' own render; of the messages before `upto`, with the generation prompt, where it
+    is given.
+    """
     messages = [message.as_dict() for message in conversation.messages[:upto]]
     tools = list(conversation.tools) or None
     prompt = upto is not None
@@ -95,7 +98,9 @@ def parse(marked: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def agrees(tokenizer, example: Example, text: str, spans: list[tuple[int, int]]) -> bool:
-    """Whether `example` is `text` tokenized whole, and exactly the tokens with characters in `spans` are trained."""
+    """Whether `example` is `text` tokenized whole, and exactly the tokens with characters in
+    `spans` are trained.
+    """
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     inside = [any(start < b and a < stop for a, b in spans) for start, stop in encoding.offsets]
     return encoding.ids == example.input_ids.tolist() and inside == example.trained.tolist()
@@ -105,7 +110,7 @@ def trained_text(tokenizer, example: Example) -> str:
     return tokenizer.decode(example.input_ids[example.trained].tolist(), skip_special_tokens=False)
 
 
-# ----------------------------------------------------------------------------------------------- families and modes
+# ------------------------------------------------------------------------------- families and modes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -178,7 +183,9 @@ def test_the_newline_after_the_stop_token_is_trained_on_request_only(tokenizers)
 
 
 def test_the_reference_count_of_gsm8k(shared):
-    """6215 trained tokens in 48 rows, the stop token and the newline after it counted (shared/FACTS.md)."""
+    """6215 trained tokens in 48 rows, the stop token and the newline after it counted
+    (shared/FACTS.md).
+    """
     import json
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "smollm2_tokenizer")
@@ -194,7 +201,7 @@ def test_the_reference_count_of_gsm8k(shared):
     )
 
 
-# ----------------------------------------------------------------------------------------------- tools and reasoning
+# ------------------------------------------------------------------------------ tools and reasoning
 
 TOOLS = (
     {
@@ -269,7 +276,7 @@ def test_what_a_template_leaves_out_is_not_trained_around(tokenizers, family, co
         Masker(tokenizers[family]).example(conversation)
 
 
-# ----------------------------------------------------------------------------------------------- hostile texts
+# ------------------------------------------------------------------------------------ hostile texts
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -353,11 +360,13 @@ def test_a_token_across_the_end_of_the_prompt_is_cut_as_inference_cuts_it(tokeni
         assert whole != example.input_ids.tolist()
 
 
-# ----------------------------------------------------------------------------------------------- templates
+# ---------------------------------------------------------------------------------------- templates
 
 PLAIN_TURNS = (
-    "{% for m in messages %}{{ {'user': 'U: ', 'assistant': 'A: ', 'system': 'S: '}[m.role] + m.content }}"
-    "{{ eos_token if m.role == 'assistant' }}\n{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+    "{% for m in messages %}{{ {'user': 'U: ', 'assistant': 'A: ', 'system': 'S: '}[m.role] + "
+    "m.content }}"
+    "{{ eos_token if m.role == 'assistant' }}\n{% endfor %}{% if add_generation_prompt %}A: {% "
+    "endif %}"
 )
 
 
@@ -424,7 +433,8 @@ def test_a_template_that_cannot_be_followed_is_refused(tokenizers, change, reaso
             "leaves out a part of an answer",
         ),
         (
-            "{% generation %}{{ m.content }}{% endgeneration %}{{ '...' }}{% generation %}{{ eos_token }}"
+            "{% generation %}{{ m.content }}{% endgeneration %}{{ '...' }}{% generation %}{{ "
+            "eos_token }}"
             "{% endgeneration %}",
             "leaves out a part of an answer",
         ),
@@ -470,7 +480,7 @@ def test_no_template_and_a_broken_one(shared, tokenizers):
         Masker(tokenizers["qwen3"], "answers")
 
 
-# ----------------------------------------------------------------------------------------------- the proof, the state
+# ----------------------------------------------------------------------------- the proof, the state
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """What is learned of each kind of row, in each family, under each mode (C6).
 
-A case is a conversation, and for each family how its messages are rendered, written by hand: ⟦ ⟧ enclose what a model
-has to write. transformers' own render must be an opening and just that. What each mode trains follows from the
-brackets: `all` everything but the first token, `completion` the last bracket, `assistant` all of them, `last_turn`
+A case is a conversation, and for each family how its messages are rendered, written by hand: ⟦ ⟧
+enclose what a model has to write. transformers' own render must be an opening and just that. What
+each mode trains follows from the
+brackets: `all` everything but the first token, `completion` the last bracket, `assistant` all of
+    them, `last_turn`
 those after the last question. A family that cannot say a case must refuse it, for the reason named.
 """
 
@@ -95,7 +97,8 @@ QWEN_CALLING = (
     "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n⟦<tool_call>\n"
     + CALLED
     + "\n</tool_call><|im_end|>⟧\n"
-    '<|im_start|>user\n<tool_response>\n{"sum": "4"}\n</tool_response><|im_end|>\n<|im_start|>assistant\n'
+    '<|im_start|>user\n<tool_response>\n{"sum": '
+    '"4"}\n</tool_response><|im_end|>\n<|im_start|>assistant\n'
 )
 SYSTEM = (Message("system", "Be brief."), *chat("Hi", "Hello!", "Bye", "See you.").messages)
 GREETINGS = ("Hi", "Hello!", "Bye", "See you.")
@@ -195,8 +198,8 @@ def trained_spans(
 def expected(
     backend, text: str, spans: list[tuple[int, int]], starts: list[int] | None = None
 ) -> list[tuple[int, bool]]:
-    """Token ids, each with whether it is trained: whether it has a character in `spans`. A token that would span the
-    end of a prompt (one of `starts`) is cut there, as inference cuts it."""
+    """Token ids, each with whether it is trained: whether it has a character in `spans`. A token
+    that would span the end of a prompt (one of `starts`) is cut there, as inference cuts it."""
     whole = backend.encode(text, add_special_tokens=False).offsets
     starts = [start for start, _ in spans] if starts is None else starts
     cuts = [start for start in starts if any(a < start < b for a, b in whole)]
@@ -268,7 +271,7 @@ def test_there_is_one_bos_and_it_is_the_templates_or_the_tokenizers(tokenizers, 
     assert not opens or plain_text.count(bos) == 1
 
 
-# ----------------------------------------------------------------------------------------------- injections
+# --------------------------------------------------------------------------------------- injections
 
 INJECTED = "I-N-J"  # stands for the injected text in what is written by hand
 INJECTIONS = {
@@ -316,8 +319,8 @@ def expected_as_text(
     injected: str,
     starts: list[int] | None = None,
 ) -> list[tuple[int, bool]]:
-    """As `expected`; what stands between the control tokens of the render without the injection gets it now, and is
-    encoded by a tokenizer that knows no control token."""
+    """As `expected`; what stands between the control tokens of the render without the injection
+    gets it now, and is encoded by a tokenizer that knows no control token."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.encode_special_tokens = True
     controls = {
@@ -393,7 +396,7 @@ def test_what_cannot_be_told_apart_is_refused(tokenizers):
         Masker(other, control_tokens="text").example(chat("a <|end|> ", "b"))
 
 
-# ----------------------------------------------------------------------------------------------- any conversation
+# --------------------------------------------------------------------------------- any conversation
 
 SNIPPETS = [
     "a",

@@ -32,7 +32,9 @@ FAMILIES = {
 
 
 def really_saved(model: Any) -> int:
-    """Bytes of what a forward on the CPU saves for its backward, by saved-tensor hooks, without the weights."""
+    """Bytes of what a forward on the CPU saves for its backward, by saved-tensor hooks, without the
+    weights.
+    """
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, tuple[int, Any]] = {}
 

@@ -1,4 +1,6 @@
-"""Tokenizers and models are loaded as they are, or refused in one sentence; in shards as in one piece."""
+"""Tokenizers and models are loaded as they are, or refused in one sentence; in shards as in one
+piece.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,7 @@ def load(name: Path, seed: int = 0, **changes: Any) -> Any:
     return load_model(wanted, load_tokenizer(wanted), seed=seed)
 
 
-# ----------------------------------------------------------------------------------------------- tokenizers
+# --------------------------------------------------------------------------------------- tokenizers
 
 
 def test_the_tokenizer_is_the_folders_own(folder: Path) -> None:
@@ -109,7 +111,7 @@ def test_chatml_with_its_tokens_added(folder: Path) -> None:
     assert tokenizer.encode("<|im_end|>") == [101]
 
 
-# ----------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------------------------------- models
 
 
 def test_the_weights_are_the_folders_own(folder: Path) -> None:
@@ -184,7 +186,7 @@ def test_a_model_with_a_fixed_list_of_attentions_is_refused(tmp_path: Path) -> N
         load(tmp_path, init="random")
 
 
-# ----------------------------------------------------------------------------------------------- made weights
+# ------------------------------------------------------------------------------------- made weights
 
 
 def test_random_weights_follow_the_seed_and_nothing_else(folder: Path) -> None:
@@ -239,7 +241,7 @@ def test_tokens_that_an_export_already_has_keep_their_rows(folder: Path, tmp_pat
     assert torch.equal(again.get_input_embeddings().weight, model.get_input_embeddings().weight)
 
 
-# ----------------------------------------------------------------------------------------------- in shards
+# ---------------------------------------------------------------------------------------- in shards
 
 
 def test_two_zero3_ranks_load_what_one_process_loads(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_what_is_no_such_server_is_told(content: Any) -> None:
         ask(server)
 
 
-# ----------------------------------------------------------------------------------------------- the key
+# ------------------------------------------------------------------------------------------ the key
 
 
 def test_the_key_is_sent_and_told_nowhere(
@@ -219,7 +219,7 @@ def test_a_variable_without_a_key_is_named(monkeypatch: pytest.MonkeyPatch, valu
         complete(endpoint("http://localhost:1/v1", key_env="JUDGE_KEY"), [], max_tokens=1)
 
 
-# ----------------------------------------------------------------------------------------------- is it there?
+# ------------------------------------------------------------------------------------- is it there?
 
 
 @pytest.mark.parametrize("status", [200, 404, 500])
@@ -236,7 +236,7 @@ def test_one_that_does_not_let_us_in_is_not(status: int) -> None:
         assert len(server.requests) == 1
 
 
-# ----------------------------------------------------------------------------------------------- the recipe
+# --------------------------------------------------------------------------------------- the recipe
 
 
 @pytest.mark.parametrize(

@@ -20,5 +20,6 @@ def test_predicted_stands_beside_measured() -> None:
     line = memory_line(40 * 2**30, 44 * 2**30, 50 * 2**30)
     assert (
         line
-        == "memory of a GPU at its peak: predicted 40.0 GiB, measured 44.0 GiB (+10%), reserved 50.0 GiB"
+        == "memory of a GPU at its peak: predicted 40.0 GiB, measured 44.0 GiB (+10%), reserved "
+        "50.0 GiB"
     )

@@ -1,4 +1,6 @@
-"""The probe accepts a model that is right packed, and refuses one that is not, naming the layer (C4)."""
+"""The probe accepts a model that is right packed, and refuses one that is not, naming the layer
+(C4).
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,8 @@ RIGHT: dict[str, tuple[Any, LogitTransform]] = {
     ),
     "phi, biased head": (tf.PhiConfig(**SIZES), LogitTransform()),
 }
-# Right one document at a time only. Each is refused packed, by its own library or by what the probe measures.
+# Right one document at a time only. Each is refused packed, by its own library or by what the probe
+# measures.
 MIXING = {
     "qwen 3 next": (
         tf.Qwen3NextConfig(**FOUR, **EXPERTS, **LINEAR),
@@ -82,7 +85,7 @@ def proof(
     return packing_check.probe(module, seq_len=128, one_document=one_document, seed=0)
 
 
-# ----------------------------------------------------------------------------------------------- right ones
+# --------------------------------------------------------------------------------------- right ones
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -140,7 +143,7 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-# ----------------------------------------------------------------------------------------------- mixing ones
+# -------------------------------------------------------------------------------------- mixing ones
 
 
 @pytest.mark.parametrize("name", MIXING)
@@ -169,7 +172,7 @@ def test_a_model_that_does_not_attend_through_packhorse_is_refused() -> None:
         proof(tiny(tf.BloomConfig(vocab_size=160, hidden_size=32, n_layer=2, n_head=4)))
 
 
-# ----------------------------------------------------------------------------------------------- broken ones
+# -------------------------------------------------------------------------------------- broken ones
 
 
 def with_backend(change: Any) -> Any:
@@ -275,7 +278,7 @@ def test_something_between_backbone_and_head_is_caught() -> None:
         proof(model)
 
 
-# ----------------------------------------------------------------------------------------------- parts
+# -------------------------------------------------------------------------------------------- parts
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Nodes that differ, or do not share the run folder, are refused on all of them, with the one at fault named."""
+"""Nodes that differ, or do not share the run folder, are refused on all of them, with the one at
+fault named.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def recipe(run_dir: Path) -> Recipe:
 def on_all(
     recipes: list[Recipe], change: Callable[[int], None] = lambda node: None
 ) -> list[tuple[Any, list[str]]]:
-    """What the check of each node raised, and said, in threads as nodes. `change` runs on each before."""
+    """What the check of each node raised, and said, in threads as nodes. `change` runs on each
+    before.
+    """
     store = HashStore()
     ends: list[tuple[Any, list[str]]] = [(None, [])] * len(recipes)
     store.set_timeout(timedelta(seconds=10))

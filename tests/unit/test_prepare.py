@@ -1,4 +1,6 @@
-"""A batch is its documents' own shifted labels; a run's batches train every trained token exactly once an epoch."""
+"""A batch is its documents' own shifted labels; a run's batches train every trained token exactly
+once an epoch.
+"""
 
 import json
 import sys
@@ -206,7 +208,7 @@ def test_a_filler_is_two_tokens_that_weigh_nothing():
     assert batch.row_ids == ()
 
 
-# ----------------------------------------------------------------------------------------------- the thread
+# --------------------------------------------------------------------------------------- the thread
 
 
 @pytest.fixture
@@ -284,7 +286,7 @@ def test_closing_ends_the_thread(bfd):
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("loader")]
 
 
-# ----------------------------------------------------------------------------------------------- the real rooms
+# ----------------------------------------------------------------------------------- the real rooms
 
 
 def recipe(tmp_path: Path, rows: list[dict] | None = None, **data) -> Recipe:
@@ -406,7 +408,8 @@ def test_the_users_own_functions_are_in_the_key(tmp_path, tokenizer, monkeypatch
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "shaping.py").write_text(
         "def read(row):\n"
-        "    return [{'role': 'user', 'content': row['question']}, {'role': 'assistant', 'content': row['answer']}]\n"
+        "    return [{'role': 'user', 'content': row['question']}, {'role': 'assistant', "
+        "'content': row['answer']}]\n"
         "def keep(row, conversation):\n"
         "    return '3' not in row['answer'] or 'a three'\n"
     )

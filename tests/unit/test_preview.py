@@ -1,4 +1,6 @@
-"""What the preview shows: every token in the colour of what becomes of it, and nothing that a row could smuggle in."""
+"""What the preview shows: every token in the colour of what becomes of it, and nothing that a row
+could smuggle in.
+"""
 
 import html
 import io
@@ -90,7 +92,7 @@ def test_the_page_holds_the_text_escaped_and_asks_for_nothing(shown):
     assert "rejected: unknown role &#x27;&lt;b&gt;&#x27;" in page
 
 
-# ----------------------------------------------------------------------------------------------- roles
+# -------------------------------------------------------------------------------------------- roles
 
 
 TURNS = Conversation(

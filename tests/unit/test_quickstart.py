@@ -1,4 +1,6 @@
-"""The demo's own parts: problems that are right and apart, and a model folder that is whole or absent."""
+"""The demo's own parts: problems that are right and apart, and a model folder that is whole or
+absent.
+"""
 
 import json
 import re

@@ -252,7 +252,8 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (with_scorer({"kind": "format"}), "`eval.generate.scorers.mine.pattern` is missing"),
         (
             with_scorer({"kind": "exact", "extrct": "(x)"}, "exact"),
-            "unknown key `eval.generate.scorers.exact.extrct`; did you mean `eval.generate.scorers.exact.extract`?",
+            "unknown key `eval.generate.scorers.exact.extrct`; did you mean "
+            "`eval.generate.scorers.exact.extract`?",
         ),
         (
             with_scorer({"kind": "math", "zzz": 1}),

@@ -1,4 +1,6 @@
-"""Raw rows as wanted conversations: formats, the user's own function, and nothing lost on the way from a file."""
+"""Raw rows as wanted conversations: formats, the user's own function, and nothing lost on the way
+from a file.
+"""
 
 import json
 import pickle

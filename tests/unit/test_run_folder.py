@@ -1,4 +1,6 @@
-"""A run folder belongs to one recipe: what shapes the run may not change, what the hardware decides may (C8)."""
+"""A run folder belongs to one recipe: what shapes the run may not change, what the hardware decides
+may (C8).
+"""
 
 from __future__ import annotations
 
@@ -148,11 +150,13 @@ def test_it_tells_of_every_row_that_is_left_out(tmp_path: Path, shared: Path) ->
     ]
 
 
-# ----------------------------------------------------------------------------------------------- several nodes
+# ------------------------------------------------------------------------------------ several nodes
 
 
 def two_nodes(monkeypatch: pytest.MonkeyPatch, other_writes: Path) -> None:
-    """This process is rank 0 of two nodes with a rank each; what rank 1 writes lands in `other_writes`."""
+    """This process is rank 0 of two nodes with a rank each; what rank 1 writes lands in
+    `other_writes`.
+    """
 
     def gather(value: Any) -> list[Any]:
         for path in other_writes.parent.rglob(

@@ -30,7 +30,7 @@ FORMAT = rule("format", pattern=r"<think>.+</think><answer>-?[0-9]+</answer>")
 EXTRACT = rule("exact", extract=r"<answer>(-?[0-9]+)</answer>")
 
 
-# ----------------------------------------------------------------------------------------------- format
+# ------------------------------------------------------------------------------------------- format
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_pattern_that_backtracks_for_ever_is_no_score_within_its_limit() -> No
     assert score(FORMAT, prompt(), THOUGHT) == 1
 
 
-# ----------------------------------------------------------------------------------------------- exact
+# -------------------------------------------------------------------------------------------- exact
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_a_group_that_takes_no_part_in_the_match_finds_nothing() -> None:
     assert score(rule("exact", extract="x(12)?"), prompt("x12"), "x") == 0
 
 
-# ----------------------------------------------------------------------------------------------- contains
+# ----------------------------------------------------------------------------------------- contains
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_an_empty_reference_is_in_no_answer() -> None:
         score(rule("contains"), prompt(" "), "anything")
 
 
-# ----------------------------------------------------------------------------------------------- math
+# --------------------------------------------------------------------------------------------- math
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_a_row_without_a_value_is_named(reference: str, row: dict, reason: str) 
         score(rule("math", column=column), prompt(reference, **row), "so 12")
 
 
-# ----------------------------------------------------------------------------------------------- choice
+# ------------------------------------------------------------------------------------------- choice
 
 
 @pytest.mark.parametrize("value", ["C", 2])
@@ -244,7 +244,7 @@ def test_a_right_answer_that_is_no_letter_gives_no_score(value: Any) -> None:
         expected(rule("choice", column="answer"), prompt("A", answer=value))
 
 
-# ----------------------------------------------------------------------------------------------- json_schema
+# -------------------------------------------------------------------------------------- json_schema
 
 SCHEMA = {
     "type": "object",
@@ -370,7 +370,7 @@ def test_a_row_without_tools_gives_no_score() -> None:
         score(rule("json_schema", tools=True), prompt(), "{}")
 
 
-# ----------------------------------------------------------------------------------------------- refusal
+# ------------------------------------------------------------------------------------------ refusal
 
 
 @pytest.mark.parametrize(
@@ -421,7 +421,7 @@ def test_whether_an_answer_should_refuse_stands_in_the_recipe_or_in_the_row() ->
         score(by_column, prompt(unsafe="yes"), refusal)
 
 
-# ----------------------------------------------------------------------------------------------- function
+# ----------------------------------------------------------------------------------------- function
 
 
 def share_of_words(text: str, answer: str, reference: str, row: dict) -> Any:

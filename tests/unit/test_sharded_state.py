@@ -1,4 +1,6 @@
-"""Slices go to safetensors and come back in any cut; a digest sees every change, and adds up over slices (C8)."""
+"""Slices go to safetensors and come back in any cut; a digest sees every change, and adds up over
+slices (C8).
+"""
 
 from __future__ import annotations
 
@@ -108,7 +110,7 @@ def test_what_is_not_saved_is_refused(tmp_path: Path) -> None:
         files.fill(Slice("c", 0, {WEIGHT: torch.empty(10)}))
 
 
-# ----------------------------------------------------------------------------------------------- digests
+# ------------------------------------------------------------------------------------------ digests
 
 
 def formula(tensor: torch.Tensor) -> int:

@@ -1,4 +1,6 @@
-"""Batch scripts for Slurm: what is written is what was asked for, and nothing of it is taken for shell."""
+"""Batch scripts for Slurm: what is written is what was asked for, and nothing of it is taken for
+shell.
+"""
 
 import os
 import runpy
@@ -20,7 +22,9 @@ exit "${CODE:-0}"
 
 
 def run(folder: Path, text: str, *arguments: str, **env: str) -> tuple[int, list[str], str]:
-    """The script with stand-ins for Slurm: its exit code, the words given to srun, and what it says."""
+    """The script with stand-ins for Slurm: its exit code, the words given to srun, and what it
+    says.
+    """
     for name, program in {"srun": SRUN, "scontrol": '#!/bin/sh\necho "scontrol $*"\n'}.items():
         (folder / name).write_text(program)
         (folder / name).chmod(0o755)

@@ -1,4 +1,6 @@
-"""The plan of a growing source is a function of its log, whenever its shards came and whoever asked first."""
+"""The plan of a growing source is a function of its log, whenever its shards came and whoever asked
+first.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,7 @@ def as_other_rank(monkeypatch: pytest.MonkeyPatch, is_other: bool) -> None:
     monkeypatch.setattr("trainer.data.prepare.is_main", lambda: not is_other)
 
 
-# ----------------------------------------------------------------------------------------------- the plan
+# ----------------------------------------------------------------------------------------- the plan
 
 
 @given(
@@ -265,7 +267,7 @@ def test_rejects_are_counted_by_shard_and_together(ground):
     assert "no answer" in Path(ground.log()[1]["rejects"]).read_text()
 
 
-# ----------------------------------------------------------------------------------------------- the log
+# ------------------------------------------------------------------------------------------ the log
 
 
 def test_a_torn_last_line_is_dropped(ground):
@@ -326,7 +328,7 @@ def test_another_recipes_log_is_refused(ground):
         all_steps(train_plan(other, StreamingData(other, ground._tokenizer)))
 
 
-# ----------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def test_a_shard_that_changed_after_its_use_is_refused_by_name(ground):
@@ -419,7 +421,7 @@ def test_preparing_what_is_there_decides_nothing(ground, tokenizer):
     assert not ground.run_dir.exists()
 
 
-# ----------------------------------------------------------------------------------------------- streams
+# ------------------------------------------------------------------------------------------ streams
 
 
 def stream(ground: Ground, shard_rows: int = 7) -> dict[str, Any]:

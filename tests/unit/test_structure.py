@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# A package, or a file that lies beside them, imports only from lines above its own. Those on one line lie side by
-# side: none imports another. A new one takes its place here.
+# A package, or a file that lies beside them, imports only from lines above its own. Those on one
+# line lie side by side: none imports another. A new one takes its place here.
 TIERS = [
     "datatypes",
     "dist",

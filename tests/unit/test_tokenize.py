@@ -1,4 +1,6 @@
-"""Rows become documents in the rows' order, whatever the number of processes; long ones by the policy."""
+"""Rows become documents in the rows' order, whatever the number of processes; long ones by the
+policy.
+"""
 
 import multiprocessing
 import signal
@@ -163,7 +165,9 @@ def rows(count: int) -> list[Row]:
 
 
 def once_a_worker_is_there(rows: list[Row]) -> Iterator[Row]:
-    """The rows, which the caller's process would have done before; the first few decide that there are workers."""
+    """The rows, which the caller's process would have done before; the first few decide that there
+    are workers.
+    """
     for place, row in enumerate(rows):
         while (
             place == 6 and len(psutil.Process().children(recursive=True)) < 2

@@ -74,7 +74,8 @@ def prompt_of(request: Request) -> tuple[str, Prompt]:
     return form, found
 
 
-def server_that(takes: set[str], miscounts: set[str] = frozenset(), names: bool = True) -> StandIn:  # type: ignore[assignment]
+# type: ignore[assignment]
+def server_that(takes: set[str], miscounts: set[str] = frozenset(), names: bool = True) -> StandIn:
     """A server that takes prompts in some forms, and counts one token more in some."""
 
     def answer(request: Request) -> Reply:
@@ -95,7 +96,7 @@ def ask(server: StandIn, *overrides: str) -> list[str]:
     return answers(with_server(server.url, *overrides), MODEL, PROMPTS, log=Path("unused"))
 
 
-# ----------------------------------------------------------------------------------------------- any server
+# --------------------------------------------------------------------------------------- any server
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_a_server_that_cannot_load_the_folder_is_told_in_its_own_words() -> None
         assert len(server.requests) == 1
 
 
-# ----------------------------------------------------------------------------------------------- at the start
+# ------------------------------------------------------------------------------------- at the start
 
 
 def test_a_server_that_is_down_is_bad_input_at_the_start() -> None:
@@ -192,7 +193,7 @@ def test_a_generator_and_what_it_needs_are_given_together(given: list[str]) -> N
         recipe(*given)
 
 
-# ----------------------------------------------------------------------------------------------- on all ranks
+# ------------------------------------------------------------------------------------- on all ranks
 
 
 class Flag:
@@ -255,7 +256,7 @@ def test_what_went_wrong_is_known_to_all_ranks() -> None:
         wait(work, Flag())
 
 
-# ----------------------------------------------------------------------------------------------- the folder
+# --------------------------------------------------------------------------------------- the folder
 
 
 @pytest.fixture
@@ -350,7 +351,7 @@ def base_logits(made: Recipe, ids: torch.Tensor) -> torch.Tensor:
     return base.eval()(ids).logits
 
 
-# ----------------------------------------------------------------------------------------------- vLLM's command
+# ----------------------------------------------------------------------------------- vLLM's command
 
 GIB = 2**30
 
@@ -437,10 +438,10 @@ def test_it_knows_nothing_of_the_run_it_is_started_from(monkeypatch: pytest.Monk
     assert not leaks & set(clean_environment())
 
 
-# ----------------------------------------------------------------------------------------------- its process
+# -------------------------------------------------------------------------------------- its process
 
-# A stand-in for vLLM: it has a child that outlives it, as vLLM has its engine, and speaks the protocol. What vLLM
-# itself is needed for is not tested with it.
+# A stand-in for vLLM: it has a child that outlives it, as vLLM has its engine, and speaks the
+# protocol. What vLLM itself is needed for is not tested with it.
 STAND_IN = """
     import json, os, signal, subprocess, sys
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer

@@ -1,6 +1,8 @@
-"""Answers of a real vLLM, started by the run itself and ended after each evaluation, are those of the engine.
+"""Answers of a real vLLM, started by the run itself and ended after each evaluation, are those of
+the engine.
 
-`make test-vllm` makes an environment that has vLLM for CPUs and names its Python in PACKHORSE_VLLM_PYTHON.
+`make test-vllm` makes an environment that has vLLM for CPUs and names its Python in
+PACKHORSE_VLLM_PYTHON.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from tests.ranks import ROOT, run_ranks
 pytestmark = pytest.mark.vllm
 
 PYTHON = os.environ.get("PACKHORSE_VLLM_PYTHON", "")
-# vLLM takes no heads of 16; weights so large that answers differ from prompt to prompt, and change in a step
+# vLLM takes no heads of 16; weights so large that answers differ from prompt to prompt, and change
+# in a step
 SHAPE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
 ADAPTER = ("adapter={rank: 8, modules_to_save: [lm_head]}", "optim.lr=0.1")
 BY_VLLM = ("eval.generator=vllm", f"eval.vllm_python={PYTHON}")

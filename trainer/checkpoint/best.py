@@ -1,8 +1,10 @@
-"""Which evaluated step is the best one by the recipe's rule, found from the run's own record of its evaluations.
+"""Which evaluated step is the best one by the recipe's rule, found from the run's own record of its
+evaluations.
 
-In: the lines of evaluations.jsonl, the rule. Out: best.json, which has the rule, the step and every candidate with
-its metrics. Nothing is kept between starts but that record, and best.json is only a report: whoever needs the step
-finds it anew.
+In: the lines of evaluations.jsonl, the rule. Out: best.json, which has the rule, the step and every
+    candidate with
+its metrics. Nothing is kept between starts but that record, and best.json is only a report: whoever
+needs the step finds it anew.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from trainer.utils.files import write_synced
 
 
 def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, none where there is no file; the half line that a killed run has left, or
-    one that still runs is writing, is none."""
+    """The objects of a file of JSON lines, none where there is no file; the half line that a killed
+    run has left, or one that still runs is writing, is none."""
     found = []
     for text in (
         path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ()
@@ -43,7 +45,9 @@ def evaluations(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def numbers(line: dict[str, Any]) -> dict[str, float | None]:
-    """An evaluation's numbers by the names that rules know them by; None where one could not be had."""
+    """An evaluation's numbers by the names that rules know them by; None where one could not be
+    had.
+    """
     return {
         EVAL_LOSS: line["eval_loss"],
         **{name: metric["value"] for name, metric in line["metrics"].items()},
@@ -98,19 +102,22 @@ def best_step(run_dir: Path) -> int:
     """The best step of a run, by the rule of its recipe.
 
     Raises:
-        BadInput: it is no run folder, its recipe has no rule, no step was evaluated, or none meets the conditions.
+        BadInput: it is no run folder, its recipe has no rule, no step was evaluated, or none meets
+            the conditions.
     """
     if not (run_dir / "recipe.yaml").is_file():
         raise BadInput(f"{run_dir}: not a run folder (it has no recipe.yaml)")
     rule = load_recipe(run_dir / "recipe.yaml").eval.best
     if rule is None:
         raise BadInput(
-            f"{run_dir}: its recipe has no eval.best that says what is best; give --step, or take the last"
+            f"{run_dir}: its recipe has no eval.best that says what is best; give --step, or take "
+            f"the last"
         )
     found = choose(rule, evaluations(run_dir))
     if found["step"] is None:
         raise BadInput(
-            f"{run_dir}: there is no best checkpoint: {_none(found)}; give --step to take one all the same"
+            f"{run_dir}: there is no best checkpoint: {_none(found)}; give --step to take one all "
+            f"the same"
         )
     return found["step"]
 
@@ -125,8 +132,9 @@ def _none(found: dict[str, Any]) -> str:
 class Best:
     """The best step so far, on every rank. Only rank 0 reads and writes.
 
-    Made anew at each start, after the lines of steps that are trained again were dropped: those are of steps after
-    the checkpoint, which a killed run or the guard's rollback has left, and do not count.
+    Made anew at each start, after the lines of steps that are trained again were dropped: those are
+    of steps after the checkpoint, which a killed run or the guard's rollback has left, and do not
+    count.
     """
 
     def __init__(self, rule: BestSection | None, run_dir: Path) -> None:

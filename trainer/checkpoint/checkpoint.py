@@ -69,7 +69,9 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises OSError, KeyError, TypeError or ValueError where it is not there, or not as `to_json` writes it."""
+        """Raises OSError, KeyError, TypeError or ValueError where it is not there, or not as
+        `to_json` writes it.
+        """
         content = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
             raise ValueError(f"its format is {content['format']}, this version reads {_FORMAT}")
@@ -89,14 +91,14 @@ def _own_checksum(content: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
 
 
-# ----------------------------------------------------------------------------------------------- save
+# --------------------------------------------------------------------------------------------- save
 
 
 class Saver:
     """Writes checkpoints, beside training where the host's memory holds a copy of the state.
 
-    Every rank has one and calls it at the same steps; left, it waits for the last one to be published. Ranks agree
-    in the background over a group of their own.
+    Every rank has one and calls it at the same steps; left, it waits for the last one to be
+    published. Ranks agree in the background over a group of their own.
 
     Raises:
         BadInput: `asynchronous: true`, and the host's memory does not hold the copy.
@@ -121,19 +123,22 @@ class Saver:
         self.wait()
 
     def save(self, state: RunState, best: int | None = None) -> None:
-        """Copy the state and write it in the background; or write it now, where memory does not hold the copy.
+        """Copy the state and write it in the background; or write it now, where memory does not
+        hold the copy.
 
         Args:
             best: the step whose checkpoint is spared when older ones are removed, and not counted.
 
         Raises:
-            BadInput: the disk has no room; nothing was written. Or the last save failed, and is reported here.
+            BadInput: the disk has no room; nothing was written. Or the last save failed, and is
+                reported here.
         """
         self.wait()
         _require_room(self._root, self._engine.state_bytes())
         staged = self._root / f".saving-{_name(state.step)}"
         self._raise_failure(state.step, self._run_on_rank0(staged.mkdir))
-        # what is known without reading the state comes first: the background must not touch the engine
+        # what is known without reading the state comes first: the background must not touch the
+        # engine
         shapes, digests = self._engine.state_shapes(), self._engine.frozen_digests()
         groups: Iterable[list[Slice]] = self._engine.state()
         if not self._in_background:
@@ -169,7 +174,9 @@ class Saver:
         digests: Digests,
         groups: Iterable[list[Slice]],
     ) -> None:
-        """Write this rank's files; when all ranks have, rank 0 publishes. All ranks know whether it went well."""
+        """Write this rank's files; when all ranks have, rank 0 publishes. All ranks know whether it
+        went well.
+        """
         files: dict[str, File] = {}
         failure: str | None = None
         try:
@@ -201,7 +208,9 @@ class Saver:
             )
 
     def _clear(self) -> None:
-        """Of what a save or a removal that was killed has left. Here, as there may be no further save."""
+        """Of what a save or a removal that was killed has left. Here, as there may be no further
+        save.
+        """
         self._root.mkdir(parents=True, exist_ok=True)
         for left in self._root.glob(".*-step-*"):
             shutil.rmtree(left)
@@ -217,7 +226,8 @@ class Saver:
         write_synced(self._root / "latest", final.name)
         point_at_best(self._root, best)
         published = _published(self._root)
-        # newer ones are damaged, as the run went on from an older one: they do not count, and stay until their step
+        # newer ones are damaged, as the run went on from an older one: they do not count, and stay
+        # until their step
         others = [old for old in published[: published.index(final) + 1] if old.name != _name(best)]
         for old in others[: -self._keep]:
             _remove(old)
@@ -248,13 +258,17 @@ def _published(root: Path) -> list[Path]:
 
 
 def _copy_fits(bytes_of_all: int, asked: bool | None) -> bool:
-    """Whether to copy the state to the host's memory: as asked for, else where the copy leaves half of it free."""
+    """Whether to copy the state to the host's memory: as asked for, else where the copy leaves half
+    of it free.
+    """
     here = bytes_of_all // dist.world_size() * dist.local_world_size()
     free = psutil.virtual_memory().available
     if asked and here > free:
         raise BadInput(
-            f"checkpoint.asynchronous: the copy of the state takes {here / 2**30:.1f} GiB of this host's memory, and "
-            f"{free / 2**30:.1f} GiB are free; take it out, and training waits while a checkpoint is written"
+            f"checkpoint.asynchronous: the copy of the state takes {here / 2**30:.1f} GiB of this "
+            f"host's memory, and "
+            f"{free / 2**30:.1f} GiB are free; take it out, and training waits while a checkpoint "
+            f"is written"
         )
     fits = asked if asked is not None else here <= _SHARE_OF_MEMORY * free
     chosen = all(dist.gather(fits))
@@ -272,7 +286,8 @@ def _require_room(folder: Path, bytes_needed: int) -> None:
     free = dist.broadcast(shutil.disk_usage(folder).free if dist.is_main() else None)
     if free < bytes_needed:
         raise BadInput(
-            f"{folder}: a checkpoint needs {bytes_needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free there; "
+            f"{folder}: a checkpoint needs {bytes_needed / 2**30:.2f} GiB and {free / 2**30:.2f} "
+            f"GiB are free there; "
             "make room and start again, or lower checkpoint.keep"
         )
 
@@ -294,11 +309,12 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_synced(folder / _MANIFEST, manifest.to_json())
 
 
-# ----------------------------------------------------------------------------------------------- find
+# --------------------------------------------------------------------------------------------- find
 
 
 def find(run_dir: Path) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that is whole, every byte of it checked; damaged ones are named and passed over.
+    """The newest checkpoint that is whole, every byte of it checked; damaged ones are named and
+    passed over.
 
     Every rank calls it and reads its share of the bytes.
 
@@ -317,7 +333,8 @@ def find(run_dir: Path) -> tuple[Path, Manifest] | None:
         dist.log.warning("passing over %s: %s", folder, fault)
     if names:
         raise BadInput(
-            f"{run_dir}: none of its {len(names)} checkpoints can be used ({fault}); put a whole one back, or give "
+            f"{run_dir}: none of its {len(names)} checkpoints can be used ({fault}); put a whole "
+            f"one back, or give "
             "another run.dir to start from the beginning"
         )
     return None
@@ -355,7 +372,8 @@ def open_step(run_dir: Path, step: int) -> tuple[Shards, Manifest]:
     if fault is not None:
         others = ", ".join(str(other) for other in there if other != step) or "none"
         raise BadInput(
-            f"{there[step]} cannot be used: {fault}; put a whole one back, or take another --step: {others}"
+            f"{there[step]} cannot be used: {fault}; put a whole one back, or take another --step: "
+            f"{others}"
         )
     manifest = Manifest.read(there[step])
     return Shards(there[step], manifest.files, manifest.shapes), manifest
@@ -379,14 +397,15 @@ def _fault_of_share(folder: Path) -> str | None:
     return None
 
 
-# ----------------------------------------------------------------------------------------------- restore
+# ------------------------------------------------------------------------------------------ restore
 
 
 def restore(folder: Path, manifest: Manifest, engine: Engine) -> None:
     """Put the checkpoint's state into the engine, and check that it is there. Every rank calls it.
 
     Raises:
-        BadInput: the model has other parameters, or other frozen weights, than the checkpoint was written from.
+        BadInput: the model has other parameters, or other frozen weights, than the checkpoint was
+            written from.
         RuntimeError: a tensor differs from what was saved.
     """
     engine.restore(Shards(folder, manifest.files, manifest.shapes), manifest.state.updates)
@@ -397,11 +416,13 @@ def restore(folder: Path, manifest: Manifest, engine: Engine) -> None:
         if total != manifest.digests[name, state]:
             if state == FROZEN:
                 raise BadInput(
-                    f"`{name}`, which is not trained, has other values in the model's folder than when {folder} was "
+                    f"`{name}`, which is not trained, has other values in the model's folder than "
+                    f"when {folder} was "
                     "written; put the old model back, or give another run.dir"
                 )
             raise RuntimeError(
-                f"{folder}: `{name}` ({state}) differs from what was saved; this is a defect, report it"
+                f"{folder}: `{name}` ({state}) differs from what was saved; this is a defect, "
+                f"report it"
             )
 
 
@@ -413,11 +434,13 @@ def require_same_run(saved: RunState, data: str, micro_batch_size: int, has_drop
     """
     if saved.data != data:
         raise BadInput(
-            "the training data (where it grows: shards.jsonl), its tokenizer or its masks are not those that the run "
+            "the training data (where it grows: shards.jsonl), its tokenizer or its masks are not "
+            "those that the run "
             "folder's checkpoint was trained on; put them back, or give another run.dir"
         )
     if has_dropout and saved.micro_batch_size != micro_batch_size:
         raise BadInput(
-            f"batch.micro_batch_size was {saved.micro_batch_size} and is {micro_batch_size}: the model has dropout, which is "
+            f"batch.micro_batch_size was {saved.micro_batch_size} and is {micro_batch_size}: the "
+            f"model has dropout, which is "
             "drawn for each micro-batch; set it back, or give another run.dir"
         )

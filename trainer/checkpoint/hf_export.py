@@ -1,8 +1,11 @@
-"""A checkpoint becomes a Hugging Face folder: weights, configuration, tokenizer, a model card; or an adapter peft's.
+"""A checkpoint becomes a Hugging Face folder: weights, configuration, tokenizer, a model card; or
+an adapter peft's.
 
-In: a run folder. Out: a folder that `from_pretrained` loads, and that was loaded and compared before it was
-published by a rename. Weights pass through memory-mapped files: neither a device nor the host holds the model
-whole while it is written. An adapter is written, and merged, beside its base, which is loaded for it.
+In: a run folder. Out: a folder that `from_pretrained` loads, and that was loaded and compared
+    before it was
+published by a rename. Weights pass through memory-mapped files: neither a device nor the host holds
+the model whole while it is written. An adapter is written, and merged, beside its base, which is
+loaded for it.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ MODEL_FOLDER = (
 
 
 def save_description(model: Any, tokenizer: Any, run_dir: Path) -> None:
-    """Put what an export needs beside the weights into the run folder, so that it needs the source no more."""
+    """Put what an export needs beside the weights into the run folder, so that it needs the source
+    no more.
+    """
     folder = run_dir / MODEL_FOLDER
     model.config.save_pretrained(folder)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -40,15 +45,15 @@ def save_description(model: Any, tokenizer: Any, run_dir: Path) -> None:
 
 
 def export(run_dir: Path, out: Path, step: int | None = None, *, merge: bool = False) -> Path:
-    """Write the run's newest whole checkpoint, or that of a step, to `out`, in the recipe's dtype: the model, or the
-    adapter.
+    """Write the run's newest whole checkpoint, or that of a step, to `out`, in the recipe's dtype:
+    the model, or the adapter.
 
     Args:
         merge: an adapter becomes part of its base, and the model is written.
 
     Raises:
-        BadInput: the run has no such checkpoint, or `out` exists and is not an export; there is nothing to merge; or
-            the adapter's base is not the one that it was trained on.
+        BadInput: the run has no such checkpoint, or `out` exists and is not an export; there is
+            nothing to merge; or the adapter's base is not the one that it was trained on.
         RuntimeError: what was written does not load as what was saved.
     """
     if not (run_dir / "recipe.yaml").is_file():
@@ -60,7 +65,8 @@ def export(run_dir: Path, out: Path, step: int | None = None, *, merge: bool = F
     recipe = load_recipe(run_dir / "recipe.yaml")
     if merge and not recipe.adapter:
         raise BadInput(
-            f"--merge: {run_dir} has trained no adapter; leave it out, and the whole model is written"
+            f"--merge: {run_dir} has trained no adapter; leave it out, and the whole model is "
+            f"written"
         )
     if recipe.adapter and not merge and recipe.model.init == "random":
         raise BadInput(
@@ -160,10 +166,11 @@ def _compare(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> 
     return model
 
 
-# ----------------------------------------------------------------------------------------------- adapters
+# ----------------------------------------------------------------------------------------- adapters
 
-# Largest ||a - b|| / ||b|| of the logits of two models that are to act alike. In bf16 a forward is 0.016 off the same
-# weights' in fp32, and merged weights are rounded once more (seen on a tiny random model: 0.03 in all).
+# Largest ||a - b|| / ||b|| of the logits of two models that are to act alike. In bf16 a forward is
+# 0.016 off the same weights' in fp32, and merged weights are rounded once more (seen on a tiny
+# random model: 0.03 in all).
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}
 
 
@@ -184,9 +191,11 @@ def _merge(run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, sta
 def _write_adapter(
     run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, folder: Path
 ) -> None:
-    """Write the adapter as peft does, load it onto its base as a user would and compare tensors and logits.
+    """Write the adapter as peft does, load it onto its base as a user would and compare tensors and
+    logits.
 
-    The adapter's matrices are its fp32 masters; modules trained whole have the model's type, as in the model.
+    The adapter's matrices are its fp32 masters; modules trained whole have the model's type, as in
+    the model.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -230,7 +239,8 @@ def _write_adapter(
 
 @torch.no_grad()
 def _as_trained(recipe: Recipe, saved: Shards, manifest: Manifest) -> Any:
-    """The base with the adapter in it, as peft's users have them: the adapter in fp32, the rest in the model's type.
+    """The base with the adapter in it, as peft's users have them: the adapter in fp32, the rest in
+    the model's type.
 
     Raises:
         BadInput: the base is not the one that the adapter was trained on, bit by bit.
@@ -245,7 +255,8 @@ def _as_trained(recipe: Recipe, saved: Shards, manifest: Manifest) -> Any:
         for part, tensor in parts_of(name, parameter):
             if digest(tensor) != manifest.digests.get((part, FROZEN)):
                 raise BadInput(
-                    f"model.name: `{part}` of {recipe.model.name} has other values here than the adapter was trained "
+                    f"model.name: `{part}` of {recipe.model.name} has other values here than the "
+                    f"adapter was trained "
                     "on; put the old model back, or export on the kind of device that trained it"
                 )
     return model.eval()
@@ -270,13 +281,16 @@ def _require_alike(
     )
     if not difference <= TOLERANCE[recipe.model.dtype]:
         raise RuntimeError(
-            f"{folder}: its logits differ from the trained model's by {difference:.1e} of their size; "
+            f"{folder}: its logits differ from the trained model's by {difference:.1e} of their "
+            f"size; "
             f"{TOLERANCE[recipe.model.dtype]:g} is allowed"
         )
 
 
 def _model_card(run_dir: Path, recipe: Recipe, step: int, is_adapter: bool) -> str:
-    """A model card of the run's own facts: of this step, and not of one that was trained on from it."""
+    """A model card of the run's own facts: of this step, and not of one that was trained on from
+    it.
+    """
     lines = best.evaluations(run_dir)
     before, after = (best.numbers(lines[at]) if at in lines else {} for at in (0, step))
     rows = "\n".join(

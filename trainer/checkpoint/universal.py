@@ -1,4 +1,5 @@
-"""A checkpoint as DeepSpeed's universal form, for other programs on DeepSpeed: packhorse itself needs it nowhere.
+"""A checkpoint as DeepSpeed's universal form, for other programs on DeepSpeed: packhorse itself
+needs it nowhere.
 
 out/
   latest_universal
@@ -7,9 +8,9 @@ out/
     zero/optimizer_state.pt
     mp_rank_00_model_states.pt, zero_pp_rank_0_mp_rank_00_model_states.pt     read at stages 1 and 2, and at 3
 
-Parameters have the names of the Hugging Face model. A program loads it with `{"checkpoint": {"load_universal":
-true}}` and `engine.load_checkpoint(out)`. Hyperparameters are its own: none are written, since DeepSpeed at stage 3
-would give every parameter group those of the first.
+Parameters have the names of the Hugging Face model. A program loads it with `{"checkpoint":
+{"load_universal": true}}` and `engine.load_checkpoint(out)`. Hyperparameters are its own: none are
+written, since DeepSpeed at stage 3 would give every parameter group those of the first.
 """
 
 from __future__ import annotations

@@ -1,10 +1,12 @@
-"""The same run twice, once without a break and once handed from world to world, compared: `packhorse verify-resume`.
+"""The same run twice, once without a break and once handed from world to world, compared:
+`packhorse verify-resume`.
 
     without a break   worlds[0] ------------------------------------> steps
     handed on         worlds[0] --> at, worlds[1] --> 2 at, ... ----> steps
     control           as handed on, but with the first moments lost at the first break: it must not agree
 
-Each part is an ordinary `packhorse train` of the recipe, whose trace.jsonl says what every step was made of.
+Each part is an ordinary `packhorse train` of the recipe, whose trace.jsonl says what every step was
+made of.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from trainer.model.load import load_model, load_tokenizer
 SCALAR_BOUND = 1e-6  # relative, of a step's loss and gradient norm
 CHANGE_BOUND = 1e-4  # ||Da - Db|| / ||Da|| of the worst tensor, D its change since the start
 CONTROL_FACTOR = 10  # the control must go beyond a bound by as much
-# A large rate shows defects that hide under a small one; a large eps keeps rounding from becoming whole steps.
+# A large rate shows defects that hide under a small one; a large eps keeps rounding from becoming
+# whole steps.
 LOUD = ("optim.lr=1e-2", "optim.eps=1e-3", "optim.lr_schedule=constant", "optim.warmup_ratio=0")
 _DEBUG = Path(__file__).resolve().parents[2] / "recipes" / "debug"
 TINY = (
@@ -98,7 +101,8 @@ def verify_resume(
     tiny: bool,
     keep: bool,
 ) -> bool:
-    """Run it, print the table, and say whether resuming changes nothing and the control was noticed.
+    """Run it, print the table, and say whether resuming changes nothing and the control was
+    noticed.
 
     Args:
         worlds: numbers of processes that the run is handed to, every `at` steps.
@@ -108,7 +112,8 @@ def verify_resume(
     """
     if len(worlds) < 2 or at * (len(worlds) - 1) >= steps:
         raise BadInput(
-            f"--worlds {','.join(map(str, worlds))} --at {at}: give two worlds or more, and more --steps"
+            f"--worlds {','.join(map(str, worlds))} --at {at}: give two worlds or more, and more "
+            f"--steps"
         )
     common = (
         *(TINY if tiny else ()),
@@ -184,7 +189,9 @@ def _train(recipe_file: Path, changes: list[str], world: int, what: str, log: Pa
 
 
 def lose_first_moments(run_dir: Path) -> None:
-    """Rewrite a run's checkpoint with zeros for the first moments, and a manifest that agrees with it."""
+    """Rewrite a run's checkpoint with zeros for the first moments, and a manifest that agrees with
+    it.
+    """
     found = checkpoint.find(run_dir)
     assert found
     folder, manifest = found
@@ -210,11 +217,13 @@ def lose_first_moments(run_dir: Path) -> None:
     checkpoint.write_manifest(folder, replace(manifest, files=files, digests=digests))
 
 
-# ----------------------------------------------------------------------------------------------- comparing
+# ---------------------------------------------------------------------------------------- comparing
 
 
 def compare(a: Path, b: Path, start: dict[str, torch.Tensor]) -> Differences:
-    """Two run folders of one recipe, by their traces and their last checkpoints; `start` holds the first weights."""
+    """Two run folders of one recipe, by their traces and their last checkpoints; `start` holds the
+    first weights.
+    """
     left, right = read_lines(a / "trace.jsonl"), read_lines(b / "trace.jsonl")
     if [line["step"] for line in left] != [line["step"] for line in right]:
         raise RuntimeError(f"{a} has {len(left)} steps in its trace, {b} has {len(right)}")

@@ -1,5 +1,5 @@
-"""`packhorse eval` and `packhorse compare`: score any model with the code that scores it in training, and say
-whether two of them differ."""
+"""`packhorse eval` and `packhorse compare`: score any model with the code that scores it in
+training, and say whether two of them differ."""
 
 from __future__ import annotations
 
@@ -51,11 +51,13 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Score a checkpoint, an export or a hub model on the recipe's held-out rows, with the code that training uses.
+    """Score a checkpoint, an export or a hub model on the recipe's held-out rows, with the code
+    that training uses.
 
     [bold]packhorse eval runs/quickstart recipes/quickstart.yaml --best[/bold]
-    [bold]packhorse eval HuggingFaceTB/SmolLM2-135M-Instruct recipes/quickstart.yaml eval.generate.num_prompts=256[/bold]
-    [bold]packhorse eval models/word-problems recipes/quickstart.yaml eval.lm_eval='[gsm8k]' --nproc 1[/bold]
+    [bold]packhorse eval HuggingFaceTB/SmolLM2-135M-Instruct recipes/quickstart.yaml
+    eval.generate.num_prompts=256[/bold] [bold]packhorse eval models/word-problems
+    recipes/quickstart.yaml eval.lm_eval='[gsm8k]' --nproc 1[/bold]
 
     Exit codes are those of `packhorse train`; 75: stopped, and the same command starts anew.
     """
@@ -174,7 +176,9 @@ def _default_out(model: str, run: Path | None, recipe_file: Path, step: int) -> 
 
 @contextmanager
 def _model_folder(model: str, run: Path | None, step: int, out: Path) -> Iterator[str]:
-    """The name of the model to score; a run's checkpoint is exported into `out` until the block is left."""
+    """The name of the model to score; a run's checkpoint is exported into `out` until the block is
+    left.
+    """
     if run is None:
         yield model
         return
@@ -222,7 +226,8 @@ def compare(
     ],
     b: Annotated[str, typer.Argument(metavar="B", help="Another one, or another step of it.")],
 ) -> None:
-    """Say whether two evaluations differ: each metric with its interval, and a paired test on the prompts of both.
+    """Say whether two evaluations differ: each metric with its interval, and a paired test on the
+    prompts of both.
 
     [bold]packhorse compare runs/a runs/b[/bold]
     [bold]packhorse compare runs/a@10 runs/a@best[/bold]

@@ -53,7 +53,8 @@ def kubernetes(
     """Write the manifests of a run for Kubernetes.
 
     [bold]packhorse launch kubernetes my_recipe.yaml --nodes 2 --image registry/packhorse:1[/bold]
-    [bold]packhorse launch kubernetes my_recipe.yaml --nodes 2 --image registry/packhorse:1 --submit[/bold]
+    [bold]packhorse launch kubernetes my_recipe.yaml --nodes 2 --image registry/packhorse:1
+    --submit[/bold]
     """
     from launch.kubernetes.render import CLUSTER, render, run_name, submit_file
     from trainer.config.recipe import load_recipe
@@ -120,7 +121,8 @@ def slurm(
     """Write a batch script for Slurm into the run folder.
 
     [bold]packhorse launch slurm recipes/sft_70b.yaml --nodes 8 --gpus-per-node 8[/bold]
-    [bold]packhorse launch slurm recipes/sft_70b.yaml --nodes 4-8 --container packhorse.sif --submit[/bold]
+    [bold]packhorse launch slurm recipes/sft_70b.yaml --nodes 4-8 --container packhorse.sif
+    --submit[/bold]
     """
     import shlex
     import sysconfig

@@ -1,6 +1,7 @@
 """The command `packhorse`: reads its arguments and calls the rest.
 
-Whatever takes seconds to import is imported by the command that needs it, so that `--help` is at once.
+Whatever takes seconds to import is imported by the command that needs it, so that `--help` is at
+once.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def train(
         str | None,
         typer.Option(
             metavar="N|MIN:MAX",
-            help="Machines, each of which runs this command. Default: those of Slurm or Kubernetes, or 1.",
+            help="Machines, each of which runs this command. Default: those of Slurm or "
+            "Kubernetes, or 1.",
             show_default=False,
         ),
     ] = None,
@@ -89,11 +91,12 @@ def train(
 
     [bold]packhorse train recipes/quickstart.yaml --nproc 2[/bold]
     [bold]packhorse train recipes/debug.yaml optim.lr=1e-3 run.dir=runs/other[/bold]
-    [bold]packhorse train recipes/quickstart.yaml --nnodes 1:2 --rdzv-endpoint node0:29400 --max-restarts 3[/bold]
-    [bold]packhorse train recipes/debug.yaml train.epochs=4 --extend[/bold]
+    [bold]packhorse train recipes/quickstart.yaml --nnodes 1:2 --rdzv-endpoint node0:29400
+    --max-restarts 3[/bold] [bold]packhorse train recipes/debug.yaml train.epochs=4 --extend[/bold]
 
-    SIGTERM, SIGUSR1 or Ctrl-C: the run saves and stops. Exit code 0: done; 2: the input is at fault; 75: saved,
-    run the same command again; 1: anything else. Inside torchrun this is one of its workers.
+    SIGTERM, SIGUSR1 or Ctrl-C: the run saves and stops. Exit code 0: done; 2: the input is at
+    fault; 75: saved, run the same command again; 1: anything else. Inside torchrun this is one of
+    its workers.
     """
     from trainer.config.recipe import load_recipe
 
@@ -113,7 +116,8 @@ def train(
     endpoint = rdzv_endpoint or where.endpoint
     if nodes[1] > 1 and endpoint is None:
         raise BadInput(
-            f"{where.nodes} nodes: say where they meet, the same on each, as --rdzv-endpoint node0:29400"
+            f"{where.nodes} nodes: say where they meet, the same on each, as --rdzv-endpoint "
+            f"node0:29400"
         )
     code = launch(
         [
@@ -253,7 +257,9 @@ def prepare(
 
 
 def _prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
-    """`prepare` for a source that grows: there is no plan before its run, which logs its shards as it uses them."""
+    """`prepare` for a source that grows: there is no plan before its run, which logs its shards as
+    it uses them.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -270,7 +276,8 @@ def _prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
         table.add_row(Path(shard.files[0]).name, *(f"{shard.report[name]:,}" for name in counted))
     Console().print(table)
     print(
-        f"data.train grows: {len(shards)} shards are there now; a run of {recipe.train.steps} steps packs each by "
+        f"data.train grows: {len(shards)} shards are there now; a run of {recipe.train.steps} "
+        f"steps packs each by "
         "itself, and logs it in shards.jsonl when it is first used"
     )
 
@@ -317,13 +324,16 @@ def plan(
         ),
     ] = False,
 ) -> None:
-    """Say what a run needs, from the model's configuration alone: memory, disk and time, and which template fits.
+    """Say what a run needs, from the model's configuration alone: memory, disk and time, and which
+    template fits.
 
     [bold]packhorse plan recipes/quickstart.yaml[/bold]
-    [bold]packhorse plan my.yaml --gpus 64 --nodes 8 --gpu-gib 80 --host-gib 1024 --disk-gib 20000[/bold]
-    [bold]packhorse plan my.yaml model.activation_checkpointing=none batch.seq_len=4096 --gpus 8 --data[/bold]
+    [bold]packhorse plan my.yaml --gpus 64 --nodes 8 --gpu-gib 80 --host-gib 1024 --disk-gib
+    20000[/bold] [bold]packhorse plan my.yaml model.activation_checkpointing=none batch.seq_len=4096
+    --gpus 8 --data[/bold]
 
-    Without --data rows are taken as full, all their tokens as trained. Exit code 0: a template fits; 2: none does.
+    Without --data rows are taken as full, all their tokens as trained. Exit code 0: a template
+    fits; 2: none does.
     """
     from rich.console import Console
 
@@ -379,7 +389,8 @@ def export(
         bool, typer.Option("--merge", help="An adapter becomes part of its base: a whole model.")
     ] = False,
 ) -> None:
-    """Write a checkpoint of a run as a Hugging Face folder, or its adapter as peft's; load it again and compare.
+    """Write a checkpoint of a run as a Hugging Face folder, or its adapter as peft's; load it again
+    and compare.
 
     [bold]packhorse export runs/quickstart --out models/word-problems[/bold]
     [bold]packhorse export runs/quickstart --out models/word-problems --best[/bold]
@@ -388,7 +399,8 @@ def export(
     """
     if universal and merge:
         raise BadInput(
-            "--merge: a universal checkpoint is the training state, which nothing is merged into; leave it out"
+            "--merge: a universal checkpoint is the training state, which nothing is merged into; "
+            "leave it out"
         )
     if universal:
         from trainer.checkpoint.universal import export_universal

@@ -1,4 +1,6 @@
-"""What a command does that starts workers, and what it does as one of them. Nothing heavy is imported here."""
+"""What a command does that starts workers, and what it does as one of them. Nothing heavy is
+imported here.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ def is_worker() -> bool:
 
 
 def stop_while_starting() -> None:
-    """A launcher imports torch for seconds before it can pass signals on: until then they end it, with nothing lost."""
+    """A launcher imports torch for seconds before it can pass signals on: until then they end it,
+    with nothing lost.
+    """
     import signal
 
     def stop(number: int, _frame: Any) -> NoReturn:
@@ -30,7 +34,9 @@ def stop_while_starting() -> None:
 
 
 def end_with_the_launcher() -> None:
-    """Ask the kernel for a SIGTERM when the launcher dies: a worker left alone saves and leaves the GPU."""
+    """Ask the kernel for a SIGTERM when the launcher dies: a worker left alone saves and leaves the
+    GPU.
+    """
     import ctypes
     import signal
 
@@ -40,7 +46,9 @@ def end_with_the_launcher() -> None:
 
 
 def end_worker() -> NoReturn:
-    """A worker's end, done: DeepSpeed leaves threads behind, which now and then abort a process at its very end."""
+    """A worker's end, done: DeepSpeed leaves threads behind, which now and then abort a process at
+    its very end.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(DONE)

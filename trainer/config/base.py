@@ -25,11 +25,13 @@ def check_function(name: str | None) -> None:
         raise ValueError(f"a function is named as `module:function`, not `{name}`")
 
 
-# ----------------------------------------------------------------------------------------------- types of keys
+# ------------------------------------------------------------------------------------ types of keys
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:
-    """The section that a value of this type is, or those of a union; none where it is a collection or a plain value."""
+    """The section that a value of this type is, or those of a union; none where it is a collection
+    or a plain value.
+    """
     if get_origin(annotation) in (Annotated, Union, types.UnionType):
         return [section for inner in get_args(annotation) for section in sections_of(inner)]
     is_section = (

@@ -1,4 +1,6 @@
-"""The recipe's section `data`: where rows come from, which of them are learned, and how they are cut and packed."""
+"""The recipe's section `data`: where rows come from, which of them are learned, and how they are
+cut and packed.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from trainer.config.base import Section, check_function
 
 
 class Filters(Section):
-    """Which rows are not wanted, by their last answer (or text). They are counted apart from rejected ones."""
+    """Which rows are not wanted, by their last answer (or text). They are counted apart from
+    rejected ones.
+    """
 
     answer_words: tuple[int, int] | None = Field(
         default=None, description="Fewest and most words, parted by white space, as `[3, 400]`."
@@ -22,7 +26,8 @@ class Filters(Section):
     not_pattern: str | None = Field(default=None, description="One that must not be found.")
     function: str | None = Field(
         default=None,
-        description="`module:function` of your own: (row, flow.Conversation) -> True to keep it, False or a reason to "
+        description="`module:function` of your own: (row, flow.Conversation) -> True to keep it, "
+        "False or a reason to "
         "leave it out. Found and trusted as data.train.function.",
     )
     verify: Literal["math"] | None = Field(
@@ -57,7 +62,8 @@ class Source(Section):
     )
     name: str | None = Field(
         default=None,
-        description="A dataset of the hub, or a folder of files, as datasets.load_dataset takes them.",
+        description="A dataset of the hub, or a folder of files, as datasets.load_dataset takes "
+        "them.",
     )
     split: str = Field(default="train", description="Its split.")
     format: Literal[
@@ -77,8 +83,10 @@ class Source(Section):
     )
     function: str | None = Field(
         default=None,
-        description="`module:function` of your own, in place of a format: row (a dict) -> list of messages, or "
-        "{messages, tools}. Your code is run: it is imported from the current folder or the environment, never from a "
+        description="`module:function` of your own, in place of a format: row (a dict) -> list of "
+        "messages, or "
+        "{messages, tools}. Your code is run: it is imported from the current folder or the "
+        "environment, never from a "
         "folder of data. Its file is part of the cache's key, modules that it imports are not.",
     )
     filters: Filters = Filters()
@@ -86,7 +94,8 @@ class Source(Section):
     rows: int | None = Field(default=None, ge=1, description="Only the first so many rows.")
     streaming: bool = Field(
         default=False,
-        description="Files are still added to the folder, each renamed into it when it is whole; or the dataset is "
+        description="Files are still added to the folder, each renamed into it when it is whole; "
+        "or the dataset is "
         "read as a stream. Needs train.steps.",
     )
 
@@ -104,7 +113,8 @@ class Source(Section):
         return self
 
 
-# Names that mean something to apply_chat_template itself, or that come from the row and the tokenizer.
+# Names that mean something to apply_chat_template itself, or that come from the row and the
+# tokenizer.
 NO_KWARGS = {
     *("conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt"),
     *(
@@ -128,7 +138,8 @@ class DataSection(Section):
         default=0.0,
         ge=0,
         lt=1,
-        description="Share of the train rows that are held out, besides `eval`: by a hash of what is in the row, so "
+        description="Share of the train rows that are held out, besides `eval`: by a hash of what "
+        "is in the row, so "
         "that no row changes sides when others are added or reordered.",
     )
     group_by: str | None = Field(
@@ -143,15 +154,18 @@ class DataSection(Section):
         default=0.8,
         ge=0.5,
         le=1,
-        description="Two rows are near-duplicates that share so much of what was said: common three-word sequences "
+        description="Two rows are near-duplicates that share so much of what was said: common "
+        "three-word sequences "
         "over all of theirs (Jaccard), system prompts and tool schemas left out.",
     )
     max_leakage: float = Field(
         default=0.01,
         ge=0,
         le=1,
-        description="The run stops above this share of eval rows with a near-duplicate in train. Chance matches of "
-        "short rows stay below it; of a real leak, as a copied file or a random split of repeated rows, more is found.",
+        description="The run stops above this share of eval rows with a near-duplicate in train. "
+        "Chance matches of "
+        "short rows stay below it; of a real leak, as a copied file or a random split of repeated "
+        "rows, more is found.",
     )
     train_on: Literal["all", "completion", "assistant", "last_turn"] = Field(
         default="assistant",
@@ -166,11 +180,13 @@ class DataSection(Section):
     )
     control_tokens: Literal["reject", "text", "keep"] = Field(
         default="reject",
-        description="A text that spells a control token: its row is left out; it stays text; it is the token.",
+        description="A text that spells a control token: its row is left out; it stays text; it is "
+        "the token.",
     )
     chat_template_kwargs: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="Variables of the chat template, as `enable_thinking: false`: the same in training, evaluation and "
+        description="Variables of the chat template, as `enable_thinking: false`: the same in "
+        "training, evaluation and "
         "preview, and to be given when the model is used.",
     )
     max_length: int | None = Field(
@@ -178,7 +194,8 @@ class DataSection(Section):
     )
     too_long: Literal["reject", "truncate", "split"] = Field(
         default="reject",
-        description="Of an example of more tokens. truncate keeps whole answers only; split makes documents of it.",
+        description="Of an example of more tokens. truncate keeps whole answers only; split makes "
+        "documents of it.",
     )
     cut_answers: bool = Field(
         default=False, description="truncate may keep an answer without its end."
@@ -190,12 +207,14 @@ class DataSection(Section):
     )
     packing: Literal["none", "bfd", "bfd_split", "wrapped", "greedy"] = Field(
         default="bfd",
-        description="bfd keeps examples whole; bfd_split cuts long ones; wrapped fills every row to the end; greedy "
+        description="bfd keeps examples whole; bfd_split cuts long ones; wrapped fills every row "
+        "to the end; greedy "
         "keeps them whole and packs as they come.",
     )
     broken_lines: Literal["stop", "reject"] = Field(
         default="stop",
-        description="A row that cannot be read at all ends the preparation, or is rejected like others.",
+        description="A row that cannot be read at all ends the preparation, or is rejected like "
+        "others.",
     )
     max_rejects: float = Field(
         default=0.01, ge=0, le=1, description="The run stops above this share of rejected rows."
@@ -220,11 +239,13 @@ class DataSection(Section):
             raise ValueError("`cut_answers` belongs to `too_long: truncate`")
         if taken := sorted(NO_KWARGS & set(self.chat_template_kwargs)):
             raise ValueError(
-                f"`chat_template_kwargs` cannot hold {', '.join(taken)}: they come from the rows, the tokenizer and "
+                f"`chat_template_kwargs` cannot hold {', '.join(taken)}: they come from the rows, "
+                f"the tokenizer and "
                 "packhorse itself"
             )
         if self.split_context and (self.too_long != "split" or self.packing == "wrapped"):
             raise ValueError(
-                "`split_context` belongs to `too_long: split`, without `packing: wrapped`, which cuts anew"
+                "`split_context` belongs to `too_long: split`, without `packing: wrapped`, which "
+                "cuts anew"
             )
         return self

@@ -1,4 +1,6 @@
-"""The recipe's `eval`: what is asked of the model, how answers are scored, which checkpoint is the best."""
+"""The recipe's `eval`: what is asked of the model, how answers are scored, which checkpoint is the
+best.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ class Server(Section):
     )
     key_env: str | None = Field(
         default=None,
-        description="Name of the environment variable that holds its key; none is sent where not given.",
+        description="Name of the environment variable that holds its key; none is sent where not "
+        "given.",
     )
     timeout_s: float = Field(default=300.0, gt=0, description="For one answer.")
     patience_s: float = Field(
@@ -68,7 +71,8 @@ class Format(Section):
 
     kind: Literal["format"] = "format"
     pattern: str = Field(
-        description="A regular expression; `.` matches line ends, too, white space around the answer is not looked at."
+        description="A regular expression; `.` matches line ends, too, white space around the "
+        "answer is not looked at."
     )
 
     @model_validator(mode="after")
@@ -78,12 +82,15 @@ class Format(Section):
 
 
 class Exact(Section):
-    """1 where the answer is the reference, else 0. Composed and decomposed characters are alike (Unicode's NFC)."""
+    """1 where the answer is the reference, else 0. Composed and decomposed characters are alike
+    (Unicode's NFC).
+    """
 
     kind: Literal["exact"] = "exact"
     extract: str | None = Field(
         default=None,
-        description="A regular expression: its first group is compared, in both, where it matches last. "
+        description="A regular expression: its first group is compared, in both, where it matches "
+        "last. "
         "null: all of the text.",
     )
     ignore_case: bool = False
@@ -107,19 +114,23 @@ class Contains(Section):
 
 
 class Math(Section):
-    """1 where the answer comes to the reference's value, by the library math-verify, else 0. The final answer is what
-    `####` or the last `<answer>` marks, or `\\boxed` holds, read whole; else the last value."""
+    """1 where the answer comes to the reference's value, by the library math-verify, else 0. The
+    final answer is what `####` or the last `<answer>` marks, or `\\boxed` holds, read whole; else
+    the last value."""
 
     kind: Literal["math"] = "math"
     column: str | None = Field(
         default=None,
-        description="The column of the row that holds the right value, alone or as `#### 18`; null: the reference, of "
+        description="The column of the row that holds the right value, alone or as `#### 18`; "
+        "null: the reference, of "
         "which the final value counts, as of an answer.",
     )
 
 
 class Choice(Section):
-    """1 where the right letter is the likeliest to follow the prompt, else 0. Nothing is generated for it."""
+    """1 where the right letter is the likeliest to follow the prompt, else 0. Nothing is generated
+    for it.
+    """
 
     kind: Literal["choice"] = "choice"
     letters: tuple[str, ...] = Field(
@@ -127,7 +138,8 @@ class Choice(Section):
     )
     column: str | None = Field(
         default=None,
-        description="The column of the row that holds the right letter, or its number from 0; null: the reference.",
+        description="The column of the row that holds the right letter, or its number from 0; "
+        "null: the reference.",
     )
 
     @model_validator(mode="after")
@@ -140,15 +152,16 @@ class Choice(Section):
 
 
 class JsonSchema(Section):
-    """1 where the answer is JSON that a schema admits, else 0. One fence around all of it is allowed, and thinking
-    before it."""
+    """1 where the answer is JSON that a schema admits, else 0. One fence around all of it is
+    allowed, and thinking before it."""
 
     kind: Literal["json_schema"] = "json_schema"
     file: str | None = Field(default=None, description="A JSON file that holds the schema.")
     column: str | None = Field(default=None, description="The column of the row that holds it.")
     tools: bool = Field(
         default=False,
-        description="The answer is a call, or a list of them, of tools of the row, and `arguments` or `parameters` "
+        description="The answer is a call, or a list of them, of tools of the row, and `arguments` "
+        "or `parameters` "
         "fit the tool's.",
     )
 
@@ -160,8 +173,9 @@ class JsonSchema(Section):
 
 
 class Refusal(Section):
-    """1 where the answer refuses, or does not, as it should; else 0. A heuristic: a phrase of refusal at its beginning
-    (trainer/eval/scorers.py has the list). What refuses in other words, or not in English, passes for an answer."""
+    """1 where the answer refuses, or does not, as it should; else 0. A heuristic: a phrase of
+    refusal at its beginning (trainer/eval/scorers.py has the list). What refuses in other words, or
+    not in English, passes for an answer."""
 
     kind: Literal["refusal"] = "refusal"
     expected: bool | None = Field(default=None, description="Whether every answer should refuse.")
@@ -181,8 +195,10 @@ class Function(Section):
 
     kind: Literal["function"] = "function"
     function: str = Field(
-        description="`module:function`: (prompt, answer, reference, row) -> a number from 0 to 1, True or False, or "
-        "None where it cannot say. Found and trusted as data.train.function; it must come to an end by itself."
+        description="`module:function`: (prompt, answer, reference, row) -> a number from 0 to 1, "
+        "True or False, or "
+        "None where it cannot say. Found and trusted as data.train.function; it must come to an "
+        "end by itself."
     )
 
     @model_validator(mode="after")
@@ -192,16 +208,18 @@ class Function(Section):
 
 
 class Judge(Section):
-    """What a model on a server thinks of the answer. A reply that holds no verdict is no score; a server that is down
-    leaves the evaluation without this metric, and the run goes on."""
+    """What a model on a server thinks of the answer. A reply that holds no verdict is no score; a
+    server that is down leaves the evaluation without this metric, and the run goes on."""
 
     kind: Literal["judge"] = "judge"
     endpoint: Endpoint
     rubric: str = Field(description="What a good answer is, in words.", min_length=1)
     against: Literal["none", "reference"] = Field(
         default="none",
-        description="none: a grade, of which 1 becomes 0 and the highest 1. reference: which of the two is better, "
-        "asked in both orders; 1 where the answer wins both times, 0 where the reference does, else 0.5: the mean is "
+        description="none: a grade, of which 1 becomes 0 and the highest 1. reference: which of "
+        "the two is better, "
+        "asked in both orders; 1 where the answer wins both times, 0 where the reference does, "
+        "else 0.5: the mean is "
         "the win rate.",
     )
     grades: int = Field(default=5, ge=2, le=10, description="The highest grade.")
@@ -244,7 +262,8 @@ class GenerateSection(Section):
         for name in self.scorers:
             if name in ("loss", "eval_loss") or not re.fullmatch(r"[\w.-]+", name):
                 raise ValueError(
-                    f"`{name}` cannot name a scorer: take letters, digits, `_`, `.` and `-`, and not loss"
+                    f"`{name}` cannot name a scorer: take letters, digits, `_`, `.` and `-`, and "
+                    f"not loss"
                 )
         return self
 
@@ -283,8 +302,9 @@ _SIGNS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.
 
 
 class BestSection(Section):
-    """Which evaluated step is the best one. Its checkpoint is kept apart, for `packhorse export RUN --best`. Names are
-    those of scorers, or eval_loss. Of steps that are alike in all of it the earliest is taken."""
+    """Which evaluated step is the best one. Its checkpoint is kept apart, for `packhorse export RUN
+    --best`. Names are those of scorers, or eval_loss. Of steps that are alike in all of it the
+    earliest is taken."""
 
     maximize: str | None = Field(
         default=None, description="The metric that decides: the highest one wins."
@@ -294,7 +314,8 @@ class BestSection(Section):
     )
     subject_to: dict[str, str] = Field(
         default_factory=dict,
-        description='What a step must meet to be the best at all, as `{format_accuracy: ">= 0.98"}`.',
+        description='What a step must meet to be the best at all, as `{format_accuracy: ">= '
+        '0.98"}`.',
     )
     tie: str | None = Field(
         default=None,
@@ -317,7 +338,8 @@ class BestSection(Section):
         for name, condition in self.conditions.items():
             if name != EVAL_LOSS and not 0 <= condition.bound <= 1:
                 raise ValueError(
-                    f"`subject_to.{name}`: scores go from 0 to 1, and `{self.subject_to[name]}` is not there"
+                    f"`subject_to.{name}`: scores go from 0 to 1, and `{self.subject_to[name]}` is "
+                    f"not there"
                 )
         return self
 
@@ -356,15 +378,18 @@ class EvalSection(Section):
     )
     generator: Literal["engine", "server", "vllm"] = Field(
         default="engine",
-        description="What answers the prompts of `generate`: the engine itself, or a server that is handed the current "
-        "weights as a Hugging Face folder: the one at `server`, or a vLLM, started between steps by `vllm_python`.",
+        description="What answers the prompts of `generate`: the engine itself, or a server that "
+        "is handed the current "
+        "weights as a Hugging Face folder: the one at `server`, or a vLLM, started between steps "
+        "by `vllm_python`.",
     )
     server: Server | None = Field(
         default=None, description="It must see run.dir under the same path."
     )
     vllm_python: str | None = Field(
         default=None,
-        description="The Python of an environment of its own that has vllm, as /opt/vllm/bin/python: vllm pins torch.",
+        description="The Python of an environment of its own that has vllm, as "
+        "/opt/vllm/bin/python: vllm pins torch.",
     )
     vllm_args: tuple[str | int | float, ...] = Field(
         default=(),
@@ -374,7 +399,8 @@ class EvalSection(Section):
     best: BestSection | None = None
     lm_eval: tuple[str, ...] = Field(
         default=(),
-        description="Tasks of lm-evaluation-harness, as `[gsm8k, mmlu]`, which `packhorse eval` runs: they take too "
+        description="Tasks of lm-evaluation-harness, as `[gsm8k, mmlu]`, which `packhorse eval` "
+        "runs: they take too "
         "long for a run in training. Needs the extra `lm-eval`.",
     )
     lm_eval_path: str | None = Field(
@@ -383,7 +409,8 @@ class EvalSection(Section):
     )
     lm_eval_chat: bool = Field(
         default=False,
-        description="Ask its questions through the chat template; the library's own way, and most published numbers', "
+        description="Ask its questions through the chat template; the library's own way, and most "
+        "published numbers', "
         "is without.",
     )
 
@@ -409,7 +436,8 @@ class EvalSection(Section):
                     f"did you mean `{near[0]}`?" if near else f"names here: {', '.join(names)}"
                 )
                 raise ValueError(
-                    f"`best.{place}`: there is no scorer `{name}` in eval.generate.scorers; {instead}"
+                    f"`best.{place}`: there is no scorer `{name}` in eval.generate.scorers; "
+                    f"{instead}"
                 )
         if self.every_steps is None:
             raise ValueError(

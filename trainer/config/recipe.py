@@ -1,7 +1,7 @@
 """The recipe: what a run is a function of.
 
-YAML and `key=value` overrides in, a frozen `Recipe` out. Parsing has no side effects: no process group,
-no folder, no network. Each stage receives its own section only.
+YAML and `key=value` overrides in, a frozen `Recipe` out. Parsing has no side effects: no process
+group, no folder, no network. Each stage receives its own section only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class ModelSection(Section):
     revision: str | None = Field(default=None, description="The hub's branch, tag or commit.")
     init: Literal["pretrained", "random"] = Field(
         default="pretrained",
-        description="random: only the configuration and tokenizer are read; weights follow train.seed.",
+        description="random: only the configuration and tokenizer are read; weights follow "
+        "train.seed.",
     )
     dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16",
@@ -35,21 +36,25 @@ class ModelSection(Section):
     )
     attention: Literal["auto", "flash_attn", "torch_varlen", "reference"] = Field(
         default="auto",
-        description="The varlen kernel. auto: flash_attn, else torch's own on CUDA, else the reference.",
+        description="The varlen kernel. auto: flash_attn, else torch's own on CUDA, else the "
+        "reference.",
     )
     layer_kernels: Literal["auto", "liger", "torch"] = Field(
         default="auto",
-        description="Norms, rotary positions and gated activations by Liger's kernels, proved at the start. auto: on "
+        description="Norms, rotary positions and gated activations by Liger's kernels, proved at "
+        "the start. auto: on "
         "CUDA in bfloat16, where Liger knows the model.",
     )
     activation_checkpointing: Literal["none", "full"] = Field(
         default="full",
-        description="full: keep each layer's input alone and compute the rest again in the backward: less memory, "
+        description="full: keep each layer's input alone and compute the rest again in the "
+        "backward: less memory, "
         "about a third more compute.",
     )
     add_tokens: tuple[str, ...] = Field(
         default=(),
-        description="Special tokens to add to a base model; new embedding rows start at the mean of the old.",
+        description="Special tokens to add to a base model; new embedding rows start at the mean "
+        "of the old.",
     )
     chat_template: str | None = Field(
         default=None,
@@ -64,18 +69,22 @@ ADAPTER_LR = 1e-4  # the rate where an adapter is trained and the recipe gives n
 
 
 class AdapterSection(Section):
-    """LoRA: the model stays as it is, small matrices beside its linear modules are trained. null: all its weights."""
+    """LoRA: the model stays as it is, small matrices beside its linear modules are trained. null:
+    all its weights.
+    """
 
     rank: int = Field(default=16, ge=1)
     alpha: int = Field(
         default=32,
         ge=1,
-        description="What the matrices add is multiplied by alpha / rank. Left alone it keeps the best learning rate "
+        description="What the matrices add is multiplied by alpha / rank. Left alone it keeps the "
+        "best learning rate "
         "alike for all ranks.",
     )
     target_modules: str | tuple[str, ...] = Field(
         default="all-linear",
-        description="all-linear: every linear module but the head; a list of names or their ends, as "
+        description="all-linear: every linear module but the head; a list of names or their ends, "
+        "as "
         "`[q_proj, v_proj]`; or a regular expression that must match a whole name.",
     )
     dropout: float = Field(
@@ -87,11 +96,13 @@ class AdapterSection(Section):
     )
     modules_to_save: tuple[str, ...] = Field(
         default=(),
-        description="Modules that are trained whole and saved with the adapter, as `[embed_tokens, lm_head]`.",
+        description="Modules that are trained whole and saved with the adapter, as `[embed_tokens, "
+        "lm_head]`.",
     )
     base: Literal["nf4"] | None = Field(
         default=None,
-        description="nf4: the linear modules lie in 4 bits (QLoRA), by the library bitsandbytes; at ZeRO stages 0 "
+        description="nf4: the linear modules lie in 4 bits (QLoRA), by the library bitsandbytes; "
+        "at ZeRO stages 0 "
         "to 2.",
     )
     double_quant: bool = Field(
@@ -113,7 +124,8 @@ class AdapterSection(Section):
             raise ValueError("`double_quant` belongs to `base: nf4`")
         if self.dora and self.base is not None:
             raise ValueError(
-                "`dora` needs the norms of the weights, and is not proved with `base: nf4`; take one of them"
+                "`dora` needs the norms of the weights, and is not proved with `base: nf4`; take "
+                "one of them"
             )
         return self
 
@@ -188,7 +200,8 @@ class ParallelSection(Section):
     deepspeed: str = Field(default="ds_configs/zero3.json", description="A DeepSpeed template.")
     grad_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="Of accumulation and reduction; bfloat16 makes the batch's cutting change the run.",
+        description="Of accumulation and reduction; bfloat16 makes the batch's cutting change the "
+        "run.",
     )
     sequence: Literal[1] = 1
     allow_idle_ranks: bool = Field(
@@ -205,7 +218,8 @@ class CheckpointSection(Section):
     )
     asynchronous: bool | None = Field(
         default=None,
-        description="Written beside training, from a copy in the host's memory. null: where half of it stays free.",
+        description="Written beside training, from a copy in the host's memory. null: where half "
+        "of it stays free.",
     )
     before_timeout_s: float | None = Field(
         default=None,
@@ -232,7 +246,9 @@ Rule = Literal["stop", "skip", "rollback"]
 
 
 class GuardSection(Section):
-    """What is done when a run goes wrong. rollback: from the last checkpoint again, and then without the step."""
+    """What is done when a run goes wrong. rollback: from the last checkpoint again, and then
+    without the step.
+    """
 
     non_finite: Rule = Field(
         default="stop", description="With a step whose gradient is not finite."
@@ -288,7 +304,8 @@ class Recipe(Section):
     def _adapter_fits(self) -> Recipe:
         if self.adapter and self.model.add_tokens:
             raise ValueError(
-                "model.add_tokens: the new rows of the embeddings lie outside an adapter, and nobody who loads it has "
+                "model.add_tokens: the new rows of the embeddings lie outside an adapter, and "
+                "nobody who loads it has "
                 "them; train all weights, or take a model that has the tokens"
             )
         return self
@@ -298,12 +315,14 @@ class Recipe(Section):
         cuts_rows = self.data.packing in ("bfd_split", "wrapped")
         if self.data.max_length and self.data.max_length > self.batch.seq_len and not cuts_rows:
             raise ValueError(
-                f"data.max_length ({self.data.max_length}) is more than batch.seq_len ({self.batch.seq_len}): "
+                f"data.max_length ({self.data.max_length}) is more than batch.seq_len "
+                f"({self.batch.seq_len}): "
                 "an example must fit in a row; raise seq_len, or use `packing: bfd_split`"
             )
         if self.data.split_context and self.max_length < self.data.split_context + 2:
             raise ValueError(
-                f"data.split_context ({self.data.split_context}) leaves no room for anything new in "
+                f"data.split_context ({self.data.split_context}) leaves no room for anything new "
+                f"in "
                 f"{self.max_length} tokens; lower it"
             )
         return self
@@ -312,7 +331,8 @@ class Recipe(Section):
     def _prompts_are_held_out(self) -> Recipe:
         if self.eval.generate and not self.has_eval:
             raise ValueError(
-                "eval.generate: no rows are held out to ask; give data.eval or data.eval_fraction, or take it out"
+                "eval.generate: no rows are held out to ask; give data.eval or data.eval_fraction, "
+                "or take it out"
             )
         return self
 
@@ -325,19 +345,23 @@ class Recipe(Section):
         if self.streaming:
             if len(self.data.train) > 1:
                 raise ValueError(
-                    "data.train: a source that grows must be the only one; put all files in its folder"
+                    "data.train: a source that grows must be the only one; put all files in its "
+                    "folder"
                 )
             if self.data.eval_fraction:
                 raise ValueError(
-                    "data.eval_fraction: a later shard's rows could not be held out; give data.eval instead"
+                    "data.eval_fraction: a later shard's rows could not be held out; give "
+                    "data.eval instead"
                 )
             if self.train.steps is None:
                 raise ValueError(
-                    "data.train.0.streaming: a source that grows has no last row; say how long in train.steps"
+                    "data.train.0.streaming: a source that grows has no last row; say how long in "
+                    "train.steps"
                 )
             if self.train.epochs != 1:
                 raise ValueError(
-                    "train.epochs: a source that grows has no epochs; take it out, train.steps says all"
+                    "train.epochs: a source that grows has no epochs; take it out, train.steps "
+                    "says all"
                 )
         return self
 
@@ -403,7 +427,7 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-# ----------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 # Keys that had another name before the first release, without the numbers of a list's items.
@@ -428,10 +452,12 @@ RENAMED_KEYS = {
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe and apply `a.b=value` overrides (values are YAML; list items by number: `data.train.0.path=x`).
+    """Read a recipe and apply `a.b=value` overrides (values are YAML; list items by number:
+    `data.train.0.path=x`).
 
     Raises:
-        BadInput: the file is missing or not YAML, a key is unknown or given twice, or a value does not fit.
+        BadInput: the file is missing or not YAML, a key is unknown or given twice, or a value does
+            not fit.
     """
     path = Path(path)
     try:
@@ -507,7 +533,9 @@ def _index(items: list[Any], text: str, override: str) -> int:
 
 
 def _fault(fault: Any) -> str:
-    """One pydantic fault as `section.key: what is wrong`, with the nearest right name for an unknown one."""
+    """One pydantic fault as `section.key: what is wrong`, with the nearest right name for an
+    unknown one.
+    """
     path = [str(part) for part in fault["loc"]]
     if fault["type"] == "extra_forbidden":
         parents, sections = _follow(path[:-1])
@@ -542,7 +570,8 @@ def _unknown(what: str, name: str, known: list[Any], prefix: str = "") -> str:
 
 
 def _follow(path: list[str]) -> tuple[list[str], list[type[Section]]]:
-    """Where pydantic's path leads: the keys as they stand in the recipe, and the section there, or those of a union.
+    """Where pydantic's path leads: the keys as they stand in the recipe, and the section there, or
+    those of a union.
 
     In a union pydantic names the kind, too, which is no key.
     """

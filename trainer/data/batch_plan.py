@@ -1,7 +1,8 @@
-"""Lengths of documents and a seed in; every optimizer step's rows, micro-batches and token weights out.
+"""Lengths of documents and a seed in; every optimizer step's rows, micro-batches and token weights
+out.
 
-Integers only: nothing here reads a token, and nothing depends on ranks but the last cut (C1). The same
-plan serves training and held-out evaluation. Where a source grows, an epoch is a shard of it.
+Integers only: nothing here reads a token, and nothing depends on ranks but the last cut (C1). The
+same plan serves training and held-out evaluation. Where a source grows, an epoch is a shard of it.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ Keep = Callable[[int, Callable[[], Packed]], Packed]
 class Corpus:
     """What a plan knows of the n documents.
 
-    `lengths`, `trained_counts` (tokens, trained tokens) and `sources` (number of the source) are (n,)
-    integers; source s gives round(weights[s] x its documents) an epoch. `count_trained(documents, starts,
-    stops)` counts the trained tokens that positions [start, stop) of a document predict; it is asked only
-    about documents that packing has cut.
+    `lengths`, `trained_counts` (tokens, trained tokens) and `sources` (number of the source) are
+    (n,) integers; source s gives round(weights[s] x its documents) an epoch.
+    `count_trained(documents, starts, stops)` counts the trained tokens that positions [start, stop)
+    of a document predict; it is asked only about documents that packing has cut.
     """
 
     lengths: np.ndarray
@@ -57,7 +58,9 @@ class Corpus:
 
 
 class Epochs(Protocol):
-    """The documents of each epoch: a Corpus, or the shards of a source that grows (data/growing.py)."""
+    """The documents of each epoch: a Corpus, or the shards of a source that grows
+    (data/growing.py).
+    """
 
     @property
     def streaming(self) -> bool:
@@ -67,15 +70,18 @@ class Epochs(Protocol):
     def corpus(self, epoch: int) -> Corpus: ...
 
     def rows(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
-        """Packed rows of the epoch that begins with `first_step` (from 0); `count` packs it, if nobody has."""
+        """Packed rows of the epoch that begins with `first_step` (from 0); `count` packs it, if
+        nobody has.
+        """
         ...
 
 
 class Plan:
     """The list of optimizer steps, as a function of (epochs, packer, batch, train, loss).
 
-    Every epoch is packed afresh from (seed, epoch). All are packed once at the start, to count their rows,
-    so `steps` is exact before the first step; but those of a source that grows when a step needs them.
+    Every epoch is packed afresh from (seed, epoch). All are packed once at the start, to count
+    their rows, so `steps` is exact before the first step; but those of a source that grows when a
+    step needs them.
     """
 
     def __init__(
@@ -102,14 +108,14 @@ class Plan:
 
     @classmethod
     def for_eval(cls, corpus: Corpus, packer: Packer, batch: BatchSection) -> Plan:
-        """All rows as one step, weighted by `token`, whatever the run's seed and weighting: the loss of that
-        step is the held-out loss."""
+        """All rows as one step, weighted by `token`, whatever the run's seed and weighting: the
+        loss of that step is the held-out loss."""
         whole = batch.model_copy(update={"global_batch_size": sys.maxsize})
         return cls(
             corpus, packer, whole, TrainSection.model_validate({}), LossSection.model_validate({})
         )
 
-    # ------------------------------------------------------------------------------------------- steps
+    # ---------------------------------------------------------------------------------------- steps
 
     def step(self, step: int) -> StepPlan:
         """Step `step`, counted from 0. An epoch's rows are spread evenly over its steps."""
@@ -150,7 +156,9 @@ class Plan:
         return np.full(len(pieces), self.uniform_weight(step))
 
     def uniform_weight(self, step: StepPlan) -> float | None:
-        """The one weight of all trained tokens of the step; None where the weighting tells them apart."""
+        """The one weight of all trained tokens of the step; None where the weighting tells them
+        apart.
+        """
         if self.loss.weighting == "example":
             return None
         if self.loss.weighting == "constant":
@@ -175,10 +183,11 @@ class Plan:
         return tokens, np.diff(packed.row_offsets)
 
     def fullest(self, first_step: int = 0) -> list[tuple[StepPlan, tuple[int, ...]]]:
-        """The micro-batch with the most tokens and the one with the most trained tokens, each as its step and rows;
-        one where they are the same.
+        """The micro-batch with the most tokens and the one with the most trained tokens, each as
+        its step and rows; one where they are the same.
 
-        Of the epochs from that of `first_step` on; of a source that grows, of that step's shard alone.
+        Of the epochs from that of `first_step` on; of a source that grows, of that step's shard
+        alone.
         """
         self._count_to(first_step)
         first = bisect_right(self._first_steps, first_step) - 1
@@ -218,7 +227,7 @@ class Plan:
             self._targets(step.epoch, pieces).sum()
         )
 
-    # ------------------------------------------------------------------------------------------- ranks
+    # ---------------------------------------------------------------------------------------- ranks
 
     def micro_batch_counts(self) -> np.ndarray:
         """Micro-batches of every step, (steps,); of a source that grows, of the steps known so far."""
@@ -232,7 +241,9 @@ class Plan:
         return np.concatenate(counts)[: self.steps]
 
     def filler_share(self, world: int) -> float:
-        """Share of all ranks' micro-batches that are fillers, over the steps of `micro_batch_counts`."""
+        """Share of all ranks' micro-batches that are fillers, over the steps of
+        `micro_batch_counts`.
+        """
         return filler_share(self.micro_batch_counts(), world)
 
     def good_worlds(self, world: int) -> list[int]:
@@ -240,10 +251,12 @@ class Plan:
         return good_worlds(self.micro_batch_counts(), world)
 
     def check_world(self, world: int, allow_idle_ranks: bool) -> str | None:
-        """A sentence of warning where many micro-batches of `world` ranks are fillers; None where few are.
+        """A sentence of warning where many micro-batches of `world` ranks are fillers; None where
+        few are.
 
         Raises:
-            BadInput: a step has fewer micro-batches than there are ranks, and idle ranks are not allowed.
+            BadInput: a step has fewer micro-batches than there are ranks, and idle ranks are not
+                allowed.
         """
         fewest = int(self.micro_batch_counts().min())
         better = ", ".join(map(str, self.good_worlds(world)))
@@ -251,15 +264,17 @@ class Plan:
             better += " (by the first shard; the others are not known)"
         if world > fewest and not allow_idle_ranks:
             raise BadInput(
-                f"{world} ranks, but a step has only {fewest} micro-batches: start {better} ranks, raise "
-                "batch.global_batch_size, lower batch.micro_batch_size, or set parallel.allow_idle_ranks: true"
+                f"{world} ranks, but a step has only {fewest} micro-batches: start {better} ranks, "
+                f"raise "
+                "batch.global_batch_size, lower batch.micro_batch_size, or set "
+                "parallel.allow_idle_ranks: true"
             )
         share = self.filler_share(world)
         if share <= MUCH_FILLER:
             return None
         return f"{share:.0%} of the micro-batches of {world} ranks are fillers; good numbers of ranks: {better}"
 
-    # ------------------------------------------------------------------------------------------- epochs
+    # --------------------------------------------------------------------------------------- epochs
 
     def _all_counted(self) -> bool:
         if self.train.steps is not None:
@@ -288,7 +303,8 @@ class Plan:
                     self._rows[epoch] if epoch < len(self._rows) else packed.num_rows
                 ):
                     raise BadInput(
-                        f"shard {epoch} packs into {packed.num_rows} rows, and was logged with {self._rows[epoch]}: "
+                        f"shard {epoch} packs into {packed.num_rows} rows, and was logged with "
+                        f"{self._rows[epoch]}: "
                         "another version packed it; go on with that one, or give another run.dir"
                     )
                 while len(self._packings) >= EPOCHS_KEPT:
@@ -307,8 +323,9 @@ class Plan:
         return packed
 
     def _targets(self, epoch: int, pieces: np.ndarray) -> np.ndarray:
-        """Trained tokens (P,) that each piece predicts. The last position of a piece that ends inside its
-        document predicts the next piece's first token, so a cut loses nothing and counts nothing twice."""
+        """Trained tokens (P,) that each piece predicts. The last position of a piece that ends
+        inside its document predicts the next piece's first token, so a cut loses nothing and counts
+        nothing twice."""
         corpus = self.epochs.corpus(epoch)
         document, start, stop = pieces[:, 0], pieces[:, 1], pieces[:, 2]
         counts = np.asarray(corpus.trained_counts[document], dtype=np.int64)
@@ -319,7 +336,9 @@ class Plan:
 
 
 def filler_share(counts: np.ndarray, world: int) -> float:
-    """Share of the micro-batches of all ranks that are fillers, where steps have so many real ones, (steps,)."""
+    """Share of the micro-batches of all ranks that are fillers, where steps have so many real ones,
+    (steps,).
+    """
     return float(1 - counts.sum() / (-(-counts // world) * world).sum())
 
 
@@ -359,8 +378,8 @@ def _documents_of(corpus: Corpus, seed: int, epoch: int) -> np.ndarray:
 
 
 def _numbered(occurrence: np.ndarray, pieces: np.ndarray) -> np.ndarray:
-    """Piece numbers (P,) that go on from one pass over a document to the next: no two pieces of an epoch
-    share (document, piece), and so none share their noise (C3)."""
+    """Piece numbers (P,) that go on from one pass over a document to the next: no two pieces of an
+    epoch share (document, piece), and so none share their noise (C3)."""
     order = np.lexsort((pieces[:, 1], occurrence, pieces[:, 0]))
     document = pieces[order, 0]
     firsts = np.flatnonzero(np.diff(document, prepend=-1))

@@ -1,9 +1,10 @@
 """Tokenized chunks in; a folder of them out, written once and memory-mapped ever after (C10).
 
-The folder holds the buffers of two Arrow lists, `input_ids` and `trained`, which share `offsets`, and a column
-each for where a document came from; `report.json` has the counts and every file's size, `rejects.jsonl` the rows
-left out for a fault, `filtered.jsonl` those that the recipe's filters leave out. It is written aside and renamed
-(trainer/utils/files.py): a folder with the final name is whole.
+The folder holds the buffers of two Arrow lists, `input_ids` and `trained`, which share `offsets`,
+and a column each for where a document came from; `report.json` has the counts and every file's
+size, `rejects.jsonl` the rows left out for a fault, `filtered.jsonl` those that the recipe's
+filters leave out. It is written aside and renamed (trainer/utils/files.py): a folder with the final
+name is whole.
 """
 
 from __future__ import annotations
@@ -58,12 +59,16 @@ COUNTED = (
 )
 
 Chunks = Callable[[int], Generator[Tokenized, None, None]]
-"""chunks(done): starts tokenizing after the first `done` rows. The documents do not depend on how chunks fall."""
+"""chunks(done): starts tokenizing after the first `done` rows. The documents do not depend on how
+chunks fall.
+"""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """A finished cache of n documents: its columns, memory-mapped; in memory are `lengths` alone, 8 bytes each."""
+    """A finished cache of n documents: its columns, memory-mapped; in memory are `lengths` alone, 8
+    bytes each.
+    """
 
     folder: Path
     fingerprint: str  # of the content: equal wherever it was built
@@ -86,7 +91,9 @@ class Documents:
     def count_trained(
         self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray
     ) -> np.ndarray:
-        """Trained tokens (P,) that positions [start, stop) of the documents predict: those at [start + 1, stop]."""
+        """Trained tokens (P,) that positions [start, stop) of the documents predict: those at
+        [start + 1, stop].
+        """
         begins = self.offsets[documents] + starts + 1
         ends = np.minimum(self.offsets[documents] + stops + 1, self.offsets[documents + 1])
         return np.array(
@@ -107,7 +114,8 @@ def prepare(
     total_rows: Callable[[], int | None] = lambda: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Documents:
-    """The documents in `folder`; if it is not there, they are made from `chunks` by whichever process comes first.
+    """The documents in `folder`; if it is not there, they are made from `chunks` by whichever
+    process comes first.
 
     Args:
         folder: named by a key of everything that shapes its content.
@@ -144,7 +152,9 @@ def prepare(
 def keep_packed(
     folder: Path, make: Callable[[], Packed], what: str, stopping: Callable[[], bool]
 ) -> Packed:
-    """A packing from `folder`, memory-mapped; made by whichever process comes first where it is not there."""
+    """A packing from `folder`, memory-mapped; made by whichever process comes first where it is not
+    there.
+    """
 
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
         staging.mkdir()
@@ -169,7 +179,8 @@ def _open(folder: Path, what: str, max_rejects: float) -> Documents:
         raise BadInput(f"{folder}: the cache is damaged ({error}); delete the folder") from None
     if sizes != record["sizes"]:
         raise BadInput(
-            f"{folder}: files of the cache have changed size since they were written; delete the folder"
+            f"{folder}: files of the cache have changed size since they were written; delete the "
+            f"folder"
         )
     _check_rejects(record["report"], folder, what, max_rejects)
     columns = _mapped(folder)
@@ -205,16 +216,20 @@ def _check_rejects(report: dict[str, Any], folder: Path, what: str, max_rejects:
     wanted = rows - filtered
     if rejected / wanted > max_rejects:
         raise BadInput(
-            f"{what}: {rejected} of {wanted} rows ({rejected / wanted:.1%}) are rejected, more than data.max_rejects "
-            f"({max_rejects:.1%}): {common}; see {folder / 'rejects.jsonl'}, mend the data or raise data.max_rejects"
+            f"{what}: {rejected} of {wanted} rows ({rejected / wanted:.1%}) are rejected, more "
+            f"than data.max_rejects "
+            f"({max_rejects:.1%}): {common}; see {folder / 'rejects.jsonl'}, mend the data or "
+            f"raise data.max_rejects"
         )
 
 
-# ----------------------------------------------------------------------------------------------- building
+# ----------------------------------------------------------------------------------------- building
 
 
 class _Building:
-    """A cache being written. Every few seconds its state is made safe, for a next start to go on from."""
+    """A cache being written. Every few seconds its state is made safe, for a next start to go on
+    from.
+    """
 
     def __init__(
         self, staging: Path, leftovers: list[Path], sources: list[str], files: list[str]
@@ -279,8 +294,8 @@ class _Building:
         self._saved_at = time.monotonic()
 
     def finish(self, drop_duplicates: bool) -> None:
-        """Count the duplicates, write the end of the last document, and the report: the last thing before the folder
-        is published."""
+        """Count the duplicates, write the end of the last document, and the report: the last thing
+        before the folder is published."""
         self._find_duplicates(drop_duplicates)
         self._files[_file("offsets")].write(
             np.int64(sum(source["tokens"] for source in self._sources)).tobytes()
@@ -299,8 +314,8 @@ class _Building:
         (self._folder / "progress.json").unlink(missing_ok=True)
 
     def _find_duplicates(self, drop: bool) -> None:
-        """A row is a duplicate if an earlier one has its digest. That any two others among ten million rows share
-        one has a chance of one in 370,000."""
+        """A row is a duplicate if an earlier one has its digest. That any two others among ten
+        million rows share one has a chance of one in 370,000."""
         if not self.tokens:
             return
         columns = self._columns()
@@ -357,7 +372,9 @@ class _Building:
         return {name: file.tell() for name, file in self._files.items()}
 
     def _go_on_from(self, leftovers: list[Path]) -> None:
-        """Copy what a killed build had made safe. A copy, since the one thought dead may still write."""
+        """Copy what a killed build had made safe. A copy, since the one thought dead may still
+        write.
+        """
         states = [(_read(folder / "progress.json"), folder) for folder in leftovers]
         states = [(state, folder) for state, folder in states if state]
         if not states:
@@ -413,11 +430,13 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-# ----------------------------------------------------------------------------------------------- progress
+# ----------------------------------------------------------------------------------------- progress
 
 
 class Progress:
-    """Rows done, rows per second and time to go: a bar in a terminal, lines elsewhere, on rank 0 only."""
+    """Rows done, rows per second and time to go: a bar in a terminal, lines elsewhere, on rank 0
+    only.
+    """
 
     def __init__(self, what: str, rows: int, total: int | None) -> None:
         self._what, self._first, self._total = what, rows, total

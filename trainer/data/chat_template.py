@@ -1,31 +1,37 @@
 """What a chat template makes of a conversation, with the origin of every character.
 
-A `Conversation` enters; a `Render` leaves: the rendered text, where each piece of template text lies in it, and, for
-each answer, where it begins and ends. The method follows from how templates work; there is no list of known models.
+A `Conversation` enters; a `Render` leaves: the rendered text, where each piece of template text
+lies in it, and, for each answer, where it begins and ends. The method follows from how templates
+work; there is no list of known models.
 
-*Origin.* The conversation is rendered twice: as it is, and with every text that a row fills in (contents, reasoning,
-strings in tool-call arguments, function names) replaced by a numbered word. White space at a text's ends stays outside
-its word, so that a template strips the same from both. Between the words of the second render stands template text
-(the `literals`). The first render must be exactly these literals with the texts between them, each as it is or
-escaped as JSON: then every character has a known origin. Otherwise the row is rejected. The second render depends on
-the row's shape alone and is cached by it; the comparison is made for every row, so a wrong skeleton cannot pass.
-Templates that look into a text (qwen3 splits at `</think>`) will not fit; then the strings that the template itself
-compares with are left standing in the texts, so that both renders branch alike, and the comparison is made again.
+*Origin.* The conversation is rendered twice: as it is, and with every text that a row fills in
+(contents, reasoning, strings in tool-call arguments, function names) replaced by a numbered word.
+White space at a text's ends stays outside its word, so that a template strips the same from both.
+Between the words of the second render stands template text (the `literals`). The first render must
+be exactly these literals with the texts between them, each as it is or escaped as JSON: then every
+character has a known origin. Otherwise the row is rejected. The second render depends on the row's
+shape alone and is cached by it; the comparison is made for every row, so a wrong skeleton cannot
+pass. Templates that look into a text (qwen3 splits at `</think>`) will not fit; then the strings
+that the template itself compares with are left standing in the texts, so that both renders branch
+alike, and the comparison is made again.
 
-*Where an answer begins.* Where the generation prompt ends: all that follows must be written by the model. The prompt
-of turn t is the render of the messages before it with `add_generation_prompt`; the part after its last text must open
-the literal that follows the same text in the whole render. What comes earlier may differ (mistral_nemo moves its tools
-about), and a template without a generation prompt (llama2) needs no exception. So an empty `<think>` block after the
-generation prompt is part of the answer, as the model will have to write it. Where the generation prompt ends with a
-`<think>` that the template writes before no answer, an answer may bring it as the beginning of its own text: there it
-is left standing in both renders, and stands before the answer like the template's own text.
+*Where an answer begins.* Where the generation prompt ends: all that follows must be written by the
+model. The prompt of turn t is the render of the messages before it with `add_generation_prompt`;
+the part after its last text must open the literal that follows the same text in the whole render.
+What comes earlier may differ (mistral_nemo moves its tools about), and a template without a
+generation prompt (llama2) needs no exception. So an empty `<think>` block after the generation
+prompt is part of the answer, as the model will have to write it. Where the generation prompt ends
+with a `<think>` that the template writes before no answer, an answer may bring it as the beginning
+of its own text: there it is left standing in both renders, and stands before the answer like the
+template's own text.
 
-*Where it ends.* With the stop token. Of the control tokens that follow its last text both where the conversation ends
-there and where it goes on, it is EOS, else the last of them if they stand together. (An answer may hold others, as
-around tool calls; and what closes a whole conversation is not the answer's.) A template that writes none is refused,
-and so is an answer that ends otherwise when more follows: a model that has learned that end would not stop. Where a
-template marks answers by {% generation %}, one mark must hold all of an answer's texts, and no other text; the answer
-then begins with the mark, but never inside the generation prompt.
+*Where it ends.* With the stop token. Of the control tokens that follow its last text both where the
+conversation ends there and where it goes on, it is EOS, else the last of them if they stand
+together. (An answer may hold others, as around tool calls; and what closes a whole conversation is
+not the answer's.) A template that writes none is refused, and so is an answer that ends otherwise
+when more follows: a model that has learned that end would not stop. Where a template marks answers
+by {% generation %}, one mark must hold all of an answer's texts, and no other text; the answer then
+begins with the mark, but never inside the generation prompt.
 """
 
 from __future__ import annotations
@@ -49,8 +55,9 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from trainer.config.data import NO_KWARGS
 from trainer.datatypes import BadInput, Conversation, RowError
 
-# Templates that write the date get this one, so that tokenized data does not depend on the day it was made. The
-# formats are those of strftime_now; llama3_2 takes `date_string`, which its authors fixed to the same day.
+# Templates that write the date get this one, so that tokenized data does not depend on the day it
+# was made. The formats are those of strftime_now; llama3_2 takes `date_string`, which its authors
+# fixed to the same day.
 DATE_STRING = "26 Jul 2024"
 DATE_PARTS = {
     "%d": "26",
@@ -96,10 +103,12 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Turn:
-    """An answer: from `start` to the end of its stop token, the control token number `stop` of the render.
+    """An answer: from `start` to the end of its stop token, the control token number `stop` of the
+    render.
 
-    `before` is the number of the last control token before `start`, -1 where there is none. `newline` says that
-    nothing but white space stands between the stop token and the next control token (or the end).
+    `before` is the number of the last control token before `start`, -1 where there is none.
+    `newline` says that nothing but white space stands between the stop token and the next control
+    token (or the end).
     """
 
     start: Place
@@ -112,8 +121,8 @@ class Turn:
 class Skeleton:
     """The render of a shape: `literals` (n + 1) with `slots` (n) between them, numbers of texts.
 
-    `owners[slot]` is the message and the field that the text came from; `controls` are the control tokens in the
-    literals, in order, `control_ids` their ids. `turns` fills as turns are asked for.
+    `owners[slot]` is the message and the field that the text came from; `controls` are the control
+    tokens in the literals, in order, `control_ids` their ids. `turns` fills as turns are asked for.
     """
 
     messages: list[dict[str, Any]]
@@ -179,8 +188,9 @@ class Template:
         self.control_ids |= {text: added[text][0] for text in self._turn_tokens()}
 
     def _turn_tokens(self) -> set[str]:
-        """Added tokens that open and close turns, whether or not the tokenizer calls them special (some of DeepSeek's
-        do not): those that stand before a user's text, and the one that begins an answer's header."""
+        """Added tokens that open and close turns, whether or not the tokenizer calls them special
+        (some of DeepSeek's do not): those that stand before a user's text, and the one that begins
+        an answer's header."""
         talk = [
             {"role": role, "content": WORD_FORMAT % n}
             for n, role in enumerate(("user", "assistant", "user"))
@@ -199,7 +209,9 @@ class Template:
         return before_user.union(header[:1])
 
     def follow(self, conversation: Conversation, *, prompt: bool = False) -> Render:
-        """Render a conversation with the origin of every character. Raises RowError where it cannot be known."""
+        """Render a conversation with the origin of every character. Raises RowError where it cannot
+        be known.
+        """
         messages = [message.as_dict() for message in conversation.messages]
         tools = list(conversation.tools) or None
         text = self.render(messages, tools, prompt=prompt)
@@ -214,7 +226,9 @@ class Template:
         raise RowError("the template changes a text in a way that cannot be followed")
 
     def turn(self, skeleton: Skeleton, message: int) -> Turn:
-        """The bounds of the answer in message number `message`. Raises RowError where they cannot be proved."""
+        """The bounds of the answer in message number `message`. Raises RowError where they cannot
+        be proved.
+        """
         if message not in skeleton.turns:
             skeleton.turns[message] = self._prove_turn(skeleton, message)
         return skeleton.turns[message]
@@ -234,7 +248,8 @@ class Template:
         return self._render(messages, tools, add_generation_prompt=prompt)[0][0]
 
     def source(self, tools: list[Any] | None = None) -> str:
-        """The template in use (a tokenizer may have another one for rows with tools), its clock stopped.
+        """The template in use (a tokenizer may have another one for rows with tools), its clock
+        stopped.
 
         Raises:
             BadInput: the tokenizer has none.
@@ -331,7 +346,9 @@ class Template:
         return Skeleton(messages, tools, owners, literals, slots, where, ids, places)
 
     def controls(self, text: str) -> list[re.Match[str]]:
-        """Where `text` spells control tokens, as the tokenizer finds them: leftmost first, the longest of them."""
+        """Where `text` spells control tokens, as the tokenizer finds them: leftmost first, the
+        longest of them.
+        """
         return [match for match in self._added.finditer(text) if match[0] in self.control_ids]
 
     def _prove_turn(self, skeleton: Skeleton, message: int) -> Turn:
@@ -372,8 +389,8 @@ class Template:
     def _stop_token(
         self, skeleton: Skeleton, message: int, word: int, closing: str, literal: str
     ) -> re.Match[str]:
-        """The control token in `closing` that ends an answer: one that follows its last `word` also where the
-        conversation goes on, with `literal`."""
+        """The control token in `closing` that ends an answer: one that follows its last `word` also
+        where the conversation goes on, with `literal`."""
         controls = self.controls(closing)
         if not controls:
             raise RowError("the template writes no stop token after an answer")
@@ -400,7 +417,9 @@ class Template:
         return shared[-1]
 
     def _compared_strings(self, tools: list[Any] | None) -> re.Pattern[str] | None:
-        """The strings that the template compares texts with: operands of tests, arguments of calls and filters."""
+        """The strings that the template compares texts with: operands of tests, arguments of calls
+        and filters.
+        """
         source = self.source(tools)
         if source not in self._constants:
             found = {text for text in _compared(_parsed(source)) if text.strip()}
@@ -411,8 +430,9 @@ class Template:
         return self._constants[source]
 
     def opening(self, tools: list[Any] | None = None) -> str:
-        """What the generation prompt ends with and no answer is rendered with, as `<think>\\n`: the answer itself may
-        begin with it. Found on a question and an answer; that a row is so is proved for each row."""
+        """What the generation prompt ends with and no answer is rendered with, as `<think>\\n`: the
+        answer itself may begin with it. Found on a question and an answer; that a row is so is
+        proved for each row."""
         source = self.source(tools)
         if source not in self._openings:
             question, answer = WORD_FORMAT % 0, WORD_FORMAT % 1
@@ -446,7 +466,9 @@ class Template:
 
 
 class _Words:
-    """Puts words in the place of texts. `texts[n]` is what word n stands for, `owners[n]` where it was."""
+    """Puts words in the place of texts. `texts[n]` is what word n stands for, `owners[n]` where it
+    was.
+    """
 
     def __init__(self, keep: re.Pattern[str] | None, opening: str) -> None:
         self.keep, self.opening = keep, opening
@@ -456,7 +478,9 @@ class _Words:
     def conversation(
         self, messages: list[dict[str, Any]], tools: list[Any] | None
     ) -> tuple[list[Any], Any]:
-        """The shape of the row: all that a template may branch on, and no text. Tools belong to message -1."""
+        """The shape of the row: all that a template may branch on, and no text. Tools belong to
+        message -1.
+        """
         shaped_tools = None if tools is None else [self._tool(tool, -1, "tools") for tool in tools]
         return [
             self._message(number, message) for number, message in enumerate(messages)
@@ -508,7 +532,9 @@ class _Words:
         )
 
     def _word(self, text: str, owner: tuple[int, str]) -> str:
-        """A word in the place of the text, between the white space at its ends; an empty text stays empty."""
+        """A word in the place of the text, between the white space at its ends; an empty text stays
+        empty.
+        """
         core = text.strip()
         if not core:
             return text
@@ -522,7 +548,9 @@ class _Words:
 
 
 def _fit(text: str, skeleton: Skeleton, texts: list[str]) -> list[int] | None:
-    """Where each literal begins in `text`, if it is exactly the literals with the texts between them; else None."""
+    """Where each literal begins in `text`, if it is exactly the literals with the texts between
+    them; else None.
+    """
     position, starts = 0, []
     literals = skeleton.literals
     for number, slot in enumerate(skeleton.slots):
@@ -543,7 +571,9 @@ def _fit(text: str, skeleton: Skeleton, texts: list[str]) -> list[int] | None:
 
 
 def _forms(text: str) -> Iterator[str]:
-    """How templates write a text: as it is, or inside JSON, with or without escapes for what is not ASCII."""
+    """How templates write a text: as it is, or inside JSON, with or without escapes for what is not
+    ASCII.
+    """
     yield text
     yield from (json.dumps(text, ensure_ascii=ascii_only)[1:-1] for ascii_only in (False, True))
 
@@ -572,7 +602,9 @@ def _with_arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, An
 def _refuse_dropped(
     messages: list[dict[str, Any]], owners: list[tuple[int, str]], dropped: set[int]
 ) -> None:
-    """Refuse a render that leaves out what was said. Old reasoning may go: the same happens when the model is used."""
+    """Refuse a render that leaves out what was said. Old reasoning may go: the same happens when
+    the model is used.
+    """
     kept = {owner for number, (owner, _) in enumerate(owners) if number not in dropped}
     for message, name in sorted({owners[number] for number in dropped}):
         if name in ("tools", "tool_calls"):
@@ -598,7 +630,9 @@ def _beginning_elsewhere(skeleton: Skeleton, message: int, anchor: int | None, h
 
 
 def _mend(skeleton: Skeleton, message: int, last: str) -> str:
-    """What to do where an answer is not rendered as it would be generated: `last`, if it is one of the last turn."""
+    """What to do where an answer is not rendered as it would be generated: `last`, if it is one of
+    the last turn.
+    """
     earlier = any(later["role"] == "user" for later in skeleton.messages[message + 1 :])
     return "data.train_on: last_turn leaves earlier answers out" if earlier else last
 
@@ -641,7 +675,9 @@ def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 def _marked_start(
     marks: list[tuple[Place, Place]], start: Place, text_end: Place, stop: Place
 ) -> Place:
-    """Where an answer begins that the template itself marks: not before the generation prompt ends, at `start`."""
+    """Where an answer begins that the template itself marks: not before the generation prompt ends,
+    at `start`.
+    """
     about = [(begin, end) for begin, end in marks if end > start and begin < stop]
     if not about:
         raise RowError("the template's {% generation %} block leaves out an answer")
@@ -654,7 +690,9 @@ def _marked_start(
 
 
 def _blank_after(skeleton: Skeleton, control: int, offset: int) -> bool:
-    """Whether white space alone stands from `offset` after control token number `control` to the next one."""
+    """Whether white space alone stands from `offset` after control token number `control` to the
+    next one.
+    """
     number = skeleton.controls[control].literal
     following = skeleton.controls[control + 1] if control + 1 < len(skeleton.controls) else None
     if following is not None and following.literal == number:

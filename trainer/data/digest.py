@@ -1,8 +1,10 @@
-"""What a file holds, as a digest; of one that has not changed it is remembered, as git remembers its index.
+"""What a file holds, as a digest; of one that has not changed it is remembered, as git remembers
+its index.
 
-A file is the one that was read before if its device, inode, size and both times of change are the same. The time of the
-inode's change cannot be set, so a file put in place of another, or changed with its old time given back, is seen. One
-that changed just before it was read is not remembered: a further change might get the same time.
+A file is the one that was read before if its device, inode, size and both times of change are the
+same. The time of the inode's change cannot be set, so a file put in place of another, or changed
+with its old time given back, is seen. One that changed just before it was read is not remembered: a
+further change might get the same time.
 """
 
 from __future__ import annotations

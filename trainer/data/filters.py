@@ -1,8 +1,9 @@
 """Which rows are wanted, by what they say.
 
-A row and its Conversation enter; nothing leaves, or a `Filtered` with a reason that can be counted. A row that cannot
-be judged is a RowError, and so counted apart: one without a reference, one whose value cannot be computed in time, one
-at which the user's function fails. What is judged is the last answer; of a plain text, all of it.
+A row and its Conversation enter; nothing leaves, or a `Filtered` with a reason that can be counted.
+A row that cannot be judged is a RowError, and so counted apart: one without a reference, one whose
+value cannot be computed in time, one at which the user's function fails. What is judged is the last
+answer; of a plain text, all of it.
 """
 
 from __future__ import annotations

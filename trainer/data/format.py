@@ -1,12 +1,14 @@
 """A raw row to a Conversation, whatever its format.
 
-The fields of a row enter, as plain values; a `Conversation` leaves, or a `RowError` whose reason can be counted.
-Formats: messages; ShareGPT's conversations; prompt and completion; instruction, input and output (Alpaca); question
+The fields of a row enter, as plain values; a `Conversation` leaves, or a `RowError` whose reason
+can be counted.
+Formats: messages; ShareGPT's conversations; prompt and completion; instruction, input and output
+    (Alpaca); question
 and answer; text. Every format but text may have the columns `system` and `tools`.
 
-A source has one format, that of its first row. A row of another one is rejected: choosing row by row would hide a
-column that is misspelt here and there, and train what nobody asked for. Files of several formats are several sources.
-Whatever stands in a row, nothing but a RowError comes of it.
+A source has one format, that of its first row. A row of another one is rejected: choosing row by
+row would hide a column that is misspelt here and there, and train what nobody asked for. Files of
+several formats are several sources. Whatever stands in a row, nothing but a RowError comes of it.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ NO_INPUT = "<noinput>"  # Alpaca's seeds write it where there is none
 
 
 def detect_format(columns: Iterable[str], source: Source) -> str:
-    """The format of rows with these columns: as named in the recipe, else the first in REQUIRED that is complete.
+    """The format of rows with these columns: as named in the recipe, else the first in REQUIRED
+    that is complete.
 
     Raises:
         BadInput: no format fits; lists the columns found and shows how to map them.
@@ -51,7 +54,8 @@ def detect_format(columns: Iterable[str], source: Source) -> str:
     for ours, theirs in source.columns.items():
         if ours not in known:
             raise BadInput(
-                f"{_place(source)}: `columns` maps the unknown name `{ours}`; known: {', '.join(known)}"
+                f"{_place(source)}: `columns` maps the unknown name `{ours}`; known: "
+                f"{', '.join(known)}"
             )
         if theirs not in found and ours not in OPTIONAL:
             raise BadInput(
@@ -63,7 +67,8 @@ def detect_format(columns: Iterable[str], source: Source) -> str:
             return format_name
     choices = "; ".join("+".join(names) for names in wanted.values())
     raise BadInput(
-        f"{_place(source)}: the rows have {_listed(found)}, and none of these sets of columns is there: {choices}; "
+        f"{_place(source)}: the rows have {_listed(found)}, and none of these sets of columns is "
+        f"there: {choices}; "
         "name them in the recipe, as `columns: {question: Problem, answer: Solution}`"
     )
 
@@ -92,7 +97,7 @@ def to_conversation(
     return Conversation(messages=messages, tools=_tools(row["tools"]))
 
 
-# ----------------------------------------------------------------------------------------------- formats
+# ------------------------------------------------------------------------------------------ formats
 
 
 def _from_messages(row: dict[str, Any]) -> tuple[Message, ...]:
@@ -193,7 +198,7 @@ def _answer(value: Any) -> Message:
     return Message("assistant", _text(value, "answer"))
 
 
-# ----------------------------------------------------------------------------------------------- messages
+# ----------------------------------------------------------------------------------------- messages
 
 
 def _messages(value: Any) -> tuple[Message, ...]:
@@ -249,7 +254,9 @@ def _part(part: Any) -> str:
 
 
 def _tool_calls(value: Any) -> tuple[Mapping[str, Any], ...]:
-    """OpenAI's form, with arguments as an object: templates write objects as JSON, and strings twice quoted."""
+    """OpenAI's form, with arguments as an object: templates write objects as JSON, and strings
+    twice quoted.
+    """
     if value is None:
         return ()
     if not isinstance(value, list):
@@ -296,7 +303,9 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
 
 
 def _check_order(messages: tuple[Message, ...]) -> None:
-    """What no template means: a row that opens with an answer, an answer that says nothing, results without a call."""
+    """What no template means: a row that opens with an answer, an answer that says nothing, results
+    without a call.
+    """
     if all(message.role != "assistant" for message in messages):
         raise RowError("no answer")
     called = False
@@ -311,7 +320,7 @@ def _check_order(messages: tuple[Message, ...]) -> None:
             raise RowError("a tool result without a tool call")
 
 
-# ----------------------------------------------------------------------------------------------- values
+# ------------------------------------------------------------------------------------------- values
 
 
 def _text(value: Any, name: str) -> str:

@@ -1,9 +1,11 @@
-"""Rows of the held-out side that train holds too, or nearly: found by MinHash, proved by their true similarity.
+"""Rows of the held-out side that train holds too, or nearly: found by MinHash, proved by their true
+similarity.
 
-Both prepared sides enter; leakage.jsonl leaves, a pair of rows a line, in a cache folder of its own. A comparison that
-was stopped or killed is gone on with at the train row that it had come to. What is compared
-is what was said: the texts of all turns but the system's, as sets of sequences of three words. One changed word among
-a hundred leaves a similarity of 0.94, so 0.8 is another wording of the same row, and not of the same question.
+Both prepared sides enter; leakage.jsonl leaves, a pair of rows a line, in a cache folder of its
+own. A comparison that was stopped or killed is gone on with at the train row that it had come to.
+What is compared is what was said: the texts of all turns but the system's, as sets of sequences of
+three words. One changed word among a hundred leaves a similarity of 0.94, so 0.8 is another wording
+of the same row, and not of the same question.
 """
 
 from __future__ import annotations
@@ -43,16 +45,19 @@ MOST_MISSED = 1e-3  # chance that a pair just similar enough is not looked at
 NAMED = 3  # pairs in a message
 SAVE_EVERY_S = 5.0  # between points that a next start can go on from
 
-# A word; or one sign, in the scripts that write no space between words: Thai to Burmese, Khmer, Chinese, Japanese.
+# A word; or one sign, in the scripts that write no space between words: Thai to Burmese, Khmer,
+# Chinese, Japanese.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
 WORD = re.compile(rf"[^\W{_UNSPACED}]+|\w")
 
 
-# ----------------------------------------------------------------------------------------------- similarity
+# --------------------------------------------------------------------------------------- similarity
 
 
 def conversation_text(conversation: Conversation) -> str:
-    """What was said in a row. System prompts and tool schemas are not: all rows of a source may share them."""
+    """What was said in a row. System prompts and tool schemas are not: all rows of a source may
+    share them.
+    """
     if conversation.text is not None:
         return conversation.text
     texts = []
@@ -97,7 +102,9 @@ class Index:
             self._minhashes.append(minhash)
 
     def near(self, texts: list[str]) -> Iterator[list[tuple[int, float]]]:
-        """For each text, the numbers of the texts that are at least as similar as the threshold, and how similar."""
+        """For each text, the numbers of the texts that are at least as similar as the threshold,
+        and how similar.
+        """
         sets = [sequences(text) for text in texts]
         for own, minhash in zip(sets, _minhashes(sets), strict=True):
             alike = sorted(
@@ -114,14 +121,16 @@ def _minhashes(sets: Iterable[set[str]]) -> list[RMinHash]:
 
 
 def bands(threshold: float) -> int:
-    """Into how many bands signatures are cut: as few as may be, since rows that agree in one of them are compared."""
+    """Into how many bands signatures are cut: as few as may be, since rows that agree in one of
+    them are compared.
+    """
     for count in (16, 32, 64):
         if (1 - threshold ** (HASHES // count)) ** count <= MOST_MISSED:
             return count
     return HASHES
 
 
-# ----------------------------------------------------------------------------------------------- two sides
+# ---------------------------------------------------------------------------------------- two sides
 
 
 def check_leakage(
@@ -131,8 +140,9 @@ def check_leakage(
     held_out: Prepared,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Prepared:
-    """The held-out data with `leakage` in its report: `leaked_rows` of its `rows` have a near-duplicate in train, in
-    `pairs` pairs; the `closest` are there, all are in the file `path`. Found once, like all in the cache.
+    """The held-out data with `leakage` in its report: `leaked_rows` of its `rows` have a
+    near-duplicate in train, in `pairs` pairs; the `closest` are there, all are in the file `path`.
+    Found once, like all in the cache.
 
     Raises:
         BadInput: a larger share than data.max_leakage has one.
@@ -169,8 +179,8 @@ def check_leakage(
 
 
 class _Pairs:
-    """The pairs that are found, by the train row's place, in a file. Every few seconds they are made safe, with the
-    number of train `rows` that they are of."""
+    """The pairs that are found, by the train row's place, in a file. Every few seconds they are
+    made safe, with the number of train `rows` that they are of."""
 
     def __init__(self, staging: Path, leftovers: list[Path]) -> None:
         self._folder = staging
@@ -215,7 +225,9 @@ class _Pairs:
         return self._file.tell()
 
     def _go_on_from(self, leftovers: list[Path]) -> None:
-        """Copy what a stopped or killed comparison had made safe: the one thought dead may still write."""
+        """Copy what a stopped or killed comparison had made safe: the one thought dead may still
+        write.
+        """
         paths = [path for folder in leftovers if (path := folder / "progress.json").is_file()]
         states = [(json.loads(path.read_text(encoding="utf-8")), path.parent) for path in paths]
         if not states:
@@ -236,7 +248,9 @@ def _compare(
     pairs: _Pairs,
     train_from_checkpoint: Callable[[], None],
 ) -> int:
-    """Find the pairs, and give back the number of held-out rows. Memory grows with the held-out side alone."""
+    """Find the pairs, and give back the number of held-out rows. Memory grows with the held-out
+    side alone.
+    """
     workers = workers_of(recipe.data)
     index, kept = Index(recipe.data.near_duplicate), _Kept(held_out)
     places: list[str] = []  # of the index's texts
@@ -279,13 +293,15 @@ def _refuse_leak(report: dict[str, Any], most: float) -> None:
         for pair in report["closest"]
     )
     raise BadInput(
-        f"data.eval: {leaked} of {rows} rows ({leaked / rows:.1%}) have a near-duplicate in data.train, more than "
-        f"data.max_leakage ({most:.1%}); the most similar: {closest}; all pairs are in {report['path']}: take the rows "
+        f"data.eval: {leaked} of {rows} rows ({leaked / rows:.1%}) have a near-duplicate in "
+        f"data.train, more than "
+        f"data.max_leakage ({most:.1%}); the most similar: {closest}; all pairs are in "
+        f"{report['path']}: take the rows "
         "out of one side, keep them together with data.group_by, or raise data.max_leakage"
     )
 
 
-# ----------------------------------------------------------------------------------------------- workers
+# ------------------------------------------------------------------------------------------ workers
 
 
 class TextRow(NamedTuple):
@@ -309,7 +325,9 @@ class _Read(NamedTuple):
 
 
 class _Near(NamedTuple):
-    """A chunk of rows to its size and its matches: file and row, the index's text that it is like, and how much."""
+    """A chunk of rows to its size and its matches: file and row, the index's text that it is like,
+    and how much.
+    """
 
     read: _Read
     index: Index

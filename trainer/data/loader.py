@@ -30,8 +30,9 @@ def build_batch(
 ) -> Batch:
     """The rows of a micro-batch, laid end to end.
 
-    Position p of a document predicts token p + 1 wherever both lie in the document, also where the packing cut
-    between them; so no document predicts its neighbour's first token, and no trained token is lost at a cut.
+    Position p of a document predicts token p + 1 wherever both lie in the document, also where the
+    packing cut between them; so no document predicts its neighbour's first token, and no trained
+    token is lost at a cut.
 
     Args:
         pieces: (P, 4), columns as in flow.Piece.
@@ -70,8 +71,8 @@ def build_batch(
 
 
 def filler_batch(epoch: int = 0) -> Batch:
-    """One document of two tokens with one trained position of weight zero: every parameter gets a gradient,
-    of zero, and no collective hangs (C1)."""
+    """One document of two tokens with one trained position of weight zero: every parameter gets a
+    gradient, of zero, and no collective hangs (C1)."""
     import torch
 
     return Batch(
@@ -121,7 +122,9 @@ class Loader:
         return self._ahead.pop(step).result()
 
     def fullest(self, first_step: int) -> list[Batch]:
-        """The micro-batches of the plan, from a step on, that need the most memory: the same on every rank."""
+        """The micro-batches of the plan, from a step on, that need the most memory: the same on
+        every rank.
+        """
         return [
             self._thread.submit(self._build, *place).result()
             for place in self.plan.fullest(first_step)

@@ -1,29 +1,34 @@
 """Which tokens of a row are trained, proved for each row (C6).
 
-Conversations enter; Examples leave, or RowErrors with the reason. `trainer/data/chat_template.py` gives the origin of
-every character; this file carries it over to tokens:
+Conversations enter; Examples leave, or RowErrors with the reason. `trainer/data/chat_template.py`
+gives the origin of every character; this file carries it over to tokens:
 
-- A text is tokenized once and whole, without added special tokens, as at inference: the template writes BOS or there
-  is none. The control tokens that come out must be exactly those that the template wrote, in order. So no text can
-  bring one in, and the pieces between them, which the tokenizer treats apart, are known.
-- An answer begins where the generation prompt ends. There the tokens since the last control token must be what the
-  prompt gives when it is tokenized alone, as it is at inference. Where they are not (a token has merged across the
-  end), the row is tokenized in two pieces cut there, which is exactly what inference does, and looked at again.
+- A text is tokenized once and whole, without added special tokens, as at inference: the template
+  writes BOS or there is none. The control tokens that come out must be exactly those that the
+  template wrote, in order. So no text can bring one in, and the pieces between them, which the
+  tokenizer treats apart, are known.
+- An answer begins where the generation prompt ends. There the tokens since the last control token
+  must be what the prompt gives when it is tokenized alone, as it is at inference. Where they are
+  not (a token has merged across the end), the row is tokenized in two pieces cut there, which is
+  exactly what inference does, and looked at again.
 - It ends with its stop token, one of the control tokens already accounted for.
 
-A text that spells a control token of the model is an injection, or data made for another tokenizer, and its row is
-rejected. The recipe may say otherwise, and then:
+A text that spells a control token of the model is an injection, or data made for another tokenizer,
+and its row is rejected. The recipe may say otherwise, and then:
 
-- `text`: it stays text. The row is cut at the template's own control tokens, whose places are known, and what lies
-  between is tokenized with control tokens switched off. That this is what the tokenizer makes of a whole text is
-  tried out on each control token; one that takes white space from its neighbours is refused.
-- `keep`: it is the control token that it spells, as on a server that parses them. All that the rendered text spells
-  must come out of the tokenizer, in order, and those that lie in the template's places are the template's.
+- `text`: it stays text. The row is cut at the template's own control tokens, whose places are
+  known, and what lies between is tokenized with control tokens switched off. That this is what the
+  tokenizer makes of a whole text is tried out on each control token; one that takes white space
+  from its neighbours is refused.
+- `keep`: it is the control token that it spells, as on a server that parses them. All that the
+  rendered text spells must come out of the tokenizer, in order, and those that lie in the
+  template's places are the template's.
 
-What is trained: the answer from the end of the generation prompt, the template's own words in it included, to the
-stop token. White space that a template writes after the stop token (ChatML's newline) is context: generation has
-ended there, so nothing is gained by learning it. `train_trailing_newline` trains it, as many other trainers do.
-The first token is never trained. A plain text is all trained, between the tokenizer's own BOS (if it adds one) and EOS.
+What is trained: the answer from the end of the generation prompt, the template's own words in it
+included, to the stop token. White space that a template writes after the stop token (ChatML's
+newline) is context: generation has ended there, so nothing is gained by learning it.
+`train_trailing_newline` trains it, as many other trainers do. The first token is never trained. A
+plain text is all trained, between the tokenizer's own BOS (if it adds one) and EOS.
 """
 
 from __future__ import annotations
@@ -64,11 +69,13 @@ class Masker:
 
     Args:
         tokenizer: a fast one; its chat template is used as it stands.
-        train_on: `all` tokens; `completion`, the last answer; `assistant`, every answer; `last_turn`, every answer
-            after the last user message (tool calls before the last answer among them).
+        train_on: `all` tokens; `completion`, the last answer; `assistant`, every answer;
+            `last_turn`, every answer after the last user message (tool calls before the last answer
+            among them).
         train_on_eot: the stop token is trained with its answer.
         train_trailing_newline: so is white space that the template writes after it.
-        control_tokens: what becomes of a text that spells one: `reject` the row, `text`, or `keep` it as a token.
+        control_tokens: what becomes of a text that spells one: `reject` the row, `text`, or `keep`
+            it as a token.
         chat_template_kwargs: variables of the chat template.
 
     Raises:
@@ -89,7 +96,8 @@ class Masker:
             raise BadInput(f"`data.train_on` is {train_on!r}; allowed: {', '.join(MODES)}")
         if not tokenizer.is_fast:
             raise BadInput(
-                f"the tokenizer ({type(tokenizer).__name__}) is a slow one, whose tokens cannot be traced to the text; "
+                f"the tokenizer ({type(tokenizer).__name__}) is a slow one, whose tokens cannot be "
+                f"traced to the text; "
                 "use a model folder with a tokenizer.json"
             )
         self.tokenizer = tokenizer
@@ -111,7 +119,7 @@ class Masker:
             self._encode(["\nx"])[0][-len(self._encode(["x"])[0]) :] == self._encode(["x"])[0]
         )
 
-    # ------------------------------------------------------------------------------------------- examples
+    # ------------------------------------------------------------------------------------- examples
 
     def example(self, conversation: Conversation) -> Example:
         """One row. Raises RowError with the reason where the mask cannot be proved."""
@@ -166,7 +174,9 @@ class Masker:
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer: the template's own after a plain one, and the tokenizer's EOS."""
+        """The tokens that end an answer: the template's own after a plain one, and the tokenizer's
+        EOS.
+        """
         stops = []
         if self.tokenizer.chat_template is not None:
             try:
@@ -183,7 +193,9 @@ class Masker:
         return tuple(dict.fromkeys(stops))
 
     def fingerprint(self) -> str:
-        """A hash of all that shapes an example: tokenizer, template, policy and this file's VERSION."""
+        """A hash of all that shapes an example: tokenizer, template, policy and this file's
+        VERSION.
+        """
         parts = {
             "version": VERSION,
             "tokenizer": self._backend().to_str(),
@@ -202,7 +214,7 @@ class Masker:
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    # ------------------------------------------------------------------------------------------- rows
+    # ----------------------------------------------------------------------------------------- rows
 
     def _row(self, conversation: Conversation) -> _Row | str | RowError:
         """What is to be tokenized: a render with its turns, a plain text, or nothing and why."""
@@ -225,7 +237,9 @@ class Masker:
             return error
 
     def _wanted(self, messages: Sequence[Message]) -> list[int]:
-        """The numbers of the messages whose turns are looked up: to train; under `all`, those to leave out."""
+        """The numbers of the messages whose turns are looked up: to train; under `all`, those to
+        leave out.
+        """
         answers = _answers(messages)
         if self.train_on == "all":
             if any(message.weight == 0 and message.role != "assistant" for message in messages):
@@ -275,10 +289,11 @@ class Masker:
     def _located(
         self, row: _Row, tokens: list[int], as_text: bool
     ) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]], list[int]]:
-        """The row's tokens, where the template's control tokens lie among them, the span of each turn, and the
-        characters at which the text must be cut first.
+        """The row's tokens, where the template's control tokens lie among them, the span of each
+        turn, and the characters at which the text must be cut first.
 
-        This is the proof: it raises RowError where the tokens are not what the template and the texts account for.
+        This is the proof: it raises RowError where the tokens are not what the template and the
+        texts account for.
         """
         render, skeleton = row.render, row.render.skeleton
         ids = np.array(tokens, dtype=np.int32)
@@ -332,14 +347,15 @@ class Masker:
         eos = self.tokenizer.eos_token_id
         if eos is None:
             raise BadInput(
-                "the tokenizer has no EOS token, and the rows are plain texts; set one in the tokenizer"
+                "the tokenizer has no EOS token, and the rows are plain texts; set one in the "
+                "tokenizer"
             )
         ids = np.array(tokens if tokens[-1:] == [eos] else [*tokens, eos], dtype=np.int32)
         trained = np.ones(len(ids), dtype=bool)
         trained[-1] = self.train_on_eot
         return _finished(ids, trained)
 
-    # ------------------------------------------------------------------------------------------- tokens
+    # --------------------------------------------------------------------------------------- tokens
 
     def _encode(
         self, texts: list[str], add_special_tokens: bool = False, as_text: bool = False
@@ -360,7 +376,9 @@ class Masker:
         return ids[self._is_control[ids]].tolist()
 
     def _backend(self) -> Any:
-        """The tokenizer proper, without the padding and truncation that a call elsewhere may have left in it."""
+        """The tokenizer proper, without the padding and truncation that a call elsewhere may have
+        left in it.
+        """
         backend: Any = self.tokenizer.backend_tokenizer
         backend.no_padding()
         backend.no_truncation()
@@ -369,7 +387,9 @@ class Masker:
         return backend
 
     def _window(self, render: Render, turn: Turn, as_text: bool) -> list[int]:
-        """The tokens from the last control token before an answer to where it begins, tokenized alone."""
+        """The tokens from the last control token before an answer to where it begins, tokenized
+        alone.
+        """
         skeleton = render.skeleton
         text = render.between(
             skeleton.controls[turn.before] if turn.before >= 0 else None, turn.start
@@ -388,8 +408,8 @@ class Masker:
         return found
 
     def _encode_as_text(self, render: Render, cuts: Sequence[int] = ()) -> list[int]:
-        """A row's tokens where only the template writes control tokens: what lies between those, and between `cuts`,
-        is tokenized piece by piece."""
+        """A row's tokens where only the template writes control tokens: what lies between those,
+        and between `cuts`, is tokenized piece by piece."""
         skeleton = render.skeleton
         if not all(map(self._stands_apart, set(skeleton.control_ids))) or (
             cuts and not self._cuts_cleanly
@@ -421,7 +441,9 @@ class Masker:
         return self._apart[control]
 
     def _encode_cut(self, text: str, cuts: list[int]) -> list[int]:
-        """The text tokenized in pieces. Only for tokenizers that put nothing of their own before a piece."""
+        """The text tokenized in pieces. Only for tokenizers that put nothing of their own before a
+        piece.
+        """
         if not self._cuts_cleanly:
             raise RowError("a token spans the end of the prompt and the answer")
         pieces = [

@@ -1,4 +1,5 @@
-"""Lengths of documents in, packed rows out. Pure: a function of the lengths and the generator alone.
+"""Lengths of documents in, packed rows out. Pure: a function of the lengths and the generator
+alone.
 
 A row is a list of pieces laid end to end, at most `seq_len` long. Packing sees all documents of an
 epoch at once, in one process, so that the number of workers cannot change it.
@@ -15,21 +16,24 @@ from trainer.datatypes import Packed
 VERSION = 1  # part of the key of kept packings: raise it when the same input packs differently
 
 WINDOW_DOCUMENTS = 1024
-"""Documents sorted by length together. Windows make an epoch group its documents unlike the last one
-even where all lengths differ; rows that a window leaves open stay open for the next, so they cost no fill."""
+"""Documents sorted by length together. Windows make an epoch group its documents unlike the last
+one even where all lengths differ; rows that a window leaves open stay open for the next, so they
+cost no fill."""
 
 OPEN_ROWS = 64
-"""Rows that `greedy` keeps open: all that it remembers, and the most rows that close between a document and its own.
-More of them fill no better: 1, 16, 64 and 1,000,000 fill 88.3, 95.6, 96.1 and 96.2% of gsm8k's rows of 1024 tokens, and
-94.3, 97.9, 98.2 and 98.2% of 2048; bfd, which sees all lengths at once, 97.6 and 98.8%."""
+"""Rows that `greedy` keeps open: all that it remembers, and the most rows that close between a
+document and its own. More of them fill no better: 1, 16, 64 and 1,000,000 fill 88.3, 95.6, 96.1 and
+96.2% of gsm8k's rows of 1024 tokens, and 94.3, 97.9, 98.2 and 98.2% of 2048; bfd, which sees all
+lengths at once, 97.6 and 98.8%."""
 
 
 def pack(lengths: np.ndarray, seq_len: int, packing: str, rng: np.random.Generator) -> Packed:
-    """Lay documents of `lengths` (n,) tokens into rows of at most `seq_len`, in an order drawn from `rng`.
+    """Lay documents of `lengths` (n,) tokens into rows of at most `seq_len`, in an order drawn from
+    `rng`.
 
-    `none` gives each document a row; `bfd` packs by best-fit decreasing within windows; `bfd_split` does
-    so after cutting longer documents into pieces of `seq_len`; `greedy` lays the shuffled documents as `greedy`
-    below does; `wrapped` lays them end to end and cuts at every `seq_len`.
+    `none` gives each document a row; `bfd` packs by best-fit decreasing within windows; `bfd_split`
+    does so after cutting longer documents into pieces of `seq_len`; `greedy` lays the shuffled
+    documents as `greedy` below does; `wrapped` lays them end to end and cuts at every `seq_len`.
 
     Raises:
         ValueError: a document is empty, or longer than a row under `none`, `bfd` and `greedy`.
@@ -58,11 +62,13 @@ def pack(lengths: np.ndarray, seq_len: int, packing: str, rng: np.random.Generat
 
 
 def greedy(lengths: Iterable[int], seq_len: int) -> Iterator[list[int]]:
-    """Rows of whole documents, which are numbered from 0 as they come; a row is given out as soon as it closes.
+    """Rows of whole documents, which are numbered from 0 as they come; a row is given out as soon
+    as it closes.
 
-    A document goes into the oldest open row that takes it, else into a new one. A row closes when it is full, or
-    when it is the oldest of more than OPEN_ROWS; at the end the open ones close, the oldest first. So what is
-    given out is settled by the documents so far, whatever comes later, and memory does not grow with their number.
+    A document goes into the oldest open row that takes it, else into a new one. A row closes when
+    it is full, or when it is the oldest of more than OPEN_ROWS; at the end the open ones close, the
+    oldest first. So what is given out is settled by the documents so far, whatever comes later, and
+    memory does not grow with their number.
 
     Raises:
         ValueError: a document is empty, or longer than a row.
@@ -86,8 +92,8 @@ def greedy(lengths: Iterable[int], seq_len: int) -> Iterator[list[int]]:
 
 
 def _shuffled(count: int, rng: np.random.Generator) -> np.ndarray:
-    """A random order of range(count). From the raw bits: numpy keeps those the same in all its versions,
-    and does not promise that of `permutation`."""
+    """A random order of range(count). From the raw bits: numpy keeps those the same in all its
+    versions, and does not promise that of `permutation`."""
     return np.argsort(rng.bit_generator.random_raw(count), kind="stable")
 
 
@@ -96,8 +102,8 @@ def _best_fit_decreasing(
 ) -> tuple[np.ndarray, int]:
     """The row of each piece (P,), and the number of rows.
 
-    Open rows lie in stacks by the tokens they have left; bit c of `has_left` says that stack c is not
-    empty, so the tightest row that takes a piece is the lowest bit at or above its length.
+    Open rows lie in stacks by the tokens they have left; bit c of `has_left` says that stack c is
+    not empty, so the tightest row that takes a piece is the lowest bit at or above its length.
     """
     order = _shuffled(len(lengths), rng)
     stacks: list[list[int]] = [[] for _ in range(seq_len + 1)]
@@ -133,7 +139,9 @@ def _best_fit_decreasing(
 def _in_order(
     lengths: np.ndarray, seq_len: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, int]:
-    """The row of each document (n,) where they come in an order drawn from `rng`, and the number of rows."""
+    """The row of each document (n,) where they come in an order drawn from `rng`, and the number of
+    rows.
+    """
     order = _shuffled(len(lengths), rng)
     packed = list(greedy(lengths[order].tolist(), seq_len))
     rows = np.empty(len(lengths), dtype=np.int64)

@@ -1,7 +1,8 @@
 """Histograms, one below the other, as an image.
 
-Drawn with Pillow, which TensorBoard brings in: a plotting library would be the heaviest part of the image that a
-run does not need, and writes a font cache into the home folder, which a container may not have.
+Drawn with Pillow, which TensorBoard brings in: a plotting library would be the heaviest part of the
+image that a run does not need, and writes a font cache into the home folder, which a container may
+not have.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ INK, FAINT, BAR, SHARE = "#222222", "#dddddd", "#9db4cc", "#2e9e4f"
 
 @dataclass(frozen=True)
 class Panel:
-    """A histogram: `counts` (b,) between `edges` (b + 1,). Of each bar `shares` (b,), 0 to 1, is coloured."""
+    """A histogram: `counts` (b,) between `edges` (b + 1,). Of each bar `shares` (b,), 0 to 1, is
+    coloured.
+    """
 
     title: str
     label: str  # of the x axis
@@ -74,7 +77,9 @@ def _draw_panel(image: Image, top: int, panel: Panel) -> None:
 
 
 def _ticks(most: float) -> list[float]:
-    """About five round numbers from 0 to at most `most`: steps of 1, 2 or 5 times a power of ten, whole ones."""
+    """About five round numbers from 0 to at most `most`: steps of 1, 2 or 5 times a power of ten,
+    whole ones.
+    """
     power = 10.0 ** np.floor(np.log10(max(most, 1.0) / 5)) if most > 5 else 1.0
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor * 6 > most)
     return [step * number for number in range(int(most // step) + 1)]

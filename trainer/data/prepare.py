@@ -45,7 +45,7 @@ KEPT_FROM_DOCUMENTS = (
 )
 
 
-# ----------------------------------------------------------------------------------------------- preparing
+# ---------------------------------------------------------------------------------------- preparing
 
 
 class TrainData(Protocol):
@@ -100,13 +100,16 @@ class Prepared:
 
     @property
     def fingerprint(self) -> str:
-        """Of the documents themselves: equal on every node, and as long as nothing changes what is learned."""
+        """Of the documents themselves: equal on every node, and as long as nothing changes what is
+        learned.
+        """
         return self.documents.fingerprint
 
     @property
     def report(self) -> dict[str, Any]:
-        """Rows, documents, tokens, trained tokens, duplicates, rejects and filtered rows by reason: of all, and under
-        `sources` of each. Of held-out data that was compared with train, `leakage` too."""
+        """Rows, documents, tokens, trained tokens, duplicates, rejects and filtered rows by reason:
+        of all, and under `sources` of each. Of held-out data that was compared with train,
+        `leakage` too."""
         return self.documents.report | ({"leakage": self.leakage} if self.leakage else {})
 
     @property
@@ -277,7 +280,9 @@ def rows_of(data: DataSection, part: SourceSplit) -> Iterator[RawRow]:
 
 
 class SplitRows:
-    """The train or eval side: its `parts` and `names`, one for each source, and its `files`, one after the other."""
+    """The train or eval side: its `parts` and `names`, one for each source, and its `files`, one
+    after the other.
+    """
 
     def __init__(self, data: DataSection, which: Literal["train", "eval"]) -> None:
         self.data = data
@@ -296,7 +301,8 @@ class SplitRows:
                 if isinstance(row.fields, RowError) and self.data.broken_lines == "stop":
                     place = f"{self.files[file]}:{row.number}"
                     raise BadInput(
-                        f"{place}: {row.fields}; mend or delete the line, or set data.broken_lines: reject"
+                        f"{place}: {row.fields}; mend or delete the line, or set "
+                        f"data.broken_lines: reject"
                     )
                 yield Row(source, file, row.number, row.fields)
             first += len(files)
@@ -363,13 +369,15 @@ def _count_rows(source: Source) -> int | None:
     return min(rows, source.rows or rows)
 
 
-# ----------------------------------------------------------------------------------------------- planning
+# ----------------------------------------------------------------------------------------- planning
 
 
 def train_plan(
     recipe: Recipe, data: TrainData, stopping: Callable[[], bool] = lambda: False
 ) -> Plan:
-    """The steps of the run. Large packings are kept in the cache, so that one process does the work for all."""
+    """The steps of the run. Large packings are kept in the cache, so that one process does the work
+    for all.
+    """
 
     def keep(epoch: int, make: Callable[[], Packed]) -> Packed:
         prepared = data.of(epoch)
@@ -384,7 +392,8 @@ def train_plan(
 
     plan = Plan(data.epochs, _packer(recipe), recipe.batch, recipe.train, recipe.loss, keep)
     if data.epochs.streaming and is_main():
-        plan.micro_batch_counts()  # its first shard is chosen and prepared now: no collective yet that could time out
+        # its first shard is chosen and prepared now: no collective yet that could time out
+        plan.micro_batch_counts()
     return plan
 
 

@@ -1,7 +1,8 @@
-"""Rows as the model will see them: trained, context and special tokens in colours, each message named by its role.
+"""Rows as the model will see them: trained, context and special tokens in colours, each message
+named by its role.
 
-Titled Examples (or RowErrors, for rows left out) and their tokenizer enter; a rich renderable for the terminal or one
-self-contained HTML page leaves. Nothing is printed or written here.
+Titled Examples (or RowErrors, for rows left out) and their tokenizer enter; a rich renderable for
+the terminal or one self-contained HTML page leaves. Nothing is printed or written here.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a row, under a title such as `train.jsonl:3`. `roles` names, by the position of the token at
-    which its text begins, each message's role."""
+    """What became of a row, under a title such as `train.jsonl:3`. `roles` names, by the position
+    of the token at which its text begins, each message's role."""
 
     title: str
     result: Example | RowError
@@ -73,7 +74,9 @@ h2 {{ font-size: 1rem; margin: 2rem 0 .4rem; }}
 
 
 class Run(NamedTuple):
-    """Neighbouring tokens of one kind (a key of STYLES) and their text; `role`, where a message begins with them."""
+    """Neighbouring tokens of one kind (a key of STYLES) and their text; `role`, where a message
+    begins with them.
+    """
 
     kind: str
     text: str
@@ -83,7 +86,8 @@ class Run(NamedTuple):
 def role_starts(conversation: Conversation, example: Example, template: Template) -> dict[int, str]:
     """The tokens of the whole example at which the messages' own texts begin, with their roles.
 
-    Empty for a plain text, and where the row was tokenized in pieces, whose tokens cannot be found again.
+    Empty for a plain text, and where the row was tokenized in pieces, whose tokens cannot be found
+    again.
     """
     if conversation.text is not None:
         return {}
@@ -107,7 +111,9 @@ def role_starts(conversation: Conversation, example: Example, template: Template
 def runs(
     example: Example, tokenizer: PreTrainedTokenizerBase, roles: Mapping[int, str] | None = None
 ) -> Iterator[Run]:
-    """The example's tokens, (L,), as runs of one kind, in order; another one begins where `roles` has a token."""
+    """The example's tokens, (L,), as runs of one kind, in order; another one begins where `roles`
+    has a token.
+    """
     roles = roles or {}
     ids = example.input_ids.tolist()
     special_ids = {
@@ -119,7 +125,8 @@ def runs(
     names = ("context", "trained", "special", "special trained")
     before = ""
     for start, stop in pairwise(edges):
-        # Decoded from the beginning: many decoders drop the space before the first token they are given.
+        # Decoded from the beginning: many decoders drop the space before the first token they are
+        # given.
         text = _decoded(tokenizer, ids[:stop])
         piece = (
             text[len(before) :] if text.startswith(before) else _decoded(tokenizer, ids[start:stop])
@@ -184,7 +191,9 @@ def _left_out(reason: RowError) -> str:
 
 
 def _visible(run: Run) -> str:
-    """Control characters as pictures, so that no row steers the terminal; a line end that is learned is shown too."""
+    """Control characters as pictures, so that no row steers the terminal; a line end that is
+    learned is shown too.
+    """
     text = run.text.translate(CONTROL_PICTURES)
     return text.replace("\n", "↵\n") if "trained" in run.kind else text
 

@@ -1,6 +1,8 @@
-"""Rows of a source as Conversations: joins its format, its columns, the user's own function and its filters.
+"""Rows of a source as Conversations: joins its format, its columns, the user's own function and its
+filters.
 
-What a `RowReader` makes of a row depends on the row and the recipe alone, in whichever process it runs.
+What a `RowReader` makes of a row depends on the row and the recipe alone, in whichever process it
+runs.
 """
 
 from __future__ import annotations
@@ -90,5 +92,6 @@ def _call(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     if isinstance(written, dict) and "messages" in written:
         return written
     raise RowError(
-        f"{name}: it must give a list of messages, or {{messages, tools}}, not {type(written).__name__}"
+        f"{name}: it must give a list of messages, or {{messages, tools}}, not "
+        f"{type(written).__name__}"
     )

@@ -1,17 +1,19 @@
 """Rows of a source, one at a time.
 
-A `config_data.Source` enters (a file, a folder of files, a dataset of the hub); `RawRow`s leave: plain dicts as they
-stand in the file. Formats are known elsewhere (format.py). Files are streamed; only a `.json` list is read whole,
-since nothing before its last bracket says that it is one.
+A `config_data.Source` enters (a file, a folder of files, a dataset of the hub); `RawRow`s leave:
+plain dicts as they stand in the file. Formats are known elsewhere (format.py). Files are streamed;
+only a `.json` list is read whole, since nothing before its last bracket says that it is one.
 
-A line that cannot be read is a row with a fault; data.broken_lines says whether that is the end, or is counted with the
-other rejects: large files that were scraped or cut off hold some. What is wrong with a whole file (a list or a Parquet
-file that breaks off) is BadInput, as nothing says how many rows it would have had.
+A line that cannot be read is a row with a fault; data.broken_lines says whether that is the end, or
+is counted with the other rejects: large files that were scraped or cut off hold some. What is wrong
+with a whole file (a list or a Parquet file that breaks off) is BadInput, as nothing says how many
+rows it would have had.
 
-JSONL is read with json and not with Arrow, which gives every object of a column the union of their keys, so that
-each tool schema is filled with the nulls of all others. Parquet and datasets are stored that way already: nulls inside
-nested values are taken out again (`without_nulls`). A null that was meant goes with them: nothing tells the two apart,
-but where the column is stored as JSON (Arrow's `arrow.json`, which datasets writes for mixed objects) it stays.
+JSONL is read with json and not with Arrow, which gives every object of a column the union of their
+keys, so that each tool schema is filled with the nulls of all others. Parquet and datasets are
+stored that way already: nulls inside nested values are taken out again (`without_nulls`). A null
+that was meant goes with them: nothing tells the two apart, but where the column is stored as JSON
+(Arrow's `arrow.json`, which datasets writes for mixed objects) it stays.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ UNREADABLE = "a value that cannot be read, as text that is not UTF-8"
 
 
 class RawRow(NamedTuple):
-    """`number` is the 1-based line of a JSONL file, else the 1-based row of the file; `file` its name.
+    """`number` is the 1-based line of a JSONL file, else the 1-based row of the file; `file` its
+    name.
 
     `fields` is a RowError where the row cannot be read.
     """
@@ -61,7 +64,8 @@ def read_rows(source: Source) -> Iterator[RawRow]:
 
 
 def source_digest(source: Source, memory: Path) -> str:
-    """What the source holds, wherever it lies: the digest of its files, or the hub dataset's fingerprint.
+    """What the source holds, wherever it lies: the digest of its files, or the hub dataset's
+    fingerprint.
 
     `source.rows` is not part of it.
 
@@ -83,7 +87,8 @@ def source_digest(source: Source, memory: Path) -> str:
 
 
 def source_files(place: str) -> list[Path]:
-    """The files behind `path`: itself, or the readable ones in the folder, by name. Raises BadInput where none is.
+    """The files behind `path`: itself, or the readable ones in the folder, by name. Raises BadInput
+    where none is.
 
     A dataset that the library datasets has saved counts as one file: its folder.
     """
@@ -93,19 +98,22 @@ def source_files(place: str) -> list[Path]:
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
             raise BadInput(
-                f"{place}: the folder holds a dataset's splits; point `path` at one of them, as {path}/train"
+                f"{place}: the folder holds a dataset's splits; point `path` at one of them, as "
+                f"{path}/train"
             )
         files = sorted(
             file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file()
         )
         if not files:
             raise BadInput(
-                f"{place}: the folder holds no {', '.join(SUFFIXES)} file; point `path` at one that does"
+                f"{place}: the folder holds no {', '.join(SUFFIXES)} file; point `path` at one "
+                f"that does"
             )
         return files
     if not path.is_file():
         raise BadInput(
-            f"{place}: there is no such file or folder; check `path` (it is taken from the current folder)"
+            f"{place}: there is no such file or folder; check `path` (it is taken from the current "
+            f"folder)"
         )
     if path.suffix not in SUFFIXES:
         raise BadInput(
@@ -129,7 +137,7 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-# ----------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 
 
 def _file_rows(place: str) -> Iterator[RawRow]:
@@ -143,7 +151,8 @@ def _file_rows(place: str) -> Iterator[RawRow]:
             yield row
         if not found:
             raise BadInput(
-                f"{path}: the file holds no rows; write at least one, or take the file out of the recipe"
+                f"{path}: the file holds no rows; write at least one, or take the file out of the "
+                f"recipe"
             )
 
 
@@ -197,8 +206,8 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
 
 
 def _arrow_rows(batch: Any) -> Iterator[dict[str, Any] | RowError]:
-    """The rows of an Arrow table or batch. Nested nulls go; a column that is null in a row stays, as the columns tell
-    the format."""
+    """The rows of an Arrow table or batch. Nested nulls go; a column that is null in a row stays,
+    as the columns tell the format."""
     types = {field.name: field.type for field in batch.schema}
     rows = _python_rows(batch)
     if rows is None:  # find those that cannot be read
@@ -219,8 +228,8 @@ def _arrow_rows(batch: Any) -> Iterator[dict[str, Any] | RowError]:
 
 
 def _python_rows(batch: Any) -> list[dict[str, Any] | RowError] | None:
-    """The rows as Python values; None where one holds what is not UTF-8, a date that Python does not have, or worse:
-    a damaged file may point anywhere in memory, so it is looked at first."""
+    """The rows as Python values; None where one holds what is not UTF-8, a date that Python does
+    not have, or worse: a damaged file may point anywhere in memory, so it is looked at first."""
     try:
         batch.validate(full=True)
         return batch.to_pylist()
@@ -272,11 +281,13 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
 
 
-# ----------------------------------------------------------------------------------------------- datasets
+# ----------------------------------------------------------------------------------------- datasets
 
 
 def _dataset_rows(dataset: Any, name: str) -> Iterator[RawRow]:
-    """As Arrow and not as the library decodes it: it fills objects with nulls, and so hides which were meant."""
+    """As Arrow and not as the library decodes it: it fills objects with nulls, and so hides which
+    were meant.
+    """
     import pyarrow
 
     number = 0
@@ -311,8 +322,8 @@ def open_stream(source: Source, state: dict[str, Any] | None) -> Any:
 
 
 def _hub_dataset(source: Source) -> Any:
-    """The dataset, downloaded by the library's own cache; read as it comes where the source grows. Every failure
-    there is about the name or the network."""
+    """The dataset, downloaded by the library's own cache; read as it comes where the source grows.
+    Every failure there is about the name or the network."""
     import datasets
 
     try:
@@ -322,6 +333,7 @@ def _hub_dataset(source: Source) -> Any:
     except Exception as error:  # the library raises a dozen unrelated classes
         raise BadInput(
             f"the dataset `{source.name}` (split `{source.split}`) cannot be loaded "
-            f"({type(error).__name__}: {_one_line(error)}); check its name, the network and the access token, "
+            f"({type(error).__name__}: {_one_line(error)}); check its name, the network and the "
+            f"access token, "
             "or download it and give its files as `path`"
         ) from None

@@ -1,6 +1,8 @@
-"""Which rows are trained and which are held out, decided row by row: no other row, count or order has a say.
+"""Which rows are trained and which are held out, decided row by row: no other row, count or order
+has a say.
 
-The data section enters; the `SourceSplit`s of a side leave, and `held_out` says for one row on which side it is.
+The data section enters; the `SourceSplit`s of a side leave, and `held_out` says for one row on
+which side it is.
 """
 
 from __future__ import annotations
@@ -20,14 +22,18 @@ VERSION = 1  # part of the keys of what is split: raise it when a row may change
 
 
 class SourceSplit(NamedTuple):
-    """A source and which of its rows: all, or where `held_out` is not None, those for which it is so."""
+    """A source and which of its rows: all, or where `held_out` is not None, those for which it is
+    so.
+    """
 
     source: Source
     held_out: bool | None = None
 
 
 def parts_of(data: DataSection, which: Literal["train", "eval"]) -> tuple[SourceSplit, ...]:
-    """Where the rows of a side come from. Held-out rows of a train source count once each, whatever its weight."""
+    """Where the rows of a side come from. Held-out rows of a train source count once each, whatever
+    its weight.
+    """
     if which == "train":
         return tuple(
             SourceSplit(source, held_out=False if data.eval_fraction else None)
@@ -43,10 +49,12 @@ def parts_of(data: DataSection, which: Literal["train", "eval"]) -> tuple[Source
 
 
 def held_out(fields: Mapping[str, Any] | RowError, data: DataSection, where: str) -> bool:
-    """Whether a row of a train source is held out: by the hash of its group, or else of all its fields.
+    """Whether a row of a train source is held out: by the hash of its group, or else of all its
+    fields.
 
     Args:
-        fields: as they were read; what could not be read stays in train, whose rejects it is counted with.
+        fields: as they were read; what could not be read stays in train, whose rejects it is
+            counted with.
         where: file and row, for messages.
 
     Raises:
@@ -59,7 +67,8 @@ def held_out(fields: Mapping[str, Any] | RowError, data: DataSection, where: str
         value = fields.get(data.group_by)
         if value is None:
             raise BadInput(
-                f"{where}: the row has no `{data.group_by}`, so data.group_by cannot tell its side; "
+                f"{where}: the row has no `{data.group_by}`, so data.group_by cannot tell its "
+                f"side; "
                 "fill it in, or leave the row out"
             )
     try:

@@ -1,12 +1,14 @@
-"""A source that grows while it is trained on: its shards, one after the other, and the log of them (C1).
+"""A source that grows while it is trained on: its shards, one after the other, and the log of them
+(C1).
 
     folder of files, or a stream of rows -> shard -> (cache) -> Prepared -> an epoch of the plan
 
-A shard is to the plan what an epoch is to a source that does not grow: packed by itself, from the seed and the
-shard's number. Rank 0 decides which shard is next when a step needs one, and logs it; the other ranks read the log,
-and wait for it where they are ahead. No rank waits for another one's answer, so this may go on beside the steps.
-The plan is a function of the log: a resumed run reads it back, also what had been decided beyond its checkpoint,
-and a new run folder with a copy of it repeats the run.
+A shard is to the plan what an epoch is to a source that does not grow: packed by itself, from the
+seed and the shard's number. Rank 0 decides which shard is next when a step needs one, and logs it;
+the other ranks read the log, and wait for it where they are ahead. No rank waits for another one's
+answer, so this may go on beside the steps. The plan is a function of the log: a resumed run reads
+it back, also what had been decided beyond its checkpoint, and a new run folder with a copy of it
+repeats the run.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ OPEN = STEPS_AHEAD + 2  # shards of the steps that are at work, however small th
 def prepare_train(
     recipe: Recipe, tokenizer: Any, stopping: Callable[[], bool] = lambda: False
 ) -> TrainData:
-    """The recipe's training data: tokenized, or ready to be, shard by shard. Raises as `loader.prepare`."""
+    """The recipe's training data: tokenized, or ready to be, shard by shard. Raises as
+    `loader.prepare`.
+    """
     return (
         StreamingData(recipe, tokenizer, stopping)
         if recipe.streaming
@@ -56,12 +60,14 @@ def prepare_train(
     )
 
 
-# ----------------------------------------------------------------------------------------------- the log
+# ------------------------------------------------------------------------------------------ the log
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A line of the log: a shard, as it was used. One that comes again has another line, and another number."""
+    """A line of the log: a shard, as it was used. One that comes again has another line, and
+    another number.
+    """
 
     number: int  # from 0; the plan's epoch
     file: str  # its name in the source's folder; what came from a stream is in the run folder
@@ -100,7 +106,8 @@ class ShardLog:
                 self._add(Shard(**json.loads(line)))
             except (ValueError, TypeError) as error:
                 raise BadInput(
-                    f"{self._path}: line {len(self.shards) + 1} is not as it was written ({error}); put the file back, "
+                    f"{self._path}: line {len(self.shards) + 1} is not as it was written "
+                    f"({error}); put the file back, "
                     "or give another run.dir"
                 ) from None
 
@@ -136,16 +143,17 @@ class ShardLog:
         return xxhash.xxh3_128_hexdigest(json.dumps(lines).encode())
 
 
-# ----------------------------------------------------------------------------------------------- the shards
+# --------------------------------------------------------------------------------------- the shards
 
 
 class StreamingData:
     """The training data of a run whose source grows: TrainData, and the plan's Epochs.
 
     Raises, here and from every method:
-        BadInput: a shard cannot be read, too much of it is rejected, or a file is not what it was when it was used.
-        Stopped: `stopping()` became true before the first shard was ready, or it was closed. While steps ask, a shard
-            is prepared to its end: a stop is then agreed on after a step.
+        BadInput: a shard cannot be read, too much of it is rejected, or a file is not what it was
+            when it was used.
+        Stopped: `stopping()` became true before the first shard was ready, or it was closed. While
+            steps ask, a shard is prepared to its end: a stop is then agreed on after a step.
     """
 
     streaming = True
@@ -182,7 +190,9 @@ class StreamingData:
         return {**counts, "shards": len(self._log.known), "sources": [{"name": name, **counts}]}
 
     def fingerprint_at(self, step: int) -> str:
-        """Of the log, up to what the first `step` steps are taken from; rank 0 has said where the first is."""
+        """Of the log, up to what the first `step` steps are taken from; rank 0 has said where the
+        first is.
+        """
         if not is_main():
             self._logged(0)
         with self._reading:
@@ -208,8 +218,10 @@ class StreamingData:
         prepared = self._prepare(shard.file)
         if prepared.fingerprint != shard.documents:
             raise BadInput(
-                f"{shard.file}: this rank tokenized it into other documents than rank 0 once did: the tokenizer, its "
-                "version or the masks are others; make them alike, or put data.cache on a shared folder"
+                f"{shard.file}: this rank tokenized it into other documents than rank 0 once did: "
+                f"the tokenizer, its "
+                "version or the masks are others; make them alike, or put data.cache on a shared "
+                "folder"
             )
         return self._keep(epoch, prepared)
 
@@ -220,7 +232,8 @@ class StreamingData:
         shard = self._logged(epoch)
         if shard.first_step != first_step + 1:
             raise BadInput(
-                f"{LOG}: shard {epoch} begins with step {shard.first_step}, and in this run with {first_step + 1}: it "
+                f"{LOG}: shard {epoch} begins with step {shard.first_step}, and in this run with "
+                f"{first_step + 1}: it "
                 "is the log of another recipe; put its own back, or give another run.dir"
             )
         return shard.packed_rows
@@ -273,7 +286,9 @@ class StreamingData:
         return shard
 
     def _prepare_next(self) -> _New | None:
-        """While the last shard is trained on, so that the steps need not wait. Nothing is decided here."""
+        """While the last shard is trained on, so that the steps need not wait. Nothing is decided
+        here.
+        """
         new = self._stream.next() if self._stream else _new_file(self._folder, self._log)
         if new:
             with suppress(Stopped):  # it is found again, and then asked for
@@ -299,7 +314,8 @@ class StreamingData:
         path = self._folder / file
         if not path.is_file():
             raise BadInput(
-                f"{path}: {LOG} names this shard, which is needed again, and it is not there; put it back"
+                f"{path}: {LOG} names this shard, which is needed again, and it is not there; put "
+                f"it back"
             )
         now = digest_of(self._recipe.data, Source(path=str(path)))
         if now != (digest or now):
@@ -308,7 +324,9 @@ class StreamingData:
 
 
 def prepare_now(recipe: Recipe, tokenizer: Any) -> list[Prepared]:
-    """The shards that are there now, tokenized into the cache; of a stream the first. Nothing is decided."""
+    """The shards that are there now, tokenized into the cache; of a stream the first. Nothing is
+    decided.
+    """
     (source,) = recipe.data.train
     if source.path:
         return [_prepare_shard(recipe, path, tokenizer) for path in _files(_folder(source))]
@@ -352,12 +370,13 @@ def _recipe_of(recipe: Recipe, shard: Path) -> Recipe:
 
 def _changed(path: Path) -> BadInput:
     return BadInput(
-        f"{path}: the file has changed since it was used; put the old one back, or give another run.dir; write new "
+        f"{path}: the file has changed since it was used; put the old one back, or give another "
+        f"run.dir; write new "
         "rows into a new file, and rename it into the folder when it is whole"
     )
 
 
-# ----------------------------------------------------------------------------------------------- where they come from
+# ----------------------------------------------------------------------------- where they come from
 
 
 class _New(NamedTuple):
@@ -380,7 +399,9 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _new_file(folder: Path, log: ShardLog) -> _New | None:
-    """The first by name that has not been used. Those that have been must not have grown: new rows would be lost."""
+    """The first by name that has not been used. Those that have been must not have grown: new rows
+    would be lost.
+    """
     new = None
     for path in _files(folder):
         known = log.known.get(path.name)
@@ -392,8 +413,8 @@ def _new_file(folder: Path, log: ShardLog) -> _New | None:
 
 
 class _Stream:
-    """The next rows of a stream, written to a file in the run folder: where a stream stood, and what it gave, is then
-    there when the run goes on, on every node."""
+    """The next rows of a stream, written to a file in the run folder: where a stream stood, and
+    what it gave, is then there when the run goes on, on every node."""
 
     def __init__(self, recipe: Recipe, log: ShardLog, folder: Path) -> None:
         (self._source,) = recipe.data.train

@@ -34,7 +34,9 @@ FILL_BINS = 50
 
 
 def summary(prepared: Prepared, plan: Plan | None = None) -> dict[str, Any]:
-    """The report of the preparation, with the documents' lengths; and, where the plan is given, its first epoch."""
+    """The report of the preparation, with the documents' lengths; and, where the plan is given, its
+    first epoch.
+    """
     found = {
         **prepared.report,
         "fingerprint": prepared.fingerprint,
@@ -77,7 +79,8 @@ def picture(prepared: Prepared, plan: Plan) -> Any:
     report = prepared.report
     share = report["trained_tokens"] / report["tokens"]
     documents = Panel(
-        title=f"{report['documents']:,} documents, {report['tokens']:,} tokens, {share:.1%} of them trained (green)",
+        title=f"{report['documents']:,} documents, {report['tokens']:,} tokens, {share:.1%} of "
+        f"them trained (green)",
         label="tokens of a document",
         edges=edges,
         counts=counts,
@@ -85,7 +88,8 @@ def picture(prepared: Prepared, plan: Plan) -> Any:
     )
     fill = np.linspace(0, 100, FILL_BINS + 1)
     rows = Panel(
-        title=f"{len(tokens):,} rows of {seq_len:,} tokens in the first epoch, {plan.fill():.1%} filled",
+        title=f"{len(tokens):,} rows of {seq_len:,} tokens in the first epoch, {plan.fill():.1%} "
+        f"filled",
         label="filled, % of a row",
         edges=fill,
         counts=np.histogram(100 * tokens / seq_len, fill)[0],

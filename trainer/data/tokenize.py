@@ -1,7 +1,7 @@
 """Rows in; tokenized documents out, in the rows' order whatever the number of processes.
 
-How a row is tokenized comes from outside (`Tokenize`); here is what becomes of examples that are too long,
-and the parallel running.
+How a row is tokenized comes from outside (`Tokenize`); here is what becomes of examples that are
+too long, and the parallel running.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from trainer.datatypes import Example, Filtered, RowError, Tokenized
 
 VERSION = 2  # part of every key: raise it when the same rows give other documents
 
-CHUNK_ROWS = 512  # a worker's share: small enough for steady progress, large against the cost of handing it over
+# a worker's share: small enough for steady progress, large against the cost of handing it over
+CHUNK_ROWS = 512
 CUT_ANSWER = "longer than max_length: its answer would lose its end"
 POOL_FROM_CHUNKS = 24  # below so many, starting processes costs more than it saves
 
@@ -39,9 +40,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class LengthPolicy:
-    """`too_long` says what becomes of an example above `max_length`; `packing_cuts` leaves `split` to the packing.
+    """`too_long` says what becomes of an example above `max_length`; `packing_cuts` leaves `split`
+    to the packing.
 
-    `cut_answers` lets `truncate` keep an answer without its end; `split_context` is how many tokens `split` repeats.
+    `cut_answers` lets `truncate` keep an answer without its end; `split_context` is how many tokens
+    `split` repeats.
     """
 
     max_length: int
@@ -54,7 +57,9 @@ class LengthPolicy:
 Result = TypeVar("Result")
 
 Tokenize = Callable[[list[Row]], list[Example | RowError]]
-"""Picklable; for each row its example, or the reason why it has none. The outcome must not depend on the chunk."""
+"""Picklable; for each row its example, or the reason why it has none. The outcome must not depend
+on the chunk.
+"""
 
 
 def tokenize_rows(
@@ -67,8 +72,8 @@ def tokenize_rows(
 def run(
     rows: Iterable[Row], work: Callable[[list[Row]], Result], workers: int
 ) -> Generator[Result, None, None]:
-    """What `work`, which must be picklable, makes of each chunk of rows, in order. With one worker, or little to do,
-    it is done in this process.
+    """What `work`, which must be picklable, makes of each chunk of rows, in order. With one worker,
+    or little to do, it is done in this process.
 
     Close the iterator to end the workers early.
     """
@@ -77,8 +82,9 @@ def run(
     if workers == 1 or len(first) < POOL_FROM_CHUNKS:
         yield from map(work, chain(first, chunks))
         return
-    # A forked child of a process with threads (the heartbeat, the tokenizer's own) may hang. The server has none, and
-    # what it has imported, which takes seconds, no worker imports again. Meanwhile this process works.
+    # A forked child of a process with threads (the heartbeat, the tokenizer's own) may hang. The
+    # server has none, and what it has imported, which takes seconds, no worker imports again.
+    # Meanwhile this process works.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.data.prepare"])
     _start_server()
@@ -108,9 +114,10 @@ def run(
 def fit(example: Example, limits: LengthPolicy) -> list[Example]:
     """The example as documents of at most `max_length`, by the policy.
 
-    `truncate` keeps the answers that are whole before the cut, and nothing from a cut one on unless `cut_answers` is
-    set. `split` makes further documents that open with `1 + split_context` tokens of the one before, untrained the
-    second time: so the token after a cut is still predicted, once; parts with nothing to learn go.
+    `truncate` keeps the answers that are whole before the cut, and nothing from a cut one on unless
+    `cut_answers` is set. `split` makes further documents that open with `1 + split_context` tokens
+    of the one before, untrained the second time: so the token after a cut is still predicted, once;
+    parts with nothing to learn go.
 
     Raises:
         RowError: there is nothing to learn, or the policy does not allow it.
@@ -135,7 +142,9 @@ def fit(example: Example, limits: LengthPolicy) -> list[Example]:
 
 
 def _truncated(example: Example, limits: LengthPolicy) -> Example:
-    """The example up to its last answer that ends within `max_length`, or is cut there where that is allowed."""
+    """The example up to its last answer that ends within `max_length`, or is cut there where that
+    is allowed.
+    """
     trained, stop = example.trained, limits.max_length
     if trained[stop - 1] and trained[stop] and not limits.cut_answers:
         stop = int(np.flatnonzero(~trained[:stop])[-1]) + 1
@@ -206,11 +215,12 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
 
 
 def _start_server() -> None:
-    """The server and its workers hold SIGUSR1 and SIGTERM back: Slurm sends them to every process of a job's step, and
-    they would end those that only help. These end with this process."""
+    """The server and its workers hold SIGUSR1 and SIGTERM back: Slurm sends them to every process
+    of a job's step, and they would end those that only help. These end with this process."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
     try:
-        resource_tracker.ensure_running()  # the server's start would do it, and it lets SIGTERM through again
+        # the server's start would do it, and it lets SIGTERM through again
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
         forkserver.ensure_running()
     finally:
@@ -221,7 +231,9 @@ _worker_work: Callable[[list[Row]], Any] | None = None
 
 
 def _start_worker(work: Callable[[list[Row]], Any]) -> None:
-    """Keep the work, which is large, once a process; leave Ctrl-C to the parent, and die with it if it is killed."""
+    """Keep the work, which is large, once a process; leave Ctrl-C to the parent, and die with it if
+    it is killed.
+    """
     global _worker_work
     _worker_work = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism

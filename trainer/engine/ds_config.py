@@ -1,6 +1,8 @@
-"""A DeepSpeed template and the recipe -> DeepSpeed's configuration, in which each setting has one owner.
+"""A DeepSpeed template and the recipe -> DeepSpeed's configuration, in which each setting has one
+owner.
 
-In: a file of ds_configs/ or a user's own, and the recipe's sections. Out: a dict for `deepspeed.initialize`, and what
+In: a file of ds_configs/ or a user's own, and the recipe's sections. Out: a dict for
+    `deepspeed.initialize`, and what
 the rest asks of it. DeepSpeed itself is not needed here.
 """
 
@@ -32,8 +34,9 @@ _OWNED_BY_RECIPE = {
     "elasticity": "batch",
 }
 
-# Gradients of a bucket: fewer cost more calls, more fall out of a CPU's cache. Two cores, SmolLM2-135M, ZeRO-3:
-# 250 tokens/s with 576^2, 300 with 2^22; ZeRO-2: 400 with 576^2, 515 with 2^22, 450 with 5 x 10^7.
+# Gradients of a bucket: fewer cost more calls, more fall out of a CPU's cache. Two cores,
+# SmolLM2-135M, ZeRO-3: 250 tokens/s with 576^2, 300 with 2^22; ZeRO-2: 400 with 576^2, 515 with
+# 2^22, 450 with 5 x 10^7.
 BUCKET = 2**22
 
 
@@ -44,19 +47,23 @@ def deepspeed_config(
     hidden_size: int,
     run_dir: Path,
 ) -> dict[str, Any]:
-    """The template with what the recipe owns filled in, and a folder on the NVMe for this run alone.
+    """The template with what the recipe owns filled in, and a folder on the NVMe for this run
+    alone.
 
-    `"auto"` of three sizes follows the model's hidden size H, as DeepSpeed's own guide has it: buckets of
-    H^2 (of BUCKET where that is more), prefetch of 0.9 H^2, parameters below 10 H kept whole.
+    `"auto"` of three sizes follows the model's hidden size H, as DeepSpeed's own guide has it:
+    buckets of H^2 (of BUCKET where that is more), prefetch of 0.9 H^2, parameters below 10 H kept
+    whole.
 
     Raises:
-        BadInput: the template is missing, not JSON, sets what the recipe owns, or cannot train these types.
+        BadInput: the template is missing, not JSON, sets what the recipe owns, or cannot train
+            these types.
     """
     config = _read_template(Path(parallel.deepspeed))
     for key, owner in _OWNED_BY_RECIPE.items():
         if key in config:
             raise BadInput(
-                f"{parallel.deepspeed}: `{key}` belongs to the recipe's `{owner}`; take it out there"
+                f"{parallel.deepspeed}: `{key}` belongs to the recipe's `{owner}`; take it out "
+                f"there"
             )
     zero = config.setdefault("zero_optimization", {"stage": 0})
     sizes = {
@@ -79,10 +86,12 @@ def deepspeed_config(
         )
     grad_dtype = "fp32" if parallel.grad_dtype == "float32" or not bf16 else "bf16"
     config |= {
-        "train_micro_batch_size_per_gpu": 1,  # micro-batches are cut by the plan; DeepSpeed counts none of them
+        # micro-batches are cut by the plan; DeepSpeed counts none of them
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "bf16": {"enabled": bf16},
-        # DeepSpeed's own default in bf16 is bf16, which makes the batch's cutting change what is learned
+        # DeepSpeed's own default in bf16 is bf16, which makes the batch's cutting change what is
+        # learned
         "data_types": {"grad_accum_dtype": grad_dtype},
         "communication_data_type": grad_dtype,
         "zero_force_ds_cpu_optimizer": True,
@@ -128,7 +137,8 @@ def _short_digest(text: str) -> str:
 
 
 def clear_nvme(config: Mapping[str, Any]) -> None:
-    """Empty this run's folder on the NVMe: DeepSpeed would take what a killed start left there for its own.
+    """Empty this run's folder on the NVMe: DeepSpeed would take what a killed start left there for
+    its own.
 
     Raises:
         BadInput: it cannot be written.

@@ -1,6 +1,7 @@
 """DeepSpeed, and everything that has to be known about it. No other file imports it.
 
-In: a DeepSpeed template and the recipe's sections, a model, micro-batches. Out: applied steps, evaluated
+In: a DeepSpeed template and the recipe's sections, a model, micro-batches. Out: applied steps,
+    evaluated
 losses, files of a checkpoint. What this file repairs or hides is said where it happens.
 """
 
@@ -45,10 +46,11 @@ from deepspeed.utils import logger as deepspeed_logger
 deepspeed_logger.setLevel(logging.WARNING)
 # DeepSpeed calls collectives by names that torch 2.13 deprecates, once for each layer and step
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
-# An all-reduce for inference, which DeepSpeed would compile at every machine's first start, and say so on stdout.
+# An all-reduce for inference, which DeepSpeed would compile at every machine's first start, and say
+# so on stdout.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-# ----------------------------------------------------------------------------------------------- parameters
+# --------------------------------------------------------------------------------------- parameters
 
 
 @contextmanager
@@ -65,7 +67,9 @@ def sharded_init(config: Mapping[str, Any]) -> Iterator[None]:
 
 
 def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> AbstractContextManager:
-    """The whole of these parameters inside; with `write`, what rank 0 made of them goes back to all shards."""
+    """The whole of these parameters inside; with `write`, what rank 0 made of them goes back to all
+    shards.
+    """
     sharded = [p for p in parameters if hasattr(p, "ds_id")]
     if not sharded:
         return nullcontext()
@@ -78,7 +82,9 @@ GATHER_SHARE = (
 
 
 def free_memory() -> int:
-    """Bytes that this rank can still take of its device; on CPU its share of the host's free memory."""
+    """Bytes that this rank can still take of its device; on CPU its share of the host's free
+    memory.
+    """
     if dist.device().type == "cuda":
         free, _ = torch.cuda.mem_get_info()
         return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -87,7 +93,9 @@ def free_memory() -> int:
 
 @contextmanager
 def _without_hooks(module: nn.Module, handles: Iterable[Any]) -> Iterator[None]:
-    """Inside, these hooks of the module's parts are not called. Afterwards they stand where they stood."""
+    """Inside, these hooks of the module's parts are not called. Afterwards they stand where they
+    stood.
+    """
     ids = {handle.id for handle in handles}
     tables = [
         hooks
@@ -118,7 +126,9 @@ def _optimizer(
 
 
 def _evaluator(model: nn.Module, config: dict[str, Any]) -> nn.Module:
-    """The model without an optimizer: DeepSpeed brings its shards together at stage 3, and has no work elsewhere."""
+    """The model without an optimizer: DeepSpeed brings its shards together at stage 3, and has no
+    work elsewhere.
+    """
     if stage(config) < 3:
         return model.to(dist.device())
     sharding = {
@@ -132,14 +142,15 @@ def _evaluator(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     return engine
 
 
-# ----------------------------------------------------------------------------------------------- the engine
+# --------------------------------------------------------------------------------------- the engine
 
 
 class Engine:
     """A model under DeepSpeed. `model(batch)` returns this rank's share of the step's loss (C2).
 
     Args:
-        groups: of the optimizer; None: the model is only evaluated, in shards at stage 3, and whole elsewhere.
+        groups: of the optimizer; None: the model is only evaluated, in shards at stage 3, and whole
+            elsewhere.
     """
 
     def __init__(
@@ -183,10 +194,12 @@ class Engine:
         clock: Clock,
         check_loss: Callable[[float], str | None] | None = None,
     ) -> StepResult:
-        """Accumulate the gradients of this rank's micro-batches and apply one update with learning rate `lr`.
+        """Accumulate the gradients of this rank's micro-batches and apply one update with learning
+        rate `lr`.
 
-        DeepSpeed divides gradients by the data-parallel size; the loss is multiplied by it here, and nothing
-        else knows (C2). Micro-batches are not counted by DeepSpeed: the last one is the boundary.
+        DeepSpeed divides gradients by the data-parallel size; the loss is multiplied by it here,
+        and nothing else knows (C2). Micro-batches are not counted by DeepSpeed: the last one is the
+        boundary.
 
         Args:
             check_loss: is asked, with the loss of the whole step, whether not to apply it, and why.
@@ -204,7 +217,8 @@ class Engine:
             loss_sum += loss.detach()
             if is_last and check_loss:
                 refused = check_loss(dist.sum_over_ranks([loss_sum.item()])[0])
-                if refused:  # a NaN takes the step the way of all that are not applied, which every stage knows
+                # a NaN takes the step the way of all that are not applied, which every stage knows
+                if refused:
                     loss = loss * float("nan")
             with clock.part("backward"):
                 self._engine.backward(loss * self._world)
@@ -215,10 +229,12 @@ class Engine:
         return replace(result, skipped=refused) if refused else result
 
     def memory_dry_run(self, batches: Sequence[Batch]) -> None:
-        """Run micro-batches forward and backward as a step does, but with weights of zero and no update.
+        """Run micro-batches forward and backward as a step does, but with weights of zero and no
+        update.
 
-        What it leaves is the memory that a step takes, AdamW's moments included, so that a device without room for it
-        fails now. State, gradients and random numbers are as if it had not been.
+        What it leaves is the memory that a step takes, AdamW's moments included, so that a device
+        without room for it fails now. State, gradients and random numbers are as if it had not
+        been.
         """
         zero_state.make_moments(self._engine.optimizer, self._names())
         self._engine.train()
@@ -262,11 +278,13 @@ class Engine:
 
     @contextmanager
     def gather_for_generation(self) -> Iterator[bool]:
-        """Inside, the model runs many forwards without gradients, as generation does. Every rank calls it.
+        """Inside, the model runs many forwards without gradients, as generation does. Every rank
+        calls it.
 
-        Yields True where each rank has the weights whole and runs as many forwards as it likes. Stage 3 gathers them
-        once for that, where they take at most GATHER_SHARE of every rank's free memory. Elsewhere it is False: each
-        forward gathers them layer by layer, and all ranks must run equally many.
+        Yields True where each rank has the weights whole and runs as many forwards as it likes.
+        Stage 3 gathers them once for that, where they take at most GATHER_SHARE of every rank's
+        free memory. Elsewhere it is False: each forward gathers them layer by layer, and all ranks
+        must run equally many.
         """
         if self.stage < 3:
             yield True
@@ -302,7 +320,9 @@ class Engine:
         return fits
 
     def wait_for_prefetch(self) -> None:
-        """Make the parameters fit to be gathered after a step or an evaluation. Every rank calls it."""
+        """Make the parameters fit to be gathered after a step or an evaluation. Every rank calls
+        it.
+        """
         zero_state.wait_for_prefetch(self._engine.optimizer)
 
     def hyperparameters(self) -> list[dict[str, Any]]:
@@ -313,7 +333,9 @@ class Engine:
         ]
 
     def state_bytes(self) -> int:
-        """What all ranks together write of a checkpoint: fp32 weights and two moments, and the buffers."""
+        """What all ranks together write of a checkpoint: fp32 weights and two moments, and the
+        buffers.
+        """
         trained = sum(
             getattr(p, "ds_numel", p.numel())
             for p in self._parameters().values()
@@ -322,13 +344,16 @@ class Engine:
         return 12 * trained + sum(piece.bytes for piece in self._buffers())
 
     def state_shapes(self) -> dict[str, list[int]]:
-        """Of the trained parameters and the buffers, by the names that the model's users know them by."""
+        """Of the trained parameters and the buffers, by the names that the model's users know them
+        by.
+        """
         parameters = {name: p for name, p in self._parameters().items() if p.requires_grad}
         shapes = {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
         return shapes | {name: list(tensor.shape) for name, tensor in self._named_buffers()}
 
     def state(self) -> Iterator[list[Slice]]:
-        """This rank's share of the training state, a group at a time: views of it, valid until the next group.
+        """This rank's share of the training state, a group at a time: views of it, valid until the
+        next group.
 
         What every rank has is rank 0's to save.
         """
@@ -338,7 +363,8 @@ class Engine:
             yield from zero_state.read(self._engine.optimizer, self._names())
 
     def restore(self, shards: Shards, updates: int) -> None:
-        """Fill the training state from a checkpoint of any world size, stage and offload, after so many updates.
+        """Fill the training state from a checkpoint of any world size, stage and offload, after so
+        many updates.
 
         Every rank calls it. Hyperparameters are the recipe's; what is frozen is the model folder's.
         """
@@ -350,7 +376,9 @@ class Engine:
                 shards.fill(piece)
 
     def state_digests(self) -> Digests:
-        """This rank's share of the digests: of all that is trained, of the buffers, and of what is frozen."""
+        """This rank's share of the digests: of all that is trained, of the buffers, and of what is
+        frozen.
+        """
         found = self.frozen_digests()
         for group in self.state():
             add_digests(found, digests_of(group))
@@ -394,8 +422,8 @@ _NORM_BLOCK = 256
 def gradient_norm(gradients: Iterable[torch.Tensor], *_: Any) -> torch.Tensor:
     """The 2-norm of what all ranks hold together, in fp64. () float64; -1 where it is not finite.
 
-    In place of DeepSpeed's own, which copies every gradient to fp64 first: 4% of a step on a CPU. Here fp32 norms of
-    blocks are summed in fp64, which differs by 1e-9 of the norm.
+    In place of DeepSpeed's own, which copies every gradient to fp64 first: 4% of a step on a CPU.
+    Here fp32 norms of blocks are summed in fp64, which differs by 1e-9 of the norm.
     """
     total = torch.zeros((), dtype=torch.float64, device=dist.device())
     for gradient in gradients:
@@ -423,8 +451,9 @@ def _weightless(batch: Batch) -> Batch:
 
 
 class _GradientWatch:
-    """At ZeRO-3 a parameter that gets no gradient in a micro-batch keeps the last step's in its buffer, and
-    that one is applied again. Experts that no token chose are such parameters. Seen here, and refused."""
+    """At ZeRO-3 a parameter that gets no gradient in a micro-batch keeps the last step's in its
+    buffer, and that one is applied again. Experts that no token chose are such parameters. Seen
+    here, and refused."""
 
     def __init__(self, model: nn.Module) -> None:
         self._names = [
@@ -439,10 +468,14 @@ class _GradientWatch:
         self._waiting.discard(name)
 
     def check(self) -> None:
-        """After a backward: raises BadInput where a parameter was not reached; then waits for the next one."""
+        """After a backward: raises BadInput where a parameter was not reached; then waits for the
+        next one.
+        """
         if self._waiting:
             raise BadInput(
-                f"`{min(self._waiting)}` and {len(self._waiting) - 1} other parameters got no gradient in a "
-                "micro-batch, where ZeRO-3 would apply the last step's again; use ds_configs/zero2.json"
+                f"`{min(self._waiting)}` and {len(self._waiting) - 1} other parameters got no "
+                f"gradient in a "
+                "micro-batch, where ZeRO-3 would apply the last step's again; use "
+                "ds_configs/zero2.json"
             )
         self._waiting.update(self._names)

@@ -11,9 +11,11 @@ from trainer.config.recipe import OptimSection
 
 
 def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: decayed matrices, and the rest (norms, biases) without decay.
+    """Trainable parameters in two groups: decayed matrices, and the rest (norms, biases) without
+    decay.
 
-    Input embeddings and an output head tied to them count as matrices where `decay_embeddings` says so.
+    Input embeddings and an output head tied to them count as matrices where `decay_embeddings` says
+    so.
     """
     embeddings = {
         id(p)
@@ -41,7 +43,8 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
 
 
 def learning_rate(step: int, steps: int, section: OptimSection) -> float:
-    """The learning rate of step `step` (from 0) of `steps`: linear warm-up, then the schedule down to its floor.
+    """The learning rate of step `step` (from 0) of `steps`: linear warm-up, then the schedule down
+    to its floor.
 
     The first step has a rate above zero, the last one the floor (but for `constant`).
     """

@@ -1,8 +1,10 @@
-"""Training state as slices of parameters: written as safetensors, read back by any number of ranks (C8).
+"""Training state as slices of parameters: written as safetensors, read back by any number of ranks
+(C8).
 
-A rank owns some elements of each parameter, and what belongs to them: the fp32 weight and both moments. It writes
-them as they lie; another world cuts the parameters elsewhere, and each of its ranks reads what overlaps its own
-cut, out of memory-mapped files. So every byte is written once and read once, and nothing is converted.
+A rank owns some elements of each parameter, and what belongs to them: the fp32 weight and both
+moments. It writes them as they lie; another world cuts the parameters elsewhere, and each of its
+ranks reads what overlaps its own cut, out of memory-mapped files. So every byte is written once and
+read once, and nothing is converted.
 
     rank00000-000.safetensors   `model.layers.0.mlp.up_proj.weight[0:8192].exp_avg`, ...
 """
@@ -24,7 +26,8 @@ from safetensors import safe_open
 from trainer.datatypes import BadInput
 
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"  # a buffer has the first alone
-FROZEN = "frozen"  # parameters that are not trained: only their digests are kept, the model's folder has them
+# parameters that are not trained: only their digests are kept, the model's folder has them
+FROZEN = "frozen"
 _CHUNK = 2**18  # elements hashed and written at a time: they stay in a core's cache
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -42,7 +45,9 @@ _SAFETENSORS_NAMES = {
 
 @dataclass(frozen=True)
 class Slice:
-    """Elements [start, stop) of a flattened parameter or buffer, and their states, each (stop - start,)."""
+    """Elements [start, stop) of a flattened parameter or buffer, and their states, each (stop -
+    start,).
+    """
 
     name: str
     start: int
@@ -70,7 +75,7 @@ def key_of(name: str, start: int, stop: int, state: str) -> str:
     return f"{name}[{start}:{stop}].{state}"
 
 
-# ----------------------------------------------------------------------------------------------- digests
+# ------------------------------------------------------------------------------------------ digests
 
 Digests = dict[tuple[str, str], int]
 """(name, state) -> the digest; those of a tensor's slices add up to the tensor's own, mod 2^64."""
@@ -82,7 +87,8 @@ def add_digests(total: Digests, more: Digests) -> None:
 
 
 def digest(tensor: torch.Tensor, start: int = 0) -> int:
-    """sum over i of bits(x_i) x (2 (start + i) + 1) mod 2^64: exact in any order, and a moved slice changes it (C8).
+    """sum over i of bits(x_i) x (2 (start + i) + 1) mod 2^64: exact in any order, and a moved slice
+    changes it (C8).
 
     `start` is the place of the first element in the whole tensor, so that slices add up.
     """
@@ -116,7 +122,7 @@ def digests_of(slices: Iterable[Slice]) -> Digests:
     return found
 
 
-# ----------------------------------------------------------------------------------------------- write
+# -------------------------------------------------------------------------------------------- write
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,8 @@ class File:
 
 
 def write(path: Path, slices: list[Slice]) -> tuple[File, Digests]:
-    """Write slices as safetensors and bring them to the disk, hashing on the way: each byte is touched once.
+    """Write slices as safetensors and bring them to the disk, hashing on the way: each byte is
+    touched once.
 
     The library's own writer needs all of them in the host's memory at once, a second time.
     """
@@ -176,7 +183,7 @@ def checksum(path: Path) -> str:
     return hasher.hexdigest()
 
 
-# ----------------------------------------------------------------------------------------------- read
+# --------------------------------------------------------------------------------------------- read
 
 
 class Shards:
@@ -217,7 +224,8 @@ class Shards:
                 filled += stop - start
             if filled != tensor.numel():
                 raise BadInput(
-                    f"the checkpoint does not hold `{piece.key(state)}`: the model is another one than it was written "
+                    f"the checkpoint does not hold `{piece.key(state)}`: the model is another one "
+                    f"than it was written "
                     "from; put that one back, or give another run.dir"
                 )
 

@@ -1,7 +1,10 @@
-"""Where DeepSpeed keeps the training state: its optimizers' flat partitions as slices of parameters.
+"""Where DeepSpeed keeps the training state: its optimizers' flat partitions as slices of
+parameters.
 
-In: an optimizer that DeepSpeed made. Out: groups of slices whose tensors are views of it, so that reading them saves
-the state and writing to them restores it. All that is known about the layouts of DeepSpeed 0.19 is here:
+In: an optimizer that DeepSpeed made. Out: groups of slices whose tensors are views of it, so that
+    reading them saves
+the state and writing to them restores it. All that is known about the layouts of DeepSpeed 0.19 is
+here:
 
 stage 0     the optimizer is torch's own; every rank has all of every parameter
 stage 1, 2  a group's parameters lie end to end in one buffer, of which each rank has a piece
@@ -22,7 +25,9 @@ Names = Mapping[int, str]
 
 
 def read(optimizer: Any, names: Names) -> Iterator[list[Slice]]:
-    """The state of this rank, a group at a time; a group's tensors are valid until the next one is asked for."""
+    """The state of this rank, a group at a time; a group's tensors are valid until the next one is
+    asked for.
+    """
     for i, (master, places) in enumerate(_partitions(optimizer, names)):
         on_nvme = _is_on_nvme(optimizer, i)
         if on_nvme:
@@ -33,11 +38,12 @@ def read(optimizer: Any, names: Names) -> Iterator[list[Slice]]:
 
 
 def write(optimizer: Any, names: Names, updates: int) -> Iterator[list[Slice]]:
-    """As `read`, but what is put into a group's tensors becomes the state, after so many updates, and the model's
-    weights follow. Every rank takes all groups."""
+    """As `read`, but what is put into a group's tensors becomes the state, after so many updates,
+    and the model's weights follow. Every rank takes all groups."""
     is_stage_3 = hasattr(optimizer, "fp16_partitioned_groups_flat")
     if is_stage_3:
-        optimizer.checkpoint_event_prologue()  # cut small parameters, which are kept whole otherwise
+        # cut small parameters, which are kept whole otherwise
+        optimizer.checkpoint_event_prologue()
     for i, (master, places) in enumerate(_partitions(optimizer, names)):
         on_nvme = _is_on_nvme(optimizer, i)
         if on_nvme:
@@ -54,14 +60,18 @@ def write(optimizer: Any, names: Names, updates: int) -> Iterator[list[Slice]]:
 
 
 def wait_for_prefetch(optimizer: Any) -> None:
-    """Wait for the parameters that stage 3 fetches ahead of a forward that does not come: they cannot be gathered."""
+    """Wait for the parameters that stage 3 fetches ahead of a forward that does not come: they
+    cannot be gathered.
+    """
     if hasattr(optimizer, "fp16_partitioned_groups_flat"):
         optimizer.checkpoint_event_prologue()
         optimizer.checkpoint_event_epilogue()
 
 
 Place = tuple[str, int, int, int]
-"""A parameter's name, the first element of it that lies in a partition, where in the partition, how many."""
+"""A parameter's name, the first element of it that lies in a partition, where in the partition, how
+many.
+"""
 
 
 def _partitions(optimizer: Any, names: Names) -> Iterator[tuple[torch.Tensor, list[Place]]]:
@@ -137,7 +147,9 @@ def _base(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def make_moments(optimizer: Any, names: Names) -> None:
-    """Make AdamW's moments, of zeros, where there are none yet, as its first step would; not those off the GPU."""
+    """Make AdamW's moments, of zeros, where there are none yet, as its first step would; not those
+    off the GPU.
+    """
     base = _base(optimizer)
     for master, _ in _partitions(optimizer, names) if isinstance(base, torch.optim.AdamW) else ():
         if not base.state[master]:
@@ -145,7 +157,9 @@ def make_moments(optimizer: Any, names: Names) -> None:
 
 
 def forget_gradients(optimizer: Any) -> None:
-    """Leave no gradient behind a backward that no step follows, as DeepSpeed does where it does not apply one."""
+    """Leave no gradient behind a backward that no step follows, as DeepSpeed does where it does not
+    apply one.
+    """
     optimizer.zero_grad()  # at stage 3 the next micro-batch then overwrites what is in the buffers
     if hasattr(optimizer, "bit16_groups"):  # stages 1 and 2
         optimizer.micro_step_id = -1  # counted up before a step's first micro-batch

@@ -1,7 +1,9 @@
 """Memory, disk and time of a run from the model's configuration alone: no weights, no data, no GPU.
 
-In: a recipe, filled templates (ds_template.deepspeed_config), a cluster. Out: bytes by part and whether they fit.
-The model is built on torch's meta device, so that shapes follow from how it is made, not from a list of known models.
+In: a recipe, filled templates (ds_template.deepspeed_config), a cluster. Out: bytes by part and
+    whether they fit.
+The model is built on torch's meta device, so that shapes follow from how it is made, not from a
+list of known models.
 
 exact       weights, gradients, masters and moments: DeepSpeed's own buffers, byte for byte (tests/numerics)
 traced      activations: what autograd saves in one forward over meta tensors, a fused attention kernel put in
@@ -42,7 +44,7 @@ SHARE_RESERVED = (
 )
 RESERVED = int(1.5 * GIB)  # CUDA's context, NCCL's buffers, cuBLAS's workspaces (not measured here)
 
-# ----------------------------------------------------------------------------------------------- the model
+# ---------------------------------------------------------------------------------------- the model
 
 
 @dataclass(frozen=True)
@@ -74,11 +76,12 @@ class Model:
 
 
 def empty_model(section: ModelSection, adapter: AdapterSection | None = None) -> Any:
-    """The transformers model on the meta device, with its adapter, attending by a stand-in for a fused kernel.
+    """The transformers model on the meta device, with its adapter, attending by a stand-in for a
+    fused kernel.
 
     Raises:
-        BadInput: no such configuration, not a causal model, one whose class cannot be built without data, or that
-            cannot have the adapter.
+        BadInput: no such configuration, not a causal model, one whose class cannot be built without
+            data, or that cannot have the adapter.
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -131,8 +134,9 @@ def describe(model: Any, optim: OptimSection, adapter: AdapterSection | None = N
 
 
 def _bytes_in_4_bits(elements: int, double: bool) -> int:
-    """NF4 by bitsandbytes: two weights a byte, an fp32 scale for 64 of them, and the 16 values in fp32; with double
-    quantisation the scales are bytes, an fp32 scale for 256 of those, their 256 values and their mean in fp32."""
+    """NF4 by bitsandbytes: two weights a byte, an fp32 scale for 64 of them, and the 16 values in
+    fp32; with double quantisation the scales are bytes, an fp32 scale for 256 of those, their 256
+    values and their mean in fp32."""
     scales = -(-elements // 64)
     return (
         -(-elements // 2)
@@ -141,7 +145,7 @@ def _bytes_in_4_bits(elements: int, double: bool) -> int:
     )
 
 
-# ----------------------------------------------------------------------------------------------- activations
+# -------------------------------------------------------------------------------------- activations
 
 
 @dataclass(frozen=True)
@@ -153,8 +157,9 @@ class Activations:
 
 
 def trace(model: Any, tokens: int) -> dict[str, Activations]:
-    """Run the decoder once over `tokens` meta tokens for each value of model.activation_checkpointing that the model
-    supports, and count what is saved for the backward.
+    """Run the decoder once over `tokens` meta tokens for each value of
+    model.activation_checkpointing that the model supports, and count what is saved for the
+    backward.
 
     Raises:
         BadInput: the model's forward depends on values, which meta tensors lack.
@@ -200,7 +205,8 @@ def _saved(model: Any, tokens: int) -> tuple[int, list[int]]:
         except (RuntimeError, NotImplementedError) as error:
             said = " ".join(str(error).split())[:200]
             raise BadInput(
-                f"{type(model).__name__} cannot be planned: its forward asks for values, of which a plan has none "
+                f"{type(model).__name__} cannot be planned: its forward asks for values, of which "
+                f"a plan has none "
                 f"({said}); measure it with `packhorse train` on one GPU"
             ) from None
         finally:
@@ -211,7 +217,9 @@ def _saved(model: Any, tokens: int) -> tuple[int, list[int]]:
 
 @contextmanager
 def saved_bytes(model: nn.Module) -> Iterator[Any]:
-    """Gives a function: bytes of the storages that autograd saved so far inside, each once, weights left out."""
+    """Gives a function: bytes of the storages that autograd saved so far inside, each once, weights
+    left out.
+    """
     seen = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: list[torch.Tensor] = []  # alive, so that no storage's identity comes twice
     total = 0
@@ -230,10 +238,13 @@ def saved_bytes(model: nn.Module) -> Iterator[Any]:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What FlashAttention saves: queries, keys, values, the output, and a number for each head and position."""
+    """What FlashAttention saves: queries, keys, values, the output, and a number for each head and
+    position.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    # type: ignore[override]
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = q.new_empty(*q.shape[:3], v.shape[3])
         ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
         return out
@@ -252,7 +263,9 @@ def _fused(
 
 
 def loss_workspace(model: Model, trained: int, kernel: str) -> int:
-    """Bytes of the loss at its peak, in its own kernel; the head's gradient, if it is trained, is among them (C5)."""
+    """Bytes of the loss at its peak, in its own kernel; the head's gradient, if it is trained, is
+    among them (C5).
+    """
     hidden, head = trained * model.hidden, model.vocabulary * model.hidden * model.trains_head
     if (
         kernel == "liger"
@@ -272,7 +285,7 @@ def loss_workspace(model: Model, trained: int, kernel: str) -> int:
     )
 
 
-# ----------------------------------------------------------------------------------------------- training state
+# ----------------------------------------------------------------------------------- training state
 
 
 @dataclass(frozen=True)
@@ -280,7 +293,8 @@ class State:
     """Bytes of one rank (the fullest), after a backward; and where the parts lie."""
 
     weights: int
-    whole: int  # of the weights, parameters too small to cut, which stage 3 keeps whole on the GPU beside
+    # of the weights, parameters too small to cut, which stage 3 keeps whole on the GPU beside
+    whole: int
     gradients: int
     masters: int  # fp32 weights of the optimizer
     moments: int
@@ -340,7 +354,9 @@ def state(model: Model, config: Mapping[str, Any], world: int) -> State:
 
 
 def _touched(groups: Sequence[Sequence[int]], flat: Sequence[int], world: int) -> int:
-    """Elements of the parameters that lie, wholly or in part, in the fullest rank's piece of each group."""
+    """Elements of the parameters that lie, wholly or in part, in the fullest rank's piece of each
+    group.
+    """
     most = [0] * world
     for group, length in zip(groups, flat, strict=True):
         piece, ends = length // world, list(accumulate(group))
@@ -352,7 +368,7 @@ def _touched(groups: Sequence[Sequence[int]], flat: Sequence[int], world: int) -
     return max(most)
 
 
-# ----------------------------------------------------------------------------------------------- one rank's memory
+# -------------------------------------------------------------------------------- one rank's memory
 
 
 @dataclass(frozen=True)
@@ -384,7 +400,9 @@ def peak_memory(
     kernel: str,
     activations: Activations,
 ) -> Memory:
-    """What a step takes on `world` ranks, `per_node` of them on a node, under a filled DeepSpeed template."""
+    """What a step takes on `world` ranks, `per_node` of them on a node, under a filled DeepSpeed
+    template.
+    """
     zero = config["zero_optimization"]
     of_state, stage = state(model, config, world), zero.get("stage", 0)
     local = min(world, per_node)
@@ -444,7 +462,9 @@ def _communication(
 
 
 def _swap_buffers(model: Model, zero: Mapping[str, Any], of_state: State) -> int:
-    """Bytes of the host's buffers between GPU and NVMe, DeepSpeed's own defaults where the template is silent."""
+    """Bytes of the host's buffers between GPU and NVMe, DeepSpeed's own defaults where the template
+    is silent.
+    """
     total = 0
     if of_state.weights_on == "nvme":
         offload = zero["offload_param"]
@@ -459,12 +479,14 @@ def _swap_buffers(model: Model, zero: Mapping[str, Any], of_state: State) -> int
     return total
 
 
-# ----------------------------------------------------------------------------------------------- disk and time
+# ------------------------------------------------------------------------------------ disk and time
 
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes. A checkpoint is fp32 weights and two moments of what is trained; one is written beside those kept."""
+    """Bytes. A checkpoint is fp32 weights and two moments of what is trained; one is written beside
+    those kept.
+    """
 
     checkpoint: int
     checkpoints: int
@@ -507,8 +529,8 @@ def work_of(recipe: Recipe) -> StepStats:
 
 
 def step_seconds(model: Model, work: StepStats, gpus: int, flops: float) -> float:
-    """Seconds of a step, where a GPU at work makes so many of the model's own FLOP/s: its peak x the MFU. Fillers
-    make nobody faster."""
+    """Seconds of a step, where a GPU at work makes so many of the model's own FLOP/s: its peak x
+    the MFU. Fillers make nobody faster."""
     of = model.flops
     needed = 6 * (
         of.body_weights * work.tokens
@@ -518,12 +540,14 @@ def step_seconds(model: Model, work: StepStats, gpus: int, flops: float) -> floa
     return needed / (gpus * flops * (1 - filler_share(work.micro_batches, gpus)))
 
 
-# ----------------------------------------------------------------------------------------------- worlds
+# ------------------------------------------------------------------------------------------- worlds
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs and what each of them, its node and the shared disk hold, in bytes; None where it is not asked."""
+    """GPUs and what each of them, its node and the shared disk hold, in bytes; None where it is not
+    asked.
+    """
 
     gpus: int
     per_node: int

@@ -1,6 +1,8 @@
-"""`packhorse plan`: what a recipe needs on a cluster, for every template of ds_configs/ and the recipe's own.
+"""`packhorse plan`: what a recipe needs on a cluster, for every template of ds_configs/ and the
+recipe's own.
 
-Joins the planner's arithmetic with the templates as engine.py fills them and, on request, with the data's real steps.
+Joins the planner's arithmetic with the templates as engine.py fills them and, on request, with the
+data's real steps.
 """
 
 from __future__ import annotations
@@ -85,12 +87,15 @@ def _checkpoints_kept(recipe: Recipe) -> int:
 
 
 def look(recipe: Recipe, tokens: int) -> tuple[Model, dict[str, Activations]]:
-    """Return the recipe's model, and its activations for `tokens` tokens by activation checkpointing."""
+    """Return the recipe's model, and its activations for `tokens` tokens by activation
+    checkpointing.
+    """
     empty = empty_model(recipe.model, recipe.adapter)
     model, activations = describe(empty, recipe.optim, recipe.adapter), trace(empty, tokens)
     if recipe.model.activation_checkpointing not in activations:
         raise BadInput(
-            f"{model.name} does not support activation checkpointing; set model.activation_checkpointing=none"
+            f"{model.name} does not support activation checkpointing; set "
+            f"model.activation_checkpointing=none"
         )
     return model, activations
 
@@ -101,7 +106,8 @@ def build_report(
     work: StepStats | None = None,
     looked: tuple[Model, dict[str, Activations]] | None = None,
 ) -> Report:
-    """Plan a recipe; without `work`, that of full rows. `looked` is what `look` found, if it was called before.
+    """Plan a recipe; without `work`, that of full rows. `looked` is what `look` found, if it was
+    called before.
 
     Raises:
         BadInput: the model cannot be planned, or there are more GPUs than micro-batches in a step.
@@ -111,7 +117,8 @@ def build_report(
     if cluster.gpus > fewest and not recipe.parallel.allow_idle_ranks:
         raise BadInput(
             f"{cluster.gpus} GPUs, but a step has only {fewest} micro-batches: plan for "
-            f"{', '.join(map(str, good_worlds(work.micro_batches, cluster.gpus)))}, raise batch.global_batch_size, "
+            f"{', '.join(map(str, good_worlds(work.micro_batches, cluster.gpus)))}, raise "
+            f"batch.global_batch_size, "
             "or lower batch.micro_batch_size"
         )
     model, activations = looked or look(recipe, work.fullest_tokens)
@@ -180,7 +187,9 @@ def work_of_data(plan: Plan) -> StepStats:
 
 
 def predicted(recipe: Recipe, tokens: int, trained: int) -> int | None:
-    """Bytes that torch holds on this rank's GPU at the peak of a step; None where the run cannot be planned."""
+    """Bytes that torch holds on this rank's GPU at the peak of a step; None where the run cannot be
+    planned.
+    """
     try:
         model, activations = look(recipe, tokens)
         config = filled(recipe, recipe.parallel.deepspeed, model.hidden)
@@ -200,7 +209,7 @@ def predicted(recipe: Recipe, tokens: int, trained: int) -> int | None:
     return memory.gpu_total - memory.gpu["reserve"]
 
 
-# ----------------------------------------------------------------------------------------------- what is said
+# ------------------------------------------------------------------------------------- what is said
 
 
 def sentences(report: Report, recipe: Recipe, flops: float, mfu: float) -> list[str]:
@@ -220,16 +229,20 @@ def sentences(report: Report, recipe: Recipe, flops: float, mfu: float) -> list[
     )
     run = f"; {work.steps:,} steps: {_time(seconds * work.steps)}" if work.steps else ""
     return [
-        f"{model.name}: {model.parameters / 1e9:.3g} billion parameters{trained}, {recipe.model.dtype}; "
-        f"{cluster.gpus} GPUs of {_gib(cluster.gpu)} GiB, {min(cluster.per_node, cluster.gpus)} a node",
-        f"a step: {work.tokens:,.0f} tokens in {work.micro_batches.mean():,.4g} micro-batches, of which the fullest "
+        f"{model.name}: {model.parameters / 1e9:.3g} billion parameters{trained}, "
+        f"{recipe.model.dtype}; "
+        f"{cluster.gpus} GPUs of {_gib(cluster.gpu)} GiB, {min(cluster.per_node, cluster.gpus)} a "
+        f"node",
+        f"a step: {work.tokens:,.0f} tokens in {work.micro_batches.mean():,.4g} micro-batches, of "
+        f"which the fullest "
         f"has {work.fullest_tokens:,} tokens, {work.fullest_trained:,} of them trained",
-        f"fillers: {share:.1%} of the micro-batches of {cluster.gpus} GPUs; good numbers of GPUs: {worlds}"
-        + (" (this one idles much)" if share > MUCH_FILLER else ""),
+        f"fillers: {share:.1%} of the micro-batches of {cluster.gpus} GPUs; good numbers of GPUs: "
+        f"{worlds}" + (" (this one idles much)" if share > MUCH_FILLER else ""),
         f"activations of a micro-batch: {', '.join(kept)}",
         f"time, at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU: {seconds:.3g} s a step, "
         f"{work.tokens / seconds:,.0f} tokens/s{run}",
-        f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {_checkpoints_kept(recipe)} kept and one being written "
+        f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {_checkpoints_kept(recipe)} kept and one "
+        f"being written "
         f"{_gib(disk.checkpoints)} GiB; the universal form {_gib(disk.universal)} GiB; an export "
         f"{_gib(disk.export)} GiB while it is made",
     ]
@@ -278,8 +291,10 @@ def verdict(report: Report) -> str:
     if fitting:
         return f"fits: {', '.join(fitting)}; {fewest or 'fewer GPUs were not tried'}"
     else_ = fewest or (
-        "nor does any number of GPUs that a step has micro-batches for: set model.activation_checkpointing=full, lower "
-        "batch.seq_len or batch.micro_batch_size, raise batch.global_batch_size, or give what is lacking"
+        "nor does any number of GPUs that a step has micro-batches for: set "
+        "model.activation_checkpointing=full, lower "
+        "batch.seq_len or batch.micro_batch_size, raise batch.global_batch_size, or give what is "
+        "lacking"
     )
     raise BadInput(
         f"no template fits {report.cluster.gpus} GPUs of {_gib(report.cluster.gpu)} GiB; {else_}"

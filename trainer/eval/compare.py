@@ -1,7 +1,10 @@
-"""Two evaluations side by side: each metric with its interval, their difference, and a paired test of it.
+"""Two evaluations side by side: each metric with its interval, their difference, and a paired test
+of it.
 
-In: folders that hold evaluations.jsonl and samples.jsonl, a run's or what `packhorse eval` has written. Out: tables.
-Samples are paired by their prompts, so that questions which are hard for both say nothing about the difference.
+In: folders that hold evaluations.jsonl and samples.jsonl, a run's or what `packhorse eval` has
+    written. Out: tables.
+Samples are paired by their prompts, so that questions which are hard for both say nothing about the
+difference.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ HARNESS_METRICS, HARNESS_SAMPLES = (
     "lm_eval.json",
     "lm_eval.jsonl",
 )  # of lm-evaluation-harness: as a line, and samples
-SHARED = 0.9  # of the prompts of the one that has more: with fewer in common the two were asked other things
+# of the prompts of the one that has more: with fewer in common the two were asked other things
+SHARED = 0.9
 
 Scores = dict[tuple[str, int], float]
 """(prompt, which of those that are alike) -> score."""
@@ -43,7 +47,8 @@ class Results(NamedTuple):
 
 
 def read_results(place: str) -> Results:
-    """An evaluation by its folder, as `runs/a`, `runs/a@200` or `runs/a@best`; without a step the last one.
+    """An evaluation by its folder, as `runs/a`, `runs/a@200` or `runs/a@best`; without a step the
+    last one.
 
     Raises:
         BadInput: no evaluation is there, or not of that step.
@@ -101,13 +106,14 @@ def difference(a: Results, b: Results, name: str) -> tuple[Difference, int] | No
         return None
     if len(both) < SHARED * most:
         raise BadInput(
-            f"{name}: {a.name} and {b.name} have {len(both)} prompts in common, of {len(left)} and {len(right)}: they "
+            f"{name}: {a.name} and {b.name} have {len(both)} prompts in common, of {len(left)} and "
+            f"{len(right)}: they "
             "were asked other questions; evaluate both with the same recipe"
         )
     return paired([left[key] for key in both], [right[key] for key in both]), len(both)
 
 
-# ----------------------------------------------------------------------------------------------- tables
+# ------------------------------------------------------------------------------------------- tables
 
 
 def table_of_one(results: Results) -> Table:

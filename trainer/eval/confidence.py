@@ -1,7 +1,8 @@
 """What a mean of scores, and the difference of two, is worth: 95% intervals and paired tests.
 
-Scores enter, one a prompt, from 0 to 1. Where all are 0 or 1 they are counts of right answers, and the formulas are
-those for proportions; else the scores are resampled, with a fixed seed: the same scores have the same interval.
+Scores enter, one a prompt, from 0 to 1. Where all are 0 or 1 they are counts of right answers, and
+the formulas are those for proportions; else the scores are resampled, with a fixed seed: the same
+scores have the same interval.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Of two means over the same prompts: the second's less the first's, its 95% interval, and the probability of one
-    at least as large, either way, where the two do not differ."""
+    """Of two means over the same prompts: the second's less the first's, its 95% interval, and the
+    probability of one at least as large, either way, where the two do not differ."""
 
     value: float
     low: float
@@ -35,7 +36,9 @@ class Difference(NamedTuple):
 
 
 def interval(scores: Sequence[float]) -> Interval:
-    """The 95% interval of the mean: Wilson's for scores of 0 and 1, else a BCa bootstrap's. Needs a score."""
+    """The 95% interval of the mean: Wilson's for scores of 0 and 1, else a BCa bootstrap's. Needs a
+    score.
+    """
     return (
         wilson(round(sum(scores)), len(scores))
         if _are_binary(scores)
@@ -46,8 +49,8 @@ def interval(scores: Sequence[float]) -> Interval:
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
     """How much better the second scores are than the first, prompt by prompt. Needs a prompt.
 
-    Scores of 0 and 1: Newcombe's interval and McNemar's exact test. Else: a BCa bootstrap of the differences, and a
-    test that exchanges the two at random.
+    Scores of 0 and 1: Newcombe's interval and McNemar's exact test. Else: a BCa bootstrap of the
+    differences, and a test that exchanges the two at random.
     """
     assert len(first) == len(second), "scores of the same prompts"
     if _are_binary([*first, *second]):
@@ -72,8 +75,9 @@ def wilson(successes: int, n: int) -> Interval:
 
 
 def newcombe(both: int, gained: int, lost: int, n: int) -> Interval:
-    """Of the difference of two proportions over the same n: the square-and-add interval, method 10 of Newcombe (Stat.
-    Med. 17, 2635-2650, 1998). `gained` are right in the second alone, `lost` in the first alone."""
+    """Of the difference of two proportions over the same n: the square-and-add interval, method 10
+    of Newcombe (Stat. Med. 17, 2635-2650, 1998). `gained` are right in the second alone, `lost` in
+    the first alone."""
     neither = n - both - gained - lost
     ones = both + gained, both + lost  # of the second, of the first
     (p2, p1), (w2, w1) = [k / n for k in ones], [wilson(k, n) for k in ones]
@@ -91,8 +95,8 @@ def _hypotenuse(a: float, b: float, correlation: float) -> float:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """The exact two-sided test of whether as many are gained as lost: a binomial of 1/2 (McNemar, Psychometrika 12,
-    1947)."""
+    """The exact two-sided test of whether as many are gained as lost: a binomial of 1/2 (McNemar,
+    Psychometrika 12, 1947)."""
     n = gained + lost
     tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**n)
@@ -103,8 +107,9 @@ def _are_binary(scores: Sequence[float]) -> bool:
 
 
 def _bootstrap(values: np.ndarray) -> Interval:
-    """Of the mean: bias-corrected and accelerated (Efron, J. Am. Stat. Assoc. 82, 1987), 10,000 resamples. Where the
-    values do not differ there is nothing to resample, and the interval is a point."""
+    """Of the mean: bias-corrected and accelerated (Efron, J. Am. Stat. Assoc. 82, 1987), 10,000
+    resamples. Where the values do not differ there is nothing to resample, and the interval is a
+    point."""
     values = values.astype(np.float64)
     n = len(values)
     if n == 1 or not np.ptp(values):
@@ -126,8 +131,8 @@ def _bootstrap(values: np.ndarray) -> Interval:
 
 
 def _sign_flips(differences: np.ndarray) -> float:
-    """The share of random exchanges of the two under which the mean differs as much, the true one counted as one of
-    them (Phipson and Smyth, Stat. Appl. Genet. Mol. Biol. 9, 2010)."""
+    """The share of random exchanges of the two under which the mean differs as much, the true one
+    counted as one of them (Phipson and Smyth, Stat. Appl. Genet. Mol. Biol. 9, 2010)."""
     n = len(differences)
     flipped = _resampled(
         n, lambda random, size: (differences * random.choice((-1.0, 1.0), size)).mean(axis=1)
@@ -139,8 +144,8 @@ def _sign_flips(differences: np.ndarray) -> float:
 def _resampled(
     n: int, means: Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
 ) -> np.ndarray:
-    """(10,000,) means of resamples of n values, which `means` draws by (resamples, n): a few at a time, so that memory
-    does not grow with n."""
+    """(10,000,) means of resamples of n values, which `means` draws by (resamples, n): a few at a
+    time, so that memory does not grow with n."""
     random = np.random.default_rng(_SEED)
     at_once = max(1, _MOST_VALUES // n)
     sizes = [min(at_once, _RESAMPLES - start) for start in range(0, _RESAMPLES, at_once)]

@@ -1,7 +1,9 @@
 """Held-out loss with the training loss's own code, and answers by generation with their scores.
 
-In: the engine, held-out batches, prompts. Out: `eval/...` numbers, samples, and a line of evaluations.jsonl. Every
-rank takes part in all of it and runs as many forwards as the others, fillers among them, so that no collective hangs.
+In: the engine, held-out batches, prompts. Out: `eval/...` numbers, samples, and a line of
+    evaluations.jsonl. Every
+rank takes part in all of it and runs as many forwards as the others, fillers among them, so that no
+collective hangs.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ from trainer.metrics import EVALUATIONS, Metrics, read_lines
 def held_out_loss(
     engine: Engine, batches: Iterable[Batch], stop: dist.StopFlag, watch: Watch
 ) -> float | None:
-    """The mean loss over all trained tokens of the held-out data; None where the stop flag went up meanwhile."""
+    """The mean loss over all trained tokens of the held-out data; None where the stop flag went up
+    meanwhile.
+    """
     total = torch.zeros((), dtype=torch.float64, device=dist.device())
     for batch in batches:
         watch.beat("evaluation")
@@ -53,7 +57,9 @@ def write_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
 
 
 def write_evaluation(run_dir: Path, step: int, loss: float, measured: Mapping[str, Metric]) -> None:
-    """Append an evaluation that has ended to evaluations.jsonl, which stands on the disk when this returns."""
+    """Append an evaluation that has ended to evaluations.jsonl, which stands on the disk when this
+    returns.
+    """
     line = {
         "step": step,
         "eval_loss": loss,
@@ -68,8 +74,8 @@ def write_evaluation(run_dir: Path, step: int, loss: float, measured: Mapping[st
 class Evaluation:
     """Called with the number of applied steps: evaluates, logs, and says whether it ran to its end.
 
-    A step is evaluated once: what evaluations.jsonl holds is not evaluated again. Build it after Metrics, which
-    drops what a killed run left there of later steps.
+    A step is evaluated once: what evaluations.jsonl holds is not evaluated again. Build it after
+    Metrics, which drops what a killed run left there of later steps.
     """
 
     def __init__(
@@ -131,7 +137,9 @@ class Evaluation:
         return True
 
     def _scored(self, step: int) -> list[Sample] | None:
-        """Every prompt with its answer and scores, on all ranks; None where the stop flag went up meanwhile."""
+        """Every prompt with its answer and scores, on all ranks; None where the stop flag went up
+        meanwhile.
+        """
         section = self._generate
         if section is None or not self._prompts:
             return []
@@ -158,7 +166,9 @@ class Evaluation:
         return dist.broadcast(score() if dist.is_main() else None)
 
     def _answers(self, section: GenerateSection, step: int) -> list[str] | None:
-        """From the engine, or from a server that is handed its weights; None where the stop flag went up."""
+        """From the engine, or from a server that is handed its weights; None where the stop flag
+        went up.
+        """
         recipe, prompts = self._recipe, self._prompts
         if recipe.eval.generator != "engine":
             return vllm_server.generate(

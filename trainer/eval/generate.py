@@ -1,7 +1,10 @@
-"""Answers to held-out prompts, and the likelihood of given ones, from the model that is trained, at any ZeRO stage.
+"""Answers to held-out prompts, and the likelihood of given ones, from the model that is trained, at
+any ZeRO stage.
 
-In: the engine and prompts. Out: one answer a prompt, or one number for each of its choices, on every rank and in the
-prompts' order. Each rank works on a share of them. Batches hold prompts of like lengths, padded on the left.
+In: the engine and prompts. Out: one answer a prompt, or one number for each of its choices, on
+    every rank and in the
+prompts' order. Each rank works on a share of them. Batches hold prompts of like lengths, padded on
+the left.
 
 Shapes: B prompts of a batch, L tokens of its longest one, V vocabulary.
 """
@@ -30,13 +33,17 @@ def require_room(model: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> 
     longest = max((len(prompt.input_ids) for prompt in prompts), default=0)
     if positions and longest + max_new_tokens > positions:
         raise BadInput(
-            f"eval.generate: a held-out prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit into "
-            f"the model's {positions} positions; lower max_new_tokens, or take the longest prompts out of data.eval"
+            f"eval.generate: a held-out prompt of {longest} tokens and "
+            f"max_new_tokens={max_new_tokens} do not fit into "
+            f"the model's {positions} positions; lower max_new_tokens, or take the longest prompts "
+            f"out of data.eval"
         )
 
 
 def stop_tokens(model: Any, learned: Sequence[int]) -> list[int]:
-    """What ends an answer: what was learned to, and what the model's makers named beside it, as a tool call's end."""
+    """What ends an answer: what was learned to, and what the model's makers named beside it, as a
+    tool call's end.
+    """
     return sorted({*learned, *_as_list(model.generation_config.eos_token_id)})
 
 
@@ -50,11 +57,12 @@ def generate(
     *,
     seeds: Sequence[int],
 ) -> list[str] | None:
-    """The text of the answers, of which the special tokens are no part; None where the stop flag went up meanwhile.
+    """The text of the answers, of which the special tokens are no part; None where the stop flag
+    went up meanwhile.
 
     Args:
-        seeds: what is drawn for each prompt follows from its own one: neither the number of ranks nor the batch that
-            it falls into changes it. Greedy answers need none.
+        seeds: what is drawn for each prompt follows from its own one: neither the number of ranks
+            nor the batch that it falls into changes it. Greedy answers need none.
     """
     ids = answer_ids(
         engine, [prompt.input_ids for prompt in prompts], section, stop, watch, seeds=seeds
@@ -72,7 +80,9 @@ def answer_ids(
     *,
     seeds: Sequence[int],
 ) -> list[list[int]] | None:
-    """The tokens of the answers to prompts of tokens, up to the first stop token of the generation configuration."""
+    """The tokens of the answers to prompts of tokens, up to the first stop token of the generation
+    configuration.
+    """
     model: Any = engine.module.model
     lengths = [len(prompt) for prompt in prompts]
     mine: dict[int, list[int]] = {}
@@ -105,7 +115,8 @@ def _answers(
     """One batch.
 
     Args:
-        synced: the other ranks run a batch, too, and need this one's forwards until the last of them has ended.
+        synced: the other ranks run a batch, too, and need this one's forwards until the last of
+            them has ended.
     """
     from transformers import GenerationConfig
 
@@ -132,10 +143,11 @@ def _answers(
 
 
 class SeededSampler:
-    """Draws each row's next token, as a logits processor: what it returns leaves that one token possible.
+    """Draws each row's next token, as a logits processor: what it returns leaves that one token
+    possible.
 
-    A row needs one uniform number a token. It comes from the row's own seed, on the CPU, so that it is the same
-    whatever batch, rank or device a prompt falls on.
+    A row needs one uniform number a token. It comes from the row's own seed, on the CPU, so that it
+    is the same whatever batch, rank or device a prompt falls on.
     """
 
     def __init__(self, temperature: float, top_p: float, seeds: Sequence[int]) -> None:
@@ -154,10 +166,12 @@ class SeededSampler:
 def draw(
     scores: torch.Tensor, temperature: float, top_p: float, uniform: torch.Tensor
 ) -> torch.Tensor:
-    """(B, 1): of (B, V) logits the token at which the cumulative probability passes (B, 1) numbers from [0, 1).
+    """(B, 1): of (B, V) logits the token at which the cumulative probability passes (B, 1) numbers
+    from [0, 1).
 
-    With `top_p` the least likely tokens are left out, as long as the others have that share. The order of the sum is
-    the vocabulary's and not that of the probabilities, which rounding would change.
+    With `top_p` the least likely tokens are left out, as long as the others have that share. The
+    order of the sum is the vocabulary's and not that of the probabilities, which rounding would
+    change.
     """
     probabilities = torch.softmax(scores.double() / temperature, dim=-1)
     if top_p < 1:
@@ -170,7 +184,7 @@ def draw(
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
 
 
-# ----------------------------------------------------------------------------------------------- likelihoods
+# -------------------------------------------------------------------------------------- likelihoods
 
 
 @torch.no_grad()
@@ -183,9 +197,11 @@ def choice_logprobs(
     stop: dist.StopFlag,
     watch: Watch,
 ) -> list[list[float]] | None:
-    """For each prompt the log-probability (natural) of each choice's tokens at the start of its answer.
+    """For each prompt the log-probability (natural) of each choice's tokens at the start of its
+    answer.
 
-    The head sees the positions before these tokens alone. Choices that differ in their last token share a row.
+    The head sees the positions before these tokens alone. Choices that differ in their last token
+    share a row.
 
     Args:
         choices: short texts, as "A" to "D".
@@ -222,8 +238,8 @@ def choice_logprobs(
 
 
 def tokens_after(tokenizer: Any, prompt: Prompt, text: str) -> list[int]:
-    """The tokens of a text that follows a prompt, as they were learned: a tokenizer may write a text otherwise where
-    it stands alone."""
+    """The tokens of a text that follows a prompt, as they were learned: a tokenizer may write a
+    text otherwise where it stands alone."""
     whole = tokenizer(prompt.text + text, add_special_tokens=False)["input_ids"]
     start = len(prompt.input_ids)
     if whole[:start] == prompt.input_ids and len(whole) > start:
@@ -242,14 +258,15 @@ def _last_logprobs(model: Any, rows: list[tuple[int, ...]], last: int) -> torch.
     return torch.log_softmax(out.logits[:, -last:].float(), dim=-1)
 
 
-# ----------------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 
 def _rounds(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """The numbers of this rank's prompts, a batch at a time: as many batches on every rank, some of them empty.
+    """The numbers of this rank's prompts, a batch at a time: as many batches on every rank, some of
+    them empty.
 
-    Prompts of like lengths run together, on all ranks at the same time, the longest first: a device that has no room
-    for them says so at once.
+    Prompts of like lengths run together, on all ranks at the same time, the longest first: a device
+    that has no room for them says so at once.
     """
     world, count = dist.world_size(), len(lengths)
     order = sorted(range(count), key=lambda i: (-lengths[i], i))
@@ -296,8 +313,9 @@ def _evaluating(model: Any) -> Iterator[None]:
 
 @contextmanager
 def _configuration(model: Any, plain: Any) -> Iterator[None]:
-    """Inside, the model has no generation configuration but this one. What its makers set for its users, as a penalty
-    for repetition, counts the padding, too, so that an answer would depend on its batch."""
+    """Inside, the model has no generation configuration but this one. What its makers set for its
+    users, as a penalty for repetition, counts the padding, too, so that an answer would depend on
+    its batch."""
     before, model.generation_config = model.generation_config, plain
     try:
         yield

@@ -1,9 +1,11 @@
-"""Answers before a judge, a model on a server: a grade of each, or which of it and the reference is better.
+"""Answers before a judge, a model on a server: a grade of each, or which of it and the reference is
+better.
 
-Prompts, answers and the recipe's rubric enter; a score for each answer leaves, None where the judge's reply holds no
-verdict. The verdict is the reply's last line, in one form alone: whatever else a reply says is no verdict. A judge
-prefers an answer by its place (Zheng et al., arXiv 2306.05685), so pairs are asked in both orders, and where the two
-verdicts differ, neither answer has won.
+Prompts, answers and the recipe's rubric enter; a score for each answer leaves, None where the
+judge's reply holds no verdict. The verdict is the reply's last line, in one form alone: whatever
+else a reply says is no verdict. A judge prefers an answer by its place (Zheng et al., arXiv
+2306.05685), so pairs are asked in both orders, and where the two verdicts differ, neither answer
+has won.
 """
 
 from __future__ import annotations
@@ -90,7 +92,7 @@ def _ask(rule: Judge, texts: Sequence[str], stopping: Callable[[], bool]) -> lis
     )
 
 
-# ----------------------------------------------------------------------------------------------- what is asked
+# ------------------------------------------------------------------------------------ what is asked
 
 
 def _grade(rule: Judge, prompt: Prompt, answer: str) -> str:
@@ -122,7 +124,7 @@ def _mark(*texts: str) -> str:
     )
 
 
-# ----------------------------------------------------------------------------------------------- what is said
+# ------------------------------------------------------------------------------------- what is said
 
 
 def _verdict(reply: str, word: str) -> str | None:

@@ -1,7 +1,8 @@
-"""Tasks of lm-evaluation-harness, by that library: `eval.lm_eval`, as `packhorse eval` runs it after the recipe's own
-evaluation.
+"""Tasks of lm-evaluation-harness, by that library: `eval.lm_eval`, as `packhorse eval` runs it
+after the recipe's own evaluation.
 
-In: a recipe whose model is a folder or a hub name. Out, in the results folder: lm_eval.json, the metrics as in a line
+In: a recipe whose model is a folder or a hub name. Out, in the results folder: lm_eval.json, the
+    metrics as in a line
 of evaluations.jsonl, and lm_eval.jsonl, their samples, so that `packhorse compare` pairs them.
 """
 
@@ -41,7 +42,8 @@ def require_tasks(section: EvalSection) -> Any:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise BadInput(
-            f"eval.lm_eval: lm-evaluation-harness is not installed ({error}); install packhorse's extra [lm-eval]"
+            f"eval.lm_eval: lm-evaluation-harness is not installed ({error}); install packhorse's "
+            f"extra [lm-eval]"
         ) from None
     manager = TaskManager(include_path=section.lm_eval_path)
     for task in section.lm_eval:
@@ -103,7 +105,8 @@ def metrics_of(
 ) -> dict[str, dict[str, Any]]:
     """The library's results as metrics: `task/metric` -> value, count and 95% interval.
 
-    The interval is ours where the value is the mean of the samples' scores, else by the library's standard error.
+    The interval is ours where the value is the mean of the samples' scores, else by the library's
+    standard error.
     """
     scores: dict[str, list[float]] = defaultdict(list)
     for sample in samples:
@@ -128,9 +131,11 @@ def metrics_of(
 
 
 def samples_of(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The library's samples as ours: the prompt, by its digest, and its scores, those that are numbers of one sample.
+    """The library's samples as ours: the prompt, by its digest, and its scores, those that are
+    numbers of one sample.
 
-    A metric that is no mean of such numbers, as a perplexity, has none: two of them are not compared by pairs.
+    A metric that is no mean of such numbers, as a perplexity, has none: two of them are not
+    compared by pairs.
     """
     samples = []
     for task, of_task in found.items():

@@ -1,6 +1,7 @@
 """Answers and their scores: samples, and what they come to.
 
-In: prompts, their answers, the scorers of the recipe. Out: samples, one a prompt, with every scorer's score; and for
+In: prompts, their answers, the scorers of the recipe. Out: samples, one a prompt, with every
+    scorer's score; and for
 each scorer a metric, the mean with its count and 95% interval.
 """
 
@@ -20,12 +21,14 @@ from trainer.eval.scorers import TooSlow, Unscored, expected, score
 from trainer.utils.math_answers import check_installed
 from trainer.utils.user_functions import load_function
 
-SLOW_S = 60.0  # of processor time that a scorer may lose to answers that it cannot score in time, in one evaluation
+# of processor time that a scorer may lose to answers that it cannot score in time, in one
+# evaluation
+SLOW_S = 60.0
 
 
 class Sample(NamedTuple):
-    """One held-out prompt, its answer, and the answer's scores by the scorers' names: 0 to 1, or None with the reason
-    in `unscored`."""
+    """One held-out prompt, its answer, and the answer's scores by the scorers' names: 0 to 1, or
+    None with the reason in `unscored`."""
 
     prompt: str
     answer: str
@@ -44,8 +47,8 @@ class Sample(NamedTuple):
 
 
 class Metric(NamedTuple):
-    """The mean of `count` scores and its 95% interval; without a value where there is no score, for the reason in
-    `missing`."""
+    """The mean of `count` scores and its 95% interval; without a value where there is no score, for
+    the reason in `missing`."""
 
     value: float | None
     count: int
@@ -64,10 +67,12 @@ class Metric(NamedTuple):
 
 
 def check_scorers(scorers: Mapping[str, Scorer], prompts: Sequence[Prompt]) -> None:
-    """Say before anything is trained what a scorer lacks, to be logged where it is of some prompts only.
+    """Say before anything is trained what a scorer lacks, to be logged where it is of some prompts
+    only.
 
     Raises:
-        BadInput: a scorer lacks a library, a function or a file, or has nothing to hold any of the answers against.
+        BadInput: a scorer lacks a library, a function or a file, or has nothing to hold any of the
+            answers against.
     """
     for name, rule in scorers.items():
         what = f"eval.generate.scorers.{name} ({rule.kind})"
@@ -82,7 +87,8 @@ def check_scorers(scorers: Mapping[str, Scorer], prompts: Sequence[Prompt]) -> N
         lacking = sum(reasons.values())
         if lacking and lacking == len(prompts):
             raise BadInput(
-                f"{what}: none of the {lacking} held-out prompts can be scored: {_most_common(reasons)}; "
+                f"{what}: none of the {lacking} held-out prompts can be scored: "
+                f"{_most_common(reasons)}; "
                 "give data.eval rows that can, or correct the scorer"
             )
         if lacking:
@@ -105,7 +111,8 @@ def samples(
     """The answers with all their scores. What a scorer could not score is logged, in one line.
 
     Args:
-        letters: of each scorer of the kind `choice`, by its name: the likeliest letter after each prompt.
+        letters: of each scorer of the kind `choice`, by its name: the likeliest letter after each
+            prompt.
         stopping: asked now and then while a judge is waited for.
 
     Raises:
@@ -134,7 +141,9 @@ def metrics(samples: Sequence[Sample]) -> dict[str, Metric]:
 
 
 def as_table(samples: Sequence[Sample], rows: int = 8, characters: int = 600) -> str:
-    """The first samples as a Markdown table; a text is shown up to so many characters, a prompt's last."""
+    """The first samples as a Markdown table; a text is shown up to so many characters, a prompt's
+    last.
+    """
     names = list(samples[0].scores) if samples else []
     heads = ["prompt", "answer", "reference", *names]
     lines = [heads, ["---"] * len(heads)]

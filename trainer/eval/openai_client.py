@@ -1,7 +1,8 @@
 """An OpenAI-compatible server: conversations in, asked in parallel; answers out, in order.
 
-By httpx2, which huggingface_hub brings along. Three JSON requests are asked for here, so that the `openai` package
-would be larger than this file, and reads an organisation, headers and an address of its own from the environment.
+By httpx2, which huggingface_hub brings along. Three JSON requests are asked for here, so that the
+`openai` package would be larger than this file, and reads an organisation, headers and an address
+of its own from the environment.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _SHOWN = 200  # characters of a server's own words
 
 
 class Unreachable(Exception):
-    """The server is down or refuses. The message is one sentence that names its url and says what to do."""
+    """The server is down or refuses. The message is one sentence that names its url and says what
+    to do.
+    """
 
 
 class Refused(Unreachable):
@@ -54,7 +57,8 @@ def complete(
     stop: Sequence[str] = (),
     stopping: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """The endpoint's answers to conversations, each a list of messages as {role, content}, in their order.
+    """The endpoint's answers to conversations, each a list of messages as {role, content}, in their
+    order.
 
     Raises:
         Unreachable: it is down or refuses, still after `patience_s`.
@@ -84,7 +88,8 @@ class Client:
     """Connections to a server.
 
     Args:
-        stopping: asked while answers are waited for; where it says yes, the wait ends with Cancelled.
+        stopping: asked while answers are waited for; where it says yes, the wait ends with
+            Cancelled.
 
     Raises:
         Unreachable: the environment variable that should hold the key does not.
@@ -112,10 +117,11 @@ class Client:
         self._client.close()
 
     def check(self) -> None:
-        """Ask whether it is there, once. Raises Unreachable where it is not, or does not take the key.
+        """Ask whether it is there, once. Raises Unreachable where it is not, or does not take the
+        key.
 
-        A server that is there may have no list of its models, or fail at it: `transformers serve` does, in 5.23, on a
-        machine that has never had a model of the hub.
+        A server that is there may have no list of its models, or fail at it: `transformers serve`
+        does, in 5.23, on a machine that has never had a model of the hub.
         """
         try:
             self._reply("GET", "models", None, 0.0, threading.Event())
@@ -126,7 +132,8 @@ class Client:
     def post(
         self, path: str, bodies: Sequence[Mapping[str, Any]], patience_s: float | None = None
     ) -> list[Any]:
-        """Replies to the bodies, in their order; what the recipe adds or takes out is added and taken out here.
+        """Replies to the bodies, in their order; what the recipe adds or takes out is added and
+        taken out here.
 
         Raises:
             Unreachable: one of them got none; the others are given up.
@@ -187,7 +194,8 @@ class Client:
             except (httpx2.RequestError, httpx2.InvalidURL) as error:
                 why = self._shown(f"{type(error).__name__}: {error}")
                 fault = Unreachable(
-                    f"the server at {self._url} does not answer ({why}); start it, or correct its `url`"
+                    f"the server at {self._url} does not answer ({why}); start it, or correct its "
+                    f"`url`"
                 )
             now = time.monotonic()
             failed_at = failed_at or now
@@ -207,7 +215,8 @@ class Client:
             return reply
         except (ValueError, LookupError, TypeError):
             raise Refused(
-                f"the server at {self._url} answered something else than an OpenAI-compatible server does "
+                f"the server at {self._url} answered something else than an OpenAI-compatible "
+                f"server does "
                 f"({self._shown(response.text)!r}); give the `url` up to its /v1",
                 response.status_code,
             ) from None
@@ -234,7 +243,8 @@ def _key(server: Server) -> str | None:
     key = os.environ.get(server.key_env, "").strip()
     if not key or not key.isascii() or not key.isprintable():
         raise Unreachable(
-            f"the environment variable {server.key_env}, which should hold the key of the server at {server.url}, is "
+            f"the environment variable {server.key_env}, which should hold the key of the server "
+            f"at {server.url}, is "
             f"{'not a key' if key else 'not set'}; set it where the run is started"
         )
     return key

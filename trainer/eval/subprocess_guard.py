@@ -1,10 +1,12 @@
-"""Runs a command, and ends it with all its children when the process that asked for it is gone, however that died.
+"""Runs a command, and ends it with all its children when the process that asked for it is gone,
+however that died.
 
     python supervise.py PARENT COMMAND ...
 
-PARENT is the id of the process that starts this one. On SIGTERM, which the kernel also sends when PARENT dies, all
-that has come of the command is ended: vLLM's engine outlives its server where that alone is killed, and keeps the GPU.
-Run as a file, by no other than served.py: it needs none of the trainer's packages but psutil.
+PARENT is the id of the process that starts this one. On SIGTERM, which the kernel also sends when
+PARENT dies, all that has come of the command is ended: vLLM's engine outlives its server where that
+alone is killed, and keeps the GPU. Run as a file, by no other than served.py: it needs none of the
+trainer's packages but psutil.
 """
 
 from __future__ import annotations

@@ -1,13 +1,16 @@
-"""Answers from a server in place of the engine: an OpenAI-compatible one, or a vLLM that is started for it.
+"""Answers from a server in place of the engine: an OpenAI-compatible one, or a vLLM that is started
+for it.
 
-In: prompts, and a model folder or the engine, whose weights become one. Out: one answer a prompt, in order, on every
+In: prompts, and a model folder or the engine, whose weights become one. Out: one answer a prompt,
+    in order, on every
 rank. Nothing is taken on trust of which a wrong number would be the price:
 
-- A server that looks at no name would answer with whatever it has loaded. It is asked for a model that does not
-  exist, and must refuse.
+- A server that looks at no name would answer with whatever it has loaded. It is asked for a model
+  that does not exist, and must refuse.
 - Each folder has a name that was never used: a server keeps models by their names.
-- Prompts are given as token ids; as text where the server does not take ids; as a conversation, which it renders
-  itself, where it takes no text. In all forms it must count as many tokens of each prompt as training does.
+- Prompts are given as token ids; as text where the server does not take ids; as a conversation,
+  which it renders itself, where it takes no text. In all forms it must count as many tokens of each
+  prompt as training does.
 """
 
 from __future__ import annotations
@@ -70,7 +73,7 @@ class Gpu(NamedTuple):
     total: int
 
 
-# ----------------------------------------------------------------------------------------------- in a run
+# ----------------------------------------------------------------------------------------- in a run
 
 
 def check_generator(recipe: Recipe) -> None:
@@ -111,10 +114,12 @@ def generate(
     stop: dist.StopFlag,
     watch: Watch,
 ) -> list[str] | None:
-    """Answers to the prompts, from the engine's current weights, on every rank. None where the stop flag went up.
+    """Answers to the prompts, from the engine's current weights, on every rank. None where the stop
+    flag went up.
 
     Raises:
-        Unreachable: the server is down or refuses, or the weights cannot be written for it; on every rank.
+        Unreachable: the server is down or refuses, or the weights cannot be written for it; on
+            every rank.
     """
     folder = write_weights(engine, recipe, run_dir, step, watch)
     gpus = _gpus()
@@ -135,8 +140,9 @@ def generate(
 def in_background(
     work: Callable[[Callable[[], bool]], T], stop: dist.StopFlag, watch: Watch
 ) -> T | None:
-    """What `work(stopping)` returns, done by a thread of rank 0, on every rank: meanwhile all of them beat and look at
-    the stop flag. None where that went up, once the work has ended for it by raising Cancelled."""
+    """What `work(stopping)` returns, done by a thread of rank 0, on every rank: meanwhile all of
+    them beat and look at the stop flag. None where that went up, once the work has ended for it by
+    raising Cancelled."""
     stopping = Event()
     with ThreadPoolExecutor(1, "served") as pool:
         future: Future[T] | None = pool.submit(work, stopping.is_set) if dist.is_main() else None
@@ -163,10 +169,11 @@ def in_background(
 
 
 def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watch: Watch) -> Path:
-    """The engine's current weights as a Hugging Face folder of a new name, as `packhorse export` writes it.
+    """The engine's current weights as a Hugging Face folder of a new name, as `packhorse export`
+    writes it.
 
-    Every rank takes part: parameters are gathered one by one, and pass through files, so that no rank holds all. An
-    adapter is merged into them.
+    Every rank takes part: parameters are gathered one by one, and pass through files, so that no
+    rank holds all. An adapter is merged into them.
 
     Raises:
         Unreachable: there is no room for them, or the folder cannot be written; on every rank.
@@ -196,13 +203,16 @@ def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watc
 
 
 def _make_room(root: Path, staged: Path, size: int) -> None:
-    """Clear what a killed start has left, and see that weights of `size` bytes fit: twice, as files become a folder."""
+    """Clear what a killed start has left, and see that weights of `size` bytes fit: twice, as files
+    become a folder.
+    """
     shutil.rmtree(root, ignore_errors=True)
     staged.mkdir(parents=True)
     needed, free = 2 * size, shutil.disk_usage(root).free
     if free < needed:
         raise OSError(
-            f"they need {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free there; make room"
+            f"they need {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free there; make "
+            f"room"
         )
 
 
@@ -215,8 +225,8 @@ def _mapped(path: Path, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _gpus() -> list[Gpu]:
-    """Of rank 0's node, whose ranks come first; free is what is free once each rank has given back what it only keeps.
-    Every rank calls it."""
+    """Of rank 0's node, whose ranks come first; free is what is free once each rank has given back
+    what it only keeps. Every rank calls it."""
     mine = None
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -224,7 +234,7 @@ def _gpus() -> list[Gpu]:
     return [gpu for gpu in dist.gather(mine)[: dist.local_world_size()] if gpu is not None]
 
 
-# ----------------------------------------------------------------------------------------------- of any model
+# ------------------------------------------------------------------------------------- of any model
 
 
 def answers(
@@ -236,7 +246,8 @@ def answers(
     gpus: Sequence[Gpu] = (),
     stopping: Callable[[], bool] = lambda: False,
 ) -> list[str]:
-    """Answers to the prompts by a model folder, or a hub name, from the recipe's server or a vLLM. One rank calls it.
+    """Answers to the prompts by a model folder, or a hub name, from the recipe's server or a vLLM.
+    One rank calls it.
 
     Args:
         log: where vLLM's own output goes.
@@ -272,7 +283,9 @@ def _form(
     fields: Mapping[str, Any],
     prompt: Prompt,
 ) -> tuple[str, Form]:
-    """The first form in which the server takes the prompt as it is, and where: see the top of this file."""
+    """The first form in which the server takes the prompt as it is, and where: see the top of this
+    file.
+    """
     forms: dict[str, tuple[str, Form]] = {
         "token ids": ("completions", lambda p: {"prompt": p.input_ids}),
         "text": ("completions", lambda p: {"prompt": p.text}),
@@ -309,8 +322,10 @@ def _require_same_prompt(server: Server, prompt: Prompt, reply: Mapping[str, Any
     counted = (reply.get("usage") or {}).get("prompt_tokens")
     if counted != len(prompt.input_ids):
         raise Refused(
-            f"the server at {server.url} counts {counted} tokens in a prompt of {len(prompt.input_ids)}: it renders or "
-            "tokenizes it otherwise than training does, so that its answers would be to another question; take a "
+            f"the server at {server.url} counts {counted} tokens in a prompt of "
+            f"{len(prompt.input_ids)}: it renders or "
+            "tokenizes it otherwise than training does, so that its answers would be to another "
+            "question; take a "
             "server whose /v1/completions takes token ids, as vLLM's does",
             _UNFIT,
         )
@@ -319,19 +334,23 @@ def _require_same_prompt(server: Server, prompt: Prompt, reply: Mapping[str, Any
 def _require_names_matter(
     client: Client, server: Server, path: str, body: Mapping[str, Any]
 ) -> None:
-    """Raises Unreachable where the server answers although it is asked for a model that there is not."""
+    """Raises Unreachable where the server answers although it is asked for a model that there is
+    not.
+    """
     nowhere = f"/nonexistent/{secrets.token_hex(8)}"
     try:
         client.post(path, [{**body, "model": nowhere}], patience_s=0.0)
     except Refused:
         return
     raise Unreachable(
-        f"the server at {server.url} answers whatever model it is asked for, so that it would answer with the one it "
-        "started with; take one that loads the folder which a request names, as `transformers serve` does"
+        f"the server at {server.url} answers whatever model it is asked for, so that it would "
+        f"answer with the one it "
+        "started with; take one that loads the folder which a request names, as `transformers "
+        "serve` does"
     )
 
 
-# ----------------------------------------------------------------------------------------------- vLLM
+# --------------------------------------------------------------------------------------------- vLLM
 
 
 @contextmanager
@@ -343,7 +362,9 @@ def _server(
     gpus: Sequence[Gpu],
     stopping: Callable[[], bool],
 ) -> Iterator[Server]:
-    """The recipe's server; or a vLLM that serves the model until the block is left, and is gone then."""
+    """The recipe's server; or a vLLM that serves the model until the block is left, and is gone
+    then.
+    """
     if recipe.eval.server is not None:
         yield recipe.eval.server
         return
@@ -418,14 +439,17 @@ def vllm_command(
     return [
         *(section.vllm_python, "-m", "vllm.entrypoints.openai.api_server"),
         *(part for pair in given.items() for part in pair),
-        "--enforce-eager",  # compiling and capturing graphs takes minutes and memory, for a few answers
+        # compiling and capturing graphs takes minutes and memory, for a few answers
+        "--enforce-eager",
         *(["--trust-remote-code"] if recipe.model.trust_remote_code else []),
         *map(str, section.vllm_args),
     ]
 
 
 def _gpus_needed(folder: Path, room_bytes: int, gpus: int) -> int:
-    """The fewest GPUs over which the model's heads and weights can be split; 1 for a model of the hub."""
+    """The fewest GPUs over which the model's heads and weights can be split; 1 for a model of the
+    hub.
+    """
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if not weights:
         return 1
@@ -435,8 +459,10 @@ def _gpus_needed(folder: Path, room_bytes: int, gpus: int) -> int:
         if heads % count == 0 and weights / count <= _WEIGHTS_SHARE * room_bytes:
             return count
     raise Unreachable(
-        f"vLLM's weights of {weights / 2**30:.1f} GiB do not fit into the {room_bytes / 2**30:.1f} GiB that are free "
-        f"on each of {gpus} GPUs; take `eval.generator: server`, or a template of ds_configs/ that leaves more"
+        f"vLLM's weights of {weights / 2**30:.1f} GiB do not fit into the {room_bytes / 2**30:.1f} "
+        f"GiB that are free "
+        f"on each of {gpus} GPUs; take `eval.generator: server`, or a template of ds_configs/ that "
+        f"leaves more"
     )
 
 
@@ -487,8 +513,9 @@ _KEPT_PREFIXES = ("HF_", "VLLM_", "XDG_", "NVIDIA_")
 
 
 def clean_environment() -> dict[str, str]:
-    """What a program of another environment may know of ours: not torchrun's RANK and MASTER_ADDR, which would make it
-    wait for ranks, nor PYTHONPATH, which would bring in our packages, nor keys of judges."""
+    """What a program of another environment may know of ours: not torchrun's RANK and MASTER_ADDR,
+    which would make it wait for ranks, nor PYTHONPATH, which would bring in our packages, nor keys
+    of judges."""
     kept = {
         name: value
         for name, value in os.environ.items()

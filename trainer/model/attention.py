@@ -1,11 +1,13 @@
 """Documents of a packed row -> an attention kernel's arguments (C4).
 
-In: the kernel the recipe asks for. Out: the name of an attention function that transformers calls in every
+In: the kernel the recipe asks for. Out: the name of an attention function that transformers calls
+    in every
 layer, and the keyword arguments that carry a batch's document boundaries to it.
 
-Three backends, registered with transformers' AttentionInterface as `packhorse_<backend>`. transformers makes no
-mask for functions it does not know, so none of them ever sees one: boundaries, causality and windows are the
-backend's own. What a backend cannot honour is refused, never ignored.
+Three backends, registered with transformers' AttentionInterface as `packhorse_<backend>`.
+transformers makes no mask for functions it does not know, so none of them ever sees one:
+boundaries, causality and windows are the backend's own. What a backend cannot honour is refused,
+never ignored.
 
 Shapes: T tokens, Hq query heads, Hk key and value heads, E head size, L tokens of one document.
 """
@@ -29,7 +31,8 @@ BACKENDS = ("flash_attn", "torch_varlen", "reference")
 PRODUCTS_TOKENS = 512  # of a document: beyond, holding all L x L scores costs more than it gains
 MAX_HEAD_SIZE = 256  # of FlashAttention 2, torch's own build of it included
 
-# Arguments of model.forward that pass through a layer to the attention function and change nothing in it.
+# Arguments of model.forward that pass through a layer to the attention function and change nothing
+# in it.
 _NOT_FOR_ATTENTION = {
     "position_ids",
     "cache_position",
@@ -81,7 +84,8 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, st
     if name != "auto":
         if missing[name]:
             raise BadInput(
-                f"model.attention: {name} cannot be used: {missing[name]}; use `auto` or `reference`"
+                f"model.attention: {name} cannot be used: {missing[name]}; use `auto` or "
+                f"`reference`"
             )
         return name, "named in the recipe"
     chosen = next(backend for backend in BACKENDS if not missing[backend])
@@ -117,8 +121,9 @@ def implementation(backend: str) -> str:
 def keyword_arguments(batch: Batch) -> dict[str, Any]:
     """Arguments of model.forward that carry the batch's document boundaries to every layer.
 
-    `document_bounds` is ours. A row of several documents has them under transformers' own names too, for recurrent
-    and convolutional layers: one document needs no boundaries, and such layers refuse them where they lack a kernel.
+    `document_bounds` is ours. A row of several documents has them under transformers' own names
+    too, for recurrent and convolutional layers: one document needs no boundaries, and such layers
+    refuse them where they lack a kernel.
     """
     bounds = batch.cu_seqlens
     ours = {"document_bounds": Bounds(bounds, batch.max_seqlen, batch.lengths)}
@@ -140,9 +145,11 @@ def keyword_arguments(batch: Batch) -> dict[str, Any]:
 
 @contextmanager
 def other_attention(model: Any, name: str) -> Iterator[None]:
-    """Inside, the model attends by transformers' own `name`, as generation with a cache and the probe need it.
+    """Inside, the model attends by transformers' own `name`, as generation with a cache and the
+    probe need it.
 
-    A model that has no sdpa (some have soft caps or sinks, which sdpa lacks) attends eagerly instead.
+    A model that has no sdpa (some have soft caps or sinks, which sdpa lacks) attends eagerly
+    instead.
     """
     before = model.config._attn_implementation
     if name == "sdpa" and not getattr(model, "_supports_sdpa", True):
@@ -156,8 +163,9 @@ def other_attention(model: Any, name: str) -> Iterator[None]:
 
 @contextmanager
 def checked_masks(model: Any) -> Iterator[None]:
-    """Inside, transformers makes the mask of every layer, and the attention function compares it with what its
-    backend sees: a window or a chunk that reaches a layer in its mask alone would be lost on the way.
+    """Inside, transformers makes the mask of every layer, and the attention function compares it
+    with what its backend sees: a window or a chunk that reaches a layer in its mask alone would be
+    lost on the way.
     """
     from transformers import AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -183,7 +191,9 @@ _CHECKED: set[str] = set()  # attention functions whose masks are being compared
 def _compare_mask(
     layer: str, mask: torch.Tensor, window: int | None, cu_seqlens: torch.Tensor
 ) -> None:
-    """Raise where the layer's own mask (1, 1, T, T), True where seen, is not causal, by document and window."""
+    """Raise where the layer's own mask (1, 1, T, T), True where seen, is not causal, by document
+    and window.
+    """
     total = mask.shape[-1]
     starts = cu_seqlens[1:-1].long()
     document = (
@@ -195,12 +205,13 @@ def _compare_mask(
     ours = _visible(total, window, mask.device) & same
     if not torch.equal(ours.expand(mask.shape), mask & same):
         raise BadInput(
-            f"{layer} masks its attention by more than causality, documents and a window of {window}, "
+            f"{layer} masks its attention by more than causality, documents and a window of "
+            f"{window}, "
             "which packed attention cannot honour; take another model"
         )
 
 
-# ----------------------------------------------------------------------------------------------- the function
+# ------------------------------------------------------------------------------------- the function
 
 
 def _attend(
@@ -219,7 +230,8 @@ def _attend(
     document_bounds: Bounds | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: (1, Hq, T, E) queries, (1, Hk, T, E) keys and values -> (1, T, Hq, E).
+    """transformers' attention function: (1, Hq, T, E) queries, (1, Hk, T, E) keys and values -> (1,
+    T, Hq, E).
 
     Raises:
         BadInput: the layer asks for what packed causal attention, or this backend, does not do.
@@ -227,7 +239,8 @@ def _attend(
     layer = type(module).__name__
     if document_bounds is None:
         raise BadInput(
-            f"{layer} does not hand the document boundaries on to its attention; this model cannot be packed"
+            f"{layer} does not hand the document boundaries on to its attention; this model cannot "
+            f"be packed"
         )
     if (
         attention_mask is not None
@@ -249,7 +262,8 @@ def _attend(
     ]
     if unknown:
         raise BadInput(
-            f"{layer} asks attention for `{'`, `'.join(unknown)}`, which no backend of packhorse knows"
+            f"{layer} asks attention for `{'`, `'.join(unknown)}`, which no backend of packhorse "
+            f"knows"
         )
     arguments = Arguments(scaling, sliding_window, softcap, s_aux, dropout or None, document_bounds)
     return backend(layer, query, key, value, arguments), None
@@ -260,11 +274,12 @@ def _refuse(layer: str, backend: str, arguments: Arguments, lacks: tuple[str, ..
     asked = [what for what in lacks if getattr(arguments, what) is not None]
     if asked:
         raise BadInput(
-            f"{layer} needs attention with {' and '.join(asked)}, which {backend} lacks; use model.attention=reference"
+            f"{layer} needs attention with {' and '.join(asked)}, which {backend} lacks; use "
+            f"model.attention=reference"
         )
 
 
-# ----------------------------------------------------------------------------------------------- fused kernels
+# ------------------------------------------------------------------------------------ fused kernels
 
 
 def _flash_attn(
@@ -295,7 +310,9 @@ def _flash_attn(
 def _torch_varlen(
     layer: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Arguments
 ) -> torch.Tensor:
-    """torch's own FlashAttention 2 (torch.nn.attention.varlen, 2.11 to 2.13): windows; no soft cap, sinks, dropout."""
+    """torch's own FlashAttention 2 (torch.nn.attention.varlen, 2.11 to 2.13): windows; no soft cap,
+    sinks, dropout.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     _refuse(layer, "torch_varlen", arguments, ("softcap", "sinks", "dropout"))
@@ -340,14 +357,16 @@ def _as_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, int]:
     """(1, H, T, E) -> (T, H, E), with the head size filled up by zeros to what the kernels take.
 
-    They want one head size for all three, a multiple of 8 and at most 256; zeros change no product. Returns the
-    rows, the scale of the size before filling, and the value's size, to which the output is cut.
+    They want one head size for all three, a multiple of 8 and at most 256; zeros change no product.
+    Returns the rows, the scale of the size before filling, and the value's size, to which the
+    output is cut.
     """
     size, value_size = query.shape[-1], value.shape[-1]
     widest = -(-max(size, value_size) // 8) * 8
     if widest > MAX_HEAD_SIZE:
         raise BadInput(
-            f"{layer} has heads of {widest}, and {backend} takes {MAX_HEAD_SIZE} at most; use model.attention=reference"
+            f"{layer} has heads of {widest}, and {backend} takes {MAX_HEAD_SIZE} at most; use "
+            f"model.attention=reference"
         )
     if query.dtype not in (torch.bfloat16, torch.float16):
         raise BadInput(f"{layer} attends in {query.dtype}, and {backend} knows 16-bit types only")
@@ -358,13 +377,15 @@ def _as_rows(
     return rows[0], rows[1], rows[2], scale if scale is not None else size**-0.5, value_size
 
 
-# ----------------------------------------------------------------------------------------------- reference
+# ---------------------------------------------------------------------------------------- reference
 
 
 def _reference(
     layer: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Arguments
 ) -> torch.Tensor:
-    """One document after the other through torch's own attention: what the fused kernels are tested against."""
+    """One document after the other through torch's own attention: what the fused kernels are tested
+    against.
+    """
     lengths = arguments.bounds.lengths
     one = (
         _one_document
@@ -401,7 +422,8 @@ def _by_products(
 ) -> torch.Tensor:
     """The same by plain matrix products, the heads that share a key stacked as rows of one of them.
 
-    For short documents in bf16 three times as fast as torch's kernel for CPUs, forward and backward.
+    For short documents in bf16 three times as fast as torch's kernel for CPUs, forward and
+    backward.
     """
     heads, groups, length = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
     stacked = (q * (scale if scale is not None else q.shape[-1] ** -0.5)).reshape(
@@ -417,7 +439,9 @@ def _by_products(
 def _one_document_in_full(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments
 ) -> torch.Tensor:
-    """The same with soft caps (Gemma 2) and sinks (gpt-oss), which torch's kernels lack; all L x L scores in fp32."""
+    """The same with soft caps (Gemma 2) and sinks (gpt-oss), which torch's kernels lack; all L x L
+    scores in fp32.
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scale = arguments.scale if arguments.scale is not None else q.shape[-1] ** -0.5

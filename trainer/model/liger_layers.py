@@ -1,10 +1,13 @@
-"""Liger's kernels for what lies between a layer's matrix products: norms, rotary positions, gated activations.
+"""Liger's kernels for what lies between a layer's matrix products: norms, rotary positions, gated
+activations.
 
-In: a loaded transformers model. Out: the same model, whose small operations are one kernel each where Liger knows
+In: a loaded transformers model. Out: the same model, whose small operations are one kernel each
+    where Liger knows
 its type. Weights, modules and names stay as they are.
 
-Liger puts its kernels into a model's own modules, and by name into transformers' file, for all models of the process.
-The second is taken back here: a model that is loaded later, to check an export on a CPU, has to be as it was written.
+Liger puts its kernels into a model's own modules, and by name into transformers' file, for all
+models of the process. The second is taken back here: a model that is loaded later, to check an
+export on a CPU, has to be as it was written.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ _GATED = {"swiglu": False, "geglu": False}
 
 
 def fuse(model: Any, name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Put Liger's kernels into the model as `model.layer_kernels` asks for. Returns what was done, for the log.
+    """Put Liger's kernels into the model as `model.layer_kernels` asks for. Returns what was done,
+    for the log.
 
     Raises:
         BadInput: they are asked for where they cannot run, or Liger does not know the model.
@@ -90,12 +94,16 @@ def _with_own_forward(model: Any) -> Iterator[nn.Module]:
 
 
 def _names_of_file(model: Any) -> dict[str, Any]:
-    """The names in transformers' file of this model: functions and classes, by which all models of it are made."""
+    """The names in transformers' file of this model: functions and classes, by which all models of
+    it are made.
+    """
     return vars(sys.modules[type(model).__module__])
 
 
 class _Rope:
-    """A file's rotary positions: Liger's where its kernels run, the file's own elsewhere and inside `plain`."""
+    """A file's rotary positions: Liger's where its kernels run, the file's own elsewhere and inside
+    `plain`.
+    """
 
     def __init__(self, own: Any, fused: Any) -> None:
         self._own = own._own if isinstance(own, _Rope) else own

@@ -1,6 +1,7 @@
 """A folder or hub name -> its tokenizer and its causal language model, ready to be trained.
 
-In: the recipe's model section. Out: a tokenizer with the chat template that will be trained, and a transformers
+In: the recipe's model section. Out: a tokenizer with the chat template that will be trained, and a
+    transformers
 model in the recipe's type, attending through packhorse, its weights in shards under ZeRO-3.
 """
 
@@ -21,7 +22,8 @@ from trainer.model import attention, liger_layers
 from trainer.model.lora import add_adapter
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] "
+    "}}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -34,15 +36,15 @@ _TOKENIZER_FILES = (
     "tekken.json",
 )
 
-# ----------------------------------------------------------------------------------------------- tokenizer
+# ---------------------------------------------------------------------------------------- tokenizer
 
 
 def load_tokenizer(section: ModelSection) -> Any:
     """The model's tokenizer, with `add_tokens` added and `chat_template` put in its place.
 
     Raises:
-        BadInput: no such folder, no tokenizer in it, an unreachable hub, a missing template, or ChatML on a
-            tokenizer that lacks its tokens.
+        BadInput: no such folder, no tokenizer in it, an unreachable hub, a missing template, or
+            ChatML on a tokenizer that lacks its tokens.
     """
     tokenizer = _tokenizer_as_it_is(section)
     if section.add_tokens:
@@ -69,7 +71,8 @@ def _tokenizer_as_it_is(section: ModelSection) -> Any:
     # transformers makes an empty tokenizer of a folder that has none
     if folder is not None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise BadInput(
-            f"model.name: the folder {folder} has no tokenizer; copy the model's tokenizer files into it"
+            f"model.name: the folder {folder} has no tokenizer; copy the model's tokenizer files "
+            f"into it"
         )
     return _from_hub(AutoTokenizer.from_pretrained, section, "tokenizer")
 
@@ -79,7 +82,8 @@ def _use_chatml(tokenizer: Any, section: ModelSection) -> None:
     missing = [token for token in CHATML_TOKENS if token not in vocabulary]
     if missing:
         raise BadInput(
-            f"model.chat_template: the tokenizer of {section.name} has no {' and no '.join(missing)} for chatml; "
+            f"model.chat_template: the tokenizer of {section.name} has no "
+            f"{' and no '.join(missing)} for chatml; "
             f'add them: model.add_tokens=["{CHATML_TOKENS[0]}","{CHATML_TOKENS[1]}"]'
         )
     tokenizer.chat_template = CHATML
@@ -116,7 +120,7 @@ def _from_hub(load: Callable[..., Any], section: ModelSection, what: str, **argu
         raise BadInput(f"model.name: the {what} in {folder} cannot be loaded ({said})") from None
 
 
-# ----------------------------------------------------------------------------------------------- model
+# -------------------------------------------------------------------------------------------- model
 
 
 def load_model(
@@ -130,16 +134,19 @@ def load_model(
         nullcontext()
     ),
 ) -> Any:
-    """The transformers model in `section.dtype`, with rows for every token of `tokenizer`; all of it is trained, or
-    the adapter alone.
+    """The transformers model in `section.dtype`, with rows for every token of `tokenizer`; all of
+    it is trained, or the adapter alone.
 
     Args:
-        sharded_init: makes the context in which transformers builds and loads in shards (engine.sharded_init).
-        gathered: `gathered(parameters, write=True)` holds parameters whole and hands rank 0's changes to all.
+        sharded_init: makes the context in which transformers builds and loads in shards
+            (engine.sharded_init).
+        gathered: `gathered(parameters, write=True)` holds parameters whole and hands rank 0's
+            changes to all.
 
     Raises:
-        BadInput: not a causal model, a vocabulary smaller than the tokenizer's, weights that are missing or
-            quantised, a model without recomputation where the recipe wants it, an adapter that it cannot have.
+        BadInput: not a causal model, a vocabulary smaller than the tokenizer's, weights that are
+            missing or quantised, a model without recomputation where the recipe wants it, an
+            adapter that it cannot have.
     """
     config = load_config(section)
     new_ids = _new_token_ids(section, tokenizer)
@@ -158,7 +165,8 @@ def load_model(
             if error.args != (arguments["attn_implementation"],):
                 raise
             raise BadInput(
-                f"model.name: {config.model_type} chooses among attentions of its own, so that no varlen kernel "
+                f"model.name: {config.model_type} chooses among attentions of its own, so that no "
+                f"varlen kernel "
                 "can be put in; take another model"
             ) from None
         if new_ids:
@@ -170,7 +178,8 @@ def load_model(
     if section.activation_checkpointing == "full":
         if not model.supports_gradient_checkpointing:
             raise BadInput(
-                f"{type(model).__name__} does not support activation checkpointing; set model.activation_checkpointing=none"
+                f"{type(model).__name__} does not support activation checkpointing; set "
+                f"model.activation_checkpointing=none"
             )
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.to(device) if not _sharded(model) else model
@@ -195,13 +204,16 @@ def load_config(section: ModelSection) -> Any:
         )
     if getattr(config, "quantization_config", None):
         raise BadInput(
-            f"model.name: the weights of {section.name} are quantised; give a bfloat16 or float32 model"
+            f"model.name: the weights of {section.name} are quantised; give a bfloat16 or float32 "
+            f"model"
         )
     return config
 
 
 def _new_token_ids(section: ModelSection, tokenizer: Any) -> list[int]:
-    """The ids of `add_tokens` that the tokenizer did not have before (an export of an earlier run has them)."""
+    """The ids of `add_tokens` that the tokenizer did not have before (an export of an earlier run
+    has them).
+    """
     if not section.add_tokens:
         return []
     before = _tokenizer_as_it_is(section).get_vocab()
@@ -218,7 +230,8 @@ def _rows_needed(section: ModelSection, config: Any, tokenizer: Any, new_ids: Se
     old_ids = set(tokenizer.get_vocab().values()) - set(new_ids)
     if max(old_ids) >= rows:
         raise BadInput(
-            f"model.name: the vocabulary of {section.name} has {rows} rows, and its tokenizer makes ids up to "
+            f"model.name: the vocabulary of {section.name} has {rows} rows, and its tokenizer "
+            f"makes ids up to "
             f"{max(old_ids)}: the two do not belong together; give the model's own tokenizer"
             + (", or name its extra tokens in model.add_tokens" if section.add_tokens == () else "")
         )
@@ -247,7 +260,7 @@ def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, A
     return model
 
 
-# ----------------------------------------------------------------------------------------------- made weights
+# ------------------------------------------------------------------------------------- made weights
 
 
 def _random_model(
@@ -257,7 +270,9 @@ def _random_model(
     gathered: Callable[..., Any],
     arguments: dict[str, Any],
 ) -> Any:
-    """A model of this configuration with its own kind of random weights, the same in every world and stage."""
+    """A model of this configuration with its own kind of random weights, the same in every world
+    and stage.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -272,10 +287,12 @@ def _random_model(
 
 @torch.no_grad()
 def initialise(model: Any, seed: int, gathered: Callable[..., Any]) -> None:
-    """Every module's own `_init_weights`, each from its own seed, (seed, name), so that no order matters.
+    """Every module's own `_init_weights`, each from its own seed, (seed, name), so that no order
+    matters.
 
-    Children come before their parents, whose rules may touch a child's weights (GPT-2 scales its residual
-    projections by depth); nothing looks further down than that. A tied head is left to the embedding's rule.
+    Children come before their parents, whose rules may touch a child's weights (GPT-2 scales its
+    residual projections by depth); nothing looks further down than that. A tied head is left to the
+    embedding's rule.
     """
     from transformers import PreTrainedModel
 
@@ -301,7 +318,8 @@ def initialise(model: Any, seed: int, gathered: Callable[..., Any]) -> None:
 def _add_rows(model: Any, rows: int, new_ids: Sequence[int], gathered: Callable[..., Any]) -> None:
     """Rows for new tokens, in the embedding and the head: the mean of all rows there were.
 
-    A new token is then as likely as tokens are on average (Hewitt, 2021), whatever the scale of the logits.
+    A new token is then as likely as tokens are on average (Hewitt, 2021), whatever the scale of the
+    logits.
     """
     if rows > model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(rows, mean_resizing=False)

@@ -1,13 +1,17 @@
-"""LoRA (Hu et al., 2021, arXiv:2106.09685): small matrices beside a model's linear modules are trained, it is not.
+"""LoRA (Hu et al., 2021, arXiv:2106.09685): small matrices beside a model's linear modules are
+trained, it is not.
 
-In: a transformers model and the recipe's adapter section. Out: the same model, changed in place by peft. It is not
+In: a transformers model and the recipe's adapter section. Out: the same model, changed in place by
+    peft. It is not
 wrapped, so that all who know the model still do:
 
     q_proj.weight (O, I)    ->    q_proj.base_layer.weight, frozen; in 4 bits under QLoRA
-                                  q_proj.lora_A.default.weight (R, I), q_proj.lora_B.default.weight (O, R)
+                                  q_proj.lora_A.default.weight (R, I), q_proj.lora_B.default.weight
+                                  (O, R)
 
-A weight W acts as W + alpha / R x B A. B starts at zero, A from (seed, name): the same in every world and stage.
-Everything is in the model's type, and the optimizer has fp32 masters of what is trained, as of a whole model's weights.
+A weight W acts as W + alpha / R x B A. B starts at zero, A from (seed, name): the same in every
+world and stage. Everything is in the model's type, and the optimizer has fp32 masters of what is
+trained, as of a whole model's weights.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ from trainer import dist
 from trainer.config.recipe import AdapterSection
 from trainer.datatypes import BadInput
 
-# Where peft imports it on some CPUs, it warns that kernels of a hub were not found, which are not wanted.
+# Where peft imports it on some CPUs, it warns that kernels of a hub were not found, which are not
+# wanted.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _BLOCK = 64  # weights that share a scale in 4 bits
@@ -35,12 +40,15 @@ NAME = "default"  # peft's own for the one adapter of a model; a part of paramet
 
 
 def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
-    """Put the adapter in, freeze the rest, and say how much is trained. On the meta device nothing is quantised.
+    """Put the adapter in, freeze the rest, and say how much is trained. On the meta device nothing
+    is quantised.
 
-    Under ZeRO-3 it runs where transformers loads in shards: DoRA gathers the weights whose norms it takes.
+    Under ZeRO-3 it runs where transformers loads in shards: DoRA gathers the weights whose norms it
+    takes.
 
     Raises:
-        BadInput: a module that is named does not exist, or cannot have an adapter; or bitsandbytes is not there.
+        BadInput: a module that is named does not exist, or cannot have an adapter; or bitsandbytes
+            is not there.
     """
     targets, whole = targets_of(model, section), whole_modules(model, section)
     if section.base == "nf4" and not next(model.parameters()).is_meta:
@@ -89,7 +97,8 @@ def _inject(model: Any, section: AdapterSection, targets: list[str]) -> None:
 
 @torch.no_grad()
 def _initialise(model: Any, seed: int) -> None:
-    """A as Linear does it, uniform in +-1 / sqrt(I), drawn on the CPU in fp32: no device, world or order matters.
+    """A as Linear does it, uniform in +-1 / sqrt(I), drawn on the CPU in fp32: no device, world or
+    order matters.
 
     peft has left B at zero. DoRA's sizes are the norms of the weights' rows, which it took.
     """
@@ -102,21 +111,23 @@ def _initialise(model: Any, seed: int) -> None:
             )
 
 
-# ----------------------------------------------------------------------------------------------- which modules
+# ------------------------------------------------------------------------------------ which modules
 
 
 def targets_of(model: Any, section: AdapterSection) -> list[str]:
     """The names of the linear modules that get an adapter.
 
     Raises:
-        BadInput: a name or pattern is of no module, of one that is not linear, of the head, or of one trained whole.
+        BadInput: a name or pattern is of no module, of one that is not linear, of the head, or of
+            one trained whole.
     """
     linear, whole = _linear_modules(model), whole_modules(model, section)
     if section.target_modules == "all-linear":
         found = [name for name in linear if not _lies_in(name, whole)]
         if not found:
             raise BadInput(
-                f"adapter.target_modules: {type(model).__name__} has no linear modules; train all its weights"
+                f"adapter.target_modules: {type(model).__name__} has no linear modules; train all "
+                f"its weights"
             )
         return found
     is_pattern = isinstance(section.target_modules, str)
@@ -134,7 +145,8 @@ def targets_of(model: Any, section: AdapterSection) -> list[str]:
     twice = [name for name in found if _lies_in(name, whole)]
     if twice:
         raise BadInput(
-            f"adapter.target_modules: `{twice[0]}` is trained whole by adapter.modules_to_save; name it in one of them"
+            f"adapter.target_modules: `{twice[0]}` is trained whole by adapter.modules_to_save; "
+            f"name it in one of them"
         )
     return found
 
@@ -143,7 +155,8 @@ def whole_modules(model: Any, section: AdapterSection) -> list[str]:
     """The names of the modules that are trained whole.
 
     Raises:
-        BadInput: there is no such module with weights, or only one of two that share their weight is named.
+        BadInput: there is no such module with weights, or only one of two that share their weight
+            is named.
     """
     modules = {
         name: module
@@ -155,7 +168,8 @@ def whole_modules(model: Any, section: AdapterSection) -> list[str]:
         matching = _matching(wanted, False, modules)
         if not matching:
             raise BadInput(
-                f"adapter.modules_to_save: no module is called `{wanted}`; {_nearest(wanted, modules)}"
+                f"adapter.modules_to_save: no module is called `{wanted}`; "
+                f"{_nearest(wanted, modules)}"
             )
         found += [name for name in matching if name not in found]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -168,13 +182,16 @@ def whole_modules(model: Any, section: AdapterSection) -> list[str]:
     one = sorted(name for name in tied if _lies_in(name, found))
     if len(one) == 1:
         raise BadInput(
-            f"adapter.modules_to_save: `{one[0]}` shares its weight with `{min(tied - set(one))}`; name both, or neither"
+            f"adapter.modules_to_save: `{one[0]}` shares its weight with `{min(tied - set(one))}`; "
+            f"name both, or neither"
         )
     return found
 
 
 def quantised_modules(model: Any, section: AdapterSection) -> list[str]:
-    """The names of the modules that nf4 puts into 4 bits: every linear one but the head and those trained whole."""
+    """The names of the modules that nf4 puts into 4 bits: every linear one but the head and those
+    trained whole.
+    """
     whole = whole_modules(model, section)
     return [name for name in _linear_modules(model) if not _lies_in(name, whole)]
 
@@ -214,11 +231,13 @@ def _no_target(
     module = model.get_submodule(name)
     if module is model.get_output_embeddings():
         return (
-            f"adapter.target_modules: `{name}` is the head, whose loss is fused and would not see an adapter; put it "
+            f"adapter.target_modules: `{name}` is the head, whose loss is fused and would not see "
+            f"an adapter; put it "
             "into adapter.modules_to_save, which trains it whole"
         )
     return (
-        f"adapter.target_modules: `{name}` is of the type {type(module).__name__}, and an adapter goes beside linear "
+        f"adapter.target_modules: `{name}` is of the type {type(module).__name__}, and an adapter "
+        f"goes beside linear "
         "modules only; name those, or put it into adapter.modules_to_save"
     )
 
@@ -230,13 +249,15 @@ def _nearest(wanted: str, names: Iterable[str]) -> str:
     return f"the nearest is `{near[0]}`" if near else "it has none"
 
 
-# ----------------------------------------------------------------------------------------------- 4 bits
+# ------------------------------------------------------------------------------------------- 4 bits
 
 
 def _quantise(model: Any, names: list[str], double: bool) -> None:
-    """Put linear modules into 4 bits on this rank's device, one by one: the whole model is never there.
+    """Put linear modules into 4 bits on this rank's device, one by one: the whole model is never
+    there.
 
-    NF4 (Dettmers et al., 2023, arXiv:2305.14314): blocks of 64 weights, each with its largest as a scale.
+    NF4 (Dettmers et al., 2023, arXiv:2305.14314): blocks of 64 weights, each with its largest as a
+    scale.
     """
     try:
         import bitsandbytes
@@ -274,8 +295,9 @@ def _quantise(model: Any, names: list[str], double: bool) -> None:
 
 
 def _require_near(name: str, weight_OI: torch.Tensor, back_OI: torch.Tensor) -> None:
-    """Raises BadInput where a weight is read back from its 4 bits farther off than they can put it: half the widest gap
-    of their values is 0.15 of a block's scale, and scales of 8 bits add a little of the largest.
+    """Raises BadInput where a weight is read back from its 4 bits farther off than they can put it:
+    half the widest gap of their values is 0.15 of a block's scale, and scales of 8 bits add a
+    little of the largest.
 
     bitsandbytes 0.50 takes wrong scales on a CPU where rows are no multiples of a block.
     """
@@ -287,8 +309,10 @@ def _require_near(name: str, weight_OI: torch.Tensor, back_OI: torch.Tensor) -> 
     )
     if not bool((off <= 0.2 * sizes + 0.05 * sizes.amax()).all()):
         raise BadInput(
-            f"adapter.base: bitsandbytes does not read `{name}` ({weight_OI.shape[0]} x {weight_OI.shape[1]}) back "
-            f"from its 4 bits on {back_OI.device.type}: its rows are no multiple of {_BLOCK} weights; take `base` out"
+            f"adapter.base: bitsandbytes does not read `{name}` ({weight_OI.shape[0]} x "
+            f"{weight_OI.shape[1]}) back "
+            f"from its 4 bits on {back_OI.device.type}: its rows are no multiple of {_BLOCK} "
+            f"weights; take `base` out"
         )
 
 
@@ -296,13 +320,16 @@ def require_stage(section: AdapterSection | None, stage: int) -> None:
     """Raises BadInput where the base lies in 4 bits and would be sharded."""
     if section and section.base == "nf4" and stage == 3:
         raise BadInput(
-            "adapter.base: nf4 is not proved at ZeRO-3, which would cut weights of 4 bits into shards; use "
+            "adapter.base: nf4 is not proved at ZeRO-3, which would cut weights of 4 bits into "
+            "shards; use "
             "ds_configs/zero2.json, where each GPU holds the 4-bit base whole, or take `base` out"
         )
 
 
 def parts_of(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
-    """A frozen parameter's tensors by name: itself and, in 4 bits, the numbers that its bits stand for."""
+    """A frozen parameter's tensors by name: itself and, in 4 bits, the numbers that its bits stand
+    for.
+    """
     yield name, parameter.detach()
     state = getattr(parameter, "quant_state", None)
     if state is not None:
@@ -311,7 +338,9 @@ def parts_of(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Te
 
 
 def borrowed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
-    """Modules that use the weight of another: DoRA's, which take the norms of W + B A's rows in every forward."""
+    """Modules that use the weight of another: DoRA's, which take the norms of W + B A's rows in
+    every forward.
+    """
     for module in model.modules():
         if len(getattr(module, "lora_magnitude_vector", ())):
             layer: Any = module
@@ -319,7 +348,7 @@ def borrowed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter
                 yield layer.lora_magnitude_vector[NAME], owner.weight
 
 
-# ----------------------------------------------------------------------------------------------- what becomes of it
+# ------------------------------------------------------------------------------- what becomes of it
 
 
 @torch.no_grad()
@@ -327,14 +356,16 @@ def merged_weights(
     model: Any,
     gathered: Callable[..., AbstractContextManager[Any]] = lambda parameters: nullcontext(),
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The parameters of the plain model that acts as this one, by its own names; one after the other, and each for as
-    long as the next is not asked for. Of a model without an adapter they are its own.
+    """The parameters of the plain model that acts as this one, by its own names; one after the
+    other, and each for as long as the next is not asked for. Of a model without an adapter they are
+    its own.
 
-    Weights are merged in fp32 and rounded once, to their own type. What lies in 4 bits is taken as what it stands for,
-    which the adapter was trained on, and not as the weights it was made from.
+    Weights are merged in fp32 and rounded once, to their own type. What lies in 4 bits is taken as
+    what it stands for, which the adapter was trained on, and not as the weights it was made from.
 
     Args:
-        gathered: holds parameters whole, where they lie in shards (engine.gathered); then every rank takes part.
+        gathered: holds parameters whole, where they lie in shards (engine.gathered); then every
+            rank takes part.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -385,7 +416,8 @@ def in_peft_form(
     base: str,
     revision: str | None,
 ) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The configuration and the tensors that peft writes: those of the adapter, and of the modules trained whole.
+    """The configuration and the tensors that peft writes: those of the adapter, and of the modules
+    trained whole.
 
     Args:
         trained: the trained parameters by name.

@@ -1,9 +1,12 @@
-"""Hidden states of the trained positions, and their weights -> the weighted cross-entropy, without whole logits.
+"""Hidden states of the trained positions, and their weights -> the weighted cross-entropy, without
+whole logits.
 
-In: hidden (N, H), the head's weight (V, H), targets (N,), weights (N,). Out: one fp32 number, sum(weight x loss).
+In: hidden (N, H), the head's weight (V, H), targets (N,), weights (N,). Out: one fp32 number,
+    sum(weight x loss).
 
-Three kernels give the same number and gradients (X6): `reference`, which reads like the formula and holds all
-logits; `chunked`, for the CPU; `liger`, for CUDA. N trained positions, H hidden, V vocabulary, B a block of it.
+Three kernels give the same number and gradients (X6): `reference`, which reads like the formula and
+holds all logits; `chunked`, for the CPU; `liger`, for CUDA. N trained positions, H hidden, V
+vocabulary, B a block of it.
 """
 
 from __future__ import annotations
@@ -19,15 +22,20 @@ import torch.nn.functional as F
 
 from trainer.datatypes import BadInput
 
-BLOCK_HIDDEN = 4  # c of C5: `chunked` works on c x H entries of the vocabulary at a time (measured: flat from 2 to 16)
-# c of C5 for `liger`: it makes the logits of c x H x N / V positions at a time, and adds each such part's gradient to
-# the head's, in fp32. At Liger's own 1 an N of 8192 and Qwen2.5-1.5B's head are 64 parts, which read and write 120 GB.
+# c of C5: `chunked` works on c x H entries of the vocabulary at a time (measured: flat from 2 to
+# 16)
+BLOCK_HIDDEN = 4
+# c of C5 for `liger`: it makes the logits of c x H x N / V positions at a time, and adds each such
+# part's gradient to the head's, in fp32. At Liger's own 1 an N of 8192 and Qwen2.5-1.5B's head are
+# 64 parts, which read and write 120 GB.
 LIGER_HIDDEN = 8
 
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its head's output: cap x tanh(scale x logits / cap), or scale x logits without a cap."""
+    """What a model does to its head's output: cap x tanh(scale x logits / cap), or scale x logits
+    without a cap.
+    """
 
     scale: float = 1.0
     softcap: float | None = None
@@ -66,11 +74,12 @@ def linear_cross_entropy(
     bias_V: torch.Tensor | None = None,
     transform: LogitTransform | None = None,
 ) -> torch.Tensor:
-    """sum_i weights[i] x cross_entropy(transform(hidden[i] @ head_weight.T + bias), targets[i]), () float32.
+    """sum_i weights[i] x cross_entropy(transform(hidden[i] @ head_weight.T + bias), targets[i]), ()
+    float32.
 
-    `uniform_weight` is the one value of `weights` where they are alike; it saves `liger` a pass. Without a
-    trained position the result is a zero that still gives every parameter a gradient (of zeros), so that no
-    collective waits for one.
+    `uniform_weight` is the one value of `weights` where they are alike; it saves `liger` a pass.
+    Without a trained position the result is a zero that still gives every parameter a gradient (of
+    zeros), so that no collective waits for one.
     """
     transform = transform or LogitTransform()
     if hidden_NH.shape[0] == 0:
@@ -89,7 +98,7 @@ def _zero_with_gradients(*tensors: torch.Tensor | None) -> torch.Tensor:
     return torch.stack(parts).sum()
 
 
-# ----------------------------------------------------------------------------------------------- reference
+# ---------------------------------------------------------------------------------------- reference
 
 
 def _reference(
@@ -104,7 +113,7 @@ def _reference(
     return (F.cross_entropy(logits_NV, targets_N, reduction="none") * weights_N).sum()
 
 
-# ----------------------------------------------------------------------------------------------- chunked
+# ------------------------------------------------------------------------------------------ chunked
 
 
 class _Block(NamedTuple):
@@ -125,14 +134,15 @@ class _Block(NamedTuple):
 
 
 class _Chunked(torch.autograd.Function):
-    """The loss by blocks of the vocabulary: forward keeps each position's log-sum-exp, backward makes the
-    logits again.
+    """The loss by blocks of the vocabulary: forward keeps each position's log-sum-exp, backward
+    makes the logits again.
 
-    Blocks of the vocabulary rather than of positions: a block's rows of the weight's gradient come out of one
-    matrix product over all N positions, so nothing is accumulated (no fp32 copy of the head, no rounding
-    between chunks), and the workspace is N x B = c x N x H whatever V is: at most 12 N x H fp32 numbers in
-    all with a soft cap, 7 without. The fourth matrix product costs less than accumulating does: 512 x 576 x
-    49152 in bf16 on one core takes 0.36 s, chunks of 96 positions 0.41 s, whole logits 0.49 s.
+    Blocks of the vocabulary rather than of positions: a block's rows of the weight's gradient come
+    out of one matrix product over all N positions, so nothing is accumulated (no fp32 copy of the
+    head, no rounding between chunks), and the workspace is N x B = c x N x H whatever V is: at most
+    12 N x H fp32 numbers in all with a soft cap, 7 without. The fourth matrix product costs less
+    than accumulating does: 512 x 576 x 49152 in bf16 on one core takes 0.36 s, chunks of 96
+    positions 0.41 s, whole logits 0.49 s.
     """
 
     @staticmethod
@@ -157,7 +167,8 @@ class _Chunked(torch.autograd.Function):
         return ((lse_N1 - target_logit_N1).squeeze(1) * weights_N).sum()
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    # type: ignore[override]
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden_NH, head_weight_VH, bias_V, targets_N, weights_N, lse_N1 = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         weights_N1 = (weights_N * grad_loss).unsqueeze(1)
@@ -237,7 +248,7 @@ def _gradient_of_logits(
     return block.low
 
 
-# ----------------------------------------------------------------------------------------------- liger
+# -------------------------------------------------------------------------------------------- liger
 
 
 def _liger(
@@ -249,7 +260,9 @@ def _liger(
     uniform_weight: float | None,
     transform: LogitTransform,
 ) -> torch.Tensor:
-    """Liger's fused kernel (liger_kernel 0.8.5). Alike weights take one pass; unlike ones make the logits twice."""
+    """Liger's fused kernel (liger_kernel 0.8.5). Alike weights take one pass; unlike ones make the
+    logits twice.
+    """
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
     if transform.scale != 1.0:  # Liger knows no scale: scale x (h W' + b) = (scale h) W' + scale b

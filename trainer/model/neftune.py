@@ -1,6 +1,8 @@
-"""NEFTune (Jain et al., 2023, arXiv:2310.05914), with the noise of a document belonging to the document (C3).
+"""NEFTune (Jain et al., 2023, arXiv:2310.05914), with the noise of a document belonging to the
+document (C3).
 
-In: a batch's document keys and lengths. Out: noise for its embeddings, the same however documents are packed,
+In: a batch's document keys and lengths. Out: noise for its embeddings, the same however documents
+    are packed,
 ranked or resumed.
 """
 
@@ -24,8 +26,9 @@ def document_noise(
 ) -> torch.Tensor:
     """(T, width) float32, uniform in +-alpha / sqrt(L x width) with L each document's own length.
 
-    Drawn from (seed, epoch, document, piece), so that packing weakens nothing: where the whole row's length is
-    taken for L, as elsewhere, the noise shrinks by sqrt(row / document). The CPU's and a GPU's numbers differ.
+    Drawn from (seed, epoch, document, piece), so that packing weakens nothing: where the whole
+    row's length is taken for L, as elsewhere, the noise shrinks by sqrt(row / document). The CPU's
+    and a GPU's numbers differ.
     """
     noise = torch.empty(sum(lengths), width, device=device)
     generator = torch.Generator(device)

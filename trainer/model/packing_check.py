@@ -1,12 +1,14 @@
 """The proof at the start of a run that packing changes nothing (C4).
 
-In: the loaded model with its loss (sft.py), through the backend it will train with. Out: what the model does to its
+In: the loaded model with its loss (sft.py), through the backend it will train with. Out: what the
+    model does to its
 logits, and the largest differences seen; or BadInput, which names the first layer that differs.
 
-Three short documents of seeded random tokens, one longer than the windows and chunks that a row can reach, are run
-packed through our path and alone through the model's own eager attention and layers. Compared are: the mask each
-layer would make for itself against what the backend sees (exactly), every layer's output token by token, and our
-loss against cross-entropy of the model's own logits. No list of known models: each one is measured.
+Three short documents of seeded random tokens, one longer than the windows and chunks that a row can
+reach, are run packed through our path and alone through the model's own eager attention and layers.
+Compared are: the mask each layer would make for itself against what the backend sees (exactly),
+every layer's output token by token, and our loss against cross-entropy of the model's own logits.
+No list of known models: each one is measured.
 """
 
 from __future__ import annotations
@@ -32,14 +34,16 @@ PAST_LIMIT = 24  # tokens of the middle one beyond the longest window or chunk
 KEPT_FIRST, KEPT_LAST = 16, 48  # tokens of a document that are compared
 EAGER_TOKENS = 8192  # longer documents run alone through sdpa: eager attention holds all scores
 
-# Largest ||ours - theirs|| / ||theirs|| of hidden states in any layer, against the model alone and against ourselves
-# with other neighbours, and largest relative difference of the loss. In fp32 the worst token counts: only the order
-# of sums differs (seen: 2e-6; 0 with other neighbours). In bf16 the roundings of all layers add up (seen: 0.04 for
-# the worst token) and an expert's router may tip over (seen: 0.3 for one token), so that a document's median token
-# counts. Neighbours that are seen, in any of the models tried, move it by 0.2 and more.
+# Largest ||ours - theirs|| / ||theirs|| of hidden states in any layer, against the model alone and
+# against ourselves with other neighbours, and largest relative difference of the loss. In fp32 the
+# worst token counts: only the order of sums differs (seen: 2e-6; 0 with other neighbours). In bf16
+# the roundings of all layers add up (seen: 0.04 for the worst token) and an expert's router may tip
+# over (seen: 0.3 for one token), so that a document's median token counts. Neighbours that are
+# seen, in any of the models tried, move it by 0.2 and more.
 TOLERANCE = {torch.float32: (1e-4, 1e-5, 1e-4), torch.bfloat16: (0.05, 5e-3, 0.02)}
-# A deep model's roundings add up to more than that. How much more is measured: its own two ways of attention, eager and
-# sdpa, differ by roundings alone. Ours may differ by this many times as much, where that is still less than a defect.
+# A deep model's roundings add up to more than that. How much more is measured: its own two ways of
+# attention, eager and sdpa, differ by roundings alone. Ours may differ by this many times as much,
+# where that is still less than a defect.
 OWN_ROUNDING, MOST_ROUNDING = 2.0, 0.15
 
 
@@ -64,15 +68,17 @@ class _Alone(NamedTuple):
 
 @torch.no_grad()
 def probe(sft: SftModel, *, seq_len: int, one_document: bool, seed: int) -> Proof:
-    """Prove the model, and set `sft.transform`. All ranks must call it: under ZeRO-3 its forwards are collective.
+    """Prove the model, and set `sft.transform`. All ranks must call it: under ZeRO-3 its forwards
+    are collective.
 
     Args:
         seq_len: the longest row a run will make; longer windows are out of reach.
-        one_document: every micro-batch of this run is one document (`data.packing: none`, `batch.micro_batch_size: 1`),
-            so that documents are proved one by one.
+        one_document: every micro-batch of this run is one document (`data.packing: none`,
+            `batch.micro_batch_size: 1`), so that documents are proved one by one.
 
     Raises:
-        BadInput: packed differs from alone, naming the first layer that differs, or our loss from the model's.
+        BadInput: packed differs from alone, naming the first layer that differs, or our loss from
+            the model's.
     """
     training = sft.training
     sft.eval()
@@ -93,7 +99,7 @@ def probe(sft: SftModel, *, seq_len: int, one_document: bool, seed: int) -> Proo
     return Proof(hidden, loss, tuple(ids.shape[0] for ids in documents), sft.transform)
 
 
-# ----------------------------------------------------------------------------------------------- documents
+# ---------------------------------------------------------------------------------------- documents
 
 
 def _documents(config: Any, seq_len: int, seed: int) -> list[torch.Tensor]:
@@ -111,7 +117,9 @@ def _documents(config: Any, seq_len: int, seed: int) -> list[torch.Tensor]:
 
 
 def limits(config: dict[str, Any]) -> set[int]:
-    """The lengths of windows and chunks in a model's configuration, by the words their keys are made of."""
+    """The lengths of windows and chunks in a model's configuration, by the words their keys are
+    made of.
+    """
     found = set()
     for key, value in config.items():
         if isinstance(value, dict):
@@ -163,11 +171,13 @@ def _batch(documents: Sequence[torch.Tensor]) -> Batch:
     )
 
 
-# ----------------------------------------------------------------------------------------------- the two ways
+# ------------------------------------------------------------------------------------- the two ways
 
 
 def decoder_layers(model: Any) -> list[nn.Module]:
-    """The model's stack of layers: its longest list of modules that has the configured number of them."""
+    """The model's stack of layers: its longest list of modules that has the configured number of
+    them.
+    """
     number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     stacks = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList)]
     stacks.sort(key=lambda stack: (len(stack) == number, len(stack)))
@@ -253,8 +263,10 @@ def _compare(
     off = abs(loss - own) / max(1.0, abs(own))
     if not off <= loss_allowed:
         raise BadInput(
-            f"{type(sft.model).__name__}: the loss made from the hidden states ({loss:.6g}) is not the one of the "
-            f"model's own logits ({own:.6g}), though its layers agree: it does something between backbone and head "
+            f"{type(sft.model).__name__}: the loss made from the hidden states ({loss:.6g}) is not "
+            f"the one of the "
+            f"model's own logits ({own:.6g}), though its layers agree: it does something between "
+            f"backbone and head "
             "that packhorse cannot measure; this model cannot be trained here"
         )
     return worst, off
@@ -263,7 +275,8 @@ def _compare(
 def _other_neighbours(sft: SftModel, documents: Sequence[torch.Tensor], allowed: float) -> None:
     """A document's first half must not change where all the other tokens of its row do.
 
-    The same shapes and kernels run twice, so that even 16-bit types show a neighbour, or a later token, that is seen.
+    The same shapes and kernels run twice, so that even 16-bit types show a neighbour, or a later
+    token, that is seen.
     """
     middle = len(documents) // 2
     half = documents[middle].shape[0] // 2
@@ -332,12 +345,16 @@ def _advice(
             single = True
     if single:
         return (
-            f"{difference.layer} gives other hidden states through the backend {backend} than by the model's own "
-            f"attention{' and layers' if layers else ''}, even for one document ({difference}): try "
-            f"model.attention=reference{', model.layer_kernels=torch' if layers else ''}, or another model"
+            f"{difference.layer} gives other hidden states through the backend {backend} than by "
+            f"the model's own "
+            f"attention{' and layers' if layers else ''}, even for one document ({difference}): "
+            f"try "
+            f"model.attention=reference{', model.layer_kernels=torch' if layers else ''}, or "
+            f"another model"
         )
     return (
-        f"{difference.layer} does not keep packed documents apart ({difference}): set data.packing=none and "
+        f"{difference.layer} does not keep packed documents apart ({difference}): set "
+        f"data.packing=none and "
         "batch.micro_batch_size=1, so that every micro-batch is one document, or take another model"
     )
 
@@ -361,7 +378,7 @@ def _raising_module(error: BaseException) -> str:
     return name
 
 
-# ----------------------------------------------------------------------------------------------- logits
+# ------------------------------------------------------------------------------------------- logits
 
 
 def measure_transform(model: Any) -> LogitTransform:
@@ -398,7 +415,9 @@ def measure_transform(model: Any) -> LogitTransform:
 
 
 def _fit(given: torch.Tensor, out: torch.Tensor) -> LogitTransform | None:
-    """The transform that takes `given` to `out` (float64, magnitudes from 1e-3 to 1e6), if there is one."""
+    """The transform that takes `given` to `out` (float64, magnitudes from 1e-3 to 1e6), if there is
+    one.
+    """
     scale = float(out[0] / given[0])
     for cap in (None, float(out.abs().max())):
         fitted: Callable[[torch.Tensor], torch.Tensor] = LogitTransform(scale, cap)

@@ -1,8 +1,10 @@
 """A causal language model with its loss: one micro-batch in, its share of the step's loss out.
 
-In: a transformers model (load.py) and a Batch. Out: sum(cross-entropy x weight) over the trained positions, ()
-float32. The backbone runs over all T tokens of the row, the head over the N trained positions only, and the loss
-is made inside the head's forward: there ZeRO-3 has the head's weight whole, tied or not (C5).
+In: a transformers model (load.py) and a Batch. Out: sum(cross-entropy x weight) over the trained
+    positions, ()
+float32. The backbone runs over all T tokens of the row, the head over the N trained positions only,
+and the loss is made inside the head's forward: there ZeRO-3 has the head's weight whole, tied or
+not (C5).
 """
 
 from __future__ import annotations
@@ -33,10 +35,12 @@ class Targets(NamedTuple):
 
 
 class SftModel(nn.Module):
-    """The model that is trained: `forward(batch)` is the loss, `model` the transformers model, as it was to its users.
+    """The model that is trained: `forward(batch)` is the loss, `model` the transformers model, as
+    it was to its users.
 
-    Call `probe.probe` once it can run a forward (under ZeRO-3: once the engine exists), before the first batch:
-    it finds out what the model does to its logits, and proves that packing changes nothing.
+    Call `probe.probe` once it can run a forward (under ZeRO-3: once the engine exists), before the
+    first batch: it finds out what the model does to its logits, and proves that packing changes
+    nothing.
     """
 
     def __init__(self, model: Any, loss: LossSection, seed: int, device: torch.device) -> None:
@@ -50,7 +54,8 @@ class SftModel(nn.Module):
         head = model.get_output_embeddings()
         if head is None or not isinstance(getattr(head, "weight", None), nn.Parameter):
             raise BadInput(
-                f"{type(model).__name__} has no output head with a weight, so it cannot be trained here"
+                f"{type(model).__name__} has no output head with a weight, so it cannot be trained "
+                f"here"
             )
         if "targets" not in inspect.signature(head.forward).parameters:
             head.forward = MethodType(_loss_or_logits(type(head).forward), head)
@@ -71,7 +76,9 @@ class SftModel(nn.Module):
 
     @property
     def has_dropout(self) -> bool:
-        """Whether anything random but NEFTune happens in training; an adapter's dropout is a module."""
+        """Whether anything random but NEFTune happens in training; an adapter's dropout is a
+        module.
+        """
         modules = any(
             isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules()
         )
@@ -97,7 +104,9 @@ class SftModel(nn.Module):
     def _add_noise(
         self, embedding: nn.Module, args: Any, embedded: torch.Tensor
     ) -> torch.Tensor | None:
-        """NEFTune on the embeddings (1, T, H) of a batch in training; a hook's None changes nothing."""
+        """NEFTune on the embeddings (1, T, H) of a batch in training; a hook's None changes
+        nothing.
+        """
         batch = self._batch
         if not self.training or self._alpha == 0.0 or batch is None:
             return None
@@ -113,7 +122,9 @@ class SftModel(nn.Module):
 
 
 def _loss_or_logits(plain_forward: Any) -> Any:
-    """The head's forward, which returns the loss where it is given targets, and its logits elsewhere."""
+    """The head's forward, which returns the loss where it is given targets, and its logits
+    elsewhere.
+    """
 
     def forward(self: Any, hidden: torch.Tensor, *, targets: Targets | None = None) -> torch.Tensor:
         if targets is None:

@@ -1,8 +1,9 @@
-"""One process builds a folder, all others wait for it: on one node or many, without a process group (C10).
+"""One process builds a folder, all others wait for it: on one node or many, without a process group
+(C10).
 
-The lock is a file beside the folder, touched every second by a thread of its owner. Locks are numbered, and
-whoever creates the next number owns it, so two that find the same owner dead cannot both take over. No lock
-of the file system is needed: they do not work on every shared one.
+The lock is a file beside the folder, touched every second by a thread of its owner. Locks are
+numbered, and whoever creates the next number owns it, so two that find the same owner dead cannot
+both take over. No lock of the file system is needed: they do not work on every shared one.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ POLL_S = 0.2
 PATIENCE_S = 3.0  # for which other local ranks leave the work to local rank 0, which shows progress
 
 Build = Callable[[Path, list[Path], Callable[[], None]], None]
-"""build(staging, leftovers, check): makes and fills the folder `staging`, perhaps from what killed builds left;
-calls `check` between pieces of work, which raises when another process has taken over."""
+"""build(staging, leftovers, check): makes and fills the folder `staging`, perhaps from what killed
+builds left; calls `check` between pieces of work, which raises when another process has taken over.
+"""
 
 
 class Stopped(RuntimeError):
@@ -39,10 +41,11 @@ class Stopped(RuntimeError):
 def build_once(
     folder: Path, build: Build, what: str, stopping: Callable[[], bool] = lambda: False
 ) -> None:
-    """Return when `folder` is there and whole: built here, or by another process that this one waits for.
+    """Return when `folder` is there and whole: built here, or by another process that this one
+    waits for.
 
-    A build that is killed, or raises Stopped, leaves its staging folder to the next start; one that fails
-    otherwise leaves nothing.
+    A build that is killed, or raises Stopped, leaves its staging folder to the next start; one that
+    fails otherwise leaves nothing.
 
     Raises:
         BadInput: the disk is full, or the folder cannot be made.
@@ -58,11 +61,13 @@ def build_once(
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BadInput(
-                f"{folder.parent}: the disk is full while {what}; free some room, or set data.cache to another folder"
+                f"{folder.parent}: the disk is full while {what}; free some room, or set "
+                f"data.cache to another folder"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise BadInput(
-                f"{folder.parent}: cannot be written ({error.strerror}); set data.cache to a folder that can"
+                f"{folder.parent}: cannot be written ({error.strerror}); set data.cache to a "
+                f"folder that can"
             ) from error
         raise
 
@@ -93,7 +98,9 @@ def _build(folder: Path, build: Build, lock: _Lock) -> None:
 
 
 def _acquire(folder: Path, what: str, stopping: Callable[[], bool]) -> _Lock | None:
-    """The lock; or None, when the folder was published meanwhile. Waits for an owner as long as it is alive."""
+    """The lock; or None, when the folder was published meanwhile. Waits for an owner as long as it
+    is alive.
+    """
     started = seen_at = time.monotonic()
     seen: tuple[int, int] | None = None
     told = False
@@ -180,7 +187,9 @@ def _newest_lock(folder: Path) -> int:
 
 
 def _last_beat(folder: Path, number: int) -> int:
-    """Modification time in ns; opening the file makes a network file system look it up anew. 0 where it is gone."""
+    """Modification time in ns; opening the file makes a network file system look it up anew. 0
+    where it is gone.
+    """
     try:
         with _lock_path(folder, number).open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns

@@ -1,13 +1,14 @@
 """Whether an answer comes to the same value as a reference, by the library math-verify.
 
-An answer and a reference enter; a verdict leaves. The library reads numbers, formulas and sets, and computes; what it
-is given may be a tower of powers that no computer finishes. Its own time limit is a Python signal handler, which fails
-outside the main thread and waits while C code runs. So it works in a process beside this one (bounded.py): past LIMIT_S
-the verdict is that it took too long, and that is not `wrong`.
+An answer and a reference enter; a verdict leaves. The library reads numbers, formulas and sets, and
+computes; what it is given may be a tower of powers that no computer finishes. Its own time limit is
+a Python signal handler, which fails outside the main thread and waits while C code runs. So it
+works in a process beside this one (bounded.py): past LIMIT_S the verdict is that it took too long,
+and that is not `wrong`.
 
-`#### x` at the end (gsm8k), `<answer>x</answer>` and `\\boxed{x}` mark the final answer; where none of them is there,
-it is what the library finds: the value after "the answer is", else the last one. Thinking, which ends with `</think>`,
-is not looked at.
+`#### x` at the end (gsm8k), `<answer>x</answer>` and `\\boxed{x}` mark the final answer; where none
+of them is there, it is what the library finds: the value after "the answer is", else the last one.
+Thinking, which ends with `</think>`, is not looked at.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ def check_installed(what: str = "`verify: math`") -> None:
 
 
 def math_verdict(answer: str, reference: str, *, alone: bool = True) -> Verdict:
-    """`no reference`: nothing in the reference is a value; `too long`: it took more than LIMIT_S; `failed`: the library
-    did, or it needed too much memory.
+    """`no reference`: nothing in the reference is a value; `too long`: it took more than LIMIT_S;
+    `failed`: the library did, or it needed too much memory.
 
     Args:
-        alone: the reference is a value and nothing else, where nothing in it is marked; or it is read as an answer is.
+        alone: the reference is a value and nothing else, where nothing in it is marked; or it is
+            read as an answer is.
     """
     try:
         return bounded(_verdict, answer, reference, alone, limit_s=LIMIT_S, imports=["math_verify"])
@@ -59,8 +61,8 @@ def _verdict(answer: str, reference: str, alone: bool) -> Verdict:
 
 
 def _final(text: str, *, alone: bool) -> str:
-    """The text's final answer, or the text, less its thinking; a value that stands `alone` is marked, so that all of
-    it is read."""
+    """The text's final answer, or the text, less its thinking; a value that stands `alone` is
+    marked, so that all of it is read."""
     text = text.rpartition("</think>")[2].replace("\N{MINUS SIGN}", "-")
     marked = [match[match.lastindex or 0] for match in MARKED.finditer(text)]
     final = marked[-1] if marked else text

@@ -55,7 +55,8 @@ class Progress:
 def _short(line: dict[str, float]) -> str:
     mfu = f"  mfu {line['perf/mfu']:.1%}" if "perf/mfu" in line else ""
     return (
-        f"loss {line['train/loss']:.4f}  norm {line['train/grad_norm']:.2f}  lr {line['train/lr']:.2e}  "
+        f"loss {line['train/loss']:.4f}  norm {line['train/grad_norm']:.2f}  lr "
+        f"{line['train/lr']:.2e}  "
         f"{line['perf/tokens_per_s']:,.0f} tokens/s{mfu}"
     )
 

@@ -1,8 +1,9 @@
 """JSON as data rows need it: every fault is a RowError with a reason that can be counted.
 
-Stricter than json in two things. A key that stands twice in an object is refused, since nothing says which value was
-meant; so is nesting that later stages (pickling, templates) could not follow. NaN and Infinity pass, as columns that
-nobody reads are full of them; where such a value would be rendered, it is refused (format.py).
+Stricter than json in two things. A key that stands twice in an object is refused, since nothing
+says which value was meant; so is nesting that later stages (pickling, templates) could not follow.
+NaN and Infinity pass, as columns that nobody reads are full of them; where such a value would be
+rendered, it is refused (format.py).
 """
 
 from __future__ import annotations

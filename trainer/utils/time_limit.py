@@ -1,9 +1,10 @@
-"""Calls that may never end, or take all memory: a regular expression of the user's on a model's answer, a formula.
+"""Calls that may never end, or take all memory: a regular expression of the user's on a model's
+answer, a formula.
 
-A function and its arguments enter; its result leaves, or TooLong, or Failed. Python cannot interrupt C code, as a
-regular expression is, so the work is done in a process beside this one, with a timer that the kernel keeps: past a
-limit of its own processor time (not of the clock: a busy machine changes no result) that process is ended, and the next
-one starts.
+A function and its arguments enter; its result leaves, or TooLong, or Failed. Python cannot
+interrupt C code, as a regular expression is, so the work is done in a process beside this one, with
+a timer that the kernel keeps: past a limit of its own processor time (not of the clock: a busy
+machine changes no result) that process is ended, and the next one starts.
 """
 
 from __future__ import annotations

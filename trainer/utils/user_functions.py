@@ -1,7 +1,7 @@
 """Functions of the user's own, which a recipe names as `module:function`.
 
-They run with the user's rights. Modules are found in the current folder, then in the environment, as `python -m`
-finds them: a folder of data is never looked into.
+They run with the user's rights. Modules are found in the current folder, then in the environment,
+as `python -m` finds them: a folder of data is never looked into.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from trainer.datatypes import BadInput
 
 @cache
 def load_function(name: str) -> Callable[..., Any]:
-    """The function `name`, as `module:function`; its module is imported. Raises BadInput where there is none."""
+    """The function `name`, as `module:function`; its module is imported. Raises BadInput where
+    there is none.
+    """
     module_name, _, function_name = name.partition(":")
     folder = os.getcwd()
     if folder not in sys.path:
@@ -30,7 +32,8 @@ def load_function(name: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # whatever the user's own code does
         raise BadInput(
-            f"function `{name}`: the module cannot be imported from {folder} or the environment ({short(error)})"
+            f"function `{name}`: the module cannot be imported from {folder} or the environment "
+            f"({short(error)})"
         ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -39,7 +42,9 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def function_digest(name: str) -> str:
-    """xxh3-128 of the file that the function's module is. Modules which that one imports are not looked at."""
+    """xxh3-128 of the file that the function's module is. Modules which that one imports are not
+    looked at.
+    """
     load_function(name)
     file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
     if file is None:
