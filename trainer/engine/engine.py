@@ -23,7 +23,7 @@ from torch import nn
 from trainer import dist
 from trainer.config.recipe import OptimSection
 from trainer.datatypes import BadInput, Batch, StepResult
-from trainer.engine import zero_state
+from trainer.engine import compile_ops, zero_state
 from trainer.engine.ds_config import nvme_offloads, offload_device, stage
 from trainer.engine.sharded_state import (
     FROZEN,
@@ -165,6 +165,7 @@ class Engine:
         self.swaps = bool(nvme_offloads(config))
         self._model = model
         self._engine: Any
+        compile_ops.build_ops(compile_ops.needed_ops(config, trains=groups is not None))
         if groups is None:
             self._engine = _evaluator(model, config)
             return
