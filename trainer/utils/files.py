@@ -221,3 +221,21 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def local_folder(name: str, option: str) -> Path | None:
+    """Return the folder that a model's name means, or None if it is a name on the hub.
+
+    Args:
+        option: what the user gave the name as, for the message.
+
+    Raises:
+        BadInput: the name can only be a path, and there is no such folder.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    # a name on the hub is `owner/model` or `model`
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise BadInput(f"{option}: there is no folder {folder}; give another or a hub name")
+    return None
