@@ -5,7 +5,6 @@ Prepared documents and the plan made of them enter. Nothing here changes what is
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from trainer.config.recipe import Recipe
 from trainer.data.batch_plan import Plan
 from trainer.data.picture import Panel, draw
 from trainer.data.prepare import Prepared
-from trainer.utils.files import write_synced
+from trainer.utils.files import write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -59,7 +58,7 @@ def summary(prepared: Prepared, plan: Plan | None = None) -> dict[str, Any]:
 def write(folder: Path, train: Prepared, plan: Plan, held_out: Prepared | None) -> None:
     """data.json, and data.png: the documents' lengths with their trained share, and the rows' fill."""
     found = {"train": summary(train, plan), **of_eval(held_out)}
-    write_synced(folder / "data.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "data.json", found)
     picture(train, plan).save(folder / "data.png", optimize=True)
 
 
