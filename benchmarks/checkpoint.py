@@ -101,7 +101,7 @@ def step_s(engine: Any) -> float:
         weights=torch.full((tokens - 1,), 1 / tokens),
         uniform_weight=1 / tokens,
         document_keys=((0, 0, 0),),
-        row_ids=(0,),
+        sequence_ids=(0,),
     )
     return seconds(lambda: engine.step([batch], 1e-4, Clock(dist.device())))
 

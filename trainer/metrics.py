@@ -245,7 +245,7 @@ class Metrics:
         for batch in batches:
             self._tokens += batch.tokens
             self._trained += batch.trained_tokens
-            self._rows += len(batch.row_ids)
+            self._rows += len(batch.sequence_ids)
             self._fillers += batch.is_filler
             self._micro_batches += 1
             self._flop += self._flops.of(batch)

@@ -52,8 +52,8 @@ def test_the_numbers_are_those_of_documents_and_rows(debug):
     assert epoch["rows"] == len(rows)
     assert epoch["steps"] == sum(step.epoch == 0 for step in steps)
     assert found["steps"] == plan.steps
-    tokens = [sum(piece.stop - piece.start for piece in plan.row(0, row)) for row in rows]
-    assert plan.row_sizes()[0].tolist() == tokens
+    tokens = [sum(piece.stop - piece.start for piece in plan.sequence(0, row)) for row in rows]
+    assert plan.sequence_sizes()[0].tolist() == tokens
     assert epoch["seq_len"]["max"] == max(tokens) <= recipe.batch.seq_len
     assert epoch["fill"] == pytest.approx(sum(tokens) / len(rows) / recipe.batch.seq_len, abs=1e-5)
     assert epoch["documents_per_row"] == pytest.approx(len(lengths) / len(rows), abs=1e-3)

@@ -65,11 +65,11 @@ def evaluate(
 
     if is_worker():
         end_with_the_launcher()
-        from trainer.evaluate import assess
+        from trainer.evaluate import evaluate_model
 
         if out is None or step is None:
             raise BadInput("packhorse eval starts its own processes: run it without torchrun")
-        assess(load_recipe(recipe_file, overrides or ()), out, step)
+        evaluate_model(load_recipe(recipe_file, overrides or ()), out, step)
         end_worker()
     stop_while_starting()
     recipe = load_recipe(recipe_file, overrides or ())

@@ -160,15 +160,15 @@ def keep_packed(
         staging.mkdir()
         packed = make()
         np.save(staging / "pieces.npy", packed.pieces)
-        np.save(staging / "row_offsets.npy", packed.row_offsets)
+        np.save(staging / "row_offsets.npy", packed.sequence_offsets)
         for path in staging.iterdir():
             _sync(path)
 
     build_once(folder, build, what, stopping)
-    pieces, row_offsets = (
+    pieces, offsets = (
         np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("pieces", "row_offsets")
     )
-    return Packed(np.asarray(pieces), np.asarray(row_offsets))
+    return Packed(np.asarray(pieces), np.asarray(offsets))
 
 
 def _open(folder: Path, what: str, max_rejects: float) -> Documents:

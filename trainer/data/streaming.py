@@ -225,7 +225,7 @@ class StreamingData:
             )
         return self._keep(epoch, prepared)
 
-    def rows(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
+    def num_sequences(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
         """As the log says; where it does not, rank 0 says it, and the others wait for that."""
         if is_main() and epoch == len(self._log.shards):
             return self._decide(epoch, first_step, count).packed_rows

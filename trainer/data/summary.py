@@ -44,7 +44,7 @@ def summary(prepared: Prepared, plan: Plan | None = None) -> dict[str, Any]:
         "document_trained_tokens": _quantiles(prepared.trained_counts),
     }
     if plan is not None:
-        tokens, pieces = plan.row_sizes()
+        tokens, pieces = plan.sequence_sizes()
         found["first_epoch"] = {
             "rows": len(tokens),
             "seq_len": _quantiles(tokens),
@@ -70,7 +70,7 @@ def of_eval(held_out: Prepared | None) -> dict[str, Any]:
 
 def picture(prepared: Prepared, plan: Plan) -> Any:
     """A PIL image of the train documents and of the rows of the first epoch."""
-    lengths, tokens, seq_len = prepared.lengths, plan.row_sizes()[0], plan.batch.seq_len
+    lengths, tokens, seq_len = prepared.lengths, plan.sequence_sizes()[0], plan.batch.seq_len
     edges = np.linspace(0, lengths.max() + 1, min(LENGTH_BINS, int(lengths.max()) + 1) + 1)
     counts, in_bin, trained = (
         np.histogram(lengths, edges, weights=weights)[0]

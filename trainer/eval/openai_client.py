@@ -103,7 +103,7 @@ class Client:
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx2.Timeout(server.timeout_s, connect=min(_CONNECT_S, server.timeout_s)),
             # a connection that is kept may be closed by the server just as it is used again
-            limits=httpx2.LengthPolicy(
+            limits=httpx2.Limits(
                 max_connections=server.parallel, max_keepalive_connections=0
             ),
             trust_env=urlsplit(server.url).hostname

@@ -167,7 +167,7 @@ def _batch(documents: Sequence[torch.Tensor]) -> Batch:
         weights=torch.full((len(positions),), 1 / len(positions), device=device),
         uniform_weight=1 / len(positions),
         document_keys=tuple((0, i, 0) for i in range(len(lengths))),
-        row_ids=(0,),
+        sequence_ids=(0,),
     )
 
 
