@@ -109,7 +109,7 @@ class Saver:
         self._engine = engine
         self._keep = section.keep
         self._group = dist.new_group()
-        self._in_background = _copy_fits(engine.state_bytes(), section.asynchronous)
+        self._in_background = _copy_fits(engine.state.bytes(), section.asynchronous)
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -134,13 +134,13 @@ class Saver:
                 reported here.
         """
         self.wait()
-        _require_room(self._root, self._engine.state_bytes())
+        _require_room(self._root, self._engine.state.bytes())
         staged = self._root / f".saving-{_name(state.step)}"
         self._raise_failure(state.step, self._run_on_rank0(staged.mkdir))
         # what is known without reading the state comes first: the background must not touch the
         # engine
-        shapes, digests = self._engine.state_shapes(), self._engine.frozen_digests()
-        groups: Iterable[list[Slice]] = self._engine.state()
+        shapes, digests = self._engine.state.shapes(), self._engine.state.frozen_digests()
+        groups: Iterable[list[Slice]] = self._engine.state.slices()
         if not self._in_background:
             self._write(staged, state, best, shapes, digests, groups)
             return
@@ -408,8 +408,8 @@ def restore(folder: Path, manifest: Manifest, engine: Engine) -> None:
             written from.
         RuntimeError: a tensor differs from what was saved.
     """
-    engine.restore(Shards(folder, manifest.files, manifest.shapes), manifest.state.updates)
-    found = engine.state_digests()
+    engine.state.restore(Shards(folder, manifest.files, manifest.shapes), manifest.state.updates)
+    found = engine.state.digests()
     keys = sorted(manifest.digests)
     sums = dist.sum_mod_2_64([found.get(key, 0) for key in keys])
     for (name, state), total in zip(keys, sums, strict=True):
