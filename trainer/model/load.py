@@ -21,6 +21,7 @@ from trainer.datatypes import BadInput
 from trainer.model import attention, liger_layers
 from trainer.model.lora import add_adapter
 from trainer.utils.files import local_folder
+from trainer.utils.text import one_line
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -104,7 +105,7 @@ def _load_pretrained(
             **arguments,
         )
     except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         if folder is None:
             raise BadInput(
                 f"model.name: cannot load the {what} of {section.name} from the hub ({reason}); "
