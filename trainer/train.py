@@ -50,6 +50,7 @@ from trainer.run_folder import (
     write_stop,
     write_trace,
 )
+from trainer.utils.cpu_speed import EMULATED_FROM, bf16_slowdown
 from trainer.utils.files import Stopped
 from trainer.utils.progress import Progress
 
@@ -253,6 +254,8 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     Args:
         learns: False builds no optimizer and none of its state.
     """
+    if dist.is_main() and dist.device().type == "cpu":
+        warn_if_bf16_is_emulated(recipe.model.dtype)
     hidden_size = load_config(recipe.model).get_text_config().hidden_size
     ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size, run_dir)
     require_stage(recipe.adapter, stage(ds_config))
@@ -270,6 +273,16 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     engine = Engine(module, groups, recipe.optim, ds_config)
     check_packing(recipe, module)
     return engine
+
+
+def warn_if_bf16_is_emulated(dtype: str) -> None:
+    """Warn about bfloat16 on a CPU without instructions for it, and say what to set."""
+    if dtype == "bfloat16" and (slowdown := bf16_slowdown()) > EMULATED_FROM:
+        dist.log.warning(
+            "model.dtype is bfloat16, which this CPU emulates: a matrix product takes %.0f times "
+            "as long as in float32; set model.dtype=float32",
+            slowdown,
+        )
 
 
 def check_packing(recipe: Recipe, module: SftModel) -> None:

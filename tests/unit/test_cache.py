@@ -375,5 +375,5 @@ def test_a_packing_is_made_once_and_mapped(tmp_path):
             tmp_path / "p", lambda: made_times.append(1) or packed, "packing", lambda: False
         )
         assert np.array_equal(kept.pieces, packed.pieces)
-        assert np.array_equal(kept.row_offsets, packed.row_offsets)
+        assert np.array_equal(kept.sequence_offsets, packed.sequence_offsets)
     assert made_times == [1]

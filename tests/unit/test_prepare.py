@@ -110,7 +110,8 @@ def check_batch(batch: Batch, prepared: Prepared, plan: Plan) -> None:
     assert ends[-1] == len(batch.input_ids) == batch.tokens
     assert list(batch.lengths) == batch.cu_seqlens.diff().tolist()
     targets = dict(zip(batch.trained_positions.tolist(), batch.targets.tolist(), strict=True))
-    pieces = [piece for row in batch.row_ids for piece in plan.row(batch.document_keys[0][0], row)]
+    epoch = batch.document_keys[0][0]
+    pieces = [piece for number in batch.sequence_ids for piece in plan.sequence(epoch, number)]
     assert len(pieces) == len(ends) - 1 == len(batch.document_keys)
     for begin, piece, key in zip(ends, pieces, batch.document_keys, strict=False):
         assert key[1:] == (piece.document, piece.piece)
@@ -205,7 +206,7 @@ def test_a_filler_is_two_tokens_that_weigh_nothing():
     assert batch.weights.tolist() == [0.0]
     assert batch.uniform_weight == 0.0
     assert batch.lengths == (2,)
-    assert batch.row_ids == ()
+    assert batch.sequence_ids == ()
 
 
 # --------------------------------------------------------------------------------------- the thread

@@ -14,6 +14,7 @@ import yaml
 
 from trainer.config.base import Section, items_of, kind_of, sections_of
 from trainer.datatypes import BadInput
+from trainer.utils.text import one_line
 
 # Keys that had another name, or became part of another key, before the first release. The numbers
 # of a list's items and the names in a mapping are left out. Values continue "`KEY` is now ".
@@ -70,7 +71,7 @@ def read_yaml(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: the file cannot be read ({error})") from None
     except yaml.YAMLError as error:
-        raise BadInput(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise BadInput(f"{path}: not valid YAML: {one_line(error)}") from None
 
 
 # ---------------------------------------------------------------------------------------- overrides
