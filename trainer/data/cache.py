@@ -25,7 +25,7 @@ import xxhash
 
 from trainer.datatypes import BadInput, Example, Packed, Tokenized
 from trainer.dist import is_main, log
-from trainer.utils.files import ResumableFiles, Stopped, build_once, write_synced
+from trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
 
 VERSION = 2  # part of every key: raise it when the files of a folder change
 
@@ -304,8 +304,7 @@ class _CacheWriter:
         report["sources"] = self._sources
         folder = self._files.folder
         record = {"fingerprint": _fingerprint(folder), "sizes": sizes, "report": report}
-        text = json.dumps(record, indent=1, ensure_ascii=False)
-        write_synced(folder / "report.json", text)
+        write_json(folder / "report.json", record)
         self._files.forget()
 
     def _find_duplicates(self, drop: bool) -> None:

@@ -31,7 +31,7 @@ from trainer.data.cache import Progress
 from trainer.data.prepare import Prepared, SplitRows, cache_folder, tokenizer_of_rows, workers_of
 from trainer.data.tokenize import Row
 from trainer.datatypes import BadInput, Conversation, RowError
-from trainer.utils.files import ResumableFiles, Stopped, build_once, write_synced
+from trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
 
 VERSION = 1  # part of every key: raise it when the same rows give other pairs
 
@@ -173,7 +173,7 @@ def check_leakage(
                 "pairs": files.state["pairs"],
                 **_summarize_pairs(staging / PAIRS),
             }
-            write_synced(staging / "report.json", json.dumps(report))
+            write_json(staging / "report.json", report)
             files.forget()
 
     build_once(folder, build, WHAT, stopping)
