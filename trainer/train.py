@@ -218,7 +218,7 @@ def build_evaluation(
     if recipe.eval.lm_eval:
         dist.log.info("eval.lm_eval is not run in training: `packhorse eval %s RECIPE`", run_dir)
     eval_data, stop = prepared.eval_data, prepared.stop
-    return Evaluation(recipe, run_dir, engine, eval_data, masker, metrics, stop, watch, best.look)
+    return Evaluation(recipe, run_dir, engine, eval_data, masker, metrics, stop, watch, best.update)
 
 
 def log_schedule(prepared: PreparedRun, first_step: int) -> None:
