@@ -301,6 +301,8 @@ def test_control_the_probe_catches_a_kernel_without_boundaries(
     def whole(layer: str, q: Any, k: Any, v: Any, arguments: attention.Arguments) -> torch.Tensor:
         return right(layer, q, k, v, arguments._replace(bounds=bounds((q.shape[2],))))
 
-    monkeypatch.setitem(attention._FUNCTIONS, "torch_varlen", attention._bound(whole))
+    monkeypatch.setitem(
+        attention._FUNCTIONS, "torch_varlen", attention.as_attention_function(whole)
+    )
     with pytest.raises(BadInput, match="does not keep packed documents apart"):
         proof(tf.LlamaConfig(**SIZES), "torch_varlen")

@@ -182,7 +182,9 @@ def with_backend(change: Any) -> Any:
     def wrong(layer: str, q: Any, k: Any, v: Any, arguments: attention.Arguments) -> torch.Tensor:
         return right(layer, q, k, v, change(arguments))
 
-    return mock.patch.dict(attention._FUNCTIONS, {"reference": attention._bound(wrong)})
+    return mock.patch.dict(
+        attention._FUNCTIONS, {"reference": attention.as_attention_function(wrong)}
+    )
 
 
 def no_boundaries(arguments: attention.Arguments) -> attention.Arguments:
