@@ -82,7 +82,7 @@ def proof(
     model: Any, *, one_document: bool = False, kernel: str = "chunked"
 ) -> packing_check.Proof:
     module = SftModel(model, LossSection.model_validate({"kernel": kernel}), 0, CPU)
-    return packing_check.probe(module, seq_len=128, one_document=one_document, seed=0)
+    return packing_check.check_packing(module, seq_len=128, one_document=one_document, seed=0)
 
 
 # --------------------------------------------------------------------------------------- right ones
@@ -137,7 +137,7 @@ def test_one_document_is_longer_than_the_window() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny(RIGHT["llama"][0])
     module = SftModel(model, LossSection(), 0, CPU).train()
-    packing_check.probe(module, seq_len=64, one_document=False, seed=0)
+    packing_check.check_packing(module, seq_len=64, one_document=False, seed=0)
     assert module.training
     assert model.config._attn_implementation == "packhorse_reference"
     assert all(p.grad is None for p in model.parameters())
@@ -314,7 +314,7 @@ def test_windows_and_chunks_are_found_by_their_words() -> None:
         "local_attention": 128,
         "id2label": {0: "a"},
     }
-    assert packing_check.limits(config) == {4096, 8192, 28, 128}
+    assert packing_check.attention_limits(config) == {4096, 8192, 28, 128}
 
 
 def test_the_middle_document_passes_every_limit_within_reach() -> None:
@@ -323,6 +323,6 @@ def test_the_middle_document_passes_every_limit_within_reach() -> None:
         max_position_embeddings=10**6,
         to_dict=lambda: {"sliding_window": 512, "chunk": 8192},
     )
-    assert len(packing_check._documents(config, 1024, 0)[1]) > 512
-    assert len(packing_check._documents(config, 1024, 0)[1]) < 1024
-    assert len(packing_check._documents(config, 16384, 0)[1]) > 8192
+    assert len(packing_check._random_documents(config, 1024, 0)[1]) > 512
+    assert len(packing_check._random_documents(config, 1024, 0)[1]) < 1024
+    assert len(packing_check._random_documents(config, 16384, 0)[1]) > 8192
