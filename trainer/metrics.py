@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from trainer import dist
-from trainer.config.recipe import ProfileSection
 from trainer.datatypes import Batch, StepPlan, StepResult
 from trainer.utils.files import read_json_lines, write_synced
 
@@ -361,14 +360,14 @@ class Profiler:
     Perfetto.
     """
 
-    def __init__(self, section: ProfileSection | None, run_dir: Path) -> None:
-        self._section = section if dist.is_main() else None
+    def __init__(self, steps: tuple[int, int] | None, run_dir: Path) -> None:
+        self._steps = steps if dist.is_main() else None
         self._folder = run_dir / "profile"
         self._profile: Any = None
 
     def before(self, step: int) -> None:
         """Call before step `step` (from 0)."""
-        if self._section and step + 1 == self._section.start:
+        if self._steps and step + 1 == self._steps[0]:
             from torch.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
             activities = [ProfilerActivity.CPU] + [
@@ -384,10 +383,6 @@ class Profiler:
 
     def after(self, step: int) -> None:
         """Call after step `step` (from 0)."""
-        if (
-            self._profile
-            and self._section
-            and step + 1 >= self._section.start + self._section.steps - 1
-        ):
+        if self._profile and self._steps and step + 1 >= self._steps[1]:
             self._profile.stop()
             self._profile = None
