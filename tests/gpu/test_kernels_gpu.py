@@ -1,4 +1,4 @@
-"""On a GPU: every fused kernel against its readable twin, and the packing check through each of them.
+"""On a GPU: every fused kernel against its readable twin, and the packing check on each of them.
 
 pytest -m gpu tests/gpu
 """
@@ -249,7 +249,7 @@ def test_the_probe_compares_fused_layers_with_the_models_own(
     model = tiny(tf.LlamaConfig(**SIZES), torch.bfloat16, FUSED[0]).to(CUDA)
     liger_layers.fuse(model, "liger", CUDA, torch.bfloat16)
     with pytest.raises(BadInput, match=r"model\.layer_kernels=torch"):
-        packing_check.check_packing(
+        packing_check.prove_packing(
             SftModel(model, LossSection(), 0, CUDA), seq_len=1024, one_document=False, seed=0
         )
 
@@ -260,7 +260,7 @@ def test_the_probe_compares_fused_layers_with_the_models_own(
 def proof(config: Any, backend: str, dtype: torch.dtype = torch.bfloat16) -> packing_check.Proof:
     model = tiny(config, dtype, backend).to(CUDA)
     liger_layers.fuse(model, "auto", CUDA, dtype)
-    return packing_check.check_packing(
+    return packing_check.prove_packing(
         SftModel(model, LossSection(), 0, CUDA), seq_len=1024, one_document=False, seed=0
     )
 

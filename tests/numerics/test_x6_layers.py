@@ -75,7 +75,7 @@ def refusal(config: Any) -> str | None:
     model = tiny(config)
     liger_layers.fuse(model, "liger", CPU, torch.float32)
     try:
-        packing_check.check_packing(sft(model), seq_len=64, one_document=False, seed=0)
+        packing_check.prove_packing(sft(model), seq_len=64, one_document=False, seed=0)
     except BadInput as error:
         return str(error)
     return None

@@ -1,6 +1,4 @@
-"""The probe accepts a model that is right packed, and refuses one that is not, naming the layer
-(C4).
-"""
+"""The check accepts a model that is right packed, and refuses others, naming the layer (C4)."""
 
 from __future__ import annotations
 
@@ -63,7 +61,7 @@ RIGHT: dict[str, tuple[Any, LogitTransform]] = {
     ),
     "phi, biased head": (tf.PhiConfig(**SIZES), LogitTransform()),
 }
-# Right one document at a time only. Each is refused packed, by its own library or by what the probe
+# Right one document at a time only. Each is refused packed, by its own library or by what the check
 # measures.
 MIXING = {
     "qwen 3 next": (
@@ -82,7 +80,7 @@ def proof(
     model: Any, *, one_document: bool = False, kernel: str = "chunked"
 ) -> packing_check.Proof:
     module = SftModel(model, LossSection.model_validate({"kernel": kernel}), 0, CPU)
-    return packing_check.check_packing(module, seq_len=128, one_document=one_document, seed=0)
+    return packing_check.prove_packing(module, seq_len=128, one_document=one_document, seed=0)
 
 
 # --------------------------------------------------------------------------------------- right ones
@@ -137,7 +135,7 @@ def test_one_document_is_longer_than_the_window() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny(RIGHT["llama"][0])
     module = SftModel(model, LossSection(), 0, CPU).train()
-    packing_check.check_packing(module, seq_len=64, one_document=False, seed=0)
+    packing_check.prove_packing(module, seq_len=64, one_document=False, seed=0)
     assert module.training
     assert model.config._attn_implementation == "packhorse_reference"
     assert all(p.grad is None for p in model.parameters())

@@ -74,7 +74,7 @@ class _LayerDiffers(Exception):
 
 
 @torch.no_grad()
-def check_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int) -> Proof:
+def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int) -> Proof:
     """Prove the model, and set `sft.transform`.
 
     Every rank calls it: under ZeRO-3 its forwards are collective.
