@@ -176,7 +176,7 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
             loader=loader,
             guard=guard,
             metrics=metrics,
-            profiler=Profiler(recipe.profile, run_dir),
+            profiler=Profiler(recipe.run.profile_steps, run_dir),
             progress=Progress(plan.steps, first_step),
             stop=prepared.stop,
             watch=watch,

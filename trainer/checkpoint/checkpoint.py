@@ -29,7 +29,7 @@ from trainer.datatypes import BadInput
 from trainer.engine import sharded_state
 from trainer.engine.engine import Engine
 from trainer.engine.sharded_state import FROZEN, Digests, File, Shards, Slice, add_digests
-from trainer.utils.files import sync_folder, write_synced
+from trainer.utils.files import publish_folder, write_synced
 
 _MANIFEST = "manifest.json"
 _FORMAT = 2
@@ -217,12 +217,10 @@ class Saver:
 
     def _publish(self, staged: Path, manifest: Manifest, best: int | None) -> None:
         write_manifest(staged, manifest)
-        sync_folder(staged)
         final = self._root / staged.name.removeprefix(".saving-")
         if final.exists():  # a damaged one: a whole one would have been resumed from
             _remove(final)
-        staged.rename(final)
-        sync_folder(self._root)
+        publish_folder(staged, final)
         write_synced(self._root / "latest", final.name)
         point_at_best(self._root, best)
         published = _published(self._root)

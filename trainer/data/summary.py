@@ -5,7 +5,6 @@ Prepared documents and their plan enter. Nothing here changes what is trained.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from trainer.config.recipe import Recipe
 from trainer.data.batch_plan import Plan
 from trainer.data.picture import Histogram, draw
 from trainer.data.prepare import Prepared
-from trainer.utils.files import write_synced
+from trainer.utils.files import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,7 +60,7 @@ def summary(prepared: Prepared, plan: Plan | None = None) -> dict[str, Any]:
 def write(folder: Path, train: Prepared, plan: Plan, held_out: Prepared | None) -> None:
     """Write data.json (see `summary`) and data.png (see `picture`) into `folder`."""
     found = {"train": summary(train, plan), **of_eval(held_out)}
-    write_synced(folder / "data.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    write_json(folder / "data.json", found)
     picture(train, plan).savefig(folder / "data.png")
 
 

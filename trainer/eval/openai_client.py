@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from trainer.config.eval import Endpoint, Server
+from trainer.utils.text import one_line
 
 _CONNECT_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0  # between tries: doubled each time
@@ -233,7 +234,7 @@ class Client:
 
     def _shown(self, text: str) -> str:
         """A part of a text on one line, without the key: servers repeat it in their refusals."""
-        text = " ".join(text.split())
+        text = one_line(text)
         return (text.replace(self._key, "***") if self._key else text)[:_SHOWN]
 
 
