@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from trainer import dist
-from trainer.config.recipe import ProfileSection
 from trainer.datatypes import Batch, StepPlan, StepResult
 from trainer.utils.files import read_json_lines, write_synced
 
@@ -356,19 +355,20 @@ def _drop_lines_after(path: Path, step: int, repeated: int | None) -> None:
 
 
 class Profiler:
-    """Writes a torch.profiler trace of the recipe's steps, for TensorBoard and Perfetto.
+    """Writes a torch.profiler trace of steps, for TensorBoard and Perfetto. Only rank 0 profiles.
 
-    Only rank 0 profiles.
+    Args:
+        steps: the first and the last profiled step, counted from 1; None for no trace.
     """
 
-    def __init__(self, section: ProfileSection | None, run_dir: Path) -> None:
-        self._section = section if dist.is_main() else None
+    def __init__(self, steps: tuple[int, int] | None, run_dir: Path) -> None:
+        self._steps = steps if dist.is_main() else None
         self._folder = run_dir / "profile"
         self._profile: Any = None
 
     def before(self, step: int) -> None:
         """Start at the first profiled step. Call it before step `step`, counted from 0."""
-        if self._section and step + 1 == self._section.start:
+        if self._steps and step + 1 == self._steps[0]:
             from torch.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
             on_gpu = torch.cuda.is_available()
@@ -382,7 +382,6 @@ class Profiler:
 
     def after(self, step: int) -> None:
         """Stop after the last profiled step. Call it after step `step`, counted from 0."""
-        section = self._section
-        if self._profile and section and step + 1 >= section.start + section.steps - 1:
+        if self._profile and self._steps and step + 1 >= self._steps[1]:
             self._profile.stop()
             self._profile = None

@@ -36,7 +36,7 @@ ADAPTERS = {  # with the stages they are trained at
         "[embed_tokens, lm_head]}",
     ),
     "dora": ("zero3", "adapter={rank: 4, dora: true}"),
-    "nf4": ("zero2", "adapter={rank: 4, base: nf4, double_quant: true}"),
+    "nf4": ("zero2", "adapter={rank: 4, base: nf4_double_quant}"),
     "bf16": ("zero3", "adapter={rank: 4}"),
 }
 FP32 = [name for name in ADAPTERS if name != "bf16"]

@@ -59,7 +59,7 @@ QUIET = (
     "eval.generate=null",
     "eval.best=null",
     "checkpoint.every_steps=null",
-    "profile=null",
+    "run.profile_steps=null",
     "run.trace=true",
     "guard.non_finite=stop",
 )
