@@ -255,7 +255,8 @@ def _compare(
     index, kept = Index(recipe.data.near_duplicate), _Kept(held_out)
     places: list[str] = []  # of the index's texts
     read = _Read(tokenizer_of_rows(recipe, tokenizer, "eval"))
-    with closing(tokenize.run(SplitRows(recipe.data, "eval").rows(), read, workers)) as chunks:
+    side = SplitRows(recipe.data, "eval")
+    with closing(tokenize.run(side.rows(), read, workers, side.files)) as chunks:
         for chunk in chunks:
             train_from_checkpoint()
             chosen = [row for row in chunk if kept(row.file, row.number)]
@@ -266,7 +267,9 @@ def _compare(
     near = _Near(_Read(tokenizer_of_rows(recipe, tokenizer, "train")), index)
     with (
         closing(Progress(WHAT, pairs.rows, side.count_rows())) as progress,
-        closing(tokenize.run(islice(side.rows(), pairs.rows, None), near, workers)) as chunks,
+        closing(
+            tokenize.run(islice(side.rows(), pairs.rows, None), near, workers, side.files)
+        ) as chunks,
     ):
         for rows, matches in chunks:
             lines = [
