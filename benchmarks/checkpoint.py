@@ -101,7 +101,7 @@ def step_s(engine: Any) -> float:
         weights=torch.full((tokens - 1,), 1 / tokens),
         uniform_weight=1 / tokens,
         document_keys=((0, 0, 0),),
-        row_ids=(0,),
+        sequence_ids=(0,),
     )
     return seconds(lambda: engine.step([batch], 1e-4, Clock(dist.device())))
 
@@ -165,7 +165,7 @@ def save_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
         found["deepspeed"].append(
             seconds(lambda: engine._engine.save_checkpoint(str(folder / "deepspeed"), tag="saved"))
         )
-    return found | {"state": engine.state_bytes()}
+    return found | {"state": engine.state.bytes()}
 
 
 def resume_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,7 @@ def pack(
         weights=by_token,
         uniform_weight=weights[0] if len(set(weights)) == 1 else None,
         document_keys=tuple((0, key, 0) for key in (keys or range(len(lengths)))),
-        row_ids=(0,),
+        sequence_ids=(0,),
     )
 
 

@@ -140,23 +140,26 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """An epoch's rows. `pieces` (P, 4) int64 has Piece's columns; row r holds
-    pieces[row_offsets[r] : row_offsets[r + 1]], `row_offsets` (R + 1,) int64."""
+    """The packed sequences of an epoch.
+
+    `pieces` (P, 4) int64 has Piece's columns. Sequence s holds
+    pieces[sequence_offsets[s] : sequence_offsets[s + 1]]; `sequence_offsets` is (S + 1,) int64.
+    """
 
     pieces: np.ndarray
-    row_offsets: np.ndarray
+    sequence_offsets: np.ndarray
 
     @property
-    def num_rows(self) -> int:
-        return len(self.row_offsets) - 1
+    def num_sequences(self) -> int:
+        return len(self.sequence_offsets) - 1
 
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step, before anything is read: which rows it takes and how they are cut.
+    """One optimizer step, before anything is read: which packed sequences it runs.
 
-    `micro_batches[i]` holds the row numbers (of this epoch) of micro-batch i; a rank of W takes
-    micro-batches rank, rank + W, ... and a filler where there is none left for it.
+    `micro_batches[i]` holds the numbers (within the epoch) of the sequences of micro-batch i. Rank
+    r of W runs micro-batches r, r + W, ... and a filler where none is left for it.
     """
 
     step: int
@@ -187,7 +190,7 @@ class Batch:
     document_keys: tuple[
         tuple[int, int, int], ...
     ]  # (epoch, document, piece) for each of D: seeds noise (C3)
-    row_ids: tuple[int, ...]  # rows of the epoch's packing; empty for a filler
+    sequence_ids: tuple[int, ...]  # numbers within the epoch; empty for a filler
     is_filler: bool = False
 
     @property

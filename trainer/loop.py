@@ -1,6 +1,6 @@
-"""The loop: step, measure, evaluate, save, stop.
+"""The training loop on one screen: step, measure, evaluate, save, stop.
 
-In: everything built by train.py. Out: the step it stopped at, and whether that is the end.
+In: a `TrainingRun`, whose parts train.py builds. Out: the step at which the loop stopped, and why.
 """
 
 from __future__ import annotations
@@ -22,82 +22,86 @@ from trainer.utils.progress import Progress
 
 
 @dataclass(frozen=True)
+class TrainingRun:
+    """Everything that the loop works with. Steps given to the functions count from 1."""
+
+    recipe: Recipe
+    engine: Engine
+    loader: Loader
+    guard: Guard
+    metrics: Metrics
+    profiler: Profiler
+    progress: Progress
+    stop: dist.StopFlag
+    watch: Watch
+    first_step: int  # steps that the checkpoint holds
+    evaluate: Callable[[int], bool]  # False if the stop flag ended the evaluation
+    save: Callable[[int], None]
+    is_best: Callable[[int], bool]  # whether an evaluation chose this step as the best so far
+    describe_rows: Callable[[StepPlan], str]  # for the message about a step that is not applied
+    trace: Callable[[int, list[Batch], StepResult], None] | None  # records each applied step
+
+
+@dataclass(frozen=True)
 class Outcome:
-    """Where the loop left the plan, and why: its end, a stop (saved), or a step that asks for the
-    last checkpoint.
+    """The number of steps taken, and why the loop ended.
+
+    `stopped`: by the stop flag, after a save. `rollback`: the guard asks for the last checkpoint.
     """
 
     step: int
     end: Literal["done", "stopped", "rollback"]
 
 
-def run(
-    recipe: Recipe,
-    engine: Engine,
-    loader: Loader,
-    guard: Guard,
-    metrics: Metrics,
-    profiler: Profiler,
-    progress: Progress,
-    stop: dist.StopFlag,
-    watch: Watch,
-    *,
-    first_step: int,
-    evaluate: Callable[[int], bool],
-    save: Callable[[int], None],
-    is_best: Callable[[int], bool],
-    rows_of: Callable[[StepPlan], str],
-    trace: Callable[[int, list[Batch], StepResult], None] | None,
-) -> Outcome:
-    """Take the plan's steps from `first_step` on.
-
-    Args:
-        evaluate: evaluates after so many steps; False where the stop flag ended it.
-        save: saves a checkpoint after so many steps.
-        is_best: whether an evaluation has found the model after so many steps to be the best so
-            far.
-        rows_of: names the rows of a step, for the message where it is not applied.
-        trace: writes down what an applied step was made of.
+def train_loop(run: TrainingRun) -> Outcome:
+    """Take the steps of the plan from `run.first_step` on. Every rank calls it.
 
     Raises:
-        StepNotApplied: a step went wrong, and by the guard's rule the run stops (C12).
+        StepNotApplied: a step went wrong, and the guard's rule is to stop (C12).
     """
-    plan, steps = loader.plan, loader.plan.steps
+    recipe, guard, metrics = run.recipe, run.guard, run.metrics
+    plan, steps = run.loader.plan, run.loader.plan.steps
     check_loss = guard.check_loss if guard.looks_at_losses else None
-    for index in range(first_step, steps):
+    for index in range(run.first_step, steps):
         done = index + 1
-        watch.beat(f"step {done}")
-        stop.start()
+        run.watch.beat(f"step {done}")
+        # The ranks' vote on stopping travels while the step computes, so that no GPU waits (C9).
+        run.stop.start()
         if index not in guard.skipped_steps:
-            profiler.before(index)
+            run.profiler.before(index)
             metrics.begin_step()
             with metrics.clock.part("data", host=True):
-                batches = loader.step(index)
+                batches = run.loader.step(index)
             lr = learning_rate(index, steps, recipe.optim)
-            result = engine.step(batches, lr, metrics.clock, check_loss)
+            result = run.engine.step(batches, lr, metrics.clock, check_loss)
             if result.skipped is None:
                 line = metrics.step(plan.step(index), result, batches, lr)
-                progress.step(done, line)
-                if trace:
-                    trace(done, batches, result)
-            elif guard.decide(done, result.skipped, rows_of(plan.step(index))) == "rollback":
-                stop.agreed()
-                return Outcome(index, "rollback")
-            profiler.after(index)
+                run.progress.step(done, line)
+                if run.trace:
+                    run.trace(done, batches, result)
+            else:
+                rows = run.describe_rows(plan.step(index))
+                if guard.decide(done, result.skipped, rows) == "rollback":
+                    # The vote that was started must be read on every rank before the loop is left.
+                    run.stop.agreed()
+                    return Outcome(index, "rollback")
+            run.profiler.after(index)
 
-        stopping = stop.agreed() or done == recipe.run.stop_after
+        stopping = run.stop.agreed() or done == recipe.run.stop_after
         last = done == steps
+        # The last step is evaluated after the loop, when its checkpoint is safe.
         if is_due(done, recipe.eval.every_steps) and not last and not stopping:
-            stopping = not evaluate(done)
-        if last or stopping or is_due(done, recipe.checkpoint.every_steps) or is_best(done):
+            stopping = not run.evaluate(done)
+        save_due = is_due(done, recipe.checkpoint.every_steps) or run.is_best(done)
+        if last or stopping or save_due:
             with metrics.clock.part("checkpoint", host=True):
-                watch.pause()
-                save(done)
+                run.watch.pause()
+                run.save(done)
         if stopping and not last:
             return Outcome(done, "stopped")
     return Outcome(steps, "done")
 
 
 def is_due(step: int, every: int | None) -> bool:
-    """Whether after so many steps it is time for what is done `every` so many steps."""
+    """Return whether something done every `every` steps is due after `step` steps."""
     return every is not None and step % every == 0

@@ -19,9 +19,8 @@ from typing import Any
 import torch
 
 from trainer import dist
-from trainer.config.recipe import ProfileSection
 from trainer.datatypes import Batch, StepPlan, StepResult
-from trainer.utils.files import write_synced
+from trainer.utils.files import read_json_lines, write_synced
 
 # Dense bf16 FLOP/s as the makers state them; the longest name that fits a device is taken.
 _PEAK_FLOPS = {
@@ -195,7 +194,7 @@ class Metrics:
 
             _drop_lines_after(run_dir / EVALUATIONS, resumed_at, None)
             evaluated = any(
-                line["step"] == resumed_at for line in read_lines(run_dir / EVALUATIONS)
+                line["step"] == resumed_at for line in read_json_lines(run_dir / EVALUATIONS)
             )
             for name in ("metrics.jsonl", "samples.jsonl", "trace.jsonl"):
                 _drop_lines_after(run_dir / name, resumed_at, None if evaluated else resumed_at)
@@ -245,7 +244,7 @@ class Metrics:
         for batch in batches:
             self._tokens += batch.tokens
             self._trained += batch.trained_tokens
-            self._rows += len(batch.row_ids)
+            self._rows += len(batch.sequence_ids)
             self._fillers += batch.is_filler
             self._micro_batches += 1
             self._flop += self._flops.of(batch)
@@ -342,25 +341,15 @@ def _drop_lines_after(path: Path, step: int, remade: int | None) -> None:
     """Keep a file's lines up to `step`, without the evaluation at step `remade`."""
     if not path.is_file():
         return
-    kept = []
-    with path.open(encoding="utf-8") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except ValueError:  # the half line of a killed run
-                break
-            if line["step"] <= step and not (line["step"] == remade and "train/loss" not in line):
-                kept.append(text.removesuffix("\n") + "\n")
-    write_synced(path, "".join(kept))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, none where there is no file. (Not by `splitlines`: an
-    answer may hold one of the other characters that end a line.)"""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    lines = read_json_lines(path, may_be_torn=True)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        # as they were written; a torn last line has no object and falls out
+        texts = [
+            text.removesuffix("\n") + "\n"
+            for text, line in zip(file, lines, strict=False)
+            if line["step"] <= step and not (line["step"] == remade and "train/loss" not in line)
+        ]
+    write_synced(path, "".join(texts))
 
 
 # ----------------------------------------------------------------------------------------- profiler
@@ -371,14 +360,14 @@ class Profiler:
     Perfetto.
     """
 
-    def __init__(self, section: ProfileSection | None, run_dir: Path) -> None:
-        self._section = section if dist.is_main() else None
+    def __init__(self, steps: tuple[int, int] | None, run_dir: Path) -> None:
+        self._steps = steps if dist.is_main() else None
         self._folder = run_dir / "profile"
         self._profile: Any = None
 
     def before(self, step: int) -> None:
         """Call before step `step` (from 0)."""
-        if self._section and step + 1 == self._section.start:
+        if self._steps and step + 1 == self._steps[0]:
             from torch.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
             activities = [ProfilerActivity.CPU] + [
@@ -394,10 +383,6 @@ class Profiler:
 
     def after(self, step: int) -> None:
         """Call after step `step` (from 0)."""
-        if (
-            self._profile
-            and self._section
-            and step + 1 >= self._section.start + self._section.steps - 1
-        ):
+        if self._profile and self._steps and step + 1 >= self._steps[1]:
             self._profile.stop()
             self._profile = None

@@ -61,7 +61,7 @@ def run_case(case: dict[str, Any], stop: dist.StopFlag) -> None:
             changed.enter_context(CHANGES[name]())
         changed.enter_context(stopping_after(case.get("stop_after"), stop))
         plan = train_plan(recipe, train_data)
-        train.fit(train.Job(recipe, run_dir, tokenizer, train_data, plan, eval_data, stop))
+        train.fit(train.PreparedRun(recipe, run_dir, tokenizer, train_data, plan, eval_data, stop))
     stop.raised = False
     dist.barrier()
 
@@ -191,7 +191,7 @@ def unchecked(fill: Any) -> Any:
 
     def restore(folder: Path, manifest: Any, engine: Any) -> None:
         with mock.patch.object(sharded_state.Shards, "fill", fill):
-            engine.restore(
+            engine.state.restore(
                 sharded_state.Shards(folder, manifest.files, manifest.shapes),
                 manifest.state.updates,
             )
@@ -344,7 +344,7 @@ def rehearsed() -> Any:
             memory_dry_run(self, batches)
 
     changed = contextlib.ExitStack()
-    changed.enter_context(mock.patch.object(train, "REHEARSED_ON", ("cpu",)))
+    changed.enter_context(mock.patch.object(train, "DRY_RUN_DEVICES", ("cpu",)))
     changed.enter_context(mock.patch.object(engine.Engine, "memory_dry_run", looked_at))
     return changed
 
@@ -352,7 +352,7 @@ def rehearsed() -> Any:
 def rehearsed_with_weights() -> Any:
     """A control: the rehearsal learns, and forgets nothing."""
     changed = contextlib.ExitStack()
-    changed.enter_context(mock.patch.object(train, "REHEARSED_ON", ("cpu",)))
+    changed.enter_context(mock.patch.object(train, "DRY_RUN_DEVICES", ("cpu",)))
     changed.enter_context(mock.patch.object(engine, "_weightless", lambda batch: batch))
     changed.enter_context(mock.patch.object(zero_state, "forget_gradients", return_value=None))
     return changed

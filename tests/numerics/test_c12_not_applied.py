@@ -102,7 +102,7 @@ def main(out: Path) -> None:
             seen.clear()
             try:
                 train.fit(
-                    train.Job(
+                    train.PreparedRun(
                         recipe, run_dir, tokenizer, data, train_plan(recipe, data), None, stop
                     )
                 )

@@ -201,7 +201,7 @@ def test_dropout_belongs_to_the_micro_batch() -> None:
     first, gradients = loss_and_gradients(model, packed)
     torch.manual_seed(1)  # whatever ran before
     again, gradients_again = loss_and_gradients(model, packed)
-    other, _ = loss_and_gradients(model, replace(packed, row_ids=(1,)))
+    other, _ = loss_and_gradients(model, replace(packed, sequence_ids=(1,)))
     assert first == again
     assert all(torch.equal(gradients[n], gradients_again[n]) for n in gradients)
     assert other != first

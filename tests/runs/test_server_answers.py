@@ -183,7 +183,7 @@ def test_a_server_that_is_down_at_the_start_is_bad_input(tmp_path: Path) -> None
 
 
 class NoStop:
-    def ask(self) -> bool:
+    def poll(self) -> bool:
         return False
 
     def beat(self, where: str) -> None:

@@ -60,7 +60,7 @@ def test_the_untouched_model_has_the_loss_that_transformers_gives_it(
     after the end token out; the reference counts it, so here it is counted."""
     made = recipe(shared, smollm2, tmp_path / "run", dtype="float32")
     made = made.model_copy(
-        update={"data": made.data.model_copy(update={"train_trailing_newline": True})}
+        update={"data": made.data.model_copy(update={"train_on_eot": "with_newline"})}
     )
     tokenizer = load_tokenizer(made.model)
     data = prepare.prepare(made, tokenizer, "eval")

@@ -181,7 +181,7 @@ def test_a_token_after_a_cut_is_predicted_by_the_piece_before_it():
     flags[0][ROW] = True  # the second piece's first and only token
     plan = make_plan(flags, "bfd_split", global_batch_size=1)
     for step in map(plan.step, range(plan.steps)):
-        (piece,) = plan.row(0, step.micro_batches[0][0])
+        (piece,) = plan.sequence(0, step.micro_batches[0][0])
         assert step.trained_tokens == (1 if piece.start == 0 else 0)
 
 
@@ -321,11 +321,11 @@ def test_sizes_of_rows_and_epochs_are_those_of_the_steps(plan):
         steps = [step for step in map(plan.step, range(plan.steps)) if step.epoch == epoch]
         assert plan.epoch_steps(epoch) == len(steps)
         rows = [row for step in steps for micro_batch in step.micro_batches for row in micro_batch]
-        tokens, pieces = plan.row_sizes(epoch)
+        tokens, pieces = plan.sequence_sizes(epoch)
         assert tokens.tolist() == [
-            sum(p.stop - p.start for p in plan.row(epoch, row)) for row in rows
+            sum(p.stop - p.start for p in plan.sequence(epoch, row)) for row in rows
         ]
-        assert pieces.tolist() == [len(plan.row(epoch, row)) for row in rows]
+        assert pieces.tolist() == [len(plan.sequence(epoch, row)) for row in rows]
 
 
 def test_a_run_may_end_inside_its_first_epoch():

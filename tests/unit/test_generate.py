@@ -17,7 +17,7 @@ from trainer.datatypes import BadInput, Conversation, Prompt
 from trainer.eval import generate
 
 VOCABULARY = 1013  # no other size of the tiny model
-QUIET: Any = SimpleNamespace(ask=lambda: False, beat=lambda where: None)
+QUIET: Any = SimpleNamespace(poll=lambda: False, beat=lambda where: None)
 
 
 def letters(text: str, add_special_tokens: bool) -> dict[str, list[int]]:

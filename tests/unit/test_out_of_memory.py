@@ -5,14 +5,14 @@ import torch
 
 from trainer.datatypes import BadInput
 from trainer.metrics import memory_line
-from trainer.train import out_of_memory_told
+from trainer.train import explain_out_of_memory
 
 
 def test_a_full_gpu_is_bad_input_that_says_what_to_do() -> None:
     sentence = (
         r"the model does not fit .*micro_batch_size.*activation_checkpointing.*`packhorse plan`"
     )
-    with pytest.raises(BadInput, match=sentence), out_of_memory_told("the model"):
+    with pytest.raises(BadInput, match=sentence), explain_out_of_memory("the model"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 

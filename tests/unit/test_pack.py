@@ -55,11 +55,11 @@ def test_every_token_lies_in_one_piece_and_no_row_is_too_long(packing, data, see
     assert all((tokens == 1).all() for tokens in taken)
 
     sizes = packed.pieces[:, 2] - packed.pieces[:, 1]
-    assert packed.row_offsets[0] == 0
-    assert packed.row_offsets[-1] == len(packed.pieces)
-    assert (np.diff(packed.row_offsets) > 0).all(), "no row is empty"
+    assert packed.sequence_offsets[0] == 0
+    assert packed.sequence_offsets[-1] == len(packed.pieces)
+    assert (np.diff(packed.sequence_offsets) > 0).all(), "no row is empty"
     rows = [
-        sizes[a:b].sum() for a, b in zip(packed.row_offsets, packed.row_offsets[1:], strict=False)
+        sizes[a:b].sum() for a, b in zip(packed.sequence_offsets, packed.sequence_offsets[1:], strict=False)
     ]
     assert max(rows) <= ROW
     if packing == "wrapped":
@@ -84,7 +84,7 @@ def test_the_seed_decides_the_rows(packing):
     lengths = rng(7).integers(1, ROW + 1, 500)
     one, same, other = (pack(lengths, ROW, packing, rng(seed)) for seed in (1, 1, 2))
     assert np.array_equal(one.pieces, same.pieces)
-    assert np.array_equal(one.row_offsets, same.row_offsets)
+    assert np.array_equal(one.sequence_offsets, same.sequence_offsets)
     assert not np.array_equal(one.pieces, other.pieces)
 
 
@@ -93,7 +93,7 @@ def test_epochs_group_documents_differently_even_where_all_lengths_differ():
 
     def together(seed: int) -> set[tuple[int, ...]]:
         packed = pack(lengths, 4096, "bfd", rng(seed))
-        cut = np.split(packed.pieces[:, 0], packed.row_offsets[1:-1])
+        cut = np.split(packed.pieces[:, 0], packed.sequence_offsets[1:-1])
         return {tuple(sorted(row)) for row in cut}
 
     assert len(together(1) & together(2)) < 0.25 * len(together(1))  # without windows: all
@@ -101,9 +101,9 @@ def test_epochs_group_documents_differently_even_where_all_lengths_differ():
 
 def test_best_fit_takes_the_tightest_row():
     packed = pack(np.array([10, 9, 7, 6]), ROW, "bfd", rng())  # 10 + 6 and 9 + 7, both full
-    assert packed.num_rows == 2
+    assert packed.num_sequences == 2
     assert {
-        tuple(sorted(row)) for row in np.split(packed.pieces[:, 0], packed.row_offsets[1:-1])
+        tuple(sorted(row)) for row in np.split(packed.pieces[:, 0], packed.sequence_offsets[1:-1])
     } == {(0, 3), (1, 2)}
 
 
@@ -121,8 +121,8 @@ def test_an_empty_document_is_refused():
 @pytest.mark.parametrize("seed", [0, 1])
 def test_rows_of_gsm8k_are_nearly_full(gsm8k_lengths, seed):
     packed = pack(gsm8k_lengths, 2048, "bfd", rng(seed))
-    fill = gsm8k_lengths.sum() / (packed.num_rows * 2048)
-    print(f"fill {fill:.4f} of {packed.num_rows} rows")
+    fill = gsm8k_lengths.sum() / (packed.num_sequences * 2048)
+    print(f"fill {fill:.4f} of {packed.num_sequences} rows")
     assert fill >= 0.985
 
 
@@ -174,7 +174,7 @@ def test_greedy_refuses_what_fits_in_no_row(length):
 @pytest.mark.parametrize(("seq_len", "fill"), [(1024, 0.96), (2048, 0.98)])
 def test_greedy_fills_gsm8k_nearly_as_well_as_bfd(gsm8k_lengths, seq_len, fill):
     rows = {
-        packing: pack(gsm8k_lengths, seq_len, packing, rng()).num_rows
+        packing: pack(gsm8k_lengths, seq_len, packing, rng()).num_sequences
         for packing in ("greedy", "bfd")
     }
     fills = {packing: gsm8k_lengths.sum() / (count * seq_len) for packing, count in rows.items()}
@@ -187,6 +187,6 @@ def test_a_million_documents_pack_in_seconds():
     started = time.process_time()
     packed = pack(lengths, 8192, "bfd", rng(1))
     seconds = time.process_time() - started
-    print(f"{seconds:.1f} s, fill {lengths.sum() / packed.num_rows / 8192:.4f}")
+    print(f"{seconds:.1f} s, fill {lengths.sum() / packed.num_sequences / 8192:.4f}")
     assert seconds < 10
-    assert lengths.sum() / packed.num_rows / 8192 > 0.995
+    assert lengths.sum() / packed.num_sequences / 8192 > 0.995

@@ -110,7 +110,8 @@ def check_batch(batch: Batch, prepared: Prepared, plan: Plan) -> None:
     assert ends[-1] == len(batch.input_ids) == batch.tokens
     assert list(batch.lengths) == batch.cu_seqlens.diff().tolist()
     targets = dict(zip(batch.trained_positions.tolist(), batch.targets.tolist(), strict=True))
-    pieces = [piece for row in batch.row_ids for piece in plan.row(batch.document_keys[0][0], row)]
+    epoch = batch.document_keys[0][0]
+    pieces = [piece for number in batch.sequence_ids for piece in plan.sequence(epoch, number)]
     assert len(pieces) == len(ends) - 1 == len(batch.document_keys)
     for begin, piece, key in zip(ends, pieces, batch.document_keys, strict=False):
         assert key[1:] == (piece.document, piece.piece)
@@ -205,7 +206,7 @@ def test_a_filler_is_two_tokens_that_weigh_nothing():
     assert batch.weights.tolist() == [0.0]
     assert batch.uniform_weight == 0.0
     assert batch.lengths == (2,)
-    assert batch.row_ids == ()
+    assert batch.sequence_ids == ()
 
 
 # --------------------------------------------------------------------------------------- the thread
@@ -390,10 +391,10 @@ def test_what_shapes_the_documents_is_in_the_key(tmp_path, tokenizer):
         {"eval_fraction": 0.3},
         {"eval_fraction": 0.4},
         {"eval_fraction": 0.4, "group_by": "question"},
-        {"too_long": "truncate", "cut_answers": True},
+        {"too_long": "truncate_anywhere"},
         {"too_long": "split"},
         {"too_long": "split", "split_context": 3},
-        {"train_trailing_newline": True},
+        {"train_on_eot": "with_newline"},
         {"control_tokens": "text"},
         {"control_tokens": "keep"},
     ]
@@ -484,13 +485,13 @@ def test_filters_work_in_the_processes_that_tokenize(tmp_path, tokenizer, monkey
     (tmp_path / "early.py").write_text(
         "def keep(row, conversation): return row['best'] != '8' or 'an eight'"
     )
-    filters = {"verify": "math", "reference": "best", "function": "early:keep"}
+    filters = {"math_answer": "best", "function": "early:keep"}
     train = [{"path": write(tmp_path, rows), "filters": filters}]
     monkeypatch.setattr(tokenize, "CHUNK_ROWS", 8)
     monkeypatch.setattr(tokenize, "POOL_FROM_CHUNKS", 2)
     many = prepare(recipe(tmp_path, train=train, workers=2), tokenizer, "train")
     assert many.report["filter_reasons"] == {
-        "verify: not the reference's value": 20,
+        "math_answer: not the reference's value": 20,
         "early:keep: an eight": 1,
     }
     assert many.documents.rows.tolist() == [row for row in range(1, 41, 2) if row != 5]
@@ -500,7 +501,7 @@ def test_rows_that_are_cut_are_in_the_report(tmp_path, tokenizer):
     rows = [*questions(3), {"question": "Count.", "answer": " ".join(map(str, range(50)))}]
     whole = prepare(recipe(tmp_path, rows), tokenizer, "train").report
     cut = prepare(
-        recipe(tmp_path, max_length=64, too_long="truncate", cut_answers=True), tokenizer, "train"
+        recipe(tmp_path, max_length=64, too_long="truncate_anywhere"), tokenizer, "train"
     ).report
     assert (whole["cut"], whole["lost_trained_tokens"]) == (0, 0)
     assert (cut["cut"], cut["rejected"], cut["documents"]) == (1, 0, 4)

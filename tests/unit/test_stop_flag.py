@@ -10,7 +10,7 @@ from torch.distributed import HashStore
 
 from trainer import dist
 from trainer.config.recipe import parse_recipe
-from trainer.train import stop_in_time
+from trainer.train import stop_before_timeout
 
 
 @pytest.fixture(autouse=True)
@@ -87,8 +87,8 @@ def test_the_flag_goes_up_before_the_jobs_end(monkeypatch, before_s, end_in_s, r
         }
     )
     flag = dist.StopFlag()
-    stop_in_time(recipe, flag)  # Slurm tells no end
+    stop_before_timeout(recipe, flag)  # Slurm tells no end
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + end_in_s))
-    stop_in_time(recipe, flag)
+    stop_before_timeout(recipe, flag)
     time.sleep(0.5)
     assert flag.raised is raised

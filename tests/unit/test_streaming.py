@@ -211,7 +211,7 @@ def test_a_shard_that_comes_again_is_packed_and_noised_afresh(ground):
     data, plan = ground.open()
     all_steps(plan)
     assert ground.uses()[:2] == ["a.jsonl", "a.jsonl"]
-    assert plan.row(0, 0) != plan.row(1, 0)
+    assert plan.sequence(0, 0) != plan.sequence(1, 0)
     with Loader(data, plan, 0, 1, pin=False) as loader:
         keys = [
             key

@@ -202,7 +202,7 @@ class Flag:
     def __init__(self, at: int | None = None) -> None:
         self._at, self.asked = at, 0
 
-    def ask(self) -> bool:
+    def poll(self) -> bool:
         self.asked += 1
         return self.asked == self._at
 

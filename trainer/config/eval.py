@@ -251,7 +251,7 @@ class GenerateSection(Section):
         default=1.0,
         gt=0,
         le=1,
-        description="SeededSampler from the most likely tokens that have this share of probability.",
+        description="Draw from the most likely tokens that have this share of probability.",
     )
     scorers: dict[str, Scorer] = Field(
         default_factory=dict, description="What becomes `eval/NAME`; `kind` says how."

@@ -53,7 +53,7 @@ class Corpus:
         """Every epoch is made of these documents."""
         return self
 
-    def rows(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
+    def num_sequences(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
         return count()
 
 
@@ -69,7 +69,7 @@ class Epochs(Protocol):
 
     def corpus(self, epoch: int) -> Corpus: ...
 
-    def rows(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
+    def num_sequences(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
         """Packed rows of the epoch that begins with `first_step` (from 0); `count` packs it, if
         nobody has.
         """
@@ -98,7 +98,7 @@ class Plan:
         self._packings: dict[int, Packed] = {}
         self._lock = threading.Lock()  # the loader's thread and the loop both ask
         self._counting = threading.Lock()  # apart: the loop need not wait while a shard is prepared
-        self._rows: list[int] = []  # rows of each epoch
+        self._num_sequences: list[int] = []  # rows of each epoch
         self._first_steps = [
             0
         ]  # number of each epoch's first step, and of the step after the last epoch
@@ -125,7 +125,7 @@ class Plan:
         epoch = bisect_right(self._first_steps, step) - 1
         steps = self._first_steps[epoch + 1] - self._first_steps[epoch]
         place = step - self._first_steps[epoch]
-        first, end = (k * self._rows[epoch] // steps for k in (place, place + 1))
+        first, end = (k * self._num_sequences[epoch] // steps for k in (place, place + 1))
         size = self.batch.micro_batch_size
         cuts = range(first, end, size)
         micro_batches = tuple(tuple(range(cut, min(cut + size, end))) for cut in cuts)
@@ -134,15 +134,15 @@ class Plan:
             step, epoch, micro_batches, int(counts.sum()), int(np.count_nonzero(counts))
         )
 
-    def row(self, epoch: int, row: int) -> list[Piece]:
-        """The pieces of one row, in their order."""
-        return [Piece(*numbers) for numbers in self.pieces(epoch, [row]).tolist()]
+    def sequence(self, epoch: int, number: int) -> list[Piece]:
+        """The pieces of one packed sequence, in their order."""
+        return [Piece(*numbers) for numbers in self.pieces(epoch, [number]).tolist()]
 
     def pieces(self, epoch: int, rows: range | list[int] | tuple[int, ...]) -> np.ndarray:
         """The pieces (P, 4) of rows, one after the other; columns as in flow.Piece."""
         packed = self._packed(epoch)
         return np.concatenate(
-            [packed.pieces[packed.row_offsets[r] : packed.row_offsets[r + 1]] for r in rows]
+            [packed.pieces[packed.sequence_offsets[r] : packed.sequence_offsets[r + 1]] for r in rows]
         )
 
     def piece_weights(self, step: StepPlan, pieces: np.ndarray) -> np.ndarray:
@@ -170,17 +170,17 @@ class Plan:
         """Share of the epoch's row space that holds tokens."""
         packed = self._packed(epoch)
         tokens = int((packed.pieces[:, 2] - packed.pieces[:, 1]).sum())
-        return tokens / (packed.num_rows * self.batch.seq_len)
+        return tokens / (packed.num_sequences * self.batch.seq_len)
 
     def epoch_steps(self, epoch: int = 0) -> int:
         """Steps that the run takes of an epoch."""
         return min(self._first_steps[epoch + 1], self.steps) - self._first_steps[epoch]
 
-    def row_sizes(self, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    def sequence_sizes(self, epoch: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """Tokens (R,) and pieces (R,) of each row of an epoch."""
         packed = self._packed(epoch)
-        tokens = np.add.reduceat(packed.pieces[:, 2] - packed.pieces[:, 1], packed.row_offsets[:-1])
-        return tokens, np.diff(packed.row_offsets)
+        tokens = np.add.reduceat(packed.pieces[:, 2] - packed.pieces[:, 1], packed.sequence_offsets[:-1])
+        return tokens, np.diff(packed.sequence_offsets)
 
     def fullest(self, first_step: int = 0) -> list[tuple[StepPlan, tuple[int, ...]]]:
         """The micro-batch with the most tokens and the one with the most trained tokens, each as
@@ -194,15 +194,15 @@ class Plan:
         found: dict[
             str, tuple[tuple[int, int], int, int]
         ] = {}  # sizes, step, number of the micro-batch
-        for epoch in range(first, first + 1 if self.epochs.streaming else len(self._rows)):
+        for epoch in range(first, first + 1 if self.epochs.streaming else len(self._num_sequences)):
             packed = self._packed(epoch)
             steps = self._first_steps[epoch + 1] - self._first_steps[epoch]
-            edges = [k * self._rows[epoch] // steps for k in range(self.epoch_steps(epoch) + 1)]
+            edges = [k * self._num_sequences[epoch] // steps for k in range(self.epoch_steps(epoch) + 1)]
             of_steps = [range(*edge, self.batch.micro_batch_size) for edge in pairwise(edges)]
             starts = np.concatenate(of_steps)
-            pieces = packed.pieces[: packed.row_offsets[edges[-1]]]
+            pieces = packed.pieces[: packed.sequence_offsets[edges[-1]]]
             tokens, trained = (
-                np.add.reduceat(counts, packed.row_offsets[starts]).tolist()
+                np.add.reduceat(counts, packed.sequence_offsets[starts]).tolist()
                 for counts in (pieces[:, 2] - pieces[:, 1], self._targets(epoch, pieces))
             )
             firsts = np.cumsum([0, *map(len, of_steps)])
@@ -234,7 +234,7 @@ class Plan:
         self._count_to(0)
         counts = []
         for rows, first, end in zip(
-            self._rows, self._first_steps, self._first_steps[1:], strict=False
+            self._num_sequences, self._first_steps, self._first_steps[1:], strict=False
         ):
             edges = np.arange(end - first + 1) * rows // (end - first)
             counts.append(-(-np.diff(edges) // self.batch.micro_batch_size))
@@ -279,7 +279,7 @@ class Plan:
     def _all_counted(self) -> bool:
         if self.train.steps is not None:
             return self._first_steps[-1] >= self.train.steps
-        return len(self._rows) == self.train.epochs
+        return len(self._num_sequences) == self.train.epochs
 
     def _count_to(self, step: int) -> None:
         """Know the rows of all epochs up to the one of `step`."""
@@ -289,9 +289,9 @@ class Plan:
                     self._count_epoch()
 
     def _count_epoch(self) -> None:
-        epoch, first_step = len(self._rows), self._first_steps[-1]
-        rows = self.epochs.rows(epoch, first_step, lambda: self._packed(epoch).num_rows)
-        self._rows.append(rows)
+        epoch, first_step = len(self._num_sequences), self._first_steps[-1]
+        rows = self.epochs.num_sequences(epoch, first_step, lambda: self._packed(epoch).num_sequences)
+        self._num_sequences.append(rows)
         self._first_steps.append(first_step + -(-rows // self.batch.global_batch_size))
 
     def _packed(self, epoch: int) -> Packed:
@@ -299,12 +299,12 @@ class Plan:
         with self._lock:
             if epoch not in self._packings:
                 packed = self._keep(epoch, lambda: self._pack(corpus, epoch))
-                if packed.num_rows != (
-                    self._rows[epoch] if epoch < len(self._rows) else packed.num_rows
+                if packed.num_sequences != (
+                    self._num_sequences[epoch] if epoch < len(self._num_sequences) else packed.num_sequences
                 ):
                     raise BadInput(
-                        f"shard {epoch} packs into {packed.num_rows} rows, and was logged with "
-                        f"{self._rows[epoch]}: "
+                        f"shard {epoch} packs into {packed.num_sequences} rows, and was logged with "
+                        f"{self._num_sequences[epoch]}: "
                         "another version packed it; go on with that one, or give another run.dir"
                     )
                 while len(self._packings) >= EPOCHS_KEPT:

@@ -25,7 +25,7 @@ def build_batch(
     weights: np.ndarray,
     *,
     epoch: int,
-    rows: tuple[int, ...],
+    sequences: tuple[int, ...],
     uniform_weight: float | None,
 ) -> Batch:
     """The rows of a micro-batch, laid end to end.
@@ -66,7 +66,7 @@ def build_batch(
         document_keys=tuple(
             (epoch, d, n) for d, n in zip(document.tolist(), number.tolist(), strict=True)
         ),
-        row_ids=rows,
+        sequence_ids=sequences,
     )
 
 
@@ -85,7 +85,7 @@ def filler_batch(epoch: int = 0) -> Batch:
         weights=torch.zeros(1),
         uniform_weight=0.0,
         document_keys=((epoch, -1, 0),),
-        row_ids=(),
+        sequence_ids=(),
         is_filler=True,
     )
 
@@ -155,7 +155,7 @@ class Loader:
                 pieces,
                 self.plan.piece_weights(step, pieces),
                 epoch=step.epoch,
-                rows=rows,
+                sequences=rows,
                 uniform_weight=self.plan.uniform_weight(step),
             )
         return batch.pin() if self._pin else batch

@@ -47,18 +47,18 @@ def pack(lengths: np.ndarray, seq_len: int, packing: str, rng: np.random.Generat
         return _wrapped(lengths, seq_len, rng)
     pieces = _pieces(lengths, seq_len)
     if packing == "none":
-        rows, num_rows = np.arange(len(pieces)), len(pieces)
+        rows, num_sequences = np.arange(len(pieces)), len(pieces)
     elif packing in ("bfd", "bfd_split"):
-        rows, num_rows = _best_fit_decreasing(pieces[:, 2] - pieces[:, 1], seq_len, rng)
+        rows, num_sequences = _best_fit_decreasing(pieces[:, 2] - pieces[:, 1], seq_len, rng)
     elif packing == "greedy":
-        rows, num_rows = _in_order(lengths, seq_len, rng)
+        rows, num_sequences = _in_order(lengths, seq_len, rng)
     else:
         raise ValueError(f"packing is none, bfd, bfd_split, wrapped or greedy, not {packing}")
-    rows = _shuffled(num_rows, rng)[rows]
+    rows = _shuffled(num_sequences, rng)[rows]
     order = np.argsort(rows, kind="stable")
     for column in pieces.T:  # in place, as there may be millions
         column[:] = column[order]
-    return Packed(pieces, _offsets(np.bincount(rows, minlength=num_rows)))
+    return Packed(pieces, _offsets(np.bincount(rows, minlength=num_sequences)))
 
 
 def greedy(lengths: Iterable[int], seq_len: int) -> Iterator[list[int]]:
@@ -108,7 +108,7 @@ def _best_fit_decreasing(
     order = _shuffled(len(lengths), rng)
     stacks: list[list[int]] = [[] for _ in range(seq_len + 1)]
     has_left = 0
-    num_rows = 0
+    num_sequences = 0
     rows = np.empty(len(lengths), dtype=np.int64)
     for start in range(0, len(order), WINDOW_DOCUMENTS):
         window = order[start : start + WINDOW_DOCUMENTS]
@@ -125,15 +125,15 @@ def _best_fit_decreasing(
                     has_left ^= 1 << left
                 left -= length
             else:
-                row, left = num_rows, seq_len - length
-                num_rows += 1
+                row, left = num_sequences, seq_len - length
+                num_sequences += 1
             placed.append(row)
             if left:
                 if not stacks[left]:
                     has_left |= 1 << left
                 stacks[left].append(row)
         rows[window] = placed
-    return rows, num_rows
+    return rows, num_sequences
 
 
 def _in_order(
@@ -181,8 +181,8 @@ def _wrapped(lengths: np.ndarray, seq_len: int, rng: np.random.Generator) -> Pac
         ],
         axis=1,
     )
-    num_rows = -(-total // seq_len)
-    return Packed(pieces, np.searchsorted(cuts[:-1], np.arange(num_rows + 1) * seq_len))
+    num_sequences = -(-total // seq_len)
+    return Packed(pieces, np.searchsorted(cuts[:-1], np.arange(num_sequences + 1) * seq_len))
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:

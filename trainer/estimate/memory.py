@@ -37,6 +37,7 @@ from trainer.model.load import load_config
 from trainer.model.lora import add_adapter
 from trainer.model.loss import BLOCK_HIDDEN, LIGER_HIDDEN
 from trainer.model.packing_check import decoder_layers
+from trainer.utils.text import one_line
 
 GIB = 2**30
 SHARE_RESERVED = (
@@ -104,10 +105,10 @@ def describe(model: Any, optim: OptimSection, adapter: AdapterSection | None = N
     """The facts of a model, which may lie on the meta device."""
     head = model.get_output_embeddings()
     in_4_bits: dict[int, int] = {}  # elements
-    if adapter and adapter.base == "nf4":  # all linear modules that are frozen, but the head
+    if adapter and adapter.base:  # all linear modules that are frozen, but the head
         linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
         in_4_bits = {id(m.weight): m.weight.numel() for m in linear if not m.weight.requires_grad}
-    double = adapter is not None and adapter.double_quant
+    double = adapter is not None and adapter.base == "nf4_double_quant"
     groups = [tuple(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)]
     config = model.config.get_text_config()
     persistent = model.state_dict(keep_vars=True).keys()
@@ -203,11 +204,10 @@ def _saved(model: Any, tokens: int) -> tuple[int, list[int]]:
                 input_ids=ids, position_ids=ids, use_cache=False, document_bounds=bounds
             )
         except (RuntimeError, NotImplementedError) as error:
-            said = " ".join(str(error).split())[:200]
             raise BadInput(
                 f"{type(model).__name__} cannot be planned: its forward asks for values, of which "
                 f"a plan has none "
-                f"({said}); measure it with `packhorse train` on one GPU"
+                f"({one_line(error, 200)}); measure it with `packhorse train` on one GPU"
             ) from None
         finally:
             for hook in hooks:

@@ -172,7 +172,7 @@ def filled(recipe: Recipe, template: str, hidden: int) -> dict[str, Any]:
 def work_of_data(plan: Plan) -> StepStats:
     """The real steps of prepared data; what is averaged, over the first epoch."""
     steps = range(plan.epoch_steps())
-    pieces = plan.pieces(0, range(len(plan.row_sizes()[0])))
+    pieces = plan.pieces(0, range(len(plan.sequence_sizes()[0])))
     lengths = (pieces[:, 2] - pieces[:, 1]).astype(np.float64)
     sizes = [plan.size(*place) for place in plan.fullest()]
     return StepStats(

@@ -14,11 +14,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainer.checkpoint.best import best_step, evaluations, whole_lines
+from trainer.checkpoint.best import best_step, evaluations
 from trainer.config.eval import EVAL_LOSS
 from trainer.datatypes import BadInput
 from trainer.eval.confidence import Difference, paired
 from trainer.metrics import EVALUATIONS
+from trainer.utils.files import read_json_lines
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -74,10 +75,14 @@ def read_results(place: str) -> Results:
             f"{folder}: step {at} was not evaluated; those that were: {', '.join(map(str, lines))}"
         )
     metrics = dict(lines[at]["metrics"])
-    samples = [line for line in whole_lines(folder / "samples.jsonl") if line["step"] == at]
+    samples = [
+        line
+        for line in read_json_lines(folder / "samples.jsonl", may_be_torn=True)
+        if line["step"] == at
+    ]
     if (folder / HARNESS_METRICS).is_file():
         metrics |= json.loads((folder / HARNESS_METRICS).read_text(encoding="utf-8"))
-        samples += whole_lines(folder / HARNESS_SAMPLES)
+        samples += read_json_lines(folder / HARNESS_SAMPLES, may_be_torn=True)
     return Results(f"{name} at step {at}", at, lines[at]["eval_loss"], metrics, _scores(samples))
 
 

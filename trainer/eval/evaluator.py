@@ -31,7 +31,8 @@ from trainer.eval.metrics import Metric, Sample, as_table, check_scorers, metric
 from trainer.eval.openai_client import Unreachable
 from trainer.eval.scorers import likeliest
 from trainer.hang_watchdog import Watch
-from trainer.metrics import EVALUATIONS, Metrics, read_lines
+from trainer.metrics import EVALUATIONS, Metrics
+from trainer.utils.files import read_json_lines
 
 
 def held_out_loss(
@@ -95,7 +96,7 @@ class Evaluation:
         self._stop, self._watch = stop, watch
         self._recipe, self._run_dir = recipe, run_dir
         self._generate = recipe.eval.generate
-        lines = read_lines(run_dir / EVALUATIONS) if dist.is_main() else []
+        lines = read_json_lines(run_dir / EVALUATIONS) if dist.is_main() else []
         self._evaluated: set[int] = dist.broadcast({line["step"] for line in lines})
         self._loader: Loader | None = None
         self._prompts: list[Prompt] = []

@@ -26,6 +26,7 @@ from trainer.datatypes import BadInput
 from trainer.eval.compare import HARNESS_METRICS, HARNESS_SAMPLES
 from trainer.eval.confidence import interval
 from trainer.utils.files import write_synced
+from trainer.utils.text import one_line
 
 _Z = NormalDist().inv_cdf(0.975)
 
@@ -91,8 +92,9 @@ def run_tasks(recipe: Recipe, out: Path, manager: Any) -> None:
             bootstrap_iters=1000,  # for metrics that have no formula for their standard error
         )
     except (ConnectionError, FileNotFoundError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise BadInput(f"eval.lm_eval: a task's data cannot be had from the hub ({said})") from None
+        raise BadInput(
+            f"eval.lm_eval: a task's data cannot be had from the hub ({one_line(error, 300)})"
+        ) from None
     samples = samples_of(found["samples"])
     write_synced(
         out / HARNESS_METRICS, json.dumps(metrics_of(found["results"], samples), indent=1) + "\n"

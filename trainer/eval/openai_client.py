@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from trainer.config.eval import Endpoint, Server
+from trainer.utils.text import one_line
 
 _CONNECT_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0  # between tries: doubled each time
@@ -103,7 +104,7 @@ class Client:
             headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
             timeout=httpx2.Timeout(server.timeout_s, connect=min(_CONNECT_S, server.timeout_s)),
             # a connection that is kept may be closed by the server just as it is used again
-            limits=httpx2.LengthPolicy(
+            limits=httpx2.Limits(
                 max_connections=server.parallel, max_keepalive_connections=0
             ),
             trust_env=urlsplit(server.url).hostname
@@ -233,7 +234,7 @@ class Client:
 
     def _shown(self, text: str) -> str:
         """A part of a text on one line, without the key: servers repeat it in their refusals."""
-        text = " ".join(text.split())
+        text = one_line(text)
         return (text.replace(self._key, "***") if self._key else text)[:_SHOWN]
 
 

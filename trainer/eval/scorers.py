@@ -34,8 +34,9 @@ from trainer.datatypes import BadInput, Prompt, RowError
 from trainer.utils.math_answers import LIMIT_S as MATH_S
 from trainer.utils.math_answers import math_verdict
 from trainer.utils.strict_json import parse
+from trainer.utils.text import error_line, one_line
 from trainer.utils.time_limit import Failed, TooLong, bounded
-from trainer.utils.user_functions import load_function, short
+from trainer.utils.user_functions import load_function
 
 # of processor time, for one answer; a pattern that can be matched at all takes milliseconds
 PATTERN_S = 2.0
@@ -294,7 +295,7 @@ def _schema_fault(schema: Any) -> str:
     try:
         validator_for(schema).check_schema(schema)
     except SchemaError as error:
-        return f"{error.json_path}: {' '.join(error.message.split())[:100]}"
+        return f"{error.json_path}: {one_line(error.message, 100)}"
     return ""
 
 
@@ -396,7 +397,7 @@ def _ask(name: str, prompt: Prompt, answer: str) -> float:
     try:
         said = load_function(name)(prompt.text, answer, prompt.reference, dict(prompt.row))
     except Exception as error:  # whatever the user's own code does
-        raise Unscored(f"{name}: {short(error)}") from None
+        raise Unscored(f"{name}: {error_line(error)}") from None
     if said is None:
         raise Unscored(f"{name}: None")
     if not isinstance(said, Real) or not 0 <= float(said) <= 1:

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from trainer import dist
-from trainer.checkpoint.hf_export import write_folder
+from trainer.checkpoint.hf_export import copy_to_file, write_folder
 from trainer.config.eval import GenerateSection, Server
 from trainer.config.recipe import Recipe
 from trainer.datatypes import BadInput, Prompt
@@ -191,7 +191,9 @@ def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watc
         for name, tensor in chain(merged_weights(model, gathered), buffers):
             watch.beat("weights for a server")
             if dist.is_main():
-                weights[name.replace(COMPILED, "")] = _mapped(staged / str(len(weights)), tensor)
+                weights[name.replace(COMPILED, "")] = copy_to_file(
+                    tensor, staged / str(len(weights))
+                )
         watch.pause()
         failure = dist.run_on_rank0(lambda: write_folder(run_dir, recipe, folder, weights))
     weights.clear()
@@ -214,14 +216,6 @@ def _make_room(root: Path, staged: Path, size: int) -> None:
             f"they need {needed / 2**30:.2f} GiB and {free / 2**30:.2f} GiB are free there; make "
             f"room"
         )
-
-
-def _mapped(path: Path, tensor: torch.Tensor) -> torch.Tensor:
-    """A copy that a file backs."""
-    target = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype).view(
-        tensor.shape
-    )
-    return target.copy_(tensor.detach())
 
 
 def _gpus() -> list[Gpu]:

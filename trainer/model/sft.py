@@ -67,7 +67,7 @@ class SftModel(nn.Module):
         if self.training:
             # Dropout, where the model has any, belongs to the micro-batch and not to the rank (C3).
             epoch = batch.document_keys[0][0]
-            torch.manual_seed(dist.seed_from(self._seed, "dropout", epoch, *batch.row_ids))
+            torch.manual_seed(dist.seed_from(self._seed, "dropout", epoch, *batch.sequence_ids))
         hidden_NH = self.hidden_states(batch).index_select(0, batch.trained_positions)
         targets = Targets(
             batch.targets, batch.weights, batch.uniform_weight, self.kernel, self.transform

@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from trainer.utils.child_process import Child, start_child
+from trainer.utils.text import error_line
 
 LIMIT_BYTES = 4 << 30  # of memory that a call may take beyond what the helper takes at its start
 
@@ -99,7 +100,6 @@ def _serve(pipe: Connection) -> None:
             signal.setitimer(signal.ITIMER_PROF, limit_s)
             reply = function(*arguments), ""
         except Exception as error:  # RecursionError from sympy and MemoryError among them
-            text = " ".join(str(error).split())[:80]
-            reply = None, f"{type(error).__name__}: {text}" if text else type(error).__name__
+            reply = None, error_line(error)
         signal.setitimer(signal.ITIMER_PROF, 0)
         pipe.send(reply)
