@@ -1,7 +1,7 @@
 """One training run, from the recipe to the summary. Read it from top to bottom.
 
 recipe -> run folder -> tokenizer -> data (no process group yet) -> plan
-       -> process group -> model -> probe -> engine -> loop -> summary
+       -> process group -> model -> packing check -> engine -> loop -> summary
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from trainer.loop import TrainingRun, is_due, train_loop
 from trainer.metrics import Metrics, Profiler, model_flops
 from trainer.model.load import load_config, load_model, load_tokenizer
 from trainer.model.lora import require_stage
-from trainer.model.packing_check import probe
+from trainer.model.packing_check import prove_packing
 from trainer.model.sft import SftModel
 from trainer.run_folder import (
     describe,
@@ -292,7 +292,7 @@ def check_packing(recipe: Recipe, module: SftModel) -> None:
         BadInput: packed documents differ from the same documents alone.
     """
     one_document = recipe.data.packing == "none" and recipe.batch.micro_batch_size == 1
-    proof = probe(
+    proof = prove_packing(
         module, seq_len=recipe.batch.seq_len, one_document=one_document, seed=recipe.train.seed
     )
     dist.log.info(
