@@ -124,7 +124,7 @@ def test_a_scorer_that_is_slow_at_answer_after_answer_is_given_up(
     monkeypatch.setattr(eval_metrics, "SLOW_S", 0.5)
     answers = ["fine", *["a" * 64] * 1000]
     made = samples([prompt()] * 1001, answers, {"shape": rule("format", pattern="(a+)+b|fine")})
-    reason = "given up: the pattern: no end within 0.2 s of computing, at 3 answers"
+    reason = "given up: the pattern: not finished within 0.2 s of computing, at 3 answers"
     assert metrics(made) == {"shape": Metric(None, 0, None, None, reason)}
     assert reason in said.text
 
@@ -138,9 +138,9 @@ def test_a_scorer_that_is_slow_at_answer_after_answer_is_given_up(
         (rule("math", column="solution"), "the row has no `solution`"),
         (rule("choice", column="letter"), "the row has no `letter`"),
         (rule("choice"), "the row's right answer is none of A, B, C, D"),
-        (rule("refusal", column="unsafe"), "the row has no `unsafe`"),
+        (rule("refusal", expected="unsafe"), "the row has no `unsafe`"),
         (rule("json_schema", column="schema"), "the row has no `schema`"),
-        (rule("json_schema", tools=True), "the row has no tools"),
+        (rule("tool_call"), "the row has no tools"),
         (rule("json_schema", file="nowhere.json"), "nowhere.json: the JSON schema cannot be read"),
         (
             rule("exact", extract="<answer>(.*)</answer>"),
@@ -189,7 +189,7 @@ def test_a_pattern_that_does_not_end_at_a_reference_is_bad_input(
     monkeypatch.setattr(scorers, "PATTERN_S", 0.2)
     with pytest.raises(
         BadInput,
-        match=r"mine \(exact\): `extract`: no end within 0.2 s of computing, at a reference",
+        match=r"mine \(exact\): `extract`: not finished within 0.2 s of computing, at a reference",
     ):
         check_scorers({"mine": rule("exact", extract="^((a+)+)b")}, [prompt("a" * 64)])
 

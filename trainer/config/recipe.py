@@ -430,7 +430,8 @@ class Recipe(Section):
 # ------------------------------------------------------------------------------------------ reading
 
 
-# Keys that had another name before the first release, without the numbers of a list's items.
+# Keys that had another name before the first release, without the numbers of a list's items; a
+# scorer stands by its kind.
 RENAMED_KEYS = {
     "batch.row_tokens": "`batch.seq_len`",
     "batch.rows_per_step": "`batch.global_batch_size`",
@@ -447,6 +448,17 @@ RENAMED_KEYS = {
     "adapter.save_modules": "`adapter.modules_to_save`",
     "adapter.double_quantisation": "`adapter.double_quant`",
     "eval.generate.rows": "`eval.generate.num_prompts`",
+    "eval.generator": "decided by `eval.server` and `eval.vllm_python`: the one that is given "
+    "answers, else the engine",
+    "eval.lm_eval_path": "a part of the task's name: `eval.lm_eval: [FOLDER/TASK]`",
+    "eval.server.patience_s": "`eval.server.timeout_s`, which limits an answer and its retries",
+    "eval.generate.scorers.contains.text": "`kind: format` with the pattern `.*TEXT.*`",
+    "eval.generate.scorers.json_schema.tools": "`kind: tool_call`",
+    "eval.generate.scorers.refusal.column": "`expected: COLUMN`",
+    "eval.generate.scorers.judge.endpoint": "a part of the scorer: `url`, `model` and the other "
+    "keys of `endpoint` stand beside `rubric`",
+    "eval.generate.scorers.judge.grades": "always 5",
+    "eval.generate.scorers.judge.max_tokens": "a field of the request: `extra: {max_tokens: 4096}`",
     "guard.at_most": "`guard.max_skipped_steps`",
 }
 
@@ -539,9 +551,10 @@ def _fault(fault: Any) -> str:
     path = [str(part) for part in fault["loc"]]
     if fault["type"] == "extra_forbidden":
         parents, sections = _follow(path[:-1])
-        if renamed := RENAMED_KEYS.get(
-            ".".join(key for key in [*parents, path[-1]] if not key.isdigit())
-        ):
+        names = [key for key in [*parents, path[-1]] if not key.isdigit()]
+        if names[:3] == ["eval", "generate", "scorers"] and len(names) > 4:
+            names[3] = str(kind_of(sections[0]))
+        if renamed := RENAMED_KEYS.get(".".join(names)):
             return f"`{'.'.join([*parents, path[-1]])}` is now {renamed}"
         return _unknown(
             "key", path[-1], list(sections[0].model_fields), "".join(f"{key}." for key in parents)
