@@ -165,7 +165,7 @@ def save_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
         found["deepspeed"].append(
             seconds(lambda: engine._engine.save_checkpoint(str(folder / "deepspeed"), tag="saved"))
         )
-    return found | {"state": engine.state_bytes()}
+    return found | {"state": engine.state.bytes()}
 
 
 def resume_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Literal
 
 from trainer import dist
 from trainer.config.recipe import GuardSection
-from trainer.metrics import read_lines
+from trainer.utils.files import read_json_lines
 
 WINDOW = 50  # losses whose median is the usual one
 _ENOUGH = 10  # of them, before anything is called a spike
@@ -41,7 +41,7 @@ class Guard:
     ) -> None:
         self._section = section
         self._path = run_dir / "skipped_steps.jsonl"
-        lines = dist.broadcast(read_lines(self._path) if dist.is_main() else None)
+        lines = dist.broadcast(read_json_lines(self._path) if dist.is_main() else None)
         self.skipped_steps = {int(line["step"]) - 1 for line in lines}
         self._losses = deque(recent_losses, WINDOW)
         self._is_spike = False

@@ -21,7 +21,7 @@ import torch
 from trainer import dist
 from trainer.config.recipe import ProfileSection
 from trainer.datatypes import Batch, StepPlan, StepResult
-from trainer.utils.files import write_synced
+from trainer.utils.files import read_json_lines, write_synced
 
 # Dense bf16 FLOP/s as the makers state them; the longest name that fits a device is taken.
 _PEAK_FLOPS = {
@@ -195,7 +195,7 @@ class Metrics:
 
             _drop_lines_after(run_dir / EVALUATIONS, resumed_at, None)
             evaluated = any(
-                line["step"] == resumed_at for line in read_lines(run_dir / EVALUATIONS)
+                line["step"] == resumed_at for line in read_json_lines(run_dir / EVALUATIONS)
             )
             for name in ("metrics.jsonl", "samples.jsonl", "trace.jsonl"):
                 _drop_lines_after(run_dir / name, resumed_at, None if evaluated else resumed_at)
@@ -342,25 +342,15 @@ def _drop_lines_after(path: Path, step: int, remade: int | None) -> None:
     """Keep a file's lines up to `step`, without the evaluation at step `remade`."""
     if not path.is_file():
         return
-    kept = []
-    with path.open(encoding="utf-8") as file:
-        for text in file:
-            try:
-                line = json.loads(text)
-            except ValueError:  # the half line of a killed run
-                break
-            if line["step"] <= step and not (line["step"] == remade and "train/loss" not in line):
-                kept.append(text.removesuffix("\n") + "\n")
-    write_synced(path, "".join(kept))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, none where there is no file. (Not by `splitlines`: an
-    answer may hold one of the other characters that end a line.)"""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    lines = read_json_lines(path, may_be_torn=True)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        # as they were written; a torn last line has no object and falls out
+        texts = [
+            text.removesuffix("\n") + "\n"
+            for text, line in zip(file, lines, strict=False)
+            if line["step"] <= step and not (line["step"] == remade and "train/loss" not in line)
+        ]
+    write_synced(path, "".join(texts))
 
 
 # ----------------------------------------------------------------------------------------- profiler

@@ -26,8 +26,8 @@ from trainer.data.prepare import Prepared, TrainData
 from trainer.data.streaming import LOG
 from trainer.datatypes import STOP_FILE, BadInput, Batch, StepResult
 from trainer.engine.engine import Engine
-from trainer.metrics import EVALUATIONS, Metrics, read_lines
-from trainer.utils.files import write_synced
+from trainer.metrics import EVALUATIONS, Metrics
+from trainer.utils.files import read_json_lines, write_json, write_synced
 
 _LENGTHS = ("train.epochs", "train.steps")
 
@@ -146,14 +146,16 @@ def summarise(
     sample.
     """
     evaluated = {
-        line["step"]: line for line in read_lines(run_dir / "metrics.jsonl") if "eval/loss" in line
+        line["step"]: line
+        for line in read_json_lines(run_dir / "metrics.jsonl")
+        if "eval/loss" in line
     }
     numbers = {
         at: {k: v for k, v in line.items() if k.startswith("eval/")}
         for at, line in evaluated.items()
     }
     of_last = [
-        sample for sample in read_lines(run_dir / "samples.jsonl") if sample["step"] == steps
+        sample for sample in read_json_lines(run_dir / "samples.jsonl") if sample["step"] == steps
     ]
     write_json(
         run_dir / "summary.json",
@@ -174,10 +176,6 @@ def is_done(run_dir: Path, steps: int) -> bool:
     """Whether a run of so many steps has ended here, and not one that has been extended since."""
     summary = run_dir / "summary.json"
     return summary.is_file() and json.loads(summary.read_text())["steps"] == steps
-
-
-def write_json(path: Path, content: Any) -> None:
-    write_synced(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def write_stop(run_dir: Path, step: int) -> None:

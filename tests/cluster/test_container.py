@@ -18,7 +18,7 @@ from tests.cluster.engine import IMAGE, NETWORK, Engine, engine
 from tests.ranks import ROOT
 from trainer import __version__
 from trainer.checkpoint import checkpoint
-from trainer.metrics import read_lines
+from trainer.utils.files import read_json_lines
 
 pytestmark = pytest.mark.cluster
 
@@ -69,7 +69,9 @@ def inside(docker: Engine, *command: str) -> str:
 
 def losses(run_dir: Path) -> list[float]:
     return [
-        line["train/loss"] for line in read_lines(run_dir / "metrics.jsonl") if "train/loss" in line
+        line["train/loss"]
+        for line in read_json_lines(run_dir / "metrics.jsonl")
+        if "train/loss" in line
     ]
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from tests.cluster.hosts import Hosts, hosts
 from trainer.checkpoint import checkpoint
-from trainer.metrics import read_lines
+from trainer.utils.files import read_json_lines
 
 pytestmark = pytest.mark.cluster
 
@@ -67,14 +67,14 @@ def test_when_another_host_is_gone_the_run_goes_on_without_it(two, tmp_path):
     _, err = goes.communicate(timeout=60)
     assert goes.returncode == 1, err
     assert "the rendezvous has not answered" in err
-    last = len(read_lines(run_dir / "metrics.jsonl"))
+    last = len(read_json_lines(run_dir / "metrics.jsonl"))
     wait_for_step(run_dir, last + 3, world_size=1)
     two.signal(stays, signal.SIGTERM)
     _, err = stays.communicate(timeout=60)
     assert "host1 fell silent" in err
     assert "written by 2 ranks" in err, "it goes on from what both had saved"
     assert stays.returncode == 75, err
-    steps = [line["step"] for line in read_lines(run_dir / "metrics.jsonl")]
+    steps = [line["step"] for line in read_json_lines(run_dir / "metrics.jsonl")]
     assert steps == list(range(1, len(steps) + 1)), "no step is lost, and none is counted twice"
 
 

@@ -23,7 +23,7 @@ from tests.cluster.test_elastic_hosts import wait_for_step
 from tests.pods import KINDS, Pod, manifests, pods, what_becomes_of
 from tests.ranks import ROOT
 from trainer.datatypes import DONE, SAVED_RUN_AGAIN
-from trainer.metrics import read_lines
+from trainer.utils.files import read_json_lines
 
 pytestmark = pytest.mark.cluster
 
@@ -109,7 +109,14 @@ def test_two_pods_meet_and_train_to_the_end(tmp_path, kind):
         assert ended(two.start(made)) == [DONE, DONE]
         run = two.claim / "runs/debug"
         assert json.loads((run / "environment.json").read_text())["world_size"] == 2
-        assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+        assert [line["step"] for line in read_json_lines(run / "metrics.jsonl")] == [
+            1,
+            2,
+            3,
+            4,
+            5,
+            6,
+        ]
 
 
 def test_an_evicted_pod_stops_all_and_the_run_goes_on_with_another_number_of_pods(tmp_path):
@@ -129,6 +136,6 @@ def test_an_evicted_pod_stops_all_and_the_run_goes_on_with_another_number_of_pod
         fewer = manifests("job", *NO_EVAL, f"train.steps={steps}", nodes=1)
         assert ended(two.start(fewer)) == [DONE]
         assert json.loads((run / "environment.json").read_text())["world_size"] == 1
-        assert [line["step"] for line in read_lines(run / "metrics.jsonl")] == list(
+        assert [line["step"] for line in read_json_lines(run / "metrics.jsonl")] == list(
             range(1, steps + 1)
         )

@@ -14,7 +14,7 @@ import pytest
 
 from tests.cluster.slurm import Slurm, slurm
 from tests.ranks import ROOT
-from trainer.metrics import read_lines
+from trainer.utils.files import read_json_lines
 
 pytestmark = pytest.mark.cluster
 
@@ -61,7 +61,7 @@ def sbatch(
 
 def losses(run_dir: Path) -> list[float]:
     """Of all steps, each of which is there once."""
-    lines = read_lines(run_dir / "metrics.jsonl")
+    lines = read_json_lines(run_dir / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     return [line["train/loss"] for line in lines]
 

@@ -191,7 +191,7 @@ def unchecked(fill: Any) -> Any:
 
     def restore(folder: Path, manifest: Any, engine: Any) -> None:
         with mock.patch.object(sharded_state.Shards, "fill", fill):
-            engine.restore(
+            engine.state.restore(
                 sharded_state.Shards(folder, manifest.files, manifest.shapes),
                 manifest.state.updates,
             )

@@ -113,7 +113,7 @@ def traces(order: dict[str, Any], template: str, stop: dist.StopFlag, watch: Wat
             with context:
                 generate.answer_ids(built, order["prompts"], section, stop, watch, seeds=[])
         result = built.step([batch], 1e-2, Clock(dist.device()))
-        digests = sorted((str(key), value) for key, value in built.state_digests().items())
+        digests = sorted((str(key), value) for key, value in built.state.digests().items())
         seen.append([float(result.loss), result.grad_norm, dist.gather(digests)])
     return seen
 

@@ -14,7 +14,7 @@ import torch
 from tests.numerics.compare import case
 from tests.ranks import run_ranks
 from trainer.checkpoint import checkpoint
-from trainer.metrics import read_lines
+from trainer.utils.files import read_json_lines
 
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer")
 
@@ -56,7 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def seen(run_dir: Path) -> dict[str, Any]:
     """Losses and norms by step, and the last weights."""
-    steps = [line for line in read_lines(run_dir / "metrics.jsonl") if "train/loss" in line]
+    steps = [line for line in read_json_lines(run_dir / "metrics.jsonl") if "train/loss" in line]
     saved, manifest = checkpoint.open_newest(run_dir)
     return {
         "steps": [(line["step"], line["train/loss"], line["train/grad_norm"]) for line in steps],
@@ -91,7 +91,7 @@ def test_a_spike_is_as_if_never_taken(root: Path) -> None:
     ("name", "reason"), [("zero3-skip", "not finite"), ("zero3-spike", "times the usual")]
 )
 def test_the_rows_are_named(root: Path, name: str, reason: str) -> None:
-    (line,) = read_lines(root / name / "skipped_steps.jsonl")
+    (line,) = read_json_lines(root / name / "skipped_steps.jsonl")
     assert line["step"] == 3
     assert reason in line["reason"]
     assert "train.jsonl:" in line["rows"]

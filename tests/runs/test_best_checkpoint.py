@@ -23,7 +23,7 @@ from trainer.checkpoint import checkpoint
 from trainer.checkpoint.best import best_step, evaluations
 from trainer.datatypes import BadInput
 from trainer.eval.compare import difference, read_results
-from trainer.metrics import read_lines
+from trainer.utils.files import read_json_lines
 
 pytestmark = pytest.mark.runs
 
@@ -123,7 +123,7 @@ def test_evaluations_of_steps_that_are_trained_again_do_not_count(root: Path) ->
     """The third step sends the run back to step 1: the evaluation of step 2 is made again, and
     stands there once.
     """
-    assert [line["step"] for line in read_lines(root / "back" / "evaluations.jsonl")] == [
+    assert [line["step"] for line in read_json_lines(root / "back" / "evaluations.jsonl")] == [
         0,
         1,
         2,
@@ -132,7 +132,7 @@ def test_evaluations_of_steps_that_are_trained_again_do_not_count(root: Path) ->
         5,
         6,
     ]
-    assert [line["step"] for line in read_lines(root / "back" / "skipped_steps.jsonl")] == [3]
+    assert [line["step"] for line in read_json_lines(root / "back" / "skipped_steps.jsonl")] == [3]
     assert names(root / "back") == ["best", "latest", "step-000001", "step-000006"]
 
 
@@ -221,8 +221,10 @@ def test_a_checkpoint_is_scored_as_it_was_in_training(root: Path, evaluated: Pat
     then, now = evaluations(root / "whole")[BEST], evaluations(evaluated)[BEST]
     assert now["eval_loss"] == pytest.approx(then["eval_loss"], rel=1e-6)
     assert now["metrics"] == then["metrics"]
-    given = [line for line in read_lines(root / "whole" / "samples.jsonl") if line["step"] == BEST]
-    assert read_lines(evaluated / "samples.jsonl") == given
+    given = [
+        line for line in read_json_lines(root / "whole" / "samples.jsonl") if line["step"] == BEST
+    ]
+    assert read_json_lines(evaluated / "samples.jsonl") == given
     assert not (evaluated / "exported").exists(), "the weights were for the evaluation alone"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.runs.killed import Nursery, Point, Run, assert_same
-from trainer.metrics import read_lines
+from trainer.utils.files import read_json_lines
 
 pytestmark = pytest.mark.runs
 
@@ -83,7 +83,7 @@ def undisturbed(
 
 
 def lines(run_dir: Path, name: str) -> list[dict[str, Any]]:
-    return read_lines(run_dir / name)
+    return read_json_lines(run_dir / name)
 
 
 def assert_evaluated_alike(run_dir: Path, other: Path) -> None:

@@ -22,8 +22,9 @@ from trainer.checkpoint.checkpoint import open_newest
 from trainer.checkpoint.hf_export import TOLERANCE, _as_trained, export
 from trainer.config.recipe import load_recipe
 from trainer.datatypes import BadInput
-from trainer.metrics import EVALUATIONS, read_lines
+from trainer.metrics import EVALUATIONS
 from trainer.model.load import load_model, load_tokenizer
+from trainer.utils.files import read_json_lines
 
 pytestmark = pytest.mark.runs
 
@@ -254,7 +255,7 @@ def test_a_run_with_an_adapter_is_scored_as_its_training_scored_it(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, timeout=600
     )
     (scored,), in_training = (
-        read_lines(folder / EVALUATIONS) for folder in (root / "scored", runs["lora"])
+        read_json_lines(folder / EVALUATIONS) for folder in (root / "scored", runs["lora"])
     )
     assert scored["step"] == in_training[-1]["step"] == 3
     assert scored["eval_loss"] == pytest.approx(in_training[-1]["eval_loss"], rel=1e-5)

@@ -46,14 +46,15 @@ class Model:
     def __init__(self, value: float = 1.0, base: float = 9.0) -> None:
         self.parameters = {"a": torch.full((500,), value), "b": torch.full((30,), value)}
         self.base = torch.full((10,), base)
+        self.state = self
 
-    def state_bytes(self) -> int:
+    def bytes(self) -> int:
         return 4 * 530
 
-    def state_shapes(self) -> dict[str, list[int]]:
+    def shapes(self) -> dict[str, list[int]]:
         return {name: list(tensor.shape) for name, tensor in self.parameters.items()}
 
-    def state(self) -> Iterator[list[Slice]]:
+    def slices(self) -> Iterator[list[Slice]]:
         for name, tensor in self.parameters.items():
             yield [Slice(name, 0, {WEIGHT: tensor})]
 
@@ -61,12 +62,12 @@ class Model:
         return {("base", FROZEN): digest(self.base)}
 
     def restore(self, files: Shards, steps: int) -> None:
-        for group in self.state():
+        for group in self.slices():
             files.fill(group[0])
 
-    def state_digests(self) -> Digests:
+    def digests(self) -> Digests:
         found = self.frozen_digests()
-        for group in self.state():
+        for group in self.slices():
             add_digests(found, digests_of(group))
         return found
 

@@ -13,7 +13,7 @@ from tests.ranks import ROOT
 from trainer.config.recipe import ModelSection, OptimSection, ParallelSection
 from trainer.datatypes import BadInput
 from trainer.engine.ds_config import BUCKET, clear_nvme, deepspeed_config
-from trainer.engine.engine import gradient_norm
+from trainer.engine.optim import gradient_norm
 
 RUN = Path("runs/some")
 

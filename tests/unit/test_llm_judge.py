@@ -12,7 +12,7 @@ from tests.judge_server import JudgeServer, part
 from trainer.config.eval import Judge, Scorer
 from trainer.datatypes import BadInput, Conversation, Message, Prompt
 from trainer.eval.llm_judge import judge_answers
-from trainer.eval.metrics import check_scorers, metrics, samples
+from trainer.eval.metrics import check_scorers, score_samples, summarize
 from trainer.eval.openai_client import Cancelled
 
 RULES: TypeAdapter[Any] = TypeAdapter(Scorer)
@@ -145,10 +145,10 @@ def test_a_pair_is_asked_in_both_orders_and_a_disagreement_is_half(
 
 def test_replies_without_a_verdict_are_missing_and_not_wrong(serve: Any) -> None:
     server = serve(lambda text: "Grade: 5" if part(text, "answer") == "yes" else "Well.")
-    made = samples([prompt()] * 4, ["yes", "no", "yes", "no"], {"kind": judge(server)})
+    made = score_samples([prompt()] * 4, ["yes", "no", "yes", "no"], {"kind": judge(server)})
     assert [sample.scores["kind"] for sample in made] == [1.0, None, 1.0, None]
     assert made[1].unscored == {"kind": "the judge's reply ends in no verdict"}
-    assert metrics(made)["kind"][:2] == (1.0, 2)
+    assert summarize(made)["kind"][:2] == (1.0, 2)
 
 
 def test_a_judge_that_is_down_leaves_its_metric_missing_and_the_others_as_they_are(
@@ -156,12 +156,12 @@ def test_a_judge_that_is_down_leaves_its_metric_missing_and_the_others_as_they_a
 ) -> None:
     server = serve(lambda text: "Grade: 5")
     server.close()
-    made = samples(
+    made = score_samples(
         [prompt()] * 2,
         ["Rome is better.", "x"],
         {"kind": judge(server, timeout_s=0.1), "same": RULES.validate_python({"kind": "exact"})},
     )
-    found = metrics(made)
+    found = summarize(made)
     assert found["kind"].value is None
     assert found["kind"].count == 0
     assert f"the server at {server.url} does not answer" in (found["kind"].missing or "")
@@ -171,7 +171,7 @@ def test_a_judge_that_is_down_leaves_its_metric_missing_and_the_others_as_they_a
 def test_prompts_without_a_reference_are_not_compared(serve: Any) -> None:
     server = serve(lambda text: better(text, "Paris"))
     compares = judge(server, against="reference")
-    made = samples([prompt(""), prompt()], ["Paris", "Paris"], {"wins": compares})
+    made = score_samples([prompt(""), prompt()], ["Paris", "Paris"], {"wins": compares})
     assert [sample.scores["wins"] for sample in made] == [None, 1.0]
     assert len(server.asked) == 2
     with pytest.raises(BadInput, match="the row has no reference answer"):

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.model_helpers import pack
 from trainer.datatypes import StepPlan, StepResult
-from trainer.metrics import EVALUATIONS, Clock, Metrics, ModelFlops, model_flops, read_lines
+from trainer.metrics import EVALUATIONS, Clock, Metrics, ModelFlops, model_flops
+from trainer.utils.files import read_json_lines
 from trainer.utils.progress import _clock
 
 H, LAYERS, HEADS, GROUPS, INNER, VOCABULARY = 16, 3, 4, 2, 40, 50
@@ -122,7 +123,7 @@ def test_an_answer_with_a_line_separator_in_it_is_one_line(
 ) -> None:
     (tmp_path / "samples.jsonl").write_text('{"step": 1, "answer": "a\u2028b"}\n', encoding="utf-8")
     log(tmp_path, flops, 2, 3)
-    assert read_lines(tmp_path / "samples.jsonl") == [{"step": 1, "answer": "a\u2028b"}]
+    assert read_json_lines(tmp_path / "samples.jsonl") == [{"step": 1, "answer": "a\u2028b"}]
 
 
 @pytest.mark.parametrize(
@@ -145,11 +146,11 @@ def test_an_evaluation_that_did_not_end_leaves_nothing(
     }.items():
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     log(tmp_path, flops, 2, 2)
-    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == left
-    assert [line["step"] for line in read_lines(tmp_path / "samples.jsonl")] == sorted(
+    assert [line["step"] for line in read_json_lines(tmp_path / "metrics.jsonl")] == left
+    assert [line["step"] for line in read_json_lines(tmp_path / "samples.jsonl")] == sorted(
         set(recorded) & {0, 2}
     )
-    assert [line["step"] for line in read_lines(tmp_path / EVALUATIONS)] == sorted(
+    assert [line["step"] for line in read_json_lines(tmp_path / EVALUATIONS)] == sorted(
         set(recorded) & {0, 2}
     )
 

@@ -8,7 +8,12 @@ import pytest
 from torch import nn
 
 from trainer.config.recipe import OptimSection
-from trainer.engine.optim import learning_rate, parameter_groups
+from trainer.engine.optim import (
+    build_optimizer,
+    learning_rate,
+    parameter_groups,
+    set_learning_rates,
+)
 
 
 class Tiny(nn.Module):
@@ -41,16 +46,40 @@ def test_matrices_decay_and_nothing_else(decay_embeddings: bool) -> None:
     )
 
 
+def test_each_group_moves_by_its_own_rate() -> None:
+    model = Tiny()
+    groups = parameter_groups(model, OptimSection())
+    assert [group["lr_scale"] for group in groups] == [1.0, 1.0], "the schedule's rate by default"
+    groups[1]["lr_scale"] = 0.25
+    section = OptimSection(lr=0.5, weight_decay=0.0)
+    groups[0]["weight_decay"] = 0.0
+    optimizer = build_optimizer(groups, section, {"zero_optimization": {"stage": 0}})
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.125]
+    # what DeepSpeed's own load does: all groups get the hyperparameters of the first
+    for group in optimizer.param_groups:
+        group["lr"] = optimizer.param_groups[0]["lr"]
+    set_learning_rates(optimizer, 0.1)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    sum(p.sum() for p in model.parameters() if p.requires_grad).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    moved = {
+        name: float((before[name] - p.detach()).abs().max()) for name, p in model.named_parameters()
+    }
+    assert moved["linear.weight"] == pytest.approx(0.1, rel=1e-4), "AdamW's first step is the rate"
+    assert moved["linear.bias"] == pytest.approx(0.025, rel=1e-4)
+    assert moved["frozen.weight"] == 0.0
+
+
 def rates(steps: int, **settings: object) -> list[float]:
     section = OptimSection.model_validate(
-        {"lr": 1.0, "warmup": 0.1, "min_lr_ratio": 0.1, **settings}
+        {"lr": 1.0, "warmup_ratio": 0.1, "min_lr_ratio": 0.1, **settings}
     )
     return [learning_rate(step, steps, section) for step in range(steps)]
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
 def test_schedules_warm_up_peak_and_end_at_the_floor(schedule: str) -> None:
-    seen = rates(100, schedule=schedule)
+    seen = rates(100, lr_schedule=schedule)
     assert seen[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert max(seen) == seen[9] == 1.0
     assert seen[-1] == pytest.approx(0.1)
@@ -58,20 +87,20 @@ def test_schedules_warm_up_peak_and_end_at_the_floor(schedule: str) -> None:
 
 
 def test_cosine_is_half_way_in_the_middle() -> None:
-    assert rates(101, warmup=0)[50] == pytest.approx(0.55)
+    assert rates(101, warmup_ratio=0)[50] == pytest.approx(0.55)
 
 
 def test_wsd_stays_up_until_its_decay_begins() -> None:
-    seen = rates(100, schedule="wsd", wsd_decay=0.2)
+    seen = rates(100, lr_schedule="wsd", wsd_decay=0.2)
     assert set(seen[10:80]) == {1.0}
     assert seen[89] == pytest.approx(0.1 + 0.9 * 0.5, abs=0.05)
 
 
 def test_constant_stays_at_the_peak() -> None:
-    assert set(rates(50, schedule="constant")[5:]) == {1.0}
+    assert set(rates(50, lr_schedule="constant")[5:]) == {1.0}
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd", "constant"])
 def test_the_shortest_runs_have_rates_above_zero(steps: int, schedule: str) -> None:
-    assert all(0 < rate <= 1 for rate in rates(steps, schedule=schedule, warmup=0.03))
+    assert all(0 < rate <= 1 for rate in rates(steps, lr_schedule=schedule, warmup_ratio=0.03))

@@ -9,7 +9,6 @@ needs the step finds it anew.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -19,29 +18,14 @@ from trainer.config.eval import EVAL_LOSS, BestSection
 from trainer.config.recipe import load_recipe
 from trainer.datatypes import BadInput
 from trainer.metrics import EVALUATIONS
-from trainer.utils.files import write_synced
-
-
-def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines, none where there is no file; the half line that a killed
-    run has left, or one that still runs is writing, is none."""
-    found = []
-    for text in (
-        path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else ()
-    ):
-        try:
-            found.append(json.loads(text))
-        except ValueError:
-            continue
-    return found
+from trainer.utils.files import read_json_lines, write_json
 
 
 def evaluations(folder: Path) -> dict[int, dict[str, Any]]:
     """The lines of a folder's evaluations by their steps, in order."""
-    return {
-        line["step"]: line
-        for line in sorted(whole_lines(folder / EVALUATIONS), key=lambda line: line["step"])
-    }
+    # a run that still writes may have left half a line
+    lines = read_json_lines(folder / EVALUATIONS, may_be_torn=True)
+    return {line["step"]: line for line in sorted(lines, key=lambda line: line["step"])}
 
 
 def numbers(line: dict[str, Any]) -> dict[str, float | None]:
@@ -155,10 +139,7 @@ class Best:
         before = self.step
         if dist.is_main():
             self.found = choose(self._rule, evaluations(self._run_dir))
-            write_synced(
-                self._run_dir / "best.json",
-                json.dumps(self.found, indent=1, ensure_ascii=False) + "\n",
-            )
+            write_json(self._run_dir / "best.json", self.found)
         self.found = dist.broadcast(self.found)
         if self.step != before:
             dist.log.info("the best step so far is %s, by %s", self.step, self._rule)

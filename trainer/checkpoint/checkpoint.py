@@ -29,7 +29,7 @@ from trainer.datatypes import BadInput
 from trainer.engine import sharded_state
 from trainer.engine.engine import Engine
 from trainer.engine.sharded_state import FROZEN, Digests, File, Shards, Slice, add_digests
-from trainer.utils.files import sync_folder, write_synced
+from trainer.utils.files import publish_folder, write_synced
 
 _MANIFEST = "manifest.json"
 _FORMAT = 2
@@ -109,7 +109,7 @@ class Saver:
         self._engine = engine
         self._keep = section.keep
         self._group = dist.new_group()
-        self._in_background = _copy_fits(engine.state_bytes(), section.asynchronous)
+        self._in_background = _copy_fits(engine.state.bytes(), section.asynchronous)
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -134,13 +134,13 @@ class Saver:
                 reported here.
         """
         self.wait()
-        _require_room(self._root, self._engine.state_bytes())
+        _require_room(self._root, self._engine.state.bytes())
         staged = self._root / f".saving-{_name(state.step)}"
         self._raise_failure(state.step, self._run_on_rank0(staged.mkdir))
         # what is known without reading the state comes first: the background must not touch the
         # engine
-        shapes, digests = self._engine.state_shapes(), self._engine.frozen_digests()
-        groups: Iterable[list[Slice]] = self._engine.state()
+        shapes, digests = self._engine.state.shapes(), self._engine.state.frozen_digests()
+        groups: Iterable[list[Slice]] = self._engine.state.slices()
         if not self._in_background:
             self._write(staged, state, best, shapes, digests, groups)
             return
@@ -217,12 +217,10 @@ class Saver:
 
     def _publish(self, staged: Path, manifest: Manifest, best: int | None) -> None:
         write_manifest(staged, manifest)
-        sync_folder(staged)
         final = self._root / staged.name.removeprefix(".saving-")
         if final.exists():  # a damaged one: a whole one would have been resumed from
             _remove(final)
-        staged.rename(final)
-        sync_folder(self._root)
+        publish_folder(staged, final)
         write_synced(self._root / "latest", final.name)
         point_at_best(self._root, best)
         published = _published(self._root)
@@ -408,8 +406,8 @@ def restore(folder: Path, manifest: Manifest, engine: Engine) -> None:
             written from.
         RuntimeError: a tensor differs from what was saved.
     """
-    engine.restore(Shards(folder, manifest.files, manifest.shapes), manifest.state.updates)
-    found = engine.state_digests()
+    engine.state.restore(Shards(folder, manifest.files, manifest.shapes), manifest.state.updates)
+    found = engine.state.digests()
     keys = sorted(manifest.digests)
     sums = dist.sum_mod_2_64([found.get(key, 0) for key in keys])
     for (name, state), total in zip(keys, sums, strict=True):

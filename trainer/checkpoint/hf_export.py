@@ -27,6 +27,7 @@ from trainer.engine.sharded_state import FROZEN, Shards, digest
 from trainer.model.attention import other_attention
 from trainer.model.load import load_model, load_tokenizer
 from trainer.model.lora import in_peft_form, is_of_adapter, merged_weights, parts_of
+from trainer.utils.files import publish_folder
 
 MODEL_FOLDER = (
     "model"  # of a run: configuration, generation configuration and tokenizer, without weights
@@ -93,7 +94,7 @@ def export(run_dir: Path, out: Path, step: int | None = None, *, merge: bool = F
     )
     (staged / "model" / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
-    (staged / "model").rename(out)
+    publish_folder(staged / "model", out)
     shutil.rmtree(staged)
     dist.log.info(
         "exported step %d to %s, loaded it back and found every weight the same",
@@ -112,12 +113,14 @@ def _mapped_weights(
     for number, (name, value) in enumerate(weights):
         if value.is_floating_point():
             value = value.to(dtype)
-        path = str(folder / str(number))
-        target = torch.from_file(path, shared=True, size=value.numel(), dtype=value.dtype).view(
-            value.shape
-        )
-        mapped[name] = target.copy_(value)
+        mapped[name] = copy_to_file(value, folder / str(number))
     return mapped
+
+
+def copy_to_file(tensor: torch.Tensor, path: Path) -> torch.Tensor:
+    """Return a copy of the tensor in memory that the file `path` backs, so that it may be paged out."""
+    flat = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    return flat.view(tensor.shape).copy_(tensor.detach())
 
 
 def write_folder(

@@ -26,6 +26,7 @@ from rich.progress import track
 from trainer.checkpoint import checkpoint
 from trainer.datatypes import BadInput
 from trainer.engine.sharded_state import EXP_AVG, EXP_AVG_SQ, WEIGHT
+from trainer.utils.files import publish_folder
 
 _GROUPS = 16  # parameter groups that a program may have: DeepSpeed loads as many as it finds here
 _FILES = {"fp32": WEIGHT, EXP_AVG: EXP_AVG, EXP_AVG_SQ: EXP_AVG_SQ}
@@ -77,5 +78,5 @@ def export_universal(run_dir: Path, out: Path, step: int | None = None) -> Path:
         torch.save(model_states, staged / tag / name)
     (staged / "latest_universal").write_text(tag)
     shutil.rmtree(out, ignore_errors=True)
-    staged.rename(out)
+    publish_folder(staged, out)
     return out

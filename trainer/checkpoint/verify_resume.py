@@ -31,8 +31,8 @@ from trainer.config.recipe import load_recipe
 from trainer.datatypes import DONE, SAVED_RUN_AGAIN, BadInput
 from trainer.engine import sharded_state
 from trainer.engine.sharded_state import EXP_AVG, EXP_AVG_SQ, WEIGHT, Shards, Slice, add_digests
-from trainer.metrics import read_lines
 from trainer.model.load import load_model, load_tokenizer
+from trainer.utils.files import read_json_lines
 
 SCALAR_BOUND = 1e-6  # relative, of a step's loss and gradient norm
 CHANGE_BOUND = 1e-4  # ||Da - Db|| / ||Da|| of the worst tensor, D its change since the start
@@ -224,7 +224,7 @@ def compare(a: Path, b: Path, start: dict[str, torch.Tensor]) -> Differences:
     """Two run folders of one recipe, by their traces and their last checkpoints; `start` holds the
     first weights.
     """
-    left, right = read_lines(a / "trace.jsonl"), read_lines(b / "trace.jsonl")
+    left, right = read_json_lines(a / "trace.jsonl"), read_json_lines(b / "trace.jsonl")
     if [line["step"] for line in left] != [line["step"] for line in right]:
         raise RuntimeError(f"{a} has {len(left)} steps in its trace, {b} has {len(right)}")
     pairs = list(zip(left, right, strict=True))

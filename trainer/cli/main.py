@@ -20,6 +20,7 @@ from trainer.cli.eval import chosen_step, compare, evaluate
 from trainer.cli.launch import launch_app
 from trainer.cli.worker import end_with_the_launcher, end_worker, is_worker, stop_while_starting
 from trainer.datatypes import BAD_INPUT, DONE, FAILED, BadInput, Example, RowError
+from trainer.utils.text import one_line
 
 if TYPE_CHECKING:
     from trainer.config.recipe import Recipe
@@ -467,7 +468,7 @@ def main() -> None:
     try:
         app()
     except BadInput as error:
-        _refuse(" ".join(str(error).split()))
+        _refuse(one_line(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise

@@ -207,16 +207,7 @@ class Judge(Server):
 
 
 Scorer = Annotated[
-    Format
-    | Exact
-    | Contains
-    | Math
-    | Choice
-    | JsonSchema
-    | ToolCall
-    | Refusal
-    | Judge
-    | Function,
+    Format | Exact | Contains | Math | Choice | JsonSchema | ToolCall | Refusal | Judge | Function,
     Field(discriminator="kind"),
 ]
 
@@ -300,8 +291,7 @@ class BestSection(Section):
     )
     subject_to: dict[str, str] = Field(
         default_factory=dict,
-        description="Conditions that the best step must meet, as "
-        '`{format_accuracy: ">= 0.98"}`.',
+        description='Conditions that the best step must meet, as `{format_accuracy: ">= 0.98"}`.',
     )
     tie: str | None = Field(
         default=None,

@@ -18,6 +18,7 @@ from trainer.config.base import Section, items_of, kind_of, sections_of
 from trainer.config.data import DataSection
 from trainer.config.eval import EvalSection
 from trainer.datatypes import BadInput
+from trainer.utils.text import one_line
 
 
 class ModelSection(Section):
@@ -479,7 +480,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     try:
         tree = yaml.load(text, Loader=UniqueKeys)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
-        raise BadInput(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise BadInput(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(tree, dict):
         raise BadInput(
             f"{path}: a recipe is a mapping of sections; start from recipes/quickstart.yaml"

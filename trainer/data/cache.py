@@ -25,7 +25,7 @@ import xxhash
 
 from trainer.datatypes import BadInput, Example, Packed, Tokenized
 from trainer.dist import is_main, log
-from trainer.utils.files import Stopped, build_once
+from trainer.utils.files import Stopped, build_once, write_json
 
 VERSION = 2  # part of every key: raise it when the files of a folder change
 
@@ -290,7 +290,7 @@ class _Building:
         """Make what is written so far a point to go on from."""
         sizes = self._sync_all()
         state = {"rows": self.rows, "tokens": self.tokens, "sources": self._sources, "sizes": sizes}
-        _write(self._folder / "progress.json", state)
+        write_json(self._folder / "progress.json", state)
         self._saved_at = time.monotonic()
 
     def finish(self, drop_duplicates: bool) -> None:
@@ -310,7 +310,7 @@ class _Building:
             )
         report["sources"] = self._sources
         record = {"fingerprint": _digest(self._folder), "sizes": sizes, "report": report}
-        _write(self._folder / "report.json", record)
+        write_json(self._folder / "report.json", record)
         (self._folder / "progress.json").unlink(missing_ok=True)
 
     def _find_duplicates(self, drop: bool) -> None:
@@ -415,14 +415,6 @@ def _file(column: str) -> str:
 
 def _read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """JSON, whole or not at all."""
-    aside = path.with_name(f"{path.name}.aside")
-    aside.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    _sync(aside)
-    aside.replace(path)
 
 
 def _sync(path: Path) -> None:

@@ -54,6 +54,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from trainer.config.data import NO_KWARGS
 from trainer.datatypes import BadInput, Conversation, RowError
+from trainer.utils.text import one_line
 
 # Templates that write the date get this one, so that tokenized data does not depend on the day it
 # was made. The formats are those of strftime_now; llama3_2 takes `date_string`, which its authors
@@ -288,9 +289,7 @@ class Template:
                 pasted != messages
             ):  # some templates paste a call's arguments instead of writing them as JSON
                 return self._render(pasted, tools, **options)
-            raise RowError(
-                f"the template refuses the row: {' '.join(str(error).split())[:100]}"
-            ) from None
+            raise RowError(f"the template refuses the row: {one_line(error, 100)}") from None
 
     def _skeleton(
         self,

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import xxhash
 
+from trainer.utils.files import write_json
+
 CHUNK_BYTES = 1 << 18  # hashed while it is in the processor's cache
 SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system
 
@@ -44,7 +46,8 @@ def file_digest(path: Path, memory: Path) -> str:
             digest.update(buffer[:size])
     if _identity(path) == seen and begun - seen["ctime_ns"] > SETTLED_NS:
         with suppress(OSError):  # then it is read again
-            _remember(remembered, {"identity": seen, "digest": digest.hexdigest()})
+            memory.mkdir(parents=True, exist_ok=True)
+            write_json(remembered, {"identity": seen, "digest": digest.hexdigest()})
     return digest.hexdigest()
 
 
@@ -53,10 +56,3 @@ def _identity(path: Path) -> dict[str, int]:
     return {
         name: getattr(stat, f"st_{name}") for name in ("dev", "ino", "size", "mtime_ns", "ctime_ns")
     }
-
-
-def _remember(path: Path, content: dict[str, object]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(content), encoding="utf-8")
-    aside.replace(path)

@@ -15,7 +15,8 @@ from typing import Any
 from trainer.config.data import Filters
 from trainer.datatypes import Conversation, Filtered, RowError
 from trainer.utils.math_answers import LIMIT_S, check_installed, math_verdict
-from trainer.utils.user_functions import load_function, short
+from trainer.utils.text import error_line
+from trainer.utils.user_functions import load_function
 
 
 def check_filters(filters: Filters) -> None:
@@ -74,7 +75,7 @@ def _ask(name: str, row: Mapping[str, Any], conversation: Conversation) -> None:
     try:
         said = load_function(name)(dict(row), conversation)
     except Exception as error:  # whatever the user's own code does
-        raise RowError(f"{name}: {short(error)}") from None
+        raise RowError(f"{name}: {error_line(error)}") from None
     if said is True:
         return
     if said is False:

@@ -17,7 +17,8 @@ from trainer.data.filters import apply_filters, check_filters
 from trainer.data.format import detect_format, to_conversation
 from trainer.data.source import read_rows
 from trainer.datatypes import BadInput, Conversation, RowError
-from trainer.utils.user_functions import function_digest, load_function, short
+from trainer.utils.text import error_line
+from trainer.utils.user_functions import function_digest, load_function
 
 MOST_BROKEN = 100  # rows at the beginning that may be broken before the source is given up
 
@@ -86,7 +87,7 @@ def _call(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     try:
         written = load_function(name)(dict(fields))
     except Exception as error:  # whatever the user's own code does
-        raise RowError(f"{name}: {short(error)}") from None
+        raise RowError(f"{name}: {error_line(error)}") from None
     if isinstance(written, list):
         return {"messages": written}
     if isinstance(written, dict) and "messages" in written:

@@ -30,6 +30,7 @@ from trainer.config.data import Source
 from trainer.data.digest import file_digest
 from trainer.datatypes import BadInput, RowError
 from trainer.utils.strict_json import parse
+from trainer.utils.text import one_line
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 BATCH_ROWS = 256  # of Arrow, turned into Python values at once
@@ -201,7 +202,7 @@ def _parquet_rows(path: Path) -> Iterator[RawRow]:
                     yield RawRow(number, fields, path.name)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadInput(
-            f"{path}: not a readable Parquet file after row {number} ({_one_line(error)})"
+            f"{path}: not a readable Parquet file after row {number} ({one_line(error, 200)})"
         ) from None
 
 
@@ -277,10 +278,6 @@ def _object(value: Any) -> dict[str, Any]:
     return value
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
-
-
 # ----------------------------------------------------------------------------------------- datasets
 
 
@@ -298,7 +295,7 @@ def _dataset_rows(dataset: Any, name: str) -> Iterator[RawRow]:
                 yield RawRow(number, fields, name)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadInput(
-            f"{name}: the dataset cannot be read after row {number} ({_one_line(error)})"
+            f"{name}: the dataset cannot be read after row {number} ({one_line(error, 200)})"
         ) from None
 
 
@@ -309,7 +306,7 @@ def _saved_dataset(place: str) -> Any:
         return datasets.load_from_disk(str(Path(place).expanduser()))
     except Exception as error:  # the library raises a dozen unrelated classes
         raise BadInput(
-            f"{place}: the saved dataset cannot be loaded ({_one_line(error)}); save it again"
+            f"{place}: the saved dataset cannot be loaded ({one_line(error, 200)}); save it again"
         ) from None
 
 
@@ -333,7 +330,7 @@ def _hub_dataset(source: Source) -> Any:
     except Exception as error:  # the library raises a dozen unrelated classes
         raise BadInput(
             f"the dataset `{source.name}` (split `{source.split}`) cannot be loaded "
-            f"({type(error).__name__}: {_one_line(error)}); check its name, the network and the "
+            f"({type(error).__name__}: {one_line(error, 200)}); check its name, the network and the "
             f"access token, "
             "or download it and give its files as `path`"
         ) from None

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,7 @@ from trainer.data.prepare import Prepared, TrainData, digest_of, prepare
 from trainer.data.source import open_stream, source_files, without_nulls
 from trainer.datatypes import BadInput
 from trainer.dist import is_main, log
-from trainer.utils.files import Stopped, sync_folder
+from trainer.utils.files import Stopped, replace_file, sync_folder
 
 LOG = "shards.jsonl"  # in the run folder
 STREAMED = "shards"  # beside it, the rows that were taken from a stream
@@ -435,16 +435,13 @@ class _Stream:
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """A JSONL file, whole or not at all; none where there is no row. How many rows there are."""
-    aside, count = path.with_name(f".{path.name}"), 0
-    with aside.open("w", encoding="utf-8") as file:
-        for count, row in enumerate(rows, start=1):  # noqa: B007 - counted
+    """Write a JSONL file, unless there is no row; return the number of rows."""
+    rows, count = iter(rows), 0
+    first = next(rows, None)
+    if first is None:
+        return 0
+    with replace_file(path) as file:
+        for count, row in enumerate(chain([first], rows), start=1):  # noqa: B007 - counted
             plain = {name: without_nulls(value) for name, value in row.items()}
             file.write(json.dumps(plain, default=str) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    if count:
-        aside.replace(path)
-    else:
-        aside.unlink()
     return count

@@ -1,11 +1,10 @@
-"""What the data holds, for people: numbers for data.json, tables for the terminal, a picture.
+"""Describe the data for people: numbers for data.json, tables for the terminal, data.png.
 
-Prepared documents and the plan made of them enter. Nothing here changes what is trained.
+Prepared documents and their plan enter. Nothing here changes what is trained.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +12,12 @@ import numpy as np
 
 from trainer.config.recipe import Recipe
 from trainer.data.batch_plan import Plan
-from trainer.data.picture import Panel, draw
+from trainer.data.picture import Histogram, draw
 from trainer.data.prepare import Prepared
-from trainer.utils.files import write_synced
+from trainer.utils.files import write_json
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 QUANTILES = {
@@ -34,8 +34,9 @@ FILL_BINS = 50
 
 
 def summary(prepared: Prepared, plan: Plan | None = None) -> dict[str, Any]:
-    """The report of the preparation, with the documents' lengths; and, where the plan is given, its
-    first epoch.
+    """Return the preparation's report with the lengths of documents, in tokens.
+
+    With a plan, it also has the packing of the first epoch and the number of steps.
     """
     found = {
         **prepared.report,
@@ -46,9 +47,9 @@ def summary(prepared: Prepared, plan: Plan | None = None) -> dict[str, Any]:
     if plan is not None:
         tokens, pieces = plan.sequence_sizes()
         found["first_epoch"] = {
-            "rows": len(tokens),
-            "seq_len": _quantiles(tokens),
-            "documents_per_row": round(float(pieces.mean()), 3),
+            "sequences": len(tokens),
+            "sequence_tokens": _quantiles(tokens),
+            "documents_per_sequence": round(float(pieces.mean()), 3),
             "fill": round(plan.fill(), 5),
             "steps": plan.epoch_steps(),
         }
@@ -57,19 +58,19 @@ def summary(prepared: Prepared, plan: Plan | None = None) -> dict[str, Any]:
 
 
 def write(folder: Path, train: Prepared, plan: Plan, held_out: Prepared | None) -> None:
-    """data.json, and data.png: the documents' lengths with their trained share, and the rows' fill."""
+    """Write data.json (see `summary`) and data.png (see `picture`) into `folder`."""
     found = {"train": summary(train, plan), **of_eval(held_out)}
-    write_synced(folder / "data.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-    picture(train, plan).save(folder / "data.png", optimize=True)
+    write_json(folder / "data.json", found)
+    picture(train, plan).savefig(folder / "data.png")
 
 
 def of_eval(held_out: Prepared | None) -> dict[str, Any]:
-    """The held-out part of data.json."""
+    """Return the held-out part of data.json; an empty one if there is no held-out data."""
     return {"eval": summary(held_out)} if held_out else {}
 
 
-def picture(prepared: Prepared, plan: Plan) -> Any:
-    """A PIL image of the train documents and of the rows of the first epoch."""
+def picture(prepared: Prepared, plan: Plan) -> Figure:
+    """Draw the lengths of the train documents and the fill of the first epoch's sequences."""
     lengths, tokens, seq_len = prepared.lengths, plan.sequence_sizes()[0], plan.batch.seq_len
     edges = np.linspace(0, lengths.max() + 1, min(LENGTH_BINS, int(lengths.max()) + 1) + 1)
     counts, in_bin, trained = (
@@ -78,27 +79,30 @@ def picture(prepared: Prepared, plan: Plan) -> Any:
     )
     report = prepared.report
     share = report["trained_tokens"] / report["tokens"]
-    documents = Panel(
-        title=f"{report['documents']:,} documents, {report['tokens']:,} tokens, {share:.1%} of "
-        f"them trained (green)",
-        label="tokens of a document",
-        edges=edges,
-        counts=counts,
-        shares=trained / np.maximum(in_bin, 1),
-    )
     fill = np.linspace(0, 100, FILL_BINS + 1)
-    rows = Panel(
-        title=f"{len(tokens):,} rows of {seq_len:,} tokens in the first epoch, {plan.fill():.1%} "
-        f"filled",
-        label="filled, % of a row",
-        edges=fill,
-        counts=np.histogram(100 * tokens / seq_len, fill)[0],
+    return draw(
+        [
+            Histogram(
+                title=f"{report['documents']:,} documents, {report['tokens']:,} tokens, "
+                f"{share:.1%} of them trained (green)",
+                x_label="tokens of a document",
+                edges=edges,
+                counts=counts,
+                shares=trained / np.maximum(in_bin, 1),
+            ),
+            Histogram(
+                title=f"{len(tokens):,} packed sequences of up to {seq_len:,} tokens in the first "
+                f"epoch, {plan.fill():.1%} filled",
+                x_label="filled, % of a sequence",
+                edges=fill,
+                counts=np.histogram(100 * tokens / seq_len, fill)[0],
+            ),
+        ]
     )
-    return draw([documents, rows])
 
 
 def tables(recipe: Recipe, train: Prepared, plan: Plan, held_out: Prepared | None) -> list[Table]:
-    """What `packhorse prepare` shows."""
+    """Build the tables that `packhorse prepare` shows."""
     shown = [_rows_table("train", train)]
     if held_out:
         shown.append(_rows_table("eval", held_out))
@@ -106,26 +110,22 @@ def tables(recipe: Recipe, train: Prepared, plan: Plan, held_out: Prepared | Non
 
 
 def _rows_table(title: str, prepared: Prepared) -> Table:
-    """Rows and tokens, and what became of the rows, source by source where there are several."""
+    """Count rows and tokens, and the rows left out, for each source if there are several."""
     names = ("rows", "rejected", "filtered", "documents", "tokens")
     table = _table("", *names, "trained", title=title)
     report = prepared.report
-    for part in [
-        *(report["sources"] if len(report["sources"]) > 1 else []),
-        {"name": "all", **report},
-    ]:
+    sources = report["sources"] if len(report["sources"]) > 1 else []
+    for part in [*sources, {"name": "all", **report}]:
         counts = (f"{part[key]:,}" for key in names)
-        table.add_row(
-            part["name"], *counts, f"{part['trained_tokens'] / max(part['tokens'], 1):.1%}"
-        )
+        share = part["trained_tokens"] / max(part["tokens"], 1)
+        table.add_row(part["name"], *counts, f"{share:.1%}")
         for reason, count in part["reasons"].items():
             table.add_row(f"  rejected: {reason}", "", f"{count:,}")
         for reason, count in part["filter_reasons"].items():
             table.add_row(f"  filtered: {reason}", "", "", f"{count:,}")
         if part["cut"]:
-            table.add_row(
-                f"  cut, less {part['lost_trained_tokens']:,} trained tokens", f"{part['cut']:,}"
-            )
+            lost = f"  cut, less {part['lost_trained_tokens']:,} trained tokens"
+            table.add_row(lost, f"{part['cut']:,}")
         if part["duplicates"]:
             table.add_row("  duplicates", f"{part['duplicates']:,}")
     if "leakage" in report:
@@ -139,37 +139,27 @@ def _lengths_table(train: Prepared, held_out: Prepared | None) -> Table:
     table = _table("tokens of a document", *QUANTILES, title="lengths")
     for name, prepared in {"train": train, "eval": held_out}.items():
         if prepared is not None:
-            table.add_row(
-                name, *(f"{value:,.0f}" for value in _quantiles(prepared.lengths).values())
-            )
-            table.add_row(
-                "  trained",
-                *(f"{value:,.0f}" for value in _quantiles(prepared.trained_counts).values()),
-            )
+            for label, values in (
+                (name, prepared.lengths),
+                ("  trained", prepared.trained_counts),
+            ):
+                table.add_row(label, *(f"{value:,.0f}" for value in _quantiles(values).values()))
     return table
 
 
 def _plan_table(recipe: Recipe, found: dict[str, Any]) -> Table:
     epoch = found["first_epoch"]
-    table = _table(
-        "packing",
-        "rows",
-        "tokens of a row",
-        "filled",
-        "documents",
-        "steps",
-        "in all",
-        title="first epoch",
-    )
-    table.add_row(
-        recipe.data.packing,
-        f"{epoch['rows']:,}",
-        f"{recipe.batch.seq_len:,}",
-        f"{epoch['fill']:.1%}",
-        f"{epoch['documents_per_row']:.1f} a row",
-        f"{epoch['steps']:,}",
-        f"{found['steps']:,}",
-    )
+    cells = {
+        "packing": recipe.data.packing,
+        "sequences": f"{epoch['sequences']:,}",
+        "sequence length": f"{recipe.batch.seq_len:,}",
+        "filled": f"{epoch['fill']:.1%}",
+        "documents a sequence": f"{epoch['documents_per_sequence']:.1f}",
+        "steps": f"{epoch['steps']:,}",
+        "steps of the run": f"{found['steps']:,}",
+    }
+    table = _table(*cells, title="first epoch")
+    table.add_row(*cells.values())
     return table
 
 
@@ -183,6 +173,6 @@ def _table(*columns: str, title: str) -> Table:
 
 
 def _quantiles(values: np.ndarray) -> dict[str, float]:
-    """Quantiles of `values` (n,), each one of the values."""
+    """Return quantiles of `values` (n,), each one of the values."""
     found = np.quantile(values, list(QUANTILES.values()), method="nearest")
     return dict(zip(QUANTILES, map(int, found), strict=True))

@@ -1,52 +1,65 @@
-"""Parameter groups, and the learning rate as a function of the step."""
+"""Build the optimizer, set its learning rates and clip its gradients.
+
+In: a model, the recipe's `optim` section and DeepSpeed's configuration. Out: AdamW over parameter
+groups; the learning rate of a step; gradients clipped by the global norm. All that depends on the
+kind of optimizer is here: another one changes `build_optimizer`, `MOMENTS` and `moments_of`.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
+from trainer import dist
 from trainer.config.recipe import OptimSection
+from trainer.engine.ds_config import offload_device
+from trainer.engine.sharded_state import EXP_AVG, EXP_AVG_SQ
+
+MOMENTS = (EXP_AVG, EXP_AVG_SQ)  # states that the optimizer keeps beside each master weight
+_NORM_BLOCK = 256  # gradient elements whose squares are summed in fp32
+
+# -------------------------------------------------------------------------------- groups and rates
 
 
 def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups: decayed matrices, and the rest (norms, biases) without
-    decay.
+    """Return the trainable parameters in two groups: matrices with weight decay, the rest without.
 
-    Input embeddings and an output head tied to them count as matrices where `decay_embeddings` says
-    so.
+    Norms and biases are the rest. Input embeddings, and an output head tied to them, count as
+    matrices if `section.decay_embeddings` is set. A group's learning rate is the schedule's times
+    the group's `lr_scale`.
     """
     embeddings = {
-        id(p)
+        id(parameter)
         for module in model.modules()
         if isinstance(module, nn.Embedding)
-        for p in module.parameters()
+        for parameter in module.parameters()
     }
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        shape = getattr(
-            parameter, "ds_shape", parameter.shape
-        )  # ZeRO-3 leaves an empty shape behind
-        is_matrix = len(shape) >= 2 and (
-            section.decay_embeddings or id(parameter) not in embeddings
-        )
-        (decayed if is_matrix else plain).append(parameter)
+        # ZeRO-3 leaves an empty tensor in the parameter's place; its shape is kept in ds_shape
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        is_embedding = id(parameter) in embeddings
+        decays = len(shape) >= 2 and (section.decay_embeddings or not is_embedding)
+        (decayed if decays else plain).append(parameter)
     groups = [
-        {"params": decayed, "weight_decay": section.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": section.weight_decay, "lr_scale": 1.0},
+        {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
     ]
     return [group for group in groups if group["params"]]
 
 
 def learning_rate(step: int, steps: int, section: OptimSection) -> float:
-    """The learning rate of step `step` (from 0) of `steps`: linear warm-up, then the schedule down
-    to its floor.
+    """Return the learning rate of step `step` (from 0) of `steps`.
 
-    The first step has a rate above zero, the last one the floor (but for `constant`).
+    It rises linearly during warm-up, then follows the schedule down to `min_lr_ratio` times the
+    peak. The first step's rate is above zero; the last one's is the floor, except for `constant`.
     """
     warmup_steps = math.ceil(section.warmup_ratio * steps)
     if step < warmup_steps:
@@ -64,3 +77,118 @@ def learning_rate(step: int, steps: int, section: OptimSection) -> float:
         "cosine": 0.5 * (1.0 + math.cos(math.pi * progress)),
     }
     return section.lr * (floor + (1.0 - floor) * shares[section.lr_schedule])
+
+
+def set_learning_rates(optimizer: Any, lr: float) -> None:
+    """Give each parameter group its own learning rate: the schedule's `lr` x the `lr_scale`.
+
+    This runs before every step, so that neither a resume nor DeepSpeed's own load, which gives all
+    groups the hyperparameters of the first, can change a group's rate.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+# -------------------------------------------------------------------------------------- optimizer
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], section: OptimSection, config: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """Return AdamW for parameter groups: torch's, or DeepSpeed's for the CPU where it is offloaded.
+
+    Args:
+        groups: as `parameter_groups` makes them.
+        config: DeepSpeed's configuration, which says where the optimizer's state lies.
+    """
+    settings: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
+    if offload_device(config, "optimizer") != "none":
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+    else:
+        optimizer = torch.optim.AdamW(groups, fused=True, **settings)
+    set_learning_rates(optimizer, section.lr)
+    return optimizer
+
+
+def is_offloaded(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the optimizer is the one that keeps its state in the host's memory."""
+    return not isinstance(optimizer, torch.optim.AdamW)
+
+
+def moments_of(
+    optimizer: torch.optim.Optimizer, master: torch.Tensor, updates: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Return the optimizer's moments of a master weight, by state name, in the weight's shape.
+
+    Args:
+        updates: creates missing moments as zeros and sets the step counter, from which AdamW
+            computes its bias correction.
+    """
+    state = optimizer.state[master]
+    if updates is not None:
+        for name in MOMENTS:
+            state.setdefault(name, torch.zeros_like(master))
+        # torch's fused AdamW wants the counter as a tensor beside the weight, DeepSpeed's a number
+        as_tensor = not is_offloaded(optimizer)
+        state["step"] = torch.tensor(float(updates), device=master.device) if as_tensor else updates
+    return {name: state[name] for name in MOMENTS}
+
+
+# --------------------------------------------------------------------------------------- clipping
+
+
+def replace_gradient_norm(optimizer: Any) -> None:
+    """Make DeepSpeed's optimizer of ZeRO stages 1 to 3 compute its norm by `gradient_norm`."""
+    if hasattr(optimizer, "get_grad_norm_direct"):
+        optimizer.get_grad_norm_direct = gradient_norm
+
+
+def gradient_norm(gradients: Iterable[torch.Tensor], *_: Any) -> torch.Tensor:
+    """Return the 2-norm of the gradients of all ranks, () float64; -1 where it is not finite.
+
+    It replaces DeepSpeed's own, which copies every gradient to fp64 first: 4% of a step on a CPU.
+    Here norms of blocks in fp32 are summed in fp64, which differs by 1e-9 of the norm.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=dist.device())
+    for gradient in gradients:
+        flat = gradient.detach().view(-1)
+        whole = flat.numel() // _NORM_BLOCK * _NORM_BLOCK
+        blocks = torch.linalg.vector_norm(
+            flat[:whole].view(-1, _NORM_BLOCK), dim=1, dtype=torch.float32
+        )
+        square = blocks.double().square().sum() + flat[whole:].double().square().sum()
+        total += square.to(total.device)
+    torch.distributed.all_reduce(total)
+    # DeepSpeed reads -1 as overflow and skips the step on all ranks
+    return torch.where(total.isfinite(), total.sqrt(), -1.0)
+
+
+def step_clipped(
+    engine: Any, parameters: Iterable[nn.Parameter], max_grad_norm: float, stage: int
+) -> tuple[float, bool]:
+    """Clip the gradients by their global norm and apply the update, alike at every stage (C12).
+
+    Returns:
+        The norm before clipping, and whether the update was applied. It is not where the norm is
+        not finite; the gradients are dropped then.
+    """
+    if stage > 0:
+        # DeepSpeed clips by the configuration's `gradient_clipping`
+        engine.step()
+        applied = engine.was_step_applied()
+        # a step that stage 3 skips leaves the norm of the step before in place
+        return float(engine.get_global_grad_norm() or 0.0) if applied else math.nan, applied
+    # At stage 0 DeepSpeed reports no norm and would apply a NaN. Every rank has all gradients
+    # here, already averaged, so that the norm needs no collective. fp64, as in `gradient_norm`.
+    with_gradient = [p for p in parameters if p.grad is not None]
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in with_gradient]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    norm = float(total)
+    if not math.isfinite(norm):
+        engine.zero_grad()
+        return norm, False
+    nn.utils.clip_grads_with_norm_(with_gradient, max_grad_norm, total)
+    engine.step()
+    return norm, True

@@ -1,106 +1,227 @@
-"""Where DeepSpeed keeps the training state: its optimizers' flat partitions as slices of
-parameters.
+"""Read and write the training state that DeepSpeed keeps in flat partitions.
 
-In: an optimizer that DeepSpeed made. Out: groups of slices whose tensors are views of it, so that
-    reading them saves
-the state and writing to them restores it. All that is known about the layouts of DeepSpeed 0.19 is
-here:
+In: the model and an optimizer that DeepSpeed made. Out: slices of parameters whose tensors are
+views of the state, so that reading them saves it and writing to them restores it. All knowledge of
+DeepSpeed 0.19's layouts is here:
 
 stage 0     the optimizer is torch's own; every rank has all of every parameter
-stage 1, 2  a group's parameters lie end to end in one buffer, of which each rank has a piece
-stage 3     each parameter is cut into ceil(n / world) elements a rank; sub-groups may lie on the NVMe
+stage 1, 2  a group's parameters lie end to end in one buffer, of which each rank has a part
+stage 3     each parameter is cut into ceil(n / world) elements a rank; sub-groups may be on NVMe
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import nn
 
-from trainer.engine.sharded_state import EXP_AVG, EXP_AVG_SQ, WEIGHT, Slice
+from trainer import dist
+from trainer.engine.optim import MOMENTS, is_offloaded, moments_of
+from trainer.engine.sharded_state import (
+    FROZEN,
+    WEIGHT,
+    Digests,
+    Shards,
+    Slice,
+    add_digests,
+    digests_of,
+)
+from trainer.model.lora import parts_of
 
 Names = Mapping[int, str]
 """id of a parameter -> its name."""
 
+Place = tuple[str, int, int, int]
+"""A parameter's name, its first element in a partition, the offset in the partition, the number."""
+
+
+class TrainingState:
+    """What a checkpoint holds of a model in training: fp32 weights, moments and buffers (C8).
+
+    Parameters and buffers have the names that the transformers model gives them.
+
+    Args:
+        gathered: holds parameters whole inside its block (engine.gathered).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        stage: int,
+        gathered: Callable[..., AbstractContextManager[Any]],
+    ) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._stage = stage
+        self._gathered = gathered
+
+    def bytes(self) -> int:
+        """Return the bytes that all ranks together write: states in fp32, and the buffers."""
+        numel = sum(getattr(p, "ds_numel", p.numel()) for p in self._trained().values())
+        return 4 * (1 + len(MOMENTS)) * numel + sum(piece.bytes for piece in self._buffers())
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Return the shapes of the trained parameters and the buffers, by name."""
+        shapes = {
+            name: list(getattr(p, "ds_shape", p.shape)) for name, p in self._trained().items()
+        }
+        return shapes | {name: list(buffer.shape) for name, buffer in self._named_buffers()}
+
+    def slices(self) -> Iterator[list[Slice]]:
+        """Yield this rank's share of the state, a group at a time.
+
+        A group's tensors are views, valid until the next group is asked for. Of what every rank
+        has, rank 0 alone yields it.
+        """
+        if dist.is_main() and (buffers := self._buffers()):
+            yield buffers
+        if dist.is_main() or self._stage > 0:
+            yield from read(self._optimizer, self.names())
+
+    def restore(self, shards: Shards, updates: int) -> None:
+        """Fill the state from a checkpoint that any world size, stage or offload has written.
+
+        Every rank calls it. Hyperparameters stay the recipe's, frozen weights the model folder's.
+
+        Args:
+            updates: how many updates the checkpoint's weights have had.
+
+        Raises:
+            BadInput: the checkpoint is of another model.
+        """
+        with torch.no_grad():
+            for group in write(self._optimizer, self.names(), updates):
+                for piece in group:
+                    shards.fill(piece)
+            for piece in self._buffers():
+                shards.fill(piece)
+
+    def digests(self) -> Digests:
+        """Return this rank's share of the digests of the state and of what is frozen."""
+        found = self.frozen_digests()
+        for group in self.slices():
+            add_digests(found, digests_of(group))
+        return found
+
+    def frozen_digests(self) -> Digests:
+        """Return the digests of the parameters that are not trained, on rank 0; empty elsewhere.
+
+        Every rank calls it.
+        """
+        return dict(self._frozen_digests)
+
+    @cached_property
+    def _frozen_digests(self) -> Digests:
+        # computed once, as a run never changes them
+        found: Digests = {}
+        for name, parameter in self._model.named_parameters():
+            if not parameter.requires_grad:
+                with self._gathered([parameter]):
+                    for part, tensor in parts_of(name, parameter) if dist.is_main() else ():
+                        found |= digests_of([Slice(part, 0, {FROZEN: tensor.view(-1)})])
+        return found
+
+    def names(self) -> dict[int, str]:
+        """Return the name of each parameter by its id."""
+        return {id(parameter): name for name, parameter in self._model.named_parameters()}
+
+    def _trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+
+    def _named_buffers(self) -> list[tuple[str, torch.Tensor]]:
+        # buffers that are not persistent are made anew with the model
+        persistent = self._model.state_dict(keep_vars=True).keys()
+        return [
+            (name, buffer) for name, buffer in self._model.named_buffers() if name in persistent
+        ]
+
+    def _buffers(self) -> list[Slice]:
+        return [Slice(name, 0, {WEIGHT: buffer.view(-1)}) for name, buffer in self._named_buffers()]
+
+
+# ------------------------------------------------------------------------------ reading, writing
+
 
 def read(optimizer: Any, names: Names) -> Iterator[list[Slice]]:
-    """The state of this rank, a group at a time; a group's tensors are valid until the next one is
-    asked for.
-    """
+    """Yield this rank's state a group at a time, valid until the next group is asked for."""
     for i, (master, places) in enumerate(_partitions(optimizer, names)):
         on_nvme = _is_on_nvme(optimizer, i)
         if on_nvme:
             optimizer._optimizer_states_and_gradient_swap_in(i)
-        yield _slices(master, places, _moments(_base(optimizer), master))
+        yield _slices(master, places, moments_of(_base(optimizer), master))
         if on_nvme:
             optimizer._release_swap_buffers(i)
 
 
 def write(optimizer: Any, names: Names, updates: int) -> Iterator[list[Slice]]:
-    """As `read`, but what is put into a group's tensors becomes the state, after so many updates,
-    and the model's weights follow. Every rank takes all groups."""
-    is_stage_3 = hasattr(optimizer, "fp16_partitioned_groups_flat")
-    if is_stage_3:
-        # cut small parameters, which are kept whole otherwise
+    """Yield groups as `read` does; what the caller writes into them becomes the state.
+
+    The model's own weights follow the masters. Every rank runs through all groups.
+    """
+    if is_stage_3(optimizer):
+        # cuts the small parameters, which DeepSpeed otherwise keeps whole
         optimizer.checkpoint_event_prologue()
     for i, (master, places) in enumerate(_partitions(optimizer, names)):
         on_nvme = _is_on_nvme(optimizer, i)
         if on_nvme:
             optimizer._optimizer_states_and_gradient_swap_in(i)
-        yield _slices(master, places, _moments(_base(optimizer), master, updates))
-        if is_stage_3:
+        yield _slices(master, places, moments_of(_base(optimizer), master, updates))
+        if is_stage_3(optimizer):
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
         if on_nvme:
             optimizer._optimizer_states_and_gradient_swap_out(i)
-    if is_stage_3:
+    if is_stage_3(optimizer):
         optimizer.checkpoint_event_epilogue()
     elif hasattr(optimizer, "update_lp_params"):
         optimizer.update_lp_params()
 
 
-def wait_for_prefetch(optimizer: Any) -> None:
-    """Wait for the parameters that stage 3 fetches ahead of a forward that does not come: they
-    cannot be gathered.
-    """
-    if hasattr(optimizer, "fp16_partitioned_groups_flat"):
-        optimizer.checkpoint_event_prologue()
-        optimizer.checkpoint_event_epilogue()
+def is_stage_3(optimizer: Any) -> bool:
+    return hasattr(optimizer, "fp16_partitioned_groups_flat")
 
 
-Place = tuple[str, int, int, int]
-"""A parameter's name, the first element of it that lies in a partition, where in the partition, how
-many.
-"""
+def _is_on_nvme(optimizer: Any, group: int) -> bool:
+    return getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(
+        group
+    )
+
+
+def _base(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the optimizer that DeepSpeed's ZeRO optimizer wraps."""
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
 
 
 def _partitions(optimizer: Any, names: Names) -> Iterator[tuple[torch.Tensor, list[Place]]]:
-    """This rank's flat partitions of fp32 weights, and what lies where in them."""
-    if hasattr(optimizer, "fp16_partitioned_groups_flat"):  # stage 3
+    """Yield this rank's flat partitions of fp32 master weights, and the places in each."""
+    if is_stage_3(optimizer):
         for i, master in enumerate(optimizer.fp32_partitioned_groups_flat):
             yield master, list(_stage_3_places(optimizer.fp16_groups[i], names))
-    elif hasattr(optimizer, "bit16_groups") or hasattr(optimizer, "bf16_groups"):  # stages 1 and 2
-        in_bf16 = hasattr(optimizer, "bf16_groups")  # stage 1 in bf16 is a class of its own
-        groups = optimizer.bf16_groups if in_bf16 else optimizer.bit16_groups
-        masters = (
-            optimizer.fp32_groups_flat_partition
-            if in_bf16
-            else optimizer.single_partition_of_fp32_groups
-        )
-        for master, group in zip(masters, groups, strict=True):
-            yield master, list(_stage_1_2_places(group, names))
+        return
+    if hasattr(optimizer, "bf16_groups"):
+        # stage 1 in bf16 is a class of its own, with other attribute names
+        masters, groups = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
+    elif hasattr(optimizer, "bit16_groups"):
+        masters, groups = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
     else:  # stage 0
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 yield parameter, [(names[id(parameter)], 0, 0, parameter.numel())]
+        return
+    for master, group in zip(masters, groups, strict=True):
+        yield master, list(_stage_1_2_places(group, names))
 
 
 def _stage_3_places(parameters: list[Any], names: Names) -> Iterator[Place]:
-    """Padding at the parameter's end is not part of it."""
     offset = 0
     for parameter in parameters:
         share = parameter.partition_numel()
         start = share * parameter.ds_zero_partition_rank
+        # the last ranks' shares end in padding, which is not part of the parameter
         yield names[id(parameter)], start, offset, max(0, min(share, parameter.ds_numel - start))
         offset += share
 
@@ -126,49 +247,39 @@ def _slices(
     ]
 
 
-def _moments(
-    base: torch.optim.Optimizer, master: torch.Tensor, updates: int | None = None
-) -> dict[str, torch.Tensor]:
-    """AdamW's two moments; with `updates`, made where there are none yet, and its step counter set."""
-    state = base.state[master]
-    if updates is not None:
-        for name in (EXP_AVG, EXP_AVG_SQ):
-            state.setdefault(name, torch.zeros_like(master))
-        of_torch = isinstance(
-            base, torch.optim.AdamW
-        )  # a tensor there, beside the weights; a number in DeepSpeed's
-        state["step"] = torch.tensor(float(updates), device=master.device) if of_torch else updates
-    return {name: state[name] for name in (EXP_AVG, EXP_AVG_SQ)}
+# --------------------------------------------------------------------------- around a step's work
 
 
-def _base(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside DeepSpeed's."""
-    return optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optimizer
+def wait_for_prefetch(optimizer: Any) -> None:
+    """Wait for the parameters that stage 3 has fetched for a forward that does not come.
+
+    They cannot be gathered before.
+    """
+    if is_stage_3(optimizer):
+        optimizer.checkpoint_event_prologue()
+        optimizer.checkpoint_event_epilogue()
 
 
 def make_moments(optimizer: Any, names: Names) -> None:
-    """Make AdamW's moments, of zeros, where there are none yet, as its first step would; not those
-    off the GPU.
+    """Create the moments as zeros where they are missing, as the first step would.
+
+    An offloaded optimizer's are left alone: they take no memory of the GPU.
     """
     base = _base(optimizer)
-    for master, _ in _partitions(optimizer, names) if isinstance(base, torch.optim.AdamW) else ():
+    if is_offloaded(base):
+        return
+    for master, _ in _partitions(optimizer, names):
         if not base.state[master]:
-            _moments(base, master, 0)
+            moments_of(base, master, 0)
 
 
 def forget_gradients(optimizer: Any) -> None:
-    """Leave no gradient behind a backward that no step follows, as DeepSpeed does where it does not
-    apply one.
-    """
-    optimizer.zero_grad()  # at stage 3 the next micro-batch then overwrites what is in the buffers
-    if hasattr(optimizer, "bit16_groups"):  # stages 1 and 2
+    """Drop the gradients of a backward that no step follows."""
+    optimizer.zero_grad()  # at stage 3 the next micro-batch then overwrites the buffers
+    if hasattr(optimizer, "bit16_groups"):
+        # stages 1 and 2 keep gradients in places that zero_grad does not clear; this is what
+        # DeepSpeed does after a step that it skips
         optimizer.micro_step_id = -1  # counted up before a step's first micro-batch
         optimizer._release_preflattened_grad_buffers()
         for kept in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
             kept.update(dict.fromkeys(kept))
-
-
-def _is_on_nvme(optimizer: Any, group: int) -> bool:
-    return getattr(optimizer, "swap_optimizer", False) and optimizer._swappable_optimizer_subgroup(
-        group
-    )

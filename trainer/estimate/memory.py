@@ -37,6 +37,7 @@ from trainer.model.load import load_config
 from trainer.model.lora import add_adapter
 from trainer.model.loss import BLOCK_HIDDEN, LIGER_HIDDEN
 from trainer.model.packing_check import decoder_layers
+from trainer.utils.text import one_line
 
 GIB = 2**30
 SHARE_RESERVED = (
@@ -203,11 +204,10 @@ def _saved(model: Any, tokens: int) -> tuple[int, list[int]]:
                 input_ids=ids, position_ids=ids, use_cache=False, document_bounds=bounds
             )
         except (RuntimeError, NotImplementedError) as error:
-            said = " ".join(str(error).split())[:200]
             raise BadInput(
                 f"{type(model).__name__} cannot be planned: its forward asks for values, of which "
                 f"a plan has none "
-                f"({said}); measure it with `packhorse train` on one GPU"
+                f"({one_line(error, 200)}); measure it with `packhorse train` on one GPU"
             ) from None
         finally:
             for hook in hooks:

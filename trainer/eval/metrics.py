@@ -208,7 +208,9 @@ def _judge_scores(
     found: list[float | str] = [_lacking(rule, prompt) or "" for prompt in prompts]
     asked = [number for number, reason in enumerate(found) if not reason]
     try:
-        scores = judge_answers(rule, [prompts[i] for i in asked], [answers[i] for i in asked], stopping)
+        scores = judge_answers(
+            rule, [prompts[i] for i in asked], [answers[i] for i in asked], stopping
+        )
     except Unreachable as error:
         return [str(error)] * len(answers)
     for number, value in zip(asked, scores, strict=True):

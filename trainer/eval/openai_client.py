@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from trainer.config.eval import Server
+from trainer.utils.text import one_line
 
 _CONNECT_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0  # between tries; each pause is twice the last
@@ -205,8 +206,7 @@ class Client:
 
     def _excerpt(self, text: str) -> str:
         """Return the text's beginning on one line, without the key: servers repeat it in errors."""
-        text = " ".join(text.split())
-        return (text.replace(self._key, "***") if self._key else text)[:_SHOWN]
+        return one_line(text.replace(self._key, "***") if self._key else text, _SHOWN)
 
 
 def _read_key(server: Server) -> str | None:

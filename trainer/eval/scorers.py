@@ -35,8 +35,9 @@ from trainer.datatypes import BadInput, Prompt, RowError
 from trainer.utils.math_answers import LIMIT_S as MATH_S
 from trainer.utils.math_answers import math_verdict
 from trainer.utils.strict_json import parse
+from trainer.utils.text import error_line, one_line
 from trainer.utils.time_limit import Failed, TooLong, bounded
-from trainer.utils.user_functions import load_function, short
+from trainer.utils.user_functions import load_function
 
 PATTERN_S = 2.0  # of processor time for one answer; a sane pattern takes milliseconds
 
@@ -281,7 +282,7 @@ def _check_schema(schema: Any) -> str:
     try:
         validator_for(schema).check_schema(schema)
     except SchemaError as error:
-        return f"{error.json_path}: {' '.join(error.message.split())[:100]}"
+        return f"{error.json_path}: {one_line(error.message, 100)}"
     return ""
 
 
@@ -371,7 +372,7 @@ def _call_function(name: str, prompt: Prompt, answer: str) -> float:
     try:
         result = load_function(name)(prompt.text, answer, prompt.reference, dict(prompt.row))
     except Exception as error:  # the user's own code may raise anything
-        raise Unscored(f"{name}: {short(error)}") from None
+        raise Unscored(f"{name}: {error_line(error)}") from None
     if result is None:
         raise Unscored(f"{name}: None")
     if not isinstance(result, Real) or not 0 <= float(result) <= 1:

@@ -20,6 +20,7 @@ from trainer.config.recipe import AdapterSection, ModelSection
 from trainer.datatypes import BadInput
 from trainer.model import attention, liger_layers
 from trainer.model.lora import add_adapter
+from trainer.utils.text import one_line
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] "
@@ -111,13 +112,13 @@ def _from_hub(load: Callable[..., Any], section: ModelSection, what: str, **argu
             **arguments,
         )
     except (OSError, ValueError, ImportError) as error:
-        said = " ".join(str(error).split())[:300]
+        reason = one_line(error, 300)
         if folder is None:
             raise BadInput(
-                f"model.name: the {what} of {section.name} cannot be had from the hub ({said}); "
+                f"model.name: the {what} of {section.name} cannot be had from the hub ({reason}); "
                 "give a local folder, or point HF_HOME at a cache that holds it"
             ) from None
-        raise BadInput(f"model.name: the {what} in {folder} cannot be loaded ({said})") from None
+        raise BadInput(f"model.name: the {what} in {folder} cannot be loaded ({reason})") from None
 
 
 # -------------------------------------------------------------------------------------------- model

@@ -28,6 +28,7 @@ from trainer.model import liger_layers
 from trainer.model.attention import checked_masks, other_attention
 from trainer.model.loss import LogitTransform
 from trainer.model.sft import SftModel
+from trainer.utils.text import one_line
 
 SHORT = (24, 17)  # tokens of the first and the last document
 PAST_LIMIT = 24  # tokens of the middle one beyond the longest window or chunk
@@ -308,7 +309,7 @@ def _run_packed(
     except BadInput:
         raise
     except (ValueError, TypeError, NotImplementedError) as error:  # the model's own refusal
-        raise _LayerDiffers(_raising_module(error), " ".join(str(error).split())) from error
+        raise _LayerDiffers(_raising_module(error), one_line(error)) from error
     return [state.split([len(tokens) for tokens in kept]) for state in states], loss
 
 

@@ -1,36 +1,41 @@
-"""One process builds a folder, all others wait for it: on one node or many, without a process group
-(C10).
+"""Files and folders that are there whole or not at all, and JSON files and JSON lines (C7, C10).
 
-The lock is a file beside the folder, touched every second by a thread of its owner. Locks are
-numbered, and whoever creates the next number owns it, so two that find the same owner dead cannot
-both take over. No lock of the file system is needed: they do not work on every shared one.
+`build_once` lets one process build a folder while all others wait for it, on one node or on many,
+without a process group. The lock is a file beside the folder, and a thread of its owner touches it
+every second. Locks are numbered, and whoever creates the next number owns it, so two processes that
+find the same owner dead cannot both take over. File-system locks are not used: they do not work on
+every shared file system.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, TextIO
 
 from trainer.datatypes import BadInput
 from trainer.dist import local_rank, log
 
-BEAT_S = 1.0  # between touches
-STALE_S = (
-    15.0  # an owner silent for so long is dead; by the waiter's own clock, as nodes' clocks differ
-)
+BEAT_S = 1.0  # between two touches of a lock
+# An owner that is silent for so long is dead. Measured on the waiter's own clock, because the
+# clocks of nodes differ.
+STALE_S = 15.0
 POLL_S = 0.2
-PATIENCE_S = 3.0  # for which other local ranks leave the work to local rank 0, which shows progress
+PATIENCE_S = 3.0  # how long other local ranks leave the build to local rank 0, which shows progress
 
 Build = Callable[[Path, list[Path], Callable[[], None]], None]
-"""build(staging, leftovers, check): makes and fills the folder `staging`, perhaps from what killed
-builds left; calls `check` between pieces of work, which raises when another process has taken over.
+"""build(staging, leftovers, check): make and fill the folder `staging`, perhaps from `leftovers` of
+interrupted builds. It calls `check` between pieces of work, which raises when another process has
+taken over.
 """
 
 
@@ -38,14 +43,90 @@ class Stopped(RuntimeError):
     """The build was asked to stop. What is done is kept for the next start."""
 
 
+# ---------------------------------------------------------------------------------- whole or absent
+
+
+@contextmanager
+def replace_file(path: Path) -> Iterator[TextIO]:
+    """Give a text file that replaces `path` at once when the block ends without an error.
+
+    A process that is killed meanwhile leaves the old file or the new one, also after a power cut.
+    """
+    aside = path.with_name(f".{path.name}.new")
+    with aside.open("w", encoding="utf-8") as file:
+        yield file
+        file.flush()
+        # before the rename: else a power cut could leave the new name with no content
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def write_synced(path: Path, text: str) -> None:
+    """Replace a small file at once: an interruption leaves the old one or the new one."""
+    with replace_file(path) as file:
+        file.write(text)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a file at once with `content` as indented JSON."""
+    write_synced(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json_lines(path: Path, *, may_be_torn: bool = False) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines; an empty list if there is no file.
+
+    Args:
+        may_be_torn: end at the first incomplete line, as a killed or a running writer leaves it.
+
+    Raises:
+        ValueError: a line is not JSON, and `may_be_torn` is false.
+    """
+    found: list[dict[str, Any]] = []
+    if not path.is_file():
+        return found
+    # A torn line may end inside a character. Not `splitlines`: an answer may hold U+2028, which
+    # that takes for the end of a line.
+    with path.open(encoding="utf-8", errors="replace" if may_be_torn else "strict") as file:
+        for line in file:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                if may_be_torn:
+                    break
+                raise
+    return found
+
+
+def publish_folder(staged: Path, folder: Path) -> None:
+    """Rename `staged` to `folder`, which must not exist; the rename survives a power cut."""
+    sync_folder(staged)
+    staged.rename(folder)
+    sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the entries of a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --------------------------------------------------------------------------------------- build once
+
+
 def build_once(
     folder: Path, build: Build, what: str, stopping: Callable[[], bool] = lambda: False
 ) -> None:
-    """Return when `folder` is there and whole: built here, or by another process that this one
-    waits for.
+    """Return once `folder` exists and is whole, built by this process or by another one.
 
-    A build that is killed, or raises Stopped, leaves its staging folder to the next start; one that
+    A build that is killed, or raises Stopped, leaves its staging folder to the next start. One that
     fails otherwise leaves nothing.
+
+    Args:
+        what: what the build does, for messages, as "preparing the training data".
+        stopping: asked while this process waits for another one.
 
     Raises:
         BadInput: the disk is full, or the folder cannot be made.
@@ -62,48 +143,46 @@ def build_once(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BadInput(
                 f"{folder.parent}: the disk is full while {what}; free some room, or set "
-                f"data.cache to another folder"
+                "data.cache to another folder"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise BadInput(
                 f"{folder.parent}: cannot be written ({error.strerror}); set data.cache to a "
-                f"folder that can"
+                "folder that can"
             ) from error
         raise
 
 
 def _build(folder: Path, build: Build, lock: _Lock) -> None:
-    if folder.is_dir():  # published between our look and our lock
+    if folder.is_dir():  # published between the last check and the lock
         return
     leftovers = sorted(folder.parent.glob(f"{folder.name}.build-*"))
     staging = folder.with_name(f"{folder.name}.build-{uuid.uuid4().hex[:12]}")
     try:
         build(staging, leftovers, lock.check)
         lock.check()
-        sync_folder(staging)
-        staging.rename(folder)
-        sync_folder(folder.parent)
+        publish_folder(staging, folder)
     except Stopped:
         raise
     except Exception:
         shutil.rmtree(staging, ignore_errors=True)
         if lock.is_ours():
             raise
-        log.info(
-            "another process took over %s; waiting for it", folder
-        )  # as this one was taken for dead
+        # another process took this one for dead; what failed here may be its doing
+        log.info("another process took over %s; waiting for it", folder)
         return
     for leftover in leftovers:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _acquire(folder: Path, what: str, stopping: Callable[[], bool]) -> _Lock | None:
-    """The lock; or None, when the folder was published meanwhile. Waits for an owner as long as it
-    is alive.
+    """Return the lock, or None if the folder was published meanwhile.
+
+    Waits for an owner as long as that is alive.
     """
     started = seen_at = time.monotonic()
     seen: tuple[int, int] | None = None
-    told = False
+    is_announced = False
     while not folder.is_dir():
         if stopping():
             raise Stopped(f"stopped while waiting for another process that is {what}")
@@ -111,19 +190,19 @@ def _acquire(folder: Path, what: str, stopping: Callable[[], bool]) -> _Lock | N
         now = time.monotonic()
         if newest == 0:
             if local_rank() == 0 or now - started > PATIENCE_S:
-                lock = _create(folder, 1)
+                lock = _create_lock(folder, 1)
                 if lock is not None:
                     return lock
         elif (beat := (newest, _last_beat(folder, newest))) != seen:
             seen, seen_at = beat, now
         elif now - seen_at > STALE_S:
-            lock = _create(folder, newest + 1)
+            lock = _create_lock(folder, newest + 1)
             if lock is not None:
                 log.info("taking over from a process that died while %s", what)
                 return lock
-        if newest and not told:
-            told = True
-            log.info("waiting for %s, which is %s", _owner(folder, newest), what)
+        if newest and not is_announced:
+            is_announced = True
+            log.info("waiting for %s, which is %s", _read_owner(folder, newest), what)
         time.sleep(POLL_S)
     return None
 
@@ -150,7 +229,7 @@ class _Lock:
         return _newest_lock(self._folder) == self._number
 
     def check(self) -> None:
-        """Raise when another process has taken over, because this one stood still for too long."""
+        """Raise if another process has taken over, because this one stood still for too long."""
         if not self.is_ours():
             raise RuntimeError(f"{self._folder}: another process has taken over the work")
 
@@ -158,15 +237,15 @@ class _Lock:
         while not self._ended.wait(BEAT_S):
             try:
                 os.utime(_lock_path(self._folder, self._number))
-            except (
-                FileNotFoundError
-            ):  # taken over, and that build has ended: `check` tells the owner
+            except FileNotFoundError:
+                # Taken over by a build that has ended meanwhile: `check` tells the owner.
                 return
 
 
-def _create(folder: Path, number: int) -> _Lock | None:
-    """The lock of that number, or None where another process was faster."""
+def _create_lock(folder: Path, number: int) -> _Lock | None:
+    """Return the lock of that number, or None if another process was faster."""
     try:
+        # O_EXCL is what decides between two processes, on network file systems too
         descriptor = os.open(_lock_path(folder, number), os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return None
@@ -180,44 +259,23 @@ def _lock_path(folder: Path, number: int) -> Path:
 
 
 def _newest_lock(folder: Path) -> int:
-    """The highest number there is, or 0."""
-    return max(
-        (int(path.name[-6:]) for path in folder.parent.glob(f"{folder.name}.lock-*")), default=0
-    )
+    """Return the highest number of a lock, or 0 if there is none."""
+    locks = folder.parent.glob(f"{folder.name}.lock-*")
+    return max((int(path.name[-6:]) for path in locks), default=0)
 
 
 def _last_beat(folder: Path, number: int) -> int:
-    """Modification time in ns; opening the file makes a network file system look it up anew. 0
-    where it is gone.
-    """
+    """Return the lock's modification time in ns, or 0 if it is gone."""
     try:
+        # opening the file makes a network file system ask for its attributes anew
         with _lock_path(folder, number).open("rb") as file:
             return os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return 0
 
 
-def _owner(folder: Path, number: int) -> str:
+def _read_owner(folder: Path, number: int) -> str:
     try:
         return _lock_path(folder, number).read_text() or "another process"
     except FileNotFoundError:
         return "another process"
-
-
-def write_synced(path: Path, text: str) -> None:
-    """Replace a small file at once: whoever is killed meanwhile leaves the old one or the new one."""
-    aside = path.with_name(f".{path.name}.new")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the entries of a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

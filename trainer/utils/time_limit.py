@@ -19,6 +19,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+from trainer.utils.text import error_line
+
 LIMIT_BYTES = 4 << 30  # of memory beyond what the process takes at its start; what needs more fails
 
 T = TypeVar("T")
@@ -113,7 +115,6 @@ def _serve(calls: Connection) -> None:
             )  # SIGPROF, which nothing handles, ends the process
             reply = function(*arguments), ""
         except Exception as error:  # of sympy's depths, a MemoryError among them
-            text = " ".join(str(error).split())[:80]
-            reply = None, f"{type(error).__name__}: {text}" if text else type(error).__name__
+            reply = None, error_line(error)
         signal.setitimer(signal.ITIMER_PROF, 0)
         calls.send(reply)

@@ -17,6 +17,7 @@ from typing import Any
 import xxhash
 
 from trainer.datatypes import BadInput
+from trainer.utils.text import error_line
 
 
 @cache
@@ -33,7 +34,7 @@ def load_function(name: str) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:  # whatever the user's own code does
         raise BadInput(
             f"function `{name}`: the module cannot be imported from {folder} or the environment "
-            f"({short(error)})"
+            f"({error_line(error)})"
         ) from None
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -52,9 +53,3 @@ def function_digest(name: str) -> str:
             f"function `{name}`: its module has no file; write the function into a .py file"
         )
     return xxhash.xxh3_128_hexdigest(Path(file).read_bytes())
-
-
-def short(error: BaseException) -> str:
-    """The error's class and the beginning of its text, on one line that can be written as UTF-8."""
-    text = " ".join(str(error).split())[:80].encode(errors="replace").decode()
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
