@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -67,8 +67,9 @@ def prompt_of(request: Request) -> tuple[str, Prompt]:
     return form, found
 
 
-# type: ignore[assignment]
-def server_that(takes: set[str], miscounts: set[str] = frozenset(), names: bool = True) -> StandIn:
+def server_that(
+    takes: Set[str], miscounts: Set[str] = frozenset(), names: bool = True
+) -> StandIn:
     """A server that takes prompts in some forms, and counts one token more in some."""
 
     def answer(request: Request) -> Reply:

@@ -123,7 +123,9 @@ def score_samples(
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         found = {name: column[number] for name, column in columns.items()}
         unscored = {name: reason for name, reason in found.items() if isinstance(reason, str)}
-        scores = {name: None if isinstance(value, str) else value for name, value in found.items()}
+        scores: dict[str, float | None] = {
+            name: None if isinstance(value, str) else value for name, value in found.items()
+        }
         samples.append(Sample(prompt.text, answer, prompt.reference, scores, unscored))
     return samples
 
