@@ -261,14 +261,14 @@ def _rank(order: Order, rank: int) -> int:
     from trainer import train
     from trainer.cli import main
     from trainer.config.recipe import load_recipe
-    from trainer.data import cache, tokenize
+    from trainer.data import tokenize
     from trainer.utils import files
 
     torch.manual_seed(
         random.SystemRandom().randrange(2**31)
     )  # nothing may depend on the global generator
     files.BEAT_S, files.STALE_S = 0.1, 1.0  # so that a dead process's lock is soon taken over
-    tokenize.CHUNK_ROWS, cache.SAVE_EVERY_S = (
+    tokenize.CHUNK_ROWS, files.SAVE_EVERY_S = (
         16,
         0.0,
     )  # so that even this little data has points to go on from

@@ -1,5 +1,5 @@
-"""Tokenized once: whole or absent, the same however it came about, and honest about what was left
-out.
+"""The cache of documents is complete or absent, the same however it was built, and its report
+counts every row that was left out.
 """
 
 import json
@@ -224,9 +224,11 @@ def test_too_many_rejects_stop_the_run_and_the_commonest_reasons_are_named(tmp_p
         8: "third",
     }
     counts = r"common \(3\), second \(2\), third \(2\)"
-    said = rf"8 of 20 rows \(40\.0%\) .* data.max_rejects \(10\.0%\): {counts}; see .*rejects.jsonl"
+    message = (
+        rf"8 of 20 rows \(40\.0%\) .* data.max_rejects \(10\.0%\): {counts}; see .*rejects.jsonl"
+    )
     for _ in range(2):  # found in the cache it is the same
-        with pytest.raises(BadInput, match=said):
+        with pytest.raises(BadInput, match=message):
             made(tmp_path / "d", rows(20, bad), max_rejects=0.1)
     seen: list[int] = []
     assert len(made(tmp_path / "d", rows(20, bad), max_rejects=0.4, seen=seen).lengths) == 12
@@ -289,7 +291,7 @@ def test_a_damaged_cache_is_not_used(tmp_path):
         made(tmp_path / "d", rows(30))
 
 
-def test_a_stopped_build_goes_on_where_it_was_and_ends_the_same(tmp_path):
+def test_a_stopped_build_resumes_where_it_was_and_ends_the_same(tmp_path):
     whole = made(tmp_path / "whole", rows(30, {5: "bad"}))
     seen: list[int] = []
     with pytest.raises(Stopped, match="after 4 rows"):
@@ -301,11 +303,11 @@ def test_a_stopped_build_goes_on_where_it_was_and_ends_the_same(tmp_path):
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["d", "whole"]
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_and_leaves_nothing(tmp_path, monkeypatch):
     def no_room(self, chunk):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(cache._Building, "append", no_room)
+    monkeypatch.setattr(cache._CacheWriter, "append", no_room)
     with pytest.raises(BadInput, match=r"the disk is full while preparing data\.train"):
         made(tmp_path / "d", rows(30))
     assert list(tmp_path.iterdir()) == []
@@ -318,6 +320,7 @@ from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 import test_cache
 from trainer.data import cache, tokenize
+from trainer.utils import files
 
 def slow_tokenize(rows):
     if rows[0].number > 20:
@@ -330,12 +333,13 @@ def chunks(done):
     return tokenize.tokenize_rows(rows, slow_tokenize, test_cache.LIMITS, workers=2)
 
 if __name__ == "__main__":
-    tokenize.CHUNK_ROWS, tokenize.POOL_FROM_CHUNKS, cache.SAVE_EVERY_S = 4, 2, 0.0
-    cache.prepare(Path(sys.argv[1]), chunks, sources=["a", "b"], files=["a", "b"], what="x", max_rejects=1.0)
+    tokenize.CHUNK_ROWS, tokenize.POOL_FROM_CHUNKS, files.SAVE_EVERY_S = 4, 2, 0.0
+    names = {"sources": ["a", "b"], "files": ["a", "b"], "what": "x"}
+    cache.prepare(Path(sys.argv[1]), chunks, **names, max_rejects=1.0)
 """
 
 
-def test_a_killed_build_is_gone_on_with_and_its_workers_die_with_it(tmp_path, monkeypatch):
+def test_a_killed_build_is_resumed_and_its_workers_die_with_it(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "STALE_S", 0.5)
     script = tmp_path / "killed.py"
     script.write_text(KILLED)

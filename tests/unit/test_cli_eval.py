@@ -43,8 +43,8 @@ def run_dir(tmp_path: Path) -> Path:
 
 
 def test_what_cannot_be_evaluated_is_told(refused, tmp_path, run_dir):
-    assert "there is no such folder" in refused("eval", "./nowhere", DEBUG)
-    assert "there is no such folder" in refused("eval", str(tmp_path / "nowhere"), DEBUG)
+    assert "RUN_OR_MODEL: there is no folder" in refused("eval", "./nowhere", DEBUG)
+    assert "RUN_OR_MODEL: there is no folder" in refused("eval", str(tmp_path / "nowhere"), DEBUG)
     (tmp_path / "empty").mkdir()
     assert "neither a run folder" in refused("eval", str(tmp_path / "empty"), DEBUG)
     assert "no rows are held out" in refused("eval", str(run_dir), DEBUG, "data.eval=[]")

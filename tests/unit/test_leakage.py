@@ -1,4 +1,4 @@
-"""What train and the held-out side share is found and proved, above the threshold and there alone."""
+"""Near-duplicates between train and held-out rows are found: all above the threshold, no others."""
 
 import json
 import random
@@ -43,7 +43,7 @@ def changed(original: str, words: int, seed: int = 0) -> str:
 # --------------------------------------------------------------------------------------- similarity
 
 
-def test_what_was_said_leaves_out_what_rows_of_a_source_share():
+def test_the_text_leaves_out_what_rows_of_a_source_share():
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
     conversation = Conversation(
         messages=(
@@ -161,7 +161,7 @@ def recipe(tmp_path: Path, **data) -> Recipe:
 
 
 def leaky(tmp_path: Path, **data) -> Recipe:
-    """100 train rows; of 20 held-out ones the first is a copy, the second nearly one, of two rows."""
+    """Make 100 train rows and 20 held-out rows: one copies a train row, one nearly copies two."""
     train: list[str | None] = [text(n) for n in range(100)]
     train[60] = changed(text(5), words=2)
     train[90] = None  # rejected: what is not trained does not leak
@@ -208,16 +208,14 @@ def test_all_pairs_are_written_and_the_rows_counted(tmp_path, tokenizer):
     )
 
 
-def test_a_leak_stops_the_run_and_the_sentence_says_where(tmp_path, tokenizer):
-    said = (
+def test_a_leak_stops_the_run_and_the_message_says_where(tmp_path, tokenizer):
+    message = (
         r"2 of 20 rows \(10\.0%\) have a near-duplicate in data\.train, more than "
-        r"data\.max_leakage \(1\.0%\); "
-        r"the most similar: .*held.jsonl:1 and .*train.jsonl:41 \(0\.9\d\); .*; .*: all pairs are "
-        r"in"
-        r".*leakage-.*/leakage.jsonl"
-    ).replace(": all", "; all")
+        r"data\.max_leakage \(1\.0%\); the most similar: .*held.jsonl:1 and .*train.jsonl:41 "
+        r"\(0\.9\d\); .*; .*; all pairs are in .*leakage-.*/leakage.jsonl"
+    )
     for _ in range(2):  # found in the cache it is the same
-        with pytest.raises(BadInput, match=said):
+        with pytest.raises(BadInput, match=message):
             checked(leaky(tmp_path, max_leakage=0.01), tokenizer)
     assert checked(leaky(tmp_path, max_leakage=0.1), tokenizer).leakage
 
@@ -250,12 +248,12 @@ def test_processes_find_the_same_as_one(tmp_path, tokenizer, monkeypatch):
     ]
 
 
-def test_it_ends_when_asked_to_and_the_next_start_goes_on(tmp_path, tokenizer, monkeypatch):
+def test_it_stops_when_asked_to_and_the_next_start_resumes(tmp_path, tokenizer, monkeypatch):
     (tmp_path / "whole").mkdir()
     whole = checked(leaky(tmp_path / "whole"), tokenizer).leakage
     monkeypatch.setattr(tokenize, "CHUNK_ROWS", 8)
     (tmp_path / "stopped").mkdir()
-    of, near = leaky(tmp_path / "stopped", workers=1), leakage._Near.__call__
+    of, near = leaky(tmp_path / "stopped", workers=1), leakage._FindNear.__call__
     asked = chain(
         [False] * 9, repeat(True)
     )  # not while waiting for its turn, but after some chunks of the train rows
@@ -273,7 +271,7 @@ def test_it_ends_when_asked_to_and_the_next_start_goes_on(tmp_path, tokenizer, m
 
     compared = []
     monkeypatch.setattr(
-        leakage._Near, "__call__", lambda own, rows: compared.extend(rows) or near(own, rows)
+        leakage._FindNear, "__call__", lambda own, rows: compared.extend(rows) or near(own, rows)
     )
     report = checked(of, tokenizer).leakage
     assert [row.number for row in compared] == list(range(49, 101))

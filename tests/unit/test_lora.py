@@ -37,6 +37,7 @@ from trainer.model.lora import (
 EVEN = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks of 4-bit weights
 LINEAR = 7 * SIZES["num_hidden_layers"]
 PROJECTIONS = ["q_proj", "v_proj"]
+NF4 = {False: "nf4", True: "nf4_double_quant"}
 
 
 def section(**fields: Any) -> AdapterSection:
@@ -83,7 +84,7 @@ def parameters(model: Any) -> dict[str, torch.Tensor]:
     ],
 )
 def test_targets_are_found_by_name_end_or_pattern(targets: Any, count: int) -> None:
-    found = targets_of(tiny_llama(), section(targets=targets))
+    found = targets_of(tiny_llama(), section(target_modules=targets))
     assert len(found) == count
     assert "lm_head" not in found
 
@@ -91,19 +92,25 @@ def test_targets_are_found_by_name_end_or_pattern(targets: Any, count: int) -> N
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"targets": ["q_porj"]}, "no module is called `q_porj`; the nearest is `q_proj`"),
-        ({"targets": ["q_proj", "gate"]}, "no module is called `gate`; the nearest is `gate_proj`"),
-        ({"targets": "q_proj"}, "no module's whole name matches `q_proj`; the nearest is `q_proj`"),
-        ({"targets": ["lm_head"]}, "`lm_head` is the head, whose loss is fused"),
-        ({"targets": ".*(q_proj|lm_head)"}, "`lm_head` is the head"),
-        ({"targets": ["embed_tokens"]}, "is of the type Embedding"),
-        ({"targets": ["self_attn"]}, "is of the type LlamaAttention"),
+        ({"target_modules": ["q_porj"]}, "no module is called `q_porj`; the nearest is `q_proj`"),
+        (
+            {"target_modules": ["q_proj", "gate"]},
+            "no module is called `gate`; the nearest is `gate_proj`",
+        ),
+        (
+            {"target_modules": "q_proj"},
+            "no module's whole name matches `q_proj`; the nearest is `q_proj`",
+        ),
+        ({"target_modules": ["lm_head"]}, "`lm_head` is the head, whose loss is fused"),
+        ({"target_modules": ".*(q_proj|lm_head)"}, "`lm_head` is the head"),
+        ({"target_modules": ["embed_tokens"]}, "is of the type Embedding"),
+        ({"target_modules": ["self_attn"]}, "is of the type LlamaAttention"),
         (
             {"modules_to_save": ["lm_heat"]},
             "no module is called `lm_heat`; the nearest is `lm_head`",
         ),
         (
-            {"targets": ["q_proj"], "modules_to_save": ["self_attn"]},
+            {"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]},
             "is trained whole by adapter.modules_to_save",
         ),
     ],
@@ -152,7 +159,7 @@ def test_a_follows_from_seed_and_name_alone() -> None:
     torch.manual_seed(2)
     again, fewer, other = (
         parameters(adapted()),
-        parameters(adapted(targets=PROJECTIONS)),
+        parameters(adapted(target_modules=PROJECTIONS)),
         parameters(adapted(seed=1)),
     )
     of_a = [name for name in first if ".lora_A." in name]
@@ -216,7 +223,7 @@ def test_dropout_belongs_to_the_rows() -> None:
 
 def test_frozen_weights_cost_two_thirds() -> None:
     """A forward and the gradient of what comes in, but none of their own."""
-    whole, adapter = model_flops(tiny_llama()), model_flops(adapted(targets=["q_proj"]))
+    whole, adapter = model_flops(tiny_llama()), model_flops(adapted(target_modules=["q_proj"]))
     of_matrices = SIZES["num_hidden_layers"] * 4 * 2 * SIZES["hidden_size"]
     assert adapter.head_weights == whole.head_weights * 2 // 3
     assert adapter.body_weights == pytest.approx(whole.body_weights * 2 / 3 + of_matrices, abs=1)
@@ -246,7 +253,7 @@ def test_merged_weights_give_the_adapters_logits(fields: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
 def test_every_linear_module_but_the_head_lies_in_4_bits(double: bool) -> None:
-    model = adapted(base="nf4", double_quant=double, targets=PROJECTIONS)
+    model = adapted(base=NF4[double], target_modules=PROJECTIONS)
     quantised = {
         n: list(parts_of(n, p)) for n, p in model.named_parameters() if hasattr(p, "quant_state")
     }
@@ -256,7 +263,7 @@ def test_every_linear_module_but_the_head_lies_in_4_bits(double: bool) -> None:
         for n, parts in quantised.items()
     }
     of_plan = memory.describe(
-        planned(double), OptimSection(), section(base="nf4", double_quant=double)
+        planned(double), OptimSection(), section(base=NF4[double])
     )
     assert sum(held.values()) == pytest.approx(
         of_plan.quantised_bytes, abs=4 * LINEAR
@@ -274,7 +281,7 @@ def planned(double: bool) -> Any:
     """The same on the meta device, where nothing is quantised."""
     with torch.device("meta"):
         model = type(tiny_llama())(tiny_llama(**EVEN).config)
-    add_adapter(model, section(base="nf4", double_quant=double, targets=PROJECTIONS), 0)
+    add_adapter(model, section(base=NF4[double], target_modules=PROJECTIONS), 0)
     return model
 
 

@@ -15,6 +15,7 @@ import typer
 from trainer.cli.arguments import Overrides, RecipeFile
 from trainer.cli.worker import end_with_the_launcher, end_worker, is_worker, stop_while_starting
 from trainer.datatypes import DONE, BadInput
+from trainer.utils.files import local_folder
 
 if TYPE_CHECKING:
     from trainer.config.recipe import Recipe
@@ -140,10 +141,7 @@ def _run_folder(model: str, step: int | None, best: bool) -> Path | None:
         raise BadInput(
             f"{folder}: neither a run folder (no recipe.yaml) nor a model folder (no config.json)"
         )
-    if not folder.exists() and (model.startswith((".", "/", "~")) or model.count("/") > 1):
-        raise BadInput(
-            f"{folder}: there is no such folder; give a run folder, a model folder or a hub name"
-        )
+    local_folder(model, "RUN_OR_MODEL")
     if best or step is not None:
         raise BadInput(
             f"{model}: --best and --step choose a checkpoint of a run, and this is no run folder"

@@ -1,10 +1,10 @@
-"""Tokenized chunks in; a folder of them out, written once and memory-mapped ever after (C10).
+"""Write tokenized chunks into a folder once; memory-map that folder ever after (C10).
 
 The folder holds the buffers of two Arrow lists, `input_ids` and `trained`, which share `offsets`,
-and a column each for where a document came from; `report.json` has the counts and every file's
-size, `rejects.jsonl` the rows left out for a fault, `filtered.jsonl` those that the recipe's
-filters leave out. It is written aside and renamed (trainer/utils/files.py): a folder with the final
-name is whole.
+and a column each for where a document came from. `report.json` has the counts and every file's
+size. `rejects.jsonl` lists the rows left out for a fault, `filtered.jsonl` those that the recipe's
+filters leave out. The folder is written aside and renamed (trainer/utils/files.py): if it has its
+final name, it is complete.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +25,10 @@ import xxhash
 
 from trainer.datatypes import BadInput, Example, Packed, Tokenized
 from trainer.dist import is_main, log
-from trainer.utils.files import Stopped, build_once, write_json
+from trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
 
 VERSION = 2  # part of every key: raise it when the files of a folder change
 
-SAVE_EVERY_S = 5.0  # between points that a next start can go on from
 BLOCK_DOCUMENTS = 4096  # in memory while duplicates are dropped
 LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
 
@@ -43,9 +42,11 @@ COLUMNS = {
     "rows": np.dtype(np.int64),  # (documents,) row number in the file, from 1
     "digests": np.dtype(np.uint64),  # (documents,) of the tokens and flags of the whole row
 }
+FILES = {column: f"{column}.{dtype.name}" for column, dtype in COLUMNS.items()}
+REJECTS, FILTERED = "rejects.jsonl", "filtered.jsonl"
 
-LEFT_OUT = ("rejects.jsonl", "filtered.jsonl")
-# Of all, and of each source; `cut` rows were truncated or split, with what was lost to learn.
+# Counted for each source and in total. `cut` rows were truncated or split; `lost_trained_tokens`
+# is what that cost.
 COUNTED = (
     "rows",
     "documents",
@@ -59,20 +60,20 @@ COUNTED = (
 )
 
 Chunks = Callable[[int], Generator[Tokenized, None, None]]
-"""chunks(done): starts tokenizing after the first `done` rows. The documents do not depend on how
-chunks fall.
-"""
+"""chunks(done): tokenizes the rows after the first `done`. The documents do not depend on how the
+rows are cut into chunks."""
 
 
 @dataclass(frozen=True)
 class Documents:
-    """A finished cache of n documents: its columns, memory-mapped; in memory are `lengths` alone, 8
-    bytes each.
+    """A complete cache of n documents. Its columns are memory-mapped, so that they need no memory.
+
+    Only `lengths` is in memory, 8 bytes for each document.
     """
 
     folder: Path
     fingerprint: str  # of the content: equal wherever it was built
-    report: dict[str, Any]  # counts of all, and of each source under `sources`
+    report: dict[str, Any]  # the counts of COUNTED in total, and of each source under `sources`
     input_ids: np.ndarray
     trained: np.ndarray
     offsets: np.ndarray
@@ -84,22 +85,21 @@ class Documents:
     lengths: np.ndarray  # (n,) int64
 
     def example(self, document: int) -> Example:
-        """A document's tokens, as views of the mapped files."""
+        """Return a document's tokens and flags as views of the mapped files."""
         span = slice(self.offsets[document], self.offsets[document + 1])
         return Example(self.input_ids[span], self.trained[span])
 
     def count_trained(
         self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray
     ) -> np.ndarray:
-        """Trained tokens (P,) that positions [start, stop) of the documents predict: those at
-        [start + 1, stop].
+        """Count the trained tokens (P,) that positions [start, stop) of the documents predict.
+
+        Position p predicts token p + 1, so these are the tokens of [start + 1, stop].
         """
         begins = self.offsets[documents] + starts + 1
         ends = np.minimum(self.offsets[documents] + stops + 1, self.offsets[documents + 1])
-        return np.array(
-            [np.count_nonzero(self.trained[b:e]) for b, e in zip(begins, ends, strict=True)],
-            np.int64,
-        )
+        counts = [np.count_nonzero(self.trained[b:e]) for b, e in zip(begins, ends, strict=True)]
+        return np.array(counts, np.int64)
 
 
 def prepare(
@@ -114,55 +114,56 @@ def prepare(
     total_rows: Callable[[], int | None] = lambda: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Documents:
-    """The documents in `folder`; if it is not there, they are made from `chunks` by whichever
-    process comes first.
+    """Open the documents in `folder`; if it is missing, the first process to come builds it.
 
     Args:
         folder: named by a key of everything that shapes its content.
         sources, files, what: names, for reports and messages.
-        drop_duplicates: of rows that are alike, token by token, only the first stays.
-        total_rows: for the time to go; asked only when there is something to build.
+        drop_duplicates: keep only the first of the rows that are equal, token by token.
+        total_rows: for the remaining time; called only if there is something to build.
 
     Raises:
-        BadInput: nothing is left, too many rows are rejected, or the folder cannot be written.
-        Stopped: `stopping` said so; the rows done so far are kept for the next start.
+        BadInput: no row is left, too many rows are rejected, or the folder cannot be written.
+        Stopped: `stopping()` became true; the rows done so far are kept for the next start.
     """
 
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
         with (
-            closing(_Building(staging, leftovers, sources, files)) as building,
-            closing(Progress(f"preparing {what}", building.rows, total_rows())) as progress,
-            closing(chunks(building.rows)) as stream,
+            closing(_CacheWriter(staging, leftovers, sources, files)) as writer,
+            closing(Progress(f"preparing {what}", writer.rows, total_rows())) as progress,
+            closing(chunks(writer.rows)) as stream,
         ):
             for chunk in stream:
                 check()
-                building.append(chunk)
-                progress.show(building.rows, f", {building.tokens:,} tokens")
+                writer.append(chunk)
+                progress.show(writer.rows, f", {writer.tokens:,} tokens")
                 if stopping():
-                    building.save()
+                    writer.save()
                     raise Stopped(
-                        f"stopped preparing {what} after {building.rows} rows, which are kept"
+                        f"stopped preparing {what} after {writer.rows} rows, which are kept"
                     )
-            building.finish(drop_duplicates)
+            writer.finish(drop_duplicates)
 
     build_once(folder, build, f"preparing {what}", stopping)
-    return _open(folder, what, max_rejects)
+    return _open_documents(folder, what, max_rejects)
 
 
 def keep_packed(
     folder: Path, make: Callable[[], Packed], what: str, stopping: Callable[[], bool]
 ) -> Packed:
-    """A packing from `folder`, memory-mapped; made by whichever process comes first where it is not
-    there.
-    """
+    """Memory-map a packing from `folder`; if it is missing, the first process to come makes it."""
 
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
         staging.mkdir()
         packed = make()
-        np.save(staging / "pieces.npy", packed.pieces)
-        np.save(staging / "row_offsets.npy", packed.sequence_offsets)
-        for path in staging.iterdir():
-            _sync(path)
+        for name, array in {
+            "pieces": packed.pieces,
+            "row_offsets": packed.sequence_offsets,
+        }.items():
+            with (staging / f"{name}.npy").open("wb") as file:
+                np.save(file, array)
+                file.flush()
+                os.fsync(file.fileno())
 
     build_once(folder, build, what, stopping)
     pieces, offsets = (
@@ -171,7 +172,7 @@ def keep_packed(
     return Packed(np.asarray(pieces), np.asarray(offsets))
 
 
-def _open(folder: Path, what: str, max_rejects: float) -> Documents:
+def _open_documents(folder: Path, what: str, max_rejects: float) -> Documents:
     try:
         record = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in record["sizes"]}
@@ -180,92 +181,94 @@ def _open(folder: Path, what: str, max_rejects: float) -> Documents:
     if sizes != record["sizes"]:
         raise BadInput(
             f"{folder}: files of the cache have changed size since they were written; delete the "
-            f"folder"
+            "folder"
         )
-    _check_rejects(record["report"], folder, what, max_rejects)
-    columns = _mapped(folder)
-    return Documents(
-        folder,
-        record["fingerprint"],
-        record["report"],
-        **columns,
-        lengths=np.diff(columns["offsets"]),
-    )
+    report = record["report"]
+    _check_rejects(report, folder, what, max_rejects)
+    columns = _map_columns(folder)
+    lengths = np.diff(columns["offsets"])
+    return Documents(folder, record["fingerprint"], report, **columns, lengths=lengths)
 
 
 def _check_rejects(report: dict[str, Any], folder: Path, what: str, max_rejects: float) -> None:
-    """The share is of the rows that the filters let through: those left out were not wanted."""
+    """Raise BadInput if no row is left, or if more than `max_rejects` of the wanted rows are bad.
+
+    Rows that the filters leave out are not wanted.
+    """
     rows, rejected, filtered = report["rows"], report["rejected"], report["filtered"]
-    common = ", ".join(
-        f"{reason} ({count})" for reason, count in Counter(report["reasons"]).most_common(3)
-    )
     if not rows:
         raise BadInput(
             f"{what}: there are no rows; name a source that has some, or change data.eval_fraction"
         )
-    if rejected == rows:
-        raise BadInput(
-            f"{what}: no row is left of {rows}: {common}; see {folder / 'rejects.jsonl'}"
+    wanted, listed, remedy = rows - filtered, REJECTS, ""
+    reasons = Counter(report["reasons"])
+    if filtered and rejected == wanted:
+        problem, listed = f"the filters leave no row of {rows}", FILTERED
+        reasons += Counter(report["filter_reasons"])
+    elif rejected == rows:
+        problem = f"no row is left of {rows}"
+    elif rejected / wanted > max_rejects:
+        problem = (
+            f"{rejected} of {wanted} rows ({rejected / wanted:.1%}) are rejected, more than "
+            f"data.max_rejects ({max_rejects:.1%})"
         )
-    if filtered and rejected + filtered == rows:
-        reasons = Counter(report["reasons"]) + Counter(report["filter_reasons"])
-        common = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
-        raise BadInput(
-            f"{what}: the filters leave no row of {rows}: {common}; see {folder / 'filtered.jsonl'}"
-        )
-    wanted = rows - filtered
-    if rejected / wanted > max_rejects:
-        raise BadInput(
-            f"{what}: {rejected} of {wanted} rows ({rejected / wanted:.1%}) are rejected, more "
-            f"than data.max_rejects "
-            f"({max_rejects:.1%}): {common}; see {folder / 'rejects.jsonl'}, mend the data or "
-            f"raise data.max_rejects"
-        )
+        remedy = ", mend the data or raise data.max_rejects"
+    else:
+        return
+    common = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
+    raise BadInput(f"{what}: {problem}: {common}; see {folder / listed}{remedy}")
 
 
 # ----------------------------------------------------------------------------------------- building
 
 
-class _Building:
-    """A cache being written. Every few seconds its state is made safe, for a next start to go on
-    from.
-    """
+class _CacheWriter:
+    """Write the files of a cache, chunk by chunk, so that a killed build can be resumed."""
 
     def __init__(
         self, staging: Path, leftovers: list[Path], sources: list[str], files: list[str]
     ) -> None:
-        self._folder, self._file_names = staging, files
-        self.rows, self.tokens = 0, 0
+        self._file_names = files
         counts = dict.fromkeys(COUNTED, 0)
-        self._sources: list[dict[str, Any]] = [
-            {"name": name, **counts, "reasons": {}, "filter_reasons": {}} for name in sources
-        ]
-        staging.mkdir()
-        self._go_on_from(leftovers)
-        self._files = {
-            name: (staging / name).open("ab") for name in [*map(_file, COLUMNS), *LEFT_OUT]
+        state = {
+            "rows": 0,
+            "tokens": 0,
+            "sources": [
+                {"name": name, **counts, "reasons": {}, "filter_reasons": {}} for name in sources
+            ],
         }
-        self._saved_at = time.monotonic()
+        names = [*FILES.values(), REJECTS, FILTERED]
+        self._files = ResumableFiles(staging, leftovers, names, state)
+        self.close, self.save = self._files.close, self._files.save
 
-    def close(self) -> None:
-        for file in self._files.values():
-            file.close()
+    @property
+    def rows(self) -> int:
+        return self._files.state["rows"]
+
+    @property
+    def tokens(self) -> int:
+        return self._files.state["tokens"]
+
+    @property
+    def _sources(self) -> list[dict[str, Any]]:
+        return self._files.state["sources"]
 
     def append(self, chunk: Tokenized) -> None:
         starts = self.tokens + np.cumsum(chunk.lengths) - chunk.lengths
         for name, dtype in COLUMNS.items():
             column = starts if name == "offsets" else getattr(chunk, name)
             assert column.dtype == dtype, name
-            self._files[_file(name)].write(column.tobytes())
-        for name, rows in zip(LEFT_OUT, (chunk.rejects, chunk.filtered), strict=True):
-            for _, file, row, reason in rows:
-                line = {"source": self._file_names[file], "row": row, "reason": reason}
-                self._files[name].write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self._files.append(FILES[name], column.tobytes())
+        for name, rows in ((REJECTS, chunk.rejects), (FILTERED, chunk.filtered)):
+            lines = (
+                {"source": self._file_names[file], "row": row, "reason": reason}
+                for _, file, row, reason in rows
+            )
+            self._files.append_lines(name, lines)
         self._count(chunk)
-        self.tokens += len(chunk.input_ids)
-        self.rows += sum(chunk.source_rows.values())
-        if time.monotonic() - self._saved_at > SAVE_EVERY_S:
-            self.save()
+        self._files.state["tokens"] += len(chunk.input_ids)
+        self._files.state["rows"] += sum(chunk.source_rows.values())
+        self._files.save_if_due()
 
     def _count(self, chunk: Tokenized) -> None:
         for source, rows in chunk.source_rows.items():
@@ -286,114 +289,78 @@ class _Building:
             self._sources[source]["cut"] += 1
             self._sources[source]["lost_trained_tokens"] += lost
 
-    def save(self) -> None:
-        """Make what is written so far a point to go on from."""
-        sizes = self._sync_all()
-        state = {"rows": self.rows, "tokens": self.tokens, "sources": self._sources, "sizes": sizes}
-        write_json(self._folder / "progress.json", state)
-        self._saved_at = time.monotonic()
-
     def finish(self, drop_duplicates: bool) -> None:
-        """Count the duplicates, write the end of the last document, and the report: the last thing
-        before the folder is published."""
+        """Find the duplicates, write the end of the last document, and last of all the report."""
         self._find_duplicates(drop_duplicates)
-        self._files[_file("offsets")].write(
-            np.int64(sum(source["tokens"] for source in self._sources)).tobytes()
-        )
-        sizes = self._sync_all()
+        end = sum(source["tokens"] for source in self._sources)
+        self._files.append(FILES["offsets"], np.int64(end).tobytes())
+        sizes = self._files.sync()
         report: dict[str, Any] = {
             key: sum(source[key] for source in self._sources) for key in COUNTED
         }
         for reasons in ("reasons", "filter_reasons"):
-            report[reasons] = dict(
-                sum((Counter(source[reasons]) for source in self._sources), Counter())
-            )
+            counters = (Counter(source[reasons]) for source in self._sources)
+            report[reasons] = dict(sum(counters, Counter()))
         report["sources"] = self._sources
-        record = {"fingerprint": _digest(self._folder), "sizes": sizes, "report": report}
-        write_json(self._folder / "report.json", record)
-        (self._folder / "progress.json").unlink(missing_ok=True)
+        folder = self._files.folder
+        record = {"fingerprint": _fingerprint(folder), "sizes": sizes, "report": report}
+        write_json(folder / "report.json", record)
+        self._files.forget()
 
     def _find_duplicates(self, drop: bool) -> None:
-        """A row is a duplicate if an earlier one has its digest. That any two others among ten
-        million rows share one has a chance of one in 370,000."""
+        """Count the rows whose digest an earlier row has, and drop their documents if asked to.
+
+        The chance that any two different rows of ten million share a digest is 1 in 370,000.
+        """
         if not self.tokens:
-            return
-        columns = self._columns()
+            return  # an empty file cannot be mapped
+        self._files.flush()
+        columns = _map_columns(self._files.folder)
         changes = (np.diff(columns["files"]) != 0) | (np.diff(columns["rows"]) != 0)
         firsts = np.append(0, np.flatnonzero(changes) + 1)  # the first document of each row
         repeated = np.ones(len(firsts), np.bool_)
         repeated[np.unique(columns["digests"][firsts], return_index=True)[1]] = False
         for source, counts in enumerate(self._sources):
-            counts["duplicates"] = int(
-                np.count_nonzero(repeated & (columns["sources"][firsts] == source))
-            )
+            of_source = columns["sources"][firsts] == source
+            counts["duplicates"] = int(np.count_nonzero(repeated & of_source))
         if drop and repeated.any():
-            self._keep(columns, ~np.repeat(repeated, np.diff(firsts, append=len(columns["rows"]))))
+            dropped = np.repeat(repeated, np.diff(firsts, append=len(columns["rows"])))
+            self._rewrite(columns, ~dropped)
 
-    def _keep(self, columns: dict[str, np.ndarray], kept: np.ndarray) -> None:
-        """Rewrite the columns with the documents that are kept, (n,) bool, a block at a time."""
+    def _rewrite(self, columns: dict[str, np.ndarray], kept: np.ndarray) -> None:
+        """Rewrite the columns with only the documents that are `kept`, (n,) bool."""
         begins = np.append(columns["offsets"], self.tokens)
         lengths = np.diff(begins)
         columns["offsets"] = np.cumsum(lengths * kept) - lengths * kept
-        for name in COLUMNS:
-            with (self._folder / f"{_file(name)}.aside").open("wb") as new:
-                for start in range(0, len(kept), BLOCK_DOCUMENTS):
-                    stop = min(start + BLOCK_DOCUMENTS, len(kept))
-                    span, chosen = slice(start, stop), kept[start:stop]
-                    if name in ("input_ids", "trained"):
-                        span, chosen = (
-                            slice(begins[start], begins[stop]),
-                            np.repeat(chosen, lengths[start:stop]),
-                        )
-                    new.write(columns[name][span][chosen].tobytes())
-        (self._folder / "progress.json").unlink(
-            missing_ok=True
-        )  # it is about the files that now go
-        for name in map(_file, COLUMNS):
-            self._files[name].close()
-            (self._folder / f"{name}.aside").replace(self._folder / name)
-            self._files[name] = (self._folder / name).open("ab")
+        aside = {file: self._files.folder / f"{file}.aside" for file in FILES.values()}
+        for name, file in FILES.items():
+            with aside[file].open("wb") as new:
+                new.writelines(_kept_blocks(name, columns[name], kept, begins))
+        self._files.replace(aside)
         for source, counts in enumerate(self._sources):
             of_source = kept & (columns["sources"] == source)
             counts["documents"] = int(np.count_nonzero(of_source))
             counts["tokens"] = int(lengths[of_source].sum())
             counts["trained_tokens"] = int(columns["trained_counts"][of_source].sum())
 
-    def _columns(self) -> dict[str, np.ndarray]:
-        """What is written so far, memory-mapped; there must be something."""
-        for file in self._files.values():
-            file.flush()
-        return _mapped(self._folder)
 
-    def _sync_all(self) -> dict[str, int]:
-        for file in self._files.values():
-            file.flush()
-            os.fsync(file.fileno())
-        return {name: file.tell() for name, file in self._files.items()}
-
-    def _go_on_from(self, leftovers: list[Path]) -> None:
-        """Copy what a killed build had made safe. A copy, since the one thought dead may still
-        write.
-        """
-        states = [(_read(folder / "progress.json"), folder) for folder in leftovers]
-        states = [(state, folder) for state, folder in states if state]
-        if not states:
-            return
-        state, folder = max(states, key=lambda found: found[0]["rows"])
-        for name, size in state["sizes"].items():
-            with (folder / name).open("rb") as old, (self._folder / name).open("wb") as new:
-                while size and (block := old.read(min(size, 1 << 24))):
-                    new.write(block)
-                    size -= len(block)
-                assert not size, f"{folder / name} is shorter than it was"
-        self.rows, self.tokens, self._sources = state["rows"], state["tokens"], state["sources"]
-        log.info("going on after the %d rows that an earlier start prepared", self.rows)
+def _kept_blocks(
+    name: str, column: np.ndarray, kept: np.ndarray, begins: np.ndarray
+) -> Iterator[bytes]:
+    """Yield what is kept of a column, in blocks, as the whole may not fit into memory."""
+    for start in range(0, len(kept), BLOCK_DOCUMENTS):
+        stop = min(start + BLOCK_DOCUMENTS, len(kept))
+        chosen, values = kept[start:stop], column[start:stop]
+        if name in ("input_ids", "trained"):  # an entry for each token, not for each document
+            chosen = np.repeat(chosen, np.diff(begins[start : stop + 1]))
+            values = column[begins[start] : begins[stop]]
+        yield values[chosen].tobytes()
 
 
-def _digest(folder: Path) -> str:
-    """xxh3-128 over all columns, which is the documents, wherever they were built."""
+def _fingerprint(folder: Path) -> str:
+    """Hash all columns (xxh3-128), which are the documents wherever they were built."""
     digest = xxhash.xxh3_128()
-    for name in map(_file, COLUMNS):
+    for name in FILES.values():
         digest.update(f"{name} {(folder / name).stat().st_size}\n".encode())
         with (folder / name).open("rb") as file:
             while block := file.read(1 << 24):
@@ -401,57 +368,39 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _mapped(folder: Path) -> dict[str, np.ndarray]:
-    """The columns, as plain views, which are sliced faster than memmaps."""
+def _map_columns(folder: Path) -> dict[str, np.ndarray]:
+    # Plain views, as they are sliced faster than np.memmap.
     return {
-        name: np.asarray(np.memmap(folder / _file(name), dtype, mode="r"))
+        name: np.asarray(np.memmap(folder / FILES[name], dtype, mode="r"))
         for name, dtype in COLUMNS.items()
     }
-
-
-def _file(column: str) -> str:
-    return f"{column}.{COLUMNS[column].name}"
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 # ----------------------------------------------------------------------------------------- progress
 
 
 class Progress:
-    """Rows done, rows per second and time to go: a bar in a terminal, lines elsewhere, on rank 0
-    only.
+    """Show rows done, rows per second and the remaining time, on rank 0 only.
+
+    In a terminal it is a bar, elsewhere a log line every LINE_EVERY_S seconds.
     """
 
     def __init__(self, what: str, rows: int, total: int | None) -> None:
         self._what, self._first, self._total = what, rows, total
-        self._started = self._said = time.monotonic()
+        self._started = self._logged = time.monotonic()
         self._bar: Any = None
         if is_main() and sys.stderr.isatty():
+            from rich import progress
             from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeRemainingColumn,
-            )
 
-            columns = (
-                TextColumn(what),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.description}"),
-            )
-            self._bar = Progress(
-                *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+            self._bar = progress.Progress(
+                progress.TextColumn(what),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("{task.description}"),
+                progress.TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
             )
             self._bar.start()
             self._task = self._bar.add_task("", total=total, completed=rows)
@@ -461,8 +410,8 @@ class Progress:
         rate = f"{(rows - self._first) / (now - self._started):,.0f} rows/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=rows, description=rate)
-        elif now - self._said > LINE_EVERY_S:
-            self._said = now
+        elif now - self._logged > LINE_EVERY_S:
+            self._logged = now
             of, to_go = "", ""
             if self._total:
                 seconds = (now - self._started) / (rows - self._first) * (self._total - rows)

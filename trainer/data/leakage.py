@@ -1,20 +1,19 @@
-"""Rows of the held-out side that train holds too, or nearly: found by MinHash, proved by their true
-similarity.
+"""Find evaluation rows that the training data has too, exactly or as near-duplicates.
 
-Both prepared sides enter; leakage.jsonl leaves, a pair of rows a line, in a cache folder of its
-own. A comparison that was stopped or killed is gone on with at the train row that it had come to.
-What is compared is what was said: the texts of all turns but the system's, as sets of sequences of
-three words. One changed word among a hundred leaves a similarity of 0.94, so 0.8 is another wording
-of the same row, and not of the same question.
+Both prepared sides enter. leakage.jsonl leaves, a pair of rows a line, in a cache folder of its
+own. MinHash proposes pairs; their true Jaccard similarity decides. A comparison that was stopped or
+killed is resumed at the train row that it had reached.
+
+The texts of all turns but the system's are compared, as sets of sequences of three words. Changing
+one word of a hundred leaves a similarity of 0.94. So 0.8 finds other wordings of the same row, and
+not other answers to the same question.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
-import os
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -32,18 +31,17 @@ from trainer.data.cache import Progress
 from trainer.data.prepare import Prepared, SplitRows, cache_folder, tokenizer_of_rows, workers_of
 from trainer.data.tokenize import Row
 from trainer.datatypes import BadInput, Conversation, RowError
-from trainer.dist import log
-from trainer.utils.files import Stopped, build_once, write_synced
+from trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
 
 VERSION = 1  # part of every key: raise it when the same rows give other pairs
 
 WHAT = "comparing data.eval with data.train"
+PAIRS = "leakage.jsonl"
 SEQUENCE_WORDS = 3
 HASHES = 128  # of a signature
 SEED = 0
-MOST_MISSED = 1e-3  # chance that a pair just similar enough is not looked at
+MOST_MISSED = 1e-3  # chance that a pair just similar enough is never compared
 NAMED = 3  # pairs in a message
-SAVE_EVERY_S = 5.0  # between points that a next start can go on from
 
 # A word; or one sign, in the scripts that write no space between words: Thai to Burmese, Khmer,
 # Chinese, Japanese.
@@ -55,8 +53,9 @@ WORD = re.compile(rf"[^\W{_UNSPACED}]+|\w")
 
 
 def conversation_text(conversation: Conversation) -> str:
-    """What was said in a row. System prompts and tool schemas are not: all rows of a source may
-    share them.
+    """Return the text to compare: all turns, with their reasoning and tool calls.
+
+    System prompts and tool schemas are left out, as all rows of a source may share them.
     """
     if conversation.text is not None:
         return conversation.text
@@ -72,25 +71,26 @@ def conversation_text(conversation: Conversation) -> str:
 
 
 def sequences(text: str) -> set[str]:
-    """Every three words in a row; all there is, where there are fewer."""
+    """Return all sequences of SEQUENCE_WORDS words; the whole text, if it has fewer words."""
     words = WORD.findall(text.lower()) or [text]
     shifted = (words[start:] for start in range(SEQUENCE_WORDS))
     return set(map(" ".join, zip(*shifted, strict=False))) or {" ".join(words)}
 
 
 def similarity(one: set[str], other: set[str]) -> float:
-    """Jaccard: what both hold, as a share of what either holds."""
+    """Return the Jaccard similarity: the size of the intersection over that of the union."""
     return len(one & other) / len(one | other)
 
 
 class Index:
-    """Texts, to be asked for those that are like another one. Picklable."""
+    """Texts, searchable for those similar to another text (MinHash with LSH). Picklable."""
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
-        self._unlike = (
-            threshold - 4 * (threshold * (1 - threshold) / HASHES) ** 0.5
-        )  # four standard deviations
+        # The MinHash estimate of a similarity s has a standard deviation of
+        # sqrt(s (1 - s) / HASHES). Four of them below the threshold, a pair need not be compared.
+        deviation = (threshold * (1 - threshold) / HASHES) ** 0.5
+        self._least_estimate = threshold - 4 * deviation
         self._texts: list[str] = []
         self._minhashes: list[RMinHash] = []
         self._buckets = RMinHashLSH(threshold, HASHES, bands(threshold))
@@ -102,18 +102,16 @@ class Index:
             self._minhashes.append(minhash)
 
     def near(self, texts: list[str]) -> Iterator[list[tuple[int, float]]]:
-        """For each text, the numbers of the texts that are at least as similar as the threshold,
-        and how similar.
-        """
+        """For each text, yield its near-duplicates in the index: their numbers and similarities."""
         sets = [sequences(text) for text in texts]
         for own, minhash in zip(sets, _minhashes(sets), strict=True):
             alike = sorted(
-                n
-                for n in self._buckets.query(minhash)
-                if minhash.jaccard(self._minhashes[n]) >= self._unlike
+                number
+                for number in self._buckets.query(minhash)
+                if minhash.jaccard(self._minhashes[number]) >= self._least_estimate
             )
-            proved = ((number, similarity(own, sequences(self._texts[number]))) for number in alike)
-            yield [(number, similar) for number, similar in proved if similar >= self._threshold]
+            exact = ((number, similarity(own, sequences(self._texts[number]))) for number in alike)
+            yield [(number, similar) for number, similar in exact if similar >= self._threshold]
 
 
 def _minhashes(sets: Iterable[set[str]]) -> list[RMinHash]:
@@ -121,8 +119,11 @@ def _minhashes(sets: Iterable[set[str]]) -> list[RMinHash]:
 
 
 def bands(threshold: float) -> int:
-    """Into how many bands signatures are cut: as few as may be, since rows that agree in one of
-    them are compared.
+    """Return the number of bands that signatures are cut into for LSH.
+
+    Texts that agree in one band are compared. So it is the smallest number that misses a pair at
+    the threshold with a chance of at most MOST_MISSED: (1 - t ** rows) ** bands, see Leskovec,
+    Rajaraman and Ullman, Mining of Massive Datasets, section 3.4.2.
     """
     for count in (16, 32, 64):
         if (1 - threshold ** (HASHES // count)) ** count <= MOST_MISSED:
@@ -140,104 +141,57 @@ def check_leakage(
     held_out: Prepared,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Prepared:
-    """The held-out data with `leakage` in its report: `leaked_rows` of its `rows` have a
-    near-duplicate in train, in `pairs` pairs; the `closest` are there, all are in the file `path`.
-    Found once, like all in the cache.
+    """Compare held-out rows with train rows; return the held-out data with `leakage` in its report.
+
+    `leakage` has: `rows`, the held-out rows; `leaked_rows`, those with a near-duplicate in train;
+    `pairs`, the number of such pairs; `closest`, the most similar ones; `path`, the file of all.
+    The result is kept in the cache.
 
     Raises:
-        BadInput: a larger share than data.max_leakage has one.
+        BadInput: the share of leaked rows is above data.max_leakage.
         Stopped (trainer.utils.files): `stopping()` became true.
     """
-    parts = [
-        VERSION,
-        recipe.data.near_duplicate,
-        *(side.documents.folder.name for side in (train, held_out)),
-    ]
-    folder = (
-        cache_folder(recipe.data)
-        / f"leakage-{xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())}"
-    )
+    sides = (side.documents.folder.name for side in (train, held_out))
+    parts = [VERSION, recipe.data.near_duplicate, *sides]
+    key = xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+    folder = cache_folder(recipe.data) / f"leakage-{key}"
 
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
-        staging.mkdir()
-        with closing(_Pairs(staging, leftovers)) as pairs:
+        with closing(ResumableFiles(staging, leftovers, [PAIRS], {"rows": 0, "pairs": 0})) as files:
 
-            def train_from_checkpoint() -> None:
+            def check_and_stop() -> None:
                 check()
                 if stopping():
-                    pairs.save()
-                    raise Stopped(f"stopped while {WHAT} after {pairs.rows} rows, which are kept")
+                    files.save()
+                    rows = files.state["rows"]
+                    raise Stopped(f"stopped while {WHAT} after {rows} rows, which are kept")
 
-            rows = _compare(recipe, tokenizer, train, held_out, pairs, train_from_checkpoint)
-            write_synced(staging / "report.json", json.dumps({"rows": rows, **pairs.finish()}))
+            rows = _compare(recipe, tokenizer, train, held_out, files, check_and_stop)
+            files.sync()
+            report = {
+                "rows": rows,
+                "pairs": files.state["pairs"],
+                **_summarize_pairs(staging / PAIRS),
+            }
+            write_json(staging / "report.json", report)
+            files.forget()
 
     build_once(folder, build, WHAT, stopping)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    report["path"] = str(folder / "leakage.jsonl")
+    report["path"] = str(folder / PAIRS)
     _refuse_leak(report, recipe.data.max_leakage)
     return replace(held_out, leakage=report)
 
 
-class _Pairs:
-    """The pairs that are found, by the train row's place, in a file. Every few seconds they are
-    made safe, with the number of train `rows` that they are of."""
-
-    def __init__(self, staging: Path, leftovers: list[Path]) -> None:
-        self._folder = staging
-        self.rows = self.count = 0
-        self._file = (staging / "leakage.jsonl").open("wb+")
-        self._go_on_from(leftovers)
-        self._saved_at = time.monotonic()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def append(self, rows: int, lines: list[dict[str, Any]]) -> None:
-        """The pairs of the next `rows` train rows."""
-        self._file.writelines(
-            json.dumps(line, ensure_ascii=False).encode() + b"\n" for line in lines
-        )
-        self.rows, self.count = self.rows + rows, self.count + len(lines)
-        if time.monotonic() - self._saved_at > SAVE_EVERY_S:
-            self.save()
-
-    def save(self) -> None:
-        """Make what is written so far a point to go on from."""
-        state = {"rows": self.rows, "pairs": self.count, "bytes": self._sync()}
-        write_synced(self._folder / "progress.json", json.dumps(state))
-        self._saved_at = time.monotonic()
-
-    def finish(self) -> dict[str, Any]:
-        """What has been found, counted from the file."""
-        self._sync()
-        (self._folder / "progress.json").unlink(missing_ok=True)
-        leaked: set[str] = set()
-        closest: list[dict[str, Any]] = []
-        self._file.seek(0)
-        for pair in map(json.loads, self._file):
+def _summarize_pairs(path: Path) -> dict[str, Any]:
+    # Read the file, as a resumed comparison has found only the later part of the pairs.
+    leaked: set[str] = set()
+    closest: list[dict[str, Any]] = []
+    with path.open("rb") as file:
+        for pair in map(json.loads, file):
             leaked.add(pair["eval"])
             closest = heapq.nlargest(NAMED, [*closest, pair], key=lambda pair: pair["similarity"])
-        return {"leaked_rows": len(leaked), "pairs": self.count, "closest": closest}
-
-    def _sync(self) -> int:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        return self._file.tell()
-
-    def _go_on_from(self, leftovers: list[Path]) -> None:
-        """Copy what a stopped or killed comparison had made safe: the one thought dead may still
-        write.
-        """
-        paths = [path for folder in leftovers if (path := folder / "progress.json").is_file()]
-        states = [(json.loads(path.read_text(encoding="utf-8")), path.parent) for path in paths]
-        if not states:
-            return
-        state, folder = max(states, key=lambda found: found[0]["rows"])
-        with (folder / "leakage.jsonl").open("rb") as old:
-            self._file.write(old.read(state["bytes"]))
-        assert self._file.tell() == state["bytes"], f"{folder}: the file is shorter than it was"
-        self.rows, self.count = state["rows"], state["pairs"]
-        log.info("%s goes on after the %d rows that an earlier start compared", WHAT, self.rows)
+    return {"leaked_rows": len(leaked), "closest": closest}
 
 
 def _compare(
@@ -245,42 +199,48 @@ def _compare(
     tokenizer: Any,
     train: Prepared,
     held_out: Prepared,
-    pairs: _Pairs,
-    train_from_checkpoint: Callable[[], None],
+    files: ResumableFiles,
+    check_and_stop: Callable[[], None],
 ) -> int:
-    """Find the pairs, and give back the number of held-out rows. Memory grows with the held-out
-    side alone.
+    """Append the pairs of all train rows that are not done yet; return the number of held-out rows.
+
+    Memory grows with the held-out side alone.
     """
     workers = workers_of(recipe.data)
-    index, kept = Index(recipe.data.near_duplicate), _Kept(held_out)
+    index, kept = Index(recipe.data.near_duplicate), _KeptRows(held_out)
     places: list[str] = []  # of the index's texts
-    read = _Read(tokenizer_of_rows(recipe, tokenizer, "eval"))
-    with closing(tokenize.run(SplitRows(recipe.data, "eval").rows(), read, workers)) as chunks:
+    read = _ReadTexts(tokenizer_of_rows(recipe, tokenizer, "eval"))
+    split_rows = SplitRows(recipe.data, "eval")
+    with closing(tokenize.run(split_rows.rows(), read, workers, split_rows.files)) as chunks:
         for chunk in chunks:
-            train_from_checkpoint()
-            chosen = [row for row in chunk if kept(row.file, row.number)]
+            check_and_stop()
+            chosen = [row for row in chunk if kept.has(row.file, row.number)]
             index.add([row.text for row in chosen])
             places += [f"{held_out.files[row.file]}:{row.number}" for row in chosen]
 
-    side, kept = SplitRows(recipe.data, "train"), _Kept(train)
-    near = _Near(_Read(tokenizer_of_rows(recipe, tokenizer, "train")), index)
+    split_rows, kept, done = SplitRows(recipe.data, "train"), _KeptRows(train), files.state
+    find = _FindNear(_ReadTexts(tokenizer_of_rows(recipe, tokenizer, "train")), index)
+    rows_left = islice(split_rows.rows(), done["rows"], None)
     with (
-        closing(Progress(WHAT, pairs.rows, side.count_rows())) as progress,
-        closing(tokenize.run(islice(side.rows(), pairs.rows, None), near, workers)) as chunks,
+        closing(Progress(WHAT, done["rows"], split_rows.count_rows())) as progress,
+        closing(tokenize.run(rows_left, find, workers, split_rows.files)) as chunks,
     ):
         for rows, matches in chunks:
-            lines = [
+            pairs = [
                 {
                     "eval": places[text],
                     "train": f"{train.files[file]}:{number}",
                     "similarity": similar,
                 }
                 for file, number, text, similar in matches
-                if kept(file, number)
+                if kept.has(file, number)
             ]
-            pairs.append(rows, lines)
-            progress.show(pairs.rows, f", {pairs.count:,} near-duplicates")
-            train_from_checkpoint()
+            files.append_lines(PAIRS, pairs)
+            done["rows"] += rows
+            done["pairs"] += len(pairs)
+            files.save_if_due()
+            progress.show(done["rows"], f", {done['pairs']:,} near-duplicates")
+            check_and_stop()
     return len(places)
 
 
@@ -294,10 +254,9 @@ def _refuse_leak(report: dict[str, Any], most: float) -> None:
     )
     raise BadInput(
         f"data.eval: {leaked} of {rows} rows ({leaked / rows:.1%}) have a near-duplicate in "
-        f"data.train, more than "
-        f"data.max_leakage ({most:.1%}); the most similar: {closest}; all pairs are in "
-        f"{report['path']}: take the rows "
-        "out of one side, keep them together with data.group_by, or raise data.max_leakage"
+        f"data.train, more than data.max_leakage ({most:.1%}); the most similar: {closest}; all "
+        f"pairs are in {report['path']}: remove the rows from one side, keep them together with "
+        "data.group_by, or raise data.max_leakage"
     )
 
 
@@ -310,10 +269,10 @@ class TextRow(NamedTuple):
     text: str
 
 
-class _Read(NamedTuple):
-    """A chunk of rows to what was said in those that have a conversation."""
+class _ReadTexts(NamedTuple):
+    """Return the texts of a chunk of rows, without the rows that have no conversation."""
 
-    tokenize: Any  # loader.tokenizer_of_rows
+    tokenize: Any  # prepare.tokenizer_of_rows
 
     def __call__(self, rows: list[Row]) -> list[TextRow]:
         read = ((row, self.tokenize.conversation(row)) for row in rows)
@@ -324,30 +283,28 @@ class _Read(NamedTuple):
         ]
 
 
-class _Near(NamedTuple):
-    """A chunk of rows to its size and its matches: file and row, the index's text that it is like,
-    and how much.
-    """
+class _FindNear(NamedTuple):
+    """Return the number of rows, and the matches: file, row, number in the index, similarity."""
 
-    read: _Read
+    read: _ReadTexts
     index: Index
 
     def __call__(self, rows: list[Row]) -> tuple[int, list[tuple[int, int, int, float]]]:
-        own = self.read(rows)
-        near = zip(own, self.index.near([row.text for row in own]), strict=True)
+        texts = self.read(rows)
+        near = zip(texts, self.index.near([row.text for row in texts]), strict=True)
         return len(rows), [
             (row.file, row.number, *match) for row, matches in near for match in matches
         ]
 
 
-class _Kept:
-    """Whether a row became documents: what is rejected or dropped does not leak."""
+class _KeptRows:
+    """The rows that became documents: rows that are rejected or dropped do not leak."""
 
     def __init__(self, data: Prepared) -> None:
         documents = data.documents
         self._codes = np.unique(documents.files.astype(np.int64) << 40 | documents.rows)
 
-    def __call__(self, file: int, row: int) -> bool:
+    def has(self, file: int, row: int) -> bool:
         code = file << 40 | row
         place = int(np.searchsorted(self._codes, code))
         return place < len(self._codes) and self._codes[place] == code

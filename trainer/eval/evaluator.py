@@ -207,7 +207,7 @@ class Evaluation:
         self._metrics.write(step, line)
         if dist.is_main():
             write_samples(self._run_dir / "samples.jsonl", step, samples)
-            self._metrics.text("samples", as_table(samples), step)
+            self._metrics.write_text("samples", as_table(samples), step)
             # last: this line says that all the others are written
             write_evaluation(self._run_dir, step, loss, measured)
         dist.log.info(

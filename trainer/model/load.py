@@ -1,13 +1,13 @@
-"""A folder or hub name -> its tokenizer and its causal language model, ready to be trained.
+"""Load a tokenizer and a causal language model from a folder or the hub, ready to be trained.
 
-In: the recipe's model section. Out: a tokenizer with the chat template that will be trained, and a
-    transformers
-model in the recipe's type, attending through packhorse, its weights in shards under ZeRO-3.
+In: the recipe's model section. Out: a tokenizer with the chat template of the training data, and a
+transformers model in the recipe's type that attends through packhorse, its weights in shards under
+ZeRO-3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from trainer.config.recipe import AdapterSection, ModelSection
 from trainer.datatypes import BadInput
 from trainer.model import attention, liger_layers
 from trainer.model.lora import add_adapter
+from trainer.utils.files import local_folder
 from trainer.utils.text import one_line
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] "
-    "}}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -41,13 +42,13 @@ _TOKENIZER_FILES = (
 
 
 def load_tokenizer(section: ModelSection) -> Any:
-    """The model's tokenizer, with `add_tokens` added and `chat_template` put in its place.
+    """Return the model's tokenizer with the recipe's `add_tokens` and `chat_template`.
 
     Raises:
         BadInput: no such folder, no tokenizer in it, an unreachable hub, a missing template, or
             ChatML on a tokenizer that lacks its tokens.
     """
-    tokenizer = _tokenizer_as_it_is(section)
+    tokenizer = _original_tokenizer(section)
     if section.add_tokens:
         from tokenizers import AddedToken
 
@@ -65,17 +66,17 @@ def load_tokenizer(section: ModelSection) -> Any:
     return tokenizer
 
 
-def _tokenizer_as_it_is(section: ModelSection) -> Any:
+def _original_tokenizer(section: ModelSection) -> Any:
     from transformers import AutoTokenizer
 
-    folder = _local_folder(section.name)
-    # transformers makes an empty tokenizer of a folder that has none
+    folder = local_folder(section.name, "model.name")
+    # for a folder without a tokenizer, transformers would make an empty one
     if folder is not None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise BadInput(
             f"model.name: the folder {folder} has no tokenizer; copy the model's tokenizer files "
-            f"into it"
+            "into it"
         )
-    return _from_hub(AutoTokenizer.from_pretrained, section, "tokenizer")
+    return _load_pretrained(AutoTokenizer.from_pretrained, section, "tokenizer")
 
 
 def _use_chatml(tokenizer: Any, section: ModelSection) -> None:
@@ -91,21 +92,13 @@ def _use_chatml(tokenizer: Any, section: ModelSection) -> None:
     tokenizer.eos_token = "<|im_end|>"  # noqa: S105 - the token that ends a turn
 
 
-def _local_folder(name: str) -> Path | None:
-    """The folder that `model.name` names, None for a hub name."""
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise BadInput(f"model.name: there is no folder {name}")
-    return None
-
-
-def _from_hub(load: Callable[..., Any], section: ModelSection, what: str, **arguments: Any) -> Any:
-    """`load`, with what goes wrong on the way told in one sentence."""
-    folder = _local_folder(section.name)
+def _load_pretrained(
+    from_pretrained: Callable[..., Any], section: ModelSection, what: str, **arguments: Any
+) -> Any:
+    """Call a `from_pretrained` for the section's model; turn its errors into BadInput."""
+    folder = local_folder(section.name, "model.name")
     try:
-        return load(
+        return from_pretrained(
             str(folder or section.name),
             revision=section.revision,
             trust_remote_code=section.trust_remote_code,
@@ -115,10 +108,10 @@ def _from_hub(load: Callable[..., Any], section: ModelSection, what: str, **argu
         reason = one_line(error, 300)
         if folder is None:
             raise BadInput(
-                f"model.name: the {what} of {section.name} cannot be had from the hub ({reason}); "
-                "give a local folder, or point HF_HOME at a cache that holds it"
+                f"model.name: cannot load the {what} of {section.name} from the hub ({reason}); "
+                "give a local folder, or set HF_HOME to a cache that holds it"
             ) from None
-        raise BadInput(f"model.name: the {what} in {folder} cannot be loaded ({reason})") from None
+        raise BadInput(f"model.name: cannot load the {what} in {folder} ({reason})") from None
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -135,23 +128,24 @@ def load_model(
         nullcontext()
     ),
 ) -> Any:
-    """The transformers model in `section.dtype`, with rows for every token of `tokenizer`; all of
-    it is trained, or the adapter alone.
+    """Return the transformers model in `section.dtype`, with an embedding for every token.
+
+    All of it is trainable, or only the adapter.
 
     Args:
         sharded_init: makes the context in which transformers builds and loads in shards
             (engine.sharded_init).
         gathered: `gathered(parameters, write=True)` holds parameters whole and hands rank 0's
-            changes to all.
+            changes to all ranks (engine.gathered).
 
     Raises:
-        BadInput: not a causal model, a vocabulary smaller than the tokenizer's, weights that are
-            missing or quantised, a model without recomputation where the recipe wants it, an
-            adapter that it cannot have.
+        BadInput: the model is not a causal language model, its vocabulary is smaller than the
+            tokenizer's, weights are missing or quantised, it lacks activation checkpointing where
+            the recipe asks for it, or it cannot have the adapter.
     """
     config = load_config(section)
     new_ids = _new_token_ids(section, tokenizer)
-    rows = _rows_needed(section, config, tokenizer, new_ids)
+    rows = _embedding_rows(section, config, tokenizer, new_ids)
     device, dtype = dist.device(), getattr(torch, section.dtype)
     backend, why = attention.choose(section.attention, device, dtype)
     dist.log.info("attention: %s (%s)", backend, why)
@@ -163,15 +157,15 @@ def load_model(
             else:
                 model = _pretrained_model(section, config, arguments)
         except KeyError as error:
+            # a model that picks its attention class from a fixed table does not find ours there
             if error.args != (arguments["attn_implementation"],):
                 raise
             raise BadInput(
                 f"model.name: {config.model_type} chooses among attentions of its own, so that no "
-                f"varlen kernel "
-                "can be put in; take another model"
+                "kernel for packed sequences can be used; take another model"
             ) from None
         if new_ids:
-            _add_rows(model, rows, new_ids, gathered)
+            _add_embeddings(model, rows, new_ids, gathered)
         model.requires_grad_(True)
         if adapter:
             add_adapter(model, adapter, seed)
@@ -180,22 +174,30 @@ def load_model(
         if not model.supports_gradient_checkpointing:
             raise BadInput(
                 f"{type(model).__name__} does not support activation checkpointing; set "
-                f"model.activation_checkpointing=none"
+                "model.activation_checkpointing=none"
             )
+        # reentrant checkpointing loses gradients where a layer's input needs none, as under LoRA
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.to(device) if not _sharded(model) else model
+    # DeepSpeed has put shards where they belong already
+    in_shards = any(hasattr(p, "ds_id") for p in model.parameters())
+    return model if in_shards else model.to(device)
 
 
 def load_config(section: ModelSection) -> Any:
+    """Return the model's configuration.
+
+    Raises:
+        BadInput: there is none, or it is not of a causal language model with plain weights.
+    """
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    folder = _local_folder(section.name)
+    folder = local_folder(section.name, "model.name")
     if folder is not None and not (folder / "config.json").is_file():
         raise BadInput(
             f"model.name: the folder {folder} has no config.json; give a Hugging Face model folder"
         )
-    config = _from_hub(AutoConfig.from_pretrained, section, "configuration")
+    config = _load_pretrained(AutoConfig.from_pretrained, section, "configuration")
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if getattr(config, "is_encoder_decoder", False) or not (
         own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -206,43 +208,42 @@ def load_config(section: ModelSection) -> Any:
     if getattr(config, "quantization_config", None):
         raise BadInput(
             f"model.name: the weights of {section.name} are quantised; give a bfloat16 or float32 "
-            f"model"
+            "model"
         )
     return config
 
 
 def _new_token_ids(section: ModelSection, tokenizer: Any) -> list[int]:
-    """The ids of `add_tokens` that the tokenizer did not have before (an export of an earlier run
-    has them).
+    """Return the ids of `add_tokens` that the original tokenizer lacks.
+
+    An export of an earlier run has them already, with trained embeddings.
     """
     if not section.add_tokens:
         return []
-    before = _tokenizer_as_it_is(section).get_vocab()
-    return [
-        tokenizer.convert_tokens_to_ids(token)
-        for token in section.add_tokens
-        if token not in before
-    ]
+    before = _original_tokenizer(section).get_vocab()
+    new = [token for token in section.add_tokens if token not in before]
+    return [tokenizer.convert_tokens_to_ids(token) for token in new]
 
 
-def _rows_needed(section: ModelSection, config: Any, tokenizer: Any, new_ids: Sequence[int]) -> int:
-    """Rows of the embeddings: the model's own number, or more where added tokens need them."""
+def _embedding_rows(
+    section: ModelSection, config: Any, tokenizer: Any, new_ids: Sequence[int]
+) -> int:
+    """Return the number of embeddings: the model's own, or more if added tokens need them."""
     rows = config.get_text_config().vocab_size
     old_ids = set(tokenizer.get_vocab().values()) - set(new_ids)
     if max(old_ids) >= rows:
         raise BadInput(
-            f"model.name: the vocabulary of {section.name} has {rows} rows, and its tokenizer "
-            f"makes ids up to "
-            f"{max(old_ids)}: the two do not belong together; give the model's own tokenizer"
+            f"model.name: {section.name} has {rows} embeddings, but its tokenizer makes ids up to "
+            f"{max(old_ids)}; give the model's own tokenizer"
             + (", or name its extra tokens in model.add_tokens" if section.add_tokens == () else "")
         )
-    return max(rows, *(i + 1 for i in new_ids)) if new_ids else rows
+    return max([rows, *(i + 1 for i in new_ids)])
 
 
 def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model, info = _from_hub(
+    model, info = _load_pretrained(
         AutoModelForCausalLM.from_pretrained,
         section,
         "model",
@@ -250,18 +251,18 @@ def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, A
         output_loading_info=True,
         **arguments,
     )
+    # transformers only warns of missing weights, and fills them with random numbers
     missing = sorted(info["missing_keys"])
     if missing:
-        shown = ", ".join(missing[:3]) + (
-            f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        )
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise BadInput(
-            f"model.name: {section.name} lacks weights of {type(model).__name__}: {shown}"
+            f"model.name: {section.name} lacks weights of {type(model).__name__}: "
+            f"{', '.join(missing[:3])}{more}"
         )
     return model
 
 
-# ------------------------------------------------------------------------------------- made weights
+# ----------------------------------------------------------------------------------- random weights
 
 
 def _random_model(
@@ -271,13 +272,12 @@ def _random_model(
     gathered: Callable[..., Any],
     arguments: dict[str, Any],
 ) -> Any:
-    """A model of this configuration with its own kind of random weights, the same in every world
-    and stage.
-    """
+    """Return a model with random weights of its own kind, alike at every world size and stage."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
-    with no_init_weights():  # under ZeRO-3 it would fill shards; below, each module is filled whole
+    # under ZeRO-3 transformers would fill shards; `initialise` fills each module whole
+    with no_init_weights():
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=section.trust_remote_code, **arguments
         )
@@ -288,12 +288,11 @@ def _random_model(
 
 @torch.no_grad()
 def initialise(model: Any, seed: int, gathered: Callable[..., Any]) -> None:
-    """Every module's own `_init_weights`, each from its own seed, (seed, name), so that no order
-    matters.
+    """Run every module's own `_init_weights` with a seed of its own, (seed, name).
 
-    Children come before their parents, whose rules may touch a child's weights (GPT-2 scales its
-    residual projections by depth); nothing looks further down than that. A tied head is left to the
-    embedding's rule.
+    No module's numbers then depend on the order. Children come before their parents, whose rules
+    may touch a child's weights (GPT-2 scales its residual projections by depth); no rule reaches
+    further down. A tied head is left to the embedding's rule.
     """
     from transformers import PreTrainedModel
 
@@ -316,26 +315,26 @@ def initialise(model: Any, seed: int, gathered: Callable[..., Any]) -> None:
     visit(model, "", model)
 
 
-def _add_rows(model: Any, rows: int, new_ids: Sequence[int], gathered: Callable[..., Any]) -> None:
-    """Rows for new tokens, in the embedding and the head: the mean of all rows there were.
+def _add_embeddings(
+    model: Any, rows: int, new_ids: Sequence[int], gathered: Callable[..., Any]
+) -> None:
+    """Give new tokens the mean of all old embeddings, in the input and in the head.
 
-    A new token is then as likely as tokens are on average (Hewitt, 2021), whatever the scale of the
-    logits.
+    A new token is then about as likely as tokens are on average, whatever the scale of the logits
+    (Hewitt, 2021, "Initializing New Word Embeddings for Pretrained Language Models").
     """
     if rows > model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(rows, mean_resizing=False)
-    weights: Iterable[nn.Parameter] = dict.fromkeys(
-        [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
-    )
-    bias = getattr(model.get_output_embeddings(), "bias", None)
-    for parameter in [*weights, *([] if bias is None else [bias])]:
+    head = model.get_output_embeddings()
+    # a dict, as a tied head has the same parameter
+    parameters = dict.fromkeys([model.get_input_embeddings().weight, head.weight])
+    bias = getattr(head, "bias", None)
+    for parameter in [*parameters, *([] if bias is None else [bias])]:
         with torch.no_grad(), gathered([parameter], write=True):
-            if parameter.numel() == 0:  # whole on rank 0 alone
+            # under ZeRO-3 only rank 0 holds it whole, and its changes are broadcast
+            if parameter.numel() == 0:
                 continue
             old = torch.ones(parameter.shape[0], dtype=torch.bool)
             old[list(new_ids)] = False
+            # summed in fp32: bf16 would lose most of a mean over 10^5 entries
             parameter[list(new_ids)] = parameter[old].float().mean(0).to(parameter.dtype)
-
-
-def _sharded(model: Any) -> bool:
-    return any(hasattr(p, "ds_id") for p in model.parameters())

@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -31,6 +31,8 @@ BEAT_S = 1.0  # between two touches of a lock
 STALE_S = 15.0
 POLL_S = 0.2
 PATIENCE_S = 3.0  # how long other local ranks leave the build to local rank 0, which shows progress
+SAVE_EVERY_S = 5.0  # between points from which a build can be resumed
+PROGRESS = "progress.json"  # in a staging folder: the state of ResumableFiles
 
 Build = Callable[[Path, list[Path], Callable[[], None]], None]
 """build(staging, leftovers, check): make and fill the folder `staging`, perhaps from `leftovers` of
@@ -102,6 +104,24 @@ def publish_folder(staged: Path, folder: Path) -> None:
     sync_folder(staged)
     staged.rename(folder)
     sync_folder(folder.parent)
+
+
+def local_folder(name: str, option: str) -> Path | None:
+    """Return the folder that a model's name means, or None if it is a name on the hub.
+
+    Args:
+        option: what the user gave the name as, for the message.
+
+    Raises:
+        BadInput: the name can only be a path, and there is no such folder.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    # a name on the hub is `owner/model` or `model`
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise BadInput(f"{option}: there is no folder {folder}; give another or a hub name")
+    return None
 
 
 def sync_folder(folder: Path) -> None:
@@ -279,3 +299,87 @@ def _read_owner(folder: Path, number: int) -> str:
         return _lock_path(folder, number).read_text() or "another process"
     except FileNotFoundError:
         return "another process"
+
+
+# ---------------------------------------------------------------------------------------- resuming
+
+
+class ResumableFiles:
+    """Append to the files of a staging folder so that a later start can resume the build.
+
+    `state` counts what is done. It is JSON; its `rows` is the number of input rows. `save` brings
+    the state and the files to the disk together. A resumed build copies the leftover with the most
+    rows, up to the sizes that were saved, and takes over its state.
+    """
+
+    def __init__(
+        self, staging: Path, leftovers: list[Path], names: list[str], state: dict[str, Any]
+    ) -> None:
+        staging.mkdir()
+        self.folder, self.state = staging, state
+        self._copy_leftover(leftovers)
+        self._files = {name: (staging / name).open("ab") for name in names}
+        self._saved_at = time.monotonic()
+
+    def append(self, name: str, content: bytes) -> None:
+        self._files[name].write(content)
+
+    def append_lines(self, name: str, records: Iterable[Any]) -> None:
+        """Append JSON lines."""
+        self._files[name].writelines(
+            json.dumps(record, ensure_ascii=False).encode() + b"\n" for record in records
+        )
+
+    def save_if_due(self) -> None:
+        """Save, unless the last save was less than SAVE_EVERY_S ago."""
+        if time.monotonic() - self._saved_at > SAVE_EVERY_S:
+            self.save()
+
+    def save(self) -> None:
+        # The files come first: a saved state must never count bytes that a power cut can take away.
+        state = {**self.state, "sizes": self.sync()}
+        write_json(self.folder / PROGRESS, state)
+        self._saved_at = time.monotonic()
+
+    def flush(self) -> None:
+        """Hand all that was appended to the operating system, where other readers see it."""
+        for file in self._files.values():
+            file.flush()
+
+    def sync(self) -> dict[str, int]:
+        """Bring all that was appended to the disk; return each file's size in bytes."""
+        self.flush()
+        for file in self._files.values():
+            os.fsync(file.fileno())
+        return {name: file.tell() for name, file in self._files.items()}
+
+    def replace(self, aside: dict[str, Path]) -> None:
+        """Replace each named file by the one written aside. Nothing can be resumed from then on."""
+        self.forget()  # before the first is replaced, as the saved sizes are of the old files
+        for name, path in aside.items():
+            self._files[name].close()
+            path.replace(self.folder / name)
+            self._files[name] = (self.folder / name).open("ab")
+
+    def forget(self) -> None:
+        """Delete the saved state: the build is complete, or its files are about to change."""
+        (self.folder / PROGRESS).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _copy_leftover(self, leftovers: list[Path]) -> None:
+        paths = [path for folder in leftovers if (path := folder / PROGRESS).is_file()]
+        states = [(json.loads(path.read_text(encoding="utf-8")), path.parent) for path in paths]
+        if not states:
+            return
+        self.state, folder = max(states, key=lambda found: found[0]["rows"])
+        # A copy, not a rename: the process that was taken for dead may still write.
+        for name, size in self.state.pop("sizes").items():
+            with (folder / name).open("rb") as old, (self.folder / name).open("wb") as new:
+                while size and (block := old.read(min(size, 1 << 24))):
+                    new.write(block)
+                    size -= len(block)
+                assert not size, f"{folder / name} is shorter than it was when it was saved"
+        log.info("resuming after the %d rows that an earlier start finished", self.state["rows"])
