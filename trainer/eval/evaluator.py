@@ -204,7 +204,7 @@ class Evaluation:
         self._metrics.write(step, line)
         if dist.is_main():
             write_samples(self._run_dir / "samples.jsonl", step, scored)
-            self._metrics.text("samples", as_table(scored), step)
+            self._metrics.write_text("samples", as_table(scored), step)
             write_evaluation(self._run_dir, step, loss, measured)
         dist.log.info(
             "after %d steps: %s",
