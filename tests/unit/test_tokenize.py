@@ -322,9 +322,9 @@ def use_small_chunks() -> None:
 
 
 def verify_in_workers(rows: list[Row]) -> list[Example | RowError]:
-    """As `filters: {verify: math}`: each worker starts a helper of its own."""
+    """As `filters: {math_answer: best}`: each worker starts a helper of its own."""
     if multiprocessing.parent_process() is not None:
-        filters = Filters.model_validate({"verify": "math", "reference": "best"})
+        filters = Filters.model_validate({"math_answer": "best"})
         conversation = Conversation((Message("user", "q"), Message("assistant", "#### 4")))
         apply_filters(filters, {"best": "4"}, conversation)
     return slow_here(rows)
