@@ -36,7 +36,7 @@ OPS = {
 }
 QUIET_S = 60.0  # a build folder in which nothing changed for so long is not in use elsewhere
 POLL_S = 0.2
-SHOW_AFTER_S = 2.0  # to load an op that is compiled already takes less
+SHOW_AFTER_S = 5.0  # loading an op that is compiled already takes less
 SHOW_EVERY_S = 20.0
 
 
@@ -221,8 +221,10 @@ def _progress(folder: Path) -> Iterator[None]:
 
 def main() -> None:
     """Compile all ops; leave out async_io where libaio is missing, as only NVMe offload needs it."""
-    import trainer.engine.engine  # noqa: F401 - tells DeepSpeed which accelerator there is
+    import torch
 
+    if not torch.cuda.is_available():  # as trainer.engine.engine has it
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist.start_logging()
     for name in OPS:
         try:
