@@ -163,7 +163,7 @@ def prepare(
 
     def chunks(done: int) -> Generator[Tokenized, None, None]:
         return tokenize.tokenize_rows(
-            islice(side.rows(), done, None), work, limits, workers_of(section)
+            islice(side.rows(), done, None), work, limits, workers_of(section), side.files
         )
 
     documents = cache.prepare(

@@ -86,7 +86,7 @@ def empty_model(section: ModelSection, adapter: AdapterSection | None = None) ->
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
-    AttentionInterface.register("packhorse_fused", attention._bound(_fused))
+    AttentionInterface.register("packhorse_fused", attention.as_attention_function(_fused))
     config = load_config(section)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
