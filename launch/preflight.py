@@ -163,7 +163,7 @@ def find_difference(every: Sequence[Facts], hosts: Sequence[str]) -> str | None:
 
 
 def find_bad_disk(disks: Sequence[Disk], hosts: Sequence[str], run_dir: Path) -> str | None:
-    """Return a sentence about the first node without a writable run folder or free space, or None."""
+    """Return a sentence about the first node that cannot write or has no room, or None."""
     for disk, host in zip(disks, hosts):
         if disk.fault:
             return f"{host} cannot write to run.dir, {run_dir} ({disk.fault})"
