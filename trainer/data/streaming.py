@@ -206,9 +206,9 @@ class StreamingData:
         self._closed = True
 
     def corpus(self, epoch: int) -> Corpus:
-        return self.of(epoch).epochs
+        return self.for_epoch(epoch).epochs
 
-    def of(self, epoch: int) -> Prepared:
+    def for_epoch(self, epoch: int) -> Prepared:
         """The documents of shard `epoch`. Its file must be there, as it was."""
         found = self._prepared.get(epoch)
         if found is not None:
