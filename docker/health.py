@@ -3,7 +3,7 @@ stopped or dead.
 
 For a HEALTHCHECK, so it is cheap: it reads /proc, and imports nothing that takes time. Whether the
 run moves on is watched from inside, by every rank: one that stands still ends the run, with exit
-code 1 (guard.hang_factor).
+code 1 (guard.hang_timeout_s).
 """
 
 import sys

@@ -1,5 +1,6 @@
-"""Writes docs/recipe.md, the reference of all keys, from the recipe's own types: python
-docs/make_recipe.py
+"""Write docs/recipe.md, the reference of all keys, from the recipe's own types.
+
+usage: python docs/make_recipe.py
 """
 
 from __future__ import annotations
@@ -14,26 +15,30 @@ from trainer.config.base import Section, kind_of
 from trainer.config.recipe import Recipe
 
 PAGE = Path(__file__).parent / "recipe.md"
+HEAD = """# The recipe
+
+A reference of every key. `python docs/make_recipe.py` writes it from `trainer/config/`. Keys are
+set in the recipe's YAML, or on the command line:
+`packhorse train RECIPE optim.lr=1e-5 data.train.0.path=x.jsonl`.
+"""
 
 
 def reference() -> str:
-    """The page: a table of keys for each section, in the order of config.py."""
-    parts = [
-        "# The recipe\n\nWritten by `python docs/make_recipe.py` from `trainer/config/recipe.py`. "
-        "On the command line: `packhorse train RECIPE optim.lr=1e-5 data.train.0.path=x.jsonl`.\n"
-    ]
-    for name, field in Recipe.model_fields.items():
-        parts.append(_table(name, _sections(field.annotation)[0]))
-    return "\n".join(parts)
+    """Return the page: a table of keys for each section, in the order of `Recipe`."""
+    tables = (
+        _table(name, _sections(field.annotation)[0]) for name, field in Recipe.model_fields.items()
+    )
+    return "\n".join([HEAD, *tables])
 
 
 def _table(name: str, section: type[Section]) -> str:
+    """Return a section's heading, its table and the tables of the sections inside it."""
     kind = kind_of(section)
-    heading = f"{name}, `kind: {kind}`" if kind else name
+    about = section.__doc__ if section.__doc__ != Section.__doc__ else None
     lines = [
-        f"## {heading}",
+        f"## {name}, `kind: {kind}`" if kind else f"## {name}",
         "",
-        _first_line(section),
+        " ".join((about or "").split()),
         "",
         "| key | value | default | |",
         "|---|---|---|---|",
@@ -47,18 +52,13 @@ def _table(name: str, section: type[Section]) -> str:
         lines.append(
             f"| `{key}` | {_type(field.annotation)} | {shown} | {field.description or ''} |"
         )
-        nested += [
-            _table(f"{name}.{key}", inner) for inner in _sections(field.annotation) if key != "eval"
-        ]
+        if key != "eval":  # its sources have the keys of `train`
+            nested += [_table(f"{name}.{key}", inner) for inner in _sections(field.annotation)]
     return "\n".join([*lines, "", *nested])
 
 
-def _first_line(section: type[Section]) -> str:
-    text = section.__doc__ if section.__doc__ != Section.__doc__ else None
-    return " ".join((text or "").split())
-
-
 def _plain(value: Any) -> str:
+    """Return a value as YAML writes it."""
     if isinstance(value, Section):
         return "see below"
     if value is None or isinstance(value, bool):
@@ -67,15 +67,24 @@ def _plain(value: Any) -> str:
 
 
 def _sections(annotation: Any) -> list[type[Section]]:
+    """Return the sections in a type, those of a collection's items included, each once."""
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return [annotation]
-    return list(
-        dict.fromkeys(section for inner in get_args(annotation) for section in _sections(inner))
-    )
+    inner = (section for part in get_args(annotation) for section in _sections(part))
+    return list(dict.fromkeys(inner))
+
+
+_NAMES = {
+    str: "text",
+    int: "whole number",
+    float: "number",
+    bool: "`true`, `false`",
+    JsonValue: "value",
+}
 
 
 def _type(annotation: Any) -> str:
-    """As a user would write it: `a`, `b` for choices, `number`, `list of ...`."""
+    """Return a type as a user would name it: `a`, `b` for choices, `number`, `list of ...`."""
     arguments = [a for a in get_args(annotation) if a not in (type(None), Ellipsis)]
     if annotation in _NAMES:
         return _NAMES[annotation]
@@ -86,17 +95,9 @@ def _type(annotation: Any) -> str:
     if _sections(annotation):
         return "section"
     if all(isinstance(a, str | int) and not isinstance(a, type) for a in arguments):
-        return ", ".join(f"`{a}`" for a in arguments)
+        return ", ".join(f"`{_plain(a)}`" for a in arguments)
     return _type(arguments[0])
 
-
-_NAMES = {
-    str: "text",
-    int: "whole number",
-    float: "number",
-    bool: "`true`, `false`",
-    JsonValue: "value",
-}
 
 if __name__ == "__main__":
     PAGE.write_text(reference(), encoding="utf-8")

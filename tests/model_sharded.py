@@ -1,7 +1,7 @@
 """Loads a model in shards on the ranks it runs on, and compares it with the plain load; prints what
 differed.
 
-python -m tests.model_sharded FOLDER ...    (under tests/ranks.py; DESIGN's C4, C5 and the loader's promises)
+python -m tests.model_sharded FOLDER ...    (under tests/ranks.py; contracts C4 and C5)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainer.engine.engine import Engine, gathered, sharded_init
 from trainer.engine.optim import parameter_groups
 from trainer.metrics import Clock
 from trainer.model.load import load_model, load_tokenizer
-from trainer.model.packing_check import probe
+from trainer.model.packing_check import prove_packing
 from trainer.model.sft import SftModel
 
 
@@ -85,21 +85,19 @@ def main(folders: list[str]) -> None:
 def trained(
     plain: Any, sharded: Any, optim: OptimSection, config: dict[str, Any]
 ) -> dict[str, float]:
-    """The loss by the engine after the probe, and by the plain model; and after one step by the
-    engine.
-    """
+    """Return the losses of the engine before and after five steps, and of the plain model."""
     batch = pack(documents([9, 5], vocabulary=100), [[2, 3, 4], [1]], [0.25, 0.25])
     module = SftModel(sharded, LossSection(neftune_alpha=0.1), 0, torch.device("cpu"))
     engine = Engine(module, parameter_groups(module, optim), optim, config)
-    proof = probe(module, seq_len=64, one_document=False, seed=0)
+    proof = prove_packing(module, seq_len=64, one_document=False, seed=0)
     alone = SftModel(plain, LossSection(), 0, torch.device("cpu"))
-    probe(alone, seq_len=64, one_document=False, seed=0)
+    prove_packing(alone, seq_len=64, one_document=False, seed=0)
     before = float(engine.evaluate(batch))
     clock = Clock(torch.device("cpu"))
     for _ in range(5):
         engine.step([batch, batch], 3e-3, clock)
     return {
-        "probe": proof.hidden_difference,
+        "packing check": proof.hidden_difference,
         "loss": before,
         "plain loss": float(alone.eval()(batch)),
         "after": float(engine.evaluate(batch)),

@@ -86,9 +86,11 @@ def _slow(place: str, seconds: float, marker: Path) -> None:
 
 
 def _main(place: str, ranks: str, seconds: str, *recipe: str) -> None:
+    from trainer import hang_watchdog
     from trainer.cli import main
     from trainer.config.recipe import load_recipe
 
+    hang_watchdog._USUAL_FACTOR = 2  # the first steps are slow, and hangs are waited for
     rank = os.environ["RANK"]
     run_dir = Path(load_recipe(recipe[0], recipe[1:]).run.dir)
     _write(run_dir / f"pid-{rank}", str(os.getpid()))

@@ -20,6 +20,7 @@ from trainer.datatypes import FAILED
 
 _POLL_S = 1.0
 _USUAL_BEATS = 64  # the longest of so many intervals is what is usual
+_USUAL_FACTOR = 10  # a silence this many times the usual interval is a hang
 _REPORTS_S = 5.0  # for the other ranks' reports to appear
 
 
@@ -57,7 +58,7 @@ class Watch:
 
     def _limit_s(self) -> float:
         usual_s = max(self._intervals.copy(), default=0.0)
-        return max(self._section.hang_factor * usual_s, self._section.hang_floor_s)
+        return max(_USUAL_FACTOR * usual_s, self._section.hang_timeout_s)
 
     def _wait(self) -> None:
         while True:

@@ -67,7 +67,7 @@ def arms(base: Recipe) -> dict[str, Arm]:
         "data.max_length": base.batch.seq_len,
     }
     traces = {"data.train.0.path": str(folder / "traces.jsonl")}
-    math = {"data.train.0.filters": {"verify": "math", "reference": "solution"}}
+    math = {"data.train.0.filters": {"math_answer": "solution"}}
     # Every step holds all the rows, so that packing cannot change which rows a step holds; and one
     # row at a time.
     rows = 40

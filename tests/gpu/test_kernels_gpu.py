@@ -1,4 +1,4 @@
-"""On a GPU: every fused kernel against its readable twin, and the probe through each of them.
+"""On a GPU: every fused kernel against its readable twin, and the packing check on each of them.
 
 pytest -m gpu tests/gpu
 """
@@ -249,18 +249,18 @@ def test_the_probe_compares_fused_layers_with_the_models_own(
     model = tiny(tf.LlamaConfig(**SIZES), torch.bfloat16, FUSED[0]).to(CUDA)
     liger_layers.fuse(model, "liger", CUDA, torch.bfloat16)
     with pytest.raises(BadInput, match=r"model\.layer_kernels=torch"):
-        packing_check.probe(
+        packing_check.prove_packing(
             SftModel(model, LossSection(), 0, CUDA), seq_len=1024, one_document=False, seed=0
         )
 
 
-# ---------------------------------------------------------------------------------------- the probe
+# ------------------------------------------------------------------------------------ packing check
 
 
 def proof(config: Any, backend: str, dtype: torch.dtype = torch.bfloat16) -> packing_check.Proof:
     model = tiny(config, dtype, backend).to(CUDA)
     liger_layers.fuse(model, "auto", CUDA, dtype)
-    return packing_check.probe(
+    return packing_check.prove_packing(
         SftModel(model, LossSection(), 0, CUDA), seq_len=1024, one_document=False, seed=0
     )
 
@@ -301,6 +301,8 @@ def test_control_the_probe_catches_a_kernel_without_boundaries(
     def whole(layer: str, q: Any, k: Any, v: Any, arguments: attention.Arguments) -> torch.Tensor:
         return right(layer, q, k, v, arguments._replace(bounds=bounds((q.shape[2],))))
 
-    monkeypatch.setitem(attention._FUNCTIONS, "torch_varlen", attention._bound(whole))
+    monkeypatch.setitem(
+        attention._FUNCTIONS, "torch_varlen", attention.as_attention_function(whole)
+    )
     with pytest.raises(BadInput, match="does not keep packed documents apart"):
         proof(tf.LlamaConfig(**SIZES), "torch_varlen")

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.runs
 
 LORA = "adapter={rank: 4, alpha: 16, dropout: 0.1, modules_to_save: [lm_head]}"
 DORA = "adapter={rank: 4, alpha: 16, dora: true, dropout: 0.1}"
-NF4 = "adapter={rank: 4, alpha: 16, base: nf4, double_quant: true}"
+NF4 = "adapter={rank: 4, alpha: 16, base: nf4_double_quant}"
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer")
 
 

@@ -71,11 +71,11 @@ def difference(config: Any) -> float:
 
 
 def refusal(config: Any) -> str | None:
-    """What the probe says of a model whose layers are fused."""
+    """Return why the packing check refuses a model whose layers are fused."""
     model = tiny(config)
     liger_layers.fuse(model, "liger", CPU, torch.float32)
     try:
-        packing_check.probe(sft(model), seq_len=64, one_document=False, seed=0)
+        packing_check.prove_packing(sft(model), seq_len=64, one_document=False, seed=0)
     except BadInput as error:
         return str(error)
     return None

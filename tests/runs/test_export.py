@@ -36,7 +36,7 @@ def train(world: int, root: Path, name: str, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train(2, tmp_path_factory.mktemp("export"), "run", "profile.start=2", "profile.steps=1")
+    return train(2, tmp_path_factory.mktemp("export"), "run", "run.profile_steps=[2, 2]")
 
 
 @pytest.fixture(scope="module")

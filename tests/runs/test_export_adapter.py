@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from tests.model_helpers import relative
 from tests.ranks import ROOT, run_ranks
 from trainer.checkpoint.checkpoint import open_newest
-from trainer.checkpoint.hf_export import TOLERANCE, _as_trained, export
+from trainer.checkpoint.hf_export import TOLERANCE, _load_trained, export
 from trainer.config.recipe import load_recipe
 from trainer.datatypes import BadInput
 from trainer.metrics import EVALUATIONS
@@ -36,7 +36,7 @@ ADAPTERS = {  # with the stages they are trained at
         "[embed_tokens, lm_head]}",
     ),
     "dora": ("zero3", "adapter={rank: 4, dora: true}"),
-    "nf4": ("zero2", "adapter={rank: 4, base: nf4, double_quant: true}"),
+    "nf4": ("zero2", "adapter={rank: 4, base: nf4_double_quant}"),
     "bf16": ("zero3", "adapter={rank: 4}"),
 }
 FP32 = [name for name in ADAPTERS if name != "bf16"]
@@ -111,7 +111,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def trained(run: Path) -> torch.Tensor:
     """The logits of the model as it was trained."""
-    model = _as_trained(load_recipe(run / "recipe.yaml"), *open_newest(run))
+    model = _load_trained(load_recipe(run / "recipe.yaml"), *open_newest(run))
     model.set_attn_implementation("sdpa")
     return logits(model)
 

@@ -12,8 +12,7 @@ from tests.slowed import start, wait_for
 pytestmark = pytest.mark.runs
 
 SMALL = (
-    "guard.hang_floor_s=6",
-    "guard.hang_factor=2",
+    "guard.hang_timeout_s=6",
     "data.eval=[]",
     "eval.every_steps=null",
     "eval.generate=null",

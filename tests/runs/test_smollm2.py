@@ -16,7 +16,7 @@ from trainer import dist
 from trainer.config.recipe import Recipe, parse_recipe
 from trainer.data import loader, prepare
 from trainer.model.load import load_model, load_tokenizer
-from trainer.model.packing_check import probe
+from trainer.model.packing_check import prove_packing
 from trainer.model.sft import SftModel
 
 pytestmark = pytest.mark.runs
@@ -60,14 +60,14 @@ def test_the_untouched_model_has_the_loss_that_transformers_gives_it(
     after the end token out; the reference counts it, so here it is counted."""
     made = recipe(shared, smollm2, tmp_path / "run", dtype="float32")
     made = made.model_copy(
-        update={"data": made.data.model_copy(update={"train_trailing_newline": True})}
+        update={"data": made.data.model_copy(update={"train_on_eot": "with_newline"})}
     )
     tokenizer = load_tokenizer(made.model)
     data = prepare.prepare(made, tokenizer, "eval")
     assert int(data.trained_counts.sum()) == REFERENCE_TOKENS
     model = load_model(made.model, tokenizer, seed=0)
     sft = SftModel(model, made.loss, 0, dist.device())
-    probe(sft, seq_len=512, one_document=False, seed=0)
+    prove_packing(sft, seq_len=512, one_document=False, seed=0)
     sft.eval()
     with (
         torch.no_grad(),

@@ -1,6 +1,4 @@
-"""Backends keep documents apart, honour windows, caps and sinks, and refuse what they cannot
-honour.
-"""
+"""Backends keep documents apart, honour windows, caps and sinks, and refuse the rest."""
 
 from __future__ import annotations
 
@@ -215,19 +213,18 @@ def test_arguments_that_mean_nothing_to_attention_pass() -> None:
     assert torch.equal(out, attend("reference", *qkv))
 
 
-def test_rows_for_fused_kernels_are_filled_to_a_head_size_they_take() -> None:
+def test_heads_for_fused_kernels_are_padded_to_a_size_they_take() -> None:
     q, k, v = (x.bfloat16() for x in row(value_size=5))
-    rows = attention._as_rows("Layer", "torch_varlen", q[..., :6], k[..., :6], v, None)
-    assert [tuple(r.shape) for r in rows[:3]] == [(25, HEADS, 8), (25, GROUPS, 8), (25, GROUPS, 8)]
-    assert rows[3] == 6**-0.5, "the scale is the size's before it was filled"
-    assert rows[4] == 5
-    assert not rows[0][..., 6:].any()
+    *padded, scale = attention._for_varlen("Layer", "torch_varlen", q[..., :6], k[..., :6], v, None)
+    assert [tuple(x.shape) for x in padded] == [(25, HEADS, 8), (25, GROUPS, 8), (25, GROUPS, 8)]
+    assert scale == 6**-0.5, "the scale is that of the size before padding"
+    assert not padded[0][..., 6:].any()
 
 
 def test_heads_wider_than_the_kernels_take_are_refused() -> None:
     wide = torch.zeros(1, 1, 4, 512, dtype=torch.bfloat16)
     with pytest.raises(BadInput, match="256"):
-        attention._as_rows("Layer", "flash_attn", wide, wide, wide, None)
+        attention._for_varlen("Layer", "flash_attn", wide, wide, wide, None)
 
 
 # ------------------------------------------------------------------------------------------- choice

@@ -39,11 +39,10 @@ SHAPES: dict[str, list[Any]] = {
     "data.eval_fraction": [0.2, 0.3],
     "data.duplicates": ["drop"],
     "data.train_on": ["all", "completion", "last_turn"],
-    "data.train_on_eot": [False],
-    "data.train_trailing_newline": [True],
+    "data.train_on_eot": [False, "with_newline"],
     "data.control_tokens": ["text", "keep"],
     "data.max_length": [100],
-    "data.too_long": ["truncate", "split"],
+    "data.too_long": ["truncate", "truncate_anywhere", "split"],
     "data.broken_lines": ["reject"],
     "batch.seq_len": [128],  # as data.max_length is not given
 }
@@ -76,7 +75,6 @@ DOES_NOT: dict[str, list[Any]] = {
 WITH_OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
     "data.group_by": ({"data.eval_fraction": 0.3}, "question"),
     "data.chat_template_kwargs": ({"model.chat_template": "{work}/named.jinja"}, {"name": "Bob"}),
-    "data.cut_answers": ({"data.too_long": "truncate"}, True),
     "data.split_context": ({"data.too_long": "split"}, 5),
 }
 
@@ -194,7 +192,7 @@ def test_no_key_of_another_section_reaches_the_preparation():
         "guard",
         "run",
     }
-    assert set(Recipe.model_fields) == known | {"profile", "adapter"}
+    assert set(Recipe.model_fields) == known | {"adapter"}
 
 
 def test_long_examples_are_cut_by_the_packing_or_before_it(work):

@@ -85,7 +85,7 @@ def test_answers_and_bad_recipes_import_nothing_heavy(arguments):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["train", "nowhere.yaml"], "nowhere.yaml: the recipe cannot be read"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: the file cannot be read"),
         (["train", DEBUG, "optim.lrr=1"], "did you mean `optim.lr`?"),
         (["train", DEBUG, "batch.global_batch_size=0"], "`batch.global_batch_size`"),
         (["train", DEBUG, "--nnodes", "2"], "2 nodes: say where they meet"),

@@ -89,22 +89,22 @@ def test_a_function_cannot_change_the_row(own):
 
 @pytest.mark.parametrize("reference", [None, "", True, ["18"], "#### "])
 def test_a_row_without_a_reference_is_a_reject(reference):
-    with pytest.raises(RowError, match=r"verify: .*(no reference|holds no value)") as error:
-        left_out("#### 18", {"best": reference}, verify="math", reference="best")
+    with pytest.raises(RowError, match=r"math_answer: .*(no reference|holds no value)") as error:
+        left_out("#### 18", {"best": reference}, math_answer="best")
     assert not isinstance(error.value, Filtered)
 
 
 @pytest.mark.parametrize(
     ("verdict", "reason"),
     [
-        ("too long", "verify: no verdict within 10 s of computing"),
-        ("failed", "verify: math-verify failed at the answer"),
+        ("too long", "math_answer: no verdict within 10 s of computing"),
+        ("failed", "math_answer: math-verify failed at the answer"),
     ],
 )
 def test_an_answer_without_a_verdict_is_a_reject_and_not_a_wrong_one(monkeypatch, verdict, reason):
     monkeypatch.setattr("trainer.data.filters.math_verdict", lambda answer, reference: verdict)
     with pytest.raises(RowError, match=f"^{reason}$") as error:
-        left_out("#### 18", {"best": "18"}, verify="math", reference="best")
+        left_out("#### 18", {"best": "18"}, math_answer="best")
     assert not isinstance(error.value, Filtered)
 
 
@@ -143,7 +143,7 @@ def test_wrong_traces_are_left_out_and_right_ones_kept(shared, tmp_path):
         wrong.append(2 * number + 2)
     path = tmp_path / "traces.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    filters = {"verify": "math", "reference": "reference"}
+    filters = {"math_answer": "reference"}
     source = Source.model_validate({"path": str(path), "filters": filters})
     reader, found = RowReader.of(source), {}
     for row in read_rows(source):
@@ -151,7 +151,7 @@ def test_wrong_traces_are_left_out_and_right_ones_kept(shared, tmp_path):
             reader.conversation(row.fields)
         except Filtered as reason:
             found[row.number] = str(reason)
-    assert found == dict.fromkeys(wrong, "verify: not the reference's value")
+    assert found == dict.fromkeys(wrong, "math_answer: not the reference's value")
 
 
 def test_what_filters_need_is_asked_for_at_the_start(monkeypatch):
@@ -159,4 +159,4 @@ def test_what_filters_need_is_asked_for_at_the_start(monkeypatch):
         check_filters(Filters.model_validate({"function": "nowhere_at_all:keep"}))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match="pip install"):
-        check_filters(Filters.model_validate({"verify": "math", "reference": "best"}))
+        check_filters(Filters.model_validate({"math_answer": "best"}))

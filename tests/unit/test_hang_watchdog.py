@@ -30,9 +30,9 @@ import sys, time
 from pathlib import Path
 from trainer import dist, hang_watchdog
 from trainer.config.recipe import GuardSection
-hang_watchdog._POLL_S, hang_watchdog._REPORTS_S = 0.1, 0.2
+hang_watchdog._POLL_S, hang_watchdog._REPORTS_S, hang_watchdog._USUAL_FACTOR = 0.1, 0.2, 5
 dist.start_logging()
-watching = hang_watchdog.Watch(GuardSection(hang_factor=5, hang_floor_s=0.5), Path(sys.argv[1]))
+watching = hang_watchdog.Watch(GuardSection(hang_timeout_s=0.5), Path(sys.argv[1]))
 for i in range(10):
     watching.beat(f"step {i}")
     time.sleep(float(sys.argv[2]))

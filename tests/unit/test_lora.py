@@ -37,6 +37,7 @@ from trainer.model.lora import (
 EVEN = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks of 4-bit weights
 LINEAR = 7 * SIZES["num_hidden_layers"]
 PROJECTIONS = ["q_proj", "v_proj"]
+NF4 = {False: "nf4", True: "nf4_double_quant"}
 
 
 def section(**fields: Any) -> AdapterSection:
@@ -252,7 +253,7 @@ def test_merged_weights_give_the_adapters_logits(fields: dict[str, Any]) -> None
 
 @pytest.mark.parametrize("double", [False, True], ids=["single", "double"])
 def test_every_linear_module_but_the_head_lies_in_4_bits(double: bool) -> None:
-    model = adapted(base="nf4", double_quant=double, target_modules=PROJECTIONS)
+    model = adapted(base=NF4[double], target_modules=PROJECTIONS)
     quantised = {
         n: list(parts_of(n, p)) for n, p in model.named_parameters() if hasattr(p, "quant_state")
     }
@@ -262,7 +263,7 @@ def test_every_linear_module_but_the_head_lies_in_4_bits(double: bool) -> None:
         for n, parts in quantised.items()
     }
     of_plan = memory.describe(
-        planned(double), OptimSection(), section(base="nf4", double_quant=double)
+        planned(double), OptimSection(), section(base=NF4[double])
     )
     assert sum(held.values()) == pytest.approx(
         of_plan.quantised_bytes, abs=4 * LINEAR
@@ -280,7 +281,7 @@ def planned(double: bool) -> Any:
     """The same on the meta device, where nothing is quantised."""
     with torch.device("meta"):
         model = type(tiny_llama())(tiny_llama(**EVEN).config)
-    add_adapter(model, section(base="nf4", double_quant=double, target_modules=PROJECTIONS), 0)
+    add_adapter(model, section(base=NF4[double], target_modules=PROJECTIONS), 0)
     return model
 
 

@@ -12,7 +12,8 @@ import yaml
 
 from tests.ranks import ROOT
 from trainer.config.base import Section
-from trainer.config.recipe import RENAMED_KEYS, Recipe, parse_recipe
+from trainer.config.parsing import RENAMED_KEYS
+from trainer.config.recipe import Recipe, parse_recipe
 
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
 BODY, RENAMED = PAGE.split("\n## Renamed keys\n")
@@ -50,6 +51,11 @@ def test_the_recipe_of_each_trainer_is_one(title: str) -> None:
     assert parse_recipe(example(title)).run.dir
 
 
+def test_the_recipe_of_the_readme_is_one() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert parse_recipe(yaml.safe_load(readme.split("```yaml\n")[1].split("```")[0])).has_eval
+
+
 @pytest.mark.parametrize("title", TRAINERS)
 def test_the_table_beside_it_has_every_key_of_the_example(title: str) -> None:
     written = {f"{name}.{key}" for name, values in example(title).items() for key in values}
@@ -70,12 +76,13 @@ def test_a_key_that_is_no_recipes_is_found() -> None:
 
 
 def test_every_renamed_key_stands_in_its_table_with_its_new_name() -> None:
-    table = RENAMED.replace("[]", "")
+    """A key of data.eval is renamed as its twin of data.train is, which stands for both."""
+    rows = [line.replace("[]", "").split(" | ") for line in RENAMED.splitlines() if "` | " in line]
+    table = {re.split("[`:]", row[0])[1]: row[1] for row in rows}
+    assert table.keys() == {old.replace("data.eval.", "data.train.") for old in RENAMED_KEYS}
     for old, new in RENAMED_KEYS.items():
-        if old == "data.eval.grows":  # refused under its new name, too
-            continue
-        new_key = new.strip("`").split(":")[0].replace("[]", "")
-        assert re.search(rf"\| `{old}\b[^|]*\| `{new_key}\b", table), old
+        key = re.search(r"`([\w.]+)", new.replace("[]", "").replace(".eval.", ".train."))
+        assert key is None or key[1] in table[old.replace("data.eval.", "data.train.")]
 
 
 def test_the_names_of_trl_are_its_own() -> None:

@@ -259,5 +259,5 @@ def test_two_zero3_ranks_load_what_one_process_loads(tmp_path: Path) -> None:
         assert found["sharded"], case
         if "loss" in found:
             assert found["loss"] == pytest.approx(found["plain loss"], rel=1e-6), case
-            assert found["after"] < found["loss"] - 0.05, "it learns after the probe"
-            assert found["probe"] < 1e-5
+            assert found["after"] < found["loss"] - 0.05, "it learns after the check"
+            assert found["packing check"] < 1e-5

@@ -1,6 +1,4 @@
-"""The probe accepts a model that is right packed, and refuses one that is not, naming the layer
-(C4).
-"""
+"""The check accepts a model that is right packed, and refuses others, naming the layer (C4)."""
 
 from __future__ import annotations
 
@@ -63,7 +61,7 @@ RIGHT: dict[str, tuple[Any, LogitTransform]] = {
     ),
     "phi, biased head": (tf.PhiConfig(**SIZES), LogitTransform()),
 }
-# Right one document at a time only. Each is refused packed, by its own library or by what the probe
+# Right one document at a time only. Each is refused packed, by its own library or by what the check
 # measures.
 MIXING = {
     "qwen 3 next": (
@@ -82,7 +80,7 @@ def proof(
     model: Any, *, one_document: bool = False, kernel: str = "chunked"
 ) -> packing_check.Proof:
     module = SftModel(model, LossSection.model_validate({"kernel": kernel}), 0, CPU)
-    return packing_check.probe(module, seq_len=128, one_document=one_document, seed=0)
+    return packing_check.prove_packing(module, seq_len=128, one_document=one_document, seed=0)
 
 
 # --------------------------------------------------------------------------------------- right ones
@@ -137,7 +135,7 @@ def test_one_document_is_longer_than_the_window() -> None:
 def test_the_model_is_left_as_it_was() -> None:
     model = tiny(RIGHT["llama"][0])
     module = SftModel(model, LossSection(), 0, CPU).train()
-    packing_check.probe(module, seq_len=64, one_document=False, seed=0)
+    packing_check.prove_packing(module, seq_len=64, one_document=False, seed=0)
     assert module.training
     assert model.config._attn_implementation == "packhorse_reference"
     assert all(p.grad is None for p in model.parameters())
@@ -182,7 +180,9 @@ def with_backend(change: Any) -> Any:
     def wrong(layer: str, q: Any, k: Any, v: Any, arguments: attention.Arguments) -> torch.Tensor:
         return right(layer, q, k, v, change(arguments))
 
-    return mock.patch.dict(attention._FUNCTIONS, {"reference": attention._bound(wrong)})
+    return mock.patch.dict(
+        attention._FUNCTIONS, {"reference": attention.as_attention_function(wrong)}
+    )
 
 
 def no_boundaries(arguments: attention.Arguments) -> attention.Arguments:
@@ -312,7 +312,7 @@ def test_windows_and_chunks_are_found_by_their_words() -> None:
         "local_attention": 128,
         "id2label": {0: "a"},
     }
-    assert packing_check.limits(config) == {4096, 8192, 28, 128}
+    assert packing_check.attention_limits(config) == {4096, 8192, 28, 128}
 
 
 def test_the_middle_document_passes_every_limit_within_reach() -> None:
@@ -321,6 +321,6 @@ def test_the_middle_document_passes_every_limit_within_reach() -> None:
         max_position_embeddings=10**6,
         to_dict=lambda: {"sliding_window": 512, "chunk": 8192},
     )
-    assert len(packing_check._documents(config, 1024, 0)[1]) > 512
-    assert len(packing_check._documents(config, 1024, 0)[1]) < 1024
-    assert len(packing_check._documents(config, 16384, 0)[1]) > 8192
+    assert len(packing_check._random_documents(config, 1024, 0)[1]) > 512
+    assert len(packing_check._random_documents(config, 1024, 0)[1]) < 1024
+    assert len(packing_check._random_documents(config, 16384, 0)[1]) > 8192

@@ -391,10 +391,10 @@ def test_what_shapes_the_documents_is_in_the_key(tmp_path, tokenizer):
         {"eval_fraction": 0.3},
         {"eval_fraction": 0.4},
         {"eval_fraction": 0.4, "group_by": "question"},
-        {"too_long": "truncate", "cut_answers": True},
+        {"too_long": "truncate_anywhere"},
         {"too_long": "split"},
         {"too_long": "split", "split_context": 3},
-        {"train_trailing_newline": True},
+        {"train_on_eot": "with_newline"},
         {"control_tokens": "text"},
         {"control_tokens": "keep"},
     ]
@@ -485,13 +485,13 @@ def test_filters_work_in_the_processes_that_tokenize(tmp_path, tokenizer, monkey
     (tmp_path / "early.py").write_text(
         "def keep(row, conversation): return row['best'] != '8' or 'an eight'"
     )
-    filters = {"verify": "math", "reference": "best", "function": "early:keep"}
+    filters = {"math_answer": "best", "function": "early:keep"}
     train = [{"path": write(tmp_path, rows), "filters": filters}]
     monkeypatch.setattr(tokenize, "CHUNK_ROWS", 8)
     monkeypatch.setattr(tokenize, "POOL_FROM_CHUNKS", 2)
     many = prepare(recipe(tmp_path, train=train, workers=2), tokenizer, "train")
     assert many.report["filter_reasons"] == {
-        "verify: not the reference's value": 20,
+        "math_answer: not the reference's value": 20,
         "early:keep: an eight": 1,
     }
     assert many.documents.rows.tolist() == [row for row in range(1, 41, 2) if row != 5]
@@ -501,7 +501,7 @@ def test_rows_that_are_cut_are_in_the_report(tmp_path, tokenizer):
     rows = [*questions(3), {"question": "Count.", "answer": " ".join(map(str, range(50)))}]
     whole = prepare(recipe(tmp_path, rows), tokenizer, "train").report
     cut = prepare(
-        recipe(tmp_path, max_length=64, too_long="truncate", cut_answers=True), tokenizer, "train"
+        recipe(tmp_path, max_length=64, too_long="truncate_anywhere"), tokenizer, "train"
     ).report
     assert (whole["cut"], whole["lost_trained_tokens"]) == (0, 0)
     assert (cut["cut"], cut["rejected"], cut["documents"]) == (1, 0, 4)

@@ -4,11 +4,13 @@ import datetime
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import pytest
 import yaml
 
+from trainer.config.parsing import RENAMED_KEYS
 from trainer.config.recipe import load_recipe, parse_recipe
 from trainer.datatypes import BadInput
 
@@ -80,14 +82,16 @@ def test_defaults_are_the_designs():
 SCORERS = {
     "format": {"pattern": "x+"},
     "exact": {"extract": "(x)", "ignore_case": True},
-    "contains": {"text": "x"},
+    "contains": {"ignore_case": True},
     "math": {"column": "solution"},
     "choice": {"letters": ["A", "B"], "column": "letter"},
-    "json_schema": {"tools": True},
-    "refusal": {"column": "unsafe"},
+    "json_schema": {"column": "schema"},
+    "tool_call": {},
+    "refusal": {"expected": "unsafe"},
     "judge": {
         "rubric": "kind",
-        "endpoint": {"url": "http://judge/v1", "model": "m"},
+        "url": "http://judge/v1",
+        "model": "m",
         "against": "reference",
     },
     "function": {"function": "mine:score"},
@@ -111,7 +115,7 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
         ({}, 2e-5),
         ({"adapter": None}, 2e-5),
         ({"adapter": {}}, 1e-4),
-        ({"adapter": {"rank": 8}, "optim": {"clip": 0.5}}, 1e-4),
+        ({"adapter": {"rank": 8}, "optim": {"max_grad_norm": 0.5}}, 1e-4),
         ({"adapter": {"rank": 8}, "optim": {"lr": 3e-4}}, 3e-4),
     ],
 )
@@ -189,7 +193,7 @@ def test_an_override_reaches_into_a_list(tmp_path):
             "'none', 'bfd', 'bfd_split', 'wrapped' or 'greedy' (got 'best')",
         ),
         (with_key("data.train", []), "`data.train`"),
-        (with_key("data.group_by", "id"), "`group_by` says how `eval_fraction` splits"),
+        (with_key("data.group_by", "id"), "`group_by` belongs to `eval_fraction`"),
         (with_key("data.eval_fraction", 1), "`data.eval_fraction`"),
         (with_key("data.train", [{}]), "give exactly one of `path` and `name`"),
         (
@@ -207,11 +211,8 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (with_source(filters={"pattern": "("}), "`(` is not a regular expression"),
         (with_source(filters={"not_pattern": "["}), "`[` is not a regular expression"),
         (with_source(filters={"answer_words": [3, 2]}), "`answer_words` is [fewest, most]"),
-        (with_source(filters={"verify": "math"}), "`reference` belongs to `verify`"),
-        (with_source(filters={"reference": "best"}), "`reference` belongs to `verify`"),
         (with_source(filters={"patern": "x"}), "did you mean `data.train.0.filters.pattern`?"),
-        (with_key("data.max_length", 9000), "an example must fit in a row"),
-        (with_key("data.cut_answers", True), "`cut_answers` belongs to `too_long: truncate`"),
+        (with_key("data.max_length", 9000), "an example must fit in a packed sequence"),
         (
             with_key("data.chat_template_kwargs", {"tokenize": True, "x": 1, "bos_token": ""}),
             "hold bos_token, tokenize",
@@ -235,7 +236,7 @@ def test_an_override_reaches_into_a_list(tmp_path):
         ),
         (
             with_key("eval.generate", {}),
-            "eval.generate: no rows are held out to ask; give data.eval",
+            "eval.generate: there are no held-out rows; give data.eval",
         ),
         (
             with_scorer({"kind": "exat"}),
@@ -257,61 +258,75 @@ def test_an_override_reaches_into_a_list(tmp_path):
         ),
         (
             with_scorer({"kind": "math", "zzz": 1}),
-            "unknown key `eval.generate.scorers.mine.zzz`; keys here: kind, column",
+            "unknown key `eval.generate.scorers.mine.zzz`; keys here: column, kind",
         ),
         (
             with_scorer({"kind": "format", "pattern": "("}),
-            "`eval.generate.scorers.mine`: `(` is not a regular",
+            "`eval.generate.scorers.mine.pattern`: `(` is not a regular",
         ),
         (with_scorer({"kind": "exact", "extract": "x"}), "`extract` has no group"),
-        (with_scorer({"kind": "choice", "letters": ["A", "A"]}), "`letters` are different texts"),
+        (with_scorer({"kind": "choice", "letters": ["A", "A"]}), "`letters` must be different texts"),
         (
             with_scorer({"kind": "choice", "letters": ["A"]}),
             "`eval.generate.scorers.mine.letters`: tuple should have",
         ),
+        (with_scorer({"kind": "json_schema"}), "give exactly one of `file` and `column`"),
         (
-            with_scorer({"kind": "json_schema"}),
-            "give exactly one of `file`, `column` and `tools: true`",
+            with_scorer({"kind": "json_schema", "file": "a", "column": "b"}),
+            "give exactly one of `file` and `column`",
         ),
-        (
-            with_scorer({"kind": "json_schema", "file": "a", "tools": True}),
-            "give exactly one of `file`, `column`",
-        ),
-        (with_scorer({"kind": "refusal"}), "give exactly one of `expected` and `column`"),
+        (with_scorer({"kind": "refusal"}), "`eval.generate.scorers.mine.expected` is missing"),
         (
             with_scorer({"kind": "function", "function": "mine.py"}),
             "a function is named as `module:function`",
         ),
         (
-            with_scorer(
-                {"kind": "judge", "rubric": "x", "endpoint": {"ulr": "http://a/v1", "model": "m"}}
-            ),
-            "did you mean `eval.generate.scorers.mine.endpoint.url`?",
+            with_scorer({"kind": "judge", "rubric": "x", "ulr": "http://a/v1", "model": "m"}),
+            "did you mean `eval.generate.scorers.mine.url`?",
+        ),
+        (
+            with_scorer({"kind": "contains", "text": "x"}),
+            "`eval.generate.scorers.mine.text` is now `kind: format` with the pattern",
+        ),
+        (
+            with_scorer({"kind": "json_schema", "tools": True}),
+            "`eval.generate.scorers.mine.tools` is now `kind: tool_call`",
+        ),
+        (
+            with_scorer({"kind": "refusal", "column": "unsafe"}),
+            "`eval.generate.scorers.mine.column` is now `expected: COLUMN`",
+        ),
+        (
+            with_scorer({"kind": "judge", "endpoint": {"url": "http://a/v1"}}),
+            "`eval.generate.scorers.mine.endpoint` is now a part of the scorer",
+        ),
+        (
+            with_key("eval.generator", "vllm"),
+            "`eval.generator` is now decided by `eval.server` and `eval.vllm_python`",
         ),
         (with_scorer({"kind": "exact"}, "loss"), "`loss` cannot name a scorer"),
         (with_scorer({"kind": "exact"}, "a b"), "`a b` cannot name a scorer"),
         (with_key("adapter.rank", 0), "`adapter.rank`"),
         (with_key("adapter.target", "all-linear"), "did you mean `adapter.target_modules`?"),
-        (with_key("adapter.target_modules", []), "`targets` names nothing"),
+        (with_key("adapter.target_modules", []), "`target_modules` names nothing"),
         (with_key("adapter.target_modules", "("), "`(` is not a regular expression"),
         (with_key("adapter.dropout", 1), "`adapter.dropout`"),
         (with_key("adapter.base", "int8"), "`adapter.base`"),
-        (with_key("adapter.double_quant", True), "`double_quant` belongs to `base: nf4`"),
-        (with_key("adapter", {"base": "nf4", "dora": True}), "is not proved with `base: nf4`"),
+        (with_key("adapter", {"base": "nf4", "dora": True}), "is not tested with `base: nf4`"),
         (
             {**SMALLEST, "adapter": {}, "model": {"name": "a", "add_tokens": ["<tool>"]}},
-            "the new rows of the embeddings lie outside an adapter",
+            "an adapter does not hold the embeddings of new tokens",
         ),
         (
             with_key("loss.weighting", "constant"),
             "`constant_tokens` belongs to `weighting: constant`",
         ),
-        (growing(), "say how long in train.steps"),
-        (growing(train={"steps": 9, "epochs": 2}), "a source that grows has no epochs"),
-        (growing({"path": "b"}, train={"steps": 9}), "a source that grows must be the only one"),
-        (growing(weight=2, train={"steps": 9}), "take out `weight` and `rows`"),
-        (growing(rows=2, train={"steps": 9}), "take out `weight` and `rows`"),
-        (with_key("data.eval", [{"path": "a", "streaming": True}]), "no source of them may grow"),
+        (growing(), "say how long to train in train.steps"),
+        (growing(train={"steps": 9, "epochs": 2}), "a streamed source has no epochs"),
+        (growing({"path": "b"}, train={"steps": 9}), "a streamed source must be the only one"),
+        (growing(weight=2, train={"steps": 9}), "leave out `weight` and `rows`"),
+        (growing(rows=2, train={"steps": 9}), "leave out `weight` and `rows`"),
+        (with_key("data.eval", [{"path": "a", "streaming": True}]), "a held-out source cannot be streamed"),
         ({**SMALLEST, "run": {}}, "`run.dir` is missing"),
         ({"model": SMALLEST["model"]}, "`data` is missing; `run` is missing"),
     ],
@@ -322,6 +337,28 @@ def test_refused_in_one_line(tree, message):
     assert message in str(refused.value)
     assert str(refused.value).startswith("r.yaml: ")
     assert "\n" not in str(refused.value)
+
+
+def with_old_key(name: str) -> dict:
+    """SMALLEST with a key of RENAMED_KEYS, which has no names of items."""
+    tree = with_scorer({"kind": "exact"})
+    node: Any = tree
+    *parents, last = name.split(".")
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if isinstance(node, list):
+            node = node[0]
+        elif parent == "scorers":
+            node = node["mine"]
+    node[last] = 1
+    return tree
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED_KEYS.items())
+def test_an_old_key_is_refused_with_its_new_name(old, new):
+    with pytest.raises(BadInput) as refused:
+        parse_recipe(with_old_key(old))
+    assert f"{old.rpartition('.')[2]}` is now {new}" in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -341,7 +378,7 @@ def test_a_file_that_is_no_recipe(tmp_path, text, message):
 
 
 def test_a_missing_file():
-    with pytest.raises(BadInput, match=r"nowhere\.yaml: the recipe cannot be read"):
+    with pytest.raises(BadInput, match=r"nowhere\.yaml: the file cannot be read"):
         load_recipe("nowhere.yaml")
 
 
@@ -372,7 +409,7 @@ def test_what_may_change_on_a_resume_is_not_fixed():
         "parallel.deepspeed": "ds_configs/zero2.json",
         "checkpoint.keep": 9,
         "checkpoint.before_timeout_s": 60,
-        "guard.hang_factor": 3,
+        "guard.hang_timeout_s": 60,
     }
     fixed = {
         "model.name": "other",

@@ -119,12 +119,12 @@ def test_a_function_that_is_not_there_is_refused_before_a_row_is_read(tmp_path):
 
 def test_filters_see_the_row_and_what_was_made_of_it(tmp_path, own):
     rows = [{"q": "2+2?", "a": "4", "best": "4"}, {"q": "2+2?", "a": "5", "best": 4}]
-    filters = {"verify": "math", "reference": "best"}
+    filters = {"math_answer": "best"}
     kept, wrong = conversations(
         a_source(tmp_path / "a.jsonl", rows, function=own(LISTED), filters=filters)
     )
     assert kept == Conversation((ASKED, ANSWERED))
-    assert wrong == f"{Filtered.__name__}: verify: not the reference's value"
+    assert wrong == f"{Filtered.__name__}: math_answer: not the reference's value"
 
 
 TOOLS = [

@@ -1,7 +1,12 @@
-"""What every section of the recipe is made of."""
+"""Define what all sections of the recipe share: their base class, their checks, their types.
+
+Checks raise ValueError with a sentence; pydantic adds the place in the recipe. Keys are named in
+the sentence by the recipe's own words.
+"""
 
 from __future__ import annotations
 
+import re
 import types
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -9,28 +14,61 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """A part of the recipe: frozen, unknown keys refused."""
+    """A part of the recipe. It is frozen and refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+# ------------------------------------------------------------------------------------------- checks
+
+
 def check_function(name: str | None) -> None:
-    """Raises ValueError where a function is not named as `module:function`."""
+    """Raise ValueError if `name` is given and is not `module:function`."""
     module, colon, function = (name or "module:function").partition(":")
-    if (
-        not colon
-        or not function.isidentifier()
-        or not all(part.isidentifier() for part in module.split("."))
-    ):
+    if not colon or not all(part.isidentifier() for part in (function, *module.split("."))):
         raise ValueError(f"a function is named as `module:function`, not `{name}`")
+
+
+def compile_pattern(pattern: str, flags: int = 0) -> re.Pattern[str]:
+    """Return the compiled regular expression. Raises ValueError if it is not one."""
+    try:
+        return re.compile(pattern, flags)
+    except re.error as error:
+        raise ValueError(f"`{pattern}` is not a regular expression: {error}") from None
+
+
+def check_one_given(**given: Any) -> None:
+    """Raise ValueError unless exactly one of the keys has a value (not None and not False)."""
+    if sum(value is not None and value is not False for value in given.values()) != 1:
+        *names, last = (
+            f"`{key}: true`" if isinstance(value, bool) else f"`{key}`"
+            for key, value in given.items()
+        )
+        raise ValueError(f"give exactly one of {', '.join(names)} and {last}")
+
+
+def check_belongs(key: str, given: bool, to: str, chosen: bool, *, required: bool = False) -> None:
+    """Raise ValueError if `key` is given without the choice that it belongs to.
+
+    Args:
+        key: name of the key.
+        given: whether it has a value.
+        to: the choice, as `too_long: split`.
+        chosen: whether that choice is made.
+        required: the choice needs the key, too.
+    """
+    if (given and not chosen) or (required and chosen and not given):
+        and_required = ", and must be given there" if required else ""
+        raise ValueError(f"`{key}` belongs to `{to}`{and_required}")
 
 
 # ------------------------------------------------------------------------------------ types of keys
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:
-    """The section that a value of this type is, or those of a union; none where it is a collection
-    or a plain value.
+    """Return the section that a type stands for, or those of a union.
+
+    The list is empty for a plain value and for a collection.
     """
     if get_origin(annotation) in (Annotated, Union, types.UnionType):
         return [section for inner in get_args(annotation) for section in sections_of(inner)]
@@ -43,7 +81,7 @@ def sections_of(annotation: Any) -> list[type[Section]]:
 
 
 def items_of(annotation: Any) -> Any:
-    """The type of what a list or mapping of this type holds; None where it is neither."""
+    """Return the type of the items of a list or mapping, or None if the type is neither."""
     arguments = get_args(annotation)
     if get_origin(annotation) in (tuple, dict):
         return arguments[-1] if get_origin(annotation) is dict else arguments[0]
@@ -51,6 +89,6 @@ def items_of(annotation: Any) -> Any:
 
 
 def kind_of(section: type[Section]) -> str | None:
-    """What tells the sections of a union apart: the only value of the key `kind`."""
+    """Return the only value of the key `kind`, which tells the sections of a union apart."""
     field = section.model_fields.get("kind")
     return field and field.default

@@ -21,8 +21,8 @@ from trainer.utils.user_functions import load_function
 
 def check_filters(filters: Filters) -> None:
     """Raises BadInput where a filter cannot work: before anything is read."""
-    if filters.verify:
-        check_installed()
+    if filters.math_answer:
+        check_installed("`math_answer`")
     if filters.function:
         load_function(filters.function)
 
@@ -41,8 +41,8 @@ def apply_filters(filters: Filters, row: Mapping[str, Any], conversation: Conver
         raise Filtered("pattern: not found")
     if filters.not_pattern is not None and re.search(filters.not_pattern, answer):
         raise Filtered("not_pattern: found")
-    if filters.verify:
-        _verify(answer, row.get(filters.reference or ""))
+    if filters.math_answer:
+        _verify(answer, row.get(filters.math_answer))
     if filters.function:
         _ask(filters.function, row, conversation)
 
@@ -59,16 +59,16 @@ def _last_answer(conversation: Conversation) -> str:
 
 def _verify(answer: str, reference: Any) -> None:
     if isinstance(reference, bool) or not isinstance(reference, str | int | float):
-        raise RowError("verify: no reference")
+        raise RowError("math_answer: no reference")
     verdict = math_verdict(answer, str(reference))
     if verdict == "no reference":
-        raise RowError("verify: the reference holds no value")
+        raise RowError("math_answer: the reference holds no value")
     if verdict == "too long":
-        raise RowError(f"verify: no verdict within {LIMIT_S:g} s of computing")
+        raise RowError(f"math_answer: no verdict within {LIMIT_S:g} s of computing")
     if verdict == "failed":
-        raise RowError("verify: math-verify failed at the answer")
+        raise RowError("math_answer: math-verify failed at the answer")
     if verdict == "wrong":
-        raise Filtered("verify: not the reference's value")
+        raise Filtered("math_answer: not the reference's value")
 
 
 def _ask(name: str, row: Mapping[str, Any], conversation: Conversation) -> None:

@@ -210,7 +210,8 @@ def _compare(
     index, kept = Index(recipe.data.near_duplicate), _KeptRows(held_out)
     places: list[str] = []  # of the index's texts
     read = _ReadTexts(row_tokenizer(recipe, tokenizer, "eval"))
-    with closing(tokenize.run(SplitRows(recipe.data, "eval").rows(), read, workers)) as chunks:
+    split_rows = SplitRows(recipe.data, "eval")
+    with closing(tokenize.run(split_rows.rows(), read, workers, split_rows.files)) as chunks:
         for chunk in chunks:
             check_and_stop()
             chosen = [row for row in chunk if kept.has(row.file, row.number)]
@@ -222,7 +223,7 @@ def _compare(
     rows_left = islice(split_rows.rows(), done["rows"], None)
     with (
         closing(Progress(WHAT, done["rows"], split_rows.count_rows())) as progress,
-        closing(tokenize.run(rows_left, find, workers)) as chunks,
+        closing(tokenize.run(rows_left, find, workers, split_rows.files)) as chunks,
     ):
         for rows, matches in chunks:
             pairs = [

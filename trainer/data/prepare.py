@@ -165,7 +165,7 @@ def prepare(
 
     def chunks(done: int) -> Generator[Tokenized, None, None]:
         rows = islice(split_rows.rows(), done, None)
-        return tokenize.tokenize_rows(rows, work, limits, workers_of(section))
+        return tokenize.tokenize_rows(rows, work, limits, workers_of(section), split_rows.files)
 
     documents = cache.prepare(
         cache_folder(section) / f"documents-{_cache_key(split_rows, work, limits, drop)}",
@@ -215,7 +215,11 @@ def length_policy(recipe: Recipe) -> LengthPolicy:
     data = recipe.data
     packing_cuts = data.packing in ("bfd_split", "wrapped") and not data.split_context
     return LengthPolicy(
-        recipe.max_length, data.too_long, packing_cuts, data.cut_answers, data.split_context
+        recipe.max_length,
+        "truncate" if data.too_long == "truncate_anywhere" else data.too_long,
+        packing_cuts,
+        data.too_long == "truncate_anywhere",
+        data.split_context,
     )
 
 
@@ -224,8 +228,8 @@ def masker_of(section: DataSection, tokenizer: Any) -> Masker:
     return Masker(
         tokenizer,
         section.train_on,
-        section.train_on_eot,
-        train_trailing_newline=section.train_trailing_newline,
+        bool(section.train_on_eot),
+        train_trailing_newline=section.train_on_eot == "with_newline",
         control_tokens=section.control_tokens,
         chat_template_kwargs=section.chat_template_kwargs,
     )

@@ -72,7 +72,7 @@ class RowReader:
         functions = [
             [name, function_digest(name)] for name in (source.function, filters.function) if name
         ]
-        library = version("math-verify") if filters.verify else None
+        library = version("math-verify") if filters.math_answer else None
         return [
             self.format,
             sorted(source.columns.items()),

@@ -86,7 +86,7 @@ def empty_model(section: ModelSection, adapter: AdapterSection | None = None) ->
     """
     from transformers import AttentionInterface, AutoModelForCausalLM
 
-    AttentionInterface.register("packhorse_fused", attention._bound(_fused))
+    AttentionInterface.register("packhorse_fused", attention.as_attention_function(_fused))
     config = load_config(section)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -105,10 +105,10 @@ def describe(model: Any, optim: OptimSection, adapter: AdapterSection | None = N
     """The facts of a model, which may lie on the meta device."""
     head = model.get_output_embeddings()
     in_4_bits: dict[int, int] = {}  # elements
-    if adapter and adapter.base == "nf4":  # all linear modules that are frozen, but the head
+    if adapter and adapter.base:  # all linear modules that are frozen, but the head
         linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
         in_4_bits = {id(m.weight): m.weight.numel() for m in linear if not m.weight.requires_grad}
-    double = adapter is not None and adapter.double_quant
+    double = adapter is not None and adapter.base == "nf4_double_quant"
     groups = [tuple(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)]
     config = model.config.get_text_config()
     persistent = model.state_dict(keep_vars=True).keys()

@@ -51,8 +51,8 @@ def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
             is not there.
     """
     targets, whole = targets_of(model, section), whole_modules(model, section)
-    if section.base == "nf4" and not next(model.parameters()).is_meta:
-        _quantise(model, quantised_modules(model, section), section.double_quant)
+    if section.base and not next(model.parameters()).is_meta:
+        _quantise(model, quantised_modules(model, section), section.base == "nf4_double_quant")
     _inject(model, section, targets)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_of_adapter(name) or _lies_in(name, whole))
@@ -318,7 +318,7 @@ def _require_near(name: str, weight_OI: torch.Tensor, back_OI: torch.Tensor) -> 
 
 def require_stage(section: AdapterSection | None, stage: int) -> None:
     """Raises BadInput where the base lies in 4 bits and would be sharded."""
-    if section and section.base == "nf4" and stage == 3:
+    if section and section.base and stage == 3:
         raise BadInput(
             "adapter.base: nf4 is not proved at ZeRO-3, which would cut weights of 4 bits into "
             "shards; use "

@@ -26,7 +26,7 @@ LIMIT_S = 10.0
 Verdict = Literal["right", "wrong", "no reference", "too long", "failed"]
 
 
-def check_installed(what: str = "`verify: math`") -> None:
+def check_installed(what: str) -> None:
     """Raises BadInput, which names what needs it, where the library is not there."""
     if importlib.util.find_spec("math_verify") is None:
         raise BadInput(

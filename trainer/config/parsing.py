@@ -1,0 +1,191 @@
+"""Read YAML and overrides, and put the faults that pydantic finds into sentences.
+
+In: a recipe's text and `key=value` arguments. Out: a plain tree of values; for a fault, a sentence
+that names the key, what is wrong with it and the nearest right name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.config.base import Section, items_of, kind_of, sections_of
+from trainer.datatypes import BadInput
+from trainer.utils.text import one_line
+
+# Keys that had another name, or became part of another key, before the first release. The numbers
+# of a list's items and the names in a mapping are left out. Values continue "`KEY` is now ".
+RENAMED_KEYS = {
+    "batch.row_tokens": "`batch.seq_len`",
+    "batch.rows_per_step": "`batch.global_batch_size`",
+    "batch.rows_per_micro": "`batch.micro_batch_size`",
+    "data.max_tokens": "`data.max_length`",
+    "data.cut_answers": "`data.too_long: truncate_anywhere`",
+    "data.train_trailing_newline": "`data.train_on_eot: with_newline`",
+    "data.train.grows": "`data.train[].streaming`",
+    "data.eval.grows": "`data.eval[].streaming`",
+    "data.train.filters.verify": "`math_answer`, which names the column of the right answer",
+    "data.train.filters.reference": "`math_answer`",
+    "data.eval.filters.verify": "`math_answer`, which names the column of the right answer",
+    "data.eval.filters.reference": "`math_answer`",
+    "model.recompute": "`model.activation_checkpointing: none | full`",
+    "model.layers": "`model.layer_kernels: auto | liger | torch`",
+    "optim.clip": "`optim.max_grad_norm`",
+    "optim.warmup": "`optim.warmup_ratio`",
+    "optim.schedule": "`optim.lr_schedule`",
+    "parallel.sequence": "always 1: leave it out",
+    "adapter.targets": "`adapter.target_modules`",
+    "adapter.save_modules": "`adapter.modules_to_save`",
+    "adapter.double_quantisation": "`adapter.base: nf4_double_quant`",
+    "adapter.double_quant": "`adapter.base: nf4_double_quant`",
+    "eval.generate.rows": "`eval.generate.num_prompts`",
+    "eval.generator": "decided by `eval.server` and `eval.vllm_python`: the one that is given "
+    "answers, else the engine",
+    "eval.lm_eval_path": "a part of the task's name: `eval.lm_eval: [FOLDER/TASK]`",
+    "eval.server.patience_s": "`eval.server.timeout_s`, which limits an answer and its retries",
+    "eval.generate.scorers.text": "`kind: format` with the pattern `.*TEXT.*`",
+    "eval.generate.scorers.tools": "`kind: tool_call`",
+    "eval.generate.scorers.column": "`expected: COLUMN` of `kind: refusal`",
+    "eval.generate.scorers.endpoint": "a part of the scorer: `url`, `model` and the other keys of "
+    "`endpoint` stand beside `rubric`",
+    "eval.generate.scorers.grades": "always 5: leave it out",
+    "eval.generate.scorers.max_tokens": "a field of the request: `extra: {max_tokens: 4096}`",
+    "guard.at_most": "`guard.max_skipped_steps`",
+    "guard.hang_floor_s": "`guard.hang_timeout_s`",
+    "guard.hang_factor": "always 10: leave it out, or raise `guard.hang_timeout_s`",
+    "profile": "`run.profile_steps: [first, last]`",
+}
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """A SafeLoader that refuses a key given twice, of which YAML keeps the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key `{key}` is given twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """Return the content of a YAML file. Raises BadInput if it cannot be read."""
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)  # noqa: S506 - a SafeLoader
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: the file cannot be read ({error})") from None
+    except yaml.YAMLError as error:
+        raise BadInput(f"{path}: not valid YAML: {one_line(error)}") from None
+
+
+# ---------------------------------------------------------------------------------------- overrides
+
+
+def apply_override(tree: dict[str, Any], override: str) -> None:
+    """Set one key of the tree, as `optim.lr=1e-5`; items of a list go by number.
+
+    Raises:
+        BadInput: it is not `key=value`, its value is not YAML, or its path leads through a value.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise BadInput(f"override `{override}`: write key=value, as optim.lr=1e-5")
+    try:
+        value = yaml.load(text, Loader=UniqueKeys)  # noqa: S506 - a SafeLoader
+    except yaml.YAMLError:
+        raise BadInput(f"override `{override}`: the value is not valid YAML") from None
+    *parents, last = key.split(".")
+    node: Any = tree
+    for parent in parents:
+        if isinstance(node, list):
+            node = node[_index(node, parent, override)]
+            continue
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict | list):
+            raise BadInput(f"override `{override}`: `{parent}` is a value, not a section")
+    node[_index(node, last, override) if isinstance(node, list) else last] = value
+
+
+def _index(items: list[Any], text: str, override: str) -> int:
+    if not text.isdigit() or int(text) >= len(items):
+        raise BadInput(f"override `{override}`: `{text}` is not an item of a list of {len(items)}")
+    return int(text)
+
+
+# ------------------------------------------------------------------------------------------- faults
+
+
+def describe_fault(fault: Any, recipe: type[Section]) -> str:
+    """Return one pydantic fault as `section.key: what is wrong`.
+
+    Args:
+        fault: an item of `ValidationError.errors()`.
+        recipe: the section that pydantic validated.
+    """
+    path = [str(part) for part in fault["loc"]]
+    if fault["type"] == "extra_forbidden":
+        return _unknown_key(path, recipe)
+    keys, _, sections = _follow(path, recipe)
+    place = ".".join(keys) or "recipe"
+    kinds = [kind_of(section) for section in sections]
+    if fault["type"] == "union_tag_invalid":
+        return f"`{place}`: {_unknown('kind', fault['ctx']['tag'], kinds)}"
+    if fault["type"] == "union_tag_not_found":
+        return f"`{place}.kind` is missing; kinds: {', '.join(map(str, kinds))}"
+    if fault["type"] == "missing":
+        return f"`{place}` is missing"
+    message = fault["msg"].removeprefix("Value error, ")
+    given = fault.get("input")
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"`{place}`: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _unknown_key(path: list[str], recipe: type[Section]) -> str:
+    *parents, key = path
+    keys, names, sections = _follow(parents, recipe)
+    prefix = "".join(f"{parent}." for parent in keys)
+    if renamed := RENAMED_KEYS.get(".".join([*names, key])):
+        return f"`{prefix}{key}` is now {renamed}"
+    return _unknown("key", key, list(sections[0].model_fields), prefix)
+
+
+def _unknown(what: str, name: str, known: list[Any], prefix: str = "") -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"unknown {what} `{prefix}{name}`; " + (
+        f"did you mean `{prefix}{near[0]}`?" if near else f"{what}s here: {', '.join(known)}"
+    )
+
+
+def _follow(
+    path: list[str], recipe: type[Section]
+) -> tuple[list[str], list[str], list[type[Section]]]:
+    """Return where pydantic's path leads.
+
+    Returns:
+        The keys as they stand in the recipe; the same without the items of lists and mappings; the
+        section there, or those of a union.
+    """
+    keys: list[str] = []
+    names: list[str] = []
+    place: Any = recipe
+    for part in path:
+        sections, items = sections_of(place), items_of(place)
+        if len(sections) > 1:
+            # pydantic's path names the kind that was chosen, which is no key of the recipe
+            place = next((section for section in sections if kind_of(section) == part), None)
+            continue
+        keys.append(part)
+        field = sections[0].model_fields.get(part) if sections else None
+        if sections:
+            names.append(part)
+        place = field.annotation if field else items
+    return keys, names, sections_of(place)

@@ -1,0 +1,313 @@
+"""Define the recipe's sections for the model, the batch, the optimizer and the run.
+
+`data` and `eval` have files of their own; trainer/config/recipe.py puts all of them together.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from trainer.config.base import Section, check_belongs, compile_pattern
+
+
+class ModelSection(Section):
+    """The model to train and the kernels that it runs with."""
+
+    name: str = Field(description="Hugging Face hub name, or a folder in its format.")
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit on the hub. null: the default branch."
+    )
+    init: Literal["pretrained", "random"] = Field(
+        default="pretrained",
+        description="random: read only the configuration and the tokenizer, and draw the weights "
+        "from train.seed.",
+    )
+    dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16",
+        description="Data type of the weights in forward and backward. bfloat16 keeps fp32 master "
+        "weights; float32 is for exact comparisons.",
+    )
+    attention: Literal["auto", "flash_attn", "torch_varlen", "reference"] = Field(
+        default="auto",
+        description="Attention kernel for packed sequences (variable length). auto: flash_attn if "
+        "it is installed, else PyTorch's own on CUDA, else the reference.",
+    )
+    layer_kernels: Literal["auto", "liger", "torch"] = Field(
+        default="auto",
+        description="Kernels for norms, rotary embeddings and gated activations. liger: Liger's, "
+        "compared with PyTorch's when the run starts. auto: liger on CUDA in bfloat16 if Liger "
+        "supports the model.",
+    )
+    activation_checkpointing: Literal["none", "full"] = Field(
+        default="full",
+        description="full: keep only the input of each layer and recompute the rest in the "
+        "backward pass (gradient checkpointing): less memory, about a third more compute.",
+    )
+    add_tokens: tuple[str, ...] = Field(
+        default=(),
+        description="Special tokens to add to the tokenizer. Their embeddings start at the mean of "
+        "the existing ones.",
+    )
+    chat_template: str | None = Field(
+        default=None,
+        description="Jinja file, or `chatml`, to use instead of the tokenizer's chat template.",
+    )
+    trust_remote_code: bool = Field(
+        default=False,
+        description="Run the Python code in the model's folder. Read that code first.",
+    )
+
+
+ADAPTER_LR = 1e-4  # learning rate of a recipe with an adapter that gives none
+
+
+class AdapterSection(Section):
+    """LoRA: freeze the model and train low-rank matrices beside its linear modules. null: train all
+    weights.
+    """
+
+    rank: int = Field(default=16, ge=1, description="Rank r of the low-rank matrices.")
+    alpha: int = Field(
+        default=32,
+        ge=1,
+        description="LoRA's alpha: the update is scaled by alpha / rank. Keep it when you change "
+        "the rank: the best learning rate then stays about the same.",
+    )
+    target_modules: str | tuple[str, ...] = Field(
+        default="all-linear",
+        description="Modules that get an adapter. all-linear: every linear module except the "
+        "output head; a list of names or their ends, as `[q_proj, v_proj]`; or a regular "
+        "expression that matches a whole name.",
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="LoRA dropout: share of the adapter's inputs set to 0."
+    )
+    rslora: bool = Field(
+        default=False, description="Scale by alpha / sqrt(rank) instead (rsLoRA), for high ranks."
+    )
+    dora: bool = Field(
+        default=False,
+        description="Also train the magnitude of each row of a weight (DoRA).",
+    )
+    modules_to_save: tuple[str, ...] = Field(
+        default=(),
+        description="Modules to train in full and save with the adapter, as `[embed_tokens, "
+        "lm_head]`.",
+    )
+    base: Literal["nf4", "nf4_double_quant"] | None = Field(
+        default=None,
+        description="nf4: hold the frozen linear modules in 4 bits (QLoRA, bitsandbytes), at ZeRO "
+        "stages 0 to 2. nf4_double_quant: store the scales in 8 bits, too, which saves 0.37 bits a "
+        "weight. null: keep model.dtype.",
+    )
+
+    @model_validator(mode="after")
+    def _usable(self) -> AdapterSection:
+        if not self.target_modules:
+            raise ValueError("`target_modules` names nothing; give `all-linear`, or names")
+        if isinstance(self.target_modules, str):
+            compile_pattern(self.target_modules)
+        if self.dora and self.base is not None:
+            raise ValueError(
+                "`dora` needs the norms of the weights, and is not tested with `base: nf4`; take "
+                "one of them"
+            )
+        return self
+
+
+class BatchSection(Section):
+    """The batch of one optimizer step. It does not depend on the number of GPUs."""
+
+    seq_len: int = Field(default=8192, ge=2, description="Length of a packed sequence, in tokens.")
+    global_batch_size: int = Field(
+        default=64,
+        ge=1,
+        description="Packed sequences of one optimizer step, at most, summed over all "
+        "data-parallel ranks.",
+    )
+    micro_batch_size: int = Field(
+        default=1,
+        ge=1,
+        description="Packed sequences in one forward pass of a rank. Gradient accumulation does "
+        "the rest.",
+    )
+
+
+class LossSection(Section):
+    """The training objective (C2)."""
+
+    weighting: Literal["token", "example", "constant"] = Field(
+        default="token",
+        description="token: mean over the trained tokens of the global batch; example: mean over "
+        "the documents' means; constant: sum over tokens divided by `constant_tokens`.",
+    )
+    constant_tokens: int | None = Field(
+        default=None, ge=1, description="Divisor of `weighting: constant`, in tokens."
+    )
+    neftune_alpha: float = Field(
+        default=0.0, ge=0, description="NEFTune noise on the embeddings. 0: off; 5 is usual."
+    )
+    kernel: Literal["auto", "liger", "chunked", "reference"] = Field(
+        default="auto", description="Cross-entropy kernel. auto: liger on CUDA, else chunked."
+    )
+
+    @model_validator(mode="after")
+    def _divisor_given(self) -> LossSection:
+        check_belongs(
+            "constant_tokens",
+            self.constant_tokens is not None,
+            "weighting: constant",
+            self.weighting == "constant",
+            required=True,
+        )
+        return self
+
+
+class OptimSection(Section):
+    """AdamW and its learning rate schedule. The rate depends on the step alone."""
+
+    lr: float = Field(
+        default=2e-5,
+        gt=0,
+        description=f"Peak learning rate. With an `adapter` the default is {ADAPTER_LR:g}.",
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's beta1 and beta2.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(
+        default=0.1, ge=0, description="AdamW's weight decay on matrices. Norms and biases have 0."
+    )
+    decay_embeddings: bool = Field(
+        default=True, description="Apply weight decay to the embeddings, too."
+    )
+    warmup_ratio: float = Field(
+        default=0.03, ge=0, lt=1, description="Linear warm-up, as a share of all steps."
+    )
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine",
+        description="Learning rate after the warm-up. wsd: warm-up, stable, decay.",
+    )
+    wsd_decay: float = Field(
+        default=0.2, gt=0, le=1, description="Decay phase of wsd, as a share of all steps."
+    )
+    min_lr_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="Learning rate of the last step, as a share of `lr`."
+    )
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="Gradients are clipped to this global L2 norm."
+    )
+
+
+class TrainSection(Section):
+    """How long the run trains, and its seed."""
+
+    epochs: int = Field(default=1, ge=1, description="Passes over the training data.")
+    steps: int | None = Field(
+        default=None, ge=1, description="Optimizer steps. If given, `epochs` does not count."
+    )
+    seed: int = Field(
+        default=0, description="Seed of the data order, dropout, noise and random weights."
+    )
+
+
+class ParallelSection(Section):
+    """What depends on the hardware. Nothing here changes what is learned."""
+
+    deepspeed: str = Field(
+        default="ds_configs/zero3.json",
+        description="DeepSpeed configuration: ZeRO stage and offload. Batch sizes and the "
+        "optimizer come from the recipe.",
+    )
+    grad_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Data type of gradient accumulation and all-reduce. bfloat16 makes the result "
+        "depend on the number of GPUs and the micro-batch size.",
+    )
+    allow_idle_ranks: bool = Field(
+        default=False, description="Allow more ranks than a step has micro-batches."
+    )
+
+
+class CheckpointSection(Section):
+    """When the training state is saved, and how many checkpoints are kept."""
+
+    every_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps between checkpoints. null: only the last step saves, as it always does.",
+    )
+    keep: int = Field(
+        default=3,
+        ge=1,
+        description="Newest checkpoints to keep. Older ones are deleted after a new one is "
+        "complete.",
+    )
+    asynchronous: bool | None = Field(
+        default=None,
+        description="Write in the background from a copy in CPU memory. null: do so if the copy "
+        "leaves half of the free memory.",
+    )
+    before_timeout_s: float | None = Field(
+        default=None,
+        ge=0,
+        description="Seconds before the end of the Slurm job at which the run saves and stops, if "
+        "that end is known.",
+    )
+
+
+class RunSection(Section):
+    """The run folder and what is written to it."""
+
+    dir: str = Field(description="The run folder. All nodes must share it.")
+    log_every: int = Field(default=1, ge=1, description="Steps between log lines.")
+    trace: bool = Field(
+        default=False,
+        description="Write trace.jsonl: documents, loss, gradient norm and settings of each step.",
+    )
+    profile_steps: tuple[int, int] | None = Field(
+        default=None,
+        description="First and last step to record with torch.profiler, as `[10, 12]`, in the "
+        "run folder's profile/.",
+    )
+    stop_after: int | None = Field(
+        default=None,
+        ge=1,
+        description="Save and exit with 75 after this step, as on a signal. The learning rate "
+        "schedule does not change.",
+    )
+
+    @model_validator(mode="after")
+    def _steps_in_order(self) -> RunSection:
+        if self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError("`profile_steps` is [first, last], counted from 1")
+        return self
+
+
+Rule = Literal["stop", "skip", "rollback"]
+
+
+class GuardSection(Section):
+    """What happens when a step goes wrong. stop: end the run; skip: do not apply the step;
+    rollback: resume from the last checkpoint and leave the step out.
+    """
+
+    non_finite: Rule = Field(
+        default="stop", description="At a gradient that is not finite (NaN or infinite)."
+    )
+    spike: Rule = Field(default="stop", description="At a loss spike.")
+    spike_factor: float | None = Field(
+        default=None,
+        gt=1,
+        description="A loss is a spike above this many times the median of the last 50. null: "
+        "losses are not checked.",
+    )
+    max_skipped_steps: int = Field(
+        default=3, ge=0, description="The run stops when more steps than these would be left out."
+    )
+    hang_timeout_s: float = Field(
+        default=900.0,
+        gt=0,
+        description="Seconds without progress after which the run counts as hung and ends with "
+        "exit code 1. Ten times the usual pause counts instead if that is longer.",
+    )
