@@ -1,8 +1,7 @@
-"""What a run reports: one JSON line and the TensorBoard scalars of each logged step (C11).
+"""Report a run: a line of metrics.jsonl and the TensorBoard scalars of each logged step (C11).
 
-In: step results, batches, the clock. Out: `metrics.jsonl`, `tensorboard/`, `profile/`, lines on the
-    terminal.
-Sums stay on the device until a line is due; then one reduction over all ranks makes it.
+In: step results, batches, the clock. Out: metrics.jsonl, tensorboard/, profile/ and lines on the
+terminal. Sums stay on the device until a line is due; then one reduction over all ranks makes it.
 """
 
 from __future__ import annotations
@@ -22,7 +21,8 @@ from trainer import dist
 from trainer.datatypes import Batch, StepPlan, StepResult
 from trainer.utils.files import read_json_lines, write_synced
 
-# Dense bf16 FLOP/s as the makers state them; the longest name that fits a device is taken.
+# Dense bf16 FLOP/s from the makers' data sheets. The longest name that a device's name contains
+# counts, so that an "H100 PCIe" is not taken for an H100.
 _PEAK_FLOPS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
@@ -38,7 +38,7 @@ _PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's stated dense bf16 FLOP/s; None where nobody states one (a CPU, an unknown card)."""
+    """Return the device's dense bf16 FLOP/s, or None for a CPU or an unknown card."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -48,12 +48,13 @@ def peak_flops(device: torch.device) -> float | None:
 
 @dataclass(frozen=True)
 class ModelFlops:
-    """Training FLOPs that a model needs: 6 a weight and token, as Kaplan et al. 2020 count them,
-    and 6 a layer for each channel of attention and pair of positions (causal pairs: half of L^2,
-    scores and values).
+    """What the FLOPs of training a model follow from.
 
-    A frozen weight takes 4, as it has no gradient of its own, and counts as two thirds of one.
-    The head is counted where it is used: at trained positions. Recomputation is not counted.
+    6 FLOPs a weight and token (Kaplan et al. 2020, section 2.1), and 6 a layer, channel of
+    attention and squared document length: scores and values are two products of 2 FLOPs over half
+    of L^2 causal pairs, and the backward takes twice the forward. A frozen weight takes 4 FLOPs, as
+    it has no gradient of its own, and counts as two thirds of a weight. The head is counted at
+    trained positions, where it is used. Recomputation is not counted.
     """
 
     # used by every token: matrices but for embeddings and head; of experts, the chosen ones
@@ -61,13 +62,22 @@ class ModelFlops:
     head_weights: int
     attention_channels: int  # heads x head size, summed over the layers that attend
 
+    def count(self, tokens: float, trained: float, pairs: float) -> float:
+        """Return the FLOPs of a forward and a backward.
+
+        Args:
+            trained: tokens that are trained, at which the head is used.
+            pairs: the sum of the documents' squared lengths.
+        """
+        return 6.0 * (
+            self.body_weights * tokens
+            + self.head_weights * trained
+            + self.attention_channels * pairs
+        )
+
     def of(self, batch: Batch) -> float:
         pairs = sum(length * length for length in batch.lengths)
-        return (
-            6.0 * self.body_weights * batch.tokens
-            + 6.0 * self.head_weights * batch.trained_tokens
-            + 6.0 * self.attention_channels * pairs
-        )
+        return self.count(batch.tokens, batch.trained_tokens, pairs)
 
 
 def model_flops(model: Any) -> ModelFlops:
@@ -86,20 +96,18 @@ def model_flops(model: Any) -> ModelFlops:
     body = 0.0
     for name, parameter in model.named_parameters():
         if id(parameter) not in embeddings:
-            body += _weights(parameter) * (share if ".experts." in name else 1.0)
-    head = int(sum(_weights(p) for p in model.get_output_embeddings().parameters()))
-    head_size = (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    layer_types = (
-        getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    )
-    attending = sum("attention" in kind and "linear" not in kind for kind in layer_types)
-    return ModelFlops(int(body), head, head_size * config.num_attention_heads * attending)
+            body += _count_weights(parameter) * (share if ".experts." in name else 1.0)
+    head = int(sum(_count_weights(p) for p in model.get_output_embeddings().parameters()))
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    layers = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    attending = sum("attention" in kind and "linear" not in kind for kind in layers)
+    return ModelFlops(int(body), head, head_size * heads * attending)
 
 
-def _weights(parameter: Any) -> float:
-    """Of a parameter, sharded or in 4 bits, as ModelFlops counts them."""
+def _count_weights(parameter: Any) -> float:
+    # ZeRO-3 leaves an empty tensor and the size in `ds_numel`; bitsandbytes packs two 4-bit weights
+    # into a byte and keeps the shape in `quant_state`
     quantised = getattr(parameter, "quant_state", None)
     count = (
         quantised.shape.numel() if quantised else getattr(parameter, "ds_numel", parameter.numel())
@@ -111,15 +119,18 @@ def _weights(parameter: Any) -> float:
 
 
 class Clock:
-    """Seconds spent in named parts of steps. On a GPU, events mark the parts and nothing waits
+    """Seconds spent in named parts of steps. On a GPU, events mark the parts, and nothing waits
     until `read`.
+
+    Args:
+        beat: called with the name of each part as it begins.
     """
 
     def __init__(
         self, device: torch.device, beat: Callable[[str], None] = lambda part: None
     ) -> None:
         self._on_gpu = device.type == "cuda"
-        self._beat = beat  # told of each part as it begins
+        self._beat = beat
         self._spans: list[tuple[str, Any, Any]] = []
 
     def _mark(self, host: bool) -> Any:
@@ -131,14 +142,14 @@ class Clock:
 
     @contextmanager
     def part(self, name: str, host: bool = False) -> Iterator[None]:
-        """Time what runs inside; `host` for work that the host itself waits on, as reading data."""
+        """Time what runs inside; `host` for work that the host waits for, as reading data."""
         self._beat(name)
         start = self._mark(host)
         yield
         self._spans.append((name, start, self._mark(host)))
 
     def read(self) -> dict[str, float]:
-        """Seconds by part since the last reading."""
+        """Return the seconds by part since the last reading. Waits for the GPU."""
         if self._on_gpu:
             torch.cuda.synchronize()
         seconds: dict[str, float] = {}
@@ -154,23 +165,28 @@ _PARTS = ("data", "forward", "backward", "optimizer", "checkpoint")
 
 # ------------------------------------------------------------------------------------------ the log
 
-EVALUATIONS = "evaluations.jsonl"  # of a run folder: a line for each evaluation that ended
-_STEPS_MEASURED = 3  # after which a GPU's memory is compared with the plan
+EVALUATIONS = "evaluations.jsonl"  # in the run folder: a line for each evaluation that ended
+_STEPS_MEASURED = 3  # after which a GPU's memory is compared with the prediction
+# summed between two lines, then over ranks
+_SUMS = ("tokens", "trained", "sequences", "fillers", "micro_batches", "flops", "seconds")
 
 
 def memory_line(predicted: int, allocated: int, reserved: int) -> str:
-    """Bytes predicted and measured, as a sentence."""
+    """Return a sentence about a GPU's peak memory, from bytes predicted and measured."""
     gib = [f"{size / 2**30:.1f} GiB" for size in (predicted, allocated, reserved)]
     off = f"{(allocated - predicted) / predicted:+.0%}"
-    return f"memory of a GPU at its peak: predicted {gib[0]}, measured {gib[1]} ({off}), reserved {gib[2]}"
+    return (
+        f"memory of a GPU at its peak: predicted {gib[0]}, measured {gib[1]} ({off}), "
+        f"reserved {gib[2]}"
+    )
 
 
 class Metrics:
     """Accumulates steps and writes a line every `log_every` of them. Only rank 0 writes.
 
-    On a resume from step k, lines of later steps, which a killed run left, are dropped: the files
-    read as if the run had never been stopped. So is what an evaluation of step k left that does not
-    stand in EVALUATIONS: it did not end, and is made anew.
+    A resume at step k drops the lines of later steps, which a killed run left, so that the files
+    read as if the run had never been stopped. It also drops what an evaluation of step k logged
+    unless that stands in EVALUATIONS: it did not end, and is repeated.
     """
 
     def __init__(
@@ -185,7 +201,7 @@ class Metrics:
     ) -> None:
         self.clock = Clock(dist.device(), beat)
         self._log_every = log_every
-        self._row_tokens = seq_len
+        self._seq_len = seq_len
         self._flops = flops
         self._peak = peak_flops(dist.device())
         self._writer = self._board = None
@@ -198,115 +214,95 @@ class Metrics:
             )
             for name in ("metrics.jsonl", "samples.jsonl", "trace.jsonl"):
                 _drop_lines_after(run_dir / name, resumed_at, None if evaluated else resumed_at)
+            # line-buffered: a killed run loses no line that was logged
             self._writer = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
             self._board = SummaryWriter(
                 str(run_dir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None
             )
-        self._predicted: tuple[int, int] | None = None  # bytes, and steps until they are compared
-        self._real_tokens = 0.0
-        self._real_seconds = 0.0
+        self._expected_memory: tuple[int, int] | None = None  # bytes, and steps until compared
+        self._all_tokens = self._all_seconds = 0.0
         self._reset()
 
     def _reset(self) -> None:
+        # a device tensor: reading the loss at every step would make the host wait for the GPU
         self._loss = torch.zeros((), dtype=torch.float64, device=dist.device())
-        self._steps = self._tokens = self._trained = self._rows = self._fillers = (
-            self._micro_batches
-        ) = 0
-        self._flop = self._seconds = 0.0
+        self._steps = 0
+        self._sums = dict.fromkeys(_SUMS, 0.0)
 
-    def predict(self, gpu_bytes: int) -> None:
-        """What the planner expects of a GPU at the peak of a step: after a few steps it is logged
-        beside what is.
-        """
-        self._predicted = (gpu_bytes, _STEPS_MEASURED)
+    def expect_memory(self, gpu_bytes: int) -> None:
+        """Log the planned peak of a GPU's memory beside the measured one, after a few steps."""
+        self._expected_memory = (gpu_bytes, _STEPS_MEASURED)
         torch.cuda.reset_peak_memory_stats()
 
     def _compare_memory(self) -> None:
-        expected, left = self._predicted or (0, 0)
-        self._predicted = (expected, left - 1) if left > 1 else None
+        expected, left = self._expected_memory or (0, 0)
+        self._expected_memory = (expected, left - 1) if left > 1 else None
         if left == 1:
             peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
             dist.log.info(memory_line(expected, *peaks))
 
     def begin_step(self) -> None:
-        """A step's time runs from here to `step`: evaluation and saving lie outside."""
+        """Start the time of a step, which `step` ends: evaluation and saving lie outside."""
         self._begun = time.perf_counter()
 
     def step(
         self, plan: StepPlan, result: StepResult, batches: list[Batch], lr: float
     ) -> dict[str, float] | None:
-        """Count one step; returns the line that was logged, on the steps where one is due, on every
-        rank.
-        """
+        """Count one step. If a line is due, log it and return it, on every rank; else None."""
         self._compare_memory()
         self._loss += result.loss
         self._steps += 1
         for batch in batches:
-            self._tokens += batch.tokens
-            self._trained += batch.trained_tokens
-            self._rows += len(batch.sequence_ids)
-            self._fillers += batch.is_filler
-            self._micro_batches += 1
-            self._flop += self._flops.of(batch)
+            self._sums["tokens"] += batch.tokens
+            self._sums["trained"] += batch.trained_tokens
+            self._sums["sequences"] += len(batch.sequence_ids)
+            self._sums["fillers"] += batch.is_filler
+            self._sums["micro_batches"] += 1
+            self._sums["flops"] += self._flops.of(batch)
         due = (plan.step + 1) % self._log_every == 0
-        parts = self.clock.read() if due else {}  # waits for the GPU, so before the time is taken
-        self._seconds += time.perf_counter() - self._begun
+        # waits for the GPU, so it comes before the time is taken
+        parts = self.clock.read() if due else {}
+        self._sums["seconds"] += time.perf_counter() - self._begun
         if not due:
             return None
-        line = self._line(plan, result, lr, parts)
+        line = self._make_line(plan, result, lr, parts)
         self.write(plan.step + 1, line)
         self._reset()
         return line
 
-    def _line(
+    def _make_line(
         self, plan: StepPlan, result: StepResult, lr: float, parts: dict[str, float]
     ) -> dict[str, float]:
-        counted = [
-            float(self._loss),
-            self._tokens,
-            self._trained,
-            self._rows,
-            self._fillers,
-            self._micro_batches,
-        ]
+        """Return the metrics of the steps since the last line, over all ranks."""
         host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         parts_s = [parts.get(part, 0.0) for part in _PARTS]
-        sums = dist.sum_over_ranks([*counted, self._flop, self._seconds, host_gib, *parts_s])
-        (
-            loss,
-            tokens,
-            trained,
-            rows,
-            fillers,
-            micro_batches,
-            flop,
-            seconds,
-            host_gib,
-            *part_seconds,
-        ) = sums
+        loss, host_gib, *sums = dist.sum_over_ranks(
+            [float(self._loss), host_gib, *self._sums.values(), *parts_s]
+        )
+        total, parts_s = dict(zip(_SUMS, sums, strict=False)), sums[len(_SUMS) :]
         world = dist.world_size()
-        seconds /= world
-        self._real_tokens += tokens
-        self._real_seconds += seconds
+        seconds = total["seconds"] / world
+        self._all_tokens += total["tokens"]
+        self._all_seconds += seconds
         line = {
             "train/loss": loss / self._steps,
             "train/lr": lr,
             "train/grad_norm": result.grad_norm,
             "train/epoch": plan.epoch,
-            "train/trained_tokens": trained / self._steps,
-            "perf/tokens_per_s": tokens / seconds,
-            "perf/trained_tokens_per_s": trained / seconds,
-            "perf/filler_share": fillers / micro_batches,
+            "train/trained_tokens": total["trained"] / self._steps,
+            "perf/tokens_per_s": total["tokens"] / seconds,
+            "perf/trained_tokens_per_s": total["trained"] / seconds,
+            "perf/filler_share": total["fillers"] / total["micro_batches"],
             "perf/step_s": seconds / self._steps,
             **{
-                f"perf/{p}_s": s / world / self._steps
-                for p, s in zip(_PARTS, part_seconds, strict=True)
+                f"perf/{part}_s": part_s / world / self._steps
+                for part, part_s in zip(_PARTS, parts_s, strict=True)
             },
-            "pack/fill": tokens / (rows * self._row_tokens),
+            "pack/fill": total["tokens"] / (total["sequences"] * self._seq_len),
             "mem/host_peak_gib": host_gib,
         }
         if self._peak:
-            line["perf/mfu"] = flop / seconds / world / self._peak
+            line["perf/mfu"] = total["flops"] / seconds / world / self._peak
         if dist.device().type == "cuda":
             line["mem/gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             line["mem/gpu_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
@@ -314,12 +310,14 @@ class Metrics:
 
     @property
     def tokens_per_s(self) -> float:
-        """Real tokens a second over all logged steps of this start."""
-        return self._real_tokens / self._real_seconds if self._real_seconds else 0.0
+        """Tokens per second without fillers, over all logged steps of this start."""
+        return self._all_tokens / self._all_seconds if self._all_seconds else 0.0
 
     def write(self, step: int, line: dict[str, float]) -> None:
-        """One JSON line and the same names in TensorBoard. `step` counts applied steps, from 1; 0
-        is before any.
+        """Write a JSON line and the same names to TensorBoard.
+
+        Args:
+            step: steps of the plan that are done; 0 is before any.
         """
         if self._writer is None or self._board is None:
             return
@@ -327,7 +325,8 @@ class Metrics:
         for name, value in line.items():
             self._board.add_scalar(name, value, step)
 
-    def text(self, name: str, markdown: str, step: int | None = None) -> None:
+    def write_text(self, name: str, markdown: str, step: int | None = None) -> None:
+        """Write a text to TensorBoard."""
         if self._board is not None:
             self._board.add_text(name, markdown, step)
 
@@ -337,17 +336,17 @@ class Metrics:
             self._board.close()
 
 
-def _drop_lines_after(path: Path, step: int, remade: int | None) -> None:
-    """Keep a file's lines up to `step`, without the evaluation at step `remade`."""
+def _drop_lines_after(path: Path, step: int, repeated: int | None) -> None:
+    """Keep a file's lines up to `step`, without the evaluation at step `repeated`."""
     if not path.is_file():
         return
     lines = read_json_lines(path, may_be_torn=True)
     with path.open(encoding="utf-8", errors="replace") as file:
-        # as they were written; a torn last line has no object and falls out
+        # texts as they were written; a torn last line has no object, and `zip` leaves it out
         texts = [
             text.removesuffix("\n") + "\n"
             for text, line in zip(file, lines, strict=False)
-            if line["step"] <= step and not (line["step"] == remade and "train/loss" not in line)
+            if line["step"] <= step and not (line["step"] == repeated and "train/loss" not in line)
         ]
     write_synced(path, "".join(texts))
 
@@ -356,8 +355,10 @@ def _drop_lines_after(path: Path, step: int, remade: int | None) -> None:
 
 
 class Profiler:
-    """A torch.profiler trace of the steps that the recipe names, for TensorBoard's plug-in and
-    Perfetto.
+    """Writes a torch.profiler trace of steps, for TensorBoard and Perfetto. Only rank 0 profiles.
+
+    Args:
+        steps: the first and the last profiled step, counted from 1; None for no trace.
     """
 
     def __init__(self, steps: tuple[int, int] | None, run_dir: Path) -> None:
@@ -366,15 +367,13 @@ class Profiler:
         self._profile: Any = None
 
     def before(self, step: int) -> None:
-        """Call before step `step` (from 0)."""
+        """Start at the first profiled step. Call it before step `step`, counted from 0."""
         if self._steps and step + 1 == self._steps[0]:
             from torch.profiler import ProfilerActivity, profile, tensorboard_trace_handler
 
-            activities = [ProfilerActivity.CPU] + [
-                ProfilerActivity.CUDA
-            ] * torch.cuda.is_available()
+            on_gpu = torch.cuda.is_available()
             self._profile = profile(
-                activities=activities,
+                activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu,
                 record_shapes=True,
                 profile_memory=True,
                 on_trace_ready=tensorboard_trace_handler(str(self._folder)),
@@ -382,7 +381,7 @@ class Profiler:
             self._profile.start()
 
     def after(self, step: int) -> None:
-        """Call after step `step` (from 0)."""
+        """Stop after the last profiled step. Call it after step `step`, counted from 0."""
         if self._profile and self._steps and step + 1 >= self._steps[1]:
             self._profile.stop()
             self._profile = None

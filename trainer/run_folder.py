@@ -1,10 +1,15 @@
-"""What a run leaves in its folder beside checkpoints and metrics: the recipe, where it ran, what
-became of it.
+"""Write what a run leaves in its folder beside checkpoints and metrics.
 
-recipe.yaml   environment.json   data.json   data.png   rejects.jsonl   summary.json   stop.json   trace.jsonl
+    recipe.yaml        the resolved recipe
+    environment.json   versions, device, number of ranks
+    data.json          counts of the prepared data; data.png a picture of them
+    rejects.jsonl      rows that were left out for a fault
+    summary.json       metrics before and after, written when the run is done
+    stop.json          the step at which the run was stopped on request
+    trace.jsonl        if run.trace: what each step was made of
 
-Where the training data grows, data.json has the shards that were known at the start; shards.jsonl
-has them all.
+If the training data streams, data.json has the shards that were known at the start; shards.jsonl
+has all of them.
 """
 
 from __future__ import annotations
@@ -33,27 +38,24 @@ _LENGTHS = ("train.epochs", "train.steps")
 
 
 def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> None:
-    """Make the folder and save the resolved recipe; a folder with checkpoints must be this
-    recipe's. Without one the recipe may change, and the log of shards, if another recipe wrote one,
-    is begun anew.
+    """Make the folder and save the resolved recipe.
+
+    A folder with checkpoints must hold a run of this recipe. Without checkpoints the recipe may
+    change; then another recipe's log of shards and its evaluations are deleted.
 
     Args:
-        extend: it may be of fewer epochs or steps (C8).
+        extend: the saved recipe may have fewer epochs or steps (C8).
 
     Raises:
         BadInput: the folder holds a run of another recipe (C8), or cannot be written.
     """
     saved = run_dir / "recipe.yaml"
     has_checkpoint = any((run_dir / "checkpoints").glob("step-*"))
-    if (
-        not has_checkpoint
-        and saved.is_file()
-        and saved.read_text(encoding="utf-8") != recipe.to_yaml()
-    ):
-        (run_dir / EVALUATIONS).unlink(
-            missing_ok=True
-        )  # the untrained model of another recipe may be another one
-    if saved.is_file() and (has_checkpoint or (run_dir / LOG).is_file()):
+    text = saved.read_text(encoding="utf-8") if saved.is_file() else None
+    if not has_checkpoint and text not in (None, recipe.to_yaml()):
+        # the untrained model of another recipe may be another model
+        (run_dir / EVALUATIONS).unlink(missing_ok=True)
+    if text is not None and (has_checkpoint or (run_dir / LOG).is_file()):
         before, now = load_recipe(saved).fixed(), recipe.fixed()
         changed = [key for key in now if now[key] != before.get(key)]
         shown = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
@@ -75,28 +77,33 @@ def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> N
 
 
 def require_shared(run_dir: Path) -> None:
-    """Raises BadInput where nodes do not see one and the same run folder: each writes a file that
-    all look for (C7).
+    """Check that all nodes see the same run folder: each writes a file that all look for (C7).
 
-    Packhorse's launchers have looked before (launch/preflight.py); torchrun's do not.
+    Packhorse's launchers have checked it before (launch/preflight.py); torchrun does not.
+
+    Raises:
+        BadInput: a node does not see another one's file; on every rank.
     """
     if dist.local_world_size() == dist.world_size():
         return
+    # the random part keeps a file of a killed start from being taken for this start's
     name = f".node-of-rank-%d-{dist.broadcast(secrets.token_hex(8))}"
     mine = run_dir / (name % dist.rank())
     if dist.local_rank() == 0 and run_dir.is_dir():
         mine.touch()
+    # `gather` is also the barrier: all files are written before the first is looked for, and all
+    # are found before the first is deleted
     nodes = [rank for rank, leads in enumerate(dist.gather(dist.local_rank() == 0)) if leads]
     unseen = dist.gather([rank for rank in nodes if not (run_dir / (name % rank)).exists()])
     mine.unlink(missing_ok=True)
     if any(unseen):
         raise BadInput(
             f"run.dir: {run_dir} is not the same folder on all nodes; put it on a file system that "
-            f"all of them share"
+            "all of them share"
         )
 
 
-def describe(
+def write_description(
     recipe: Recipe,
     run_dir: Path,
     train_data: TrainData,
@@ -104,8 +111,11 @@ def describe(
     eval_data: Prepared | None,
     metrics: Metrics,
 ) -> None:
-    """environment.json, data.json, data.png, rejects.jsonl, and the recipe as text in TensorBoard."""
+    """Write environment.json, data.json, data.png and rejects.jsonl, and the recipe as a text to
+    TensorBoard.
+    """
     packages = ("torch", "deepspeed", "transformers", "datasets", "tokenizers")
+    on_gpu = torch.cuda.is_available()
     write_json(
         run_dir / "environment.json",
         {
@@ -113,18 +123,15 @@ def describe(
             "python": platform.python_version(),
             "platform": platform.platform(),
             "packages": {name: version(name) for name in packages},
-            "device": torch.cuda.get_device_name()
-            if torch.cuda.is_available()
-            else platform.processor() or "cpu",
+            "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
             "world_size": dist.world_size(),
         },
     )
     if isinstance(train_data, Prepared):
         summary.write(run_dir, train_data, plan, eval_data)
     else:
-        write_json(
-            run_dir / "data.json", {"train": train_data.report, **summary.of_eval(eval_data)}
-        )
+        content = {"train": train_data.report, **summary.of_eval(eval_data)}
+        write_json(run_dir / "data.json", content)
     rejects = [
         data.rejects_path.read_text(encoding="utf-8")
         for data in (train_data, eval_data)
@@ -132,69 +139,64 @@ def describe(
     ]
     write_synced(run_dir / "rejects.jsonl", "".join(rejects))
     rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.fixed().items())
-    metrics.text("recipe", f"| key | value |\n|---|---|\n{rows}")
+    metrics.write_text("recipe", f"| key | value |\n|---|---|\n{rows}")
 
 
-def summarise(
+def write_summary(
     run_dir: Path,
     steps: int,
     tokens_per_s: float,
     skipped_steps: int,
     best: dict[str, Any] | None = None,
 ) -> None:
-    """summary.json: the numbers before and after, read back from the log, the best step's, and one
-    sample.
+    """Write summary.json: the metrics before and after, read back from the log; the best step's;
+    and one sample.
     """
+    logged = read_json_lines(run_dir / "metrics.jsonl")
     evaluated = {
-        line["step"]: line
-        for line in read_json_lines(run_dir / "metrics.jsonl")
+        line["step"]: {key: value for key, value in line.items() if key.startswith("eval/")}
+        for line in logged
         if "eval/loss" in line
     }
-    numbers = {
-        at: {k: v for k, v in line.items() if k.startswith("eval/")}
-        for at, line in evaluated.items()
-    }
-    of_last = [
-        sample for sample in read_json_lines(run_dir / "samples.jsonl") if sample["step"] == steps
-    ]
+    samples = read_json_lines(run_dir / "samples.jsonl")
+    environment = json.loads((run_dir / "environment.json").read_text())
     write_json(
         run_dir / "summary.json",
         {
-            "before": numbers.get(0, {}),
-            "after": numbers.get(steps, {}),
+            "before": evaluated.get(0, {}),
+            "after": evaluated.get(steps, {}),
             "steps": steps,
             "best": best,
             "skipped_steps": skipped_steps,
             "tokens_per_s": tokens_per_s,
-            "sample": of_last[0] if of_last else None,
-            "versions": json.loads((run_dir / "environment.json").read_text())["packages"],
+            "sample": next((sample for sample in samples if sample["step"] == steps), None),
+            "versions": environment["packages"],
         },
     )
 
 
 def is_done(run_dir: Path, steps: int) -> bool:
-    """Whether a run of so many steps has ended here, and not one that has been extended since."""
+    """Return whether a run of so many steps has ended here, and was not extended since."""
     summary = run_dir / "summary.json"
     return summary.is_file() and json.loads(summary.read_text())["steps"] == steps
 
 
 def write_stop(run_dir: Path, step: int) -> None:
-    """stop.json, which makes the launcher end with 75: run me again."""
+    """Write stop.json, by which the launcher knows to end with exit code 75: run me again."""
     if dist.is_main():
         write_json(run_dir / STOP_FILE, {"step": step})
         where = f"after step {step}" if step else "before the first step"
-        dist.log.info("stopped on request %s; the same command goes on from there", where)
+        dist.log.info("stopped on request %s; run the same command to continue", where)
 
 
 def write_trace(
     run_dir: Path, engine: Engine, step: int, batches: list[Batch], result: StepResult
 ) -> None:
-    """A line of what the step was made of: documents as (epoch, document, piece), loss, norm,
-    hyperparameters.
+    """Append what a step was made of to trace.jsonl: documents as (epoch, document, piece), loss,
+    gradient norm and hyperparameters. Every rank calls it.
     """
-    keys = dist.gather(
-        [key for batch in batches if not batch.is_filler for key in batch.document_keys]
-    )
+    own_keys = [key for batch in batches if not batch.is_filler for key in batch.document_keys]
+    keys = dist.gather(own_keys)
     loss = dist.sum_over_ranks([result.loss.item()])[0]
     if dist.is_main():
         line = {

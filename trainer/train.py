@@ -32,7 +32,7 @@ from trainer.engine.optim import learning_rate, parameter_groups
 from trainer.estimate.report import predicted
 from trainer.eval.evaluator import Evaluation
 from trainer.eval.generate import stop_tokens
-from trainer.eval.vllm_server import check_generator
+from trainer.eval.server_answers import check_server
 from trainer.guard import Guard, StepNotApplied
 from trainer.hang_watchdog import Watch
 from trainer.loop import TrainingRun, is_due, train_loop
@@ -42,12 +42,12 @@ from trainer.model.lora import require_stage
 from trainer.model.packing_check import prove_packing
 from trainer.model.sft import SftModel
 from trainer.run_folder import (
-    describe,
     is_done,
     open_run_folder,
     require_shared,
-    summarise,
+    write_description,
     write_stop,
+    write_summary,
     write_trace,
 )
 from trainer.utils.cpu_speed import EMULATED_FROM, bf16_slowdown
@@ -71,7 +71,7 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
     if dist.is_main():
         stop_before_timeout(recipe, stop)
         open_run_folder(recipe, run_dir, extend=extend)
-        check_generator(recipe)
+        check_server(recipe)
     tokenizer = load_tokenizer(recipe.model)
     # No process group yet: preparation may take longer than any collective's time-out (C10).
     try:
@@ -168,7 +168,7 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
 
     log_schedule(prepared, first_step)
     if peak_bytes:
-        metrics.predict(peak_bytes)
+        metrics.expect_memory(peak_bytes)
     with loader, Saver(run_dir, engine, recipe.checkpoint) as saver:
         run = TrainingRun(
             recipe=recipe,
@@ -199,7 +199,7 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
         # The last evaluation may have chosen the last step as the best.
         checkpoint.point_at_best(run_dir / "checkpoints", best.step)
         skipped = len(guard.skipped_steps)
-        summarise(run_dir, plan.steps, metrics.tokens_per_s, skipped, best.summary())
+        write_summary(run_dir, plan.steps, metrics.tokens_per_s, skipped, best.summary())
     metrics.close()
     return "ended"
 
@@ -213,12 +213,12 @@ def build_evaluation(
     model.generation_config.eos_token_id = stop_tokens(model, masker.stop_token_ids)
     if dist.is_main():
         train_data, eval_data = prepared.train_data, prepared.eval_data
-        describe(recipe, run_dir, train_data, prepared.plan, eval_data, metrics)
+        write_description(recipe, run_dir, train_data, prepared.plan, eval_data, metrics)
         save_description(model, prepared.tokenizer, run_dir)
     if recipe.eval.lm_eval:
         dist.log.info("eval.lm_eval is not run in training: `packhorse eval %s RECIPE`", run_dir)
     eval_data, stop = prepared.eval_data, prepared.stop
-    return Evaluation(recipe, run_dir, engine, eval_data, masker, metrics, stop, watch, best.look)
+    return Evaluation(recipe, run_dir, engine, eval_data, masker, metrics, stop, watch, best.update)
 
 
 def log_schedule(prepared: PreparedRun, first_step: int) -> None:

@@ -19,7 +19,7 @@ from tests.numerics.generation import CHOICES, SAMPLED
 from tests.ranks import ROOT, run_ranks
 from trainer.config.recipe import load_recipe
 from trainer.dist import seed_from
-from trainer.eval.generate import draw
+from trainer.eval.generate import sample_tokens
 from trainer.model.load import load_model, load_tokenizer
 
 TEMPLATES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_all")
@@ -64,9 +64,8 @@ class Alone:
         generator, tokens = torch.Generator().manual_seed(seed), list(prompt)
         for _ in range(NEW):
             uniform = torch.rand(1, 1, generator=generator, dtype=torch.float64)
-            token = int(
-                draw(self.logprobs(tokens)[-1:], SAMPLED["temperature"], SAMPLED["top_p"], uniform)
-            )
+            likely = self.logprobs(tokens)[-1:]
+            token = int(sample_tokens(likely, SAMPLED["temperature"], SAMPLED["top_p"], uniform))
             if token in stops:
                 break
             tokens.append(token)

@@ -201,7 +201,7 @@ def test_a_damaged_checkpoint_is_named_and_the_last_good_one_used(
     shutil.copytree(with_two, run.folder)
     damage(run.folder / "checkpoints" / "step-000004")
     run.finish(1)
-    assert re.search(r"passing over \S+step-000004: ", run.said)
+    assert re.search(r"skipping the damaged checkpoint \S+step-000004: ", run.said)
     assert re.search(r"resuming from \S+step-000002,", run.said)
     assert_same(run.folder, whole[1])
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from tests.model_helpers import relative
 from tests.ranks import ROOT, run_ranks
 from trainer.checkpoint.checkpoint import open_newest
-from trainer.checkpoint.hf_export import TOLERANCE, _as_trained, export
+from trainer.checkpoint.hf_export import TOLERANCE, _load_trained, export
 from trainer.config.recipe import load_recipe
 from trainer.datatypes import BadInput
 from trainer.metrics import EVALUATIONS
@@ -111,7 +111,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def trained(run: Path) -> torch.Tensor:
     """The logits of the model as it was trained."""
-    model = _as_trained(load_recipe(run / "recipe.yaml"), *open_newest(run))
+    model = _load_trained(load_recipe(run / "recipe.yaml"), *open_newest(run))
     model.set_attn_implementation("sdpa")
     return logits(model)
 

@@ -80,7 +80,7 @@ def results(work: Path) -> list[Path]:
                 f"data.cache={work / 'cache'}",
                 "eval.generate=null",
             ),
-            *("eval.lm_eval=[sums]", f"eval.lm_eval_path={work / 'tasks'}"),
+            f"eval.lm_eval=[{work / 'tasks' / 'sums'}]",
         ]
         env = os.environ | {
             "OMP_NUM_THREADS": "1",
@@ -140,7 +140,7 @@ def test_two_models_are_compared_question_by_question(work: Path, results: list[
 
 def test_an_unknown_task_is_told_with_the_nearest(work: Path) -> None:
     with pytest.raises(BadInput, match="has no task `sumss`; the nearest: sums"):
-        require_tasks(EvalSection(lm_eval=("sumss",), lm_eval_path=str(work / "tasks")))
+        require_tasks(EvalSection(lm_eval=(f"{work}/tasks/sumss",)))
 
 
 def test_an_interval_is_wilsons_for_a_mean_of_right_answers_and_else_by_the_libraries_error() -> (

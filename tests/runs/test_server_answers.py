@@ -24,7 +24,7 @@ from trainer.config.recipe import load_recipe
 from trainer.data.prepare import held_out_prompts, masker_of
 from trainer.eval.generate import generate
 from trainer.eval.openai_client import Client, Unreachable
-from trainer.eval.vllm_server import answers
+from trainer.eval.server_answers import answers
 from trainer.model.load import load_model, load_tokenizer
 
 pytestmark = pytest.mark.runs
@@ -61,7 +61,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             stderr=subprocess.STDOUT,
         )
     try:
-        made = Server(url=f"http://127.0.0.1:{port}/v1", parallel=2, patience_s=0)
+        made = Server(url=f"http://127.0.0.1:{port}/v1", parallel=2)
         deadline = time.monotonic() + START_S
         while True:
             assert process.poll() is None, log.read_text()[-3000:]
@@ -87,7 +87,7 @@ def case(root: Path, name: str, *overrides: str) -> dict[str, Any]:
 
 
 def asks(server: Server | StandIn) -> list[str]:
-    return ["eval.generator=server", f"eval.server={{url: {server.url}, patience_s: 0}}"]
+    return [f"eval.server.url={server.url}"]
 
 
 @pytest.fixture(scope="module")

@@ -200,7 +200,7 @@ def test_a_rule_needs_evaluations():
         parse_recipe(tree(RULE, every_steps=None))
     asks_nothing = tree({"minimize": "eval_loss"}, eval=[])
     asks_nothing["eval"]["generate"] = None
-    with pytest.raises(BadInput, match=r"eval\.best: no rows are held out"):
+    with pytest.raises(BadInput, match=r"eval\.best: there are no held-out rows"):
         parse_recipe(asks_nothing)
 
 
@@ -225,7 +225,7 @@ def test_the_best_is_found_again_from_the_record_and_reported(tmp_path):
     assert report["candidates"][0]["metrics"]["answer_accuracy"]["count"] == 8
     write(tmp_path, line(10, 0.5, 0.25), line(20, 0.5, 0.75), line(30, 0.5, 0.8))
     assert best.step == 20
-    best.look()
+    best.update()
     assert best.step == 30
     summary = best.summary()
     assert summary
@@ -253,7 +253,7 @@ def test_a_run_without_a_rule_has_no_best(tmp_path):
     write(tmp_path, line(10, 0.5, 0.25), best=None)
     (tmp_path / "best.json").write_text("of a rule that was taken out")
     best = Best(None, tmp_path)
-    best.look()
+    best.update()
     assert best.step is best.summary() is None
     assert not (tmp_path / "best.json").exists()
     with pytest.raises(BadInput, match=r"its recipe has no eval\.best"):

@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent, and a damaged one is named and passed over (C7)."""
+"""A checkpoint is complete or absent, and a damaged one is named and skipped (C7)."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_one_that_is_the_best_no_more_is_pruned_as_others_are(tmp_path: Path) ->
 def test_a_step_is_opened_or_refused_and_never_replaced_by_another(tmp_path: Path) -> None:
     publish(tmp_path, 1, 2, 3)
     assert checkpoint.open_step(tmp_path, 2)[1].state == state(2)
-    with pytest.raises(BadInput, match=r"no checkpoint of step 7; those that there are: 1, 2, 3"):
+    with pytest.raises(BadInput, match=r"no checkpoint of step 7; there are: 1, 2, 3"):
         checkpoint.open_step(tmp_path, 7)
     lose_a_file(tmp_path / "checkpoints" / "step-000002")
     with pytest.raises(

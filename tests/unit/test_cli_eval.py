@@ -69,9 +69,9 @@ def test_results_are_not_written_over_what_is_something_else(refused, tmp_path):
 
 
 def test_a_folder_of_tasks_that_is_not_there_is_told(refused, tmp_path):
-    tasks = ("eval.lm_eval=[gsm8k]", "eval.lm_eval_path=nowhere")
+    tasks = ("eval.lm_eval=[nowhere/gsm8k]",)
     said = refused("eval", "recipes/debug/model", DEBUG, *tasks, "--out", str(tmp_path / "out"))
-    assert "eval.lm_eval_path: there is no folder nowhere" in said
+    assert "eval.lm_eval: there is no folder nowhere" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -50,7 +50,7 @@ def prompts_of(*lengths: int, vocabulary: int = SIZES["vocab_size"]) -> list[lis
 def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
     scores, temperature = torch.tensor([[2.0, -1.0, 0.5, -torch.inf, 1.0]]), 0.7
     uniform = torch.rand(20000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    drawn = generate.draw(scores.expand(20000, -1), temperature, 1.0, uniform)
+    drawn = generate.sample_tokens(scores.expand(20000, -1), temperature, 1.0, uniform)
     shares = torch.bincount(drawn[:, 0], minlength=5) / 20000
     assert (shares - (scores[0] / temperature).softmax(-1)).abs().max() < 0.015
     assert shares[3] == 0
@@ -63,7 +63,7 @@ def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
 def test_top_p_keeps_the_fewest_tokens_that_have_the_share(top_p: float, left: list[int]) -> None:
     probabilities = torch.tensor([[0.3, 0.05, 0.5, 0.0, 0.15]])
     uniform = torch.linspace(0, 1 - 1e-9, 2000, dtype=torch.float64)[:, None]
-    drawn = generate.draw(probabilities.log().expand(2000, -1), 1.0, top_p, uniform)
+    drawn = generate.sample_tokens(probabilities.log().expand(2000, -1), 1.0, top_p, uniform)
     assert sorted(set(drawn[:, 0].tolist())) == sorted(left)
 
 

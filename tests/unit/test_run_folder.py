@@ -17,7 +17,7 @@ from trainer.config.recipe import Recipe, load_recipe
 from trainer.data.prepare import prepare, train_plan
 from trainer.datatypes import BadInput
 from trainer.metrics import EVALUATIONS, Metrics, ModelFlops
-from trainer.run_folder import describe, open_run_folder, require_shared
+from trainer.run_folder import open_run_folder, require_shared, write_description
 
 
 def open_and_save(run_dir: Path) -> None:
@@ -135,7 +135,7 @@ def test_it_tells_of_every_row_that_is_left_out(tmp_path: Path, shared: Path) ->
     metrics = Metrics(
         tmp_path, log_every=1, seq_len=8, flops=flops, resumed_at=0, beat=lambda part: None
     )
-    describe(made, tmp_path, train, train_plan(made, train), held_out, metrics)
+    write_description(made, tmp_path, train, train_plan(made, train), held_out, metrics)
     metrics.close()
     reports = json.loads((tmp_path / "data.json").read_text())
     assert (reports["train"]["reasons"], reports["eval"]["reasons"]) == (

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from trainer.utils import time_limit as bounded_module
+from trainer.utils import time_limit
 from trainer.utils.time_limit import Failed, TooLong, bounded
 
 
@@ -90,7 +90,7 @@ def test_imports_are_not_the_calls_time(monkeypatch, tmp_path):
         "import time\nwhile time.process_time() < 2: pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(bounded_module, "_beside", None)  # the next one knows this path
+    monkeypatch.setattr(time_limit, "_helper", None)  # the next one knows this path
     assert bounded(double, 4, limit_s=0.5, imports=["slow_to_import"]) == 8
     with pytest.raises(Failed, match="ModuleNotFoundError"):
         bounded(double, 4, limit_s=0.5, imports=["no_such_module"])
@@ -101,9 +101,9 @@ def _fail_to_start(calls):
 
 
 def test_a_process_that_fails_is_no_fault_of_the_call(monkeypatch):
-    monkeypatch.setattr(bounded_module, "_beside", None)
-    monkeypatch.setattr(bounded_module, "_serve", _fail_to_start)
-    with pytest.raises(RuntimeError, match="the process beside this one failed"):
+    monkeypatch.setattr(time_limit, "_helper", None)
+    monkeypatch.setattr(time_limit, "_serve", _fail_to_start)
+    with pytest.raises(RuntimeError, match="the helper process ended with exit code 1"):
         bounded(double, 4, limit_s=10.0)
 
 

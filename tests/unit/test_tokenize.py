@@ -2,8 +2,14 @@
 policy.
 """
 
+import contextlib
 import multiprocessing
+import os
+import re
 import signal
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -13,9 +19,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trainer.config.data import Filters
 from trainer.data import tokenize
+from trainer.data.filters import apply_filters
 from trainer.data.tokenize import LengthPolicy, Row, fit, tokenize_rows
-from trainer.datatypes import Example, RowError
+from trainer.datatypes import BadInput, Conversation, Example, Message, RowError
+from trainer.utils.time_limit import TooLong, bounded
 
 
 def example(flags: list[int]) -> Example:
@@ -259,3 +268,134 @@ def test_reading_keeps_only_a_few_chunks_ahead(monkeypatch):
     next(stream)
     assert len(read) < 20
     stream.close()
+
+
+LIMITS = LengthPolicy(9, "reject", packing_cuts=False)
+
+
+def run_apart(function) -> str:
+    """Run a function of this module in a process of its own, and give back what it prints.
+
+    It must end in time, and within moments nothing that it started may be left.
+    """
+    script = f"from tests.unit import test_tokenize; test_tokenize.{function.__name__}()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        said, _ = process.communicate(timeout=90)
+    except subprocess.TimeoutExpired:
+        pytest.fail(f"it does not end; left are {still_there(process.pid)}")
+    finally:
+        left = wait_until_gone(process.pid)
+        for other in left:
+            other.kill()
+    assert process.returncode == 0, said
+    assert not left
+    return said
+
+
+def still_there(session: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def wait_until_gone(session: int) -> list[psutil.Process]:
+    deadline = time.monotonic() + 10
+    while (left := still_there(session)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return left
+
+
+def use_small_chunks() -> None:
+    tokenize.CHUNK_ROWS, tokenize.POOL_FROM_CHUNKS = 1, 2
+
+
+def verify_in_workers(rows: list[Row]) -> list[Example | RowError]:
+    """As `filters: {math_answer: best}`: each worker starts a helper of its own."""
+    if multiprocessing.parent_process() is not None:
+        filters = Filters.model_validate({"math_answer": "best"})
+        conversation = Conversation((Message("user", "q"), Message("assistant", "#### 4")))
+        apply_filters(filters, {"best": "4"}, conversation)
+    return slow_here(rows)
+
+
+def prepare_with_verified_answers() -> None:
+    use_small_chunks()
+    given = once_a_worker_is_there(rows(100))
+    print(len(together(tokenize_rows(given, verify_in_workers, LIMITS, workers=2))["rows"]))
+
+
+def test_workers_that_verify_answers_end_and_so_do_their_helpers():
+    """They hung: the helper inherited that SIGTERM was blocked, and multiprocessing waited for it."""
+    assert run_apart(prepare_with_verified_answers) == f"{100 - 100 // 7}\n"
+
+
+def kill_own_worker(rows: list[Row]) -> list[Example | RowError]:
+    """As the kernel does when memory runs out, at row 50; its helper is in the middle of a call."""
+    if multiprocessing.parent_process() is None:
+        time.sleep(0.05)
+    elif rows[-1].number >= 50:
+        bounded(abs, 1, limit_s=1.0)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        bounded(time.sleep, 600, limit_s=1.0)
+    return fake_tokenize(rows)
+
+
+def prepare_with_a_killed_worker() -> None:
+    use_small_chunks()
+    tokenize.CHUNK_ROWS = 3
+    given = once_a_worker_is_there(rows(400))
+    try:
+        list(tokenize_rows(given, kill_own_worker, LIMITS, 2, ["a.jsonl"]))
+    except BadInput as error:
+        print(error)
+
+
+def test_a_worker_that_is_killed_ends_the_preparation_and_its_rows_are_named():
+    said = run_apart(prepare_with_a_killed_worker)
+    assert "a worker process was killed by signal 9 at the rows from a.jsonl:" in said
+    first, last = map(int, re.findall(r"a.jsonl:(\d+)", said))
+    assert last == first + 2 and last >= 50
+
+
+done_here = 0
+
+
+def compute_for_ever(rows: list[Row]) -> bool:
+    """Give back whether this is a worker. There the second chunk is one C function without an end,
+    first in the worker's helper and then in itself."""
+    global done_here
+    if multiprocessing.parent_process() is None:
+        time.sleep(0.02)
+        return False
+    done_here += 1
+    if done_here > 1:
+        with contextlib.suppress(TooLong):
+            bounded(pow, 7, 10**9, limit_s=rows[0].number % 2 * 600.0 or 0.1)
+        pow(7, 10**9)
+    return True
+
+
+def stop_early() -> None:
+    use_small_chunks()
+    stream = tokenize.run(rows(10_000), compute_for_ever, workers=2)
+    while not next(stream):
+        pass
+    time.sleep(3)
+    stream.close()
+    print("closed")
+
+
+def test_workers_are_ended_whatever_they_do():
+    assert run_apart(stop_early) == "closed\n"

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -24,17 +24,10 @@ from tests.stand_in_server import Reply, Request, StandIn
 from trainer.checkpoint.hf_export import save_description
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.datatypes import BadInput, Conversation, Message, Prompt
-from trainer.eval import vllm_server
+from trainer.eval import server_answers
 from trainer.eval.openai_client import Cancelled, Unreachable
-from trainer.eval.vllm_server import (
-    Gpu,
-    answers,
-    check_generator,
-    clean_environment,
-    in_background,
-    vllm_command,
-    write_weights,
-)
+from trainer.eval.server_answers import answers, check_server, in_background, write_weights
+from trainer.eval.vllm_server import Gpu, clean_environment, vllm_command
 from trainer.model.load import load_model, load_tokenizer
 
 LIMIT_S = 60.0
@@ -55,8 +48,8 @@ def recipe(*overrides: str) -> Recipe:
     return load_recipe(ROOT / "recipes" / "debug.yaml", overrides)
 
 
-def with_server(url: str, *overrides: str) -> Recipe:
-    return recipe("eval.generator=server", f"eval.server={{url: {url}, patience_s: 0}}", *overrides)
+def with_server(url: str, *overrides: str, timeout_s: float = LIMIT_S) -> Recipe:
+    return recipe(f"eval.server={{url: {url}, timeout_s: {timeout_s}}}", *overrides)
 
 
 def prompt_of(request: Request) -> tuple[str, Prompt]:
@@ -74,8 +67,9 @@ def prompt_of(request: Request) -> tuple[str, Prompt]:
     return form, found
 
 
-# type: ignore[assignment]
-def server_that(takes: set[str], miscounts: set[str] = frozenset(), names: bool = True) -> StandIn:
+def server_that(
+    takes: Set[str], miscounts: Set[str] = frozenset(), names: bool = True
+) -> StandIn:
     """A server that takes prompts in some forms, and counts one token more in some."""
 
     def answer(request: Request) -> Reply:
@@ -144,7 +138,7 @@ def test_a_server_that_looks_at_no_name_is_refused() -> None:
     """It would answer with the weights that it was started with."""
     with (
         server_that({"ids"}, names=False) as server,
-        pytest.raises(Unreachable, match="whatever model it is asked for"),
+        pytest.raises(Unreachable, match="answers for a model that does not exist"),
     ):
         ask(server)
 
@@ -152,7 +146,9 @@ def test_a_server_that_looks_at_no_name_is_refused() -> None:
 def test_a_server_that_cannot_load_the_folder_is_told_in_its_own_words() -> None:
     with StandIn(lambda _: (500, "cannot read /runs/one")) as server:
         with pytest.raises(Unreachable, match=r"refused .500: cannot read /runs/one."):
-            ask(server)
+            answers(
+                with_server(server.url, timeout_s=0.4), MODEL, PROMPTS, log=Path("unused")
+            )
         assert len(server.requests) == 1
 
 
@@ -161,13 +157,13 @@ def test_a_server_that_cannot_load_the_folder_is_told_in_its_own_words() -> None
 
 def test_a_server_that_is_down_is_bad_input_at_the_start() -> None:
     with StandIn(lambda _: (200, {})) as server:
-        check_generator(with_server(server.url))
+        check_server(with_server(server.url))
     with pytest.raises(BadInput, match=f"eval.server: the server at {server.url} does not answer"):
-        check_generator(with_server(server.url))
+        check_server(with_server(server.url))
 
 
 def vllm_recipe(python: str | Path, *overrides: str) -> Recipe:
-    return recipe("eval.generator=vllm", f"eval.vllm_python={python}", *overrides)
+    return recipe(f"eval.vllm_python={python}", *overrides)
 
 
 @pytest.mark.parametrize(
@@ -175,21 +171,18 @@ def vllm_recipe(python: str | Path, *overrides: str) -> Recipe:
 )
 def test_so_is_a_python_without_vllm(python: str, why: str) -> None:
     with pytest.raises(BadInput, match=why):
-        check_generator(vllm_recipe(python))
+        check_server(vllm_recipe(python))
 
 
 @pytest.mark.parametrize(
     "given",
     [
-        ["eval.generator=server"],
-        ["eval.generator=vllm"],
-        ["eval.server.url=http://host/v1"],
-        ["eval.vllm_python=/opt/vllm/bin/python"],
+        ["eval.server.url=http://host/v1", "eval.vllm_python=/opt/vllm/bin/python"],
         ["eval.vllm_args=[--quantization, fp8]"],
     ],
 )
-def test_a_generator_and_what_it_needs_are_given_together(given: list[str]) -> None:
-    with pytest.raises(BadInput, match="belongs to `generator"):
+def test_one_server_answers_and_arguments_are_for_vllm(given: list[str]) -> None:
+    with pytest.raises(BadInput, match="give `server` or `vllm_python`, not both|belongs to `vllm_python`"):
         recipe(*given)
 
 
@@ -316,7 +309,7 @@ def test_its_name_is_new_each_time_and_one_copy_is_left(run: tuple[Recipe, Any, 
 def test_a_disk_without_room_is_told(
     run: tuple[Recipe, Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vllm_server.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(server_answers.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(
         Unreachable, match=r"serving: the weights could not be written for the server: .* make room"
     ):
@@ -506,7 +499,7 @@ def test_vllm_is_gone_with_all_its_processes_when_it_has_answered(
     vllm: Path, tmp_path: Path
 ) -> None:
     made = vllm_recipe(tmp_path / "vllm_python")
-    check_generator(made)
+    check_server(made)
     assert answers(made, MODEL, PROMPTS, log=tmp_path / "logs" / "vllm.log") == ["5 6 7", "8 9"]
     seen = started(vllm)
     assert len(seen["pids"]) == 2
@@ -556,7 +549,8 @@ def test_vllm_is_gone_when_the_run_is_killed(vllm: Path, tmp_path: Path) -> None
         from tests.unit import test_vllm_server as t
         from trainer.eval import vllm_server
         made = t.vllm_recipe({str(tmp_path / "vllm_python")!r})
-        with vllm_server._server(made, t.MODEL, t.PROMPTS, Path({str(tmp_path / "vllm.log")!r}), (), lambda: False):
+        log = Path({str(tmp_path / "vllm.log")!r})
+        with vllm_server.running_vllm(made, t.MODEL, 3, log, (), lambda: False):
             print("there", flush=True)
             time.sleep(600)
     """

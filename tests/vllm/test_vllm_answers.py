@@ -25,7 +25,7 @@ PYTHON = os.environ.get("PACKHORSE_VLLM_PYTHON", "")
 # in a step
 SHAPE = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 64}
 ADAPTER = ("adapter={rank: 8, modules_to_save: [lm_head]}", "optim.lr=0.1")
-BY_VLLM = ("eval.generator=vllm", f"eval.vllm_python={PYTHON}")
+BY_VLLM = (f"eval.vllm_python={PYTHON}",)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,8 @@
-"""Which evaluated step is the best one by the recipe's rule, found from the run's own record of its
-evaluations.
+"""Find the best evaluated step of a run by the recipe's eval.best rule.
 
-In: the lines of evaluations.jsonl, the rule. Out: best.json, which has the rule, the step and every
-    candidate with
-its metrics. Nothing is kept between starts but that record, and best.json is only a report: whoever
-needs the step finds it anew.
+In: the lines of evaluations.jsonl, the rule. Out: best.json, with the rule, the step, and every
+candidate with its metrics. No state is kept between starts but evaluations.jsonl: best.json is only
+a report, and whoever needs the step computes it anew.
 """
 
 from __future__ import annotations
@@ -22,24 +20,20 @@ from trainer.utils.files import read_json_lines, write_json
 
 
 def evaluations(folder: Path) -> dict[int, dict[str, Any]]:
-    """The lines of a folder's evaluations by their steps, in order."""
-    # a run that still writes may have left half a line
+    """Return the lines of a folder's evaluations.jsonl by step, in order."""
+    # a run that is still writing may have left half a line
     lines = read_json_lines(folder / EVALUATIONS, may_be_torn=True)
     return {line["step"]: line for line in sorted(lines, key=lambda line: line["step"])}
 
 
 def numbers(line: dict[str, Any]) -> dict[str, float | None]:
-    """An evaluation's numbers by the names that rules know them by; None where one could not be
-    had.
-    """
-    return {
-        EVAL_LOSS: line["eval_loss"],
-        **{name: metric["value"] for name, metric in line["metrics"].items()},
-    }
+    """Return an evaluation's numbers by the names that rules use; None for one that is missing."""
+    metrics = {name: metric["value"] for name, metric in line["metrics"].items()}
+    return {EVAL_LOSS: line["eval_loss"], **metrics}
 
 
-def why_not(rule: BestSection, line: dict[str, Any]) -> str | None:
-    """Why the evaluated step cannot be the best one, or None."""
+def reject_reason(rule: BestSection, line: dict[str, Any]) -> str | None:
+    """Return why the evaluated step cannot be the best one, or None if it can."""
     values = numbers(line)
     for name in rule.places.values():
         value = values.get(name)
@@ -47,43 +41,43 @@ def why_not(rule: BestSection, line: dict[str, Any]) -> str | None:
             return f"{name} is missing" if value is None else f"{name} is {value}"
     for name, condition in rule.conditions.items():
         value = values[name]
-        assert value is not None, "looked at above"
+        assert value is not None, "checked above"
         if not condition.holds(value):
             return f"{name} is {value:.4g}, not {rule.subject_to[name]}"
     return None
 
 
 def choose(rule: BestSection, lines: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """What best.json says: the best step or null, and all candidates, in order.
+    """Return the content of best.json: rule, best step or None, and all candidates in order.
 
-    A candidate is every evaluated step but 0: the model that training began with has no checkpoint.
+    Every evaluated step is a candidate but 0: the untrained model has no checkpoint.
     """
     candidates = []
     for step, line in lines.items():
         if step > 0:
-            fault = why_not(rule, line)
-            candidates.append(
-                {**line, "meets": fault is None, **({"why_not": fault} if fault else {})}
-            )
+            reason = reject_reason(rule, line)
+            refused = {} if reason is None else {"why_not": reason}
+            candidates.append({**line, "meets": reason is None, **refused})
 
-    def worth(candidate: dict[str, Any]) -> tuple[float, float, int]:
+    def rank_key(candidate: dict[str, Any]) -> tuple[float, float, int]:
         values = numbers(candidate)
         aim, tie = values[rule.metric], values[rule.tie] if rule.tie else 0.0
-        assert aim is not None, "it would meet nothing"
+        assert aim is not None, "such a candidate does not meet the rule"
         assert tie is not None
+        # at last, the earlier step
         return (
             aim if rule.maximize else -aim,
             -tie if rule.tie == EVAL_LOSS else tie,
             -candidate["step"],
         )
 
-    best = max((c for c in candidates if c["meets"]), key=worth, default=None)
+    best = max((c for c in candidates if c["meets"]), key=rank_key, default=None)
     rules = rule.model_dump(exclude_defaults=True)
     return {"rule": rules, "step": best["step"] if best else None, "candidates": candidates}
 
 
 def best_step(run_dir: Path) -> int:
-    """The best step of a run, by the rule of its recipe.
+    """Return the best step of a run, by the rule of its recipe.
 
     Raises:
         BadInput: it is no run folder, its recipe has no rule, no step was evaluated, or none meets
@@ -94,46 +88,44 @@ def best_step(run_dir: Path) -> int:
     rule = load_recipe(run_dir / "recipe.yaml").eval.best
     if rule is None:
         raise BadInput(
-            f"{run_dir}: its recipe has no eval.best that says what is best; give --step, or take "
-            f"the last"
+            f"{run_dir}: its recipe has no eval.best, the rule for what is best; give --step, or "
+            "take the last checkpoint"
         )
     found = choose(rule, evaluations(run_dir))
     if found["step"] is None:
         raise BadInput(
-            f"{run_dir}: there is no best checkpoint: {_none(found)}; give --step to take one all "
-            f"the same"
+            f"{run_dir}: there is no best checkpoint: {_explain_none(found)}; give --step to take "
+            "one all the same"
         )
     return found["step"]
 
 
-def _none(found: dict[str, Any]) -> str:
-    """Why none is the best."""
+def _explain_none(found: dict[str, Any]) -> str:
     if not found["candidates"]:
         return "no step was evaluated yet"
     return "; ".join(f"step {c['step']}: {c['why_not']}" for c in found["candidates"][-3:])
 
 
 class Best:
-    """The best step so far, on every rank. Only rank 0 reads and writes.
+    """The best step so far, on every rank. Only rank 0 reads and writes files.
 
-    Made anew at each start, after the lines of steps that are trained again were dropped: those are
-    of steps after the checkpoint, which a killed run or the guard's rollback has left, and do not
-    count.
+    Build it after Metrics, which drops the lines of steps after the checkpoint: a killed run or the
+    guard's rollback leaves those, and they are trained again.
     """
 
     def __init__(self, rule: BestSection | None, run_dir: Path) -> None:
         self._rule, self._run_dir = rule, run_dir
         self.found: dict[str, Any] = {"step": None}
         if rule is None and dist.is_main():
-            (run_dir / "best.json").unlink(missing_ok=True)  # of a rule that was taken out
-        self.look()
+            (run_dir / "best.json").unlink(missing_ok=True)  # of a rule that was removed
+        self.update()
 
     @property
     def step(self) -> int | None:
         return self.found["step"]
 
-    def look(self) -> None:
-        """Find the best step again: one was evaluated. Every rank calls it."""
+    def update(self) -> None:
+        """Find the best step again, after an evaluation. Every rank calls it."""
         if self._rule is None:
             return
         before = self.step
@@ -145,10 +137,10 @@ class Best:
             dist.log.info("the best step so far is %s, by %s", self.step, self._rule)
 
     def summary(self) -> dict[str, Any] | None:
-        """For the run's summary: the step, the rule and the step's metrics; or why there is none."""
+        """Return the step, the rule and the metrics for summary.json, or why there is no step."""
         if self._rule is None:
             return None
         if self.step is None:
-            return {"step": None, "rule": str(self._rule), "why": _none(self.found)}
+            return {"step": None, "rule": str(self._rule), "why": _explain_none(self.found)}
         line = next(c for c in self.found["candidates"] if c["step"] == self.step)
         return {"step": self.step, "rule": str(self._rule), "metrics": numbers(line)}

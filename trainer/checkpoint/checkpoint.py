@@ -1,12 +1,13 @@
-"""Checkpoints that are complete or absent, and that any world resumes (C7, C8).
+"""Save, find and restore checkpoints that are complete or absent, at any world size (C7, C8).
 
 checkpoints/
   .saving-step-000200/            being written; never read
   step-000200/                    published by one rename
-    rank00000-000.safetensors     slices of weights and moments (shards.py)
-    manifest.json                 RunState, shapes, size and checksum of every file, digest of every tensor
-  latest                          the newest one's name; a convenience, nothing trusts it
-  best                            likewise, the best one's by eval.best, which pruning spares
+    rank00000-000.safetensors     slices of weights and moments (engine/sharded_state.py)
+    manifest.json                 RunState; shapes; size and checksum of every file; a digest of
+                                  every tensor
+  latest                          the newest one's name: for people, nothing reads it
+  best                            the name of the best one by eval.best, which pruning spares
 """
 
 from __future__ import annotations
@@ -33,26 +34,26 @@ from trainer.utils.files import publish_folder, write_synced
 
 _MANIFEST = "manifest.json"
 _FORMAT = 2
-_SHARE_OF_MEMORY = (
-    0.5  # of what the host has left, which a copy of the state may take without being asked for
-)
+_COPY_SHARE = 0.5  # of the host's free memory, which a copy of the state may take unless asked for
 
 
 @dataclass(frozen=True)
 class RunState:
     """Where a run stands. Order, learning rate and noise follow from the step, so this is all."""
 
-    step: int  # of the plan, taken or passed over
-    updates: int  # applied: AdamW counts them
+    step: int  # of the plan, applied or skipped
+    updates: int  # applied ones, which AdamW counts
     data: str  # fingerprint of the tokenized training data
-    micro_batch_size: int  # which may not change where the model has dropout
-    recent_losses: Sequence[float]  # where the guard looks for spikes
-    world_size: int  # that wrote it, for whoever reads the manifest, as
-    stage: int  # ZeRO's
+    micro_batch_size: int  # must not change where the model has dropout
+    recent_losses: Sequence[float]  # from which the guard knows a spike
+    world_size: int  # of the run that wrote it; for people
+    stage: int  # of ZeRO; for people
 
 
 @dataclass(frozen=True)
 class Manifest:
+    """What a checkpoint's folder holds, and the state of the run that it belongs to."""
+
     state: RunState
     shapes: dict[str, list[int]]  # of trained parameters and buffers
     files: dict[str, File]
@@ -65,40 +66,46 @@ class Manifest:
         files = {name: asdict(file) for name, file in sorted(self.files.items())}
         content = {"format": _FORMAT, "state": asdict(self.state), "shapes": self.shapes}
         content |= {"files": files, "digests": digests}
-        return json.dumps({**content, "xxh3": _own_checksum(content)})
+        return json.dumps({**content, "xxh3": _content_checksum(content)})
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Raises OSError, KeyError, TypeError or ValueError where it is not there, or not as
-        `to_json` writes it.
+        """Read a checkpoint's manifest.
+
+        Raises:
+            OSError, KeyError, TypeError or ValueError: it is absent, or not as `to_json` writes it.
         """
         content = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
             raise ValueError(f"its format is {content['format']}, this version reads {_FORMAT}")
-        if content.pop("xxh3") != _own_checksum(content):
-            raise ValueError(f"{_MANIFEST} does not say what was written")
+        if content.pop("xxh3") != _content_checksum(content):
+            raise ValueError(f"the checksum of {_MANIFEST} does not match its content")
         digests = {
-            (n, s): int(value, 16)
-            for n, states in content["digests"].items()
-            for s, value in states.items()
+            (name, state): int(value, 16)
+            for name, states in content["digests"].items()
+            for state, value in states.items()
         }
         files = {name: File(**file) for name, file in content["files"].items()}
         return cls(RunState(**content["state"]), content["shapes"], files, digests)
 
 
-def _own_checksum(content: dict[str, Any]) -> str:
-    """Of what a manifest says, whatever its spaces."""
+def _content_checksum(content: dict[str, Any]) -> str:
+    """Return a checksum of the values, whatever the spaces between them in the file."""
     return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_synced(folder / _MANIFEST, manifest.to_json())
 
 
 # --------------------------------------------------------------------------------------------- save
 
 
 class Saver:
-    """Writes checkpoints, beside training where the host's memory holds a copy of the state.
+    """Writes checkpoints, in the background if the host's memory holds a copy of the state.
 
-    Every rank has one and calls it at the same steps; left, it waits for the last one to be
-    published. Ranks agree in the background over a group of their own.
+    Every rank has one and calls it at the same steps. Leaving it waits for the last checkpoint to
+    be published.
 
     Raises:
         BadInput: `asynchronous: true`, and the host's memory does not hold the copy.
@@ -108,13 +115,15 @@ class Saver:
         self._root = run_dir / "checkpoints"
         self._engine = engine
         self._keep = section.keep
+        # Ranks agree in the background while training uses the main group: collectives of two
+        # threads on one group could be matched in another order on each rank.
         self._group = dist.new_group()
         self._in_background = _copy_fits(engine.state.bytes(), section.asynchronous)
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
     def __enter__(self) -> Saver:
-        failure = self._run_on_rank0(self._clear)
+        failure = self._run_on_rank0(self._remove_leftovers)
         if failure is not None:
             raise BadInput(f"{self._root}: the checkpoints' folder cannot be used: {failure}")
         return self
@@ -123,32 +132,32 @@ class Saver:
         self.wait()
 
     def save(self, state: RunState, best: int | None = None) -> None:
-        """Copy the state and write it in the background; or write it now, where memory does not
-        hold the copy.
+        """Copy the state and write it in the background, or write it now if no copy fits.
 
         Args:
-            best: the step whose checkpoint is spared when older ones are removed, and not counted.
+            best: the step whose checkpoint is spared when older ones are removed, and not counted
+                among the kept ones.
 
         Raises:
-            BadInput: the disk has no room; nothing was written. Or the last save failed, and is
-                reported here.
+            BadInput: the disk has no room, and nothing was written; or the last save failed, which
+                is reported here.
         """
         self.wait()
         _require_room(self._root, self._engine.state.bytes())
-        staged = self._root / f".saving-{_name(state.step)}"
+        staged = self._root / f".saving-{_folder_name(state.step)}"
         self._raise_failure(state.step, self._run_on_rank0(staged.mkdir))
-        # what is known without reading the state comes first: the background must not touch the
-        # engine
-        shapes, digests = self._engine.state.shapes(), self._engine.state.frozen_digests()
+        # Everything but the slices is read here: the background must not touch the engine, which
+        # trains on meanwhile.
+        own = Manifest(state, self._engine.state.shapes(), {}, self._engine.state.frozen_digests())
         groups: Iterable[list[Slice]] = self._engine.state.slices()
         if not self._in_background:
-            self._write(staged, state, best, shapes, digests, groups)
+            self._write(staged, own, groups, best)
             return
         copies = [[piece.copy() for piece in group] for group in groups]
 
         def write() -> None:
             try:
-                self._write(staged, state, best, shapes, digests, copies)
+                self._write(staged, own, copies, best)
             except Exception as error:  # raised by `wait`
                 dist.log.warning("%s", error)
                 self._failure = error
@@ -157,7 +166,11 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when the last checkpoint is published; raises what went wrong with it."""
+        """Return when the last checkpoint is published.
+
+        Raises:
+            BadInput: it could not be written.
+        """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -166,40 +179,39 @@ class Saver:
             raise failure
 
     def _write(
-        self,
-        staged: Path,
-        state: RunState,
-        best: int | None,
-        shapes: dict[str, list[int]],
-        digests: Digests,
-        groups: Iterable[list[Slice]],
+        self, staged: Path, own: Manifest, groups: Iterable[list[Slice]], best: int | None
     ) -> None:
-        """Write this rank's files; when all ranks have, rank 0 publishes. All ranks know whether it
-        went well.
+        """Write this rank's files; once all ranks have, rank 0 publishes.
+
+        Args:
+            own: the manifest of this rank's share, whose files and digests are filled in.
+
+        Raises:
+            BadInput: a rank failed to write; on every rank.
         """
-        files: dict[str, File] = {}
         failure: str | None = None
         try:
             for number, group in enumerate(groups):
                 name = f"rank{dist.rank():05d}-{number:03d}.safetensors"
-                files[name], found = sharded_state.write(staged / name, group)
-                add_digests(digests, found)
+                own.files[name], digests = sharded_state.write(staged / name, group)
+                add_digests(own.digests, digests)
         except OSError as error:
-            failure = _explained(error)
-        shares = dist.gather((files, digests, failure), self._group)
+            failure = _explain(error)
+        # also the barrier: nothing is published before every rank has synced its files
+        shares = dist.gather((own.files, own.digests, failure), self._group)
         failure = next((failure for *_, failure in shares if failure), None)
         if failure is None:
-            manifest = Manifest(state, shapes, {}, {})
+            manifest = Manifest(own.state, own.shapes, {}, {})
             for files, digests, _ in shares:
                 manifest.files.update(files)
                 add_digests(manifest.digests, digests)
             failure = self._run_on_rank0(lambda: self._publish(staged, manifest, best))
         if failure is not None and dist.is_main():
             shutil.rmtree(staged, ignore_errors=True)
-        self._raise_failure(state.step, failure)
+        self._raise_failure(own.state.step, failure)
 
     def _run_on_rank0(self, work: Callable[[], None]) -> str | None:
-        return dist.run_on_rank0(work, _explained, self._group)
+        return dist.run_on_rank0(work, _explain, self._group)
 
     def _raise_failure(self, step: int, failure: str | None) -> None:
         if failure is not None:
@@ -207,10 +219,8 @@ class Saver:
                 f"{self._root}: the checkpoint of step {step} could not be written: {failure}"
             )
 
-    def _clear(self) -> None:
-        """Of what a save or a removal that was killed has left. Here, as there may be no further
-        save.
-        """
+    def _remove_leftovers(self) -> None:
+        """Delete what interrupted saves and removals left; at the start, as no save may follow."""
         self._root.mkdir(parents=True, exist_ok=True)
         for left in self._root.glob(".*-step-*"):
             shutil.rmtree(left)
@@ -218,35 +228,35 @@ class Saver:
     def _publish(self, staged: Path, manifest: Manifest, best: int | None) -> None:
         write_manifest(staged, manifest)
         final = self._root / staged.name.removeprefix(".saving-")
-        if final.exists():  # a damaged one: a whole one would have been resumed from
+        if final.exists():  # a damaged one: the run would have been resumed from a whole one
             _remove(final)
         publish_folder(staged, final)
         write_synced(self._root / "latest", final.name)
         point_at_best(self._root, best)
-        published = _published(self._root)
-        # newer ones are damaged, as the run went on from an older one: they do not count, and stay
-        # until their step
-        others = [old for old in published[: published.index(final) + 1] if old.name != _name(best)]
+        # Newer ones are damaged, since the run was resumed from an older one. They do not count
+        # among the kept ones, and stay until their step comes again.
+        published = _list_published(self._root)
+        until_now = published[: published.index(final) + 1]
+        others = [old for old in until_now if old.name != _folder_name(best)]
         for old in others[: -self._keep]:
             _remove(old)
 
 
-def _name(step: int | None) -> str | None:
-    """Of a step's checkpoint."""
+def _folder_name(step: int | None) -> str | None:
     return None if step is None else f"step-{step:06d}"
 
 
 def point_at_best(root: Path, step: int | None) -> None:
-    """Let `best` name the checkpoint of the best step, where it is there. Called on rank 0."""
-    name = _name(step)
+    """Let `best` name the checkpoint of the best step, if that exists. Rank 0 calls it."""
+    name = _folder_name(step)
     if name and (root / name).is_dir():
         write_synced(root / "best", name)
     else:
         (root / "best").unlink(missing_ok=True)
 
 
-def _published(root: Path) -> list[Path]:
-    """From old to new; without what somebody put beside them, as `step-000200-copy`."""
+def _list_published(root: Path) -> list[Path]:
+    """Return the checkpoints from old to new, without what a user put there (step-000200-copy)."""
     found = {
         int(number): path
         for path in root.glob("step-*")
@@ -255,91 +265,85 @@ def _published(root: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
-def _copy_fits(bytes_of_all: int, asked: bool | None) -> bool:
-    """Whether to copy the state to the host's memory: as asked for, else where the copy leaves half
-    of it free.
+def _copy_fits(state_bytes: int, asked: bool | None) -> bool:
+    """Decide whether to copy the state to the host's memory: as asked for; unless anything was,
+    if the copy leaves half of the free memory. All ranks decide alike.
     """
-    here = bytes_of_all // dist.world_size() * dist.local_world_size()
+    here = state_bytes // dist.world_size() * dist.local_world_size()
     free = psutil.virtual_memory().available
     if asked and here > free:
         raise BadInput(
             f"checkpoint.asynchronous: the copy of the state takes {here / 2**30:.1f} GiB of this "
-            f"host's memory, and "
-            f"{free / 2**30:.1f} GiB are free; take it out, and training waits while a checkpoint "
-            f"is written"
+            f"host's memory, and {free / 2**30:.1f} GiB are free; remove the key, and training "
+            "waits while a checkpoint is written"
         )
-    fits = asked if asked is not None else here <= _SHARE_OF_MEMORY * free
+    fits = asked if asked is not None else here <= _COPY_SHARE * free
     chosen = all(dist.gather(fits))
     how = (
-        f"beside training, from a copy of {here / 2**30:.2f} GiB a node"
+        f"in the background, from a copy of {here / 2**30:.2f} GiB a node"
         if chosen
         else "while training waits"
     )
-    dist.log.info("checkpoints of %.2f GiB, written %s", bytes_of_all / 2**30, how)
+    dist.log.info("checkpoints of %.2f GiB, written %s", state_bytes / 2**30, how)
     return chosen
 
 
 def _require_room(folder: Path, bytes_needed: int) -> None:
-    """Raises BadInput on every rank, from rank 0's look at the disk."""
+    """Raise BadInput on every rank if rank 0 sees too little room on the disk."""
     free = dist.broadcast(shutil.disk_usage(folder).free if dist.is_main() else None)
     if free < bytes_needed:
         raise BadInput(
             f"{folder}: a checkpoint needs {bytes_needed / 2**30:.2f} GiB and {free / 2**30:.2f} "
-            f"GiB are free there; "
-            "make room and start again, or lower checkpoint.keep"
+            "GiB are free there; make room and start again, or lower checkpoint.keep"
         )
 
 
-def _explained(error: OSError) -> str:
+def _explain(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; make room and start again, or lower checkpoint.keep"
-    return f"{error}; mend it and start again, the last checkpoint is untouched"
+    return f"{error}; correct that and start again, the last checkpoint is untouched"
 
 
 def _remove(folder: Path) -> None:
-    """Take a checkpoint away so that no moment shows a part of it under its name."""
+    """Delete a checkpoint, renamed first so that a part of it never stands under its name."""
     aside = folder.with_name(f".removing-{folder.name}")
     folder.rename(aside)
     shutil.rmtree(aside)
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_synced(folder / _MANIFEST, manifest.to_json())
 
 
 # --------------------------------------------------------------------------------------------- find
 
 
 def find(run_dir: Path) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that is whole, every byte of it checked; damaged ones are named and
-    passed over.
+    """Return the newest whole checkpoint, every byte of it checked, or None if there is none.
 
-    Every rank calls it and reads its share of the bytes.
+    Damaged ones are named in the log and skipped. Every rank calls it and reads its share of the
+    bytes.
 
     Raises:
         BadInput: there are checkpoints, and none of them is whole.
     """
+    # from rank 0, as a network file system may show ranks different folders for a moment
     names = dist.broadcast(
-        [folder.name for folder in reversed(_published(run_dir / "checkpoints"))]
+        [folder.name for folder in reversed(_list_published(run_dir / "checkpoints"))]
     )
     fault: str | None = None
     for name in names:
         folder = run_dir / "checkpoints" / name
-        fault = fault_of(folder)
+        fault = find_fault(folder)
         if fault is None:
             return folder, Manifest.read(folder)
-        dist.log.warning("passing over %s: %s", folder, fault)
+        dist.log.warning("skipping the damaged checkpoint %s: %s", folder, fault)
     if names:
         raise BadInput(
             f"{run_dir}: none of its {len(names)} checkpoints can be used ({fault}); put a whole "
-            f"one back, or give "
-            "another run.dir to start from the beginning"
+            "one back, or give another run.dir to start from the beginning"
         )
     return None
 
 
 def open_newest(run_dir: Path) -> tuple[Shards, Manifest]:
-    """The newest whole checkpoint, to be read by name.
+    """Open the newest whole checkpoint, to read its tensors by name.
 
     Raises:
         BadInput: there is none.
@@ -352,37 +356,33 @@ def open_newest(run_dir: Path) -> tuple[Shards, Manifest]:
 
 
 def open_step(run_dir: Path, step: int) -> tuple[Shards, Manifest]:
-    """The checkpoint of one step, to be read by name.
+    """Open the checkpoint of one step, to read its tensors by name.
 
     Raises:
-        BadInput: there is none, or it is not whole: no other one is taken in its place.
+        BadInput: there is none, or it is damaged: no other one takes its place.
     """
-    root = run_dir / "checkpoints"
-    there = {int(path.name[len("step-") :]): path for path in _published(root)}
-    if step not in there:
-        shown = (
-            f"those that there are: {', '.join(map(str, there))}"
-            if there
-            else "there is none at all"
-        )
-        raise BadInput(f"{run_dir}: there is no checkpoint of step {step}; {shown}")
-    fault = fault_of(there[step])
+    published = _list_published(run_dir / "checkpoints")
+    folders = {int(path.name[len("step-") :]): path for path in published}
+    if step not in folders:
+        there = f"there are: {', '.join(map(str, folders))}" if folders else "there is none at all"
+        raise BadInput(f"{run_dir}: there is no checkpoint of step {step}; {there}")
+    folder = folders.pop(step)
+    fault = find_fault(folder)
     if fault is not None:
-        others = ", ".join(str(other) for other in there if other != step) or "none"
         raise BadInput(
-            f"{there[step]} cannot be used: {fault}; put a whole one back, or take another --step: "
-            f"{others}"
+            f"{folder} cannot be used: {fault}; put a whole one back, or give another --step: "
+            f"{', '.join(map(str, folders)) or 'none'}"
         )
-    manifest = Manifest.read(there[step])
-    return Shards(there[step], manifest.files, manifest.shapes), manifest
+    manifest = Manifest.read(folder)
+    return Shards(folder, manifest.files, manifest.shapes), manifest
 
 
-def fault_of(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None. Every rank calls it."""
-    return next((fault for fault in dist.gather(_fault_of_share(folder)) if fault), None)
+def find_fault(folder: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None. Every rank calls it."""
+    return next((fault for fault in dist.gather(_find_own_fault(folder)) if fault), None)
 
 
-def _fault_of_share(folder: Path) -> str | None:
+def _find_own_fault(folder: Path) -> str | None:
     try:
         files = sorted(Manifest.read(folder).files.items())
         for name, file in files[dist.rank() :: dist.world_size()]:
@@ -399,7 +399,7 @@ def _fault_of_share(folder: Path) -> str | None:
 
 
 def restore(folder: Path, manifest: Manifest, engine: Engine) -> None:
-    """Put the checkpoint's state into the engine, and check that it is there. Every rank calls it.
+    """Put a checkpoint's state into the engine, and check it there. Every rank calls it.
 
     Raises:
         BadInput: the model has other parameters, or other frozen weights, than the checkpoint was
@@ -407,38 +407,39 @@ def restore(folder: Path, manifest: Manifest, engine: Engine) -> None:
         RuntimeError: a tensor differs from what was saved.
     """
     engine.state.restore(Shards(folder, manifest.files, manifest.shapes), manifest.state.updates)
+    # Files were checked already. This checks the copy from files to parameters: digests are sums
+    # over elements, so those of the ranks' slices add up to the digest of the whole tensor.
     found = engine.state.digests()
     keys = sorted(manifest.digests)
     sums = dist.sum_mod_2_64([found.get(key, 0) for key in keys])
     for (name, state), total in zip(keys, sums, strict=True):
-        if total != manifest.digests[name, state]:
-            if state == FROZEN:
-                raise BadInput(
-                    f"`{name}`, which is not trained, has other values in the model's folder than "
-                    f"when {folder} was "
-                    "written; put the old model back, or give another run.dir"
-                )
-            raise RuntimeError(
-                f"{folder}: `{name}` ({state}) differs from what was saved; this is a defect, "
-                f"report it"
+        if total == manifest.digests[name, state]:
+            continue
+        if state == FROZEN:
+            raise BadInput(
+                f"`{name}`, which is not trained, has other values in the model's folder than "
+                f"when {folder} was written; put the old model back, or give another run.dir"
             )
+        raise RuntimeError(
+            f"{folder}: `{name}` ({state}) differs from what was saved; this is a bug, report it"
+        )
 
 
 def require_same_run(saved: RunState, data: str, micro_batch_size: int, has_dropout: bool) -> None:
-    """Refuse a resume that would not go on with the same run.
+    """Refuse a resume that would not continue the same run.
 
     Raises:
-        BadInput: the data is other data, or dropout would fall on other micro-batches.
+        BadInput: the data differs, or dropout would be drawn for other micro-batches.
     """
     if saved.data != data:
         raise BadInput(
-            "the training data (where it grows: shards.jsonl), its tokenizer or its masks are not "
-            "those that the run "
-            "folder's checkpoint was trained on; put them back, or give another run.dir"
+            "the training data (if it streams: shards.jsonl), its tokenizer or its masks are not "
+            "those that the run folder's checkpoint was trained on; put them back, or give another "
+            "run.dir"
         )
     if has_dropout and saved.micro_batch_size != micro_batch_size:
         raise BadInput(
             f"batch.micro_batch_size was {saved.micro_batch_size} and is {micro_batch_size}: the "
-            f"model has dropout, which is "
-            "drawn for each micro-batch; set it back, or give another run.dir"
+            "model has dropout, which is drawn for each micro-batch; set it back, or give another "
+            "run.dir"
         )

@@ -1,11 +1,9 @@
-"""A checkpoint becomes a Hugging Face folder: weights, configuration, tokenizer, a model card; or
-an adapter peft's.
+"""Export a checkpoint as a Hugging Face folder: weights, configuration, tokenizer and model card.
 
-In: a run folder. Out: a folder that `from_pretrained` loads, and that was loaded and compared
-    before it was
-published by a rename. Weights pass through memory-mapped files: neither a device nor the host holds
-the model whole while it is written. An adapter is written, and merged, beside its base, which is
-loaded for it.
+In: a run folder. Out: a folder that `from_pretrained` loads, or an adapter that peft loads. It was
+loaded and compared with the checkpoint before it got its name. Weights pass through memory-mapped
+files, so that neither a device nor the host holds the whole model while it is written. An adapter
+is written, or merged, with its base loaded.
 """
 
 from __future__ import annotations
@@ -29,14 +27,13 @@ from trainer.model.load import load_model, load_tokenizer
 from trainer.model.lora import in_peft_form, is_of_adapter, merged_weights, parts_of
 from trainer.utils.files import publish_folder
 
-MODEL_FOLDER = (
-    "model"  # of a run: configuration, generation configuration and tokenizer, without weights
-)
+# In a run folder: configuration, generation configuration and tokenizer, without weights.
+MODEL_FOLDER = "model"
 
 
 def save_description(model: Any, tokenizer: Any, run_dir: Path) -> None:
-    """Put what an export needs beside the weights into the run folder, so that it needs the source
-    no more.
+    """Write what an export needs beside the weights into the run folder, so that the model's source
+    is not needed again.
     """
     folder = run_dir / MODEL_FOLDER
     model.config.save_pretrained(folder)
@@ -46,14 +43,14 @@ def save_description(model: Any, tokenizer: Any, run_dir: Path) -> None:
 
 
 def export(run_dir: Path, out: Path, step: int | None = None, *, merge: bool = False) -> Path:
-    """Write the run's newest whole checkpoint, or that of a step, to `out`, in the recipe's dtype:
-    the model, or the adapter.
+    """Write a checkpoint's model, or its adapter, to `out` in the recipe's dtype.
 
     Args:
-        merge: an adapter becomes part of its base, and the model is written.
+        step: whose checkpoint to write; by default the newest whole one.
+        merge: merge an adapter into its base, and write the whole model.
 
     Raises:
-        BadInput: the run has no such checkpoint, or `out` exists and is not an export; there is
+        BadInput: the run has no such checkpoint; `out` exists and is not an export; there is
             nothing to merge; or the adapter's base is not the one that it was trained on.
         RuntimeError: what was written does not load as what was saved.
     """
@@ -66,8 +63,7 @@ def export(run_dir: Path, out: Path, step: int | None = None, *, merge: bool = F
     recipe = load_recipe(run_dir / "recipe.yaml")
     if merge and not recipe.adapter:
         raise BadInput(
-            f"--merge: {run_dir} has trained no adapter; leave it out, and the whole model is "
-            f"written"
+            f"--merge: {run_dir} has trained no adapter; leave it out to write the whole model"
         )
     if recipe.adapter and not merge and recipe.model.init == "random":
         raise BadInput(
@@ -82,16 +78,15 @@ def export(run_dir: Path, out: Path, step: int | None = None, *, merge: bool = F
     staged.mkdir(parents=True)
     if recipe.adapter is None:
         weights = ((name, saved.whole(name)) for name in saved.names)
-        mapped = _mapped_weights(weights, staged / "weights", getattr(torch, recipe.model.dtype))
+        mapped = _copy_to_files(weights, staged / "weights", getattr(torch, recipe.model.dtype))
         write_folder(run_dir, recipe, staged / "model", mapped)
-        _compare(staged / "model", mapped, recipe)
+        _load_and_compare(staged / "model", mapped, recipe)
     elif merge:
-        _merge(run_dir, recipe, saved, manifest, staged)
+        _write_merged(run_dir, recipe, saved, manifest, staged)
     else:
         _write_adapter(run_dir, recipe, saved, manifest, staged / "model")
-    card = _model_card(
-        run_dir, recipe, manifest.state.step, recipe.adapter is not None and not merge
-    )
+    is_adapter = recipe.adapter is not None and not merge
+    card = _model_card(run_dir, recipe, manifest.state.step, is_adapter)
     (staged / "model" / "README.md").write_text(card, encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     publish_folder(staged / "model", out)
@@ -104,10 +99,10 @@ def export(run_dir: Path, out: Path, step: int | None = None, *, merge: bool = F
     return out
 
 
-def _mapped_weights(
+def _copy_to_files(
     weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
-    """The model's weights by name, in `dtype`, each backed by a file of its own."""
+    """Return the weights by name, those of floating point in `dtype`, each in a file of its own."""
     folder.mkdir()
     mapped = {}
     for number, (name, value) in enumerate(weights):
@@ -118,7 +113,7 @@ def _mapped_weights(
 
 
 def copy_to_file(tensor: torch.Tensor, path: Path) -> torch.Tensor:
-    """Return a copy of the tensor in memory that the file `path` backs, so that it may be paged out."""
+    """Return a copy of the tensor backed by the file `path`, which the host may page out."""
     flat = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
     return flat.view(tensor.shape).copy_(tensor.detach())
 
@@ -126,12 +121,14 @@ def copy_to_file(tensor: torch.Tensor, path: Path) -> torch.Tensor:
 def write_folder(
     run_dir: Path, recipe: Recipe, folder: Path, weights: dict[str, torch.Tensor]
 ) -> None:
-    """A Hugging Face folder of these weights, with what `save_description` put into the run folder."""
+    """Write a Hugging Face folder of these weights, described by the run's MODEL_FOLDER."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     source = run_dir / MODEL_FOLDER
     trust = recipe.model.trust_remote_code
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust)
+    # save_pretrained knows which weights are tied and how to shard the file; it needs a model for
+    # that, but none with memory of its own
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=trust
@@ -142,14 +139,15 @@ def write_folder(
 
 
 def _write_tokenizer(source: Path, recipe: Recipe, folder: Path) -> None:
+    # the saved one has the recipe's template and added tokens already
     as_trained = recipe.model.model_copy(
         update={"name": str(source), "chat_template": None, "add_tokens": ()}
     )
     load_tokenizer(as_trained).save_pretrained(folder)
 
 
-def _compare(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> Any:
-    """Load the folder as a user would and compare every weight bit by bit; the loaded model."""
+def _load_and_compare(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> Any:
+    """Load the folder as a user would, compare every weight bit by bit, and return the model."""
     from transformers import AutoModelForCausalLM
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -171,34 +169,35 @@ def _compare(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> 
 
 # ----------------------------------------------------------------------------------------- adapters
 
-# Largest ||a - b|| / ||b|| of the logits of two models that are to act alike. In bf16 a forward is
-# 0.016 off the same weights' in fp32, and merged weights are rounded once more (seen on a tiny
-# random model: 0.03 in all).
+# The largest ||a - b|| / ||b|| of the logits of two models that must act alike. A forward in bf16
+# is 0.016 off that of the same weights in fp32, and merged weights are rounded once more (0.03 in
+# all on a tiny random model).
 TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}
 
 
-def _merge(run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, staged: Path) -> None:
+def _write_merged(
+    run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, staged: Path
+) -> None:
     """Write the base with the adapter merged into it, load that and compare weights and logits."""
     dtype = getattr(torch, recipe.model.dtype)
-    model = _as_trained(recipe, saved, manifest)
+    model = _load_trained(recipe, saved, manifest)
     logits = _logits(model)
     parameters = {name for name, _ in model.named_parameters()}
     buffers = ((name, saved.whole(name)) for name in saved.names if name not in parameters)
-    mapped = _mapped_weights(chain(merged_weights(model), buffers), staged / "weights", dtype)
+    mapped = _copy_to_files(chain(merged_weights(model), buffers), staged / "weights", dtype)
     del model
     write_folder(run_dir, recipe, staged / "model", mapped)
-    loaded = _compare(staged / "model", mapped, recipe)
+    loaded = _load_and_compare(staged / "model", mapped, recipe)
     _require_alike(_logits(loaded.to(dist.device())), logits, recipe, staged / "model")
 
 
 def _write_adapter(
     run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, folder: Path
 ) -> None:
-    """Write the adapter as peft does, load it onto its base as a user would and compare tensors and
-    logits.
+    """Write the adapter as peft does, load it onto its base and compare tensors and logits.
 
-    The adapter's matrices are its fp32 masters; modules trained whole have the model's type, as in
-    the model.
+    The adapter's matrices are written as their fp32 master weights; modules that are trained whole
+    are written in the model's dtype.
     """
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -206,7 +205,7 @@ def _write_adapter(
 
     assert recipe.adapter
     section, dtype = recipe.model, getattr(torch, recipe.model.dtype)
-    model = _as_trained(recipe, saved, manifest)
+    model = _load_trained(recipe, saved, manifest)
     logits = _logits(model)
     trained = {name: saved.whole(name) for name in saved.names}
     trained = {
@@ -234,19 +233,18 @@ def _write_adapter(
     ]
     if differ:
         raise RuntimeError(f"{folder}: `{differ[0]}` loads with other values than were trained")
-    if (
-        recipe.adapter.base is None
-    ):  # on the 4-bit base it was trained on it acts alike, on this one it does nearly
+    # Trained on a 4-bit base it acts alike on that one, and on the base loaded here only nearly.
+    if recipe.adapter.base is None:
         _require_alike(_logits(loaded.to(dist.device())), logits, recipe, folder)
 
 
 @torch.no_grad()
-def _as_trained(recipe: Recipe, saved: Shards, manifest: Manifest) -> Any:
-    """The base with the adapter in it, as peft's users have them: the adapter in fp32, the rest in
-    the model's type.
+def _load_trained(recipe: Recipe, saved: Shards, manifest: Manifest) -> Any:
+    """Load the base with the trained adapter in it: the adapter in fp32, the rest in the model's
+    dtype, as peft's users have them.
 
     Raises:
-        BadInput: the base is not the one that the adapter was trained on, bit by bit.
+        BadInput: the base is not bit by bit the one that the adapter was trained on.
     """
     tokenizer = load_tokenizer(recipe.model)
     model = load_model(recipe.model, tokenizer, seed=recipe.train.seed, adapter=recipe.adapter)
@@ -259,17 +257,19 @@ def _as_trained(recipe: Recipe, saved: Shards, manifest: Manifest) -> Any:
             if digest(tensor) != manifest.digests.get((part, FROZEN)):
                 raise BadInput(
                     f"model.name: `{part}` of {recipe.model.name} has other values here than the "
-                    f"adapter was trained "
-                    "on; put the old model back, or export on the kind of device that trained it"
+                    "adapter was trained on; put the old model back, or export on the kind of "
+                    "device that trained it"
                 )
     return model.eval()
 
 
 @torch.no_grad()
 def _logits(model: Any) -> torch.Tensor:
-    """For 32 tokens drawn at random, (32, V) float32."""
+    """Return the logits of 32 tokens drawn at random, (32, V) float32."""
     vocabulary = model.config.get_text_config().vocab_size
+    # drawn on the CPU, so that both models get the same tokens on any device
     ids = torch.randint(vocabulary, (1, 32), generator=torch.Generator().manual_seed(0))
+    # plain attention: the training kernels need packed sequences, and this compares weights
     with other_attention(model, "eager"):
         return model.eval()(input_ids=ids.to(dist.device()), use_cache=False).logits[0].float()
 
@@ -282,40 +282,33 @@ def _require_alike(
         "logits of the loaded export differ from the trained model's by %.1e of their size",
         difference,
     )
+    # written so that a NaN fails
     if not difference <= TOLERANCE[recipe.model.dtype]:
         raise RuntimeError(
             f"{folder}: its logits differ from the trained model's by {difference:.1e} of their "
-            f"size; "
-            f"{TOLERANCE[recipe.model.dtype]:g} is allowed"
+            f"size; {TOLERANCE[recipe.model.dtype]:g} is allowed"
         )
 
 
 def _model_card(run_dir: Path, recipe: Recipe, step: int, is_adapter: bool) -> str:
-    """A model card of the run's own facts: of this step, and not of one that was trained on from
-    it.
-    """
+    """Return a model card with the run's own facts as of this step."""
     lines = best.evaluations(run_dir)
     before, after = (best.numbers(lines[at]) if at in lines else {} for at in (0, step))
     rows = "\n".join(
-        f"| {name} | {_shown(before.get(name))} | {_shown(value)} |"
+        f"| {name} | {_format(before.get(name))} | {_format(value)} |"
         for name, value in after.items()
-    )
-    rule = recipe.eval.best
-    found: dict[str, Any] = best.choose(rule, lines) if rule else {"step": None}
-    chosen = ""
-    if found["step"] == step:
-        chosen = f" Step {step} is the best of {len(found['candidates'])} evaluated ones: {rule}."
-    given = ", ".join(
-        f"{name}={value!r}" for name, value in recipe.data.chat_template_kwargs.items()
-    )
-    given = (
-        f"\nIts chat template was given `{given}`: give apply_chat_template the same.\n"
-        if given
-        else ""
     )
     table = (
         f"\n| held out | before | after {step} steps |\n|---|---|---|\n{rows}\n" if after else ""
     )
+    rule, chosen = recipe.eval.best, ""
+    found: dict[str, Any] = best.choose(rule, lines) if rule else {"step": None}
+    if found["step"] == step:
+        chosen = f" Step {step} is the best of {len(found['candidates'])} evaluated ones: {rule}."
+    options = recipe.data.chat_template_kwargs.items()
+    given = ", ".join(f"{name}={value!r}" for name, value in options)
+    if given:
+        given = f"\nIts chat template was given `{given}`: give apply_chat_template the same.\n"
     return f"""---
 base_model: {recipe.model.name}
 library_name: {"peft" if is_adapter else "transformers"}
@@ -333,5 +326,5 @@ The run is a function of this recipe:
 """
 
 
-def _shown(value: float | None) -> str:
+def _format(value: float | None) -> str:
     return "missing" if value is None else f"{value:.4f}"

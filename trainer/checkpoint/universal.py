@@ -1,16 +1,19 @@
-"""A checkpoint as DeepSpeed's universal form, for other programs on DeepSpeed: packhorse itself
-needs it nowhere.
+"""Write a checkpoint in DeepSpeed's universal form, for other programs on DeepSpeed.
 
-out/
-  latest_universal
-  step-000200/
-    zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt
-    zero/optimizer_state.pt
-    mp_rank_00_model_states.pt, zero_pp_rank_0_mp_rank_00_model_states.pt     read at stages 1 and 2, and at 3
+Packhorse itself never reads it.
 
-Parameters have the names of the Hugging Face model. A program loads it with `{"checkpoint":
-{"load_universal": true}}` and `engine.load_checkpoint(out)`. Hyperparameters are its own: none are
-written, since DeepSpeed at stage 3 would give every parameter group those of the first.
+    out/
+      latest_universal
+      step-000200/
+        zero/<parameter>/{fp32,exp_avg,exp_avg_sq,step}.pt
+        zero/optimizer_state.pt
+        mp_rank_00_model_states.pt                  read at ZeRO stages 1 and 2
+        zero_pp_rank_0_mp_rank_00_model_states.pt   read at stage 3
+
+Parameters have the names of the Hugging Face model. A program loads it with
+`{"checkpoint": {"load_universal": true}}` and `engine.load_checkpoint(out)`. Hyperparameters are
+the program's own: none are written, since DeepSpeed at stage 3 would give every parameter group
+those of the first.
 """
 
 from __future__ import annotations
@@ -33,10 +36,10 @@ _FILES = {"fp32": WEIGHT, EXP_AVG: EXP_AVG, EXP_AVG_SQ: EXP_AVG_SQ}
 
 
 def export_universal(run_dir: Path, out: Path, step: int | None = None) -> Path:
-    """Write the run's newest whole checkpoint, or that of a step, to `out`, one tensor at a time.
+    """Write a checkpoint to `out`, one tensor at a time; the newest whole one, or that of `step`.
 
     Raises:
-        BadInput: the run has no such checkpoint, or `out` exists and is not such a folder.
+        BadInput: the run has no such checkpoint, or `out` exists and is not a universal checkpoint.
     """
     if out.exists() and not (out / "latest_universal").is_file():
         raise BadInput(f"{out}: exists and is not a universal checkpoint; give another --out")
@@ -49,19 +52,19 @@ def export_universal(run_dir: Path, out: Path, step: int | None = None) -> Path:
     zero = staged / tag / "zero"
     zero.mkdir(parents=True)
 
+    # AdamW's count of updates, which bias correction needs: without it the moments of a resumed
+    # run would be taken for those of a first step
     updates = torch.tensor(float(manifest.state.updates))
     buffers = [name for name in saved.names if (name, EXP_AVG) not in manifest.digests]
     parameters = [name for name in saved.names if name not in buffers]
     for name in track(parameters, "writing", console=Console(stderr=True)):
         (zero / name).mkdir()
         for file, state in _FILES.items():
-            torch.save(
-                {"param": saved.whole(name, state), "cat_dim": 0}, zero / name / f"{file}.pt"
-            )
+            content = {"param": saved.whole(name, state), "cat_dim": 0}
+            torch.save(content, zero / name / f"{file}.pt")
         torch.save(updates, zero / name / "step.pt")
-    groups = [{"params": []} for _ in range(_GROUPS)]
     common = {
-        "param_groups": groups,
+        "param_groups": [{"params": []} for _ in range(_GROUPS)],
         "state": {0: {"step": updates}},
         "ds_version": version("deepspeed"),
     }

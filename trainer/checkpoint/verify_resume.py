@@ -1,12 +1,12 @@
-"""The same run twice, once without a break and once handed from world to world, compared:
-`packhorse verify-resume`.
+"""Prove that resuming changes nothing: run a recipe twice and compare, `packhorse verify-resume`.
 
     without a break   worlds[0] ------------------------------------> steps
     handed on         worlds[0] --> at, worlds[1] --> 2 at, ... ----> steps
-    control           as handed on, but with the first moments lost at the first break: it must not agree
+    control           as handed on, but with the first moments lost at the first break: the
+                      comparison must notice it
 
-Each part is an ordinary `packhorse train` of the recipe, whose trace.jsonl says what every step was
-made of.
+In: a recipe and numbers of ranks. Out: a table of differences and a verdict. Each part is an
+ordinary `packhorse train`, whose trace.jsonl records what every step was made of.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from trainer.utils.files import read_json_lines
 
 SCALAR_BOUND = 1e-6  # relative, of a step's loss and gradient norm
 CHANGE_BOUND = 1e-4  # ||Da - Db|| / ||Da|| of the worst tensor, D its change since the start
-CONTROL_FACTOR = 10  # the control must go beyond a bound by as much
-# A large rate shows defects that hide under a small one; a large eps keeps rounding from becoming
-# whole steps.
+CONTROL_FACTOR = 10  # the control must exceed a bound by this factor
+# A large rate shows defects that hide under a small one. A large eps keeps rounding from becoming
+# whole steps where both moments are nearly 0.
 LOUD = ("optim.lr=1e-2", "optim.eps=1e-3", "optim.lr_schedule=constant", "optim.warmup_ratio=0")
 _DEBUG = Path(__file__).resolve().parents[2] / "recipes" / "debug"
 TINY = (
@@ -51,6 +51,7 @@ TINY = (
     "batch.seq_len=256",
     "batch.global_batch_size=4",
 )
+# What the comparison does not need is off; every step is traced.
 QUIET = (
     "data.eval=[]",
     "data.eval_fraction=0",
@@ -66,13 +67,13 @@ QUIET = (
 
 @dataclass(frozen=True)
 class Differences:
-    """Of two runs, the largest of each kind."""
+    """The largest differences between two runs, by kind."""
 
     rows: int  # steps whose rows differ
     groups: int  # steps whose optimizer groups have other hyperparameters
-    loss: float
-    norm: float
-    change: float
+    loss: float  # relative
+    norm: float  # relative
+    change: float  # of the weights since the start, relative, of the worst tensor
 
     @property
     def agree(self) -> bool:
@@ -80,12 +81,12 @@ class Differences:
 
     @property
     def are_seen(self) -> bool:
-        """Beyond a bound by CONTROL_FACTOR."""
+        """Whether a difference exceeds its bound by CONTROL_FACTOR."""
         return self._worst > CONTROL_FACTOR
 
     @property
     def _worst(self) -> float:
-        """In bounds; a NaN counts as beyond all of them."""
+        """The largest difference in units of its bound; a NaN exceeds all bounds."""
         parts = (self.loss / SCALAR_BOUND, self.norm / SCALAR_BOUND, self.change / CHANGE_BOUND)
         return max(part if part == part else float("inf") for part in parts)
 
@@ -101,11 +102,14 @@ def verify_resume(
     tiny: bool,
     keep: bool,
 ) -> bool:
-    """Run it, print the table, and say whether resuming changes nothing and the control was
-    noticed.
+    """Run all three, print the table, and return whether resuming changes nothing and the
+    comparison noticed the control.
 
     Args:
-        worlds: numbers of processes that the run is handed to, every `at` steps.
+        worlds: numbers of processes that the run is handed to, one after the other, every `at`
+            steps.
+        tiny: train the debug recipe's random model on its data, in place of the recipe's own.
+        keep: leave the run folders.
 
     Raises:
         BadInput: the recipe cannot be used, or `steps` do not reach the last of the worlds.
@@ -113,33 +117,27 @@ def verify_resume(
     if len(worlds) < 2 or at * (len(worlds) - 1) >= steps:
         raise BadInput(
             f"--worlds {','.join(map(str, worlds))} --at {at}: give two worlds or more, and more "
-            f"--steps"
+            "--steps"
         )
-    common = (
+    parent = Path(load_recipe(recipe_file, overrides).run.dir).parent
+    parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix="verify-resume.", dir=parent))
+    common = [
         *(TINY if tiny else ()),
         f"model.dtype={dtype}",
         f"train.steps={steps}",
         *LOUD,
         *QUIET,
-        "guard.non_finite=stop",
-    )
-    parent = Path(load_recipe(recipe_file, overrides).run.dir).parent
-    parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="verify-resume.", dir=parent))
+        *overrides,
+        "parallel.allow_idle_ranks=true",
+    ]
 
     def train(name: str, world: int, until: int) -> None:
         stop = [] if until == steps else [f"run.stop_after={until}"]
-        changes = [
-            *common,
-            *overrides,
-            *stop,
-            "parallel.allow_idle_ranks=true",
-            f"run.dir={work / name}",
-        ]
         ranks = "1 rank" if world == 1 else f"{world} ranks"
-        _train(
-            recipe_file, changes, world, f"{name}: {ranks} to step {until}", work / f"{name}.log"
-        )
+        what = f"{name}: {ranks} to step {until}"
+        changes = [*common, *stop, f"run.dir={work / name}"]
+        _train(recipe_file, changes, world, what, work / f"{name}.log")
 
     train("without-a-break", worlds[0], steps)
     train("handed-on", worlds[0], at)
@@ -149,56 +147,50 @@ def verify_resume(
         for number, world in enumerate(worlds[1:], 2):
             train(name, world, steps if number == len(worlds) else number * at)
 
-    recipe = load_recipe(work / "without-a-break" / "recipe.yaml", ["model.dtype=float32"])
-    tokenizer, seed = load_tokenizer(recipe.model), recipe.train.seed
-    model: Any = load_model(recipe.model, tokenizer, seed=seed, adapter=recipe.adapter)
-    start = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    seen = {
-        name: compare(work / "without-a-break", work / name, start)
-        for name in ("handed-on", "control")
-    }
-    Console().print(_table(seen["handed-on"], seen["control"], worlds, at, steps))
-    print("resuming changes nothing" if seen["handed-on"].agree else "RESUMING CHANGES THE RUN")
-    noticed = "was noticed" if seen["control"].are_seen else "was NOT noticed, so nothing is proved"
+    start = _load_start(work / "without-a-break" / "recipe.yaml")
+    resumed, control = (
+        compare(work / "without-a-break", work / name, start) for name in ("handed-on", "control")
+    )
+    Console().print(_table(resumed, control, worlds, at, steps))
+    print("resuming changes nothing" if resumed.agree else "RESUMING CHANGES THE RUN")
+    noticed = "was noticed" if control.are_seen else "was NOT noticed, so nothing is proved"
     print(f"the control, whose first moments were lost at the first break, {noticed}")
     if keep:
         print(f"kept: {work}")
     else:
         shutil.rmtree(work)
-    return seen["handed-on"].agree and seen["control"].are_seen
+    return resumed.agree and control.are_seen
 
 
 def _train(recipe_file: Path, changes: list[str], world: int, what: str, log: Path) -> None:
     started = time.monotonic()
-    command = [
-        sys.executable,
-        "-m",
-        "trainer.cli.main",
-        "train",
-        str(recipe_file),
-        *changes,
-        "--nproc",
-        str(world),
-    ]
+    command = [sys.executable, "-m", "trainer.cli.main", "train", str(recipe_file), *changes]
     with log.open("ab") as out:
-        code = subprocess.run(command, stdout=out, stderr=out, check=False).returncode
+        code = subprocess.run(
+            [*command, "--nproc", str(world)], stdout=out, stderr=out, check=False
+        ).returncode
     if code not in (DONE, SAVED_RUN_AGAIN):
         end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
         raise BadInput(f"{what} ended with exit code {code}; the end of {log}:\n{end}")
     print(f"{what}: {time.monotonic() - started:.0f} s", file=sys.stderr)
 
 
+def _load_start(recipe_file: Path) -> dict[str, torch.Tensor]:
+    """Return the weights that training starts from, in float32, by name."""
+    recipe = load_recipe(recipe_file, ["model.dtype=float32"])
+    tokenizer, seed = load_tokenizer(recipe.model), recipe.train.seed
+    model: Any = load_model(recipe.model, tokenizer, seed=seed, adapter=recipe.adapter)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
 def lose_first_moments(run_dir: Path) -> None:
-    """Rewrite a run's checkpoint with zeros for the first moments, and a manifest that agrees with
-    it.
-    """
+    """Rewrite a run's newest checkpoint with first moments of zero, and a manifest that agrees."""
     found = checkpoint.find(run_dir)
     assert found
     folder, manifest = found
-    files, digests = (
-        {},
-        {key: value for key, value in manifest.digests.items() if key[1] == sharded_state.FROZEN},
-    )
+    frozen = sharded_state.FROZEN
+    digests = {key: value for key, value in manifest.digests.items() if key[1] == frozen}
+    files = {}
     for name, file in manifest.files.items():
         tensors = load_file(folder / name)
         slices = []
@@ -211,7 +203,8 @@ def lose_first_moments(run_dir: Path) -> None:
             if EXP_AVG in states:
                 states[EXP_AVG] = torch.zeros_like(states[EXP_AVG])
             slices.append(Slice(parameter, start, states))
-        (folder / name).unlink()  # and not written over: the tensors are still mapped to it
+        # Not overwritten: the tensors are memory-mapped from the old file.
+        (folder / name).unlink()
         files[name], found_digests = sharded_state.write(folder / name, slices)
         add_digests(digests, found_digests)
     checkpoint.write_manifest(folder, replace(manifest, files=files, digests=digests))
@@ -221,8 +214,13 @@ def lose_first_moments(run_dir: Path) -> None:
 
 
 def compare(a: Path, b: Path, start: dict[str, torch.Tensor]) -> Differences:
-    """Two run folders of one recipe, by their traces and their last checkpoints; `start` holds the
-    first weights.
+    """Compare two run folders of one recipe by their traces and their last checkpoints.
+
+    Args:
+        start: the weights that training started from, by name.
+
+    Raises:
+        RuntimeError: their traces have other steps.
     """
     left, right = read_json_lines(a / "trace.jsonl"), read_json_lines(b / "trace.jsonl")
     if [line["step"] for line in left] != [line["step"] for line in right]:
@@ -238,12 +236,16 @@ def compare(a: Path, b: Path, start: dict[str, torch.Tensor]) -> Differences:
         groups=sum(x["groups"] != y["groups"] for x, y in pairs),
         loss=largest("train/loss"),
         norm=largest("train/grad_norm"),
-        change=max(_change(saved_a, saved_b, name, first) for name, first in start.items()),
+        change=max(_compare_change(saved_a, saved_b, name, first) for name, first in start.items()),
     )
 
 
-def _change(a: Shards, b: Shards, name: str, start: torch.Tensor) -> float:
-    if name not in a.names:  # not trained
+def _compare_change(a: Shards, b: Shards, name: str, start: torch.Tensor) -> float:
+    """Return ||Da - Db|| / ||Da|| of a tensor's changes D since the start; 0 if it is not trained.
+
+    Changes are compared, as the weights themselves would agree even if nothing was learned.
+    """
+    if name not in a.names:
         return 0.0
     left, right = a.whole(name).double() - start, b.whole(name).double() - start
     return float((left - right).norm() / left.norm())

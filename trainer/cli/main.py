@@ -183,7 +183,7 @@ def _first_rows(
 
     import numpy as np
 
-    from trainer.data.prepare import limits_of, masker_of, rows_of
+    from trainer.data.prepare import length_policy, masker_of, rows_of
     from trainer.data.preview import Row, role_starts
     from trainer.data.rows import RowReader
     from trainer.data.split import parts_of
@@ -202,7 +202,7 @@ def _first_rows(
                     np.arange(len(example.input_ids), dtype=np.int32), example.trained
                 )
                 for document in fit(
-                    positions, limits_of(recipe)
+                    positions, length_policy(recipe)
                 ):  # cut as the tokens are: roles are found again
                     places = document.input_ids
                     shown = {

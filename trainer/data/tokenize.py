@@ -10,18 +10,22 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing import forkserver, resource_tracker
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
 
-from trainer.datatypes import Example, Filtered, RowError, Tokenized
+from trainer.datatypes import BadInput, Example, Filtered, RowError, Tokenized
+from trainer.utils.child_process import Child, start_child
 
 VERSION = 2  # part of every key: raise it when the same rows give other documents
 
@@ -63,52 +67,52 @@ on the chunk.
 
 
 def tokenize_rows(
-    rows: Iterable[Row], tokenize: Tokenize, limits: LengthPolicy, workers: int
+    rows: Iterable[Row],
+    tokenize: Tokenize,
+    limits: LengthPolicy,
+    workers: int,
+    files: Sequence[str] = (),
 ) -> Generator[Tokenized, None, None]:
-    """Chunks of the rows' documents, in order."""
-    return run(rows, _Work(tokenize, limits), workers)
+    """Yield the documents of each chunk of rows, in the rows' order; see `run`."""
+    return run(rows, _Work(tokenize, limits), workers, files)
 
 
 def run(
-    rows: Iterable[Row], work: Callable[[list[Row]], Result], workers: int
+    rows: Iterable[Row],
+    work: Callable[[list[Row]], Result],
+    workers: int,
+    files: Sequence[str] = (),
 ) -> Generator[Result, None, None]:
-    """What `work`, which must be picklable, makes of each chunk of rows, in order. With one worker,
-    or little to do, it is done in this process.
+    """Yield `work(chunk)` of each chunk of rows, in the rows' order.
 
-    Close the iterator to end the workers early.
+    With one worker, or few rows, this process does the work. Close the iterator to end the workers
+    early.
+
+    Args:
+        work: must be picklable.
+        files: name the rows' files in errors, by `Row.file`.
+
+    Raises:
+        BadInput: a worker was killed by a signal, as the kernel does when memory runs out.
     """
     chunks = _chunks(iter(rows))
     first = list(islice(chunks, POOL_FROM_CHUNKS))
-    if workers == 1 or len(first) < POOL_FROM_CHUNKS:
-        yield from map(work, chain(first, chunks))
-        return
-    # A forked child of a process with threads (the heartbeat, the tokenizer's own) may hang. The
-    # server has none, and what it has imported, which takes seconds, no worker imports again.
-    # Meanwhile this process works.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.data.prepare"])
-    _start_server()
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(work,)
-    )
     chunks = chain(first, chunks)
-    pending = deque()
-    try:
-        with ThreadPoolExecutor(1) as aside:
-            started = aside.submit(
-                pool.submit, _is_ready
-            )  # returns when the server has imported all
-            while not started.done() and (chunk := next(chunks, None)) is not None:
-                yield work(chunk)
-            started.result()
+    if workers == 1 or len(first) < POOL_FROM_CHUNKS:
+        yield from map(work, chunks)
+        return
+    pending: deque[Future[Result]] = deque()
+    with closing(_Pool(work, workers, files)) as pool:
+        started = pool.start_worker()  # takes seconds of imports; meanwhile this process works
+        while not started.done() and (chunk := next(chunks, None)) is not None:
+            yield work(chunk)
+        started.result()
         for chunk in chunks:
-            pending.append(pool.submit(_run_worker, chunk))
+            pending.append(pool.submit(chunk))
             if len(pending) > 2 * workers:  # only so many are in memory at once
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def fit(example: Example, limits: LengthPolicy) -> list[Example]:
@@ -214,44 +218,106 @@ def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _start_server() -> None:
-    """The server and its workers hold SIGUSR1 and SIGTERM back: Slurm sends them to every process
-    of a job's step, and they would end those that only help. These end with this process."""
+class _Pool:
+    """Worker processes, each with a thread of this process that feeds it and waits for it.
+
+    concurrent.futures' own pool cannot be used: when a worker dies, it ends the others by SIGTERM,
+    to which they are deaf, and waits for them for ever. Nor does it know which chunk was at fault.
+    """
+
+    def __init__(
+        self, work: Callable[[list[Row]], Any], workers: int, files: Sequence[str]
+    ) -> None:
+        self._work, self._files = work, files
+        self._threads = ThreadPoolExecutor(workers)
+        self._of_thread = threading.local()
+        self._lock = threading.Lock()  # over the two below: no worker starts once they are killed
+        self._workers: list[Child] = []
+        self._closed = False
+
+    def start_worker(self) -> Future[Child]:
+        return self._threads.submit(self._worker)
+
+    def submit(self, rows: list[Row]) -> Future[Any]:
+        return self._threads.submit(self._run, rows)
+
+    def close(self) -> None:
+        """Kill the workers, whatever they do: what they make is not wanted any more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            self._closed = True
+            for worker in self._workers:
+                worker.end()
+        self._threads.shutdown()  # each thread sees its worker's end
+
+    def _worker(self) -> Child:
+        if not hasattr(self._of_thread, "worker"):
+            with self._lock:
+                if self._closed:
+                    raise RuntimeError("the pool is closed")
+                self._of_thread.worker = start_child(_start_server(), _serve, self._work)
+                self._workers.append(self._of_thread.worker)
+        return self._of_thread.worker
+
+    def _run(self, rows: list[Row]) -> Any:
+        worker = self._worker()
+        try:
+            worker.pipe.send(rows)
+            result, error, trace = worker.pipe.recv()
+        except (EOFError, OSError):
+            raise self._death(worker.end() or 0, rows) from None
+        if error:
+            raise error from RuntimeError(f"in a worker process:\n{trace}")
+        return result
+
+    def _death(self, exit_code: int, rows: list[Row]) -> Exception:
+        ends = [
+            f"{self._files[row.file] if self._files else f'file {row.file}'}:{row.number}"
+            for row in (rows[0], rows[-1])
+        ]
+        at = f"at the rows from {ends[0]} to {ends[1]}"
+        if exit_code >= 0:
+            return RuntimeError(
+                f"a worker process ended with exit code {exit_code} {at}; "
+                f"its own message stands above"
+            )
+        return BadInput(
+            f"a worker process was killed by signal {-exit_code} {at}; signal 9 mostly means that "
+            f"memory ran out: set data.workers lower, or shorten the largest of these rows"
+        )
+
+
+def _start_server() -> Any:
+    """Start the server that workers are forked from, unless it runs; return its context.
+
+    A forked child of this process, which has threads (the heartbeat, the tokenizer's own), may hang.
+    The server has none, and what it has imported no worker imports again.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.data.prepare"])
+    # Slurm sends SIGUSR1 and SIGTERM to every process of a job's step. The server, which ends with
+    # this process, inherits that they are blocked.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
     try:
-        # the server's start would do it, and it lets SIGTERM through again
+        # The server's start would do it, too, but then unblocks SIGTERM.
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
 
 
-_worker_work: Callable[[list[Row]], Any] | None = None
-
-
-def _start_worker(work: Callable[[list[Row]], Any]) -> None:
-    """Keep the work, which is large, once a process; leave Ctrl-C to the parent, and die with it if
-    it is killed.
-    """
-    global _worker_work
-    _worker_work = work
+def _serve(pipe: Connection, work: Callable[[list[Row]], Any]) -> None:
+    """Work on chunks in a worker process, until the parent is gone."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-
-
-def _die_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _is_ready() -> None:
-    """A first task, which makes the first worker start."""
-
-
-def _run_worker(rows: list[Row]) -> Any:
-    assert _worker_work is not None
-    return _worker_work(rows)
+    while True:
+        try:
+            rows = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            reply = work(rows), None, ""
+        except Exception as error:
+            reply = None, error, traceback.format_exc()
+        pipe.send(reply)

@@ -1,10 +1,9 @@
-"""Calls that may never end, or take all memory: a regular expression of the user's on a model's
-answer, a formula.
+"""Run calls that may never end or take all memory: a user's regular expression, a formula.
 
-A function and its arguments enter; its result leaves, or TooLong, or Failed. Python cannot
-interrupt C code, as a regular expression is, so the work is done in a process beside this one, with
-a timer that the kernel keeps: past a limit of its own processor time (not of the clock: a busy
-machine changes no result) that process is ended, and the next one starts.
+A function and its arguments enter; its result leaves, or `TooLong` or `Failed` is raised. Python
+cannot interrupt C code such as a regular expression, so a helper process makes the call, under a
+timer that the kernel keeps. Past a limit of processor time (not of the clock, so that a busy machine
+changes no result) the kernel ends the helper, and the next call starts another one.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+from trainer.utils.child_process import Child, start_child
 from trainer.utils.text import error_line
 
-LIMIT_BYTES = 4 << 30  # of memory beyond what the process takes at its start; what needs more fails
+LIMIT_BYTES = 4 << 30  # of memory that a call may take beyond what the helper takes at its start
 
 T = TypeVar("T")
 
@@ -37,63 +37,49 @@ class Failed(Exception):
 def bounded(
     function: Callable[..., T], *arguments: Any, limit_s: float, imports: Sequence[str] = ()
 ) -> T:
-    """What the function, one of a module's own, makes of the arguments.
+    """Return `function(*arguments)`, computed by the helper process.
 
     Args:
-        imports: modules that it will import, which is not its time.
+        function: a module's own function, so that it can be pickled.
+        limit_s: seconds of processor time that the call may take.
+        imports: modules that the call imports; their import does not count as its time.
 
     Raises:
-        TooLong: it took more than `limit_s` of processor time.
+        TooLong: the call took more than `limit_s`.
         Failed: it raised anything, needed more than LIMIT_BYTES, or ended its process.
+        RuntimeError: the helper could not work, whatever the call.
     """
-    global _beside
-    code = None
+    global _helper
+    exit_code = None
     with _lock:
-        for _ in range(
-            2
-        ):  # once more where the process was ended by a signal that was meant for all
-            _beside = _beside or _start()
-            process, calls = _beside
+        for _ in range(2):  # again, as what ended the helper may not have been the call
+            _helper = _helper or start_child(multiprocessing.get_context("spawn"), _serve)
             try:
-                calls.send((function, arguments, limit_s, tuple(imports)))
-                result, fault = calls.recv()
+                _helper.pipe.send((function, arguments, limit_s, tuple(imports)))
+                result, fault = _helper.pipe.recv()
             except (EOFError, OSError):
-                calls.close()
-                process.join()
-                _beside, code = None, process.exitcode
-                if code == -signal.SIGPROF:
+                exit_code, _helper = _helper.end(), None
+                if exit_code == -signal.SIGPROF:
                     raise TooLong from None
-                if code >= 0:  # not the arguments' fault: it must not pass for one
+                if exit_code is None or exit_code >= 0:
+                    # Not the arguments' fault: it must not be counted as a row that failed.
                     raise RuntimeError(
-                        "the process beside this one failed; what it says stands above"
+                        f"the helper process ended with exit code {exit_code}; "
+                        f"its own message stands above"
                     ) from None
             else:
                 if fault:
                     raise Failed(fault)
                 return result
-    raise Failed(f"its process ended with exit code {code}")
+    raise Failed(f"its process ended with exit code {exit_code}")
 
 
-_beside: tuple[Any, Connection] | None = None  # the process, and where it takes calls
+_helper: Child | None = None
 _lock = threading.Lock()
 
 
-def _start() -> tuple[Any, Connection]:
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs,), daemon=True)
-    process.start()
-    theirs.close()  # or its end would not be noticed here
-    return process, ours
-
-
-def _serve(calls: Connection) -> None:
-    """Answer until the process that asks is gone."""
-    for number in (
-        signal.SIGINT,
-        signal.SIGUSR1,
-    ):  # Ctrl-C, and Slurm's word to all, are for the one that asks
-        signal.signal(number, signal.SIG_IGN)
+def _serve(pipe: Connection) -> None:
+    """Make calls until the parent is gone."""
     logging.disable(logging.CRITICAL)  # math-verify logs every text that it cannot read
     import psutil
 
@@ -104,17 +90,16 @@ def _serve(calls: Connection) -> None:
         )
     while True:
         try:
-            function, arguments, limit_s, imports = calls.recv()
+            function, arguments, limit_s, imports = pipe.recv()
         except (EOFError, OSError):
             return
         try:
             for module in imports:
                 importlib.import_module(module)
-            signal.setitimer(
-                signal.ITIMER_PROF, limit_s
-            )  # SIGPROF, which nothing handles, ends the process
+            # Nothing handles SIGPROF, so the kernel ends the process, even within C code.
+            signal.setitimer(signal.ITIMER_PROF, limit_s)
             reply = function(*arguments), ""
-        except Exception as error:  # of sympy's depths, a MemoryError among them
+        except Exception as error:  # RecursionError from sympy and MemoryError among them
             reply = None, error_line(error)
         signal.setitimer(signal.ITIMER_PROF, 0)
-        calls.send(reply)
+        pipe.send(reply)

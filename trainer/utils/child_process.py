@@ -1,0 +1,74 @@
+"""Start child processes that neither outlive their parent nor hold up its exit.
+
+A multiprocessing context and a function enter; a `Child` leaves: a pipe to the function, and a way
+to end it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
+from typing import Any, NamedTuple
+
+
+class Child(NamedTuple):
+    """A running child: this side's end of the pipe to it, and what kills it.
+
+    `pipe.recv` raises EOFError once the child is gone. `end()` kills it and returns its exit code,
+    the negative of a signal that ended it; a second call does nothing and returns None.
+    """
+
+    pipe: Connection
+    end: Callable[[], int | None]
+
+
+def start_child(context: Any, target: Callable[..., None], *arguments: Any) -> Child:
+    """Run `target(pipe, *arguments)` in a new process.
+
+    The child is deaf to Ctrl-C and to the signals that Slurm sends to every process of a job's
+    step: they are for the parent. It ends with the parent, however that ends.
+
+    Args:
+        context: "spawn" or "forkserver" of `multiprocessing.get_context`.
+    """
+    ours, theirs = context.Pipe()
+    lifeline, held_here = context.Pipe(duplex=False)
+    process = context.Process(target=_run_child, args=(lifeline, target, theirs, *arguments))
+    process.start()
+    theirs.close()  # as long as it is open here, recv() would not notice the child's end
+    lifeline.close()
+    # At exit multiprocessing sends SIGTERM at most, to which the child is deaf, and then waits
+    # without a deadline. What has an exitpriority of 0 or above runs before that.
+    return Child(ours, Finalize(None, _end_child, args=(process, held_here), exitpriority=0))
+
+
+def _end_child(process: Any, held_here: Connection) -> int:
+    process.kill()
+    process.join()
+    held_here.close()
+    return process.exitcode
+
+
+def _run_child(
+    lifeline: Connection, target: Callable[..., None], pipe: Connection, *arguments: Any
+) -> None:
+    # A handler that does nothing, as processes that the child starts would inherit an ignored or
+    # a blocked signal: a SIGTERM could not end them, and who waits for them would wait for ever.
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)
+        signal.siginterrupt(number, False)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    # Nothing is ever written to the lifeline. When the parent is gone, its other end is closed, and
+    # the kernel sends SIGIO, which ends this process. A thread that waits for the parent could not
+    # do that while C code holds the interpreter's lock, and PR_SET_PDEATHSIG would end this process
+    # with the thread that started it.
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
+    # A copy that only the kernel closes: the parent sees EOF once there is an exit code, not before.
+    os.dup(pipe.fileno())
+    if not lifeline.poll():  # else the parent has gone before
+        target(pipe, *arguments)
