@@ -213,7 +213,7 @@ def load_config(section: ModelSection) -> Any:
 
 
 def _embedding_rows(section: ModelSection, config: Any, tokenizer: Any) -> tuple[int, list[int]]:
-    """Return the number of embeddings that the tokenizer needs, and the ids of new tokens.
+    """Return the number of embeddings that the model needs, and the ids of new tokens.
 
     A token of `add_tokens` is not new if the original tokenizer has it: an export of an earlier run
     has trained embeddings for it.
