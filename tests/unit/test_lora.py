@@ -26,12 +26,12 @@ from trainer.estimate import memory
 from trainer.metrics import model_flops
 from trainer.model.lora import (
     _require_near,
+    adapter_targets,
     add_adapter,
+    full_modules,
     merged_weights,
     parts_of,
     require_stage,
-    targets_of,
-    whole_modules,
 )
 
 EVEN = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks of 4-bit weights
@@ -84,7 +84,7 @@ def parameters(model: Any) -> dict[str, torch.Tensor]:
     ],
 )
 def test_targets_are_found_by_name_end_or_pattern(targets: Any, count: int) -> None:
-    found = targets_of(tiny_llama(), section(target_modules=targets))
+    found = adapter_targets(tiny_llama(), section(target_modules=targets))
     assert len(found) == count
     assert "lm_head" not in found
 
@@ -111,7 +111,7 @@ def test_targets_are_found_by_name_end_or_pattern(targets: Any, count: int) -> N
         ),
         (
             {"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]},
-            "is trained whole by adapter.modules_to_save",
+            "is trained in full by adapter.modules_to_save",
         ),
     ],
 )
@@ -134,7 +134,7 @@ def test_modules_that_share_a_weight_are_trained_together_or_not_at_all() -> Non
 
 def test_modules_trained_whole_get_no_matrices() -> None:
     model = adapted(modules_to_save=["mlp"])
-    assert whole_modules(model, section(modules_to_save=["mlp"])) == [
+    assert full_modules(model, section(modules_to_save=["mlp"])) == [
         "model.layers.0.mlp",
         "model.layers.1.mlp",
     ]
@@ -262,9 +262,7 @@ def test_every_linear_module_but_the_head_lies_in_4_bits(double: bool) -> None:
         n: sum(t.nbytes for part, t in parts if "bitsandbytes__" not in part)
         for n, parts in quantised.items()
     }
-    of_plan = memory.describe(
-        planned(double), OptimSection(), section(base=NF4[double])
-    )
+    of_plan = memory.describe(planned(double), OptimSection(), section(base=NF4[double]))
     assert sum(held.values()) == pytest.approx(
         of_plan.quantised_bytes, abs=4 * LINEAR
     )  # the mean is a number there
