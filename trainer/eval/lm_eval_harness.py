@@ -99,7 +99,7 @@ def run_tasks(recipe: Recipe, out: Path, manager: Any) -> None:
         )
     except (ConnectionError, FileNotFoundError) as error:
         raise BadInput(
-            f"eval.lm_eval: a task's data cannot be downloaded from the hub ({one_line(error, 300)})"
+            f"eval.lm_eval: a task's data cannot be downloaded ({one_line(error, 300)})"
         ) from None
     samples = samples_of(found["samples"])
     write_json(out / HARNESS_METRICS, metrics_of(found["results"], samples))
