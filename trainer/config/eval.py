@@ -18,13 +18,9 @@ EVAL_LOSS = "eval_loss"  # the held-out loss in a rule; the other names in rules
 class Server(Section):
     """An OpenAI-compatible server."""
 
-    url: str = Field(
-        description="Address up to the version, as http://localhost:8000/v1, without a key or "
-        "password."
-    )
+    url: str = Field(description="As http://localhost:8000/v1, without a user, key or password.")
     key_env: str | None = Field(
-        default=None,
-        description="Environment variable that holds the API key; null: no key is sent.",
+        default=None, description="Environment variable with the API key; null: no key is sent."
     )
     timeout_s: float = Field(
         default=300.0,
@@ -35,27 +31,23 @@ class Server(Section):
     parallel: int = Field(default=16, ge=1, description="Requests at the same time.")
     extra: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="More fields of each request, as `{max_tokens: 4096}` or "
-        "`chat_template_kwargs`; null removes a field.",
+        description="More fields of each request, as `{max_tokens: 4096}`; null removes a field.",
     )
 
     @model_validator(mode="after")
     def _url_is_plain(self) -> Server:
+        # the messages must not repeat the url: it may hold a key
         try:
             parts = urlsplit(self.url)
-            is_complete = (
-                parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-            )
+            is_http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:
             raise ValueError("`url` is not an address, as http://localhost:8000/v1") from None
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError(
                 "`url` must hold no user, password or key; name the key's variable in `key_env`"
             )
-        if not is_complete:
-            raise ValueError(
-                "`url` must be an address with http:// or https://, as http://localhost:8000/v1"
-            )
+        if not is_http:
+            raise ValueError("`url` must be an address with http:// or https://")
         return self
 
 
@@ -99,9 +91,7 @@ class Exact(_IgnoresCase):
         description="A regular expression: the first group of its last match is compared, in the "
         "answer and in the reference. null: the whole text.",
     )
-    ignore_space: bool = Field(
-        default=False, description="Any run of white space counts as one space."
-    )
+    ignore_space: bool = Field(default=False, description="Runs of white space count as a space.")
 
     @field_validator("extract")
     @classmethod
@@ -129,9 +119,7 @@ class Choice(_HasColumn):
     """1 if the right letter is the likeliest one after the prompt, else 0. Nothing is generated."""
 
     kind: Literal["choice"] = "choice"
-    letters: tuple[str, ...] = Field(
-        default=("A", "B", "C", "D"), min_length=2, description="The choices."
-    )
+    letters: tuple[str, ...] = Field(default=("A", "B", "C", "D"), min_length=2)
 
     @model_validator(mode="after")
     def _letters_differ(self) -> Choice:
@@ -167,8 +155,7 @@ class Refusal(Section):
 
     kind: Literal["refusal"] = "refusal"
     expected: bool | str = Field(
-        description="Whether every answer should refuse, or the row's column that holds true or "
-        "false."
+        description="Whether every answer should refuse, or the row's column that says so."
     )
 
 
@@ -258,7 +245,7 @@ class GenerateSection(Section):
 
 
 class Condition(NamedTuple):
-    """A bound of a metric, as `>= 0.98`."""
+    """A bound on a metric, as `>= 0.98`."""
 
     sign: str
     bound: float

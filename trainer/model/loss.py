@@ -90,28 +90,14 @@ def linear_cross_entropy(
         # gradient of zeros, so that no collective of another rank waits for one.
         tensors = [t for t in (hidden_NH, head_weight_VH, bias_V) if t is not None]
         return torch.stack([t.reshape(-1)[:1].float().sum() * 0.0 for t in tensors]).sum()
-    args = (hidden_NH, head_weight_VH, bias_V, targets_N, weights_N)
     if kernel == "reference":
-        return _reference(*args, transform)
+        logits_NV = transform(F.linear(hidden_NH, head_weight_VH, bias_V).float())
+        return (F.cross_entropy(logits_NV, targets_N, reduction="none") * weights_N).sum()
+    args = (hidden_NH, head_weight_VH, bias_V, targets_N, weights_N)
     if kernel == "chunked":
         return _Chunked.apply(*args, transform)  # type: ignore[return-value]
     assert kernel == "liger", kernel
     return _liger(*args, uniform_weight, transform)
-
-
-# ---------------------------------------------------------------------------------------- reference
-
-
-def _reference(
-    hidden_NH: torch.Tensor,
-    head_weight_VH: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    targets_N: torch.Tensor,
-    weights_N: torch.Tensor,
-    transform: LogitTransform,
-) -> torch.Tensor:
-    logits_NV = transform(F.linear(hidden_NH, head_weight_VH, bias_V).float())
-    return (F.cross_entropy(logits_NV, targets_N, reduction="none") * weights_N).sum()
 
 
 # ------------------------------------------------------------------------------------------ chunked
