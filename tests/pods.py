@@ -1,4 +1,4 @@
-"""The pods that a cluster would make of manifests: their names, environment, arguments and files."""
+"""Make the pods that a cluster would make of manifests, with their environment and files."""
 
 from __future__ import annotations
 

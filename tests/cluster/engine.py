@@ -176,7 +176,7 @@ class Engine:
 
 @contextmanager
 def packages() -> Iterator[dict[str, str]]:
-    """pip's settings of this machine for where packages are, with its folders served to the builds."""
+    """Return this machine's pip settings for package sources, its folders served to builds."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
     )

@@ -56,7 +56,10 @@ class Hosts:
         cwd: Path = ROOT,
     ) -> subprocess.Popen:
         """A process on a host; its end ends all that it started there."""
-        inside = 'hostname "$1"; mount --bind "$2" /etc/hosts; mount --bind "$3" /etc/nsswitch.conf; shift 3; exec "$@"'
+        inside = (
+            'hostname "$1"; mount --bind "$2" /etc/hosts; mount --bind "$3" /etc/nsswitch.conf; '
+            'shift 3; exec "$@"'
+        )
         where = network.enter(self._spaces[name])
         process = subprocess.Popen(
             [

@@ -59,7 +59,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 class Slurm:
-    """The cluster: `sbatch`, `scontrol` and the like through `run`; nodes that fail and come back."""
+    """A cluster: `run` calls its commands, as sbatch; its nodes can fail and come back."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self._folder = folder

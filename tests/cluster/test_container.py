@@ -249,7 +249,10 @@ def test_every_package_in_it_is_one_of_the_pins(docker):
         tuple(re.split(r"==|;", line)[:2])
         for line in (ROOT / "constraints.txt").read_text().splitlines()
     }
-    names = "import importlib.metadata as m; print(*(f'{d.name}=={d.version}' for d in m.distributions()))"
+    names = (
+        "import importlib.metadata as m; "
+        "print(*(f'{d.name}=={d.version}' for d in m.distributions()))"
+    )
     installed = {
         tuple(package.split("+")[0].split("=="))
         for package in inside(docker, "python", "-c", names).split()

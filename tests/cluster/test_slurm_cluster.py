@@ -53,7 +53,7 @@ def recipe(run_dir: Path, cache: Path, *overrides: str) -> list[str]:
 def sbatch(
     cluster: Slurm, run_dir: Path, cache: Path, *overrides: str, options: tuple[str, ...] = ()
 ) -> str:
-    """The many-node script with the debug recipe, on two nodes, logging to job.log in the folder."""
+    """Submit the many-node script with the debug recipe on two nodes; it logs to job.log."""
     own = ["--nodes=2", f"--output={run_dir}/job.log", *options]
     words = ["sbatch", *own, "slurm/sft_70b.sh", *recipe(run_dir, cache, *overrides)]
     return cluster.submit(*words, RECIPE="recipes/debug.yaml")

@@ -1,10 +1,10 @@
-"""Runs many small recipes on one set of ranks: starting ranks costs more than the runs do.
+"""Run many small recipes on one set of ranks, as starting ranks takes longer than the runs.
 
     python -m tests.numerics.cases CASES.json
 
 A case is {"run": folder, "recipe": file, "overrides": [...], "changes": [names], "stop_after": step
-or null}. A change is a real defect put in on purpose, the controls that a test of exactness must
-notice; or another model.
+or null}. A change patches the trainer: with a defect that a test of exactness must catch, or with
+another model or event.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ def main(path: str) -> None:
 
 def run_case(case: dict[str, Any], stop: dist.StopFlag) -> None:
     recipe = load_recipe(case["recipe"], [*case["overrides"], f"run.dir={case['run']}"])
-    engine.deepspeed.zero.Init.param_id = (
-        0  # as in a process of its own: DeepSpeed names its NVMe files by it
-    )
+    # as in a process of its own: DeepSpeed names its NVMe files by it
+    engine.deepspeed.zero.Init.param_id = 0
     run_dir = Path(case["run"])
     if dist.is_main():
         train.open_run_folder(recipe, run_dir)
@@ -87,9 +86,7 @@ def stopping_after(step: int | None, stop: dist.StopFlag) -> Iterator[None]:
 
 
 def mean_of_means() -> Any:
-    """Each micro-batch weighted by its own trained tokens, then averaged: what accumulation does
-    elsewhere.
-    """
+    """Average the micro-batches' means, as gradient accumulation does in other trainers."""
     apply = engine.Engine.step
 
     def step(self: Any, batches: list[Any], *args: Any) -> Any:
@@ -110,7 +107,7 @@ def mean_of_means() -> Any:
 
 
 def dropped_micro_batch() -> Any:
-    """Rank 0's first micro-batch never runs."""
+    """Replace rank 0's first micro-batch by a filler."""
     apply = engine.Engine.step
 
     def step(self: Any, batches: list[Any], *args: Any) -> Any:
@@ -121,7 +118,7 @@ def dropped_micro_batch() -> Any:
 
 
 def decay_everywhere() -> Any:
-    """Norms and biases decay like matrices."""
+    """Give norms and biases the weight decay of matrices."""
     build = train.parameter_groups
 
     def groups(model: Any, section: Any) -> Any:
@@ -131,7 +128,7 @@ def decay_everywhere() -> Any:
 
 
 def bf16_accumulation() -> Any:
-    """Gradients summed and reduced in bf16, as DeepSpeed does where nobody says otherwise."""
+    """Sum and reduce gradients in bf16, which is DeepSpeed's default."""
     build = train.deepspeed_config
 
     def config(*args: Any) -> Any:
@@ -146,8 +143,9 @@ def bf16_accumulation() -> Any:
 
 
 def boundaries_ignored() -> Any:
-    """Documents of a row see each other in training. (The probe, which would refuse the run, sees
-    them apart.)
+    """Let documents of a packed sequence see each other in training.
+
+    The packing check at the start, which would refuse the run, still sees them apart.
     """
     forward = sft.SftModel.forward
 
@@ -164,7 +162,7 @@ def boundaries_ignored() -> Any:
 
 
 def labels_shifted_across_boundaries() -> Any:
-    """A document's last position learns its neighbour's first token."""
+    """Train a document's last position to predict its neighbour's first token."""
     build = loader.build_batch
 
     def shifted(*args: Any, **kwargs: Any) -> Any:
@@ -184,10 +182,8 @@ def labels_shifted_across_boundaries() -> Any:
 # ------------------------------------------------------------------------------ defects of a resume
 
 
-def unchecked(fill: Any) -> Any:
-    """Restores a checkpoint with `fill(shards, piece)` in place of Shards.fill, and looks at no
-    digest.
-    """
+def restore_unchecked(fill: Any) -> Any:
+    """Restore with `fill(shards, piece)` in place of Shards.fill, and check no digest."""
 
     def restore(folder: Path, manifest: Any, engine: Any) -> None:
         with mock.patch.object(sharded_state.Shards, "fill", fill):
@@ -206,11 +202,11 @@ def moment_zeroed() -> Any:
         fill(self, piece)
         piece.states[sharded_state.EXP_AVG].zero_()
 
-    return unchecked(without)
+    return restore_unchecked(without)
 
 
 def slices_exchanged() -> Any:
-    """The two halves of what a rank reads of a parameter change places."""
+    """Exchange the two halves of what a rank reads of a parameter."""
     fill = sharded_state.Shards.fill
 
     def exchanged(self: Any, piece: Any) -> None:
@@ -221,11 +217,11 @@ def slices_exchanged() -> Any:
             tensor[:half] = tensor[half : 2 * half]
             tensor[half : 2 * half] = first
 
-    return unchecked(exchanged)
+    return restore_unchecked(exchanged)
 
 
 def hyperparameters_of_group_0() -> Any:
-    """Every group goes on with the first one's, as after DeepSpeed's own universal load at ZeRO-3."""
+    """Give every group the first one's, as DeepSpeed's own universal load does at ZeRO-3."""
     restore = engine.Engine.restore
 
     def overwrite(self: Any, *args: Any) -> None:
@@ -237,7 +233,7 @@ def hyperparameters_of_group_0() -> Any:
     return mock.patch.object(engine.Engine, "restore", overwrite)
 
 
-SABOTAGES = {
+DEFECTS = {
     f.__name__: f
     for f in (
         mean_of_means,
@@ -256,9 +252,7 @@ DEFECTIVE_RESUMES = {
 
 
 def frozen_and_buffers() -> Any:
-    """As an adapter's base: the embeddings are not trained. And a persistent buffer counts the
-    steps.
-    """
+    """Freeze the embeddings, and count the steps in a persistent buffer."""
     load, apply = train.load_model, engine.Engine.step
 
     def load_model(*args: Any, **kwargs: Any) -> Any:
@@ -277,11 +271,11 @@ def frozen_and_buffers() -> Any:
     return both
 
 
-# ------------------------------------------------------------------------------ a source that grows
+# -------------------------------------------------------------------------------- streaming sources
 
 
 def shards_appear() -> Any:
-    """Files called `*.later` get their names in the source's folder, one before every second step."""
+    """Rename a `*.later` file in the source's folder to its name before every second step."""
     take = loader.Loader.step
 
     def step(self: Any, number: int) -> Any:
@@ -298,9 +292,7 @@ def shards_appear() -> Any:
 
 
 def third_step_times(factor: float) -> Any:
-    """The last rank's share of the third step's loss is so many times what it should be, whenever
-    it is built.
-    """
+    """Multiply the last rank's share of the third step's loss, each time the step is built."""
     build = loader.Loader._build_step
 
     def build_step(self: Any, step: int) -> Any:
@@ -324,13 +316,11 @@ def spike_in_the_third_step() -> Any:
     return changed
 
 
-# -------------------------------------------------------------------------------------- a rehearsal
+# ----------------------------------------------------------------------------------- memory dry run
 
 
 def rehearsed() -> Any:
-    """The fullest micro-batches run before the first step, as on a GPU; what is left of the
-    gradients is looked at.
-    """
+    """Run the memory dry run before the first step, as on a GPU; assert that gradients are zero."""
     memory_dry_run, forget = engine.Engine.memory_dry_run, zero_state.forget_gradients
 
     def looked_at(self: Any, batches: list[Any]) -> None:
@@ -350,7 +340,7 @@ def rehearsed() -> Any:
 
 
 def rehearsed_with_weights() -> Any:
-    """A control: the rehearsal learns, and forgets nothing."""
+    """Control: let the dry run leave its gradients."""
     changed = contextlib.ExitStack()
     changed.enter_context(mock.patch.object(train, "DRY_RUN_DEVICES", ("cpu",)))
     changed.enter_context(mock.patch.object(engine, "_weightless", lambda batch: batch))
@@ -361,7 +351,7 @@ def rehearsed_with_weights() -> Any:
 MISHAPS = {f.__name__: f for f in (nan_in_the_third_step, spike_in_the_third_step)}
 CHANGES: dict[str, Any] = {
     **MISHAPS,
-    **SABOTAGES,
+    **DEFECTS,
     **DEFECTIVE_RESUMES,
     "frozen_and_buffers": frozen_and_buffers,
 }

@@ -1,6 +1,4 @@
-"""Runs of the debug recipe, and what separates two of them: losses, gradient norms, the weights'
-change.
-"""
+"""Run cases of the debug recipe, and measure how much two runs differ."""
 
 from __future__ import annotations
 
@@ -20,9 +18,8 @@ from trainer.model.load import load_model, load_tokenizer
 SCALAR_BOUND = 1e-6  # relative, of losses and norms
 CHANGE_BOUND = 1e-4  # ||Da - Db|| / ||Da||, the worst tensor
 CONTROL_FACTOR = 10
-BF16_CHANGE_BOUND = (
-    1e-4  # measured: 9e-10, where every row makes a micro-batch of its own at both worlds
-)
+# measured: 9e-10, where every packed sequence is a micro-batch of its own at both world sizes
+BF16_CHANGE_BOUND = 1e-4
 STAGES = (
     "zero0",
     "zero1",
@@ -49,7 +46,7 @@ BF16 = (
 
 @dataclass(frozen=True)
 class Run:
-    """What a case left in its run folder."""
+    """The losses, norms and weights that a case left in its run folder."""
 
     losses: list[float]
     norms: list[float]
@@ -59,7 +56,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest differences between two runs."""
+    """The largest relative differences between two runs."""
 
     loss: float
     norm: float
@@ -76,15 +73,13 @@ class Difference:
 
     @property
     def is_caught(self) -> bool:
-        """Beyond ten times some bound."""
+        """Whether a difference exceeds its bound by ten times, as a control's must."""
         scalars = max(self.loss, self.norm) > CONTROL_FACTOR * SCALAR_BOUND
         return scalars or self.change > CONTROL_FACTOR * CHANGE_BOUND
 
 
 def case(root: Path, name: str, stage: str, *overrides: str, **extra: Any) -> dict[str, Any]:
-    """The stage's own template, with buckets so small that even this model's gradients fill
-    several.
-    """
+    """Return a case with a stage's template, in buckets so small that gradients fill several."""
     template = root / f"{stage}.json"
     text = (ROOT / "ds_configs" / f"{stage}.json").read_text()
     template.write_text(text.replace('"reduce_bucket_size": "auto"', '"reduce_bucket_size": 4096'))
@@ -101,9 +96,11 @@ def case(root: Path, name: str, stage: str, *overrides: str, **extra: Any) -> di
 
 
 def wide(root: Path) -> tuple[str, str]:
-    """The debug model, wide enough that DeepSpeed moves its optimizer states to the NVMe (from 1
-    MiB a rank on). At the others' learning rate its third step overshoots sixfold, and rounding
-    with it."""
+    """Return overrides for a model so wide that DeepSpeed moves its optimizer states to the NVMe.
+
+    DeepSpeed does so from 1 MiB a rank on. The learning rate is smaller than the others', at which
+    the third step overshoots sixfold and amplifies rounding.
+    """
     folder = root / "wide"
     if not folder.exists():
         shutil.copytree(ROOT / "recipes" / "debug" / "model", folder)
@@ -115,9 +112,7 @@ def wide(root: Path) -> tuple[str, str]:
 
 
 def run_cases(*waves: dict[int, list[dict[str, Any]]]) -> dict[str, Run]:
-    """Run the cases of each world, one wave after the other; what is in their run folders at the
-    end, by name.
-    """
+    """Run each world size's cases, one wave after the other; return the runs by folder name."""
     folders = set()
     for wave in waves:
         for world, cases in wave.items():
@@ -132,8 +127,9 @@ def run_cases(*waves: dict[int, list[dict[str, Any]]]) -> dict[str, Run]:
 def start_weights(
     run_dir: Path, starts: dict[str, dict[str, torch.Tensor]]
 ) -> dict[str, torch.Tensor]:
-    """The weights that a run started from, float64: its recipe makes them anew. Kept by the model
-    and its adapter.
+    """Return the weights that a run started from, in float64, made anew from its recipe.
+
+    `starts` caches them by model and adapter.
     """
     recipe = load_recipe(run_dir / "recipe.yaml", ["model.dtype=float32"])
     made_of = f"{recipe.model.name} {recipe.adapter}"
@@ -156,9 +152,8 @@ def read_run(run_dir: Path, starts: dict[str, dict[str, torch.Tensor]]) -> Run:
     )
     weights = {name: shards.whole(name).double() for name in shards.names}
     start = start_weights(run_dir, starts)
-    changes = {
-        name: weight - start.get(name, 0.0) for name, weight in weights.items()
-    }  # a buffer starts at zero
+    # a buffer starts at zero
+    changes = {name: weight - start.get(name, 0.0) for name, weight in weights.items()}
     return Run(
         [line["train/loss"] for line in steps],
         [line["train/grad_norm"] for line in steps],

@@ -1,9 +1,8 @@
-"""The promise for adapters: neither world, stage, recomputation nor a break changes what LoRA and
-QLoRA learn.
+"""World size, stage, activation checkpointing and resumes do not change what LoRA and QLoRA learn.
 
-As tests/numerics/test_same_run.py and test_x4_any_world.py, with the same bounds: rank 4 beside
-every linear module, dropout, and the head trained whole. The base is frozen, and checked by its
-digests at every resume.
+The bounds are those of test_same_run.py and test_x4_any_world.py. Adapters have rank 4 beside every
+linear module, dropout, and a head that is trained whole. The base is frozen, and its digests are
+checked at every resume.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer")
 def all_cases(
     root: Path,
 ) -> tuple[dict[int, list[dict[str, Any]]], dict[int, list[dict[str, Any]]]]:
-    """The runs of each world, and those that go on from them at another."""
+    """Return the cases of each world size, and those that resume them at another."""
     recompute = "model.activation_checkpointing=full"
 
     def moved(name: str, stage: str, *overrides: str, **extra: Any) -> dict[str, Any]:
@@ -115,37 +114,37 @@ def test_lora_is_the_same_in_every_world_and_stage(runs: dict[str, Run], other: 
     require_agreement(runs, "1-zero0", other)
 
 
-def test_lora_is_the_same_where_layers_are_recomputed_in_shards(runs: dict[str, Run]) -> None:
+def test_lora_is_the_same_with_activation_checkpointing(runs: dict[str, Run]) -> None:
     require_agreement(runs, "1-zero0", "2-recompute")
 
 
 @pytest.mark.parametrize("other", ["2-dora-zero2", "2-dora-zero3", "2-dora-recompute"])
-def test_so_is_dora(runs: dict[str, Run], other: str) -> None:
+def test_dora_is_the_same_in_every_world_and_stage(runs: dict[str, Run], other: str) -> None:
     require_agreement(runs, "1-dora-zero0", other)
 
 
 @pytest.mark.parametrize("other", ["2-nf4-zero1", "2-nf4-zero2", "2-nf4-recompute"])
-def test_so_is_qlora(runs: dict[str, Run], other: str) -> None:
+def test_qlora_is_the_same_in_every_world_and_stage(runs: dict[str, Run], other: str) -> None:
     require_agreement(runs, "1-nf4-zero0", other)
 
 
 @pytest.mark.parametrize("other", ["2-bf16", "bf16-2-to-1"])
-def test_in_bf16_its_fp32_masters_keep_the_measured_tolerance(
+def test_bf16_with_fp32_master_weights_stays_within_the_tolerance(
     runs: dict[str, Run], other: str
 ) -> None:
-    """X8, and X4 once."""
+    """This is X8, and X4 once."""
     seen = difference(runs["1-bf16"], runs[other])
     report(f"1-bf16 against {other}", seen)
     assert seen.change <= BF16_CHANGE_BOUND
 
 
-def test_stopped_and_resumed_is_never_stopped(runs: dict[str, Run]) -> None:
-    """X3: bit by bit, at the same world size."""
+def test_x3_a_resumed_run_is_one_never_stopped(runs: dict[str, Run]) -> None:
+    """They are equal bit by bit, at the same world size."""
     assert is_same(runs["2-zero3"], runs["2-resumed"])
 
 
 @pytest.mark.parametrize("moved", ["2-to-1", "1-to-3", "zero3-to-zero1"])
-def test_x4_resumed_by_another_world_or_stage_is_never_stopped(
+def test_x4_a_run_resumed_by_another_world_or_stage_is_one_never_stopped(
     runs: dict[str, Run], moved: str
 ) -> None:
     require_agreement(runs, "2-zero3", moved)
@@ -158,7 +157,9 @@ def test_x4_holds_for_qlora(runs: dict[str, Run]) -> None:
 @pytest.mark.parametrize(
     "defect", ["2-other-alpha", "moment-zeroed", "2-dora-zero2", "2-nf4-zero2"]
 )
-def test_another_adapter_or_a_lost_moment_is_noticed(runs: dict[str, Run], defect: str) -> None:
+def test_control_another_adapter_or_a_lost_moment_is_caught(
+    runs: dict[str, Run], defect: str
+) -> None:
     a, b = runs["2-zero3"], runs[defect]
     shared = a.changes.keys() & b.changes.keys()
     alike = [
@@ -171,15 +172,13 @@ def test_another_adapter_or_a_lost_moment_is_noticed(runs: dict[str, Run], defec
 
 
 @pytest.mark.parametrize("name", ["1-zero0", "1-dora-zero0", "1-nf4-zero0"])
-def test_everything_that_is_trained_moves_and_the_loss_falls(
-    runs: dict[str, Run], name: str
-) -> None:
+def test_every_trained_weight_changes_and_the_loss_falls(runs: dict[str, Run], name: str) -> None:
     run = runs[name]
     assert all(change.any() for change in run.changes.values())
     assert run.eval_losses[-1] < run.eval_losses[0]
 
 
-def test_a_checkpoint_holds_the_adapter_and_of_the_base_its_digests(
+def test_a_checkpoint_holds_the_adapter_and_the_bases_digests(
     runs: dict[str, Run], root: Path
 ) -> None:
     saved, manifest = checkpoint.open_newest(root / "2-nf4-zero2")

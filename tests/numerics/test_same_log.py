@@ -1,6 +1,8 @@
-"""A run is a function of its log of shards: with the same log it learns the same, however its
-shards came, whether it was stopped, and on however many ranks (C1; X2 and X3 for a source that
-grows)."""
+"""A streaming run is a function of its shard log: X2 and X3 for streaming sources (C1).
+
+With the same log it learns the same, whenever its shards arrived, whether it was stopped, and on
+any number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,7 @@ from tests.ranks import ROOT
 
 
 def cut(folder: Path, sizes: tuple[int, ...], present: int) -> Path:
-    """A folder of the debug recipe's rows as shards of these sizes; those after the first few are
-    called `*.later`.
-    """
+    """Cut the debug recipe's rows into shards of these sizes; all but `present` end in `.later`."""
     folder.mkdir()
     lines = iter((ROOT / "recipes" / "debug" / "train.jsonl").read_text().splitlines(keepends=True))
     for number, size in enumerate(sizes):
@@ -27,7 +27,7 @@ def cut(folder: Path, sizes: tuple[int, ...], present: int) -> Path:
     return folder
 
 
-def uses(run_dir: Path) -> list[str]:
+def used_shards(run_dir: Path) -> list[str]:
     return [
         json.loads(line)["file"] for line in (run_dir / "shards.jsonl").read_text().splitlines()
     ]
@@ -69,27 +69,23 @@ def runs(root: Path) -> dict[str, Run]:
     return first | run_cases(replays)
 
 
-def test_shards_came_while_it_trained_and_it_went_round(root: Path, runs: dict[str, Run]) -> None:
+def test_shards_arrive_in_training_and_are_repeated(root: Path, runs: dict[str, Run]) -> None:
     assert len(runs["grown"].losses) == 8
-    assert uses(root / "grown") == [f"{number}.jsonl" for number in (0, 1, 2, 0, 3, 1)]
+    assert used_shards(root / "grown") == [f"{number}.jsonl" for number in (0, 1, 2, 0, 3, 1)]
 
 
-def test_x3_with_the_same_log_it_is_the_same_run_though_it_was_stopped(
-    root: Path, runs: dict[str, Run]
-) -> None:
-    assert uses(root / "2") == uses(root / "grown")
+def test_x3_a_stopped_run_is_the_run_of_its_log(root: Path, runs: dict[str, Run]) -> None:
+    assert used_shards(root / "2") == used_shards(root / "grown")
     assert is_same(runs["grown"], runs["2"])
 
 
-def test_x3_a_stream_that_was_stopped_goes_on_where_it_stood(
-    root: Path, runs: dict[str, Run]
-) -> None:
-    assert uses(root / "stopped-stream") == uses(root / "stream-whole")
-    assert len(set(uses(root / "stream-whole"))) == 4
+def test_x3_a_stopped_stream_continues_at_its_position(root: Path, runs: dict[str, Run]) -> None:
+    assert used_shards(root / "stopped-stream") == used_shards(root / "stream-whole")
+    assert len(set(used_shards(root / "stream-whole"))) == 4
     assert is_same(runs["stopped-stream"], runs["stream-whole"])
 
 
-def test_x2_with_the_same_log_the_number_of_ranks_changes_nothing(runs: dict[str, Run]) -> None:
+def test_x2_the_number_of_ranks_changes_nothing(runs: dict[str, Run]) -> None:
     seen = difference(runs["2"], runs["1"])
     report("2 ranks against 1, growing", seen)
     assert seen.agrees

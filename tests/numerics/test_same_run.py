@@ -1,13 +1,13 @@
-"""The promise: the run is a function of the recipe. X2, X3, X7 and X8 of the table of exactness.
+"""The run is a function of the recipe: X2, X3, X7 and X8 of docs/design.md.
 
 Every case is a whole run of recipes/debug.yaml through trainer/train.py: packing, uneven masks,
-NEFTune noise, three or four micro-batches a step, weight decay, clipping. Three ranks end a step on
-fillers.
+NEFTune noise, three or four micro-batches a step, weight decay, clipping. Of three ranks, one ends
+some steps on a filler.
 
-Losses and gradient norms agree to 1e-6 relative, weights by their change D since the start:
-||Da - Db|| <= 1e-4 ||Da|| for each tensor. lr is 1e-2 and Adam's eps 1e-3: a small lr would hide a defect under the
-bound, and 1e-8 would make full steps of rounding noise. Every bound has controls, real defects put
-in on purpose, that must exceed it by ten times.
+Losses and gradient norms agree to 1e-6 relative. Weights agree by their change D since the start:
+||Da - Db|| <= 1e-4 ||Da|| for each tensor. The learning rate is 1e-2, as a small one would hide a
+defect below the bound. Adam's eps is 1e-3, as 1e-8 would turn rounding noise into full steps. Every
+bound has controls, defects put in on purpose, that must exceed it by ten times.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.numerics.cases import SABOTAGES
+from tests.numerics.cases import DEFECTS
 from tests.numerics.compare import (
     BF16,
     BF16_CHANGE_BOUND,
@@ -35,9 +35,7 @@ from tests.numerics.compare import (
 
 
 def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
-    """The matrix of runs, by world size. A resumed run is two cases: one that is stopped, one that
-    goes on.
-    """
+    """Return the cases by world size. A resumed run is two: one stops, the other continues it."""
 
     def resumed(world: int, stage: str) -> list[dict[str, Any]]:
         name = f"{world}-{stage}-resumed"
@@ -58,7 +56,7 @@ def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
             *(part for stage in STAGES for part in resumed(2, stage)),
             *(
                 case(root, f"2-{name}", "zero3", changes=[name])
-                for name in SABOTAGES
+                for name in DEFECTS
                 if name != "bf16_accumulation"
             ),
             *(case(root, f"2-{w}", "zero2", f"loss.weighting={w}", *k) for w, *k in WEIGHTINGS),
@@ -87,7 +85,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 
 
 @pytest.mark.parametrize("other", ["2-zero3", "3-zero3", "3-zero2", "1-micro2", "1-micro4"])
-def test_x2_the_cutting_of_the_batch_changes_nothing(runs: dict[str, Run], other: str) -> None:
+def test_x2_world_size_and_micro_batches_change_nothing(runs: dict[str, Run], other: str) -> None:
     """1 rank x 4 micro-batches = 2 x 2 = 4 rows at once = 3 ranks with fillers."""
     seen = difference(runs["1-zero3"], runs[other])
     report(f"1 rank x 4 against {other}", seen)
@@ -104,8 +102,8 @@ def test_x2_holds_for_every_weighting(runs: dict[str, Run], weighting: str) -> N
     )
 
 
-@pytest.mark.parametrize("defect", [name for name in SABOTAGES if name != "bf16_accumulation"])
-def test_x2_notices(runs: dict[str, Run], defect: str) -> None:
+@pytest.mark.parametrize("defect", [name for name in DEFECTS if name != "bf16_accumulation"])
+def test_x2_control_is_caught(runs: dict[str, Run], defect: str) -> None:
     seen = difference(runs["1-zero3"], runs[f"2-{defect}"])
     report(f"control {defect}", seen)
     assert seen.is_caught
@@ -115,12 +113,12 @@ def test_x2_notices(runs: dict[str, Run], defect: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["1-zero3", *(f"2-{stage}" for stage in STAGES)])
-def test_x3_stopped_and_resumed_is_never_stopped(runs: dict[str, Run], name: str) -> None:
-    """Bit by bit, at the same world size."""
+def test_x3_a_resumed_run_is_one_never_stopped(runs: dict[str, Run], name: str) -> None:
+    """They are equal bit by bit, at the same world size."""
     assert is_same(runs[name], runs[f"{name}-resumed"])
 
 
-def test_x3_notices_a_single_bit(runs: dict[str, Run]) -> None:
+def test_x3_control_a_single_bit_is_caught(runs: dict[str, Run]) -> None:
     run = runs["2-zero3"]
     name, change = next(iter(run.changes.items()))
     moved = change.clone()
@@ -135,7 +133,7 @@ def test_x3_notices_a_single_bit(runs: dict[str, Run]) -> None:
 
 @pytest.mark.parametrize("stage", STAGES[1:])
 @pytest.mark.parametrize("world", [1, 2])
-def test_x7_every_stage_and_offload_is_stage_0(
+def test_x7_every_stage_and_offload_equals_stage_0(
     runs: dict[str, Run], world: int, stage: str
 ) -> None:
     base = f"{world}-wide" if stage == "zero3_nvme" else f"{world}-zero0"
@@ -147,8 +145,10 @@ def test_x7_every_stage_and_offload_is_stage_0(
 # ----------------------------------------------------------------------------------------------- X8
 
 
-def test_x8_in_bf16_the_cutting_stays_within_the_measured_tolerance(runs: dict[str, Run]) -> None:
-    """bf16 weights, fp32 master weights and accumulation: 1 rank x 16 against 4 x 4."""
+def test_x8_in_bf16_world_size_and_micro_batches_stay_within_the_tolerance(
+    runs: dict[str, Run],
+) -> None:
+    """Weights are bf16, master weights and accumulation fp32: 1 rank x 16 against 4 x 4."""
     seen = difference(runs["1-bf16"], runs["4-bf16"])
     report("bf16, 1 x 16 against 4 x 4", seen)
     control = difference(runs["1-bf16"], runs["4-bf16-accumulated-in-bf16"])

@@ -1,8 +1,6 @@
-"""Any world resumes any checkpoint: saved by so many ranks, resumed by others, it is the run that
-never stopped (X4).
+"""Any world size resumes any checkpoint, and the run equals one that was never stopped (X4).
 
-`pytest -s` prints the differences. Each bound is checked against controls that must go beyond it by
-ten times.
+`pytest -s` prints the differences. Each bound has controls that must exceed it by ten times.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ STAGE_MOVES = (
 def moved_cases(
     root: Path,
 ) -> tuple[dict[int, list[dict[str, Any]]], dict[int, list[dict[str, Any]]]]:
-    """X4: what is stopped after step 3 at one world, and what goes on from there at another."""
+    """Return the cases that stop after step 3 at one world size, and those that resume them."""
     before: dict[int, list[dict[str, Any]]] = {world: [] for world in (1, 2, 4)}
     after: dict[int, list[dict[str, Any]]] = {world: [] for world in (1, 2, 3, 4)}
 
@@ -38,10 +36,8 @@ def moved_cases(
         name: str, worlds: tuple[int, int], stages: tuple[str, str], *overrides: str, **then: Any
     ) -> None:
         model = {"changes": [name]} if name == "frozen_and_buffers" else {}
-        overrides = (
-            "parallel.allow_idle_ranks=true",
-            *overrides,
-        )  # of four; some steps have three micro-batches
+        # some steps have three micro-batches, so one rank of four idles
+        overrides = ("parallel.allow_idle_ranks=true", *overrides)
         before[worlds[0]].append(case(root, name, stages[0], *overrides, stop_after=3, **model))
         after[worlds[1]].append(case(root, name, stages[1], *overrides, **(then or model)))
 
@@ -68,7 +64,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
 
 @pytest.mark.parametrize("stage", MOVED_STAGES)
 @pytest.mark.parametrize("worlds", MOVES, ids=lambda worlds: f"{worlds[0]}-to-{worlds[1]}")
-def test_x4_resumed_by_another_world_is_never_stopped(
+def test_x4_a_run_resumed_by_another_world_is_one_never_stopped(
     runs: dict[str, Run], stage: str, worlds: tuple[int, int]
 ) -> None:
     name = f"{stage}-{worlds[0]}-to-{worlds[1]}"
@@ -108,7 +104,7 @@ def test_x4_in_bf16_stays_within_the_measured_tolerance(runs: dict[str, Run]) ->
 
 
 @pytest.mark.parametrize("defect", DEFECTIVE_RESUMES)
-def test_x4_notices(runs: dict[str, Run], defect: str) -> None:
+def test_x4_control_is_caught(runs: dict[str, Run], defect: str) -> None:
     seen = difference(runs["2-zero3"], runs[defect])
     report(f"control {defect}", seen)
     assert seen.is_caught

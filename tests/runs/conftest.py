@@ -1,4 +1,4 @@
-"""Runs that are made to fail and start again: what their tests share."""
+"""Fixtures of runs that are made to fail and start again."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def whole(
     fork_server: ForkServer, cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Path]:
-    """Runs that were never killed, by world size."""
+    """Return the folders of runs that were never killed, by world size."""
     runs = {
-        world: Run(fork_server, tmp_path_factory.mktemp(f"whole-{world}"), cache) for world in (1, 2)
+        world: Run(fork_server, tmp_path_factory.mktemp(f"whole-{world}"), cache)
+        for world in (1, 2)
     }
     for world, run in runs.items():
         run.finish(world)

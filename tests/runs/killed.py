@@ -180,7 +180,8 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to stdout
 
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - imports torch's compiler, at an engine's start
+    # imports torch's compiler, as an engine does at its start
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -210,7 +211,7 @@ def _live(order: Order) -> list[int]:
 
 
 def _codes(pids: list[int]) -> list[int]:
-    """Wait for the ranks as the launcher does: if one fails, stop the others, and at last kill them.
+    """Wait for the ranks as the launcher does: if one fails, stop the others, then kill them.
 
     Ranks that hang print their stacks first.
     """

@@ -1,6 +1,7 @@
-"""Runs that keep their best checkpoint: which one it is, that pruning spares it, and that stops and
-rollbacks change nothing of it. And what is done with it afterwards: `packhorse export --best`,
-`packhorse eval`, `packhorse compare`."""
+"""Runs keep their best checkpoint: it is the right one, and pruning, stops and rollbacks spare it.
+
+Then `packhorse export --best`, `packhorse eval` and `packhorse compare` use it.
+"""
 
 from __future__ import annotations
 
@@ -54,9 +55,11 @@ def case(root: Path, name: str, *overrides: str, **extra: Any) -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """On two ranks: a run; one that is stopped on the way; one in which no step is the best; one
-    whose third step sends it back to its best one, the first, so that it trains a step again that
-    it had evaluated."""
+    """Train on two ranks: without a stop; stopped on the way; with no best step; and rolled back.
+
+    The last one's third step sends it back to its best step, the first. So it trains and evaluates
+    the second step again.
+    """
     root = tmp_path_factory.mktemp("best")
     cases = [
         case(root, "whole"),
@@ -84,7 +87,7 @@ def packhorse(*arguments: str) -> subprocess.CompletedProcess[str]:
 # ----------------------------------------------------------------------------------- while training
 
 
-def test_a_step_that_is_the_best_is_saved_though_none_was_due_and_is_spared(root: Path) -> None:
+def test_the_best_step_is_saved_even_where_no_save_is_due_and_pruning_spares_it(root: Path) -> None:
     losses = {step: line["eval_loss"] for step, line in evaluations(root / "whole").items()}
     assert list(losses) == [0, 1, 2, 3, 4, 5, 6]
     assert losses[BEST] > 4.5 > losses[BEST + 1], (
@@ -94,7 +97,7 @@ def test_a_step_that_is_the_best_is_saved_though_none_was_due_and_is_spared(root
     assert (root / "whole" / "checkpoints" / "best").read_text() == "step-000003"
 
 
-def test_the_run_folder_says_which_is_the_best_and_why(root: Path) -> None:
+def test_the_run_folder_names_the_best_step_and_why(root: Path) -> None:
     report = json.loads((root / "whole" / "best.json").read_text())
     assert report["step"] == best_step(root / "whole") == BEST
     assert [c["step"] for c in report["candidates"]] == [1, 2, 3, 4, 5, 6]
@@ -105,14 +108,14 @@ def test_the_run_folder_says_which_is_the_best_and_why(root: Path) -> None:
     assert set(best["metrics"]) == {"eval_loss", "answer_accuracy", "format_accuracy"}
 
 
-def test_a_stopped_run_has_the_best_of_one_that_never_was(root: Path) -> None:
+def test_a_stopped_run_has_the_best_step_of_one_that_was_never_stopped(root: Path) -> None:
     assert json.loads((root / "stopped" / "best.json").read_text())["step"] == BEST
     assert names(root / "stopped") == names(root / "whole")
     whole, stopped = (evaluations(root / name) for name in ("whole", "stopped"))
     assert whole == stopped
 
 
-def test_where_no_step_meets_the_conditions_none_is_kept_apart(root: Path) -> None:
+def test_no_step_is_kept_where_none_meets_the_conditions(root: Path) -> None:
     assert names(root / "never") == ["latest", "step-000006"]
     best = json.loads((root / "never" / "summary.json").read_text())["best"]
     assert best["step"] is None
@@ -159,7 +162,7 @@ def test_the_best_is_exported_and_the_card_says_by_which_rule(root: Path, export
     assert f"| {loss:.4f} |" in card
 
 
-def test_a_damaged_best_is_refused_and_nothing_else_taken_in_its_place(
+def test_a_damaged_best_checkpoint_is_refused_and_not_replaced_by_another(
     root: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(root / "whole", tmp_path / "run")
@@ -231,7 +234,7 @@ def test_a_checkpoint_is_scored_as_it_was_in_training(root: Path, evaluated: Pat
 def test_an_export_is_scored_as_its_checkpoint_whole_and_on_one_process(
     root: Path, exported: Path, evaluated: Path
 ) -> None:
-    """At ZeRO stage 2, which without an optimizer has nothing to shard; the other was at stage 3."""
+    """It runs at ZeRO stage 2, which shards nothing without an optimizer; the other at stage 3."""
     changes = (*OFTEN, f"data.cache={root / 'cache'}", "parallel.deepspeed=ds_configs/zero2.json")
     out = root / "results"
     done = packhorse(

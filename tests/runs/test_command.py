@@ -1,6 +1,4 @@
-"""`packhorse train` on the debug recipe as a user and a scheduler run it: to the end, stopped, and
-killed.
-"""
+"""`packhorse train` on the debug recipe ends, stops, is killed, and continues."""
 
 import json
 import os
@@ -42,7 +40,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
 
 
 def losses(run_dir: Path) -> dict[int, float]:
-    """The loss of each step; of one logged twice (killed after it, before a save), the last."""
+    """Return the loss of each step; the last one where a step was logged twice, after a kill."""
     path = run_dir / "metrics.jsonl"
     lines = map(json.loads, path.read_text().splitlines()) if path.exists() else []
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
@@ -56,7 +54,7 @@ def wait_for_step(run_dir: Path, step: int) -> None:
 
 
 def workers_of(run_dir: Path) -> list[int]:
-    """Process ids of the ranks that train into `run_dir`, the launcher left out."""
+    """Return the process ids of the ranks that train into `run_dir`, without the launcher."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -70,14 +68,14 @@ def workers_of(run_dir: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run that was never stopped."""
+    """Train without a stop; return the run folder."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     code, err = finish(start(run_dir, *SAVES_OFTEN))
     assert code == 0, err
     return run_dir
 
 
-def test_a_run_learns_and_leaves_its_story(whole):
+def test_a_run_lowers_the_loss_and_fills_its_run_folder(whole):
     found = losses(whole)
     assert sorted(found) == list(range(1, 19))
     assert found[18] < 0.6 * found[1]
@@ -95,7 +93,7 @@ def test_a_run_learns_and_leaves_its_story(whole):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_stopped_and_run_again_it_ends_as_if_never_stopped(whole, tmp_path, number):
+def test_a_stopped_run_continues_as_if_never_stopped(whole, tmp_path, number):
     run_dir = tmp_path / "run"
     process = start(run_dir, *SAVES_OFTEN)
     wait_for_step(run_dir, 4)
@@ -111,9 +109,7 @@ def test_stopped_and_run_again_it_ends_as_if_never_stopped(whole, tmp_path, numb
 
 
 def test_an_extended_run_is_the_longer_run(tmp_path):
-    """Where the learning rate depends on no number of steps; elsewhere it takes the longer schedule
-    from there on.
-    """
+    """This holds for a constant learning rate; others follow the longer schedule from there on."""
     run_dir = tmp_path / "run"
     alike = (*SAVES_OFTEN, "optim.lr_schedule=constant", "optim.warmup_ratio=0")
     ends = {}
@@ -142,7 +138,7 @@ def test_a_killed_rank_ends_the_run_and_the_next_start_continues(whole, tmp_path
     assert losses(run_dir) == losses(whole)
 
 
-def test_a_killed_launcher_takes_its_workers_with_it(tmp_path):
+def test_workers_of_a_killed_launcher_save_and_exit(tmp_path):
     run_dir = tmp_path / "run"
     process = start(run_dir, *SAVES_OFTEN, "train.epochs=1000")
     wait_for_step(run_dir, 2)

@@ -1,9 +1,8 @@
-"""A disk that is full, read-only or has damaged what lies on it: said in one sentence, and nothing
-is lost (C7).
+"""A full, read-only or damaging disk is reported in one sentence, and nothing is lost (C7).
 
-The full disk is a real one, a few MiB of memory that root mounts as the run folder; a rank fills it
-up at a named point. Where the run cannot go on it ends with exit code 2, and once there is room the
-same command ends as if nothing had happened.
+The full disk is real: a few MiB of memory that root mounts as the run folder. A rank fills it at a
+named point. A run that cannot continue ends with exit code 2. Once there is room, the same command
+ends as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ FILLS = {
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """disk(folder, kib): a disk of that size, mounted there. Called again it gets another size."""
+    """Return disk(folder, kib), which mounts a disk of that size; called again, it resizes it."""
     mounted: list[Path] = []
 
     def mount(folder: Path, kib: int = DISK_MIB * 1024, *options: str) -> Path:
@@ -65,13 +64,11 @@ def disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 # --------------------------------------------------------------------------------------------- full
 
 
-def assert_said_once(said: str, sentence: str) -> None:
-    """One line for the user says what is wrong and what to do, and the ranks that say it say the
-    same.
-    """
-    errors = set(re.findall("packhorse: error: .*", said))
-    assert len(errors) == 1, said
-    assert re.search(sentence, errors.pop()), said
+def assert_reported_once(log: str, sentence: str) -> None:
+    """Assert that all ranks that report an error report the same one, in one line."""
+    errors = set(re.findall("packhorse: error: .*", log))
+    assert len(errors) == 1, log
+    assert re.search(sentence, errors.pop()), log
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
@@ -83,7 +80,7 @@ def test_the_disk_fills_up_in_a_save(
     run.overrides += (f"checkpoint.asynchronous={asynchronous}",)
     codes = run.start(1, FILLS[name], fill=True)
     assert codes == [BAD_INPUT], run.log_tail
-    assert_said_once(run.log_tail, "the disk is full; make room and start again")
+    assert_reported_once(run.log_tail, "the disk is full; make room and start again")
     assert not list((run.folder / "checkpoints").glob(".saving-*")), (
         "half a checkpoint takes the room"
     )
@@ -103,7 +100,7 @@ def test_the_disk_fills_up_for_one_of_two_ranks(
     run.overrides += ("checkpoint.asynchronous=false",)
     point = Point("digest", f"saving-step-000004/rank0000{rank}-000", call=10)
     assert run.start(2, point, rank=rank, fill=True) == [BAD_INPUT, BAD_INPUT], run.log_tail
-    assert_said_once(run.log_tail, "the disk is full; make room and start again")
+    assert_reported_once(run.log_tail, "the disk is full; make room and start again")
     ballast(run.folder).unlink()
     run.finish(2)
     assert_same(run.folder, whole[2])
@@ -112,10 +109,11 @@ def test_the_disk_fills_up_for_one_of_two_ranks(
 def test_the_disk_is_full_before_a_save(
     disk: Callable[..., Path], whole: dict[int, Path], run: Run
 ) -> None:
-    """Found before a byte is written; the log still fits."""
+    """It is found before a byte is written; the log still fits."""
     disk(run.folder)
-    assert run.start(1, Point("step", call=4), fill=True, leave_kib=512) == [BAD_INPUT], run.log_tail
-    assert_said_once(
+    codes = run.start(1, Point("step", call=4), fill=True, leave_kib=512)
+    assert codes == [BAD_INPUT], run.log_tail
+    assert_reported_once(
         run.log_tail, "a checkpoint needs .* GiB are free there; make room and start again"
     )
     ballast(run.folder).unlink()
@@ -126,12 +124,10 @@ def test_the_disk_is_full_before_a_save(
 def test_the_disk_is_full_for_the_log(
     disk: Callable[..., Path], whole: dict[int, Path], run: Run
 ) -> None:
-    """The next line of the log may still fit into its file's last page; then the save after it is
-    what is refused.
-    """
+    """The next line may still fit into the last page of the log's file; then the save fails."""
     disk(run.folder)
     assert run.start(1, Point("step", call=4), fill=True) == [BAD_INPUT], run.log_tail
-    assert_said_once(run.log_tail, "(No space left on device|GiB are free there); make room")
+    assert_reported_once(run.log_tail, "(No space left on device|GiB are free there); make room")
     ballast(run.folder).unlink()
     run.finish(1)
     assert_same(run.folder, whole[1])
@@ -143,20 +139,19 @@ def test_the_disk_of_the_cache_is_full(
     cache = disk(tmp_path / "cache", 24)
     run = Run(fork_server, tmp_path, cache)
     assert run.start(1) == [BAD_INPUT], run.log_tail
-    assert_said_once(
-        run.log_tail, "the disk is full while preparing data.train; free some room, or set data.cache"
+    assert_reported_once(
+        run.log_tail,
+        "the disk is full while preparing data.train; free some room, or set data.cache",
     )
     disk(cache, 4096)
     run.finish(1)
     assert_same(run.folder, whole[1])
 
 
-def test_the_command_ends_with_2_and_goes_on_when_there_is_room(
+def test_the_command_ends_with_2_and_continues_when_there_is_room(
     disk: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Two ranks under the launcher: the log and what the ranks say still fit, a checkpoint does
-    not.
-    """
+    """Two ranks run under the launcher. Their logs still fit, a checkpoint does not."""
     run_dir = disk(tmp_path / "run")
     process = start(run_dir, *SAVES_OFTEN, "train.epochs=20")
     wait_for_step(run_dir, 4)
@@ -179,15 +174,17 @@ def test_a_read_only_run_folder(disk: Callable[..., Path], run: Run) -> None:
     disk(run.folder)
     disk(run.folder, DISK_MIB * 1024, "ro")
     assert run.start(1) == [BAD_INPUT], run.log_tail
-    assert_said_once(run.log_tail, "run.dir: .* cannot be written .*Read-only file system")
+    assert_reported_once(run.log_tail, "run.dir: .* cannot be written .*Read-only file system")
 
 
 # ------------------------------------------------------------------------------------------ damaged
 
 
 @pytest.fixture(scope="module")
-def with_two(fork_server: ForkServer, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with checkpoints of steps 2 and 4, killed in step 6."""
+def with_two(
+    fork_server: ForkServer, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return a run folder with checkpoints of steps 2 and 4, whose run was killed in step 6."""
     run = Run(fork_server, tmp_path_factory.mktemp("with-two"), cache)
     run.overrides += ("checkpoint.keep=2",)
     run.die(1, Point("step", call=6))
@@ -206,9 +203,11 @@ def test_a_damaged_checkpoint_is_named_and_the_last_good_one_used(
     assert_same(run.folder, whole[1])
 
 
-def test_where_none_is_good_the_run_does_not_begin_anew(with_two: Path, run: Run) -> None:
+def test_a_run_without_a_good_checkpoint_does_not_start_from_scratch(
+    with_two: Path, run: Run
+) -> None:
     shutil.copytree(with_two, run.folder)
     for folder in (run.folder / "checkpoints").glob("step-*"):
         be_of_another_format(folder)
     assert run.start(1) == [BAD_INPUT], run.log_tail
-    assert_said_once(run.log_tail, "none of its 2 checkpoints can be used .*format is 99")
+    assert_reported_once(run.log_tail, "none of its 2 checkpoints can be used .*format is 99")

@@ -1,6 +1,6 @@
-"""A step is evaluated once, whatever befell the run: killed or stopped half-way through an
-evaluation, it ends with the evaluations of a run that was left alone, with equal numbers and
-answers.
+"""A step is evaluated once, even if the run is killed or stopped within an evaluation.
+
+It ends with the numbers and answers of a run that was never interrupted.
 
 Six steps of recipes/debug.yaml with sampled answers, evaluated before, in the middle and after,
 saved every two steps.
@@ -62,19 +62,19 @@ STOPS = {
 }
 
 
-def answering(fork_server: ForkServer, folder: Path, cache: Path) -> Run:
+def generating_run(fork_server: ForkServer, folder: Path, cache: Path) -> Run:
     made = Run(fork_server, folder, cache)
     made.overrides += (GENERATE,)
     return made
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
+def uninterrupted(
     fork_server: ForkServer, cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Path]:
-    """Run folders, by world size."""
+    """Return the run folders of runs that were never interrupted, by world size."""
     runs = {
-        world: answering(fork_server, tmp_path_factory.mktemp(f"undisturbed-{world}"), cache)
+        world: generating_run(fork_server, tmp_path_factory.mktemp(f"uninterrupted-{world}"), cache)
         for world in (1, 2)
     }
     for world, made in runs.items():
@@ -92,16 +92,16 @@ def assert_evaluated_alike(run_dir: Path, other: Path) -> None:
         assert lines(run_dir, name) == lines(other, name)
 
 
-def test_each_evaluation_leaves_one_line(undisturbed: dict[int, Path]) -> None:
-    evaluations = lines(undisturbed[1], "evaluations.jsonl")
+def test_each_evaluation_leaves_one_line(uninterrupted: dict[int, Path]) -> None:
+    evaluations = lines(uninterrupted[1], "evaluations.jsonl")
     assert [line["step"] for line in evaluations] == [0, 3, 6]
     logged = {
         line["step"]: line["eval/loss"]
-        for line in lines(undisturbed[1], "metrics.jsonl")
+        for line in lines(uninterrupted[1], "metrics.jsonl")
         if "eval/loss" in line
     }
     assert {line["step"]: line["eval_loss"] for line in evaluations} == logged
-    samples = lines(undisturbed[1], "samples.jsonl")
+    samples = lines(uninterrupted[1], "samples.jsonl")
     assert [sample["step"] for sample in samples] == [0] * 3 + [3] * 3 + [6] * 3
     assert len({sample["answer"] for sample in samples}) > 3, (
         "answers that are all alike would show nothing"
@@ -110,20 +110,20 @@ def test_each_evaluation_leaves_one_line(undisturbed: dict[int, Path]) -> None:
 
 @pytest.mark.parametrize("name", KILLS)
 def test_killed_in_an_evaluation(
-    undisturbed: dict[int, Path], fork_server: ForkServer, cache: Path, tmp_path: Path, name: str
+    uninterrupted: dict[int, Path], fork_server: ForkServer, cache: Path, tmp_path: Path, name: str
 ) -> None:
-    made = answering(fork_server, tmp_path, cache)
+    made = generating_run(fork_server, tmp_path, cache)
     made.die(1, KILLS[name])
     made.finish(1)
-    assert_evaluated_alike(made.folder, undisturbed[1])
+    assert_evaluated_alike(made.folder, uninterrupted[1])
 
 
 @pytest.mark.parametrize("name", STOPS)
 def test_stopped_in_an_evaluation(
-    undisturbed: dict[int, Path], fork_server: ForkServer, cache: Path, tmp_path: Path, name: str
+    uninterrupted: dict[int, Path], fork_server: ForkServer, cache: Path, tmp_path: Path, name: str
 ) -> None:
     point, rank, world, evaluated = STOPS[name]
-    made = answering(fork_server, tmp_path, cache)
+    made = generating_run(fork_server, tmp_path, cache)
     codes = made.start(world, point, rank=rank, stop=True)
     assert not any(codes), made.log_tail
     assert (made.folder / "stop.json").exists(), "it was not stopped"
@@ -131,4 +131,4 @@ def test_stopped_in_an_evaluation(
         "half of one left a line"
     )
     made.finish(world)
-    assert_evaluated_alike(made.folder, undisturbed[world])
+    assert_evaluated_alike(made.folder, uninterrupted[world])

@@ -1,4 +1,4 @@
-"""All of the experiments by one command, stopped and started again, on the tiny model."""
+"""One command runs all experiments on the tiny model, is stopped, and continues."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """base.yaml with the debug recipe's model, and as many of the word problems."""
+    """Return base.yaml with the debug recipe's model and short word problems."""
     make_data = [sys.executable, str(SCRIPTS / "make_data.py"), str(tmp_path / "data")]
     subprocess.run(make_data, check=True, cwd=ROOT)
     tree = yaml.safe_load((SCRIPTS / "base.yaml").read_text())
@@ -59,7 +59,7 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-def test_stopped_and_started_again_every_run_is_trained_once_and_the_tables_are_written(
+def test_after_a_stop_every_run_is_trained_once_and_the_tables_are_written(
     recipe: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"

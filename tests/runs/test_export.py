@@ -1,4 +1,4 @@
-"""A run becomes a folder that transformers loads, and a folder that a second run starts from."""
+"""An exported run loads into transformers, and a second run starts from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHORT = ("train.steps=3", "eval.generate=null", "eval.every_steps=null")
 
 
 def train(world: int, root: Path, name: str, *overrides: str) -> Path:
-    """A short debug run on `world` ranks; its folder."""
+    """Train a short debug run on `world` ranks; return its folder."""
     case = {
         "run": str(root / name),
         "recipe": str(ROOT / "recipes" / "debug.yaml"),
@@ -51,7 +51,7 @@ def test_the_weights_are_the_checkpoints(run_dir: Path, exported: Path) -> None:
         assert torch.equal(parameter, saved.whole(name)), name
 
 
-def test_it_brings_what_generation_needs(exported: Path) -> None:
+def test_the_export_holds_what_generation_needs(exported: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(exported)
     trained = load_recipe(ROOT / "recipes" / "debug.yaml").model.name
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(ROOT / trained).chat_template
@@ -74,11 +74,11 @@ def test_the_card_says_what_the_chat_template_was_given(tmp_path: Path) -> None:
     )
 
 
-def test_nothing_is_left_beside_it(exported: Path) -> None:
+def test_the_export_leaves_no_other_files(exported: Path) -> None:
     assert not list(exported.parent.glob(".*saving*"))
 
 
-def test_a_second_run_starts_from_it(run_dir: Path, exported: Path) -> None:
+def test_a_second_run_starts_from_the_export(run_dir: Path, exported: Path) -> None:
     second = train(1, run_dir.parent, "second", f"model.name={exported}", "model.init=pretrained")
     before = json.loads((second / "summary.json").read_text())["before"]["eval/loss"]
     after = json.loads((run_dir / "summary.json").read_text())["after"]["eval/loss"]
@@ -104,7 +104,7 @@ def test_a_damaged_run_is_not_exported(run_dir: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("what", ["no run", "a folder in the way"])
-def test_bad_input_is_told(run_dir: Path, tmp_path: Path, what: str) -> None:
+def test_bad_input_is_named(run_dir: Path, tmp_path: Path, what: str) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("")
     with pytest.raises(

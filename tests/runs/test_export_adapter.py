@@ -1,4 +1,4 @@
-"""An adapter is exported as peft's, or merged, and acts for its users as it did in training."""
+"""An adapter, exported in peft's format or merged, gives the logits that it had in training."""
 
 from __future__ import annotations
 
@@ -49,9 +49,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runs(root: Path) -> dict[str, Path]:
-    """Short runs on two ranks from bases that lie in folders: one whose head is tied to its
-    embeddings, one not.
-    """
+    """Train short runs on two ranks, from a base with a tied head and from one without."""
     cases = []
     for tied in (False, True):
         base = root / ("tied" if tied else "base")
@@ -110,7 +108,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def trained(run: Path) -> torch.Tensor:
-    """The logits of the model as it was trained."""
+    """Return the logits of the model as it was trained."""
     model = _load_trained(load_recipe(run / "recipe.yaml"), *open_newest(run))
     model.set_attn_implementation("sdpa")
     return logits(model)
@@ -136,7 +134,7 @@ def test_the_adapter_on_its_base_gives_the_trained_models_logits(
 def test_the_merged_model_gives_the_trained_models_logits(
     runs: dict[str, Path], merged: dict[str, Path], name: str
 ) -> None:
-    """QLoRA's is merged into what its 4 bits stand for."""
+    """A QLoRA adapter is merged into the dequantised base."""
     assert relative(logits(plain(merged[name])), trained(runs[name])) < 1e-5
 
 
@@ -159,7 +157,7 @@ def test_in_bf16_the_merged_model_stays_within_the_stated_tolerance(
 def test_a_4_bit_adapter_loads_onto_a_4_bit_base(
     runs: dict[str, Path], exported: dict[str, Path], root: Path
 ) -> None:
-    """As transformers quantises it: the base that it was trained on."""
+    """transformers quantises it to the base that the adapter was trained on."""
     bits = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -180,7 +178,9 @@ def test_a_4_bit_adapter_loads_onto_a_4_bit_base(
     )
 
 
-def test_it_brings_the_tokenizer_and_names_its_base(exported: dict[str, Path], root: Path) -> None:
+def test_the_export_holds_the_tokenizer_and_names_the_base(
+    exported: dict[str, Path], root: Path
+) -> None:
     folder = exported["lora"]
     assert AutoTokenizer.from_pretrained(folder).chat_template
     card = (folder / "README.md").read_text()
@@ -216,9 +216,7 @@ def test_another_base_is_refused(runs: dict[str, Path], root: Path, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_what_there_is_nothing_to_merge_into_or_from_is_told(
-    runs: dict[str, Path], tmp_path: Path
-) -> None:
+def test_an_export_with_nothing_to_merge_is_refused(runs: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(runs["lora"], run)
     recipe = (run / "recipe.yaml").read_text()

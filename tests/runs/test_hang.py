@@ -1,4 +1,4 @@
-"""A rank that stands still ends the run, and is named."""
+"""A hanging rank ends the run with an error that names the rank."""
 
 import os
 import signal
@@ -25,7 +25,7 @@ def ended(process: subprocess.Popen) -> str:
     return err
 
 
-def test_a_stopped_process_is_named_by_those_that_run(tmp_path):
+def test_a_stopped_process_is_named_by_the_running_ranks(tmp_path):
     runs = {}
     for rank in (0, 1):  # both at once: most of the time is waiting
         run_dir = tmp_path / f"stopped-{rank}" / "run"

@@ -1,11 +1,9 @@
-"""X5: killed with SIGKILL at any moment and started again with the same command, a run ends as if
-never killed.
+"""X5: a run that is killed at any moment and started again ends as if never killed.
 
-Six steps of recipes/debug.yaml, evaluated before, in the middle and after, with a checkpoint every
-two steps, of which the last is kept: the save of step 4 removes that of step 2. Every named point
-is asserted to have been reached. On the same number of ranks the rest of the run is the same bit
-for bit: the logged numbers and the bytes of the last checkpoint. On another it stays within X4's
-bounds.
+Six steps of recipes/debug.yaml are evaluated before, in the middle and after. A checkpoint is saved
+every two steps and the last one kept: the save of step 4 removes that of step 2. Every named point
+must be reached. On the same number of ranks the rest of the run is the same bit for bit: the logged
+numbers and the bytes of the last checkpoint. On another number it stays within the bounds of X4.
 """
 
 from __future__ import annotations
@@ -152,8 +150,10 @@ def test_killed_elsewhere(whole: dict[int, Path], run: Run, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def half_way(fork_server: ForkServer, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder whose run was killed in step 6, with a checkpoint of step 4."""
+def half_way(
+    fork_server: ForkServer, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Return the folder of a run that was killed in step 6, with a checkpoint of step 4."""
     run = Run(fork_server, tmp_path_factory.mktemp("half-way"), cache)
     run.die(1, Point("step", call=6))
     assert (run.folder / "checkpoints" / "step-000004").exists()
@@ -216,8 +216,10 @@ def test_killed_and_resumed_by_another_world(
 def test_killed_at_a_random_moment(
     whole: dict[int, Path], fork_server: ForkServer, cache: Path, tmp_path: Path, seed: int
 ) -> None:
-    """One of two ranks, or both at once, as with the launcher's whole process tree. A third of the
-    times while the run starts, else from its first line on."""
+    """One of two ranks is killed, or both at once, as when the launcher's process tree is killed.
+
+    A third of the kills fall into the start, the others after the first logged step.
+    """
     drawn = random.Random(seed)
     victims = [0, 1] if seed % 2 else [drawn.randrange(2)]
     starting = seed % 3 == 0

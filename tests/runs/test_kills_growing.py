@@ -1,6 +1,4 @@
-"""A run whose shards come while it trains, killed and started again, is the run with that log that
-was never killed.
-"""
+"""A streaming run that is killed and started again is the run of its shard log, never killed."""
 
 from __future__ import annotations
 
@@ -27,8 +25,8 @@ POINTS = {
 }
 
 
-def bring(folder: Path, log: Path) -> threading.Thread:
-    """A producer: for each two lines of the log another shard gets its name. Its time is nobody's."""
+def produce_shards(folder: Path, log: Path) -> threading.Thread:
+    """Start a thread that renames the next shard whenever the log has two more lines."""
 
     def rename() -> None:
         for number, later in enumerate(sorted(folder.glob("*.later")), start=1):
@@ -42,7 +40,7 @@ def bring(folder: Path, log: Path) -> threading.Thread:
 
 
 @pytest.mark.parametrize("where", POINTS)
-def test_killed_and_started_again_it_is_the_run_of_its_log(
+def test_a_killed_run_ends_as_the_run_of_its_shard_log(
     fork_server: ForkServer, cache: Path, tmp_path: Path, where: str
 ) -> None:
     world, point = POINTS[where]
@@ -59,7 +57,7 @@ def test_killed_and_started_again_it_is_the_run_of_its_log(
         return run
 
     run, replay = start_of("killed"), start_of("replay")
-    producer = bring(folder, run.folder / "shards.jsonl")
+    producer = produce_shards(folder, run.folder / "shards.jsonl")
     run.die(world, point)
     run.finish(world)
     producer.join(10)

@@ -1,5 +1,4 @@
-"""A run on two ranks whose answers are scored in every way, by a judge that is up and one that is
-down."""
+"""A run on two ranks scores its answers by every scorer, one judge of which is down."""
 
 from __future__ import annotations
 
@@ -66,7 +65,7 @@ def judge(url: str) -> dict[str, Any]:
     return {"kind": "judge", "rubric": "Right.", "against": "reference", **server}
 
 
-def test_every_kind_becomes_a_metric_and_a_judge_that_is_down_a_missing_one(tmp_path: Path) -> None:
+def test_every_scorer_becomes_a_metric_except_a_judge_that_is_down(tmp_path: Path) -> None:
     with JudgeServer(lambda text: "Better: A") as server:
         scorers = {
             "shape": {"kind": "format", "pattern": ".*"},
@@ -123,7 +122,7 @@ def texts(run: Path) -> int:
     return len(events.Tensors("samples/text_summary"))
 
 
-def test_a_scorer_that_can_score_nothing_ends_the_run_before_it_is_trained(tmp_path: Path) -> None:
+def test_a_scorer_that_can_score_nothing_is_refused_before_training(tmp_path: Path) -> None:
     done = train(tmp_path, {"value": {"kind": "math", "column": "solution"}})
     assert done.returncode == 2, done.stderr
     assert (

@@ -92,9 +92,10 @@ def asks(server: Server | StandIn) -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same run on two ranks at ZeRO-3, its prompts answered by the engine, by a server, and by
-    one that knows the weights of step 0 alone; and one with an adapter by the engine and by a
-    server."""
+    """Train the same run on two ranks at ZeRO-3 with answers of the engine and of servers.
+
+    One server fails after step 0. A run with an adapter has answers of the engine and of a server.
+    """
     root = tmp_path_factory.mktemp("runs")
 
     def first_step_alone(request: Request) -> Reply:

@@ -1,6 +1,4 @@
-"""A signal to any one process stops all of them, wherever it meets them, with everything saved
-(C9).
-"""
+"""A signal to any one process stops all ranks after the same step, and they save (C9)."""
 
 import json
 import os
@@ -23,8 +21,10 @@ EVALUATES_NEVER = ("data.eval=[]", "eval.every_steps=null", "eval.generate=null"
 def signalled(
     place: str, ranks: str, seconds: float, run_dir: Path, asked: str, *overrides: str
 ) -> Callable[[], tuple[float, int]]:
-    """Run until the place and send signals to the process asked. The result waits for the run's
-    end: the time it took, and the step of the stop."""
+    """Run to a place, signal the process `asked`, and return a function that waits for the end.
+
+    The function returns the seconds since the signal and the step of the stop.
+    """
     process = start(place, ranks, seconds, run_dir, *overrides)
     wait_for(run_dir / f"at-{ranks[-1]}")
     pid = process.pid if asked == "launcher" else int(wait_for(run_dir / f"pid-{asked}"))
@@ -44,13 +44,13 @@ def signalled(
 
 
 @pytest.mark.parametrize(("place", "asked"), [("preparation", "1"), ("meeting", "1")])
-def test_before_the_ranks_have_met(tmp_path, place, asked):
+def test_a_signal_before_the_process_group_stops_at_step_0(tmp_path, place, asked):
     _, step = signalled(place, "0", 2.0, tmp_path / "run", asked)()
     assert step == 0
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_in_training(tmp_path):
+def test_a_signal_in_training_saves_the_step(tmp_path):
     _, step = signalled("training", "01", 1.0, tmp_path / "run", "1", *EVALUATES_NEVER)()
     found = checkpoint.find(tmp_path / "run")
     assert found is not None
@@ -59,7 +59,7 @@ def test_in_training(tmp_path):
 
 
 @pytest.mark.parametrize(("place", "asked"), [("held-out loss", "1"), ("generation", "0")])
-def test_in_evaluation(tmp_path, place, asked):
+def test_a_signal_in_an_evaluation_leaves_no_part_of_it(tmp_path, place, asked):
     _, step = signalled(place, "01", 1.0, tmp_path / "run", asked, "eval.generate.batch=1")()
     assert step == 0
     lines = (tmp_path / "run" / "metrics.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""`packhorse verify-resume` proves what it says, and says so when it cannot."""
+"""`packhorse verify-resume` proves that a resume is exact, and reports differences."""
 
 from __future__ import annotations
 

@@ -62,9 +62,11 @@ def turns(
     """A template of questions and answers, each with M for its text."""
     question, answer = (text.replace("M", "' + m.content + '") for text in (question, answer))
     return (
-        f"{{{{ '{before}' }}}}{{% for m in messages %}}{{% if m.role == 'assistant' %}}{{{{ '{answer}' }}}}"
+        f"{{{{ '{before}' }}}}{{% for m in messages %}}"
+        f"{{% if m.role == 'assistant' %}}{{{{ '{answer}' }}}}"
         f"{{% else %}}{{{{ '{question}' }}}}{{% endif %}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ '{prompt}' }}}}{{% else %}}{{{{ '{after}' }}}}{{% endif %}}"
+        f"{{% if add_generation_prompt %}}{{{{ '{prompt}' }}}}"
+        f"{{% else %}}{{{{ '{after}' }}}}{{% endif %}}"
     )
 
 
@@ -75,7 +77,10 @@ INLINE = chat("Say OK.", "<think>\nHm.\n</think>\n\nOK.")
 INLINE_TWICE = chat("Say OK.", INLINE.messages[1].content, "Why?", "<think>\n\n</think>\n\nSo.")
 FIELD = Conversation((LAST.messages[0], Message("assistant", "OK.", reasoning_content="Hm.")))
 ELSEWHERE = "refused: an answer does not begin where the generation prompt ends, with "
-AGREE = "; begin the answer with it, or set data.chat_template_kwargs or model.chat_template so that they agree"
+AGREE = (
+    "; begin the answer with it, or set data.chat_template_kwargs or model.chat_template "
+    "so that they agree"
+)
 LAST_TURN = "; data.train_on: last_turn leaves earlier answers out"
 QWEN3_THINKING = (
     "{% set last = namespace(query=0) %}{% for m in messages %}{% if m.role == 'user' %}"
@@ -284,7 +289,8 @@ FORMS = {
         "<|END_OF_TURN_TOKEN|>",
         turns(
             "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>M<|END_OF_TURN_TOKEN|>",
-            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>M<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+            "<|START_RESPONSE|>M<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
             "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
         ),
         [

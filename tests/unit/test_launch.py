@@ -52,8 +52,14 @@ def start(
     call = f"launch({worker}, Path({str(tmp_path)!r}), **{ {'nproc': 2, **options} })"
     # the tests may run under nohup, or in the background of a shell: both ignore signals for all
     # that they start
-    heard = "import signal; [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)]"
-    program = f"{heard}; import sys; from pathlib import Path; from launch.local import launch; sys.exit({call})"
+    heard = (
+        "import signal; "
+        "[signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)]"
+    )
+    program = (
+        f"{heard}; import sys; from pathlib import Path; from launch.local import launch; "
+        f"sys.exit({call})"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
         cwd=ROOT,

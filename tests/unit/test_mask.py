@@ -18,15 +18,22 @@ from trainer.data.mask import Masker
 from trainer.datatypes import BadInput, Conversation, Example, Message, RowError
 
 FAMILIES = ("smollm2", "qwen2_5", "qwen3", "llama3_2", "mistral_nemo", "llama2")
-SMOLLM2_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-QWEN_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+SMOLLM2_SYSTEM = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "
+    "trained by Hugging Face<|im_end|>\n"
+)
+QWEN_SYSTEM = (
+    "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. "
+    "You are a helpful assistant.<|im_end|>\n"
+)
 LLAMA3_SYSTEM = (
     "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
     f"Cutting Knowledge Date: December 2023\nToday Date: {DATE_STRING}\n\n<|eot_id|>"
 )
 CHATML_TURNS = (
     "<|im_start|>user\nSay OK.<|im_end|>\n<|im_start|>assistant\n⟦OK.<|im_end|>⟧\n"
-    "<|im_start|>user\n OK. Why?<|im_end|>\n<|im_start|>assistant\n⟦{think} Größe 数 \n<|im_end|>⟧\n"
+    "<|im_start|>user\n OK. Why?<|im_end|>\n"
+    "<|im_start|>assistant\n⟦{think} Größe 数 \n<|im_end|>⟧\n"
 )
 LLAMA3_TURN = "<|start_header_id|>{role}<|end_header_id|>\n\n"
 # Two answers: the first is what the user quoted; the second has white space at both ends.

@@ -534,7 +534,9 @@ def test_of_any_tool_call_the_call_is_trained_with_its_stop_token(tokenizers, da
     written = json.dumps(arguments, ensure_ascii=False)
     called = {
         "llama3_2": f'{{"name": "add", "parameters": {written}}}<|eot_id|>',
-        "mistral_nemo": f'[TOOL_CALLS][{{"name": "add", "arguments": {written}, "id": "call00001"}}]</s>',
+        "mistral_nemo": (
+            f'[TOOL_CALLS][{{"name": "add", "arguments": {written}, "id": "call00001"}}]</s>'
+        ),
     }.get(family, f'<tool_call>\n{{"name": "add", "arguments": {written}}}\n</tool_call><|im_end|>')
     answered = {
         "qwen3": NO_THOUGHT + answer.lstrip("\n") + "<|im_end|>",

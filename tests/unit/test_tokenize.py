@@ -337,7 +337,7 @@ def prepare_with_verified_answers() -> None:
 
 
 def test_workers_that_verify_answers_end_and_so_do_their_helpers():
-    """They hung: the helper inherited that SIGTERM was blocked, and multiprocessing waited for it."""
+    """A helper that inherited a blocked SIGTERM kept multiprocessing waiting for it."""
     assert run_apart(prepare_with_verified_answers) == f"{100 - 100 // 7}\n"
 
 

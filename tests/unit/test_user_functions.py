@@ -1,4 +1,4 @@
-"""Functions of the user's own: found in the current folder, told apart by what is written in them."""
+"""A user's functions are found in the current folder, and their digest covers their source."""
 
 import sys
 
