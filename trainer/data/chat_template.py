@@ -148,7 +148,7 @@ class Template:
         return self._render(messages, tools, add_generation_prompt=prompt)[0][0]
 
     def find_controls(self, text: str) -> list[re.Match[str]]:
-        """Find control tokens in `text` as the tokenizer does: the leftmost, the longest of them."""
+        """Find control tokens in `text` as the tokenizer does: leftmost first, the longest there."""
         return [match for match in self._added.finditer(text) if match[0] in self.control_ids]
 
     def opening(self, tools: list[Any] | None = None) -> str:
@@ -193,7 +193,7 @@ class Template:
         return before_user.union(header[:1])
 
     def _source(self, tools: list[Any] | None) -> str:
-        """Return the template, which may be another one for rows with tools, with its clock stopped.
+        """Return the template, of which rows with tools may have another one, with its clock fixed.
 
         Raises:
             BadInput: the tokenizer has none.

@@ -18,7 +18,7 @@ from trainer.datatypes import RowError
 SAMPLES = ("", "x", " x ", "\nx\n")
 HOLDS_CONTROL = "a text holds a control token of the model"
 MAX_WINDOWS = 4096
-# The tokenizer's own cache of 10,000 is full after some thousand rows; the rest takes a sixth longer.
+# The tokenizer's own cache of 10,000 is full after some thousand rows; later rows take a sixth more.
 CACHED_WORDS = 2**16
 
 
@@ -44,7 +44,7 @@ class Encoder:
     def encode(
         self, texts: Sequence[str], add_special_tokens: bool = False, as_text: bool = False
     ) -> list[list[int]]:
-        """Return the token ids of each text; with `as_text`, what spells a control token is text."""
+        """Return each text's token ids; with `as_text`, what spells a control token is text."""
         backend = self.backend()
         backend.encode_special_tokens = as_text
         try:
@@ -69,7 +69,7 @@ class Encoder:
         return backend
 
     def encode_before(self, render: Render, turn: Turn, as_text: bool) -> list[int]:
-        """Return the tokens from the last control token before an answer to where the answer begins,
+        """Return the tokens from the last control token before an answer to the answer's beginning,
         tokenized alone, as in a prompt."""
         skeleton, begin, controls = render.skeleton, 0, []
         if turn.before >= 0:
