@@ -64,7 +64,7 @@ def _slow(place: str, seconds: float, marker: Path) -> None:
     from trainer.eval import generate
 
     owners: dict[str, tuple[Any, str]] = {
-        "preparation": (prepare._Tokenize, "__call__"),
+        "preparation": (prepare.RowTokenizer, "__call__"),
         "meeting": (train, "train_plan"),
         "reading": (loader.Loader, "step"),
         "training": (Engine, "step"),

@@ -8,7 +8,9 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
+
+Server = TypeVar("Server", bound="StandIn")
 
 Reply = tuple[int, Any] | tuple[int, Any, Mapping[str, str]]
 """Status, body (JSON, or a text as it is) and headers."""
@@ -28,9 +30,8 @@ class PatientServer(ThreadingHTTPServer):
 
 
 class StandIn:
-    """Inside, a server on this machine that answers by `answer(request)`, each request in a thread
-    of its own.
-    """
+    """A server on this machine that answers by `answer(request)`, each request in a thread of its
+    own. It runs until it is closed."""
 
     def __init__(self, answer: Callable[[Request], Reply]) -> None:
         self.requests: list[Request] = []
@@ -60,18 +61,20 @@ class StandIn:
 
         self._server = PatientServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self._server.block_on_close = (
-            False  # a request that a test left unanswered must not hold it up
-        )
+        # a request that a test left unanswered must not hold up the end
+        self._server.block_on_close = False
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-
-    def __enter__(self) -> StandIn:
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def __enter__(self: Server) -> Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.close()
 
 
 def chat_reply(text: str | None) -> dict[str, Any]:

@@ -2,19 +2,19 @@
 
     rows -> Conversation -> Example -> (cache) -> Piece -> StepPlan -> Batch -> StepResult
 
-Everything is frozen: a stage gets a value, and hands on another one.
+All values are frozen: a stage receives one, and returns another.
 
 Shapes, here and everywhere: T tokens of a micro-batch, all its documents laid end to end without
-padding; D documents in it; N trained positions in it; H hidden size; V vocabulary.
+padding; D documents in it; N trained positions in it; H hidden size; V vocabulary size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-if TYPE_CHECKING:  # heavy, and this file is read by `packhorse --help`
+if TYPE_CHECKING:  # slow to import, and `packhorse --help` imports this file
     import numpy as np
     import torch
 
@@ -24,25 +24,20 @@ DONE = 0
 FAILED = 1
 BAD_INPUT = 2
 SAVED_RUN_AGAIN = 75  # EX_TEMPFAIL: a checkpoint is saved, start the same command again
-STOP_FILE = (
-    "stop.json"  # of a run folder: the workers' exit 0 means saved, and the launcher ends with 75
-)
+# In a run folder: the workers' exit code 0 means saved, and the launcher exits with 75.
+STOP_FILE = "stop.json"
 
 
 class BadInput(ValueError):
-    """The user's input cannot be used. The message is one sentence that says what to do; exit code
-    2.
-    """
+    """The input cannot be used (exit code 2). The message says what is wrong and what to do."""
 
 
 class RowError(ValueError):
-    """One row cannot be used. The message is a short reason that repeats from row to row, so that
-    it can be counted.
-    """
+    """A row cannot be used. The message is a short reason, equal for many rows, to be counted."""
 
 
 class Filtered(RowError):
-    """A row that the recipe's filters leave out. It is counted, but no fault of the row."""
+    """A row that the recipe's filters leave out. It is counted, but not as a fault."""
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -50,7 +45,7 @@ class Filtered(RowError):
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `weight` 0 keeps the turn as context although its role would be trained."""
+    """One turn. With `weight` 0 it is context only, even if its role is trained."""
 
     role: str
     content: str
@@ -61,7 +56,7 @@ class Message:
     weight: int = 1
 
     def as_dict(self) -> dict[str, Any]:
-        """The message as chat templates expect it: absent fields are left out, not null."""
+        """Return the message as chat templates expect it: absent fields are left out, not null."""
         fields: dict[str, Any] = {"role": self.role, "content": self.content}
         if self.reasoning_content is not None:
             fields["reasoning_content"] = self.reasoning_content
@@ -78,8 +73,8 @@ class Message:
 class Conversation:
     """A row in the one form that every format is read into.
 
-    Either `messages` (rendered by the chat template) or `text` (a plain document, no template, all
-    of it trained) is given.
+    It has either `messages`, which the chat template renders, or `text`, a plain document that is
+    trained as a whole.
     """
 
     messages: tuple[Message, ...] = ()
@@ -88,21 +83,20 @@ class Conversation:
 
 
 class Prompt(NamedTuple):
-    """A held-out question, and the answer it should get."""
+    """A held-out prompt, and the answer that it should get."""
 
     input_ids: list[int]  # end with the generation prompt
-    text: str  # the same
-    reference: str
-    conversation: Conversation  # with the reference's turn
-    row: Mapping[str, Any]  # as it stands in the file
+    text: str  # input_ids, decoded
+    reference: str  # the answer
+    conversation: Conversation  # with the answer's turn
+    row: Mapping[str, Any]  # as it is in the file
 
 
 @dataclass(frozen=True)
 class Example:
-    """A tokenized conversation: `input_ids` (L,) int32 and `trained` (L,) bool, True where a token
-    is learned.
+    """A tokenized conversation: `input_ids` (L,) int32 and `trained` (L,) bool.
 
-    The first token is never trained: nothing predicts it.
+    The first token is never trained, as nothing predicts it.
     """
 
     input_ids: np.ndarray
@@ -111,7 +105,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Tokenized:
-    """What became of some rows: n documents laid end to end, and the rows that are left out."""
+    """The outcome of some rows: n documents laid end to end, and the rows that were left out."""
 
     lengths: np.ndarray  # (n,) int64
     input_ids: np.ndarray  # (sum of lengths,) int32
@@ -120,17 +114,16 @@ class Tokenized:
     sources: np.ndarray  # (n,) int32, number of the source in the recipe
     files: np.ndarray  # (n,) int32, number of the file
     rows: np.ndarray  # (n,) int64, row number in the file, from 1
-    digests: np.ndarray  # (n,) uint64, of all tokens and flags of the row that the document is from
+    digests: np.ndarray  # (n,) uint64, of all tokens and flags of the document's row
     rejects: tuple[tuple[int, int, int, str], ...]  # source, file, row, reason
-    filtered: tuple[tuple[int, int, int, str], ...]  # likewise: left out by the recipe's filters
-    source_rows: Mapping[int, int]  # rows read of each source, those left out too
-    cuts: tuple[
-        tuple[int, int], ...
-    ] = ()  # source of a row that was truncated or split, trained tokens it lost
+    filtered: tuple[tuple[int, int, int, str], ...]  # likewise, left out by the recipe's filters
+    source_rows: Mapping[int, int]  # rows read of each source, with those left out
+    # Of each row that was truncated or split: its source, and the trained tokens that it lost.
+    cuts: tuple[tuple[int, int], ...] = ()
 
 
 class Piece(NamedTuple):
-    """Tokens [start, stop) of a document; `piece` counts the document's pieces from 0."""
+    """Tokens [start, stop) of a document. `piece` numbers the document's pieces from 0."""
 
     document: int
     start: int
@@ -156,7 +149,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step, before anything is read: which packed sequences it runs.
+    """One optimizer step, before any token is read: which packed sequences it runs.
 
     `micro_batches[i]` holds the numbers (within the epoch) of the sequences of micro-batch i. Rank
     r of W runs micro-batches r, r + W, ... and a filler where none is left for it.
@@ -171,31 +164,27 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on one rank. Documents lie end to end in one row of T tokens, without
-    padding.
-    """
+    """One micro-batch on one rank: its D documents end to end, T tokens without padding."""
 
     input_ids: torch.Tensor  # (T,) int64
-    position_ids: torch.Tensor  # (T,) int64, restarting at every document's (piece's) first token
+    position_ids: torch.Tensor  # (T,) int64, from 0 at the first token of every piece of a document
     cu_seqlens: torch.Tensor  # (D + 1,) int32, where documents begin, and T
-    lengths: tuple[int, ...]  # of the D documents, on the host: a GPU need not be waited for
-    trained_positions: torch.Tensor  # (N,) int64 into T: positions whose next token is learned
-    targets: torch.Tensor  # (N,) int64, the next tokens
-    weights: (
-        torch.Tensor
-    )  # (N,) float32; the step's loss is the sum of loss x weight over all ranks (C2)
-    uniform_weight: (
-        float | None
-    )  # the weight, where all N are alike (lets the fused kernel take one pass)
-    document_keys: tuple[
-        tuple[int, int, int], ...
-    ]  # (epoch, document, piece) for each of D: seeds noise (C3)
+    # Of the D documents. On the host, so that nothing has to wait for the GPU to know them.
+    lengths: tuple[int, ...]
+    trained_positions: torch.Tensor  # (N,) int64 into T: positions whose next token is trained
+    targets: torch.Tensor  # (N,) int64, these next tokens
+    # (N,) float32. The step's loss is the sum of loss x weight over all ranks (C2).
+    weights: torch.Tensor
+    # The weight, if all N are equal: the fused loss kernel then needs one pass only.
+    uniform_weight: float | None
+    # (epoch, document, piece) of each of the D documents, which seed the noise (C3).
+    document_keys: tuple[tuple[int, int, int], ...]
     sequence_ids: tuple[int, ...]  # numbers within the epoch; empty for a filler
     is_filler: bool = False
 
     @property
     def tokens(self) -> int:
-        """Real tokens: a filler has none."""
+        """The number of real tokens; 0 for a filler."""
         return 0 if self.is_filler else self.input_ids.shape[0]
 
     @property
@@ -207,37 +196,33 @@ class Batch:
         return max(self.lengths)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; the copy does not wait where the host memory is pinned."""
-        return replace(
-            self,
-            **{name: getattr(self, name).to(device, non_blocking=True) for name in _BATCH_TENSORS},
-        )
+        """Return a copy on `device`. From pinned memory, the copy is asynchronous."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
-        """The same batch in pinned host memory."""
-        return replace(self, **{name: getattr(self, name).pin_memory() for name in _BATCH_TENSORS})
+        """Return a copy in pinned host memory."""
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
 
+    def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        names = (
+            "input_ids",
+            "position_ids",
+            "cu_seqlens",
+            "trained_positions",
+            "targets",
+            "weights",
+        )
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
-_BATCH_TENSORS = (
-    "input_ids",
-    "position_ids",
-    "cu_seqlens",
-    "trained_positions",
-    "targets",
-    "weights",
-)
 
 # ----------------------------------------------------------------------------------------- training
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did. `skipped` says why the update was not applied (C12); None where
-    it was.
-    """
+    """The outcome of one optimizer step."""
 
-    loss: (
-        torch.Tensor
-    )  # () float32 on the device: this rank's share of the step's loss (sums over ranks)
-    grad_norm: float  # global, before clipping
-    skipped: str | None = None
+    # () float32 on the device: this rank's share of the step's loss, which is the sum over ranks.
+    loss: torch.Tensor
+    grad_norm: float  # of all ranks together, before clipping
+    skipped: str | None = None  # why the update was not applied (C12); None if it was

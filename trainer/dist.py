@@ -1,4 +1,10 @@
-"""Ranks, the device, seeds, the process group, the stop flag and rank-0 logging."""
+"""What ranks share: the process group, collectives, seeds, rank-0 logging and the stop flag.
+
+In: the launcher's environment variables (RANK, WORLD_SIZE ...), signals. Out: values that all ranks
+agree on. With one rank every collective returns its own value, without a process group.
+
+torch is imported inside functions: commands that need no torch start faster.
+"""
 
 from __future__ import annotations
 
@@ -41,16 +47,16 @@ def is_main() -> bool:
 
 
 def device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
+    """Return this rank's GPU, or the CPU if there is none."""
     import torch
 
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def seed_from(*parts: int | str) -> int:
-    """A seed in [0, 2^63) from what it belongs to, as `seed_from(seed, "noise", epoch, document)`.
+    """Return a seed in [0, 2^63) for a purpose, as `seed_from(seed, "noise", epoch, document)`.
 
-    Unlike Python's own hash it is the same in every process, and neighbouring parts give unrelated
+    Unlike Python's own hash it is the same in every process. Neighbouring parts give unrelated
     seeds.
     """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
@@ -58,7 +64,7 @@ def seed_from(*parts: int | str) -> int:
 
 
 def start_logging() -> None:
-    """Lines on stderr from rank 0; warnings and worse from the others."""
+    """Log to stderr: everything from rank 0, warnings and errors from the others."""
     handler = logging.StreamHandler(sys.stderr)
     prefix = "" if is_main() else f"[rank {rank()}] "
     handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
@@ -72,33 +78,25 @@ def start_logging() -> None:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """NCCL between GPUs, gloo between CPU processes; taken down at the end, or ranks fail at exit
-    now and then.
-
-    Not after an error: the others would fall at once, and the launcher could see one of them fail
-    first.
-    """
+    """Hold a process group: NCCL between GPUs, gloo between CPU processes."""
     import torch
     import torch.distributed as td
 
-    for name, value in {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "0",
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-    }.items():
+    single = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in {**single, "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("LOCAL_RANK", "0")
     on_gpu = device().type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device())
     td.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30))
     yield
+    # Without this, ranks fail at exit now and then. Not in a `finally`: after an error the others
+    # would fail at once in their collectives, and the launcher might report one of them instead.
     td.destroy_process_group()
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:
-    """Element-wise sums, in float64. Every rank calls it."""
+    """Return element-wise sums over ranks, in float64. Every rank calls it."""
     import torch
     import torch.distributed as td
 
@@ -109,20 +107,23 @@ def sum_over_ranks(values: list[float]) -> list[float]:
 
 
 def sum_mod_2_64(values: list[int]) -> list[int]:
-    """Element-wise sums of unsigned 64-bit numbers, which wrap around. Every rank calls it."""
+    """Return element-wise sums over ranks of unsigned 64-bit numbers, mod 2^64.
+
+    Every rank calls it.
+    """
     import torch
     import torch.distributed as td
 
-    tensor = torch.tensor(
-        [value - 2**64 if value >= 2**63 else value for value in values], dtype=torch.int64
-    )
+    # as signed numbers, which torch can reduce: they wrap around to the same bits
+    signed = [value - 2**64 if value >= 2**63 else value for value in values]
+    tensor = torch.tensor(signed, dtype=torch.int64)
     if world_size() > 1:
         td.all_reduce(tensor)
     return [value % 2**64 for value in tensor.tolist()]
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's value, on every rank."""
+    """Return rank 0's value. Every rank calls it."""
     import torch.distributed as td
 
     if world_size() == 1:
@@ -135,8 +136,9 @@ def broadcast(value: Any) -> Any:
 def run_on_rank0(
     work: Callable[[], object], explain: Callable[[OSError], str] = str, group: Any = None
 ) -> str | None:
-    """Do it on rank 0. What went wrong, on every rank: one that leaves alone would let the others
-    hang.
+    """Call `work` on rank 0; return on every rank what an OSError there says, or None.
+
+    A rank that raised alone would leave the others hanging in their next collective.
     """
     failure: str | None = None
     if is_main():
@@ -148,7 +150,7 @@ def run_on_rank0(
 
 
 def gather(value: Any, group: Any = None) -> list[Any]:
-    """Every rank's value, on every rank, in the order of ranks."""
+    """Return every rank's value, in the order of ranks. Every rank calls it."""
     import torch.distributed as td
 
     if world_size() == 1:
@@ -159,11 +161,13 @@ def gather(value: Any, group: Any = None) -> list[Any]:
 
 
 def new_group() -> Any:
-    """A gloo group beside the main one, for another thread or while a GPU works. Every rank calls
-    it.
+    """Return a gloo group beside the main one, for another thread or while a GPU works.
+
+    None for a single rank. Every rank calls it.
     """
     import torch.distributed as td
 
+    # a rank may come to it late, as after a slow write; hang_watchdog.py ends what hangs
     return td.new_group(backend="gloo", timeout=timedelta(days=1)) if world_size() > 1 else None
 
 
@@ -175,9 +179,10 @@ def barrier() -> None:
 
 
 def all_reduce_speed() -> tuple[float, float]:
-    """Size in MiB of an all-reduce over all ranks, and its speed in GB/s as NCCL's own tests count
-    it: what each rank sends, 2 (n - 1) / n of the size, over the time. The median of five, after
-    one that connects. Every rank calls it.
+    """Return the size in MiB of an all-reduce over all ranks, and its speed in GB/s.
+
+    The speed is nccl-tests' bus bandwidth: 2 (n - 1) / n of the size, which each rank sends, over
+    the time. It is the median of five, after a first one that connects. Every rank calls it.
     """
     import torch
     import torch.distributed as td
@@ -204,12 +209,12 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopFlag:
-    """SIGTERM or SIGUSR1 on any rank stops all of them at the same place (C9).
+    """Stops all ranks at the same step when SIGTERM or SIGUSR1 reaches any of them (C9).
 
-    Before there is a process group the ranks agree through the launcher's store: in preparation
+    Before there is a process group, ranks agree through the launcher's store: during preparation
     each asks `raised_early`, and `wait_for_ranks` lets all of them into the group or none. From
-    then on `start` launches one small max-reduction on a gloo group kept beside NCCL, and `agreed`
-    reads it: no GPU waits.
+    then on `start` launches a max-reduction of one number on a gloo group of its own, and `agreed`
+    reads it later, so that no GPU waits for it.
     """
 
     def __init__(self) -> None:
@@ -218,8 +223,8 @@ class StopFlag:
         self._pending: Any = None
         for signum in _STOP_SIGNALS:
             signal.signal(signum, self._raise)
-        # the launcher starts workers with these held back, so that none is lost before there is a
-        # handler
+        # The launcher starts workers with these blocked, so that no signal is lost before there is
+        # a handler.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
         self._store = _launchers_store()
 
@@ -227,13 +232,16 @@ class StopFlag:
         self.raised = True
 
     def raise_at(self, time_s: float) -> None:
-        """Raise the flag at this time, in seconds since 1970, as a signal would."""
+        """Raise the flag at `time_s`, in seconds since 1970, as a signal would."""
         timer = threading.Timer(max(0.0, time_s - time.time()), self._raise)
         timer.daemon = True
         timer.start()
 
     def raised_early(self) -> bool:
-        """Whether any rank has the flag up, before there is a process group. Waits for nobody."""
+        """Return whether any rank has raised the flag, before there is a process group.
+
+        Waits for nobody.
+        """
         if self._store is None:
             return self.raised
         if self.raised:
@@ -241,17 +249,20 @@ class StopFlag:
         return self._store.check([_START]) and self._store.get(_START) == _NEVER
 
     def wait_for_ranks(self) -> bool:
-        """Wait until every rank is here, ready for the process group, whose own waiting nothing can
-        interrupt. False on all ranks where one of them has the flag up first: the key `_START` is
-        written once."""
+        """Return True when every rank is ready for the process group, or False, on all ranks alike,
+        if one of them raised the flag first.
+
+        Waiting inside init_process_group could not be interrupted by a signal.
+        """
         if self._store is None:
             return not self.raised
+        # `_START` is written once, with compare_set, so that all ranks read one decision
         if self._store.add("packhorse/ready", 1) == world_size():
             self._store.compare_set(_START, "", _NOW)
         while not self._store.check([_START]):
             if self.raised:
                 self._store.compare_set(_START, "", _NEVER)
-            time.sleep(_MEET_POLL_S)
+            time.sleep(_WAIT_POLL_S)
         return self._store.get(_START) == _NOW
 
     def attach_group(self) -> None:
@@ -259,37 +270,37 @@ class StopFlag:
         self._group = new_group()
 
     def start(self) -> None:
+        """Start the ranks' vote on stopping; `agreed` returns it. Every rank calls it."""
         import torch
         import torch.distributed as td
 
         flag = torch.tensor([int(self.raised)], dtype=torch.int32)
-        work = (
-            td.all_reduce(flag, op=td.ReduceOp.MAX, group=self._group, async_op=True)
-            if self._group
-            else None
-        )
+        work: Any = None
+        if self._group:
+            work = td.all_reduce(flag, op=td.ReduceOp.MAX, group=self._group, async_op=True)
         self._pending = (flag, work)
 
     def agreed(self) -> bool:
-        """Whether any rank had the flag up when `start` was called: the same answer on all ranks."""
+        """Return whether any rank had the flag up at `start`: the same answer on all ranks."""
         flag, work = self._pending
         if work is not None:
             work.wait()
         return bool(flag.item())
 
     def poll(self) -> bool:
-        """`start` and `agreed` at once, where waiting does no harm."""
+        """Vote and return the answer, where waiting does no harm. Every rank calls it."""
         self.start()
         return self.agreed()
 
 
 _START, _NOW, _NEVER = "packhorse/start", b"now", b"never"
-_MEET_POLL_S = 0.1
+_WAIT_POLL_S = 0.1
 
 
 def _launchers_store() -> Any:
-    """The store that the launcher hosts for its workers; None for a single rank, or where there is
-    no such launcher.
+    """Connect to the store that torchrun's agent hosts for its workers.
+
+    None for a single rank, or if another launcher started this one.
     """
     if world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None

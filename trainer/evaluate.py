@@ -53,7 +53,7 @@ def evaluate_model(recipe: Recipe, out: Path, step: int) -> None:
         model: Any = engine.module.model
         masker = masker_of(recipe.data, tokenizer)
         model.generation_config.eos_token_id = stop_tokens(model, masker.stop_token_ids)
-        if recipe.eval.generator != "engine" and dist.is_main():
+        if recipe.eval.by_server and dist.is_main():
             save_description(model, tokenizer, out)  # a part of the folder that the server loads
         watch = Watch(recipe.guard, out)
         metrics = Metrics(

@@ -1,9 +1,8 @@
-"""What becomes of a step that went wrong: a gradient that is not finite, or a loss far above the
-usual (C12).
+"""Decide about a step that went wrong: a non-finite gradient, or a loss spike (C12).
 
-The run stops, naming the step's rows; or goes on without the step; or goes back to the last
-checkpoint and then passes the step over. What was passed over stands in skipped_steps.jsonl, so
-that every later start, of whatever world, passes over the same.
+In: each step's loss, and the reason why a step was not applied. Out: the run stops and names the
+step's rows, or skips the step, or returns to the last checkpoint and then skips it. Skipped steps
+stand in skipped_steps.jsonl, so that every later start, at any world size, skips the same ones.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from trainer.config.recipe import GuardSection
 from trainer.utils.files import read_json_lines
 
 WINDOW = 50  # losses whose median is the usual one
-_ENOUGH = 10  # of them, before anything is called a spike
+_ENOUGH = 10  # losses before any is called a spike
 
 
 class StepNotApplied(RuntimeError):
@@ -48,7 +47,7 @@ class Guard:
 
     @property
     def recent_losses(self) -> tuple[float, ...]:
-        """For the checkpoint; none where nobody looks for spikes."""
+        """The losses that the checkpoint keeps; none unless spikes are looked for."""
         return tuple(self._losses)
 
     @property
@@ -56,13 +55,11 @@ class Guard:
         return self._section.spike_factor is not None
 
     def check_loss(self, loss: float) -> str | None:
-        """Why a step of this loss is not to be applied, or None; it then counts among the usual
-        ones.
-        """
+        """Return why a step of this loss must not be applied, or None, and remember the loss."""
         self._is_spike = False
-        if not math.isfinite(
-            loss
-        ):  # its gradient is not, either: that rule's case, and no usual loss
+        if not math.isfinite(loss):
+            # Its gradient is not finite either, which is the other rule's case. Remembered, it
+            # would make the median of the usual losses NaN.
             return None
         if self._section.spike_factor is not None and len(self._losses) >= _ENOUGH:
             usual = median(self._losses)
@@ -73,31 +70,31 @@ class Guard:
         return None
 
     def decide(self, step: int, reason: str, rows: str) -> Literal["skip", "rollback"]:
-        """The rule for step `step` (from 1), which was not applied; from here on it is passed over.
+        """Record that step `step` (from 1), which was not applied, is skipped; return the rule.
 
         Raises:
-            StepNotApplied: the rule is to stop, or so many steps were passed over already.
+            StepNotApplied: the rule is to stop, or guard.max_skipped_steps were skipped already.
         """
         rule = self._section.spike if self._is_spike else self._section.non_finite
-        told = f"step {step} was not applied: {reason}; its rows: {rows}"
+        message = f"step {step} was not applied: {reason}; its rows: {rows}"
         if rule == "stop":
-            raise StepNotApplied(told)
+            raise StepNotApplied(message)
         if len(self.skipped_steps) >= self._section.max_skipped_steps:
             raise StepNotApplied(
-                f"{told}; {len(self.skipped_steps)} steps were passed over before "
-                f"(guard.max_skipped_steps)"
+                f"{message}; {len(self.skipped_steps)} steps were skipped before "
+                "(guard.max_skipped_steps)"
             )
-        dist.log.warning("%s (guard: %s)", told, rule)
+        dist.log.warning("%s (guard: %s)", message, rule)
         self.skipped_steps.add(step - 1)
         if dist.is_main():
+            line = {"step": step, "reason": reason, "rule": rule, "rows": rows}
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(
-                    json.dumps({"step": step, "reason": reason, "rule": rule, "rows": rows}) + "\n"
-                )
+                file.write(json.dumps(line) + "\n")
                 file.flush()
+                # on the disk before the run trains on: a later start must not apply the step
                 os.fsync(file.fileno())
         return rule
 
     def applied(self, steps: int) -> int:
-        """Updates that were applied in the first `steps` of the plan."""
+        """Return how many of the plan's first `steps` steps were applied."""
         return steps - sum(index < steps for index in self.skipped_steps)

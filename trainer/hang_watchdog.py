@@ -1,8 +1,8 @@
-"""Ends a run that hangs, and says which rank holds it up.
+"""End a run that hangs, and name the rank that holds it up.
 
-In: beats, where work moves on. Out, when none comes for far longer than usual: the stacks of every
-    rank in
-`logs/hang-.../` of the run folder, one sentence that names the slowest rank, and exit code 1.
+In: beats, wherever work moves on. Out, when none comes for far longer than usual: the stacks of
+every rank in logs/hang-.../ of the run folder, a sentence that names the slowest rank, and exit
+code 1.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from trainer.config.recipe import GuardSection
 from trainer.datatypes import FAILED
 
 _POLL_S = 1.0
-_USUAL_BEATS = 64  # the longest of so many intervals is what is usual
+_USUAL_BEATS = 64  # the longest of so many intervals is the usual one
 _USUAL_FACTOR = 10  # a silence this many times the usual interval is a hang
 _REPORTS_S = 5.0  # for the other ranks' reports to appear
 
@@ -27,12 +27,13 @@ _REPORTS_S = 5.0  # for the other ranks' reports to appear
 class Watch:
     """A thread that waits for beats. Every rank builds it, inside the process group.
 
-    It needs Python's global lock: a rank that hangs while it holds that is named by the others, as
-    one that is stopped or whose machine is gone.
+    The thread needs Python's global lock. A rank that hangs while it holds that lock writes no
+    report, and the others name it as one that is stopped or whose machine is gone.
     """
 
     def __init__(self, section: GuardSection, run_dir: Path) -> None:
         self._section = section
+        # one folder for all ranks: its appearance also tells them that one of them saw a hang
         stamp = dist.broadcast(time.strftime("%Y%m%d-%H%M%S", time.gmtime()))
         self._folder = run_dir / "logs" / f"hang-{stamp}"
         self._count = 0
@@ -42,8 +43,9 @@ class Watch:
         threading.Thread(target=self._wait, name="hang-watch", daemon=True).start()
 
     def beat(self, where: str) -> None:
-        """Work has moved on, and the next beat is due. All ranks beat alike: the counts tell who is
-        behind.
+        """Record that work has moved on to `where`, and expect the next beat.
+
+        All ranks beat at the same places, so that their counts show who is behind.
         """
         now = time.monotonic()
         if self._beat_at is not None:
@@ -53,10 +55,11 @@ class Watch:
         self._beat_at = now
 
     def pause(self) -> None:
-        """What follows may take as long as it likes, up to the next beat."""
+        """Expect no beat until the next one has come: what follows may take any time."""
         self._beat_at = None
 
     def _limit_s(self) -> float:
+        # a copy, as the main thread appends meanwhile
         usual_s = max(self._intervals.copy(), default=0.0)
         return max(_USUAL_FACTOR * usual_s, self._section.hang_timeout_s)
 
@@ -69,48 +72,45 @@ class Watch:
                 self._end()
 
     def _end(self) -> None:
-        """Report, wait for the other reports, say what they show, and end the process."""
+        """Report, wait for the other ranks' reports, log what they show, and end the process."""
         try:
             limit_s = self._limit_s()
-            self._report()
-            time.sleep(
-                _REPORTS_S if dist.is_main() else 1.2 * _REPORTS_S
-            )  # the first to end takes the others down
-            held_up_by = slowest(self._folder, dist.world_size())
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / f"rank{dist.rank():05d}.txt"
+            with path.open("w", encoding="utf-8") as file:
+                file.write(f"{self._count} {' > '.join(self._trail)}\n")
+                file.flush()  # faulthandler writes to the descriptor, past Python's buffer
+                faulthandler.dump_traceback(file, all_threads=True)
+            # The launcher ends all ranks when the first one ends: rank 0 goes first, as its log
+            # line is the one that a user sees.
+            time.sleep(_REPORTS_S if dist.is_main() else 1.2 * _REPORTS_S)
             dist.log.error(
                 "hang: nothing moved for %.0f s; %s; stacks are in %s",
                 limit_s,
-                held_up_by,
+                name_slowest(self._folder, dist.world_size()),
                 self._folder,
             )
         finally:
-            os._exit(FAILED)  # also where the disk takes no report
-
-    def _report(self) -> None:
-        """This rank's place and the stacks of its threads."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / f"rank{dist.rank():05d}.txt").open("w", encoding="utf-8") as file:
-            file.write(f"{self._count} {' > '.join(self._trail)}\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+            # not sys.exit: the main thread hangs, often in C code; also if the disk takes no report
+            os._exit(FAILED)
 
 
-def slowest(folder: Path, world_size: int) -> str:
-    """Which rank holds the others up, by their reports."""
+def name_slowest(folder: Path, world_size: int) -> str:
+    """Return a phrase that names the ranks which hold the others up, by the ranks' reports."""
     reports = {
         int(path.stem.removeprefix("rank")): path.read_text().split("\n")[0]
         for path in folder.glob("rank*")
     }
     missing = sorted(set(range(world_size)) - set(reports))
     if missing:
-        return f"no report from {_ranks(missing)}: stopped, or the machine is gone"
+        return f"no report from {_name_ranks(missing)}: stopped, or the machine is gone"
     counts = {rank: int(first.split()[0]) for rank, first in reports.items()}
     behind = [rank for rank in sorted(counts) if counts[rank] == min(counts.values())]
     where = reports[behind[0]].partition(" ")[2]
     if len(behind) == world_size:
         return f"all ranks are at {where}"
-    return f"held up by {_ranks(behind)}, at {where}"
+    return f"held up by {_name_ranks(behind)}, at {where}"
 
 
-def _ranks(ranks: list[int]) -> str:
+def _name_ranks(ranks: list[int]) -> str:
     return f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"

@@ -29,10 +29,10 @@ from trainer.datatypes import BadInput, StepPlan
 from trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
 from trainer.engine.engine import Engine, gathered, sharded_init
 from trainer.engine.optim import learning_rate, parameter_groups
-from trainer.estimate.report import predicted
+from trainer.estimate.report import predict_gpu_memory
 from trainer.eval.evaluator import Evaluation
 from trainer.eval.generate import stop_tokens
-from trainer.eval.vllm_server import check_generator
+from trainer.eval.server_answers import check_server
 from trainer.guard import Guard, StepNotApplied
 from trainer.hang_watchdog import Watch
 from trainer.loop import TrainingRun, is_due, train_loop
@@ -71,7 +71,7 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
     if dist.is_main():
         stop_before_timeout(recipe, stop)
         open_run_folder(recipe, run_dir, extend=extend)
-        check_generator(recipe)
+        check_server(recipe)
     tokenizer = load_tokenizer(recipe.model)
     # No process group yet: preparation may take longer than any collective's time-out (C10).
     try:
@@ -327,7 +327,9 @@ def memory_dry_run(recipe: Recipe, engine: Engine, loader: Loader, first_step: i
     with explain_out_of_memory(fullest):
         engine.memory_dry_run(batches)
     dist.log.info("memory dry run: %s fits", fullest)
-    return predicted(recipe, tokens, trained) if dist.is_main() and device == "cuda" else None
+    return (
+        predict_gpu_memory(recipe, tokens, trained) if dist.is_main() and device == "cuda" else None
+    )
 
 
 @contextmanager

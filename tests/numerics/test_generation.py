@@ -1,6 +1,5 @@
-"""Answers are the model's own: at 1, 2 and 3 ranks and every ZeRO stage they are those of
-`model.generate` alone, one prompt at a time (fp32, CPU). What is sampled is the same, too, and a
-likelihood to 1e-5.
+"""At 1, 2 and 3 ranks and every ZeRO stage answers are those of `model.generate` alone, one prompt at
+a time (fp32, CPU). Sampled answers are the same as well, and likelihoods agree to 1e-5.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from tests.numerics.generation import CHOICES, SAMPLED
 from tests.ranks import ROOT, run_ranks
 from trainer.config.recipe import load_recipe
 from trainer.dist import seed_from
-from trainer.eval.generate import draw
+from trainer.eval.generate import sample_tokens
 from trainer.model.load import load_model, load_tokenizer
 
 TEMPLATES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_all")
@@ -64,9 +63,8 @@ class Alone:
         generator, tokens = torch.Generator().manual_seed(seed), list(prompt)
         for _ in range(NEW):
             uniform = torch.rand(1, 1, generator=generator, dtype=torch.float64)
-            token = int(
-                draw(self.logprobs(tokens)[-1:], SAMPLED["temperature"], SAMPLED["top_p"], uniform)
-            )
+            likely = self.logprobs(tokens)[-1:]
+            token = int(sample_tokens(likely, SAMPLED["temperature"], SAMPLED["top_p"], uniform))
             if token in stops:
                 break
             tokens.append(token)
@@ -105,7 +103,7 @@ def make_order(folder: Path) -> dict[str, Any]:
 
 
 class Answers:
-    """Of the model alone, and of ranks, by world size and template."""
+    """Answers of the model alone, and of ranks by world size and template."""
 
     def __init__(
         self, order: dict[str, Any], worlds: Sequence[int], templates: Sequence[str]
@@ -148,7 +146,7 @@ def alone(answers: Answers) -> dict[str, Any]:
 
 
 def test_the_answers_are_of_different_lengths(alone: dict[str, Any]) -> None:
-    """Else no rank would wait for another."""
+    """Otherwise no rank would wait for another."""
     lengths = [len(answer) for answer in alone["greedy"]]
     assert len(set(lengths)) >= 4, lengths
     assert NEW in lengths
@@ -199,7 +197,7 @@ def test_stage_3_gathers_its_weights_once_where_they_fit(seen, template: str) ->
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_what_was_gathered_is_given_back(seen, template: str, world: int) -> None:
+def test_gathered_weights_are_freed(seen, template: str, world: int) -> None:
     assert seen[world][template]["left behind"] < 0.01  # of the weights
 
 

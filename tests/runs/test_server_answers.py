@@ -1,4 +1,4 @@
-"""Answers of a real OpenAI-compatible server, `transformers serve`, are those of the engine itself."""
+"""Answers of a real OpenAI-compatible server, `transformers serve`, are the engine's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from trainer.config.recipe import load_recipe
 from trainer.data.prepare import held_out_prompts, masker_of
 from trainer.eval.generate import generate
 from trainer.eval.openai_client import Client, Unreachable
-from trainer.eval.vllm_server import answers
+from trainer.eval.server_answers import answers
 from trainer.model.load import load_model, load_tokenizer
 
 pytestmark = pytest.mark.runs
@@ -41,7 +41,7 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """transformers serve, with no model loaded."""
+    """Run `transformers serve` with no model loaded."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -61,7 +61,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             stderr=subprocess.STDOUT,
         )
     try:
-        made = Server(url=f"http://127.0.0.1:{port}/v1", parallel=2, patience_s=0)
+        made = Server(url=f"http://127.0.0.1:{port}/v1", parallel=2)
         deadline = time.monotonic() + START_S
         while True:
             assert process.poll() is None, log.read_text()[-3000:]
@@ -87,7 +87,7 @@ def case(root: Path, name: str, *overrides: str) -> dict[str, Any]:
 
 
 def asks(server: Server | StandIn) -> list[str]:
-    return ["eval.generator=server", f"eval.server={{url: {server.url}, patience_s: 0}}"]
+    return [f"eval.server.url={server.url}"]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_a_run_is_evaluated_alike_by_the_engine_and_by_a_server(
     assert at[0] != at[1] != at[2], "else a server that keeps old weights would pass"
 
 
-def test_the_weights_are_taken_away_when_they_are_answered(runs: dict[str, Path]) -> None:
+def test_the_weights_are_deleted_after_the_answers(runs: dict[str, Path]) -> None:
     assert not (runs["server"] / "serving").exists()
 
 

@@ -1,5 +1,5 @@
-"""The list of steps is arithmetic: every row once an epoch, whatever the ranks, with weights known
-beforehand.
+"""The steps are arithmetic: every packed sequence runs once an epoch, whatever the number of ranks,
+with weights that are known beforehand.
 """
 
 from collections import Counter
@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainer.config.recipe import BatchSection, LossSection, TrainSection
-from trainer.data.batch_plan import Corpus, Plan, micro_batches_of
+from trainer.data.batch_plan import Corpus, Plan, filler_share, good_worlds, micro_batches_of
 from trainer.data.pack import pack
 from trainer.datatypes import BadInput
 
-ROW = 32
+SEQ_LEN = 32
 
 
 def corpus(flags: list[np.ndarray], sources=None, weights=(1.0,)) -> Corpus:
@@ -39,7 +39,7 @@ def corpus(flags: list[np.ndarray], sources=None, weights=(1.0,)) -> Corpus:
     )
 
 
-def some_flags(seed: int, documents: int, longest: int = ROW) -> list[np.ndarray]:
+def some_flags(seed: int, documents: int, longest: int = SEQ_LEN) -> list[np.ndarray]:
     rng = np.random.default_rng(seed)
     flags = [rng.random(rng.integers(2, longest + 1)) < 0.5 for _ in range(documents)]
     for f in flags:
@@ -59,17 +59,17 @@ def make_plan(
 ) -> Plan:
     return Plan(
         documents if isinstance(documents, Corpus) else corpus(documents),
-        lambda lengths, rng: pack(lengths, ROW, packing, rng),
+        lambda lengths, rng: pack(lengths, SEQ_LEN, packing, rng),
         BatchSection(
-            seq_len=ROW, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size
+            seq_len=SEQ_LEN, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size
         ),
         TrainSection(epochs=epochs, steps=steps, seed=seed),
         LossSection(**loss),
     )
 
 
-def rows_of(plan: Plan, step: int) -> list[int]:
-    return [row for micro_batch in plan.step(step).micro_batches for row in micro_batch]
+def sequences_of(plan: Plan, step: int) -> list[int]:
+    return [number for micro_batch in plan.step(step).micro_batches for number in micro_batch]
 
 
 plans = st.builds(
@@ -83,14 +83,14 @@ plans = st.builds(
 
 
 @given(plans)
-def test_every_row_comes_once_an_epoch_and_sizes_differ_by_at_most_one(plan):
-    rows, sizes = {}, {}
+def test_every_sequence_comes_once_an_epoch_and_sizes_differ_by_at_most_one(plan):
+    numbers, sizes = {}, {}
     for step in range(plan.steps):
         epoch = plan.step(step).epoch
-        rows.setdefault(epoch, []).extend(rows_of(plan, step))
-        sizes.setdefault(epoch, []).append(len(rows_of(plan, step)))
-    assert sorted(rows) == list(range(plan.train.epochs))
-    for epoch, seen in rows.items():
+        numbers.setdefault(epoch, []).extend(sequences_of(plan, step))
+        sizes.setdefault(epoch, []).append(len(sequences_of(plan, step)))
+    assert sorted(numbers) == list(range(plan.train.epochs))
+    for epoch, seen in numbers.items():
         assert seen == list(range(len(seen)))
         assert max(sizes[epoch]) <= plan.batch.global_batch_size
         assert max(sizes[epoch]) - min(sizes[epoch]) <= 1
@@ -121,7 +121,8 @@ def test_the_filler_share_is_the_share_of_fillers(plan, world):
         micro_batches_of(plan.step(s), r, world) for s in range(plan.steps) for r in range(world)
     ]
     all_of_them = [micro_batch for share in shares for micro_batch in share]
-    assert plan.filler_share(world) == pytest.approx(all_of_them.count(None) / len(all_of_them))
+    share = filler_share(plan.micro_batch_counts(), world)
+    assert share == pytest.approx(all_of_them.count(None) / len(all_of_them))
 
 
 @given(plans)
@@ -140,7 +141,9 @@ def test_token_weights_of_a_step_sum_to_one_and_count_every_trained_token(plan):
 
 @pytest.mark.parametrize("packing", ["none", "bfd", "bfd_split", "wrapped", "greedy"])
 def test_example_weights_give_every_example_the_same_say(packing):
-    flags = some_flags(3, 50, longest=ROW if packing in ("none", "bfd", "greedy") else 3 * ROW)
+    flags = some_flags(
+        3, 50, longest=SEQ_LEN if packing in ("none", "bfd", "greedy") else 3 * SEQ_LEN
+    )
     plan = make_plan(flags, packing, weighting="example")
     for step in map(plan.step, range(plan.steps)):
         says = []
@@ -165,8 +168,8 @@ def test_constant_weights_divide_by_k_and_the_examples():
     ("weighting", "more"), [("token", {}), ("example", {}), ("constant", {"constant_tokens": 5})]
 )
 def test_a_step_without_a_trained_token_weighs_nothing(weighting, more):
-    flags = [np.zeros(2 * ROW, bool)]
-    flags[0][-1] = True  # cut in two rows, the first of which has nothing to learn
+    flags = [np.zeros(2 * SEQ_LEN, bool)]
+    flags[0][-1] = True  # cut in two sequences, the first of which has nothing to learn
     plan = make_plan(flags, "bfd_split", global_batch_size=1, weighting=weighting, **more)
     assert sorted(plan.step(s).trained_tokens for s in range(plan.steps)) == [0, 1]
     for step in map(plan.step, range(plan.steps)):
@@ -177,8 +180,8 @@ def test_a_step_without_a_trained_token_weighs_nothing(weighting, more):
 
 
 def test_a_token_after_a_cut_is_predicted_by_the_piece_before_it():
-    flags = [np.zeros(ROW + 1, bool)]
-    flags[0][ROW] = True  # the second piece's first and only token
+    flags = [np.zeros(SEQ_LEN + 1, bool)]
+    flags[0][SEQ_LEN] = True  # the second piece's first and only token
     plan = make_plan(flags, "bfd_split", global_batch_size=1)
     for step in map(plan.step, range(plan.steps)):
         (piece,) = plan.sequence(0, step.micro_batches[0][0])
@@ -189,7 +192,9 @@ def test_epochs_are_packed_afresh_and_the_same_seed_gives_the_same_plan():
     one, same, other = (make_plan(some_flags(0, 60), epochs=2, seed=seed) for seed in (1, 1, 2))
 
     def pieces(plan, epoch):
-        last = sum(len(rows_of(plan, s)) for s in range(plan.steps) if plan.step(s).epoch == epoch)
+        last = sum(
+            len(sequences_of(plan, s)) for s in range(plan.steps) if plan.step(s).epoch == epoch
+        )
         return plan.pieces(epoch, range(last)).tolist()
 
     assert pieces(one, 0) == pieces(same, 0)
@@ -220,13 +225,9 @@ def test_a_source_gives_its_weight_in_rows(weight, times):
     sources = [0] * 20 + [1] * 20
     plan = make_plan(corpus(flags, sources, (weight, 1.0)), "none", epochs=2)
     for epoch in range(2):
-        rows = [
-            row
-            for s in range(plan.steps)
-            if plan.step(s).epoch == epoch
-            for row in rows_of(plan, s)
-        ]
-        counts = Counter(plan.pieces(epoch, rows)[:, 0].tolist())
+        steps = [s for s in range(plan.steps) if plan.step(s).epoch == epoch]
+        numbers = [number for s in steps for number in sequences_of(plan, s)]
+        counts = Counter(plan.pieces(epoch, numbers)[:, 0].tolist())
         of_first = [counts[document] for document in range(20)]
         assert sum(of_first) == times
         assert max(of_first) - min(of_first) <= 1, (
@@ -247,7 +248,7 @@ def test_samples_of_a_source_differ_between_epochs():
 @pytest.mark.parametrize("packing", ["none", "wrapped"])
 def test_a_document_that_comes_twice_has_noise_of_its_own_each_time(packing):
     plan = make_plan(corpus(some_flags(0, 10), weights=(2.5,)), packing, global_batch_size=99)
-    pieces = plan.pieces(0, rows_of(plan, 0))
+    pieces = plan.pieces(0, sequences_of(plan, 0))
     assert len({(document, piece) for document, _, _, piece in pieces.tolist()}) == len(pieces)
 
 
@@ -273,17 +274,18 @@ def test_more_ranks_than_micro_batches_are_refused_unless_allowed():
 
 def test_good_worlds_are_near_the_one_asked_for():
     plan = make_plan([np.array([False, True])] * 64, "none", global_batch_size=64)
-    assert plan.filler_share(48) == pytest.approx(1 - 64 / 96)
-    assert plan.good_worlds(48) == [16, 32, 64]
-    assert [plan.filler_share(world) for world in plan.good_worlds(48)] == [0, 0, 0]
+    counts = plan.micro_batch_counts()
+    assert filler_share(counts, 48) == pytest.approx(1 - 64 / 96)
+    assert good_worlds(counts, 48) == [16, 32, 64]
+    assert [filler_share(counts, world) for world in good_worlds(counts, 48)] == [0, 0, 0]
 
 
 def test_held_out_rows_are_one_step():
     flags = some_flags(0, 30)
     plan = Plan.for_eval(
         corpus(flags),
-        lambda lengths, rng: pack(lengths, ROW, "bfd", rng),
-        BatchSection(seq_len=ROW, global_batch_size=2, micro_batch_size=3),
+        lambda lengths, rng: pack(lengths, SEQ_LEN, "bfd", rng),
+        BatchSection(seq_len=SEQ_LEN, global_batch_size=2, micro_batch_size=3),
     )
     assert plan.steps == 1
     step = plan.step(0)
@@ -295,8 +297,8 @@ def test_only_two_packings_stay_in_memory_and_all_can_be_asked_for_again():
     made = []
     plan = Plan(
         corpus(some_flags(0, 30)),
-        lambda lengths, rng: pack(lengths, ROW, "bfd", rng),
-        BatchSection.model_validate({"seq_len": ROW, "global_batch_size": 4}),
+        lambda lengths, rng: pack(lengths, SEQ_LEN, "bfd", rng),
+        BatchSection.model_validate({"seq_len": SEQ_LEN, "global_batch_size": 4}),
         TrainSection.model_validate({"epochs": 5}),
         LossSection.model_validate({}),
         keep=lambda epoch, make: made.append(epoch) or make(),
@@ -310,22 +312,26 @@ def test_only_two_packings_stay_in_memory_and_all_can_be_asked_for_again():
     assert np.array_equal(plan.pieces(0, [0]), first)
 
 
-def test_fill_is_the_share_of_row_space_with_tokens():
-    plan = make_plan([np.array([False] + [True] * (ROW // 2 - 1))] * 3, "bfd")  # 1.5 rows in 2
+def test_fill_is_the_share_of_the_sequences_that_holds_tokens():
+    plan = make_plan(
+        [np.array([False] + [True] * (SEQ_LEN // 2 - 1))] * 3, "bfd"
+    )  # 1.5 sequences in 2
     assert plan.fill() == pytest.approx(0.75)
 
 
 @given(plans)
-def test_sizes_of_rows_and_epochs_are_those_of_the_steps(plan):
+def test_sizes_of_sequences_and_epochs_are_those_of_the_steps(plan):
     for epoch in range(plan.train.epochs):
         steps = [step for step in map(plan.step, range(plan.steps)) if step.epoch == epoch]
         assert plan.epoch_steps(epoch) == len(steps)
-        rows = [row for step in steps for micro_batch in step.micro_batches for row in micro_batch]
-        tokens, pieces = plan.sequence_sizes(epoch)
-        assert tokens.tolist() == [
-            sum(p.stop - p.start for p in plan.sequence(epoch, row)) for row in rows
+        sequences = [
+            plan.sequence(epoch, number)
+            for step in steps
+            for number in sequences_of(plan, step.step)
         ]
-        assert pieces.tolist() == [len(plan.sequence(epoch, row)) for row in rows]
+        tokens, pieces = plan.sequence_sizes(epoch)
+        assert tokens.tolist() == [sum(p.stop - p.start for p in each) for each in sequences]
+        assert pieces.tolist() == list(map(len, sequences))
 
 
 def test_a_run_may_end_inside_its_first_epoch():

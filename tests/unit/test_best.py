@@ -200,7 +200,7 @@ def test_a_rule_needs_evaluations():
         parse_recipe(tree(RULE, every_steps=None))
     asks_nothing = tree({"minimize": "eval_loss"}, eval=[])
     asks_nothing["eval"]["generate"] = None
-    with pytest.raises(BadInput, match=r"eval\.best: no rows are held out"):
+    with pytest.raises(BadInput, match=r"eval\.best: there are no held-out rows"):
         parse_recipe(asks_nothing)
 
 

@@ -47,7 +47,7 @@ def test_what_cannot_be_evaluated_is_told(refused, tmp_path, run_dir):
     assert "RUN_OR_MODEL: there is no folder" in refused("eval", str(tmp_path / "nowhere"), DEBUG)
     (tmp_path / "empty").mkdir()
     assert "neither a run folder" in refused("eval", str(tmp_path / "empty"), DEBUG)
-    assert "no rows are held out" in refused("eval", str(run_dir), DEBUG, "data.eval=[]")
+    assert "there are no held-out rows" in refused("eval", str(run_dir), DEBUG, "data.eval=[]")
     assert "there is no checkpoint to evaluate" in refused("eval", str(run_dir), DEBUG)
     assert "there is no checkpoint of step 3; there is none at all" in refused(
         "eval", str(run_dir), DEBUG, "--step", "3"
@@ -69,9 +69,9 @@ def test_results_are_not_written_over_what_is_something_else(refused, tmp_path):
 
 
 def test_a_folder_of_tasks_that_is_not_there_is_told(refused, tmp_path):
-    tasks = ("eval.lm_eval=[gsm8k]", "eval.lm_eval_path=nowhere")
+    tasks = ("eval.lm_eval=[nowhere/gsm8k]",)
     said = refused("eval", "recipes/debug/model", DEBUG, *tasks, "--out", str(tmp_path / "out"))
-    assert "eval.lm_eval_path: there is no folder nowhere" in said
+    assert "eval.lm_eval: there is no folder nowhere" in said
     assert not (tmp_path / "out").exists()
 
 

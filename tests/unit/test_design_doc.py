@@ -1,6 +1,9 @@
-"""docs/design.md: what the code cites stands in it, and the files that it names exist."""
+"""docs/design.md has what the code cites, and the files that it names exist; links of all pages."""
 
 import re
+from pathlib import Path
+
+import pytest
 
 from tests.ranks import ROOT
 from tests.unit.test_structure import TIERS
@@ -11,6 +14,7 @@ CITING = [
     *(ROOT / "launch").rglob("*.py"),
     *(ROOT / "docs").glob("*.md"),
 ]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").rglob("*.md")]
 
 
 def cited(text: str) -> set[str]:
@@ -45,6 +49,8 @@ def test_the_order_of_packages_is_the_one_that_is_tested() -> None:
     assert PAGE.split("```text\n")[1].split("```")[0].splitlines() == TIERS
 
 
-def test_its_links_lead_to_files() -> None:
-    links = re.findall(r"\]\(([^)#]+)", PAGE)
-    assert all((ROOT / "docs" / link).exists() for link in links)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_all_pages_lead_to_files(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
+    targets = [link for link in links if not link.startswith("http")]
+    assert not [link for link in targets if not (page.parent / link).exists()]

@@ -36,6 +36,7 @@ def test_the_scorers_of_the_page_are_a_recipes() -> None:
         "math",
         "choice",
         "json_schema",
+        "tool_call",
         "refusal",
         "function",
         "judge",

@@ -1,6 +1,5 @@
-"""From prompts, answers and scorers to samples, metrics and a table; and what is refused before
-anything is trained.
-"""
+"""Samples, metrics and a table are made from prompts, answers and scorers; what cannot be scored is
+refused before training."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from trainer.datatypes import BadInput, Conversation, Message, Prompt
 from trainer.eval import metrics as eval_metrics
 from trainer.eval import scorers
 from trainer.eval.confidence import interval, wilson
-from trainer.eval.metrics import Metric, Sample, as_table, check_scorers, metrics, samples
+from trainer.eval.metrics import Metric, Sample, as_table, check_scorers, score_samples, summarize
 
 RULES: TypeAdapter[Any] = TypeAdapter(Scorer)
 
@@ -38,10 +37,10 @@ def prompt(reference: str = "", **row: Any) -> Prompt:
 
 
 @pytest.fixture
-def said(
+def logged(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> pytest.LogCaptureFixture:
-    """What is logged."""
+    """Return the records of the log."""
     monkeypatch.setattr(dist.log, "propagate", True)
     caplog.set_level(logging.INFO, logger="packhorse")
     return caplog
@@ -61,72 +60,76 @@ def test_each_answer_has_each_score_and_each_scorer_is_a_metric() -> None:
         "said": rule("contains", ignore_case=True),
         "length": rule("function", function="test_eval_metrics:words_of_answer"),
     }
-    made = samples(prompts, ["Paris", "rome, I think", "no"], rules)
+    made = score_samples(prompts, ["Paris", "rome, I think", "no"], rules)
     assert made[1] == Sample(
         "?", "rome, I think", "Rome", {"right": 0.0, "said": 1.0, "length": 0.75}
     )
     assert [sample.scores["right"] for sample in made] == [1, 0, 0]
-    found = metrics(made)
+    found = summarize(made)
     assert found["right"] == Metric(1 / 3, 3, *wilson(1, 3))
     assert found["said"] == Metric(2 / 3, 3, *wilson(2, 3))
     assert found["length"] == Metric((0.25 + 0.75 + 0.25) / 3, 3, *interval([0.25, 0.75, 0.25]))
 
 
 def test_without_samples_or_scorers_there_are_no_metrics() -> None:
-    assert metrics([]) == {}
-    assert metrics(samples([prompt("a")], ["a"], {})) == {}
+    assert summarize([]) == {}
+    assert summarize(score_samples([prompt("a")], ["a"], {})) == {}
 
 
 def test_an_answer_without_a_score_is_neither_right_nor_wrong_and_said_in_one_line(
-    said: Any,
+    logged: Any,
 ) -> None:
     rules = {
         "right": rule("math", column="solution"),
         "length": rule("function", function="test_eval_metrics:words_of_answer"),
     }
     prompts = [prompt("x", solution=1), prompt("x"), prompt("x", solution=2)]
-    made = samples(prompts, ["so 1", "so 1", ""], rules)
+    made = score_samples(prompts, ["so 1", "so 1", ""], rules)
     assert [sample.scores["right"] for sample in made] == [1, None, 0]
     assert made[1].unscored == {"right": "the row has no `solution`"}
-    assert metrics(made)["right"] == Metric(0.5, 2, *wilson(1, 2))
-    assert [record.message for record in said.records] == [
+    assert summarize(made)["right"] == Metric(0.5, 2, *wilson(1, 2))
+    assert [record.message for record in logged.records] == [
         "right (math): 1 of 3 answers have no score: the row has no `solution`",
         "length (function): 1 of 3 answers have no score: test_eval_metrics:words_of_answer: None",
     ]
 
 
 def test_a_metric_without_any_score_is_missing_and_says_why() -> None:
-    made = samples(
+    made = score_samples(
         [prompt("x")],
         [""],
         {"length": rule("function", function="test_eval_metrics:words_of_answer")},
     )
-    assert metrics(made) == {
+    assert summarize(made) == {
         "length": Metric(None, 0, None, None, "test_eval_metrics:words_of_answer: None")
     }
-    assert metrics(made)["length"].as_json()["missing"] == "test_eval_metrics:words_of_answer: None"
+    assert (
+        summarize(made)["length"].as_json()["missing"] == "test_eval_metrics:words_of_answer: None"
+    )
     assert "missing" not in Metric(0.5, 2, 0.1, 0.9).as_json()
 
 
 def test_a_choice_is_scored_by_its_likeliest_letter_and_not_by_what_was_generated() -> None:
     rules = {"mmlu": rule("choice", column="answer"), "said": rule("contains")}
-    made = samples(
+    made = score_samples(
         [prompt("B", answer=1), prompt("B", answer=1)], ["B", "C"], rules, {"mmlu": ["C", "B"]}
     )
     assert [sample.scores for sample in made] == [{"mmlu": 0, "said": 1}, {"mmlu": 1, "said": 0}]
 
 
 def test_a_scorer_that_is_slow_at_answer_after_answer_is_given_up(
-    monkeypatch: pytest.MonkeyPatch, said: Any
+    monkeypatch: pytest.MonkeyPatch, logged: Any
 ) -> None:
     """So that an evaluation ends, however many rows it has."""
     monkeypatch.setattr(scorers, "PATTERN_S", 0.2)
     monkeypatch.setattr(eval_metrics, "SLOW_S", 0.5)
     answers = ["fine", *["a" * 64] * 1000]
-    made = samples([prompt()] * 1001, answers, {"shape": rule("format", pattern="(a+)+b|fine")})
-    reason = "given up: the pattern: no end within 0.2 s of computing, at 3 answers"
-    assert metrics(made) == {"shape": Metric(None, 0, None, None, reason)}
-    assert reason in said.text
+    made = score_samples(
+        [prompt()] * 1001, answers, {"shape": rule("format", pattern="(a+)+b|fine")}
+    )
+    reason = "given up: the pattern: not finished within 0.2 s of computing, at 3 answers"
+    assert summarize(made) == {"shape": Metric(None, 0, None, None, reason)}
+    assert reason in logged.text
 
 
 # ---------------------------------------------------------------------------------- before training
@@ -138,9 +141,9 @@ def test_a_scorer_that_is_slow_at_answer_after_answer_is_given_up(
         (rule("math", column="solution"), "the row has no `solution`"),
         (rule("choice", column="letter"), "the row has no `letter`"),
         (rule("choice"), "the row's right answer is none of A, B, C, D"),
-        (rule("refusal", column="unsafe"), "the row has no `unsafe`"),
+        (rule("refusal", expected="unsafe"), "the row has no `unsafe`"),
         (rule("json_schema", column="schema"), "the row has no `schema`"),
-        (rule("json_schema", tools=True), "the row has no tools"),
+        (rule("tool_call"), "the row has no tools"),
         (rule("json_schema", file="nowhere.json"), "nowhere.json: the JSON schema cannot be read"),
         (
             rule("exact", extract="<answer>(.*)</answer>"),
@@ -168,19 +171,19 @@ def test_so_is_one_that_needs_references_where_there_are_none(kind: str) -> None
         check_scorers({"mine": rule(kind)}, [prompt(""), prompt(" ")])
 
 
-def test_one_that_can_score_some_says_how_many_are_left_out(said: Any) -> None:
+def test_one_that_can_score_some_says_how_many_are_left_out(logged: Any) -> None:
     check_scorers(
         {"mine": rule("math", column="solution")},
         [prompt("x", solution=3), prompt("x"), prompt("x")],
     )
-    assert said.messages == [
+    assert logged.messages == [
         "eval.generate.scorers.mine (math): 2 of 3 prompts are left out: the row has no `solution`"
     ]
 
 
-def test_one_that_can_score_all_says_nothing(said: Any) -> None:
+def test_one_that_can_score_all_says_nothing(logged: Any) -> None:
     check_scorers({"mine": rule("math"), "shape": rule("format", pattern=".*")}, [prompt("12")])
-    assert said.messages == []
+    assert logged.messages == []
 
 
 def test_a_pattern_that_does_not_end_at_a_reference_is_bad_input(
@@ -189,7 +192,7 @@ def test_a_pattern_that_does_not_end_at_a_reference_is_bad_input(
     monkeypatch.setattr(scorers, "PATTERN_S", 0.2)
     with pytest.raises(
         BadInput,
-        match=r"mine \(exact\): `extract`: no end within 0.2 s of computing, at a reference",
+        match=r"mine \(exact\): `extract`: not finished within 0.2 s of computing, at a reference",
     ):
         check_scorers({"mine": rule("exact", extract="^((a+)+)b")}, [prompt("a" * 64)])
 

@@ -58,7 +58,7 @@ def test_each_fault_has_its_own_rule(tmp_path: Path) -> None:
     assert watching.decide(2, "not finite", "") == "rollback"
 
 
-def test_what_was_passed_over_is_known_to_the_next_start(tmp_path: Path) -> None:
+def test_a_skipped_step_is_known_to_the_next_start(tmp_path: Path) -> None:
     guard(tmp_path, non_finite="skip").decide(3, "not finite", "a.jsonl:1")
     assert guard(tmp_path).skipped_steps == {2}
     assert [guard(tmp_path).applied(steps) for steps in (2, 3, 10)] == [2, 2, 9]
@@ -67,5 +67,5 @@ def test_what_was_passed_over_is_known_to_the_next_start(tmp_path: Path) -> None
 def test_too_many_stop_the_run(tmp_path: Path) -> None:
     watching = guard(tmp_path, non_finite="skip", max_skipped_steps=1)
     watching.decide(3, "not finite", "")
-    with pytest.raises(StepNotApplied, match="1 steps were passed over before"):
+    with pytest.raises(StepNotApplied, match="1 steps were skipped before"):
         watching.decide(4, "not finite", "")

@@ -7,21 +7,21 @@ import time
 import pytest
 
 from tests.ranks import ROOT
-from trainer.hang_watchdog import slowest
+from trainer.hang_watchdog import name_slowest
 
 
 def test_a_rank_without_a_report_is_named_first(tmp_path):
     (tmp_path / "rank00000.txt").write_text("7 step 3 > data\n")
     (tmp_path / "rank00002.txt").write_text("6 step 3\n")
-    assert slowest(tmp_path, 3) == "no report from rank 1: stopped, or the machine is gone"
+    assert name_slowest(tmp_path, 3) == "no report from rank 1: stopped, or the machine is gone"
 
 
 def test_the_ranks_with_the_fewest_beats_are_named(tmp_path):
     for rank, count in enumerate((9, 10, 9)):
         (tmp_path / f"rank{rank:05d}.txt").write_text(f"{count} step 3 > data\nThread 0x1\n")
-    assert slowest(tmp_path, 3) == "held up by ranks 0, 2, at step 3 > data"
+    assert name_slowest(tmp_path, 3) == "held up by ranks 0, 2, at step 3 > data"
     (tmp_path / "rank00001.txt").write_text("9 step 3 > data\n")
-    assert slowest(tmp_path, 3) == "all ranks are at step 3 > data"
+    assert name_slowest(tmp_path, 3) == "all ranks are at step 3 > data"
 
 
 # beats for a while, rests for longer than a hang, then beats once and never again

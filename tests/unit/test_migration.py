@@ -51,6 +51,11 @@ def test_the_recipe_of_each_trainer_is_one(title: str) -> None:
     assert parse_recipe(example(title)).run.dir
 
 
+def test_the_recipe_of_the_readme_is_one() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert parse_recipe(yaml.safe_load(readme.split("```yaml\n")[1].split("```")[0])).has_eval
+
+
 @pytest.mark.parametrize("title", TRAINERS)
 def test_the_table_beside_it_has_every_key_of_the_example(title: str) -> None:
     written = {f"{name}.{key}" for name, values in example(title).items() for key in values}

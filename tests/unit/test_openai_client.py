@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint is asked in parallel, patiently, and tells no key."""
+"""A server is asked in parallel, with retries, and its key is shown nowhere."""
 
 from __future__ import annotations
 
@@ -10,25 +10,27 @@ from typing import Any
 import pytest
 
 from tests.stand_in_server import Reply, Request, StandIn, chat_reply
-from trainer.config.eval import Endpoint
+from trainer.config.eval import Server
 from trainer.config.recipe import load_recipe
 from trainer.datatypes import BadInput
-from trainer.eval.openai_client import Cancelled, Client, Refused, Unreachable, complete
+from trainer.eval.openai_client import Cancelled, Client, Refused, Unreachable, text_of
 
 LIMIT_S = 60.0
 KEY = "sk-a-very-secret-key"
 
 
-def endpoint(url: str, **settings: Any) -> Endpoint:
-    return Endpoint(
-        url=url, model="judge", **{"timeout_s": LIMIT_S, "patience_s": LIMIT_S, **settings}
-    )
+def endpoint(url: str, **settings: Any) -> Server:
+    return Server(url=url, **{"timeout_s": LIMIT_S, **settings})
 
 
-def ask(server: StandIn, count: int = 1, **settings: Any) -> list[str]:
-    """Answers to conversations numbered from 0."""
-    conversations = [[{"role": "user", "content": str(n)}] for n in range(count)]
-    return complete(endpoint(server.url, **settings), conversations, max_tokens=5)
+def ask(
+    server: StandIn | str, count: int = 1, patience_s: float | None = None, **settings: Any
+) -> list[str]:
+    """Return the answers to conversations numbered from 0."""
+    url = server if isinstance(server, str) else server.url
+    bodies = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(count)]
+    with Client(endpoint(url, **settings), patience_s=patience_s) as client:
+        return [text_of(reply) for reply in client.post("chat/completions", bodies)]
 
 
 def number(request: Request) -> int:
@@ -68,23 +70,14 @@ def test_no_more_are_asked_at_once_than_the_recipe_says() -> None:
     assert most <= 2
 
 
-def test_a_request_says_what_is_asked_for() -> None:
+def test_the_recipe_adds_fields_to_a_request_and_removes_them() -> None:
     with StandIn(lambda _: (200, chat_reply("yes"))) as server:
         given = endpoint(server.url, extra={"max_completion_tokens": 5, "max_tokens": None})
-        messages = [{"role": "user", "content": "Is it?"}]
-        assert complete(given, [messages], max_tokens=5, temperature=0.5, seed=7, stop=["\n"]) == [
-            "yes"
-        ]
+        with Client(given) as client:
+            client.post("chat/completions", [{"model": "judge", "max_tokens": 9, "seed": None}])
         ((request),) = server.requests
     assert request.path == "/v1/chat/completions"
-    assert request.body == {
-        "model": "judge",
-        "messages": messages,
-        "max_completion_tokens": 5,
-        "temperature": 0.5,
-        "seed": 7,
-        "stop": ["\n"],
-    }
+    assert request.body == {"model": "judge", "max_completion_tokens": 5}
 
 
 def test_an_answer_without_text_is_empty() -> None:
@@ -114,12 +107,12 @@ def test_it_is_not_asked_earlier_than_it_says() -> None:
     assert times[1] - times[0] >= 2
 
 
-def test_patience_ends() -> None:
+def test_retries_end_with_the_time_limit_of_an_answer() -> None:
     with StandIn(lambda _: (503, "loading")) as server:
-        with pytest.raises(Unreachable, match=f"{server.url} refused .503: loading.") as told:
-            ask(server, patience_s=1.0)
+        with pytest.raises(Unreachable, match=f"{server.url} refused .503: loading.") as refused:
+            ask(server, timeout_s=1.0)
         assert len(server.requests) == 2, "after 0.5 s, and not after 1.5 s"
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_server_that_is_down_is_named() -> None:
@@ -141,10 +134,10 @@ def test_a_server_that_never_answers_is_given_up() -> None:
 
 def test_a_refusal_that_stays_is_not_asked_again() -> None:
     with StandIn(lambda _: (404, {"error": "The model `judge` does not exist."})) as server:
-        with pytest.raises(Refused, match=r"404: .*`judge` does not exist") as told:
+        with pytest.raises(Refused, match=r"404: .*`judge` does not exist") as refused:
             ask(server)
         assert len(server.requests) == 1
-    assert told.value.status == 404
+    assert refused.value.status == 404
 
 
 def test_one_that_fails_ends_the_wait_for_the_others() -> None:
@@ -177,7 +170,7 @@ def test_a_stop_ends_the_wait() -> None:
 
 
 @pytest.mark.parametrize("content", ["<html>Welcome</html>", {"detail": "hello"}, {"choices": []}])
-def test_what_is_no_such_server_is_told(content: Any) -> None:
+def test_a_server_of_another_kind_is_named(content: Any) -> None:
     with (
         StandIn(lambda _: (200, content)) as server,
         pytest.raises(Refused, match="something else than an OpenAI"),
@@ -188,7 +181,7 @@ def test_what_is_no_such_server_is_told(content: Any) -> None:
 # ------------------------------------------------------------------------------------------ the key
 
 
-def test_the_key_is_sent_and_told_nowhere(
+def test_the_key_is_sent_and_shown_nowhere(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", f"{KEY}\n")
@@ -198,10 +191,10 @@ def test_the_key_is_sent_and_told_nowhere(
     ) as server:
         with pytest.raises(
             Refused, match=r"401: no such key: Bearer \*\*\*.; set `key_env`"
-        ) as told:
+        ) as refused:
             ask(server, key_env="JUDGE_KEY")
         assert server.requests[0].headers["authorization"] == f"Bearer {KEY}"
-    assert KEY not in str(told.value)
+    assert KEY not in str(refused.value)
     assert KEY not in caplog.text
 
 
@@ -216,7 +209,7 @@ def test_no_key_is_sent_unless_the_recipe_names_it(monkeypatch: pytest.MonkeyPat
 def test_a_variable_without_a_key_is_named(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("JUDGE_KEY", value)
     with pytest.raises(Unreachable, match=r"environment variable JUDGE_KEY, .* is not"):
-        complete(endpoint("http://localhost:1/v1", key_env="JUDGE_KEY"), [], max_tokens=1)
+        ask("http://localhost:1/v1", key_env="JUDGE_KEY")
 
 
 # ------------------------------------------------------------------------------------- is it there?
@@ -252,13 +245,13 @@ def test_one_that_does_not_let_us_in_is_not(status: int) -> None:
     ],
 )
 def test_an_address_is_plain(url: str, why: str) -> None:
-    given = ["eval.generator=server", f"eval.server.url={json.dumps(url)}"]
-    with pytest.raises(BadInput, match=why) as told:
+    given = [f"eval.server.url={json.dumps(url)}"]
+    with pytest.raises(BadInput, match=why) as refused:
         load_recipe("recipes/debug.yaml", given)
-    assert KEY not in str(told.value)
+    assert KEY not in str(refused.value)
 
 
 def test_a_slash_at_its_end_does_not_matter() -> None:
     with StandIn(lambda _: (200, chat_reply(""))) as server:
-        complete(endpoint(f"{server.url}/"), [[]], max_tokens=1)
+        ask(f"{server.url}/")
         assert server.requests[0].path == "/v1/chat/completions"

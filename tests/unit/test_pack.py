@@ -1,4 +1,4 @@
-"""Packing lays every token of every document into exactly one row, and wastes little room."""
+"""Packing lays every token of every document into exactly one sequence, and wastes little room."""
 
 import json
 import time
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from trainer.data import pack as packs
 from trainer.data.pack import greedy, pack
 
-ROW = 16
+SEQ_LEN = 16
 WHOLE = ("none", "bfd", "greedy")  # packings that cut no document
 PACKINGS = (*WHOLE, "bfd_split", "wrapped")
 
@@ -22,7 +22,7 @@ def rng(seed: int = 0) -> np.random.Generator:
 
 
 def documents(packing: str) -> st.SearchStrategy[list[int]]:
-    longest = ROW if packing in WHOLE else 3 * ROW + 1
+    longest = SEQ_LEN if packing in WHOLE else 3 * SEQ_LEN + 1
     return st.lists(st.integers(1, longest), min_size=1, max_size=60)
 
 
@@ -44,9 +44,9 @@ def gsm8k_lengths(shared) -> np.ndarray:
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @given(data=st.data(), seed=st.integers(0, 9))
-def test_every_token_lies_in_one_piece_and_no_row_is_too_long(packing, data, seed):
+def test_every_token_lies_in_one_piece_and_no_sequence_is_too_long(packing, data, seed):
     lengths = np.array(data.draw(documents(packing)))
-    packed = pack(lengths, ROW, packing, rng(seed))
+    packed = pack(lengths, SEQ_LEN, packing, rng(seed))
 
     taken = [np.zeros(length, int) for length in lengths]
     for document, start, stop, _ in packed.pieces:
@@ -57,20 +57,18 @@ def test_every_token_lies_in_one_piece_and_no_row_is_too_long(packing, data, see
     sizes = packed.pieces[:, 2] - packed.pieces[:, 1]
     assert packed.sequence_offsets[0] == 0
     assert packed.sequence_offsets[-1] == len(packed.pieces)
-    assert (np.diff(packed.sequence_offsets) > 0).all(), "no row is empty"
-    rows = [
-        sizes[a:b].sum() for a, b in zip(packed.sequence_offsets, packed.sequence_offsets[1:], strict=False)
-    ]
-    assert max(rows) <= ROW
+    assert (np.diff(packed.sequence_offsets) > 0).all(), "no sequence is empty"
+    tokens = np.add.reduceat(sizes, packed.sequence_offsets[:-1])
+    assert max(tokens) <= SEQ_LEN
     if packing == "wrapped":
-        assert all(row == ROW for row in rows[:-1])
+        assert (tokens[:-1] == SEQ_LEN).all()
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @given(data=st.data())
 def test_pieces_of_a_document_are_numbered_in_order(packing, data):
     lengths = np.array(data.draw(documents(packing)))
-    packed = pack(lengths, ROW, packing, rng())
+    packed = pack(lengths, SEQ_LEN, packing, rng())
     for document in range(len(lengths)):
         of_document = packed.pieces[packed.pieces[:, 0] == document]
         of_document = of_document[np.argsort(of_document[:, 1])]
@@ -80,9 +78,9 @@ def test_pieces_of_a_document_are_numbered_in_order(packing, data):
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
-def test_the_seed_decides_the_rows(packing):
-    lengths = rng(7).integers(1, ROW + 1, 500)
-    one, same, other = (pack(lengths, ROW, packing, rng(seed)) for seed in (1, 1, 2))
+def test_the_seed_decides_the_sequences(packing):
+    lengths = rng(7).integers(1, SEQ_LEN + 1, 500)
+    one, same, other = (pack(lengths, SEQ_LEN, packing, rng(seed)) for seed in (1, 1, 2))
     assert np.array_equal(one.pieces, same.pieces)
     assert np.array_equal(one.sequence_offsets, same.sequence_offsets)
     assert not np.array_equal(one.pieces, other.pieces)
@@ -99,8 +97,8 @@ def test_epochs_group_documents_differently_even_where_all_lengths_differ():
     assert len(together(1) & together(2)) < 0.25 * len(together(1))  # without windows: all
 
 
-def test_best_fit_takes_the_tightest_row():
-    packed = pack(np.array([10, 9, 7, 6]), ROW, "bfd", rng())  # 10 + 6 and 9 + 7, both full
+def test_best_fit_takes_the_tightest_sequence():
+    packed = pack(np.array([10, 9, 7, 6]), SEQ_LEN, "bfd", rng())  # 10 + 6 and 9 + 7, both full
     assert packed.num_sequences == 2
     assert {
         tuple(sorted(row)) for row in np.split(packed.pieces[:, 0], packed.sequence_offsets[1:-1])
@@ -108,36 +106,36 @@ def test_best_fit_takes_the_tightest_row():
 
 
 @pytest.mark.parametrize("packing", WHOLE)
-def test_a_document_longer_than_a_row_is_refused_where_documents_stay_whole(packing):
-    with pytest.raises(ValueError, match="17 tokens does not fit in a row of 16"):
-        pack(np.array([3, 17]), ROW, packing, rng())
+def test_a_document_longer_than_a_sequence_is_refused_where_documents_stay_whole(packing):
+    with pytest.raises(ValueError, match="17 tokens does not fit in a sequence of 16"):
+        pack(np.array([3, 17]), SEQ_LEN, packing, rng())
 
 
 def test_an_empty_document_is_refused():
     with pytest.raises(ValueError, match="empty"):
-        pack(np.array([3, 0]), ROW, "bfd", rng())
+        pack(np.array([3, 0]), SEQ_LEN, "bfd", rng())
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_rows_of_gsm8k_are_nearly_full(gsm8k_lengths, seed):
+def test_sequences_of_gsm8k_are_nearly_full(gsm8k_lengths, seed):
     packed = pack(gsm8k_lengths, 2048, "bfd", rng(seed))
     fill = gsm8k_lengths.sum() / (packed.num_sequences * 2048)
-    print(f"fill {fill:.4f} of {packed.num_sequences} rows")
+    print(f"fill {fill:.4f} of {packed.num_sequences} sequences")
     assert fill >= 0.985
 
 
-def test_greedy_takes_the_oldest_row_that_has_room():
-    assert list(greedy([10, 12, 9, 6, 4, 5], ROW)) == [
+def test_greedy_takes_the_oldest_sequence_that_has_room():
+    assert list(greedy([10, 12, 9, 6, 4, 5], SEQ_LEN)) == [
         [0, 3],
         [1, 4],
         [2, 5],
     ]  # bfd would lay 6 beside 9
-    assert list(greedy([16, 3], ROW)) == [[0], [1]]
+    assert list(greedy([16, 3], SEQ_LEN)) == [[0], [1]]
 
 
-def test_greedy_closes_its_oldest_row_when_too_many_are_open(monkeypatch):
-    monkeypatch.setattr(packs, "OPEN_ROWS", 2)
-    assert list(greedy([9, 10, 11, 7, 6, 5], ROW)) == [
+def test_greedy_closes_its_oldest_sequence_when_too_many_are_open(monkeypatch):
+    monkeypatch.setattr(packs, "OPEN_SEQUENCES", 2)
+    assert list(greedy([9, 10, 11, 7, 6, 5], SEQ_LEN)) == [
         [0],
         [1],
         [2, 5],
@@ -145,8 +143,10 @@ def test_greedy_closes_its_oldest_row_when_too_many_are_open(monkeypatch):
     ]  # 7 found the first closed
 
 
-@given(st.lists(st.integers(1, ROW), max_size=60), st.lists(st.integers(1, ROW), max_size=60))
-def test_later_documents_do_not_change_the_rows_that_greedy_has_given_out(first, later):
+@given(
+    st.lists(st.integers(1, SEQ_LEN), max_size=60), st.lists(st.integers(1, SEQ_LEN), max_size=60)
+)
+def test_later_documents_do_not_change_the_sequences_that_greedy_has_yielded(first, later):
     came: list[int] = []
 
     def stream():
@@ -154,21 +154,21 @@ def test_later_documents_do_not_change_the_rows_that_greedy_has_given_out(first,
             came.append(length)
             yield length
 
-    settled = [row for row in greedy(stream(), ROW) if len(came) <= len(first)]
-    assert list(greedy(first, ROW))[: len(settled)] == settled
+    settled = [each for each in greedy(stream(), SEQ_LEN) if len(came) <= len(first)]
+    assert list(greedy(first, SEQ_LEN))[: len(settled)] == settled
 
 
 def test_greedy_reads_a_stream_without_an_end_and_no_document_waits_for_long():
     lengths = (int(length) for length in rng(3).integers(1, 600, 1_000_000))
     ages = (max(row) - min(row) for row in islice(greedy(lengths, 1024), 2000))
-    assert max(ages) < 40 * packs.OPEN_ROWS
+    assert max(ages) < 40 * packs.OPEN_SEQUENCES
     assert len(list(islice(greedy(repeat(7), 1024), 90))) == 90
 
 
-@pytest.mark.parametrize("length", [0, ROW + 1])
-def test_greedy_refuses_what_fits_in_no_row(length):
+@pytest.mark.parametrize("length", [0, SEQ_LEN + 1])
+def test_greedy_refuses_what_fits_in_no_sequence(length):
     with pytest.raises(ValueError, match=f"a document of {length} tokens"):
-        list(greedy([3, length], ROW))
+        list(greedy([3, length], SEQ_LEN))
 
 
 @pytest.mark.parametrize(("seq_len", "fill"), [(1024, 0.96), (2048, 0.98)])

@@ -174,7 +174,7 @@ def test_a_model_that_does_not_attend_through_packhorse_is_refused() -> None:
 
 
 def with_backend(change: Any) -> Any:
-    """The reference backend with its arguments changed on the way."""
+    """Put a reference backend in place that gets changed arguments."""
     right = attention._reference
 
     def wrong(layer: str, q: Any, k: Any, v: Any, arguments: attention.Arguments) -> torch.Tensor:

@@ -82,14 +82,16 @@ def test_defaults_are_the_designs():
 SCORERS = {
     "format": {"pattern": "x+"},
     "exact": {"extract": "(x)", "ignore_case": True},
-    "contains": {"text": "x"},
+    "contains": {"ignore_case": True},
     "math": {"column": "solution"},
     "choice": {"letters": ["A", "B"], "column": "letter"},
-    "json_schema": {"tools": True},
-    "refusal": {"column": "unsafe"},
+    "json_schema": {"column": "schema"},
+    "tool_call": {},
+    "refusal": {"expected": "unsafe"},
     "judge": {
         "rubric": "kind",
-        "endpoint": {"url": "http://judge/v1", "model": "m"},
+        "url": "http://judge/v1",
+        "model": "m",
         "against": "reference",
     },
     "function": {"function": "mine:score"},
@@ -256,36 +258,51 @@ def test_an_override_reaches_into_a_list(tmp_path):
         ),
         (
             with_scorer({"kind": "math", "zzz": 1}),
-            "unknown key `eval.generate.scorers.mine.zzz`; keys here: kind, column",
+            "unknown key `eval.generate.scorers.mine.zzz`; keys here: column, kind",
         ),
         (
             with_scorer({"kind": "format", "pattern": "("}),
-            "`eval.generate.scorers.mine`: `(` is not a regular",
+            "`eval.generate.scorers.mine.pattern`: `(` is not a regular",
         ),
         (with_scorer({"kind": "exact", "extract": "x"}), "`extract` has no group"),
-        (with_scorer({"kind": "choice", "letters": ["A", "A"]}), "`letters` are different texts"),
+        (with_scorer({"kind": "choice", "letters": ["A", "A"]}), "`letters` must be different texts"),
         (
             with_scorer({"kind": "choice", "letters": ["A"]}),
             "`eval.generate.scorers.mine.letters`: tuple should have",
         ),
+        (with_scorer({"kind": "json_schema"}), "give exactly one of `file` and `column`"),
         (
-            with_scorer({"kind": "json_schema"}),
-            "give exactly one of `file`, `column` and `tools: true`",
+            with_scorer({"kind": "json_schema", "file": "a", "column": "b"}),
+            "give exactly one of `file` and `column`",
         ),
-        (
-            with_scorer({"kind": "json_schema", "file": "a", "tools": True}),
-            "give exactly one of `file`, `column`",
-        ),
-        (with_scorer({"kind": "refusal"}), "give exactly one of `expected` and `column`"),
+        (with_scorer({"kind": "refusal"}), "`eval.generate.scorers.mine.expected` is missing"),
         (
             with_scorer({"kind": "function", "function": "mine.py"}),
             "a function is named as `module:function`",
         ),
         (
-            with_scorer(
-                {"kind": "judge", "rubric": "x", "endpoint": {"ulr": "http://a/v1", "model": "m"}}
-            ),
-            "did you mean `eval.generate.scorers.mine.endpoint.url`?",
+            with_scorer({"kind": "judge", "rubric": "x", "ulr": "http://a/v1", "model": "m"}),
+            "did you mean `eval.generate.scorers.mine.url`?",
+        ),
+        (
+            with_scorer({"kind": "contains", "text": "x"}),
+            "`eval.generate.scorers.mine.text` is now `kind: format` with the pattern",
+        ),
+        (
+            with_scorer({"kind": "json_schema", "tools": True}),
+            "`eval.generate.scorers.mine.tools` is now `kind: tool_call`",
+        ),
+        (
+            with_scorer({"kind": "refusal", "column": "unsafe"}),
+            "`eval.generate.scorers.mine.column` is now `expected: COLUMN`",
+        ),
+        (
+            with_scorer({"kind": "judge", "endpoint": {"url": "http://a/v1"}}),
+            "`eval.generate.scorers.mine.endpoint` is now a part of the scorer",
+        ),
+        (
+            with_key("eval.generator", "vllm"),
+            "`eval.generator` is now decided by `eval.server` and `eval.vllm_python`",
         ),
         (with_scorer({"kind": "exact"}, "loss"), "`loss` cannot name a scorer"),
         (with_scorer({"kind": "exact"}, "a b"), "`a b` cannot name a scorer"),

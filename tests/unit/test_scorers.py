@@ -55,8 +55,13 @@ def test_a_pattern_must_match_the_whole_answer(answer: str, passes: int) -> None
     assert score(FORMAT, prompt(), answer) == passes
 
 
+@pytest.mark.parametrize(("answer", "passes"), [("Rome, OF course.", 1), ("It is Paris.", 0)])
+def test_a_pattern_finds_a_text_anywhere(answer: str, passes: int) -> None:
+    assert score(rule("format", pattern="(?i).*of course.*"), prompt(), answer) == passes
+
+
 def test_a_pattern_that_backtracks_for_ever_is_no_score_within_its_limit() -> None:
-    with pytest.raises(TooSlow, match=rf"the pattern: no end within {PATTERN_S:g} s"):
+    with pytest.raises(TooSlow, match=rf"the pattern: not finished within {PATTERN_S:g} s"):
         score(rule("format", pattern=r"(a+)+b"), prompt(), "a" * 64)
     assert score(FORMAT, prompt(), THOUGHT) == 1
 
@@ -122,14 +127,10 @@ def test_a_group_that_takes_no_part_in_the_match_finds_nothing() -> None:
         ({}, "It is PARIS.", 0),
         ({"ignore_case": True}, "It is PARIS.", 1),
         ({}, "", 0),
-        ({"text": "course"}, "It is Rome, of course.", 1),
-        ({"text": "course"}, "It is Paris.", 0),
         ({}, "." * 5_000_000 + "Paris", 1),
     ],
 )
-def test_the_reference_or_a_given_text_must_stand_in_the_answer(
-    fields: dict, answer: str, passes: int
-) -> None:
+def test_the_reference_must_stand_in_the_answer(fields: dict, answer: str, passes: int) -> None:
     assert score(rule("contains", **fields), prompt("Paris"), answer) == passes
 
 
@@ -362,12 +363,12 @@ CLOCK = {"name": "clock"}
     ],
 )
 def test_an_answer_must_be_a_call_of_the_rows_tools(answer: str, passes: int) -> None:
-    assert score(rule("json_schema", tools=True), prompt(tools=(WEATHER, CLOCK)), answer) == passes
+    assert score(rule("tool_call"), prompt(tools=(WEATHER, CLOCK)), answer) == passes
 
 
 def test_a_row_without_tools_gives_no_score() -> None:
     with pytest.raises(Unscored, match="the row has no tools"):
-        score(rule("json_schema", tools=True), prompt(), "{}")
+        score(rule("tool_call"), prompt(), "{}")
 
 
 # ------------------------------------------------------------------------------------------ refusal
@@ -415,7 +416,7 @@ def test_whether_an_answer_should_refuse_stands_in_the_recipe_or_in_the_row() ->
     assert [
         score(rule("refusal", expected=False), prompt(), text) for text in (refusal, help_)
     ] == [0, 1]
-    by_column = rule("refusal", column="unsafe")
+    by_column = rule("refusal", expected="unsafe")
     assert [score(by_column, prompt(unsafe=unsafe), refusal) for unsafe in (True, False)] == [1, 0]
     with pytest.raises(Unscored, match="neither true nor false"):
         score(by_column, prompt(unsafe="yes"), refusal)
@@ -443,10 +444,10 @@ def test_a_function_of_the_users_own_is_given_prompt_answer_reference_and_row() 
     assert score(MINE, prompt("a", says=False), "") == 0
 
 
-@pytest.mark.parametrize("said", [None, "1", 1.5, -0.1, float("nan"), [1], 1j])
-def test_what_it_says_must_be_a_score(said: Any) -> None:
+@pytest.mark.parametrize("returned", [None, "1", 1.5, -0.1, float("nan"), [1], 1j])
+def test_what_it_returns_must_be_a_score(returned: Any) -> None:
     with pytest.raises(Unscored, match="test_scorers:share_of_words"):
-        score(MINE, prompt("a", says=said), "")
+        score(MINE, prompt("a", says=returned), "")
 
 
 def test_where_it_fails_there_is_no_score() -> None:

@@ -1,6 +1,4 @@
-"""Slices go to safetensors and come back in any cut; a digest sees every change, and adds up over
-slices (C8).
-"""
+"""Slices go to safetensors and come back in any cut; digests see every change and add up (C8)."""
 
 from __future__ import annotations
 
@@ -106,7 +104,7 @@ def test_what_is_not_saved_is_refused(tmp_path: Path) -> None:
     files, _ = write(tmp_path, 2)
     with pytest.raises(BadInput, match=r"`a.weight\[70:80\].weight`"):
         files.fill(Slice("a.weight", 70, {WEIGHT: torch.empty(10)}))
-    with pytest.raises(BadInput, match="another one"):
+    with pytest.raises(BadInput, match="another model"):
         files.fill(Slice("c", 0, {WEIGHT: torch.empty(10)}))
 
 

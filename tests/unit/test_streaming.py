@@ -1,5 +1,5 @@
-"""The plan of a growing source is a function of its log, whenever its shards came and whoever asked
-first.
+"""The plan of a streaming source is a function of its log, whenever its shards arrived and
+whichever rank asked first.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Ground:
-    """A folder that grows, and run folders of recipes that train on it."""
+    """A folder that files are added to, and run folders of recipes that train on it."""
 
     def __init__(self, root: Path, cache: Path, tokenizer: Any) -> None:
         self.folder, self.root, self._cache, self._tokenizer = (
@@ -80,7 +80,7 @@ class Ground:
         return parse_recipe(sections)
 
     def open(self, **data: Any) -> tuple[StreamingData, Plan]:
-        """As a rank opens them at a start. It is rank 0, if nothing else is said."""
+        """Open data and plan as rank 0 does at a start, unless the test makes this another rank."""
         self.run_dir.mkdir(exist_ok=True)
         recipe = self.recipe(**data)
         opened = StreamingData(recipe, self._tokenizer)
@@ -118,7 +118,7 @@ def as_other_rank(monkeypatch: pytest.MonkeyPatch, is_other: bool) -> None:
     lag=st.integers(0, 3),
 )
 @settings(max_examples=20, deadline=None)
-def test_every_shards_rows_come_once_and_in_order_whenever_it_came(
+def test_every_shards_sequences_come_once_and_in_order_whenever_it_came(
     cache, tokenizer, sizes, arrivals, lag
 ):
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as monkeypatch:
@@ -141,17 +141,17 @@ def test_every_shards_rows_come_once_and_in_order_whenever_it_came(
         seen: dict[int, list[int]] = {}
         sizes_of: dict[int, set[int]] = {}
         for step in all_steps(plan):
-            rows = [row for micro_batch in step.micro_batches for row in micro_batch]
-            seen.setdefault(step.epoch, []).extend(rows)
-            sizes_of.setdefault(step.epoch, set()).add(len(rows))
+            numbers = [number for micro_batch in step.micro_batches for number in micro_batch]
+            seen.setdefault(step.epoch, []).extend(numbers)
+            sizes_of.setdefault(step.epoch, set()).add(len(numbers))
         log = ground.log()
         assert list(seen) == [line["number"] for line in log], (
             "shards are used in the order of the log"
         )
-        for number, rows in seen.items():
+        for number, sequences in seen.items():
             whole = range(log[number]["packed_rows"])
-            assert rows == list(whole)[: len(rows)]
-            assert len(rows) == len(whole) or number == len(log) - 1, (
+            assert sequences == list(whole)[: len(sequences)]
+            assert len(sequences) == len(whole) or number == len(log) - 1, (
                 "only the last may be cut by train.steps"
             )
             assert max(sizes_of[number]) - min(sizes_of[number]) <= 1
@@ -234,7 +234,7 @@ def test_batches_are_made_of_their_shards_documents(ground, tokenizer):
             assert ({"a.jsonl", "b.jsonl"} - {here}).pop() not in text
 
 
-def test_the_world_is_judged_by_the_first_shard(ground):
+def test_the_number_of_ranks_is_checked_against_the_first_shard(ground):
     ground.add("a.jsonl", 2)
     _, plan = ground.open()
     with pytest.raises(
@@ -282,12 +282,12 @@ def test_a_torn_last_line_is_dropped(ground):
     assert path.read_bytes() == b"".join(lines)
 
 
-def test_a_line_that_was_not_written_like_that_is_refused(ground):
+def test_a_damaged_line_is_refused(ground):
     ground.add("a.jsonl", 20)
     ground.open()
     with (ground.run_dir / streaming.LOG).open("a") as file:
         file.write('{"number": 1}\n')
-    with pytest.raises(BadInput, match=r"shards.jsonl: line 2 is not as it was written"):
+    with pytest.raises(BadInput, match=r"shards.jsonl: line 2 is damaged"):
         ground.open()
 
 
@@ -307,7 +307,7 @@ def test_the_fingerprint_is_of_the_log_up_to_the_step(ground):
     assert ground.open()[0].fingerprint_at(2) != early
 
 
-def test_the_log_of_a_recipe_that_was_mended_is_begun_anew(ground):
+def test_the_log_of_a_changed_recipe_is_begun_anew(ground):
     ground.add("a.jsonl", 20)
     open_run_folder(ground.recipe(), ground.run_dir)
     ground.open()
@@ -401,16 +401,16 @@ def test_a_shard_that_holds_a_held_out_row_stops_the_run_at_it(ground):
     assert ground.uses() == [first.name]
 
 
-def test_rows_cannot_be_held_out_of_what_grows(ground):
+def test_rows_cannot_be_held_out_of_a_streaming_source(ground):
     with pytest.raises(
-        BadInput, match=r"data\.eval_fraction: a later shard's rows could not be held out"
+        BadInput, match=r"data\.eval_fraction: rows of a later shard cannot be held out"
     ):
         ground.recipe(eval_fraction=0.1)
 
 
 def test_a_file_is_not_a_folder(ground):
     recipe = ground.recipe(train=[{"path": str(ground.add("a.jsonl", 2)), "streaming": True}])
-    with pytest.raises(BadInput, match="a source that grows is a folder"):
+    with pytest.raises(BadInput, match="a streaming source must be a folder"):
         StreamingData(recipe, ground._tokenizer)
 
 
@@ -429,7 +429,7 @@ def stream(ground: Ground, shard_rows: int = 7) -> dict[str, Any]:
     return {"train": [{"name": str(ground.folder), "streaming": True}], "shard_rows": shard_rows}
 
 
-def test_a_stream_gives_every_row_once_and_then_goes_round(ground):
+def test_a_stream_gives_every_row_once_and_then_repeats(ground):
     files = {"a.jsonl": 10, "b.jsonl": 3, "c.jsonl": 4}
     for name, rows in files.items():
         ground.add(name, rows)
@@ -450,7 +450,7 @@ def test_a_stream_gives_every_row_once_and_then_goes_round(ground):
     ]
 
 
-def test_a_stream_goes_on_where_it_stood(ground):
+def test_a_stream_resumes_where_it_stood(ground):
     ground.add("a.jsonl", 10)
     ground.add("b.jsonl", 25)
     _, plan = ground.open(**stream(ground))
@@ -471,7 +471,7 @@ def test_a_stream_goes_on_where_it_stood(ground):
 
 
 def test_parquet_files_are_a_stream_too(ground):
-    """Killed after its first shard, it goes on inside a file, from the log alone."""
+    """A run killed after its first shard resumes inside a file, from the log alone."""
     for first in (0, 10):
         rows = [
             {"question": f"{n}", "answer": "four words of answer"} for n in range(first, first + 10)
@@ -488,7 +488,7 @@ def test_parquet_files_are_a_stream_too(ground):
     log = ground.log()
     assert [shard["stream"]["rows"] for shard in log[:3]] == [[1, 7], [8, 14], [15, 20]]
     assert [shard["file"] for shard in log[3:5]] == [shard["file"] for shard in log[:2]], (
-        "and then it goes round"
+        "and then it repeats"
     )
 
     ground.run_dir = ground.root / "killed"

@@ -42,6 +42,17 @@ RENAMED_KEYS = {
     "adapter.double_quantisation": "`adapter.base: nf4_double_quant`",
     "adapter.double_quant": "`adapter.base: nf4_double_quant`",
     "eval.generate.rows": "`eval.generate.num_prompts`",
+    "eval.generator": "decided by `eval.server` and `eval.vllm_python`: the one that is given "
+    "answers, else the engine",
+    "eval.lm_eval_path": "a part of the task's name: `eval.lm_eval: [FOLDER/TASK]`",
+    "eval.server.patience_s": "`eval.server.timeout_s`, which limits an answer and its retries",
+    "eval.generate.scorers.text": "`kind: format` with the pattern `.*TEXT.*`",
+    "eval.generate.scorers.tools": "`kind: tool_call`",
+    "eval.generate.scorers.column": "`expected: COLUMN` of `kind: refusal`",
+    "eval.generate.scorers.endpoint": "a part of the scorer: `url`, `model` and the other keys of "
+    "`endpoint` stand beside `rubric`",
+    "eval.generate.scorers.grades": "always 5: leave it out",
+    "eval.generate.scorers.max_tokens": "a field of the request: `extra: {max_tokens: 4096}`",
     "guard.at_most": "`guard.max_skipped_steps`",
     "guard.hang_floor_s": "`guard.hang_timeout_s`",
     "guard.hang_factor": "always 10: leave it out, or raise `guard.hang_timeout_s`",
@@ -101,7 +112,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node = node[parent]
         if not isinstance(node, dict | list):
             raise BadInput(f"override `{override}`: `{parent}` is a value, not a section")
-    node[_index(node, last, override) if isinstance(node, list) else last] = value
+    place: Any = _index(node, last, override) if isinstance(node, list) else last
+    node[place] = value
 
 
 def _index(items: list[Any], text: str, override: str) -> int:

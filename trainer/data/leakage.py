@@ -28,7 +28,7 @@ from rensa import RMinHash, RMinHashLSH  # pyright: ignore[reportAttributeAccess
 from trainer.config.recipe import Recipe
 from trainer.data import tokenize
 from trainer.data.cache import Progress
-from trainer.data.prepare import Prepared, SplitRows, cache_folder, tokenizer_of_rows, workers_of
+from trainer.data.prepare import Prepared, SplitRows, cache_folder, row_tokenizer, workers_of
 from trainer.data.tokenize import Row
 from trainer.datatypes import BadInput, Conversation, RowError
 from trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
@@ -209,7 +209,7 @@ def _compare(
     workers = workers_of(recipe.data)
     index, kept = Index(recipe.data.near_duplicate), _KeptRows(held_out)
     places: list[str] = []  # of the index's texts
-    read = _ReadTexts(tokenizer_of_rows(recipe, tokenizer, "eval"))
+    read = _ReadTexts(row_tokenizer(recipe, tokenizer, "eval"))
     split_rows = SplitRows(recipe.data, "eval")
     with closing(tokenize.run(split_rows.rows(), read, workers, split_rows.files)) as chunks:
         for chunk in chunks:
@@ -219,7 +219,7 @@ def _compare(
             places += [f"{held_out.files[row.file]}:{row.number}" for row in chosen]
 
     split_rows, kept, done = SplitRows(recipe.data, "train"), _KeptRows(train), files.state
-    find = _FindNear(_ReadTexts(tokenizer_of_rows(recipe, tokenizer, "train")), index)
+    find = _FindNear(_ReadTexts(row_tokenizer(recipe, tokenizer, "train")), index)
     rows_left = islice(split_rows.rows(), done["rows"], None)
     with (
         closing(Progress(WHAT, done["rows"], split_rows.count_rows())) as progress,
@@ -272,7 +272,7 @@ class TextRow(NamedTuple):
 class _ReadTexts(NamedTuple):
     """Return the texts of a chunk of rows, without the rows that have no conversation."""
 
-    tokenize: Any  # prepare.tokenizer_of_rows
+    tokenize: Any  # prepare.row_tokenizer
 
     def __call__(self, rows: list[Row]) -> list[TextRow]:
         read = ((row, self.tokenize.conversation(row)) for row in rows)

@@ -1,6 +1,6 @@
-"""Builds a rank's micro-batches from the plan, a little before the loop asks for them.
+"""Build a rank's micro-batches from the plan, a little before the loop asks for them.
 
-Plan + Prepared -> Loader -> Batch
+Plan + TrainData -> Loader -> Batch
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from trainer.data.prepare import TrainData
 from trainer.datatypes import Batch, StepPlan
 
 STEPS_AHEAD = 2  # steps that the background thread builds before they are asked for
-BATCHES_AHEAD = 4  # and micro-batches, where a step is streamed
+BATCHES_AHEAD = 4  # micro-batches that it builds ahead when a step is streamed
 
 
 def build_batch(
@@ -28,28 +28,26 @@ def build_batch(
     sequences: tuple[int, ...],
     uniform_weight: float | None,
 ) -> Batch:
-    """The rows of a micro-batch, laid end to end.
+    """Lay the pieces of a micro-batch end to end.
 
-    Position p of a document predicts token p + 1 wherever both lie in the document, also where the
-    packing cut between them; so no document predicts its neighbour's first token, and no trained
-    token is lost at a cut.
+    Position p of a document predicts token p + 1 of that document, also if the packing cut between
+    them. So no document predicts its neighbour's first token, and no cut loses a trained token.
 
     Args:
-        pieces: (P, 4), columns as in flow.Piece.
+        pieces: (P, 4); Piece has the columns.
         weights: (P,), the weight of each trained token of a piece.
-        uniform_weight: the weight, where all pieces have the same.
+        epoch, sequences: where the pieces are from.
+        uniform_weight: the weight, if all pieces have the same.
     """
-    import torch  # here, as the processes that tokenize import this file too, and need none
+    import torch  # here, as the processes that tokenize import this file and do not need it
 
     document, start, stop, number = pieces.T
     lengths = stop - start
     ends = np.cumsum(lengths)
     total = int(ends[-1])
     positions = np.arange(total) - np.repeat(ends - lengths, lengths)
-    places = positions + np.repeat(
-        documents.offsets[document] + start, lengths
-    )  # in the flat columns
-
+    # The place of each token in the flat columns, and of the token that follows it (-1 for none).
+    places = positions + np.repeat(documents.offsets[document] + start, lengths)
     following = places + 1
     following[ends - 1] = np.where(stop < documents.lengths[document], following[ends - 1], -1)
     trained = np.flatnonzero(documents.trained[following] & (following >= 0))
@@ -62,6 +60,7 @@ def build_batch(
         trained_positions=torch.from_numpy(trained),
         targets=torch.from_numpy(documents.input_ids[following[trained]].astype(np.int64)),
         weights=torch.from_numpy(weight),
+        # Rounded to float32, as the tensor of weights is: both ways give the same loss.
         uniform_weight=None if uniform_weight is None else float(np.float32(uniform_weight)),
         document_keys=tuple(
             (epoch, d, n) for d, n in zip(document.tolist(), number.tolist(), strict=True)
@@ -71,8 +70,11 @@ def build_batch(
 
 
 def filler_batch(epoch: int = 0) -> Batch:
-    """One document of two tokens with one trained position of weight zero: every parameter gets a
-    gradient, of zero, and no collective hangs (C1)."""
+    """Build a batch that changes nothing: a document of two tokens, one trained with weight zero.
+
+    A rank that has no micro-batch left runs it, so that every parameter gets a gradient (of zero)
+    and no collective hangs (C1).
+    """
     import torch
 
     return Batch(
@@ -93,7 +95,8 @@ def filler_batch(epoch: int = 0) -> Batch:
 class Loader:
     """The batches of one rank, built by a background thread a little before they are asked for.
 
-    A fault in the thread is raised where its batches are asked for. Close it, or use it in `with`.
+    An error in the thread is raised where its batches are asked for. Close the loader, or use it
+    in `with`.
     """
 
     def __init__(self, data: TrainData, plan: Plan, rank: int, world: int, pin: bool) -> None:
@@ -110,11 +113,12 @@ class Loader:
         self.close()
 
     def close(self) -> None:
+        # The data first: the thread may be waiting for a shard.
         self.data.close()
         self._thread.shutdown(cancel_futures=True)
 
     def step(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of a step, fillers included: as many on every rank."""
+        """Return this rank's micro-batches of a step, with fillers: as many on every rank."""
         wanted = range(step, min(step + 1 + STEPS_AHEAD, self.plan.steps))
         self._ahead = {
             s: self._ahead.get(s) or self._thread.submit(self._build_step, s) for s in wanted
@@ -122,20 +126,18 @@ class Loader:
         return self._ahead.pop(step).result()
 
     def fullest(self, first_step: int) -> list[Batch]:
-        """The micro-batches of the plan, from a step on, that need the most memory: the same on
-        every rank.
-        """
+        """Return the micro-batches from a step on that need the most memory; ranks get the same."""
         return [
             self._thread.submit(self._build, *place).result()
             for place in self.plan.fullest(first_step)
         ]
 
     def stream(self, step: int) -> Iterator[Batch]:
-        """The same, one after the other, where a step is too large to be held: held-out evaluation."""
+        """Yield what `step` returns, if that is too much for memory: held-out evaluation."""
         plan = self.plan.step(step)
         waiting: list[Future[Batch]] = []
-        for rows in micro_batches_of(plan, self._rank, self._world):
-            waiting.append(self._thread.submit(self._build, plan, rows))
+        for sequences in micro_batches_of(plan, self._rank, self._world):
+            waiting.append(self._thread.submit(self._build, plan, sequences))
             if len(waiting) > BATCHES_AHEAD:
                 yield waiting.pop(0).result()
         for future in waiting:
@@ -143,19 +145,20 @@ class Loader:
 
     def _build_step(self, step: int) -> list[Batch]:
         plan = self.plan.step(step)
-        return [self._build(plan, rows) for rows in micro_batches_of(plan, self._rank, self._world)]
+        mine = micro_batches_of(plan, self._rank, self._world)
+        return [self._build(plan, sequences) for sequences in mine]
 
-    def _build(self, step: StepPlan, rows: tuple[int, ...] | None) -> Batch:
-        if rows is None:
+    def _build(self, step: StepPlan, sequences: tuple[int, ...] | None) -> Batch:
+        if sequences is None:
             batch = filler_batch(step.epoch)
         else:
-            pieces = self.plan.pieces(step.epoch, rows)
+            pieces = self.plan.pieces(step.epoch, sequences)
             batch = build_batch(
-                self.data.of(step.epoch).documents,
+                self.data.for_epoch(step.epoch).documents,
                 pieces,
                 self.plan.piece_weights(step, pieces),
                 epoch=step.epoch,
-                sequences=rows,
+                sequences=sequences,
                 uniform_weight=self.plan.uniform_weight(step),
             )
         return batch.pin() if self._pin else batch

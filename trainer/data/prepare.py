@@ -1,8 +1,8 @@
-"""Turns a recipe's sources into tokenized documents, and those into the plan of the run.
+"""Turn a recipe's sources into tokenized documents, and those into the plan of the run.
 
     rows -> Conversation -> Example -> (cache) -> Prepared -> Plan
 
-`prepare` needs no process group (C10): each process calls it, one does the work, the others wait.
+`prepare` needs no process group (C10): every process calls it, one does the work, the others wait.
 """
 
 from __future__ import annotations
@@ -40,37 +40,40 @@ from trainer.datatypes import (
 )
 from trainer.dist import is_main
 
-KEPT_FROM_DOCUMENTS = (
-    100_000  # below so many, packing again is quicker than keeping an epoch's packing
-)
+# Of fewer documents, packing again is quicker than keeping an epoch's packing.
+KEPT_FROM_DOCUMENTS = 100_000
 
 
 # ---------------------------------------------------------------------------------------- preparing
 
 
 class TrainData(Protocol):
-    """What is trained on: Prepared, or the shards of a source that grows (data/growing.py)."""
+    """The training data: Prepared, or the shards of a streaming source (data/streaming.py)."""
 
     @property
-    def report(self) -> dict[str, Any]: ...
+    def report(self) -> dict[str, Any]:
+        """See Prepared.report."""
+        ...
 
     @property
-    def epochs(self) -> Epochs: ...
+    def epochs(self) -> Epochs:
+        """The documents of each epoch, as the plan sees them."""
+        ...
 
-    def of(self, epoch: int) -> Prepared:
-        """The documents of an epoch."""
+    def for_epoch(self, epoch: int) -> Prepared:
+        """Return the documents of an epoch."""
         ...
 
     def fingerprint_at(self, step: int) -> str:
-        """Of everything that the first `step` steps have been taken from."""
+        """Return the fingerprint of all data that the first `step` steps are made of."""
         ...
 
     def open(self) -> None:
-        """A loader begins to ask."""
+        """Note that a loader begins to read."""
         ...
 
     def close(self) -> None:
-        """It asks no more: whoever waits for a shard, or prepares one, gives up."""
+        """Note that no loader reads any more: waiting for a shard, or preparing one, ends."""
         ...
 
 
@@ -81,49 +84,48 @@ class Prepared:
     documents: Documents
     weights: tuple[float, ...]  # of each source
     files: tuple[str, ...]
-    leakage: dict[str, Any] | None = None  # of held-out data: data/leakage.py's report
+    leakage: dict[str, Any] | None = None  # of held-out data: the report of data/leakage.py
 
     @property
     def lengths(self) -> np.ndarray:
-        """(n,) tokens of each document."""
+        """Tokens of each document, (n,)."""
         return self.documents.lengths
 
     @property
     def trained_counts(self) -> np.ndarray:
-        """(n,) trained tokens of each document."""
+        """Trained tokens of each document, (n,)."""
         return self.documents.trained_counts
 
     @property
     def sources(self) -> np.ndarray:
-        """(n,) each document's source, by its number in the recipe."""
+        """The number in the recipe of each document's source, (n,)."""
         return self.documents.sources
 
     @property
     def fingerprint(self) -> str:
-        """Of the documents themselves: equal on every node, and as long as nothing changes what is
-        learned.
-        """
+        """A hash of the documents, equal on every node and as long as nothing trained changes."""
         return self.documents.fingerprint
 
     @property
     def report(self) -> dict[str, Any]:
-        """Rows, documents, tokens, trained tokens, duplicates, rejects and filtered rows by reason:
-        of all, and under `sources` of each. Of held-out data that was compared with train,
-        `leakage` too."""
+        """Counts of rows, documents, tokens, duplicates, rejected and filtered rows by reason.
+
+        They are in total, and of each source under `sources`. Held-out data that was compared with
+        train has `leakage` too.
+        """
         return self.documents.report | ({"leakage": self.leakage} if self.leakage else {})
 
     @property
     def rejects_path(self) -> Path:
-        """JSON lines: source, row, reason."""
-        return self.documents.folder / "rejects.jsonl"
+        """The JSON lines of rejected rows: source, row, reason."""
+        return self.documents.folder / cache.REJECTS
 
     @property
     def epochs(self) -> Corpus:
         count = self.documents.count_trained
         return Corpus(self.lengths, self.trained_counts, self.sources, self.weights, count)
 
-    def of(self, epoch: int) -> Prepared:
-        """Every epoch is made of these documents."""
+    def for_epoch(self, epoch: int) -> Prepared:
         return self
 
     def fingerprint_at(self, step: int) -> str:
@@ -139,7 +141,7 @@ class Prepared:
         return self.documents.example(document)
 
     def place(self, document: int) -> tuple[str, int]:
-        """Where a document came from: the file, and its row there, counted from 1."""
+        """Return where a document came from: the file, and its row there, counted from 1."""
         return self.files[self.documents.files[document]], int(self.documents.rows[document])
 
 
@@ -149,48 +151,48 @@ def prepare(
     which: Literal["train", "eval"],
     stopping: Callable[[], bool] = lambda: False,
 ) -> Prepared:
-    """Tokenize the recipe's sources, or find them tokenized.
+    """Tokenize the recipe's sources, or find them tokenized in the cache.
 
     Raises:
-        BadInput: a source cannot be read, nothing is left of it, or too much is rejected.
-        Stopped (trainer.utils.files): `stopping()` became true; the next start goes on from there.
+        BadInput: a source cannot be read, no row of it is left, or too many are rejected.
+        Stopped (trainer.utils.files): `stopping()` became true; the next start resumes there.
     """
     section = recipe.data
-    side = SplitRows(section, which)
-    work = tokenizer_of_rows(recipe, tokenizer, which)
-    limits = limits_of(recipe)
+    split_rows = SplitRows(section, which)
+    work = row_tokenizer(recipe, tokenizer, which)
+    limits = length_policy(recipe)
     drop = which == "train" and section.duplicates == "drop"
 
     def chunks(done: int) -> Generator[Tokenized, None, None]:
-        return tokenize.tokenize_rows(
-            islice(side.rows(), done, None), work, limits, workers_of(section), side.files
-        )
+        rows = islice(split_rows.rows(), done, None)
+        return tokenize.tokenize_rows(rows, work, limits, workers_of(section), split_rows.files)
 
     documents = cache.prepare(
-        cache_folder(section) / f"documents-{_key(side, work, limits, drop)}",
+        cache_folder(section) / f"documents-{_cache_key(split_rows, work, limits, drop)}",
         chunks,
-        sources=side.names,
-        files=side.files,
+        sources=split_rows.names,
+        files=split_rows.files,
         what=f"data.{which}",
         max_rejects=section.max_rejects,
         drop_duplicates=drop,
-        total_rows=side.count_rows,
+        total_rows=split_rows.count_rows,
         stopping=stopping,
     )
-    return Prepared(documents, tuple(part.source.weight for part in side.parts), tuple(side.files))
+    weights = tuple(part.source.weight for part in split_rows.parts)
+    return Prepared(documents, weights, tuple(split_rows.files))
 
 
-def held_out_prompts(recipe: Recipe, masker: Masker, rows: int) -> list[Prompt]:
-    """The first `rows` held-out questions that can be asked.
+def held_out_prompts(recipe: Recipe, masker: Masker, count: int) -> list[Prompt]:
+    """Return the first `count` held-out rows that have a prompt and an answer.
 
     Raises:
-        BadInput: none of the eval rows has an answer.
+        BadInput: no held-out row has both.
     """
     prompts: list[Prompt] = []
     for part in parts_of(recipe.data, "eval"):
         reader = RowReader.of(part.source)
         for row in rows_of(recipe.data, part):
-            if len(prompts) == rows:
+            if len(prompts) == count:
                 return prompts
             try:
                 conversation = reader.conversation(row.fields)
@@ -198,18 +200,18 @@ def held_out_prompts(recipe: Recipe, masker: Masker, rows: int) -> list[Prompt]:
             except RowError:  # counted and named where the data is prepared
                 continue
             assert not isinstance(row.fields, RowError), "it would have been raised"
-            prompts.append(
-                Prompt(ids, str(masker.tokenizer.decode(ids)), answer, conversation, row.fields)
-            )
+            text = str(masker.tokenizer.decode(ids))
+            prompts.append(Prompt(ids, text, answer, conversation, row.fields))
     if not prompts:
         raise BadInput(
-            "data.eval: no row has a prompt and an answer; eval.generate needs some, or take it out"
+            "data.eval: no row has a prompt and an answer, which eval.generate needs; name rows "
+            "that have them, or remove eval.generate"
         )
     return prompts
 
 
-def limits_of(recipe: Recipe) -> LengthPolicy:
-    """What becomes of examples that are too long."""
+def length_policy(recipe: Recipe) -> LengthPolicy:
+    """Return what is done with examples that are too long."""
     data = recipe.data
     packing_cuts = data.packing in ("bfd_split", "wrapped") and not data.split_context
     return LengthPolicy(
@@ -222,7 +224,7 @@ def limits_of(recipe: Recipe) -> LengthPolicy:
 
 
 def masker_of(section: DataSection, tokenizer: Any) -> Masker:
-    """What is learned of a row."""
+    """Build the Masker, which decides the trained tokens of a row."""
     return Masker(
         tokenizer,
         section.train_on,
@@ -234,7 +236,7 @@ def masker_of(section: DataSection, tokenizer: Any) -> Masker:
 
 
 def workers_of(section: DataSection) -> int:
-    """How many processes work on rows."""
+    """Return the number of processes that tokenize rows."""
     return section.workers or len(sched_getaffinity(0))
 
 
@@ -243,25 +245,29 @@ def cache_folder(section: DataSection) -> Path:
 
 
 def digest_of(section: DataSection, source: Source) -> str:
-    """What the source holds; of files that have not changed, as the cache remembers it."""
+    """Hash a source's content; the cache remembers the hashes of unchanged files."""
     return source_digest(source, cache_folder(section) / "digests")
 
 
-def tokenizer_of_rows(recipe: Recipe, tokenizer: Any, which: Literal["train", "eval"]) -> _Tokenize:
-    """How the rows of a side are read and tokenized."""
+# --------------------------------------------------------------------------------------------- rows
+
+
+def row_tokenizer(recipe: Recipe, tokenizer: Any, which: Literal["train", "eval"]) -> RowTokenizer:
+    """Build what reads and tokenizes the train or eval rows."""
     readers = tuple(RowReader.of(part.source) for part in parts_of(recipe.data, which))
-    return _Tokenize(masker_of(recipe.data, tokenizer), readers)
+    return RowTokenizer(masker_of(recipe.data, tokenizer), readers)
 
 
 @dataclass(frozen=True)
-class _Tokenize:
-    """A chunk of rows to examples: what the workers run."""
+class RowTokenizer:
+    """Turn a chunk of rows into examples; workers run it, so it is picklable."""
 
     masker: Masker
     readers: tuple[RowReader, ...]  # of each source
 
     def __call__(self, rows: list[Row]) -> list[Example | RowError]:
         read = [self.conversation(row) for row in rows]
+        # One call for the whole chunk, as the tokenizer is faster on many texts.
         examples = iter(
             self.masker.examples([found for found in read if isinstance(found, Conversation)])
         )
@@ -275,7 +281,7 @@ class _Tokenize:
 
 
 def rows_of(data: DataSection, part: SourceSplit) -> Iterator[RawRow]:
-    """The rows of a source that are on its part's side. Every reader of rows reads them here."""
+    """Yield the rows of a source that are on its side of the train/eval split."""
     for row in read_rows(part.source):
         if part.held_out is None or part.held_out == held_out(
             row.fields, data, f"{row.file or part.source.name}:{row.number}"
@@ -284,75 +290,50 @@ def rows_of(data: DataSection, part: SourceSplit) -> Iterator[RawRow]:
 
 
 class SplitRows:
-    """The train or eval side: its `parts` and `names`, one for each source, and its `files`, one
-    after the other.
-    """
+    """The train or eval rows: `parts` and `names` of their sources, and all `files` in order."""
 
     def __init__(self, data: DataSection, which: Literal["train", "eval"]) -> None:
         self.data = data
         self.parts = parts_of(data, which)
         self.names = [part.source.path or str(part.source.name) for part in self.parts]
-        self._files = [_files(part.source) for part in self.parts]
+        self._files = [_source_files(part.source) for part in self.parts]
         self.files = [name for of_source in self._files for name in of_source]
 
     def rows(self) -> Iterator[Row]:
-        """Raises BadInput at one that cannot be read, unless data.broken_lines lets it be rejected."""
+        """Yield the rows, source by source.
+
+        Raises:
+            BadInput: a row cannot be read, and data.broken_lines does not let it be rejected.
+        """
         first = 0
         for source, (part, files) in enumerate(zip(self.parts, self._files, strict=True)):
             numbers = {Path(name).name: first + i for i, name in enumerate(files)}
             for row in rows_of(self.data, part):
                 file = numbers[row.file] if part.source.path else first
                 if isinstance(row.fields, RowError) and self.data.broken_lines == "stop":
-                    place = f"{self.files[file]}:{row.number}"
                     raise BadInput(
-                        f"{place}: {row.fields}; mend or delete the line, or set "
-                        f"data.broken_lines: reject"
+                        f"{self.files[file]}:{row.number}: {row.fields}; mend or delete the line, "
+                        "or set data.broken_lines: reject"
                     )
                 yield Row(source, file, row.number, row.fields)
             first += len(files)
 
     def count_rows(self) -> int | None:
-        """About how many rows there are, where that can be told without parsing them."""
+        """Return about how many rows there are; None if that needs parsing them."""
         share = {None: 1.0, False: 1 - self.data.eval_fraction, True: self.data.eval_fraction}
-        counts = [(_count_rows(part.source), share[part.held_out]) for part in self.parts]
-        return (
-            None
-            if any(rows is None for rows, _ in counts)
-            else round(sum((rows or 0) * s for rows, s in counts))
-        )
+        total = 0.0
+        for part in self.parts:
+            rows = _count_rows(part.source)
+            if rows is None:
+                return None
+            total += rows * share[part.held_out]
+        return round(total)
 
 
-def _files(source: Source) -> list[str]:
-    return (
-        [str(path) for path in source_files(source.path)]
-        if source.path
-        else [f"{source.name}:{source.split}"]
-    )
-
-
-def _key(side: SplitRows, work: _Tokenize, limits: LengthPolicy, drop_duplicates: bool) -> str:
-    """Everything that shapes the cache. Where the files lie, and the sources' weights, do not."""
-    read = [
-        [
-            digest_of(side.data, part.source),
-            part.source.rows,
-            *reader.key(),
-            _split_key(side.data, part),
-        ]
-        for part, reader in zip(side.parts, work.readers, strict=True)
-    ]
-    cut = replace(limits, packing_cuts=limits.too_long == "split" and limits.packing_cuts)
-    policy = [*astuple(cut), drop_duplicates, side.data.broken_lines]
-    whole = [cache.VERSION, tokenize.VERSION, work.masker.fingerprint(), read, policy]
-    return xxhash.xxh3_128_hexdigest(json.dumps(whole).encode())
-
-
-def _split_key(data: DataSection, part: SourceSplit) -> list[Any] | None:
-    return (
-        None
-        if part.held_out is None
-        else [split.VERSION, part.held_out, data.eval_fraction, data.group_by]
-    )
+def _source_files(source: Source) -> list[str]:
+    if source.path:
+        return [str(path) for path in source_files(source.path)]
+    return [f"{source.name}:{source.split}"]
 
 
 def _count_rows(source: Source) -> int | None:
@@ -373,18 +354,37 @@ def _count_rows(source: Source) -> int | None:
     return min(rows, source.rows or rows)
 
 
+def _cache_key(
+    split_rows: SplitRows, work: RowTokenizer, limits: LengthPolicy, drop_duplicates: bool
+) -> str:
+    """Hash everything that shapes the cache: not the files' folder, nor the sources' weights."""
+    data = split_rows.data
+    sources = []
+    for part, reader in zip(split_rows.parts, work.readers, strict=True):
+        split_key = None
+        if part.held_out is not None:
+            split_key = [split.VERSION, part.held_out, data.eval_fraction, data.group_by]
+        sources.append([digest_of(data, part.source), part.source.rows, *reader.key(), split_key])
+    # Whether packing cuts changes the documents only where long ones are split.
+    cut = replace(limits, packing_cuts=limits.too_long == "split" and limits.packing_cuts)
+    policy = [*astuple(cut), drop_duplicates, data.broken_lines]
+    whole = [cache.VERSION, tokenize.VERSION, work.masker.fingerprint(), sources, policy]
+    return xxhash.xxh3_128_hexdigest(json.dumps(whole).encode())
+
+
 # ----------------------------------------------------------------------------------------- planning
 
 
 def train_plan(
     recipe: Recipe, data: TrainData, stopping: Callable[[], bool] = lambda: False
 ) -> Plan:
-    """The steps of the run. Large packings are kept in the cache, so that one process does the work
-    for all.
+    """Plan the steps of the run.
+
+    Large packings are kept in the cache, so that one process packs for all.
     """
 
     def keep(epoch: int, make: Callable[[], Packed]) -> Packed:
-        prepared = data.of(epoch)
+        prepared = data.for_epoch(epoch)
         if len(prepared.lengths) < KEPT_FROM_DOCUMENTS:
             return make()
         parts = [pack.VERSION, prepared.fingerprint, prepared.weights, recipe.data.packing]
@@ -396,23 +396,22 @@ def train_plan(
 
     plan = Plan(data.epochs, _packer(recipe), recipe.batch, recipe.train, recipe.loss, keep)
     if data.epochs.streaming and is_main():
-        # its first shard is chosen and prepared now: no collective yet that could time out
+        # Choose and prepare the first shard now, before any collective that could time out.
         plan.micro_batch_counts()
     return plan
 
 
 def eval_plan(recipe: Recipe, prepared: Prepared) -> Plan:
-    """All held-out rows as one step, weighted by token."""
+    """Plan all held-out rows as one step, weighted by token."""
     return Plan.for_eval(prepared.epochs, _packer(recipe), recipe.batch)
 
 
 def documents_of(plan: Plan, step: StepPlan, data: TrainData) -> list[tuple[str, int]]:
-    """The (file, row) of every document of a step, each once, for messages."""
-    prepared = data.of(step.epoch)
-    rows = [row for micro_batch in step.micro_batches for row in micro_batch]
-    return sorted(
-        {prepared.place(document) for document in plan.pieces(step.epoch, rows)[:, 0].tolist()}
-    )
+    """Return the (file, row) of every document of a step, each once, for messages."""
+    prepared = data.for_epoch(step.epoch)
+    sequences = [number for micro_batch in step.micro_batches for number in micro_batch]
+    documents = plan.pieces(step.epoch, sequences)[:, 0].tolist()
+    return sorted({prepared.place(document) for document in documents})
 
 
 def _packer(recipe: Recipe) -> Callable[[np.ndarray, np.random.Generator], Packed]:

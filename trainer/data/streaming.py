@@ -1,14 +1,14 @@
-"""A source that grows while it is trained on: its shards, one after the other, and the log of them
-(C1).
+"""Train on a streaming source: use its shards one after the other, and log each use (C1).
 
     folder of files, or a stream of rows -> shard -> (cache) -> Prepared -> an epoch of the plan
 
-A shard is to the plan what an epoch is to a source that does not grow: packed by itself, from the
-seed and the shard's number. Rank 0 decides which shard is next when a step needs one, and logs it;
-the other ranks read the log, and wait for it where they are ahead. No rank waits for another one's
-answer, so this may go on beside the steps. The plan is a function of the log: a resumed run reads
-it back, also what had been decided beyond its checkpoint, and a new run folder with a copy of it
-repeats the run.
+A shard is to the plan what an epoch is to other sources: it is packed by itself, from the seed and
+the shard's number. Rank 0 decides which shard is next when a step needs one, and logs it. The
+other ranks read the log, and wait for its next line if they are ahead. There is no collective, so
+this can run beside the steps.
+
+The plan is a function of the log. A resumed run reads the log, also what was decided after its
+checkpoint. A new run folder with a copy of the log repeats the run.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ from trainer.utils.files import Stopped, replace_file, sync_folder
 LOG = "shards.jsonl"  # in the run folder
 STREAMED = "shards"  # beside it, the rows that were taken from a stream
 POLL_S = 0.1  # of the ranks that wait for rank 0's decision
-OPEN = STEPS_AHEAD + 2  # shards of the steps that are at work, however small the shards are
+# However small the shards are, those of the steps being built and run must stay open.
+OPEN_SHARDS = STEPS_AHEAD + 2
 
 
 def prepare_train(
     recipe: Recipe, tokenizer: Any, stopping: Callable[[], bool] = lambda: False
 ) -> TrainData:
-    """The recipe's training data: tokenized, or ready to be, shard by shard. Raises as
-    `loader.prepare`.
+    """Tokenize the recipe's training data, or get ready to do so shard by shard.
+
+    Raises as `prepare.prepare` does.
     """
-    return (
-        StreamingData(recipe, tokenizer, stopping)
-        if recipe.streaming
-        else prepare(recipe, tokenizer, "train", stopping)
-    )
+    if recipe.streaming:
+        return StreamingData(recipe, tokenizer, stopping)
+    return prepare(recipe, tokenizer, "train", stopping)
 
 
 # ------------------------------------------------------------------------------------------ the log
@@ -65,36 +65,36 @@ def prepare_train(
 
 @dataclass(frozen=True)
 class Shard:
-    """A line of the log: a shard, as it was used. One that comes again has another line, and
-    another number.
-    """
+    """One use of a shard: a line of the log. A shard that is used again has another number."""
 
     number: int  # from 0; the plan's epoch
     file: str  # its name in the source's folder; what came from a stream is in the run folder
     bytes: int
     digest: str  # of the file
     documents: str  # fingerprint of what it was tokenized into
-    packed_rows: int
+    packed_rows: int  # the number of packed sequences
     first_step: int  # counted from 1, as in metrics.jsonl
-    report: dict[str, Any]  # as Prepared.report
-    rejects: str  # where its rejected rows are listed
-    stream: dict[str, Any] | None = (
-        None  # its rows [from, to] of the stream, and how to go on after them
-    )
+    report: dict[str, Any]  # see Prepared.report
+    rejects: str  # the file that lists its rejected rows
+    stream: dict[str, Any] | None = None  # its `rows` [from, to] of the stream, and `state` after
 
 
 class ShardLog:
-    """The lines of the log, in order. Rank 0 appends; all read."""
+    """The lines of the log, in order. Rank 0 appends to it; all ranks read it."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._offset = path, 0
         self.shards: list[Shard] = []
         self.known: dict[str, Shard] = {}  # by file, in the order of first use
-        self._turn = 0  # of the known ones, which comes next where there is no new one
+        self._turn = 0  # the next of the known shards to use again
         self.read()
 
     def read(self) -> None:
-        """Take in the whole lines that have come. What a killed start has left of one is none."""
+        """Read the lines that were added; a torn last line, which a killed start left, is ignored.
+
+        Raises:
+            BadInput: a line is damaged.
+        """
         if not self._path.is_file():
             return
         with self._path.open("rb") as file:
@@ -106,18 +106,16 @@ class ShardLog:
                 self._add(Shard(**json.loads(line)))
             except (ValueError, TypeError) as error:
                 raise BadInput(
-                    f"{self._path}: line {len(self.shards) + 1} is not as it was written "
-                    f"({error}); put the file back, "
-                    "or give another run.dir"
+                    f"{self._path}: line {len(self.shards) + 1} is damaged ({error}); restore the "
+                    "file, or give another run.dir"
                 ) from None
 
     def append(self, shard: Shard) -> None:
-        """Write a line that survives a power cut, in place of what a killed start has left of one."""
+        """Write a line that survives a power cut, over a torn one if a killed start left it."""
         with self._path.open("ab") as file:
             file.truncate(self._offset)
-            self._offset += file.write(
-                json.dumps(asdict(shard), ensure_ascii=False).encode() + b"\n"
-            )
+            line = json.dumps(asdict(shard), ensure_ascii=False).encode() + b"\n"
+            self._offset += file.write(line)
             file.flush()
             os.fsync(file.fileno())
         sync_folder(self._path.parent)
@@ -129,13 +127,13 @@ class ShardLog:
         self.known.setdefault(shard.file, shard)
         self.shards.append(shard)
 
-    def again(self) -> Shard:
-        """The known shard whose turn it is to be used again: from the first to the last, and round."""
+    def next_known(self) -> Shard:
+        """Return the known shard to use again: from the first to the last, then the first again."""
         known = [*self.known.values()]
         return known[self._turn % len(known)]
 
     def digest(self, step: int) -> str:
-        """Of the shards that the first `step` steps are taken from: each in its place, as it was."""
+        """Hash what the log says of the shards that the first `step` steps are made of."""
         used = [s for s in self.shards if s.first_step <= step]
         lines = [
             [s.number, s.file, s.digest, s.documents, s.packed_rows, s.first_step] for s in used
@@ -147,13 +145,13 @@ class ShardLog:
 
 
 class StreamingData:
-    """The training data of a run whose source grows: TrainData, and the plan's Epochs.
+    """The training data of a run with a streaming source: both TrainData and the plan's Epochs.
 
     Raises, here and from every method:
-        BadInput: a shard cannot be read, too much of it is rejected, or a file is not what it was
-            when it was used.
-        Stopped: `stopping()` became true before the first shard was ready, or it was closed. While
-            steps ask, a shard is prepared to its end: a stop is then agreed on after a step.
+        BadInput: a shard cannot be read, too many of its rows are rejected, or a file is not what
+            it was when it was used.
+        Stopped: `stopping()` became true before the first shard was ready, or this was closed.
+            While steps run, a shard is prepared to its end: ranks agree on a stop after a step.
     """
 
     streaming = True
@@ -163,20 +161,18 @@ class StreamingData:
     ) -> None:
         (self._source,) = recipe.data.train
         self._recipe = recipe
-        self._tokenizer = copy.deepcopy(
-            tokenizer
-        )  # for one thread at a time; the loop uses its own beside it
+        # A copy: tokenizers are not thread-safe, and the loop uses its own meanwhile.
+        self._tokenizer = copy.deepcopy(tokenizer)
         self._stopping = stopping
-        self._log = ShardLog(Path(recipe.run.dir) / LOG)
-        self._folder = (
-            Path(recipe.run.dir) / STREAMED if self._source.name else _folder(self._source)
-        )
+        run_dir = Path(recipe.run.dir)
+        self._log = ShardLog(run_dir / LOG)
+        self._folder = run_dir / STREAMED if self._source.name else _source_folder(self._source)
         self._stream = _Stream(recipe, self._log, self._folder) if self._source.name else None
         self._reading, self._preparing = threading.Lock(), threading.Lock()
         self._prepared: dict[int, Prepared] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="next-shard")
-        self._ahead: Future[_New | None] | None = None
-        self._closed = self._going_round = False
+        self._ahead: Future[_NewShard | None] | None = None
+        self._closed = self._repeats = False
 
     @property
     def epochs(self) -> StreamingData:
@@ -184,17 +180,15 @@ class StreamingData:
 
     @property
     def report(self) -> dict[str, Any]:
-        """As Prepared.report, of the shards that are known so far."""
-        counts = _sum([shard.report for shard in self._log.known.values()])
+        """Prepared.report, summed over the shards that are known so far."""
+        counts = _sum_reports([shard.report for shard in self._log.known.values()])
         name = self._source.path or str(self._source.name)
         return {**counts, "shards": len(self._log.known), "sources": [{"name": name, **counts}]}
 
     def fingerprint_at(self, step: int) -> str:
-        """Of the log, up to what the first `step` steps are taken from; rank 0 has said where the
-        first is.
-        """
+        """Return the fingerprint of the log up to what the first `step` steps are made of."""
         if not is_main():
-            self._logged(0)
+            self._wait_for_line(0)
         with self._reading:
             self._log.read()
             return self._log.digest(step)
@@ -206,72 +200,70 @@ class StreamingData:
         self._closed = True
 
     def corpus(self, epoch: int) -> Corpus:
-        return self.of(epoch).epochs
+        return self.for_epoch(epoch).epochs
 
-    def of(self, epoch: int) -> Prepared:
-        """The documents of shard `epoch`. Its file must be there, as it was."""
+    def for_epoch(self, epoch: int) -> Prepared:
+        """Return the documents of shard `epoch`, whose file must still exist unchanged."""
         found = self._prepared.get(epoch)
         if found is not None:
             return found
-        shard = self._logged(epoch)
-        self._digest(shard.file, shard.digest)
+        shard = self._wait_for_line(epoch)
+        self._check_file(shard.file, shard.digest)
         prepared = self._prepare(shard.file)
         if prepared.fingerprint != shard.documents:
             raise BadInput(
-                f"{shard.file}: this rank tokenized it into other documents than rank 0 once did: "
-                f"the tokenizer, its "
-                "version or the masks are others; make them alike, or put data.cache on a shared "
-                "folder"
+                f"{shard.file}: this rank tokenized it into other documents than rank 0 logged: "
+                "the tokenizer, its version or the masks differ; make them equal, or put "
+                "data.cache on a shared folder"
             )
-        return self._keep(epoch, prepared)
+        return self._remember(epoch, prepared)
 
     def num_sequences(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
-        """As the log says; where it does not, rank 0 says it, and the others wait for that."""
+        """Return the number of packed sequences in the log; rank 0 decides on a missing shard."""
         if is_main() and epoch == len(self._log.shards):
             return self._decide(epoch, first_step, count).packed_rows
-        shard = self._logged(epoch)
+        shard = self._wait_for_line(epoch)
         if shard.first_step != first_step + 1:
             raise BadInput(
-                f"{LOG}: shard {epoch} begins with step {shard.first_step}, and in this run with "
-                f"{first_step + 1}: it "
-                "is the log of another recipe; put its own back, or give another run.dir"
+                f"{LOG}: shard {epoch} begins with step {shard.first_step}, but in this run with "
+                f"step {first_step + 1}: it is the log of another recipe; restore the log of this "
+                "one, or give another run.dir"
             )
         return shard.packed_rows
 
-    def _logged(self, epoch: int) -> Shard:
-        """The line of a shard, waited for."""
+    def _wait_for_line(self, epoch: int) -> Shard:
         while True:
             with self._reading:
                 self._log.read()
             if epoch < len(self._log.shards):
                 return self._log.shards[epoch]
-            if self._closed:  # rank 0 may have been closed before it chose
+            if self._closed:  # rank 0 may have been closed before it decided
                 raise Stopped(f"stopped waiting for shard {epoch}")
             time.sleep(POLL_S)
 
     def _decide(self, epoch: int, first_step: int, count: Callable[[], int]) -> Shard:
-        """Which shard is next: a new one; where none is there, the known ones again."""
+        """Choose the next shard and log it: a new one, or if there is none, a known one again."""
         if self._ahead is None or self._ahead.result() is None:
             self._ahead = self._thread.submit(self._prepare_next)
         new = self._ahead.result()
         if new:
-            file, digest = new.file, self._digest(new.file)
+            file, digest = new.file, self._check_file(new.file)
         else:
-            known = self._log.again()
-            file, digest = known.file, self._digest(known.file, known.digest)
-            if not self._going_round:
-                self._going_round = True
-                log.info("no new shard: going round again, from %s, whenever there is none", file)
-        prepared = self._keep(epoch, self._prepare(file))
-        self._digest(file, digest)  # it has been read, and is what it was before
-        rows = count()
+            known = self._log.next_known()
+            file, digest = known.file, self._check_file(known.file, known.digest)
+            if not self._repeats:
+                self._repeats = True
+                log.info("no new shard: known ones are used again, from %s on", file)
+        prepared = self._remember(epoch, self._prepare(file))
+        self._check_file(file, digest)  # it may have changed while it was read
+        sequences = count()
         shard = Shard(
             number=epoch,
             file=file,
             bytes=(self._folder / file).stat().st_size,
             digest=digest,
             documents=prepared.fingerprint,
-            packed_rows=rows,
+            packed_rows=sequences,
             first_step=first_step + 1,
             report={key: value for key, value in prepared.report.items() if key != "sources"},
             rejects=str(prepared.rejects_path),
@@ -279,19 +271,16 @@ class StreamingData:
         )
         with self._reading:
             self._log.append(shard)
-        more = first_step + -(-rows // self._recipe.batch.global_batch_size) < (
-            self._recipe.train.steps or 0
-        )
+        end = first_step + -(-sequences // self._recipe.batch.global_batch_size)
+        more = end < (self._recipe.train.steps or 0)
         self._ahead = self._thread.submit(self._prepare_next) if more else None
         return shard
 
-    def _prepare_next(self) -> _New | None:
-        """While the last shard is trained on, so that the steps need not wait. Nothing is decided
-        here.
-        """
-        new = self._stream.next() if self._stream else _new_file(self._folder, self._log)
+    def _prepare_next(self) -> _NewShard | None:
+        """Prepare the next new shard while this one is trained on; nothing is decided here."""
+        new = self._stream.next() if self._stream else _find_new_file(self._folder, self._log)
         if new:
-            with suppress(Stopped):  # it is found again, and then asked for
+            with suppress(Stopped):  # `_decide` prepares it once more, and raises then
                 self._prepare(new.file)
         return new
 
@@ -299,23 +288,23 @@ class StreamingData:
         def stopping() -> bool:
             return self._closed or (not self._log.shards and self._stopping())
 
-        with self._preparing:
+        with self._preparing:  # one thread at a time, as they share the tokenizer
             return _prepare_shard(self._recipe, self._folder / file, self._tokenizer, stopping)
 
-    def _keep(self, epoch: int, prepared: Prepared) -> Prepared:
+    def _remember(self, epoch: int, prepared: Prepared) -> Prepared:
         with self._reading:
-            while len(self._prepared) >= OPEN:
+            while len(self._prepared) >= OPEN_SHARDS:
                 del self._prepared[next(iter(self._prepared))]
             self._prepared[epoch] = prepared
         return prepared
 
-    def _digest(self, file: str, digest: str | None = None) -> str:
-        """What the file holds, which must be what it held."""
+    def _check_file(self, file: str, digest: str | None = None) -> str:
+        """Return the digest of a shard's file, which must be `digest` if that is given."""
         path = self._folder / file
         if not path.is_file():
             raise BadInput(
-                f"{path}: {LOG} names this shard, which is needed again, and it is not there; put "
-                f"it back"
+                f"{path}: {LOG} names this shard, which is needed again, but the file is missing; "
+                "restore it"
             )
         now = digest_of(self._recipe.data, Source(path=str(path)))
         if now != (digest or now):
@@ -324,12 +313,11 @@ class StreamingData:
 
 
 def prepare_now(recipe: Recipe, tokenizer: Any) -> list[Prepared]:
-    """The shards that are there now, tokenized into the cache; of a stream the first. Nothing is
-    decided.
-    """
+    """Tokenize the shards that exist now into the cache, of a stream the first; decide nothing."""
     (source,) = recipe.data.train
     if source.path:
-        return [_prepare_shard(recipe, path, tokenizer) for path in _files(_folder(source))]
+        paths = _shard_files(_source_folder(source))
+        return [_prepare_shard(recipe, path, tokenizer) for path in paths]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "first.jsonl"
         _write_rows(path, islice(open_stream(source, None), recipe.data.shard_rows))
@@ -339,20 +327,22 @@ def prepare_now(recipe: Recipe, tokenizer: Any) -> list[Prepared]:
 def _prepare_shard(
     recipe: Recipe, path: Path, tokenizer: Any, stopping: Callable[[], bool] = lambda: False
 ) -> Prepared:
-    """A shard as any file is prepared, and compared with the held-out rows."""
-    alone = _recipe_of(recipe, path)
+    """Prepare a shard as the only source of a recipe, and compare it with the held-out rows."""
+    changes = {"path": str(path), "name": None, "streaming": False}
+    source = recipe.data.train[0].model_copy(update=changes)
+    data = recipe.data.model_copy(update={"train": (source,)})
+    alone = recipe.model_copy(update={"data": data})
     prepared = prepare(alone, tokenizer, "train", stopping)
     if recipe.has_eval:
-        check_leakage(
-            alone, tokenizer, prepared, prepare(alone, tokenizer, "eval", stopping), stopping
-        )
+        held_out = prepare(alone, tokenizer, "eval", stopping)
+        check_leakage(alone, tokenizer, prepared, held_out, stopping)
     return prepared
 
 
-def _sum(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """Counts, and counts by reason, of several shards together."""
+def _sum_reports(reports: list[dict[str, Any]]) -> dict[str, Any]:
+    """Add up the counts, and the counts by reason, of several shards."""
     total: dict[str, Any] = {}
-    for key, value in ((key, value) for report in reports for key, value in report.items()):
+    for key, value in chain.from_iterable(report.items() for report in reports):
         if isinstance(value, dict):
             total[key] = dict(Counter(total.get(key, {})) + Counter(value))
         else:
@@ -360,68 +350,63 @@ def _sum(reports: list[dict[str, Any]]) -> dict[str, Any]:
     return total
 
 
-def _recipe_of(recipe: Recipe, shard: Path) -> Recipe:
-    """The recipe with a shard in place of what grows: it is prepared as any file is."""
-    source = recipe.data.train[0].model_copy(
-        update={"path": str(shard), "name": None, "streaming": False}
-    )
-    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": (source,)})})
-
-
 def _changed(path: Path) -> BadInput:
     return BadInput(
-        f"{path}: the file has changed since it was used; put the old one back, or give another "
-        f"run.dir; write new "
-        "rows into a new file, and rename it into the folder when it is whole"
+        f"{path}: the file has changed since it was used; restore the old one, or give another "
+        "run.dir; write new rows into a new file, and rename it into the folder when it is complete"
     )
 
 
-# ----------------------------------------------------------------------------- where they come from
+# --------------------------------------------------------------------------- where shards come from
 
 
-class _New(NamedTuple):
+class _NewShard(NamedTuple):
     file: str
     stream: dict[str, Any] | None = None
 
 
-def _folder(source: Source) -> Path:
+def _source_folder(source: Source) -> Path:
     folder = Path(str(source.path)).expanduser()
     if not folder.is_dir():
         raise BadInput(
-            f"{folder}: a source that grows is a folder, to which files are added; make it one"
+            f"{folder}: a streaming source must be a folder, to which files are added; make it one"
         )
     return folder
 
 
-def _files(folder: Path) -> list[Path]:
-    """By name. Hidden ones are still being written."""
+def _shard_files(folder: Path) -> list[Path]:
+    """Return the files by name, without hidden ones, which are still being written."""
     return [path for path in source_files(str(folder)) if not path.name.startswith(".")]
 
 
-def _new_file(folder: Path, log: ShardLog) -> _New | None:
-    """The first by name that has not been used. Those that have been must not have grown: new rows
-    would be lost.
+def _find_new_file(folder: Path, log: ShardLog) -> _NewShard | None:
+    """Return the first file by name that has not been used yet.
+
+    Raises:
+        BadInput: a used file has another size now: rows added to it would be lost.
     """
     new = None
-    for path in _files(folder):
+    for path in _shard_files(folder):
         known = log.known.get(path.name)
         if known and path.stat().st_size != known.bytes:
             raise _changed(path)
         if not known and not new:
-            new = _New(path.name)
+            new = _NewShard(path.name)
     return new
 
 
 class _Stream:
-    """The next rows of a stream, written to a file in the run folder: where a stream stood, and
-    what it gave, is then there when the run goes on, on every node."""
+    """Write the next rows of a stream to a file in the run folder, with the stream's state.
+
+    So a resumed run has the rows and knows where the stream stood, on every node.
+    """
 
     def __init__(self, recipe: Recipe, log: ShardLog, folder: Path) -> None:
         (self._source,) = recipe.data.train
         self._shard_rows, self._log, self._folder = recipe.data.shard_rows, log, folder
         self._dataset: Any = None
 
-    def next(self) -> _New | None:
+    def next(self) -> _NewShard | None:
         taken = [shard.stream for shard in self._log.known.values() if shard.stream]
         if self._dataset is None:
             self._dataset = open_stream(self._source, taken[-1]["state"] if taken else None)
@@ -429,9 +414,11 @@ class _Stream:
         self._folder.mkdir(exist_ok=True)
         file = f"{len(taken):06d}.jsonl"
         count = _write_rows(self._folder / file, islice(self._rows, self._shard_rows))
+        if not count:
+            return None
         first = taken[-1]["rows"][1] + 1 if taken else 1
         rows = [first, first + count - 1]
-        return _New(file, {"rows": rows, "state": self._dataset.state_dict()}) if count else None
+        return _NewShard(file, {"rows": rows, "state": self._dataset.state_dict()})
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:

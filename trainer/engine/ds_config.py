@@ -1,9 +1,7 @@
-"""A DeepSpeed template and the recipe -> DeepSpeed's configuration, in which each setting has one
-owner.
+"""Fill a DeepSpeed template with the recipe's settings, so that each setting has one owner.
 
-In: a file of ds_configs/ or a user's own, and the recipe's sections. Out: a dict for
-    `deepspeed.initialize`, and what
-the rest asks of it. DeepSpeed itself is not needed here.
+In: a file of ds_configs/ or a user's own, and the recipe's sections. Out: a configuration for
+`deepspeed.initialize`, and questions about it. DeepSpeed itself is not imported here.
 """
 
 from __future__ import annotations
@@ -34,9 +32,9 @@ _OWNED_BY_RECIPE = {
     "elasticity": "batch",
 }
 
-# Gradients of a bucket: fewer cost more calls, more fall out of a CPU's cache. Two cores,
-# SmolLM2-135M, ZeRO-3: 250 tokens/s with 576^2, 300 with 2^22; ZeRO-2: 400 with 576^2, 515 with
-# 2^22, 450 with 5 x 10^7.
+# Gradients of a bucket, at least. Smaller buckets cost more calls, larger ones do not fit into a
+# CPU's cache. Two cores, SmolLM2-135M, ZeRO-3: 250 tokens/s with 576^2, 300 with 2^22; ZeRO-2: 400
+# with 576^2, 515 with 2^22, 450 with 5 x 10^7.
 BUCKET = 2**22
 
 
@@ -47,23 +45,20 @@ def deepspeed_config(
     hidden_size: int,
     run_dir: Path,
 ) -> dict[str, Any]:
-    """The template with what the recipe owns filled in, and a folder on the NVMe for this run
-    alone.
+    """Return the template with the recipe's settings, and a folder on NVMe for this run alone.
 
-    `"auto"` of three sizes follows the model's hidden size H, as DeepSpeed's own guide has it:
-    buckets of H^2 (of BUCKET where that is more), prefetch of 0.9 H^2, parameters below 10 H kept
-    whole.
+    `"auto"` for three sizes follows the model's hidden size H, as in DeepSpeed's guide: buckets of
+    H^2 (or BUCKET, if that is more), prefetch of 0.9 H^2, parameters below 10 H kept whole.
 
     Raises:
-        BadInput: the template is missing, not JSON, sets what the recipe owns, or cannot train
-            these types.
+        BadInput: the template is missing, is not JSON, sets what the recipe owns, or cannot train
+            the model in its type.
     """
     config = _read_template(Path(parallel.deepspeed))
     for key, owner in _OWNED_BY_RECIPE.items():
         if key in config:
             raise BadInput(
-                f"{parallel.deepspeed}: `{key}` belongs to the recipe's `{owner}`; take it out "
-                f"there"
+                f"{parallel.deepspeed}: `{key}` belongs to the recipe's `{owner}`; remove it there"
             )
     zero = config.setdefault("zero_optimization", {"stage": 0})
     sizes = {
@@ -75,8 +70,15 @@ def deepspeed_config(
         if zero.get(key) == "auto":
             zero[key] = size
     for offload in nvme_offloads(config):
-        offload["nvme_path"] = str(
-            Path(offload["nvme_path"]) / f"packhorse-{_short_digest(str(run_dir.resolve()))}"
+        # two runs on one node must not write to each other's files
+        digest = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
+        offload["nvme_path"] = str(Path(offload["nvme_path"]) / f"packhorse-{digest}")
+    # the part on the GPU would get an optimizer of DeepSpeed's own, whose learning rate never moves
+    # and whose moments no checkpoint finds
+    if zero.get("offload_optimizer", {}).get("ratio", 1.0) != 1.0:
+        raise BadInput(
+            f"{parallel.deepspeed}: offload_optimizer.ratio: an optimizer must be offloaded "
+            "whole; remove the key"
         )
     bf16 = model.dtype == "bfloat16"
     if bf16 and stage(config) == 0:
@@ -86,18 +88,20 @@ def deepspeed_config(
         )
     grad_dtype = "fp32" if parallel.grad_dtype == "float32" or not bf16 else "bf16"
     config |= {
-        # micro-batches are cut by the plan; DeepSpeed counts none of them
+        # the plan cuts micro-batches; engine.py tells DeepSpeed which one is a step's last
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "bf16": {"enabled": bf16},
-        # DeepSpeed's own default in bf16 is bf16, which makes the batch's cutting change what is
-        # learned
+        # DeepSpeed's default for bf16 is to sum in bf16; the result would then depend on how a
+        # batch is cut into micro-batches and ranks
         "data_types": {"grad_accum_dtype": grad_dtype},
         "communication_data_type": grad_dtype,
+        # DeepSpeed then refuses torch's optimizer where it is offloaded, which would be slow
         "zero_force_ds_cpu_optimizer": True,
         "steps_per_print": 10**12,
     }
     if stage(config) > 0:
+        # at stage 0 optim.py clips
         config["gradient_clipping"] = optim.max_grad_norm
     return config
 
@@ -106,7 +110,7 @@ def _read_template(path: Path) -> dict[str, Any]:
     if not path.is_file():
         packaged = Path(__file__).resolve().parents[2] / path
         if not packaged.is_file():
-            raise BadInput(f"parallel.deepspeed: there is no file {path}; take one of ds_configs/")
+            raise BadInput(f"parallel.deepspeed: there is no file {path}; use one of ds_configs/")
         path = packaged
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -118,30 +122,30 @@ def _read_template(path: Path) -> dict[str, Any]:
 
 
 def stage(config: Mapping[str, Any]) -> int:
+    """Return the ZeRO stage, 0 to 3."""
     return int(config["zero_optimization"].get("stage", 0))
 
 
 def offload_device(config: Mapping[str, Any], what: str) -> str:
+    """Return where the `optimizer` or the `param` is offloaded to: `none`, `cpu` or `nvme`."""
     return config["zero_optimization"].get(f"offload_{what}", {}).get("device", "none")
 
 
 def nvme_offloads(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the sections of the configuration that offload to NVMe."""
     parts = (
         config["zero_optimization"].get(f"offload_{what}", {}) for what in ("optimizer", "param")
     )
     return [part for part in parts if part.get("device") == "nvme"]
 
 
-def _short_digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-
-
 def clear_nvme(config: Mapping[str, Any]) -> None:
-    """Empty this run's folder on the NVMe: DeepSpeed would take what a killed start left there for
-    its own.
+    """Empty this run's folder on NVMe, where DeepSpeed would read what a killed start has left.
+
+    Every rank calls it.
 
     Raises:
-        BadInput: it cannot be written.
+        BadInput: the folder cannot be written.
     """
     folders = {offload["nvme_path"] for offload in nvme_offloads(config)}
     for folder in folders if dist.local_rank() == 0 else ():

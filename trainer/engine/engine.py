@@ -156,7 +156,7 @@ class Engine:
         self._gradient_watch = None
         if self.stage == 3:
             self._gradient_watch = _GradientWatch(module)
-            # DeepSpeed gathers a module's own weights before its forward; these it must be told of
+            # DeepSpeed gathers a module's own weights before its forward, and those registered
             for borrower, weight in borrowed_weights(module):
                 deepspeed.zero.register_external_parameter(borrower, weight)
 

@@ -1,10 +1,9 @@
-"""Training state as slices of parameters: written as safetensors, read back by any number of ranks
-(C8).
+"""Write training state as slices of parameters, and read it back on any number of ranks (C8).
 
-A rank owns some elements of each parameter, and what belongs to them: the fp32 weight and both
-moments. It writes them as they lie; another world cuts the parameters elsewhere, and each of its
-ranks reads what overlaps its own cut, out of memory-mapped files. So every byte is written once and
-read once, and nothing is converted.
+In: slices, which are elements of a parameter with the states that belong to them: the fp32 weight
+and both moments. Out: safetensors files, their checksums and digests. A rank writes what it owns.
+Another world size cuts the parameters elsewhere, and each of its ranks reads what overlaps its own
+cut from memory-mapped files. Every byte is thus written once and read once, and none is converted.
 
     rank00000-000.safetensors   `model.layers.0.mlp.up_proj.weight[0:8192].exp_avg`, ...
 """
@@ -25,10 +24,11 @@ from safetensors import safe_open
 
 from trainer.datatypes import BadInput
 
-WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"  # a buffer has the first alone
-# parameters that are not trained: only their digests are kept, the model's folder has them
+# States of a parameter; a buffer has only the first.
+WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
+# State of a parameter that is not trained. Only its digest is saved: the model's folder has it.
 FROZEN = "frozen"
-_CHUNK = 2**18  # elements hashed and written at a time: they stay in a core's cache
+_CHUNK = 2**18  # elements hashed and written at a time, which fit into a core's cache
 _SAFETENSORS_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -45,13 +45,11 @@ _SAFETENSORS_NAMES = {
 
 @dataclass(frozen=True)
 class Slice:
-    """Elements [start, stop) of a flattened parameter or buffer, and their states, each (stop -
-    start,).
-    """
+    """Elements [start, stop) of a flattened parameter or buffer, with its states."""
 
     name: str
     start: int
-    states: Mapping[str, torch.Tensor]
+    states: Mapping[str, torch.Tensor]  # (stop - start,) each
 
     @property
     def stop(self) -> int:
@@ -65,13 +63,13 @@ class Slice:
         return key_of(self.name, self.start, self.stop, state)
 
     def copy(self) -> Slice:
-        """The same in memory of the host that nobody else writes to."""
+        """Return a copy in the host's memory, which the next step does not change."""
         copies = {name: tensor.to("cpu", copy=True) for name, tensor in self.states.items()}
         return Slice(self.name, self.start, copies)
 
 
 def key_of(name: str, start: int, stop: int, state: str) -> str:
-    """Of a slice's state in its file."""
+    """Return the name of a slice's state in its file."""
     return f"{name}[{start}:{stop}].{state}"
 
 
@@ -87,18 +85,19 @@ def add_digests(total: Digests, more: Digests) -> None:
 
 
 def digest(tensor: torch.Tensor, start: int = 0) -> int:
-    """sum over i of bits(x_i) x (2 (start + i) + 1) mod 2^64: exact in any order, and a moved slice
-    changes it (C8).
+    """Return sum over i of bits(x_i) x (2 (start + i) + 1) mod 2^64 (C8).
 
-    `start` is the place of the first element in the whole tensor, so that slices add up.
+    The sum is exact in any order, and changes if elements change places.
+
+    Args:
+        start: the index of the first element in the whole tensor, so that slices add up.
     """
     bits = tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
     total = 0
     for at in range(0, bits.numel(), _CHUNK):
         part = bits[at : at + _CHUNK].to(torch.int64)
-        if (
-            tensor.element_size() < 8
-        ):  # a signed integer's bits, as the number that they are without a sign
+        if tensor.element_size() < 8:
+            # the bits as a number without a sign
             part &= (1 << 8 * tensor.element_size()) - 1
         odd = torch.arange(start + at, start + at + part.numel(), device=part.device) * 2 + 1
         total += int((part * odd).sum())  # int64 wraps around, which is the sum mod 2^64
@@ -109,7 +108,7 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def digests_of(slices: Iterable[Slice]) -> Digests:
-    """Digests of the slices, to be added to those of the other ranks."""
+    """Return the digests of the slices, to be added to those of other slices and ranks."""
     found: Digests = {}
     for piece in slices:
         add_digests(
@@ -127,7 +126,7 @@ def digests_of(slices: Iterable[Slice]) -> Digests:
 
 @dataclass(frozen=True)
 class File:
-    """What the manifest says of a file."""
+    """A file as the manifest describes it."""
 
     bytes: int
     xxh3: str
@@ -135,10 +134,10 @@ class File:
 
 
 def write(path: Path, slices: list[Slice]) -> tuple[File, Digests]:
-    """Write slices as safetensors and bring them to the disk, hashing on the way: each byte is
-    touched once.
+    """Write slices as a safetensors file that survives a power cut.
 
-    The library's own writer needs all of them in the host's memory at once, a second time.
+    Each byte is touched once: it is hashed and digested while it is written. The library's own
+    writer would hold all of them in the host's memory a second time.
     """
     header, at = {}, 0
     for piece in slices:
@@ -175,7 +174,7 @@ def write(path: Path, slices: list[Slice]) -> tuple[File, Digests]:
 
 
 def checksum(path: Path) -> str:
-    """As `File.xxh3`."""
+    """Return a file's checksum, as in `File.xxh3`."""
     hasher = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 24):
@@ -187,11 +186,11 @@ def checksum(path: Path) -> str:
 
 
 class Shards:
-    """The files of a checkpoint, to be read in any cut.
+    """The files of a checkpoint, from which any slice can be read.
 
     Args:
-        files: by their names in `folder`.
-        shapes: of the trained parameters and the buffers, by name.
+        files: the files by their names in `folder`.
+        shapes: the shapes of the trained parameters and the buffers, by name.
     """
 
     def __init__(
@@ -208,14 +207,14 @@ class Shards:
 
     @property
     def names(self) -> list[str]:
-        """Of the trained parameters and the buffers."""
+        """The names of the trained parameters and the buffers."""
         return list(self._shapes)
 
     def fill(self, piece: Slice) -> None:
-        """Read what belongs to the slice into its tensors.
+        """Read the slice's states into its tensors.
 
         Raises:
-            BadInput: the files do not hold all of it.
+            BadInput: the files do not hold all of its elements.
         """
         for state, tensor in piece.states.items():
             filled = 0
@@ -224,13 +223,12 @@ class Shards:
                 filled += stop - start
             if filled != tensor.numel():
                 raise BadInput(
-                    f"the checkpoint does not hold `{piece.key(state)}`: the model is another one "
-                    f"than it was written "
-                    "from; put that one back, or give another run.dir"
+                    f"the checkpoint does not hold `{piece.key(state)}`: it was written from "
+                    "another model; use that model, or another run.dir"
                 )
 
     def whole(self, name: str, state: str = WEIGHT) -> torch.Tensor:
-        """A state of a parameter, in the parameter's shape."""
+        """Return a state of a parameter in the parameter's shape, on the host."""
         start, stop, path = self._places[name][0]
         dtype = self._open(path).get_slice(key_of(name, start, stop, state))[:0].dtype
         shape = torch.Size(self._shapes[name])
@@ -248,7 +246,7 @@ class Shards:
                 yield low, high, saved[low - first : high - first]
 
     def _open(self, path: Path) -> Any:
-        """The file, memory-mapped: reading a slice of it touches that slice's bytes alone."""
+        # memory-mapped: reading a slice touches that slice's bytes alone
         if path not in self._opened:
             self._opened[path] = safe_open(path, framework="pt").__enter__()
         return self._opened[path]

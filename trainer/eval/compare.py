@@ -1,10 +1,8 @@
-"""Two evaluations side by side: each metric with its interval, their difference, and a paired test
-of it.
+"""Compare two evaluations: each metric with its interval, the difference, and a paired test.
 
-In: folders that hold evaluations.jsonl and samples.jsonl, a run's or what `packhorse eval` has
-    written. Out: tables.
-Samples are paired by their prompts, so that questions which are hard for both say nothing about the
-difference.
+Folders with evaluations.jsonl and samples.jsonl enter, of a run or of `packhorse eval`; tables
+leave. Samples are paired by their prompts, so that questions which are hard for both models do not
+blur the difference.
 """
 
 from __future__ import annotations
@@ -24,15 +22,13 @@ from trainer.utils.files import read_json_lines
 if TYPE_CHECKING:
     from rich.table import Table
 
-HARNESS_METRICS, HARNESS_SAMPLES = (
-    "lm_eval.json",
-    "lm_eval.jsonl",
-)  # of lm-evaluation-harness: as a line, and samples
-# of the prompts of the one that has more: with fewer in common the two were asked other things
+# of lm-evaluation-harness: its metrics as in a line of evaluations.jsonl, and its samples
+HARNESS_METRICS, HARNESS_SAMPLES = "lm_eval.json", "lm_eval.jsonl"
+# least share of the larger side's prompts that both answered; below it they were asked other things
 SHARED = 0.9
 
 Scores = dict[tuple[str, int], float]
-"""(prompt, which of those that are alike) -> score."""
+"""(prompt, its number among equal prompts) -> score."""
 
 
 class Results(NamedTuple):
@@ -48,11 +44,11 @@ class Results(NamedTuple):
 
 
 def read_results(place: str) -> Results:
-    """An evaluation by its folder, as `runs/a`, `runs/a@200` or `runs/a@best`; without a step the
-    last one.
+    """Read an evaluation by its folder, as `runs/a`, `runs/a@200` or `runs/a@best`; without a step
+    the last one.
 
     Raises:
-        BadInput: no evaluation is there, or not of that step.
+        BadInput: the folder holds no evaluation, or none of that step.
     """
     name, step = place, ""
     if not Path(place).expanduser().is_dir():
@@ -99,10 +95,11 @@ def _scores(samples: list[dict[str, Any]]) -> dict[str, Scores]:
 
 
 def difference(a: Results, b: Results, name: str) -> tuple[Difference, int] | None:
-    """B less A in one metric, and over how many prompts; None where samples do not tell.
+    """Return B less A in one metric, and the number of prompts that both answered; None if one side
+    has no scored samples.
 
     Raises:
-        BadInput: the two were asked other prompts.
+        BadInput: the two were asked different prompts.
     """
     left, right = a.scores.get(name, {}), b.scores.get(name, {})
     both = [key for key in left if key in right]
@@ -112,8 +109,7 @@ def difference(a: Results, b: Results, name: str) -> tuple[Difference, int] | No
     if len(both) < SHARED * most:
         raise BadInput(
             f"{name}: {a.name} and {b.name} have {len(both)} prompts in common, of {len(left)} and "
-            f"{len(right)}: they "
-            "were asked other questions; evaluate both with the same recipe"
+            f"{len(right)}: they were asked other questions; evaluate both with the same recipe"
         )
     return paired([left[key] for key in both], [right[key] for key in both]), len(both)
 
@@ -122,7 +118,7 @@ def difference(a: Results, b: Results, name: str) -> tuple[Difference, int] | No
 
 
 def table_of_one(results: Results) -> Table:
-    """Each metric with its count and 95% interval."""
+    """Return a table of each metric with its count and 95% interval."""
     from rich.table import Table
 
     table = Table("metric", "value", "95% interval", "count", title=results.name)
@@ -138,19 +134,11 @@ def table_of_one(results: Results) -> Table:
 
 
 def table_of_two(a: Results, b: Results) -> Table:
-    """Each metric of A and B, and B less A over the prompts that both answered."""
+    """Return a table of each metric of A and B, and of B less A over the prompts of both."""
     from rich.table import Table
 
-    table = Table(
-        "metric",
-        "A",
-        "B",
-        "B - A",
-        "95% interval",
-        "p",
-        "prompts",
-        title=f"A: {a.name}\nB: {b.name}",
-    )
+    heads = ("metric", "A", "B", "B - A", "95% interval", "p", "prompts")
+    table = Table(*heads, title=f"A: {a.name}\nB: {b.name}")
     less = b.eval_loss - a.eval_loss
     table.add_row(EVAL_LOSS, f"{a.eval_loss:.4f}", f"{b.eval_loss:.4f}", f"{less:+.4f}", "", "", "")
     for name in dict.fromkeys([*a.metrics, *b.metrics]):
@@ -168,11 +156,9 @@ def table_of_two(a: Results, b: Results) -> Table:
 
 
 def _value(metric: dict[str, Any]) -> str:
-    return (
-        f"missing: {metric.get('missing', 'not said why')}"
-        if metric["value"] is None
-        else f"{metric['value']:.3f}"
-    )
+    if metric["value"] is None:
+        return f"missing: {metric.get('missing', 'without a reason')}"
+    return f"{metric['value']:.3f}"
 
 
 def _interval(low: float | None, high: float | None, sign: str = "") -> str:

@@ -1,8 +1,8 @@
-"""What a mean of scores, and the difference of two, is worth: 95% intervals and paired tests.
+"""Compute 95% intervals of mean scores and of their differences, and paired tests.
 
-Scores enter, one a prompt, from 0 to 1. Where all are 0 or 1 they are counts of right answers, and
-the formulas are those for proportions; else the scores are resampled, with a fixed seed: the same
-scores have the same interval.
+Scores from 0 to 1 enter, one a prompt. If all are 0 or 1 they are counts of right answers, and the
+formulas are those for proportions. Otherwise the scores are resampled with a fixed seed, so that
+the same scores have the same interval.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 
 _Z = NormalDist().inv_cdf(0.975)
 _RESAMPLES = 10_000
-_MOST_VALUES = 1_000_000  # in memory at once
+_MOST_VALUES = 1_000_000  # drawn at once, which bounds the memory
 _SEED = 0
 
 
@@ -26,8 +26,8 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Of two means over the same prompts: the second's less the first's, its 95% interval, and the
-    probability of one at least as large, either way, where the two do not differ."""
+    """The second mean less the first over the same prompts, its 95% interval, and the two-sided p:
+    the probability of a difference at least as large if the two do not differ."""
 
     value: float
     low: float
@@ -36,28 +36,23 @@ class Difference(NamedTuple):
 
 
 def interval(scores: Sequence[float]) -> Interval:
-    """The 95% interval of the mean: Wilson's for scores of 0 and 1, else a BCa bootstrap's. Needs a
-    score.
-    """
-    return (
-        wilson(round(sum(scores)), len(scores))
-        if _are_binary(scores)
-        else _bootstrap(np.asarray(scores))
-    )
+    """Return the 95% interval of the mean of at least one score: Wilson's for scores of 0 and 1,
+    else a BCa bootstrap's."""
+    if _are_binary(scores):
+        return wilson(round(sum(scores)), len(scores))
+    return _bootstrap(np.asarray(scores))
 
 
 def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
-    """How much better the second scores are than the first, prompt by prompt. Needs a prompt.
+    """Compare two lists of scores of the same prompts, at least one: the second less the first.
 
-    Scores of 0 and 1: Newcombe's interval and McNemar's exact test. Else: a BCa bootstrap of the
-    differences, and a test that exchanges the two at random.
+    For scores of 0 and 1 by Newcombe's interval and McNemar's exact test. Otherwise by a BCa
+    bootstrap of the differences, and a test that exchanges the two sides at random.
     """
     assert len(first) == len(second), "scores of the same prompts"
     if _are_binary([*first, *second]):
         pairs = [(bool(a), bool(b)) for a, b in zip(first, second, strict=True)]
-        both, gained, lost = (
-            pairs.count(pair) for pair in ((True, True), (False, True), (True, False))
-        )
+        both, gained, lost = map(pairs.count, ((True, True), (False, True), (True, False)))
         low, high = newcombe(both, gained, lost, len(pairs))
         return Difference((gained - lost) / len(pairs), low, high, mcnemar(gained, lost))
     differences = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
@@ -65,21 +60,24 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
 
 
 def wilson(successes: int, n: int) -> Interval:
-    """The score interval of a proportion (Wilson, J. Am. Stat. Assoc. 22, 1927)."""
+    """Return the score interval of a proportion (Wilson, J. Am. Stat. Assoc. 22, 1927)."""
     p = successes / n
     centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
-    return Interval(
-        min(max(0.0, centre - half), p), max(min(1.0, centre + half), p)
-    )  # p: of 0 and n, exactly
+    # with 0 or n successes one end is p itself, which rounding would miss
+    return Interval(min(max(0.0, centre - half), p), max(min(1.0, centre + half), p))
 
 
 def newcombe(both: int, gained: int, lost: int, n: int) -> Interval:
-    """Of the difference of two proportions over the same n: the square-and-add interval, method 10
-    of Newcombe (Stat. Med. 17, 2635-2650, 1998). `gained` are right in the second alone, `lost` in
-    the first alone."""
+    """Return the interval of the difference of two proportions over the same n: square-and-add,
+    method 10 of Newcombe (Stat. Med. 17, 2635-2650, 1998).
+
+    Args:
+        gained: right in the second alone.
+        lost: right in the first alone.
+    """
     neither = n - both - gained - lost
-    ones = both + gained, both + lost  # of the second, of the first
+    ones = both + gained, both + lost  # right in the second, in the first
     (p2, p1), (w2, w1) = [k / n for k in ones], [wilson(k, n) for k in ones]
     excess = both * neither - gained * lost
     margins = math.prod((*ones, *(n - k for k in ones)))
@@ -95,8 +93,8 @@ def _hypotenuse(a: float, b: float, correlation: float) -> float:
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """The exact two-sided test of whether as many are gained as lost: a binomial of 1/2 (McNemar,
-    Psychometrika 12, 1947)."""
+    """Return the p of the exact two-sided test that as many are gained as lost: a binomial of 1/2
+    (McNemar, Psychometrika 12, 1947)."""
     n = gained + lost
     tail = sum(math.comb(n, k) for k in range(min(gained, lost) + 1))
     return min(1.0, 2 * tail / 2**n)
@@ -107,20 +105,19 @@ def _are_binary(scores: Sequence[float]) -> bool:
 
 
 def _bootstrap(values: np.ndarray) -> Interval:
-    """Of the mean: bias-corrected and accelerated (Efron, J. Am. Stat. Assoc. 82, 1987), 10,000
-    resamples. Where the values do not differ there is nothing to resample, and the interval is a
-    point."""
+    """Return the mean's interval, bias-corrected and accelerated (Efron, J. Am. Stat. Assoc. 82,
+    1987), by 10,000 resamples. If all values are equal, the interval is a point."""
     values = values.astype(np.float64)
     n = len(values)
     if n == 1 or not np.ptp(values):
         return Interval(float(values[0]), float(values[0]))
     means = _resampled(n, lambda random, size: values[random.integers(n, size=size)].mean(axis=1))
     normal = NormalDist()
-    below = (
-        np.sum(means < values.mean()) + np.sum(means <= values.mean())
-    ) / 2  # ties count as half
+    # ties count as half
+    below = (np.sum(means < values.mean()) + np.sum(means <= values.mean())) / 2
     bias = normal.inv_cdf(float(np.clip(below, 1, _RESAMPLES - 1)) / _RESAMPLES)
-    apart = values - values.mean()  # the jackknife's influences, but for a factor that cancels
+    # the jackknife's influences, but for a factor that cancels
+    apart = values - values.mean()
     acceleration = float((apart**3).sum() / (6 * (apart**2).sum() ** 1.5))
     ends = []
     for z in (-_Z, _Z):
@@ -131,12 +128,14 @@ def _bootstrap(values: np.ndarray) -> Interval:
 
 
 def _sign_flips(differences: np.ndarray) -> float:
-    """The share of random exchanges of the two under which the mean differs as much, the true one
-    counted as one of them (Phipson and Smyth, Stat. Appl. Genet. Mol. Biol. 9, 2010)."""
+    """Return the share of random exchanges of the two sides under which the mean differs as much.
+    The true order counts as one of them, so that p is never 0 (Phipson and Smyth, Stat. Appl.
+    Genet. Mol. Biol. 9, 2010)."""
     n = len(differences)
     flipped = _resampled(
         n, lambda random, size: (differences * random.choice((-1.0, 1.0), size)).mean(axis=1)
     )
+    # 1e-12: sums in another order may round otherwise
     as_much = np.sum(np.abs(flipped) >= abs(differences.mean()) - 1e-12)
     return float(1 + as_much) / (1 + _RESAMPLES)
 
@@ -144,8 +143,8 @@ def _sign_flips(differences: np.ndarray) -> float:
 def _resampled(
     n: int, means: Callable[[np.random.Generator, tuple[int, int]], np.ndarray]
 ) -> np.ndarray:
-    """(10,000,) means of resamples of n values, which `means` draws by (resamples, n): a few at a
-    time, so that memory does not grow with n."""
+    """Return the (10,000,) means of resamples of n values. `means(random, (resamples, n))` draws
+    some of them at a time, so that memory does not grow with n."""
     random = np.random.default_rng(_SEED)
     at_once = max(1, _MOST_VALUES // n)
     sizes = [min(at_once, _RESAMPLES - start) for start in range(0, _RESAMPLES, at_once)]

@@ -1,9 +1,8 @@
-"""Held-out loss with the training loss's own code, and answers by generation with their scores.
+"""Evaluate a model: the held-out loss, by the training loss's own code, and scored answers.
 
-In: the engine, held-out batches, prompts. Out: `eval/...` numbers, samples, and a line of
-    evaluations.jsonl. Every
-rank takes part in all of it and runs as many forwards as the others, fillers among them, so that no
-collective hangs.
+The engine, held-out batches and prompts enter. `eval/...` metrics, samples and a line of
+evaluations.jsonl leave. Every rank takes part in all of it and runs as many forwards as the others,
+some of them on filler, so that no collective waits for a rank.
 """
 
 from __future__ import annotations
@@ -25,9 +24,16 @@ from trainer.data.mask import Masker
 from trainer.data.prepare import Prepared, eval_plan, held_out_prompts
 from trainer.datatypes import BadInput, Batch, Prompt
 from trainer.engine.engine import Engine
-from trainer.eval import vllm_server
+from trainer.eval import server_answers
 from trainer.eval.generate import choice_logprobs, generate, require_room
-from trainer.eval.metrics import Metric, Sample, as_table, check_scorers, metrics, samples
+from trainer.eval.metrics import (
+    Metric,
+    Sample,
+    as_table,
+    check_scorers,
+    score_samples,
+    summarize,
+)
 from trainer.eval.openai_client import Unreachable
 from trainer.eval.scorers import likeliest
 from trainer.hang_watchdog import Watch
@@ -38,9 +44,9 @@ from trainer.utils.files import read_json_lines
 def held_out_loss(
     engine: Engine, batches: Iterable[Batch], stop: dist.StopFlag, watch: Watch
 ) -> float | None:
-    """The mean loss over all trained tokens of the held-out data; None where the stop flag went up
-    meanwhile.
-    """
+    """Return the mean loss over all trained tokens of the held-out data; None if the stop flag was
+    raised meanwhile."""
+    # float64: the plan has divided each token's loss by their number, so the sum is of small parts
     total = torch.zeros((), dtype=torch.float64, device=dist.device())
     for batch in batches:
         watch.beat("evaluation")
@@ -58,9 +64,7 @@ def write_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
 
 
 def write_evaluation(run_dir: Path, step: int, loss: float, measured: Mapping[str, Metric]) -> None:
-    """Append an evaluation that has ended to evaluations.jsonl, which stands on the disk when this
-    returns.
-    """
+    """Append a finished evaluation to evaluations.jsonl. It is on the disk when this returns."""
     line = {
         "step": step,
         "eval_loss": loss,
@@ -68,15 +72,20 @@ def write_evaluation(run_dir: Path, step: int, loss: float, measured: Mapping[st
     }
     with (run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+        # a line that a power cut takes back would be evaluated twice
         file.flush()
         os.fsync(file.fileno())
 
 
 class Evaluation:
-    """Called with the number of applied steps: evaluates, logs, and says whether it ran to its end.
+    """Evaluate the model after a number of steps; the call returns False if it was stopped midway.
 
-    A step is evaluated once: what evaluations.jsonl holds is not evaluated again. Build it after
-    Metrics, which drops what a killed run left there of later steps.
+    A step is evaluated once: a step in evaluations.jsonl is skipped. Build it after Metrics, which
+    drops the lines of later steps that a killed run has left there.
+
+    Args:
+        data: the held-out rows; None: there is nothing to evaluate.
+        afterwards: called on every rank once an evaluation's line is written.
     """
 
     def __init__(
@@ -91,120 +100,115 @@ class Evaluation:
         watch: Watch,
         afterwards: Callable[[], None] = lambda: None,
     ) -> None:
-        self._afterwards = afterwards  # called on every rank once an evaluation's line is written
-        self._engine, self._tokenizer, self._metrics = engine, masker.tokenizer, metrics
-        self._stop, self._watch = stop, watch
-        self._recipe, self._run_dir = recipe, run_dir
+        self._recipe, self._run_dir, self._engine = recipe, run_dir, engine
+        self._metrics, self._stop, self._watch = metrics, stop, watch
+        self._tools = masker.tokenizer, stop, watch
+        self._afterwards = afterwards
         self._generate = recipe.eval.generate
+        # rank 0 reads: other nodes may see an older state of a shared file system
         lines = read_json_lines(run_dir / EVALUATIONS) if dist.is_main() else []
         self._evaluated: set[int] = dist.broadcast({line["step"] for line in lines})
         self._loader: Loader | None = None
         self._prompts: list[Prompt] = []
-        if data is not None:
-            self._loader = Loader(
-                data, eval_plan(recipe, data), dist.rank(), dist.world_size(), pin=False
-            )
-            if self._generate:
-                self._prompts = held_out_prompts(recipe, masker, self._generate.num_prompts)
-                model: Any = engine.module.model
-                require_room(model, self._prompts, self._generate.max_new_tokens)
-                if dist.is_main():
-                    check_scorers(self._generate.scorers, self._prompts)
+        if data is None:
+            return
+        plan = eval_plan(recipe, data)
+        self._loader = Loader(data, plan, dist.rank(), dist.world_size(), pin=False)
+        if self._generate:
+            self._prompts = held_out_prompts(recipe, masker, self._generate.num_prompts)
+            model: Any = engine.module.model
+            require_room(model, self._prompts, self._generate.max_new_tokens)
+            if dist.is_main():
+                check_scorers(self._generate.scorers, self._prompts)
 
     def __call__(self, step: int) -> bool:
-        ended = (
+        finished = (
             self._loader is None or step in self._evaluated or self._evaluate(self._loader, step)
         )
         self._watch.pause()
-        return ended
+        return finished
 
     def _evaluate(self, loader: Loader, step: int) -> bool:
         loss = held_out_loss(self._engine, loader.stream(0), self._stop, self._watch)
         if loss is None:
             return False
         try:
-            scored = self._scored(step)
+            samples = self._scored_answers(step)
         except Unreachable as error:
-            if step == 0:  # nothing is lost by saying so at once
-                raise BadInput(f"eval.generator: {error}") from None
-            dist.log.warning("after %d steps there are no answers: %s", step, error)
-            self._write(step, loss, [], missing=str(error))
+            if step == 0:  # nothing is trained yet, so nothing is lost by ending the run
+                raise BadInput(f"eval.generate: {error}") from None
+            dist.log.warning("no answers after %d steps: %s", step, error)
+            scorers = self._generate.scorers if self._generate else ()
+            measured = {name: Metric(None, 0, None, None, str(error)) for name in scorers}
+            self._write(step, loss, [], measured)
         else:
-            if scored is None:
+            if samples is None:
                 return False
-            self._write(step, loss, scored)
+            self._write(step, loss, samples, summarize(samples))
         self._evaluated.add(step)
         self._afterwards()
         return True
 
-    def _scored(self, step: int) -> list[Sample] | None:
-        """Every prompt with its answer and scores, on all ranks; None where the stop flag went up
-        meanwhile.
-        """
+    def _scored_answers(self, step: int) -> list[Sample] | None:
+        """Return a sample for every prompt, on all ranks; None if the stop flag was raised."""
         section = self._generate
         if section is None or not self._prompts:
             return []
-        tools = self._tokenizer, self._stop, self._watch
-        chosen: dict[str, list[str]] = {}  # by scorer: the likeliest letter of each prompt
-        for name, rule in section.scorers.items():
-            if isinstance(rule, Choice):
-                logprobs = choice_logprobs(
-                    self._engine, self._prompts, rule.letters, section.batch, *tools
-                )
-                if logprobs is None:
-                    return None
-                chosen[name] = [likeliest(rule.letters, row) for row in logprobs]
-        if chosen and len(chosen) == len(section.scorers):  # nothing asks for more than likelihoods
-            answers: Sequence[str] | None = next(iter(chosen.values()))
+        letters = self._likeliest_letters(section)
+        if letters is None:
+            return None
+        # without another scorer nothing needs to be generated: the letters are the answers
+        if letters and len(letters) == len(section.scorers):
+            answers: Sequence[str] | None = next(iter(letters.values()))
         else:
             answers = self._answers(section, step)
             if answers is None:
                 return None
-        score = partial(samples, self._prompts, answers, section.scorers, chosen)
+        score = partial(score_samples, self._prompts, answers, section.scorers, letters)
+        # in the background, as a judge may take minutes: ranks beat and poll for a stop meanwhile
         if any(isinstance(rule, Judge) for rule in section.scorers.values()):
-            return vllm_server.in_background(score, self._stop, self._watch)
-        self._watch.pause()  # a user's scorer takes what it takes
+            return server_answers.in_background(score, self._stop, self._watch)
+        self._watch.pause()  # a user's scorer may take any time
         return dist.broadcast(score() if dist.is_main() else None)
 
+    def _likeliest_letters(self, section: GenerateSection) -> dict[str, list[str]] | None:
+        """Return the likeliest letter after each prompt, by the name of the scorer that chooses."""
+        chosen: dict[str, list[str]] = {}
+        for name, rule in section.scorers.items():
+            if isinstance(rule, Choice):
+                logprobs = choice_logprobs(
+                    self._engine, self._prompts, rule.letters, section.batch, *self._tools
+                )
+                if logprobs is None:
+                    return None
+                chosen[name] = [likeliest(rule.letters, row) for row in logprobs]
+        return chosen
+
     def _answers(self, section: GenerateSection, step: int) -> list[str] | None:
-        """From the engine, or from a server that is handed its weights; None where the stop flag
-        went up.
-        """
+        """Generate answers by the engine or a server; return None if the stop flag was raised."""
         recipe, prompts = self._recipe, self._prompts
-        if recipe.eval.generator != "engine":
-            return vllm_server.generate(
+        if recipe.eval.by_server:
+            return server_answers.generate(
                 self._engine, recipe, self._run_dir, step, prompts, self._stop, self._watch
             )
+        # by step and prompt, not by rank: another world size samples the same
         seeds = [
             dist.seed_from(recipe.train.seed, "answer", step, number)
             for number in range(len(prompts))
         ]
-        tools = self._tokenizer, self._stop, self._watch
-        return generate(self._engine, prompts, section, *tools, seeds=seeds)
+        return generate(self._engine, prompts, section, *self._tools, seeds=seeds)
 
     def _write(
-        self, step: int, loss: float, scored: Sequence[Sample], missing: str | None = None
+        self, step: int, loss: float, samples: Sequence[Sample], measured: Mapping[str, Metric]
     ) -> None:
-        """The evaluation everywhere; in evaluations.jsonl last, which says that all of it is there.
-
-        Args:
-            missing: why there are no answers.
-        """
-        measured = metrics(scored)
-        if missing is not None and self._generate:
-            measured = {
-                name: Metric(None, 0, None, None, missing) for name in self._generate.scorers
-            }
-        values = {
-            f"eval/{name}": metric.value
-            for name, metric in measured.items()
-            if metric.value is not None
-        }
-        line = {"eval/loss": loss, **values}
+        values = {name: metric.value for name, metric in measured.items()}
+        line = {"eval/loss": loss}
+        line |= {f"eval/{name}": value for name, value in values.items() if value is not None}
         self._metrics.write(step, line)
         if dist.is_main():
-            write_samples(self._run_dir / "samples.jsonl", step, scored)
-            self._metrics.write_text("samples", as_table(scored), step)
+            write_samples(self._run_dir / "samples.jsonl", step, samples)
+            self._metrics.write_text("samples", as_table(samples), step)
+            # last: this line says that all the others are written
             write_evaluation(self._run_dir, step, loss, measured)
         dist.log.info(
             "after %d steps: %s",

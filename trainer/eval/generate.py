@@ -1,10 +1,9 @@
-"""Answers to held-out prompts, and the likelihood of given ones, from the model that is trained, at
-any ZeRO stage.
+"""Generate answers to held-out prompts, and measure the likelihood of given ones, by the model that
+is trained, at any ZeRO stage.
 
-In: the engine and prompts. Out: one answer a prompt, or one number for each of its choices, on
-    every rank and in the
-prompts' order. Each rank works on a share of them. Batches hold prompts of like lengths, padded on
-the left.
+The engine and prompts enter; one answer a prompt, or one number for each of its choices, leaves, on
+every rank and in the prompts' order. Each rank works on a share of the prompts. Batches hold
+prompts of similar lengths, padded on the left.
 
 Shapes: B prompts of a batch, L tokens of its longest one, V vocabulary.
 """
@@ -24,27 +23,25 @@ from trainer.engine.engine import Engine
 from trainer.hang_watchdog import Watch
 from trainer.model.attention import other_attention
 
-PAD = 0  # nothing sees it, so any token will do
+PAD = 0  # any token will do: the attention mask hides it
 
 
 def require_room(model: Any, prompts: Sequence[Prompt], max_new_tokens: int) -> None:
-    """Raises BadInput where a prompt and its answer may take more positions than the model has."""
+    """Raise BadInput if a prompt and its answer may need more positions than the model has."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max((len(prompt.input_ids) for prompt in prompts), default=0)
     if positions and longest + max_new_tokens > positions:
         raise BadInput(
             f"eval.generate: a held-out prompt of {longest} tokens and "
-            f"max_new_tokens={max_new_tokens} do not fit into "
-            f"the model's {positions} positions; lower max_new_tokens, or take the longest prompts "
-            f"out of data.eval"
+            f"max_new_tokens={max_new_tokens} do not fit into the model's {positions} positions; "
+            f"lower max_new_tokens, or remove the longest prompts from data.eval"
         )
 
 
-def stop_tokens(model: Any, learned: Sequence[int]) -> list[int]:
-    """What ends an answer: what was learned to, and what the model's makers named beside it, as a
-    tool call's end.
-    """
-    return sorted({*learned, *_as_list(model.generation_config.eos_token_id)})
+def stop_tokens(model: Any, trained: Sequence[int]) -> list[int]:
+    """Return the ids of the stop tokens: the trained ones, plus those of the model's generation
+    configuration (as the end of a tool call)."""
+    return sorted({*trained, *_as_list(model.generation_config.eos_token_id)})
 
 
 def generate(
@@ -57,12 +54,11 @@ def generate(
     *,
     seeds: Sequence[int],
 ) -> list[str] | None:
-    """The text of the answers, of which the special tokens are no part; None where the stop flag
-    went up meanwhile.
+    """Return the text of the answers, without special tokens; None if the stop flag was raised.
 
     Args:
-        seeds: what is drawn for each prompt follows from its own one: neither the number of ranks
-            nor the batch that it falls into changes it. Greedy answers need none.
+        seeds: one a prompt. What is sampled follows from it alone: neither the number of ranks nor
+            the batch changes it. Greedy answers need none.
     """
     ids = answer_ids(
         engine, [prompt.input_ids for prompt in prompts], section, stop, watch, seeds=seeds
@@ -80,9 +76,8 @@ def answer_ids(
     *,
     seeds: Sequence[int],
 ) -> list[list[int]] | None:
-    """The tokens of the answers to prompts of tokens, up to the first stop token of the generation
-    configuration.
-    """
+    """Return the tokens of the answers to prompts of tokens, up to the first stop token of the
+    model's generation configuration; None if the stop flag was raised."""
     model: Any = engine.module.model
     lengths = [len(prompt) for prompt in prompts]
     mine: dict[int, list[int]] = {}
@@ -91,9 +86,8 @@ def answer_ids(
             watch.beat("generation")
             if stop.poll():
                 return None
-            batch = numbers or [
-                lengths.index(min(lengths))
-            ]  # without a prompt it runs along for the collectives
+            # a rank without a prompt runs the shortest one: the collectives need every rank
+            batch = numbers or [lengths.index(min(lengths))]
             answers = _answers(
                 model,
                 [prompts[i] for i in batch],
@@ -102,7 +96,8 @@ def answer_ids(
                 synced=not independent,
             )
             mine |= dict(zip(numbers, answers, strict=False))
-    return _in_order(mine, len(prompts))
+    found = {number: answer for share in dist.gather(mine) for number, answer in share.items()}
+    return [found[number] for number in range(len(prompts))]
 
 
 def _answers(
@@ -112,42 +107,44 @@ def _answers(
     seeds: list[int],
     synced: bool,
 ) -> list[list[int]]:
-    """One batch.
+    """Answer one batch.
 
     Args:
-        synced: the other ranks run a batch, too, and need this one's forwards until the last of
-            them has ended.
+        synced: the other ranks need this one's forwards until the last of them has finished, as the
+            layers' weights are gathered forward by forward.
     """
     from transformers import GenerationConfig
 
     stops = _as_list(model.generation_config.eos_token_id)
     ids, mask = _padded(prompts)
-    width = ids.shape[1]
+    sampler = SeededSampler(section.temperature, section.top_p, seeds)
+    # The model's own configuration may hold settings for its users, as a penalty for repetition.
+    # That counts the padding as well, so an answer would depend on its batch.
     plain = GenerationConfig(
         max_new_tokens=section.max_new_tokens,
         eos_token_id=stops or None,
         pad_token_id=PAD,
         do_sample=False,
     )
-    with _configuration(model, plain):
+    before, model.generation_config = model.generation_config, plain
+    try:
         out = model.generate(
             input_ids=ids,
             attention_mask=mask,
             use_cache=True,
-            logits_processor=[SeededSampler(section.temperature, section.top_p, seeds)]
-            if section.temperature
-            else [],
+            logits_processor=[sampler] if section.temperature else [],
             synced_gpus=synced,
         )
-    return [_until_stop(row, stops) for row in out[:, width:].tolist()]
+    finally:
+        model.generation_config = before
+    return [_until_stop(row, stops) for row in out[:, ids.shape[1] :].tolist()]
 
 
 class SeededSampler:
-    """Draws each row's next token, as a logits processor: what it returns leaves that one token
-    possible.
+    """A logits processor that samples each row's next token: it leaves that token alone possible.
 
-    A row needs one uniform number a token. It comes from the row's own seed, on the CPU, so that it
-    is the same whatever batch, rank or device a prompt falls on.
+    A row needs one uniform number a token. It comes from the row's own seed, by a generator on the
+    CPU, so that it is the same in any batch and on any rank or device.
     """
 
     def __init__(self, temperature: float, top_p: float, seeds: Sequence[int]) -> None:
@@ -155,23 +152,27 @@ class SeededSampler:
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """(B, tokens until now), (B, V) logits -> (B, V): 0 at the drawn token, -inf elsewhere."""
+        """Map (B, V) logits to (B, V): 0 at the sampled token, -inf elsewhere."""
         uniform = torch.cat(
             [torch.rand(1, 1, generator=g, dtype=torch.float64) for g in self._generators]
         )
-        chosen = draw(scores, self._temperature, self._top_p, uniform.to(scores.device))
+        chosen = sample_tokens(scores, self._temperature, self._top_p, uniform.to(scores.device))
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
-def draw(
+def sample_tokens(
     scores: torch.Tensor, temperature: float, top_p: float, uniform: torch.Tensor
 ) -> torch.Tensor:
-    """(B, 1): of (B, V) logits the token at which the cumulative probability passes (B, 1) numbers
-    from [0, 1).
+    """Sample a token from each row of logits by inversion: the first token whose cumulative
+    probability exceeds the row's uniform number.
 
-    With `top_p` the least likely tokens are left out, as long as the others have that share. The
-    order of the sum is the vocabulary's and not that of the probabilities, which rounding would
-    change.
+    Args:
+        scores: (B, V) logits.
+        top_p: only the most likely tokens with this share of the probability can be sampled.
+        uniform: (B, 1) float64 numbers in [0, 1).
+
+    Returns:
+        (B, 1) token ids.
     """
     probabilities = torch.softmax(scores.double() / temperature, dim=-1)
     if top_p < 1:
@@ -180,6 +181,8 @@ def draw(
         probabilities = probabilities.masked_fill(
             torch.zeros_like(left_out).scatter_(1, order, left_out), 0.0
         )
+    # summed in the order of the vocabulary: rounding changes the order of close probabilities, and
+    # with it which token a number falls on
     cumulative = probabilities.cumsum(-1)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
 
@@ -197,61 +200,55 @@ def choice_logprobs(
     stop: dist.StopFlag,
     watch: Watch,
 ) -> list[list[float]] | None:
-    """For each prompt the log-probability (natural) of each choice's tokens at the start of its
-    answer.
-
-    The head sees the positions before these tokens alone. Choices that differ in their last token
-    share a row.
+    """Return for each prompt the natural log-probability of each choice's tokens after it; None if
+    the stop flag was raised.
 
     Args:
         choices: short texts, as "A" to "D".
-        batch: rows that one rank runs at once.
-
-    Returns:
-        One list a prompt, one number a choice; None where the stop flag went up meanwhile.
+        batch: sequences that one rank runs at once.
     """
-    wanted: dict[
-        tuple[int, ...], list[tuple[int, int, list[int]]]
-    ] = {}  # a row -> prompt, choice and its tokens
+    # Choices that differ in their last token alone share a sequence: its logits hold them all.
+    # The prompt's number comes first in the key, as two prompts may be equal.
+    wanted: dict[tuple[int, ...], list[tuple[int, int, list[int]]]] = {}
     for number, prompt in enumerate(prompts):
         for k, choice in enumerate(choices):
             tokens = tokens_after(tokenizer, prompt, choice)
-            row = (number, *prompt.input_ids, *tokens[:-1])  # the number: two prompts may be alike
-            wanted.setdefault(row, []).append((number, k, tokens))
-    rows = list(wanted)
+            key = (number, *prompt.input_ids, *tokens[:-1])
+            wanted.setdefault(key, []).append((number, k, tokens))
+    sequences = list(wanted)
     model: Any = engine.module.model
     mine: dict[tuple[int, int], float] = {}
     with _evaluating(model):
-        for numbers in _rounds([len(row) for row in rows], batch):
+        for numbers in _rounds([len(sequence) for sequence in sequences], batch):
             watch.beat("likelihoods")
             if stop.poll():
                 return None
-            given = [rows[i] for i in numbers or [0]]
-            last = max(len(tokens) for row in given for *_, tokens in wanted[row])
-            logprobs = _last_logprobs(model, [row[1:] for row in given], last).cpu()
-            for i, of_row in zip(numbers, logprobs, strict=False):
-                for number, k, tokens in wanted[rows[i]]:
+            given = [sequences[i] for i in numbers or [0]]
+            last = max(len(tokens) for sequence in given for *_, tokens in wanted[sequence])
+            logprobs = _last_logprobs(model, [sequence[1:] for sequence in given], last).cpu()
+            for i, row in zip(numbers, logprobs, strict=False):
+                for number, k, tokens in wanted[sequences[i]]:
                     places = torch.arange(last - len(tokens), last)
-                    mine[number, k] = float(of_row[places, torch.tensor(tokens)].double().sum())
+                    mine[number, k] = float(row[places, torch.tensor(tokens)].double().sum())
     found = {key: value for share in dist.gather(mine) for key, value in share.items()}
     return [[found[number, k] for k in range(len(choices))] for number in range(len(prompts))]
 
 
 def tokens_after(tokenizer: Any, prompt: Prompt, text: str) -> list[int]:
-    """The tokens of a text that follows a prompt, as they were learned: a tokenizer may write a
-    text otherwise where it stands alone."""
+    """Return the tokens of a text that follows a prompt, as the model was trained on them: a
+    tokenizer may split a text otherwise when it stands alone."""
     whole = tokenizer(prompt.text + text, add_special_tokens=False)["input_ids"]
     start = len(prompt.input_ids)
     if whole[:start] == prompt.input_ids and len(whole) > start:
         return whole[start:]
-    return tokenizer(text, add_special_tokens=False)[
-        "input_ids"
-    ]  # its start has grown together with the prompt's end
+    # the text's start has merged with the prompt's end
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _last_logprobs(model: Any, rows: list[tuple[int, ...]], last: int) -> torch.Tensor:
-    """(B, last, V) float32 log-probabilities of what follows each of a row's last tokens."""
-    ids, mask = _padded(rows)
+def _last_logprobs(model: Any, sequences: list[tuple[int, ...]], last: int) -> torch.Tensor:
+    """Return (B, last, V) float32 log-probabilities of what follows each of the last tokens."""
+    ids, mask = _padded(sequences)
+    # from the first real token: learned positions would count the padding otherwise
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     keep = {"logits_to_keep": last} if model._supports_logits_to_keep() else {}
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False, **keep)
@@ -262,11 +259,11 @@ def _last_logprobs(model: Any, rows: list[tuple[int, ...]], last: int) -> torch.
 
 
 def _rounds(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """The numbers of this rank's prompts, a batch at a time: as many batches on every rank, some of
-    them empty.
+    """Yield the numbers of this rank's prompts batch by batch: as many batches on every rank, some
+    of them empty.
 
-    Prompts of like lengths run together, on all ranks at the same time, the longest first: a device
-    that has no room for them says so at once.
+    Prompts of similar lengths run together, on all ranks at the same time. The longest come first,
+    so that a device without memory for them fails at once.
     """
     world, count = dist.world_size(), len(lengths)
     order = sorted(range(count), key=lambda i: (-lengths[i], i))
@@ -276,15 +273,11 @@ def _rounds(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, L) tokens with the padding on the left, and (B, L) 1 where a token is real."""
+    """Return (B, L) tokens, padded on the left, and (B, L) 1 where a token is real."""
     width = max(map(len, rows))
-    ids = torch.tensor(
-        [[PAD] * (width - len(row)) + list(row) for row in rows], device=dist.device()
-    )
-    mask = torch.tensor(
-        [[0] * (width - len(row)) + [1] * len(row) for row in rows], device=dist.device()
-    )
-    return ids, mask
+    ids = [[PAD] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=dist.device()), torch.tensor(mask, device=dist.device())
 
 
 def _until_stop(tokens: list[int], stops: Sequence[int]) -> list[int]:
@@ -295,29 +288,12 @@ def _as_list(ids: int | list[int] | None) -> list[int]:
     return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
 
-def _in_order(mine: dict[int, list[int]], count: int) -> list[list[int]]:
-    """What all ranks have, by number."""
-    found = {number: answer for share in dist.gather(mine) for number, answer in share.items()}
-    return [found[number] for number in range(count)]
-
-
 @contextmanager
 def _evaluating(model: Any) -> Iterator[None]:
-    """Inside, the model answers padded batches; afterwards a GPU has its memory back."""
+    """Prepare the model for padded batches inside; give a GPU's memory back afterwards."""
     model.eval()
+    # training's attention takes packed sequences and knows no padding mask
     with other_attention(model, "sdpa"):
         yield
     if dist.device().type == "cuda":
         torch.cuda.empty_cache()
-
-
-@contextmanager
-def _configuration(model: Any, plain: Any) -> Iterator[None]:
-    """Inside, the model has no generation configuration but this one. What its makers set for its
-    users, as a penalty for repetition, counts the padding, too, so that an answer would depend on
-    its batch."""
-    before, model.generation_config = model.generation_config, plain
-    try:
-        yield
-    finally:
-        model.generation_config = before

@@ -1,9 +1,9 @@
-"""Tasks of lm-evaluation-harness, by that library: `eval.lm_eval`, as `packhorse eval` runs it
-after the recipe's own evaluation.
+"""Run tasks of lm-evaluation-harness (`eval.lm_eval`), after the recipe's own evaluation by
+`packhorse eval`.
 
-In: a recipe whose model is a folder or a hub name. Out, in the results folder: lm_eval.json, the
-    metrics as in a line
-of evaluations.jsonl, and lm_eval.jsonl, their samples, so that `packhorse compare` pairs them.
+A recipe whose model is a folder or a hub name enters. Two files leave, in the results folder:
+lm_eval.json has the metrics as in a line of evaluations.jsonl, and lm_eval.jsonl the samples, so
+that `packhorse compare` pairs them.
 """
 
 from __future__ import annotations
@@ -25,20 +25,23 @@ from trainer.config.recipe import Recipe
 from trainer.datatypes import BadInput
 from trainer.eval.compare import HARNESS_METRICS, HARNESS_SAMPLES
 from trainer.eval.confidence import interval
-from trainer.utils.files import write_synced
+from trainer.utils.files import write_json, write_synced
 from trainer.utils.text import one_line
 
 _Z = NormalDist().inv_cdf(0.975)
 
 
 def require_tasks(section: EvalSection) -> Any:
-    """The library's list of tasks, all of the recipe's among them.
+    """Return the library's TaskManager, which knows all of the recipe's tasks. FOLDER/TASK is a
+    task of a folder of the user's.
 
     Raises:
-        BadInput: the library is not installed, or knows no such task.
+        BadInput: the library is not installed, a folder does not exist, or a task is unknown.
     """
-    if section.lm_eval_path and not Path(section.lm_eval_path).is_dir():
-        raise BadInput(f"eval.lm_eval_path: there is no folder {section.lm_eval_path}")
+    folders = [str(Path(task).parent) for task in section.lm_eval if "/" in task]
+    for folder in folders:
+        if not Path(folder).is_dir():
+            raise BadInput(f"eval.lm_eval: there is no folder {folder}")
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -46,8 +49,8 @@ def require_tasks(section: EvalSection) -> Any:
             f"eval.lm_eval: lm-evaluation-harness is not installed ({error}); install packhorse's "
             f"extra [lm-eval]"
         ) from None
-    manager = TaskManager(include_path=section.lm_eval_path)
-    for task in section.lm_eval:
+    manager = TaskManager(include_path=folders or None)
+    for task in _task_names(section):
         if task not in manager.all_tasks:
             near = difflib.get_close_matches(task, manager.all_tasks, n=3, cutoff=0.5)
             instead = f"; the nearest: {', '.join(near)}" if near else ""
@@ -55,59 +58,60 @@ def require_tasks(section: EvalSection) -> Any:
     return manager
 
 
+def _task_names(section: EvalSection) -> list[str]:
+    return [Path(task).name for task in section.lm_eval]
+
+
 def run_tasks(recipe: Recipe, out: Path, manager: Any) -> None:
-    """Run them in this process, on its GPUs where there are some, and write what came of them.
+    """Run the tasks in this process, on its GPUs if there are any, and write metrics and samples.
 
     Args:
-        manager: what `require_tasks` gave.
+        manager: what `require_tasks` returned.
 
     Raises:
-        BadInput: a task's data cannot be had.
+        BadInput: a task's data cannot be downloaded.
     """
     from lm_eval import evaluator
     from lm_eval.models import huggingface
 
-    library: Any = evaluator  # its decorators hide what its functions take
-    hugging_face_model: Any = huggingface.HFLM
+    # Any: the library's decorators hide its functions' parameters
+    library: Any = evaluator
+    load: Any = huggingface.HFLM
     section, model = recipe.eval, recipe.model
-    on_gpu = torch.cuda.is_available()
-    harness = hugging_face_model(
+    harness = load(
         pretrained=model.name,
         revision=model.revision or "main",
         dtype=model.dtype,
-        device="cuda" if on_gpu else "cpu",
+        device="cuda" if torch.cuda.is_available() else "cpu",
         parallelize=torch.cuda.device_count() > 1,
         batch_size=section.generate.batch if section.generate else 8,
         trust_remote_code=model.trust_remote_code,
     )
-    print(
-        f"lm-evaluation-harness {version('lm_eval')}: {', '.join(section.lm_eval)}", file=sys.stderr
-    )
+    tasks = _task_names(section)
+    print(f"lm-evaluation-harness {version('lm_eval')}: {', '.join(tasks)}", file=sys.stderr)
     try:
         found = library.simple_evaluate(
             harness,
-            tasks=list(section.lm_eval),
+            tasks=tasks,
             task_manager=manager,
             apply_chat_template=section.lm_eval_chat,
             bootstrap_iters=1000,  # for metrics that have no formula for their standard error
         )
     except (ConnectionError, FileNotFoundError) as error:
         raise BadInput(
-            f"eval.lm_eval: a task's data cannot be had from the hub ({one_line(error, 300)})"
+            f"eval.lm_eval: a task's data cannot be downloaded ({one_line(error, 300)})"
         ) from None
     samples = samples_of(found["samples"])
-    write_synced(
-        out / HARNESS_METRICS, json.dumps(metrics_of(found["results"], samples), indent=1) + "\n"
-    )
+    write_json(out / HARNESS_METRICS, metrics_of(found["results"], samples))
     write_synced(out / HARNESS_SAMPLES, "".join(json.dumps(sample) + "\n" for sample in samples))
 
 
 def metrics_of(
     results: dict[str, dict[str, Any]], samples: list[dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """The library's results as metrics: `task/metric` -> value, count and 95% interval.
+    """Convert the library's results to metrics: `task/metric` -> value, count and 95% interval.
 
-    The interval is ours where the value is the mean of the samples' scores, else by the library's
+    The interval is ours if the value is the mean of the samples' scores, else from the library's
     standard error.
     """
     scores: dict[str, list[float]] = defaultdict(list)
@@ -124,6 +128,7 @@ def metrics_of(
             full = _name(task, name, rule)
             own, error = scores.get(full), numbers.get(f"{name}_stderr,{rule}")
             low = high = None
+            # medians, perplexities and groups are no means of samples' scores
             if own and math.isclose(sum(own) / len(own), value):
                 low, high = interval(own)
             elif isinstance(error, int | float):
@@ -133,11 +138,10 @@ def metrics_of(
 
 
 def samples_of(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The library's samples as ours: the prompt, by its digest, and its scores, those that are
-    numbers of one sample.
+    """Convert the library's samples to ours: the prompt, by its digest, and its scores.
 
-    A metric that is no mean of such numbers, as a perplexity, has none: two of them are not
-    compared by pairs.
+    Only scores that are numbers of one sample are kept. A metric that is no mean of such numbers,
+    as a perplexity, has none, and is not compared by pairs.
     """
     samples = []
     for task, of_task in found.items():
@@ -154,5 +158,5 @@ def samples_of(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _name(task: str, metric: str, rule: str) -> str:
-    """`rule` is the library's filter of the answers; most tasks have one, called none."""
+    """Return our name of a metric. `rule` is the library's filter of answers, most often none."""
     return f"{task}/{metric}" + ("" if rule == "none" else f",{rule}")

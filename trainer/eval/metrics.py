@@ -1,8 +1,7 @@
-"""Answers and their scores: samples, and what they come to.
+"""Score all answers of an evaluation, and summarize each scorer as a metric.
 
-In: prompts, their answers, the scorers of the recipe. Out: samples, one a prompt, with every
-    scorer's score; and for
-each scorer a metric, the mean with its count and 95% interval.
+Prompts, answers and the recipe's scorers enter. One sample a prompt leaves, with every scorer's
+score; and one metric a scorer: the mean score, its count and its 95% interval.
 """
 
 from __future__ import annotations
@@ -15,20 +14,19 @@ from trainer import dist
 from trainer.config.eval import Choice, Function, Judge, Math, Scorer
 from trainer.datatypes import BadInput, Prompt
 from trainer.eval.confidence import interval
-from trainer.eval.llm_judge import judged
+from trainer.eval.llm_judge import judge_answers
 from trainer.eval.openai_client import Unreachable
 from trainer.eval.scorers import TooSlow, Unscored, expected, score
 from trainer.utils.math_answers import check_installed
 from trainer.utils.user_functions import load_function
 
-# of processor time that a scorer may lose to answers that it cannot score in time, in one
-# evaluation
+# processor time that a scorer may lose, in one evaluation, on answers that exceed its time limit
 SLOW_S = 60.0
 
 
 class Sample(NamedTuple):
-    """One held-out prompt, its answer, and the answer's scores by the scorers' names: 0 to 1, or
-    None with the reason in `unscored`."""
+    """A held-out prompt, its answer, and the answer's scores by the scorers' names: 0 to 1, or None
+    with the reason in `unscored`."""
 
     prompt: str
     answer: str
@@ -37,18 +35,13 @@ class Sample(NamedTuple):
     unscored: Mapping[str, str] = {}
 
     def as_json(self) -> dict[str, Any]:
-        """A line of samples.jsonl, less the step; `unscored` where there is something."""
-        fields = self._asdict()
-        return (
-            fields
-            if self.unscored
-            else {key: value for key, value in fields.items() if key != "unscored"}
-        )
+        """Return the fields of a line of samples.jsonl, without `unscored` if that is empty."""
+        return {key: value for key, value in self._asdict().items() if value or key != "unscored"}
 
 
 class Metric(NamedTuple):
-    """The mean of `count` scores and its 95% interval; without a value where there is no score, for
-    the reason in `missing`."""
+    """The mean of `count` scores and its 95% interval; no value if there is no score, for the
+    reason in `missing`."""
 
     value: float | None
     count: int
@@ -57,22 +50,15 @@ class Metric(NamedTuple):
     missing: str | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """As evaluations.jsonl has it: `missing` where something is."""
-        fields = self._asdict()
-        return (
-            fields
-            if self.missing
-            else {key: value for key, value in fields.items() if key != "missing"}
-        )
+        """Return the fields in evaluations.jsonl, without `missing` if nothing is."""
+        return {key: value for key, value in self._asdict().items() if value or key != "missing"}
 
 
 def check_scorers(scorers: Mapping[str, Scorer], prompts: Sequence[Prompt]) -> None:
-    """Say before anything is trained what a scorer lacks, to be logged where it is of some prompts
-    only.
+    """Check before training that every scorer can score the prompts. Log those that it cannot.
 
     Raises:
-        BadInput: a scorer lacks a library, a function or a file, or has nothing to hold any of the
-            answers against.
+        BadInput: a scorer lacks a library, a function or a file, or can score none of the prompts.
     """
     for name, rule in scorers.items():
         what = f"eval.generate.scorers.{name} ({rule.kind})"
@@ -88,8 +74,7 @@ def check_scorers(scorers: Mapping[str, Scorer], prompts: Sequence[Prompt]) -> N
         if lacking and lacking == len(prompts):
             raise BadInput(
                 f"{what}: none of the {lacking} held-out prompts can be scored: "
-                f"{_most_common(reasons)}; "
-                "give data.eval rows that can, or correct the scorer"
+                f"{_most_common(reasons)}; give data.eval rows that can, or correct the scorer"
             )
         if lacking:
             dist.log.warning(
@@ -101,51 +86,65 @@ def check_scorers(scorers: Mapping[str, Scorer], prompts: Sequence[Prompt]) -> N
             )
 
 
-def samples(
+def score_samples(
     prompts: Sequence[Prompt],
     answers: Sequence[str],
     scorers: Mapping[str, Scorer],
     letters: Mapping[str, Sequence[str]] | None = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> list[Sample]:
-    """The answers with all their scores. What a scorer could not score is logged, in one line.
+    """Score the answers by all scorers. Log in one line what a scorer could not score.
 
     Args:
-        letters: of each scorer of the kind `choice`, by its name: the likeliest letter after each
+        letters: by the name of each scorer of kind `choice`, the likeliest letter after each
             prompt.
-        stopping: asked now and then while a judge is waited for.
+        stopping: called while a judge is waited for.
 
     Raises:
-        Cancelled (trainer.eval.openai_client): `stopping` said yes.
+        Cancelled (trainer.eval.openai_client): `stopping` returned True.
     """
-    columns = {}
+    columns: dict[str, list[float | str]] = {}
     for name, rule in scorers.items():
-        said = (letters or {})[name] if isinstance(rule, Choice) else answers
-        columns[name] = _scores(rule, prompts, said, stopping)
+        scored = (letters or {})[name] if isinstance(rule, Choice) else answers
+        columns[name] = _scores(rule, prompts, scored, stopping)
         reasons = Counter(found for found in columns[name] if isinstance(found, str))
         if reasons:
-            what = f"{name} ({rule.kind}): {sum(reasons.values())} of {len(answers)} answers have no score"
-            dist.log.warning("%s: %s", what, _most_common(reasons))
-    made = []
+            dist.log.warning(
+                "%s (%s): %d of %d answers have no score: %s",
+                name,
+                rule.kind,
+                sum(reasons.values()),
+                len(answers),
+                _most_common(reasons),
+            )
+    samples = []
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         found = {name: column[number] for name, column in columns.items()}
         unscored = {name: reason for name, reason in found.items() if isinstance(reason, str)}
-        scores = {name: None if isinstance(value, str) else value for name, value in found.items()}
-        made.append(Sample(prompt.text, answer, prompt.reference, scores, unscored))
-    return made
+        scores: dict[str, float | None] = {
+            name: None if isinstance(value, str) else value for name, value in found.items()
+        }
+        samples.append(Sample(prompt.text, answer, prompt.reference, scores, unscored))
+    return samples
 
 
-def metrics(samples: Sequence[Sample]) -> dict[str, Metric]:
-    """What the samples come to, by the scorers' names."""
-    return {name: _metric(name, samples) for name in (samples[0].scores if samples else {})}
+def summarize(samples: Sequence[Sample]) -> dict[str, Metric]:
+    """Return each scorer's metric over the samples, by the scorer's name."""
+    metrics = {}
+    for name in samples[0].scores if samples else ():
+        scores = [value for sample in samples if (value := sample.scores[name]) is not None]
+        if scores:
+            metrics[name] = Metric(sum(scores) / len(scores), len(scores), *interval(scores))
+        else:
+            reasons = Counter(sample.unscored.get(name, "no score") for sample in samples)
+            metrics[name] = Metric(None, 0, None, None, _most_common(reasons))
+    return metrics
 
 
 def as_table(samples: Sequence[Sample], rows: int = 8, characters: int = 600) -> str:
-    """The first samples as a Markdown table; a text is shown up to so many characters, a prompt's
-    last.
-    """
-    names = list(samples[0].scores) if samples else []
-    heads = ["prompt", "answer", "reference", *names]
+    """Return the first samples as a Markdown table. Of a longer text the first `characters` are
+    shown, of a prompt the last."""
+    heads = ["prompt", "answer", "reference", *(samples[0].scores if samples else ())]
     lines = [heads, ["---"] * len(heads)]
     for sample in samples[:rows]:
         texts = (
@@ -154,22 +153,23 @@ def as_table(samples: Sequence[Sample], rows: int = 8, characters: int = 600) ->
             sample.reference[:characters],
         )
         scores = ["" if value is None else f"{value:.3g}" for value in sample.scores.values()]
-        lines.append([*map(_cell, texts), *scores])
+        lines.append([*map(_table_cell, texts), *scores])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cell(text: str) -> str:
-    """The text as it is, whatever it would mean in Markdown or HTML, on one line."""
-    return "<br>".join("".join(map(_safe, line)) for line in text.splitlines())
+def _table_cell(text: str) -> str:
+    """Return the text on one line, escaped: TensorBoard reads it as Markdown and HTML."""
+    return "<br>".join("".join(map(_escape, line)) for line in text.splitlines())
 
 
-def _safe(character: str) -> str:
+def _escape(character: str) -> str:
     if not character.isprintable():
         return " "
     return character if character.isalnum() or character == " " else f"&#{ord(character)};"
 
 
 def _lacking(rule: Scorer, prompt: Prompt) -> str | None:
+    """Return why no answer to the prompt can be scored; None if one can. Raises TooSlow."""
     try:
         expected(rule, prompt)
     except TooSlow:
@@ -182,9 +182,9 @@ def _lacking(rule: Scorer, prompt: Prompt) -> str | None:
 def _scores(
     rule: Scorer, prompts: Sequence[Prompt], answers: Sequence[str], stopping: Callable[[], bool]
 ) -> list[float | str]:
-    """A score for each answer, or the reason why there is none."""
+    """Return a score for each answer, or the reason why it has none."""
     if isinstance(rule, Judge):
-        return _judgements(rule, prompts, answers, stopping)
+        return _judge_scores(rule, prompts, answers, stopping)
     found: list[float | str] = []
     slow_s = 0.0
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -192,41 +192,30 @@ def _scores(
             found.append(score(rule, prompt, answer))
         except TooSlow as slow:
             slow_s += slow.limit_s
-            if slow_s >= SLOW_S:  # what is left would take as long: the metric is missing
-                return [f"given up: {slow}, at {round(slow_s / slow.limit_s)} answers"] * len(
-                    answers
-                )
+            # the answers that are left would take as long, and the evaluation must end
+            if slow_s >= SLOW_S:
+                reason = f"given up: {slow}, at {round(slow_s / slow.limit_s)} answers"
+                return [reason] * len(answers)
             found.append(str(slow))
         except Unscored as reason:
             found.append(str(reason))
     return found
 
 
-def _judgements(
+def _judge_scores(
     rule: Judge, prompts: Sequence[Prompt], answers: Sequence[str], stopping: Callable[[], bool]
 ) -> list[float | str]:
     found: list[float | str] = [_lacking(rule, prompt) or "" for prompt in prompts]
     asked = [number for number, reason in enumerate(found) if not reason]
     try:
-        grades = judged(
-            rule,
-            [prompts[number] for number in asked],
-            [answers[number] for number in asked],
-            stopping,
+        scores = judge_answers(
+            rule, [prompts[i] for i in asked], [answers[i] for i in asked], stopping
         )
     except Unreachable as error:
         return [str(error)] * len(answers)
-    for number, grade in zip(asked, grades, strict=True):
-        found[number] = "the judge's reply ends in no verdict" if grade is None else grade
+    for number, value in zip(asked, scores, strict=True):
+        found[number] = "the judge's reply ends in no verdict" if value is None else value
     return found
-
-
-def _metric(name: str, samples: Sequence[Sample]) -> Metric:
-    scores = [value for sample in samples if (value := sample.scores[name]) is not None]
-    if not scores:
-        reasons = Counter(sample.unscored.get(name, "no score") for sample in samples)
-        return Metric(None, 0, None, None, _most_common(reasons))
-    return Metric(sum(scores) / len(scores), len(scores), *interval(scores))
 
 
 def _most_common(reasons: Counter[str]) -> str:

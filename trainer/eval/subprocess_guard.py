@@ -1,12 +1,12 @@
-"""Runs a command, and ends it with all its children when the process that asked for it is gone,
-however that died.
+"""Run a command, and end it with all its children when the process that started it has died,
+however that happened.
 
-    python supervise.py PARENT COMMAND ...
+    python subprocess_guard.py PARENT COMMAND ...
 
 PARENT is the id of the process that starts this one. On SIGTERM, which the kernel also sends when
-PARENT dies, all that has come of the command is ended: vLLM's engine outlives its server where that
-alone is killed, and keeps the GPU. Run as a file, by no other than served.py: it needs none of the
-trainer's packages but psutil.
+PARENT dies, every descendant of the command is ended: vLLM's engine outlives its server if that
+alone is killed, and would keep the GPU. vllm_server.py runs this as a file; it imports nothing of
+the trainer, only psutil.
 """
 
 from __future__ import annotations
@@ -20,38 +20,41 @@ from contextlib import suppress
 
 import psutil
 
-_DEATH_SIGNAL, _ADOPT_ORPHANS = 1, 36  # of prctl
-_GRACE_S = 20.0  # to end by itself
+_SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # options of prctl(2)
+_GRACE_S = 20.0  # between SIGTERM and SIGKILL
 
 
 def main(parent: int, command: list[str]) -> int:
-    """Returns the command's exit code; that of SIGTERM where it was ended."""
-    signal.signal(signal.SIGTERM, _leave)
+    """Run the command. Return its exit code, or SIGTERM's if it was ended."""
+
+    def leave(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the cleanup short
+        raise SystemExit
+
+    signal.signal(signal.SIGTERM, leave)
     prctl = ctypes.CDLL(None).prctl
-    prctl(_DEATH_SIGNAL, signal.SIGTERM)
-    prctl(_ADOPT_ORPHANS, 1)  # so that all of them are found
+    prctl(_SET_PDEATHSIG, signal.SIGTERM)
+    # orphans become our children, so that all descendants can be found
+    prctl(_SET_CHILD_SUBREAPER, 1)
     try:
-        if os.getppid() != parent:  # it died before the kernel was asked
+        # the parent may have died before the kernel was asked for the signal
+        if os.getppid() != parent:
             return 128 + signal.SIGTERM
         return subprocess.Popen(command).wait()
     except SystemExit:
         return 128 + signal.SIGTERM
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _end_all()
+        _end_descendants()
 
 
-def _leave(*_: object) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the end short
-    raise SystemExit
-
-
-def _end_all() -> None:
+def _end_descendants() -> None:
     children = psutil.Process().children(recursive=True)
     for child in children:
         _send(child, signal.SIGTERM)
     psutil.wait_procs(children, _GRACE_S)
-    while children := psutil.Process().children(recursive=True):  # also what was started meanwhile
+    # again until none is left: some may have started meanwhile
+    while children := psutil.Process().children(recursive=True):
         for child in children:
             _send(child, signal.SIGKILL)
         psutil.wait_procs(children, 1.0)

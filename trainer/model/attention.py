@@ -280,14 +280,9 @@ def _flash_attn(
 
     _refuse(layer, "flash_attn", arguments, ("sinks",))
     q, k, v, scale = _for_varlen(layer, "flash_attn", query, key, value, arguments.scale)
+    ends, longest = arguments.bounds.cu_seqlens, arguments.bounds.max_seqlen
     out = flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        arguments.bounds.cu_seqlens,
-        arguments.bounds.cu_seqlens,
-        arguments.bounds.max_seqlen,
-        arguments.bounds.max_seqlen,
+        *(q, k, v, ends, ends, longest, longest),
         dropout_p=arguments.dropout or 0.0,
         softmax_scale=scale,
         causal=True,
@@ -308,24 +303,17 @@ def _torch_varlen(
 
     _refuse(layer, "torch_varlen", arguments, ("softcap", "sinks", "dropout"))
     q, k, v, scale = _for_varlen(layer, "torch_varlen", query, key, value, arguments.scale)
+    ends, longest = arguments.bounds.cu_seqlens, arguments.bounds.max_seqlen
     grouped: dict[str, Any] = {}
     if k.shape[1] != q.shape[1]:
         if _takes_groups(varlen_attn):
             grouped = {"enable_gqa": True}
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    # by default a token would see all that follow it: a window without any to the right is causal
+    window = (arguments.window - 1 if arguments.window else -1, 0)
     out = varlen_attn(
-        q,
-        k,
-        v,
-        arguments.bounds.cu_seqlens,
-        arguments.bounds.cu_seqlens,
-        arguments.bounds.max_seqlen,
-        arguments.bounds.max_seqlen,
-        scale=scale,
-        # its default is not causal: none to the right makes it so
-        window_size=(arguments.window - 1 if arguments.window else -1, 0),
-        **grouped,
+        q, k, v, ends, ends, longest, longest, scale=scale, window_size=window, **grouped
     )
     assert isinstance(out, torch.Tensor)
     return out[..., : value.shape[-1]].unsqueeze(0)

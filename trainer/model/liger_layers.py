@@ -1,13 +1,11 @@
-"""Liger's kernels for what lies between a layer's matrix products: norms, rotary positions, gated
-activations.
+"""Put Liger's kernels into a model: norms, rotary positions and gated activations.
 
-In: a loaded transformers model. Out: the same model, whose small operations are one kernel each
-    where Liger knows
-its type. Weights, modules and names stay as they are.
+In: a loaded transformers model. Out: the same model, in which each of these operations is one
+kernel if Liger knows the model's type. Weights, modules and names stay as they are.
 
-Liger puts its kernels into a model's own modules, and by name into transformers' file, for all
-models of the process. The second is taken back here: a model that is loaded later, to check an
-export on a CPU, has to be as it was written.
+Liger changes a model's own modules, and names in transformers' module, for all models of the
+process. The second is taken back here: a model that is loaded later, to check an export on a CPU,
+must compute as transformers wrote it.
 """
 
 from __future__ import annotations
@@ -24,18 +22,20 @@ from torch import nn
 
 from trainer.datatypes import BadInput
 
-_ROPE = "apply_rotary_pos_emb"  # the function's name in transformers' files
-# loss.py has the loss; a layer norm's kernel would be put into torch.nn itself
+_ROPE = "apply_rotary_pos_emb"  # the function's name in transformers' modules
+# The loss is loss.py's; Liger would put its layer norm into torch.nn itself.
 _LEFT_OUT = {"cross_entropy": False, "fused_linear_cross_entropy": False, "layer_norm": False}
 _GATED = {"swiglu": False, "geglu": False}
 
 
 def fuse(model: Any, name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Put Liger's kernels into the model as `model.layer_kernels` asks for. Returns what was done,
-    for the log.
+    """Put Liger's kernels into the model as `model.layer_kernels` says.
+
+    Returns:
+        What was done, for the log.
 
     Raises:
-        BadInput: they are asked for where they cannot run, or Liger does not know the model.
+        BadInput: the recipe names liger where it cannot run, or for a model it does not know.
     """
     missing = _missing(model, device)
     if name == "liger" and missing:
@@ -55,7 +55,7 @@ def _missing(model: Any, device: torch.device) -> str | None:
     if importlib.util.find_spec("liger_kernel") is None:
         return "the package liger-kernel is not installed"
     if not type(model).__module__.startswith("transformers.models."):
-        return "the model brings code of its own"
+        return "the model brings code of its own"  # which Liger's functions were not written for
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     if model.config.model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
@@ -68,15 +68,14 @@ def _kernels_run_on(device: torch.device) -> bool:
 
 
 def _fuse(model: Any) -> int:
-    """Returns the number of modules that were given another forward."""
+    """Return the number of modules that got another forward."""
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
     before = set(_with_own_forward(model))
-    names = _names_of_file(model)
+    names = _module_names(model)
     as_written = dict(names)
-    experts = any(
-        "expert" in key for key in model.config.to_dict()
-    )  # theirs have another form in each model
+    # the gated activations of experts have another form in each model
+    experts = any("expert" in key for key in model.config.to_dict())
     _apply_liger_kernel_to_instance(model, **_LEFT_OUT, **(_GATED if experts else {}))
     fused_rope = names.get(_ROPE)
     names.update(as_written)
@@ -89,21 +88,17 @@ def _fuse(model: Any) -> int:
 
 
 def _with_own_forward(model: Any) -> Iterator[nn.Module]:
-    """The model's modules whose forward is not their class's."""
+    """Return the model's modules whose forward is not their class's."""
     return (module for module in model.modules() if "forward" in vars(module))
 
 
-def _names_of_file(model: Any) -> dict[str, Any]:
-    """The names in transformers' file of this model: functions and classes, by which all models of
-    it are made.
-    """
+def _module_names(model: Any) -> dict[str, Any]:
+    """Return the functions and classes of the model's Python module, by name, to be changed."""
     return vars(sys.modules[type(model).__module__])
 
 
 class _Rope:
-    """A file's rotary positions: Liger's where its kernels run, the file's own elsewhere and inside
-    `plain`.
-    """
+    """Rotary positions: by Liger where its kernels run, else and inside `plain` as written."""
 
     def __init__(self, own: Any, fused: Any) -> None:
         self._own = own._own if isinstance(own, _Rope) else own
@@ -121,12 +116,12 @@ def is_fused(model: Any) -> bool:
 
 @contextmanager
 def plain(model: Any) -> Iterator[None]:
-    """Inside, the model computes as transformers wrote it: what the kernels are compared with."""
+    """Let the model compute as transformers wrote it inside the block, for comparisons."""
     if not is_fused(model):
         yield
         return
     forwards: dict[nn.Module, Any] = model._fused_forwards
-    rope = _names_of_file(model).get(_ROPE)
+    rope = _module_names(model).get(_ROPE)
     for module in forwards:
         del vars(module)["forward"]
     if isinstance(rope, _Rope):

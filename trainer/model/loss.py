@@ -1,12 +1,12 @@
-"""Hidden states of the trained positions, and their weights -> the weighted cross-entropy, without
-whole logits.
+"""Compute the weighted cross-entropy of the trained positions without holding all logits.
 
-In: hidden (N, H), the head's weight (V, H), targets (N,), weights (N,). Out: one fp32 number,
-    sum(weight x loss).
+In: hidden states (N, H), the head's weight (V, H), targets (N,), weights (N,). Out: one fp32
+number, sum(weight x loss).
 
 Three kernels give the same number and gradients (X6): `reference`, which reads like the formula and
-holds all logits; `chunked`, for the CPU; `liger`, for CUDA. N trained positions, H hidden, V
-vocabulary, B a block of it.
+holds all logits; `chunked`, for the CPU; `liger`, for CUDA.
+
+Shapes: N trained positions, H hidden size, V vocabulary, B entries of a block of the vocabulary.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import torch.nn.functional as F
 
 from trainer.datatypes import BadInput
 
-# c of C5: `chunked` works on c x H entries of the vocabulary at a time (measured: flat from 2 to
-# 16)
+# c of C5: `chunked` works on c x H entries of the vocabulary at a time. Its speed is flat from 2 to
+# 16.
 BLOCK_HIDDEN = 4
 # c of C5 for `liger`: it makes the logits of c x H x N / V positions at a time, and adds each such
 # part's gradient to the head's, in fp32. At Liger's own 1 an N of 8192 and Qwen2.5-1.5B's head are
@@ -33,8 +33,9 @@ LIGER_HIDDEN = 8
 
 @dataclass(frozen=True)
 class LogitTransform:
-    """What a model does to its head's output: cap x tanh(scale x logits / cap), or scale x logits
-    without a cap.
+    """What a model does to its head's output: cap x tanh(scale x logits / cap).
+
+    Without a cap it is scale x logits.
     """
 
     scale: float = 1.0
@@ -46,10 +47,10 @@ class LogitTransform:
 
 
 def choose_kernel(name: str, device: torch.device) -> str:
-    """The kernel that `loss.kernel` asks for: liger on CUDA and chunked elsewhere for `auto`.
+    """Return the kernel for `loss.kernel`; `auto` is liger on CUDA and chunked elsewhere.
 
     Raises:
-        BadInput: liger is asked for where it cannot run.
+        BadInput: the recipe names liger where it cannot run.
     """
     installed = importlib.util.find_spec("liger_kernel") is not None
     if name == "auto":
@@ -74,75 +75,59 @@ def linear_cross_entropy(
     bias_V: torch.Tensor | None = None,
     transform: LogitTransform | None = None,
 ) -> torch.Tensor:
-    """sum_i weights[i] x cross_entropy(transform(hidden[i] @ head_weight.T + bias), targets[i]), ()
-    float32.
+    """Return sum_i weights[i] x cross_entropy(transform(hidden[i] W' + bias), targets[i]).
 
-    `uniform_weight` is the one value of `weights` where they are alike; it saves `liger` a pass.
-    Without a trained position the result is a zero that still gives every parameter a gradient (of
-    zeros), so that no collective waits for one.
+    Args:
+        uniform_weight: the value of all `weights`, where they are alike; it saves `liger` a pass.
+        kernel: `reference`, `chunked` or `liger`.
+
+    Returns:
+        () float32.
     """
     transform = transform or LogitTransform()
     if hidden_NH.shape[0] == 0:
-        return _zero_with_gradients(hidden_NH, head_weight_VH, bias_V)
-    args = (hidden_NH, head_weight_VH, bias_V, targets_N, weights_N)
+        # A filler has no trained position. Its loss is a zero that still gives every parameter a
+        # gradient of zeros, so that no collective of another rank waits for one.
+        tensors = [t for t in (hidden_NH, head_weight_VH, bias_V) if t is not None]
+        return torch.stack([t.reshape(-1)[:1].float().sum() * 0.0 for t in tensors]).sum()
     if kernel == "reference":
-        return _reference(*args, transform)
+        logits_NV = transform(F.linear(hidden_NH, head_weight_VH, bias_V).float())
+        return (F.cross_entropy(logits_NV, targets_N, reduction="none") * weights_N).sum()
+    args = (hidden_NH, head_weight_VH, bias_V, targets_N, weights_N)
     if kernel == "chunked":
         return _Chunked.apply(*args, transform)  # type: ignore[return-value]
     assert kernel == "liger", kernel
     return _liger(*args, uniform_weight, transform)
 
 
-def _zero_with_gradients(*tensors: torch.Tensor | None) -> torch.Tensor:
-    parts = [t.reshape(-1)[:1].float().sum() * 0.0 for t in tensors if t is not None]
-    return torch.stack(parts).sum()
-
-
-# ---------------------------------------------------------------------------------------- reference
-
-
-def _reference(
-    hidden_NH: torch.Tensor,
-    head_weight_VH: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    targets_N: torch.Tensor,
-    weights_N: torch.Tensor,
-    transform: LogitTransform,
-) -> torch.Tensor:
-    logits_NV = transform(F.linear(hidden_NH, head_weight_VH, bias_V).float())
-    return (F.cross_entropy(logits_NV, targets_N, reduction="none") * weights_N).sum()
-
-
 # ------------------------------------------------------------------------------------------ chunked
 
 
 class _Block(NamedTuple):
-    """Entries [start, stop) of the vocabulary: their logits, and the targets that lie among them."""
+    """Entries [start, stop) of the vocabulary: their logits, and the targets among them.
+
+    `low` has the weights' type, and is room for the gradient that goes back into matrix products.
+    `logits` shares its storage if that type is fp32.
+    """
 
     start: int
     stop: int
-    low: (
-        torch.Tensor
-    )  # (N, B) in the weights' type: room for the gradient that goes back into matrix products
-    logits: (
-        torch.Tensor
-    )  # (N, B) float32, after the transform; the same storage as `low` where the type is fp32
-    column: (
-        torch.Tensor
-    )  # (N, 1) the target's column in this block (any column where it lies elsewhere)
-    inside: torch.Tensor  # (N, 1) 1.0 where the target lies in this block
+    low: torch.Tensor  # (N, B)
+    logits: torch.Tensor  # (N, B) float32, after the transform
+    column: torch.Tensor  # (N, 1) the target's column, or any column if it is in another block
+    inside: torch.Tensor  # (N, 1) 1.0 if the target is in this block
 
 
 class _Chunked(torch.autograd.Function):
-    """The loss by blocks of the vocabulary: forward keeps each position's log-sum-exp, backward
-    makes the logits again.
+    """The loss by blocks of the vocabulary.
 
-    Blocks of the vocabulary rather than of positions: a block's rows of the weight's gradient come
-    out of one matrix product over all N positions, so nothing is accumulated (no fp32 copy of the
-    head, no rounding between chunks), and the workspace is N x B = c x N x H whatever V is: at most
-    12 N x H fp32 numbers in all with a soft cap, 7 without. The fourth matrix product costs less
-    than accumulating does: 512 x 576 x 49152 in bf16 on one core takes 0.36 s, chunks of 96
-    positions 0.41 s, whole logits 0.49 s.
+    Forward keeps each position's log-sum-exp, backward computes the logits again. Blocks are of the
+    vocabulary rather than of positions: a block's part of the weight's gradient is one matrix
+    product over all N positions, so that nothing is accumulated (no fp32 copy of the head, no
+    rounding between chunks). The workspace is N x B = c x N x H whatever V is: at most 12 N x H
+    fp32 numbers in all with a soft cap, 7 without. The fourth matrix product costs less than
+    accumulating does: 512 x 576 x 49152 in bf16 on one core takes 0.36 s, chunks of 96 positions
+    0.41 s, whole logits 0.49 s.
     """
 
     @staticmethod
@@ -159,6 +144,7 @@ class _Chunked(torch.autograd.Function):
         target_logit_N1 = torch.zeros_like(lse_N1)
         for block in _blocks(hidden_NH, head_weight_VH, bias_V, targets_N, transform):
             target_logit_N1 += block.logits.gather(1, block.column) * block.inside
+            # shifted by the block's highest logit, or exp would overflow
             highest_N1 = block.logits.amax(1, keepdim=True)
             sum_N1 = block.logits.sub_(highest_N1).exp_().sum(1, keepdim=True)
             lse_N1 = torch.logaddexp(lse_N1, highest_N1 + sum_N1.log_())
@@ -172,6 +158,7 @@ class _Chunked(torch.autograd.Function):
         hidden_NH, head_weight_VH, bias_V, targets_N, weights_N, lse_N1 = ctx.saved_tensors
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         weights_N1 = (weights_N * grad_loss).unsqueeze(1)
+        # the blocks' parts are summed here, and bf16 would round after each
         grad_hidden_NH = torch.zeros_like(hidden_NH, dtype=torch.float32)
         grad_weight_VH = torch.empty_like(head_weight_VH) if needs_weight else None
         grad_bias_V = torch.empty_like(bias_V) if needs_bias else None
@@ -201,7 +188,7 @@ def _blocks(
     targets_N: torch.Tensor,
     transform: LogitTransform,
 ) -> Iterator[_Block]:
-    """The logits, block after block, in buffers that the next block overwrites."""
+    """Yield the logits block by block, in buffers that the next block overwrites."""
     (N, H), V = hidden_NH.shape, head_weight_VH.shape[0]
     width = min(V, BLOCK_HIDDEN * H)
     low_buffer = hidden_NH.new_empty(N * width)
@@ -218,6 +205,7 @@ def _blocks(
             hidden_NH, head_weight_VH[start:stop].t(), out=low_buffer[: N * size].view(N, size)
         )
         logits = logits_buffer[: N * size].view(N, size)
+        # what follows is fp32 in every type, as bf16 has 8 bits for a sum over the vocabulary
         if logits.data_ptr() != low.data_ptr():
             logits.copy_(low)
         if bias_V is not None:
@@ -234,9 +222,10 @@ def _blocks(
 def _gradient_of_logits(
     block: _Block, lse_N1: torch.Tensor, weights_N1: torch.Tensor, transform: LogitTransform
 ) -> torch.Tensor:
-    """weights x (softmax - one-hot), taken back through the transform; (N, B) in the weights' type."""
+    """Return weights x (softmax - one-hot) through the transform, (N, B) in the weights' type."""
     slope = None
-    if transform.softcap:  # of cap x tanh(x / cap), from its own value
+    if transform.softcap:
+        # the derivative of cap x tanh(x / cap), from its value y: 1 - (y / cap)^2
         slope = block.logits.div(transform.softcap).square_().neg_().add_(1.0)
     grad = block.logits.sub_(lse_N1).exp_()
     grad.scatter_add_(1, block.column, -block.inside)
@@ -260,12 +249,14 @@ def _liger(
     uniform_weight: float | None,
     transform: LogitTransform,
 ) -> torch.Tensor:
-    """Liger's fused kernel (liger_kernel 0.8.5). Alike weights take one pass; unlike ones make the
-    logits twice.
+    """Compute the loss by Liger's fused kernel (liger_kernel 0.8.5).
+
+    Weights that are alike take one pass; others make the logits twice.
     """
     from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-    if transform.scale != 1.0:  # Liger knows no scale: scale x (h W' + b) = (scale h) W' + scale b
+    if transform.scale != 1.0:
+        # Liger has no scale: scale x (h W' + b) = (scale h) W' + scale b
         hidden_NH = hidden_NH * transform.scale
         bias_V = bias_V * transform.scale if bias_V is not None else None
     loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(  # type: ignore[misc]

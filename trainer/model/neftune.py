@@ -1,9 +1,7 @@
-"""NEFTune (Jain et al., 2023, arXiv:2310.05914), with the noise of a document belonging to the
-document (C3).
+"""Make NEFTune's noise (Jain et al., 2023, arXiv:2310.05914) so that it belongs to a document (C3).
 
-In: a batch's document keys and lengths. Out: noise for its embeddings, the same however documents
-    are packed,
-ranked or resumed.
+In: a batch's document keys and lengths. Out: noise for its embeddings, alike however documents are
+packed, spread over ranks, or resumed.
 """
 
 from __future__ import annotations
@@ -24,18 +22,20 @@ def document_noise(
     alpha: float,
     device: torch.device,
 ) -> torch.Tensor:
-    """(T, width) float32, uniform in +-alpha / sqrt(L x width) with L each document's own length.
+    """Return (T, width) float32, uniform in +-alpha / sqrt(L x width), L each document's length.
 
-    Drawn from (seed, epoch, document, piece), so that packing weakens nothing: where the whole
-    row's length is taken for L, as elsewhere, the noise shrinks by sqrt(row / document). The CPU's
-    and a GPU's numbers differ.
+    The numbers of a CPU and of a GPU differ.
+
+    Args:
+        document_keys: (epoch, document, piece) of each document, from which its noise follows.
     """
     noise = torch.empty(sum(lengths), width, device=device)
     generator = torch.Generator(device)
-    for (epoch, document, piece), length, part in zip(
-        document_keys, lengths, noise.split(list(lengths))
-    ):
+    parts = noise.split(list(lengths))
+    for (epoch, document, piece), length, part in zip(document_keys, lengths, parts):
         generator.manual_seed(seed_from(seed, "neftune", epoch, document, piece))
+        # by the document's length: by the packed sequence's, as elsewhere, the noise would shrink
+        # by sqrt(sequence / document)
         bound = alpha / math.sqrt(length * width)
         part.uniform_(-bound, bound, generator=generator)
     return noise

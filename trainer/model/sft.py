@@ -1,10 +1,9 @@
-"""A causal language model with its loss: one micro-batch in, its share of the step's loss out.
+"""Join a causal language model with its loss: a micro-batch in, its share of the step's loss out.
 
 In: a transformers model (load.py) and a Batch. Out: sum(cross-entropy x weight) over the trained
-    positions, ()
-float32. The backbone runs over all T tokens of the row, the head over the N trained positions only,
-and the loss is made inside the head's forward: there ZeRO-3 has the head's weight whole, tied or
-not (C5).
+positions, () float32. The backbone runs over all T tokens of the packed sequence, the head over the
+N trained positions only. The loss is computed inside the head's forward, because there ZeRO-3 holds
+the head's weight whole, tied or not (C5).
 """
 
 from __future__ import annotations
@@ -25,47 +24,53 @@ from trainer.model.neftune import document_noise
 
 
 class Targets(NamedTuple):
-    """What the head needs beside hidden states to return the loss instead of logits."""
+    """What the head needs beside hidden states to return the loss instead of logits.
 
-    targets: torch.Tensor  # (N,)
-    weights: torch.Tensor  # (N,)
+    Shapes: N trained positions. `uniform_weight` is the value of all `weights`, or None.
+    """
+
+    targets: torch.Tensor  # (N,) int64
+    weights: torch.Tensor  # (N,) float32
     uniform_weight: float | None
     kernel: str
     transform: LogitTransform
 
 
 class SftModel(nn.Module):
-    """The model that is trained: `forward(batch)` is the loss, `model` the transformers model, as
-    it was to its users.
+    """The module that is trained: `forward(batch)` returns the loss, `model` is transformers' own.
 
-    Call `probe.probe` once it can run a forward (under ZeRO-3: once the engine exists), before the
-    first batch: it finds out what the model does to its logits, and proves that packing changes
-    nothing.
+    Call `packing_check.prove_packing` before the first batch, once a forward can run (under ZeRO-3:
+    once the engine exists). It measures what the model does to its logits, and proves that packing
+    changes nothing.
+
+    Raises:
+        BadInput: the model has no output head with a weight, or the loss kernel cannot run here.
     """
 
     def __init__(self, model: Any, loss: LossSection, seed: int, device: torch.device) -> None:
         super().__init__()
         self.model = model
         self.kernel = choose_kernel(loss.kernel, device)
-        self.transform: LogitTransform | None = None  # measured by the probe
+        self.transform: LogitTransform | None = None  # measured by the packing check
         self._alpha = loss.neftune_alpha
         self._seed = seed
-        self._batch: Batch | None = None  # the one in work, for the embedding's hook
+        self._batch: Batch | None = None  # the one in the forward, for the embedding's hook
         head = model.get_output_embeddings()
         if head is None or not isinstance(getattr(head, "weight", None), nn.Parameter):
             raise BadInput(
                 f"{type(model).__name__} has no output head with a weight, so it cannot be trained "
-                f"here"
+                "here"
             )
+        # only once: a second SftModel of the same model finds the head changed already
         if "targets" not in inspect.signature(head.forward).parameters:
             head.forward = MethodType(_loss_or_logits(type(head).forward), head)
         self._embedding_hook = model.get_input_embeddings().register_forward_hook(self._add_noise)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """sum(cross-entropy x weight) of the batch's trained positions, () float32."""
-        assert self.transform is not None, "the probe has not run"
+        """Return sum(cross-entropy x weight) over the batch's trained positions, () float32."""
+        assert self.transform is not None, "the packing check has not run"
         if self.training:
-            # Dropout, where the model has any, belongs to the micro-batch and not to the rank (C3).
+            # dropout must belong to the micro-batch and not to the rank or the step (C3)
             epoch = batch.document_keys[0][0]
             torch.manual_seed(dist.seed_from(self._seed, "dropout", epoch, *batch.sequence_ids))
         hidden_NH = self.hidden_states(batch).index_select(0, batch.trained_positions)
@@ -76,19 +81,17 @@ class SftModel(nn.Module):
 
     @property
     def has_dropout(self) -> bool:
-        """Whether anything random but NEFTune happens in training; an adapter's dropout is a
-        module.
-        """
-        modules = any(
-            isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules()
-        )
+        """Whether training draws random numbers, apart from NEFTune's."""
+        # some models call F.dropout by their configuration; an adapter's dropout is a module
         settings = self.model.config.get_text_config().to_dict().items()
-        return modules or any(
+        return any(
+            isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules()
+        ) or any(
             "drop" in key and isinstance(value, float) and value > 0 for key, value in settings
         )
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
-        """(T, H), what the model hands to its head."""
+        """Return what the model hands to its head, (T, H)."""
         self._batch = batch
         try:
             out = self.model.get_decoder()(
@@ -104,12 +107,10 @@ class SftModel(nn.Module):
     def _add_noise(
         self, embedding: nn.Module, args: Any, embedded: torch.Tensor
     ) -> torch.Tensor | None:
-        """NEFTune on the embeddings (1, T, H) of a batch in training; a hook's None changes
-        nothing.
-        """
+        """Add NEFTune's noise to the embeddings (1, T, H) of a batch in training."""
         batch = self._batch
         if not self.training or self._alpha == 0.0 or batch is None:
-            return None
+            return None  # which leaves the module's output as it is
         noise = document_noise(
             self._seed,
             batch.document_keys,
@@ -122,9 +123,7 @@ class SftModel(nn.Module):
 
 
 def _loss_or_logits(plain_forward: Any) -> Any:
-    """The head's forward, which returns the loss where it is given targets, and its logits
-    elsewhere.
-    """
+    """Return a forward for the head: the loss if it is given targets, else its logits."""
 
     def forward(self: Any, hidden: torch.Tensor, *, targets: Targets | None = None) -> torch.Tensor:
         if targets is None:

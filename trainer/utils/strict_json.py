@@ -1,9 +1,9 @@
-"""JSON as data rows need it: every fault is a RowError with a reason that can be counted.
+"""Parse JSON of data rows; every fault is a RowError whose reason can be counted.
 
-Stricter than json in two things. A key that stands twice in an object is refused, since nothing
-says which value was meant; so is nesting that later stages (pickling, templates) could not follow.
-NaN and Infinity pass, as columns that nobody reads are full of them; where such a value would be
-rendered, it is refused (format.py).
+Stricter than `json` in two things: a key that stands twice in an object is refused, since nothing
+shows which value was meant, and so is nesting that pickling or templates could not follow later.
+NaN and Infinity pass, since columns that nobody reads are full of them; format.py refuses them
+where they would be rendered.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ from typing import Any
 
 from trainer.datatypes import RowError
 
-MAX_DEPTH = 64  # of nested values: far above any schema, far below Python's limit
+MAX_DEPTH = 64  # of nested values: far above any schema, far below Python's recursion limit
 
 
 def parse(text: str) -> Any:
-    """The value that `text` is. Raises RowError."""
+    """Return the value of a JSON text.
+
+    Raises:
+        RowError: the text is not JSON, nested too deeply, or has a key twice or a huge number.
+    """
     try:
         value = json.loads(text, object_pairs_hook=_unique)
     except RowError:
@@ -26,8 +30,9 @@ def parse(text: str) -> Any:
         raise RowError(f"broken JSON: {error.msg}") from None
     except RecursionError:
         raise RowError("nested too deeply") from None
-    except ValueError:  # Python reads integers of so many digits and no more
+    except ValueError:  # Python converts integers up to a limit of digits only
         raise RowError("a number of too many digits") from None
+    # counting brackets is much faster than walking the value, and rules out most of them
     if text.count("{") + text.count("[") > MAX_DEPTH and _is_deep(value):
         raise RowError("nested too deeply")
     return value
@@ -41,6 +46,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _is_deep(value: Any) -> bool:
+    # level by level, as recursion would fail on what this looks for
     level = [value]
     for _ in range(MAX_DEPTH):
         nested = (
