@@ -173,6 +173,7 @@ def checked_masks(model: Any) -> Iterator[None]:
     from transformers.masking_utils import sdpa_mask
 
     def whole_mask(**arguments: Any) -> Any:
+        # transformers would leave out a mask that sdpa's own flags can express
         return sdpa_mask(
             **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         )
@@ -184,6 +185,7 @@ def checked_masks(model: Any) -> Iterator[None]:
         yield
     finally:
         _CHECKED.discard(name)
+        # or every step would make T x T masks
         AttentionMaskInterface._global_mapping.pop(name)
 
 
@@ -251,6 +253,7 @@ def _attend(
                 f"{layer} makes an attention mask of its own, which packed attention cannot honour"
             )
         _compare_mask(layer, attention_mask, sliding_window, document_bounds.cu_seqlens)
+    # a layer that says nothing about causality is causal
     if is_causal is False or not getattr(module, "is_causal", True):
         raise BadInput(f"{layer} is not causal attention")
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:

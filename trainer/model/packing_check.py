@@ -205,6 +205,7 @@ def _recorded_states(model: Any, positions: list[int]) -> Iterator[list[torch.Te
 
 
 def _run_alone(model: Any, ids: torch.Tensor) -> _Alone:
+    # eager attention is the plainest code that the model has: every argument is honoured there
     own = "eager" if ids.shape[0] <= EAGER_TOKENS else "sdpa"
     states, loss = _run_own(model, ids, own)
     rounding = [0.0] * len(states)

@@ -73,6 +73,7 @@ class SftModel(nn.Module):
             # dropout must belong to the micro-batch and not to the rank or the step (C3)
             epoch = batch.document_keys[0][0]
             torch.manual_seed(dist.seed_from(self._seed, "dropout", epoch, *batch.sequence_ids))
+        # the head is the largest matrix product; prompts and fillers need none of it
         hidden_NH = self.hidden_states(batch).index_select(0, batch.trained_positions)
         targets = Targets(
             batch.targets, batch.weights, batch.uniform_weight, self.kernel, self.transform
@@ -101,6 +102,7 @@ class SftModel(nn.Module):
                 **keyword_arguments(batch),
             )
         finally:
+            # other forwards of the model, as in generation, get no noise
             self._batch = None
         return out.last_hidden_state[0]
 
