@@ -16,7 +16,7 @@ from trainer.datatypes import BadInput
 from trainer.estimate import memory
 from trainer.estimate.memory import GIB, Cluster
 from trainer.estimate.report import build_report, sentences, verdict, work_of_data
-from trainer.model.attention import Bounds
+from trainer.model.attention_kernels import Bounds
 
 TOKENS = 192
 FAMILIES = {

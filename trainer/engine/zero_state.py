@@ -30,7 +30,7 @@ from trainer.engine.sharded_state import (
     add_digests,
     digests_of,
 )
-from trainer.model.lora import parts_of
+from trainer.model.quantisation import parts_of
 
 Names = Mapping[int, str]
 """id of a parameter -> its name."""

@@ -19,7 +19,8 @@ from trainer import dist
 from trainer.config.recipe import LossSection
 from trainer.datatypes import BadInput, Batch
 from trainer.model.attention import keyword_arguments
-from trainer.model.loss import LogitTransform, choose_kernel, linear_cross_entropy
+from trainer.model.logit_transform import LogitTransform
+from trainer.model.loss import choose_kernel, linear_cross_entropy
 from trainer.model.neftune import document_noise
 
 
