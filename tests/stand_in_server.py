@@ -8,7 +8,9 @@ import json
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from typing import Any, TypeVar
+
+Server = TypeVar("Server", bound="StandIn")
 
 Reply = tuple[int, Any] | tuple[int, Any, Mapping[str, str]]
 """Status, body (JSON, or a text as it is) and headers."""
@@ -68,7 +70,7 @@ class StandIn:
         self._server.shutdown()
         self._server.server_close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self: Server) -> Server:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -20,7 +20,7 @@ from tests.model_helpers import (
 from trainer.config.recipe import AdapterSection, OptimSection
 from trainer.datatypes import BadInput
 from trainer.engine import sharded_state
-from trainer.estimate import memory
+from trainer.estimate.model import measure_model
 from trainer.metrics import model_flops
 from trainer.model.lora import (
     adapter_targets,
@@ -259,7 +259,7 @@ def test_every_linear_module_but_the_head_lies_in_4_bits(double: bool) -> None:
         n: sum(t.nbytes for part, t in parts if "bitsandbytes__" not in part)
         for n, parts in quantised.items()
     }
-    of_plan = memory.describe(planned(double), OptimSection(), section(base=NF4[double]))
+    of_plan = measure_model(planned(double), OptimSection(), section(base=NF4[double]))
     assert sum(held.values()) == pytest.approx(
         of_plan.quantised_bytes, abs=4 * LINEAR
     )  # the mean is a number there

@@ -207,7 +207,7 @@ def plan(
     from trainer import dist
     from trainer.config.recipe import load_recipe
     from trainer.estimate.memory import GIB, Cluster
-    from trainer.estimate.report import build_report, sentences, table, verdict
+    from trainer.estimate.report import build_report, build_table, describe_report, require_fit
 
     dist.start_logging()
     recipe = load_recipe(recipe_file, overrides or ())
@@ -218,21 +218,21 @@ def plan(
     sizes = [None if gib is None else gib * GIB for gib in (host_gib, disk_gib, nvme_gib)]
     cluster = Cluster(gpus, gpus // nodes if nodes else 8, gpu_gib * GIB, *sizes)
     report = build_report(recipe, cluster, _count_real_steps(recipe) if data else None)
-    print(*sentences(report, recipe, gpu_tflops * 1e12, mfu), sep="\n")
-    Console().print(table(report))
+    print(*describe_report(report, recipe, gpu_tflops * 1e12, mfu), sep="\n")
+    Console().print(build_table(report))
     for template, why in report.refused.items():
         print(f"{template} is left out: {why}")
-    print(verdict(report))
+    print(require_fit(report))
 
 
 def _count_real_steps(recipe: Recipe) -> Any:
     """Return the statistics of the steps that the data gives."""
     from trainer.data.prepare import prepare, train_plan
-    from trainer.estimate.report import work_of_data
+    from trainer.estimate.report import measure_steps
     from trainer.model.load import load_tokenizer
 
     if recipe.streaming:
         raise BadInput(
             "--data: data.train is streamed, so that its steps are not known; leave --data out"
         )
-    return work_of_data(train_plan(recipe, prepare(recipe, load_tokenizer(recipe.model), "train")))
+    return measure_steps(train_plan(recipe, prepare(recipe, load_tokenizer(recipe.model), "train")))

@@ -72,6 +72,7 @@ def write_evaluation(run_dir: Path, step: int, loss: float, measured: Mapping[st
     }
     with (run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+        # a line that a power cut takes back would be evaluated twice
         file.flush()
         os.fsync(file.fileno())
 
@@ -104,6 +105,7 @@ class Evaluation:
         self._tools = masker.tokenizer, stop, watch
         self._afterwards = afterwards
         self._generate = recipe.eval.generate
+        # rank 0 reads: other nodes may see an older state of a shared file system
         lines = read_json_lines(run_dir / EVALUATIONS) if dist.is_main() else []
         self._evaluated: set[int] = dist.broadcast({line["step"] for line in lines})
         self._loader: Loader | None = None
@@ -163,6 +165,7 @@ class Evaluation:
             if answers is None:
                 return None
         score = partial(score_samples, self._prompts, answers, section.scorers, letters)
+        # in the background, as a judge may take minutes: ranks beat and poll for a stop meanwhile
         if any(isinstance(rule, Judge) for rule in section.scorers.values()):
             return server_answers.in_background(score, self._stop, self._watch)
         self._watch.pause()  # a user's scorer may take any time
@@ -188,6 +191,7 @@ class Evaluation:
             return server_answers.generate(
                 self._engine, recipe, self._run_dir, step, prompts, self._stop, self._watch
             )
+        # by step and prompt, not by rank: another world size samples the same
         seeds = [
             dist.seed_from(recipe.train.seed, "answer", step, number)
             for number in range(len(prompts))
