@@ -70,7 +70,8 @@ class StandIn:
         # a request that a test left unanswered must not hold up the end
         self._server.block_on_close = False
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        # 0.02: shutdown() waits for the next of these polls
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def close(self) -> None:
         self._server.shutdown()
