@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from trainer.config.base import Section, check_function
+from trainer.config.base import Section, check_function, check_one_given, compile_pattern
 
 EVAL_LOSS = "eval_loss"  # the held-out loss in a rule; the other names in rules are scorers'
 
@@ -78,7 +78,7 @@ class Format(Section):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
-        _compile(pattern)
+        compile_pattern(pattern, re.DOTALL)
         return pattern
 
 
@@ -96,7 +96,7 @@ class Exact(_IgnoresCase):
     @field_validator("extract")
     @classmethod
     def _has_a_group(cls, extract: str | None) -> str | None:
-        if extract is not None and not _compile(extract).groups:
+        if extract is not None and not compile_pattern(extract, re.DOTALL).groups:
             raise ValueError("`extract` has no group: put what is compared in parentheses")
         return extract
 
@@ -137,8 +137,7 @@ class JsonSchema(_HasColumn):
 
     @model_validator(mode="after")
     def _one_schema(self) -> JsonSchema:
-        if (self.file is None) == (self.column is None):
-            raise ValueError("give exactly one of `file` and `column`")
+        check_one_given(file=self.file, column=self.column)
         return self
 
 
@@ -294,8 +293,7 @@ class BestSection(Section):
 
     @model_validator(mode="after")
     def _one_aim(self) -> BestSection:
-        if (self.maximize is None) == (self.minimize is None):
-            raise ValueError("give exactly one of `maximize` and `minimize`")
+        check_one_given(maximize=self.maximize, minimize=self.minimize)
         if self.maximize == EVAL_LOSS:
             raise ValueError(f"the lower {EVAL_LOSS} is, the better: `minimize` it")
         for name, condition in self.conditions.items():
@@ -403,10 +401,3 @@ class EvalSection(Section):
         if self.every_steps is None:
             raise ValueError("`best` needs `every_steps`: else only the last step is evaluated")
         return self
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise ValueError(f"`{pattern}` is not a regular expression: {error}") from None
