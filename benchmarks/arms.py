@@ -1,14 +1,14 @@
-"""The arms of the side-by-side benchmarks that are not packhorse, each run as `python arms.py ARM
-JOB.json`.
+"""The arms of the side-by-side benchmarks that are not packhorse: `python arms.py ARM JOB.json`.
 
-prepare  rows -> `documents` (input_ids, labels) and `packed` (by TRL's own pack_dataset), on disk, before any clock
-trl      TRL's SFTTrainer
-loop     the ceiling: a loop with nothing in it but the work
+    prepare   rows -> `documents` (input_ids, labels) and `packed` (by TRL's own pack_dataset), on
+              disk, before any clock runs
+    trl       TRL's SFTTrainer
+    loop      the upper bound: a loop that does the work and nothing else
 
 In: common.Job. Out: metrics.jsonl, a line a step: step, train/loss (mean over the step's trained
-    tokens), tokens
-(real ones, no padding), train/trained_tokens.
-T tokens of a row, N trained positions in it, H hidden size, V vocabulary.
+tokens), tokens (without padding), train/trained_tokens.
+
+T tokens of a packed sequence, N trained positions in it, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def write_line(job: Job, line: dict[str, float]) -> None:
 
 
 def prepare(job: Job) -> None:
-    """Tokenize as TRL does (trained: what follows the generation prompt), pack with TRL, shuffle
-    once by seed.
+    """Tokenize as TRL does, so that what follows the generation prompt is trained; pack with TRL;
+    shuffle once by seed.
     """
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -75,8 +75,8 @@ def prepare(job: Job) -> None:
 
 
 def document(tokenizer: Any, row: dict[str, str]) -> dict[str, list[int]]:
-    """A `text` row is trained whole and ends with EOS; a `question`/`answer` row from the answer
-    on.
+    """Return a row's tokens and labels: a `text` is trained whole and ends with EOS, a `question`
+    with an `answer` from the answer on.
     """
     if "text" in row:
         ids = tokenizer(row["text"])["input_ids"] + [tokenizer.eos_token_id]
@@ -104,11 +104,11 @@ def documents_attention(
     attention_mask: None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each document.
+    """Return causal attention inside each document.
 
-    query (1, heads, T, d), key and value (1, kv heads, T, d) -> (1, T, heads, d). On CUDA torch's
-    varlen kernel, on CPU its flash kernel, a document at a time, or for `products` the function
-    below.
+    query (1, heads, T, d), key and value (1, kv heads, T, d) -> (1, T, heads, d). On CUDA it is
+    torch's varlen kernel; on CPU torch's flash kernel, a document at a time, or `CausalProducts`
+    for `products`.
     """
     starts, scale = kwargs["cu_seq_lens_q"], kwargs["scaling"]
     if query.is_cuda:
@@ -141,13 +141,12 @@ def documents_attention(
 
 
 class CausalProducts(torch.autograd.Function):
-    """Causal attention of one document by matrix products, QUERY_BLOCK queries at a time with the
-    keys before them.
+    """Causal attention of one document by matrix products, QUERY_BLOCK queries at a time.
 
-    query (heads, L, d), key and value (kv heads, L, d) -> (heads, L, d). Heads that share a key are
-    stacked as rows of one product. For the short documents of instruction data 3 to 4 times as fast
-    as torch's flash kernel for CPUs, forward and backward; the probabilities are kept, L^2 / 2 a
-    head.
+    query (heads, L, d), key and value (kv heads, L, d) -> (heads, L, d). Heads that share a key
+    are stacked as rows of one product. For the short documents of instruction data it is 3 to 4
+    times as fast as torch's flash kernel for CPUs, forward and backward; it keeps the
+    probabilities, L^2 / 2 a head.
     """
 
     @staticmethod
@@ -199,8 +198,8 @@ def stacked(query: Tensor, key: Tensor, start: int, stop: int) -> Tensor:
 
 
 def load_model(job: Job) -> Any:
-    """The model on its device in training mode; `documents` and `products` attend by the above,
-    without a mask.
+    """Load the model onto its device in training mode; `documents` and `products` attend by the
+    functions above, without a mask.
     """
     from transformers import (
         AttentionInterface,
@@ -270,8 +269,8 @@ def run_trl(job: Job) -> None:
 
 
 def trl_settings(job: Job) -> dict[str, Any]:
-    """What every TRL arm is given: the same data, order, optimizer, and no saving; `job.trl` says
-    the rest.
+    """Return the settings of every TRL arm: the same data, order and optimizer, and no saving;
+    `job.trl` gives the rest.
     """
     same: dict[str, Any] = {
         "learning_rate": job.lr,
@@ -301,8 +300,8 @@ def trl_settings(job: Job) -> dict[str, Any]:
 
 
 def add_counts(counts: dict[str, int], inputs: dict[str, Any]) -> None:
-    """Real and trained tokens of one micro-batch of TRL's collator; only an unpacked one has
-    padding, and a mask.
+    """Add the real and the trained tokens of one micro-batch of TRL's collator. Only an unpacked
+    one has padding, and a mask.
     """
     padded = inputs.get("attention_mask")
     counts["tokens"] += inputs["input_ids"].numel() if padded is None else int(padded.sum())
@@ -313,11 +312,10 @@ def add_counts(counts: dict[str, int], inputs: dict[str, Any]) -> None:
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of cross-entropies, logits in chunks: hidden (N, H), weight (V, H), targets (N,) -> ()
-    float32.
+    """Sum of cross-entropies, logits in chunks.
 
-    Both gradients are made in forward (d loss / d logits = softmax - one-hot), so no logits are
-    kept or made twice.
+    hidden (N, H), weight (V, H), targets (N,) -> () float32. Both gradients are made in the forward
+    (d loss / d logits = softmax - one-hot), so that no logits are kept or made twice.
     """
 
     @staticmethod
@@ -457,7 +455,7 @@ def packed_steps(job: Job) -> Iterator[list[dict[str, Any]]]:
 
 
 def row_tensors(row: dict[str, Any], device: str) -> dict[str, Any]:
-    """A packed row as model arguments (1, T), and its N trained positions with their next tokens."""
+    """Return a packed sequence as model arguments (1, T), its N trained positions and targets."""
     ids = torch.tensor(row["input_ids"])
     labels = torch.tensor(row["labels"])
     lengths = torch.tensor(row["seq_lengths"])

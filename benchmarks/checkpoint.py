@@ -1,4 +1,4 @@
-"""What a checkpoint costs on CPU: saving beside training, resuming on another world, and
+"""What a checkpoint costs on CPU: saves while training, resumes at another world size, and
 DeepSpeed's own ways.
 
     python benchmarks/checkpoint.py [--rounds 2] [--folder DIR]
@@ -8,10 +8,8 @@ that are not in the page cache (posix_fadvise), in fresh processes. Writes
 benchmarks/results/checkpoint_cpu.md; about 6 minutes on 2 cores.
 
 In: nothing but the debug recipe's tokenizer. Out: seconds and bytes. Bytes asked for are counted
-    where they are asked
-for: by the pass over checksums and by each slice that is filled. Bytes from the disk are the
-    kernel's (`read_bytes` in
-/proc/PID/io, which sees memory-mapped files, too).
+where they are asked for: by the pass over checksums and by each slice that is filled. Bytes from
+the disk are the kernel's (`read_bytes` in /proc/PID/io, which counts memory-mapped files, too).
 """
 
 from __future__ import annotations
@@ -83,7 +81,7 @@ def build(folder: Path, universal: bool = False) -> Any:
 
 
 def step_s(engine: Any) -> float:
-    """Seconds of one training step of 256 tokens a rank."""
+    """Return the seconds of one training step of 256 tokens a rank."""
     import torch
 
     from trainer import dist
@@ -107,7 +105,7 @@ def step_s(engine: Any) -> float:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Of a call that all ranks make, until the last has returned."""
+    """Return the seconds of a call that all ranks make, until the last one has returned."""
     from trainer import dist
 
     dist.barrier()
@@ -140,8 +138,8 @@ def run_state(step: int) -> Any:
 
 
 def save_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
-    """Seconds that a save takes from training, three ways in turn; leaves a checkpoint of each
-    kind.
+    """Return the seconds that a save takes from training, three ways in turn; leave a checkpoint of
+    each kind.
     """
     engine = build(folder)
     plain_s = [step_s(engine) for _ in range(4)][1:]
@@ -169,8 +167,8 @@ def save_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
 
 
 def resume_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
-    """Seconds and bytes of a resume, as train.py makes it; then, where asked for, a save by this
-    world.
+    """Return the seconds and bytes of a resume, as train.py makes it; then save at this world size,
+    if the order asks for it.
     """
     from trainer import dist
     from trainer.checkpoint import checkpoint
@@ -208,7 +206,7 @@ def resume_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
 
 
 def universal_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
-    """Seconds and bytes of DeepSpeed's own load of the converted checkpoint."""
+    """Return the seconds and bytes of DeepSpeed's own load of the converted checkpoint."""
     from trainer import dist
 
     engine = build(folder, universal=True)
@@ -230,12 +228,12 @@ def _io(key: str) -> int:
 
 
 def disk_bytes() -> int:
-    """Read from the disk by this process and by those that it has waited for."""
+    """Return the bytes read from the disk by this process and by those that it has waited for."""
     return _io("read_bytes")
 
 
 def asked_bytes() -> int:
-    """Read by calls, wherever they came from."""
+    """Return the bytes read by calls, from the disk or from the page cache."""
     return _io("rchar")
 
 
@@ -248,7 +246,7 @@ def size(folder: Path) -> int:
 
 
 def forget(folder: Path) -> None:
-    """Take a folder's files out of the page cache."""
+    """Drop a folder's files from the page cache."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -389,14 +387,15 @@ def report(
     ]
     ours_s = statistics.median(found["find"] + found["restore"] for _, found in moves) / state
     theirs_s = converted["seconds"] / state
-    load_share = loads[0][1]["asked"] / state
+    # the conversion's reads, and those of a load by 64 ranks
+    reads = converted["read"] / state + 64 * loads[0][1]["asked"] / state
     sizes = [
         [
             name,
             f"{billions * BYTES_A_PARAMETER:,.0f}",
             f"{2 * billions * BYTES_A_PARAMETER / 1000:,.2f}",
             f"{ours_s * billions * 1e9 * BYTES_A_PARAMETER / 60:,.1f}",
-            f"{(converted['read'] / state + 64 * load_share) * billions * BYTES_A_PARAMETER / 1000:,.2f}",
+            f"{reads * billions * BYTES_A_PARAMETER / 1000:,.2f}",
             f"{converted['written'] / state * billions * BYTES_A_PARAMETER / 1000:,.2f}",
             f"{theirs_s * billions * 1e9 * BYTES_A_PARAMETER / 60:,.1f}",
         ]
@@ -418,28 +417,32 @@ def report(
 {machine(VERSIONS)}
 - load average of the last minute, at the end: {os.getloadavg()[0]:.1f}
 
-SmolLM2-135M's shape, random weights, bf16 with fp32 masters, ZeRO-3, {WORLD} ranks: {state / GIB:.2f} GiB of state. A
-step of 256 tokens a rank takes {spread(saved["step"], "{:.2f}")} s. {rounds} rounds, median (lowest to highest).
+SmolLM2-135M's shape, random weights, bf16 with fp32 masters, ZeRO-3, {WORLD} ranks:
+{state / GIB:.2f} GiB of state. A step of 256 tokens a rank takes
+{spread(saved["step"], "{:.2f}")} s. {rounds} rounds, median (lowest to highest).
 
 {saves}
 
-Taken from training: the save's own call, and what {STEPS_BESIDE} steps beside it take longer than alone. The writer
-shares the ranks' cores here: beside a GPU it would not. packhorse brings every byte to the disk (fsync) and hashes it
-twice (checksum, digest); DeepSpeed leaves it in the page cache.
+Taken from training: the save's own call, and what {STEPS_BESIDE} steps beside it take longer than
+alone. The writer shares the ranks' cores here: beside a GPU it would not. packhorse brings every
+byte to the disk (fsync) and hashes it twice (checksum, digest); DeepSpeed leaves it in the page
+cache.
 
 {table(head, [*resumes, *stock])}
 
-All ranks together, files not in the page cache before, building the engine left out. packhorse: the pass over the
-checksums + reading, with the digests compared. Asked for: bytes of the checksum pass and of the slices that are
-filled; what comes from the disk is less, as the second reading finds the first one's pages. DeepSpeed: the conversion
-(ds_to_universal, {rate(state, converted["seconds"])} MiB/s; it read {converted["read"] / GIB:.2f} GiB and wrote
-{converted["written"] / GIB:.2f} GiB) + the load; bytes of its read and write calls.
+All ranks together, files not in the page cache before, building the engine left out. packhorse:
+the pass over the checksums + reading, with the digests compared. Asked for: bytes of the checksum
+pass and of the slices that are filled; what comes from the disk is less, as the second reading
+finds the first one's pages. DeepSpeed: the conversion
+(ds_to_universal, {rate(state, converted["seconds"])} MiB/s; it read
+{converted["read"] / GIB:.2f} GiB and wrote {converted["written"] / GIB:.2f} GiB) + the load; bytes
+of its read and write calls.
 
 ## By arithmetic
 
-{BYTES_A_PARAMETER} bytes a parameter; bytes as measured above, a load by 64 ranks for DeepSpeed; minutes at this
-machine's speed, of all of packhorse's resume and of DeepSpeed's conversion alone. A cluster's ranks share the work of
-a resume; the conversion runs on one node.
+{BYTES_A_PARAMETER} bytes a parameter; bytes as measured above, a load by 64 ranks for DeepSpeed;
+minutes at this machine's speed, of all of packhorse's resume and of DeepSpeed's conversion alone. A
+cluster's ranks share the work of a resume; the conversion runs on one node.
 
 {table(size_head, sizes)}
 """

@@ -1,11 +1,12 @@
-"""Shared by the side-by-side benchmarks: run an arm in a fresh process, time it from outside, say
-where it ran.
+"""What the side-by-side benchmarks share: run an arm in a fresh process, time it from outside, and
+describe the machine.
 
 In: a `Job`, the same for every arm, and a command that writes one JSON line a step into a
-    metrics.jsonl.
-Out: a `Run`: those lines, when each one landed by this process's clock, the arm's peak memory.
-All arms are measured alike, ours too: nothing an arm says about its own speed is used, only its
-counts of tokens. This process imports no torch and computes nothing while an arm runs.
+metrics.jsonl. Out: a `Run`: those lines, when each one landed by this process's clock, and the
+arm's peak memory.
+
+All arms are measured alike, ours too: only an arm's counts of tokens are used, nothing that it
+reports about its own speed. This process imports no torch and computes nothing while an arm runs.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Run:
-    """One arm, run once. `lines[i]` landed at `arrived_s[i]`; the first `skip` steps are warm-up
-    and not timed.
+    """One arm, run once. `lines[i]` landed at `arrived_s[i]`; the first `skip` steps warm up and
+    are not timed.
     """
 
     lines: list[dict[str, float]]
@@ -148,11 +149,10 @@ def run_arm(
     steps: int,
     limit_s: float,
 ) -> Run:
-    """Run `command` until `steps` lines have landed in `metrics`, noting when each did (to POLL_S);
-    then end it.
+    """Run `command` until `steps` lines have landed in `metrics`, noting when each did (to POLL_S),
+    and end it.
 
-    What an arm does after its last step (saving, a model card) is not part of the comparison, and
-    is not waited for.
+    What an arm does after its last step (saving, a model card) is not compared and not waited for.
 
     Raises:
         ArmFailed: it ended before its last line, or ran past `limit_s`.
@@ -224,8 +224,8 @@ def peak_rss(pid: int) -> float:
 
 
 def with_tokens(line: dict[str, float]) -> dict[str, float]:
-    """A line of packhorse gives its real tokens as a rate and a time; the other arms count them in
-    `tokens`.
+    """Return the line with `tokens`, which packhorse logs as a rate and a time, and the other arms
+    count.
     """
     if "tokens" in line:
         return line
@@ -257,7 +257,7 @@ def table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def machine(packages: tuple[str, ...]) -> str:
-    """Where it ran: processor, cores, memory; versions of Python and `packages`. Two Markdown
+    """Describe processor, cores, memory, and versions of Python and `packages`, in two Markdown
     items.
     """
     cpu = Path("/proc/cpuinfo").read_text()

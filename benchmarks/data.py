@@ -1,13 +1,12 @@
-"""Rows to packed, masked tokens: packhorse beside TRL's SFTTrainer and beside a plain
-`datasets.map`, on CPU.
+"""Rows to packed, masked tokens, on CPU: packhorse beside TRL's SFTTrainer and a plain `map`.
 
     python benchmarks/data.py [--model DIR] [--data gsm8k_train.jsonl] [--times 8] [--rounds 3]
 
-All arms read the same JSONL and leave what training maps into memory: tokens, what is trained of
-them, packed rows. Each round runs every arm on one core and on two, in a fresh process that is
-bound to so many cores; rounds alternate. The clock is this process's: from the line that an arm
-writes when its libraries and tokenizer are loaded to the line after its work. Nothing is in a
-cache. Writes benchmarks/results/data_cpu.md. Needs the extra `bench` (TRL).
+All arms read the same JSONL and leave what training maps into memory: tokens, which of them are
+trained, packed sequences. Each round runs every arm on one core and on two, in a fresh process that
+is bound to so many cores; rounds alternate. The clock is this process's: from the line that an arm
+writes when its libraries and tokenizer are loaded to the line after its work. Nothing is cached.
+Writes benchmarks/results/data_cpu.md. Needs the extra `bench` (TRL).
 """
 
 from __future__ import annotations
@@ -56,8 +55,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Done:
-    """What an arm made: (real) tokens, those trained, and rows; and the seconds that it took, by
-    the clock outside.
+    """What an arm made: real tokens, trained ones and packed sequences; and its seconds, by the
+    clock outside.
     """
 
     tokens: int
@@ -166,7 +165,7 @@ def timed(arm: str, job: Job) -> Done:
 
 
 def run_arm(arm: str, job: Job) -> None:
-    """An arm loads what it needs and gives back its work, which is then done between the two lines."""
+    """Let an arm load what it needs and return its work, and do that between the two lines."""
     work = {"packhorse": packhorse, "trl_assistant": trl, "trl_completion": trl, "map": plain_map}[
         arm
     ](arm, job)
@@ -269,8 +268,8 @@ def marked(template: str) -> str:
 
 
 def plain_map(arm: str, job: Job) -> Callable[[], Done]:
-    """What one writes by hand: render and tokenize batches, mask what the prompt's tokens are, fill
-    rows in turn.
+    """Prepare as one writes it by hand: render and tokenize batches, mask the prompt's tokens, fill
+    sequences in turn.
     """
     from datasets import Dataset
     from transformers import AutoTokenizer
@@ -305,7 +304,7 @@ def plain_map(arm: str, job: Job) -> Callable[[], Done]:
 
 
 def counted(packed: Any) -> Done:
-    """The tokens of an Arrow dataset of packed rows, counted in Arrow: a part of a second, in both
+    """Count the tokens of an Arrow dataset of packed sequences, in Arrow: part of a second, in both
     arms alike.
     """
     import pyarrow.compute
@@ -402,11 +401,12 @@ def aims(runs: dict[tuple[str, int], list[Done]]) -> str:
 
 
 NOTES = """\
-packhorse proves each row's mask, trains the answer with its stop token, packs all documents of the epoch together and
-syncs its cache to the disk. TRL renders and tokenizes row by row and packs a thousand rows at a time; with prompt and
-completion it tokenizes the prompt twice and trains the newline after the stop token too. The plain map renders and
-tokenizes batches, whole and prompt, proves nothing and fills each row in turn. Tokens are real ones; TRL's may be fewer
-where it truncates."""
+packhorse proves each row's mask, trains the answer with its stop token, packs all documents of the
+epoch together and syncs its cache to the disk. TRL renders and tokenizes row by row and packs a
+thousand rows at a time; with prompt and completion it tokenizes the prompt twice and trains the
+newline after the stop token too. The plain map renders and tokenizes batches, whole and prompt,
+proves nothing and fills each row in turn. Tokens are real ones; TRL's may be fewer where it
+truncates."""
 
 
 if __name__ == "__main__":

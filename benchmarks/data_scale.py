@@ -37,8 +37,8 @@ STEPS = 1000  # of the plan, made into batches
 
 @dataclass(frozen=True)
 class Peak:
-    """Of one part: its seconds, and the highest MiB of anonymous and of mapped pages of the main
-    process, and of anonymous pages of the largest of its workers. `says` is what it reports itself.
+    """The seconds of one part, and the peaks in MiB of anonymous and of mapped pages of the main
+    process, and of anonymous pages of its largest worker. `says` is the part's own report.
     """
 
     seconds: float
@@ -222,10 +222,11 @@ def report(found: dict[int, dict[str, Peak]]) -> str:
 
 
 NOTES = """\
-Held for each document: 8 bytes, its length. The columns (tokens, flags, offsets, counts, places) and the packings of
-100,000 documents or more are mapped files. While an epoch is packed, by one process for all, about 75 bytes a document
-come and go (order, rows, and two copies of its pieces, of 32 bytes each): that is what `prepare` grows by. A start
-reads the sources' bytes once, and then no more as long as no file changes (trainer/data/digest.py)."""
+Held for each document: 8 bytes, its length. The columns (tokens, flags, offsets, counts, places)
+and the packings of 100,000 documents or more are mapped files. While an epoch is packed, by one
+process for all, about 75 bytes a document come and go (order, rows, and two copies of its pieces,
+of 32 bytes each): that is what `prepare` grows by. A start reads the sources' bytes once, and then
+no more as long as no file changes (trainer/data/digest.py)."""
 
 
 if __name__ == "__main__":

@@ -14,11 +14,12 @@ Attention is torch's varlen kernel in all arms: it is handed to TRL too, which w
 would build a mask of T x T. What fits where, on a card of 141 GB (weights W in billions, bf16 2 W,
 fp32 master and moments 12 W):
   1.5B  packhorse ZeRO-1, gradients in fp32 (4 W): 18 W = 28 GB and activations, no recomputation.
-  8B    fp32 gradients would make 18 W = 145 GB: too much. Gradients accumulate in bf16 instead (16 W = 128 GB), stated
-        in the table; ZeRO-3, as its update goes by sub-groups and never holds all gradients in
-        fp32. Optimizer offload would hold 16 W = 128 GB in host memory, which the machine aimed at
-        (128 GiB) does not have to spare.
-  TRL   keeps weights, gradients and moments in bf16 (8 W), its fastest way and a coarser update than the others'.
+  8B    fp32 gradients would make 18 W = 145 GB: too much. Gradients accumulate in bf16 instead
+        (16 W = 128 GB), as the table states; ZeRO-3, since its update goes by sub-groups and never
+        holds all gradients in fp32. Optimizer offload would need 16 W = 128 GB of the host, which
+        has 128 GiB.
+  TRL   keeps weights, gradients and moments in bf16 (8 W): its fastest way, and a coarser update
+        than the others'.
 
 Needs torch >= 2.11 for CUDA and transformers >= 5.17 on the machine; no network. Wheels to bring
 where missing (built beforehand where the index has a source archive only): deepspeed (build it),
@@ -96,9 +97,7 @@ TINY |= {"intermediate_size": 128, "vocab_size": 512}
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of the table: `program` is packhorse or an arm of arms.py, `fields` what it changes
-    in the job.
-    """
+    """A line of the table: `program` is packhorse or an arm of arms.py; `fields` change the job."""
 
     program: str
     label: str
@@ -252,8 +251,8 @@ def make_case(case: Case, options: argparse.Namespace, work: Path) -> Job:
 
 
 def write_documents(path: Path, tokens: int, seq_len: int) -> None:
-    """Random words, log-normal lengths, at least `tokens` tokens in all (no token has over 4
-    letters on average).
+    """Write documents of random words, log-normal in length, with at least `tokens` tokens in all:
+    no token has over 4 letters on average.
     """
     draw = random.Random(0)
     letters, made = "abcdefghijklmnopqrstuvwxyz     ", 0
@@ -356,7 +355,10 @@ def table_row(case: Case, arm: Arm, job: Job, done: list[Run] | str, card: str) 
 
 def write_report(rows: list[list[str]], card: str, options: argparse.Namespace) -> None:
     head = ["model", "arm", "real tokens/s", "trained tokens/s", "MFU", "peak memory, GiB"]
-    modes = "1.5B: gradients accumulate in fp32, no recomputation. 8B: gradients accumulate in bf16, recomputation."
+    modes = (
+        "1.5B: gradients accumulate in fp32, no activation checkpointing. "
+        "8B: gradients accumulate in bf16, activation checkpointing."
+    )
     parts = [
         "# A dry run on CPU, shapes tiny: the figures say nothing"
         if options.tiny

@@ -106,10 +106,10 @@ def main() -> None:
     )
     text = f"""# Memory of the loss
 
-Forward and backward of the head and the loss in bfloat16, hidden {args.hidden}: the most memory held at once, MiB, less
-the size of the weight's gradient. `chunked` works on {BLOCK_HIDDEN} x hidden entries of the vocabulary.
-{machine}; Python {platform.python_version()}, torch {torch.__version__}{_liger_version(kernels)}.
-`python benchmarks/loss_memory.py`
+Forward and backward of the head and the loss in bfloat16, hidden {args.hidden}: the most memory
+held at once, MiB, less the size of the weight's gradient. `chunked` works on {BLOCK_HIDDEN} x
+hidden entries of the vocabulary. {machine}; Python {platform.python_version()}, torch
+{torch.__version__}{_liger_version(kernels)}. `python benchmarks/loss_memory.py`
 
 {table(kernels, numbers[0], args.hidden, numbers[1], device)}
 """

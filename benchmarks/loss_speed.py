@@ -1,7 +1,8 @@
 """Time of the loss, forward and backward, for each kernel on heads of real models; beside it how
 exact and how big.
 
-    python benchmarks/loss_speed.py [--rounds 5]      python benchmarks/loss_speed.py --tiny    (a dry run)
+    python benchmarks/loss_speed.py [--rounds 5]
+    python benchmarks/loss_speed.py --tiny          (a dry run)
 
 Liger stands there with c = 1, its own, and c = LIGER_HIDDEN, ours: it makes the logits of c x
 hidden x tokens / vocabulary positions at a time. Errors are of the hidden states' gradient and of
@@ -148,8 +149,8 @@ def main() -> None:
     versions = ("torch", "liger-kernel") if device.type == "cuda" else ("torch",)
     text = f"""# Time of the loss
 
-`python benchmarks/loss_speed.py`: forward and backward of the head and the loss in bfloat16, median of {options.rounds}
-(lowest to highest).
+`python benchmarks/loss_speed.py`: forward and backward of the head and the loss in bfloat16, median
+of {options.rounds} (lowest to highest).
 
 - {where}
 {machine(versions)}

@@ -70,10 +70,12 @@ def measure(options: argparse.Namespace) -> None:
 
     from tests.numerics.buffers import held
     from trainer import dist, train
-    from trainer.config.recipe import parse_recipe as parse_recipe
+    from trainer.config.recipe import parse_recipe
     from trainer.data.loader import filler_batch
     from trainer.datatypes import BadInput
-    from trainer.estimate import memory, report
+    from trainer.estimate.memory import count_state_bytes
+    from trainer.estimate.model import build_empty_model, measure_model
+    from trainer.estimate.report import fill_template
     from trainer.model.load import load_tokenizer
 
     found: dict[str, Any] = {}
@@ -98,17 +100,17 @@ def measure(options: argparse.Namespace) -> None:
                 engine = train.build_engine(
                     recipe, options.rank_out.parent, load_tokenizer(recipe.model)
                 )
-                model = memory.describe(memory.empty_model(recipe.model), recipe.optim)
-                state = memory.state(
+                model = measure_model(build_empty_model(recipe.model), recipe.optim)
+                state = count_state_bytes(
                     model,
-                    report.filled(recipe, recipe.parallel.deepspeed, model.hidden),
+                    fill_template(recipe, recipe.parallel.deepspeed, model.hidden),
                     dist.world_size(),
                 )
             except BadInput as error:
                 found[path.stem] = str(error)
                 continue
             planned = {part: getattr(state, part) for part in PARTS} | {
-                "weights": state.weights + state.whole
+                "weights": state.weights + state.persistent
             }
             of_ranks = dist.gather(held(engine, filler_batch()))
             found[path.stem] = {

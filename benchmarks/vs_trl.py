@@ -170,8 +170,8 @@ def shared_job(options: argparse.Namespace, work: Path) -> Job:
 
 
 def environment() -> dict[str, str]:
-    """Alike for every arm: all cores, freed memory kept by the allocator (as our launcher has it),
-    no network.
+    """Return the environment of every arm: all cores, freed memory kept by the allocator (as our
+    launcher does), no network.
     """
     cores = str(len(os.sched_getaffinity(0)))
     return {
@@ -185,8 +185,8 @@ def environment() -> dict[str, str]:
 
 
 def run_prepare(job: Job, work: Path) -> None:
-    """Tokenize and pack for the arms that are not packhorse, in a process of its own: this one
-    stays small.
+    """Tokenize and pack for the arms that are not packhorse, in a process of its own, so that this
+    one stays small.
     """
     command, _ = arm_command("prepare", job, work)
     subprocess.run(command, check=True, env={**os.environ, **environment()})
@@ -309,11 +309,12 @@ def loss_table(runs: dict[str, list[Run]]) -> str:
 
 
 NOTES = """\
-All losses are means over the step's trained tokens. TRL's packed arms and the loop train on the same rows in the
-same order; TRL's default takes the same documents one by one, and packhorse packs its own rows (two a micro-batch;
-TRL is slower with two), so their steps hold other documents. TRL's best keeps its optimizer states and updates in
-bf16 (it has no fp32 master weights without DeepSpeed); the loop and packhorse keep fp32 masters and accumulate in
-fp32. Peak RSS is of the largest process."""
+All losses are means over the step's trained tokens. TRL's packed arms and the loop train on the
+same rows in the same order; TRL's default takes the same documents one by one, and packhorse packs
+its own rows (two a micro-batch; TRL is slower with two), so their steps hold other documents. TRL's
+best keeps its optimizer states and updates in bf16 (it has no fp32 master weights without
+DeepSpeed); the loop and packhorse keep fp32 masters and accumulate in fp32. Peak RSS is of the
+largest process."""
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Whether the packhorse of this container runs: its processes are there, and none of them is
-stopped or dead.
+"""Check that packhorse runs in this container, and that none of its processes is stopped or dead.
 
-For a HEALTHCHECK, so it is cheap: it reads /proc, and imports nothing that takes time. Whether the
-run moves on is watched from inside, by every rank: one that stands still ends the run, with exit
-code 1 (guard.hang_timeout_s).
+A HEALTHCHECK must be cheap: this reads /proc, and imports nothing that takes time. Whether the run
+makes progress is watched by every rank from inside: a hang ends the run with exit code 1
+(guard.hang_timeout_s).
 """
 
 import sys
@@ -13,26 +12,24 @@ _STATES = {"T": "stopped", "t": "stopped", "Z": "dead", "X": "dead"}
 
 
 def processes(proc: Path) -> dict[int, str]:
-    """The state of each process of packhorse, the launcher and its workers, by its id."""
+    """Return the state of each process of packhorse, launcher and workers, by its id."""
     found = {}
     for folder in proc.glob("[0-9]*"):
         try:
             stat = (folder / "stat").read_text()
             command = (folder / "cmdline").read_bytes().split(b"\0")
             parent = (folder.parent / stat.rpartition(")")[2].split()[1] / "cmdline").read_bytes()
-        except OSError:  # it ended while we looked
+        except OSError:  # it has ended since the folder was listed
             continue
         state = stat.rpartition(")")[2].split()[0]
-        # a dead process has no command line any more: it is ours if its parent is
+        # a dead process has no command line: it is ours if its parent is
         if _is_ours(command) or (state in "ZX" and _is_ours(parent.split(b"\0"))):
             found[int(folder.name)] = state
     return found
 
 
 def _is_ours(command: list[bytes]) -> bool:
-    """`python /opt/venv/bin/packhorse train ...`, and its workers, `python -m trainer.cli.main
-    train ...`.
-    """
+    # launcher: python /opt/venv/bin/packhorse ...; worker: python -m trainer.cli.main ...
     return any(word == b"trainer.cli.main" or word.endswith(b"/packhorse") for word in command[1:3])
 
 

@@ -1,5 +1,6 @@
-"""Writes docs/scale.md, what models of three sizes need, with the arithmetic: python
-docs/make_scale.py
+"""Write docs/scale.md: what models of three sizes need, and the arithmetic behind it.
+
+python docs/make_scale.py
 """
 
 from __future__ import annotations
@@ -10,7 +11,13 @@ from pathlib import Path
 
 from trainer.config.recipe import Recipe
 from trainer.estimate.memory import GIB, Cluster
-from trainer.estimate.report import Report, build_report, look, rows, sentences
+from trainer.estimate.report import (
+    Report,
+    build_report,
+    describe_report,
+    inspect_model,
+    table_cells,
+)
 
 PAGE = Path(__file__).parent / "scale.md"
 SHAPES = {  # of Llama 3.1
@@ -63,85 +70,90 @@ def _reports(size: str) -> tuple[Recipe, list[Report]]:
                 "run": {"dir": "runs/scale"},
             }
         )
-        looked = look(recipe, recipe.batch.seq_len)
+        inspected = inspect_model(recipe, recipe.batch.seq_len)
         clusters = [Cluster(gpus, PER_NODE, GPU_GIB * GIB) for gpus in GPUS[size]]
-        return recipe, [build_report(recipe, cluster, looked=looked) for cluster in clusters]
+        return recipe, [build_report(recipe, cluster, inspected=inspected) for cluster in clusters]
 
 
 def _section(size: str) -> str:
     lines = [f"## {size}", ""]
     recipe, reports = _reports(size)
     for gpus, report in zip(GPUS[size], reports, strict=True):
-        heading, body = rows(report)
-        said = sentences(report, recipe, FLOPS, MFU)
-        lines += [f"### {size} on {gpus} GPUs", "", *(f"- {sentence}" for sentence in said), ""]
-        lines += [
-            f"| {' | '.join(row)} |"
-            for row in (heading, ["---", *["---:"] * (len(heading) - 1)], *body)
-        ]
+        sentences = describe_report(report, recipe, FLOPS, MFU)
+        lines += [f"### {size} on {gpus} GPUs", "", *(f"- {text}" for text in sentences), ""]
+        heading, body = table_cells(report)
+        rule = ["---", *["---:"] * (len(heading) - 1)]
+        lines += [f"| {' | '.join(cells)} |" for cells in (heading, rule, *body)]
         lines += [""]
     return "\n".join(lines)
 
 
-TOP = f"""# What it takes
+TOP = f"""# Memory and time by model size
 
-Written by `python docs/make_scale.py`, which asks `packhorse plan` for models of the shapes of Llama 3.1, with
-`model.activation_checkpointing: full`, rows of 8,192 tokens, 512 of them a step, one a micro-batch, on GPUs of {GPU_GIB} GiB,
-{PER_NODE} a node. For a model of your own: `packhorse plan RECIPE --gpus 64 --gpu-gib 80 --nodes 8`. It reads the
+`python docs/make_scale.py` writes this page. It runs `packhorse plan` for models of the shapes of
+Llama 3.1, with `model.activation_checkpointing: full`, a sequence length of 8,192 tokens, a global
+batch of 512 sequences and micro-batches of one, on GPUs of {GPU_GIB} GiB, {PER_NODE} a node.
+For a model of your own: `packhorse plan RECIPE --gpus 64 --gpu-gib 80 --nodes 8`. It reads the
 model's configuration and no weights.
 
 How sure each number is:
 
-- *weights, gradients, optimizer*: exact, byte for byte DeepSpeed's own buffers (`tests/numerics/test_memory.py`,
-  [planner_cpu.md](../benchmarks/results/planner_cpu.md)).
-- *activations*: traced. The model is run once on tensors without data, and what autograd saves is counted; within 10%
-  of a real run's (`tests/unit/test_memory.py`). A fused attention kernel is taken for granted: `model.attention:
-  reference` with soft caps or sinks holds all scores, which is more.
+- *weights, gradients, optimizer*: exact, byte for byte DeepSpeed's own buffers
+  (`tests/numerics/test_memory.py`, [planner_cpu.md](../benchmarks/results/planner_cpu.md)).
+- *activations*: traced. The model runs once on tensors without data, and what autograd saves is
+  counted. It is within 10% of a real run (`tests/unit/test_memory.py`). A fused attention kernel is
+  assumed: `model.attention: reference` with soft caps or sinks holds all scores, which is more.
 - *gathered, communication, loss*: upper bounds from the libraries' sources, below.
-- *reserve*: 1.5 GiB for CUDA, NCCL and cuBLAS, and 5% for what the allocator cannot use. **No GPU was at hand when this
-  was written: the reserve, the bounds and the peaks are not yet measured on one.** Training says in its log what was
-  predicted and what is measured.
-- *time*: the model's FLOPs by an MFU that you state; it is no forecast.
+- *reserve*: 1.5 GiB for CUDA, NCCL and cuBLAS, and 5% for what the allocator cannot use. **The
+  reserve, the bounds and the peaks are not yet measured on a GPU.** Training logs the predicted
+  peak beside the measured one.
+- *time*: the model's FLOPs at an MFU that you state; it is no forecast.
 """
 
 ARITHMETIC = """## The arithmetic
 
-P parameters, W GPUs, L of them on a node, T tokens and N trained tokens of the fullest micro-batch, H hidden size, V
-vocabulary; b bytes of a weight (2 in bfloat16, 4 in float32), g of a gradient's sum (`parallel.grad_dtype`: 4, or 2).
-Sums over parameters p are of their sizes.
+P parameters, W GPUs, L of them on a node, T tokens and N trained tokens of the fullest micro-batch,
+H hidden size, V vocabulary; b bytes of a weight (2 in bfloat16, 4 in float32), g bytes of a summed
+gradient (`parallel.grad_dtype`: 4, or 2). Sums over parameters p are of their sizes.
 
 | bytes on a GPU | stage 0 (float32) | 1 | 2 | 3 |
 |---|---|---|---|---|
 | weights | 4 P | b A | b A | b S + b (those below `stage3_param_persistence_threshold`) |
-| gradients | 4 P | bfloat16: 4 A + 2 P; float32: all of its piece's parameters | g A / W; float32: as 1 | g S |
-| masters | (the weights) | 4 A / W | 4 A / W | 4 S |
+| gradients | 4 P | 4 A + 2 P (float32: F) | g A / W (float32: F) | g S |
+| master weights | (the weights) | 4 A / W | 4 A / W | 4 S |
 | moments | 8 P | 8 A / W | 8 A / W | 8 S |
 
-A is P with each of the optimizer's groups filled up to a multiple of 2 W; S = sum of ceil(p / W): stage 3 cuts each
-parameter by itself. With `offload_optimizer` gradients, masters and moments lie in the host's memory, and the gradients
-there twice (g S + 4 S); with `offload_param` b S too. On NVMe masters, moments and weights are files, and the host
-keeps the gradients' sums and the buffers between.
+A is P with each of the optimizer's groups filled up to a multiple of 2 W. F is 4 bytes for each
+element of the parameters that lie, even in part, in the rank's piece of A. S is the sum of
+ceil(p / W): stage 3 cuts each parameter by itself. With `offload_optimizer`, gradients, master
+weights and moments lie in the host's memory, and the gradients there twice (g S + 4 S); with
+`offload_param`, b S too. On NVMe, master weights, moments and weights are files, and the host keeps
+the summed gradients and the buffers between.
 
-- *activations*: what autograd saves of the decoder. With recomputation that is each layer's input, and one layer whole
-  while it is made again.
-- *loss*: Liger's kernel holds 2 N H b, the head's gradient in float32 and once in b (V H (4 + b)), and V b for each
-  token of a chunk of about N H / V tokens. The chunked one holds N H (2 b + 4), the head's gradient (V H b) and
-  N x min(V, 4 H) x (4 + b).
-- *gathered* (stage 3): the parameters whole at one time: `stage3_max_live_parameters` of them, or the largest module's
-  and `stage3_prefetch_bucket_size` where that is more.
-- *communication*: stage 0 and stage 1 in bfloat16: a bucket of `reduce_bucket_size` in float32. Stage 2: two buckets in
-  b, their copy in float32, and the largest gradient twice; stage 1 in float32: all gradients instead. Stage 3: one
-  bucket in float32 and the largest gradient in b and in float32.
-- *a host*: the larger of loading (b P by rank 0 at stage 3; b P by each rank of a node before) and training. The
-  kernel's cache of files and the loader's processes are not counted; pinned memory may be rounded up.
-- *disk*: a checkpoint is 12 P (float32 weights and two moments); `checkpoint.keep` of them and the one being written.
-  The universal form is 12 P more, an export 2 b P while it is made and b P after.
-- *time of a step*: 6 FLOPs a weight and token (the head's at trained tokens), 6 x (heads x head size) a layer and pair
-  of positions of a document, over W x peak x MFU x (1 - share of fillers). Recomputation is not counted, by the usual
-  definition of MFU. Without `--data` each row is one full document with all tokens trained.
+- *activations*: what autograd saves of the decoder. With activation checkpointing that is each
+  layer's input, and one layer whole while it is recomputed.
+- *loss*: Liger's kernel holds 2 N H b, the head's gradient in float32 and once in b
+  (V H (4 + b)), and V b for each token of a chunk of about N H / V tokens. The chunked one holds
+  N H (2 b + 4), the head's gradient (V H b) and N x min(V, 4 H) x (4 + b).
+- *gathered* (stage 3): the parameters that are whole at one time: `stage3_max_live_parameters` of
+  them, or the largest module's and `stage3_prefetch_bucket_size` if that is more.
+- *communication*: stage 0, and stage 1 in bfloat16: a bucket of `reduce_bucket_size` in float32.
+  Stage 2: two buckets in b, their copy in float32, and the largest gradient twice; stage 1 in
+  float32: all gradients instead. Stage 3: one bucket in float32, and the largest gradient in b and
+  in float32.
+- *a host*: the larger of loading (b P by rank 0 at stage 3; b P by each rank of a node before) and
+  training. The kernel's cache of files and the loader's processes are not counted; pinned memory
+  may be rounded up.
+- *disk*: a checkpoint is 12 P (float32 weights and two moments); `checkpoint.keep` of them and the
+  one being written. The universal form is 12 P more, an export 2 b P while it is written and b P
+  after.
+- *time of a step*: 6 FLOPs a weight and token (for the head, a trained token), and
+  6 x (heads x head size) a layer and squared document length, over W x peak x MFU x (1 - share of
+  fillers). Recomputation is not counted, by the usual definition of MFU. Without `--data`, each
+  sequence is one full document with all tokens trained.
 
-Not planned: `offload_optimizer` at stages 1 and 2; models whose forward asks for the values of its tensors (most
-mixtures of experts that sort tokens do), which `packhorse plan` refuses; adapters.
+Not planned: `offload_optimizer` at stages 1 and 2; models whose forward depends on the values of
+its tensors (most mixtures of experts that sort tokens), which `packhorse plan` refuses.
 """
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Ways to start the trainer: on this machine; Slurm and Kubernetes build on it."""
+"""Ways to start the trainer: on this machine, and on it Slurm and Kubernetes."""

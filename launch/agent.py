@@ -1,8 +1,8 @@
-"""Torch's elastic agent, with what a launcher of training runs needs beside: signals for the
-workers, a watch on the other nodes, and starts that carry nothing over from the last one.
+"""Start, watch and restart the workers of one node: torch's elastic agent with additions.
 
-A round is one start of workers, on all nodes that met for it. Another one follows where workers
-failed, a node was lost, or one came back, as long as restarts are left.
+It passes signals to the workers, sends heartbeats to the other nodes, and begins each round without
+state of the last one. A round is one start of workers on all nodes that met for it. The next round
+begins after a worker failed, a node was lost or a node came back, while restarts are left.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, Wo
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
-from launch.heartbeat import Peers
+from launch.heartbeat import Heartbeat
 from trainer.datatypes import BAD_INPUT, FAILED, STOP_FILE
 
 _DAY_S = 86_400
+_TAIL_LINES = 20  # of a failed rank's stderr that are shown
 
 
 class Agent(LocalElasticAgent):
-    """Starts, watches and restarts the workers of one node.
+    """Start, watch and restart the workers of one node.
 
     Args:
         preflight: called with the round's store, this node's number, the number of nodes and the
-            round's name, where there are several; what it raises ends this launcher.
+            round's name, if there are several nodes. What it raises ends this launcher.
     """
 
     def __init__(
@@ -41,20 +42,18 @@ class Agent(LocalElasticAgent):
     ) -> None:
         self._preflight = preflight
         self.logs = RankLogs(run_dir / "logs")
-        self.lost: str | None = None  # the nodes that fell silent in this round
+        self.lost: str | None = None  # hosts that stopped their heartbeats in this round
         self._stop_file = run_dir / STOP_FILE
-        self._peers: Peers | None = None
-        # once its workers are done, a node waits for the others' last words; one that dies
-        # meanwhile is missed
+        self._heartbeat: Heartbeat | None = None
+        # A node whose workers are done waits here for the others. The heartbeats end the wait if
+        # one of them dies, so the barrier itself needs no timeout.
         super().__init__(spec, self.logs, exit_barrier_timeout=_DAY_S)
 
     def workers(self) -> list[Any]:
-        """The processes that run, as subprocess.Popen."""
+        """Return the running workers, as subprocess.Popen."""
         context: Any = self._pcontext
-        started = (
-            [handler.proc for handler in context.subprocess_handlers.values()] if context else []
-        )
-        return [process for process in started if process.poll() is None]
+        handlers = context.subprocess_handlers.values() if context else ()
+        return [handler.proc for handler in handlers if handler.proc.poll() is None]
 
     def kill_workers(self) -> None:
         for worker in self.workers():
@@ -65,36 +64,43 @@ class Agent(LocalElasticAgent):
         return self._worker_group.state in (WorkerState.INIT, WorkerState.STOPPED)
 
     def close(self) -> None:
-        """Tell the other nodes that this one takes part in no other round."""
+        """Tell the other nodes that this one takes part in no further round."""
         self._rdzv_handler.shutdown()
-        if self._peers:
-            self._peers.close()
+        if self._heartbeat:
+            self._heartbeat.close()
 
-    # What follows overrides steps of torch's agent; `super()` is hidden from pyright by torch's decorator.
+    # The methods below override steps of torch's agent. A decorator of torch hides `super()` from
+    # pyright.
 
     def _rendezvous(self, worker_group: Any) -> None:
-        if self._peers:
-            self._peers.close()
+        if self._heartbeat:
+            self._heartbeat.close()
         self.lost = None
-        self._stop_file.unlink(missing_ok=True)  # the last round's, whose workers have ended
-        # torch 2.13 hands the workers' store on from round to round, with addresses of processes
-        # that are gone; nodes other than the first keep the address of its host, too
+        # The stop file of the last round would turn this round's success into exit code 75.
+        self._stop_file.unlink(missing_ok=True)
+        # torch 2.13 keeps the workers' store from round to round, with addresses of processes that
+        # have ended; nodes other than the first also keep the address of the store's host.
         handler: Any = self._rdzv_handler
         handler._bootstrap_store_info = handler._shared_tcp_store_server = None
         super()._rendezvous(worker_group)  # pyright: ignore[reportCallIssue]
         store: Any = self._store
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{os.getpid()}"
-        self.logs.name = store.compare_set("packhorse/logs", "", stamp).decode()  # the first node's
+        # all nodes take the name that the first one writes
+        self.logs.name = store.compare_set("packhorse/logs", "", stamp).decode()
         node, nodes = worker_group.group_rank, worker_group.group_world_size
-        if nodes > 1 and self._preflight:
-            self._preflight(store, node, nodes, self.logs.name)
-        self._peers = (
-            Peers(store.clone(), node, nodes, self._end_round, self._end) if nodes > 1 else None
-        )
+        self._heartbeat = None
+        if nodes > 1:
+            if self._preflight:
+                self._preflight(store, node, nodes, self.logs.name)
+            # a store serves one thread at a time: the heartbeat gets a connection of its own
+            self._heartbeat = Heartbeat(store.clone(), node, nodes, self._end_round, self._exit)
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
-        """Start them with the stop signals held back: a worker lets them in when it is ready for
-        them (trainer/dist.py), so that a signal in its first seconds stops it in order, too."""
+        """Start the workers with SIGTERM and SIGUSR1 blocked.
+
+        A worker unblocks them when its handlers are set (trainer/dist.py). So a signal in its first
+        seconds also makes it save and stop, instead of killing it.
+        """
         before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
         try:
             return super()._start_workers(worker_group)  # pyright: ignore[reportCallIssue]
@@ -105,52 +111,47 @@ class Agent(LocalElasticAgent):
         result: RunResult = super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
         codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
         if BAD_INPUT in codes.values():
-            self._remaining_restarts = 0  # it would fail again
+            self._remaining_restarts = 0  # bad input would fail again
         elif codes and self._remaining_restarts:
-            explain(codes, self)
-            say(
-                f"starting again from the last checkpoint, {self._remaining_restarts - 1} restarts "
+            log_failure(codes, self)
+            log(
+                f"restarting from the last checkpoint; {self._remaining_restarts - 1} restarts "
                 f"left after this one"
             )
         return result
 
     def _stop_workers(self, worker_group: Any) -> None:
-        """Healthy workers are stopped because another node wants in: they save first, however long
-        that takes.
-        """
+        # Healthy workers are stopped only to let another node in. They save first, and a save of a
+        # large model takes minutes.
         if worker_group.state == WorkerState.HEALTHY:
-            say("a node waits to join: the workers save, and start again with it")
+            log("another node wants to join: the workers save, then restart together with it")
             self._shutdown(timeout=_DAY_S)
         else:
             self._shutdown()
 
-    def _end_round(self, silent: str) -> None:
-        """Other nodes are gone. Workers wait for them without end: killed, they are a failure that
-        torch handles.
-        """
-        self.lost = silent
-        say(f"{silent} fell silent: ending this node's workers, which wait for it")
+    def _end_round(self, hosts: str) -> None:
+        """Kill the workers: they wait for lost nodes in a collective. torch then sees a failure."""
+        self.lost = hosts
+        log(f"no heartbeat from {hosts}: ending this node's workers, which wait for it")
         if self._in_exit_barrier:
-            self._end("its work was not done")
+            self._exit("its work was not done")
         self.kill_workers()
 
-    def _end(self, why: str) -> None:
-        """This node cannot go on. The main thread may wait for the network: it is not asked."""
-        say(f"{why}: ending; the same command goes on from the last checkpoint")
+    def _exit(self, why: str) -> None:
+        """End this launcher at once. The main thread may be waiting for the network."""
+        log(f"{why}: exit code {FAILED}; run the same command to resume from the last checkpoint")
         self.kill_workers()
         os._exit(FAILED)
 
 
 class RankLogs(LogsSpecs):
-    """Rank 0 writes to this terminal, every other rank to files of its own, in a folder for each
-    round.
-    """
+    """Show rank 0 on this terminal; let every other rank write files in a folder of the round."""
 
     def __init__(self, root: Path) -> None:
         super().__init__()
         self._root = root
         self.name = ""  # of the round's folder
-        self._files: list[Path] = []  # of this node's ranks, in this round
+        self._files: list[Path] = []  # of this node's ranks in this round
 
     @property
     def root_log_dir(self) -> str:
@@ -161,29 +162,31 @@ class RankLogs(LogsSpecs):
         return self._root / self.name
 
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """Return where each local rank writes to; `""` is this terminal."""
         ranks = {local: int(env["RANK"]) for local, env in envs.items()}
         if any(ranks.values()):
             self.folder.mkdir(parents=True, exist_ok=True)
-            say(f"ranks other than 0 write to {self.folder}")
-        self._files = [
-            self.path(rank, stream) for rank in ranks.values() if rank for stream in ("out", "err")
-        ]
+            log(f"the output of ranks other than 0 is in {self.folder}")
+        files = {
+            stream: {local: self.path(rank, stream) for local, rank in ranks.items() if rank}
+            for stream in ("out", "err")
+        }
+        self._files = [path for paths in files.values() for path in paths.values()]
+        on_terminal = dict.fromkeys(ranks, "")
         return LogsDest(
-            stdouts={
-                local: str(self.path(rank, "out")) if rank else "" for local, rank in ranks.items()
-            },
-            stderrs={
-                local: str(self.path(rank, "err")) if rank else "" for local, rank in ranks.items()
-            },
-            error_files=dict.fromkeys(ranks, ""),
+            stdouts=on_terminal | {local: str(path) for local, path in files["out"].items()},
+            stderrs=on_terminal | {local: str(path) for local, path in files["err"].items()},
+            error_files=on_terminal,
         )
 
     def path(self, rank: int, stream: str) -> Path:
         return self.folder / f"rank{rank:05d}.{stream}"
 
     def drop_empty(self) -> None:
-        """Leave what there is to read: most ranks say nothing. Other nodes write to the folder,
-        too, and do the same with their own files, perhaps at this moment."""
+        """Delete this node's empty log files, and the folder if nothing is left in it.
+
+        Other nodes do the same with their files in the folder, perhaps at this moment.
+        """
         for path in self._files:
             if path.exists() and path.stat().st_size == 0:
                 path.unlink()
@@ -191,35 +194,31 @@ class RankLogs(LogsSpecs):
             self.folder.rmdir()
 
 
-_TAIL_LINES = 20
-
-
-def explain(codes: dict[int, int], agent: Agent) -> None:
-    """Show once which rank failed first (the others fell with it), and its last lines.
+def log_failure(codes: dict[int, int], agent: Agent) -> None:
+    """Log which rank failed first, and the end of its stderr. The other ranks fell with it.
 
     Args:
-        codes: exit codes of this node's ranks that failed; negative: the signal that killed one.
+        codes: exit codes of this node's failed ranks; a negative one is the signal that killed it.
     """
-    if agent.lost:  # said when it was seen
+    if agent.lost:  # it was logged when the heartbeat stopped
         return
     bad_input = [rank for rank, code in codes.items() if code == BAD_INPUT]
     rank = bad_input[0] if bad_input else next(iter(codes))
     code = codes[rank]
     how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
     if rank == 0:
-        say(f"rank 0 failed ({how}); what it said is above")
+        log(f"rank 0 failed ({how}); its output is above")
         return
     path = agent.logs.path(rank, "err")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     if not lines:
-        say(f"rank {rank} failed ({how}) without a word")
+        log(f"rank {rank} failed ({how}) and wrote no error")
         return
-    say(f"rank {rank} failed ({how}); the end of {path}:")
+    log(f"rank {rank} failed ({how}); the end of {path}:")
     for line in lines[-_TAIL_LINES:]:
-        say(f"  {line}")
+        log(f"  {line}")
 
 
-def say(text: str) -> None:
-    os.write(
-        2, f"packhorse: {text}\n".encode()
-    )  # unbuffered: signal handlers and threads say things, too
+def log(text: str) -> None:
+    """Write a line to stderr, unbuffered: signal handlers and threads call this, too."""
+    os.write(2, f"packhorse: {text}\n".encode())

@@ -1,8 +1,8 @@
-"""Whether the other launchers of a run are there: heartbeats through the store of the rendezvous.
+"""Tell whether the other launchers of a run are alive, by heartbeats through the rendezvous store.
 
-A killed process resets its connections, and its peers' workers fail at once. A host that dies, or
-whose link is cut, resets nothing: workers wait for it in a collective for as long as NCCL's and
-gloo's patience lasts.
+A killed process resets its connections, so that the other nodes' workers fail at once. A host that
+dies, or loses its network, resets nothing: workers would wait for it in a collective until NCCL's
+or gloo's timeout.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from collections.abc import Callable
 from typing import Any
 
 BEAT_S = 2.0  # between heartbeats
-# a launcher silent for so long is gone; by the listener's own clock, as nodes' clocks differ
+# A launcher without a heartbeat for this long is lost. The listener's own clock counts, because the
+# clocks of nodes differ.
 SILENT_S = 20.0
-JUDGE_S = 1.0
-_NOT_YET = "0"
+CHECK_S = 1.0
+_NOT_YET = "0"  # the beat of a launcher that has not written one
 
 
-class Peers:
-    """One round's launchers, this one's heartbeat among them.
+class Heartbeat:
+    """Send this launcher's heartbeat and watch those of the others, for one round.
 
     Args:
-        store: of the round, and of this object alone: a store serves one thread at a time.
+        store: the round's store. No other thread may use this connection.
         node: this launcher's number among `nodes`.
-        lost: called once with the silent launchers' names.
-        cut_off: called once with the reason why this launcher is the one to give up.
+        on_lost: called once, with the hosts whose heartbeats stopped.
+        on_cut_off: called once, with the reason why this launcher is the one that must give up.
     """
 
     def __init__(
@@ -38,21 +39,21 @@ class Peers:
         store: Any,
         node: int,
         nodes: int,
-        lost: Callable[[str], None],
-        cut_off: Callable[[str], None],
+        on_lost: Callable[[str], None],
+        on_cut_off: Callable[[str], None],
     ) -> None:
-        self._store, self._node, self._lost, self._cut_off = store, node, lost, cut_off
+        self._store, self._node, self._on_lost, self._on_cut_off = store, node, on_lost, on_cut_off
         now = time.monotonic()
         self._answered_at = now  # the store's last answer
         self._beats = [_NOT_YET.encode()] * nodes
         self._heard_at = [now] * nodes
         self._closed = threading.Event()
-        # two threads: an answer from a host that is gone may be waited for without end
-        for work in (self._beat, self._judge):
-            threading.Thread(target=work, name=f"peers-{work.__name__}", daemon=True).start()
+        # Two threads, because a call to a store whose host is gone may never return.
+        for work in (self._beat, self._check):
+            threading.Thread(target=work, name=f"heartbeat-{work.__name__}", daemon=True).start()
 
     def close(self) -> None:
-        """From here on nobody is missed."""
+        """Stop sending and watching."""
         self._closed.set()
 
     def _beat(self) -> None:
@@ -61,10 +62,10 @@ class Peers:
             try:
                 self._store.set(keys[self._node], f"{number} {socket.gethostname()}")
                 if number == 1:
-                    for key in keys:  # reading a key that is not there would wait for it
+                    for key in keys:  # reading a missing key would wait for it
                         self._store.compare_set(key, "", _NOT_YET)
                 beats = self._store.multi_get(keys)
-            except RuntimeError:  # no store: the judge counts the seconds
+            except RuntimeError:  # no connection; `_check` counts the seconds
                 beats = None
             if beats is not None:
                 now = self._answered_at = time.monotonic()
@@ -74,37 +75,34 @@ class Peers:
             if self._closed.wait(BEAT_S):
                 return
 
-    def _judge(self) -> None:
-        while not self._closed.wait(JUDGE_S):
+    def _check(self) -> None:
+        while not self._closed.wait(CHECK_S):
             now = time.monotonic()
-            silent = [
-                node for node, heard_at in enumerate(self._heard_at) if now - heard_at > SILENT_S
-            ]
+            silent = [node for node, at in enumerate(self._heard_at) if now - at > SILENT_S]
             unanswered_s = now - self._answered_at
             if unanswered_s > SILENT_S:
-                self._cut_off(f"the rendezvous has not answered for {SILENT_S:.0f} s")
-            elif (
-                not silent or unanswered_s > SILENT_S / 4
-            ):  # without the rendezvous nobody is heard
+                self._on_cut_off(f"the rendezvous host has not answered for {SILENT_S:.0f} s")
+            elif not silent or unanswered_s > SILENT_S / 4:
+                # without the rendezvous host no heartbeat arrives, so that silence proves nothing
                 continue
             elif not link_is_up():
-                self._cut_off("this host's network is down")
+                self._on_cut_off("the network of this host is down")
             else:
-                self._lost(", ".join(map(self._name, silent)))
+                self._on_lost(", ".join(map(self._host_of, silent)))
             return
 
-    def _name(self, node: int) -> str:
+    def _host_of(self, node: int) -> str:
         return self._beats[node].decode().partition(" ")[2] or f"node {node}"
 
 
 def link_is_up() -> bool:
-    """Whether any network interface but the loopback has a carrier. The host of the rendezvous
-    hears nobody when its own link is cut, too, and must not take itself for the only one left."""
-    get_flags, loopback, up_and_running = (
-        0x8913,
-        0x8,
-        0x41,
-    )  # SIOCGIFFLAGS, IFF_LOOPBACK, IFF_UP | IFF_RUNNING
+    """Return whether a network interface other than the loopback has a carrier.
+
+    A rendezvous host whose own link is cut hears nobody, just as if all others had died. It must
+    not take itself for the only one left.
+    """
+    get_flags = 0x8913  # SIOCGIFFLAGS
+    loopback, up_and_running = 0x8, 0x41  # IFF_LOOPBACK, IFF_UP | IFF_RUNNING
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             answer = fcntl.ioctl(probe, get_flags, struct.pack("40s", name.encode()))

@@ -1,10 +1,8 @@
-"""Whether the nodes of a run agree and share its folder, asked in seconds, before their workers
-start.
+"""Check in seconds that the nodes of a run agree and share its folder, before their workers start.
 
-In: the store of the rendezvous, and what this node is. Out: nothing, or BadInput on all nodes
-    alike, which names the
-node at fault. Each launcher publishes its facts, reads everybody's, and judges them as all the
-others do. A run of one node is not asked.
+In: the rendezvous store, and the facts of this node. Out: nothing, or on all nodes the same
+BadInput, which names the node at fault. Each launcher publishes its facts, reads everybody's and
+judges them as all others do. A run on one node is not checked.
 """
 
 from __future__ import annotations
@@ -32,18 +30,18 @@ from trainer.config.recipe import Recipe
 from trainer.datatypes import BadInput
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy")
-_ANSWER_S = 120.0  # a launcher that is here answers at once, where its folders do
-_LEAST_GIB = 1.0  # of free disk: less, and even logs and samples may not fit
-_CLOCKS_S = 5.0
+_ANSWER_S = 120.0  # a living launcher answers at once if its folders do
+_LEAST_GIB = 1.0  # of free disk: with less, logs and samples may not fit
+_CLOCKS_S = 5.0  # difference of two clocks that is worth a warning
 
 
 class NoAnswer(Exception):
-    """A node met the others and then fell silent."""
+    """A node joined the rendezvous and then did not answer."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a node is, before it looks at the shared folder."""
+    """What a node is, before it opens the shared folder."""
 
     host: str
     versions: dict[str, str]
@@ -51,102 +49,75 @@ class Facts:
     recipe: str  # digest of the recipe, overrides applied, and of the DeepSpeed template
     processes: int
     gpus: tuple[str, ...]
-    loopback: (
-        bool  # the host's own name leads to itself alone, and gloo is not told another interface
-    )
+    loopback: bool  # the host's own name resolves to the loopback, and gloo has no other interface
 
 
 @dataclass(frozen=True)
 class Disk:
-    """What a node finds at its folders."""
+    """What a node finds in its folders."""
 
     clock: float  # seconds since 1970, just after the nodes' facts had come
     fault: str | None  # why run.dir cannot be written
-    free_gib: dict[str, float]  # run.dir and data.cache
+    free_gib: dict[str, float]  # for run.dir and data.cache
 
 
-def facts(recipe: Recipe, processes: int) -> Facts:
-    gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return Facts(
-        host=socket.gethostname(),
-        versions={
-            "packhorse": trainer.__version__,
-            "Python": platform.python_version(),
-            **{name: version(name) for name in _PACKAGES},
-        },
-        code=_digest(_code()),
-        recipe=_digest(_recipe(recipe)),
-        processes=processes,
-        gpus=gpus,
-        loopback=_is_loopback(socket.gethostname()) and "GLOO_SOCKET_IFNAME" not in os.environ,
-    )
-
-
-def check(
+def check_nodes(
     recipe: Recipe,
     processes: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
     store: Any,
     node: int,
     nodes: int,
     stamp: str,
 ) -> None:
-    """Every launcher calls it, between their meeting and the start of the workers.
+    """Compare the nodes. Every launcher calls this between the rendezvous and its workers' start.
 
     Args:
         processes: workers on this node.
-        say: shows a line; node 0 has one for each warning, and one at the end.
-        store: of this round.
+        log: writes a line. Node 0 logs the warnings, and one line at the end.
+        store: the store of this round.
         node: this launcher's number among `nodes`.
-        stamp: names the round, the same on all nodes.
+        stamp: the round's name, the same on all nodes.
 
     Raises:
-        BadInput: a node differs from the others, or cannot be used; all nodes raise the same
-            sentence.
+        BadInput: a node differs from the others, or cannot be used. All nodes raise the same.
         NoAnswer: a node did not answer.
     """
     run_dir = Path(recipe.run.dir)
-    every = [
-        Facts(**{**told, "gpus": tuple(told["gpus"])})
-        for told in _exchange(
-            store,
-            "facts",
-            node,
-            [f"node {i}" for i in range(nodes)],
-            asdict(facts(recipe, processes)),
-        )
-    ]
-    hosts = names(every)
+    numbers = [f"node {i}" for i in range(nodes)]
+    answers = _exchange(store, "facts", node, numbers, asdict(collect_facts(recipe, processes)))
+    every = [Facts(**{**answer, "gpus": tuple(answer["gpus"])}) for answer in answers]
+    hosts = host_names(every)
     token = run_dir / f".preflight-{stamp}-%d"
-    mine = Path(str(token) % node)
+    own = Path(str(token) % node)
     try:
-        disks = [
-            Disk(**told)
-            for told in _exchange(store, "disk", node, hosts, asdict(_disk(recipe, mine)))
-        ]
+        answers = _exchange(store, "disk", node, hosts, asdict(_write_token(recipe, own)))
+        disks = [Disk(**answer) for answer in answers]
         seen = [i for i in range(nodes) if Path(str(token) % i).exists()]
         sees = _exchange(store, "sees", node, hosts, seen)
     finally:
         with suppress(OSError):
-            mine.unlink(missing_ok=True)
+            own.unlink(missing_ok=True)
     fault = (
-        differing(every, hosts) or unusable(disks, hosts, run_dir) or unshared(sees, hosts, run_dir)
+        find_difference(every, hosts)
+        or find_bad_disk(disks, hosts, run_dir)
+        or find_unshared(sees, hosts, run_dir)
     )
     if fault:
         _leave_together(store, nodes)
         raise BadInput(f"preflight: {fault}")
     if node == 0:
-        for warning in warnings(every, disks, hosts):
-            say(f"preflight: {warning}")
+        for warning in list_warnings(every, disks, hosts):
+            log(f"preflight: {warning}")
         free = min(disk.free_gib["run.dir"] for disk in disks)
-        say(f"preflight: {nodes} nodes agree and share {run_dir}, where {free:,.0f} GiB are free")
+        log(f"preflight: {nodes} nodes agree and share {run_dir}, where {free:,.0f} GiB are free")
 
 
-# ------------------------------------------------------------------------------------------ judging
+# ---------------------------------------------------------------------------------------- judgement
 
 
-def names(every: Sequence[Facts]) -> list[str]:
-    """The nodes' hosts; with a number where several are on one."""
+def host_names(every: Sequence[Facts]) -> list[str]:
+    """Return the nodes' hosts, with the node's number if several nodes are on one host."""
     count = Counter(facts.host for facts in every)
     return [
         f"{facts.host} (node {i})" if count[facts.host] > 1 else facts.host
@@ -154,42 +125,45 @@ def names(every: Sequence[Facts]) -> list[str]:
     ]
 
 
-def differing(every: Sequence[Facts], hosts: Sequence[str]) -> str | None:
-    """The first node that is not like most of the others, or not like node 0 where no kind is the
-    more common.
+def find_difference(every: Sequence[Facts], hosts: Sequence[str]) -> str | None:
+    """Return a sentence about the first node that differs from the majority, or None.
+
+    Without a majority the nodes are compared with node 0.
     """
     for package in every[0].versions:
-        if odd := _odd([facts.versions[package] for facts in every], hosts):
+        if odd := _find_outlier([facts.versions[package] for facts in every], hosts):
             host, has, other, usual = odd
-            return f"{host} has {package} {has}, and {other} {usual}; install the same versions on all nodes"
-    if odd := _odd([facts.code for facts in every], hosts):
-        return f"{odd[0]} runs other code of packhorse than {odd[2]}; install the same on all nodes"
-    if odd := _odd([facts.recipe for facts in every], hosts):
+            return (
+                f"{host} has {package} {has}, and {other} {usual}; install the same versions on "
+                f"all nodes"
+            )
+    if odd := _find_outlier([facts.code for facts in every], hosts):
+        return f"{odd[0]} has other packhorse code than {odd[2]}; install the same on all nodes"
+    if odd := _find_outlier([facts.recipe for facts in every], hosts):
         return (
-            f"{odd[0]} has another recipe or DeepSpeed template than {odd[2]}; "
-            "give all nodes the same files and the same overrides"
+            f"{odd[0]} has another recipe or DeepSpeed template than {odd[2]}; give all nodes the "
+            f"same files and the same overrides"
         )
-    if odd := _odd([facts.processes for facts in every], hosts):
+    if odd := _find_outlier([facts.processes for facts in every], hosts):
         host, has, other, usual = odd
         gpus = len(every[hosts.index(host)].gpus)
         return (
             f"{host} has {gpus} GPUs and starts {has} processes, where {other} starts {usual}; "
-            f"repair or leave out "
-            "that node, or give --nproc"
+            f"repair that node or leave it out, or give --nproc"
         )
-    apart = len({facts.host for facts in every}) > 1
+    on_several_hosts = len({facts.host for facts in every}) > 1
     for facts, host in zip(every, hosts):
-        if apart and facts.loopback:
+        if on_several_hosts and facts.loopback:
             return (
-                f"{host}'s own name leads to the loopback address, where no other node finds it; "
-                f"correct its "
-                "/etc/hosts, or set GLOO_SOCKET_IFNAME to the network that the nodes share"
+                f"{host}'s own name resolves to the loopback address, which other nodes cannot "
+                f"reach; correct its /etc/hosts, or set GLOO_SOCKET_IFNAME to the network that the "
+                f"nodes share"
             )
     return None
 
 
-def unusable(disks: Sequence[Disk], hosts: Sequence[str], run_dir: Path) -> str | None:
-    """The first node that cannot write to the run folder, or has no room."""
+def find_bad_disk(disks: Sequence[Disk], hosts: Sequence[str], run_dir: Path) -> str | None:
+    """Return a sentence about the first node that cannot write or has no room, or None."""
     for disk, host in zip(disks, hosts):
         if disk.fault:
             return f"{host} cannot write to run.dir, {run_dir} ({disk.fault})"
@@ -199,40 +173,42 @@ def unusable(disks: Sequence[Disk], hosts: Sequence[str], run_dir: Path) -> str 
     return None
 
 
-def unshared(sees: Sequence[Sequence[int]], hosts: Sequence[str], run_dir: Path) -> str | None:
-    """
+def find_unshared(sees: Sequence[Sequence[int]], hosts: Sequence[str], run_dir: Path) -> str | None:
+    """Return a sentence about the node that sees the fewest others' files, or None.
+
     Args:
         sees: for each node, the nodes whose file it finds in its run folder.
     """
     everyone = range(len(hosts))
+    # of several that see as few, the last: node 0's folder is the one that the others should share
     blind = min(everyone, key=lambda node: (len(sees[node]), -node))
     unseen = [node for node in everyone if node not in sees[blind]]
     if not unseen:
         return None
     return (
-        f"run.dir: {run_dir} is not the same folder on all nodes, {hosts[blind]} does not see what "
-        f"{hosts[unseen[0]]} "
-        "wrote there; put it on a file system that all of them share"
+        f"run.dir: {run_dir} is not the same folder on all nodes; {hosts[blind]} does not see what "
+        f"{hosts[unseen[0]]} wrote there; put it on a file system that all of them share"
     )
 
 
-def warnings(every: Sequence[Facts], disks: Sequence[Disk], hosts: Sequence[str]) -> Iterable[str]:
-    """What is odd, and changes nothing that is learned."""
+def list_warnings(
+    every: Sequence[Facts], disks: Sequence[Disk], hosts: Sequence[str]
+) -> Iterable[str]:
+    """Yield what is unusual but does not change what is learned."""
     for disk, host in zip(disks, hosts):
         ahead_s = disk.clock - disks[0].clock
         if abs(ahead_s) > _CLOCKS_S:
             yield (
                 f"{host}'s clock is {abs(ahead_s):.0f} s {'ahead of' if ahead_s > 0 else 'behind'} "
-                f"{hosts[0]}'s, whose "
-                "time is the run's"
+                f"{hosts[0]}'s, which the run's times are taken from"
             )
-    if odd := _odd([facts.gpus for facts in every], hosts):
+    if odd := _find_outlier([facts.gpus for facts in every], hosts):
         yield f"{odd[0]} has other GPUs than {odd[2]}; the slowest sets the pace"
 
 
-def _odd(values: Sequence[Any], hosts: Sequence[str]) -> tuple[str, Any, str, Any] | None:
-    """A host with another value than most, its value, a host with the usual one, and that."""
-    usual = Counter(values).most_common(1)[0][0]  # the first of those that are as common
+def _find_outlier(values: Sequence[Any], hosts: Sequence[str]) -> tuple[str, Any, str, Any] | None:
+    """Return a host with an unusual value, that value, a host with the usual one, and that."""
+    usual = Counter(values).most_common(1)[0][0]  # of equally common values the first
     odd = [i for i, value in enumerate(values) if value != usual]
     return (hosts[odd[0]], values[odd[0]], hosts[values.index(usual)], usual) if odd else None
 
@@ -240,26 +216,46 @@ def _odd(values: Sequence[Any], hosts: Sequence[str]) -> tuple[str, Any, str, An
 # ---------------------------------------------------------------------------------------- this node
 
 
-def _disk(recipe: Recipe, mine: Path) -> Disk:
+def collect_facts(recipe: Recipe, processes: int) -> Facts:
+    """Return the facts of this node."""
+    host = socket.gethostname()
+    try:
+        loopback = socket.gethostbyname(host).startswith("127.")
+    except OSError:
+        loopback = False
+    return Facts(
+        host=host,
+        versions={
+            "packhorse": trainer.__version__,
+            "Python": platform.python_version(),
+            **{name: version(name) for name in _PACKAGES},
+        },
+        code=_digest(_code_parts()),
+        recipe=_digest(_recipe_parts(recipe)),
+        processes=processes,
+        gpus=tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())),
+        loopback=loopback and "GLOO_SOCKET_IFNAME" not in os.environ,
+    )
+
+
+def _write_token(recipe: Recipe, token: Path) -> Disk:
+    """Write this node's file into the run folder and return what the disks are like."""
     clock, fault = time.time(), None
     try:
-        mine.parent.mkdir(parents=True, exist_ok=True)
-        mine.write_text(socket.gethostname())
+        token.parent.mkdir(parents=True, exist_ok=True)
+        token.write_text(socket.gethostname())
     except OSError as error:
         fault = str(error)
-    folders = {"run.dir": mine.parent, "data.cache": Path(recipe.data.cache).expanduser()}
-    return Disk(clock, fault, {name: _free_gib(folder) for name, folder in folders.items()})
+    free_gib = {}
+    folders = {"run.dir": token.parent, "data.cache": Path(recipe.data.cache).expanduser()}
+    for name, folder in folders.items():
+        above = (folder.absolute(), *folder.absolute().parents)
+        existing = next(place for place in above if place.exists())
+        free_gib[name] = shutil.disk_usage(existing).free / 2**30
+    return Disk(clock, fault, free_gib)
 
 
-def _free_gib(folder: Path) -> float:
-    """Of the disk that the folder is on, or will be."""
-    there = next(
-        place for place in (folder.absolute(), *folder.absolute().parents) if place.exists()
-    )
-    return shutil.disk_usage(there).free / 2**30
-
-
-def _code() -> Iterable[bytes]:
+def _code_parts() -> Iterable[bytes]:
     package = Path(trainer.__file__).parent
     for folder in (package, package.parent / "launch"):
         for path in sorted(folder.rglob("*.py")):
@@ -267,9 +263,9 @@ def _code() -> Iterable[bytes]:
             yield path.read_bytes()
 
 
-def _recipe(recipe: Recipe) -> Iterable[bytes]:
+def _recipe_parts(recipe: Recipe) -> Iterable[bytes]:
     yield recipe.to_yaml().encode()
-    with suppress(OSError):  # the workers say that it is missing
+    with suppress(OSError):  # the workers report a missing template
         yield Path(recipe.parallel.deepspeed).read_bytes()
 
 
@@ -280,41 +276,34 @@ def _digest(parts: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return socket.gethostbyname(host).startswith("127.")
-    except OSError:
-        return False
-
-
 # ---------------------------------------------------------------------------------------- all nodes
 
 
-def _exchange(store: Any, what: str, node: int, hosts: Sequence[str], mine: Any) -> list[Any]:
-    """Every node's value, in the order of nodes."""
+def _exchange(store: Any, what: str, node: int, hosts: Sequence[str], value: Any) -> list[Any]:
+    """Publish this node's value and return every node's, in the order of nodes."""
     keys = [f"packhorse/preflight/{what}/{i}" for i in range(len(hosts))]
-    store.set(keys[node], json.dumps(mine))
+    store.set(keys[node], json.dumps(value))
     try:
         store.wait(keys, timedelta(seconds=_ANSWER_S))
     except RuntimeError:
         try:
             silent = [host for host, key in zip(hosts, keys) if not store.check([key])]
         except RuntimeError:
-            silent = ["the rendezvous"]
+            silent = ["the rendezvous host"]
         raise NoAnswer(
-            f"preflight: {', '.join(silent)} did not answer within {_ANSWER_S:.0f} s; look at its "
-            f"log, and at the file "
-            "system of run.dir there"
+            f"preflight: {', '.join(silent)} did not answer within {_ANSWER_S:.0f} s; check its "
+            f"log, and the file system of run.dir there"
         ) from None
-    return [json.loads(value) for value in store.multi_get(keys)]
+    return [json.loads(answer) for answer in store.multi_get(keys)]
 
 
 def _leave_together(store: Any, nodes: int) -> None:
-    """The store ends with the launcher that hosts it: it waits until all have read what they judge
-    by.
+    """Wait until all nodes have read what they judge by.
+
+    The store ends with the launcher of the rendezvous host, which would otherwise leave first.
     """
     end = time.monotonic() + _ANSWER_S / 10
-    with suppress(RuntimeError):  # that one had waited long enough
+    with suppress(RuntimeError):  # the host has left after its own wait
         left = store.add("packhorse/preflight/judged", 1)
         while left < nodes and time.monotonic() < end:
             time.sleep(0.05)

@@ -1,7 +1,6 @@
-"""A batch script for Slurm: `slurm.sh` beside this file, with its settings filled in.
+"""Write a batch script for Slurm: `slurm.sh` beside this file, with its settings filled in.
 
-`slurm.sh` is a script that runs as it is; slurm/sft_8b.sh and slurm/sft_70b.sh are the same with
-other settings.
+`slurm.sh` also runs as it is; slurm/sft_8b.sh and slurm/sft_70b.sh are copies with other settings.
 """
 
 from __future__ import annotations
@@ -26,15 +25,16 @@ def render(
     container: str | None = None,
     mounts: Sequence[str] = (),
 ) -> str:
-    """The script's text. None: as the template has it, which lets the environment say.
+    """Return the text of the script. What is not given stays as in the template.
 
     Args:
-        options: of sbatch, without their dashes, as `{"nodes": "4-8"}`; the template has a line for
+        options: of sbatch, without their dashes, as `{"nodes": "4-8"}`. The template has a line for
             each.
-        recipe: a shell word, already quoted where it needs to be.
-        packhorse: the command on all nodes.
+        recipe: a shell word, already quoted if necessary.
+        overrides: `key=value` changes to the recipe.
+        packhorse: path of the command, the same on all nodes.
         container: an image.
-        mounts: folders that the container sees.
+        mounts: folders to mount in the container.
 
     Raises:
         BadInput: a line of #SBATCH cannot hold a value.
@@ -42,30 +42,20 @@ def render(
     text = TEMPLATE.read_text(encoding="utf-8")
     for name, value in options.items():
         if not value.isprintable():
-            raise BadInput(
-                f"--{name} {value!r}: a line of #SBATCH cannot hold it; take a name without such "
-                f"characters"
-            )
-        text = _set(text, rf"#+SBATCH --{name}=", f"#SBATCH --{name}={shlex.quote(value)}")
-    text = _set(text, "recipe=", f"recipe={recipe}")
+            raise BadInput(f"--{name} {value!r}: a line of #SBATCH holds printable text only")
+        text = _set_line(text, rf"#+SBATCH --{name}=", f"#SBATCH --{name}={shlex.quote(value)}")
+    text = _set_line(text, "recipe=", f"recipe={recipe}")
     if overrides:
-        text = _set(text, "overrides=", f"overrides=({shlex.join(overrides)})")
-    for name, value in (
-        ("packhorse", packhorse),
-        ("container", container),
-        ("mounts", ",".join(mounts) or None),
-    ):
+        text = _set_line(text, "overrides=", f"overrides=({shlex.join(overrides)})")
+    settings = {"packhorse": packhorse, "container": container, "mounts": ",".join(mounts) or None}
+    for name, value in settings.items():
         if value is not None:
-            text = _set(text, f"{name}=", f"{name}={shlex.quote(value)}")
+            text = _set_line(text, f"{name}=", f"{name}={shlex.quote(value)}")
     return text
 
 
 def write(run_dir: Path, text: str) -> Path:
-    """The script in the run folder.
-
-    Raises:
-        BadInput: it cannot be written.
-    """
+    """Write the script into the run folder and return its path. Raises BadInput if that fails."""
     script = run_dir / "slurm.sh"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -77,10 +67,10 @@ def write(run_dir: Path, text: str) -> Path:
 
 
 def submit(script: Path) -> str:
-    """sbatch's answer, as `Submitted batch job 7`.
+    """Submit the script and return sbatch's answer, as `Submitted batch job 7`.
 
     Raises:
-        BadInput: there is no sbatch here, or it refuses the script.
+        BadInput: there is no sbatch on this machine, or it refuses the script.
     """
     try:
         done = subprocess.run(["sbatch", str(script)], capture_output=True, text=True)
@@ -93,8 +83,8 @@ def submit(script: Path) -> str:
     return done.stdout.strip()
 
 
-def _set(text: str, start: str, line: str) -> str:
-    """`text` with the one line that starts so replaced."""
+def _set_line(text: str, start: str, line: str) -> str:
+    """Replace the only line of `text` that begins with the pattern `start`."""
     text, found = re.subn(rf"^{start}.*$", lambda _: line, text, flags=re.MULTILINE)
     assert found == 1, start
     return text

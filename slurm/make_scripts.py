@@ -1,4 +1,7 @@
-"""Writes slurm/sft_8b.sh and slurm/sft_70b.sh from launch/slurm.sh: python slurm/make_scripts.py"""
+"""Write slurm/sft_8b.sh and slurm/sft_70b.sh from launch/slurm.sh.
+
+usage: python slurm/make_scripts.py
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ NODES = {"sft_8b": "1", "sft_70b": "8"}
 
 
 def scripts() -> dict[Path, str]:
-    """Their texts. RECIPE in the environment names another recipe than the script's own."""
+    """Return the scripts' texts. RECIPE in the environment replaces a script's own recipe."""
     return {
         Path(__file__).with_name(f"{name}.sh"): render(
             options={"job-name": name, "nodes": nodes}, recipe=f"${{RECIPE:-recipes/{name}.yaml}}"

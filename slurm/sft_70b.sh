@@ -8,11 +8,11 @@
 ##SBATCH --chdir=.
 #SBATCH --output=%x-%j.log
 #
-# Whole nodes. The number of tasks is srun's, below: given here, --nodes=4-8 would never get more than four.
+# Whole nodes. srun below sets the number of tasks: set here, --nodes=4-8 would never get more than four.
 #SBATCH --exclusive
 #SBATCH --mem=0
 #
-# Ten minutes before the time limit (up to one earlier) this script is told; the run saves and asks to be queued again.
+# Slurm sends USR1 to this script ten to eleven minutes before the time limit: the run saves and is queued again.
 #SBATCH --signal=B:USR1@600
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -20,25 +20,25 @@ set -euo pipefail
 
 # ---------------------------------------------------------------- edit the lines above and these
 recipe=${RECIPE:-recipes/sft_70b.yaml}
-overrides=()                            # of the recipe, as (optim.lr=1e-5); sbatch SCRIPT KEY=VALUE... adds to them
-packhorse=${PACKHORSE:-packhorse}       # as .venv/bin/packhorse, in a folder that all nodes see
+overrides=()                            # changes to the recipe, as (optim.lr=1e-5); sbatch SCRIPT KEY=VALUE... adds to them
+packhorse=${PACKHORSE:-packhorse}       # as .venv/bin/packhorse, in a folder that all nodes share
 container=${CONTAINER:-}                # empty: none; a .sif file runs in Apptainer, any other image in Pyxis (enroot)
-mounts=${MOUNTS:-$PWD}                  # folders that the container sees, parted by commas
+mounts=${MOUNTS:-$PWD}                  # folders to mount in the container, separated by commas
 
-# Where nodes have several networks, NCCL and gloo must take the right one. Nothing is guessed here: where these are not
-# set, NCCL chooses by itself, and gloo takes the network of the host's name. `ip -br address` on a node lists them.
+# If nodes have several networks, NCCL and gloo must use the right one. Without these lines NCCL chooses by itself, and
+# gloo uses the network of the host's name. `ip -br address` on a node lists the interfaces.
 # export NCCL_SOCKET_IFNAME=ib0 GLOO_SOCKET_IFNAME=ib0
-# Only where some InfiniBand adapters are not for computing, as storage's:
+# Only if some InfiniBand adapters are not for training, as those of the storage:
 # export NCCL_IB_HCA=mlx5_0,mlx5_1
-export NCCL_DEBUG=${NCCL_DEBUG:-WARN}   # NCCL says what went wrong, and nothing else
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}   # NCCL reports problems only
 
 # ---------------------------------------------------------------- nothing to edit below
 train=("$packhorse" train "$recipe" ${overrides[@]+"${overrides[@]}"} "$@")
 
-# A node that dies is Slurm's to find: it queues the job again. Ended before that with the launchers of the other nodes,
-# which miss it sooner, the job would have failed.
+# When a node dies, Slurm notices it and queues the job again. The launchers of the other nodes miss it sooner and exit:
+# with --kill-on-bad-exit=1 that would end the job as failed before Slurm noticed.
 step=(--nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0)
-step+=(--cpu-bind=none)                 # a node's one task has all of its cores: Slurm would bind it to one
+step+=(--cpu-bind=none)                 # the one task of a node uses all its cores; Slurm would bind it to one
 case $container in
   '') ;;
   *.sif) train=(apptainer exec --nv --bind "$mounts" --pwd "$PWD" "$container" "${train[@]}") ;;
@@ -50,7 +50,7 @@ say() { echo "slurm: $(date +%FT%T) job $SLURM_JOB_ID: $*"; }
 say "start $((${SLURM_RESTART_COUNT:-0} + 1)) on $SLURM_JOB_NUM_NODES nodes: $SLURM_JOB_NODELIST"
 say "NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-} GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-} NCCL_IB_HCA=${NCCL_IB_HCA:-}"
 
-# `wait` ends with a signal, and the run does not. srun passes the signal to all nodes.
+# A signal ends `wait`, but not the run. srun passes the signal to all nodes.
 trap 'interrupted=yes; say "USR1: the run saves and stops"; kill -USR1 "$srun" || true' USR1
 srun "${step[@]}" "${train[@]}" &
 srun=$!
@@ -61,7 +61,7 @@ while [ "$interrupted" = yes ]; do
   wait "$srun" || code=$?
 done
 say "exit code $code"
-if [ "$code" -eq 75 ]; then             # saved, run me again; nothing else is worth another start
+if [ "$code" -eq 75 ]; then             # saved; no other exit code is worth another start
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

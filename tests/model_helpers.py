@@ -1,4 +1,4 @@
-"""Tiny random models and hand-made batches for the tests of the model rooms."""
+"""Tiny random models and hand-made batches for the tests of trainer/model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.config.recipe import LossSection
 from trainer.datatypes import Batch
 from trainer.model import attention
 from trainer.model.load import initialise
-from trainer.model.loss import LogitTransform
+from trainer.model.logit_transform import LogitTransform
 from trainer.model.sft import SftModel
 
 transformers.logging.set_verbosity_error()
@@ -37,7 +37,7 @@ WIDE = {**SIZES, "head_dim": 8}
 
 
 def tiny(config: Any, dtype: torch.dtype = torch.float32, backend: str = "reference") -> Any:
-    """A random transformers model of this configuration, attending through packhorse."""
+    """Return a random transformers model that attends through packhorse."""
     model = transformers.AutoModelForCausalLM.from_config(
         config, attn_implementation=attention.implementation(backend), dtype=dtype
     )
@@ -52,7 +52,7 @@ def tiny_llama(**changes: Any) -> Any:
 def sft(
     model: Any, kernel: str = "chunked", alpha: float = 0.0, transform: LogitTransform | None = None
 ) -> SftModel:
-    """The model with its loss, its logits' transform given instead of measured."""
+    """Return the model with its loss; the logits' transform is given instead of measured."""
     made = SftModel(
         model, LossSection.model_validate({"kernel": kernel, "neftune_alpha": alpha}), 0, CPU
     )
@@ -73,22 +73,27 @@ def pack(
     weights: Sequence[float],
     keys: Sequence[int] | None = None,
 ) -> Batch:
-    """Documents end to end. `trained[i]` are positions inside document i whose next token is
-    learned, each of them with `weights[i]`; `keys[i]` is its number in the data."""
+    """Return the documents packed into a batch.
+
+    Args:
+        trained: for each document, the positions whose next token is trained.
+        weights: for each document, the weight of each of these tokens.
+        keys: for each document, its number in the data.
+    """
     lengths = [len(d) for d in ids]
     starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
     positions = torch.tensor(
         [start + p for start, ps in zip(starts, trained) for p in ps], dtype=torch.long
     )
     by_token = torch.tensor([w for w, ps in zip(weights, trained) for _ in ps], dtype=torch.float32)
-    row = torch.cat(list(ids))
+    tokens = torch.cat(list(ids))
     return Batch(
-        input_ids=row,
+        input_ids=tokens,
         position_ids=torch.cat([torch.arange(n) for n in lengths]),
         cu_seqlens=torch.tensor(starts, dtype=torch.int32),
         lengths=tuple(lengths),
         trained_positions=positions,
-        targets=row[positions + 1],
+        targets=tokens[positions + 1],
         weights=by_token,
         uniform_weight=weights[0] if len(set(weights)) == 1 else None,
         document_keys=tuple((0, key, 0) for key in (keys or range(len(lengths)))),
@@ -97,7 +102,7 @@ def pack(
 
 
 def loss_and_gradients(model: SftModel, *batches: Batch) -> tuple[float, dict[str, torch.Tensor]]:
-    """The summed loss of these batches in training, and every parameter's gradient."""
+    """Return the summed loss of these batches in training, and every parameter's gradient."""
     model.train()
     model.zero_grad(set_to_none=True)
     total = 0.0
@@ -111,9 +116,7 @@ def loss_and_gradients(model: SftModel, *batches: Batch) -> tuple[float, dict[st
 
 
 def interpreted(module: str, function: str) -> Any:
-    """What a test's function prints last, as JSON, in a process of its own in which Triton
-    interprets.
-    """
+    """Run a function in a process in which Triton interprets; return the JSON of its last line."""
     done = subprocess.run(
         [sys.executable, "-c", f"from {module} import {function}; {function}()"],
         cwd=Path(__file__).resolve().parents[1],
@@ -127,6 +130,6 @@ def interpreted(module: str, function: str) -> Any:
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """||ours - theirs|| / ||theirs|| in float64."""
+    """Return ||ours - theirs|| / ||theirs||, computed in float64."""
     ours, theirs = ours.double(), theirs.double()
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))

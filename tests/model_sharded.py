@@ -1,5 +1,4 @@
-"""Loads a model in shards on the ranks it runs on, and compares it with the plain load; prints what
-differed.
+"""Load a model in shards on the ranks that run this, and print how it differs from a plain load.
 
 python -m tests.model_sharded FOLDER ...    (under tests/ranks.py; contracts C4 and C5)
 """
@@ -29,7 +28,7 @@ from trainer.model.sft import SftModel
 
 
 def differences(plain: Any, sharded: Any) -> list[str]:
-    """The names of tensors that are not bitwise the same."""
+    """Return the names of tensors that are not bitwise the same."""
     names = []
     parameters = dict(plain.named_parameters())
     assert parameters.keys() == dict(sharded.named_parameters()).keys()

@@ -5,10 +5,13 @@ key, know no name.
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, TypeVar
+
+Server = TypeVar("Server", bound="StandIn")
 
 Reply = tuple[int, Any] | tuple[int, Any, Mapping[str, str]]
 """Status, body (JSON, or a text as it is) and headers."""
@@ -26,11 +29,15 @@ class PatientServer(ThreadingHTTPServer):
 
     request_queue_size = 128
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        # a client that was asked to stop does not wait for its replies
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
 
 class StandIn:
-    """Inside, a server on this machine that answers by `answer(request)`, each request in a thread
-    of its own.
-    """
+    """A server on this machine that answers by `answer(request)`, each request in a thread of its
+    own. It runs until it is closed."""
 
     def __init__(self, answer: Callable[[Request], Reply]) -> None:
         self.requests: list[Request] = []
@@ -60,18 +67,21 @@ class StandIn:
 
         self._server = PatientServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
-        self._server.block_on_close = (
-            False  # a request that a test left unanswered must not hold it up
-        )
+        # a request that a test left unanswered must not hold up the end
+        self._server.block_on_close = False
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        # 0.02: shutdown() waits for the next of these polls
+        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
-    def __enter__(self) -> StandIn:
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def __enter__(self: Server) -> Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self.close()
 
 
 def chat_reply(text: str | None) -> dict[str, Any]:

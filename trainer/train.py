@@ -29,7 +29,7 @@ from trainer.datatypes import BadInput, StepPlan
 from trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
 from trainer.engine.engine import Engine, gathered, sharded_init
 from trainer.engine.optim import learning_rate, parameter_groups
-from trainer.estimate.report import predicted
+from trainer.estimate.report import predict_gpu_memory
 from trainer.eval.evaluator import Evaluation
 from trainer.eval.generate import stop_tokens
 from trainer.eval.server_answers import check_server
@@ -327,7 +327,9 @@ def memory_dry_run(recipe: Recipe, engine: Engine, loader: Loader, first_step: i
     with explain_out_of_memory(fullest):
         engine.memory_dry_run(batches)
     dist.log.info("memory dry run: %s fits", fullest)
-    return predicted(recipe, tokens, trained) if dist.is_main() and device == "cuda" else None
+    return (
+        predict_gpu_memory(recipe, tokens, trained) if dist.is_main() and device == "cuda" else None
+    )
 
 
 @contextmanager

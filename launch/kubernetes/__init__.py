@@ -1,1 +1,1 @@
-"""Manifests for Kubernetes: templates in YAML, and what fills them in."""
+"""Manifests for Kubernetes: templates in YAML, and the code that fills them in."""

@@ -66,12 +66,12 @@ def test_when_another_host_is_gone_the_run_goes_on_without_it(two, tmp_path):
     two.cut("host1")
     _, err = goes.communicate(timeout=60)
     assert goes.returncode == 1, err
-    assert "the rendezvous has not answered" in err
+    assert "the rendezvous host has not answered" in err
     last = len(read_json_lines(run_dir / "metrics.jsonl"))
     wait_for_step(run_dir, last + 3, world_size=1)
     two.signal(stays, signal.SIGTERM)
     _, err = stays.communicate(timeout=60)
-    assert "host1 fell silent" in err
+    assert "no heartbeat from host1" in err
     assert "written by 2 ranks" in err, "it goes on from what both had saved"
     assert stays.returncode == 75, err
     steps = [line["step"] for line in read_json_lines(run_dir / "metrics.jsonl")]
@@ -84,9 +84,7 @@ def test_without_the_rendezvous_or_enough_hosts_all_end(two, tmp_path, nnodes, g
     launchers = start(two, run_dir, "--nnodes", nnodes, "checkpoint.every_steps=3")
     wait_for_step(run_dir, 4, world_size=2)
     two.cut(gone)
-    began = time.monotonic()
     for launcher in launchers:
         _, err = launcher.communicate(timeout=60)
         assert launcher.returncode == 1, err
-    assert time.monotonic() - began < 60
     assert checkpoint.find(run_dir) is not None

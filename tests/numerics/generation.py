@@ -1,5 +1,4 @@
-"""Answers from engines of many kinds on the ranks it runs on, for their test; rank 0 prints them as
-JSON.
+"""Generate answers with engines of many kinds, for their test; rank 0 prints them as JSON.
 
     python -m tests.numerics.generation ORDER.json      (under tests/ranks.py)
 
@@ -102,7 +101,7 @@ def answers(
 
 
 def traces(order: dict[str, Any], template: str, stop: dist.StopFlag, watch: Watch) -> list[Any]:
-    """Two steps with answers between them, by whole weights and by layers, and two steps without."""
+    """Trace two steps with answers between them, by whole weights and by layers, and without."""
     section = GenerateSection(max_new_tokens=4, batch=2)
     batch = pack(documents([9, 5], vocabulary=500), [[2, 3, 4], [1]], [0.25, 0.25])
     seen = []
@@ -119,12 +118,12 @@ def traces(order: dict[str, Any], template: str, stop: dist.StopFlag, watch: Wat
 
 
 def weight_bytes(built: Any) -> int:
-    """Of the whole model, in fp32."""
+    """Return the bytes of the whole model's weights in fp32."""
     return sum(4 * getattr(p, "ds_numel", p.numel()) for p in built.module.parameters())
 
 
 def tensor_bytes() -> int:
-    """Of all tensors that are alive."""
+    """Return the bytes of all live tensors."""
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
@@ -136,7 +135,7 @@ def tensor_bytes() -> int:
 
 @contextmanager
 def whole_seen(built: Any) -> Iterator[list[bool]]:
-    """Notes before each batch whether all weights are there whole."""
+    """Record before each batch whether all weights are whole."""
     plain, seen = generate._answers, []
 
     def noted(*args: Any, **kwargs: Any) -> Any:
@@ -154,7 +153,7 @@ def gathering_never() -> Any:
 
 
 def padding_is_seen() -> Any:
-    """A control: the model takes the padding for tokens."""
+    """Patch, as a control: the model takes the padding for tokens."""
     plain = generate._padded
 
     def unmasked(*args: Any) -> Any:

@@ -1,6 +1,4 @@
-"""A step is applied or it is not, and all know: alike at every stage, also where one rank alone is
-at fault (C12).
-"""
+"""All ranks apply a step or none does, at every stage, also if one rank has a NaN (C12)."""
 
 from __future__ import annotations
 
@@ -19,9 +17,7 @@ STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer", "zero3_
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """What each stage did with a NaN in the last rank's last micro-batch of its second step, by
-    stage.
-    """
+    """By stage, what became of a second step with a NaN in the last rank's last micro-batch."""
     out = tmp_path_factory.mktemp("c12")
     run_ranks(2, ["-m", "tests.numerics.test_c12_not_applied", str(out)])
     return json.loads((out / "outcomes.json").read_text())
@@ -40,12 +36,12 @@ def test_a_nan_on_one_rank_is_a_step_that_no_rank_applies(
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_step_names_its_rows_and_is_not_counted(outcomes: dict[str, Any], stage: str) -> None:
-    assert "train.jsonl:" in outcomes[stage]["told"]
+    assert "train.jsonl:" in outcomes[stage]["message"]
     assert outcomes[stage]["logged_steps"] == [1]
 
 
 def main(out: Path) -> None:
-    """On each of two ranks: one good step and one with a NaN through the loop, stage after stage."""
+    """Run a good step and one with a NaN through the loop on each rank, stage after stage."""
     from tests.numerics.cases import load_recipe, prepare, train_plan
     from trainer import dist, guard, train
     from trainer.engine.engine import Engine
@@ -106,8 +102,8 @@ def main(out: Path) -> None:
                         recipe, run_dir, tokenizer, data, train_plan(recipe, data), None, stop
                     )
                 )
-            except guard.StepNotApplied as told:
-                seen["told"] = str(told)
+            except guard.StepNotApplied as error:
+                seen["message"] = str(error)
             if dist.is_main():
                 lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
                 seen["logged_steps"] = [line["step"] for line in lines]

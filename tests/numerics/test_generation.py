@@ -1,6 +1,5 @@
-"""Answers are the model's own: at 1, 2 and 3 ranks and every ZeRO stage they are those of
-`model.generate` alone, one prompt at a time (fp32, CPU). What is sampled is the same, too, and a
-likelihood to 1e-5.
+"""At 1, 2 and 3 ranks and every ZeRO stage answers are those of `model.generate` alone, one prompt at
+a time (fp32, CPU). Sampled answers are the same as well, and likelihoods agree to 1e-5.
 """
 
 from __future__ import annotations
@@ -104,7 +103,7 @@ def make_order(folder: Path) -> dict[str, Any]:
 
 
 class Answers:
-    """Of the model alone, and of ranks, by world size and template."""
+    """Answers of the model alone, and of ranks by world size and template."""
 
     def __init__(
         self, order: dict[str, Any], worlds: Sequence[int], templates: Sequence[str]
@@ -147,7 +146,7 @@ def alone(answers: Answers) -> dict[str, Any]:
 
 
 def test_the_answers_are_of_different_lengths(alone: dict[str, Any]) -> None:
-    """Else no rank would wait for another."""
+    """Otherwise no rank would wait for another."""
     lengths = [len(answer) for answer in alone["greedy"]]
     assert len(set(lengths)) >= 4, lengths
     assert NEW in lengths
@@ -198,7 +197,7 @@ def test_stage_3_gathers_its_weights_once_where_they_fit(seen, template: str) ->
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_what_was_gathered_is_given_back(seen, template: str, world: int) -> None:
+def test_gathered_weights_are_freed(seen, template: str, world: int) -> None:
     assert seen[world][template]["left behind"] < 0.01  # of the weights
 
 

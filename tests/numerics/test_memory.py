@@ -48,7 +48,9 @@ def main(out: Path) -> None:
     from tests.numerics.cases import load_recipe
     from trainer import dist, train
     from trainer.data.loader import filler_batch
-    from trainer.estimate import memory, report
+    from trainer.estimate.memory import count_state_bytes
+    from trainer.estimate.model import build_empty_model, measure_model
+    from trainer.estimate.report import fill_template
     from trainer.model.load import load_tokenizer
 
     found: dict[str, Any] = {}
@@ -67,12 +69,12 @@ def main(out: Path) -> None:
             )
             engine = train.build_engine(recipe, out, load_tokenizer(recipe.model))
             held = buffers.held(engine, filler_batch())
-            empty = memory.empty_model(recipe.model, recipe.adapter)
-            model = memory.describe(empty, recipe.optim, recipe.adapter)
-            config = report.filled(recipe, recipe.parallel.deepspeed, model.hidden)
-            state = memory.state(model, config, WORLD)
+            empty = build_empty_model(recipe.model, recipe.adapter)
+            model = measure_model(empty, recipe.optim, recipe.adapter)
+            config = fill_template(recipe, recipe.parallel.deepspeed, model.hidden)
+            state = count_state_bytes(model, config, WORLD)
             planned = {part: getattr(state, part) for part in PARTS} | {
-                "weights": state.weights + state.whole
+                "weights": state.weights + state.persistent
             }
             of_ranks = dist.gather(held)
             found[name] = {

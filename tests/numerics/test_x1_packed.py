@@ -1,6 +1,4 @@
-"""X1: a packed row gives the loss and the gradients that its documents give alone, with noise on
-(C3, C4).
-"""
+"""X1: a packed sequence gives the loss and gradients of its documents, with noise (C3, C4)."""
 
 from __future__ import annotations
 
@@ -24,7 +22,7 @@ from tests.model_helpers import (
 )
 from trainer.datatypes import Batch
 from trainer.model import sft as sft_module
-from trainer.model.loss import LogitTransform
+from trainer.model.logit_transform import LogitTransform
 from trainer.model.neftune import document_noise
 
 torch.set_num_threads(1)
@@ -62,7 +60,7 @@ MODELS = {
 
 
 def difference(model: Any, packed: Batch, apart: list[Batch]) -> float:
-    """The larger of the losses' and of the whole gradients' relative difference."""
+    """Return the larger of the relative differences of the losses and of the whole gradients."""
     loss, gradients = loss_and_gradients(model, packed)
     loss_apart, gradients_apart = loss_and_gradients(model, *apart)
     assert gradients.keys() == gradients_apart.keys()
@@ -72,7 +70,7 @@ def difference(model: Any, packed: Batch, apart: list[Batch]) -> float:
     return max(abs(loss - loss_apart) / abs(loss_apart), relative(flat, flat_apart))
 
 
-def row_and_documents() -> tuple[Batch, list[Batch]]:
+def packed_and_apart() -> tuple[Batch, list[Batch]]:
     ids = documents(LENGTHS)
     alone = [pack([d], [t], [w], [key]) for key, (d, t, w) in enumerate(zip(ids, TRAINED, WEIGHTS))]
     return pack(ids, TRAINED, WEIGHTS), alone
@@ -80,16 +78,16 @@ def row_and_documents() -> tuple[Batch, list[Batch]]:
 
 @pytest.mark.parametrize("kernel", ["chunked", "reference"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_packed_row_is_its_documents_alone(name: str, kernel: str) -> None:
+def test_a_packed_sequence_is_its_documents_alone(name: str, kernel: str) -> None:
     config, transform = MODELS[name]
-    packed, apart = row_and_documents()
+    packed, apart = packed_and_apart()
     seen = difference(sft(tiny(config), kernel, alpha=5.0, transform=transform), packed, apart)
     print(f"X1 {name}, {kernel}: {seen:.1e}")
     assert seen <= BOUND
 
 
 def test_recomputation_changes_nothing() -> None:
-    packed, _ = row_and_documents()
+    packed, _ = packed_and_apart()
     model = tiny(MODELS["llama"][0])
     loss, plain = loss_and_gradients(sft(model, alpha=5.0), packed)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -139,26 +137,26 @@ def labels_shifted_across_a_boundary(packed: Batch) -> Batch:
     ],
 )
 def test_control_a_defect_shows_tenfold(defect: Any, name: str) -> None:
-    packed, apart = row_and_documents()
+    packed, apart = packed_and_apart()
     seen = difference(sft(tiny(MODELS[name][0])), defect(packed), apart)
     print(f"X1 control, {defect.__name__}: {seen:.1e}")
     assert seen >= 10 * BOUND
 
 
-def test_control_noise_by_the_rows_length_shows_tenfold() -> None:
-    def by_row(seed: int, keys: Any, lengths: Any, *rest: Any) -> torch.Tensor:
+def test_control_noise_by_the_sequences_length_shows_tenfold() -> None:
+    def by_sequence(seed: int, keys: Any, lengths: Any, *rest: Any) -> torch.Tensor:
         return document_noise(seed, keys[:1], [sum(lengths)], *rest)
 
-    packed, apart = row_and_documents()
-    with mock.patch.object(sft_module, "document_noise", by_row):
+    packed, apart = packed_and_apart()
+    with mock.patch.object(sft_module, "document_noise", by_sequence):
         seen = difference(sft(tiny(MODELS["llama"][0]), alpha=5.0), packed, apart)
-    print(f"X1 control, noise scaled by the row: {seen:.1e}")
+    print(f"X1 control, noise scaled by the sequence: {seen:.1e}")
     assert seen >= 10 * BOUND
 
 
 def test_control_a_window_that_is_not_honoured_shows_tenfold() -> None:
     config, _ = MODELS["mistral, window 8"]
-    packed, apart = row_and_documents()
+    packed, apart = packed_and_apart()
     windowed, full = sft(tiny(config)), sft(tiny(MistralConfig(**WIDE, sliding_window=None)))
     _, seen_by_window = loss_and_gradients(windowed, packed)
     _, seen_by_all = loss_and_gradients(full, *apart)
@@ -188,7 +186,7 @@ def test_noise_is_uniform_within_alpha_over_root_of_length_times_width() -> None
 
 
 def test_noise_is_for_training_only() -> None:
-    packed, _ = row_and_documents()
+    packed, _ = packed_and_apart()
     noisy, plain = (sft(tiny(MODELS["llama"][0]), alpha=alpha).eval() for alpha in (5.0, 0.0))
     with torch.no_grad():
         assert noisy(packed) == plain(packed)
@@ -196,7 +194,7 @@ def test_noise_is_for_training_only() -> None:
 
 
 def test_dropout_belongs_to_the_micro_batch() -> None:
-    packed, _ = row_and_documents()
+    packed, _ = packed_and_apart()
     model = sft(tiny(GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=4)))
     first, gradients = loss_and_gradients(model, packed)
     torch.manual_seed(1)  # whatever ran before

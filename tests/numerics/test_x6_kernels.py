@@ -1,6 +1,4 @@
-"""X6: each loss kernel is its readable twin, in values and gradients, and its workspace stays as C5
-says.
-"""
+"""X6: each loss kernel equals its readable twin, and its workspace stays within C5's bound."""
 
 from __future__ import annotations
 
@@ -14,7 +12,8 @@ import torch
 
 from tests.model_helpers import interpreted, relative
 from trainer.datatypes import BadInput
-from trainer.model.loss import BLOCK_HIDDEN, LogitTransform, choose_kernel, linear_cross_entropy
+from trainer.model.logit_transform import LogitTransform
+from trainer.model.loss import BLOCK_HIDDEN, choose_kernel, linear_cross_entropy
 
 torch.set_num_threads(1)
 
@@ -88,7 +87,7 @@ def in_fp32(given: Case) -> Case:
 
 
 def worst(kernel: str, given: Case, incoming: float = 1.0, twin: Case | None = None) -> float:
-    """The largest relative difference from the reference in fp32, of the loss and of each gradient."""
+    """Return the largest relative difference of loss and gradients from the reference in fp32."""
     loss, gradients = run(kernel, given, incoming)
     true_loss, true_gradients = run("reference", twin or in_fp32(given), incoming)
     assert loss.dtype == torch.float32
@@ -99,9 +98,7 @@ def worst(kernel: str, given: Case, incoming: float = 1.0, twin: Case | None = N
 
 
 def of_a_frozen_head(kernel: str, given: Case) -> float:
-    """The relative difference of the hidden states' gradient from the reference's, as under an
-    adapter.
-    """
+    """Return the relative difference of the hidden states' gradient, as under an adapter."""
     weight, weights = given.weight.detach(), given.weights
     loss = linear_cross_entropy(
         given.hidden, weight, given.targets, weights, given.uniform_weight, kernel
@@ -155,9 +152,7 @@ def test_control_a_defect_shows_tenfold(defect: str) -> None:
 
 
 def test_confident_tokens_keep_their_small_gradients_in_bf16() -> None:
-    """softmax - 1 of a token at probability 0.998 is lost where the softmax is rounded before the 1
-    is taken away.
-    """
+    """At probability 0.998, softmax - 1 is lost if the softmax is rounded before subtracting."""
     given = case(torch.bfloat16)
     with torch.no_grad():
         given.hidden.copy_(given.weight[given.targets] * 0.5)
@@ -231,16 +226,14 @@ LIGER_CASES = ["plain", "one weight", "bias", "soft cap", "scale, soft cap, bias
 
 
 class Interpreted(float):
-    """Triton's interpreter hands a float on as it is, where a compiled kernel gets a number that
-    has `to`.
-    """
+    """A float with `to`, which a compiled kernel's numbers have and Triton's interpreter's lack."""
 
     def to(self, dtype: Any) -> Interpreted:
         return self
 
 
 def liger_main() -> None:
-    """Runs in a process of its own: Triton decides at import whether it interprets."""
+    """Run in a process of its own: Triton decides at import whether it interprets."""
     import triton.language as tl
     from liger_kernel.ops import cross_entropy
 

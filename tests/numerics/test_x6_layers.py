@@ -1,7 +1,6 @@
-"""X6: Liger's kernels of norms, rotary positions and gated activations are transformers' own, in
-losses and gradients.
+"""X6: Liger's norms, rotary positions and gated activations give transformers' own gradients.
 
-Liger's own code by Triton's interpreter on a CPU, in fp32; tests/gpu has it compiled, in bf16 too.
+Triton's interpreter runs Liger's code on a CPU in fp32; tests/gpu has it compiled, in bf16 too.
 """
 
 from __future__ import annotations
@@ -27,6 +26,7 @@ from tests.model_helpers import (
 )
 from trainer.datatypes import BadInput
 from trainer.model import liger_layers, packing_check
+from trainer.model.logit_transform import measure_transform
 
 BOUND = 5e-6  # of the worst tensor's gradient: the order of sums alone
 WINDOW: dict[str, Any] = {**WIDE, "sliding_window": 16}
@@ -49,19 +49,15 @@ MODELS = {
 
 
 def difference(config: Any) -> float:
-    """The largest relative difference of the loss and of a gradient, fused against as transformers
-    has it.
-    """
+    """Return the largest relative difference of the loss or a gradient, fused against plain."""
     results = []
     for layers in ("liger", "torch"):
         model = tiny(config)
-        said = liger_layers.fuse(model, layers, CPU, torch.float32)
-        assert ("Liger's kernels" in said) == (layers == "liger"), said
+        done = liger_layers.fuse(model, layers, CPU, torch.float32)
+        assert ("Liger's kernels" in done) == (layers == "liger"), done
         ids = documents((20, 7, 30))
         batch = pack(ids, [range(len(document) - 1) for document in ids], [0.02] * 3)
-        results.append(
-            loss_and_gradients(sft(model, transform=packing_check.measure_transform(model)), batch)
-        )
+        results.append(loss_and_gradients(sft(model, transform=measure_transform(model)), batch))
     (loss, gradients), (own_loss, own_gradients) = results
     assert gradients.keys() == own_gradients.keys()
     return max(
@@ -82,9 +78,7 @@ def refusal(config: Any) -> str | None:
 
 
 def of_a_model_made_later() -> str:
-    """How a model describes itself that is made after another of its kind was fused; it computes as
-    one made before.
-    """
+    """Return the repr of a model that is made after another of its kind was fused."""
     config, ids = MODELS["llama"], documents((12,))[0].unsqueeze(0)
 
     def logits(model: Any) -> torch.Tensor:
@@ -102,7 +96,7 @@ def of_a_model_made_later() -> str:
 
 
 def main() -> None:
-    """Runs in a process of its own: Triton decides at import whether it interprets."""
+    """Run in a process of its own: Triton decides at import whether it interprets."""
     interpret_as_compiled()
     torch.set_num_threads(1)
     seen: dict[str, Any] = {name: difference(config) for name, config in MODELS.items()}
@@ -121,9 +115,7 @@ def main() -> None:
 
 
 def interpret_as_compiled() -> None:
-    """What compiled kernels have and Triton's interpreter lacks: numbers that have `to`, and CUDA's
-    libdevice.
-    """
+    """Give Triton's interpreter what it lacks: numbers that have `to`, and CUDA's libdevice."""
     import numpy as np
     import triton.language as tl
     from liger_kernel.ops import geglu, rms_norm
@@ -197,18 +189,16 @@ def test_a_model_that_liger_does_not_know_is_refused_by_name_and_left_alone_by_a
 
 def test_a_model_that_brings_code_of_its_own_stays_plain() -> None:
     class Own(tf.LlamaForCausalLM):
-        """As `trust_remote_code` loads them: of a type that Liger knows, and not of transformers'
-        files.
-        """
+        """A model as `trust_remote_code` loads it, of a type that Liger knows."""
 
-    said = liger_layers.fuse(
+    done = liger_layers.fuse(
         Own(tf.LlamaConfig(**SIZES)), "auto", torch.device("cuda"), torch.bfloat16
     )
-    assert "code of its own" in said
+    assert "code of its own" in done
 
 
 def test_in_fp32_auto_leaves_them_plain() -> None:
-    said = liger_layers.fuse(
+    done = liger_layers.fuse(
         tiny(tf.LlamaConfig(**SIZES)), "auto", torch.device("cuda"), torch.float32
     )
-    assert "float32" in said
+    assert "float32" in done

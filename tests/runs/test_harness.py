@@ -45,7 +45,7 @@ metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task in a folder, and the debug model with the weights of two seeds."""
+    """Make a folder with a task, and the debug model with the weights of two seeds."""
     work = tmp_path_factory.mktemp("harness")
     (work / "tasks").mkdir()
     (work / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
@@ -96,7 +96,7 @@ def results(work: Path) -> list[Path]:
 
 
 def right_answers(folder: Path) -> list[bool]:
-    """Of each question, whether the right choice is the likeliest, by transformers alone."""
+    """Return for each question whether the right choice is likeliest, by transformers alone."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -138,7 +138,7 @@ def test_two_models_are_compared_question_by_question(work: Path, results: list[
     assert found[0].value == pytest.approx((sum(b) - sum(a)) / len(QUESTIONS))
 
 
-def test_an_unknown_task_is_told_with_the_nearest(work: Path) -> None:
+def test_an_unknown_task_is_refused_with_the_nearest(work: Path) -> None:
     with pytest.raises(BadInput, match="has no task `sumss`; the nearest: sums"):
         require_tasks(EvalSection(lm_eval=(f"{work}/tasks/sumss",)))
 

@@ -1,6 +1,5 @@
-"""A run on two ranks whose answers are scored in every way, by a judge that is there and by one
-that is down.
-"""
+"""A run on two ranks whose answers are scored in every way, by a judge that is up and one that is
+down."""
 
 from __future__ import annotations
 
@@ -21,7 +20,8 @@ pytestmark = pytest.mark.runs
 
 FUNCTION = """
 def has_row(prompt, answer, reference, row):
-    return (row["letter"] in "AB" and row["answer"] == reference and prompt.endswith("assistant\\n")) / 2
+    asked = row["letter"] in "AB" and prompt.endswith("assistant\\n")
+    return (asked and row["answer"] == reference) / 2
 """
 DOWN = "http://127.0.0.1:9/v1"  # the discard port, where nothing listens
 
@@ -115,7 +115,7 @@ def test_every_kind_becomes_a_metric_and_a_judge_that_is_down_a_missing_one(tmp_
 
 
 def texts(run: Path) -> int:
-    """How often TensorBoard was given samples."""
+    """Return how often samples were written to TensorBoard."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"))

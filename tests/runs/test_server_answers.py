@@ -1,4 +1,4 @@
-"""Answers of a real OpenAI-compatible server, `transformers serve`, are those of the engine itself."""
+"""Answers of a real OpenAI-compatible server, `transformers serve`, are the engine's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """transformers serve, with no model loaded."""
+    """Run `transformers serve` with no model loaded."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -142,7 +142,7 @@ def test_a_run_is_evaluated_alike_by_the_engine_and_by_a_server(
     assert at[0] != at[1] != at[2], "else a server that keeps old weights would pass"
 
 
-def test_the_weights_are_taken_away_when_they_are_answered(runs: dict[str, Path]) -> None:
+def test_the_weights_are_deleted_after_the_answers(runs: dict[str, Path]) -> None:
     assert not (runs["server"] / "serving").exists()
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from trainer.datatypes import BadInput
-from trainer.model import attention
-from trainer.model.attention import Bounds
+from trainer.model import attention, attention_kernels
+from trainer.model.attention_kernels import Bounds
 
 torch.set_num_threads(1)
 
@@ -32,7 +32,7 @@ def bounds(lengths: tuple[int, ...] = LENGTHS) -> Bounds:
     return Bounds(ends, max(lengths), lengths)
 
 
-def row(lengths: tuple[int, ...] = LENGTHS, value_size: int = SIZE) -> list[torch.Tensor]:
+def packed_qkv(lengths: tuple[int, ...] = LENGTHS, value_size: int = SIZE) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     shapes = [(HEADS, SIZE), (GROUPS, SIZE), (GROUPS, value_size)]
     return [
@@ -57,9 +57,7 @@ def by_the_formula(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """softmax over all tokens of the row, token by token: those before it in its document and
-    window.
-    """
+    """Compute attention token by token: softmax over those before it in its document and window."""
     k, v = (x.repeat_interleave(HEADS // GROUPS, dim=1) for x in (k, v))
     document = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     out = torch.empty(1, q.shape[2], HEADS, v.shape[-1])
@@ -91,7 +89,7 @@ def by_the_formula(
     ids=lambda arguments: ", ".join(arguments) or "plain",
 )
 def test_reference_is_the_formula(arguments: dict[str, Any]) -> None:
-    ours, true = row(), row()
+    ours, true = packed_qkv(), packed_qkv()
     out, out_true = attend("reference", *ours, **arguments), by_the_formula(*true, **arguments)
     torch.testing.assert_close(out, out_true, rtol=1e-5, atol=1e-6)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
@@ -107,13 +105,13 @@ def test_reference_is_the_formula(arguments: dict[str, Any]) -> None:
 def test_short_documents_in_bf16_on_a_cpu_are_products_with_the_same_values_and_gradients(
     arguments: dict[str, Any], value_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against torch's kernel in fp32: as near as torch's kernel in bf16 is, and 3e-2 at most."""
+    """They are as near to torch's kernel in fp32 as its kernel in bf16 is, and within 3e-2."""
 
     def off(products_tokens: int, **defect: Any) -> float:
-        monkeypatch.setattr(attention, "PRODUCTS_TOKENS", products_tokens)
+        monkeypatch.setattr(attention_kernels, "PRODUCTS_TOKENS", products_tokens)
         exact, rounded = (
-            row(value_size=value_size),
-            [x.detach().bfloat16().requires_grad_() for x in row(value_size=value_size)],
+            packed_qkv(value_size=value_size),
+            [x.detach().bfloat16().requires_grad_() for x in packed_qkv(value_size=value_size)],
         )
         outs = (
             attend("reference", *exact, **arguments),
@@ -138,14 +136,14 @@ def test_short_documents_in_bf16_on_a_cpu_are_products_with_the_same_values_and_
 
 
 def test_values_may_be_wider_or_narrower_than_keys() -> None:
-    q, k, v = row(value_size=5)
+    q, k, v = packed_qkv(value_size=5)
     torch.testing.assert_close(
         attend("reference", q, k, v), by_the_formula(q, k, v), rtol=1e-5, atol=1e-6
     )
 
 
-def test_a_single_document_is_a_row() -> None:
-    q, k, v = row()
+def test_a_single_document_is_a_packed_sequence() -> None:
+    q, k, v = packed_qkv()
     first = attend(
         "reference",
         *(x[:, :, : LENGTHS[0]] for x in (q, k, v)),
@@ -168,18 +166,18 @@ def test_a_single_document_is_a_row() -> None:
 )
 def test_what_no_backend_does_is_refused(arguments: dict[str, Any], says: str) -> None:
     with pytest.raises(BadInput, match=says):
-        attend("reference", *row(), **arguments)
+        attend("reference", *packed_qkv(), **arguments)
 
 
 def test_a_mask_is_refused() -> None:
     with pytest.raises(BadInput, match="mask of its own"):
         attention._FUNCTIONS["reference"](
-            Layer(), *row(), torch.ones(1, 1, 25, 25), document_bounds=bounds()
+            Layer(), *packed_qkv(), torch.ones(1, 1, 25, 25), document_bounds=bounds()
         )
 
 
 def test_attention_to_other_positions_is_refused() -> None:
-    q, k, v = row()
+    q, k, v = packed_qkv()
     with pytest.raises(BadInput, match="other positions"):
         attend("reference", q[:, :, :3], k, v)
 
@@ -197,11 +195,11 @@ def test_what_a_backend_lacks_is_refused(
     backend: str, arguments: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(BadInput, match=says):
-        attend(backend, *row(), **arguments)
+        attend(backend, *packed_qkv(), **arguments)
 
 
 def test_arguments_that_mean_nothing_to_attention_pass() -> None:
-    qkv = row()
+    qkv = packed_qkv()
     out = attend(
         "reference",
         *qkv,
@@ -214,8 +212,10 @@ def test_arguments_that_mean_nothing_to_attention_pass() -> None:
 
 
 def test_heads_for_fused_kernels_are_padded_to_a_size_they_take() -> None:
-    q, k, v = (x.bfloat16() for x in row(value_size=5))
-    *padded, scale = attention._for_varlen("Layer", "torch_varlen", q[..., :6], k[..., :6], v, None)
+    q, k, v = (x.bfloat16() for x in packed_qkv(value_size=5))
+    *padded, scale = attention_kernels._for_varlen(
+        "Layer", "torch_varlen", q[..., :6], k[..., :6], v, None
+    )
     assert [tuple(x.shape) for x in padded] == [(25, HEADS, 8), (25, GROUPS, 8), (25, GROUPS, 8)]
     assert scale == 6**-0.5, "the scale is that of the size before padding"
     assert not padded[0][..., 6:].any()
@@ -224,13 +224,13 @@ def test_heads_for_fused_kernels_are_padded_to_a_size_they_take() -> None:
 def test_heads_wider_than_the_kernels_take_are_refused() -> None:
     wide = torch.zeros(1, 1, 4, 512, dtype=torch.bfloat16)
     with pytest.raises(BadInput, match="256"):
-        attention._for_varlen("Layer", "flash_attn", wide, wide, wide, None)
+        attention_kernels._for_varlen("Layer", "flash_attn", wide, wide, wide, None)
 
 
 # ------------------------------------------------------------------------------------------- choice
 
 
-def test_auto_says_which_it_took_and_why() -> None:
+def test_auto_returns_its_choice_and_the_reason() -> None:
     backend, why = attention.choose("auto", CPU, torch.bfloat16)
     assert backend == "reference"
     assert "CUDA" in why
@@ -250,7 +250,7 @@ def test_fused_kernels_are_not_for_fp32() -> None:
 
 
 def layer_mask(window: int | None, *, chunk: int | None = None) -> torch.Tensor:
-    """What a layer with this window or chunk would mask a row by, as transformers makes it."""
+    """Return the mask that transformers makes for a layer with this window or chunk."""
     position = torch.cat([torch.arange(n) for n in LENGTHS])
     document = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))
     distance = position[:, None] - position[None, :]

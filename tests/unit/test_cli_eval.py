@@ -47,7 +47,7 @@ def test_what_cannot_be_evaluated_is_told(refused, tmp_path, run_dir):
     assert "RUN_OR_MODEL: there is no folder" in refused("eval", str(tmp_path / "nowhere"), DEBUG)
     (tmp_path / "empty").mkdir()
     assert "neither a run folder" in refused("eval", str(tmp_path / "empty"), DEBUG)
-    assert "no rows are held out" in refused("eval", str(run_dir), DEBUG, "data.eval=[]")
+    assert "there are no held-out rows" in refused("eval", str(run_dir), DEBUG, "data.eval=[]")
     assert "there is no checkpoint to evaluate" in refused("eval", str(run_dir), DEBUG)
     assert "there is no checkpoint of step 3; there is none at all" in refused(
         "eval", str(run_dir), DEBUG, "--step", "3"

@@ -1,4 +1,4 @@
-"""Two evaluations side by side, on hand-made folders."""
+"""Two evaluations are compared, in hand-made folders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.eval.compare import difference, read_results, table_of_one, table_o
 
 
 def write(folder: Path, steps: dict[int, Sequence[float | None]], prefix: str = "What is") -> Path:
-    """An evaluation for each step, of so many prompts with the scores given."""
+    """Write an evaluation for each step, with one prompt a score."""
     folder.mkdir()
     lines, samples = [], []
     for step, scores in steps.items():
@@ -61,7 +61,7 @@ def test_samples_are_paired_by_their_prompts(tmp_path):
     assert "missing: the judge did not answer" in table
 
 
-def test_the_order_of_the_samples_says_nothing(tmp_path):
+def test_the_order_of_the_samples_does_not_matter(tmp_path):
     a = write(tmp_path / "a", {10: [1, 0, 1, 0]})
     b = write(tmp_path / "b", {10: [1, 0, 1, 0]})
     turned = (b / "samples.jsonl").read_text().splitlines()[::-1]
@@ -130,7 +130,7 @@ def test_a_step_is_named_after_the_folder_and_else_the_last_one(tmp_path):
         ("empty", "nothing was evaluated there"),
     ],
 )
-def test_what_is_not_there_is_told(tmp_path, place, sentence):
+def test_a_missing_evaluation_is_named(tmp_path, place, sentence):
     write(tmp_path / "a", {10: [1]})
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadInput) as refused:

@@ -1,4 +1,4 @@
-"""Intervals and paired tests, beside values that are published or counted by hand."""
+"""Intervals and paired tests equal values that are published or counted by hand."""
 
 import math
 

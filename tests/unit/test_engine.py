@@ -79,7 +79,7 @@ def test_what_the_recipe_owns_is_refused_in_a_template(
 
 
 @pytest.mark.parametrize(("content", "says"), [("{", "not valid JSON"), ([], "JSON object")])
-def test_a_template_that_is_none_is_refused(tmp_path: Path, content: Any, says: str) -> None:
+def test_a_template_that_is_not_json_is_refused(tmp_path: Path, content: Any, says: str) -> None:
     with pytest.raises(BadInput, match=says):
         made(template(tmp_path, content))
 
@@ -92,6 +92,15 @@ def test_a_missing_template_is_refused() -> None:
 def test_stage_0_in_bfloat16_is_refused() -> None:
     with pytest.raises(BadInput, match="zero1"):
         made("ds_configs/zero0.json")
+
+
+def test_an_optimizer_that_is_offloaded_in_part_is_refused(tmp_path: Path) -> None:
+    offload = {"device": "cpu", "ratio": 0.5}
+    zero = {"stage": 3, "offload_optimizer": offload}
+    with pytest.raises(BadInput, match="ratio"):
+        made(template(tmp_path, {"zero_optimization": zero}))
+    offload["ratio"] = 1.0
+    assert made(template(tmp_path, {"zero_optimization": zero}))
 
 
 def test_two_runs_share_no_folder_on_the_nvme(tmp_path: Path) -> None:
@@ -113,7 +122,7 @@ def test_two_runs_share_no_folder_on_the_nvme(tmp_path: Path) -> None:
     assert not left.exists()
 
 
-def test_an_nvme_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_an_nvme_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     text = (
         (ROOT / "ds_configs" / "zero3_nvme.json")

@@ -1,6 +1,5 @@
-"""From prompts, answers and scorers to samples, metrics and a table; and what is refused before
-anything is trained.
-"""
+"""Samples, metrics and a table are made from prompts, answers and scorers; what cannot be scored is
+refused before training."""
 
 from __future__ import annotations
 
@@ -38,10 +37,10 @@ def prompt(reference: str = "", **row: Any) -> Prompt:
 
 
 @pytest.fixture
-def said(
+def logged(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> pytest.LogCaptureFixture:
-    """What is logged."""
+    """Return the records of the log."""
     monkeypatch.setattr(dist.log, "propagate", True)
     caplog.set_level(logging.INFO, logger="packhorse")
     return caplog
@@ -78,7 +77,7 @@ def test_without_samples_or_scorers_there_are_no_metrics() -> None:
 
 
 def test_an_answer_without_a_score_is_neither_right_nor_wrong_and_said_in_one_line(
-    said: Any,
+    logged: Any,
 ) -> None:
     rules = {
         "right": rule("math", column="solution"),
@@ -89,7 +88,7 @@ def test_an_answer_without_a_score_is_neither_right_nor_wrong_and_said_in_one_li
     assert [sample.scores["right"] for sample in made] == [1, None, 0]
     assert made[1].unscored == {"right": "the row has no `solution`"}
     assert summarize(made)["right"] == Metric(0.5, 2, *wilson(1, 2))
-    assert [record.message for record in said.records] == [
+    assert [record.message for record in logged.records] == [
         "right (math): 1 of 3 answers have no score: the row has no `solution`",
         "length (function): 1 of 3 answers have no score: test_eval_metrics:words_of_answer: None",
     ]
@@ -104,7 +103,9 @@ def test_a_metric_without_any_score_is_missing_and_says_why() -> None:
     assert summarize(made) == {
         "length": Metric(None, 0, None, None, "test_eval_metrics:words_of_answer: None")
     }
-    assert summarize(made)["length"].as_json()["missing"] == "test_eval_metrics:words_of_answer: None"
+    assert (
+        summarize(made)["length"].as_json()["missing"] == "test_eval_metrics:words_of_answer: None"
+    )
     assert "missing" not in Metric(0.5, 2, 0.1, 0.9).as_json()
 
 
@@ -117,16 +118,18 @@ def test_a_choice_is_scored_by_its_likeliest_letter_and_not_by_what_was_generate
 
 
 def test_a_scorer_that_is_slow_at_answer_after_answer_is_given_up(
-    monkeypatch: pytest.MonkeyPatch, said: Any
+    monkeypatch: pytest.MonkeyPatch, logged: Any
 ) -> None:
     """So that an evaluation ends, however many rows it has."""
     monkeypatch.setattr(scorers, "PATTERN_S", 0.2)
     monkeypatch.setattr(eval_metrics, "SLOW_S", 0.5)
     answers = ["fine", *["a" * 64] * 1000]
-    made = score_samples([prompt()] * 1001, answers, {"shape": rule("format", pattern="(a+)+b|fine")})
+    made = score_samples(
+        [prompt()] * 1001, answers, {"shape": rule("format", pattern="(a+)+b|fine")}
+    )
     reason = "given up: the pattern: not finished within 0.2 s of computing, at 3 answers"
     assert summarize(made) == {"shape": Metric(None, 0, None, None, reason)}
-    assert reason in said.text
+    assert reason in logged.text
 
 
 # ---------------------------------------------------------------------------------- before training
@@ -168,19 +171,19 @@ def test_so_is_one_that_needs_references_where_there_are_none(kind: str) -> None
         check_scorers({"mine": rule(kind)}, [prompt(""), prompt(" ")])
 
 
-def test_one_that_can_score_some_says_how_many_are_left_out(said: Any) -> None:
+def test_one_that_can_score_some_says_how_many_are_left_out(logged: Any) -> None:
     check_scorers(
         {"mine": rule("math", column="solution")},
         [prompt("x", solution=3), prompt("x"), prompt("x")],
     )
-    assert said.messages == [
+    assert logged.messages == [
         "eval.generate.scorers.mine (math): 2 of 3 prompts are left out: the row has no `solution`"
     ]
 
 
-def test_one_that_can_score_all_says_nothing(said: Any) -> None:
+def test_one_that_can_score_all_says_nothing(logged: Any) -> None:
     check_scorers({"mine": rule("math"), "shape": rule("format", pattern=".*")}, [prompt("12")])
-    assert said.messages == []
+    assert logged.messages == []
 
 
 def test_a_pattern_that_does_not_end_at_a_reference_is_bad_input(

@@ -1,4 +1,4 @@
-"""Drawing tokens, sharing prompts out, what is refused, and how much of the logits there ever is."""
+"""Sampling, the spread of prompts over ranks, what is refused, and the size of the logits."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ QUIET: Any = SimpleNamespace(poll=lambda: False, beat=lambda where: None)
 
 
 def letters(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-    """As a tokenizer of one token a letter."""
+    """Tokenize into one token a letter."""
     return {"input_ids": [ord(letter) for letter in text]}
 
 
 def engine(model: Any) -> Any:
-    """What generation takes of an engine."""
+    """Return the parts of an engine that generation uses."""
     return SimpleNamespace(
         module=SimpleNamespace(model=model), gather_for_generation=lambda: nullcontext(True)
     )
@@ -44,10 +44,10 @@ def prompts_of(*lengths: int, vocabulary: int = SIZES["vocab_size"]) -> list[lis
     return [ids.tolist() for ids in documents(lengths, vocabulary)]
 
 
-# ------------------------------------------------------------------------------------------ drawing
+# ----------------------------------------------------------------------------------------- sampling
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely() -> None:
+def test_tokens_are_sampled_as_often_as_they_are_likely() -> None:
     scores, temperature = torch.tensor([[2.0, -1.0, 0.5, -torch.inf, 1.0]]), 0.7
     uniform = torch.rand(20000, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     drawn = generate.sample_tokens(scores.expand(20000, -1), temperature, 1.0, uniform)
@@ -67,11 +67,11 @@ def test_top_p_keeps_the_fewest_tokens_that_have_the_share(top_p: float, left: l
     assert sorted(set(drawn[:, 0].tolist())) == sorted(left)
 
 
-def test_the_same_seed_draws_the_same_in_any_company() -> None:
+def test_the_same_seed_samples_the_same_in_any_batch() -> None:
     model, prompts = tiny_llama(), prompts_of(4, 9, 6, 6)
     together = answer(model, prompts, temperature=1.0, batch=4)
     assert together == answer(model, prompts, temperature=1.0, batch=1)
-    assert together != answer(model, prompts, batch=4), "nothing was drawn"
+    assert together != answer(model, prompts, batch=4), "nothing was sampled"
 
 
 def test_top_p_without_a_temperature_is_refused() -> None:
@@ -83,7 +83,7 @@ def test_top_p_without_a_temperature_is_refused() -> None:
 
 
 def gpt2() -> Any:
-    """Its positions are learned: one that is off by the padding shows."""
+    """Build a model with learned positions, which shows positions that count the padding."""
     sizes = {
         "vocab_size": 160,
         "n_embd": 32,
@@ -132,13 +132,13 @@ def test_control_positions_of_the_padded_row_would_change_answers(
     assert answer(model, prompts, batch=4) != alone
 
 
-def test_a_penalty_of_the_makers_is_not_applied() -> None:
-    """It would count the padding as repeated."""
+def test_a_penalty_of_the_generation_configuration_is_not_applied() -> None:
+    """It would count the padding as repetition."""
     model, prompts = tiny_llama(), prompts_of(3, 20)
     plain = answer(model, prompts, batch=2)
     model.generation_config.repetition_penalty = 5.0
     assert answer(model, prompts, batch=2) == plain
-    assert model.generation_config.repetition_penalty == 5.0, "it is the exported model's again"
+    assert model.generation_config.repetition_penalty == 5.0, "the exported model must keep it"
 
 
 @pytest.mark.parametrize("stops", [5, [5, 7]])
@@ -149,7 +149,7 @@ def test_an_answer_ends_before_its_first_stop_token(stops: int | list[int]) -> N
 
 
 @pytest.mark.parametrize(("named", "stops"), [(None, [5]), (7, [5, 7]), ([9, 5], [5, 9])])
-def test_what_was_learned_to_end_an_answer_ends_it_and_what_the_makers_named(
+def test_stop_tokens_are_the_trained_ones_and_the_configurations(
     named: Any, stops: list[int]
 ) -> None:
     model: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=named))
@@ -159,7 +159,7 @@ def test_what_was_learned_to_end_an_answer_ends_it_and_what_the_makers_named(
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 @pytest.mark.parametrize("size", [1, 2, 8])
 @pytest.mark.parametrize("count", [0, 1, 4, 7])
-def test_every_prompt_is_asked_once_in_equally_many_rounds(
+def test_every_prompt_runs_once_in_equally_many_rounds(
     monkeypatch: pytest.MonkeyPatch, world: int, size: int, count: int
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(world))
@@ -174,7 +174,7 @@ def test_every_prompt_is_asked_once_in_equally_many_rounds(
     in_time = [
         lengths[i] for at_once in zip(*by_rank, strict=True) for batch in at_once for i in batch
     ]
-    assert in_time == sorted(lengths, reverse=True), "prompts of like lengths run together"
+    assert in_time == sorted(lengths, reverse=True), "prompts of similar lengths run together"
 
 
 def test_prompts_that_leave_no_room_for_an_answer_are_refused() -> None:
@@ -190,11 +190,11 @@ def test_prompts_that_leave_no_room_for_an_answer_are_refused() -> None:
 # -------------------------------------------------------------------------------------- likelihoods
 
 
-def test_a_choice_is_written_as_it_was_learned() -> None:
-    """After its prompt: alone, a tokenizer may write it otherwise."""
+def test_a_choice_is_tokenized_as_in_training() -> None:
+    """After its prompt: alone, a tokenizer may split it otherwise."""
 
     def merging(text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        """As a tokenizer that merges "ab", and writes 0 before a text that begins with a letter."""
+        """Tokenize with "ab" merged, and 0 before a text that begins with a letter."""
         merged = text.replace("ab", "\x01")
         return {"input_ids": [0] * text[0].isalpha() + [ord(letter) for letter in merged]}
 
@@ -210,9 +210,7 @@ def test_a_choice_is_written_as_it_was_learned() -> None:
 
 
 class LargestLogits(TorchDispatchMode):
-    """The most elements of a tensor that has the vocabulary as a dimension, the head's weight
-    aside.
-    """
+    """Record the most elements of a tensor with the vocabulary as a dimension, weights aside."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

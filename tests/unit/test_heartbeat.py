@@ -9,14 +9,14 @@ import pytest
 from torch.distributed import HashStore
 
 from launch import heartbeat
-from launch.heartbeat import Peers
+from launch.heartbeat import Heartbeat
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(heartbeat, "BEAT_S", 0.05)
     monkeypatch.setattr(heartbeat, "SILENT_S", 1.0)
-    monkeypatch.setattr(heartbeat, "JUDGE_S", 0.1)
+    monkeypatch.setattr(heartbeat, "CHECK_S", 0.1)
     monkeypatch.setattr(heartbeat, "link_is_up", lambda: True)
 
 
@@ -27,8 +27,8 @@ def store() -> HashStore:
     return store
 
 
-def build(store: Any, node: int, said: list[str]) -> Peers:
-    return Peers(
+def build(store: Any, node: int, said: list[str]) -> Heartbeat:
+    return Heartbeat(
         store,
         node,
         2,
@@ -70,13 +70,13 @@ def test_without_a_store_or_a_link_it_is_this_node_that_gives_up(store, monkeypa
     said: list[str] = []
     build(Broken(), 0, said)
     wait_until_said(said)
-    assert said == ["cut off: the rendezvous has not answered for 1 s"]
+    assert said == ["cut off: the rendezvous host has not answered for 1 s"]
 
     monkeypatch.setattr(heartbeat, "link_is_up", lambda: False)
     said.clear()
     build(store, 0, said)
     wait_until_said(said)
-    assert said == ["cut off: this host's network is down"]
+    assert said == ["cut off: the network of this host is down"]
 
 
 def test_where_the_rendezvous_is_gone_nobody_else_is_missed(store):
@@ -99,7 +99,7 @@ def test_where_the_rendezvous_is_gone_nobody_else_is_missed(store):
     time.sleep(0.4)
     gone.set()
     wait_until_said(said)
-    assert said == ["cut off: the rendezvous has not answered for 1 s"]
+    assert said == ["cut off: the rendezvous host has not answered for 1 s"]
 
 
 def test_closed_it_says_nothing(store):

@@ -28,14 +28,14 @@ def test_the_check_claims_no_kernel_that_does_not_load(tmp_path):
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")
     broken = check(PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert broken.returncode == 1
-    assert "flash-attn is in, and does not load (undefined symbol)" in broken.stderr
+    assert "flash-attn is installed, but does not load (undefined symbol)" in broken.stderr
 
 
 def test_the_check_misses_what_the_machine_lacks(tmp_path):
     bare = check("--gpus", "99", PATH="", HOME="/nowhere")
     assert bare.returncode == 1
     for missing in (
-        "99 GPUs are asked for",
+        "99 GPUs are required",
         "cpu_adam is not compiled, and there is no compiler",
         "/nowhere cannot be",
     ):

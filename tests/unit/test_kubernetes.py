@@ -19,8 +19,8 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
-from launch.cluster_env import Where, find
-from launch.kubernetes.render import CLUSTER, laid_over, run_name
+from launch.cluster_env import ClusterEnv, read_cluster_env
+from launch.kubernetes.render import CLUSTER, merge_overlay, run_name
 from tests.pods import KINDS, job_spec, manifests, pods, what_becomes_of
 from tests.ranks import ROOT
 from trainer.cli import main
@@ -194,7 +194,7 @@ def test_launchers_find_each_other_by_the_first_pods_name(kind, first):
     assert f"{two[0].hostname}.{two[0].subdomain}" == first.partition(":")[0]
     run_id = None if kind == "trainjob" else "sft"
     for pod, is_host in zip(two, (True, False)):
-        assert find(pod.env) == Where("2", None, first, run_id, is_host, join_s=86_400)
+        assert read_cluster_env(pod.env) == ClusterEnv("2", None, first, run_id, is_host, join_s=86_400)
 
 
 def test_the_service_is_the_pods_own_subdomain():
@@ -288,7 +288,7 @@ def test_a_run_is_called_after_its_folder(folder, name):
 # ------------------------------------------------------------------------------------- cluster.yaml
 
 
-def test_mappings_are_laid_over_each_other_and_named_things_by_name():
+def test_mappings_are_merge_overlay_each_other_and_named_things_by_name():
     base = {
         "a": {"b": 1, "c": [1, 2]},
         "env": [{"name": "X", "value": "1"}, {"name": "Y", "value": "2"}],
@@ -300,7 +300,7 @@ def test_mappings_are_laid_over_each_other_and_named_things_by_name():
         "d": None,
         "e": 4,
     }
-    assert laid_over(base, over) == {
+    assert merge_overlay(base, over) == {
         "a": {"b": 1, "c": [3]},
         "env": [
             {"name": "X", "value": "1"},
@@ -419,15 +419,15 @@ def test_nothing_that_is_given_breaks_out_of_its_field(launch):
         (["run.dir=../sft"], "run.dir: /sft would be lost with its pod"),
         (["parallel.deepspeed=nowhere.json"], "parallel.deepspeed: there is no file nowhere.json"),
         (["optim.lrr=1"], "did you mean `optim.lr`?"),
-        (["--cluster", "nowhere.yaml"], "nowhere.yaml: cannot be read"),
-        (["--cluster", "broken.yaml"], "broken.yaml: cannot be read"),
+        (["--cluster", "nowhere.yaml"], "nowhere.yaml: the file cannot be read"),
+        (["--cluster", "broken.yaml"], "broken.yaml: not valid YAML"),
         (
             ["--cluster", "pod.yaml"],
             "pod.yaml: it must be a part of a Job, with `metadata` and `spec`",
         ),
         (["--cluster", "flat.yaml"], "flat.yaml: spec.template.spec.containers: must be a list"),
-        (["--cluster", "none.yaml"], "none.yaml: it takes out the container `node`"),
-        (["--cluster", "bare.yaml"], "bare.yaml: it takes out the container `node`"),
+        (["--cluster", "none.yaml"], "none.yaml: it removes the container `node`"),
+        (["--cluster", "bare.yaml"], "bare.yaml: it removes the container `node`"),
         (
             ["--cluster", "unnamed.yaml"],
             "unnamed.yaml: spec.template.spec.volumes: each item must have a `name`",
@@ -510,7 +510,7 @@ def test_without_kubectl_submit_says_so(launch, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, err = launch("--submit")
     assert code == BAD_INPUT
-    assert "there is no kubectl here" in err
+    assert "there is no kubectl on this machine" in err
 
 
 def test_an_installed_packhorse_has_the_templates(tmp_path):

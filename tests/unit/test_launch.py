@@ -140,7 +140,7 @@ def test_signals_reach_the_workers_and_their_save_is_waited_for(tmp_path):
             seen,
             seen,
         ]
-        assert "goes on from there" in err
+        assert "run the same command to resume" in err
 
 
 def test_a_signal_in_a_workers_first_moments_is_not_lost(tmp_path):
@@ -177,10 +177,8 @@ def test_a_killed_worker_takes_the_others_down_and_is_named(tmp_path):
         "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\n"
         "time.sleep(1000)\n"
     )
-    began = time.monotonic()
     code, _, err = finish(start(tmp_path, worker))
     assert code == 1
-    assert time.monotonic() - began < 60
     assert "rank 1 failed (killed by SIGKILL)" in err
     assert err.count("the last words") == 1
     assert "Traceback" not in err
@@ -281,7 +279,7 @@ def test_a_node_waits_for_the_first_one_and_says_so_once(tmp_path):
     second = start(tmp_path, "", **nodes, is_host=False)
     assert second.stderr is not None
     lines = [second.stderr.readline(), second.stderr.readline()]
-    assert "waiting for the first node at 127.0.0.1" in lines[1], lines
+    assert "waiting for the rendezvous host at 127.0.0.1" in lines[1], lines
     first = start(tmp_path, "", **nodes, is_host=True)
     for launcher in (first, second):
         _, err = launcher.communicate(timeout=300)

@@ -1,4 +1,4 @@
-"""Answers before a judge: a small server of the test's own speaks the protocol, over HTTP."""
+"""A judge scores answers: a small server of the test speaks the protocol over HTTP."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def judge(server: JudgeServer, **fields: Any) -> Judge:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[[Callable[[str], str]], JudgeServer]]:
-    """Starts servers, and ends them."""
+    """Start servers; end them with the test."""
     servers: list[JudgeServer] = []
 
     def start(reply: Callable[[str], str]) -> JudgeServer:
@@ -116,7 +116,7 @@ def test_scores_come_in_the_order_of_answers(serve: Any) -> None:
 
 
 def better(text: str, name: str) -> str:
-    """The verdict of one who always likes an answer that holds `name`."""
+    """Return the verdict of a judge who always prefers the answer that holds `name`."""
     return "Better: A" if name in part(text, "answer A") else "Better: B"
 
 
@@ -138,7 +138,9 @@ def test_a_pair_is_asked_in_both_orders_and_a_disagreement_is_half(
     serve: Any, reply: Any, score: float | None
 ) -> None:
     server = serve(reply)
-    assert judge_answers(judge(server, against="reference"), [prompt()], ["Paris is better."]) == [score]
+    assert judge_answers(judge(server, against="reference"), [prompt()], ["Paris is better."]) == [
+        score
+    ]
     firsts = sorted(part(body["messages"][0]["content"], "answer A") for body in server.asked)
     assert firsts == ["Paris is better.", "Rome is better."]
 

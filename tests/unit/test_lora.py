@@ -1,6 +1,4 @@
-"""An adapter goes where it is asked to, starts as nothing, is trained alone, and merges into what
-it acted as.
-"""
+"""An adapter is put where the recipe says, starts as zero, is trained alone, and merges exactly."""
 
 from __future__ import annotations
 
@@ -22,17 +20,16 @@ from tests.model_helpers import (
 from trainer.config.recipe import AdapterSection, OptimSection
 from trainer.datatypes import BadInput
 from trainer.engine import sharded_state
-from trainer.estimate import memory
+from trainer.estimate.model import measure_model
 from trainer.metrics import model_flops
 from trainer.model.lora import (
-    _require_near,
     adapter_targets,
     add_adapter,
     full_modules,
     merged_weights,
-    parts_of,
     require_stage,
 )
+from trainer.model.quantisation import _require_near, parts_of
 
 EVEN = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks of 4-bit weights
 LINEAR = 7 * SIZES["num_hidden_layers"]
@@ -45,14 +42,14 @@ def section(**fields: Any) -> AdapterSection:
 
 
 def adapted(seed: int = 0, model: dict[str, Any] | None = None, **fields: Any) -> Any:
-    """A tiny model with an adapter."""
+    """Return a tiny model with an adapter."""
     made = tiny_llama(**(model or (EVEN if "base" in fields else {})))
     add_adapter(made, section(**fields), seed)
     return made
 
 
 def stir(model: Any) -> Any:
-    """The adapter as after some training: B is no longer zero, and DoRA's sizes are others."""
+    """Change the adapter as training does: B is no longer zero, DoRA's magnitudes are others."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -149,7 +146,7 @@ def test_modules_trained_whole_get_no_matrices() -> None:
 @pytest.mark.parametrize(
     "fields", [{}, {"rslora": True}, {"dora": True}], ids=["plain", "rslora", "dora"]
 )
-def test_it_starts_as_nothing(fields: dict[str, Any]) -> None:
+def test_it_starts_as_zero(fields: dict[str, Any]) -> None:
     assert relative(logits(adapted(**fields)), logits(tiny_llama())) < 1e-6
 
 
@@ -194,7 +191,7 @@ def test_the_adapter_alone_is_trained() -> None:
 
 
 def test_recomputation_changes_no_gradient_although_the_embedding_is_frozen() -> None:
-    """Dropout is replayed, too."""
+    """Recomputation replays dropout, too."""
     batch = pack(documents([9, 14]), [[2, 3], [5]], [0.5, 0.5])
     found = []
     for recompute in (False, True):
@@ -222,7 +219,7 @@ def test_dropout_belongs_to_the_rows() -> None:
 
 
 def test_frozen_weights_cost_two_thirds() -> None:
-    """A forward and the gradient of what comes in, but none of their own."""
+    """They take part in a forward and in the gradient of its input, but have none of their own."""
     whole, adapter = model_flops(tiny_llama()), model_flops(adapted(target_modules=["q_proj"]))
     of_matrices = SIZES["num_hidden_layers"] * 4 * 2 * SIZES["hidden_size"]
     assert adapter.head_weights == whole.head_weights * 2 // 3
@@ -262,7 +259,7 @@ def test_every_linear_module_but_the_head_lies_in_4_bits(double: bool) -> None:
         n: sum(t.nbytes for part, t in parts if "bitsandbytes__" not in part)
         for n, parts in quantised.items()
     }
-    of_plan = memory.describe(planned(double), OptimSection(), section(base=NF4[double]))
+    of_plan = measure_model(planned(double), OptimSection(), section(base=NF4[double]))
     assert sum(held.values()) == pytest.approx(
         of_plan.quantised_bytes, abs=4 * LINEAR
     )  # the mean is a number there
@@ -276,7 +273,7 @@ def test_every_linear_module_but_the_head_lies_in_4_bits(double: bool) -> None:
 
 
 def planned(double: bool) -> Any:
-    """The same on the meta device, where nothing is quantised."""
+    """Return the same model on the meta device, where nothing is quantised."""
     with torch.device("meta"):
         model = type(tiny_llama())(tiny_llama(**EVEN).config)
     add_adapter(model, section(base=NF4[double], target_modules=PROJECTIONS), 0)
@@ -284,7 +281,7 @@ def planned(double: bool) -> Any:
 
 
 def test_neither_training_nor_evaluation_changes_a_bit_of_the_base() -> None:
-    """On some CPUs bitsandbytes lays the weights out anew where it evaluates."""
+    """On some CPUs bitsandbytes would change the weights' layout at an evaluation."""
     model = stir(adapted(base="nf4", dropout=0.1))
 
     def digests() -> dict[str, int]:
@@ -306,7 +303,7 @@ def test_neither_training_nor_evaluation_changes_a_bit_of_the_base() -> None:
 
 
 def test_weights_that_are_read_back_with_wrong_scales_are_refused() -> None:
-    """As by bitsandbytes 0.50 on some CPUs, where a row is no multiple of 64 weights."""
+    """bitsandbytes 0.50 does so on some CPUs, where a row of a weight is no multiple of 64."""
     weight = torch.randn(40, 48, generator=torch.Generator().manual_seed(0))
     _require_near("up_proj", weight, weight + 0.15 * weight.abs().amax(1, keepdim=True))
     wrong = weight.clone()

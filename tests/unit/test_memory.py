@@ -13,10 +13,10 @@ from tests.model_helpers import SIZES, WIDE, tiny
 from tests.ranks import ROOT
 from trainer.config.recipe import ModelSection, Recipe, load_recipe
 from trainer.datatypes import BadInput
-from trainer.estimate import memory
-from trainer.estimate.memory import GIB, Cluster
-from trainer.estimate.report import build_report, sentences, verdict, work_of_data
-from trainer.model.attention import Bounds
+from trainer.estimate.memory import GIB, Cluster, full_step_stats, step_seconds
+from trainer.estimate.model import build_empty_model, trace_activations
+from trainer.estimate.report import build_report, describe_report, measure_steps, require_fit
+from trainer.model.attention_kernels import Bounds
 
 TOKENS = 192
 FAMILIES = {
@@ -68,7 +68,7 @@ def test_activations_are_what_a_forward_saves(
     FAMILIES[family].architectures = None
     FAMILIES[family].save_pretrained(tmp_path)
     section = ModelSection.model_validate({"name": str(tmp_path), "dtype": "float32"})
-    planned = memory.trace(memory.empty_model(section), TOKENS)[checkpointing]
+    planned = trace_activations(build_empty_model(section), TOKENS)[checkpointing]
     real = tiny(FAMILIES[family])
     if checkpointing == "full":
         real.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -89,8 +89,8 @@ def cluster(gpus: int, gpu_gib: float = 80, **others: float) -> Cluster:
 
 def test_a_plan_names_what_fits_and_the_fewest_gpus() -> None:
     report = build_report(debug(), cluster(4))
-    assert not any(one.lacks for one in report.candidates.values())
-    assert verdict(report).startswith("fits: ds_configs/zero0.json")
+    assert not any(one.shortages for one in report.candidates.values())
+    assert require_fit(report).startswith("fits: ds_configs/zero0.json")
     assert {one.smallest for one in report.candidates.values()} == {1}
 
 
@@ -98,13 +98,13 @@ def test_where_nothing_fits_one_sentence_says_so() -> None:
     with pytest.raises(
         BadInput, match=r"no template fits 4 GPUs of 1.0 GiB; .*model.activation_checkpointing=full"
     ):
-        verdict(build_report(debug(), cluster(4, gpu_gib=1)))
+        require_fit(build_report(debug(), cluster(4, gpu_gib=1)))
 
 
 @pytest.mark.parametrize(("limit", "what"), [("host", "host"), ("disk", "disk"), ("nvme", "NVMe")])
 def test_every_limit_given_is_asked(limit: str, what: str) -> None:
     found = build_report(debug(), cluster(4, **{limit: 1e-6})).candidates
-    assert what in found["ds_configs/zero3_nvme.json"].lacks
+    assert what in found["ds_configs/zero3_nvme.json"].shortages
 
 
 def test_more_gpus_than_micro_batches_are_refused_with_good_numbers() -> None:
@@ -123,7 +123,7 @@ def test_more_gpus_need_less_of_each_and_less_time() -> None:
     zero3 = [report.candidates["ds_configs/zero3.json"].memory.gpu for report in (few, many)]
     assert zero3[0]["optimizer"] > 3 * zero3[1]["optimizer"]
     seconds = [
-        memory.step_seconds(report.model, report.work, report.cluster.gpus, 1e12)
+        step_seconds(report.model, report.stats, report.cluster.gpus, 1e12)
         for report in (few, many)
     ]
     assert seconds[0] == pytest.approx(4 * seconds[1])
@@ -131,9 +131,9 @@ def test_more_gpus_need_less_of_each_and_less_time() -> None:
 
 def test_fillers_make_nobody_faster() -> None:
     report = build_report(debug("batch.global_batch_size=4"), cluster(3))
-    three, two = (memory.step_seconds(report.model, report.work, gpus, 1e12) for gpus in (3, 2))
+    three, two = (step_seconds(report.model, report.stats, gpus, 1e12) for gpus in (3, 2))
     assert three == pytest.approx(two), "four micro-batches take two turns of either"
-    assert "fillers: 33.3%" in "\n".join(sentences(report, debug(), 1e12, 1.0))
+    assert "fillers: 33.3%" in "\n".join(describe_report(report, debug(), 1e12, 1.0))
 
 
 def test_a_fullest_micro_batch_of_the_plan_bounds_all_others(tmp_path: Path) -> None:
@@ -150,8 +150,8 @@ def test_a_fullest_micro_batch_of_the_plan_bounds_all_others(tmp_path: Path) -> 
         for step in range(plan.steps)
         for rows in plan.step(step).micro_batches
     ]
-    work = work_of_data(plan)
-    assert work.fullest_tokens == max(tokens for tokens, _ in sizes)
-    assert work.fullest_trained == max(trained for _, trained in sizes)
-    assert work.steps == plan.steps
-    assert work.tokens < memory.work_of(recipe).tokens
+    stats = measure_steps(plan)
+    assert stats.fullest_tokens == max(tokens for tokens, _ in sizes)
+    assert stats.fullest_trained == max(trained for _, trained in sizes)
+    assert stats.steps == plan.steps
+    assert stats.tokens < full_step_stats(recipe).tokens

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint is asked in parallel, patiently, and tells no key."""
+"""A server is asked in parallel, with retries, and its key is shown nowhere."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def endpoint(url: str, **settings: Any) -> Server:
 def ask(
     server: StandIn | str, count: int = 1, patience_s: float | None = None, **settings: Any
 ) -> list[str]:
-    """Answers to conversations numbered from 0."""
+    """Return the answers to conversations numbered from 0."""
     url = server if isinstance(server, str) else server.url
     bodies = [{"messages": [{"role": "user", "content": str(n)}]} for n in range(count)]
     with Client(endpoint(url, **settings), patience_s=patience_s) as client:
@@ -109,10 +109,10 @@ def test_it_is_not_asked_earlier_than_it_says() -> None:
 
 def test_retries_end_with_the_time_limit_of_an_answer() -> None:
     with StandIn(lambda _: (503, "loading")) as server:
-        with pytest.raises(Unreachable, match=f"{server.url} refused .503: loading.") as told:
+        with pytest.raises(Unreachable, match=f"{server.url} refused .503: loading.") as refused:
             ask(server, timeout_s=1.0)
         assert len(server.requests) == 2, "after 0.5 s, and not after 1.5 s"
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_server_that_is_down_is_named() -> None:
@@ -134,43 +134,49 @@ def test_a_server_that_never_answers_is_given_up() -> None:
 
 def test_a_refusal_that_stays_is_not_asked_again() -> None:
     with StandIn(lambda _: (404, {"error": "The model `judge` does not exist."})) as server:
-        with pytest.raises(Refused, match=r"404: .*`judge` does not exist") as told:
+        with pytest.raises(Refused, match=r"404: .*`judge` does not exist") as refused:
             ask(server)
         assert len(server.requests) == 1
-    assert told.value.status == 404
+    assert refused.value.status == 404
 
 
 def test_one_that_fails_ends_the_wait_for_the_others() -> None:
     release = threading.Event()
+    answered = []
 
     def answer(request: Request) -> Reply:
         if number(request) == 1:
             return 400, "no"
-        return 200, chat_reply(str(release.wait(LIMIT_S)))
+        answered.append(release.wait(LIMIT_S))
+        return 200, chat_reply("late")
 
     with StandIn(answer) as server:
-        began = time.monotonic()
         with pytest.raises(Refused):
             ask(server, 3)
-        assert time.monotonic() - began < LIMIT_S / 2
+        assert not answered
         release.set()
 
 
 def test_a_stop_ends_the_wait() -> None:
     release = threading.Event()
-    with StandIn(lambda _: (200, chat_reply(str(release.wait(LIMIT_S))))) as server:
-        began = time.monotonic()
+    answered = []
+
+    def answer(_: Request) -> Reply:
+        answered.append(release.wait(LIMIT_S))
+        return 200, chat_reply("late")
+
+    with StandIn(answer) as server:
         with (
             Client(endpoint(server.url), lambda: bool(server.requests)) as client,
             pytest.raises(Cancelled),
         ):
             client.post("completions", [{}])
-        assert time.monotonic() - began < LIMIT_S / 2
+        assert not answered
         release.set()
 
 
 @pytest.mark.parametrize("content", ["<html>Welcome</html>", {"detail": "hello"}, {"choices": []}])
-def test_what_is_no_such_server_is_told(content: Any) -> None:
+def test_a_server_of_another_kind_is_named(content: Any) -> None:
     with (
         StandIn(lambda _: (200, content)) as server,
         pytest.raises(Refused, match="something else than an OpenAI"),
@@ -181,7 +187,7 @@ def test_what_is_no_such_server_is_told(content: Any) -> None:
 # ------------------------------------------------------------------------------------------ the key
 
 
-def test_the_key_is_sent_and_told_nowhere(
+def test_the_key_is_sent_and_shown_nowhere(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", f"{KEY}\n")
@@ -191,10 +197,10 @@ def test_the_key_is_sent_and_told_nowhere(
     ) as server:
         with pytest.raises(
             Refused, match=r"401: no such key: Bearer \*\*\*.; set `key_env`"
-        ) as told:
+        ) as refused:
             ask(server, key_env="JUDGE_KEY")
         assert server.requests[0].headers["authorization"] == f"Bearer {KEY}"
-    assert KEY not in str(told.value)
+    assert KEY not in str(refused.value)
     assert KEY not in caplog.text
 
 
@@ -246,9 +252,9 @@ def test_one_that_does_not_let_us_in_is_not(status: int) -> None:
 )
 def test_an_address_is_plain(url: str, why: str) -> None:
     given = [f"eval.server.url={json.dumps(url)}"]
-    with pytest.raises(BadInput, match=why) as told:
+    with pytest.raises(BadInput, match=why) as refused:
         load_recipe("recipes/debug.yaml", given)
-    assert KEY not in str(told.value)
+    assert KEY not in str(refused.value)
 
 
 def test_a_slash_at_its_end_does_not_matter() -> None:

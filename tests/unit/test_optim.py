@@ -1,4 +1,4 @@
-"""Which parameters decay, and the learning rate as a function of the step."""
+"""Which parameters decay, each group's own rate, and the learning rate by step."""
 
 from __future__ import annotations
 

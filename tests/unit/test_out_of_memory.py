@@ -1,4 +1,4 @@
-"""A GPU without room says so in one sentence; what was planned is said beside what is."""
+"""A full GPU ends the run with one sentence; the log compares predicted and measured memory."""
 
 import pytest
 import torch

@@ -15,7 +15,15 @@ import pytest
 from torch.distributed import HashStore
 
 from launch import preflight
-from launch.preflight import Disk, Facts, differing, names, unshared, unusable, warnings
+from launch.preflight import (
+    Disk,
+    Facts,
+    find_bad_disk,
+    find_difference,
+    find_unshared,
+    host_names,
+    list_warnings,
+)
 from tests.ranks import ROOT
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.datatypes import BadInput
@@ -31,7 +39,7 @@ def nodes(*changes: dict[str, Any]) -> tuple[list[Facts], list[str]]:
     every = [
         replace(NODE, **{"host": chr(ord("a") + i), **change}) for i, change in enumerate(changes)
     ]
-    return every, names(every)
+    return every, host_names(every)
 
 
 def recipe(run_dir: Path) -> Recipe:
@@ -55,7 +63,9 @@ def on_all(
         said: list[str] = []
         try:
             change(number)
-            preflight.check(recipes[number], 1, said.append, store, number, len(recipes), "stamp")
+            preflight.check_nodes(
+                recipes[number], 1, said.append, store, number, len(recipes), "stamp"
+            )
         except (Exception, SystemExit) as error:
             ends[number] = (error, said)
         else:
@@ -102,53 +112,53 @@ def test_another_template_of_deepspeed_is_another_recipe(tmp_path, monkeypatch):
     same = load_recipe(
         ROOT / "recipes" / "debug.yaml", [f"parallel.deepspeed={tmp_path / 'ds.json'}"]
     )
-    before = preflight.facts(same, 1)
-    assert preflight.facts(same, 1) == before
+    before = preflight.collect_facts(same, 1)
+    assert preflight.collect_facts(same, 1) == before
     (tmp_path / "ds.json").write_text("{ }")
-    assert preflight.facts(same, 1).recipe != before.recipe
-    assert preflight.facts(recipe(tmp_path), 1).recipe != before.recipe
+    assert preflight.collect_facts(same, 1).recipe != before.recipe
+    assert preflight.collect_facts(recipe(tmp_path), 1).recipe != before.recipe
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"versions": {"packhorse": "1", "torch": "2.12.0"}}, "b has torch 2.12.0, and a 2.13.0"),
-        ({"code": "other"}, "b runs other code of packhorse than a"),
+        ({"code": "other"}, "b has other packhorse code than a"),
         ({"recipe": "other"}, "b has another recipe or DeepSpeed template than a"),
         (
             {"processes": 7, "gpus": ("H100",) * 7},
             "b has 7 GPUs and starts 7 processes, where a starts 8",
         ),
-        ({"loopback": True}, "b's own name leads to the loopback address"),
+        ({"loopback": True}, "b's own name resolves to the loopback address"),
     ],
 )
 def test_a_node_that_differs_is_named(change, sentence):
-    assert differing(*nodes({}, {})) is None
-    assert sentence in (differing(*nodes({}, change)) or "")
+    assert find_difference(*nodes({}, {})) is None
+    assert sentence in (find_difference(*nodes({}, change)) or "")
 
 
 def test_the_odd_one_is_at_fault_even_if_it_is_the_first():
     every, hosts = nodes({"code": "other"}, {}, {})
-    assert "a runs other code of packhorse than b" in (differing(every, hosts) or "")
+    assert "a has other packhorse code than b" in (find_difference(every, hosts) or "")
 
 
 def test_launchers_on_one_host_are_told_apart_and_may_meet_by_the_loopback():
     every, hosts = nodes({"host": "a", "loopback": True}, {"host": "a", "loopback": True})
     assert hosts == ["a (node 0)", "a (node 1)"]
-    assert differing(every, hosts) is None
+    assert find_difference(every, hosts) is None
 
 
 def test_a_node_that_cannot_write_or_has_no_room_is_named():
     hosts, folder = ["a", "b"], Path("/shared/run")
-    assert unusable([DISK, DISK], hosts, folder) is None
+    assert find_bad_disk([DISK, DISK], hosts, folder) is None
     read_only = replace(DISK, fault="Read-only")
     assert (
-        unusable([DISK, read_only], hosts, folder)
+        find_bad_disk([DISK, read_only], hosts, folder)
         == "b cannot write to run.dir, /shared/run (Read-only)"
     )
     full = replace(DISK, free_gib={"run.dir": 900.0, "data.cache": 0.25})
     assert (
-        unusable([DISK, full], hosts, folder)
+        find_bad_disk([DISK, full], hosts, folder)
         == "b has 0.25 GiB free at data.cache; make room there"
     )
 
@@ -162,14 +172,14 @@ def test_a_node_that_cannot_write_or_has_no_room_is_named():
     ],
 )
 def test_the_node_that_sees_the_fewest_is_named(sees, blind):
-    assert blind in (unshared(sees, ["a", "b", "c"], Path("run")) or "")
-    assert unshared([[0, 1, 2]] * 3, ["a", "b", "c"], Path("run")) is None
+    assert blind in (find_unshared(sees, ["a", "b", "c"], Path("run")) or "")
+    assert find_unshared([[0, 1, 2]] * 3, ["a", "b", "c"], Path("run")) is None
 
 
 def test_clocks_and_other_gpus_are_warned_of():
     every, hosts = nodes({}, {"gpus": ("A100",) * 8})
-    assert list(warnings(every, [DISK, replace(DISK, clock=1002.0)], hosts)) == [
+    assert list(list_warnings(every, [DISK, replace(DISK, clock=1002.0)], hosts)) == [
         "b has other GPUs than a; the slowest sets the pace"
     ]
-    clock, _ = warnings(every, [DISK, replace(DISK, clock=940.0)], hosts)
+    clock, _ = list_warnings(every, [DISK, replace(DISK, clock=940.0)], hosts)
     assert clock.startswith("b's clock is 60 s behind a's")

@@ -130,9 +130,7 @@ def test_a_group_that_takes_no_part_in_the_match_finds_nothing() -> None:
         ({}, "." * 5_000_000 + "Paris", 1),
     ],
 )
-def test_the_reference_must_stand_in_the_answer(
-    fields: dict, answer: str, passes: int
-) -> None:
+def test_the_reference_must_stand_in_the_answer(fields: dict, answer: str, passes: int) -> None:
     assert score(rule("contains", **fields), prompt("Paris"), answer) == passes
 
 
@@ -446,10 +444,10 @@ def test_a_function_of_the_users_own_is_given_prompt_answer_reference_and_row() 
     assert score(MINE, prompt("a", says=False), "") == 0
 
 
-@pytest.mark.parametrize("said", [None, "1", 1.5, -0.1, float("nan"), [1], 1j])
-def test_what_it_says_must_be_a_score(said: Any) -> None:
+@pytest.mark.parametrize("returned", [None, "1", 1.5, -0.1, float("nan"), [1], 1j])
+def test_what_it_returns_must_be_a_score(returned: Any) -> None:
     with pytest.raises(Unscored, match="test_scorers:share_of_words"):
-        score(MINE, prompt("a", says=said), "")
+        score(MINE, prompt("a", says=returned), "")
 
 
 def test_where_it_fails_there_is_no_score() -> None:

@@ -1,4 +1,4 @@
-"""A server answers in the engine's place: nothing that it does is taken on trust."""
+"""A server answers in place of the engine, and what it does is checked."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def with_server(url: str, *overrides: str, timeout_s: float = LIMIT_S) -> Recipe
 
 
 def prompt_of(request: Request) -> tuple[str, Prompt]:
-    """In what form the request has a prompt, and which."""
+    """Return the form in which the request has a prompt, and the prompt."""
     body = request.body
     if "messages" in body:
         (found,) = [
@@ -67,10 +67,8 @@ def prompt_of(request: Request) -> tuple[str, Prompt]:
     return form, found
 
 
-def server_that(
-    takes: Set[str], miscounts: Set[str] = frozenset(), names: bool = True
-) -> StandIn:
-    """A server that takes prompts in some forms, and counts one token more in some."""
+def server_that(takes: Set[str], miscounts: Set[str] = frozenset(), names: bool = True) -> StandIn:
+    """Return a server that takes prompts in some forms, and counts one token more in some."""
 
     def answer(request: Request) -> Reply:
         form, prompt = prompt_of(request)
@@ -125,7 +123,7 @@ def test_a_conversation_ends_before_the_reference_and_brings_the_templates_varia
     assert (body["temperature"], body["max_tokens"]) == (0.0, 9)
 
 
-def test_a_server_that_makes_something_else_of_the_prompts_is_refused() -> None:
+def test_a_server_that_tokenizes_prompts_otherwise_is_refused() -> None:
     forms = {"ids", "text", "conversation"}
     with (
         server_that(forms, forms) as server,
@@ -134,7 +132,7 @@ def test_a_server_that_makes_something_else_of_the_prompts_is_refused() -> None:
         ask(server)
 
 
-def test_a_server_that_looks_at_no_name_is_refused() -> None:
+def test_a_server_that_ignores_the_models_name_is_refused() -> None:
     """It would answer with the weights that it was started with."""
     with (
         server_that({"ids"}, names=False) as server,
@@ -143,12 +141,10 @@ def test_a_server_that_looks_at_no_name_is_refused() -> None:
         ask(server)
 
 
-def test_a_server_that_cannot_load_the_folder_is_told_in_its_own_words() -> None:
+def test_a_server_that_cannot_load_the_folder_is_quoted() -> None:
     with StandIn(lambda _: (500, "cannot read /runs/one")) as server:
         with pytest.raises(Unreachable, match=r"refused .500: cannot read /runs/one."):
-            answers(
-                with_server(server.url, timeout_s=0.4), MODEL, PROMPTS, log=Path("unused")
-            )
+            answers(with_server(server.url, timeout_s=0.4), MODEL, PROMPTS, log=Path("unused"))
         assert len(server.requests) == 1
 
 
@@ -169,7 +165,7 @@ def vllm_recipe(python: str | Path, *overrides: str) -> Recipe:
 @pytest.mark.parametrize(
     ("python", "why"), [("/nowhere/python", "cannot be run"), (sys.executable, "has no vllm")]
 )
-def test_so_is_a_python_without_vllm(python: str, why: str) -> None:
+def test_a_python_without_vllm_is_bad_input_at_the_start(python: str, why: str) -> None:
     with pytest.raises(BadInput, match=why):
         check_server(vllm_recipe(python))
 
@@ -182,7 +178,9 @@ def test_so_is_a_python_without_vllm(python: str, why: str) -> None:
     ],
 )
 def test_one_server_answers_and_arguments_are_for_vllm(given: list[str]) -> None:
-    with pytest.raises(BadInput, match="give `server` or `vllm_python`, not both|belongs to `vllm_python`"):
+    with pytest.raises(
+        BadInput, match="give `server` or `vllm_python`, not both|belongs to `vllm_python`"
+    ):
         recipe(*given)
 
 
@@ -190,14 +188,14 @@ def test_one_server_answers_and_arguments_are_for_vllm(given: list[str]) -> None
 
 
 class Flag:
-    """A stop flag that goes up when it is asked for the nth time."""
+    """A stop flag that is raised when it is polled for the nth time."""
 
     def __init__(self, at: int | None = None) -> None:
-        self._at, self.asked = at, 0
+        self._at, self.polled = at, 0
 
     def poll(self) -> bool:
-        self.asked += 1
-        return self.asked == self._at
+        self.polled += 1
+        return self.polled == self._at
 
 
 class Beats:
@@ -230,7 +228,7 @@ def test_while_answers_are_waited_for_every_rank_beats() -> None:
         return ["answer"]
 
     assert wait(work, flag, beats) == ["answer"]
-    assert flag.asked >= 2
+    assert flag.polled >= 2
 
 
 def test_a_signal_ends_the_wait_without_answers() -> None:
@@ -241,7 +239,7 @@ def test_a_signal_ends_the_wait_without_answers() -> None:
     assert wait(work, Flag(at=2)) is None
 
 
-def test_what_went_wrong_is_known_to_all_ranks() -> None:
+def test_a_failure_is_raised_on_all_ranks() -> None:
     def work(_: Callable[[], bool]) -> list[str]:
         raise Unreachable("the server is down")
 
@@ -306,7 +304,7 @@ def test_its_name_is_new_each_time_and_one_copy_is_left(run: tuple[Recipe, Any, 
     assert [path.name for path in (run[2] / "serving").iterdir()] == [second.name]
 
 
-def test_a_disk_without_room_is_told(
+def test_a_full_disk_is_named(
     run: tuple[Recipe, Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(server_answers.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
@@ -356,7 +354,7 @@ def command(*overrides: str, model: str = "org/model", gpus: list[Gpu] | None = 
 
 
 def argument(of: list[str], name: str) -> str:
-    """The value that counts, where an argument is given twice."""
+    """Return the argument's last value, which overrides the others."""
     return of[len(of) - of[::-1].index(name)]
 
 
@@ -367,7 +365,7 @@ def model_folder(tmp_path: Path, gib: float, heads: int) -> str:
     return str(tmp_path)
 
 
-def test_vllm_is_told_what_it_would_choose_wrongly() -> None:
+def test_vllm_gets_what_it_would_choose_wrongly() -> None:
     made = command("model.dtype=float32", "eval.generate.max_new_tokens=28")
     assert made[:3] == ["/opt/vllm/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
     assert argument(made, "--dtype") == "float32"
@@ -393,14 +391,14 @@ def test_it_takes_the_fewest_gpus_that_hold_the_weights(
     assert argument(made, "--tensor-parallel-size") == str(gpus)
 
 
-def test_weights_that_do_not_fit_are_told(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     with pytest.raises(
         Unreachable, match=r"140.0 GiB do not fit into the 18.0 GiB that are free on each of 8 GPUs"
     ):
         command(model=model_folder(tmp_path, 140, 64), gpus=[Gpu(20 * GIB, 80 * GIB)] * 8)
 
 
-def test_the_recipes_own_arguments_count() -> None:
+def test_the_recipes_own_arguments_override() -> None:
     assert argument(command("eval.vllm_args=[--max-model-len, 4096]"), "--max-model-len") == "4096"
 
 
@@ -440,9 +438,11 @@ STAND_IN = """
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
     given = dict(zip(sys.argv[1:], sys.argv[2:]))
-    engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    engine = subprocess.Popen(sleep, start_new_session=True)
+    seen = {"pids": [os.getpid(), engine.pid], "cwd": os.listdir()}
     with open(os.environ["VLLM_STAND_IN"], "w") as file:
-        json.dump({"pids": [os.getpid(), engine.pid], "environment": dict(os.environ), "cwd": os.listdir()}, file)
+        json.dump(seen, file)
     if given["--seed"] == "13":
         sys.exit("ValueError: no room for the KV cache\\nbye")
 
@@ -463,8 +463,9 @@ STAND_IN = """
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             if body["model"] != given["--model"] or given["--seed"] == "14":
                 return self.reply(404, {"error": "no such model"})
-            text = " ".join(map(str, body["prompt"]))
-            self.reply(200, {"choices": [{"text": text}], "usage": {"prompt_tokens": len(body["prompt"])}})
+            choices = [{"text": " ".join(map(str, body["prompt"]))}]
+            usage = {"prompt_tokens": len(body["prompt"])}
+            self.reply(200, {"choices": choices, "usage": usage})
 
     ThreadingHTTPServer.request_queue_size = 128
     ThreadingHTTPServer((given["--host"], int(given["--port"])), Handler).serve_forever()
@@ -473,7 +474,7 @@ STAND_IN = """
 
 @pytest.fixture
 def vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A Python whose vllm is the stand-in, in `vllm_python`; the file that it writes who it is to."""
+    """Make `vllm_python`, whose vllm is the stand-in; yield the file that it writes its ids to."""
     package = tmp_path / "site" / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
     (package / "api_server.py").write_text(textwrap.dedent(STAND_IN))
@@ -504,12 +505,10 @@ def test_vllm_is_gone_with_all_its_processes_when_it_has_answered(
     seen = started(vllm)
     assert len(seen["pids"]) == 2
     assert not [pid for pid in seen["pids"] if runs(pid)]
-    assert seen["cwd"] == [], (
-        "a folder with files would be where its Python looks for modules first"
-    )
+    assert seen["cwd"] == [], "its Python looks for modules in the working directory first"
 
 
-def test_vllm_that_does_not_start_is_told_with_its_last_error(vllm: Path, tmp_path: Path) -> None:
+def test_vllm_that_does_not_start_is_quoted(vllm: Path, tmp_path: Path) -> None:
     made = vllm_recipe(tmp_path / "vllm_python", "train.seed=13")
     with pytest.raises(
         Unreachable, match=r"ValueError: no room for the KV cache.; its output is in .*vllm.log"
@@ -518,7 +517,7 @@ def test_vllm_that_does_not_start_is_told_with_its_last_error(vllm: Path, tmp_pa
     assert not [pid for pid in started(vllm)["pids"] if runs(pid)]
 
 
-def test_vllm_that_does_not_answer_is_told_with_its_last_error(vllm: Path, tmp_path: Path) -> None:
+def test_vllm_that_does_not_answer_is_quoted(vllm: Path, tmp_path: Path) -> None:
     made = vllm_recipe(tmp_path / "vllm_python", "train.seed=14")
     with pytest.raises(
         Unreachable,
@@ -542,7 +541,7 @@ def test_vllm_is_gone_when_a_stop_ends_the_wait(vllm: Path, tmp_path: Path) -> N
 
 
 def test_vllm_is_gone_when_the_run_is_killed(vllm: Path, tmp_path: Path) -> None:
-    """By a signal that lets it clean up nothing."""
+    """By SIGKILL, after which it cannot clean up."""
     program = f"""
         import sys, time
         from pathlib import Path

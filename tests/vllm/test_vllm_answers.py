@@ -30,7 +30,7 @@ BY_VLLM = (f"eval.vllm_python={PYTHON}",)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """One run on two ranks at ZeRO-3 by each generator, all its weights trained, and an adapter's."""
+    """Run on two ranks at ZeRO-3, answered by the engine and by vLLM, with and without adapter."""
     assert PYTHON, "PACKHORSE_VLLM_PYTHON names no Python: make test-vllm"
     root = tmp_path_factory.mktemp("runs")
     shutil.copytree(ROOT / "recipes" / "debug" / "model", root / "model")
@@ -61,7 +61,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def samples(run: Path) -> list[dict[str, Any]]:
-    """Without the character that an answer's end cuts in its middle, whose bytes vLLM leaves out."""
+    """Read the samples without a character that an answer's end cuts, which vLLM leaves out."""
     lines = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
     return [{**line, "answer": line["answer"].rstrip("\ufffd")} for line in lines]
 

@@ -1,5 +1,8 @@
-"""`packhorse eval` and `packhorse compare`: score any model with the code that scores it in
-training, and say whether two of them differ."""
+"""Define `packhorse eval` and `packhorse compare`.
+
+`eval` scores any model with the code that scores it during training; `compare` tests whether two
+evaluations differ.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +11,16 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from trainer.cli.arguments import Overrides, RecipeFile
-from trainer.cli.worker import end_with_the_launcher, end_worker, is_worker, stop_while_starting
+from trainer.cli.arguments import NumProcesses, Overrides, RecipeFile
+from trainer.cli.worker import exit_on_early_signals, exit_with_launcher, exit_worker, is_worker
 from trainer.datatypes import DONE, BadInput
 from trainer.utils.files import local_folder
 
-if TYPE_CHECKING:
-    from trainer.config.recipe import Recipe
-
-_EVALUATED = "evaluated.json"  # of a results folder: what was scored
+_EVALUATED = "evaluated.json"  # in a results folder: what was scored
 
 
 def evaluate(
@@ -32,70 +32,65 @@ def evaluate(
     overrides: Overrides = None,
     step: Annotated[
         int | None,
-        typer.Option(min=0, help="Of a run. Default: its last checkpoint.", show_default=False),
+        typer.Option(
+            min=0, help="Step of a run. Default: its last checkpoint.", show_default=False
+        ),
     ] = None,
     best: Annotated[
-        bool, typer.Option("--best", help="A run's best step, by its own eval.best.")
+        bool, typer.Option("--best", help="Best step of a run, by its own eval.best.")
     ] = False,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The folder to write. Default: in RUN/evals, or in evals here.", show_default=False
-        ),
-    ] = None,
-    nproc: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Processes on this machine. Default: one for each GPU, or one.",
+            help="Folder to write. Default: RUN/evals/... for a run, else evals/...",
             show_default=False,
         ),
     ] = None,
+    nproc: NumProcesses = None,
 ) -> None:
-    """Score a checkpoint, an export or a hub model on the recipe's held-out rows, with the code
-    that training uses.
+    """Evaluate a checkpoint, an export or a hub model on the held-out rows.
 
     [bold]packhorse eval runs/quickstart recipes/quickstart.yaml --best[/bold]
-    [bold]packhorse eval HuggingFaceTB/SmolLM2-135M-Instruct recipes/quickstart.yaml
-    eval.generate.num_prompts=256[/bold] [bold]packhorse eval models/word-problems
-    recipes/quickstart.yaml eval.lm_eval='[gsm8k]' --nproc 1[/bold]
+    [bold]packhorse eval HuggingFaceTB/SmolLM2-135M-Instruct my.yaml data.max_length=512[/bold]
+    [bold]packhorse eval models/word-problems my.yaml eval.lm_eval='\\[gsm8k]' --nproc 1[/bold]
 
-    Exit codes are those of `packhorse train`; 75: stopped, and the same command starts anew.
+    The loss and the scores come from the code that evaluates during training. Exit codes are those
+    of `packhorse train`; after 75 (stopped) the same command starts anew.
     """
     from trainer.config.recipe import load_recipe
 
     if is_worker():
-        end_with_the_launcher()
+        exit_with_launcher()
         from trainer.evaluate import evaluate_model
 
         if out is None or step is None:
             raise BadInput("packhorse eval starts its own processes: run it without torchrun")
         evaluate_model(load_recipe(recipe_file, overrides or ()), out, step)
-        end_worker()
-    stop_while_starting()
+        exit_worker()
+    exit_on_early_signals()
     recipe = load_recipe(recipe_file, overrides or ())
     if not recipe.has_eval:
         raise BadInput(
-            f"{recipe_file}: no rows are held out to evaluate; give data.eval or data.eval_fraction"
+            f"{recipe_file}: there are no held-out rows to evaluate; give data.eval or "
+            f"data.eval_fraction"
         )
     tasks = None
     if recipe.eval.lm_eval:
         from trainer.eval.lm_eval_harness import require_tasks
 
         tasks = require_tasks(recipe.eval)
-    run = _run_folder(model, step, best)
-    step = _step_of(run, step, best) if run else 0
+    run = _find_run(model, step, best)
+    step = _last_step(run, step, best) if run else 0
     out = out or _default_out(model, run, recipe_file, step)
     _start_results(out, model, step)
-    with _model_folder(model, run, step, out) as name:
-        # what is the model's own comes from it, and may still be overridden
+    with _exported_model(model, run, step, out) as name:
+        # These keys describe how the recipe's model was made. The scored model brings its own, and
+        # the user's overrides come after.
         own = ["model.revision=null", "model.init=pretrained", "adapter=null"]
-        if run:
-            own += ["model.chat_template=null", "model.add_tokens=[]"]  # they are in its folder
+        if run:  # they are in the exported folder
+            own += ["model.chat_template=null", "model.add_tokens=[]"]
         changes = [*own, *(overrides or ()), f"model.name={json.dumps(name)}"]
-        code = _score(
-            load_recipe(recipe_file, changes), recipe_file, changes, out, step, nproc, tasks
-        )
+        code = _score(recipe_file, changes, out, step, nproc, tasks)
     if code == DONE:
         from rich.console import Console
 
@@ -107,20 +102,17 @@ def evaluate(
 
 
 def _score(
-    recipe: Recipe,
-    recipe_file: Path,
-    changes: list[str],
-    out: Path,
-    step: int,
-    nproc: int | None,
-    tasks: Any,
+    recipe_file: Path, changes: list[str], out: Path, step: int, nproc: int | None, tasks: Any
 ) -> int:
-    """Run the workers, then the harness's tasks, where there are some. Returns the exit code."""
+    """Run the workers, then the tasks of lm-evaluation-harness if given. Returns the exit code."""
     from launch.local import launch
+    from trainer.config.recipe import load_recipe
 
+    recipe = load_recipe(recipe_file, changes)
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    given = [recipe.model.name, str(recipe_file), *changes, "--out", str(out), "--step", str(step)]
-    code = launch(["-m", "trainer.cli.main", "eval", *given], out, nproc=nproc)
+    arguments = [recipe.model.name, str(recipe_file), *changes]
+    worker = ["-m", "trainer.cli.main", "eval", *arguments, "--out", str(out), "--step", str(step)]
+    code = launch(worker, out, nproc=nproc)
     if code == DONE and tasks:
         from trainer.eval.lm_eval_harness import run_tasks
 
@@ -128,11 +120,11 @@ def _score(
     return code
 
 
-def _run_folder(model: str, step: int | None, best: bool) -> Path | None:
-    """The run folder that is named, None where it is a model.
+def _find_run(model: str, step: int | None, best: bool) -> Path | None:
+    """Return the run folder, or None if `model` is a model folder or a hub name.
 
     Raises:
-        BadInput: it is neither.
+        BadInput: it is none of them, or a step of a model is asked for.
     """
     folder = Path(model).expanduser()
     if (folder / "recipe.yaml").is_file() and not (folder / _EVALUATED).is_file():
@@ -149,8 +141,8 @@ def _run_folder(model: str, step: int | None, best: bool) -> Path | None:
     return None
 
 
-def chosen_step(run: Path, step: int | None, best: bool) -> int | None:
-    """The step that is asked for; None: the last one.
+def resolve_step(run: Path, step: int | None, best: bool) -> int | None:
+    """Return the step that --step or --best names, or None for the last one.
 
     Raises:
         BadInput: both are given, or the run has no best step.
@@ -164,6 +156,19 @@ def chosen_step(run: Path, step: int | None, best: bool) -> int | None:
     return best_step(run)
 
 
+def _last_step(run: Path, step: int | None, best: bool) -> int:
+    """Return the step that --step or --best names, or that of the last checkpoint."""
+    from trainer.checkpoint import checkpoint
+
+    chosen = resolve_step(run, step, best)
+    if chosen is not None:
+        return chosen
+    found = checkpoint.find(run)
+    if found is None:
+        raise BadInput(f"{run}: there is no checkpoint to evaluate; train first")
+    return found[1].state.step
+
+
 def _default_out(model: str, run: Path | None, recipe_file: Path, step: int) -> Path:
     if run:
         return run / "evals" / f"{recipe_file.stem}-step-{step:06d}"
@@ -173,10 +178,8 @@ def _default_out(model: str, run: Path | None, recipe_file: Path, step: int) -> 
 
 
 @contextmanager
-def _model_folder(model: str, run: Path | None, step: int, out: Path) -> Iterator[str]:
-    """The name of the model to score; a run's checkpoint is exported into `out` until the block is
-    left.
-    """
+def _exported_model(model: str, run: Path | None, step: int, out: Path) -> Iterator[str]:
+    """Give the name of the model to score. A run's checkpoint is exported into `out` meanwhile."""
     if run is None:
         yield model
         return
@@ -191,29 +194,15 @@ def _model_folder(model: str, run: Path | None, step: int, out: Path) -> Iterato
         shutil.rmtree(exported, ignore_errors=True)
 
 
-def _step_of(run: Path, step: int | None, best: bool) -> int:
-    """The step of a run that is asked for, or its last."""
-    from trainer.checkpoint import checkpoint
-
-    chosen = chosen_step(run, step, best)
-    if chosen is not None:
-        return chosen
-    found = checkpoint.find(run)
-    if found is None:
-        raise BadInput(f"{run}: there is no checkpoint to evaluate; train first")
-    return found[1].state.step
-
-
 def _start_results(out: Path, model: str, step: int) -> None:
-    """An empty results folder; an earlier one there is replaced."""
+    """Make an empty results folder; replace an earlier one, but no other folder."""
     if out.exists() and not (out / _EVALUATED).is_file():
         raise BadInput(f"{out}: exists and holds no results of packhorse eval; give another --out")
     try:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        (out / _EVALUATED).write_text(
-            json.dumps({"model": model, "step": step}) + "\n", encoding="utf-8"
-        )
+        text = json.dumps({"model": model, "step": step}) + "\n"
+        (out / _EVALUATED).write_text(text, encoding="utf-8")
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written ({error})") from None
 
@@ -222,16 +211,16 @@ def compare(
     a: Annotated[
         str, typer.Argument(metavar="A", help="A run folder, or results of packhorse eval.")
     ],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another one, or another step of it.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="The same kind, to compare with A.")],
 ) -> None:
-    """Say whether two evaluations differ: each metric with its interval, and a paired test on the
-    prompts of both.
+    """Compare two evaluations: each metric with its interval, and a paired test.
 
     [bold]packhorse compare runs/a runs/b[/bold]
     [bold]packhorse compare runs/a@10 runs/a@best[/bold]
     [bold]packhorse compare runs/a/evals/gsm8k-step-000200 evals/base-gsm8k[/bold]
 
-    A step is named as RUN@200 or RUN@best; without one the last evaluated step is taken.
+    The test uses the prompts that both have answered. A step is named as RUN@200 or RUN@best;
+    without one the last evaluated step counts.
     """
     from rich.console import Console
 

@@ -1,4 +1,4 @@
-"""`packhorse launch`: writes what starts a run on a cluster, and submits it."""
+"""Define `packhorse launch`: write the files that start a run on a cluster, and submit them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from trainer.cli.arguments import Overrides, RecipeFile
 from trainer.datatypes import BadInput
 
 launch_app = typer.Typer(
-    help="Write what starts a run on a cluster, and submit it.", no_args_is_help=True
+    help="Write the files that start a run on Slurm or Kubernetes, and submit them.",
+    no_args_is_help=True,
 )
 
 
@@ -20,41 +21,48 @@ def kubernetes(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
     *,
-    nodes: Annotated[int, typer.Option(min=1, help="Pods, one for each node.", show_default=False)],
+    nodes: Annotated[
+        int, typer.Option(min=1, help="Nodes of the run, one pod each.", show_default=False)
+    ],
     image: Annotated[
         str,
         typer.Option(
-            help="As the cluster pulls it; a digest keeps it the same.", show_default=False
+            help="Container image as the cluster pulls it. A digest pins it.", show_default=False
         ),
     ],
     kind: Annotated[
         Literal["job", "jobset", "trainjob"],
-        typer.Option(help="What starts the pods; jobset and trainjob need more."),
+        typer.Option(
+            help="Resource that starts the pods. jobset and trainjob need their operators."
+        ),
     ] = "job",
     cluster: Annotated[
         Path | None,
         typer.Option(
-            help="What your cluster decides; start from the one that is written.",
+            help="Settings of your cluster (YAML). Default: launch/kubernetes/cluster.yaml, to "
+            "start from.",
             show_default=False,
         ),
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(help="In the cluster. Default: the name of run.dir.", show_default=False),
+        typer.Option(
+            help="Name of the run in the cluster. Default: the name of run.dir.",
+            show_default=False,
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="The folder to write. Default: kubernetes/ in run.dir.", show_default=False
-        ),
+        typer.Option(help="Folder to write. Default: kubernetes/ in run.dir.", show_default=False),
     ] = None,
-    submit: Annotated[bool, typer.Option("--submit", help="Hand it to kubectl apply.")] = False,
+    submit: Annotated[
+        bool, typer.Option("--submit", help="Submit the manifests with kubectl apply.")
+    ] = False,
 ) -> None:
-    """Write the manifests of a run for Kubernetes.
+    """Write the Kubernetes manifests of a run.
 
-    [bold]packhorse launch kubernetes my_recipe.yaml --nodes 2 --image registry/packhorse:1[/bold]
-    [bold]packhorse launch kubernetes my_recipe.yaml --nodes 2 --image registry/packhorse:1
-    --submit[/bold]
+    [bold]packhorse launch kubernetes my.yaml --nodes 2 --image registry/packhorse:1[/bold]
+    [bold]packhorse launch kubernetes my.yaml --nodes 2 --image registry/packhorse:1 --submit[/bold]
     """
     from launch.kubernetes.render import CLUSTER, render, run_name, submit_file
     from trainer.config.recipe import load_recipe
@@ -78,9 +86,7 @@ def kubernetes(
         if not kept.exists() or not kept.samefile(cluster):
             kept.write_text(cluster.read_text(encoding="utf-8"), encoding="utf-8")
     except OSError as error:
-        raise BadInput(
-            f"{folder}: cannot be written ({error}); give another folder as --out"
-        ) from None
+        raise BadInput(f"{folder}: cannot be written ({error}); give another --out") from None
     print(manifests, kept, sep="\n")
     if submit:
         raise typer.Exit(submit_file(manifests))
@@ -91,38 +97,44 @@ def slurm(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
     nodes: Annotated[
-        str, typer.Option(metavar="N|MIN-MAX", help="Machines; MIN-MAX: as many as there are.")
+        str,
+        typer.Option(metavar="N|MIN-MAX", help="Nodes. MIN-MAX: as many as Slurm can give."),
     ] = "1",
-    gpus_per_node: Annotated[int, typer.Option(min=0)] = 8,
+    gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node.")] = 8,
     time: Annotated[
-        str, typer.Option(help="Slurm's time limit; the run saves before it and is queued again.")
+        str, typer.Option(help="Time limit. The run saves before it and is queued again.")
     ] = "24:00:00",
     partition: Annotated[
-        str | None, typer.Option(help="Default: the cluster's.", show_default=False)
+        str | None,
+        typer.Option(help="Partition. Default: the cluster's default.", show_default=False),
     ] = None,
     account: Annotated[
-        str | None, typer.Option(help="Default: the user's.", show_default=False)
+        str | None,
+        typer.Option(help="Account to charge. Default: the user's default.", show_default=False),
     ] = None,
     container: Annotated[
         str | None,
         typer.Option(
-            help="A .sif file runs in Apptainer, any other image in Pyxis. Default: none.",
+            help="Image to run in: a .sif file in Apptainer, any other image in Pyxis. Default: "
+            "none.",
             show_default=False,
         ),
     ] = None,
     mount: Annotated[
         list[str] | None,
         typer.Option(
-            help="A folder that the container sees, besides the current one.", show_default=False
+            help="Folder to mount in the container, besides the current one. May be repeated.",
+            show_default=False,
         ),
     ] = None,
-    submit: Annotated[bool, typer.Option("--submit", help="Hand it to sbatch.")] = False,
+    submit: Annotated[
+        bool, typer.Option("--submit", help="Submit the script with sbatch.")
+    ] = False,
 ) -> None:
-    """Write a batch script for Slurm into the run folder.
+    """Write a Slurm batch script into the run folder.
 
     [bold]packhorse launch slurm recipes/sft_70b.yaml --nodes 8 --gpus-per-node 8[/bold]
-    [bold]packhorse launch slurm recipes/sft_70b.yaml --nodes 4-8 --container packhorse.sif
-    --submit[/bold]
+    [bold]packhorse launch slurm my.yaml --nodes 4-8 --container packhorse.sif --submit[/bold]
     """
     import shlex
     import sysconfig

@@ -1,10 +1,13 @@
-"""What a command does that starts workers, and what it does as one of them. Nothing heavy is
-imported here.
+"""Handle processes: what a command does that starts workers, and what a worker does.
+
+Nothing heavy is imported here.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -12,42 +15,40 @@ from trainer.datatypes import DONE, SAVED_RUN_AGAIN
 
 
 def is_worker() -> bool:
-    """Whether a launcher, ours or torchrun, started this process."""
+    """Return whether a launcher, ours or torchrun, started this process."""
     return {"RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID"} <= os.environ.keys()
 
 
-def stop_while_starting() -> None:
-    """A launcher imports torch for seconds before it can pass signals on: until then they end it,
-    with nothing lost.
+def exit_on_early_signals() -> None:
+    """Let SIGTERM and SIGUSR1 end this process with 75 until the launcher handles them.
+
+    A launcher imports torch for some seconds before it can pass signals on. There is nothing to
+    lose yet.
     """
-    import signal
 
     def stop(number: int, _frame: Any) -> NoReturn:
-        print(
-            f"packhorse: {signal.Signals(number).name}: stopped before the workers had started",
-            file=sys.stderr,
-        )
+        name = signal.Signals(number).name
+        print(f"packhorse: {name}: stopped before the workers had started", file=sys.stderr)
         sys.exit(SAVED_RUN_AGAIN)
 
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, stop)
 
 
-def end_with_the_launcher() -> None:
-    """Ask the kernel for a SIGTERM when the launcher dies: a worker left alone saves and leaves the
-    GPU.
-    """
-    import ctypes
-    import signal
+def exit_with_launcher() -> None:
+    """Ask the kernel for a SIGTERM when the launcher dies.
 
+    An orphaned worker then saves and frees its GPU.
+    """
     set_parent_death_signal = 1
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
-def end_worker() -> NoReturn:
-    """A worker's end, done: DeepSpeed leaves threads behind, which now and then abort a process at
-    its very end.
+def exit_worker() -> NoReturn:
+    """End a worker with exit code 0, without Python's own shutdown.
+
+    DeepSpeed leaves threads behind, which now and then abort the process during that shutdown.
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from trainer.config.base import Section, check_function
+from trainer.config.base import Section, check_function, check_one_given, compile_pattern
 
 EVAL_LOSS = "eval_loss"  # the held-out loss in a rule; the other names in rules are scorers'
 
@@ -18,13 +18,9 @@ EVAL_LOSS = "eval_loss"  # the held-out loss in a rule; the other names in rules
 class Server(Section):
     """An OpenAI-compatible server."""
 
-    url: str = Field(
-        description="Address up to the version, as http://localhost:8000/v1, without a key or "
-        "password."
-    )
+    url: str = Field(description="As http://localhost:8000/v1, without a user, key or password.")
     key_env: str | None = Field(
-        default=None,
-        description="Environment variable that holds the API key; null: no key is sent.",
+        default=None, description="Environment variable with the API key; null: no key is sent."
     )
     timeout_s: float = Field(
         default=300.0,
@@ -35,27 +31,23 @@ class Server(Section):
     parallel: int = Field(default=16, ge=1, description="Requests at the same time.")
     extra: dict[str, JsonValue] = Field(
         default_factory=dict,
-        description="More fields of each request, as `{max_tokens: 4096}` or "
-        "`chat_template_kwargs`; null removes a field.",
+        description="More fields of each request, as `{max_tokens: 4096}`; null removes a field.",
     )
 
     @model_validator(mode="after")
     def _url_is_plain(self) -> Server:
+        # the messages must not repeat the url: it may hold a key
         try:
             parts = urlsplit(self.url)
-            is_complete = (
-                parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
-            )
+            is_http = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:
             raise ValueError("`url` is not an address, as http://localhost:8000/v1") from None
         if "@" in parts.netloc or parts.query or parts.fragment:
             raise ValueError(
                 "`url` must hold no user, password or key; name the key's variable in `key_env`"
             )
-        if not is_complete:
-            raise ValueError(
-                "`url` must be an address with http:// or https://, as http://localhost:8000/v1"
-            )
+        if not is_http:
+            raise ValueError("`url` must be an address with http:// or https://")
         return self
 
 
@@ -86,7 +78,7 @@ class Format(Section):
     @field_validator("pattern")
     @classmethod
     def _compiles(cls, pattern: str) -> str:
-        _compile(pattern)
+        compile_pattern(pattern, re.DOTALL)
         return pattern
 
 
@@ -99,14 +91,12 @@ class Exact(_IgnoresCase):
         description="A regular expression: the first group of its last match is compared, in the "
         "answer and in the reference. null: the whole text.",
     )
-    ignore_space: bool = Field(
-        default=False, description="Any run of white space counts as one space."
-    )
+    ignore_space: bool = Field(default=False, description="Runs of white space count as a space.")
 
     @field_validator("extract")
     @classmethod
     def _has_a_group(cls, extract: str | None) -> str | None:
-        if extract is not None and not _compile(extract).groups:
+        if extract is not None and not compile_pattern(extract, re.DOTALL).groups:
             raise ValueError("`extract` has no group: put what is compared in parentheses")
         return extract
 
@@ -129,9 +119,7 @@ class Choice(_HasColumn):
     """1 if the right letter is the likeliest one after the prompt, else 0. Nothing is generated."""
 
     kind: Literal["choice"] = "choice"
-    letters: tuple[str, ...] = Field(
-        default=("A", "B", "C", "D"), min_length=2, description="The choices."
-    )
+    letters: tuple[str, ...] = Field(default=("A", "B", "C", "D"), min_length=2)
 
     @model_validator(mode="after")
     def _letters_differ(self) -> Choice:
@@ -149,8 +137,7 @@ class JsonSchema(_HasColumn):
 
     @model_validator(mode="after")
     def _one_schema(self) -> JsonSchema:
-        if (self.file is None) == (self.column is None):
-            raise ValueError("give exactly one of `file` and `column`")
+        check_one_given(file=self.file, column=self.column)
         return self
 
 
@@ -168,8 +155,7 @@ class Refusal(Section):
 
     kind: Literal["refusal"] = "refusal"
     expected: bool | str = Field(
-        description="Whether every answer should refuse, or the row's column that holds true or "
-        "false."
+        description="Whether every answer should refuse, or the row's column that says so."
     )
 
 
@@ -259,7 +245,7 @@ class GenerateSection(Section):
 
 
 class Condition(NamedTuple):
-    """A bound of a metric, as `>= 0.98`."""
+    """A bound on a metric, as `>= 0.98`."""
 
     sign: str
     bound: float
@@ -307,8 +293,7 @@ class BestSection(Section):
 
     @model_validator(mode="after")
     def _one_aim(self) -> BestSection:
-        if (self.maximize is None) == (self.minimize is None):
-            raise ValueError("give exactly one of `maximize` and `minimize`")
+        check_one_given(maximize=self.maximize, minimize=self.minimize)
         if self.maximize == EVAL_LOSS:
             raise ValueError(f"the lower {EVAL_LOSS} is, the better: `minimize` it")
         for name, condition in self.conditions.items():
@@ -416,10 +401,3 @@ class EvalSection(Section):
         if self.every_steps is None:
             raise ValueError("`best` needs `every_steps`: else only the last step is evaluated")
         return self
-
-
-def _compile(pattern: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise ValueError(f"`{pattern}` is not a regular expression: {error}") from None

@@ -112,7 +112,8 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         node = node[parent]
         if not isinstance(node, dict | list):
             raise BadInput(f"override `{override}`: `{parent}` is a value, not a section")
-    node[_index(node, last, override) if isinstance(node, list) else last] = value
+    place: Any = _index(node, last, override) if isinstance(node, list) else last
+    node[place] = value
 
 
 def _index(items: list[Any], text: str, override: str) -> int:

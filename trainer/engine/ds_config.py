@@ -73,6 +73,13 @@ def deepspeed_config(
         # two runs on one node must not write to each other's files
         digest = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
         offload["nvme_path"] = str(Path(offload["nvme_path"]) / f"packhorse-{digest}")
+    # the part on the GPU would get an optimizer of DeepSpeed's own, whose learning rate never moves
+    # and whose moments no checkpoint finds
+    if zero.get("offload_optimizer", {}).get("ratio", 1.0) != 1.0:
+        raise BadInput(
+            f"{parallel.deepspeed}: offload_optimizer.ratio: an optimizer must be offloaded "
+            "whole; remove the key"
+        )
     bf16 = model.dtype == "bfloat16"
     if bf16 and stage(config) == 0:
         raise BadInput(

@@ -1,8 +1,7 @@
-"""`packhorse plan`: what a recipe needs on a cluster, for every template of ds_configs/ and the
-recipe's own.
+"""`packhorse plan`: report what a recipe needs on a cluster, with each template of ds_configs/.
 
-Joins the planner's arithmetic with the templates as engine.py fills them and, on request, with the
-data's real steps.
+In: a recipe, a cluster and, on request, the data's real steps. Out: a `Report`, as sentences and a
+table. It joins the arithmetic of estimate/memory.py with the templates as the engine fills them.
 """
 
 from __future__ import annotations
@@ -21,28 +20,30 @@ from trainer.datatypes import BadInput
 from trainer.engine.ds_config import deepspeed_config
 from trainer.estimate.memory import (
     GIB,
-    Activations,
     Cluster,
     Disk,
     Memory,
-    Model,
     StepStats,
-    describe,
+    candidate_worlds,
     disk_needed,
-    empty_model,
+    full_step_stats,
     peak_memory,
     step_seconds,
-    trace,
-    work_of,
-    worlds,
+)
+from trainer.estimate.model import (
+    Activations,
+    ModelSizes,
+    build_empty_model,
+    measure_model,
+    trace_activations,
 )
 from trainer.model.loss import choose_kernel
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_GPUS = 4096  # at which the search for the smallest number that fits ends
+MOST_GPUS = 4096  # where the search for the smallest number of GPUs ends
 
 GPU_PARTS = (
     "weights",
@@ -58,44 +59,45 @@ GPU_PARTS = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A template on the cluster asked for."""
+    """A template on the cluster."""
 
     memory: Memory
-    lacks: list[str]  # of the cluster, nothing where it fits
-    smallest: int | None  # GPUs from which on it fits, such nodes given; None: none tried
+    shortages: list[str]  # what of the cluster is too small; empty if the recipe fits
+    smallest: int | None  # the fewest GPUs that fit, with such nodes; None if none does
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the tables say."""
+    """Everything that the sentences and the table show."""
 
-    model: Model
-    work: StepStats
+    model: ModelSizes
+    stats: StepStats
     cluster: Cluster
-    activation_checkpointing: str
-    activations: dict[
-        str, Activations
-    ]  # by the values of model.activation_checkpointing that the model supports
+    activations: dict[str, Activations]  # by model.activation_checkpointing, where supported
     candidates: dict[str, Candidate]  # by template
     refused: dict[str, str]  # templates that cannot train this recipe, and why
     disk: Disk
 
 
-def _checkpoints_kept(recipe: Recipe) -> int:
-    """The best one is not among checkpoint.keep."""
+def _count_checkpoints(recipe: Recipe) -> int:
+    # the best one is kept beside those that checkpoint.keep counts
     return recipe.checkpoint.keep + (recipe.eval.best is not None)
 
 
-def look(recipe: Recipe, tokens: int) -> tuple[Model, dict[str, Activations]]:
-    """Return the recipe's model, and its activations for `tokens` tokens by activation
-    checkpointing.
+def inspect_model(recipe: Recipe, tokens: int) -> tuple[ModelSizes, dict[str, Activations]]:
+    """Return the sizes of the recipe's model, and its activations for `tokens` tokens by the values
+    of model.activation_checkpointing.
+
+    Raises:
+        BadInput: the model cannot be planned, or does not support activation checkpointing.
     """
-    empty = empty_model(recipe.model, recipe.adapter)
-    model, activations = describe(empty, recipe.optim, recipe.adapter), trace(empty, tokens)
+    empty = build_empty_model(recipe.model, recipe.adapter)
+    model = measure_model(empty, recipe.optim, recipe.adapter)
+    activations = trace_activations(empty, tokens)
     if recipe.model.activation_checkpointing not in activations:
         raise BadInput(
             f"{model.name} does not support activation checkpointing; set "
-            f"model.activation_checkpointing=none"
+            "model.activation_checkpointing=none"
         )
     return model, activations
 
@@ -103,39 +105,39 @@ def look(recipe: Recipe, tokens: int) -> tuple[Model, dict[str, Activations]]:
 def build_report(
     recipe: Recipe,
     cluster: Cluster,
-    work: StepStats | None = None,
-    looked: tuple[Model, dict[str, Activations]] | None = None,
+    stats: StepStats | None = None,
+    inspected: tuple[ModelSizes, dict[str, Activations]] | None = None,
 ) -> Report:
-    """Plan a recipe; without `work`, that of full rows. `looked` is what `look` found, if it was
-    called before.
+    """Plan a recipe on a cluster.
+
+    Args:
+        stats: of the data's steps; without it, those of full sequences.
+        inspected: what `inspect_model` returned, if it was called before.
 
     Raises:
         BadInput: the model cannot be planned, or there are more GPUs than micro-batches in a step.
     """
-    work = work or work_of(recipe)
-    fewest = int(work.micro_batches.min())
+    stats = stats or full_step_stats(recipe)
+    fewest = int(stats.micro_batches.min())
     if cluster.gpus > fewest and not recipe.parallel.allow_idle_ranks:
+        good = ", ".join(map(str, good_worlds(stats.micro_batches, cluster.gpus)))
         raise BadInput(
-            f"{cluster.gpus} GPUs, but a step has only {fewest} micro-batches: plan for "
-            f"{', '.join(map(str, good_worlds(work.micro_batches, cluster.gpus)))}, raise "
-            f"batch.global_batch_size, "
-            "or lower batch.micro_batch_size"
+            f"{cluster.gpus} GPUs, but a step has only {fewest} micro-batches: plan for {good}, "
+            "raise batch.global_batch_size, or lower batch.micro_batch_size"
         )
-    model, activations = looked or look(recipe, work.fullest_tokens)
-    disk = disk_needed(model, _checkpoints_kept(recipe))
-    kernel = (
-        "liger" if recipe.loss.kernel == "auto" else recipe.loss.kernel
-    )  # the image has it, and a GPU takes it
+    model, activations = inspected or inspect_model(recipe, stats.fullest_tokens)
+    disk = disk_needed(model, _count_checkpoints(recipe))
+    # the plan is for GPUs of the image, which has Liger's kernel
+    kernel = "liger" if recipe.loss.kernel == "auto" else recipe.loss.kernel
     candidates, refused = {}, {}
-    for template in templates(recipe):
+    for template in list_templates(recipe):
         try:
-            config = filled(recipe, template, model.hidden)
             needs = partial(
                 peak_memory,
                 model,
-                config,
+                fill_template(recipe, template, model.hidden),
                 per_node=cluster.per_node,
-                trained=work.fullest_trained,
+                trained=stats.fullest_trained,
                 kernel=kernel,
                 activations=activations[recipe.model.activation_checkpointing],
             )
@@ -143,34 +145,28 @@ def build_report(
         except BadInput as error:
             refused[template] = str(error)
             continue
-        sizes = worlds(min(MOST_GPUS, max(fewest, cluster.gpus)), cluster.per_node)
-        smallest = next((world for world in sizes if not cluster.lacks(needs(world), disk)), None)
-        candidates[template] = Candidate(memory, cluster.lacks(memory, disk), smallest)
-    return Report(
-        model,
-        work,
-        cluster,
-        recipe.model.activation_checkpointing,
-        activations,
-        candidates,
-        refused,
-        disk,
-    )
+        worlds = candidate_worlds(min(MOST_GPUS, max(fewest, cluster.gpus)), cluster.per_node)
+        smallest = next(
+            (world for world in worlds if not cluster.find_shortages(needs(world), disk)), None
+        )
+        candidates[template] = Candidate(memory, cluster.find_shortages(memory, disk), smallest)
+    return Report(model, stats, cluster, activations, candidates, refused, disk)
 
 
-def templates(recipe: Recipe) -> list[str]:
-    """The recipe's own template and those of ds_configs/."""
+def list_templates(recipe: Recipe) -> list[str]:
+    """Return the templates of ds_configs/ and the recipe's own."""
     shipped = [f"ds_configs/{path.name}" for path in sorted((ROOT / "ds_configs").glob("*.json"))]
     return list(dict.fromkeys([*shipped, recipe.parallel.deepspeed]))
 
 
-def filled(recipe: Recipe, template: str, hidden: int) -> dict[str, Any]:
+def fill_template(recipe: Recipe, template: str, hidden: int) -> dict[str, Any]:
+    """Return a template's DeepSpeed configuration for the recipe."""
     parallel = recipe.parallel.model_copy(update={"deepspeed": template})
     return deepspeed_config(parallel, recipe.model, recipe.optim, hidden, Path(recipe.run.dir))
 
 
-def work_of_data(plan: Plan) -> StepStats:
-    """The real steps of prepared data; what is averaged, over the first epoch."""
+def measure_steps(plan: Plan) -> StepStats:
+    """Return the stats of prepared data's steps; averages are over the first epoch."""
     steps = range(plan.epoch_steps())
     pieces = plan.pieces(0, range(len(plan.sequence_sizes()[0])))
     lengths = (pieces[:, 2] - pieces[:, 1]).astype(np.float64)
@@ -186,123 +182,121 @@ def work_of_data(plan: Plan) -> StepStats:
     )
 
 
-def predicted(recipe: Recipe, tokens: int, trained: int) -> int | None:
-    """Bytes that torch holds on this rank's GPU at the peak of a step; None where the run cannot be
-    planned.
+def predict_gpu_memory(recipe: Recipe, tokens: int, trained: int) -> int | None:
+    """Return the bytes that torch holds on this rank's GPU at the peak of a step; None if the run
+    cannot be planned.
+
+    Args:
+        tokens: of the fullest micro-batch.
+        trained: trained tokens of the fullest micro-batch.
     """
     try:
-        model, activations = look(recipe, tokens)
-        config = filled(recipe, recipe.parallel.deepspeed, model.hidden)
-        kernel = choose_kernel(recipe.loss.kernel, dist.device())
-        worlds = dist.world_size(), dist.local_world_size()
+        model, activations = inspect_model(recipe, tokens)
         memory = peak_memory(
             model,
-            config,
-            *worlds,
+            fill_template(recipe, recipe.parallel.deepspeed, model.hidden),
+            dist.world_size(),
+            dist.local_world_size(),
             trained,
-            kernel,
+            choose_kernel(recipe.loss.kernel, dist.device()),
             activations[recipe.model.activation_checkpointing],
         )
     except BadInput as error:
         dist.log.info("memory is not predicted: %s", error)
         return None
+    # torch's allocator counts neither CUDA's context nor what is not in a tensor
     return memory.gpu_total - memory.gpu["reserve"]
 
 
-# ------------------------------------------------------------------------------------- what is said
+# ---------------------------------------------------------------------------------- what is printed
 
 
-def sentences(report: Report, recipe: Recipe, flops: float, mfu: float) -> list[str]:
-    """What is so whatever the template."""
-    model, work, cluster, disk = report.model, report.work, report.cluster, report.disk
-    share = filler_share(work.micro_batches, cluster.gpus)
-    worlds = ", ".join(map(str, good_worlds(work.micro_batches, cluster.gpus)))
-    seconds = step_seconds(model, work, cluster.gpus, flops * mfu)
-    kept = [
+def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) -> list[str]:
+    """Return sentences about what does not depend on the template.
+
+    Args:
+        flops: the peak FLOP/s of a GPU, of which the model's own FLOPs achieve the share `mfu`.
+    """
+    model, stats, cluster, disk = report.model, report.stats, report.cluster, report.disk
+    share = filler_share(stats.micro_batches, cluster.gpus)
+    good = ", ".join(map(str, good_worlds(stats.micro_batches, cluster.gpus)))
+    idle = " (this one idles much)" if share > MUCH_FILLER else ""
+    seconds = step_seconds(model, stats, cluster.gpus, flops * mfu)
+    kept = ", ".join(
         f"{_gib(a.kept + a.layer)} GiB with activation_checkpointing: {mode}"
         for mode, a in sorted(report.activations.items())
-    ]
+    )
     trained = (
         f", {model.trained / 1e6:.3g} million of them trained"
         if model.trained < model.parameters
         else ""
     )
-    run = f"; {work.steps:,} steps: {_time(seconds * work.steps)}" if work.steps else ""
+    run = f"; {stats.steps:,} steps: {_time(seconds * stats.steps)}" if stats.steps else ""
     return [
         f"{model.name}: {model.parameters / 1e9:.3g} billion parameters{trained}, "
-        f"{recipe.model.dtype}; "
-        f"{cluster.gpus} GPUs of {_gib(cluster.gpu)} GiB, {min(cluster.per_node, cluster.gpus)} a "
-        f"node",
-        f"a step: {work.tokens:,.0f} tokens in {work.micro_batches.mean():,.4g} micro-batches, of "
-        f"which the fullest "
-        f"has {work.fullest_tokens:,} tokens, {work.fullest_trained:,} of them trained",
+        f"{recipe.model.dtype}; {cluster.gpus} GPUs of {_gib(cluster.gpu)} GiB, "
+        f"{min(cluster.per_node, cluster.gpus)} a node",
+        f"a step: {stats.tokens:,.0f} tokens in {stats.micro_batches.mean():,.4g} micro-batches, "
+        f"of which the fullest has {stats.fullest_tokens:,} tokens, {stats.fullest_trained:,} of "
+        "them trained",
         f"fillers: {share:.1%} of the micro-batches of {cluster.gpus} GPUs; good numbers of GPUs: "
-        f"{worlds}" + (" (this one idles much)" if share > MUCH_FILLER else ""),
-        f"activations of a micro-batch: {', '.join(kept)}",
+        f"{good}{idle}",
+        f"activations of a micro-batch: {kept}",
         f"time, at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU: {seconds:.3g} s a step, "
-        f"{work.tokens / seconds:,.0f} tokens/s{run}",
-        f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {_checkpoints_kept(recipe)} kept and one "
-        f"being written "
-        f"{_gib(disk.checkpoints)} GiB; the universal form {_gib(disk.universal)} GiB; an export "
-        f"{_gib(disk.export)} GiB while it is made",
+        f"{stats.tokens / seconds:,.0f} tokens/s{run}",
+        f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {_count_checkpoints(recipe)} kept and "
+        f"one being written {_gib(disk.checkpoints)} GiB; the universal form "
+        f"{_gib(disk.universal)} GiB; an export {_gib(disk.export)} GiB while it is made",
     ]
 
 
-def rows(report: Report) -> tuple[list[str], list[list[str]]]:
-    """The table: a heading of templates, and a row for each part; GiB."""
+def table_cells(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Return the table's heading of templates, and a line of cells for each part, in GiB."""
     found = report.candidates
     heading = ["GiB", *(Path(template).stem.replace("_", " ") for template in found)]
     body = [[part, *(_gib(one.memory.gpu[part]) for one in found.values())] for part in GPU_PARTS]
-    for label, value in (
-        ("a GPU", "gpu_total"),
-        ("a host", "host_total"),
-        ("a node's NVMe", "nvme"),
-    ):
+    totals = {"a GPU": "gpu_total", "a host": "host_total", "a node's NVMe": "nvme"}
+    for label, value in totals.items():
         body.append([label, *(_gib(getattr(one.memory, value)) for one in found.values())])
-    body.append(
-        ["fits", *("no: " + ", ".join(one.lacks) if one.lacks else "yes" for one in found.values())]
-    )
+    fits = ["no: " + ", ".join(c.shortages) if c.shortages else "yes" for c in found.values()]
+    body.append(["fits", *fits])
     body.append(["from GPUs", *(str(one.smallest or "-") for one in found.values())])
     return heading, body
 
 
-def table(report: Report) -> RenderableType:
+def build_table(report: Report) -> Table:
+    """Return the table of memory for a terminal."""
     from rich.table import Table
 
-    heading, body = rows(report)
-    made = Table(title="memory at the peak of a step")
+    heading, body = table_cells(report)
+    table = Table(title="memory at the peak of a step")
     for i, name in enumerate(heading):
-        made.add_column(name, justify="right" if i else "left")
-    for i, row in enumerate(body):
-        made.add_row(*row, end_section=i in (len(GPU_PARTS) - 1, len(body) - 3))
-    return made
+        table.add_column(name, justify="right" if i else "left")
+    for i, cells in enumerate(body):
+        table.add_row(*cells, end_section=i in (len(GPU_PARTS) - 1, len(body) - 3))
+    return table
 
 
-def verdict(report: Report) -> str:
-    """Which templates fit, or BadInput: none does, and what would."""
+def require_fit(report: Report) -> str:
+    """Return a sentence with the templates that fit.
+
+    Raises:
+        BadInput: none fits; the message names what would.
+    """
     found = report.candidates
-    fitting = [template for template, one in found.items() if not one.lacks]
-    smallest = min(
-        ((one.smallest, template) for template, one in found.items() if one.smallest),
-        default=(None, ""),
-        key=_first,
-    )
-    fewest = f"the fewest GPUs: {smallest[0]}, with {smallest[1]}" if smallest[0] else ""
+    fitting = [template for template, one in found.items() if not one.shortages]
+    sizes = [(one.smallest, template) for template, one in found.items() if one.smallest]
+    smallest = min(sizes, key=lambda pair: pair[0], default=None)
+    fewest = f"the fewest GPUs: {smallest[0]}, with {smallest[1]}" if smallest else None
     if fitting:
         return f"fits: {', '.join(fitting)}; {fewest or 'fewer GPUs were not tried'}"
-    else_ = fewest or (
+    instead = fewest or (
         "nor does any number of GPUs that a step has micro-batches for: set "
-        "model.activation_checkpointing=full, lower "
-        "batch.seq_len or batch.micro_batch_size, raise batch.global_batch_size, or give what is "
-        "lacking"
+        "model.activation_checkpointing=full, lower batch.seq_len or batch.micro_batch_size, raise "
+        "batch.global_batch_size, or give more of what is too small"
     )
-    raise BadInput(
-        f"no template fits {report.cluster.gpus} GPUs of {_gib(report.cluster.gpu)} GiB; {else_}"
-    )
-
-
-def _first(pair: tuple[int | None, str]) -> int:
-    return pair[0] or 0
+    cluster = report.cluster
+    raise BadInput(f"no template fits {cluster.gpus} GPUs of {_gib(cluster.gpu)} GiB; {instead}")
 
 
 def _gib(size: float) -> str:

@@ -72,6 +72,7 @@ def write_evaluation(run_dir: Path, step: int, loss: float, measured: Mapping[st
     }
     with (run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
+        # a line that a power cut takes back would be evaluated twice
         file.flush()
         os.fsync(file.fileno())
 
@@ -100,9 +101,11 @@ class Evaluation:
         afterwards: Callable[[], None] = lambda: None,
     ) -> None:
         self._recipe, self._run_dir, self._engine = recipe, run_dir, engine
-        self._tokenizer, self._metrics = masker.tokenizer, metrics
-        self._stop, self._watch, self._afterwards = stop, watch, afterwards
+        self._metrics, self._stop, self._watch = metrics, stop, watch
+        self._tools = masker.tokenizer, stop, watch
+        self._afterwards = afterwards
         self._generate = recipe.eval.generate
+        # rank 0 reads: other nodes may see an older state of a shared file system
         lines = read_json_lines(run_dir / EVALUATIONS) if dist.is_main() else []
         self._evaluated: set[int] = dist.broadcast({line["step"] for line in lines})
         self._loader: Loader | None = None
@@ -133,7 +136,7 @@ class Evaluation:
             samples = self._scored_answers(step)
         except Unreachable as error:
             if step == 0:  # nothing is trained yet, so nothing is lost by ending the run
-                raise BadInput(f"eval.{self._server_key()}: {error}") from None
+                raise BadInput(f"eval.generate: {error}") from None
             dist.log.warning("no answers after %d steps: %s", step, error)
             scorers = self._generate.scorers if self._generate else ()
             measured = {name: Metric(None, 0, None, None, str(error)) for name in scorers}
@@ -145,9 +148,6 @@ class Evaluation:
         self._evaluated.add(step)
         self._afterwards()
         return True
-
-    def _server_key(self) -> str:
-        return "vllm_python" if self._recipe.eval.vllm_python else "server"
 
     def _scored_answers(self, step: int) -> list[Sample] | None:
         """Return a sample for every prompt, on all ranks; None if the stop flag was raised."""
@@ -165,6 +165,7 @@ class Evaluation:
             if answers is None:
                 return None
         score = partial(score_samples, self._prompts, answers, section.scorers, letters)
+        # in the background, as a judge may take minutes: ranks beat and poll for a stop meanwhile
         if any(isinstance(rule, Judge) for rule in section.scorers.values()):
             return server_answers.in_background(score, self._stop, self._watch)
         self._watch.pause()  # a user's scorer may take any time
@@ -172,12 +173,11 @@ class Evaluation:
 
     def _likeliest_letters(self, section: GenerateSection) -> dict[str, list[str]] | None:
         """Return the likeliest letter after each prompt, by the name of the scorer that chooses."""
-        tools = self._tokenizer, self._stop, self._watch
         chosen: dict[str, list[str]] = {}
         for name, rule in section.scorers.items():
             if isinstance(rule, Choice):
                 logprobs = choice_logprobs(
-                    self._engine, self._prompts, rule.letters, section.batch, *tools
+                    self._engine, self._prompts, rule.letters, section.batch, *self._tools
                 )
                 if logprobs is None:
                     return None
@@ -191,12 +191,12 @@ class Evaluation:
             return server_answers.generate(
                 self._engine, recipe, self._run_dir, step, prompts, self._stop, self._watch
             )
+        # by step and prompt, not by rank: another world size samples the same
         seeds = [
             dist.seed_from(recipe.train.seed, "answer", step, number)
             for number in range(len(prompts))
         ]
-        tools = self._tokenizer, self._stop, self._watch
-        return generate(self._engine, prompts, section, *tools, seeds=seeds)
+        return generate(self._engine, prompts, section, *self._tools, seeds=seeds)
 
     def _write(
         self, step: int, loss: float, samples: Sequence[Sample], measured: Mapping[str, Metric]

@@ -69,17 +69,19 @@ def judge_answers(
         Unreachable: the judge's server is down or refuses.
         Cancelled: `stopping` returned True.
     """
-    count = len(answers)
-    if rule.against == "none":
-        questions = [_ask_grade(rule, *pair) for pair in zip(prompts, answers, strict=True)]
-        return [_grade_score(reply) for reply in _ask(rule, questions, stopping)]
     asked = list(zip(prompts, answers, strict=True))
-    questions = [_ask_better(rule, prompt, answer, prompt.reference) for prompt, answer in asked]
-    questions += [_ask_better(rule, prompt, prompt.reference, answer) for prompt, answer in asked]
+    if rule.against == "none":
+        questions = [_question(_GRADE, rule, prompt, answer=answer) for prompt, answer in asked]
+        scores = {str(grade): (grade - 1) / (GRADES - 1) for grade in range(1, GRADES + 1)}
+        return [scores.get(_verdict(reply, "grade")) for reply in _ask(rule, questions, stopping)]
+    pairs = [(prompt, answer, prompt.reference) for prompt, answer in asked]
+    # both orders at once: the server's `parallel` limits the requests
+    questions = [_question(_COMPARE, rule, p, first=a, second=b) for p, a, b in pairs]
+    questions += [_question(_COMPARE, rule, p, first=b, second=a) for p, a, b in pairs]
     replies = [_first_is_better(reply) for reply in _ask(rule, questions, stopping)]
     return [
-        _pair_score(first, swapped)
-        for first, swapped in zip(replies[:count], replies[count:], strict=True)
+        None if first is None or swapped is None else first if first == 1 - swapped else 0.5
+        for first, swapped in zip(replies[: len(pairs)], replies[len(pairs) :], strict=True)
     ]
 
 
@@ -92,30 +94,16 @@ def _ask(rule: Judge, questions: Sequence[str], stopping: Callable[[], bool]) ->
         return [text_of(reply) for reply in client.post("chat/completions", bodies)]
 
 
-def _ask_grade(rule: Judge, prompt: Prompt, answer: str) -> str:
-    conversation = _turns_before_answer(prompt)
-    return _GRADE.format(
-        mark=_mark(conversation, answer),
+def _question(template: str, rule: Judge, prompt: Prompt, **answers: str) -> str:
+    turns = prompt.conversation.messages[:-1]  # the last one is the reference
+    conversation = "\n\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+    return template.format(
+        mark=_mark(conversation, *sorted(answers.values())),
         rubric=rule.rubric,
         conversation=conversation,
-        answer=answer,
         grades=GRADES,
+        **answers,
     )
-
-
-def _ask_better(rule: Judge, prompt: Prompt, first: str, second: str) -> str:
-    conversation = _turns_before_answer(prompt)
-    return _COMPARE.format(
-        mark=_mark(conversation, *sorted((first, second))),
-        rubric=rule.rubric,
-        conversation=conversation,
-        first=first,
-        second=second,
-    )
-
-
-def _turns_before_answer(prompt: Prompt) -> str:
-    return "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt.conversation.messages[:-1])
 
 
 def _mark(*texts: str) -> str:
@@ -131,17 +119,5 @@ def _verdict(reply: str, word: str) -> str:
     return found[2].lower() if found and found[1].lower() == word else ""
 
 
-def _grade_score(reply: str) -> float | None:
-    scores = {str(grade): (grade - 1) / (GRADES - 1) for grade in range(1, GRADES + 1)}
-    return scores.get(_verdict(reply, "grade"))
-
-
 def _first_is_better(reply: str) -> float | None:
     return {"a": 1.0, "b": 0.0, "neither": 0.5}.get(_verdict(reply, "better"))
-
-
-def _pair_score(first: float | None, swapped: float | None) -> float | None:
-    """Combine the verdicts on an answer that was A in the first question and B in the second."""
-    if first is None or swapped is None:
-        return None
-    return first if first == 1 - swapped else 0.5

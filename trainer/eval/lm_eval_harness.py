@@ -25,7 +25,7 @@ from trainer.config.recipe import Recipe
 from trainer.datatypes import BadInput
 from trainer.eval.compare import HARNESS_METRICS, HARNESS_SAMPLES
 from trainer.eval.confidence import interval
-from trainer.utils.files import write_synced
+from trainer.utils.files import write_json, write_synced
 from trainer.utils.text import one_line
 
 _Z = NormalDist().inv_cdf(0.975)
@@ -74,38 +74,35 @@ def run_tasks(recipe: Recipe, out: Path, manager: Any) -> None:
     from lm_eval import evaluator
     from lm_eval.models import huggingface
 
-    library: Any = evaluator  # its decorators hide what its functions take
-    hugging_face_model: Any = huggingface.HFLM
+    # Any: the library's decorators hide its functions' parameters
+    library: Any = evaluator
+    load: Any = huggingface.HFLM
     section, model = recipe.eval, recipe.model
-    on_gpu = torch.cuda.is_available()
-    harness = hugging_face_model(
+    harness = load(
         pretrained=model.name,
         revision=model.revision or "main",
         dtype=model.dtype,
-        device="cuda" if on_gpu else "cpu",
+        device="cuda" if torch.cuda.is_available() else "cpu",
         parallelize=torch.cuda.device_count() > 1,
         batch_size=section.generate.batch if section.generate else 8,
         trust_remote_code=model.trust_remote_code,
     )
-    print(
-        f"lm-evaluation-harness {version('lm_eval')}: {', '.join(section.lm_eval)}", file=sys.stderr
-    )
+    tasks = _task_names(section)
+    print(f"lm-evaluation-harness {version('lm_eval')}: {', '.join(tasks)}", file=sys.stderr)
     try:
         found = library.simple_evaluate(
             harness,
-            tasks=_task_names(section),
+            tasks=tasks,
             task_manager=manager,
             apply_chat_template=section.lm_eval_chat,
             bootstrap_iters=1000,  # for metrics that have no formula for their standard error
         )
     except (ConnectionError, FileNotFoundError) as error:
         raise BadInput(
-            f"eval.lm_eval: a task's data cannot be had from the hub ({one_line(error, 300)})"
+            f"eval.lm_eval: a task's data cannot be downloaded ({one_line(error, 300)})"
         ) from None
     samples = samples_of(found["samples"])
-    write_synced(
-        out / HARNESS_METRICS, json.dumps(metrics_of(found["results"], samples), indent=1) + "\n"
-    )
+    write_json(out / HARNESS_METRICS, metrics_of(found["results"], samples))
     write_synced(out / HARNESS_SAMPLES, "".join(json.dumps(sample) + "\n" for sample in samples))
 
 
@@ -131,6 +128,7 @@ def metrics_of(
             full = _name(task, name, rule)
             own, error = scores.get(full), numbers.get(f"{name}_stderr,{rule}")
             low = high = None
+            # medians, perplexities and groups are no means of samples' scores
             if own and math.isclose(sum(own) / len(own), value):
                 low, high = interval(own)
             elif isinstance(error, int | float):

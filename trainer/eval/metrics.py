@@ -36,8 +36,7 @@ class Sample(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields of a line of samples.jsonl, without `unscored` if that is empty."""
-        fields = self._asdict()
-        return fields if self.unscored else _without(fields, "unscored")
+        return {key: value for key, value in self._asdict().items() if value or key != "unscored"}
 
 
 class Metric(NamedTuple):
@@ -52,8 +51,7 @@ class Metric(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """Return the fields in evaluations.jsonl, without `missing` if nothing is."""
-        fields = self._asdict()
-        return fields if self.missing else _without(fields, "missing")
+        return {key: value for key, value in self._asdict().items() if value or key != "missing"}
 
 
 def check_scorers(scorers: Mapping[str, Scorer], prompts: Sequence[Prompt]) -> None:
@@ -222,7 +220,3 @@ def _judge_scores(
 
 def _most_common(reasons: Counter[str]) -> str:
     return reasons.most_common(1)[0][0]
-
-
-def _without(fields: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in fields.items() if key != name}

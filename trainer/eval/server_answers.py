@@ -35,7 +35,8 @@ from trainer.engine.engine import Engine, gathered
 from trainer.eval.openai_client import Cancelled, Client, Refused, Unreachable, text_of
 from trainer.eval.vllm_server import PATIENCE_S, Gpu, check_vllm, free_gpus, running_vllm
 from trainer.hang_watchdog import Watch
-from trainer.model.lora import merged_weights, numel
+from trainer.model.lora import merged_weights
+from trainer.model.quantisation import numel
 
 FOLDER = "serving"  # in the run folder: the weights, while a server needs them
 _COMPILED = "_orig_mod."  # torch.compile puts it before parameters' names
@@ -117,6 +118,8 @@ def in_background(
         Unreachable: the work did; on every rank.
     """
     stopping = Event()
+    # The thread does nothing but its work: collectives belong to the main thread of each rank,
+    # where their order is the same.
     with ThreadPoolExecutor(1, "served") as pool:
         future: Future[T] | None = pool.submit(work, stopping.is_set) if dist.is_main() else None
         try:
@@ -128,6 +131,7 @@ def in_background(
         finally:
             # leaving the pool waits for the work, which ends by this
             stopping.set()
+    # only rank 0 has an outcome; errors travel as text, as exceptions may not be picklable
     outcome: tuple[str, Any] = ("", None)
     if future is not None:
         try:
@@ -154,6 +158,7 @@ def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watc
     """
     model: Any = engine.module.model
     engine.wait_for_prefetch()
+    # buffers outside the state dict, as rotary tables, are computed from the configuration
     persistent = model.state_dict(keep_vars=True).keys()
     buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
     root = run_dir.absolute() / FOLDER  # links stay: a server elsewhere may know their path alone
@@ -180,7 +185,7 @@ def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watc
                 weights[name.replace(_COMPILED, "")] = copy_to_file(tensor, file)
         watch.pause()
         failure = dist.run_on_rank0(lambda: write_folder(run_dir, recipe, folder, weights))
-    weights.clear()
+    weights.clear()  # before the files that back them are deleted
     if dist.is_main():
         shutil.rmtree(staged, ignore_errors=True)
     if failure is not None:
@@ -231,6 +236,7 @@ def answers(
             client, server, recipe.data.chat_template_kwargs, fields, prompts[0]
         )
         replies = client.post(path, [{**fields, **form(prompt)} for prompt in prompts])
+    # each prompt: one that the server cuts would go unnoticed by the first alone
     for prompt, reply in zip(prompts, replies, strict=True):
         _require_same_tokens(server, prompt, reply)
     return [text_of(reply) for reply in replies]
@@ -254,6 +260,7 @@ def _choose_form(
         "conversations": ("chat/completions", lambda p: _conversation(p, kwargs)),
     }
     for name, (path, form) in forms.items():
+        # one token: this asks for the status and the prompt's token count
         body = {**fields, **form(prompt), "max_tokens": 1}
         try:
             (reply,) = client.post(path, [body])

@@ -144,8 +144,7 @@ def load_model(
             the recipe asks for it, or it cannot have the adapter.
     """
     config = load_config(section)
-    new_ids = _new_token_ids(section, tokenizer)
-    rows = _embedding_rows(section, config, tokenizer, new_ids)
+    rows, new_ids = _embedding_rows(section, config, tokenizer)
     device, dtype = dist.device(), getattr(torch, section.dtype)
     backend, why = attention.choose(section.attention, device, dtype)
     dist.log.info("attention: %s (%s)", backend, why)
@@ -213,31 +212,26 @@ def load_config(section: ModelSection) -> Any:
     return config
 
 
-def _new_token_ids(section: ModelSection, tokenizer: Any) -> list[int]:
-    """Return the ids of `add_tokens` that the original tokenizer lacks.
+def _embedding_rows(section: ModelSection, config: Any, tokenizer: Any) -> tuple[int, list[int]]:
+    """Return the number of embeddings that the model needs, and the ids of new tokens.
 
-    An export of an earlier run has them already, with trained embeddings.
+    A token of `add_tokens` is not new if the original tokenizer has it: an export of an earlier run
+    has trained embeddings for it.
     """
-    if not section.add_tokens:
-        return []
-    before = _original_tokenizer(section).get_vocab()
-    new = [token for token in section.add_tokens if token not in before]
-    return [tokenizer.convert_tokens_to_ids(token) for token in new]
-
-
-def _embedding_rows(
-    section: ModelSection, config: Any, tokenizer: Any, new_ids: Sequence[int]
-) -> int:
-    """Return the number of embeddings: the model's own, or more if added tokens need them."""
+    new_ids = []
+    if section.add_tokens:
+        before = _original_tokenizer(section).get_vocab()
+        new = [token for token in section.add_tokens if token not in before]
+        new_ids = [tokenizer.convert_tokens_to_ids(token) for token in new]
     rows = config.get_text_config().vocab_size
-    old_ids = set(tokenizer.get_vocab().values()) - set(new_ids)
-    if max(old_ids) >= rows:
+    highest = max(set(tokenizer.get_vocab().values()) - set(new_ids))
+    if highest >= rows:
         raise BadInput(
             f"model.name: {section.name} has {rows} embeddings, but its tokenizer makes ids up to "
-            f"{max(old_ids)}; give the model's own tokenizer"
+            f"{highest}; give the model's own tokenizer"
             + (", or name its extra tokens in model.add_tokens" if section.add_tokens == () else "")
         )
-    return max([rows, *(i + 1 for i in new_ids)])
+    return max([rows, *(i + 1 for i in new_ids)]), new_ids
 
 
 def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, Any]) -> Any:

@@ -14,13 +14,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from trainer.datatypes import BadInput
+from trainer.model.logit_transform import LogitTransform
 
 # c of C5: `chunked` works on c x H entries of the vocabulary at a time. Its speed is flat from 2 to
 # 16.
@@ -29,21 +29,6 @@ BLOCK_HIDDEN = 4
 # part's gradient to the head's, in fp32. At Liger's own 1 an N of 8192 and Qwen2.5-1.5B's head are
 # 64 parts, which read and write 120 GB.
 LIGER_HIDDEN = 8
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """What a model does to its head's output: cap x tanh(scale x logits / cap).
-
-    Without a cap it is scale x logits.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        logits = logits * self.scale if self.scale != 1.0 else logits
-        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
 
 def choose_kernel(name: str, device: torch.device) -> str:
@@ -90,28 +75,14 @@ def linear_cross_entropy(
         # gradient of zeros, so that no collective of another rank waits for one.
         tensors = [t for t in (hidden_NH, head_weight_VH, bias_V) if t is not None]
         return torch.stack([t.reshape(-1)[:1].float().sum() * 0.0 for t in tensors]).sum()
-    args = (hidden_NH, head_weight_VH, bias_V, targets_N, weights_N)
     if kernel == "reference":
-        return _reference(*args, transform)
+        logits_NV = transform(F.linear(hidden_NH, head_weight_VH, bias_V).float())
+        return (F.cross_entropy(logits_NV, targets_N, reduction="none") * weights_N).sum()
+    args = (hidden_NH, head_weight_VH, bias_V, targets_N, weights_N)
     if kernel == "chunked":
         return _Chunked.apply(*args, transform)  # type: ignore[return-value]
     assert kernel == "liger", kernel
     return _liger(*args, uniform_weight, transform)
-
-
-# ---------------------------------------------------------------------------------------- reference
-
-
-def _reference(
-    hidden_NH: torch.Tensor,
-    head_weight_VH: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    targets_N: torch.Tensor,
-    weights_N: torch.Tensor,
-    transform: LogitTransform,
-) -> torch.Tensor:
-    logits_NV = transform(F.linear(hidden_NH, head_weight_VH, bias_V).float())
-    return (F.cross_entropy(logits_NV, targets_N, reduction="none") * weights_N).sum()
 
 
 # ------------------------------------------------------------------------------------------ chunked

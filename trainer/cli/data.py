@@ -1,0 +1,238 @@
+"""Define `packhorse preview`, `prepare` and `plan`: look at data and costs before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from trainer.cli.arguments import Overrides, RecipeFile
+from trainer.datatypes import BadInput, Example, RowError
+
+if TYPE_CHECKING:
+    from trainer.config.recipe import Recipe
+    from trainer.data.preview import Row
+
+
+def preview(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows to show of each source.")] = 3,
+    split: Annotated[
+        Literal["train", "eval"], typer.Option(help="Training or held-out rows.")
+    ] = "train",
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Write an HTML page instead of using the terminal.", show_default=False),
+    ] = None,
+) -> None:
+    """Show rows as the model sees them, with trained and special tokens in colours.
+
+    [bold]packhorse preview recipes/debug.yaml --rows 2[/bold]
+    [bold]packhorse preview recipes/quickstart.yaml --split eval --html preview.html[/bold]
+    """
+    from trainer.config.recipe import load_recipe
+    from trainer.data.preview import as_html, as_text
+    from trainer.model.load import load_tokenizer
+
+    recipe = load_recipe(recipe_file, overrides or ())
+    tokenizer = load_tokenizer(recipe.model)
+    shown = list(_first_rows(recipe, tokenizer, split, rows))
+    if html is None:
+        from rich.console import Console
+
+        Console().print(as_text(shown, tokenizer))
+    else:
+        html.write_text(as_html(shown, tokenizer), encoding="utf-8")
+        print(html)
+
+
+def _first_rows(
+    recipe: Recipe, tokenizer: Any, split: Literal["train", "eval"], count: int
+) -> Iterator[Row]:
+    """Yield the first rows of each source, cut as for training, or why a row is left out."""
+    from itertools import islice
+
+    import numpy as np
+
+    from trainer.data.prepare import length_policy, masker_of, rows_of
+    from trainer.data.preview import Row, role_starts
+    from trainer.data.rows import RowReader
+    from trainer.data.split import parts_of
+    from trainer.data.tokenize import fit
+
+    masker = masker_of(recipe.data, tokenizer)
+    for part in parts_of(recipe.data, split):
+        reader = RowReader.of(part.source)
+        for row in islice(rows_of(recipe.data, part), count):
+            title = f"{row.file or part.source.name}:{row.number}"
+            try:
+                conversation = reader.conversation(row.fields)
+                example = masker.example(conversation)
+                roles = role_starts(conversation, example, masker.template)
+                # Positions are cut in place of tokens, so that the roles are found again.
+                positions = np.arange(len(example.input_ids), dtype=np.int32)
+                for document in fit(Example(positions, example.trained), length_policy(recipe)):
+                    places = document.input_ids
+                    starts = {i: roles[p] for i, p in enumerate(places.tolist()) if p in roles}
+                    yield Row(title, Example(example.input_ids[places], document.trained), starts)
+            except RowError as error:
+                yield Row(title, error)
+
+
+def prepare(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write data.json and data.png to.", show_default=False),
+    ] = None,
+) -> None:
+    """Tokenize and pack the data into the cache, and print its statistics.
+
+    [bold]packhorse prepare recipes/quickstart.yaml[/bold]
+    [bold]packhorse prepare recipes/quickstart.yaml --out data-report[/bold]
+    """
+    from rich.console import Console
+
+    from trainer import dist
+    from trainer.config.recipe import load_recipe
+    from trainer.data.leakage import check_leakage
+    from trainer.data.prepare import prepare, train_plan
+    from trainer.data.summary import tables, write
+    from trainer.model.load import load_tokenizer
+
+    dist.start_logging()
+    recipe = load_recipe(recipe_file, overrides or ())
+    tokenizer = load_tokenizer(recipe.model)
+    if recipe.streaming:
+        _prepare_shards(recipe, tokenizer)
+        return
+    train = prepare(recipe, tokenizer, "train")
+    held_out = prepare(recipe, tokenizer, "eval") if recipe.has_eval else None
+    if held_out:
+        held_out = check_leakage(recipe, tokenizer, train, held_out)
+    plan = train_plan(recipe, train)
+    Console().print(*tables(recipe, train, plan, held_out))
+    if out is not None:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            write(out, train, plan, held_out)
+        except OSError as error:
+            raise BadInput(f"--out {out}: cannot be written ({error})") from None
+        print(out / "data.json", out / "data.png", sep="\n")
+
+
+def _prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
+    """Prepare the shards of a streamed source that exist, and print their counts.
+
+    There is no plan before the run, which logs its shards when it uses them.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    from trainer.data.streaming import prepare_now
+
+    counted = ("rows", "rejected", "filtered", "documents", "tokens", "trained_tokens")
+    heads = (name.replace("_", " ") for name in counted)
+    table = Table("shard", *heads, title="train, the shards that exist now")
+    shards = prepare_now(recipe, tokenizer)
+    for shard in shards:
+        table.add_row(Path(shard.files[0]).name, *(f"{shard.report[name]:,}" for name in counted))
+    Console().print(table)
+    print(
+        f"data.train is streamed: {len(shards)} shards exist now; a run of {recipe.train.steps} "
+        f"steps packs each shard by itself, and logs it in shards.jsonl at its first use"
+    )
+
+
+def plan(
+    recipe_file: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of all nodes; one rank for each.")] = 8,
+    gpu_gib: Annotated[float, typer.Option(min=1, help="Memory of a GPU, in GiB.")] = 80,
+    nodes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Nodes. Default: as many as hold 8 GPUs each.", show_default=False
+        ),
+    ] = None,
+    host_gib: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help="CPU memory of a node, in GiB. Default: not checked.", show_default=False
+        ),
+    ] = None,
+    disk_gib: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="Free disk space at run.dir, in GiB. Default: not checked.",
+            show_default=False,
+        ),
+    ] = None,
+    nvme_gib: Annotated[
+        float | None,
+        typer.Option(
+            min=1,
+            help="Free NVMe space of a node, in GiB. Default: not checked.",
+            show_default=False,
+        ),
+    ] = None,
+    gpu_tflops: Annotated[
+        float, typer.Option(min=1, help="Dense bf16 peak of a GPU, from its data sheet.")
+    ] = 989,
+    mfu: Annotated[
+        float,
+        typer.Option(min=0.01, max=1, help="Model FLOPs utilization: the share of that peak."),
+    ] = 0.4,
+    data: Annotated[
+        bool,
+        typer.Option("--data", help="Prepare the data (or find it in the cache) and count steps."),
+    ] = False,
+) -> None:
+    """Estimate memory, disk space and time of a run, and which templates fit.
+
+    [bold]packhorse plan recipes/quickstart.yaml[/bold]
+    [bold]packhorse plan my.yaml --gpus 64 --nodes 8 --host-gib 1024 --disk-gib 20000[/bold]
+    [bold]packhorse plan my.yaml batch.seq_len=4096 --gpus 8 --data[/bold]
+
+    Only the model's configuration is read. Without --data packed sequences count as full, and all
+    their tokens as trained. Exit code 0: a template fits; 2: none does.
+    """
+    from rich.console import Console
+
+    from trainer import dist
+    from trainer.config.recipe import load_recipe
+    from trainer.estimate.memory import GIB, Cluster
+    from trainer.estimate.report import build_report, build_table, describe_report, require_fit
+
+    dist.start_logging()
+    recipe = load_recipe(recipe_file, overrides or ())
+    if nodes and gpus % nodes:
+        raise BadInput(
+            f"--gpus {gpus} --nodes {nodes}: all nodes must have the same number of GPUs"
+        )
+    sizes = [None if gib is None else gib * GIB for gib in (host_gib, disk_gib, nvme_gib)]
+    cluster = Cluster(gpus, gpus // nodes if nodes else 8, gpu_gib * GIB, *sizes)
+    report = build_report(recipe, cluster, _count_real_steps(recipe) if data else None)
+    print(*describe_report(report, recipe, gpu_tflops * 1e12, mfu), sep="\n")
+    Console().print(build_table(report))
+    for template, why in report.refused.items():
+        print(f"{template} is left out: {why}")
+    print(require_fit(report))
+
+
+def _count_real_steps(recipe: Recipe) -> Any:
+    """Return the statistics of the steps that the data gives."""
+    from trainer.data.prepare import prepare, train_plan
+    from trainer.estimate.report import measure_steps
+    from trainer.model.load import load_tokenizer
+
+    if recipe.streaming:
+        raise BadInput(
+            "--data: data.train is streamed, so that its steps are not known; leave --data out"
+        )
+    return measure_steps(train_plan(recipe, prepare(recipe, load_tokenizer(recipe.model), "train")))

@@ -1,0 +1,240 @@
+"""Inspect a model without weights, data or a GPU: its sizes, and the activations that it saves.
+
+In: a recipe's model and adapter. Out: `ModelSizes`, and `Activations` by activation checkpointing.
+The model is built on torch's meta device, so that shapes follow from its own code, not from a list
+of known models.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer.config.recipe import AdapterSection, ModelSection, OptimSection
+from trainer.datatypes import BadInput
+from trainer.engine.optim import parameter_groups
+from trainer.metrics import ModelFlops, model_flops
+from trainer.model import attention
+from trainer.model.attention_kernels import Arguments, Bounds
+from trainer.model.load import load_config
+from trainer.model.lora import add_adapter
+from trainer.model.packing_check import decoder_layers
+from trainer.utils.text import one_line
+
+# -------------------------------------------------------------------------------------------- sizes
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What memory and time depend on. Elements, unless a field says bytes."""
+
+    name: str
+    groups: tuple[tuple[int, ...], ...]  # each trained parameter, by the optimizer's groups
+    frozen: tuple[int, ...]  # each frozen parameter that is not in 4 bits
+    quantised: int  # all frozen parameters in 4 bits
+    quantised_bytes: int
+    trains_head: bool
+    element: int  # bytes of an element of the weights
+    hidden: int
+    vocabulary: int
+    largest_module: int  # the most that one module's own parameters have
+    buffers: int  # bytes, on every rank and in a checkpoint
+    flops: ModelFlops
+
+    @property
+    def trained(self) -> int:
+        return sum(map(sum, self.groups))
+
+    @property
+    def parameters(self) -> int:
+        return self.trained + sum(self.frozen) + self.quantised
+
+
+def build_empty_model(section: ModelSection, adapter: AdapterSection | None = None) -> Any:
+    """Build the transformers model on the meta device, with its adapter and a stand-in for a fused
+    attention kernel.
+
+    Raises:
+        BadInput: there is no such configuration, it is not a causal model, its class cannot be
+            built without data, or it cannot have the adapter.
+    """
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register("packhorse_fused", attention.as_attention_function(_fused))
+    config = load_config(section)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config,
+            dtype=getattr(torch, section.dtype),
+            attn_implementation="packhorse_fused",
+            trust_remote_code=section.trust_remote_code,
+        )
+    model.tie_weights()  # else a tied head would be counted twice
+    if adapter:
+        add_adapter(model, adapter, seed=0)
+    return model.train()
+
+
+def measure_model(
+    model: Any, optim: OptimSection, adapter: AdapterSection | None = None
+) -> ModelSizes:
+    """Return the sizes of a model, which may lie on the meta device."""
+    head = model.get_output_embeddings()
+    in_4_bits: dict[int, int] = {}  # elements by the parameter's id
+    if adapter and adapter.base:
+        # bitsandbytes quantises all linear modules that are frozen, but for the head
+        linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+        in_4_bits = {id(m.weight): m.weight.numel() for m in linear if not m.weight.requires_grad}
+    double = adapter is not None and adapter.base == "nf4_double_quant"
+    groups = [tuple(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)]
+    frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in in_4_bits]
+    persistent = model.state_dict(keep_vars=True).keys()
+    buffers = [buffer for name, buffer in model.named_buffers() if name in persistent]
+    own_sizes = (sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
+    return ModelSizes(
+        name=type(model).__name__,
+        groups=tuple(groups),
+        frozen=tuple(p.numel() for p in frozen),
+        quantised=sum(in_4_bits.values()),
+        quantised_bytes=sum(_nf4_bytes(elements, double) for elements in in_4_bits.values()),
+        trains_head=head.weight.requires_grad,
+        element=next(model.parameters()).element_size(),
+        hidden=model.config.get_text_config().hidden_size,
+        vocabulary=head.weight.shape[0],
+        largest_module=max(own_sizes),
+        buffers=sum(buffer.numel() * buffer.element_size() for buffer in buffers),
+        flops=model_flops(model),
+    )
+
+
+def _nf4_bytes(elements: int, double: bool) -> int:
+    """Return the bytes of a weight in bitsandbytes' NF4.
+
+    Two elements a byte, an fp32 scale for each 64 of them, and a table of 16 values in fp32. Double
+    quantisation makes the scales bytes, with an fp32 scale for each 256 of those, a table of 256
+    values and their mean in fp32.
+    """
+    scales = -(-elements // 64)
+    scale_bytes = scales + 4 * -(-scales // 256) + 4 * 256 + 4 if double else 4 * scales
+    return -(-elements // 2) + 64 + scale_bytes
+
+
+# -------------------------------------------------------------------------------------- activations
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes that autograd saves of the decoder for one micro-batch."""
+
+    kept: int  # from the forward to the backward
+    layer: int  # once more while a layer is recomputed: the largest layer's; 0 without
+
+
+def trace_activations(model: Any, tokens: int) -> dict[str, Activations]:
+    """Count what a forward over `tokens` meta tokens saves for the backward.
+
+    Returns:
+        Activations by the values of model.activation_checkpointing that the model supports.
+
+    Raises:
+        BadInput: the model's forward depends on values, which meta tensors lack.
+    """
+    kept, of_layers = _trace_forward(model, tokens)
+    found = {"none": Activations(kept, 0)}
+    if model.supports_gradient_checkpointing:
+        with warnings.catch_warnings():
+            # transformers 5 warns that it gives the two methods other names
+            warnings.simplefilter("ignore", FutureWarning)
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
+            kept = _trace_forward(model, tokens)[0]
+            model.gradient_checkpointing_disable()
+        found["full"] = Activations(kept, max(of_layers, default=0))
+    return found
+
+
+def _trace_forward(model: Any, tokens: int) -> tuple[int, list[int]]:
+    """Return the bytes saved by the decoder's forward, and those of each of its layers."""
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    bounds = Bounds(torch.zeros(2, dtype=torch.int32, device="meta"), tokens, (tokens,))
+    of_layers: list[int] = []
+    with _counting_saved_bytes(model) as saved:
+
+        def begin(*_: Any) -> None:
+            of_layers.append(-saved())
+
+        def end(*_: Any) -> None:
+            of_layers[-1] += saved()
+
+        hooks = []
+        for layer in decoder_layers(model):
+            hooks += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
+        try:
+            model.get_decoder()(
+                input_ids=ids, position_ids=ids, use_cache=False, document_bounds=bounds
+            )
+        except (RuntimeError, NotImplementedError) as error:
+            raise BadInput(
+                f"{type(model).__name__} cannot be planned: its forward depends on the values of "
+                f"tensors, which a plan does not have ({one_line(error, 200)}); measure it with "
+                "`packhorse train` on one GPU"
+            ) from None
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return saved(), of_layers
+
+
+@contextmanager
+def _counting_saved_bytes(model: nn.Module) -> Iterator[Any]:
+    """Give a function that returns the bytes that autograd has saved inside so far.
+
+    Each storage counts once, and the weights do not count.
+    """
+    seen = {p.untyped_storage()._cdata for p in model.parameters()}
+    kept: list[torch.Tensor] = []  # alive, or a later storage could get a freed one's identity
+    total = 0
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage._cdata not in seen:
+            seen.add(storage._cdata)
+            kept.append(tensor)
+            total += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: total
+
+
+class _FusedAttention(torch.autograd.Function):
+    """Saves what FlashAttention saves: queries, keys, values, the output, and the log-sum-exp of
+    the scores, one number for each head and position.
+    """
+
+    @staticmethod
+    # type: ignore[override]
+    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = q.new_empty(*q.shape[:3], v.shape[3])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError("a plan runs no backward")
+
+
+def _fused(
+    layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments
+) -> torch.Tensor:
+    out = _FusedAttention.apply(q, k, v)
+    assert isinstance(out, torch.Tensor)
+    return out.transpose(1, 2)
