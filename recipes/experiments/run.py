@@ -40,6 +40,7 @@ from get_smollm2 import get  # noqa: E402
 
 from trainer.config.recipe import Recipe, load_recipe  # noqa: E402
 from trainer.datatypes import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, BadInput  # noqa: E402
+from trainer.utils.files import read_json_lines  # noqa: E402
 
 BASE = "recipes/experiments/base.yaml"
 PAGE = ROOT / "docs" / "experiments.md"
@@ -230,12 +231,7 @@ class Stop:
 
 def log_of(out: Path) -> list[dict[str, Any]]:
     """The starts of runs so far."""
-    path = out / LOG
-    return (
-        [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        if path.exists()
-        else []
-    )
+    return read_json_lines(out / LOG)
 
 
 def pace_of(out: Path, base: Recipe) -> float | None:

@@ -28,6 +28,7 @@ from rich.table import Table
 
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.utils.cpu_speed import bf16_slowdown
+from trainer.utils.files import read_json_lines
 
 RECIPE = "recipes/quickstart.yaml"
 MODEL_CACHE = Path("~/.cache/packhorse/models/smollm2-135m-instruct").expanduser()
@@ -110,11 +111,9 @@ def steps_that_fit(recipe: Recipe, dtype: str) -> int:
         "data.eval=[]",
         "eval.generate=null",
     )
-    lines = (SPEED_RUN / "metrics.jsonl").read_text().splitlines()
+    lines = read_json_lines(SPEED_RUN / "metrics.jsonl")
     shutil.rmtree(SPEED_RUN)
-    step_s = statistics.mean(
-        json.loads(line)["perf/step_s"] for line in lines[1:]
-    )  # the first one warms up
+    step_s = statistics.mean(line["perf/step_s"] for line in lines[1:])  # the first one warms up
     steps = max(1, min(wanted, int(TRAINING_S / step_s)))
     told = f"{step_s:.1f} s a step: {wanted} steps of training take about {wanted * step_s:.0f} s"
     if steps < wanted:
@@ -170,7 +169,7 @@ def show(summary: dict[str, Any], run_dir: Path) -> None:
 def show_times(parts: list[float], run_dir: Path) -> None:
     """Where the time of this start went; a run done before takes none."""
     model_s, speed_s, run_s, export_s = parts
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_json_lines(run_dir / "metrics.jsonl")
     training_s = min(sum(line.get("perf/step_s", 0.0) for line in lines), run_s)
     say(
         f"\nTime: model and data {model_s:.0f} s, measuring speed {speed_s:.0f} s, training "
