@@ -1,5 +1,6 @@
-"""At 1, 2 and 3 ranks and every ZeRO stage answers are those of `model.generate` alone, one prompt at
-a time (fp32, CPU). Sampled answers are the same as well, and likelihoods agree to 1e-5.
+"""Answers of 1, 2 and 3 ranks at every ZeRO stage are those of `model.generate` (fp32, CPU).
+
+The latter gets one prompt at a time. Sampled answers are the same as well, and likelihoods agree to 1e-5.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.numerics.test_same_log import cut, uses
+from tests.numerics.test_same_log import cut, used_shards
 from tests.runs.killed import ForkServer, Point, Run, assert_same
 
 pytestmark = pytest.mark.runs
@@ -61,9 +61,9 @@ def test_a_killed_run_ends_as_the_run_of_its_shard_log(
     run.die(world, point)
     run.finish(world)
     producer.join(10)
-    assert set(uses(run.folder)) == {f"{number}.jsonl" for number in range(4)}
+    assert set(used_shards(run.folder)) == {f"{number}.jsonl" for number in range(4)}
     replay.folder.mkdir()
     shutil.copy(run.folder / "shards.jsonl", replay.folder)
     replay.finish(world)
     assert_same(run.folder, replay.folder)
-    assert uses(run.folder) == uses(replay.folder)
+    assert used_shards(run.folder) == used_shards(replay.folder)

@@ -324,7 +324,8 @@ FORMS = {
         [
             (
                 TALK,
-                "A chat. USER: Say OK. ASSISTANT:⟦  OK.\n</s>⟧USER: Why OK.? ASSISTANT:⟦ Größe</s>⟧",
+                "A chat. USER: Say OK. ASSISTANT:⟦  OK.\n</s>⟧"
+                "USER: Why OK.? ASSISTANT:⟦ Größe</s>⟧",
             )
         ],
     ),

@@ -102,7 +102,10 @@ def test_answers_and_bad_recipes_import_nothing_heavy(arguments):
         (["train", DEBUG, "batch.global_batch_size=0"], "`batch.global_batch_size`"),
         (["train", DEBUG, "batch.rows_per_step=4"], "is now `batch.global_batch_size`"),
         (["train", DEBUG, "--nnodes", "2"], "2 nodes: name the rendezvous host"),
-        (["plan", DEBUG, "--gpus", "3", "--nodes", "2"], "all nodes must have the same number of GPUs"),
+        (
+            ["plan", DEBUG, "--gpus", "3", "--nodes", "2"],
+            "all nodes must have the same number of GPUs",
+        ),
         (["plan", DEBUG, "--gpus", "2", "--gpu-gib", "1"], "no template fits 2 GPUs of 1.0 GiB"),
         (["train", DEBUG, "--nnodes", "2:1"], "--nnodes 2:1: give a number, or MIN:MAX"),
         (["prepare", DEBUG, "data.train.0.path=nowhere.jsonl"], "nowhere.jsonl"),

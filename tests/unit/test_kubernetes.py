@@ -194,7 +194,8 @@ def test_launchers_find_each_other_by_the_first_pods_name(kind, first):
     assert f"{two[0].hostname}.{two[0].subdomain}" == first.partition(":")[0]
     run_id = None if kind == "trainjob" else "sft"
     for pod, is_host in zip(two, (True, False)):
-        assert read_cluster_env(pod.env) == ClusterEnv("2", None, first, run_id, is_host, join_s=86_400)
+        expected = ClusterEnv("2", None, first, run_id, is_host, join_s=86_400)
+        assert read_cluster_env(pod.env) == expected
 
 
 def test_the_service_is_the_pods_own_subdomain():

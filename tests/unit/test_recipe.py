@@ -265,7 +265,10 @@ def test_an_override_reaches_into_a_list(tmp_path):
             "`eval.generate.scorers.mine.pattern`: `(` is not a regular",
         ),
         (with_scorer({"kind": "exact", "extract": "x"}), "`extract` has no group"),
-        (with_scorer({"kind": "choice", "letters": ["A", "A"]}), "`letters` must be different texts"),
+        (
+            with_scorer({"kind": "choice", "letters": ["A", "A"]}),
+            "`letters` must be different texts",
+        ),
         (
             with_scorer({"kind": "choice", "letters": ["A"]}),
             "`eval.generate.scorers.mine.letters`: tuple should have",
@@ -326,7 +329,10 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (growing({"path": "b"}, train={"steps": 9}), "a streamed source must be the only one"),
         (growing(weight=2, train={"steps": 9}), "leave out `weight` and `rows`"),
         (growing(rows=2, train={"steps": 9}), "leave out `weight` and `rows`"),
-        (with_key("data.eval", [{"path": "a", "streaming": True}]), "a held-out source cannot be streamed"),
+        (
+            with_key("data.eval", [{"path": "a", "streaming": True}]),
+            "a held-out source cannot be streamed",
+        ),
         ({**SMALLEST, "run": {}}, "`run.dir` is missing"),
         ({"model": SMALLEST["model"]}, "`data` is missing; `run` is missing"),
     ],
