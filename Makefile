@@ -1,12 +1,12 @@
-# `make help` lists what there is to do. Everything runs in .venv, which `make install` makes.
+# `make help` lists the targets. Everything runs in .venv, which `make install` creates.
 
 PYTHON ?= python3
-# A folder or page of wheels to take torch from, as https://download.pytorch.org/whl/cpu/torch/, where the package
-# index would give a CUDA build that is not wanted.
+# A folder or page of wheels to take torch from, where the package index would give an unwanted
+# CUDA build, for example https://download.pytorch.org/whl/cpu/torch/
 TORCH_WHEELS ?=
-# Steps of the demo; as many as fit into its time where this is empty.
+# Steps of the demo. Empty: as many as fit into its time.
 DEMO_STEPS ?=
-# Numbers of the experiments, as 1,4; all of them where this is empty.
+# Numbers of the experiments, for example 1,4. Empty: all of them.
 EXPERIMENTS ?=
 
 BIN := .venv/bin
@@ -15,37 +15,38 @@ WHEELS := $(if $(TORCH_WHEELS),--find-links $(TORCH_WHEELS))
 .DEFAULT_GOAL := help
 .PHONY: help install demo experiments test test-runs test-cluster test-vllm style gpu-check clean
 
-help:  ## this list
+help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-install: .venv/installed  ## .venv with the pinned dependencies
+install: .venv/installed  ## create .venv with the pinned dependencies; compile DeepSpeed's ops
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' \
 		|| { echo "packhorse needs Python 3.10 to 3.12: make install PYTHON=python3.11"; exit 2; }
-	@command -v c++ >/dev/null || { echo "DeepSpeed compiles parts of itself: apt-get install g++ python3-dev"; exit 2; }
+	@command -v c++ >/dev/null || { echo "DeepSpeed compiles C++ ops: apt-get install g++ python3-dev"; exit 2; }
 	@$(PYTHON) -m venv .venv || { echo "no venv module: apt-get install python3-venv"; exit 2; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(WHEELS) -c constraints.txt -e '.[dev,demo,bench]'
+	$(BIN)/python -m trainer.engine.compile_ops
 	@touch $@
 
 demo: install  ## fine-tune a real model on two processes, about ten minutes on two cores
 	$(BIN)/python recipes/quickstart/demo.py $(if $(DEMO_STEPS),--steps $(DEMO_STEPS))
 
-experiments: install  ## seven comparisons on the demo's model, in about 1.5 hours on two cores; docs/experiments.md
+experiments: install  ## seven comparisons on the demo's model, about 1.5 hours on two cores
 	$(BIN)/python recipes/experiments/run.py $(if $(EXPERIMENTS),--only $(EXPERIMENTS))
 
-test: install  ## everything that needs no GPU and no root, at most 15 minutes
+test: install  ## run every test that needs no GPU and no root, at most 10 minutes on two cores
 	@echo '#include <libaio.h>' | c++ -E -x c++ - >/dev/null 2>&1 \
-		|| { echo "offload to an NVMe is tested, too, through libaio: apt-get install libaio-dev"; exit 2; }
+		|| { echo "the tests of NVMe offload need libaio: apt-get install libaio-dev"; exit 2; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not runs and not cluster and not vllm' -n 2 --dist loadfile
 
-test-runs: install  ## whole runs, minutes each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'runs and not gpu' -n 2 --dist loadfile  # they wait more than they work
+test-runs: install  ## whole training runs, minutes each
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'runs and not gpu' -n 2 --dist loadfile
 
-test-cluster: install  ## hosts, Slurm, pods and the image, all on this machine; needs root and what .ci/run installs
+test-cluster: install  ## hosts, Slurm, pods, the image, on this machine; as root, after .ci/run
 	$(BIN)/python -m pytest -m cluster
 
-test-vllm: install .venv-vllm/installed  ## answers of a real vLLM, on the CPU; it gets an environment of its own, 3 GB
+test-vllm: install .venv-vllm/installed  ## answers of a real vLLM on the CPU, in .venv-vllm (3 GB)
 	PACKHORSE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm
 
 .venv-vllm/installed: tests/vllm/requirements.txt
@@ -59,9 +60,9 @@ style: install  ## ruff, pyright and shellcheck
 	$(BIN)/pyright
 	$(BIN)/shellcheck .ci/run launch/*.sh slurm/*.sh
 
-gpu-check: install  ## kernels against their twins and the GPU benchmark, at most 8 minutes
+gpu-check: install  ## kernels against their references, and the GPU benchmark; 8 minutes
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python benchmarks/gpu.py
 
-clean:  ## remove .venv and what tools left
+clean:  ## remove .venv and the tools' caches
 	rm -rf .venv .venv-vllm .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -1,21 +1,26 @@
-"""Fixtures of all tests."""
+"""Fixtures and time limits of all tests."""
 
-import os
-import sys
 from pathlib import Path
 
 import pytest
 
-# DeepSpeed compiles its CPU ops on first use, from this environment's sources: builds of two
-# environments in one folder would undo each other.
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+# Seconds for a test with its fixtures; elsewhere it is `timeout` in pyproject.toml. A fixture that
+# starts ranks has a limit of its own, which ends first and shows the ranks' stacks.
+LIMIT_S = {"numerics": 1800, "runs": 1800, "cluster": 1800, "vllm": 1800, "gpu": 600}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        limit_s = LIMIT_S.get(item.path.parent.name)
+        if limit_s and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(limit_s))
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real data, tokenizers and models that lies beside the project."""
+    """Return the folder of real data, tokenizers and models beside the project, or skip."""
     if not SHARED.is_dir():
         pytest.skip("the folder `shared` with real data does not lie beside the project")
     return SHARED

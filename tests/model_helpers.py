@@ -18,7 +18,7 @@ from trainer.config.recipe import LossSection
 from trainer.datatypes import Batch
 from trainer.model import attention
 from trainer.model.load import initialise
-from trainer.model.loss import LogitTransform
+from trainer.model.logit_transform import LogitTransform
 from trainer.model.sft import SftModel
 
 transformers.logging.set_verbosity_error()

@@ -84,9 +84,7 @@ def test_without_the_rendezvous_or_enough_hosts_all_end(two, tmp_path, nnodes, g
     launchers = start(two, run_dir, "--nnodes", nnodes, "checkpoint.every_steps=3")
     wait_for_step(run_dir, 4, world_size=2)
     two.cut(gone)
-    began = time.monotonic()
     for launcher in launchers:
         _, err = launcher.communicate(timeout=60)
         assert launcher.returncode == 1, err
-    assert time.monotonic() - began < 60
     assert checkpoint.find(run_dir) is not None

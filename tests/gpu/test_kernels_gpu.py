@@ -18,9 +18,9 @@ from tests.model_helpers import WIDE, documents, pack, relative, tiny
 from tests.numerics.test_x6_kernels import VARIANTS, Case, case, in_fp32, run
 from trainer.config.recipe import LossSection
 from trainer.datatypes import BadInput
-from trainer.model import attention, liger_layers, packing_check
-from trainer.model.attention import Bounds
-from trainer.model.loss import LogitTransform
+from trainer.model import attention, attention_kernels, liger_layers, packing_check
+from trainer.model.attention_kernels import Arguments, Bounds
+from trainer.model.logit_transform import LogitTransform, measure_transform
 from trainer.model.sft import SftModel
 
 pytestmark = pytest.mark.gpu
@@ -204,7 +204,7 @@ def learned(
     model = tiny(config, dtype).to(CUDA)
     liger_layers.fuse(model, layers, CUDA, dtype)
     module = SftModel(model, LossSection(), 0, CUDA)
-    module.transform = packing_check.measure_transform(model)
+    module.transform = measure_transform(model)
     ids = documents((100, 30, 140))
     batch = pack(ids, [range(len(document) - 1) for document in ids], [0.01, 0.01, 0.01]).to(CUDA)
     loss = module(batch)
@@ -296,9 +296,9 @@ def test_the_probe_refuses_a_soft_cap_that_the_kernel_lacks() -> None:
 def test_control_the_probe_catches_a_kernel_without_boundaries(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right = attention._torch_varlen
+    right = attention_kernels.torch_varlen
 
-    def whole(layer: str, q: Any, k: Any, v: Any, arguments: attention.Arguments) -> torch.Tensor:
+    def whole(layer: str, q: Any, k: Any, v: Any, arguments: Arguments) -> torch.Tensor:
         return right(layer, q, k, v, arguments._replace(bounds=bounds((q.shape[2],))))
 
     monkeypatch.setitem(

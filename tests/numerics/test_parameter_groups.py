@@ -19,7 +19,7 @@ from trainer.engine.ds_config import deepspeed_config
 from trainer.engine.engine import Engine, gathered, sharded_init
 from trainer.engine.sharded_state import File, Shards, write
 from trainer.metrics import Clock
-from trainer.model.loss import LogitTransform
+from trainer.model.logit_transform import LogitTransform
 from trainer.model.sft import SftModel
 
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer")

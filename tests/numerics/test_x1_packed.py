@@ -22,7 +22,7 @@ from tests.model_helpers import (
 )
 from trainer.datatypes import Batch
 from trainer.model import sft as sft_module
-from trainer.model.loss import LogitTransform
+from trainer.model.logit_transform import LogitTransform
 from trainer.model.neftune import document_noise
 
 torch.set_num_threads(1)

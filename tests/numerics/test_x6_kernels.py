@@ -12,7 +12,8 @@ import torch
 
 from tests.model_helpers import interpreted, relative
 from trainer.datatypes import BadInput
-from trainer.model.loss import BLOCK_HIDDEN, LogitTransform, choose_kernel, linear_cross_entropy
+from trainer.model.logit_transform import LogitTransform
+from trainer.model.loss import BLOCK_HIDDEN, choose_kernel, linear_cross_entropy
 
 torch.set_num_threads(1)
 

@@ -26,6 +26,7 @@ from tests.model_helpers import (
 )
 from trainer.datatypes import BadInput
 from trainer.model import liger_layers, packing_check
+from trainer.model.logit_transform import measure_transform
 
 BOUND = 5e-6  # of the worst tensor's gradient: the order of sums alone
 WINDOW: dict[str, Any] = {**WIDE, "sliding_window": 16}
@@ -56,9 +57,7 @@ def difference(config: Any) -> float:
         assert ("Liger's kernels" in done) == (layers == "liger"), done
         ids = documents((20, 7, 30))
         batch = pack(ids, [range(len(document) - 1) for document in ids], [0.02] * 3)
-        results.append(
-            loss_and_gradients(sft(model, transform=packing_check.measure_transform(model)), batch)
-        )
+        results.append(loss_and_gradients(sft(model, transform=measure_transform(model)), batch))
     (loss, gradients), (own_loss, own_gradients) = results
     assert gradients.keys() == own_gradients.keys()
     return max(

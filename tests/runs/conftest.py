@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs.killed import Nursery, Run
+from tests.runs.killed import ForkServer, Run
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as opened:
+def fork_server() -> Iterator[ForkServer]:
+    with ForkServer() as opened:
         yield opened
 
 
@@ -23,11 +23,11 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole(
-    nursery: Nursery, cache: Path, tmp_path_factory: pytest.TempPathFactory
+    fork_server: ForkServer, cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Path]:
     """Runs that were never killed, by world size."""
     runs = {
-        world: Run(nursery, tmp_path_factory.mktemp(f"whole-{world}"), cache) for world in (1, 2)
+        world: Run(fork_server, tmp_path_factory.mktemp(f"whole-{world}"), cache) for world in (1, 2)
     }
     for world, run in runs.items():
         run.finish(world)
@@ -35,5 +35,5 @@ def whole(
 
 
 @pytest.fixture
-def run(nursery: Nursery, cache: Path, tmp_path: Path) -> Run:
-    return Run(nursery, tmp_path, cache)
+def run(fork_server: ForkServer, cache: Path, tmp_path: Path) -> Run:
+    return Run(fork_server, tmp_path, cache)

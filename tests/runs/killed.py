@@ -1,15 +1,15 @@
 """Runs that are killed at a named point: real ranks, of which one sends itself SIGKILL in the
 middle of a call.
 
-    python -m tests.runs.killed        # an order a line on stdin, its answer a line on stdout
+    python -m tests.runs.killed        # an order a line on stdin, its exit codes a line on stdout
 
-To import torch and DeepSpeed takes three times as long as a small run. So this process imports them
-once, computes nothing, and forks the ranks of each order. It has one thread, which is looked at: a
-fork can tear nothing apart.
+Importing torch and DeepSpeed takes three times as long as a small run. So this process imports them
+once, computes nothing, and forks the ranks of each order. It asserts that it has one thread, as a
+fork of several could leave locks held.
 
-The program itself knows nothing of this. A point is a call of a function that is patched in the
-rank that dies, told from the other calls by a pattern on what the call works on. Before it dies the
-rank notes that it got there, and which files lay in the run folder.
+The trainer knows nothing of this. A point is a call of a function that is patched in the rank that
+dies. A pattern on the call's arguments tells it from the other calls. Before the rank dies it
+records that it got there, and which files were in the run folder.
 """
 
 from __future__ import annotations
@@ -35,16 +35,14 @@ from unittest import mock
 from tests.ranks import ROOT
 from trainer.checkpoint import checkpoint
 
-SURVIVORS_S = (
-    30.0  # which a killed rank's fellows have to end by themselves: torch's agent kills them then
-)
+SURVIVORS_S = 30.0  # for the other ranks to end once one has died: torch's agent kills them then
+LIMIT_S = 400.0  # for all ranks of an order; what still runs then prints its stacks and is killed
+STACKS_S = 10.0
 
 
 @dataclass(frozen=True)
 class Point:
-    """The `call`-th call of `function` that works on something matching `what` (or is made inside
-    such a call).
-    """
+    """The `call`-th call of `function` whose arguments, or whose outer call's, match `what`."""
 
     function: str  # a key of _functions()
     what: str = ""
@@ -70,12 +68,16 @@ class Order:
     after_file: str | None = None
 
 
-class Nursery:
+class ForkServer:
     """The process that forks ranks. Use it in `with`."""
 
-    def __enter__(self) -> Nursery:
+    def __enter__(self) -> ForkServer:
         command = [sys.executable, "-m", "tests.runs.killed"]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        env = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONFAULTHANDLER": "1",  # SIGABRT makes a rank print its stacks
+        }
         pipe = subprocess.PIPE
         self._process: Any = subprocess.Popen(
             command, cwd=ROOT, env=env, stdin=pipe, stdout=pipe, text=True
@@ -86,22 +88,20 @@ class Nursery:
         self._process.stdin.close()
         self._process.wait(60)
 
-    def live(self, order: Order) -> list[int]:
-        """The exit codes of the ranks, negative for the signal that killed one."""
+    def run(self, order: Order) -> list[int]:
+        """Return the ranks' exit codes, negative for the signal that killed one."""
         self._process.stdin.write(json.dumps(asdict(order)) + "\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
 
 def reached_file(log: Path) -> Path:
-    """What the rank that died at a point wrote: the files of the run folder and their sizes at that
-    moment.
-    """
+    """Return where the rank that died wrote the run folder's files and sizes of that moment."""
     return log.with_suffix(".reached")
 
 
 def ballast(run_dir: Path) -> Path:
-    """The file that a full disk is full of."""
+    """Return the file that fills the disk."""
     return run_dir / "ballast"
 
 
@@ -121,10 +121,10 @@ NOT_EXACT = ("perf/", "mem/")  # keys of the log that differ from start to start
 
 
 class Run:
-    """A run folder and the command that is started in it, again and again."""
+    """A run folder, and the command that is started in it again and again."""
 
-    def __init__(self, nursery: Nursery, folder: Path, cache: Path) -> None:
-        self._nursery = nursery
+    def __init__(self, fork_server: ForkServer, folder: Path, cache: Path) -> None:
+        self._fork_server = fork_server
         self.folder, self._log = folder / "run", folder / "log"
         self.overrides: tuple[str, ...] = (
             *OVERRIDES,
@@ -133,24 +133,25 @@ class Run:
         )
 
     def start(self, world: int, point: Point | None = None, **order: Any) -> list[int]:
-        """The ranks' exit codes."""
-        return self._nursery.live(Order(world, self.overrides, str(self._log), point, **order))
+        return self._fork_server.run(Order(world, self.overrides, str(self._log), point, **order))
 
     def die(self, world: int, point: Point, rank: int = 0) -> dict[str, int]:
-        """Be killed at a point, which must be reached; the files of the run folder at that moment
-        and their sizes.
+        """Start, be killed at a point, and return the run folder's files and sizes of that moment.
+
+        Raises:
+            AssertionError: the point was not reached, or a surviving rank exited with 0.
         """
         codes = self.start(world, point, rank=rank)
-        assert codes[rank] == KILLED, f"the point was not reached\n{self.said}"
-        assert all(codes), f"a rank took its own end for the run's\n{self.said}"
+        assert codes[rank] == KILLED, f"the point was not reached\n{self.log_tail}"
+        assert all(codes), f"a rank took its own end for the run's\n{self.log_tail}"
         return json.loads(reached_file(self._log).read_text())
 
     def finish(self, world: int) -> None:
         codes = self.start(world)
-        assert not any(codes), f"{codes}\n{self.said}"
+        assert not any(codes), f"{codes}\n{self.log_tail}"
 
     @property
-    def said(self) -> str:
+    def log_tail(self) -> str:
         return self._log.read_text(errors="replace")[-4000:]
 
 
@@ -160,8 +161,9 @@ def logged(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def assert_same(run_dir: Path, reference: Path) -> None:
-    """Bit for bit: what is logged, and the last checkpoint, every byte of which `find` has looked
-    at.
+    """Assert that two runs logged the same, and that their last checkpoints have the same bytes.
+
+    `checkpoint.find` verifies every byte against the manifest.
     """
     assert logged(run_dir) == logged(reference)
     found, expected = checkpoint.find(run_dir), checkpoint.find(reference)
@@ -171,12 +173,12 @@ def assert_same(run_dir: Path, reference: Path) -> None:
     assert not list((run_dir / "checkpoints").glob(".*")), "what the kill left is still there"
 
 
-# -------------------------------------------------------------------------------------- the nursery
+# --------------------------------------------------------------------------------- the fork server
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries print to stdout
 
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401 - imports torch's compiler, at an engine's start
     import torch.utils.tensorboard  # noqa: F401
@@ -208,11 +210,14 @@ def _live(order: Order) -> list[int]:
 
 
 def _codes(pids: list[int]) -> list[int]:
-    """Wait for the ranks as the launcher does: where one fails the others are told, and killed in
-    the end.
+    """Wait for the ranks as the launcher does: if one fails, stop the others, and at last kill them.
+
+    Ranks that hang print their stacks first.
     """
     codes: dict[int, int] = {}
     deadline: float | None = None
+    limit = time.monotonic() + LIMIT_S
+    aborted = False
     while len(codes) < len(pids):
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
@@ -225,6 +230,10 @@ def _codes(pids: list[int]) -> list[int]:
         if deadline is not None and time.monotonic() > deadline:
             for each in left:
                 os.kill(each, signal.SIGKILL)
+        if time.monotonic() > limit:
+            for each in left:
+                os.kill(each, signal.SIGKILL if aborted else signal.SIGABRT)
+            aborted, limit = True, time.monotonic() + STACKS_S
         if not pid:
             time.sleep(0.01)
     return [codes[pid] for pid in pids]
@@ -255,7 +264,7 @@ def _fork(order: Order, rank: int, port: int) -> int:
 
 
 def _rank(order: Order, rank: int) -> int:
-    """What `packhorse train` runs in a worker; the exit code is the command's."""
+    """Run what `packhorse train` runs in a worker; return the command's exit code."""
     import torch
 
     from trainer import train
@@ -264,14 +273,11 @@ def _rank(order: Order, rank: int) -> int:
     from trainer.data import tokenize
     from trainer.utils import files
 
-    torch.manual_seed(
-        random.SystemRandom().randrange(2**31)
-    )  # nothing may depend on the global generator
-    files.BEAT_S, files.STALE_S = 0.1, 1.0  # so that a dead process's lock is soon taken over
-    tokenize.CHUNK_ROWS, files.SAVE_EVERY_S = (
-        16,
-        0.0,
-    )  # so that even this little data has points to go on from
+    # nothing may depend on the global generator
+    torch.manual_seed(random.SystemRandom().randrange(2**31))
+    # a dead process's lock is soon taken over, and this little data has points to continue from
+    files.BEAT_S, files.STALE_S = 0.1, 1.0
+    tokenize.CHUNK_ROWS, files.SAVE_EVERY_S = 16, 0.0
     recipe = load_recipe(ROOT / "recipes" / "debug.yaml", tuple(order.overrides))
     if order.point and rank == order.rank:
         _Fault(order.point, order, Path(recipe.run.dir)).arm()
@@ -290,7 +296,7 @@ def _rank(order: Order, rank: int) -> int:
 
 
 def _functions() -> dict[str, tuple[Any, str, Any]]:
-    """What can be patched: where it is, and what a call of it works on, from the call's arguments."""
+    """Return what can be patched: its owner, its name, and a call's arguments as text."""
     from trainer import metrics, train
     from trainer.engine import sharded_state
     from trainer.engine.engine import Engine
@@ -320,12 +326,12 @@ def _functions() -> dict[str, tuple[Any, str, Any]]:
     }
 
 
-# calls that say nothing themselves of what they work on
+# calls whose arguments do not tell what they work on
 _OUTER = {"digest": "write", "evaluate": "evaluation", "answers": "evaluation"}
 
 
 class _Fault:
-    """Patches what a point names. Threads other than the main one are seen, too."""
+    """Patches the function that a point names, for all threads."""
 
     def __init__(self, point: Point, order: Order, run_dir: Path) -> None:
         self._point, self._order, self._run_dir = point, order, run_dir

@@ -132,11 +132,9 @@ def test_a_killed_rank_ends_the_run_and_the_next_start_continues(whole, tmp_path
     run_dir = tmp_path / "run"
     process = start(run_dir, *SAVES_OFTEN)
     wait_for_step(run_dir, 4)
-    began = time.monotonic()
     os.kill(workers_of(run_dir)[-1], signal.SIGKILL)
     code, err = finish(process)
     assert code == 1
-    assert time.monotonic() - began < 60
     assert "killed by SIGKILL" in err
     assert not workers_of(run_dir)
     code, err = finish(start(run_dir, *SAVES_OFTEN))

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs.killed import Nursery, Point, Run, assert_same, ballast, fill
+from tests.runs.killed import ForkServer, Point, Run, assert_same, ballast, fill
 from tests.runs.test_command import SAVES_OFTEN, finish, losses, start, wait_for_step
 from tests.unit.test_checkpoint import DAMAGES, be_of_another_format
 from trainer.checkpoint import checkpoint
@@ -82,8 +82,8 @@ def test_the_disk_fills_up_in_a_save(
     disk(run.folder)
     run.overrides += (f"checkpoint.asynchronous={asynchronous}",)
     codes = run.start(1, FILLS[name], fill=True)
-    assert codes == [BAD_INPUT], run.said
-    assert_said_once(run.said, "the disk is full; make room and start again")
+    assert codes == [BAD_INPUT], run.log_tail
+    assert_said_once(run.log_tail, "the disk is full; make room and start again")
     assert not list((run.folder / "checkpoints").glob(".saving-*")), (
         "half a checkpoint takes the room"
     )
@@ -102,8 +102,8 @@ def test_the_disk_fills_up_for_one_of_two_ranks(
     disk(run.folder)
     run.overrides += ("checkpoint.asynchronous=false",)
     point = Point("digest", f"saving-step-000004/rank0000{rank}-000", call=10)
-    assert run.start(2, point, rank=rank, fill=True) == [BAD_INPUT, BAD_INPUT], run.said
-    assert_said_once(run.said, "the disk is full; make room and start again")
+    assert run.start(2, point, rank=rank, fill=True) == [BAD_INPUT, BAD_INPUT], run.log_tail
+    assert_said_once(run.log_tail, "the disk is full; make room and start again")
     ballast(run.folder).unlink()
     run.finish(2)
     assert_same(run.folder, whole[2])
@@ -114,9 +114,9 @@ def test_the_disk_is_full_before_a_save(
 ) -> None:
     """Found before a byte is written; the log still fits."""
     disk(run.folder)
-    assert run.start(1, Point("step", call=4), fill=True, leave_kib=512) == [BAD_INPUT], run.said
+    assert run.start(1, Point("step", call=4), fill=True, leave_kib=512) == [BAD_INPUT], run.log_tail
     assert_said_once(
-        run.said, "a checkpoint needs .* GiB are free there; make room and start again"
+        run.log_tail, "a checkpoint needs .* GiB are free there; make room and start again"
     )
     ballast(run.folder).unlink()
     run.finish(1)
@@ -130,21 +130,21 @@ def test_the_disk_is_full_for_the_log(
     what is refused.
     """
     disk(run.folder)
-    assert run.start(1, Point("step", call=4), fill=True) == [BAD_INPUT], run.said
-    assert_said_once(run.said, "(No space left on device|GiB are free there); make room")
+    assert run.start(1, Point("step", call=4), fill=True) == [BAD_INPUT], run.log_tail
+    assert_said_once(run.log_tail, "(No space left on device|GiB are free there); make room")
     ballast(run.folder).unlink()
     run.finish(1)
     assert_same(run.folder, whole[1])
 
 
 def test_the_disk_of_the_cache_is_full(
-    disk: Callable[..., Path], whole: dict[int, Path], nursery: Nursery, tmp_path: Path
+    disk: Callable[..., Path], whole: dict[int, Path], fork_server: ForkServer, tmp_path: Path
 ) -> None:
     cache = disk(tmp_path / "cache", 24)
-    run = Run(nursery, tmp_path, cache)
-    assert run.start(1) == [BAD_INPUT], run.said
+    run = Run(fork_server, tmp_path, cache)
+    assert run.start(1) == [BAD_INPUT], run.log_tail
     assert_said_once(
-        run.said, "the disk is full while preparing data.train; free some room, or set data.cache"
+        run.log_tail, "the disk is full while preparing data.train; free some room, or set data.cache"
     )
     disk(cache, 4096)
     run.finish(1)
@@ -178,17 +178,17 @@ def test_the_command_ends_with_2_and_goes_on_when_there_is_room(
 def test_a_read_only_run_folder(disk: Callable[..., Path], run: Run) -> None:
     disk(run.folder)
     disk(run.folder, DISK_MIB * 1024, "ro")
-    assert run.start(1) == [BAD_INPUT], run.said
-    assert_said_once(run.said, "run.dir: .* cannot be written .*Read-only file system")
+    assert run.start(1) == [BAD_INPUT], run.log_tail
+    assert_said_once(run.log_tail, "run.dir: .* cannot be written .*Read-only file system")
 
 
 # ------------------------------------------------------------------------------------------ damaged
 
 
 @pytest.fixture(scope="module")
-def with_two(nursery: Nursery, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def with_two(fork_server: ForkServer, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with checkpoints of steps 2 and 4, killed in step 6."""
-    run = Run(nursery, tmp_path_factory.mktemp("with-two"), cache)
+    run = Run(fork_server, tmp_path_factory.mktemp("with-two"), cache)
     run.overrides += ("checkpoint.keep=2",)
     run.die(1, Point("step", call=6))
     return run.folder
@@ -201,8 +201,8 @@ def test_a_damaged_checkpoint_is_named_and_the_last_good_one_used(
     shutil.copytree(with_two, run.folder)
     damage(run.folder / "checkpoints" / "step-000004")
     run.finish(1)
-    assert re.search(r"skipping the damaged checkpoint \S+step-000004: ", run.said)
-    assert re.search(r"resuming from \S+step-000002,", run.said)
+    assert re.search(r"skipping the damaged checkpoint \S+step-000004: ", run.log_tail)
+    assert re.search(r"resuming from \S+step-000002,", run.log_tail)
     assert_same(run.folder, whole[1])
 
 
@@ -210,5 +210,5 @@ def test_where_none_is_good_the_run_does_not_begin_anew(with_two: Path, run: Run
     shutil.copytree(with_two, run.folder)
     for folder in (run.folder / "checkpoints").glob("step-*"):
         be_of_another_format(folder)
-    assert run.start(1) == [BAD_INPUT], run.said
-    assert_said_once(run.said, "none of its 2 checkpoints can be used .*format is 99")
+    assert run.start(1) == [BAD_INPUT], run.log_tail
+    assert_said_once(run.log_tail, "none of its 2 checkpoints can be used .*format is 99")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs.killed import Nursery, Point, Run, assert_same
+from tests.runs.killed import ForkServer, Point, Run, assert_same
 from trainer.utils.files import read_json_lines
 
 pytestmark = pytest.mark.runs
@@ -62,19 +62,19 @@ STOPS = {
 }
 
 
-def answering(nursery: Nursery, folder: Path, cache: Path) -> Run:
-    made = Run(nursery, folder, cache)
+def answering(fork_server: ForkServer, folder: Path, cache: Path) -> Run:
+    made = Run(fork_server, folder, cache)
     made.overrides += (GENERATE,)
     return made
 
 
 @pytest.fixture(scope="module")
 def undisturbed(
-    nursery: Nursery, cache: Path, tmp_path_factory: pytest.TempPathFactory
+    fork_server: ForkServer, cache: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[int, Path]:
     """Run folders, by world size."""
     runs = {
-        world: answering(nursery, tmp_path_factory.mktemp(f"undisturbed-{world}"), cache)
+        world: answering(fork_server, tmp_path_factory.mktemp(f"undisturbed-{world}"), cache)
         for world in (1, 2)
     }
     for world, made in runs.items():
@@ -110,9 +110,9 @@ def test_each_evaluation_leaves_one_line(undisturbed: dict[int, Path]) -> None:
 
 @pytest.mark.parametrize("name", KILLS)
 def test_killed_in_an_evaluation(
-    undisturbed: dict[int, Path], nursery: Nursery, cache: Path, tmp_path: Path, name: str
+    undisturbed: dict[int, Path], fork_server: ForkServer, cache: Path, tmp_path: Path, name: str
 ) -> None:
-    made = answering(nursery, tmp_path, cache)
+    made = answering(fork_server, tmp_path, cache)
     made.die(1, KILLS[name])
     made.finish(1)
     assert_evaluated_alike(made.folder, undisturbed[1])
@@ -120,12 +120,12 @@ def test_killed_in_an_evaluation(
 
 @pytest.mark.parametrize("name", STOPS)
 def test_stopped_in_an_evaluation(
-    undisturbed: dict[int, Path], nursery: Nursery, cache: Path, tmp_path: Path, name: str
+    undisturbed: dict[int, Path], fork_server: ForkServer, cache: Path, tmp_path: Path, name: str
 ) -> None:
     point, rank, world, evaluated = STOPS[name]
-    made = answering(nursery, tmp_path, cache)
+    made = answering(fork_server, tmp_path, cache)
     codes = made.start(world, point, rank=rank, stop=True)
-    assert not any(codes), made.said
+    assert not any(codes), made.log_tail
     assert (made.folder / "stop.json").exists(), "it was not stopped"
     assert [line["step"] for line in lines(made.folder, "evaluations.jsonl")] == evaluated, (
         "half of one left a line"

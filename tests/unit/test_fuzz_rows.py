@@ -5,7 +5,6 @@ stops the next.
 import json
 import pickle
 import random
-import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -243,9 +242,7 @@ def test_every_line_is_parsed_or_refused_with_a_sentence(tmp_path, format):
         path = tmp_path / "a.jsonl"
         path.write_bytes(content)
         source = Source.model_validate({"path": str(path)})
-        began = time.monotonic()
         results = list(outcomes(source, format))
-        assert time.monotonic() - began < 60
         assert len(results) == sum(1 for line in content.split(b"\n") if line.strip()), (
             "a broken line took others along"
         )
@@ -291,19 +288,18 @@ def test_every_file_is_read_or_refused_with_a_sentence(tmp_path, suffix):
             if content:
                 content[rng.randrange(len(content))] = rng.randrange(256)
         path.write_bytes(content)
-        began = time.monotonic()
         try:
             results["rows"] += len(list(outcomes(source, "instruction")))
         except BadInput:
             results["refused"] += 1
         usable_or_refused(source)
-        assert time.monotonic() - began < 10
     assert results["rows"] > 100
     assert results["refused"] > 30
 
 
 @pytest.mark.parametrize("format", REQUIRED)
-def test_texts_of_ten_megabytes_pass_and_take_no_longer_than_reading(tmp_path, format):
+def test_texts_of_ten_megabytes_pass(tmp_path, format):
+    """Work that is quadratic in a text's length would exceed the test's time limit."""
     rows = [
         ROWS[format],
         json.loads(json.dumps(ROWS[format]).replace("4", "4" * 10_000_000, 1)),
@@ -313,8 +309,6 @@ def test_texts_of_ten_megabytes_pass_and_take_no_longer_than_reading(tmp_path, f
     path.write_text(
         "".join(json.dumps(row) + "\n" for row in rows) + '{"text": "' + "x" * 10_000_000
     )
-    began = time.monotonic()
     *results, cut = outcomes(Source.model_validate({"path": str(path)}), format)
-    assert time.monotonic() - began < 10
     assert [type(result) for result in results] == [Conversation] * 3
     assert cut == "broken JSON: Unterminated string starting at"

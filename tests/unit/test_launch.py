@@ -177,10 +177,8 @@ def test_a_killed_worker_takes_the_others_down_and_is_named(tmp_path):
         "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\n"
         "time.sleep(1000)\n"
     )
-    began = time.monotonic()
     code, _, err = finish(start(tmp_path, worker))
     assert code == 1
-    assert time.monotonic() - began < 60
     assert "rank 1 failed (killed by SIGKILL)" in err
     assert err.count("the last words") == 1
     assert "Traceback" not in err

@@ -23,14 +23,13 @@ from trainer.engine import sharded_state
 from trainer.estimate.model import measure_model
 from trainer.metrics import model_flops
 from trainer.model.lora import (
-    _require_near,
     adapter_targets,
     add_adapter,
     full_modules,
     merged_weights,
-    parts_of,
     require_stage,
 )
+from trainer.model.quantisation import _require_near, parts_of
 
 EVEN = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks of 4-bit weights
 LINEAR = 7 * SIZES["num_hidden_layers"]

@@ -16,7 +16,7 @@ from trainer.datatypes import BadInput
 from trainer.estimate.memory import GIB, Cluster, full_step_stats, step_seconds
 from trainer.estimate.model import build_empty_model, trace_activations
 from trainer.estimate.report import build_report, describe_report, measure_steps, require_fit
-from trainer.model.attention import Bounds
+from trainer.model.attention_kernels import Bounds
 
 TOKENS = 192
 FAMILIES = {

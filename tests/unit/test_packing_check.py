@@ -13,8 +13,9 @@ import transformers as tf
 from tests.model_helpers import CPU, SIZES, WIDE, tiny
 from trainer.config.recipe import LossSection
 from trainer.datatypes import BadInput, Batch
-from trainer.model import attention, packing_check, sft
-from trainer.model.loss import LogitTransform
+from trainer.model import attention, attention_kernels, logit_transform, packing_check, sft
+from trainer.model.attention_kernels import Arguments
+from trainer.model.logit_transform import LogitTransform
 from trainer.model.sft import SftModel
 
 torch.set_num_threads(1)
@@ -175,9 +176,9 @@ def test_a_model_that_does_not_attend_through_packhorse_is_refused() -> None:
 
 def with_backend(change: Any) -> Any:
     """Put a reference backend in place that gets changed arguments."""
-    right = attention._reference
+    right = attention_kernels.reference
 
-    def wrong(layer: str, q: Any, k: Any, v: Any, arguments: attention.Arguments) -> torch.Tensor:
+    def wrong(layer: str, q: Any, k: Any, v: Any, arguments: Arguments) -> torch.Tensor:
         return right(layer, q, k, v, change(arguments))
 
     return mock.patch.dict(
@@ -185,7 +186,7 @@ def with_backend(change: Any) -> Any:
     )
 
 
-def no_boundaries(arguments: attention.Arguments) -> attention.Arguments:
+def no_boundaries(arguments: Arguments) -> Arguments:
     total = int(arguments.bounds.cu_seqlens[-1])
     return arguments._replace(bounds=arguments.bounds._replace(lengths=(total,)))
 
@@ -292,7 +293,7 @@ def test_something_between_backbone_and_head_is_caught() -> None:
 )
 def test_a_scale_and_a_soft_cap_are_measured(transform: LogitTransform) -> None:
     given = torch.logspace(-3, 6, 80).double()
-    assert packing_check._fit(given, transform(given)) == transform
+    assert logit_transform._fit(given, transform(given)) == transform
 
 
 def test_logits_changed_in_another_way_are_not_fitted() -> None:
@@ -300,7 +301,7 @@ def test_logits_changed_in_another_way_are_not_fitted() -> None:
     hidden_tail = given.clone()
     hidden_tail[-3:] = -torch.inf
     for changed in (given.relu() + 1, given.sqrt(), given.clamp(max=20), hidden_tail):
-        assert packing_check._fit(given, changed) is None
+        assert logit_transform._fit(given, changed) is None
 
 
 def test_windows_and_chunks_are_found_by_their_words() -> None:

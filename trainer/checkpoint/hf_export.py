@@ -24,7 +24,8 @@ from trainer.datatypes import BadInput
 from trainer.engine.sharded_state import FROZEN, Shards, digest
 from trainer.model.attention import other_attention
 from trainer.model.load import load_model, load_tokenizer
-from trainer.model.lora import in_peft_form, is_of_adapter, merged_weights, parts_of
+from trainer.model.lora import in_peft_form, is_of_adapter, merged_weights
+from trainer.model.quantisation import parts_of
 from trainer.utils.files import publish_folder
 
 # In a run folder: configuration, generation configuration and tokenizer, without weights.

@@ -23,7 +23,7 @@ from torch import nn
 from trainer import dist
 from trainer.config.recipe import OptimSection
 from trainer.datatypes import BadInput, Batch, StepResult
-from trainer.engine import zero_state
+from trainer.engine import compile_ops, zero_state
 from trainer.engine.ds_config import nvme_offloads, stage
 from trainer.engine.optim import (
     build_optimizer,
@@ -139,6 +139,7 @@ class Engine:
         self.module: Any = module
         self._max_grad_norm = optim.max_grad_norm
         self._engine: Any
+        compile_ops.build_ops(compile_ops.needed_ops(config, trains=groups is not None))
         if groups is None:
             self._engine = _evaluation_engine(module, config)
             return

@@ -87,7 +87,8 @@ def add_digests(total: Digests, more: Digests) -> None:
 def digest(tensor: torch.Tensor, start: int = 0) -> int:
     """Return sum over i of bits(x_i) x (2 (start + i) + 1) mod 2^64 (C8).
 
-    The sum is exact in any order, and changes if elements change places.
+    The sum is exact in any order, and changes if elements change places. An odd factor has an
+    inverse mod 2^64, so that no change of a single element goes unseen.
 
     Args:
         start: the index of the first element in the whole tensor, so that slices add up.
@@ -149,7 +150,7 @@ def write(path: Path, slices: list[Slice]) -> tuple[File, Digests]:
             }
             at += tensor.nbytes
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # safetensors aligns the data to 8 bytes
     hasher = xxhash.xxh3_128()
     found: Digests = {}
     with path.open("wb") as file:
@@ -165,6 +166,7 @@ def write(path: Path, slices: list[Slice]) -> tuple[File, Digests]:
                     hasher.update(block)
                     file.write(block)
                     add_digests(found, {(piece.name, state): digest(part, piece.start + start)})
+        # the manifest that names this file must not reach the disk before its bytes do
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()

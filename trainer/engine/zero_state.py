@@ -30,7 +30,7 @@ from trainer.engine.sharded_state import (
     add_digests,
     digests_of,
 )
-from trainer.model.lora import parts_of
+from trainer.model.quantisation import parts_of
 
 Names = Mapping[int, str]
 """id of a parameter -> its name."""
@@ -95,6 +95,7 @@ class TrainingState:
             BadInput: the checkpoint is of another model.
         """
         with torch.no_grad():
+            # a group at a time: one that is offloaded to NVMe needs no more memory than in training
             for group in write(self._optimizer, self.names(), updates):
                 for piece in group:
                     shards.fill(piece)
@@ -161,7 +162,7 @@ def read(optimizer: Any, names: Names) -> Iterator[list[Slice]]:
 def write(optimizer: Any, names: Names, updates: int) -> Iterator[list[Slice]]:
     """Yield groups as `read` does; what the caller writes into them becomes the state.
 
-    The model's own weights follow the masters. Every rank runs through all groups.
+    Every rank runs through all groups.
     """
     if is_stage_3(optimizer):
         # cuts the small parameters, which DeepSpeed otherwise keeps whole
@@ -172,12 +173,14 @@ def write(optimizer: Any, names: Names, updates: int) -> Iterator[list[Slice]]:
             optimizer._optimizer_states_and_gradient_swap_in(i)
         yield _slices(master, places, moments_of(_base(optimizer), master, updates))
         if is_stage_3(optimizer):
+            # the model's own shards follow the masters
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
         if on_nvme:
             optimizer._optimizer_states_and_gradient_swap_out(i)
     if is_stage_3(optimizer):
         optimizer.checkpoint_event_epilogue()
     elif hasattr(optimizer, "update_lp_params"):
+        # stages 1 and 2: likewise; at stage 0 the masters are the model's weights
         optimizer.update_lp_params()
 
 

@@ -21,7 +21,7 @@ from trainer.datatypes import BadInput
 from trainer.engine.optim import parameter_groups
 from trainer.metrics import ModelFlops, model_flops
 from trainer.model import attention
-from trainer.model.attention import Arguments, Bounds
+from trainer.model.attention_kernels import Arguments, Bounds
 from trainer.model.load import load_config
 from trainer.model.lora import add_adapter
 from trainer.model.packing_check import decoder_layers

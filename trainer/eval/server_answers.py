@@ -35,7 +35,8 @@ from trainer.engine.engine import Engine, gathered
 from trainer.eval.openai_client import Cancelled, Client, Refused, Unreachable, text_of
 from trainer.eval.vllm_server import PATIENCE_S, Gpu, check_vllm, free_gpus, running_vllm
 from trainer.hang_watchdog import Watch
-from trainer.model.lora import merged_weights, numel
+from trainer.model.lora import merged_weights
+from trainer.model.quantisation import numel
 
 FOLDER = "serving"  # in the run folder: the weights, while a server needs them
 _COMPILED = "_orig_mod."  # torch.compile puts it before parameters' names

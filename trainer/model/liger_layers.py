@@ -78,6 +78,7 @@ def _fuse(model: Any) -> int:
     experts = any("expert" in key for key in model.config.to_dict())
     _apply_liger_kernel_to_instance(model, **_LEFT_OUT, **(_GATED if experts else {}))
     fused_rope = names.get(_ROPE)
+    # back to transformers' own, which other models of the process use
     names.update(as_written)
     if fused_rope is not as_written.get(_ROPE):
         names[_ROPE] = _Rope(as_written[_ROPE], fused_rope)
@@ -101,6 +102,7 @@ class _Rope:
     """Rotary positions: by Liger where its kernels run, else and inside `plain` as written."""
 
     def __init__(self, own: Any, fused: Any) -> None:
+        # a second model's `fuse` finds the first one's _Rope in the module
         self._own = own._own if isinstance(own, _Rope) else own
         self._fused = fused
         self.plain = False

@@ -17,7 +17,6 @@ weights of what is trained, as it does for a whole model.
 from __future__ import annotations
 
 import difflib
-import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -30,12 +29,8 @@ from torch import nn
 from trainer import dist
 from trainer.config.recipe import AdapterSection
 from trainer.datatypes import BadInput
+from trainer.model.quantisation import dequantise, numel, quantise
 
-# peft imports it; on some CPUs it warns that it did not find kernels on the hub, which nobody asked
-# for
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
-_BLOCK = 64  # weights that share a scale in 4 bits
 NAME = "default"  # peft's name of a model's only adapter; a part of parameters' names
 
 
@@ -54,7 +49,7 @@ def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
     targets, full = adapter_targets(model, section), full_modules(model, section)
     if section.base and not next(model.parameters()).is_meta:
         linear = [name for name in _linear_modules(model) if not _lies_in(name, full)]
-        _quantise(model, linear, section.base == "nf4_double_quant")
+        quantise(model, linear, section.base == "nf4_double_quant")
     config = LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
@@ -83,14 +78,6 @@ def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
 def is_of_adapter(name: str) -> bool:
     """Return whether a parameter of this name is one that peft added."""
     return ".lora_" in name
-
-
-def numel(parameter: Any) -> int:
-    """Return the number of a parameter's weights, also where it is in shards or in 4 bits."""
-    state = getattr(parameter, "quant_state", None)
-    if state is not None:
-        return state.shape.numel()
-    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 @torch.no_grad()
@@ -231,71 +218,6 @@ def _nearest(wanted: str, names: Iterable[str]) -> str:
     return f"the nearest is `{near[0]}`" if near else "it has none"
 
 
-# ------------------------------------------------------------------------------------------- 4 bits
-
-
-def _quantise(model: Any, names: list[str], double: bool) -> None:
-    """Put linear modules into 4 bits on this rank's device.
-
-    NF4 (Dettmers et al., 2023, arXiv:2305.14314): 64 weights share a scale, their largest.
-    """
-    try:
-        import bitsandbytes
-    except ImportError:
-        raise BadInput(
-            "adapter.base: nf4 needs the library bitsandbytes: pip install 'packhorse[qlora]'"
-        ) from None
-    bnb: Any = bitsandbytes.nn  # its own type annotations are wrong
-    # one by one, so that the device never holds the whole model in 16 bits
-    for name in names:
-        old = model.get_submodule(name)
-        new = bnb.Linear4bit(
-            old.in_features,
-            old.out_features,
-            bias=old.bias is not None,
-            compute_dtype=old.weight.dtype,
-            compress_statistics=double,
-            quant_type="nf4",
-            device="meta",
-        )
-        weight = bnb.Params4bit(
-            old.weight.data,
-            requires_grad=False,
-            compress_statistics=double,
-            quant_type="nf4",
-            module=new,
-        )
-        new.weight, new.bias = weight.to(dist.device()), old.bias
-        _require_near(name, old.weight.detach(), _dequantised(new.weight))
-        # it would lay the weights out anew in place at the first evaluation, which changes their
-        # digest and what a checkpoint is compared with
-        new.support_avx512bf16_for_cpu = False
-        parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, new)
-    model.is_loaded_in_4bit = True  # peft chooses its layers by it
-
-
-def _require_near(name: str, weight_OI: torch.Tensor, back_OI: torch.Tensor) -> None:
-    """Raise BadInput if a weight comes back from its 4 bits farther off than rounding explains.
-
-    Half the widest gap between NF4's values is 0.15 of a block's scale; scales in 8 bits add a
-    little of the largest scale. bitsandbytes 0.50 uses wrong scales on a CPU if a row is no
-    multiple of a block.
-    """
-    exact = weight_OI.to(back_OI).float()
-    padding = (0, -exact.numel() % _BLOCK)
-    off, sizes = (
-        nn.functional.pad(values.abs().flatten(), padding).view(-1, _BLOCK).amax(1)
-        for values in (back_OI.float() - exact, exact)
-    )
-    if not bool((off <= 0.2 * sizes + 0.05 * sizes.amax()).all()):
-        raise BadInput(
-            f"adapter.base: bitsandbytes does not read `{name}` ({weight_OI.shape[0]} x "
-            f"{weight_OI.shape[1]}) back from its 4 bits on {back_OI.device.type}: its rows are "
-            f"no multiple of {_BLOCK} weights; take `base` out"
-        )
-
-
 def require_stage(section: AdapterSection | None, stage: int) -> None:
     """Raise BadInput if a base in 4 bits would be sharded (ZeRO-3)."""
     if section and section.base and stage == 3:
@@ -304,15 +226,6 @@ def require_stage(section: AdapterSection | None, stage: int) -> None:
             "shards; use ds_configs/zero2.json, where each GPU holds the 4-bit base whole, or take "
             "`base` out"
         )
-
-
-def parts_of(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield a frozen parameter's tensors by name: itself and, in 4 bits, the scales it needs."""
-    yield name, parameter.detach()
-    state = getattr(parameter, "quant_state", None)
-    if state is not None:
-        for key, tensor in state.as_dict(packed=True).items():
-            yield f"{name}.{key}", tensor
 
 
 def borrowed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
@@ -359,7 +272,7 @@ def merged_weights(
         beside = layer.named_parameters() if layer else ()
         adapters = [p for part, p in beside if is_of_adapter(f".{part}")]
         with gathered([parameter, *adapters]):
-            weight = _dequantised(parameter)
+            weight = dequantise(parameter)
             merged = _merged(layer, weight).to(weight.dtype) if layer else weight
             yield name.replace(".base_layer.", "."), merged
 
@@ -372,15 +285,6 @@ def _merged(layer: Any, weight_OI: torch.Tensor) -> torch.Tensor:
         magnitudes_O = layer.lora_magnitude_vector[NAME].weight.float()
         merged_OI *= (magnitudes_O / merged_OI.norm(dim=1)).unsqueeze(1)
     return merged_OI
-
-
-def _dequantised(parameter: Any) -> torch.Tensor:
-    """Return the parameter's numbers, in the type that the model computes in."""
-    if getattr(parameter, "quant_state", None) is None:
-        return parameter.detach()
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(parameter.data, parameter.quant_state)
 
 
 def in_peft_form(

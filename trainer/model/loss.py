@@ -14,13 +14,13 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from trainer.datatypes import BadInput
+from trainer.model.logit_transform import LogitTransform
 
 # c of C5: `chunked` works on c x H entries of the vocabulary at a time. Its speed is flat from 2 to
 # 16.
@@ -29,21 +29,6 @@ BLOCK_HIDDEN = 4
 # part's gradient to the head's, in fp32. At Liger's own 1 an N of 8192 and Qwen2.5-1.5B's head are
 # 64 parts, which read and write 120 GB.
 LIGER_HIDDEN = 8
-
-
-@dataclass(frozen=True)
-class LogitTransform:
-    """What a model does to its head's output: cap x tanh(scale x logits / cap).
-
-    Without a cap it is scale x logits.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        logits = logits * self.scale if self.scale != 1.0 else logits
-        return torch.tanh(logits / self.softcap) * self.softcap if self.softcap else logits
 
 
 def choose_kernel(name: str, device: torch.device) -> str:

@@ -14,7 +14,7 @@ cross-entropy of the model's own logits. There is no list of known models: each 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from trainer import dist
 from trainer.datatypes import BadInput, Batch
 from trainer.model import liger_layers
 from trainer.model.attention import checked_masks, other_attention
-from trainer.model.loss import LogitTransform
+from trainer.model.logit_transform import LogitTransform, measure_transform
 from trainer.model.sft import SftModel
 from trainer.utils.text import one_line
 
@@ -205,6 +205,7 @@ def _recorded_states(model: Any, positions: list[int]) -> Iterator[list[torch.Te
 
 
 def _run_alone(model: Any, ids: torch.Tensor) -> _Alone:
+    # eager attention is the plainest code that the model has: every argument is honoured there
     own = "eager" if ids.shape[0] <= EAGER_TOKENS else "sdpa"
     states, loss = _run_own(model, ids, own)
     rounding = [0.0] * len(states)
@@ -366,53 +367,3 @@ def _raising_module(error: BaseException) -> str:
         name = type(module).__name__ if isinstance(module, nn.Module) else name
         trace = trace.tb_next
     return name
-
-
-# ------------------------------------------------------------------------------------------- logits
-
-
-def measure_transform(model: Any) -> LogitTransform:
-    """Return what the model's forward does to its head's output.
-
-    It is found by putting known numbers in the place of that output.
-
-    Raises:
-        BadInput: it is neither a scale nor a soft cap of the form cap x tanh(scale x logits / cap).
-    """
-    head = model.get_output_embeddings()
-    vocabulary = model.config.get_text_config().vocab_size
-    known: list[torch.Tensor] = []
-
-    def replace(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        # small numbers show the scale, as a cap bends none of them; large ones show the cap
-        magnitudes = torch.logspace(-3, 6, output.shape[-1] // 2, device=output.device)
-        values = torch.cat([magnitudes, -magnitudes, magnitudes.new_zeros(output.shape[-1] % 2)])
-        known.append(values)
-        return values.expand(output.shape)
-
-    ids = torch.arange(4, device=dist.device()).unsqueeze(0) % vocabulary
-    hook = head.register_forward_hook(replace)
-    try:
-        with other_attention(model, "eager"):
-            out = model(input_ids=ids, use_cache=False).logits[0, -1].double()
-    finally:
-        hook.remove()
-    transform = _fit(known[-1].double(), out)
-    if transform is None:
-        raise BadInput(
-            f"{type(model).__name__} changes its logits by more than a scale and a soft cap, "
-            "which the loss does not know; this model cannot be trained here"
-        )
-    return transform
-
-
-def _fit(given: torch.Tensor, out: torch.Tensor) -> LogitTransform | None:
-    """Return the transform from `given` (float64, magnitudes 1e-3 to 1e6) to `out`, or None."""
-    scale = float(out[0] / given[0])
-    for cap in (None, float(out.abs().max())):
-        fitted: Callable[[torch.Tensor], torch.Tensor] = LogitTransform(scale, cap)
-        if out.shape == given.shape and torch.allclose(fitted(given), out, rtol=1e-3, atol=1e-6):
-            # six digits: the model's own number, without the error of measuring it in its type
-            rounded = float(f"{scale:.6g}")
-            return LogitTransform(rounded, None if cap is None else float(f"{cap:.6g}"))
-    return None

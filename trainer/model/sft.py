@@ -19,7 +19,8 @@ from trainer import dist
 from trainer.config.recipe import LossSection
 from trainer.datatypes import BadInput, Batch
 from trainer.model.attention import keyword_arguments
-from trainer.model.loss import LogitTransform, choose_kernel, linear_cross_entropy
+from trainer.model.logit_transform import LogitTransform
+from trainer.model.loss import choose_kernel, linear_cross_entropy
 from trainer.model.neftune import document_noise
 
 
@@ -73,6 +74,7 @@ class SftModel(nn.Module):
             # dropout must belong to the micro-batch and not to the rank or the step (C3)
             epoch = batch.document_keys[0][0]
             torch.manual_seed(dist.seed_from(self._seed, "dropout", epoch, *batch.sequence_ids))
+        # the head is the largest matrix product; prompts and fillers need none of it
         hidden_NH = self.hidden_states(batch).index_select(0, batch.trained_positions)
         targets = Targets(
             batch.targets, batch.weights, batch.uniform_weight, self.kernel, self.transform
@@ -101,6 +103,7 @@ class SftModel(nn.Module):
                 **keyword_arguments(batch),
             )
         finally:
+            # other forwards of the model, as in generation, get no noise
             self._batch = None
         return out.last_hidden_state[0]
 

@@ -1,0 +1,226 @@
+"""Attend within the documents of a packed sequence: two fused kernels and a readable reference.
+
+In: queries (1, Hq, T, E), keys and values (1, Hk, T, E) of a packed sequence, and what the layer
+asks for. Out: (1, T, Hq, E). Each kernel refuses what it lacks.
+
+Shapes: T tokens, Hq query heads, Hk key and value heads, E head size, L tokens of one document, D
+documents.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from trainer.datatypes import BadInput
+
+PRODUCTS_TOKENS = 512  # of a document: beyond, holding all L x L scores costs more than it gains
+MAX_HEAD_SIZE = 256  # of FlashAttention 2, torch's own build of it included
+
+
+class Bounds(NamedTuple):
+    """Where the documents of a packed sequence lie."""
+
+    cu_seqlens: torch.Tensor  # (D + 1,) int32, each document's first token, and the end
+    max_seqlen: int
+    lengths: tuple[int, ...]  # the same on the host, where reading them costs no synchronization
+
+
+class Arguments(NamedTuple):
+    """What a layer asks of a backend, beside queries, keys and values."""
+
+    scale: float | None  # None: 1 / sqrt(E)
+    window: int | None  # a token sees itself and window - 1 before it
+    softcap: float | None
+    sinks: torch.Tensor | None  # (Hq,) a logit per head that takes part in the softmax only
+    dropout: float | None
+    bounds: Bounds
+
+
+# ------------------------------------------------------------------------------------ fused kernels
+
+
+def flash_attn(
+    layer: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Arguments
+) -> torch.Tensor:
+    """Attend by flash-attn's varlen kernel (Dao, 2023, arXiv:2307.08691); it lacks sinks."""
+    from flash_attn import flash_attn_varlen_func
+
+    _refuse(layer, "flash_attn", arguments, ("sinks",))
+    q, k, v, scale = _for_varlen(layer, "flash_attn", query, key, value, arguments.scale)
+    ends, longest = arguments.bounds.cu_seqlens, arguments.bounds.max_seqlen
+    out = flash_attn_varlen_func(
+        *(q, k, v, ends, ends, longest, longest),
+        dropout_p=arguments.dropout or 0.0,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(arguments.window - 1, 0) if arguments.window else (-1, -1),
+        softcap=arguments.softcap or 0.0,
+    )
+    return out[..., : value.shape[-1]].unsqueeze(0)
+
+
+def torch_varlen(
+    layer: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Arguments
+) -> torch.Tensor:
+    """Attend by torch's own FlashAttention 2 (torch.nn.attention.varlen, torch 2.11 to 2.13).
+
+    It lacks soft caps, sinks and dropout.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    _refuse(layer, "torch_varlen", arguments, ("softcap", "sinks", "dropout"))
+    q, k, v, scale = _for_varlen(layer, "torch_varlen", query, key, value, arguments.scale)
+    ends, longest = arguments.bounds.cu_seqlens, arguments.bounds.max_seqlen
+    grouped: dict[str, Any] = {}
+    if k.shape[1] != q.shape[1]:
+        if _takes_groups(varlen_attn):
+            grouped = {"enable_gqa": True}
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    # by default a token would see all that follow it: a window without any to the right is causal
+    window = (arguments.window - 1 if arguments.window else -1, 0)
+    out = varlen_attn(
+        q, k, v, ends, ends, longest, longest, scale=scale, window_size=window, **grouped
+    )
+    assert isinstance(out, torch.Tensor)
+    return out[..., : value.shape[-1]].unsqueeze(0)
+
+
+@cache
+def _takes_groups(varlen_attn: Any) -> bool:
+    # torch 2.11 lacks the argument; the signature is slow to read in every layer
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def _refuse(layer: str, backend: str, arguments: Arguments, lacks: tuple[str, ...]) -> None:
+    asked = [what for what in lacks if getattr(arguments, what) is not None]
+    if asked:
+        raise BadInput(
+            f"{layer} needs attention with {' and '.join(asked)}, which {backend} lacks; use "
+            "model.attention=reference"
+        )
+
+
+def _for_varlen(
+    layer: str,
+    backend: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
+    """Return queries, keys and values as the varlen kernels want them, (T, H, E), and the scale.
+
+    The kernels want one head size for all three, a multiple of 8 and at most 256. Heads are padded
+    with zeros, which change no product; the scale is that of the size before, and the caller cuts
+    the output to the value's size.
+    """
+    size = query.shape[-1]
+    padded = -(-max(size, value.shape[-1]) // 8) * 8
+    if padded > MAX_HEAD_SIZE:
+        raise BadInput(
+            f"{layer} has heads of {padded}, and {backend} takes {MAX_HEAD_SIZE} at most; use "
+            "model.attention=reference"
+        )
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        raise BadInput(f"{layer} attends in {query.dtype}, and {backend} takes 16-bit types only")
+    q, k, v = (
+        (x[0] if x.shape[-1] == padded else F.pad(x[0], (0, padded - x.shape[-1]))).transpose(0, 1)
+        for x in (query, key, value)
+    )
+    return q, k, v, scale if scale is not None else size**-0.5
+
+
+# ---------------------------------------------------------------------------------------- reference
+
+
+def reference(
+    layer: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Arguments
+) -> torch.Tensor:
+    """Attend one document after the other by torch's own attention.
+
+    This is what the fused kernels are tested against, and what a CPU uses.
+    """
+    lengths = arguments.bounds.lengths
+    plain = arguments.softcap is None and arguments.sinks is None
+    attend = _one_document if plain else _one_document_in_full
+    parts = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2))
+    outputs = [attend(q, k, v, arguments).transpose(1, 2) for q, k, v in parts]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+def _one_document(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments
+) -> torch.Tensor:
+    """Return causal attention within one document, (1, Hq, L, E)."""
+    # a mask costs torch its fast kernels, so that there is one only where the window cuts
+    windowed = arguments.window is not None and q.shape[2] > arguments.window
+    on_cpu_in_bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if on_cpu_in_bf16 and q.shape[2] <= PRODUCTS_TOKENS and not windowed and not arguments.dropout:
+        return _by_products(q, k, v, arguments.scale)
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=visible(q.shape[2], arguments.window, q.device) if windowed else None,
+        is_causal=not windowed,
+        dropout_p=arguments.dropout or 0.0,
+        scale=arguments.scale,
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+
+
+def _by_products(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None
+) -> torch.Tensor:
+    """Return the same by plain matrix products, (1, Hq, L, E).
+
+    For short documents in bf16 it is three times as fast as torch's kernel for CPUs, forward and
+    backward.
+    """
+    heads, groups, length = k.shape[1], q.shape[1] // k.shape[1], q.shape[2]
+    # query heads that share a key head are stacked into one matrix, so that the key is not repeated
+    stacked = (q * (scale if scale is not None else q.shape[-1] ** -0.5)).reshape(
+        heads, groups * length, -1
+    )
+    later = torch.full((length, length), -torch.inf, dtype=q.dtype).triu_(1)
+    scores = torch.bmm(stacked, k[0].transpose(1, 2)).view(heads, groups, length, length) + later
+    return torch.bmm(scores.softmax(-1).view(heads, groups * length, length), v[0]).view(
+        *q.shape[:3], v.shape[-1]
+    )
+
+
+def _one_document_in_full(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments
+) -> torch.Tensor:
+    """Return the same with soft caps (Gemma 2) and sinks (gpt-oss), which torch's kernels lack.
+
+    All L x L scores are held in fp32, as the models' own eager attention computes the softmax.
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scale = arguments.scale if arguments.scale is not None else q.shape[-1] ** -0.5
+    scores = (q @ k.transpose(-1, -2)).float() * scale
+    if arguments.softcap is not None:
+        scores = torch.tanh(scores / arguments.softcap) * arguments.softcap
+    scores = scores.masked_fill(~visible(q.shape[2], arguments.window, q.device), -torch.inf)
+    if arguments.sinks is not None:
+        sinks = arguments.sinks.float().reshape(1, -1, 1, 1).expand(1, q.shape[1], q.shape[2], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    # a sink takes its share of the softmax and has no value
+    shares = scores.softmax(dim=-1)[..., : k.shape[2]]
+    if arguments.dropout:
+        shares = F.dropout(shares, arguments.dropout)
+    return shares.to(v.dtype) @ v
+
+
+def visible(length: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Return (L, L), True where query i sees key j: 0 <= i - j < window."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position[None, :]
+    return (distance >= 0) & (distance < (window or length))

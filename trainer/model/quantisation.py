@@ -1,0 +1,111 @@
+"""Hold frozen linear modules in 4 bits (QLoRA, Dettmers et al., 2023, arXiv:2305.14314).
+
+In: linear modules of a loaded model. Out: bitsandbytes' modules in their place, checked to read
+back as the weights that went in, and the numbers that 4-bit parameters stand for.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from trainer import dist
+from trainer.datatypes import BadInput
+
+# peft imports it; on some CPUs it warns that it did not find kernels on the hub, which nobody asked
+# for
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+_BLOCK = 64  # weights that share a scale in 4 bits
+
+
+def quantise(model: Any, names: list[str], double: bool) -> None:
+    """Put linear modules into 4 bits on this rank's device.
+
+    NF4: 64 weights share a scale, their largest.
+    """
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise BadInput(
+            "adapter.base: nf4 needs the library bitsandbytes: pip install 'packhorse[qlora]'"
+        ) from None
+    bnb: Any = bitsandbytes.nn  # its own type annotations are wrong
+    # one by one, so that the device never holds the whole model in 16 bits
+    for name in names:
+        old = model.get_submodule(name)
+        new = bnb.Linear4bit(
+            old.in_features,
+            old.out_features,
+            bias=old.bias is not None,
+            compute_dtype=old.weight.dtype,
+            compress_statistics=double,
+            quant_type="nf4",
+            device="meta",
+        )
+        weight = bnb.Params4bit(
+            old.weight.data,
+            requires_grad=False,
+            compress_statistics=double,
+            quant_type="nf4",
+            module=new,
+        )
+        new.weight, new.bias = weight.to(dist.device()), old.bias
+        _require_near(name, old.weight.detach(), dequantise(new.weight))
+        # it would lay the weights out anew in place at the first evaluation, which changes their
+        # digest and what a checkpoint is compared with
+        new.support_avx512bf16_for_cpu = False
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, new)
+    model.is_loaded_in_4bit = True  # peft chooses its layers by it
+
+
+def _require_near(name: str, weight_OI: torch.Tensor, back_OI: torch.Tensor) -> None:
+    """Raise BadInput if a weight comes back from its 4 bits farther off than rounding explains.
+
+    Half the widest gap between NF4's values is 0.15 of a block's scale; scales in 8 bits add a
+    little of the largest scale. bitsandbytes 0.50 uses wrong scales on a CPU if a row is no
+    multiple of a block.
+    """
+    exact = weight_OI.to(back_OI).float()
+    padding = (0, -exact.numel() % _BLOCK)
+    off, sizes = (
+        nn.functional.pad(values.abs().flatten(), padding).view(-1, _BLOCK).amax(1)
+        for values in (back_OI.float() - exact, exact)
+    )
+    if not bool((off <= 0.2 * sizes + 0.05 * sizes.amax()).all()):
+        raise BadInput(
+            f"adapter.base: bitsandbytes does not read `{name}` ({weight_OI.shape[0]} x "
+            f"{weight_OI.shape[1]}) back from its 4 bits on {back_OI.device.type}: its rows are "
+            f"no multiple of {_BLOCK} weights; take `base` out"
+        )
+
+
+def dequantise(parameter: Any) -> torch.Tensor:
+    """Return the parameter's numbers, in the type that the model computes in."""
+    if getattr(parameter, "quant_state", None) is None:
+        return parameter.detach()
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(parameter.data, parameter.quant_state)
+
+
+def numel(parameter: Any) -> int:
+    """Return the number of a parameter's weights, also where it is in shards or in 4 bits."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        return state.shape.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
+def parts_of(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield a frozen parameter's tensors by name: itself and, in 4 bits, the scales it needs."""
+    yield name, parameter.detach()
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        for key, tensor in state.as_dict(packed=True).items():
+            yield f"{name}.{key}", tensor
