@@ -28,6 +28,7 @@ from rich.table import Table
 
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.utils.cpu_speed import bf16_slowdown
+from trainer.utils.files import read_json_lines
 
 RECIPE = "recipes/quickstart.yaml"
 MODEL_CACHE = Path("~/.cache/packhorse/models/smollm2-135m-instruct").expanduser()
@@ -109,10 +110,10 @@ def steps_that_fit(recipe: Recipe, dtype: str) -> int:
         "data.eval=[]",
         "eval.generate=null",
     )
-    lines = (SPEED_RUN / "metrics.jsonl").read_text().splitlines()
+    lines = read_json_lines(SPEED_RUN / "metrics.jsonl")
     shutil.rmtree(SPEED_RUN)
     # the first step is slower: it warms up
-    step_s = statistics.mean(json.loads(line)["perf/step_s"] for line in lines[1:])
+    step_s = statistics.mean(line["perf/step_s"] for line in lines[1:])
     steps = max(1, min(wanted, int(TRAINING_S / step_s)))
     show_line(f"{step_s:.1f} s a step: {wanted} steps take about {wanted * step_s:.0f} s")
     if steps < wanted:
@@ -167,7 +168,7 @@ def show(summary: dict[str, Any], run_dir: Path) -> None:
 def show_times(parts: list[float], run_dir: Path) -> None:
     """Show where the time of this start went. A part that was finished before takes none."""
     model_s, speed_s, run_s, export_s = parts
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = read_json_lines(run_dir / "metrics.jsonl")
     training_s = min(sum(line.get("perf/step_s", 0.0) for line in lines), run_s)
     show_line(
         f"\nTime: model and data {model_s:.0f} s, measuring speed {speed_s:.0f} s, training "

@@ -14,6 +14,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from trainer.data.chat_template import DATE_STRING
+from trainer.data.encode import Encoder
 from trainer.data.mask import Masker
 from trainer.datatypes import BadInput, Conversation, Example, Message, RowError
 
@@ -490,7 +491,7 @@ def test_control_tokens_that_are_not_accounted_for_are_refused(tokenizers, monke
     """The proof at work: the masker is handed tokens that are not those of its render."""
     masker = Masker(tokenizers["qwen2_5"])
     controls = set(masker.template.control_ids.values())
-    encode = Masker._encode
+    encode = Encoder.encode
 
     def tampered(self, texts, *options):
         results = encode(self, texts, *options)
@@ -509,7 +510,7 @@ def test_control_tokens_that_are_not_accounted_for_are_refused(tokenizers, monke
         return results
 
     assert masker.example(TURNS).trained.any()
-    monkeypatch.setattr(Masker, "_encode", tampered)
+    monkeypatch.setattr(Encoder, "encode", tampered)
     with pytest.raises(RowError, match=r"control token|spans the end"):
         masker.example(TURNS)
 

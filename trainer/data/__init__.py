@@ -1,1 +1,1 @@
-"""From raw rows to batches: format -> mask -> cache -> pack -> plan -> loader."""
+"""Turn raw rows into batches: source, format, mask, tokenize, cache, pack, batch_plan, loader."""

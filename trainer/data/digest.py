@@ -1,10 +1,10 @@
-"""What a file holds, as a digest; of one that has not changed it is remembered, as git remembers
-its index.
+"""Digest a file's content, and remember the digest as long as the file does not change.
 
-A file is the one that was read before if its device, inode, size and both times of change are the
-same. The time of the inode's change cannot be set, so a file put in place of another, or changed
-with its old time given back, is seen. One that changed just before it was read is not remembered: a
-further change might get the same time.
+A path and a folder of remembered digests enter; a digest leaves. As in git's index, a file is the
+one that was read before if its device, inode, size and both times of change are the same. The time
+of the inode's change cannot be set, so a file put in place of another, or changed with its old time
+given back, is noticed. A file that changed just before it was read is not remembered: a further
+change might get the same time.
 """
 
 from __future__ import annotations
@@ -19,33 +19,30 @@ import xxhash
 
 from trainer.utils.files import write_json
 
-CHUNK_BYTES = 1 << 18  # hashed while it is in the processor's cache
-SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system
+CHUNK_BYTES = 1 << 18  # fits the processor's cache, from which it is hashed
+SETTLED_NS = 2 * 10**9  # the step of the coarsest clock that a file system has
 
 
 def file_digest(path: Path, memory: Path) -> str:
-    """xxh3-128 of the file's suffix, size and bytes.
+    """Return the xxh3-128 of the file's suffix, size and bytes.
 
     Args:
-        memory: a folder for the digests of files that are settled.
+        memory: folder of the remembered digests; made if need be.
     """
     begun, seen = time.time_ns(), _identity(path)
     remembered = memory / f"{xxhash.xxh3_128_hexdigest(os.fsencode(path.resolve()))}.json"
-    with suppress(
-        OSError, ValueError, KeyError, TypeError
-    ):  # it is not there, or not as it was written
+    # the record may be missing or damaged
+    with suppress(OSError, ValueError, KeyError, TypeError):
         known = json.loads(remembered.read_text(encoding="utf-8"))
         if known["identity"] == seen:
             return known["digest"]
-    digest, buffer = (
-        xxhash.xxh3_128(f"{path.suffix} {seen['size']}\n".encode()),
-        memoryview(bytearray(CHUNK_BYTES)),
-    )
+    digest = xxhash.xxh3_128(f"{path.suffix} {seen['size']}\n".encode())
+    buffer = memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):
             digest.update(buffer[:size])
     if _identity(path) == seen and begun - seen["ctime_ns"] > SETTLED_NS:
-        with suppress(OSError):  # then it is read again
+        with suppress(OSError):  # without a record the file is only read again
             memory.mkdir(parents=True, exist_ok=True)
             write_json(remembered, {"identity": seen, "digest": digest.hexdigest()})
     return digest.hexdigest()

@@ -1,9 +1,8 @@
-"""Which rows are wanted, by what they say.
+"""Leave out rows by the content of their last answer, or of their text.
 
-A row and its Conversation enter; nothing leaves, or a `Filtered` with a reason that can be counted.
-A row that cannot be judged is a RowError, and so counted apart: one without a reference, one whose
-value cannot be computed in time, one at which the user's function fails. What is judged is the last
-answer; of a plain text, all of it.
+A row and its Conversation enter; nothing leaves, or `Filtered` is raised with a reason that can be
+counted. A row that cannot be judged is a RowError, which is counted apart: it has no reference, its
+value cannot be computed in time, or the user's function fails at it.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from trainer.utils.user_functions import load_function
 
 
 def check_filters(filters: Filters) -> None:
-    """Raises BadInput where a filter cannot work: before anything is read."""
+    """Raise BadInput if a filter cannot work here; called before anything is read."""
     if filters.math_answer:
         check_installed("`math_answer`")
     if filters.function:
@@ -28,8 +27,13 @@ def check_filters(filters: Filters) -> None:
 
 
 def apply_filters(filters: Filters, row: Mapping[str, Any], conversation: Conversation) -> None:
-    """Raises Filtered where a filter leaves the row out, RowError where the row cannot be judged."""
-    answer = _last_answer(conversation)
+    """Raise Filtered if a filter leaves the row out, RowError if the row cannot be judged."""
+    answer = conversation.text
+    if answer is None:
+        answers = [
+            message.content for message in conversation.messages if message.role == "assistant"
+        ]
+        answer = answers[-1]
     if filters.answer_words:
         fewest, most = filters.answer_words
         words = len(answer.split())
@@ -45,16 +49,6 @@ def apply_filters(filters: Filters, row: Mapping[str, Any], conversation: Conver
         _verify(answer, row.get(filters.math_answer))
     if filters.function:
         _ask(filters.function, row, conversation)
-
-
-def _last_answer(conversation: Conversation) -> str:
-    if conversation.text is not None:
-        return conversation.text
-    return next(
-        message.content
-        for message in reversed(conversation.messages)
-        if message.role == "assistant"
-    )
 
 
 def _verify(answer: str, reference: Any) -> None:

@@ -1,21 +1,20 @@
-"""A raw row to a Conversation, whatever its format.
+"""Turn the fields of a raw row into a Conversation, whatever the row's format.
 
 The fields of a row enter, as plain values; a `Conversation` leaves, or a `RowError` whose reason
-can be counted.
-Formats: messages; ShareGPT's conversations; prompt and completion; instruction, input and output
-    (Alpaca); question
-and answer; text. Every format but text may have the columns `system` and `tools`.
+can be counted. Formats: messages; ShareGPT's conversations; prompt and completion; instruction,
+input and output (Alpaca); question and answer; text. Every format but text may have the columns
+`system` and `tools`.
 
-A source has one format, that of its first row. A row of another one is rejected: choosing row by
+A source has one format, that of its first row. A row of another format is rejected: choosing row by
 row would hide a column that is misspelt here and there, and train what nobody asked for. Files of
-several formats are several sources. Whatever stands in a row, nothing but a RowError comes of it.
+several formats are several sources. Whatever a row holds, only a RowError is raised.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeGuard
 
 from trainer.config.data import Source
 from trainer.datatypes import BadInput, Conversation, Message, RowError
@@ -43,32 +42,32 @@ NO_INPUT = "<noinput>"  # Alpaca's seeds write it where there is none
 
 
 def detect_format(columns: Iterable[str], source: Source) -> str:
-    """The format of rows with these columns: as named in the recipe, else the first in REQUIRED
-    that is complete.
+    """Return the format of rows with these columns: the recipe's, else the first of REQUIRED that
+    is complete.
 
     Raises:
-        BadInput: no format fits; lists the columns found and shows how to map them.
+        BadInput: no format fits; it lists the columns and shows how to map them.
     """
-    found = list(columns)
+    found, place = list(columns), source.path or source.name or "the source"
+    listed = "no columns"
+    if found:
+        more = f" and {len(found) - 20} more" if len(found) > 20 else ""
+        listed = f"the columns {', '.join(name[:60] for name in found[:20])}{more}"
     known = [name for names in REQUIRED.values() for name in names] + list(OPTIONAL)
     for ours, theirs in source.columns.items():
         if ours not in known:
             raise BadInput(
-                f"{_place(source)}: `columns` maps the unknown name `{ours}`; known: "
-                f"{', '.join(known)}"
+                f"{place}: `columns` maps the unknown name `{ours}`; known: {', '.join(known)}"
             )
         if theirs not in found and ours not in OPTIONAL:
-            raise BadInput(
-                f"{_place(source)}: `columns` names `{theirs}`, but the rows have {_listed(found)}"
-            )
+            raise BadInput(f"{place}: `columns` names `{theirs}`, but the rows have {listed}")
     wanted = REQUIRED if source.format == "auto" else {source.format: REQUIRED[source.format]}
     for format_name, names in wanted.items():
         if all(source.columns.get(name, name) in found for name in names):
             return format_name
     choices = "; ".join("+".join(names) for names in wanted.values())
     raise BadInput(
-        f"{_place(source)}: the rows have {_listed(found)}, and none of these sets of columns is "
-        f"there: {choices}; "
+        f"{place}: the rows have {listed}, and none of these sets of columns is there: {choices}; "
         "name them in the recipe, as `columns: {question: Problem, answer: Solution}`"
     )
 
@@ -76,12 +75,12 @@ def detect_format(columns: Iterable[str], source: Source) -> str:
 def to_conversation(
     fields: Mapping[str, Any], format: str, columns: Mapping[str, str]
 ) -> Conversation:
-    """The row as a conversation with at least one answer, or a text.
+    """Return the row as a conversation with at least one answer, or as a text.
 
     Args:
-        fields: the row; values as JSON has them.
+        fields: the row, with values as JSON has them.
         format: a key of REQUIRED.
-        columns: our name -> the row's, where they differ.
+        columns: the row's names by ours, where they differ.
 
     Raises:
         RowError: the row cannot be used.
@@ -92,16 +91,12 @@ def to_conversation(
             raise RowError(f"no {name}")
     if format == "text":
         return Conversation(text=_text(row["text"], "text"))
-    messages = _with_system(row["system"], _CONVERSATIONS[format](row))
+    messages = _with_system(row["system"], _READERS[format](row))
     _check_order(messages)
     return Conversation(messages=messages, tools=_tools(row["tools"]))
 
 
 # ------------------------------------------------------------------------------------------ formats
-
-
-def _from_messages(row: dict[str, Any]) -> tuple[Message, ...]:
-    return _messages(row["messages"])
 
 
 def _from_sharegpt(row: dict[str, Any]) -> tuple[Message, ...]:
@@ -112,7 +107,7 @@ def _from_sharegpt(row: dict[str, Any]) -> tuple[Message, ...]:
 
 
 def _sharegpt_turn(turn: Any) -> Any:
-    """The turn as a message; many files have messages under this name, which stay as they are."""
+    """Return the turn as a message; many files hold messages under `conversations` already."""
     if not isinstance(turn, Mapping) or "from" not in turn:
         return turn
     role, value = turn["from"], turn.get("value")
@@ -120,29 +115,19 @@ def _sharegpt_turn(turn: Any) -> Any:
     if role in SHAREGPT_CALLS:
         calls = _parsed(value, "function_call") if isinstance(value, str) else value
         calls = calls if isinstance(calls, list) else [calls]
-        return {
-            **rest,
-            "role": "assistant",
-            "content": "",
-            "tool_calls": [{"function": call} for call in calls],
-        }
-    return {
-        **rest,
-        "role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role,
-        "content": value,
-    }
+        calls = [{"function": call} for call in calls]
+        return {**rest, "role": "assistant", "content": "", "tool_calls": calls}
+    role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    return {**rest, "role": role, "content": value}
 
 
 def _from_prompt_completion(row: dict[str, Any]) -> tuple[Message, ...]:
-    """Strings are a question and its answer; lists of messages are taken as they are."""
+    """Read two strings as a question and its answer, and lists as messages."""
     prompt, completion = row["prompt"], row["completion"]
-    before = (
-        _messages(prompt)
-        if isinstance(prompt, list)
-        else (Message("user", _text(prompt, "prompt")),)
-    )
+    if not isinstance(prompt, list):
+        prompt = [{"role": "user", "content": _text(prompt, "prompt")}]
     after = _messages(completion) if isinstance(completion, list) else (_answer(completion),)
-    return before + after
+    return _messages(prompt) + after
 
 
 def _from_instruction(row: dict[str, Any]) -> tuple[Message, ...]:
@@ -152,39 +137,34 @@ def _from_instruction(row: dict[str, Any]) -> tuple[Message, ...]:
         raise RowError("input is not a string")
     if given and given.strip() and given.strip().lower() != NO_INPUT:
         task = f"{task}\n\n{_text(given, 'input')}"
-    return *_earlier(row["history"]), Message("user", task), _answer(row["output"])
-
-
-def _earlier(history: Any) -> tuple[Message, ...]:
-    """The turns before: pairs of a question and its answer."""
-    if history is None:
-        return ()
+    history = [] if row["history"] is None else row["history"]  # pairs of a question and its answer
     if not isinstance(history, list) or not all(
         isinstance(pair, list) and len(pair) == 2 for pair in history
     ):
         raise RowError("history is not a list of pairs")
-    return tuple(
-        message
-        for question, answer in history
-        for message in (Message("user", _text(question, "question")), _answer(answer))
-    )
+    earlier = [message for pair in history for message in _question_and_answer(*pair)]
+    return *earlier, Message("user", task), _answer(row["output"])
 
 
-def _from_question_answer(row: dict[str, Any]) -> tuple[Message, ...]:
-    return Message("user", _text(row["question"], "question")), _answer(row["answer"])
+def _question_and_answer(question: Any, answer: Any) -> tuple[Message, Message]:
+    return Message("user", _text(question, "question")), _answer(answer)
 
 
-_CONVERSATIONS = {
-    "messages": _from_messages,
+def _answer(value: Any) -> Message:
+    return Message("assistant", _text(value, "answer"))
+
+
+_READERS: dict[str, Callable[[dict[str, Any]], tuple[Message, ...]]] = {
+    "messages": lambda row: _messages(row["messages"]),
     "sharegpt": _from_sharegpt,
     "prompt_completion": _from_prompt_completion,
     "instruction": _from_instruction,
-    "question_answer": _from_question_answer,
+    "question_answer": lambda row: _question_and_answer(row["question"], row["answer"]),
 }
 
 
 def _with_system(system: Any, messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages under the row's `system` column; some files write the same text in both places."""
+    """Put the row's `system` column first; some files write the same text in both places."""
     if system is None or (isinstance(system, str) and not system.strip()):
         return messages
     text = _text(system, "system")
@@ -192,10 +172,6 @@ def _with_system(system: Any, messages: tuple[Message, ...]) -> tuple[Message, .
     if written and written != [text]:
         raise RowError("a system column beside another system message")
     return messages if written else (Message("system", text), *messages)
-
-
-def _answer(value: Any) -> Message:
-    return Message("assistant", _text(value, "answer"))
 
 
 # ----------------------------------------------------------------------------------------- messages
@@ -232,80 +208,68 @@ def _message(item: Any) -> Message:
 
 
 def _content(value: Any, *, may_be_empty: bool) -> str:
-    """A string, a list of text parts (joined), or null beside tool calls."""
+    """Read a string, a list of text parts, or (beside tool calls) null."""
     if value is None and may_be_empty:
         return ""
-    if isinstance(value, list):
-        return "".join(_part(part) for part in value)
-    if not isinstance(value, str):
+    if isinstance(value, str):
+        return _unicode(value)
+    if not isinstance(value, list):
         raise RowError("content is not text")
-    return _unicode(value)
-
-
-def _part(part: Any) -> str:
-    if isinstance(part, str):
-        return _unicode(part)
-    if not isinstance(part, Mapping) or part.get("type", "text") != "text":
-        raise RowError("content has parts that are not text")
-    text = part.get("text")
-    if not isinstance(text, str):
-        raise RowError("content has parts that are not text")
-    return _unicode(text)
+    texts = []
+    for part in value:
+        if isinstance(part, Mapping) and part.get("type", "text") == "text":
+            part = part.get("text")
+        if not isinstance(part, str):
+            raise RowError("content has parts that are not text")
+        texts.append(_unicode(part))
+    return "".join(texts)
 
 
 def _tool_calls(value: Any) -> tuple[Mapping[str, Any], ...]:
-    """OpenAI's form, with arguments as an object: templates write objects as JSON, and strings
-    twice quoted.
-    """
+    """Read calls in OpenAI's form, and make objects of arguments that are JSON strings: templates
+    write objects as JSON, and would quote a string twice."""
     if value is None:
         return ()
     if not isinstance(value, list):
         raise RowError("tool calls are not a list")
-    return tuple(_tool_call(_plain(call)) for call in value)
-
-
-def _tool_call(call: Any) -> Mapping[str, Any]:
-    function = call.get("function") if isinstance(call, dict) else None
-    if (
-        not isinstance(function, dict)
-        or not isinstance(function.get("name"), str)
-        or not function["name"]
-    ):
-        raise RowError("a tool call names no function")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        arguments = _parsed(arguments, "tool-call arguments") if arguments.strip() else {}
-    if arguments is None:
-        arguments = {}
-    if not isinstance(arguments, dict):
-        raise RowError("tool-call arguments are not an object")
-    return {**call, "function": {**function, "arguments": arguments}}
+    calls = []
+    for call in map(_plain, value):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not _is_named(function):
+            raise RowError("a tool call names no function")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            arguments = _parsed(arguments, "tool-call arguments") if arguments.strip() else {}
+        if arguments is None:
+            arguments = {}
+        if not isinstance(arguments, dict):
+            raise RowError("tool-call arguments are not an object")
+        calls.append({**call, "function": {**function, "arguments": arguments}})
+    return tuple(calls)
 
 
 def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
-    """The functions that the row offers: a list of objects, or that list as a JSON string."""
+    """Read the functions that the row offers: a list of objects, or that list as a JSON string."""
     if isinstance(value, str):
         value = _parsed(value, "tools") if value.strip() else None
     if value is None:
         return ()
     if not isinstance(value, list):
         raise RowError("tools are not a list")
-    tools = tuple(_plain(tool) for tool in value)
-    for tool in tools:
-        function = tool.get("function", tool) if isinstance(tool, dict) else None
-        if (
-            not isinstance(function, dict)
-            or not isinstance(function.get("name"), str)
-            or not function["name"]
-        ):
-            raise RowError("a tool names no function")
+    tools = tuple(map(_plain, value))
+    if not all(isinstance(tool, dict) and _is_named(tool.get("function", tool)) for tool in tools):
+        raise RowError("a tool names no function")
     return tools
 
 
+def _is_named(function: Any) -> TypeGuard[dict[str, Any]]:
+    name = function.get("name") if isinstance(function, dict) else None
+    return isinstance(name, str) and bool(name)
+
+
 def _check_order(messages: tuple[Message, ...]) -> None:
-    """What no template means: a row that opens with an answer, an answer that says nothing, results
-    without a call.
-    """
+    """Refuse what no template is made for: an answer before any question, an empty answer, a tool
+    result without a call."""
     if all(message.role != "assistant" for message in messages):
         raise RowError("no answer")
     called = False
@@ -354,16 +318,12 @@ def _parsed(text: str, name: str) -> Any:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """A copy of plain JSON values; anything else, or nesting beyond MAX_DEPTH, rejects the row."""
+    """Copy plain JSON values; anything else, or nesting beyond MAX_DEPTH, rejects the row."""
     if depth > MAX_DEPTH:
         raise RowError("nested too deeply")
     if isinstance(value, str):
         return _unicode(value)
-    if (
-        value is None
-        or isinstance(value, int)
-        or (isinstance(value, float) and math.isfinite(value))
-    ):
+    if isinstance(value, int | None) or (isinstance(value, float) and math.isfinite(value)):
         return value
     if isinstance(value, list | tuple):
         return [_plain(item, depth + 1) for item in value]
@@ -373,20 +333,9 @@ def _plain(value: Any, depth: int = 0) -> Any:
 
 
 def _unicode(text: str) -> str:
-    """JSON can write half a surrogate pair, which no tokenizer can read."""
+    # JSON can write half a surrogate pair, which no tokenizer can read.
     try:
         text.encode()
     except UnicodeEncodeError:
         raise RowError("half a surrogate pair in the text") from None
     return text
-
-
-def _listed(columns: list[str]) -> str:
-    if not columns:
-        return "no columns"
-    more = f" and {len(columns) - 20} more" if len(columns) > 20 else ""
-    return f"the columns {', '.join(name[:60] for name in columns[:20])}{more}"
-
-
-def _place(source: Source) -> str:
-    return source.path or source.name or "the source"

@@ -1,8 +1,7 @@
-"""Rows of a source as Conversations: joins its format, its columns, the user's own function and its
-filters.
+"""Turn the rows of a source into Conversations, by its format, columns, user function and filters.
 
-What a `RowReader` makes of a row depends on the row and the recipe alone, in whichever process it
-runs.
+A `Source` enters; a `RowReader` leaves, which turns raw rows into Conversations. Its result depends
+on the row and the recipe alone, whichever process it runs in.
 """
 
 from __future__ import annotations
@@ -20,32 +19,31 @@ from trainer.datatypes import BadInput, Conversation, RowError
 from trainer.utils.text import error_line
 from trainer.utils.user_functions import function_digest, load_function
 
-MOST_BROKEN = 100  # rows at the beginning that may be broken before the source is given up
+MAX_BROKEN = 100  # broken rows at the beginning after which the source is refused
 
 
 @dataclass(frozen=True)
 class RowReader:
-    """`conversation` is the way from a raw row; picklable, as the processes that tokenize need it."""
+    """Reads the rows of one source; picklable, as the processes that tokenize need it."""
 
     source: Source
     format: str
 
     @classmethod
     def of(cls, source: Source) -> RowReader:
-        """The reader that the source's recipe and its first row (that is not broken) ask for.
+        """Return the reader for the source's settings and for the format of its first good row.
 
         Raises:
-            BadInput: no row can be read, no format fits, or a function or library is not there.
+            BadInput: no row can be read, no format fits, or a function or library is missing.
         """
         check_filters(source.filters)
         if source.function:
             load_function(source.function)
         fault = ""
-        for row in islice(read_rows(source), MOST_BROKEN):
+        for row in islice(read_rows(source), MAX_BROKEN):
             if isinstance(row.fields, dict):
-                return cls(
-                    source, "messages" if source.function else detect_format(row.fields, source)
-                )
+                written = "messages" if source.function else detect_format(row.fields, source)
+                return cls(source, written)
             fault = fault or f"row {row.number}: {row.fields}"
         raise BadInput(
             f"{source.path or source.name}: none of its first rows can be read ({fault}); "
@@ -53,11 +51,11 @@ class RowReader:
         )
 
     def conversation(self, fields: dict[str, Any] | RowError) -> Conversation:
-        """The row as a conversation that is wanted.
+        """Return the row as a conversation.
 
         Raises:
-            Filtered: the recipe's filters leave it out.
-            RowError: it cannot be used.
+            Filtered: the recipe's filters leave the row out.
+            RowError: the row cannot be used.
         """
         if isinstance(fields, RowError):
             raise fields
@@ -67,7 +65,7 @@ class RowReader:
         return conversation
 
     def key(self) -> list[Any]:
-        """All but the rows themselves that shapes the conversations, as JSON values."""
+        """Return all that shapes the conversations beside the rows, as JSON values."""
         source, filters = self.source, self.source.filters
         functions = [
             [name, function_digest(name)] for name in (source.function, filters.function) if name
@@ -83,7 +81,7 @@ class RowReader:
 
 
 def _call(name: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The row as the user's function writes it, in the format messages."""
+    """Return the row as the user's function writes it, in the format `messages`."""
     try:
         written = load_function(name)(dict(fields))
     except Exception as error:  # whatever the user's own code does

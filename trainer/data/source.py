@@ -1,26 +1,25 @@
-"""Rows of a source, one at a time.
+"""Read the rows of a source, one at a time.
 
-A `config_data.Source` enters (a file, a folder of files, a dataset of the hub); `RawRow`s leave:
-plain dicts as they stand in the file. Formats are known elsewhere (format.py). Files are streamed;
-only a `.json` list is read whole, since nothing before its last bracket says that it is one.
+A `Source` of the recipe enters (a file, a folder of files, a dataset of the hub); `RawRow`s leave:
+plain dicts as the file holds them. Files are streamed; only a `.json` list is read whole, since
+nothing before its last bracket says that it is one.
 
-A line that cannot be read is a row with a fault; data.broken_lines says whether that is the end, or
-is counted with the other rejects: large files that were scraped or cut off hold some. What is wrong
-with a whole file (a list or a Parquet file that breaks off) is BadInput, as nothing says how many
-rows it would have had.
+A line that cannot be read is a row with a fault; data.broken_lines decides whether it stops the run
+or is counted as a reject: large files that were scraped or cut off hold some. A fault of a whole
+file (a list or a Parquet file that breaks off) is BadInput, as nothing says how many rows are lost.
 
 JSONL is read with json and not with Arrow, which gives every object of a column the union of their
 keys, so that each tool schema is filled with the nulls of all others. Parquet and datasets are
-stored that way already: nulls inside nested values are taken out again (`without_nulls`). A null
-that was meant goes with them: nothing tells the two apart, but where the column is stored as JSON
-(Arrow's `arrow.json`, which datasets writes for mixed objects) it stays.
+stored that way already: nulls inside nested values are removed again (`without_nulls`). A null that
+was meant is removed with them, as nothing tells the two apart; only in a column that is stored as
+JSON (Arrow's `arrow.json`, which datasets writes for mixed objects) it stays.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,18 +29,26 @@ from trainer.config.data import Source
 from trainer.data.digest import file_digest
 from trainer.datatypes import BadInput, RowError
 from trainer.utils.strict_json import parse
-from trainer.utils.text import one_line
+from trainer.utils.text import error_line, one_line
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-BATCH_ROWS = 256  # of Arrow, turned into Python values at once
-UNREADABLE = "a value that cannot be read, as text that is not UTF-8"
+BATCH_ROWS = 256  # rows of Arrow that are turned into Python values at once
+JSON_NAMES = {
+    list: "a list",
+    str: "a string",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+}
 
 
 class RawRow(NamedTuple):
-    """`number` is the 1-based line of a JSONL file, else the 1-based row of the file; `file` its
-    name.
+    """A row as it was read.
 
-    `fields` is a RowError where the row cannot be read.
+    Attributes:
+        number: line of a JSONL file, else row of the file, from 1.
+        fields: a RowError where the row cannot be read.
+        file: the file's name.
     """
 
     number: int
@@ -50,10 +57,10 @@ class RawRow(NamedTuple):
 
 
 def read_rows(source: Source) -> Iterator[RawRow]:
-    """The rows of `source` in file order, at most `source.rows`.
+    """Yield the rows of `source` in file order, at most `source.rows`.
 
     Raises:
-        BadInput: nothing is there, or a file is empty or cannot be read; it names the file.
+        BadInput: there is no file, or one is empty or cannot be read; it names the file.
     """
     if source.path is None:
         rows = _dataset_rows(_hub_dataset(source), str(source.name))
@@ -65,33 +72,31 @@ def read_rows(source: Source) -> Iterator[RawRow]:
 
 
 def source_digest(source: Source, memory: Path) -> str:
-    """What the source holds, wherever it lies: the digest of its files, or the hub dataset's
-    fingerprint.
+    """Return a digest of the source's files, wherever they lie, or the hub dataset's fingerprint.
 
     `source.rows` is not part of it.
 
     Args:
-        memory: a folder where digests of files are kept (digest.py).
+        memory: folder of remembered digests of files; see `file_digest`.
     """
     if source.path is None:
         return f"hub-{_hub_dataset(source)._fingerprint}"
-    saved = is_saved_dataset(source.path)
-    files = (
-        sorted(Path(source.path).expanduser().glob("*.arrow"))
-        if saved
-        else source_files(source.path)
-    )
+    files = source_files(source.path)
+    if is_saved_dataset(source.path):
+        files = sorted(files[0].glob("*.arrow"))
     digests = [file_digest(path, memory) for path in files]
-    return (
-        digests[0] if len(digests) == 1 else xxhash.xxh3_128_hexdigest("\n".join(digests).encode())
-    )
+    if len(digests) == 1:
+        return digests[0]
+    return xxhash.xxh3_128_hexdigest("\n".join(digests).encode())
 
 
 def source_files(place: str) -> list[Path]:
-    """The files behind `path`: itself, or the readable ones in the folder, by name. Raises BadInput
-    where none is.
+    """Return the files of a source's `path`: itself, or those in the folder, sorted by name.
 
     A dataset that the library datasets has saved counts as one file: its folder.
+
+    Raises:
+        BadInput: there is no such file.
     """
     path = Path(place).expanduser()
     if is_saved_dataset(place):
@@ -107,13 +112,13 @@ def source_files(place: str) -> list[Path]:
         )
         if not files:
             raise BadInput(
-                f"{place}: the folder holds no {', '.join(SUFFIXES)} file; point `path` at one "
-                f"that does"
+                f"{place}: the folder holds no {', '.join(SUFFIXES)} file; point `path` at one that "
+                f"does"
             )
         return files
     if not path.is_file():
         raise BadInput(
-            f"{place}: there is no such file or folder; check `path` (it is taken from the current "
+            f"{place}: there is no such file or folder; check `path` (it is relative to the current "
             f"folder)"
         )
     if path.suffix not in SUFFIXES:
@@ -124,13 +129,13 @@ def source_files(place: str) -> list[Path]:
 
 
 def is_saved_dataset(place: str) -> bool:
-    """Whether the folder is what datasets.Dataset.save_to_disk writes."""
+    """Return whether the folder was written by datasets.Dataset.save_to_disk."""
     path = Path(place).expanduser()
     return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
 
 
 def without_nulls(value: Any) -> Any:
-    """`value` with every null key taken out of nested objects (list items stay)."""
+    """Remove every key whose value is null from nested objects; items of lists stay."""
     if isinstance(value, dict):
         return {key: without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):
@@ -145,34 +150,30 @@ def _file_rows(place: str) -> Iterator[RawRow]:
     for path in source_files(place):
         if not os.access(path, os.R_OK):
             raise BadInput(f"{path}: the file may not be read; check its permissions")
-        read = _parquet_rows if path.suffix == ".parquet" else _json_rows
-        found = False
-        for row in read(path):
-            found = True
-            yield row
-        if not found:
+        rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+        first = next(rows, None)
+        if first is None:
             raise BadInput(
                 f"{path}: the file holds no rows; write at least one, or take the file out of the "
                 f"recipe"
             )
+        yield from chain([first], rows)
 
 
 def _json_rows(path: Path) -> Iterator[RawRow]:
-    """JSONL, or a `.json` file: a list of objects, or (as many are) lines under the wrong name."""
-    if path.suffix == ".json" and _first_byte(path) == b"[":
+    """Read lines, or a `.json` file that holds a list; many `.json` files hold lines."""
+    if path.suffix == ".json" and _is_list(path):
         yield from _json_list(path)
         return
-    with path.open("rb") as file:  # bytes split at \n alone: U+2028 may stand inside a JSON string
+    # as bytes, which split at \n alone: U+2028 may stand inside a JSON string
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield RawRow(number, _line(line), path.name)
-
-
-def _line(line: bytes) -> dict[str, Any] | RowError:
-    try:
-        return _object(parse(_decoded(line.rstrip(b"\r\n"))))
-    except RowError as error:
-        return error
+                try:
+                    fields = _object(parse(_decoded(line.rstrip(b"\r\n"))))
+                except RowError as error:
+                    fields = error
+                yield RawRow(number, fields, path.name)
 
 
 def _json_list(path: Path) -> Iterator[RawRow]:
@@ -184,39 +185,45 @@ def _json_list(path: Path) -> Iterator[RawRow]:
         ) from None
     for number, item in enumerate(rows, start=1):
         try:
-            yield RawRow(number, _object(item), path.name)
+            fields = _object(item)
         except RowError as error:
-            yield RawRow(number, error, path.name)
+            fields = error
+        yield RawRow(number, fields, path.name)
 
 
 def _parquet_rows(path: Path) -> Iterator[RawRow]:
-    import pyarrow
     import pyarrow.parquet
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=BATCH_ROWS)
+
+    return _arrow_rows(batches(), path.name, f"{path}: not a readable Parquet file")
+
+
+def _arrow_rows(batches: Iterable[Any], name: str, fault: str) -> Iterator[RawRow]:
+    """Yield the rows of Arrow tables or batches. `fault` begins the error if they break off."""
+    import pyarrow
 
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=BATCH_ROWS):
-                for fields in _arrow_rows(batch):
-                    number += 1
-                    yield RawRow(number, fields, path.name)
+        for batch in batches:
+            for fields in _batch_fields(batch):
+                number += 1
+                yield RawRow(number, fields, name)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise BadInput(
-            f"{path}: not a readable Parquet file after row {number} ({one_line(error, 200)})"
-        ) from None
+        raise BadInput(f"{fault} after row {number} ({one_line(error, 200)})") from None
 
 
-def _arrow_rows(batch: Any) -> Iterator[dict[str, Any] | RowError]:
-    """The rows of an Arrow table or batch. Nested nulls go; a column that is null in a row stays,
-    as the columns tell the format."""
+def _batch_fields(batch: Any) -> Iterator[dict[str, Any] | RowError]:
+    """Yield the fields of each row without nested nulls; a column that is null in a row stays, as
+    the format is detected by the columns."""
     types = {field.name: field.type for field in batch.schema}
     rows = _python_rows(batch)
     if rows is None:  # find those that cannot be read
-        rows = [
-            row
-            for number in range(len(batch))
-            for row in _python_rows(batch.slice(number, 1)) or [RowError(UNREADABLE)]
-        ]
+        broken = [RowError("a value that cannot be read, as text that is not UTF-8")]
+        one_by_one = (_python_rows(batch.slice(n, 1)) or broken for n in range(len(batch)))
+        rows = [row for found in one_by_one for row in found]
     for row in rows:
         try:
             if isinstance(row, RowError):
@@ -229,9 +236,10 @@ def _arrow_rows(batch: Any) -> Iterator[dict[str, Any] | RowError]:
 
 
 def _python_rows(batch: Any) -> list[dict[str, Any] | RowError] | None:
-    """The rows as Python values; None where one holds what is not UTF-8, a date that Python does
-    not have, or worse: a damaged file may point anywhere in memory, so it is looked at first."""
+    """Return the rows as Python values; None if one holds text that is not UTF-8 or a date that
+    Python does not have."""
     try:
+        # first, as the offsets in a damaged file may point anywhere in memory
         batch.validate(full=True)
         return batch.to_pylist()
     except ValueError:
@@ -239,7 +247,7 @@ def _python_rows(batch: Any) -> list[dict[str, Any] | RowError] | None:
 
 
 def _parsed_json(value: Any, type: Any) -> Any:
-    """`value` with what is stored as JSON inside an Arrow column of this type parsed."""
+    """Parse what is stored as JSON inside a value of an Arrow column of this type."""
     import pyarrow
 
     if value is None:
@@ -253,9 +261,9 @@ def _parsed_json(value: Any, type: Any) -> Any:
     return value
 
 
-def _first_byte(path: Path) -> bytes:
+def _is_list(path: Path) -> bool:
     with path.open("rb") as file:
-        return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+        return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _decoded(line: bytes) -> str:
@@ -267,14 +275,7 @@ def _decoded(line: bytes) -> str:
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        kinds = {
-            list: "a list",
-            str: "a string",
-            bool: "true or false",
-            int: "a number",
-            float: "a number",
-        }
-        raise RowError(f"the row is {kinds.get(type(value), 'null')}, not an object")
+        raise RowError(f"the row is {JSON_NAMES.get(type(value), 'null')}, not an object")
     return value
 
 
@@ -282,21 +283,9 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def _dataset_rows(dataset: Any, name: str) -> Iterator[RawRow]:
-    """As Arrow and not as the library decodes it: it fills objects with nulls, and so hides which
-    were meant.
-    """
-    import pyarrow
-
-    number = 0
-    try:
-        for table in dataset.with_format("arrow").iter(BATCH_ROWS):
-            for fields in _arrow_rows(table):
-                number += 1
-                yield RawRow(number, fields, name)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise BadInput(
-            f"{name}: the dataset cannot be read after row {number} ({one_line(error, 200)})"
-        ) from None
+    # As Arrow: the library's own decoding fills objects with nulls, and so hides which were meant.
+    tables = dataset.with_format("arrow").iter(BATCH_ROWS)
+    return _arrow_rows(tables, name, f"{name}: the dataset cannot be read")
 
 
 def _saved_dataset(place: str) -> Any:
@@ -311,7 +300,7 @@ def _saved_dataset(place: str) -> Any:
 
 
 def open_stream(source: Source, state: dict[str, Any] | None) -> Any:
-    """A growing hub dataset, an IterableDataset, from where its `state_dict` once stood."""
+    """Open a streaming hub dataset (an IterableDataset) where its `state_dict` left off."""
     dataset = _hub_dataset(source)
     if state is not None:
         dataset.load_state_dict(state)
@@ -319,8 +308,7 @@ def open_stream(source: Source, state: dict[str, Any] | None) -> Any:
 
 
 def _hub_dataset(source: Source) -> Any:
-    """The dataset, downloaded by the library's own cache; read as it comes where the source grows.
-    Every failure there is about the name or the network."""
+    """Load the dataset through the library's own cache, or open it if the source is streaming."""
     import datasets
 
     try:
@@ -330,7 +318,6 @@ def _hub_dataset(source: Source) -> Any:
     except Exception as error:  # the library raises a dozen unrelated classes
         raise BadInput(
             f"the dataset `{source.name}` (split `{source.split}`) cannot be loaded "
-            f"({type(error).__name__}: {one_line(error, 200)}); check its name, the network and the "
-            f"access token, "
-            "or download it and give its files as `path`"
+            f"({error_line(error, 200)}); check its name, the network and the access token, or "
+            f"download it and give its files as `path`"
         ) from None

@@ -1,8 +1,7 @@
-"""Which rows are trained and which are held out, decided row by row: no other row, count or order
-has a say.
+"""Decide which rows are held out for evaluation, row by row.
 
-The data section enters; the `SourceSplit`s of a side leave, and `held_out` says for one row on
-which side it is.
+The data section enters; the `SourceSplit`s of the training or the evaluation side leave. A row's
+side depends on the row alone, not on other rows, their number or their order.
 """
 
 from __future__ import annotations
@@ -22,23 +21,18 @@ VERSION = 1  # part of the keys of what is split: raise it when a row may change
 
 
 class SourceSplit(NamedTuple):
-    """A source and which of its rows: all, or where `held_out` is not None, those for which it is
-    so.
-    """
+    """A source and which of its rows: all (None), those held out, or those not held out."""
 
     source: Source
     held_out: bool | None = None
 
 
 def parts_of(data: DataSection, which: Literal["train", "eval"]) -> tuple[SourceSplit, ...]:
-    """Where the rows of a side come from. Held-out rows of a train source count once each, whatever
-    its weight.
-    """
+    """Return the sources of a side. Held-out rows of a train source count once each, whatever the
+    source's weight."""
     if which == "train":
-        return tuple(
-            SourceSplit(source, held_out=False if data.eval_fraction else None)
-            for source in data.train
-        )
+        side = False if data.eval_fraction else None
+        return tuple(SourceSplit(source, side) for source in data.train)
     given = tuple(SourceSplit(source) for source in data.eval)
     if not data.eval_fraction:
         return given
@@ -49,16 +43,16 @@ def parts_of(data: DataSection, which: Literal["train", "eval"]) -> tuple[Source
 
 
 def held_out(fields: Mapping[str, Any] | RowError, data: DataSection, where: str) -> bool:
-    """Whether a row of a train source is held out: by the hash of its group, or else of all its
-    fields.
+    """Return whether a row of a train source is held out, by the hash of its group or, without
+    data.group_by, of all its fields.
 
     Args:
-        fields: as they were read; what could not be read stays in train, whose rejects it is
-            counted with.
+        fields: the row as it was read. One that could not be read stays in train, where it is
+            counted as a reject.
         where: file and row, for messages.
 
     Raises:
-        BadInput: the row has no group, or its hash would not be the same elsewhere.
+        BadInput: the row has no group, or its hash would not be the same in every process.
     """
     if isinstance(fields, RowError):
         return False
@@ -68,8 +62,7 @@ def held_out(fields: Mapping[str, Any] | RowError, data: DataSection, where: str
         if value is None:
             raise BadInput(
                 f"{where}: the row has no `{data.group_by}`, so data.group_by cannot tell its "
-                f"side; "
-                "fill it in, or leave the row out"
+                f"side; fill it in, or leave the row out"
             )
     try:
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=_stable)
@@ -81,7 +74,7 @@ def held_out(fields: Mapping[str, Any] | RowError, data: DataSection, where: str
 
 
 def _stable(value: Any) -> str:
-    """Values that Parquet has and JSON has not, where their text is the same in every process."""
+    """Return a text, the same in every process, of a value that Parquet has and JSON has not."""
     if isinstance(value, bytes | date | time | timedelta | Decimal):  # a datetime is a date
         return repr(value)
     raise TypeError(f"a value of type {type(value).__name__}")

@@ -1,7 +1,8 @@
-"""Rows in; tokenized documents out, in the rows' order whatever the number of processes.
+"""Turn rows into tokenized documents by several processes, in the rows' order.
 
-How a row is tokenized comes from outside (`Tokenize`); here is what becomes of examples that are
-too long, and the parallel running.
+Rows and a function that tokenizes a chunk of them (`Tokenize`) enter; chunks of documents leave,
+the same whatever the number of processes. This file decides what becomes of examples that are too
+long (`fit`), and runs the worker processes.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import signal
 import threading
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -29,10 +30,10 @@ from trainer.utils.child_process import Child, start_child
 
 VERSION = 2  # part of every key: raise it when the same rows give other documents
 
-# a worker's share: small enough for steady progress, large against the cost of handing it over
+# What a worker is given at once: small enough for steady progress, large against the cost of
+# handing it over.
 CHUNK_ROWS = 512
-CUT_ANSWER = "longer than max_length: its answer would lose its end"
-POOL_FROM_CHUNKS = 24  # below so many, starting processes costs more than it saves
+POOL_FROM_CHUNKS = 24  # with fewer chunks, starting processes costs more than it saves
 
 
 class Row(NamedTuple):
@@ -44,11 +45,13 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class LengthPolicy:
-    """`too_long` says what becomes of an example above `max_length`; `packing_cuts` leaves `split`
-    to the packing.
+    """What becomes of an example above `max_length` tokens.
 
-    `cut_answers` lets `truncate` keep an answer without its end; `split_context` is how many tokens
-    `split` repeats.
+    Attributes:
+        too_long: `reject`, `truncate` or `split` it.
+        packing_cuts: the packing splits it, so `split` leaves it whole here.
+        cut_answers: `truncate` may keep an answer without its end.
+        split_context: tokens that `split` repeats, beside the one that it always does.
     """
 
     max_length: int
@@ -61,9 +64,8 @@ class LengthPolicy:
 Result = TypeVar("Result")
 
 Tokenize = Callable[[list[Row]], list[Example | RowError]]
-"""Picklable; for each row its example, or the reason why it has none. The outcome must not depend
-on the chunk.
-"""
+"""Returns for each row its example, or the reason why it has none. It must be picklable, and the
+outcome must not depend on how rows are cut into chunks."""
 
 
 def tokenize_rows(
@@ -95,7 +97,8 @@ def run(
     Raises:
         BadInput: a worker was killed by a signal, as the kernel does when memory runs out.
     """
-    chunks = _chunks(iter(rows))
+    left = iter(rows)
+    chunks = iter(lambda: list(islice(left, CHUNK_ROWS)), [])
     first = list(islice(chunks, POOL_FROM_CHUNKS))
     chunks = chain(first, chunks)
     if workers == 1 or len(first) < POOL_FROM_CHUNKS:
@@ -116,53 +119,51 @@ def run(
 
 
 def fit(example: Example, limits: LengthPolicy) -> list[Example]:
-    """The example as documents of at most `max_length`, by the policy.
+    """Return the example as documents of at most `max_length` tokens, by the policy.
 
-    `truncate` keeps the answers that are whole before the cut, and nothing from a cut one on unless
-    `cut_answers` is set. `split` makes further documents that open with `1 + split_context` tokens
-    of the one before, untrained the second time: so the token after a cut is still predicted, once;
-    parts with nothing to learn go.
+    `truncate` keeps the answers that end before the cut; one that is cut goes, with all after it,
+    unless `cut_answers` is set. `split` makes further documents that open with `1 + split_context`
+    tokens of the one before, untrained the second time: so the token after a cut is still
+    predicted, once. Parts without a trained token are dropped.
 
     Raises:
-        RowError: there is nothing to learn, or the policy does not allow it.
+        RowError: no token is trained, or the policy rejects the example.
     """
-    ids, trained, most = example.input_ids, example.trained, limits.max_length
+    ids, trained, max_length = example.input_ids, example.trained, limits.max_length
     if not trained.any():
         raise RowError("no trained token")
     assert not trained[0], "nothing predicts a document's first token"
-    if len(ids) <= most or (limits.too_long == "split" and limits.packing_cuts):
+    if len(ids) <= max_length or (limits.too_long == "split" and limits.packing_cuts):
         return [example]
     if limits.too_long == "reject":
         raise RowError("longer than max_length")
     if limits.too_long == "truncate":
-        return [_truncated(example, limits)]
+        return [_truncate(example, limits)]
     parts, repeated = [], 1 + limits.split_context
-    for start in range(0, len(ids) - repeated, most - repeated):
-        flags = trained[start : start + most].copy()
+    for start in range(0, len(ids) - repeated, max_length - repeated):
+        flags = trained[start : start + max_length].copy()
         flags[: repeated if start else 1] = False
         if flags.any():
-            parts.append(Example(ids[start : start + most], flags))
+            parts.append(Example(ids[start : start + max_length], flags))
     return parts
 
 
-def _truncated(example: Example, limits: LengthPolicy) -> Example:
-    """The example up to its last answer that ends within `max_length`, or is cut there where that
-    is allowed.
-    """
+def _truncate(example: Example, limits: LengthPolicy) -> Example:
+    """Return the example up to its last answer that ends within `max_length`; with `cut_answers`,
+    the last answer may be cut there."""
     trained, stop = example.trained, limits.max_length
     if trained[stop - 1] and trained[stop] and not limits.cut_answers:
         stop = int(np.flatnonzero(~trained[:stop])[-1]) + 1
     learned = np.flatnonzero(trained[:stop])
     if not len(learned):
-        raise RowError(
-            "longer than max_length: no answer fits" if limits.cut_answers else CUT_ANSWER
-        )
-    stop = int(learned[-1]) + 1  # what follows would be read for nothing
+        why = "no answer fits" if limits.cut_answers else "its answer would lose its end"
+        raise RowError(f"longer than max_length: {why}")
+    stop = int(learned[-1]) + 1  # tokens after the last trained one would be computed for nothing
     return Example(example.input_ids[:stop], trained[:stop])
 
 
 class _Work(NamedTuple):
-    """The work on one chunk of rows; pickled to the workers."""
+    """Tokenizes a chunk of rows and cuts its examples to length; pickled to the workers."""
 
     tokenize: Tokenize
     limits: LengthPolicy
@@ -182,19 +183,20 @@ class _Work(NamedTuple):
                 if [len(part.input_ids) for part in parts] != [len(example.input_ids)]:
                     kept = sum(np.count_nonzero(part.trained) for part in parts)
                     cuts.append((row.source, int(np.count_nonzero(example.trained) - kept)))
-                digests += [_digest(example)] * len(parts)
+                digest = xxhash.xxh3_64(example.input_ids.tobytes())
+                digest.update(example.trained.tobytes())
+                digests += [digest.intdigest()] * len(parts)
             except RowError as error:
                 left_out = filtered if isinstance(error, Filtered) else rejects
                 left_out.append((row.source, row.file, row.number, str(error)))
         parts = [part for _, part in documents]
+        # the empty arrays, as a chunk may leave no document, and concatenate needs one
+        ids = [np.empty(0, np.int32), *(part.input_ids for part in parts)]
+        trained = [np.empty(0, np.bool_), *(part.trained for part in parts)]
         return Tokenized(
             lengths=np.array([len(part.input_ids) for part in parts], np.int64),
-            input_ids=np.concatenate(
-                [np.empty(0, np.int32), *(part.input_ids for part in parts)], dtype=np.int32
-            ),
-            trained=np.concatenate(
-                [np.empty(0, np.bool_), *(part.trained for part in parts)], dtype=np.bool_
-            ),
+            input_ids=np.concatenate(ids, dtype=np.int32),
+            trained=np.concatenate(trained, dtype=np.bool_),
             trained_counts=np.array([np.count_nonzero(part.trained) for part in parts], np.int64),
             sources=np.array([row.source for row, _ in documents], np.int32),
             files=np.array([row.file for row, _ in documents], np.int32),
@@ -205,17 +207,6 @@ class _Work(NamedTuple):
             cuts=tuple(cuts),
             source_rows=Counter(row.source for row in rows),
         )
-
-
-def _digest(example: Example) -> int:
-    digest = xxhash.xxh3_64(example.input_ids.tobytes())
-    digest.update(example.trained.tobytes())
-    return digest.intdigest()
-
-
-def _chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    while chunk := list(islice(rows, CHUNK_ROWS)):
-        yield chunk
 
 
 class _Pool:
@@ -290,8 +281,8 @@ class _Pool:
 def _start_server() -> Any:
     """Start the server that workers are forked from, unless it runs; return its context.
 
-    A forked child of this process, which has threads (the heartbeat, the tokenizer's own), may hang.
-    The server has none, and what it has imported no worker imports again.
+    A forked child of this process, which has threads (the heartbeat, the tokenizer's), may hang. The
+    server has none, and what it has imported no worker imports again.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.data.prepare"])

@@ -68,7 +68,7 @@ def _run_child(
     # with the thread that started it.
     fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
-    # A copy that only the kernel closes: the parent sees EOF once there is an exit code, not before.
+    # A copy that only the kernel closes: the parent sees EOF when there is an exit code, no sooner.
     os.dup(pipe.fileno())
     if not lifeline.poll():  # else the parent has gone before
         target(pipe, *arguments)

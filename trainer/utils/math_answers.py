@@ -1,14 +1,13 @@
-"""Whether an answer comes to the same value as a reference, by the library math-verify.
+"""Compare the value of an answer with that of a reference, by the library math-verify.
 
 An answer and a reference enter; a verdict leaves. The library reads numbers, formulas and sets, and
-computes; what it is given may be a tower of powers that no computer finishes. Its own time limit is
-a Python signal handler, which fails outside the main thread and waits while C code runs. So it
-works in a process beside this one (bounded.py): past LIMIT_S the verdict is that it took too long,
-and that is not `wrong`.
+computes; a text may be a tower of powers that no computer finishes. Its own time limit is a Python
+signal handler, which fails outside the main thread and waits while C code runs. So it works in a
+helper process (`time_limit.bounded`); past LIMIT_S the verdict is `too long`, not `wrong`.
 
-`#### x` at the end (gsm8k), `<answer>x</answer>` and `\\boxed{x}` mark the final answer; where none
-of them is there, it is what the library finds: the value after "the answer is", else the last one.
-Thinking, which ends with `</think>`, is not looked at.
+`#### x` at the end (gsm8k), `<answer>x</answer>` and `\\boxed{x}` mark the final answer; without a
+mark it is what the library finds: the value after "the answer is", else the last one. Reasoning,
+which ends with `</think>`, is ignored.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ Verdict = Literal["right", "wrong", "no reference", "too long", "failed"]
 
 
 def check_installed(what: str) -> None:
-    """Raises BadInput, which names what needs it, where the library is not there."""
+    """Raise BadInput if the library is not installed; `what` is the setting that needs it."""
     if importlib.util.find_spec("math_verify") is None:
         raise BadInput(
             f"{what} needs the library math-verify: pip install 'math-verify[antlr4_13_2]'"
@@ -35,12 +34,15 @@ def check_installed(what: str) -> None:
 
 
 def math_verdict(answer: str, reference: str, *, alone: bool = True) -> Verdict:
-    """`no reference`: nothing in the reference is a value; `too long`: it took more than LIMIT_S;
-    `failed`: the library did, or it needed too much memory.
+    """Return whether the answer has the reference's value.
 
     Args:
-        alone: the reference is a value and nothing else, where nothing in it is marked; or it is
-            read as an answer is.
+        alone: a reference without a mark is one value and nothing else; if False, the value is
+            searched for as in an answer.
+
+    Returns:
+        `right` or `wrong`; `no reference`, if the reference holds no value; `too long`, above
+        LIMIT_S of processor time; `failed`, if the library did or needed too much memory.
     """
     try:
         return bounded(_verdict, answer, reference, alone, limit_s=LIMIT_S, imports=["math_verify"])
@@ -61,8 +63,8 @@ def _verdict(answer: str, reference: str, alone: bool) -> Verdict:
 
 
 def _final(text: str, *, alone: bool) -> str:
-    """The text's final answer, or the text, less its thinking; a value that stands `alone` is
-    marked, so that all of it is read."""
+    """Return the marked part of the text, or all of it, without its reasoning; a value that stands
+    `alone` is marked, so that all of it is read."""
     text = text.rpartition("</think>")[2].replace("\N{MINUS SIGN}", "-")
     marked = [match[match.lastindex or 0] for match in MARKED.finditer(text)]
     final = marked[-1] if marked else text

@@ -2,8 +2,8 @@
 
 A function and its arguments enter; its result leaves, or `TooLong` or `Failed` is raised. Python
 cannot interrupt C code such as a regular expression, so a helper process makes the call, under a
-timer that the kernel keeps. Past a limit of processor time (not of the clock, so that a busy machine
-changes no result) the kernel ends the helper, and the next call starts another one.
+timer that the kernel keeps. Past a limit of processor time (not of the clock, so that a busy
+machine changes no result) the kernel ends the helper, and the next call starts another one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,178 @@
+"""Find where an answer begins and ends in a rendered conversation, and prove it.
+
+A `Skeleton` and the number of an assistant message enter; a `Turn` leaves, or a RowError.
+
+*Where an answer begins.* Where the generation prompt ends: the model must write all that follows.
+The prompt of turn t is the render of the messages before it with `add_generation_prompt`; the part
+after its last text must open the literal that follows the same text in the whole render. What comes
+earlier may differ (mistral_nemo moves its tools), and a template without a generation prompt
+(llama2) needs no exception. So an empty `<think>` block after the generation prompt is part of the
+answer, as the model will have to write it.
+
+*Where it ends.* With the stop token. Of the control tokens that follow its last text both where the
+conversation ends there and where it continues, it is EOS, else the last of them if they stand
+together. (An answer may hold others, as around tool calls; and what closes a whole conversation is
+not the answer's.) A template that writes none is refused, and so is an answer that ends otherwise
+when more follows: a model that has learned that end would not stop. Where a template marks answers
+by {% generation %}, one mark must hold all of an answer's texts, and no other text; the answer then
+begins with the mark, but never inside the generation prompt.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from os.path import commonprefix
+
+from trainer.data.chat_template import Template
+from trainer.data.skeleton import (
+    PLACEHOLDER,
+    PLACEHOLDER_FORMAT,
+    Place,
+    Skeleton,
+    Turn,
+    split_at_last,
+)
+from trainer.datatypes import RowError
+
+FIELD_NAMES = {
+    "content": "the content",
+    "reasoning_content": "the reasoning",
+    "tool_calls": "tool calls",
+}
+
+
+def find_turn(template: Template, skeleton: Skeleton, message: int) -> Turn:
+    """Return the bounds of the answer in message number `message`.
+
+    Raises:
+        RowError: they cannot be proved.
+    """
+    if message not in skeleton.turns:
+        skeleton.turns[message] = _prove_turn(template, skeleton, message)
+    return skeleton.turns[message]
+
+
+def require_whole(skeleton: Skeleton, message: int) -> None:
+    """Raise RowError if the template leaves out a part of an answer that is to be trained."""
+    for dropped in set(range(len(skeleton.owners))) - set(skeleton.slots):
+        owner, name = skeleton.owners[dropped]
+        if owner == message:
+            advice = _advise(skeleton, message, "give a model.chat_template that keeps it")
+            raise RowError(f"the template drops {FIELD_NAMES[name]} of an answer; {advice}")
+
+
+def _prove_turn(template: Template, skeleton: Skeleton, message: int) -> Turn:
+    slots, literals = skeleton.slots, skeleton.literals
+    require_whole(skeleton, message)
+    prompt = template.render(skeleton.messages[:message], skeleton.tools, prompt=True)
+    last_text, header = split_at_last(prompt)
+    # the literals before which the answer's own texts may begin
+    begins = [
+        index
+        for index, slot in enumerate([None, *slots])
+        if slot == last_text and literals[index].startswith(header)
+    ]
+    if not begins:
+        raise RowError(_explain_beginning(skeleton, message, last_text, header))
+    until_here = template.render(skeleton.messages[: message + 1], skeleton.tools)
+    *_, closing = parts = PLACEHOLDER.split(until_here)
+    texts = [int(number) for number in parts[1::2]]
+    while texts and skeleton.owners[texts[0]][0] != message:
+        texts.pop(0)
+    if not texts:  # as of an answer that is `</think>` alone
+        raise RowError("no answer")
+    begins = [index for index in begins if slots[index : index + len(texts)] == texts]
+    own = {number for number, (owner, _) in enumerate(skeleton.owners) if owner == message}
+    if len(begins) != 1 or set(texts) != own:
+        raise RowError("the template writes an answer out of its place")
+    first, last = begins[0], begins[0] + len(texts)
+    stop = _find_stop_token(template, skeleton, message, texts[-1], closing, literals[last])
+    start = Place(first, len(header))
+    if skeleton.marks:
+        start = _marked_start(skeleton.marks, start, Place(last, 0), Place(last, stop.end()))
+    number = skeleton.controls.index(Place(last, stop.start()))
+    before = sum(place < start for place in skeleton.controls) - 1
+    return Turn(start, before, number, _is_blank_after(skeleton, number, stop.end()))
+
+
+def _find_stop_token(
+    template: Template, skeleton: Skeleton, message: int, text: int, closing: str, literal: str
+) -> re.Match[str]:
+    """Find the control token that ends an answer.
+
+    Args:
+        text: number of the answer's last text.
+        closing: what follows that text where the conversation ends with the answer.
+        literal: what follows it in the skeleton.
+    """
+    controls = template.find_controls(closing)
+    if not controls:
+        raise RowError("the template writes no stop token after an answer")
+    is_last = message + 1 == len(skeleton.messages)
+    if is_last:
+        more = [*skeleton.messages, {"role": "user", "content": "x"}]
+        try:
+            continued = template.render(more, skeleton.tools)
+        except RowError:  # no question may follow here, as after a tool call
+            continued = ""
+        literal = continued.rpartition(PLACEHOLDER_FORMAT % text)[2]
+    shared = [match for match in controls if literal.startswith(closing[: match.end()])]
+    if not (shared or is_last):
+        raise RowError("the template ends an answer otherwise when more follows")
+    shared = shared or controls  # an answer that ends otherwise when none follows
+    for match in shared:
+        if template.control_ids[match[0]] == template.tokenizer.eos_token_id:
+            return match  # what follows would belong to the next turn
+    if any(one.end() < other.start() for one, other in pairwise(shared)):
+        raise RowError("several control tokens close an answer, and none is the tokenizer's EOS")
+    return shared[-1]
+
+
+def _marked_start(
+    marks: list[tuple[Place, Place]], start: Place, text_end: Place, stop: Place
+) -> Place:
+    """Return where an answer begins that the template itself marks: not before the generation
+    prompt ends, at `start`."""
+    about = [(begin, end) for begin, end in marks if end > start and begin < stop]
+    if not about:
+        raise RowError("the template's {% generation %} block leaves out an answer")
+    (begin, _), (_, end) = about[0], about[-1]
+    if len(about) > 1 or begin.literal > start.literal or end < text_end:
+        raise RowError("the template's {% generation %} block leaves out a part of an answer")
+    if begin.literal < start.literal or end.literal > text_end.literal:
+        raise RowError("the template's {% generation %} block holds more than an answer")
+    return max(begin, start)
+
+
+def _is_blank_after(skeleton: Skeleton, control: int, offset: int) -> bool:
+    """Return whether only white space stands between a control token, which ends at `offset` in its
+    literal, and the next one or the end."""
+    literal = skeleton.controls[control].literal
+    following = skeleton.controls[control + 1 : control + 2]
+    if following and following[0].literal == literal:
+        return skeleton.literals[literal][offset : following[0].offset].isspace()
+    is_last = literal == len(skeleton.literals) - 1
+    return is_last and skeleton.literals[literal][offset:].isspace()
+
+
+def _explain_beginning(skeleton: Skeleton, message: int, last_text: int | None, header: str) -> str:
+    """Say why the answer does not begin where the generation prompt ends, and what to do."""
+    why = "an answer does not begin where the generation prompt ends"
+    agree = (
+        "begin the answer with it, or set data.chat_template_kwargs or model.chat_template so that "
+        "they agree"
+    )
+    for literal, slot in zip(skeleton.literals, [None, *skeleton.slots], strict=True):
+        shared = commonprefix([header, literal])  # noqa: RUF071 - of characters, as is meant
+        # white space that the literal has instead may be the answer's own
+        if slot == last_text and shared and not literal[len(shared) :].strip():
+            return f"{why}, with {header[len(shared) :]!r}; {_advise(skeleton, message, agree)}"
+    return why
+
+
+def _advise(skeleton: Skeleton, message: int, last: str) -> str:
+    """Say what to do about an answer that is not rendered as it would be generated: `last`, if it
+    is one of the last turn."""
+    earlier = any(later["role"] == "user" for later in skeleton.messages[message + 1 :])
+    return "data.train_on: last_turn leaves earlier answers out" if earlier else last
