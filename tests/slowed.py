@@ -50,12 +50,6 @@ def wait_for(path: Path, seconds: float = 120) -> str:
     return path.read_text()
 
 
-def _write(path: Path, text: str) -> None:
-    aside = path.with_suffix(".new")
-    aside.write_text(text)
-    aside.rename(path)
-
-
 def _slow(place: str, seconds: float, marker: Path) -> None:
     from trainer import train
     from trainer.data import loader, prepare
@@ -89,11 +83,12 @@ def _main(place: str, ranks: str, seconds: str, *recipe: str) -> None:
     from trainer import hang_watchdog
     from trainer.cli import main
     from trainer.config.recipe import load_recipe
+    from trainer.utils.files import write_synced
 
     hang_watchdog._USUAL_FACTOR = 2  # the first steps are slow, and hangs are waited for
     rank = os.environ["RANK"]
     run_dir = Path(load_recipe(recipe[0], recipe[1:]).run.dir)
-    _write(run_dir / f"pid-{rank}", str(os.getpid()))
+    write_synced(run_dir / f"pid-{rank}", str(os.getpid()))
     if rank in ranks:
         _slow(place, float(seconds), run_dir / f"at-{rank}")
     sys.argv[1:] = ["train", *recipe]

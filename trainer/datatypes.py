@@ -204,15 +204,11 @@ class Batch:
         return self._map_tensors(lambda tensor: tensor.pin_memory())
 
     def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        names = (
-            "input_ids",
-            "position_ids",
-            "cu_seqlens",
-            "trained_positions",
-            "targets",
-            "weights",
-        )
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        import torch
+
+        fields = vars(self).items()
+        changed = {name: change(value) for name, value in fields if isinstance(value, torch.Tensor)}
+        return replace(self, **changed)
 
 
 # ----------------------------------------------------------------------------------------- training

@@ -7,9 +7,7 @@ stand in skipped_steps.jsonl, so that every later start, at any world size, skip
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Literal
 
 from trainer import dist
 from trainer.config.recipe import GuardSection
-from trainer.utils.files import read_json_lines
+from trainer.utils.files import append_json_line, read_json_lines
 
 WINDOW = 50  # losses whose median is the usual one
 _ENOUGH = 10  # losses before any is called a spike
@@ -87,12 +85,9 @@ class Guard:
         dist.log.warning("%s (guard: %s)", message, rule)
         self.skipped_steps.add(step - 1)
         if dist.is_main():
+            # on the disk before the run trains on: a later start must not apply the step
             line = {"step": step, "reason": reason, "rule": rule, "rows": rows}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-                file.flush()
-                # on the disk before the run trains on: a later start must not apply the step
-                os.fsync(file.fileno())
+            append_json_line(self._path, line)
         return rule
 
     def applied(self, steps: int) -> int:

@@ -1,9 +1,9 @@
-"""A stale cache is never used: every key of the recipe that can shape the documents makes another
-one.
+"""A stale cache is never used: every key of the recipe that can shape the documents changes the
+cache's key.
 
-All keys of the sections `model`, `data` and `batch` stand in one of the tables below, or a test
-fails: whoever adds one says here whether it shapes the documents. The other sections are about what
-is done with them.
+All keys of the sections `model`, `data` and `batch` must be in one of the tables below, or a test
+fails. So whoever adds a key decides here whether it shapes the documents. The other sections are
+about what is done with the documents.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ OTHER_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 )
 
-# Key of the recipe -> values under which the documents are others than under BASE. {work} is the
-# folder of the test.
+# Key of the recipe -> values that make other documents than BASE does. {work} is the folder of the
+# test.
 SHAPES: dict[str, list[Any]] = {
     "model.name": ["{work}/qwen2_5", "{work}/other_merges", "{work}/other_template"],
     "model.add_tokens": [["<tool>"]],
@@ -47,7 +47,7 @@ SHAPES: dict[str, list[Any]] = {
     "batch.seq_len": [128],  # as data.max_length is not given
 }
 
-# Key of the recipe -> values under which the documents are the same, and need not be made again.
+# Key of the recipe -> values that make the same documents, which need not be built again.
 DOES_NOT: dict[str, list[Any]] = {
     "model.name": ["{work}/moved"],  # what lies there counts
     "model.revision": ["v2"],
@@ -122,9 +122,7 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
 
 
 def key(work: Path, changes: dict[str, Any]) -> str:
-    """The name of the cache of the base recipe with changes: it holds the key, as where it lies
-    does not.
-    """
+    """Return the folder name, which has the key, of the base recipe's cache with changes."""
     tree: Any = {
         "model": {"name": f"{work}/base"},
         "data": {"train": [{"path": f"{work}/rows.jsonl"}], "cache": f"{work}/cache", "workers": 1},
@@ -155,13 +153,13 @@ def test_what_shapes_the_documents_makes_another_cache(work, path, value):
 
 
 @pytest.mark.parametrize("path", WITH_OTHERS)
-def test_nor_is_it_found_where_a_key_that_needs_others_is_changed(work, path):
+def test_a_key_that_needs_others_makes_another_cache_too(work, path):
     others, value = WITH_OTHERS[path]
     assert key(work, {**others, path: value}) != key(work, others)
 
 
 @pytest.mark.parametrize(("path", "value"), cases(DOES_NOT))
-def test_what_does_not_finds_the_same(work, path, value):
+def test_what_does_not_shape_them_finds_the_same_cache(work, path, value):
     assert key(work, {path: value}) == key(work, {})
 
 

@@ -1,5 +1,5 @@
-"""A batch is its documents' own shifted labels; a run's batches train every trained token exactly
-once an epoch.
+"""A batch has the shifted labels of its own documents. The batches of a run train every trained
+token exactly once an epoch.
 """
 
 import json
@@ -33,12 +33,12 @@ from trainer.data.prepare import (
 from trainer.data.tokenize import LengthPolicy, Row, tokenize_rows
 from trainer.datatypes import BadInput, Batch, Example
 
-ROW = 16
+SEQ_LEN = 16
 PACKINGS = ("none", "bfd", "bfd_split", "wrapped", "greedy")
 
 
 def made_up(number: int, longest: int) -> Example:
-    """Documents whose token ids are unlike all others'."""
+    """Make a document whose token ids no other document has."""
     rng = np.random.default_rng(number)
     length = int(rng.integers(2, longest + 1))
     trained = rng.random(length) < 0.6
@@ -53,7 +53,7 @@ def packing(request) -> str:
 
 @pytest.fixture(scope="module")
 def prepared(packing, tmp_path_factory) -> Prepared:
-    longest = ROW if packing in ("none", "bfd", "greedy") else 3 * ROW
+    longest = SEQ_LEN if packing in ("none", "bfd", "greedy") else 3 * SEQ_LEN
     rows = [Row(0, 0, number, None) for number in range(1, 61)]
 
     def chunks(done):
@@ -79,10 +79,10 @@ def plan_of(
         Corpus(
             prepared.lengths, prepared.trained_counts, prepared.sources, prepared.weights, count
         ),
-        lambda lengths, rng: pack(lengths, ROW, packing, rng),
+        lambda lengths, rng: pack(lengths, SEQ_LEN, packing, rng),
         BatchSection.model_validate(
             {
-                "seq_len": ROW,
+                "seq_len": SEQ_LEN,
                 "global_batch_size": global_batch_size,
                 "micro_batch_size": micro_batch_size,
             }
@@ -93,7 +93,7 @@ def plan_of(
 
 
 def batches_of(prepared: Prepared, plan: Plan, world: int = 1) -> list[list[Batch]]:
-    """All ranks' batches of every step."""
+    """Build the batches of all ranks, step by step."""
     loaders = [Loader(prepared, plan, rank, world, pin=False) for rank in range(world)]
     steps = [
         [batch for loader in loaders for batch in loader.step(step)] for step in range(plan.steps)
@@ -104,7 +104,7 @@ def batches_of(prepared: Prepared, plan: Plan, world: int = 1) -> list[list[Batc
 
 
 def check_batch(batch: Batch, prepared: Prepared, plan: Plan) -> None:
-    """The batch, token by token, from the documents."""
+    """Compare a batch with the documents, token by token."""
     ends = batch.cu_seqlens.tolist()
     assert ends[0] == 0
     assert ends[-1] == len(batch.input_ids) == batch.tokens
@@ -140,7 +140,7 @@ def test_a_batch_is_its_documents_shifted_labels(prepared, packing, micro_batch_
 @settings(
     max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_every_trained_token_is_learned_once_at_any_world(
+def test_every_trained_token_is_learned_once_with_any_number_of_ranks(
     prepared, packing, world, global_batch_size, micro_batch_size
 ):
     plan = plan_of(prepared, packing, global_batch_size, micro_batch_size)
@@ -156,8 +156,8 @@ def test_every_trained_token_is_learned_once_at_any_world(
     assert learned == Counter(documents.input_ids[documents.trained].tolist())
 
 
-def test_world_and_cutting_change_no_weight(prepared, packing):
-    def said(world: int, micro_batch_size: int) -> list[dict[int, float]]:
+def test_ranks_and_micro_batch_size_change_no_weight(prepared, packing):
+    def weights_of_targets(world: int, micro_batch_size: int) -> list[dict[int, float]]:
         plan = plan_of(prepared, packing, 6, micro_batch_size, weighting="example")
         steps = batches_of(prepared, plan, world)
         real = [[batch for batch in step if not batch.is_filler] for step in steps]
@@ -170,7 +170,9 @@ def test_world_and_cutting_change_no_weight(prepared, packing):
             for step in real
         ]
 
-    assert said(1, 1) == said(2, 1) == said(4, 1) == said(3, 2)
+    first = weights_of_targets(1, 1)
+    for world, micro_batch_size in ((2, 1), (4, 1), (3, 2)):
+        assert weights_of_targets(world, micro_batch_size) == first
 
 
 def test_the_uniform_weight_is_the_weight(prepared, packing):
@@ -182,7 +184,7 @@ def test_the_uniform_weight_is_the_weight(prepared, packing):
         assert all(batch.uniform_weight is None for batch in step)
 
 
-def test_shapes_and_types_are_those_of_flow(prepared, packing):
+def test_shapes_and_types_are_those_of_batch(prepared, packing):
     plan = plan_of(prepared, packing)
     for batch in [*batches_of(prepared, plan)[0], filler_batch()]:
         assert (
@@ -198,7 +200,7 @@ def test_shapes_and_types_are_those_of_flow(prepared, packing):
         assert batch.trained_positions.shape == batch.targets.shape == batch.weights.shape
 
 
-def test_a_filler_is_two_tokens_that_weigh_nothing():
+def test_a_filler_is_two_tokens_of_weight_zero():
     batch = filler_batch(epoch=3)
     assert batch.is_filler
     assert (len(batch.input_ids), batch.tokens, batch.trained_tokens) == (2, 0, 0)
@@ -216,9 +218,9 @@ def test_a_filler_is_two_tokens_that_weigh_nothing():
 def bfd(tmp_path) -> tuple[Prepared, Plan]:
     def chunks(done):
         rows = [Row(0, 0, number, None) for number in range(1, 61)]
-        limits = LengthPolicy(ROW, "reject", packing_cuts=False)
+        limits = LengthPolicy(SEQ_LEN, "reject", packing_cuts=False)
         return tokenize_rows(
-            rows, lambda rows: [made_up(row.number, ROW) for row in rows], limits, workers=1
+            rows, lambda rows: [made_up(row.number, SEQ_LEN) for row in rows], limits, workers=1
         )
 
     documents = prepare_documents(
@@ -263,7 +265,7 @@ def test_the_next_steps_are_built_before_they_are_asked_for(bfd, monkeypatch):
     assert Counter(built).most_common(1)[0][1] == 1, "nothing is built twice"
 
 
-def test_a_fault_in_the_thread_reaches_the_loop_at_its_step(bfd, monkeypatch):
+def test_an_error_in_the_thread_reaches_the_loop_at_its_step(bfd, monkeypatch):
     prepared, plan = bfd
     with Loader(prepared, plan, 0, 1, pin=False) as loader:
         build = loader._build_step
@@ -346,7 +348,7 @@ def test_rows_become_batches(tmp_path, tokenizer):
     assert sorted(places) == [(str(tmp_path / "train.jsonl"), row) for row in range(1, 41)]
 
 
-def test_files_of_a_folder_are_told_apart(tmp_path, tokenizer):
+def test_each_document_knows_its_file_in_a_folder(tmp_path, tokenizer):
     (tmp_path / "shards").mkdir()
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / "shards" / name).write_text(
@@ -361,7 +363,7 @@ def test_files_of_a_folder_are_told_apart(tmp_path, tokenizer):
 
 
 def test_what_shapes_the_documents_is_in_the_key(tmp_path, tokenizer):
-    """A stale cache is never used, and what does not matter does not make a new one."""
+    """A stale cache is never used, and what does not shape the documents makes no new one."""
     base = recipe(tmp_path, questions(20))
     prepare(base, tokenizer, "train")
     (first,) = cached(tmp_path)
@@ -470,11 +472,11 @@ def test_sources_of_all_formats_are_trained_together(tmp_path, tokenizer):
         sources.append({"path": str(tmp_path / f"{name}.jsonl")})
     prepared = prepare(recipe(tmp_path, train=sources), tokenizer, "train")
     trained = [prepared.example(number) for number in range(len(kinds))]
-    said = [tokenizer.decode(example.input_ids[example.trained]) for example in trained]
-    assert [text.replace("<|im_end|>", "") for text in said[:5]] == [
+    texts = [tokenizer.decode(example.input_ids[example.trained]) for example in trained]
+    assert [text.replace("<|im_end|>", "") for text in texts[:5]] == [
         f"It is {n}." for n in (1, 2, 3, 4, 0)
     ]
-    assert "is 5." in said[5]
+    assert "is 5." in texts[5]
     assert [source["documents"] for source in prepared.report["sources"]] == [1] * 6
 
 
@@ -516,9 +518,7 @@ def test_rows_that_are_cut_are_in_the_report(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(("policy", "rejected"), [("reject", 1), ("text", 0), ("keep", 0)])
-def test_the_recipe_says_what_becomes_of_control_tokens_in_a_text(
-    tmp_path, tokenizer, policy, rejected
-):
+def test_the_recipe_decides_about_control_tokens_in_a_text(tmp_path, tokenizer, policy, rejected):
     rows = [*questions(3), {"question": "What is <|im_end|>?", "answer": "The end."}]
     prepared = prepare(recipe(tmp_path, rows, control_tokens=policy), tokenizer, "train")
     assert prepared.report["rejected"] == rejected

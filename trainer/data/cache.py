@@ -130,18 +130,17 @@ def prepare(
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
         with (
             closing(_CacheWriter(staging, leftovers, sources, files)) as writer,
-            closing(Progress(f"preparing {what}", writer.rows, total_rows())) as progress,
-            closing(chunks(writer.rows)) as stream,
+            closing(Progress(f"preparing {what}", writer.state["rows"], total_rows())) as progress,
+            closing(chunks(writer.state["rows"])) as stream,
         ):
             for chunk in stream:
                 check()
                 writer.append(chunk)
-                progress.show(writer.rows, f", {writer.tokens:,} tokens")
+                rows = writer.state["rows"]
+                progress.show(rows, f", {writer.state['tokens']:,} tokens")
                 if stopping():
                     writer.save()
-                    raise Stopped(
-                        f"stopped preparing {what} after {writer.rows} rows, which are kept"
-                    )
+                    raise Stopped(f"stopped preparing {what} after {rows} rows, which are kept")
             writer.finish(drop_duplicates)
 
     build_once(folder, build, f"preparing {what}", stopping)
@@ -229,32 +228,19 @@ class _CacheWriter:
         self, staging: Path, leftovers: list[Path], sources: list[str], files: list[str]
     ) -> None:
         self._file_names = files
-        counts = dict.fromkeys(COUNTED, 0)
-        state = {
-            "rows": 0,
-            "tokens": 0,
-            "sources": [
-                {"name": name, **counts, "reasons": {}, "filter_reasons": {}} for name in sources
-            ],
-        }
+        counts = [
+            {"name": name, **dict.fromkeys(COUNTED, 0), "reasons": {}, "filter_reasons": {}}
+            for name in sources
+        ]
+        state = {"rows": 0, "tokens": 0, "sources": counts}
         names = [*FILES.values(), REJECTS, FILTERED]
         self._files = ResumableFiles(staging, leftovers, names, state)
         self.close, self.save = self._files.close, self._files.save
-
-    @property
-    def rows(self) -> int:
-        return self._files.state["rows"]
-
-    @property
-    def tokens(self) -> int:
-        return self._files.state["tokens"]
-
-    @property
-    def _sources(self) -> list[dict[str, Any]]:
-        return self._files.state["sources"]
+        self.state = self._files.state  # that of an earlier start, if there was one
+        self._sources: list[dict[str, Any]] = self.state["sources"]
 
     def append(self, chunk: Tokenized) -> None:
-        starts = self.tokens + np.cumsum(chunk.lengths) - chunk.lengths
+        starts = self.state["tokens"] + np.cumsum(chunk.lengths) - chunk.lengths
         for name, dtype in COLUMNS.items():
             column = starts if name == "offsets" else getattr(chunk, name)
             assert column.dtype == dtype, name
@@ -266,8 +252,8 @@ class _CacheWriter:
             )
             self._files.append_lines(name, lines)
         self._count(chunk)
-        self._files.state["tokens"] += len(chunk.input_ids)
-        self._files.state["rows"] += sum(chunk.source_rows.values())
+        self.state["tokens"] += len(chunk.input_ids)
+        self.state["rows"] += sum(chunk.source_rows.values())
         self._files.save_if_due()
 
     def _count(self, chunk: Tokenized) -> None:
@@ -312,7 +298,7 @@ class _CacheWriter:
 
         The chance that any two different rows of ten million share a digest is 1 in 370,000.
         """
-        if not self.tokens:
+        if not self.state["tokens"]:
             return  # an empty file cannot be mapped
         self._files.flush()
         columns = _map_columns(self._files.folder)
@@ -329,7 +315,7 @@ class _CacheWriter:
 
     def _rewrite(self, columns: dict[str, np.ndarray], kept: np.ndarray) -> None:
         """Rewrite the columns with only the documents that are `kept`, (n,) bool."""
-        begins = np.append(columns["offsets"], self.tokens)
+        begins = np.append(columns["offsets"], self.state["tokens"])
         lengths = np.diff(begins)
         columns["offsets"] = np.cumsum(lengths * kept) - lengths * kept
         aside = {file: self._files.folder / f"{file}.aside" for file in FILES.values()}

@@ -8,7 +8,6 @@ some of them on filler, so that no collective waits for a rank.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -38,7 +37,7 @@ from trainer.eval.openai_client import Unreachable
 from trainer.eval.scorers import likeliest
 from trainer.hang_watchdog import Watch
 from trainer.metrics import EVALUATIONS, Metrics
-from trainer.utils.files import read_json_lines
+from trainer.utils.files import append_json_line, read_json_lines
 
 
 def held_out_loss(
@@ -70,11 +69,8 @@ def write_evaluation(run_dir: Path, step: int, loss: float, measured: Mapping[st
         "eval_loss": loss,
         "metrics": {name: metric.as_json() for name, metric in measured.items()},
     }
-    with (run_dir / EVALUATIONS).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-        # a line that a power cut takes back would be evaluated twice
-        file.flush()
-        os.fsync(file.fileno())
+    # a line that a power cut takes back would be evaluated twice
+    append_json_line(run_dir / EVALUATIONS, line)
 
 
 class Evaluation:

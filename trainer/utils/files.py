@@ -74,6 +74,14 @@ def write_json(path: Path, content: Any) -> None:
     write_synced(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def append_json_line(path: Path, content: Any) -> None:
+    """Append a line to a file of JSON lines. It is on the disk when this returns."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(content) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def read_json_lines(path: Path, *, may_be_torn: bool = False) -> list[dict[str, Any]]:
     """Return the objects of a file of JSON lines; an empty list if there is no file.
 
