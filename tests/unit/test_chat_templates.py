@@ -78,8 +78,8 @@ INLINE_TWICE = chat("Say OK.", INLINE.messages[1].content, "Why?", "<think>\n\n<
 FIELD = Conversation((LAST.messages[0], Message("assistant", "OK.", reasoning_content="Hm.")))
 ELSEWHERE = "refused: an answer does not begin where the generation prompt ends, with "
 AGREE = (
-    "; begin the answer with it, or set data.chat_template_kwargs or model.chat_template "
-    "so that they agree"
+    "; begin the answer with it, or set data.chat_template_kwargs or model.chat_template so that "
+    "they agree"
 )
 LAST_TURN = "; data.train_on: last_turn leaves earlier answers out"
 QWEN3_THINKING = (
@@ -289,8 +289,7 @@ FORMS = {
         "<|END_OF_TURN_TOKEN|>",
         turns(
             "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>M<|END_OF_TURN_TOKEN|>",
-            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
-            "<|START_RESPONSE|>M<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
+            "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|><|START_RESPONSE|>M<|END_RESPONSE|><|END_OF_TURN_TOKEN|>",
             "<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
         ),
         [
@@ -471,9 +470,8 @@ def test_the_answers_with_their_stop_tokens_or_a_reason(base, name):
 
 
 def generates(last: Masker, conversation: Conversation) -> bool:
-    """Whether what a model is asked goes on, token by token, with what it was trained on; `last`
-    trains it alone.
-    """
+    """Return whether the prompt of the last answer and its trained tokens are, token by token, the
+    example; `last` trains that answer alone."""
     example = last.example(conversation)
     prompt, _ = last.prompt(conversation)
     return prompt == example.input_ids[: int(np.argmax(example.trained))].tolist()
