@@ -1,6 +1,6 @@
 """Answers of 1, 2 and 3 ranks at every ZeRO stage are those of `model.generate` (fp32, CPU).
 
-The latter gets one prompt at a time. Sampled answers are the same as well, and likelihoods agree to 1e-5.
+The latter gets one prompt at a time. Sampled answers are the same, too; likelihoods agree to 1e-5.
 """
 
 from __future__ import annotations
