@@ -78,8 +78,9 @@ def start(folder: Path) -> Iterator[Any]:
 
 def age(folder: Path) -> None:
     """Make everything in the folder an hour old."""
+    past = time.time() - 3600
     for path in (*folder.iterdir(), folder):
-        os.utime(path, times=(time.time() - 3600,) * 2)
+        os.utime(path, times=(past, past))
 
 
 @pytest.mark.timeout(120)
