@@ -1,5 +1,4 @@
-"""The debug recipe's model folder and data, as committed: a tiny Llama without weights, a
-tokenizer, 110 problems.
+"""Make the debug recipe's files, which are committed: a tiny Llama without weights, and 110 rows.
 
 usage: python recipes/debug/make_debug.py
 
@@ -19,9 +18,9 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "quickstart"))
 
-from make_problems import problems  # noqa: E402 - it lies in the other recipe's folder
+from make_problems import problems  # noqa: E402 - in the quickstart's folder
 
-VOCABULARY, ROW_TOKENS = 512, 256
+VOCABULARY, SEQ_LEN = 512, 256
 TRAIN_ROWS, EVAL_ROWS, SEED = 100, 10, 1
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHATML = (
@@ -47,7 +46,7 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
     tokenizer.train_from_iterator(texts, trainer)
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, model_max_length=ROW_TOKENS
+        tokenizer_object=tokenizer, eos_token=END, pad_token=PAD, model_max_length=SEQ_LEN
     )
     fast.chat_template = CHATML
     return fast
@@ -61,7 +60,7 @@ def make_config(tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=ROW_TOKENS,
+        max_position_embeddings=SEQ_LEN,
         bos_token_id=None,
         eos_token_id=tokenizer.backend_tokenizer.token_to_id(END),
         pad_token_id=tokenizer.backend_tokenizer.token_to_id(PAD),

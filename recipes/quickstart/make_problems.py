@@ -1,9 +1,9 @@
-"""Word problems of one or two steps, with worked answers, from a seeded generator.
+"""Generate word problems of one or two steps with worked answers, from a seed.
 
 usage: python recipes/quickstart/make_problems.py OUT_DIR
 
-Writes OUT_DIR/train.jsonl (500 rows) and OUT_DIR/heldout.jsonl (64 rows) with the fields `question`
-and `answer`; no question is in both. An answer shows its steps, then the result:
+Writes OUT_DIR/train.jsonl (500 rows) and OUT_DIR/heldout.jsonl (64 rows) with the columns
+`question` and `answer`. No question is in both. An answer shows its steps, then the result:
 
     <think>3 * 4 = 12. 12 + 5 = 17.</think><answer>17</answer>
 """
@@ -16,27 +16,27 @@ import sys
 from pathlib import Path
 
 TRAIN_ROWS, HELDOUT_ROWS, SEED = 500, 64, 0
-LARGEST = 50  # of every number in a problem: what a small model can learn to reckon with
+LARGEST = 50  # number in a problem: a small model can learn to calculate up to here
 
 NAMES = (
     "Ada Ben Chloe Dev Elif Farid Grace Hugo Ines Jonas Kofi Lena Maya Nils Olga Pablo Rosa Sami "
-    "Tara Uma Viktor Wen "
-    "Yara Zoe"
+    "Tara Uma Viktor Wen Yara Zoe"
 ).split()
 ITEMS = (
     "apples beads books buttons cards coins cookies cups eggs flowers marbles muffins nails "
-    "oranges pears pencils "
-    "photos plates shells stamps stickers stones tickets tiles"
+    "oranges pears pencils photos plates shells stamps stickers stones tickets tiles"
 ).split()
 HOLDERS = "bags boxes baskets jars packs trays crates bundles".split()
 
-# What is computed, as the first number and what is done to it, and ways to ask for it.
+# The calculation (a first number, then operations) -> questions that ask for it
 KINDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("a", "+ b"): (
         "{name} has {a} {items} and finds {b} more. How many {items} does {name} have now?",
-        "There are {a} {items} on the table. {name} puts {b} more there. How many are on the table?",
+        "There are {a} {items} on the table. {name} puts {b} more there. How many are on the "
+        "table?",
         "{name} has {a} {items}. {other} has {b}. How many {items} do they have together?",
-        "{name} collects {a} {items} on Monday and {b} on Tuesday. How many {items} is that in all?",
+        "{name} collects {a} {items} on Monday and {b} on Tuesday. How many {items} is that in "
+        "all?",
     ),
     ("a", "- b"): (
         "{name} has {a} {items} and gives {b} to {other}. How many {items} are left?",
@@ -54,7 +54,8 @@ KINDS: dict[tuple[str, ...], tuple[str, ...]] = {
     ("a", "/ b"): (
         "{name} shares {a} {items} equally among {b} friends. How many {items} does each friend "
         "get?",
-        "{name} puts {a} {items} into {b} {holders}, the same number in each. How many are in each?",
+        "{name} puts {a} {items} into {b} {holders}, the same number in each. How many are in "
+        "each?",
         "{name} packs {a} {items}, {b} to a pack. How many packs does {name} fill?",
         "{a} {items} are laid in {b} equal rows. How many {items} are in a row?",
     ),
@@ -105,7 +106,7 @@ KINDS: dict[tuple[str, ...], tuple[str, ...]] = {
 
 
 def problem(rng: random.Random) -> dict[str, str]:
-    """One problem with its answer."""
+    """Return a random problem with its answer."""
     steps = rng.choice(list(KINDS))
     numbers, lines = _worked(rng, steps)
     name, other = rng.sample(NAMES, 2)
@@ -124,8 +125,9 @@ def problem(rng: random.Random) -> dict[str, str]:
 
 
 def _worked(rng: random.Random, steps: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
-    """Numbers for the steps, drawn until every result is whole and from 1 to LARGEST, and the
-    worked lines.
+    """Return numbers for the steps, and the worked lines.
+
+    Numbers are drawn until every result is an integer from 1 to LARGEST.
     """
     while True:
         numbers, lines = {"a": rng.randint(2, LARGEST)}, []
@@ -149,7 +151,7 @@ def _worked(rng: random.Random, steps: tuple[str, ...]) -> tuple[dict[str, int],
 
 
 def problems(rows: int, seed: int) -> list[dict[str, str]]:
-    """`rows` problems, no question twice."""
+    """Return `rows` problems with different questions."""
     rng = random.Random(seed)  # noqa: S311 - reproducible, not secret
     found: dict[str, dict[str, str]] = {}
     while len(found) < rows:

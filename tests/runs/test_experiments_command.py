@@ -72,12 +72,12 @@ def test_stopped_and_started_again_every_run_is_trained_once_and_the_tables_are_
         time.sleep(0.05)
     second, said = finish(start(recipe, out))
     assert second == 2, said
-    assert "another start of the experiments is at work there" in said
+    assert "another process runs the experiments there" in said
     process.send_signal(signal.SIGTERM)
     code, said = finish(process)
     assert code == 75, said
     assert "4 runs, 4 of them to do" in said
-    assert "the same command goes on" in said
+    assert "run the same command to resume" in said
 
     code, said = finish(start(recipe, out))
     assert code == 0, said

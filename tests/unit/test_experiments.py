@@ -93,7 +93,7 @@ def test_packed_and_alone_every_step_holds_all_rows() -> None:
 
 
 def test_an_experiment_that_is_not_there_is_refused() -> None:
-    numbers_of = RUNNER["numbers_of"]
+    numbers_of = RUNNER["parse_numbers"]
     assert numbers_of("4, 1,4") == [1, 4]
     with pytest.raises(BadInput, match="--only 1,8: give numbers from 1 to 7"):
         numbers_of("1,8")
@@ -353,7 +353,7 @@ def test_a_finished_run_is_not_done_again_and_one_of_another_recipe_is_refused(
 
 def test_the_time_to_go_follows_the_pace_of_the_runs_so_far(tmp_path: Path) -> None:
     base = load_recipe(FOLDER / "base.yaml")
-    pace_of, about = RUNNER["pace_of"], RUNNER["about"]
+    pace_of, about = RUNNER["measure_pace"], RUNNER["about"]
     assert pace_of(tmp_path, base) == 1
     expected_s = catalogue.arms(base)["baseline"].expected_s
     lines = [

@@ -1,7 +1,7 @@
-"""Functions of the user's own, which a recipe names as `module:function`.
+"""Import functions of the user, which a recipe names as `module:function`.
 
-They run with the user's rights. Modules are found in the current folder, then in the environment,
-as `python -m` finds them: a folder of data is never looked into.
+They run with the user's rights. Modules are searched in the current folder, then in the
+environment, as `python -m` does. A folder of data is never searched.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ from trainer.utils.text import error_line
 
 @cache
 def load_function(name: str) -> Callable[..., Any]:
-    """The function `name`, as `module:function`; its module is imported. Raises BadInput where
-    there is none.
+    """Import the module of `module:function` and return the function.
+
+    Raises:
+        BadInput: the module cannot be imported, or has no such function.
     """
     module_name, _, function_name = name.partition(":")
     folder = os.getcwd()
+    # the installed command does not search the current folder, other than `python -m`
     if folder not in sys.path:
         sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever the user's own code does
+    except (Exception, SystemExit) as error:  # the module may run any code
         raise BadInput(
             f"function `{name}`: the module cannot be imported from {folder} or the environment "
             f"({error_line(error)})"
@@ -43,9 +46,7 @@ def load_function(name: str) -> Callable[..., Any]:
 
 
 def function_digest(name: str) -> str:
-    """xxh3-128 of the file that the function's module is. Modules which that one imports are not
-    looked at.
-    """
+    """Return the xxh3-128 of the module's file. Modules that it imports do not count."""
     load_function(name)
     file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
     if file is None:
