@@ -15,7 +15,7 @@ import pytest
 
 from trainer.datatypes import BadInput
 from trainer.utils import files
-from trainer.utils.files import Stopped, build_once
+from trainer.utils.files import ResumableFiles, Stopped, build_once
 
 ROOT = Path(__file__).parents[2]
 
@@ -234,3 +234,40 @@ def test_other_local_ranks_leave_the_work_to_the_first_for_a_while(folder, monke
     started = time.monotonic()
     build_once(folder, write("at last"), "building")
     assert time.monotonic() - started > 0.3
+
+
+# ----------------------------------------------------------------------------------------- resuming
+
+
+def resumable(staging: Path, leftovers: list[Path] | None = None) -> ResumableFiles:
+    return ResumableFiles(staging, leftovers or [], ["a", "b"], {"rows": 0})
+
+
+def test_a_build_is_resumed_from_the_leftover_with_the_most_rows_and_what_it_saved(tmp_path):
+    for name, rows in (("old", 1), ("new", 2)):
+        writer = resumable(tmp_path / name)
+        writer.append_lines("a", [{"row": row} for row in range(rows)])
+        writer.state["rows"] = rows
+        writer.save()
+        writer.append("a", b"not saved")
+        writer.close()
+    resumable(tmp_path / "none").close()
+    resumed = resumable(tmp_path / "resumed", [tmp_path / name for name in ("new", "none", "old")])
+    assert resumed.state == {"rows": 2}
+    resumed.append("b", b"more")
+    assert resumed.sync() == {"a": 22, "b": 4}
+    resumed.close()
+    assert (tmp_path / "resumed/a").read_text() == '{"row": 0}\n{"row": 1}\n'
+
+
+def test_a_build_whose_files_are_being_replaced_is_not_resumed(tmp_path):
+    writer = resumable(tmp_path / "staging")
+    writer.append("a", b"old")
+    writer.save()
+    (tmp_path / "staging/aside").write_bytes(b"new")
+    writer.replace({"a": tmp_path / "staging/aside"})
+    writer.append("a", b"er")
+    assert writer.sync() == {"a": 5, "b": 0}
+    writer.close()
+    assert (tmp_path / "staging/a").read_bytes() == b"newer"
+    assert resumable(tmp_path / "next", [tmp_path / "staging"]).state == {"rows": 0}

@@ -68,7 +68,7 @@ def test_the_tables_show_rejects_by_reason_and_what_an_epoch_holds(debug):
     console.print(*summary.tables(recipe, prepared, plan, prepared))
     shown = console.export_text()
     found = summary.summary(prepared, plan)
-    for told in (
+    for expected in (
         "train",
         "eval",
         "bfd",
@@ -76,7 +76,7 @@ def test_the_tables_show_rejects_by_reason_and_what_an_epoch_holds(debug):
         f"{found['first_epoch']['steps']:,}",
         f"{plan.steps:,}",
     ):
-        assert told in shown
+        assert expected in shown
 
 
 def test_the_folder_holds_the_numbers_and_the_picture(debug, tmp_path: Path):
