@@ -62,9 +62,11 @@ def turns(
     """A template of questions and answers, each with M for its text."""
     question, answer = (text.replace("M", "' + m.content + '") for text in (question, answer))
     return (
-        f"{{{{ '{before}' }}}}{{% for m in messages %}}{{% if m.role == 'assistant' %}}{{{{ '{answer}' }}}}"
+        f"{{{{ '{before}' }}}}{{% for m in messages %}}"
+        f"{{% if m.role == 'assistant' %}}{{{{ '{answer}' }}}}"
         f"{{% else %}}{{{{ '{question}' }}}}{{% endif %}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ '{prompt}' }}}}{{% else %}}{{{{ '{after}' }}}}{{% endif %}}"
+        f"{{% if add_generation_prompt %}}{{{{ '{prompt}' }}}}"
+        f"{{% else %}}{{{{ '{after}' }}}}{{% endif %}}"
     )
 
 
@@ -75,7 +77,10 @@ INLINE = chat("Say OK.", "<think>\nHm.\n</think>\n\nOK.")
 INLINE_TWICE = chat("Say OK.", INLINE.messages[1].content, "Why?", "<think>\n\n</think>\n\nSo.")
 FIELD = Conversation((LAST.messages[0], Message("assistant", "OK.", reasoning_content="Hm.")))
 ELSEWHERE = "refused: an answer does not begin where the generation prompt ends, with "
-AGREE = "; begin the answer with it, or set data.chat_template_kwargs or model.chat_template so that they agree"
+AGREE = (
+    "; begin the answer with it, or set data.chat_template_kwargs or model.chat_template so that "
+    "they agree"
+)
 LAST_TURN = "; data.train_on: last_turn leaves earlier answers out"
 QWEN3_THINKING = (
     "{% set last = namespace(query=0) %}{% for m in messages %}{% if m.role == 'user' %}"
@@ -318,7 +323,8 @@ FORMS = {
         [
             (
                 TALK,
-                "A chat. USER: Say OK. ASSISTANT:⟦  OK.\n</s>⟧USER: Why OK.? ASSISTANT:⟦ Größe</s>⟧",
+                "A chat. USER: Say OK. ASSISTANT:⟦  OK.\n</s>⟧"
+                "USER: Why OK.? ASSISTANT:⟦ Größe</s>⟧",
             )
         ],
     ),
@@ -464,9 +470,8 @@ def test_the_answers_with_their_stop_tokens_or_a_reason(base, name):
 
 
 def generates(last: Masker, conversation: Conversation) -> bool:
-    """Whether what a model is asked goes on, token by token, with what it was trained on; `last`
-    trains it alone.
-    """
+    """Return whether the prompt of the last answer and its trained tokens are, token by token, the
+    example; `last` trains that answer alone."""
     example = last.example(conversation)
     prompt, _ = last.prompt(conversation)
     return prompt == example.input_ids[: int(np.argmax(example.trained))].tolist()

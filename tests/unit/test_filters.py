@@ -1,6 +1,4 @@
-"""Which rows the filters leave out, and why; a row that cannot be judged is a reject and not
-filtered.
-"""
+"""Which rows the filters leave out, and why; a row that cannot be judged is rejected instead."""
 
 import json
 import re
@@ -109,9 +107,8 @@ def test_an_answer_without_a_verdict_is_a_reject_and_not_a_wrong_one(monkeypatch
 
 
 def test_wrong_traces_are_left_out_and_right_ones_kept(shared, tmp_path):
-    """Hand-made wrong traces among real ones: a wrong sum, the right value on the way only, no end,
-    another form.
-    """
+    """Hand-made wrong traces among real ones: a wrong sum, the right value before the end only, no
+    end, another form."""
     real = [
         json.loads(line)
         for line in (shared / "data" / "gsm8k_train.jsonl").read_text().splitlines()[:200]

@@ -1,6 +1,5 @@
-"""100,000 broken and odd rows: every one is parsed, or refused with a sentence; none hangs, none
-stops the next.
-"""
+"""100,000 broken and odd rows: each is parsed, or refused with a reason; none hangs or stops the
+next."""
 
 import json
 import pickle
@@ -214,9 +213,8 @@ def altered_bytes(text: bytes, rng: random.Random) -> bytes:
 
 
 def outcomes(source: Source, format: str) -> Iterator[Conversation | str]:
-    """What became of each row under a format: a conversation, or a sentence that can be counted and
-    written down.
-    """
+    """Yield what each row becomes under a format: a conversation, or a reason that can be counted
+    and written."""
     reader = RowReader(source, format)
     for row in read_rows(source):
         try:

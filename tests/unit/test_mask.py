@@ -1,6 +1,6 @@
 """Which tokens are trained, token by token, on real templates (C6).
 
-Each kind of row under each mode is in test_mask_matrix.py; here is what else holds.
+test_mask_matrix.py has each kind of row under each mode; this file has all other cases.
 The oracle is written by hand: a render in which ⟦ ⟧ enclose what is to be learned. It must be what
 the tokenizer's own `apply_chat_template` gives, and the flags must be those of the tokens whose
 characters lie inside the brackets.
@@ -19,15 +19,22 @@ from trainer.data.mask import Masker
 from trainer.datatypes import BadInput, Conversation, Example, Message, RowError
 
 FAMILIES = ("smollm2", "qwen2_5", "qwen3", "llama3_2", "mistral_nemo", "llama2")
-SMOLLM2_SYSTEM = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
-QWEN_SYSTEM = "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+SMOLLM2_SYSTEM = (
+    "<|im_start|>system\n"
+    "You are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+)
+QWEN_SYSTEM = (
+    "<|im_start|>system\n"
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+)
 LLAMA3_SYSTEM = (
     "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
     f"Cutting Knowledge Date: December 2023\nToday Date: {DATE_STRING}\n\n<|eot_id|>"
 )
 CHATML_TURNS = (
     "<|im_start|>user\nSay OK.<|im_end|>\n<|im_start|>assistant\n⟦OK.<|im_end|>⟧\n"
-    "<|im_start|>user\n OK. Why?<|im_end|>\n<|im_start|>assistant\n⟦{think} Größe 数 \n<|im_end|>⟧\n"
+    "<|im_start|>user\n OK. Why?<|im_end|>\n"
+    "<|im_start|>assistant\n⟦{think} Größe 数 \n<|im_end|>⟧\n"
 )
 LLAMA3_TURN = "<|start_header_id|>{role}<|end_header_id|>\n\n"
 # Two answers: the first is what the user quoted; the second has white space at both ends.
@@ -75,9 +82,8 @@ def chat(*contents: str) -> Conversation:
 
 
 def official(tokenizer, conversation: Conversation, upto: int | None = None, **kwargs) -> str:
-    """transformers' own render; of the messages before `upto`, with the generation prompt, where it
-    is given.
-    """
+    """Return transformers' own render; with `upto`, of the messages before it, with the generation
+    prompt."""
     messages = [message.as_dict() for message in conversation.messages[:upto]]
     tools = list(conversation.tools) or None
     prompt = upto is not None
@@ -88,7 +94,7 @@ def official(tokenizer, conversation: Conversation, upto: int | None = None, **k
 
 
 def parse(marked: str) -> tuple[str, list[tuple[int, int]]]:
-    """The text without brackets, and the spans that they enclosed."""
+    """Return the text without brackets, and the spans that they enclosed."""
     text, spans = "", []
     for piece in marked.split("⟦"):
         inside, bracket, outside = piece.partition("⟧")
@@ -99,9 +105,8 @@ def parse(marked: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def agrees(tokenizer, example: Example, text: str, spans: list[tuple[int, int]]) -> bool:
-    """Whether `example` is `text` tokenized whole, and exactly the tokens with characters in
-    `spans` are trained.
-    """
+    """Return whether `example` is `text` tokenized whole, and exactly the tokens with characters in
+    `spans` are trained."""
     encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
     inside = [any(start < b and a < stop for a, b in spans) for start, stop in encoding.offsets]
     return encoding.ids == example.input_ids.tolist() and inside == example.trained.tolist()
@@ -184,9 +189,7 @@ def test_the_newline_after_the_stop_token_is_trained_on_request_only(tokenizers)
 
 
 def test_the_reference_count_of_gsm8k(shared):
-    """6215 trained tokens in 48 rows, the stop token and the newline after it counted
-    (shared/FACTS.md).
-    """
+    """6215 trained tokens in 48 rows, with the stop token and the newline after it."""
     import json
 
     tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "smollm2_tokenizer")

@@ -1,4 +1,4 @@
-"""What is learned of each kind of row, in each family, under each mode (C6).
+"""Which tokens are trained of each kind of row, in each family, under each mode (C6).
 
 A case is a conversation, and for each family how its messages are rendered, written by hand: ⟦ ⟧
 enclose what a model has to write. transformers' own render must be an opening and just that. What
@@ -198,7 +198,7 @@ def trained_spans(
 def expected(
     backend, text: str, spans: list[tuple[int, int]], starts: list[int] | None = None
 ) -> list[tuple[int, bool]]:
-    """Token ids, each with whether it is trained: whether it has a character in `spans`. A token
+    """Return token ids, each with whether it is trained, as it has a character in `spans`. A token
     that would span the end of a prompt (one of `starts`) is cut there, as inference cuts it."""
     whole = backend.encode(text, add_special_tokens=False).offsets
     starts = [start for start, _ in spans] if starts is None else starts
@@ -319,8 +319,8 @@ def expected_as_text(
     injected: str,
     starts: list[int] | None = None,
 ) -> list[tuple[int, bool]]:
-    """As `expected`; what stands between the control tokens of the render without the injection
-    gets it now, and is encoded by a tokenizer that knows no control token."""
+    """Return the tokens as `expected` does, but with the injection put between the control tokens
+    of a render without it, and encoded by a tokenizer that knows no control token."""
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.encode_special_tokens = True
     controls = {
@@ -534,7 +534,8 @@ def test_of_any_tool_call_the_call_is_trained_with_its_stop_token(tokenizers, da
     written = json.dumps(arguments, ensure_ascii=False)
     called = {
         "llama3_2": f'{{"name": "add", "parameters": {written}}}<|eot_id|>',
-        "mistral_nemo": f'[TOOL_CALLS][{{"name": "add", "arguments": {written}, "id": "call00001"}}]</s>',
+        "mistral_nemo": f'[TOOL_CALLS][{{"name": "add", "arguments": {written}, '
+        '"id": "call00001"}]</s>',
     }.get(family, f'<tool_call>\n{{"name": "add", "arguments": {written}}}\n</tool_call><|im_end|>')
     answered = {
         "qwen3": NO_THOUGHT + answer.lstrip("\n") + "<|im_end|>",

@@ -1,6 +1,5 @@
-"""What the preview shows: every token in the colour of what becomes of it, and nothing that a row
-could smuggle in.
-"""
+"""What the preview shows: every token in its kind's colour, and no markup or control character of
+a row's own."""
 
 import html
 import io

@@ -1,6 +1,4 @@
-"""Raw rows as wanted conversations: formats, the user's own function, and nothing lost on the way
-from a file.
-"""
+"""Raw rows become conversations: formats, the user's function, and nothing lost since the file."""
 
 import json
 import pickle

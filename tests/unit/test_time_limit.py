@@ -1,4 +1,4 @@
-"""A call beside this process: its result, or the word that it took too long or failed."""
+"""A call in a helper process: its result, or the error that it took too long or failed."""
 
 import multiprocessing
 import os

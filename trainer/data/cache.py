@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -24,13 +22,12 @@ import numpy as np
 import xxhash
 
 from trainer.datatypes import BadInput, Example, Packed, Tokenized
-from trainer.dist import is_main, log
 from trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
+from trainer.utils.progress import RowProgress
 
 VERSION = 2  # part of every key: raise it when the files of a folder change
 
 BLOCK_DOCUMENTS = 4096  # in memory while duplicates are dropped
-LINE_EVERY_S = 10.0  # between lines of progress where there is no terminal
 
 COLUMNS = {
     "input_ids": np.dtype(np.int32),  # (tokens,)
@@ -130,7 +127,9 @@ def prepare(
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
         with (
             closing(_CacheWriter(staging, leftovers, sources, files)) as writer,
-            closing(Progress(f"preparing {what}", writer.state["rows"], total_rows())) as progress,
+            closing(
+                RowProgress(f"preparing {what}", writer.state["rows"], total_rows())
+            ) as progress,
             closing(chunks(writer.state["rows"])) as stream,
         ):
             for chunk in stream:
@@ -360,50 +359,3 @@ def _map_columns(folder: Path) -> dict[str, np.ndarray]:
         name: np.asarray(np.memmap(folder / FILES[name], dtype, mode="r"))
         for name, dtype in COLUMNS.items()
     }
-
-
-# ----------------------------------------------------------------------------------------- progress
-
-
-class Progress:
-    """Show rows done, rows per second and the remaining time, on rank 0 only.
-
-    In a terminal it is a bar, elsewhere a log line every LINE_EVERY_S seconds.
-    """
-
-    def __init__(self, what: str, rows: int, total: int | None) -> None:
-        self._what, self._first, self._total = what, rows, total
-        self._started = self._logged = time.monotonic()
-        self._bar: Any = None
-        if is_main() and sys.stderr.isatty():
-            from rich import progress
-            from rich.console import Console
-
-            self._bar = progress.Progress(
-                progress.TextColumn(what),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TextColumn("{task.description}"),
-                progress.TimeRemainingColumn(),
-                console=Console(stderr=True),
-                transient=True,
-            )
-            self._bar.start()
-            self._task = self._bar.add_task("", total=total, completed=rows)
-
-    def show(self, rows: int, more: str = "") -> None:
-        now = time.monotonic()
-        rate = f"{(rows - self._first) / (now - self._started):,.0f} rows/s"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=rows, description=rate)
-        elif now - self._logged > LINE_EVERY_S:
-            self._logged = now
-            of, to_go = "", ""
-            if self._total:
-                seconds = (now - self._started) / (rows - self._first) * (self._total - rows)
-                of, to_go = f" of {self._total:,}", f", {max(seconds, 0):.0f} s to go"
-            log.info("%s: %s%s rows%s, %s%s", self._what, f"{rows:,}", of, more, rate, to_go)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()

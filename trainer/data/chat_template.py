@@ -148,7 +148,7 @@ class Template:
         return self._render(messages, tools, add_generation_prompt=prompt)[0][0]
 
     def find_controls(self, text: str) -> list[re.Match[str]]:
-        """Find control tokens in `text` as the tokenizer does: leftmost first, the longest there."""
+        """Find control tokens in `text` as the tokenizer does: leftmost first, then longest."""
         return [match for match in self._added.finditer(text) if match[0] in self.control_ids]
 
     def opening(self, tools: list[Any] | None = None) -> str:
@@ -181,10 +181,7 @@ class Template:
         ]
         try:
             literals = PLACEHOLDER.split(self.render(messages, None))[::2]
-        except (
-            BadInput,
-            RowError,
-        ):  # no template, or not for these; rows that need it are rejected
+        except (BadInput, RowError):  # no template, or not for these: rows that need it say why
             return set()
         if len(literals) != len(messages) + 1:
             return set()

@@ -18,7 +18,8 @@ from trainer.datatypes import RowError
 SAMPLES = ("", "x", " x ", "\nx\n")
 HOLDS_CONTROL = "a text holds a control token of the model"
 MAX_WINDOWS = 4096
-# The tokenizer's own cache of 10,000 is full after some thousand rows; later rows take a sixth more.
+# The tokenizer's own cache of 10,000 words is full after some thousand rows, and later rows would
+# take a sixth longer.
 CACHED_WORDS = 2**16
 
 

@@ -27,11 +27,11 @@ from rensa import RMinHash, RMinHashLSH  # pyright: ignore[reportAttributeAccess
 
 from trainer.config.recipe import Recipe
 from trainer.data import tokenize
-from trainer.data.cache import Progress
 from trainer.data.prepare import Prepared, SplitRows, cache_folder, row_tokenizer, workers_of
 from trainer.data.tokenize import Row
 from trainer.datatypes import BadInput, Conversation, RowError
 from trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
+from trainer.utils.progress import RowProgress
 
 VERSION = 1  # part of every key: raise it when the same rows give other pairs
 
@@ -222,7 +222,7 @@ def _compare(
     find = _FindNear(_ReadTexts(row_tokenizer(recipe, tokenizer, "train")), index)
     rows_left = islice(split_rows.rows(), done["rows"], None)
     with (
-        closing(Progress(WHAT, done["rows"], split_rows.count_rows())) as progress,
+        closing(RowProgress(WHAT, done["rows"], split_rows.count_rows())) as progress,
         closing(tokenize.run(rows_left, find, workers, split_rows.files)) as chunks,
     ):
         for rows, matches in chunks:

@@ -1,5 +1,5 @@
-"""Rows as the model will see them: trained, context and special tokens in colours, each message
-named by its role.
+"""Show rows as the model sees them: trained, context and special tokens in colours, and each
+message's role.
 
 Titled Examples (or RowErrors, for rows left out) and their tokenizer enter; a rich renderable for
 the terminal or one self-contained HTML page leaves. Nothing is printed or written here.
@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of a row, under a title such as `train.jsonl:3`. `roles` names, by the position
-    of the token at which its text begins, each message's role."""
+    """The result of a row, under a title such as `train.jsonl:3`.
+
+    `roles` holds the messages' roles, by the index of the token with which each one's text begins.
+    """
 
     title: str
     result: Example | RowError
@@ -56,15 +58,22 @@ PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <style>
 :root {{ color-scheme: light dark; }}
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-pre {{ white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #8886; border-radius: 6px; padding: .8rem; }}
+body {{
+  font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+}}
+pre {{
+  white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid #8886; border-radius: 6px;
+  padding: .8rem;
+}}
 h2 {{ font-size: 1rem; margin: 2rem 0 .4rem; }}
 .context {{ opacity: .6; }}
 .trained {{ background: #2e9e4f40; }}
 .special {{ color: #a626a4; }}
 .special.trained {{ font-weight: bold; text-decoration: underline; }}
 .rejected {{ color: #c0392b; }}
-.role {{ font: 600 .75rem system-ui, sans-serif; background: #8883; border-radius: 4px; padding: 0 .4em; }}
+.role {{
+  font: 600 .75rem system-ui, sans-serif; background: #8883; border-radius: 4px; padding: 0 .4em;
+}}
 </style></head><body>
 <h1>{title}</h1>
 <p>{legend}</p>
@@ -74,9 +83,8 @@ h2 {{ font-size: 1rem; margin: 2rem 0 .4rem; }}
 
 
 class Run(NamedTuple):
-    """Neighbouring tokens of one kind (a key of STYLES) and their text; `role`, where a message
-    begins with them.
-    """
+    """The text of neighbouring tokens of one kind, a key of STYLES; `role`, if a message begins
+    with them."""
 
     kind: str
     text: str
@@ -84,10 +92,10 @@ class Run(NamedTuple):
 
 
 def role_starts(conversation: Conversation, example: Example, template: Template) -> dict[int, str]:
-    """The tokens of the whole example at which the messages' own texts begin, with their roles.
+    """Return the messages' roles by the index of the token with which each message's text begins.
 
-    Empty for a plain text, and where the row was tokenized in pieces, whose tokens cannot be found
-    again.
+    The result is empty for a plain text, and for a row that was tokenized in pieces, as its tokens
+    are not those of the whole text.
     """
     if conversation.text is not None:
         return {}
@@ -98,11 +106,11 @@ def role_starts(conversation: Conversation, example: Example, template: Template
         return {}
     ends = [stop for _, stop in encoding.offsets]
     found: dict[int, str] = {}
-    told = set()
+    seen = {-1}  # the tools that the row offers
     for number, slot in enumerate(render.skeleton.slots):
         message, _ = render.skeleton.owners[slot]
-        if message >= 0 and message not in told:  # -1: the tools that the row offers
-            told.add(message)
+        if message not in seen:
+            seen.add(message)
             begins = render.starts[number] + len(render.skeleton.literals[number])
             found[bisect_right(ends, begins)] = conversation.messages[message].role
     return found
@@ -111,9 +119,7 @@ def role_starts(conversation: Conversation, example: Example, template: Template
 def runs(
     example: Example, tokenizer: PreTrainedTokenizerBase, roles: Mapping[int, str] | None = None
 ) -> Iterator[Run]:
-    """The example's tokens, (L,), as runs of one kind, in order; another one begins where `roles`
-    has a token.
-    """
+    """Yield the example's tokens, (L,), as runs of one kind, in order; each role begins a run."""
     roles = roles or {}
     ids = example.input_ids.tolist()
     special_ids = {
@@ -125,32 +131,29 @@ def runs(
     names = ("context", "trained", "special", "special trained")
     before = ""
     for start, stop in pairwise(edges):
-        # Decoded from the beginning: many decoders drop the space before the first token they are
-        # given.
-        text = _decoded(tokenizer, ids[:stop])
-        piece = (
-            text[len(before) :] if text.startswith(before) else _decoded(tokenizer, ids[start:stop])
-        )
+        # decoded from the beginning, as many decoders drop the space before their first token
+        text = _decode(tokenizer, ids[:stop])
+        is_continued = text.startswith(before)
+        piece = text[len(before) :] if is_continued else _decode(tokenizer, ids[start:stop])
         before = text
         yield Run(names[kinds[start]], piece, roles.get(start))
 
 
 def counts(example: Example) -> str:
-    """How many tokens the example has, and how many are trained."""
+    """Return a text with the numbers of tokens and of trained tokens."""
     trained, tokens = int(example.trained.sum()), len(example.input_ids)
     return f"{tokens} tokens, {trained} trained ({trained / tokens:.0%})"
 
 
 def as_text(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Group:
-    """The rows for a terminal, below a legend."""
+    """Return the rows for a terminal, below a legend."""
     legend = Text("  ").join(Text(LEGEND[kind], style=style) for kind, style in STYLES.items())
     legend.append("  ").append(" role ", ROLE_STYLE).append(" of the message that begins")
     blocks: list[Text] = [legend]
     for row in rows:
         if isinstance(row.result, RowError):
-            blocks.append(
-                Text.assemble("\n", (row.title, "bold"), "  ", (_left_out(row.result), "red"))
-            )
+            reason = (_describe_reject(row.result), "red")
+            blocks.append(Text.assemble("\n", (row.title, "bold"), "  ", reason))
             continue
         blocks.append(Text.assemble("\n", (row.title, "bold"), f"  {counts(row.result)}"))
         shown = Text()
@@ -165,7 +168,7 @@ def as_text(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Group:
 def as_html(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, title: str = "packhorse preview"
 ) -> str:
-    """The rows as one page that needs nothing else; every text is escaped."""
+    """Return the rows as one HTML page that loads nothing; every text is escaped."""
     legend = " &middot; ".join(f'<span class="{kind}">{LEGEND[kind]}</span>' for kind in STYLES)
     legend += ' &middot; <b class="role">role</b> of the message that begins'
     blocks = [_html_row(row, tokenizer) for row in rows]
@@ -175,9 +178,8 @@ def as_html(
 def _html_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     heading = html.escape(row.title)
     if isinstance(row.result, RowError):
-        return (
-            f'<h2>{heading} <span class="rejected">{html.escape(_left_out(row.result))}</span></h2>'
-        )
+        reason = html.escape(_describe_reject(row.result))
+        return f'<h2>{heading} <span class="rejected">{reason}</span></h2>'
     spans = "".join(
         (f'<b class="role">{html.escape(run.role)}</b>' if run.role else "")
         + f'<span class="{run.kind}">{html.escape(_visible(run))}</span>'
@@ -186,18 +188,17 @@ def _html_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
     return f"<h2>{heading} &middot; {counts(row.result)}</h2>\n<pre>{spans}</pre>"
 
 
-def _left_out(reason: RowError) -> str:
+def _describe_reject(reason: RowError) -> str:
     return f"{'filtered' if isinstance(reason, Filtered) else 'rejected'}: {reason}"
 
 
 def _visible(run: Run) -> str:
-    """Control characters as pictures, so that no row steers the terminal; a line end that is
-    learned is shown too.
-    """
+    """Return the text with pictures for control characters, so that no row controls the terminal,
+    and for line ends that are trained."""
     text = run.text.translate(CONTROL_PICTURES)
     return text.replace("\n", "↵\n") if "trained" in run.kind else text
 
 
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return text if isinstance(text, str) else "".join(text)

@@ -112,14 +112,14 @@ def source_files(place: str) -> list[Path]:
         )
         if not files:
             raise BadInput(
-                f"{place}: the folder holds no {', '.join(SUFFIXES)} file; point `path` at one that "
-                f"does"
+                f"{place}: the folder holds no {', '.join(SUFFIXES)} file; point `path` at one "
+                f"that does"
             )
         return files
     if not path.is_file():
         raise BadInput(
-            f"{place}: there is no such file or folder; check `path` (it is relative to the current "
-            f"folder)"
+            f"{place}: there is no such file or folder; check `path` (it is relative to the "
+            f"current folder)"
         )
     if path.suffix not in SUFFIXES:
         raise BadInput(

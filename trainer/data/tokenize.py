@@ -281,8 +281,8 @@ class _Pool:
 def _start_server() -> Any:
     """Start the server that workers are forked from, unless it runs; return its context.
 
-    A forked child of this process, which has threads (the heartbeat, the tokenizer's), may hang. The
-    server has none, and what it has imported no worker imports again.
+    A forked child of this process, which has threads (the heartbeat, the tokenizer's), may hang.
+    The server has none, and what it has imported no worker imports again.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.data.prepare"])
