@@ -17,7 +17,7 @@ DEBUG = "recipes/debug.yaml"
 
 
 def command(*arguments: str, **env: str) -> subprocess.CompletedProcess:
-    """The command in a process of its own."""
+    """Run the command in a process of its own."""
     program = [sys.executable, "-m", "trainer.cli.main", *arguments]
     return subprocess.run(
         program, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=120
@@ -102,7 +102,10 @@ def test_answers_and_bad_recipes_import_nothing_heavy(arguments):
         (["train", DEBUG, "batch.global_batch_size=0"], "`batch.global_batch_size`"),
         (["train", DEBUG, "batch.rows_per_step=4"], "is now `batch.global_batch_size`"),
         (["train", DEBUG, "--nnodes", "2"], "2 nodes: name the rendezvous host"),
-        (["plan", DEBUG, "--gpus", "3", "--nodes", "2"], "all nodes must have the same number of GPUs"),
+        (
+            ["plan", DEBUG, "--gpus", "3", "--nodes", "2"],
+            "all nodes must have the same number of GPUs",
+        ),
         (["plan", DEBUG, "--gpus", "2", "--gpu-gib", "1"], "no template fits 2 GPUs of 1.0 GiB"),
         (["train", DEBUG, "--nnodes", "2:1"], "--nnodes 2:1: give a number, or MIN:MAX"),
         (["prepare", DEBUG, "data.train.0.path=nowhere.jsonl"], "nowhere.jsonl"),
@@ -263,7 +266,7 @@ def test_preview_on_the_terminal_and_as_a_page(packhorse, tmp_path):
 
 
 def test_bad_input_is_2_even_where_its_sentence_cannot_be_written():
-    """A rank's stderr is a file in the run folder, whose disk may be what is full."""
+    """A rank's stderr is a file in the run folder, whose disk may be the full one."""
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "trainer.cli.main", "train", "missing.yaml"]
         assert subprocess.run(command, cwd=ROOT, stderr=full).returncode == 2
