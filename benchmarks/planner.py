@@ -1,4 +1,4 @@
-"""The planner's bytes beside those that DeepSpeed holds, of a real model on several ranks.
+"""Compare the planner's bytes with those that DeepSpeed holds, for a real model on several ranks.
 
     python benchmarks/planner.py [--model DIR] [--ranks 2] [--dtype bfloat16]
 
@@ -65,7 +65,7 @@ def parse() -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """On each rank: an engine of every template, one rehearsed micro-batch, one step."""
+    """Build an engine of every template on each rank, and run one micro-batch and one step."""
     import torch
 
     from tests.numerics.buffers import held

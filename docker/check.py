@@ -113,7 +113,7 @@ def flash_attn() -> Row:
 
 def deepspeed_ops() -> list[Row]:
     """Return whether DeepSpeed's ops are compiled, and load."""
-    # without a visible GPU DeepSpeed would choose the CPU, and look for other ops
+    # without a visible GPU DeepSpeed would choose the CPU, and its ops
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.version.cuda else "cpu")
     importlib.import_module("trainer.engine.engine")  # sets up DeepSpeed as for training
     from deepspeed.accelerator import get_accelerator

@@ -1,4 +1,4 @@
-"""Make the pods that a cluster would make of manifests, with their environment and files."""
+"""Make the pods of a manifest as a cluster would: names, environment, arguments and files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KINDS: tuple[Kind, ...] = ("job", "jobset", "trainjob")
 def manifests(
     kind: Kind = "job", *overrides: str, nodes: int = 2, cluster: Path = CLUSTER
 ) -> dict[str, Any]:
-    """Those of the debug recipe in a run called `sft`, by kind."""
+    """Return the debug recipe's manifests for a run called `sft`, by kind."""
     recipe = ROOT / "recipes/debug.yaml"
     found = (f"parallel.deepspeed={ROOT}/ds_configs/zero3.json", *overrides)
     text = render(
@@ -28,7 +28,7 @@ def manifests(
 
 
 def job_spec(made: dict[str, Any]) -> Any:
-    """The Job's spec, wherever the kind has it."""
+    """Return the Job's spec, wherever the kind holds it."""
     if "Job" in made:
         return made["Job"]["spec"]
     spec = (
@@ -53,7 +53,7 @@ class Pod:
 
 
 def pods(made: dict[str, Any]) -> list[Pod]:
-    """One for each completion index."""
+    """Return a pod for each completion index."""
     spec = job_spec(made)
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
@@ -79,8 +79,9 @@ def pods(made: dict[str, Any]) -> list[Pod]:
 
 
 def _of_kubeflow(made: dict[str, Any], index: int) -> dict[str, str]:
-    """What the torch plugin of Kubeflow's trainer 2 sets in the container `node`, where the
-    TrainJob has a trainer.
+    """Return what the torch plugin of Kubeflow's trainer 2 sets in the container `node`.
+
+    It sets it only if the TrainJob has a `trainer`.
     """
     return {
         "PET_NNODES": str(made["TrainJob"]["spec"]["trainer"]["numNodes"]),
@@ -92,7 +93,7 @@ def _of_kubeflow(made: dict[str, Any], index: int) -> dict[str, str]:
 
 
 def what_becomes_of(made: dict[str, Any], exit_code: int, *, disrupted: bool = False) -> str:
-    """The action of the Job's podFailurePolicy on a pod that failed so."""
+    """Return the action of the Job's podFailurePolicy for a pod that failed so."""
     for rule in job_spec(made)["podFailurePolicy"]["rules"]:
         codes = rule.get("onExitCodes")
         if codes and (exit_code in codes["values"]) == (codes["operator"] == "In"):

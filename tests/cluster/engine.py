@@ -1,9 +1,9 @@
-"""A Docker engine of the tests' own, and the project's image built with it. Needs root, docker.io
-and mmdebstrap.
+"""Start a Docker engine for the tests, and build the project's image with it.
 
-The engine has its own folder and socket, and leaves the machine's network rules alone. The image is
-the CPU flavour of docker/Dockerfile; its bases, which no test may fetch from anywhere, are stood in
-for by a Debian made of packages. pip inside a build finds what pip finds on this machine.
+Needs root, docker.io and mmdebstrap. The engine has its own folder and socket, and does not touch
+the machine's network rules. The image is the CPU flavour of docker/Dockerfile. Its bases, which no
+test may download, are replaced by a Debian made from packages. pip in a build finds the packages
+that pip finds on this machine.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Engine:
         self.run("network", "create", bridge, f"--subnet={SUBNET}", NETWORK)
 
     def down(self) -> None:
-        """Whatever state it is in: everything that it runs, itself, and its folder."""
+        """Stop everything that the engine runs, the engine itself, and delete its folder."""
         if self._daemon and self._daemon.poll() is None:
             containers = self._run("ps", "-aq").stdout.split()
             self._run("rm", "--force", *containers)
@@ -101,7 +101,7 @@ class Engine:
         )
 
     def run(self, *words: str) -> str:
-        """What `docker *words` printed, which must not fail."""
+        """Return the output of `docker *words`, which must not fail."""
         done = self._run(*words)
         said = done.stdout[-6000:] + done.stderr[-6000:]
         assert done.returncode == 0, (
@@ -110,7 +110,7 @@ class Engine:
         return done.stdout
 
     def fails(self, *words: str) -> str:
-        """What `docker *words` printed, which must fail."""
+        """Return the output of `docker *words`, which must fail."""
         done = self._run(*words)
         assert done.returncode != 0, (
             f"docker {' '.join(words)} should have failed:\n{done.stdout[-3000:]}"
@@ -129,7 +129,7 @@ class Engine:
     # --------------------------------------------------------------------------------------- images
 
     def make_base(self) -> None:
-        """A minimal Debian that trusts the certificates that this machine trusts."""
+        """Make a minimal Debian that trusts the same certificates as this machine."""
         context = self._folder / "base"
         context.mkdir()
         packages = "--include=apt,ca-certificates"
@@ -161,7 +161,7 @@ class Engine:
         shutil.rmtree(context)
 
     def build(self, *words: str) -> list[str]:
-        """The words of a `docker build` of docker/Dockerfile's CPU flavour."""
+        """Return the arguments of a `docker build` of docker/Dockerfile's CPU flavour."""
         arguments = {"BASE_IMAGE": BASE, "RUNTIME_IMAGE": BASE, "FLAVOUR": "cpu", **self.pip}
         given = [f"--build-arg={name}={value}" for name, value in arguments.items()]
         return [
@@ -176,7 +176,7 @@ class Engine:
 
 @contextmanager
 def packages() -> Iterator[dict[str, str]]:
-    """Return this machine's pip settings for package sources, its folders served to builds."""
+    """Return this machine's package sources as pip settings, with local folders served."""
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], check=True, capture_output=True, text=True
     )
@@ -216,7 +216,7 @@ def _setting(settings: dict[str, str], name: str) -> list[str]:
 
 
 def _served(places: Sequence[str], folder: Path, address: str) -> str:
-    """The places, in which folders of this machine are replaced by addresses below `address`."""
+    """Return the sources, with local folders replaced by addresses below `address`."""
     found = []
     for place in dict.fromkeys(places):
         path = Path(place.removeprefix("file://"))
@@ -231,7 +231,7 @@ def _served(places: Sequence[str], folder: Path, address: str) -> str:
 
 @contextmanager
 def engine() -> Iterator[Engine]:
-    """An engine that has the image."""
+    """Give an engine that has the image."""
     made = Engine(Path(tempfile.mkdtemp(prefix="packhorse-engine-")))
     try:
         made.up()

@@ -1,7 +1,7 @@
-"""Stand-ins for hosts on this machine: each has its own network and name, linked by a bridge. Needs
-root.
+"""Make stand-ins for hosts on this machine, each with its own network and name. Needs root.
 
-A link can be cut, which resets no connection: to the others it is as if the host had died.
+A bridge links them. A link can be cut, which resets no connection: to the others it is as if the
+host had died.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.ranks import ROOT
 
 
 class Hosts:
-    """Hosts by name, and their links. `a.b` is called `a` by itself, and both by the others."""
+    """Hosts by name, and their links. The host `a.b` calls itself `a`; others know both."""
 
     def __init__(self, folder: Path, names: Sequence[str], tag: str, net: str) -> None:
         self._table, self._sources = folder / "hosts", folder / "nsswitch.conf"
@@ -55,11 +55,9 @@ class Hosts:
         env: Mapping[str, str] = os.environ,
         cwd: Path = ROOT,
     ) -> subprocess.Popen:
-        """A process on a host; its end ends all that it started there."""
-        inside = (
-            'hostname "$1"; mount --bind "$2" /etc/hosts; mount --bind "$3" /etc/nsswitch.conf; '
-            'shift 3; exec "$@"'
-        )
+        """Start a process on a host. When it ends, everything that it started there ends."""
+        mounts = 'mount --bind "$2" /etc/hosts; mount --bind "$3" /etc/nsswitch.conf'
+        inside = f'hostname "$1"; {mounts}; shift 3; exec "$@"'
         where = network.enter(self._spaces[name])
         process = subprocess.Popen(
             [
@@ -82,7 +80,7 @@ class Hosts:
         return process
 
     def signal(self, process: subprocess.Popen, number: int) -> None:
-        """To the command that was started."""
+        """Send a signal to the command that was started."""
         (child,) = network.inside(process)
         os.kill(int(child), number)
 
@@ -91,9 +89,10 @@ class Hosts:
 def hosts(
     folder: Path, names: Sequence[str], tag: str = "ph", net: str = "10.79.0"
 ) -> Iterator[Hosts]:
-    """
+    """Make the hosts and remove them at the end.
+
     Args:
-        tag: begins the names of what is made on this machine; nine letters at most.
+        tag: prefix of the names on this machine, at most nine letters.
         net: the first three numbers of the hosts' addresses.
     """
     made = Hosts(folder, names, tag, net)

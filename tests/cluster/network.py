@@ -1,4 +1,4 @@
-"""Networks of their own for stand-ins of hosts on this machine, linked by a bridge. Needs root."""
+"""Make network namespaces as stand-ins for hosts, linked by a bridge. Needs root."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ def ip(*words: str) -> None:
 
 
 def link(bridge: str, spaces: Mapping[str, str]) -> None:
-    """Make a bridge, and network spaces by their names with their addresses, as 10.79.0.10/24, on
-    it.
-    """
+    """Make a bridge and, on it, network namespaces with addresses, as 10.79.0.10/24."""
     ip("link", "add", bridge, "type", "bridge")
     ip("link", "set", bridge, "up")
     for space, address in spaces.items():
@@ -30,20 +28,21 @@ def link(bridge: str, spaces: Mapping[str, str]) -> None:
 
 
 def unlink(bridge: str, spaces: Iterable[str]) -> None:
-    """Take them away, where they are there."""
+    """Remove them if they exist."""
     both = [(kind, space) for space in spaces for kind in ("link", "netns")]
     for kind, name in [*both, ("link", bridge)]:
         subprocess.run(["ip", kind, "del", name], check=False, capture_output=True)
 
 
 def enter(space: str) -> list[str]:
-    """The beginning of a command that runs as on a host of that network."""
+    """Return the beginning of a command that runs in that network namespace."""
     return ["nsenter", f"--net=/run/netns/{space}", *OWN]
 
 
 def inside(process: subprocess.Popen) -> list[str]:
-    """The first process in there, by its number, once it has begun: what is around it passes no
-    signal on.
+    """Return the id of the first process inside, once it exists.
+
+    Signals go to it directly, because the processes around it do not pass them on.
     """
     with open(f"/proc/{process.pid}/task/{process.pid}/children") as file:
         return file.read().split()

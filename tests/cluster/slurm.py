@@ -1,8 +1,7 @@
-"""A real Slurm on this machine: a controller and nodes `cn1`, `cn2`, each with its own network,
-name, processes and mounts. Needs root, and Debian's packages slurmctld, slurmd, slurm-client, munge
-and iproute2.
+"""Start a real Slurm on this machine: a controller and the nodes `cn1` and `cn2`.
 
-The nodes claim eight GPUs each, which are null devices.
+Each node has its own network, name, processes and mounts, and claims eight GPUs, which are null
+devices. Needs root, and Debian's packages slurmctld, slurmd, slurm-client, munge and iproute2.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 class Slurm:
-    """A cluster: `run` calls its commands, as sbatch; its nodes can fail and come back."""
+    """The cluster: `run` calls sbatch, scontrol and other commands; nodes can fail and return."""
 
     def __init__(self, folder: Path, count: int) -> None:
         self._folder = folder
@@ -79,20 +78,20 @@ class Slurm:
         )
 
     def submit(self, *command: str, **env: str) -> str:
-        """The job's number."""
+        """Submit a script and return the job's number."""
         done = self.run(*command, **env)
         found = re.search(r"Submitted batch job (\d+)", done.stdout)
         assert found, done.stderr
         return found[1]
 
     def job(self, number: str) -> dict[str, str]:
-        """What `scontrol show job` says, as JobState, Restarts, ExitCode."""
+        """Return what `scontrol show job` prints, as JobState, Restarts, ExitCode."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", number).stdout))
 
     def wait(
         self, number: str, *states: str, restarts: int = 0, seconds: float = 600
     ) -> dict[str, str]:
-        """The job, once it is in one of the states, in its start of that number."""
+        """Wait until the job is in one of the states, in that start, and return it."""
         end = time.monotonic() + seconds
         while True:
             job = self.job(number)
@@ -109,13 +108,15 @@ class Slurm:
             time.sleep(0.2)
 
     def wait_idle(self) -> None:
-        """Until all nodes are up, and free of the last job's end."""
+        """Wait until all nodes are up and free of the last job."""
         self._until(lambda: self._idle() == len(self.nodes), "the nodes are not all idle")
 
     def start_now(self, number: str) -> None:
-        """A job that was queued again waits for two minutes, if nobody asks for less. A node takes
-        credentials from before the second in which it ended the last start for revoked ones, and
-        the job for failed."""
+        """Start a requeued job without its usual delay of two minutes.
+
+        A node treats credentials from before the second in which the last start ended as
+        revoked, and the job as failed.
+        """
         self._until(
             lambda: not self.run("sinfo", "-h", "-t", "completing", "-o", "%N").stdout,
             "a start does not end",
@@ -154,8 +155,9 @@ class Slurm:
         network.unlink(BRIDGE, [f"ph-{node}" for node in self.nodes])
 
     def revive(self, node: str) -> None:
-        """slurmd as the child of the first process of the node: all ends with it, as on a host that
-        dies.
+        """Start slurmd as the child of the node's first process.
+
+        Everything ends with that process, as on a host that dies.
         """
         # there is no DNS: asked in vain, it would take seconds for each name that the table does
         # not have
@@ -173,7 +175,7 @@ class Slurm:
         _end(self._started.pop(node))
 
     def hide(self, node: str, folder: Path) -> None:
-        """From here on the node has an empty folder of its own in this place."""
+        """Give the node an empty folder of its own at this place from now on."""
         self._inside(node, "mount", "-t", "tmpfs", "tmpfs", str(folder))
 
     def show(self, node: str, folder: Path) -> None:

@@ -1,7 +1,6 @@
-"""The real image, in its CPU flavour, run as clusters run it: by any user, on a read-only root,
-without privileges.
+"""The real image, CPU flavour, run as clusters run it: any user, read-only root, no privileges.
 
-Where these tests are asked for, they run: without root, docker.io or mmdebstrap they fail.
+If selected, these tests run: without root, docker.io or mmdebstrap they fail.
 """
 
 import json
@@ -36,7 +35,7 @@ def docker() -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The host's folder of runs, which any user may write to, as the cache beside it."""
+    """Return the host's folder of runs, which any user can write to, as the cache beside it."""
     folder = tmp_path_factory.mktemp("volumes")
     for name in ("runs", "cache"):
         (folder / name).mkdir()
@@ -45,7 +44,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def words(runs: Path, name: str, *options: str) -> list[str]:
-    """`docker run` of the image, hardened, with volumes; what the image shall do comes behind."""
+    """Return a hardened `docker run` of the image with volumes, without its arguments."""
     volumes = [f"--volume={runs}:/runs", f"--volume={runs.parent / 'cache'}:/cache"]
     return [
         "run",
@@ -61,7 +60,7 @@ def words(runs: Path, name: str, *options: str) -> list[str]:
 
 
 def inside(docker: Engine, *command: str) -> str:
-    """What a command in a bare container of the image prints."""
+    """Return the output of a command in a bare container of the image."""
     return docker.run(
         "run", "--rm", f"--entrypoint={command[0]}", "--network=none", IMAGE, *command[1:]
     )
@@ -86,7 +85,7 @@ def wait_for_step(run_dir: Path, process: subprocess.Popen[str]) -> None:
 
 @pytest.fixture(scope="module")
 def trained(docker: Engine, runs: Path) -> Path:
-    """The run folder of the debug recipe."""
+    """Return the run folder of the debug recipe."""
     docker.run(*words(runs, "ph-one"), *DEBUG, "run.dir=/runs/debug")
     return runs / "debug"
 
@@ -249,10 +248,8 @@ def test_every_package_in_it_is_one_of_the_pins(docker):
         tuple(re.split(r"==|;", line)[:2])
         for line in (ROOT / "constraints.txt").read_text().splitlines()
     }
-    names = (
-        "import importlib.metadata as m; "
-        "print(*(f'{d.name}=={d.version}' for d in m.distributions()))"
-    )
+    every = "(f'{d.name}=={d.version}' for d in m.distributions())"
+    names = f"import importlib.metadata as m; print(*{every})"
     installed = {
         tuple(package.split("+")[0].split("=="))
         for package in inside(docker, "python", "-c", names).split()

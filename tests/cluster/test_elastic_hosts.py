@@ -1,6 +1,6 @@
-"""Launchers on two hosts, one of which is cut off while they train.
+"""Launchers on two hosts, one of which is cut off during training.
 
-Where these tests are asked for, they run: without root or iproute2 they fail.
+If selected, these tests run: without root or iproute2 they fail.
 """
 
 import json
@@ -29,7 +29,7 @@ def two(tmp_path) -> Iterator[Hosts]:
 
 
 def start(two: Hosts, run_dir: Path, *arguments: str) -> list[subprocess.Popen]:
-    """A launcher of one rank on each host; they meet at host0."""
+    """Start a launcher of one rank on each host; host0 is the rendezvous host."""
     recipe = [
         "recipes/debug.yaml",
         f"run.dir={run_dir}",

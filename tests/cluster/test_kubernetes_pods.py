@@ -1,8 +1,7 @@
-"""Two pods of the manifests, each on a host with the pod's own name, address, environment and
-files.
+"""Two pods of the manifests, each on a host with the pod's name, address, environment and files.
 
-There is no Kubernetes here: the test is the kubelet that starts pods, and the Job that starts them
-again.
+There is no Kubernetes here: the test plays the kubelet that starts pods, and the Job that restarts
+them.
 """
 
 import json
@@ -36,7 +35,7 @@ NO_EVAL = (
 
 
 class Cluster:
-    """A claim, and the hosts that have it mounted."""
+    """A volume claim, and the hosts that mount it."""
 
     def __init__(self, folder: Path, made_hosts: Hosts) -> None:
         self.claim = folder / "claim"
@@ -44,7 +43,7 @@ class Cluster:
         self._folder, self._hosts = folder, made_hosts
 
     def start(self, made: dict[str, Any]) -> list[subprocess.Popen]:
-        """All pods, each with nothing but what the manifests and the image give it."""
+        """Start all pods, each with only what the manifests and the image give it."""
         return [self._start(pod, made["ConfigMap"]) for pod in pods(made)]
 
     def _start(self, pod: Pod, config_map: dict[str, Any]) -> subprocess.Popen:
@@ -54,7 +53,7 @@ class Cluster:
         }
 
         def inside(text: str) -> str:
-            """A path in the pod as it is on this machine, where nothing is mounted at the root."""
+            """Return where a path of the pod is on this machine."""
             found = [path for path in places if text == path or text.startswith(f"{path}/")]
             return f"{places[found[0]]}{text.removeprefix(found[0])}" if found else text
 
@@ -96,7 +95,7 @@ def cluster(folder: Path, names: Sequence[str]) -> Iterator[Cluster]:
 
 
 def ended(started: list[subprocess.Popen]) -> list[int]:
-    """Exit codes; the pods' last words show where one is not as it should be."""
+    """Return the exit codes; show the pods' last output if one is unexpected."""
     for pod in started:
         print(pod.communicate(timeout=600)[1])
     return [pod.returncode for pod in started]

@@ -1,7 +1,6 @@
-"""Jobs of two nodes on a real Slurm: trained, stopped before the time limit, queued again, on a
-node less.
+"""Jobs of two nodes on a real Slurm: trained, stopped before the time limit, requeued, a node less.
 
-Where these tests are asked for, they run: without root or Slurm they fail.
+If selected, these tests run: without root or Slurm they fail.
 """
 
 import shlex
@@ -39,7 +38,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(cluster: Slurm, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of two nodes that nothing has interrupted."""
+    """Return the folder of an uninterrupted run on two nodes."""
     run_dir = tmp_path_factory.mktemp("whole")
     job = cluster.wait(sbatch(cluster, run_dir, cache), "COMPLETED")
     assert job["ExitCode"] == "0:0"
@@ -60,7 +59,7 @@ def sbatch(
 
 
 def losses(run_dir: Path) -> list[float]:
-    """Of all steps, each of which is there once."""
+    """Return the losses of all steps, and assert that each step occurs once."""
     lines = read_json_lines(run_dir / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     return [line["train/loss"] for line in lines]

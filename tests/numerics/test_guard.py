@@ -1,6 +1,4 @@
-"""A run that passes a step over, by skipping it or by going back, is the run that never took it
-(C12).
-"""
+"""A run that skips a step, with or without a rollback, is the run that never took it (C12)."""
 
 from __future__ import annotations
 
@@ -21,8 +19,8 @@ STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer")
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """On two ranks: every stage meets a NaN of one rank in step 3, and knows of it beforehand; one
-    meets a spike.
+    """Run every ZeRO stage on two ranks: with a NaN on one rank in step 3, and without, where
+    step 3 is skipped from the start; and one stage with a loss spike.
     """
     root = tmp_path_factory.mktemp("guard")
     nan, spike = {"changes": ["nan_in_the_third_step"]}, {"changes": ["spike_in_the_third_step"]}
@@ -55,7 +53,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def seen(run_dir: Path) -> dict[str, Any]:
-    """Losses and norms by step, and the last weights."""
+    """Return losses and norms by step, and the last weights."""
     steps = [line for line in read_json_lines(run_dir / "metrics.jsonl") if "train/loss" in line]
     saved, manifest = checkpoint.open_newest(run_dir)
     return {
@@ -79,7 +77,7 @@ def test_a_step_that_was_not_finite_is_as_if_never_taken(root: Path, stage: str,
     assert_same(run, seen(root / f"{stage}-without"))
 
 
-def test_a_resume_remembers_what_was_passed_over(root: Path) -> None:
+def test_a_resume_remembers_the_skipped_step(root: Path) -> None:
     assert_same(seen(root / "zero3-skip-resumed"), seen(root / "zero3-without"))
 
 

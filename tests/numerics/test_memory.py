@@ -1,6 +1,4 @@
-"""What the planner counts of the training state is what DeepSpeed holds: every byte, at every stage
-and type.
-"""
+"""The planner's training state is what DeepSpeed holds: every byte, at every stage and dtype."""
 
 from __future__ import annotations
 
@@ -29,7 +27,7 @@ PARTS = ("weights", "gradients", "masters", "moments")
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """By case and part: bytes of each rank's buffers, and the planner's number."""
+    """Return the bytes of each rank's buffers and the planner's number, by case and part."""
     out = tmp_path_factory.mktemp("planner")
     run_ranks(WORLD, ["-m", "tests.numerics.test_memory", str(out)], timeout_s=600)
     return json.loads((out / "found.json").read_text())
@@ -38,12 +36,12 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("name", CASES)
 def test_the_plan_is_deepspeeds_own_bytes(found: dict[str, Any], name: str, part: str) -> None:
-    """Of the fullest rank."""
+    """The plan is of the fullest rank."""
     assert found[name][part]["planned"] == max(found[name][part]["held"]), found[name][part]
 
 
 def main(out: Path) -> None:
-    """On each rank: an engine of every case, one micro-batch back, one step."""
+    """Build an engine of every case on each rank, and run one micro-batch and one step."""
     from tests.numerics import buffers
     from tests.numerics.cases import load_recipe
     from trainer import dist, train

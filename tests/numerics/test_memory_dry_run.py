@@ -1,6 +1,4 @@
-"""A run that rehearsed its fullest micro-batches, before the first step and after a resume, is the
-run that did not.
-"""
+"""The dry run of the fullest micro-batches changes nothing, at the start or after a resume."""
 
 from __future__ import annotations
 
@@ -17,9 +15,7 @@ IN_BF16 = ("zero1", "zero2", "zero3")
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    """On two ranks, four steps each; where it is rehearsed, what the micro-batches leave of
-    gradients is looked at.
-    """
+    """Run four steps on two ranks; after a dry run, the gradients that it leaves are checked."""
     root = tmp_path_factory.mktemp("rehearsal")
 
     def pair(name: str, stage: str, *overrides: str) -> list[dict[str, Any]]:

@@ -1,6 +1,4 @@
-"""DeepSpeed's own universal load, in a program of its own, finds the tensors that the direct reader
-finds (C8).
-"""
+"""DeepSpeed's own universal load, in another program, finds the tensors of the checkpoint (C8)."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ pytestmark = pytest.mark.runs
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three steps at ZeRO-3 on two ranks."""
+    """Take three steps at ZeRO-3 on two ranks."""
     root = tmp_path_factory.mktemp("universal")
     path = root / "cases.json"
     path.write_text(json.dumps([case(root, "run", "zero3", stop_after=3)]))

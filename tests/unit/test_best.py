@@ -25,7 +25,7 @@ RULE = {
 def line(
     step: int, eval_loss: float, answer: float | None, form: float | None = 1.0
 ) -> dict[str, Any]:
-    """A line of evaluations.jsonl."""
+    """Return a line of evaluations.jsonl."""
     scores = {"answer_accuracy": answer, "format_accuracy": form}
     metrics = {
         name: {"value": value, "count": 8, "low": None, "high": None}
@@ -119,7 +119,7 @@ def test_conditions(text, met, not_met):
 
 
 def tree(best: Any, every_steps: int | None = 5, **data: Any) -> dict[str, Any]:
-    """The debug recipe, which has two scorers, with a rule."""
+    """Return the debug recipe, which has two scorers, with a rule."""
     made = yaml.safe_load((ROOT / "recipes" / "debug.yaml").read_text())
     made["eval"] |= {"best": best, "every_steps": every_steps}
     made["data"] |= data

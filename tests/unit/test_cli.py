@@ -17,7 +17,7 @@ DEBUG = "recipes/debug.yaml"
 
 
 def command(*arguments: str, **env: str) -> subprocess.CompletedProcess:
-    """The command in a process of its own."""
+    """Run the command in a process of its own."""
     program = [sys.executable, "-m", "trainer.cli.main", *arguments]
     return subprocess.run(
         program, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=120
@@ -266,7 +266,7 @@ def test_preview_on_the_terminal_and_as_a_page(packhorse, tmp_path):
 
 
 def test_bad_input_is_2_even_where_its_sentence_cannot_be_written():
-    """A rank's stderr is a file in the run folder, whose disk may be what is full."""
+    """A rank's stderr is a file in the run folder, whose disk may be the full one."""
     with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "trainer.cli.main", "train", "missing.yaml"]
         assert subprocess.run(command, cwd=ROOT, stderr=full).returncode == 2

@@ -1,4 +1,4 @@
-"""`packhorse eval`, `compare` and `export --best`: what they refuse, and in which words."""
+"""`packhorse eval`, `compare` and `export --best`: what they refuse, and with which message."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DEBUG = "recipes/debug.yaml"
 
 @pytest.fixture
 def refused(monkeypatch, capsys):
-    """The command in this process; gives the one line that it ends with."""
+    """Return a function that runs the command in this process and returns its error line."""
     monkeypatch.chdir(ROOT)
 
     def run(*arguments: str) -> str:
@@ -35,7 +35,7 @@ def refused(monkeypatch, capsys):
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run without checkpoints."""
+    """Make a run folder without checkpoints."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "recipe.yaml").write_text(load_recipe(ROOT / DEBUG).to_yaml())

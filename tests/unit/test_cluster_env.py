@@ -1,4 +1,4 @@
-"""Nodes and their meeting point, from the environments that Slurm, Kubernetes and Kubeflow give."""
+"""Nodes and rendezvous, from the variables that Slurm, Kubernetes and Kubeflow set."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the documents say is what the code is."""
+"""The documents agree with the code."""
 
 import runpy
 
@@ -9,13 +9,13 @@ from trainer.config.recipe import parse_recipe
 
 
 def test_the_recipe_reference_is_current() -> None:
-    """`python docs/make_recipe.py` brings it up to date."""
+    """`python docs/make_recipe.py` updates it."""
     reference = runpy.run_path(str(ROOT / "docs" / "make_recipe.py"))["reference"]
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == reference()
 
 
 def test_the_table_of_scale_is_current() -> None:
-    """`python docs/make_scale.py` brings it up to date."""
+    """`python docs/make_scale.py` updates it."""
     page = runpy.run_path(str(ROOT / "docs" / "make_scale.py"))["page"]
     assert (ROOT / "docs" / "scale.md").read_text(encoding="utf-8") == page()
 

@@ -1,4 +1,4 @@
-"""The experiments: what is trained, on which data, and what is made of it."""
+"""The experiments: their runs, their data and their tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RIGHT = re.compile(r"<think>(\d+ [-+*/] \d+ = \d+\. ?){1,2}</think><answer>\d+</
 
 
 def of(run: Run, base: str) -> Recipe:
-    """The recipe of a run."""
+    """Return the recipe of a run."""
     path = FOLDER / base
     return load_recipe(path, catalogue.overrides(run, load_recipe(path), Path("runs/x")))
 
@@ -210,8 +210,10 @@ def finished(
     steps: int = 10,
     before: Evaluations | None = None,
 ) -> None:
-    """A run folder as a finished run leaves it: of `n` prompts those in `right` are answered right
-    at the end.
+    """Write a run folder as a finished run leaves it.
+
+    Args:
+        right: of `n` prompts, those answered right at the end.
     """
     folder = out / run.name
     folder.mkdir(parents=True)

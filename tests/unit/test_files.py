@@ -1,4 +1,4 @@
-"""One process builds, the others wait; whatever dies, the next one takes over and nothing half done
+"""One process builds, the others wait; if it dies, another one takes over, and nothing incomplete
 is used.
 """
 

@@ -24,7 +24,7 @@ def test_the_ranks_with_the_fewest_beats_are_named(tmp_path):
     assert name_slowest(tmp_path, 3) == "all ranks are at step 3 > data"
 
 
-# beats for a while, rests for longer than a hang, then beats once and never again
+# beats for a while, pauses for longer than a hang, then beats once and never again
 PROGRAM = """
 import sys, time
 from pathlib import Path
@@ -45,7 +45,7 @@ time.sleep(30)
 
 
 @pytest.mark.parametrize(("pace_s", "least_s"), [(0.01, 0.5), (0.3, 1.5)])
-def test_silence_ends_the_process_and_rest_does_not(tmp_path, pace_s, least_s):
+def test_silence_ends_the_process_and_a_pause_does_not(tmp_path, pace_s, least_s):
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(pace_s)]
     process = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""Launchers miss each other, and the one that is cut off knows it."""
+"""Launchers notice lost nodes, and the one that is cut off notices that."""
 
 import threading
 import time
@@ -80,7 +80,7 @@ def test_without_a_store_or_a_link_it_is_this_node_that_gives_up(store, monkeypa
 
 
 def test_where_the_rendezvous_is_gone_nobody_else_is_missed(store):
-    """The other host fell silent a little before, so its last answer is missing."""
+    """The other host fell silent a little earlier, because its last answer did not arrive."""
     gone = threading.Event()
 
     class Dying:

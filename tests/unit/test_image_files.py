@@ -1,6 +1,4 @@
-"""The files of the image that can be judged without building it; tests/cluster/test_container.py
-builds it.
-"""
+"""The image's files, as far as no build is needed; tests/cluster/test_container.py builds it."""
 
 import os
 import subprocess

@@ -1,6 +1,4 @@
-"""Manifests for Kubernetes: every field is one that the cluster knows, and what the pods get lets
-launchers meet.
-"""
+"""Manifests for Kubernetes: the cluster knows every field, and launchers in the pods can meet."""
 
 import copy
 import functools
@@ -51,9 +49,7 @@ def _schemas_are_read_once() -> Iterator[None]:
 
 
 def refused(manifest: dict[str, Any], version: str = VERSIONS[-1]) -> str | None:
-    """Why a cluster would not take it; None where it would. Unknown fields and values of
-    enumerations count.
-    """
+    """Return why a cluster would refuse it, as for an unknown field or value; None if not."""
     try:
         if manifest["kind"] in MODELS:
             model = MODELS[manifest["kind"]]
@@ -103,7 +99,7 @@ NAMES_OF_ONES_OWN = {
 
 
 def mappings(tree: Any, free: bool = False) -> Iterator[dict[str, Any]]:
-    """All mappings whose keys are the API's."""
+    """Return all mappings whose keys belong to the API."""
     if isinstance(tree, dict):
         if not free:
             yield tree
@@ -117,7 +113,7 @@ def mappings(tree: Any, free: bool = False) -> Iterator[dict[str, Any]]:
 def unseen(
     manifest: dict[str, Any], key_of: Callable[[str], bool], spoil: Callable[[dict, str], None]
 ) -> list[str]:
-    """The keys of which a copy was spoilt, each for itself, and not refused."""
+    """Return the keys that could be misspelt, one at a time, without being refused."""
     keys = []
     for number, mapping in enumerate(mappings(manifest)):
         for key in filter(key_of, mapping):
@@ -194,8 +190,9 @@ def test_launchers_find_each_other_by_the_first_pods_name(kind, first):
     assert f"{two[0].hostname}.{two[0].subdomain}" == first.partition(":")[0]
     run_id = None if kind == "trainjob" else "sft"
     for pod, is_host in zip(two, (True, False)):
-        expected = ClusterEnv("2", None, first, run_id, is_host, join_s=86_400)
-        assert read_cluster_env(pod.env) == expected
+        assert read_cluster_env(pod.env) == ClusterEnv(
+            "2", None, first, run_id, is_host, join_s=86_400
+        )
 
 
 def test_the_service_is_the_pods_own_subdomain():
@@ -349,9 +346,7 @@ spec:
 
 @pytest.fixture
 def launch(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]:
-    """`packhorse launch kubernetes` on the debug recipe, with a run folder of its own: exit code,
-    stdout and stderr.
-    """
+    """Run `packhorse launch kubernetes` on the debug recipe: exit code, stdout and stderr."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
     (tmp_path / "debug.yaml").write_text((ROOT / "recipes/debug.yaml").read_text())
@@ -473,7 +468,7 @@ def test_bad_input_is_one_sentence(launch, arguments, sentence):
 
 
 def kubectl(monkeypatch, tmp_path: Path, says: str, code: int) -> Path:
-    """A kubectl that notes its arguments. What the real one does is the cluster's affair."""
+    """Make a kubectl that records its arguments, in place of the real one."""
     noted = tmp_path / "arguments"
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin/kubectl"

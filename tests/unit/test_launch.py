@@ -1,4 +1,4 @@
-"""What the launcher promises (C9), with small stand-ins for the trainer as workers."""
+"""The launcher's promises (C9), with small stand-ins for the trainer as workers."""
 
 import os
 import signal
@@ -43,21 +43,19 @@ if os.environ["RANK"] == "0":
 def start(
     tmp_path: Path, code: str, *arguments: str, threads: str | None = None, **options: Any
 ) -> subprocess.Popen:
-    """A launcher of workers that run `code`, two where `options` (of `launch`) do not say
-    otherwise.
-    """
+    """Start a launcher of workers that run `code`: two, unless `options` of `launch` differ."""
     script = tmp_path / "worker.py"
     script.write_text(code)
     worker = f"[{str(script)!r}, {str(tmp_path)!r}, *sys.argv[1:]]"
     call = f"launch({worker}, Path({str(tmp_path)!r}), **{ {'nproc': 2, **options} })"
     # the tests may run under nohup, or in the background of a shell: both ignore signals for all
     # that they start
-    heard = (
-        "import signal; "
-        "[signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)]"
-    )
     program = (
-        f"{heard}; import sys; from pathlib import Path; from launch.local import launch; "
+        "import signal, sys\n"
+        "for number in (signal.SIGINT, signal.SIGHUP):\n"
+        "    signal.signal(number, signal.SIG_DFL)\n"
+        "from pathlib import Path\n"
+        "from launch.local import launch\n"
         f"sys.exit({call})"
     )
     return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The planner's arithmetic: activations against a real forward, verdicts, and what is refused."""
+"""The planner: activations against a real forward, what fits, and what is refused."""
 
 from __future__ import annotations
 
@@ -25,16 +25,14 @@ FAMILIES = {
     "qwen3": transformers.Qwen3Config(**WIDE),
     "gemma2": transformers.Gemma2Config(
         **WIDE, attn_logit_softcapping=None
-    ),  # a cap needs a kernel no CPU has
+    ),  # a soft cap needs a kernel that no CPU has
     "olmo2": transformers.Olmo2Config(**SIZES),
     "tied": transformers.LlamaConfig(**SIZES, tie_word_embeddings=True),
 }
 
 
 def really_saved(model: Any) -> int:
-    """Bytes of what a forward on the CPU saves for its backward, by saved-tensor hooks, without the
-    weights.
-    """
+    """Return the bytes that a forward on the CPU saves for its backward, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     saved: dict[int, tuple[int, Any]] = {}
 
@@ -64,7 +62,7 @@ def really_saved(model: Any) -> int:
 def test_activations_are_what_a_forward_saves(
     family: str, checkpointing: str, tmp_path: Path
 ) -> None:
-    """Within 10%, for models of several makes, with recomputation and without."""
+    """Within 10%, for several families, with and without activation checkpointing."""
     FAMILIES[family].architectures = None
     FAMILIES[family].save_pretrained(tmp_path)
     section = ModelSection.model_validate({"name": str(tmp_path), "dtype": "float32"})
@@ -137,7 +135,7 @@ def test_fillers_make_nobody_faster() -> None:
 
 
 def test_a_fullest_micro_batch_of_the_plan_bounds_all_others(tmp_path: Path) -> None:
-    """In place of full rows: the data's own."""
+    """The stats are of the data's own sequences, in place of full ones."""
     from trainer.data.prepare import prepare, train_plan
     from trainer.model.load import load_tokenizer
 

@@ -132,7 +132,7 @@ def test_an_answer_with_a_line_separator_in_it_is_one_line(
 def test_an_evaluation_that_did_not_end_leaves_nothing(
     tmp_path: Path, flops: ModelFlops, recorded: list[int], left: list[int]
 ) -> None:
-    """One that did stays, if it is not of a step that is trained again."""
+    """One that ended stays, unless its step is trained again."""
     samples = [{"step": step, "answer": "a"} for step in (0, 2)]
     logged = [
         {"step": 0, "eval/loss": 9.0},

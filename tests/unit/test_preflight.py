@@ -1,6 +1,4 @@
-"""Nodes that differ, or do not share the run folder, are refused on all of them, with the one at
-fault named.
-"""
+"""Nodes that differ, or do not share the run folder, are refused on all nodes; one is named."""
 
 from __future__ import annotations
 
@@ -35,7 +33,7 @@ DISK = Disk(1000.0, None, {"run.dir": 900.0, "data.cache": 50.0})
 
 
 def nodes(*changes: dict[str, Any]) -> tuple[list[Facts], list[str]]:
-    """Nodes a, b, c, ... that differ from NODE so."""
+    """Return nodes a, b, c, ... with these changes to NODE, and their hosts."""
     every = [
         replace(NODE, **{"host": chr(ord("a") + i), **change}) for i, change in enumerate(changes)
     ]
@@ -52,8 +50,10 @@ def recipe(run_dir: Path) -> Recipe:
 def on_all(
     recipes: list[Recipe], change: Callable[[int], None] = lambda node: None
 ) -> list[tuple[Any, list[str]]]:
-    """What the check of each node raised, and said, in threads as nodes. `change` runs on each
-    before.
+    """Run the check in threads as nodes and return what each raised and logged.
+
+    Args:
+        change: runs on each node before the check.
     """
     store = HashStore()
     ends: list[tuple[Any, list[str]]] = [(None, [])] * len(recipes)

@@ -1,6 +1,4 @@
-"""The demo's own parts: problems that are right and apart, and a model folder that is whole or
-absent.
-"""
+"""The demo's parts: correct problems, no question twice, a model folder that is whole or absent."""
 
 import json
 import re
@@ -29,7 +27,7 @@ def rows():
 
 
 def worked(answer: str) -> list[str]:
-    """The steps of an answer, which must have its form."""
+    """Return the steps of an answer, and assert its format."""
     found = ANSWER.fullmatch(answer)
     assert found, answer
     return [step for step in found.groups()[:2] if step]

@@ -1,4 +1,4 @@
-"""The recipe: what it takes, what it refuses and in which words."""
+"""The recipe: what it accepts, what it refuses and with which message."""
 
 import datetime
 import subprocess
@@ -23,12 +23,12 @@ SMALLEST = {
 
 
 def with_source(**fields: object) -> dict:
-    """SMALLEST with more keys in its source."""
+    """Return SMALLEST with more keys in its source."""
     return with_key("data.train", [{"path": "a", **fields}])
 
 
 def with_key(key: str, value: object) -> dict:
-    """SMALLEST with a dotted key set."""
+    """Return SMALLEST with a dotted key set."""
     tree = yaml.safe_load(yaml.safe_dump(SMALLEST))
     node = tree
     *parents, last = key.split(".")
@@ -39,13 +39,13 @@ def with_key(key: str, value: object) -> dict:
 
 
 def with_scorer(scorer: object, name: str = "mine") -> dict:
-    """SMALLEST with held-out rows and a scorer of answers to them."""
+    """Return SMALLEST with held-out rows and a scorer."""
     tree = with_key("data.eval", [{"path": "held.jsonl"}])
     return {**tree, "eval": {"generate": {"scorers": {name: scorer}}}}
 
 
 def growing(*others: dict, train: dict | None = None, **source: object) -> dict:
-    """SMALLEST with a source that grows, and perhaps others beside it."""
+    """Return SMALLEST with a streamed source, and other sources if given."""
     sources = [{"path": "a", "streaming": True, **source}, *others]
     return {**SMALLEST, "data": {"train": sources}, "train": train or {}}
 
@@ -126,7 +126,7 @@ def test_an_adapter_has_a_learning_rate_of_its_own(tmp_path, changes, rate):
 
 
 def test_an_adapter_may_not_come_go_or_change_on_a_resume():
-    """Of a section that is not there no key could be compared."""
+    """`adapter` is compared as one value: a section that is null has no keys to compare."""
     without, small, large = (
         parse_recipe({**SMALLEST, "optim": {"lr": 1e-4}, "adapter": a}).fixed() for a in ADAPTERS
     )
@@ -346,7 +346,7 @@ def test_refused_in_one_line(tree, message):
 
 
 def with_old_key(name: str) -> dict:
-    """SMALLEST with a key of RENAMED_KEYS, which has no names of items."""
+    """Return SMALLEST with a key of RENAMED_KEYS, which leaves the names of items out."""
     tree = with_scorer({"kind": "exact"})
     node: Any = tree
     *parents, last = name.split(".")

@@ -1,5 +1,5 @@
-"""A run folder belongs to one recipe: what shapes the run may not change, what the hardware decides
-may (C8).
+"""A run folder belongs to one recipe: keys that shape the run must not change, keys that follow the
+hardware may (C8).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from trainer.run_folder import open_run_folder, require_shared, write_descriptio
 
 
 def open_and_save(run_dir: Path) -> None:
-    """A run of the debug recipe that has a checkpoint."""
+    """Open a run folder of the debug recipe and give it a checkpoint."""
     open_run_folder(recipe(run_dir), run_dir)
     (run_dir / "checkpoints" / "step-000001").mkdir(parents=True)
 

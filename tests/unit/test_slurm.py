@@ -1,6 +1,4 @@
-"""Batch scripts for Slurm: what is written is what was asked for, and nothing of it is taken for
-shell.
-"""
+"""Batch scripts for Slurm hold what was given, and the shell interprets none of it."""
 
 import os
 import runpy
@@ -22,9 +20,7 @@ exit "${CODE:-0}"
 
 
 def run(folder: Path, text: str, *arguments: str, **env: str) -> tuple[int, list[str], str]:
-    """The script with stand-ins for Slurm: its exit code, the words given to srun, and what it
-    says.
-    """
+    """Run the script with stand-ins for Slurm: exit code, srun's arguments, output."""
     for name, program in {"srun": SRUN, "scontrol": '#!/bin/sh\necho "scontrol $*"\n'}.items():
         (folder / name).write_text(program)
         (folder / name).chmod(0o755)
@@ -54,7 +50,7 @@ def rendered(**changes) -> str:
 
 
 def test_the_scripts_of_the_folder_are_the_templates() -> None:
-    """`python slurm/make_scripts.py` brings them up to date."""
+    """`python slurm/make_scripts.py` updates them."""
     scripts = runpy.run_path(str(ROOT / "slurm" / "make_scripts.py"))["scripts"]()
     assert {path.name for path in scripts} == {path.name for path in (ROOT / "slurm").glob("*.sh")}
     for path, text in scripts.items():

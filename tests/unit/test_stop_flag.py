@@ -23,7 +23,7 @@ def signals():
 
 @pytest.fixture
 def flags(monkeypatch) -> list[dist.StopFlag]:
-    """Of two ranks."""
+    """Return the flags of two ranks."""
     store = HashStore()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(dist, "_launchers_store", lambda: store)
@@ -31,7 +31,7 @@ def flags(monkeypatch) -> list[dist.StopFlag]:
 
 
 def met(flags: list[dist.StopFlag], delay_s: float = 0.0) -> list[bool]:
-    """What `meet` returns on each rank; the second one comes later."""
+    """Return what `wait_for_ranks` returns on each rank; the second one comes later."""
     answers: dict[int, bool] = {}
 
     def meet(rank: int) -> None:

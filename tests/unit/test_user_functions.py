@@ -1,4 +1,4 @@
-"""A user's functions are found in the current folder, and their digest covers their source."""
+"""Functions of the user are found in the current folder, and identified by their file's content."""
 
 import sys
 
@@ -10,7 +10,7 @@ from trainer.utils.user_functions import function_digest, load_function
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    """A current folder; as for the installed command, Python does not look into it by itself."""
+    """Return a current folder that is not on Python's path, as for the installed command."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", sys.path[:])
     return tmp_path

@@ -132,6 +132,27 @@ def verify_resume(
         "parallel.allow_idle_ranks=true",
     ]
 
+    _train_all(recipe_file, common, worlds, at, steps, work)
+    start = _load_start(work / "without-a-break" / "recipe.yaml")
+    resumed, control = (
+        compare(work / "without-a-break", work / name, start) for name in ("handed-on", "control")
+    )
+    Console().print(_table(resumed, control, worlds, at, steps))
+    print("resuming changes nothing" if resumed.agree else "RESUMING CHANGES THE RUN")
+    noticed = "was noticed" if control.are_seen else "was NOT noticed, so nothing is proved"
+    print(f"the control, whose first moments were lost at the first break, {noticed}")
+    if keep:
+        print(f"kept: {work}")
+    else:
+        shutil.rmtree(work)
+    return resumed.agree and control.are_seen
+
+
+def _train_all(
+    recipe_file: Path, common: list[str], worlds: Sequence[int], at: int, steps: int, work: Path
+) -> None:
+    """Run the three into folders of `work`: without-a-break, handed-on and control."""
+
     def train(name: str, world: int, until: int) -> None:
         stop = [] if until == steps else [f"run.stop_after={until}"]
         ranks = "1 rank" if world == 1 else f"{world} ranks"
@@ -146,20 +167,6 @@ def verify_resume(
     for name in ("handed-on", "control"):
         for number, world in enumerate(worlds[1:], 2):
             train(name, world, steps if number == len(worlds) else number * at)
-
-    start = _load_start(work / "without-a-break" / "recipe.yaml")
-    resumed, control = (
-        compare(work / "without-a-break", work / name, start) for name in ("handed-on", "control")
-    )
-    Console().print(_table(resumed, control, worlds, at, steps))
-    print("resuming changes nothing" if resumed.agree else "RESUMING CHANGES THE RUN")
-    noticed = "was noticed" if control.are_seen else "was NOT noticed, so nothing is proved"
-    print(f"the control, whose first moments were lost at the first break, {noticed}")
-    if keep:
-        print(f"kept: {work}")
-    else:
-        shutil.rmtree(work)
-    return resumed.agree and control.are_seen
 
 
 def _train(recipe_file: Path, changes: list[str], world: int, what: str, log: Path) -> None:

@@ -1,4 +1,4 @@
-"""Define `packhorse preview`, `prepare` and `plan`: look at data and costs before a run."""
+"""Define `packhorse preview`, `prepare` and `plan`: inspect data and costs before a run."""
 
 from __future__ import annotations
 

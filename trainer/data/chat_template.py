@@ -104,6 +104,7 @@ class Template:
         self.control_ids |= dict(
             zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
         )
+        # as the tokenizer does: of two tokens that begin at the same character, it takes the longer
         longest_first = sorted({*ids, *self.control_ids}, key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._skeletons: dict[str, Skeleton] = {}
@@ -126,6 +127,7 @@ class Template:
         tools = list(conversation.tools) or None
         text = self.render(messages, tools, prompt=prompt)
         opening = self.opening(None if tools is None else [])
+        # First without kept strings: then a text as a whole has one origin, and few shapes differ.
         for keep in (None, self._compared_strings(tools)):
             placeholders = Placeholders(keep, opening)
             shape = placeholders.shape(messages, tools)
@@ -239,6 +241,7 @@ class Template:
     ) -> Skeleton:
         if any(self.find_controls(text) for text in _strings((messages, tools))):
             raise RowError("a text holds a control token of the model")
+        # A schema is not replaced, so a word in it that is spelt like a placeholder would be one.
         if len(PLACEHOLDER.findall(repr((messages, tools)))) != len(owners):
             raise RowError(
                 "a tool's schema holds a word that the proof of the mask puts in the place of texts"

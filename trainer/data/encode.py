@@ -46,6 +46,7 @@ class Encoder:
         self, texts: Sequence[str], add_special_tokens: bool = False, as_text: bool = False
     ) -> list[list[int]]:
         """Return each text's token ids; with `as_text`, what spells a control token is text."""
+        # The switch is the tokenizer's own state, which others share: it is set back in any case.
         backend = self.backend()
         backend.encode_special_tokens = as_text
         try:
@@ -103,6 +104,7 @@ class Encoder:
             all(map(self._is_apart, set(controls))) and (self._cuts_cleanly or not cuts)
         ):
             raise RowError(f"{HOLDS_CONTROL}, and this tokenizer does not take it as text")
+        # Where the text is cut, with the control tokens that are written there instead of text.
         joints = [(cut, []) for cut in cuts]
         if as_text:
             places = map(render.position, render.skeleton.controls)

@@ -52,6 +52,7 @@ def apply_filters(filters: Filters, row: Mapping[str, Any], conversation: Conver
 
 
 def _verify(answer: str, reference: Any) -> None:
+    # True is an int to Python, and no value of an answer.
     if isinstance(reference, bool) or not isinstance(reference, str | int | float):
         raise RowError("math_answer: no reference")
     verdict = math_verdict(answer, str(reference))

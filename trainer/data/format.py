@@ -54,6 +54,7 @@ def detect_format(columns: Iterable[str], source: Source) -> str:
         more = f" and {len(found) - 20} more" if len(found) > 20 else ""
         listed = f"the columns {', '.join(name[:60] for name in found[:20])}{more}"
     known = [name for names in REQUIRED.values() for name in names] + list(OPTIONAL)
+    # A column that is misspelt in the recipe would leave its part out of every row.
     for ours, theirs in source.columns.items():
         if ours not in known:
             raise BadInput(

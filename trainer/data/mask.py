@@ -132,6 +132,7 @@ class Masker:
     def examples(self, conversations: Sequence[Conversation]) -> list[Example | RowError]:
         """Return for each row its example, or why it is rejected; many at once are faster."""
         results: list[Any] = [self._prepare_row(conversation) for conversation in conversations]
+        # One call of the tokenizer for each kind, as its threads share the texts of a call.
         self._finish_all(results, _Row, lambda row: row.render.text, self._template_example)
         self._finish_all(results, str, str, self._text_example)
         return results
@@ -142,6 +143,7 @@ class Masker:
         Raises:
             RowError: the row is no conversation, or its mask cannot be proved.
         """
+        # A question whose row has no proved mask is not asked: its answer may not be comparable.
         self.example(conversation)
         answers = _answers(conversation.messages)
         if not answers:
@@ -267,6 +269,7 @@ class Masker:
         ids = np.array(tokens, dtype=np.int32)
         controls = np.flatnonzero(self._encoder.is_control[ids])
         found = ids[controls].tolist()
+        # Any other list means that a text brought a control token in, or swallowed one.
         if found != skeleton.control_ids:
             if self.control_tokens != "keep":
                 raise RowError(HOLDS_CONTROL)
@@ -276,6 +279,8 @@ class Masker:
             before = self._encoder.encode_before(render, turn, as_text)
             first = int(controls[turn.before]) if turn.before >= 0 else 0
             start, stop = first + len(before), int(controls[turn.stop])
+            # The tokens before the answer must be the prompt's, or the model would be trained on a
+            # prompt that no server makes: a token has merged across the prompt's end.
             if tokens[first:start] != before:
                 cuts.append(render.position(turn.start))
             if self.train_trailing_newline and turn.newline:
@@ -298,6 +303,7 @@ class Masker:
             literal = bisect_right(render.starts, match.start()) - 1
             text_start = render.starts[literal] + len(render.skeleton.literals[literal])
             text_stop = [*render.starts, len(render.text)][literal + 1]
+            # One that is not the template's must lie within a text, or it has eaten template text.
             in_text = text_start <= match.start() < match.end() <= text_stop
             if match.start() not in own and not in_text:
                 raise RowError("a text runs into a control token of the template")
@@ -352,6 +358,7 @@ def _is_empty(message: Message) -> bool:
 
 
 def _finish(ids: np.ndarray, trained: np.ndarray) -> Example:
+    # No token before it predicts the first one.
     trained[:1] = False
     if not trained.any():
         raise RowError("nothing to train")

@@ -168,6 +168,7 @@ def match_texts(text: str, skeleton: Skeleton, texts: list[str]) -> list[int] | 
         if not text.startswith(literals[number], position):
             return None
         position += len(literals[number])
+        # The next literal is compared, too: an escaped text may begin like the text as it is.
         for form in _written_forms(texts[slot]):
             if text.startswith(form, position) and text.startswith(
                 literals[number + 1], position + len(form)

@@ -64,6 +64,7 @@ def held_out(fields: Mapping[str, Any] | RowError, data: DataSection, where: str
                 f"{where}: the row has no `{data.group_by}`, so data.group_by cannot tell its "
                 f"side; fill it in, or leave the row out"
             )
+    # Sorted and without spaces: the hash may not depend on the order of a row's columns.
     try:
         text = json.dumps(value, sort_keys=True, separators=(",", ":"), default=_stable)
     except (TypeError, ValueError, RecursionError) as error:

@@ -141,6 +141,7 @@ def fit(example: Example, limits: LengthPolicy) -> list[Example]:
         return [_truncate(example, limits)]
     parts, repeated = [], 1 + limits.split_context
     for start in range(0, len(ids) - repeated, max_length - repeated):
+        # The last repeated token is the one that predicts the first new one; it was trained before.
         flags = trained[start : start + max_length].copy()
         flags[: repeated if start else 1] = False
         if flags.any():
@@ -152,6 +153,7 @@ def _truncate(example: Example, limits: LengthPolicy) -> Example:
     """Return the example up to its last answer that ends within `max_length`; with `cut_answers`,
     the last answer may be cut there."""
     trained, stop = example.trained, limits.max_length
+    # The cut falls into an answer: go back to before it, as its end would never be learned.
     if trained[stop - 1] and trained[stop] and not limits.cut_answers:
         stop = int(np.flatnonzero(~trained[:stop])[-1]) + 1
     learned = np.flatnonzero(trained[:stop])

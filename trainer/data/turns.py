@@ -77,6 +77,7 @@ def _prove_turn(template: Template, skeleton: Skeleton, message: int) -> Turn:
         raise RowError(_explain_beginning(skeleton, message, last_text, header))
     until_here = template.render(skeleton.messages[: message + 1], skeleton.tools)
     *_, closing = parts = PLACEHOLDER.split(until_here)
+    # The answer's own texts are those at the end, from the first that belongs to it.
     texts = [int(number) for number in parts[1::2]]
     while texts and skeleton.owners[texts[0]][0] != message:
         texts.pop(0)
@@ -84,10 +85,12 @@ def _prove_turn(template: Template, skeleton: Skeleton, message: int) -> Turn:
         raise RowError("no answer")
     begins = [index for index in begins if slots[index : index + len(texts)] == texts]
     own = {number for number, (owner, _) in enumerate(skeleton.owners) if owner == message}
+    # Two places would be a guess, and a text elsewhere would be trained without being an answer.
     if len(begins) != 1 or set(texts) != own:
         raise RowError("the template writes an answer out of its place")
     first, last = begins[0], begins[0] + len(texts)
     stop = _find_stop_token(template, skeleton, message, texts[-1], closing, literals[last])
+    # The template wrote the header; the model writes what follows it in the same literal.
     start = Place(first, len(header))
     if skeleton.marks:
         start = _marked_start(skeleton.marks, start, Place(last, 0), Place(last, stop.end()))
@@ -110,6 +113,7 @@ def _find_stop_token(
     if not controls:
         raise RowError("the template writes no stop token after an answer")
     is_last = message + 1 == len(skeleton.messages)
+    # The skeleton ends with the last answer, so the conversation is continued by a question.
     if is_last:
         more = [*skeleton.messages, {"role": "user", "content": "x"}]
         try:
