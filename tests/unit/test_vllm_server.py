@@ -179,7 +179,7 @@ def test_a_python_without_vllm_is_bad_input_at_the_start(python: str, why: str) 
 )
 def test_one_server_answers_and_arguments_are_for_vllm(given: list[str]) -> None:
     with pytest.raises(
-        BadInput, match="give `server` or `vllm_python`, not both|belongs to `vllm_python`"
+        BadInput, match=r"give `server` or `vllm_python`, not both|belongs to `vllm_python`"
     ):
         recipe(*given)
 

@@ -99,9 +99,7 @@ def _use_own_build_folder() -> None:
     flags = next((line for line in cpu if line.startswith(("flags", "Features"))), "")
     machine = hashlib.blake2b(flags.encode(), digest_size=4).hexdigest()
     kind = f"{'cuda' if torch.cuda.is_available() else 'cpu'}-{machine}"
-    os.environ.setdefault(
-        "TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions" / kind)
-    )
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions" / kind))
 
 
 def compile_once(folder: Path, load: Callable[[], object]) -> None:
@@ -220,7 +218,7 @@ def _progress(folder: Path) -> Iterator[None]:
 
 
 def main() -> None:
-    """Compile all ops; leave out async_io where libaio is missing, as only NVMe offload needs it."""
+    """Compile all ops, without async_io where libaio is missing: only NVMe offload needs it."""
     import torch
 
     if not torch.cuda.is_available():  # as trainer.engine.engine has it
