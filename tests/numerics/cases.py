@@ -222,15 +222,15 @@ def slices_exchanged() -> Any:
 
 def hyperparameters_of_group_0() -> Any:
     """Give every group the first one's, as DeepSpeed's own universal load does at ZeRO-3."""
-    restore = engine.Engine.restore
+    restore = zero_state.TrainingState.restore
 
     def overwrite(self: Any, *args: Any) -> None:
         restore(self, *args)
-        groups = self._engine.optimizer.param_groups
+        groups = self._optimizer.param_groups
         for group in groups:
             group["weight_decay"] = groups[0]["weight_decay"]
 
-    return mock.patch.object(engine.Engine, "restore", overwrite)
+    return mock.patch.object(zero_state.TrainingState, "restore", overwrite)
 
 
 DEFECTS = {

@@ -301,6 +301,7 @@ def _functions() -> dict[str, tuple[Any, str, Any]]:
     from trainer import metrics, train
     from trainer.engine import sharded_state
     from trainer.engine.engine import Engine
+    from trainer.engine.zero_state import TrainingState
     from trainer.eval import evaluator, generate
 
     def opened(descriptor: int | None) -> str:
@@ -318,7 +319,7 @@ def _functions() -> dict[str, tuple[Any, str, Any]]:
         "fill": (sharded_state.Shards, "fill", lambda files, piece: piece.name),
         "line": (metrics.Metrics, "step", lambda *_: "line"),
         "step": (Engine, "step", lambda *_: "step"),
-        "restore": (Engine, "restore", lambda *_: "restore"),
+        "restore": (TrainingState, "restore", lambda *_: "restore"),
         "evaluate": (Engine, "evaluate", lambda *_: "evaluate"),
         "evaluation": (train.Evaluation, "__call__", lambda _, step: f"evaluation {step}"),
         "answers": (generate, "_answers", lambda *_, **__: "answers"),

@@ -325,8 +325,7 @@ def test_training_goes_on_while_a_copy_is_written(
         return written(path, slices)
 
     monkeypatch.setattr(sharded_state, "write", slow)
-    model = Model(1.0)
-    # type: ignore[arg-type]
+    model: Any = Model(1.0)
     with Saver(tmp_path, model, CheckpointSection(asynchronous=True)) as saver:
         saver.save(state(1))
         assert found_step(tmp_path) is None
