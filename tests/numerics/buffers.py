@@ -1,4 +1,4 @@
-"""DeepSpeed's own buffers, found in its optimizers: what the planner counts and a rehearsal must
+"""DeepSpeed's own buffers, found in its optimizers: what the planner counts and a dry run must
 leave empty.
 """
 

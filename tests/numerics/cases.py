@@ -319,7 +319,7 @@ def spike_in_the_third_step() -> Any:
 # ----------------------------------------------------------------------------------- memory dry run
 
 
-def rehearsed() -> Any:
+def dry_run_first() -> Any:
     """Run the memory dry run before the first step, as on a GPU; assert that gradients are zero."""
     memory_dry_run, forget = engine.Engine.memory_dry_run, zero_state.forget_gradients
 
@@ -339,7 +339,7 @@ def rehearsed() -> Any:
     return changed
 
 
-def rehearsed_with_weights() -> Any:
+def dry_run_that_learns() -> Any:
     """Control: let the dry run leave its gradients."""
     changed = contextlib.ExitStack()
     changed.enter_context(mock.patch.object(train, "DRY_RUN_DEVICES", ("cpu",)))
@@ -356,7 +356,7 @@ CHANGES: dict[str, Any] = {
     "frozen_and_buffers": frozen_and_buffers,
 }
 CHANGES["shards_appear"] = shards_appear
-CHANGES |= {f.__name__: f for f in (rehearsed, rehearsed_with_weights)}
+CHANGES |= {f.__name__: f for f in (dry_run_first, dry_run_that_learns)}
 
 if __name__ == "__main__":
     main(sys.argv[1])
