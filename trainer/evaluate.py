@@ -20,6 +20,7 @@ from trainer.hang_watchdog import Watch
 from trainer.metrics import Metrics, model_flops
 from trainer.model.load import load_tokenizer
 from trainer.run_folder import write_stop
+from trainer.stop_flag import StopFlag
 from trainer.train import build_engine, explain_out_of_memory, require_same_data
 from trainer.utils.files import Stopped
 
@@ -36,7 +37,7 @@ def evaluate_model(recipe: Recipe, out: Path, step: int) -> None:
         BadInput: the recipe, its model or its held-out data cannot be used.
     """
     dist.start_logging()
-    stop = dist.StopFlag()
+    stop = StopFlag()
     tokenizer = load_tokenizer(recipe.model)
     try:
         data = prepare(recipe, tokenizer, "eval", stop.raised_early)

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer import dist
 from trainer.config.recipe import Recipe
 from trainer.data.loader import Loader
 from trainer.datatypes import Batch, StepPlan, StepResult
@@ -18,6 +17,7 @@ from trainer.engine.optim import learning_rate
 from trainer.guard import Guard
 from trainer.hang_watchdog import Watch
 from trainer.metrics import Metrics, Profiler
+from trainer.stop_flag import StopFlag
 from trainer.utils.progress import Progress
 
 
@@ -32,7 +32,7 @@ class TrainingRun:
     metrics: Metrics
     profiler: Profiler
     progress: Progress
-    stop: dist.StopFlag
+    stop: StopFlag
     watch: Watch
     first_step: int  # steps that the checkpoint holds
     evaluate: Callable[[int], bool]  # False if the stop flag ended the evaluation

@@ -50,6 +50,7 @@ from trainer.run_folder import (
     write_summary,
     write_trace,
 )
+from trainer.stop_flag import StopFlag
 from trainer.utils.cpu_speed import EMULATED_FROM, bf16_slowdown
 from trainer.utils.files import Stopped
 from trainer.utils.progress import Progress
@@ -66,7 +67,7 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
         StepNotApplied: a step was not applied, and the guard's rule is to stop.
     """
     dist.start_logging()
-    stop = dist.StopFlag()
+    stop = StopFlag()
     run_dir = Path(recipe.run.dir)
     if dist.is_main():
         stop_before_timeout(recipe, stop)
@@ -103,7 +104,7 @@ class PreparedRun:
     train_data: TrainData
     plan: Plan
     eval_data: Prepared | None
-    stop: dist.StopFlag
+    stop: StopFlag
 
 
 def fit(prepared: PreparedRun) -> None:
@@ -238,7 +239,7 @@ def log_schedule(prepared: PreparedRun, first_step: int) -> None:
     )
 
 
-def stop_before_timeout(recipe: Recipe, stop: dist.StopFlag) -> None:
+def stop_before_timeout(recipe: Recipe, stop: StopFlag) -> None:
     """Raise the stop flag `checkpoint.before_timeout_s` before the end of the Slurm job."""
     before_s, end_s = recipe.checkpoint.before_timeout_s, os.environ.get("SLURM_JOB_END_TIME")
     if before_s is not None and end_s is not None:

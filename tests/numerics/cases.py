@@ -31,6 +31,7 @@ from trainer.data.streaming import prepare_train
 from trainer.engine import engine, sharded_state, zero_state
 from trainer.model import sft
 from trainer.model.load import load_tokenizer
+from trainer.stop_flag import StopFlag
 
 
 def main(path: str) -> None:
@@ -38,13 +39,13 @@ def main(path: str) -> None:
     dist.start_logging()
     dist.log.setLevel("WARNING")
     with dist.process_group():
-        stop = dist.StopFlag()
+        stop = StopFlag()
         stop.attach_group()
         for case in json.loads(Path(path).read_text()):
             run_case(case, stop)
 
 
-def run_case(case: dict[str, Any], stop: dist.StopFlag) -> None:
+def run_case(case: dict[str, Any], stop: StopFlag) -> None:
     recipe = load_recipe(case["recipe"], [*case["overrides"], f"run.dir={case['run']}"])
     # as in a process of its own: DeepSpeed names its NVMe files by it
     engine.deepspeed.zero.Init.param_id = 0
@@ -66,7 +67,7 @@ def run_case(case: dict[str, Any], stop: dist.StopFlag) -> None:
 
 
 @contextlib.contextmanager
-def stopping_after(step: int | None, stop: dist.StopFlag) -> Iterator[None]:
+def stopping_after(step: int | None, stop: StopFlag) -> Iterator[None]:
     """Raise the stop flag on the last rank while step `step` runs."""
     if step is None:
         yield

@@ -31,6 +31,7 @@ from trainer.eval import generate
 from trainer.hang_watchdog import Watch
 from trainer.metrics import Clock
 from trainer.model.load import load_tokenizer
+from trainer.stop_flag import StopFlag
 
 CHOICES = ("A", "B", "C", "yes and no")
 SAMPLED = {"temperature": 0.8, "top_p": 0.9}
@@ -42,7 +43,7 @@ def main(path: str) -> None:
     dist.log.setLevel("WARNING")
     order = json.loads(Path(path).read_text())
     with dist.process_group():
-        stop = dist.StopFlag()
+        stop = StopFlag()
         stop.attach_group()
         watch = Watch(GuardSection(), Path(order["folder"]))
         seen: dict[str, Any] = {
@@ -70,9 +71,7 @@ def build(order: dict[str, Any], template: str) -> tuple[Any, Any]:
     return built, tokenizer
 
 
-def answers(
-    order: dict[str, Any], template: str, stop: dist.StopFlag, watch: Watch
-) -> dict[str, Any]:
+def answers(order: dict[str, Any], template: str, stop: StopFlag, watch: Watch) -> dict[str, Any]:
     built, tokenizer = build(order, template)
     seeds = [dist.seed_from("test", number) for number in range(len(order["prompts"]))]
 
@@ -100,7 +99,7 @@ def answers(
     return found
 
 
-def traces(order: dict[str, Any], template: str, stop: dist.StopFlag, watch: Watch) -> list[Any]:
+def traces(order: dict[str, Any], template: str, stop: StopFlag, watch: Watch) -> list[Any]:
     """Trace two steps with answers between them, by whole weights and by layers, and without."""
     section = GenerateSection(max_new_tokens=4, batch=2)
     batch = pack(documents([9, 5], vocabulary=500), [[2, 3, 4], [1]], [0.25, 0.25])

@@ -46,6 +46,7 @@ def main(out: Path) -> None:
     from trainer import dist, guard, train
     from trainer.engine.engine import Engine
     from trainer.model.load import load_tokenizer
+    from trainer.stop_flag import StopFlag
 
     real_step = Engine.step
     seen: dict[str, Any] = {}
@@ -76,7 +77,7 @@ def main(out: Path) -> None:
     Engine.step = step  # type: ignore[method-assign]
     outcomes = {}
     with dist.process_group():
-        stop = dist.StopFlag()
+        stop = StopFlag()
         stop.attach_group()
         for stage in STAGES:
             run_dir = out / stage

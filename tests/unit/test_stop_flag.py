@@ -8,8 +8,9 @@ import time
 import pytest
 from torch.distributed import HashStore
 
-from trainer import dist
+from trainer import stop_flag
 from trainer.config.recipe import parse_recipe
+from trainer.stop_flag import StopFlag
 from trainer.train import stop_before_timeout
 
 
@@ -22,15 +23,15 @@ def signals():
 
 
 @pytest.fixture
-def flags(monkeypatch) -> list[dist.StopFlag]:
+def flags(monkeypatch) -> list[StopFlag]:
     """Return the flags of two ranks."""
     store = HashStore()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(dist, "_launchers_store", lambda: store)
-    return [dist.StopFlag(), dist.StopFlag()]
+    monkeypatch.setattr(stop_flag, "_launchers_store", lambda: store)
+    return [StopFlag(), StopFlag()]
 
 
-def met(flags: list[dist.StopFlag], delay_s: float = 0.0) -> list[bool]:
+def met(flags: list[StopFlag], delay_s: float = 0.0) -> list[bool]:
     """Return what `wait_for_ranks` returns on each rank; the second one comes later."""
     answers: dict[int, bool] = {}
 
@@ -66,7 +67,7 @@ def test_a_flag_that_goes_up_while_waiting_stops_those_who_come_later(flags):
 
 
 def test_without_other_ranks_the_own_flag_counts():
-    flag = dist.StopFlag()
+    flag = StopFlag()
     assert not flag.raised_early()
     assert flag.wait_for_ranks()
     os.kill(os.getpid(), signal.SIGUSR1)
@@ -86,7 +87,7 @@ def test_the_flag_goes_up_before_the_jobs_end(monkeypatch, before_s, end_in_s, r
             "checkpoint": {"before_timeout_s": before_s},
         }
     )
-    flag = dist.StopFlag()
+    flag = StopFlag()
     stop_before_timeout(recipe, flag)  # Slurm tells no end
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + end_in_s))
     stop_before_timeout(recipe, flag)

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TIERS = [
     "datatypes",
     "dist",
-    "utils",
+    "utils stop_flag",
     "config",
     "data model metrics hang_watchdog",
     "engine guard",

@@ -37,11 +37,12 @@ from trainer.eval.openai_client import Unreachable
 from trainer.eval.scorers import likeliest
 from trainer.hang_watchdog import Watch
 from trainer.metrics import EVALUATIONS, Metrics
+from trainer.stop_flag import StopFlag
 from trainer.utils.files import append_json_line, read_json_lines
 
 
 def held_out_loss(
-    engine: Engine, batches: Iterable[Batch], stop: dist.StopFlag, watch: Watch
+    engine: Engine, batches: Iterable[Batch], stop: StopFlag, watch: Watch
 ) -> float | None:
     """Return the mean loss over all trained tokens of the held-out data; None if the stop flag was
     raised meanwhile."""
@@ -92,7 +93,7 @@ class Evaluation:
         data: Prepared | None,
         masker: Masker,
         metrics: Metrics,
-        stop: dist.StopFlag,
+        stop: StopFlag,
         watch: Watch,
         afterwards: Callable[[], None] = lambda: None,
     ) -> None:

@@ -22,6 +22,7 @@ from trainer.datatypes import BadInput, Prompt
 from trainer.engine.engine import Engine
 from trainer.hang_watchdog import Watch
 from trainer.model.attention import other_attention
+from trainer.stop_flag import StopFlag
 
 PAD = 0  # any token will do: the attention mask hides it
 
@@ -49,7 +50,7 @@ def generate(
     prompts: Sequence[Prompt],
     section: GenerateSection,
     tokenizer: Any,
-    stop: dist.StopFlag,
+    stop: StopFlag,
     watch: Watch,
     *,
     seeds: Sequence[int],
@@ -71,7 +72,7 @@ def answer_ids(
     engine: Engine,
     prompts: Sequence[Sequence[int]],
     section: GenerateSection,
-    stop: dist.StopFlag,
+    stop: StopFlag,
     watch: Watch,
     *,
     seeds: Sequence[int],
@@ -197,7 +198,7 @@ def choice_logprobs(
     choices: Sequence[str],
     batch: int,
     tokenizer: Any,
-    stop: dist.StopFlag,
+    stop: StopFlag,
     watch: Watch,
 ) -> list[list[float]] | None:
     """Return for each prompt the natural log-probability of each choice's tokens after it; None if

@@ -37,6 +37,7 @@ from trainer.eval.vllm_server import PATIENCE_S, Gpu, check_vllm, free_gpus, run
 from trainer.hang_watchdog import Watch
 from trainer.model.lora import merged_weights
 from trainer.model.quantisation import numel
+from trainer.stop_flag import StopFlag
 
 FOLDER = "serving"  # in the run folder: the weights, while a server needs them
 _COMPILED = "_orig_mod."  # torch.compile puts it before parameters' names
@@ -80,7 +81,7 @@ def generate(
     run_dir: Path,
     step: int,
     prompts: Sequence[Prompt],
-    stop: dist.StopFlag,
+    stop: StopFlag,
     watch: Watch,
 ) -> list[str] | None:
     """Return answers by the engine's current weights, on every rank; None if the stop flag was
@@ -105,7 +106,7 @@ def generate(
 
 
 def in_background(
-    work: Callable[[Callable[[], bool]], T], stop: dist.StopFlag, watch: Watch
+    work: Callable[[Callable[[], bool]], T], stop: StopFlag, watch: Watch
 ) -> T | None:
     """Run `work(stopping)` in a thread of rank 0; return its result on every rank. Meanwhile all
     ranks beat and poll the stop flag.

@@ -1,0 +1,117 @@
+"""Stop all ranks at the same step when a signal reaches any of them (C9).
+
+In: SIGTERM, SIGUSR1, or a deadline. Out: one answer, alike on all ranks, without a GPU waiting.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+from trainer import dist
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopFlag:
+    """Stops all ranks at the same step when SIGTERM or SIGUSR1 reaches any of them (C9).
+
+    Before there is a process group, ranks agree through the launcher's store: during preparation
+    each asks `raised_early`, and `wait_for_ranks` lets all of them into the group or none. From
+    then on `start` launches a max-reduction of one number on a gloo group of its own, and `agreed`
+    reads it later, so that no GPU waits for it.
+    """
+
+    def __init__(self) -> None:
+        self.raised = False
+        self._group: Any = None
+        self._pending: Any = None
+        for signum in _STOP_SIGNALS:
+            signal.signal(signum, self._raise)
+        # The launcher starts workers with these blocked, so that no signal is lost before there is
+        # a handler.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+        self._store = _launchers_store()
+
+    def _raise(self, *_: object) -> None:
+        self.raised = True
+
+    def raise_at(self, time_s: float) -> None:
+        """Raise the flag at `time_s`, in seconds since 1970, as a signal would."""
+        timer = threading.Timer(max(0.0, time_s - time.time()), self._raise)
+        timer.daemon = True
+        timer.start()
+
+    def raised_early(self) -> bool:
+        """Return whether any rank has raised the flag, before there is a process group.
+
+        Waits for nobody.
+        """
+        if self._store is None:
+            return self.raised
+        if self.raised:
+            self._store.compare_set(_START, "", _NEVER)
+        return self._store.check([_START]) and self._store.get(_START) == _NEVER
+
+    def wait_for_ranks(self) -> bool:
+        """Return True when every rank is ready for the process group, or False, on all ranks alike,
+        if one of them raised the flag first.
+
+        Waiting inside init_process_group could not be interrupted by a signal.
+        """
+        if self._store is None:
+            return not self.raised
+        # `_START` is written once, with compare_set, so that all ranks read one decision
+        if self._store.add("packhorse/ready", 1) == dist.world_size():
+            self._store.compare_set(_START, "", _NOW)
+        while not self._store.check([_START]):
+            if self.raised:
+                self._store.compare_set(_START, "", _NEVER)
+            time.sleep(_WAIT_POLL_S)
+        return self._store.get(_START) == _NOW
+
+    def attach_group(self) -> None:
+        """Make the group on which ranks agree. Every rank calls it, inside the process group."""
+        self._group = dist.new_group()
+
+    def start(self) -> None:
+        """Start the ranks' vote on stopping; `agreed` returns it. Every rank calls it."""
+        import torch
+        import torch.distributed as td
+
+        flag = torch.tensor([int(self.raised)], dtype=torch.int32)
+        work: Any = None
+        if self._group:
+            work = td.all_reduce(flag, op=td.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (flag, work)
+
+    def agreed(self) -> bool:
+        """Return whether any rank had the flag up at `start`: the same answer on all ranks."""
+        flag, work = self._pending
+        if work is not None:
+            work.wait()
+        return bool(flag.item())
+
+    def poll(self) -> bool:
+        """Vote and return the answer, where waiting does no harm. Every rank calls it."""
+        self.start()
+        return self.agreed()
+
+
+_START, _NOW, _NEVER = "packhorse/start", b"now", b"never"
+_WAIT_POLL_S = 0.1
+
+
+def _launchers_store() -> Any:
+    """Connect to the store that torchrun's agent hosts for its workers.
+
+    None for a single rank, or if another launcher started this one.
+    """
+    if dist.world_size() == 1 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    from torch.distributed import TCPStore
+
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
