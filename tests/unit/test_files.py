@@ -53,7 +53,8 @@ def test_a_folder_is_built_once(folder):
     assert content(folder) == "first"
 
 
-def test_of_many_that_start_together_one_builds(folder):
+def require_one_build(folder, num_threads):
+    """Start threads that build the same folder: one of them builds, the others find it built."""
     built = []
 
     def build(staging, leftovers, check):
@@ -62,7 +63,8 @@ def test_of_many_that_start_together_one_builds(folder):
         write("one")(staging, leftovers, check)
 
     threads = [
-        threading.Thread(target=build_once, args=(folder, build, "building")) for _ in range(8)
+        threading.Thread(target=build_once, args=(folder, build, "building"))
+        for _ in range(num_threads)
     ]
     for thread in threads:
         thread.start()
@@ -70,6 +72,10 @@ def test_of_many_that_start_together_one_builds(folder):
         thread.join()
     assert len(built) == 1
     assert content(folder) == "one"
+
+
+def test_of_many_that_start_together_one_builds(folder):
+    require_one_build(folder, num_threads=8)
 
 
 def test_a_live_owner_is_waited_for_and_named_once(folder, caplog):
@@ -111,22 +117,7 @@ def test_a_dead_owner_is_followed_after_some_silence(folder, caplog):
 def test_of_many_that_find_an_owner_dead_one_takes_over(folder):
     folder.parent.mkdir(parents=True)
     (folder.parent / "thing.lock-000001").touch()
-    built = []
-
-    def build(staging, leftovers, check):
-        built.append(staging)
-        time.sleep(0.2)
-        write("one")(staging, leftovers, check)
-
-    threads = [
-        threading.Thread(target=build_once, args=(folder, build, "building")) for _ in range(6)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(built) == 1
-    assert content(folder) == "one"
+    require_one_build(folder, num_threads=6)
 
 
 def test_an_owner_that_was_frozen_gives_way_to_the_one_that_took_over(folder):
