@@ -174,7 +174,7 @@ def test_a_damaged_best_checkpoint_is_refused_and_not_replaced_by_another(
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-000003")
     done = packhorse("export", str(tmp_path / "run"), "--out", str(tmp_path / "out"), "--best")
     assert done.returncode == 2
-    assert "no checkpoint of step 3; those that there are: 6" in done.stderr
+    assert "no checkpoint of step 3; there are: 6" in done.stderr
     assert not (tmp_path / "out").exists()
     with pytest.raises(BadInput, match=r"there is no best checkpoint: .*step 6: eval_loss is"):
         best_step(root / "never")
