@@ -26,7 +26,7 @@ install: .venv/installed  ## create .venv with the pinned dependencies; compile 
 	@command -v c++ >/dev/null || { echo "DeepSpeed compiles C++ ops: apt-get install g++ python3-dev"; exit 2; }
 	@$(PYTHON) -m venv .venv || { echo "no venv module: apt-get install python3-venv"; exit 2; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(WHEELS) -c constraints.txt -e '.[dev,demo,bench]'
-	$(BIN)/python -m trainer.engine.compile_ops
+	$(BIN)/python -m packhorse.trainer.engine.compile_ops
 	@touch $@
 
 demo: install  ## fine-tune a real model on two processes, about ten minutes on two cores

@@ -53,7 +53,7 @@ VERSIONS = ("torch", "deepspeed", "transformers", "safetensors")
 
 def work(order: dict[str, Any]) -> None:
     """What the ranks of one arm do; rank 0 writes what was measured to `order["out"]`."""
-    from trainer import dist
+    from packhorse.trainer import dist
 
     dist.start_logging()
     dist.log.setLevel("WARNING")
@@ -65,9 +65,9 @@ def work(order: dict[str, Any]) -> None:
 
 def build(folder: Path, universal: bool = False) -> Any:
     """The engine as `packhorse train` builds it."""
-    from trainer import train
-    from trainer.config.recipe import load_recipe
-    from trainer.model.load import load_tokenizer
+    from packhorse.trainer import train
+    from packhorse.trainer.config.recipe import load_recipe
+    from packhorse.trainer.model.load import load_tokenizer
 
     made = train.deepspeed_config
 
@@ -84,9 +84,9 @@ def step_s(engine: Any) -> float:
     """Return the seconds of one training step of 256 tokens a rank."""
     import torch
 
-    from trainer import dist
-    from trainer.datatypes import Batch
-    from trainer.metrics import Clock
+    from packhorse.trainer import dist
+    from packhorse.trainer.datatypes import Batch
+    from packhorse.trainer.metrics import Clock
 
     tokens = 256
     batch = Batch(
@@ -106,7 +106,7 @@ def step_s(engine: Any) -> float:
 
 def seconds(call: Callable[[], object]) -> float:
     """Return the seconds of a call that all ranks make, until the last one has returned."""
-    from trainer import dist
+    from packhorse.trainer import dist
 
     dist.barrier()
     began = time.perf_counter()
@@ -116,15 +116,15 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def saver(folder: Path, engine: Any, asynchronous: bool) -> Any:
-    from trainer.checkpoint.checkpoint import Saver
-    from trainer.config.recipe import CheckpointSection
+    from packhorse.trainer.checkpoint.checkpoint import Saver
+    from packhorse.trainer.config.recipe import CheckpointSection
 
     return Saver(folder, engine, CheckpointSection(keep=1, asynchronous=asynchronous))
 
 
 def run_state(step: int) -> Any:
-    from trainer import dist
-    from trainer.checkpoint.checkpoint import RunState
+    from packhorse.trainer import dist
+    from packhorse.trainer.checkpoint.checkpoint import RunState
 
     return RunState(
         step=step,
@@ -170,9 +170,9 @@ def resume_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     """Return the seconds and bytes of a resume, as train.py makes it; then save at this world size,
     if the order asks for it.
     """
-    from trainer import dist
-    from trainer.checkpoint import checkpoint
-    from trainer.engine import sharded_state
+    from packhorse.trainer import dist
+    from packhorse.trainer.checkpoint import checkpoint
+    from packhorse.trainer.engine import sharded_state
 
     engine = build(folder)
     asked = 0
@@ -207,7 +207,7 @@ def resume_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
 
 def universal_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     """Return the seconds and bytes of DeepSpeed's own load of the converted checkpoint."""
-    from trainer import dist
+    from packhorse.trainer import dist
 
     engine = build(folder, universal=True)
     before = [disk_bytes(), asked_bytes()]
@@ -258,7 +258,7 @@ def forget(folder: Path) -> None:
 
 
 def run_arm(arm: str, world: int, folder: Path, **order: Any) -> dict[str, Any]:
-    from launch.local import launch
+    from packhorse.launch.local import launch
 
     out = folder / "measured.json"
     text = json.dumps({"arm": arm, "folder": str(folder), "out": str(out), **order})

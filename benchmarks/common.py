@@ -120,7 +120,7 @@ def packhorse_command(job: Job, folder: Path, cache: Path) -> tuple[list[str], P
     return [
         sys.executable,
         "-m",
-        "trainer.cli.main",
+        "packhorse",
         "train",
         str(path),
         "--nproc",

@@ -179,9 +179,9 @@ def run_arm(arm: str, job: Job) -> None:
 
 
 def packhorse(arm: str, job: Job) -> Callable[[], Done]:
-    from trainer.config.recipe import parse_recipe
-    from trainer.data.prepare import prepare, train_plan
-    from trainer.model.load import load_tokenizer
+    from packhorse.trainer.config.recipe import parse_recipe
+    from packhorse.trainer.data.prepare import prepare, train_plan
+    from packhorse.trainer.model.load import load_tokenizer
 
     recipe = parse_recipe(
         {

@@ -141,10 +141,10 @@ def make_rows(path: Path, count: int) -> None:
 
 
 def run_part(part: str, work: Path) -> None:
-    from trainer.config.recipe import parse_recipe
-    from trainer.data.loader import Loader
-    from trainer.data.prepare import prepare, train_plan
-    from trainer.model.load import load_tokenizer
+    from packhorse.trainer.config.recipe import parse_recipe
+    from packhorse.trainer.data.loader import Loader
+    from packhorse.trainer.data.prepare import prepare, train_plan
+    from packhorse.trainer.model.load import load_tokenizer
 
     sections = {
         "model": {"name": str(work / "model")},

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from trainer.model.loss import BLOCK_HIDDEN, linear_cross_entropy
+from packhorse.trainer.model.loss import BLOCK_HIDDEN, linear_cross_entropy
 
 RESULTS = Path(__file__).resolve().parent / "results"
 

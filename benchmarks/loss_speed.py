@@ -23,8 +23,8 @@ from common import machine, spread
 from common import table as markdown
 from loss_memory import peak_bytes
 
-from trainer.model import loss
-from trainer.model.loss import LIGER_HIDDEN, linear_cross_entropy
+from packhorse.trainer.model import loss
+from packhorse.trainer.model.loss import LIGER_HIDDEN, linear_cross_entropy
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = {  # trained positions, hidden size, vocabulary

@@ -68,15 +68,15 @@ def measure(options: argparse.Namespace) -> None:
     """Build an engine of every template on each rank, and run one micro-batch and one step."""
     import torch
 
+    from packhorse.trainer import dist, train
+    from packhorse.trainer.config.recipe import parse_recipe
+    from packhorse.trainer.data.loader import filler_batch
+    from packhorse.trainer.datatypes import BadInput
+    from packhorse.trainer.estimate.memory import count_state_bytes
+    from packhorse.trainer.estimate.model import build_empty_model, measure_model
+    from packhorse.trainer.estimate.report import fill_template
+    from packhorse.trainer.model.load import load_tokenizer
     from tests.numerics.buffers import held
-    from trainer import dist, train
-    from trainer.config.recipe import parse_recipe
-    from trainer.data.loader import filler_batch
-    from trainer.datatypes import BadInput
-    from trainer.estimate.memory import count_state_bytes
-    from trainer.estimate.model import build_empty_model, measure_model
-    from trainer.estimate.report import fill_template
-    from trainer.model.load import load_tokenizer
 
     found: dict[str, Any] = {}
     with dist.process_group():

@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 def versions() -> list[Row]:
-    from trainer import __version__
+    from packhorse import __version__
 
     packages = [Row(name, version(name)) for name in PACKAGES]
     return [Row("packhorse", __version__), Row("python", platform.python_version()), *packages]
@@ -80,8 +80,8 @@ def gpus(required: int | None) -> list[Row]:
 
 def kernels() -> list[Row]:
     """Return the kernels of attention and loss that the trainer would choose on this machine."""
-    from trainer.model.attention import choose
-    from trainer.model.loss import choose_kernel
+    from packhorse.trainer.model.attention import choose
+    from packhorse.trainer.model.loss import choose_kernel
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     attention, why = choose("auto", device, torch.bfloat16)
@@ -115,7 +115,7 @@ def deepspeed_ops() -> list[Row]:
     """Return whether DeepSpeed's ops are compiled, and load."""
     # without a visible GPU DeepSpeed would choose the CPU, and its ops
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.version.cuda else "cpu")
-    importlib.import_module("trainer.engine.engine")  # sets up DeepSpeed as for training
+    importlib.import_module("packhorse.trainer.engine.engine")  # sets up DeepSpeed as for training
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
 

@@ -11,8 +11,8 @@ from typing import Any, get_args, get_origin
 from pydantic import JsonValue
 from pydantic_core import PydanticUndefined
 
-from trainer.config.base import Section, kind_of
-from trainer.config.recipe import Recipe
+from packhorse.trainer.config.base import Section, kind_of
+from packhorse.trainer.config.recipe import Recipe
 
 PAGE = Path(__file__).parent / "recipe.md"
 HEAD = """# The recipe

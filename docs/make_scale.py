@@ -9,9 +9,9 @@ import json
 import tempfile
 from pathlib import Path
 
-from trainer.config.recipe import Recipe
-from trainer.estimate.memory import GIB, Cluster
-from trainer.estimate.report import (
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.estimate.memory import GIB, Cluster
+from packhorse.trainer.estimate.report import (
     Report,
     build_report,
     describe_report,

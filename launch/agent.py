@@ -19,8 +19,8 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec, Wo
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
-from launch.heartbeat import Heartbeat
-from trainer.datatypes import BAD_INPUT, FAILED, STOP_FILE
+from packhorse.launch.heartbeat import Heartbeat
+from packhorse.trainer.datatypes import BAD_INPUT, FAILED, STOP_FILE
 
 _DAY_S = 86_400
 _TAIL_LINES = 20  # of a failed rank's stderr that are shown

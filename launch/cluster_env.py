@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trainer.datatypes import BadInput
+from packhorse.trainer.datatypes import BadInput
 
 _PORT = 29400  # torchrun's
 # Jobs that share a node need ports of their own: _PORT plus up to this, below the ephemeral ports.

@@ -40,10 +40,17 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousTimeoutError,
 )
 
-from launch import preflight
-from launch.agent import Agent, log, log_failure
-from trainer.config.recipe import Recipe
-from trainer.datatypes import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, STOP_FILE, BadInput
+from packhorse.launch import preflight
+from packhorse.launch.agent import Agent, log, log_failure
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.datatypes import (
+    BAD_INPUT,
+    DONE,
+    FAILED,
+    SAVED_RUN_AGAIN,
+    STOP_FILE,
+    BadInput,
+)
 
 _CTRL_C_TO_KILL = 3
 # SIGHUP: the terminal was closed. SIGQUIT (Ctrl-\) is left to torch's agent, which ends the workers
@@ -70,7 +77,7 @@ def launch(
     """Run `python *worker` in `nproc` processes on this node and return the exit code at their end.
 
     Args:
-        worker: arguments of this Python, as `["-m", "trainer.cli.main", "train", "recipe.yaml"]`.
+        worker: arguments of this Python, as `["-m", "packhorse", "train", "recipe.yaml"]`.
         run_dir: the run folder, where `stop.json` appears and ranks other than 0 write `logs/`.
         nproc: processes on this node. None: one for each GPU, or one without a GPU.
         endpoint: host:port of the rendezvous. Port 0 takes a free one, on a single node only.

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-import trainer
-from trainer.config.recipe import Recipe
-from trainer.datatypes import BadInput
+from packhorse import __version__
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.datatypes import BadInput
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "numpy")
 _ANSWER_S = 120.0  # a living launcher answers at once if its folders do
@@ -226,7 +226,7 @@ def collect_facts(recipe: Recipe, processes: int) -> Facts:
     return Facts(
         host=host,
         versions={
-            "packhorse": trainer.__version__,
+            "packhorse": __version__,
             "Python": platform.python_version(),
             **{name: version(name) for name in _PACKAGES},
         },
@@ -256,7 +256,7 @@ def _write_token(recipe: Recipe, token: Path) -> Disk:
 
 
 def _code_parts() -> Iterable[bytes]:
-    package = Path(trainer.__file__).parent
+    package = Path(__file__).parents[1] / "trainer"
     for folder in (package, package.parent / "launch"):
         for path in sorted(folder.rglob("*.py")):
             yield path.relative_to(package.parent).as_posix().encode()

@@ -11,7 +11,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trainer.datatypes import BadInput
+from packhorse.trainer.datatypes import BadInput
 
 TEMPLATE = Path(__file__).with_name("slurm.sh")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from launch.slurm import render
+from packhorse.launch.slurm import render
 
 NODES = {"sft_8b": "1", "sft_70b": "8"}
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 import transformers
 
-from trainer.config.recipe import LossSection
-from trainer.datatypes import Batch
-from trainer.model import attention
-from trainer.model.load import initialise
-from trainer.model.logit_transform import LogitTransform
-from trainer.model.sft import SftModel
+from packhorse.trainer.config.recipe import LossSection
+from packhorse.trainer.datatypes import Batch
+from packhorse.trainer.model import attention
+from packhorse.trainer.model.load import initialise
+from packhorse.trainer.model.logit_transform import LogitTransform
+from packhorse.trainer.model.sft import SftModel
 
 transformers.logging.set_verbosity_error()
 

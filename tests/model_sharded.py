@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import LossSection, ModelSection, OptimSection, ParallelSection
+from packhorse.trainer.engine.ds_config import deepspeed_config
+from packhorse.trainer.engine.engine import Engine, gathered, sharded_init
+from packhorse.trainer.engine.optim import parameter_groups
+from packhorse.trainer.metrics import Clock
+from packhorse.trainer.model.load import load_model, load_tokenizer
+from packhorse.trainer.model.packing_check import prove_packing
+from packhorse.trainer.model.sft import SftModel
 from tests.model_helpers import documents, pack
-from trainer import dist
-from trainer.config.recipe import LossSection, ModelSection, OptimSection, ParallelSection
-from trainer.engine.ds_config import deepspeed_config
-from trainer.engine.engine import Engine, gathered, sharded_init
-from trainer.engine.optim import parameter_groups
-from trainer.metrics import Clock
-from trainer.model.load import load_model, load_tokenizer
-from trainer.model.packing_check import prove_packing
-from trainer.model.sft import SftModel
 
 
 def differences(plain: Any, sharded: Any) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from launch.kubernetes.render import CLUSTER, Kind, render
+from packhorse.launch.kubernetes.render import CLUSTER, Kind, render
 from tests.ranks import ROOT
 
 KINDS: tuple[Kind, ...] = ("job", "jobset", "trainjob")

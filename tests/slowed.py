@@ -33,7 +33,8 @@ def start(
     worker = ["-m", "tests.slowed", place, ranks, str(seconds), *recipe]
     call = f"launch({worker!r}, Path({str(run_dir)!r}), nproc=2)"
     program = (
-        f"import sys; from pathlib import Path; from launch.local import launch; sys.exit({call})"
+        "import sys; from pathlib import Path; from packhorse.launch.local import launch; "
+        f"sys.exit({call})"
     )
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -51,11 +52,11 @@ def wait_for(path: Path, seconds: float = 120) -> str:
 
 
 def _slow(place: str, seconds: float, marker: Path) -> None:
-    from trainer import train
-    from trainer.data import loader, prepare
-    from trainer.engine import sharded_state
-    from trainer.engine.engine import Engine
-    from trainer.eval import generate
+    from packhorse.trainer import train
+    from packhorse.trainer.data import loader, prepare
+    from packhorse.trainer.engine import sharded_state
+    from packhorse.trainer.engine.engine import Engine
+    from packhorse.trainer.eval import generate
 
     owners: dict[str, tuple[Any, str]] = {
         "preparation": (prepare.RowTokenizer, "__call__"),
@@ -80,10 +81,10 @@ def _slow(place: str, seconds: float, marker: Path) -> None:
 
 
 def _main(place: str, ranks: str, seconds: str, *recipe: str) -> None:
-    from trainer import hang_watchdog
-    from trainer.cli import main
-    from trainer.config.recipe import load_recipe
-    from trainer.utils.files import write_synced
+    from packhorse.trainer import hang_watchdog
+    from packhorse.trainer.cli import main
+    from packhorse.trainer.config.recipe import load_recipe
+    from packhorse.trainer.utils.files import write_synced
 
     hang_watchdog._USUAL_FACTOR = 2  # the first steps are slow, and hangs are waited for
     rank = os.environ["RANK"]

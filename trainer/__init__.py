@@ -2,5 +2,3 @@
 
 Read `datatypes.py` for the types that stages hand on, then `train.py` from top to bottom.
 """
-
-__version__ = "0.1.0"

@@ -10,19 +10,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trainer import dist
-from trainer.checkpoint.hf_export import save_description
-from trainer.config.recipe import Recipe
-from trainer.data.prepare import masker_of, prepare
-from trainer.eval.evaluator import Evaluation
-from trainer.eval.generate import stop_tokens
-from trainer.hang_watchdog import Watch
-from trainer.metrics import Metrics, model_flops
-from trainer.model.load import load_tokenizer
-from trainer.run_folder import write_stop
-from trainer.stop_flag import StopFlag
-from trainer.train import build_engine, explain_out_of_memory, require_same_data
-from trainer.utils.files import Stopped
+from packhorse.trainer import dist
+from packhorse.trainer.checkpoint.hf_export import save_description
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.data.prepare import masker_of, prepare
+from packhorse.trainer.eval.evaluator import Evaluation
+from packhorse.trainer.eval.generate import stop_tokens
+from packhorse.trainer.hang_watchdog import Watch
+from packhorse.trainer.metrics import Metrics, model_flops
+from packhorse.trainer.model.load import load_tokenizer
+from packhorse.trainer.run_folder import write_stop
+from packhorse.trainer.stop_flag import StopFlag
+from packhorse.trainer.train import build_engine, explain_out_of_memory, require_same_data
+from packhorse.trainer.utils.files import Stopped
 
 
 def evaluate_model(recipe: Recipe, out: Path, step: int) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
-from trainer import dist
-from trainer.config.recipe import GuardSection
-from trainer.utils.files import append_json_line, read_json_lines
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import GuardSection
+from packhorse.trainer.utils.files import append_json_line, read_json_lines
 
 WINDOW = 50  # losses whose median is the usual one
 _ENOUGH = 10  # losses before any is called a spike

@@ -14,9 +14,9 @@ import time
 from collections import deque
 from pathlib import Path
 
-from trainer import dist
-from trainer.config.recipe import GuardSection
-from trainer.datatypes import FAILED
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import GuardSection
+from packhorse.trainer.datatypes import FAILED
 
 _POLL_S = 1.0
 _USUAL_BEATS = 64  # the longest of so many intervals is the usual one

@@ -9,16 +9,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from trainer.config.recipe import Recipe
-from trainer.data.loader import Loader
-from trainer.datatypes import Batch, StepPlan, StepResult
-from trainer.engine.engine import Engine
-from trainer.engine.optim import learning_rate
-from trainer.guard import Guard
-from trainer.hang_watchdog import Watch
-from trainer.metrics import Metrics, Profiler
-from trainer.stop_flag import StopFlag
-from trainer.utils.progress import Progress
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.data.loader import Loader
+from packhorse.trainer.datatypes import Batch, StepPlan, StepResult
+from packhorse.trainer.engine.engine import Engine
+from packhorse.trainer.engine.optim import learning_rate
+from packhorse.trainer.guard import Guard
+from packhorse.trainer.hang_watchdog import Watch
+from packhorse.trainer.metrics import Metrics, Profiler
+from packhorse.trainer.stop_flag import StopFlag
+from packhorse.trainer.utils.progress import Progress
 
 
 @dataclass(frozen=True)

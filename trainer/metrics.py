@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from trainer import dist
-from trainer.datatypes import Batch, StepPlan, StepResult
-from trainer.utils.files import read_json_lines, write_synced
+from packhorse.trainer import dist
+from packhorse.trainer.datatypes import Batch, StepPlan, StepResult
+from packhorse.trainer.utils.files import read_json_lines, write_synced
 
 # Dense bf16 FLOP/s from the makers' data sheets. The longest name that a device's name contains
 # counts, so that an "H100 PCIe" is not taken for an H100.

@@ -23,16 +23,17 @@ from typing import Any
 
 import torch
 
-from trainer import __version__, dist
-from trainer.config.recipe import Recipe, load_recipe
-from trainer.data import summary
-from trainer.data.batch_plan import Plan
-from trainer.data.prepare import Prepared, TrainData
-from trainer.data.streaming import LOG
-from trainer.datatypes import STOP_FILE, BadInput, Batch, StepResult
-from trainer.engine.engine import Engine
-from trainer.metrics import EVALUATIONS, Metrics
-from trainer.utils.files import read_json_lines, write_json, write_synced
+from packhorse import __version__
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import Recipe, load_recipe
+from packhorse.trainer.data import summary
+from packhorse.trainer.data.batch_plan import Plan
+from packhorse.trainer.data.prepare import Prepared, TrainData
+from packhorse.trainer.data.streaming import LOG
+from packhorse.trainer.datatypes import STOP_FILE, BadInput, Batch, StepResult
+from packhorse.trainer.engine.engine import Engine
+from packhorse.trainer.metrics import EVALUATIONS, Metrics
+from packhorse.trainer.utils.files import read_json_lines, write_json, write_synced
 
 _LENGTHS = ("train.epochs", "train.steps")
 

@@ -11,7 +11,7 @@ import threading
 import time
 from typing import Any
 
-from trainer import dist
+from packhorse.trainer import dist
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -14,34 +14,41 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from trainer import dist
-from trainer.checkpoint import checkpoint
-from trainer.checkpoint.best import Best
-from trainer.checkpoint.checkpoint import RunState, Saver
-from trainer.checkpoint.hf_export import save_description
-from trainer.config.recipe import Recipe
-from trainer.data.batch_plan import Plan
-from trainer.data.leakage import check_leakage
-from trainer.data.loader import Loader
-from trainer.data.prepare import Prepared, TrainData, documents_of, masker_of, prepare, train_plan
-from trainer.data.streaming import prepare_train
-from trainer.datatypes import BadInput, StepPlan
-from trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
-from trainer.engine.engine import Engine, gathered, sharded_init
-from trainer.engine.optim import learning_rate, parameter_groups
-from trainer.estimate.report import predict_gpu_memory
-from trainer.eval.evaluator import Evaluation
-from trainer.eval.generate import stop_tokens
-from trainer.eval.server_answers import check_server
-from trainer.guard import Guard, StepNotApplied
-from trainer.hang_watchdog import Watch
-from trainer.loop import TrainingRun, is_due, train_loop
-from trainer.metrics import Metrics, Profiler, model_flops
-from trainer.model.load import load_config, load_model, load_tokenizer
-from trainer.model.lora import require_stage
-from trainer.model.packing_check import prove_packing
-from trainer.model.sft import SftModel
-from trainer.run_folder import (
+from packhorse.trainer import dist
+from packhorse.trainer.checkpoint import checkpoint
+from packhorse.trainer.checkpoint.best import Best
+from packhorse.trainer.checkpoint.checkpoint import RunState, Saver
+from packhorse.trainer.checkpoint.hf_export import save_description
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.data.batch_plan import Plan
+from packhorse.trainer.data.leakage import check_leakage
+from packhorse.trainer.data.loader import Loader
+from packhorse.trainer.data.prepare import (
+    Prepared,
+    TrainData,
+    documents_of,
+    masker_of,
+    prepare,
+    train_plan,
+)
+from packhorse.trainer.data.streaming import prepare_train
+from packhorse.trainer.datatypes import BadInput, StepPlan
+from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
+from packhorse.trainer.engine.engine import Engine, gathered, sharded_init
+from packhorse.trainer.engine.optim import learning_rate, parameter_groups
+from packhorse.trainer.estimate.report import predict_gpu_memory
+from packhorse.trainer.eval.evaluator import Evaluation
+from packhorse.trainer.eval.generate import stop_tokens
+from packhorse.trainer.eval.server_answers import check_server
+from packhorse.trainer.guard import Guard, StepNotApplied
+from packhorse.trainer.hang_watchdog import Watch
+from packhorse.trainer.loop import TrainingRun, is_due, train_loop
+from packhorse.trainer.metrics import Metrics, Profiler, model_flops
+from packhorse.trainer.model.load import load_config, load_model, load_tokenizer
+from packhorse.trainer.model.lora import require_stage
+from packhorse.trainer.model.packing_check import prove_packing
+from packhorse.trainer.model.sft import SftModel
+from packhorse.trainer.run_folder import (
     is_done,
     open_run_folder,
     require_shared,
@@ -50,10 +57,10 @@ from trainer.run_folder import (
     write_summary,
     write_trace,
 )
-from trainer.stop_flag import StopFlag
-from trainer.utils.cpu_speed import EMULATED_FROM, bf16_slowdown
-from trainer.utils.files import Stopped
-from trainer.utils.progress import Progress
+from packhorse.trainer.stop_flag import StopFlag
+from packhorse.trainer.utils.cpu_speed import EMULATED_FROM, bf16_slowdown
+from packhorse.trainer.utils.files import Stopped
+from packhorse.trainer.utils.progress import Progress
 
 
 def train(recipe: Recipe, *, extend: bool = False) -> None:

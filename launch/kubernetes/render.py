@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import yaml
 
-from trainer.config.parsing import read_yaml
-from trainer.config.recipe import load_recipe
-from trainer.datatypes import DONE, FAILED, BadInput
+from packhorse.trainer.config.parsing import read_yaml
+from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.datatypes import DONE, FAILED, BadInput
 
 Kind = Literal["job", "jobset", "trainjob"]
 Tree = dict[str, Any]

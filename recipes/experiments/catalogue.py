@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.config.recipe import Recipe
+from packhorse.trainer.config.recipe import Recipe
 
 
 @dataclass(frozen=True)

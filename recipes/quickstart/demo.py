@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from trainer.config.recipe import Recipe, load_recipe
-from trainer.utils.cpu_speed import bf16_slowdown
-from trainer.utils.files import read_json_lines
+from packhorse.trainer.config.recipe import Recipe, load_recipe
+from packhorse.trainer.utils.cpu_speed import bf16_slowdown
+from packhorse.trainer.utils.files import read_json_lines
 
 RECIPE = "recipes/quickstart.yaml"
 MODEL_CACHE = Path("~/.cache/packhorse/models/smollm2-135m-instruct").expanduser()
@@ -134,7 +134,7 @@ def train(*overrides: str) -> None:
 def packhorse(*arguments: str) -> None:
     """Run the command as a user would. Exits with its exit code unless that is 0."""
     show_line(f"[bold]packhorse {escape(' '.join(arguments))}[/bold]")
-    code = subprocess.run([sys.executable, "-m", "trainer.cli.main", *arguments]).returncode
+    code = subprocess.run([sys.executable, "-m", "packhorse", *arguments]).returncode
     if code:
         sys.exit(code)
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from packhorse import __version__
+from packhorse.trainer.checkpoint import checkpoint
+from packhorse.trainer.utils.files import read_json_lines
 from tests.cluster.engine import IMAGE, NETWORK, Engine, engine
 from tests.ranks import ROOT
-from trainer import __version__
-from trainer.checkpoint import checkpoint
-from trainer.utils.files import read_json_lines
 
 pytestmark = pytest.mark.cluster
 

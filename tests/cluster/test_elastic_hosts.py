@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from packhorse.trainer.checkpoint import checkpoint
+from packhorse.trainer.utils.files import read_json_lines
 from tests.cluster.hosts import Hosts, hosts
-from trainer.checkpoint import checkpoint
-from trainer.utils.files import read_json_lines
 
 pytestmark = pytest.mark.cluster
 
@@ -37,7 +37,7 @@ def start(two: Hosts, run_dir: Path, *arguments: str) -> list[subprocess.Popen]:
         *LONG,
     ]
     meeting = ["--nproc", "1", "--rdzv-endpoint", "host0:29400", *arguments]
-    command = [sys.executable, "-m", "trainer.cli.main", "train", *recipe, *meeting]
+    command = [sys.executable, "-m", "packhorse", "train", *recipe, *meeting]
     return [two.start(name, command) for name in ("host0", "host1")]
 
 

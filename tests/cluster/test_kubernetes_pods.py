@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 
+from packhorse.trainer.datatypes import DONE, SAVED_RUN_AGAIN
+from packhorse.trainer.utils.files import read_json_lines
 from tests.cluster.hosts import Hosts, hosts
 from tests.cluster.test_elastic_hosts import wait_for_step
 from tests.pods import KINDS, Pod, manifests, pods, what_becomes_of
 from tests.ranks import ROOT
-from trainer.datatypes import DONE, SAVED_RUN_AGAIN
-from trainer.utils.files import read_json_lines
 
 pytestmark = pytest.mark.cluster
 
@@ -59,7 +59,7 @@ class Cluster:
 
         image = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "USER": "packhorse"}
         env = image | {name: inside(value) for name, value in pod.env.items()}
-        entrypoint = [sys.executable, "-m", "trainer.cli.main"]
+        entrypoint = [sys.executable, "-m", "packhorse"]
         command = [*entrypoint, *(inside(argument) for argument in pod.args)]
         name = f"{pod.hostname}.{pod.subdomain}"
         return self._hosts.start(name, command, env=env, cwd=Path(inside(pod.workdir)))

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from packhorse.trainer.utils.files import read_json_lines
 from tests.cluster.slurm import Slurm, slurm
 from tests.ranks import ROOT
-from trainer.utils.files import read_json_lines
 
 pytestmark = pytest.mark.cluster
 
@@ -125,7 +125,7 @@ def test_the_job_of_a_node_that_died_comes_back_on_the_one_that_is_left(
     command = [
         sys.executable,
         "-m",
-        "trainer.cli.main",
+        "packhorse",
         "launch",
         "slurm",
         "recipes/debug.yaml",
@@ -180,7 +180,7 @@ def test_what_sbatch_refuses_is_bad_input(cluster, cache, tmp_path):
         "--partition",
         "nowhere",
     ]
-    refused = cluster.run(sys.executable, "-m", "trainer.cli.main", *words, "--submit")
+    refused = cluster.run(sys.executable, "-m", "packhorse", *words, "--submit")
     assert refused.returncode == 2
     assert "invalid partition" in refused.stderr
     assert shlex.quote(str(tmp_path / "slurm.sh")) in refused.stdout

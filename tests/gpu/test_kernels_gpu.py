@@ -14,14 +14,14 @@ import torch
 import transformers as tf
 from torch import nn
 
+from packhorse.trainer.config.recipe import LossSection
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model import attention, attention_kernels, liger_layers, packing_check
+from packhorse.trainer.model.attention_kernels import Arguments, Bounds
+from packhorse.trainer.model.logit_transform import LogitTransform, measure_transform
+from packhorse.trainer.model.sft import SftModel
 from tests.model_helpers import WIDE, documents, pack, relative, tiny
 from tests.numerics.test_x6_kernels import VARIANTS, Case, case, in_fp32, run
-from trainer.config.recipe import LossSection
-from trainer.datatypes import BadInput
-from trainer.model import attention, attention_kernels, liger_layers, packing_check
-from trainer.model.attention_kernels import Arguments, Bounds
-from trainer.model.logit_transform import LogitTransform, measure_transform
-from trainer.model.sft import SftModel
 
 pytestmark = pytest.mark.gpu
 

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import dist
-from trainer.datatypes import Batch
-from trainer.engine import zero_state
-from trainer.engine.engine import Engine
-from trainer.metrics import Clock
+from packhorse.trainer import dist
+from packhorse.trainer.datatypes import Batch
+from packhorse.trainer.engine import zero_state
+from packhorse.trainer.engine.engine import Engine
+from packhorse.trainer.metrics import Clock
 
 
 def weights(module: nn.Module) -> Iterator[torch.Tensor]:

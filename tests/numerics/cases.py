@@ -21,17 +21,17 @@ from unittest import mock
 
 import torch
 
+from packhorse.trainer import dist, guard, train
+from packhorse.trainer.checkpoint import checkpoint
+from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.data import loader
+from packhorse.trainer.data.prepare import prepare, train_plan
+from packhorse.trainer.data.streaming import prepare_train
+from packhorse.trainer.engine import engine, sharded_state, zero_state
+from packhorse.trainer.model import sft
+from packhorse.trainer.model.load import load_tokenizer
+from packhorse.trainer.stop_flag import StopFlag
 from tests.numerics import buffers
-from trainer import dist, guard, train
-from trainer.checkpoint import checkpoint
-from trainer.config.recipe import load_recipe
-from trainer.data import loader
-from trainer.data.prepare import prepare, train_plan
-from trainer.data.streaming import prepare_train
-from trainer.engine import engine, sharded_state, zero_state
-from trainer.model import sft
-from trainer.model.load import load_tokenizer
-from trainer.stop_flag import StopFlag
 
 
 def main(path: str) -> None:

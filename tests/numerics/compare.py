@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from packhorse.trainer.checkpoint import checkpoint
+from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.model.load import load_model, load_tokenizer
 from tests.ranks import ROOT, run_ranks
-from trainer.checkpoint import checkpoint
-from trainer.config.recipe import load_recipe
-from trainer.model.load import load_model, load_tokenizer
 
 SCALAR_BOUND = 1e-6  # relative, of losses and norms
 CHANGE_BOUND = 1e-4  # ||Da - Db|| / ||Da||, the worst tensor

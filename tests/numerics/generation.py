@@ -20,18 +20,18 @@ from unittest import mock
 
 import torch
 
+from packhorse.trainer import dist, train
+from packhorse.trainer.config.eval import GenerateSection
+from packhorse.trainer.config.recipe import GuardSection, load_recipe
+from packhorse.trainer.datatypes import Conversation, Prompt
+from packhorse.trainer.engine import engine
+from packhorse.trainer.eval import generate
+from packhorse.trainer.hang_watchdog import Watch
+from packhorse.trainer.metrics import Clock
+from packhorse.trainer.model.load import load_tokenizer
+from packhorse.trainer.stop_flag import StopFlag
 from tests.model_helpers import documents, pack
 from tests.ranks import ROOT
-from trainer import dist, train
-from trainer.config.eval import GenerateSection
-from trainer.config.recipe import GuardSection, load_recipe
-from trainer.datatypes import Conversation, Prompt
-from trainer.engine import engine
-from trainer.eval import generate
-from trainer.hang_watchdog import Watch
-from trainer.metrics import Clock
-from trainer.model.load import load_tokenizer
-from trainer.stop_flag import StopFlag
 
 CHOICES = ("A", "B", "C", "yes and no")
 SAMPLED = {"temperature": 0.8, "top_p": 0.9}

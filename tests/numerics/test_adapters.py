@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from packhorse.trainer.checkpoint import checkpoint
 from tests.numerics.compare import (
     BF16,
     BF16_CHANGE_BOUND,
@@ -26,7 +27,6 @@ from tests.numerics.compare import (
     run_cases,
 )
 from tests.ranks import ROOT
-from trainer.checkpoint import checkpoint
 
 pytestmark = pytest.mark.runs
 
@@ -203,7 +203,7 @@ def test_qlora_at_zero_3_is_refused_before_anything_is_loaded(tmp_path: Path) ->
         f"run.dir={tmp_path / 'run'}",
         f"data.cache={tmp_path / 'cache'}",
     ]
-    command = [sys.executable, "-m", "trainer.cli.main", "train", "recipes/debug.yaml", *changes]
+    command = [sys.executable, "-m", "packhorse", "train", "recipes/debug.yaml", *changes]
     done = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
     )

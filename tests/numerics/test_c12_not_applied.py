@@ -42,11 +42,11 @@ def test_the_step_names_its_rows_and_is_not_counted(outcomes: dict[str, Any], st
 
 def main(out: Path) -> None:
     """Run a good step and one with a NaN through the loop on each rank, stage after stage."""
+    from packhorse.trainer import dist, guard, train
+    from packhorse.trainer.engine.engine import Engine
+    from packhorse.trainer.model.load import load_tokenizer
+    from packhorse.trainer.stop_flag import StopFlag
     from tests.numerics.cases import load_recipe, prepare, train_plan
-    from trainer import dist, guard, train
-    from trainer.engine.engine import Engine
-    from trainer.model.load import load_tokenizer
-    from trainer.stop_flag import StopFlag
 
     real_step = Engine.step
     seen: dict[str, Any] = {}
@@ -68,7 +68,7 @@ def main(out: Path) -> None:
         return result
 
     def _weights(engine: Any) -> list[float]:
-        from trainer.engine.engine import gathered
+        from packhorse.trainer.engine.engine import gathered
 
         parameters = list(engine.module.parameters())
         with gathered(parameters):

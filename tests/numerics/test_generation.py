@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 import torch
 
+from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.dist import seed_from
+from packhorse.trainer.eval.generate import sample_tokens
+from packhorse.trainer.model.load import load_model, load_tokenizer
 from tests.numerics.generation import CHOICES, SAMPLED
 from tests.ranks import ROOT, run_ranks
-from trainer.config.recipe import load_recipe
-from trainer.dist import seed_from
-from trainer.eval.generate import sample_tokens
-from trainer.model.load import load_model, load_tokenizer
 
 TEMPLATES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_all")
 SHARDED = ("zero3", "zero3_offload_all")

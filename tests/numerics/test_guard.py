@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from packhorse.trainer.checkpoint import checkpoint
+from packhorse.trainer.utils.files import read_json_lines
 from tests.numerics.compare import case
 from tests.ranks import run_ranks
-from trainer.checkpoint import checkpoint
-from trainer.utils.files import read_json_lines
 
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer")
 

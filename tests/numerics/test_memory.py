@@ -42,14 +42,14 @@ def test_the_plan_is_deepspeeds_own_bytes(found: dict[str, Any], name: str, part
 
 def main(out: Path) -> None:
     """Build an engine of every case on each rank, and run one micro-batch and one step."""
+    from packhorse.trainer import dist, train
+    from packhorse.trainer.data.loader import filler_batch
+    from packhorse.trainer.estimate.memory import count_state_bytes
+    from packhorse.trainer.estimate.model import build_empty_model, measure_model
+    from packhorse.trainer.estimate.report import fill_template
+    from packhorse.trainer.model.load import load_tokenizer
     from tests.numerics import buffers
     from tests.numerics.cases import load_recipe
-    from trainer import dist, train
-    from trainer.data.loader import filler_batch
-    from trainer.estimate.memory import count_state_bytes
-    from trainer.estimate.model import build_empty_model, measure_model
-    from trainer.estimate.report import fill_template
-    from trainer.model.load import load_tokenizer
 
     found: dict[str, Any] = {}
     with dist.process_group():

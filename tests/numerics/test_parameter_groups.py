@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import LossSection, ModelSection, OptimSection, ParallelSection
+from packhorse.trainer.engine.ds_config import deepspeed_config
+from packhorse.trainer.engine.engine import Engine, gathered, sharded_init
+from packhorse.trainer.engine.sharded_state import File, Shards, write
+from packhorse.trainer.metrics import Clock
+from packhorse.trainer.model.logit_transform import LogitTransform
+from packhorse.trainer.model.sft import SftModel
 from tests.model_helpers import SIZES, documents, pack
 from tests.ranks import run_ranks
-from trainer import dist
-from trainer.config.recipe import LossSection, ModelSection, OptimSection, ParallelSection
-from trainer.engine.ds_config import deepspeed_config
-from trainer.engine.engine import Engine, gathered, sharded_init
-from trainer.engine.sharded_state import File, Shards, write
-from trainer.metrics import Clock
-from trainer.model.logit_transform import LogitTransform
-from trainer.model.sft import SftModel
 
 STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer")
 RATES = {"layers.0": 1e-2, "others": 1e-3}  # of the groups of `build` at the schedule's peak
@@ -81,8 +81,8 @@ def build(template: str, folder: Path) -> Engine:
     """Return a random Llama in two groups, of which the first layer's has ten times the rate."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from trainer.model import attention
-    from trainer.model.load import initialise
+    from packhorse.trainer.model import attention
+    from packhorse.trainer.model.load import initialise
 
     optim = OptimSection(lr=1e-3, weight_decay=0.0, max_grad_norm=1e6)
     config = deepspeed_config(

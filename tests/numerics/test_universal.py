@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from packhorse.trainer.checkpoint import checkpoint
+from packhorse.trainer.checkpoint.universal import export_universal
+from packhorse.trainer.datatypes import BadInput
 from tests.numerics.compare import case
 from tests.ranks import ROOT, run_ranks
-from trainer.checkpoint import checkpoint
-from trainer.checkpoint.universal import export_universal
-from trainer.datatypes import BadInput
 
 pytestmark = pytest.mark.runs
 

@@ -10,6 +10,10 @@ import pytest
 import torch
 from transformers import Gemma2Config, GPT2Config, LlamaConfig, MistralConfig
 
+from packhorse.trainer.datatypes import Batch
+from packhorse.trainer.model import sft as sft_module
+from packhorse.trainer.model.logit_transform import LogitTransform
+from packhorse.trainer.model.neftune import document_noise
 from tests.model_helpers import (
     SIZES,
     WIDE,
@@ -20,10 +24,6 @@ from tests.model_helpers import (
     sft,
     tiny,
 )
-from trainer.datatypes import Batch
-from trainer.model import sft as sft_module
-from trainer.model.logit_transform import LogitTransform
-from trainer.model.neftune import document_noise
 
 torch.set_num_threads(1)
 

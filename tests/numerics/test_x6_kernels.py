@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.logit_transform import LogitTransform
+from packhorse.trainer.model.loss import BLOCK_HIDDEN, choose_kernel, linear_cross_entropy
 from tests.model_helpers import interpreted, relative
-from trainer.datatypes import BadInput
-from trainer.model.logit_transform import LogitTransform
-from trainer.model.loss import BLOCK_HIDDEN, choose_kernel, linear_cross_entropy
 
 torch.set_num_threads(1)
 

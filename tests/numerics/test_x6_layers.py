@@ -12,6 +12,9 @@ import pytest
 import torch
 import transformers as tf
 
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model import liger_layers, packing_check
+from packhorse.trainer.model.logit_transform import measure_transform
 from tests.model_helpers import (
     CPU,
     SIZES,
@@ -24,9 +27,6 @@ from tests.model_helpers import (
     sft,
     tiny,
 )
-from trainer.datatypes import BadInput
-from trainer.model import liger_layers, packing_check
-from trainer.model.logit_transform import measure_transform
 
 BOUND = 5e-6  # of the worst tensor's gradient: the order of sums alone
 WINDOW: dict[str, Any] = {**WIDE, "sliding_window": 16}

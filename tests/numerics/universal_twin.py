@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainer import dist
-from trainer.engine import zero_state
-from trainer.engine.engine import deepspeed
-from trainer.engine.sharded_state import Digests, add_digests, digests_of
+from packhorse.trainer import dist
+from packhorse.trainer.engine import zero_state
+from packhorse.trainer.engine.engine import deepspeed
+from packhorse.trainer.engine.sharded_state import Digests, add_digests, digests_of
 
 
 def main(model_folder: str, folder: str, stage: str, out: str) -> None:

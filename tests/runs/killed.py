@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from packhorse.trainer.checkpoint import checkpoint
 from tests.ranks import ROOT
-from trainer.checkpoint import checkpoint
 
 SURVIVORS_S = 30.0  # for the other ranks to end once one has died: torch's agent kills them then
 LIMIT_S = 400.0  # for all ranks of an order; what still runs then prints its stacks and is killed
@@ -185,7 +185,7 @@ def main() -> None:
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import trainer.train  # noqa: F401
+    import packhorse.trainer.train  # noqa: F401
 
     for line in sys.stdin:
         values = json.loads(line)
@@ -268,11 +268,11 @@ def _rank(order: Order, rank: int) -> int:
     """Run what `packhorse train` runs in a worker; return the command's exit code."""
     import torch
 
-    from trainer import train
-    from trainer.cli import main
-    from trainer.config.recipe import load_recipe
-    from trainer.data import tokenize
-    from trainer.utils import files
+    from packhorse.trainer import train
+    from packhorse.trainer.cli import main
+    from packhorse.trainer.config.recipe import load_recipe
+    from packhorse.trainer.data import tokenize
+    from packhorse.trainer.utils import files
 
     # nothing may depend on the global generator
     torch.manual_seed(random.SystemRandom().randrange(2**31))
@@ -298,11 +298,11 @@ def _rank(order: Order, rank: int) -> int:
 
 def _functions() -> dict[str, tuple[Any, str, Any]]:
     """Return what can be patched: its owner, its name, and a call's arguments as text."""
-    from trainer import metrics, train
-    from trainer.engine import sharded_state
-    from trainer.engine.engine import Engine
-    from trainer.engine.zero_state import TrainingState
-    from trainer.eval import evaluator, generate
+    from packhorse.trainer import metrics, train
+    from packhorse.trainer.engine import sharded_state
+    from packhorse.trainer.engine.engine import Engine
+    from packhorse.trainer.engine.zero_state import TrainingState
+    from packhorse.trainer.eval import evaluator, generate
 
     def opened(descriptor: int | None) -> str:
         return "" if descriptor is None else os.readlink(f"/proc/self/fd/{descriptor}")

@@ -19,12 +19,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from packhorse.trainer.checkpoint import checkpoint
+from packhorse.trainer.checkpoint.best import best_step, evaluations
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.eval.compare import difference, read_results
+from packhorse.trainer.utils.files import read_json_lines
 from tests.ranks import ROOT, run_ranks
-from trainer.checkpoint import checkpoint
-from trainer.checkpoint.best import best_step, evaluations
-from trainer.datatypes import BadInput
-from trainer.eval.compare import difference, read_results
-from trainer.utils.files import read_json_lines
 
 pytestmark = pytest.mark.runs
 
@@ -79,7 +79,7 @@ def names(run_dir: Path) -> list[str]:
 
 
 def packhorse(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "trainer.cli.main", *arguments]
+    command = [sys.executable, "-m", "packhorse", *arguments]
     env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160"}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
 
@@ -194,7 +194,7 @@ def test_an_evaluation_that_is_stopped_ends_with_75_and_leaves_no_weights(root: 
         *changes,
     ]
     process = subprocess.Popen(
-        [sys.executable, "-m", "trainer.cli.main", *command], cwd=ROOT, stderr=subprocess.PIPE
+        [sys.executable, "-m", "packhorse", *command], cwd=ROOT, stderr=subprocess.PIPE
     )
     end = time.monotonic() + 300
     while not (out / "recipe.yaml").exists():  # it is written just before the workers start

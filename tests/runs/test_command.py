@@ -21,7 +21,7 @@ def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
     train = [
         sys.executable,
         "-m",
-        "trainer.cli.main",
+        "packhorse",
         "train",
         "recipes/debug.yaml",
         f"run.dir={run_dir}",

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from packhorse.trainer.checkpoint import checkpoint
+from packhorse.trainer.datatypes import BAD_INPUT
 from tests.runs.killed import ForkServer, Point, Run, assert_same, ballast, fill
 from tests.runs.test_command import SAVES_OFTEN, finish, losses, start, wait_for_step
 from tests.unit.test_checkpoint import DAMAGES, be_of_another_format
-from trainer.checkpoint import checkpoint
-from trainer.datatypes import BAD_INPUT
 
 pytestmark = pytest.mark.runs
 

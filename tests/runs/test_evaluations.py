@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
+from packhorse.trainer.utils.files import read_json_lines
 from tests.runs.killed import ForkServer, Point, Run, assert_same
-from trainer.utils.files import read_json_lines
 
 pytestmark = pytest.mark.runs
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from packhorse.trainer.checkpoint.checkpoint import open_newest
+from packhorse.trainer.checkpoint.hf_export import _model_card, export
+from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.datatypes import BadInput
 from tests.ranks import ROOT, run_ranks
-from trainer.checkpoint.checkpoint import open_newest
-from trainer.checkpoint.hf_export import _model_card, export
-from trainer.config.recipe import load_recipe
-from trainer.datatypes import BadInput
 
 pytestmark = pytest.mark.runs
 

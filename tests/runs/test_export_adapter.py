@@ -16,15 +16,15 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from packhorse.trainer.checkpoint.checkpoint import open_newest
+from packhorse.trainer.checkpoint.hf_export import TOLERANCE, _load_trained, export
+from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.metrics import EVALUATIONS
+from packhorse.trainer.model.load import load_model, load_tokenizer
+from packhorse.trainer.utils.files import read_json_lines
 from tests.model_helpers import relative
 from tests.ranks import ROOT, run_ranks
-from trainer.checkpoint.checkpoint import open_newest
-from trainer.checkpoint.hf_export import TOLERANCE, _load_trained, export
-from trainer.config.recipe import load_recipe
-from trainer.datatypes import BadInput
-from trainer.metrics import EVALUATIONS
-from trainer.model.load import load_model, load_tokenizer
-from trainer.utils.files import read_json_lines
 
 pytestmark = pytest.mark.runs
 
@@ -241,7 +241,7 @@ def test_a_run_with_an_adapter_is_scored_as_its_training_scored_it(
     command = [
         sys.executable,
         "-m",
-        "trainer.cli.main",
+        "packhorse",
         "eval",
         *given,
         "--nproc",

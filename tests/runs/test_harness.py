@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from packhorse.trainer.checkpoint.best import evaluations
+from packhorse.trainer.config.eval import EvalSection
+from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.eval.compare import difference, read_results
+from packhorse.trainer.eval.lm_eval_harness import metrics_of, require_tasks, samples_of
+from packhorse.trainer.model.load import load_model, load_tokenizer
 from tests.ranks import ROOT
-from trainer.checkpoint.best import evaluations
-from trainer.config.eval import EvalSection
-from trainer.config.recipe import load_recipe
-from trainer.datatypes import BadInput
-from trainer.eval.compare import difference, read_results
-from trainer.eval.lm_eval_harness import metrics_of, require_tasks, samples_of
-from trainer.model.load import load_model, load_tokenizer
 
 pytestmark = pytest.mark.runs
 
@@ -67,7 +67,7 @@ def results(work: Path) -> list[Path]:
             *(
                 sys.executable,
                 "-m",
-                "trainer.cli.main",
+                "packhorse",
                 "eval",
                 str(work / f"model-{seed}"),
                 "recipes/debug.yaml",

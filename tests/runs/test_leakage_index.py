@@ -12,9 +12,9 @@ from unittest import mock
 
 import pytest
 
-from trainer.config.recipe import Recipe
-from trainer.data import leakage
-from trainer.data.prepare import Prepared, prepare
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.data import leakage
+from packhorse.trainer.data.prepare import Prepared, prepare
 
 TRAIN_ROWS, HELD_OUT_ROWS, PLANTED = 10_000, 2_000, 200
 ROW_TOKENS = 200

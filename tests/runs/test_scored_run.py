@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from packhorse.trainer.utils.files import read_json_lines
 from tests.judge_server import JudgeServer
 from tests.ranks import ROOT
-from trainer.utils.files import read_json_lines
 
 pytestmark = pytest.mark.runs
 
@@ -43,7 +43,7 @@ def train(folder: Path, scorers: dict[str, Any]) -> subprocess.CompletedProcess[
     command = [
         sys.executable,
         "-m",
-        "trainer.cli.main",
+        "packhorse",
         "train",
         "recipes/debug.yaml",
         "--nproc",

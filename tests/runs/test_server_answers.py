@@ -17,15 +17,15 @@ from typing import Any
 
 import pytest
 
+from packhorse.trainer.config.eval import Server
+from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.data.prepare import held_out_prompts, masker_of
+from packhorse.trainer.eval.generate import generate
+from packhorse.trainer.eval.openai_client import Client, Unreachable
+from packhorse.trainer.eval.server_answers import answers
+from packhorse.trainer.model.load import load_model, load_tokenizer
 from tests.ranks import ROOT, run_ranks
 from tests.stand_in_server import Reply, Request, StandIn
-from trainer.config.eval import Server
-from trainer.config.recipe import load_recipe
-from trainer.data.prepare import held_out_prompts, masker_of
-from trainer.eval.generate import generate
-from trainer.eval.openai_client import Client, Unreachable
-from trainer.eval.server_answers import answers
-from trainer.model.load import load_model, load_tokenizer
 
 pytestmark = pytest.mark.runs
 
@@ -167,7 +167,7 @@ def test_a_server_that_is_down_at_the_start_is_bad_input(tmp_path: Path) -> None
         [
             sys.executable,
             "-m",
-            "trainer.cli.main",
+            "packhorse",
             "train",
             "recipes/debug.yaml",
             f"run.dir={tmp_path / 'run'}",

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import Recipe, parse_recipe
+from packhorse.trainer.data import loader, prepare
+from packhorse.trainer.model.load import load_model, load_tokenizer
+from packhorse.trainer.model.packing_check import prove_packing
+from packhorse.trainer.model.sft import SftModel
 from tests.ranks import ROOT
-from trainer import dist
-from trainer.config.recipe import Recipe, parse_recipe
-from trainer.data import loader, prepare
-from trainer.model.load import load_model, load_tokenizer
-from trainer.model.packing_check import prove_packing
-from trainer.model.sft import SftModel
 
 pytestmark = pytest.mark.runs
 
@@ -83,7 +83,7 @@ def test_thirty_steps_on_gsm8k_lower_the_held_out_loss(
     path = tmp_path / "gsm8k.yaml"
     path.write_text(recipe(shared, smollm2, tmp_path / "run").to_yaml())
     subprocess.run(
-        [sys.executable, "-m", "trainer.cli.main", "train", str(path)],
+        [sys.executable, "-m", "packhorse", "train", str(path)],
         cwd=ROOT,
         check=True,
         env=os.environ,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from packhorse.trainer.checkpoint import checkpoint
 from tests.slowed import start, wait_for
-from trainer.checkpoint import checkpoint
 
 pytestmark = pytest.mark.runs
 

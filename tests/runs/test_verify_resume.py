@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from packhorse.trainer.checkpoint.verify_resume import Differences
 from tests.ranks import ROOT
-from trainer.checkpoint.verify_resume import Differences
 
 pytestmark = pytest.mark.runs
 
@@ -31,7 +31,7 @@ def test_the_debug_recipe_survives_a_change_of_worlds(tmp_path: Path, changes: l
     command = [
         sys.executable,
         "-m",
-        "trainer.cli.main",
+        "packhorse",
         "verify-resume",
         "recipes/debug.yaml",
         *options,

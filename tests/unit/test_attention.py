@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from trainer.datatypes import BadInput
-from trainer.model import attention, attention_kernels
-from trainer.model.attention_kernels import Bounds
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model import attention, attention_kernels
+from packhorse.trainer.model.attention_kernels import Bounds
 
 torch.set_num_threads(1)
 

@@ -9,10 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config.recipe import BatchSection, LossSection, TrainSection
-from trainer.data.batch_plan import Corpus, Plan, filler_share, good_worlds, micro_batches_of
-from trainer.data.pack import pack
-from trainer.datatypes import BadInput
+from packhorse.trainer.config.recipe import BatchSection, LossSection, TrainSection
+from packhorse.trainer.data.batch_plan import (
+    Corpus,
+    Plan,
+    filler_share,
+    good_worlds,
+    micro_batches_of,
+)
+from packhorse.trainer.data.pack import pack
+from packhorse.trainer.datatypes import BadInput
 
 SEQ_LEN = 32
 

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
+from packhorse.trainer.checkpoint.best import Best, best_step, choose, evaluations
+from packhorse.trainer.config.eval import BestSection, Condition
+from packhorse.trainer.config.recipe import load_recipe, parse_recipe
+from packhorse.trainer.datatypes import BadInput
 from tests.ranks import ROOT
-from trainer.checkpoint.best import Best, best_step, choose, evaluations
-from trainer.config.eval import BestSection, Condition
-from trainer.config.recipe import load_recipe, parse_recipe
-from trainer.datatypes import BadInput
 
 RULE = {
     "maximize": "answer_accuracy",

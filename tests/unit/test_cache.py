@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from trainer.data import cache, tokenize
-from trainer.data.cache import Documents, keep_packed, prepare
-from trainer.data.tokenize import LengthPolicy, Row, tokenize_rows
-from trainer.datatypes import BadInput, Example, Filtered, Packed, RowError
-from trainer.utils import files
-from trainer.utils.files import Stopped
+from packhorse.trainer.data import cache, tokenize
+from packhorse.trainer.data.cache import Documents, keep_packed, prepare
+from packhorse.trainer.data.tokenize import LengthPolicy, Row, tokenize_rows
+from packhorse.trainer.datatypes import BadInput, Example, Filtered, Packed, RowError
+from packhorse.trainer.utils import files
+from packhorse.trainer.utils.files import Stopped
 
 LIMITS = LengthPolicy(100, "reject", packing_cuts=False)
 
@@ -317,8 +317,8 @@ from itertools import islice
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 import test_cache
-from trainer.data import cache, tokenize
-from trainer.utils import files
+from packhorse.trainer.data import cache, tokenize
+from packhorse.trainer.utils import files
 
 def slow_tokenize(rows):
     if rows[0].number > 20:

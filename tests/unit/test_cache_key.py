@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from trainer.config.data import DataSection, Source
-from trainer.config.recipe import BatchSection, ModelSection, Recipe, parse_recipe
-from trainer.data import prepare
-from trainer.model.load import load_tokenizer
+from packhorse.trainer.config.data import DataSection, Source
+from packhorse.trainer.config.recipe import BatchSection, ModelSection, Recipe, parse_recipe
+from packhorse.trainer.data import prepare
+from packhorse.trainer.model.load import load_tokenizer
 
 OTHER_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

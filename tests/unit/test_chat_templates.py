@@ -15,9 +15,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from packhorse.trainer.data.mask import Masker
+from packhorse.trainer.datatypes import BadInput, Conversation, Message, RowError
 from tests.unit.test_mask import CALL, TOOLS, agrees, chat, official, parse
-from trainer.data.mask import Masker
-from trainer.datatypes import BadInput, Conversation, Message, RowError
 
 TALK = chat("Say OK.", " OK.\n", "Why OK.?", "Größe")
 LAST = chat("Say OK.", " OK.")

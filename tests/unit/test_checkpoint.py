@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from trainer import dist
-from trainer.checkpoint import checkpoint
-from trainer.checkpoint.checkpoint import RunState, Saver
-from trainer.config.recipe import CheckpointSection
-from trainer.datatypes import BadInput
-from trainer.engine import sharded_state
-from trainer.engine.sharded_state import (
+from packhorse.trainer import dist
+from packhorse.trainer.checkpoint import checkpoint
+from packhorse.trainer.checkpoint.checkpoint import RunState, Saver
+from packhorse.trainer.config.recipe import CheckpointSection
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine import sharded_state
+from packhorse.trainer.engine.sharded_state import (
     FROZEN,
     WEIGHT,
     Digests,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer import dist
-from trainer.cli import main
+from packhorse.trainer import dist
+from packhorse.trainer.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 DEBUG = "recipes/debug.yaml"
@@ -18,7 +18,7 @@ DEBUG = "recipes/debug.yaml"
 
 def command(*arguments: str, **env: str) -> subprocess.CompletedProcess:
     """Run the command in a process of its own."""
-    program = [sys.executable, "-m", "trainer.cli.main", *arguments]
+    program = [sys.executable, "-m", "packhorse", *arguments]
     return subprocess.run(
         program, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=120
     )
@@ -83,7 +83,7 @@ def test_help_lists_the_commands():
 def test_answers_and_bad_recipes_import_nothing_heavy(arguments):
     program = (
         "import sys; sys.argv[0] = 'packhorse'\n"
-        "from trainer.cli.main import main\n"
+        "from packhorse.trainer.cli.main import main\n"
         "try:\n    main()\n"
         "finally:\n    print(sorted({'torch', 'transformers', 'deepspeed', 'datasets', 'numpy'} & "
         "set(sys.modules)))"
@@ -134,10 +134,10 @@ def test_a_worker_of_torchrun_finds_bad_input_itself():
 def test_another_failure_is_a_traceback_and_exit_code_1():
     program = (
         "import sys; sys.argv = ['packhorse', 'train', 'r.yaml']\n"
-        "import trainer.config.recipe\n"
+        "import packhorse.trainer.config.recipe\n"
         "def broken(*_): raise RuntimeError('a defect of ours')\n"
-        "trainer.config.recipe.load_recipe = broken\n"
-        "from trainer.cli.main import main; main()"
+        "packhorse.trainer.config.recipe.load_recipe = broken\n"
+        "from packhorse.trainer.cli.main import main; main()"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
@@ -268,7 +268,7 @@ def test_preview_on_the_terminal_and_as_a_page(packhorse, tmp_path):
 def test_bad_input_is_2_even_where_its_sentence_cannot_be_written():
     """A rank's stderr is a file in the run folder, whose disk may be the full one."""
     with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "trainer.cli.main", "train", "missing.yaml"]
+        command = [sys.executable, "-m", "packhorse", "train", "missing.yaml"]
         assert subprocess.run(command, cwd=ROOT, stderr=full).returncode == 2
 
 
@@ -324,10 +324,10 @@ def test_launch_slurm_writes_nothing_for_a_recipe_that_cannot_be_used(packhorse,
 def test_a_signal_while_a_launcher_still_imports_loses_nothing(name):
     program = (
         "import os, signal, sys, types\n"
-        "from trainer.cli.main import main\n"
+        "from packhorse.trainer.cli.main import main\n"
         f"early = lambda *args, **options: os.kill(os.getpid(), signal.{name})\n"
-        "sys.modules['launch.local'] = types.SimpleNamespace(launch=early, parse_nodes=lambda "
-        "text: (1, 1))\n"
+        "sys.modules['packhorse.launch.local'] = types.SimpleNamespace("
+        "launch=early, parse_nodes=lambda text: (1, 1))\n"
         f"sys.argv[1:] = ['train', {DEBUG!r}]\n"
         "main()"
     )

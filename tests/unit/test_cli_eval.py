@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from packhorse.trainer.cli import main
+from packhorse.trainer.config.recipe import load_recipe
 from tests.ranks import ROOT
-from trainer.cli import main
-from trainer.config.recipe import load_recipe
 
 DEBUG = "recipes/debug.yaml"
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from launch.cluster_env import ClusterEnv, first_host, read_cluster_env
-from trainer.datatypes import BadInput
+from packhorse.launch.cluster_env import ClusterEnv, first_host, read_cluster_env
+from packhorse.trainer.datatypes import BadInput
 
 # what srun 22.05 gives to each task of `srun --nodes=2 --ntasks-per-node=1`
 SRUN = {

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from trainer.datatypes import BadInput
-from trainer.eval.compare import difference, read_results, table_of_one, table_of_two
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.eval.compare import difference, read_results, table_of_one, table_of_two
 
 
 def write(folder: Path, steps: dict[int, Sequence[float | None]], prefix: str = "What is") -> Path:

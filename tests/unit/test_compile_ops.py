@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine import compile_ops, ds_config
 from tests.ranks import ROOT
-from trainer.datatypes import BadInput
-from trainer.engine import compile_ops, ds_config
 
 # Run as a script: `FOLDER SECONDS HOW`, where HOW is `alone` for a process that knows no lock but
 # torch's. Loads as torch does: under its lock file, compiles where the library is missing.
@@ -27,7 +27,7 @@ PROCESS = """
 import os, sys, time
 from pathlib import Path
 from torch.utils.file_baton import FileBaton
-from trainer.engine import compile_ops
+from packhorse.trainer.engine import compile_ops
 
 folder, seconds, how = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
 compile_ops.QUIET_S = 0.5

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from trainer.eval.confidence import interval, mcnemar, newcombe, paired, wilson
+from packhorse.trainer.eval.confidence import interval, mcnemar, newcombe, paired, wilson
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@ import logging
 import pytest
 import torch
 
-from trainer import train
-from trainer.utils import cpu_speed
+from packhorse.trainer import train
+from packhorse.trainer.utils import cpu_speed
 
 
 def test_the_slowdown_is_the_ratio_of_both_types_times(monkeypatch: pytest.MonkeyPatch) -> None:

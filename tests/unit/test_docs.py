@@ -4,8 +4,8 @@ import runpy
 
 import yaml
 
+from packhorse.trainer.config.recipe import parse_recipe
 from tests.ranks import ROOT
-from trainer.config.recipe import parse_recipe
 
 
 def test_the_recipe_reference_is_current() -> None:

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from packhorse.trainer.config.recipe import ModelSection, OptimSection, ParallelSection
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.ds_config import BUCKET, clear_nvme, deepspeed_config
+from packhorse.trainer.engine.optim import gradient_norm
 from tests.ranks import ROOT
-from trainer.config.recipe import ModelSection, OptimSection, ParallelSection
-from trainer.datatypes import BadInput
-from trainer.engine.ds_config import BUCKET, clear_nvme, deepspeed_config
-from trainer.engine.optim import gradient_norm
 
 RUN = Path("runs/some")
 

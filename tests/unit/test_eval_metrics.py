@@ -11,13 +11,20 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from trainer import dist
-from trainer.config.eval import Scorer
-from trainer.datatypes import BadInput, Conversation, Message, Prompt
-from trainer.eval import metrics as eval_metrics
-from trainer.eval import scorers
-from trainer.eval.confidence import interval, wilson
-from trainer.eval.metrics import Metric, Sample, as_table, check_scorers, score_samples, summarize
+from packhorse.trainer import dist
+from packhorse.trainer.config.eval import Scorer
+from packhorse.trainer.datatypes import BadInput, Conversation, Message, Prompt
+from packhorse.trainer.eval import metrics as eval_metrics
+from packhorse.trainer.eval import scorers
+from packhorse.trainer.eval.confidence import interval, wilson
+from packhorse.trainer.eval.metrics import (
+    Metric,
+    Sample,
+    as_table,
+    check_scorers,
+    score_samples,
+    summarize,
+)
 
 RULES: TypeAdapter[Any] = TypeAdapter(Scorer)
 

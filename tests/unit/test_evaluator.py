@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from trainer.eval.evaluator import write_samples
-from trainer.eval.metrics import Sample
+from packhorse.trainer.eval.evaluator import write_samples
+from packhorse.trainer.eval.metrics import Sample
 
 
 def test_samples_are_lines(tmp_path: Path) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
+from packhorse.trainer.config.recipe import Recipe, load_recipe
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils.math_answers import math_verdict
 from tests.ranks import ROOT
-from trainer.config.recipe import Recipe, load_recipe
-from trainer.datatypes import BadInput
-from trainer.utils.math_answers import math_verdict
 
 FOLDER = ROOT / "recipes" / "experiments"
 sys.path[:0] = [str(FOLDER), str(ROOT / "recipes" / "quickstart"), str(ROOT / "benchmarks")]

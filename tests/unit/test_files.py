@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from trainer.datatypes import BadInput
-from trainer.utils import files
-from trainer.utils.files import ResumableFiles, Stopped, build_once
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils import files
+from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once
 
 ROOT = Path(__file__).parents[2]
 
@@ -145,7 +145,7 @@ def test_an_owner_that_was_frozen_gives_way_to_the_one_that_took_over(folder):
 KILLED = """
 import sys, time
 from pathlib import Path
-from trainer.utils.files import build_once
+from packhorse.trainer.utils.files import build_once
 
 def build(staging, leftovers, check):
     staging.mkdir()

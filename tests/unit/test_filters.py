@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from trainer.config.data import Filters, Source
-from trainer.data.filters import apply_filters, check_filters
-from trainer.data.rows import RowReader
-from trainer.data.source import read_rows
-from trainer.datatypes import BadInput, Conversation, Filtered, Message, RowError
+from packhorse.trainer.config.data import Filters, Source
+from packhorse.trainer.data.filters import apply_filters, check_filters
+from packhorse.trainer.data.rows import RowReader
+from packhorse.trainer.data.source import read_rows
+from packhorse.trainer.datatypes import BadInput, Conversation, Filtered, Message, RowError
 
 
 def left_out(answer: str, row=None, **filters) -> str | None:
@@ -100,7 +100,9 @@ def test_a_row_without_a_reference_is_a_reject(reference):
     ],
 )
 def test_an_answer_without_a_verdict_is_a_reject_and_not_a_wrong_one(monkeypatch, verdict, reason):
-    monkeypatch.setattr("trainer.data.filters.math_verdict", lambda answer, reference: verdict)
+    monkeypatch.setattr(
+        "packhorse.trainer.data.filters.math_verdict", lambda answer, reference: verdict
+    )
     with pytest.raises(RowError, match=f"^{reason}$") as error:
         left_out("#### 18", {"best": "18"}, math_answer="best")
     assert not isinstance(error.value, Filtered)

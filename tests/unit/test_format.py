@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config.data import Source
-from trainer.data.format import OPTIONAL, REQUIRED, detect_format, to_conversation
-from trainer.datatypes import BadInput, Conversation, Message, RowError
+from packhorse.trainer.config.data import Source
+from packhorse.trainer.data.format import OPTIONAL, REQUIRED, detect_format, to_conversation
+from packhorse.trainer.datatypes import BadInput, Conversation, Message, RowError
 
 ASKED, ANSWERED = Message("user", "2+2?"), Message("assistant", "4")
 CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}

@@ -12,11 +12,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from trainer.config.data import Source
-from trainer.data.format import REQUIRED
-from trainer.data.rows import RowReader
-from trainer.data.source import read_rows
-from trainer.datatypes import BadInput, Conversation, RowError
+from packhorse.trainer.config.data import Source
+from packhorse.trainer.data.format import REQUIRED
+from packhorse.trainer.data.rows import RowReader
+from packhorse.trainer.data.source import read_rows
+from packhorse.trainer.datatypes import BadInput, Conversation, RowError
 
 CALL = {"id": "call00001", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
 TOOLS = [

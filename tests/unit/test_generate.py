@@ -11,10 +11,10 @@ import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from packhorse.trainer.config.eval import GenerateSection
+from packhorse.trainer.datatypes import BadInput, Conversation, Prompt
+from packhorse.trainer.eval import generate
 from tests.model_helpers import SIZES, documents, pack, sft, tiny, tiny_llama
-from trainer.config.eval import GenerateSection
-from trainer.datatypes import BadInput, Conversation, Prompt
-from trainer.eval import generate
 
 VOCABULARY = 1013  # no other size of the tiny model
 QUIET: Any = SimpleNamespace(poll=lambda: False, beat=lambda where: None)

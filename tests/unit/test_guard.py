@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.config.recipe import GuardSection
-from trainer.guard import Guard, StepNotApplied
+from packhorse.trainer.config.recipe import GuardSection
+from packhorse.trainer.guard import Guard, StepNotApplied
 
 
 def guard(folder: Path, recent: tuple[float, ...] = (1.0,) * 20, **section: object) -> Guard:

@@ -6,8 +6,8 @@ import time
 
 import pytest
 
+from packhorse.trainer.hang_watchdog import name_slowest
 from tests.ranks import ROOT
-from trainer.hang_watchdog import name_slowest
 
 
 def test_a_rank_without_a_report_is_named_first(tmp_path):
@@ -28,8 +28,8 @@ def test_the_ranks_with_the_fewest_beats_are_named(tmp_path):
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from trainer import dist, hang_watchdog
-from trainer.config.recipe import GuardSection
+from packhorse.trainer import dist, hang_watchdog
+from packhorse.trainer.config.recipe import GuardSection
 hang_watchdog._POLL_S, hang_watchdog._REPORTS_S, hang_watchdog._USUAL_FACTOR = 0.1, 0.2, 5
 dist.start_logging()
 watching = hang_watchdog.Watch(GuardSection(hang_timeout_s=0.5), Path(sys.argv[1]))

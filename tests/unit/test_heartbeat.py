@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from launch import heartbeat
-from launch.heartbeat import Heartbeat
+from packhorse.launch import heartbeat
+from packhorse.launch.heartbeat import Heartbeat
 
 
 @pytest.fixture(autouse=True)

@@ -17,13 +17,13 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 
-from launch.cluster_env import ClusterEnv, read_cluster_env
-from launch.kubernetes.render import CLUSTER, merge_overlay, run_name
+from packhorse.launch.cluster_env import ClusterEnv, read_cluster_env
+from packhorse.launch.kubernetes.render import CLUSTER, merge_overlay, run_name
+from packhorse.trainer.cli import main
+from packhorse.trainer.config.recipe import load_recipe, parse_recipe
+from packhorse.trainer.datatypes import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN
 from tests.pods import KINDS, job_spec, manifests, pods, what_becomes_of
 from tests.ranks import ROOT
-from trainer.cli import main
-from trainer.config.recipe import load_recipe, parse_recipe
-from trainer.datatypes import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN
 
 VERSIONS = (
     "1.29",
@@ -511,9 +511,12 @@ def test_without_kubectl_submit_says_so(launch, monkeypatch, tmp_path):
 
 def test_an_installed_packhorse_has_the_templates(tmp_path):
     source = tmp_path / "source"
-    for package in ("launch", "trainer"):
+    for package in ("packhorse", "launch", "trainer"):
         shutil.copytree(
-            ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__")
+            ROOT / package,
+            source / package,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -533,6 +536,6 @@ def test_an_installed_packhorse_has_the_templates(tmp_path):
     packed = {
         Path(name).name
         for name in zipfile.ZipFile(built).namelist()
-        if name.startswith("launch/kubernetes/")
+        if name.startswith("packhorse/launch/kubernetes/")
     }
     assert packed >= {path.name for path in CLUSTER.parent.glob("*.yaml")}

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from launch import local
-from launch.agent import RankLogs
-from launch.local import exit_code, launch, parse_nodes
-from trainer.datatypes import BadInput
+from packhorse.launch import local
+from packhorse.launch.agent import RankLogs
+from packhorse.launch.local import exit_code, launch, parse_nodes
+from packhorse.trainer.datatypes import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,7 +55,7 @@ def start(
         "for number in (signal.SIGINT, signal.SIGHUP):\n"
         "    signal.signal(number, signal.SIG_DFL)\n"
         "from pathlib import Path\n"
-        "from launch.local import launch\n"
+        "from packhorse.launch.local import launch\n"
         f"sys.exit({call})"
     )
     return subprocess.Popen(

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config.recipe import Recipe
-from trainer.data import leakage, tokenize
-from trainer.data.leakage import (
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.data import leakage, tokenize
+from packhorse.trainer.data.leakage import (
     Index,
     bands,
     check_leakage,
@@ -20,9 +20,9 @@ from trainer.data.leakage import (
     sequences,
     similarity,
 )
-from trainer.data.prepare import Prepared, prepare
-from trainer.datatypes import BadInput, Conversation, Message
-from trainer.utils.files import Stopped
+from packhorse.trainer.data.prepare import Prepared, prepare
+from packhorse.trainer.datatypes import BadInput, Conversation, Message
+from packhorse.trainer.utils.files import Stopped
 
 WORDS = [f"word{n}" for n in range(500)]
 

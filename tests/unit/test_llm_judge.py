@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
+from packhorse.trainer.config.eval import Judge, Scorer
+from packhorse.trainer.datatypes import BadInput, Conversation, Message, Prompt
+from packhorse.trainer.eval.llm_judge import judge_answers
+from packhorse.trainer.eval.metrics import check_scorers, score_samples, summarize
+from packhorse.trainer.eval.openai_client import Cancelled
 from tests.judge_server import JudgeServer, part
-from trainer.config.eval import Judge, Scorer
-from trainer.datatypes import BadInput, Conversation, Message, Prompt
-from trainer.eval.llm_judge import judge_answers
-from trainer.eval.metrics import check_scorers, score_samples, summarize
-from trainer.eval.openai_client import Cancelled
 
 RULES: TypeAdapter[Any] = TypeAdapter(Scorer)
 

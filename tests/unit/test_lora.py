@@ -8,6 +8,19 @@ from typing import Any
 import pytest
 import torch
 
+from packhorse.trainer.config.recipe import AdapterSection, OptimSection
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine import sharded_state
+from packhorse.trainer.estimate.model import measure_model
+from packhorse.trainer.metrics import model_flops
+from packhorse.trainer.model.lora import (
+    adapter_targets,
+    add_adapter,
+    full_modules,
+    merged_weights,
+    require_stage,
+)
+from packhorse.trainer.model.quantisation import _require_near, parts_of
 from tests.model_helpers import (
     SIZES,
     documents,
@@ -17,19 +30,6 @@ from tests.model_helpers import (
     sft,
     tiny_llama,
 )
-from trainer.config.recipe import AdapterSection, OptimSection
-from trainer.datatypes import BadInput
-from trainer.engine import sharded_state
-from trainer.estimate.model import measure_model
-from trainer.metrics import model_flops
-from trainer.model.lora import (
-    adapter_targets,
-    add_adapter,
-    full_modules,
-    merged_weights,
-    require_stage,
-)
-from trainer.model.quantisation import _require_near, parts_of
 
 EVEN = {"hidden_size": 64, "intermediate_size": 128}  # rows of whole blocks of 4-bit weights
 LINEAR = 7 * SIZES["num_hidden_layers"]

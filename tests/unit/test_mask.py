@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from trainer.data.chat_template import DATE_STRING
-from trainer.data.encode import Encoder
-from trainer.data.mask import Masker
-from trainer.datatypes import BadInput, Conversation, Example, Message, RowError
+from packhorse.trainer.data.chat_template import DATE_STRING
+from packhorse.trainer.data.encode import Encoder
+from packhorse.trainer.data.mask import Masker
+from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message, RowError
 
 FAMILIES = ("smollm2", "qwen2_5", "qwen3", "llama3_2", "mistral_nemo", "llama2")
 SMOLLM2_SYSTEM = (

@@ -19,6 +19,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from packhorse.trainer.data.mask import Masker
+from packhorse.trainer.datatypes import Conversation, Example, Message, RowError
 from tests.unit.test_mask import (
     CALL,
     CHATML_TURNS,
@@ -33,8 +35,6 @@ from tests.unit.test_mask import (
     official,
     parse,
 )
-from trainer.data.mask import Masker
-from trainer.datatypes import Conversation, Example, Message, RowError
 
 MODES = ("all", "completion", "assistant", "last_turn")
 OPENINGS = {

@@ -2,9 +2,9 @@
 
 import pytest
 
-from trainer.datatypes import BadInput
-from trainer.utils import math_answers
-from trainer.utils.math_answers import math_verdict
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils import math_answers
+from packhorse.trainer.utils.math_answers import math_verdict
 
 
 @pytest.mark.parametrize(

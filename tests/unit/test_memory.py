@@ -9,14 +9,19 @@ import pytest
 import torch
 import transformers
 
+from packhorse.trainer.config.recipe import ModelSection, Recipe, load_recipe
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.estimate.memory import GIB, Cluster, full_step_stats, step_seconds
+from packhorse.trainer.estimate.model import build_empty_model, trace_activations
+from packhorse.trainer.estimate.report import (
+    build_report,
+    describe_report,
+    measure_steps,
+    require_fit,
+)
+from packhorse.trainer.model.attention_kernels import Bounds
 from tests.model_helpers import SIZES, WIDE, tiny
 from tests.ranks import ROOT
-from trainer.config.recipe import ModelSection, Recipe, load_recipe
-from trainer.datatypes import BadInput
-from trainer.estimate.memory import GIB, Cluster, full_step_stats, step_seconds
-from trainer.estimate.model import build_empty_model, trace_activations
-from trainer.estimate.report import build_report, describe_report, measure_steps, require_fit
-from trainer.model.attention_kernels import Bounds
 
 TOKENS = 192
 FAMILIES = {
@@ -136,8 +141,8 @@ def test_fillers_make_nobody_faster() -> None:
 
 def test_a_fullest_micro_batch_of_the_plan_bounds_all_others(tmp_path: Path) -> None:
     """The stats are of the data's own sequences, in place of full ones."""
-    from trainer.data.prepare import prepare, train_plan
-    from trainer.model.load import load_tokenizer
+    from packhorse.trainer.data.prepare import prepare, train_plan
+    from packhorse.trainer.model.load import load_tokenizer
 
     recipe = debug(
         "batch.global_batch_size=4", "batch.micro_batch_size=2", f"data.cache={tmp_path}"

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from packhorse.trainer.datatypes import StepPlan, StepResult
+from packhorse.trainer.metrics import EVALUATIONS, Clock, Metrics, ModelFlops, model_flops
+from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.progress import _clock
 from tests.model_helpers import pack
-from trainer.datatypes import StepPlan, StepResult
-from trainer.metrics import EVALUATIONS, Clock, Metrics, ModelFlops, model_flops
-from trainer.utils.files import read_json_lines
-from trainer.utils.progress import _clock
 
 H, LAYERS, HEADS, GROUPS, INNER, VOCABULARY = 16, 3, 4, 2, 40, 50
 

@@ -10,10 +10,10 @@ from typing import Any, get_args
 import pytest
 import yaml
 
+from packhorse.trainer.config.base import Section
+from packhorse.trainer.config.parsing import RENAMED_KEYS
+from packhorse.trainer.config.recipe import Recipe, parse_recipe
 from tests.ranks import ROOT
-from trainer.config.base import Section
-from trainer.config.parsing import RENAMED_KEYS
-from trainer.config.recipe import Recipe, parse_recipe
 
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
 BODY, RENAMED = PAGE.split("\n## Renamed keys\n")

@@ -11,11 +11,11 @@ import torch
 import transformers as tf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from packhorse.trainer.config.recipe import ModelSection
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.load import load_model, load_tokenizer
 from tests.model_helpers import SIZES
 from tests.ranks import run_ranks
-from trainer.config.recipe import ModelSection
-from trainer.datatypes import BadInput
-from trainer.model.load import load_model, load_tokenizer
 
 torch.set_num_threads(1)
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
+from packhorse.trainer.config.eval import Server
+from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.eval.openai_client import Cancelled, Client, Refused, Unreachable, text_of
 from tests.stand_in_server import Reply, Request, StandIn, chat_reply
-from trainer.config.eval import Server
-from trainer.config.recipe import load_recipe
-from trainer.datatypes import BadInput
-from trainer.eval.openai_client import Cancelled, Client, Refused, Unreachable, text_of
 
 LIMIT_S = 60.0
 KEY = "sk-a-very-secret-key"

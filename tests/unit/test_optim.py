@@ -7,8 +7,8 @@ from itertools import pairwise
 import pytest
 from torch import nn
 
-from trainer.config.recipe import OptimSection
-from trainer.engine.optim import (
+from packhorse.trainer.config.recipe import OptimSection
+from packhorse.trainer.engine.optim import (
     build_optimizer,
     learning_rate,
     parameter_groups,

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.data import pack as packs
-from trainer.data.pack import greedy, pack
+from packhorse.trainer.data import pack as packs
+from packhorse.trainer.data.pack import greedy, pack
 
 SEQ_LEN = 16
 WHOLE = ("none", "bfd", "greedy")  # packings that cut no document

@@ -10,13 +10,19 @@ import pytest
 import torch
 import transformers as tf
 
+from packhorse.trainer.config.recipe import LossSection
+from packhorse.trainer.datatypes import BadInput, Batch
+from packhorse.trainer.model import (
+    attention,
+    attention_kernels,
+    logit_transform,
+    packing_check,
+    sft,
+)
+from packhorse.trainer.model.attention_kernels import Arguments
+from packhorse.trainer.model.logit_transform import LogitTransform
+from packhorse.trainer.model.sft import SftModel
 from tests.model_helpers import CPU, SIZES, WIDE, tiny
-from trainer.config.recipe import LossSection
-from trainer.datatypes import BadInput, Batch
-from trainer.model import attention, attention_kernels, logit_transform, packing_check, sft
-from trainer.model.attention_kernels import Arguments
-from trainer.model.logit_transform import LogitTransform
-from trainer.model.sft import SftModel
 
 torch.set_num_threads(1)
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from launch import preflight
-from launch.preflight import (
+from packhorse.launch import preflight
+from packhorse.launch.preflight import (
     Disk,
     Facts,
     find_bad_disk,
@@ -22,9 +22,9 @@ from launch.preflight import (
     host_names,
     list_warnings,
 )
+from packhorse.trainer.config.recipe import Recipe, load_recipe
+from packhorse.trainer.datatypes import BadInput
 from tests.ranks import ROOT
-from trainer.config.recipe import Recipe, load_recipe
-from trainer.datatypes import BadInput
 
 NODE = Facts(
     "a", {"packhorse": "1", "torch": "2.13.0"}, "c0de", "7ec1be", 8, ("H100",) * 8, loopback=False

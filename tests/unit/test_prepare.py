@@ -15,14 +15,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trainer.config.recipe import BatchSection, LossSection, Recipe, TrainSection
-from trainer.data import tokenize
-from trainer.data.batch_plan import Corpus, Plan
-from trainer.data.cache import prepare as prepare_documents
-from trainer.data.loader import Loader, filler_batch
-from trainer.data.mask import Masker
-from trainer.data.pack import pack
-from trainer.data.prepare import (
+from packhorse.trainer.config.recipe import BatchSection, LossSection, Recipe, TrainSection
+from packhorse.trainer.data import tokenize
+from packhorse.trainer.data.batch_plan import Corpus, Plan
+from packhorse.trainer.data.cache import prepare as prepare_documents
+from packhorse.trainer.data.loader import Loader, filler_batch
+from packhorse.trainer.data.mask import Masker
+from packhorse.trainer.data.pack import pack
+from packhorse.trainer.data.prepare import (
     Prepared,
     documents_of,
     eval_plan,
@@ -30,8 +30,8 @@ from trainer.data.prepare import (
     prepare,
     train_plan,
 )
-from trainer.data.tokenize import LengthPolicy, Row, tokenize_rows
-from trainer.datatypes import BadInput, Batch, Example
+from packhorse.trainer.data.tokenize import LengthPolicy, Row, tokenize_rows
+from packhorse.trainer.datatypes import BadInput, Batch, Example
 
 SEQ_LEN = 16
 PACKINGS = ("none", "bfd", "bfd_split", "wrapped", "greedy")
@@ -618,12 +618,14 @@ def write(tmp_path: Path, rows: list[dict]) -> str:
 
 
 def test_large_packings_are_kept_for_the_other_processes(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("trainer.data.prepare.KEPT_FROM_DOCUMENTS", 10)
+    monkeypatch.setattr("packhorse.trainer.data.prepare.KEPT_FROM_DOCUMENTS", 10)
     of = recipe(tmp_path, questions(40))
     prepared = prepare(of, tokenizer, "train")
     plan = train_plan(of, prepared)
     assert len([name for name in cached(tmp_path) if name.startswith("packing-")]) == 1
-    monkeypatch.setattr("trainer.data.pack.pack", None)  # the second process has nothing to pack
+    monkeypatch.setattr(
+        "packhorse.trainer.data.pack.pack", None
+    )  # the second process has nothing to pack
     again = train_plan(of, prepared)
     assert [again.step(s) for s in range(again.steps)] == [plan.step(s) for s in range(plan.steps)]
     with pytest.raises(TypeError):

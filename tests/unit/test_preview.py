@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from trainer.data.mask import Masker
-from trainer.data.preview import Row, Run, as_html, as_text, counts, role_starts, runs
-from trainer.datatypes import Conversation, Example, Filtered, Message, RowError
+from packhorse.trainer.data.mask import Masker
+from packhorse.trainer.data.preview import Row, Run, as_html, as_text, counts, role_starts, runs
+from packhorse.trainer.datatypes import Conversation, Example, Filtered, Message, RowError
 
 HOSTILE = "<script>alert('x')</script> & \x1b[2J größe"
 ROW = Conversation((Message("user", HOSTILE), Message("assistant", "line one\nline 数")))

@@ -10,9 +10,9 @@ import pydantic
 import pytest
 import yaml
 
-from trainer.config.parsing import RENAMED_KEYS
-from trainer.config.recipe import load_recipe, parse_recipe
-from trainer.datatypes import BadInput
+from packhorse.trainer.config.parsing import RENAMED_KEYS
+from packhorse.trainer.config.recipe import load_recipe, parse_recipe
+from packhorse.trainer.datatypes import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLEST = {
@@ -438,7 +438,8 @@ def test_what_may_change_on_a_resume_is_not_fixed():
 def test_parsing_has_no_side_effects(tmp_path):
     recipe = written(tmp_path, yaml.safe_dump(SMALLEST))
     program = (
-        "import sys; from trainer.config.recipe import load_recipe; load_recipe(sys.argv[1])\n"
+        "import sys; from packhorse.trainer.config.recipe import load_recipe\n"
+        "load_recipe(sys.argv[1])\n"
         "heavy = {'torch', 'transformers', 'deepspeed', 'datasets', 'numpy'} & set(sys.modules)\n"
         "sys.exit(repr(heavy) if heavy else 0)"
     )

@@ -8,11 +8,11 @@ import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
-from trainer.config.data import Source
-from trainer.data.chat_template import Template
-from trainer.data.rows import RowReader
-from trainer.data.source import read_rows
-from trainer.datatypes import BadInput, Conversation, Filtered, Message, RowError
+from packhorse.trainer.config.data import Source
+from packhorse.trainer.data.chat_template import Template
+from packhorse.trainer.data.rows import RowReader
+from packhorse.trainer.data.source import read_rows
+from packhorse.trainer.datatypes import BadInput, Conversation, Filtered, Message, RowError
 
 ASKED, ANSWERED = Message("user", "2+2?"), Message("assistant", "4")
 MESSAGES = [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]

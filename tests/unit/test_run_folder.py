@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import Recipe, load_recipe
+from packhorse.trainer.data.prepare import prepare, train_plan
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.metrics import EVALUATIONS, Metrics, ModelFlops
+from packhorse.trainer.run_folder import open_run_folder, require_shared, write_description
 from tests.ranks import ROOT
-from trainer import dist
-from trainer.config.recipe import Recipe, load_recipe
-from trainer.data.prepare import prepare, train_plan
-from trainer.datatypes import BadInput
-from trainer.metrics import EVALUATIONS, Metrics, ModelFlops
-from trainer.run_folder import open_run_folder, require_shared, write_description
 
 
 def open_and_save(run_dir: Path) -> None:

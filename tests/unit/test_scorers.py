@@ -9,9 +9,17 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter
 
-from trainer.config.eval import Scorer
-from trainer.datatypes import BadInput, Conversation, Message, Prompt
-from trainer.eval.scorers import PATTERN_S, TooSlow, Unscored, expected, likeliest, refuses, score
+from packhorse.trainer.config.eval import Scorer
+from packhorse.trainer.datatypes import BadInput, Conversation, Message, Prompt
+from packhorse.trainer.eval.scorers import (
+    PATTERN_S,
+    TooSlow,
+    Unscored,
+    expected,
+    likeliest,
+    refuses,
+    score,
+)
 
 RULES: TypeAdapter[Any] = TypeAdapter(Scorer)
 THOUGHT = "<think>3 * 4 = 12.</think><answer>12</answer>"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from trainer.datatypes import BadInput
-from trainer.engine import sharded_state
-from trainer.engine.sharded_state import (
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine import sharded_state
+from packhorse.trainer.engine.sharded_state import (
     EXP_AVG,
     WEIGHT,
     Shards,

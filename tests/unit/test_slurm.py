@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.slurm import render, submit
+from packhorse.launch.slurm import render, submit
+from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.datatypes import BadInput
 from tests.ranks import ROOT
-from trainer.config.recipe import load_recipe
-from trainer.datatypes import BadInput
 
 # srun and scontrol as a batch script sees them: srun starts the command by itself
 SRUN = """#!/usr/bin/env bash

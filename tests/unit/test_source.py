@@ -10,10 +10,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from trainer.config.data import Source
-from trainer.data import digest
-from trainer.data.source import read_rows, source_digest, without_nulls
-from trainer.datatypes import BadInput, RowError
+from packhorse.trainer.config.data import Source
+from packhorse.trainer.data import digest
+from packhorse.trainer.data.source import read_rows, source_digest, without_nulls
+from packhorse.trainer.datatypes import BadInput, RowError
 
 ROWS = [{"text": "one"}, {"text": "zwei\u2028drei"}, {"text": "四"}]
 

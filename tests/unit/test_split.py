@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from trainer.config.data import DataSection
-from trainer.data.split import SourceSplit, held_out, parts_of
-from trainer.datatypes import BadInput, RowError
+from packhorse.trainer.config.data import DataSection
+from packhorse.trainer.data.split import SourceSplit, held_out, parts_of
+from packhorse.trainer.datatypes import BadInput, RowError
 
 
 def data(fraction: float = 0.3, **more: Any) -> DataSection:

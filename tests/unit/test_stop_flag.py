@@ -8,10 +8,10 @@ import time
 import pytest
 from torch.distributed import HashStore
 
-from trainer import stop_flag
-from trainer.config.recipe import parse_recipe
-from trainer.stop_flag import StopFlag
-from trainer.train import stop_before_timeout
+from packhorse.trainer import stop_flag
+from packhorse.trainer.config.recipe import parse_recipe
+from packhorse.trainer.stop_flag import StopFlag
+from packhorse.trainer.train import stop_before_timeout
 
 
 @pytest.fixture(autouse=True)

@@ -18,17 +18,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from packhorse.trainer.config.recipe import Recipe, load_recipe, parse_recipe
+from packhorse.trainer.data import streaming
+from packhorse.trainer.data.batch_plan import Plan
+from packhorse.trainer.data.loader import Loader
+from packhorse.trainer.data.prepare import train_plan
+from packhorse.trainer.data.streaming import StreamingData, prepare_now
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.load import load_tokenizer
+from packhorse.trainer.run_folder import open_run_folder
+from packhorse.trainer.utils.files import Stopped
 from tests.ranks import ROOT
-from trainer.config.recipe import Recipe, load_recipe, parse_recipe
-from trainer.data import streaming
-from trainer.data.batch_plan import Plan
-from trainer.data.loader import Loader
-from trainer.data.prepare import train_plan
-from trainer.data.streaming import StreamingData, prepare_now
-from trainer.datatypes import BadInput
-from trainer.model.load import load_tokenizer
-from trainer.run_folder import open_run_folder
-from trainer.utils.files import Stopped
 
 STEPS = 12
 
@@ -106,7 +106,7 @@ def all_steps(plan: Plan) -> list[Any]:
 
 def as_other_rank(monkeypatch: pytest.MonkeyPatch, is_other: bool) -> None:
     monkeypatch.setattr(streaming, "is_main", lambda: not is_other)
-    monkeypatch.setattr("trainer.data.prepare.is_main", lambda: not is_other)
+    monkeypatch.setattr("packhorse.trainer.data.prepare.is_main", lambda: not is_other)
 
 
 # ----------------------------------------------------------------------------------------- the plan

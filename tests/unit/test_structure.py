@@ -23,14 +23,16 @@ TIERS = [
     "cli",
 ]
 TIER_OF = {name: number for number, tier in enumerate(TIERS) for name in tier.split()}
+TRAINER = "packhorse.trainer"
 LAUNCH_MAY_IMPORT = {"config", "datatypes"}
 
 
 def modules(folder: str) -> dict[str, str]:
-    """The sources of a top-level folder by their dotted names, as `trainer.data.pack`."""
+    """The sources of a top-level folder by their dotted names, as `packhorse.trainer.data.pack`."""
     paths = (path for path in (ROOT / folder).rglob("*.py") if path.name != "__init__.py")
     return {
-        ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text() for path in paths
+        ".".join(("packhorse", *path.relative_to(ROOT).with_suffix("").parts)): path.read_text()
+        for path in paths
     }
 
 
@@ -48,13 +50,13 @@ def imports_of(source: str) -> set[str]:
 
 def packages_of(source: str) -> set[str]:
     """The packages of trainer/, or the files beside them, that `source` imports."""
-    parts = (name.split(".") for name in imports_of(source) if name.startswith("trainer."))
-    return {part[1] for part in parts} & TIER_OF.keys()
+    names = (name for name in imports_of(source) if name.startswith(f"{TRAINER}."))
+    return {name.split(".")[2] for name in names} & TIER_OF.keys()
 
 
 def upward(module: str, source: str) -> list[str]:
     """Imports of a module from its own line of TIERS, or from one below it."""
-    own = module.split(".")[1]
+    own = module.split(".")[2]
     return [
         f"{module} imports {other}"
         for other in sorted(packages_of(source))
@@ -81,7 +83,7 @@ def cycle(sources: dict[str, str]) -> list[str]:
 
 
 def test_every_package_has_its_place() -> None:
-    assert {name.split(".")[1] for name in modules("trainer")} == TIER_OF.keys()
+    assert {name.split(".")[2] for name in modules("trainer")} == TIER_OF.keys()
 
 
 def test_packages_import_one_way() -> None:
@@ -96,20 +98,22 @@ def test_no_file_imports_itself_in_a_circle() -> None:
 @pytest.mark.parametrize(
     ("module", "planted", "seen"),
     [
-        ("trainer.loop", "from trainer.train import train", ["train"]),
-        ("trainer.data.pack", "def f():\n    import trainer.model.load", ["model"]),
-        ("trainer.model.load", "from trainer.data import pack", ["data"]),
-        ("trainer.config.recipe", "from trainer.engine.engine import Engine", ["engine"]),
-        ("trainer.data.pack", "from trainer import dist\nfrom trainer.data import cache", []),
+        ("loop", f"from {TRAINER}.train import train", ["train"]),
+        ("data.pack", f"def f():\n    import {TRAINER}.model.load", ["model"]),
+        ("model.load", f"from {TRAINER}.data import pack", ["data"]),
+        ("config.recipe", f"from {TRAINER}.engine.engine import Engine", ["engine"]),
+        ("data.pack", f"from {TRAINER} import dist\nfrom {TRAINER}.data import cache", []),
     ],
 )
 def test_a_planted_upward_import_is_found(module: str, planted: str, seen: list[str]) -> None:
+    module = f"{TRAINER}.{module}"
     assert upward(module, planted) == [f"{module} imports {name}" for name in seen]
 
 
 def test_a_planted_circle_is_found() -> None:
-    sources = {"trainer.a": "import trainer.b", "trainer.b": "def f():\n    from trainer import a"}
-    assert cycle(sources) == ["trainer.a", "trainer.b", "trainer.a"]
+    a, b = f"{TRAINER}.a", f"{TRAINER}.b"
+    sources = {a: f"import {b}", b: f"def f():\n    from {TRAINER} import a"}
+    assert cycle(sources) == [a, b, a]
 
 
 def test_deepspeed_is_imported_in_engine_only() -> None:
@@ -119,7 +123,7 @@ def test_deepspeed_is_imported_in_engine_only() -> None:
         if any(other.split(".")[0] == "deepspeed" for other in imports_of(source))
     }
     assert users, "the test looks at no file"
-    assert {name.rpartition(".")[0] for name in users} == {"trainer.engine"}
+    assert {name.rpartition(".")[0] for name in users} == {f"{TRAINER}.engine"}
 
 
 def test_launch_needs_the_recipe_alone() -> None:

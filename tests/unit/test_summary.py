@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from packhorse.trainer.config.recipe import Recipe, load_recipe
+from packhorse.trainer.data import summary
+from packhorse.trainer.data.batch_plan import Plan
+from packhorse.trainer.data.picture import Histogram, draw
+from packhorse.trainer.data.prepare import Prepared, prepare, train_plan
+from packhorse.trainer.model.load import load_tokenizer
 from tests.ranks import ROOT
-from trainer.config.recipe import Recipe, load_recipe
-from trainer.data import summary
-from trainer.data.batch_plan import Plan
-from trainer.data.picture import Histogram, draw
-from trainer.data.prepare import Prepared, prepare, train_plan
-from trainer.model.load import load_tokenizer
 
 
 @pytest.fixture(scope="module")

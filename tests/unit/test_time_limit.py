@@ -10,8 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 
-from trainer.utils import time_limit
-from trainer.utils.time_limit import Failed, TooLong, bounded
+from packhorse.trainer.utils import time_limit
+from packhorse.trainer.utils.time_limit import Failed, TooLong, bounded
 
 
 def double(number):

@@ -18,12 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config.data import Filters
-from trainer.data import tokenize
-from trainer.data.filters import apply_filters
-from trainer.data.tokenize import LengthPolicy, Row, fit, tokenize_rows
-from trainer.datatypes import BadInput, Conversation, Example, Message, RowError
-from trainer.utils.time_limit import TooLong, bounded
+from packhorse.trainer.config.data import Filters
+from packhorse.trainer.data import tokenize
+from packhorse.trainer.data.filters import apply_filters
+from packhorse.trainer.data.tokenize import LengthPolicy, Row, fit, tokenize_rows
+from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message, RowError
+from packhorse.trainer.utils.time_limit import TooLong, bounded
 
 
 def example(flags: list[int]) -> Example:

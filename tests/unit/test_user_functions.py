@@ -4,8 +4,8 @@ import sys
 
 import pytest
 
-from trainer.datatypes import BadInput
-from trainer.utils.user_functions import function_digest, load_function
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils.user_functions import function_digest, load_function
 
 
 @pytest.fixture(autouse=True)

@@ -19,16 +19,21 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from packhorse.trainer.checkpoint.hf_export import save_description
+from packhorse.trainer.config.recipe import Recipe, load_recipe
+from packhorse.trainer.datatypes import BadInput, Conversation, Message, Prompt
+from packhorse.trainer.eval import server_answers
+from packhorse.trainer.eval.openai_client import Cancelled, Unreachable
+from packhorse.trainer.eval.server_answers import (
+    answers,
+    check_server,
+    in_background,
+    write_weights,
+)
+from packhorse.trainer.eval.vllm_server import Gpu, clean_environment, vllm_command
+from packhorse.trainer.model.load import load_model, load_tokenizer
 from tests.ranks import ROOT
 from tests.stand_in_server import Reply, Request, StandIn
-from trainer.checkpoint.hf_export import save_description
-from trainer.config.recipe import Recipe, load_recipe
-from trainer.datatypes import BadInput, Conversation, Message, Prompt
-from trainer.eval import server_answers
-from trainer.eval.openai_client import Cancelled, Unreachable
-from trainer.eval.server_answers import answers, check_server, in_background, write_weights
-from trainer.eval.vllm_server import Gpu, clean_environment, vllm_command
-from trainer.model.load import load_model, load_tokenizer
 
 LIMIT_S = 60.0
 MODEL = "/runs/one/serving/step-000002-1f3a"
@@ -546,7 +551,7 @@ def test_vllm_is_gone_when_the_run_is_killed(vllm: Path, tmp_path: Path) -> None
         import sys, time
         from pathlib import Path
         from tests.unit import test_vllm_server as t
-        from trainer.eval import vllm_server
+        from packhorse.trainer.eval import vllm_server
         made = t.vllm_recipe({str(tmp_path / "vllm_python")!r})
         log = Path({str(tmp_path / "vllm.log")!r})
         with vllm_server.running_vllm(made, t.MODEL, 3, log, (), lambda: False):

@@ -11,12 +11,12 @@ import math
 from pathlib import Path
 from typing import Any
 
-from trainer import dist
-from trainer.config.eval import EVAL_LOSS, BestSection
-from trainer.config.recipe import load_recipe
-from trainer.datatypes import BadInput
-from trainer.metrics import EVALUATIONS
-from trainer.utils.files import read_json_lines, write_json
+from packhorse.trainer import dist
+from packhorse.trainer.config.eval import EVAL_LOSS, BestSection
+from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.metrics import EVALUATIONS
+from packhorse.trainer.utils.files import read_json_lines, write_json
 
 
 def evaluations(folder: Path) -> dict[int, dict[str, Any]]:

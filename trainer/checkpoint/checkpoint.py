@@ -24,13 +24,13 @@ from typing import Any
 import psutil
 import xxhash
 
-from trainer import dist
-from trainer.config.recipe import CheckpointSection
-from trainer.datatypes import BadInput
-from trainer.engine import sharded_state
-from trainer.engine.engine import Engine
-from trainer.engine.sharded_state import FROZEN, Digests, File, Shards, Slice, add_digests
-from trainer.utils.files import publish_folder, write_synced
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import CheckpointSection
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine import sharded_state
+from packhorse.trainer.engine.engine import Engine
+from packhorse.trainer.engine.sharded_state import FROZEN, Digests, File, Shards, Slice, add_digests
+from packhorse.trainer.utils.files import publish_folder, write_synced
 
 _MANIFEST = "manifest.json"
 _FORMAT = 2

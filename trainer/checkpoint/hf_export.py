@@ -16,17 +16,18 @@ from typing import Any
 
 import torch
 
-from trainer import __version__, dist
-from trainer.checkpoint import best, checkpoint
-from trainer.checkpoint.checkpoint import Manifest
-from trainer.config.recipe import Recipe, load_recipe
-from trainer.datatypes import BadInput
-from trainer.engine.sharded_state import FROZEN, Shards, digest
-from trainer.model.attention import other_attention
-from trainer.model.load import load_model, load_tokenizer
-from trainer.model.lora import in_peft_form, is_of_adapter, merged_weights
-from trainer.model.quantisation import parts_of
-from trainer.utils.files import publish_folder
+from packhorse import __version__
+from packhorse.trainer import dist
+from packhorse.trainer.checkpoint import best, checkpoint
+from packhorse.trainer.checkpoint.checkpoint import Manifest
+from packhorse.trainer.config.recipe import Recipe, load_recipe
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.sharded_state import FROZEN, Shards, digest
+from packhorse.trainer.model.attention import other_attention
+from packhorse.trainer.model.load import load_model, load_tokenizer
+from packhorse.trainer.model.lora import in_peft_form, is_of_adapter, merged_weights
+from packhorse.trainer.model.quantisation import parts_of
+from packhorse.trainer.utils.files import publish_folder
 
 # In a run folder: configuration, generation configuration and tokenizer, without weights.
 MODEL_FOLDER = "model"

@@ -26,10 +26,10 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from trainer.checkpoint import checkpoint
-from trainer.datatypes import BadInput
-from trainer.engine.sharded_state import EXP_AVG, EXP_AVG_SQ, WEIGHT
-from trainer.utils.files import publish_folder
+from packhorse.trainer.checkpoint import checkpoint
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.sharded_state import EXP_AVG, EXP_AVG_SQ, WEIGHT
+from packhorse.trainer.utils.files import publish_folder
 
 _GROUPS = 16  # parameter groups that a program may have: DeepSpeed loads as many as it finds here
 _FILES = {"fp32": WEIGHT, EXP_AVG: EXP_AVG, EXP_AVG_SQ: EXP_AVG_SQ}

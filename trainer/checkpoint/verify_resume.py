@@ -26,13 +26,20 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from trainer.checkpoint import checkpoint
-from trainer.config.recipe import load_recipe
-from trainer.datatypes import DONE, SAVED_RUN_AGAIN, BadInput
-from trainer.engine import sharded_state
-from trainer.engine.sharded_state import EXP_AVG, EXP_AVG_SQ, WEIGHT, Shards, Slice, add_digests
-from trainer.model.load import load_model, load_tokenizer
-from trainer.utils.files import read_json_lines
+from packhorse.trainer.checkpoint import checkpoint
+from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.datatypes import DONE, SAVED_RUN_AGAIN, BadInput
+from packhorse.trainer.engine import sharded_state
+from packhorse.trainer.engine.sharded_state import (
+    EXP_AVG,
+    EXP_AVG_SQ,
+    WEIGHT,
+    Shards,
+    Slice,
+    add_digests,
+)
+from packhorse.trainer.model.load import load_model, load_tokenizer
+from packhorse.trainer.utils.files import read_json_lines
 
 SCALAR_BOUND = 1e-6  # relative, of a step's loss and gradient norm
 CHANGE_BOUND = 1e-4  # ||Da - Db|| / ||Da|| of the worst tensor, D its change since the start
@@ -171,7 +178,7 @@ def _train_all(
 
 def _train(recipe_file: Path, changes: list[str], world: int, what: str, log: Path) -> None:
     started = time.monotonic()
-    command = [sys.executable, "-m", "trainer.cli.main", "train", str(recipe_file), *changes]
+    command = [sys.executable, "-m", "packhorse", "train", str(recipe_file), *changes]
     with log.open("ab") as out:
         code = subprocess.run(
             [*command, "--nproc", str(world)], stdout=out, stderr=out, check=False

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from trainer.cli.arguments import Overrides, RecipeFile
-from trainer.datatypes import BadInput, Example, RowError
+from packhorse.trainer.cli.arguments import Overrides, RecipeFile
+from packhorse.trainer.datatypes import BadInput, Example, RowError
 
 if TYPE_CHECKING:
-    from trainer.config.recipe import Recipe
-    from trainer.data.preview import Row
+    from packhorse.trainer.config.recipe import Recipe
+    from packhorse.trainer.data.preview import Row
 
 
 def preview(
@@ -33,9 +33,9 @@ def preview(
     [bold]packhorse preview recipes/debug.yaml --rows 2[/bold]
     [bold]packhorse preview recipes/quickstart.yaml --split eval --html preview.html[/bold]
     """
-    from trainer.config.recipe import load_recipe
-    from trainer.data.preview import as_html, as_text
-    from trainer.model.load import load_tokenizer
+    from packhorse.trainer.config.recipe import load_recipe
+    from packhorse.trainer.data.preview import as_html, as_text
+    from packhorse.trainer.model.load import load_tokenizer
 
     recipe = load_recipe(recipe_file, overrides or ())
     tokenizer = load_tokenizer(recipe.model)
@@ -57,11 +57,11 @@ def _first_rows(
 
     import numpy as np
 
-    from trainer.data.prepare import length_policy, masker_of, rows_of
-    from trainer.data.preview import Row, role_starts
-    from trainer.data.rows import RowReader
-    from trainer.data.split import parts_of
-    from trainer.data.tokenize import fit
+    from packhorse.trainer.data.prepare import length_policy, masker_of, rows_of
+    from packhorse.trainer.data.preview import Row, role_starts
+    from packhorse.trainer.data.rows import RowReader
+    from packhorse.trainer.data.split import parts_of
+    from packhorse.trainer.data.tokenize import fit
 
     masker = masker_of(recipe.data, tokenizer)
     for part in parts_of(recipe.data, split):
@@ -97,12 +97,12 @@ def prepare(
     """
     from rich.console import Console
 
-    from trainer import dist
-    from trainer.config.recipe import load_recipe
-    from trainer.data.leakage import check_leakage
-    from trainer.data.prepare import prepare, train_plan
-    from trainer.data.summary import tables, write
-    from trainer.model.load import load_tokenizer
+    from packhorse.trainer import dist
+    from packhorse.trainer.config.recipe import load_recipe
+    from packhorse.trainer.data.leakage import check_leakage
+    from packhorse.trainer.data.prepare import prepare, train_plan
+    from packhorse.trainer.data.summary import tables, write
+    from packhorse.trainer.model.load import load_tokenizer
 
     dist.start_logging()
     recipe = load_recipe(recipe_file, overrides or ())
@@ -133,7 +133,7 @@ def _prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from trainer.data.streaming import prepare_now
+    from packhorse.trainer.data.streaming import prepare_now
 
     counted = ("rows", "rejected", "filtered", "documents", "tokens", "trained_tokens")
     heads = (name.replace("_", " ") for name in counted)
@@ -204,10 +204,15 @@ def plan(
     """
     from rich.console import Console
 
-    from trainer import dist
-    from trainer.config.recipe import load_recipe
-    from trainer.estimate.memory import GIB, Cluster
-    from trainer.estimate.report import build_report, build_table, describe_report, require_fit
+    from packhorse.trainer import dist
+    from packhorse.trainer.config.recipe import load_recipe
+    from packhorse.trainer.estimate.memory import GIB, Cluster
+    from packhorse.trainer.estimate.report import (
+        build_report,
+        build_table,
+        describe_report,
+        require_fit,
+    )
 
     dist.start_logging()
     recipe = load_recipe(recipe_file, overrides or ())
@@ -227,9 +232,9 @@ def plan(
 
 def _count_real_steps(recipe: Recipe) -> Any:
     """Return the statistics of the steps that the data gives."""
-    from trainer.data.prepare import prepare, train_plan
-    from trainer.estimate.report import measure_steps
-    from trainer.model.load import load_tokenizer
+    from packhorse.trainer.data.prepare import prepare, train_plan
+    from packhorse.trainer.estimate.report import measure_steps
+    from packhorse.trainer.model.load import load_tokenizer
 
     if recipe.streaming:
         raise BadInput(

@@ -15,10 +15,15 @@ from typing import Annotated, Any
 
 import typer
 
-from trainer.cli.arguments import NumProcesses, Overrides, RecipeFile
-from trainer.cli.worker import exit_on_early_signals, exit_with_launcher, exit_worker, is_worker
-from trainer.datatypes import DONE, BadInput
-from trainer.utils.files import local_folder
+from packhorse.trainer.cli.arguments import NumProcesses, Overrides, RecipeFile
+from packhorse.trainer.cli.worker import (
+    exit_on_early_signals,
+    exit_with_launcher,
+    exit_worker,
+    is_worker,
+)
+from packhorse.trainer.datatypes import DONE, BadInput
+from packhorse.trainer.utils.files import local_folder
 
 _EVALUATED = "evaluated.json"  # in a results folder: what was scored
 
@@ -57,11 +62,11 @@ def evaluate(
     The loss and the scores come from the code that evaluates during training. Exit codes are those
     of `packhorse train`; after 75 (stopped) the same command starts anew.
     """
-    from trainer.config.recipe import load_recipe
+    from packhorse.trainer.config.recipe import load_recipe
 
     if is_worker():
         exit_with_launcher()
-        from trainer.evaluate import evaluate_model
+        from packhorse.trainer.evaluate import evaluate_model
 
         if out is None or step is None:
             raise BadInput("packhorse eval starts its own processes: run it without torchrun")
@@ -76,7 +81,7 @@ def evaluate(
         )
     tasks = None
     if recipe.eval.lm_eval:
-        from trainer.eval.lm_eval_harness import require_tasks
+        from packhorse.trainer.eval.lm_eval_harness import require_tasks
 
         tasks = require_tasks(recipe.eval)
     run = _find_run(model, step, best)
@@ -94,7 +99,7 @@ def evaluate(
     if code == DONE:
         from rich.console import Console
 
-        from trainer.eval.compare import read_results, table_of_one
+        from packhorse.trainer.eval.compare import read_results, table_of_one
 
         Console().print(table_of_one(read_results(str(out))))
         print(out)
@@ -105,16 +110,16 @@ def _score(
     recipe_file: Path, changes: list[str], out: Path, step: int, nproc: int | None, tasks: Any
 ) -> int:
     """Run the workers, then the tasks of lm-evaluation-harness if given. Returns the exit code."""
-    from launch.local import launch
-    from trainer.config.recipe import load_recipe
+    from packhorse.launch.local import launch
+    from packhorse.trainer.config.recipe import load_recipe
 
     recipe = load_recipe(recipe_file, changes)
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     arguments = [recipe.model.name, str(recipe_file), *changes]
-    worker = ["-m", "trainer.cli.main", "eval", *arguments, "--out", str(out), "--step", str(step)]
+    worker = ["-m", "packhorse", "eval", *arguments, "--out", str(out), "--step", str(step)]
     code = launch(worker, out, nproc=nproc)
     if code == DONE and tasks:
-        from trainer.eval.lm_eval_harness import run_tasks
+        from packhorse.trainer.eval.lm_eval_harness import run_tasks
 
         run_tasks(recipe, out, tasks)
     return code
@@ -151,14 +156,14 @@ def resolve_step(run: Path, step: int | None, best: bool) -> int | None:
         raise BadInput("--best and --step: give one of them")
     if not best:
         return step
-    from trainer.checkpoint.best import best_step
+    from packhorse.trainer.checkpoint.best import best_step
 
     return best_step(run)
 
 
 def _last_step(run: Path, step: int | None, best: bool) -> int:
     """Return the step that --step or --best names, or that of the last checkpoint."""
-    from trainer.checkpoint import checkpoint
+    from packhorse.trainer.checkpoint import checkpoint
 
     chosen = resolve_step(run, step, best)
     if chosen is not None:
@@ -183,8 +188,8 @@ def _exported_model(model: str, run: Path | None, step: int, out: Path) -> Itera
     if run is None:
         yield model
         return
-    from trainer.checkpoint.hf_export import export
-    from trainer.config.recipe import load_recipe
+    from packhorse.trainer.checkpoint.hf_export import export
+    from packhorse.trainer.config.recipe import load_recipe
 
     exported = out / "exported"
     try:
@@ -224,6 +229,6 @@ def compare(
     """
     from rich.console import Console
 
-    from trainer.eval.compare import read_results, table_of_two
+    from packhorse.trainer.eval.compare import read_results, table_of_two
 
     Console().print(table_of_two(read_results(a), read_results(b)))

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from trainer.cli.arguments import Overrides, RecipeFile
-from trainer.datatypes import BadInput
+from packhorse.trainer.cli.arguments import Overrides, RecipeFile
+from packhorse.trainer.datatypes import BadInput
 
 launch_app = typer.Typer(
     help="Write the files that start a run on Slurm or Kubernetes, and submit them.",
@@ -64,8 +64,8 @@ def kubernetes(
     [bold]packhorse launch kubernetes my.yaml --nodes 2 --image registry/packhorse:1[/bold]
     [bold]packhorse launch kubernetes my.yaml --nodes 2 --image registry/packhorse:1 --submit[/bold]
     """
-    from launch.kubernetes.render import CLUSTER, render, run_name, submit_file
-    from trainer.config.recipe import load_recipe
+    from packhorse.launch.kubernetes.render import CLUSTER, render, run_name, submit_file
+    from packhorse.trainer.config.recipe import load_recipe
 
     run_dir = load_recipe(recipe_file, overrides or ()).run.dir
     cluster = cluster or CLUSTER
@@ -139,8 +139,8 @@ def slurm(
     import shlex
     import sysconfig
 
-    from launch import slurm
-    from trainer.config.recipe import load_recipe
+    from packhorse.launch import slurm
+    from packhorse.trainer.config.recipe import load_recipe
 
     recipe = load_recipe(recipe_file, overrides or ())
     run_dir = Path(recipe.run.dir).absolute()

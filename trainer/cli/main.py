@@ -13,12 +13,17 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from trainer.cli.arguments import NumProcesses, Overrides, RecipeFile
-from trainer.cli.data import plan, prepare, preview
-from trainer.cli.eval import compare, evaluate, resolve_step
-from trainer.cli.launch import launch_app
-from trainer.cli.worker import exit_on_early_signals, exit_with_launcher, exit_worker, is_worker
-from trainer.datatypes import BAD_INPUT, DONE, FAILED, BadInput
+from packhorse.trainer.cli.arguments import NumProcesses, Overrides, RecipeFile
+from packhorse.trainer.cli.data import plan, prepare, preview
+from packhorse.trainer.cli.eval import compare, evaluate, resolve_step
+from packhorse.trainer.cli.launch import launch_app
+from packhorse.trainer.cli.worker import (
+    exit_on_early_signals,
+    exit_with_launcher,
+    exit_worker,
+    is_worker,
+)
+from packhorse.trainer.datatypes import BAD_INPUT, DONE, FAILED, BadInput
 
 app = typer.Typer(
     help="Fine-tune language models on DeepSpeed. A run is a function of its recipe.",
@@ -89,18 +94,18 @@ def train(
     saved, run the same command again; 1: any other failure. A process that torchrun started is one
     of its workers.
     """
-    from trainer.config.recipe import load_recipe
+    from packhorse.trainer.config.recipe import load_recipe
 
     recipe = load_recipe(recipe_file, overrides or ())
     if is_worker():
         exit_with_launcher()
-        from trainer.train import train
+        from packhorse.trainer.train import train
 
         train(recipe, extend=extend)
         exit_worker()
     exit_on_early_signals()
-    from launch.cluster_env import ClusterEnv, read_cluster_env
-    from launch.local import launch, parse_nodes
+    from packhorse.launch.cluster_env import ClusterEnv, read_cluster_env
+    from packhorse.launch.local import launch, parse_nodes
 
     cluster = read_cluster_env(os.environ) if nnodes is None else ClusterEnv(nnodes)
     nodes = parse_nodes(cluster.nodes)
@@ -112,7 +117,7 @@ def train(
         )
     arguments = [str(recipe_file), *(overrides or ()), *(["--extend"] if extend else [])]
     code = launch(
-        ["-m", "trainer.cli.main", "train", *arguments],
+        ["-m", "packhorse", "train", *arguments],
         Path(recipe.run.dir),
         nproc=nproc or cluster.nproc,
         endpoint=endpoint if endpoint and nodes[1] > 1 else f"localhost:{port}",
@@ -172,11 +177,11 @@ def export(
         )
     chosen = resolve_step(run, step, best)
     if universal:
-        from trainer.checkpoint.universal import export_universal
+        from packhorse.trainer.checkpoint.universal import export_universal
 
         print(export_universal(run, out, chosen))
     else:
-        from trainer.checkpoint.hf_export import export
+        from packhorse.trainer.checkpoint.hf_export import export
 
         print(export(run, out, chosen, merge=merge))
 
@@ -214,8 +219,8 @@ def verify_resume(
     Exit code 0: it learns the same, and a control with a deliberate defect was detected; 1: not
     so.
     """
-    from trainer import dist
-    from trainer.checkpoint.verify_resume import verify_resume
+    from packhorse.trainer import dist
+    from packhorse.trainer.checkpoint.verify_resume import verify_resume
 
     if not all(world.isdigit() and int(world) > 0 for world in worlds.split(",")):
         raise BadInput(f"--worlds {worlds}: give numbers of processes, as 2,1,3")
@@ -259,7 +264,3 @@ def _exit_bad_input(sentence: str) -> NoReturn:
         # At once: the launcher must see this exit code before the other ranks fail with another.
         os._exit(BAD_INPUT)
     sys.exit(BAD_INPUT)
-
-
-if __name__ == "__main__":
-    main()

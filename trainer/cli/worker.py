@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-from trainer.datatypes import DONE, SAVED_RUN_AGAIN
+from packhorse.trainer.datatypes import DONE, SAVED_RUN_AGAIN
 
 
 def is_worker() -> bool:

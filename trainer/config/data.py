@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from trainer.config.base import (
+from packhorse.trainer.config.base import (
     Section,
     check_belongs,
     check_function,
@@ -33,9 +33,9 @@ class Filters(Section):
     )
     function: str | None = Field(
         default=None,
-        description="Function of yours, as `module:function`: (row, trainer.datatypes.Conversation)"
-        " -> True to keep the row, False or a reason to leave it out. See data.train.function for "
-        "where it is imported from.",
+        description="Function of yours, as `module:function`: (row, "
+        "packhorse.trainer.datatypes.Conversation) -> True to keep the row, False or a reason to "
+        "leave it out. See data.train.function for where it is imported from.",
     )
     math_answer: str | None = Field(
         default=None,

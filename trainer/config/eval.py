@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
-from trainer.config.base import Section, check_function, check_one_given, compile_pattern
+from packhorse.trainer.config.base import Section, check_function, check_one_given, compile_pattern
 
 EVAL_LOSS = "eval_loss"  # the held-out loss in a rule; the other names in rules are scorers'
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from trainer.config.base import Section, items_of, kind_of, sections_of
-from trainer.datatypes import BadInput
-from trainer.utils.text import one_line
+from packhorse.trainer.config.base import Section, items_of, kind_of, sections_of
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils.text import one_line
 
 # Keys that had another name, or became part of another key, before the first release. The numbers
 # of a list's items and the names in a mapping are left out. Values continue "`KEY` is now ".

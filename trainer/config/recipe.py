@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 from pydantic import ValidationError, model_validator
 
-from trainer.config.base import Section
-from trainer.config.data import DataSection
-from trainer.config.eval import EvalSection
-from trainer.config.parsing import apply_override, describe_fault, read_yaml
-from trainer.config.sections import (
+from packhorse.trainer.config.base import Section
+from packhorse.trainer.config.data import DataSection
+from packhorse.trainer.config.eval import EvalSection
+from packhorse.trainer.config.parsing import apply_override, describe_fault, read_yaml
+from packhorse.trainer.config.sections import (
     ADAPTER_LR,
     AdapterSection,
     BatchSection,
@@ -29,7 +29,7 @@ from trainer.config.sections import (
     RunSection,
     TrainSection,
 )
-from trainer.datatypes import BadInput
+from packhorse.trainer.datatypes import BadInput
 
 # Sections and keys that may change when a run is resumed (C8): they do not change what is learned.
 _FREE_SECTIONS = ("checkpoint", "eval", "guard", "run")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from trainer.config.base import Section, check_belongs, compile_pattern
+from packhorse.trainer.config.base import Section, check_belongs, compile_pattern
 
 
 class ModelSection(Section):

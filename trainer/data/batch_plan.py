@@ -16,9 +16,9 @@ from typing import Protocol
 
 import numpy as np
 
-from trainer.config.recipe import BatchSection, LossSection, TrainSection
-from trainer.datatypes import BadInput, Packed, Piece, StepPlan
-from trainer.dist import seed_from
+from packhorse.trainer.config.recipe import BatchSection, LossSection, TrainSection
+from packhorse.trainer.datatypes import BadInput, Packed, Piece, StepPlan
+from packhorse.trainer.dist import seed_from
 
 MUCH_FILLER = 0.10  # share of idle micro-batches above which the user is warned
 EPOCHS_KEPT = 2  # packings in memory: this epoch's and, around its end, the next one's

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from trainer.datatypes import BadInput, Example, Packed, Tokenized
-from trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
-from trainer.utils.progress import RowProgress
+from packhorse.trainer.datatypes import BadInput, Example, Packed, Tokenized
+from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
+from packhorse.trainer.utils.progress import RowProgress
 
 VERSION = 2  # part of every key: raise it when the files of a folder change
 

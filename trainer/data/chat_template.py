@@ -33,8 +33,8 @@ from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from trainer.config.data import NO_KWARGS
-from trainer.data.skeleton import (
+from packhorse.trainer.config.data import NO_KWARGS
+from packhorse.trainer.data.skeleton import (
     PLACEHOLDER,
     PLACEHOLDER_FORMAT,
     Place,
@@ -45,8 +45,8 @@ from trainer.data.skeleton import (
     place_of,
     split_at_last,
 )
-from trainer.datatypes import BadInput, Conversation, RowError
-from trainer.utils.text import one_line
+from packhorse.trainer.datatypes import BadInput, Conversation, RowError
+from packhorse.trainer.utils.text import one_line
 
 # Templates that write the date get this one, so that tokenized data does not depend on the day it
 # was made. The formats are those of strftime_now; llama3_2 takes `date_string`, which its authors

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import xxhash
 
-from trainer.utils.files import write_json
+from packhorse.trainer.utils.files import write_json
 
 CHUNK_BYTES = 1 << 18  # fits the processor's cache, from which it is hashed
 SETTLED_NS = 2 * 10**9  # the step of the coarsest clock that a file system has

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from trainer.data.skeleton import Render, Turn
-from trainer.datatypes import RowError
+from packhorse.trainer.data.skeleton import Render, Turn
+from packhorse.trainer.datatypes import RowError
 
 SAMPLES = ("", "x", " x ", "\nx\n")
 HOLDS_CONTROL = "a text holds a control token of the model"

@@ -11,11 +11,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from trainer.config.data import Filters
-from trainer.datatypes import Conversation, Filtered, RowError
-from trainer.utils.math_answers import LIMIT_S, check_installed, math_verdict
-from trainer.utils.text import error_line
-from trainer.utils.user_functions import load_function
+from packhorse.trainer.config.data import Filters
+from packhorse.trainer.datatypes import Conversation, Filtered, RowError
+from packhorse.trainer.utils.math_answers import LIMIT_S, check_installed, math_verdict
+from packhorse.trainer.utils.text import error_line
+from packhorse.trainer.utils.user_functions import load_function
 
 
 def check_filters(filters: Filters) -> None:

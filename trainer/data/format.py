@@ -16,9 +16,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeGuard
 
-from trainer.config.data import Source
-from trainer.datatypes import BadInput, Conversation, Message, RowError
-from trainer.utils.strict_json import MAX_DEPTH, parse
+from packhorse.trainer.config.data import Source
+from packhorse.trainer.datatypes import BadInput, Conversation, Message, RowError
+from packhorse.trainer.utils.strict_json import MAX_DEPTH, parse
 
 # Columns that a format cannot do without; the order is the order of recognition.
 REQUIRED = {

@@ -25,13 +25,19 @@ import numpy as np
 import xxhash
 from rensa import RMinHash, RMinHashLSH  # pyright: ignore[reportAttributeAccessIssue] - it has no stubs
 
-from trainer.config.recipe import Recipe
-from trainer.data import tokenize
-from trainer.data.prepare import Prepared, SplitRows, cache_folder, row_tokenizer, workers_of
-from trainer.data.tokenize import Row
-from trainer.datatypes import BadInput, Conversation, RowError
-from trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
-from trainer.utils.progress import RowProgress
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.data import tokenize
+from packhorse.trainer.data.prepare import (
+    Prepared,
+    SplitRows,
+    cache_folder,
+    row_tokenizer,
+    workers_of,
+)
+from packhorse.trainer.data.tokenize import Row
+from packhorse.trainer.datatypes import BadInput, Conversation, RowError
+from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
+from packhorse.trainer.utils.progress import RowProgress
 
 VERSION = 1  # part of every key: raise it when the same rows give other pairs
 
@@ -149,7 +155,7 @@ def check_leakage(
 
     Raises:
         BadInput: the share of leaked rows is above data.max_leakage.
-        Stopped (trainer.utils.files): `stopping()` became true.
+        Stopped (packhorse.trainer.utils.files): `stopping()` became true.
     """
     sides = (side.documents.folder.name for side in (train, held_out))
     parts = [VERSION, recipe.data.near_duplicate, *sides]

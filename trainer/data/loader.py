@@ -10,10 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from trainer.data.batch_plan import Plan, micro_batches_of
-from trainer.data.cache import Documents
-from trainer.data.prepare import TrainData
-from trainer.datatypes import Batch, StepPlan
+from packhorse.trainer.data.batch_plan import Plan, micro_batches_of
+from packhorse.trainer.data.cache import Documents
+from packhorse.trainer.data.prepare import TrainData
+from packhorse.trainer.datatypes import Batch, StepPlan
 
 STEPS_AHEAD = 2  # steps that the background thread builds before they are asked for
 BATCHES_AHEAD = 4  # micro-batches that it builds ahead when a step is streamed

@@ -44,11 +44,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from trainer.data.chat_template import DATE_STRING, Template
-from trainer.data.encode import HOLDS_CONTROL, Encoder
-from trainer.data.skeleton import Render, Turn
-from trainer.data.turns import find_turn, require_whole
-from trainer.datatypes import BadInput, Conversation, Example, Message, RowError
+from packhorse.trainer.data.chat_template import DATE_STRING, Template
+from packhorse.trainer.data.encode import HOLDS_CONTROL, Encoder
+from packhorse.trainer.data.skeleton import Render, Turn
+from packhorse.trainer.data.turns import find_turn, require_whole
+from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message, RowError
 
 VERSION = 2  # raise it when the same row comes out another way: it is part of the cache's key
 MODES = ("all", "completion", "assistant", "last_turn")

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from trainer.datatypes import Packed
+from packhorse.trainer.datatypes import Packed
 
 VERSION = 1  # part of the key of kept packings: raise it when the same input packs differently
 

@@ -18,17 +18,17 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import xxhash
 
-from trainer.config.data import DataSection, Source
-from trainer.config.recipe import Recipe
-from trainer.data import cache, pack, split, tokenize
-from trainer.data.batch_plan import Corpus, Epochs, Plan
-from trainer.data.cache import Documents
-from trainer.data.mask import Masker
-from trainer.data.rows import RowReader
-from trainer.data.source import RawRow, read_rows, source_digest, source_files
-from trainer.data.split import SourceSplit, held_out, parts_of
-from trainer.data.tokenize import LengthPolicy, Row
-from trainer.datatypes import (
+from packhorse.trainer.config.data import DataSection, Source
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.data import cache, pack, split, tokenize
+from packhorse.trainer.data.batch_plan import Corpus, Epochs, Plan
+from packhorse.trainer.data.cache import Documents
+from packhorse.trainer.data.mask import Masker
+from packhorse.trainer.data.rows import RowReader
+from packhorse.trainer.data.source import RawRow, read_rows, source_digest, source_files
+from packhorse.trainer.data.split import SourceSplit, held_out, parts_of
+from packhorse.trainer.data.tokenize import LengthPolicy, Row
+from packhorse.trainer.datatypes import (
     BadInput,
     Conversation,
     Example,
@@ -38,7 +38,7 @@ from trainer.datatypes import (
     StepPlan,
     Tokenized,
 )
-from trainer.dist import is_main
+from packhorse.trainer.dist import is_main
 
 # Of fewer documents, packing again is quicker than keeping an epoch's packing.
 KEPT_FROM_DOCUMENTS = 100_000
@@ -155,7 +155,7 @@ def prepare(
 
     Raises:
         BadInput: a source cannot be read, no row of it is left, or too many are rejected.
-        Stopped (trainer.utils.files): `stopping()` became true; the next start resumes there.
+        Stopped: `stopping()` became true; the next start resumes there.
     """
     section = recipe.data
     split_rows = SplitRows(section, which)

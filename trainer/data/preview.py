@@ -18,12 +18,12 @@ import numpy as np
 from rich.console import Group
 from rich.text import Text
 
-from trainer.datatypes import Conversation, Example, Filtered, RowError
+from packhorse.trainer.datatypes import Conversation, Example, Filtered, RowError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from trainer.data.chat_template import Template
+    from packhorse.trainer.data.chat_template import Template
 
 
 @dataclass(frozen=True)

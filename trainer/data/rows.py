@@ -11,13 +11,13 @@ from importlib.metadata import version
 from itertools import islice
 from typing import Any
 
-from trainer.config.data import Source
-from trainer.data.filters import apply_filters, check_filters
-from trainer.data.format import detect_format, to_conversation
-from trainer.data.source import read_rows
-from trainer.datatypes import BadInput, Conversation, RowError
-from trainer.utils.text import error_line
-from trainer.utils.user_functions import function_digest, load_function
+from packhorse.trainer.config.data import Source
+from packhorse.trainer.data.filters import apply_filters, check_filters
+from packhorse.trainer.data.format import detect_format, to_conversation
+from packhorse.trainer.data.source import read_rows
+from packhorse.trainer.datatypes import BadInput, Conversation, RowError
+from packhorse.trainer.utils.text import error_line
+from packhorse.trainer.utils.user_functions import function_digest, load_function
 
 MAX_BROKEN = 100  # broken rows at the beginning after which the source is refused
 

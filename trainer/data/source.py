@@ -25,11 +25,11 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from trainer.config.data import Source
-from trainer.data.digest import file_digest
-from trainer.datatypes import BadInput, RowError
-from trainer.utils.strict_json import parse
-from trainer.utils.text import error_line, one_line
+from packhorse.trainer.config.data import Source
+from packhorse.trainer.data.digest import file_digest
+from packhorse.trainer.datatypes import BadInput, RowError
+from packhorse.trainer.utils.strict_json import parse
+from packhorse.trainer.utils.text import error_line, one_line
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 BATCH_ROWS = 256  # rows of Arrow that are turned into Python values at once

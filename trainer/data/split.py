@@ -14,8 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 import xxhash
 
-from trainer.config.data import DataSection, Source
-from trainer.datatypes import BadInput, RowError
+from packhorse.trainer.config.data import DataSection, Source
+from packhorse.trainer.datatypes import BadInput, RowError
 
 VERSION = 1  # part of the keys of what is split: raise it when a row may change sides
 

@@ -30,16 +30,16 @@ from typing import Any, NamedTuple
 
 import xxhash
 
-from trainer.config.data import Source
-from trainer.config.recipe import Recipe
-from trainer.data.batch_plan import Corpus
-from trainer.data.leakage import check_leakage
-from trainer.data.loader import STEPS_AHEAD
-from trainer.data.prepare import Prepared, TrainData, digest_of, prepare
-from trainer.data.source import open_stream, source_files, without_nulls
-from trainer.datatypes import BadInput
-from trainer.dist import is_main, log
-from trainer.utils.files import Stopped, replace_file, sync_folder
+from packhorse.trainer.config.data import Source
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.data.batch_plan import Corpus
+from packhorse.trainer.data.leakage import check_leakage
+from packhorse.trainer.data.loader import STEPS_AHEAD
+from packhorse.trainer.data.prepare import Prepared, TrainData, digest_of, prepare
+from packhorse.trainer.data.source import open_stream, source_files, without_nulls
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.dist import is_main, log
+from packhorse.trainer.utils.files import Stopped, replace_file, sync_folder
 
 LOG = "shards.jsonl"  # in the run folder
 STREAMED = "shards"  # beside it, the rows that were taken from a stream

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.config.recipe import Recipe
-from trainer.data.batch_plan import Plan
-from trainer.data.picture import Histogram, draw
-from trainer.data.prepare import Prepared
-from trainer.utils.files import write_json
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.data.batch_plan import Plan
+from packhorse.trainer.data.picture import Histogram, draw
+from packhorse.trainer.data.prepare import Prepared
+from packhorse.trainer.utils.files import write_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -25,8 +25,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import xxhash
 
-from trainer.datatypes import BadInput, Example, Filtered, RowError, Tokenized
-from trainer.utils.child_process import Child, start_child
+from packhorse.trainer.datatypes import BadInput, Example, Filtered, RowError, Tokenized
+from packhorse.trainer.utils.child_process import Child, start_child
 
 VERSION = 2  # part of every key: raise it when the same rows give other documents
 
@@ -287,7 +287,7 @@ def _start_server() -> Any:
     The server has none, and what it has imported no worker imports again.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.data.prepare"])
+    context.set_forkserver_preload(["packhorse.trainer.data.prepare"])
     # Slurm sends SIGUSR1 and SIGTERM to every process of a job's step. The server, which ends with
     # this process, inherits that they are blocked.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))

@@ -24,8 +24,8 @@ import re
 from itertools import pairwise
 from os.path import commonprefix
 
-from trainer.data.chat_template import Template
-from trainer.data.skeleton import (
+from packhorse.trainer.data.chat_template import Template
+from packhorse.trainer.data.skeleton import (
     PLACEHOLDER,
     PLACEHOLDER_FORMAT,
     Place,
@@ -33,7 +33,7 @@ from trainer.data.skeleton import (
     Turn,
     split_at_last,
 )
-from trainer.datatypes import RowError
+from packhorse.trainer.datatypes import RowError
 
 FIELD_NAMES = {
     "content": "the content",

@@ -7,7 +7,7 @@ named `lock`. A process that is killed while it compiles leaves that file behind
 process waits for it without end and without a word. Here, processes compile under flock(2), which
 the kernel releases when its owner dies. Whoever holds it removes a `lock` that nobody owns.
 
-    python -m trainer.engine.compile_ops    # all ops, as `make install` does
+    python -m packhorse.trainer.engine.compile_ops    # all ops, as `make install` does
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any
 
 import psutil
 
-from trainer import dist
-from trainer.datatypes import BadInput
-from trainer.engine.ds_config import offload_device
+from packhorse.trainer import dist
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.ds_config import offload_device
 
 OPS = {
     "cpu_adam": "CPUAdamBuilder",
@@ -221,7 +221,7 @@ def main() -> None:
     """Compile all ops, without async_io where libaio is missing: only NVMe offload needs it."""
     import torch
 
-    if not torch.cuda.is_available():  # as trainer.engine.engine has it
+    if not torch.cuda.is_available():  # as packhorse.trainer.engine.engine has it
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist.start_logging()
     for name in OPS:

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer import dist
-from trainer.config.recipe import ModelSection, OptimSection, ParallelSection
-from trainer.datatypes import BadInput
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import ModelSection, OptimSection, ParallelSection
+from packhorse.trainer.datatypes import BadInput
 
 # The recipe owns these; a template that sets one of them would be a second owner.
 _OWNED_BY_RECIPE = {

@@ -20,19 +20,19 @@ import psutil
 import torch
 from torch import nn
 
-from trainer import dist
-from trainer.config.recipe import OptimSection
-from trainer.datatypes import BadInput, Batch, StepResult
-from trainer.engine import compile_ops, zero_state
-from trainer.engine.ds_config import nvme_offloads, stage
-from trainer.engine.optim import (
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import OptimSection
+from packhorse.trainer.datatypes import BadInput, Batch, StepResult
+from packhorse.trainer.engine import compile_ops, zero_state
+from packhorse.trainer.engine.ds_config import nvme_offloads, stage
+from packhorse.trainer.engine.optim import (
     build_optimizer,
     replace_gradient_norm,
     set_learning_rates,
     step_clipped,
 )
-from trainer.metrics import Clock
-from trainer.model.lora import borrowed_weights
+from packhorse.trainer.metrics import Clock
+from packhorse.trainer.model.lora import borrowed_weights
 
 # DeepSpeed chooses its accelerator when it is imported
 if not torch.cuda.is_available():

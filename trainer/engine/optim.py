@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import dist
-from trainer.config.recipe import OptimSection
-from trainer.engine.ds_config import offload_device
-from trainer.engine.sharded_state import EXP_AVG, EXP_AVG_SQ
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import OptimSection
+from packhorse.trainer.engine.ds_config import offload_device
+from packhorse.trainer.engine.sharded_state import EXP_AVG, EXP_AVG_SQ
 
 MOMENTS = (EXP_AVG, EXP_AVG_SQ)  # states that the optimizer keeps beside each master weight
 _NORM_BLOCK = 256  # gradient elements whose squares are summed in fp32

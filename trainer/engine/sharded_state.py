@@ -22,7 +22,7 @@ import torch
 import xxhash
 from safetensors import safe_open
 
-from trainer.datatypes import BadInput
+from packhorse.trainer.datatypes import BadInput
 
 # States of a parameter; a buffer has only the first.
 WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"

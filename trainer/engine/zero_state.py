@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import dist
-from trainer.engine.optim import MOMENTS, is_offloaded, moments_of
-from trainer.engine.sharded_state import (
+from packhorse.trainer import dist
+from packhorse.trainer.engine.optim import MOMENTS, is_offloaded, moments_of
+from packhorse.trainer.engine.sharded_state import (
     FROZEN,
     WEIGHT,
     Digests,
@@ -30,7 +30,7 @@ from trainer.engine.sharded_state import (
     add_digests,
     digests_of,
 )
-from trainer.model.quantisation import parts_of
+from packhorse.trainer.model.quantisation import parts_of
 
 Names = Mapping[int, str]
 """id of a parameter -> its name."""

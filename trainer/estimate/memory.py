@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config.recipe import Recipe
-from trainer.data.batch_plan import filler_share
-from trainer.datatypes import BadInput
-from trainer.estimate.model import Activations, ModelSizes
-from trainer.model.loss import BLOCK_HIDDEN, LIGER_HIDDEN
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.data.batch_plan import filler_share
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.estimate.model import Activations, ModelSizes
+from packhorse.trainer.model.loss import BLOCK_HIDDEN, LIGER_HIDDEN
 
 GIB = 2**30
 # Neither is measured: blocks that the allocator holds and cannot use, as a share of what is

@@ -16,16 +16,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.config.recipe import AdapterSection, ModelSection, OptimSection
-from trainer.datatypes import BadInput
-from trainer.engine.optim import parameter_groups
-from trainer.metrics import ModelFlops, model_flops
-from trainer.model import attention
-from trainer.model.attention_kernels import Arguments, Bounds
-from trainer.model.load import load_config
-from trainer.model.lora import add_adapter
-from trainer.model.packing_check import decoder_layers
-from trainer.utils.text import one_line
+from packhorse.trainer.config.recipe import AdapterSection, ModelSection, OptimSection
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.optim import parameter_groups
+from packhorse.trainer.metrics import ModelFlops, model_flops
+from packhorse.trainer.model import attention
+from packhorse.trainer.model.attention_kernels import Arguments, Bounds
+from packhorse.trainer.model.load import load_config
+from packhorse.trainer.model.lora import add_adapter
+from packhorse.trainer.model.packing_check import decoder_layers
+from packhorse.trainer.utils.text import one_line
 
 # -------------------------------------------------------------------------------------------- sizes
 

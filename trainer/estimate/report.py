@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer import dist
-from trainer.config.recipe import Recipe
-from trainer.data.batch_plan import MUCH_FILLER, Plan, filler_share, good_worlds
-from trainer.datatypes import BadInput
-from trainer.engine.ds_config import deepspeed_config
-from trainer.estimate.memory import (
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.data.batch_plan import MUCH_FILLER, Plan, filler_share, good_worlds
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.ds_config import deepspeed_config
+from packhorse.trainer.estimate.memory import (
     GIB,
     Cluster,
     Disk,
@@ -30,14 +30,14 @@ from trainer.estimate.memory import (
     peak_memory,
     step_seconds,
 )
-from trainer.estimate.model import (
+from packhorse.trainer.estimate.model import (
     Activations,
     ModelSizes,
     build_empty_model,
     measure_model,
     trace_activations,
 )
-from trainer.model.loss import choose_kernel
+from packhorse.trainer.model.loss import choose_kernel
 
 if TYPE_CHECKING:
     from rich.table import Table

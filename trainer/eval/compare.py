@@ -12,12 +12,12 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trainer.checkpoint.best import best_step, evaluations
-from trainer.config.eval import EVAL_LOSS
-from trainer.datatypes import BadInput
-from trainer.eval.confidence import Difference, paired
-from trainer.metrics import EVALUATIONS
-from trainer.utils.files import read_json_lines
+from packhorse.trainer.checkpoint.best import best_step, evaluations
+from packhorse.trainer.config.eval import EVAL_LOSS
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.eval.confidence import Difference, paired
+from packhorse.trainer.metrics import EVALUATIONS
+from packhorse.trainer.utils.files import read_json_lines
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,17 +15,17 @@ from typing import Any
 
 import torch
 
-from trainer import dist
-from trainer.config.eval import Choice, GenerateSection, Judge
-from trainer.config.recipe import Recipe
-from trainer.data.loader import Loader
-from trainer.data.mask import Masker
-from trainer.data.prepare import Prepared, eval_plan, held_out_prompts
-from trainer.datatypes import BadInput, Batch, Prompt
-from trainer.engine.engine import Engine
-from trainer.eval import server_answers
-from trainer.eval.generate import choice_logprobs, generate, require_room
-from trainer.eval.metrics import (
+from packhorse.trainer import dist
+from packhorse.trainer.config.eval import Choice, GenerateSection, Judge
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.data.loader import Loader
+from packhorse.trainer.data.mask import Masker
+from packhorse.trainer.data.prepare import Prepared, eval_plan, held_out_prompts
+from packhorse.trainer.datatypes import BadInput, Batch, Prompt
+from packhorse.trainer.engine.engine import Engine
+from packhorse.trainer.eval import server_answers
+from packhorse.trainer.eval.generate import choice_logprobs, generate, require_room
+from packhorse.trainer.eval.metrics import (
     Metric,
     Sample,
     as_table,
@@ -33,12 +33,12 @@ from trainer.eval.metrics import (
     score_samples,
     summarize,
 )
-from trainer.eval.openai_client import Unreachable
-from trainer.eval.scorers import likeliest
-from trainer.hang_watchdog import Watch
-from trainer.metrics import EVALUATIONS, Metrics
-from trainer.stop_flag import StopFlag
-from trainer.utils.files import append_json_line, read_json_lines
+from packhorse.trainer.eval.openai_client import Unreachable
+from packhorse.trainer.eval.scorers import likeliest
+from packhorse.trainer.hang_watchdog import Watch
+from packhorse.trainer.metrics import EVALUATIONS, Metrics
+from packhorse.trainer.stop_flag import StopFlag
+from packhorse.trainer.utils.files import append_json_line, read_json_lines
 
 
 def held_out_loss(

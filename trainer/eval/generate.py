@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from trainer import dist
-from trainer.config.eval import GenerateSection
-from trainer.datatypes import BadInput, Prompt
-from trainer.engine.engine import Engine
-from trainer.hang_watchdog import Watch
-from trainer.model.attention import other_attention
-from trainer.stop_flag import StopFlag
+from packhorse.trainer import dist
+from packhorse.trainer.config.eval import GenerateSection
+from packhorse.trainer.datatypes import BadInput, Prompt
+from packhorse.trainer.engine.engine import Engine
+from packhorse.trainer.hang_watchdog import Watch
+from packhorse.trainer.model.attention import other_attention
+from packhorse.trainer.stop_flag import StopFlag
 
 PAD = 0  # any token will do: the attention mask hides it
 

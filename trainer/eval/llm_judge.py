@@ -12,9 +12,9 @@ import hashlib
 import re
 from collections.abc import Callable, Sequence
 
-from trainer.config.eval import Judge
-from trainer.datatypes import Prompt
-from trainer.eval.openai_client import Client, text_of
+from packhorse.trainer.config.eval import Judge
+from packhorse.trainer.datatypes import Prompt
+from packhorse.trainer.eval.openai_client import Client, text_of
 
 GRADES = 5  # the highest grade
 _MAX_TOKENS = 1024  # of a reply with its thinking; the recipe's `extra` may say otherwise

@@ -20,13 +20,13 @@ from typing import Any
 
 import torch
 
-from trainer.config.eval import EvalSection
-from trainer.config.recipe import Recipe
-from trainer.datatypes import BadInput
-from trainer.eval.compare import HARNESS_METRICS, HARNESS_SAMPLES
-from trainer.eval.confidence import interval
-from trainer.utils.files import write_json, write_synced
-from trainer.utils.text import one_line
+from packhorse.trainer.config.eval import EvalSection
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.eval.compare import HARNESS_METRICS, HARNESS_SAMPLES
+from packhorse.trainer.eval.confidence import interval
+from packhorse.trainer.utils.files import write_json, write_synced
+from packhorse.trainer.utils.text import one_line
 
 _Z = NormalDist().inv_cdf(0.975)
 

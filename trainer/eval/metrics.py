@@ -10,15 +10,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from trainer import dist
-from trainer.config.eval import Choice, Function, Judge, Math, Scorer
-from trainer.datatypes import BadInput, Prompt
-from trainer.eval.confidence import interval
-from trainer.eval.llm_judge import judge_answers
-from trainer.eval.openai_client import Unreachable
-from trainer.eval.scorers import TooSlow, Unscored, expected, score
-from trainer.utils.math_answers import check_installed
-from trainer.utils.user_functions import load_function
+from packhorse.trainer import dist
+from packhorse.trainer.config.eval import Choice, Function, Judge, Math, Scorer
+from packhorse.trainer.datatypes import BadInput, Prompt
+from packhorse.trainer.eval.confidence import interval
+from packhorse.trainer.eval.llm_judge import judge_answers
+from packhorse.trainer.eval.openai_client import Unreachable
+from packhorse.trainer.eval.scorers import TooSlow, Unscored, expected, score
+from packhorse.trainer.utils.math_answers import check_installed
+from packhorse.trainer.utils.user_functions import load_function
 
 # processor time that a scorer may lose, in one evaluation, on answers that exceed its time limit
 SLOW_S = 60.0
@@ -101,7 +101,7 @@ def score_samples(
         stopping: called while a judge is waited for.
 
     Raises:
-        Cancelled (trainer.eval.openai_client): `stopping` returned True.
+        Cancelled (packhorse.trainer.eval.openai_client): `stopping` returned True.
     """
     columns: dict[str, list[float | str]] = {}
     for name, rule in scorers.items():

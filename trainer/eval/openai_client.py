@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from trainer.config.eval import Server
-from trainer.utils.text import one_line
+from packhorse.trainer.config.eval import Server
+from packhorse.trainer.utils.text import one_line
 
 _CONNECT_S = 10.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 10.0  # between tries; each pause is twice the last

@@ -18,7 +18,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trainer.config.eval import (
+from packhorse.trainer.config.eval import (
     Choice,
     Contains,
     Exact,
@@ -31,13 +31,13 @@ from trainer.config.eval import (
     Scorer,
     ToolCall,
 )
-from trainer.datatypes import BadInput, Prompt, RowError
-from trainer.utils.math_answers import LIMIT_S as MATH_S
-from trainer.utils.math_answers import math_verdict
-from trainer.utils.strict_json import parse
-from trainer.utils.text import error_line, one_line
-from trainer.utils.time_limit import Failed, TooLong, bounded
-from trainer.utils.user_functions import load_function
+from packhorse.trainer.datatypes import BadInput, Prompt, RowError
+from packhorse.trainer.utils.math_answers import LIMIT_S as MATH_S
+from packhorse.trainer.utils.math_answers import math_verdict
+from packhorse.trainer.utils.strict_json import parse
+from packhorse.trainer.utils.text import error_line, one_line
+from packhorse.trainer.utils.time_limit import Failed, TooLong, bounded
+from packhorse.trainer.utils.user_functions import load_function
 
 PATTERN_S = 2.0  # of processor time for one answer; a sane pattern takes milliseconds
 

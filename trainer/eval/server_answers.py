@@ -26,18 +26,18 @@ from typing import Any, TypeVar
 
 import torch
 
-from trainer import dist
-from trainer.checkpoint.hf_export import copy_to_file, write_folder
-from trainer.config.eval import GenerateSection, Server
-from trainer.config.recipe import Recipe
-from trainer.datatypes import BadInput, Prompt
-from trainer.engine.engine import Engine, gathered
-from trainer.eval.openai_client import Cancelled, Client, Refused, Unreachable, text_of
-from trainer.eval.vllm_server import PATIENCE_S, Gpu, check_vllm, free_gpus, running_vllm
-from trainer.hang_watchdog import Watch
-from trainer.model.lora import merged_weights
-from trainer.model.quantisation import numel
-from trainer.stop_flag import StopFlag
+from packhorse.trainer import dist
+from packhorse.trainer.checkpoint.hf_export import copy_to_file, write_folder
+from packhorse.trainer.config.eval import GenerateSection, Server
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.datatypes import BadInput, Prompt
+from packhorse.trainer.engine.engine import Engine, gathered
+from packhorse.trainer.eval.openai_client import Cancelled, Client, Refused, Unreachable, text_of
+from packhorse.trainer.eval.vllm_server import PATIENCE_S, Gpu, check_vllm, free_gpus, running_vllm
+from packhorse.trainer.hang_watchdog import Watch
+from packhorse.trainer.model.lora import merged_weights
+from packhorse.trainer.model.quantisation import numel
+from packhorse.trainer.stop_flag import StopFlag
 
 FOLDER = "serving"  # in the run folder: the weights, while a server needs them
 _COMPILED = "_orig_mod."  # torch.compile puts it before parameters' names

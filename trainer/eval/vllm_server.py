@@ -21,12 +21,12 @@ from typing import NamedTuple
 
 import torch
 
-from trainer import dist
-from trainer.config.eval import GenerateSection, Server
-from trainer.config.recipe import Recipe
-from trainer.datatypes import BadInput
-from trainer.eval import subprocess_guard
-from trainer.eval.openai_client import Cancelled, Client, Unreachable
+from packhorse.trainer import dist
+from packhorse.trainer.config.eval import GenerateSection, Server
+from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.eval import subprocess_guard
+from packhorse.trainer.eval.openai_client import Cancelled, Client, Unreachable
 
 PATIENCE_S = 10.0  # for retries: a vLLM of our own that does not answer has ended
 _ANSWER_S = 900.0

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.datatypes import BadInput, Batch
-from trainer.model import attention_kernels
-from trainer.model.attention_kernels import Arguments, Bounds, visible
+from packhorse.trainer.datatypes import BadInput, Batch
+from packhorse.trainer.model import attention_kernels
+from packhorse.trainer.model.attention_kernels import Arguments, Bounds, visible
 
 BACKENDS = ("flash_attn", "torch_varlen", "reference")
 

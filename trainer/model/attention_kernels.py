@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from trainer.datatypes import BadInput
+from packhorse.trainer.datatypes import BadInput
 
 PRODUCTS_TOKENS = 512  # of a document: beyond, holding all L x L scores costs more than it gains
 MAX_HEAD_SIZE = 256  # of FlashAttention 2, torch's own build of it included

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer.datatypes import BadInput
+from packhorse.trainer.datatypes import BadInput
 
 _ROPE = "apply_rotary_pos_emb"  # the function's name in transformers' modules
 # The loss is loss.py's; Liger would put its layer norm into torch.nn itself.

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import dist
-from trainer.config.recipe import AdapterSection, ModelSection
-from trainer.datatypes import BadInput
-from trainer.model import attention, liger_layers
-from trainer.model.lora import add_adapter
-from trainer.utils.files import local_folder
-from trainer.utils.text import one_line
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import AdapterSection, ModelSection
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model import attention, liger_layers
+from packhorse.trainer.model.lora import add_adapter
+from packhorse.trainer.utils.files import local_folder
+from packhorse.trainer.utils.text import one_line
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import dist
-from trainer.datatypes import BadInput
-from trainer.model.attention import other_attention
+from packhorse.trainer import dist
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.attention import other_attention
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import dist
-from trainer.config.recipe import AdapterSection
-from trainer.datatypes import BadInput
-from trainer.model.quantisation import dequantise, numel, quantise
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import AdapterSection
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.quantisation import dequantise, numel, quantise
 
 NAME = "default"  # peft's name of a model's only adapter; a part of parameters' names
 

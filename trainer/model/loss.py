@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from trainer.datatypes import BadInput
-from trainer.model.logit_transform import LogitTransform
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.logit_transform import LogitTransform
 
 # c of C5: `chunked` works on c x H entries of the vocabulary at a time. Its speed is flat from 2 to
 # 16.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from trainer.dist import seed_from
+from packhorse.trainer.dist import seed_from
 
 
 def document_noise(

@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from trainer import dist
-from trainer.datatypes import BadInput, Batch
-from trainer.model import liger_layers
-from trainer.model.attention import checked_masks, other_attention
-from trainer.model.logit_transform import LogitTransform, measure_transform
-from trainer.model.sft import SftModel
-from trainer.utils.text import one_line
+from packhorse.trainer import dist
+from packhorse.trainer.datatypes import BadInput, Batch
+from packhorse.trainer.model import liger_layers
+from packhorse.trainer.model.attention import checked_masks, other_attention
+from packhorse.trainer.model.logit_transform import LogitTransform, measure_transform
+from packhorse.trainer.model.sft import SftModel
+from packhorse.trainer.utils.text import one_line
 
 SHORT = (24, 17)  # tokens of the first and the last document
 PAST_LIMIT = 24  # tokens of the middle one beyond the longest window or chunk

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from trainer import dist
-from trainer.datatypes import BadInput
+from packhorse.trainer import dist
+from packhorse.trainer.datatypes import BadInput
 
 # peft imports it; on some CPUs it warns that it did not find kernels on the hub, which nobody asked
 # for

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trainer import dist
-from trainer.config.recipe import LossSection
-from trainer.datatypes import BadInput, Batch
-from trainer.model.attention import keyword_arguments
-from trainer.model.logit_transform import LogitTransform
-from trainer.model.loss import choose_kernel, linear_cross_entropy
-from trainer.model.neftune import document_noise
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import LossSection
+from packhorse.trainer.datatypes import BadInput, Batch
+from packhorse.trainer.model.attention import keyword_arguments
+from packhorse.trainer.model.logit_transform import LogitTransform
+from packhorse.trainer.model.loss import choose_kernel, linear_cross_entropy
+from packhorse.trainer.model.neftune import document_noise
 
 
 class Targets(NamedTuple):

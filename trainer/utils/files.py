@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from trainer.datatypes import BadInput
-from trainer.dist import local_rank, log
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.dist import local_rank, log
 
 BEAT_S = 1.0  # between two touches of a lock
 # An owner that is silent for so long is dead. Measured on the waiter's own clock, because the

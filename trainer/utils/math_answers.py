@@ -16,8 +16,8 @@ import importlib.util
 import re
 from typing import Literal
 
-from trainer.datatypes import BadInput
-from trainer.utils.time_limit import Failed, TooLong, bounded
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils.time_limit import Failed, TooLong, bounded
 
 MARKED = re.compile(r"####([^\n]*)\s*\Z|<answer>(.*?)</answer>", re.DOTALL)
 LIMIT_S = 10.0

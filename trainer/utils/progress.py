@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from trainer import dist
+from packhorse.trainer import dist
 
 LINE_EVERY_S = 10.0  # between the lines of RowProgress
 

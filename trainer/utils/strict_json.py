@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from trainer.datatypes import RowError
+from packhorse.trainer.datatypes import RowError
 
 MAX_DEPTH = 64  # of nested values: far above any schema, far below Python's recursion limit
 

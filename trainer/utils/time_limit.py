@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
-from trainer.utils.child_process import Child, start_child
-from trainer.utils.text import error_line
+from packhorse.trainer.utils.child_process import Child, start_child
+from packhorse.trainer.utils.text import error_line
 
 LIMIT_BYTES = 4 << 30  # of memory that a call may take beyond what the helper takes at its start
 

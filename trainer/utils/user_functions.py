@@ -16,8 +16,8 @@ from typing import Any
 
 import xxhash
 
-from trainer.datatypes import BadInput
-from trainer.utils.text import error_line
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils.text import error_line
 
 
 @cache
