@@ -46,7 +46,7 @@ def recipe(shared: Path, model: Path, run_dir: Path) -> Recipe:
             "batch": {"seq_len": 512, "global_batch_size": 2},
             "optim": {"lr": 1e-4},
             "train": {"steps": 30},
-            "parallel": {"deepspeed": "ds_configs/zero2.json"},
+            "parallel": {"deepspeed": "zero2"},
             "run": {"dir": str(run_dir)},
         }
     )

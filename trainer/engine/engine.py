@@ -327,6 +327,6 @@ class _GradientWatch:
             raise BadInput(
                 f"`{min(self._waiting)}` and {len(self._waiting) - 1} other parameters got no "
                 "gradient in a micro-batch, for which ZeRO-3 would apply the last step's again; "
-                "use ds_configs/zero2.json"
+                "set parallel.deepspeed=zero2"
             )
         self._waiting.update(self._names)
