@@ -37,6 +37,9 @@ from packhorse.trainer.model.lora import borrowed_weights
 # DeepSpeed chooses its accelerator when it is imported
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Else DeepSpeed starts `numactl` to count devices, once for each gradient that ZeRO-3 reduces:
+    # a tenth of a small model's step.
+    os.environ.setdefault("LOCAL_SIZE", str(dist.local_world_size()))
 
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
