@@ -26,14 +26,13 @@ def test_a_function_of_the_current_folder_or_of_a_package_in_it_is_found(here):
 
 
 def test_the_named_module_comes_from_the_current_folder_and_what_it_imports_from_packages(here):
-    for name in ("colorsys", "sched"):  # modules of Python that nobody has imported yet
-        sys.modules.pop(name, None)
+    for name in ("tabnanny", "pyclbr"):  # modules of Python that nobody else imports
         (here / f"{name}.py").write_text(
-            "import sched\ndef where(): return __file__, sched.__file__"
+            "import pyclbr\ndef where(): return __file__, pyclbr.__file__"
         )
-    module, other = load_function("colorsys:where")()
-    assert module == str(here / "colorsys.py")
-    assert other != str(here / "sched.py")
+    module, other = load_function("tabnanny:where")()
+    assert module == str(here / "tabnanny.py")
+    assert other != str(here / "pyclbr.py")
     assert sys.path[0] != str(here)
 
 
