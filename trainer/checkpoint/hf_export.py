@@ -71,9 +71,7 @@ def export(run_dir: Path, out: Path, step: int | None = None, *, merge: bool = F
         raise BadInput(
             f"{run_dir}: the adapter's base has random weights, that no folder holds; add --merge"
         )
-    saved, manifest = (
-        checkpoint.open_newest(run_dir) if step is None else checkpoint.open_step(run_dir, step)
-    )
+    saved, manifest = checkpoint.open_checkpoint(run_dir, step)
 
     staged = out.with_name(f".{out.name}.saving")
     shutil.rmtree(staged, ignore_errors=True)

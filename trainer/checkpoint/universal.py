@@ -43,9 +43,7 @@ def export_universal(run_dir: Path, out: Path, step: int | None = None) -> Path:
     """
     if out.exists() and not (out / "latest_universal").is_file():
         raise BadInput(f"{out}: exists and is not a universal checkpoint; give another --out")
-    saved, manifest = (
-        checkpoint.open_newest(run_dir) if step is None else checkpoint.open_step(run_dir, step)
-    )
+    saved, manifest = checkpoint.open_checkpoint(run_dir, step)
     tag = f"step-{manifest.state.step:06d}"
     staged = out.with_name(f".{out.name}.saving")
     shutil.rmtree(staged, ignore_errors=True)

@@ -241,7 +241,7 @@ def compare(a: Path, b: Path, start: dict[str, torch.Tensor]) -> Differences:
     if [line["step"] for line in left] != [line["step"] for line in right]:
         raise RuntimeError(f"{a} has {len(left)} steps in its trace, {b} has {len(right)}")
     pairs = list(zip(left, right, strict=True))
-    (saved_a, _), (saved_b, _) = checkpoint.open_newest(a), checkpoint.open_newest(b)
+    (saved_a, _), (saved_b, _) = checkpoint.open_checkpoint(a), checkpoint.open_checkpoint(b)
 
     def largest(key: str) -> float:
         return max(abs(x[key] - y[key]) / abs(x[key]) for x, y in pairs)
