@@ -41,10 +41,10 @@ test: install  ## run every test that needs no GPU and no root, at most 10 minut
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not gpu and not runs and not cluster and not vllm' -n 2 --dist loadfile
 
 test-runs: install  ## whole training runs, minutes each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'runs and not gpu' -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'runs and not gpu' -n 3 --dist loadfile
 
 test-cluster: install  ## hosts, Slurm, pods, the image, on this machine; as root, after .ci/run
-	$(BIN)/python -m pytest -m cluster
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
 
 test-vllm: install .venv-vllm/installed  ## answers of a real vLLM on the CPU, in .venv-vllm (3 GB)
 	PACKHORSE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm

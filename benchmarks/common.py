@@ -65,7 +65,7 @@ class Job:
     liger: bool = False
     # of accumulation, in the loop and in packhorse; their master weights are fp32 always
     grad_dtype: str = "float32"
-    deepspeed: str = "ds_configs/zero1.json"  # packhorse's template
+    deepspeed: str = "zero1"  # packhorse's template
     trl: dict[str, object] = field(
         default_factory=dict
     )  # SFTConfig as it is given to TRL, over the job's own

@@ -123,7 +123,7 @@ CASES = (
         QWEN_1_5B,
         {"global_batch_size": 4},
         (
-            Arm("packhorse", "packhorse, ZeRO-1", {"deepspeed": "ds_configs/zero1.json"}),
+            Arm("packhorse", "packhorse, ZeRO-1", {"deepspeed": "zero1"}),
             Arm("trl", "TRL + Liger, all in bf16", {"trl": TRL}),
             Arm("loop", "bare loop", {}),
         ),
@@ -133,7 +133,7 @@ CASES = (
         LLAMA_8B,
         {"global_batch_size": 2, "activation_checkpointing": "full", "grad_dtype": "bfloat16"},
         (
-            Arm("packhorse", "packhorse, ZeRO-3", {"deepspeed": "ds_configs/zero3.json"}),
+            Arm("packhorse", "packhorse, ZeRO-3", {"deepspeed": "zero3"}),
             Arm("trl", "TRL + Liger, all in bf16", {"trl": TRL | {"gradient_checkpointing": True}}),
             Arm("loop", "bare loop", {}),
             Arm(

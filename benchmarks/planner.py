@@ -2,7 +2,7 @@
 
     python benchmarks/planner.py [--model DIR] [--ranks 2] [--dtype bfloat16]
 
-Each template of ds_configs/ (but NVMe's, whose states are files) trains one step; weights,
+Each packaged template (but NVMe's, whose states are files) trains one step; weights,
 gradients, fp32 weights and moments are the buffers of the fullest rank. Writes
 benchmarks/results/planner_<device>.md.
 """
@@ -92,7 +92,7 @@ def measure(options: argparse.Namespace) -> None:
                     },
                     "data": {"train": [{"path": "unused"}]},
                     "batch": {"seq_len": ROW_TOKENS},
-                    "parallel": {"deepspeed": f"ds_configs/{path.name}"},
+                    "parallel": {"deepspeed": path.stem},
                     "run": {"dir": str(options.rank_out.parent)},
                 }
             )

@@ -124,9 +124,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--rows-per-micro", type=int, default=4, help="packhorse's; TRL's are its arms' own"
     )
-    parser.add_argument(
-        "--deepspeed", default="ds_configs/zero2.json", help="packhorse's DeepSpeed template"
-    )
+    parser.add_argument("--deepspeed", default="zero2", help="packhorse's DeepSpeed template")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "vs_trl_cpu.md"
     )

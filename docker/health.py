@@ -29,8 +29,9 @@ def processes(proc: Path) -> dict[int, str]:
 
 
 def _is_ours(command: list[bytes]) -> bool:
-    # launcher: python /opt/venv/bin/packhorse ...; worker: python -m packhorse ...
-    return any(word == b"packhorse" or word.endswith(b"/packhorse") for word in command[1:3])
+    # launcher: python /opt/venv/bin/packhorse ...; worker: python .../packhorse/__main__.py ...
+    own = (b"/packhorse", b"/packhorse/__main__.py")
+    return any(word == b"packhorse" or word.endswith(own) for word in command[1:3])
 
 
 def main() -> int:

@@ -77,7 +77,7 @@ def launch(
     """Run `python *worker` in `nproc` processes on this node and return the exit code at their end.
 
     Args:
-        worker: arguments of this Python, as `["-m", "packhorse", "train", "recipe.yaml"]`.
+        worker: arguments of this Python, as `[MAIN, "train", "recipe.yaml"]`.
         run_dir: the run folder, where `stop.json` appears and ranks other than 0 write `logs/`.
         nproc: processes on this node. None: one for each GPU, or one without a GPU.
         endpoint: host:port of the rendezvous. Port 0 takes a free one, on a single node only.

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from packhorse import __version__
+from packhorse.trainer.config.packaged import find_template
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import BadInput
 
@@ -265,8 +266,8 @@ def _code_parts() -> Iterable[bytes]:
 
 def _recipe_parts(recipe: Recipe) -> Iterable[bytes]:
     yield recipe.to_yaml().encode()
-    with suppress(OSError):  # the workers report a missing template
-        yield Path(recipe.parallel.deepspeed).read_bytes()
+    with suppress(OSError, BadInput):  # the workers report a missing template
+        yield find_template(recipe.parallel.deepspeed).read_bytes()
 
 
 def _digest(parts: Iterable[bytes]) -> str:

@@ -59,7 +59,7 @@ def main(folders: list[str]) -> None:
     with dist.process_group():
         for folder, (case, changes) in itertools.product(folders, CASES.items()):
             section = ModelSection.model_validate({"name": folder, "dtype": "float32", **changes})
-            parallel, optim = ParallelSection(deepspeed="ds_configs/zero3.json"), OptimSection()
+            parallel, optim = ParallelSection(deepspeed="zero3"), OptimSection()
             config = deepspeed_config(parallel, section, optim, 32, Path(folder))
             tokenizer = load_tokenizer(section)
             plain = load_model(section, tokenizer, seed=3)

@@ -20,7 +20,7 @@ def manifests(
 ) -> dict[str, Any]:
     """Return the debug recipe's manifests for a run called `sft`, by kind."""
     recipe = ROOT / "recipes/debug.yaml"
-    found = (f"parallel.deepspeed={ROOT}/ds_configs/zero3.json", *overrides)
+    found = ("parallel.deepspeed=zero3", *overrides)
     text = render(
         recipe, found, kind, nodes=nodes, image="registry/packhorse:1", name="sft", cluster=cluster
     )

@@ -351,7 +351,7 @@ def explain_out_of_memory(what: str) -> Iterator[None]:
         raise BadInput(
             f"{what} does not fit into the memory of rank {dist.rank()}'s GPU: lower "
             "batch.micro_batch_size or batch.seq_len, set model.activation_checkpointing=full, "
-            "use more GPUs or a template of ds_configs/ that shards or offloads more; "
+            "use more GPUs or a DeepSpeed template that shards or offloads more; "
             "`packhorse plan` says which template fits"
         ) from None
 

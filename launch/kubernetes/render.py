@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
+from packhorse.trainer.config.packaged import find_template
 from packhorse.trainer.config.parsing import read_yaml
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import DONE, FAILED, BadInput
@@ -127,9 +128,7 @@ def _recipe_files(
 ) -> dict[str, str]:
     """Return the files in RECIPE_DIR: the resolved recipe, and its DeepSpeed template."""
     recipe = load_recipe(recipe_file, list(overrides))
-    template = Path(recipe.parallel.deepspeed)
-    if not template.is_file():
-        raise BadInput(f"parallel.deepspeed: there is no file {template}; take one of ds_configs/")
+    template = find_template(recipe.parallel.deepspeed)
     workdir = container.get("workingDir", "/")
     run_dir = posixpath.normpath(posixpath.join(workdir, recipe.run.dir))
     folders = _persistent_folders(pod, container)

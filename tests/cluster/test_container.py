@@ -220,7 +220,7 @@ def test_the_cpu_flavour_is_small(docker):
 
 
 def test_what_is_in_the_image_and_what_is_not(docker):
-    folders = {"docker", "ds_configs", "launch", "recipes", "slurm", "trainer"}
+    folders = {"docker", "ds_configs", "launch", "packhorse", "recipes", "slurm", "trainer"}
     files = {"LICENSE", "README.md", "constraints.txt", "packhorse.egg-info", "pyproject.toml"}
     assert set(inside(docker, "ls", "-A").split()) == folders | files
     tools = inside(docker, "sh", "-c", "command -v cc gcc c++ g++ clang nvcc ld make || true")

@@ -59,7 +59,7 @@ def build(order: dict[str, Any], template: str) -> tuple[Any, Any]:
     recipe = load_recipe(
         ROOT / "recipes" / "debug.yaml",
         [
-            f"parallel.deepspeed=ds_configs/{template}.json",
+            f"parallel.deepspeed={template}",
             f"run.dir={order['folder']}/run",
             *order["recipe"],
         ],

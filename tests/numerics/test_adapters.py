@@ -33,7 +33,7 @@ pytestmark = pytest.mark.runs
 LORA = "adapter={rank: 4, alpha: 16, dropout: 0.1, modules_to_save: [lm_head]}"
 DORA = "adapter={rank: 4, alpha: 16, dora: true, dropout: 0.1}"
 NF4 = "adapter={rank: 4, alpha: 16, base: nf4_double_quant}"
-STAGES = ("zero0", "zero1", "zero2", "zero3", "zero3_offload_optimizer")
+STAGES = ("zero0", "zero2", "zero3", "zero3_offload_optimizer")
 
 
 def all_cases(
@@ -63,7 +63,6 @@ def all_cases(
             case(root, "2-dora-zero2", "zero2", DORA),
             case(root, "2-dora-zero3", "zero3", DORA),
             case(root, "2-dora-recompute", "zero3", DORA, recompute),
-            case(root, "2-nf4-zero1", "zero1", NF4),
             case(root, "2-nf4-zero2", "zero2", NF4),
             case(root, "2-nf4-recompute", "zero2", NF4, recompute),
             case(root, "2-bf16", "zero3", LORA, *BF16),
@@ -82,7 +81,6 @@ def all_cases(
             moved("nf4-2-to-1", "zero1", NF4),
         ],
         3: [
-            case(root, "3-zero2", "zero2", LORA),
             case(root, "3-zero3", "zero3", LORA),
             moved("1-to-3", "zero3", LORA),
             moved("zero3-to-zero1", "zero1", LORA),
@@ -107,9 +105,7 @@ def require_agreement(runs: dict[str, Run], one: str, other: str) -> None:
     assert seen.agrees
 
 
-@pytest.mark.parametrize(
-    "other", ["1-zero3", *(f"2-{stage}" for stage in STAGES), "3-zero2", "3-zero3"]
-)
+@pytest.mark.parametrize("other", ["1-zero3", *(f"2-{stage}" for stage in STAGES), "3-zero3"])
 def test_lora_is_the_same_in_every_world_and_stage(runs: dict[str, Run], other: str) -> None:
     require_agreement(runs, "1-zero0", other)
 
@@ -123,7 +119,7 @@ def test_dora_is_the_same_in_every_world_and_stage(runs: dict[str, Run], other: 
     require_agreement(runs, "1-dora-zero0", other)
 
 
-@pytest.mark.parametrize("other", ["2-nf4-zero1", "2-nf4-zero2", "2-nf4-recompute"])
+@pytest.mark.parametrize("other", ["2-nf4-zero2", "2-nf4-recompute"])
 def test_qlora_is_the_same_in_every_world_and_stage(runs: dict[str, Run], other: str) -> None:
     require_agreement(runs, "1-nf4-zero0", other)
 

@@ -85,7 +85,7 @@ def main(out: Path) -> None:
                 ROOT / "recipes" / "debug.yaml",
                 [
                     f"run.dir={run_dir}",
-                    f"parallel.deepspeed={ROOT}/ds_configs/{stage}.json",
+                    f"parallel.deepspeed={stage}",
                     f"data.cache={out}/cache",
                     "eval.generate=null",
                     "data.eval=[]",

@@ -59,7 +59,7 @@ def main(out: Path) -> None:
                 ROOT / "recipes" / "debug.yaml",
                 [
                     f"run.dir={out}",
-                    f"parallel.deepspeed={ROOT}/ds_configs/{stage}.json",
+                    f"parallel.deepspeed={stage}",
                     f"model.dtype={dtype}",
                     f"parallel.grad_dtype={grad_dtype}",
                     *(["adapter={rank: 4, modules_to_save: [lm_head]}"] if adapter else []),

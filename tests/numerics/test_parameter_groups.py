@@ -86,7 +86,7 @@ def build(template: str, folder: Path) -> Engine:
 
     optim = OptimSection(lr=1e-3, weight_decay=0.0, max_grad_norm=1e6)
     config = deepspeed_config(
-        ParallelSection(deepspeed=f"ds_configs/{template}.json"),
+        ParallelSection(deepspeed=template),
         ModelSection(name="x", dtype="float32"),
         optim,
         SIZES["hidden_size"],

@@ -15,8 +15,13 @@ from tests.numerics.compare import BF16, BF16_CHANGE_BOUND, Run, case, differenc
 
 pytestmark = pytest.mark.runs
 
-MOVES = ((2, 1), (1, 2), (2, 4), (4, 3))  # worlds that X4 saves and resumes at
-MOVED_STAGES = ("zero1", "zero2", "zero3", "zero3_offload_optimizer")
+# the worlds that X4 saves and resumes at, by stage: each stage both shrinks and grows
+MOVES = {
+    "zero1": ((2, 1), (2, 4)),
+    "zero2": ((1, 2), (4, 3)),
+    "zero3": ((2, 1), (1, 2), (2, 4), (4, 3)),
+    "zero3_offload_optimizer": ((2, 1), (1, 2)),
+}
 STAGE_MOVES = (
     ("zero1", "zero3"),
     ("zero3", "zero2"),
@@ -41,11 +46,11 @@ def moved_cases(
         before[worlds[0]].append(case(root, name, stages[0], *overrides, stop_after=3, **model))
         after[worlds[1]].append(case(root, name, stages[1], *overrides, **(then or model)))
 
-    never_stopped = [case(root, f"2-{stage}", stage) for stage in (*MOVED_STAGES, "zero3_nvme")]
+    never_stopped = [case(root, f"2-{stage}", stage) for stage in (*MOVES, "zero3_nvme")]
     never_stopped += [case(root, "2-frozen_and_buffers", "zero3", changes=["frozen_and_buffers"])]
     before[2] += [*never_stopped, case(root, "2-bf16", "zero3", *BF16)]
-    for stage in MOVED_STAGES:
-        for saved, resumed in MOVES:
+    for stage, moves in MOVES.items():
+        for saved, resumed in moves:
             move(f"{stage}-{saved}-to-{resumed}", (saved, resumed), (stage, stage))
     for first, then in STAGE_MOVES:
         move(f"{first}-to-{then}", (2, 3), (first, then), "checkpoint.asynchronous=false")
@@ -62,12 +67,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     return run_cases(*moved_cases(tmp_path_factory.mktemp("runs")))
 
 
-@pytest.mark.parametrize("stage", MOVED_STAGES)
-@pytest.mark.parametrize("worlds", MOVES, ids=lambda worlds: f"{worlds[0]}-to-{worlds[1]}")
+@pytest.mark.parametrize(
+    ("stage", "saved", "resumed"),
+    [(stage, *worlds) for stage, moves in MOVES.items() for worlds in moves],
+)
 def test_x4_a_run_resumed_by_another_world_is_one_never_stopped(
-    runs: dict[str, Run], stage: str, worlds: tuple[int, int]
+    runs: dict[str, Run], stage: str, saved: int, resumed: int
 ) -> None:
-    name = f"{stage}-{worlds[0]}-to-{worlds[1]}"
+    name = f"{stage}-{saved}-to-{resumed}"
     seen = difference(runs[f"2-{stage}"], runs[name])
     report(name, seen)
     assert seen.agrees

@@ -235,7 +235,7 @@ def test_an_export_is_scored_as_its_checkpoint_whole_and_on_one_process(
     root: Path, exported: Path, evaluated: Path
 ) -> None:
     """It runs at ZeRO stage 2, which shards nothing without an optimizer; the other at stage 3."""
-    changes = (*OFTEN, f"data.cache={root / 'cache'}", "parallel.deepspeed=ds_configs/zero2.json")
+    changes = (*OFTEN, f"data.cache={root / 'cache'}", "parallel.deepspeed=zero2")
     out = root / "results"
     done = packhorse(
         "eval", str(exported), "recipes/debug.yaml", "--out", str(out), "--nproc", "1", *changes

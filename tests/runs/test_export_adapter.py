@@ -70,7 +70,7 @@ def runs(root: Path) -> dict[str, Path]:
             *(
                 f"model.name={base}",
                 "model.init=pretrained",
-                f"parallel.deepspeed=ds_configs/{stage}.json",
+                f"parallel.deepspeed={stage}",
                 adapter,
             ),
             *(["model.dtype=bfloat16"] if name == "bf16" else []),

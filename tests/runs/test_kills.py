@@ -20,7 +20,7 @@ from tests.runs.killed import KILLED, ForkServer, Point, Run, assert_same, logge
 
 pytestmark = pytest.mark.runs
 
-RANDOM_KILLS = 10
+RANDOM_KILLS = 6
 
 SAVES = {
     "in its first file": Point("digest", "saving-step-000004/rank00000-000", call=30),

@@ -35,7 +35,7 @@ SHORT = (
     "train.steps=2",
     "eval.every_steps=1",
     "optim.lr=1e-3",
-    "parallel.deepspeed=ds_configs/zero3.json",
+    "parallel.deepspeed=zero3",
 )
 
 

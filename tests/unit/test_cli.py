@@ -48,7 +48,7 @@ def packhorse(monkeypatch, capsys):
 def test_plan_says_what_fits(packhorse):
     code, out, _ = packhorse("plan", DEBUG, "--gpus", "2", "--host-gib", "1000")
     assert code == 0
-    assert "fits: ds_configs/zero0.json" in out
+    assert "fits: zero0" in out
     assert "good numbers of GPUs: 1, 2, 4" in out
     assert re.search(r"from GPUs +│ +1", out)
 
@@ -97,7 +97,7 @@ def test_answers_and_bad_recipes_import_nothing_heavy(arguments):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["train", "nowhere.yaml"], "nowhere.yaml: the file cannot be read"),
+        (["train", "nowhere.yaml"], "nowhere.yaml: there is no such file; packaged recipes: debug"),
         (["train", DEBUG, "optim.lrr=1"], "did you mean `optim.lr`?"),
         (["train", DEBUG, "batch.global_batch_size=0"], "`batch.global_batch_size`"),
         (["train", DEBUG, "batch.rows_per_step=4"], "is now `batch.global_batch_size`"),

@@ -45,17 +45,14 @@ def test_every_template_is_filled(path: Path) -> None:
 
 
 def test_sizes_follow_the_hidden_size() -> None:
-    zero = made("ds_configs/zero3.json")["zero_optimization"]
+    zero = made("zero3")["zero_optimization"]
     assert zero["reduce_bucket_size"] == BUCKET  # which is more than 64 x 64
     assert zero["stage3_param_persistence_threshold"] == 640
 
 
 def test_gradients_are_summed_in_fp32_unless_the_recipe_says_otherwise() -> None:
-    assert made("ds_configs/zero2.json", grad_dtype="bfloat16")["communication_data_type"] == "bf16"
-    assert (
-        made("ds_configs/zero2.json", "float32", grad_dtype="bfloat16")["communication_data_type"]
-        == "fp32"
-    )
+    assert made("zero2", grad_dtype="bfloat16")["communication_data_type"] == "bf16"
+    assert made("zero2", "float32", grad_dtype="bfloat16")["communication_data_type"] == "fp32"
 
 
 @pytest.mark.parametrize(
@@ -85,13 +82,15 @@ def test_a_template_that_is_not_json_is_refused(tmp_path: Path, content: Any, sa
 
 
 def test_a_missing_template_is_refused() -> None:
-    with pytest.raises(BadInput, match="ds_configs"):
+    with pytest.raises(
+        BadInput, match=r"no file nowhere\.json; give a path, or one of zero0, zero1"
+    ):
         made("nowhere.json")
 
 
 def test_stage_0_in_bfloat16_is_refused() -> None:
     with pytest.raises(BadInput, match="zero1"):
-        made("ds_configs/zero0.json")
+        made("zero0")
 
 
 def test_an_optimizer_that_is_offloaded_in_part_is_refused(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def cluster(gpus: int, gpu_gib: float = 80, **others: float) -> Cluster:
 def test_a_plan_names_what_fits_and_the_fewest_gpus() -> None:
     report = build_report(debug(), cluster(4))
     assert not any(one.shortages for one in report.candidates.values())
-    assert require_fit(report).startswith("fits: ds_configs/zero0.json")
+    assert require_fit(report).startswith("fits: zero0")
     assert {one.smallest for one in report.candidates.values()} == {1}
 
 
@@ -107,7 +107,7 @@ def test_where_nothing_fits_one_sentence_says_so() -> None:
 @pytest.mark.parametrize(("limit", "what"), [("host", "host"), ("disk", "disk"), ("nvme", "NVMe")])
 def test_every_limit_given_is_asked(limit: str, what: str) -> None:
     found = build_report(debug(), cluster(4, **{limit: 1e-6})).candidates
-    assert what in found["ds_configs/zero3_nvme.json"].shortages
+    assert what in found["zero3_nvme"].shortages
 
 
 def test_more_gpus_than_micro_batches_are_refused_with_good_numbers() -> None:
@@ -117,13 +117,13 @@ def test_more_gpus_than_micro_batches_are_refused_with_good_numbers() -> None:
 
 def test_a_template_that_cannot_train_the_recipe_is_left_out_with_its_reason() -> None:
     report = build_report(debug("model.dtype=bfloat16"), cluster(2))
-    assert "fp32 master weights" in report.refused["ds_configs/zero0.json"]
+    assert "fp32 master weights" in report.refused["zero0"]
 
 
 def test_more_gpus_need_less_of_each_and_less_time() -> None:
     recipe = debug("model.dtype=bfloat16")
     few, many = (build_report(recipe, cluster(gpus)) for gpus in (2, 8))
-    zero3 = [report.candidates["ds_configs/zero3.json"].memory.gpu for report in (few, many)]
+    zero3 = [report.candidates["zero3"].memory.gpu for report in (few, many)]
     assert zero3[0]["optimizer"] > 3 * zero3[1]["optimizer"]
     seconds = [
         step_seconds(report.model, report.stats, report.cluster.gpus, 1e12)

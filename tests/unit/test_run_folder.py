@@ -61,7 +61,7 @@ def test_what_shapes_the_run_may_not_change(tmp_path: Path, change: str) -> None
         "model.activation_checkpointing=full",
         "model.attention=reference",
         "batch.micro_batch_size=2",
-        "parallel.deepspeed=ds_configs/zero2.json",
+        "parallel.deepspeed=zero2",
         "checkpoint.keep=9",
         "eval.every_steps=7",
         "data.cache=/elsewhere",

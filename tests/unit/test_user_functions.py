@@ -25,6 +25,17 @@ def test_a_function_of_the_current_folder_or_of_a_package_in_it_is_found(here):
     assert load_function("json:loads")("4") == 4
 
 
+def test_the_named_module_comes_from_the_current_folder_and_what_it_imports_from_packages(here):
+    for name in ("tabnanny", "pyclbr"):  # modules of Python that nobody else imports
+        (here / f"{name}.py").write_text(
+            "import pyclbr\ndef where(): return __file__, pyclbr.__file__"
+        )
+    module, other = load_function("tabnanny:where")()
+    assert module == str(here / "tabnanny.py")
+    assert other != str(here / "pyclbr.py")
+    assert sys.path[0] != str(here)
+
+
 def test_a_function_beside_the_data_is_not_found(here):
     (here / "data").mkdir()
     (here / "data" / "mine_b.py").write_text("def double(x): return 2 * x")

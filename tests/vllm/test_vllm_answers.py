@@ -42,7 +42,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         f"model.name={root / 'model'}",
         f"data.cache={root / 'cache'}",
         "train.steps=1",
-        "parallel.deepspeed=ds_configs/zero3.json",
+        "parallel.deepspeed=zero3",
     ]
     cases = {
         "engine": (),

@@ -27,6 +27,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from packhorse.trainer.checkpoint import checkpoint
+from packhorse.trainer.config.packaged import MAIN, RECIPES
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import DONE, SAVED_RUN_AGAIN, BadInput
 from packhorse.trainer.engine import sharded_state
@@ -47,7 +48,7 @@ CONTROL_FACTOR = 10  # the control must exceed a bound by this factor
 # A large rate shows defects that hide under a small one. A large eps keeps rounding from becoming
 # whole steps where both moments are nearly 0.
 LOUD = ("optim.lr=1e-2", "optim.eps=1e-3", "optim.lr_schedule=constant", "optim.warmup_ratio=0")
-_DEBUG = Path(__file__).resolve().parents[2] / "recipes" / "debug"
+_DEBUG = RECIPES / "debug"
 TINY = (
     f"model.name={_DEBUG / 'model'}",
     "model.init=random",
@@ -180,7 +181,7 @@ def _train_all(
 
 def _train(recipe_file: Path, changes: list[str], world: int, what: str, log: Path) -> None:
     started = time.monotonic()
-    command = [sys.executable, "-m", "packhorse", "train", str(recipe_file), *changes]
+    command = [sys.executable, MAIN, "train", str(recipe_file), *changes]
     with log.open("ab") as out:
         code = subprocess.run(
             [*command, "--nproc", str(world)], stdout=out, stderr=out, check=False

@@ -8,7 +8,12 @@ from typing import Annotated
 import typer
 
 RecipeFile = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="The recipe, a YAML file, or the name of a packaged one: debug.",
+        show_default=False,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

@@ -112,12 +112,13 @@ def _score(
 ) -> int:
     """Run the workers, then the tasks of lm-evaluation-harness if given. Returns the exit code."""
     from packhorse.launch.local import launch
+    from packhorse.trainer.config.packaged import MAIN
     from packhorse.trainer.config.recipe import load_recipe
 
     recipe = load_recipe(recipe_file, changes)
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     arguments = [recipe.model.name, str(recipe_file), *changes]
-    worker = ["-m", "packhorse", "eval", *arguments, "--out", str(out), "--step", str(step)]
+    worker = [MAIN, "eval", *arguments, "--out", str(out), "--step", str(step)]
     code = launch(worker, out, nproc=nproc)
     if code == DONE and tasks:
         from packhorse.trainer.eval.lm_eval_harness import run_tasks

@@ -106,6 +106,7 @@ def train(
     exit_on_early_signals()
     from packhorse.launch.cluster_env import ClusterEnv, read_cluster_env
     from packhorse.launch.local import launch, parse_nodes
+    from packhorse.trainer.config.packaged import MAIN
 
     cluster = read_cluster_env(os.environ) if nnodes is None else ClusterEnv(nnodes)
     nodes = parse_nodes(cluster.nodes)
@@ -117,7 +118,7 @@ def train(
         )
     arguments = [str(recipe_file), *(overrides or ()), *(["--extend"] if extend else [])]
     code = launch(
-        ["-m", "packhorse", "train", *arguments],
+        [MAIN, "train", *arguments],
         Path(recipe.run.dir),
         nproc=nproc or cluster.nproc,
         endpoint=endpoint if endpoint and nodes[1] > 1 else f"localhost:{port}",
@@ -224,7 +225,7 @@ def verify_resume(
 
     [bold]packhorse verify-resume recipes/debug.yaml[/bold]
     [bold]packhorse verify-resume recipes/quickstart.yaml --worlds 2,1 --at 2 --steps 4[/bold]
-    [bold]packhorse verify-resume my.yaml --tiny parallel.deepspeed=ds_configs/zero2.json[/bold]
+    [bold]packhorse verify-resume my.yaml --tiny parallel.deepspeed=zero2[/bold]
 
     Exit code 0: it learns the same, and a control with a deliberate defect was detected; 1: not
     so.

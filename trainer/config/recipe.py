@@ -15,6 +15,7 @@ from pydantic import ValidationError, model_validator
 from packhorse.trainer.config.base import Section
 from packhorse.trainer.config.data import DataSection
 from packhorse.trainer.config.eval import EvalSection
+from packhorse.trainer.config.packaged import RECIPES, find_recipe, locate_files
 from packhorse.trainer.config.parsing import apply_override, describe_fault, read_yaml
 from packhorse.trainer.config.sections import (
     ADAPTER_LR,
@@ -163,13 +164,20 @@ class Recipe(Section):
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Read a recipe and apply `a.b=value` overrides, whose values are YAML.
 
-    Items of a list go by number: `data.train.0.path=x`.
+    Items of a list go by number: `data.train.0.path=x`. Relative paths start at the current folder,
+    but those of a packaged recipe's own model and data at the package.
+
+    Args:
+        path: of the file, or the name of a packaged recipe, as `debug`.
 
     Raises:
         BadInput: the file is missing or not YAML, a key is unknown or given twice, or a value does
             not fit.
     """
-    tree = read_yaml(Path(path))
+    file = find_recipe(path)
+    tree = read_yaml(file)
+    if file.parent == RECIPES:
+        tree = locate_files(tree)
     if not isinstance(tree, dict):
         raise BadInput(
             f"{path}: a recipe is a mapping of sections; start from recipes/quickstart.yaml"

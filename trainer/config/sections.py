@@ -215,9 +215,10 @@ class ParallelSection(Section):
     """What depends on the hardware. Nothing here changes what is learned."""
 
     deepspeed: str = Field(
-        default="ds_configs/zero3.json",
-        description="DeepSpeed configuration: ZeRO stage and offload. Batch sizes and the "
-        "optimizer come from the recipe.",
+        default="zero3",
+        description="DeepSpeed template: ZeRO stage and offload. A packaged one by name (zero0, "
+        "zero1, zero2, zero3, zero3_offload_optimizer, zero3_offload_all, zero3_nvme), or the path "
+        "of a file of yours. Batch sizes and the optimizer come from the recipe.",
     )
     grad_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",

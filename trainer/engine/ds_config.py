@@ -1,6 +1,6 @@
 """Fill a DeepSpeed template with the recipe's settings, so that each setting has one owner.
 
-In: a file of ds_configs/ or a user's own, and the recipe's sections. Out: a configuration for
+In: a packaged template or a user's own, and the recipe's sections. Out: a configuration for
 `deepspeed.initialize`, and questions about it. DeepSpeed itself is not imported here.
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from packhorse.trainer import dist
+from packhorse.trainer.config.packaged import find_template
 from packhorse.trainer.config.recipe import ModelSection, OptimSection, ParallelSection
 from packhorse.trainer.datatypes import BadInput
 
@@ -54,7 +55,7 @@ def deepspeed_config(
         BadInput: the template is missing, is not JSON, sets what the recipe owns, or cannot train
             the model in its type.
     """
-    config = _read_template(Path(parallel.deepspeed))
+    config = _read_template(find_template(parallel.deepspeed))
     for key, owner in _OWNED_BY_RECIPE.items():
         if key in config:
             raise BadInput(
@@ -84,7 +85,7 @@ def deepspeed_config(
     if bf16 and stage(config) == 0:
         raise BadInput(
             f"{parallel.deepspeed}: ZeRO stage 0 keeps no fp32 master weights for bfloat16; "
-            "use ds_configs/zero1.json, or model.dtype=float32"
+            "set parallel.deepspeed=zero1, or model.dtype=float32"
         )
     grad_dtype = "fp32" if parallel.grad_dtype == "float32" or not bf16 else "bf16"
     config |= {
@@ -107,11 +108,6 @@ def deepspeed_config(
 
 
 def _read_template(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        packaged = Path(__file__).resolve().parents[2] / path
-        if not packaged.is_file():
-            raise BadInput(f"parallel.deepspeed: there is no file {path}; use one of ds_configs/")
-        path = packaged
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -37,6 +37,9 @@ from packhorse.trainer.model.lora import borrowed_weights
 # DeepSpeed chooses its accelerator when it is imported
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Else DeepSpeed starts `numactl` to count devices, once for each gradient that ZeRO-3 reduces:
+    # a tenth of a small model's step.
+    os.environ.setdefault("LOCAL_SIZE", str(dist.local_world_size()))
 
 import deepspeed
 from deepspeed.utils import logger as deepspeed_logger
@@ -327,6 +330,6 @@ class _GradientWatch:
             raise BadInput(
                 f"`{min(self._waiting)}` and {len(self._waiting) - 1} other parameters got no "
                 "gradient in a micro-batch, for which ZeRO-3 would apply the last step's again; "
-                "use ds_configs/zero2.json"
+                "set parallel.deepspeed=zero2"
             )
         self._waiting.update(self._names)

@@ -1,4 +1,4 @@
-"""`packhorse plan`: report what a recipe needs on a cluster, with each template of ds_configs/.
+"""`packhorse plan`: report what a recipe needs on a cluster, with each packaged template.
 
 In: a recipe, a cluster and, on request, the data's real steps. Out: a `Report`, as sentences and a
 table. It joins the arithmetic of estimate/memory.py with the templates as the engine fills them.
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from packhorse.trainer import dist
+from packhorse.trainer.config.packaged import template_names
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.batch_plan import MUCH_FILLER, Plan, filler_share, good_worlds
 from packhorse.trainer.datatypes import BadInput
@@ -42,7 +43,6 @@ from packhorse.trainer.model.loss import choose_kernel
 if TYPE_CHECKING:
     from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[2]
 MOST_GPUS = 4096  # where the search for the smallest number of GPUs ends
 
 GPU_PARTS = (
@@ -154,9 +154,8 @@ def build_report(
 
 
 def list_templates(recipe: Recipe) -> list[str]:
-    """Return the templates of ds_configs/ and the recipe's own."""
-    shipped = [f"ds_configs/{path.name}" for path in sorted((ROOT / "ds_configs").glob("*.json"))]
-    return list(dict.fromkeys([*shipped, recipe.parallel.deepspeed]))
+    """Return the names of the packaged templates, and the recipe's own."""
+    return list(dict.fromkeys([*template_names(), recipe.parallel.deepspeed]))
 
 
 def fill_template(recipe: Recipe, template: str, hidden: int) -> dict[str, Any]:

@@ -178,8 +178,8 @@ def _count_gpus(folder: Path, room_bytes: int, gpus: int) -> int:
             return count
     raise Unreachable(
         f"vLLM's weights of {weights / 2**30:.1f} GiB do not fit into the {room_bytes / 2**30:.1f} "
-        f"GiB that are free on each of {gpus} GPUs; use `eval.server`, or a template of "
-        f"ds_configs/ that leaves more memory free"
+        f"GiB that are free on each of {gpus} GPUs; use `eval.server`, or a DeepSpeed template "
+        f"that leaves more memory free"
     )
 
 

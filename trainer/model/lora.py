@@ -223,8 +223,8 @@ def require_stage(section: AdapterSection | None, stage: int) -> None:
     if section and section.base and stage == 3:
         raise BadInput(
             "adapter.base: nf4 is not proved at ZeRO-3, which would cut weights of 4 bits into "
-            "shards; use ds_configs/zero2.json, where each GPU holds the 4-bit base whole, or take "
-            "`base` out"
+            "shards; set parallel.deepspeed=zero2, where each GPU holds the 4-bit base whole, or "
+            "take `base` out"
         )
 
 

@@ -1,7 +1,8 @@
 """Start child processes that neither outlive their parent nor hold up its exit.
 
 A multiprocessing context and a function enter; a `Child` leaves: a pipe to the function, and a way
-to end it.
+to end it. No child searches the current folder for modules, where a `packhorse.py` or `torch.py`
+would take the place of the real one.
 """
 
 from __future__ import annotations
@@ -9,10 +10,26 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from multiprocessing import util
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
+
+
+def _spawn(path: Any, arguments: Sequence[Any], fds: Any) -> int:
+    """Start one of multiprocessing's processes, which are all `python -c PROGRAM`, without the
+    current folder, which Python would search first."""
+    arguments = list(arguments)
+    program = arguments.index("-c") + 1
+    arguments[program] = f"import sys; sys.path[:] = filter(None, sys.path); {arguments[program]}"
+    return _spawn_plainly(path, arguments, fds)
+
+
+# Python 3.10 has no switch for it. This is how spawned children, the fork server and the resource
+# tracker are started, of which the last is started by libraries, too.
+_spawn_plainly = util.spawnv_passfds
+util.spawnv_passfds = _spawn
 
 
 class Child(NamedTuple):

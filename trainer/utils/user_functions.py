@@ -1,7 +1,8 @@
 """Import functions of the user, which a recipe names as `module:function`.
 
-They run with the user's rights. Modules are searched in the current folder, then in the
-environment, as `python -m` does. A folder of data is never searched.
+They run with the user's rights. The module is searched in the current folder, then in the
+environment; modules that it imports in the environment, then in the current folder, so that nothing
+there takes the place of a package. A folder of data is never searched.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import os
 import sys
 from collections.abc import Callable
 from functools import cache
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import xxhash
@@ -28,10 +31,16 @@ def load_function(name: str) -> Callable[..., Any]:
         BadInput: the module cannot be imported, or has no such function.
     """
     module_name, _, function_name = name.partition(":")
-    folder = os.getcwd()
-    # the installed command does not search the current folder, other than `python -m`
+    folder, package = os.getcwd(), module_name.partition(".")[0]
+
+    def find_here(name: str, _path: Any = None, _target: Any = None) -> ModuleSpec | None:
+        found = PathFinder.find_spec(name, [folder]) if name == package else None
+        return found if found and found.origin else None  # a folder of data is no package
+
     if folder not in sys.path:
-        sys.path.insert(0, folder)
+        sys.path.append(folder)
+    finder: Any = SimpleNamespace(find_spec=find_here)
+    sys.meta_path.insert(0, finder)
     try:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # the module may run any code
@@ -39,6 +48,8 @@ def load_function(name: str) -> Callable[..., Any]:
             f"function `{name}`: the module cannot be imported from {folder} or the environment "
             f"({error_line(error)})"
         ) from None
+    finally:
+        sys.meta_path.remove(finder)
     function = getattr(module, function_name, None)
     if not callable(function):
         raise BadInput(f"function `{name}`: the module has no function `{function_name}`")

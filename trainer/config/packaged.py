@@ -1,0 +1,71 @@
+"""Find what the package brings along: DeepSpeed templates, and the debug recipe with its files.
+
+A name is that of a packaged file, in every folder; a path is the user's own file.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import packhorse
+from packhorse.trainer.datatypes import BadInput
+
+PACKAGE = Path(packhorse.__file__).resolve().parent
+RECIPES = PACKAGE / "recipes"
+# The script that a process of ours runs: with `-m packhorse` Python would look for packhorse in the
+# current folder first.
+MAIN = str(PACKAGE / "__main__.py")
+
+
+def template_names() -> list[str]:
+    """Return the names of the DeepSpeed templates: zero0, zero1 and so on."""
+    return sorted(path.stem for path in (PACKAGE / "ds_configs").glob("*.json"))
+
+
+def find_template(name: str) -> Path:
+    """Return the DeepSpeed template that `parallel.deepspeed` names.
+
+    Args:
+        name: of a packaged template, as `zero3`, or the path of a file. `ds_configs/zero3.json` is
+            the packaged one if the current folder has no such file.
+
+    Raises:
+        BadInput: there is neither.
+    """
+    names = template_names()
+    if name in names:
+        return PACKAGE / "ds_configs" / f"{name}.json"
+    for path in (Path(name), PACKAGE / name):
+        if path.is_file():
+            return path
+    raise BadInput(
+        f"parallel.deepspeed: there is no file {name}; give a path, or one of {', '.join(names)}"
+    )
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Return the recipe's file.
+
+    Args:
+        name: a path; without a suffix and without such a file the name of a packaged recipe.
+
+    Raises:
+        BadInput: there is neither.
+    """
+    path, packaged = Path(name), RECIPES / f"{name}.yaml"
+    if not path.suffix and not path.is_file() and packaged.is_file():
+        return packaged
+    if not path.exists():
+        names = ", ".join(sorted(recipe.stem for recipe in RECIPES.glob("*.yaml")))
+        raise BadInput(f"{path}: there is no such file; packaged recipes: {names}")
+    return path
+
+
+def locate_files(tree: Any) -> Any:
+    """Return a packaged recipe's tree with absolute paths of the files that are packaged, too."""
+    if isinstance(tree, dict):
+        return {key: locate_files(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [locate_files(value) for value in tree]
+    return str(PACKAGE / tree) if isinstance(tree, str) and tree.startswith("recipes/") else tree
