@@ -260,7 +260,7 @@ def _list_published(root: Path) -> dict[int, Path]:
 
 def last_step(run_dir: Path) -> int:
     """Return the step of a run's last checkpoint, whole or not. Raises ValueError without one."""
-    return max(int(path.name[len("step-") :]) for path in _list_published(run_dir / "checkpoints"))
+    return max(_list_published(run_dir / "checkpoints"))
 
 
 def _copy_fits(state_bytes: int, asked: bool | None) -> bool:
