@@ -18,29 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import xxhash
 from safetensors import safe_open
 
 from packhorse.trainer.datatypes import BadInput
 
-# States of a parameter; a buffer has only the first.
-WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
+# State of a parameter or a buffer. A trained parameter has optim.MOMENTS beside it.
+WEIGHT = "weight"
 # State of a parameter that is not trained. Only its digest is saved: the model's folder has it.
 FROZEN = "frozen"
 _CHUNK = 2**18  # elements hashed and written at a time, which fit into a core's cache
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+# what the library itself reads a file's types by
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import torch
@@ -361,9 +362,6 @@ def _layer_name(model: Any, layer: int) -> str:
 
 def _raising_module(error: BaseException) -> str:
     """Return the class of the innermost module in whose forward the error arose."""
-    name, trace = "the model", error.__traceback__
-    while trace is not None:
-        module = trace.tb_frame.f_locals.get("self")
-        name = type(module).__name__ if isinstance(module, nn.Module) else name
-        trace = trace.tb_next
-    return name
+    callers = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+    modules = [type(caller).__name__ for caller in callers if isinstance(caller, nn.Module)]
+    return modules[-1] if modules else "the model"
