@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,13 +103,8 @@ def digests_of(slices: Iterable[Slice]) -> Digests:
     """Return the digests of the slices, to be added to those of other slices and ranks."""
     found: Digests = {}
     for piece in slices:
-        add_digests(
-            found,
-            {
-                (piece.name, state): digest(each, piece.start)
-                for state, each in piece.states.items()
-            },
-        )
+        for state, tensor in piece.states.items():
+            add_digests(found, {(piece.name, state): digest(tensor, piece.start)})
     return found
 
 
@@ -211,9 +206,13 @@ class Shards:
         """
         for state, tensor in piece.states.items():
             filled = 0
-            for start, stop, saved in self._overlapping(piece.name, piece.start, piece.stop, state):
-                tensor[start - piece.start : stop - piece.start].copy_(saved)
-                filled += stop - start
+            for first, last, path in self._places.get(piece.name, ()):
+                low, high = max(piece.start, first), min(piece.stop, last)
+                if low < high:
+                    saved = self._open(path).get_slice(key_of(piece.name, first, last, state))
+                    part = saved[low - first : high - first]
+                    tensor[low - piece.start : high - piece.start].copy_(part)
+                    filled += high - low
             if filled != tensor.numel():
                 raise BadInput(
                     f"the checkpoint does not hold `{piece.key(state)}`: it was written from "
@@ -228,15 +227,6 @@ class Shards:
         flat = torch.empty(shape.numel(), dtype=dtype)
         self.fill(Slice(name, 0, {state: flat}))
         return flat.view(shape)
-
-    def _overlapping(
-        self, name: str, start: int, stop: int, state: str
-    ) -> Iterator[tuple[int, int, torch.Tensor]]:
-        for first, last, path in self._places.get(name, ()):
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                saved = self._open(path).get_slice(key_of(name, first, last, state))
-                yield low, high, saved[low - first : high - first]
 
     def _open(self, path: Path) -> Any:
         # memory-mapped: reading a slice touches that slice's bytes alone

@@ -253,16 +253,6 @@ def _slices(
 # --------------------------------------------------------------------------- around a step's work
 
 
-def wait_for_prefetch(optimizer: Any) -> None:
-    """Wait for the parameters that stage 3 has fetched for a forward that does not come.
-
-    They cannot be gathered before.
-    """
-    if is_stage_3(optimizer):
-        optimizer.checkpoint_event_prologue()
-        optimizer.checkpoint_event_epilogue()
-
-
 def make_moments(optimizer: Any, names: Names) -> None:
     """Create the moments as zeros where they are missing, as the first step would.
 

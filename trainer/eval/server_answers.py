@@ -43,14 +43,8 @@ FOLDER = "serving"  # in the run folder: the weights, while a server needs them
 _COMPILED = "_orig_mod."  # torch.compile puts it before parameters' names
 _POLL_S = 0.5  # between checks for answers and signals
 _OTHER_TOKENS = 422  # our own status: the server counts other tokens than training
-_FORM_REFUSED = {
-    400,
-    404,
-    405,
-    415,
-    _OTHER_TOKENS,
-    501,
-}  # statuses after which another form is tried
+# statuses after which another form is tried
+_FORM_REFUSED = (400, 404, 405, 415, _OTHER_TOKENS, 501)
 
 PromptForm = Callable[[Prompt], dict[str, Any]]
 T = TypeVar("T")
