@@ -32,6 +32,7 @@ from packhorse.trainer.engine.optim import (
 )
 from packhorse.trainer.metrics import Clock
 from packhorse.trainer.model.lora import borrowed_weights
+from packhorse.trainer.model.quantisation import numel
 
 # DeepSpeed chooses its accelerator when it is imported
 if not torch.cuda.is_available():
@@ -250,10 +251,7 @@ class Engine:
 
     def _fits_whole(self) -> bool:
         """Return whether the gathered weights fit into the free memory of all ranks."""
-        needed = sum(
-            getattr(p, "ds_numel", p.numel()) * p.element_size()
-            for p in self.module.model.parameters()
-        )
+        needed = sum(numel(p) * p.element_size() for p in self.module.model.parameters())
         if dist.device().type == "cuda":
             # what torch's allocator holds in reserve is free as well
             reserve = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

@@ -35,6 +35,7 @@ from packhorse.trainer.engine.engine import Engine, gathered
 from packhorse.trainer.eval.openai_client import Cancelled, Client, Refused, Unreachable, text_of
 from packhorse.trainer.eval.vllm_server import PATIENCE_S, Gpu, check_vllm, free_gpus, running_vllm
 from packhorse.trainer.hang_watchdog import Watch
+from packhorse.trainer.model.load import persistent_buffers
 from packhorse.trainer.model.lora import merged_weights
 from packhorse.trainer.model.quantisation import numel
 from packhorse.trainer.stop_flag import StopFlag
@@ -153,9 +154,6 @@ def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watc
     """
     model: Any = engine.module.model
     engine.wait_for_prefetch()
-    # buffers outside the state dict, as rotary tables, are computed from the configuration
-    persistent = model.state_dict(keep_vars=True).keys()
-    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
     root = run_dir.absolute() / FOLDER  # links stay: a server elsewhere may know their path alone
     staged, folder = root / "weights", root / f"step-{step:06d}-{secrets.token_hex(4)}"
     size = getattr(torch, recipe.model.dtype).itemsize * sum(map(numel, model.parameters()))
@@ -173,7 +171,7 @@ def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watc
     failure = dist.run_on_rank0(make_room)
     weights: dict[str, torch.Tensor] = {}
     if failure is None:
-        for name, tensor in chain(merged_weights(model, gathered), buffers):
+        for name, tensor in chain(merged_weights(model, gathered), persistent_buffers(model)):
             watch.beat("weights for a server")
             if dist.is_main():
                 file = staged / str(len(weights))

@@ -244,6 +244,15 @@ def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, A
     return model
 
 
+def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the buffers that belong to a model's state, by name.
+
+    The others, as rotary tables, are computed from the configuration.
+    """
+    persistent = model.state_dict(keep_vars=True).keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
+
+
 # ----------------------------------------------------------------------------------- random weights
 
 

@@ -6,6 +6,7 @@ from hidden states, or BadInput.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,15 +59,22 @@ def measure_transform(model: Any) -> LogitTransform:
             out = model(input_ids=ids, use_cache=False).logits[0, -1].double()
     finally:
         hook.remove()
-    given = known[-1].double()
+    transform = _fit(known[-1].double(), out)
+    if transform is None:
+        raise BadInput(
+            f"{type(model).__name__} changes its logits by more than a scale and a soft cap, "
+            "which the loss does not know; this model cannot be trained here"
+        )
+    return transform
+
+
+def _fit(given: torch.Tensor, out: torch.Tensor) -> LogitTransform | None:
+    """Return the transform from `given` (float64, magnitudes 1e-3 to 1e6) to `out`, or None."""
     scale = float(out[0] / given[0])
     for cap in (None, float(out.abs().max())):
-        fitted = LogitTransform(scale, cap)(given)
-        if out.shape == given.shape and torch.allclose(fitted, out, rtol=1e-3, atol=1e-6):
+        fitted: Callable[[torch.Tensor], torch.Tensor] = LogitTransform(scale, cap)
+        if out.shape == given.shape and torch.allclose(fitted(given), out, rtol=1e-3, atol=1e-6):
             # six digits: the model's own number, without the error of measuring it in its type
             rounded = float(f"{scale:.6g}")
             return LogitTransform(rounded, None if cap is None else float(f"{cap:.6g}"))
-    raise BadInput(
-        f"{type(model).__name__} changes its logits by more than a scale and a soft cap, "
-        "which the loss does not know; this model cannot be trained here"
-    )
+    return None

@@ -53,7 +53,7 @@ class SftModel(nn.Module):
         # only once: a second SftModel of the same model finds the head changed already
         if "loss" not in inspect.signature(head.forward).parameters:
             head.forward = MethodType(_loss_or_logits(type(head).forward), head)
-        self._embedding_hook = model.get_input_embeddings().register_forward_hook(self._add_noise)
+        model.get_input_embeddings().register_forward_hook(self._add_noise)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return sum(cross-entropy x weight) over the batch's trained positions, () float32."""
