@@ -288,11 +288,8 @@ def _evaluation_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     """Return the model ready for forwards: under DeepSpeed at stage 3, which gathers its shards."""
     if stage(config) < 3:
         return model.to(dist.device())
-    sharding = {
-        key: value
-        for key, value in config["zero_optimization"].items()
-        if key != "offload_optimizer"
-    }
+    sharding = dict(config["zero_optimization"])
+    sharding.pop("offload_optimizer", None)
     engine, *_ = deepspeed.initialize(
         model=model, config={**config, "zero_optimization": sharding}, dist_init_required=False
     )

@@ -156,9 +156,8 @@ def write(path: Path, slices: list[Slice]) -> tuple[File, Digests]:
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
-    return File(
-        size, hasher.hexdigest(), [(piece.name, piece.start, piece.stop) for piece in slices]
-    ), found
+    places = [(piece.name, piece.start, piece.stop) for piece in slices]
+    return File(size, hasher.hexdigest(), places), found
 
 
 def checksum(path: Path) -> str:

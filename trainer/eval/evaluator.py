@@ -210,8 +210,5 @@ class Evaluation:
             self._metrics.write_text("samples", as_table(samples), step)
             # last: this line says that all the others are written
             write_evaluation(self._run_dir, step, loss, measured)
-        dist.log.info(
-            "after %d steps: %s",
-            step,
-            "  ".join(f"{key} {value:.4f}" for key, value in line.items()),
-        )
+        shown = "  ".join(f"{key} {value:.4f}" for key, value in line.items())
+        dist.log.info("after %d steps: %s", step, shown)

@@ -72,13 +72,9 @@ def answer_ids(
                 return None
             # a rank without a prompt runs the shortest one: the collectives need every rank
             batch = numbers or [lengths.index(min(lengths))]
-            answers = _answers(
-                model,
-                [prompts[i] for i in batch],
-                section,
-                [seeds[i] for i in batch] if section.temperature else [],
-                synced=not independent,
-            )
+            given = [prompts[i] for i in batch]
+            drawn_by = [seeds[i] for i in batch] if section.temperature else []
+            answers = _answers(model, given, section, drawn_by, synced=not independent)
             mine |= dict(zip(numbers, answers, strict=False))
     found = {number: answer for share in dist.gather(mine) for number, answer in share.items()}
     return [found[number] for number in range(len(prompts))]

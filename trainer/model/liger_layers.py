@@ -119,11 +119,8 @@ def is_fused(model: Any) -> bool:
 @contextmanager
 def plain(model: Any) -> Iterator[None]:
     """Let the model compute as transformers wrote it inside the block, for comparisons."""
-    if not is_fused(model):
-        yield
-        return
-    forwards: dict[nn.Module, Any] = model._fused_forwards
-    rope = _module_names(model).get(_ROPE)
+    forwards: dict[nn.Module, Any] = getattr(model, "_fused_forwards", {})
+    rope = _module_names(model).get(_ROPE) if forwards else None
     for module in forwards:
         del vars(module)["forward"]
     if isinstance(rope, _Rope):

@@ -107,14 +107,8 @@ class SftModel(nn.Module):
         batch = self._batch
         if not self.training or self._alpha == 0.0 or batch is None:
             return None  # which leaves the module's output as it is
-        noise = document_noise(
-            self._seed,
-            batch.document_keys,
-            batch.lengths,
-            embedded.shape[-1],
-            self._alpha,
-            embedded.device,
-        )
+        keys, lengths, width = batch.document_keys, batch.lengths, embedded.shape[-1]
+        noise = document_noise(self._seed, keys, lengths, width, self._alpha, embedded.device)
         return embedded + noise.to(embedded.dtype)
 
 
