@@ -12,7 +12,6 @@ Shapes: N trained positions, H hidden size, V vocabulary, B entries of a block o
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.liger_layers import kernels_run_on
 from packhorse.trainer.model.logit_transform import LogitTransform
 
 # c of C5: `chunked` works on c x H entries of the vocabulary at a time. Its speed is flat from 2 to
@@ -44,7 +44,7 @@ def choose_kernel(name: str, device: torch.device) -> str:
         raise BadInput(
             "loss.kernel: liger is not installed; `pip install liger-kernel`, or use `chunked`"
         )
-    if name == "liger" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if name == "liger" and not kernels_run_on(device):
         raise BadInput("loss.kernel: liger needs a CUDA device; use `chunked`")
     return name
 
