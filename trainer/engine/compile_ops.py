@@ -81,7 +81,8 @@ def _is_prebuilt(name: str) -> bool:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import accelerator_name, installed_ops
 
-    return bool(installed_ops.get(name)) and accelerator_name == get_accelerator()._name
+    accelerator: Any = get_accelerator()
+    return bool(installed_ops.get(name)) and accelerator_name == accelerator._name
 
 
 def _use_own_build_folder() -> None:

@@ -35,7 +35,7 @@ def require_tasks(section: EvalSection) -> Any:
     Raises:
         BadInput: the library is not installed, a folder does not exist, or a task is unknown.
     """
-    folders = [str(Path(task).parent) for task in section.lm_eval if "/" in task]
+    folders: list[str | Path] = [str(Path(task).parent) for task in section.lm_eval if "/" in task]
     for folder in folders:
         if not Path(folder).is_dir():
             raise BadInput(f"eval.lm_eval: there is no folder {folder}")
