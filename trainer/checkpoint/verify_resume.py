@@ -11,10 +11,10 @@ ordinary `packhorse train`, whose trace.jsonl records what every step was made o
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -123,7 +123,9 @@ def verify_resume(
         )
     parent = Path(load_recipe(recipe_file, overrides).run.dir).parent
     parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="verify-resume.", dir=parent))
+    # not mkdtemp: a folder that is kept is for whom the umask says
+    work = parent / f"verify-resume.{secrets.token_hex(4)}"
+    work.mkdir()
     common = [
         *(TINY if tiny else ()),
         f"model.dtype={dtype}",
@@ -235,7 +237,7 @@ def compare(a: Path, b: Path, start: dict[str, torch.Tensor]) -> Differences:
     if [line["step"] for line in left] != [line["step"] for line in right]:
         raise RuntimeError(f"{a} has {len(left)} steps in its trace, {b} has {len(right)}")
     pairs = list(zip(left, right, strict=True))
-    (saved_a, _), (saved_b, _) = checkpoint.open_newest(a), checkpoint.open_newest(b)
+    (saved_a, _), (saved_b, _) = checkpoint.open_checkpoint(a), checkpoint.open_checkpoint(b)
 
     def largest(key: str) -> float:
         return max(abs(x[key] - y[key]) / abs(x[key]) for x, y in pairs)

@@ -8,7 +8,6 @@ from typing import Annotated, Literal
 import typer
 
 from packhorse.trainer.cli.arguments import Overrides, RecipeFile
-from packhorse.trainer.datatypes import BadInput
 
 launch_app = typer.Typer(
     help="Write the files that start a run on Slurm or Kubernetes, and submit them.",
@@ -66,6 +65,7 @@ def kubernetes(
     """
     from packhorse.launch.kubernetes.render import CLUSTER, render, run_name, submit_file
     from packhorse.trainer.config.recipe import load_recipe
+    from packhorse.trainer.utils.own_output import write_own_text
 
     run_dir = load_recipe(recipe_file, overrides or ()).run.dir
     cluster = cluster or CLUSTER
@@ -80,13 +80,11 @@ def kubernetes(
     )
     folder = out or Path(run_dir) / "kubernetes"
     manifests, kept = folder / f"{kind}.yaml", folder / "cluster.yaml"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        manifests.write_text(text, encoding="utf-8")
-        if not kept.exists() or not kept.samefile(cluster):
-            kept.write_text(cluster.read_text(encoding="utf-8"), encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"{folder}: cannot be written ({error}); give another --out") from None
+    instead = "give another --out, or move it away"
+    if not kept.exists() or not kept.samefile(cluster):
+        settings = cluster.read_text(encoding="utf-8")
+        write_own_text(kept, settings, "# {}", f"give it as --cluster to use it, or {instead}")
+    write_own_text(manifests, text, "# {}", instead)
     print(manifests, kept, sep="\n")
     if submit:
         raise typer.Exit(submit_file(manifests))
@@ -141,6 +139,7 @@ def slurm(
 
     from packhorse.launch import slurm
     from packhorse.trainer.config.recipe import load_recipe
+    from packhorse.trainer.utils.own_output import write_own_text
 
     recipe = load_recipe(recipe_file, overrides or ())
     run_dir = Path(recipe.run.dir).absolute()
@@ -162,6 +161,9 @@ def slurm(
         container=container or "",
         mounts=[str(Path.cwd()), *(mount or ())],
     )
-    script = slurm.write(run_dir, text)
+    script = run_dir / "slurm.sh"
+    write_own_text(script, text, "# {}", "submit it as it is, or move it away")
+    mode = script.stat().st_mode
+    script.chmod(mode | (mode & 0o444) >> 2)  # whoever may read it may run it
     print(script)
     print(slurm.submit(script) if submit else f"submit it with: sbatch {shlex.quote(str(script))}")
