@@ -95,13 +95,7 @@ def process_group() -> Iterator[None]:
 
 def sum_over_ranks(values: list[float]) -> list[float]:
     """Return element-wise sums over ranks, in float64. Every rank calls it."""
-    import torch
-    import torch.distributed as td
-
-    tensor = torch.tensor(values, dtype=torch.float64)
-    if world_size() > 1:
-        td.all_reduce(tensor)
-    return tensor.tolist()
+    return _all_reduce(values, "float64")
 
 
 def sum_mod_2_64(values: list[int]) -> list[int]:
@@ -109,15 +103,19 @@ def sum_mod_2_64(values: list[int]) -> list[int]:
 
     Every rank calls it.
     """
+    # as signed numbers, which torch can reduce: they wrap around to the same bits
+    signed = [value - 2**64 if value >= 2**63 else value for value in values]
+    return [value % 2**64 for value in _all_reduce(signed, "int64")]
+
+
+def _all_reduce(values: list[Any], dtype: str) -> list[Any]:
     import torch
     import torch.distributed as td
 
-    # as signed numbers, which torch can reduce: they wrap around to the same bits
-    signed = [value - 2**64 if value >= 2**63 else value for value in values]
-    tensor = torch.tensor(signed, dtype=torch.int64)
+    tensor = torch.tensor(values, dtype=getattr(torch, dtype))
     if world_size() > 1:
         td.all_reduce(tensor)
-    return [value % 2**64 for value in tensor.tolist()]
+    return tensor.tolist()
 
 
 def broadcast(value: Any) -> Any:

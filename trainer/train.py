@@ -221,13 +221,13 @@ def build_evaluation(
     recipe, run_dir, model = prepared.recipe, prepared.run_dir, engine.module.model
     masker = masker_of(recipe.data, prepared.tokenizer)
     model.generation_config.eos_token_id = stop_tokens(model, masker.stop_token_ids)
+    eval_data, stop = prepared.eval_data, prepared.stop
     if dist.is_main():
-        train_data, eval_data = prepared.train_data, prepared.eval_data
-        write_description(recipe, run_dir, train_data, prepared.plan, eval_data, metrics)
+        train_data, plan = prepared.train_data, prepared.plan
+        write_description(recipe, run_dir, train_data, plan, eval_data, metrics)
         save_description(model, prepared.tokenizer, run_dir)
     if recipe.eval.lm_eval:
         dist.log.info("eval.lm_eval is not run in training: `packhorse eval %s RECIPE`", run_dir)
-    eval_data, stop = prepared.eval_data, prepared.stop
     return Evaluation(recipe, run_dir, engine, eval_data, masker, metrics, stop, watch, best.update)
 
 
@@ -337,9 +337,8 @@ def memory_dry_run(recipe: Recipe, engine: Engine, loader: Loader, first_step: i
     with explain_out_of_memory(fullest):
         engine.memory_dry_run(batches)
     dist.log.info("memory dry run: %s fits", fullest)
-    return (
-        predict_gpu_memory(recipe, tokens, trained) if dist.is_main() and device == "cuda" else None
-    )
+    is_planned = dist.is_main() and device == "cuda"
+    return predict_gpu_memory(recipe, tokens, trained) if is_planned else None
 
 
 @contextmanager
