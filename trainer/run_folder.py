@@ -29,7 +29,7 @@ from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.data import summary
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.prepare import Prepared, TrainData
-from packhorse.trainer.data.streaming import LOG
+from packhorse.trainer.data.shard_log import LOG
 from packhorse.trainer.datatypes import STOP_FILE, BadInput, Batch, StepResult
 from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.metrics import EVALUATIONS, Metrics
