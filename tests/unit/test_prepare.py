@@ -180,7 +180,7 @@ def test_ranks_and_micro_batch_size_change_no_weight(prepared, packing):
 
 
 def test_the_uniform_weight_is_the_weight(prepared, packing):
-    for loss in ({}, {"weighting": "constant", "constant_tokens": 7}):
+    for loss in ({}, {"weighting": 7}):
         for step in batches_of(prepared, plan_of(prepared, packing, **loss)):
             for batch in step:
                 assert (batch.weights == batch.uniform_weight).all()

@@ -203,9 +203,8 @@ class Plan:
         """Return the weight that all trained tokens of the step share; None if they differ."""
         if self.loss.weighting == "example":
             return None
-        if self.loss.weighting == "constant":
-            assert self.loss.constant_tokens is not None  # the recipe requires it
-            return 1 / (self.loss.constant_tokens * step.examples) if step.examples else 0.0
+        if isinstance(self.loss.weighting, int):
+            return 1 / (self.loss.weighting * step.examples) if step.examples else 0.0
         return 1 / step.trained_tokens if step.trained_tokens else 0.0
 
     # ---------------------------------------------------------------------------------------- sizes
