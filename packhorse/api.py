@@ -202,7 +202,7 @@ def _run(command: str, *arguments: PathLike, logs: Path | None = None) -> tuple[
 
     with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
         process = subprocess.Popen(
-            [sys.executable, MAIN, command, *map(os.fspath, arguments)],
+            [sys.executable, MAIN, command, *(os.fspath(argument) for argument in arguments)],
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=subprocess.PIPE,

@@ -10,6 +10,7 @@ another model or event.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
@@ -24,7 +25,8 @@ import torch
 from packhorse.trainer import dist, guard, train
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.config.recipe import load_recipe
-from packhorse.trainer.data import loader
+from packhorse.trainer.config.sections import ModelSection
+from packhorse.trainer.data import loader, summary
 from packhorse.trainer.data.prepare import prepare, train_plan
 from packhorse.trainer.data.streaming import prepare_train
 from packhorse.trainer.engine import engine, sharded_state, zero_state
@@ -38,7 +40,8 @@ def main(path: str) -> None:
     torch.manual_seed(os.getpid())  # nothing may depend on the global generator
     dist.start_logging()
     dist.log.setLevel("WARNING")
-    with dist.process_group():
+    # no test of these looks at a run's picture, which takes as long to draw as a step
+    with dist.process_group(), mock.patch.object(summary, "picture"):
         stop = StopFlag()
         stop.attach_group()
         for case in json.loads(Path(path).read_text()):
@@ -53,7 +56,7 @@ def run_case(case: dict[str, Any], stop: StopFlag) -> None:
     if dist.is_main():
         train.open_run_folder(recipe, run_dir)
     dist.barrier()
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = tokenizer_of(recipe.model)
     train_data = prepare_train(recipe, tokenizer)
     eval_data = prepare(recipe, tokenizer, "eval") if recipe.has_eval else None
     with contextlib.ExitStack() as changed:
@@ -64,6 +67,12 @@ def run_case(case: dict[str, Any], stop: StopFlag) -> None:
         train.fit(train.PreparedRun(recipe, run_dir, tokenizer, train_data, plan, eval_data, stop))
     stop.raised = False
     dist.barrier()
+
+
+@functools.cache
+def tokenizer_of(section: ModelSection) -> Any:
+    """Load each tokenizer once for all cases."""
+    return load_tokenizer(section)
 
 
 @contextlib.contextmanager

@@ -20,12 +20,12 @@ from tests.ranks import ROOT
 
 
 @pytest.fixture
-def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], int]:
     """Let a program be the command. It runs in the current folder, which is empty."""
     monkeypatch.chdir(tmp_path)
     program = tmp_path / "program.py"
     monkeypatch.setattr(packaged, "MAIN", str(program))
-    return lambda text: [program.write_text(f"import json, os, sys\n{text}")][0]
+    return lambda text: program.write_text(f"import json, os, sys\n{text}")
 
 
 ARGUMENTS = "open('arguments.json', 'w').write(json.dumps(sys.argv[1:]))\n"
@@ -61,7 +61,7 @@ def test_changes_are_given_as_values() -> None:
 
 @pytest.mark.parametrize(("code", "done"), [(0, True), (75, False)])
 def test_a_run_gives_what_its_folder_holds(
-    command: Callable[[str], None], code: int, done: bool
+    command: Callable[[str], int], code: int, done: bool
 ) -> None:
     command(ARGUMENTS + A_RUN + f"sys.exit({code})")
     result = packhorse.train("debug", {"optim.lr": 0.5}, nproc=2)
@@ -75,7 +75,7 @@ def test_a_run_gives_what_its_folder_holds(
 
 
 def test_bad_input_is_raised_with_the_commands_sentence(
-    command: Callable[[str], None], capfd: pytest.CaptureFixture[str]
+    command: Callable[[str], int], capfd: pytest.CaptureFixture[str]
 ) -> None:
     command("sys.exit(print('a line\\npackhorse: error: data: no rows', file=sys.stderr) or 2)")
     with pytest.raises(packhorse.BadInput, match=r"^data: no rows$"):
@@ -84,7 +84,7 @@ def test_bad_input_is_raised_with_the_commands_sentence(
 
 
 def test_a_failed_run_is_raised_with_its_output_and_its_logs(
-    command: Callable[[str], None],
+    command: Callable[[str], int],
 ) -> None:
     command("os.makedirs('runs/debug/logs'); sys.exit('rank 1 failed')")
     with pytest.raises(
@@ -93,7 +93,7 @@ def test_a_failed_run_is_raised_with_its_output_and_its_logs(
         packhorse.train("debug")
 
 
-def test_a_stopped_evaluation_has_no_result(command: Callable[[str], None]) -> None:
+def test_a_stopped_evaluation_has_no_result(command: Callable[[str], int]) -> None:
     command("sys.exit(75)")
     with pytest.raises(packhorse.RunFailed, match="exit code 75"):
         packhorse.evaluate("runs/debug", "debug")
@@ -116,7 +116,7 @@ sys.exit(75)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_saves_when_its_caller_is_interrupted_or_killed(
-    command: Callable[[str], None], number: int
+    command: Callable[[str], int], number: int
 ) -> None:
     command(SAVES)
     caller = (
