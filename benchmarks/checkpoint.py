@@ -467,8 +467,9 @@ def main() -> None:
         os._exit(
             0
         )  # DeepSpeed leaves threads behind that now and then abort a process at its very end
-    folder = args.folder or Path(tempfile.mkdtemp(prefix="packhorse-checkpoint-"))
-    folder.mkdir(parents=True, exist_ok=True)
+    if args.folder:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="packhorse-checkpoint-", dir=args.folder))
     try:
         text = measure(folder, args.rounds)
     finally:

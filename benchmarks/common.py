@@ -31,6 +31,17 @@ LOOK_S = 0.5  # between looks at memory
 GIB = 2**30
 
 
+def write_result(out: Path, text: str) -> None:
+    """Print a result and write it to `out`, unless that is another file than an earlier result."""
+    print(f"\n{text}")
+    title = text.splitlines()[0]
+    if out.exists() and not out.read_text(errors="replace").startswith(f"{title}\n"):
+        sys.exit(f"{out}: exists, and is no result of this benchmark; it is left as it is")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(text)
+    print(f"written to {out}")
+
+
 @dataclass(frozen=True)
 class Job:
     """What arms.py is to run; each arm reads the fields it needs."""

@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, machine, spread, table
+from common import ROOT, machine, spread, table, write_result
 
 MODEL = Path("~/.cache/packhorse/models/smollm2-135m-instruct")
 DATA = ROOT.parent / "shared" / "data" / "gsm8k_train.jsonl"
@@ -81,9 +81,8 @@ def main() -> None:
             done.append(timed(arm, job(options, work, cores)))
             print(f"round {number} {arm:15} {cores} cores", done[-1], flush=True)
     text = report(runs, options, load)
-    options.out.write_text(text)
-    print(f"\n{text}\nwritten to {options.out}")
     shutil.rmtree(work)
+    write_result(options.out, text)
 
 
 def parse() -> argparse.Namespace:

@@ -27,7 +27,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from common import ROOT, family, machine, table
+from common import ROOT, family, machine, table, write_result
 
 MIB = 2**20
 LOOK_S = 0.5
@@ -70,8 +70,7 @@ def main() -> None:
         print(rows, found[rows], flush=True)
         shutil.rmtree(work)
     text = report(found)
-    options.out.write_text(text)
-    print(f"\n{text}\nwritten to {options.out}")
+    write_result(options.out, text)
 
 
 def measured(part: str, work: Path) -> Peak:

@@ -55,6 +55,7 @@ from common import (
     run_arm,
     spread,
     table,
+    write_result,
 )
 
 TOKENIZER = ROOT / "recipes" / "debug" / "model"
@@ -375,13 +376,12 @@ def write_report(rows: list[list[str]], card: str, options: argparse.Namespace) 
         table(head, rows),
     ]
     text = "\n\n".join(parts) + "\n"
-    print(f"\n{text}")
     default = Path(__file__).parent / "results" / f"gpu_{card.lower().replace(' ', '_')}.md"
     out = options.out or (None if options.tiny else default)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(text)
-        print(f"written to {out}")
+        write_result(out, text)
+    else:
+        print(f"\n{text}")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ from common import (
     run_arm,
     spread,
     table,
+    write_result,
 )
 
 MODEL = Path("~/.cache/packhorse/models/smollm2-135m-instruct")
@@ -100,10 +101,8 @@ def main() -> None:
                 flush=True,
             )
     text = report(runs, options)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(text)
-    print(f"\n{text}\nwritten to {options.out}")
     shutil.rmtree(work)
+    write_result(options.out, text)
 
 
 def parse() -> argparse.Namespace:

@@ -54,18 +54,6 @@ def render(
     return text
 
 
-def write(run_dir: Path, text: str) -> Path:
-    """Write the script into the run folder and return its path. Raises BadInput if that fails."""
-    script = run_dir / "slurm.sh"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        script.write_text(text, encoding="utf-8")
-        script.chmod(0o755)
-    except OSError as error:
-        raise BadInput(f"run.dir: {run_dir} cannot be written ({error})") from None
-    return script
-
-
 def submit(script: Path) -> str:
     """Submit the script and return sbatch's answer, as `Submitted batch job 7`.
 

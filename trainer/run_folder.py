@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from packhorse import __version__
 from packhorse.trainer import dist
+from packhorse.trainer.config.parsing import read_yaml
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.data import summary
 from packhorse.trainer.data.batch_plan import Plan
@@ -35,6 +37,12 @@ from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.metrics import EVALUATIONS, Metrics
 from packhorse.trainer.utils.files import read_json_lines, write_json, write_synced
 
+# What a run replaces, appends to or deletes; data.json and data.png beside it.
+_WRITTEN = (
+    *("checkpoints", "model", "serving", "tensorboard"),
+    *("metrics.jsonl", EVALUATIONS, "samples.jsonl", "rejects.jsonl", "skipped_steps.jsonl", LOG),
+    *("trace.jsonl", "environment.json", "best.json", "summary.json"),
+)
 _LENGTHS = ("train.epochs", "train.steps")
 
 
@@ -48,10 +56,13 @@ def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> N
         extend: the saved recipe may have fewer epochs or steps (C8).
 
     Raises:
-        BadInput: the folder holds a run of another recipe (C8), or cannot be written.
+        BadInput: the folder holds a run of another recipe (C8), or files that no run wrote and
+            this one would replace; or it cannot be written.
     """
     saved = run_dir / "recipe.yaml"
     has_checkpoint = any((run_dir / "checkpoints").glob("step-*"))
+    if not (has_checkpoint and saved.is_file()):
+        _require_own(run_dir)
     text = saved.read_text(encoding="utf-8") if saved.is_file() else None
     if not has_checkpoint and text not in (None, recipe.to_yaml()):
         # the untrained model of another recipe may be another model
@@ -75,6 +86,28 @@ def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> N
         write_synced(saved, recipe.to_yaml())
     except OSError as error:
         raise BadInput(f"run.dir: {run_dir} cannot be written ({error})") from None
+
+
+def _require_own(run_dir: Path) -> None:
+    """Refuse a folder in which the run would replace files that no run wrote."""
+    saved = run_dir / "recipe.yaml"
+    if saved.is_file():
+        tree = read_yaml(saved)
+        text = yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+        has_all = isinstance(tree, dict) and tree.keys() >= Recipe.model_fields.keys()
+        if has_all and text == saved.read_text(encoding="utf-8"):
+            return
+        raise BadInput(
+            f"run.dir: {saved} is not the resolved recipe of a run, and would be replaced; give "
+            "another run.dir, or move it away"
+        )
+    there = [name for name in _WRITTEN if (run_dir / name).exists()]
+    if there:
+        raise BadInput(
+            f"run.dir: {run_dir} is no run folder (it has no recipe.yaml), and the run would write "
+            f"over {', '.join(there)}; give another run.dir"
+        )
+    summary.require_own(run_dir)
 
 
 def require_shared(run_dir: Path) -> None:

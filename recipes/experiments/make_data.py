@@ -30,6 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "quickstart"))
 
 from make_problems import SEED, TRAIN_ROWS, problems  # in the quickstart's folder
 
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils.own_output import write_own_text
+
 HELDOUT_ROWS = 128
 ON_A_SHEET = 5
 WRONG_SHARE = 0.5
@@ -119,7 +122,6 @@ def sheets(rows: Sequence[Row]) -> list[Row]:
 
 def write(folder: Path, train: Sequence[Row], heldout: Sequence[Row]) -> None:
     """Write the four files."""
-    folder.mkdir(parents=True, exist_ok=True)
     parts = {
         "train": train,
         "heldout": heldout,
@@ -128,7 +130,7 @@ def write(folder: Path, train: Sequence[Row], heldout: Sequence[Row]) -> None:
     }
     for name, rows in parts.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_own_text(folder / f"{name}.jsonl", text)
 
 
 def word_problems() -> tuple[list[Row], list[Row]]:
@@ -162,4 +164,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(f"make_data: error: {error}")

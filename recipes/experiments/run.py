@@ -76,6 +76,7 @@ def main() -> int:
             get(MODEL_CACHE)
             link(Path(base.model.name), MODEL_CACHE)
             make_data.write(Path(base.data.train[0].path or "").parent, *make_data.word_problems())
+        require_own_page(page)
         with locked(asked.out) as lock:
             return run_all(asked.recipe, base, wanted, asked.out, page, lock)
     except BadInput as error:
@@ -102,7 +103,7 @@ def locked(out: Path) -> Iterator[int]:
         BadInput: another process holds it.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w") as file:
+    with (out / "lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -239,6 +240,12 @@ def about(expected_s: float, pace: float | None) -> str:
 
 
 # ----------------------------------------------------------------------------------------- the page
+
+
+def require_own_page(page: Path) -> None:
+    """Raise BadInput if there is another file than a copy of docs/experiments.md."""
+    if page.exists() and "<!-- where -->" not in page.read_text(errors="replace"):
+        raise BadInput(f"{page}: exists, and is no page of the experiments; give another --page")
 
 
 def write_page(page: Path, out: Path, base: Recipe) -> None:

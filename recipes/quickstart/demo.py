@@ -11,10 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -27,6 +27,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from packhorse.trainer.config.recipe import Recipe, load_recipe
+from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.cpu_speed import bf16_slowdown
 from packhorse.trainer.utils.files import read_json_lines
 
@@ -34,7 +35,6 @@ RECIPE = "recipes/quickstart.yaml"
 MODEL_CACHE = Path("~/.cache/packhorse/models/smollm2-135m-instruct").expanduser()
 DATA = Path("data/quickstart")
 TRAINING_S = 330  # for the training alone
-SPEED_RUN = Path("runs/quickstart-speed")
 
 console = Console(highlight=False)
 
@@ -102,16 +102,17 @@ def steps_that_fit(recipe: Recipe, dtype: str) -> int:
     wanted = recipe.train.steps
     assert wanted, f"{RECIPE} gives train.steps"
     show_line("Measuring how fast this machine trains ...")
-    shutil.rmtree(SPEED_RUN, ignore_errors=True)
-    train(
-        f"run.dir={SPEED_RUN}",
-        "train.steps=3",
-        f"model.dtype={dtype}",
-        "data.eval=[]",
-        "eval.generate=null",
-    )
-    lines = read_json_lines(SPEED_RUN / "metrics.jsonl")
-    shutil.rmtree(SPEED_RUN)
+    runs = Path(recipe.run.dir).parent
+    runs.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="quickstart-speed.", dir=runs) as folder:
+        train(
+            f"run.dir={folder}",
+            "train.steps=3",
+            f"model.dtype={dtype}",
+            "data.eval=[]",
+            "eval.generate=null",
+        )
+        lines = read_json_lines(Path(folder) / "metrics.jsonl")
     # the first step is slower: it warms up
     step_s = statistics.mean(line["perf/step_s"] for line in lines[1:])
     steps = max(1, min(wanted, int(TRAINING_S / step_s)))
@@ -178,4 +179,7 @@ def show_times(parts: list[float], run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BadInput as error:
+        sys.exit(f"demo: error: {error}")

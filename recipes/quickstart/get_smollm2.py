@@ -47,6 +47,8 @@ def _build(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    from packhorse.trainer.utils.files import apply_umask
+
     gguf = _download(folder.parent)
     model: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent,
@@ -64,6 +66,7 @@ def _build(folder: Path) -> None:
     split_digits(tokenizer)
     tokenizer.model_max_length = model.config.max_position_embeddings
     tokenizer.save_pretrained(folder)
+    apply_umask(folder)
 
 
 def _download(folder: Path) -> Path:

@@ -15,6 +15,9 @@ import random
 import sys
 from pathlib import Path
 
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils.own_output import write_own_text
+
 TRAIN_ROWS, HELDOUT_ROWS, SEED = 500, 64, 0
 LARGEST = 50  # number in a problem: a small model can learn to calculate up to here
 
@@ -162,11 +165,13 @@ def problems(rows: int, seed: int) -> list[dict[str, str]]:
 
 def write(folder: Path) -> None:
     rows = problems(TRAIN_ROWS + HELDOUT_ROWS, SEED)
-    folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", rows[:TRAIN_ROWS]), ("heldout", rows[TRAIN_ROWS:])):
         text = "".join(json.dumps(row) + "\n" for row in part)
-        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+        write_own_text(folder / f"{name}.jsonl", text)
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]))
+    try:
+        write(Path(sys.argv[1]))
+    except BadInput as error:
+        sys.exit(f"make_problems: error: {error}")

@@ -46,5 +46,5 @@ def test_the_twin_finds_the_same_tensors(
 
 def test_a_folder_in_the_way_is_left_alone(run_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(BadInput, match="not a universal checkpoint"):
+    with pytest.raises(BadInput, match="packhorse export did not write it"):
         export_universal(run_dir, tmp_path)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,6 +82,60 @@ def test_the_export_leaves_no_other_files(exported: Path) -> None:
     assert not list(exported.parent.glob(".*saving*"))
 
 
+def command(*arguments: str | Path, umask: int = 0o022) -> subprocess.CompletedProcess[str]:
+    """Run `packhorse export`."""
+    return subprocess.run(
+        [sys.executable, "-m", "packhorse", "export", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        umask=umask,
+    )
+
+
+def test_the_command_says_what_it_exported_and_replaces_it_only_if_asked(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    first = command(run_dir, "--out", out, umask=0o027)
+    assert (first.returncode, first.stdout) == (0, f"{out}\n"), first.stderr
+    assert (
+        f"exporting step 3 of {run_dir}: the last one; which is best is not known" in first.stderr
+    )
+    assert re.search(r"compared: all \d+ weights are bit by bit the trained", first.stderr)
+    assert f"exported step 3 to {out}" in first.stderr
+    assert {oct(path.stat().st_mode & 0o777) for path in out.iterdir()} == {"0o640"}
+    assert oct(out.stat().st_mode & 0o777) == "0o750"
+
+    second = command(run_dir, "--out", out)
+    assert second.returncode == 2
+    assert "holds the model of step 3 of run; give another --out, or --overwrite" in second.stderr
+    third = command(run_dir, "--out", out, "--overwrite")
+    assert third.returncode == 0, third.stderr
+    assert f"it replaces the model of step 3 of run in {out}" in third.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_base_model_is_never_replaced(run_dir: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(ROOT / "recipes" / "debug" / "model", base)
+    for more in ((), ("--overwrite",), ("--universal", "--overwrite")):
+        done = command(run_dir, "--out", base, *more)
+        assert done.returncode == 2
+        assert "packhorse export did not write it; give another --out, or rem" in done.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
+        ["base", *(path.name for path in (ROOT / "recipes" / "debug" / "model").iterdir())]
+    )
+
+
+def test_every_file_of_a_run_has_the_mode_that_the_umask_says(run_dir: Path) -> None:
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    others = [path for path in files if path.stat().st_mode & 0o777 != 0o666 & ~umask]
+    assert not others
+
+
 def test_a_second_run_starts_from_the_export(run_dir: Path, exported: Path) -> None:
     second = train(1, run_dir.parent, "second", f"model.name={exported}", "model.init=pretrained")
     before = json.loads((second / "summary.json").read_text())["before"]["eval/loss"]
@@ -103,12 +161,6 @@ def test_a_damaged_run_is_not_exported(run_dir: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("what", ["no run", "a folder in the way"])
-def test_bad_input_is_named(run_dir: Path, tmp_path: Path, what: str) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("")
-    with pytest.raises(
-        BadInput, match="not a run folder" if what == "no run" else "not a model folder"
-    ):
-        export(tmp_path if what == "no run" else run_dir, tmp_path / "out")
-    assert (tmp_path / "out" / "thesis.tex").exists()
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="not a run folder"):
+        export(tmp_path, tmp_path / "out")

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from packhorse.trainer.checkpoint.best import Best, best_step, choose, evaluations
+from packhorse.trainer.checkpoint.export_folder import describe_step
 from packhorse.trainer.config.eval import BestSection, Condition
 from packhorse.trainer.config.recipe import load_recipe, parse_recipe
 from packhorse.trainer.datatypes import BadInput
@@ -259,3 +260,44 @@ def test_half_a_line_is_no_evaluation(tmp_path):
         file.write(json.dumps(line(30, 0.1, 1.0))[:-9])
     assert list(evaluations(tmp_path)) == [10, 20]
     assert evaluations(tmp_path / "nowhere") == {}
+
+
+# ---------------------------------------------------------------------------------------- an export
+
+
+@pytest.mark.parametrize(
+    ("rule", "of_1", "of_2"),
+    [
+        (
+            "{minimize: eval_loss}",
+            "not the last one, which is 2; not the best, which is 2, by the lowest eval_loss",
+            "the last one; the best by the lowest eval_loss",
+        ),
+        (
+            "{minimize: eval_loss, subject_to: {eval_loss: '> 1.5'}}",
+            "not the last one, which is 2; the best by the lowest eval_loss with eval_loss > 1.5",
+            "the last one; not the best, which is 1, by the lowest eval_loss with eval_loss > 1.5",
+        ),
+        (
+            "{minimize: eval_loss, subject_to: {eval_loss: '> 9'}}",
+            "not the last one, which is 2; none is the best by the lowest eval_loss with "
+            "eval_loss > 9",
+            "the last one; none is the best by the lowest eval_loss with eval_loss > 9",
+        ),
+        (
+            "null",
+            "not the last one, which is 2; which is best is not known, as its recipe has no "
+            "eval.best",
+            "the last one; which is best is not known, as its recipe has no eval.best",
+        ),
+    ],
+)
+def test_an_export_says_which_step_it_is(tmp_path: Path, rule: str, of_1: str, of_2: str) -> None:
+    lines = [{"step": step, "eval_loss": 3.0 - step, "metrics": {}} for step in (1, 2)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "evaluations.jsonl").write_text(text)
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    recipe = load_recipe(ROOT / "recipes" / "debug.yaml", [f"eval.best={rule}"])
+    for step, said in ((1, of_1), (2, of_2)):
+        assert describe_step(tmp_path, recipe, step) == f"step {step} of {tmp_path}: {said}"

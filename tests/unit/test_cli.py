@@ -190,6 +190,21 @@ def test_prepare_writes_numbers_and_picture_where_it_is_told(packhorse, tmp_path
     assert "cannot be written" in err
 
 
+def test_prepare_replaces_nothing_but_its_own_report(packhorse, tmp_path):
+    report = tmp_path / "report"
+
+    def prepare():
+        return packhorse("prepare", DEBUG, f"data.cache={tmp_path}/cache", "--out", str(report))
+
+    assert (prepare()[0], prepare()[0]) == (0, 0)
+    (report / "data.json").write_text('{"mine": 1}')
+    code, _, err = prepare()
+    assert (code, (report / "data.json").read_text()) == (2, '{"mine": 1}')
+    assert "data.json: exists, and packhorse did not write it" in err
+    (report / "data.json").unlink()
+    assert "data.png: exists, and packhorse did not write it" in prepare()[2]
+
+
 def test_prepare_counts_rejects_by_reason(packhorse, tmp_path):
     rows = (ROOT / "recipes/debug/train.jsonl").read_text().splitlines()
     rows[3] = json.dumps({"question": "What now?", "answer": ""})
@@ -263,6 +278,11 @@ def test_preview_on_the_terminal_and_as_a_page(packhorse, tmp_path):
     code, out, err = packhorse("preview", DEBUG, "--split", "eval", "--html", str(page))
     assert code == 0, err
     assert "eval.jsonl:1" in page.read_text()
+    assert packhorse("preview", DEBUG, "--html", str(page))[0] == 0, "it is our own page"
+    page.write_text("my page")
+    code, _, err = packhorse("preview", DEBUG, "--html", str(page))
+    assert (code, page.read_text()) == (2, "my page")
+    assert "page.html: exists, and is not as packhorse wrote it" in err
 
 
 def test_bad_input_is_2_even_where_its_sentence_cannot_be_written():
@@ -302,6 +322,8 @@ def test_launch_slurm_writes_into_the_run_folder_and_says_what(packhorse, tmp_pa
     )
     assert code == 0, err
     assert out.splitlines()[0] == str(folder / "slurm.sh")
+    script = folder / "slurm.sh"
+    assert os.access(script, os.X_OK)
     lines = (folder / "slurm.sh").read_text().splitlines()
     assert {"#SBATCH --nodes=4-8", "#SBATCH --gpus-per-node=8", "#SBATCH --partition=big"} <= set(
         lines
@@ -309,6 +331,13 @@ def test_launch_slurm_writes_into_the_run_folder_and_says_what(packhorse, tmp_pa
     assert f"#SBATCH --chdir={ROOT}" in lines
     assert f"#SBATCH --output={tmp_path}/100%%/slurm-%j.log" in lines
     assert "##SBATCH --account=project" in lines
+    again = ("launch", "slurm", "recipes/debug.yaml", f"run.dir={folder}")
+    assert packhorse(*again)[0] == 0, "nobody has edited it"
+    edited = script.read_text().replace("--nodes=1", "--nodes=3")
+    script.write_text(edited)
+    code, _, err = packhorse(*again)
+    assert (code, script.read_text()) == (2, edited)
+    assert "slurm.sh: exists, and is not as packhorse wrote it; submit it as it is" in err
 
 
 def test_launch_slurm_writes_nothing_for_a_recipe_that_cannot_be_used(packhorse, tmp_path):

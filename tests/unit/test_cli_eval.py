@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from packhorse.trainer import dist
+from packhorse.trainer.cli import eval as cli_eval
 from packhorse.trainer.cli import main
 from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.datatypes import BadInput
 from tests.ranks import ROOT
 
 DEBUG = "recipes/debug.yaml"
@@ -19,6 +23,7 @@ DEBUG = "recipes/debug.yaml"
 def refused(monkeypatch, capsys):
     """Return a function that runs the command in this process and returns its error line."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(dist, "start_logging", lambda: None)  # it lasts longer than a test
 
     def run(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["packhorse", *arguments])
@@ -66,6 +71,50 @@ def test_results_are_not_written_over_what_is_something_else(refused, tmp_path):
     said = refused("eval", "recipes/debug/model", DEBUG, "--out", str(tmp_path / "thesis"))
     assert "exists and holds no results of packhorse eval" in said
     assert (tmp_path / "thesis" / "thesis.tex").exists()
+
+
+def test_the_same_evaluation_replaces_its_results_and_another_one_does_not(tmp_path):
+    out = tmp_path / "results"
+    cli_eval._start_results(out, "runs/a", 3)
+    (out / "samples.jsonl").write_text("{}")
+    for model, step in (("runs/b", 3), ("runs/a", 4)):
+        with pytest.raises(BadInput, match="holds the results of runs/a at step 3; give another"):
+            cli_eval._start_results(out, model, step)
+    assert (out / "samples.jsonl").exists()
+    cli_eval._start_results(out, "./runs/a/", 3)
+    assert [path.name for path in out.iterdir()] == ["evaluated.json"]
+
+
+def test_results_are_not_written_through_a_link(tmp_path):
+    cli_eval._start_results(tmp_path / "results", "runs/a", 3)
+    (tmp_path / "link").symlink_to("results")
+    with pytest.raises(BadInput, match="holds no results"):
+        cli_eval._start_results(tmp_path / "link", "runs/a", 3)
+    assert (tmp_path / "results" / "evaluated.json").exists()
+
+
+def test_an_export_leaves_the_run_and_the_base_model_alone(refused, tmp_path):
+    base = tmp_path / "models" / "base"
+    shutil.copytree(ROOT / "recipes" / "debug" / "model", base)
+    run = tmp_path / "runs" / "mine"
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text(load_recipe(ROOT / DEBUG, [f"model.name={base}"]).to_yaml())
+    (tmp_path / "link").symlink_to(base)
+    before = sorted(tmp_path.rglob("*"))
+
+    def said(out: Path, *more: str) -> str:
+        return refused("export", str(run), "--out", str(out), "--overwrite", *more)
+
+    for own in (base, base.parent, tmp_path / "link"):
+        assert "is or holds the base model's folder" in said(own)
+    assert "lies in the base model's folder" in said(base / "tuned")
+    for own in (run, run.parent, run / "checkpoints" / ".." / ".." / "mine"):
+        assert "is or holds the run folder" in said(own)
+    for part in ("checkpoints/step-000009", "model", "serving/x", "evals/x", "sub/../checkpoints"):
+        assert "the run uses this part of its folder" in said(run / part)
+        assert "the run uses this part of its folder" in said(run / part, "--universal")
+    assert "there is no whole checkpoint to export" in said(run / "export"), "a place of its own"
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_folder_of_tasks_that_is_not_there_is_told(refused, tmp_path):

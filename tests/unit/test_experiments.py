@@ -20,6 +20,7 @@ FOLDER = ROOT / "recipes" / "experiments"
 sys.path[:0] = [str(FOLDER), str(ROOT / "recipes" / "quickstart"), str(ROOT / "benchmarks")]
 
 import catalogue  # noqa: E402 - scripts of a recipe, not a package
+import common  # noqa: E402 - the benchmarks'
 import make_data  # noqa: E402
 import make_problems  # noqa: E402
 import tables  # noqa: E402
@@ -119,6 +120,26 @@ def test_the_problems_are_the_quickstarts_and_more_held_out_ones(
     assert train == theirs[0]
     assert heldout[:64] == theirs[1]
     assert len({row["question"] for row in [*train, *heldout]}) == 628
+
+
+def test_a_page_replaces_no_other_file(tmp_path: Path) -> None:
+    page, require = tmp_path / "page.md", RUNNER["require_own_page"]
+    require(page)
+    page.write_text(RUNNER["PAGE"].read_text())
+    require(page)
+    page.write_text("mine")
+    with pytest.raises(BadInput, match="is no page of the experiments"):
+        require(page)
+
+
+def test_a_result_of_a_benchmark_replaces_no_other_file(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "result.md"
+    common.write_result(out, "# Memory\n1\n")
+    common.write_result(out, "# Memory\n2\n")
+    assert out.read_text() == "# Memory\n2\n"
+    with pytest.raises(SystemExit, match="is no result of this benchmark"):
+        common.write_result(out, "# Time\n3\n")
+    assert out.read_text() == "# Memory\n2\n"
 
 
 def test_half_of_the_traces_are_wrong_and_verifying_takes_out_exactly_those(problems: Any) -> None:

@@ -12,10 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils import files
-from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once
+from packhorse.trainer.utils.files import ResumableFiles, Stopped, apply_umask, build_once
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,6 +53,22 @@ def test_a_folder_is_built_once(folder):
     build_once(folder, write("first"), "building")
     build_once(folder, write("second"), "building")
     assert content(folder) == "first"
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+def test_files_get_the_mode_that_the_umask_says(tmp_path, umask):
+    (tmp_path / "code").mkdir()
+    save_file({"a": torch.zeros(2)}, tmp_path / "a.safetensors")  # by a file of mode 0600
+    (tmp_path / "code" / "a.py").touch(0o400)
+    (tmp_path / "link").symlink_to("/dev/null")
+    before = os.umask(umask)
+    try:
+        apply_umask(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.[ps]*")}
+    assert modes == {0o666 & ~umask}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "code", "link"]
 
 
 def require_one_build(folder, num_threads):

@@ -376,7 +376,7 @@ def test_it_writes_into_the_run_folder_and_says_what(launch):
         "ConfigMap",
         "JobSet",
     ]
-    assert Path(out.split()[1]).read_text() == CLUSTER.read_text()
+    assert Path(out.split()[1]).read_text().startswith(CLUSTER.read_text())
 
 
 def test_the_cluster_file_that_it_wrote_can_be_changed_and_given_back(launch):
@@ -391,6 +391,21 @@ def test_the_cluster_file_that_it_wrote_can_be_changed_and_given_back(launch):
     }
     assert launch("--cluster", str(kept))[0] == DONE
     assert "namespace: team" in kept.read_text()
+
+
+def test_what_the_user_edited_is_not_replaced(launch):
+    _, out, _ = launch()
+    manifests, kept = (Path(name) for name in out.split())
+    assert launch("--nodes", "4")[0] == DONE, "what nobody edited is replaced"
+    before = manifests.read_text()
+    kept.write_text(kept.read_text().replace("namespace: default", "namespace: team"))
+    code, _, err = launch()
+    assert code == BAD_INPUT
+    assert "cluster.yaml: exists, and is not as packhorse wrote it; give it as --cluster" in err
+    assert ("namespace: team" in kept.read_text(), manifests.read_text()) == (True, before)
+    manifests.write_text(before + "# mine\n")
+    code, _, err = launch("--cluster", str(kept))
+    assert (code, manifests.read_text()) == (BAD_INPUT, before + "# mine\n"), err
 
 
 def test_nothing_that_is_given_breaks_out_of_its_field(launch):
@@ -442,7 +457,7 @@ def test_nothing_that_is_given_breaks_out_of_its_field(launch):
             "name.yaml: metadata: it may have `namespace`, `labels` and `annotations`",
         ),
         (["--cluster", "lost.yaml"], "would be lost with its pod; mount a persistent volume"),
-        (["--out", "debug.yaml"], "debug.yaml: cannot be written"),
+        (["--out", "debug.yaml"], "debug.yaml/cluster.yaml: cannot be written"),
     ],
 )
 def test_bad_input_is_one_sentence(launch, arguments, sentence):

@@ -14,6 +14,8 @@ sys.path.insert(0, str(ROOT / "recipes/quickstart"))
 import get_smollm2  # noqa: E402 - scripts of a recipe, not a package
 import make_problems  # noqa: E402
 
+from packhorse.trainer.datatypes import BadInput  # noqa: E402
+
 ANSWER = re.compile(
     r"<think>(\d+ [-+*/] \d+ = \d+)(?:\. (\d+ [-+*/] \d+ = \d+))?\.</think><answer>(\d+)</answer>"
 )
@@ -71,6 +73,15 @@ def test_no_question_is_shared_and_the_same_seed_gives_the_same_files(tmp_path):
         parts[name] = [json.loads(line)["question"] for line in text.splitlines()]
         assert len(parts[name]) == count
     assert len({*parts["train"], *parts["heldout"]}) == 564
+
+
+def test_problems_replace_no_other_file(tmp_path):
+    make_problems.write(tmp_path)
+    make_problems.write(tmp_path)
+    (tmp_path / "heldout.jsonl").write_text("mine")
+    with pytest.raises(BadInput, match="is not as packhorse wrote it"):
+        make_problems.write(tmp_path)
+    assert (tmp_path / "heldout.jsonl").read_text() == "mine"
 
 
 def test_no_problem_is_longer_than_100_tokens(rows, shared):

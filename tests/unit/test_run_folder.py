@@ -117,6 +117,34 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
         open_run_folder(recipe(tmp_path / "file" / "run"), tmp_path / "file" / "run")
 
 
+def test_a_recipe_that_the_user_wrote_is_not_replaced(tmp_path: Path) -> None:
+    """As with `run.dir: .` beside a recipe.yaml."""
+    own = (ROOT / "recipes" / "debug.yaml").read_text()
+    (tmp_path / "recipe.yaml").write_text(own)
+    with pytest.raises(BadInput, match="is not the resolved recipe of a run, and would be replace"):
+        open_run_folder(recipe(tmp_path), tmp_path)
+    assert (tmp_path / "recipe.yaml").read_text() == own
+
+
+@pytest.mark.parametrize(
+    "name", ["model/config.json", "checkpoints/step-000001/x", "metrics.jsonl", "data.png"]
+)
+def test_files_that_no_run_wrote_are_not_replaced(tmp_path: Path, name: str) -> None:
+    """As with run.dir=recipes/debug, whose model/ is the base model."""
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(BadInput, match=name.split("/")[0]):
+        open_run_folder(recipe(tmp_path), tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+
+
+def test_a_folder_with_other_files_may_become_a_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "slurm.sh").write_text("")
+    (tmp_path / "notes.md").write_text("mine")
+    open_run_folder(recipe(tmp_path), tmp_path)
+    assert (tmp_path / "notes.md").read_text() == "mine"
+
+
 def test_it_tells_of_every_row_that_is_left_out(tmp_path: Path, shared: Path) -> None:
     rows = [
         {"question": "1?", "answer": "One."},

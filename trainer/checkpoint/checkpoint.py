@@ -265,6 +265,11 @@ def _list_published(root: Path) -> list[Path]:
     return [found[step] for step in sorted(found)]
 
 
+def last_step(run_dir: Path) -> int:
+    """Return the step of a run's last checkpoint, whole or not. Raises ValueError without one."""
+    return max(int(path.name[len("step-") :]) for path in _list_published(run_dir / "checkpoints"))
+
+
 def _copy_fits(state_bytes: int, asked: bool | None) -> bool:
     """Decide whether to copy the state to the host's memory: as asked for; unless anything was,
     if the copy leaves half of the free memory. All ranks decide alike.

@@ -8,7 +8,6 @@ is written, or merged, with its base loaded.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -18,16 +17,18 @@ import torch
 
 from packhorse import __version__
 from packhorse.trainer import dist
-from packhorse.trainer.checkpoint import best, checkpoint
+from packhorse.trainer.checkpoint import best
 from packhorse.trainer.checkpoint.checkpoint import Manifest
-from packhorse.trainer.config.recipe import Recipe, load_recipe
+from packhorse.trainer.checkpoint.export_folder import open_for_export, run_recipe
+from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.sharded_state import FROZEN, Shards, digest
 from packhorse.trainer.model.attention import other_attention
 from packhorse.trainer.model.load import load_model, load_tokenizer
 from packhorse.trainer.model.lora import in_peft_form, is_of_adapter, merged_weights
 from packhorse.trainer.model.quantisation import parts_of
-from packhorse.trainer.utils.files import publish_folder
+from packhorse.trainer.utils import own_output
+from packhorse.trainer.utils.files import apply_umask
 
 # In a run folder: configuration, generation configuration and tokenizer, without weights.
 MODEL_FOLDER = "model"
@@ -44,25 +45,27 @@ def save_description(model: Any, tokenizer: Any, run_dir: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def export(run_dir: Path, out: Path, step: int | None = None, *, merge: bool = False) -> Path:
+def export(
+    run_dir: Path,
+    out: Path,
+    step: int | None = None,
+    *,
+    merge: bool = False,
+    overwrite: bool = False,
+) -> Path:
     """Write a checkpoint's model, or its adapter, to `out` in the recipe's dtype.
 
     Args:
         step: whose checkpoint to write; by default the newest whole one.
         merge: merge an adapter into its base, and write the whole model.
+        overwrite: replace an earlier export at `out`.
 
     Raises:
-        BadInput: the run has no such checkpoint; `out` exists and is not an export; there is
-            nothing to merge; or the adapter's base is not the one that it was trained on.
+        BadInput: the run has no such checkpoint; `out` may not be written (see own_output); there
+            is nothing to merge; or the adapter's base is not the one that it was trained on.
         RuntimeError: what was written does not load as what was saved.
     """
-    if not (run_dir / "recipe.yaml").is_file():
-        raise BadInput(f"{run_dir}: not a run folder (it has no recipe.yaml)")
-    if out.exists() and not any(
-        (out / name).is_file() for name in ("config.json", "adapter_config.json")
-    ):
-        raise BadInput(f"{out}: exists and is not a model folder; give another --out")
-    recipe = load_recipe(run_dir / "recipe.yaml")
+    recipe = run_recipe(run_dir)
     if merge and not recipe.adapter:
         raise BadInput(
             f"--merge: {run_dir} has trained no adapter; leave it out to write the whole model"
@@ -71,33 +74,26 @@ def export(run_dir: Path, out: Path, step: int | None = None, *, merge: bool = F
         raise BadInput(
             f"{run_dir}: the adapter's base has random weights, that no folder holds; add --merge"
         )
-    saved, manifest = (
-        checkpoint.open_newest(run_dir) if step is None else checkpoint.open_step(run_dir, step)
-    )
+    saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite)
+    step = manifest.state.step
 
-    staged = out.with_name(f".{out.name}.saving")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
+    folder = own_output.stage(out)
     if recipe.adapter is None:
         weights = ((name, saved.whole(name)) for name in saved.names)
-        mapped = _copy_to_files(weights, staged / "weights", getattr(torch, recipe.model.dtype))
-        write_folder(run_dir, recipe, staged / "model", mapped)
-        _load_and_compare(staged / "model", mapped, recipe)
+        dtype = getattr(torch, recipe.model.dtype)
+        mapped = _copy_to_files(weights, folder.with_name("weights"), dtype)
+        write_folder(run_dir, recipe, folder, mapped)
+        _load_and_compare(folder, mapped, recipe)
     elif merge:
-        _write_merged(run_dir, recipe, saved, manifest, staged)
+        _write_merged(run_dir, recipe, saved, manifest, folder)
     else:
-        _write_adapter(run_dir, recipe, saved, manifest, staged / "model")
+        _write_adapter(run_dir, recipe, saved, manifest, folder)
     is_adapter = recipe.adapter is not None and not merge
-    card = _model_card(run_dir, recipe, manifest.state.step, is_adapter)
-    (staged / "model" / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(out, ignore_errors=True)
-    publish_folder(staged / "model", out)
-    shutil.rmtree(staged)
-    dist.log.info(
-        "exported step %d to %s, loaded it back and found every weight the same",
-        manifest.state.step,
-        out,
-    )
+    card = _model_card(run_dir, recipe, step, is_adapter)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    facts = {"kind": "adapter" if is_adapter else "model", "step": step, "run": run_dir.name}
+    own_output.publish(out, facts, overwrite=overwrite)
+    dist.log.info("exported step %d to %s", step, out)
     return out
 
 
@@ -138,6 +134,7 @@ def write_folder(
     model.generation_config = GenerationConfig.from_pretrained(source)
     model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="5GB")
     _write_tokenizer(source, recipe, folder)
+    apply_umask(folder)
 
 
 def _write_tokenizer(source: Path, recipe: Recipe, folder: Path) -> None:
@@ -166,6 +163,11 @@ def _load_and_compare(folder: Path, weights: dict[str, torch.Tensor], recipe: Re
     for name, parameter in model.named_parameters():
         if not torch.equal(parameter.detach(), weights[name]):
             raise RuntimeError(f"{folder}: `{name}` loads with other values than were trained")
+    dist.log.info(
+        "loaded it back and compared: all %d weights are bit by bit the trained ones in %s",
+        len(weights),
+        recipe.model.dtype,
+    )
     return model
 
 
@@ -178,7 +180,7 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}
 
 
 def _write_merged(
-    run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, staged: Path
+    run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, folder: Path
 ) -> None:
     """Write the base with the adapter merged into it, load that and compare weights and logits."""
     dtype = getattr(torch, recipe.model.dtype)
@@ -186,11 +188,12 @@ def _write_merged(
     logits = _logits(model)
     parameters = {name for name, _ in model.named_parameters()}
     buffers = ((name, saved.whole(name)) for name in saved.names if name not in parameters)
-    mapped = _copy_to_files(chain(merged_weights(model), buffers), staged / "weights", dtype)
+    weights = chain(merged_weights(model), buffers)
+    mapped = _copy_to_files(weights, folder.with_name("weights"), dtype)
     del model
-    write_folder(run_dir, recipe, staged / "model", mapped)
-    loaded = _load_and_compare(staged / "model", mapped, recipe)
-    _require_alike(_logits(loaded.to(dist.device())), logits, recipe, staged / "model")
+    write_folder(run_dir, recipe, folder, mapped)
+    loaded = _load_and_compare(folder, mapped, recipe)
+    _require_alike(_logits(loaded.to(dist.device())), logits, recipe, folder)
 
 
 def _write_adapter(
@@ -219,6 +222,7 @@ def _write_adapter(
     config.save_pretrained(str(folder))
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     _write_tokenizer(run_dir / MODEL_FOLDER, recipe, folder)
+    apply_umask(folder)
 
     base = AutoModelForCausalLM.from_pretrained(
         section.name,
@@ -235,6 +239,11 @@ def _write_adapter(
     ]
     if differ:
         raise RuntimeError(f"{folder}: `{differ[0]}` loads with other values than were trained")
+    dist.log.info(
+        "loaded it back and compared: all %d tensors of the adapter are bit by bit the trained "
+        "ones",
+        len(tensors),
+    )
     # Trained on a 4-bit base it acts alike on that one, and on the base loaded here only nearly.
     if recipe.adapter.base is None:
         _require_alike(_logits(loaded.to(dist.device())), logits, recipe, folder)

@@ -18,7 +18,6 @@ those of the first.
 
 from __future__ import annotations
 
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,30 +25,28 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from packhorse.trainer.checkpoint import checkpoint
-from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer import dist
+from packhorse.trainer.checkpoint.export_folder import open_for_export, run_recipe
 from packhorse.trainer.engine.sharded_state import EXP_AVG, EXP_AVG_SQ, WEIGHT
-from packhorse.trainer.utils.files import publish_folder
+from packhorse.trainer.utils import own_output
 
 _GROUPS = 16  # parameter groups that a program may have: DeepSpeed loads as many as it finds here
 _FILES = {"fp32": WEIGHT, EXP_AVG: EXP_AVG, EXP_AVG_SQ: EXP_AVG_SQ}
 
 
-def export_universal(run_dir: Path, out: Path, step: int | None = None) -> Path:
+def export_universal(
+    run_dir: Path, out: Path, step: int | None = None, *, overwrite: bool = False
+) -> Path:
     """Write a checkpoint to `out`, one tensor at a time; the newest whole one, or that of `step`.
 
     Raises:
-        BadInput: the run has no such checkpoint, or `out` exists and is not a universal checkpoint.
+        BadInput: the run has no such checkpoint, or `out` may not be written (see own_output).
     """
-    if out.exists() and not (out / "latest_universal").is_file():
-        raise BadInput(f"{out}: exists and is not a universal checkpoint; give another --out")
-    saved, manifest = (
-        checkpoint.open_newest(run_dir) if step is None else checkpoint.open_step(run_dir, step)
-    )
+    recipe = run_recipe(run_dir)
+    saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite)
     tag = f"step-{manifest.state.step:06d}"
-    staged = out.with_name(f".{out.name}.saving")
-    shutil.rmtree(staged, ignore_errors=True)
-    zero = staged / tag / "zero"
+    folder = own_output.stage(out)
+    zero = folder / tag / "zero"
     zero.mkdir(parents=True)
 
     # AdamW's count of updates, which bias correction needs: without it the moments of a resumed
@@ -78,8 +75,13 @@ def export_universal(run_dir: Path, out: Path, step: int | None = None) -> Path:
         "ds_version": version("deepspeed"),
     }
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
-        torch.save(model_states, staged / tag / name)
-    (staged / "latest_universal").write_text(tag)
-    shutil.rmtree(out, ignore_errors=True)
-    publish_folder(staged, out)
+        torch.save(model_states, folder / tag / name)
+    (folder / "latest_universal").write_text(tag)
+    facts = {
+        "kind": "universal checkpoint",
+        "step": manifest.state.step,
+        "run": run_dir.name,
+    }
+    own_output.publish(out, facts, overwrite=overwrite)
+    dist.log.info("exported step %d to %s, not loaded back", manifest.state.step, out)
     return out

@@ -11,10 +11,10 @@ ordinary `packhorse train`, whose trace.jsonl records what every step was made o
 
 from __future__ import annotations
 
+import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -129,7 +129,9 @@ def verify_resume(
         )
     parent = Path(load_recipe(recipe_file, overrides).run.dir).parent
     parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix="verify-resume.", dir=parent))
+    # not mkdtemp: a folder that is kept is for whom the umask says
+    work = parent / f"verify-resume.{secrets.token_hex(4)}"
+    work.mkdir()
     common = [
         *(TINY if tiny else ()),
         f"model.dtype={dtype}",

@@ -43,7 +43,9 @@ def preview(
 
         Console().print(as_text(shown, tokenizer))
     else:
-        html.write_text(as_html(shown, tokenizer), encoding="utf-8")
+        from packhorse.trainer.utils.own_output import write_own_text
+
+        write_own_text(html, as_html(shown, tokenizer), "<!-- {} -->")
         print(html)
 
 
@@ -97,11 +99,13 @@ def prepare(
     from packhorse.trainer import dist
     from packhorse.trainer.data.leakage import check_leakage
     from packhorse.trainer.data.prepare import prepare, train_plan
-    from packhorse.trainer.data.summary import tables, write
+    from packhorse.trainer.data.summary import require_own, tables, write
     from packhorse.trainer.model.load import load_tokenizer
 
     dist.start_logging()
     recipe = read_recipe(recipe_file, overrides)
+    if out is not None:
+        require_own(out)
     tokenizer = load_tokenizer(recipe.model)
     if recipe.streaming:
         _prepare_shards(recipe, tokenizer)

@@ -24,6 +24,7 @@ from packhorse.trainer.cli.worker import (
 )
 from packhorse.trainer.datatypes import DONE, BadInput
 from packhorse.trainer.utils.files import local_folder
+from packhorse.trainer.utils.own_output import remove_marked
 
 _EVALUATED = "evaluated.json"  # in a results folder: what was scored
 
@@ -193,14 +194,23 @@ def _exported_model(model: str, run: Path | None, step: int, out: Path) -> Itera
 
 
 def _start_results(out: Path, model: str, step: int) -> None:
-    """Make an empty results folder; replace an earlier one, but no other folder."""
-    if out.exists() and not (out / _EVALUATED).is_file():
+    """Make an empty results folder; replace results of the same model and step, nothing else."""
+    marker = out / _EVALUATED
+    if out.is_symlink() or (out.exists() and not marker.is_file()):
         raise BadInput(f"{out}: exists and holds no results of packhorse eval; give another --out")
     try:
-        shutil.rmtree(out, ignore_errors=True)
+        if out.exists():
+            found = json.loads(marker.read_text(encoding="utf-8"))
+            same = Path(found["model"]).resolve() == Path(model).resolve()
+            if not same or found["step"] != step:
+                raise BadInput(
+                    f"{out}: holds the results of {found['model']} at step {found['step']}; give "
+                    "another --out, or remove it"
+                )
+            remove_marked(out, _EVALUATED)
         out.mkdir(parents=True)
         text = json.dumps({"model": model, "step": step}) + "\n"
-        (out / _EVALUATED).write_text(text, encoding="utf-8")
+        marker.write_text(text, encoding="utf-8")
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written ({error})") from None
 

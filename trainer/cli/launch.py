@@ -11,7 +11,7 @@ import typer
 
 from packhorse.launch import slurm as batch
 from packhorse.trainer.cli.arguments import Overrides, RecipeFile, read_recipe
-from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils.own_output import write_own_text
 
 launch_app = typer.Typer(
     help="Write the files that start a run on Slurm or Kubernetes, and submit them.",
@@ -66,13 +66,11 @@ def kubernetes(
     )
     folder = out or Path(run_dir) / "kubernetes"
     manifests, kept = folder / f"{kind}.yaml", folder / "cluster.yaml"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        manifests.write_text(text, encoding="utf-8")
-        if not kept.exists() or not kept.samefile(cluster):
-            kept.write_text(cluster.read_text(encoding="utf-8"), encoding="utf-8")
-    except OSError as error:
-        raise BadInput(f"{folder}: cannot be written ({error}); give another --out") from None
+    instead = "give another --out, or move it away"
+    if not kept.exists() or not kept.samefile(cluster):
+        settings = cluster.read_text(encoding="utf-8")
+        write_own_text(kept, settings, "# {}", f"give it as --cluster to use it, or {instead}")
+    write_own_text(manifests, text, "# {}", instead)
     print(manifests, kept, sep="\n")
     if submit:
         raise typer.Exit(submit_file(manifests))
@@ -136,6 +134,14 @@ def slurm(
         container=container or "",
         mounts=[here, *(mount or ())],
     )
-    script = batch.write(run_dir, text)
+    script = _write_executable(run_dir / "slurm.sh", text)
     print(script)
     print(batch.submit(script) if submit else f"submit it with: sbatch {shlex.quote(str(script))}")
+
+
+def _write_executable(script: Path, text: str) -> Path:
+    """Write the script, unless the user has changed it, for all who may read it to run."""
+    write_own_text(script, text, "# {}", "submit it as it is, or move it away")
+    mode = script.stat().st_mode
+    script.chmod(mode | (mode & 0o444) >> 2)
+    return script

@@ -137,10 +137,15 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="Merge the adapter into its base, to a whole model.")
     ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace an earlier export, once the new one is whole."),
+    ] = False,
 ) -> None:
     """Export a checkpoint as a Hugging Face model folder, or an adapter for peft.
 
-    The export is loaded again and compared with the trained model.
+    The export is loaded again and compared with the trained model. Nothing that is there is
+    replaced, but an earlier export with --overwrite.
 
     [bold]packhorse export runs/quickstart --out models/word-problems[/bold]
     [bold]packhorse export runs/quickstart --out models/word-problems --best[/bold]
@@ -152,15 +157,20 @@ def export(
             "--merge: a universal checkpoint is the training state, into which no adapter is "
             "merged; leave it out"
         )
+    from packhorse.trainer import dist
+    from packhorse.trainer.checkpoint.export_folder import require_own_place
+
+    dist.start_logging()
+    require_own_place(run, out)
     chosen = resolve_step(run, step, best)
     if universal:
         from packhorse.trainer.checkpoint.universal import export_universal
 
-        print(export_universal(run, out, chosen))
+        print(export_universal(run, out, chosen, overwrite=overwrite))
     else:
         from packhorse.trainer.checkpoint.hf_export import export
 
-        print(export(run, out, chosen, merge=merge))
+        print(export(run, out, chosen, merge=merge, overwrite=overwrite))
 
 
 app.command(name="eval")(evaluate)

@@ -5,6 +5,7 @@ Prepared documents and their plan enter. Nothing here changes what is trained.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.picture import Histogram, draw
 from packhorse.trainer.data.prepare import Prepared
+from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.files import write_json
 
 if TYPE_CHECKING:
@@ -54,6 +56,25 @@ def write(folder: Path, train: Prepared, plan: Plan, held_out: Prepared | None) 
     found = {"train": summary(train, plan), **of_eval(held_out)}
     write_json(folder / "data.json", found)
     picture(train, plan).savefig(folder / "data.png")
+
+
+def require_own(folder: Path) -> None:
+    """Check that `write` would replace nothing in `folder` but what an earlier `write` left there.
+
+    Raises:
+        BadInput: another data.json or data.png is there.
+    """
+    numbers, drawn = folder / "data.json", folder / "data.png"
+    try:
+        found = json.loads(numbers.read_text(encoding="utf-8"))
+        is_own = "fingerprint" in found["train"]
+    except (OSError, ValueError, LookupError, TypeError):
+        is_own = False
+    there = next((path for path in (numbers, drawn) if path.exists()), None)
+    if there is not None and not is_own:
+        raise BadInput(
+            f"{there}: exists, and packhorse did not write it; give another folder, or move it away"
+        )
 
 
 def of_eval(held_out: Prepared | None) -> dict[str, Any]:

@@ -1,0 +1,78 @@
+"""Decide whether an export may be written where the user says, and tell which step it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from packhorse.trainer import dist
+from packhorse.trainer.checkpoint import best, checkpoint
+from packhorse.trainer.checkpoint.checkpoint import Manifest
+from packhorse.trainer.config.recipe import Recipe, load_recipe
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.sharded_state import Shards
+from packhorse.trainer.utils.own_output import require_replaceable
+
+# In a run folder: packhorse deletes what lies there, or takes it for its own.
+_OF_THE_RUN = ("checkpoints", "evals", "model", "serving")
+
+
+def run_recipe(run_dir: Path) -> Recipe:
+    """Return the recipe of a run. Raises BadInput if the folder is no run folder."""
+    if not (run_dir / "recipe.yaml").is_file():
+        raise BadInput(f"{run_dir}: not a run folder (it has no recipe.yaml)")
+    return load_recipe(run_dir / "recipe.yaml")
+
+
+def require_own_place(run_dir: Path, out: Path) -> None:
+    """Check that an export to `out` leaves the run and the base model alone.
+
+    Raises:
+        BadInput: `out` is or holds one of them, or lies in the base model's folder or in a part of
+            the run folder that the run uses.
+    """
+    place, run = out.resolve(), run_dir.resolve()
+    base = Path(run_recipe(run_dir).model.name).expanduser().resolve()
+    for folder, what in ((run, "run folder"), (base, "base model's folder")):
+        if folder.exists() and folder.is_relative_to(place):
+            raise BadInput(f"--out {out}: is or holds the {what}; give another --out")
+    if place.is_relative_to(base) and not place.is_relative_to(run):
+        raise BadInput(f"--out {out}: lies in the base model's folder; give another --out")
+    if place.is_relative_to(run) and place.relative_to(run).parts[0] in _OF_THE_RUN:
+        raise BadInput(
+            f"--out {out}: the run uses this part of its folder; give another --out, as "
+            f"{run_dir / 'export'}"
+        )
+
+
+def open_for_export(
+    run_dir: Path, recipe: Recipe, out: Path, step: int | None, *, overwrite: bool
+) -> tuple[Shards, Manifest]:
+    """Open a checkpoint, the newest whole one by default, to be written to `out`.
+
+    Raises:
+        BadInput: the run has no such checkpoint, or `out` may not be written (see own_output).
+    """
+    replaced = require_replaceable(out, overwrite=overwrite)
+    saved, manifest = (
+        checkpoint.open_newest(run_dir) if step is None else checkpoint.open_step(run_dir, step)
+    )
+    dist.log.info("exporting %s", describe_step(run_dir, recipe, manifest.state.step))
+    if replaced:
+        dist.log.info("--overwrite: once it is whole, it replaces %s in %s", replaced, out)
+    return saved, manifest
+
+
+def describe_step(run_dir: Path, recipe: Recipe, step: int) -> str:
+    """Return which step of a run this is, and whether it is the last or the best one."""
+    last, rule = checkpoint.last_step(run_dir), recipe.eval.best
+    place = "the last one" if step == last else f"not the last one, which is {last}"
+    if rule is None:
+        merit = "which is best is not known, as its recipe has no eval.best"
+    else:
+        chosen = best.choose(rule, best.evaluations(run_dir))["step"]
+        if chosen is None:
+            merit = f"none is the best by {rule}"
+        else:
+            merit = "the best" if chosen == step else f"not the best, which is {chosen},"
+            merit += f" by {rule}"
+    return f"step {step} of {run_dir}: {place}; {merit}"
