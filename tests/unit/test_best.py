@@ -269,17 +269,17 @@ def test_half_a_line_is_no_evaluation(tmp_path):
     ("rule", "of_1", "of_2"),
     [
         (
-            "{minimize: eval_loss}",
+            "{metric: eval_loss}",
             "not the last one, which is 2; not the best, which is 2, by the lowest eval_loss",
             "the last one; the best by the lowest eval_loss",
         ),
         (
-            "{minimize: eval_loss, subject_to: {eval_loss: '> 1.5'}}",
+            "{metric: eval_loss, subject_to: {eval_loss: '> 1.5'}}",
             "not the last one, which is 2; the best by the lowest eval_loss with eval_loss > 1.5",
             "the last one; not the best, which is 1, by the lowest eval_loss with eval_loss > 1.5",
         ),
         (
-            "{minimize: eval_loss, subject_to: {eval_loss: '> 9'}}",
+            "{metric: eval_loss, subject_to: {eval_loss: '> 9'}}",
             "not the last one, which is 2; none is the best by the lowest eval_loss with "
             "eval_loss > 9",
             "the last one; none is the best by the lowest eval_loss with eval_loss > 9",
