@@ -17,11 +17,15 @@ from packhorse.trainer.data.prepare import masker_of, prepare
 from packhorse.trainer.eval.evaluator import Evaluation
 from packhorse.trainer.eval.generate import stop_tokens
 from packhorse.trainer.hang_watchdog import Watch
-from packhorse.trainer.metrics import Metrics, model_flops
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.run_folder import write_stop
 from packhorse.trainer.stop_flag import StopFlag
-from packhorse.trainer.train import build_engine, explain_out_of_memory, require_same_data
+from packhorse.trainer.train import (
+    build_engine,
+    explain_out_of_memory,
+    open_metrics,
+    require_same_data,
+)
 from packhorse.trainer.utils.files import Stopped
 
 
@@ -57,14 +61,7 @@ def evaluate_model(recipe: Recipe, out: Path, step: int) -> None:
         if recipe.eval.by_server and dist.is_main():
             save_description(model, tokenizer, out)  # a part of the folder that the server loads
         watch = Watch(recipe.guard, out)
-        metrics = Metrics(
-            out,
-            log_every=1,
-            seq_len=recipe.batch.seq_len,
-            flops=model_flops(model),
-            resumed_at=step,
-            beat=watch.beat,
-        )
+        metrics = open_metrics(recipe, out, engine, watch, step)
         evaluate = Evaluation(recipe, out, engine, data, masker, metrics, stop, watch)
         if not evaluate(step):
             write_stop(out, step)

@@ -128,8 +128,8 @@ def fit(prepared: PreparedRun) -> None:
         world = dist.world_size()
         dist.log.info("all-reduce over %d ranks, %.0f MiB: %.2f GB/s", world, mib, gb_per_s)
     require_same_data(prepared.train_data, prepared.eval_data)
-    warning = prepared.plan.check_world(dist.world_size(), recipe.parallel.allow_idle_ranks)
-    if warning:
+    allow_idle = recipe.parallel.allow_idle_ranks
+    if warning := prepared.plan.check_world(dist.world_size(), allow_idle):
         dist.log.warning(warning)
     with explain_out_of_memory("the model with its training state"):
         engine = build_engine(recipe, run_dir, prepared.tokenizer)
@@ -144,8 +144,7 @@ def fit(prepared: PreparedRun) -> None:
 def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["ended", "rollback"]:
     """Load the last checkpoint, train, evaluate and write the summary.
 
-    Returns:
-        rollback: the guard asks to train from the last checkpoint once more.
+    Returns "rollback" where the guard asks to train from the last checkpoint once more.
     """
     recipe, run_dir, plan = prepared.recipe, prepared.run_dir, prepared.plan
     first_step, recent_losses = resume(prepared, engine)
@@ -153,19 +152,12 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
         dist.log.info("%s: all %d steps are done; set another run.dir", run_dir, plan.steps)
         return "ended"
 
-    on_gpu = dist.device().type == "cuda"
     guard = Guard(recipe.guard, run_dir, recent_losses)
     watch = Watch(recipe.guard, run_dir)
-    loader = Loader(prepared.train_data, plan, dist.rank(), dist.world_size(), pin=on_gpu)
+    pin = dist.device().type == "cuda"
+    loader = Loader(prepared.train_data, plan, dist.rank(), dist.world_size(), pin)
     peak_bytes = memory_dry_run(recipe, engine, loader, first_step)
-    metrics = Metrics(
-        run_dir,
-        log_every=recipe.run.log_every,
-        seq_len=recipe.batch.seq_len,
-        flops=model_flops(engine.module.model),
-        resumed_at=first_step,
-        beat=watch.beat,
-    )
+    metrics = open_metrics(recipe, run_dir, engine, watch, first_step)
     best = Best(recipe.eval.best, run_dir)
     evaluate = build_evaluation(prepared, engine, metrics, watch, best)
     # A resumed run repeats an evaluation only if it was stopped before its end.
@@ -197,19 +189,29 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
         )
         outcome = train_loop(run)
     run.progress.close()
-    if outcome.end == "rollback":
-        metrics.close()
-        return "rollback"
-    if outcome.end == "stopped" or not evaluate(outcome.step):
+    if outcome.end == "stopped" or (outcome.end == "done" and not evaluate(outcome.step)):
         write_stop(run_dir, outcome.step)
-        return "ended"
-    if dist.is_main():
+    elif outcome.end == "done" and dist.is_main():
         # The last evaluation may have chosen the last step as the best.
         checkpoint.point_at_best(run_dir / "checkpoints", best.step)
         skipped = len(guard.skipped_steps)
         write_summary(run_dir, plan.steps, metrics.tokens_per_s, skipped, best.summary())
     metrics.close()
-    return "ended"
+    return "rollback" if outcome.end == "rollback" else "ended"
+
+
+def open_metrics(
+    recipe: Recipe, run_dir: Path, engine: Engine, watch: Watch, first_step: int
+) -> Metrics:
+    """Open the run folder's metrics, which drop what a killed run logged after `first_step`."""
+    return Metrics(
+        run_dir,
+        log_every=recipe.run.log_every,
+        seq_len=recipe.batch.seq_len,
+        flops=model_flops(engine.module.model),
+        resumed_at=first_step,
+        beat=watch.beat,
+    )
 
 
 def build_evaluation(

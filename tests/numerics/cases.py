@@ -30,6 +30,7 @@ from packhorse.trainer.data import loader, summary
 from packhorse.trainer.data.prepare import prepare, train_plan
 from packhorse.trainer.data.streaming import prepare_train
 from packhorse.trainer.engine import engine, sharded_state, zero_state
+from packhorse.trainer.engine.optim import MOMENTS
 from packhorse.trainer.model import sft
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.stop_flag import StopFlag
@@ -210,7 +211,7 @@ def moment_zeroed() -> Any:
 
     def without(self: Any, piece: Any) -> None:
         fill(self, piece)
-        piece.states[sharded_state.EXP_AVG].zero_()
+        piece.states[MOMENTS[0]].zero_()
 
     return restore_unchecked(without)
 

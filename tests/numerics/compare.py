@@ -145,7 +145,7 @@ def start_weights(
 def read_run(run_dir: Path, starts: dict[str, dict[str, torch.Tensor]]) -> Run:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "train/loss" in line]
-    shards, manifest = checkpoint.open_newest(run_dir)
+    shards, manifest = checkpoint.open_checkpoint(run_dir)
     last = manifest.state.step
     assert [line["step"] for line in steps] == list(range(1, last + 1)), (
         "a step is missing or counted twice"

@@ -55,7 +55,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def seen(run_dir: Path) -> dict[str, Any]:
     """Return losses and norms by step, and the last weights."""
     steps = [line for line in read_json_lines(run_dir / "metrics.jsonl") if "train/loss" in line]
-    saved, manifest = checkpoint.open_newest(run_dir)
+    saved, manifest = checkpoint.open_checkpoint(run_dir)
     return {
         "steps": [(line["step"], line["train/loss"], line["train/grad_norm"]) for line in steps],
         "weights": {name: saved.whole(name) for name in saved.names},

@@ -150,7 +150,7 @@ def exported(root: Path) -> Path:
 
 
 def test_the_best_is_exported_and_the_card_says_by_which_rule(root: Path, exported: Path) -> None:
-    saved, manifest = checkpoint.open_step(root / "whole", BEST)
+    saved, manifest = checkpoint.open_checkpoint(root / "whole", BEST)
     assert manifest.state.step == BEST
     for name, parameter in AutoModelForCausalLM.from_pretrained(exported).named_parameters():
         assert torch.equal(parameter, saved.whole(name)), name

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from packhorse.trainer.checkpoint.checkpoint import open_newest
+from packhorse.trainer.checkpoint.checkpoint import open_checkpoint
 from packhorse.trainer.checkpoint.hf_export import _model_card, export
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput
@@ -50,7 +50,7 @@ def exported(run_dir: Path) -> Path:
 
 def test_the_weights_are_the_checkpoints(run_dir: Path, exported: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(exported)
-    saved, _ = open_newest(run_dir)
+    saved, _ = open_checkpoint(run_dir)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, saved.whole(name)), name
 

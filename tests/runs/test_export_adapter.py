@@ -16,7 +16,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from packhorse.trainer.checkpoint.checkpoint import open_newest
+from packhorse.trainer.checkpoint.checkpoint import open_checkpoint
 from packhorse.trainer.checkpoint.hf_export import TOLERANCE, _load_trained, export
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput
@@ -109,7 +109,7 @@ def logits(model: Any) -> torch.Tensor:
 
 def trained(run: Path) -> torch.Tensor:
     """Return the logits of the model as it was trained."""
-    model = _load_trained(load_recipe(run / "recipe.yaml"), *open_newest(run))
+    model = _load_trained(load_recipe(run / "recipe.yaml"), *open_checkpoint(run))
     model.set_attn_implementation("sdpa")
     return logits(model)
 
@@ -191,7 +191,7 @@ def test_the_export_holds_the_tokenizer_and_names_the_base(
 def test_the_matrices_are_the_fp32_masters_and_no_more(
     runs: dict[str, Path], exported: dict[str, Path]
 ) -> None:
-    saved, _ = open_newest(runs["bf16"])
+    saved, _ = open_checkpoint(runs["bf16"])
     tensors = load_file(exported["bf16"] / "adapter_model.safetensors")
     assert len(tensors) == len(saved.names)
     for name in saved.names:

@@ -20,7 +20,7 @@ import pytest
 from packhorse.trainer.config.eval import Server
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.data.prepare import held_out_prompts, masker_of
-from packhorse.trainer.eval.generate import generate
+from packhorse.trainer.eval.generate import answer_ids
 from packhorse.trainer.eval.openai_client import Client, Unreachable
 from packhorse.trainer.eval.server_answers import answers
 from packhorse.trainer.model.load import load_model, load_tokenizer
@@ -219,7 +219,7 @@ def test_a_real_models_greedy_answers_are_the_engines(
     engine: Any = SimpleNamespace(module=module, gather_for_generation=lambda: nullcontext(True))
     never: Any = NoStop()
     seeds = [0] * len(prompts)  # nothing is drawn
-    by_engine = generate(
-        engine, prompts, recipe.eval.generate, tokenizer, never, never, seeds=seeds
-    )
+    asked = [prompt.input_ids for prompt in prompts]
+    ids = answer_ids(engine, asked, recipe.eval.generate, never, never, seeds=seeds)
+    by_engine = tokenizer.batch_decode(ids, skip_special_tokens=True)
     assert answers(recipe, str(tmp_path / "model"), prompts, log=tmp_path / "unused") == by_engine

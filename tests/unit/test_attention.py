@@ -11,7 +11,7 @@ from torch import nn
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model import attention, attention_kernels
-from packhorse.trainer.model.attention_kernels import Bounds
+from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 
 torch.set_num_threads(1)
 
@@ -213,8 +213,11 @@ def test_arguments_that_mean_nothing_to_attention_pass() -> None:
 
 def test_heads_for_fused_kernels_are_padded_to_a_size_they_take() -> None:
     q, k, v = (x.bfloat16() for x in packed_qkv(value_size=5))
+    asked = Arguments(
+        scale=None, window=None, softcap=None, sinks=None, dropout=None, bounds=bounds()
+    )
     *padded, scale = attention_kernels._for_varlen(
-        "Layer", "torch_varlen", q[..., :6], k[..., :6], v, None
+        "Layer", "torch_varlen", (), q[..., :6], k[..., :6], v, asked
     )
     assert [tuple(x.shape) for x in padded] == [(25, HEADS, 8), (25, GROUPS, 8), (25, GROUPS, 8)]
     assert scale == 6**-0.5, "the scale is that of the size before padding"
@@ -223,8 +226,11 @@ def test_heads_for_fused_kernels_are_padded_to_a_size_they_take() -> None:
 
 def test_heads_wider_than_the_kernels_take_are_refused() -> None:
     wide = torch.zeros(1, 1, 4, 512, dtype=torch.bfloat16)
+    asked = Arguments(
+        scale=None, window=None, softcap=None, sinks=None, dropout=None, bounds=bounds()
+    )
     with pytest.raises(BadInput, match="256"):
-        attention_kernels._for_varlen("Layer", "flash_attn", wide, wide, wide, None)
+        attention_kernels._for_varlen("Layer", "flash_attn", (), wide, wide, wide, asked)
 
 
 # ------------------------------------------------------------------------------------------- choice

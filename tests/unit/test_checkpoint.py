@@ -135,18 +135,27 @@ def test_one_that_is_the_best_no_more_is_pruned_as_others_are(tmp_path: Path) ->
     assert names(tmp_path) == ["latest", "step-000005"]
 
 
+def test_the_last_step_counts_damaged_checkpoints_and_no_copies(tmp_path: Path) -> None:
+    publish(tmp_path, 1, 2, 10)
+    lose_a_file(tmp_path / "checkpoints" / "step-000010")
+    (tmp_path / "checkpoints" / "step-000200-copy").mkdir()
+    assert checkpoint.last_step(tmp_path) == 10
+    with pytest.raises(ValueError, match="empty"):
+        checkpoint.last_step(tmp_path / "empty")
+
+
 def test_a_step_is_opened_or_refused_and_never_replaced_by_another(tmp_path: Path) -> None:
     publish(tmp_path, 1, 2, 3)
-    assert checkpoint.open_step(tmp_path, 2)[1].state == state(2)
+    assert checkpoint.open_checkpoint(tmp_path, 2)[1].state == state(2)
     with pytest.raises(BadInput, match=r"no checkpoint of step 7; there are: 1, 2, 3"):
-        checkpoint.open_step(tmp_path, 7)
+        checkpoint.open_checkpoint(tmp_path, 7)
     lose_a_file(tmp_path / "checkpoints" / "step-000002")
     with pytest.raises(
         BadInput, match=r"step-000002 cannot be used: .*; put a whole one back, or .*: 1, 3"
     ):
-        checkpoint.open_step(tmp_path, 2)
+        checkpoint.open_checkpoint(tmp_path, 2)
     with pytest.raises(BadInput, match="there is none at all"):
-        checkpoint.open_step(tmp_path / "empty", 2)
+        checkpoint.open_checkpoint(tmp_path / "empty", 2)
 
 
 def test_none_is_found_where_none_was_written(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import sharded_state
+from packhorse.trainer.engine.optim import MOMENTS
 from packhorse.trainer.engine.sharded_state import (
-    EXP_AVG,
     WEIGHT,
     Shards,
     Slice,
@@ -21,6 +21,7 @@ from packhorse.trainer.engine.sharded_state import (
 )
 
 SHAPES = {"a.weight": [7, 11], "b.bias": [5]}
+EXP_AVG = MOMENTS[0]
 
 
 def tensors() -> dict[tuple[str, str], torch.Tensor]:

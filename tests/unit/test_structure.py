@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from packhorse.trainer.engine import optim
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # A package, or a file that lies beside them, imports only from lines above its own. Those on one
@@ -124,6 +126,18 @@ def test_deepspeed_is_imported_in_engine_only() -> None:
     }
     assert users, "the test looks at no file"
     assert {name.rpartition(".")[0] for name in users} == {f"{TRAINER}.engine"}
+
+
+def test_one_file_names_the_optimizers_states() -> None:
+    """Another optimizer changes `optim.MOMENTS`; checkpoints, exports and the planner follow it."""
+    states = set(optim.MOMENTS)
+    naming = {
+        name
+        for name, source in modules("trainer").items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and node.value in states
+    }
+    assert naming == {f"{TRAINER}.engine.optim"}
 
 
 def test_launch_needs_the_recipe_alone() -> None:

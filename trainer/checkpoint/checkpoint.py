@@ -149,7 +149,7 @@ class Saver:
         # Everything but the slices is read here: the background must not touch the engine, which
         # trains on meanwhile.
         own = Manifest(state, self._engine.state.shapes(), {}, self._engine.state.frozen_digests())
-        groups: Iterable[list[Slice]] = self._engine.state.slices()
+        groups = self._engine.state.slices()
         if not self._in_background:
             self._write(staged, own, groups, best)
             return
@@ -173,7 +173,6 @@ class Saver:
         """
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -227,7 +226,7 @@ class Saver:
 
     def _publish(self, staged: Path, manifest: Manifest, best: int | None) -> None:
         write_manifest(staged, manifest)
-        final = self._root / staged.name.removeprefix(".saving-")
+        final = self._root / _folder_name(manifest.state.step)
         if final.exists():  # a damaged one: the run would have been resumed from a whole one
             _remove(final)
         publish_folder(staged, final)
@@ -236,38 +235,32 @@ class Saver:
         # Newer ones are damaged, since the run was resumed from an older one. They do not count
         # among the kept ones, and stay until their step comes again.
         published = _list_published(self._root)
-        until_now = published[: published.index(final) + 1]
-        others = [old for old in until_now if old.name != _folder_name(best)]
-        for old in others[: -self._keep]:
-            _remove(old)
+        others = [step for step in published if step <= manifest.state.step and step != best]
+        for step in others[: -self._keep]:
+            _remove(published[step])
 
 
-def _folder_name(step: int | None) -> str | None:
-    return None if step is None else f"step-{step:06d}"
+def _folder_name(step: int) -> str:
+    return f"step-{step:06d}"
 
 
 def point_at_best(root: Path, step: int | None) -> None:
     """Let `best` name the checkpoint of the best step, if that exists. Rank 0 calls it."""
-    name = _folder_name(step)
-    if name and (root / name).is_dir():
-        write_synced(root / "best", name)
+    if step is not None and (root / _folder_name(step)).is_dir():
+        write_synced(root / "best", _folder_name(step))
     else:
         (root / "best").unlink(missing_ok=True)
 
 
-def _list_published(root: Path) -> list[Path]:
-    """Return the checkpoints from old to new, without what a user put there (step-000200-copy)."""
-    found = {
-        int(number): path
-        for path in root.glob("step-*")
-        if (number := path.name[len("step-") :]).isdigit()
-    }
-    return [found[step] for step in sorted(found)]
+def _list_published(root: Path) -> dict[int, Path]:
+    """Return the checkpoints by step, without what a user put there (step-000200-copy)."""
+    found = ((path.name.removeprefix("step-"), path) for path in root.glob("step-*"))
+    return dict(sorted((int(number), path) for number, path in found if number.isdigit()))
 
 
 def last_step(run_dir: Path) -> int:
     """Return the step of a run's last checkpoint, whole or not. Raises ValueError without one."""
-    return max(int(path.name[len("step-") :]) for path in _list_published(run_dir / "checkpoints"))
+    return max(_list_published(run_dir / "checkpoints"))
 
 
 def _copy_fits(state_bytes: int, asked: bool | None) -> bool:
@@ -284,11 +277,9 @@ def _copy_fits(state_bytes: int, asked: bool | None) -> bool:
         )
     fits = asked if asked is not None else here <= _COPY_SHARE * free
     chosen = all(dist.gather(fits))
-    how = (
-        f"in the background, from a copy of {here / 2**30:.2f} GiB a node"
-        if chosen
-        else "while training waits"
-    )
+    how = "while training waits"
+    if chosen:
+        how = f"in the background, from a copy of {here / 2**30:.2f} GiB a node"
     dist.log.info("checkpoints of %.2f GiB, written %s", state_bytes / 2**30, how)
     return chosen
 
@@ -328,13 +319,11 @@ def find(run_dir: Path) -> tuple[Path, Manifest] | None:
     Raises:
         BadInput: there are checkpoints, and none of them is whole.
     """
+    root = run_dir / "checkpoints"
     # from rank 0, as a network file system may show ranks different folders for a moment
-    names = dist.broadcast(
-        [folder.name for folder in reversed(_list_published(run_dir / "checkpoints"))]
-    )
+    names = dist.broadcast([folder.name for folder in _list_published(root).values()])
     fault: str | None = None
-    for name in names:
-        folder = run_dir / "checkpoints" / name
+    for folder in (root / name for name in reversed(names)):
         fault = find_fault(folder)
         if fault is None:
             return folder, Manifest.read(folder)
@@ -347,27 +336,21 @@ def find(run_dir: Path) -> tuple[Path, Manifest] | None:
     return None
 
 
-def open_newest(run_dir: Path) -> tuple[Shards, Manifest]:
-    """Open the newest whole checkpoint, to read its tensors by name.
+def open_checkpoint(run_dir: Path, step: int | None = None) -> tuple[Shards, Manifest]:
+    """Open the checkpoint of a step, by default the newest whole one, to read tensors by name.
 
     Raises:
-        BadInput: there is none.
+        BadInput: there is none, or that of `step` is damaged: no other one takes its place.
     """
-    found = find(run_dir)
+    found = find(run_dir) if step is None else _find_step(run_dir, step)
     if found is None:
         raise BadInput(f"{run_dir}: there is no whole checkpoint to export; train first")
     folder, manifest = found
     return Shards(folder, manifest.files, manifest.shapes), manifest
 
 
-def open_step(run_dir: Path, step: int) -> tuple[Shards, Manifest]:
-    """Open the checkpoint of one step, to read its tensors by name.
-
-    Raises:
-        BadInput: there is none, or it is damaged: no other one takes its place.
-    """
-    published = _list_published(run_dir / "checkpoints")
-    folders = {int(path.name[len("step-") :]): path for path in published}
+def _find_step(run_dir: Path, step: int) -> tuple[Path, Manifest]:
+    folders = _list_published(run_dir / "checkpoints")
     if step not in folders:
         there = f"there are: {', '.join(map(str, folders))}" if folders else "there is none at all"
         raise BadInput(f"{run_dir}: there is no checkpoint of step {step}; {there}")
@@ -378,8 +361,7 @@ def open_step(run_dir: Path, step: int) -> tuple[Shards, Manifest]:
             f"{folder} cannot be used: {fault}; put a whole one back, or give another --step: "
             f"{', '.join(map(str, folders)) or 'none'}"
         )
-    manifest = Manifest.read(folder)
-    return Shards(folder, manifest.files, manifest.shapes), manifest
+    return folder, Manifest.read(folder)
 
 
 def find_fault(folder: Path) -> str | None:

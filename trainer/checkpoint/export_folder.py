@@ -53,9 +53,7 @@ def open_for_export(
         BadInput: the run has no such checkpoint, or `out` may not be written (see own_output).
     """
     replaced = require_replaceable(out, overwrite=overwrite)
-    saved, manifest = (
-        checkpoint.open_newest(run_dir) if step is None else checkpoint.open_step(run_dir, step)
-    )
+    saved, manifest = checkpoint.open_checkpoint(run_dir, step)
     dist.log.info("exporting %s", describe_step(run_dir, recipe, manifest.state.step))
     if replaced:
         dist.log.info("--overwrite: once it is whole, it replaces %s in %s", replaced, out)

@@ -27,11 +27,12 @@ from rich.progress import track
 
 from packhorse.trainer import dist
 from packhorse.trainer.checkpoint.export_folder import open_for_export, run_recipe
-from packhorse.trainer.engine.sharded_state import EXP_AVG, EXP_AVG_SQ, WEIGHT
+from packhorse.trainer.engine.optim import MOMENTS
+from packhorse.trainer.engine.sharded_state import WEIGHT
 from packhorse.trainer.utils import own_output
 
 _GROUPS = 16  # parameter groups that a program may have: DeepSpeed loads as many as it finds here
-_FILES = {"fp32": WEIGHT, EXP_AVG: EXP_AVG, EXP_AVG_SQ: EXP_AVG_SQ}
+_FILES = {"fp32": WEIGHT, **{name: name for name in MOMENTS}}  # DeepSpeed's names: ours
 
 
 def export_universal(
@@ -52,7 +53,7 @@ def export_universal(
     # AdamW's count of updates, which bias correction needs: without it the moments of a resumed
     # run would be taken for those of a first step
     updates = torch.tensor(float(manifest.state.updates))
-    buffers = [name for name in saved.names if (name, EXP_AVG) not in manifest.digests]
+    buffers = [name for name in saved.names if (name, MOMENTS[0]) not in manifest.digests]
     parameters = [name for name in saved.names if name not in buffers]
     for name in track(parameters, "writing", console=Console(stderr=True)):
         (zero / name).mkdir()

@@ -31,14 +31,8 @@ from packhorse.trainer.config.packaged import MAIN, RECIPES
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import DONE, SAVED_RUN_AGAIN, BadInput
 from packhorse.trainer.engine import sharded_state
-from packhorse.trainer.engine.sharded_state import (
-    EXP_AVG,
-    EXP_AVG_SQ,
-    WEIGHT,
-    Shards,
-    Slice,
-    add_digests,
-)
+from packhorse.trainer.engine.optim import MOMENTS
+from packhorse.trainer.engine.sharded_state import WEIGHT, Shards, Slice, add_digests
 from packhorse.trainer.model.load import load_model, load_tokenizer
 from packhorse.trainer.utils.files import read_json_lines
 
@@ -214,11 +208,11 @@ def lose_first_moments(run_dir: Path) -> None:
         for parameter, start, stop in file.slices:
             keys = {
                 state: sharded_state.key_of(parameter, start, stop, state)
-                for state in (WEIGHT, EXP_AVG, EXP_AVG_SQ)
+                for state in (WEIGHT, *MOMENTS)
             }
             states = {state: tensors[key] for state, key in keys.items() if key in tensors}
-            if EXP_AVG in states:
-                states[EXP_AVG] = torch.zeros_like(states[EXP_AVG])
+            if MOMENTS[0] in states:
+                states[MOMENTS[0]] = torch.zeros_like(states[MOMENTS[0]])
             slices.append(Slice(parameter, start, states))
         # Not overwritten: the tensors are memory-mapped from the old file.
         (folder / name).unlink()
@@ -243,7 +237,7 @@ def compare(a: Path, b: Path, start: dict[str, torch.Tensor]) -> Differences:
     if [line["step"] for line in left] != [line["step"] for line in right]:
         raise RuntimeError(f"{a} has {len(left)} steps in its trace, {b} has {len(right)}")
     pairs = list(zip(left, right, strict=True))
-    (saved_a, _), (saved_b, _) = checkpoint.open_newest(a), checkpoint.open_newest(b)
+    (saved_a, _), (saved_b, _) = checkpoint.open_checkpoint(a), checkpoint.open_checkpoint(b)
 
     def largest(key: str) -> float:
         return max(abs(x[key] - y[key]) / abs(x[key]) for x, y in pairs)

@@ -81,7 +81,8 @@ def _is_prebuilt(name: str) -> bool:
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import accelerator_name, installed_ops
 
-    return bool(installed_ops.get(name)) and accelerator_name == get_accelerator()._name
+    accelerator: Any = get_accelerator()
+    return bool(installed_ops.get(name)) and accelerator_name == accelerator._name
 
 
 def _use_own_build_folder() -> None:
@@ -127,8 +128,7 @@ def _exclusive(folder: Path) -> Iterator[None]:
             # apart, and is removed only where nobody uses the folder.
             dist.log.warning(
                 "%s has no file locks (%s); set TORCH_EXTENSIONS_DIR to a folder on this machine",
-                folder.parent,
-                error.strerror,
+                *(folder.parent, error.strerror),
             )
         yield
 
@@ -146,8 +146,7 @@ def _remove_abandoned_lock(folder: Path) -> None:
             lock.unlink(missing_ok=True)
             dist.log.warning(
                 "removed %s: the process that compiled DeepSpeed's %s was killed; compiling anew",
-                lock,
-                folder.name,
+                *(lock, folder.name),
             )
             return
         if not waits:
@@ -155,9 +154,7 @@ def _remove_abandoned_lock(folder: Path) -> None:
             dist.log.info(
                 "%s: another process compiles DeepSpeed's %s, or was killed in it; waiting until "
                 "it ends, or until nothing has changed for %.0f s",
-                lock,
-                folder.name,
-                QUIET_S,
+                *(lock, folder.name, QUIET_S),
             )
         time.sleep(POLL_S)
 
@@ -199,13 +196,11 @@ def _progress(folder: Path) -> Iterator[None]:
             pause_s = SHOW_EVERY_S
             ninja = folder / "build.ninja"
             files = ninja.read_text().count(".o: compile ") if ninja.exists() else 0
+            compiled, seconds = len(list(folder.glob("*.o"))), time.monotonic() - began
             dist.log.info(
                 "compiling DeepSpeed's %s, once per machine and environment, a few minutes: "
                 "%d of %d files after %.0f s",
-                folder.name,
-                len(list(folder.glob("*.o"))),
-                files,
-                time.monotonic() - began,
+                *(folder.name, compiled, files, seconds),
             )
 
     thread = threading.Thread(target=show, name="compile-progress", daemon=True)

@@ -55,21 +55,14 @@ def deepspeed_config(
         BadInput: the template is missing, is not JSON, sets what the recipe owns, or cannot train
             the model in its type.
     """
-    config = _read_template(find_template(parallel.deepspeed))
-    for key, owner in _OWNED_BY_RECIPE.items():
-        if key in config:
-            raise BadInput(
-                f"{parallel.deepspeed}: `{key}` belongs to the recipe's `{owner}`; remove it there"
-            )
+    config = _read_template(parallel.deepspeed)
     zero = config.setdefault("zero_optimization", {"stage": 0})
     sizes = {
         "reduce_bucket_size": max(hidden_size**2, BUCKET),
         "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
-    for key, size in sizes.items():
-        if zero.get(key) == "auto":
-            zero[key] = size
+    zero |= {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
     for offload in nvme_offloads(config):
         # two runs on one node must not write to each other's files
         digest = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
@@ -107,13 +100,19 @@ def deepspeed_config(
     return config
 
 
-def _read_template(path: Path) -> dict[str, Any]:
+def _read_template(template: str) -> dict[str, Any]:
+    path = find_template(template)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BadInput(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise BadInput(f"{path}: a DeepSpeed template is a JSON object")
+    for key, owner in _OWNED_BY_RECIPE.items():
+        if key in config:
+            raise BadInput(
+                f"{template}: `{key}` belongs to the recipe's `{owner}`; remove it there"
+            )
     return config
 
 

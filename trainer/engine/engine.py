@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import psutil
@@ -33,6 +32,7 @@ from packhorse.trainer.engine.optim import (
 )
 from packhorse.trainer.metrics import Clock
 from packhorse.trainer.model.lora import borrowed_weights
+from packhorse.trainer.model.quantisation import numel
 
 # DeepSpeed chooses its accelerator when it is imported
 if not torch.cuda.is_available():
@@ -81,15 +81,6 @@ def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Abstrac
     if not sharded:
         return nullcontext()
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None)
-
-
-def _free_memory() -> int:
-    """Return the bytes that this rank can still take of its GPU, or of its share of the host."""
-    if dist.device().type == "cuda":
-        free, _ = torch.cuda.mem_get_info()
-        # what torch's allocator holds in reserve is free as well
-        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return psutil.virtual_memory().available // dist.local_world_size()
 
 
 @contextmanager
@@ -260,11 +251,14 @@ class Engine:
 
     def _fits_whole(self) -> bool:
         """Return whether the gathered weights fit into the free memory of all ranks."""
-        needed = sum(
-            getattr(p, "ds_numel", p.numel()) * p.element_size()
-            for p in self.module.model.parameters()
-        )
-        free = min(dist.gather(_free_memory()))
+        needed = sum(numel(p) * p.element_size() for p in self.module.model.parameters())
+        if dist.device().type == "cuda":
+            # what torch's allocator holds in reserve is free as well
+            reserve = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+            mine = torch.cuda.mem_get_info()[0] + reserve
+        else:
+            mine = psutil.virtual_memory().available // dist.local_world_size()
+        free = min(dist.gather(mine))
         # gathering from NVMe has not been tested
         fits = needed <= GATHER_SHARE * free and not self.swaps
         how = "gathered once" if fits else "gathered layer by layer for each token, which is slow"
@@ -278,7 +272,11 @@ class Engine:
 
         Every rank calls it.
         """
-        zero_state.wait_for_prefetch(self._engine.optimizer)
+        optimizer = self._engine.optimizer
+        # stage 3 may have fetched some for a forward that does not come
+        if zero_state.is_stage_3(optimizer):
+            optimizer.checkpoint_event_prologue()
+            optimizer.checkpoint_event_epilogue()
 
     def hyperparameters(self) -> list[dict[str, Any]]:
         """Return the hyperparameters of each parameter group, as the last step used them."""
@@ -290,11 +288,8 @@ def _evaluation_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     """Return the model ready for forwards: under DeepSpeed at stage 3, which gathers its shards."""
     if stage(config) < 3:
         return model.to(dist.device())
-    sharding = {
-        key: value
-        for key, value in config["zero_optimization"].items()
-        if key != "offload_optimizer"
-    }
+    sharding = dict(config["zero_optimization"])
+    sharding.pop("offload_optimizer", None)
     engine, *_ = deepspeed.initialize(
         model=model, config={**config, "zero_optimization": sharding}, dist_init_required=False
     )
@@ -319,10 +314,8 @@ class _GradientWatch:
         self._names = set(trained)
         self._waiting = set(trained)
         for name, parameter in trained.items():
-            parameter.register_hook(partial(self._mark_seen, name))
-
-    def _mark_seen(self, name: str, gradient: torch.Tensor) -> None:
-        self._waiting.discard(name)
+            # returns None, which leaves the gradient as it is
+            parameter.register_hook(lambda _, name=name: self._waiting.discard(name))
 
     def check(self) -> None:
         """Raise BadInput if the backward left a parameter out; then start anew for the next one."""

@@ -17,9 +17,10 @@ from torch import nn
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import OptimSection
 from packhorse.trainer.engine.ds_config import offload_device
-from packhorse.trainer.engine.sharded_state import EXP_AVG, EXP_AVG_SQ
 
-MOMENTS = (EXP_AVG, EXP_AVG_SQ)  # states that the optimizer keeps beside each master weight
+# The states that the optimizer keeps in fp32 beside each master weight, by the names that torch and
+# DeepSpeed give them. Checkpoints, exports and the planner know them from here alone.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 _NORM_BLOCK = 256  # gradient elements whose squares are summed in fp32
 
 # -------------------------------------------------------------------------------- groups and rates

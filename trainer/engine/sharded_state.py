@@ -13,34 +13,25 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import xxhash
 from safetensors import safe_open
 
 from packhorse.trainer.datatypes import BadInput
 
-# States of a parameter; a buffer has only the first.
-WEIGHT, EXP_AVG, EXP_AVG_SQ = "weight", "exp_avg", "exp_avg_sq"
+# State of a parameter or a buffer. A trained parameter has optim.MOMENTS beside it.
+WEIGHT = "weight"
 # State of a parameter that is not trained. Only its digest is saved: the model's folder has it.
 FROZEN = "frozen"
 _CHUNK = 2**18  # elements hashed and written at a time, which fit into a core's cache
-_SAFETENSORS_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+# what the library itself reads a file's types by
+_SAFETENSORS_NAMES = {dtype: name for name, dtype in safetensors.torch._TYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -112,13 +103,8 @@ def digests_of(slices: Iterable[Slice]) -> Digests:
     """Return the digests of the slices, to be added to those of other slices and ranks."""
     found: Digests = {}
     for piece in slices:
-        add_digests(
-            found,
-            {
-                (piece.name, state): digest(each, piece.start)
-                for state, each in piece.states.items()
-            },
-        )
+        for state, tensor in piece.states.items():
+            add_digests(found, {(piece.name, state): digest(tensor, piece.start)})
     return found
 
 
@@ -170,9 +156,8 @@ def write(path: Path, slices: list[Slice]) -> tuple[File, Digests]:
         file.flush()
         os.fsync(file.fileno())
         size = file.tell()
-    return File(
-        size, hasher.hexdigest(), [(piece.name, piece.start, piece.stop) for piece in slices]
-    ), found
+    places = [(piece.name, piece.start, piece.stop) for piece in slices]
+    return File(size, hasher.hexdigest(), places), found
 
 
 def checksum(path: Path) -> str:
@@ -220,9 +205,13 @@ class Shards:
         """
         for state, tensor in piece.states.items():
             filled = 0
-            for start, stop, saved in self._overlapping(piece.name, piece.start, piece.stop, state):
-                tensor[start - piece.start : stop - piece.start].copy_(saved)
-                filled += stop - start
+            for first, last, path in self._places.get(piece.name, ()):
+                low, high = max(piece.start, first), min(piece.stop, last)
+                if low < high:
+                    saved = self._open(path).get_slice(key_of(piece.name, first, last, state))
+                    part = saved[low - first : high - first]
+                    tensor[low - piece.start : high - piece.start].copy_(part)
+                    filled += high - low
             if filled != tensor.numel():
                 raise BadInput(
                     f"the checkpoint does not hold `{piece.key(state)}`: it was written from "
@@ -237,15 +226,6 @@ class Shards:
         flat = torch.empty(shape.numel(), dtype=dtype)
         self.fill(Slice(name, 0, {state: flat}))
         return flat.view(shape)
-
-    def _overlapping(
-        self, name: str, start: int, stop: int, state: str
-    ) -> Iterator[tuple[int, int, torch.Tensor]]:
-        for first, last, path in self._places.get(name, ()):
-            low, high = max(start, first), min(stop, last)
-            if low < high:
-                saved = self._open(path).get_slice(key_of(name, first, last, state))
-                yield low, high, saved[low - first : high - first]
 
     def _open(self, path: Path) -> Any:
         # memory-mapped: reading a slice touches that slice's bytes alone

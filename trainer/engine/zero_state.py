@@ -30,7 +30,8 @@ from packhorse.trainer.engine.sharded_state import (
     add_digests,
     digests_of,
 )
-from packhorse.trainer.model.quantisation import parts_of
+from packhorse.trainer.model.load import persistent_buffers
+from packhorse.trainer.model.quantisation import numel, parts_of
 
 Names = Mapping[int, str]
 """id of a parameter -> its name."""
@@ -62,15 +63,13 @@ class TrainingState:
 
     def bytes(self) -> int:
         """Return the bytes that all ranks together write: states in fp32, and the buffers."""
-        numel = sum(getattr(p, "ds_numel", p.numel()) for p in self._trained().values())
-        return 4 * (1 + len(MOMENTS)) * numel + sum(piece.bytes for piece in self._buffers())
+        trained = sum(map(numel, self._trained().values()))
+        return 4 * (1 + len(MOMENTS)) * trained + sum(piece.bytes for piece in self._buffers())
 
     def shapes(self) -> dict[str, list[int]]:
         """Return the shapes of the trained parameters and the buffers, by name."""
-        shapes = {
-            name: list(getattr(p, "ds_shape", p.shape)) for name, p in self._trained().items()
-        }
-        return shapes | {name: list(buffer.shape) for name, buffer in self._named_buffers()}
+        named = [*self._trained().items(), *persistent_buffers(self._model)]
+        return {name: list(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in named}
 
     def slices(self) -> Iterator[list[Slice]]:
         """Yield this rank's share of the state, a group at a time.
@@ -134,15 +133,9 @@ class TrainingState:
     def _trained(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
 
-    def _named_buffers(self) -> list[tuple[str, torch.Tensor]]:
-        # buffers that are not persistent are made anew with the model
-        persistent = self._model.state_dict(keep_vars=True).keys()
-        return [
-            (name, buffer) for name, buffer in self._model.named_buffers() if name in persistent
-        ]
-
     def _buffers(self) -> list[Slice]:
-        return [Slice(name, 0, {WEIGHT: buffer.view(-1)}) for name, buffer in self._named_buffers()]
+        buffers = persistent_buffers(self._model)
+        return [Slice(name, 0, {WEIGHT: buffer.view(-1)}) for name, buffer in buffers]
 
 
 # ------------------------------------------------------------------------------ reading, writing
@@ -251,16 +244,6 @@ def _slices(
 
 
 # --------------------------------------------------------------------------- around a step's work
-
-
-def wait_for_prefetch(optimizer: Any) -> None:
-    """Wait for the parameters that stage 3 has fetched for a forward that does not come.
-
-    They cannot be gathered before.
-    """
-    if is_stage_3(optimizer):
-        optimizer.checkpoint_event_prologue()
-        optimizer.checkpoint_event_epilogue()
 
 
 def make_moments(optimizer: Any, names: Names) -> None:

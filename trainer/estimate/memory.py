@@ -25,6 +25,7 @@ import numpy as np
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.batch_plan import filler_share
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.optim import MOMENTS
 from packhorse.trainer.estimate.model import Activations, ModelSizes
 from packhorse.trainer.model.loss import BLOCK_HIDDEN, LIGER_HIDDEN
 
@@ -33,6 +34,7 @@ GIB = 2**30
 # allocated; and CUDA's context, NCCL's buffers and cuBLAS's workspaces.
 SHARE_RESERVED = 0.05
 RESERVED = int(1.5 * GIB)
+_MOMENT_BYTES = 4 * len(MOMENTS)  # of a trained weight, in fp32
 
 # ----------------------------------------------------------------------------------- training state
 
@@ -64,7 +66,7 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
     frozen = model.element * sum(model.frozen) + model.quantised_bytes
     if stage == 0:  # torch's own AdamW: the weights are the master weights
         weights = model.element * model.trained
-        return StateBytes(weights + frozen, 0, weights, 0, 8 * model.trained)
+        return StateBytes(weights + frozen, 0, weights, 0, _MOMENT_BYTES * model.trained)
     if config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         raise BadInput(
             "offload_optimizer at ZeRO stages 1 and 2 is not planned; plan it at stage 3"
@@ -79,7 +81,8 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
         gradients = sum_bytes * piece
     else:
         gradients = model.element * _count_touched(model.groups, flat, world)
-    return StateBytes(model.element * sum(flat) + frozen, 0, gradients, 4 * piece, 8 * piece)
+    weights, moments = model.element * sum(flat) + frozen, _MOMENT_BYTES * piece
+    return StateBytes(weights, 0, gradients, 4 * piece, moments)
 
 
 def _count_stage_3(
@@ -104,7 +107,7 @@ def _count_stage_3(
         # the CPU optimizer keeps a copy of its own on the host
         gradients=(sum_bytes + 4 * (optimizer_on == "cpu")) * piece,
         masters=4 * piece,
-        moments=8 * piece,
+        moments=_MOMENT_BYTES * piece,
         weights_on=weights_on,
         optimizer_on=optimizer_on,
     )
@@ -265,14 +268,14 @@ def _count_swap_buffers(model: ModelSizes, zero: Mapping[str, Any], state: State
 class Disk:
     """Bytes on the disk that all nodes share."""
 
-    checkpoint: int  # fp32 weights and two moments of what is trained, and buffers
+    checkpoint: int  # fp32 weights and moments of what is trained, and buffers
     checkpoints: int  # those kept, and one being written
     universal: int
     export: int  # while it is written, the weights are there twice
 
 
 def disk_needed(model: ModelSizes, keep: int) -> Disk:
-    one = 12 * model.trained + model.buffers
+    one = (4 + _MOMENT_BYTES) * model.trained + model.buffers
     return Disk(one, (keep + 1) * one, one, 2 * model.element * model.parameters)
 
 

@@ -22,7 +22,7 @@ from packhorse.trainer.engine.optim import parameter_groups
 from packhorse.trainer.metrics import ModelFlops, model_flops
 from packhorse.trainer.model import attention
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
-from packhorse.trainer.model.load import load_config
+from packhorse.trainer.model.load import load_config, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter
 from packhorse.trainer.model.packing_check import decoder_layers
 from packhorse.trainer.utils.text import one_line
@@ -94,8 +94,7 @@ def measure_model(
     double = adapter is not None and adapter.base == "nf4_double_quant"
     groups = [tuple(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)]
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in in_4_bits]
-    persistent = model.state_dict(keep_vars=True).keys()
-    buffers = [buffer for name, buffer in model.named_buffers() if name in persistent]
+    buffers = [buffer for _, buffer in persistent_buffers(model)]
     own_sizes = (sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     return ModelSizes(
         name=type(model).__name__,

@@ -37,9 +37,8 @@ class Results(NamedTuple):
     name: str
     step: int
     eval_loss: float
-    metrics: dict[
-        str, dict[str, Any]
-    ]  # value, count, low, high; or no value, and why it is missing
+    # value, count, low, high; or no value, and why it is missing
+    metrics: dict[str, dict[str, Any]]
     scores: dict[str, Scores]  # by metric, of the samples that could be scored
 
 
@@ -124,12 +123,8 @@ def table_of_one(results: Results) -> Table:
     table = Table("metric", "value", "95% interval", "count", title=results.name)
     table.add_row(EVAL_LOSS, f"{results.eval_loss:.4f}", "", "")
     for name, metric in results.metrics.items():
-        table.add_row(
-            name,
-            _value(metric),
-            _interval(metric.get("low"), metric.get("high")),
-            str(metric["count"]),
-        )
+        interval = _interval(metric.get("low"), metric.get("high"))
+        table.add_row(name, _value(metric), interval, str(metric["count"]))
     return table
 
 

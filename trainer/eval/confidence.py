@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-_Z = NormalDist().inv_cdf(0.975)
+Z = NormalDist().inv_cdf(0.975)  # standard errors on each side of a 95% interval
 _RESAMPLES = 10_000
 _MOST_VALUES = 1_000_000  # drawn at once, which bounds the memory
 _SEED = 0
@@ -62,8 +62,8 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Difference:
 def wilson(successes: int, n: int) -> Interval:
     """Return the score interval of a proportion (Wilson, J. Am. Stat. Assoc. 22, 1927)."""
     p = successes / n
-    centre = (p + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
-    half = _Z / (1 + _Z**2 / n) * math.sqrt(p * (1 - p) / n + _Z**2 / (4 * n**2))
+    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
     # with 0 or n successes one end is p itself, which rounding would miss
     return Interval(min(max(0.0, centre - half), p), max(min(1.0, centre + half), p))
 
@@ -120,7 +120,7 @@ def _bootstrap(values: np.ndarray) -> Interval:
     apart = values - values.mean()
     acceleration = float((apart**3).sum() / (6 * (apart**2).sum() ** 1.5))
     ends = []
-    for z in (-_Z, _Z):
+    for z in (-Z, Z):
         shifted = bias + z
         share = normal.cdf(bias + shifted / (1 - acceleration * shifted))
         ends.append(float(np.quantile(means, share)))

@@ -24,7 +24,7 @@ from packhorse.trainer.data.prepare import Prepared, eval_plan, held_out_prompts
 from packhorse.trainer.datatypes import BadInput, Batch, Prompt
 from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.eval import server_answers
-from packhorse.trainer.eval.generate import choice_logprobs, generate, require_room
+from packhorse.trainer.eval.generate import answer_ids, choice_logprobs, require_room
 from packhorse.trainer.eval.metrics import (
     Metric,
     Sample,
@@ -99,7 +99,7 @@ class Evaluation:
     ) -> None:
         self._recipe, self._run_dir, self._engine = recipe, run_dir, engine
         self._metrics, self._stop, self._watch = metrics, stop, watch
-        self._tools = masker.tokenizer, stop, watch
+        self._tokenizer = masker.tokenizer
         self._afterwards = afterwards
         self._generate = recipe.eval.generate
         # rank 0 reads: other nodes may see an older state of a shared file system
@@ -174,7 +174,8 @@ class Evaluation:
         for name, rule in section.scorers.items():
             if isinstance(rule, Choice):
                 logprobs = choice_logprobs(
-                    self._engine, self._prompts, rule.letters, section.batch, *self._tools
+                    *(self._engine, self._prompts, rule.letters, section.batch),
+                    *(self._tokenizer, self._stop, self._watch),
                 )
                 if logprobs is None:
                     return None
@@ -193,7 +194,9 @@ class Evaluation:
             dist.seed_from(recipe.train.seed, "answer", step, number)
             for number in range(len(prompts))
         ]
-        return generate(self._engine, prompts, section, *self._tools, seeds=seeds)
+        asked = [prompt.input_ids for prompt in prompts]
+        ids = answer_ids(self._engine, asked, section, self._stop, self._watch, seeds=seeds)
+        return None if ids is None else self._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def _write(
         self, step: int, loss: float, samples: Sequence[Sample], measured: Mapping[str, Metric]
@@ -207,8 +210,5 @@ class Evaluation:
             self._metrics.write_text("samples", as_table(samples), step)
             # last: this line says that all the others are written
             write_evaluation(self._run_dir, step, loss, measured)
-        dist.log.info(
-            "after %d steps: %s",
-            step,
-            "  ".join(f"{key} {value:.4f}" for key, value in line.items()),
-        )
+        shown = "  ".join(f"{key} {value:.4f}" for key, value in line.items())
+        dist.log.info("after %d steps: %s", step, shown)

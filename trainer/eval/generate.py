@@ -45,28 +45,6 @@ def stop_tokens(model: Any, trained: Sequence[int]) -> list[int]:
     return sorted({*trained, *_as_list(model.generation_config.eos_token_id)})
 
 
-def generate(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    section: GenerateSection,
-    tokenizer: Any,
-    stop: StopFlag,
-    watch: Watch,
-    *,
-    seeds: Sequence[int],
-) -> list[str] | None:
-    """Return the text of the answers, without special tokens; None if the stop flag was raised.
-
-    Args:
-        seeds: one a prompt. What is sampled follows from it alone: neither the number of ranks nor
-            the batch changes it. Greedy answers need none.
-    """
-    ids = answer_ids(
-        engine, [prompt.input_ids for prompt in prompts], section, stop, watch, seeds=seeds
-    )
-    return None if ids is None else tokenizer.batch_decode(ids, skip_special_tokens=True)
-
-
 @torch.no_grad()
 def answer_ids(
     engine: Engine,
@@ -78,7 +56,12 @@ def answer_ids(
     seeds: Sequence[int],
 ) -> list[list[int]] | None:
     """Return the tokens of the answers to prompts of tokens, up to the first stop token of the
-    model's generation configuration; None if the stop flag was raised."""
+    model's generation configuration; None if the stop flag was raised.
+
+    Args:
+        seeds: one a prompt. What is sampled follows from it alone: neither the number of ranks nor
+            the batch changes it. Greedy answers need none.
+    """
     model: Any = engine.module.model
     lengths = [len(prompt) for prompt in prompts]
     mine: dict[int, list[int]] = {}
@@ -89,13 +72,9 @@ def answer_ids(
                 return None
             # a rank without a prompt runs the shortest one: the collectives need every rank
             batch = numbers or [lengths.index(min(lengths))]
-            answers = _answers(
-                model,
-                [prompts[i] for i in batch],
-                section,
-                [seeds[i] for i in batch] if section.temperature else [],
-                synced=not independent,
-            )
+            given = [prompts[i] for i in batch]
+            drawn_by = [seeds[i] for i in batch] if section.temperature else []
+            answers = _answers(model, given, section, drawn_by, synced=not independent)
             mine |= dict(zip(numbers, answers, strict=False))
     found = {number: answer for share in dist.gather(mine) for number, answer in share.items()}
     return [found[number] for number in range(len(prompts))]

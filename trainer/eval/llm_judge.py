@@ -18,7 +18,6 @@ from packhorse.trainer.eval.openai_client import Client, text_of
 
 GRADES = 5  # the highest grade
 _MAX_TOKENS = 1024  # of a reply with its thinking; the recipe's `extra` may say otherwise
-_SEED = 0
 
 _GRADE = """\
 Grade the answer at the end of a conversation. The conversation and the answer stand between \
@@ -78,7 +77,8 @@ def judge_answers(
     # both orders at once: the server's `parallel` limits the requests
     questions = [_question(_COMPARE, rule, p, first=a, second=b) for p, a, b in pairs]
     questions += [_question(_COMPARE, rule, p, first=b, second=a) for p, a, b in pairs]
-    replies = [_first_is_better(reply) for reply in _ask(rule, questions, stopping)]
+    firsts = {"a": 1.0, "b": 0.0, "neither": 0.5}
+    replies = [firsts.get(_verdict(reply, "better")) for reply in _ask(rule, questions, stopping)]
     return [
         None if first is None or swapped is None else first if first == 1 - swapped else 0.5
         for first, swapped in zip(replies[: len(pairs)], replies[len(pairs) :], strict=True)
@@ -86,7 +86,7 @@ def judge_answers(
 
 
 def _ask(rule: Judge, questions: Sequence[str], stopping: Callable[[], bool]) -> list[str]:
-    settings = {"model": rule.model, "max_tokens": _MAX_TOKENS, "temperature": 0.0, "seed": _SEED}
+    settings = {"model": rule.model, "max_tokens": _MAX_TOKENS, "temperature": 0.0, "seed": 0}
     bodies = [
         {**settings, "messages": [{"role": "user", "content": question}]} for question in questions
     ]
@@ -97,8 +97,11 @@ def _ask(rule: Judge, questions: Sequence[str], stopping: Callable[[], bool]) ->
 def _question(template: str, rule: Judge, prompt: Prompt, **answers: str) -> str:
     turns = prompt.conversation.messages[:-1]  # the last one is the reference
     conversation = "\n\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+    # the lines between the texts begin with their digest, so no text can contain it
+    texts = "\x1f".join((conversation, *sorted(answers.values())))
+    digest = hashlib.blake2b(texts.encode(errors="replace"), digest_size=8)
     return template.format(
-        mark=_mark(conversation, *sorted(answers.values())),
+        mark="====" + digest.hexdigest(),
         rubric=rule.rubric,
         conversation=conversation,
         grades=GRADES,
@@ -106,18 +109,8 @@ def _question(template: str, rule: Judge, prompt: Prompt, **answers: str) -> str
     )
 
 
-def _mark(*texts: str) -> str:
-    """Return what begins the lines between texts. It is their digest, so no text can contain it."""
-    digest = hashlib.blake2b("\x1f".join(texts).encode(errors="replace"), digest_size=8)
-    return "====" + digest.hexdigest()
-
-
 def _verdict(reply: str, word: str) -> str:
     """Return what follows `word:` in the last line; an empty text if nothing does."""
     lines = reply.strip().splitlines()
     found = _VERDICT.fullmatch(lines[-1].translate(_EMPHASIS).strip()) if lines else None
     return found[2].lower() if found and found[1].lower() == word else ""
-
-
-def _first_is_better(reply: str) -> float | None:
-    return {"a": 1.0, "b": 0.0, "neither": 0.5}.get(_verdict(reply, "better"))

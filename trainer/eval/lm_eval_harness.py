@@ -15,7 +15,6 @@ import sys
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -24,11 +23,9 @@ from packhorse.trainer.config.eval import EvalSection
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.eval.compare import HARNESS_METRICS, HARNESS_SAMPLES
-from packhorse.trainer.eval.confidence import interval
+from packhorse.trainer.eval.confidence import Z, interval
 from packhorse.trainer.utils.files import write_json, write_synced
 from packhorse.trainer.utils.text import one_line
-
-_Z = NormalDist().inv_cdf(0.975)
 
 
 def require_tasks(section: EvalSection) -> Any:
@@ -38,7 +35,7 @@ def require_tasks(section: EvalSection) -> Any:
     Raises:
         BadInput: the library is not installed, a folder does not exist, or a task is unknown.
     """
-    folders = [str(Path(task).parent) for task in section.lm_eval if "/" in task]
+    folders: list[str | Path] = [str(Path(task).parent) for task in section.lm_eval if "/" in task]
     for folder in folders:
         if not Path(folder).is_dir():
             raise BadInput(f"eval.lm_eval: there is no folder {folder}")
@@ -132,7 +129,7 @@ def metrics_of(
             if own and math.isclose(sum(own) / len(own), value):
                 low, high = interval(own)
             elif isinstance(error, int | float):
-                low, high = value - _Z * error, value + _Z * error
+                low, high = value - Z * error, value + Z * error
             metrics[full] = {"value": value, "count": count, "low": low, "high": high}
     return metrics
 

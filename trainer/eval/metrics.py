@@ -79,10 +79,7 @@ def check_scorers(scorers: Mapping[str, Scorer], prompts: Sequence[Prompt]) -> N
         if lacking:
             dist.log.warning(
                 "%s: %d of %d prompts are left out: %s",
-                what,
-                lacking,
-                len(prompts),
-                _most_common(reasons),
+                *(what, lacking, len(prompts), _most_common(reasons)),
             )
 
 
@@ -111,11 +108,7 @@ def score_samples(
         if reasons:
             dist.log.warning(
                 "%s (%s): %d of %d answers have no score: %s",
-                name,
-                rule.kind,
-                sum(reasons.values()),
-                len(answers),
-                _most_common(reasons),
+                *(name, rule.kind, sum(reasons.values()), len(answers), _most_common(reasons)),
             )
     samples = []
     for number, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
@@ -147,13 +140,9 @@ def as_table(samples: Sequence[Sample], rows: int = 8, characters: int = 600) ->
     heads = ["prompt", "answer", "reference", *(samples[0].scores if samples else ())]
     lines = [heads, ["---"] * len(heads)]
     for sample in samples[:rows]:
-        texts = (
-            sample.prompt[-characters:],
-            sample.answer[:characters],
-            sample.reference[:characters],
-        )
+        texts = [text[:characters] for text in (sample.answer, sample.reference)]
         scores = ["" if value is None else f"{value:.3g}" for value in sample.scores.values()]
-        lines.append([*map(_table_cell, texts), *scores])
+        lines.append([*map(_table_cell, (sample.prompt[-characters:], *texts)), *scores])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

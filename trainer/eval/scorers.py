@@ -113,7 +113,12 @@ def score(rule: Scorer, prompt: Prompt, answer: str) -> float:
         case Contains():
             return float(right in _normal(answer, rule.ignore_case))
         case Math():
-            return _math_score(rule, answer, right)
+            verdict = math_verdict(answer, right, alone=rule.column is not None)
+            if verdict == "too long":
+                raise TooSlow("math-verify", MATH_S)
+            if verdict == "failed":
+                raise Unscored("math-verify failed at the answer")
+            return float(verdict == "right")
         case Choice():
             if not answer:
                 raise Unscored("a letter's log-probability is not finite")
@@ -180,10 +185,8 @@ def _matches(pattern: str, text: str) -> bool:
 
 
 def _last_group(pattern: str, text: str) -> str | None:
-    found = None
-    for match in re.finditer(pattern, text, re.DOTALL):
-        found = match.group(1)
-    return found
+    groups = [match.group(1) for match in re.finditer(pattern, text, re.DOTALL)]
+    return groups[-1] if groups else None
 
 
 def _extracted(rule: Exact, text: str, whose: str) -> str:
@@ -220,15 +223,6 @@ def _math_value(rule: Math, prompt: Prompt) -> str:
 @cache
 def _holds_value(reference: str, *, alone: bool) -> bool:
     return math_verdict("", reference, alone=alone) == "wrong"
-
-
-def _math_score(rule: Math, answer: str, reference: str) -> float:
-    verdict = math_verdict(answer, reference, alone=rule.column is not None)
-    if verdict == "too long":
-        raise TooSlow("math-verify", MATH_S)
-    if verdict == "failed":
-        raise Unscored("math-verify failed at the answer")
-    return float(verdict == "right")
 
 
 # --------------------------------------------------------------------------------------------- JSON

@@ -35,6 +35,7 @@ from packhorse.trainer.engine.engine import Engine, gathered
 from packhorse.trainer.eval.openai_client import Cancelled, Client, Refused, Unreachable, text_of
 from packhorse.trainer.eval.vllm_server import PATIENCE_S, Gpu, check_vllm, free_gpus, running_vllm
 from packhorse.trainer.hang_watchdog import Watch
+from packhorse.trainer.model.load import persistent_buffers
 from packhorse.trainer.model.lora import merged_weights
 from packhorse.trainer.model.quantisation import numel
 from packhorse.trainer.stop_flag import StopFlag
@@ -43,14 +44,8 @@ FOLDER = "serving"  # in the run folder: the weights, while a server needs them
 _COMPILED = "_orig_mod."  # torch.compile puts it before parameters' names
 _POLL_S = 0.5  # between checks for answers and signals
 _OTHER_TOKENS = 422  # our own status: the server counts other tokens than training
-_FORM_REFUSED = {
-    400,
-    404,
-    405,
-    415,
-    _OTHER_TOKENS,
-    501,
-}  # statuses after which another form is tried
+# statuses after which another form is tried
+_FORM_REFUSED = (400, 404, 405, 415, _OTHER_TOKENS, 501)
 
 PromptForm = Callable[[Prompt], dict[str, Any]]
 T = TypeVar("T")
@@ -159,9 +154,6 @@ def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watc
     """
     model: Any = engine.module.model
     engine.wait_for_prefetch()
-    # buffers outside the state dict, as rotary tables, are computed from the configuration
-    persistent = model.state_dict(keep_vars=True).keys()
-    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in persistent)
     root = run_dir.absolute() / FOLDER  # links stay: a server elsewhere may know their path alone
     staged, folder = root / "weights", root / f"step-{step:06d}-{secrets.token_hex(4)}"
     size = getattr(torch, recipe.model.dtype).itemsize * sum(map(numel, model.parameters()))
@@ -179,7 +171,7 @@ def write_weights(engine: Engine, recipe: Recipe, run_dir: Path, step: int, watc
     failure = dist.run_on_rank0(make_room)
     weights: dict[str, torch.Tensor] = {}
     if failure is None:
-        for name, tensor in chain(merged_weights(model, gathered), buffers):
+        for name, tensor in chain(merged_weights(model, gathered), persistent_buffers(model)):
             watch.beat("weights for a server")
             if dist.is_main():
                 file = staged / str(len(weights))

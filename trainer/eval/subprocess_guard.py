@@ -49,20 +49,14 @@ def main(parent: int, command: list[str]) -> int:
 
 
 def _end_descendants() -> None:
-    children = psutil.Process().children(recursive=True)
-    for child in children:
-        _send(child, signal.SIGTERM)
-    psutil.wait_procs(children, _GRACE_S)
+    number, patience_s = signal.SIGTERM, _GRACE_S
     # again until none is left: some may have started meanwhile
     while children := psutil.Process().children(recursive=True):
         for child in children:
-            _send(child, signal.SIGKILL)
-        psutil.wait_procs(children, 1.0)
-
-
-def _send(child: psutil.Process, number: int) -> None:
-    with suppress(psutil.NoSuchProcess):
-        child.send_signal(number)
+            with suppress(psutil.NoSuchProcess):
+                child.send_signal(number)
+        psutil.wait_procs(children, patience_s)
+        number, patience_s = signal.SIGKILL, 1.0
 
 
 if __name__ == "__main__":

@@ -50,8 +50,7 @@ def flash_attn(
     """Attend by flash-attn's varlen kernel (Dao, 2023, arXiv:2307.08691); it lacks sinks."""
     from flash_attn import flash_attn_varlen_func
 
-    _refuse(layer, "flash_attn", arguments, ("sinks",))
-    q, k, v, scale = _for_varlen(layer, "flash_attn", query, key, value, arguments.scale)
+    q, k, v, scale = _for_varlen(layer, "flash_attn", ("sinks",), query, key, value, arguments)
     ends, longest = arguments.bounds.cu_seqlens, arguments.bounds.max_seqlen
     out = flash_attn_varlen_func(
         *(q, k, v, ends, ends, longest, longest),
@@ -73,8 +72,8 @@ def torch_varlen(
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    _refuse(layer, "torch_varlen", arguments, ("softcap", "sinks", "dropout"))
-    q, k, v, scale = _for_varlen(layer, "torch_varlen", query, key, value, arguments.scale)
+    lacks = ("softcap", "sinks", "dropout")
+    q, k, v, scale = _for_varlen(layer, "torch_varlen", lacks, query, key, value, arguments)
     ends, longest = arguments.bounds.cu_seqlens, arguments.bounds.max_seqlen
     grouped: dict[str, Any] = {}
     if k.shape[1] != q.shape[1]:
@@ -97,29 +96,31 @@ def _takes_groups(varlen_attn: Any) -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _refuse(layer: str, backend: str, arguments: Arguments, lacks: tuple[str, ...]) -> None:
-    asked = [what for what in lacks if getattr(arguments, what) is not None]
-    if asked:
-        raise BadInput(
-            f"{layer} needs attention with {' and '.join(asked)}, which {backend} lacks; use "
-            "model.attention=reference"
-        )
-
-
 def _for_varlen(
     layer: str,
     backend: str,
+    lacks: tuple[str, ...],
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scale: float | None,
+    arguments: Arguments,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]:
     """Return queries, keys and values as the varlen kernels want them, (T, H, E), and the scale.
 
     The kernels want one head size for all three, a multiple of 8 and at most 256. Heads are padded
     with zeros, which change no product; the scale is that of the size before, and the caller cuts
     the output to the value's size.
+
+    Raises:
+        BadInput: the layer asks for what the backend `lacks`, or for heads or a type that it does
+            not take.
     """
+    asked = [what for what in lacks if getattr(arguments, what) is not None]
+    if asked:
+        raise BadInput(
+            f"{layer} needs attention with {' and '.join(asked)}, which {backend} lacks; use "
+            "model.attention=reference"
+        )
     size = query.shape[-1]
     padded = -(-max(size, value.shape[-1]) // 8) * 8
     if padded > MAX_HEAD_SIZE:
@@ -133,7 +134,7 @@ def _for_varlen(
         (x[0] if x.shape[-1] == padded else F.pad(x[0], (0, padded - x.shape[-1]))).transpose(0, 1)
         for x in (query, key, value)
     )
-    return q, k, v, scale if scale is not None else size**-0.5
+    return q, k, v, arguments.scale if arguments.scale is not None else size**-0.5
 
 
 # ---------------------------------------------------------------------------------------- reference

@@ -50,7 +50,7 @@ def fuse(model: Any, name: str, device: torch.device, dtype: torch.dtype) -> str
 
 
 def _missing(model: Any, device: torch.device) -> str | None:
-    if not _kernels_run_on(device):
+    if not kernels_run_on(device):
         return "they need a CUDA device"
     if importlib.util.find_spec("liger_kernel") is None:
         return "the package liger-kernel is not installed"
@@ -63,7 +63,9 @@ def _missing(model: Any, device: torch.device) -> str | None:
     return None
 
 
-def _kernels_run_on(device: torch.device) -> bool:
+def kernels_run_on(device: torch.device) -> bool:
+    """Return whether Liger's kernels, which are Triton's, can run on the device."""
+    # Triton's interpreter runs them on a CPU, slowly: the tests compare them so
     return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -108,7 +110,7 @@ class _Rope:
         self.plain = False
 
     def __call__(self, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        function = self._own if self.plain or not _kernels_run_on(query.device) else self._fused
+        function = self._own if self.plain or not kernels_run_on(query.device) else self._fused
         return function(query, *args, **kwargs)
 
 
@@ -119,11 +121,8 @@ def is_fused(model: Any) -> bool:
 @contextmanager
 def plain(model: Any) -> Iterator[None]:
     """Let the model compute as transformers wrote it inside the block, for comparisons."""
-    if not is_fused(model):
-        yield
-        return
-    forwards: dict[nn.Module, Any] = model._fused_forwards
-    rope = _module_names(model).get(_ROPE)
+    forwards: dict[nn.Module, Any] = getattr(model, "_fused_forwards", {})
+    rope = _module_names(model).get(_ROPE) if forwards else None
     for module in forwards:
         del vars(module)["forward"]
     if isinstance(rope, _Rope):

@@ -7,7 +7,7 @@ ZeRO-3.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import AdapterSection, ModelSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model import attention, liger_layers
-from packhorse.trainer.model.lora import add_adapter
+from packhorse.trainer.model.lora import Gathered, add_adapter, not_in_shards
 from packhorse.trainer.utils.files import local_folder
 from packhorse.trainer.utils.text import one_line
 
@@ -29,14 +29,10 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "tekken.json",
-)
+_TOKENIZER_FILES = {
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    *("spiece.model", "tekken.json"),
+}
 
 # ---------------------------------------------------------------------------------------- tokenizer
 
@@ -55,7 +51,16 @@ def load_tokenizer(section: ModelSection) -> Any:
         new = [AddedToken(t, special=True, normalized=False) for t in section.add_tokens]
         tokenizer.add_tokens(new, special_tokens=True)
     if section.chat_template == "chatml":
-        _use_chatml(tokenizer, section)
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in CHATML_TOKENS if token not in vocabulary]
+        if missing:
+            raise BadInput(
+                f"model.chat_template: the tokenizer of {section.name} has no "
+                f"{' and no '.join(missing)} for chatml; "
+                f'add them: model.add_tokens=["{CHATML_TOKENS[0]}","{CHATML_TOKENS[1]}"]'
+            )
+        tokenizer.chat_template = CHATML
+        tokenizer.eos_token = CHATML_TOKENS[1]  # the token that ends a turn
     elif section.chat_template is not None:
         path = Path(section.chat_template)
         if not path.is_file():
@@ -77,19 +82,6 @@ def _original_tokenizer(section: ModelSection) -> Any:
             "into it"
         )
     return _load_pretrained(AutoTokenizer.from_pretrained, section, "tokenizer")
-
-
-def _use_chatml(tokenizer: Any, section: ModelSection) -> None:
-    vocabulary = tokenizer.get_vocab()
-    missing = [token for token in CHATML_TOKENS if token not in vocabulary]
-    if missing:
-        raise BadInput(
-            f"model.chat_template: the tokenizer of {section.name} has no "
-            f"{' and no '.join(missing)} for chatml; "
-            f'add them: model.add_tokens=["{CHATML_TOKENS[0]}","{CHATML_TOKENS[1]}"]'
-        )
-    tokenizer.chat_template = CHATML
-    tokenizer.eos_token = "<|im_end|>"  # noqa: S105 - the token that ends a turn
 
 
 def _load_pretrained(
@@ -124,19 +116,15 @@ def load_model(
     seed: int,
     adapter: AdapterSection | None = None,
     sharded_init: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    gathered: Callable[..., AbstractContextManager[Any]] = lambda parameters, write=False: (
-        nullcontext()
-    ),
+    gathered: Gathered = not_in_shards,
 ) -> Any:
     """Return the transformers model in `section.dtype`, with an embedding for every token.
 
     All of it is trainable, or only the adapter.
 
     Args:
-        sharded_init: makes the context in which transformers builds and loads in shards
-            (engine.sharded_init).
-        gathered: `gathered(parameters, write=True)` holds parameters whole and hands rank 0's
-            changes to all ranks (engine.gathered).
+        sharded_init: the context in which transformers loads in shards (engine.sharded_init).
+        gathered: holds parameters whole inside its block (engine.gathered).
 
     Raises:
         BadInput: the model is not a causal language model, its vocabulary is smaller than the
@@ -256,15 +244,20 @@ def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, A
     return model
 
 
+def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the buffers that belong to a model's state, by name.
+
+    The others, as rotary tables, are computed from the configuration.
+    """
+    persistent = model.state_dict(keep_vars=True).keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
+
+
 # ----------------------------------------------------------------------------------- random weights
 
 
 def _random_model(
-    section: ModelSection,
-    config: Any,
-    seed: int,
-    gathered: Callable[..., Any],
-    arguments: dict[str, Any],
+    section: ModelSection, config: Any, seed: int, gathered: Gathered, arguments: dict[str, Any]
 ) -> Any:
     """Return a model with random weights of its own kind, alike at every world size and stage."""
     from transformers import AutoModelForCausalLM
@@ -281,7 +274,7 @@ def _random_model(
 
 
 @torch.no_grad()
-def initialise(model: Any, seed: int, gathered: Callable[..., Any]) -> None:
+def initialise(model: Any, seed: int, gathered: Gathered) -> None:
     """Run every module's own `_init_weights` with a seed of its own, (seed, name).
 
     No module's numbers then depend on the order. Children come before their parents, whose rules
@@ -309,9 +302,7 @@ def initialise(model: Any, seed: int, gathered: Callable[..., Any]) -> None:
     visit(model, "", model)
 
 
-def _add_embeddings(
-    model: Any, rows: int, new_ids: Sequence[int], gathered: Callable[..., Any]
-) -> None:
+def _add_embeddings(model: Any, rows: int, new_ids: list[int], gathered: Gathered) -> None:
     """Give new tokens the mean of all old embeddings, in the input and in the head.
 
     A new token is then about as likely as tokens are on average, whatever the scale of the logits
@@ -320,15 +311,14 @@ def _add_embeddings(
     if rows > model.config.get_text_config().vocab_size:
         model.resize_token_embeddings(rows, mean_resizing=False)
     head = model.get_output_embeddings()
-    # a dict, as a tied head has the same parameter
-    parameters = dict.fromkeys([model.get_input_embeddings().weight, head.weight])
-    bias = getattr(head, "bias", None)
-    for parameter in [*parameters, *([] if bias is None else [bias])]:
+    parameters = (model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None))
+    # a dict, as a tied head has the embedding's parameter
+    for parameter in dict.fromkeys(p for p in parameters if p is not None):
         with torch.no_grad(), gathered([parameter], write=True):
             # under ZeRO-3 only rank 0 holds it whole, and its changes are broadcast
             if parameter.numel() == 0:
                 continue
             old = torch.ones(parameter.shape[0], dtype=torch.bool)
-            old[list(new_ids)] = False
+            old[new_ids] = False
             # summed in fp32: bf16 would lose most of a mean over 10^5 entries
-            parameter[list(new_ids)] = parameter[old].float().mean(0).to(parameter.dtype)
+            parameter[new_ids] = parameter[old].float().mean(0).to(parameter.dtype)

@@ -33,6 +33,15 @@ from packhorse.trainer.model.quantisation import dequantise, numel, quantise
 
 NAME = "default"  # peft's name of a model's only adapter; a part of parameters' names
 
+Gathered = Callable[..., AbstractContextManager[Any]]
+"""`gathered(parameters, write=True)` holds parameters whole inside its block, where ZeRO-3 has them
+in shards, and hands rank 0's changes to all ranks (engine.gathered). Every rank enters it."""
+
+
+def not_in_shards(parameters: Any, write: bool = False) -> AbstractContextManager[Any]:
+    """Stand in for `gathered` where every rank holds the parameters whole."""
+    return nullcontext()
+
 
 def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
     """Put the adapter into the model, freeze the rest, and log how much is trained.
@@ -62,7 +71,16 @@ def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
     inject_adapter_in_model(config, model, adapter_name=NAME)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_of_adapter(name) or _lies_in(name, full))
-    _initialise(model, seed)
+    with torch.no_grad():
+        # peft has left B at zero, and has set DoRA's magnitudes to the norms of the weights' rows
+        for name, parameter in model.named_parameters():
+            if ".lora_A." in name:
+                # as nn.Linear draws its weight; on the CPU in fp32 from its own seed, so that no
+                # device, world size or order matters
+                generator = torch.Generator().manual_seed(dist.seed_from(seed, "adapter", name))
+                bound = 1 / math.sqrt(parameter.shape[1])
+                drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                parameter.copy_(drawn)
     total = sum(numel(parameter) for parameter in model.parameters())
     trained = sum(numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
     dist.log.info(
@@ -78,22 +96,6 @@ def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
 def is_of_adapter(name: str) -> bool:
     """Return whether a parameter of this name is one that peft added."""
     return ".lora_" in name
-
-
-@torch.no_grad()
-def _initialise(model: Any, seed: int) -> None:
-    """Draw A as nn.Linear draws its weight, uniform in +-1 / sqrt(I).
-
-    peft has left B at zero, and has set DoRA's magnitudes to the norms of the weights' rows.
-    """
-    for name, parameter in model.named_parameters():
-        if ".lora_A." in name:
-            # on the CPU in fp32 from its own seed, so that no device, world size or order matters
-            generator = torch.Generator().manual_seed(dist.seed_from(seed, "adapter", name))
-            bound = 1 / math.sqrt(parameter.shape[1])
-            parameter.copy_(
-                torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-            )
 
 
 # ------------------------------------------------------------------------------------ which modules
@@ -245,18 +247,13 @@ def borrowed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter
 
 @torch.no_grad()
 def merged_weights(
-    model: Any,
-    gathered: Callable[..., AbstractContextManager[Any]] = lambda parameters: nullcontext(),
+    model: Any, gathered: Gathered = not_in_shards
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the parameters of the plain model that acts as this one, by the plain model's names.
 
     A model without an adapter yields its own. Each tensor is valid until the next is asked for.
     Weights are merged in fp32 and rounded once, to their own type. A base in 4 bits is read back
     from them, as the adapter was trained on those numbers and not on the original ones.
-
-    Args:
-        gathered: holds parameters whole where they are in shards (engine.gathered); every rank
-            then takes part.
     """
     from peft.tuners.lora import LoraLayer
 

@@ -12,7 +12,6 @@ Shapes: N trained positions, H hidden size, V vocabulary, B entries of a block o
 from __future__ import annotations
 
 import importlib.util
-import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.liger_layers import kernels_run_on
 from packhorse.trainer.model.logit_transform import LogitTransform
 
 # c of C5: `chunked` works on c x H entries of the vocabulary at a time. Its speed is flat from 2 to
@@ -44,7 +44,7 @@ def choose_kernel(name: str, device: torch.device) -> str:
         raise BadInput(
             "loss.kernel: liger is not installed; `pip install liger-kernel`, or use `chunked`"
         )
-    if name == "liger" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if name == "liger" and not kernels_run_on(device):
         raise BadInput("loss.kernel: liger needs a CUDA device; use `chunked`")
     return name
 
@@ -156,14 +156,8 @@ class _Chunked(torch.autograd.Function):
                 torch.mm(grad_NB.t(), hidden_NH, out=grad_weight_VH[part])
             if grad_bias_V is not None:
                 grad_bias_V[part] = grad_NB.sum(0)
-        return (
-            grad_hidden_NH.to(hidden_NH.dtype) if needs_hidden else None,
-            grad_weight_VH,
-            grad_bias_V,
-            None,
-            None,
-            None,
-        )
+        grad_hidden = grad_hidden_NH.to(hidden_NH.dtype) if needs_hidden else None
+        return grad_hidden, grad_weight_VH, grad_bias_V, None, None, None
 
 
 def _blocks(
@@ -177,11 +171,9 @@ def _blocks(
     (N, H), V = hidden_NH.shape, head_weight_VH.shape[0]
     width = min(V, BLOCK_HIDDEN * H)
     low_buffer = hidden_NH.new_empty(N * width)
-    logits_buffer = (
-        low_buffer
-        if low_buffer.dtype == torch.float32
-        else torch.empty_like(low_buffer, dtype=torch.float32)
-    )
+    logits_buffer = low_buffer
+    if low_buffer.dtype != torch.float32:
+        logits_buffer = torch.empty_like(low_buffer, dtype=torch.float32)
     targets_N1 = targets_N.unsqueeze(1)
     for start in range(0, V, width):
         stop = min(start + width, V)

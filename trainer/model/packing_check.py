@@ -16,6 +16,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate, chain
+from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import torch
@@ -152,14 +154,12 @@ def _num_trained(length: int) -> int:
 def _pack(documents: Sequence[torch.Tensor]) -> Batch:
     """Return the documents packed; the last tokens of each are trained, with one weight."""
     lengths = [ids.shape[0] for ids in documents]
-    starts = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
-    positions = [
-        position
-        for end, n in zip(starts[1:], lengths)
-        for position in range(end - 1 - _num_trained(n), end - 1)
-    ]
+    starts = [0, *accumulate(lengths)]
     device = documents[0].device
-    trained_positions = torch.tensor(positions, device=device)
+    # a document's last token predicts nothing: the next one is its neighbour's
+    trained = [range(end - 1 - _num_trained(n), end - 1) for end, n in zip(starts[1:], lengths)]
+    trained_positions = torch.tensor([*chain(*trained)], device=device)
+    weight = 1 / len(trained_positions)
     ids = torch.cat(list(documents))
     return Batch(
         input_ids=ids,
@@ -168,8 +168,8 @@ def _pack(documents: Sequence[torch.Tensor]) -> Batch:
         lengths=tuple(lengths),
         trained_positions=trained_positions,
         targets=ids[trained_positions + 1],
-        weights=torch.full((len(positions),), 1 / len(positions), device=device),
-        uniform_weight=1 / len(positions),
+        weights=torch.full((len(trained_positions),), weight, device=device),
+        uniform_weight=weight,
         document_keys=tuple((0, i, 0) for i in range(len(lengths))),
         sequence_ids=(0,),
     )
@@ -361,9 +361,6 @@ def _layer_name(model: Any, layer: int) -> str:
 
 def _raising_module(error: BaseException) -> str:
     """Return the class of the innermost module in whose forward the error arose."""
-    name, trace = "the model", error.__traceback__
-    while trace is not None:
-        module = trace.tb_frame.f_locals.get("self")
-        name = type(module).__name__ if isinstance(module, nn.Module) else name
-        trace = trace.tb_next
-    return name
+    callers = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+    modules = [type(caller).__name__ for caller in callers if isinstance(caller, nn.Module)]
+    return modules[-1] if modules else "the model"

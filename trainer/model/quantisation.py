@@ -35,6 +35,7 @@ def quantise(model: Any, names: list[str], double: bool) -> None:
             "adapter.base: nf4 needs the library bitsandbytes: pip install 'packhorse[qlora]'"
         ) from None
     bnb: Any = bitsandbytes.nn  # its own type annotations are wrong
+    settings = {"compress_statistics": double, "quant_type": "nf4"}
     # one by one, so that the device never holds the whole model in 16 bits
     for name in names:
         old = model.get_submodule(name)
@@ -43,17 +44,10 @@ def quantise(model: Any, names: list[str], double: bool) -> None:
             old.out_features,
             bias=old.bias is not None,
             compute_dtype=old.weight.dtype,
-            compress_statistics=double,
-            quant_type="nf4",
             device="meta",
+            **settings,
         )
-        weight = bnb.Params4bit(
-            old.weight.data,
-            requires_grad=False,
-            compress_statistics=double,
-            quant_type="nf4",
-            module=new,
-        )
+        weight = bnb.Params4bit(old.weight.data, requires_grad=False, module=new, **settings)
         new.weight, new.bias = weight.to(dist.device()), old.bias
         _require_near(name, old.weight.detach(), dequantise(new.weight))
         # it would lay the weights out anew in place at the first evaluation, which changes their

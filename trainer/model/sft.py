@@ -9,8 +9,9 @@ the head's weight whole, tied or not (C5).
 from __future__ import annotations
 
 import inspect
+from functools import partial
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,19 +23,6 @@ from packhorse.trainer.model.attention import keyword_arguments
 from packhorse.trainer.model.logit_transform import LogitTransform
 from packhorse.trainer.model.loss import choose_kernel, linear_cross_entropy
 from packhorse.trainer.model.neftune import document_noise
-
-
-class Targets(NamedTuple):
-    """What the head needs beside hidden states to return the loss instead of logits.
-
-    Shapes: N trained positions. `uniform_weight` is the value of all `weights`, or None.
-    """
-
-    targets: torch.Tensor  # (N,) int64
-    weights: torch.Tensor  # (N,) float32
-    uniform_weight: float | None
-    kernel: str
-    transform: LogitTransform
 
 
 class SftModel(nn.Module):
@@ -63,9 +51,9 @@ class SftModel(nn.Module):
                 "here"
             )
         # only once: a second SftModel of the same model finds the head changed already
-        if "targets" not in inspect.signature(head.forward).parameters:
+        if "loss" not in inspect.signature(head.forward).parameters:
             head.forward = MethodType(_loss_or_logits(type(head).forward), head)
-        self._embedding_hook = model.get_input_embeddings().register_forward_hook(self._add_noise)
+        model.get_input_embeddings().register_forward_hook(self._add_noise)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return sum(cross-entropy x weight) over the batch's trained positions, () float32."""
@@ -76,10 +64,15 @@ class SftModel(nn.Module):
             torch.manual_seed(dist.seed_from(self._seed, "dropout", epoch, *batch.sequence_ids))
         # the head is the largest matrix product; prompts and fillers need none of it
         hidden_NH = self.hidden_states(batch).index_select(0, batch.trained_positions)
-        targets = Targets(
-            batch.targets, batch.weights, batch.uniform_weight, self.kernel, self.transform
+        loss = partial(
+            linear_cross_entropy,
+            targets_N=batch.targets,
+            weights_N=batch.weights,
+            uniform_weight=batch.uniform_weight,
+            kernel=self.kernel,
+            transform=self.transform,
         )
-        return self.model.get_output_embeddings()(hidden_NH, targets=targets)
+        return self.model.get_output_embeddings()(hidden_NH, loss=loss)
 
     @property
     def has_dropout(self) -> bool:
@@ -114,32 +107,17 @@ class SftModel(nn.Module):
         batch = self._batch
         if not self.training or self._alpha == 0.0 or batch is None:
             return None  # which leaves the module's output as it is
-        noise = document_noise(
-            self._seed,
-            batch.document_keys,
-            batch.lengths,
-            embedded.shape[-1],
-            self._alpha,
-            embedded.device,
-        )
+        keys, lengths, width = batch.document_keys, batch.lengths, embedded.shape[-1]
+        noise = document_noise(self._seed, keys, lengths, width, self._alpha, embedded.device)
         return embedded + noise.to(embedded.dtype)
 
 
 def _loss_or_logits(plain_forward: Any) -> Any:
-    """Return a forward for the head: the loss if it is given targets, else its logits."""
+    """Return a forward for the head: `loss` of its input and weights if given, else its logits."""
 
-    def forward(self: Any, hidden: torch.Tensor, *, targets: Targets | None = None) -> torch.Tensor:
-        if targets is None:
+    def forward(self: Any, hidden: torch.Tensor, *, loss: Any = None) -> torch.Tensor:
+        if loss is None:
             return plain_forward(self, hidden)
-        return linear_cross_entropy(
-            hidden,
-            self.weight,
-            targets.targets,
-            targets.weights,
-            targets.uniform_weight,
-            targets.kernel,
-            bias_V=getattr(self, "bias", None),
-            transform=targets.transform,
-        )
+        return loss(hidden, self.weight, bias_V=getattr(self, "bias", None))
 
     return forward
