@@ -37,10 +37,11 @@ from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.metrics import EVALUATIONS, Metrics
 from packhorse.trainer.utils.files import read_json_lines, write_json, write_synced
 
-# What a run replaces, appends to or deletes; data.json and data.png beside it.
+# What a run replaces, appends to or deletes, besides data.json and data.png. Not shards.jsonl: a
+# log from another run makes this one use the shards in the same order.
 _WRITTEN = (
     *("checkpoints", "model", "serving", "tensorboard"),
-    *("metrics.jsonl", EVALUATIONS, "samples.jsonl", "rejects.jsonl", "skipped_steps.jsonl", LOG),
+    *("metrics.jsonl", EVALUATIONS, "samples.jsonl", "rejects.jsonl", "skipped_steps.jsonl"),
     *("trace.jsonl", "environment.json", "best.json", "summary.json"),
 )
 _LENGTHS = ("train.epochs", "train.steps")
