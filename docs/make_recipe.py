@@ -96,7 +96,7 @@ def _type(annotation: Any) -> str:
         return "section"
     if all(isinstance(a, str | int) and not isinstance(a, type) for a in arguments):
         return ", ".join(f"`{_plain(a)}`" for a in arguments)
-    return _type(arguments[0])
+    return ", ".join(dict.fromkeys(map(_type, arguments)))
 
 
 if __name__ == "__main__":

@@ -152,6 +152,7 @@ def export(
     step: int | None = None,
     best: bool = False,
     merge: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """Export a checkpoint as a Hugging Face model folder, or an adapter for peft; return `out`.
 
@@ -159,12 +160,14 @@ def export(
         step: by default that of the last checkpoint.
         best: take the best evaluated step instead, by the recipe's eval.best.
         merge: merge an adapter into its base, to a whole model.
+        overwrite: replace an earlier export at `out`; anything else there is refused in any case.
 
     Raises:
-        BadInput: there is no such checkpoint, or `out` cannot be written.
+        BadInput: there is no such checkpoint, or `out` exists or cannot be written.
         RunFailed: anything else went wrong.
     """
-    _run("export", run_dir, *_options(out=out, step=step, best=best, merge=merge))
+    options = _options(out=out, step=step, best=best, merge=merge, overwrite=overwrite)
+    _run("export", run_dir, *options)
     return Path(out)
 
 

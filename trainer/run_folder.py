@@ -31,16 +31,17 @@ from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.data import summary
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.prepare import Prepared, TrainData
-from packhorse.trainer.data.streaming import LOG
+from packhorse.trainer.data.shard_log import LOG
 from packhorse.trainer.datatypes import STOP_FILE, BadInput, Batch, StepResult
 from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.metrics import EVALUATIONS, Metrics
 from packhorse.trainer.utils.files import read_json_lines, write_json, write_synced
 
-# What a run replaces, appends to or deletes; data.json and data.png beside it.
+# What a run replaces, appends to or deletes, besides data.json and data.png. Not shards.jsonl: a
+# log from another run makes this one use the shards in the same order.
 _WRITTEN = (
     *("checkpoints", "model", "serving", "tensorboard"),
-    *("metrics.jsonl", EVALUATIONS, "samples.jsonl", "rejects.jsonl", "skipped_steps.jsonl", LOG),
+    *("metrics.jsonl", EVALUATIONS, "samples.jsonl", "rejects.jsonl", "skipped_steps.jsonl"),
     *("trace.jsonl", "environment.json", "best.json", "summary.json"),
 )
 _LENGTHS = ("train.epochs", "train.steps")

@@ -83,9 +83,7 @@ def arms(base: Recipe) -> dict[str, Arm]:
         "baseline": Arm({}, 185),
         "sheets-token": Arm(sheets, 200),
         "sheets-example": Arm({**sheets, "loss.weighting": "example"}, 200),
-        "sheets-constant": Arm(
-            {**sheets, "loss.weighting": "constant", "loss.constant_tokens": 50}, 200
-        ),
+        "sheets-constant": Arm({**sheets, "loss.weighting": 50}, 200),
         "prompt-learned": Arm({"data.train_on": "all"}, 210),
         "traces-all": Arm(traces, 185),
         "traces-filtered": Arm({**traces, **math}, 185),

@@ -31,7 +31,7 @@ from tests.ranks import ROOT
 pytestmark = pytest.mark.runs
 
 LORA = "adapter={rank: 4, alpha: 16, dropout: 0.1, modules_to_save: [lm_head]}"
-DORA = "adapter={rank: 4, alpha: 16, dora: true, dropout: 0.1}"
+DORA = "adapter={rank: 4, alpha: 16, variants: [dora], dropout: 0.1}"
 NF4 = "adapter={rank: 4, alpha: 16, base: nf4_double_quant}"
 STAGES = ("zero0", "zero2", "zero3", "zero3_offload_optimizer")
 

@@ -30,10 +30,10 @@ pytestmark = pytest.mark.runs
 
 # The loss falls at every step: what a condition leaves out is the later ones, so that the best one
 # has to be spared.
-RULE = "eval.best={minimize: eval_loss, subject_to: {eval_loss: '> 4.5'}, tie: answer_accuracy}"
+RULE = "eval.best={metric: eval_loss, subject_to: {eval_loss: '> 4.5'}, tie: answer_accuracy}"
 BEST = 3
-FIRST = "eval.best={minimize: eval_loss, subject_to: {eval_loss: '> 5.5'}}"
-NEVER = "eval.best={minimize: eval_loss, subject_to: {eval_loss: '> 100'}}"
+FIRST = "eval.best={metric: eval_loss, subject_to: {eval_loss: '> 5.5'}}"
+NEVER = "eval.best={metric: eval_loss, subject_to: {eval_loss: '> 100'}}"
 OFTEN = ("train.steps=6", "eval.every_steps=1", "eval.generate.max_new_tokens=8")
 
 

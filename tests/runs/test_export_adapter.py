@@ -32,10 +32,10 @@ ADAPTERS = {  # with the stages they are trained at
     "lora": ("zero3", "adapter={rank: 4, dropout: 0.1}"),
     "whole": (
         "zero2",
-        "adapter={rank: 4, target_modules: [q_proj, up_proj], rslora: true, modules_to_save: "
+        "adapter={rank: 4, target_modules: [q_proj, up_proj], variants: [rslora], modules_to_save: "
         "[embed_tokens, lm_head]}",
     ),
-    "dora": ("zero3", "adapter={rank: 4, dora: true}"),
+    "dora": ("zero3", "adapter={rank: 4, variants: [dora]}"),
     "nf4": ("zero2", "adapter={rank: 4, base: nf4_double_quant}"),
     "bf16": ("zero3", "adapter={rank: 4}"),
 }

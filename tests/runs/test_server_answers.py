@@ -30,7 +30,7 @@ from tests.stand_in_server import Reply, Request, StandIn
 pytestmark = pytest.mark.runs
 
 START_S = 180.0
-ADAPTER = ("adapter={rank: 8, dora: true, modules_to_save: [lm_head]}", "optim.lr=0.1")
+ADAPTER = ("adapter={rank: 8, variants: [dora], modules_to_save: [lm_head]}", "optim.lr=0.1")
 SHORT = (
     "train.steps=2",
     "eval.every_steps=1",

@@ -63,7 +63,7 @@ def test_the_untouched_model_has_the_loss_that_transformers_gives_it(
     )
     tokenizer = load_tokenizer(made.model)
     data = prepare.prepare(made, tokenizer, "eval")
-    assert int(data.trained_counts.sum()) == REFERENCE_TOKENS
+    assert int(data.documents.trained_counts.sum()) == REFERENCE_TOKENS
     model = load_model(made.model, tokenizer, seed=0)
     sft = SftModel(model, made.loss, 0, dist.device())
     prove_packing(sft, seq_len=512, one_document=False, seed=0)

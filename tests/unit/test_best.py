@@ -17,7 +17,7 @@ from packhorse.trainer.datatypes import BadInput
 from tests.ranks import ROOT
 
 RULE = {
-    "maximize": "answer_accuracy",
+    "metric": "answer_accuracy",
     "subject_to": {"format_accuracy": ">= 0.98"},
     "tie": "eval_loss",
 }
@@ -54,24 +54,16 @@ def test_a_step_that_does_not_meet_a_condition_is_not_the_best():
 def test_of_equal_ones_the_tie_decides_and_then_the_earlier_step():
     assert best_of(line(10, 0.5, 0.75), line(20, 0.4, 0.75), line(30, 0.6, 0.75)) == 20
     assert best_of(line(10, 0.5, 0.75), line(20, 0.5, 0.75)) == 10
-    assert best_of(line(10, 0.4, 0.75), line(20, 0.5, 0.75), maximize="format_accuracy") == 10
-    by_score = {"minimize": "eval_loss", "tie": "answer_accuracy"}
+    assert best_of(line(10, 0.4, 0.75), line(20, 0.5, 0.75), metric="format_accuracy") == 10
+    by_score = {"metric": "eval_loss", "tie": "answer_accuracy"}
     assert best_of(line(10, 0.5, 0.25), line(20, 0.5, 0.75), **by_score) == 20, (
         "the higher score is the better one"
     )
 
 
-def test_the_lowest_wins_where_it_is_minimised():
-    assert (
-        best_of(line(10, 0.5, 0.2), line(20, 0.4, 0.1), line(30, 0.6, 0.0), minimize="eval_loss")
-        == 20
-    )
-    assert (
-        best_of(
-            line(10, 0.5, 0.2), line(20, 0.4, 0.1), line(30, 0.6, 0.0), minimize="answer_accuracy"
-        )
-        == 30
-    )
+def test_of_the_loss_the_lowest_wins():
+    lines = line(10, 0.5, 0.2), line(20, 0.4, 0.1), line(30, 0.6, 0.0)
+    assert best_of(*lines, metric="eval_loss") == 20
 
 
 @pytest.mark.parametrize(
@@ -145,49 +137,48 @@ def test_a_rule_may_change_on_a_resume():
     ("best", "sentence"),
     [
         (
-            {"maximize": "answer_acuracy"},
-            "`best.maximize`: there is no scorer `answer_acuracy` in eval.generate",
+            {"metric": "answer_acuracy"},
+            "`best.metric`: there is no scorer `answer_acuracy` in eval.generate",
         ),
-        ({"maximize": "answer_acuracy"}, "did you mean `answer_accuracy`?"),
-        ({"minimize": "eval_los"}, "did you mean `eval_loss`?"),
-        ({"maximize": "zzz"}, "names here: eval_loss, format_accuracy, answer_accuracy"),
+        ({"metric": "answer_acuracy"}, "did you mean `answer_accuracy`?"),
+        ({"metric": "eval_los"}, "did you mean `eval_loss`?"),
+        ({"metric": "zzz"}, "names here: eval_loss, format_accuracy, answer_accuracy"),
         (
-            {"maximize": "answer_accuracy", "tie": "lenght"},
+            {"metric": "answer_accuracy", "tie": "lenght"},
             "`best.tie`: there is no scorer `lenght`",
         ),
         (
-            {"maximize": "answer_accuracy", "subject_to": {"formt": "> 0"}},
+            {"metric": "answer_accuracy", "subject_to": {"formt": "> 0"}},
             "`best.subject_to.formt`: there is no scorer",
         ),
-        ({"maximise": "answer_accuracy"}, "did you mean `eval.best.maximize`?"),
-        ({}, "give exactly one of `maximize` and `minimize`"),
-        ({"maximize": "answer_accuracy", "minimize": "format_accuracy"}, "give exactly one of"),
-        ({"maximize": "eval_loss"}, "the lower eval_loss is, the better: `minimize` it"),
+        ({"metrics": "answer_accuracy"}, "did you mean `eval.best.metric`?"),
+        ({}, "`eval.best.metric` is missing"),
+        ({"maximize": "answer_accuracy"}, "`eval.best.maximize` is now `eval.best.metric`"),
         (
-            {"maximize": "answer_accuracy", "subject_to": {"format_accuracy": 0.98}},
+            {"metric": "answer_accuracy", "subject_to": {"format_accuracy": 0.98}},
             "`0.98` is no condition: write one of",
         ),
         (
-            {"maximize": "answer_accuracy", "subject_to": {"format_accuracy": "== 1"}},
+            {"metric": "answer_accuracy", "subject_to": {"format_accuracy": "== 1"}},
             "`== 1` is no condition",
         ),
         (
-            {"maximize": "answer_accuracy", "subject_to": {"format_accuracy": ">= high"}},
+            {"metric": "answer_accuracy", "subject_to": {"format_accuracy": ">= high"}},
             "`>= high` is no condition",
         ),
         (
-            {"maximize": "answer_accuracy", "subject_to": {"format_accuracy": ">= 1 or so"}},
+            {"metric": "answer_accuracy", "subject_to": {"format_accuracy": ">= 1 or so"}},
             "is no condition",
         ),
         (
-            {"maximize": "answer_accuracy", "subject_to": {"format_accuracy": ">= nan"}},
+            {"metric": "answer_accuracy", "subject_to": {"format_accuracy": ">= nan"}},
             "is no condition",
         ),
         (
-            {"maximize": "answer_accuracy", "subject_to": {"format_accuracy": ">= 98"}},
+            {"metric": "answer_accuracy", "subject_to": {"format_accuracy": ">= 98"}},
             "scores go from 0 to 1",
         ),
-        ({"maximize": "answer_accuracy", "subject_to": ">= 98"}, "`eval.best.subject_to`"),
+        ({"metric": "answer_accuracy", "subject_to": ">= 98"}, "`eval.best.subject_to`"),
     ],
 )
 def test_a_rule_that_cannot_be_meant_is_refused(best, sentence):
@@ -199,7 +190,7 @@ def test_a_rule_that_cannot_be_meant_is_refused(best, sentence):
 def test_a_rule_needs_evaluations():
     with pytest.raises(BadInput, match="`best` needs `every_steps`"):
         parse_recipe(tree(RULE, every_steps=None))
-    asks_nothing = tree({"minimize": "eval_loss"}, eval=[])
+    asks_nothing = tree({"metric": "eval_loss"}, eval=[])
     asks_nothing["eval"]["generate"] = None
     with pytest.raises(BadInput, match=r"eval\.best: there are no held-out rows"):
         parse_recipe(asks_nothing)
@@ -278,17 +269,17 @@ def test_half_a_line_is_no_evaluation(tmp_path):
     ("rule", "of_1", "of_2"),
     [
         (
-            "{minimize: eval_loss}",
+            "{metric: eval_loss}",
             "not the last one, which is 2; not the best, which is 2, by the lowest eval_loss",
             "the last one; the best by the lowest eval_loss",
         ),
         (
-            "{minimize: eval_loss, subject_to: {eval_loss: '> 1.5'}}",
+            "{metric: eval_loss, subject_to: {eval_loss: '> 1.5'}}",
             "not the last one, which is 2; the best by the lowest eval_loss with eval_loss > 1.5",
             "the last one; not the best, which is 1, by the lowest eval_loss with eval_loss > 1.5",
         ),
         (
-            "{minimize: eval_loss, subject_to: {eval_loss: '> 9'}}",
+            "{metric: eval_loss, subject_to: {eval_loss: '> 9'}}",
             "not the last one, which is 2; none is the best by the lowest eval_loss with "
             "eval_loss > 9",
             "the last one; none is the best by the lowest eval_loss with eval_loss > 9",

@@ -129,7 +129,7 @@ def test_what_cannot_be_exported_as_the_best_is_told(refused, run_dir):
     assert "its recipe has no eval.best" in refused("export", str(run_dir), "--best", *out)
     assert "give one of them" in refused("export", str(run_dir), "--best", "--step", "3", *out)
     assert "no checkpoint of step 3" in refused("export", str(run_dir), "--step", "3", *out)
-    rule = load_recipe(run_dir / "recipe.yaml", ["eval.best={minimize: eval_loss}"])
+    rule = load_recipe(run_dir / "recipe.yaml", ["eval.best={metric: eval_loss}"])
     (run_dir / "recipe.yaml").write_text(rule.to_yaml())
     assert "there is no best checkpoint: no step was evaluated yet" in refused(
         "export", str(run_dir), "--best", *out

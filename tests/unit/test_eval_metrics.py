@@ -64,7 +64,7 @@ def test_each_answer_has_each_score_and_each_scorer_is_a_metric() -> None:
     prompts = [prompt("Paris"), prompt("Rome"), prompt("Bern")]
     rules = {
         "right": rule("exact"),
-        "said": rule("contains", ignore_case=True),
+        "said": rule("contains", ignore=["case"]),
         "length": rule("function", function="test_eval_metrics:words_of_answer"),
     }
     made = score_samples(prompts, ["Paris", "rome, I think", "no"], rules)

@@ -144,7 +144,9 @@ def test_modules_trained_whole_get_no_matrices() -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"rslora": True}, {"dora": True}], ids=["plain", "rslora", "dora"]
+    "fields",
+    [{}, {"variants": ["rslora"]}, {"variants": ["dora"]}],
+    ids=["plain", "rslora", "dora"],
 )
 def test_it_starts_as_zero(fields: dict[str, Any]) -> None:
     assert relative(logits(adapted(**fields)), logits(tiny_llama())) < 1e-6
@@ -231,7 +233,13 @@ def test_frozen_weights_cost_two_thirds() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"rslora": True}, {"dora": True}, {"modules_to_save": ["lm_head"]}, {"base": "nf4"}],
+    [
+        {},
+        {"variants": ["rslora"]},
+        {"variants": ["dora"]},
+        {"modules_to_save": ["lm_head"]},
+        {"base": "nf4"},
+    ],
     ids=["plain", "rslora", "dora", "head", "nf4"],
 )
 def test_merged_weights_give_the_adapters_logits(fields: dict[str, Any]) -> None:

@@ -77,7 +77,11 @@ def plan_of(
     count = prepared.documents.count_trained
     return Plan(
         Corpus(
-            prepared.lengths, prepared.trained_counts, prepared.sources, prepared.weights, count
+            prepared.documents.lengths,
+            prepared.documents.trained_counts,
+            prepared.documents.sources,
+            prepared.weights,
+            count,
         ),
         lambda lengths, rng: pack(lengths, SEQ_LEN, packing, rng),
         BatchSection.model_validate(
@@ -115,7 +119,7 @@ def check_batch(batch: Batch, prepared: Prepared, plan: Plan) -> None:
     assert len(pieces) == len(ends) - 1 == len(batch.document_keys)
     for begin, piece, key in zip(ends, pieces, batch.document_keys, strict=False):
         assert key[1:] == (piece.document, piece.piece)
-        document = prepared.example(piece.document)
+        document = prepared.documents.example(piece.document)
         for offset in range(piece.stop - piece.start):
             place, position = begin + offset, piece.start + offset
             assert batch.input_ids[place] == document.input_ids[position]
@@ -176,7 +180,7 @@ def test_ranks_and_micro_batch_size_change_no_weight(prepared, packing):
 
 
 def test_the_uniform_weight_is_the_weight(prepared, packing):
-    for loss in ({}, {"weighting": "constant", "constant_tokens": 7}):
+    for loss in ({}, {"weighting": 7}):
         for step in batches_of(prepared, plan_of(prepared, packing, **loss)):
             for batch in step:
                 assert (batch.weights == batch.uniform_weight).all()
@@ -422,7 +426,7 @@ def test_the_users_own_functions_are_in_the_key(tmp_path, tokenizer, monkeypatch
     shaped = prepare(recipe(tmp_path, train=[mine]), tokenizer, "train")
     threes = sum("3" in row["answer"] for row in questions(20))
     assert shaped.report["filter_reasons"] == {"shaping:keep: a three": threes}
-    assert shaped.lengths.sum() < plain.lengths.sum()
+    assert shaped.documents.lengths.sum() < plain.documents.lengths.sum()
     with (tmp_path / "shaping.py").open("a") as file:
         file.write("# changed\n")
     prepare(recipe(tmp_path, train=[mine]), tokenizer, "train")
@@ -471,7 +475,7 @@ def test_sources_of_all_formats_are_trained_together(tmp_path, tokenizer):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         sources.append({"path": str(tmp_path / f"{name}.jsonl")})
     prepared = prepare(recipe(tmp_path, train=sources), tokenizer, "train")
-    trained = [prepared.example(number) for number in range(len(kinds))]
+    trained = [prepared.documents.example(number) for number in range(len(kinds))]
     texts = [tokenizer.decode(example.input_ids[example.trained]) for example in trained]
     assert [text.replace("<|im_end|>", "") for text in texts[:5]] == [
         f"It is {n}." for n in (1, 2, 3, 4, 0)
@@ -523,9 +527,9 @@ def test_the_recipe_decides_about_control_tokens_in_a_text(tmp_path, tokenizer, 
     prepared = prepare(recipe(tmp_path, rows, control_tokens=policy), tokenizer, "train")
     assert prepared.report["rejected"] == rejected
     if not rejected:
-        assert prepared.example(3).input_ids.tolist().count(tokenizer.eos_token_id) == 3 + (
-            policy == "keep"
-        )
+        assert prepared.documents.example(3).input_ids.tolist().count(
+            tokenizer.eos_token_id
+        ) == 3 + (policy == "keep")
 
 
 def test_a_cache_is_found_again_under_another_path_and_by_eval(tmp_path, tokenizer):
@@ -536,7 +540,7 @@ def test_a_cache_is_found_again_under_another_path_and_by_eval(tmp_path, tokeniz
     assert len(cached(tmp_path)) == 1
     assert again.fingerprint == first.fingerprint
     plan = eval_plan(moved, again)
-    assert (plan.steps, plan.step(0).trained_tokens) == (1, again.trained_counts.sum())
+    assert (plan.steps, plan.step(0).trained_tokens) == (1, again.documents.trained_counts.sum())
 
 
 def rows_of(prepared: Prepared) -> set[int]:
@@ -573,9 +577,9 @@ def test_held_out_rows_come_after_the_given_ones_and_all_of_them_count_once(tmp_
     assert [source["name"] for source in held_out.report["sources"]] == [given, train]
     assert held_out.place(0) == (given, 1)
     assert held_out.place(1)[0] == train
-    assert eval_plan(of, held_out).step(0).trained_tokens == held_out.trained_counts.sum()
+    assert eval_plan(of, held_out).step(0).trained_tokens == held_out.documents.trained_counts.sum()
     prompts = held_out_prompts(of, Masker(tokenizer), 100)
-    assert len(prompts) == len(held_out.lengths)
+    assert len(prompts) == len(held_out.documents.lengths)
     assert prompts[0].reference == "Yes."
     assert prompts[1].reference == f"It is {2 * (held_out.place(1)[1] - 1)}."
 
@@ -591,7 +595,7 @@ def test_duplicates_are_dropped_from_train_alone(tmp_path, tokenizer):
     train, held_out = prepare(of, tokenizer, "train"), prepare(of, tokenizer, "eval")
     assert train.documents.rows.tolist() == list(range(1, 11))
     assert (train.report["duplicates"], held_out.report["duplicates"]) == (10, 10)
-    assert len(held_out.lengths) == 20
+    assert len(held_out.documents.lengths) == 20
     assert (
         train_plan(of, train).steps
         == train_plan(

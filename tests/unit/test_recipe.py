@@ -81,8 +81,8 @@ def test_defaults_are_the_designs():
 
 SCORERS = {
     "format": {"pattern": "x+"},
-    "exact": {"extract": "(x)", "ignore_case": True},
-    "contains": {"ignore_case": True},
+    "exact": {"extract": "(x)", "ignore": ["case"]},
+    "contains": {"ignore": ["case"]},
     "math": {"column": "solution"},
     "choice": {"letters": ["A", "B"], "column": "letter"},
     "json_schema": {"column": "schema"},
@@ -315,14 +315,28 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (with_key("adapter.target_modules", "("), "`(` is not a regular expression"),
         (with_key("adapter.dropout", 1), "`adapter.dropout`"),
         (with_key("adapter.base", "int8"), "`adapter.base`"),
-        (with_key("adapter", {"base": "nf4", "dora": True}), "is not tested with `base: nf4`"),
+        (
+            with_key("adapter", {"base": "nf4", "variants": ["dora"]}),
+            "is not tested with `base: nf4`",
+        ),
+        (with_key("adapter.rslora", True), "is now `adapter.variants: [rslora]`"),
         (
             {**SMALLEST, "adapter": {}, "model": {"name": "a", "add_tokens": ["<tool>"]}},
             "an adapter does not hold the embeddings of new tokens",
         ),
         (
             with_key("loss.weighting", "constant"),
-            "`constant_tokens` belongs to `weighting: constant`",
+            "`loss.weighting`: it is `token`, `example` or a whole number",
+        ),
+        (with_key("loss.weighting", 0), "a whole number of tokens above 0"),
+        (with_key("loss.weighting", True), "a whole number of tokens above 0"),
+        (
+            with_key("loss.constant_tokens", 5),
+            "`loss.constant_tokens` is now the number itself: `loss.weighting: 4096`",
+        ),
+        (
+            with_scorer({"kind": "contains", "ignore_case": True}),
+            "`eval.generate.scorers.mine.ignore_case` is now `ignore: [case]`",
         ),
         (growing(), "say how long to train in train.steps"),
         (growing(train={"steps": 9, "epochs": 2}), "a streamed source has no epochs"),

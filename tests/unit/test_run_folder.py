@@ -141,6 +141,7 @@ def test_files_that_no_run_wrote_are_not_replaced(tmp_path: Path, name: str) -> 
 def test_a_folder_with_other_files_may_become_a_run_folder(tmp_path: Path) -> None:
     (tmp_path / "slurm.sh").write_text("")
     (tmp_path / "notes.md").write_text("mine")
+    (tmp_path / "shards.jsonl").write_text("")  # of a run that is to be repeated
     open_run_folder(recipe(tmp_path), tmp_path)
     assert (tmp_path / "notes.md").read_text() == "mine"
 

@@ -23,6 +23,7 @@ from packhorse.trainer.data import streaming
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import train_plan
+from packhorse.trainer.data.shard_log import LOG
 from packhorse.trainer.data.streaming import StreamingData, prepare_now
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.load import load_tokenizer
@@ -87,9 +88,7 @@ class Ground:
         return opened, train_plan(recipe, opened)
 
     def log(self) -> list[dict[str, Any]]:
-        return [
-            json.loads(line) for line in (self.run_dir / streaming.LOG).read_text().splitlines()
-        ]
+        return [json.loads(line) for line in (self.run_dir / LOG).read_text().splitlines()]
 
     def uses(self) -> list[str]:
         return [line["file"] for line in self.log()]
@@ -274,7 +273,7 @@ def test_a_torn_last_line_is_dropped(ground):
     ground.add("a.jsonl", 20)
     _, plan = ground.open()
     whole = all_steps(plan)
-    path = ground.run_dir / streaming.LOG
+    path = ground.run_dir / LOG
     lines = path.read_bytes().splitlines(keepends=True)
     assert len(lines) >= 2
     path.write_bytes(b"".join(lines[:-1]) + lines[-1][:-9])
@@ -285,7 +284,7 @@ def test_a_torn_last_line_is_dropped(ground):
 def test_a_damaged_line_is_refused(ground):
     ground.add("a.jsonl", 20)
     ground.open()
-    with (ground.run_dir / streaming.LOG).open("a") as file:
+    with (ground.run_dir / LOG).open("a") as file:
         file.write('{"number": 1}\n')
     with pytest.raises(BadInput, match=r"shards.jsonl: line 2 is damaged"):
         ground.open()
@@ -303,7 +302,7 @@ def test_the_fingerprint_is_of_the_log_up_to_the_step(ground):
     )
     assert data.fingerprint_at(later - 1) == early
     assert data.fingerprint_at(later) != early
-    (ground.run_dir / streaming.LOG).write_text(json.dumps({**first, "digest": "another"}) + "\n")
+    (ground.run_dir / LOG).write_text(json.dumps({**first, "digest": "another"}) + "\n")
     assert ground.open()[0].fingerprint_at(2) != early
 
 
@@ -314,7 +313,7 @@ def test_the_log_of_a_changed_recipe_is_begun_anew(ground):
     open_run_folder(ground.recipe(), ground.run_dir)
     assert ground.uses()
     open_run_folder(ground.recipe(train_on="all"), ground.run_dir)
-    assert not (ground.run_dir / streaming.LOG).exists()
+    assert not (ground.run_dir / LOG).exists()
 
 
 def test_another_recipes_log_is_refused(ground):
@@ -455,13 +454,13 @@ def test_a_stream_resumes_where_it_stood(ground):
     ground.add("b.jsonl", 25)
     _, plan = ground.open(**stream(ground))
     whole, log = all_steps(plan), ground.log()
-    lines = (ground.run_dir / streaming.LOG).read_text().splitlines(keepends=True)
+    lines = (ground.run_dir / LOG).read_text().splitlines(keepends=True)
     for kept in range(1, 5):
         ground.run_dir = (
             ground.root / f"run-{kept}"
         )  # without the rows of the past, which are not needed
         ground.run_dir.mkdir()
-        (ground.run_dir / streaming.LOG).write_text("".join(lines[:kept]))
+        (ground.run_dir / LOG).write_text("".join(lines[:kept]))
         _, resumed = ground.open(**stream(ground))
         first = log[kept]["first_step"] - 1
         assert resumed.step(first) == whole[first]
@@ -481,7 +480,7 @@ def test_parquet_files_are_a_stream_too(ground):
         )
     _, plan = ground.open(**stream(ground))
     first = plan.step(0)
-    (line,) = (ground.run_dir / streaming.LOG).read_text().splitlines(keepends=True)
+    (line,) = (ground.run_dir / LOG).read_text().splitlines(keepends=True)
     _, whole = ground.open(**stream(ground))
     steps = all_steps(whole)
     assert steps[0] == first
@@ -493,7 +492,7 @@ def test_parquet_files_are_a_stream_too(ground):
 
     ground.run_dir = ground.root / "killed"
     (ground.run_dir / "shards").mkdir(parents=True)
-    (ground.run_dir / streaming.LOG).write_text(line)
+    (ground.run_dir / LOG).write_text(line)
     shutil.copy(ground.root / "run" / "shards" / "000000.jsonl", ground.run_dir / "shards")
     assert all_steps(ground.open(**stream(ground))[1]) == steps
     assert [shard["digest"] for shard in ground.log()] == [shard["digest"] for shard in log]

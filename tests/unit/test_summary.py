@@ -35,7 +35,7 @@ def debug(tmp_path_factory) -> tuple[Recipe, Prepared, Plan]:
 def test_the_numbers_are_those_of_documents_and_sequences(debug):
     recipe, prepared, plan = debug
     found = summary.summary(prepared, plan)
-    lengths = sorted(prepared.lengths.tolist())
+    lengths = sorted(prepared.documents.lengths.tolist())
     assert (found["document_tokens"]["min"], found["document_tokens"]["max"]) == (
         lengths[0],
         lengths[-1],

@@ -66,7 +66,7 @@ def choose(rule: BestSection, lines: dict[int, dict[str, Any]]) -> dict[str, Any
         assert tie is not None
         # at last, the earlier step
         return (
-            aim if rule.maximize else -aim,
+            -aim if rule.metric == EVAL_LOSS else aim,
             -tie if rule.tie == EVAL_LOSS else tie,
             -candidate["step"],
         )

@@ -1,27 +1,27 @@
-"""Define the arguments and options that several commands share."""
+"""Define the arguments that several commands share, and those of the rendezvous.
+
+Nothing heavy is imported before a recipe is read.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from packhorse.trainer.config.recipe import Recipe
 
 RecipeFile = Annotated[
     Path,
     typer.Argument(
-        metavar="RECIPE",
-        help="The recipe, a YAML file, or the name of a packaged one: debug.",
-        show_default=False,
+        metavar="RECIPE", help="The recipe, a YAML file, or the name of a packaged one: debug."
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="[KEY=VALUE]...",
-        help="Changes to the recipe, as optim.lr=1e-5.",
-        show_default=False,
-    ),
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, as optim.lr=1e-5."),
 ]
 NumProcesses = Annotated[
     int | None,
@@ -29,6 +29,53 @@ NumProcesses = Annotated[
         "--nproc",
         min=1,
         help="Processes on this machine. Default: one for each GPU, or one without a GPU.",
-        show_default=False,
     ),
 ]
+Port = Annotated[
+    int,
+    typer.Option(
+        "--port",
+        min=0,
+        max=65535,
+        help="Port of the rendezvous on a single machine; 0: a free one.",
+    ),
+]
+Nodes = Annotated[
+    str | None,
+    typer.Option(
+        "--nnodes",
+        metavar="N|MIN:MAX",
+        help="Nodes, each of which runs this command. Default: those of Slurm or Kubernetes, or 1.",
+    ),
+]
+Endpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--rdzv-endpoint",
+        metavar="HOST:PORT",
+        help="Rendezvous host and port, the same on all nodes. The host is one of the nodes.",
+    ),
+]
+RunId = Annotated[
+    str | None,
+    typer.Option(
+        "--rdzv-id",
+        help="Name of the run at the rendezvous. Default: Slurm's job id, or the name of run.dir.",
+    ),
+]
+Restarts = Annotated[
+    int,
+    typer.Option(
+        "--max-restarts",
+        min=0,
+        help="Restarts after a failure, from the last checkpoint on the nodes left.",
+    ),
+]
+
+
+def read_recipe(file: Path, overrides: list[str] | None) -> Recipe:
+    """Read the recipe that a command is given; see `load_recipe`."""
+    # here, as pydantic and yaml take longer to import than `--help` may take
+    from packhorse.trainer.config.recipe import load_recipe
+
+    return load_recipe(file, overrides or ())

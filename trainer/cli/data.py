@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from packhorse.trainer.cli.arguments import Overrides, RecipeFile
+from packhorse.trainer.cli.arguments import Overrides, RecipeFile, read_recipe
 from packhorse.trainer.datatypes import BadInput, Example, RowError
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ def preview(
         Literal["train", "eval"], typer.Option(help="Training or held-out rows.")
     ] = "train",
     html: Annotated[
-        Path | None,
-        typer.Option(help="Write an HTML page instead of using the terminal.", show_default=False),
+        Path | None, typer.Option(help="Write an HTML page instead of using the terminal.")
     ] = None,
 ) -> None:
     """Show rows as the model sees them, with trained and special tokens in colours.
@@ -33,11 +32,10 @@ def preview(
     [bold]packhorse preview recipes/debug.yaml --rows 2[/bold]
     [bold]packhorse preview recipes/quickstart.yaml --split eval --html preview.html[/bold]
     """
-    from packhorse.trainer.config.recipe import load_recipe
     from packhorse.trainer.data.preview import as_html, as_text
     from packhorse.trainer.model.load import load_tokenizer
 
-    recipe = load_recipe(recipe_file, overrides or ())
+    recipe = read_recipe(recipe_file, overrides)
     tokenizer = load_tokenizer(recipe.model)
     shown = list(_first_rows(recipe, tokenizer, split, rows))
     if html is None:
@@ -59,10 +57,10 @@ def _first_rows(
 
     import numpy as np
 
-    from packhorse.trainer.data.prepare import length_policy, masker_of, rows_of
+    from packhorse.trainer.data.prepare import length_policy, masker_of
     from packhorse.trainer.data.preview import Row, role_starts
     from packhorse.trainer.data.rows import RowReader
-    from packhorse.trainer.data.split import parts_of
+    from packhorse.trainer.data.split import parts_of, rows_of
     from packhorse.trainer.data.tokenize import fit
 
     masker = masker_of(recipe.data, tokenizer)
@@ -88,8 +86,7 @@ def prepare(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder to write data.json and data.png to.", show_default=False),
+        Path | None, typer.Option(help="Folder to write data.json and data.png to.")
     ] = None,
 ) -> None:
     """Tokenize and pack the data into the cache, and print its statistics.
@@ -100,14 +97,13 @@ def prepare(
     from rich.console import Console
 
     from packhorse.trainer import dist
-    from packhorse.trainer.config.recipe import load_recipe
     from packhorse.trainer.data.leakage import check_leakage
     from packhorse.trainer.data.prepare import prepare, train_plan
     from packhorse.trainer.data.summary import require_own, tables, write
     from packhorse.trainer.model.load import load_tokenizer
 
     dist.start_logging()
-    recipe = load_recipe(recipe_file, overrides or ())
+    recipe = read_recipe(recipe_file, overrides)
     if out is not None:
         require_own(out)
     tokenizer = load_tokenizer(recipe.model)
@@ -158,32 +154,19 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="GPUs of all nodes; one rank for each.")] = 8,
     gpu_gib: Annotated[float, typer.Option(min=1, help="Memory of a GPU, in GiB.")] = 80,
     nodes: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Nodes. Default: as many as hold 8 GPUs each.", show_default=False
-        ),
+        int | None, typer.Option(min=1, help="Nodes. Default: as many as hold 8 GPUs each.")
     ] = None,
     host_gib: Annotated[
         float | None,
-        typer.Option(
-            min=1, help="CPU memory of a node, in GiB. Default: not checked.", show_default=False
-        ),
+        typer.Option(min=1, help="CPU memory of a node, in GiB. Default: not checked."),
     ] = None,
     disk_gib: Annotated[
         float | None,
-        typer.Option(
-            min=1,
-            help="Free disk space at run.dir, in GiB. Default: not checked.",
-            show_default=False,
-        ),
+        typer.Option(min=1, help="Free disk space at run.dir, in GiB. Default: not checked."),
     ] = None,
     nvme_gib: Annotated[
         float | None,
-        typer.Option(
-            min=1,
-            help="Free NVMe space of a node, in GiB. Default: not checked.",
-            show_default=False,
-        ),
+        typer.Option(min=1, help="Free NVMe space of a node, in GiB. Default: not checked."),
     ] = None,
     gpu_tflops: Annotated[
         float, typer.Option(min=1, help="Dense bf16 peak of a GPU, from its data sheet.")
@@ -209,29 +192,22 @@ def plan(
     from rich.console import Console
 
     from packhorse.trainer import dist
-    from packhorse.trainer.config.recipe import load_recipe
-    from packhorse.trainer.estimate.memory import GIB, Cluster
-    from packhorse.trainer.estimate.report import (
-        build_report,
-        build_table,
-        describe_report,
-        require_fit,
-    )
+    from packhorse.trainer.estimate import memory, report
 
     dist.start_logging()
-    recipe = load_recipe(recipe_file, overrides or ())
+    recipe = read_recipe(recipe_file, overrides)
     if nodes and gpus % nodes:
         raise BadInput(
             f"--gpus {gpus} --nodes {nodes}: all nodes must have the same number of GPUs"
         )
-    sizes = [None if gib is None else gib * GIB for gib in (host_gib, disk_gib, nvme_gib)]
-    cluster = Cluster(gpus, gpus // nodes if nodes else 8, gpu_gib * GIB, *sizes)
-    report = build_report(recipe, cluster, _count_real_steps(recipe) if data else None)
-    print(*describe_report(report, recipe, gpu_tflops * 1e12, mfu), sep="\n")
-    Console().print(build_table(report))
-    for template, why in report.refused.items():
+    sizes = [None if gib is None else gib * memory.GIB for gib in (host_gib, disk_gib, nvme_gib)]
+    cluster = memory.Cluster(gpus, gpus // nodes if nodes else 8, gpu_gib * memory.GIB, *sizes)
+    found = report.build_report(recipe, cluster, _count_real_steps(recipe) if data else None)
+    print(*report.describe_report(found, recipe, gpu_tflops * 1e12, mfu), sep="\n")
+    Console().print(report.build_table(found))
+    for template, why in found.refused.items():
         print(f"{template} is left out: {why}")
-    print(require_fit(report))
+    print(report.require_fit(found))
 
 
 def _count_real_steps(recipe: Recipe) -> Any:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from packhorse.trainer.cli.arguments import NumProcesses, Overrides, RecipeFile
+from packhorse.trainer.cli.arguments import NumProcesses, Overrides, RecipeFile, read_recipe
 from packhorse.trainer.cli.worker import (
     exit_on_early_signals,
     exit_with_launcher,
@@ -37,20 +37,14 @@ def evaluate(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
     step: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Step of a run. Default: its last checkpoint.", show_default=False
-        ),
+        int | None, typer.Option(min=0, help="Step of a run. Default: its last checkpoint.")
     ] = None,
     best: Annotated[
         bool, typer.Option("--best", help="Best step of a run, by its own eval.best.")
     ] = False,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder to write. Default: RUN/evals/... for a run, else evals/...",
-            show_default=False,
-        ),
+        typer.Option(help="Folder to write. Default: RUN/evals/... for a run, else evals/..."),
     ] = None,
     nproc: NumProcesses = None,
 ) -> None:
@@ -63,18 +57,16 @@ def evaluate(
     The loss and the scores come from the code that evaluates during training. Exit codes are those
     of `packhorse train`; after 75 (stopped) the same command starts anew.
     """
-    from packhorse.trainer.config.recipe import load_recipe
-
+    recipe = read_recipe(recipe_file, overrides)
     if is_worker():
         exit_with_launcher()
         from packhorse.trainer.evaluate import evaluate_model
 
         if out is None or step is None:
             raise BadInput("packhorse eval starts its own processes: run it without torchrun")
-        evaluate_model(load_recipe(recipe_file, overrides or ()), out, step)
+        evaluate_model(recipe, out, step)
         exit_worker()
     exit_on_early_signals()
-    recipe = load_recipe(recipe_file, overrides or ())
     if not recipe.has_eval:
         raise BadInput(
             f"{recipe_file}: there are no held-out rows to evaluate; give data.eval or "
@@ -96,34 +88,34 @@ def evaluate(
         if run:  # they are in the exported folder
             own += ["model.chat_template=null", "model.add_tokens=[]"]
         changes = [*own, *(overrides or ()), f"model.name={json.dumps(name)}"]
-        code = _score(recipe_file, changes, out, step, nproc, tasks)
-    if code == DONE:
-        from rich.console import Console
-
-        from packhorse.trainer.eval.compare import read_results, table_of_one
-
-        Console().print(table_of_one(read_results(str(out))))
-        print(out)
-    raise typer.Exit(code)
+        raise typer.Exit(_score(recipe_file, changes, out, step, nproc, tasks))
 
 
 def _score(
     recipe_file: Path, changes: list[str], out: Path, step: int, nproc: int | None, tasks: Any
 ) -> int:
-    """Run the workers, then the tasks of lm-evaluation-harness if given. Returns the exit code."""
+    """Run the workers, then the tasks of lm-evaluation-harness if given, and show the scores.
+
+    Returns the exit code.
+    """
+    from rich.console import Console
+
     from packhorse.launch.local import launch
     from packhorse.trainer.config.packaged import MAIN
-    from packhorse.trainer.config.recipe import load_recipe
+    from packhorse.trainer.eval.compare import read_results, table_of_one
 
-    recipe = load_recipe(recipe_file, changes)
+    recipe = read_recipe(recipe_file, changes)
     (out / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     arguments = [recipe.model.name, str(recipe_file), *changes]
     worker = [MAIN, "eval", *arguments, "--out", str(out), "--step", str(step)]
     code = launch(worker, out, nproc=nproc)
-    if code == DONE and tasks:
-        from packhorse.trainer.eval.lm_eval_harness import run_tasks
+    if code == DONE:
+        if tasks:
+            from packhorse.trainer.eval.lm_eval_harness import run_tasks
 
-        run_tasks(recipe, out, tasks)
+            run_tasks(recipe, out, tasks)
+        Console().print(table_of_one(read_results(str(out))))
+        print(out)
     return code
 
 
@@ -191,11 +183,11 @@ def _exported_model(model: str, run: Path | None, step: int, out: Path) -> Itera
         yield model
         return
     from packhorse.trainer.checkpoint.hf_export import export
-    from packhorse.trainer.config.recipe import load_recipe
 
     exported = out / "exported"
     try:
-        export(run, exported, step, merge=load_recipe(run / "recipe.yaml").adapter is not None)
+        is_adapter = read_recipe(run / "recipe.yaml", None).adapter is not None
+        export(run, exported, step, merge=is_adapter)
         yield str(exported)
     finally:
         shutil.rmtree(exported, ignore_errors=True)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
+import sysconfig
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from packhorse.trainer.cli.arguments import Overrides, RecipeFile
+from packhorse.launch import slurm as batch
+from packhorse.trainer.cli.arguments import Overrides, RecipeFile, read_recipe
+from packhorse.trainer.utils.own_output import write_own_text
 
 launch_app = typer.Typer(
     help="Write the files that start a run on Slurm or Kubernetes, and submit them.",
@@ -20,14 +24,9 @@ def kubernetes(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
     *,
-    nodes: Annotated[
-        int, typer.Option(min=1, help="Nodes of the run, one pod each.", show_default=False)
-    ],
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the run, one pod each.")],
     image: Annotated[
-        str,
-        typer.Option(
-            help="Container image as the cluster pulls it. A digest pins it.", show_default=False
-        ),
+        str, typer.Option(help="Container image as the cluster pulls it. A digest pins it.")
     ],
     kind: Annotated[
         Literal["job", "jobset", "trainjob"],
@@ -39,20 +38,15 @@ def kubernetes(
         Path | None,
         typer.Option(
             help="Settings of your cluster (YAML). Default: launch/kubernetes/cluster.yaml, to "
-            "start from.",
-            show_default=False,
+            "start from."
         ),
     ] = None,
     name: Annotated[
         str | None,
-        typer.Option(
-            help="Name of the run in the cluster. Default: the name of run.dir.",
-            show_default=False,
-        ),
+        typer.Option(help="Name of the run in the cluster. Default: the name of run.dir."),
     ] = None,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder to write. Default: kubernetes/ in run.dir.", show_default=False),
+        Path | None, typer.Option(help="Folder to write. Default: kubernetes/ in run.dir.")
     ] = None,
     submit: Annotated[
         bool, typer.Option("--submit", help="Submit the manifests with kubectl apply.")
@@ -64,19 +58,11 @@ def kubernetes(
     [bold]packhorse launch kubernetes my.yaml --nodes 2 --image registry/packhorse:1 --submit[/bold]
     """
     from packhorse.launch.kubernetes.render import CLUSTER, render, run_name, submit_file
-    from packhorse.trainer.config.recipe import load_recipe
-    from packhorse.trainer.utils.own_output import write_own_text
 
-    run_dir = load_recipe(recipe_file, overrides or ()).run.dir
-    cluster = cluster or CLUSTER
+    run_dir = read_recipe(recipe_file, overrides).run.dir
+    cluster, name = cluster or CLUSTER, name or run_name(run_dir)
     text = render(
-        recipe_file,
-        overrides or (),
-        kind,
-        nodes=nodes,
-        image=image,
-        name=name or run_name(run_dir),
-        cluster=cluster,
+        recipe_file, overrides or (), kind, nodes=nodes, image=image, name=name, cluster=cluster
     )
     folder = out or Path(run_dir) / "kubernetes"
     manifests, kept = folder / f"{kind}.yaml", folder / "cluster.yaml"
@@ -95,34 +81,29 @@ def slurm(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
     nodes: Annotated[
-        str,
-        typer.Option(metavar="N|MIN-MAX", help="Nodes. MIN-MAX: as many as Slurm can give."),
+        str, typer.Option(metavar="N|MIN-MAX", help="Nodes. MIN-MAX: as many as Slurm can give.")
     ] = "1",
     gpus_per_node: Annotated[int, typer.Option(min=0, help="GPUs of each node.")] = 8,
     time: Annotated[
         str, typer.Option(help="Time limit. The run saves before it and is queued again.")
     ] = "24:00:00",
     partition: Annotated[
-        str | None,
-        typer.Option(help="Partition. Default: the cluster's default.", show_default=False),
+        str | None, typer.Option(help="Partition. Default: the cluster's default.")
     ] = None,
     account: Annotated[
-        str | None,
-        typer.Option(help="Account to charge. Default: the user's default.", show_default=False),
+        str | None, typer.Option(help="Account to charge. Default: the user's default.")
     ] = None,
     container: Annotated[
         str | None,
         typer.Option(
             help="Image to run in: a .sif file in Apptainer, any other image in Pyxis. Default: "
-            "none.",
-            show_default=False,
+            "none."
         ),
     ] = None,
     mount: Annotated[
         list[str] | None,
         typer.Option(
-            help="Folder to mount in the container, besides the current one. May be repeated.",
-            show_default=False,
+            help="Folder to mount in the container, besides the current one. May be repeated."
         ),
     ] = None,
     submit: Annotated[
@@ -134,15 +115,7 @@ def slurm(
     [bold]packhorse launch slurm recipes/sft_70b.yaml --nodes 8 --gpus-per-node 8[/bold]
     [bold]packhorse launch slurm my.yaml --nodes 4-8 --container packhorse.sif --submit[/bold]
     """
-    import shlex
-    import sysconfig
-
-    from packhorse.launch import slurm
-    from packhorse.trainer.config.recipe import load_recipe
-    from packhorse.trainer.utils.own_output import write_own_text
-
-    recipe = load_recipe(recipe_file, overrides or ())
-    run_dir = Path(recipe.run.dir).absolute()
+    here, run_dir = str(Path.cwd()), Path(read_recipe(recipe_file, overrides).run.dir).absolute()
     options = {
         "job-name": run_dir.name,
         "nodes": nodes,
@@ -150,20 +123,25 @@ def slurm(
         "time": time,
         "partition": partition,
         "account": account,
-        "chdir": str(Path.cwd()),
+        "chdir": here,
         "output": str(run_dir).replace("%", "%%") + "/slurm-%j.log",
     }
-    text = slurm.render(
+    text = batch.render(
         options={name: value for name, value in options.items() if value is not None},
         recipe=shlex.quote(str(recipe_file)),
         overrides=overrides or (),
         packhorse="packhorse" if container else f"{sysconfig.get_path('scripts')}/packhorse",
         container=container or "",
-        mounts=[str(Path.cwd()), *(mount or ())],
+        mounts=[here, *(mount or ())],
     )
-    script = run_dir / "slurm.sh"
+    script = _write_executable(run_dir / "slurm.sh", text)
+    print(script)
+    print(batch.submit(script) if submit else f"submit it with: sbatch {shlex.quote(str(script))}")
+
+
+def _write_executable(script: Path, text: str) -> Path:
+    """Write the script, unless the user has changed it, for all who may read it to run."""
     write_own_text(script, text, "# {}", "submit it as it is, or move it away")
     mode = script.stat().st_mode
-    script.chmod(mode | (mode & 0o444) >> 2)  # whoever may read it may run it
-    print(script)
-    print(slurm.submit(script) if submit else f"submit it with: sbatch {shlex.quote(str(script))}")
+    script.chmod(mode | (mode & 0o444) >> 2)
+    return script

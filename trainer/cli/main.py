@@ -13,7 +13,18 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from packhorse.trainer.cli.arguments import NumProcesses, Overrides, RecipeFile
+from packhorse.launch.cluster_env import ClusterEnv, read_cluster_env
+from packhorse.trainer.cli.arguments import (
+    Endpoint,
+    Nodes,
+    NumProcesses,
+    Overrides,
+    Port,
+    RecipeFile,
+    Restarts,
+    RunId,
+    read_recipe,
+)
 from packhorse.trainer.cli.data import plan, prepare, preview
 from packhorse.trainer.cli.eval import compare, evaluate, resolve_step
 from packhorse.trainer.cli.launch import launch_app
@@ -39,43 +50,11 @@ def train(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
     nproc: NumProcesses = None,
-    port: Annotated[
-        int,
-        typer.Option(
-            min=0, max=65535, help="Port of the rendezvous on a single machine; 0: a free one."
-        ),
-    ] = 0,
-    nnodes: Annotated[
-        str | None,
-        typer.Option(
-            metavar="N|MIN:MAX",
-            help="Nodes, each of which runs this command. Default: those of Slurm or Kubernetes, "
-            "or 1.",
-            show_default=False,
-        ),
-    ] = None,
-    rdzv_endpoint: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT",
-            help="Rendezvous host and port, the same on all nodes. The host is one of the nodes.",
-            show_default=False,
-        ),
-    ] = None,
-    rdzv_id: Annotated[
-        str | None,
-        typer.Option(
-            help="Name of the run at the rendezvous. Default: Slurm's job id, or the name of "
-            "run.dir.",
-            show_default=False,
-        ),
-    ] = None,
-    max_restarts: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Restarts after a failure, from the last checkpoint on the nodes left."
-        ),
-    ] = 0,
+    port: Port = 0,
+    nnodes: Nodes = None,
+    rdzv_endpoint: Endpoint = None,
+    rdzv_id: RunId = None,
+    max_restarts: Restarts = 0,
     extend: Annotated[
         bool,
         typer.Option(
@@ -94,9 +73,7 @@ def train(
     saved, run the same command again; 1: any other failure. A process that torchrun started is one
     of its workers.
     """
-    from packhorse.trainer.config.recipe import load_recipe
-
-    recipe = load_recipe(recipe_file, overrides or ())
+    recipe = read_recipe(recipe_file, overrides)
     if is_worker():
         exit_with_launcher()
         from packhorse.trainer.train import train
@@ -104,7 +81,6 @@ def train(
         train(recipe, extend=extend)
         exit_worker()
     exit_on_early_signals()
-    from packhorse.launch.cluster_env import ClusterEnv, read_cluster_env
     from packhorse.launch.local import launch, parse_nodes
     from packhorse.trainer.config.packaged import MAIN
 

@@ -47,7 +47,7 @@ def check_one_given(**given: Any) -> None:
         raise ValueError(f"give exactly one of {', '.join(names)} and {last}")
 
 
-def check_belongs(key: str, given: bool, to: str, chosen: bool, *, required: bool = False) -> None:
+def check_belongs(key: str, given: bool, to: str, chosen: bool) -> None:
     """Raise ValueError if `key` is given without the choice that it belongs to.
 
     Args:
@@ -55,11 +55,9 @@ def check_belongs(key: str, given: bool, to: str, chosen: bool, *, required: boo
         given: whether it has a value.
         to: the choice, as `too_long: split`.
         chosen: whether that choice is made.
-        required: the choice needs the key, too.
     """
-    if (given and not chosen) or (required and chosen and not given):
-        and_required = ", and must be given there" if required else ""
-        raise ValueError(f"`{key}` belongs to `{to}`{and_required}")
+    if given and not chosen:
+        raise ValueError(f"`{key}` belongs to `{to}`")
 
 
 # ------------------------------------------------------------------------------------ types of keys

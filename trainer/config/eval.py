@@ -54,8 +54,12 @@ class Server(Section):
 # ------------------------------------------------------------------------------------------ scorers
 
 
-class _IgnoresCase(Section):
-    ignore_case: bool = False
+class _Ignores(Section):
+    ignore: tuple[Literal["case", "space"], ...] = Field(
+        default=(),
+        description="What may differ, as `[case, space]`. space: runs of white space count as a "
+        "space.",
+    )
 
 
 class _HasColumn(Section):
@@ -82,7 +86,7 @@ class Format(Section):
         return pattern
 
 
-class Exact(_IgnoresCase):
+class Exact(_Ignores):
     """1 if the answer equals the reference, else 0. Both are brought to Unicode's NFC first."""
 
     kind: Literal["exact"] = "exact"
@@ -91,7 +95,6 @@ class Exact(_IgnoresCase):
         description="A regular expression: the first group of its last match is compared, in the "
         "answer and in the reference. null: the whole text.",
     )
-    ignore_space: bool = Field(default=False, description="Runs of white space count as a space.")
 
     @field_validator("extract")
     @classmethod
@@ -101,7 +104,7 @@ class Exact(_IgnoresCase):
         return extract
 
 
-class Contains(_IgnoresCase):
+class Contains(_Ignores):
     """1 if the answer contains the reference, else 0."""
 
     kind: Literal["contains"] = "contains"
@@ -271,9 +274,9 @@ class BestSection(Section):
     """Which evaluated step is the best. Its checkpoint is kept for `packhorse export RUN --best`.
     Names are those of scorers, or eval_loss. Of equal steps the earliest is the best."""
 
-    maximize: str | None = Field(default=None, description="The metric whose highest value wins.")
-    minimize: str | None = Field(
-        default=None, description="In place of `maximize`: the metric whose lowest value wins."
+    metric: str = Field(
+        description="What decides: eval_loss, of which the lowest value wins, or a scorer, of "
+        "which the highest does."
     )
     subject_to: dict[str, str] = Field(
         default_factory=dict,
@@ -292,10 +295,7 @@ class BestSection(Section):
         return given
 
     @model_validator(mode="after")
-    def _one_aim(self) -> BestSection:
-        check_one_given(maximize=self.maximize, minimize=self.minimize)
-        if self.maximize == EVAL_LOSS:
-            raise ValueError(f"the lower {EVAL_LOSS} is, the better: `minimize` it")
+    def _bounds_are_scores(self) -> BestSection:
         for name, condition in self.conditions.items():
             if name != EVAL_LOSS and not 0 <= condition.bound <= 1:
                 raise ValueError(
@@ -305,28 +305,20 @@ class BestSection(Section):
         return self
 
     @property
-    def metric(self) -> str:
-        """The metric that decides."""
-        name = self.maximize or self.minimize
-        assert name is not None, "`_one_aim` requires one"
-        return name
-
-    @property
     def conditions(self) -> dict[str, Condition]:
         return {name: Condition.parse(text) for name, text in self.subject_to.items()}
 
     @property
     def places(self) -> dict[str, str]:
         """Every metric of the rule, by the key that names it."""
-        aim = "maximize" if self.maximize else "minimize"
         conditions = {f"subject_to.{name}": name for name in self.subject_to}
-        return {aim: self.metric, **conditions, **({"tie": self.tie} if self.tie else {})}
+        return {"metric": self.metric, **conditions, **({"tie": self.tie} if self.tie else {})}
 
     def __str__(self) -> str:
         """Return the rule as a phrase."""
         conditions = " and ".join(f"{name} {text}" for name, text in self.subject_to.items())
         return (
-            f"the {'highest' if self.maximize else 'lowest'} {self.metric}"
+            f"the {'lowest' if self.metric == EVAL_LOSS else 'highest'} {self.metric}"
             + (f" with {conditions}" if conditions else "")
             + (f", ties by {self.tie}" if self.tie else "")
         )

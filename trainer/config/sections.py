@@ -5,11 +5,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from packhorse.trainer.config.base import Section, check_belongs, compile_pattern
+from packhorse.trainer.config.base import Section, compile_pattern
 
 
 class ModelSection(Section):
@@ -84,12 +84,10 @@ class AdapterSection(Section):
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="LoRA dropout: share of the adapter's inputs set to 0."
     )
-    rslora: bool = Field(
-        default=False, description="Scale by alpha / sqrt(rank) instead (rsLoRA), for high ranks."
-    )
-    dora: bool = Field(
-        default=False,
-        description="Also train the magnitude of each row of a weight (DoRA).",
+    variants: tuple[Literal["rslora", "dora"], ...] = Field(
+        default=(),
+        description="rslora: scale by alpha / sqrt(rank) instead, for high ranks; dora: also train "
+        "the magnitude of each row of a weight.",
     )
     modules_to_save: tuple[str, ...] = Field(
         default=(),
@@ -109,7 +107,7 @@ class AdapterSection(Section):
             raise ValueError("`target_modules` names nothing; give `all-linear`, or names")
         if isinstance(self.target_modules, str):
             compile_pattern(self.target_modules)
-        if self.dora and self.base is not None:
+        if "dora" in self.variants and self.base is not None:
             raise ValueError(
                 "`dora` needs the norms of the weights, and is not tested with `base: nf4`; take "
                 "one of them"
@@ -138,13 +136,11 @@ class BatchSection(Section):
 class LossSection(Section):
     """The training objective (C2)."""
 
-    weighting: Literal["token", "example", "constant"] = Field(
+    weighting: Literal["token", "example"] | int = Field(
         default="token",
         description="token: mean over the trained tokens of the global batch; example: mean over "
-        "the documents' means; constant: sum over tokens divided by `constant_tokens`.",
-    )
-    constant_tokens: int | None = Field(
-        default=None, ge=1, description="Divisor of `weighting: constant`, in tokens."
+        "the documents' means; a whole number N: mean over the documents' sums, each divided by N "
+        "tokens.",
     )
     neftune_alpha: float = Field(
         default=0.0, ge=0, description="NEFTune noise on the embeddings. 0: off; 5 is usual."
@@ -153,16 +149,13 @@ class LossSection(Section):
         default="auto", description="Cross-entropy kernel. auto: liger on CUDA, else chunked."
     )
 
-    @model_validator(mode="after")
-    def _divisor_given(self) -> LossSection:
-        check_belongs(
-            "constant_tokens",
-            self.constant_tokens is not None,
-            "weighting: constant",
-            self.weighting == "constant",
-            required=True,
-        )
-        return self
+    @field_validator("weighting", mode="before")
+    @classmethod
+    def _is_known(cls, weighting: Any) -> Any:
+        # pydantic would name each part of the union as a fault of its own
+        if weighting not in ("token", "example") and (type(weighting) is not int or weighting < 1):
+            raise ValueError("it is `token`, `example` or a whole number of tokens above 0")
+        return weighting
 
 
 class OptimSection(Section):

@@ -141,7 +141,11 @@ class Plan:
         self._counting = threading.Lock()
         self._num_sequences: list[int] = []  # of each epoch
         self._first_steps = [0]  # of each epoch, and the number of steps of all epochs
-        while not epochs.streaming and not self._all_counted():
+        while not epochs.streaming and (
+            self._first_steps[-1] < train.steps
+            if train.steps
+            else len(self._num_sequences) < train.epochs
+        ):
             self._count_epoch()
         self.steps = train.steps or self._first_steps[-1]
 
@@ -172,9 +176,8 @@ class Plan:
         cuts = range(first, end, size)
         micro_batches = tuple(tuple(range(cut, min(cut + size, end))) for cut in cuts)
         counts = self._packings.targets(epoch, self.pieces(epoch, range(first, end)))
-        return StepPlan(
-            step, epoch, micro_batches, int(counts.sum()), int(np.count_nonzero(counts))
-        )
+        examples = int(np.count_nonzero(counts))
+        return StepPlan(step, epoch, micro_batches, int(counts.sum()), examples)
 
     def sequence(self, epoch: int, number: int) -> list[Piece]:
         """Return the pieces of one packed sequence, in their order."""
@@ -200,9 +203,8 @@ class Plan:
         """Return the weight that all trained tokens of the step share; None if they differ."""
         if self.loss.weighting == "example":
             return None
-        if self.loss.weighting == "constant":
-            assert self.loss.constant_tokens is not None  # the recipe requires it
-            return 1 / (self.loss.constant_tokens * step.examples) if step.examples else 0.0
+        if isinstance(self.loss.weighting, int):
+            return 1 / (self.loss.weighting * step.examples) if step.examples else 0.0
         return 1 / step.trained_tokens if step.trained_tokens else 0.0
 
     # ---------------------------------------------------------------------------------------- sizes
@@ -237,16 +239,13 @@ class Plan:
         same.
         """
         first = self._epoch_of(first_step)
-        last = first if self.epochs.streaming else len(self._num_sequences) - 1
-        sizes = [self._micro_batch_sizes(epoch) for epoch in range(first, last + 1)]
+        end = first + 1 if self.epochs.streaming else len(self._num_sequences)
+        sizes = map(self._micro_batch_sizes, range(first, end))
         tokens, trained, steps, numbers = map(np.concatenate, zip(*sizes, strict=True))
-        found: dict[tuple[int, int], None] = {}
-        for most, other in ((tokens, trained), (trained, tokens)):
-            # The earliest of the largest: argmax takes the first.
-            ties = np.flatnonzero(most == most.max())
-            place = ties[np.argmax(other[ties])]
-            found[int(steps[place]), int(numbers[place])] = None
-        plans = [(self.step(step), number) for step, number in found]
+        # The earliest of the largest, as the sort is stable; the other size decides between equals.
+        orders = ((-trained, -tokens), (-tokens, -trained))
+        places = dict.fromkeys(int(np.lexsort(order)[0]) for order in orders)
+        plans = [(self.step(int(steps[place])), numbers[place]) for place in places]
         return [(step, step.micro_batches[number]) for step, number in plans]
 
     def micro_batch_counts(self) -> np.ndarray:
@@ -255,8 +254,8 @@ class Plan:
         Of a streaming source, the steps known so far are counted.
         """
         self._epoch_of(0)
-        epochs = range(len(self._first_steps) - 1)
-        sizes = np.concatenate([np.diff(self._epoch_edges(epoch)) for epoch in epochs])
+        edges = map(self._epoch_edges, range(len(self._first_steps) - 1))
+        sizes = np.concatenate([np.diff(of_epoch) for of_epoch in edges])
         return -(-sizes // self.batch.micro_batch_size)
 
     def check_world(self, world: int, allow_idle_ranks: bool) -> str | None:
@@ -286,11 +285,6 @@ class Plan:
         )
 
     # --------------------------------------------------------------------------------------- epochs
-
-    def _all_counted(self) -> bool:
-        if self.train.steps is not None:
-            return self._first_steps[-1] >= self.train.steps
-        return len(self._num_sequences) == self.train.epochs
 
     def _epoch_of(self, step: int) -> int:
         """Return the epoch of a step, counting the sequences of all epochs up to it."""

@@ -41,6 +41,7 @@ COLUMNS = {
 }
 FILES = {column: f"{column}.{dtype.name}" for column, dtype in COLUMNS.items()}
 REJECTS, FILTERED = "rejects.jsonl", "filtered.jsonl"
+PACKING_FILES = ("pieces.npy", "row_offsets.npy")  # of a kept packing
 
 # Counted for each source and in total. `cut` rows were truncated or split; `lost_trained_tokens`
 # is what that cost.
@@ -154,20 +155,16 @@ def keep_packed(
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
         staging.mkdir()
         packed = make()
-        for name, array in {
-            "pieces": packed.pieces,
-            "row_offsets": packed.sequence_offsets,
-        }.items():
-            with (staging / f"{name}.npy").open("wb") as file:
+        for name, array in zip(
+            PACKING_FILES, (packed.pieces, packed.sequence_offsets), strict=True
+        ):
+            with (staging / name).open("wb") as file:
                 np.save(file, array)
                 file.flush()
                 os.fsync(file.fileno())
 
     build_once(folder, build, what, stopping)
-    pieces, offsets = (
-        np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("pieces", "row_offsets")
-    )
-    return Packed(np.asarray(pieces), np.asarray(offsets))
+    return Packed(*(np.asarray(np.load(folder / name, mmap_mode="r")) for name in PACKING_FILES))
 
 
 def _open_documents(folder: Path, what: str, max_rejects: float) -> Documents:

@@ -1,10 +1,10 @@
-"""Digest a file's content, and remember the digest as long as the file does not change.
+"""Digest values for keys, and a file's content for as long as it does not change.
 
-A path and a folder of remembered digests enter; a digest leaves. As in git's index, a file is the
-one that was read before if its device, inode, size and both times of change are the same. The time
-of the inode's change cannot be set, so a file put in place of another, or changed with its old time
-given back, is noticed. A file that changed just before it was read is not remembered: a further
-change might get the same time.
+JSON values, or a path and a folder of remembered digests enter; a digest leaves. As in git's index,
+a file is the one that was read before if its device, inode, size and both times of change are the
+same. The time of the inode's change cannot be set, so a file put in place of another, or changed
+with its old time given back, is noticed. A file that changed just before it was read is not
+remembered: a further change might get the same time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -21,6 +22,11 @@ from packhorse.trainer.utils.files import write_json
 
 CHUNK_BYTES = 1 << 18  # fits the processor's cache, from which it is hashed
 SETTLED_NS = 2 * 10**9  # the step of the coarsest clock that a file system has
+
+
+def json_digest(values: list[Any]) -> str:
+    """Return the xxh3-128 of JSON values, the same in every process."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(values).encode())
 
 
 def file_digest(path: Path, memory: Path) -> str:

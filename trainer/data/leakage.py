@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -22,18 +22,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 from rensa import RMinHash, RMinHashLSH  # pyright: ignore[reportAttributeAccessIssue] - it has no stubs
 
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data import tokenize
+from packhorse.trainer.data.digest import json_digest
 from packhorse.trainer.data.prepare import (
     Prepared,
-    SplitRows,
     cache_folder,
     row_tokenizer,
     workers_of,
 )
+from packhorse.trainer.data.split import SplitRows
 from packhorse.trainer.data.tokenize import Row
 from packhorse.trainer.datatypes import BadInput, Conversation, RowError
 from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
@@ -102,7 +102,8 @@ class Index:
         self._buckets = RMinHashLSH(threshold, HASHES, bands(threshold))
 
     def add(self, texts: list[str]) -> None:
-        for text, minhash in zip(texts, _minhashes(map(sequences, texts)), strict=True):
+        minhashes = RMinHash.from_token_sets(map(sequences, texts), HASHES, SEED)
+        for text, minhash in zip(texts, minhashes, strict=True):
             self._buckets.insert(len(self._texts), minhash)
             self._texts.append(text)
             self._minhashes.append(minhash)
@@ -110,7 +111,8 @@ class Index:
     def near(self, texts: list[str]) -> Iterator[list[tuple[int, float]]]:
         """For each text, yield its near-duplicates in the index: their numbers and similarities."""
         sets = [sequences(text) for text in texts]
-        for own, minhash in zip(sets, _minhashes(sets), strict=True):
+        minhashes = RMinHash.from_token_sets(sets, HASHES, SEED)
+        for own, minhash in zip(sets, minhashes, strict=True):
             alike = sorted(
                 number
                 for number in self._buckets.query(minhash)
@@ -118,10 +120,6 @@ class Index:
             )
             exact = ((number, similarity(own, sequences(self._texts[number]))) for number in alike)
             yield [(number, similar) for number, similar in exact if similar >= self._threshold]
-
-
-def _minhashes(sets: Iterable[set[str]]) -> list[RMinHash]:
-    return RMinHash.from_token_sets(sets, HASHES, SEED)
 
 
 def bands(threshold: float) -> int:
@@ -158,8 +156,7 @@ def check_leakage(
         Stopped (packhorse.trainer.utils.files): `stopping()` became true.
     """
     sides = (side.documents.folder.name for side in (train, held_out))
-    parts = [VERSION, recipe.data.near_duplicate, *sides]
-    key = xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+    key = json_digest([VERSION, recipe.data.near_duplicate, *sides])
     folder = cache_folder(recipe.data) / f"leakage-{key}"
 
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
@@ -174,12 +171,8 @@ def check_leakage(
 
             rows = _compare(recipe, tokenizer, train, held_out, files, check_and_stop)
             files.sync()
-            report = {
-                "rows": rows,
-                "pairs": files.state["pairs"],
-                **_summarize_pairs(staging / PAIRS),
-            }
-            write_json(staging / "report.json", report)
+            found = {"rows": rows, "pairs": files.state["pairs"]}
+            write_json(staging / "report.json", found | _summarize_pairs(staging / PAIRS))
             files.forget()
 
     build_once(folder, build, WHAT, stopping)

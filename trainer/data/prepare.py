@@ -7,8 +7,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import astuple, dataclass, replace
 from itertools import islice
 from os import sched_getaffinity
@@ -16,17 +15,17 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import xxhash
 
 from packhorse.trainer.config.data import DataSection, Source
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data import cache, pack, split, tokenize
 from packhorse.trainer.data.batch_plan import Corpus, Epochs, Plan
 from packhorse.trainer.data.cache import Documents
+from packhorse.trainer.data.digest import json_digest
 from packhorse.trainer.data.mask import Masker
 from packhorse.trainer.data.rows import RowReader
-from packhorse.trainer.data.source import RawRow, read_rows, source_digest, source_files
-from packhorse.trainer.data.split import SourceSplit, held_out, parts_of
+from packhorse.trainer.data.source import source_digest
+from packhorse.trainer.data.split import SplitRows, parts_of, rows_of
 from packhorse.trainer.data.tokenize import LengthPolicy, Row
 from packhorse.trainer.datatypes import (
     BadInput,
@@ -87,21 +86,6 @@ class Prepared:
     leakage: dict[str, Any] | None = None  # of held-out data: the report of data/leakage.py
 
     @property
-    def lengths(self) -> np.ndarray:
-        """Tokens of each document, (n,)."""
-        return self.documents.lengths
-
-    @property
-    def trained_counts(self) -> np.ndarray:
-        """Trained tokens of each document, (n,)."""
-        return self.documents.trained_counts
-
-    @property
-    def sources(self) -> np.ndarray:
-        """The number in the recipe of each document's source, (n,)."""
-        return self.documents.sources
-
-    @property
     def fingerprint(self) -> str:
         """A hash of the documents, equal on every node and as long as nothing trained changes."""
         return self.documents.fingerprint
@@ -122,8 +106,10 @@ class Prepared:
 
     @property
     def epochs(self) -> Corpus:
-        count = self.documents.count_trained
-        return Corpus(self.lengths, self.trained_counts, self.sources, self.weights, count)
+        found = self.documents
+        return Corpus(
+            found.lengths, found.trained_counts, found.sources, self.weights, found.count_trained
+        )
 
     def for_epoch(self, epoch: int) -> Prepared:
         return self
@@ -136,9 +122,6 @@ class Prepared:
 
     def close(self) -> None:
         pass
-
-    def example(self, document: int) -> Example:
-        return self.documents.example(document)
 
     def place(self, document: int) -> tuple[str, int]:
         """Return where a document came from: the file, and its row there, counted from 1."""
@@ -280,80 +263,6 @@ class RowTokenizer:
             return error
 
 
-def rows_of(data: DataSection, part: SourceSplit) -> Iterator[RawRow]:
-    """Yield the rows of a source that are on its side of the train/eval split."""
-    for row in read_rows(part.source):
-        if part.held_out is None or part.held_out == held_out(
-            row.fields, data, f"{row.file or part.source.name}:{row.number}"
-        ):
-            yield row
-
-
-class SplitRows:
-    """The train or eval rows: `parts` and `names` of their sources, and all `files` in order."""
-
-    def __init__(self, data: DataSection, which: Literal["train", "eval"]) -> None:
-        self.data = data
-        self.parts = parts_of(data, which)
-        self.names = [part.source.path or str(part.source.name) for part in self.parts]
-        self._files = [_source_files(part.source) for part in self.parts]
-        self.files = [name for of_source in self._files for name in of_source]
-
-    def rows(self) -> Iterator[Row]:
-        """Yield the rows, source by source.
-
-        Raises:
-            BadInput: a row cannot be read, and data.broken_lines does not let it be rejected.
-        """
-        first = 0
-        for source, (part, files) in enumerate(zip(self.parts, self._files, strict=True)):
-            numbers = {Path(name).name: first + i for i, name in enumerate(files)}
-            for row in rows_of(self.data, part):
-                file = numbers[row.file] if part.source.path else first
-                if isinstance(row.fields, RowError) and self.data.broken_lines == "stop":
-                    raise BadInput(
-                        f"{self.files[file]}:{row.number}: {row.fields}; mend or delete the line, "
-                        "or set data.broken_lines: reject"
-                    )
-                yield Row(source, file, row.number, row.fields)
-            first += len(files)
-
-    def count_rows(self) -> int | None:
-        """Return about how many rows there are; None if that needs parsing them."""
-        share = {None: 1.0, False: 1 - self.data.eval_fraction, True: self.data.eval_fraction}
-        total = 0.0
-        for part in self.parts:
-            rows = _count_rows(part.source)
-            if rows is None:
-                return None
-            total += rows * share[part.held_out]
-        return round(total)
-
-
-def _source_files(source: Source) -> list[str]:
-    if source.path:
-        return [str(path) for path in source_files(source.path)]
-    return [f"{source.name}:{source.split}"]
-
-
-def _count_rows(source: Source) -> int | None:
-    if not source.path:
-        return None
-    rows = 0
-    for path in source_files(source.path):
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            rows += pyarrow.parquet.read_metadata(path).num_rows
-        elif path.suffix == ".jsonl":
-            with path.open("rb") as file:
-                while block := file.read(1 << 22):
-                    rows += block.count(b"\n")
-        else:
-            return None
-    return min(rows, source.rows or rows)
-
-
 def _cache_key(
     split_rows: SplitRows, work: RowTokenizer, limits: LengthPolicy, drop_duplicates: bool
 ) -> str:
@@ -368,8 +277,8 @@ def _cache_key(
     # Whether packing cuts changes the documents only where long ones are split.
     cut = replace(limits, packing_cuts=limits.too_long == "split" and limits.packing_cuts)
     policy = [*astuple(cut), drop_duplicates, data.broken_lines]
-    whole = [cache.VERSION, tokenize.VERSION, work.masker.fingerprint(), sources, policy]
-    return xxhash.xxh3_128_hexdigest(json.dumps(whole).encode())
+    versions = [cache.VERSION, tokenize.VERSION]
+    return json_digest([*versions, work.masker.fingerprint(), sources, policy])
 
 
 # ----------------------------------------------------------------------------------------- planning
@@ -385,12 +294,10 @@ def train_plan(
 
     def keep(epoch: int, make: Callable[[], Packed]) -> Packed:
         prepared = data.for_epoch(epoch)
-        if len(prepared.lengths) < KEPT_FROM_DOCUMENTS:
+        if len(prepared.documents.lengths) < KEPT_FROM_DOCUMENTS:
             return make()
         parts = [pack.VERSION, prepared.fingerprint, prepared.weights, recipe.data.packing]
-        key = xxhash.xxh3_128_hexdigest(
-            json.dumps([*parts, recipe.batch.seq_len, recipe.train.seed, epoch]).encode()
-        )
+        key = json_digest([*parts, recipe.batch.seq_len, recipe.train.seed, epoch])
         folder = cache_folder(recipe.data) / f"packing-{key}"
         return cache.keep_packed(folder, make, f"packing epoch {epoch}", stopping)
 

@@ -128,6 +128,25 @@ def source_files(place: str) -> list[Path]:
     return [path]
 
 
+def count_rows(source: Source) -> int | None:
+    """Return how many rows the files have, roughly; None if that needs parsing them."""
+    if not source.path:
+        return None
+    rows = 0
+    for path in source_files(source.path):
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            rows += pyarrow.parquet.read_metadata(path).num_rows
+        elif path.suffix == ".jsonl":
+            with path.open("rb") as file:
+                while block := file.read(1 << 22):
+                    rows += block.count(b"\n")
+        else:
+            return None
+    return min(rows, source.rows or rows)
+
+
 def is_saved_dataset(place: str) -> bool:
     """Return whether the folder was written by datasets.Dataset.save_to_disk."""
     path = Path(place).expanduser()
@@ -169,26 +188,17 @@ def _json_rows(path: Path) -> Iterator[RawRow]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
-                try:
-                    fields = _object(parse(_decoded(line.rstrip(b"\r\n"))))
-                except RowError as error:
-                    fields = error
-                yield RawRow(number, fields, path.name)
+                yield RawRow(number, _object(_parse_bytes(line.rstrip(b"\r\n"))), path.name)
 
 
 def _json_list(path: Path) -> Iterator[RawRow]:
-    try:
-        rows = parse(_decoded(path.read_bytes()))
-    except RowError as error:
+    rows = _parse_bytes(path.read_bytes())
+    if isinstance(rows, RowError):
         raise BadInput(
-            f"{path}: the list cannot be read: {error}; mend it, or write one object a line"
-        ) from None
+            f"{path}: the list cannot be read: {rows}; mend it, or write one object a line"
+        )
     for number, item in enumerate(rows, start=1):
-        try:
-            fields = _object(item)
-        except RowError as error:
-            fields = error
-        yield RawRow(number, fields, path.name)
+        yield RawRow(number, _object(item), path.name)
 
 
 def _parquet_rows(path: Path) -> Iterator[RawRow]:
@@ -221,13 +231,12 @@ def _batch_fields(batch: Any) -> Iterator[dict[str, Any] | RowError]:
     types = {field.name: field.type for field in batch.schema}
     rows = _python_rows(batch)
     if rows is None:  # find those that cannot be read
-        broken = [RowError("a value that cannot be read, as text that is not UTF-8")]
-        one_by_one = (_python_rows(batch.slice(n, 1)) or broken for n in range(len(batch)))
+        one_by_one = (_python_rows(batch.slice(n, 1)) or [None] for n in range(len(batch)))
         rows = [row for found in one_by_one for row in found]
     for row in rows:
         try:
-            if isinstance(row, RowError):
-                raise row
+            if row is None:
+                raise RowError("a value that cannot be read, as text that is not UTF-8")
             yield {
                 name: _parsed_json(without_nulls(value), types[name]) for name, value in row.items()
             }
@@ -235,7 +244,7 @@ def _batch_fields(batch: Any) -> Iterator[dict[str, Any] | RowError]:
             yield error
 
 
-def _python_rows(batch: Any) -> list[dict[str, Any] | RowError] | None:
+def _python_rows(batch: Any) -> list[dict[str, Any] | None] | None:
     """Return the rows as Python values; None if one holds text that is not UTF-8 or a date that
     Python does not have."""
     try:
@@ -266,17 +275,21 @@ def _is_list(path: Path) -> bool:
         return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
-def _decoded(line: bytes) -> str:
+def _parse_bytes(text: bytes) -> Any:
+    """Return the value of a JSON text; a RowError if it has none."""
     try:
-        return line.decode("utf-8").removeprefix("\ufeff")
+        # Editors on Windows begin a file with a byte order mark, which is no JSON.
+        return parse(text.decode("utf-8").removeprefix("\ufeff"))
     except UnicodeDecodeError:
-        raise RowError("not valid UTF-8") from None
+        return RowError("not valid UTF-8")
+    except RowError as error:
+        return error
 
 
-def _object(value: Any) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise RowError(f"the row is {JSON_NAMES.get(type(value), 'null')}, not an object")
-    return value
+def _object(value: Any) -> dict[str, Any] | RowError:
+    if isinstance(value, dict | RowError):
+        return value
+    return RowError(f"the row is {JSON_NAMES.get(type(value), 'null')}, not an object")
 
 
 # ----------------------------------------------------------------------------------------- datasets

@@ -1,20 +1,24 @@
-"""Decide which rows are held out for evaluation, row by row.
+"""Decide which rows are held out for evaluation, row by row, and read the rows of a side.
 
-The data section enters; the `SourceSplit`s of the training or the evaluation side leave. A row's
-side depends on the row alone, not on other rows, their number or their order.
+The data section enters; the `SourceSplit`s of the training or the evaluation side, or their rows
+(`SplitRows`) leave. A row's side depends on the row alone, not on other rows, their number or
+their order.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import date, time, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import xxhash
 
 from packhorse.trainer.config.data import DataSection, Source
+from packhorse.trainer.data.source import RawRow, count_rows, read_rows, source_files
+from packhorse.trainer.data.tokenize import Row
 from packhorse.trainer.datatypes import BadInput, RowError
 
 VERSION = 1  # part of the keys of what is split: raise it when a row may change sides
@@ -79,3 +83,58 @@ def _stable(value: Any) -> str:
     if isinstance(value, bytes | date | time | timedelta | Decimal):  # a datetime is a date
         return repr(value)
     raise TypeError(f"a value of type {type(value).__name__}")
+
+
+def rows_of(data: DataSection, part: SourceSplit) -> Iterator[RawRow]:
+    """Yield the rows of a source that are on its side of the train/eval split."""
+    for row in read_rows(part.source):
+        if part.held_out is None or part.held_out == held_out(
+            row.fields, data, f"{row.file or part.source.name}:{row.number}"
+        ):
+            yield row
+
+
+class SplitRows:
+    """The train or eval rows: `parts` and `names` of their sources, and all `files` in order."""
+
+    def __init__(self, data: DataSection, which: Literal["train", "eval"]) -> None:
+        self.data = data
+        self.parts = parts_of(data, which)
+        self.names = [part.source.path or str(part.source.name) for part in self.parts]
+        self._files = [
+            [str(path) for path in source_files(part.source.path)]
+            if part.source.path
+            else [f"{part.source.name}:{part.source.split}"]
+            for part in self.parts
+        ]
+        self.files = [name for of_source in self._files for name in of_source]
+
+    def rows(self) -> Iterator[Row]:
+        """Yield the rows, source by source.
+
+        Raises:
+            BadInput: a row cannot be read, and data.broken_lines does not let it be rejected.
+        """
+        first = 0
+        for source, (part, files) in enumerate(zip(self.parts, self._files, strict=True)):
+            numbers = {Path(name).name: first + i for i, name in enumerate(files)}
+            for row in rows_of(self.data, part):
+                file = numbers[row.file] if part.source.path else first
+                if isinstance(row.fields, RowError) and self.data.broken_lines == "stop":
+                    raise BadInput(
+                        f"{self.files[file]}:{row.number}: {row.fields}; mend or delete the line, "
+                        "or set data.broken_lines: reject"
+                    )
+                yield Row(source, file, row.number, row.fields)
+            first += len(files)
+
+    def count_rows(self) -> int | None:
+        """Return about how many rows there are; None if that needs parsing them."""
+        share = {None: 1.0, False: 1 - self.data.eval_fraction, True: self.data.eval_fraction}
+        total = 0.0
+        for part in self.parts:
+            rows = count_rows(part.source)
+            if rows is None:
+                return None
+            total += rows * share[part.held_out]
+        return round(total)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import tempfile
 import threading
 import time
@@ -23,12 +22,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import xxhash
 
 from packhorse.trainer.config.data import Source
 from packhorse.trainer.config.recipe import Recipe
@@ -36,13 +32,13 @@ from packhorse.trainer.data.batch_plan import Corpus
 from packhorse.trainer.data.leakage import check_leakage
 from packhorse.trainer.data.loader import STEPS_AHEAD
 from packhorse.trainer.data.prepare import Prepared, TrainData, digest_of, prepare
+from packhorse.trainer.data.shard_log import LOG, Shard, ShardLog
 from packhorse.trainer.data.source import open_stream, source_files, without_nulls
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.dist import is_main, log
-from packhorse.trainer.utils.files import Stopped, replace_file, sync_folder
+from packhorse.trainer.utils.files import Stopped, replace_file
 
-LOG = "shards.jsonl"  # in the run folder
-STREAMED = "shards"  # beside it, the rows that were taken from a stream
+STREAMED = "shards"  # in the run folder: the rows that were taken from a stream
 POLL_S = 0.1  # of the ranks that wait for rank 0's decision
 # However small the shards are, those of the steps being built and run must stay open.
 OPEN_SHARDS = STEPS_AHEAD + 2
@@ -58,87 +54,6 @@ def prepare_train(
     if recipe.streaming:
         return StreamingData(recipe, tokenizer, stopping)
     return prepare(recipe, tokenizer, "train", stopping)
-
-
-# ------------------------------------------------------------------------------------------ the log
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One use of a shard: a line of the log. A shard that is used again has another number."""
-
-    number: int  # from 0; the plan's epoch
-    file: str  # its name in the source's folder; what came from a stream is in the run folder
-    bytes: int
-    digest: str  # of the file
-    documents: str  # fingerprint of what it was tokenized into
-    packed_rows: int  # the number of packed sequences
-    first_step: int  # counted from 1, as in metrics.jsonl
-    report: dict[str, Any]  # see Prepared.report
-    rejects: str  # the file that lists its rejected rows
-    stream: dict[str, Any] | None = None  # its `rows` [from, to] of the stream, and `state` after
-
-
-class ShardLog:
-    """The lines of the log, in order. Rank 0 appends to it; all ranks read it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._offset = path, 0
-        self.shards: list[Shard] = []
-        self.known: dict[str, Shard] = {}  # by file, in the order of first use
-        self._turn = 0  # the next of the known shards to use again
-        self.read()
-
-    def read(self) -> None:
-        """Read the lines that were added; a torn last line, which a killed start left, is ignored.
-
-        Raises:
-            BadInput: a line is damaged.
-        """
-        if not self._path.is_file():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            lines = file.read().split(b"\n")[:-1]
-        for line in lines:
-            self._offset += len(line) + 1
-            try:
-                self._add(Shard(**json.loads(line)))
-            except (ValueError, TypeError) as error:
-                raise BadInput(
-                    f"{self._path}: line {len(self.shards) + 1} is damaged ({error}); restore the "
-                    "file, or give another run.dir"
-                ) from None
-
-    def append(self, shard: Shard) -> None:
-        """Write a line that survives a power cut, over a torn one if a killed start left it."""
-        with self._path.open("ab") as file:
-            file.truncate(self._offset)
-            line = json.dumps(asdict(shard), ensure_ascii=False).encode() + b"\n"
-            self._offset += file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-        sync_folder(self._path.parent)
-        self._add(shard)
-
-    def _add(self, shard: Shard) -> None:
-        if shard.file in self.known:
-            self._turn = [*self.known].index(shard.file) + 1
-        self.known.setdefault(shard.file, shard)
-        self.shards.append(shard)
-
-    def next_known(self) -> Shard:
-        """Return the known shard to use again: from the first to the last, then the first again."""
-        known = [*self.known.values()]
-        return known[self._turn % len(known)]
-
-    def digest(self, step: int) -> str:
-        """Hash what the log says of the shards that the first `step` steps are made of."""
-        used = [s for s in self.shards if s.first_step <= step]
-        lines = [
-            [s.number, s.file, s.digest, s.documents, s.packed_rows, s.first_step] for s in used
-        ]
-        return xxhash.xxh3_128_hexdigest(json.dumps(lines).encode())
 
 
 # --------------------------------------------------------------------------------------- the shards

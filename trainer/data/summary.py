@@ -35,8 +35,8 @@ def summary(prepared: Prepared, plan: Plan | None = None) -> dict[str, Any]:
     found = {
         **prepared.report,
         "fingerprint": prepared.fingerprint,
-        "document_tokens": _quantiles(prepared.lengths),
-        "document_trained_tokens": _quantiles(prepared.trained_counts),
+        "document_tokens": _quantiles(prepared.documents.lengths),
+        "document_trained_tokens": _quantiles(prepared.documents.trained_counts),
     }
     if plan is not None:
         tokens, pieces = plan.sequence_sizes()
@@ -84,11 +84,12 @@ def of_eval(held_out: Prepared | None) -> dict[str, Any]:
 
 def picture(prepared: Prepared, plan: Plan) -> Figure:
     """Draw the lengths of the train documents and the fill of the first epoch's sequences."""
-    lengths, tokens, seq_len = prepared.lengths, plan.sequence_sizes()[0], plan.batch.seq_len
+    lengths, seq_len = prepared.documents.lengths, plan.batch.seq_len
+    tokens, _ = plan.sequence_sizes()
     edges = np.linspace(0, lengths.max() + 1, min(LENGTH_BINS, int(lengths.max()) + 1) + 1)
     counts, in_bin, trained = (
         np.histogram(lengths, edges, weights=weights)[0]
-        for weights in (None, lengths, prepared.trained_counts)
+        for weights in (None, lengths, prepared.documents.trained_counts)
     )
     report = prepared.report
     share = report["trained_tokens"] / report["tokens"]
@@ -153,8 +154,8 @@ def _lengths_table(train: Prepared, held_out: Prepared | None) -> Table:
     for name, prepared in {"train": train, "eval": held_out}.items():
         if prepared is not None:
             for label, values in (
-                (name, prepared.lengths),
-                ("  trained", prepared.trained_counts),
+                (name, prepared.documents.lengths),
+                ("  trained", prepared.documents.trained_counts),
             ):
                 table.add_row(label, *(f"{value:,.0f}" for value in _quantiles(values).values()))
     return table

@@ -73,7 +73,7 @@ def expected(rule: Scorer, prompt: Prompt) -> Any:
         case Exact():
             return _extracted(rule, _reference(prompt), "the reference")
         case Contains():
-            return _normal(_reference(prompt), rule.ignore_case)
+            return _normal(_reference(prompt), rule.ignore)
         case Math():
             return _math_value(rule, prompt)
         case Choice():
@@ -111,7 +111,7 @@ def score(rule: Scorer, prompt: Prompt, answer: str) -> float:
             except NotFound:
                 return 0.0
         case Contains():
-            return float(right in _normal(answer, rule.ignore_case))
+            return float(right in _normal(answer, rule.ignore))
         case Math():
             verdict = math_verdict(answer, right, alone=rule.column is not None)
             if verdict == "too long":
@@ -196,14 +196,15 @@ def _extracted(rule: Exact, text: str, whose: str) -> str:
         if found is None:
             raise NotFound(f"`extract` finds nothing in {whose}")
         text = found
-    text = _normal(text, rule.ignore_case)
-    return " ".join(text.split()) if rule.ignore_space else text
+    return _normal(text, rule.ignore)
 
 
-def _normal(text: str, ignore_case: bool) -> str:
+def _normal(text: str, ignore: tuple[str, ...]) -> str:
     text = unicodedata.normalize("NFC", text).strip()
-    # folding the case can leave decomposed characters again
-    return unicodedata.normalize("NFC", text.casefold()) if ignore_case else text
+    if "case" in ignore:
+        # folding the case can leave decomposed characters again
+        text = unicodedata.normalize("NFC", text.casefold())
+    return " ".join(text.split()) if "space" in ignore else text
 
 
 # --------------------------------------------------------------------------------------------- math

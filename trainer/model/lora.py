@@ -64,8 +64,8 @@ def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
         lora_alpha=section.alpha,
         target_modules=targets,
         lora_dropout=section.dropout,
-        use_rslora=section.rslora,
-        use_dora=section.dora,
+        use_rslora="rslora" in section.variants,
+        use_dora="dora" in section.variants,
         task_type="CAUSAL_LM",
     )
     inject_adapter_in_model(config, model, adapter_name=NAME)
