@@ -162,7 +162,7 @@ def run_part(part: str, work: Path) -> None:
     plan = train_plan(recipe, prepared)
     says |= {"plan_s": time.monotonic() - started, "steps": plan.steps, "fill": plan.fill()}
     says |= {
-        "documents": len(prepared.lengths),
+        "documents": len(prepared.documents.lengths),
         "tokens": prepared.report["tokens"],
         "before": before,
     }

@@ -57,7 +57,7 @@ def run_case(case: dict[str, Any], stop: StopFlag) -> None:
     if dist.is_main():
         train.open_run_folder(recipe, run_dir)
     dist.barrier()
-    tokenizer = tokenizer_of(recipe.model)
+    tokenizer = tokenizer_of(recipe.model.model_dump_json())
     train_data = prepare_train(recipe, tokenizer)
     eval_data = prepare(recipe, tokenizer, "eval") if recipe.has_eval else None
     with contextlib.ExitStack() as changed:
@@ -71,9 +71,9 @@ def run_case(case: dict[str, Any], stop: StopFlag) -> None:
 
 
 @functools.cache
-def tokenizer_of(section: ModelSection) -> Any:
-    """Load each tokenizer once for all cases."""
-    return load_tokenizer(section)
+def tokenizer_of(section: str) -> Any:
+    """Load each tokenizer once for all cases, by the recipe's section as JSON."""
+    return load_tokenizer(ModelSection.model_validate_json(section))
 
 
 @contextlib.contextmanager
