@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import yaml
 
-from packhorse.trainer.config.packaged import find_template
+from packhorse.trainer.config.packaged import find_recipe, find_template
 from packhorse.trainer.config.parsing import read_yaml
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import DONE, FAILED, BadInput
@@ -63,6 +63,11 @@ def render(
         raise BadInput(
             f"{name!r} cannot name a run in a cluster: give another --name, of at most "
             f"{_LONGEST_NAME} small letters, digits and dashes, the first of them a letter"
+        )
+    if find_recipe(recipe_file) != recipe_file:
+        raise BadInput(
+            f"{recipe_file}: the recipe of this machine's package names files that pods do not "
+            "have; give a recipe file whose data and model lie on the volume"
         )
     overlay = _read_overlay(cluster)
     service, job = _read_templates("job.yaml")

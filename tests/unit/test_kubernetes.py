@@ -351,11 +351,9 @@ def launch(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
     (tmp_path / "debug.yaml").write_text((ROOT / "recipes/debug.yaml").read_text())
 
-    def run(*arguments: str) -> tuple[int, str, str]:
+    def run(*arguments: str, recipe: str = "debug.yaml") -> tuple[int, str, str]:
         given = ["--nodes", "2", "--image", "registry/packhorse:1", *arguments]
-        monkeypatch.setattr(
-            sys, "argv", ["packhorse", "launch", "kubernetes", "debug.yaml", *given]
-        )
+        monkeypatch.setattr(sys, "argv", ["packhorse", "launch", "kubernetes", recipe, *given])
         with pytest.raises(SystemExit) as ended:
             main.main()
         out, err = capsys.readouterr()
@@ -363,6 +361,12 @@ def launch(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]
         return ended.value.code or 0, out, err
 
     return run
+
+
+def test_the_packaged_recipe_is_refused_as_pods_do_not_have_its_files(launch):
+    code, out, err = launch(recipe="debug")
+    assert (code, out) == (BAD_INPUT, "")
+    assert "give a recipe file whose data and model lie on the volume" in err
 
 
 def test_it_writes_into_the_run_folder_and_says_what(launch):
