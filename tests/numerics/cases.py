@@ -3,8 +3,8 @@
     python -m tests.numerics.cases CASES.json
 
 A case is {"run": folder, "recipe": file, "overrides": [...], "changes": [names], "stop_after": step
-or null}. A change patches the trainer: with a defect that a test of exactness must catch, or with
-another model or event.
+or null}, with "skips": a step that the run skips from its start. A change patches the trainer: with
+a defect that a test of exactness must catch, or with another model or event.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ def run_case(case: dict[str, Any], stop: StopFlag) -> None:
     run_dir = Path(case["run"])
     if dist.is_main():
         train.open_run_folder(recipe, run_dir)
+        if "skips" in case:
+            (run_dir / "skipped_steps.jsonl").write_text(json.dumps({"step": case["skips"]}) + "\n")
     dist.barrier()
     tokenizer = tokenizer_of(recipe.model.model_dump_json())
     train_data = prepare_train(recipe, tokenizer)
