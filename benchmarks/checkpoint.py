@@ -65,19 +65,19 @@ def work(order: dict[str, Any]) -> None:
 
 def build(folder: Path, universal: bool = False) -> Any:
     """The engine as `packhorse train` builds it."""
-    from packhorse.trainer import train
+    from packhorse.trainer import build_engine
     from packhorse.trainer.config.recipe import load_recipe
     from packhorse.trainer.model.load import load_tokenizer
 
-    made = train.deepspeed_config
+    made = build_engine.deepspeed_config
 
     def config(*args: Any) -> dict[str, Any]:
         return made(*args) | ({"checkpoint": {"load_universal": True}} if universal else {})
 
     wanted = [f"model.name={folder / 'model'}", "model.dtype=bfloat16", f"run.dir={folder / 'run'}"]
     recipe = load_recipe(ROOT / "recipes" / "debug.yaml", wanted)
-    with mock.patch.object(train, "deepspeed_config", config):
-        return train.build_engine(recipe, folder / "run", load_tokenizer(recipe.model))
+    with mock.patch.object(build_engine, "deepspeed_config", config):
+        return build_engine.build_engine(recipe, folder / "run", load_tokenizer(recipe.model))
 
 
 def step_s(engine: Any) -> float:

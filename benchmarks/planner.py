@@ -68,7 +68,8 @@ def measure(options: argparse.Namespace) -> None:
     """Build an engine of every template on each rank, and run one micro-batch and one step."""
     import torch
 
-    from packhorse.trainer import dist, train
+    from packhorse.trainer import dist
+    from packhorse.trainer.build_engine import build_engine
     from packhorse.trainer.config.recipe import parse_recipe
     from packhorse.trainer.data.loader import filler_batch
     from packhorse.trainer.datatypes import BadInput
@@ -97,9 +98,7 @@ def measure(options: argparse.Namespace) -> None:
                 }
             )
             try:
-                engine = train.build_engine(
-                    recipe, options.rank_out.parent, load_tokenizer(recipe.model)
-                )
+                engine = build_engine(recipe, options.rank_out.parent, load_tokenizer(recipe.model))
                 model = measure_model(build_empty_model(recipe.model), recipe.optim)
                 state = count_state_bytes(
                     model,

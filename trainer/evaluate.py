@@ -2,7 +2,7 @@
 
 recipe -> tokenizer -> held-out data -> process group -> model -> packing check -> Evaluation
 
-It uses parts of train.py, without a plan, an optimizer or a loop.
+There is no plan, no optimizer and no loop.
 """
 
 from __future__ import annotations
@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from packhorse.trainer import dist
+from packhorse.trainer.build_engine import (
+    build_engine,
+    explain_out_of_memory,
+    open_metrics,
+    require_same_data,
+)
 from packhorse.trainer.checkpoint.hf_export import save_description
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.prepare import masker_of, prepare
@@ -20,12 +26,6 @@ from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.run_folder import write_stop
 from packhorse.trainer.stop_flag import StopFlag
-from packhorse.trainer.train import (
-    build_engine,
-    explain_out_of_memory,
-    open_metrics,
-    require_same_data,
-)
 from packhorse.trainer.utils.files import Stopped
 
 

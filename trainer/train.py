@@ -7,14 +7,20 @@ recipe -> run folder -> tokenizer -> data (no process group yet) -> plan
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from packhorse.trainer import dist
+from packhorse.trainer.build_engine import (
+    build_engine,
+    explain_out_of_memory,
+    memory_dry_run,
+    open_metrics,
+    require_same_data,
+)
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.checkpoint.best import Best
 from packhorse.trainer.checkpoint.checkpoint import RunState, Saver
@@ -32,22 +38,17 @@ from packhorse.trainer.data.prepare import (
     train_plan,
 )
 from packhorse.trainer.data.streaming import prepare_train
-from packhorse.trainer.datatypes import BadInput, StepPlan
-from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
-from packhorse.trainer.engine.engine import Engine, gathered, sharded_init
-from packhorse.trainer.engine.optim import learning_rate, parameter_groups
-from packhorse.trainer.estimate.report import predict_gpu_memory
+from packhorse.trainer.datatypes import StepPlan
+from packhorse.trainer.engine.engine import Engine
+from packhorse.trainer.engine.optim import learning_rate
 from packhorse.trainer.eval.evaluator import Evaluation
 from packhorse.trainer.eval.generate import stop_tokens
 from packhorse.trainer.eval.server_answers import check_server
 from packhorse.trainer.guard import Guard, StepNotApplied
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.loop import TrainingRun, is_due, train_loop
-from packhorse.trainer.metrics import Metrics, Profiler, model_flops
-from packhorse.trainer.model.load import load_config, load_model, load_tokenizer
-from packhorse.trainer.model.lora import require_stage
-from packhorse.trainer.model.packing_check import prove_packing
-from packhorse.trainer.model.sft import SftModel
+from packhorse.trainer.metrics import Metrics, Profiler
+from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.run_folder import (
     is_done,
     open_run_folder,
@@ -58,7 +59,6 @@ from packhorse.trainer.run_folder import (
     write_trace,
 )
 from packhorse.trainer.stop_flag import StopFlag
-from packhorse.trainer.utils.cpu_speed import EMULATED_FROM, bf16_slowdown
 from packhorse.trainer.utils.files import Stopped
 from packhorse.trainer.utils.progress import Progress
 
@@ -200,20 +200,6 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     return "rollback" if outcome.end == "rollback" else "ended"
 
 
-def open_metrics(
-    recipe: Recipe, run_dir: Path, engine: Engine, watch: Watch, first_step: int
-) -> Metrics:
-    """Open the run folder's metrics, which drop what a killed run logged after `first_step`."""
-    return Metrics(
-        run_dir,
-        log_every=recipe.run.log_every,
-        seq_len=recipe.batch.seq_len,
-        flops=model_flops(engine.module.model),
-        resumed_at=first_step,
-        beat=watch.beat,
-    )
-
-
 def build_evaluation(
     prepared: PreparedRun, engine: Engine, metrics: Metrics, watch: Watch, best: Best
 ) -> Evaluation:
@@ -253,124 +239,6 @@ def stop_before_timeout(recipe: Recipe, stop: StopFlag) -> None:
     before_s, end_s = recipe.checkpoint.before_timeout_s, os.environ.get("SLURM_JOB_END_TIME")
     if before_s is not None and end_s is not None:
         stop.raise_at(float(end_s) - before_s)
-
-
-# ------------------------------------------------------------------------------- model and engine
-
-
-def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool = True) -> Engine:
-    """Load the model, sharded at ZeRO-3, put it under DeepSpeed, and prove its packing (C4).
-
-    Args:
-        learns: False builds no optimizer and none of its state.
-    """
-    if dist.is_main() and dist.device().type == "cpu":
-        warn_if_bf16_is_emulated(recipe.model.dtype)
-    hidden_size = load_config(recipe.model).get_text_config().hidden_size
-    ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size, run_dir)
-    require_stage(recipe.adapter, stage(ds_config))
-    clear_nvme(ds_config)
-    model = load_model(
-        recipe.model,
-        tokenizer,
-        seed=recipe.train.seed,
-        adapter=recipe.adapter,
-        sharded_init=partial(sharded_init, ds_config),
-        gathered=gathered,
-    )
-    module = SftModel(model, recipe.loss, recipe.train.seed, dist.device())
-    groups = parameter_groups(module, recipe.optim) if learns else None
-    engine = Engine(module, groups, recipe.optim, ds_config)
-    check_packing(recipe, module)
-    return engine
-
-
-def warn_if_bf16_is_emulated(dtype: str) -> None:
-    """Warn about bfloat16 on a CPU without instructions for it, and say what to set."""
-    if dtype == "bfloat16" and (slowdown := bf16_slowdown()) > EMULATED_FROM:
-        dist.log.warning(
-            "model.dtype is bfloat16, which this CPU emulates: a matrix product takes %.0f times "
-            "as long as in float32; set model.dtype=float32",
-            slowdown,
-        )
-
-
-def check_packing(recipe: Recipe, module: SftModel) -> None:
-    """Prove on the loaded model, through the chosen kernels, that packed equals apart (C4).
-
-    Raises:
-        BadInput: packed documents differ from the same documents alone.
-    """
-    one_document = recipe.data.packing == "none" and recipe.batch.micro_batch_size == 1
-    proof = prove_packing(
-        module, seq_len=recipe.batch.seq_len, one_document=one_document, seed=recipe.train.seed
-    )
-    dist.log.info(
-        "packing check: documents of %s tokens, packed against apart: hidden states differ by "
-        "%.1e, the loss by %.1e",
-        *(", ".join(map(str, proof.lengths)), proof.hidden_difference, proof.loss_difference),
-    )
-
-
-# Devices on which the dry run pays: a GPU runs out of memory in the middle of a run, and the kernel
-# of a CPU machine kills the process however early it is asked.
-DRY_RUN_DEVICES = ("cuda",)
-
-
-def memory_dry_run(recipe: Recipe, engine: Engine, loader: Loader, first_step: int) -> int | None:
-    """Run the plan's fullest micro-batches, so that a GPU that is too small fails now.
-
-    Returns:
-        The predicted peak of GPU memory in bytes, on rank 0 where the planner knows the model.
-
-    Raises:
-        BadInput: they do not fit.
-    """
-    # With states on an NVMe it is not proved that a dry run leaves no trace in them.
-    device = dist.device().type
-    if device not in DRY_RUN_DEVICES or engine.swaps or first_step == loader.plan.steps:
-        return None
-    batches = loader.fullest(first_step)
-    tokens = max(batch.tokens for batch in batches)
-    trained = max(batch.trained_tokens for batch in batches)
-    fullest = f"the fullest micro-batch of the run ({tokens:,} tokens, {trained:,} trained)"
-    with explain_out_of_memory(fullest):
-        engine.memory_dry_run(batches)
-    dist.log.info("memory dry run: %s fits", fullest)
-    is_planned = dist.is_main() and device == "cuda"
-    return predict_gpu_memory(recipe, tokens, trained) if is_planned else None
-
-
-@contextmanager
-def explain_out_of_memory(what: str) -> Iterator[None]:
-    """Turn a GPU's out-of-memory error into a BadInput that names `what` and what takes less."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise BadInput(
-            f"{what} does not fit into the memory of rank {dist.rank()}'s GPU: lower "
-            "batch.micro_batch_size or batch.seq_len, set model.activation_checkpointing=full, "
-            "use more GPUs or a DeepSpeed template that shards or offloads more; "
-            "`packhorse plan` says which template fits"
-        ) from None
-
-
-def require_same_data(*prepared: TrainData | None) -> None:
-    """Compare the ranks' data caches, which may be local to a node.
-
-    Raises:
-        BadInput: a rank's cache holds other documents than rank 0's.
-    """
-    prints = dist.gather([data.fingerprint_at(1) for data in prepared if data])
-    others = [rank for rank, theirs in enumerate(prints) if theirs != prints[0]]
-    if others:
-        raise BadInput(
-            f"ranks {others} tokenized other data than rank 0: their nodes see other files under "
-            "the same path, or have another version of the tokenizer; make them the same, or put "
-            "data.cache on a shared folder"
-        )
 
 
 # ------------------------------------------------------------------------------------- save, resume

@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 
-from packhorse.trainer import dist, guard, train
+from packhorse.trainer import build_engine, dist, guard, train
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.config.sections import ModelSection
@@ -132,17 +132,17 @@ def dropped_micro_batch() -> Any:
 
 def decay_everywhere() -> Any:
     """Give norms and biases the weight decay of matrices."""
-    build = train.parameter_groups
+    build = build_engine.parameter_groups
 
     def groups(model: Any, section: Any) -> Any:
         return [{**group, "weight_decay": section.weight_decay} for group in build(model, section)]
 
-    return mock.patch.object(train, "parameter_groups", groups)
+    return mock.patch.object(build_engine, "parameter_groups", groups)
 
 
 def bf16_accumulation() -> Any:
     """Sum and reduce gradients in bf16, which is DeepSpeed's default."""
-    build = train.deepspeed_config
+    build = build_engine.deepspeed_config
 
     def config(*args: Any) -> Any:
         made = build(*args)
@@ -152,7 +152,7 @@ def bf16_accumulation() -> Any:
             "communication_data_type": "bf16",
         }
 
-    return mock.patch.object(train, "deepspeed_config", config)
+    return mock.patch.object(build_engine, "deepspeed_config", config)
 
 
 def boundaries_ignored() -> Any:
@@ -266,7 +266,7 @@ DEFECTIVE_RESUMES = {
 
 def frozen_and_buffers() -> Any:
     """Freeze the embeddings, and count the steps in a persistent buffer."""
-    load, apply = train.load_model, engine.Engine.step
+    load, apply = build_engine.load_model, engine.Engine.step
 
     def load_model(*args: Any, **kwargs: Any) -> Any:
         model = load(*args, **kwargs)
@@ -279,7 +279,7 @@ def frozen_and_buffers() -> Any:
         return apply(self, *args)
 
     both = contextlib.ExitStack()
-    both.enter_context(mock.patch.object(train, "load_model", load_model))
+    both.enter_context(mock.patch.object(build_engine, "load_model", load_model))
     both.enter_context(mock.patch.object(engine.Engine, "step", step))
     return both
 
@@ -347,7 +347,7 @@ def dry_run_first() -> Any:
             memory_dry_run(self, batches)
 
     changed = contextlib.ExitStack()
-    changed.enter_context(mock.patch.object(train, "DRY_RUN_DEVICES", ("cpu",)))
+    changed.enter_context(mock.patch.object(build_engine, "DRY_RUN_DEVICES", ("cpu",)))
     changed.enter_context(mock.patch.object(engine.Engine, "memory_dry_run", looked_at))
     return changed
 
@@ -355,7 +355,7 @@ def dry_run_first() -> Any:
 def dry_run_that_learns() -> Any:
     """Control: let the dry run leave its gradients."""
     changed = contextlib.ExitStack()
-    changed.enter_context(mock.patch.object(train, "DRY_RUN_DEVICES", ("cpu",)))
+    changed.enter_context(mock.patch.object(build_engine, "DRY_RUN_DEVICES", ("cpu",)))
     changed.enter_context(mock.patch.object(engine, "_weightless", lambda batch: batch))
     changed.enter_context(mock.patch.object(zero_state, "forget_gradients", return_value=None))
     return changed

@@ -20,7 +20,8 @@ from unittest import mock
 
 import torch
 
-from packhorse.trainer import dist, train
+from packhorse.trainer import dist
+from packhorse.trainer.build_engine import build_engine
 from packhorse.trainer.config.eval import GenerateSection
 from packhorse.trainer.config.recipe import GuardSection, load_recipe
 from packhorse.trainer.datatypes import Conversation, Prompt
@@ -65,7 +66,7 @@ def build(order: dict[str, Any], template: str) -> tuple[Any, Any]:
         ],
     )
     tokenizer = load_tokenizer(recipe.model)
-    built = train.build_engine(recipe, Path(recipe.run.dir), tokenizer)
+    built = build_engine(recipe, Path(recipe.run.dir), tokenizer)
     model: Any = built.module.model
     model.generation_config.eos_token_id = order["stops"]
     return built, tokenizer

@@ -42,7 +42,8 @@ def test_the_plan_is_deepspeeds_own_bytes(found: dict[str, Any], name: str, part
 
 def main(out: Path) -> None:
     """Build an engine of every case on each rank, and run one micro-batch and one step."""
-    from packhorse.trainer import dist, train
+    from packhorse.trainer import dist
+    from packhorse.trainer.build_engine import build_engine
     from packhorse.trainer.data.loader import filler_batch
     from packhorse.trainer.estimate.memory import count_state_bytes
     from packhorse.trainer.estimate.model import build_empty_model, measure_model
@@ -65,7 +66,7 @@ def main(out: Path) -> None:
                     *(["adapter={rank: 4, modules_to_save: [lm_head]}"] if adapter else []),
                 ],
             )
-            engine = train.build_engine(recipe, out, load_tokenizer(recipe.model))
+            engine = build_engine(recipe, out, load_tokenizer(recipe.model))
             held = buffers.held(engine, filler_batch())
             empty = build_empty_model(recipe.model, recipe.adapter)
             model = measure_model(empty, recipe.optim, recipe.adapter)

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from packhorse.trainer import train
+from packhorse.trainer import build_engine
 from packhorse.trainer.utils import cpu_speed
 
 
@@ -30,8 +30,8 @@ def test_only_emulated_bf16_is_warned_of(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(train, "bf16_slowdown", lambda: slowdown)
-    monkeypatch.setattr(train.dist.log, "propagate", True)
+    monkeypatch.setattr(build_engine, "bf16_slowdown", lambda: slowdown)
+    monkeypatch.setattr(build_engine.dist.log, "propagate", True)
     with caplog.at_level(logging.WARNING, "packhorse"):
-        train.warn_if_bf16_is_emulated(dtype)
+        build_engine.warn_if_bf16_is_emulated(dtype)
     assert ("40 times as long" in caplog.text and "model.dtype=float32" in caplog.text) == warned

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from packhorse.trainer.build_engine import explain_out_of_memory
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.metrics import memory_line
-from packhorse.trainer.train import explain_out_of_memory
 
 
 def test_a_full_gpu_is_bad_input_that_says_what_to_do() -> None:
