@@ -83,7 +83,7 @@ def plan_of(
             prepared.weights,
             count,
         ),
-        lambda lengths, rng: pack(lengths, SEQ_LEN, packing, rng),
+        lambda lengths, *others: pack(lengths, SEQ_LEN, packing, *others),
         BatchSection.model_validate(
             {
                 "seq_len": SEQ_LEN,

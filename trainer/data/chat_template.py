@@ -72,7 +72,7 @@ GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
 # "\n" and runs of spaces). Every text holds those, so they open and close no turn.
 ORDINARY_TEXT = re.compile(r"[\w\s▁]*")  # ▁ is how SentencePiece spells a space
 # A token that is not called special is a marker if no text holds it by accident: a name in
-# brackets of some kind, as <｜User｜> or [INST].
+# brackets of some kind, as <|User|> or [INST].
 MARKER = re.compile(r"[^\w\s▁].*\w.*[^\w\s▁]", re.DOTALL)
 MAX_SKELETONS = 4096
 TEMPLATE_FUNCTIONS = {"raise_exception", "strftime_now"}

@@ -14,12 +14,10 @@ from os import sched_getaffinity
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
 from packhorse.trainer.config.data import DataSection, Source
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data import cache, pack, split, tokenize
-from packhorse.trainer.data.batch_plan import Corpus, Epochs, Plan
+from packhorse.trainer.data.batch_plan import Corpus, Epochs, Packer, Plan
 from packhorse.trainer.data.cache import Documents
 from packhorse.trainer.data.digest import json_digest
 from packhorse.trainer.data.mask import Masker
@@ -321,5 +319,6 @@ def documents_of(plan: Plan, step: StepPlan, data: TrainData) -> list[tuple[str,
     return sorted({prepared.place(document) for document in documents})
 
 
-def _packer(recipe: Recipe) -> Callable[[np.ndarray, np.random.Generator], Packed]:
-    return lambda lengths, rng: pack.pack(lengths, recipe.batch.seq_len, recipe.data.packing, rng)
+def _packer(recipe: Recipe) -> Packer:
+    seq_len, packing = recipe.batch.seq_len, recipe.data.packing
+    return lambda lengths, *others: pack.pack(lengths, seq_len, packing, *others)
