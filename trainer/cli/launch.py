@@ -34,11 +34,20 @@ def kubernetes(
         str, typer.Option(help="Container image as the cluster pulls it. A digest pins it.")
     ],
     kind: Annotated[
-        Literal["job", "jobset", "trainjob"],
+        Literal["job", "jobset", "trainjob"] | None,
         typer.Option(
-            help="Resource that starts the pods. jobset and trainjob need their operators."
+            help="Resource that starts the pods. jobset and trainjob need their operators. "
+            "Default: job.",
+            show_default=False,
         ),
-    ] = "job",
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="ClusterTrainingRuntime of the cluster to train under, in a trainjob. Default: "
+            "none, all comes from the manifests."
+        ),
+    ] = None,
     cluster: Annotated[
         Path | None,
         typer.Option(
@@ -61,13 +70,31 @@ def kubernetes(
 
     [bold]packhorse launch kubernetes my.yaml --nodes 2 --image registry/packhorse:1[/bold]
     [bold]packhorse launch kubernetes my.yaml --nodes 2 --image registry/packhorse:1 --submit[/bold]
+    [bold]packhorse launch kubernetes my.yaml --nodes 2 --image IMAGE --runtime RUNTIME[/bold]
     """
-    from packhorse.launch.kubernetes.render import CLUSTER, render, run_name, submit_file
+    from packhorse.launch.kubernetes.render import (
+        CLUSTER,
+        apply_command,
+        render,
+        run_name,
+        submit_file,
+    )
+
+    if runtime and kind not in (None, "trainjob"):
+        raise BadInput(f"--runtime {runtime}: only a trainjob uses a runtime; leave --kind out")
+    kind = kind or ("trainjob" if runtime else "job")
 
     run_dir = read_recipe(recipe_file, overrides).run.dir
     cluster, name = cluster or CLUSTER, name or run_name(run_dir)
     text = render(
-        recipe_file, overrides or (), kind, nodes=nodes, image=image, name=name, cluster=cluster
+        recipe_file,
+        overrides or (),
+        kind,
+        nodes=nodes,
+        image=image,
+        name=name,
+        cluster=cluster,
+        runtime=runtime,
     )
     folder = out or Path(run_dir) / "kubernetes"
     manifests, kept = folder / f"{kind}.yaml", folder / "cluster.yaml"
@@ -79,6 +106,7 @@ def kubernetes(
     print(manifests, kept, sep="\n")
     if submit:
         raise typer.Exit(submit_file(manifests))
+    print(f"apply it with: {shlex.join(apply_command(manifests))}")
 
 
 @launch_app.command()
