@@ -411,6 +411,23 @@ def test_what_shapes_the_documents_is_in_the_key(tmp_path, tokenizer):
     assert len(cached(tmp_path)) == len(other) + 2
 
 
+def test_names_that_nobody_reads_are_counted_and_can_be_ignored(tmp_path, tokenizer):
+    rows = [
+        {**row, "source": "web", **({"url": "x"} if n < 5 else {})}
+        for n, row in enumerate(questions(20))
+    ]
+    report = prepare(recipe(tmp_path, rows), tokenizer, "train").report
+    assert report["unread"] == {"source": 20, "url": 5} == report["sources"][0]["unread"]
+    silent = recipe(tmp_path, rows, ignore_columns=["source", "url"])
+    assert prepare(silent, tokenizer, "train").report["unread"] == {}
+
+
+def test_a_row_that_is_flagged_in_unknown_words_stops_the_preparation(tmp_path, tokenizer):
+    rows = [*questions(20), {**questions(1)[0], "no_loss": True}]
+    with pytest.raises(BadInput, match=r"column `no_loss`.*data.ignore_columns=\[no_loss\]"):
+        prepare(recipe(tmp_path, rows), tokenizer, "train")
+
+
 def test_the_users_own_functions_are_in_the_key(tmp_path, tokenizer, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "shaping.py").write_text(
