@@ -78,8 +78,29 @@ def test_help_lists_the_commands():
     assert all(command in done.stdout for command in ("train", "preview", "prepare", "export"))
 
 
+def test_the_version(packhorse):
+    assert packhorse("--version") == (0, "packhorse 0.1.0\n", "")
+
+
+def test_bash_gets_a_completion_script_and_completions():
+    script = command("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert script.returncode == 0, script.stderr
+    assert "_PACKHORSE_COMPLETE=complete_bash" in script.stdout
+    words = {"COMP_WORDS": "packhorse ver", "COMP_CWORD": "1"}
+    done = command(_PACKHORSE_COMPLETE="complete_bash", **words)
+    assert done.stdout.split() == ["verify-resume"]
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["train", "nowhere.yaml"], [DEBUG]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["--show-completion", "bash"],
+        ["train", "--help"],
+        ["train", "nowhere.yaml"],
+        [DEBUG],
+    ],
 )
 def test_answers_and_bad_recipes_import_nothing_heavy(arguments):
     program = (

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+import packhorse
 from packhorse.launch.cluster_env import ClusterEnv, read_cluster_env, refuse_tasks
 from packhorse.trainer.cli.arguments import (
     Endpoint,
@@ -39,10 +40,27 @@ from packhorse.trainer.datatypes import BAD_INPUT, DONE, FAILED, BadInput
 app = typer.Typer(
     help="Fine-tune language models on DeepSpeed. A run is a function of its recipe.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"packhorse {packhorse.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -232,7 +250,7 @@ def main() -> None:
     try:
         if sys.argv[1:] and sys.argv[1].startswith("--local_rank"):  # DeepSpeed's launcher adds it
             refuse_tasks(os.environ, nodes_given=True)
-        app()
+        app(prog_name="packhorse")
     except BadInput as error:
         # a recipe's faults have a line each; what libraries say is brought to one
         lines = (" ".join(line.split()) for line in str(error).split("\n  "))
