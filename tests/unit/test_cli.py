@@ -276,6 +276,39 @@ def test_prepare_counts_duplicates_and_rows_that_leak(packhorse, tmp_path):
     assert ["near-duplicates in train", "5"] in cells
 
 
+def test_a_dry_run_checks_everything_and_leaves_the_run_folder_alone(packhorse, tmp_path):
+    run_dir, cache = tmp_path / "run", f"data.cache={tmp_path / 'cache'}"
+    words = ("train", DEBUG, "--dry-run", f"run.dir={run_dir}", cache)
+    code, out, err = packhorse(*words, "--nproc", "2")
+    assert code == 0, err
+    assert re.search(r"bfd +│ +33 │ +256 │ .* 9 │ +18 │", out), "the plan of steps"
+    assert re.search(r"a GPU +│ +1.5", out), "the table of memory"
+    assert "2 GPUs" in out
+    assert not run_dir.exists()
+    refused = {
+        "near-duplicate in data.train": ["data.eval.0.path=recipes/debug/train.jsonl"],
+        "is no run folder": [f"run.dir={tmp_path}"],
+        "there is no file mine.json": ["parallel.deepspeed=mine.json"],
+        "there is no folder nowhere": ["model.name=./nowhere"],
+        "9 ranks, but a step has only 3": ["--nproc", "9"],
+    }
+    (tmp_path / "metrics.jsonl").touch()
+    for sentence, more in refused.items():
+        code, _, err = packhorse(*words, *more)
+        assert (code, sentence in err) == (2, True), err
+    (tmp_path / "file").touch()
+    code, _, err = packhorse(*words, f"run.dir={tmp_path / 'file' / 'run'}")
+    assert code == 2
+    assert "cannot be written" in err
+
+
+def test_a_dry_run_is_no_worker_of_torchrun():
+    worker = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
+    done = command("train", DEBUG, "--dry-run", **worker)
+    assert done.returncode == 2
+    assert "--dry-run starts no ranks" in done.stderr
+
+
 def test_preview_shows_the_side_that_is_asked_for(packhorse):
     shown = {}
     for split in ("train", "eval"):

@@ -79,6 +79,12 @@ def train(
             "--extend", help="Train a run longer: train.epochs or train.steps may be raised."
         ),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check and prepare everything, show the plan, and start nothing."
+        ),
+    ] = False,
 ) -> None:
     """Train a model, or resume from the last checkpoint in the run folder.
 
@@ -93,6 +99,8 @@ def train(
     """
     recipe = read_recipe(recipe_file, overrides)
     if is_worker():
+        if dry_run:
+            raise BadInput("--dry-run starts no ranks: run it once, without torchrun")
         exit_with_launcher()
         from packhorse.trainer.train import train
 
@@ -111,6 +119,12 @@ def train(
             f"{cluster.nodes} nodes: name the rendezvous host, the same on each node, as "
             f"--rdzv-endpoint node0:29400"
         )
+    if dry_run:
+        from packhorse.trainer.cli.dry_run import dry_run as run_dry
+
+        per_node = nproc or cluster.nproc
+        run_dry(recipe, per_node and per_node * nodes[1], extend=extend)
+        return
     arguments = [str(recipe_file), *(overrides or ()), *(["--extend"] if extend else [])]
     code = launch(
         [MAIN, "train", *arguments],
