@@ -122,6 +122,16 @@ def test_bad_input_is_one_line_and_exit_code_2(packhorse, arguments, sentence):
     assert sentence in err
 
 
+def test_two_faults_are_two_lines(packhorse):
+    code, _, err = packhorse("train", DEBUG, "learning_rate=1e-5", "lora_r=8")
+    assert code == 2
+    assert err == (
+        "packhorse: error: recipes/debug.yaml: 2 faults\n"
+        "  `learning_rate` is `optim.lr` here\n"
+        "  `lora_r` is `adapter.rank` here\n"
+    )
+
+
 def test_a_worker_of_torchrun_finds_bad_input_itself():
     worker = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
     done = command(

@@ -228,13 +228,15 @@ def verify_resume(
 
 
 def main() -> None:
-    """Run the command. Bad input is one line and exit code 2, another failure a traceback and 1."""
+    """Run the command. Bad input is a line a fault and exit code 2, all else a traceback and 1."""
     try:
         if sys.argv[1:] and sys.argv[1].startswith("--local_rank"):  # DeepSpeed's launcher adds it
             refuse_tasks(os.environ, nodes_given=True)
         app()
     except BadInput as error:
-        _exit_bad_input(" ".join(str(error).split()))
+        # a recipe's faults have a line each; what libraries say is brought to one
+        lines = (" ".join(line.split()) for line in str(error).split("\n  "))
+        _exit_bad_input("\n  ".join(lines))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
