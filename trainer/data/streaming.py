@@ -32,8 +32,9 @@ from packhorse.trainer.data.batch_plan import Corpus
 from packhorse.trainer.data.leakage import check_leakage
 from packhorse.trainer.data.loader import STEPS_AHEAD
 from packhorse.trainer.data.prepare import Prepared, TrainData, digest_of, prepare
+from packhorse.trainer.data.row_files import json_scalar, kind_of_file, without_nulls
 from packhorse.trainer.data.shard_log import LOG, Shard, ShardLog
-from packhorse.trainer.data.source import json_scalar, open_stream, source_files, without_nulls
+from packhorse.trainer.data.source import open_stream, say_once
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.dist import is_main, log
 from packhorse.trainer.utils.files import Stopped, replace_file
@@ -42,6 +43,8 @@ STREAMED = "shards"  # in the run folder: the rows that were taken from a stream
 POLL_S = 0.1  # of the ranks that wait for rank 0's decision
 # However small the shards are, those of the steps being built and run must stay open.
 OPEN_SHARDS = STEPS_AHEAD + 2
+# What chose the rows of the stream has no place in the file that they were written to.
+AS_A_FILE = {"config": None, "data_files": (), "revision": None, "split": "train"}
 
 
 def prepare_train(
@@ -243,7 +246,7 @@ def _prepare_shard(
     recipe: Recipe, path: Path, tokenizer: Any, stopping: Callable[[], bool] = lambda: False
 ) -> Prepared:
     """Prepare a shard as the only source of a recipe, and compare it with the held-out rows."""
-    changes = {"path": str(path), "name": None, "streaming": False}
+    changes = {"path": str(path), "name": None, "streaming": False, **AS_A_FILE}
     source = recipe.data.train[0].model_copy(update=changes)
     data = recipe.data.model_copy(update={"train": (source,)})
     alone = recipe.model_copy(update={"data": data})
@@ -291,7 +294,14 @@ def _source_folder(source: Source) -> Path:
 
 def _shard_files(folder: Path) -> list[Path]:
     """Return the files by name, without hidden ones, which are still being written."""
-    return [path for path in source_files(str(folder)) if not path.name.startswith(".")]
+    there = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    files = [path for path in there if kind_of_file(path) and path.is_file()]
+    if not files:
+        raise BadInput(f"{folder}: the folder holds no file of rows yet; put the first one there")
+    for path in there:
+        if path not in files:
+            say_once(f"{path}: is not read; a streamed folder's rows are in files of its own")
+    return files
 
 
 def _find_new_file(folder: Path, log: ShardLog) -> _NewShard | None:
