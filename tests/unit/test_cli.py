@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from packhorse.trainer import dist
 from packhorse.trainer.cli import main
@@ -52,6 +53,9 @@ def test_plan_says_what_fits(packhorse):
     assert "fits: zero0" in out
     assert "good numbers of GPUs: 1, 2, 4" in out
     assert re.search(r"from GPUs +│ +1", out)
+    assert re.search(r"s a step, at most +│ +\d", out)
+    assert "this machine has no GPU" in out or torch.cuda.is_available()
+    assert out.splitlines()[-1].startswith("recommended: zero0")
 
 
 COMMANDS = [

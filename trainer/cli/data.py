@@ -214,18 +214,25 @@ def plan(
     found = report.build_report(recipe, cluster, _count_real_steps(recipe) if data else None)
     show_report(found, recipe, gpu_tflops, mfu)
     print(report.require_fit(found))
+    print(report.recommend(found, recipe))
 
 
 def show_report(
     found: Report, recipe: Recipe, gpu_tflops: float = GPU_TFLOPS, mfu: float = MFU
 ) -> None:
-    """Print what a run needs: sentences, and a table of memory by template."""
+    """Print what a run needs: sentences, and a table of memory and time by template."""
+    import torch
     from rich.console import Console
 
     from packhorse.trainer.estimate import report
 
     print(*report.describe_report(found, recipe, gpu_tflops * 1e12, mfu), sep="\n")
-    Console().print(report.build_table(found))
+    Console().print(report.build_table(found, gpu_tflops * 1e12 * mfu))
+    if not torch.cuda.is_available():
+        print(
+            "this machine has no GPU: how fast yours compute and communicate, what their memory "
+            "really holds, and how long a CPU would take, cannot be known here"
+        )
     for template, why in found.refused.items():
         print(f"{template} is left out: {why}")
 
