@@ -70,7 +70,7 @@ def _first_rows(
 
     masker = masker_of(recipe.data, tokenizer)
     for part in parts_of(recipe.data, split):
-        reader = RowReader.of(part.source)
+        reader = RowReader.of(part.source, recipe.data.ignore_columns)
         for row in islice(rows_of(recipe.data, part), count):
             title = f"{row.file or part.source.name}:{row.number}"
             try:
@@ -82,7 +82,8 @@ def _first_rows(
                 for document in fit(Example(positions, example.trained), length_policy(recipe)):
                     places = document.input_ids
                     starts = {i: roles[p] for i, p in enumerate(places.tolist()) if p in roles}
-                    yield Row(title, Example(example.input_ids[places], document.trained), starts)
+                    cut = Example(example.input_ids[places], document.trained, conversation.unread)
+                    yield Row(title, cut, starts)
             except RowError as error:
                 yield Row(title, error)
 
