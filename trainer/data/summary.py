@@ -137,6 +137,8 @@ def _rows_table(title: str, prepared: Prepared) -> Table:
         table.add_row(escape(part["name"]), *counts, f"{share:.1%}")
         for reason, count in part["reasons"].items():
             table.add_row(escape(f"  rejected: {reason}"), "", f"{count:,}")
+        if part["longest_reject"]:
+            table.add_row(f"  longest reject: {part['longest_reject']:,} tokens")
         for reason, count in part["filter_reasons"].items():
             table.add_row(escape(f"  filtered: {reason}"), "", "", f"{count:,}")
         for name, count in part["unread"].items():

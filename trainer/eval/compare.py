@@ -40,6 +40,8 @@ class Results(NamedTuple):
     # value, count, low, high; or no value, and why it is missing
     metrics: dict[str, dict[str, Any]]
     scores: dict[str, Scores]  # by metric, of the samples that could be scored
+    held_out: str | None  # hash of the held-out rows' tokens; None: the evaluation is too old
+    tokenizer: str | None  # hash
 
 
 def read_results(place: str) -> Results:
@@ -78,7 +80,15 @@ def read_results(place: str) -> Results:
     if (folder / HARNESS_METRICS).is_file():
         metrics |= json.loads((folder / HARNESS_METRICS).read_text(encoding="utf-8"))
         samples += read_json_lines(folder / HARNESS_SAMPLES, may_be_torn=True)
-    return Results(f"{name} at step {at}", at, lines[at]["eval_loss"], metrics, _scores(samples))
+    return Results(
+        name=f"{name} at step {at}",
+        step=at,
+        eval_loss=lines[at]["eval_loss"],
+        metrics=metrics,
+        scores=_scores(samples),
+        held_out=lines[at].get("held_out"),
+        tokenizer=lines[at].get("tokenizer"),
+    )
 
 
 def _scores(samples: list[dict[str, Any]]) -> dict[str, Scores]:
@@ -91,6 +101,31 @@ def _scores(samples: list[dict[str, Any]]) -> dict[str, Scores]:
             if score is not None:
                 found.setdefault(name, {})[key] = float(score)
     return found
+
+
+def require_comparable(a: Results, b: Results) -> None:
+    """Check that both were evaluated on the same held-out rows, in the same tokens.
+
+    Raises:
+        BadInput: they were not, or one of them does not say so.
+    """
+    for results in (a, b):
+        if results.held_out is None:
+            raise BadInput(
+                f"{results.name}: an older version evaluated it, without a note of its held-out "
+                "rows; run packhorse eval"
+            )
+    if a.held_out == b.held_out:
+        return
+    if a.tokenizer != b.tokenizer:
+        raise BadInput(
+            f"{a.name} and {b.name}: their tokenizers or chat templates differ, and losses over "
+            "other tokens cannot be compared"
+        )
+    raise BadInput(
+        f"{a.name} and {b.name}: their held-out rows differ, or which tokens of them count; "
+        "evaluate both with the same recipe: packhorse eval RUN RECIPE"
+    )
 
 
 def difference(a: Results, b: Results, name: str) -> tuple[Difference, int] | None:
@@ -129,9 +164,14 @@ def table_of_one(results: Results) -> Table:
 
 
 def table_of_two(a: Results, b: Results) -> Table:
-    """Return a table of each metric of A and B, and of B less A over the prompts of both."""
+    """Return a table of each metric of A and B, and of B less A over the prompts of both.
+
+    Raises:
+        BadInput: they cannot be compared.
+    """
     from rich.table import Table
 
+    require_comparable(a, b)
     heads = ("metric", "A", "B", "B - A", "95% interval", "p", "prompts")
     table = Table(*heads, title=f"A: {a.name}\nB: {b.name}")
     less = b.eval_loss - a.eval_loss
