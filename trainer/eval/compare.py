@@ -18,6 +18,7 @@ from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.eval.confidence import Difference, paired
 from packhorse.trainer.metrics import EVALUATIONS
 from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.tables import shorten_path, terminal_width
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -155,7 +156,7 @@ def table_of_one(results: Results) -> Table:
     """Return a table of each metric with its count and 95% interval."""
     from rich.table import Table
 
-    table = Table("metric", "value", "95% interval", "count", title=results.name)
+    table = Table("metric", "value", "95% interval", "count", title=_short(results.name))
     table.add_row(EVAL_LOSS, f"{results.eval_loss:.4f}", "", "")
     for name, metric in results.metrics.items():
         interval = _interval(metric.get("low"), metric.get("high"))
@@ -173,7 +174,7 @@ def table_of_two(a: Results, b: Results) -> Table:
 
     require_comparable(a, b)
     heads = ("metric", "A", "B", "B - A", "95% interval", "p", "prompts")
-    table = Table(*heads, title=f"A: {a.name}\nB: {b.name}")
+    table = Table(*heads, title=f"A: {_short(a.name)}\nB: {_short(b.name)}")
     less = b.eval_loss - a.eval_loss
     table.add_row(EVAL_LOSS, f"{a.eval_loss:.4f}", f"{b.eval_loss:.4f}", f"{less:+.4f}", "", "", "")
     for name in dict.fromkeys([*a.metrics, *b.metrics]):
@@ -188,6 +189,12 @@ def table_of_two(a: Results, b: Results) -> Table:
             name, *shown, f"{test.value:+.3f}", _interval(test.low, test.high, "+"), p, str(prompts)
         )
     return table
+
+
+def _short(name: str) -> str:
+    from rich.markup import escape
+
+    return escape(shorten_path(name, terminal_width() - len("A: ")))
 
 
 def _value(metric: dict[str, Any]) -> str:
