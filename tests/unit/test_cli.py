@@ -54,7 +54,8 @@ def test_plan_says_what_fits(packhorse):
 
 
 COMMANDS = [
-    *("train", "preview", "prepare", "plan", "export", "eval", "compare", "verify-resume"),
+    *("train", "preview", "prepare", "plan", "export", "eval", "compare", "runs"),
+    "verify-resume",
     *("launch slurm", "launch kubernetes"),
 ]
 
