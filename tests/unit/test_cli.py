@@ -11,6 +11,7 @@ import pytest
 
 from packhorse.trainer import dist
 from packhorse.trainer.cli import main
+from packhorse.trainer.config.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 DEBUG = "recipes/debug.yaml"
@@ -339,6 +340,57 @@ def test_launch_slurm_writes_into_the_run_folder_and_says_what(packhorse, tmp_pa
     code, _, err = packhorse(*again)
     assert (code, script.read_text()) == (2, edited)
     assert "slurm.sh: exists, and is not as packhorse wrote it; submit it as it is" in err
+
+
+def test_launch_slurm_trains_a_copy_of_the_recipe_that_no_edit_changes(packhorse, tmp_path):
+    mine, template, folder = tmp_path / "mine.yaml", tmp_path / "zero.json", tmp_path / "run"
+    mine.write_text((ROOT / "recipes/debug.yaml").read_text())
+    template.write_text((ROOT / "ds_configs/zero2.json").read_text())
+    words = ("launch", "slurm", str(mine), f"run.dir={folder}", f"parallel.deepspeed={template}")
+
+    def launched(*more: str) -> Path:
+        code, _, err = packhorse(*words, *more, "--qos", "high", "--sbatch", "--comment=mine")
+        assert code == 0, err
+        lines = (folder / "slurm.sh").read_text().splitlines()
+        assert {"#SBATCH --qos=high", "#SBATCH --comment=mine", "overrides=()"} <= {
+            line.split("  ")[0] for line in lines
+        }
+        (recipe,) = (line.removeprefix("recipe=") for line in lines if line.startswith("recipe="))
+        return Path(recipe)
+
+    first = launched("optim.lr=0.5")
+    kept = load_recipe(first)
+    assert kept.optim.lr == 0.5
+    mine.write_text("an edit")
+    template.write_text("another")
+    assert load_recipe(first) == kept
+    copy = Path(kept.parallel.deepspeed)
+    assert (copy.parent, copy.read_text()) == (folder, (ROOT / "ds_configs/zero2.json").read_text())
+    mine.write_text((ROOT / "recipes/debug.yaml").read_text())
+    assert launched("optim.lr=0.25") != first, "a job in the queue keeps its own"
+    assert load_recipe(first) == kept
+
+
+def test_launch_slurm_answers_a_changed_recipe_as_train_does(packhorse, tmp_path):
+    (tmp_path / "checkpoints" / "step-000010").mkdir(parents=True)
+    saved = load_recipe(ROOT / "recipes/debug.yaml", [f"run.dir={tmp_path}"])
+    (tmp_path / "recipe.yaml").write_text(saved.to_yaml())
+    words = ("launch", "slurm", "recipes/debug.yaml", f"run.dir={tmp_path}")
+    code, _, err = packhorse(*words, "optim.lr=0.5")
+    assert code == 2
+    assert "holds a run of another recipe: optim.lr was 0.01, is 0.5; give another run.dir" in err
+    code, _, err = packhorse(*words, "train.epochs=4")
+    assert (code, "add --extend to train on" in err) == (2, True)
+    assert not (tmp_path / "slurm.sh").exists()
+    code, _, err = packhorse(*words, "train.epochs=4", "--extend")
+    assert code == 0, err
+    assert "overrides=(--extend)" in (tmp_path / "slurm.sh").read_text()
+
+
+def test_launch_slurm_refuses_the_packaged_recipe_in_a_container(packhorse, tmp_path):
+    code, _, err = packhorse("launch", "slurm", "debug", f"run.dir={tmp_path}", "--container", "x")
+    assert code == 2
+    assert "files that the container does not have; give a recipe file" in err
 
 
 def test_launch_slurm_writes_nothing_for_a_recipe_that_cannot_be_used(packhorse, tmp_path):

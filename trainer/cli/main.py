@@ -13,7 +13,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from packhorse.launch.cluster_env import ClusterEnv, read_cluster_env
+from packhorse.launch.cluster_env import ClusterEnv, read_cluster_env, refuse_tasks
 from packhorse.trainer.cli.arguments import (
     Endpoint,
     Nodes,
@@ -81,6 +81,7 @@ def train(
 
         train(recipe, extend=extend)
         exit_worker()
+    refuse_tasks(os.environ, nodes_given=nnodes is not None or "PET_NNODES" in os.environ)
     exit_on_early_signals()
     from packhorse.launch.local import launch, parse_nodes
     from packhorse.trainer.config.packaged import MAIN
@@ -231,6 +232,8 @@ def verify_resume(
 def main() -> None:
     """Run the command. Bad input is one line and exit code 2, another failure a traceback and 1."""
     try:
+        if sys.argv[1:] and sys.argv[1].startswith("--local_rank"):  # DeepSpeed's launcher adds it
+            refuse_tasks(os.environ, nodes_given=True)
         app()
     except BadInput as error:
         _exit_bad_input(" ".join(str(error).split()))
