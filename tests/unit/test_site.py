@@ -14,21 +14,13 @@ from tests.ranks import ROOT
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
     done = build(ROOT / "mkdocs.yml", folder)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
 
 def build(config: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    words = [
-        "mkdocs",
-        "build",
-        "--strict",
-        "--quiet",
-        "--config-file",
-        config,
-        "--site-dir",
-        folder,
-    ]
+    # with --quiet, mkdocs would count no warning, and --strict would stop at nothing
+    words = ["mkdocs", "build", "--strict", "-f", config, "-d", folder]
     return subprocess.run(
         [sys.executable, "-m", *words], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -66,4 +58,3 @@ def test_a_link_to_nothing_stops_it(tmp_path: Path) -> None:
     done = build(tmp_path / "mkdocs.yml", tmp_path / "site")
     assert done.returncode != 0
     assert "link 'nothing.md'" in done.stderr
-    assert "Aborted with 1 warnings in strict mode" in done.stderr
