@@ -29,6 +29,7 @@ from packhorse.trainer.cli.arguments import (
 from packhorse.trainer.cli.data import plan, prepare, preview
 from packhorse.trainer.cli.eval import compare, evaluate, resolve_step
 from packhorse.trainer.cli.launch import launch_app
+from packhorse.trainer.cli.runs import runs
 from packhorse.trainer.cli.worker import (
     exit_on_early_signals,
     exit_with_launcher,
@@ -208,6 +209,7 @@ def export(
 
 app.command(name="eval")(evaluate)
 app.command()(compare)
+app.command()(runs)
 app.add_typer(launch_app, name="launch")
 
 
