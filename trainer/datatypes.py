@@ -11,7 +11,7 @@ padding; D documents in it; N trained positions in it; H hidden size; V vocabula
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # slow to import, and `packhorse --help` imports this file
@@ -38,6 +38,17 @@ class RowError(ValueError):
 
 class Filtered(RowError):
     """A row that the recipe's filters leave out. It is counted, but not as a fault."""
+
+
+class TooLong(RowError):
+    """A row has more tokens than an example may have: TooLong(reason, tokens of the row)."""
+
+    @property
+    def tokens(self) -> int:
+        return self.args[1]
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -80,6 +91,8 @@ class Conversation:
     messages: tuple[Message, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     text: str | None = None
+    # columns, and keys of messages, that the row holds and its format does not read
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
 
 class Prompt(NamedTuple):
@@ -101,6 +114,7 @@ class Example:
 
     input_ids: np.ndarray
     trained: np.ndarray
+    unread: tuple[str, ...] = ()  # as of its Conversation
 
 
 @dataclass(frozen=True)
@@ -118,8 +132,12 @@ class Tokenized:
     rejects: tuple[tuple[int, int, int, str], ...]  # source, file, row, reason
     filtered: tuple[tuple[int, int, int, str], ...]  # likewise, left out by the recipe's filters
     source_rows: Mapping[int, int]  # rows read of each source, with those left out
+    # tokens of each row that was rejected as too long: (file, row) -> tokens
+    long_rows: Mapping[tuple[int, int], int] = field(default_factory=dict)
     # Of each row that was truncated or split: its source, and the trained tokens that it lost.
     cuts: tuple[tuple[int, int], ...] = ()
+    # In how many of a source's rows stands a name that nobody reads: (source, name) -> rows.
+    unread: Mapping[tuple[int, str], int] = field(default_factory=dict)
 
 
 class Piece(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,7 @@ from packhorse.trainer.run_folder import (
     write_trace,
 )
 from packhorse.trainer.stop_flag import StopFlag
+from packhorse.trainer.utils.alive import shown_alive
 from packhorse.trainer.utils.files import Stopped
 from packhorse.trainer.utils.progress import Progress
 
@@ -86,30 +88,32 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
         mirror = open_mirror(recipe, run_dir)
         open_run_folder(recipe, run_dir, extend=extend)
         check_server(recipe)
-    tokenizer = load_tokenizer(recipe.model)
-    # No process group yet: preparation may take longer than any collective's time-out (C10).
-    try:
-        train_data = prepare_train(recipe, tokenizer, stop.raised_early)
-        plan = train_plan(recipe, train_data, stop.raised_early)
-        eval_data = None
-        if recipe.has_eval:
-            eval_data = prepare(recipe, tokenizer, "eval", stop.raised_early)
-        # A streaming source compares each shard when it is prepared.
-        if eval_data and isinstance(train_data, Prepared):
-            eval_data = check_leakage(recipe, tokenizer, train_data, eval_data, stop.raised_early)
-        if not stop.wait_for_ranks():
-            raise Stopped("stopped before all ranks were ready")
-    except Stopped:
-        write_stop(run_dir, 0)
-        return
-    with dist.process_group():
-        stop.attach_group()
-        prepared = PreparedRun(
-            recipe, run_dir, tokenizer, train_data, plan, eval_data, stop, mirror
-        )
-        fit(prepared)
-    if mirror:  # not in the group, where the other ranks would wait for it in vain
-        mirror.finish(is_done=is_done(run_dir, plan.steps))
+    # so that `packhorse runs` can tell a run that works from one that was killed
+    with shown_alive(run_dir) if dist.is_main() else nullcontext():
+        tokenizer = load_tokenizer(recipe.model)
+        # No process group yet: preparation may take longer than any collective's time-out (C10).
+        try:
+            train_data = prepare_train(recipe, tokenizer, stop.raised_early)
+            plan = train_plan(recipe, train_data, stop.raised_early)
+            eval_data = None
+            if recipe.has_eval:
+                eval_data = prepare(recipe, tokenizer, "eval", stop.raised_early)
+            # A streaming source compares each shard when it is prepared.
+            if eval_data and isinstance(train_data, Prepared):
+                eval_data = check_leakage(
+                    recipe, tokenizer, train_data, eval_data, stop.raised_early
+                )
+            if not stop.wait_for_ranks():
+                raise Stopped("stopped before all ranks were ready")
+        except Stopped:
+            write_stop(run_dir, 0)
+            return
+        with dist.process_group():
+            stop.attach_group()
+            given = (recipe, run_dir, tokenizer, train_data, plan, eval_data, stop, mirror)
+            fit(PreparedRun(*given))
+        if mirror:  # not in the group, where the other ranks would wait for it in vain
+            mirror.finish(is_done=is_done(run_dir, plan.steps))
 
 
 @dataclass(frozen=True)

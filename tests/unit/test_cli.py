@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from packhorse.trainer import dist
 from packhorse.trainer.cli import main
@@ -52,10 +53,24 @@ def test_plan_says_what_fits(packhorse):
     assert "fits: zero0" in out
     assert "good numbers of GPUs: 1, 2, 4" in out
     assert re.search(r"from GPUs +│ +1", out)
+    assert re.search(r"s a step, at most +│ +<?0", out)
+    assert "this machine has no GPU" in out or torch.cuda.is_available()
+    assert out.splitlines()[-1].startswith("recommended: zero0")
+
+
+def test_the_table_of_a_plan_loses_nothing_in_a_terminal_of_80_columns(packhorse, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = packhorse("plan", DEBUG, "--gpus", "2")
+    assert code == 0
+    table = [line for line in out.splitlines() if line[:1] in "┃│┏└"]
+    assert {len(line) for line in table if line} == {80}
+    assert "…" not in out
+    assert all(f"│ {part} " in out for part in ("communication", "activations", "a node's NVMe"))
 
 
 COMMANDS = [
-    *("train", "preview", "prepare", "plan", "export", "eval", "compare", "verify-resume"),
+    *("train", "preview", "prepare", "plan", "export", "eval", "compare", "runs"),
+    "verify-resume",
     *("launch slurm", "launch kubernetes"),
 ]
 
@@ -78,8 +93,29 @@ def test_help_lists_the_commands():
     assert all(command in done.stdout for command in ("train", "preview", "prepare", "export"))
 
 
+def test_the_version(packhorse):
+    assert packhorse("--version") == (0, "packhorse 0.1.0\n", "")
+
+
+def test_bash_gets_a_completion_script_and_completions():
+    script = command("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert script.returncode == 0, script.stderr
+    assert "_PACKHORSE_COMPLETE=complete_bash" in script.stdout
+    words = {"COMP_WORDS": "packhorse ver", "COMP_CWORD": "1"}
+    done = command(_PACKHORSE_COMPLETE="complete_bash", **words)
+    assert done.stdout.split() == ["verify-resume"]
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["train", "nowhere.yaml"], [DEBUG]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["--show-completion", "bash"],
+        ["train", "--help"],
+        ["train", "nowhere.yaml"],
+        [DEBUG],
+    ],
 )
 def test_answers_and_bad_recipes_import_nothing_heavy(arguments):
     program = (
@@ -253,6 +289,39 @@ def test_prepare_counts_duplicates_and_rows_that_leak(packhorse, tmp_path):
     cells = [[cell.strip() for cell in line.split("│")[1:3]] for line in out.splitlines()]
     assert ["duplicates", "7"] in cells
     assert ["near-duplicates in train", "5"] in cells
+
+
+def test_a_dry_run_checks_everything_and_leaves_the_run_folder_alone(packhorse, tmp_path):
+    run_dir, cache = tmp_path / "run", f"data.cache={tmp_path / 'cache'}"
+    words = ("train", DEBUG, "--dry-run", f"run.dir={run_dir}", cache)
+    code, out, err = packhorse(*words, "--nproc", "2")
+    assert code == 0, err
+    assert re.search(r"bfd +│ +33 │ +256 │ .* 9 │ +18 │", out), "the plan of steps"
+    assert re.search(r"a GPU +│ +1.5", out), "the table of memory"
+    assert "2 GPUs" in out
+    assert not run_dir.exists()
+    refused = {
+        "near-duplicate in data.train": ["data.eval.0.path=recipes/debug/train.jsonl"],
+        "is no run folder": [f"run.dir={tmp_path}"],
+        "there is no file mine.json": ["parallel.deepspeed=mine.json"],
+        "there is no folder nowhere": ["model.name=./nowhere"],
+        "9 ranks, but a step has only 3": ["--nproc", "9"],
+    }
+    (tmp_path / "metrics.jsonl").touch()
+    for sentence, more in refused.items():
+        code, _, err = packhorse(*words, *more)
+        assert (code, sentence in err) == (2, True), err
+    (tmp_path / "file").touch()
+    code, _, err = packhorse(*words, f"run.dir={tmp_path / 'file' / 'run'}")
+    assert code == 2
+    assert "cannot be written" in err
+
+
+def test_a_dry_run_is_no_worker_of_torchrun():
+    worker = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
+    done = command("train", DEBUG, "--dry-run", **worker)
+    assert done.returncode == 2
+    assert "--dry-run starts no ranks" in done.stderr
 
 
 def test_preview_shows_the_side_that_is_asked_for(packhorse):

@@ -83,7 +83,7 @@ def plan_of(
             prepared.weights,
             count,
         ),
-        lambda lengths, rng: pack(lengths, SEQ_LEN, packing, rng),
+        lambda lengths, *others: pack(lengths, SEQ_LEN, packing, *others),
         BatchSection.model_validate(
             {
                 "seq_len": SEQ_LEN,
@@ -411,6 +411,23 @@ def test_what_shapes_the_documents_is_in_the_key(tmp_path, tokenizer):
     assert len(cached(tmp_path)) == len(other) + 2
 
 
+def test_names_that_nobody_reads_are_counted_and_can_be_ignored(tmp_path, tokenizer):
+    rows = [
+        {**row, "source": "web", **({"url": "x"} if n < 5 else {})}
+        for n, row in enumerate(questions(20))
+    ]
+    report = prepare(recipe(tmp_path, rows), tokenizer, "train").report
+    assert report["unread"] == {"source": 20, "url": 5} == report["sources"][0]["unread"]
+    silent = recipe(tmp_path, rows, ignore_columns=["source", "url"])
+    assert prepare(silent, tokenizer, "train").report["unread"] == {}
+
+
+def test_a_row_that_is_flagged_in_unknown_words_stops_the_preparation(tmp_path, tokenizer):
+    rows = [*questions(20), {**questions(1)[0], "no_loss": True}]
+    with pytest.raises(BadInput, match=r"column `no_loss`.*data.ignore_columns=\[no_loss\]"):
+        prepare(recipe(tmp_path, rows), tokenizer, "train")
+
+
 def test_the_users_own_functions_are_in_the_key(tmp_path, tokenizer, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "shaping.py").write_text(
@@ -445,6 +462,32 @@ def test_a_broken_line_ends_the_preparation_or_is_a_reject_that_is_named(tmp_pat
     (line,) = prepared.rejects_path.read_text().splitlines()
     reason = "broken JSON: Unterminated string starting at"
     assert json.loads(line) == {"source": str(path), "row": 201, "reason": reason}
+
+
+def test_rows_that_are_too_long_are_told_with_the_limit_the_longest_and_the_key(
+    tmp_path, tokenizer
+):
+    of = recipe(tmp_path, questions(20), max_rejects=0.0)
+    longest = int(prepare(of, tokenizer, "train").documents.lengths.max())
+    for changes, key in (({}, "batch.seq_len"), ({"max_length": longest - 1}, "data.max_length")):
+        short = of.model_copy(
+            update={
+                "data": of.data.model_copy(update=changes),
+                "batch": of.batch.model_copy(update={} if changes else {"seq_len": longest - 1}),
+            }
+        )
+        with pytest.raises(BadInput) as refused:
+            prepare(short, tokenizer, "train")
+        assert (
+            f"the longest of the rows that are too long has {longest} tokens: raise {key} "
+            f"({longest - 1}), or set data.too_long to truncate or split"
+        ) in str(refused.value)
+    lenient = short.data.model_copy(update={"max_rejects": 0.99})
+    prepared = prepare(short.model_copy(update={"data": lenient}), tokenizer, "train")
+    listed = [json.loads(line) for line in prepared.rejects_path.read_text().splitlines()]
+    assert {line["reason"] for line in listed} == {"longer than max_length"}
+    assert {line["tokens"] for line in listed} == {longest}
+    assert prepared.report["longest_reject"] == longest
 
 
 def test_sources_of_all_formats_are_trained_together(tmp_path, tokenizer):

@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from datetime import date, datetime, timezone
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from packhorse.trainer.config.data import Source
 from packhorse.trainer.data import digest
 from packhorse.trainer.data.row_files import without_nulls
 from packhorse.trainer.data.source import read_rows, source_digest
+from packhorse.trainer.data.streaming import _plain_rows
 from packhorse.trainer.datatypes import BadInput, RowError
 
 ROWS = [{"text": "one"}, {"text": "zwei\u2028drei"}, {"text": "四"}]
@@ -111,6 +114,56 @@ def test_rows_are_the_same_however_they_are_stored(tmp_path, monkeypatch, kind, 
         plain = a_source(name="org/data")
     assert [row.fields for row in read_rows(plain)] == rows
     assert [row.number for row in read_rows(plain)] == [1, 2]
+
+
+ARGUMENTS = [  # nulls that were meant, in a call's arguments
+    {"call": {"name": "f", "arguments": {"unit": None, "x": 1}}},
+    {"call": {"name": "g", "arguments": {"y": [None, {"z": None}]}}},
+]
+
+
+@pytest.mark.parametrize("rows", [SCHEMAS, MIXED, ARGUMENTS])
+def test_a_stream_gives_the_rows_of_the_files_with_the_nulls_that_were_meant(tmp_path, rows):
+    import datasets
+
+    plain = write(tmp_path / "a.jsonl", rows)
+    dataset = datasets.load_dataset(str(tmp_path), split="train", streaming=True)
+    assert list(_plain_rows(dataset)) == rows == [row.fields for row in read_rows(plain)]
+
+
+def test_maps_dates_decimals_and_bytes_of_parquet_are_read_as_json(tmp_path):
+    properties = pyarrow.map_(
+        pyarrow.string(), pyarrow.struct([("type", pyarrow.string()), ("unit", pyarrow.string())])
+    )
+    table = pyarrow.table(
+        {
+            "tools": pyarrow.array(
+                [[{"properties": [("city", {"type": "string", "unit": None})]}]],
+                pyarrow.list_(pyarrow.struct([("properties", properties)])),
+            ),
+            "default": pyarrow.array(
+                [[("limit", None)]], pyarrow.map_(pyarrow.string(), pyarrow.int64())
+            ),
+            "day": [date(2024, 2, 29)],
+            "at": [datetime(2024, 2, 29, 12, 30, tzinfo=timezone.utc)],
+            "price": [Decimal("19.99")],
+            "count": [Decimal("7")],
+            "text": ["Größe".encode()],
+            "image": [b"\xff\xd8"],  # no text: an error only where a format reads it
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (row,) = read_rows(a_source(path=str(tmp_path / "a.parquet")))
+    assert row.fields == {
+        "tools": [{"properties": {"city": {"type": "string"}}}],
+        "default": {"limit": None},
+        "day": "2024-02-29",
+        "at": "2024-02-29T12:30:00+00:00",
+        "price": 19.99,
+        "count": 7,
+        "text": "Größe",
+        "image": b"\xff\xd8",
+    }
 
 
 def test_a_saved_dataset_is_a_source_and_its_digest_that_of_its_rows(tmp_path):

@@ -204,6 +204,11 @@ class DataSection(Section):
         description="Train the stop token after an answer. with_newline: also the white space that "
         "the chat template writes after it, as many trainers do.",
     )
+    ignore_columns: tuple[str, ...] = Field(
+        default=(),
+        description="Columns of the rows, and keys of their messages, to pass over on purpose. "
+        "`packhorse prepare` names all others that it does not read.",
+    )
     control_tokens: Literal["reject", "text", "keep"] = Field(
         default="reject",
         description="Text in a row that spells a control token of the model. reject: leave the row "

@@ -10,9 +10,9 @@ rows are lost.
 
 JSONL is read with json and not with Arrow, which gives every object of a column the union of their
 keys, so that each tool schema is filled with the nulls of all others. Parquet and datasets are
-stored that way already: nulls inside nested values are removed again (`without_nulls`). A null that
-was meant is removed with them, as nothing tells the two apart; only in a column that is stored as
-JSON (Arrow's `arrow.json`, which datasets writes for mixed objects) it stays.
+stored that way already: nulls inside structs are removed again. A null that was meant is removed
+with them, as nothing tells the two apart; it stays in a map, and in a column that is stored as JSON
+(Arrow's `arrow.json`, which datasets writes for mixed objects).
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ import lzma
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import date, time
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -244,19 +246,47 @@ def _batch_fields(batch: Any) -> Iterator[dict[str, Any] | RowError]:
         try:
             if row is None:
                 raise RowError("a value that cannot be read, as text that is not UTF-8")
-            yield {
-                name: _parsed_json(without_nulls(value), types[name]) for name, value in row.items()
-            }
+            yield {name: _json_value(value, types[name]) for name, value in row.items()}
         except RowError as error:
             yield error
 
 
-def without_nulls(value: Any) -> Any:
-    """Remove every key whose value is null from nested objects; items of lists stay."""
+def without_nulls(value: Any, feature: Any = None) -> Any:
+    """Remove every key whose value is null from nested objects; items of lists stay.
+
+    Args:
+        feature: the type that datasets gives the value, if it knows one. What it stores as JSON
+            has no nulls but those that were meant, and stays as it is.
+    """
+    if type(feature).__name__ == "Json":
+        return value
     if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+        features = feature if isinstance(feature, dict) else {}
+        return {
+            key: without_nulls(item, features.get(key))
+            for key, item in value.items()
+            if item is not None
+        }
     if isinstance(value, list):
-        return [without_nulls(item) for item in value]
+        return [without_nulls(item, getattr(feature, "feature", None)) for item in value]
+    return value
+
+
+def json_scalar(value: Any) -> Any:
+    """Return a date, a decimal or bytes as JSON has them: text, or a number.
+
+    Anything else comes back unchanged, as do bytes that are not UTF-8; a format that reads such a
+    column rejects the row.
+    """
+    try:
+        if isinstance(value, date | time):  # a datetime is a date, too
+            return value.isoformat()
+        if isinstance(value, Decimal):
+            return parse(str(value))
+        if isinstance(value, bytes):
+            return value.decode()
+    except (RowError, UnicodeDecodeError):
+        pass
     return value
 
 
@@ -271,8 +301,8 @@ def _python_rows(batch: Any) -> list[dict[str, Any] | None] | None:
         return None
 
 
-def _parsed_json(value: Any, type: Any) -> Any:
-    """Parse what is stored as JSON inside a value of an Arrow column of this type."""
+def _json_value(value: Any, type: Any) -> Any:
+    """Return a value of an Arrow column of this type as JSON has it, without a struct's nulls."""
     import pyarrow
 
     if value is None:
@@ -280,7 +310,14 @@ def _parsed_json(value: Any, type: Any) -> Any:
     if isinstance(type, pyarrow.JsonType):
         return parse(value)
     if isinstance(type, pyarrow.StructType):
-        return {key: _parsed_json(item, type.field(key).type) for key, item in value.items()}
+        return {
+            key: _json_value(item, type.field(key).type)
+            for key, item in value.items()
+            if item is not None
+        }
+    if isinstance(type, pyarrow.MapType):
+        # pairs of a key and a value; only those that the row has, so that a null was meant
+        return {key: _json_value(item, type.item_type) for key, item in value}
     if isinstance(value, list) and hasattr(type, "value_type"):
-        return [_parsed_json(item, type.value_type) for item in value]
-    return value
+        return [_json_value(item, type.value_type) for item in value]
+    return json_scalar(value)

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain, islice
@@ -32,7 +32,7 @@ from packhorse.trainer.data.batch_plan import Corpus
 from packhorse.trainer.data.leakage import check_leakage
 from packhorse.trainer.data.loader import STEPS_AHEAD
 from packhorse.trainer.data.prepare import Prepared, TrainData, digest_of, prepare
-from packhorse.trainer.data.row_files import kind_of_file, without_nulls
+from packhorse.trainer.data.row_files import json_scalar, kind_of_file, without_nulls
 from packhorse.trainer.data.shard_log import LOG, Shard, ShardLog
 from packhorse.trainer.data.source import open_stream, say_once
 from packhorse.trainer.datatypes import BadInput
@@ -238,7 +238,7 @@ def prepare_now(recipe: Recipe, tokenizer: Any) -> list[Prepared]:
         return [_prepare_shard(recipe, path, tokenizer) for path in paths]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "first.jsonl"
-        _write_rows(path, islice(open_stream(source, None), recipe.data.shard_rows))
+        _write_rows(path, islice(_plain_rows(open_stream(source, None)), recipe.data.shard_rows))
         return [_prepare_shard(recipe, path, tokenizer)]
 
 
@@ -335,7 +335,7 @@ class _Stream:
         taken = [shard.stream for shard in self._log.known.values() if shard.stream]
         if self._dataset is None:
             self._dataset = open_stream(self._source, taken[-1]["state"] if taken else None)
-            self._rows = iter(self._dataset)
+            self._rows = _plain_rows(self._dataset)
         self._folder.mkdir(exist_ok=True)
         file = f"{len(taken):06d}.jsonl"
         count = _write_rows(self._folder / file, islice(self._rows, self._shard_rows))
@@ -346,6 +346,13 @@ class _Stream:
         return _NewShard(file, {"rows": rows, "state": self._dataset.state_dict()})
 
 
+def _plain_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a streaming dataset without the nulls with which Arrow fills objects."""
+    features = dataset.features or {}
+    for row in dataset:
+        yield {name: without_nulls(value, features.get(name)) for name, value in row.items()}
+
+
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write a JSONL file, unless there is no row; return the number of rows."""
     rows, count = iter(rows), 0
@@ -354,6 +361,11 @@ def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
         return 0
     with replace_file(path) as file:
         for count, row in enumerate(chain([first], rows), start=1):  # noqa: B007 - counted
-            plain = {name: without_nulls(value) for name, value in row.items()}
-            file.write(json.dumps(plain, default=str) + "\n")
+            file.write(json.dumps(row, default=_json_text) + "\n")
     return count
+
+
+def _json_text(value: Any) -> Any:
+    """Return what JSON does not have as `path` would read it, or at worst as Python writes it."""
+    plain = json_scalar(value)
+    return str(plain) if plain is value else plain
