@@ -59,7 +59,7 @@ def test_plan_says_what_fits(packhorse):
 
 
 COMMANDS = [
-    *("train", "preview", "prepare", "plan", "export", "eval", "compare", "runs"),
+    *("train", "preview", "prepare", "plan", "export", "eval", "compare", "runs", "report", "chat"),
     "verify-resume",
     *("launch slurm", "launch kubernetes"),
 ]

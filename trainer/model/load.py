@@ -81,10 +81,10 @@ def _original_tokenizer(section: ModelSection) -> Any:
             f"model.name: the folder {folder} has no tokenizer; copy the model's tokenizer files "
             "into it"
         )
-    return _load_pretrained(AutoTokenizer.from_pretrained, section, "tokenizer")
+    return load_pretrained(AutoTokenizer.from_pretrained, section, "tokenizer")
 
 
-def _load_pretrained(
+def load_pretrained(
     from_pretrained: Callable[..., Any], section: ModelSection, what: str, **arguments: Any
 ) -> Any:
     """Call a `from_pretrained` for the section's model; turn its errors into BadInput."""
@@ -184,7 +184,7 @@ def load_config(section: ModelSection) -> Any:
         raise BadInput(
             f"model.name: the folder {folder} has no config.json; give a Hugging Face model folder"
         )
-    config = _load_pretrained(AutoConfig.from_pretrained, section, "configuration")
+    config = load_pretrained(AutoConfig.from_pretrained, section, "configuration")
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if getattr(config, "is_encoder_decoder", False) or not (
         own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -225,7 +225,7 @@ def _embedding_rows(section: ModelSection, config: Any, tokenizer: Any) -> tuple
 def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model, info = _load_pretrained(
+    model, info = load_pretrained(
         AutoModelForCausalLM.from_pretrained,
         section,
         "model",
