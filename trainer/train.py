@@ -50,6 +50,8 @@ from packhorse.trainer.loop import TrainingRun, is_due, train_loop
 from packhorse.trainer.metrics import Metrics, Profiler
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.run_folder import (
+    LOG_FILE,
+    describe_end,
     is_done,
     open_run_folder,
     require_shared,
@@ -80,6 +82,12 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
         stop_before_timeout(recipe, stop)
         open_run_folder(recipe, run_dir, extend=extend)
         check_server(recipe)
+    with dist.saved_log(run_dir / LOG_FILE):
+        prepare_and_fit(recipe, run_dir, stop)
+
+
+def prepare_and_fit(recipe: Recipe, run_dir: Path, stop: StopFlag) -> None:
+    """Prepare the data, then train in a process group. Every rank calls it."""
     tokenizer = load_tokenizer(recipe.model)
     # No process group yet: preparation may take longer than any collective's time-out (C10).
     try:
@@ -150,6 +158,8 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     first_step, recent_losses = resume(prepared, engine)
     if first_step == plan.steps and is_done(run_dir, plan.steps):
         dist.log.info("%s: all %d steps are done; set another run.dir", run_dir, plan.steps)
+        if dist.is_main():
+            dist.log.info(describe_end(recipe, run_dir))
         return "ended"
 
     guard = Guard(recipe.guard, run_dir, recent_losses)
@@ -194,8 +204,10 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     elif outcome.end == "done" and dist.is_main():
         # The last evaluation may have chosen the last step as the best.
         checkpoint.point_at_best(run_dir / "checkpoints", best.step)
-        skipped = len(guard.skipped_steps)
-        write_summary(run_dir, plan.steps, metrics.tokens_per_s, skipped, best.summary())
+        speed, skipped = metrics.tokens_per_s, len(guard.skipped_steps)
+        rest_s = metrics.clock.read()  # the last checkpoint and evaluation
+        write_summary(run_dir, plan.steps, speed, skipped, rest_s, best.summary())
+        dist.log.info(describe_end(recipe, run_dir))
     metrics.close()
     return "rollback" if outcome.end == "rollback" else "ended"
 
