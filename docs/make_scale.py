@@ -18,6 +18,7 @@ from packhorse.trainer.estimate.report import (
     inspect_model,
     table_cells,
 )
+from packhorse.trainer.estimate.traffic import ASSUMED
 
 PAGE = Path(__file__).parent / "scale.md"
 SHAPES = {  # of Llama 3.1
@@ -81,7 +82,7 @@ def _section(size: str) -> str:
     for gpus, report in zip(GPUS[size], reports, strict=True):
         sentences = describe_report(report, recipe, FLOPS, MFU)
         lines += [f"### {size} on {gpus} GPUs", "", *(f"- {text}" for text in sentences), ""]
-        heading, body = table_cells(report)
+        heading, body = table_cells(report, FLOPS * MFU)
         rule = ["---", *["---:"] * (len(heading) - 1)]
         lines += [f"| {' | '.join(cells)} |" for cells in (heading, rule, *body)]
         lines += [""]
@@ -107,7 +108,9 @@ How sure each number is:
 - *reserve*: 1.5 GiB for CUDA, NCCL and cuBLAS, and 5% for what the allocator cannot use. **The
   reserve, the bounds and the peaks are not yet measured on a GPU.** Training logs the predicted
   peak beside the measured one.
-- *time*: the model's FLOPs at an MFU that you state; it is no forecast.
+- *time*: predicted, not measured. The time to compute is the model's FLOPs at an MFU that you
+  state. A template's time is at least that, and at most that and its communication, at
+  {ASSUMED}.
 """
 
 ARITHMETIC = """## The arithmetic
@@ -151,6 +154,11 @@ the summed gradients and the buffers between.
   6 x (heads x head size) a layer and squared document length, over W x peak x MFU x (1 - share of
   fillers). Recomputation is not counted, by the usual definition of MFU. Without `--data`, each
   sequence is one full document with all tokens trained.
+
+- *communication of a step*, m micro-batches on a rank, times (W - 1) / W: stage 0 sends 2 g P;
+  stage 1 2 g P + b P; stage 2 m g P + b P; stage 3 m (2 b P + g P). To the host go, with
+  `offload_optimizer`, (m g P + b P) / W; with `offload_param` 2 m b P / W; to NVMe instead, for
+  `offload_optimizer` there, 24 P / W more. The host's own optimizer step is not counted.
 
 Not planned: `offload_optimizer` at stages 1 and 2; models whose forward depends on the values of
 its tensors (most mixtures of experts that sort tokens), which `packhorse plan` refuses.

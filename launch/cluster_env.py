@@ -5,7 +5,8 @@ In: environment variables. Out: a `ClusterEnv`. Two kinds of variables are known
 - torchrun's, as PET_NNODES: Kubernetes manifests and Kubeflow's trainer set them.
 - Slurm's, in a step that srun started with one task for each node.
 
-Without either there is one node, and nothing is guessed.
+Without either there is one node, and nothing is guessed. A task for each GPU, of srun, mpirun or
+the deepspeed launcher, is refused: each would start a process for every GPU itself.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ from packhorse.trainer.datatypes import BadInput
 _PORT = 29400  # torchrun's
 # Jobs that share a node need ports of their own: _PORT plus up to this, below the ephemeral ports.
 _SLURM_PORTS = 3000
+# How many tasks there are in all, and on this node: Open MPI; MPICH and Intel MPI; MVAPICH2
+_MPI = (
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_SIZE", "MPI_LOCALNRANKS"),
+    ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,58 @@ class ClusterEnv:
     join_s: int | None = None  # seconds to wait for the other nodes; None: the launcher's default
 
 
+def refuse_tasks(environ: Mapping[str, str], *, nodes_given: bool) -> None:
+    """Refuse to be one of several launchers that would do the same work on the same GPUs.
+
+    They are not taken as ranks: the launcher is what turns a saved run into exit code 75, and
+    notices a lost node.
+
+    Args:
+        nodes_given: the user says how many nodes there are, and where they meet.
+
+    Raises:
+        BadInput: srun or mpirun started more than one task on this node, or one on each of several
+            nodes that do not know of each other; or the deepspeed launcher started this process.
+    """
+    advice = "packhorse starts the processes of a node itself"
+    # all three: Kubeflow's PyTorchJob gives pods the first two, and means nodes
+    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= environ.keys():
+        raise BadInput(
+            f"RANK={environ['RANK']}, LOCAL_RANK={environ['LOCAL_RANK']} and "
+            f"WORLD_SIZE={environ['WORLD_SIZE']} are set, as the deepspeed launcher does for each "
+            f"GPU, but {advice}: run `packhorse train` without it, on each node, or use torchrun"
+        )
+    _refuse_srun(environ, advice)
+    for everywhere, here in _MPI:
+        if int(environ.get(here, 1)) > 1:
+            raise BadInput(
+                f"mpirun started {environ[here]} tasks on this node, but {advice}: start one for "
+                f"each node (Open MPI: --map-by ppr:1:node, Intel MPI and MPICH: -ppn 1), or use "
+                f"no mpirun"
+            )
+        if here in environ and int(environ.get(everywhere, 1)) > 1 and not nodes_given:
+            raise BadInput(
+                f"mpirun started {environ[everywhere]} tasks, one for each node: say so as "
+                f"--nnodes {environ[everywhere]} --rdzv-endpoint HOST:{_PORT}, where HOST is one "
+                f"of the nodes"
+            )
+
+
+def _refuse_srun(environ: Mapping[str, str], advice: str) -> None:
+    tasks, nodes = (environ.get(f"SLURM_STEP_NUM_{what}", "1") for what in ("TASKS", "NODES"))
+    if tasks != nodes:
+        raise BadInput(
+            f"srun started {tasks} tasks on {nodes} nodes, but {advice}: give srun "
+            f"--ntasks-per-node=1"
+        )
+
+
 def read_cluster_env(environ: Mapping[str, str]) -> ClusterEnv:
     """Return what the scheduler's variables say.
 
     Raises:
-        BadInput: srun started more than one task on a node, or none of several nodes; or torchrun's
-            variables set what this launcher does not have.
+        BadInput: srun started nothing, though there are several nodes; or torchrun's variables set
+            what this launcher does not have.
     """
     if "PET_NNODES" in environ:
         return _read_torchrun(environ)
@@ -79,12 +132,7 @@ def _read_slurm(environ: Mapping[str, str]) -> ClusterEnv:
                 f"slurm/sft_70b.sh does"
             )
         return ClusterEnv(run_id=job)
-    nodes, tasks = environ["SLURM_STEP_NUM_NODES"], environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if tasks != nodes:
-        raise BadInput(
-            f"srun started {tasks} tasks on {nodes} nodes, but packhorse starts the processes of a "
-            f"node itself: give srun --ntasks-per-node=1"
-        )
+    nodes = environ["SLURM_STEP_NUM_NODES"]
     if nodes == "1":
         return ClusterEnv(run_id=job)
     endpoint = f"{first_host(environ['SLURM_STEP_NODELIST'])}:{_PORT + int(job) % _SLURM_PORTS}"

@@ -5,6 +5,8 @@
 #SBATCH --time=24:00:00
 ##SBATCH --partition=gpu
 ##SBATCH --account=project
+##SBATCH --qos=normal
+##SBATCH --constraint=h100
 ##SBATCH --chdir=.
 #SBATCH --output=%x-%j.log
 #

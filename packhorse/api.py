@@ -227,7 +227,7 @@ def _run(command: str, *arguments: PathLike, logs: Path | None = None) -> tuple[
         return process.returncode, lines[-1] if lines else ""
     end = "\n".join(said)
     if process.returncode == BAD_INPUT:
-        sentences = re.findall(r"packhorse: error: (.*)", end)
+        sentences = re.findall(r"packhorse: error: (.*(?:\n  .*)*)", end)
         raise BadInput(sentences[-1] if sentences else end)
     where = f"; the logs of its ranks are in {logs}" if logs and logs.is_dir() else ""
     raise RunFailed(f"packhorse {command}: exit code {process.returncode}{where}\n{end}")

@@ -16,13 +16,24 @@ KINDS: tuple[Kind, ...] = ("job", "jobset", "trainjob")
 
 
 def manifests(
-    kind: Kind = "job", *overrides: str, nodes: int = 2, cluster: Path = CLUSTER
+    kind: Kind = "job",
+    *overrides: str,
+    nodes: int = 2,
+    cluster: Path = CLUSTER,
+    runtime: str | None = None,
 ) -> dict[str, Any]:
     """Return the debug recipe's manifests for a run called `sft`, by kind."""
     recipe = ROOT / "recipes/debug.yaml"
     found = ("parallel.deepspeed=zero3", *overrides)
     text = render(
-        recipe, found, kind, nodes=nodes, image="registry/packhorse:1", name="sft", cluster=cluster
+        recipe,
+        found,
+        kind,
+        nodes=nodes,
+        image="registry/packhorse:1",
+        name="sft",
+        cluster=cluster,
+        runtime=runtime,
     )
     return {manifest["kind"]: manifest for manifest in yaml.safe_load_all(text)}
 

@@ -11,7 +11,7 @@ padding; D documents in it; N trained positions in it; H hidden size; V vocabula
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # slow to import, and `packhorse --help` imports this file
@@ -80,6 +80,8 @@ class Conversation:
     messages: tuple[Message, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
     text: str | None = None
+    # columns, and keys of messages, that the row holds and its format does not read
+    unread: tuple[str, ...] = field(default=(), compare=False)
 
 
 class Prompt(NamedTuple):
@@ -101,6 +103,7 @@ class Example:
 
     input_ids: np.ndarray
     trained: np.ndarray
+    unread: tuple[str, ...] = ()  # as of its Conversation
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,8 @@ class Tokenized:
     source_rows: Mapping[int, int]  # rows read of each source, with those left out
     # Of each row that was truncated or split: its source, and the trained tokens that it lost.
     cuts: tuple[tuple[int, int], ...] = ()
+    # In how many of a source's rows stands a name that nobody reads: (source, name) -> rows.
+    unread: Mapping[tuple[int, str], int] = field(default_factory=dict)
 
 
 class Piece(NamedTuple):

@@ -62,36 +62,54 @@ def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> N
         extend: the saved recipe may have fewer epochs or steps (C8).
 
     Raises:
-        BadInput: the folder holds a run of another recipe (C8), or files that no run wrote and
-            this one would replace; or it cannot be written.
+        BadInput: as `require_same_run`; or the folder cannot be written.
     """
+    changed = require_same_run(recipe, run_dir, extend=extend)
     saved = run_dir / "recipe.yaml"
-    has_checkpoint = any((run_dir / "checkpoints").glob("step-*"))
-    if not (has_checkpoint and saved.is_file()):
-        _require_own(run_dir)
     text = saved.read_text(encoding="utf-8") if saved.is_file() else None
-    if not has_checkpoint and text not in (None, recipe.to_yaml()):
-        # the untrained model of another recipe may be another model
-        (run_dir / EVALUATIONS).unlink(missing_ok=True)
-    if text is not None and (has_checkpoint or (run_dir / LOG).is_file()):
-        before, now = load_recipe(saved).fixed(), recipe.fixed()
-        changed = [key for key in now if now[key] != before.get(key)]
-        shown = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
-        longer = all(key in _LENGTHS and (before[key] or 0) < (now[key] or 0) for key in changed)
-        if changed and not has_checkpoint:
+    if not _has_checkpoint(run_dir):
+        if text not in (None, recipe.to_yaml()):
+            # the untrained model of another recipe may be another model
+            (run_dir / EVALUATIONS).unlink(missing_ok=True)
+        if changed:
             (run_dir / LOG).unlink()
-        elif changed and longer and extend:
-            dist.log.info("%s is extended: %s", run_dir, shown)
-        elif changed:
-            instead = (
-                "add --extend to train on" if longer else "give another run.dir, or set them back"
-            )
-            raise BadInput(f"{run_dir} holds a run of another recipe: {shown}; {instead}")
+    elif changed:
+        dist.log.info("%s is extended: %s", run_dir, changed)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_synced(saved, recipe.to_yaml())
     except OSError as error:
         raise BadInput(f"run.dir: {run_dir} cannot be written ({error})") from None
+
+
+def require_same_run(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> str:
+    """Check that the recipe may train in this folder. Nothing is written.
+
+    Returns:
+        What differs from the recipe of the folder's run, where that may differ; or nothing.
+
+    Raises:
+        BadInput: the folder holds a run of another recipe (C8), or files that no run wrote and
+            this one would replace.
+    """
+    saved = run_dir / "recipe.yaml"
+    has_checkpoint = _has_checkpoint(run_dir)
+    if not (has_checkpoint and saved.is_file()):
+        _require_own(run_dir)
+    if not saved.is_file() or not (has_checkpoint or (run_dir / LOG).is_file()):
+        return ""
+    before, now = load_recipe(saved).fixed(), recipe.fixed()
+    changed = [key for key in now if now[key] != before.get(key)]
+    shown = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
+    longer = all(key in _LENGTHS and (before[key] or 0) < (now[key] or 0) for key in changed)
+    if changed and has_checkpoint and not (longer and extend):
+        instead = "add --extend to train on" if longer else "give another run.dir, or set them back"
+        raise BadInput(f"{run_dir} holds a run of another recipe: {shown}; {instead}")
+    return shown
+
+
+def _has_checkpoint(run_dir: Path) -> bool:
+    return any((run_dir / "checkpoints").glob("step-*"))
 
 
 def _require_own(run_dir: Path) -> None:

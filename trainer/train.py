@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -61,6 +62,7 @@ from packhorse.trainer.run_folder import (
     write_trace,
 )
 from packhorse.trainer.stop_flag import StopFlag
+from packhorse.trainer.utils.alive import shown_alive
 from packhorse.trainer.utils.files import Stopped
 from packhorse.trainer.utils.progress import Progress
 
@@ -82,7 +84,9 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
         stop_before_timeout(recipe, stop)
         open_run_folder(recipe, run_dir, extend=extend)
         check_server(recipe)
-    with dist.saved_log(run_dir / LOG_FILE):
+    # so that `packhorse runs` can tell a run that works from one that was killed
+    shown = shown_alive(run_dir) if dist.is_main() else nullcontext()
+    with dist.saved_log(run_dir / LOG_FILE), shown:
         prepare_and_fit(recipe, run_dir, stop)
 
 

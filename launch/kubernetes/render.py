@@ -2,7 +2,8 @@
 
 In: a recipe, and the user's cluster.yaml. Out: YAML of a Job, a JobSet, or a TrainJob of Kubeflow.
 The templates beside this file are plain YAML with three placeholders, $NAME, $NODES and $IMAGE. All
-three kinds contain the Job of job.yaml, onto which cluster.yaml is merged. A ConfigMap holds the
+three kinds contain the Job of job.yaml, onto which cluster.yaml is merged, but a TrainJob that is
+given a runtime of the cluster (runtime.py) has only what it may give to it. A ConfigMap holds the
 resolved recipe and its DeepSpeed template, so that later changes to those files do not matter.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -18,6 +20,7 @@ from typing import Any, Literal
 
 import yaml
 
+from packhorse.launch.kubernetes.runtime import train_job_spec
 from packhorse.trainer.config.packaged import find_recipe, find_template
 from packhorse.trainer.config.parsing import read_yaml
 from packhorse.trainer.config.recipe import load_recipe
@@ -31,6 +34,7 @@ RECIPE_DIR = "/etc/packhorse"  # as in job.yaml
 _DEEPSPEED = "deepspeed.json"
 _PORT = 29400  # torchrun's; each pod has an address of its own
 _CONTAINER = "node"
+_ANSWER_S = 10  # for a cluster to answer kubectl
 _LONGEST_NAME = 40  # a JobSet's pods are called NAME-node-0-12-abcde, in at most 63 characters
 _NOT_PERSISTENT = {"emptyDir", "ephemeral", "configMap", "secret", "projected", "downwardAPI"}
 
@@ -49,10 +53,12 @@ def render(
     image: str,
     name: str,
     cluster: Path,
+    runtime: str | None = None,
 ) -> str:
     """Return all manifests of a run, as one text for `kubectl apply -f`.
 
     Args:
+        runtime: of a trainjob: the cluster's ClusterTrainingRuntime. None: a runtime of its own.
         name: of everything that is created, and the id of the rendezvous.
         cluster: a cluster.yaml.
 
@@ -92,7 +98,13 @@ def render(
         "immutable": True,  # all pods of a run read the same, from the first to the last
         "data": _recipe_files(recipe_file, overrides, pod, container),
     }
-    workload = [service, job] if kind == "job" else _wrap_job(kind, job)
+    if runtime:
+        own = _read_templates("job.yaml")[1]["spec"]
+        (_, train_job) = _read_templates("trainjob.yaml")
+        train_job["spec"] = train_job_spec(runtime, job["spec"], own, str(cluster))
+        workload = [train_job]
+    else:
+        workload = [service, job] if kind == "job" else _wrap_job(kind, job)
     made = [
         merge_overlay(manifest, {"metadata": overlay.get("metadata", {})})
         for manifest in (config_map, *_fill_in(workload, name, nodes, image))
@@ -161,15 +173,20 @@ def _persistent_folders(pod: Tree, container: Tree) -> list[str]:
 # ------------------------------------------------------------------------------------------ kubectl
 
 
+def apply_command(manifests: Path) -> list[str]:
+    """Return the command that submits; the cluster checks every field against its schemas."""
+    return ["kubectl", "apply", "--validate=strict", "-f", str(manifests)]
+
+
 def submit_file(manifests: Path) -> int:
-    """Run `kubectl apply`, which checks every field against the cluster's schemas.
+    """Run `kubectl apply`.
 
     Returns 0, or 1 if the cluster refused the manifests or had them already.
 
     Raises:
-        BadInput: there is no kubectl.
+        BadInput: there is no kubectl, or no cluster answers it.
     """
-    command = ["kubectl", "apply", "--validate=strict", "-f", str(manifests)]
+    command = apply_command(manifests)
     try:
         done = subprocess.run(command, check=False, stdout=subprocess.PIPE, text=True)
     except FileNotFoundError:
@@ -178,6 +195,7 @@ def submit_file(manifests: Path) -> int:
         ) from None
     print(done.stdout, end="")
     if done.returncode:
+        _require_cluster(command)
         return FAILED
     if all(line.endswith(" unchanged") for line in done.stdout.splitlines()):
         print(
@@ -187,6 +205,22 @@ def submit_file(manifests: Path) -> int:
         )
         return FAILED
     return DONE
+
+
+def _require_cluster(command: Sequence[str]) -> None:
+    # the words of a failed apply differ from version to version
+    asked = subprocess.run(
+        ["kubectl", "version", f"--request-timeout={_ANSWER_S}s"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    if asked.returncode:
+        why = (asked.stderr.strip().splitlines() or ["it says nothing"])[-1]
+        raise BadInput(
+            f"--submit: no cluster answers kubectl ({why}); `kubectl config get-contexts` lists "
+            f"those that it knows; where one answers: {shlex.join(command)}"
+        )
 
 
 # ------------------------------------------------------------------------------------ trees of YAML

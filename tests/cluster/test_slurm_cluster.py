@@ -122,16 +122,21 @@ def test_the_job_of_a_node_that_died_comes_back_on_the_one_that_is_left(
 ):
     run_dir = tmp_path / "it's a run"
     cluster.wait_idle()  # or it would begin on one
+    mine = tmp_path / "mine.yaml"
+    mine.write_text((ROOT / "recipes/debug.yaml").read_text())
     command = [
         sys.executable,
         "-m",
         "packhorse",
         "launch",
         "slurm",
-        "recipes/debug.yaml",
+        str(mine),
         *recipe(run_dir, cache),
     ]
-    number = cluster.submit(*command, "--nodes", "1-2", "--submit")
+    further = ("--sbatch", "--comment=it's mine")
+    number = cluster.submit(*command, "--nodes", "1-2", *further, "--submit")
+    mine.write_text("an edit, which concerns neither start\n")
+    assert cluster.job(number)["Comment"] == "it's"  # `job` reads up to the space
     wait_for_step(cluster, number, run_dir, 8)
     cluster.fail("cn2")
     try:

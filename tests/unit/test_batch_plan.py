@@ -50,6 +50,7 @@ def some_flags(seed: int, documents: int, longest: int = SEQ_LEN) -> list[np.nda
     flags = [rng.random(rng.integers(2, longest + 1)) < 0.5 for _ in range(documents)]
     for f in flags:
         f[0] = False
+        f[-1] |= not f.any()  # as preparation leaves no document without a trained token
     return flags
 
 
@@ -65,7 +66,7 @@ def make_plan(
 ) -> Plan:
     return Plan(
         documents if isinstance(documents, Corpus) else corpus(documents),
-        lambda lengths, rng: pack(lengths, SEQ_LEN, packing, rng),
+        lambda lengths, *others: pack(lengths, SEQ_LEN, packing, *others),
         BatchSection(
             seq_len=SEQ_LEN, global_batch_size=global_batch_size, micro_batch_size=micro_batch_size
         ),
@@ -100,10 +101,26 @@ def test_every_sequence_comes_once_an_epoch_and_sizes_differ_by_at_most_one(plan
         assert seen == list(range(len(seen)))
         assert max(sizes[epoch]) <= plan.batch.global_batch_size
         assert max(sizes[epoch]) - min(sizes[epoch]) <= 1
-        tokens = plan.pieces(epoch, seen)
-        assert (tokens[:, 2] - tokens[:, 1]).sum() == plan.epochs.corpus(0).lengths.sum(), (
-            "every token once an epoch"
-        )
+        steps = [plan.step(s) for s in range(plan.steps) if plan.step(s).epoch == epoch]
+        trained = [step.trained_tokens for step in steps]
+        assert min(trained) > 0, "no step is empty"
+        assert sum(trained) == plan.epochs.corpus(0).trained_counts.sum(), "each once an epoch"
+
+
+@given(
+    st.builds(some_flags, st.integers(0, 99), st.integers(1, 20), st.just(6 * SEQ_LEN)),
+    st.floats(0, 1),
+    st.sampled_from(["bfd_split", "wrapped"]),
+    st.integers(1, 4),
+)
+def test_no_step_is_empty_where_documents_are_cut(flags, kept, packing, global_batch_size):
+    for f in flags:  # mostly prompt
+        last = np.flatnonzero(f)[-1]
+        f[: int(kept * last)] = False
+    plan = make_plan(flags, packing, global_batch_size)
+    trained = [plan.step(s).trained_tokens for s in range(plan.steps)]
+    assert min(trained) > 0
+    assert sum(trained) == sum(f.sum() for f in flags)
 
 
 @given(plans, st.integers(1, 12))
@@ -171,25 +188,34 @@ def test_constant_weights_divide_by_k_and_the_examples():
 
 
 @pytest.mark.parametrize("weighting", ["token", "example", 5])
-def test_a_step_without_a_trained_token_weighs_nothing(weighting):
-    flags = [np.zeros(2 * SEQ_LEN, bool)]
-    flags[0][-1] = True  # cut in two sequences, the first of which has nothing to learn
-    plan = make_plan(flags, "bfd_split", global_batch_size=1, weighting=weighting)
-    assert sorted(plan.step(s).trained_tokens for s in range(plan.steps)) == [0, 1]
-    for step in map(plan.step, range(plan.steps)):
-        weights = plan.piece_weights(step, plan.pieces(0, step.micro_batches[0]))
+@pytest.mark.parametrize("packing", ["bfd_split", "wrapped"])
+def test_pieces_without_a_trained_token_are_dropped_and_no_step_is_empty(packing, weighting):
+    flags = [np.zeros(382, bool) for _ in range(40)]  # long prompts, answers of two tokens
+    for f in flags:
+        f[-2:] = True
+    plan = make_plan(flags, packing, global_batch_size=2, weighting=weighting)
+    steps = [plan.step(s) for s in range(plan.steps)]
+    assert all(step.trained_tokens for step in steps)
+    assert sum(step.trained_tokens for step in steps) == 80, "no trained token is lost"
+    for step in steps:
+        pieces = plan.pieces(0, [s for micro_batch in step.micro_batches for s in micro_batch])
+        assert step.examples == len(pieces)
+        assert plan._packings.targets(0, pieces).all()
+        weights = plan.piece_weights(step, pieces)
         assert np.isfinite(weights).all()
-        if not step.trained_tokens:
-            assert (weights == 0).all()
+        assert (weights > 0).all()
+    if packing == "bfd_split":  # what is dropped leaves no holes
+        tokens, _ = plan.sequence_sizes()
+        assert tokens.sum() <= 40 * SEQ_LEN
+        assert plan.fill() > 0.5
 
 
 def test_a_token_after_a_cut_is_predicted_by_the_piece_before_it():
     flags = [np.zeros(SEQ_LEN + 1, bool)]
     flags[0][SEQ_LEN] = True  # the second piece's first and only token
     plan = make_plan(flags, "bfd_split", global_batch_size=1)
-    for step in map(plan.step, range(plan.steps)):
-        (piece,) = plan.sequence(0, step.micro_batches[0][0])
-        assert step.trained_tokens == (1 if piece.start == 0 else 0)
+    (piece,) = plan.sequence(0, 0)
+    assert (plan.steps, piece.start, plan.step(0).trained_tokens) == (1, 0, 1)
 
 
 def test_epochs_are_packed_afresh_and_the_same_seed_gives_the_same_plan():
@@ -288,7 +314,7 @@ def test_only_two_packings_stay_in_memory_and_all_can_be_asked_for_again():
     made = []
     plan = Plan(
         corpus(some_flags(0, 30)),
-        lambda lengths, rng: pack(lengths, SEQ_LEN, "bfd", rng),
+        lambda lengths, *others: pack(lengths, SEQ_LEN, "bfd", *others),
         BatchSection.model_validate({"seq_len": SEQ_LEN, "global_batch_size": 4}),
         TrainSection.model_validate({"epochs": 5}),
         LossSection.model_validate({}),

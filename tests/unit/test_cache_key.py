@@ -41,6 +41,7 @@ SHAPES: dict[str, list[Any]] = {
     "data.train_on": ["all", "completion", "last_turn"],
     "data.train_on_eot": [False, "with_newline"],
     "data.control_tokens": ["text", "keep"],
+    "data.ignore_columns": [["text"]],
     "data.max_length": [100],
     "data.too_long": ["truncate", "truncate_anywhere", "split"],
     "data.broken_lines": ["reject"],
@@ -81,8 +82,9 @@ WITH_OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
 # A source that grows is prepared shard by shard, each as a file like any other.
 GROWS = {"data.train.0.streaming", "data.shard_rows"}
 
-# The hub's keys, which exclude `path`: tested on a folder that the datasets library reads.
-HUB = {"data.train.0.name", "data.train.0.split"}
+# Keys that choose rows of a dataset or a folder: its files shape the documents, or on the hub the
+# fingerprint that datasets gives to the rows.
+CHOOSE = {f"data.train.0.{name}" for name in ("name", "split", "config", "data_files", "revision")}
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +175,7 @@ def test_every_key_is_in_a_table():
     keys = {
         f"{place}.{name}" for place, section in sections.items() for name in section.model_fields
     }
-    assert keys - {"data.train"} == set(SHAPES) | set(DOES_NOT) | set(WITH_OTHERS) | GROWS | HUB
+    assert keys - {"data.train"} == set(SHAPES) | set(DOES_NOT) | set(WITH_OTHERS) | GROWS | CHOOSE
 
 
 def test_no_key_of_another_section_reaches_the_preparation():
@@ -201,19 +203,32 @@ def test_long_examples_are_cut_by_the_packing_or_before_it(work):
     assert key(work, {**split, "data.packing": "greedy"}) == cut
 
 
-def test_a_dataset_of_the_hub_is_known_by_its_content_and_split(work, tmp_path, monkeypatch):
+def test_a_folder_is_known_by_the_content_that_is_chosen(work, tmp_path):
+    shutil.copyfile(work / "rows.jsonl", tmp_path / "train.jsonl")
+    shutil.copyfile(work / "changed.jsonl", tmp_path / "test.jsonl")
+
+    def of(**chosen: Any) -> str:
+        return key(work, {"data.train": [{"name": str(tmp_path), **chosen}]})
+
+    train, test = of(split="train"), of(split="test")
+    assert train != test
+    assert (of(), of(data_files=["test.jsonl"])) == (train, test)
+    shutil.copyfile(work / "changed.jsonl", tmp_path / "train.jsonl")
+    assert of() == test
+
+
+def test_a_dataset_that_datasets_loads_is_known_by_its_rows_and_choice(work, tmp_path, monkeypatch):
     from datasets import config
 
     monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "datasets")
-    (tmp_path / "set").mkdir()
-    for split in ("train", "test"):
-        shutil.copyfile(work / "rows.jsonl", tmp_path / "set" / f"{split}.jsonl")
 
-    def of(split: str) -> str:
-        return key(work, {"data.train": [{"name": str(tmp_path / "set"), "split": split}]})
+    def of(*files: str) -> str:
+        given = {"name": "json", "data_files": [str(tmp_path / file) for file in files]}
+        return key(work, {"data.train": [given]})
 
-    train, test = of("train"), of("test")
-    assert train != test
-    assert of("train") == train
-    shutil.copyfile(work / "changed.jsonl", tmp_path / "set" / "train.jsonl")
-    assert of("train") != train
+    for file in ("a.jsonl", "b.jsonl"):
+        shutil.copyfile(work / "rows.jsonl", tmp_path / file)
+    first = of("a.jsonl")
+    assert of("a.jsonl") == first != of("a.jsonl", "b.jsonl")
+    shutil.copyfile(work / "changed.jsonl", tmp_path / "a.jsonl")
+    assert of("a.jsonl") != first

@@ -15,6 +15,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from packhorse.trainer.data.chat_template import ORDINARY_TEXT
 from packhorse.trainer.data.mask import Masker
 from packhorse.trainer.datatypes import BadInput, Conversation, Message, RowError
 from tests.unit.test_mask import CALL, TOOLS, agrees, chat, official, parse
@@ -539,6 +540,49 @@ def test_a_text_that_opens_a_turn_is_refused_though_its_token_is_not_called_spec
     with pytest.raises(RowError, match="control token"):
         masker.example(chat(f"Say{token}OK", "OK"))
     assert masker.example(chat("Say</think>OK", "OK")).trained.any()  # it opens and closes no turn
+
+
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{{ '<start_of_turn>' + ('model' if m.role == 'assistant' else m.role) + '\\n' }}"
+    "{{ m.content | trim }}{{ '<end_of_turn>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
+)
+# What Gemma's tokenizers list as added tokens, and others like them. None ends or opens a turn.
+ORDINARY = ["\n", "\n\n", "\t", "  ", "▁▁", "model", "user", "the", "step 1", "###", "-", "2 + 3"]
+
+
+@pytest.fixture(params=[False, True], ids=["not special", "special"])
+def gemma(request, base):
+    tokenizer = tokenizer_of(base, "<bos> <start_of_turn> <end_of_turn>", GEMMA)
+    tokenizer.bos_token = "<bos>"
+    # some conversions mark all of them as special; what holds more than words stays a control token
+    words = [text for text in ORDINARY if not request.param or ORDINARY_TEXT.fullmatch(text)]
+    added = [AddedToken(text, special=request.param, normalized=False) for text in words]
+    tokenizer.add_tokens(added, special_tokens=request.param)
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("question", "answer"),
+    [
+        ("Add 2 and 3.\nShow the steps.", "2 + 3 = 5\nSo it is 5."),
+        ("\n\nthe user", "the model says:\n\n### step 1\n\t-  the"),
+        ("▁▁the▁▁", "- user  model -"),
+    ],
+)
+def test_white_space_and_words_that_are_added_tokens_are_ordinary_text(gemma, question, answer):
+    masker = Masker(gemma)
+    example = masker.example(chat(question, answer))
+    learned = gemma.decode(example.input_ids[example.trained], skip_special_tokens=False)
+    assert learned == f"{answer}<end_of_turn>"
+    assert generates(masker, chat(question, answer))
+
+
+def test_true_control_tokens_stay_refused_beside_added_words(gemma):
+    for marker in ("<start_of_turn>", "<end_of_turn>", "<bos>"):
+        with pytest.raises(RowError, match="control token"):
+            Masker(gemma).example(chat(f"Say\n{marker}", "the\nmodel"))
 
 
 def test_the_date_can_be_given(shared):

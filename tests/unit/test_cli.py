@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from packhorse.trainer import dist
 from packhorse.trainer.cli import main
+from packhorse.trainer.config.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 DEBUG = "recipes/debug.yaml"
@@ -51,10 +53,14 @@ def test_plan_says_what_fits(packhorse):
     assert "fits: zero0" in out
     assert "good numbers of GPUs: 1, 2, 4" in out
     assert re.search(r"from GPUs +│ +1", out)
+    assert re.search(r"s a step, at most +│ +\d", out)
+    assert "this machine has no GPU" in out or torch.cuda.is_available()
+    assert out.splitlines()[-1].startswith("recommended: zero0")
 
 
 COMMANDS = [
-    *("train", "preview", "prepare", "plan", "export", "eval", "compare", "verify-resume"),
+    *("train", "preview", "prepare", "plan", "export", "eval", "compare", "runs"),
+    "verify-resume",
     *("launch slurm", "launch kubernetes"),
 ]
 
@@ -77,8 +83,29 @@ def test_help_lists_the_commands():
     assert all(command in done.stdout for command in ("train", "preview", "prepare", "export"))
 
 
+def test_the_version(packhorse):
+    assert packhorse("--version") == (0, "packhorse 0.1.0\n", "")
+
+
+def test_bash_gets_a_completion_script_and_completions():
+    script = command("--show-completion", "bash", _TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION="1")
+    assert script.returncode == 0, script.stderr
+    assert "_PACKHORSE_COMPLETE=complete_bash" in script.stdout
+    words = {"COMP_WORDS": "packhorse ver", "COMP_CWORD": "1"}
+    done = command(_PACKHORSE_COMPLETE="complete_bash", **words)
+    assert done.stdout.split() == ["verify-resume"]
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["train", "--help"], ["train", "nowhere.yaml"], [DEBUG]]
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["--show-completion", "bash"],
+        ["train", "--help"],
+        ["train", "nowhere.yaml"],
+        [DEBUG],
+    ],
 )
 def test_answers_and_bad_recipes_import_nothing_heavy(arguments):
     program = (
@@ -119,6 +146,16 @@ def test_bad_input_is_one_line_and_exit_code_2(packhorse, arguments, sentence):
     assert err.startswith("packhorse: error: ")
     assert err.count("\n") == 1
     assert sentence in err
+
+
+def test_two_faults_are_two_lines(packhorse):
+    code, _, err = packhorse("train", DEBUG, "learning_rate=1e-5", "lora_r=8")
+    assert code == 2
+    assert err == (
+        "packhorse: error: recipes/debug.yaml: 2 faults\n"
+        "  `learning_rate` is `optim.lr` here\n"
+        "  `lora_r` is `adapter.rank` here\n"
+    )
 
 
 def test_a_worker_of_torchrun_finds_bad_input_itself():
@@ -244,6 +281,39 @@ def test_prepare_counts_duplicates_and_rows_that_leak(packhorse, tmp_path):
     assert ["near-duplicates in train", "5"] in cells
 
 
+def test_a_dry_run_checks_everything_and_leaves_the_run_folder_alone(packhorse, tmp_path):
+    run_dir, cache = tmp_path / "run", f"data.cache={tmp_path / 'cache'}"
+    words = ("train", DEBUG, "--dry-run", f"run.dir={run_dir}", cache)
+    code, out, err = packhorse(*words, "--nproc", "2")
+    assert code == 0, err
+    assert re.search(r"bfd +│ +33 │ +256 │ .* 9 │ +18 │", out), "the plan of steps"
+    assert re.search(r"a GPU +│ +1.5", out), "the table of memory"
+    assert "2 GPUs" in out
+    assert not run_dir.exists()
+    refused = {
+        "near-duplicate in data.train": ["data.eval.0.path=recipes/debug/train.jsonl"],
+        "is no run folder": [f"run.dir={tmp_path}"],
+        "there is no file mine.json": ["parallel.deepspeed=mine.json"],
+        "there is no folder nowhere": ["model.name=./nowhere"],
+        "9 ranks, but a step has only 3": ["--nproc", "9"],
+    }
+    (tmp_path / "metrics.jsonl").touch()
+    for sentence, more in refused.items():
+        code, _, err = packhorse(*words, *more)
+        assert (code, sentence in err) == (2, True), err
+    (tmp_path / "file").touch()
+    code, _, err = packhorse(*words, f"run.dir={tmp_path / 'file' / 'run'}")
+    assert code == 2
+    assert "cannot be written" in err
+
+
+def test_a_dry_run_is_no_worker_of_torchrun():
+    worker = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
+    done = command("train", DEBUG, "--dry-run", **worker)
+    assert done.returncode == 2
+    assert "--dry-run starts no ranks" in done.stderr
+
+
 def test_preview_shows_the_side_that_is_asked_for(packhorse):
     shown = {}
     for split in ("train", "eval"):
@@ -338,6 +408,57 @@ def test_launch_slurm_writes_into_the_run_folder_and_says_what(packhorse, tmp_pa
     code, _, err = packhorse(*again)
     assert (code, script.read_text()) == (2, edited)
     assert "slurm.sh: exists, and is not as packhorse wrote it; submit it as it is" in err
+
+
+def test_launch_slurm_trains_a_copy_of_the_recipe_that_no_edit_changes(packhorse, tmp_path):
+    mine, template, folder = tmp_path / "mine.yaml", tmp_path / "zero.json", tmp_path / "run"
+    mine.write_text((ROOT / "recipes/debug.yaml").read_text())
+    template.write_text((ROOT / "ds_configs/zero2.json").read_text())
+    words = ("launch", "slurm", str(mine), f"run.dir={folder}", f"parallel.deepspeed={template}")
+
+    def launched(*more: str) -> Path:
+        code, _, err = packhorse(*words, *more, "--qos", "high", "--sbatch", "--comment=mine")
+        assert code == 0, err
+        lines = (folder / "slurm.sh").read_text().splitlines()
+        assert {"#SBATCH --qos=high", "#SBATCH --comment=mine", "overrides=()"} <= {
+            line.split("  ")[0] for line in lines
+        }
+        (recipe,) = (line.removeprefix("recipe=") for line in lines if line.startswith("recipe="))
+        return Path(recipe)
+
+    first = launched("optim.lr=0.5")
+    kept = load_recipe(first)
+    assert kept.optim.lr == 0.5
+    mine.write_text("an edit")
+    template.write_text("another")
+    assert load_recipe(first) == kept
+    copy = Path(kept.parallel.deepspeed)
+    assert (copy.parent, copy.read_text()) == (folder, (ROOT / "ds_configs/zero2.json").read_text())
+    mine.write_text((ROOT / "recipes/debug.yaml").read_text())
+    assert launched("optim.lr=0.25") != first, "a job in the queue keeps its own"
+    assert load_recipe(first) == kept
+
+
+def test_launch_slurm_answers_a_changed_recipe_as_train_does(packhorse, tmp_path):
+    (tmp_path / "checkpoints" / "step-000010").mkdir(parents=True)
+    saved = load_recipe(ROOT / "recipes/debug.yaml", [f"run.dir={tmp_path}"])
+    (tmp_path / "recipe.yaml").write_text(saved.to_yaml())
+    words = ("launch", "slurm", "recipes/debug.yaml", f"run.dir={tmp_path}")
+    code, _, err = packhorse(*words, "optim.lr=0.5")
+    assert code == 2
+    assert "holds a run of another recipe: optim.lr was 0.01, is 0.5; give another run.dir" in err
+    code, _, err = packhorse(*words, "train.epochs=4")
+    assert (code, "add --extend to train on" in err) == (2, True)
+    assert not (tmp_path / "slurm.sh").exists()
+    code, _, err = packhorse(*words, "train.epochs=4", "--extend")
+    assert code == 0, err
+    assert "overrides=(--extend)" in (tmp_path / "slurm.sh").read_text()
+
+
+def test_launch_slurm_refuses_the_packaged_recipe_in_a_container(packhorse, tmp_path):
+    code, _, err = packhorse("launch", "slurm", "debug", f"run.dir={tmp_path}", "--container", "x")
+    assert code == 2
+    assert "files that the container does not have; give a recipe file" in err
 
 
 def test_launch_slurm_writes_nothing_for_a_recipe_that_cannot_be_used(packhorse, tmp_path):

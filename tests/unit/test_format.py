@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packhorse.trainer.config.data import Source
-from packhorse.trainer.data.format import OPTIONAL, REQUIRED, detect_format, to_conversation
+from packhorse.trainer.data.format import OF_ALL, OPTIONAL, REQUIRED, detect_format, to_conversation
 from packhorse.trainer.datatypes import BadInput, Conversation, Message, RowError
 
 ASKED, ANSWERED = Message("user", "2+2?"), Message("assistant", "4")
@@ -110,7 +110,7 @@ def test_unknown_columns_say_what_is_known(source, message):
             },
             "instruction",
         ),
-        ({"question": "2+2?", "answer": "4", "choices": [1]}, "question_answer"),
+        ({"question": "2+2?", "answer": "4", "choices": []}, "question_answer"),
     ],
 )
 def test_every_format_gives_the_same_conversation(fields, format):
@@ -187,7 +187,7 @@ def test_sharegpt_has_calls_their_results_tools_and_weights():
             Message("tool", "4"),
             Message("assistant", "4", "Hm."),
         ),
-        tools=({"name": "add"},),
+        tools=({"type": "function", "function": {"name": "add"}},),
     )
 
 
@@ -214,6 +214,148 @@ def test_a_bad_sharegpt_row_is_rejected_with_a_reason(turns, reason):
     with pytest.raises(RowError) as error:
         read({"conversations": turns}, "sharegpt")
     assert str(error.value) == reason
+
+
+TRAINED = {"role": "assistant", "content": "4"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "weight"),
+    [
+        ({}, 1),
+        *(
+            ({name: value}, weight)
+            for name in ("weight", "train", "training", "trainable")
+            for value, weight in ((True, 1), (1, 1), (False, 0), (0, 0), (None, 1))
+        ),
+        ({"loss": False}, 0),
+        ({"loss_mask": 1}, 1),
+        ({"loss_mask": 0}, 0),
+        ({"masked": True}, 0),
+        ({"masked": 0}, 1),
+        ({"train": True, "masked": False}, 1),
+        ({"loss": False, "weight": 0.0}, 0),
+    ],
+)
+@pytest.mark.parametrize("column", ["messages", "conversations"])
+def test_a_turn_says_by_many_names_whether_it_is_trained(column, flags, weight):
+    turns = [{"role": "user", "content": "2+2?"}, {**TRAINED, **flags}]
+    format = "sharegpt" if column == "conversations" else "messages"
+    assert read({column: turns}, format).messages[1] == Message("assistant", "4", weight=weight)
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ({"train": "yes"}, "a message's train is not 0 or 1"),
+        ({"masked": 0.5}, "a message's masked is not 0 or 1"),
+        ({"loss": [1, 0]}, "a message's loss is not 0 or 1"),
+        ({"train": True, "masked": True}, "a message's masked and train disagree"),
+    ],
+)
+def test_a_flag_that_is_not_clear_is_rejected(flags, reason):
+    with pytest.raises(RowError, match=f"^{reason}$"):
+        read({"messages": [{"role": "user", "content": "a"}, {**TRAINED, **flags}]}, "messages")
+
+
+@pytest.mark.parametrize(
+    "key", ["train_detail", "no_loss", "is_masked", "compute_loss", "Supervised", "learn"]
+)
+def test_a_flag_in_words_that_are_not_known_stops_the_run(key):
+    row = {"messages": [{"role": "user", "content": "2+2?"}, {**TRAINED, key: False}]}
+    with pytest.raises(BadInput, match=rf"key `{key}`.*weight: 0.*data.ignore_columns=\[{key}\]"):
+        read(row, "messages")
+    assert to_conversation(row, "messages", {}, (key,)) == Conversation((ASKED, ANSWERED))
+    with pytest.raises(BadInput, match="a row has the column `loss_mask`"):
+        read({"question": "2+2?", "answer": "4", "loss_mask": [0, 1]}, "question_answer")
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_reasoning_has_many_names(key):
+    turns = [{"role": "user", "content": "2+2?"}, {**TRAINED, key: "Hm."}]
+    assert read({"messages": turns}, "messages").messages[1].reasoning_content == "Hm."
+    turns[1] |= {"reasoning": "Hm.", "thinking": "Well."}
+    with pytest.raises(RowError, match=r"reasoning.* and .* differ"):
+        read({"messages": turns}, "messages")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]},
+        {"tool_calls": [{"name": "add", "arguments": {"a": 2}}]},
+        {"tool_call": {"name": "add", "arguments": '{"a": 2}'}},
+        {"function_calls": [{"name": "add", "arguments": {"a": 2}}]},
+        {"function_call": {"name": "add", "arguments": '{"a": 2}'}, "tool_calls": None},
+    ],
+)
+def test_calls_have_many_names(call):
+    turns = [
+        {"role": "human", "content": "2+?"},
+        {"role": "model", "content": None, **call},
+        {"role": "function", "content": "4", "name": "add"},
+        TRAINED,
+    ]
+    assert read({"messages": turns}, "messages") == Conversation(
+        (
+            Message("user", "2+?"),
+            Message(
+                "assistant",
+                "",
+                tool_calls=({"function": {"name": "add", "arguments": {"a": 2}}},),
+            ),
+            Message("tool", "4", name="add"),
+            ANSWERED,
+        )
+    )
+
+
+@pytest.mark.parametrize("column", ["tools", "functions", "tool_defs", "tool_definitions"])
+def test_tools_have_many_names_and_one_form(column):
+    function = {"name": "add", "parameters": {"type": "object", "properties": {}}}
+    for tool in (function, {"function": function}, {"type": "function", "function": function}):
+        row = {"question": "2+2?", "answer": "4", column: [tool]}
+        assert read(row, "question_answer").tools == ({"type": "function", "function": function},)
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
+def test_a_system_prompt_has_many_names(column):
+    row = {"question": "2+2?", "answer": "4", column: "Be brief."}
+    assert read(row, "question_answer").messages[0] == Message("system", "Be brief.")
+    with pytest.raises(RowError, match="differ"):
+        read({**row, "system": "a", "system_prompt": "b"}, "question_answer")
+
+
+def test_a_question_is_read_with_its_context_and_its_choices():
+    row = {"context": "A shop.", "question": "Which?", "choices": ["x", "y"], "answer": "B"}
+    expected = (Message("user", "A shop.\n\nWhich?\n\nA. x\nB. y"), Message("assistant", "B"))
+    assert read(row, "question_answer").messages == expected
+    assert read({**row, "answer": 1}, "question_answer").messages == expected
+    assert (
+        read({**row, "choices": None, "options": ["x", "y"]}, "question_answer").messages
+        == expected
+    )
+    without = to_conversation(row, "question_answer", {}, ("context", "choices"))
+    assert without.messages[0] == Message("user", "Which?")
+    for choices in ("xy", [1, 2], {"text": ["x"]}, ["x"] * 27):
+        with pytest.raises(RowError, match="choice"):
+            read({**row, "choices": choices}, "question_answer")
+    dolly = {"instruction": "Add.", "context": "2 and 2", "output": "4"}
+    assert read(dolly, "instruction").messages[0].content == "Add.\n\n2 and 2"
+
+
+def test_what_no_format_reads_is_named():
+    turns = [
+        {"role": "user", "content": "2+2?", "id": 7, "refusal": None},
+        {"role": "assistant", "content": "4", "id": 8, "model": "m", "annotations": []},
+    ]
+    row = {"messages": turns, "source": "web", "score": 0, "note": "", "split": None}
+    assert read(row, "messages").unread == ("source", "score", "messages.id", "messages.model")
+    assert to_conversation(row, "messages", {}, ("source", "id")).unread == (
+        "score",
+        "messages.model",
+    )
+    assert read({"text": "a", "tools": [1]}, "text").unread == ("tools",)
 
 
 def test_a_row_of_another_format_than_the_first_is_rejected():
@@ -287,7 +429,7 @@ for _ in range(200):
         (chat(("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "c")), "no answer"),
         (chat(("assistant", "a")), "an answer comes before any question"),
         (chat(("system", "s"), ("assistant", "a")), "an answer comes before any question"),
-        (chat(("human", "a"), ("assistant", "b")), "unknown role 'human'"),
+        (chat(("narrator", "a"), ("assistant", "b")), "unknown role 'narrator'"),
         (
             chat(("user", "a"), ("tool", "b"), ("assistant", "c")),
             "a tool result without a tool call",
@@ -341,7 +483,7 @@ for _ in range(200):
         (calling({"name": "f"}, reasoning_content=3), "reasoning_content is not a string"),
         (
             calling({"name": "f"}, function_call={"name": "f"}),
-            "a message uses function_call; write tool_calls",
+            "tool_calls and function_call differ",
         ),
     ],
 )
@@ -393,7 +535,8 @@ junk = st.recursive(
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(REQUIRED)), st.data())
 def test_nothing_but_a_row_error_comes_of_a_malformed_row(format, data):
-    row = {name: data.draw(junk, label=name) for name in (*REQUIRED[format], *OPTIONAL)}
+    optional = OPTIONAL.get(format, OF_ALL)
+    row = {name: data.draw(junk, label=name) for name in (*REQUIRED[format], *optional)}
     try:
         conversation = read(row, format)
     except RowError:

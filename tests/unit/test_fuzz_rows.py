@@ -221,8 +221,11 @@ def outcomes(source: Source, format: str) -> Iterator[Conversation | str]:
             yield reader.conversation(
                 pickle.loads(pickle.dumps(row.fields))
             )  # as on its way to another process
-        except RowError as error:
+        except (RowError, BadInput) as error:
             reason = str(error)
+            if isinstance(error, BadInput):  # a key that says what to train, but for a typing error
+                assert "may say what not to train" in reason
+                reason = "a key that stops the run"
             assert 3 < len(reason) < 200, reason
             assert reason.isprintable(), reason
             json.dumps(reason, ensure_ascii=False).encode()

@@ -21,7 +21,7 @@ from packhorse.launch.cluster_env import ClusterEnv, read_cluster_env
 from packhorse.launch.kubernetes.render import CLUSTER, merge_overlay, run_name
 from packhorse.trainer.cli import main
 from packhorse.trainer.config.recipe import load_recipe, parse_recipe
-from packhorse.trainer.datatypes import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN
+from packhorse.trainer.datatypes import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, BadInput
 from tests.pods import KINDS, job_spec, manifests, pods, what_becomes_of
 from tests.ranks import ROOT
 
@@ -172,6 +172,59 @@ def test_the_examples_in_the_packaged_cluster_file_are_right_too(tmp_path):
     assert spec["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][0][
         "labelSelector"
     ] == {"matchLabels": {"app.kubernetes.io/instance": "sft"}}
+
+
+# ------------------------------------------------------------------------- a runtime of the cluster
+
+
+def test_under_a_runtime_of_the_cluster_the_pods_are_the_runs_own_as_far_as_it_allows():
+    made = manifests("trainjob", runtime="torch-distributed")
+    assert {name: refused(manifest) for name, manifest in made.items()} == dict.fromkeys(
+        ("ConfigMap", "TrainJob")
+    )
+    spec, whole = made["TrainJob"]["spec"], job_spec(manifests("trainjob"))["template"]["spec"]
+    assert (spec["runtimeRef"]["kind"], spec["runtimeRef"]["name"]) == (
+        "ClusterTrainingRuntime",
+        "torch-distributed",
+    )
+    (own,), trainer = whole["containers"], spec["trainer"]
+    assert [trainer[key] for key in ("image", "args", "env", "numNodes")] == [
+        *(own[key] for key in ("image", "args", "env")),
+        2,
+    ]
+    assert trainer["resourcesPerNode"] == own["resources"]
+    assert trainer["command"] == ["tini", "--", "env", "--chdir=/work", "packhorse"]
+    (patch,) = spec["runtimePatches"]
+    (node,) = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    for key in ("volumes", "securityContext", "terminationGracePeriodSeconds"):
+        assert pod[key] == whole[key]
+    (container,) = pod["containers"]
+    assert container["volumeMounts"] == own["volumeMounts"]
+    assert "env" not in container, "the trainer refuses a patch of the environment of `node`"
+
+
+def test_any_misspelt_field_of_a_patch_is_found():
+    def misspell(mapping, key):
+        mapping[f"{key}s"] = mapping.pop(key)
+
+    made = manifests("trainjob", runtime="torch-distributed")["TrainJob"]
+    assert not unseen(made, lambda key: key not in ("apiVersion", "kind"), misspell)
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("spec: {template: {spec: {hostNetwork: true}}}", "hostNetwork"),
+        ("spec: {template: {spec: {containers: [{name: node, envFrom: []}]}}}", "envFrom"),
+        ("spec: {template: {spec: {containers: [{name: side, image: x}]}}}", "side"),
+        ("spec: {activeDeadlineSeconds: 9}", "activeDeadlineSeconds"),
+    ],
+)
+def test_what_a_runtime_of_the_cluster_would_lose_is_refused(tmp_path, text, named):
+    (tmp_path / "my.yaml").write_text(text)
+    with pytest.raises(BadInput, match=f"a TrainJob cannot give {named} to the runtime theirs"):
+        manifests("trainjob", cluster=tmp_path / "my.yaml", runtime="theirs")
 
 
 # ------------------------------------------------------------------------------------- in a cluster
@@ -372,9 +425,10 @@ def test_the_packaged_recipe_is_refused_as_pods_do_not_have_its_files(launch):
 def test_it_writes_into_the_run_folder_and_says_what(launch):
     code, out, err = launch("--kind", "jobset")
     assert (code, err) == (DONE, "")
-    assert out.split() == [
+    assert out.splitlines() == [
         "runs/debug/kubernetes/jobset.yaml",
         "runs/debug/kubernetes/cluster.yaml",
+        "apply it with: kubectl apply --validate=strict -f runs/debug/kubernetes/jobset.yaml",
     ]
     assert [m["kind"] for m in yaml.safe_load_all(Path(out.split()[0]).read_text())] == [
         "ConfigMap",
@@ -399,7 +453,7 @@ def test_the_cluster_file_that_it_wrote_can_be_changed_and_given_back(launch):
 
 def test_what_the_user_edited_is_not_replaced(launch):
     _, out, _ = launch()
-    manifests, kept = (Path(name) for name in out.split())
+    manifests, kept = (Path(name) for name in out.split()[:2])
     assert launch("--nodes", "4")[0] == DONE, "what nobody edited is replaced"
     before = manifests.read_text()
     kept.write_text(kept.read_text().replace("namespace: default", "namespace: team"))
@@ -461,6 +515,7 @@ def test_nothing_that_is_given_breaks_out_of_its_field(launch):
             "name.yaml: metadata: it may have `namespace`, `labels` and `annotations`",
         ),
         (["--cluster", "lost.yaml"], "would be lost with its pod; mount a persistent volume"),
+        (["--kind", "job", "--runtime", "x"], "--runtime x: only a trainjob uses a runtime"),
         (["--out", "debug.yaml"], "debug.yaml/cluster.yaml: cannot be written"),
     ],
 )
@@ -486,13 +541,18 @@ def test_bad_input_is_one_sentence(launch, arguments, sentence):
     assert sentence in err
 
 
-def kubectl(monkeypatch, tmp_path: Path, says: str, code: int) -> Path:
-    """Make a kubectl that records its arguments, in place of the real one."""
+def kubectl(monkeypatch, tmp_path: Path, says: str, code: int, *, answers: bool = False) -> Path:
+    """Make a kubectl that records its arguments, in place of the real one.
+
+    Args:
+        answers: the cluster does, to `kubectl version`.
+    """
     noted = tmp_path / "arguments"
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin/kubectl"
     program.write_text(
-        f'#!/bin/sh\nfor argument; do echo "$argument"; done >{noted}\necho "{says}"\nexit {code}\n'
+        f'#!/bin/sh\n[ "$1 {answers}" = "version True" ] && exit 0\n'
+        f'for argument; do echo "$argument"; done >{noted}\necho "{says}"\nexit {code}\n'
     )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
@@ -508,7 +568,7 @@ def kubectl(monkeypatch, tmp_path: Path, says: str, code: int) -> Path:
     ],
 )
 def test_submit_hands_the_file_to_kubectl(launch, monkeypatch, tmp_path, says, code, ends):
-    noted = kubectl(monkeypatch, tmp_path, says, code)
+    noted = kubectl(monkeypatch, tmp_path, says, code, answers=True)
     ended, out, err = launch("--submit")
     assert ended == ends
     assert says in out
@@ -519,6 +579,17 @@ def test_submit_hands_the_file_to_kubectl(launch, monkeypatch, tmp_path, says, c
         "runs/debug/kubernetes/job.yaml",
     ]
     assert ("kubectl delete -f" in err) == says.endswith("unchanged")
+
+
+def test_without_a_cluster_that_answers_submit_says_so(launch, monkeypatch, tmp_path):
+    noted = kubectl(monkeypatch, tmp_path, "", 1)
+    program = tmp_path / "bin/kubectl"
+    program.write_text(program.read_text().replace("exit 1", "echo nobody listens >&2; exit 1"))
+    code, _, err = launch("--submit")
+    assert code == BAD_INPUT
+    assert "no cluster answers kubectl (nobody listens)" in err
+    assert "kubectl apply --validate=strict -f runs/debug/kubernetes/job.yaml" in err
+    assert noted.read_text().split() == ["version", "--request-timeout=10s"]
 
 
 def test_without_kubectl_submit_says_so(launch, monkeypatch, tmp_path):

@@ -409,6 +409,13 @@ def templated(tokenizer, template: str):
         ),
         (("{% for", "{{ raise_exception('never') }}{% for"), "refuses the row: never"),
         (("{% for", "{{ 1 / 0 }}{% for"), "refuses the row: division by zero"),
+        (
+            ("{% for", "{% macro walk(n) %}{{ walk(n) }}{% endmacro %}{{ walk(1) }}{% for"),
+            "refuses the row: maximum recursion depth",
+        ),
+        (("{% for", "{{ range(10 ** 9) | list }}{% for"), "refuses the row"),
+        (("{% for", "{{ 'x'.encode('no such') }}{% for"), "refuses the row"),
+        (("{% for", "{{ messages | map('no such') | list }}{% for"), "refuses the row"),
     ],
 )
 def test_a_template_that_cannot_be_followed_is_refused(tokenizers, change, reason):

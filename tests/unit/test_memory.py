@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from packhorse.trainer.estimate.report import (
     build_report,
     describe_report,
     measure_steps,
+    recommend,
     require_fit,
 )
 from packhorse.trainer.model.attention_kernels import Bounds
@@ -102,6 +104,43 @@ def test_where_nothing_fits_one_sentence_says_so() -> None:
         BadInput, match=r"no template fits 4 GPUs of 1.0 GiB; .*model.activation_checkpointing=full"
     ):
         require_fit(build_report(debug(), cluster(4, gpu_gib=1)))
+
+
+def test_a_template_moves_what_its_stage_sends() -> None:
+    report = build_report(debug("model.dtype=bfloat16"), cluster(4))
+    weights, micro_batches = report.model.trained, 64 / 4
+    sent = {name: one.traffic.between_gpus for name, one in report.candidates.items()}
+    assert sent["zero1"] == pytest.approx(3 / 4 * (2 * 4 + 2) * weights)
+    assert sent["zero2"] == pytest.approx(3 / 4 * (4 * micro_batches + 2) * weights)
+    assert sent["zero3"] == pytest.approx(3 / 4 * (2 + 2 + 4) * micro_batches * weights)
+    to_host = {name: one.traffic.host for name, one in report.candidates.items()}
+    assert to_host["zero3"] == 0
+    assert to_host["zero3_offload_optimizer"] == pytest.approx(
+        (4 * micro_batches + 2) * weights / 4
+    )
+    assert to_host["zero3_offload_all"] > to_host["zero3_offload_optimizer"]
+    assert report.candidates["zero3_nvme"].traffic.nvme > 24 * weights / 4
+
+
+def test_the_template_that_fits_and_communicates_least_is_recommended() -> None:
+    recipe = debug("model.dtype=bfloat16")
+    report = build_report(recipe, cluster(4))
+    said = recommend(report, recipe)
+    assert said.startswith("recommended: zero1: it needs 1.5 of 80.0 GiB a GPU, and moves ")
+    assert "the least of those that fit (zero2 " in said
+    assert said.endswith("; set parallel.deepspeed=zero1")
+    small = {
+        name: replace(one, shortages=[] if name == "zero3" else ["GPU"])
+        for name, one in report.candidates.items()
+    }
+    alone = recommend(replace(report, candidates=small), debug("parallel.deepspeed=zero3"))
+    assert alone.startswith("recommended: zero3")
+    assert alone.endswith("and it alone fits"), "the recipe has it already"
+
+
+def test_where_nothing_is_sent_the_lowest_stage_is_recommended() -> None:
+    recipe = debug()
+    assert recommend(build_report(recipe, cluster(1)), recipe).startswith("recommended: zero0")
 
 
 @pytest.mark.parametrize(("limit", "what"), [("host", "host"), ("disk", "disk"), ("nvme", "NVMe")])

@@ -13,6 +13,7 @@ import yaml
 from packhorse.trainer.config.base import Section
 from packhorse.trainer.config.parsing import RENAMED_KEYS
 from packhorse.trainer.config.recipe import Recipe, parse_recipe
+from packhorse.trainer.datatypes import BadInput
 from tests.ranks import ROOT
 
 PAGE = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
@@ -83,6 +84,41 @@ def test_every_renamed_key_stands_in_its_table_with_its_new_name() -> None:
     for old, new in RENAMED_KEYS.items():
         key = re.search(r"`([\w.]+)", new.replace("[]", "").replace(".eval.", ".train."))
         assert key is None or key[1] in table[old.replace("data.eval.", "data.train.")]
+
+
+@pytest.mark.parametrize("title", TRAINERS)
+def test_every_key_of_theirs_is_answered_with_ours(title: str) -> None:
+    """An answer names one of the keys that stand beside theirs."""
+    rows = [line.split(" | ") for line in section(title).splitlines() if line.startswith("| ")]
+    answered = 0
+    for theirs, ours in ((row[0], row[1]) for row in rows[1:]):
+        table = re.search(r"\[([a-z_]+)\]", theirs)
+        beside = re.findall(r"[a-z]+\.[a-z_]+", ours)
+        for name in their_keys(theirs):
+            answer = answer_of(table[1] if table else "", name)
+            assert answer, f"{name} is not answered"
+            assert not beside or any(key in answer for key in beside), (name, answer, beside)
+            answered += 1
+    assert answered > 20
+
+
+def their_keys(cell: str) -> list[str]:
+    """The names between backticks, without the values, tables and calls around them."""
+    spans = (
+        re.sub(r"^(LoraConfig\(|datasets\[\]\.|\[\w+\] )", "", span)
+        for span in re.findall("`([^`]*)`", cell)
+    )
+    names = [name for span in spans for name in re.split("[:=)]", span)[0].strip().split(", ")]
+    return [name for name in names if re.fullmatch("[a-z_0-9]+", name)]
+
+
+def answer_of(table: str, name: str) -> str | None:
+    """What is said about a key in the recipe, at its top or in torchtitan's table."""
+    tree = {table: {name: 1}} if table else {name: 1}
+    with pytest.raises(BadInput) as refused:
+        parse_recipe({"data": {"train": [{"path": "x"}]}, "run": {"dir": "r"}} | tree)
+    lines = [line for line in str(refused.value).splitlines() if f"{name}`" in line]
+    return next((line for line in lines if "unknown key" not in line), None)
 
 
 def test_the_names_of_trl_are_its_own() -> None:

@@ -83,7 +83,7 @@ def plan_of(
             prepared.weights,
             count,
         ),
-        lambda lengths, rng: pack(lengths, SEQ_LEN, packing, rng),
+        lambda lengths, *others: pack(lengths, SEQ_LEN, packing, *others),
         BatchSection.model_validate(
             {
                 "seq_len": SEQ_LEN,
@@ -409,6 +409,23 @@ def test_what_shapes_the_documents_is_in_the_key(tmp_path, tokenizer):
         assert len(cached(tmp_path)) == number, change
     prepare(recipe(tmp_path, questions(21)), tokenizer, "train")
     assert len(cached(tmp_path)) == len(other) + 2
+
+
+def test_names_that_nobody_reads_are_counted_and_can_be_ignored(tmp_path, tokenizer):
+    rows = [
+        {**row, "source": "web", **({"url": "x"} if n < 5 else {})}
+        for n, row in enumerate(questions(20))
+    ]
+    report = prepare(recipe(tmp_path, rows), tokenizer, "train").report
+    assert report["unread"] == {"source": 20, "url": 5} == report["sources"][0]["unread"]
+    silent = recipe(tmp_path, rows, ignore_columns=["source", "url"])
+    assert prepare(silent, tokenizer, "train").report["unread"] == {}
+
+
+def test_a_row_that_is_flagged_in_unknown_words_stops_the_preparation(tmp_path, tokenizer):
+    rows = [*questions(20), {**questions(1)[0], "no_loss": True}]
+    with pytest.raises(BadInput, match=r"column `no_loss`.*data.ignore_columns=\[no_loss\]"):
+        prepare(recipe(tmp_path, rows), tokenizer, "train")
 
 
 def test_the_users_own_functions_are_in_the_key(tmp_path, tokenizer, monkeypatch):

@@ -87,7 +87,7 @@ def test_a_function_of_the_users_own_reads_the_row(tmp_path, own):
         LISTED.replace("return ", "return {'tools': [{'name': 'f'}], 'messages': ") + "}"
     )
     assert conversations(a_source(tmp_path / "a.jsonl", function=with_tools)) == [
-        Conversation((ASKED, ANSWERED), tools=({"name": "f"},))
+        Conversation((ASKED, ANSWERED), tools=({"type": "function", "function": {"name": "f"}},))
     ]
 
 

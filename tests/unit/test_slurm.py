@@ -115,6 +115,38 @@ def test_a_line_of_sbatch_holds_no_second_line():
         rendered(options={"partition": "a\n#SBATCH --uid=0"})
 
 
+def test_any_further_line_of_sbatch_is_added_or_replaces_the_scripts_own(tmp_path):
+    further = ["--reservation=a b; touch x", "--signal=B:USR1@1200", "--qos=high", "--overcommit"]
+    text = rendered(further=further)
+    lines = text.splitlines()
+    given = "#SBATCH --reservation='a b; touch x'"
+    assert {given, "#SBATCH --signal=B:USR1@1200", "#SBATCH --qos=high"} <= set(lines)
+    assert "#SBATCH --overcommit" in lines
+    names = [line.split("=")[0] for line in lines if line.startswith("#SBATCH")]
+    assert len(set(names)) == len(names), "sbatch would take one of two"
+    last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+    assert last < lines.index("set -euo pipefail"), "sbatch reads no line after the first command"
+    assert run(tmp_path, text)[0] == 0
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("reservation=x", "give one long option of sbatch"),
+        ("-N 2", "give one long option of sbatch"),
+        ("--reservation x", "give one long option of sbatch"),
+        ("--comment=a\n#SBATCH --uid=0", "holds printable text only"),
+        ("--nodes=3", "launch slurm sets --nodes itself"),
+        ("--ntasks-per-node=8", "the script starts one launcher on each node"),
+        ("--array=0-3", "a job is one run"),
+    ],
+)
+def test_a_further_line_that_would_break_the_script_is_refused(line, sentence):
+    with pytest.raises(BadInput, match=sentence):
+        rendered(further=[line])
+
+
 def test_without_sbatch_nothing_can_be_submitted(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(BadInput, match="no sbatch on this machine"):

@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from datetime import date, datetime, timezone
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,9 @@ import pytest
 
 from packhorse.trainer.config.data import Source
 from packhorse.trainer.data import digest
-from packhorse.trainer.data.source import read_rows, source_digest, without_nulls
+from packhorse.trainer.data.row_files import without_nulls
+from packhorse.trainer.data.source import read_rows, source_digest
+from packhorse.trainer.data.streaming import _plain_rows
 from packhorse.trainer.datatypes import BadInput, RowError
 
 ROWS = [{"text": "one"}, {"text": "zwei\u2028drei"}, {"text": "四"}]
@@ -44,7 +48,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
 
 def test_a_folder_is_read_in_the_order_of_names(tmp_path):
     write(tmp_path / "b.jsonl", [{"text": "second"}])
-    write(tmp_path / "a.parquet", [{"text": "first"}])
+    write(tmp_path / "a.jsonl", [{"text": "first"}])
     (tmp_path / "notes.txt").write_text("not data")
     assert [row.fields for row in read_rows(a_source(path=str(tmp_path)))] == [
         {"text": "first"},
@@ -99,7 +103,7 @@ def test_rows_are_the_same_however_they_are_stored(tmp_path, monkeypatch, kind, 
     plain = write(tmp_path / f"a.{'json' if kind == 'json' else 'jsonl'}", rows)
     dataset = datasets.Dataset.from_json(str(plain.path), cache_dir=str(tmp_path / "cache"))
     assert isinstance(dataset, datasets.Dataset)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, split, streaming: dataset)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *_, **__: dataset)
     if kind == "parquet":
         dataset.to_parquet(tmp_path / "a.parquet")
         plain = a_source(path=str(tmp_path / "a.parquet"))
@@ -110,6 +114,56 @@ def test_rows_are_the_same_however_they_are_stored(tmp_path, monkeypatch, kind, 
         plain = a_source(name="org/data")
     assert [row.fields for row in read_rows(plain)] == rows
     assert [row.number for row in read_rows(plain)] == [1, 2]
+
+
+ARGUMENTS = [  # nulls that were meant, in a call's arguments
+    {"call": {"name": "f", "arguments": {"unit": None, "x": 1}}},
+    {"call": {"name": "g", "arguments": {"y": [None, {"z": None}]}}},
+]
+
+
+@pytest.mark.parametrize("rows", [SCHEMAS, MIXED, ARGUMENTS])
+def test_a_stream_gives_the_rows_of_the_files_with_the_nulls_that_were_meant(tmp_path, rows):
+    import datasets
+
+    plain = write(tmp_path / "a.jsonl", rows)
+    dataset = datasets.load_dataset(str(tmp_path), split="train", streaming=True)
+    assert list(_plain_rows(dataset)) == rows == [row.fields for row in read_rows(plain)]
+
+
+def test_maps_dates_decimals_and_bytes_of_parquet_are_read_as_json(tmp_path):
+    properties = pyarrow.map_(
+        pyarrow.string(), pyarrow.struct([("type", pyarrow.string()), ("unit", pyarrow.string())])
+    )
+    table = pyarrow.table(
+        {
+            "tools": pyarrow.array(
+                [[{"properties": [("city", {"type": "string", "unit": None})]}]],
+                pyarrow.list_(pyarrow.struct([("properties", properties)])),
+            ),
+            "default": pyarrow.array(
+                [[("limit", None)]], pyarrow.map_(pyarrow.string(), pyarrow.int64())
+            ),
+            "day": [date(2024, 2, 29)],
+            "at": [datetime(2024, 2, 29, 12, 30, tzinfo=timezone.utc)],
+            "price": [Decimal("19.99")],
+            "count": [Decimal("7")],
+            "text": ["Größe".encode()],
+            "image": [b"\xff\xd8"],  # no text: an error only where a format reads it
+        }
+    )
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    (row,) = read_rows(a_source(path=str(tmp_path / "a.parquet")))
+    assert row.fields == {
+        "tools": [{"properties": {"city": {"type": "string"}}}],
+        "default": {"limit": None},
+        "day": "2024-02-29",
+        "at": "2024-02-29T12:30:00+00:00",
+        "price": 19.99,
+        "count": 7,
+        "text": "Größe",
+        "image": b"\xff\xd8",
+    }
 
 
 def test_a_saved_dataset_is_a_source_and_its_digest_that_of_its_rows(tmp_path):
@@ -193,7 +247,12 @@ def test_a_parquet_row_that_cannot_be_read_is_a_row_with_a_fault(tmp_path):
         ("bad.json", b'[{"text": "a"}', "the list cannot be read: broken JSON"),
         ("bad.json", b'[{"text": "\xff"}]', "the list cannot be read: not valid UTF-8"),
         ("bad.parquet", b"PAR0", "not a readable Parquet file"),
-        ("bad.csv", b"a,b", r"rows are read from \.jsonl, \.json, \.parquet"),
+        ("bad.json.zip", b"a,b", r"rows are read from \.jsonl, \.json, \.csv, \.tsv, \.parquet"),
+        ("bad.parquet.gz", b"", r"rows are read from \.jsonl"),
+        ("bad.csv", b"a,b", "holds no rows"),
+        ("bad.csv", b"a,a\n1,2", r"must name each column, once \(a, a\)"),
+        ("bad.csv", b'a,b\n1,2\n3,"4"x\n', r"line 3 cannot be read, after row 1"),
+        ("bad.csv", b'a,b\n1,2\n3,"4\n', r"line 3 cannot be read, after row 1.*end of data"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, name, content, message):
@@ -234,7 +293,7 @@ def test_a_dataset_of_the_hub_is_read_like_a_file(monkeypatch):
 
     rows = [{"messages": [{"role": "user", "name": None}]}]
     monkeypatch.setattr(
-        datasets, "load_dataset", lambda name, split, streaming: datasets.Dataset.from_list(rows)
+        datasets, "load_dataset", lambda name, *_, **__: datasets.Dataset.from_list(rows)
     )
     assert [row.fields for row in read_rows(a_source(name="org/data"))] == [
         {"messages": [{"role": "user"}]}

@@ -19,7 +19,7 @@ TIERS = [
     "data model metrics hang_watchdog",
     "engine guard",
     "checkpoint estimate run_folder loop",
-    "eval build_engine",
+    "eval build_engine report",
     "train",
     "evaluate",
     "cli",

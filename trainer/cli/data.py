@@ -13,7 +13,12 @@ from packhorse.trainer.datatypes import BadInput, Example, RowError
 
 if TYPE_CHECKING:
     from packhorse.trainer.config.recipe import Recipe
+    from packhorse.trainer.data.batch_plan import Plan
+    from packhorse.trainer.data.prepare import Prepared
     from packhorse.trainer.data.preview import Row
+    from packhorse.trainer.estimate.report import Report
+
+GPU_TFLOPS, MFU = 989.0, 0.4  # of an H100, and what a large model reaches there
 
 
 def preview(
@@ -65,7 +70,7 @@ def _first_rows(
 
     masker = masker_of(recipe.data, tokenizer)
     for part in parts_of(recipe.data, split):
-        reader = RowReader.of(part.source)
+        reader = RowReader.of(part.source, recipe.data.ignore_columns)
         for row in islice(rows_of(recipe.data, part), count):
             title = f"{row.file or part.source.name}:{row.number}"
             try:
@@ -77,7 +82,8 @@ def _first_rows(
                 for document in fit(Example(positions, example.trained), length_policy(recipe)):
                     places = document.input_ids
                     starts = {i: roles[p] for i, p in enumerate(places.tolist()) if p in roles}
-                    yield Row(title, Example(example.input_ids[places], document.trained), starts)
+                    cut = Example(example.input_ids[places], document.trained, conversation.unread)
+                    yield Row(title, cut, starts)
             except RowError as error:
                 yield Row(title, error)
 
@@ -97,8 +103,6 @@ def prepare(
     from rich.console import Console
 
     from packhorse.trainer import dist
-    from packhorse.trainer.data.leakage import check_leakage
-    from packhorse.trainer.data.prepare import prepare, train_plan
     from packhorse.trainer.data.summary import require_own, tables, write
     from packhorse.trainer.model.load import load_tokenizer
 
@@ -108,13 +112,9 @@ def prepare(
         require_own(out)
     tokenizer = load_tokenizer(recipe.model)
     if recipe.streaming:
-        _prepare_shards(recipe, tokenizer)
+        prepare_shards(recipe, tokenizer)
         return
-    train = prepare(recipe, tokenizer, "train")
-    held_out = prepare(recipe, tokenizer, "eval") if recipe.has_eval else None
-    if held_out:
-        held_out = check_leakage(recipe, tokenizer, train, held_out)
-    plan = train_plan(recipe, train)
+    train, plan, held_out = prepare_all(recipe, tokenizer)
     Console().print(*tables(recipe, train, plan, held_out))
     if out is not None:
         try:
@@ -125,7 +125,19 @@ def prepare(
         print(out / "data.json", out / "data.png", sep="\n")
 
 
-def _prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
+def prepare_all(recipe: Recipe, tokenizer: Any) -> tuple[Prepared, Plan, Prepared | None]:
+    """Return the training data, the plan of its steps, and the held-out data, compared with it."""
+    from packhorse.trainer.data.leakage import check_leakage
+    from packhorse.trainer.data.prepare import prepare, train_plan
+
+    train = prepare(recipe, tokenizer, "train")
+    held_out = prepare(recipe, tokenizer, "eval") if recipe.has_eval else None
+    if held_out:
+        held_out = check_leakage(recipe, tokenizer, train, held_out)
+    return train, train_plan(recipe, train), held_out
+
+
+def prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
     """Prepare the shards of a streamed source that exist, and print their counts.
 
     There is no plan before the run, which logs its shards when it uses them.
@@ -170,11 +182,11 @@ def plan(
     ] = None,
     gpu_tflops: Annotated[
         float, typer.Option(min=1, help="Dense bf16 peak of a GPU, from its data sheet.")
-    ] = 989,
+    ] = GPU_TFLOPS,
     mfu: Annotated[
         float,
         typer.Option(min=0.01, max=1, help="Model FLOPs utilization: the share of that peak."),
-    ] = 0.4,
+    ] = MFU,
     data: Annotated[
         bool,
         typer.Option("--data", help="Prepare the data (or find it in the cache) and count steps."),
@@ -189,8 +201,6 @@ def plan(
     Only the model's configuration is read. Without --data packed sequences count as full, and all
     their tokens as trained. Exit code 0: a template fits; 2: none does.
     """
-    from rich.console import Console
-
     from packhorse.trainer import dist
     from packhorse.trainer.estimate import memory, report
 
@@ -203,11 +213,29 @@ def plan(
     sizes = [None if gib is None else gib * memory.GIB for gib in (host_gib, disk_gib, nvme_gib)]
     cluster = memory.Cluster(gpus, gpus // nodes if nodes else 8, gpu_gib * memory.GIB, *sizes)
     found = report.build_report(recipe, cluster, _count_real_steps(recipe) if data else None)
+    show_report(found, recipe, gpu_tflops, mfu)
+    print(report.require_fit(found))
+    print(report.recommend(found, recipe))
+
+
+def show_report(
+    found: Report, recipe: Recipe, gpu_tflops: float = GPU_TFLOPS, mfu: float = MFU
+) -> None:
+    """Print what a run needs: sentences, and a table of memory and time by template."""
+    import torch
+    from rich.console import Console
+
+    from packhorse.trainer.estimate import report
+
     print(*report.describe_report(found, recipe, gpu_tflops * 1e12, mfu), sep="\n")
-    Console().print(report.build_table(found))
+    Console().print(report.build_table(found, gpu_tflops * 1e12 * mfu))
+    if not torch.cuda.is_available():
+        print(
+            "this machine has no GPU: how fast yours compute and communicate, what their memory "
+            "really holds, and how long a CPU would take, cannot be known here"
+        )
     for template, why in found.refused.items():
         print(f"{template} is left out: {why}")
-    print(report.require_fit(found))
 
 
 def _count_real_steps(recipe: Recipe) -> Any:

@@ -7,6 +7,7 @@ evaluations differ.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from packhorse.launch.cluster_env import refuse_tasks
 from packhorse.trainer.cli.arguments import NumProcesses, Overrides, RecipeFile, read_recipe
 from packhorse.trainer.cli.worker import (
     exit_on_early_signals,
@@ -66,6 +68,7 @@ def evaluate(
             raise BadInput("packhorse eval starts its own processes: run it without torchrun")
         evaluate_model(recipe, out, step)
         exit_worker()
+    refuse_tasks(os.environ, nodes_given=True)  # nodes evaluate alone
     exit_on_early_signals()
     if not recipe.has_eval:
         raise BadInput(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import shlex
 import sysconfig
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from packhorse.launch import slurm as batch
 from packhorse.trainer.cli.arguments import Overrides, RecipeFile, read_recipe
+from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.own_output import write_own_text
+
+if TYPE_CHECKING:
+    from packhorse.trainer.config.recipe import Recipe
 
 launch_app = typer.Typer(
     help="Write the files that start a run on Slurm or Kubernetes, and submit them.",
@@ -29,11 +34,20 @@ def kubernetes(
         str, typer.Option(help="Container image as the cluster pulls it. A digest pins it.")
     ],
     kind: Annotated[
-        Literal["job", "jobset", "trainjob"],
+        Literal["job", "jobset", "trainjob"] | None,
         typer.Option(
-            help="Resource that starts the pods. jobset and trainjob need their operators."
+            help="Resource that starts the pods. jobset and trainjob need their operators. "
+            "Default: job.",
+            show_default=False,
         ),
-    ] = "job",
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(
+            help="ClusterTrainingRuntime of the cluster to train under, in a trainjob. Default: "
+            "none, all comes from the manifests."
+        ),
+    ] = None,
     cluster: Annotated[
         Path | None,
         typer.Option(
@@ -56,13 +70,31 @@ def kubernetes(
 
     [bold]packhorse launch kubernetes my.yaml --nodes 2 --image registry/packhorse:1[/bold]
     [bold]packhorse launch kubernetes my.yaml --nodes 2 --image registry/packhorse:1 --submit[/bold]
+    [bold]packhorse launch kubernetes my.yaml --nodes 2 --image IMAGE --runtime RUNTIME[/bold]
     """
-    from packhorse.launch.kubernetes.render import CLUSTER, render, run_name, submit_file
+    from packhorse.launch.kubernetes.render import (
+        CLUSTER,
+        apply_command,
+        render,
+        run_name,
+        submit_file,
+    )
+
+    if runtime and kind not in (None, "trainjob"):
+        raise BadInput(f"--runtime {runtime}: only a trainjob uses a runtime; leave --kind out")
+    kind = kind or ("trainjob" if runtime else "job")
 
     run_dir = read_recipe(recipe_file, overrides).run.dir
     cluster, name = cluster or CLUSTER, name or run_name(run_dir)
     text = render(
-        recipe_file, overrides or (), kind, nodes=nodes, image=image, name=name, cluster=cluster
+        recipe_file,
+        overrides or (),
+        kind,
+        nodes=nodes,
+        image=image,
+        name=name,
+        cluster=cluster,
+        runtime=runtime,
     )
     folder = out or Path(run_dir) / "kubernetes"
     manifests, kept = folder / f"{kind}.yaml", folder / "cluster.yaml"
@@ -74,6 +106,7 @@ def kubernetes(
     print(manifests, kept, sep="\n")
     if submit:
         raise typer.Exit(submit_file(manifests))
+    print(f"apply it with: {shlex.join(apply_command(manifests))}")
 
 
 @launch_app.command()
@@ -93,6 +126,19 @@ def slurm(
     account: Annotated[
         str | None, typer.Option(help="Account to charge. Default: the user's default.")
     ] = None,
+    qos: Annotated[
+        str | None, typer.Option(help="Quality of service. Default: the cluster's default.")
+    ] = None,
+    constraint: Annotated[
+        str | None, typer.Option(help="Features that the nodes must have, as h100.")
+    ] = None,
+    sbatch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="--OPTION=VALUE",
+            help="Any further option of sbatch, as --sbatch --reservation=night. May be repeated.",
+        ),
+    ] = None,
     container: Annotated[
         str | None,
         typer.Option(
@@ -106,16 +152,23 @@ def slurm(
             help="Folder to mount in the container, besides the current one. May be repeated."
         ),
     ] = None,
+    extend: Annotated[
+        bool, typer.Option("--extend", help="Train a run longer, as packhorse train --extend.")
+    ] = False,
     submit: Annotated[
         bool, typer.Option("--submit", help="Submit the script with sbatch.")
     ] = False,
 ) -> None:
-    """Write a Slurm batch script into the run folder.
+    """Write a Slurm batch script into the run folder, and the resolved recipe that it trains.
+
+    An edit of the recipe changes nothing for a job that waits in the queue or is queued again.
 
     [bold]packhorse launch slurm recipes/sft_70b.yaml --nodes 8 --gpus-per-node 8[/bold]
     [bold]packhorse launch slurm my.yaml --nodes 4-8 --container packhorse.sif --submit[/bold]
+    [bold]packhorse launch slurm my.yaml --qos high --sbatch --reservation=night[/bold]
     """
-    here, run_dir = str(Path.cwd()), Path(read_recipe(recipe_file, overrides).run.dir).absolute()
+    recipe = read_recipe(recipe_file, overrides)
+    here, run_dir = str(Path.cwd()), Path(recipe.run.dir).absolute()
     options = {
         "job-name": run_dir.name,
         "nodes": nodes,
@@ -123,20 +176,58 @@ def slurm(
         "time": time,
         "partition": partition,
         "account": account,
+        "qos": qos,
+        "constraint": constraint,
         "chdir": here,
         "output": str(run_dir).replace("%", "%%") + "/slurm-%j.log",
     }
+    kept, files = _recipe_files(recipe_file, recipe, in_container=bool(container))
     text = batch.render(
         options={name: value for name, value in options.items() if value is not None},
-        recipe=shlex.quote(str(recipe_file)),
-        overrides=overrides or (),
+        further=sbatch or (),
+        recipe=shlex.quote(str(kept)),
+        overrides=["--extend"] if extend else (),
         packhorse="packhorse" if container else f"{sysconfig.get_path('scripts')}/packhorse",
         container=container or "",
         mounts=[here, *(mount or ())],
     )
+    # here, as torch takes seconds to import
+    from packhorse.trainer.run_folder import require_same_run
+
+    require_same_run(recipe, run_dir, extend=extend)
+    for path, content in files.items():
+        write_own_text(path, content, instead="move it away")
     script = _write_executable(run_dir / "slurm.sh", text)
     print(script)
     print(batch.submit(script) if submit else f"submit it with: sbatch {shlex.quote(str(script))}")
+
+
+def _recipe_files(
+    recipe_file: Path, recipe: Recipe, *, in_container: bool
+) -> tuple[Path, dict[Path, str]]:
+    """Return the path and text of the resolved recipe that a job trains, and its own template's.
+
+    Their names hold a digest of the text: each of several jobs in the queue keeps its own.
+    """
+    from packhorse.trainer.config.packaged import find_recipe, find_template, template_names
+
+    if in_container and find_recipe(recipe_file) != recipe_file:
+        raise BadInput(
+            f"{recipe_file}: the recipe of this machine's package names files that the container "
+            "does not have; give a recipe file"
+        )
+    folder, files = Path(recipe.run.dir).absolute(), {}
+
+    def keep(text: str, suffix: str) -> Path:
+        digest = hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
+        files[folder / f"slurm-{digest}{suffix}"] = text
+        return folder / f"slurm-{digest}{suffix}"
+
+    if recipe.parallel.deepspeed not in template_names():
+        template = keep(find_template(recipe.parallel.deepspeed).read_text("utf-8"), ".json")
+        parallel = recipe.parallel.model_copy(update={"deepspeed": str(template)})
+        recipe = recipe.model_copy(update={"parallel": parallel})
+    return keep(recipe.to_yaml(), ".yaml"), files
 
 
 def _write_executable(script: Path, text: str) -> Path:

@@ -13,7 +13,8 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from packhorse.launch.cluster_env import ClusterEnv, read_cluster_env
+import packhorse
+from packhorse.launch.cluster_env import ClusterEnv, read_cluster_env, refuse_tasks
 from packhorse.trainer.cli.arguments import (
     Endpoint,
     Nodes,
@@ -28,6 +29,7 @@ from packhorse.trainer.cli.arguments import (
 from packhorse.trainer.cli.data import plan, prepare, preview
 from packhorse.trainer.cli.eval import compare, evaluate, resolve_step
 from packhorse.trainer.cli.launch import launch_app
+from packhorse.trainer.cli.runs import runs
 from packhorse.trainer.cli.worker import (
     exit_on_early_signals,
     exit_with_launcher,
@@ -39,10 +41,27 @@ from packhorse.trainer.datatypes import BAD_INPUT, DONE, FAILED, BadInput
 app = typer.Typer(
     help="Fine-tune language models on DeepSpeed. A run is a function of its recipe.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"packhorse {packhorse.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Show the version and exit.", callback=_show_version, is_eager=True
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -61,6 +80,12 @@ def train(
             "--extend", help="Train a run longer: train.epochs or train.steps may be raised."
         ),
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check and prepare everything, show the plan, and start nothing."
+        ),
+    ] = False,
 ) -> None:
     """Train a model, or resume from the last checkpoint in the run folder.
 
@@ -75,11 +100,14 @@ def train(
     """
     recipe = read_recipe(recipe_file, overrides)
     if is_worker():
+        if dry_run:
+            raise BadInput("--dry-run starts no ranks: run it once, without torchrun")
         exit_with_launcher()
         from packhorse.trainer.train import train
 
         train(recipe, extend=extend)
         exit_worker()
+    refuse_tasks(os.environ, nodes_given=nnodes is not None or "PET_NNODES" in os.environ)
     exit_on_early_signals()
     from packhorse.launch.local import launch, parse_nodes
     from packhorse.trainer.config.packaged import MAIN
@@ -92,6 +120,12 @@ def train(
             f"{cluster.nodes} nodes: name the rendezvous host, the same on each node, as "
             f"--rdzv-endpoint node0:29400"
         )
+    if dry_run:
+        from packhorse.trainer.cli.dry_run import dry_run as run_dry
+
+        per_node = nproc or cluster.nproc
+        run_dry(recipe, per_node and per_node * nodes[1], extend=extend)
+        return
     arguments = [str(recipe_file), *(overrides or ()), *(["--extend"] if extend else [])]
     code = launch(
         [MAIN, "train", *arguments],
@@ -175,6 +209,7 @@ def export(
 
 app.command(name="eval")(evaluate)
 app.command()(compare)
+app.command()(runs)
 app.add_typer(launch_app, name="launch")
 
 
@@ -227,11 +262,15 @@ def verify_resume(
 
 
 def main() -> None:
-    """Run the command. Bad input is one line and exit code 2, another failure a traceback and 1."""
+    """Run the command. Bad input is a line a fault and exit code 2, all else a traceback and 1."""
     try:
-        app()
+        if sys.argv[1:] and sys.argv[1].startswith("--local_rank"):  # DeepSpeed's launcher adds it
+            refuse_tasks(os.environ, nodes_given=True)
+        app(prog_name="packhorse")
     except BadInput as error:
-        _exit_bad_input(" ".join(str(error).split()))
+        # a recipe's faults have a line each; what libraries say is brought to one
+        lines = (" ".join(line.split()) for line in str(error).split("\n  "))
+        _exit_bad_input("\n  ".join(lines))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise

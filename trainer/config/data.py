@@ -4,9 +4,9 @@ documents are cut and packed.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from packhorse.trainer.config.base import (
     Section,
@@ -58,15 +58,33 @@ class Source(Section):
 
     path: str | None = Field(
         default=None,
-        description="A .jsonl, .json or .parquet file, a folder of them, or a folder saved by "
-        "datasets' save_to_disk.",
+        description="A .jsonl, .json, .csv, .tsv or .parquet file (all but Parquet also as .gz, "
+        ".zst, .bz2 or .xz), a folder of one kind of them, or a folder saved by datasets' "
+        "save_to_disk.",
     )
     name: str | None = Field(
         default=None,
         description="Dataset on the Hugging Face hub, or a folder, as datasets.load_dataset "
         "takes it.",
     )
-    split: str = Field(default="train", description="Split of the dataset.")
+    config: str | None = Field(
+        default=None,
+        description="Configuration (subset) of the dataset, the second argument of load_dataset.",
+    )
+    data_files: tuple[str, ...] = Field(
+        default=(),
+        description="Files of the dataset or folder to read, as names or patterns relative to it. "
+        "All of them are the split `train`.",
+    )
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of the dataset on the hub."
+    )
+    split: str = Field(
+        default="train",
+        description="Split of the dataset or folder. Files in a folder belong to splits by their "
+        "names, as load_dataset sees it: test.jsonl to `test`, and those without such names to "
+        "`train`.",
+    )
     format: Literal[
         "auto",
         "messages",
@@ -105,14 +123,26 @@ class Source(Section):
         "or a streamed dataset. Needs train.steps.",
     )
 
+    @field_validator("data_files", mode="before")
+    @classmethod
+    def _one_or_more(cls, files: Any) -> Any:
+        return [files] if isinstance(files, str) else files
+
     @model_validator(mode="after")
     def _one_place(self) -> Source:
         check_one_given(path=self.path, name=self.name)
+        check_belongs("revision", self.revision is not None, "name", self.name is not None)
         check_function(self.function)
         if self.function and (self.format != "auto" or self.columns):
             raise ValueError("`function` reads the row itself: leave out `format` and `columns`")
         if self.streaming and (self.weight != 1 or self.rows is not None):
             raise ValueError("a streamed source is used as it comes: leave out `weight` and `rows`")
+        chooses = self.config or self.data_files or self.split != "train"
+        if self.streaming and self.path and chooses:
+            raise ValueError(
+                "all files of a folder that is streamed are used: leave out `split`, `config` and "
+                "`data_files`"
+            )
         return self
 
 
@@ -173,6 +203,11 @@ class DataSection(Section):
         default=True,
         description="Train the stop token after an answer. with_newline: also the white space that "
         "the chat template writes after it, as many trainers do.",
+    )
+    ignore_columns: tuple[str, ...] = Field(
+        default=(),
+        description="Columns of the rows, and keys of their messages, to pass over on purpose. "
+        "`packhorse prepare` names all others that it does not read.",
     )
     control_tokens: Literal["reject", "text", "keep"] = Field(
         default="reject",

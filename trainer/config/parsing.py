@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from packhorse.trainer.config import foreign_keys
 from packhorse.trainer.config.base import Section, items_of, kind_of, sections_of
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.text import one_line
@@ -132,8 +133,10 @@ def _index(items: list[Any], text: str, override: str) -> int:
 # ------------------------------------------------------------------------------------------- faults
 
 
-def describe_fault(fault: Any, recipe: type[Section]) -> str:
-    """Return one pydantic fault as `section.key: what is wrong`.
+def describe_fault(fault: Any, recipe: type[Section]) -> list[str]:
+    """Return one pydantic fault as sentences of the form `section.key: what is wrong`.
+
+    There are several only for an unknown section whose keys are another trainer's.
 
     Args:
         fault: an item of `ValidationError.errors()`.
@@ -141,36 +144,85 @@ def describe_fault(fault: Any, recipe: type[Section]) -> str:
     """
     path = [str(part) for part in fault["loc"]]
     if fault["type"] == "extra_forbidden":
-        return _unknown_key(path, recipe)
+        return _unknown_key(path, fault["input"], recipe)
     keys, _, sections = _follow(path, recipe)
     place = ".".join(keys) or "recipe"
     kinds = [kind_of(section) for section in sections]
     if fault["type"] == "union_tag_invalid":
-        return f"`{place}`: {_unknown('kind', fault['ctx']['tag'], kinds)}"
+        return [f"`{place}`: {_unknown('kind', fault['ctx']['tag'], kinds)}"]
     if fault["type"] == "union_tag_not_found":
-        return f"`{place}.kind` is missing; kinds: {', '.join(map(str, kinds))}"
+        return [f"`{place}.kind` is missing; kinds: {', '.join(map(str, kinds))}"]
     if fault["type"] == "missing":
-        return f"`{place}` is missing"
+        return [f"`{place}` is missing"]
     message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "model_type" and sections:
+        inside = ", ".join(f"{place}.{name}" for name in sections[0].model_fields)
+        message = f"it is a section, of {inside}"
     given = fault.get("input")
     shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return f"`{place}`: {message[0].lower()}{message[1:]}{shown}"
+    return [f"`{place}`: {message[0].lower()}{message[1:]}{shown}"]
 
 
-def _unknown_key(path: list[str], recipe: type[Section]) -> str:
+def join_faults(where: str, faults: list[str]) -> str:
+    """Return a message with a line for each fault; a single one stands behind `where`."""
+    if len(faults) == 1:
+        return f"{where}: {faults[0]}"
+    return "\n  ".join([f"{where}: {len(faults)} faults", *faults])
+
+
+def _unknown_key(path: list[str], value: Any, recipe: type[Section]) -> list[str]:
     *parents, key = path
     keys, names, sections = _follow(parents, recipe)
     prefix = "".join(f"{parent}." for parent in keys)
     if renamed := RENAMED_KEYS.get(".".join([*names, key])):
-        return f"`{prefix}{key}` is now {renamed}"
-    return _unknown("key", key, list(sections[0].model_fields), prefix)
+        return [f"`{prefix}{key}` is now {renamed}"]
+    if isinstance(value, dict):
+        # a section of another trainer, such as torchtitan's `training`
+        inner = [_elsewhere([*names, key, str(name)], recipe) for name in value]
+        if any(inner):
+            return [sentence for sentence in inner if sentence]
+    if found := _elsewhere([*names, key], recipe):
+        return [found]
+    return [_unknown("key", key, list(sections[0].model_fields), prefix)]
+
+
+def _elsewhere(names: list[str], recipe: type[Section]) -> str | None:
+    """Answer a key that another trainer has, or that the recipe has in another section alone."""
+    if found := foreign_keys.answer(names):
+        return found
+    places = [key for key in keys_of(recipe) if key.rpartition(".")[2] == names[-1]]
+    if len(places) == 1:
+        return f"`{'.'.join(names)}` is `{places[0]}` here"
+    return None
+
+
+def keys_of(annotation: Any, prefix: str = "") -> list[str]:
+    """Return the dotted keys of a section, as `data.train[].path`; those of `data.train` stand for
+    those of `data.eval`, and scorers are left out."""
+    keys: list[str] = []
+    for section in sections_of(annotation):
+        for name, field in section.model_fields.items():
+            key = f"{prefix}{name}"
+            keys.append(key)
+            if key not in ("data.eval", "eval.generate"):
+                keys += keys_of(field.annotation, f"{key}.")
+                keys += keys_of(items_of(field.annotation), f"{key}[].")
+    return keys
 
 
 def _unknown(what: str, name: str, known: list[Any], prefix: str = "") -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = _nearest(name, known)
     return f"unknown {what} `{prefix}{name}`; " + (
-        f"did you mean `{prefix}{near[0]}`?" if near else f"{what}s here: {', '.join(known)}"
+        f"did you mean `{prefix}{near}`?" if near else f"{what}s here: {', '.join(known)}"
     )
+
+
+def _nearest(name: str, known: list[Any]) -> str | None:
+    """Return the known name that `name` misspells or abbreviates, if there is one."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+    swapped = [other for other in known if sorted(other) == sorted(name)]
+    longer = [other for other in known if other.startswith(f"{name}_")]
+    return next(iter([*near, *swapped, *(longer if len(longer) == 1 else [])]), None)
 
 
 def _follow(

@@ -16,7 +16,12 @@ from packhorse.trainer.config.base import Section
 from packhorse.trainer.config.data import DataSection
 from packhorse.trainer.config.eval import EvalSection
 from packhorse.trainer.config.packaged import RECIPES, find_recipe, locate_files
-from packhorse.trainer.config.parsing import apply_override, describe_fault, read_yaml
+from packhorse.trainer.config.parsing import (
+    apply_override,
+    describe_fault,
+    join_faults,
+    read_yaml,
+)
 from packhorse.trainer.config.sections import (
     ADAPTER_LR,
     AdapterSection,
@@ -182,15 +187,37 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise BadInput(
             f"{path}: a recipe is a mapping of sections; start from recipes/quickstart.yaml"
         )
+    faults = []
     for override in overrides:
-        apply_override(tree, override)
-    return parse_recipe(tree, where=str(path))
+        try:
+            apply_override(tree, override)
+        except BadInput as error:
+            faults.append(str(error))
+    return parse_recipe(tree, str(path), faults)
 
 
-def parse_recipe(tree: dict[str, Any], where: str = "recipe") -> Recipe:
-    """Validate a plain tree. Raises BadInput with every fault in one line."""
+def parse_recipe(
+    tree: dict[str, Any], where: str = "recipe", faults: list[str] | None = None
+) -> Recipe:
+    """Validate a plain tree.
+
+    Args:
+        where: the name of the recipe, for the message.
+        faults: what is already known to be wrong with it.
+
+    Raises:
+        BadInput: with every fault, each on a line.
+    """
+    faults = list(faults or ())
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        faults = "; ".join(describe_fault(fault, Recipe) for fault in error.errors())
-        raise BadInput(f"{where}: {faults}") from None
+        found = error.errors()
+        for fault in found:
+            # pydantic counts items that have faults as missing from their list
+            within = [other for other in found if other["loc"][: len(fault["loc"])] == fault["loc"]]
+            if fault["type"] != "too_short" or len(within) == 1:
+                faults += describe_fault(fault, Recipe)
+    if faults:
+        raise BadInput(join_faults(where, faults))
+    return recipe

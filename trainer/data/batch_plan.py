@@ -16,14 +16,15 @@ from typing import Protocol
 import numpy as np
 
 from packhorse.trainer.config.recipe import BatchSection, LossSection, TrainSection
+from packhorse.trainer.data.pack import CountTrained
 from packhorse.trainer.datatypes import BadInput, Packed, Piece, StepPlan
 from packhorse.trainer.dist import seed_from
 
 MUCH_FILLER = 0.10  # share of idle micro-batches above which the user is warned
 EPOCHS_KEPT = 2  # packings in memory: this epoch's and, around its end, the next one's
 
-Packer = Callable[[np.ndarray, np.random.Generator], Packed]
-"""packer(lengths, rng): packs an epoch's documents, see data/pack.py."""
+Packer = Callable[[np.ndarray, np.random.Generator, CountTrained], Packed]
+"""packer(lengths, rng, count_trained): packs an epoch's documents, see data/pack.py."""
 
 Keep = Callable[[int, Callable[[], Packed]], Packed]
 """keep(epoch, make): returns the epoch's kept packing, made now if there is none."""
@@ -35,15 +36,14 @@ class Corpus:
 
     `lengths`, `trained_counts` (tokens, trained tokens) and `sources` (number of the source) are
     (n,) integers. Source s gives round(weights[s] x its documents) to an epoch.
-    `count_trained(documents, starts, stops)` counts the trained tokens that positions [start, stop)
-    of a document predict; it is called only for documents that packing has cut.
+    `count_trained` is called only for documents that packing has cut.
     """
 
     lengths: np.ndarray
     trained_counts: np.ndarray
     sources: np.ndarray
     weights: tuple[float, ...]
-    count_trained: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+    count_trained: CountTrained
 
     streaming = False
 
@@ -109,8 +109,14 @@ class Packings:
 
     def _pack(self, corpus: Corpus, epoch: int) -> Packed:
         documents = _documents_of_epoch(corpus, self._seed, epoch)
+        # With what packing drops, this makes a step without a trained token impossible.
+        assert corpus.trained_counts[documents].all(), "a document without a trained token"
         rng = np.random.default_rng(seed_from(self._seed, "pack", epoch))
-        packed = self._packer(corpus.lengths[documents], rng)
+        packed = self._packer(
+            corpus.lengths[documents],
+            rng,
+            lambda numbers, *ends: corpus.count_trained(documents[numbers], *ends),
+        )
         occurrence = packed.pieces[:, 0].copy()
         packed.pieces[:, 0] = documents[occurrence]  # in place, as there may be millions
         if max(corpus.weights) > 1:  # a document may occur more than once
@@ -165,8 +171,7 @@ class Plan:
         cuts = range(first, end, size)
         micro_batches = tuple(tuple(range(cut, min(cut + size, end))) for cut in cuts)
         counts = self._packings.targets(epoch, self.pieces(epoch, range(first, end)))
-        examples = int(np.count_nonzero(counts))
-        return StepPlan(step, epoch, micro_batches, int(counts.sum()), examples)
+        return StepPlan(step, epoch, micro_batches, int(counts.sum()), len(counts))
 
     def sequence(self, epoch: int, number: int) -> list[Piece]:
         """Return the pieces of one packed sequence, in their order."""
@@ -181,11 +186,11 @@ class Plan:
     def piece_weights(self, step: StepPlan, pieces: np.ndarray) -> np.ndarray:
         """Return the weight (P,) float64 of each trained token of `pieces`, which `step` runs (C2).
 
-        An example is a piece with trained tokens. If a step has none, all its weights are zero.
+        An example is a piece; packing leaves none without a trained token.
         """
         if self.loss.weighting == "example":
             counts = self._packings.targets(step.epoch, pieces)
-            return np.where(counts > 0, 1 / (np.maximum(counts, 1) * max(step.examples, 1)), 0.0)
+            return 1 / (counts * step.examples)
         return np.full(len(pieces), self.uniform_weight(step))
 
     def uniform_weight(self, step: StepPlan) -> float | None:
@@ -193,8 +198,8 @@ class Plan:
         if self.loss.weighting == "example":
             return None
         if isinstance(self.loss.weighting, int):
-            return 1 / (self.loss.weighting * step.examples) if step.examples else 0.0
-        return 1 / step.trained_tokens if step.trained_tokens else 0.0
+            return 1 / (self.loss.weighting * step.examples)
+        return 1 / step.trained_tokens
 
     # ---------------------------------------------------------------------------------------- sizes
 

@@ -25,7 +25,7 @@ from packhorse.trainer.datatypes import BadInput, Example, Packed, Tokenized
 from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
 from packhorse.trainer.utils.progress import WorkProgress
 
-VERSION = 2  # part of every key: raise it when the files of a folder change
+VERSION = 3  # part of every key: raise it when the files of a folder change
 
 BLOCK_DOCUMENTS = 4096  # in memory while duplicates are dropped
 
@@ -56,6 +56,10 @@ COUNTED = (
     "cut",
     "lost_trained_tokens",
 )
+
+# Rows counted by a text: why they are rejected or filtered, and names in them that nobody reads.
+BY_TEXT = ("reasons", "filter_reasons", "unread")
+MAX_UNREAD = 200  # names of a source: rows may have keys of their own, each another
 
 Chunks = Callable[[int], Generator[Tokenized, None, None]]
 """chunks(done): tokenizes the rows after the first `done`. The documents do not depend on how the
@@ -225,7 +229,7 @@ class _CacheWriter:
     ) -> None:
         self._file_names = files
         counts = [
-            {"name": name, **dict.fromkeys(COUNTED, 0), "reasons": {}, "filter_reasons": {}}
+            {"name": name, **dict.fromkeys(COUNTED, 0), **{counted: {} for counted in BY_TEXT}}
             for name in sources
         ]
         state = {"rows": 0, "tokens": 0, "sources": counts}
@@ -267,6 +271,10 @@ class _CacheWriter:
                 counts = self._sources[source]
                 counts[count] += 1
                 counts[reasons][reason] = counts[reasons].get(reason, 0) + 1
+        for (source, name), rows in chunk.unread.items():
+            counts = self._sources[source]["unread"]
+            name = name if name in counts or len(counts) < MAX_UNREAD else "others"
+            counts[name] = counts.get(name, 0) + rows
         for source, lost in chunk.cuts:
             self._sources[source]["cut"] += 1
             self._sources[source]["lost_trained_tokens"] += lost
@@ -280,9 +288,9 @@ class _CacheWriter:
         report: dict[str, Any] = {
             key: sum(source[key] for source in self._sources) for key in COUNTED
         }
-        for reasons in ("reasons", "filter_reasons"):
-            counters = (Counter(source[reasons]) for source in self._sources)
-            report[reasons] = dict(sum(counters, Counter()))
+        for counted in BY_TEXT:
+            counters = (Counter(source[counted]) for source in self._sources)
+            report[counted] = dict(sum(counters, Counter()))
         report["sources"] = self._sources
         folder = self._files.folder
         record = {"fingerprint": _fingerprint(folder), "sizes": sizes, "report": report}

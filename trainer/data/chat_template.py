@@ -68,16 +68,14 @@ FIXED_CLOCK = (
     + " }}{% endmacro +%}"
 )
 GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+# Tokenizers list white space and words as added tokens, some even as special ones (Gemma's hold
+# "\n" and runs of spaces). Every text holds those, so they open and close no turn.
+ORDINARY_TEXT = re.compile(r"[\w\s▁]*")  # ▁ is how SentencePiece spells a space
+# A token that is not called special is a marker if no text holds it by accident: a name in
+# brackets of some kind, as <|User|> or [INST].
+MARKER = re.compile(r"[^\w\s▁].*\w.*[^\w\s▁]", re.DOTALL)
 MAX_SKELETONS = 4096
 TEMPLATE_FUNCTIONS = {"raise_exception", "strftime_now"}
-TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-)
 
 
 class Template:
@@ -100,7 +98,11 @@ class Template:
         self.kwargs = dict(kwargs or {})
         added = tokenizer.added_tokens_decoder.items()
         ids = {token.content: number for number, token in added}
-        self.control_ids = {token.content: number for number, token in added if token.special}
+        self.control_ids = {
+            token.content: number
+            for number, token in added
+            if token.special and not ORDINARY_TEXT.fullmatch(token.content)
+        }
         self.control_ids |= dict(
             zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
         )
@@ -187,9 +189,12 @@ class Template:
             return set()
         if len(literals) != len(messages) + 1:
             return set()
-        before_user = set(self._added.findall(literals[0] + literals[2]))
-        header = [token for token in self._added.findall(literals[1]) if token not in before_user]
-        return before_user.union(header[:1])
+        before_user, header = (
+            [token for token in self._added.findall(literal) if MARKER.fullmatch(token)]
+            for literal in (literals[0] + literals[2], literals[1])
+        )
+        header = [token for token in header if token not in before_user]
+        return {*before_user, *header[:1]}
 
     def _source(self, tools: list[Any] | None) -> str:
         """Return the template, of which rows with tools may have another one, with its clock fixed.
@@ -225,7 +230,7 @@ class Template:
             return render_jinja_template([messages], tools=tools, chat_template=source, **variables)
         except jinja2.TemplateSyntaxError as error:
             raise _not_jinja(error) from None
-        except TEMPLATE_ERRORS as error:
+        except Exception as error:  # whatever the template's own code does, as recursing for ever
             # some templates paste a call's arguments instead of writing them as JSON
             pasted = _with_arguments_as_text(messages)
             if pasted != messages:

@@ -18,6 +18,7 @@ from typing import Any
 
 import xxhash
 
+from packhorse.trainer.data.row_files import SUFFIXES
 from packhorse.trainer.utils.files import write_json
 
 CHUNK_BYTES = 1 << 18  # fits the processor's cache, from which it is hashed
@@ -30,7 +31,7 @@ def json_digest(values: list[Any]) -> str:
 
 
 def file_digest(path: Path, memory: Path) -> str:
-    """Return the xxh3-128 of the file's suffix, size and bytes.
+    """Return the xxh3-128 of the file's suffix (both of `rows.csv.gz`), size and bytes.
 
     Args:
         memory: folder of the remembered digests; made if need be.
@@ -42,7 +43,8 @@ def file_digest(path: Path, memory: Path) -> str:
         known = json.loads(remembered.read_text(encoding="utf-8"))
         if known["identity"] == seen:
             return known["digest"]
-    digest = xxhash.xxh3_128(f"{path.suffix} {seen['size']}\n".encode())
+    suffix = path.suffix if path.suffix in SUFFIXES else "".join(path.suffixes[-2:])
+    digest = xxhash.xxh3_128(f"{suffix} {seen['size']}\n".encode())
     buffer = memoryview(bytearray(CHUNK_BYTES))
     with path.open("rb", buffering=0) as file:
         while size := file.readinto(buffer):

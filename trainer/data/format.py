@@ -3,7 +3,7 @@
 The fields of a row enter, as plain values; a `Conversation` leaves, or a `RowError` whose reason
 can be counted. Formats: messages; ShareGPT's conversations; prompt and completion; instruction,
 input and output (Alpaca); question and answer; text. Every format but text may have the columns
-`system` and `tools`.
+`system` and `tools`. What else the columns and keys are called: data/names.py.
 
 A source has one format, that of its first row. A row of another format is rejected: choosing row by
 row would hide a column that is misspelt here and there, and train what nobody asked for. Files of
@@ -13,10 +13,21 @@ several formats are several sources. Whatever a row holds, only a RowError is ra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from itertools import chain
+from string import ascii_uppercase
 from typing import Any, TypeGuard
 
 from packhorse.trainer.config.data import Source
+from packhorse.trainer.data.names import (
+    CALLS,
+    COLUMN_SYNONYMS,
+    REASONING,
+    is_trained,
+    unread_names,
+    value_of,
+    without,
+)
 from packhorse.trainer.datatypes import BadInput, Conversation, Message, RowError
 from packhorse.trainer.utils.strict_json import MAX_DEPTH, parse
 
@@ -29,15 +40,20 @@ REQUIRED = {
     "question_answer": ("question", "answer"),
     "text": ("text",),
 }
-OPTIONAL = ("input", "history", "system", "tools")
-ROLES = ("system", "developer", "user", "assistant", "tool")
-SHAREGPT_ROLES = {
-    **{role: role for role in ROLES},
+OPTIONAL = {
+    "instruction": ("input", "history", "system", "tools"),
+    "question_answer": ("context", "choices", "system", "tools"),
+    "text": (),
+}
+OF_ALL = ("system", "tools")  # of the other formats
+ROLES = {
+    **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     **dict.fromkeys(("human",), "user"),
-    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant"),
-    **dict.fromkeys(("observation", "function_response", "tool_response"), "tool"),
+    **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "bot", "model"), "assistant"),
+    **dict.fromkeys(("observation", "function", "function_response", "tool_response"), "tool"),
 }
 SHAREGPT_CALLS = ("function_call", "tool_call")  # the value is a call, or a list of calls, as JSON
+TURNS = ("messages", "conversations", "prompt", "completion")  # columns that may hold messages
 NO_INPUT = "<noinput>"  # Alpaca's seeds write it where there is none
 
 
@@ -53,14 +69,15 @@ def detect_format(columns: Iterable[str], source: Source) -> str:
     if found:
         more = f" and {len(found) - 20} more" if len(found) > 20 else ""
         listed = f"the columns {', '.join(name[:60] for name in found[:20])}{more}"
-    known = [name for names in REQUIRED.values() for name in names] + list(OPTIONAL)
+    optional = dict.fromkeys([*chain(*OPTIONAL.values()), *OF_ALL])
+    known = [*chain(*REQUIRED.values()), *optional]
     # A column that is misspelt in the recipe would leave its part out of every row.
     for ours, theirs in source.columns.items():
         if ours not in known:
             raise BadInput(
                 f"{place}: `columns` maps the unknown name `{ours}`; known: {', '.join(known)}"
             )
-        if theirs not in found and ours not in OPTIONAL:
+        if theirs not in found and ours not in optional:
             raise BadInput(f"{place}: `columns` names `{theirs}`, but the rows have {listed}")
     wanted = REQUIRED if source.format == "auto" else {source.format: REQUIRED[source.format]}
     for format_name, names in wanted.items():
@@ -74,7 +91,10 @@ def detect_format(columns: Iterable[str], source: Source) -> str:
 
 
 def to_conversation(
-    fields: Mapping[str, Any], format: str, columns: Mapping[str, str]
+    fields: Mapping[str, Any],
+    format: str,
+    columns: Mapping[str, str],
+    ignored: Collection[str] = (),
 ) -> Conversation:
     """Return the row as a conversation with at least one answer, or as a text.
 
@@ -82,19 +102,30 @@ def to_conversation(
         fields: the row, with values as JSON has them.
         format: a key of REQUIRED.
         columns: the row's names by ours, where they differ.
+        ignored: columns, and keys of messages, to pass over.
 
     Raises:
         RowError: the row cannot be used.
+        BadInput: a name that nobody reads may say what not to train.
     """
-    row = {name: fields.get(columns.get(name, name)) for name in (*REQUIRED[format], *OPTIONAL)}
-    for name in REQUIRED[format]:
-        if row[name] is None:
+    fields = without(fields, ignored)
+    row: dict[str, Any] = {}
+    read: set[str] = set()
+    for name in (*REQUIRED[format], *OPTIONAL.get(format, OF_ALL)):
+        theirs = (columns[name],) if name in columns else (name, *COLUMN_SYNONYMS.get(name, ()))
+        value = value_of(fields, theirs)
+        # an empty text has reasons of its own
+        row[name] = fields.get(theirs[0]) if value is None else value
+        read.update(theirs)
+        if row[name] is None and name in REQUIRED[format]:
             raise RowError(f"no {name}")
+    turns = [turn for name in TURNS if isinstance(row.get(name), list) for turn in row[name]]
+    unread = unread_names(fields, read, turns)
     if format == "text":
-        return Conversation(text=_text(row["text"], "text"))
+        return Conversation(text=_text(row["text"], "text"), unread=unread)
     messages = _with_system(row["system"], _READERS[format](row))
     _check_order(messages)
-    return Conversation(messages=messages, tools=_tools(row["tools"]))
+    return Conversation(messages=messages, tools=_tools(row["tools"]), unread=unread)
 
 
 # ------------------------------------------------------------------------------------------ formats
@@ -118,7 +149,6 @@ def _sharegpt_turn(turn: Any) -> Any:
         calls = calls if isinstance(calls, list) else [calls]
         calls = [{"function": call} for call in calls]
         return {**rest, "role": "assistant", "content": "", "tool_calls": calls}
-    role = SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
     return {**rest, "role": role, "content": value}
 
 
@@ -147,6 +177,23 @@ def _from_instruction(row: dict[str, Any]) -> tuple[Message, ...]:
     return *earlier, Message("user", task), _answer(row["output"])
 
 
+def _from_question_answer(row: dict[str, Any]) -> tuple[Message, ...]:
+    """Read a question below its context and above its choices, which have letters."""
+    parts = [_text(row["question"], "question")]
+    answer, choices = row["answer"], row["choices"]
+    if row["context"]:
+        parts.insert(0, _text(row["context"], "context"))
+    if choices:
+        if not isinstance(choices, list) or len(choices) > len(ascii_uppercase):
+            raise RowError("choices are not a list of up to 26 texts")
+        texts = [_text(choice, "choice") for choice in choices]
+        parts.append("\n".join(f"{a}. {text}" for a, text in zip(ascii_uppercase, texts)))
+        # many files give the right choice by its number, from 0
+        if type(answer) is int and 0 <= answer < len(choices):
+            answer = ascii_uppercase[answer]
+    return Message("user", "\n\n".join(parts)), _answer(answer)
+
+
 def _question_and_answer(question: Any, answer: Any) -> tuple[Message, Message]:
     return Message("user", _text(question, "question")), _answer(answer)
 
@@ -160,7 +207,7 @@ _READERS: dict[str, Callable[[dict[str, Any]], tuple[Message, ...]]] = {
     "sharegpt": _from_sharegpt,
     "prompt_completion": _from_prompt_completion,
     "instruction": _from_instruction,
-    "question_answer": lambda row: _question_and_answer(row["question"], row["answer"]),
+    "question_answer": _from_question_answer,
 }
 
 
@@ -192,19 +239,21 @@ def _message(item: Any) -> Message:
         raise RowError("a message has no role")
     if role not in ROLES:
         raise RowError(f"unknown role {role[:40]!r}")
-    if item.get("function_call"):
-        raise RowError("a message uses function_call; write tool_calls")
-    calls = _tool_calls(item.get("tool_calls"))
+    role = ROLES[role]
+    calls = _tool_calls(value_of(item, CALLS))
+    reasoning = value_of(item, REASONING)
+    if reasoning is not None and not isinstance(reasoning, str):
+        raise RowError("reasoning_content is not a string")
     if calls and role != "assistant":
         raise RowError("tool calls outside an assistant message")
     return Message(
         role=role,
         content=_content(item.get("content"), may_be_empty=bool(calls)),
-        reasoning_content=_optional_string(item, "reasoning_content"),
+        reasoning_content=None if reasoning is None else _unicode(reasoning),
         tool_calls=calls,
         tool_call_id=_optional_string(item, "tool_call_id"),
         name=_optional_string(item, "name"),
-        weight=_weight(item.get("weight")),
+        weight=int(is_trained(item)),
     )
 
 
@@ -227,14 +276,21 @@ def _content(value: Any, *, may_be_empty: bool) -> str:
 
 
 def _tool_calls(value: Any) -> tuple[Mapping[str, Any], ...]:
-    """Read calls in OpenAI's form, and make objects of arguments that are JSON strings: templates
-    write objects as JSON, and would quote a string twice."""
+    """Read calls in OpenAI's form, or a function's name and arguments alone.
+
+    Arguments that are JSON strings become objects: templates write objects as JSON, and would quote
+    a string twice.
+    """
     if value is None:
         return ()
+    if isinstance(value, Mapping):
+        value = [value]
     if not isinstance(value, list):
         raise RowError("tool calls are not a list")
     calls = []
     for call in map(_plain, value):
+        if _is_named(call) and "function" not in call:
+            call = {"function": call}
         function = call.get("function") if isinstance(call, dict) else None
         if not _is_named(function):
             raise RowError("a tool call names no function")
@@ -260,7 +316,11 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     tools = tuple(map(_plain, value))
     if not all(isinstance(tool, dict) and _is_named(tool.get("function", tool)) for tool in tools):
         raise RowError("a tool names no function")
-    return tools
+    # Templates look for the function inside, as servers send it, and would pass over a bare one.
+    return tuple(
+        {"type": "function", **(tool if "function" in tool else {"function": tool})}
+        for tool in tools
+    )
 
 
 def _is_named(function: Any) -> TypeGuard[dict[str, Any]]:
@@ -301,14 +361,6 @@ def _optional_string(item: Mapping[Any, Any], name: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise RowError(f"{name} is not a string")
     return None if value is None else _unicode(value)
-
-
-def _weight(value: Any) -> int:
-    if value is None:
-        return 1
-    if not isinstance(value, bool | int | float) or value not in (0, 1):
-        raise RowError("a message's weight is not 0 or 1")
-    return int(value)
 
 
 def _parsed(text: str, name: str) -> Any:

@@ -7,13 +7,13 @@ documents of an epoch, so the number of workers cannot change it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
 from packhorse.trainer.datatypes import Packed
 
-VERSION = 1  # part of the key of kept packings: raise it when the same input packs differently
+VERSION = 2  # part of the key of kept packings: raise it when the same input packs differently
 
 # So many documents are sorted by length together. Without windows, epochs whose lengths all differ
 # would group the same documents each time. A sequence that a window leaves open stays open for the
@@ -27,7 +27,17 @@ WINDOW_DOCUMENTS = 1024
 OPEN_SEQUENCES = 64
 
 
-def pack(lengths: np.ndarray, seq_len: int, packing: str, rng: np.random.Generator) -> Packed:
+CountTrained = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""count(documents, starts, stops): the trained tokens (P,) that positions [start, stop) predict."""
+
+
+def pack(
+    lengths: np.ndarray,
+    seq_len: int,
+    packing: str,
+    rng: np.random.Generator,
+    count_trained: CountTrained | None = None,
+) -> Packed:
     """Lay documents of `lengths` (n,) tokens into sequences of at most `seq_len` tokens.
 
     Args:
@@ -36,6 +46,9 @@ def pack(lengths: np.ndarray, seq_len: int, packing: str, rng: np.random.Generat
             `greedy` lays the shuffled documents as the function of that name does. `wrapped` lays
             them end to end and cuts at every `seq_len`.
         rng: draws the order of the documents and that of the sequences.
+        count_trained: pieces that predict no trained token are dropped, or else whole steps of long
+            prompts would teach nothing. It is asked about the pieces of documents that were cut.
+            None keeps all.
 
     Raises:
         ValueError: a document is empty, or too long under `none`, `bfd` and `greedy`.
@@ -46,8 +59,9 @@ def pack(lengths: np.ndarray, seq_len: int, packing: str, rng: np.random.Generat
     if packing in ("none", "bfd", "greedy") and len(lengths) and lengths.max() > seq_len:
         raise _too_long(int(lengths.max()), seq_len)
     if packing == "wrapped":
-        return _wrapped(lengths, seq_len, rng)
+        return _drop_untrained(_wrapped(lengths, seq_len, rng), lengths, count_trained)
     pieces = _cut_into_pieces(lengths, seq_len)
+    pieces = pieces[_teaches(pieces, lengths, count_trained)]
     if packing == "none":
         sequences, num_sequences = np.arange(len(pieces)), len(pieces)
     elif packing in ("bfd", "bfd_split"):
@@ -185,6 +199,31 @@ def _wrapped(lengths: np.ndarray, seq_len: int, rng: np.random.Generator) -> Pac
     num_sequences = -(-total // seq_len)
     offsets = np.searchsorted(cuts[:-1], np.arange(num_sequences + 1) * seq_len)
     return Packed(np.stack(columns, axis=1), offsets)
+
+
+def _teaches(
+    pieces: np.ndarray, lengths: np.ndarray, count_trained: CountTrained | None
+) -> np.ndarray:
+    """Return whether each of the pieces (P,) predicts a trained token, as whole documents do."""
+    teaches = np.ones(len(pieces), dtype=np.bool_)
+    if count_trained:
+        document, start, stop, _ = pieces.T
+        cut = np.flatnonzero((start > 0) | (stop < lengths[document]))
+        teaches[cut] = count_trained(document[cut], start[cut], stop[cut]) > 0
+    return teaches
+
+
+def _drop_untrained(
+    packed: Packed, lengths: np.ndarray, count_trained: CountTrained | None
+) -> Packed:
+    """Drop the pieces that teach nothing, and the sequences that hold no others.
+
+    What is left of a sequence stays where it is: another piece in its place would move every cut
+    that follows, and so make new pieces.
+    """
+    teaches = _teaches(packed.pieces, lengths, count_trained)
+    left = np.add.reduceat(teaches, packed.sequence_offsets[:-1], dtype=np.int64)
+    return Packed(packed.pieces[teaches], _offsets(left[left > 0]))
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:

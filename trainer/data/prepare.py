@@ -14,12 +14,10 @@ from os import sched_getaffinity
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-import numpy as np
-
 from packhorse.trainer.config.data import DataSection, Source
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data import cache, pack, split, tokenize
-from packhorse.trainer.data.batch_plan import Corpus, Epochs, Plan
+from packhorse.trainer.data.batch_plan import Corpus, Epochs, Packer, Plan
 from packhorse.trainer.data.cache import Documents
 from packhorse.trainer.data.digest import json_digest
 from packhorse.trainer.data.mask import Masker
@@ -173,7 +171,7 @@ def held_out_prompts(recipe: Recipe, masker: Masker, count: int) -> list[Prompt]
     """
     prompts: list[Prompt] = []
     for part in parts_of(recipe.data, "eval"):
-        reader = RowReader.of(part.source)
+        reader = RowReader.of(part.source, recipe.data.ignore_columns)
         for row in rows_of(recipe.data, part):
             if len(prompts) == count:
                 return prompts
@@ -237,7 +235,10 @@ def digest_of(section: DataSection, source: Source) -> str:
 
 def row_tokenizer(recipe: Recipe, tokenizer: Any, which: Literal["train", "eval"]) -> RowTokenizer:
     """Build what reads and tokenizes the train or eval rows."""
-    readers = tuple(RowReader.of(part.source) for part in parts_of(recipe.data, which))
+    readers = tuple(
+        RowReader.of(part.source, recipe.data.ignore_columns)
+        for part in parts_of(recipe.data, which)
+    )
     return RowTokenizer(masker_of(recipe.data, tokenizer), readers)
 
 
@@ -254,13 +255,22 @@ class RowTokenizer:
         examples = iter(
             self.masker.examples([found for found in read if isinstance(found, Conversation)])
         )
-        return [found if isinstance(found, RowError) else next(examples) for found in read]
+        return [
+            found if isinstance(found, RowError) else _with_unread(next(examples), found)
+            for found in read
+        ]
 
     def conversation(self, row: Row) -> Conversation | RowError:
         try:
             return self.readers[row.source].conversation(row.fields)
         except RowError as error:
             return error
+
+
+def _with_unread(example: Example | RowError, conversation: Conversation) -> Example | RowError:
+    if isinstance(example, RowError) or not conversation.unread:
+        return example
+    return replace(example, unread=conversation.unread)
 
 
 def _cache_key(
@@ -316,6 +326,7 @@ def documents_of(plan: Plan, step: StepPlan, data: TrainData) -> list[tuple[str,
     return sorted({prepared.place(document) for document in documents})
 
 
-def packer(recipe: Recipe) -> Callable[[np.ndarray, np.random.Generator], Packed]:
-    """Return the recipe's way to pack documents of these lengths, see data/pack.py."""
-    return lambda lengths, rng: pack.pack(lengths, recipe.batch.seq_len, recipe.data.packing, rng)
+def packer(recipe: Recipe) -> Packer:
+    """Return the recipe's way to pack documents, see data/pack.py."""
+    seq_len, packing = recipe.batch.seq_len, recipe.data.packing
+    return lambda lengths, *others: pack.pack(lengths, seq_len, packing, *others)

@@ -140,9 +140,10 @@ def runs(
 
 
 def counts(example: Example) -> str:
-    """Return a text with the numbers of tokens and of trained tokens."""
+    """Return a text with the numbers of tokens and of trained tokens, and what is not read."""
     trained, tokens = int(example.trained.sum()), len(example.input_ids)
-    return f"{tokens} tokens, {trained} trained ({trained / tokens:.0%})"
+    unread = f"; not read: {', '.join(example.unread)}" if example.unread else ""
+    return f"{tokens} tokens, {trained} trained ({trained / tokens:.0%}){unread}"
 
 
 def as_text(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Group:
@@ -185,7 +186,7 @@ def _html_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
         + f'<span class="{run.kind}">{html.escape(_visible(run))}</span>'
         for run in runs(row.result, tokenizer, row.roles)
     )
-    return f"<h2>{heading} &middot; {counts(row.result)}</h2>\n<pre>{spans}</pre>"
+    return f"<h2>{heading} &middot; {html.escape(counts(row.result))}</h2>\n<pre>{spans}</pre>"
 
 
 def _describe_reject(reason: RowError) -> str:

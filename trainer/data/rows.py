@@ -28,9 +28,10 @@ class RowReader:
 
     source: Source
     format: str
+    ignored: tuple[str, ...] = ()  # columns, and keys of messages, to pass over
 
     @classmethod
-    def of(cls, source: Source) -> RowReader:
+    def of(cls, source: Source, ignored: tuple[str, ...] = ()) -> RowReader:
         """Return the reader for the source's settings and for the format of its first good row.
 
         Raises:
@@ -43,7 +44,7 @@ class RowReader:
         for row in islice(read_rows(source), MAX_BROKEN):
             if isinstance(row.fields, dict):
                 written = "messages" if source.function else detect_format(row.fields, source)
-                return cls(source, written)
+                return cls(source, written, ignored)
             fault = fault or f"row {row.number}: {row.fields}"
         raise BadInput(
             f"{source.path or source.name}: none of its first rows can be read ({fault}); "
@@ -60,7 +61,7 @@ class RowReader:
         if isinstance(fields, RowError):
             raise fields
         written = _call(self.source.function, fields) if self.source.function else fields
-        conversation = to_conversation(written, self.format, self.source.columns)
+        conversation = to_conversation(written, self.format, self.source.columns, self.ignored)
         apply_filters(self.source.filters, fields, conversation)
         return conversation
 
@@ -74,6 +75,7 @@ class RowReader:
         return [
             self.format,
             sorted(source.columns.items()),
+            sorted(self.ignored),
             functions,
             filters.model_dump(mode="json"),
             library,

@@ -1,59 +1,41 @@
 """Read the rows of a source, one at a time.
 
-A `Source` of the recipe enters (a file, a folder of files, a dataset of the hub); `RawRow`s leave:
-plain dicts as the file holds them. Files are streamed; only a `.json` list is read whole, since
-nothing before its last bracket says that it is one.
+A `Source` of the recipe enters (a file, a folder of files, a dataset of the hub); `RawRow`s leave
+(trainer/data/row_files.py).
 
-A line that cannot be read is a row with a fault; data.broken_lines decides whether it stops the run
-or is counted as a reject: large files that were scraped or cut off hold some. A fault of a whole
-file (a list or a Parquet file that breaks off) is BadInput, as nothing says how many rows are lost.
-
-JSONL is read with json and not with Arrow, which gives every object of a column the union of their
-keys, so that each tool schema is filled with the nulls of all others. Parquet and datasets are
-stored that way already: nulls inside nested values are removed again (`without_nulls`). A null that
-was meant is removed with them, as nothing tells the two apart; only in a column that is stored as
-JSON (Arrow's `arrow.json`, which datasets writes for mixed objects) it stays.
+A folder is read alike as `path` and as `name`: the files of `split`, in the order in which
+datasets.load_dataset reads them. The library itself says which these are. What it passes over is
+named in the log, or refused if it looks like data.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterator
+from functools import cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import xxhash
 
 from packhorse.trainer.config.data import Source
 from packhorse.trainer.data.digest import file_digest
-from packhorse.trainer.datatypes import BadInput, RowError
-from packhorse.trainer.utils.strict_json import parse
+from packhorse.trainer.data.row_files import (
+    BATCH_ROWS,
+    COMPRESSED,
+    SUFFIXES,
+    RawRow,
+    arrow_rows,
+    kind_of_file,
+    rows_of_file,
+)
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.dist import log
 from packhorse.trainer.utils.text import error_line, one_line
 
-SUFFIXES = (".jsonl", ".json", ".parquet")
-BATCH_ROWS = 256  # rows of Arrow that are turned into Python values at once
-JSON_NAMES = {
-    list: "a list",
-    str: "a string",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-}
-
-
-class RawRow(NamedTuple):
-    """A row as it was read.
-
-    Attributes:
-        number: line of a JSONL file, else row of the file, from 1.
-        fields: a RowError where the row cannot be read.
-        file: the file's name.
-    """
-
-    number: int
-    fields: dict[str, Any] | RowError
-    file: str = ""
+_READ_FROM = f"{', '.join(SUFFIXES)} files (those of text also as {', '.join(COMPRESSED)})"
 
 
 def read_rows(source: Source) -> Iterator[RawRow]:
@@ -62,12 +44,13 @@ def read_rows(source: Source) -> Iterator[RawRow]:
     Raises:
         BadInput: there is no file, or one is empty or cannot be read; it names the file.
     """
-    if source.path is None:
+    files = source_files(source)
+    if files is None:
         rows = _dataset_rows(_hub_dataset(source), str(source.name))
-    elif is_saved_dataset(source.path):
-        rows = _dataset_rows(_saved_dataset(source.path), Path(source.path).name)
+    elif is_saved_dataset(source):
+        rows = _dataset_rows(_saved_dataset(place_of(source)), *files)
     else:
-        rows = _file_rows(source.path)
+        rows = _file_rows(files)
     return islice(rows, source.rows)
 
 
@@ -79,61 +62,70 @@ def source_digest(source: Source, memory: Path) -> str:
     Args:
         memory: folder of remembered digests of files; see `file_digest`.
     """
-    if source.path is None:
+    files = source_files(source)
+    if files is None:
         return f"hub-{_hub_dataset(source)._fingerprint}"
-    files = source_files(source.path)
-    if is_saved_dataset(source.path):
-        files = sorted(files[0].glob("*.arrow"))
-    digests = [file_digest(path, memory) for path in files]
+    paths = list(files.values())
+    if is_saved_dataset(source):
+        paths = sorted(paths[0].glob("*.arrow"))
+    digests = [file_digest(path, memory) for path in paths]
     if len(digests) == 1:
         return digests[0]
     return xxhash.xxh3_128_hexdigest("\n".join(digests).encode())
 
 
-def source_files(place: str) -> list[Path]:
-    """Return the files of a source's `path`: itself, or those in the folder, sorted by name.
+def place_of(source: Source) -> Path:
+    return Path(source.path or str(source.name)).expanduser()
 
-    A dataset that the library datasets has saved counts as one file: its folder.
+
+def source_files(source: Source) -> dict[str, Path] | None:
+    """Return the files of a source by their names, in the order of reading.
+
+    A dataset that the library datasets has saved counts as one file: its folder. None if datasets
+    has to load the source: it is on the hub, or a folder of another kind of files.
 
     Raises:
-        BadInput: there is no such file.
+        BadInput: there is no such file, or the folder holds data that would not be read.
     """
-    path = Path(place).expanduser()
-    if is_saved_dataset(place):
-        return [path]
+    path = place_of(source)
     if path.is_dir():
-        if (path / "dataset_dict.json").is_file():
+        if source.revision:
+            raise BadInput(f"{path}: a folder has no `revision`, only a dataset of the hub has")
+        if is_saved_dataset(source):
+            _refuse_choice(source, "dataset that was saved by save_to_disk")
+            return {path.name: path}
+        if source.path and (path / "dataset_dict.json").is_file():
             raise BadInput(
-                f"{place}: the folder holds a dataset's splits; point `path` at one of them, as "
+                f"{path}: the folder holds a dataset's splits; point `path` at one of them, as "
                 f"{path}/train"
             )
-        files = sorted(
-            file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file()
-        )
-        if not files:
-            raise BadInput(
-                f"{place}: the folder holds no {', '.join(SUFFIXES)} file; point `path` at one "
-                f"that does"
-            )
-        return files
+        return _folder_files(source, path)
+    if source.path is None:
+        return None
     if not path.is_file():
         raise BadInput(
-            f"{place}: there is no such file or folder; check `path` (it is relative to the "
+            f"{path}: there is no such file or folder; check `path` (it is relative to the "
             f"current folder)"
         )
-    if path.suffix not in SUFFIXES:
-        raise BadInput(
-            f"{place}: rows are read from {', '.join(SUFFIXES)}; convert or rename the file"
-        )
-    return [path]
+    if not kind_of_file(path):
+        raise BadInput(f"{path}: rows are read from {_READ_FROM}; convert or rename the file")
+    _refuse_choice(source, "file")
+    return {path.name: path}
+
+
+def _refuse_choice(source: Source, what: str) -> None:
+    """Refuse keys that choose among files where there is nothing to choose from."""
+    for key in ("config", "data_files"):
+        if getattr(source, key):
+            raise BadInput(f"{place_of(source)}: a {what} has no `{key}`; leave it out")
+    if source.split != "train":
+        raise BadInput(f"{place_of(source)}: a {what} has no `split`; leave it out")
 
 
 def count_rows(source: Source) -> int | None:
     """Return how many rows the files have, roughly; None if that needs parsing them."""
-    if not source.path:
-        return None
     rows = 0
-    for path in source_files(source.path):
+    for path in (source_files(source) or {"": Path()}).values():
         if path.suffix == ".parquet":
             import pyarrow.parquet
 
@@ -147,29 +139,85 @@ def count_rows(source: Source) -> int | None:
     return min(rows, source.rows or rows)
 
 
-def is_saved_dataset(place: str) -> bool:
-    """Return whether the folder was written by datasets.Dataset.save_to_disk."""
-    path = Path(place).expanduser()
+def is_saved_dataset(source: Source) -> bool:
+    """Return whether the source is a folder that datasets.Dataset.save_to_disk wrote."""
+    path = place_of(source)
     return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
 
 
-def without_nulls(value: Any) -> Any:
-    """Remove every key whose value is null from nested objects; items of lists stay."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [without_nulls(item) for item in value]
-    return value
+# ------------------------------------------------------------------------------------------ folders
 
 
-# -------------------------------------------------------------------------------------------- files
+def _folder_files(source: Source, folder: Path) -> dict[str, Path] | None:
+    """Return the files of the source's split; None for a `name` whose files only datasets reads."""
+    there = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
+    there = [path for path in there if not _is_hidden(path.relative_to(folder.resolve()))]
+    data = [path for path in there if kind_of_file(path)]
+    if source.path and not data:
+        raise BadInput(f"{folder}: the folder holds no {_READ_FROM}; point `path` at one that does")
+    splits = _resolve_splits(source, folder)
+    chosen = splits.get(source.split, [])
+    strange = [path for path in chosen if not kind_of_file(path)]
+    if source.path is None and (strange or not chosen):
+        return None
+    if not chosen:
+        raise BadInput(
+            f"{folder}: the files there have no split `{source.split}`, only "
+            f"{', '.join(splits)}; give `split`, or name the files in `data_files`"
+        )
+    if strange:
+        raise BadInput(f"{folder}: rows are read from {_READ_FROM}, not from {_listed(strange)}")
+    known = {path for files in splits.values() for path in files}
+    lost = [path for path in data if path not in known]
+    if lost and not (source.config or source.data_files):
+        raise BadInput(
+            f"{folder}: beside {_listed(chosen)}, datasets.load_dataset does not read "
+            f"{_listed(lost)}, which are of another kind or of no split; move them away, or make "
+            "them a source of their own with `data_files`"
+        )
+    if unread := sorted({*there} - {*chosen}):
+        say_once(f"{folder}: split `{source.split}` is {_listed(chosen)}; not {_listed(unread)}")
+    return {os.path.relpath(path, folder.resolve()): path for path in chosen}
 
 
-def _file_rows(place: str) -> Iterator[RawRow]:
-    for path in source_files(place):
+def _resolve_splits(source: Source, folder: Path) -> dict[str, list[Path]]:
+    """Return the files of each split as datasets.load_dataset finds them."""
+    import datasets
+
+    try:
+        with tempfile.TemporaryDirectory() as locks:
+            builder = datasets.load_dataset_builder(
+                str(folder),
+                source.config,
+                data_files=list(source.data_files) or None,
+                cache_dir=locks,
+            )
+    except Exception as error:  # the library raises a dozen unrelated classes
+        raise BadInput(f"{folder}: {_shown_choice(source)}: {error_line(error, 300)}") from None
+    found = getattr(builder.config, "data_files", None) or {}
+    return {str(split): [Path(file) for file in files] for split, files in found.items()}
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith((".", "__")) for part in path.parts)
+
+
+def _listed(paths: list[Path]) -> str:
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    return ", ".join(path.name for path in paths[:5]) + more
+
+
+@cache
+def say_once(message: str) -> None:
+    """Log a message, unless it was logged before: a source is opened several times."""
+    log.info("%s", message)
+
+
+def _file_rows(files: dict[str, Path]) -> Iterator[RawRow]:
+    for name, path in files.items():
         if not os.access(path, os.R_OK):
             raise BadInput(f"{path}: the file may not be read; check its permissions")
-        rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
+        rows = rows_of_file(path, name)
         first = next(rows, None)
         if first is None:
             raise BadInput(
@@ -179,133 +227,20 @@ def _file_rows(place: str) -> Iterator[RawRow]:
         yield from chain([first], rows)
 
 
-def _json_rows(path: Path) -> Iterator[RawRow]:
-    """Read lines, or a `.json` file that holds a list; many `.json` files hold lines."""
-    if path.suffix == ".json" and _is_list(path):
-        yield from _json_list(path)
-        return
-    # as bytes, which split at \n alone: U+2028 may stand inside a JSON string
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield RawRow(number, _object(_parse_bytes(line.rstrip(b"\r\n"))), path.name)
-
-
-def _json_list(path: Path) -> Iterator[RawRow]:
-    rows = _parse_bytes(path.read_bytes())
-    if isinstance(rows, RowError):
-        raise BadInput(
-            f"{path}: the list cannot be read: {rows}; mend it, or write one object a line"
-        )
-    for number, item in enumerate(rows, start=1):
-        yield RawRow(number, _object(item), path.name)
-
-
-def _parquet_rows(path: Path) -> Iterator[RawRow]:
-    import pyarrow.parquet
-
-    def batches() -> Iterator[Any]:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield from file.iter_batches(batch_size=BATCH_ROWS)
-
-    return _arrow_rows(batches(), path.name, f"{path}: not a readable Parquet file")
-
-
-def _arrow_rows(batches: Iterable[Any], name: str, fault: str) -> Iterator[RawRow]:
-    """Yield the rows of Arrow tables or batches. `fault` begins the error if they break off."""
-    import pyarrow
-
-    number = 0
-    try:
-        for batch in batches:
-            for fields in _batch_fields(batch):
-                number += 1
-                yield RawRow(number, fields, name)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise BadInput(f"{fault} after row {number} ({one_line(error, 200)})") from None
-
-
-def _batch_fields(batch: Any) -> Iterator[dict[str, Any] | RowError]:
-    """Yield the fields of each row without nested nulls; a column that is null in a row stays, as
-    the format is detected by the columns."""
-    types = {field.name: field.type for field in batch.schema}
-    rows = _python_rows(batch)
-    if rows is None:  # find those that cannot be read
-        one_by_one = (_python_rows(batch.slice(n, 1)) or [None] for n in range(len(batch)))
-        rows = [row for found in one_by_one for row in found]
-    for row in rows:
-        try:
-            if row is None:
-                raise RowError("a value that cannot be read, as text that is not UTF-8")
-            yield {
-                name: _parsed_json(without_nulls(value), types[name]) for name, value in row.items()
-            }
-        except RowError as error:
-            yield error
-
-
-def _python_rows(batch: Any) -> list[dict[str, Any] | None] | None:
-    """Return the rows as Python values; None if one holds text that is not UTF-8 or a date that
-    Python does not have."""
-    try:
-        # first, as the offsets in a damaged file may point anywhere in memory
-        batch.validate(full=True)
-        return batch.to_pylist()
-    except ValueError:
-        return None
-
-
-def _parsed_json(value: Any, type: Any) -> Any:
-    """Parse what is stored as JSON inside a value of an Arrow column of this type."""
-    import pyarrow
-
-    if value is None:
-        return None
-    if isinstance(type, pyarrow.JsonType):
-        return parse(value)
-    if isinstance(type, pyarrow.StructType):
-        return {key: _parsed_json(item, type.field(key).type) for key, item in value.items()}
-    if isinstance(value, list) and hasattr(type, "value_type"):
-        return [_parsed_json(item, type.value_type) for item in value]
-    return value
-
-
-def _is_list(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
-
-
-def _parse_bytes(text: bytes) -> Any:
-    """Return the value of a JSON text; a RowError if it has none."""
-    try:
-        # Editors on Windows begin a file with a byte order mark, which is no JSON.
-        return parse(text.decode("utf-8").removeprefix("\ufeff"))
-    except UnicodeDecodeError:
-        return RowError("not valid UTF-8")
-    except RowError as error:
-        return error
-
-
-def _object(value: Any) -> dict[str, Any] | RowError:
-    if isinstance(value, dict | RowError):
-        return value
-    return RowError(f"the row is {JSON_NAMES.get(type(value), 'null')}, not an object")
-
-
 # ----------------------------------------------------------------------------------------- datasets
 
 
 def _dataset_rows(dataset: Any, name: str) -> Iterator[RawRow]:
     # As Arrow: the library's own decoding fills objects with nulls, and so hides which were meant.
     tables = dataset.with_format("arrow").iter(BATCH_ROWS)
-    return _arrow_rows(tables, name, f"{name}: the dataset cannot be read")
+    return arrow_rows(tables, name, f"{name}: the dataset cannot be read")
 
 
-def _saved_dataset(place: str) -> Any:
+def _saved_dataset(place: Path) -> Any:
     import datasets
 
     try:
-        return datasets.load_from_disk(str(Path(place).expanduser()))
+        return datasets.load_from_disk(str(place))
     except Exception as error:  # the library raises a dozen unrelated classes
         raise BadInput(
             f"{place}: the saved dataset cannot be loaded ({one_line(error, 200)}); save it again"
@@ -314,6 +249,7 @@ def _saved_dataset(place: str) -> Any:
 
 def open_stream(source: Source, state: dict[str, Any] | None) -> Any:
     """Open a streaming hub dataset (an IterableDataset) where its `state_dict` left off."""
+    source_files(source)  # which refuses what would not be read, and names it
     dataset = _hub_dataset(source)
     if state is not None:
         dataset.load_state_dict(state)
@@ -326,11 +262,23 @@ def _hub_dataset(source: Source) -> Any:
 
     try:
         return datasets.load_dataset(
-            str(source.name), split=source.split, streaming=source.streaming
+            str(source.name),
+            source.config,
+            data_files=list(source.data_files) or None,
+            split=source.split,
+            revision=source.revision,
+            streaming=source.streaming,
         )
     except Exception as error:  # the library raises a dozen unrelated classes
         raise BadInput(
-            f"the dataset `{source.name}` (split `{source.split}`) cannot be loaded "
+            f"the dataset `{source.name}` ({_shown_choice(source)}) cannot be loaded "
             f"({error_line(error, 200)}); check its name, the network and the access token, or "
             f"download it and give its files as `path`"
         ) from None
+
+
+def _shown_choice(source: Source) -> str:
+    """Return the keys that choose among a dataset's files, as "split `train`"."""
+    given = {key: getattr(source, key) for key in ("config", "revision", "data_files")}
+    chosen = {"split": source.split} | {key: value for key, value in given.items() if value}
+    return ", ".join(f"{key} `{value}`" for key, value in chosen.items())

@@ -11,13 +11,13 @@ import json
 from collections.abc import Iterator, Mapping
 from datetime import date, time, timedelta
 from decimal import Decimal
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import xxhash
 
 from packhorse.trainer.config.data import DataSection, Source
-from packhorse.trainer.data.source import RawRow, count_rows, read_rows, source_files
+from packhorse.trainer.data.row_files import RawRow
+from packhorse.trainer.data.source import count_rows, read_rows, source_files
 from packhorse.trainer.data.tokenize import Row
 from packhorse.trainer.datatypes import BadInput, RowError
 
@@ -101,13 +101,14 @@ class SplitRows:
         self.data = data
         self.parts = parts_of(data, which)
         self.names = [part.source.path or str(part.source.name) for part in self.parts]
+        # of each source: the files by the names that its rows give them
         self._files = [
-            [str(path) for path in source_files(part.source.path)]
-            if part.source.path
-            else [f"{part.source.name}:{part.source.split}"]
+            {name: str(path) for name, path in files.items()}
+            if (files := source_files(part.source))
+            else {str(part.source.name): f"{part.source.name}:{part.source.split}"}
             for part in self.parts
         ]
-        self.files = [name for of_source in self._files for name in of_source]
+        self.files = [path for files in self._files for path in files.values()]
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows, source by source.
@@ -117,9 +118,9 @@ class SplitRows:
         """
         first = 0
         for source, (part, files) in enumerate(zip(self.parts, self._files, strict=True)):
-            numbers = {Path(name).name: first + i for i, name in enumerate(files)}
+            numbers = {name: first + i for i, name in enumerate(files)}
             for row in rows_of(self.data, part):
-                file = numbers[row.file] if part.source.path else first
+                file = numbers[row.file]
                 if isinstance(row.fields, RowError) and self.data.broken_lines == "stop":
                     raise BadInput(
                         f"{self.files[file]}:{row.number}: {row.fields}; mend or delete the line, "

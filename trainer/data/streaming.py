@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import chain, islice
@@ -32,8 +32,9 @@ from packhorse.trainer.data.batch_plan import Corpus
 from packhorse.trainer.data.leakage import check_leakage
 from packhorse.trainer.data.loader import STEPS_AHEAD
 from packhorse.trainer.data.prepare import Prepared, TrainData, digest_of, prepare
+from packhorse.trainer.data.row_files import json_scalar, kind_of_file, without_nulls
 from packhorse.trainer.data.shard_log import LOG, Shard, ShardLog
-from packhorse.trainer.data.source import open_stream, source_files, without_nulls
+from packhorse.trainer.data.source import open_stream, say_once
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.dist import is_main, log
 from packhorse.trainer.utils.files import Stopped, replace_file
@@ -42,6 +43,8 @@ STREAMED = "shards"  # in the run folder: the rows that were taken from a stream
 POLL_S = 0.1  # of the ranks that wait for rank 0's decision
 # However small the shards are, those of the steps being built and run must stay open.
 OPEN_SHARDS = STEPS_AHEAD + 2
+# What chose the rows of the stream has no place in the file that they were written to.
+AS_A_FILE = {"config": None, "data_files": (), "revision": None, "split": "train"}
 
 
 def prepare_train(
@@ -235,7 +238,7 @@ def prepare_now(recipe: Recipe, tokenizer: Any) -> list[Prepared]:
         return [_prepare_shard(recipe, path, tokenizer) for path in paths]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "first.jsonl"
-        _write_rows(path, islice(open_stream(source, None), recipe.data.shard_rows))
+        _write_rows(path, islice(_plain_rows(open_stream(source, None)), recipe.data.shard_rows))
         return [_prepare_shard(recipe, path, tokenizer)]
 
 
@@ -243,7 +246,7 @@ def _prepare_shard(
     recipe: Recipe, path: Path, tokenizer: Any, stopping: Callable[[], bool] = lambda: False
 ) -> Prepared:
     """Prepare a shard as the only source of a recipe, and compare it with the held-out rows."""
-    changes = {"path": str(path), "name": None, "streaming": False}
+    changes = {"path": str(path), "name": None, "streaming": False, **AS_A_FILE}
     source = recipe.data.train[0].model_copy(update=changes)
     data = recipe.data.model_copy(update={"train": (source,)})
     alone = recipe.model_copy(update={"data": data})
@@ -291,7 +294,14 @@ def _source_folder(source: Source) -> Path:
 
 def _shard_files(folder: Path) -> list[Path]:
     """Return the files by name, without hidden ones, which are still being written."""
-    return [path for path in source_files(str(folder)) if not path.name.startswith(".")]
+    there = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    files = [path for path in there if kind_of_file(path) and path.is_file()]
+    if not files:
+        raise BadInput(f"{folder}: the folder holds no file of rows yet; put the first one there")
+    for path in there:
+        if path not in files:
+            say_once(f"{path}: is not read; a streamed folder's rows are in files of its own")
+    return files
 
 
 def _find_new_file(folder: Path, log: ShardLog) -> _NewShard | None:
@@ -325,7 +335,7 @@ class _Stream:
         taken = [shard.stream for shard in self._log.known.values() if shard.stream]
         if self._dataset is None:
             self._dataset = open_stream(self._source, taken[-1]["state"] if taken else None)
-            self._rows = iter(self._dataset)
+            self._rows = _plain_rows(self._dataset)
         self._folder.mkdir(exist_ok=True)
         file = f"{len(taken):06d}.jsonl"
         count = _write_rows(self._folder / file, islice(self._rows, self._shard_rows))
@@ -336,6 +346,13 @@ class _Stream:
         return _NewShard(file, {"rows": rows, "state": self._dataset.state_dict()})
 
 
+def _plain_rows(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a streaming dataset without the nulls with which Arrow fills objects."""
+    features = dataset.features or {}
+    for row in dataset:
+        yield {name: without_nulls(value, features.get(name)) for name, value in row.items()}
+
+
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write a JSONL file, unless there is no row; return the number of rows."""
     rows, count = iter(rows), 0
@@ -344,6 +361,11 @@ def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
         return 0
     with replace_file(path) as file:
         for count, row in enumerate(chain([first], rows), start=1):  # noqa: B007 - counted
-            plain = {name: without_nulls(value) for name, value in row.items()}
-            file.write(json.dumps(plain, default=str) + "\n")
+            file.write(json.dumps(row, default=_json_text) + "\n")
     return count
+
+
+def _json_text(value: Any) -> Any:
+    """Return what JSON does not have as `path` would read it, or at worst as Python writes it."""
+    plain = json_scalar(value)
+    return str(plain) if plain is value else plain

@@ -125,6 +125,8 @@ def tables(recipe: Recipe, train: Prepared, plan: Plan, held_out: Prepared | Non
 
 def _rows_table(title: str, prepared: Prepared) -> Table:
     """Count rows and tokens, and the rows left out, for each source if there are several."""
+    from rich.markup import escape  # what the rows hold, as `[/b]`, is no markup
+
     names = ("rows", "rejected", "filtered", "documents", "tokens")
     table = _table("", *names, "trained", title=title)
     report = prepared.report
@@ -132,11 +134,13 @@ def _rows_table(title: str, prepared: Prepared) -> Table:
     for part in [*sources, {"name": "all", **report}]:
         counts = (f"{part[key]:,}" for key in names)
         share = part["trained_tokens"] / max(part["tokens"], 1)
-        table.add_row(part["name"], *counts, f"{share:.1%}")
+        table.add_row(escape(part["name"]), *counts, f"{share:.1%}")
         for reason, count in part["reasons"].items():
-            table.add_row(f"  rejected: {reason}", "", f"{count:,}")
+            table.add_row(escape(f"  rejected: {reason}"), "", f"{count:,}")
         for reason, count in part["filter_reasons"].items():
-            table.add_row(f"  filtered: {reason}", "", "", f"{count:,}")
+            table.add_row(escape(f"  filtered: {reason}"), "", "", f"{count:,}")
+        for name, count in part["unread"].items():
+            table.add_row(escape(f"  not read: {name}"), f"{count:,}")
         if part["cut"]:
             lost = f"  cut, less {part['lost_trained_tokens']:,} trained tokens"
             table.add_row(lost, f"{part['cut']:,}")

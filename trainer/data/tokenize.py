@@ -28,7 +28,7 @@ import xxhash
 from packhorse.trainer.datatypes import BadInput, Example, Filtered, RowError, Tokenized
 from packhorse.trainer.utils.child_process import Child, start_child
 
-VERSION = 2  # part of every key: raise it when the same rows give other documents
+VERSION = 3  # part of every key: raise it when the same rows give other documents
 
 # What a worker is given at once: small enough for steady progress, large against the cost of
 # handing it over.
@@ -176,6 +176,7 @@ class _Work(NamedTuple):
         rejects: list[tuple[int, int, int, str]] = []
         filtered: list[tuple[int, int, int, str]] = []
         cuts: list[tuple[int, int]] = []
+        unread: Counter[tuple[int, str]] = Counter()
         for row, example in zip(rows, self.tokenize(rows), strict=True):
             try:
                 if isinstance(example, RowError):
@@ -188,6 +189,7 @@ class _Work(NamedTuple):
                 digest = xxhash.xxh3_64(example.input_ids.tobytes())
                 digest.update(example.trained.tobytes())
                 digests += [digest.intdigest()] * len(parts)
+                unread.update((row.source, name) for name in example.unread)
             except RowError as error:
                 left_out = filtered if isinstance(error, Filtered) else rejects
                 left_out.append((row.source, row.file, row.number, str(error)))
@@ -208,6 +210,7 @@ class _Work(NamedTuple):
             filtered=tuple(filtered),
             cuts=tuple(cuts),
             source_rows=Counter(row.source for row in rows),
+            unread=unread,
         )
 
 

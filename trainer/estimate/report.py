@@ -38,6 +38,7 @@ from packhorse.trainer.estimate.model import (
     measure_model,
     trace_activations,
 )
+from packhorse.trainer.estimate.traffic import ASSUMED, Traffic, step_traffic
 from packhorse.trainer.model.loss import choose_kernel
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class Candidate:
     memory: Memory
     shortages: list[str]  # what of the cluster is too small; empty if the recipe fits
     smallest: int | None  # the fewest GPUs that fit, with such nodes; None if none does
+    traffic: Traffic
 
 
 @dataclass(frozen=True)
@@ -132,10 +134,11 @@ def build_report(
     candidates, refused = {}, {}
     for template in list_templates(recipe):
         try:
+            config = fill_template(recipe, template, model.hidden)
             needs = partial(
                 peak_memory,
                 model,
-                fill_template(recipe, template, model.hidden),
+                config,
                 per_node=cluster.per_node,
                 trained=stats.fullest_trained,
                 kernel=kernel,
@@ -149,7 +152,10 @@ def build_report(
         smallest = next(
             (world for world in worlds if not cluster.find_shortages(needs(world), disk)), None
         )
-        candidates[template] = Candidate(memory, cluster.find_shortages(memory, disk), smallest)
+        on_a_rank = float(np.ceil(stats.micro_batches / cluster.gpus).mean())
+        traffic = step_traffic(model, config, cluster.gpus, on_a_rank)
+        shortages = cluster.find_shortages(memory, disk)
+        candidates[template] = Candidate(memory, shortages, smallest, traffic)
     return Report(model, stats, cluster, activations, candidates, refused, disk)
 
 
@@ -241,16 +247,20 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
         f"fillers: {share:.1%} of the micro-batches of {cluster.gpus} GPUs; good numbers of GPUs: "
         f"{good}{idle}",
         f"activations of a micro-batch: {kept}",
-        f"time, at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU: {seconds:.3g} s a step, "
-        f"{stats.tokens / seconds:,.0f} tokens/s{run}",
+        f"time to compute, predicted at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU: "
+        f"{seconds:.3g} s a step, {stats.tokens / seconds:,.0f} tokens/s{run}",
         f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {_count_checkpoints(recipe)} kept and "
         f"one being written {_gib(disk.checkpoints)} GiB; the universal form "
         f"{_gib(disk.universal)} GiB; an export {_gib(disk.export)} GiB while it is made",
     ]
 
 
-def table_cells(report: Report) -> tuple[list[str], list[list[str]]]:
-    """Return the table's heading of templates, and a line of cells for each part, in GiB."""
+def table_cells(report: Report, flops: float) -> tuple[list[str], list[list[str]]]:
+    """Return the table's heading of templates, and a line of cells for each part, in GiB.
+
+    Args:
+        flops: FLOP/s that a GPU achieves.
+    """
     found = report.candidates
     heading = ["GiB", *(Path(template).stem.replace("_", " ") for template in found)]
     body = [[part, *(_gib(one.memory.gpu[part]) for one in found.values())] for part in GPU_PARTS]
@@ -260,19 +270,26 @@ def table_cells(report: Report) -> tuple[list[str], list[list[str]]]:
     fits = ["no: " + ", ".join(c.shortages) if c.shortages else "yes" for c in found.values()]
     body.append(["fits", *fits])
     body.append(["from GPUs", *(str(one.smallest or "-") for one in found.values())])
+    computing = step_seconds(report.model, report.stats, report.cluster.gpus, flops)
+    most = [computing + one.traffic.seconds(report.cluster) for one in found.values()]
+    body.append(["s a step, at most", *(f"{seconds:.3g}" for seconds in most)])
     return heading, body
 
 
-def build_table(report: Report) -> Table:
-    """Return the table of memory for a terminal."""
+def build_table(report: Report, flops: float) -> Table:
+    """Return the table of memory and time for a terminal; see `table_cells`."""
     from rich.table import Table
 
-    heading, body = table_cells(report)
-    table = Table(title="memory at the peak of a step")
+    heading, body = table_cells(report, flops)
+    table = Table(
+        title="predicted: memory at the peak of a step, and its time",
+        caption="seconds: at most, if no communication hides behind the computation, at an assumed "
+        f"{ASSUMED}; at least, the time to compute above",
+    )
     for i, name in enumerate(heading):
         table.add_column(name, justify="right" if i else "left")
     for i, cells in enumerate(body):
-        table.add_row(*cells, end_section=i in (len(GPU_PARTS) - 1, len(body) - 3))
+        table.add_row(*cells, end_section=i in (len(GPU_PARTS) - 1, len(body) - 4))
     return table
 
 
@@ -296,6 +313,29 @@ def require_fit(report: Report) -> str:
     )
     cluster = report.cluster
     raise BadInput(f"no template fits {cluster.gpus} GPUs of {_gib(cluster.gpu)} GiB; {instead}")
+
+
+def recommend(report: Report, recipe: Recipe) -> str:
+    """Return a sentence that recommends a template and says why.
+
+    Of those that fit it is the one whose communication takes least time; where that is equal, the
+    one that comes first by name, which is the lowest ZeRO stage.
+    """
+    cluster = report.cluster
+    fitting = {name: one for name, one in report.candidates.items() if not one.shortages}
+    name = min(fitting, key=lambda name: fitting[name].traffic.seconds(cluster))
+    best = fitting.pop(name)
+    others = ", ".join(f"{other} {_gb(one.traffic.total)}" for other, one in fitting.items())
+    than = f", the least of those that fit ({others})" if others else ", and it alone fits"
+    todo = "" if name == recipe.parallel.deepspeed else f"; set parallel.deepspeed={name}"
+    return (
+        f"recommended: {name}: it needs {_gib(best.memory.gpu_total)} of {_gib(cluster.gpu)} GiB a "
+        f"GPU, and moves {_gb(best.traffic.total)} GB a GPU and step{than}{todo}"
+    )
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.3g}"
 
 
 def _gib(size: float) -> str:

@@ -8,8 +8,15 @@ def one_line(text: object, cap: int | None = None) -> str:
     return " ".join(str(text).split())[:cap]
 
 
+def printable(text: object, cap: int) -> str:
+    """Return the text on one line, with `?` for what a log or terminal cannot show.
+
+    That is a control character, or a lone surrogate, as from a file's name.
+    """
+    return "".join(c if c.isprintable() else "?" for c in one_line(text, cap))
+
+
 def error_line(error: BaseException, cap: int = 80) -> str:
-    """Return the class and the message of an error on one line that can be written as UTF-8."""
-    # a lone surrogate in the message, as from a file's name, could not be written to a log
-    message = one_line(error, cap).encode(errors="replace").decode()
+    """Return the class and the message of an error on one printable line."""
+    message = printable(error, cap)
     return f"{type(error).__name__}: {message}" if message else type(error).__name__

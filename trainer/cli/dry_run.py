@@ -1,0 +1,95 @@
+"""Define `packhorse train --dry-run`: everything of a run before its process group, and no more.
+
+A recipe enters; tables on the terminal leave. Nothing is written to run.dir; the data is prepared
+in the cache, where the run finds it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packhorse.trainer.datatypes import BadInput
+
+if TYPE_CHECKING:
+    from packhorse.trainer.config.recipe import Recipe
+    from packhorse.trainer.data.batch_plan import Plan
+
+_GPU_GIB = 80.0  # assumed where there is no GPU
+
+
+def dry_run(recipe: Recipe, ranks: int | None, *, extend: bool) -> None:
+    """Check and prepare what a run needs, and print its data, its steps and its memory.
+
+    Args:
+        ranks: of the run, on all nodes. None: one for each GPU here, or one without a GPU.
+        extend: as for `packhorse train`.
+
+    Raises:
+        BadInput: what the run itself would refuse before its ranks meet.
+    """
+    import torch
+    from rich.console import Console
+
+    from packhorse.trainer import dist
+    from packhorse.trainer.cli.data import prepare_all, prepare_shards
+    from packhorse.trainer.config.packaged import find_template
+    from packhorse.trainer.data.summary import tables
+    from packhorse.trainer.eval.server_answers import check_server
+    from packhorse.trainer.model.load import load_tokenizer
+    from packhorse.trainer.run_folder import require_same_run
+
+    dist.start_logging()
+    run_dir = Path(recipe.run.dir)
+    require_same_run(recipe, run_dir, extend=extend)
+    _require_writable(run_dir)
+    find_template(recipe.parallel.deepspeed)
+    check_server(recipe)
+    tokenizer = load_tokenizer(recipe.model)
+    plan = None
+    if recipe.streaming:
+        prepare_shards(recipe, tokenizer)
+    else:
+        train, plan, held_out = prepare_all(recipe, tokenizer)
+        Console().print(*tables(recipe, train, plan, held_out))
+    ranks = ranks or torch.cuda.device_count() or 1
+    if plan and (warning := plan.check_world(ranks, recipe.parallel.allow_idle_ranks)):
+        print(warning)
+    _show_memory(recipe, ranks, plan)
+    print(f"dry run: all of this can be used; {run_dir} was left as it is")
+
+
+def _require_writable(run_dir: Path) -> None:
+    """Raise BadInput if the run folder could not be made or written."""
+    there = run_dir.absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise BadInput(f"run.dir: {run_dir} cannot be written ({there} does not allow it)")
+
+
+def _show_memory(recipe: Recipe, ranks: int, plan: Plan | None) -> None:
+    """Print the table of `packhorse plan`, for the GPUs of this machine.
+
+    Models that cannot be planned can be trained all the same.
+    """
+    import torch
+
+    from packhorse.trainer.cli.data import show_report
+    from packhorse.trainer.estimate import memory, report
+
+    gib = _GPU_GIB
+    if torch.cuda.is_available():
+        gib = torch.cuda.get_device_properties(0).total_memory / memory.GIB
+    else:
+        print(f"there is no GPU here: the table is for GPUs of {gib:.0f} GiB")
+    per_node = torch.cuda.device_count() or 8
+    cluster = memory.Cluster(ranks, per_node, gib * memory.GIB)
+    stats: Any = report.measure_steps(plan) if plan else None
+    try:
+        found = report.build_report(recipe, cluster, stats)
+    except BadInput as error:
+        print(f"memory is not predicted: {error}")
+        return
+    show_report(found, recipe)

@@ -1,0 +1,92 @@
+"""Define `packhorse runs` and `packhorse report`: look at run folders, finished or not."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from packhorse.trainer.datatypes import BadInput
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from packhorse.trainer.report.runs import Run
+
+_STYLES = {"running": "cyan", "stopped": "yellow", "done": "green", "failed": "red"}
+_NAMED = 5  # foreign folders that are named one by one
+
+
+def runs(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Where to look for runs, at any depth.")
+    ] = Path("runs"),
+) -> None:
+    """List the runs below a folder, with their states, losses and speeds.
+
+    [bold]packhorse runs runs[/bold]
+    [bold]packhorse runs /shared/experiments[/bold]
+
+    A run is running, stopped (on request, and saved), done, or failed (its process has ended
+    otherwise). Losses are the first and the last that were logged.
+    """
+    from rich.console import Console
+
+    from packhorse.trainer.report.runs import find_folders, read_run
+
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: there is no such folder; give the folder that the runs lie in")
+    found, faults = [], []
+    folders, foreign = find_folders(folder)
+    for place in folders:
+        try:
+            found.append(read_run(place))
+        except BadInput as error:
+            faults.append(" ".join(str(error).split()))
+    console = Console(highlight=False)
+    if found:
+        console.print(runs_table(found, folder))
+    elif not faults:
+        console.print(f"no runs in {folder}", soft_wrap=True, markup=False)
+    for fault in faults:
+        console.print(fault, soft_wrap=True, markup=False)
+    if foreign:
+        names = ", ".join(path.name for path in foreign[:_NAMED])
+        more = f" and {len(foreign) - _NAMED} more" if len(foreign) > _NAMED else ""
+        console.print(f"no runs below: {names}{more}", soft_wrap=True, markup=False)
+
+
+def runs_table(found: list[Run], root: Path) -> Table:
+    """Return a table of runs, one a row, named by their paths below `root`."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    # In a narrow terminal names, pairs of losses and times take more lines; nothing is cut off.
+    table.add_column("run", overflow="fold", min_width=8)
+    table.add_column("state", no_wrap=True)
+    for name in ("step", "loss", "eval loss", "tokens/s"):
+        is_pair = name.endswith("loss")
+        table.add_column(name, justify="right", no_wrap=not is_pair, min_width=7 * is_pair or None)
+    table.add_column("last change", min_width=6)
+    for run in found:
+        name = run.folder.relative_to(root) if run.folder != root else run.folder
+        speed = run.tokens_per_s
+        table.add_row(
+            Text(str(name)),
+            Text(run.state, _STYLES[run.state]),
+            f"{run.step}/{run.steps or '?'}",
+            _first_and_last([value for _, value in run.values("train/loss")]),
+            _first_and_last([line["eval_loss"] for line in run.evaluations.values()]),
+            "" if speed is None else f"{speed:,.0f}",
+            time.strftime("%m-%d %H:%M", time.localtime(run.changed_at)),
+        )
+    return table
+
+
+def _first_and_last(values: list[float]) -> str:
+    ends = [values[0], values[-1]] if len(values) > 1 else values
+    return " → ".join(f"{value:.3f}" for value in ends)

@@ -1,0 +1,323 @@
+"""Read the rows of one file, one at a time: JSONL, JSON, CSV, TSV or Parquet, compressed or not.
+
+A path enters; `RawRow`s leave: plain dicts as the file holds them. Files are streamed; only a
+`.json` list is read whole, since nothing before its last bracket says that it is one.
+
+A line that cannot be read is a row with a fault; data.broken_lines decides whether it stops the run
+or is counted as a reject: large files that were scraped or cut off hold some. A fault of a whole
+file (a list, a table or a compressed file that breaks off) is BadInput, as nothing says how many
+rows are lost.
+
+JSONL is read with json and not with Arrow, which gives every object of a column the union of their
+keys, so that each tool schema is filled with the nulls of all others. Parquet and datasets are
+stored that way already: nulls inside structs are removed again. A null that was meant is removed
+with them, as nothing tells the two apart; it stays in a map, and in a column that is stored as JSON
+(Arrow's `arrow.json`, which datasets writes for mixed objects).
+"""
+
+from __future__ import annotations
+
+import bz2
+import csv
+import gzip
+import io
+import lzma
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import date, time
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from packhorse.trainer.datatypes import BadInput, RowError
+from packhorse.trainer.utils.strict_json import parse
+from packhorse.trainer.utils.text import one_line
+
+TEXTS = (".jsonl", ".json", ".csv", ".tsv")
+SUFFIXES = (*TEXTS, ".parquet")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # one of these may follow a suffix of TEXTS
+BATCH_ROWS = 256  # rows of Arrow that are turned into Python values at once
+MAX_CELL = 1 << 30  # characters; csv's own limit of 131,072 is less than a long conversation
+JSON_NAMES = {
+    list: "a list",
+    str: "a string",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+}
+
+
+class RawRow(NamedTuple):
+    """A row as it was read.
+
+    Attributes:
+        number: line of a JSONL file, else row of the file, from 1. A CSV's header has no number.
+        fields: a RowError where the row cannot be read.
+        file: the file's name, below the source's folder.
+    """
+
+    number: int
+    fields: dict[str, Any] | RowError
+    file: str = ""
+
+
+def kind_of_file(path: Path) -> str:
+    """Return the suffix that says how a file is read, as `.csv` of `rows.csv.gz`, or ""."""
+    suffix = path.suffix
+    if suffix in COMPRESSED:
+        suffix = path.with_suffix("").suffix
+        return suffix if suffix in TEXTS else ""
+    return suffix if suffix in SUFFIXES else ""
+
+
+def rows_of_file(path: Path, name: str) -> Iterator[RawRow]:
+    """Yield the rows of a file.
+
+    Args:
+        name: of the file, for the rows.
+
+    Raises:
+        BadInput: the file cannot be read as what its suffix says.
+    """
+    kind = kind_of_file(path)
+    if kind == ".parquet":
+        return _parquet_rows(path, name)
+    if kind in (".csv", ".tsv"):
+        return _table_rows(path, name, "\t" if kind == ".tsv" else ",")
+    return _json_rows(path, name)
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[BinaryIO]:
+    """Open a file's bytes, which are decompressed on the way.
+
+    Raises:
+        BadInput: inside the block, the compressed bytes break off or are damaged.
+    """
+    if path.suffix not in COMPRESSED:
+        with path.open("rb") as file:
+            yield file
+        return
+    try:
+        with _decompressed(path) as file:
+            yield file
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        raise BadInput(
+            f"{path}: the compressed file breaks off or is damaged ({one_line(error, 200)}); "
+            "make or download it again"
+        ) from None
+
+
+def _decompressed(path: Path) -> Any:
+    if path.suffix == ".zst":  # Python has no zstd before 3.14
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"))
+    return {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}[path.suffix](path, "rb")
+
+
+# --------------------------------------------------------------------------------------------- JSON
+
+
+def _json_rows(path: Path, name: str) -> Iterator[RawRow]:
+    """Read lines, or a `.json` file that holds a list; many `.json` files hold lines."""
+    if kind_of_file(path) == ".json" and _is_list(path):
+        yield from _json_list(path, name)
+        return
+    # as bytes, which split at \n alone: U+2028 may stand inside a JSON string
+    with _open(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield RawRow(number, _object(_parse_bytes(line.rstrip(b"\r\n"))), name)
+
+
+def _json_list(path: Path, name: str) -> Iterator[RawRow]:
+    with _open(path) as file:
+        rows = _parse_bytes(file.read())
+    if isinstance(rows, RowError):
+        raise BadInput(
+            f"{path}: the list cannot be read: {rows}; mend it, or write one object a line"
+        )
+    for number, item in enumerate(rows, start=1):
+        yield RawRow(number, _object(item), name)
+
+
+def _is_list(path: Path) -> bool:
+    with _open(path) as file:
+        return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+
+
+def _parse_bytes(text: bytes) -> Any:
+    """Return the value of a JSON text; a RowError if it has none."""
+    try:
+        # Editors on Windows begin a file with a byte order mark, which is no JSON.
+        return parse(text.decode("utf-8").removeprefix("\ufeff"))
+    except UnicodeDecodeError:
+        return RowError("not valid UTF-8")
+    except RowError as error:
+        return error
+
+
+def _object(value: Any) -> dict[str, Any] | RowError:
+    if isinstance(value, dict | RowError):
+        return value
+    return RowError(f"the row is {JSON_NAMES.get(type(value), 'null')}, not an object")
+
+
+# ------------------------------------------------------------------------------------- CSV and TSV
+
+
+def _table_rows(path: Path, name: str, delimiter: str) -> Iterator[RawRow]:
+    """Read a table with a header. Values are texts; an empty cell is null, as datasets reads it."""
+    csv.field_size_limit(MAX_CELL)
+    number = 0
+    with _open(path) as file:
+        # bytes that are not UTF-8 become surrogates, so that only their row has a fault
+        lines = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+        table = csv.reader(lines, delimiter=delimiter, strict=True)
+        try:
+            header = next(table, [])
+            if len(set(header)) < len(header) or "" in header:
+                raise BadInput(
+                    f"{path}: the first line must name each column, once ({', '.join(header)[:200]}"
+                    "); add or mend it"
+                )
+            for cells in table:
+                if cells:  # no empty line
+                    number += 1
+                    yield RawRow(number, _table_fields(header, cells), name)
+        except csv.Error as error:
+            raise BadInput(
+                f"{path}: line {table.line_num} cannot be read, after row {number} ({error}); put "
+                'a text with quotes, commas or line ends into quotes, and write "" for a quote '
+                "inside"
+            ) from None
+        finally:
+            lines.detach()  # `_open` closes the file
+
+
+def _table_fields(header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
+    if len(cells) != len(header):
+        return RowError(f"{len(cells)} cells under {len(header)} columns")
+    try:
+        "".join(cells).encode()
+    except UnicodeEncodeError:
+        return RowError("not valid UTF-8")
+    return {column: cell or None for column, cell in zip(header, cells, strict=True)}
+
+
+# -------------------------------------------------------------------------------- Parquet and Arrow
+
+
+def _parquet_rows(path: Path, name: str) -> Iterator[RawRow]:
+    import pyarrow.parquet
+
+    def batches() -> Iterator[Any]:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from file.iter_batches(batch_size=BATCH_ROWS)
+
+    return arrow_rows(batches(), name, f"{path}: not a readable Parquet file")
+
+
+def arrow_rows(batches: Iterable[Any], name: str, fault: str) -> Iterator[RawRow]:
+    """Yield the rows of Arrow tables or batches. `fault` begins the error if they break off."""
+    import pyarrow
+
+    number = 0
+    try:
+        for batch in batches:
+            for fields in _batch_fields(batch):
+                number += 1
+                yield RawRow(number, fields, name)
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise BadInput(f"{fault} after row {number} ({one_line(error, 200)})") from None
+
+
+def _batch_fields(batch: Any) -> Iterator[dict[str, Any] | RowError]:
+    """Yield the fields of each row without nested nulls; a column that is null in a row stays, as
+    the format is detected by the columns."""
+    types = {field.name: field.type for field in batch.schema}
+    rows = _python_rows(batch)
+    if rows is None:  # find those that cannot be read
+        one_by_one = (_python_rows(batch.slice(n, 1)) or [None] for n in range(len(batch)))
+        rows = [row for found in one_by_one for row in found]
+    for row in rows:
+        try:
+            if row is None:
+                raise RowError("a value that cannot be read, as text that is not UTF-8")
+            yield {name: _json_value(value, types[name]) for name, value in row.items()}
+        except RowError as error:
+            yield error
+
+
+def without_nulls(value: Any, feature: Any = None) -> Any:
+    """Remove every key whose value is null from nested objects; items of lists stay.
+
+    Args:
+        feature: the type that datasets gives the value, if it knows one. What it stores as JSON
+            has no nulls but those that were meant, and stays as it is.
+    """
+    if type(feature).__name__ == "Json":
+        return value
+    if isinstance(value, dict):
+        features = feature if isinstance(feature, dict) else {}
+        return {
+            key: without_nulls(item, features.get(key))
+            for key, item in value.items()
+            if item is not None
+        }
+    if isinstance(value, list):
+        return [without_nulls(item, getattr(feature, "feature", None)) for item in value]
+    return value
+
+
+def json_scalar(value: Any) -> Any:
+    """Return a date, a decimal or bytes as JSON has them: text, or a number.
+
+    Anything else comes back unchanged, as do bytes that are not UTF-8; a format that reads such a
+    column rejects the row.
+    """
+    try:
+        if isinstance(value, date | time):  # a datetime is a date, too
+            return value.isoformat()
+        if isinstance(value, Decimal):
+            return parse(str(value))
+        if isinstance(value, bytes):
+            return value.decode()
+    except (RowError, UnicodeDecodeError):
+        pass
+    return value
+
+
+def _python_rows(batch: Any) -> list[dict[str, Any] | None] | None:
+    """Return the rows as Python values; None if one holds text that is not UTF-8 or a date that
+    Python does not have."""
+    try:
+        # first, as the offsets in a damaged file may point anywhere in memory
+        batch.validate(full=True)
+        return batch.to_pylist()
+    except ValueError:
+        return None
+
+
+def _json_value(value: Any, type: Any) -> Any:
+    """Return a value of an Arrow column of this type as JSON has it, without a struct's nulls."""
+    import pyarrow
+
+    if value is None:
+        return None
+    if isinstance(type, pyarrow.JsonType):
+        return parse(value)
+    if isinstance(type, pyarrow.StructType):
+        return {
+            key: _json_value(item, type.field(key).type)
+            for key, item in value.items()
+            if item is not None
+        }
+    if isinstance(type, pyarrow.MapType):
+        # pairs of a key and a value; only those that the row has, so that a null was meant
+        return {key: _json_value(item, type.item_type) for key, item in value}
+    if isinstance(value, list) and hasattr(type, "value_type"):
+        return [_json_value(item, type.value_type) for item in value]
+    return json_scalar(value)

@@ -1,0 +1,146 @@
+"""Read run folders, finished or not: what `packhorse runs` lists and `packhorse report` draws.
+
+A folder enters; a `Run` leaves, or BadInput for a folder that holds none. Nothing is written. A run
+that is still writing may leave half a line at the end of a file; that line is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from packhorse.trainer.checkpoint.best import evaluations
+from packhorse.trainer.config.recipe import Recipe, load_recipe
+from packhorse.trainer.datatypes import STOP_FILE, BadInput
+from packhorse.trainer.utils.alive import ALIVE_FILE, is_alive
+from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.text import one_line
+
+State = Literal["running", "stopped", "done", "failed"]
+"""stopped: on request, and saved. failed: its process has ended otherwise, or its machine has."""
+
+_EVALUATED = "evaluated.json"  # beside a recipe.yaml: results of `packhorse eval`, and no run
+_CHANGING = ("recipe.yaml", "metrics.jsonl", "evaluations.jsonl", "summary.json", STOP_FILE)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as its folder shows it."""
+
+    folder: Path
+    recipe: Recipe
+    state: State
+    step: int  # the last one that is known to be done
+    steps: int | None  # of the whole run; None before the data is prepared
+    lines: list[dict[str, Any]]  # of metrics.jsonl, those of training steps, in order
+    evaluations: dict[int, dict[str, Any]]  # lines of evaluations.jsonl by step, in order
+    data: dict[str, Any]  # data.json; empty before the data is prepared
+    environment: dict[str, Any]  # environment.json; empty before the model is loaded
+    changed_at: float  # seconds since 1970
+
+    def values(self, name: str) -> list[tuple[int, float]]:
+        """Return (step, value) of a metric at each logged step that has it as a finite number."""
+        found = ((line["step"], line.get(name)) for line in self.lines)
+        return [(step, value) for step, value in found if _is_finite(value)]
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """The median over the logged steps: the first ones, which warm up, do not matter."""
+        return median(v for _, v in speeds) if (speeds := self.values(TOKENS_PER_S)) else None
+
+
+LOSS, TOKENS_PER_S = "train/loss", "perf/tokens_per_s"
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        BadInput: it is none, or its files are damaged; the message says which.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise BadInput(f"{folder}: not a run folder (it has no recipe.yaml)")
+    try:
+        recipe = load_recipe(folder / "recipe.yaml")
+        logged = read_json_lines(folder / "metrics.jsonl", may_be_torn=True)
+        lines = [line for line in logged if LOSS in line]
+        data = _read_object(folder / "data.json")
+        steps = recipe.train.steps or data.get("train", {}).get("steps")
+        ended = _read_object(folder / "summary.json").get("steps")
+        stop = _read_object(folder / STOP_FILE).get("step")
+        saved = [int(path.name[5:]) for path in folder.glob("checkpoints/step-" + "[0-9]" * 6)]
+        return Run(
+            folder=folder,
+            recipe=recipe,
+            state=_state(folder, ended, stop, steps),
+            step=max([line["step"] for line in lines[-1:]] + saved + [ended or 0, stop or 0]),
+            steps=steps,
+            lines=lines,
+            evaluations=evaluations(folder),
+            data=data,
+            environment=_read_object(folder / "environment.json"),
+            changed_at=_changed_at(folder),
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BadInput(f"{folder}: its files are damaged ({one_line(error, 200)})") from None
+
+
+def _state(folder: Path, ended: int | None, stop: int | None, steps: int | None) -> State:
+    # In this order: a run that was extended or resumed still holds what its last start has left.
+    if is_alive(folder):
+        return "running"
+    if ended is not None and ended == steps:
+        return "done"
+    return "failed" if stop is None else "stopped"
+
+
+def _changed_at(folder: Path) -> float:
+    paths = (folder / name for name in (*_CHANGING, ALIVE_FILE))
+    return max(path.stat().st_mtime for path in paths if path.exists())
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return a JSON object; an empty one if there is no file."""
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{path.name} is no JSON object")
+    return found
+
+
+def find_folders(root: Path) -> tuple[list[Path], list[Path]]:
+    """Look for runs in a folder and below it, but not below a run or through symbolic links.
+
+    Returns:
+        Folders with a recipe.yaml, in order; and folders directly in `root` with no such below.
+    """
+    runs = sorted(_runs_below(root))
+    foreign = [
+        child
+        for child in sorted(root.iterdir())
+        if child.is_dir()
+        and not child.name.startswith(".")
+        and not (child / _EVALUATED).is_file()
+        and not any(run.is_relative_to(child) for run in runs)
+    ]
+    return runs, [] if runs == [root] else foreign
+
+
+def _runs_below(root: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if "recipe.yaml" in files:
+            folders.clear()
+            if _EVALUATED not in files:
+                yield Path(place)
