@@ -254,9 +254,7 @@ def test_two_zero3_ranks_load_what_one_process_loads(tmp_path: Path) -> None:
     )
     # three pretrained cases of two folders, each loaded by one process and in shards
     counts = re.findall(r"loading weights: (\d+) of (\d+) weights", output)
-    assert sum(done == of for done, of in counts) == 2 * 2 * 3, (
-        "the last line of each load says that all are loaded"
-    )
+    assert sum(done == of for done, of in counts) == 2 * 2 * 3, "each load ends with all weights"
     assert "oading weights" not in other, "only rank 0 shows it"
     seen = json.loads(next(line for line in output.splitlines() if line.startswith('{"tied')))
     print(json.dumps(seen, indent=1))
