@@ -464,6 +464,32 @@ def test_a_broken_line_ends_the_preparation_or_is_a_reject_that_is_named(tmp_pat
     assert json.loads(line) == {"source": str(path), "row": 201, "reason": reason}
 
 
+def test_rows_that_are_too_long_are_told_with_the_limit_the_longest_and_the_key(
+    tmp_path, tokenizer
+):
+    of = recipe(tmp_path, questions(20), max_rejects=0.0)
+    longest = int(prepare(of, tokenizer, "train").documents.lengths.max())
+    for changes, key in (({}, "batch.seq_len"), ({"max_length": longest - 1}, "data.max_length")):
+        short = of.model_copy(
+            update={
+                "data": of.data.model_copy(update=changes),
+                "batch": of.batch.model_copy(update={} if changes else {"seq_len": longest - 1}),
+            }
+        )
+        with pytest.raises(BadInput) as refused:
+            prepare(short, tokenizer, "train")
+        assert (
+            f"the longest of the rows that are too long has {longest} tokens: raise {key} "
+            f"({longest - 1}), or set data.too_long to truncate or split"
+        ) in str(refused.value)
+    lenient = short.data.model_copy(update={"max_rejects": 0.99})
+    prepared = prepare(short.model_copy(update={"data": lenient}), tokenizer, "train")
+    listed = [json.loads(line) for line in prepared.rejects_path.read_text().splitlines()]
+    assert {line["reason"] for line in listed} == {"longer than max_length"}
+    assert {line["tokens"] for line in listed} == {longest}
+    assert prepared.report["longest_reject"] == longest
+
+
 def test_sources_of_all_formats_are_trained_together(tmp_path, tokenizer):
     kinds = {
         "messages": [

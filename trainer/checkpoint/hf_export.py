@@ -18,8 +18,8 @@ import torch
 from packhorse import __version__
 from packhorse.trainer import dist
 from packhorse.trainer.checkpoint import best
-from packhorse.trainer.checkpoint.checkpoint import Manifest
 from packhorse.trainer.checkpoint.export_folder import open_for_export, run_recipe
+from packhorse.trainer.checkpoint.manifest import Manifest
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.sharded_state import FROZEN, Shards, digest

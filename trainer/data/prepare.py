@@ -155,6 +155,8 @@ def prepare(
         files=split_rows.files,
         what=f"data.{which}",
         max_rejects=section.max_rejects,
+        limit=f"{'data.max_length' if section.max_length else 'batch.seq_len'} "
+        f"({recipe.max_length:,})",
         drop_duplicates=drop,
         total_rows=split_rows.count_rows,
         stopping=stopping,

@@ -20,6 +20,7 @@ import torch
 from packhorse.trainer import dist
 from packhorse.trainer.config.eval import Choice, GenerateSection, Judge
 from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.data.digest import json_digest
 from packhorse.trainer.data.eval_plan import EvalPlan, eval_plan
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.mask import Masker
@@ -90,17 +91,39 @@ def write_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
 
 
 def write_evaluation(
-    run_dir: Path, step: int, losses: Losses, measured: Mapping[str, Metric]
+    run_dir: Path,
+    step: int,
+    losses: Losses,
+    measured: Mapping[str, Metric],
+    origin: Mapping[str, str],
 ) -> None:
-    """Append a finished evaluation to evaluations.jsonl. It is on the disk when this returns."""
+    """Append a finished evaluation to evaluations.jsonl. It is on the disk when this returns.
+
+    Args:
+        origin: what the evaluation rests on, see `describe_origin`.
+    """
     line = {
         "step": step,
         "eval_loss": losses.whole,
         **({"losses": losses.by_source} if losses.by_source else {}),
         "metrics": {name: metric.as_json() for name, metric in measured.items()},
+        **origin,
     }
     # a line that a power cut takes back would be evaluated twice
     append_json_line(run_dir / EVALUATIONS, line)
+
+
+def describe_origin(data: Prepared, tokenizer: Any) -> dict[str, str]:
+    """Return hashes by which `packhorse compare` sees whether two evaluations can be compared.
+
+    `held_out` is of the held-out rows' tokens and of which count; `tokenizer` of the vocabulary and
+    the chat template, to name the reason where `held_out` differs.
+    """
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    return {
+        "held_out": data.fingerprint,
+        "tokenizer": json_digest([vocabulary, tokenizer.chat_template]),
+    }
 
 
 class Evaluation:
@@ -135,10 +158,13 @@ class Evaluation:
         lines = read_json_lines(run_dir / EVALUATIONS) if dist.is_main() else []
         self._evaluated: set[int] = dist.broadcast({line["step"] for line in lines})
         self._loader: Loader | None = None
+        self._origin: dict[str, str] = {}
         self._prompts: list[Prompt] = []
         if data is None:
             return
         self._plan = eval_plan(recipe, data)
+        if dist.is_main():
+            self._origin = describe_origin(data, masker.tokenizer)
         self._loader = Loader(data, self._plan.plan, dist.rank(), dist.world_size(), pin=False)
         if self._generate:
             self._prompts = held_out_prompts(recipe, masker, self._generate.num_prompts)
@@ -241,6 +267,6 @@ class Evaluation:
             write_samples(self._run_dir / "samples.jsonl", step, samples)
             self._metrics.write_text("samples", as_table(samples), step)
             # last: this line says that all the others are written
-            write_evaluation(self._run_dir, step, losses, measured)
+            write_evaluation(self._run_dir, step, losses, measured, self._origin)
         shown = "  ".join(f"{key} {value:.4f}" for key, value in line.items())
         dist.log.info("after %d steps: %s", step, shown)
