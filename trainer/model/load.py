@@ -257,11 +257,11 @@ def _loading_shown() -> Iterator[None]:
     plain = nn.Module._load_from_state_dict
     progress, done = None, 0
 
-    def load(module: nn.Module, tensors: Any, *rest: Any) -> None:
+    def load(module: nn.Module, tensors: Any, prefix: str, *rest: Any) -> None:
         nonlocal progress, done
         progress = progress or WorkProgress("loading weights", 0, len(tensors), "weights")
-        plain(module, tensors, *rest)
-        done += len(module._parameters)
+        plain(module, tensors, prefix, *rest)
+        done += sum(prefix + name in tensors for name in module._parameters)
         progress.show(done)
 
     nn.Module._load_from_state_dict = load  # type: ignore[method-assign]
