@@ -29,8 +29,6 @@ GIB = 2**30
 SHARED_MEMORY = "/dev/shm"  # noqa: S108
 SHARED_MEMORY_GIB = 1  # enough for NCCL between the ranks of a node; Docker's default is 1/16
 PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets")
-# DeepSpeed's ops that trainer/engine/engine.py may use, and their builders
-OPS = {"cpu_adam": "CPUAdamBuilder", "async_io": "AsyncIOBuilder"}
 
 
 class Row(NamedTuple):
@@ -118,6 +116,8 @@ def deepspeed_ops() -> list[Row]:
     importlib.import_module("packhorse.trainer.engine.engine")  # sets up DeepSpeed as for training
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
+
+    from packhorse.trainer.engine.compile_ops import OPS
 
     accelerator: Any = get_accelerator()
     compiler = shutil.which("c++")

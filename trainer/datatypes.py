@@ -40,6 +40,17 @@ class Filtered(RowError):
     """A row that the recipe's filters leave out. It is counted, but not as a fault."""
 
 
+class TooLong(RowError):
+    """A row has more tokens than an example may have: TooLong(reason, tokens of the row)."""
+
+    @property
+    def tokens(self) -> int:
+        return self.args[1]
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+
 # --------------------------------------------------------------------------------------------- data
 
 
@@ -121,6 +132,8 @@ class Tokenized:
     rejects: tuple[tuple[int, int, int, str], ...]  # source, file, row, reason
     filtered: tuple[tuple[int, int, int, str], ...]  # likewise, left out by the recipe's filters
     source_rows: Mapping[int, int]  # rows read of each source, with those left out
+    # tokens of each row that was rejected as too long: (file, row) -> tokens
+    long_rows: Mapping[tuple[int, int], int] = field(default_factory=dict)
     # Of each row that was truncated or split: its source, and the trained tokens that it lost.
     cuts: tuple[tuple[int, int], ...] = ()
     # In how many of a source's rows stands a name that nobody reads: (source, name) -> rows.

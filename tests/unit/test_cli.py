@@ -53,9 +53,19 @@ def test_plan_says_what_fits(packhorse):
     assert "fits: zero0" in out
     assert "good numbers of GPUs: 1, 2, 4" in out
     assert re.search(r"from GPUs +│ +1", out)
-    assert re.search(r"s a step, at most +│ +\d", out)
+    assert re.search(r"s a step, at most +│ +<?0", out)
     assert "this machine has no GPU" in out or torch.cuda.is_available()
     assert out.splitlines()[-1].startswith("recommended: zero0")
+
+
+def test_the_table_of_a_plan_loses_nothing_in_a_terminal_of_80_columns(packhorse, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = packhorse("plan", DEBUG, "--gpus", "2")
+    assert code == 0
+    table = [line for line in out.splitlines() if line[:1] in "┃│┏└"]
+    assert {len(line) for line in table if line} == {80}
+    assert "…" not in out
+    assert all(f"│ {part} " in out for part in ("communication", "activations", "a node's NVMe"))
 
 
 COMMANDS = [

@@ -27,6 +27,8 @@ def write(folder: Path, steps: dict[int, Sequence[float | None]], prefix: str = 
                 "step": step,
                 "eval_loss": 1.0 / (step + 1),
                 "metrics": {"right": right, "judged": judged},
+                "held_out": "rows",
+                "tokenizer": "tokens",
             }
         )
         for number, score in enumerate(scores):
@@ -136,3 +138,22 @@ def test_a_missing_evaluation_is_named(tmp_path, place, sentence):
     with pytest.raises(BadInput) as refused:
         read_results(str(tmp_path / place))
     assert sentence in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"held_out": "other"}, "their held-out rows differ"),
+        ({"held_out": "other", "tokenizer": "other"}, "their tokenizers or chat templates differ"),
+        ({"held_out": None}, "an older version evaluated it"),
+    ],
+)
+def test_other_rows_or_tokenizers_are_refused(tmp_path, changes, sentence):
+    a = read_results(str(write(tmp_path / "a", {10: [1, 0]})))
+    with pytest.raises(BadInput, match=sentence):
+        table_of_two(a, a._replace(**changes))
+
+
+def test_a_tokenizer_that_gives_the_same_tokens_is_no_other(tmp_path):
+    a = read_results(str(write(tmp_path / "a", {10: [1, 0]})))
+    assert "right" in shown(table_of_two(a, a._replace(tokenizer="with an unused token more")))

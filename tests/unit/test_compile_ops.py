@@ -177,3 +177,12 @@ def test_nvme_offload_without_libaio_is_bad_input(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(compile_ops, "_is_prebuilt", lambda _: False)
     with pytest.raises(BadInput, match="apt-get install libaio-dev"):
         compile_ops.build_ops(["async_io"])
+
+
+def test_ops_are_compiled_without_debug_information() -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    builder = AsyncIOBuilder()
+    assert "-g" in builder.cxx_args(), "as DeepSpeed has it"
+    compile_ops._leave_out_debug_information(builder)
+    assert builder.cxx_args() == [flag for flag in AsyncIOBuilder().cxx_args() if flag != "-g"]

@@ -1,11 +1,16 @@
 """The documents agree with the code."""
 
+import ast
+import re
 import runpy
 
 import yaml
 
 from packhorse.trainer.config.recipe import parse_recipe
+from packhorse.trainer.metrics import PARTS
+from tests.numerics.test_x6_layers import MODELS as WITH_LIGER
 from tests.ranks import ROOT
+from tests.unit.test_packing_check import MIXING, RIGHT
 
 
 def test_the_recipe_reference_is_current() -> None:
@@ -41,3 +46,47 @@ def test_the_scorers_of_the_page_are_a_recipes() -> None:
         "function",
         "judge",
     }
+
+
+def written_names() -> set[str]:
+    """Return the metrics' names in the code; what an f-string inserts is NAME."""
+    names = set()
+    for path in (ROOT / "trainer").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            texts = [part.value if isinstance(part, ast.Constant) else "NAME" for part in parts]
+            text = "".join(map(str, texts))
+            if re.fullmatch(r"(train|perf|pack|mem|eval)/[\w/]+", text):
+                names.add(text)
+    steps = {f"perf/{part}_s" for part in PARTS}
+    assert "perf/NAME_s" in names, "the code writes the parts of a step otherwise"
+    return names - {"perf/NAME_s"} | steps
+
+
+def test_the_page_of_metrics_has_the_names_that_the_code_writes() -> None:
+    page = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| `(\w+/[\w/]+)` \|", page, flags=re.MULTILINE)
+    assert len(set(listed)) == len(listed)
+    assert set(listed) == written_names()
+
+
+def test_the_table_of_families_says_what_the_tests_prove() -> None:
+    page = (ROOT / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in page.splitlines()
+        if re.search(r"\| `\w+` \|", line)
+    ]
+
+    families = [row for row in rows if len(row) == 6]
+
+    def kinds(column: int) -> set[str]:
+        return {row[1].strip("`") for row in families if row[column].startswith("yes")}
+
+    assert kinds(2) == {config.model_type for config, _ in RIGHT.values()}
+    assert kinds(3) == {config.model_type for config in WITH_LIGER.values()}
+    alone = {row[1].strip("`") for row in rows if "`data.packing: none`" in row[2]}
+    assert alone == {config.model_type for config, _ in MIXING.values()}
+    named = {name for row in families for name in re.findall(r"`(\w+)`", row[-1])}
+    ready = {path.stem for path in (ROOT / "recipes").glob("*.yaml")} - {"debug"}
+    assert ready <= named

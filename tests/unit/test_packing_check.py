@@ -66,6 +66,12 @@ RIGHT: dict[str, tuple[Any, LogitTransform]] = {
         tf.GPT2Config(vocab_size=160, n_embd=32, n_layer=2, n_head=4, n_positions=64),
         LogitTransform(),
     ),
+    "smollm 3, a layer without positions": (
+        tf.SmolLM3Config(**SIZES, pad_token_id=0, no_rope_layers=[1, 0]),
+        LogitTransform(),
+    ),
+    "olmo 2": (tf.Olmo2Config(**SIZES), LogitTransform()),
+    "phi 3": (tf.Phi3Config(**SIZES, pad_token_id=0), LogitTransform()),
     "phi, biased head": (tf.PhiConfig(**SIZES), LogitTransform()),
 }
 # Right one document at a time only. Each is refused packed, by its own library or by what the check

@@ -19,13 +19,13 @@ from packhorse.trainer.config.recipe import BatchSection, LossSection, Recipe, T
 from packhorse.trainer.data import tokenize
 from packhorse.trainer.data.batch_plan import Corpus, Plan
 from packhorse.trainer.data.cache import prepare as prepare_documents
+from packhorse.trainer.data.eval_plan import eval_plan
 from packhorse.trainer.data.loader import Loader, filler_batch
 from packhorse.trainer.data.mask import Masker
 from packhorse.trainer.data.pack import pack
 from packhorse.trainer.data.prepare import (
     Prepared,
     documents_of,
-    eval_plan,
     held_out_prompts,
     prepare,
     train_plan,
@@ -464,6 +464,32 @@ def test_a_broken_line_ends_the_preparation_or_is_a_reject_that_is_named(tmp_pat
     assert json.loads(line) == {"source": str(path), "row": 201, "reason": reason}
 
 
+def test_rows_that_are_too_long_are_told_with_the_limit_the_longest_and_the_key(
+    tmp_path, tokenizer
+):
+    of = recipe(tmp_path, questions(20), max_rejects=0.0)
+    longest = int(prepare(of, tokenizer, "train").documents.lengths.max())
+    for changes, key in (({}, "batch.seq_len"), ({"max_length": longest - 1}, "data.max_length")):
+        short = of.model_copy(
+            update={
+                "data": of.data.model_copy(update=changes),
+                "batch": of.batch.model_copy(update={} if changes else {"seq_len": longest - 1}),
+            }
+        )
+        with pytest.raises(BadInput) as refused:
+            prepare(short, tokenizer, "train")
+        assert (
+            f"the longest of the rows that are too long has {longest} tokens: raise {key} "
+            f"({longest - 1}), or set data.too_long to truncate or split"
+        ) in str(refused.value)
+    lenient = short.data.model_copy(update={"max_rejects": 0.99})
+    prepared = prepare(short.model_copy(update={"data": lenient}), tokenizer, "train")
+    listed = [json.loads(line) for line in prepared.rejects_path.read_text().splitlines()]
+    assert {line["reason"] for line in listed} == {"longer than max_length"}
+    assert {line["tokens"] for line in listed} == {longest}
+    assert prepared.report["longest_reject"] == longest
+
+
 def test_sources_of_all_formats_are_trained_together(tmp_path, tokenizer):
     kinds = {
         "messages": [
@@ -556,7 +582,7 @@ def test_a_cache_is_found_again_under_another_path_and_by_eval(tmp_path, tokeniz
     again = prepare(moved, tokenizer, "eval")
     assert len(cached(tmp_path)) == 1
     assert again.fingerprint == first.fingerprint
-    plan = eval_plan(moved, again)
+    plan = eval_plan(moved, again).plan
     assert (plan.steps, plan.step(0).trained_tokens) == (1, again.documents.trained_counts.sum())
 
 
@@ -594,7 +620,7 @@ def test_held_out_rows_come_after_the_given_ones_and_all_of_them_count_once(tmp_
     assert [source["name"] for source in held_out.report["sources"]] == [given, train]
     assert held_out.place(0) == (given, 1)
     assert held_out.place(1)[0] == train
-    assert eval_plan(of, held_out).step(0).trained_tokens == held_out.documents.trained_counts.sum()
+    assert sum(eval_plan(of, held_out).trained_tokens) == held_out.documents.trained_counts.sum()
     prompts = held_out_prompts(of, Masker(tokenizer), 100)
     assert len(prompts) == len(held_out.documents.lengths)
     assert prompts[0].reference == "Yes."

@@ -18,8 +18,8 @@ import torch
 from packhorse import __version__
 from packhorse.trainer import dist
 from packhorse.trainer.checkpoint import best
-from packhorse.trainer.checkpoint.checkpoint import Manifest
 from packhorse.trainer.checkpoint.export_folder import open_for_export, run_recipe
+from packhorse.trainer.checkpoint.manifest import Manifest
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.sharded_state import FROZEN, Shards, digest
@@ -29,6 +29,7 @@ from packhorse.trainer.model.lora import in_peft_form, is_of_adapter, merged_wei
 from packhorse.trainer.model.quantisation import parts_of
 from packhorse.trainer.utils import own_output
 from packhorse.trainer.utils.files import apply_umask
+from packhorse.trainer.utils.progress import show_bars_of_transformers, track
 
 # In a run folder: configuration, generation configuration and tokenizer, without weights.
 MODEL_FOLDER = "model"
@@ -74,6 +75,7 @@ def export(
         raise BadInput(
             f"{run_dir}: the adapter's base has random weights, that no folder holds; add --merge"
         )
+    show_bars_of_transformers()
     saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite)
     step = manifest.state.step
 
@@ -81,6 +83,7 @@ def export(
     if recipe.adapter is None:
         weights = ((name, saved.whole(name)) for name in saved.names)
         dtype = getattr(torch, recipe.model.dtype)
+        weights = track(weights, "reading the checkpoint", len(saved.names), "weights")
         mapped = _copy_to_files(weights, folder.with_name("weights"), dtype)
         write_folder(run_dir, recipe, folder, mapped)
         _load_and_compare(folder, mapped, recipe)
@@ -188,7 +191,7 @@ def _write_merged(
     logits = _logits(model)
     parameters = {name for name, _ in model.named_parameters()}
     buffers = ((name, saved.whole(name)) for name in saved.names if name not in parameters)
-    weights = chain(merged_weights(model), buffers)
+    weights = track(chain(merged_weights(model), buffers), "merging the adapter", None, "weights")
     mapped = _copy_to_files(weights, folder.with_name("weights"), dtype)
     del model
     write_folder(run_dir, recipe, folder, mapped)

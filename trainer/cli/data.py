@@ -34,6 +34,8 @@ def preview(
 ) -> None:
     """Show rows as the model sees them, with trained and special tokens in colours.
 
+    In a pipe, or without colours, what is trained stands in ⟦ ⟧.
+
     [bold]packhorse preview recipes/debug.yaml --rows 2[/bold]
     [bold]packhorse preview recipes/quickstart.yaml --split eval --html preview.html[/bold]
     """
@@ -46,7 +48,8 @@ def preview(
     if html is None:
         from rich.console import Console
 
-        Console().print(as_text(shown, tokenizer))
+        console = Console()
+        console.print(as_text(shown, tokenizer, brackets=console.color_system is None))
     else:
         from packhorse.trainer.utils.own_output import write_own_text
 
@@ -100,10 +103,8 @@ def prepare(
     [bold]packhorse prepare recipes/quickstart.yaml[/bold]
     [bold]packhorse prepare recipes/quickstart.yaml --out data-report[/bold]
     """
-    from rich.console import Console
-
     from packhorse.trainer import dist
-    from packhorse.trainer.data.summary import require_own, tables, write
+    from packhorse.trainer.data.summary import require_own, show, write
     from packhorse.trainer.model.load import load_tokenizer
 
     dist.start_logging()
@@ -115,7 +116,7 @@ def prepare(
         prepare_shards(recipe, tokenizer)
         return
     train, plan, held_out = prepare_all(recipe, tokenizer)
-    Console().print(*tables(recipe, train, plan, held_out))
+    show(recipe, train, plan, held_out)
     if out is not None:
         try:
             out.mkdir(parents=True, exist_ok=True)
@@ -146,13 +147,14 @@ def prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
     from rich.table import Table
 
     from packhorse.trainer.data.streaming import prepare_now
+    from packhorse.trainer.utils.tables import ShortPath
 
     counted = ("rows", "rejected", "filtered", "documents", "tokens", "trained_tokens")
     heads = (name.replace("_", " ") for name in counted)
     table = Table("shard", *heads, title="train, the shards that exist now")
     shards = prepare_now(recipe, tokenizer)
     for shard in shards:
-        table.add_row(Path(shard.files[0]).name, *(f"{shard.report[name]:,}" for name in counted))
+        table.add_row(ShortPath(shard.files[0]), *(f"{shard.report[name]:,}" for name in counted))
     Console().print(table)
     print(
         f"data.train is streamed: {len(shards)} shards exist now; a run of {recipe.train.steps} "

@@ -30,12 +30,11 @@ def dry_run(recipe: Recipe, ranks: int | None, *, extend: bool) -> None:
         BadInput: what the run itself would refuse before its ranks meet.
     """
     import torch
-    from rich.console import Console
 
     from packhorse.trainer import dist
     from packhorse.trainer.cli.data import prepare_all, prepare_shards
     from packhorse.trainer.config.packaged import find_template
-    from packhorse.trainer.data.summary import tables
+    from packhorse.trainer.data.summary import show
     from packhorse.trainer.eval.server_answers import check_server
     from packhorse.trainer.model.load import load_tokenizer
     from packhorse.trainer.run_folder import require_same_run
@@ -52,7 +51,7 @@ def dry_run(recipe: Recipe, ranks: int | None, *, extend: bool) -> None:
         prepare_shards(recipe, tokenizer)
     else:
         train, plan, held_out = prepare_all(recipe, tokenizer)
-        Console().print(*tables(recipe, train, plan, held_out))
+        show(recipe, train, plan, held_out)
     ranks = ranks or torch.cuda.device_count() or 1
     if plan and (warning := plan.check_world(ranks, recipe.parallel.allow_idle_ranks)):
         print(warning)

@@ -230,7 +230,8 @@ def compare(
     [bold]packhorse compare runs/a@10 runs/a@best[/bold]
     [bold]packhorse compare runs/a/evals/gsm8k-step-000200 evals/base-gsm8k[/bold]
 
-    The test uses the prompts that both have answered. A step is named as RUN@200 or RUN@best;
+    The test uses the prompts that both have answered. Evaluations of other held-out rows, or with
+    another tokenizer, are refused. A step is named as RUN@200 or RUN@best;
     without one the last evaluated step counts.
     """
     from rich.console import Console

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from packhorse.trainer.config.base import Section, compile_pattern
+from packhorse.trainer.utils.remote import check_url
 
 
 class ModelSection(Section):
@@ -248,6 +249,18 @@ class CheckpointSection(Section):
         description="Seconds before the end of the Slurm job at which the run saves and stops, if "
         "that end is known.",
     )
+    mirror: str | None = Field(
+        default=None,
+        description="URL of a folder, as `s3://bucket/runs/one`, to which checkpoints are copied "
+        "beside training. A start takes the newest one from there if run.dir has none as new. "
+        "Credentials come from the environment.",
+    )
+
+    @model_validator(mode="after")
+    def _mirror_is_a_place(self) -> CheckpointSection:
+        if self.mirror is not None:
+            check_url(self.mirror)
+        return self
 
 
 class RunSection(Section):

@@ -23,9 +23,9 @@ import xxhash
 
 from packhorse.trainer.datatypes import BadInput, Example, Packed, Tokenized
 from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
-from packhorse.trainer.utils.progress import RowProgress
+from packhorse.trainer.utils.progress import WorkProgress
 
-VERSION = 3  # part of every key: raise it when the files of a folder change
+VERSION = 4  # part of every key: raise it when the files of a folder change
 
 BLOCK_DOCUMENTS = 4096  # in memory while duplicates are dropped
 
@@ -56,6 +56,8 @@ COUNTED = (
     "cut",
     "lost_trained_tokens",
 )
+
+LONGEST = "longest_reject"  # tokens of the longest row that was too long; 0: none was
 
 # Rows counted by a text: why they are rejected or filtered, and names in them that nobody reads.
 BY_TEXT = ("reasons", "filter_reasons", "unread")
@@ -112,6 +114,7 @@ def prepare(
     files: list[str],
     what: str,
     max_rejects: float,
+    limit: str = "max_length",
     drop_duplicates: bool = False,
     total_rows: Callable[[], int | None] = lambda: None,
     stopping: Callable[[], bool] = lambda: False,
@@ -121,6 +124,7 @@ def prepare(
     Args:
         folder: named by a key of everything that shapes its content.
         sources, files, what: names, for reports and messages.
+        limit: the key that limits an example's length, with its value, for messages.
         drop_duplicates: keep only the first of the rows that are equal, token by token.
         total_rows: for the remaining time; called only if there is something to build.
 
@@ -133,7 +137,7 @@ def prepare(
         with (
             closing(_CacheWriter(staging, leftovers, sources, files)) as writer,
             closing(
-                RowProgress(f"preparing {what}", writer.state["rows"], total_rows())
+                WorkProgress(f"preparing {what}", writer.state["rows"], total_rows())
             ) as progress,
             closing(chunks(writer.state["rows"])) as stream,
         ):
@@ -148,7 +152,7 @@ def prepare(
             writer.finish(drop_duplicates)
 
     build_once(folder, build, f"preparing {what}", stopping)
-    return _open_documents(folder, what, max_rejects)
+    return _open_documents(folder, what, max_rejects, limit)
 
 
 def keep_packed(
@@ -171,7 +175,7 @@ def keep_packed(
     return Packed(*(np.asarray(np.load(folder / name, mmap_mode="r")) for name in PACKING_FILES))
 
 
-def _open_documents(folder: Path, what: str, max_rejects: float) -> Documents:
+def _open_documents(folder: Path, what: str, max_rejects: float, limit: str) -> Documents:
     try:
         record = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in record["sizes"]}
@@ -183,13 +187,15 @@ def _open_documents(folder: Path, what: str, max_rejects: float) -> Documents:
             "folder"
         )
     report = record["report"]
-    _check_rejects(report, folder, what, max_rejects)
+    _check_rejects(report, folder, what, max_rejects, limit)
     columns = _map_columns(folder)
     lengths = np.diff(columns["offsets"])
     return Documents(folder, record["fingerprint"], report, **columns, lengths=lengths)
 
 
-def _check_rejects(report: dict[str, Any], folder: Path, what: str, max_rejects: float) -> None:
+def _check_rejects(
+    report: dict[str, Any], folder: Path, what: str, max_rejects: float, limit: str
+) -> None:
     """Raise BadInput if no row is left, or if more than `max_rejects` of the wanted rows are bad.
 
     Rows that the filters leave out are not wanted.
@@ -214,6 +220,11 @@ def _check_rejects(report: dict[str, Any], folder: Path, what: str, max_rejects:
         remedy = ", mend the data or raise data.max_rejects"
     else:
         return
+    if report[LONGEST]:
+        remedy += (
+            f"; the longest of the rows that are too long has {report[LONGEST]:,} tokens: raise "
+            f"{limit}, or set data.too_long to truncate or split"
+        )
     common = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
     raise BadInput(f"{what}: {problem}: {common}; see {folder / listed}{remedy}")
 
@@ -229,7 +240,11 @@ class _CacheWriter:
     ) -> None:
         self._file_names = files
         counts = [
-            {"name": name, **dict.fromkeys(COUNTED, 0), **{counted: {} for counted in BY_TEXT}}
+            {
+                "name": name,
+                **dict.fromkeys((*COUNTED, LONGEST), 0),
+                **{counted: {} for counted in BY_TEXT},
+            }
             for name in sources
         ]
         state = {"rows": 0, "tokens": 0, "sources": counts}
@@ -248,6 +263,7 @@ class _CacheWriter:
         for name, rows in ((REJECTS, chunk.rejects), (FILTERED, chunk.filtered)):
             lines = (
                 {"source": self._file_names[file], "row": row, "reason": reason}
+                | ({"tokens": chunk.long_rows[file, row]} if (file, row) in chunk.long_rows else {})
                 for _, file, row, reason in rows
             )
             self._files.append_lines(name, lines)
@@ -271,6 +287,9 @@ class _CacheWriter:
                 counts = self._sources[source]
                 counts[count] += 1
                 counts[reasons][reason] = counts[reasons].get(reason, 0) + 1
+        for source, file, row, _ in chunk.rejects:
+            tokens = chunk.long_rows.get((file, row), 0)
+            self._sources[source][LONGEST] = max(self._sources[source][LONGEST], tokens)
         for (source, name), rows in chunk.unread.items():
             counts = self._sources[source]["unread"]
             name = name if name in counts or len(counts) < MAX_UNREAD else "others"
@@ -288,6 +307,7 @@ class _CacheWriter:
         report: dict[str, Any] = {
             key: sum(source[key] for source in self._sources) for key in COUNTED
         }
+        report[LONGEST] = max(source[LONGEST] for source in self._sources)
         for counted in BY_TEXT:
             counters = (Counter(source[counted]) for source in self._sources)
             report[counted] = dict(sum(counters, Counter()))

@@ -17,6 +17,7 @@ from packhorse.trainer.data.picture import Histogram, draw
 from packhorse.trainer.data.prepare import Prepared
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.files import write_json
+from packhorse.trainer.utils.tables import ShortPath
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -129,6 +130,16 @@ def tables(recipe: Recipe, train: Prepared, plan: Plan, held_out: Prepared | Non
     return [*shown, _lengths_table(train, held_out), _plan_table(recipe, summary(train, plan))]
 
 
+def show(recipe: Recipe, train: Prepared, plan: Plan, held_out: Prepared | None) -> None:
+    """Print the tables of `packhorse prepare`, and where the near-duplicates are listed."""
+    from rich.console import Console
+
+    Console().print(*tables(recipe, train, plan, held_out))
+    leakage = held_out.leakage if held_out else None
+    if leakage and leakage["pairs"]:
+        print(f"all pairs of near-duplicates: {leakage['path']}")  # whole, to be copied
+
+
 def _rows_table(title: str, prepared: Prepared) -> Table:
     """Count rows and tokens, and the rows left out, for each source if there are several."""
     from rich.markup import escape  # what the rows hold, as `[/b]`, is no markup
@@ -140,9 +151,11 @@ def _rows_table(title: str, prepared: Prepared) -> Table:
     for part in [*sources, {"name": "all", **report}]:
         counts = (f"{part[key]:,}" for key in names)
         share = part["trained_tokens"] / max(part["tokens"], 1)
-        table.add_row(escape(part["name"]), *counts, f"{share:.1%}")
+        table.add_row(ShortPath(part["name"]), *counts, f"{share:.1%}")
         for reason, count in part["reasons"].items():
             table.add_row(escape(f"  rejected: {reason}"), "", f"{count:,}")
+        if part["longest_reject"]:
+            table.add_row(f"  longest reject: {part['longest_reject']:,} tokens")
         for reason, count in part["filter_reasons"].items():
             table.add_row(escape(f"  filtered: {reason}"), "", "", f"{count:,}")
         for name, count in part["unread"].items():
@@ -155,7 +168,6 @@ def _rows_table(title: str, prepared: Prepared) -> Table:
     if "leakage" in report:
         leakage = report["leakage"]
         table.add_row("near-duplicates in train", f"{leakage['leaked_rows']:,}")
-        table.caption = f"all pairs: {leakage['path']}" if leakage["pairs"] else None
     return table
 
 
@@ -191,6 +203,8 @@ def _table(*columns: str, title: str) -> Table:
     from rich.table import Table
 
     table = Table(*columns, title=title)
+    for column in table.columns:
+        column.overflow = "fold"  # of a number no digit may go
     for column in table.columns[1:]:
         column.justify = "right"
     return table

@@ -25,7 +25,14 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import xxhash
 
-from packhorse.trainer.datatypes import BadInput, Example, Filtered, RowError, Tokenized
+from packhorse.trainer.datatypes import (
+    BadInput,
+    Example,
+    Filtered,
+    RowError,
+    Tokenized,
+    TooLong,
+)
 from packhorse.trainer.utils.child_process import Child, start_child
 
 VERSION = 3  # part of every key: raise it when the same rows give other documents
@@ -136,7 +143,7 @@ def fit(example: Example, limits: LengthPolicy) -> list[Example]:
     if len(ids) <= max_length or (limits.too_long == "split" and limits.packing_cuts):
         return [example]
     if limits.too_long == "reject":
-        raise RowError("longer than max_length")
+        raise TooLong("longer than max_length", len(ids))
     if limits.too_long == "truncate":
         return [_truncate(example, limits)]
     parts, repeated = [], 1 + limits.split_context
@@ -159,7 +166,7 @@ def _truncate(example: Example, limits: LengthPolicy) -> Example:
     learned = np.flatnonzero(trained[:stop])
     if not len(learned):
         why = "no answer fits" if limits.cut_answers else "its answer would lose its end"
-        raise RowError(f"longer than max_length: {why}")
+        raise TooLong(f"longer than max_length: {why}", len(example.input_ids))
     stop = int(learned[-1]) + 1  # tokens after the last trained one would be computed for nothing
     return Example(example.input_ids[:stop], trained[:stop])
 
@@ -177,6 +184,7 @@ class _Work(NamedTuple):
         filtered: list[tuple[int, int, int, str]] = []
         cuts: list[tuple[int, int]] = []
         unread: Counter[tuple[int, str]] = Counter()
+        long_rows: dict[tuple[int, int], int] = {}
         for row, example in zip(rows, self.tokenize(rows), strict=True):
             try:
                 if isinstance(example, RowError):
@@ -193,6 +201,8 @@ class _Work(NamedTuple):
             except RowError as error:
                 left_out = filtered if isinstance(error, Filtered) else rejects
                 left_out.append((row.source, row.file, row.number, str(error)))
+                if isinstance(error, TooLong):
+                    long_rows[row.file, row.number] = error.tokens
         parts = [part for _, part in documents]
         # the empty arrays, as a chunk may leave no document, and concatenate needs one
         ids = [np.empty(0, np.int32), *(part.input_ids for part in parts)]
@@ -211,6 +221,7 @@ class _Work(NamedTuple):
             cuts=tuple(cuts),
             source_rows=Counter(row.source for row in rows),
             unread=unread,
+            long_rows=long_rows,
         )
 
 

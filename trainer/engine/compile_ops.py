@@ -18,8 +18,9 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +54,22 @@ def needed_ops(config: Mapping[str, Any], trains: bool) -> list[str]:
     return ops
 
 
-def build_ops(names: Iterable[str]) -> None:
+def build_ops(names: Sequence[str]) -> None:
     """Load these ops of DeepSpeed, and compile those that are not compiled yet.
 
     Raises:
         BadInput: libaio is missing, which offload to an NVMe needs.
         RuntimeError: the compiler failed; the message holds its output.
     """
-    for name in names:
-        import deepspeed.ops.op_builder as builders
-        from torch.utils.cpp_extension import _get_build_directory
+    if not names:
+        return
+    import cpuinfo
+    import deepspeed.ops.op_builder as builders
+    from torch.utils.cpp_extension import _get_build_directory
 
+    # DeepSpeed asks up to three times an op what the CPU is, and waits 1.3 s for each answer.
+    cpuinfo.get_cpu_info = cache(cpuinfo.get_cpu_info)
+    for name in names:
         builder = getattr(builders, OPS[name])()
         if _is_prebuilt(name):
             builder.load()
@@ -73,7 +79,17 @@ def build_ops(names: Iterable[str]) -> None:
                 "offload to an NVMe needs libaio and its headers: apt-get install libaio-dev"
             )
         _use_own_build_folder()
+        _leave_out_debug_information(builder)
         compile_once(Path(_get_build_directory(name, False)), builder.load)
+
+
+def _leave_out_debug_information(builder: Any) -> None:
+    """Compile without -g, which takes a third of the compiler's time (25 s a file, 17 s without).
+
+    There is no later flag to undo it: DeepSpeed's stand last in the compiler's command.
+    """
+    arguments = builder.cxx_args
+    builder.cxx_args = lambda: [argument for argument in arguments() if argument != "-g"]
 
 
 def _is_prebuilt(name: str) -> bool:

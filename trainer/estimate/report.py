@@ -272,7 +272,7 @@ def table_cells(report: Report, flops: float) -> tuple[list[str], list[list[str]
     body.append(["from GPUs", *(str(one.smallest or "-") for one in found.values())])
     computing = step_seconds(report.model, report.stats, report.cluster.gpus, flops)
     most = [computing + one.traffic.seconds(report.cluster) for one in found.values()]
-    body.append(["s a step, at most", *(f"{seconds:.3g}" for seconds in most)])
+    body.append(["s a step, at most", *map(_seconds, most)])
     return heading, body
 
 
@@ -287,7 +287,8 @@ def build_table(report: Report, flops: float) -> Table:
         f"{ASSUMED}; at least, the time to compute above",
     )
     for i, name in enumerate(heading):
-        table.add_column(name, justify="right" if i else "left")
+        # the names of the parts stay whole, and of a number no digit may go
+        table.add_column(name, justify="right" if i else "left", no_wrap=not i, overflow="fold")
     for i, cells in enumerate(body):
         table.add_row(*cells, end_section=i in (len(GPU_PARTS) - 1, len(body) - 4))
     return table
@@ -332,6 +333,10 @@ def recommend(report: Report, recipe: Recipe) -> str:
         f"recommended: {name}: it needs {_gib(best.memory.gpu_total)} of {_gib(cluster.gpu)} GiB a "
         f"GPU, and moves {_gb(best.traffic.total)} GB a GPU and step{than}{todo}"
     )
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3g}" if seconds >= 0.001 else "<0.001"
 
 
 def _gb(size: float) -> str:

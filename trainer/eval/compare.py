@@ -18,6 +18,7 @@ from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.eval.confidence import Difference, paired
 from packhorse.trainer.metrics import EVALUATIONS
 from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.tables import shorten_path, terminal_width
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,6 +41,8 @@ class Results(NamedTuple):
     # value, count, low, high; or no value, and why it is missing
     metrics: dict[str, dict[str, Any]]
     scores: dict[str, Scores]  # by metric, of the samples that could be scored
+    held_out: str | None  # hash of the held-out rows' tokens; None: the evaluation is too old
+    tokenizer: str | None  # hash
 
 
 def read_results(place: str) -> Results:
@@ -78,7 +81,15 @@ def read_results(place: str) -> Results:
     if (folder / HARNESS_METRICS).is_file():
         metrics |= json.loads((folder / HARNESS_METRICS).read_text(encoding="utf-8"))
         samples += read_json_lines(folder / HARNESS_SAMPLES, may_be_torn=True)
-    return Results(f"{name} at step {at}", at, lines[at]["eval_loss"], metrics, _scores(samples))
+    return Results(
+        name=f"{name} at step {at}",
+        step=at,
+        eval_loss=lines[at]["eval_loss"],
+        metrics=metrics,
+        scores=_scores(samples),
+        held_out=lines[at].get("held_out"),
+        tokenizer=lines[at].get("tokenizer"),
+    )
 
 
 def _scores(samples: list[dict[str, Any]]) -> dict[str, Scores]:
@@ -91,6 +102,31 @@ def _scores(samples: list[dict[str, Any]]) -> dict[str, Scores]:
             if score is not None:
                 found.setdefault(name, {})[key] = float(score)
     return found
+
+
+def require_comparable(a: Results, b: Results) -> None:
+    """Check that both were evaluated on the same held-out rows, in the same tokens.
+
+    Raises:
+        BadInput: they were not, or one of them does not say so.
+    """
+    for results in (a, b):
+        if results.held_out is None:
+            raise BadInput(
+                f"{results.name}: an older version evaluated it, without a note of its held-out "
+                "rows; run packhorse eval"
+            )
+    if a.held_out == b.held_out:
+        return
+    if a.tokenizer != b.tokenizer:
+        raise BadInput(
+            f"{a.name} and {b.name}: their tokenizers or chat templates differ, and losses over "
+            "other tokens cannot be compared"
+        )
+    raise BadInput(
+        f"{a.name} and {b.name}: their held-out rows differ, or which tokens of them count; "
+        "evaluate both with the same recipe: packhorse eval RUN RECIPE"
+    )
 
 
 def difference(a: Results, b: Results, name: str) -> tuple[Difference, int] | None:
@@ -120,7 +156,7 @@ def table_of_one(results: Results) -> Table:
     """Return a table of each metric with its count and 95% interval."""
     from rich.table import Table
 
-    table = Table("metric", "value", "95% interval", "count", title=results.name)
+    table = Table("metric", "value", "95% interval", "count", title=_short(results.name))
     table.add_row(EVAL_LOSS, f"{results.eval_loss:.4f}", "", "")
     for name, metric in results.metrics.items():
         interval = _interval(metric.get("low"), metric.get("high"))
@@ -129,11 +165,16 @@ def table_of_one(results: Results) -> Table:
 
 
 def table_of_two(a: Results, b: Results) -> Table:
-    """Return a table of each metric of A and B, and of B less A over the prompts of both."""
+    """Return a table of each metric of A and B, and of B less A over the prompts of both.
+
+    Raises:
+        BadInput: they cannot be compared.
+    """
     from rich.table import Table
 
+    require_comparable(a, b)
     heads = ("metric", "A", "B", "B - A", "95% interval", "p", "prompts")
-    table = Table(*heads, title=f"A: {a.name}\nB: {b.name}")
+    table = Table(*heads, title=f"A: {_short(a.name)}\nB: {_short(b.name)}")
     less = b.eval_loss - a.eval_loss
     table.add_row(EVAL_LOSS, f"{a.eval_loss:.4f}", f"{b.eval_loss:.4f}", f"{less:+.4f}", "", "", "")
     for name in dict.fromkeys([*a.metrics, *b.metrics]):
@@ -148,6 +189,12 @@ def table_of_two(a: Results, b: Results) -> Table:
             name, *shown, f"{test.value:+.3f}", _interval(test.low, test.high, "+"), p, str(prompts)
         )
     return table
+
+
+def _short(name: str) -> str:
+    from rich.markup import escape
+
+    return escape(shorten_path(name, terminal_width() - len("A: ")))
 
 
 def _value(metric: dict[str, Any]) -> str:
