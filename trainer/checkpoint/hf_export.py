@@ -30,6 +30,7 @@ from packhorse.trainer.model.quantisation import parts_of
 from packhorse.trainer.utils import own_output
 from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.files import apply_umask
+from packhorse.trainer.utils.progress import show_bars_of_transformers, track
 
 # In a run folder: configuration, generation configuration and tokenizer, without weights.
 MODEL_FOLDER = "model"
@@ -75,6 +76,7 @@ def export(
         raise BadInput(
             f"{run_dir}: the adapter's base has random weights, that no folder holds; add --merge"
         )
+    show_bars_of_transformers()
     saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite)
     step = manifest.state.step
 
@@ -82,6 +84,7 @@ def export(
     if recipe.adapter is None:
         weights = ((name, saved.whole(name)) for name in saved.names)
         dtype = getattr(torch, recipe.model.dtype)
+        weights = track(weights, "reading the checkpoint", len(saved.names), "weights")
         mapped = _copy_to_files(weights, folder.with_name("weights"), dtype)
         write_folder(run_dir, recipe, folder, mapped)
         _load_and_compare(folder, mapped, recipe)
@@ -189,7 +192,7 @@ def _write_merged(
     logits = _logits(model)
     parameters = {name for name, _ in model.named_parameters()}
     buffers = ((name, saved.whole(name)) for name in saved.names if name not in parameters)
-    weights = chain(merged_weights(model), buffers)
+    weights = track(chain(merged_weights(model), buffers), "merging the adapter", None, "weights")
     mapped = _copy_to_files(weights, folder.with_name("weights"), dtype)
     del model
     write_folder(run_dir, recipe, folder, mapped)

@@ -34,6 +34,8 @@ def preview(
 ) -> None:
     """Show rows as the model sees them, with trained and special tokens in colours.
 
+    In a pipe, or without colours, what is trained stands in ⟦ ⟧.
+
     [bold]packhorse preview recipes/debug.yaml --rows 2[/bold]
     [bold]packhorse preview recipes/quickstart.yaml --split eval --html preview.html[/bold]
     """
@@ -46,7 +48,8 @@ def preview(
     if html is None:
         from rich.console import Console
 
-        Console().print(as_text(shown, tokenizer))
+        console = Console()
+        console.print(as_text(shown, tokenizer, brackets=console.color_system is None))
     else:
         from packhorse.trainer.utils.own_output import write_own_text
 

@@ -108,7 +108,7 @@ def source_files(source: Source) -> dict[str, Path] | None:
             return {path.name: path}
         if source.path and (path / "dataset_dict.json").is_file():
             raise BadInput(
-                f"{shown(source)}: the folder holds a dataset's splits; point `path` at one of them, "
+                f"{shown(source)}: the folder holds a dataset's splits; point `path` at one, "
                 f"as {shown(source)}/train"
             )
         return _folder_files(source, path)
