@@ -28,6 +28,7 @@ from packhorse.trainer.model.load import load_model, load_tokenizer
 from packhorse.trainer.model.lora import in_peft_form, is_of_adapter, merged_weights
 from packhorse.trainer.model.quantisation import parts_of
 from packhorse.trainer.utils import own_output
+from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.files import apply_umask
 from packhorse.trainer.utils.progress import show_bars_of_transformers, track
 
@@ -228,7 +229,7 @@ def _write_adapter(
     apply_umask(folder)
 
     base = AutoModelForCausalLM.from_pretrained(
-        section.name,
+        local_folder(section.name, "model.name", weights=True) or section.name,
         revision=section.revision,
         dtype=dtype,
         trust_remote_code=section.trust_remote_code,

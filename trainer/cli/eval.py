@@ -25,7 +25,7 @@ from packhorse.trainer.cli.worker import (
     is_worker,
 )
 from packhorse.trainer.datatypes import DONE, BadInput
-from packhorse.trainer.utils.files import local_folder
+from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.own_output import remove_marked
 
 _EVALUATED = "evaluated.json"  # in a results folder: what was scored

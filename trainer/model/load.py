@@ -20,7 +20,7 @@ from packhorse.trainer.config.recipe import AdapterSection, ModelSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model import attention, liger_layers
 from packhorse.trainer.model.lora import Gathered, add_adapter, not_in_shards
-from packhorse.trainer.utils.files import local_folder
+from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.progress import WorkProgress, show_bars_of_transformers
 from packhorse.trainer.utils.text import one_line
 
@@ -89,7 +89,7 @@ def load_pretrained(
     from_pretrained: Callable[..., Any], section: ModelSection, what: str, **arguments: Any
 ) -> Any:
     """Call a `from_pretrained` for the section's model; turn its errors into BadInput."""
-    folder = local_folder(section.name, "model.name")
+    folder = local_folder(section.name, "model.name", weights=what == "model")
     try:
         return from_pretrained(
             str(folder or section.name),
