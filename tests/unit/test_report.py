@@ -28,6 +28,8 @@ def make_evaluated(folder: Path, *overrides: str, prompts: int = 2) -> Path:
         {
             "step": step,
             "eval_loss": 6.0 - step,
+            "losses": {f"source {EVIL}": 5.0 - step},
+            "held_out": folder.name,
             "metrics": {EVIL: {"value": 0.5, "count": 2, "low": 0.1, "high": 0.9}},
         }
         for step in (0, 3)
@@ -89,6 +91,8 @@ def test_the_page_escapes_texts_and_loads_nothing(tmp_path: Path) -> None:
     assert len(page.ids) == len(set(page.ids))
     # drawn in the page's colours alone
     assert not re.findall(r"#0000[0-9a-f]{2}", text)
+    assert "Held-out loss of source <script>" in page.shown
+    assert "do not compare" in page.shown  # their held-out rows have other hashes
     assert re.search(r"optim\.lr\s*0\.01\s*0\.001", page.shown)
 
 

@@ -181,7 +181,7 @@ def _as_svg(figure: Any, name: str) -> str:
     import matplotlib
 
     # text as text, so that the page's font is used and a reader can find it
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10.5}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10.5}
     nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     buffer = io.StringIO()
     with matplotlib.rc_context(settings):
