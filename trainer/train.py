@@ -53,6 +53,8 @@ from packhorse.trainer.loop import TrainingRun, is_due, train_loop
 from packhorse.trainer.metrics import Metrics, Profiler
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.run_folder import (
+    LOG_FILE,
+    describe_end,
     is_done,
     open_run_folder,
     require_same_run,
@@ -89,31 +91,35 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
         open_run_folder(recipe, run_dir, extend=extend)
         check_server(recipe)
     # so that `packhorse runs` can tell a run that works from one that was killed
-    with shown_alive(run_dir) if dist.is_main() else nullcontext():
-        tokenizer = load_tokenizer(recipe.model)
-        # No process group yet: preparation may take longer than any collective's time-out (C10).
-        try:
-            train_data = prepare_train(recipe, tokenizer, stop.raised_early)
-            plan = train_plan(recipe, train_data, stop.raised_early)
-            eval_data = None
-            if recipe.has_eval:
-                eval_data = prepare(recipe, tokenizer, "eval", stop.raised_early)
-            # A streaming source compares each shard when it is prepared.
-            if eval_data and isinstance(train_data, Prepared):
-                eval_data = check_leakage(
-                    recipe, tokenizer, train_data, eval_data, stop.raised_early
-                )
-            if not stop.wait_for_ranks():
-                raise Stopped("stopped before all ranks were ready")
-        except Stopped:
-            write_stop(run_dir, 0)
-            return
-        with dist.process_group():
-            stop.attach_group()
-            given = (recipe, run_dir, tokenizer, train_data, plan, eval_data, stop, mirror)
-            fit(PreparedRun(*given))
-        if mirror:  # not in the group, where the other ranks would wait for it in vain
-            mirror.finish(is_done=is_done(run_dir, plan.steps))
+    shown = shown_alive(run_dir) if dist.is_main() else nullcontext()
+    with dist.saved_log(run_dir / LOG_FILE), shown:
+        prepare_and_fit(recipe, run_dir, stop, mirror)
+
+
+def prepare_and_fit(recipe: Recipe, run_dir: Path, stop: StopFlag, mirror: Mirror | None) -> None:
+    """Prepare the data, then train in a process group. Every rank calls it."""
+    tokenizer = load_tokenizer(recipe.model)
+    # No process group yet: preparation may take longer than any collective's time-out (C10).
+    try:
+        train_data = prepare_train(recipe, tokenizer, stop.raised_early)
+        plan = train_plan(recipe, train_data, stop.raised_early)
+        eval_data = None
+        if recipe.has_eval:
+            eval_data = prepare(recipe, tokenizer, "eval", stop.raised_early)
+        # A streaming source compares each shard when it is prepared.
+        if eval_data and isinstance(train_data, Prepared):
+            eval_data = check_leakage(recipe, tokenizer, train_data, eval_data, stop.raised_early)
+        if not stop.wait_for_ranks():
+            raise Stopped("stopped before all ranks were ready")
+    except Stopped:
+        write_stop(run_dir, 0)
+        return
+    with dist.process_group():
+        stop.attach_group()
+        given = (recipe, run_dir, tokenizer, train_data, plan, eval_data, stop, mirror)
+        fit(PreparedRun(*given))
+    if mirror:  # not in the group, where the other ranks would wait for it in vain
+        mirror.finish(is_done=is_done(run_dir, plan.steps))
 
 
 @dataclass(frozen=True)
@@ -168,6 +174,8 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
         prepared.mirror.offer(first_step)
     if first_step == plan.steps and is_done(run_dir, plan.steps):
         dist.log.info("%s: all %d steps are done; set another run.dir", run_dir, plan.steps)
+        if dist.is_main():
+            dist.log.info(describe_end(recipe, run_dir))
         return "ended"
 
     guard = Guard(recipe.guard, run_dir, recent_losses)
@@ -212,8 +220,10 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     elif outcome.end == "done" and dist.is_main():
         # The last evaluation may have chosen the last step as the best.
         point_at_best(run_dir / "checkpoints", best.step)
-        skipped = len(guard.skipped_steps)
-        write_summary(run_dir, plan.steps, metrics.tokens_per_s, skipped, best.summary())
+        speed, skipped = metrics.tokens_per_s, len(guard.skipped_steps)
+        rest_s = metrics.clock.read()  # the last checkpoint and evaluation
+        write_summary(run_dir, plan.steps, speed, skipped, rest_s, best.summary())
+        dist.log.info(describe_end(recipe, run_dir))
     watch.pause()
     metrics.close()
     return "rollback" if outcome.end == "rollback" else "ended"

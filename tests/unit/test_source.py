@@ -200,7 +200,7 @@ def test_a_saved_dataset_is_a_source_and_its_digest_that_of_its_rows(tmp_path):
     datasets.DatasetDict({"train": datasets.Dataset.from_list(SCHEMAS)}).save_to_disk(
         tmp_path / "splits"
     )
-    with pytest.raises(BadInput, match=r"point `path` at one of them, as .*splits/train"):
+    with pytest.raises(BadInput, match=r"point `path` at one, as .*splits/train"):
         list(read_rows(a_source(path=str(tmp_path / "splits"))))
     assert len(list(read_rows(a_source(path=str(tmp_path / "splits" / "train"))))) == 2
     (tmp_path / "a" / "data-00000-of-00001.arrow").write_bytes(b"broken")

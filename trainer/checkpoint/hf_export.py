@@ -28,7 +28,9 @@ from packhorse.trainer.model.load import load_model, load_tokenizer
 from packhorse.trainer.model.lora import in_peft_form, is_of_adapter, merged_weights
 from packhorse.trainer.model.quantisation import parts_of
 from packhorse.trainer.utils import own_output
+from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.files import apply_umask
+from packhorse.trainer.utils.progress import show_bars_of_transformers, track
 
 # In a run folder: configuration, generation configuration and tokenizer, without weights.
 MODEL_FOLDER = "model"
@@ -74,6 +76,7 @@ def export(
         raise BadInput(
             f"{run_dir}: the adapter's base has random weights, that no folder holds; add --merge"
         )
+    show_bars_of_transformers()
     saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite)
     step = manifest.state.step
 
@@ -81,6 +84,7 @@ def export(
     if recipe.adapter is None:
         weights = ((name, saved.whole(name)) for name in saved.names)
         dtype = getattr(torch, recipe.model.dtype)
+        weights = track(weights, "reading the checkpoint", len(saved.names), "weights")
         mapped = _copy_to_files(weights, folder.with_name("weights"), dtype)
         write_folder(run_dir, recipe, folder, mapped)
         _load_and_compare(folder, mapped, recipe)
@@ -188,7 +192,7 @@ def _write_merged(
     logits = _logits(model)
     parameters = {name for name, _ in model.named_parameters()}
     buffers = ((name, saved.whole(name)) for name in saved.names if name not in parameters)
-    weights = chain(merged_weights(model), buffers)
+    weights = track(chain(merged_weights(model), buffers), "merging the adapter", None, "weights")
     mapped = _copy_to_files(weights, folder.with_name("weights"), dtype)
     del model
     write_folder(run_dir, recipe, folder, mapped)
@@ -225,7 +229,7 @@ def _write_adapter(
     apply_umask(folder)
 
     base = AutoModelForCausalLM.from_pretrained(
-        section.name,
+        local_folder(section.name, "model.name", weights=True) or section.name,
         revision=section.revision,
         dtype=dtype,
         trust_remote_code=section.trust_remote_code,

@@ -26,10 +26,11 @@ from packhorse.trainer.cli.arguments import (
     RunId,
     read_recipe,
 )
+from packhorse.trainer.cli.chat import chat
 from packhorse.trainer.cli.data import plan, prepare, preview
 from packhorse.trainer.cli.eval import compare, evaluate, resolve_step
 from packhorse.trainer.cli.launch import launch_app
-from packhorse.trainer.cli.runs import runs
+from packhorse.trainer.cli.runs import report, runs
 from packhorse.trainer.cli.worker import (
     exit_on_early_signals,
     exit_with_launcher,
@@ -209,7 +210,9 @@ def export(
 
 app.command(name="eval")(evaluate)
 app.command()(compare)
+app.command()(chat)
 app.command()(runs)
+app.command()(report)
 app.add_typer(launch_app, name="launch")
 
 

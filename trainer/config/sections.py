@@ -10,13 +10,16 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from packhorse.trainer.config.base import Section, compile_pattern
-from packhorse.trainer.utils.remote import check_url
+from packhorse.trainer.utils.remote import check_url, is_url
 
 
 class ModelSection(Section):
     """The model to train and the kernels that it runs with."""
 
-    name: str = Field(description="Hugging Face hub name, or a folder in its format.")
+    name: str = Field(
+        description="Hugging Face hub name, or a folder in its format, which may be a URL as "
+        "`s3://bucket/model`."
+    )
     revision: str | None = Field(
         default=None, description="Branch, tag or commit on the hub. null: the default branch."
     )
@@ -59,6 +62,12 @@ class ModelSection(Section):
         default=False,
         description="Run the Python code in the model's folder. Read that code first.",
     )
+
+    @model_validator(mode="after")
+    def _name_holds_no_secret(self) -> ModelSection:
+        if is_url(self.name):
+            check_url(self.name)
+        return self
 
 
 ADAPTER_LR = 1e-4  # learning rate of a recipe with an adapter that gives none

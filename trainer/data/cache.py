@@ -23,7 +23,7 @@ import xxhash
 
 from packhorse.trainer.datatypes import BadInput, Example, Packed, Tokenized
 from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
-from packhorse.trainer.utils.progress import RowProgress
+from packhorse.trainer.utils.progress import WorkProgress
 
 VERSION = 4  # part of every key: raise it when the files of a folder change
 
@@ -140,7 +140,7 @@ def prepare(
         with (
             closing(_CacheWriter(staging, leftovers, sources, files)) as writer,
             closing(
-                RowProgress(f"preparing {what}", writer.state["rows"], total_rows())
+                WorkProgress(f"preparing {what}", writer.state["rows"], total_rows())
             ) as progress,
             closing(chunks(writer.state["rows"])) as stream,
         ):

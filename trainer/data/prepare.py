@@ -313,16 +313,11 @@ def train_plan(
         folder = cache_folder(recipe.data) / f"packing-{key}"
         return cache.keep_packed(folder, make, f"packing epoch {epoch}", stopping)
 
-    plan = Plan(data.epochs, _packer(recipe), recipe.batch, recipe.train, recipe.loss, keep)
+    plan = Plan(data.epochs, packer(recipe), recipe.batch, recipe.train, recipe.loss, keep)
     if data.epochs.streaming and is_main():
         # Choose and prepare the first shard now, before any collective that could time out.
         plan.micro_batch_counts()
     return plan
-
-
-def eval_plan(recipe: Recipe, prepared: Prepared) -> Plan:
-    """Plan all held-out rows as one step, weighted by token."""
-    return Plan.for_eval(prepared.epochs, _packer(recipe), recipe.batch)
 
 
 def documents_of(plan: Plan, step: StepPlan, data: TrainData) -> list[tuple[str, int]]:
@@ -333,6 +328,7 @@ def documents_of(plan: Plan, step: StepPlan, data: TrainData) -> list[tuple[str,
     return sorted({prepared.place(document) for document in documents})
 
 
-def _packer(recipe: Recipe) -> Packer:
+def packer(recipe: Recipe) -> Packer:
+    """Return the recipe's way to pack documents, see data/pack.py."""
     seq_len, packing = recipe.batch.seq_len, recipe.data.packing
     return lambda lengths, *others: pack.pack(lengths, seq_len, packing, *others)

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from packhorse.trainer.data.turns import find_turn
 from packhorse.trainer.datatypes import Conversation, Example, Filtered, RowError
+from packhorse.trainer.utils.text import show_controls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,9 +53,6 @@ LEGEND = {
     "context": "context",
     "special": "special token, context",
     "special trained": "special token, trained",
-}
-CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {
-    127: "␡"
 }
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -211,7 +209,7 @@ def _describe_reject(reason: RowError) -> str:
 def _visible(run: Run) -> str:
     """Return the text with pictures for control characters, so that no row controls the terminal,
     and for line ends that are trained."""
-    text = run.text.translate(CONTROL_PICTURES)
+    text = show_controls(run.text)
     return text.replace("\n", "↵\n") if "trained" in run.kind else text
 
 
