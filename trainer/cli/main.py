@@ -26,6 +26,7 @@ from packhorse.trainer.cli.arguments import (
     RunId,
     read_recipe,
 )
+from packhorse.trainer.cli.convert import convert
 from packhorse.trainer.cli.data import plan, prepare, preview
 from packhorse.trainer.cli.eval import compare, evaluate, resolve_step
 from packhorse.trainer.cli.launch import launch_app
@@ -142,6 +143,7 @@ def train(
     raise typer.Exit(code)
 
 
+app.command()(convert)
 app.command()(preview)
 app.command()(prepare)
 app.command()(plan)
