@@ -47,7 +47,7 @@ LOG_FILE = "logs/rank00000.log"  # in the run folder
 _WRITTEN = (
     *("checkpoints", "model", "serving", "tensorboard"),
     *("metrics.jsonl", EVALUATIONS, "samples.jsonl", "rejects.jsonl", "skipped_steps.jsonl"),
-    *("trace.jsonl", "environment.json", "best.json", "summary.json", LOG_FILE),
+    *("trace.jsonl", "environment.json", "best.json", "summary.json", "pushed.json", LOG_FILE),
 )
 _LENGTHS = ("train.epochs", "train.steps")
 

@@ -176,6 +176,14 @@ def export(
         bool,
         typer.Option("--overwrite", help="Replace an earlier export, once the new one is whole."),
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME",
+            help="Upload it to this repository on the Hugging Face hub, too; a new one is private.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Export a checkpoint as a Hugging Face model folder, or an adapter for peft.
 
@@ -186,7 +194,10 @@ def export(
     [bold]packhorse export runs/quickstart --out models/word-problems --best[/bold]
     [bold]packhorse export runs/lora_8b --out models/lora-merged --merge[/bold]
     [bold]packhorse export runs/quickstart --out /scratch/universal --universal[/bold]
+    [bold]packhorse export runs/quickstart --out models/word-problems --push me/word-problems[/bold]
     """
+    if universal and push:
+        raise BadInput("--push: a universal checkpoint is no model; leave it out")
     if universal and merge:
         raise BadInput(
             "--merge: a universal checkpoint is the training state, into which no adapter is "
@@ -198,6 +209,10 @@ def export(
     dist.start_logging()
     require_own_place(run, out)
     chosen = resolve_step(run, step, best)
+    if push:
+        from packhorse.trainer.checkpoint.hub import check_push
+
+        check_push(push)
     if universal:
         from packhorse.trainer.checkpoint.universal import export_universal
 
@@ -206,6 +221,10 @@ def export(
         from packhorse.trainer.checkpoint.hf_export import export
 
         print(export(run, out, chosen, merge=merge, overwrite=overwrite))
+    if push:
+        from packhorse.trainer.checkpoint.hub import push as push_to_hub
+
+        print(push_to_hub(out, push))
 
 
 app.command(name="eval")(evaluate)
