@@ -191,10 +191,9 @@ def export(
     replaced, but an earlier export with --overwrite.
 
     [bold]packhorse export runs/quickstart --out models/word-problems[/bold]
-    [bold]packhorse export runs/quickstart --out models/word-problems --best[/bold]
+    [bold]packhorse export runs/quickstart --out models/best --best --push me/best[/bold]
     [bold]packhorse export runs/lora_8b --out models/lora-merged --merge[/bold]
     [bold]packhorse export runs/quickstart --out /scratch/universal --universal[/bold]
-    [bold]packhorse export runs/quickstart --out models/word-problems --push me/word-problems[/bold]
     """
     if universal and push:
         raise BadInput("--push: a universal checkpoint is no model; leave it out")
