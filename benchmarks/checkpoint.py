@@ -124,7 +124,7 @@ def saver(folder: Path, engine: Any, asynchronous: bool) -> Any:
 
 def run_state(step: int) -> Any:
     from packhorse.trainer import dist
-    from packhorse.trainer.checkpoint.checkpoint import RunState
+    from packhorse.trainer.checkpoint.manifest import RunState
 
     return RunState(
         step=step,

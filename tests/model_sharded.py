@@ -24,6 +24,7 @@ from packhorse.trainer.metrics import Clock
 from packhorse.trainer.model.load import load_model, load_tokenizer
 from packhorse.trainer.model.packing_check import prove_packing
 from packhorse.trainer.model.sft import SftModel
+from packhorse.trainer.utils import progress
 from tests.model_helpers import documents, pack
 
 
@@ -55,6 +56,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 def main(folders: list[str]) -> None:
     torch.set_num_threads(1)
+    dist.start_logging()
+    progress.LINE_EVERY_S = -1.0  # every line
     seen: dict[str, Any] = {}
     with dist.process_group():
         for folder, (case, changes) in itertools.product(folders, CASES.items()):

@@ -14,8 +14,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -61,14 +62,63 @@ def seed_from(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+class _StderrHandler(logging.StreamHandler):
+    """Writes to what `sys.stderr` is now: while a bar is shown (utils/progress.py), that is a
+    stream which writes above it.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
+class _LogFile(logging.FileHandler):
+    """Appends to a file. A file that cannot be written any more is given up, and that is said."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        log.removeHandler(self)
+        log.warning("%s is not written any more: %s", self.baseFilename, sys.exc_info()[1])
+        # what is left in the buffer would fail again whenever the file is closed
+        stream, self.stream = self.stream, None  # type: ignore[assignment]
+        with suppress(OSError):
+            stream.close()
+
+
 def start_logging() -> None:
-    """Log to stderr: everything from rank 0, warnings and errors from the others."""
-    handler = logging.StreamHandler(sys.stderr)
+    """Log to stderr with the time of day: everything from rank 0, warnings and errors from the
+    others.
+    """
+    handler = _StderrHandler()
     prefix = "" if is_main() else f"[rank {rank()}] "
-    handler.setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if is_main() else logging.WARNING)
     log.propagate = False
+
+
+@contextmanager
+def saved_log(path: Path) -> Iterator[None]:
+    """Append what rank 0 logs inside the block to a file, too, with the date, and the exception
+    that ends the block.
+    """
+    if not is_main():
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = _LogFile(path, encoding="utf-8")
+    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    log.addHandler(file)
+    try:
+        yield
+    except Exception:
+        # to the file alone: whoever catches it shows it on the terminal
+        if file in log.handlers:
+            place = (log.name, logging.ERROR, __file__, 0)
+            file.handle(logging.LogRecord(*place, "the run has failed", None, sys.exc_info()))
+        raise
+    finally:
+        log.removeHandler(file)
+        file.close()
 
 
 # ------------------------------------------------------------------------------------ process group

@@ -160,7 +160,7 @@ class Clock:
         return seconds
 
 
-_PARTS = ("data", "forward", "backward", "optimizer", "checkpoint")
+PARTS = ("data", "forward", "backward", "optimizer", "checkpoint", "evaluation")
 
 
 # ------------------------------------------------------------------------------------------ the log
@@ -275,7 +275,7 @@ class Metrics:
     ) -> dict[str, float]:
         """Return the metrics of the steps since the last line, over all ranks."""
         host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        parts_s = [parts.get(part, 0.0) for part in _PARTS]
+        parts_s = [parts.get(part, 0.0) for part in PARTS]
         loss, host_gib, *sums = dist.sum_over_ranks(
             [float(self._loss), host_gib, *self._sums.values(), *parts_s]
         )
@@ -296,7 +296,7 @@ class Metrics:
             "perf/step_s": seconds / self._steps,
             **{
                 f"perf/{part}_s": part_s / world / self._steps
-                for part, part_s in zip(_PARTS, parts_s, strict=True)
+                for part, part_s in zip(PARTS, parts_s, strict=True)
             },
             "pack/fill": total["tokens"] / (total["sequences"] * self._seq_len),
             "mem/host_peak_gib": host_gib,

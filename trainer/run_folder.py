@@ -4,6 +4,7 @@
     environment.json   versions, device, number of ranks
     data.json          counts of the prepared data; data.png a picture of them
     rejects.jsonl      rows that were left out for a fault
+    logs/rank00000.log what rank 0 logged, of all starts
     summary.json       metrics before and after, written when the run is done
     stop.json          the step at which the run was stopped on request
     trace.jsonl        if run.trace: what each step was made of
@@ -17,6 +18,9 @@ from __future__ import annotations
 import json
 import platform
 import secrets
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -34,15 +38,16 @@ from packhorse.trainer.data.prepare import Prepared, TrainData
 from packhorse.trainer.data.shard_log import LOG
 from packhorse.trainer.datatypes import STOP_FILE, BadInput, Batch, StepResult
 from packhorse.trainer.engine.engine import Engine
-from packhorse.trainer.metrics import EVALUATIONS, Metrics
+from packhorse.trainer.metrics import EVALUATIONS, PARTS, Metrics
 from packhorse.trainer.utils.files import read_json_lines, write_json, write_synced
 
+LOG_FILE = "logs/rank00000.log"  # in the run folder
 # What a run replaces, appends to or deletes, besides data.json and data.png. Not shards.jsonl: a
 # log from another run makes this one use the shards in the same order.
 _WRITTEN = (
     *("checkpoints", "model", "serving", "tensorboard"),
     *("metrics.jsonl", EVALUATIONS, "samples.jsonl", "rejects.jsonl", "skipped_steps.jsonl"),
-    *("trace.jsonl", "environment.json", "best.json", "summary.json"),
+    *("trace.jsonl", "environment.json", "best.json", "summary.json", "pushed.json", LOG_FILE),
 )
 _LENGTHS = ("train.epochs", "train.steps")
 
@@ -200,10 +205,14 @@ def write_summary(
     steps: int,
     tokens_per_s: float,
     skipped_steps: int,
+    rest_s: Mapping[str, float],
     best: dict[str, Any] | None = None,
 ) -> None:
-    """Write summary.json: the metrics before and after, read back from the log; the best step's;
-    and one sample.
+    """Write summary.json: the metrics before and after, and the time by part, read back from the
+    log; the best step's metrics; and one sample.
+
+    Args:
+        rest_s: seconds by part that no line of the log holds.
     """
     logged = read_json_lines(run_dir / "metrics.jsonl")
     evaluated = {
@@ -222,10 +231,67 @@ def write_summary(
             "best": best,
             "skipped_steps": skipped_steps,
             "tokens_per_s": tokens_per_s,
+            "seconds": _seconds_by_part(logged, rest_s),
             "sample": next((sample for sample in samples if sample["step"] == steps), None),
             "versions": environment["packages"],
         },
     )
+
+
+def _seconds_by_part(
+    logged: Sequence[Mapping[str, float]], rest_s: Mapping[str, float]
+) -> dict[str, float]:
+    """Return the seconds that the run has spent in each part, over all its starts.
+
+    A line has the mean of the steps since the line before.
+    """
+    seconds, last = Counter(rest_s), 0
+    for line in logged:
+        if "train/loss" in line:
+            steps, last = line["step"] - last, line["step"]
+            seconds.update({part: steps * line.get(f"perf/{part}_s", 0.0) for part in PARTS})
+    return {part: round(seconds[part], 3) for part in PARTS}
+
+
+def describe_end(recipe: Recipe, run_dir: Path) -> str:
+    """Return what a person wants to know of a run that is done, from its summary.json: losses and
+    scores before and after, time by part, where things are, and commands that may come next.
+    """
+    found = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    before, after, best = found["before"], found["after"], found["best"]
+    rows = [(name, f"{_number(before.get(name))} -> {_number(after[name])}") for name in after]
+    if best:
+        rows.append(("best step", f"{best['step'] or 'none'}, by {best['rule']}"))
+    if found["skipped_steps"]:
+        rows.append(("skipped steps", str(found["skipped_steps"])))
+    seconds = found.get("seconds", {})  # not in the summary of an earlier version
+    whole_s = sum(seconds.values())
+    parts = [f"{name} {s:,.1f} s" for name, s in seconds.items() if s > 0.01 * whole_s]
+    rows.append(("time", f"{whole_s:,.0f} s: {', '.join(parts)}"))
+    rows.append(("speed", f"{found['tokens_per_s']:,.0f} tokens/s"))
+    rows.append(("files", f"checkpoints/, metrics.jsonl, samples.jsonl, {LOG_FILE}"))
+    width = max(len(name) for name, _ in rows)
+    lines = [f"  {name:<{width}}  {text}" for name, text in rows]
+    has_best = bool(best and best["step"])
+    commands = [f"  {command}" for command in _next_commands(recipe, run_dir, has_best)]
+    first = f"{run_dir}: {found['steps']} steps are done"
+    return "\n".join([first, *lines, "Next:", *commands])
+
+
+def _next_commands(recipe: Recipe, run_dir: Path, has_best: bool) -> list[str]:
+    export = ["packhorse", "export", str(run_dir), "--out", str(run_dir / "export")]
+    evaluate = ["packhorse", "eval", str(run_dir), str(run_dir / "recipe.yaml")]
+    chat = ["packhorse", "chat", str(run_dir)]
+    report = ["packhorse", "report", str(run_dir)]
+    tensorboard = ["tensorboard", "--logdir", str(run_dir.parent)]
+    best = ["--best"] * has_best
+    evaluations = [evaluate + best] if recipe.has_eval else []
+    commands = [export + best, *evaluations, chat + best, report, tensorboard]
+    return [shlex.join(command) for command in commands]
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
 
 
 def is_done(run_dir: Path, steps: int) -> bool:

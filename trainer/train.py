@@ -24,8 +24,11 @@ from packhorse.trainer.build_engine import (
 )
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.checkpoint.best import Best
-from packhorse.trainer.checkpoint.checkpoint import RunState, Saver
+from packhorse.trainer.checkpoint.checkpoint import Saver
 from packhorse.trainer.checkpoint.hf_export import save_description
+from packhorse.trainer.checkpoint.hub import check_push, push_run
+from packhorse.trainer.checkpoint.manifest import RunState, point_at_best
+from packhorse.trainer.checkpoint.mirror import Mirror, open_mirror
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.leakage import check_leakage
@@ -51,8 +54,11 @@ from packhorse.trainer.loop import TrainingRun, is_due, train_loop
 from packhorse.trainer.metrics import Metrics, Profiler
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.run_folder import (
+    LOG_FILE,
+    describe_end,
     is_done,
     open_run_folder,
+    require_same_run,
     require_shared,
     write_description,
     write_stop,
@@ -78,33 +84,49 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
     dist.start_logging()
     stop = StopFlag()
     run_dir = Path(recipe.run.dir)
+    mirror: Mirror | None = None
     if dist.is_main():
         stop_before_timeout(recipe, stop)
+        require_same_run(recipe, run_dir, extend=extend)
+        mirror = open_mirror(recipe, run_dir)
         open_run_folder(recipe, run_dir, extend=extend)
         check_server(recipe)
+        if recipe.run.push_to_hub:
+            check_push(recipe.run.push_to_hub)
     # so that `packhorse runs` can tell a run that works from one that was killed
-    with shown_alive(run_dir) if dist.is_main() else nullcontext():
-        tokenizer = load_tokenizer(recipe.model)
-        # No process group yet: preparation may take longer than any collective's time-out (C10).
-        try:
-            train_data = prepare_train(recipe, tokenizer, stop.raised_early)
-            plan = train_plan(recipe, train_data, stop.raised_early)
-            eval_data = None
-            if recipe.has_eval:
-                eval_data = prepare(recipe, tokenizer, "eval", stop.raised_early)
-            # A streaming source compares each shard when it is prepared.
-            if eval_data and isinstance(train_data, Prepared):
-                eval_data = check_leakage(
-                    recipe, tokenizer, train_data, eval_data, stop.raised_early
-                )
-            if not stop.wait_for_ranks():
-                raise Stopped("stopped before all ranks were ready")
-        except Stopped:
-            write_stop(run_dir, 0)
-            return
-        with dist.process_group():
-            stop.attach_group()
-            fit(PreparedRun(recipe, run_dir, tokenizer, train_data, plan, eval_data, stop))
+    shown = shown_alive(run_dir) if dist.is_main() else nullcontext()
+    with dist.saved_log(run_dir / LOG_FILE), shown:
+        prepare_and_fit(recipe, run_dir, stop, mirror)
+
+
+def prepare_and_fit(recipe: Recipe, run_dir: Path, stop: StopFlag, mirror: Mirror | None) -> None:
+    """Prepare the data, then train in a process group. Every rank calls it."""
+    tokenizer = load_tokenizer(recipe.model)
+    # No process group yet: preparation may take longer than any collective's time-out (C10).
+    try:
+        train_data = prepare_train(recipe, tokenizer, stop.raised_early)
+        plan = train_plan(recipe, train_data, stop.raised_early)
+        eval_data = None
+        if recipe.has_eval:
+            eval_data = prepare(recipe, tokenizer, "eval", stop.raised_early)
+        # A streaming source compares each shard when it is prepared.
+        if eval_data and isinstance(train_data, Prepared):
+            eval_data = check_leakage(recipe, tokenizer, train_data, eval_data, stop.raised_early)
+        if not stop.wait_for_ranks():
+            raise Stopped("stopped before all ranks were ready")
+    except Stopped:
+        write_stop(run_dir, 0)
+        return
+    with dist.process_group():
+        stop.attach_group()
+        given = (recipe, run_dir, tokenizer, train_data, plan, eval_data, stop, mirror)
+        fit(PreparedRun(*given))
+    # not in the group, where the other ranks would wait in vain
+    done = dist.is_main() and is_done(run_dir, plan.steps)
+    if mirror:
+        mirror.finish(is_done=done)
+    if done and recipe.run.push_to_hub:
+        push_run(run_dir, recipe.run.push_to_hub, plan.steps)
 
 
 @dataclass(frozen=True)
@@ -118,6 +140,7 @@ class PreparedRun:
     plan: Plan
     eval_data: Prepared | None
     stop: StopFlag
+    mirror: Mirror | None = None  # rank 0's
 
 
 def fit(prepared: PreparedRun) -> None:
@@ -154,8 +177,12 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     """
     recipe, run_dir, plan = prepared.recipe, prepared.run_dir, prepared.plan
     first_step, recent_losses = resume(prepared, engine)
+    if first_step and prepared.mirror:  # an earlier start may have ended before it was copied
+        prepared.mirror.offer(first_step)
     if first_step == plan.steps and is_done(run_dir, plan.steps):
         dist.log.info("%s: all %d steps are done; set another run.dir", run_dir, plan.steps)
+        if dist.is_main():
+            dist.log.info(describe_end(recipe, run_dir))
         return "ended"
 
     guard = Guard(recipe.guard, run_dir, recent_losses)
@@ -175,7 +202,7 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     log_schedule(prepared, first_step)
     if peak_bytes:
         metrics.expect_memory(peak_bytes)
-    with loader, Saver(run_dir, engine, recipe.checkpoint) as saver:
+    with loader, Saver(run_dir, engine, recipe.checkpoint, prepared.mirror) as saver:
         run = TrainingRun(
             recipe=recipe,
             engine=engine,
@@ -199,9 +226,12 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
         write_stop(run_dir, outcome.step)
     elif outcome.end == "done" and dist.is_main():
         # The last evaluation may have chosen the last step as the best.
-        checkpoint.point_at_best(run_dir / "checkpoints", best.step)
-        skipped = len(guard.skipped_steps)
-        write_summary(run_dir, plan.steps, metrics.tokens_per_s, skipped, best.summary())
+        point_at_best(run_dir / "checkpoints", best.step)
+        speed, skipped = metrics.tokens_per_s, len(guard.skipped_steps)
+        rest_s = metrics.clock.read()  # the last checkpoint and evaluation
+        write_summary(run_dir, plan.steps, speed, skipped, rest_s, best.summary())
+        dist.log.info(describe_end(recipe, run_dir))
+    watch.pause()
     metrics.close()
     return "rollback" if outcome.end == "rollback" else "ended"
 

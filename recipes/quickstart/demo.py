@@ -157,12 +157,11 @@ def show(summary: dict[str, Any], run_dir: Path) -> None:
     question = next(question for question in heldout if question in summary["sample"]["prompt"])
     show_line(f"[bold]One answer[/bold]\n{escape(question)}\n{escape(summary['sample']['answer'])}")
     show_line(f"[bold]{summary['tokens_per_s']:,.0f} tokens per second[/bold] while training")
-    python = os.path.relpath(sys.executable)
+    command = Path(os.path.relpath(sys.executable)).with_name("packhorse")
     show_line(
-        f"\nThe curves:     {Path(python).parent / 'tensorboard'} --logdir "
-        f"{run_dir / 'tensorboard'}\n"
-        f"Talk to it:     {python} recipes/quickstart/chat.py {run_dir / 'export'} "
-        '"Ada has 4 boxes with 6 books each, and 5 loose books. How many books does Ada have?"',
+        f"\nThe curves:     {command} report {run_dir}\n"
+        'Talk to it:     echo "Ada has 4 boxes with 6 books each, and 5 loose books. How many '
+        f'books does Ada have?" | {command} chat {run_dir / "export"}'
     )
 
 

@@ -166,6 +166,17 @@ def test_a_run_folder_that_is_not_shared_is_refused_and_the_node_is_named(cluste
     assert not (tmp_path / "recipe.yaml").exists(), "no worker has started"
 
 
+@pytest.mark.parametrize("options", [[], ["--nnodes=1"]])
+def test_a_task_for_each_gpu_is_refused_and_starts_no_launcher(cluster, tmp_path, options):
+    cluster.wait_idle()
+    tasks = ["srun", "--nodes=1", "--ntasks=2", "--cpu-bind=none"]
+    words = ["train", "recipes/debug.yaml", f"run.dir={tmp_path / 'run'}", *options]
+    refused = cluster.run(*tasks, sys.executable, "-m", "packhorse", *words)
+    assert refused.returncode == 2, refused.stderr
+    assert "srun started 2 tasks on 1 nodes" in refused.stderr
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("option", "sentence"),
     [("--partition=nowhere", "invalid partition"), ("--nods=2", "unrecognized option")],

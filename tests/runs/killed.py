@@ -282,7 +282,7 @@ def _rank(order: Order, rank: int) -> int:
     recipe = load_recipe(ROOT / "recipes" / "debug.yaml", tuple(order.overrides))
     if order.point and rank == order.rank:
         _Fault(order.point, order, Path(recipe.run.dir)).arm()
-    with mock.patch.object(main, "app", side_effect=lambda: train.train(recipe)):
+    with mock.patch.object(main, "app", side_effect=lambda **_: train.train(recipe)):
         try:
             main.main()
         except SystemExit as end:

@@ -1,7 +1,10 @@
 """`packhorse train` on the debug recipe ends, stops, is killed, and continues."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +20,7 @@ pytestmark = pytest.mark.runs
 SAVES_OFTEN = ("checkpoint.every_steps=3", "eval.every_steps=null", "eval.generate=null")
 
 
-def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
+def start(run_dir: Path, *overrides: str, stderr: int = subprocess.PIPE) -> subprocess.Popen:
     train = [
         sys.executable,
         "-m",
@@ -28,9 +31,9 @@ def start(run_dir: Path, *overrides: str) -> subprocess.Popen:
         *overrides,
     ]
     cache = f"data.cache={run_dir.parent / 'cache'}"
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.Popen(
-        [*train, cache, "--nproc", "2"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True
+        [*train, cache, "--nproc", "2"], cwd=ROOT, env=env, stderr=stderr, text=True
     )
 
 
@@ -66,13 +69,60 @@ def workers_of(run_dir: Path) -> list[int]:
     return sorted(found)
 
 
+def finish_on_terminal(run_dir: Path, *overrides: str) -> str:
+    """Train on a terminal; return what it showed, without control sequences, a line each time that
+    a line or the bar was written.
+    """
+    ours, theirs = pty.openpty()
+    process = start(run_dir, *overrides, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the last process has closed the terminal
+        while chunk := os.read(ours, 2**16):
+            shown += chunk
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode()).replace("\r", "\n")
+    assert process.wait(60) == 0, text
+    return text
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    """Train without a stop; return the run folder."""
+def shown_whole(tmp_path_factory) -> tuple[Path, str]:
+    """Train without a stop, on a terminal; return the run folder and what was shown."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
-    code, err = finish(start(run_dir, *SAVES_OFTEN))
-    assert code == 0, err
-    return run_dir
+    return run_dir, finish_on_terminal(run_dir, *SAVES_OFTEN)
+
+
+@pytest.fixture(scope="module")
+def whole(shown_whole) -> Path:
+    return shown_whole[0]
+
+
+def test_a_terminal_shows_a_line_a_step_above_a_bar_and_the_end(shown_whole):
+    run_dir, shown = shown_whole
+    steps = re.findall(r"^\d\d:\d\d:\d\d step (\d+)/18  loss \d", shown, re.MULTILINE)
+    assert steps == [str(step) for step in range(1, 19)]
+    assert re.search(r"^steps .* 18/18 ", shown, re.MULTILINE), "the bar"
+    assert re.search(r"^held-out loss .* batches/s", shown, re.MULTILINE)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    before, after = (summary[at]["eval/loss"] for at in ("before", "after"))
+    assert re.search(rf"^  eval/loss +{before:.4f} -> {after:.4f}$", shown, re.MULTILINE)
+    assert summary["seconds"]["evaluation"] > 0
+    assert min(summary["seconds"][part] for part in ("data", "forward", "backward")) > 0
+    log = (run_dir / "logs" / "rank00000.log").read_text()
+    for end in (shown.replace("\n\n", "\n"), log):  # a terminal ends lines with \r\n
+        assert f"  packhorse export {run_dir} --out {run_dir / 'export'}\n" in end
+        assert f"  packhorse chat {run_dir}" in end
+        assert f"  packhorse report {run_dir}\n" in end
+        assert f"  tensorboard --logdir {run_dir.parent}\n" in end
+    assert len(re.findall(r"^20\d\d-\d\d-\d\d \d\d:\d\d:\d\d step ", log, re.MULTILINE)) == 18
+
+
+def test_tensorboard_names_the_run_by_its_folder(whole):
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+
+    board = EventMultiplexer().AddRunsFromDirectory(str(whole.parent))
+    assert list(board.Runs()) == ["run/tensorboard"]
 
 
 def test_a_run_lowers_the_loss_and_fills_its_run_folder(whole):
@@ -106,6 +156,9 @@ def test_a_stopped_run_continues_as_if_never_stopped(whole, tmp_path, number):
     assert code == 0, err
     assert not (run_dir / "stop.json").exists()
     assert losses(run_dir) == losses(whole)
+    log = (run_dir / "logs" / "rank00000.log").read_text()
+    assert f"stopped on request after step {stopped_at}" in log
+    assert [int(step) for step in re.findall(r" step (\d+)/18 ", log)] == list(range(1, 19))
 
 
 def test_an_extended_run_is_the_longer_run(tmp_path):

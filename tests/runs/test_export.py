@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,6 +135,28 @@ def test_every_file_of_a_run_has_the_mode_that_the_umask_says(run_dir: Path) -> 
     files = [path for path in run_dir.rglob("*") if path.is_file()]
     others = [path for path in files if path.stat().st_mode & 0o777 != 0o666 & ~umask]
     assert not others
+
+
+def test_chat_answers_as_the_export_does(run_dir: Path, exported: Path) -> None:
+    question = "How many eggs are in 3 boxes with 4 eggs each?"
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    model: Any = AutoModelForCausalLM.from_pretrained(exported)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": question}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    out = model.generate(**prompt, max_new_tokens=16, do_sample=False)[0]
+    answer = tokenizer.decode(out[prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "packhorse", "chat", str(run_dir), "--max-tokens", "16"],
+        cwd=ROOT,
+        input=question,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, f"{answer}\n"), done.stderr
 
 
 def test_a_second_run_starts_from_the_export(run_dir: Path, exported: Path) -> None:

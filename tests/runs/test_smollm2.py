@@ -13,6 +13,7 @@ import torch
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import Recipe, parse_recipe
 from packhorse.trainer.data import loader, prepare
+from packhorse.trainer.data.eval_plan import eval_plan
 from packhorse.trainer.model.load import load_model, load_tokenizer
 from packhorse.trainer.model.packing_check import prove_packing
 from packhorse.trainer.model.sft import SftModel
@@ -70,7 +71,7 @@ def test_the_untouched_model_has_the_loss_that_transformers_gives_it(
     sft.eval()
     with (
         torch.no_grad(),
-        loader.Loader(data, prepare.eval_plan(made, data), 0, 1, pin=False) as batches,
+        loader.Loader(data, eval_plan(made, data).plan, 0, 1, pin=False) as batches,
     ):
         loss = sum(float(sft(batch)) for batch in batches.stream(0))
     print(f"\n  held-out loss {loss:.4f}, by transformers alone {REFERENCE_LOSS}", end="")

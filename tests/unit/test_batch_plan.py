@@ -310,19 +310,6 @@ def test_good_worlds_are_near_the_one_asked_for():
     assert [filler_share(counts, world) for world in good_worlds(counts, 48)] == [0, 0, 0]
 
 
-def test_held_out_rows_are_one_step():
-    flags = some_flags(0, 30)
-    plan = Plan.for_eval(
-        corpus(flags),
-        lambda lengths, *others: pack(lengths, SEQ_LEN, "bfd", *others),
-        BatchSection(seq_len=SEQ_LEN, global_batch_size=2, micro_batch_size=3),
-    )
-    assert plan.steps == 1
-    step = plan.step(0)
-    assert step.trained_tokens == sum(f.sum() for f in flags)
-    assert {len(micro_batch) for micro_batch in step.micro_batches[:-1]} == {3}
-
-
 def test_only_two_packings_stay_in_memory_and_all_can_be_asked_for_again():
     made = []
     plan = Plan(

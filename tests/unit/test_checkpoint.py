@@ -17,7 +17,8 @@ import torch
 
 from packhorse.trainer import dist
 from packhorse.trainer.checkpoint import checkpoint
-from packhorse.trainer.checkpoint.checkpoint import RunState, Saver
+from packhorse.trainer.checkpoint.checkpoint import Saver
+from packhorse.trainer.checkpoint.manifest import RunState
 from packhorse.trainer.config.recipe import CheckpointSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import sharded_state

@@ -53,7 +53,7 @@ def test_what_cannot_be_evaluated_is_told(refused, tmp_path, run_dir):
     (tmp_path / "empty").mkdir()
     assert "neither a run folder" in refused("eval", str(tmp_path / "empty"), DEBUG)
     assert "there are no held-out rows" in refused("eval", str(run_dir), DEBUG, "data.eval=[]")
-    assert "there is no checkpoint to evaluate" in refused("eval", str(run_dir), DEBUG)
+    assert "there is no checkpoint yet" in refused("eval", str(run_dir), DEBUG)
     assert "there is no checkpoint of step 3; there is none at all" in refused(
         "eval", str(run_dir), DEBUG, "--step", "3"
     )

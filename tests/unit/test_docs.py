@@ -7,7 +7,7 @@ import runpy
 import yaml
 
 from packhorse.trainer.config.recipe import parse_recipe
-from packhorse.trainer.metrics import _PARTS
+from packhorse.trainer.metrics import PARTS
 from tests.numerics.test_x6_layers import MODELS as WITH_LIGER
 from tests.ranks import ROOT
 from tests.unit.test_packing_check import MIXING, RIGHT
@@ -58,7 +58,7 @@ def written_names() -> set[str]:
             text = "".join(map(str, texts))
             if re.fullmatch(r"(train|perf|pack|mem|eval)/[\w/]+", text):
                 names.add(text)
-    steps = {f"perf/{part}_s" for part in _PARTS}
+    steps = {f"perf/{part}_s" for part in PARTS}
     assert "perf/NAME_s" in names, "the code writes the parts of a step otherwise"
     return names - {"perf/NAME_s"} | steps
 

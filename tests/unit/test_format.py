@@ -279,6 +279,16 @@ def test_reasoning_has_many_names(key):
         read({"messages": turns}, "messages")
 
 
+def test_an_answer_may_be_reasoning_alone():
+    for content in (None, "", " "):
+        turns = [
+            {"role": "user", "content": "2+2?"},
+            {"role": "assistant", "content": content, "reasoning": "Hm."},
+        ]
+        (_, answer) = read({"messages": turns}, "messages").messages
+        assert (answer.content.strip(), answer.reasoning_content) == ("", "Hm.")
+
+
 @pytest.mark.parametrize(
     "call",
     [
@@ -375,7 +385,10 @@ def test_parts_weights_reasoning_and_tool_calls():
         "messages": [
             {
                 "role": "system",
-                "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}],
+                "content": [
+                    {"type": "text", "text": "Be brief."},
+                    {"type": "text", "text": "Add."},
+                ],
             },
             {"role": "user", "content": "2+?"},
             {
@@ -392,7 +405,7 @@ def test_parts_weights_reasoning_and_tool_calls():
     }
     assert read(row, "messages") == Conversation(
         (
-            Message("system", "Be brief."),
+            Message("system", "Be brief.\nAdd."),
             Message("user", "2+?"),
             Message("assistant", "", "Hm.", (CALL,), weight=0),
             Message("tool", "4", tool_call_id="call00001"),

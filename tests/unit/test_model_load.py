@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -248,9 +249,13 @@ def test_two_zero3_ranks_load_what_one_process_loads(tmp_path: Path) -> None:
     for name, tied in {"tied": True, "untied": False}.items():
         write_tokenizer(tmp_path / name)
         write_model(tmp_path / name, vocab_size=100, tie_word_embeddings=tied)
-    output = run_ranks(
+    output, other = run_ranks(
         2, ["-m", "tests.model_sharded", str(tmp_path / "tied"), str(tmp_path / "untied")]
-    )[0]
+    )
+    # three pretrained cases of two folders, each loaded by one process and in shards
+    counts = re.findall(r"loading weights: (\d+) of (\d+) weights", output)
+    assert sum(done == of for done, of in counts) == 2 * 2 * 3, "each load ends with all weights"
+    assert "oading weights" not in other, "only rank 0 shows it"
     seen = json.loads(next(line for line in output.splitlines() if line.startswith('{"tied')))
     print(json.dumps(seen, indent=1))
     assert len(seen) == 8

@@ -19,13 +19,13 @@ from packhorse.trainer.config.recipe import BatchSection, LossSection, Recipe, T
 from packhorse.trainer.data import tokenize
 from packhorse.trainer.data.batch_plan import Corpus, Plan
 from packhorse.trainer.data.cache import prepare as prepare_documents
+from packhorse.trainer.data.eval_plan import eval_plan
 from packhorse.trainer.data.loader import Loader, filler_batch
 from packhorse.trainer.data.mask import Masker
 from packhorse.trainer.data.pack import pack
 from packhorse.trainer.data.prepare import (
     Prepared,
     documents_of,
-    eval_plan,
     held_out_prompts,
     prepare,
     train_plan,
@@ -59,7 +59,7 @@ def prepared(packing, tmp_path_factory) -> Prepared:
     def chunks(done):
         return tokenize_rows(
             rows[done:],
-            lambda rows: [made_up(row.number, longest) for row in rows],
+            lambda rows: [(made_up(row.number, longest),) for row in rows],
             LengthPolicy(99, "split", packing_cuts=True),
             workers=1,
         )
@@ -224,7 +224,7 @@ def bfd(tmp_path) -> tuple[Prepared, Plan]:
         rows = [Row(0, 0, number, None) for number in range(1, 61)]
         limits = LengthPolicy(SEQ_LEN, "reject", packing_cuts=False)
         return tokenize_rows(
-            rows, lambda rows: [made_up(row.number, SEQ_LEN) for row in rows], limits, workers=1
+            rows, lambda rows: [(made_up(row.number, SEQ_LEN),) for row in rows], limits, workers=1
         )
 
     documents = prepare_documents(
@@ -582,7 +582,7 @@ def test_a_cache_is_found_again_under_another_path_and_by_eval(tmp_path, tokeniz
     again = prepare(moved, tokenizer, "eval")
     assert len(cached(tmp_path)) == 1
     assert again.fingerprint == first.fingerprint
-    plan = eval_plan(moved, again)
+    plan = eval_plan(moved, again).plan
     assert (plan.steps, plan.step(0).trained_tokens) == (1, again.documents.trained_counts.sum())
 
 
@@ -620,7 +620,7 @@ def test_held_out_rows_come_after_the_given_ones_and_all_of_them_count_once(tmp_
     assert [source["name"] for source in held_out.report["sources"]] == [given, train]
     assert held_out.place(0) == (given, 1)
     assert held_out.place(1)[0] == train
-    assert eval_plan(of, held_out).step(0).trained_tokens == held_out.documents.trained_counts.sum()
+    assert sum(eval_plan(of, held_out).trained_tokens) == held_out.documents.trained_counts.sum()
     prompts = held_out_prompts(of, Masker(tokenizer), 100)
     assert len(prompts) == len(held_out.documents.lengths)
     assert prompts[0].reference == "Yes."

@@ -58,7 +58,7 @@ def test_the_terminal_shows_colours_counts_and_reasons(shown):
         width=200, record=True, force_terminal=True, color_system="truecolor", file=io.StringIO()
     )
     left_out = [Row("a.jsonl:2", RowError("no answer")), Row("a.jsonl:3", Filtered("too short"))]
-    console.print(as_text([Row("a.jsonl:1", example), *left_out], tokenizer))
+    console.print(as_text([Row("a.jsonl:1", example), *left_out], tokenizer, brackets=False))
     plain = console.export_text(clear=False)
     assert counts(example) in plain
     assert "a.jsonl:2  rejected: no answer" in plain
@@ -94,6 +94,28 @@ def test_the_page_holds_the_text_escaped_and_asks_for_nothing(shown):
 # -------------------------------------------------------------------------------------------- roles
 
 
+CALLING = Conversation(
+    (
+        Message("user", "2+2?"),
+        Message(
+            "assistant",
+            "",
+            tool_calls=(
+                {"id": "a23456789", "function": {"name": "add", "arguments": {"a": 2, "b": 2}}},
+            ),
+        ),
+    ),
+    tools=(
+        {
+            "type": "function",
+            "function": {
+                "name": "add",
+                "description": "Add.",
+                "parameters": {"type": "object", "properties": {}},
+            },
+        },
+    ),
+)
 TURNS = Conversation(
     (
         Message("user", "What is it?"),
@@ -120,6 +142,29 @@ def test_each_message_is_named_where_its_text_begins(shared, name):
     assert "".join(run.text for run in runs(example, tokenizer, roles)) == whole
 
 
+def test_without_colours_what_is_trained_stands_in_brackets(shown):
+    tokenizer, example = shown
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(as_text([Row("a.jsonl:1", example)], tokenizer, brackets=True))
+    text = console.export_text().split("a.jsonl:1")[1].replace("↵\n", "\n")
+    bracketed = re.findall(r"⟦(.*?)⟧", text, re.DOTALL)
+    found = [run for run in runs(example, tokenizer) if "trained" in run.kind]
+    assert "".join(bracketed) == "".join(run.text for run in found)
+    assert len(bracketed) == 1
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3", "mistral_nemo", "llama3_2"])
+def test_a_call_is_named_where_it_begins_and_not_inside_it(shared, name):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
+    masker = Masker(tokenizer)
+    example = masker.example(CALLING)
+    roles = role_starts(CALLING, example, masker.template)
+    begun = next(run for run in runs(example, tokenizer, roles) if run.role == "assistant")
+    assert begun.kind.endswith("trained")
+    trained = [run.text for run in runs(example, tokenizer) if "trained" in run.kind]
+    assert trained[0].startswith(begun.text[:5])
+
+
 def test_a_plain_text_has_no_roles(shared):
     masker = Masker(AutoTokenizer.from_pretrained(shared / "tokenizers/smollm2"))
     text = Conversation(text="To be or not to be")
@@ -134,7 +179,7 @@ def test_roles_stand_in_the_terminal_and_on_the_page(shared):
     example = masker.example(TURNS)
     row = Row("a.jsonl:1", example, role_starts(TURNS, example, masker.template))
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(as_text([row], tokenizer))
+    console.print(as_text([row], tokenizer, brackets=False))
     shown = console.export_text().split("a.jsonl:1")[1]
     assert (shown.count(" user "), shown.count(" assistant ")) == (2, 2)
     assert (

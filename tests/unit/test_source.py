@@ -85,6 +85,30 @@ def test_tool_schemas_keep_their_own_keys(tmp_path):
     assert without_nulls({"a": None, "b": [None, {"c": None}]}) == {"b": [None, {}]}
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "found"),
+    [
+        ("a.jsonl", '[{"text": "a"}, {"text": "b"}]', "holds one JSON list.*suffix .json"),
+        ("a.jsonl", '[\n  {"text": "a"}\n]', "holds one JSON list"),
+        ("a.json", '{"data": [{"text": "a"}, {"text": "b"}]}', "key `data` holds 2 rows"),
+        ("a.json", '{\n "rows": [\n  {"text": "a"}\n ]\n}', "key `rows` holds 1 rows"),
+        ("a.jsonl", '{"examples": [{"question": "a"}]}', "key `examples` holds 1 rows"),
+    ],
+)
+def test_a_file_that_is_one_json_value_says_what_it_holds(tmp_path, name, text, found):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(BadInput, match=found):
+        list(read_rows(a_source(path=str(tmp_path / name))))
+
+
+def test_rows_of_one_column_or_of_lists_are_no_other_file(tmp_path):
+    rows = [{"dialog": [{"role": "user", "content": "a"}]}, {"ids": [1, 2]}]
+    assert [row.fields for row in read_rows(write(tmp_path / "a.jsonl", rows))] == rows
+    (tmp_path / "b.jsonl").write_text("[1]\n[2]\n")
+    faults = [str(row.fields) for row in read_rows(a_source(path=str(tmp_path / "b.jsonl")))]
+    assert faults == ["the row is a list, not an object"] * 2
+
+
 SCHEMAS = [
     {"text": "a", "tools": [{"name": "f", "p": {"city": {"type": "string"}}}]},
     {"text": "b", "tools": [{"name": "g", "p": {"day": {"type": "integer", "minimum": 1}}}]},
@@ -176,7 +200,7 @@ def test_a_saved_dataset_is_a_source_and_its_digest_that_of_its_rows(tmp_path):
     datasets.DatasetDict({"train": datasets.Dataset.from_list(SCHEMAS)}).save_to_disk(
         tmp_path / "splits"
     )
-    with pytest.raises(BadInput, match=r"point `path` at one of them, as .*splits/train"):
+    with pytest.raises(BadInput, match=r"point `path` at one, as .*splits/train"):
         list(read_rows(a_source(path=str(tmp_path / "splits"))))
     assert len(list(read_rows(a_source(path=str(tmp_path / "splits" / "train"))))) == 2
     (tmp_path / "a" / "data-00000-of-00001.arrow").write_bytes(b"broken")

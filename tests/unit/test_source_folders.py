@@ -7,6 +7,7 @@ import json
 import logging
 import lzma
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -106,8 +107,9 @@ FOLDERS = {
 @pytest.mark.parametrize("names", FOLDERS.values(), ids=FOLDERS)
 def test_a_folder_is_read_as_load_dataset_reads_it(tmp_path, monkeypatch, names, split):
     import datasets
+    from datasets import config
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "folder"
     for name in names:
         write(folder / name, [{"text": f"{name} {n}"} for n in range(2)])
@@ -117,7 +119,8 @@ def test_a_folder_is_read_as_load_dataset_reads_it(tmp_path, monkeypatch, names,
         with pytest.raises(BadInput, match=r"split `test`.*cannot be loaded"):
             list(read_rows(a_source(name=str(folder), split=split)))
         return
-    theirs = [row["text"] for row in datasets.load_dataset(str(folder), split=split)]
+    loaded: Any = datasets.load_dataset(str(folder), split=split)
+    theirs = [row["text"] for row in loaded]
     assert theirs
     for key in ("path", "name"):
         rows = list(read_rows(a_source(**{key: str(folder), "split": split})))
@@ -148,8 +151,9 @@ def test_what_a_folder_holds_besides_is_named_and_data_is_refused(tmp_path, capl
 
 def test_config_data_files_and_revision_are_those_of_load_dataset(tmp_path, monkeypatch):
     import datasets
+    from datasets import config
 
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "folder"
     for name in ("easy/a.jsonl", "hard/a.jsonl", "hard/held.jsonl"):
         write(folder / name, [{"text": name}])
@@ -169,7 +173,8 @@ def test_config_data_files_and_revision_are_those_of_load_dataset(tmp_path, monk
             assert (row.file, row.fields) == (name, {"text": name})
     # what load_dataset itself is asked for
     asked = {"data_files": {"train": [str(folder / "hard/a.jsonl")]}, "split": "train"}
-    assert datasets.load_dataset("json", **asked)[0]["text"] == "hard/a.jsonl"
+    loaded: Any = datasets.load_dataset("json", **asked)
+    assert loaded[0]["text"] == "hard/a.jsonl"
     packaged = a_source(name="json", data_files=[str(folder / "hard/a.jsonl")], split="train[:1]")
     assert [row.fields for row in read_rows(packaged)] == [{"text": "hard/a.jsonl"}]
     with pytest.raises(BadInput, match="config `middle`"):

@@ -13,92 +13,42 @@ checkpoints/
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import psutil
-import xxhash
 
 from packhorse.trainer import dist
+from packhorse.trainer.checkpoint.manifest import (
+    Manifest,
+    RunState,
+    folder_name,
+    list_published,
+    point_at_best,
+    write_manifest,
+)
 from packhorse.trainer.config.recipe import CheckpointSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import sharded_state
 from packhorse.trainer.engine.engine import Engine
-from packhorse.trainer.engine.sharded_state import FROZEN, Digests, File, Shards, Slice, add_digests
+from packhorse.trainer.engine.sharded_state import FROZEN, Shards, Slice, add_digests
 from packhorse.trainer.utils.files import publish_folder, write_synced
 
-_MANIFEST = "manifest.json"
-_FORMAT = 2
 _COPY_SHARE = 0.5  # of the host's free memory, which a copy of the state may take unless asked for
 
 
-@dataclass(frozen=True)
-class RunState:
-    """Where a run stands. Order, learning rate and noise follow from the step, so this is all."""
-
-    step: int  # of the plan, applied or skipped
-    updates: int  # applied ones, which AdamW counts
-    data: str  # fingerprint of the tokenized training data
-    micro_batch_size: int  # must not change where the model has dropout
-    recent_losses: Sequence[float]  # from which the guard knows a spike
-    world_size: int  # of the run that wrote it; for people
-    stage: int  # of ZeRO; for people
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint's folder holds, and the state of the run that it belongs to."""
-
-    state: RunState
-    shapes: dict[str, list[int]]  # of trained parameters and buffers
-    files: dict[str, File]
-    digests: Digests
-
-    def to_json(self) -> str:
-        digests: dict[str, dict[str, str]] = {}
-        for (name, state), value in sorted(self.digests.items()):
-            digests.setdefault(name, {})[state] = f"{value:016x}"
-        files = {name: asdict(file) for name, file in sorted(self.files.items())}
-        content = {"format": _FORMAT, "state": asdict(self.state), "shapes": self.shapes}
-        content |= {"files": files, "digests": digests}
-        return json.dumps({**content, "xxh3": _content_checksum(content)})
-
-    @classmethod
-    def read(cls, folder: Path) -> Manifest:
-        """Read a checkpoint's manifest.
-
-        Raises:
-            OSError, KeyError, TypeError or ValueError: it is absent, or not as `to_json` writes it.
-        """
-        content = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-        if content["format"] != _FORMAT:
-            raise ValueError(f"its format is {content['format']}, this version reads {_FORMAT}")
-        if content.pop("xxh3") != _content_checksum(content):
-            raise ValueError(f"the checksum of {_MANIFEST} does not match its content")
-        digests = {
-            (name, state): int(value, 16)
-            for name, states in content["digests"].items()
-            for state, value in states.items()
-        }
-        files = {name: File(**file) for name, file in content["files"].items()}
-        return cls(RunState(**content["state"]), content["shapes"], files, digests)
-
-
-def _content_checksum(content: dict[str, Any]) -> str:
-    """Return a checksum of the values, whatever the spaces between them in the file."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_synced(folder / _MANIFEST, manifest.to_json())
-
-
 # --------------------------------------------------------------------------------------------- save
+
+
+class Copier(Protocol):
+    """What copies published checkpoints elsewhere (checkpoint/mirror.py)."""
+
+    def in_use(self) -> set[int]: ...
+
+    def offer(self, step: int) -> None: ...
 
 
 class Saver:
@@ -107,14 +57,23 @@ class Saver:
     Every rank has one and calls it at the same steps. Leaving it waits for the last checkpoint to
     be published.
 
+    Args:
+        copier: rank 0's, to which each published checkpoint is offered.
+
     Raises:
         BadInput: `asynchronous: true`, and the host's memory does not hold the copy.
     """
 
-    def __init__(self, run_dir: Path, engine: Engine, section: CheckpointSection) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        engine: Engine,
+        section: CheckpointSection,
+        copier: Copier | None = None,
+    ) -> None:
         self._root = run_dir / "checkpoints"
         self._engine = engine
-        self._keep = section.keep
+        self._keep, self._copier = section.keep, copier
         # Ranks agree in the background while training uses the main group: collectives of two
         # threads on one group could be matched in another order on each rank.
         self._group = dist.new_group()
@@ -144,7 +103,7 @@ class Saver:
         """
         self.wait()
         _require_room(self._root, self._engine.state.bytes())
-        staged = self._root / f".saving-{_folder_name(state.step)}"
+        staged = self._root / f".saving-{folder_name(state.step)}"
         self._raise_failure(state.step, self._run_on_rank0(staged.mkdir))
         # Everything but the slices is read here: the background must not touch the engine, which
         # trains on meanwhile.
@@ -226,41 +185,36 @@ class Saver:
 
     def _publish(self, staged: Path, manifest: Manifest, best: int | None) -> None:
         write_manifest(staged, manifest)
-        final = self._root / _folder_name(manifest.state.step)
+        final = self._root / folder_name(manifest.state.step)
         if final.exists():  # a damaged one: the run would have been resumed from a whole one
             _remove(final)
         publish_folder(staged, final)
         write_synced(self._root / "latest", final.name)
         point_at_best(self._root, best)
-        # Newer ones are damaged, since the run was resumed from an older one. They do not count
-        # among the kept ones, and stay until their step comes again.
-        published = _list_published(self._root)
-        others = [step for step in published if step <= manifest.state.step and step != best]
-        for step in others[: -self._keep]:
+        spared = self._copier.in_use() if self._copier else ()
+        prune(self._root, manifest.state.step, best, self._keep, spared)
+        if self._copier:
+            self._copier.offer(manifest.state.step)
+
+
+def prune(
+    root: Path, newest: int, best: int | None, keep: int, spared: Collection[int] = ()
+) -> None:
+    """Delete older checkpoints than the last `keep` up to step `newest`, but the best one.
+
+    Newer ones are damaged, since the run was resumed from an older one. They do not count among the
+    kept ones, and stay until their step comes again.
+    """
+    published = list_published(root)
+    others = [step for step in published if step <= newest and step != best]
+    for step in others[:-keep]:
+        if step not in spared:
             _remove(published[step])
-
-
-def _folder_name(step: int) -> str:
-    return f"step-{step:06d}"
-
-
-def point_at_best(root: Path, step: int | None) -> None:
-    """Let `best` name the checkpoint of the best step, if that exists. Rank 0 calls it."""
-    if step is not None and (root / _folder_name(step)).is_dir():
-        write_synced(root / "best", _folder_name(step))
-    else:
-        (root / "best").unlink(missing_ok=True)
-
-
-def _list_published(root: Path) -> dict[int, Path]:
-    """Return the checkpoints by step, without what a user put there (step-000200-copy)."""
-    found = ((path.name.removeprefix("step-"), path) for path in root.glob("step-*"))
-    return dict(sorted((int(number), path) for number, path in found if number.isdigit()))
 
 
 def last_step(run_dir: Path) -> int:
     """Return the step of a run's last checkpoint, whole or not. Raises ValueError without one."""
-    return max(_list_published(run_dir / "checkpoints"))
+    return max(list_published(run_dir / "checkpoints"))
 
 
 def _copy_fits(state_bytes: int, asked: bool | None) -> bool:
@@ -321,7 +275,7 @@ def find(run_dir: Path) -> tuple[Path, Manifest] | None:
     """
     root = run_dir / "checkpoints"
     # from rank 0, as a network file system may show ranks different folders for a moment
-    names = dist.broadcast([folder.name for folder in _list_published(root).values()])
+    names = dist.broadcast([folder.name for folder in list_published(root).values()])
     fault: str | None = None
     for folder in (root / name for name in reversed(names)):
         fault = find_fault(folder)
@@ -350,7 +304,7 @@ def open_checkpoint(run_dir: Path, step: int | None = None) -> tuple[Shards, Man
 
 
 def _find_step(run_dir: Path, step: int) -> tuple[Path, Manifest]:
-    folders = _list_published(run_dir / "checkpoints")
+    folders = list_published(run_dir / "checkpoints")
     if step not in folders:
         there = f"there are: {', '.join(map(str, folders))}" if folders else "there is none at all"
         raise BadInput(f"{run_dir}: there is no checkpoint of step {step}; {there}")

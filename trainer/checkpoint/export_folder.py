@@ -6,7 +6,7 @@ from pathlib import Path
 
 from packhorse.trainer import dist
 from packhorse.trainer.checkpoint import best, checkpoint
-from packhorse.trainer.checkpoint.checkpoint import Manifest
+from packhorse.trainer.checkpoint.manifest import Manifest
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.sharded_state import Shards

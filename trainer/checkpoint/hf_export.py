@@ -8,6 +8,7 @@ is written, or merged, with its base loaded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -18,8 +19,8 @@ import torch
 from packhorse import __version__
 from packhorse.trainer import dist
 from packhorse.trainer.checkpoint import best
-from packhorse.trainer.checkpoint.checkpoint import Manifest
 from packhorse.trainer.checkpoint.export_folder import open_for_export, run_recipe
+from packhorse.trainer.checkpoint.manifest import Manifest
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.sharded_state import FROZEN, Shards, digest
@@ -28,7 +29,9 @@ from packhorse.trainer.model.load import load_model, load_tokenizer
 from packhorse.trainer.model.lora import in_peft_form, is_of_adapter, merged_weights
 from packhorse.trainer.model.quantisation import parts_of
 from packhorse.trainer.utils import own_output
+from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.files import apply_umask
+from packhorse.trainer.utils.progress import show_bars_of_transformers, track
 
 # In a run folder: configuration, generation configuration and tokenizer, without weights.
 MODEL_FOLDER = "model"
@@ -74,6 +77,7 @@ def export(
         raise BadInput(
             f"{run_dir}: the adapter's base has random weights, that no folder holds; add --merge"
         )
+    show_bars_of_transformers()
     saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite)
     step = manifest.state.step
 
@@ -81,6 +85,7 @@ def export(
     if recipe.adapter is None:
         weights = ((name, saved.whole(name)) for name in saved.names)
         dtype = getattr(torch, recipe.model.dtype)
+        weights = track(weights, "reading the checkpoint", len(saved.names), "weights")
         mapped = _copy_to_files(weights, folder.with_name("weights"), dtype)
         write_folder(run_dir, recipe, folder, mapped)
         _load_and_compare(folder, mapped, recipe)
@@ -188,7 +193,7 @@ def _write_merged(
     logits = _logits(model)
     parameters = {name for name, _ in model.named_parameters()}
     buffers = ((name, saved.whole(name)) for name in saved.names if name not in parameters)
-    weights = chain(merged_weights(model), buffers)
+    weights = track(chain(merged_weights(model), buffers), "merging the adapter", None, "weights")
     mapped = _copy_to_files(weights, folder.with_name("weights"), dtype)
     del model
     write_folder(run_dir, recipe, folder, mapped)
@@ -225,7 +230,7 @@ def _write_adapter(
     apply_umask(folder)
 
     base = AutoModelForCausalLM.from_pretrained(
-        section.name,
+        local_folder(section.name, "model.name", weights=True) or section.name,
         revision=section.revision,
         dtype=dtype,
         trust_remote_code=section.trust_remote_code,
@@ -320,9 +325,12 @@ def _model_card(run_dir: Path, recipe: Recipe, step: int, is_adapter: bool) -> s
     given = ", ".join(f"{name}={value!r}" for name, value in options)
     if given:
         given = f"\nIts chat template was given `{given}`: give apply_chat_template the same.\n"
+    name = recipe.model.name
+    # the hub refuses a card whose base is a folder
+    on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).expanduser().is_dir()
+    base = f"base_model: {name}\n" if on_hub else ""
     return f"""---
-base_model: {recipe.model.name}
-library_name: {"peft" if is_adapter else "transformers"}
+{base}library_name: {"peft" if is_adapter else "transformers"}
 pipeline_tag: text-generation
 tags: [packhorse, sft]
 ---

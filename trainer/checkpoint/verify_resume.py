@@ -27,6 +27,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from packhorse.trainer.checkpoint import checkpoint
+from packhorse.trainer.checkpoint.manifest import write_manifest
 from packhorse.trainer.config.packaged import MAIN, RECIPES
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import DONE, SAVED_RUN_AGAIN, BadInput
@@ -218,7 +219,7 @@ def lose_first_moments(run_dir: Path) -> None:
         (folder / name).unlink()
         files[name], found_digests = sharded_state.write(folder / name, slices)
         add_digests(digests, found_digests)
-    checkpoint.write_manifest(folder, replace(manifest, files=files, digests=digests))
+    write_manifest(folder, replace(manifest, files=files, digests=digests))
 
 
 # ---------------------------------------------------------------------------------------- comparing

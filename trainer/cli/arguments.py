@@ -5,6 +5,7 @@ Nothing heavy is imported before a recipe is read.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,10 +14,26 @@ import typer
 if TYPE_CHECKING:
     from packhorse.trainer.config.recipe import Recipe
 
+
+def _download_recipe(file: Path) -> Path:
+    """Return the path of the recipe; one that is given by a URL is downloaded."""
+    # as a path, s3://bucket/recipe.yaml has lost a slash
+    url = re.sub(r"^([a-z][a-z0-9+.-]+):/", r"\1://", str(file)).replace("file://", "file:///")
+    from packhorse.trainer.utils.remote import is_url
+
+    if not is_url(url):
+        return file
+    from packhorse.trainer.utils.download import download
+
+    return download(url)
+
+
 RecipeFile = Annotated[
     Path,
     typer.Argument(
-        metavar="RECIPE", help="The recipe, a YAML file, or the name of a packaged one: debug."
+        metavar="RECIPE",
+        help="The recipe, a YAML file or its URL, or the name of a packaged one: debug.",
+        callback=_download_recipe,
     ),
 ]
 Overrides = Annotated[

@@ -34,6 +34,8 @@ def preview(
 ) -> None:
     """Show rows as the model sees them, with trained and special tokens in colours.
 
+    In a pipe, or without colours, what is trained stands in ⟦ ⟧.
+
     [bold]packhorse preview recipes/debug.yaml --rows 2[/bold]
     [bold]packhorse preview recipes/quickstart.yaml --split eval --html preview.html[/bold]
     """
@@ -46,7 +48,8 @@ def preview(
     if html is None:
         from rich.console import Console
 
-        Console().print(as_text(shown, tokenizer))
+        console = Console()
+        console.print(as_text(shown, tokenizer, brackets=console.color_system is None))
     else:
         from packhorse.trainer.utils.own_output import write_own_text
 
@@ -75,15 +78,16 @@ def _first_rows(
             title = f"{row.file or part.source.name}:{row.number}"
             try:
                 conversation = reader.conversation(row.fields)
-                example = masker.example(conversation)
-                roles = role_starts(conversation, example, masker.template)
-                # Positions are cut in place of tokens, so that the roles are found again.
-                positions = np.arange(len(example.input_ids), dtype=np.int32)
-                for document in fit(Example(positions, example.trained), length_policy(recipe)):
-                    places = document.input_ids
-                    starts = {i: roles[p] for i, p in enumerate(places.tolist()) if p in roles}
-                    cut = Example(example.input_ids[places], document.trained, conversation.unread)
-                    yield Row(title, cut, starts)
+                for part, example in masker.rendered(conversation):
+                    roles = role_starts(part, example, masker.template)
+                    # Positions are cut in place of tokens, so that the roles are found again.
+                    positions = np.arange(len(example.input_ids), dtype=np.int32)
+                    for document in fit(Example(positions, example.trained), length_policy(recipe)):
+                        places = document.input_ids
+                        starts = {i: roles[p] for i, p in enumerate(places.tolist()) if p in roles}
+                        ids = example.input_ids[places]
+                        cut = Example(ids, document.trained, conversation.unread)
+                        yield Row(title, cut, starts)
             except RowError as error:
                 yield Row(title, error)
 

@@ -25,7 +25,7 @@ from packhorse.trainer.cli.worker import (
     is_worker,
 )
 from packhorse.trainer.datatypes import DONE, BadInput
-from packhorse.trainer.utils.files import local_folder
+from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.own_output import remove_marked
 
 _EVALUATED = "evaluated.json"  # in a results folder: what was scored
@@ -80,11 +80,11 @@ def evaluate(
         from packhorse.trainer.eval.lm_eval_harness import require_tasks
 
         tasks = require_tasks(recipe.eval)
-    run = _find_run(model, step, best)
-    step = _last_step(run, step, best) if run else 0
+    run = find_run(model, step, best)
+    step = last_step(run, step, best) if run else 0
     out = out or _default_out(model, run, recipe_file, step)
     _start_results(out, model, step)
-    with _exported_model(model, run, step, out) as name:
+    with exported_model(model, run, step, out) as name:
         # These keys describe how the recipe's model was made. The scored model brings its own, and
         # the user's overrides come after.
         own = ["model.revision=null", "model.init=pretrained", "adapter=null"]
@@ -122,7 +122,7 @@ def _score(
     return code
 
 
-def _find_run(model: str, step: int | None, best: bool) -> Path | None:
+def find_run(model: str, step: int | None, best: bool) -> Path | None:
     """Return the run folder, or None if `model` is a model folder or a hub name.
 
     Raises:
@@ -158,7 +158,7 @@ def resolve_step(run: Path, step: int | None, best: bool) -> int | None:
     return best_step(run)
 
 
-def _last_step(run: Path, step: int | None, best: bool) -> int:
+def last_step(run: Path, step: int | None, best: bool) -> int:
     """Return the step that --step or --best names, or that of the last checkpoint."""
     from packhorse.trainer.checkpoint import checkpoint
 
@@ -167,7 +167,7 @@ def _last_step(run: Path, step: int | None, best: bool) -> int:
         return chosen
     found = checkpoint.find(run)
     if found is None:
-        raise BadInput(f"{run}: there is no checkpoint to evaluate; train first")
+        raise BadInput(f"{run}: there is no checkpoint yet; train first")
     return found[1].state.step
 
 
@@ -180,8 +180,8 @@ def _default_out(model: str, run: Path | None, recipe_file: Path, step: int) -> 
 
 
 @contextmanager
-def _exported_model(model: str, run: Path | None, step: int, out: Path) -> Iterator[str]:
-    """Give the name of the model to score. A run's checkpoint is exported into `out` meanwhile."""
+def exported_model(model: str, run: Path | None, step: int, out: Path) -> Iterator[str]:
+    """Give the name of the model to load. A run's checkpoint is exported into `out` meanwhile."""
     if run is None:
         yield model
         return

@@ -90,3 +90,29 @@ def runs_table(found: list[Run], root: Path) -> Table:
 def _first_and_last(values: list[float]) -> str:
     ends = [values[0], values[-1]] if len(values) > 1 else values
     return " → ".join(f"{value:.3f}" for value in ends)
+
+
+def report(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)
+    ],
+    out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("report.html"),
+) -> None:
+    """Write a page that shows runs side by side: curves, scores, data, answers, recipes.
+
+    [bold]packhorse report runs/quickstart[/bold]
+    [bold]packhorse report runs/a runs/b --out a-and-b.html[/bold]
+
+    The page is one file, which loads nothing and runs no script. An earlier report at --out is
+    replaced, and no other file.
+    """
+    from packhorse.trainer.report.page import make_page
+    from packhorse.trainer.report.runs import read_run
+    from packhorse.trainer.utils.own_output import write_own_text
+
+    places = {folder.resolve(): folder for folder in folders}
+    if len(places) < len(folders):
+        raise BadInput("a run folder is given twice; name each run once")
+    page = make_page([read_run(folder) for folder in folders])
+    write_own_text(out, page, "<!-- {} -->", "give another --out, or move it away")
+    print(out)

@@ -15,6 +15,7 @@ from packhorse.trainer.config.base import (
     check_one_given,
     compile_pattern,
 )
+from packhorse.trainer.utils.remote import check_url, is_url
 
 
 class Filters(Section):
@@ -60,7 +61,7 @@ class Source(Section):
         default=None,
         description="A .jsonl, .json, .csv, .tsv or .parquet file (all but Parquet also as .gz, "
         ".zst, .bz2 or .xz), a folder of one kind of them, or a folder saved by datasets' "
-        "save_to_disk.",
+        "save_to_disk; or the URL of one of these, as `s3://bucket/rows.jsonl`.",
     )
     name: str | None = Field(
         default=None,
@@ -131,6 +132,10 @@ class Source(Section):
     @model_validator(mode="after")
     def _one_place(self) -> Source:
         check_one_given(path=self.path, name=self.name)
+        if self.path and is_url(self.path):
+            check_url(self.path)
+            if self.streaming:
+                raise ValueError("a folder that is streamed must be on a disk, not a URL")
         check_belongs("revision", self.revision is not None, "name", self.name is not None)
         check_function(self.function)
         if self.function and (self.format != "auto" or self.columns):
@@ -203,6 +208,12 @@ class DataSection(Section):
         default=True,
         description="Train the stop token after an answer. with_newline: also the white space that "
         "the chat template writes after it, as many trainers do.",
+    )
+    turns: Literal["auto", "together", "apart"] = Field(
+        default="auto",
+        description="Documents of a row with several trained answers. together: one; apart: one of "
+        "each answer with all before it, as a server renders that; auto: apart where the chat "
+        "template does not render earlier answers as they are generated.",
     )
     ignore_columns: tuple[str, ...] = Field(
         default=(),

@@ -10,6 +10,7 @@ from typing import Any
 
 import packhorse
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils.remote import is_url
 
 PACKAGE = Path(packhorse.__file__).resolve().parent
 RECIPES = PACKAGE / "recipes"
@@ -48,11 +49,16 @@ def find_recipe(name: str | Path) -> Path:
     """Return the recipe's file.
 
     Args:
-        name: a path; without a suffix and without such a file the name of a packaged recipe.
+        name: a path or a URL, which is downloaded; without a suffix and without such a file the
+            name of a packaged recipe.
 
     Raises:
-        BadInput: there is neither.
+        BadInput: there is none.
     """
+    if is_url(str(name)):
+        from packhorse.trainer.utils.download import download
+
+        return download(str(name))
     path, packaged = Path(name), RECIPES / f"{name}.yaml"
     if not path.suffix and not path.is_file() and packaged.is_file():
         return packaged

@@ -5,17 +5,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from packhorse.trainer.config.base import Section, compile_pattern
+from packhorse.trainer.utils.remote import check_url, is_url
 
 
 class ModelSection(Section):
     """The model to train and the kernels that it runs with."""
 
-    name: str = Field(description="Hugging Face hub name, or a folder in its format.")
+    name: str = Field(
+        description="Hugging Face hub name, or a folder in its format, which may be a URL as "
+        "`s3://bucket/model`."
+    )
     revision: str | None = Field(
         default=None, description="Branch, tag or commit on the hub. null: the default branch."
     )
@@ -58,6 +63,12 @@ class ModelSection(Section):
         default=False,
         description="Run the Python code in the model's folder. Read that code first.",
     )
+
+    @model_validator(mode="after")
+    def _name_holds_no_secret(self) -> ModelSection:
+        if is_url(self.name):
+            check_url(self.name)
+        return self
 
 
 ADAPTER_LR = 1e-4  # learning rate of a recipe with an adapter that gives none
@@ -248,6 +259,18 @@ class CheckpointSection(Section):
         description="Seconds before the end of the Slurm job at which the run saves and stops, if "
         "that end is known.",
     )
+    mirror: str | None = Field(
+        default=None,
+        description="URL of a folder, as `s3://bucket/runs/one`, to which checkpoints are copied "
+        "beside training. A start takes the newest one from there if run.dir has none as new. "
+        "Credentials come from the environment.",
+    )
+
+    @model_validator(mode="after")
+    def _mirror_is_a_place(self) -> CheckpointSection:
+        if self.mirror is not None:
+            check_url(self.mirror)
+        return self
 
 
 class RunSection(Section):
@@ -270,11 +293,19 @@ class RunSection(Section):
         description="Save and exit with 75 after this step, as on a signal. The learning rate "
         "schedule does not change.",
     )
+    push_to_hub: str | None = Field(
+        default=None,
+        description="Repository on the Hugging Face hub, as `org/name`, to which the run is "
+        "exported when it is done: its best step if the recipe has eval.best, else the last. A new "
+        "one is private. The token comes from the environment.",
+    )
 
     @model_validator(mode="after")
-    def _steps_in_order(self) -> RunSection:
+    def _usable(self) -> RunSection:
         if self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
             raise ValueError("`profile_steps` is [first, last], counted from 1")
+        if self.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
+            raise ValueError("`push_to_hub` is the name of a repository, as org/name")
         return self
 
 

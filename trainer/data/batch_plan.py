@@ -7,7 +7,6 @@ the same Plan. If the source is streaming, an epoch is one of its shards (data/s
 
 from __future__ import annotations
 
-import sys
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
@@ -154,16 +153,6 @@ class Plan:
         ):
             self._count_epoch()
         self.steps = train.steps or self._first_steps[-1]
-
-    @classmethod
-    def for_eval(cls, corpus: Corpus, packer: Packer, batch: BatchSection) -> Plan:
-        """Plan all documents as one step, weighted by `token`: its loss is the held-out loss.
-
-        The run's own seed and weighting do not change it.
-        """
-        whole = batch.model_copy(update={"global_batch_size": sys.maxsize})
-        train, loss = TrainSection.model_validate({}), LossSection.model_validate({})
-        return cls(corpus, packer, whole, train, loss)
 
     # ---------------------------------------------------------------------------------------- steps
 

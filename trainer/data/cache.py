@@ -23,7 +23,7 @@ import xxhash
 
 from packhorse.trainer.datatypes import BadInput, Example, Packed, Tokenized
 from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
-from packhorse.trainer.utils.progress import RowProgress
+from packhorse.trainer.utils.progress import WorkProgress
 
 VERSION = 4  # part of every key: raise it when the files of a folder change
 
@@ -44,7 +44,8 @@ REJECTS, FILTERED = "rejects.jsonl", "filtered.jsonl"
 PACKING_FILES = ("pieces.npy", "row_offsets.npy")  # of a kept packing
 
 # Counted for each source and in total. `cut` rows were truncated or split; `lost_trained_tokens`
-# is what that cost.
+# is what that cost. `apart` rows have a document for each trained answer, which costs
+# `repeated_tokens`.
 COUNTED = (
     "rows",
     "documents",
@@ -55,6 +56,8 @@ COUNTED = (
     "duplicates",
     "cut",
     "lost_trained_tokens",
+    "apart",
+    "repeated_tokens",
 )
 
 LONGEST = "longest_reject"  # tokens of the longest row that was too long; 0: none was
@@ -137,7 +140,7 @@ def prepare(
         with (
             closing(_CacheWriter(staging, leftovers, sources, files)) as writer,
             closing(
-                RowProgress(f"preparing {what}", writer.state["rows"], total_rows())
+                WorkProgress(f"preparing {what}", writer.state["rows"], total_rows())
             ) as progress,
             closing(chunks(writer.state["rows"])) as stream,
         ):
@@ -297,6 +300,9 @@ class _CacheWriter:
         for source, lost in chunk.cuts:
             self._sources[source]["cut"] += 1
             self._sources[source]["lost_trained_tokens"] += lost
+        for source, repeated in chunk.apart:
+            self._sources[source]["apart"] += 1
+            self._sources[source]["repeated_tokens"] += repeated
 
     def finish(self, drop_duplicates: bool) -> None:
         """Find the duplicates, write the end of the last document, and last of all the report."""

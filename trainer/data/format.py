@@ -248,7 +248,7 @@ def _message(item: Any) -> Message:
         raise RowError("tool calls outside an assistant message")
     return Message(
         role=role,
-        content=_content(item.get("content"), may_be_empty=bool(calls)),
+        content=_content(item.get("content"), may_be_empty=bool(calls or reasoning)),
         reasoning_content=None if reasoning is None else _unicode(reasoning),
         tool_calls=calls,
         tool_call_id=_optional_string(item, "tool_call_id"),
@@ -258,7 +258,10 @@ def _message(item: Any) -> Message:
 
 
 def _content(value: Any, *, may_be_empty: bool) -> str:
-    """Read a string, a list of text parts, or (beside tool calls) null."""
+    """Read a string, a list of text parts, or null beside calls or reasoning.
+
+    Parts are lines of their own, as vLLM serves them to templates that take a string.
+    """
     if value is None and may_be_empty:
         return ""
     if isinstance(value, str):
@@ -272,7 +275,7 @@ def _content(value: Any, *, may_be_empty: bool) -> str:
         if not isinstance(part, str):
             raise RowError("content has parts that are not text")
         texts.append(_unicode(part))
-    return "".join(texts)
+    return "\n".join(texts)
 
 
 def _tool_calls(value: Any) -> tuple[Mapping[str, Any], ...]:
@@ -338,7 +341,8 @@ def _check_order(messages: tuple[Message, ...]) -> None:
         if message.role == "assistant":
             if all(earlier.role in ("system", "developer") for earlier in messages[:number]):
                 raise RowError("an answer comes before any question")
-            if not message.content.strip() and not message.tool_calls:
+            reasoning = message.reasoning_content or ""
+            if not (message.content.strip() or message.tool_calls or reasoning.strip()):
                 raise RowError("no answer")
             called = called or bool(message.tool_calls)
         elif message.role == "tool" and not called:

@@ -37,7 +37,7 @@ from packhorse.trainer.data.split import SplitRows
 from packhorse.trainer.data.tokenize import Row
 from packhorse.trainer.datatypes import BadInput, Conversation, RowError
 from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
-from packhorse.trainer.utils.progress import RowProgress
+from packhorse.trainer.utils.progress import WorkProgress
 
 VERSION = 1  # part of every key: raise it when the same rows give other pairs
 
@@ -221,7 +221,7 @@ def _compare(
     find = _FindNear(_ReadTexts(row_tokenizer(recipe, tokenizer, "train")), index)
     rows_left = islice(split_rows.rows(), done["rows"], None)
     with (
-        closing(RowProgress(WHAT, done["rows"], split_rows.count_rows())) as progress,
+        closing(WorkProgress(WHAT, done["rows"], split_rows.count_rows())) as progress,
         closing(tokenize.run(rows_left, find, workers, split_rows.files)) as chunks,
     ):
         for rows, matches in chunks:

@@ -29,6 +29,13 @@ class Histogram:
     counts: np.ndarray
     shares: np.ndarray | None = None
 
+    def as_json(self) -> dict[str, list[float]]:
+        """Return the numbers, for data.json: edges to four digits, as no eye sees more."""
+        return {
+            "edges": [float(f"{edge:.4g}") for edge in self.edges],
+            "counts": [int(count) for count in self.counts],
+        }
+
 
 def draw(histograms: Sequence[Histogram]) -> Figure:
     """Draw each histogram in a panel of its own, the first on top."""

@@ -18,7 +18,9 @@ import numpy as np
 from rich.console import Group
 from rich.text import Text
 
+from packhorse.trainer.data.turns import find_turn
 from packhorse.trainer.datatypes import Conversation, Example, Filtered, RowError
+from packhorse.trainer.utils.text import show_controls
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,14 +47,12 @@ STYLES = {
     "special trained": "bold underline magenta",
 }
 ROLE_STYLE = "black on cyan"
+BRACKETS = ("⟦", "⟧")
 LEGEND = {
     "trained": "trained",
     "context": "context",
     "special": "special token, context",
     "special trained": "special token, trained",
-}
-CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {
-    127: "␡"
 }
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
@@ -92,7 +92,8 @@ class Run(NamedTuple):
 
 
 def role_starts(conversation: Conversation, example: Example, template: Template) -> dict[int, str]:
-    """Return the messages' roles by the index of the token with which each message's text begins.
+    """Return the messages' roles by the index of the token with which each message's text, or its
+    call, begins.
 
     The result is empty for a plain text, and for a row that was tokenized in pieces, as its tokens
     are not those of the whole text.
@@ -108,10 +109,12 @@ def role_starts(conversation: Conversation, example: Example, template: Template
     found: dict[int, str] = {}
     seen = {-1}  # the tools that the row offers
     for number, slot in enumerate(render.skeleton.slots):
-        message, _ = render.skeleton.owners[slot]
+        message, part = render.skeleton.owners[slot]
         if message not in seen:
             seen.add(message)
             begins = render.starts[number] + len(render.skeleton.literals[number])
+            if part == "tool_calls":  # its first text, a function's name, stands inside the call
+                begins = render.position(find_turn(template, render.skeleton, message).start)
             found[bisect_right(ends, begins)] = conversation.messages[message].role
     return found
 
@@ -146,10 +149,16 @@ def counts(example: Example) -> str:
     return f"{tokens} tokens, {trained} trained ({trained / tokens:.0%}){unread}"
 
 
-def as_text(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Group:
-    """Return the rows for a terminal, below a legend."""
+def as_text(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, brackets: bool) -> Group:
+    """Return the rows for a terminal, below a legend.
+
+    Args:
+        brackets: put what is trained into brackets, where no colour shows it.
+    """
     legend = Text("  ").join(Text(LEGEND[kind], style=style) for kind, style in STYLES.items())
     legend.append("  ").append(" role ", ROLE_STYLE).append(" of the message that begins")
+    if brackets:
+        legend.append(f"  {BRACKETS[0]}trained{BRACKETS[1]}")
     blocks: list[Text] = [legend]
     for row in rows:
         if isinstance(row.result, RowError):
@@ -158,11 +167,15 @@ def as_text(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> Group:
             continue
         blocks.append(Text.assemble("\n", (row.title, "bold"), f"  {counts(row.result)}"))
         shown = Text()
+        is_trained = False
         for run in runs(row.result, tokenizer, row.roles):
+            if brackets and is_trained != ("trained" in run.kind):
+                shown.append(BRACKETS[is_trained])
+                is_trained = not is_trained
             if run.role:
                 shown.append(f" {run.role} ", ROLE_STYLE)
             shown.append(_visible(run), STYLES[run.kind])
-        blocks.append(shown)
+        blocks.append(shown.append(BRACKETS[1] if is_trained else ""))
     return Group(*blocks)
 
 
@@ -196,7 +209,7 @@ def _describe_reject(reason: RowError) -> str:
 def _visible(run: Run) -> str:
     """Return the text with pictures for control characters, so that no row controls the terminal,
     and for line ends that are trained."""
-    text = run.text.translate(CONTROL_PICTURES)
+    text = show_controls(run.text)
     return text.replace("\n", "↵\n") if "trained" in run.kind else text
 
 

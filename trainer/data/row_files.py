@@ -32,11 +32,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 from packhorse.trainer.datatypes import BadInput, RowError
 from packhorse.trainer.utils.strict_json import parse
-from packhorse.trainer.utils.text import one_line
+from packhorse.trainer.utils.text import one_line, printable
 
 TEXTS = (".jsonl", ".json", ".csv", ".tsv")
 SUFFIXES = (*TEXTS, ".parquet")
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # one of these may follow a suffix of TEXTS
+OPEN = (b"{", b"[", b",", b":")  # how a line ends in the middle of a JSON value
 BATCH_ROWS = 256  # rows of Arrow that are turned into Python values at once
 MAX_CELL = 1 << 30  # characters; csv's own limit of 131,072 is less than a long conversation
 JSON_NAMES = {
@@ -125,11 +126,44 @@ def _json_rows(path: Path, name: str) -> Iterator[RawRow]:
     if kind_of_file(path) == ".json" and _is_list(path):
         yield from _json_list(path, name)
         return
+    _require_lines(path)
     # as bytes, which split at \n alone: U+2028 may stand inside a JSON string
     with _open(path) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield RawRow(number, _object(_parse_bytes(line.rstrip(b"\r\n"))), name)
+
+
+def _require_lines(path: Path) -> None:
+    """Refuse a file that is one JSON value which holds the rows, and say what it is."""
+    value = _single_value(path)
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        raise BadInput(
+            f"{path}: the file holds one JSON list, not an object on each line; give it the suffix "
+            ".json"
+        )
+    for key, rows in value.items() if isinstance(value, dict) else ():
+        first = rows[0] if isinstance(rows, list) and rows else None
+        # a column of messages is a list of objects, too
+        if len(value) == 1 and isinstance(first, dict) and not {"role", "from"} & first.keys():
+            raise BadInput(
+                f"{path}: the file holds one object, whose key `{printable(key, 60)}` holds "
+                f"{len(rows)} rows; write that list alone into a .json file"
+            )
+
+
+def _single_value(path: Path) -> Any:
+    """Return the file's value if it is a single one on one line or many; else None or a RowError.
+
+    By its first line most files are seen to be others, without being read whole.
+    """
+    with _open(path) as file:
+        lines = (line.strip() for line in file if line.strip())
+        first = next(lines, b"")
+        value = _parse_bytes(first)
+        if not isinstance(value, RowError):
+            return None if any(lines) else value
+        return _parse_bytes(b"\n".join([first, *lines])) if first.endswith(OPEN) else None
 
 
 def _json_list(path: Path, name: str) -> Iterator[RawRow]:

@@ -33,6 +33,8 @@ from packhorse.trainer.data.row_files import (
 )
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.dist import log
+from packhorse.trainer.utils.download import download
+from packhorse.trainer.utils.remote import is_url
 from packhorse.trainer.utils.text import error_line, one_line
 
 _READ_FROM = f"{', '.join(SUFFIXES)} files (those of text also as {', '.join(COMPRESSED)})"
@@ -75,7 +77,15 @@ def source_digest(source: Source, memory: Path) -> str:
 
 
 def place_of(source: Source) -> Path:
+    """Return the path that a source's `path` or `name` would be, downloaded if it is a URL."""
+    if source.path and is_url(source.path):
+        return download(source.path)
     return Path(source.path or str(source.name)).expanduser()
+
+
+def shown(source: Source) -> str:
+    """Return the place of a source as the recipe has it, for messages."""
+    return source.path or str(source.name)
 
 
 def source_files(source: Source) -> dict[str, Path] | None:
@@ -90,25 +100,29 @@ def source_files(source: Source) -> dict[str, Path] | None:
     path = place_of(source)
     if path.is_dir():
         if source.revision:
-            raise BadInput(f"{path}: a folder has no `revision`, only a dataset of the hub has")
+            raise BadInput(
+                f"{shown(source)}: a folder has no `revision`, only a dataset of the hub has"
+            )
         if is_saved_dataset(source):
             _refuse_choice(source, "dataset that was saved by save_to_disk")
             return {path.name: path}
         if source.path and (path / "dataset_dict.json").is_file():
             raise BadInput(
-                f"{path}: the folder holds a dataset's splits; point `path` at one of them, as "
-                f"{path}/train"
+                f"{shown(source)}: the folder holds a dataset's splits; point `path` at one, "
+                f"as {shown(source)}/train"
             )
         return _folder_files(source, path)
     if source.path is None:
         return None
     if not path.is_file():
         raise BadInput(
-            f"{path}: there is no such file or folder; check `path` (it is relative to the "
-            f"current folder)"
+            f"{shown(source)}: there is no such file or folder; check `path` (it is relative to "
+            "the current folder)"
         )
     if not kind_of_file(path):
-        raise BadInput(f"{path}: rows are read from {_READ_FROM}; convert or rename the file")
+        raise BadInput(
+            f"{shown(source)}: rows are read from {_READ_FROM}; convert or rename the file"
+        )
     _refuse_choice(source, "file")
     return {path.name: path}
 
@@ -117,9 +131,9 @@ def _refuse_choice(source: Source, what: str) -> None:
     """Refuse keys that choose among files where there is nothing to choose from."""
     for key in ("config", "data_files"):
         if getattr(source, key):
-            raise BadInput(f"{place_of(source)}: a {what} has no `{key}`; leave it out")
+            raise BadInput(f"{shown(source)}: a {what} has no `{key}`; leave it out")
     if source.split != "train":
-        raise BadInput(f"{place_of(source)}: a {what} has no `split`; leave it out")
+        raise BadInput(f"{shown(source)}: a {what} has no `split`; leave it out")
 
 
 def count_rows(source: Source) -> int | None:
@@ -154,7 +168,9 @@ def _folder_files(source: Source, folder: Path) -> dict[str, Path] | None:
     there = [path for path in there if not _is_hidden(path.relative_to(folder.resolve()))]
     data = [path for path in there if kind_of_file(path)]
     if source.path and not data:
-        raise BadInput(f"{folder}: the folder holds no {_READ_FROM}; point `path` at one that does")
+        raise BadInput(
+            f"{shown(source)}: the folder holds no {_READ_FROM}; point `path` at one that does"
+        )
     splits = _resolve_splits(source, folder)
     chosen = splits.get(source.split, [])
     strange = [path for path in chosen if not kind_of_file(path)]
@@ -162,21 +178,25 @@ def _folder_files(source: Source, folder: Path) -> dict[str, Path] | None:
         return None
     if not chosen:
         raise BadInput(
-            f"{folder}: the files there have no split `{source.split}`, only "
+            f"{shown(source)}: the files there have no split `{source.split}`, only "
             f"{', '.join(splits)}; give `split`, or name the files in `data_files`"
         )
     if strange:
-        raise BadInput(f"{folder}: rows are read from {_READ_FROM}, not from {_listed(strange)}")
+        raise BadInput(
+            f"{shown(source)}: rows are read from {_READ_FROM}, not from {_listed(strange)}"
+        )
     known = {path for files in splits.values() for path in files}
     lost = [path for path in data if path not in known]
     if lost and not (source.config or source.data_files):
         raise BadInput(
-            f"{folder}: beside {_listed(chosen)}, datasets.load_dataset does not read "
+            f"{shown(source)}: beside {_listed(chosen)}, datasets.load_dataset does not read "
             f"{_listed(lost)}, which are of another kind or of no split; move them away, or make "
             "them a source of their own with `data_files`"
         )
     if unread := sorted({*there} - {*chosen}):
-        say_once(f"{folder}: split `{source.split}` is {_listed(chosen)}; not {_listed(unread)}")
+        say_once(
+            f"{shown(source)}: split `{source.split}` is {_listed(chosen)}; not {_listed(unread)}"
+        )
     return {os.path.relpath(path, folder.resolve()): path for path in chosen}
 
 
@@ -193,7 +213,9 @@ def _resolve_splits(source: Source, folder: Path) -> dict[str, list[Path]]:
                 cache_dir=locks,
             )
     except Exception as error:  # the library raises a dozen unrelated classes
-        raise BadInput(f"{folder}: {_shown_choice(source)}: {error_line(error, 300)}") from None
+        raise BadInput(
+            f"{shown(source)}: {_shown_choice(source)}: {error_line(error, 300)}"
+        ) from None
     found = getattr(builder.config, "data_files", None) or {}
     return {str(split): [Path(file) for file in files] for split, files in found.items()}
 

@@ -31,7 +31,8 @@ FILL_BINS = 50
 def summary(prepared: Prepared, plan: Plan | None = None) -> dict[str, Any]:
     """Return the preparation's report with the lengths of documents, in tokens.
 
-    With a plan, it also has the packing of the first epoch and the number of steps.
+    With a plan, it also has the packing of the first epoch, the number of steps, and the histograms
+    that `picture` draws.
     """
     found = {
         **prepared.report,
@@ -49,6 +50,8 @@ def summary(prepared: Prepared, plan: Plan | None = None) -> dict[str, Any]:
             "steps": plan.epoch_steps(),
         }
         found["steps"] = plan.steps
+        drawn = zip(("document_tokens", "sequence_fill"), histograms(prepared, plan), strict=True)
+        found["histograms"] = {name: histogram.as_json() for name, histogram in drawn}
     return found
 
 
@@ -85,6 +88,11 @@ def of_eval(held_out: Prepared | None) -> dict[str, Any]:
 
 def picture(prepared: Prepared, plan: Plan) -> Figure:
     """Draw the lengths of the train documents and the fill of the first epoch's sequences."""
+    return draw(histograms(prepared, plan))
+
+
+def histograms(prepared: Prepared, plan: Plan) -> tuple[Histogram, Histogram]:
+    """Count the lengths of the train documents, and how full the first epoch's sequences are."""
     lengths, seq_len = prepared.documents.lengths, plan.batch.seq_len
     tokens, _ = plan.sequence_sizes()
     edges = np.linspace(0, lengths.max() + 1, min(LENGTH_BINS, int(lengths.max()) + 1) + 1)
@@ -95,24 +103,22 @@ def picture(prepared: Prepared, plan: Plan) -> Figure:
     report = prepared.report
     share = report["trained_tokens"] / report["tokens"]
     fill = np.linspace(0, 100, FILL_BINS + 1)
-    return draw(
-        [
-            Histogram(
-                title=f"{report['documents']:,} documents, {report['tokens']:,} tokens, "
-                f"{share:.1%} of them trained (green)",
-                x_label="tokens of a document",
-                edges=edges,
-                counts=counts,
-                shares=trained / np.maximum(in_bin, 1),
-            ),
-            Histogram(
-                title=f"{len(tokens):,} packed sequences of up to {seq_len:,} tokens in the first "
-                f"epoch, {plan.fill():.1%} filled",
-                x_label="filled, % of a sequence",
-                edges=fill,
-                counts=np.histogram(100 * tokens / seq_len, fill)[0],
-            ),
-        ]
+    return (
+        Histogram(
+            title=f"{report['documents']:,} documents, {report['tokens']:,} tokens, "
+            f"{share:.1%} of them trained (green)",
+            x_label="tokens of a document",
+            edges=edges,
+            counts=counts,
+            shares=trained / np.maximum(in_bin, 1),
+        ),
+        Histogram(
+            title=f"{len(tokens):,} packed sequences of up to {seq_len:,} tokens in the first "
+            f"epoch, {plan.fill():.1%} filled",
+            x_label="filled, % of a sequence",
+            edges=fill,
+            counts=np.histogram(100 * tokens / seq_len, fill)[0],
+        ),
     )
 
 
@@ -157,6 +163,9 @@ def _rows_table(title: str, prepared: Prepared) -> Table:
         if part["cut"]:
             lost = f"  cut, less {part['lost_trained_tokens']:,} trained tokens"
             table.add_row(lost, f"{part['cut']:,}")
+        if part["apart"]:
+            apart = f"  a document an answer, {part['repeated_tokens']:,} tokens repeated"
+            table.add_row(apart, f"{part['apart']:,}")
         if part["duplicates"]:
             table.add_row("  duplicates", f"{part['duplicates']:,}")
     if "leakage" in report:

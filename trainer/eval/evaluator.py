@@ -8,7 +8,9 @@ some of them on filler, so that no collective waits for a rank.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.eval import Choice, GenerateSection, Judge
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.digest import json_digest
+from packhorse.trainer.data.eval_plan import EvalPlan, eval_plan
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.mask import Masker
-from packhorse.trainer.data.prepare import Prepared, eval_plan, held_out_prompts
-from packhorse.trainer.datatypes import BadInput, Batch, Prompt
+from packhorse.trainer.data.prepare import Prepared, held_out_prompts
+from packhorse.trainer.datatypes import BadInput, Prompt
 from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.eval import server_answers
 from packhorse.trainer.eval.generate import answer_ids, choice_logprobs, require_room
@@ -40,21 +43,44 @@ from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import EVALUATIONS, Metrics
 from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.utils.files import append_json_line, read_json_lines
+from packhorse.trainer.utils.progress import track
 
 
-def held_out_loss(
-    engine: Engine, batches: Iterable[Batch], stop: StopFlag, watch: Watch
-) -> float | None:
-    """Return the mean loss over all trained tokens of the held-out data; None if the stop flag was
-    raised meanwhile."""
+@dataclass(frozen=True)
+class Losses:
+    """Mean losses over the trained tokens of all held-out rows, and of each source's if there are
+    several sources.
+    """
+
+    whole: float
+    by_source: Mapping[str, float]
+
+
+def held_out_losses(
+    engine: Engine, loader: Loader, stop: StopFlag, watch: Watch
+) -> list[float] | None:
+    """Return the mean loss over all trained tokens of each step of the loader's plan; None if the
+    stop flag was raised meanwhile."""
+    steps = range(loader.plan.steps)
     # float64: the plan has divided each token's loss by their number, so the sum is of small parts
-    total = torch.zeros((), dtype=torch.float64, device=dist.device())
-    for batch in batches:
+    totals = torch.zeros(len(steps), dtype=torch.float64, device=dist.device())
+    batches = ((step, batch) for step in steps for batch in loader.stream(step))
+    turns = int((-(-loader.plan.micro_batch_counts() // dist.world_size())).sum())
+    for step, batch in track(batches, "held-out loss", turns, "batches"):
         watch.beat("evaluation")
         if stop.poll():
             return None
-        total += engine.evaluate(batch)
-    return dist.sum_over_ranks([float(total)])[0]
+        totals[step] += engine.evaluate(batch)
+    return dist.sum_over_ranks(totals.tolist())
+
+
+def mean_losses(of_sources: Sequence[float], plan: EvalPlan) -> Losses:
+    """Join the sources' mean losses, in the order of plan.sources, to the mean over all tokens."""
+    if len(of_sources) == 1:
+        return Losses(of_sources[0], {})
+    counts = plan.trained_tokens
+    sums = [loss * count for loss, count in zip(of_sources, counts, strict=True)]
+    return Losses(math.fsum(sums) / sum(counts), dict(zip(plan.sources, of_sources, strict=True)))
 
 
 def write_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
@@ -67,7 +93,7 @@ def write_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
 def write_evaluation(
     run_dir: Path,
     step: int,
-    loss: float,
+    losses: Losses,
     measured: Mapping[str, Metric],
     origin: Mapping[str, str],
 ) -> None:
@@ -78,7 +104,8 @@ def write_evaluation(
     """
     line = {
         "step": step,
-        "eval_loss": loss,
+        "eval_loss": losses.whole,
+        **({"losses": losses.by_source} if losses.by_source else {}),
         "metrics": {name: metric.as_json() for name, metric in measured.items()},
         **origin,
     }
@@ -135,10 +162,10 @@ class Evaluation:
         self._prompts: list[Prompt] = []
         if data is None:
             return
-        plan = eval_plan(recipe, data)
+        self._plan = eval_plan(recipe, data)
         if dist.is_main():
             self._origin = describe_origin(data, masker.tokenizer)
-        self._loader = Loader(data, plan, dist.rank(), dist.world_size(), pin=False)
+        self._loader = Loader(data, self._plan.plan, dist.rank(), dist.world_size(), pin=False)
         if self._generate:
             self._prompts = held_out_prompts(recipe, masker, self._generate.num_prompts)
             model: Any = engine.module.model
@@ -147,16 +174,18 @@ class Evaluation:
                 check_scorers(self._generate.scorers, self._prompts)
 
     def __call__(self, step: int) -> bool:
-        finished = (
-            self._loader is None or step in self._evaluated or self._evaluate(self._loader, step)
-        )
+        finished = True
+        if self._loader is not None and step not in self._evaluated:
+            with self._metrics.clock.part("evaluation", host=True):
+                finished = self._evaluate(self._loader, step)
         self._watch.pause()
         return finished
 
     def _evaluate(self, loader: Loader, step: int) -> bool:
-        loss = held_out_loss(self._engine, loader.stream(0), self._stop, self._watch)
-        if loss is None:
+        found = held_out_losses(self._engine, loader, self._stop, self._watch)
+        if found is None:
             return False
+        losses = mean_losses(found, self._plan)
         try:
             samples = self._scored_answers(step)
         except Unreachable as error:
@@ -165,11 +194,11 @@ class Evaluation:
             dist.log.warning("no answers after %d steps: %s", step, error)
             scorers = self._generate.scorers if self._generate else ()
             measured = {name: Metric(None, 0, None, None, str(error)) for name in scorers}
-            self._write(step, loss, [], measured)
+            self._write(step, losses, [], measured)
         else:
             if samples is None:
                 return False
-            self._write(step, loss, samples, summarize(samples))
+            self._write(step, losses, samples, summarize(samples))
         self._evaluated.add(step)
         self._afterwards()
         return True
@@ -227,16 +256,17 @@ class Evaluation:
         return None if ids is None else self._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def _write(
-        self, step: int, loss: float, samples: Sequence[Sample], measured: Mapping[str, Metric]
+        self, step: int, losses: Losses, samples: Sequence[Sample], measured: Mapping[str, Metric]
     ) -> None:
         values = {name: metric.value for name, metric in measured.items()}
-        line = {"eval/loss": loss}
+        line = {"eval/loss": losses.whole}
+        line |= {f"eval/{name}/loss": loss for name, loss in losses.by_source.items()}
         line |= {f"eval/{name}": value for name, value in values.items() if value is not None}
         self._metrics.write(step, line)
         if dist.is_main():
             write_samples(self._run_dir / "samples.jsonl", step, samples)
             self._metrics.write_text("samples", as_table(samples), step)
             # last: this line says that all the others are written
-            write_evaluation(self._run_dir, step, loss, measured, self._origin)
+            write_evaluation(self._run_dir, step, losses, measured, self._origin)
         shown = "  ".join(f"{key} {value:.4f}" for key, value in line.items())
         dist.log.info("after %d steps: %s", step, shown)

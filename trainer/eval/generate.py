@@ -23,6 +23,7 @@ from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.model.attention import other_attention
 from packhorse.trainer.stop_flag import StopFlag
+from packhorse.trainer.utils.progress import track
 
 PAD = 0  # any token will do: the attention mask hides it
 
@@ -66,7 +67,7 @@ def answer_ids(
     lengths = [len(prompt) for prompt in prompts]
     mine: dict[int, list[int]] = {}
     with _evaluating(model), engine.gather_for_generation() as independent:
-        for numbers in _rounds(lengths, section.batch):
+        for numbers in _rounds(lengths, section.batch, "generation"):
             watch.beat("generation")
             if stop.poll():
                 return None
@@ -199,7 +200,7 @@ def choice_logprobs(
     model: Any = engine.module.model
     mine: dict[tuple[int, int], float] = {}
     with _evaluating(model):
-        for numbers in _rounds([len(sequence) for sequence in sequences], batch):
+        for numbers in _rounds(list(map(len, sequences)), batch, "likelihoods"):
             watch.beat("likelihoods")
             if stop.poll():
                 return None
@@ -238,9 +239,9 @@ def _last_logprobs(model: Any, sequences: list[tuple[int, ...]], last: int) -> t
 # ------------------------------------------------------------------------------------------ batches
 
 
-def _rounds(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Yield the numbers of this rank's prompts batch by batch: as many batches on every rank, some
-    of them empty.
+def _rounds(lengths: Sequence[int], size: int, what: str) -> Iterator[list[int]]:
+    """Yield the numbers of this rank's prompts batch by batch, and show how many are done: as many
+    batches on every rank, some of them empty.
 
     Prompts of similar lengths run together, on all ranks at the same time. The longest come first,
     so that a device without memory for them fails at once.
@@ -248,7 +249,7 @@ def _rounds(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
     world, count = dist.world_size(), len(lengths)
     order = sorted(range(count), key=lambda i: (-lengths[i], i))
     batches = -(-count // (world * size)) * world
-    for i in range(dist.rank(), batches, world):
+    for i in track(range(dist.rank(), batches, world), what, batches // world, "batches"):
         yield order[i * count // batches : (i + 1) * count // batches]
 
 

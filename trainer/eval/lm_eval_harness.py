@@ -24,6 +24,7 @@ from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.eval.compare import HARNESS_METRICS, HARNESS_SAMPLES
 from packhorse.trainer.eval.confidence import Z, interval
+from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.files import write_json, write_synced
 from packhorse.trainer.utils.text import one_line
 
@@ -76,7 +77,7 @@ def run_tasks(recipe: Recipe, out: Path, manager: Any) -> None:
     load: Any = huggingface.HFLM
     section, model = recipe.eval, recipe.model
     harness = load(
-        pretrained=model.name,
+        pretrained=str(local_folder(model.name, "model.name", weights=True) or model.name),
         revision=model.revision or "main",
         dtype=model.dtype,
         device="cuda" if torch.cuda.is_available() else "cpu",

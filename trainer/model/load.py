@@ -7,8 +7,8 @@ ZeRO-3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from packhorse.trainer.config.recipe import AdapterSection, ModelSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model import attention, liger_layers
 from packhorse.trainer.model.lora import Gathered, add_adapter, not_in_shards
-from packhorse.trainer.utils.files import local_folder
+from packhorse.trainer.utils.download import local_folder
+from packhorse.trainer.utils.progress import WorkProgress, show_bars_of_transformers
 from packhorse.trainer.utils.text import one_line
 
 CHATML = (
@@ -81,14 +82,14 @@ def _original_tokenizer(section: ModelSection) -> Any:
             f"model.name: the folder {folder} has no tokenizer; copy the model's tokenizer files "
             "into it"
         )
-    return _load_pretrained(AutoTokenizer.from_pretrained, section, "tokenizer")
+    return load_pretrained(AutoTokenizer.from_pretrained, section, "tokenizer")
 
 
-def _load_pretrained(
+def load_pretrained(
     from_pretrained: Callable[..., Any], section: ModelSection, what: str, **arguments: Any
 ) -> Any:
     """Call a `from_pretrained` for the section's model; turn its errors into BadInput."""
-    folder = local_folder(section.name, "model.name")
+    folder = local_folder(section.name, "model.name", weights=what == "model")
     try:
         return from_pretrained(
             str(folder or section.name),
@@ -142,7 +143,8 @@ def load_model(
             if section.init == "random":
                 model = _random_model(section, config, seed, gathered, arguments)
             else:
-                model = _pretrained_model(section, config, arguments)
+                with _loading_shown():
+                    model = _pretrained_model(section, config, arguments)
         except KeyError as error:
             # a model that picks its attention class from a fixed table does not find ours there
             if error.args != (arguments["attn_implementation"],):
@@ -184,7 +186,7 @@ def load_config(section: ModelSection) -> Any:
         raise BadInput(
             f"model.name: the folder {folder} has no config.json; give a Hugging Face model folder"
         )
-    config = _load_pretrained(AutoConfig.from_pretrained, section, "configuration")
+    config = load_pretrained(AutoConfig.from_pretrained, section, "configuration")
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if getattr(config, "is_encoder_decoder", False) or not (
         own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
@@ -225,7 +227,7 @@ def _embedding_rows(section: ModelSection, config: Any, tokenizer: Any) -> tuple
 def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model, info = _load_pretrained(
+    model, info = load_pretrained(
         AutoModelForCausalLM.from_pretrained,
         section,
         "model",
@@ -242,6 +244,33 @@ def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, A
             f"{', '.join(missing[:3])}{more}"
         )
     return model
+
+
+@contextmanager
+def _loading_shown() -> Iterator[None]:
+    """Show how many weights are loaded, and the time to go.
+
+    Under ZeRO-3 transformers has no bar of its own: there it hands all tensors to one module after
+    the other, on rank 0.
+    """
+    show_bars_of_transformers()
+    plain = nn.Module._load_from_state_dict
+    progress, done = None, 0
+
+    def load(module: nn.Module, tensors: Any, prefix: str, *rest: Any) -> None:
+        nonlocal progress, done
+        progress = progress or WorkProgress("loading weights", 0, len(tensors), "weights")
+        plain(module, tensors, prefix, *rest)
+        done += sum(prefix + name in tensors for name in module._parameters)
+        progress.show(done)
+
+    nn.Module._load_from_state_dict = load  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module._load_from_state_dict = plain  # type: ignore[method-assign]
+        if progress:
+            progress.close()
 
 
 def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -130,24 +130,6 @@ def apply_umask(folder: Path) -> None:
             path.chmod(mode)
 
 
-def local_folder(name: str, option: str) -> Path | None:
-    """Return the folder that a model's name means, or None if it is a name on the hub.
-
-    Args:
-        option: what the user gave the name as, for the message.
-
-    Raises:
-        BadInput: the name can only be a path, and there is no such folder.
-    """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
-    # a name on the hub is `owner/model` or `model`
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise BadInput(f"{option}: there is no folder {folder}; give another or a hub name")
-    return None
-
-
 def sync_folder(folder: Path) -> None:
     """Make the entries of a folder survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -161,7 +143,11 @@ def sync_folder(folder: Path) -> None:
 
 
 def build_once(
-    folder: Path, build: Build, what: str, stopping: Callable[[], bool] = lambda: False
+    folder: Path,
+    build: Build,
+    what: str,
+    stopping: Callable[[], bool] = lambda: False,
+    setting: str = "data.cache",
 ) -> None:
     """Return once `folder` exists and is whole, built by this process or by another one.
 
@@ -171,6 +157,7 @@ def build_once(
     Args:
         what: what the build does, for messages, as "preparing the training data".
         stopping: asked while this process waits for another one.
+        setting: says where the folder lies, for messages.
 
     Raises:
         BadInput: the disk is full, or the folder cannot be made.
@@ -187,11 +174,11 @@ def build_once(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise BadInput(
                 f"{folder.parent}: the disk is full while {what}; free some room, or set "
-                "data.cache to another folder"
+                f"{setting} to another folder"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise BadInput(
-                f"{folder.parent}: cannot be written ({error.strerror}); set data.cache to a "
+                f"{folder.parent}: cannot be written ({error.strerror}); set {setting} to a "
                 "folder that can"
             ) from error
         raise

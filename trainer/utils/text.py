@@ -20,3 +20,18 @@ def error_line(error: BaseException, cap: int = 80) -> str:
     """Return the class and the message of an error on one printable line."""
     message = printable(error, cap)
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+# Unicode's pictures of control characters, without those of a new line and a tab
+_CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {
+    127: "␡"
+}
+
+
+def show_controls(text: str) -> str:
+    """Return a text of several lines with a picture for each control character.
+
+    So no text of a row or a model controls the terminal. A lone surrogate, which cannot be written
+    as UTF-8, becomes a question mark.
+    """
+    return text.encode(errors="replace").decode().translate(_CONTROL_PICTURES)

@@ -1,0 +1,143 @@
+"""`packhorse chat` answers as `model.generate` does, from a pipe and on a terminal."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from packhorse.trainer.cli.main import app
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.eval.chat import _Pieces
+from tests.ranks import ROOT
+
+DEBUG_MODEL = ROOT / "recipes" / "debug" / "model"
+QUESTIONS = ["How many eggs are in 3 boxes?", "Ada has 4 books. How many does Ada have?"]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of a random model with room for an answer of any length."""
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(DEBUG_MODEL, max_position_embeddings=1_000_000)
+    model = AutoModelForCausalLM.from_config(config)
+    # what only sampling uses must not stop greedy answers
+    model.generation_config.update(do_sample=True, temperature=0.6, top_k=20)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(DEBUG_MODEL).save_pretrained(folder)
+    return folder
+
+
+def generated(folder: Path, messages: list[dict[str, str]], max_tokens: int) -> str:
+    """Return what transformers alone answers."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    prompt = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = model.generate(**prompt, max_new_tokens=max_tokens, do_sample=False)
+    answer = out[0, prompt["input_ids"].shape[1] :]
+    return tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def piped(model_dir: Path, text: str, *options: str) -> str:
+    """Return what the command prints for the lines of `text`."""
+    done = CliRunner().invoke(app, ["chat", str(model_dir), *options], input=text)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def test_answers_to_a_pipe_are_those_of_generate(model_dir: Path) -> None:
+    system = {"role": "system", "content": "Be short."}
+    text = "\n\n".join(QUESTIONS)  # the last line has no end, and an empty line asks nothing
+    for first, options in (([], ()), ([system], ("--system", "Be short."))):
+        answers = [
+            generated(model_dir, [*first, {"role": "user", "content": question}], 24)
+            for question in QUESTIONS
+        ]
+        assert piped(model_dir, text, "--max-tokens", "24", *options) == "".join(
+            f"{answer}\n" for answer in answers
+        )
+
+
+def test_answers_are_sampled_at_a_temperature(model_dir: Path) -> None:
+    same = "\n".join([QUESTIONS[0]] * 3)
+    answers = piped(model_dir, same, "--max-tokens", "24", "--temperature", "1.5")
+    greedy = generated(model_dir, [{"role": "user", "content": QUESTIONS[0]}], 24)
+    assert answers != f"{greedy}\n" * 3
+
+
+def test_pieces_of_an_answer_are_whole_characters() -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(DEBUG_MODEL)
+    text = "Zoë said:\n 3 eggs → 🥚"
+    shown: list[str] = []
+    pieces = _Pieces(tokenizer, shown.append)
+    pieces.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        pieces.put(torch.tensor([token]))
+    pieces.end()
+    assert "".join(shown) == pieces.text == text
+    assert len(shown) > 3
+    assert not any("\ufffd" in piece for piece in shown)
+
+
+def test_a_model_without_room_or_template_is_refused(model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, max_position_embeddings=64)
+    model.save_pretrained(folder)
+    tokenizer: Any = AutoTokenizer.from_pretrained(DEBUG_MODEL)
+    tokenizer.save_pretrained(folder)
+    done = CliRunner().invoke(app, ["chat", str(folder)], input="word " * 100)
+    assert isinstance(done.exception, BadInput)
+    assert "and the model 64 positions" in str(done.exception)
+    (folder / "chat_template.jinja").unlink()
+    done = CliRunner().invoke(app, ["chat", str(folder)], input="word")
+    assert isinstance(done.exception, BadInput)
+    assert "no chat template" in str(done.exception)
+
+
+def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(model_dir: Path) -> None:
+    terminal, other_end = pty.openpty()
+    command = ["chat", str(model_dir), "--max-tokens", "900000"]  # days, unless it is ended
+    process = subprocess.Popen(
+        [sys.executable, "-m", "packhorse", *command],
+        stdin=other_end,
+        stdout=other_end,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # so that Ctrl-C is sent
+        env=os.environ | {"TERM": "dumb"},
+    )
+    os.close(other_end)
+    seen = b""
+
+    def read_until(pattern: bytes) -> None:
+        nonlocal seen
+        while not re.search(pattern, seen):
+            assert select.select([terminal], [], [], 120)[0], seen
+            seen += os.read(terminal, 4096)
+
+    try:
+        for _ in range(2):
+            read_until(rb"> ")
+            seen = b""
+            os.write(terminal, QUESTIONS[0].encode() + b"\n")
+            read_until(rb"\n[^\n]{10}")  # after the echo of the question, an answer has begun
+            os.write(terminal, b"\x03")
+        read_until(rb"\n> ")
+        os.write(terminal, b"\x04")
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
+        os.close(terminal)

@@ -1,0 +1,107 @@
+"""What a checkpoint's folder is called and holds: the manifest and the names beside it (C7)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from packhorse.trainer.engine.sharded_state import Digests, File
+from packhorse.trainer.utils.files import write_synced
+
+MANIFEST = "manifest.json"
+_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Where a run stands. Order, learning rate and noise follow from the step, so this is all."""
+
+    step: int  # of the plan, applied or skipped
+    updates: int  # applied ones, which AdamW counts
+    data: str  # fingerprint of the tokenized training data
+    micro_batch_size: int  # must not change where the model has dropout
+    recent_losses: Sequence[float]  # from which the guard knows a spike
+    world_size: int  # of the run that wrote it; for people
+    stage: int  # of ZeRO; for people
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint's folder holds, and the state of the run that it belongs to."""
+
+    state: RunState
+    shapes: dict[str, list[int]]  # of trained parameters and buffers
+    files: dict[str, File]
+    digests: Digests
+
+    def to_json(self) -> str:
+        digests: dict[str, dict[str, str]] = {}
+        for (name, state), value in sorted(self.digests.items()):
+            digests.setdefault(name, {})[state] = f"{value:016x}"
+        files = {name: asdict(file) for name, file in sorted(self.files.items())}
+        content = {"format": _FORMAT, "state": asdict(self.state), "shapes": self.shapes}
+        content |= {"files": files, "digests": digests}
+        return json.dumps({**content, "xxh3": _content_checksum(content)})
+
+    @classmethod
+    def read(cls, folder: Path) -> Manifest:
+        """Read a checkpoint's manifest.
+
+        Raises:
+            OSError, KeyError, TypeError or ValueError: it is absent, or not as `to_json` writes it.
+        """
+        return cls.parse((folder / MANIFEST).read_text(encoding="utf-8"))
+
+    @classmethod
+    def parse(cls, text: str) -> Manifest:
+        """Return the manifest that `to_json` wrote. Raises as `read` does."""
+        content = json.loads(text)
+        if content["format"] != _FORMAT:
+            raise ValueError(f"its format is {content['format']}, this version reads {_FORMAT}")
+        if content.pop("xxh3") != _content_checksum(content):
+            raise ValueError(f"the checksum of {MANIFEST} does not match its content")
+        digests = {
+            (name, state): int(value, 16)
+            for name, states in content["digests"].items()
+            for state, value in states.items()
+        }
+        files = {name: File(**file) for name, file in content["files"].items()}
+        return cls(RunState(**content["state"]), content["shapes"], files, digests)
+
+
+def _content_checksum(content: dict[str, Any]) -> str:
+    """Return a checksum of the values, whatever the spaces between them in the file."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_synced(folder / MANIFEST, manifest.to_json())
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def point_at_best(root: Path, step: int | None) -> None:
+    """Let `best` name the checkpoint of the best step, if that exists. Rank 0 calls it."""
+    if step is not None and (root / folder_name(step)).is_dir():
+        write_synced(root / "best", folder_name(step))
+    else:
+        (root / "best").unlink(missing_ok=True)
+
+
+def read_best(root: Path) -> int | None:
+    """Return the step that `best` names, or None if there is none."""
+    path = root / "best"
+    return int(path.read_text().removeprefix("step-")) if path.is_file() else None
+
+
+def list_published(root: Path) -> dict[int, Path]:
+    """Return the checkpoints by step, without what a user put there (step-000200-copy)."""
+    found = ((path.name.removeprefix("step-"), path) for path in root.glob("step-*"))
+    return dict(sorted((int(number), path) for number, path in found if number.isdigit()))

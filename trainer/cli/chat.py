@@ -1,0 +1,112 @@
+"""Define `packhorse chat`: ask a run's checkpoint, an export or a hub model."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from packhorse.trainer.cli.arguments import read_recipe
+from packhorse.trainer.cli.eval import exported_model, find_run, last_step
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils.text import show_controls
+
+if TYPE_CHECKING:
+    from packhorse.trainer.eval.chat import Chat, Message
+
+
+def chat(
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL_OR_RUN", help="A model folder, a hub name or a run folder."),
+    ],
+    best: Annotated[
+        bool, typer.Option("--best", help="Best step of a run, by its own eval.best.")
+    ] = False,
+    step: Annotated[
+        int | None, typer.Option(min=1, help="Step of a run. Default: its last checkpoint.")
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="A system message before the first question.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 512,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0: the likeliest answer; above it, answers are sampled.")
+    ] = 0,
+) -> None:
+    """Chat with a model in the terminal, or answer the questions of a pipe.
+
+    [bold]packhorse chat runs/quickstart --best[/bold]
+    [bold]packhorse chat HuggingFaceTB/SmolLM2-135M-Instruct --temperature 0.7[/bold]
+    [bold]packhorse chat models/word-problems < questions.txt > answers.txt[/bold]
+
+    A run's checkpoint is exported to a temporary folder (TMPDIR) and loaded from there. Ctrl-C ends
+    an answer, Ctrl-D the chat. From a pipe each line is a question of its own, without the lines
+    before it.
+    """
+    from packhorse.trainer import dist
+    from packhorse.trainer.eval.chat import Chat
+
+    dist.start_logging()
+    run = find_run(model, step, best)
+    chosen = last_step(run, step, best) if run else 0
+    options = read_recipe(run / "recipe.yaml", None).data.chat_template_kwargs if run else {}
+    with (
+        tempfile.TemporaryDirectory(prefix="packhorse-chat-") as folder,
+        exported_model(model, run, chosen, Path(folder)) as name,
+    ):
+        loaded = Chat(name, options, max_tokens=max_tokens, temperature=temperature)
+    first: list[Message] = [{"role": "system", "content": system}] if system else []
+    if sys.stdin.isatty():
+        print("Ctrl-C ends an answer, Ctrl-D the chat.", file=sys.stderr)
+        _talk(loaded, first)
+    else:
+        for line in sys.stdin:
+            if question := line.strip():
+                _answer(loaded, [*first, {"role": "user", "content": question}])
+
+
+def _talk(loaded: Chat, messages: list[Message]) -> None:
+    """Ask for questions until Ctrl-D; each answer knows what was said before."""
+    with suppress(ImportError):
+        import readline  # noqa: F401 - `input` edits lines and keeps a history with it
+    while True:
+        try:
+            question = input("\n> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print("\nCtrl-D ends the chat.", file=sys.stderr)
+            continue
+        if not question.strip():
+            continue
+        asked = [*messages, {"role": "user", "content": question.strip()}]
+        try:
+            answer = _answer(loaded, asked)
+        except BadInput as error:  # its positions are used up, and the user may copy what was said
+            print(f"{error}; start a new chat", file=sys.stderr)
+            return
+        messages = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _answer(loaded: Chat, messages: list[Message]) -> str:
+    """Write an answer to stdout as it is generated, and return it, or as much as Ctrl-C left."""
+    on_terminal = sys.stdout.isatty()
+    shown: list[str] = []
+
+    def show(piece: str) -> None:
+        shown.append(piece)
+        print(show_controls(piece) if on_terminal else piece, end="", flush=True)
+
+    try:
+        loaded.answer(messages, show)
+    except KeyboardInterrupt:
+        if not sys.stdin.isatty():  # Ctrl-C ends a pipe as a whole
+            raise
+    print(flush=True)
+    return "".join(shown)

@@ -1,0 +1,130 @@
+"""Answer messages by a model as a user would have it: a plain transformers model, no engine.
+
+Messages enter; an answer leaves in pieces, while it is generated. The prompt is the tokenizer's
+chat template, and an answer ends with the stop tokens of the model's generation configuration,
+which an export has from training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from packhorse.trainer import dist
+from packhorse.trainer.config.sections import ModelSection
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.load import load_pretrained, load_tokenizer
+
+Message = dict[str, str]
+"""role and content."""
+
+
+class Chat:
+    """A loaded model and how it answers.
+
+    Args:
+        name: a model folder or a hub name.
+        template_options: further variables of the chat template, as `enable_thinking`.
+        temperature: 0 for the likeliest token each time, else it is sampled.
+
+    Raises:
+        BadInput: the model cannot be loaded, or its tokenizer has no chat template.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        template_options: Mapping[str, Any],
+        *,
+        max_tokens: int,
+        temperature: float,
+    ) -> None:
+        from transformers import AutoModelForCausalLM
+
+        section = ModelSection(name=name)
+        self._tokenizer = load_tokenizer(section)
+        if self._tokenizer.chat_template is None:
+            raise BadInput(f"{name}: its tokenizer has no chat template, so it cannot be asked")
+        load = AutoModelForCausalLM.from_pretrained
+        self._model = load_pretrained(load, section, "model", dtype="auto").to(dist.device()).eval()
+        self._options = template_options
+        self._max_tokens = max_tokens
+        # None where the model's own configuration holds what only sampling uses
+        self._how = (
+            {"do_sample": True, "temperature": temperature}
+            if temperature
+            else dict.fromkeys(("temperature", "top_p", "top_k")) | {"do_sample": False}
+        )
+
+    @torch.inference_mode()
+    def answer(self, messages: Sequence[Message], show: Callable[[str], None]) -> str:
+        """Return the answer to the messages.
+
+        Args:
+            show: called with each piece of the answer as soon as it is known.
+
+        Raises:
+            BadInput: the messages fill all positions of the model.
+            KeyboardInterrupt: Ctrl-C; what was shown until then is all there is.
+        """
+        prompt = self._tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            return_tensors="pt",
+            return_dict=True,
+            **self._options,
+        ).to(self._model.device)
+        count = prompt["input_ids"].shape[1]
+        pieces = _Pieces(self._tokenizer, show)
+        self._model.generate(
+            **prompt, max_new_tokens=self._room(count), streamer=pieces, **self._how
+        )
+        return pieces.text
+
+    def _room(self, prompt_tokens: int) -> int:
+        """Return how many tokens an answer may have."""
+        positions = getattr(
+            self._model.config.get_text_config(), "max_position_embeddings", None
+        ) or (prompt_tokens + self._max_tokens)
+        if prompt_tokens >= positions:
+            raise BadInput(
+                f"the conversation has {prompt_tokens} tokens, and the model {positions} positions"
+            )
+        return min(self._max_tokens, positions - prompt_tokens)
+
+
+class _Pieces:
+    """What `generate` calls a streamer: it shows an answer's text as it grows.
+
+    transformers' own decodes from the last line end on, which drops a space after it with some
+    tokenizers. Here the whole answer is decoded each time, so that the pieces are what `decode`
+    returns at the end.
+    """
+
+    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
+        self._tokenizer, self._show = tokenizer, show
+        self._ids: list[int] | None = None
+        self.text = ""
+
+    def put(self, ids: torch.Tensor) -> None:
+        """Take the prompt at the first call, (1, L), then a token at each, (1,)."""
+        if self._ids is None:
+            self._ids = []
+            return
+        self._ids += ids.tolist()
+        text = self._decode()
+        # a character of several tokens is shown when it is whole
+        if not text.endswith("\ufffd"):
+            self._extend(text)
+
+    def end(self) -> None:
+        self._extend(self._decode())
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._ids or [], skip_special_tokens=True)
+
+    def _extend(self, text: str) -> None:
+        self._show(text[len(self.text) :])
+        self.text = text
