@@ -161,7 +161,19 @@ def prepare(
         stopping=stopping,
     )
     weights = tuple(part.source.weight for part in split_rows.parts)
+    _require_rows(f"data.{which}", weights, documents.report["sources"])
     return Prepared(documents, weights, tuple(split_rows.files))
+
+
+def _require_rows(what: str, weights: tuple[float, ...], counts: list[dict[str, Any]]) -> None:
+    """Refuse a weight that leaves nothing of its source: the mixture would not have it (C1)."""
+    for number, (weight, source) in enumerate(zip(weights, counts, strict=True)):
+        found = source["documents"]
+        if found and not round(weight * found):
+            raise BadInput(
+                f"{what}.{number}.weight: {weight:g} x {found} documents of {source['name']} come "
+                f"to 0 in an epoch; raise it to {1 / found:.2g} or more, or leave the source out"
+            )
 
 
 def held_out_prompts(recipe: Recipe, masker: Masker, count: int) -> list[Prompt]:
