@@ -296,7 +296,8 @@ def _cache_key(
     for part, reader in zip(split_rows.parts, work.readers, strict=True):
         split_key = None
         if part.held_out is not None:
-            split_key = [split.VERSION, part.held_out, data.eval_fraction, data.group_by]
+            group_by = split.group_of(data, part.source)
+            split_key = [split.VERSION, part.held_out, data.eval_fraction, group_by]
         sources.append([digest_of(data, part.source), part.source.rows, *reader.key(), split_key])
     # Whether packing cuts changes the documents only where long ones are split.
     cut = replace(limits, packing_cuts=limits.too_long == "split" and limits.packing_cuts)
