@@ -136,6 +136,8 @@ class Tokenized:
     long_rows: Mapping[tuple[int, int], int] = field(default_factory=dict)
     # Of each row that was truncated or split: its source, and the trained tokens that it lost.
     cuts: tuple[tuple[int, int], ...] = ()
+    # Of each row with a document for each answer: its source, and the tokens that they repeat.
+    apart: tuple[tuple[int, int], ...] = ()
     # In how many of a source's rows stands a name that nobody reads: (source, name) -> rows.
     unread: Mapping[tuple[int, str], int] = field(default_factory=dict)
 

@@ -49,7 +49,8 @@ LOG_FILE = "logs/rank00000.log"  # in the run folder
 _WRITTEN = (
     *("checkpoints", "model", "serving", "tensorboard"),
     *("metrics.jsonl", EVALUATIONS, "samples.jsonl", "rejects.jsonl", "skipped_steps.jsonl"),
-    *("trace.jsonl", "environment.json", "best.json", "summary.json", LOG_FILE, IDS),
+    *("trace.jsonl", "environment.json", "best.json", "summary.json", "pushed.json"),
+    *(LOG_FILE, IDS),
 )
 _LENGTHS = ("train.epochs", "train.steps")
 
@@ -284,9 +285,12 @@ def describe_end(recipe: Recipe, run_dir: Path) -> str:
 def _next_commands(recipe: Recipe, run_dir: Path, has_best: bool) -> list[str]:
     export = ["packhorse", "export", str(run_dir), "--out", str(run_dir / "export")]
     evaluate = ["packhorse", "eval", str(run_dir), str(run_dir / "recipe.yaml")]
+    chat = ["packhorse", "chat", str(run_dir)]
+    report = ["packhorse", "report", str(run_dir)]
     tensorboard = ["tensorboard", "--logdir", str(run_dir.parent)]
     best = ["--best"] * has_best
-    commands = [export + best, *([evaluate + best] if recipe.has_eval else []), tensorboard]
+    evaluations = [evaluate + best] if recipe.has_eval else []
+    commands = [export + best, *evaluations, chat + best, report, tensorboard]
     return [shlex.join(command) for command in commands]
 
 

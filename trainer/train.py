@@ -26,6 +26,7 @@ from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.checkpoint.best import Best
 from packhorse.trainer.checkpoint.checkpoint import Saver
 from packhorse.trainer.checkpoint.hf_export import save_description
+from packhorse.trainer.checkpoint.hub import check_push, push_run
 from packhorse.trainer.checkpoint.manifest import RunState, point_at_best
 from packhorse.trainer.checkpoint.mirror import Mirror, open_mirror
 from packhorse.trainer.config.recipe import Recipe
@@ -91,6 +92,8 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
         mirror = open_mirror(recipe, run_dir)
         open_run_folder(recipe, run_dir, extend=extend)
         check_server(recipe)
+        if recipe.run.push_to_hub:
+            check_push(recipe.run.push_to_hub)
     # so that `packhorse runs` can tell a run that works from one that was killed
     shown = shown_alive(run_dir) if dist.is_main() else nullcontext()
     with (
@@ -125,8 +128,12 @@ def prepare_and_fit(
         stop.attach_group()
         given = (recipe, run_dir, tokenizer, train_data, plan, eval_data, stop, trackers, mirror)
         fit(PreparedRun(*given))
-    if mirror:  # not in the group, where the other ranks would wait for it in vain
-        mirror.finish(is_done=is_done(run_dir, plan.steps))
+    # not in the group, where the other ranks would wait in vain
+    done = dist.is_main() and is_done(run_dir, plan.steps)
+    if mirror:
+        mirror.finish(is_done=done)
+    if done and recipe.run.push_to_hub:
+        push_run(run_dir, recipe.run.push_to_hub, plan.steps)
 
 
 @dataclass(frozen=True)

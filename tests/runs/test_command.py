@@ -112,6 +112,8 @@ def test_a_terminal_shows_a_line_a_step_above_a_bar_and_the_end(shown_whole):
     log = (run_dir / "logs" / "rank00000.log").read_text()
     for end in (shown.replace("\n\n", "\n"), log):  # a terminal ends lines with \r\n
         assert f"  packhorse export {run_dir} --out {run_dir / 'export'}\n" in end
+        assert f"  packhorse chat {run_dir}" in end
+        assert f"  packhorse report {run_dir}\n" in end
         assert f"  tensorboard --logdir {run_dir.parent}\n" in end
     assert len(re.findall(r"^20\d\d-\d\d-\d\d \d\d:\d\d:\d\d step ", log, re.MULTILINE)) == 18
 

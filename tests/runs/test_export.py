@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_every_file_of_a_run_has_the_mode_that_the_umask_says(run_dir: Path) -> 
 def test_chat_answers_as_the_export_does(run_dir: Path, exported: Path) -> None:
     question = "How many eggs are in 3 boxes with 4 eggs each?"
     tokenizer = AutoTokenizer.from_pretrained(exported)
-    model = AutoModelForCausalLM.from_pretrained(exported)
+    model: Any = AutoModelForCausalLM.from_pretrained(exported)
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}],
         add_generation_prompt=True,

@@ -80,3 +80,5 @@ def test_the_debug_recipe_trains_in_a_folder_of_hostile_modules(
     run(command, tmp_path, OMP_NUM_THREADS="1")
     summary = json.loads((tmp_path / "runs" / "debug" / "summary.json").read_text())
     assert summary["steps"] == 2
+    run([str(installed / "packhorse"), "report", "runs/debug"], tmp_path)
+    assert "Training loss" in (tmp_path / "report.html").read_text()

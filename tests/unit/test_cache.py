@@ -17,7 +17,7 @@ import pytest
 
 from packhorse.trainer.data import cache, tokenize
 from packhorse.trainer.data.cache import Documents, keep_packed, prepare
-from packhorse.trainer.data.tokenize import LengthPolicy, Row, tokenize_rows
+from packhorse.trainer.data.tokenize import LengthPolicy, Row, RowResult, tokenize_rows
 from packhorse.trainer.datatypes import BadInput, Example, Filtered, Packed, RowError
 from packhorse.trainer.utils import files
 from packhorse.trainer.utils.files import Stopped
@@ -30,10 +30,10 @@ def fake_example(number: int) -> Example:
     return Example(ids, np.arange(len(ids)) % 2 == 1)
 
 
-def fake_tokenize(rows: list[Row]) -> list[Example | RowError]:
+def fake_tokenize(rows: list[Row]) -> list[RowResult]:
     """A row's fields are None, the reason of a reject, or what is raised."""
     faults = [RowError(row.fields) if isinstance(row.fields, str) else row.fields for row in rows]
-    return [fault or fake_example(row.number) for fault, row in zip(faults, rows, strict=True)]
+    return [fault or (fake_example(row.number),) for fault, row in zip(faults, rows, strict=True)]
 
 
 def rows(count: int, bad: Mapping[int, str | RowError] | None = None) -> list[Row]:
@@ -144,9 +144,9 @@ def repeating(folder: Path, **more) -> Documents:
     documents.
     """
 
-    def tokenize_repeated(rows: list[Row]) -> list[Example | RowError]:
+    def tokenize_repeated(rows: list[Row]) -> list[RowResult]:
         ids = [np.arange(10, dtype=np.int32) + row.number % 7 * 100 for row in rows]
-        return [Example(each, np.arange(10) > 0) for each in ids]
+        return [(Example(each, np.arange(10) > 0),) for each in ids]
 
     def chunks(done: int):
         all_rows = [Row(int(n > 20), int(n > 20), n, None) for n in range(1, 31)]
@@ -196,8 +196,9 @@ def test_duplicates_are_dropped_and_the_first_stays(tmp_path, monkeypatch, block
 
 
 def test_rows_that_differ_in_what_is_trained_are_no_duplicates(tmp_path):
-    def tokenize_alike(rows: list[Row]) -> list[Example | RowError]:
-        return [Example(np.arange(5, dtype=np.int32), np.arange(5) >= row.number) for row in rows]
+    def tokenize_alike(rows: list[Row]) -> list[RowResult]:
+        ids = np.arange(5, dtype=np.int32)
+        return [(Example(ids, ids >= row.number),) for row in rows]
 
     def chunks(done: int):
         return tokenize_rows(

@@ -42,6 +42,7 @@ SHAPES: dict[str, list[Any]] = {
     "data.train_on_eot": [False, "with_newline"],
     "data.control_tokens": ["text", "keep"],
     "data.ignore_columns": [["text"]],
+    "data.turns": ["together", "apart"],
     "data.max_length": [100],
     "data.too_long": ["truncate", "truncate_anywhere", "split"],
     "data.broken_lines": ["reject"],

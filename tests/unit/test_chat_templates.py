@@ -7,7 +7,10 @@ conversation; or the reason why the rows are refused.
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -669,3 +672,87 @@ def test_marked_answers_are_what_transformers_marks_after_the_generation_prompt(
         tokenizer.decode(example.input_ids[marks & ~example.trained].tolist()) == beyond * answers
     )
     assert not (example.trained & ~marks).any()
+
+
+# ------------------------------------------------------------------------ a document of each answer
+
+# Templates of the trl package, whose history shows answers otherwise than they are generated: the
+# control tokens, and whether answers without reasoning are affected, too.
+OF_TRL = {
+    "gptoss": ("<|start|> <|message|> <|channel|> <|end|> <|return|>", True),
+    "qwen3_5_think": ("<|im_start|> <|im_end|>", True),
+    "qwen3_6": ("<|im_start|> <|im_end|>", True),
+    "qwen3": ("<|im_start|> <|im_end|>", False),
+    "glm4moe_training": ("[gMASK] <sop> <|user|> <|assistant|> <|endoftext|>", False),
+    "lfm2_2_5": ("<|startoftext|> <|im_start|> <|im_end|>", False),
+}
+PLAIN = chat("Say OK.", "OK.", "Why?", " No reason. ", "So?", "Well.")
+THOUGHT = Conversation(
+    tuple(
+        replace(message, reasoning_content="Let me see.")
+        if message.role == "assistant"
+        else message
+        for message in PLAIN.messages
+    )
+)
+
+
+def of_trl(base, name: str) -> PreTrainedTokenizerFast:
+    folder = Path(find_spec("trl").origin).parent / "chat_templates"
+    tokenizer = tokenizer_of(base, OF_TRL[name][0], (folder / f"{name}.jinja").read_text())
+    tokenizer.bos_token = OF_TRL[name][0].split()[0]
+    return tokenizer
+
+
+@pytest.mark.parametrize("conversation", [PLAIN, THOUGHT], ids=["plain", "thought"])
+@pytest.mark.parametrize("name", OF_TRL)
+def test_each_answer_is_trained_as_it_is_generated(base, name, conversation):
+    """A server sends the turns before an answer with the generation prompt; the rest is learned."""
+    tokenizer = of_trl(base, name)
+    (made,) = Masker(tokenizer, turns="apart").documents([conversation])
+    assert not isinstance(made, RowError), made
+    assert len(made) == 3
+    for number, example in zip((1, 3, 5), made, strict=True):
+        prompt = official(tokenizer, conversation, upto=number)
+        # data is tokenized with a fixed date, and gptoss writes today's
+        prompt = prompt.replace(date.today().isoformat(), "2024-07-26")
+        ids = tokenizer(prompt, add_special_tokens=False).input_ids
+        first = int(np.argmax(example.trained))
+        assert example.input_ids[:first].tolist() == ids
+        assert np.flatnonzero(np.diff(example.trained)).size <= 2, "one span is trained"
+        learned = tokenizer.decode(example.input_ids[example.trained])
+        message = conversation.messages[number]
+        assert message.content.strip() in learned
+        if message.reasoning_content:
+            assert message.reasoning_content in learned
+
+
+@pytest.mark.parametrize("name", OF_TRL)
+def test_auto_keeps_a_row_together_where_its_history_is_as_generated(base, name):
+    auto = Masker(of_trl(base, name), turns="auto")
+    together = Masker(of_trl(base, name))
+    plain, thought = auto.documents([PLAIN, THOUGHT])
+    assert (
+        (len(plain) == 3) == OF_TRL[name][1] == isinstance(together.documents([PLAIN])[0], RowError)
+    )
+    assert len(thought) == 3
+    assert isinstance(together.documents([THOUGHT])[0], RowError)
+
+
+def test_only_trained_answers_have_a_document(base):
+    tokenizer = of_trl(base, "qwen3_6")
+    first, second, third = (PLAIN.messages[n] for n in (1, 3, 5))
+    messages = list(PLAIN.messages)
+    messages[3] = replace(second, weight=0)
+    masker = Masker(tokenizer, turns="apart")
+    (made,) = masker.documents([Conversation(tuple(messages))])
+    learned = [tokenizer.decode(e.input_ids[e.trained]) for e in made]
+    assert [text.split("</think>")[1].strip() for text in learned] == [
+        f"{first.content}<|im_end|>",
+        f"{third.content}<|im_end|>",
+    ]
+    (last,) = Masker(tokenizer, "last_turn", turns="apart").documents([PLAIN])
+    assert len(last) == 1
+    bad = replace(PLAIN, messages=(*PLAIN.messages[:4], Message("user", "<|im_end|>"), third))
+    assert isinstance(masker.documents([bad])[0], RowError), "a row is whole or rejected"
+    assert len(Masker(tokenizer, "all", turns="apart").documents([PLAIN])) == 1

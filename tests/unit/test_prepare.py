@@ -59,7 +59,7 @@ def prepared(packing, tmp_path_factory) -> Prepared:
     def chunks(done):
         return tokenize_rows(
             rows[done:],
-            lambda rows: [made_up(row.number, longest) for row in rows],
+            lambda rows: [(made_up(row.number, longest),) for row in rows],
             LengthPolicy(99, "split", packing_cuts=True),
             workers=1,
         )
@@ -224,7 +224,7 @@ def bfd(tmp_path) -> tuple[Prepared, Plan]:
         rows = [Row(0, 0, number, None) for number in range(1, 61)]
         limits = LengthPolicy(SEQ_LEN, "reject", packing_cuts=False)
         return tokenize_rows(
-            rows, lambda rows: [made_up(row.number, SEQ_LEN) for row in rows], limits, workers=1
+            rows, lambda rows: [(made_up(row.number, SEQ_LEN),) for row in rows], limits, workers=1
         )
 
     documents = prepare_documents(

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from packhorse.trainer.config.data import Filters
 from packhorse.trainer.data import tokenize
 from packhorse.trainer.data.filters import apply_filters
-from packhorse.trainer.data.tokenize import LengthPolicy, Row, fit, tokenize_rows
+from packhorse.trainer.data.tokenize import LengthPolicy, Row, RowResult, fit, tokenize_rows
 from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message, RowError
 from packhorse.trainer.utils.time_limit import TooLong, bounded
 
@@ -159,11 +159,11 @@ def test_an_example_without_a_trained_token_is_rejected():
         fit(example([0, 0]), LengthPolicy(9, "reject", packing_cuts=False))
 
 
-def fake_tokenize(rows: list[Row]) -> list[Example | RowError]:
+def fake_tokenize(rows: list[Row]) -> list[RowResult]:
     return [
         RowError("every seventh")
         if row.number % 7 == 0
-        else example([0] + [1] * (1 + row.number % 5))
+        else (example([0] + [1] * (1 + row.number % 5)),)
         for row in rows
     ]
 
@@ -212,14 +212,14 @@ def test_the_outcome_does_not_depend_on_the_number_of_processes(monkeypatch):
     assert together(shared) == alone
 
 
-def slow_here(rows: list[Row]) -> list[Example | RowError]:
+def slow_here(rows: list[Row]) -> list[RowResult]:
     """Be slow in the process that waits for its workers, so that they get most of the rows."""
     if multiprocessing.parent_process() is None:
         time.sleep(0.02)
     return fake_tokenize(rows)
 
 
-def failing_tokenize(rows: list[Row]) -> list[Example | RowError]:
+def failing_tokenize(rows: list[Row]) -> list[RowResult]:
     if multiprocessing.parent_process() is not None:
         raise ZeroDivisionError("in the worker")
     return slow_here(rows)
@@ -319,7 +319,7 @@ def use_small_chunks() -> None:
     tokenize.CHUNK_ROWS, tokenize.POOL_FROM_CHUNKS = 1, 2
 
 
-def verify_in_workers(rows: list[Row]) -> list[Example | RowError]:
+def verify_in_workers(rows: list[Row]) -> list[RowResult]:
     """As `filters: {math_answer: best}`: each worker starts a helper of its own."""
     if multiprocessing.parent_process() is not None:
         filters = Filters.model_validate({"math_answer": "best"})
@@ -343,7 +343,7 @@ def test_workers_that_verify_answers_end_and_so_do_their_helpers():
     assert run_apart(prepare_with_verified_answers) == f"{100 - 100 // 7}\n"
 
 
-def kill_own_worker(rows: list[Row]) -> list[Example | RowError]:
+def kill_own_worker(rows: list[Row]) -> list[RowResult]:
     """Kill the worker from row 50 on, during a helper's call, as the kernel may for memory."""
     if multiprocessing.parent_process() is None:
         time.sleep(0.05)

@@ -78,15 +78,16 @@ def _first_rows(
             title = f"{row.file or part.source.name}:{row.number}"
             try:
                 conversation = reader.conversation(row.fields)
-                example = masker.example(conversation)
-                roles = role_starts(conversation, example, masker.template)
-                # Positions are cut in place of tokens, so that the roles are found again.
-                positions = np.arange(len(example.input_ids), dtype=np.int32)
-                for document in fit(Example(positions, example.trained), length_policy(recipe)):
-                    places = document.input_ids
-                    starts = {i: roles[p] for i, p in enumerate(places.tolist()) if p in roles}
-                    cut = Example(example.input_ids[places], document.trained, conversation.unread)
-                    yield Row(title, cut, starts)
+                for part, example in masker.rendered(conversation):
+                    roles = role_starts(part, example, masker.template)
+                    # Positions are cut in place of tokens, so that the roles are found again.
+                    positions = np.arange(len(example.input_ids), dtype=np.int32)
+                    for document in fit(Example(positions, example.trained), length_policy(recipe)):
+                        places = document.input_ids
+                        starts = {i: roles[p] for i, p in enumerate(places.tolist()) if p in roles}
+                        ids = example.input_ids[places]
+                        cut = Example(ids, document.trained, conversation.unread)
+                        yield Row(title, cut, starts)
             except RowError as error:
                 yield Row(title, error)
 

@@ -209,6 +209,12 @@ class DataSection(Section):
         description="Train the stop token after an answer. with_newline: also the white space that "
         "the chat template writes after it, as many trainers do.",
     )
+    turns: Literal["auto", "together", "apart"] = Field(
+        default="auto",
+        description="Documents of a row with several trained answers. together: one; apart: one of "
+        "each answer with all before it, as a server renders that; auto: apart where the chat "
+        "template does not render earlier answers as they are generated.",
+    )
     ignore_columns: tuple[str, ...] = Field(
         default=(),
         description="Columns of the rows, and keys of their messages, to pass over on purpose. "

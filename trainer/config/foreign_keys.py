@@ -96,8 +96,12 @@ _SCHEDULES = {
 OTHER_VALUES: dict[str, tuple[str, dict[Any, Any]]] = {
     "train_from_scratch": ("model.init", {True: "random", False: "pretrained"}),
     "initial_load_in_hf": ("model.init", {False: "random", True: "pretrained"}),
-    "bf16": ("model.dtype", {True: "bfloat16", "auto": "bfloat16", "full": "bfloat16"}),
-    "torch_dtype": ("model.dtype", _DTYPES),
+    "bf16": (
+        "model.dtype",
+        {True: "bfloat16", "auto": "bfloat16", "full": "bfloat16", False: "float32"},
+    ),
+    "torch_dtype": ("model.dtype", {**_DTYPES, "auto": "bfloat16"}),
+    "dtype": ("model.dtype", {**_DTYPES, "auto": "bfloat16"}),
     "mixed_precision_param": ("model.dtype", _DTYPES),
     "mixed_precision_reduce": ("parallel.grad_dtype", _DTYPES),
     "attn_implementation": ("model.attention", _KERNELS),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -305,11 +306,19 @@ class RunSection(Section):
         description="Save and exit with 75 after this step, as on a signal. The learning rate "
         "schedule does not change.",
     )
+    push_to_hub: str | None = Field(
+        default=None,
+        description="Repository on the Hugging Face hub, as `org/name`, to which the run is "
+        "exported when it is done: its best step if the recipe has eval.best, else the last. A new "
+        "one is private. The token comes from the environment.",
+    )
 
     @model_validator(mode="after")
-    def _steps_in_order(self) -> RunSection:
+    def _usable(self) -> RunSection:
         if self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
             raise ValueError("`profile_steps` is [first, last], counted from 1")
+        if self.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
+            raise ValueError("`push_to_hub` is the name of a repository, as org/name")
         return self
 
 

@@ -44,7 +44,8 @@ REJECTS, FILTERED = "rejects.jsonl", "filtered.jsonl"
 PACKING_FILES = ("pieces.npy", "row_offsets.npy")  # of a kept packing
 
 # Counted for each source and in total. `cut` rows were truncated or split; `lost_trained_tokens`
-# is what that cost.
+# is what that cost. `apart` rows have a document for each trained answer, which costs
+# `repeated_tokens`.
 COUNTED = (
     "rows",
     "documents",
@@ -55,6 +56,8 @@ COUNTED = (
     "duplicates",
     "cut",
     "lost_trained_tokens",
+    "apart",
+    "repeated_tokens",
 )
 
 LONGEST = "longest_reject"  # tokens of the longest row that was too long; 0: none was
@@ -297,6 +300,9 @@ class _CacheWriter:
         for source, lost in chunk.cuts:
             self._sources[source]["cut"] += 1
             self._sources[source]["lost_trained_tokens"] += lost
+        for source, repeated in chunk.apart:
+            self._sources[source]["apart"] += 1
+            self._sources[source]["repeated_tokens"] += repeated
 
     def finish(self, drop_duplicates: bool) -> None:
         """Find the duplicates, write the end of the last document, and last of all the report."""

@@ -85,6 +85,9 @@ class Masker:
         control_tokens: what becomes of a text that spells one: `reject` the row, `text`, or `keep`
             it as a token.
         chat_template_kwargs: variables of the chat template.
+        turns: `together` makes one document of a row, whose history must show every trained answer
+            as it is generated; `apart` makes one of each trained answer with all before it; `auto`
+            does so for rows that cannot be proved together.
 
     Raises:
         BadInput: the tokenizer cannot be used.
@@ -99,6 +102,7 @@ class Masker:
         train_trailing_newline: bool = False,
         control_tokens: str = "reject",
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        turns: str = "together",
     ) -> None:
         if train_on not in MODES:
             raise BadInput(f"`data.train_on` is {train_on!r}; allowed: {', '.join(MODES)}")
@@ -113,6 +117,8 @@ class Masker:
         self.train_on_eot = train_on_eot
         self.train_trailing_newline = train_trailing_newline and train_on_eot
         self.control_tokens = control_tokens
+        # `all` trains the history, too, which a document for each answer would repeat
+        self.turns = "together" if train_on == "all" else turns
         self._encoder = Encoder(tokenizer, self.template.control_ids)
         self._text_controls = self._encoder.controls(self._encoder.encode([""], True)[0])
 
@@ -129,8 +135,55 @@ class Masker:
             raise result
         return result
 
+    def documents(
+        self, conversations: Sequence[Conversation]
+    ) -> list[tuple[Example, ...] | RowError]:
+        """Return for each row its documents, or why it is rejected; many at once are faster."""
+        made: list[Any] = [None] * len(conversations)
+        if self.turns != "apart":
+            made = [
+                (result,) if isinstance(result, Example) else result
+                for result in self.examples(conversations)
+            ]
+        if self.turns == "together":
+            return made
+        parts = {
+            n: self.prefixes(conversations[n])
+            for n, result in enumerate(made)
+            if not isinstance(result, tuple)
+        }
+        # one call for the parts of all rows, too
+        examples = iter(self.examples([part for row in parts.values() for part in row]))
+        for n, row in parts.items():
+            results = [next(examples) for _ in row]
+            faults = [result for result in results if isinstance(result, RowError)]
+            made[n] = faults[0] if faults else tuple(results)
+        return made
+
+    def rendered(self, conversation: Conversation) -> list[tuple[Conversation, Example]]:
+        """Return a row's documents, each with the conversation that it renders.
+
+        Raises:
+            RowError: the row is rejected.
+        """
+        (made,) = self.documents([conversation])
+        if isinstance(made, RowError):
+            raise made
+        parts = [conversation] if len(made) == 1 else self.prefixes(conversation)
+        return list(zip(parts, made, strict=True))
+
+    def prefixes(self, conversation: Conversation) -> list[Conversation]:
+        """Return the row up to each of its trained answers, which alone is trained there."""
+        messages = conversation.messages
+        try:
+            chosen = _choose_turns(messages, self.train_on)
+        except RowError:  # which `examples` will give as the reason
+            return [conversation]
+        history = [replace(m, weight=0) if m.role == "assistant" else m for m in messages]
+        return [replace(conversation, messages=(*history[:n], messages[n])) for n in chosen]
+
     def examples(self, conversations: Sequence[Conversation]) -> list[Example | RowError]:
-        """Return for each row its example, or why it is rejected; many at once are faster."""
+        """Return for each row its example as one document, or why there is none."""
         results: list[Any] = [self._prepare_row(conversation) for conversation in conversations]
         # One call of the tokenizer for each kind, as its threads share the texts of a call.
         self._finish_all(results, _Row, lambda row: row.render.text, self._template_example)
@@ -144,7 +197,7 @@ class Masker:
             RowError: the row is no conversation, or its mask cannot be proved.
         """
         # A question whose row has no proved mask is not asked: its answer may not be comparable.
-        self.example(conversation)
+        self.rendered(conversation)
         answers = _answers(conversation.messages)
         if not answers:
             raise RowError("no answer")
@@ -193,6 +246,7 @@ class Masker:
                 self.train_on_eot,
                 self.train_trailing_newline,
                 self.control_tokens,
+                self.turns,
             ],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

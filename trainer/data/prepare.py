@@ -24,11 +24,10 @@ from packhorse.trainer.data.mask import Masker
 from packhorse.trainer.data.rows import RowReader
 from packhorse.trainer.data.source import source_digest
 from packhorse.trainer.data.split import SplitRows, parts_of, rows_of
-from packhorse.trainer.data.tokenize import LengthPolicy, Row
+from packhorse.trainer.data.tokenize import LengthPolicy, Row, RowResult
 from packhorse.trainer.datatypes import (
     BadInput,
     Conversation,
-    Example,
     Packed,
     Prompt,
     RowError,
@@ -215,6 +214,7 @@ def masker_of(section: DataSection, tokenizer: Any) -> Masker:
         train_trailing_newline=section.train_on_eot == "with_newline",
         control_tokens=section.control_tokens,
         chat_template_kwargs=section.chat_template_kwargs,
+        turns=section.turns,
     )
 
 
@@ -251,14 +251,14 @@ class RowTokenizer:
     masker: Masker
     readers: tuple[RowReader, ...]  # of each source
 
-    def __call__(self, rows: list[Row]) -> list[Example | RowError]:
+    def __call__(self, rows: list[Row]) -> list[RowResult]:
         read = [self.conversation(row) for row in rows]
         # One call for the whole chunk, as the tokenizer is faster on many texts.
-        examples = iter(
-            self.masker.examples([found for found in read if isinstance(found, Conversation)])
+        made = iter(
+            self.masker.documents([found for found in read if isinstance(found, Conversation)])
         )
         return [
-            found if isinstance(found, RowError) else _with_unread(next(examples), found)
+            found if isinstance(found, RowError) else _with_unread(next(made), found)
             for found in read
         ]
 
@@ -269,10 +269,10 @@ class RowTokenizer:
             return error
 
 
-def _with_unread(example: Example | RowError, conversation: Conversation) -> Example | RowError:
-    if isinstance(example, RowError) or not conversation.unread:
-        return example
-    return replace(example, unread=conversation.unread)
+def _with_unread(result: RowResult, conversation: Conversation) -> RowResult:
+    if isinstance(result, RowError) or not conversation.unread:
+        return result
+    return tuple(replace(example, unread=conversation.unread) for example in result)
 
 
 def _cache_key(

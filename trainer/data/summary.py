@@ -163,6 +163,9 @@ def _rows_table(title: str, prepared: Prepared) -> Table:
         if part["cut"]:
             lost = f"  cut, less {part['lost_trained_tokens']:,} trained tokens"
             table.add_row(lost, f"{part['cut']:,}")
+        if part["apart"]:
+            apart = f"  a document an answer, {part['repeated_tokens']:,} tokens repeated"
+            table.add_row(apart, f"{part['apart']:,}")
         if part["duplicates"]:
             table.add_row("  duplicates", f"{part['duplicates']:,}")
     if "leakage" in report:

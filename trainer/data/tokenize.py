@@ -70,9 +70,12 @@ class LengthPolicy:
 
 Result = TypeVar("Result")
 
-Tokenize = Callable[[list[Row]], list[Example | RowError]]
-"""Returns for each row its example, or the reason why it has none. It must be picklable, and the
-outcome must not depend on how rows are cut into chunks."""
+RowResult = tuple[Example, ...] | RowError
+"""A row's examples (one, or one of each trained answer), or the reason why it has none."""
+
+Tokenize = Callable[[list[Row]], list[RowResult]]
+"""Returns the result of each row. It must be picklable, and the outcome must not depend on how rows
+are cut into chunks."""
 
 
 def tokenize_rows(
@@ -171,6 +174,32 @@ def _truncate(example: Example, limits: LengthPolicy) -> Example:
     return Example(example.input_ids[:stop], trained[:stop])
 
 
+def _fit_row(examples: Sequence[Example], limits: LengthPolicy) -> list[Example]:
+    """Return the documents of a row; of several examples, without those that cannot be cut to fit.
+
+    Raises:
+        RowError: the policy rejects one of them, or leaves none.
+    """
+    parts: list[Example] = []
+    fault = RowError("no trained token")
+    for example in examples:
+        try:
+            parts += fit(example, limits)
+        except RowError as error:
+            if limits.too_long == "reject":
+                raise
+            fault = error
+    if not parts:
+        raise fault
+    return parts
+
+
+def _sizes(examples: Sequence[Example]) -> tuple[list[int], int]:
+    """Return the length of each example, and the trained tokens of all."""
+    trained = sum(int(np.count_nonzero(example.trained)) for example in examples)
+    return [len(example.input_ids) for example in examples], trained
+
+
 class _Work(NamedTuple):
     """Tokenizes a chunk of rows and cuts its examples to length; pickled to the workers."""
 
@@ -185,19 +214,25 @@ class _Work(NamedTuple):
         cuts: list[tuple[int, int]] = []
         unread: Counter[tuple[int, str]] = Counter()
         long_rows: dict[tuple[int, int], int] = {}
-        for row, example in zip(rows, self.tokenize(rows), strict=True):
+        apart: list[tuple[int, int]] = []
+        for row, examples in zip(rows, self.tokenize(rows), strict=True):
             try:
-                if isinstance(example, RowError):
-                    raise example
-                parts = fit(example, self.limits)
+                if isinstance(examples, RowError):
+                    raise examples
+                parts = _fit_row(examples, self.limits)
                 documents += [(row, part) for part in parts]
-                if [len(part.input_ids) for part in parts] != [len(example.input_ids)]:
-                    kept = sum(np.count_nonzero(part.trained) for part in parts)
-                    cuts.append((row.source, int(np.count_nonzero(example.trained) - kept)))
-                digest = xxhash.xxh3_64(example.input_ids.tobytes())
-                digest.update(example.trained.tobytes())
+                lengths, trained_tokens = _sizes(examples)
+                kept_lengths, kept = _sizes(parts)
+                if kept_lengths != lengths:
+                    cuts.append((row.source, trained_tokens - kept))
+                if len(examples) > 1:
+                    apart.append((row.source, sum(kept_lengths) - max(kept_lengths)))
+                digest = xxhash.xxh3_64()
+                for example in examples:
+                    digest.update(example.input_ids.tobytes())
+                    digest.update(example.trained.tobytes())
                 digests += [digest.intdigest()] * len(parts)
-                unread.update((row.source, name) for name in example.unread)
+                unread.update((row.source, name) for name in examples[0].unread)
             except RowError as error:
                 left_out = filtered if isinstance(error, Filtered) else rejects
                 left_out.append((row.source, row.file, row.number, str(error)))
@@ -219,6 +254,7 @@ class _Work(NamedTuple):
             rejects=tuple(rejects),
             filtered=tuple(filtered),
             cuts=tuple(cuts),
+            apart=tuple(apart),
             source_rows=Counter(row.source for row in rows),
             unread=unread,
             long_rows=long_rows,

@@ -68,6 +68,8 @@ def draw_curves(
         _draw_curve(axes, curve, points)
     if _spans_decades(curves):
         axes.set_yscale("log")
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:,g}")
         axes.set_ylabel(f"{y_label} (log scale)")
     else:
         _format_ticks(axes.yaxis, "{:,.5g}")
@@ -96,7 +98,7 @@ def _draw_curve(axes: Any, curve: Curve, points: bool) -> None:
 
 
 def _draw_band(axes: Any, run: int, steps: Any, lows: Any, highs: Any) -> None:
-    axes.fill_between(steps, lows, highs, color=_colour(run), alpha=0.16, linewidth=0)
+    axes.fill_between(steps, lows, highs, color=_colour(run), alpha=0.12, linewidth=0)
 
 
 def _joined(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -181,7 +183,7 @@ def _as_svg(figure: Any, name: str) -> str:
     import matplotlib
 
     # text as text, so that the page's font is used and a reader can find it
-    settings = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10.5}
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.size": 10.5}
     nothing: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     buffer = io.StringIO()
     with matplotlib.rc_context(settings):

@@ -17,10 +17,9 @@ import jinja2
 from markupsafe import Markup
 
 from packhorse import __version__
-from packhorse.trainer.config.eval import EVAL_LOSS
 from packhorse.trainer.report.differences import differing_keys
 from packhorse.trainer.report.figures import Bars, Curve, draw_bars, draw_curves, draw_sample
-from packhorse.trainer.report.runs import LOSS, TOKENS_PER_S, Run
+from packhorse.trainer.report.runs import LOSS, TOKENS_PER_S, Run, is_finite
 from packhorse.trainer.report.samples import compare_samples
 from packhorse.trainer.utils.text import show_controls
 
@@ -160,22 +159,38 @@ def _curves(runs: Sequence[Run], plotted: dict[str, Plotted]) -> list[Figure]:
 
 
 def _evaluation_figures(runs: Sequence[Run]) -> list[Figure]:
-    """Draw the held-out loss, and each metric with its intervals."""
-    losses = [
-        Curve(number, list(lines), [line["eval_loss"] for line in lines.values()])
-        for number, run in enumerate(runs)
-        if (lines := run.evaluations)
-    ]
-    if not losses:
-        return []
-    svg = draw_curves(_id(EVAL_LOSS), "loss (nats per token)", losses, points=True)
-    figures = [Figure("Held-out loss", "Mean over all trained tokens.", Markup(svg))]  # noqa: S704
+    """Draw the held-out loss, that of each source, and each metric with its intervals."""
+    lines = [line for run in runs for line in run.evaluations.values()]
+    note = "Mean over all trained tokens."
+    if len({line["held_out"] for line in lines if "held_out" in line}) > 1:
+        note += " The runs' held-out rows or tokens differ: do not compare their values."
+    sources = dict.fromkeys(name for line in lines for name in line.get("losses", ()))
+    figures = []
+    for place, source in enumerate((None, *sources)):
+        if curves := _held_out_losses(runs, source):
+            svg = draw_curves(f"loss-{place}", "loss (nats per token)", curves, points=True)
+            title = f"Held-out loss{f' of {source}' if source else ''}"
+            figures.append(Figure(title, note, Markup(svg)))  # noqa: S704
     for place, name in enumerate(_metric_names(runs)):
         curves = [curve for number, run in enumerate(runs) if (curve := _scores(number, run, name))]
         if curves:
             svg = draw_curves(f"score-{place}", "mean score (0 to 1)", curves, points=True)
             figures.append(Figure(name, "Held-out prompts; 95% intervals.", Markup(svg)))  # noqa: S704
     return figures
+
+
+def _held_out_losses(runs: Sequence[Run], source: str | None) -> list[Curve]:
+    """Return each run's held-out loss, of a source or of all rows."""
+    curves = []
+    for number, run in enumerate(runs):
+        found = {
+            step: line.get("losses", {}).get(source) if source else line["eval_loss"]
+            for step, line in run.evaluations.items()
+        }
+        found = {step: loss for step, loss in found.items() if is_finite(loss)}
+        if found:
+            curves.append(Curve(number, list(found), list(found.values())))
+    return curves
 
 
 def _scores(number: int, run: Run, name: str) -> Curve | None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from packhorse.trainer.checkpoint.best import evaluations
 from packhorse.trainer.config.recipe import Recipe, load_recipe
@@ -47,7 +47,7 @@ class Run:
     def values(self, name: str) -> list[tuple[int, float]]:
         """Return (step, value) of a metric at each logged step that has it as a finite number."""
         found = ((line["step"], line.get(name)) for line in self.lines)
-        return [(step, value) for step, value in found if _is_finite(value)]
+        return [(step, float(value)) for step, value in found if is_finite(value)]
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -58,7 +58,8 @@ class Run:
 LOSS, TOKENS_PER_S = "train/loss", "perf/tokens_per_s"
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> TypeGuard[float]:
+    """Return whether a value can be drawn: a number, and neither NaN nor infinite."""
     return isinstance(value, int | float) and math.isfinite(value)
 
 
