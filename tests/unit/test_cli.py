@@ -70,7 +70,7 @@ def test_the_table_of_a_plan_loses_nothing_in_a_terminal_of_80_columns(packhorse
 
 COMMANDS = [
     *("train", "convert", "preview", "prepare", "plan", "export", "eval", "compare", "runs"),
-    *("report", "chat"),
+    *("report", "chat", "init"),
     "verify-resume",
     *("launch slurm", "launch kubernetes"),
 ]

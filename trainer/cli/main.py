@@ -30,6 +30,7 @@ from packhorse.trainer.cli.chat import chat
 from packhorse.trainer.cli.convert import convert
 from packhorse.trainer.cli.data import plan, prepare, preview
 from packhorse.trainer.cli.eval import compare, evaluate, resolve_step
+from packhorse.trainer.cli.init import init
 from packhorse.trainer.cli.launch import launch_app
 from packhorse.trainer.cli.runs import report, runs
 from packhorse.trainer.cli.worker import (
@@ -144,6 +145,7 @@ def train(
     raise typer.Exit(code)
 
 
+app.command()(init)
 app.command()(convert)
 app.command()(preview)
 app.command()(prepare)
