@@ -159,7 +159,7 @@ _WARMUP = "`optim.warmup_ratio`, a share of all steps"
 _PROFILE = "`run.profile_steps: [first, last]`"
 _TEMPLATE = "a DeepSpeed template: `parallel.deepspeed: zero3`, or `zero3_offload_all`"
 _ADAPTER = "the section `adapter`, with `adapter.rank`; without it all weights are trained"
-_TRACKER = "left out: TensorBoard files and metrics.jsonl are always written to `run.dir`"
+_TRACKER = "`run.trackers`, with `run.project`, `run.name`, `run.group` and `run.tags`"
 _HUB = "left out: nothing is uploaded; `packhorse export` writes a model folder"
 
 # What follows "`KEY` is " where the value must be thought about.

@@ -278,6 +278,19 @@ class RunSection(Section):
 
     dir: str = Field(description="The run folder. All nodes must share it.")
     log_every: int = Field(default=1, ge=1, description="Steps between log lines.")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml"], ...] = Field(
+        default=("tensorboard",),
+        description="Where metrics go besides metrics.jsonl. Each tracker takes its server and key "
+        "from its own environment variables.",
+    )
+    project: str = Field(
+        default="packhorse", min_length=1, description="Project, or experiment, in the trackers."
+    )
+    name: str | None = Field(
+        default=None, description="Name of the run in the trackers. null: that of the run folder."
+    )
+    group: str | None = Field(default=None, description="Group of runs in the trackers.")
+    tags: tuple[str, ...] = Field(default=(), description="Tags of the run in the trackers.")
     trace: bool = Field(
         default=False,
         description="Write trace.jsonl: documents, loss, gradient norm and settings of each step.",
