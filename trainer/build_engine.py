@@ -28,6 +28,7 @@ from packhorse.trainer.model.load import load_config, load_model
 from packhorse.trainer.model.lora import require_stage
 from packhorse.trainer.model.packing_check import prove_packing
 from packhorse.trainer.model.sft import SftModel
+from packhorse.trainer.trackers import TENSORBOARD, Trackers
 from packhorse.trainer.utils.cpu_speed import EMULATED_FROM, bf16_slowdown
 
 
@@ -147,7 +148,12 @@ def require_same_data(*prepared: TrainData | None) -> None:
 
 
 def open_metrics(
-    recipe: Recipe, run_dir: Path, engine: Engine, watch: Watch, first_step: int
+    recipe: Recipe,
+    run_dir: Path,
+    engine: Engine,
+    watch: Watch,
+    first_step: int,
+    trackers: Trackers,
 ) -> Metrics:
     """Open the run folder's metrics, which drop what a killed run logged after `first_step`."""
     return Metrics(
@@ -157,4 +163,6 @@ def open_metrics(
         flops=model_flops(engine.module.model),
         resumed_at=first_step,
         beat=watch.beat,
+        trackers=trackers,
+        to_tensorboard=TENSORBOARD in recipe.run.trackers,
     )

@@ -26,6 +26,7 @@ from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.run_folder import write_stop
 from packhorse.trainer.stop_flag import StopFlag
+from packhorse.trainer.trackers import Trackers
 from packhorse.trainer.utils.files import Stopped
 
 
@@ -61,7 +62,7 @@ def evaluate_model(recipe: Recipe, out: Path, step: int) -> None:
         if recipe.eval.by_server and dist.is_main():
             save_description(model, tokenizer, out)  # a part of the folder that the server loads
         watch = Watch(recipe.guard, out)
-        metrics = open_metrics(recipe, out, engine, watch, step)
+        metrics = open_metrics(recipe, out, engine, watch, step, Trackers([]))
         evaluate = Evaluation(recipe, out, engine, data, masker, metrics, stop, watch)
         if not evaluate(step):
             write_stop(out, step)

@@ -19,6 +19,7 @@ import torch
 
 from packhorse.trainer import dist
 from packhorse.trainer.datatypes import Batch, StepPlan, StepResult
+from packhorse.trainer.trackers import Trackers
 from packhorse.trainer.utils.files import read_json_lines, write_synced
 
 # Dense bf16 FLOP/s from the makers' data sheets. The longest name that a device's name contains
@@ -198,7 +199,10 @@ class Metrics:
         flops: ModelFlops,
         resumed_at: int,
         beat: Callable[[str], None],
+        trackers: Trackers,
+        to_tensorboard: bool = True,
     ) -> None:
+        self._trackers = trackers
         self.clock = Clock(dist.device(), beat)
         self._log_every = log_every
         self._seq_len = seq_len
@@ -206,8 +210,6 @@ class Metrics:
         self._peak = peak_flops(dist.device())
         self._writer = self._board = None
         if dist.is_main():
-            from torch.utils.tensorboard import SummaryWriter
-
             _drop_lines_after(run_dir / EVALUATIONS, resumed_at, None)
             evaluated = any(
                 line["step"] == resumed_at for line in read_json_lines(run_dir / EVALUATIONS)
@@ -216,9 +218,11 @@ class Metrics:
                 _drop_lines_after(run_dir / name, resumed_at, None if evaluated else resumed_at)
             # line-buffered: a killed run loses no line that was logged
             self._writer = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
-            self._board = SummaryWriter(
-                str(run_dir / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None
-            )
+            if to_tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                purge_step = resumed_at + 1 if resumed_at else None
+                self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge_step)
         self._expected_memory: tuple[int, int] | None = None  # bytes, and steps until compared
         self._all_tokens = self._all_seconds = 0.0
         self._reset()
@@ -314,16 +318,18 @@ class Metrics:
         return self._all_tokens / self._all_seconds if self._all_seconds else 0.0
 
     def write(self, step: int, line: dict[str, float]) -> None:
-        """Write a JSON line and the same names to TensorBoard.
+        """Write a JSON line, and hand the same names to the trackers.
 
         Args:
             step: steps of the plan that are done; 0 is before any.
         """
-        if self._writer is None or self._board is None:
+        if self._writer is None:
             return
         self._writer.write(json.dumps({"step": step, **line}) + "\n")
-        for name, value in line.items():
-            self._board.add_scalar(name, value, step)
+        if self._board is not None:
+            for name, value in line.items():
+                self._board.add_scalar(name, value, step)
+        self._trackers.log(step, line)
 
     def write_text(self, name: str, markdown: str, step: int | None = None) -> None:
         """Write a text to TensorBoard."""
@@ -331,8 +337,9 @@ class Metrics:
             self._board.add_text(name, markdown, step)
 
     def close(self) -> None:
-        if self._writer is not None and self._board is not None:
+        if self._writer is not None:
             self._writer.close()
+        if self._board is not None:
             self._board.close()
 
 

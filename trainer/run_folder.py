@@ -3,6 +3,7 @@
     recipe.yaml        the resolved recipe
     environment.json   versions, device, number of ranks
     data.json          counts of the prepared data; data.png a picture of them
+    trackers.json      ids of this run in the experiment trackers
     rejects.jsonl      rows that were left out for a fault
     logs/rank00000.log what rank 0 logged, of all starts
     summary.json       metrics before and after, written when the run is done
@@ -39,6 +40,7 @@ from packhorse.trainer.data.shard_log import LOG
 from packhorse.trainer.datatypes import STOP_FILE, BadInput, Batch, StepResult
 from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.metrics import EVALUATIONS, PARTS, Metrics
+from packhorse.trainer.trackers import IDS
 from packhorse.trainer.utils.files import read_json_lines, write_json, write_synced
 
 LOG_FILE = "logs/rank00000.log"  # in the run folder
@@ -47,7 +49,8 @@ LOG_FILE = "logs/rank00000.log"  # in the run folder
 _WRITTEN = (
     *("checkpoints", "model", "serving", "tensorboard"),
     *("metrics.jsonl", EVALUATIONS, "samples.jsonl", "rejects.jsonl", "skipped_steps.jsonl"),
-    *("trace.jsonl", "environment.json", "best.json", "summary.json", LOG_FILE),
+    *("trace.jsonl", "environment.json", "best.json", "summary.json", "pushed.json"),
+    *(LOG_FILE, IDS),
 )
 _LENGTHS = ("train.epochs", "train.steps")
 
@@ -71,6 +74,7 @@ def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> N
         if text not in (None, recipe.to_yaml()):
             # the untrained model of another recipe may be another model
             (run_dir / EVALUATIONS).unlink(missing_ok=True)
+            (run_dir / IDS).unlink(missing_ok=True)
         if changed:
             (run_dir / LOG).unlink()
     elif changed:

@@ -26,6 +26,7 @@ from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.checkpoint.best import Best
 from packhorse.trainer.checkpoint.checkpoint import Saver
 from packhorse.trainer.checkpoint.hf_export import save_description
+from packhorse.trainer.checkpoint.hub import check_push, push_run
 from packhorse.trainer.checkpoint.manifest import RunState, point_at_best
 from packhorse.trainer.checkpoint.mirror import Mirror, open_mirror
 from packhorse.trainer.config.recipe import Recipe
@@ -65,6 +66,7 @@ from packhorse.trainer.run_folder import (
     write_trace,
 )
 from packhorse.trainer.stop_flag import StopFlag
+from packhorse.trainer.trackers import Trackers, open_trackers
 from packhorse.trainer.utils.alive import shown_alive
 from packhorse.trainer.utils.files import Stopped
 from packhorse.trainer.utils.progress import Progress
@@ -90,13 +92,21 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
         mirror = open_mirror(recipe, run_dir)
         open_run_folder(recipe, run_dir, extend=extend)
         check_server(recipe)
+        if recipe.run.push_to_hub:
+            check_push(recipe.run.push_to_hub)
     # so that `packhorse runs` can tell a run that works from one that was killed
     shown = shown_alive(run_dir) if dist.is_main() else nullcontext()
-    with dist.saved_log(run_dir / LOG_FILE), shown:
-        prepare_and_fit(recipe, run_dir, stop, mirror)
+    with (
+        dist.saved_log(run_dir / LOG_FILE),
+        shown,
+        open_trackers(recipe, run_dir) as trackers,
+    ):
+        prepare_and_fit(recipe, run_dir, stop, mirror, trackers)
 
 
-def prepare_and_fit(recipe: Recipe, run_dir: Path, stop: StopFlag, mirror: Mirror | None) -> None:
+def prepare_and_fit(
+    recipe: Recipe, run_dir: Path, stop: StopFlag, mirror: Mirror | None, trackers: Trackers
+) -> None:
     """Prepare the data, then train in a process group. Every rank calls it."""
     tokenizer = load_tokenizer(recipe.model)
     # No process group yet: preparation may take longer than any collective's time-out (C10).
@@ -116,10 +126,14 @@ def prepare_and_fit(recipe: Recipe, run_dir: Path, stop: StopFlag, mirror: Mirro
         return
     with dist.process_group():
         stop.attach_group()
-        given = (recipe, run_dir, tokenizer, train_data, plan, eval_data, stop, mirror)
+        given = (recipe, run_dir, tokenizer, train_data, plan, eval_data, stop, trackers, mirror)
         fit(PreparedRun(*given))
-    if mirror:  # not in the group, where the other ranks would wait for it in vain
-        mirror.finish(is_done=is_done(run_dir, plan.steps))
+    # not in the group, where the other ranks would wait in vain
+    done = dist.is_main() and is_done(run_dir, plan.steps)
+    if mirror:
+        mirror.finish(is_done=done)
+    if done and recipe.run.push_to_hub:
+        push_run(run_dir, recipe.run.push_to_hub, plan.steps)
 
 
 @dataclass(frozen=True)
@@ -133,6 +147,7 @@ class PreparedRun:
     plan: Plan
     eval_data: Prepared | None
     stop: StopFlag
+    trackers: Trackers
     mirror: Mirror | None = None  # rank 0's
 
 
@@ -183,7 +198,7 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     pin = dist.device().type == "cuda"
     loader = Loader(prepared.train_data, plan, dist.rank(), dist.world_size(), pin)
     peak_bytes = memory_dry_run(recipe, engine, loader, first_step)
-    metrics = open_metrics(recipe, run_dir, engine, watch, first_step)
+    metrics = open_metrics(recipe, run_dir, engine, watch, first_step, prepared.trackers)
     best = Best(recipe.eval.best, run_dir)
     evaluate = build_evaluation(prepared, engine, metrics, watch, best)
     # A resumed run repeats an evaluation only if it was stopped before its end.

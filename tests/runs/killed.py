@@ -77,6 +77,8 @@ class ForkServer:
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONFAULTHANDLER": "1",  # SIGABRT makes a rank print its stacks
+            # Where mlflow is installed, DeepSpeed imports it, and so pyarrow, which has a thread.
+            "JE_ARROW_MALLOC_CONF": "background_thread:false",
         }
         pipe = subprocess.PIPE
         self._process: Any = subprocess.Popen(

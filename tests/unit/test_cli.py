@@ -69,7 +69,8 @@ def test_the_table_of_a_plan_loses_nothing_in_a_terminal_of_80_columns(packhorse
 
 
 COMMANDS = [
-    *("train", "preview", "prepare", "plan", "export", "eval", "compare", "runs", "report", "chat"),
+    *("train", "convert", "preview", "prepare", "plan", "export", "eval", "compare", "runs"),
+    *("report", "chat", "init"),
     "verify-resume",
     *("launch slurm", "launch kubernetes"),
 ]

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from packhorse.trainer.datatypes import StepPlan, StepResult
 from packhorse.trainer.metrics import EVALUATIONS, Clock, Metrics, ModelFlops, model_flops
+from packhorse.trainer.trackers import Trackers
 from packhorse.trainer.utils.files import read_json_lines
 from packhorse.trainer.utils.progress import _clock
 from tests.model_helpers import pack
@@ -63,7 +64,13 @@ def log(
 ) -> list[dict[str, Any]]:
     """Run the log from step `resumed_at` to `last`, with the evaluations that a run makes."""
     metrics = Metrics(
-        run_dir, log_every=1, seq_len=16, flops=flops, resumed_at=resumed_at, beat=lambda part: None
+        run_dir,
+        log_every=1,
+        seq_len=16,
+        flops=flops,
+        resumed_at=resumed_at,
+        beat=lambda part: None,
+        trackers=Trackers([]),
     )
     if resumed_at == 0:
         metrics.write(0, {"eval/loss": 9.0})

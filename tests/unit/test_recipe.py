@@ -193,7 +193,7 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (with_key("r", 8), "`r` is `adapter.rank` here"),
         (with_key("adapter.r", 8), "`adapter.r` is `adapter.rank` here"),
         (with_key("load_in_4bit", True), "`load_in_4bit` is `adapter.base` here (nf4)"),
-        (with_key("bf16", True), "`bf16` is `model.dtype` here (bfloat16)"),
+        (with_key("bf16", True), "`bf16` is `model.dtype` here (bfloat16, float32)"),
         (with_key("fp16", True), "`fp16` is not supported: `model.dtype: bfloat16`"),
         (with_key("deepspeed", "zero3"), "`deepspeed` is `parallel.deepspeed` here"),
         (with_key("max_length", 9), "`max_length` is `batch.seq_len`, the length of a packed"),
@@ -212,6 +212,7 @@ def test_an_override_reaches_into_a_list(tmp_path):
         ),
         (with_key("data.train", []), "`data.train`"),
         (with_key("data.group_by", "id"), "`group_by` belongs to `eval_fraction`"),
+        (with_key("data.eval", [{"path": "a", "group_by": "x"}]), "are held out whole"),
         (with_key("data.eval_fraction", 1), "`data.eval_fraction`"),
         (with_key("data.train", [{}]), "give exactly one of `path` and `name`"),
         (

@@ -17,6 +17,7 @@ from packhorse.trainer.data.prepare import prepare, train_plan
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.metrics import EVALUATIONS, Metrics, ModelFlops
 from packhorse.trainer.run_folder import open_run_folder, require_shared, write_description
+from packhorse.trainer.trackers import Trackers
 from tests.ranks import ROOT
 
 
@@ -162,7 +163,13 @@ def test_it_tells_of_every_row_that_is_left_out(tmp_path: Path, shared: Path) ->
     train, held_out = (prepare(made, tokenizer, which) for which in ("train", "eval"))
     flops = ModelFlops(1, 1, 1)
     metrics = Metrics(
-        tmp_path, log_every=1, seq_len=8, flops=flops, resumed_at=0, beat=lambda part: None
+        tmp_path,
+        log_every=1,
+        seq_len=8,
+        flops=flops,
+        resumed_at=0,
+        beat=lambda part: None,
+        trackers=Trackers([]),
     )
     write_description(made, tmp_path, train, train_plan(made, train), held_out, metrics)
     metrics.close()

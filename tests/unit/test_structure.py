@@ -16,6 +16,7 @@ TIERS = [
     "dist",
     "utils stop_flag",
     "config",
+    "trackers",
     "data model metrics hang_watchdog",
     "engine guard",
     "checkpoint estimate run_folder loop",

@@ -8,6 +8,7 @@ is written, or merged, with its base loaded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
@@ -324,9 +325,12 @@ def _model_card(run_dir: Path, recipe: Recipe, step: int, is_adapter: bool) -> s
     given = ", ".join(f"{name}={value!r}" for name, value in options)
     if given:
         given = f"\nIts chat template was given `{given}`: give apply_chat_template the same.\n"
+    name = recipe.model.name
+    # the hub refuses a card whose base is a folder
+    on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).expanduser().is_dir()
+    base = f"base_model: {name}\n" if on_hub else ""
     return f"""---
-base_model: {recipe.model.name}
-library_name: {"peft" if is_adapter else "transformers"}
+{base}library_name: {"peft" if is_adapter else "transformers"}
 pipeline_tag: text-generation
 tags: [packhorse, sft]
 ---

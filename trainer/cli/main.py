@@ -27,8 +27,10 @@ from packhorse.trainer.cli.arguments import (
     read_recipe,
 )
 from packhorse.trainer.cli.chat import chat
+from packhorse.trainer.cli.convert import convert
 from packhorse.trainer.cli.data import plan, prepare, preview
 from packhorse.trainer.cli.eval import compare, evaluate, resolve_step
+from packhorse.trainer.cli.init import init
 from packhorse.trainer.cli.launch import launch_app
 from packhorse.trainer.cli.runs import report, runs
 from packhorse.trainer.cli.worker import (
@@ -143,6 +145,8 @@ def train(
     raise typer.Exit(code)
 
 
+app.command()(init)
+app.command()(convert)
 app.command()(preview)
 app.command()(prepare)
 app.command()(plan)
@@ -176,6 +180,14 @@ def export(
         bool,
         typer.Option("--overwrite", help="Replace an earlier export, once the new one is whole."),
     ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ORG/NAME",
+            help="Upload it to this repository on the Hugging Face hub, too; a new one is private.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Export a checkpoint as a Hugging Face model folder, or an adapter for peft.
 
@@ -183,10 +195,12 @@ def export(
     replaced, but an earlier export with --overwrite.
 
     [bold]packhorse export runs/quickstart --out models/word-problems[/bold]
-    [bold]packhorse export runs/quickstart --out models/word-problems --best[/bold]
+    [bold]packhorse export runs/quickstart --out models/best --best --push me/best[/bold]
     [bold]packhorse export runs/lora_8b --out models/lora-merged --merge[/bold]
     [bold]packhorse export runs/quickstart --out /scratch/universal --universal[/bold]
     """
+    if universal and push:
+        raise BadInput("--push: a universal checkpoint is no model; leave it out")
     if universal and merge:
         raise BadInput(
             "--merge: a universal checkpoint is the training state, into which no adapter is "
@@ -198,6 +212,10 @@ def export(
     dist.start_logging()
     require_own_place(run, out)
     chosen = resolve_step(run, step, best)
+    if push:
+        from packhorse.trainer.checkpoint.hub import check_push
+
+        check_push(push)
     if universal:
         from packhorse.trainer.checkpoint.universal import export_universal
 
@@ -206,6 +224,10 @@ def export(
         from packhorse.trainer.checkpoint.hf_export import export
 
         print(export(run, out, chosen, merge=merge, overwrite=overwrite))
+    if push:
+        from packhorse.trainer.checkpoint.hub import push as push_to_hub
+
+        print(push_to_hub(out, push))
 
 
 app.command(name="eval")(evaluate)

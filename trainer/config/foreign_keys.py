@@ -96,8 +96,12 @@ _SCHEDULES = {
 OTHER_VALUES: dict[str, tuple[str, dict[Any, Any]]] = {
     "train_from_scratch": ("model.init", {True: "random", False: "pretrained"}),
     "initial_load_in_hf": ("model.init", {False: "random", True: "pretrained"}),
-    "bf16": ("model.dtype", {True: "bfloat16", "auto": "bfloat16", "full": "bfloat16"}),
-    "torch_dtype": ("model.dtype", _DTYPES),
+    "bf16": (
+        "model.dtype",
+        {True: "bfloat16", "auto": "bfloat16", "full": "bfloat16", False: "float32"},
+    ),
+    "torch_dtype": ("model.dtype", {**_DTYPES, "auto": "bfloat16"}),
+    "dtype": ("model.dtype", {**_DTYPES, "auto": "bfloat16"}),
     "mixed_precision_param": ("model.dtype", _DTYPES),
     "mixed_precision_reduce": ("parallel.grad_dtype", _DTYPES),
     "attn_implementation": ("model.attention", _KERNELS),
@@ -155,7 +159,7 @@ _WARMUP = "`optim.warmup_ratio`, a share of all steps"
 _PROFILE = "`run.profile_steps: [first, last]`"
 _TEMPLATE = "a DeepSpeed template: `parallel.deepspeed: zero3`, or `zero3_offload_all`"
 _ADAPTER = "the section `adapter`, with `adapter.rank`; without it all weights are trained"
-_TRACKER = "left out: TensorBoard files and metrics.jsonl are always written to `run.dir`"
+_TRACKER = "`run.trackers`, with `run.project`, `run.name`, `run.group` and `run.tags`"
 _HUB = "left out: nothing is uploaded; `packhorse export` writes a model folder"
 
 # What follows "`KEY` is " where the value must be thought about.

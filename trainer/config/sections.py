@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -277,6 +278,19 @@ class RunSection(Section):
 
     dir: str = Field(description="The run folder. All nodes must share it.")
     log_every: int = Field(default=1, ge=1, description="Steps between log lines.")
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "comet_ml"], ...] = Field(
+        default=("tensorboard",),
+        description="Where metrics go besides metrics.jsonl. Each tracker takes its server and key "
+        "from its own environment variables.",
+    )
+    project: str = Field(
+        default="packhorse", min_length=1, description="Project, or experiment, in the trackers."
+    )
+    name: str | None = Field(
+        default=None, description="Name of the run in the trackers. null: that of the run folder."
+    )
+    group: str | None = Field(default=None, description="Group of runs in the trackers.")
+    tags: tuple[str, ...] = Field(default=(), description="Tags of the run in the trackers.")
     trace: bool = Field(
         default=False,
         description="Write trace.jsonl: documents, loss, gradient norm and settings of each step.",
@@ -292,11 +306,19 @@ class RunSection(Section):
         description="Save and exit with 75 after this step, as on a signal. The learning rate "
         "schedule does not change.",
     )
+    push_to_hub: str | None = Field(
+        default=None,
+        description="Repository on the Hugging Face hub, as `org/name`, to which the run is "
+        "exported when it is done: its best step if the recipe has eval.best, else the last. A new "
+        "one is private. The token comes from the environment.",
+    )
 
     @model_validator(mode="after")
-    def _steps_in_order(self) -> RunSection:
+    def _usable(self) -> RunSection:
         if self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
             raise ValueError("`profile_steps` is [first, last], counted from 1")
+        if self.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
+            raise ValueError("`push_to_hub` is the name of a repository, as org/name")
         return self
 
 

@@ -68,6 +68,8 @@ def draw_curves(
         _draw_curve(axes, curve, points)
     if _spans_decades(curves):
         axes.set_yscale("log")
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter("{x:,g}")
         axes.set_ylabel(f"{y_label} (log scale)")
     else:
         _format_ticks(axes.yaxis, "{:,.5g}")
@@ -96,7 +98,7 @@ def _draw_curve(axes: Any, curve: Curve, points: bool) -> None:
 
 
 def _draw_band(axes: Any, run: int, steps: Any, lows: Any, highs: Any) -> None:
-    axes.fill_between(steps, lows, highs, color=_colour(run), alpha=0.16, linewidth=0)
+    axes.fill_between(steps, lows, highs, color=_colour(run), alpha=0.12, linewidth=0)
 
 
 def _joined(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, ...]:

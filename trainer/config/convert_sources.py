@@ -1,0 +1,213 @@
+"""Translate the data sources of TRL, Axolotl and LLaMA-Factory configurations.
+
+A `Draft` with the trainer's keys enters; `data.train` and `data.eval` are written into its recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+_FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".gz", ".zst")
+_FORMATS = {
+    "alpaca": "instruction",
+    "chat_template": "messages",
+    "sharegpt": "sharegpt",
+    "completion": "text",
+    "pretrain": "text",
+    "openai": "messages",
+}
+_SECRET = re.compile(r"(api_?key|token|secret|password)$", re.IGNORECASE)
+_COLUMNS = {  # a key of an Axolotl dataset -> the name of the column here
+    "field_messages": "messages",
+    "field": "text",
+    "field_instruction": "instruction",
+    "field_input": "input",
+    "field_output": "output",
+}
+
+
+class Draft:
+    """Their keys that are left, our recipe as far as it has come, and the notes."""
+
+    def __init__(self, tree: dict[str, Any], trainer: str) -> None:
+        self.left = {str(key): value for key, value in tree.items()}
+        self.trainer = trainer
+        self.recipe: dict[str, Any] = {}
+        self.notes: list[str] = []
+
+    def take(self, *keys: str) -> Any:
+        """Remove the keys; return the value of the first that has one, or None."""
+        values = [self.left.pop(key, None) for key in keys]
+        return next((value for value in values if value is not None), None)
+
+    def get(self, ours: str) -> Any:
+        section, key = ours.split(".")
+        return self.recipe.get(section, {}).get(key)
+
+    def put(self, ours: str, value: Any) -> None:
+        section, key = ours.split(".")
+        self.recipe.setdefault(section, {})[key] = value
+
+    def note(self, key: str, value: Any, why: str = "") -> None:
+        """Note a value of theirs that is not carried over as it is."""
+        shown = _without_secrets({key: value})[key]
+        self.notes.append(f"{key}: {shown!r}" + (f" - {why}" if why else ""))
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: "(not shown)" if _SECRET.search(str(key)) else _without_secrets(item)
+        for key, item in value.items()
+    }
+
+
+def read_sources(draft: Draft) -> None:
+    """Take all keys that name data, and write `data.train` and `data.eval`."""
+    readers = {"TRL": _trl, "Axolotl": _axolotl, "LLaMA-Factory": _llama_factory}
+    train, held_out = readers[draft.trainer](draft)
+    most = draft.take("max_samples")
+    if draft.take("streaming"):
+        train = [{**source, "streaming": True} for source in train]
+    if most:
+        train = [{**source, "rows": most} for source in train]
+    draft.put("data.train", train)
+    if held_out:
+        draft.put("data.eval", held_out)
+
+
+def _place(name: str) -> dict[str, Any]:
+    """Return where a source lies: a file or folder, or a dataset of the hub."""
+    is_local = name.startswith((".", "/", "~")) or name.endswith(_FILES) or Path(name).exists()
+    return {"path" if is_local else "name": name}
+
+
+def _axolotl(draft: Draft) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return tuple(  # type: ignore[return-value]
+        [_axolotl_source(draft, f"{key}[{i}]", source) for i, source in enumerate(given or [])]
+        for key, given in ((key, draft.take(key)) for key in ("datasets", "test_datasets"))
+    )
+
+
+def _axolotl_source(draft: Draft, where: str, given: dict[str, Any]) -> dict[str, Any]:
+    left = dict(given)
+    source = _place(str(left.pop("path", "")))
+    files = left.pop("data_files", None)
+    if files and "path" in source:
+        source["path"] = str(files if isinstance(files, str) else files[0])
+    elif files:
+        source["data_files"] = files
+    if "name" in source:
+        config, revision = left.pop("name", None), left.pop("revision", None)
+        source |= {"config": config} if config else {}
+        source |= {"revision": revision} if revision else {}
+        source |= {"split": left.pop("split")} if "split" in left else {}
+    kind = left.pop("type", None)
+    base = str(kind).partition(".")[0]
+    if isinstance(kind, str) and base in _FORMATS:
+        source["format"] = _FORMATS[base]
+    elif kind is not None:
+        draft.note(f"{where}.type", kind, "name the format, or a data.train[].function of yours")
+    roles = left.pop("message_property_mappings", None)
+    if roles == {"role": "from", "content": "value"}:
+        source["format"] = "sharegpt"
+    elif roles not in (None, {"role": "role", "content": "content"}):
+        draft.note(f"{where}.message_property_mappings", roles, "write a data.train[].function")
+    columns = {}
+    for key, ours in _COLUMNS.items():
+        column = left.pop(key, None)
+        ours = (
+            "conversations" if source.get("format") == "sharegpt" and ours == "messages" else ours
+        )
+        columns |= {ours: column} if column not in (None, ours) else {}
+    source |= {"columns": columns} if columns else {}
+    left.pop("ds_type", None)
+    for key, value in left.items():
+        draft.note(f"{where}.{key}", value)
+    return source
+
+
+def _trl(draft: Draft) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    given = draft.take("datasets")
+    if given is None:
+        given = [
+            {"path": draft.take("dataset_name"), "name": draft.take("dataset_config")}
+            | {"split": draft.take("dataset_train_split") or "train"}
+        ]
+    text = draft.take("dataset_text_field")
+    columns = {"columns": {"text": text}, "format": "text"} if text not in (None, "text") else {}
+    train = [_trl_source(draft, i, source) | columns for i, source in enumerate(given)]
+    held_out = []
+    split = draft.take("dataset_test_split")
+    if (draft.left.get("eval_strategy") or "no") != "no" and len(train) == 1:
+        held_out = [train[0] | {"split": split or "test"}] if "name" in train[0] else []
+        if not held_out:
+            draft.note("dataset_test_split", split or "test", "name the file in data.eval")
+    return train, held_out
+
+
+def _trl_source(draft: Draft, number: int, given: dict[str, Any]) -> dict[str, Any]:
+    left = dict(given)
+    source = _place(str(left.pop("path", None) or ""))
+    config, split, files = (
+        left.pop("name", None),
+        left.pop("split", "train"),
+        left.pop("data_files", None),
+    )
+    if "name" in source:
+        source |= {"split": split} | ({"config": config} if config else {})
+        source |= {"data_files": files} if files else {}
+    for key, value in left.items():
+        draft.note(f"datasets[{number}].{key}", value)
+    return source
+
+
+def _llama_factory(draft: Draft) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    folder = Path(draft.take("dataset_dir") or "data")
+    try:
+        described = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        described = {}
+    found = []
+    for key in ("dataset", "eval_dataset"):
+        names = draft.take(key) or []
+        names = names.split(",") if isinstance(names, str) else names
+        found.append([_factory_source(draft, folder, described, name.strip()) for name in names])
+    return found[0], found[1]
+
+
+def _factory_source(
+    draft: Draft, folder: Path, described: dict[str, Any], name: str
+) -> dict[str, Any]:
+    facts = described.get(name)
+    if facts is None:
+        draft.note(
+            "dataset", name, f"{folder}/dataset_info.json does not describe it; mend its path"
+        )
+        return {"path": str(folder / f"{name}.json")}
+    if "hf_hub_url" in facts:
+        source = {"name": facts["hf_hub_url"]}
+        source |= {"config": facts["subset"]} if "subset" in facts else {}
+        source |= {"split": facts["split"]} if "split" in facts else {}
+    else:
+        source = {"path": str(folder / str(facts.get("file_name", f"{name}.json")))}
+    columns = facts.get("columns", {})
+    if facts.get("formatting") == "sharegpt":
+        is_openai = facts.get("tags", {}).get("role_tag") == "role"
+        source["format"] = "messages" if is_openai else "sharegpt"
+        names = {"messages": "messages" if is_openai else "conversations", "tools": "tools"}
+    else:
+        source["format"] = "instruction"
+        names = {"prompt": "instruction", "query": "input", "response": "output"}
+    renamed = {ours: columns[key] for key, ours in names.items() if key in columns}
+    renamed = {ours: column for ours, column in renamed.items() if ours != column}
+    source |= {"columns": renamed} if renamed else {}
+    for key in columns.keys() - names.keys():
+        draft.note(f"{name}.columns.{key}", columns[key])
+    return source
