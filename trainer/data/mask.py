@@ -47,7 +47,7 @@ from transformers import PreTrainedTokenizerBase
 from packhorse.trainer.data.chat_template import DATE_STRING, Template
 from packhorse.trainer.data.encode import HOLDS_CONTROL, Encoder
 from packhorse.trainer.data.skeleton import Render, Turn
-from packhorse.trainer.data.turns import find_turn, require_whole
+from packhorse.trainer.data.turns import answers_of, choose_turns, find_turn, require_whole
 from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message, RowError
 
 VERSION = 2  # raise it when the same row comes out another way: it is part of the cache's key
@@ -176,7 +176,7 @@ class Masker:
         """Return the row up to each of its trained answers, which alone is trained there."""
         messages = conversation.messages
         try:
-            chosen = _choose_turns(messages, self.train_on)
+            chosen = choose_turns(messages, self.train_on)
         except RowError:  # which `examples` will give as the reason
             return [conversation]
         history = [replace(m, weight=0) if m.role == "assistant" else m for m in messages]
@@ -198,7 +198,7 @@ class Masker:
         """
         # A question whose row has no proved mask is not asked: its answer may not be comparable.
         self.rendered(conversation)
-        answers = _answers(conversation.messages)
+        answers = answers_of(conversation.messages)
         if not answers:
             raise RowError("no answer")
         asked = replace(conversation, messages=conversation.messages[: answers[-1]])
@@ -260,10 +260,10 @@ class Masker:
         try:
             render = self.template.follow(conversation)
             if self.train_on == "all":
-                for number in _answers(conversation.messages):
+                for number in answers_of(conversation.messages):
                     if conversation.messages[number].weight:
                         require_whole(render.skeleton, number)
-            chosen = _choose_turns(conversation.messages, self.train_on)
+            chosen = choose_turns(conversation.messages, self.train_on)
             return _Row(render, [find_turn(self.template, render.skeleton, n) for n in chosen])
         except RowError as error:
             return error
@@ -378,37 +378,6 @@ class Masker:
         trained = np.ones(len(ids), dtype=bool)
         trained[-1] = self.train_on_eot
         return _finish(ids, trained)
-
-
-def _choose_turns(messages: Sequence[Message], train_on: str) -> list[int]:
-    """Return the numbers of the messages whose turns are trained; under `all`, left out."""
-    answers = _answers(messages)
-    if train_on == "all":
-        if any(message.weight == 0 and message.role != "assistant" for message in messages):
-            raise RowError("weight 0 on a message that is not an answer, under train_on: all")
-        if any(_is_empty(messages[number]) for number in answers):
-            raise RowError("no answer")
-        return [number for number in answers if messages[number].weight == 0]
-    if train_on == "completion":
-        answers = answers[-1:]
-    elif train_on == "last_turn":
-        users = [number for number, message in enumerate(messages) if message.role == "user"]
-        answers = [number for number in answers if number > max(users, default=-1)]
-    chosen = [number for number in answers if messages[number].weight]
-    if not chosen:
-        raise RowError("nothing to train")
-    if any(_is_empty(messages[number]) for number in chosen):
-        raise RowError("no answer")
-    return chosen
-
-
-def _answers(messages: Sequence[Message]) -> list[int]:
-    return [number for number, message in enumerate(messages) if message.role == "assistant"]
-
-
-def _is_empty(message: Message) -> bool:
-    texts = message.content.strip(), (message.reasoning_content or "").strip()
-    return not (any(texts) or message.tool_calls)
 
 
 def _finish(ids: np.ndarray, trained: np.ndarray) -> Example:

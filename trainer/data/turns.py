@@ -1,4 +1,4 @@
-"""Find where an answer begins and ends in a rendered conversation, and prove it.
+"""Choose the answers to train, find where each begins and ends in its render, and prove it.
 
 A `Skeleton` and the number of an assistant message enter; a `Turn` leaves, or a RowError.
 
@@ -21,6 +21,7 @@ begins with the mark, but never inside the generation prompt.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import pairwise
 from os.path import commonprefix
 
@@ -33,13 +34,45 @@ from packhorse.trainer.data.skeleton import (
     Turn,
     split_at_last,
 )
-from packhorse.trainer.datatypes import RowError
+from packhorse.trainer.datatypes import Message, RowError
 
 FIELD_NAMES = {
     "content": "the content",
     "reasoning_content": "the reasoning",
     "tool_calls": "tool calls",
 }
+
+
+def choose_turns(messages: Sequence[Message], train_on: str) -> list[int]:
+    """Return the numbers of the messages whose turns are trained; under `all`, left out."""
+    answers = answers_of(messages)
+    if train_on == "all":
+        if any(message.weight == 0 and message.role != "assistant" for message in messages):
+            raise RowError("weight 0 on a message that is not an answer, under train_on: all")
+        if any(_is_empty(messages[number]) for number in answers):
+            raise RowError("no answer")
+        return [number for number in answers if messages[number].weight == 0]
+    if train_on == "completion":
+        answers = answers[-1:]
+    elif train_on == "last_turn":
+        users = [number for number, message in enumerate(messages) if message.role == "user"]
+        answers = [number for number in answers if number > max(users, default=-1)]
+    chosen = [number for number in answers if messages[number].weight]
+    if not chosen:
+        raise RowError("nothing to train")
+    if any(_is_empty(messages[number]) for number in chosen):
+        raise RowError("no answer")
+    return chosen
+
+
+def answers_of(messages: Sequence[Message]) -> list[int]:
+    """Return the numbers of the assistant's messages."""
+    return [number for number, message in enumerate(messages) if message.role == "assistant"]
+
+
+def _is_empty(message: Message) -> bool:
+    texts = message.content.strip(), (message.reasoning_content or "").strip()
+    return not (any(texts) or message.tool_calls)
 
 
 def find_turn(template: Template, skeleton: Skeleton, message: int) -> Turn:
