@@ -76,6 +76,7 @@ DOES_NOT: dict[str, list[Any]] = {
 # which the documents are others than with those alone.
 WITH_OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
     "data.group_by": ({"data.eval_fraction": 0.3}, "question"),
+    "data.train.0.group_by": ({"data.eval_fraction": 0.3}, "question"),
     "data.chat_template_kwargs": ({"model.chat_template": "{work}/named.jinja"}, {"name": "Bob"}),
     "data.split_context": ({"data.too_long": "split"}, 5),
 }

@@ -490,6 +490,20 @@ def test_rows_that_are_too_long_are_told_with_the_limit_the_longest_and_the_key(
     assert prepared.report["longest_reject"] == longest
 
 
+def test_a_weight_that_comes_to_no_row_is_refused_for_its_source(tmp_path, tokenizer):
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps(row) + "\n" for row in questions(10)))
+
+    def mixed(weight: float) -> Recipe:
+        first = {"path": str(tmp_path / "train.jsonl")}
+        return recipe(tmp_path, questions(20), train=[first, {"path": str(few), "weight": weight}])
+
+    message = r"data\.train\.1\.weight: 0\.04 x 10 documents of .*few\.jsonl .* raise it to 0\.1 or"
+    with pytest.raises(BadInput, match=message):
+        prepare(mixed(0.04), tokenizer, "train")
+    assert prepare(mixed(0.1), tokenizer, "train").weights == (1.0, 0.1)
+
+
 def test_sources_of_all_formats_are_trained_together(tmp_path, tokenizer):
     kinds = {
         "messages": [

@@ -212,6 +212,7 @@ def test_an_override_reaches_into_a_list(tmp_path):
         ),
         (with_key("data.train", []), "`data.train`"),
         (with_key("data.group_by", "id"), "`group_by` belongs to `eval_fraction`"),
+        (with_key("data.eval", [{"path": "a", "group_by": "x"}]), "are held out whole"),
         (with_key("data.eval_fraction", 1), "`data.eval_fraction`"),
         (with_key("data.train", [{}]), "give exactly one of `path` and `name`"),
         (

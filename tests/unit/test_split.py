@@ -19,7 +19,8 @@ def data(fraction: float = 0.3, **more: Any) -> DataSection:
 
 
 def side(fields: Mapping[str, Any], of: DataSection | None = None) -> bool:
-    return held_out(fields, of or data(), "a.jsonl:1")
+    of = of or data()
+    return held_out(fields, of, of.train[0], "a.jsonl:1")
 
 
 ROWS = [{"question": f"What is {n}?", "answer": str(n)} for n in range(2000)]
@@ -50,6 +51,18 @@ def test_a_group_stays_whole():
     assert {True, False} == {found.pop() for found in sides.values()}
 
 
+def test_a_source_may_have_a_group_of_its_own():
+    mixed = data(group_by="tree", train=[{"path": "a"}, {"path": "b", "group_by": "thread"}])
+    trees, threads = mixed.train
+    for n in range(100):
+        row, alone = {"tree": n, "thread": n + 1}, {"thread": n + 1}
+        by_thread = held_out(alone, mixed, threads, "b.jsonl:1")
+        assert held_out(row, mixed, threads, "b.jsonl:1") == by_thread
+        assert held_out(row, mixed, trees, "a.jsonl:1") == side({"tree": n}, data(group_by="tree"))
+    with pytest.raises(BadInput, match="the row has no `thread`"):
+        held_out({"tree": 1}, mixed, threads, "b.jsonl:1")
+
+
 @pytest.mark.parametrize("fields", [{"n": 1}, {"tree": None}])
 def test_a_row_without_its_group_is_refused_by_name(fields):
     with pytest.raises(BadInput, match=r"a\.jsonl:1: the row has no `tree`"):
@@ -57,7 +70,10 @@ def test_a_row_without_its_group_is_refused_by_name(fields):
 
 
 def test_a_row_that_could_not_be_read_is_counted_with_train():
-    assert not any(held_out(RowError(f"broken {n}"), data(0.9), "a.jsonl:1") for n in range(20))
+    of = data(0.9)
+    assert not any(
+        held_out(RowError(f"broken {n}"), of, of.train[0], "a.jsonl:1") for n in range(20)
+    )
 
 
 def test_values_of_parquet_have_a_side():

@@ -117,6 +117,11 @@ class Source(Section):
         gt=0,
         description="Sampling weight: an epoch has round(weight x rows) rows of this source (C1).",
     )
+    group_by: str | None = Field(
+        default=None,
+        description="Column that takes the place of data.group_by in this source, where "
+        "eval_fraction holds rows out. null: data.group_by.",
+    )
     rows: int | None = Field(default=None, ge=1, description="Use only the first rows, this many.")
     streaming: bool = Field(
         default=False,
@@ -277,6 +282,8 @@ class DataSection(Section):
         check_belongs(
             "group_by", self.group_by is not None, "eval_fraction", bool(self.eval_fraction)
         )
+        if any(source.group_by is not None for source in self.eval):
+            raise ValueError("`eval`: its sources are held out whole: leave out `group_by`")
         if taken := sorted(NO_KWARGS & set(self.chat_template_kwargs)):
             raise ValueError(
                 f"`chat_template_kwargs` cannot hold {', '.join(taken)}: they come from the rows, "

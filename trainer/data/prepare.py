@@ -161,7 +161,19 @@ def prepare(
         stopping=stopping,
     )
     weights = tuple(part.source.weight for part in split_rows.parts)
+    _require_rows(f"data.{which}", weights, documents.report["sources"])
     return Prepared(documents, weights, tuple(split_rows.files))
+
+
+def _require_rows(what: str, weights: tuple[float, ...], counts: list[dict[str, Any]]) -> None:
+    """Refuse a weight that leaves nothing of its source: the mixture would not have it (C1)."""
+    for number, (weight, source) in enumerate(zip(weights, counts, strict=True)):
+        found = source["documents"]
+        if found and not round(weight * found):
+            raise BadInput(
+                f"{what}.{number}.weight: {weight:g} x {found} documents of {source['name']} come "
+                f"to 0 in an epoch; raise it to {1 / found:.2g} or more, or leave the source out"
+            )
 
 
 def held_out_prompts(recipe: Recipe, masker: Masker, count: int) -> list[Prompt]:
@@ -284,7 +296,8 @@ def _cache_key(
     for part, reader in zip(split_rows.parts, work.readers, strict=True):
         split_key = None
         if part.held_out is not None:
-            split_key = [split.VERSION, part.held_out, data.eval_fraction, data.group_by]
+            group_by = split.group_of(data, part.source)
+            split_key = [split.VERSION, part.held_out, data.eval_fraction, group_by]
         sources.append([digest_of(data, part.source), part.source.rows, *reader.key(), split_key])
     # Whether packing cuts changes the documents only where long ones are split.
     cut = replace(limits, packing_cuts=limits.too_long == "split" and limits.packing_cuts)

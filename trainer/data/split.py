@@ -46,9 +46,16 @@ def parts_of(data: DataSection, which: Literal["train", "eval"]) -> tuple[Source
     )
 
 
-def held_out(fields: Mapping[str, Any] | RowError, data: DataSection, where: str) -> bool:
-    """Return whether a row of a train source is held out, by the hash of its group or, without
-    data.group_by, of all its fields.
+def group_of(data: DataSection, source: Source) -> str | None:
+    """Return the column by which rows of a train source are held out together; None: none."""
+    return data.group_by if source.group_by is None else source.group_by
+
+
+def held_out(
+    fields: Mapping[str, Any] | RowError, data: DataSection, source: Source, where: str
+) -> bool:
+    """Return whether a row of a train source is held out, by the hash of its group or, without a
+    `group_by`, of all its fields.
 
     Args:
         fields: the row as it was read. One that could not be read stays in train, where it is
@@ -61,12 +68,13 @@ def held_out(fields: Mapping[str, Any] | RowError, data: DataSection, where: str
     if isinstance(fields, RowError):
         return False
     value: Any = fields
-    if data.group_by is not None:
-        value = fields.get(data.group_by)
+    group_by = group_of(data, source)
+    if group_by is not None:
+        value = fields.get(group_by)
         if value is None:
             raise BadInput(
-                f"{where}: the row has no `{data.group_by}`, so data.group_by cannot tell its "
-                f"side; fill it in, or leave the row out"
+                f"{where}: the row has no `{group_by}`, so group_by cannot tell its side; fill it "
+                "in, name another column in the source's own group_by, or leave the row out"
             )
     # Sorted and without spaces: the hash may not depend on the order of a row's columns.
     try:
@@ -89,7 +97,7 @@ def rows_of(data: DataSection, part: SourceSplit) -> Iterator[RawRow]:
     """Yield the rows of a source that are on its side of the train/eval split."""
     for row in read_rows(part.source):
         if part.held_out is None or part.held_out == held_out(
-            row.fields, data, f"{row.file or part.source.name}:{row.number}"
+            row.fields, data, part.source, f"{row.file or part.source.name}:{row.number}"
         ):
             yield row
 
