@@ -9,7 +9,7 @@ conversation; or the reason why the rows are refused.
 import re
 from dataclasses import dataclass, field, replace
 from datetime import date
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from packhorse.trainer.data.chat_template import ORDINARY_TEXT
 from packhorse.trainer.data.mask import Masker
-from packhorse.trainer.datatypes import BadInput, Conversation, Message, RowError
+from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message, RowError
 from tests.unit.test_mask import CALL, TOOLS, agrees, chat, official, parse
 
 TALK = chat("Say OK.", " OK.\n", "Why OK.?", "Größe")
@@ -562,7 +562,7 @@ def gemma(request, base):
     # some conversions mark all of them as special; what holds more than words stays a control token
     words = [text for text in ORDINARY if not request.param or ORDINARY_TEXT.fullmatch(text)]
     added = [AddedToken(text, special=request.param, normalized=False) for text in words]
-    tokenizer.add_tokens(added, special_tokens=request.param)
+    tokenizer.add_tokens(list[Any](added), special_tokens=request.param)
     return tokenizer
 
 
@@ -697,9 +697,16 @@ THOUGHT = Conversation(
 )
 
 
+def documents(masker: Masker, conversation: Conversation) -> tuple[Example, ...]:
+    (made,) = masker.documents([conversation])
+    assert not isinstance(made, RowError), made
+    return made
+
+
 def of_trl(base, name: str) -> PreTrainedTokenizerFast:
-    folder = Path(find_spec("trl").origin).parent / "chat_templates"
-    tokenizer = tokenizer_of(base, OF_TRL[name][0], (folder / f"{name}.jinja").read_text())
+    # without importing trl, which takes seconds
+    template = distribution("trl").locate_file(f"trl/chat_templates/{name}.jinja")
+    tokenizer = tokenizer_of(base, OF_TRL[name][0], Path(str(template)).read_text())
     tokenizer.bos_token = OF_TRL[name][0].split()[0]
     return tokenizer
 
@@ -709,8 +716,7 @@ def of_trl(base, name: str) -> PreTrainedTokenizerFast:
 def test_each_answer_is_trained_as_it_is_generated(base, name, conversation):
     """A server sends the turns before an answer with the generation prompt; the rest is learned."""
     tokenizer = of_trl(base, name)
-    (made,) = Masker(tokenizer, turns="apart").documents([conversation])
-    assert not isinstance(made, RowError), made
+    made = documents(Masker(tokenizer, turns="apart"), conversation)
     assert len(made) == 3
     for number, example in zip((1, 3, 5), made, strict=True):
         prompt = official(tokenizer, conversation, upto=number)
@@ -731,12 +737,12 @@ def test_each_answer_is_trained_as_it_is_generated(base, name, conversation):
 def test_auto_keeps_a_row_together_where_its_history_is_as_generated(base, name):
     auto = Masker(of_trl(base, name), turns="auto")
     together = Masker(of_trl(base, name))
-    plain, thought = auto.documents([PLAIN, THOUGHT])
-    assert (
-        (len(plain) == 3) == OF_TRL[name][1] == isinstance(together.documents([PLAIN])[0], RowError)
-    )
-    assert len(thought) == 3
-    assert isinstance(together.documents([THOUGHT])[0], RowError)
+    affected = OF_TRL[name][1]
+    assert len(documents(auto, PLAIN)) == (3 if affected else 1)
+    assert len(documents(auto, THOUGHT)) == 3
+    plain, thought = together.documents([PLAIN, THOUGHT])
+    assert isinstance(plain, RowError) == affected
+    assert isinstance(thought, RowError)
 
 
 def test_only_trained_answers_have_a_document(base):
@@ -745,14 +751,13 @@ def test_only_trained_answers_have_a_document(base):
     messages = list(PLAIN.messages)
     messages[3] = replace(second, weight=0)
     masker = Masker(tokenizer, turns="apart")
-    (made,) = masker.documents([Conversation(tuple(messages))])
-    learned = [tokenizer.decode(e.input_ids[e.trained]) for e in made]
+    made = documents(masker, Conversation(tuple(messages)))
+    learned = [str(tokenizer.decode(example.input_ids[example.trained])) for example in made]
     assert [text.split("</think>")[1].strip() for text in learned] == [
         f"{first.content}<|im_end|>",
         f"{third.content}<|im_end|>",
     ]
-    (last,) = Masker(tokenizer, "last_turn", turns="apart").documents([PLAIN])
-    assert len(last) == 1
+    assert len(documents(Masker(tokenizer, "last_turn", turns="apart"), PLAIN)) == 1
     bad = replace(PLAIN, messages=(*PLAIN.messages[:4], Message("user", "<|im_end|>"), third))
     assert isinstance(masker.documents([bad])[0], RowError), "a row is whole or rejected"
     assert len(Masker(tokenizer, "all", turns="apart").documents([PLAIN])) == 1

@@ -51,12 +51,11 @@ def value_of(item: Mapping[Any, Any], names: Iterable[str]) -> Any:
     Raises:
         RowError: two of them hold different values.
     """
-    found = {name: item[name] for name in names if not _is_empty(item.get(name))}
-    first, *others = found or [None]
-    for other in others:
-        if found[other] != found[first]:
-            raise RowError(f"{first} and {other} differ")
-    return found.get(first)
+    found = [(name, item[name]) for name in names if not _is_empty(item.get(name))]
+    for name, value in found[1:]:
+        if value != found[0][1]:
+            raise RowError(f"{found[0][0]} and {name} differ")
+    return found[0][1] if found else None
 
 
 def is_trained(message: Mapping[Any, Any]) -> bool:

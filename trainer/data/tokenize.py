@@ -232,7 +232,8 @@ class _Work(NamedTuple):
                     digest.update(example.input_ids.tobytes())
                     digest.update(example.trained.tobytes())
                 digests += [digest.intdigest()] * len(parts)
-                unread.update((row.source, name) for name in examples[0].unread)
+                names = dict.fromkeys(name for example in examples for name in example.unread)
+                unread.update((row.source, name) for name in names)
             except RowError as error:
                 left_out = filtered if isinstance(error, Filtered) else rejects
                 left_out.append((row.source, row.file, row.number, str(error)))
