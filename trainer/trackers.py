@@ -212,7 +212,11 @@ def _comet_ml(recipe: Recipe, run_dir: Path, name: str, run_id: str | None) -> d
     from comet_ml import ExperimentConfig
 
     group = [recipe.run.group] if recipe.run.group is not None else []
-    config = ExperimentConfig(name=name, tags=[*recipe.run.tags, *group])
+    # by default it sends source files, the working tree's changes and everything that is printed
+    quiet: dict[str, Any] = dict.fromkeys(("log_code", "log_git_patch", "parse_args"), False)
+    config = ExperimentConfig(
+        name=name, tags=[*recipe.run.tags, *group], auto_output_logging="", **quiet
+    )
     return {"experiment_key": run_id, "experiment_config": config}
 
 

@@ -185,8 +185,6 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     """
     recipe, run_dir, plan = prepared.recipe, prepared.run_dir, prepared.plan
     first_step, recent_losses = resume(prepared, engine)
-    if first_step and prepared.mirror:  # an earlier start may have ended before it was copied
-        prepared.mirror.offer(first_step)
     if first_step == plan.steps and is_done(run_dir, plan.steps):
         dist.log.info("%s: all %d steps are done; set another run.dir", run_dir, plan.steps)
         if dist.is_main():
@@ -233,15 +231,21 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     if outcome.end == "stopped" or (outcome.end == "done" and not evaluate(outcome.step)):
         write_stop(run_dir, outcome.step)
     elif outcome.end == "done" and dist.is_main():
-        # The last evaluation may have chosen the last step as the best.
-        point_at_best(run_dir / "checkpoints", best.step)
-        speed, skipped = metrics.tokens_per_s, len(guard.skipped_steps)
-        rest_s = metrics.clock.read()  # the last checkpoint and evaluation
-        write_summary(run_dir, plan.steps, speed, skipped, rest_s, best.summary())
-        dist.log.info(describe_end(recipe, run_dir))
+        conclude(prepared, metrics, guard, best)
     watch.pause()
     metrics.close()
     return "rollback" if outcome.end == "rollback" else "ended"
+
+
+def conclude(prepared: PreparedRun, metrics: Metrics, guard: Guard, best: Best) -> None:
+    """Write the summary of a run that is done, and log it. Rank 0 calls it."""
+    recipe, run_dir = prepared.recipe, prepared.run_dir
+    # The last evaluation may have chosen the last step as the best.
+    point_at_best(run_dir / "checkpoints", best.step)
+    speed, skipped = metrics.tokens_per_s, len(guard.skipped_steps)
+    rest_s = metrics.clock.read()  # the last checkpoint and evaluation
+    write_summary(run_dir, prepared.plan.steps, speed, skipped, rest_s, best.summary())
+    dist.log.info(describe_end(recipe, run_dir))
 
 
 def build_evaluation(
@@ -322,6 +326,8 @@ def resume(prepared: PreparedRun, engine: Engine) -> tuple[int, Sequence[float]]
         "resuming from %s, written by %d ranks at ZeRO stage %d; every digest agrees",
         *(folder, state.world_size, state.stage),
     )
+    if prepared.mirror:  # an earlier start may have ended before this checkpoint was copied
+        prepared.mirror.offer(state.step)
     return state.step, state.recent_losses
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -120,8 +121,7 @@ def wandb_records(folder: Path) -> Iterator[Any]:
     It is LevelDB's log format after a header of seven bytes: blocks of 32 KiB with pieces, each of
     which has a checksum (4 bytes), a length (2) and a kind (1, of which 1 and 4 end a record).
     """
-    from wandb.proto import wandb_internal_pb2
-
+    wandb_internal_pb2: Any = importlib.import_module("wandb.proto.wandb_internal_pb2")
     (path,) = folder.glob("*.wandb")
     content, place, record = path.read_bytes(), 7, b""
     while place + 7 <= len(content):

@@ -19,7 +19,8 @@ from packhorse.trainer.utils.remote import open_filesystem
 # comes first: it makes a folder a run's.
 RUN_FILES = (
     *("recipe.yaml", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "trace.jsonl"),
-    *("skipped_steps.jsonl", "shards.jsonl", "best.json", "summary.json", "tensorboard/*"),
+    *("skipped_steps.jsonl", "shards.jsonl", "best.json", "summary.json", "trackers.json"),
+    "tensorboard/*",
 )
 RUN = "run.zip"
 
