@@ -34,6 +34,7 @@ from packhorse.trainer.engine.optim import MOMENTS
 from packhorse.trainer.model import sft
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.stop_flag import StopFlag
+from packhorse.trainer.trackers import Trackers
 from tests.numerics import buffers
 
 
@@ -67,7 +68,8 @@ def run_case(case: dict[str, Any], stop: StopFlag) -> None:
             changed.enter_context(CHANGES[name]())
         changed.enter_context(stopping_after(case.get("stop_after"), stop))
         plan = train_plan(recipe, train_data)
-        train.fit(train.PreparedRun(recipe, run_dir, tokenizer, train_data, plan, eval_data, stop))
+        data = (tokenizer, train_data, plan, eval_data)
+        train.fit(train.PreparedRun(recipe, run_dir, *data, stop, Trackers([])))
     stop.raised = False
     dist.barrier()
 

@@ -46,6 +46,7 @@ def main(out: Path) -> None:
     from packhorse.trainer.engine.engine import Engine
     from packhorse.trainer.model.load import load_tokenizer
     from packhorse.trainer.stop_flag import StopFlag
+from packhorse.trainer.trackers import Trackers
     from tests.numerics.cases import load_recipe, prepare, train_plan
 
     real_step = Engine.step
@@ -98,11 +99,8 @@ def main(out: Path) -> None:
             data = prepare(recipe, tokenizer, "train")
             seen.clear()
             try:
-                train.fit(
-                    train.PreparedRun(
-                        recipe, run_dir, tokenizer, data, train_plan(recipe, data), None, stop
-                    )
-                )
+                prepared = (tokenizer, data, train_plan(recipe, data), None)
+                train.fit(train.PreparedRun(recipe, run_dir, *prepared, stop, Trackers([])))
             except guard.StepNotApplied as error:
                 seen["message"] = str(error)
             if dist.is_main():
