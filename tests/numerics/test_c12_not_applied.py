@@ -46,7 +46,7 @@ def main(out: Path) -> None:
     from packhorse.trainer.engine.engine import Engine
     from packhorse.trainer.model.load import load_tokenizer
     from packhorse.trainer.stop_flag import StopFlag
-from packhorse.trainer.trackers import Trackers
+    from packhorse.trainer.trackers import Trackers
     from tests.numerics.cases import load_recipe, prepare, train_plan
 
     real_step = Engine.step
