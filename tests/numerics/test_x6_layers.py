@@ -105,10 +105,9 @@ def main() -> None:
 
     from liger_kernel.transformers import monkey_patch
 
-    right = monkey_patch.LigerRMSNorm.forward
-    monkey_patch.LigerRMSNorm.forward = lambda self, hidden: (
-        right(self, hidden) * 1.01
-    )  # the control
+    norm: Any = monkey_patch.LigerRMSNorm
+    right = norm.forward
+    norm.forward = lambda self, hidden: right(self, hidden) * 1.01  # the control
     seen["control"] = difference(MODELS["llama"])
     seen["refused"] = refusal(MODELS["llama"])
     print(json.dumps(seen))
