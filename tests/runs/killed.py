@@ -300,7 +300,7 @@ def _rank(order: Order, rank: int) -> int:
 
 def _functions() -> dict[str, tuple[Any, str, Any]]:
     """Return what can be patched: its owner, its name, and a call's arguments as text."""
-    from packhorse.trainer import metrics, train
+    from packhorse.trainer import build_engine, metrics, train
     from packhorse.trainer.engine import sharded_state
     from packhorse.trainer.engine.engine import Engine
     from packhorse.trainer.engine.zero_state import TrainingState
@@ -326,7 +326,7 @@ def _functions() -> dict[str, tuple[Any, str, Any]]:
         "evaluation": (train.Evaluation, "__call__", lambda _, step: f"evaluation {step}"),
         "answers": (generate, "_answers", lambda *_, **__: "answers"),
         "record": (evaluator, "write_evaluation", lambda _, step, *__: f"record {step}"),
-        "load": (train, "load_model", lambda *_, **__: "model"),
+        "load": (build_engine, "load_model", lambda *_, **__: "model"),
     }
 
 

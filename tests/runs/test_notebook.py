@@ -34,5 +34,5 @@ def test_the_cells_run_in_order(tmp_path: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "unknown key `optim.learning_rate`" in done.stdout
+    assert "`optim.learning_rate` is `optim.lr` here" in done.stdout
     assert "step 18/18" in done.stderr
