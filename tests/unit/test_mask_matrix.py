@@ -422,7 +422,10 @@ SNIPPETS = [
 ]
 SNIPPETS += ["assistant\n", "[/INST", "zq0001qz", "{{ x }}", "<tool_call>", INJECTED]
 snippets = st.lists(
-    st.sampled_from(SNIPPETS) | st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8
+    # without the brackets in which this file's expected renders enclose what is learned
+    st.sampled_from(SNIPPETS) | st.characters(exclude_categories=["Cs"], exclude_characters="⟦⟧"),
+    min_size=1,
+    max_size=8,
 )
 any_text = snippets.map("".join).filter(lambda text: text.strip().strip("\x1c\x1d\x1e\x1f\x85"))
 
