@@ -78,8 +78,8 @@ def _first_rows(
             title = f"{row.file or part.source.name}:{row.number}"
             try:
                 conversation = reader.conversation(row.fields)
-                for part, example in masker.rendered(conversation):
-                    roles = role_starts(part, example, masker.template)
+                for shown, example in masker.rendered(conversation):
+                    roles = role_starts(shown, example, masker.template)
                     # Positions are cut in place of tokens, so that the roles are found again.
                     positions = np.arange(len(example.input_ids), dtype=np.int32)
                     for document in fit(Example(positions, example.trained), length_policy(recipe)):
