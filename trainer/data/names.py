@@ -33,7 +33,7 @@ FLAGS = {
     "masked": False,  # from the loss
 }
 MESSAGE_KEYS = {"role", "content", "name", "tool_call_id", *REASONING, *CALLS, *FLAGS}
-SHAREGPT_KEYS = {"from", "value"}
+SHAREGPT_KEYS = {*MESSAGE_KEYS, "from", "value"}
 
 # What may say which turns or rows to leave untrained, in words that are not read. A column may have
 # such a word in its name for other reasons, as `training_source`.
@@ -115,7 +115,7 @@ def _unread_keys(turns: Iterable[Any]) -> Iterator[str]:
     for turn in turns:
         if not isinstance(turn, Mapping):
             continue
-        known = MESSAGE_KEYS | SHAREGPT_KEYS if "from" in turn else MESSAGE_KEYS
+        known = SHAREGPT_KEYS if "from" in turn else MESSAGE_KEYS
         for key, value in turn.items():
             if key not in known and not _is_empty(value):
                 if _FLAG_OF_A_MESSAGE.search(str(key)):
