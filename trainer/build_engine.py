@@ -20,13 +20,14 @@ from packhorse.trainer.data.prepare import TrainData
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
 from packhorse.trainer.engine.engine import Engine, gathered, sharded_init
-from packhorse.trainer.engine.optim import parameter_groups
+from packhorse.trainer.engine.optim import describe_decay, parameter_groups
 from packhorse.trainer.estimate.report import predict_gpu_memory
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import Metrics, model_flops
 from packhorse.trainer.model.load import load_config, load_model
 from packhorse.trainer.model.lora import require_stage
-from packhorse.trainer.model.packing_check import prove_packing
+from packhorse.trainer.model.packing_check import longest_document, prove_packing
+from packhorse.trainer.model.reach import freeze_unreached
 from packhorse.trainer.model.sft import SftModel
 from packhorse.trainer.trackers import TENSORBOARD, Trackers
 from packhorse.trainer.utils.cpu_speed import EMULATED_FROM, bf16_slowdown
@@ -53,7 +54,12 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         gathered=gathered,
     )
     module = SftModel(model, recipe.loss, recipe.train.seed, dist.device())
-    groups = parameter_groups(module, recipe.optim) if learns else None
+    groups = None
+    if learns:
+        document = longest_document(module, recipe.batch.seq_len, recipe.train.seed)
+        freeze_unreached(model, partial(module.hidden_states, document), gathered)
+        groups = parameter_groups(module, recipe.optim)
+        dist.log.info("weight decay: %s", describe_decay(module, recipe.optim))
     engine = Engine(module, groups, recipe.optim, ds_config)
     check_packing(recipe, module)
     return engine

@@ -5,11 +5,14 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from packhorse.trainer.config.recipe import OptimSection
 from packhorse.trainer.engine.optim import (
     build_optimizer,
+    describe_decay,
     learning_rate,
     parameter_groups,
     set_learning_rates,
@@ -43,6 +46,51 @@ def test_matrices_decay_and_nothing_else(decay_embeddings: bool) -> None:
     assert names(model, decayed) == {"linear.weight"} | (embedding if decay_embeddings else set())
     assert names(model, plain) == {"linear.bias", "norm.weight", "norm.bias"} | (
         set() if decay_embeddings else embedding
+    )
+
+
+# Of models of transformers: the ends of the names that do not decay though they have two dimensions
+# or more, and of those that do though they are no module's `weight`.
+KINDS: dict[str, tuple[set[str], set[str]]] = {
+    "gpt_oss": ({"gate_up_proj_bias", "down_proj_bias"}, {"gate_up_proj", "down_proj"}),
+    "mamba": ({"A_log", "conv1d.weight"}, set()),
+    "rwkv": ({"time_mix_key", "time_mix_value", "time_mix_receptance"}, set()),
+    "ernie4_5_moe": ({"moe_statics.e_score_correction_bias"}, {"gate_up_proj", "down_proj"}),
+    "cohere": ({"q_norm.weight", "k_norm.weight"}, set()),
+    "gpt2": (set(), set()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decay_goes_by_role_and_not_by_shape(kind: str) -> None:
+    sizes = {
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "use_qk_norm": True},
+        **{"d_model": 32, "n_heads": 4, "n_layers": 2, "pad_token_id": 0},
+    }
+    config = AutoConfig.for_model(kind, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    decayed, _ = parameter_groups(model, OptimSection())
+    decays, wide = names(model, decayed), set()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            assert name not in decays
+        elif name not in decays:
+            wide.add(name)
+    without, with_decay = KINDS[kind]
+    for ends, found in ((without, wide), (with_decay, decays)):
+        for end in ends:
+            assert any(name.endswith(end) for name in found), end
+    assert all(any(name.endswith(end) for end in without) for name in wide), wide
+    routers = [name for name, _ in model.named_parameters() if name.endswith("gate.weight")]
+    assert set(routers) <= decays, "a router's matrix is a linear product"
+
+
+def test_the_table_counts_what_is_trained() -> None:
+    assert describe_decay(Tiny(), OptimSection(weight_decay=0.1)) == (
+        "linear products 0.1 (1 tensors, 16 weights); embeddings 0.1 (1 tensors, 32 weights); "
+        "norms, biases and other vectors 0 (3 tensors, 12 weights)"
     )
 
 

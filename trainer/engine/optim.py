@@ -17,6 +17,8 @@ from torch import nn
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import OptimSection
 from packhorse.trainer.engine.ds_config import offload_device
+from packhorse.trainer.model.quantisation import numel
+from packhorse.trainer.model.roles import EMBEDDINGS, EXPERTS, LINEAR, OTHERS, roles
 
 # The states that the optimizer keeps in fp32 beside each master weight, by the names that torch and
 # DeepSpeed give them. Checkpoints, exports and the planner know them from here alone.
@@ -26,34 +28,44 @@ _NORM_BLOCK = 256  # gradient elements whose squares are summed in fp32
 # -------------------------------------------------------------------------------- groups and rates
 
 
+def decays(role: str, section: OptimSection) -> bool:
+    """Return whether parameters of this role have weight decay."""
+    return role in (LINEAR, EXPERTS) or (role == EMBEDDINGS and section.decay_embeddings)
+
+
 def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, Any]]:
     """Return the trainable parameters in two groups: matrices with weight decay, the rest without.
 
-    Norms and biases are the rest. Input embeddings, and an output head tied to them, count as
-    matrices if `section.decay_embeddings` is set. A group's learning rate is the schedule's times
-    the group's `lr_scale`.
+    Matrices are those of linear products and of experts, and embeddings if
+    `section.decay_embeddings` is set. A group's learning rate is the schedule's times the group's
+    `lr_scale`.
     """
-    embeddings = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters()
-    }
+    role = roles(model)
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        # ZeRO-3 leaves an empty tensor in the parameter's place; its shape is kept in ds_shape
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        is_embedding = id(parameter) in embeddings
-        decays = len(shape) >= 2 and (section.decay_embeddings or not is_embedding)
-        (decayed if decays else plain).append(parameter)
+        if parameter.requires_grad:
+            (decayed if decays(role[id(parameter)], section) else plain).append(parameter)
     groups = [
         {"params": decayed, "weight_decay": section.weight_decay, "lr_scale": 1.0},
         {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
     ]
     return [group for group in groups if group["params"]]
+
+
+def describe_decay(model: nn.Module, section: OptimSection) -> str:
+    """Return the decay of each role, and how many tensors and weights have it, in one line."""
+    role, counted = roles(model), dict.fromkeys((LINEAR, EXPERTS, EMBEDDINGS, OTHERS), (0, 0))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            tensors, weights = counted[role[id(parameter)]]
+            counted[role[id(parameter)]] = (tensors + 1, weights + numel(parameter))
+    return "; ".join(
+        f"{name} {section.weight_decay if decays(name, section) else 0:g} "
+        f"({tensors} tensors, {weights:,} weights)"
+        for name, (tensors, weights) in counted.items()
+        if tensors
+    )
 
 
 def learning_rate(step: int, steps: int, section: OptimSection) -> float:
