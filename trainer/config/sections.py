@@ -180,10 +180,15 @@ class OptimSection(Section):
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's beta1 and beta2.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(
-        default=0.1, ge=0, description="AdamW's weight decay on matrices. Norms and biases have 0."
+        default=0.1,
+        ge=0,
+        description="AdamW's weight decay on the "
+        "matrices of linear products and experts. Norms, biases and other vectors have 0.",
     )
     decay_embeddings: bool = Field(
-        default=True, description="Apply weight decay to the embeddings, too."
+        default=True,
+        description="Apply weight decay to the embeddings, too, as Hugging Face's Trainer and "
+        "torchtitan do.",
     )
     warmup_ratio: float = Field(
         default=0.03, ge=0, lt=1, description="Linear warm-up, as a share of all steps."
