@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from packhorse.trainer.config.recipe import OptimSection
+from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.optim import (
     build_optimizer,
     describe_decay,
@@ -116,6 +117,29 @@ def test_each_group_moves_by_its_own_rate() -> None:
     assert moved["linear.weight"] == pytest.approx(0.1, rel=1e-4), "AdamW's first step is the rate"
     assert moved["linear.bias"] == pytest.approx(0.025, rel=1e-4)
     assert moved["frozen.weight"] == 0.0
+
+
+def test_groups_of_the_recipe_have_rates_of_their_own_and_decay_as_before() -> None:
+    model = Tiny()
+    section = OptimSection.model_validate(
+        {
+            "lr": 1e-3,
+            "groups": [{"match": "embed", "lr": 1e-4}, {"match": "bias|embed", "lr": 2e-3}],
+        }
+    )
+    seen = [
+        (names(model, group), group["weight_decay"], pytest.approx(group["lr_scale"]))
+        for group in parameter_groups(model, section)
+    ]
+    assert seen == [
+        ({"linear.weight"}, 0.1, 1.0),
+        ({"norm.weight"}, 0.0, 1.0),
+        ({"embedding.weight"}, 0.1, 0.1),
+        ({"linear.bias", "norm.bias"}, 0.0, 2.0),
+    ]
+    none = OptimSection.model_validate({"groups": [{"match": "frozen", "lr": 1e-4}]})
+    with pytest.raises(BadInput, match=r"`frozen` occurs in no trained parameter's name"):
+        parameter_groups(model, none)
 
 
 def rates(steps: int, **settings: object) -> list[float]:

@@ -6,13 +6,15 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 from transformers import Gemma3Config
 
+from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.lora import not_in_shards
 from packhorse.trainer.model.packing_check import longest_document
-from packhorse.trainer.model.reach import freeze_unreached
+from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from tests.model_helpers import WIDE, sft, tiny, tiny_llama
 
 VISION = {
@@ -82,3 +84,17 @@ def test_one_expert_of_a_list_speaks_for_those_that_no_token_chose() -> None:
     assert {name for name in frozen if name.startswith("layers.")} == {
         f"layers.1.{expert}.{which}" for expert in range(3) for which in ("weight", "bias")
     }
+
+
+def test_patterns_freeze_what_they_name() -> None:
+    model = tiny_llama()
+    freeze_named(model, [r"layers\.0\.", "^model.norm"])
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad != ("layers.0." in name or name == "model.norm.weight"), name
+    assert not frozen_of(model), "what is left depends on the text"
+    for patterns, fault in (
+        (["layer\\.0"], r"`layer\\.0` occurs in no parameter's name"),
+        ([""], "nothing is left to be trained"),
+    ):
+        with pytest.raises(BadInput, match=fault):
+            freeze_named(model, patterns)

@@ -31,16 +31,20 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FURTHER_TOKENS = re.compile(r"num_nextn_predict_layers|mtp_num_(hidden_)?layers|num_mtp_layers")
 
 
-def keep_processor(section: ModelSection, folder: Path) -> None:
-    """Copy the processor's files of the model's source into `folder`, if it has any."""
-    for name in PROCESSOR_FILES:
-        if source := _source_file(section, name):
-            shutil.copyfile(source, folder / name)
+def keep_files(section: ModelSection, folder: Path) -> None:
+    """Copy the processor's files of the model's source into `folder`, and the code that it brings
+    if that is trusted.
+    """
+    # all files of a name on the hub lie in one folder of the hub's cache, once they are there
+    found = [_source_file(section, name) for name in ("config.json", *PROCESSOR_FILES)]
+    if found[0]:
+        copy_files(found[0].parent, folder, with_code=section.trust_remote_code)
 
 
-def copy_processor(source: Path, folder: Path) -> None:
-    """Copy the files that `keep_processor` has written."""
-    for name in PROCESSOR_FILES:
+def copy_files(source: Path, folder: Path, *, with_code: bool) -> None:
+    """Copy the processor's files and, if asked, Python files."""
+    code = [path.name for path in source.glob("*.py")] if with_code else []
+    for name in (*PROCESSOR_FILES, *code):
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
 
@@ -190,11 +194,12 @@ def suit_transformers_4(folder: Path, trust_remote_code: bool) -> None:
 
     def as_read() -> dict[str, Any]:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        return {**config.to_dict(), "_name_or_path": None}
+        return {**config.to_dict(), "_name_or_path": None, "auto_map": None}
 
     path = folder / "config.json"
     before, text = as_read(), path.read_text(encoding="utf-8")
     config = json.loads(text)
+    _own_code(config, folder)
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         kind = str(part.get("model_type", ""))
         part |= _rope_of_4(part.get("rope_parameters") or {}, kind.startswith("gemma3"))
@@ -213,9 +218,23 @@ def clean_tokenizer(folder: Path) -> None:
         config.pop(key, None)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the older name of the same class
+    _own_code(config, folder)
     if isinstance(config.get("extra_special_tokens"), list):
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     write_json(path, config)
+
+
+def _own_code(config: dict[str, Any], folder: Path) -> None:
+    """Let a configuration name the code that lies beside it, not the hub's."""
+
+    def here(reference: Any) -> Any:
+        if not isinstance(reference, str):  # a tokenizer names two classes, or None
+            return [here(one) for one in reference] if isinstance(reference, list) else reference
+        local = reference.rpartition("--")[2]
+        return local if (folder / f"{local.partition('.')[0]}.py").is_file() else reference
+
+    if "auto_map" in config:
+        config["auto_map"] = {name: here(value) for name, value in config["auto_map"].items()}
 
 
 def _rope_of_4(parameters: dict[str, Any], is_gemma_3: bool) -> dict[str, Any]:

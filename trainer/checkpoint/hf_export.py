@@ -19,8 +19,8 @@ from packhorse.trainer import dist
 from packhorse.trainer.checkpoint.export_files import (
     carry_over,
     clean_tokenizer,
-    copy_processor,
-    keep_processor,
+    copy_files,
+    keep_files,
     suit_transformers_4,
 )
 from packhorse.trainer.checkpoint.export_folder import open_for_export, run_recipe
@@ -60,7 +60,7 @@ def save_description(model: Any, tokenizer: Any, section: ModelSection, run_dir:
         for config in (model.config, model.config.get_text_config()):
             config.tie_word_embeddings = False
     model.config.save_pretrained(folder)
-    keep_processor(section, folder)
+    keep_files(section, folder)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -178,8 +178,8 @@ def write_folder(
         )
     model.generation_config = GenerationConfig.from_pretrained(source)
     model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="5GB")
+    copy_files(source, folder, with_code=trust)
     suit_transformers_4(folder, trust)
-    copy_processor(source, folder)
     _write_tokenizer(source, recipe, folder)
     apply_umask(folder)
     return model

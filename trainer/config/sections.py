@@ -63,9 +63,16 @@ class ModelSection(Section):
         default=False,
         description="Run the Python code in the model's folder. Read that code first.",
     )
+    freeze: tuple[str, ...] = Field(
+        default=(),
+        description="Parameters that are not trained: regular expressions that occur in their "
+        "names, as `[embed_tokens, 'layers\\.[0-3]\\.']`.",
+    )
 
     @model_validator(mode="after")
-    def _name_holds_no_secret(self) -> ModelSection:
+    def _usable(self) -> ModelSection:
+        for pattern in self.freeze:
+            compile_pattern(pattern)
         if is_url(self.name):
             check_url(self.name)
         return self
@@ -169,6 +176,22 @@ class LossSection(Section):
         return weighting
 
 
+class OptimGroup(Section):
+    """Parameters with a learning rate of their own. The first group that matches counts."""
+
+    match: str = Field(
+        min_length=1, description="Regular expression that occurs in a parameter's name."
+    )
+    lr: float = Field(
+        gt=0, description="Their peak learning rate, which follows the schedule of `optim.lr`."
+    )
+
+    @model_validator(mode="after")
+    def _usable(self) -> OptimGroup:
+        compile_pattern(self.match)
+        return self
+
+
 class OptimSection(Section):
     """AdamW and its learning rate schedule. The rate depends on the step alone."""
 
@@ -205,6 +228,9 @@ class OptimSection(Section):
     )
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="Gradients are clipped to this global L2 norm."
+    )
+    groups: tuple[OptimGroup, ...] = Field(
+        default=(), description="Learning rates of their own, as `[{match: embed, lr: 1e-6}]`."
     )
 
 

@@ -8,6 +8,7 @@ kind of optimizer is here: another one changes `build_optimizer`, `MOMENTS` and 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import OptimSection
+from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.ds_config import offload_device
 from packhorse.trainer.model.quantisation import numel
 from packhorse.trainer.model.roles import EMBEDDINGS, EXPERTS, LINEAR, OTHERS, roles
@@ -34,22 +36,38 @@ def decays(role: str, section: OptimSection) -> bool:
 
 
 def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, Any]]:
-    """Return the trainable parameters in two groups: matrices with weight decay, the rest without.
+    """Return the trainable parameters in groups: matrices with weight decay, the rest without, and
+    two more for each of `section.groups`.
 
     Matrices are those of linear products and of experts, and embeddings if
     `section.decay_embeddings` is set. A group's learning rate is the schedule's times the group's
     `lr_scale`.
+
+    Raises:
+        BadInput: one of `section.groups` matches no parameter that is trained.
     """
     role = roles(model)
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            (decayed if decays(role[id(parameter)], section) else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": section.weight_decay, "lr_scale": 1.0},
-        {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
+    scales = [1.0, *(group.lr / section.lr for group in section.groups)]
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": decay, "lr_scale": scale}
+        for scale in scales
+        for decay in (section.weight_decay, 0.0)
     ]
+    matched = [False for _ in section.groups]
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        fits = [bool(re.search(group.match, name)) for group in section.groups]
+        matched = [before or now for before, now in zip(matched, fits, strict=True)]
+        number = fits.index(True) + 1 if any(fits) else 0
+        has_none = not decays(role[id(parameter)], section)
+        groups[2 * number + has_none]["params"].append(parameter)
+    for group, found in zip(section.groups, matched, strict=True):
+        if not found:
+            raise BadInput(
+                f"optim.groups: `{group.match}` occurs in no trained parameter's name; "
+                f"`{next(model.named_parameters())[0]}` is one"
+            )
     return [group for group in groups if group["params"]]
 
 

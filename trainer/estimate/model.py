@@ -26,7 +26,7 @@ from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
 from packhorse.trainer.model.packing_check import decoder_layers
-from packhorse.trainer.model.reach import freeze_unreached
+from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from packhorse.trainer.utils.text import one_line
 
 # -------------------------------------------------------------------------------------------- sizes
@@ -80,6 +80,7 @@ def build_empty_model(section: ModelSection, adapter: AdapterSection | None = No
     model.tie_weights()  # else a tied head would be counted twice
     if adapter:
         add_adapter(model, adapter, seed=0)
+    freeze_named(model, section.freeze)
     # a forward that meta tensors cannot run is refused by `trace_activations`, which says why
     with suppress(RuntimeError, NotImplementedError):
         freeze_unreached(model, partial(_run_decoder, model, tokens=64), not_in_shards)

@@ -9,7 +9,7 @@ would hold what another step has left there.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count
 from typing import Any
@@ -18,9 +18,30 @@ import torch
 from torch import nn
 
 from packhorse.trainer import dist
+from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.lora import Gathered
 from packhorse.trainer.model.packing_check import decoder_layers
 from packhorse.trainer.model.quantisation import numel
+
+
+def freeze_named(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freeze the parameters in whose names one of the patterns occurs (model.freeze).
+
+    Raises:
+        BadInput: a pattern occurs in no name, or nothing is left to be trained.
+    """
+    named = dict(model.named_parameters())
+    for pattern in patterns:
+        found = [name for name in named if re.search(pattern, name)]
+        if not found:
+            raise BadInput(
+                f"model.freeze: `{pattern}` occurs in no parameter's name; "
+                f"`{next(iter(named))}` is one"
+            )
+        for name in found:
+            named[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in named.values()):
+        raise BadInput("model.freeze: nothing is left to be trained; take a pattern out")
 
 
 def freeze_unreached(
@@ -48,9 +69,10 @@ def freeze_unreached(
     # a few tokens do not visit every expert of a list of modules: one of them speaks for all
     families = {_family(name) for name, p in trained.items() if id(p) in reached}
     frozen = [name for name in trained if _family(name) not in families]
+    before = {id(p) for p in model.parameters() if not p.requires_grad}
     for name in frozen:
         trained[name].requires_grad_(False)
-    _log(model, frozen, trained)
+    _log(model, frozen, trained, before)
     return frozen
 
 
@@ -106,13 +128,29 @@ def _gathered_where_used(model: Any, gathered: Gathered) -> Iterator[None]:
         yield
 
 
-def _log(model: Any, frozen: list[str], trained: dict[str, nn.Parameter]) -> None:
+def _log(model: Any, frozen: list[str], trained: dict[str, nn.Parameter], before: set[int]) -> None:
     if not frozen:
         return
-    modules = sorted({re.split(r"\.\d+\.", name)[0].rpartition(".")[0] or name for name in frozen})
+    names = list(dict.fromkeys(re.sub(r"\b\d+\b", "*", name) for name in _whole(model, before)))
     share = sum(numel(trained[name]) for name in frozen) / sum(map(numel, model.parameters()))
     dist.log.info(
-        "frozen: %d tensors (%.2g%% of the weights) that a text's loss does not depend on keep "
-        "their values: %s%s",
-        *(len(frozen), 100 * share, ", ".join(modules[:4]), ", ..." if len(modules) > 4 else ""),
+        "frozen, as a text's loss does not depend on it: %d tensors, %.2g%% of the weights (%s%s)",
+        *(len(frozen), 100 * share, ", ".join(names[:4]), ", ..." if len(names) > 4 else ""),
     )
+
+
+def _whole(module: nn.Module, before: set[int], prefix: str = "") -> Iterator[str]:
+    """Yield the largest parts that are newly frozen as a whole, by name.
+
+    Args:
+        before: ids of the parameters that were frozen already.
+    """
+    for name, parameter in module.named_parameters(recurse=False):
+        if not parameter.requires_grad and id(parameter) not in before:
+            yield f"{prefix}{name}"
+    for name, child in module.named_children():
+        parameters = list(child.parameters())
+        if parameters and not any(p.requires_grad or id(p) in before for p in parameters):
+            yield f"{prefix}{name}"
+        else:
+            yield from _whole(child, before, f"{prefix}{name}.")
