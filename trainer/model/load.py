@@ -197,7 +197,7 @@ def load_config(section: ModelSection) -> Any:
     if getattr(config, "quantization_config", None):
         raise BadInput(
             f"model.name: the weights of {section.name} are quantised; give a bfloat16 or float32 "
-            "model"
+            "model (docs/models.md has the way for gpt-oss)"
         )
     return config
 
