@@ -41,11 +41,15 @@ _TOKENIZER_FILES = {
 def load_tokenizer(section: ModelSection) -> Any:
     """Return the model's tokenizer with the recipe's `add_tokens` and `chat_template`.
 
+    `generation_eos_token_ids` of it are what ends generation by the model's own configuration,
+    which the data needs where a chat template writes no stop token.
+
     Raises:
         BadInput: no such folder, no tokenizer in it, an unreachable hub, a missing template, or
             ChatML on a tokenizer that lacks its tokens.
     """
     tokenizer = _original_tokenizer(section)
+    tokenizer.generation_eos_token_ids = _generation_eos(section)
     if section.add_tokens:
         from tokenizers import AddedToken
 
@@ -83,6 +87,21 @@ def _original_tokenizer(section: ModelSection) -> Any:
             "into it"
         )
     return load_pretrained(AutoTokenizer.from_pretrained, section, "tokenizer")
+
+
+def _generation_eos(section: ModelSection) -> list[int]:
+    """Return the stop tokens of the model's generation configuration; none, if it has no such."""
+    from transformers import GenerationConfig
+
+    folder = local_folder(section.name, "model.name")
+    try:
+        config = GenerationConfig.from_pretrained(
+            str(folder or section.name), revision=section.revision
+        )
+    except OSError:  # many models have none
+        return []
+    ids: Any = config.eos_token_id
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
 
 
 def load_pretrained(
