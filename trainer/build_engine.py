@@ -19,7 +19,7 @@ from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import TrainData
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
-from packhorse.trainer.engine.engine import Engine, gathered, sharded_init
+from packhorse.trainer.engine.engine import Engine, gathered, reads_gathered, sharded_init
 from packhorse.trainer.engine.optim import parameter_groups
 from packhorse.trainer.estimate.report import predict_gpu_memory
 from packhorse.trainer.hang_watchdog import Watch
@@ -76,14 +76,20 @@ def check_packing(recipe: Recipe, module: SftModel) -> None:
         BadInput: packed documents differ from the same documents alone.
     """
     one_document = recipe.data.packing == "none" and recipe.batch.micro_batch_size == 1
-    proof = prove_packing(
-        module, seq_len=recipe.batch.seq_len, one_document=one_document, seed=recipe.train.seed
-    )
+    # these are the model's first forwards
+    with reads_gathered(module):
+        proof = prove_packing(
+            module, seq_len=recipe.batch.seq_len, one_document=one_document, seed=recipe.train.seed
+        )
     dist.log.info(
         "packing check: documents of %s tokens, packed against apart: hidden states differ by "
         "%.1e, the loss by %.1e",
         *(", ".join(map(str, proof.lengths)), proof.hidden_difference, proof.loss_difference),
     )
+    for module in proof.by_document:
+        dist.log.warning(
+            "packed sequences run document by document through %s: right, but slower", module
+        )
 
 
 # Devices on which the dry run pays: a GPU runs out of memory in the middle of a run, and the kernel

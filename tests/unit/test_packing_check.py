@@ -17,13 +17,23 @@ from packhorse.trainer.model import (
     attention_kernels,
     logit_transform,
     packing_check,
+    probe_documents,
     sft,
 )
 from packhorse.trainer.model.attention_kernels import Arguments
 from packhorse.trainer.model.logit_transform import LogitTransform
 from packhorse.trainer.model.lora import add_adapter
 from packhorse.trainer.model.sft import SftModel
-from tests.model_helpers import CPU, SIZES, WIDE, tiny
+from tests.model_helpers import (
+    CPU,
+    SIZES,
+    WIDE,
+    documents,
+    loss_and_gradients,
+    pack,
+    relative,
+    tiny,
+)
 
 torch.set_num_threads(1)
 
@@ -75,18 +85,31 @@ RIGHT: dict[str, tuple[Any, LogitTransform]] = {
     "phi 3": (tf.Phi3Config(**SIZES, pad_token_id=0), LogitTransform()),
     "phi, biased head": (tf.PhiConfig(**SIZES), LogitTransform()),
 }
-# Right one document at a time only. Each is refused packed, by its own library or by what the check
-# measures.
+# They carry a state from document to document, which their own library says, or what the check
+# measures. The module that does so runs document by document.
 MIXING = {
     "qwen 3 next": (
         tf.Qwen3NextConfig(**FOUR, **EXPERTS, **LINEAR),
-        "Qwen3NextGatedDeltaNet|linear_attention",
+        "Qwen3NextGatedDeltaNet",
     ),
     "lfm 2": (
         tf.Lfm2Config(**FOUR, layer_types=["conv", "full_attention"] * 2),
-        "Lfm2ShortConv|conv",
+        "Lfm2ShortConv",
     ),
     "mamba": (tf.MambaConfig(vocab_size=160, hidden_size=32, num_hidden_layers=2), "MambaBlock"),
+    "jamba, attention in other layers": (
+        tf.JambaConfig(
+            **SIZES,
+            pad_token_id=0,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            num_experts=4,
+            mamba_d_state=4,
+            mamba_dt_rank=4,
+            use_mamba_kernels=False,
+        ),
+        "JambaMambaDecoderLayer",
+    ),
 }
 
 
@@ -192,12 +215,68 @@ def test_the_dropout_of_a_new_adapter_is_seen_although_it_changes_nothing_yet() 
 
 
 @pytest.mark.parametrize("name", MIXING)
-def test_a_layer_that_mixes_documents_is_named(name: str) -> None:
-    config, layer = MIXING[name]
-    with pytest.raises(BadInput, match=layer) as refused:
-        proof(tiny(config))
-    assert "data.packing=none" in str(refused.value)
-    assert proof(tiny(config), one_document=True).hidden_difference < 1e-5
+def test_a_module_that_mixes_documents_runs_by_document(name: str) -> None:
+    config, mixer = MIXING[name]
+    seen = proof(tiny(config))
+    assert [why.split()[0] for why in seen.by_document] == [mixer]
+    assert seen.hidden_difference < 1e-5
+    assert proof(tiny(config), one_document=True).by_document == ()
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("name", MIXING)
+def test_its_gradients_are_those_of_the_documents_alone(name: str, recomputes: bool) -> None:
+    module = SftModel(tiny(MIXING[name][0]), LossSection(), 0, CPU)
+    packing_check.prove_packing(module, seq_len=128, one_document=False, seed=0)
+    ids = documents([9, 30, 9, 1, 17])  # two of one length, and the shortest
+    trained = [list(range(len(d) - 1)) for d in ids]
+    apart = [pack([d], [t], [0.1], keys=[i]) for i, (d, t) in enumerate(zip(ids, trained))]
+    own_loss, own = loss_and_gradients(module, *apart)
+    if recomputes:
+        module.model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss, gradients = loss_and_gradients(module, pack(ids, trained, [0.1] * len(ids)))
+    assert loss == pytest.approx(own_loss, rel=1e-6)
+    assert max(relative(gradients[key], own[key]) for key in own) < 1e-4
+
+
+def test_idle_calls_for_the_other_ranks_change_nothing() -> None:
+    module = SftModel(tiny(MIXING["qwen 3 next"][0]), LossSection(), 0, CPU)
+    packing_check.prove_packing(module, seq_len=128, one_document=False, seed=0)
+    batch = pack(documents([9, 30]), [[1, 2], [3]], [0.5, 0.5])
+    loss, own = loss_and_gradients(module, batch)
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    mixer = module.model.get_decoder().layers[0].linear_attn
+    mixer.in_proj_qkvz.register_forward_hook(count)
+    with mock.patch.object(SftModel, "_idle_calls", return_value=3):
+        again, gradients = loss_and_gradients(module, batch)
+    assert calls == 5
+    assert again == loss
+    assert all(torch.equal(gradients[name], own[name]) for name in own)
+
+
+def test_control_a_mixer_that_is_not_told_of_documents_is_refused() -> None:
+    with (
+        mock.patch.object(SftModel, "_documents_in_call", return_value=()),
+        pytest.raises(BadInput, match=r"MambaBlock.*data\.packing=none"),
+    ):
+        proof(tiny(MIXING["mamba"][0]))
+
+
+def test_generation_is_not_cut_into_a_batchs_documents() -> None:
+    model = tiny(MIXING["mamba"][0])
+    module = SftModel(model, LossSection(), 0, CPU)
+    packing_check.prove_packing(module, seq_len=128, one_document=False, seed=0)
+    (ids,) = documents([30])
+    with torch.no_grad():
+        before = model(input_ids=ids[None], use_cache=False).logits
+        module.eval()(pack(documents([9, 21]), [[1], [1]], [0.5, 0.5]))
+        after = model(input_ids=ids[None], use_cache=False).logits
+    assert torch.equal(before, after)
 
 
 def test_a_chunk_that_packed_attention_does_not_know_is_refused() -> None:
@@ -359,7 +438,7 @@ def test_windows_and_chunks_are_found_by_their_words() -> None:
         "local_attention": 128,
         "id2label": {0: "a"},
     }
-    assert packing_check.length_limits(config) == {4096, 8192, 28, 128}
+    assert probe_documents.length_limits(config) == {4096, 8192, 28, 128}
 
 
 def test_the_middle_document_passes_every_limit_within_reach() -> None:
@@ -368,6 +447,6 @@ def test_the_middle_document_passes_every_limit_within_reach() -> None:
         max_position_embeddings=10**6,
         to_dict=lambda: {"sliding_window": 512, "chunk": 8192},
     )
-    assert len(packing_check._random_documents(config, 1024, 0)[1]) > 512
-    assert len(packing_check._random_documents(config, 1024, 0)[1]) < 1024
-    assert len(packing_check._random_documents(config, 16384, 0)[1]) > 8192
+    assert len(probe_documents.random_documents(config, 1024, 0)[1]) > 512
+    assert len(probe_documents.random_documents(config, 1024, 0)[1]) < 1024
+    assert len(probe_documents.random_documents(config, 16384, 0)[1]) > 8192

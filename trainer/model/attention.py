@@ -142,8 +142,10 @@ def other_attention(model: Any, name: str) -> Iterator[None]:
 
 
 @contextmanager
-def checked_masks(model: Any) -> Iterator[None]:
+def checked_masks(model: Any) -> Iterator[set[nn.Module]]:
     """Compare the mask that each layer would have with what its backend sees, inside the block.
+
+    Gives the modules that have attended through the backend so far.
 
     A window or chunk that reaches a layer in its mask alone would otherwise be lost, as
     transformers makes no masks for our attention functions.
@@ -159,16 +161,17 @@ def checked_masks(model: Any) -> Iterator[None]:
 
     name = model.config._attn_implementation
     AttentionMaskInterface.register(name, whole_mask)
-    _CHECKED.add(name)
+    attended = _CHECKED[name] = set()
     try:
-        yield
+        yield attended
     finally:
-        _CHECKED.discard(name)
+        del _CHECKED[name]
         # or every step would make T x T masks
         AttentionMaskInterface._global_mapping.pop(name)
 
 
-_CHECKED: set[str] = set()  # attention functions that compare masks now
+# attention functions that compare masks now, and the modules that they attended for
+_CHECKED: dict[str, set[nn.Module]] = {}
 
 
 def _compare_mask(
@@ -226,8 +229,11 @@ def _attend(
             f"{layer} does not hand the document boundaries on to its attention; this model cannot "
             "be packed"
         )
+    attended = _CHECKED.get(getattr(module.config, "_attn_implementation", None))
+    if attended is not None:
+        attended.add(module)
     if attention_mask is not None:
-        if getattr(module.config, "_attn_implementation", None) not in _CHECKED:
+        if attended is None:
             raise BadInput(
                 f"{layer} makes an attention mask of its own, which packed attention cannot honour"
             )
