@@ -42,8 +42,8 @@ from tests.ranks import ROOT
 LENGTHS = (24, 40, 9, 12)  # of a step's documents; the second is longer than windows and chunks
 STEPS = 3
 LR, MAX_GRAD_NORM = 1e-3, 1.0
-# Largest relative differences that are rounding: of a step's loss, of a tensor's change in training,
-# and of the export's logits. A defect is ten times as much and more.
+# Largest relative differences that are rounding: of a step's loss, of a tensor's change in
+# training, and of the export's logits. A defect is ten times as much and more.
 BOUNDS = {"losses": 1e-6, "weights": 1e-3, "logits": 1e-4}
 
 
