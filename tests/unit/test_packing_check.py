@@ -20,7 +20,7 @@ from packhorse.trainer.model import (
     probe_documents,
     sft,
 )
-from packhorse.trainer.model.attention_kernels import Arguments
+from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.logit_transform import LogitTransform
 from packhorse.trainer.model.lora import add_adapter
 from packhorse.trainer.model.sft import SftModel
@@ -46,6 +46,13 @@ LINEAR: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "shared_expert_intermediate_size": 24,
 }
+LLAMA4 = tf.Llama4TextConfig(
+    **WIDE,
+    attention_chunk_size=16,
+    num_local_experts=2,
+    num_experts_per_tok=1,
+    intermediate_size_mlp=48,
+)
 RIGHT: dict[str, tuple[Any, LogitTransform]] = {
     "llama": (tf.LlamaConfig(**SIZES), LogitTransform()),
     "llama, tied": (tf.LlamaConfig(**SIZES, tie_word_embeddings=True), LogitTransform()),
@@ -83,6 +90,7 @@ RIGHT: dict[str, tuple[Any, LogitTransform]] = {
     ),
     "olmo 2": (tf.Olmo2Config(**SIZES), LogitTransform()),
     "phi 3": (tf.Phi3Config(**SIZES, pad_token_id=0), LogitTransform()),
+    "llama 4, chunks": (LLAMA4, LogitTransform()),
     "phi, biased head": (tf.PhiConfig(**SIZES), LogitTransform()),
 }
 # They carry a state from document to document, which their own library says, or what the check
@@ -279,16 +287,27 @@ def test_generation_is_not_cut_into_a_batchs_documents() -> None:
     assert torch.equal(before, after)
 
 
-def test_a_chunk_that_packed_attention_does_not_know_is_refused() -> None:
-    config = tf.Llama4TextConfig(
-        **WIDE,
-        attention_chunk_size=16,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        intermediate_size_mlp=48,
-    )
-    with pytest.raises(BadInput, match="Llama4TextAttention masks its attention by more"):
-        proof(tiny(config))
+@pytest.mark.parametrize("size", [None, 15])
+def test_control_other_chunks_are_caught(size: int | None) -> None:
+    with (
+        mock.patch.object(attention, "_chunk_size", return_value=size),
+        pytest.raises(BadInput, match="Llama4TextAttention masks its attention by more"),
+    ):
+        proof(tiny(LLAMA4))
+
+
+def test_control_chunks_counted_from_the_start_of_the_packed_sequence_are_caught() -> None:
+    def from_the_start(bounds: Bounds, size: int) -> Bounds:
+        cuts = {*range(0, sum(bounds.lengths), size), *bounds.cu_seqlens.tolist()}
+        ends = torch.tensor(sorted(cuts), dtype=torch.int32)
+        return Bounds(ends, size, tuple(ends.diff().tolist()))
+
+    with (
+        mock.patch.object(Bounds, "chunked", from_the_start),
+        mock.patch.object(attention, "_compare_mask"),  # which sees it, too
+        pytest.raises(BadInput, match="does not keep packed documents apart"),
+    ):
+        proof(tiny(LLAMA4))
 
 
 def test_a_model_that_does_not_attend_through_packhorse_is_refused() -> None:

@@ -25,6 +25,7 @@ from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.load import load_config, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter
 from packhorse.trainer.model.packing_check import decoder_layers
+from packhorse.trainer.model.sft import decoder_of
 from packhorse.trainer.utils.text import one_line
 
 # -------------------------------------------------------------------------------------------- sizes
@@ -176,7 +177,7 @@ def _trace_forward(model: Any, tokens: int) -> tuple[int, list[int]]:
         for layer in decoder_layers(model):
             hooks += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
         try:
-            model.get_decoder()(
+            decoder_of(model)(
                 input_ids=ids, position_ids=ids, use_cache=False, document_bounds=bounds
             )
         except (RuntimeError, NotImplementedError) as error:

@@ -175,19 +175,28 @@ _CHECKED: dict[str, set[nn.Module]] = {}
 
 
 def _compare_mask(
-    layer: str, mask: torch.Tensor, window: int | None, cu_seqlens: torch.Tensor
+    layer: str, mask: torch.Tensor, window: int | None, documents: Bounds, seen: Bounds
 ) -> None:
-    """Refuse a mask (1, 1, T, T), True where seen, that asks for more than the backends do."""
+    """Refuse a mask (1, 1, T, T), True where seen, that asks for more than the backends do.
+
+    Args:
+        seen: what a backend attends within: the documents, or chunks of each.
+    """
     total = mask.shape[-1]
-    document = _document_index(cu_seqlens, total)
-    same = document[:, None] == document[None, :]
-    ours = visible(total, window, mask.device) & same
+    same = _same_piece(documents, total)
+    ours = visible(total, window, mask.device) & _same_piece(seen, total)
     # a mask that was made without position_ids knows no documents, which is no difference
-    if not torch.equal(ours.expand(mask.shape), mask & same):
+    if mask.shape[-2] != total or not torch.equal(ours.expand(mask.shape), mask & same):
         raise BadInput(
             f"{layer} masks its attention by more than causality, documents and a window of "
             f"{window}, which packed attention cannot honour; take another model"
         )
+
+
+def _same_piece(bounds: Bounds, total: int) -> torch.Tensor:
+    """Return (T, T), True where two tokens lie in the same document, or chunk of one."""
+    number = _document_index(bounds.cu_seqlens, total)
+    return number[:, None] == number[None, :]
 
 
 # ------------------------------------------------------------------------------------- the function
@@ -232,12 +241,14 @@ def _attend(
     attended = _CHECKED.get(getattr(module.config, "_attn_implementation", None))
     if attended is not None:
         attended.add(module)
+    chunk = _chunk_size(module)
+    bounds = document_bounds.chunked(chunk) if chunk else document_bounds
     if attention_mask is not None:
         if attended is None:
             raise BadInput(
                 f"{layer} makes an attention mask of its own, which packed attention cannot honour"
             )
-        _compare_mask(layer, attention_mask, sliding_window, document_bounds.cu_seqlens)
+        _compare_mask(layer, attention_mask, sliding_window, document_bounds, bounds)
     # a layer that says nothing about causality is causal
     if is_causal is False or not getattr(module, "is_causal", True):
         raise BadInput(f"{layer} is not causal attention")
@@ -253,8 +264,20 @@ def _attend(
             f"{layer} asks attention for `{'`, `'.join(unknown)}`, which no backend of packhorse "
             "knows"
         )
-    arguments = Arguments(scaling, sliding_window, softcap, s_aux, dropout or None, document_bounds)
+    arguments = Arguments(scaling, sliding_window, softcap, s_aux, dropout or None, bounds)
     return backend(layer, query, key, value, arguments), None
+
+
+def _chunk_size(module: nn.Module) -> int | None:
+    """Return the tokens of a chunk that a layer attends within (Llama 4), or None.
+
+    transformers hands it to the layer in its mask alone; the configuration says which layers it is.
+    """
+    config: Any = module.config
+    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if not kinds or layer is None or kinds[layer] != "chunked_attention":
+        return None
+    return config.attention_chunk_size
 
 
 _FUNCTIONS = {

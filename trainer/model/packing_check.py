@@ -36,7 +36,7 @@ from packhorse.trainer.model.probe_documents import (
     pack_documents,
     random_documents,
 )
-from packhorse.trainer.model.sft import SftModel
+from packhorse.trainer.model.sft import SftModel, decoder_of
 from packhorse.trainer.utils.text import one_line
 
 EAGER_TOKENS = 8192  # longer documents run alone through sdpa: eager attention holds all scores
@@ -140,7 +140,7 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     It is the longest list of modules; one of the configured number of layers comes first.
     """
     number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    stacks = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList)]
+    stacks = [m for m in decoder_of(model).modules() if isinstance(m, nn.ModuleList)]
     stacks.sort(key=lambda stack: (len(stack) == number, len(stack)))
     return list(stacks[-1]) if stacks else []
 
@@ -155,7 +155,7 @@ def _recorded_states(model: Any, positions: list[int]) -> Iterator[list[torch.Te
         seen.append(state[0, positions])
 
     with ExitStack() as hooks:
-        for module in [*decoder_layers(model), model.get_decoder()]:
+        for module in [*decoder_layers(model), decoder_of(model)]:
             hooks.callback(module.register_forward_hook(hook).remove)
         yield seen
 
@@ -379,7 +379,7 @@ def _advise(
 def _layer_name(model: Any, layer: int) -> str:
     layers = decoder_layers(model)
     if layer >= len(layers):
-        return f"the end of {type(model.get_decoder()).__name__}"
+        return f"the end of {type(decoder_of(model)).__name__}"
     types = getattr(model.config.get_text_config(), "layer_types", None) or []
     kind = f", {types[layer]}" if layer < len(types) else ""
     return f"layer {layer} ({type(layers[layer]).__name__}{kind})"

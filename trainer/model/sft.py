@@ -88,7 +88,7 @@ class SftModel(nn.Module):
         if self._undo_split:
             self._calls = (*batch.lengths, *[0] * self._idle_calls(len(batch.lengths)))
         try:
-            out = self.model.get_decoder()(
+            out = decoder_of(self.model)(
                 input_ids=batch.input_ids.unsqueeze(0),
                 position_ids=batch.position_ids.unsqueeze(0),
                 use_cache=False,
@@ -129,6 +129,21 @@ class SftModel(nn.Module):
         keys, lengths, width = batch.document_keys, batch.lengths, embedded.shape[-1]
         noise = document_noise(self._seed, keys, lengths, width, self._alpha, embedded.device)
         return embedded + noise.to(embedded.dtype)
+
+
+def decoder_of(model: Any) -> Any:
+    """Return the part of a causal language model that makes the hidden states for its head."""
+    decoder = model.get_decoder()
+    if decoder is not model:
+        return decoder
+    # Llama 4's own answer is the whole model
+    embedding, base = model.get_input_embeddings(), getattr(model, "model", None)
+    if isinstance(base, nn.Module) and any(part is embedding for part in base.modules()):
+        return base
+    raise BadInput(
+        f"{type(model).__name__} has no decoder apart from its head, so that packhorse cannot "
+        "reach the hidden states; take another model"
+    )
 
 
 def _loss_or_logits(plain_forward: Any) -> Any:
