@@ -24,6 +24,7 @@ from packhorse.trainer.engine.optim import parameter_groups
 from packhorse.trainer.estimate.report import predict_gpu_memory
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import Metrics, model_flops
+from packhorse.trainer.model.checks import require_positions
 from packhorse.trainer.model.load import load_config, load_model
 from packhorse.trainer.model.lora import require_stage
 from packhorse.trainer.model.packing_check import prove_packing
@@ -40,7 +41,8 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     """
     if dist.is_main() and dist.device().type == "cpu":
         warn_if_bf16_is_emulated(recipe.model.dtype)
-    hidden_size = load_config(recipe.model).get_text_config().hidden_size
+    # some name their sizes otherwise, as BLT does by its parts
+    hidden_size = getattr(load_config(recipe.model).get_text_config(), "hidden_size", 0)
     ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size, run_dir)
     require_stage(recipe.adapter, stage(ds_config))
     clear_nvme(ds_config)
@@ -75,6 +77,7 @@ def check_packing(recipe: Recipe, module: SftModel) -> None:
     Raises:
         BadInput: packed documents differ from the same documents alone.
     """
+    require_positions(module.model, recipe.max_length)
     one_document = recipe.data.packing == "none" and recipe.batch.micro_batch_size == 1
     # these are the model's first forwards
     with reads_gathered(module):
@@ -89,6 +92,10 @@ def check_packing(recipe: Recipe, module: SftModel) -> None:
     for module in proof.by_document:
         dist.log.warning(
             "packed sequences run document by document through %s: right, but slower", module
+        )
+    if proof.by_itself:
+        dist.log.warning(
+            "the model cannot attend through packhorse's kernels and attends by its own code"
         )
 
 

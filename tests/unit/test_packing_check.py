@@ -310,9 +310,45 @@ def test_control_chunks_counted_from_the_start_of_the_packed_sequence_are_caught
         proof(tiny(LLAMA4))
 
 
-def test_a_model_that_does_not_attend_through_packhorse_is_refused() -> None:
-    with pytest.raises(BadInput, match=r"layer 0 \(BloomBlock\)"):
-        proof(tiny(tf.BloomConfig(vocab_size=160, hidden_size=32, n_layer=2, n_head=4)))
+BLOOM = tf.BloomConfig(vocab_size=160, hidden_size=32, n_layer=2, n_head=4)
+
+
+def test_a_model_that_does_not_attend_through_packhorse_runs_one_document_by_itself() -> None:
+    with pytest.raises(BadInput, match=r"layer 0 \(BloomBlock\) does not keep .*packing=none"):
+        proof(tiny(BLOOM))
+    seen = proof(tiny(BLOOM), one_document=True)
+    assert seen.by_itself
+    assert seen.hidden_difference < 1e-5
+
+
+def test_layers_with_several_streams_are_compared() -> None:
+    config = tf.Gemma3nTextConfig(
+        **{**WIDE, "num_hidden_layers": 4, "intermediate_size": [48] * 4},
+        vocab_size_per_layer_input=160,
+        hidden_size_per_layer_input=8,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.5, 0.0] * 2,
+    )
+    assert proof(tiny(config)).hidden_difference < 1e-5
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
+    model = tiny(RIGHT["llama"][0])
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = value
+    with pytest.raises(BadInput, match=r"NaN or infinity in `model\.layers\.1\.mlp\.up_proj"):
+        proof(model)
+
+
+def test_no_advice_is_given_that_is_followed_already() -> None:
+    with (
+        with_backend(lambda arguments: arguments._replace(scale=1.0)),
+        pytest.raises(BadInput, match=r"is allowed\): take another model$"),
+    ):
+        proof(tiny(RIGHT["qwen 3"][0]))
 
 
 # -------------------------------------------------------------------------------------- broken ones

@@ -22,10 +22,9 @@ from packhorse.trainer.engine.optim import parameter_groups
 from packhorse.trainer.metrics import ModelFlops, model_flops
 from packhorse.trainer.model import attention
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
+from packhorse.trainer.model.decoder import decoder_layers, decoder_of
 from packhorse.trainer.model.load import load_config, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter
-from packhorse.trainer.model.packing_check import decoder_layers
-from packhorse.trainer.model.sft import decoder_of
 from packhorse.trainer.utils.text import one_line
 
 # -------------------------------------------------------------------------------------------- sizes

@@ -95,6 +95,11 @@ def implementation(backend: str) -> str:
     return name
 
 
+def is_ours(model: Any) -> bool:
+    """Return whether the model attends through a backend of packhorse."""
+    return (model.config._attn_implementation or "").startswith("packhorse_")
+
+
 def keyword_arguments(batch: Batch) -> dict[str, Any]:
     """Return the arguments of model.forward that carry the batch's document boundaries.
 
@@ -134,11 +139,20 @@ def other_attention(model: Any, name: str) -> Iterator[None]:
     before = model.config._attn_implementation
     if name == "sdpa" and not getattr(model, "_supports_sdpa", True):
         name = "eager"
-    model.set_attn_implementation(name)
+    set_implementation(model, name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        set_implementation(model, before)
+
+
+def set_implementation(model: Any, name: str) -> None:
+    """Let the model attend by a function of transformers' table, and make the masks that it needs.
+
+    A model with attention of its own alone (BLOOM) refuses the function; its masks must follow.
+    """
+    model.set_attn_implementation(name)
+    model.config._attn_implementation = name
 
 
 @contextmanager
@@ -159,6 +173,9 @@ def checked_masks(model: Any) -> Iterator[set[nn.Module]]:
             **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         )
 
+    if not is_ours(model):  # its own masks are right
+        yield set()
+        return
     name = model.config._attn_implementation
     AttentionMaskInterface.register(name, whole_mask)
     attended = _CHECKED[name] = set()

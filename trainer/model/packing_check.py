@@ -15,8 +15,7 @@ is no list of known models: each one is measured.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from traceback import walk_tb
 from typing import Any, NamedTuple
 
@@ -28,6 +27,8 @@ from packhorse.trainer import dist
 from packhorse.trainer.datatypes import BadInput, Batch
 from packhorse.trainer.model import liger_layers
 from packhorse.trainer.model.attention import checked_masks, other_attention
+from packhorse.trainer.model.checks import require_finite_weights
+from packhorse.trainer.model.decoder import decoder_layers, layer_name, recorded_states
 from packhorse.trainer.model.logit_transform import LogitTransform, measure_transform
 from packhorse.trainer.model.probe_documents import (
     COMPARED_FIRST,
@@ -36,7 +37,7 @@ from packhorse.trainer.model.probe_documents import (
     pack_documents,
     random_documents,
 )
-from packhorse.trainer.model.sft import SftModel, decoder_of
+from packhorse.trainer.model.sft import SftModel
 from packhorse.trainer.utils.text import one_line
 
 EAGER_TOKENS = 8192  # longer documents run alone through sdpa: eager attention holds all scores
@@ -62,6 +63,7 @@ class Proof(NamedTuple):
     lengths: tuple[int, ...]
     transform: LogitTransform
     by_document: tuple[str, ...] = ()  # which modules run once for each document, and why
+    by_itself: bool = False  # the model attends by its own code, a document at a time
 
 
 class _Alone(NamedTuple):
@@ -109,10 +111,11 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
         alone = [_run_alone(sft.model, ids) for ids in documents]
         try:
             if one_document:
-                worst = [_compare(sft, [ids], [own]) for ids, own in zip(documents, alone)]
+                worst = _compare_each(sft, documents, alone)
             else:
                 worst, by_document = _compare_splitting(sft, documents, alone)
-        except _LayerDiffers as difference:
+        except (_LayerDiffers, BadInput) as difference:
+            require_finite_weights(sft.model)
             advice = _advise(sft, difference, documents, alone, one_document)
             raise BadInput(advice) from None
         sft.is_random = _draws_random_numbers(sft, pack_documents(documents[:1]))
@@ -128,36 +131,12 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
     finally:
         sft.train(training)
     hidden, loss = (max(values) for values in zip(*worst))
-    return Proof(hidden, loss, tuple(map(len, documents)), sft.transform, by_document)
+    return Proof(
+        hidden, loss, tuple(map(len, documents)), sft.transform, by_document, sft.attends_by_itself
+    )
 
 
 # ------------------------------------------------------------------------------------- the two ways
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """Return the model's stack of layers.
-
-    It is the longest list of modules; one of the configured number of layers comes first.
-    """
-    number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    stacks = [m for m in decoder_of(model).modules() if isinstance(m, nn.ModuleList)]
-    stacks.sort(key=lambda stack: (len(stack) == number, len(stack)))
-    return list(stacks[-1]) if stacks else []
-
-
-@contextmanager
-def _recorded_states(model: Any, positions: list[int]) -> Iterator[list[torch.Tensor]]:
-    """Record the states at these positions, (tokens, H), after each layer and the whole decoder."""
-    seen: list[torch.Tensor] = []
-
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        state = output if isinstance(output, torch.Tensor) else output[0]
-        seen.append(state[0, positions])
-
-    with ExitStack() as hooks:
-        for module in [*decoder_layers(model), decoder_of(model)]:
-            hooks.callback(module.register_forward_hook(hook).remove)
-        yield seen
 
 
 def _run_alone(model: Any, ids: torch.Tensor) -> _Alone:
@@ -184,7 +163,7 @@ def _run_own(
     with (
         liger_layers.plain(model),
         other_attention(model, own_attention),
-        _recorded_states(model, compared_positions(ids.shape[0])) as states,
+        recorded_states(model, compared_positions(ids.shape[0]), ids.shape[0]) as states,
     ):
         out = model(input_ids=ids.unsqueeze(0), use_cache=False, **fewer_logits)
     logits = out.logits[0, -trained - 1 : -1].float()
@@ -205,7 +184,7 @@ def _run_packed(
     try:
         with (
             checked_masks(sft.model) as attended,
-            _recorded_states(sft.model, positions) as states,
+            recorded_states(sft.model, positions, len(batch.input_ids)) as states,
         ):
             loss = float(sft(batch))
     except (BadInput, torch.OutOfMemoryError):
@@ -249,6 +228,26 @@ def _compare_splitting(
                 raise first or error from None
             found[name] = str(difference)
             sft.run_by_document(mixing)
+
+
+def _compare_each(
+    sft: SftModel, documents: Sequence[torch.Tensor], alone: Sequence[_Alone]
+) -> list[tuple[float, float]]:
+    """Compare documents one by one; let a model that cannot attend through us attend by itself.
+
+    One that does attend through us, and gives other states, is not helped: its kernel is wrong.
+    """
+    try:
+        return [_compare(sft, [ids], [own]) for ids, own in zip(documents, alone)]
+    except (_LayerDiffers, BadInput) as error:
+        if isinstance(error, _LayerDiffers) and error.attended:
+            raise
+        sft.attends_by_itself = True
+        try:
+            return [_compare(sft, [ids], [own]) for ids, own in zip(documents, alone)]
+        except (_LayerDiffers, BadInput):
+            sft.attends_by_itself = False
+            raise error from None
 
 
 def _modules_like(model: nn.Module, difference: _LayerDiffers) -> list[nn.Module]:
@@ -343,12 +342,12 @@ def _require_close(
     if not difference <= allowed:
         how = f"its states differ by {difference:.2g} of their size {what}; {allowed:g} is allowed"
         module = [*decoder_layers(model), None][layer]
-        raise _LayerDiffers(_layer_name(model, layer), how, module, attended)
+        raise _LayerDiffers(layer_name(model, layer), how, module, attended)
 
 
 def _advise(
     sft: SftModel,
-    difference: _LayerDiffers,
+    difference: _LayerDiffers | BadInput,
     documents: Sequence[torch.Tensor],
     alone: Sequence[_Alone],
     one_document: bool,
@@ -356,33 +355,32 @@ def _advise(
     """Return which layer differs, and whether documents one by one would do."""
     if not one_document:
         try:
-            for ids, own in zip(documents, alone):
-                _compare(sft, [ids], [own])
+            _compare_each(sft, documents, alone)
         except (_LayerDiffers, BadInput):
             one_document = True  # packing is not to blame
+    one_by_one = (
+        "set data.packing=none and batch.micro_batch_size=1, so that every micro-batch is one "
+        "document"
+    )
+    if isinstance(difference, BadInput):
+        return str(difference) if one_document else f"{difference}, or {one_by_one}"
     if not one_document:
         return (
-            f"{difference.layer} does not keep packed documents apart ({difference}): set "
-            "data.packing=none and batch.micro_batch_size=1, so that every micro-batch is one "
-            "document, or take another model"
+            f"{difference.layer} does not keep packed documents apart ({difference}): "
+            f"{one_by_one}, or take another model"
         )
     backend = sft.model.config._attn_implementation.removeprefix("packhorse_")
     fused = liger_layers.is_fused(sft.model)
+    other = [
+        *(["model.attention=reference"] if backend != "reference" else []),
+        *(["model.layer_kernels=torch"] if fused else []),
+    ]
+    advice = f"try {' and '.join(other)}, or" if other else "take"
     return (
         f"{difference.layer} gives other hidden states through the backend {backend} than by "
         f"the model's own attention{' and layers' if fused else ''}, even for one document "
-        f"({difference}): try model.attention=reference"
-        f"{', model.layer_kernels=torch' if fused else ''}, or another model"
+        f"({difference}): {advice} another model"
     )
-
-
-def _layer_name(model: Any, layer: int) -> str:
-    layers = decoder_layers(model)
-    if layer >= len(layers):
-        return f"the end of {type(decoder_of(model)).__name__}"
-    types = getattr(model.config.get_text_config(), "layer_types", None) or []
-    kind = f", {types[layer]}" if layer < len(types) else ""
-    return f"layer {layer} ({type(layers[layer]).__name__}{kind})"
 
 
 def _raising_module(error: BaseException) -> nn.Module | None:

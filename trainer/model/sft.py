@@ -20,8 +20,10 @@ from torch import nn
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import LossSection
 from packhorse.trainer.datatypes import BadInput, Batch
+from packhorse.trainer.model import attention
 from packhorse.trainer.model.attention import keyword_arguments
 from packhorse.trainer.model.by_document import split_calls
+from packhorse.trainer.model.decoder import decoder_of
 from packhorse.trainer.model.logit_transform import LogitTransform
 from packhorse.trainer.model.loss import choose_kernel, linear_cross_entropy
 from packhorse.trainer.model.neftune import document_noise
@@ -50,6 +52,7 @@ class SftModel(nn.Module):
         self._batch: Batch | None = None  # the one in the forward, for the embedding's hook
         self._calls: tuple[int, ...] = ()  # its documents' lengths, for modules that run by them
         self._undo_split: list[Callable[[], None]] = []
+        self._backend: str | None = None  # ours, where the model attends by itself
         head = model.get_output_embeddings()
         if head is None or not isinstance(getattr(head, "weight", None), nn.Parameter):
             raise BadInput(
@@ -87,19 +90,28 @@ class SftModel(nn.Module):
         self._batch = batch
         if self._undo_split:
             self._calls = (*batch.lengths, *[0] * self._idle_calls(len(batch.lengths)))
+        ids, bounds = batch.input_ids.unsqueeze(0), {}
+        if not self.attends_by_itself:
+            bounds = {"position_ids": batch.position_ids.unsqueeze(0), **keyword_arguments(batch)}
         try:
-            out = decoder_of(self.model)(
-                input_ids=batch.input_ids.unsqueeze(0),
-                position_ids=batch.position_ids.unsqueeze(0),
-                use_cache=False,
-                **keyword_arguments(batch),
-            )
+            out = decoder_of(self.model)(input_ids=ids, use_cache=False, **bounds)
         finally:
             # other forwards of the model, as in generation, get no noise
             self._batch = None
             if not torch.is_grad_enabled():  # else a backward may recompute layers
                 self._calls = ()
         return out.last_hidden_state[0]
+
+    @property
+    def attends_by_itself(self) -> bool:
+        """Whether the model attends by its own code, which knows a single document only."""
+        return not attention.is_ours(self.model)
+
+    @attends_by_itself.setter
+    def attends_by_itself(self, by_itself: bool) -> None:
+        self._backend = self._backend or self.model.config._attn_implementation
+        own = "sdpa" if getattr(self.model, "_supports_sdpa", False) else "eager"
+        attention.set_implementation(self.model, own if by_itself else self._backend)
 
     def run_by_document(self, modules: Iterable[nn.Module]) -> None:
         """Let modules that mix packed documents be called once for each; see by_document.py."""
@@ -129,21 +141,6 @@ class SftModel(nn.Module):
         keys, lengths, width = batch.document_keys, batch.lengths, embedded.shape[-1]
         noise = document_noise(self._seed, keys, lengths, width, self._alpha, embedded.device)
         return embedded + noise.to(embedded.dtype)
-
-
-def decoder_of(model: Any) -> Any:
-    """Return the part of a causal language model that makes the hidden states for its head."""
-    decoder = model.get_decoder()
-    if decoder is not model:
-        return decoder
-    # Llama 4's own answer is the whole model
-    embedding, base = model.get_input_embeddings(), getattr(model, "model", None)
-    if isinstance(base, nn.Module) and any(part is embedding for part in base.modules()):
-        return base
-    raise BadInput(
-        f"{type(model).__name__} has no decoder apart from its head, so that packhorse cannot "
-        "reach the hidden states; take another model"
-    )
 
 
 def _loss_or_logits(plain_forward: Any) -> Any:
