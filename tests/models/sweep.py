@@ -208,6 +208,7 @@ def main(path: str, names: list[str]) -> None:
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     dist.log.setLevel("ERROR")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = json.loads(Path(path).read_text()) if Path(path).is_file() else {}
     with dist.process_group():
         for name in names or KNOWN:

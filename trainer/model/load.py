@@ -97,9 +97,11 @@ def load_pretrained(
             trust_remote_code=section.trust_remote_code,
             **arguments,
         )
-    except (KeyError, MemoryError, torch.OutOfMemoryError):
-        raise  # an attention that the model does not know, and what no other file would mend
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # another file would not help
     except Exception as error:
+        if error.args == (arguments.get("attn_implementation"),):
+            raise  # the model picks its attention from a table without ours
         # a file that is cut short, a tensor of another shape, a class that is missing: libraries
         # have an exception of their own for each
         reason = one_line(error, 300)
