@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from traceback import walk_tb
 from typing import Any
 
+import torch
 from torch import nn
 
 from packhorse.trainer import dist
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils.text import one_line
 
 
 def require_positions(model: Any, longest: int) -> None:
@@ -55,3 +60,28 @@ def require_finite_weights(model: nn.Module) -> None:
             f"model.name: the weights have NaN or infinity in `{bad[0]}`"
             f"{f' and {len(bad) - 1} more tensors' if len(bad) > 1 else ''}; give an undamaged copy"
         )
+
+
+@contextmanager
+def failures_explained(model: nn.Module) -> Iterator[None]:
+    """Turn an error of the model's own code inside the block into a BadInput that names the module.
+
+    It has a defect, or needs more than token ids.
+    """
+    try:
+        yield
+    except (BadInput, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        where = type(raising_module(error) or model).__name__
+        raise BadInput(
+            f"{type(model).__name__} cannot run on token ids alone: {where} fails with "
+            f"{type(error).__name__}: {one_line(error)}; take another model"
+        ) from error
+
+
+def raising_module(error: BaseException) -> nn.Module | None:
+    """Return the innermost module in whose forward the error arose."""
+    callers = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+    modules = [caller for caller in callers if isinstance(caller, nn.Module)]
+    return modules[-1] if modules else None

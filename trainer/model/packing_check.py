@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from traceback import walk_tb
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from packhorse.trainer import dist
 from packhorse.trainer.datatypes import BadInput, Batch
 from packhorse.trainer.model import liger_layers
 from packhorse.trainer.model.attention import checked_masks, other_attention
-from packhorse.trainer.model.checks import require_finite_weights
+from packhorse.trainer.model.checks import raising_module, require_finite_weights
 from packhorse.trainer.model.decoder import decoder_layers, layer_name, recorded_states
 from packhorse.trainer.model.logit_transform import LogitTransform, measure_transform
 from packhorse.trainer.model.probe_documents import (
@@ -119,15 +118,6 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
             advice = _advise(sft, difference, documents, alone, one_document)
             raise BadInput(advice) from None
         sft.is_random = _draws_random_numbers(sft, pack_documents(documents[:1]))
-    except (BadInput, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        # the model's own code, on plain token ids: a defect there, or it needs more than text
-        where = type(_raising_module(error) or sft.model).__name__
-        raise BadInput(
-            f"{type(sft.model).__name__} cannot run on token ids alone: {where} fails with "
-            f"{type(error).__name__}: {one_line(error)}; take another model"
-        ) from error
     finally:
         sft.train(training)
     hidden, loss = (max(values) for values in zip(*worst))
@@ -191,7 +181,7 @@ def _run_packed(
         raise
     except Exception as error:
         # a layer that cannot handle document boundaries refuses them by an error of its own
-        module = _raising_module(error)
+        module = raising_module(error)
         name = type(module).__name__ if module else "the model"
         raise _LayerDiffers(name, one_line(error), module, attended) from error
     by_document = [state.split([len(tokens) for tokens in compared]) for state in states]
@@ -309,6 +299,12 @@ def _require_isolation(sft: SftModel, documents: Sequence[torch.Tensor], allowed
         _require_close(sft.model, layer, attended, difference, allowed, what)
 
 
+def longest_document(sft: SftModel, seq_len: int, seed: int) -> Batch:
+    """Return the check's longest document alone, which reaches past the windows of all layers."""
+    documents = random_documents(sft.model.config.get_text_config(), seq_len, seed)
+    return pack_documents(documents[1:2])
+
+
 def _draws_random_numbers(sft: SftModel, batch: Batch) -> bool:
     """Return whether the forward of training draws random numbers.
 
@@ -381,10 +377,3 @@ def _advise(
         f"the model's own attention{' and layers' if fused else ''}, even for one document "
         f"({difference}): {advice} another model"
     )
-
-
-def _raising_module(error: BaseException) -> nn.Module | None:
-    """Return the innermost module in whose forward the error arose."""
-    callers = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
-    modules = [caller for caller in callers if isinstance(caller, nn.Module)]
-    return modules[-1] if modules else None
