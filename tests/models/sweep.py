@@ -33,7 +33,7 @@ from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import engine as engines
 from packhorse.trainer.engine.optim import parameter_groups
 from packhorse.trainer.metrics import Clock, model_flops
-from packhorse.trainer.model.load import load_tokenizer
+from packhorse.trainer.model.load import load_tokenizer, model_class
 from packhorse.trainer.utils.text import one_line
 from tests.model_helpers import documents, pack
 from tests.models.shrunk import VOCABULARY, config_of
@@ -77,12 +77,11 @@ def try_model(name: str, root: Path) -> dict[str, Any]:
 
 def _save_random(name: str, folder: Path) -> None:
     """Save a random model of this kind, with the debug recipe's tokenizer."""
-    from transformers import AutoModelForCausalLM
-
     if not dist.is_main():
         return
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32)
+    config = config_of(name)
+    model = model_class(config).from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     for path in (ROOT / "recipes" / "debug" / "model").glob("token*"):
         shutil.copy(path, folder)
@@ -126,7 +125,7 @@ def _train_and_compare(folder: Path, run_dir: Path, stage: int, packed: bool) ->
         assert done.skipped is None
         losses += dist.sum_over_ranks([float(done.loss)])
     if dist.is_main():
-        save_description(engine.module.model, tokenizer, run_dir)
+        save_description(engine.module.model, tokenizer, recipe.model, run_dir)
     with Saver(run_dir, engine, recipe.checkpoint) as saver:
         saver.save(RunState(STEPS, STEPS, "", 1, losses, 1, stage))
     if not dist.is_main():
@@ -138,10 +137,11 @@ def _train_and_compare(folder: Path, run_dir: Path, stage: int, packed: bool) ->
 def _compare_with_plain(
     folder: Path, out: Path, recipe: Recipe, steps: list[list[torch.Tensor]], losses: list[float]
 ) -> dict[str, float]:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    cls = model_class(AutoConfig.from_pretrained(folder))
     plain, before, ours = (
-        AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32, attn_implementation="eager")
+        cls.from_pretrained(f, dtype=torch.float32, attn_implementation="eager")
         for f in (folder, folder, out)
     )
     own_losses = _train_plainly(plain, recipe, steps)

@@ -13,6 +13,7 @@ from torch import nn
 
 from packhorse.trainer import dist
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.decoder import decoder_of
 from packhorse.trainer.utils.text import one_line
 
 
@@ -24,7 +25,7 @@ def require_positions(model: Any, longest: int) -> None:
     """
     tables = [
         module.weight
-        for name, module in model.named_modules()
+        for name, module in decoder_of(model).named_modules()
         if isinstance(module, nn.Embedding) and re.search(r"wpe|position|pos_emb", name)
     ]
     # ZeRO-3 keeps the shape beside an empty tensor
