@@ -64,6 +64,7 @@ DOES_NOT: dict[str, list[Any]] = {
     "data.eval": [[{"path": "{work}/changed.jsonl"}]],
     "data.near_duplicate": [0.5],
     "data.max_leakage": [0.5],
+    "data.leakage": ["drop"],  # which makes a folder of its own of those documents
     "data.packing": ["none", "bfd_split", "wrapped", "greedy"],
     "data.max_rejects": [0.5],
     "data.cache": ["{work}/elsewhere"],

@@ -161,11 +161,11 @@ def prepare(
         stopping=stopping,
     )
     weights = tuple(part.source.weight for part in split_rows.parts)
-    _require_rows(f"data.{which}", weights, documents.report["sources"])
+    require_rows(f"data.{which}", weights, documents.report["sources"])
     return Prepared(documents, weights, tuple(split_rows.files))
 
 
-def _require_rows(what: str, weights: tuple[float, ...], counts: list[dict[str, Any]]) -> None:
+def require_rows(what: str, weights: tuple[float, ...], counts: list[dict[str, Any]]) -> None:
     """Refuse a weight that leaves nothing of its source: the mixture would not have it (C1)."""
     for number, (weight, source) in enumerate(zip(weights, counts, strict=True)):
         found = source["documents"]
