@@ -219,8 +219,8 @@ def in_worker(rows: list[Row]) -> bool:
 
 def test_workers_start_at_the_first_rows_where_rows_are_slow(monkeypatch):
     monkeypatch.setattr(tokenize, "SLOW_CHUNK_ROWS", 1)
-    given = once_a_worker_is_there(rows(100))
-    assert any(tokenize.run(given, in_worker, workers=2, slow=True))
+    with contextlib.closing(tokenize.run(rows(100_000), in_worker, workers=2, slow=True)) as done:
+        assert any(done)
     assert not any(tokenize.run(rows(100), in_worker, workers=2)), "they are not worth a start"
 
 
