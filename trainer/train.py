@@ -260,7 +260,7 @@ def build_evaluation(
     if dist.is_main():
         train_data, plan = prepared.train_data, prepared.plan
         write_description(recipe, run_dir, train_data, plan, eval_data, metrics)
-        save_description(model, prepared.tokenizer, run_dir)
+        save_description(model, prepared.tokenizer, recipe.model, run_dir)
     if recipe.eval.lm_eval:
         dist.log.info("eval.lm_eval is not run in training: `packhorse eval %s RECIPE`", run_dir)
     return Evaluation(recipe, run_dir, engine, eval_data, masker, metrics, stop, watch, best.update)
@@ -321,7 +321,7 @@ def resume(prepared: PreparedRun, engine: Engine) -> tuple[int, Sequence[float]]
     folder, manifest = found
     state, micro_batch_size = manifest.state, prepared.recipe.batch.micro_batch_size
     data = prepared.train_data.fingerprint_at(state.step)
-    checkpoint.require_same_run(state, data, micro_batch_size, engine.module.has_dropout)
+    checkpoint.require_same_run(state, data, micro_batch_size, engine.module.is_random)
     checkpoint.restore(folder, manifest, engine)
     dist.log.info(
         "resuming from %s, written by %d ranks at ZeRO stage %d; every digest agrees",
