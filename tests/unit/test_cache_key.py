@@ -59,6 +59,7 @@ DOES_NOT: dict[str, list[Any]] = {
     "model.layer_kernels": ["torch"],
     "model.activation_checkpointing": ["none"],
     "model.trust_remote_code": [True],
+    "model.freeze": [["embed"]],
     "data.train.0.path": ["{work}/moved.jsonl"],
     "data.train.0.weight": [0.5],
     "data.eval": [[{"path": "{work}/changed.jsonl"}]],
