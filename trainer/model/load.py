@@ -116,7 +116,13 @@ def load_pretrained(
             trust_remote_code=section.trust_remote_code,
             **arguments,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # another file would not help
+    except Exception as error:
+        if error.args == (arguments.get("attn_implementation"),):
+            raise  # the model picks its attention from a table without ours
+        # a file that is cut short, a tensor of another shape, a class that is missing: libraries
+        # have an exception of their own for each
         reason = one_line(error, 300)
         if folder is None:
             raise BadInput(
@@ -159,21 +165,17 @@ def load_model(
     arguments = {"dtype": dtype, "attn_implementation": attention.implementation(backend)}
     with sharded_init():
         try:
-            if section.init == "random":
-                model = _random_model(section, config, seed, gathered, arguments)
-            else:
-                with _loading_shown():
-                    model = _pretrained_model(section, config, arguments)
+            model = _build(section, config, seed, gathered, arguments)
         except KeyError as error:
             # a model that picks its attention class from a fixed table does not find ours there
             if error.args != (arguments["attn_implementation"],):
                 raise
-            raise BadInput(
-                f"model.name: {config.model_type} chooses among attentions of its own, so that no "
-                "kernel for packed sequences can be used; take another model"
-            ) from None
+            dist.log.info("attention: %s has classes of its own for it", config.model_type)
+            own = {**arguments, "attn_implementation": "eager"}
+            model = _build(section, config, seed, gathered, own)
         if new_ids:
             _add_embeddings(model, rows, new_ids, gathered)
+        _drop_unused_sampling(model)
         model.requires_grad_(True)
         if adapter:
             add_adapter(model, adapter, seed)
@@ -189,6 +191,32 @@ def load_model(
     # DeepSpeed has put shards where they belong already
     in_shards = any(hasattr(p, "ds_id") for p in model.parameters())
     return model if in_shards else model.to(device)
+
+
+def _build(
+    section: ModelSection, config: Any, seed: int, gathered: Gathered, arguments: dict[str, Any]
+) -> Any:
+    """Return the model with random weights or its own, whichever the recipe says."""
+    if section.init == "random":
+        return _random_model(section, config, seed, gathered, arguments)
+    with _loading_shown():
+        return _pretrained_model(section, config, arguments)
+
+
+def _drop_unused_sampling(model: Any) -> None:
+    """Drop settings of sampling from a generation configuration that does not sample.
+
+    Llama 2's has a temperature beside `do_sample: false`; transformers 5 refuses to save it.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None or settings.do_sample:
+        return
+    plain = type(settings)()
+    names = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+    for name in names:
+        if getattr(settings, name, None) != getattr(plain, name, None):
+            dist.log.info("generation: %s is dropped, as do_sample is not set", name)
+            setattr(settings, name, getattr(plain, name, None))
 
 
 def load_config(section: ModelSection) -> Any:
@@ -266,6 +294,7 @@ def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, A
         "model",
         config=config,
         output_loading_info=True,
+        use_safetensors=True,  # the older kind of file is a pickle, which may run code
         **arguments,
     )
     # transformers only warns of missing weights, and fills them with random numbers
