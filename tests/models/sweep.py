@@ -160,8 +160,10 @@ def _compare_with_plain(
         n: (w - start[n]).norm() for n, w in plain.state_dict().items() if w.is_floating_point()
     }
     largest = float(max(moved.values()))
+    # fp32 rounds each update by 1e-7 of the weight, which is 1e-3 of a change that small
     off = {
-        n: float((trained[n] - w).norm()) / max(float(moved[n]), 1e-3 * largest)
+        n: float((trained[n] - w).norm())
+        / max(float(moved[n]), 1e-3 * largest, 1e-4 * float(w.norm()))
         for n, w in plain.state_dict().items()
         if n in moved
     }
