@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from packhorse.trainer.build_engine import (
     memory_dry_run,
     open_metrics,
     require_same_data,
+    resolve_checkpointing,
 )
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.checkpoint.best import Best
@@ -168,6 +169,8 @@ def fit(prepared: PreparedRun) -> None:
     allow_idle = recipe.parallel.allow_idle_ranks
     if warning := prepared.plan.check_world(dist.world_size(), allow_idle):
         dist.log.warning(warning)
+    recipe = resolve_checkpointing(recipe, prepared.plan)
+    prepared = replace(prepared, recipe=recipe)
     with explain_out_of_memory("the model with its training state"):
         engine = build_engine(recipe, run_dir, prepared.tokenizer)
     while train_from_checkpoint(prepared, engine) == "rollback":

@@ -32,7 +32,7 @@ RENAMED_KEYS = {
     "data.train.filters.reference": "`math_answer`",
     "data.eval.filters.verify": "`math_answer`, which names the column of the right answer",
     "data.eval.filters.reference": "`math_answer`",
-    "model.recompute": "`model.activation_checkpointing: none | full`",
+    "model.recompute": "`model.activation_checkpointing: none | selective | full | auto`",
     "model.layers": "`model.layer_kernels: auto | liger | torch`",
     "optim.clip": "`optim.max_grad_norm`",
     "optim.warmup": "`optim.warmup_ratio`",

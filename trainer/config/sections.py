@@ -45,10 +45,12 @@ class ModelSection(Section):
         "compared with PyTorch's when the run starts. auto: liger on CUDA in bfloat16 if Liger "
         "supports the model.",
     )
-    activation_checkpointing: Literal["none", "full"] = Field(
-        default="full",
-        description="full: keep only the input of each layer and recompute the rest in the "
-        "backward pass (gradient checkpointing): less memory, about a third more compute.",
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = Field(
+        default="auto",
+        description="What the backward pass recomputes (gradient checkpointing). full: each layer "
+        "but its input; selective: not attention, nor the products that widen a feed-forward "
+        "block; auto: as little as fits the GPU's memory by `packhorse plan`, and full on a CPU. "
+        "Gradients stay the same by the bit.",
     )
     add_tokens: tuple[str, ...] = Field(
         default=(),

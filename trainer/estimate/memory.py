@@ -75,8 +75,9 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
     flat = [-(-sum(group) // (2 * world)) * 2 * world for group in model.groups]
     piece = sum(flat) // world
     if stage == 1 and model.element == 2 and sum_bytes == 4:
-        # DeepSpeed's BF16_Optimizer, which takes this case, sums whole gradients in fp32
-        gradients = 4 * sum(flat) + model.element * model.trained
+        # DeepSpeed's BF16_Optimizer, which takes this case, sums whole gradients in fp32, and each
+        # in the model's type goes as soon as it is added
+        gradients = 4 * sum(flat)
     elif sum_bytes != model.element:
         gradients = sum_bytes * piece
     else:

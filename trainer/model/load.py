@@ -19,6 +19,7 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import AdapterSection, ModelSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model import attention, liger_layers
+from packhorse.trainer.model.activation_checkpointing import set_checkpointing
 from packhorse.trainer.model.lora import Gathered, add_adapter, not_in_shards
 from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.progress import WorkProgress, show_bars_of_transformers
@@ -159,14 +160,7 @@ def load_model(
         if adapter:
             add_adapter(model, adapter, seed)
     dist.log.info("layers: %s", liger_layers.fuse(model, section.layer_kernels, device, dtype))
-    if section.activation_checkpointing == "full":
-        if not model.supports_gradient_checkpointing:
-            raise BadInput(
-                f"{type(model).__name__} does not support activation checkpointing; set "
-                "model.activation_checkpointing=none"
-            )
-        # reentrant checkpointing loses gradients where a layer's input needs none, as under LoRA
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_checkpointing(model, section.activation_checkpointing)
     # DeepSpeed has put shards where they belong already
     in_shards = any(hasattr(p, "ds_id") for p in model.parameters())
     return model if in_shards else model.to(device)
