@@ -22,7 +22,7 @@ from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.optim import parameter_groups
 from packhorse.trainer.metrics import ModelFlops, model_flops
 from packhorse.trainer.model import attention
-from packhorse.trainer.model.activation_checkpointing import keep_or_recompute, set_checkpointing
+from packhorse.trainer.model.activation_checkpointing import save, set_checkpointing
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.load import load_config, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter
@@ -167,11 +167,9 @@ def _trace_forward(model: Any, tokens: int, mode: str) -> tuple[int, list[int]]:
     of_layers: list[int] = []
     with _counting_saved_bytes(model) as (saved, count):
 
-        def keep(context: Any, *operation: Any, **arguments: Any) -> CheckpointPolicy:
-            policy = keep_or_recompute(context, *operation, **arguments)
-            if policy is CheckpointPolicy.MUST_SAVE:
-                tree_map_only(torch.Tensor, count, context.op_output)
-            return policy
+        def count_and_save(context: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+            tree_map_only(torch.Tensor, count, context.op_output)
+            return save()
 
         def begin(*_: Any) -> None:
             of_layers.append(-saved())
@@ -182,7 +180,7 @@ def _trace_forward(model: Any, tokens: int, mode: str) -> tuple[int, list[int]]:
         hooks = []
         for layer in decoder_layers(model):
             hooks += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
-        set_checkpointing(model, mode, keep)
+        set_checkpointing(model, mode, count_and_save)
         try:
             model.get_decoder()(
                 input_ids=ids, position_ids=ids, use_cache=False, document_bounds=bounds

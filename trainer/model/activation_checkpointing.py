@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from packhorse.trainer.datatypes import BadInput
-
-Policy = Callable[..., CheckpointPolicy]
 
 # Modules that widen in a feed-forward block, by the names that transformers gives them. A layer's
 # queries and keys must not be kept: Liger's rotary kernel writes into them where torch cannot see
@@ -36,16 +35,19 @@ _ATTENTION = {
 }
 
 
-def keep_or_recompute(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Say for an operation of a layer's forward whether `selective` keeps its result."""
-    keep = operation in _PRODUCTS if _Widening.depth else operation.name() in _ATTENTION
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+def save(*_: Any, **__: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE
 
 
-def set_checkpointing(model: Any, mode: str, policy: Policy = keep_or_recompute) -> None:
+def set_checkpointing(
+    model: Any, mode: str, policy: Callable[..., CheckpointPolicy] = save
+) -> None:
     """Let the model recompute as `mode` says: `none`, `selective` or `full`.
 
     `auto`, which nobody has resolved on a CPU or in an evaluation, is `full`.
+
+    Args:
+        policy: of torch's selective checkpointing, asked where `selective` keeps a result.
 
     Raises:
         BadInput: the model does not support activation checkpointing.
@@ -63,13 +65,37 @@ def set_checkpointing(model: Any, mode: str, policy: Policy = keep_or_recompute)
     # reentrant checkpointing loses gradients where a layer's input needs none, as under LoRA
     arguments: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
-        arguments["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+        arguments["context_fn"] = partial(_contexts, policy)
         for name, module in model.named_modules():
             if name.rpartition(".")[2] in _WIDENING:
                 module.register_forward_pre_hook(_Widening.enter)
                 module.register_forward_hook(_Widening.leave, always_call=True)
     with _silent():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+
+
+def _contexts(policy: Callable[..., CheckpointPolicy]) -> tuple[TorchDispatchMode, ...]:
+    return tuple(_OfKept(mode) for mode in create_selective_checkpoint_contexts(policy))
+
+
+class _OfKept(TorchDispatchMode):
+    """Shows torch's mode the operations alone whose results are kept.
+
+    Torch asks that forward and recomputation run the same ones. At ZeRO-3 they do not: parameters
+    are gathered inside a layer, and what was fetched ahead is not gathered again.
+    """
+
+    def __init__(self, mode: TorchDispatchMode) -> None:
+        super().__init__()
+        self._mode: Any = mode
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kept = operation in _PRODUCTS if _Widening.depth else operation.name() in _ATTENTION
+        if kept:
+            return self._mode.__torch_dispatch__(operation, types, args, kwargs)
+        return operation(*args, **(kwargs or {}))
 
 
 @contextmanager
