@@ -95,7 +95,9 @@ def _count_stage_3(
     # each parameter is cut by itself, and its last piece filled up
     piece = sum(-(-size // world) for size in trained)
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
-    persistent = sum(size for size in (*trained, *model.frozen) if size <= threshold)
+    # whole: gathered from the ranks' pieces, the last one's filling included
+    small = [size for size in (*trained, *model.frozen) if size <= threshold]
+    persistent = sum(world * -(-size // world) for size in small)
     optimizer_on, weights_on = (
         "gpu" if device == "none" else device
         for device in (
