@@ -151,6 +151,15 @@ SHAPES = {
         TWO,
         ["OK.</s>", "No reason.</s>"],
     ),
+    "answers marked after a space that the prompt lacks": Shape(
+        "</s>",
+        turns("USER: M ", "ASSISTANT: M ", "ASSISTANT:").replace(
+            "ASSISTANT: ' + m.content + '",
+            "ASSISTANT: ' }}{% generation %}{{ m.content }}{% endgeneration %}{{ '",
+        ),
+        TWO,
+        [" OK.</s>", " No reason.</s>"],
+    ),
     "no stop token: the recipe's": Shape(
         "<over> </s>",
         turns("### Q:\\nM\\n", "### A:\\nM\\n", "### A:\\n"),
