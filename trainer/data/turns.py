@@ -25,6 +25,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from os.path import commonprefix
+from typing import Any
 
 from packhorse.trainer.data.chat_template import Template
 from packhorse.trainer.data.skeleton import (
@@ -175,7 +176,8 @@ def _find_stop_token(
         raise RowError("the template ends an answer otherwise when more follows")
     shared = shared or controls  # an answer that ends otherwise when none follows
     named = template.control_ids.get(template.stop_token or "")
-    eos, configured = template.tokenizer.eos_token_id, template.generation_eos
+    eos: Any = template.tokenizer.eos_token_id
+    configured = template.generation_eos
     for ends in ({named}, {eos}, configured) if named is None else ({named},):
         for match in shared:
             if template.control_ids[match[0]] in ends:
