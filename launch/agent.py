@@ -76,8 +76,10 @@ class Agent(LocalElasticAgent):
         if self._heartbeat:
             self._heartbeat.close()
         self.lost = None
-        # The stop file of the last round would turn this round's success into exit code 75.
-        self._stop_file.unlink(missing_ok=True)
+        # The stop file of the last round would turn this round's success into exit code 75. That of
+        # an earlier start is rank 0's to delete, once the run folder is its own.
+        if self.logs.name:
+            self._stop_file.unlink(missing_ok=True)
         # torch 2.13 keeps the workers' store from round to round, with addresses of processes that
         # have ended; nodes other than the first also keep the address of the store's host.
         handler: Any = self._rdzv_handler

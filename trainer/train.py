@@ -25,6 +25,7 @@ from packhorse.trainer.build_engine import (
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.checkpoint.best import Best
 from packhorse.trainer.checkpoint.checkpoint import Saver
+from packhorse.trainer.checkpoint.export_folder import MODEL_FOLDER, checksums
 from packhorse.trainer.checkpoint.hf_export import save_description
 from packhorse.trainer.checkpoint.hub import check_push, push_run
 from packhorse.trainer.checkpoint.manifest import RunState, point_at_best
@@ -51,7 +52,7 @@ from packhorse.trainer.eval.server_answers import check_server
 from packhorse.trainer.guard import Guard, StepNotApplied
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.loop import TrainingRun, is_due, train_loop
-from packhorse.trainer.metrics import Metrics, Profiler
+from packhorse.trainer.metrics import EVALUATIONS, LOGS, Metrics, Profiler
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.run_folder import (
     LOG_FILE,
@@ -67,8 +68,8 @@ from packhorse.trainer.run_folder import (
 )
 from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.trackers import Trackers, open_trackers
-from packhorse.trainer.utils.alive import shown_alive
-from packhorse.trainer.utils.files import Stopped
+from packhorse.trainer.utils.files import Stopped, sync_file
+from packhorse.trainer.utils.lease import owned
 from packhorse.trainer.utils.progress import Progress
 
 
@@ -85,23 +86,22 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
     dist.start_logging()
     stop = StopFlag()
     run_dir = Path(recipe.run.dir)
-    mirror: Mirror | None = None
     if dist.is_main():
         stop_before_timeout(recipe, stop)
         require_same_run(recipe, run_dir, extend=extend)
-        mirror = open_mirror(recipe, run_dir)
-        open_run_folder(recipe, run_dir, extend=extend)
-        check_server(recipe)
-        if recipe.run.push_to_hub:
-            check_push(recipe.run.push_to_hub)
-    # so that `packhorse runs` can tell a run that works from one that was killed
-    shown = shown_alive(run_dir) if dist.is_main() else nullcontext()
-    with (
-        dist.saved_log(run_dir / LOG_FILE),
-        shown,
-        open_trackers(recipe, run_dir) as trackers,
-    ):
-        prepare_and_fit(recipe, run_dir, stop, mirror, trackers)
+    with owned(run_dir) if dist.is_main() else nullcontext():
+        mirror: Mirror | None = None
+        if dist.is_main():
+            mirror = open_mirror(recipe, run_dir)
+            open_run_folder(recipe, run_dir, extend=extend)
+            check_server(recipe)
+            if recipe.run.push_to_hub:
+                check_push(recipe.run.push_to_hub)
+        with (
+            dist.saved_log(run_dir / LOG_FILE),
+            open_trackers(recipe, run_dir) as trackers,
+        ):
+            prepare_and_fit(recipe, run_dir, stop, mirror, trackers)
 
 
 def prepare_and_fit(
@@ -208,7 +208,9 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     log_schedule(prepared, first_step)
     if peak_bytes:
         metrics.expect_memory(peak_bytes)
-    with loader, Saver(run_dir, engine, recipe.checkpoint, prepared.mirror) as saver:
+    description = checksums(run_dir / MODEL_FOLDER) if dist.is_main() else None
+    parts = (run_dir, engine, recipe.checkpoint, prepared.mirror, description)
+    with loader, Saver(*parts) as saver:
         run = TrainingRun(
             recipe=recipe,
             engine=engine,
@@ -305,6 +307,9 @@ def save(
         world_size=dist.world_size(),
         stage=engine.stage,
     )
+    if dist.is_main():
+        for name in (EVALUATIONS, *LOGS):  # a power cut must not take what a checkpoint follows
+            sync_file(prepared.run_dir / name)
     saver.save(state, best.step)
 
 

@@ -19,7 +19,7 @@ from packhorse.trainer.data import cache, tokenize
 from packhorse.trainer.data.cache import Documents, keep_packed, prepare
 from packhorse.trainer.data.tokenize import LengthPolicy, Row, RowResult, tokenize_rows
 from packhorse.trainer.datatypes import BadInput, Example, Filtered, Packed, RowError
-from packhorse.trainer.utils import files
+from packhorse.trainer.utils import lease
 from packhorse.trainer.utils.files import Stopped
 
 LIMITS = LengthPolicy(100, "reject", packing_cuts=False)
@@ -339,7 +339,7 @@ if __name__ == "__main__":
 
 
 def test_a_killed_build_is_resumed_and_its_workers_die_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "STALE_S", 0.5)
+    monkeypatch.setattr(lease, "STALE_S", 0.5)
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     folder = tmp_path / "cache" / "d"

@@ -98,7 +98,6 @@ def test_exit_codes(codes, stopped, expected):
 
 
 def test_success_rank_0_is_shown_and_the_others_write_files(tmp_path):
-    (tmp_path / "stop.json").write_text("{}")  # an earlier start's
     worker = (
         "import os, sys; keys = ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', "
         "'MASTER_ADDR', 'MASTER_PORT',"

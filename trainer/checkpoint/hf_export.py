@@ -19,7 +19,12 @@ import torch
 from packhorse import __version__
 from packhorse.trainer import dist
 from packhorse.trainer.checkpoint import best
-from packhorse.trainer.checkpoint.export_folder import open_for_export, run_recipe
+from packhorse.trainer.checkpoint.export_folder import (
+    MODEL_FOLDER,
+    open_for_export,
+    require_described,
+    run_recipe,
+)
 from packhorse.trainer.checkpoint.manifest import Manifest
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import BadInput
@@ -32,9 +37,6 @@ from packhorse.trainer.utils import own_output
 from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.files import apply_umask
 from packhorse.trainer.utils.progress import show_bars_of_transformers, track
-
-# In a run folder: configuration, generation configuration and tokenizer, without weights.
-MODEL_FOLDER = "model"
 
 
 def save_description(model: Any, tokenizer: Any, run_dir: Path) -> None:
@@ -79,6 +81,7 @@ def export(
         )
     show_bars_of_transformers()
     saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite)
+    require_described(run_dir, manifest)
     step = manifest.state.step
 
     folder = own_output.stage(out)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ class Manifest:
     shapes: dict[str, list[int]]  # of trained parameters and buffers
     files: dict[str, File]
     digests: Digests
+    # Checksums of the files in the run folder's `model/`, which an export is made from; empty in a
+    # checkpoint of an earlier version.
+    description: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         digests: dict[str, dict[str, str]] = {}
@@ -46,6 +49,8 @@ class Manifest:
         files = {name: asdict(file) for name, file in sorted(self.files.items())}
         content = {"format": _FORMAT, "state": asdict(self.state), "shapes": self.shapes}
         content |= {"files": files, "digests": digests}
+        if self.description:
+            content["description"] = dict(self.description)
         return json.dumps({**content, "xxh3": _content_checksum(content)})
 
     @classmethod
@@ -71,7 +76,8 @@ class Manifest:
             for state, value in states.items()
         }
         files = {name: File(**file) for name, file in content["files"].items()}
-        return cls(RunState(**content["state"]), content["shapes"], files, digests)
+        state, described = RunState(**content["state"]), content.get("description", {})
+        return cls(state, content["shapes"], files, digests, described)
 
 
 def _content_checksum(content: dict[str, Any]) -> str:
