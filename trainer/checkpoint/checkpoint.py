@@ -86,6 +86,7 @@ class Saver:
         # one day, they must not write into what the other one saves.
         self._token = dist.broadcast(secrets.token_hex(4))
         self._in_background = _copy_fits(engine.state.bytes(), section.asynchronous)
+        self._saved: int | None = None  # the last step, which may be evaluated and saved again
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -101,6 +102,8 @@ class Saver:
     def save(self, state: RunState, best: int | None = None) -> None:
         """Copy the state and write it in the background, or write it now if no copy fits.
 
+        A step that was saved before is only named as the best, if it is.
+
         Args:
             best: the step whose checkpoint is spared when older ones are removed, and not counted
                 among the kept ones.
@@ -110,6 +113,12 @@ class Saver:
                 is reported here.
         """
         self.wait()
+        if state.step == self._saved:
+            self._raise_failure(
+                state.step, self._run_on_rank0(lambda: point_at_best(self._root, best))
+            )
+            return
+        self._saved = state.step
         _require_room(self._root, self._engine.state.bytes())
         staged = self._root / f".{self._token}-saving-{folder_name(state.step)}"
         self._raise_failure(state.step, self._run_on_rank0(staged.mkdir))
