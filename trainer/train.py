@@ -6,6 +6,7 @@ recipe -> run folder -> tokenizer -> data (no process group yet) -> plan
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -270,12 +271,11 @@ def build_evaluation(
 def log_schedule(prepared: PreparedRun, first_step: int) -> None:
     """Log the steps ahead, the packing fill, and the learning rate at its turning points."""
     plan = prepared.plan
-    rates = {
-        step: learning_rate(step, plan.steps, prepared.recipe.optim)
-        for step in range(first_step, plan.steps)
-    }
-    highest = max(rates, key=lambda step: rates[step], default=first_step)
-    turns = sorted({first_step, highest, plan.steps - 1} & rates.keys())
+    optim, last = prepared.recipe.optim, plan.steps - 1
+    # the rate is the highest where the warm-up ends; there may be too many steps to look at each
+    warmed_up = min(max(first_step, math.ceil(optim.warmup_ratio * plan.steps) - 1), last)
+    turns = sorted({step for step in (first_step, warmed_up, last) if first_step <= step <= last})
+    rates = {step: learning_rate(step, plan.steps, optim) for step in turns}
     fill = plan.fill(plan.step(min(first_step, plan.steps - 1)).epoch)
     dist.log.info(
         "%s: steps %d to %d, sequences %.1f%% full, %d ranks; learning rate %s",

@@ -89,7 +89,7 @@ def wait_for(*paths: Path) -> None:
         ([-9, -15], False, 1),
         ([2], False, 2),
         ([-15, 2], True, 2),
-        ([75], False, 1),
+        ([75], False, 75),
         ([1], True, 1),
     ],
 )

@@ -47,6 +47,7 @@ from packhorse.trainer.data.skeleton import (
 )
 from packhorse.trainer.datatypes import BadInput, Conversation, RowError
 from packhorse.trainer.utils.text import one_line
+from packhorse.trainer.utils.time_limit import TooLong, interrupted_after
 
 # Templates that write the date get this one, so that tokenized data does not depend on the day it
 # was made. The formats are those of strftime_now; llama3_2 takes `date_string`, which its authors
@@ -75,6 +76,7 @@ ORDINARY_TEXT = re.compile(r"[\w\s▁]*")  # ▁ is how SentencePiece spells a s
 # brackets of some kind, as <|User|> or [INST].
 MARKER = re.compile(r"[^\w\s▁].*\w.*[^\w\s▁]", re.DOTALL)
 MAX_SKELETONS = 4096
+RENDER_S = 3.0  # of processor time for one conversation
 TEMPLATE_FUNCTIONS = {"raise_exception", "strftime_now"}
 
 
@@ -227,7 +229,14 @@ class Template:
             **options,
         }
         try:
-            return render_jinja_template([messages], tools=tools, chat_template=source, **variables)
+            with interrupted_after(RENDER_S):
+                return render_jinja_template(
+                    [messages], tools=tools, chat_template=source, **variables
+                )
+        except TooLong:
+            raise RowError(
+                f"the template is not finished within {RENDER_S:g} s of computing"
+            ) from None
         except jinja2.TemplateSyntaxError as error:
             raise _not_jinja(error) from None
         except Exception as error:  # whatever the template's own code does, as recursing for ever
