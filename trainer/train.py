@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ from packhorse.trainer.data.prepare import (
     train_plan,
 )
 from packhorse.trainer.data.streaming import prepare_train
-from packhorse.trainer.datatypes import StepPlan
+from packhorse.trainer.datatypes import BadInput, StepPlan
 from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.engine.optim import learning_rate
 from packhorse.trainer.eval.evaluator import Evaluation
@@ -288,6 +289,8 @@ def stop_before_timeout(recipe: Recipe, stop: StopFlag) -> None:
     """Raise the stop flag `checkpoint.before_timeout_s` before the end of the Slurm job."""
     before_s, end_s = recipe.checkpoint.before_timeout_s, os.environ.get("SLURM_JOB_END_TIME")
     if before_s is not None and end_s is not None:
+        if not re.fullmatch("[0-9]{1,18}", end_s):
+            raise BadInput(f"the environment variable SLURM_JOB_END_TIME is {end_s!r}, no time")
         stop.raise_at(float(end_s) - before_s)
 
 

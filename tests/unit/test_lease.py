@@ -26,7 +26,7 @@ run = Path(sys.argv[1])
 with lease.owned(run):
     print("owned", flush=True)
     for line in sys.stdin:
-        append_json_lines(run / "lines", [line.strip()])
+        append_json_lines(run / "lines", [{"by": line.strip()}])
         print("written", flush=True)
 """
 
@@ -69,7 +69,7 @@ def test_a_second_training_is_refused_by_a_sentence(tmp_path, owner):
 def test_one_that_was_frozen_writes_nothing_once_another_has_taken_over(tmp_path, owner):
     owner.send_signal(signal.SIGSTOP)
     with owned(tmp_path):
-        files.append_json_lines(tmp_path / "lines", ["ours"])
+        files.append_json_lines(tmp_path / "lines", [{"by": "us"}])
     # the other one has ended, and a third has begun: the numbers may be the same again
     for _ in range(2):
         with owned(tmp_path):
@@ -78,8 +78,8 @@ def test_one_that_was_frozen_writes_nothing_once_another_has_taken_over(tmp_path
                 _, err = owner.communicate("late\n", timeout=20)
             assert "stood still, and another one has taken over" in err
             assert is_alive(tmp_path), "it took our lease away at its end"
-            files.append_json_lines(tmp_path / "lines", ["ours"])
-    assert files.read_json_lines(tmp_path / "lines") == ["ours"] * 3
+            files.append_json_lines(tmp_path / "lines", [{"by": "us"}])
+    assert files.read_json_lines(tmp_path / "lines") == [{"by": "us"}] * 3
 
 
 def test_nobody_waits_for_one_that_was_killed_on_this_machine(tmp_path, owner, monkeypatch):

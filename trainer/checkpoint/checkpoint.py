@@ -345,6 +345,8 @@ def _find_own_fault(folder: Path) -> str | None:
     try:
         files = sorted(Manifest.read(folder).files.items())
         for name, file in files[dist.rank() :: dist.world_size()]:
+            if not (folder / name).is_file():  # a pipe would be waited for without end
+                return f"{name} is missing, or no file"
             if (folder / name).stat().st_size != file.bytes:
                 return f"{name} has another size than the manifest says"
             if sharded_state.checksum(folder / name) != file.xxh3:

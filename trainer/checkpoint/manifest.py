@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from packhorse.trainer.utils.files import write_synced
 
 MANIFEST = "manifest.json"
 _FORMAT = 2
+_FILE_NAME = re.compile(r"rank[0-9]{5,}-[0-9]{3,}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,10 @@ class Manifest:
         Raises:
             OSError, KeyError, TypeError or ValueError: it is absent, or not as `to_json` writes it.
         """
-        return cls.parse((folder / MANIFEST).read_text(encoding="utf-8"))
+        path = folder / MANIFEST
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise ValueError(f"{MANIFEST} is no file")
+        return cls.parse(path.read_text(encoding="utf-8"))
 
     @classmethod
     def parse(cls, text: str) -> Manifest:
@@ -76,6 +81,9 @@ class Manifest:
             for state, value in states.items()
         }
         files = {name: File(**file) for name, file in content["files"].items()}
+        for name in files:
+            if not _FILE_NAME.fullmatch(name):  # as ../../x, which a mirror would write there
+                raise ValueError(f"{name!r} is no name of a checkpoint's file")
         state, described = RunState(**content["state"]), content.get("description", {})
         return cls(state, content["shapes"], files, digests, described)
 
