@@ -33,6 +33,7 @@ from packhorse.trainer.engine.optim import (
 from packhorse.trainer.metrics import Clock
 from packhorse.trainer.model.lora import borrowed_weights
 from packhorse.trainer.model.quantisation import numel
+from packhorse.trainer.utils.lean_import import lean_import, replaced
 
 # DeepSpeed chooses its accelerator when it is imported
 if not torch.cuda.is_available():
@@ -41,8 +42,19 @@ if not torch.cuda.is_available():
     # a tenth of a small model's step.
     os.environ.setdefault("LOCAL_SIZE", str(dist.local_world_size()))
 
-import deepspeed
-from deepspeed.utils import logger as deepspeed_logger
+# What is installed and not needed here takes most of the time of these imports: DeepSpeed imports
+# mlflow for a tuner, and Muon, compiled by torch, with every optimizer; no recipe can choose Muon.
+# Transformers imports scipy for object detection.
+with lean_import("mlflow"):
+    import deepspeed
+    import transformers.utils
+    from deepspeed.runtime import compiler
+    from deepspeed.utils import logger as deepspeed_logger
+
+    with replaced(compiler, "compile", lambda: compiler.dummy_decorator):
+        import deepspeed.runtime.zero.muon.muon_optimizer
+    with replaced(transformers.utils, "is_scipy_available", lambda: False):
+        import transformers.modeling_utils
 
 deepspeed_logger.setLevel(logging.WARNING)
 # DeepSpeed calls collectives by names that torch 2.13 deprecates, once for each layer and step
