@@ -125,9 +125,10 @@ def cut_json_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> Non
     killed run leaves it, is dropped. `is_kept` may raise LookupError or TypeError for an object
     that lacks what it looks at, which is damaged, too.
     """
+    if not path.is_file():
+        return
     kept, damaged = [], []
-    lines = _lines(path)
-    for line in lines:
+    for line in _lines(path):
         fields = _read_object(line)
         try:
             if fields is None:
@@ -143,9 +144,8 @@ def cut_json_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> Non
         with aside.open("ab") as file:
             file.writelines(damaged)
         log.warning("%s: %d damaged lines are set aside in %s", path, len(damaged), aside.name)
-    if kept != lines:
-        with replace_file(path, "wb") as file:
-            file.writelines(kept)
+    with replace_file(path, "wb") as file:
+        file.writelines(kept)
 
 
 def _lines(path: Path) -> list[bytes]:
