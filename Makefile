@@ -44,7 +44,7 @@ test-runs: install  ## whole training runs, minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'runs and not gpu' -n 3 --dist loadfile
 
 test-cluster: install  ## hosts, Slurm, pods, the image, on this machine; as root, after .ci/run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -n 2 --dist loadfile
 
 test-vllm: install .venv-vllm/installed  ## answers of a real vLLM on the CPU, in .venv-vllm (3 GB)
 	PACKHORSE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm

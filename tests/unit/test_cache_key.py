@@ -59,11 +59,13 @@ DOES_NOT: dict[str, list[Any]] = {
     "model.layer_kernels": ["torch"],
     "model.activation_checkpointing": ["none"],
     "model.trust_remote_code": [True],
+    "model.freeze": [["embed"]],
     "data.train.0.path": ["{work}/moved.jsonl"],
     "data.train.0.weight": [0.5],
     "data.eval": [[{"path": "{work}/changed.jsonl"}]],
     "data.near_duplicate": [0.5],
     "data.max_leakage": [0.5],
+    "data.leakage": ["drop"],  # which makes a folder of its own of those documents
     "data.packing": ["none", "bfd_split", "wrapped", "greedy"],
     "data.max_rejects": [0.5],
     "data.cache": ["{work}/elsewhere"],

@@ -200,8 +200,14 @@ class DataSection(Section):
         ge=0,
         le=1,
         description="The run stops if a larger share of the evaluation rows also occurs in the "
-        "training data, exactly or as near-duplicates. Chance matches of short rows stay below the "
-        "default; a copied file or a random split of repeated rows does not.",
+        "training data, exactly or as near-duplicates, or shares its prompt with a training row. "
+        "Chance matches of short rows stay below the default; a copied file, or a random split of "
+        "repeated rows or of several answers to each question, does not.",
+    )
+    leakage: Literal["stop", "drop"] = Field(
+        default="stop",
+        description="What becomes of a leak. stop: see max_leakage; drop: leave the training rows "
+        "out that an evaluation row is like, or shares its prompt with, however few they are.",
     )
     train_on: Literal["all", "completion", "assistant", "last_turn"] = Field(
         default="assistant",

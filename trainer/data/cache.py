@@ -153,28 +153,24 @@ def prepare(
                     raise Stopped(f"stopped preparing {what} after {rows} rows, which are kept")
             writer.finish(drop_duplicates)
 
-    is_built = not folder.is_dir()
     build_once(folder, build, f"preparing {what}", stopping)
-    if not is_built:
-        _require_intact(folder)
-    return _open_documents(folder, what, max_rejects, limit)
+    return open_documents(folder, what, max_rejects, limit)
 
 
-def _require_intact(folder: Path) -> None:
-    """Check every byte that is trained on, and the counts. Raises BadInput if any has changed."""
-    with explained(folder):
-        record = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        if record.pop("digest") != json_digest([record]):
-            raise damaged(folder, "report.json is not as it was written")
-        require_intact(folder, FILES.values(), record["fingerprint"])
+def open_documents(folder: Path, what: str, max_rejects: float, limit: str) -> Documents:
+    """Map a complete cache, every byte of it checked by one rank of this node.
 
-
-def _open_documents(folder: Path, what: str, max_rejects: float, limit: str) -> Documents:
+    Raises:
+        BadInput: it has changed since it was written, or holds too few rows.
+    """
     with explained(folder):
         record = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in record["sizes"]}
         if sizes != record["sizes"]:
             raise damaged(folder, "files have changed size since they were written")
+        if record.pop("digest") != json_digest([record]):
+            raise damaged(folder, "report.json is not as it was written")
+        require_intact(folder, FILES.values(), record["fingerprint"])
         report = record["report"]
     _check_rejects(report, folder, what, max_rejects, limit)
     columns = _map_columns(folder)
@@ -305,10 +301,7 @@ class _CacheWriter:
             report[counted] = dict(sum(counters, Counter()))
         report["sources"] = self._sources
         folder = self._files.folder
-        # all columns, which are the documents' wherever they were built
-        fingerprint = digest_of(folder, FILES.values())
-        record = {"fingerprint": fingerprint, "sizes": sizes, "report": report}
-        write_json(folder / "report.json", {**record, "digest": json_digest([record])})
+        write_report(folder, sizes, report)
         self._files.forget()
 
     def _find_duplicates(self, drop: bool) -> None:
@@ -339,7 +332,7 @@ class _CacheWriter:
         aside = {file: self._files.folder / f"{file}.aside" for file in FILES.values()}
         for name, file in FILES.items():
             with aside[file].open("wb") as new:
-                new.writelines(_kept_blocks(name, columns[name], kept, begins))
+                new.writelines(kept_blocks(name, columns[name], kept, begins))
         self._files.replace(aside)
         for source, counts in enumerate(self._sources):
             of_source = kept & (columns["sources"] == source)
@@ -348,7 +341,7 @@ class _CacheWriter:
             counts["trained_tokens"] = int(columns["trained_counts"][of_source].sum())
 
 
-def _kept_blocks(
+def kept_blocks(
     name: str, column: np.ndarray, kept: np.ndarray, begins: np.ndarray
 ) -> Iterator[bytes]:
     """Yield what is kept of a column, in blocks, as the whole may not fit into memory."""
@@ -359,6 +352,15 @@ def _kept_blocks(
             chosen = np.repeat(chosen, np.diff(begins[start : stop + 1]))
             values = column[begins[start] : begins[stop]]
         yield values[chosen].tobytes()
+
+
+def write_report(folder: Path, sizes: dict[str, int], report: dict[str, Any]) -> None:
+    """Write report.json, last of all: counts, files' sizes, and the digests that are checked when
+    the folder is opened."""
+    # of all columns, which are the documents wherever they were built
+    fingerprint = digest_of(folder, FILES.values())
+    record = {"fingerprint": fingerprint, "sizes": sizes, "report": report}
+    write_json(folder / "report.json", {**record, "digest": json_digest([record])})
 
 
 def _map_columns(folder: Path) -> dict[str, np.ndarray]:

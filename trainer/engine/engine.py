@@ -149,12 +149,18 @@ class Engine:
         if groups is None:
             self._engine = _evaluation_engine(module, config)
             return
+        # DeepSpeed casts all parameters at stages 1 and 2
+        frozen = [(p, p.data) for p in module.parameters() if not p.requires_grad]
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(groups, optim, config),
             config=config,
             dist_init_required=False,
         )
+        for parameter, data in frozen if self.stage < 3 else ():
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        del frozen
         self._optimizer: Any = self._engine.optimizer
         replace_gradient_norm(self._optimizer)
         self.state = zero_state.TrainingState(
