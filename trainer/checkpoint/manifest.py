@@ -75,10 +75,13 @@ class Manifest:
             raise ValueError(f"its format is {content['format']}, this version reads {_FORMAT}")
         if content.pop("xxh3") != _content_checksum(content):
             raise ValueError(f"the checksum of {MANIFEST} does not match its content")
+        for key in ("state", "shapes", "files", "digests"):
+            if not isinstance(content[key], dict):
+                raise ValueError(f"its `{key}` is no object")
         digests = {
             (name, state): int(value, 16)
             for name, states in content["digests"].items()
-            for state, value in states.items()
+            for state, value in dict(states).items()
         }
         files = {name: File(**file) for name, file in content["files"].items()}
         for name in files:
