@@ -37,7 +37,6 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.utils.files import sync_folder
 
 SECRET = ".rendezvous-secret"  # noqa: S105 -- its file in the run folder
 _LOOPBACK = "127.0.0.1"
@@ -115,7 +114,6 @@ def read_secret(run_dir: Path) -> bytes:
                 pass
             finally:
                 aside.unlink()
-            sync_folder(run_dir)
         with path.open() as file:
             mode, text = os.fstat(file.fileno()).st_mode, file.read()
     except OSError as error:
