@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from packhorse.launch.rendezvous import Forged
+from packhorse.launch.signed_store import Forged
 
 BEAT_S = 2.0  # between heartbeats
 # A launcher without a heartbeat for this long is lost. The listener's own clock counts, because the

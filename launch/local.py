@@ -23,7 +23,7 @@ import signal
 import socket
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,13 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousClosedError,
     RendezvousError,
+    RendezvousHandler,
     RendezvousTimeoutError,
 )
 
 from packhorse.launch import preflight, rendezvous
 from packhorse.launch.agent import Agent, log, log_failure
+from packhorse.launch.signed_store import Forged
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import (
     BAD_INPUT,
@@ -101,28 +103,14 @@ def launch(
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
     run_id = run_id or run_dir.resolve().name
-    try:
-        handler = (
-            rendezvous.meet_alone(run_id, int(endpoint.rpartition(":")[2]))
-            if nodes[1] == 1
-            else rendezvous.meet(endpoint, nodes, is_host, run_id, join_s, run_dir, log)
-        )
-    except rendezvous.Forged as error:
-        raise BadInput(str(error)) from None
-    spec = WorkerSpec(
-        role="trainer",
-        local_world_size=nproc,
-        entrypoint=sys.executable,
-        # torch's agent replaces $local_rank and other variables in arguments
-        args=tuple(argument.replace("$", "$$") for argument in worker),
-        rdzv_handler=handler,
-        max_restarts=restarts,
-        local_addr="localhost" if nodes[1] == 1 else None,
-    )
     check = partial(preflight.check_nodes, recipe, nproc, log) if recipe else None
-    agent = Agent(spec, run_dir, check)
     try:
-        with _passing_signals(agent):
+        if nodes[1] == 1:
+            handler = rendezvous.meet_alone(run_id, int(endpoint.rpartition(":")[2]))
+        else:
+            handler = rendezvous.meet(endpoint, nodes, is_host, run_id, join_s, run_dir, log)
+        agent = Agent(_specify(worker, nproc, handler, restarts), run_dir, check)
+        with closing(agent), _passing_signals(agent):
             result: Any = agent.run()
     except _NotStartedError:
         log("stopped before the workers had started")
@@ -130,7 +118,7 @@ def launch(
     except SignalException:
         log("SIGQUIT: ended without a save")
         return FAILED
-    except rendezvous.Forged as error:
+    except Forged as error:
         raise BadInput(str(error)) from None
     except RendezvousError as error:
         log(_describe(error, join_s))
@@ -138,9 +126,22 @@ def launch(
     except preflight.NoAnswer as error:
         log(str(error))
         return FAILED
-    finally:
-        agent.close()
     return _conclude(result, run_dir, agent)
+
+
+def _specify(
+    worker: Sequence[str], nproc: int, handler: RendezvousHandler, restarts: int
+) -> WorkerSpec:
+    """Return what torch's agent starts."""
+    return WorkerSpec(
+        role="trainer",
+        local_world_size=nproc,
+        entrypoint=sys.executable,
+        # torch's agent replaces $local_rank and other variables in arguments
+        args=tuple(argument.replace("$", "$$") for argument in worker),
+        rdzv_handler=handler,
+        max_restarts=restarts,
+    )
 
 
 class _NotStartedError(Exception):

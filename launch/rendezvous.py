@@ -2,22 +2,18 @@
 
 In: where to meet, and for several nodes the secret in the run folder. Out: torch's rendezvous
 handler. One node asks nobody: its ranks meet at 127.0.0.1. Several nodes meet in a store of torch
-(TCPStore) at the rendezvous host. Its protocol knows no password, and torch unpickles what it finds
-there, so every value is signed (HMAC-SHA256), and a value is read only if its signature is right.
-What is protected, and what is not, is in docs/security.md.
+(TCPStore) at the rendezvous host, where every value is signed (launch/signed_store.py). What is
+protected, and what is not, is in docs/security.md.
 """
 
 from __future__ import annotations
 
 import errno
-import hmac
 import ipaddress
 import os
-import secrets
 import socket
-import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +24,6 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousInfo,
     RendezvousStoreInfo,
 )
-from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.elastic.rendezvous.c10d_rendezvous_backend import C10dRendezvousBackend
 from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
     DynamicRendezvousHandler,
@@ -36,17 +31,12 @@ from torch.distributed.elastic.rendezvous.dynamic_rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.utils import _matches_machine_hostname
 
+from packhorse.launch.signed_store import SignedStore, read_secret
 from packhorse.trainer.datatypes import BadInput
 
-SECRET = ".rendezvous-secret"  # noqa: S105 -- its file in the run folder
 _LOOPBACK = "127.0.0.1"
-_SECRET_BYTES = 32
 _LAST_CALL_S = 15  # to wait for further nodes after the least number has come
 _STORE_S = 30  # to wait for an answer of the rendezvous host
-
-
-class Forged(RendezvousError):
-    """A value in the store is not signed with this run's secret."""
 
 
 def meet_alone(run_id: str, port: int) -> RendezvousHandler:
@@ -87,118 +77,6 @@ def meet(
         join=timedelta(seconds=join_s), last_call=timedelta(seconds=_LAST_CALL_S)
     )
     return _SeveralNodes.from_backend(run_id, store, backend, *nodes, timeout=timeout)  # pyright: ignore[reportArgumentType]
-
-
-def read_secret(run_dir: Path) -> bytes:
-    """Return the run's secret from the run folder. The first node to come makes it.
-
-    A link gives the file its name when it is whole, so that no node reads a part of it. Of several
-    nodes one link succeeds, on network file systems, too.
-
-    Raises:
-        BadInput: the folder cannot be written, or others than the owner may read the file.
-    """
-    path = run_dir / SECRET
-    try:
-        if not path.exists():
-            run_dir.mkdir(parents=True, exist_ok=True)
-            aside = run_dir / f"{SECRET}-{secrets.token_hex(8)}"
-            descriptor = os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
-            with os.fdopen(descriptor, "w") as file:
-                file.write(secrets.token_hex(_SECRET_BYTES))
-                file.flush()
-                os.fsync(file.fileno())
-            try:
-                os.link(aside, path)
-            except FileExistsError:  # another node was faster
-                pass
-            finally:
-                aside.unlink()
-        with path.open() as file:
-            mode, text = os.fstat(file.fileno()).st_mode, file.read()
-    except OSError as error:
-        raise BadInput(f"run.dir: {path} cannot be used ({error})") from None
-    if stat.S_IMODE(mode) & 0o077 or len(text) != 2 * _SECRET_BYTES:
-        raise BadInput(
-            f"run.dir: {path} must be whole, and its owner's alone (mode 0600, not "
-            f"{stat.S_IMODE(mode):04o}); delete it, or move run.dir to a file system with modes"
-        )
-    return text.encode()
-
-
-class SignedStore:
-    """A store of torch whose values are signed, as far as launchers use it.
-
-    The signature covers the name and the value: neither a value of one's own nor one of another
-    name is taken. `add`, `wait` and `check` carry no values: somebody who reaches the port can
-    disturb barriers by them, and end the run.
-    """
-
-    def __init__(self, store: Any, secret: bytes, prefix: str = "") -> None:
-        self._store, self._secret, self._prefix = store, secret, prefix
-        self.set_timeout = store.set_timeout
-
-    def under(self, prefix: str) -> SignedStore:
-        """Return the same store for names that begin with the prefix."""
-        return SignedStore(self._store, self._secret, f"{self._prefix}{prefix}/")
-
-    def clone(self) -> SignedStore:
-        """Return the same store over a connection of its own."""
-        return SignedStore(self._store.clone(), self._secret, self._prefix)
-
-    @property
-    def timeout(self) -> timedelta:
-        return self._store.timeout
-
-    def set(self, name: str, value: str | bytes) -> None:
-        self._store.set(self._prefix + name, self._sign(name, value))
-
-    def multi_set(self, names: Sequence[str], values: Sequence[str | bytes]) -> None:
-        for name, value in zip(names, values):
-            self.set(name, value)
-
-    def get(self, name: str) -> bytes:
-        return self._verify(name, self._store.get(self._prefix + name))
-
-    def multi_get(self, names: Sequence[str]) -> list[bytes]:
-        found = self._store.multi_get([self._prefix + name for name in names])
-        return [self._verify(name, signed) for name, signed in zip(names, found)]
-
-    def compare_set(self, name: str, expected: str, desired: str) -> bytes:
-        before = self._sign(name, expected) if expected else ""  # "": there is no value
-        after = self._sign(name, desired)
-        return self._verify(name, self._store.compare_set(self._prefix + name, before, after))
-
-    def add(self, name: str, number: int) -> int:
-        return self._store.add(self._prefix + name, number)
-
-    def wait(self, names: Sequence[str], *timeout: timedelta) -> None:
-        self._store.wait([self._prefix + name for name in names], *timeout)
-
-    def check(self, names: Sequence[str]) -> bool:
-        return self._store.check([self._prefix + name for name in names])
-
-    def _sign(self, name: str, value: str | bytes) -> str:
-        text = value.decode() if isinstance(value, bytes) else value
-        full = self._prefix + name
-        message = f"{len(full)} {full} {text}".encode()
-        return f"{hmac.digest(self._secret, message, 'sha256').hex()} {text}"
-
-    def _verify(self, name: str, signed: bytes) -> bytes:
-        _, _, value = signed.partition(b" ")
-        try:
-            is_ours = hmac.compare_digest(self._sign(name, value).encode(), signed)
-        except UnicodeDecodeError:
-            is_ours = False
-        if is_ours:
-            return value
-        # The nodes that meet here read it as well: none of them waits in vain for this one.
-        self._store.set(self._prefix + name, "forged")
-        raise Forged(
-            f"what another process wrote at the rendezvous host is not signed with this run's "
-            f"{SECRET}, and is not read: run.dir is not the same folder on all nodes, or somebody "
-            f"else writes to the port"
-        )
 
 
 class _SeveralNodes(DynamicRendezvousHandler):
@@ -286,7 +164,9 @@ def _serve(
     log: Callable[[str], None] = lambda _: None,
 ) -> TCPStore:
     """Start a store that listens on the one address that `host` is; torch's own takes them all."""
-    family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    # of a name that has both kinds, all nodes can reach the older one
+    family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
     is_local = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback
     if is_local and host != "localhost" and not host.startswith("127."):
         # as /etc/hosts of Debian says of a machine's own name; other nodes know another address

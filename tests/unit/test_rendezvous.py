@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from torch.distributed import HashStore
 
-from packhorse.launch import rendezvous
-from packhorse.launch.rendezvous import SECRET, Forged, SignedStore, read_secret
+from packhorse.launch import rendezvous, signed_store
+from packhorse.launch.signed_store import SECRET, Forged, SignedStore, read_secret
 from packhorse.trainer.datatypes import BadInput
 from tests.ranks import ROOT
 from tests.sockets import listening
@@ -237,7 +237,8 @@ def test_all_nodes_get_the_secret_that_one_of_them_made(tmp_path):
     assert read_secret(tmp_path / "other") != found[0]
 
 
-def test_a_secret_that_others_may_read_or_that_is_torn_is_refused(tmp_path):
+def test_a_secret_that_others_may_read_or_that_stays_torn_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(signed_store, "_WHOLE_S", 0.2)
     text = read_secret(tmp_path)
     (tmp_path / SECRET).chmod(0o640)
     with pytest.raises(BadInput, match="mode 0600, not 0640"):
@@ -246,6 +247,15 @@ def test_a_secret_that_others_may_read_or_that_is_torn_is_refused(tmp_path):
     (tmp_path / SECRET).write_bytes(text[:-1])
     with pytest.raises(BadInput, match="must be whole"):
         read_secret(tmp_path)
+
+
+def test_a_secret_that_is_being_written_is_waited_for(tmp_path):
+    text = read_secret(tmp_path / "other")
+    descriptor = os.open(tmp_path / SECRET, os.O_CREAT | os.O_WRONLY, 0o600)
+    os.write(descriptor, text[:20])
+    threading.Timer(0.3, lambda: os.write(descriptor, text[20:])).start()
+    assert read_secret(tmp_path) == text
+    os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------ address
