@@ -23,6 +23,7 @@ def render(
     options: Mapping[str, str],
     further: Sequence[str] = (),
     recipe: str,
+    is_copy: bool = False,
     overrides: Sequence[str] = (),
     packhorse: str | None = None,
     container: str | None = None,
@@ -36,6 +37,7 @@ def render(
         further: lines of #SBATCH, as `--reservation=x`. Each replaces the template's line of that
             option, or is added.
         recipe: a shell word, already quoted if necessary.
+        is_copy: nobody edits the recipe, so that the job makes no copy of it.
         overrides: `key=value` changes to the recipe.
         packhorse: path of the command, the same on all nodes.
         container: an image.
@@ -53,6 +55,8 @@ def render(
             raise BadInput(f"--sbatch {line}: launch slurm sets --{name} itself; change it there")
         text = _set_option(text, name, value)
     text = _set_line(text, "recipe=", f"recipe={recipe}")
+    if is_copy:
+        text = _set_line(text, "keep=", "keep=")
     if overrides:
         text = _set_line(text, "overrides=", f"overrides=({shlex.join(overrides)})")
     settings = {"packhorse": packhorse, "container": container, "mounts": ",".join(mounts) or None}

@@ -22,6 +22,7 @@ set -euo pipefail
 
 # ---------------------------------------------------------------- edit the lines above and these
 recipe=${RECIPE:-recipes/sft_70b.yaml}
+keep=yes                                # train a copy, made at the job's first start; empty: read the recipe at each start
 overrides=()                            # changes to the recipe, as (optim.lr=1e-5); sbatch SCRIPT KEY=VALUE... adds to them
 packhorse=${PACKHORSE:-packhorse}       # as .venv/bin/packhorse, in a folder that all nodes share
 container=${CONTAINER:-}                # empty: none; a .sif file runs in Apptainer, any other image in Pyxis (enroot)
@@ -35,6 +36,19 @@ mounts=${MOUNTS:-$PWD}                  # folders to mount in the container, sep
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}   # NCCL reports problems only
 
 # ---------------------------------------------------------------- nothing to edit below
+# The copy lies beside the log. sbatch copies this script alone: an edit of the recipe before the first start counts.
+log=$(readlink -f "/proc/$$/fd/1")
+[ -f "$log" ] || log=$PWD/log
+kept=${log%/*}/slurm-$SLURM_JOB_ID.yaml
+if [ -n "$keep" ] && [ -f "$recipe" ]; then
+  if [ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] && [ -e "$kept" ] && ! cmp -s "$recipe" "$kept"; then
+    echo "slurm: $kept exists, and is not of this job; move it away" >&2
+    exit 2
+  fi
+  [ -e "$kept" ] || { cp "$recipe" "$kept.part" && mv "$kept.part" "$kept"; }
+  recipe=$kept
+fi
+
 train=("$packhorse" train "$recipe" ${overrides[@]+"${overrides[@]}"} "$@")
 
 # When a node dies, Slurm notices it and queues the job again. The launchers of the other nodes miss it sooner and exit:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import re
 import threading
@@ -37,6 +38,8 @@ class Hub:
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         is_api = parts[0] == "api"
+        if parts[0] == "datasets":  # of a dataset's files; a model's have no such word
+            del parts[0]
         repo = "/".join(parts[2:4] if is_api else parts[:2])
         if repo not in self.repos:
             return 404, {"error": "Repository not found"}
@@ -50,11 +53,12 @@ class Hub:
         if rest[:1] == ["commit"]:
             return self._commit(repo, [json.loads(line) for line in body.splitlines()])
         if rest[:1] == ["tree"]:
-            sizes = {name: len(content) for name, content in files.items()}
-            return 200, [
-                {"type": "file", "path": name, "size": size, "oid": "0" * 40}
-                for name, size in sizes.items()
-            ]
+            folder = "/".join([*rest[2:], ""])
+            found = [_facts(*each) for each in files.items() if each[0].startswith(folder)]
+            return (200, found) if found or not rest[2:] else (404, {"error": "Entry not found"})
+        if rest[:1] == ["paths-info"]:
+            paths = json.loads(body)["paths"]
+            return 200, [_facts(name, files[name]) for name in paths if name in files]
         siblings = [{"rfilename": name} for name in files]
         return 200, {"id": repo, "sha": "0" * 40, "siblings": siblings, "private": True}
 
@@ -83,6 +87,15 @@ class Hub:
         return 200, {"success": True, "commitUrl": url, "commitOid": oid}
 
 
+def _facts(name: str, content: bytes) -> dict[str, Any]:
+    oid = hashlib.sha1(content).hexdigest()
+    return {"type": "file", "path": name, "size": len(content), "oid": oid}
+
+
+def _code(error: str) -> str:
+    return "EntryNotFound" if error.startswith("Entry") else "RepoNotFound"
+
+
 @contextmanager
 def hub_server() -> Iterator[Hub]:
     """Run a hub, whose `url` is for $HF_ENDPOINT. It asks for TOKEN."""
@@ -95,12 +108,15 @@ def hub_server() -> Iterator[Hub]:
             if self.headers.get("Authorization") == f"Bearer {TOKEN}":
                 status, content = hub.answer(self.command, self.path, body)
             data = content if isinstance(content, bytes) else json.dumps(content).encode()
+            span = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+            if span and status == 200:
+                status, data = 206, data[int(span[1]) : int(span[2] or len(data)) + 1]
             self.send_response(status)
             for name, value in {
                 "Content-Length": len(data),
                 "X-Repo-Commit": "0" * 40,
                 "ETag": f'"{len(data)}-{hash(data)}"',
-                **({"X-Error-Code": "RepoNotFound"} if status == 404 else {}),
+                **({"X-Error-Code": _code(content["error"])} if status == 404 else {}),
             }.items():
                 self.send_header(name, str(value))
             self.end_headers()

@@ -320,7 +320,7 @@ def resume(prepared: PreparedRun, engine: Engine) -> tuple[int, Sequence[float]]
     folder, manifest = found
     state, micro_batch_size = manifest.state, prepared.recipe.batch.micro_batch_size
     data = prepared.train_data.fingerprint_at(state.step)
-    checkpoint.require_same_run(state, data, micro_batch_size, engine.module.has_dropout)
+    checkpoint.require_same_run(state, data, micro_batch_size, engine.module.is_random)
     checkpoint.restore(folder, manifest, engine)
     dist.log.info(
         "resuming from %s, written by %d ranks at ZeRO stage %d; every digest agrees",

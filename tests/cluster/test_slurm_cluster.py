@@ -53,9 +53,11 @@ def sbatch(
     cluster: Slurm, run_dir: Path, cache: Path, *overrides: str, options: tuple[str, ...] = ()
 ) -> str:
     """Submit the many-node script with the debug recipe on two nodes; it logs to job.log."""
+    mine = run_dir / "mine.yaml"
+    mine.write_text((ROOT / "recipes/debug.yaml").read_text())
     own = ["--nodes=2", f"--output={run_dir}/job.log", *options]
     words = ["sbatch", *own, "slurm/sft_70b.sh", *recipe(run_dir, cache, *overrides)]
-    return cluster.submit(*words, RECIPE="recipes/debug.yaml")
+    return cluster.submit(*words, RECIPE=str(mine))
 
 
 def losses(run_dir: Path) -> list[float]:
@@ -90,6 +92,8 @@ def test_a_signal_saves_and_queues_again_and_the_second_start_goes_on(
 ):
     number = sbatch(cluster, tmp_path, cache)
     wait_for_step(cluster, number, tmp_path, 4)
+    assert (tmp_path / f"slurm-{number}.yaml").exists(), "beside the log"
+    (tmp_path / "mine.yaml").write_text("an edit, which the second start does not read\n")
     cluster.run(
         "scancel", "--batch", "--signal=USR1", number
     )  # to the script alone, as --signal=B:USR1@600 does
@@ -153,17 +157,19 @@ def test_the_job_of_a_node_that_died_comes_back_on_the_one_that_is_left(
 
 
 def test_a_run_folder_that_is_not_shared_is_refused_and_the_node_is_named(cluster, cache, tmp_path):
-    cluster.hide("cn2", tmp_path)
+    run_dir = tmp_path / "run"  # the log, and beside it the copy of the recipe, are shared
+    run_dir.mkdir()
+    cluster.hide("cn2", run_dir)
     try:
-        number = sbatch(cluster, tmp_path, cache)
+        number = sbatch(cluster, tmp_path, cache, f"run.dir={run_dir}")
         job = cluster.wait(number, "FAILED")
     finally:
-        cluster.show("cn2", tmp_path)
+        cluster.show("cn2", run_dir)
     assert job["ExitCode"] == "2:0"
     assert job["Restarts"] == "0"
     said = (tmp_path / "job.log").read_text()
-    assert f"{tmp_path} is not the same folder on all nodes; cn2 does not see what cn1" in said
-    assert not (tmp_path / "recipe.yaml").exists(), "no worker has started"
+    assert f"{run_dir} is not the same folder on all nodes; cn2 does not see what cn1" in said
+    assert not (run_dir / "recipe.yaml").exists(), "no worker has started"
 
 
 @pytest.mark.parametrize("options", [[], ["--nnodes=1"]])

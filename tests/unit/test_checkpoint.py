@@ -387,9 +387,9 @@ def test_another_base_model_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_resume_that_is_not_the_same_run_is_refused() -> None:
-    checkpoint.require_same_run(state(1), "abc", micro_batch_size=2, has_dropout=False)
-    checkpoint.require_same_run(state(1), "abc", micro_batch_size=1, has_dropout=True)
+    checkpoint.require_same_run(state(1), "abc", micro_batch_size=2, is_random=False)
+    checkpoint.require_same_run(state(1), "abc", micro_batch_size=1, is_random=True)
     with pytest.raises(BadInput, match="training data"):
-        checkpoint.require_same_run(state(1), "xyz", micro_batch_size=1, has_dropout=False)
-    with pytest.raises(BadInput, match="micro_batch_size was 1 and is 2: the model has dropout"):
-        checkpoint.require_same_run(state(1), "abc", micro_batch_size=2, has_dropout=True)
+        checkpoint.require_same_run(state(1), "xyz", micro_batch_size=1, is_random=False)
+    with pytest.raises(BadInput, match="micro_batch_size was 1 and is 2: the model draws random"):
+        checkpoint.require_same_run(state(1), "abc", micro_batch_size=2, is_random=True)

@@ -210,7 +210,6 @@ def test_recomputation_changes_no_gradient_although_the_embedding_is_frozen() ->
 
 def test_dropout_belongs_to_the_rows() -> None:
     module = sft(stir(adapted(dropout=0.3)))
-    assert module.has_dropout
     batch = pack(documents([9, 14]), [[2, 3], [5]], [0.5, 0.5])
     torch.manual_seed(1)
     first, _ = loss_and_gradients(module, batch)

@@ -1,5 +1,7 @@
-"""checkpoint.mirror: what is copied, what comes back, and what a broken place says. On a real S3
-server, and on a folder."""
+"""checkpoint.mirror: what is copied, what comes back, and what a broken place says.
+
+On servers of S3, Google Cloud Storage and Azure, and on a folder.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,8 @@ from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.config.sections import CheckpointSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.run_folder import open_run_folder
+from tests.azure import azure_server
+from tests.gcs import gcs_server
 from tests.ranks import ROOT
 from tests.s3 import SECRET, s3_server
 from tests.unit.test_checkpoint import Model, found_step, names, state
@@ -30,10 +34,16 @@ def bucket() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="module")
+def buckets(bucket: str) -> Iterator[dict[str, str]]:
+    with gcs_server("mirrors") as gs, azure_server("mirrors") as az:
+        yield {"s3": bucket, "gs": gs, "az": az}
+
+
 @pytest.fixture(params=["s3", "file"])
-def place(request: Any, bucket: str, tmp_path: Path) -> str:
+def place(request: Any, buckets: dict[str, str], tmp_path: Path) -> str:
     """Return the URL of an empty place."""
-    return f"{bucket}/{tmp_path.name}" if request.param == "s3" else f"file://{tmp_path}/mirror"
+    return f"{buckets.get(request.param, f'file://{tmp_path}')}/{tmp_path.name}"
 
 
 def recipe(run_dir: Path, place: str, *overrides: str) -> Recipe:
@@ -66,6 +76,7 @@ def wait(mirror: Mirror) -> None:
         mirror._thread.join()
 
 
+@pytest.mark.parametrize("place", ["s3", "gs", "az", "file"], indirect=True)
 def test_a_fresh_folder_takes_up_the_newest_and_the_best_checkpoint(tmp_path, place):
     first, fresh = tmp_path / "first", tmp_path / "fresh"
     mirror = start(first, place)

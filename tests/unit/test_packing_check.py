@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 
-from packhorse.trainer.config.recipe import LossSection
+from packhorse.trainer.config.recipe import AdapterSection, LossSection
 from packhorse.trainer.datatypes import BadInput, Batch
 from packhorse.trainer.model import (
     attention,
@@ -21,6 +21,7 @@ from packhorse.trainer.model import (
 )
 from packhorse.trainer.model.attention_kernels import Arguments
 from packhorse.trainer.model.logit_transform import LogitTransform
+from packhorse.trainer.model.lora import add_adapter
 from packhorse.trainer.model.sft import SftModel
 from tests.model_helpers import CPU, SIZES, WIDE, tiny
 
@@ -152,6 +153,39 @@ def test_the_model_is_left_as_it_was() -> None:
     assert module.training
     assert model.config._attn_implementation == "packhorse_reference"
     assert all(p.grad is None for p in model.parameters())
+
+
+PHIMOE = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "is_random"),
+    [
+        (tf.LlamaConfig(**SIZES), False),
+        (tf.LlamaConfig(**SIZES, attention_dropout=0.1), True),
+        (tf.OPTConfig(**SIZES, ffn_dim=48, dropout=0.0, layerdrop=0.1), True),
+        (tf.MixtralConfig(**WIDE, num_local_experts=4, router_jitter_noise=0.01), True),
+        (tf.MixtralConfig(**WIDE, num_local_experts=4), False),
+        (tf.PhimoeConfig(**PHIMOE, router_jitter_noise=0.01), True),
+    ],
+    ids=lambda value: getattr(value, "model_type", value),
+)
+def test_a_forward_that_draws_random_numbers_is_seen_whatever_its_key_is_called(
+    config: Any, is_random: bool
+) -> None:
+    module = SftModel(tiny(config), LossSection(), 0, CPU)
+    before = torch.get_rng_state()
+    packing_check.prove_packing(module, seq_len=64, one_document=False, seed=0)
+    assert module.is_random == is_random
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_dropout_of_a_new_adapter_is_seen_although_it_changes_nothing_yet() -> None:
+    model = tiny(tf.LlamaConfig(**SIZES))
+    add_adapter(model, AdapterSection(rank=2, dropout=0.1), seed=0)
+    module = SftModel(model, LossSection(), 0, CPU)
+    packing_check.prove_packing(module, seq_len=64, one_document=False, seed=0)
+    assert module.is_random
 
 
 # -------------------------------------------------------------------------------------- mixing ones
@@ -325,7 +359,7 @@ def test_windows_and_chunks_are_found_by_their_words() -> None:
         "local_attention": 128,
         "id2label": {0: "a"},
     }
-    assert packing_check.attention_limits(config) == {4096, 8192, 28, 128}
+    assert packing_check.length_limits(config) == {4096, 8192, 28, 128}
 
 
 def test_the_middle_document_passes_every_limit_within_reach() -> None:

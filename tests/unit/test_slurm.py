@@ -88,6 +88,20 @@ def test_exit_code_75_alone_queues_the_job_again(tmp_path, ended, queued):
     assert "start 3 on 2 nodes" in said
 
 
+def test_later_starts_train_what_the_recipe_said_at_the_first(tmp_path):
+    recipe, kept = tmp_path / "recipe.yaml", tmp_path / "slurm-7.yaml"
+    recipe.write_text("first")
+    for start in ("0", "1"):
+        code, words, said = run(tmp_path, rendered(), SLURM_RESTART_COUNT=start)
+        assert (code, words[-1], kept.read_text()) == (0, str(kept), "first"), said
+        recipe.write_text("an edit")
+    code, _, said = run(tmp_path, rendered(), SLURM_RESTART_COUNT="0")
+    assert (code, kept.read_text()) == (2, "first")
+    assert f"{kept} exists, and is not of this job" in said
+    assert run(tmp_path, rendered(is_copy=True))[1][-1] == "recipe.yaml"
+    assert run(tmp_path, rendered(recipe="debug"))[1][-1] == "debug", "a packaged one"
+
+
 def test_a_sif_file_runs_in_apptainer(tmp_path):
     _, words, _ = run(tmp_path, rendered(container="/images/a b.sif", mounts=["/work", "/data"]))
     inside = [

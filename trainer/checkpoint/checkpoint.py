@@ -366,11 +366,11 @@ def restore(folder: Path, manifest: Manifest, engine: Engine) -> None:
         )
 
 
-def require_same_run(saved: RunState, data: str, micro_batch_size: int, has_dropout: bool) -> None:
+def require_same_run(saved: RunState, data: str, micro_batch_size: int, is_random: bool) -> None:
     """Refuse a resume that would not continue the same run.
 
     Raises:
-        BadInput: the data differs, or dropout would be drawn for other micro-batches.
+        BadInput: the data differs, or random numbers would be drawn for other micro-batches.
     """
     if saved.data != data:
         raise BadInput(
@@ -378,9 +378,9 @@ def require_same_run(saved: RunState, data: str, micro_batch_size: int, has_drop
             "those that the run folder's checkpoint was trained on; put them back, or give another "
             "run.dir"
         )
-    if has_dropout and saved.micro_batch_size != micro_batch_size:
+    if is_random and saved.micro_batch_size != micro_batch_size:
         raise BadInput(
             f"batch.micro_batch_size was {saved.micro_batch_size} and is {micro_batch_size}: the "
-            "model has dropout, which is drawn for each micro-batch; set it back, or give another "
-            "run.dir"
+            "model draws random numbers (dropout, or a router's jitter) for each micro-batch; set "
+            "it back, or give another run.dir"
         )

@@ -24,7 +24,7 @@ class RunState:
     step: int  # of the plan, applied or skipped
     updates: int  # applied ones, which AdamW counts
     data: str  # fingerprint of the tokenized training data
-    micro_batch_size: int  # must not change where the model has dropout
+    micro_batch_size: int  # must not change where the model is random, as by dropout
     recent_losses: Sequence[float]  # from which the guard knows a spike
     world_size: int  # of the run that wrote it; for people
     stage: int  # of ZeRO; for people

@@ -186,6 +186,7 @@ def slurm(
         options={name: value for name, value in options.items() if value is not None},
         further=sbatch or (),
         recipe=shlex.quote(str(kept)),
+        is_copy=True,
         overrides=["--extend"] if extend else (),
         packhorse="packhorse" if container else f"{sysconfig.get_path('scripts')}/packhorse",
         container=container or "",

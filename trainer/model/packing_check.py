@@ -4,11 +4,12 @@ In: the loaded model with its loss (sft.py), on the attention backend that it wi
 what the model does to its logits, and the largest differences seen; or BadInput, which names the
 first layer that differs.
 
-Three short documents of seeded random tokens, one of them longer than the windows and chunks that a
-packed sequence can reach, run packed through our path, and alone through the model's own eager
-attention and layers. Three things are compared: the mask that each layer would make for itself with
-what the backend sees (exactly), every layer's output token by token, and our loss with the
-cross-entropy of the model's own logits. There is no list of known models: each one is measured.
+Three short documents of seeded random tokens, one of them longer than each length in the model's
+configuration (a window, a chunk, a first context) that a packed sequence can reach, run packed
+through our path, and alone through the model's own eager attention and layers. Three things are
+compared: the mask that each layer would make for itself with what the backend sees (exactly), every
+layer's output token by token, and our loss with the cross-entropy of the model's own logits. There
+is no list of known models: each one is measured.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import nn
 
 from packhorse.trainer import dist
 from packhorse.trainer.datatypes import BadInput, Batch
-from packhorse.trainer.model import liger_layers
+from packhorse.trainer.model import liger_layers, rotary
 from packhorse.trainer.model.attention import checked_masks, other_attention
 from packhorse.trainer.model.logit_transform import LogitTransform, measure_transform
 from packhorse.trainer.model.sft import SftModel
@@ -77,7 +78,7 @@ class _LayerDiffers(Exception):
 
 @torch.no_grad()
 def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int) -> Proof:
-    """Prove the model, and set `sft.transform`.
+    """Prove the model, and set `sft.transform` and `sft.is_random`.
 
     Every rank calls it: under ZeRO-3 its forwards are collective.
 
@@ -103,6 +104,7 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
         except _LayerDiffers as difference:
             advice = _advise(sft, difference, documents, alone, one_document)
             raise BadInput(advice) from None
+        sft.is_random = _draws_random_numbers(sft, _pack(documents[:1]))
     finally:
         sft.train(training)
     hidden, loss = (max(values) for values in zip(*worst))
@@ -114,26 +116,34 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
 
 def _random_documents(config: Any, seq_len: int, seed: int) -> list[torch.Tensor]:
     """Return three documents of random tokens, (L,) int64 each."""
-    reached = [limit for limit in attention_limits(config.to_dict()) if limit < seq_len]
-    middle = max([33, *(limit + PAST_LIMIT for limit in reached)])
-    longest = getattr(config, "max_position_embeddings", None) or middle
+    limits = length_limits(config.to_dict())
+    longest = getattr(config, "max_position_embeddings", None)
+    if rotary.stretches(config):
+        limits, longest = {*limits, longest or 0}, None
+    middle = max([33, *(limit + PAST_LIMIT for limit in limits if limit < seq_len)])
     generator = torch.Generator().manual_seed(dist.seed_from(seed, "probe"))
     return [
         torch.randint(config.vocab_size, (n,), generator=generator).to(dist.device())
-        for n in (SHORT[0], min(middle, longest), SHORT[1])
+        for n in (SHORT[0], min(middle, longest or middle), SHORT[1])
     ]
 
 
-def attention_limits(config: dict[str, Any]) -> set[int]:
-    """Return the lengths of windows and chunks in a model's configuration.
+# What the keys of lengths are called beyond which a model acts otherwise: windows and chunks of
+# attention, the length that its positions were first trained for, the tokens that sparse attention
+# chooses, the position from which it scales queries.
+_LIMIT_WORDS = ("window", "chunk", "local", "block", "original_max", "topk", "budget", "floor")
+
+
+def length_limits(config: dict[str, Any]) -> set[int]:
+    """Return the lengths in a model's configuration beyond which a document is treated otherwise.
 
     They are found by the words in their keys, as each model names them in its own way.
     """
     found = set()
     for key, value in config.items():
-        is_limit = any(word in str(key) for word in ("window", "chunk", "local"))
+        is_limit = any(word in str(key) for word in _LIMIT_WORDS)
         if isinstance(value, dict):
-            found |= attention_limits(value)
+            found |= length_limits(value)
         elif is_limit and type(value) is int and value > 1:
             found.add(value)
     return found
@@ -305,6 +315,21 @@ def _require_isolation(sft: SftModel, documents: Sequence[torch.Tensor], allowed
     what = "once its neighbours and later tokens are others"
     for layer, (mine, changed) in enumerate(zip(before, after)):
         _require_close(sft.model, layer, _difference(changed[middle], mine[middle]), allowed, what)
+
+
+def _draws_random_numbers(sft: SftModel, batch: Batch) -> bool:
+    """Return whether the forward of training draws random numbers.
+
+    The generators are asked, as configurations name their randomness in many ways: a dropout, a
+    layer that is left out, the jitter of a router.
+    """
+    on_gpu = dist.device().type == "cuda"
+    sft.train()
+    with torch.random.fork_rng([dist.device()] if on_gpu else []):
+        read = [torch.get_rng_state, *([torch.cuda.get_rng_state] if on_gpu else [])]
+        before = [state() for state in read]
+        sft.hidden_states(batch)
+        return not all(torch.equal(state(), old) for state, old in zip(read, before))
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:

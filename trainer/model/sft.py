@@ -23,14 +23,15 @@ from packhorse.trainer.model.attention import keyword_arguments
 from packhorse.trainer.model.logit_transform import LogitTransform
 from packhorse.trainer.model.loss import choose_kernel, linear_cross_entropy
 from packhorse.trainer.model.neftune import document_noise
+from packhorse.trainer.model.rotary import make_tables_by_document
 
 
 class SftModel(nn.Module):
     """The module that is trained: `forward(batch)` returns the loss, `model` is transformers' own.
 
     Call `packing_check.prove_packing` before the first batch, once a forward can run (under ZeRO-3:
-    once the engine exists). It measures what the model does to its logits, and proves that packing
-    changes nothing.
+    once the engine exists). It measures what the model does to its logits, and whether it draws
+    random numbers, and proves that packing changes nothing.
 
     Raises:
         BadInput: the model has no output head with a weight, or the loss kernel cannot run here.
@@ -41,6 +42,7 @@ class SftModel(nn.Module):
         self.model = model
         self.kernel = choose_kernel(loss.kernel, device)
         self.transform: LogitTransform | None = None  # measured by the packing check
+        self.is_random = False  # draws random numbers in training, beside NEFTune's; likewise
         self._alpha = loss.neftune_alpha
         self._seed = seed
         self._batch: Batch | None = None  # the one in the forward, for the embedding's hook
@@ -54,12 +56,14 @@ class SftModel(nn.Module):
         if "loss" not in inspect.signature(head.forward).parameters:
             head.forward = MethodType(_loss_or_logits(type(head).forward), head)
         model.get_input_embeddings().register_forward_hook(self._add_noise)
+        make_tables_by_document(model)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Return sum(cross-entropy x weight) over the batch's trained positions, () float32."""
         assert self.transform is not None, "the packing check has not run"
         if self.training:
-            # dropout must belong to the micro-batch and not to the rank or the step (C3)
+            # dropout, or a router's jitter, must belong to the micro-batch and not to the rank or
+            # the step (C3)
             epoch = batch.document_keys[0][0]
             torch.manual_seed(dist.seed_from(self._seed, "dropout", epoch, *batch.sequence_ids))
         # the head is the largest matrix product; prompts and fillers need none of it
@@ -73,17 +77,6 @@ class SftModel(nn.Module):
             transform=self.transform,
         )
         return self.model.get_output_embeddings()(hidden_NH, loss=loss)
-
-    @property
-    def has_dropout(self) -> bool:
-        """Whether training draws random numbers, apart from NEFTune's."""
-        # some models call F.dropout by their configuration; an adapter's dropout is a module
-        settings = self.model.config.get_text_config().to_dict().items()
-        return any(
-            isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules()
-        ) or any(
-            "drop" in key and isinstance(value, float) and value > 0 for key, value in settings
-        )
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return what the model hands to its head, (T, H)."""

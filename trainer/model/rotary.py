@@ -1,0 +1,80 @@
+"""Give each document the rotary table that it has alone.
+
+Some tables depend on the longest position of the forward: longrope (Phi 3.5, Phi 4 mini) takes
+other frequencies beyond the original context length, dynamic NTK stretches them by the length.
+In a packed sequence the longest document would choose the table of all, and a table that was
+stretched once would stay so. Here each document's table is made anew from its own positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import nn
+
+# Kinds of tables that depend on the longest position. The packing check crosses the lengths that a
+# configuration names, and so refuses a kind that is missing here.
+_BY_LENGTH = ("dynamic", "longrope")
+
+
+def rope_types(config: Any) -> set[str]:
+    """Return the kinds of rotary tables in a model's configuration, which may name one a layer."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    parts = [rope, *(part for part in rope.values() if isinstance(part, dict))]
+    return {str(part["rope_type"]) for part in parts if part.get("rope_type")}
+
+
+def stretches(config: Any) -> bool:
+    """Return whether the table changes beyond `max_position_embeddings`, as dynamic NTK's does."""
+    return any("dynamic" in kind for kind in rope_types(config))
+
+
+def make_tables_by_document(model: Any) -> None:
+    """Make every rotary module of the model compute its table for each document by itself."""
+    config = model.config.get_text_config()
+    if not any(word in kind for kind in rope_types(config) for word in _BY_LENGTH):
+        return
+    for module in model.modules():
+        # a second call finds the instance's own forward
+        if "rotary" in type(module).__name__.lower() and "forward" not in vars(module):
+            module.forward = _by_document(module, module.forward)
+
+
+def _by_document(module: nn.Module, table: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(x: torch.Tensor, position_ids: torch.Tensor, *rest: Any, **named: Any) -> Any:
+        rows = []
+        for row in position_ids:
+            pieces = []
+            for start, end in _documents(row):
+                _forget_length(module)
+                pieces.append(table(x, row[start:end].unsqueeze(0), *rest, **named))
+            rows.append(_joined(pieces, dim=1))
+        return _joined(rows, dim=0)
+
+    return forward
+
+
+def _documents(positions: torch.Tensor) -> Iterator[tuple[int, int]]:
+    """Return where documents start and end in a row: its positions, (T,), restart at zero."""
+    starts = (positions == 0).nonzero().flatten().tolist()
+    return pairwise(sorted({0, *starts, len(positions)}))
+
+
+def _forget_length(module: Any) -> None:
+    """Undo what an earlier, longer document did to a table that is stretched (dynamic NTK)."""
+    for name in [*module._buffers, *vars(module)]:
+        if name.endswith("original_inv_freq"):
+            prefix = name.removesuffix("original_inv_freq")
+            # a copy: longrope writes into the table in place
+            setattr(module, f"{prefix}inv_freq", getattr(module, name).clone())
+            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
+def _joined(tables: list[Any], dim: int) -> Any:
+    """Return tables, or tuples of tables as (cos, sin), laid end to end."""
+    if isinstance(tables[0], torch.Tensor):
+        return torch.cat(tables, dim)
+    return tuple(torch.cat(parts, dim) for parts in zip(*tables, strict=True))
