@@ -20,13 +20,14 @@ from packhorse.trainer.data.prepare import TrainData
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
 from packhorse.trainer.engine.engine import Engine, gathered, sharded_init
-from packhorse.trainer.engine.optim import parameter_groups
+from packhorse.trainer.engine.optim import describe_decay, parameter_groups
 from packhorse.trainer.estimate.report import predict_gpu_memory
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import Metrics, model_flops
 from packhorse.trainer.model.load import load_config, load_model
 from packhorse.trainer.model.lora import require_stage
-from packhorse.trainer.model.packing_check import prove_packing
+from packhorse.trainer.model.packing_check import longest_document, prove_packing
+from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from packhorse.trainer.model.sft import SftModel
 from packhorse.trainer.trackers import TENSORBOARD, Trackers
 from packhorse.trainer.utils.cpu_speed import EMULATED_FROM, bf16_slowdown
@@ -53,10 +54,31 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         gathered=gathered,
     )
     module = SftModel(model, recipe.loss, recipe.train.seed, dist.device())
-    groups = parameter_groups(module, recipe.optim) if learns else None
+    groups = None
+    if learns:
+        freeze_named(model, recipe.model.freeze)
+        document = longest_document(module, recipe.batch.seq_len, recipe.train.seed)
+        freeze_unreached(model, partial(module.hidden_states, document), gathered)
+        groups = parameter_groups(model, recipe.optim)
+        say_other_types(model, recipe.model.dtype)
+        dist.log.info("weight decay: %s", describe_decay(model, recipe.optim))
     engine = Engine(module, groups, recipe.optim, ds_config)
     check_packing(recipe, module)
     return engine
+
+
+def say_other_types(model: Any, dtype: str) -> None:
+    """Log the trained parameters that transformers keeps in another type than they are trained in.
+
+    DeepSpeed has one type for all that is trained, as for a router's matrix, and fp32 masters.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    others = [n for n, p in named.items() if str(p.dtype) != f"torch.{dtype}"]
+    if others:
+        dist.log.warning(
+            "%d tensors that transformers keeps in float32 are trained and exported in %s: %s",
+            *(len(others), dtype, ", ".join(others[:3]) + ", ..." * (len(others) > 3)),
+        )
 
 
 def warn_if_bf16_is_emulated(dtype: str) -> None:

@@ -259,7 +259,7 @@ def build_evaluation(
     if dist.is_main():
         train_data, plan = prepared.train_data, prepared.plan
         write_description(recipe, run_dir, train_data, plan, eval_data, metrics)
-        save_description(model, prepared.tokenizer, run_dir)
+        save_description(model, prepared.tokenizer, recipe.model, run_dir)
     if recipe.eval.lm_eval:
         dist.log.info("eval.lm_eval is not run in training: `packhorse eval %s RECIPE`", run_dir)
     return Evaluation(recipe, run_dir, engine, eval_data, masker, metrics, stop, watch, best.update)

@@ -189,7 +189,7 @@ def load_config(section: ModelSection) -> Any:
     config = load_pretrained(AutoConfig.from_pretrained, section, "configuration")
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if getattr(config, "is_encoder_decoder", False) or not (
-        own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or _has_towers(config)
     ):
         raise BadInput(
             f"model.name: {section.name} ({config.model_type}) is not a causal language model"
@@ -197,9 +197,25 @@ def load_config(section: ModelSection) -> Any:
     if getattr(config, "quantization_config", None):
         raise BadInput(
             f"model.name: the weights of {section.name} are quantised; give a bfloat16 or float32 "
-            "model"
+            "model (docs/models.md has the way for gpt-oss)"
         )
     return config
+
+
+def model_class(config: Any) -> Any:
+    """Return the class of transformers that loads all of a model: with towers for images and the
+    like, which a text does not reach, where the configuration has them.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if _has_towers(config) else AutoModelForCausalLM
+
+
+def _has_towers(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    known = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return known and config.get_text_config() is not config
 
 
 def _embedding_rows(section: ModelSection, config: Any, tokenizer: Any) -> tuple[int, list[int]]:
@@ -225,10 +241,8 @@ def _embedding_rows(section: ModelSection, config: Any, tokenizer: Any) -> tuple
 
 
 def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-
     model, info = load_pretrained(
-        AutoModelForCausalLM.from_pretrained,
+        model_class(config).from_pretrained,
         section,
         "model",
         config=config,
@@ -289,12 +303,11 @@ def _random_model(
     section: ModelSection, config: Any, seed: int, gathered: Gathered, arguments: dict[str, Any]
 ) -> Any:
     """Return a model with random weights of its own kind, alike at every world size and stage."""
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     # under ZeRO-3 transformers would fill shards; `initialise` fills each module whole
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(
+        model = model_class(config).from_config(
             config, trust_remote_code=section.trust_remote_code, **arguments
         )
     model.tie_weights()

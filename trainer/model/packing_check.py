@@ -114,6 +114,11 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
 # ---------------------------------------------------------------------------------------- documents
 
 
+def longest_document(sft: SftModel, seq_len: int, seed: int) -> Batch:
+    """Return the check's longest document alone, which reaches past the windows of all layers."""
+    return _pack([_random_documents(sft.model.config.get_text_config(), seq_len, seed)[1]])
+
+
 def _random_documents(config: Any, seq_len: int, seed: int) -> list[torch.Tensor]:
     """Return three documents of random tokens, (L,) int64 each."""
     limits = length_limits(config.to_dict())
