@@ -228,6 +228,8 @@ def masker_of(section: DataSection, tokenizer: Any) -> Masker:
         control_tokens=section.control_tokens,
         chat_template_kwargs=section.chat_template_kwargs,
         turns=section.turns,
+        missing_reasoning=section.missing_reasoning,
+        stop_token=section.stop_token,
     )
 
 
