@@ -61,7 +61,7 @@ def held(engine: Engine, batch: Batch) -> dict[str, int]:
     a step of it.
     """
     optimizer: Any = engine._engine.optimizer
-    found: dict[str, int] = {}
+    found = {"weights": size(weights(engine.module))}
 
     def look(optimizer: Any) -> None:
         found["gradients"] = size(gradients(engine.module, optimizer))
@@ -71,8 +71,6 @@ def held(engine: Engine, batch: Batch) -> dict[str, int]:
     zero_state.forget_gradients = forget
     forget(optimizer)
     engine.step([batch], 1e-3, Clock(dist.device()))
-    # after a step, as the packing check leaves weights in pieces that training keeps whole
-    found["weights"] = size(weights(engine.module))
     return found | {"masters": size(masters(optimizer)), "moments": size(moments(optimizer))}
 
 

@@ -95,6 +95,9 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
     try:
         sft.transform = measure_transform(sft.model)
         documents = _random_documents(sft.model.config.get_text_config(), seq_len, seed)
+        # before the others: under ZeRO-3 it frees the small weights that forwards keep whole
+        sft.is_random = _draws_random_numbers(sft, _pack(documents[:1]))
+        sft.eval()
         alone = [_run_alone(sft.model, ids) for ids in documents]
         try:
             if one_document:
@@ -104,7 +107,6 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
         except _LayerDiffers as difference:
             advice = _advise(sft, difference, documents, alone, one_document)
             raise BadInput(advice) from None
-        sft.is_random = _draws_random_numbers(sft, _pack(documents[:1]))
     finally:
         sft.train(training)
     hidden, loss = (max(values) for values in zip(*worst))
