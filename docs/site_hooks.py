@@ -1,5 +1,7 @@
 """Give mkdocs the pages that lie outside docs/: README.md, as the first page, and benchmarks/.
 
+The diagram of design.md, which GitHub draws, is shown as docs/make_flow.py has drawn it.
+
 Pages are written for the repository, where links are relative to their files. Here the links
 follow the pages to their places in the site. mkdocs.yml names this file.
 """
@@ -15,6 +17,8 @@ from mkdocs.structure.files import File
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")
+
+DIAGRAM = re.compile(r"^```mermaid\n.*?^```$", re.DOTALL | re.MULTILINE)
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -37,6 +41,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(source), path))
         return posixpath.relpath(_in_site(target), posixpath.dirname(own) or ".") + sharp + anchor
 
+    markdown = DIAGRAM.sub("![How data flows, as the text below says](data_flow.svg)", markdown)
     return LINK.sub(follow, markdown)
 
 

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from packhorse.trainer.checkpoint.checkpoint import open_checkpoint
-from packhorse.trainer.checkpoint.hf_export import _model_card, export
+from packhorse.trainer.checkpoint.hf_export import export
+from packhorse.trainer.checkpoint.model_card import model_card
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput
 from tests.ranks import ROOT, run_ranks
@@ -73,8 +74,8 @@ def test_the_card_says_what_the_chat_template_was_given(tmp_path: Path) -> None:
     recipe = load_recipe(
         ROOT / "recipes" / "debug.yaml", ["data.chat_template_kwargs.enable_thinking=false"]
     )
-    assert "was given `enable_thinking=False`" in _model_card(tmp_path, recipe, 3, False)
-    assert "was given" not in _model_card(
+    assert "was given `enable_thinking=False`" in model_card(tmp_path, recipe, 3, False)
+    assert "was given" not in model_card(
         tmp_path, load_recipe(ROOT / "recipes" / "debug.yaml"), 3, False
     )
 

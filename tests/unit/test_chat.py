@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -105,6 +106,29 @@ def test_a_model_without_room_or_template_is_refused(model_dir: Path, tmp_path: 
     done = CliRunner().invoke(app, ["chat", str(folder)], input="word")
     assert isinstance(done.exception, BadInput)
     assert "no chat template" in str(done.exception)
+
+
+def test_an_adapter_answers_on_the_base_that_it_names(model_dir: Path, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    base: Any = AutoModelForCausalLM.from_pretrained(model_dir)
+    config = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    model = get_peft_model(base, config)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(DEBUG_MODEL).save_pretrained(tmp_path / "merged")
+    asked = [{"role": "user", "content": QUESTIONS[0]}]
+    expected = generated(tmp_path / "merged", asked, 24)
+    assert expected != generated(model_dir, asked, 24)
+    assert piped(tmp_path / "adapter", QUESTIONS[0], "--max-tokens", "24") == f"{expected}\n"
+
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(file.read_text().replace(str(model_dir), str(tmp_path / "gone")))
+    refused = CliRunner().invoke(app, ["chat", str(file.parent)], input="word")
+    assert isinstance(refused.exception, BadInput)
+    assert f"there is no folder {tmp_path / 'gone'}" in str(refused.exception)
+    file.write_text("{}")
+    refused = CliRunner().invoke(app, ["chat", str(file.parent)], input="word")
+    assert "names no base model" in str(refused.exception)
 
 
 def test_ctrl_c_ends_an_answer_and_ctrl_d_the_chat(model_dir: Path) -> None:

@@ -416,6 +416,13 @@ def launch(monkeypatch, capsys, tmp_path) -> Callable[..., tuple[int, str, str]]
     return run
 
 
+def test_the_default_cluster_is_found_by_its_name_in_every_folder(launch, tmp_path):
+    given = ("--out", "out", "--cluster", "launch/kubernetes/cluster.yaml")
+    assert launch(*given)[0] == 0
+    assert (tmp_path / "out/cluster.yaml").read_text().startswith(CLUSTER.read_text())
+    assert "cannot be read" in launch("--cluster", "launch/other.yaml")[2]
+
+
 def test_the_packaged_recipe_is_refused_as_pods_do_not_have_its_files(launch):
     code, out, err = launch(recipe="debug")
     assert (code, out) == (BAD_INPUT, "")

@@ -4,16 +4,22 @@ tests/configs/ holds the shapes that the makers published. Their counts of param
 number was mistyped.
 """
 
+import json
 import subprocess
 import sys
 from typing import NamedTuple
 
 import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
 
-from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.config.recipe import ModelSection, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.estimate.memory import GIB, Cluster
 from packhorse.trainer.estimate.report import build_report
+from packhorse.trainer.model.load import load_model, load_tokenizer
+from tests.model_helpers import tiny
 from tests.ranks import ROOT
 
 CONFIGS = ROOT / "tests" / "configs"
@@ -37,15 +43,16 @@ READY = {
     "smollm3_3b": Ready("smollm3_3b", 3_075_098_624, 8),
     "mistral_nemo_12b": Ready("mistral_nemo_12b", 12_247_782_400, 8),
     "granite33_8b": Ready("granite33_8b", 8_170_864_640, 8),
+    "gpt_oss_20b": Ready("gpt_oss_20b_bf16", 20_914_757_184, 8),
 }
 WITHOUT_HUB = {"debug", "quickstart"}  # `make demo` and the tests run them whole
-NOT_SUPPORTED = {"gpt_oss_20b"}
+AS_PUBLISHED = {"gpt_oss_20b"}  # in 4 bits
 
 
 def test_every_recipe_and_every_configuration_is_used() -> None:
     assert {path.stem for path in (ROOT / "recipes").glob("*.yaml")} == READY.keys() | WITHOUT_HUB
     used = {ready.config for ready in READY.values()}
-    assert {path.name for path in CONFIGS.iterdir()} == used | NOT_SUPPORTED
+    assert {path.name for path in CONFIGS.iterdir()} == used | AS_PUBLISHED
 
 
 @pytest.mark.parametrize("name", READY)
@@ -74,8 +81,52 @@ def test_a_recipe_is_planned_offline_from_a_folder_with_a_configuration_alone() 
 
 
 def test_gpt_oss_is_refused_as_its_weights_are_quantised() -> None:
-    """docs/models.md says so, and why there is no recipe."""
     changes = [f"model.name={CONFIGS / 'gpt_oss_20b'}"]
-    recipe = load_recipe(ROOT / "recipes" / "sft_8b.yaml", changes)
-    with pytest.raises(BadInput, match="are quantised; give a bfloat16 or float32 model"):
+    recipe = load_recipe(ROOT / "recipes" / "gpt_oss_20b.yaml", changes)
+    with pytest.raises(
+        BadInput, match=r"are quantised; .* \(docs/models\.md has the way for gpt-oss\)"
+    ):
         build_report(recipe, Cluster(8, 8, 80 * GIB))
+
+
+SIZES = {
+    **{"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 512},
+    **{"num_local_experts": 4, "num_experts_per_tok": 2},
+}
+# what the 4 bits mean: sign, two bits of exponent, one of mantissa (OCP Microscaling Formats, 2023)
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def test_gpt_oss_stored_in_bfloat16_as_the_docs_say_is_exact(tmp_path):
+    tree = json.loads((CONFIGS / "gpt_oss_20b_bf16" / "config.json").read_text()) | SIZES
+    config = transformers.AutoConfig.for_model(**tree)
+    made = tiny(config, torch.bfloat16)
+    tensors, experts = dict(made.state_dict()), {}
+    torch.manual_seed(0)
+    for name in [name for name in tensors if name.endswith("_proj") and ".experts." in name]:
+        count, inner, outer = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (count, outer, inner // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(118, 124, (count, outer, inner // 32), dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        values = FP4[torch.stack([blocks & 15, blocks >> 4], -1).long()].flatten(-2)
+        values = values * 2.0 ** (scales.float() - 127).unsqueeze(-1)
+        experts[name] = values.flatten(-2).transpose(1, 2)
+    published, stored = tmp_path / "published", tmp_path / "stored"
+    published.mkdir()
+    save_file(tensors, published / "model.safetensors", {"format": "pt"})
+    tree["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": []}
+    (published / "config.json").write_text(json.dumps(tree))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (published / name).write_bytes((ROOT / "recipes/debug/model" / name).read_bytes())
+
+    code = (ROOT / "docs" / "models.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace(
+        '"openai/gpt-oss-20b", "models/gpt-oss-20b-bf16"', f'"{published}", "{stored}"'
+    )
+    exec(code, {})
+    section = ModelSection(name=str(stored), attention="reference")
+    model = load_model(section, load_tokenizer(section), seed=0)
+    state = model.state_dict()
+    assert all(torch.equal(state[name].float(), value) for name, value in experts.items())
+    assert len(experts) == 4

@@ -129,6 +129,25 @@ def test_the_table_has_the_terminals_width_and_cuts_nothing(tmp_path: Path, colu
         assert cell in done.output
 
 
+@pytest.mark.parametrize(
+    ("columns", "left_out"),
+    [
+        ("56", "last change"),
+        ("44", "tokens/s, last change"),
+        ("20", "step, loss, eval loss, tokens/s, last change"),
+    ],
+)
+def test_a_narrow_terminal_has_fewer_columns_and_is_told_so(tmp_path, columns, left_out):
+    make_run(tmp_path / "a-run-with-a-name-of-forty-characters-in-all")
+    done = CliRunner().invoke(app, ["runs", str(tmp_path)], env={"COLUMNS": columns})
+    assert "…" not in done.output
+    assert all(len(line) <= int(columns) for line in done.output.splitlines())
+    said = " ".join(done.output.split())
+    assert f"left out: {left_out}; they need a wider terminal" in said
+    for cell in ("failed", "a-run-wi"):
+        assert cell in said
+
+
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["runs", str(tmp_path / "nowhere")])
     assert isinstance(done.exception, BadInput)

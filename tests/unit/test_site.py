@@ -3,7 +3,9 @@
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -45,8 +47,22 @@ def test_links_that_lead_out_of_docs_in_the_repository_lead_to_pages(site: Path)
     )
 
 
-def test_it_asks_no_other_host_for_fonts(site: Path) -> None:
-    assert "fonts.googleapis" not in (site / "index.html").read_text(encoding="utf-8")
+def test_it_asks_no_other_host_for_fonts_or_diagrams(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        assert "fonts.googleapis" not in text
+        assert 'class="mermaid"' not in text, "the theme would load mermaid.js for it"
+    assert 'src="data_flow.svg"' in (site / "design.html").read_text(encoding="utf-8")
+
+
+def test_the_drawn_diagram_says_what_the_page_says() -> None:
+    """`python docs/make_flow.py MERMAID_JS` draws it anew."""
+    source = (ROOT / "docs/design.md").read_text().split("```mermaid\n")[1].split("```")[0]
+    labels = re.findall(r'\|"?(.+?)"?\||[\[(]+"?([^"\[\]()|]+)"?[\])]+', source)
+    wanted = Counter("".join((a or b).split()) for a, b in labels)
+    drawn = ElementTree.parse(ROOT / "docs/data_flow.svg").iter("{http://www.w3.org/2000/svg}text")
+    assert Counter("".join("".join(text.itertext()).split()) for text in drawn) == wanted
+    assert wanted["hf_export"] == 1
 
 
 def test_a_link_to_nothing_stops_it(tmp_path: Path) -> None:

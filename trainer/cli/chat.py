@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 def chat(
     model: Annotated[
         str,
-        typer.Argument(metavar="MODEL_OR_RUN", help="A model folder, a hub name or a run folder."),
+        typer.Argument(
+            metavar="MODEL_OR_RUN", help="A model or adapter folder, a hub name or a run folder."
+        ),
     ],
     best: Annotated[
         bool, typer.Option("--best", help="Best step of a run, by its own eval.best.")
@@ -42,6 +44,7 @@ def chat(
 
     [bold]packhorse chat runs/quickstart --best[/bold]
     [bold]packhorse chat HuggingFaceTB/SmolLM2-135M-Instruct --temperature 0.7[/bold]
+    [bold]packhorse chat models/lora[/bold]
     [bold]packhorse chat models/word-problems < questions.txt > answers.txt[/bold]
 
     A run's checkpoint is exported to a temporary folder (TMPDIR) and loaded from there. Ctrl-C ends
@@ -49,10 +52,10 @@ def chat(
     before it.
     """
     from packhorse.trainer import dist
-    from packhorse.trainer.eval.chat import Chat
+    from packhorse.trainer.eval.chat import Chat, is_adapter
 
     dist.start_logging()
-    run = find_run(model, step, best)
+    run = None if is_adapter(model) else find_run(model, step, best)
     chosen = last_step(run, step, best) if run else 0
     options = read_recipe(run / "recipe.yaml", None).data.chat_template_kwargs if run else {}
     with (

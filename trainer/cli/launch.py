@@ -85,7 +85,11 @@ def kubernetes(
     kind = kind or ("trainjob" if runtime else "job")
 
     run_dir = read_recipe(recipe_file, overrides).run.dir
-    cluster, name = cluster or CLUSTER, name or run_name(run_dir)
+    name = name or run_name(run_dir)
+    # the packaged file by the name that --help gives it, as for a DeepSpeed template
+    default = Path("launch/kubernetes/cluster.yaml")
+    if cluster is None or (cluster == default and not cluster.exists()):
+        cluster = CLUSTER
     text = render(
         recipe_file,
         overrides or (),
@@ -163,7 +167,7 @@ def slurm(
 
     An edit of the recipe changes nothing for a job that waits in the queue or is queued again.
 
-    [bold]packhorse launch slurm recipes/sft_70b.yaml --nodes 8 --gpus-per-node 8[/bold]
+    [bold]packhorse launch slurm my.yaml --nodes 8 --gpus-per-node 8[/bold]
     [bold]packhorse launch slurm my.yaml --nodes 4-8 --container packhorse.sif --submit[/bold]
     [bold]packhorse launch slurm my.yaml --qos high --sbatch --reservation=night[/bold]
     """

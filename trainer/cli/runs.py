@@ -11,11 +11,15 @@ import typer
 from packhorse.trainer.datatypes import BadInput
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Console
+    from rich.text import Text
 
     from packhorse.trainer.report.runs import Run
 
 _STYLES = {"running": "cyan", "stopped": "yellow", "done": "green", "failed": "red"}
+_COLUMNS = ("run", "state", "step", "loss", "eval loss", "tokens/s", "last change")
+# Those that may take more than one line. A terminal for less than these loses columns at the right.
+_LEAST_WIDTH = {"run": 8, "loss": 7, "eval loss": 7, "last change": 6}
 _NAMED = 5  # foreign folders that are named one by one
 
 
@@ -47,7 +51,7 @@ def runs(
             faults.append(" ".join(str(error).split()))
     console = Console(highlight=False)
     if found:
-        console.print(runs_table(found, folder))
+        _print_table([_cells(run, folder) for run in found], console)
     elif not faults:
         console.print(f"no runs in {folder}", soft_wrap=True, markup=False)
     for fault in faults:
@@ -58,33 +62,53 @@ def runs(
         console.print(f"no runs below: {names}{more}", soft_wrap=True, markup=False)
 
 
-def runs_table(found: list[Run], root: Path) -> Table:
-    """Return a table of runs, one a row, named by their paths below `root`."""
+def _print_table(rows: list[dict[str, Text]], console: Console) -> None:
+    """Print the columns that fit, and name the others.
+
+    In a narrow terminal names, pairs of losses and times take more lines; nothing is cut off.
+    """
     from rich import box
     from rich.table import Table
+
+    def least(name: str) -> int:
+        cells = (row[name].cell_len for row in rows)
+        return _LEAST_WIDTH.get(name) or max(len(name), *cells)
+
+    columns = list(_COLUMNS)
+    while len(columns) > 2 and sum(least(name) + 2 for name in columns) > console.width:
+        columns.pop()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for name in columns:
+        table.add_column(
+            name,
+            justify="left" if name in ("run", "state", "last change") else "right",
+            overflow="fold",
+            no_wrap=name not in _LEAST_WIDTH,
+            min_width=least(name),
+        )
+    for row in rows:
+        table.add_row(*[row[name] for name in columns])
+    console.print(table)
+    if left_out := _COLUMNS[len(columns) :]:
+        console.print(f"left out: {', '.join(left_out)}; they need a wider terminal")
+
+
+def _cells(run: Run, root: Path) -> dict[str, Text]:
+    """Return what the table says of a run, by column. Its name is its path below `root`."""
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    # In a narrow terminal names, pairs of losses and times take more lines; nothing is cut off.
-    table.add_column("run", overflow="fold", min_width=8)
-    table.add_column("state", no_wrap=True)
-    for name in ("step", "loss", "eval loss", "tokens/s"):
-        is_pair = name.endswith("loss")
-        table.add_column(name, justify="right", no_wrap=not is_pair, min_width=7 * is_pair or None)
-    table.add_column("last change", min_width=6)
-    for run in found:
-        name = run.folder.relative_to(root) if run.folder != root else run.folder
-        speed = run.tokens_per_s
-        table.add_row(
-            Text(str(name)),
-            Text(run.state, _STYLES[run.state]),
-            f"{run.step}/{run.steps or '?'}",
-            _first_and_last([value for _, value in run.values("train/loss")]),
-            _first_and_last([line["eval_loss"] for line in run.evaluations.values()]),
-            "" if speed is None else f"{speed:,.0f}",
-            time.strftime("%m-%d %H:%M", time.localtime(run.changed_at)),
-        )
-    return table
+    speed = run.tokens_per_s
+    cells = {
+        "run": str(run.folder.relative_to(root) if run.folder != root else run.folder),
+        "state": run.state,
+        "step": f"{run.step}/{run.steps or '?'}",
+        "loss": _first_and_last([value for _, value in run.values("train/loss")]),
+        "eval loss": _first_and_last([line["eval_loss"] for line in run.evaluations.values()]),
+        "tokens/s": "" if speed is None else f"{speed:,.0f}",
+        "last change": time.strftime("%m-%d %H:%M", time.localtime(run.changed_at)),
+    }
+    styles = {"state": _STYLES[run.state]}
+    return {name: Text(text, styles.get(name, "")) for name, text in cells.items()}
 
 
 def _first_and_last(values: list[float]) -> str:
@@ -94,7 +118,7 @@ def _first_and_last(values: list[float]) -> str:
 
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)
+        list[Path], typer.Argument(metavar="RUN", help="Run folders.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("report.html"),
 ) -> None:

@@ -191,6 +191,8 @@ def _elsewhere(names: list[str], recipe: type[Section]) -> str | None:
     if found := foreign_keys.answer(names):
         return found
     places = [key for key in keys_of(recipe) if key.rpartition(".")[2] == names[-1]]
+    if names[-1] == "lr":
+        places = ["optim.lr"]  # and not that of a group of parameters
     if len(places) == 1:
         return f"`{'.'.join(names)}` is `{places[0]}` here"
     return None

@@ -96,6 +96,26 @@ def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Abstrac
 
 
 @contextmanager
+def reads_gathered(module: nn.Module) -> Iterator[None]:
+    """Find weights that a module reads without calling their owner, as a state-space layer its
+    convolution's, and let ZeRO-3 gather them with the reader, in the block and from then on.
+
+    ZeRO-3 gathers a module's weights when that module is called. A weight that is read elsewhere
+    would be an empty tensor. DeepSpeed's own table of parameters notices such a read and registers
+    it with the running module, but 0.19.8 never switches that on.
+    """
+    tables: list[Any] = [part._parameters for part in module.modules()]
+    watching = [table for table in tables if hasattr(table, "_in_forward")]
+    for table in watching:
+        table._in_forward = True
+    try:
+        yield
+    finally:
+        for table in watching:
+            table._in_forward = False
+
+
+@contextmanager
 def _without_hooks(module: nn.Module, handles: Iterable[Any]) -> Iterator[None]:
     """Take these hooks off the module's parts inside the block, and put all back in order after."""
     ids = {handle.id for handle in handles}
@@ -149,12 +169,18 @@ class Engine:
         if groups is None:
             self._engine = _evaluation_engine(module, config)
             return
+        # DeepSpeed casts all parameters at stages 1 and 2
+        frozen = [(p, p.data) for p in module.parameters() if not p.requires_grad]
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(groups, optim, config),
             config=config,
             dist_init_required=False,
         )
+        for parameter, data in frozen if self.stage < 3 else ():
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        del frozen
         self._optimizer: Any = self._engine.optimizer
         replace_gradient_norm(self._optimizer)
         self.state = zero_state.TrainingState(

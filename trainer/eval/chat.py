@@ -7,7 +7,9 @@ which an export has from training.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,9 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.sections import ModelSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.load import load_pretrained, load_tokenizer
+from packhorse.trainer.utils.text import error_line
 
+ADAPTER = "adapter_config.json"
 Message = dict[str, str]
 """role and content."""
 
@@ -25,7 +29,7 @@ class Chat:
     """A loaded model and how it answers.
 
     Args:
-        name: a model folder or a hub name.
+        name: a model folder, a hub name or the folder of a peft adapter, which names its base.
         template_options: further variables of the chat template, as `enable_thinking`.
         temperature: 0 for the likeliest token each time, else it is sampled.
 
@@ -41,14 +45,10 @@ class Chat:
         max_tokens: int,
         temperature: float,
     ) -> None:
-        from transformers import AutoModelForCausalLM
-
-        section = ModelSection(name=name)
-        self._tokenizer = load_tokenizer(section)
+        self._tokenizer, model = _load(name)
         if self._tokenizer.chat_template is None:
             raise BadInput(f"{name}: its tokenizer has no chat template, so it cannot be asked")
-        load = AutoModelForCausalLM.from_pretrained
-        self._model = load_pretrained(load, section, "model", dtype="auto").to(dist.device()).eval()
+        self._model = model.to(dist.device()).eval()
         self._options = template_options
         self._max_tokens = max_tokens
         # None where the model's own configuration holds what only sampling uses
@@ -93,6 +93,40 @@ class Chat:
                 f"the conversation has {prompt_tokens} tokens, and the model {positions} positions"
             )
         return min(self._max_tokens, positions - prompt_tokens)
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a name is the folder of a peft adapter without a model in it."""
+    folder = Path(name).expanduser()
+    return (folder / ADAPTER).is_file() and not (folder / "config.json").is_file()
+
+
+def _load(name: str) -> tuple[Any, Any]:
+    """Return tokenizer and model. An adapter is put onto the base that it names."""
+    from transformers import AutoModelForCausalLM
+
+    load = AutoModelForCausalLM.from_pretrained
+    if not is_adapter(name):
+        section = ModelSection(name=name)
+        return load_tokenizer(section), load_pretrained(load, section, "model", dtype="auto")
+    from peft import PeftModel
+
+    folder = Path(name).expanduser()
+    try:
+        facts = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+        base = ModelSection(name=facts["base_model_name_or_path"], revision=facts.get("revision"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{folder / ADAPTER}: names no base model ({error_line(error)})") from None
+    if not (folder / "adapter_model.safetensors").is_file():  # peft would read a pickle instead
+        raise BadInput(f"{folder}: an adapter without adapter_model.safetensors")
+    has_tokenizer = (folder / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(ModelSection(name=str(folder)) if has_tokenizer else base)
+    dist.log.info("the adapter %s on %s", folder, base.name)
+    model = load_pretrained(load, base, "model", dtype="auto")
+    try:
+        return tokenizer, PeftModel.from_pretrained(model, str(folder))
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise BadInput(f"{folder}: does not fit {base.name} ({error_line(error, 300)})") from None
 
 
 class _Pieces:
