@@ -25,6 +25,7 @@ from packhorse.trainer.cli.arguments import (
     RecipeFile,
     Restarts,
     RunId,
+    TrustRun,
     read_recipe,
 )
 from packhorse.trainer.cli.chat import chat
@@ -192,6 +193,7 @@ def export(
             show_default=False,
         ),
     ] = None,
+    trust_run: TrustRun = False,
 ) -> None:
     """Export a checkpoint as a Hugging Face model folder, or an adapter for peft.
 
@@ -212,9 +214,12 @@ def export(
         )
     from packhorse.trainer import dist
     from packhorse.trainer.checkpoint.export_folder import require_own_place
+    from packhorse.trainer.config.code_keys import require_trust
 
     dist.start_logging()
     require_own_place(run, out)
+    if not universal:  # which loads no model
+        require_trust(run, trusted=trust_run)
     chosen = resolve_step(run, step, best)
     if push:
         from packhorse.trainer.checkpoint.hub import check_push
