@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -39,7 +39,6 @@ from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.prepare import Prepared, TrainData
 from packhorse.trainer.data.shard_log import LOG
 from packhorse.trainer.datatypes import STOP_FILE, BadInput, Batch, StepResult
-from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.metrics import EVALUATIONS, PARTS, Metrics
 from packhorse.trainer.trackers import IDS
 from packhorse.trainer.utils.files import (
@@ -49,6 +48,9 @@ from packhorse.trainer.utils.files import (
     write_json,
     write_synced,
 )
+
+if TYPE_CHECKING:  # what reads a run needs no DeepSpeed
+    from packhorse.trainer.engine.engine import Engine
 
 LOG_FILE = "logs/rank00000.log"  # in the run folder
 # What a run replaces, appends to or deletes, besides data.json and data.png. Not shards.jsonl: a

@@ -18,7 +18,7 @@ import shutil
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
@@ -34,10 +34,12 @@ from packhorse.trainer.checkpoint.manifest import (
 from packhorse.trainer.config.recipe import CheckpointSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import sharded_state
-from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.engine.sharded_state import FROZEN, Shards, Slice, add_digests
 from packhorse.trainer.utils.files import publish_folder, write_synced
 from packhorse.trainer.utils.lease import require_owned
+
+if TYPE_CHECKING:  # what reads a run needs no DeepSpeed
+    from packhorse.trainer.engine.engine import Engine
 
 _COPY_SHARE = 0.5  # of the host's free memory, which a copy of the state may take unless asked for
 
