@@ -125,8 +125,9 @@ def load_pretrained(
         reason = one_line(error, 300)
         if folder is None:
             raise BadInput(
-                f"model.name: cannot load the {what} of {section.name} from the hub ({reason}); "
-                "give a local folder, or set HF_HOME to a cache that holds it"
+                f"model.name: there is no folder {section.name}, and cannot load the {what} of "
+                f"that name from the hub ({reason}); give a local folder, or set HF_HOME to a "
+                "cache that holds it"
             ) from None
         raise BadInput(f"model.name: cannot load the {what} in {folder} ({reason})") from None
 
