@@ -226,6 +226,19 @@ class DataSection(Section):
         "each answer with all before it, as a server renders that; auto: apart where the chat "
         "template does not render earlier answers as they are generated.",
     )
+    missing_reasoning: Literal["reject", "empty", "untrained"] = Field(
+        default="reject",
+        description="Answers without reasoning where the generation prompt opens a thought "
+        "(`<think>`) that the chat template does not close. reject: leave the row out; empty: "
+        "train an empty thought, so that the model learns not to think; untrained: put the empty "
+        "thought before the answer as context, so that only the answer is learned.",
+    )
+    stop_token: str | None = Field(
+        default=None,
+        description="Control token that ends an answer where the chat template writes none. null: "
+        "what follows an answer where the conversation goes on (a closing token, or the next "
+        "role's), if it ends generation, else the tokenizer's EOS.",
+    )
     ignore_columns: tuple[str, ...] = Field(
         default=(),
         description="Columns of the rows, and keys of their messages, to pass over on purpose. "

@@ -19,8 +19,8 @@ from torch import nn
 
 from packhorse.trainer import dist
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.decoder import decoder_layers
 from packhorse.trainer.model.lora import Gathered
-from packhorse.trainer.model.packing_check import decoder_layers
 from packhorse.trainer.model.quantisation import numel
 
 
@@ -125,7 +125,11 @@ def _gathered_where_used(model: Any, gathered: Gathered) -> Iterator[None]:
 
             hooks.callback(module.register_forward_pre_hook(enter).remove)
             hooks.callback(module.register_forward_hook(leave).remove)
-        yield
+        try:
+            yield
+        finally:  # those of modules that an error has left
+            while open_ones:
+                open_ones.popitem()[1].__exit__(None, None, None)
 
 
 def _log(model: Any, frozen: list[str], trained: dict[str, nn.Parameter], before: set[int]) -> None:
