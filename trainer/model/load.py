@@ -95,10 +95,9 @@ def _generation_eos(section: ModelSection) -> list[int]:
     from transformers import GenerationConfig
 
     folder = local_folder(section.name, "model.name")
+    read: Any = GenerationConfig.from_pretrained
     try:
-        config = GenerationConfig.from_pretrained(
-            str(folder or section.name), revision=section.revision
-        )
+        config = read(str(folder or section.name), revision=section.revision)
     except OSError:  # many models have none
         return []
     ids: Any = config.eos_token_id
@@ -127,8 +126,9 @@ def load_pretrained(
         reason = one_line(error, 300)
         if folder is None:
             raise BadInput(
-                f"model.name: cannot load the {what} of {section.name} from the hub ({reason}); "
-                "give a local folder, or set HF_HOME to a cache that holds it"
+                f"model.name: there is no folder {section.name}, and cannot load the {what} of "
+                f"that name from the hub ({reason}); give a local folder, or set HF_HOME to a "
+                "cache that holds it"
             ) from None
         raise BadInput(f"model.name: cannot load the {what} in {folder} ({reason})") from None
 
