@@ -28,6 +28,8 @@ State = Literal["running", "stopped", "done", "failed"]
 _EVALUATED = "evaluated.json"  # beside a recipe.yaml: results of `packhorse eval`, and no run
 _CHANGING = ("recipe.yaml", "metrics.jsonl", "evaluations.jsonl", "summary.json", STOP_FILE)
 
+_LEFT_BY_A_RUN = {*_CHANGING[1:], ALIVE_FILE, "logs", "checkpoints", "data.json"}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -124,7 +126,7 @@ def find_folders(root: Path) -> tuple[list[Path], list[Path]]:
     """Look for runs in a folder and below it, but not below a run or through symbolic links.
 
     Returns:
-        Folders with a recipe.yaml, in order; and folders directly in `root` with no such below.
+        Folders of runs, in order; and folders directly in `root` with none of them below.
     """
     runs = sorted(_runs_below(root))
     foreign = [
@@ -141,7 +143,8 @@ def find_folders(root: Path) -> tuple[list[Path], list[Path]]:
 def _runs_below(root: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if "recipe.yaml" in files:
+        # a recipe.yaml alone is what `packhorse init` has written
+        if "recipe.yaml" in files and not _LEFT_BY_A_RUN.isdisjoint((*folders, *files)):
             folders.clear()
             if _EVALUATED not in files:
                 yield Path(place)
