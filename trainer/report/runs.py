@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -71,8 +71,10 @@ def read_run(folder: Path) -> Run:
     Raises:
         BadInput: it is none, or its files are damaged; the message says which.
     """
-    if not (folder / "recipe.yaml").is_file():
-        raise BadInput(f"{folder}: not a run folder (it has no recipe.yaml)")
+    names = os.listdir(folder) if folder.is_dir() else []
+    if not _is_run(names):
+        why = "no run has begun there" if "recipe.yaml" in names else "it has no recipe.yaml"
+        raise BadInput(f"{folder}: not a run folder ({why})")
     try:
         recipe = load_recipe(folder / "recipe.yaml")
         logged = read_json_lines(folder / "metrics.jsonl", may_be_torn=True)
@@ -140,11 +142,15 @@ def find_folders(root: Path) -> tuple[list[Path], list[Path]]:
     return runs, [] if runs == [root] else foreign
 
 
+def _is_run(names: Sequence[str]) -> bool:
+    """Return whether a folder of these files holds a run, and not only init's recipe.yaml."""
+    return "recipe.yaml" in names and not _LEFT_BY_A_RUN.isdisjoint(names)
+
+
 def _runs_below(root: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        # a recipe.yaml alone is what `packhorse init` has written
-        if "recipe.yaml" in files and not _LEFT_BY_A_RUN.isdisjoint((*folders, *files)):
+        if _is_run((*folders, *files)):
             folders.clear()
             if _EVALUATED not in files:
                 yield Path(place)
