@@ -60,7 +60,8 @@ def evaluate_model(recipe: Recipe, out: Path, step: int) -> None:
         masker = masker_of(recipe.data, tokenizer)
         model.generation_config.eos_token_id = stop_tokens(model, masker.stop_token_ids)
         if recipe.eval.by_server and dist.is_main():
-            save_description(model, tokenizer, out)  # a part of the folder that the server loads
+            # a part of the folder that the server loads
+            save_description(model, tokenizer, recipe.model, out)
         watch = Watch(recipe.guard, out)
         metrics = open_metrics(recipe, out, engine, watch, step, Trackers([]))
         evaluate = Evaluation(recipe, out, engine, data, masker, metrics, stop, watch)

@@ -77,8 +77,6 @@ class ForkServer:
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONFAULTHANDLER": "1",  # SIGABRT makes a rank print its stacks
-            # Where mlflow is installed, DeepSpeed imports it, and so pyarrow, which has a thread.
-            "JE_ARROW_MALLOC_CONF": "background_thread:false",
         }
         pipe = subprocess.PIPE
         self._process: Any = subprocess.Popen(
@@ -182,8 +180,6 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to stdout
 
-    # imports torch's compiler, as an engine does at its start
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
@@ -274,12 +270,12 @@ def _rank(order: Order, rank: int) -> int:
     from packhorse.trainer.cli import main
     from packhorse.trainer.config.recipe import load_recipe
     from packhorse.trainer.data import tokenize
-    from packhorse.trainer.utils import files
+    from packhorse.trainer.utils import files, lease
 
     # nothing may depend on the global generator
     torch.manual_seed(random.SystemRandom().randrange(2**31))
     # a dead process's lock is soon taken over, and this little data has points to continue from
-    files.BEAT_S, files.STALE_S = 0.1, 1.0
+    lease.BEAT_S, lease.STALE_S = 0.1, 1.0
     tokenize.CHUNK_ROWS, files.SAVE_EVERY_S = 16, 0.0
     recipe = load_recipe(ROOT / "recipes" / "debug.yaml", tuple(order.overrides))
     if order.point and rank == order.rank:

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from packhorse.trainer.checkpoint.checkpoint import open_checkpoint
-from packhorse.trainer.checkpoint.hf_export import _model_card, export
+from packhorse.trainer.checkpoint.hf_export import export
+from packhorse.trainer.checkpoint.model_card import model_card
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput
 from tests.ranks import ROOT, run_ranks
@@ -73,8 +74,8 @@ def test_the_card_says_what_the_chat_template_was_given(tmp_path: Path) -> None:
     recipe = load_recipe(
         ROOT / "recipes" / "debug.yaml", ["data.chat_template_kwargs.enable_thinking=false"]
     )
-    assert "was given `enable_thinking=False`" in _model_card(tmp_path, recipe, 3, False)
-    assert "was given" not in _model_card(
+    assert "was given `enable_thinking=False`" in model_card(tmp_path, recipe, 3, False)
+    assert "was given" not in model_card(
         tmp_path, load_recipe(ROOT / "recipes" / "debug.yaml"), 3, False
     )
 
@@ -181,6 +182,16 @@ def test_a_damaged_run_is_not_exported(run_dir: Path, tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(BadInput, match="can be used"):
         export(damaged, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_description_that_was_altered_is_not_exported(run_dir: Path, tmp_path: Path) -> None:
+    altered = tmp_path / "altered"
+    shutil.copytree(run_dir, altered)
+    tokenizer = altered / "model" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("the", "teh", 1))
+    with pytest.raises(BadInput, match=r"not as the run wrote it: tokenizer\.json"):
+        export(altered, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
+import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from packhorse.trainer.config.recipe import OptimSection
+from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.optim import (
     build_optimizer,
+    describe_decay,
     learning_rate,
     parameter_groups,
     set_learning_rates,
@@ -46,6 +50,51 @@ def test_matrices_decay_and_nothing_else(decay_embeddings: bool) -> None:
     )
 
 
+# Of models of transformers: the ends of the names that do not decay though they have two dimensions
+# or more, and of those that do though they are no module's `weight`.
+KINDS: dict[str, tuple[set[str], set[str]]] = {
+    "gpt_oss": ({"gate_up_proj_bias", "down_proj_bias"}, {"gate_up_proj", "down_proj"}),
+    "mamba": ({"A_log", "conv1d.weight"}, set()),
+    "rwkv": ({"time_mix_key", "time_mix_value", "time_mix_receptance"}, set()),
+    "ernie4_5_moe": ({"moe_statics.e_score_correction_bias"}, {"gate_up_proj", "down_proj"}),
+    "cohere": ({"q_norm.weight", "k_norm.weight"}, set()),
+    "gpt2": (set(), set()),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_decay_goes_by_role_and_not_by_shape(kind: str) -> None:
+    sizes = {
+        **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "use_qk_norm": True},
+        **{"d_model": 32, "n_heads": 4, "n_layers": 2, "pad_token_id": 0},
+    }
+    config = AutoConfig.for_model(kind, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    decayed, _ = parameter_groups(model, OptimSection())
+    decays, wide = names(model, decayed), set()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            assert name not in decays
+        elif name not in decays:
+            wide.add(name)
+    without, with_decay = KINDS[kind]
+    for ends, found in ((without, wide), (with_decay, decays)):
+        for end in ends:
+            assert any(name.endswith(end) for name in found), end
+    assert all(any(name.endswith(end) for end in without) for name in wide), wide
+    routers = [name for name, _ in model.named_parameters() if name.endswith("gate.weight")]
+    assert set(routers) <= decays, "a router's matrix is a linear product"
+
+
+def test_the_table_counts_what_is_trained() -> None:
+    assert describe_decay(Tiny(), OptimSection(weight_decay=0.1)) == (
+        "linear products 0.1 (1 tensors, 16 weights); embeddings 0.1 (1 tensors, 32 weights); "
+        "norms, biases and other vectors 0 (3 tensors, 12 weights)"
+    )
+
+
 def test_each_group_moves_by_its_own_rate() -> None:
     model = Tiny()
     groups = parameter_groups(model, OptimSection())
@@ -68,6 +117,29 @@ def test_each_group_moves_by_its_own_rate() -> None:
     assert moved["linear.weight"] == pytest.approx(0.1, rel=1e-4), "AdamW's first step is the rate"
     assert moved["linear.bias"] == pytest.approx(0.025, rel=1e-4)
     assert moved["frozen.weight"] == 0.0
+
+
+def test_groups_of_the_recipe_have_rates_of_their_own_and_decay_as_before() -> None:
+    model = Tiny()
+    section = OptimSection.model_validate(
+        {
+            "lr": 1e-3,
+            "groups": [{"match": "embed", "lr": 1e-4}, {"match": "bias|embed", "lr": 2e-3}],
+        }
+    )
+    seen = [
+        (names(model, group), group["weight_decay"], pytest.approx(group["lr_scale"]))
+        for group in parameter_groups(model, section)
+    ]
+    assert seen == [
+        ({"linear.weight"}, 0.1, 1.0),
+        ({"norm.weight"}, 0.0, 1.0),
+        ({"embedding.weight"}, 0.1, 0.1),
+        ({"linear.bias", "norm.bias"}, 0.0, 2.0),
+    ]
+    none = OptimSection.model_validate({"groups": [{"match": "frozen", "lr": 1e-4}]})
+    with pytest.raises(BadInput, match=r"`frozen` occurs in no trained parameter's name"):
+        parameter_groups(model, none)
 
 
 def rates(steps: int, **settings: object) -> list[float]:

@@ -270,7 +270,7 @@ def run(tmp_path: Path) -> tuple[Recipe, Any, Path]:
         gathered=lambda *_, **__: nullcontext(),
     )
     model.generation_config.eos_token_id = [3, 7]
-    save_description(model, tokenizer, tmp_path)
+    save_description(model, tokenizer, made.model, tmp_path)
     return made, model, tmp_path
 
 
@@ -326,7 +326,7 @@ def test_an_adapter_is_merged_into_them(tmp_path: Path) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data.add_(0.1)
-    save_description(model, tokenizer, tmp_path)
+    save_description(model, tokenizer, made.model, tmp_path)
     loaded, info = cast(
         Any,
         AutoModelForCausalLM.from_pretrained(

@@ -8,24 +8,41 @@ is written, or merged, with its base loaded.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from packhorse import __version__
 from packhorse.trainer import dist
-from packhorse.trainer.checkpoint import best
-from packhorse.trainer.checkpoint.export_folder import open_for_export, run_recipe
+from packhorse.trainer.checkpoint.export_files import (
+    carry_over,
+    clean_tokenizer,
+    copy_files,
+    keep_files,
+    suit_transformers_4,
+)
+from packhorse.trainer.checkpoint.export_folder import (
+    MODEL_FOLDER,
+    open_for_export,
+    require_described,
+    run_recipe,
+)
 from packhorse.trainer.checkpoint.manifest import Manifest
-from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.checkpoint.model_card import model_card
+from packhorse.trainer.config.recipe import ModelSection, Recipe
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.optim import MOMENTS
 from packhorse.trainer.engine.sharded_state import FROZEN, Shards, digest
 from packhorse.trainer.model.attention import other_attention
-from packhorse.trainer.model.load import load_model, load_tokenizer
+from packhorse.trainer.model.load import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    model_class,
+    persistent_buffers,
+)
 from packhorse.trainer.model.lora import in_peft_form, is_of_adapter, merged_weights
 from packhorse.trainer.model.quantisation import parts_of
 from packhorse.trainer.utils import own_output
@@ -33,16 +50,19 @@ from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.files import apply_umask
 from packhorse.trainer.utils.progress import show_bars_of_transformers, track
 
-# In a run folder: configuration, generation configuration and tokenizer, without weights.
-MODEL_FOLDER = "model"
 
-
-def save_description(model: Any, tokenizer: Any, run_dir: Path) -> None:
+def save_description(model: Any, tokenizer: Any, section: ModelSection, run_dir: Path) -> None:
     """Write what an export needs beside the weights into the run folder, so that the model's source
     is not needed again.
     """
     folder = run_dir / MODEL_FOLDER
+    head = model.get_output_embeddings()
+    if head.weight is not model.get_input_embeddings().weight:
+        # transformers loads a head of its own whatever the configuration says, and others do not
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
     model.config.save_pretrained(folder)
+    keep_files(section, folder)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -79,22 +99,25 @@ def export(
         )
     show_bars_of_transformers()
     saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite)
+    require_described(run_dir, manifest)
     step = manifest.state.step
 
     folder = own_output.stage(out)
     if recipe.adapter is None:
-        weights = ((name, saved.whole(name)) for name in saved.names)
-        dtype = getattr(torch, recipe.model.dtype)
-        weights = track(weights, "reading the checkpoint", len(saved.names), "weights")
-        mapped = _copy_to_files(weights, folder.with_name("weights"), dtype)
-        write_folder(run_dir, recipe, folder, mapped)
+        weights = track(
+            _trained_weights(recipe, saved, manifest),
+            *("reading the checkpoint", len(saved.names), "weights"),
+        )
+        mapped = _copy_to_files(weights, folder.with_name("weights"))
+        empty = write_folder(run_dir, recipe, folder, mapped)
+        carry_over(recipe.model, folder, empty)
         _load_and_compare(folder, mapped, recipe)
     elif merge:
         _write_merged(run_dir, recipe, saved, manifest, folder)
     else:
         _write_adapter(run_dir, recipe, saved, manifest, folder)
     is_adapter = recipe.adapter is not None and not merge
-    card = _model_card(run_dir, recipe, step, is_adapter)
+    card = model_card(run_dir, recipe, step, is_adapter)
     (folder / "README.md").write_text(card, encoding="utf-8")
     facts = {"kind": "adapter" if is_adapter else "model", "step": step, "run": run_dir.name}
     own_output.publish(out, facts, overwrite=overwrite)
@@ -102,17 +125,34 @@ def export(
     return out
 
 
+def _trained_weights(
+    recipe: Recipe, saved: Shards, manifest: Manifest
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights and buffers of a model that was trained whole, each in the type that it had
+    in training. What was frozen comes from the base.
+    """
+    if frozen := {name for name, state in manifest.digests if state == FROZEN}:
+        tokenizer = load_tokenizer(recipe.model)
+        base = load_model(recipe.model, tokenizer, seed=recipe.train.seed)
+        for name, parameter in base.named_parameters():
+            if name in frozen:
+                _require_as_trained(name, parameter, recipe, manifest)
+                yield name, parameter.detach()
+        del base
+    for name in saved.names:
+        value, has_master = saved.whole(name), (name, MOMENTS[0]) in manifest.digests
+        yield name, value.to(getattr(torch, recipe.model.dtype)) if has_master else value
+
+
 def _copy_to_files(
-    weights: Iterable[tuple[str, torch.Tensor]], folder: Path, dtype: torch.dtype
+    weights: Iterable[tuple[str, torch.Tensor]], folder: Path
 ) -> dict[str, torch.Tensor]:
-    """Return the weights by name, those of floating point in `dtype`, each in a file of its own."""
+    """Return the weights by name, each in a file of its own."""
     folder.mkdir()
-    mapped = {}
-    for number, (name, value) in enumerate(weights):
-        if value.is_floating_point():
-            value = value.to(dtype)
-        mapped[name] = copy_to_file(value, folder / str(number))
-    return mapped
+    return {
+        name: copy_to_file(value, folder / str(number))
+        for number, (name, value) in enumerate(weights)
+    }
 
 
 def copy_to_file(tensor: torch.Tensor, path: Path) -> torch.Tensor:
@@ -123,9 +163,12 @@ def copy_to_file(tensor: torch.Tensor, path: Path) -> torch.Tensor:
 
 def write_folder(
     run_dir: Path, recipe: Recipe, folder: Path, weights: dict[str, torch.Tensor]
-) -> None:
-    """Write a Hugging Face folder of these weights, described by the run's MODEL_FOLDER."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+) -> Any:
+    """Write a Hugging Face folder of these weights, described by the run's MODEL_FOLDER.
+
+    Returns the model on the meta device.
+    """
+    from transformers import AutoConfig, GenerationConfig
 
     source = run_dir / MODEL_FOLDER
     trust = recipe.model.trust_remote_code
@@ -133,13 +176,16 @@ def write_folder(
     # save_pretrained knows which weights are tied and how to shard the file; it needs a model for
     # that, but none with memory of its own
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = model_class(config).from_config(
             config, dtype=getattr(torch, recipe.model.dtype), trust_remote_code=trust
         )
     model.generation_config = GenerationConfig.from_pretrained(source)
     model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="5GB")
+    copy_files(source, folder, with_code=trust)
+    suit_transformers_4(folder, trust)
     _write_tokenizer(source, recipe, folder)
     apply_umask(folder)
+    return model
 
 
 def _write_tokenizer(source: Path, recipe: Recipe, folder: Path) -> None:
@@ -148,16 +194,21 @@ def _write_tokenizer(source: Path, recipe: Recipe, folder: Path) -> None:
         update={"name": str(source), "chat_template": None, "add_tokens": ()}
     )
     load_tokenizer(as_trained).save_pretrained(folder)
+    clean_tokenizer(folder)
 
 
 def _load_and_compare(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> Any:
-    """Load the folder as a user would, compare every weight bit by bit, and return the model."""
-    from transformers import AutoModelForCausalLM
+    """Load the folder as a user would, compare all weights and buffers bit by bit, and return the
+    model.
+    """
+    from transformers import AutoConfig
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    trust = recipe.model.trust_remote_code
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    loaded: Any = model_class(config).from_pretrained(
         folder,
         dtype=getattr(torch, recipe.model.dtype),
-        trust_remote_code=recipe.model.trust_remote_code,
+        trust_remote_code=trust,
         output_loading_info=True,
     )
     model, info = loaded
@@ -165,8 +216,9 @@ def _load_and_compare(folder: Path, weights: dict[str, torch.Tensor], recipe: Re
         raise RuntimeError(
             f"{folder}: the export lacks weights: {', '.join(sorted(info['missing_keys'])[:5])}"
         )
-    for name, parameter in model.named_parameters():
-        if not torch.equal(parameter.detach(), weights[name]):
+    for name, tensor in chain(model.named_parameters(), persistent_buffers(model)):
+        # a few that transformers computes with in fp32 were trained in the recipe's type
+        if not torch.equal(tensor.detach(), weights[name].to(tensor.dtype)):
             raise RuntimeError(f"{folder}: `{name}` loads with other values than were trained")
     dist.log.info(
         "loaded it back and compared: all %d weights are bit by bit the trained ones in %s",
@@ -188,15 +240,15 @@ def _write_merged(
     run_dir: Path, recipe: Recipe, saved: Shards, manifest: Manifest, folder: Path
 ) -> None:
     """Write the base with the adapter merged into it, load that and compare weights and logits."""
-    dtype = getattr(torch, recipe.model.dtype)
     model = _load_trained(recipe, saved, manifest)
     logits = _logits(model)
     parameters = {name for name, _ in model.named_parameters()}
     buffers = ((name, saved.whole(name)) for name in saved.names if name not in parameters)
     weights = track(chain(merged_weights(model), buffers), "merging the adapter", None, "weights")
-    mapped = _copy_to_files(weights, folder.with_name("weights"), dtype)
+    mapped = _copy_to_files(weights, folder.with_name("weights"))
     del model
-    write_folder(run_dir, recipe, folder, mapped)
+    empty = write_folder(run_dir, recipe, folder, mapped)
+    carry_over(recipe.model, folder, empty)
     loaded = _load_and_compare(folder, mapped, recipe)
     _require_alike(_logits(loaded.to(dist.device())), logits, recipe, folder)
 
@@ -211,7 +263,6 @@ def _write_adapter(
     """
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM
 
     assert recipe.adapter
     section, dtype = recipe.model, getattr(torch, recipe.model.dtype)
@@ -229,7 +280,7 @@ def _write_adapter(
     _write_tokenizer(run_dir / MODEL_FOLDER, recipe, folder)
     apply_umask(folder)
 
-    base = AutoModelForCausalLM.from_pretrained(
+    base = model_class(load_config(section)).from_pretrained(
         local_folder(section.name, "model.name", weights=True) or section.name,
         revision=section.revision,
         dtype=dtype,
@@ -269,14 +320,21 @@ def _load_trained(recipe: Recipe, saved: Shards, manifest: Manifest) -> Any:
             value = saved.whole(name).to(parameter.device)
             parameter.data = value if is_of_adapter(name) else value.to(parameter.dtype)
             continue
-        for part, tensor in parts_of(name, parameter):
-            if digest(tensor) != manifest.digests.get((part, FROZEN)):
-                raise BadInput(
-                    f"model.name: `{part}` of {recipe.model.name} has other values here than the "
-                    "adapter was trained on; put the old model back, or export on the kind of "
-                    "device that trained it"
-                )
+        _require_as_trained(name, parameter, recipe, manifest)
     return model.eval()
+
+
+def _require_as_trained(
+    name: str, parameter: torch.nn.Parameter, recipe: Recipe, manifest: Manifest
+) -> None:
+    """Raise BadInput if a frozen parameter of the base is not bit by bit the run's."""
+    for part, tensor in parts_of(name, parameter):
+        if digest(tensor) != manifest.digests.get((part, FROZEN)):
+            raise BadInput(
+                f"model.name: `{part}` of {recipe.model.name} has other values here than the run "
+                "was trained on; put the old model back, or export on the kind of device that "
+                "trained it"
+            )
 
 
 @torch.no_grad()
@@ -304,46 +362,3 @@ def _require_alike(
             f"{folder}: its logits differ from the trained model's by {difference:.1e} of their "
             f"size; {TOLERANCE[recipe.model.dtype]:g} is allowed"
         )
-
-
-def _model_card(run_dir: Path, recipe: Recipe, step: int, is_adapter: bool) -> str:
-    """Return a model card with the run's own facts as of this step."""
-    lines = best.evaluations(run_dir)
-    before, after = (best.numbers(lines[at]) if at in lines else {} for at in (0, step))
-    rows = "\n".join(
-        f"| {name} | {_format(before.get(name))} | {_format(value)} |"
-        for name, value in after.items()
-    )
-    table = (
-        f"\n| held out | before | after {step} steps |\n|---|---|---|\n{rows}\n" if after else ""
-    )
-    rule, chosen = recipe.eval.best, ""
-    found: dict[str, Any] = best.choose(rule, lines) if rule else {"step": None}
-    if found["step"] == step:
-        chosen = f" Step {step} is the best of {len(found['candidates'])} evaluated ones: {rule}."
-    options = recipe.data.chat_template_kwargs.items()
-    given = ", ".join(f"{name}={value!r}" for name, value in options)
-    if given:
-        given = f"\nIts chat template was given `{given}`: give apply_chat_template the same.\n"
-    name = recipe.model.name
-    # the hub refuses a card whose base is a folder
-    on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).expanduser().is_dir()
-    base = f"base_model: {name}\n" if on_hub else ""
-    return f"""---
-{base}library_name: {"peft" if is_adapter else "transformers"}
-pipeline_tag: text-generation
-tags: [packhorse, sft]
----
-# {run_dir.name}
-
-{recipe.model.name}, fine-tuned by packhorse {__version__} for {step} steps.{chosen}
-{given}{table}
-The run is a function of this recipe:
-
-```yaml
-{recipe.to_yaml()}```
-"""
-
-
-def _format(value: float | None) -> str:
-    return "missing" if value is None else f"{value:.4f}"

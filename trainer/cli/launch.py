@@ -85,7 +85,11 @@ def kubernetes(
     kind = kind or ("trainjob" if runtime else "job")
 
     run_dir = read_recipe(recipe_file, overrides).run.dir
-    cluster, name = cluster or CLUSTER, name or run_name(run_dir)
+    name = name or run_name(run_dir)
+    # the packaged file by the name that --help gives it, as for a DeepSpeed template
+    default = Path("launch/kubernetes/cluster.yaml")
+    if cluster is None or (cluster == default and not cluster.exists()):
+        cluster = CLUSTER
     text = render(
         recipe_file,
         overrides or (),

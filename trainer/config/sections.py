@@ -63,9 +63,16 @@ class ModelSection(Section):
         default=False,
         description="Run the Python code in the model's folder. Read that code first.",
     )
+    freeze: tuple[str, ...] = Field(
+        default=(),
+        description="Parameters that are not trained: regular expressions that occur in their "
+        "names, as `[embed_tokens, 'layers\\.[0-3]\\.']`.",
+    )
 
     @model_validator(mode="after")
-    def _name_holds_no_secret(self) -> ModelSection:
+    def _usable(self) -> ModelSection:
+        for pattern in self.freeze:
+            compile_pattern(pattern)
         if is_url(self.name):
             check_url(self.name)
         return self
@@ -169,6 +176,22 @@ class LossSection(Section):
         return weighting
 
 
+class OptimGroup(Section):
+    """Parameters with a learning rate of their own. The first group that matches counts."""
+
+    match: str = Field(
+        min_length=1, description="Regular expression that occurs in a parameter's name."
+    )
+    lr: float = Field(
+        gt=0, description="Their peak learning rate, which follows the schedule of `optim.lr`."
+    )
+
+    @model_validator(mode="after")
+    def _usable(self) -> OptimGroup:
+        compile_pattern(self.match)
+        return self
+
+
 class OptimSection(Section):
     """AdamW and its learning rate schedule. The rate depends on the step alone."""
 
@@ -180,10 +203,15 @@ class OptimSection(Section):
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's beta1 and beta2.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(
-        default=0.1, ge=0, description="AdamW's weight decay on matrices. Norms and biases have 0."
+        default=0.1,
+        ge=0,
+        description="AdamW's weight decay on the "
+        "matrices of linear products and experts. Norms, biases and other vectors have 0.",
     )
     decay_embeddings: bool = Field(
-        default=True, description="Apply weight decay to the embeddings, too."
+        default=True,
+        description="Apply weight decay to the embeddings, too, as Hugging Face's Trainer and "
+        "torchtitan do.",
     )
     warmup_ratio: float = Field(
         default=0.03, ge=0, lt=1, description="Linear warm-up, as a share of all steps."
@@ -201,17 +229,32 @@ class OptimSection(Section):
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="Gradients are clipped to this global L2 norm."
     )
+    groups: tuple[OptimGroup, ...] = Field(
+        default=(), description="Learning rates of their own, as `[{match: embed, lr: 1e-6}]`."
+    )
+
+
+MAX_EPOCHS = 10_000  # all are packed before the first step
+MAX_STEPS = 10**9
 
 
 class TrainSection(Section):
     """How long the run trains, and its seed."""
 
-    epochs: int = Field(default=1, ge=1, description="Passes over the training data.")
+    epochs: int = Field(
+        default=1, ge=1, le=MAX_EPOCHS, description="Passes over the training data."
+    )
     steps: int | None = Field(
-        default=None, ge=1, description="Optimizer steps. If given, `epochs` does not count."
+        default=None,
+        ge=1,
+        le=MAX_STEPS,
+        description="Optimizer steps. If given, `epochs` does not count.",
     )
     seed: int = Field(
-        default=0, description="Seed of the data order, dropout, noise and random weights."
+        default=0,
+        ge=-(2**63),
+        lt=2**63,
+        description="Seed of the data order, dropout, noise and random weights.",
     )
 
 

@@ -33,6 +33,7 @@ from packhorse.trainer.engine.optim import (
 from packhorse.trainer.metrics import Clock
 from packhorse.trainer.model.lora import borrowed_weights
 from packhorse.trainer.model.quantisation import numel
+from packhorse.trainer.utils.lean_import import lean_import, replaced
 
 # DeepSpeed chooses its accelerator when it is imported
 if not torch.cuda.is_available():
@@ -41,8 +42,19 @@ if not torch.cuda.is_available():
     # a tenth of a small model's step.
     os.environ.setdefault("LOCAL_SIZE", str(dist.local_world_size()))
 
-import deepspeed
-from deepspeed.utils import logger as deepspeed_logger
+# What is installed and not needed here takes most of the time of these imports: DeepSpeed imports
+# mlflow for a tuner, and Muon, compiled by torch, with every optimizer; no recipe can choose Muon.
+# Transformers imports scipy for object detection.
+with lean_import("mlflow"):
+    import deepspeed
+    import transformers.utils
+    from deepspeed.runtime import compiler
+    from deepspeed.utils import logger as deepspeed_logger
+
+    with replaced(compiler, "compile", lambda: compiler.dummy_decorator):
+        import deepspeed.runtime.zero.muon.muon_optimizer
+    with replaced(transformers.utils, "is_scipy_available", lambda: False):
+        import transformers.modeling_utils
 
 deepspeed_logger.setLevel(logging.WARNING)
 # DeepSpeed calls collectives by names that torch 2.13 deprecates, once for each layer and step
@@ -81,6 +93,26 @@ def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Abstrac
     if not sharded:
         return nullcontext()
     return deepspeed.zero.GatheredParameters(sharded, modifier_rank=0 if write else None)
+
+
+@contextmanager
+def reads_gathered(module: nn.Module) -> Iterator[None]:
+    """Find weights that a module reads without calling their owner, as a state-space layer its
+    convolution's, and let ZeRO-3 gather them with the reader, in the block and from then on.
+
+    ZeRO-3 gathers a module's weights when that module is called. A weight that is read elsewhere
+    would be an empty tensor. DeepSpeed's own table of parameters notices such a read and registers
+    it with the running module, but 0.19.8 never switches that on.
+    """
+    tables: list[Any] = [part._parameters for part in module.modules()]
+    watching = [table for table in tables if hasattr(table, "_in_forward")]
+    for table in watching:
+        table._in_forward = True
+    try:
+        yield
+    finally:
+        for table in watching:
+            table._in_forward = False
 
 
 @contextmanager
@@ -137,12 +169,18 @@ class Engine:
         if groups is None:
             self._engine = _evaluation_engine(module, config)
             return
+        # DeepSpeed casts all parameters at stages 1 and 2
+        frozen = [(p, p.data) for p in module.parameters() if not p.requires_grad]
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(groups, optim, config),
             config=config,
             dist_init_required=False,
         )
+        for parameter, data in frozen if self.stage < 3 else ():
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        del frozen
         self._optimizer: Any = self._engine.optimizer
         replace_gradient_norm(self._optimizer)
         self.state = zero_state.TrainingState(

@@ -8,6 +8,7 @@ kind of optimizer is here: another one changes `build_optimizer`, `MOMENTS` and 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -16,7 +17,10 @@ from torch import nn
 
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import OptimSection
+from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.ds_config import offload_device
+from packhorse.trainer.model.quantisation import numel
+from packhorse.trainer.model.roles import EMBEDDINGS, EXPERTS, LINEAR, OTHERS, roles
 
 # The states that the optimizer keeps in fp32 beside each master weight, by the names that torch and
 # DeepSpeed give them. Checkpoints, exports and the planner know them from here alone.
@@ -26,34 +30,60 @@ _NORM_BLOCK = 256  # gradient elements whose squares are summed in fp32
 # -------------------------------------------------------------------------------- groups and rates
 
 
-def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, Any]]:
-    """Return the trainable parameters in two groups: matrices with weight decay, the rest without.
+def decays(role: str, section: OptimSection) -> bool:
+    """Return whether parameters of this role have weight decay."""
+    return role in (LINEAR, EXPERTS) or (role == EMBEDDINGS and section.decay_embeddings)
 
-    Norms and biases are the rest. Input embeddings, and an output head tied to them, count as
-    matrices if `section.decay_embeddings` is set. A group's learning rate is the schedule's times
-    the group's `lr_scale`.
+
+def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, Any]]:
+    """Return the trainable parameters in groups: matrices with weight decay, the rest without, and
+    two more for each of `section.groups`.
+
+    Matrices are those of linear products and of experts, and embeddings if
+    `section.decay_embeddings` is set. A group's learning rate is the schedule's times the group's
+    `lr_scale`.
+
+    Raises:
+        BadInput: one of `section.groups` matches no parameter that is trained.
     """
-    embeddings = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, nn.Embedding)
-        for parameter in module.parameters()
-    }
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    role = roles(model)
+    scales = [1.0, *(group.lr / section.lr for group in section.groups)]
+    groups: list[dict[str, Any]] = [
+        {"params": [], "weight_decay": decay, "lr_scale": scale}
+        for scale in scales
+        for decay in (section.weight_decay, 0.0)
+    ]
+    matched = [False for _ in section.groups]
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        # ZeRO-3 leaves an empty tensor in the parameter's place; its shape is kept in ds_shape
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        is_embedding = id(parameter) in embeddings
-        decays = len(shape) >= 2 and (section.decay_embeddings or not is_embedding)
-        (decayed if decays else plain).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": section.weight_decay, "lr_scale": 1.0},
-        {"params": plain, "weight_decay": 0.0, "lr_scale": 1.0},
-    ]
+        fits = [bool(re.search(group.match, name)) for group in section.groups]
+        matched = [before or now for before, now in zip(matched, fits, strict=True)]
+        number = fits.index(True) + 1 if any(fits) else 0
+        has_none = not decays(role[id(parameter)], section)
+        groups[2 * number + has_none]["params"].append(parameter)
+    for group, found in zip(section.groups, matched, strict=True):
+        if not found:
+            raise BadInput(
+                f"optim.groups: `{group.match}` occurs in no trained parameter's name; "
+                f"`{next(model.named_parameters())[0]}` is one"
+            )
     return [group for group in groups if group["params"]]
+
+
+def describe_decay(model: nn.Module, section: OptimSection) -> str:
+    """Return the decay of each role, and how many tensors and weights have it, in one line."""
+    role, counted = roles(model), dict.fromkeys((LINEAR, EXPERTS, EMBEDDINGS, OTHERS), (0, 0))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            tensors, weights = counted[role[id(parameter)]]
+            counted[role[id(parameter)]] = (tensors + 1, weights + numel(parameter))
+    return "; ".join(
+        f"{name} {section.weight_decay if decays(name, section) else 0:g} "
+        f"({tensors} tensors, {weights:,} weights)"
+        for name, (tensors, weights) in counted.items()
+        if tensors
+    )
 
 
 def learning_rate(step: int, steps: int, section: OptimSection) -> float:

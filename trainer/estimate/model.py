@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,9 +23,10 @@ from packhorse.trainer.engine.optim import parameter_groups
 from packhorse.trainer.metrics import ModelFlops, model_flops
 from packhorse.trainer.model import attention
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
-from packhorse.trainer.model.load import load_config, persistent_buffers
-from packhorse.trainer.model.lora import add_adapter
-from packhorse.trainer.model.packing_check import decoder_layers
+from packhorse.trainer.model.decoder import decoder_layers, decoder_of
+from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
+from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
+from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from packhorse.trainer.utils.text import one_line
 
 # -------------------------------------------------------------------------------------------- sizes
@@ -64,12 +66,12 @@ def build_empty_model(section: ModelSection, adapter: AdapterSection | None = No
         BadInput: there is no such configuration, it is not a causal model, its class cannot be
             built without data, or it cannot have the adapter.
     """
-    from transformers import AttentionInterface, AutoModelForCausalLM
+    from transformers import AttentionInterface
 
     AttentionInterface.register("packhorse_fused", attention.as_attention_function(_fused))
     config = load_config(section)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = model_class(config).from_config(
             config,
             dtype=getattr(torch, section.dtype),
             attn_implementation="packhorse_fused",
@@ -78,7 +80,21 @@ def build_empty_model(section: ModelSection, adapter: AdapterSection | None = No
     model.tie_weights()  # else a tied head would be counted twice
     if adapter:
         add_adapter(model, adapter, seed=0)
+    freeze_named(model, section.freeze)
+    # a forward that meta tensors cannot run is refused by `trace_activations`, which says why
+    with suppress(RuntimeError, NotImplementedError):
+        freeze_unreached(model, partial(_run_decoder, model, tokens=64), not_in_shards)
     return model.train()
+
+
+def _run_decoder(model: Any, tokens: int) -> torch.Tensor:
+    """Return what the model hands to its head of a document on the meta device, (T, H)."""
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    bounds = Bounds(torch.zeros(2, dtype=torch.int32, device="meta"), tokens, (tokens,))
+    out = decoder_of(model)(
+        input_ids=ids, position_ids=ids, use_cache=False, document_bounds=bounds
+    )
+    return out.last_hidden_state[0]
 
 
 def measure_model(
@@ -88,8 +104,7 @@ def measure_model(
     head = model.get_output_embeddings()
     in_4_bits: dict[int, int] = {}  # elements by the parameter's id
     if adapter and adapter.base:
-        # bitsandbytes quantises all linear modules that are frozen, but for the head
-        linear = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+        linear = linear_modules(model).values()  # those that are frozen are quantised
         in_4_bits = {id(m.weight): m.weight.numel() for m in linear if not m.weight.requires_grad}
     double = adapter is not None and adapter.base == "nf4_double_quant"
     groups = [tuple(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)]
@@ -161,8 +176,6 @@ def trace_activations(model: Any, tokens: int) -> dict[str, Activations]:
 
 def _trace_forward(model: Any, tokens: int) -> tuple[int, list[int]]:
     """Return the bytes saved by the decoder's forward, and those of each of its layers."""
-    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-    bounds = Bounds(torch.zeros(2, dtype=torch.int32, device="meta"), tokens, (tokens,))
     of_layers: list[int] = []
     with _counting_saved_bytes(model) as saved:
 
@@ -176,9 +189,7 @@ def _trace_forward(model: Any, tokens: int) -> tuple[int, list[int]]:
         for layer in decoder_layers(model):
             hooks += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
         try:
-            model.get_decoder()(
-                input_ids=ids, position_ids=ids, use_cache=False, document_bounds=bounds
-            )
+            _run_decoder(model, tokens)
         except (RuntimeError, NotImplementedError) as error:
             raise BadInput(
                 f"{type(model).__name__} cannot be planned: its forward depends on the values of "

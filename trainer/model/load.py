@@ -41,11 +41,15 @@ _TOKENIZER_FILES = {
 def load_tokenizer(section: ModelSection) -> Any:
     """Return the model's tokenizer with the recipe's `add_tokens` and `chat_template`.
 
+    `generation_eos_token_ids` of it are what ends generation by the model's own configuration,
+    which the data needs where a chat template writes no stop token.
+
     Raises:
         BadInput: no such folder, no tokenizer in it, an unreachable hub, a missing template, or
             ChatML on a tokenizer that lacks its tokens.
     """
     tokenizer = _original_tokenizer(section)
+    tokenizer.generation_eos_token_ids = _generation_eos(section)
     if section.add_tokens:
         from tokenizers import AddedToken
 
@@ -85,6 +89,21 @@ def _original_tokenizer(section: ModelSection) -> Any:
     return load_pretrained(AutoTokenizer.from_pretrained, section, "tokenizer")
 
 
+def _generation_eos(section: ModelSection) -> list[int]:
+    """Return the stop tokens of the model's generation configuration; none, if it has no such."""
+    from transformers import GenerationConfig
+
+    folder = local_folder(section.name, "model.name")
+    try:
+        config = GenerationConfig.from_pretrained(
+            str(folder or section.name), revision=section.revision
+        )
+    except OSError:  # many models have none
+        return []
+    ids: Any = config.eos_token_id
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
 def load_pretrained(
     from_pretrained: Callable[..., Any], section: ModelSection, what: str, **arguments: Any
 ) -> Any:
@@ -97,7 +116,13 @@ def load_pretrained(
             trust_remote_code=section.trust_remote_code,
             **arguments,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # another file would not help
+    except Exception as error:
+        if error.args == (arguments.get("attn_implementation"),):
+            raise  # the model picks its attention from a table without ours
+        # a file that is cut short, a tensor of another shape, a class that is missing: libraries
+        # have an exception of their own for each
         reason = one_line(error, 300)
         if folder is None:
             raise BadInput(
@@ -141,21 +166,17 @@ def load_model(
     arguments = {"dtype": dtype, "attn_implementation": attention.implementation(backend)}
     with sharded_init():
         try:
-            if section.init == "random":
-                model = _random_model(section, config, seed, gathered, arguments)
-            else:
-                with _loading_shown():
-                    model = _pretrained_model(section, config, arguments)
+            model = _build(section, config, seed, gathered, arguments)
         except KeyError as error:
             # a model that picks its attention class from a fixed table does not find ours there
             if error.args != (arguments["attn_implementation"],):
                 raise
-            raise BadInput(
-                f"model.name: {config.model_type} chooses among attentions of its own, so that no "
-                "kernel for packed sequences can be used; take another model"
-            ) from None
+            dist.log.info("attention: %s has classes of its own for it", config.model_type)
+            own = {**arguments, "attn_implementation": "eager"}
+            model = _build(section, config, seed, gathered, own)
         if new_ids:
             _add_embeddings(model, rows, new_ids, gathered)
+        _drop_unused_sampling(model)
         model.requires_grad_(True)
         if adapter:
             add_adapter(model, adapter, seed)
@@ -171,6 +192,32 @@ def load_model(
     # DeepSpeed has put shards where they belong already
     in_shards = any(hasattr(p, "ds_id") for p in model.parameters())
     return model if in_shards else model.to(device)
+
+
+def _build(
+    section: ModelSection, config: Any, seed: int, gathered: Gathered, arguments: dict[str, Any]
+) -> Any:
+    """Return the model with random weights or its own, whichever the recipe says."""
+    if section.init == "random":
+        return _random_model(section, config, seed, gathered, arguments)
+    with _loading_shown():
+        return _pretrained_model(section, config, arguments)
+
+
+def _drop_unused_sampling(model: Any) -> None:
+    """Drop settings of sampling from a generation configuration that does not sample.
+
+    Llama 2's has a temperature beside `do_sample: false`; transformers 5 refuses to save it.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None or settings.do_sample:
+        return
+    plain = type(settings)()
+    names = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+    for name in names:
+        if getattr(settings, name, None) != getattr(plain, name, None):
+            dist.log.info("generation: %s is dropped, as do_sample is not set", name)
+            setattr(settings, name, getattr(plain, name, None))
 
 
 def load_config(section: ModelSection) -> Any:
@@ -190,7 +237,7 @@ def load_config(section: ModelSection) -> Any:
     config = load_pretrained(AutoConfig.from_pretrained, section, "configuration")
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if getattr(config, "is_encoder_decoder", False) or not (
-        own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+        own_code or type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or _has_towers(config)
     ):
         raise BadInput(
             f"model.name: {section.name} ({config.model_type}) is not a causal language model"
@@ -201,6 +248,22 @@ def load_config(section: ModelSection) -> Any:
             "model (docs/models.md has the way for gpt-oss)"
         )
     return config
+
+
+def model_class(config: Any) -> Any:
+    """Return the class of transformers that loads all of a model: with towers for images and the
+    like, which a text does not reach, where the configuration has them.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if _has_towers(config) else AutoModelForCausalLM
+
+
+def _has_towers(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    known = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    return known and config.get_text_config() is not config
 
 
 def _embedding_rows(section: ModelSection, config: Any, tokenizer: Any) -> tuple[int, list[int]]:
@@ -226,14 +289,13 @@ def _embedding_rows(section: ModelSection, config: Any, tokenizer: Any) -> tuple
 
 
 def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-
     model, info = load_pretrained(
-        AutoModelForCausalLM.from_pretrained,
+        model_class(config).from_pretrained,
         section,
         "model",
         config=config,
         output_loading_info=True,
+        use_safetensors=True,  # the older kind of file is a pickle, which may run code
         **arguments,
     )
     # transformers only warns of missing weights, and fills them with random numbers
@@ -290,12 +352,11 @@ def _random_model(
     section: ModelSection, config: Any, seed: int, gathered: Gathered, arguments: dict[str, Any]
 ) -> Any:
     """Return a model with random weights of its own kind, alike at every world size and stage."""
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     # under ZeRO-3 transformers would fill shards; `initialise` fills each module whole
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(
+        model = model_class(config).from_config(
             config, trust_remote_code=section.trust_remote_code, **arguments
         )
     model.tie_weights()

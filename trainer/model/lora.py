@@ -29,7 +29,9 @@ from torch import nn
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import AdapterSection
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.decoder import decoder_of
 from packhorse.trainer.model.quantisation import dequantise, numel, quantise
+from packhorse.trainer.model.roles import EXPERTS, roles
 
 NAME = "default"  # peft's name of a model's only adapter; a part of parameters' names
 
@@ -57,7 +59,7 @@ def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
 
     targets, full = adapter_targets(model, section), full_modules(model, section)
     if section.base and not next(model.parameters()).is_meta:
-        linear = [name for name in _linear_modules(model) if not _lies_in(name, full)]
+        linear = [name for name in linear_modules(model) if not _lies_in(name, full)]
         quantise(model, linear, section.base == "nf4_double_quant")
     config = LoraConfig(
         r=section.rank,
@@ -81,6 +83,10 @@ def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
                 bound = 1 / math.sqrt(parameter.shape[1])
                 drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
                 parameter.copy_(drawn)
+    _log(model, section, targets, full)
+
+
+def _log(model: Any, section: AdapterSection, targets: list[str], full: list[str]) -> None:
     total = sum(numel(parameter) for parameter in model.parameters())
     trained = sum(numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
     dist.log.info(
@@ -91,6 +97,22 @@ def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
         100 * trained / total,
         total / 1e9,
     )
+    role = roles(model)
+    experts = {
+        name: numel(parameter)
+        for name, parameter in model.named_parameters()
+        if role[id(parameter)] == EXPERTS and not parameter.requires_grad
+    }
+    if experts:
+        name = next(iter(experts))
+        dist.log.warning(
+            "adapter: the experts' matrices are not adapted, which are %.0f%% of the weights: they "
+            "are no linear modules, as `%s`%s. To train them in full name their modules in "
+            "adapter.modules_to_save: [%s]",
+            *(100 * sum(experts.values()) / total, name),
+            " and stay in model.dtype" if section.base else "",
+            name.rpartition(".")[0].rpartition(".")[2],
+        )
 
 
 def is_of_adapter(name: str) -> bool:
@@ -108,7 +130,7 @@ def adapter_targets(model: Any, section: AdapterSection) -> list[str]:
         BadInput: a name or pattern matches no module, one that is not linear, the head, or one
             that is trained in full.
     """
-    linear, full = _linear_modules(model), full_modules(model, section)
+    linear, full = linear_modules(model), full_modules(model, section)
     if section.target_modules == "all-linear":
         found = [name for name in linear if not _lies_in(name, full)]
         if not found:
@@ -157,7 +179,7 @@ def _linear_matches(
         raise BadInput(
             f"adapter.target_modules: `{name}` is of the type "
             f"{type(model.get_submodule(name)).__name__}, and an adapter is put beside linear "
-            "modules only; name those, or put it into adapter.modules_to_save"
+            "modules of the language model only; name those, or put it into adapter.modules_to_save"
         )
     return found
 
@@ -195,11 +217,16 @@ def full_modules(model: Any, section: AdapterSection) -> list[str]:
     return found
 
 
-def _linear_modules(model: Any) -> dict[str, nn.Linear]:
-    """Return the linear modules by name, without the head, whose fused loss sees no adapter."""
+def linear_modules(model: Any) -> dict[str, nn.Linear]:
+    """Return the language model's linear modules by name, without the head, whose fused loss sees
+    no adapter, and without those of towers, which a text does not reach.
+    """
     head = model.get_output_embeddings()
+    language = {id(module) for module in decoder_of(model).modules()}
     return {
-        name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and m is not head and id(m) in language
     }
 
 
