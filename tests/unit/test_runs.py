@@ -91,6 +91,10 @@ def test_runs_are_found_at_any_depth_but_not_inside_runs(tmp_path: Path) -> None
     (tmp_path / "notes").mkdir()
     assert find_folders(tmp_path) == ([a, b], [tmp_path / "notes"])
     assert find_folders(a) == ([a], [])
+    (tmp_path / "recipe.yaml").write_text("model: {name: m}\n")  # as `packhorse init` writes it
+    assert find_folders(tmp_path) == ([a, b], [tmp_path / "notes"])
+    with pytest.raises(BadInput, match=r"not a run folder \(no run has begun there"):
+        read_run(tmp_path)
 
 
 def test_the_command_lists_runs_and_names_what_it_cannot_read(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -26,6 +26,8 @@ State = Literal["running", "stopped", "done", "failed"]
 
 _EVALUATED = "evaluated.json"  # beside a recipe.yaml: results of `packhorse eval`, and no run
 _CHANGING = ("recipe.yaml", "metrics.jsonl", "evaluations.jsonl", "summary.json", STOP_FILE)
+
+_LEFT_BY_A_RUN = {*_CHANGING[1:], "logs", "checkpoints", "data.json"}
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,10 @@ def read_run(folder: Path) -> Run:
     Raises:
         BadInput: it is none, or its files are damaged; the message says which.
     """
-    if not (folder / "recipe.yaml").is_file():
-        raise BadInput(f"{folder}: not a run folder (it has no recipe.yaml)")
+    names = os.listdir(folder) if folder.is_dir() else []
+    if not _is_run(names):
+        why = "no run has begun there" if "recipe.yaml" in names else "it has no recipe.yaml"
+        raise BadInput(f"{folder}: not a run folder ({why})")
     try:
         recipe = load_recipe(folder / "recipe.yaml")
         logged = read_json_lines(folder / "metrics.jsonl", skip_damaged=True)
@@ -113,7 +117,7 @@ def find_folders(root: Path) -> tuple[list[Path], list[Path]]:
     """Look for runs in a folder and below it, but not below a run or through symbolic links.
 
     Returns:
-        Folders with a recipe.yaml, in order; and folders directly in `root` with no such below.
+        Folders of runs, in order; and folders directly in `root` with none of them below.
     """
     runs = sorted(_runs_below(root))
     foreign = [
@@ -127,10 +131,15 @@ def find_folders(root: Path) -> tuple[list[Path], list[Path]]:
     return runs, [] if runs == [root] else foreign
 
 
+def _is_run(names: Sequence[str]) -> bool:
+    """Return whether a folder of these files holds a run, and not only init's recipe.yaml."""
+    return "recipe.yaml" in names and not _LEFT_BY_A_RUN.isdisjoint(names)
+
+
 def _runs_below(root: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if "recipe.yaml" in files:
+        if _is_run((*folders, *files)):
             folders.clear()
             if _EVALUATED not in files:
                 yield Path(place)
