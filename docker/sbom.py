@@ -22,7 +22,7 @@ def component(found: Distribution) -> dict[str, Any]:
     """Return a component of CycloneDX."""
     name = re.sub(r"[-_.]+", "-", found.metadata["Name"]).lower()
     purl = f"pkg:pypi/{name}@{found.version.replace('+', '%2B')}"
-    made = {
+    made: dict[str, Any] = {
         "type": "library",
         "bom-ref": purl,
         "name": name,

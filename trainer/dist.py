@@ -141,7 +141,9 @@ def process_group() -> Iterator[None]:
     if on_gpu:
         torch.cuda.set_device(device())
     # a store of MASTER_ADDR would listen on all interfaces, for nobody
-    alone = {"store": td.HashStore(), "rank": 0, "world_size": 1} if world_size() == 1 else {}
+    alone: dict[str, Any] = {}
+    if world_size() == 1:
+        alone = {"store": td.HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     td.init_process_group(backend, timeout=timedelta(minutes=30), **alone)
     yield
