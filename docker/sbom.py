@@ -30,7 +30,8 @@ def component(found: Distribution) -> dict[str, Any]:
         "purl": purl,
     }
     # "License" is often the whole text of one
-    stated = found.metadata.get("License-Expression") or found.metadata.get("License") or ""
+    metadata: Any = found.metadata
+    stated = metadata.get("License-Expression") or metadata.get("License") or ""
     if stated and len(stated) < 100 and "\n" not in stated:
         is_expression = "License-Expression" in found.metadata
         made["licenses"] = [
