@@ -22,7 +22,7 @@ def component(found: Distribution) -> dict[str, Any]:
     """Return a component of CycloneDX."""
     name = re.sub(r"[-_.]+", "-", found.metadata["Name"]).lower()
     purl = f"pkg:pypi/{name}@{found.version.replace('+', '%2B')}"
-    made = {
+    made: dict[str, Any] = {
         "type": "library",
         "bom-ref": purl,
         "name": name,
@@ -30,7 +30,8 @@ def component(found: Distribution) -> dict[str, Any]:
         "purl": purl,
     }
     # "License" is often the whole text of one
-    stated = found.metadata.get("License-Expression") or found.metadata.get("License") or ""
+    metadata: Any = found.metadata
+    stated = metadata.get("License-Expression") or metadata.get("License") or ""
     if stated and len(stated) < 100 and "\n" not in stated:
         is_expression = "License-Expression" in found.metadata
         made["licenses"] = [

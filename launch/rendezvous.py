@@ -164,7 +164,7 @@ def _serve(
     log: Callable[[str], None] = lambda _: None,
 ) -> TCPStore:
     """Start a store that listens on the one address that `host` is; torch's own takes them all."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found: Any = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     # of a name that has both kinds, all nodes can reach the older one
     family, *_, address = min(found, key=lambda one: one[0] != socket.AF_INET)
     is_local = ipaddress.ip_address(address[0].partition("%")[0]).is_loopback

@@ -147,14 +147,18 @@ def process_group() -> Iterator[None]:
     import torch
     import torch.distributed as td
 
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+    # of a process that no launcher started; DeepSpeed wants all of them
+    single = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in {**single, "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
     _choose_interface()
     on_gpu = device().type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device())
-    # a store of MASTER_ADDR would listen on all interfaces, for nobody
-    alone = {"store": td.HashStore(), "rank": 0, "world_size": 1} if world_size() == 1 else {}
+    # by MASTER_ADDR torch would make a store that listens on all interfaces, for nobody
+    alone: dict[str, Any] = {}
+    if world_size() == 1:
+        alone = {"store": td.HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     td.init_process_group(backend, timeout=timedelta(minutes=30), **alone)
     yield
