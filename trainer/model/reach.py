@@ -22,6 +22,7 @@ from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.lora import Gathered
 from packhorse.trainer.model.packing_check import decoder_layers
 from packhorse.trainer.model.quantisation import numel
+from packhorse.trainer.utils.text import one_line
 
 
 def freeze_named(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -62,6 +63,12 @@ def freeze_unreached(
         nothing_kept = torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None)
         with torch.enable_grad(), nothing_kept, _gathered_where_used(model, gathered):
             reached = _leaves(forward())
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        # the packing check runs the same forward in more ways, and says what is wrong with it
+        dist.log.warning("frozen: not known, as a forward failed: %s", one_line(error, 200))
+        return []
     finally:
         model.train(training)
     reached |= {id(parameter) for parameter in model.get_output_embeddings().parameters()}
@@ -125,7 +132,11 @@ def _gathered_where_used(model: Any, gathered: Gathered) -> Iterator[None]:
 
             hooks.callback(module.register_forward_pre_hook(enter).remove)
             hooks.callback(module.register_forward_hook(leave).remove)
-        yield
+        try:
+            yield
+        finally:
+            for left in open_ones.values():  # by a forward that failed
+                left.__exit__(None, None, None)
 
 
 def _log(model: Any, frozen: list[str], trained: dict[str, nn.Parameter], before: set[int]) -> None:
