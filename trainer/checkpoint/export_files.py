@@ -192,21 +192,33 @@ def suit_transformers_4(folder: Path, trust_remote_code: bool) -> None:
     """
     from transformers import AutoConfig
 
-    def as_read() -> dict[str, Any]:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    def read() -> Any:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+    def values(config: Any) -> dict[str, Any]:
         return {**config.to_dict(), "_name_or_path": None, "auto_map": None}
 
     path = folder / "config.json"
-    before, text = as_read(), path.read_text(encoding="utf-8")
+    before, text = read(), path.read_text(encoding="utf-8")
     config = json.loads(text)
     _own_code(config, folder)
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+    inner = [(value, getattr(before, key)) for key, value in config.items() if _is_part(value)]
+    for part, known in ((config, before), *inner):
+        # experts are counted under one name for all models now, and under a model's own in 4.57
+        for older, name in (getattr(known, "attribute_map", None) or {}).items():
+            if "expert" in older and name in part:
+                part.setdefault(older, part[name])
         kind = str(part.get("model_type", ""))
         part |= _rope_of_4(part.get("rope_parameters") or {}, kind.startswith("gemma3"))
     write_json(path, config)
-    if as_read() != before:
+    if values(read()) != values(before):
         path.write_text(text, encoding="utf-8")
         dist.log.info("config.json: its rotary embeddings can only be read by transformers 5")
+
+
+def _is_part(value: Any) -> bool:
+    """Return whether a value of a configuration is one of a part, as of a model's tower."""
+    return isinstance(value, dict) and "model_type" in value
 
 
 def clean_tokenizer(folder: Path) -> None:

@@ -54,11 +54,11 @@ def save_description(model: Any, tokenizer: Any, section: ModelSection, run_dir:
     is not needed again.
     """
     folder = run_dir / MODEL_FOLDER
-    head = model.get_output_embeddings()
-    if head.weight is not model.get_input_embeddings().weight:
-        # transformers loads a head of its own whatever the configuration says, and others do not
-        for config in (model.config, model.config.get_text_config()):
-            config.tie_word_embeddings = False
+    # transformers 5 loads a head of its own whatever the configuration says, and ties by the outer
+    # one of two configurations; 4.57 by the inner one
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = is_tied
     model.config.save_pretrained(folder)
     keep_files(section, folder)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
