@@ -58,6 +58,13 @@ def test_plan_says_what_fits(packhorse):
     assert out.splitlines()[-1].startswith("recommended: zero0")
 
 
+def test_a_plan_is_for_no_more_gpus_than_a_step_has_micro_batches(packhorse):
+    code, out, err = packhorse("plan", DEBUG, "batch.global_batch_size=2")
+    assert code == 0, err
+    assert "; 2 GPUs of 80.0 GiB" in out
+    assert "moves <0.001 GB" in out
+
+
 def test_the_table_of_a_plan_loses_nothing_in_a_terminal_of_80_columns(packhorse, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = packhorse("plan", DEBUG, "--gpus", "2")
@@ -86,6 +93,17 @@ def test_help_of_every_command_has_a_summary_in_one_line_and_examples(packhorse,
     examples = [line for line in lines if line.startswith(f"packhorse {name} ")]
     assert 2 <= len(examples) <= 4
     assert "  [required]" not in out, "an argument without help"
+
+
+def test_paragraphs_of_the_help_fill_the_terminal(packhorse, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = packhorse("train", "--help")
+    lines = [line.split() for line in out.split("╭")[0].splitlines()]
+    first = next(number for number, words in enumerate(lines) if words[:1] == ["SIGTERM,"])
+    end = lines.index([], first)
+    assert end - first > 2
+    assert all(len(" ".join(words)) > 60 for words in lines[first : end - 1])
+    assert ["packhorse", "train", "recipe.yaml", "--nproc", "2"] in lines, "an example a line"
 
 
 def test_help_lists_the_commands():

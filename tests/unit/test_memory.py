@@ -150,7 +150,7 @@ def test_every_limit_given_is_asked(limit: str, what: str) -> None:
 
 
 def test_more_gpus_than_micro_batches_are_refused_with_good_numbers() -> None:
-    with pytest.raises(BadInput, match="only 64 micro-batches: plan for 16, 32, 64"):
+    with pytest.raises(BadInput, match="only 64 micro-batches: give --gpus 16 or 32 or 64"):
         build_report(debug(), cluster(65))
 
 

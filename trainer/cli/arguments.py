@@ -38,7 +38,7 @@ RecipeFile = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe, as optim.lr=1e-5."),
+    typer.Argument(metavar="KEY=VALUE", help="Changes to the recipe, as optim.lr=1e-5."),
 ]
 NumProcesses = Annotated[
     int | None,

@@ -36,8 +36,8 @@ def preview(
 
     In a pipe, or without colours, what is trained stands in ⟦ ⟧.
 
-    [bold]packhorse preview recipes/debug.yaml --rows 2[/bold]
-    [bold]packhorse preview recipes/quickstart.yaml --split eval --html preview.html[/bold]
+    [bold]packhorse preview debug --rows 2[/bold]
+    [bold]packhorse preview recipe.yaml --split eval --html preview.html[/bold]
     """
     from packhorse.trainer.data.preview import as_html, as_text
     from packhorse.trainer.model.load import load_tokenizer
@@ -101,8 +101,8 @@ def prepare(
 ) -> None:
     """Tokenize and pack the data into the cache, and print its statistics.
 
-    [bold]packhorse prepare recipes/quickstart.yaml[/bold]
-    [bold]packhorse prepare recipes/quickstart.yaml --out data-report[/bold]
+    [bold]packhorse prepare recipe.yaml[/bold]
+    [bold]packhorse prepare recipe.yaml --out data-report[/bold]
     """
     from packhorse.trainer import dist
     from packhorse.trainer.data.summary import require_own, show, write
@@ -166,7 +166,14 @@ def prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
 def plan(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of all nodes; one rank for each.")] = 8,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="GPUs of all nodes; one rank for each. Default: 8, or fewer if a step has fewer "
+            "micro-batches.",
+        ),
+    ] = None,
     gpu_gib: Annotated[float, typer.Option(min=1, help="Memory of a GPU, in GiB.")] = 80,
     nodes: Annotated[
         int | None, typer.Option(min=1, help="Nodes. Default: as many as hold 8 GPUs each.")
@@ -197,7 +204,7 @@ def plan(
 ) -> None:
     """Estimate memory, disk space and time of a run, and which templates fit.
 
-    [bold]packhorse plan recipes/quickstart.yaml[/bold]
+    [bold]packhorse plan recipe.yaml[/bold]
     [bold]packhorse plan my.yaml --gpus 64 --nodes 8 --host-gib 1024 --disk-gib 20000[/bold]
     [bold]packhorse plan my.yaml batch.seq_len=4096 --gpus 8 --data[/bold]
 
@@ -209,13 +216,17 @@ def plan(
 
     dist.start_logging()
     recipe = read_recipe(recipe_file, overrides)
+    stats = _count_real_steps(recipe) if data else report.full_step_stats(recipe)
+    if gpus is None:
+        fewest = int(stats.micro_batches.min())
+        gpus = 8 if recipe.parallel.allow_idle_ranks else min(8, fewest)
     if nodes and gpus % nodes:
         raise BadInput(
             f"--gpus {gpus} --nodes {nodes}: all nodes must have the same number of GPUs"
         )
     sizes = [None if gib is None else gib * memory.GIB for gib in (host_gib, disk_gib, nvme_gib)]
     cluster = memory.Cluster(gpus, gpus // nodes if nodes else 8, gpu_gib * memory.GIB, *sizes)
-    found = report.build_report(recipe, cluster, _count_real_steps(recipe) if data else None)
+    found = report.build_report(recipe, cluster, stats)
     show_report(found, recipe, gpu_tflops, mfu)
     print(report.require_fit(found))
     print(report.recommend(found, recipe))

@@ -56,7 +56,10 @@ def dry_run(recipe: Recipe, ranks: int | None, *, extend: bool) -> None:
     if plan and (warning := plan.check_world(ranks, recipe.parallel.allow_idle_ranks)):
         print(warning)
     _show_memory(recipe, ranks, plan)
-    print(f"dry run: all of this can be used; {run_dir} was left as it is")
+    print(
+        f"dry run: all of this can be used; {run_dir} was left as it is; the same command without "
+        "--dry-run starts it"
+    )
 
 
 def _require_writable(run_dir: Path) -> None:

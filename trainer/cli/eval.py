@@ -52,7 +52,7 @@ def evaluate(
 ) -> None:
     """Evaluate a checkpoint, an export or a hub model on the held-out rows.
 
-    [bold]packhorse eval runs/quickstart recipes/quickstart.yaml --best[/bold]
+    [bold]packhorse eval runs/quickstart recipe.yaml --best[/bold]
     [bold]packhorse eval HuggingFaceTB/SmolLM2-135M-Instruct my.yaml data.max_length=512[/bold]
     [bold]packhorse eval models/word-problems my.yaml eval.lm_eval='\\[gsm8k]' --nproc 1[/bold]
 

@@ -167,7 +167,7 @@ def slurm(
 
     An edit of the recipe changes nothing for a job that waits in the queue or is queued again.
 
-    [bold]packhorse launch slurm recipes/sft_70b.yaml --nodes 8 --gpus-per-node 8[/bold]
+    [bold]packhorse launch slurm my.yaml --nodes 8 --gpus-per-node 8[/bold]
     [bold]packhorse launch slurm my.yaml --nodes 4-8 --container packhorse.sif --submit[/bold]
     [bold]packhorse launch slurm my.yaml --qos high --sbatch --reservation=night[/bold]
     """

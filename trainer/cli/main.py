@@ -6,6 +6,7 @@ Each command imports what takes seconds to import itself, so that `--help` answe
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -92,10 +93,10 @@ def train(
 ) -> None:
     """Train a model, or resume from the last checkpoint in the run folder.
 
-    [bold]packhorse train recipes/quickstart.yaml --nproc 2[/bold]
-    [bold]packhorse train recipes/debug.yaml optim.lr=1e-3 run.dir=runs/other[/bold]
+    [bold]packhorse train recipe.yaml --nproc 2[/bold]
+    [bold]packhorse train debug optim.lr=1e-3 run.dir=runs/other[/bold]
     [bold]packhorse train my.yaml --nnodes 1:2 --rdzv-endpoint node0:29400 --max-restarts 3[/bold]
-    [bold]packhorse train recipes/debug.yaml train.epochs=4 --extend[/bold]
+    [bold]packhorse train debug train.epochs=4 --extend[/bold]
 
     SIGTERM, SIGUSR1 and Ctrl-C make the run save and stop. Exit code 0: done; 2: bad input; 75:
     saved, run the same command again; 1: any other failure. A process that torchrun started is one
@@ -259,8 +260,8 @@ def verify_resume(
 ) -> None:
     """Verify that a run resumed at other world sizes learns the same.
 
-    [bold]packhorse verify-resume recipes/debug.yaml[/bold]
-    [bold]packhorse verify-resume recipes/quickstart.yaml --worlds 2,1 --at 2 --steps 4[/bold]
+    [bold]packhorse verify-resume debug[/bold]
+    [bold]packhorse verify-resume recipe.yaml --worlds 2,1 --at 2 --steps 4[/bold]
     [bold]packhorse verify-resume my.yaml --tiny parallel.deepspeed=zero2[/bold]
 
     Exit code 0: it learns the same, and a control with a deliberate defect was detected; 1: not
@@ -284,6 +285,16 @@ def verify_resume(
         keep=keep,
     )
     raise typer.Exit(DONE if is_same else FAILED)
+
+
+def _unwrap(text: str) -> str:
+    """Join the lines of each paragraph, which typer would keep apart, but for the examples'."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(each if "[bold]" in each else " ".join(each.split()) for each in paragraphs)
+
+
+for _command in (*app.registered_commands, *launch_app.registered_commands):
+    _command.help = _unwrap(_command.callback.__doc__ or "")
 
 
 def main() -> None:

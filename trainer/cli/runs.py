@@ -118,7 +118,7 @@ def _first_and_last(values: list[float]) -> str:
 
 def report(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run folders.", show_default=False)
+        list[Path], typer.Argument(metavar="RUN", help="Run folders.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(help="The HTML page to write.")] = Path("report.html"),
 ) -> None:

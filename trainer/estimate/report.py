@@ -122,9 +122,9 @@ def build_report(
     stats = stats or full_step_stats(recipe)
     fewest = int(stats.micro_batches.min())
     if cluster.gpus > fewest and not recipe.parallel.allow_idle_ranks:
-        good = ", ".join(map(str, good_worlds(stats.micro_batches, cluster.gpus)))
+        good = " or ".join(map(str, good_worlds(stats.micro_batches, cluster.gpus)))
         raise BadInput(
-            f"{cluster.gpus} GPUs, but a step has only {fewest} micro-batches: plan for {good}, "
+            f"{cluster.gpus} GPUs, but a step has only {fewest} micro-batches: give --gpus {good}, "
             "raise batch.global_batch_size, or lower batch.micro_batch_size"
         )
     model, activations = inspected or inspect_model(recipe, stats.fullest_tokens)
@@ -248,7 +248,7 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
         f"{good}{idle}",
         f"activations of a micro-batch: {kept}",
         f"time to compute, predicted at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU: "
-        f"{seconds:.3g} s a step, {stats.tokens / seconds:,.0f} tokens/s{run}",
+        f"{_seconds(seconds)} s a step, {stats.tokens / seconds:,.0f} tokens/s{run}",
         f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {_count_checkpoints(recipe)} kept and "
         f"one being written {_gib(disk.checkpoints)} GiB; the universal form "
         f"{_gib(disk.universal)} GiB; an export {_gib(disk.export)} GiB while it is made",
@@ -340,7 +340,9 @@ def _seconds(seconds: float) -> str:
 
 
 def _gb(size: float) -> str:
-    return f"{size / 1e9:.3g}"
+    if size < 1e6:
+        return "<0.001"
+    return f"{size / 1e9:,.0f}" if size >= 1e11 else f"{size / 1e9:.3g}"
 
 
 def _gib(size: float) -> str:
