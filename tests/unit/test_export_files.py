@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaForCausalLM, Qwen3MoeConfig
 
 from packhorse.trainer.checkpoint.export_files import (
+    CARRIED,
     carry_over,
     clean_tokenizer,
     copy_files,
     keep_files,
     suit_transformers_4,
 )
-from packhorse.trainer.config.recipe import ModelSection
+from packhorse.trainer.config.recipe import AdapterSection, ModelSection
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.lora import add_adapter
 from tests.model_helpers import SIZES, tiny_llama
 
 
@@ -42,7 +45,11 @@ def test_tensors_that_the_model_has_no_place_for_are_carried_over_as_they_are(
     model, out = tiny_llama(tie_word_embeddings=True), tmp_path / "out"
     model.config.num_nextn_predict_layers = 1
     model.save_pretrained(out)
-    carry_over(ModelSection(name=str(source)), out, model)
+    section, kept = ModelSection(name=str(source)), tmp_path / "kept"
+    kept.mkdir()
+    keep_files(section, model, kept)
+    assert json.loads((kept / CARRIED).read_text()) == ["mtp.layers.0.proj.weight"]
+    carry_over(section, kept, out)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {path.name for path in out.glob("*.safetensors")}
     (carried,) = (k for k, file in index["weight_map"].items() if "carried" in file)
@@ -53,15 +60,25 @@ def test_tensors_that_the_model_has_no_place_for_are_carried_over_as_they_are(
     for name, parameter in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter), name
 
-    plain = tmp_path / "plain"
-    model.save_pretrained(plain)
-    carry_over(ModelSection(name=str(source), init="random"), plain, model)
-    assert json.loads((plain / "config.json").read_text())["num_nextn_predict_layers"] == 0
-    assert (plain / "model.safetensors").is_file()
-
+    add_adapter(model, AdapterSection(rank=2), 0)
+    keep_files(section, model, kept)
+    assert json.loads((kept / CARRIED).read_text()) == [carried], "an adapter changes nothing"
     (source / "model.safetensors").unlink()
-    with pytest.raises(BadInput, match="has no weights in safetensors any more"):
-        carry_over(ModelSection(name=str(source)), out, model)
+    with pytest.raises(BadInput, match=r"has `mtp.layers.0.proj.weight` no more"):
+        carry_over(section, kept, out)
+
+
+def test_layers_that_are_not_there_are_not_named(source: Path, tmp_path: Path) -> None:
+    model, kept = tiny_llama(), tmp_path / "kept"
+    model.config.num_nextn_predict_layers = 1
+    model.save_pretrained(tmp_path / "out")
+    kept.mkdir()
+    section = ModelSection(name=str(source), init="random")
+    keep_files(section, model, kept)
+    shutil.rmtree(source)  # which is not needed for it
+    carry_over(section, kept, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["num_nextn_predict_layers"] == 0
 
 
 def test_the_processors_files_are_kept_and_code_only_if_it_is_trusted(
@@ -74,7 +91,7 @@ def test_the_processors_files_are_kept_and_code_only_if_it_is_trusted(
         for folder in (kept, out):
             folder.mkdir()
         section = ModelSection(name=str(source), trust_remote_code=trusted)
-        keep_files(section, kept)
+        keep_files(section, tiny_llama(), kept)
         copy_files(kept, out, with_code=trusted)
         expected = {"processor_config.json"} | ({"modeling_own.py"} if trusted else set())
         assert {path.name for path in out.iterdir()} == expected
