@@ -13,7 +13,7 @@ BIN := .venv/bin
 WHEELS := $(if $(TORCH_WHEELS),--find-links $(TORCH_WHEELS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo experiments test test-runs test-cluster test-vllm style docs gpu-check clean
+.PHONY: help install demo experiments models test test-runs test-cluster test-vllm style docs gpu-check clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,10 @@ demo: install  ## fine-tune a real model on two processes, about ten minutes on 
 experiments: install  ## seven comparisons on the demo's model, about 1.5 hours on two cores
 	$(BIN)/python recipes/experiments/run.py $(if $(EXPERIMENTS),--only $(EXPERIMENTS))
 
+models: install  ## every causal architecture of transformers, tiny; writes docs/models_sweep.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.models.sweep build/models.json
+	$(BIN)/python -m tests.models.table build/models.json docs/models_sweep.md
+
 test: install  ## run every test that needs no GPU and no root, at most 10 minutes on two cores
 	@echo '#include <libaio.h>' | c++ -E -x c++ - >/dev/null 2>&1 \
 		|| { echo "the tests of NVMe offload need libaio: apt-get install libaio-dev"; exit 2; }
@@ -44,7 +48,7 @@ test-runs: install  ## whole training runs, minutes each
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'runs and not gpu' -n 3 --dist loadfile
 
 test-cluster: install  ## hosts, Slurm, pods, the image, on this machine; as root, after .ci/run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster -n 2 --dist loadfile
 
 test-vllm: install .venv-vllm/installed  ## answers of a real vLLM on the CPU, in .venv-vllm (3 GB)
 	PACKHORSE_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m vllm

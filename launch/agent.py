@@ -8,6 +8,7 @@ begins after a worker failed, a node was lost or a node came back, while restart
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -78,15 +79,12 @@ class Agent(LocalElasticAgent):
         self.lost = None
         # The stop file of the last round would turn this round's success into exit code 75.
         self._stop_file.unlink(missing_ok=True)
-        # torch 2.13 keeps the workers' store from round to round, with addresses of processes that
-        # have ended; nodes other than the first also keep the address of the store's host.
-        handler: Any = self._rdzv_handler
-        handler._bootstrap_store_info = handler._shared_tcp_store_server = None
         super()._rendezvous(worker_group)  # pyright: ignore[reportCallIssue]
         store: Any = self._store
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{os.getpid()}"
         # all nodes take the name that the first one writes
         self.logs.name = store.compare_set("packhorse/logs", "", stamp).decode()
+        assert re.fullmatch(r"[0-9-]+", self.logs.name), self.logs.name  # a folder in the run's
         node, nodes = worker_group.group_rank, worker_group.group_world_size
         self._heartbeat = None
         if nodes > 1:

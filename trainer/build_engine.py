@@ -17,13 +17,14 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import TrainData
-from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.datatypes import BadInput, Batch
 from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
-from packhorse.trainer.engine.engine import Engine, gathered, sharded_init
+from packhorse.trainer.engine.engine import Engine, gathered, reads_gathered, sharded_init
 from packhorse.trainer.engine.optim import describe_decay, parameter_groups
 from packhorse.trainer.estimate.report import predict_gpu_memory
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import Metrics, model_flops
+from packhorse.trainer.model.checks import failures_explained, require_positions
 from packhorse.trainer.model.load import load_config, load_model
 from packhorse.trainer.model.lora import require_stage
 from packhorse.trainer.model.packing_check import longest_document, prove_packing
@@ -41,7 +42,8 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     """
     if dist.is_main() and dist.device().type == "cpu":
         warn_if_bf16_is_emulated(recipe.model.dtype)
-    hidden_size = load_config(recipe.model).get_text_config().hidden_size
+    # some name their sizes otherwise, as BLT does by its parts
+    hidden_size = getattr(load_config(recipe.model).get_text_config(), "hidden_size", 0)
     ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size, run_dir)
     require_stage(recipe.adapter, stage(ds_config))
     clear_nvme(ds_config)
@@ -58,13 +60,26 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     if learns:
         freeze_named(model, recipe.model.freeze)
         document = longest_document(module, recipe.batch.seq_len, recipe.train.seed)
-        freeze_unreached(model, partial(module.hidden_states, document), gathered)
+        with failures_explained(model):
+            freeze_unreached(model, partial(_states_of, module, document), gathered)
         groups = parameter_groups(model, recipe.optim)
         say_other_types(model, recipe.model.dtype)
         dist.log.info("weight decay: %s", describe_decay(model, recipe.optim))
     engine = Engine(module, groups, recipe.optim, ds_config)
     check_packing(recipe, module)
     return engine
+
+
+def _states_of(module: SftModel, document: Batch) -> Any:
+    """Return a document's hidden states, by the model's own attention where ours refuses it."""
+    try:
+        return module.hidden_states(document)
+    except BadInput:
+        module.attends_by_itself = True
+        try:
+            return module.hidden_states(document)
+        finally:
+            module.attends_by_itself = False
 
 
 def say_other_types(model: Any, dtype: str) -> None:
@@ -97,15 +112,26 @@ def check_packing(recipe: Recipe, module: SftModel) -> None:
     Raises:
         BadInput: packed documents differ from the same documents alone.
     """
+    require_positions(module.model, recipe.max_length)
     one_document = recipe.data.packing == "none" and recipe.batch.micro_batch_size == 1
-    proof = prove_packing(
-        module, seq_len=recipe.batch.seq_len, one_document=one_document, seed=recipe.train.seed
-    )
+    # these are the engine's first forwards
+    with reads_gathered(module), failures_explained(module.model):
+        proof = prove_packing(
+            module, seq_len=recipe.batch.seq_len, one_document=one_document, seed=recipe.train.seed
+        )
     dist.log.info(
         "packing check: documents of %s tokens, packed against apart: hidden states differ by "
         "%.1e, the loss by %.1e",
         *(", ".join(map(str, proof.lengths)), proof.hidden_difference, proof.loss_difference),
     )
+    for module in proof.by_document:
+        dist.log.warning(
+            "packed sequences run document by document through %s: right, but slower", module
+        )
+    if proof.by_itself:
+        dist.log.warning(
+            "the model cannot attend through packhorse's kernels and attends by its own code"
+        )
 
 
 # Devices on which the dry run pays: a GPU runs out of memory in the middle of a run, and the kernel

@@ -99,11 +99,22 @@ def model_flops(model: Any) -> ModelFlops:
         if id(parameter) not in embeddings:
             body += _count_weights(parameter) * (share if ".experts." in name else 1.0)
     head = int(sum(_count_weights(p) for p in model.get_output_embeddings().parameters()))
-    heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    layers = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    attending = sum("attention" in kind and "linear" not in kind for kind in layers)
-    return ModelFlops(int(body), head, head_size * heads * attending)
+    return ModelFlops(int(body), head, _attention_channels(config))
+
+
+def _attention_channels(config: Any) -> int:
+    """Return heads x head size, summed over the layers that attend: 0 for a state-space model."""
+    number = getattr(config, "num_hidden_layers", None) or 0
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * number
+    per_layer = getattr(config, "per_layer_config", None)  # sizes of a layer's own, as in Gemma 4
+    total = 0
+    for layer, kind in enumerate(kinds):
+        own = config if per_layer is None else per_layer[layer]
+        heads = getattr(own, "num_attention_heads", None) or 0
+        if heads and "attention" in kind and "linear" not in kind:
+            width = getattr(own, "hidden_size", None) or 0
+            total += heads * (getattr(own, "head_dim", None) or width // heads)
+    return total
 
 
 def _count_weights(parameter: Any) -> float:

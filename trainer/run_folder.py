@@ -31,6 +31,7 @@ import yaml
 
 from packhorse import __version__
 from packhorse.trainer import dist
+from packhorse.trainer.config.code_keys import used_code_keys
 from packhorse.trainer.config.parsing import read_yaml
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.data import summary
@@ -289,8 +290,10 @@ def _next_commands(recipe: Recipe, run_dir: Path, has_best: bool) -> list[str]:
     report = ["packhorse", "report", str(run_dir)]
     tensorboard = ["tensorboard", "--logdir", str(run_dir.parent)]
     best = ["--best"] * has_best
-    evaluations = [evaluate + best] if recipe.has_eval else []
-    commands = [export + best, *evaluations, chat + best, report, tensorboard]
+    trust = ["--trust-run"] * recipe.model.trust_remote_code
+    evaluate += best + ["--trust-run"] * bool(used_code_keys(recipe))
+    evaluations = [evaluate] if recipe.has_eval else []
+    commands = [export + best + trust, *evaluations, chat + best + trust, report, tensorboard]
     return [shlex.join(command) for command in commands]
 
 

@@ -112,13 +112,14 @@ def prepare_and_fit(
     # No process group yet: preparation may take longer than any collective's time-out (C10).
     try:
         train_data = prepare_train(recipe, tokenizer, stop.raised_early)
-        plan = train_plan(recipe, train_data, stop.raised_early)
         eval_data = None
         if recipe.has_eval:
             eval_data = prepare(recipe, tokenizer, "eval", stop.raised_early)
         # A streaming source compares each shard when it is prepared.
         if eval_data and isinstance(train_data, Prepared):
-            eval_data = check_leakage(recipe, tokenizer, train_data, eval_data, stop.raised_early)
+            given = (recipe, tokenizer, train_data, eval_data)
+            train_data, eval_data = check_leakage(*given, stop.raised_early)
+        plan = train_plan(recipe, train_data, stop.raised_early)
         if not stop.wait_for_ranks():
             raise Stopped("stopped before all ranks were ready")
     except Stopped:

@@ -55,7 +55,7 @@ def difference(config: Any) -> float:
         model = tiny(config)
         done = liger_layers.fuse(model, layers, CPU, torch.float32)
         assert ("Liger's kernels" in done) == (layers == "liger"), done
-        ids = documents((20, 3, 5))  # each token takes the interpreter long
+        ids = documents((9, 3, 5))  # each token takes the interpreter long
         batch = pack(ids, [range(len(document) - 1) for document in ids], [0.02] * 3)
         results.append(loss_and_gradients(sft(model, transform=measure_transform(model)), batch))
     (loss, gradients), (own_loss, own_gradients) = results

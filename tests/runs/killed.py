@@ -77,8 +77,6 @@ class ForkServer:
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONFAULTHANDLER": "1",  # SIGABRT makes a rank print its stacks
-            # Where mlflow is installed, DeepSpeed imports it, and so pyarrow, which has a thread.
-            "JE_ARROW_MALLOC_CONF": "background_thread:false",
         }
         pipe = subprocess.PIPE
         self._process: Any = subprocess.Popen(
@@ -182,8 +180,6 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to stdout
 
-    # imports torch's compiler, as an engine does at its start
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 

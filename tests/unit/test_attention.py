@@ -269,19 +269,30 @@ def layer_mask(window: int | None, *, chunk: int | None = None) -> torch.Tensor:
 
 
 def test_a_layers_own_mask_is_compared_with_what_the_backend_sees() -> None:
-    ends = bounds().cu_seqlens
-    attention._compare_mask("Layer", layer_mask(None), None, ends)
-    attention._compare_mask("Layer", layer_mask(4), 4, ends)
-    for mask, window in [
-        (layer_mask(4), None),
-        (layer_mask(4), 5),
-        (layer_mask(None, chunk=6), None),
+    ends, chunks = bounds(), bounds().chunked(6)
+    attention._compare_mask("Layer", layer_mask(None), None, ends, ends)
+    attention._compare_mask("Layer", layer_mask(4), 4, ends, ends)
+    attention._compare_mask("Layer", layer_mask(None, chunk=6), None, ends, chunks)
+    for mask, window, seen in [
+        (layer_mask(4), None, ends),
+        (layer_mask(4), 5, ends),
+        (layer_mask(None, chunk=6), None, ends),
+        (layer_mask(None, chunk=5), None, chunks),
+        (layer_mask(None), None, chunks),
     ]:
         with pytest.raises(BadInput, match="more than causality"):
-            attention._compare_mask("Layer", mask, window, ends)
+            attention._compare_mask("Layer", mask, window, ends, seen)
+
+
+def test_bounds_of_chunks_cut_each_document_from_its_start() -> None:
+    ends = torch.tensor([0, 13, 16, 22], dtype=torch.int32)
+    chunks = Bounds(ends, 13, (13, 3, 6)).chunked(6)
+    assert chunks.lengths == (6, 6, 1, 3, 6)
+    assert chunks.cu_seqlens.tolist() == [0, 6, 12, 13, 16, 22]
+    assert chunks.max_seqlen == 6
 
 
 def test_a_mask_that_knows_no_documents_is_no_difference() -> None:
     total = sum(LENGTHS)
     causal = torch.ones(total, total, dtype=torch.bool).tril()[None, None]
-    attention._compare_mask("Layer", causal, None, bounds().cu_seqlens)
+    attention._compare_mask("Layer", causal, None, bounds(), bounds())

@@ -59,11 +59,13 @@ DOES_NOT: dict[str, list[Any]] = {
     "model.layer_kernels": ["torch"],
     "model.activation_checkpointing": ["none"],
     "model.trust_remote_code": [True],
+    "model.freeze": [["embed"]],
     "data.train.0.path": ["{work}/moved.jsonl"],
     "data.train.0.weight": [0.5],
     "data.eval": [[{"path": "{work}/changed.jsonl"}]],
     "data.near_duplicate": [0.5],
     "data.max_leakage": [0.5],
+    "data.leakage": ["drop"],  # which makes a folder of its own of those documents
     "data.packing": ["none", "bfd_split", "wrapped", "greedy"],
     "data.max_rejects": [0.5],
     "data.cache": ["{work}/elsewhere"],
@@ -79,6 +81,11 @@ WITH_OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
     "data.train.0.group_by": ({"data.eval_fraction": 0.3}, "question"),
     "data.chat_template_kwargs": ({"model.chat_template": "{work}/named.jinja"}, {"name": "Bob"}),
     "data.split_context": ({"data.too_long": "split"}, 5),
+    "data.missing_reasoning": (
+        {"model.chat_template": "{work}/thinks.jinja", "data.missing_reasoning": "empty"},
+        "untrained",
+    ),
+    "data.stop_token": ({"model.chat_template": "{work}/endless.jinja"}, "<|im_start|>"),
 }
 
 # A source that grows is prepared shard by shard, each as a file like any other.
@@ -104,6 +111,12 @@ def work(shared, tmp_path_factory) -> Path:
     for path in (folder / "other.jinja", folder / "other_template/chat_template.jinja"):
         path.write_text(OTHER_TEMPLATE)
     (folder / "named.jinja").write_text("{{ name }}\n" + OTHER_TEMPLATE)
+    endless = "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+    prompt = "{% if add_generation_prompt %}assistant: THINK{% endif %}"
+    (folder / "endless.jinja").write_text(endless + prompt.replace("THINK", ""))
+    (folder / "thinks.jinja").write_text(
+        endless + prompt.replace("THINK", "<think>") + "{# </think> #}"
+    )
     rows = [
         {"question": f"What is {n}?", "answer": f"It is {n}.", "text": f"{n} it is."}
         for n in range(20)

@@ -111,7 +111,6 @@ V3_1 = (
     "{% endif %}"
 )
 
-NO_STOP = "refused: the template writes no stop token after an answer"
 FORMS = {
     "gemma: texts are stripped, the system text joins the first question": Form(
         "<bos> <start_of_turn> <end_of_turn>",
@@ -362,16 +361,6 @@ FORMS = {
                 "refused: several control tokens close an answer, and none is the tokenizer's EOS",
             )
         ],
-    ),
-    "alpaca: plain words, and none": Form(
-        "</s>",
-        turns("### Q:\\nM\\n", "### A:\\nM\\n", "### A:\\n", before="</s>"),
-        [(LAST, NO_STOP)],
-    ),
-    "glm-4: the next role's token would be the stop token": Form(
-        "<|user|> <|assistant|> <|endoftext|>",
-        turns("<|user|>\\nM", "<|assistant|>\\nM", "<|assistant|>"),
-        [(LAST, NO_STOP)],
     ),
     "harmony: an answer ends otherwise when more follows": Form(
         "<|start|> <|message|> <|channel|> <|end|> <|call|> <|return|>",

@@ -267,7 +267,8 @@ def test_the_command_writes_a_recipe_and_replaces_only_its_own(tmp_path: Path) -
         return subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
 
     done = command("--out", str(out), "--gpus", "8")
-    assert (done.returncode, done.stdout) == (0, f"{out}\n")
+    following = f"look at what is trained: packhorse preview {out}"
+    assert (done.returncode, done.stdout) == (0, f"{out}\n{following}\n")
     assert "report_to: ['wandb']" in done.stderr
     assert "# report_to: ['wandb']" in out.read_text()
     assert load_recipe(out).batch.global_batch_size == 128

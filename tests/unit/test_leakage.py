@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data import leakage, tokenize
-from packhorse.trainer.data.leakage import (
+from packhorse.trainer.data.leakage import check_leakage, conversation_text, prompt_text
+from packhorse.trainer.data.near_duplicates import (
+    HASHES,
+    MOST_MISSED,
     Index,
     bands,
-    check_leakage,
-    conversation_text,
     sequences,
     similarity,
 )
@@ -126,8 +127,8 @@ def test_the_index_finds_what_comparing_all_with_all_finds(threshold):
 def test_bands_let_hardly_a_pair_at_the_threshold_go_by():
     for threshold in (0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
         count = bands(threshold)
-        assert leakage.HASHES % count == 0
-        assert (1 - threshold ** (leakage.HASHES / count)) ** count <= leakage.MOST_MISSED
+        assert HASHES % count == 0
+        assert (1 - threshold ** (HASHES / count)) ** count <= MOST_MISSED
 
 
 # ---------------------------------------------------------------------------------------- two sides
@@ -178,6 +179,10 @@ def leaky(tmp_path: Path, **data) -> Recipe:
 
 
 def checked(of: Recipe, tokenizer: Any, stopping=lambda: False) -> Prepared:
+    return both(of, tokenizer, stopping)[1]
+
+
+def both(of: Recipe, tokenizer: Any, stopping=lambda: False) -> tuple[Prepared, Prepared]:
     return check_leakage(
         of, tokenizer, prepare(of, tokenizer, "train"), prepare(of, tokenizer, "eval"), stopping
     )
@@ -282,6 +287,8 @@ def test_it_stops_when_asked_to_and_the_next_start_resumes(tmp_path, tokenizer, 
     ]
     assert sorted(path.name for path in Path(report["path"]).parent.iterdir()) == [
         "leakage.jsonl",
+        "leaked.int64",
+        "prompts.jsonl",
         "report.json",
     ]
 
@@ -308,6 +315,120 @@ def test_a_random_split_of_repeated_rows_is_a_leak_and_one_by_groups_is_not(tmp_
     assert by_topic.leakage["pairs"] == 0
 
 
+def as_question(question: str, answer: str) -> dict[str, Any]:
+    return {"question": question, "answer": answer}
+
+
+def as_instruction(question: str, answer: str) -> dict[str, Any]:
+    return {"instruction": "Answer this.", "input": question, "output": answer}
+
+
+def as_turns(question: str, answer: str) -> dict[str, Any]:
+    """A conversation of which only the user's turns are the same in all samples."""
+    said = [("system", "Be kind."), ("user", "Hello"), ("assistant", answer[:40])]
+    said += [("user", question), ("assistant", answer)]
+    return {"messages": [{"role": role, "content": text} for role, text in said], "id": question}
+
+
+def sampled(tmp_path: Path, form, **data) -> Recipe:
+    """Eight answers to each of 30 questions, of which a tenth of the rows is held out."""
+    path = tmp_path / "sampled.jsonl"
+    rows = [form(text(n, words=30), text(1000 + 8 * n + k)) for n in range(30) for k in range(8)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    split = {"train": [{"path": str(path)}], "eval_fraction": 0.1, "max_leakage": 0.01}
+    return recipe(tmp_path, **split, **data)
+
+
+@pytest.mark.parametrize(
+    ("form", "group"), [(as_question, "question"), (as_instruction, "input"), (as_turns, "id")]
+)
+def test_sampled_answers_split_by_row_leak_by_their_prompt(tmp_path, tokenizer, form, group):
+    message = (
+        r"data\.eval: (\d+) of \1 rows \(100\.0%\) have a prompt that rows of data\.train have, "
+        r"too, .*sampled.jsonl:\d+ and .*prompts.jsonl: .* data\.group_by, .* data\.leakage: drop"
+    )
+    with pytest.raises(BadInput, match=message):
+        checked(sampled(tmp_path, form), tokenizer)
+    grouped = checked(sampled(tmp_path, form, group_by=group), tokenizer).leakage
+    assert grouped
+    assert grouped["rows"] >= 8
+    assert grouped["leaked_rows"] == grouped["prompts"]["leaked_rows"] == 0
+
+
+def test_prompts_are_counted_apart_and_similar_ones_do_not_stop_the_run(tmp_path, tokenizer):
+    train = [text(n, words=60) for n in range(3)] + ["3 + 4 = ?", "Say this."]
+    asked = [
+        *(train[0], f"  {train[0].upper()}\n", train[0]),  # the same prompt, three times
+        changed(train[1], words=1),
+        "3 - 4 = ?",  # the same words, and another question
+        "Another one.",
+    ]
+    for name, prompts in {"train": train, "held": asked}.items():
+        rows = [as_question(prompt, text(100 * len(name) + n)) for n, prompt in enumerate(prompts)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sides = {
+        "train": [{"path": str(tmp_path / "train.jsonl")}],
+        "eval": [{"path": str(tmp_path / "held.jsonl")}],
+    }
+    found = checked(recipe(tmp_path, **sides), tokenizer).leakage
+    assert found
+    assert (found["rows"], found["leaked_rows"]) == (6, 0)
+    prompts = found["prompts"]
+    assert (prompts["leaked_rows"], prompts["exact_rows"], prompts["pairs"]) == (5, 3, 3)
+    assert Path(prompts["path"]).read_text().count('"eval_rows": 3') == 1
+    # at 3 of 6 rows it may pass, although 5 of 6 have a similar prompt in train
+    assert checked(recipe(tmp_path, **sides, max_leakage=0.5), tokenizer)
+    with pytest.raises(BadInput, match="3 of 6 rows"):
+        checked(recipe(tmp_path, **sides, max_leakage=0.4), tokenizer)
+
+
+def test_a_plain_text_has_no_prompt():
+    assert prompt_text(Conversation(text="To be")) is None
+    assert prompt_text(Conversation(messages=(Message("assistant", "Hello."),))) is None
+
+
+def test_training_rows_that_leak_are_dropped_if_the_recipe_says_so(tmp_path, tokenizer):
+    of = sampled(tmp_path, as_question, leakage="drop")
+    whole, held_out = prepare(of, tokenizer, "train"), prepare(of, tokenizer, "eval")
+    train, compared = both(of, tokenizer)
+    assert compared.fingerprint == held_out.fingerprint, "evaluation is what it was"
+
+    rows = [json.loads(line) for line in (tmp_path / "sampled.jsonl").read_text().splitlines()]
+
+    def questions(side: Prepared) -> list[str]:
+        return [rows[number - 1]["question"] for number in side.documents.rows]
+
+    asked = set(questions(held_out))
+    kept = [n for n, question in enumerate(questions(whole)) if question not in asked]
+    assert questions(train) == [questions(whole)[n] for n in kept]
+    assert 0 < len(kept) < len(questions(whole))
+    for number, document in enumerate(kept):
+        was, now = whole.documents.example(document), train.documents.example(number)
+        assert was.input_ids.tolist() == now.input_ids.tolist()
+        assert was.trained.tolist() == now.trained.tolist()
+    report, (source,) = train.report, train.report["sources"]
+    assert report["leaked"] == source["leaked"] == len(questions(whole)) - len(kept)
+    assert report["documents"] == source["documents"] == len(kept)
+    assert report["tokens"] == source["tokens"] == int(train.documents.lengths.sum())
+    assert train.fingerprint != whole.fingerprint
+    assert both(of, tokenizer)[0].fingerprint == train.fingerprint, "found again"
+
+
+def test_a_drop_drops_near_duplicates_too_and_nothing_where_nothing_leaks(tmp_path, tokenizer):
+    train, _ = both(leaky(tmp_path, leakage="drop", max_leakage=0.0), tokenizer)
+    assert sorted({*range(1, 101)} - set(train.documents.rows.tolist())) == [6, 41, 61, 91]
+    assert (train.report["leaked"], train.report["rejected"]) == (3, 1)
+    (tmp_path / "clean").mkdir()
+    clean = sampled(tmp_path / "clean", as_question, leakage="drop", group_by="question")
+    assert both(clean, tokenizer)[0].fingerprint == prepare(clean, tokenizer, "train").fingerprint
+
+
+def test_a_drop_that_leaves_nothing_is_refused(tmp_path, tokenizer):
+    same = [{"path": written(tmp_path / "same.jsonl", [text(1), text(2)])}]
+    with pytest.raises(BadInput, match="no row is left, as all 2 leaked"):
+        checked(recipe(tmp_path, train=same, eval=same, leakage="drop"), tokenizer)
+
+
 def test_gsm8k_does_not_leak(shared, tmp_path, tokenizer):
     sources = {
         "train": [{"path": str(shared / "data/gsm8k_train.jsonl"), "rows": 2000}],
@@ -315,7 +436,7 @@ def test_gsm8k_does_not_leak(shared, tmp_path, tokenizer):
     }
     report = checked(recipe(tmp_path, **sources), tokenizer).leakage
     assert report
-    assert report["pairs"] == 0
+    assert report["pairs"] == report["prompts"]["pairs"] == 0
 
 
 def test_repeated_rows_of_a_real_file_are_found(shared, tmp_path, tokenizer):

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from packhorse.trainer.data.chat_template import DATE_STRING
 from packhorse.trainer.data.encode import Encoder
 from packhorse.trainer.data.mask import Masker
+from packhorse.trainer.data.template_source import DATE_STRING
 from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message, RowError
 
 FAMILIES = ("smollm2", "qwen2_5", "qwen3", "llama3_2", "mistral_nemo", "llama2")
@@ -386,7 +386,7 @@ def templated(tokenizer, template: str):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (("{{ eos_token if m.role == 'assistant' }}", ""), "writes no stop token"),
+        (("{{ eos_token if m.role == 'assistant' }}", ""), "ends an answer otherwise when more"),
         (
             ("m.content", "m.content|upper"),
             "drops the user message",

@@ -1,6 +1,12 @@
 """A final answer against its reference, and nothing that hangs."""
 
+import json
+import logging
+from collections import Counter
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils import math_answers
@@ -63,10 +69,10 @@ def test_what_no_computer_finishes_takes_too_long_and_the_next_row_has_a_verdict
 
 def test_a_fault_of_the_library_is_not_a_wrong_answer(monkeypatch):
     monkeypatch.setattr(math_answers, "_verdict", fail)
-    assert math_verdict("#### 18", "18") == "failed"
+    assert math_verdict("#### 18 of 20", "18") == "failed"
 
 
-def fail(answer, reference, alone):
+def fail(answer, reference):
     raise MemoryError
 
 
@@ -74,3 +80,81 @@ def test_without_the_library_the_command_to_install_it_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BadInput, match=r"pip install 'math-verify\[antlr4_13_2\]'"):
         math_answers.check_installed("`math_answer`")
+
+
+# ------------------------------------------------------- without the library, the same verdict
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[tuple[str, str]]:
+    """What the library is asked: answer and reference."""
+    found = []
+
+    def bounded(function, answer, reference, **_):
+        found.append((answer, reference))
+        return function(answer, reference)
+
+    monkeypatch.setattr(math_answers, "bounded", bounded)
+    return found
+
+
+def by_library(answer: str, reference: str) -> str:
+    """The verdict of the library alone, on what this module calls the final answer."""
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)
+    final = math_answers._final
+    right = parse(final(reference, alone=True), parsing_timeout=0)
+    given = parse(answer if "####" not in answer else final(answer, alone=False), parsing_timeout=0)
+    if not right:
+        return "no reference"
+    return "right" if verify(right, given, timeout_seconds=0) else "wrong"
+
+
+def test_real_answers_have_the_librarys_verdict_without_it(shared, asked):
+    lines = (shared / "data/gsm8k_train.jsonl").read_text().split("\n")
+    answers = [json.loads(line)["answer"] for line in lines if line]
+    references = [answer.rpartition("####")[2].strip() for answer in answers]
+    others = [*references[1:], references[0]]
+    # without the dollars, any of which may begin a formula
+    boxed = [f"{answer.rpartition('####')[0]}So it is \\boxed{{{right}}}.".replace("$", "")
+             for answer, right in zip(answers, references, strict=True)]  # fmt: skip
+    for form in (answers, boxed):
+        assert {*map(math_verdict, form, references)} == {"right"}
+        assert Counter(map(math_verdict, form, others)) == {"wrong": 7398, "right": 75}
+    assert len(asked) <= 4, "two hold a [ or speak of their final answer"
+    every = slice(None, None, 250)
+    for n in range(len(answers))[every]:
+        for answer in (answers[n], boxed[n]):
+            for reference in (references[n], others[n]):
+                assert math_verdict(answer, reference) == by_library(answer, reference), answer
+
+
+NUMBERS = st.one_of(
+    st.from_regex(math_answers.PLAIN, fullmatch=True).map(lambda text: text[7:-1]),
+    st.integers(-(10**9), 10**9).map("{:,}".format),
+    st.decimals(-2000, 2000, places=4).map(str),
+    st.integers(0, 3).map(str),
+)
+
+
+@given(NUMBERS, NUMBERS, st.sampled_from(["", ".0", "0", "1", "00", "-"]))
+@settings(deadline=None, max_examples=150)
+def test_plain_numbers_have_the_librarys_verdict(one, other, change):
+    for answer in (other, one, one + change, change + one, one.replace(",", "")):
+        assert math_verdict(f"#### {answer}", one) == by_library(f"#### {answer}", one), answer
+
+
+WORDS = st.lists(
+    st.sampled_from(["18", "$18", "= 3", "is", "answer:", "The", "final", "answer", "\\frac{1}{2}",
+                     "\\boxed{17}", "\\boxed{x}", "[2]", "\\(5\\)", "}", "{", "and", "%"]),
+    max_size=6,
+).map(" ".join)  # fmt: skip
+
+
+@given(WORDS, WORDS, NUMBERS)
+@settings(deadline=None, max_examples=150)
+def test_a_number_in_a_box_among_others_has_the_librarys_verdict(before, after, number):
+    answer = f"{before} \\boxed{{{number}}} {after}"
+    for reference in (number, "17", "18"):
+        assert math_verdict(answer, reference) == by_library(answer, reference), answer

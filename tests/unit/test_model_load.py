@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import ModelSection
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.checks import require_positions
 from packhorse.trainer.model.load import load_model, load_tokenizer
 from tests.model_helpers import SIZES
 from tests.ranks import run_ranks
@@ -174,7 +178,7 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-def test_a_model_with_a_fixed_list_of_attentions_is_refused(tmp_path: Path) -> None:
+def test_a_model_with_a_fixed_list_of_attentions_attends_by_itself(tmp_path: Path) -> None:
     write_tokenizer(tmp_path)
     tf.GPTNeoConfig(
         vocab_size=ROWS,
@@ -183,8 +187,7 @@ def test_a_model_with_a_fixed_list_of_attentions_is_refused(tmp_path: Path) -> N
         num_heads=2,
         attention_types=[[["global", "local"], 1]],
     ).save_pretrained(tmp_path)
-    with pytest.raises(BadInput, match="attentions of its own"):
-        load(tmp_path, init="random")
+    assert load(tmp_path, init="random").config._attn_implementation == "eager"
 
 
 # ------------------------------------------------------------------------------------- made weights
@@ -266,3 +269,62 @@ def test_two_zero3_ranks_load_what_one_process_loads(tmp_path: Path) -> None:
             assert found["loss"] == pytest.approx(found["plain loss"], rel=1e-6), case
             assert found["after"] < found["loss"] - 0.05, "it learns after the check"
             assert found["packing check"] < 1e-5
+
+
+# ------------------------------------------------------------------------------ damaged, too old
+
+
+def damaged(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "damaged"))
+
+
+def test_a_file_that_is_cut_short_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = damaged(folder, tmp_path)
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(BadInput, match=r"cannot load the model in .*damaged \("):
+        load(copy)
+
+
+def test_a_pickled_checkpoint_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = damaged(folder, tmp_path)
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(BadInput, match="safetensors"):
+        load(copy)
+
+
+def test_a_tensor_of_another_shape_is_refused(folder: Path, tmp_path: Path) -> None:
+    copy = damaged(folder, tmp_path)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "vocab_size": 101}))
+    with pytest.raises(BadInput, match="cannot load the model"):
+        load(copy)
+
+
+def test_a_generation_configuration_that_does_not_sample_can_be_saved(
+    folder: Path, tmp_path: Path
+) -> None:
+    copy = damaged(folder, tmp_path)
+    (copy / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.6}')
+    model = load(copy)
+    model.generation_config.pad_token_id = 1  # which a run sets before it saves
+    model.generation_config.save_pretrained(tmp_path)
+
+
+def test_a_table_of_positions_must_reach_the_longest_document() -> None:
+    gpt2 = tf.GPT2LMHeadModel(
+        tf.GPT2Config(vocab_size=160, n_embd=32, n_layer=1, n_head=4, n_positions=64)
+    )
+    require_positions(gpt2, 64)
+    with pytest.raises(BadInput, match=r"table of 64 positions; set data\.max_length=64"):
+        require_positions(gpt2, 65)
+
+
+def test_documents_beyond_the_models_context_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    llama = tf.LlamaForCausalLM(tf.LlamaConfig(**SIZES))
+    with caplog.at_level("WARNING", logger=dist.log.name):
+        require_positions(llama, 256)
+        assert not caplog.messages
+        require_positions(llama, 257)
+    assert "more than the 256 that the model was made for" in caplog.text

@@ -17,13 +17,23 @@ from packhorse.trainer.model import (
     attention_kernels,
     logit_transform,
     packing_check,
+    probe_documents,
     sft,
 )
-from packhorse.trainer.model.attention_kernels import Arguments
+from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.logit_transform import LogitTransform
 from packhorse.trainer.model.lora import add_adapter
 from packhorse.trainer.model.sft import SftModel
-from tests.model_helpers import CPU, SIZES, WIDE, tiny
+from tests.model_helpers import (
+    CPU,
+    SIZES,
+    WIDE,
+    documents,
+    loss_and_gradients,
+    pack,
+    relative,
+    tiny,
+)
 
 torch.set_num_threads(1)
 
@@ -36,6 +46,13 @@ LINEAR: dict[str, Any] = {
     "linear_num_value_heads": 4,
     "shared_expert_intermediate_size": 24,
 }
+LLAMA4 = tf.Llama4TextConfig(
+    **WIDE,
+    attention_chunk_size=16,
+    num_local_experts=2,
+    num_experts_per_tok=1,
+    intermediate_size_mlp=48,
+)
 RIGHT: dict[str, tuple[Any, LogitTransform]] = {
     "llama": (tf.LlamaConfig(**SIZES), LogitTransform()),
     "llama, tied": (tf.LlamaConfig(**SIZES, tie_word_embeddings=True), LogitTransform()),
@@ -73,20 +90,34 @@ RIGHT: dict[str, tuple[Any, LogitTransform]] = {
     ),
     "olmo 2": (tf.Olmo2Config(**SIZES), LogitTransform()),
     "phi 3": (tf.Phi3Config(**SIZES, pad_token_id=0), LogitTransform()),
+    "llama 4, chunks": (LLAMA4, LogitTransform()),
     "phi, biased head": (tf.PhiConfig(**SIZES), LogitTransform()),
 }
-# Right one document at a time only. Each is refused packed, by its own library or by what the check
-# measures.
+# They carry a state from document to document, which their own library says, or what the check
+# measures. The module that does so runs document by document.
 MIXING = {
     "qwen 3 next": (
         tf.Qwen3NextConfig(**FOUR, **EXPERTS, **LINEAR),
-        "Qwen3NextGatedDeltaNet|linear_attention",
+        "Qwen3NextGatedDeltaNet",
     ),
     "lfm 2": (
         tf.Lfm2Config(**FOUR, layer_types=["conv", "full_attention"] * 2),
-        "Lfm2ShortConv|conv",
+        "Lfm2ShortConv",
     ),
     "mamba": (tf.MambaConfig(vocab_size=160, hidden_size=32, num_hidden_layers=2), "MambaBlock"),
+    "jamba, attention in other layers": (
+        tf.JambaConfig(
+            **SIZES,
+            pad_token_id=0,
+            attn_layer_period=2,
+            attn_layer_offset=1,
+            num_experts=4,
+            mamba_d_state=4,
+            mamba_dt_rank=4,
+            use_mamba_kernels=False,
+        ),
+        "JambaMambaDecoderLayer",
+    ),
 }
 
 
@@ -192,29 +223,132 @@ def test_the_dropout_of_a_new_adapter_is_seen_although_it_changes_nothing_yet() 
 
 
 @pytest.mark.parametrize("name", MIXING)
-def test_a_layer_that_mixes_documents_is_named(name: str) -> None:
-    config, layer = MIXING[name]
-    with pytest.raises(BadInput, match=layer) as refused:
-        proof(tiny(config))
-    assert "data.packing=none" in str(refused.value)
-    assert proof(tiny(config), one_document=True).hidden_difference < 1e-5
+def test_a_module_that_mixes_documents_runs_by_document(name: str) -> None:
+    config, mixer = MIXING[name]
+    seen = proof(tiny(config))
+    assert [why.split()[0] for why in seen.by_document] == [mixer]
+    assert seen.hidden_difference < 1e-5
+    assert proof(tiny(config), one_document=True).by_document == ()
 
 
-def test_a_chunk_that_packed_attention_does_not_know_is_refused() -> None:
-    config = tf.Llama4TextConfig(
-        **WIDE,
-        attention_chunk_size=16,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        intermediate_size_mlp=48,
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("name", MIXING)
+def test_its_gradients_are_those_of_the_documents_alone(name: str, recomputes: bool) -> None:
+    module = SftModel(tiny(MIXING[name][0]), LossSection(), 0, CPU)
+    packing_check.prove_packing(module, seq_len=128, one_document=False, seed=0)
+    ids = documents([9, 30, 9, 1, 17])  # two of one length, and the shortest
+    trained = [list(range(len(d) - 1)) for d in ids]
+    apart = [pack([d], [t], [0.1], keys=[i]) for i, (d, t) in enumerate(zip(ids, trained))]
+    own_loss, own = loss_and_gradients(module, *apart)
+    if recomputes:
+        module.model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss, gradients = loss_and_gradients(module, pack(ids, trained, [0.1] * len(ids)))
+    assert loss == pytest.approx(own_loss, rel=1e-6)
+    assert max(relative(gradients[key], own[key]) for key in own) < 1e-4
+
+
+def test_idle_calls_for_the_other_ranks_change_nothing() -> None:
+    module = SftModel(tiny(MIXING["qwen 3 next"][0]), LossSection(), 0, CPU)
+    packing_check.prove_packing(module, seq_len=128, one_document=False, seed=0)
+    batch = pack(documents([9, 30]), [[1, 2], [3]], [0.5, 0.5])
+    loss, own = loss_and_gradients(module, batch)
+    calls = 0
+
+    def count(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    mixer = module.model.get_decoder().layers[0].linear_attn
+    mixer.in_proj_qkvz.register_forward_hook(count)
+    with mock.patch.object(SftModel, "_idle_calls", return_value=3):
+        again, gradients = loss_and_gradients(module, batch)
+    assert calls == 5
+    assert again == loss
+    assert all(torch.equal(gradients[name], own[name]) for name in own)
+
+
+def test_control_a_mixer_that_is_not_told_of_documents_is_refused() -> None:
+    with (
+        mock.patch.object(SftModel, "_documents_in_call", return_value=()),
+        pytest.raises(BadInput, match=r"MambaBlock.*data\.packing=none"),
+    ):
+        proof(tiny(MIXING["mamba"][0]))
+
+
+def test_generation_is_not_cut_into_a_batchs_documents() -> None:
+    model = tiny(MIXING["mamba"][0])
+    module = SftModel(model, LossSection(), 0, CPU)
+    packing_check.prove_packing(module, seq_len=128, one_document=False, seed=0)
+    (ids,) = documents([30])
+    with torch.no_grad():
+        before = model(input_ids=ids[None], use_cache=False).logits
+        module.eval()(pack(documents([9, 21]), [[1], [1]], [0.5, 0.5]))
+        after = model(input_ids=ids[None], use_cache=False).logits
+    assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("size", [None, 15])
+def test_control_other_chunks_are_caught(size: int | None) -> None:
+    with (
+        mock.patch.object(attention, "_chunk_size", return_value=size),
+        pytest.raises(BadInput, match="Llama4TextAttention masks its attention by more"),
+    ):
+        proof(tiny(LLAMA4))
+
+
+def test_control_chunks_counted_from_the_start_of_the_packed_sequence_are_caught() -> None:
+    def from_the_start(bounds: Bounds, size: int) -> Bounds:
+        cuts = {*range(0, sum(bounds.lengths), size), *bounds.cu_seqlens.tolist()}
+        ends = torch.tensor(sorted(cuts), dtype=torch.int32)
+        return Bounds(ends, size, tuple(ends.diff().tolist()))
+
+    with (
+        mock.patch.object(Bounds, "chunked", from_the_start),
+        mock.patch.object(attention, "_compare_mask"),  # which sees it, too
+        pytest.raises(BadInput, match="does not keep packed documents apart"),
+    ):
+        proof(tiny(LLAMA4))
+
+
+BLOOM = tf.BloomConfig(vocab_size=160, hidden_size=32, n_layer=2, n_head=4)
+
+
+def test_a_model_that_does_not_attend_through_packhorse_runs_one_document_by_itself() -> None:
+    with pytest.raises(BadInput, match=r"layer 0 \(BloomBlock\) does not keep .*packing=none"):
+        proof(tiny(BLOOM))
+    seen = proof(tiny(BLOOM), one_document=True)
+    assert seen.by_itself
+    assert seen.hidden_difference < 1e-5
+
+
+def test_layers_with_several_streams_are_compared() -> None:
+    config = tf.Gemma3nTextConfig(
+        **{**WIDE, "num_hidden_layers": 4, "intermediate_size": [48] * 4},
+        vocab_size_per_layer_input=160,
+        hidden_size_per_layer_input=8,
+        sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        num_kv_shared_layers=2,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.5, 0.0] * 2,
     )
-    with pytest.raises(BadInput, match="Llama4TextAttention masks its attention by more"):
-        proof(tiny(config))
+    assert proof(tiny(config)).hidden_difference < 1e-5
 
 
-def test_a_model_that_does_not_attend_through_packhorse_is_refused() -> None:
-    with pytest.raises(BadInput, match=r"layer 0 \(BloomBlock\)"):
-        proof(tiny(tf.BloomConfig(vocab_size=160, hidden_size=32, n_layer=2, n_head=4)))
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(value: float) -> None:
+    model = tiny(RIGHT["llama"][0])
+    model.model.layers[1].mlp.up_proj.weight.data[3, 3] = value
+    with pytest.raises(BadInput, match=r"NaN or infinity in `model\.layers\.1\.mlp\.up_proj"):
+        proof(model)
+
+
+def test_no_advice_is_given_that_is_followed_already() -> None:
+    with (
+        with_backend(lambda arguments: arguments._replace(scale=1.0)),
+        pytest.raises(BadInput, match=r"is allowed\): take another model$"),
+    ):
+        proof(tiny(RIGHT["qwen 3"][0]))
 
 
 # -------------------------------------------------------------------------------------- broken ones
@@ -359,7 +493,7 @@ def test_windows_and_chunks_are_found_by_their_words() -> None:
         "local_attention": 128,
         "id2label": {0: "a"},
     }
-    assert packing_check.length_limits(config) == {4096, 8192, 28, 128}
+    assert probe_documents.length_limits(config) == {4096, 8192, 28, 128}
 
 
 def test_the_middle_document_passes_every_limit_within_reach() -> None:
@@ -368,6 +502,6 @@ def test_the_middle_document_passes_every_limit_within_reach() -> None:
         max_position_embeddings=10**6,
         to_dict=lambda: {"sliding_window": 512, "chunk": 8192},
     )
-    assert len(packing_check._random_documents(config, 1024, 0)[1]) > 512
-    assert len(packing_check._random_documents(config, 1024, 0)[1]) < 1024
-    assert len(packing_check._random_documents(config, 16384, 0)[1]) > 8192
+    assert len(probe_documents.random_documents(config, 1024, 0)[1]) > 512
+    assert len(probe_documents.random_documents(config, 1024, 0)[1]) < 1024
+    assert len(probe_documents.random_documents(config, 16384, 0)[1]) > 8192

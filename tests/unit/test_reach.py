@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from torch import nn
 from transformers import Gemma3Config
 
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model import reach
 from packhorse.trainer.model.lora import not_in_shards
 from packhorse.trainer.model.packing_check import longest_document
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
@@ -57,11 +57,6 @@ class Toy(nn.Module):
         self.extra = nn.ModuleList([nn.Linear(4, 4)])
         self.router_bias = nn.Parameter(torch.zeros(3))
         self.head = nn.Linear(4, 8)
-        text = SimpleNamespace(num_hidden_layers=2)
-        self.config = SimpleNamespace(get_text_config=lambda: text)
-
-    def get_decoder(self) -> Toy:
-        return self
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.head
@@ -73,7 +68,10 @@ class Toy(nn.Module):
         return x
 
 
-def test_one_expert_of_a_list_speaks_for_those_that_no_token_chose() -> None:
+def test_one_expert_of_a_list_speaks_for_those_that_no_token_chose(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(reach, "decoder_layers", lambda _: [])  # nothing is gathered by layers
     model = Toy()
     frozen = freeze_unreached(model, lambda: model(torch.ones(1, 4)), not_in_shards)
     assert set(frozen) == {"extra.0.weight", "extra.0.bias", "router_bias"}

@@ -212,6 +212,18 @@ def test_the_outcome_does_not_depend_on_the_number_of_processes(monkeypatch):
     assert together(shared) == alone
 
 
+def in_worker(rows: list[Row]) -> bool:
+    time.sleep(0.02)
+    return multiprocessing.parent_process() is not None
+
+
+def test_workers_start_at_the_first_rows_where_rows_are_slow(monkeypatch):
+    monkeypatch.setattr(tokenize, "SLOW_CHUNK_ROWS", 1)
+    with contextlib.closing(tokenize.run(rows(100_000), in_worker, workers=2, slow=True)) as done:
+        assert any(done)
+    assert not any(tokenize.run(rows(100), in_worker, workers=2)), "they are not worth a start"
+
+
 def slow_here(rows: list[Row]) -> list[RowResult]:
     """Be slow in the process that waits for its workers, so that they get most of the rows."""
     if multiprocessing.parent_process() is None:

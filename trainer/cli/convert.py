@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -58,3 +59,4 @@ def convert(
     else:
         write_own_text(out, text, "# {}")
         print(out)
+        print(f"look at what is trained: packhorse preview {shlex.quote(str(out))}")

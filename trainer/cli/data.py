@@ -135,7 +135,7 @@ def prepare_all(recipe: Recipe, tokenizer: Any) -> tuple[Prepared, Plan, Prepare
     train = prepare(recipe, tokenizer, "train")
     held_out = prepare(recipe, tokenizer, "eval") if recipe.has_eval else None
     if held_out:
-        held_out = check_leakage(recipe, tokenizer, train, held_out)
+        train, held_out = check_leakage(recipe, tokenizer, train, held_out)
     return train, train_plan(recipe, train), held_out
 
 
@@ -254,7 +254,6 @@ def show_report(
 
 def _count_real_steps(recipe: Recipe) -> Any:
     """Return the statistics of the steps that the data gives."""
-    from packhorse.trainer.data.prepare import prepare, train_plan
     from packhorse.trainer.estimate.report import measure_steps
     from packhorse.trainer.model.load import load_tokenizer
 
@@ -262,4 +261,5 @@ def _count_real_steps(recipe: Recipe) -> Any:
         raise BadInput(
             "--data: data.train is streamed, so that its steps are not known; leave --data out"
         )
-    return measure_steps(train_plan(recipe, prepare(recipe, load_tokenizer(recipe.model), "train")))
+    _, found, _ = prepare_all(recipe, load_tokenizer(recipe.model))
+    return measure_steps(found)

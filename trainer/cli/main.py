@@ -25,6 +25,7 @@ from packhorse.trainer.cli.arguments import (
     RecipeFile,
     Restarts,
     RunId,
+    TrustRun,
     read_recipe,
 )
 from packhorse.trainer.cli.chat import chat
@@ -41,6 +42,7 @@ from packhorse.trainer.cli.worker import (
     is_worker,
 )
 from packhorse.trainer.datatypes import BAD_INPUT, DONE, FAILED, BadInput
+from packhorse.trainer.utils.lean_import import lean_import
 
 app = typer.Typer(
     help="Fine-tune language models on DeepSpeed. A run is a function of its recipe.",
@@ -107,13 +109,15 @@ def train(
         if dry_run:
             raise BadInput("--dry-run starts no ranks: run it once, without torchrun")
         exit_with_launcher()
-        from packhorse.trainer.train import train
+        with lean_import():
+            from packhorse.trainer.train import train
 
         train(recipe, extend=extend)
         exit_worker()
     refuse_tasks(os.environ, nodes_given=nnodes is not None or "PET_NNODES" in os.environ)
     exit_on_early_signals()
-    from packhorse.launch.local import launch, parse_nodes
+    with lean_import():
+        from packhorse.launch.local import launch, parse_nodes
     from packhorse.trainer.config.packaged import MAIN
 
     cluster = read_cluster_env(os.environ) if nnodes is None else ClusterEnv(nnodes)
@@ -189,6 +193,7 @@ def export(
             show_default=False,
         ),
     ] = None,
+    trust_run: TrustRun = False,
 ) -> None:
     """Export a checkpoint as a Hugging Face model folder, or an adapter for peft.
 
@@ -209,9 +214,12 @@ def export(
         )
     from packhorse.trainer import dist
     from packhorse.trainer.checkpoint.export_folder import require_own_place
+    from packhorse.trainer.config.code_keys import require_trust
 
     dist.start_logging()
     require_own_place(run, out)
+    if not universal:  # which loads no model
+        require_trust(run, trusted=trust_run)
     chosen = resolve_step(run, step, best)
     if push:
         from packhorse.trainer.checkpoint.hub import check_push

@@ -200,8 +200,14 @@ class DataSection(Section):
         ge=0,
         le=1,
         description="The run stops if a larger share of the evaluation rows also occurs in the "
-        "training data, exactly or as near-duplicates. Chance matches of short rows stay below the "
-        "default; a copied file or a random split of repeated rows does not.",
+        "training data, exactly or as near-duplicates, or shares its prompt with a training row. "
+        "Chance matches of short rows stay below the default; a copied file, or a random split of "
+        "repeated rows or of several answers to each question, does not.",
+    )
+    leakage: Literal["stop", "drop"] = Field(
+        default="stop",
+        description="What becomes of a leak. stop: see max_leakage; drop: leave the training rows "
+        "out that an evaluation row is like, or shares its prompt with, however few they are.",
     )
     train_on: Literal["all", "completion", "assistant", "last_turn"] = Field(
         default="assistant",
@@ -219,6 +225,19 @@ class DataSection(Section):
         description="Documents of a row with several trained answers. together: one; apart: one of "
         "each answer with all before it, as a server renders that; auto: apart where the chat "
         "template does not render earlier answers as they are generated.",
+    )
+    missing_reasoning: Literal["reject", "empty", "untrained"] = Field(
+        default="reject",
+        description="Answers without reasoning where the generation prompt opens a thought "
+        "(`<think>`) that the chat template does not close. reject: leave the row out; empty: "
+        "train an empty thought, so that the model learns not to think; untrained: put the empty "
+        "thought before the answer as context, so that only the answer is learned.",
+    )
+    stop_token: str | None = Field(
+        default=None,
+        description="Control token that ends an answer where the chat template writes none. null: "
+        "what follows an answer where the conversation goes on (a closing token, or the next "
+        "role's), if it ends generation, else the tokenizer's EOS.",
     )
     ignore_columns: tuple[str, ...] = Field(
         default=(),

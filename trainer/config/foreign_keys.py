@@ -160,7 +160,7 @@ _PROFILE = "`run.profile_steps: [first, last]`"
 _TEMPLATE = "a DeepSpeed template: `parallel.deepspeed: zero3`, or `zero3_offload_all`"
 _ADAPTER = "the section `adapter`, with `adapter.rank`; without it all weights are trained"
 _TRACKER = "`run.trackers`, with `run.project`, `run.name`, `run.group` and `run.tags`"
-_HUB = "left out: nothing is uploaded; `packhorse export` writes a model folder"
+_HUB = "`run.push_to_hub: ORG/NAME`, which pushes the model when the run is done"
 
 # What follows "`KEY` is " where the value must be thought about.
 SENTENCES = {
@@ -219,7 +219,9 @@ SENTENCES = {
     **dict.fromkeys(("profiler_steps", "profiler_steps_start"), _PROFILE),
     **dict.fromkeys(("profile_freq", "profiler_active"), _PROFILE),
     "overwrite_output_dir": "left out: nothing is overwritten; give another `run.dir`",
-    **dict.fromkeys(("report_to", "wandb_project", "wandb_run_id", "run_name"), _TRACKER),
+    **dict.fromkeys(
+        ("report_to", "wandb_project", "wandb_name", "wandb_run_id", "run_name"), _TRACKER
+    ),
     **dict.fromkeys(("push_to_hub", "hub_model_id"), _HUB),
     "torch_compile": "not supported: leave it out",
 }

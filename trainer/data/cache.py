@@ -155,7 +155,7 @@ def prepare(
             writer.finish(drop_duplicates)
 
     build_once(folder, build, f"preparing {what}", stopping)
-    return _open_documents(folder, what, max_rejects, limit)
+    return open_documents(folder, what, max_rejects, limit)
 
 
 def keep_packed(
@@ -178,7 +178,7 @@ def keep_packed(
     return Packed(*(np.asarray(np.load(folder / name, mmap_mode="r")) for name in PACKING_FILES))
 
 
-def _open_documents(folder: Path, what: str, max_rejects: float, limit: str) -> Documents:
+def open_documents(folder: Path, what: str, max_rejects: float, limit: str) -> Documents:
     try:
         record = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in record["sizes"]}
@@ -319,7 +319,7 @@ class _CacheWriter:
             report[counted] = dict(sum(counters, Counter()))
         report["sources"] = self._sources
         folder = self._files.folder
-        record = {"fingerprint": _fingerprint(folder), "sizes": sizes, "report": report}
+        record = {"fingerprint": fingerprint_of(folder), "sizes": sizes, "report": report}
         write_json(folder / "report.json", record)
         self._files.forget()
 
@@ -351,7 +351,7 @@ class _CacheWriter:
         aside = {file: self._files.folder / f"{file}.aside" for file in FILES.values()}
         for name, file in FILES.items():
             with aside[file].open("wb") as new:
-                new.writelines(_kept_blocks(name, columns[name], kept, begins))
+                new.writelines(kept_blocks(name, columns[name], kept, begins))
         self._files.replace(aside)
         for source, counts in enumerate(self._sources):
             of_source = kept & (columns["sources"] == source)
@@ -360,7 +360,7 @@ class _CacheWriter:
             counts["trained_tokens"] = int(columns["trained_counts"][of_source].sum())
 
 
-def _kept_blocks(
+def kept_blocks(
     name: str, column: np.ndarray, kept: np.ndarray, begins: np.ndarray
 ) -> Iterator[bytes]:
     """Yield what is kept of a column, in blocks, as the whole may not fit into memory."""
@@ -373,7 +373,7 @@ def _kept_blocks(
         yield values[chosen].tobytes()
 
 
-def _fingerprint(folder: Path) -> str:
+def fingerprint_of(folder: Path) -> str:
     """Hash all columns (xxh3-128), which are the documents wherever they were built."""
     digest = xxhash.xxh3_128()
     for name in FILES.values():

@@ -20,20 +20,13 @@ stands before the answer like the template's own text.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import jinja2
-import jinja2.defaults
-import jinja2.meta
-from jinja2 import nodes
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from packhorse.trainer.config.data import NO_KWARGS
 from packhorse.trainer.data.skeleton import (
     PLACEHOLDER,
     PLACEHOLDER_FORMAT,
@@ -45,29 +38,21 @@ from packhorse.trainer.data.skeleton import (
     place_of,
     split_at_last,
 )
-from packhorse.trainer.datatypes import BadInput, Conversation, RowError
-from packhorse.trainer.utils.text import one_line
-
-# Templates that write the date get this one, so that tokenized data does not depend on the day it
-# was made. The formats are those of strftime_now; llama3_2 takes `date_string`, which its authors
-# fixed to the same day.
-DATE_STRING = "26 Jul 2024"
-DATE_PARTS = {
-    "%d": "26",
-    "%b": "Jul",
-    "%B": "July",
-    "%m": "07",
-    "%Y": "2024",
-    "%y": "24",
-    "%A": "Friday",
-    "%a": "Fri",
-}
-FIXED_CLOCK = (
-    "{% macro strftime_now(format) %}{{ format"
-    + "".join(f"|replace('{code}', '{value}')" for code, value in DATE_PARTS.items())
-    + " }}{% endmacro +%}"
+from packhorse.trainer.data.template_call import (
+    call_template,
+    mend_role,
+    wants_parts,
+    with_parts,
 )
-GENERATION = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+from packhorse.trainer.data.template_source import (
+    DATE_STRING,
+    GENERATION,
+    check_kwargs,
+    compared_strings,
+    with_fixed_clock,
+)
+from packhorse.trainer.datatypes import BadInput, Conversation, RowError
+
 # Tokenizers list white space and words as added tokens, some even as special ones (Gemma's hold
 # "\n" and runs of spaces). Every text holds those, so they open and close no turn.
 ORDINARY_TEXT = re.compile(r"[\w\s▁]*")  # ▁ is how SentencePiece spells a space
@@ -75,7 +60,6 @@ ORDINARY_TEXT = re.compile(r"[\w\s▁]*")  # ▁ is how SentencePiece spells a s
 # brackets of some kind, as <|User|> or [INST].
 MARKER = re.compile(r"[^\w\s▁].*\w.*[^\w\s▁]", re.DOTALL)
 MAX_SKELETONS = 4096
-TEMPLATE_FUNCTIONS = {"raise_exception", "strftime_now"}
 
 
 class Template:
@@ -86,13 +70,18 @@ class Template:
 
     Args:
         kwargs: variables of the template, as apply_chat_template takes them.
+        stop_token: what ends an answer where the template writes no stop token. None: what
+            `_missing_stop` finds.
 
     Raises:
-        BadInput: the template reads no variable of that name.
+        BadInput: the template reads no variable of that name, or the tokenizer has no such token.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, kwargs: Mapping[str, Any] | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        kwargs: Mapping[str, Any] | None = None,
+        stop_token: str | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.kwargs = dict(kwargs or {})
@@ -106,14 +95,28 @@ class Template:
         self.control_ids |= dict(
             zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)
         )
+        self.stop_token = stop_token
+        if stop_token is not None:
+            number = ids.get(stop_token, self.control_ids.get(stop_token))
+            if number is None:
+                raise BadInput(
+                    f"data.stop_token: the tokenizer has no control token {stop_token!r}; it has "
+                    f"{', '.join(sorted(self.control_ids)[:20]) or 'none'}"
+                )
+            self.control_ids[stop_token] = number
+        # what ends generation by the model's own configuration (load_tokenizer reads it)
+        self.generation_eos = frozenset(getattr(tokenizer, "generation_eos_token_ids", ()))
         # as the tokenizer does: of two tokens that begin at the same character, it takes the longer
         longest_first = sorted({*ids, *self.control_ids}, key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._skeletons: dict[str, Skeleton] = {}
         self._constants: dict[str, re.Pattern[str] | None] = {}
         self._openings: dict[str, str] = {}
+        self._wants_parts: dict[str, bool] = {}
         if self.kwargs:
-            self._check_kwargs()
+            templates: Any = tokenizer.chat_template or ""
+            named = isinstance(templates, dict)
+            check_kwargs(self.kwargs, list(templates.values()) if named else [templates])
         self.control_ids |= {text: ids[text] for text in self._turn_tokens()}
 
     def follow(self, conversation: Conversation, *, prompt: bool = False) -> Render:
@@ -140,9 +143,10 @@ class Template:
                     self._skeletons.clear()
                 skeleton = self._build_skeleton(*shape, placeholders.owners, prompt)
                 self._skeletons[key] = skeleton
-            starts = match_texts(text, skeleton, placeholders.texts)
+            ended = text[: len(text) - skeleton.cut] + skeleton.added
+            starts = match_texts(ended, skeleton, placeholders.texts)
             if starts is not None:
-                return Render(text, skeleton, starts)
+                return Render(ended, skeleton, starts)
         raise RowError("the template changes a text in a way that cannot be followed")
 
     def render(
@@ -151,9 +155,20 @@ class Template:
         """Return the template's text; with `prompt`, it ends with the generation prompt."""
         return self._render(messages, tools, add_generation_prompt=prompt)[0][0]
 
+    def render_answer(self, messages: list[dict[str, Any]], tools: list[Any] | None) -> str:
+        """Return the text of placeholders that end with an answer, with its stop token."""
+        text = self.render(messages, tools)
+        cut, added = self._missing_stop(text, messages, tools)
+        return text[: len(text) - cut] + added
+
     def find_controls(self, text: str) -> list[re.Match[str]]:
         """Find control tokens in `text` as the tokenizer does: leftmost first, then longest."""
         return [match for match in self._added.finditer(text) if match[0] in self.control_ids]
+
+    def knows(self, marker: str, tools: Any) -> bool:
+        """Return whether a marker stands in the template's source or in the vocabulary."""
+        vocabulary = (token.content for token in self.tokenizer.added_tokens_decoder.values())
+        return marker in self._source(list(tools) or None) or marker in vocabulary
 
     def opening(self, tools: list[Any] | None = None) -> str:
         """Return what the generation prompt ends with and no answer is rendered with.
@@ -214,7 +229,7 @@ class Template:
                 "the tokenizer has several chat templates and none named `default`; "
                 "give the one to use, a Jinja file, as `model.chat_template`"
             ) from None
-        return FIXED_CLOCK + source if "strftime_now" in source else source
+        return with_fixed_clock(source)
 
     def _render(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any
@@ -226,16 +241,11 @@ class Template:
             **self.kwargs,
             **options,
         }
-        try:
-            return render_jinja_template([messages], tools=tools, chat_template=source, **variables)
-        except jinja2.TemplateSyntaxError as error:
-            raise _not_jinja(error) from None
-        except Exception as error:  # whatever the template's own code does, as recursing for ever
-            # some templates paste a call's arguments instead of writing them as JSON
-            pasted = _with_arguments_as_text(messages)
-            if pasted != messages:
-                return self._render(pasted, tools, **options)
-            raise RowError(f"the template refuses the row: {one_line(error, 100)}") from None
+        if source not in self._wants_parts:
+            self._wants_parts[source] = wants_parts(source, variables)
+        if self._wants_parts[source]:
+            messages = [with_parts(message) for message in messages]
+        return call_template(source, messages, tools, variables)
 
     def _build_skeleton(
         self,
@@ -255,7 +265,8 @@ class Template:
         texts, marks = self._render(
             messages, tools, return_assistant_tokens_mask=marked, add_generation_prompt=prompt
         )
-        parts = PLACEHOLDER.split(texts[0])
+        cut, added = (0, "") if prompt else self._missing_stop(texts[0], messages, tools)
+        parts = PLACEHOLDER.split(texts[0][: len(texts[0]) - cut] + added)
         literals, slots = parts[0::2], [int(number) for number in parts[1::2]]
         # A tool's name may be written often, as beside its result; a content or reasoning may not.
         if any(
@@ -280,48 +291,59 @@ class Template:
                 (place_of(texts[0], start), place_of(texts[0], stop))
                 for start, stop in _joined(marks[0] if marked else ())
             ],
+            cut=cut,
+            added=added,
         )
+
+    def _missing_stop(
+        self, text: str, messages: list[dict[str, Any]], tools: list[Any] | None
+    ) -> tuple[int, str]:
+        """Return how much of the end of `text` to cut off, and what to add, so that an answer
+        without a stop token ends with one.
+
+        It is the token that the recipe names, or the one that comes next where the conversation
+        goes on (a marker that is left out at the very end, or the next role's, as GLM 4's), or the
+        tokenizer's EOS.
+        """
+        *before, closing = PLACEHOLDER.split(text)
+        if messages[-1]["role"] != "assistant" or self.find_controls(closing) or not before:
+            return 0, ""
+        # white space of the answer's own stays, that of the template separates it from what follows
+        content = messages[-1]["content"]
+        own = "" if messages[-1].get("tool_calls") else content[len(content.rstrip()) :]
+        kept = own if closing.startswith(own) else ""
+        kept += closing[len(kept) :].rstrip()
+        added = self.stop_token or self._next_token(before[-1], kept, messages, tools)
+        return len(closing) - len(kept), added or str(self.tokenizer.eos_token or "")
+
+    def _next_token(
+        self, number: str, kept: str, messages: list[dict[str, Any]], tools: list[Any] | None
+    ) -> str:
+        """Return the control token, with the white space before it, that follows an answer where
+        the conversation goes on; nothing, if it does not end generation.
+
+        Args:
+            number: of the answer's last text; after it stands `kept`.
+        """
+        role = "tool" if messages[-1].get("tool_calls") else "user"
+        try:
+            continued = self.render([*messages, {"role": role, "content": "x"}], tools)
+        except RowError:  # nothing may follow here
+            return ""
+        literal = continued.rpartition(PLACEHOLDER_FORMAT % int(number))[2]
+        token = next(iter(self.find_controls(literal)), None)
+        if token is None or not literal.startswith(kept):
+            return ""
+        others = {*self.control_ids.values()} - {self.tokenizer.bos_token_id}
+        blank = not literal[len(kept) : token.start()].strip()
+        is_end = blank and self.control_ids[token[0]] in (self.generation_eos or others)
+        return literal[len(kept) : token.end()] if is_end else ""
 
     def _compared_strings(self, tools: list[Any] | None) -> re.Pattern[str] | None:
-        """Match the strings that the template compares texts with: operands of tests, arguments of
-        calls and filters."""
         source = self._source(tools)
         if source not in self._constants:
-            found = {text for text in _constants(_parsed(source)) if text.strip()}
-            longest_first = sorted(found, key=lambda text: (-len(text), text))
-            pattern = "|".join(map(re.escape, longest_first))
-            self._constants[source] = re.compile(f"({pattern})") if found else None
+            self._constants[source] = compared_strings(source)
         return self._constants[source]
-
-    def _check_kwargs(self) -> None:
-        templates: Any = self.tokenizer.chat_template or ""
-        sources = templates.values() if isinstance(templates, dict) else [templates]
-        read = set().union(
-            *(jinja2.meta.find_undeclared_variables(_parsed(source)) for source in sources)
-        )
-        own = sorted(read - NO_KWARGS - set(jinja2.defaults.DEFAULT_NAMESPACE) - TEMPLATE_FUNCTIONS)
-        for name in self.kwargs:
-            if name not in read:
-                raise BadInput(
-                    f"data.chat_template_kwargs: the chat template reads no `{name}`; it reads "
-                    f"{', '.join(own) or 'no variable but what it is given in any case'}"
-                )
-
-
-def _with_arguments_as_text(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    def as_text(call: dict[str, Any]) -> dict[str, Any]:
-        function = call.get("function", {})
-        if not isinstance(function.get("arguments"), dict):
-            return call
-        arguments = json.dumps(function["arguments"], ensure_ascii=False)
-        return {**call, "function": {**function, "arguments": arguments}}
-
-    return [
-        {**message, "tool_calls": [as_text(call) for call in message["tool_calls"]]}
-        if "tool_calls" in message
-        else message
-        for message in messages
-    ]
 
 
 def _refuse_dropped(
@@ -334,21 +356,11 @@ def _refuse_dropped(
         if name in ("tools", "tool_calls"):
             raise RowError(f"the template drops {'the tools' if name == 'tools' else 'tool calls'}")
         if messages[message]["role"] != "assistant":
-            raise RowError(f"the template drops the {messages[message]['role']} message")
+            role = messages[message]["role"]
+            advice = "" if role == "user" else f"; {mend_role(role)}"
+            raise RowError(f"the template drops the {role} message{advice}")
         if message not in kept:
             raise RowError("the template drops an answer")
-
-
-def _not_jinja(error: jinja2.TemplateSyntaxError) -> BadInput:
-    return BadInput(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})")
-
-
-def _parsed(source: str) -> nodes.Template:
-    jinja = jinja2.Environment(autoescape=False, extensions=["jinja2.ext.loopcontrols"])  # noqa: S701
-    try:
-        return jinja.parse(GENERATION.sub("", source))
-    except jinja2.TemplateSyntaxError as error:
-        raise _not_jinja(error) from None
 
 
 def _joined(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -371,15 +383,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _strings(item)
-
-
-def _constants(tree: nodes.Template) -> Iterator[str]:
-    for node in tree.find_all((nodes.Compare, nodes.Call, nodes.Filter, nodes.Test)):
-        compared = (
-            [node.expr, *(operand.expr for operand in node.ops)]
-            if isinstance(node, nodes.Compare)
-            else node.args
-        )
-        for operand in compared:
-            if isinstance(operand, nodes.Const) and isinstance(operand.value, str):
-                yield operand.value

@@ -1,20 +1,21 @@
 """Find evaluation rows that the training data has too, exactly or as near-duplicates.
 
-Both prepared sides enter. leakage.jsonl leaves, a pair of rows a line, in a cache folder of its
-own. MinHash proposes pairs; their true Jaccard similarity decides. A comparison that was stopped or
-killed is resumed at the train row that it had reached.
+Both prepared sides enter and leave. Rows are compared twice: by the texts of all turns but the
+system's, and by their prompts, which are the user's turns alone: of several sampled answers to one
+question, some held out and some trained, no two are alike. Pairs of rows are written, one a line,
+to a cache folder of their own. trainer/data/near_duplicates.py says what is alike. A comparison
+that was stopped or killed is resumed at the train row that it had reached.
 
-The texts of all turns but the system's are compared, as sets of sequences of three words. Changing
-one word of a hundred leaves a similarity of 0.94. So 0.8 finds other wordings of the same row, and
-not other answers to the same question.
+A row that is like a training row leaks, and so does one whose prompt a training row has word for
+word. A prompt that is merely similar is counted and listed, no more: prompts of one source often
+share long instructions and differ in what they ask.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
 from itertools import islice
@@ -22,40 +23,37 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rensa import RMinHash, RMinHashLSH  # pyright: ignore[reportAttributeAccessIssue] - it has no stubs
 
+from packhorse.trainer.config.data import DataSection, Filters
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data import tokenize
 from packhorse.trainer.data.digest import json_digest
+from packhorse.trainer.data.near_duplicates import Index
 from packhorse.trainer.data.prepare import (
     Prepared,
+    RowTokenizer,
     cache_folder,
+    require_rows,
     row_tokenizer,
     workers_of,
 )
 from packhorse.trainer.data.split import SplitRows
+from packhorse.trainer.data.subset import keep_documents
 from packhorse.trainer.data.tokenize import Row
 from packhorse.trainer.datatypes import BadInput, Conversation, RowError
+from packhorse.trainer.dist import log
 from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
 from packhorse.trainer.utils.progress import WorkProgress
 
-VERSION = 1  # part of every key: raise it when the same rows give other pairs
+VERSION = 2  # part of every key: raise it when the same rows give other pairs
 
 WHAT = "comparing data.eval with data.train"
-PAIRS = "leakage.jsonl"
-SEQUENCE_WORDS = 3
-HASHES = 128  # of a signature
-SEED = 0
-MOST_MISSED = 1e-3  # chance that a pair just similar enough is never compared
+PAIRS = {"rows": "leakage.jsonl", "prompts": "prompts.jsonl"}  # what is compared -> its pairs
+LEAKED = "leaked.int64"  # the training rows to drop, by `_code`, perhaps more than once
 NAMED = 3  # pairs in a message
 
-# A word; or one sign, in the scripts that write no space between words: Thai to Burmese, Khmer,
-# Chinese, Japanese.
-_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-WORD = re.compile(rf"[^\W{_UNSPACED}]+|\w")
 
-
-# --------------------------------------------------------------------------------------- similarity
+# -------------------------------------------------------------------------------- what is compared
 
 
 def conversation_text(conversation: Conversation) -> str:
@@ -76,63 +74,41 @@ def conversation_text(conversation: Conversation) -> str:
     return "\n".join(texts)
 
 
-def sequences(text: str) -> set[str]:
-    """Return all sequences of SEQUENCE_WORDS words; the whole text, if it has fewer words."""
-    words = WORD.findall(text.lower()) or [text]
-    shifted = (words[start:] for start in range(SEQUENCE_WORDS))
-    return set(map(" ".join, zip(*shifted, strict=False))) or {" ".join(words)}
+def prompt_text(conversation: Conversation) -> str | None:
+    """Return what the user asks, in all turns; None if there is no such turn."""
+    asked = [message.content for message in conversation.messages if message.role == "user"]
+    return "\n".join(asked) if asked else None
 
 
-def similarity(one: set[str], other: set[str]) -> float:
-    """Return the Jaccard similarity: the size of the intersection over that of the union."""
-    return len(one & other) / len(one | other)
+def is_same(one: str, other: str) -> bool:
+    """Return whether two texts are equal but for white space and capitals."""
+    return _plain(one) == _plain(other)
 
 
-class Index:
-    """Texts, searchable for those similar to another text (MinHash with LSH). Picklable."""
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+class _HeldOut:
+    """The texts of the held-out rows, each once: its first row, and how many rows have it."""
 
     def __init__(self, threshold: float) -> None:
-        self._threshold = threshold
-        # The MinHash estimate of a similarity s has a standard deviation of
-        # sqrt(s (1 - s) / HASHES). Four of them below the threshold, a pair need not be compared.
-        deviation = (threshold * (1 - threshold) / HASHES) ** 0.5
-        self._least_estimate = threshold - 4 * deviation
-        self._texts: list[str] = []
-        self._minhashes: list[RMinHash] = []
-        self._buckets = RMinHashLSH(threshold, HASHES, bands(threshold))
+        self.index = Index(threshold)
+        self.first: list[str] = []  # of each text of the index, as FILE:ROW
+        self.rows: list[int] = []
+        self._numbers: dict[str, int] = {}
 
-    def add(self, texts: list[str]) -> None:
-        minhashes = RMinHash.from_token_sets(map(sequences, texts), HASHES, SEED)
-        for text, minhash in zip(texts, minhashes, strict=True):
-            self._buckets.insert(len(self._texts), minhash)
-            self._texts.append(text)
-            self._minhashes.append(minhash)
-
-    def near(self, texts: list[str]) -> Iterator[list[tuple[int, float]]]:
-        """For each text, yield its near-duplicates in the index: their numbers and similarities."""
-        sets = [sequences(text) for text in texts]
-        minhashes = RMinHash.from_token_sets(sets, HASHES, SEED)
-        for own, minhash in zip(sets, minhashes, strict=True):
-            alike = sorted(
-                number
-                for number in self._buckets.query(minhash)
-                if minhash.jaccard(self._minhashes[number]) >= self._least_estimate
-            )
-            exact = ((number, similarity(own, sequences(self._texts[number]))) for number in alike)
-            yield [(number, similar) for number, similar in exact if similar >= self._threshold]
-
-
-def bands(threshold: float) -> int:
-    """Return the number of bands that signatures are cut into for LSH.
-
-    Texts that agree in one band are compared. So it is the smallest number that misses a pair at
-    the threshold with a chance of at most MOST_MISSED: (1 - t ** rows) ** bands, see Leskovec,
-    Rajaraman and Ullman, Mining of Massive Datasets, section 3.4.2.
-    """
-    for count in (16, 32, 64):
-        if (1 - threshold ** (HASHES // count)) ** count <= MOST_MISSED:
-            return count
-    return HASHES
+    def add(self, texts: Iterable[tuple[str, str]]) -> None:
+        """Add pairs of a text and the place of its row."""
+        new = []
+        for text, place in texts:
+            number = self._numbers.setdefault(_plain(text), len(self.first))
+            if number == len(self.first):
+                self.first.append(place)
+                self.rows.append(0)
+                new.append(text)
+            self.rows[number] += 1
+        self.index.add(new)
 
 
 # ---------------------------------------------------------------------------------------- two sides
@@ -144,15 +120,17 @@ def check_leakage(
     train: Prepared,
     held_out: Prepared,
     stopping: Callable[[], bool] = lambda: False,
-) -> Prepared:
-    """Compare held-out rows with train rows; return the held-out data with `leakage` in its report.
+) -> tuple[Prepared, Prepared]:
+    """Compare held-out rows with train rows; return both, the held-out data with `leakage` in its
+    report, the training data without the rows that leak if the recipe wants them dropped.
 
     `leakage` has: `rows`, the held-out rows; `leaked_rows`, those with a near-duplicate in train;
-    `pairs`, the number of such pairs; `closest`, the most similar ones; `path`, the file of all.
+    `exact_rows`, those with an equal there; `pairs`, how many lines the file `path` has, one for a
+    held-out text and a train row; `closest`, the most similar ones; `prompts`, the same of prompts.
     The result is kept in the cache.
 
     Raises:
-        BadInput: the share of leaked rows is above data.max_leakage.
+        BadInput: the share of leaked rows is above data.max_leakage; or nothing is left to train.
         Stopped (packhorse.trainer.utils.files): `stopping()` became true.
     """
     sides = (side.documents.folder.name for side in (train, held_out))
@@ -160,7 +138,8 @@ def check_leakage(
     folder = cache_folder(recipe.data) / f"leakage-{key}"
 
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
-        with closing(ResumableFiles(staging, leftovers, [PAIRS], {"rows": 0, "pairs": 0})) as files:
+        names, state = [*PAIRS.values(), LEAKED], {"rows": 0, "pairs": 0}
+        with closing(ResumableFiles(staging, leftovers, names, state)) as files:
 
             def check_and_stop() -> None:
                 check()
@@ -171,26 +150,39 @@ def check_leakage(
 
             rows = _compare(recipe, tokenizer, train, held_out, files, check_and_stop)
             files.sync()
-            found = {"rows": rows, "pairs": files.state["pairs"]}
-            write_json(staging / "report.json", found | _summarize_pairs(staging / PAIRS))
+            found = {kind: _summarize_pairs(staging / name) for kind, name in PAIRS.items()}
+            report = {"rows": rows, **found["rows"], "prompts": found["prompts"]}
+            write_json(staging / "report.json", report)
             files.forget()
 
     build_once(folder, build, WHAT, stopping)
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    report["path"] = str(folder / PAIRS)
-    _refuse_leak(report, recipe.data.max_leakage)
-    return replace(held_out, leakage=report)
+    report["path"] = str(folder / PAIRS["rows"])
+    report["prompts"]["path"] = str(folder / PAIRS["prompts"])
+    if recipe.data.leakage == "drop":
+        train = _drop_leaked(recipe, train, folder, stopping)
+    else:
+        _refuse_leak(report, recipe.data)
+    return train, replace(held_out, leakage=report)
 
 
 def _summarize_pairs(path: Path) -> dict[str, Any]:
     # Read the file, as a resumed comparison has found only the later part of the pairs.
-    leaked: set[str] = set()
+    leaked: dict[str, int] = {}
+    exact: dict[str, int] = {}
     closest: list[dict[str, Any]] = []
+    pairs = 0
     with path.open("rb") as file:
         for pair in map(json.loads, file):
-            leaked.add(pair["eval"])
-            closest = heapq.nlargest(NAMED, [*closest, pair], key=lambda pair: pair["similarity"])
-    return {"leaked_rows": len(leaked), "closest": closest}
+            pairs += 1
+            leaked[pair["eval"]] = pair["eval_rows"]
+            if pair["exact"]:
+                exact[pair["eval"]] = pair["eval_rows"]
+            closest = heapq.nlargest(
+                NAMED, [*closest, pair], key=lambda pair: (pair["exact"], pair["similarity"])
+            )
+    counts = {"leaked_rows": sum(leaked.values()), "exact_rows": sum(exact.values())}
+    return {**counts, "pairs": pairs, "closest": closest}
 
 
 def _compare(
@@ -206,94 +198,191 @@ def _compare(
     Memory grows with the held-out side alone.
     """
     workers = workers_of(recipe.data)
-    index, kept = Index(recipe.data.near_duplicate), _KeptRows(held_out)
-    places: list[str] = []  # of the index's texts
-    read = _ReadTexts(row_tokenizer(recipe, tokenizer, "eval"))
+    asked = {kind: _HeldOut(recipe.data.near_duplicate) for kind in PAIRS}
+    rows_held_out, kept = 0, _KeptRows(held_out)
     split_rows = SplitRows(recipe.data, "eval")
+    read = _ReadTexts.of(row_tokenizer(recipe, tokenizer, "eval"))
     with closing(tokenize.run(split_rows.rows(), read, workers, split_rows.files)) as chunks:
         for chunk in chunks:
             check_and_stop()
             chosen = [row for row in chunk if kept.has(row.file, row.number)]
-            index.add([row.text for row in chosen])
-            places += [f"{held_out.files[row.file]}:{row.number}" for row in chosen]
+            rows_held_out += len(chosen)
+            for kind, texts in asked.items():
+                texts.add(
+                    (row.texts[kind], f"{held_out.files[row.file]}:{row.number}")
+                    for row in chosen
+                    if kind in row.texts
+                )
 
     split_rows, kept, done = SplitRows(recipe.data, "train"), _KeptRows(train), files.state
-    find = _FindNear(_ReadTexts(row_tokenizer(recipe, tokenizer, "train")), index)
+    indexes = {kind: texts.index for kind, texts in asked.items()}
+    find = _FindNear(_ReadTexts.of(row_tokenizer(recipe, tokenizer, "train")), indexes)
     rows_left = islice(split_rows.rows(), done["rows"], None)
     with (
         closing(WorkProgress(WHAT, done["rows"], split_rows.count_rows())) as progress,
         closing(tokenize.run(rows_left, find, workers, split_rows.files)) as chunks,
     ):
         for rows, matches in chunks:
-            pairs = [
-                {
-                    "eval": places[text],
-                    "train": f"{train.files[file]}:{number}",
-                    "similarity": similar,
-                }
-                for file, number, text, similar in matches
-                if kept.has(file, number)
-            ]
-            files.append_lines(PAIRS, pairs)
+            matches = [match for match in matches if kept.has(match.file, match.row)]
+            for kind, name in PAIRS.items():
+                found = [match for match in matches if match.kind == kind]
+                files.append_lines(name, (_pair(match, asked[kind], train) for match in found))
+            leaked = [_code(found.file, found.row) for found in matches if found.leaks]
+            files.append(LEAKED, np.array(leaked, np.int64).tobytes())
             done["rows"] += rows
-            done["pairs"] += len(pairs)
+            done["pairs"] += len(matches)
             files.save_if_due()
-            progress.show(done["rows"], f", {done['pairs']:,} near-duplicates")
+            progress.show(done["rows"], f", {done['pairs']:,} pairs of rows or prompts alike")
             check_and_stop()
-    return len(places)
+    return rows_held_out
 
 
-def _refuse_leak(report: dict[str, Any], most: float) -> None:
-    rows, leaked = report["rows"], report["leaked_rows"]
-    if leaked <= most * rows:
-        return
-    closest = "; ".join(
+def _pair(match: _Match, held_out: _HeldOut, train: Prepared) -> dict[str, Any]:
+    return {
+        "eval": held_out.first[match.text],
+        "eval_rows": held_out.rows[match.text],
+        "train": f"{train.files[match.file]}:{match.row}",
+        "similarity": match.similarity,
+        "exact": match.exact,
+    }
+
+
+def _refuse_leak(report: dict[str, Any], data: DataSection) -> None:
+    rows, most, prompts = report["rows"], data.max_leakage, report["prompts"]
+    problems = []
+    if report["leaked_rows"] > most * rows:
+        problems.append(
+            f"{_share(report['leaked_rows'], rows)} have a near-duplicate in data.train, more than "
+            f"data.max_leakage ({most:.1%}); the most similar: {_closest(report)}; all pairs are "
+            f"in {report['path']}"
+        )
+    if prompts["exact_rows"] > most * rows:
+        problems.append(
+            f"{_share(prompts['exact_rows'], rows)} have a prompt that rows of data.train have, "
+            f"too, more than data.max_leakage ({most:.1%}): {_closest(prompts)}; all pairs are in "
+            f"{prompts['path']}"
+        )
+    if problems:
+        raise BadInput(
+            f"data.eval: {'; and '.join(problems)}: where data.eval_fraction holds rows out, keep "
+            "those of one prompt together by data.group_by, a column that they share (as "
+            "`question`); or set data.leakage: drop, which leaves such rows out of the training "
+            "data; or remove them yourself, or raise data.max_leakage"
+        )
+
+
+def _share(leaked: int, rows: int) -> str:
+    return f"{leaked} of {rows} rows ({leaked / rows:.1%})"
+
+
+def _closest(report: dict[str, Any]) -> str:
+    return "; ".join(
         f"{pair['eval']} and {pair['train']} ({pair['similarity']:.2f})"
         for pair in report["closest"]
     )
-    raise BadInput(
-        f"data.eval: {leaked} of {rows} rows ({leaked / rows:.1%}) have a near-duplicate in "
-        f"data.train, more than data.max_leakage ({most:.1%}); the most similar: {closest}; all "
-        f"pairs are in {report['path']}: remove the rows from one side, keep them together with "
-        "data.group_by, or raise data.max_leakage"
+
+
+def _drop_leaked(
+    recipe: Recipe, train: Prepared, folder: Path, stopping: Callable[[], bool]
+) -> Prepared:
+    """Return the training data without the rows that `folder` lists.
+
+    They go from the training side: fewer held-out rows would be another evaluation.
+    """
+    leaked = np.unique(np.fromfile(folder / LEAKED, np.int64))
+    if not len(leaked):
+        return train
+    documents = train.documents
+    kept = ~np.isin(_code(documents.files.astype(np.int64), documents.rows), leaked)
+    key = json_digest([documents.folder.name, folder.name])
+    name = cache_folder(recipe.data) / f"documents-{key}"
+    documents = keep_documents(name, documents, kept, "leaked", stopping)
+    log.info(
+        "data.leakage: drop: %d of %d training rows are left out, as evaluation rows are like them "
+        "or have their prompts; they are listed in %s",
+        *(documents.report["leaked"], documents.report["rows"], folder),
     )
+    require_rows("data.train", train.weights, documents.report["sources"])
+    return replace(train, documents=documents)
 
 
 # ------------------------------------------------------------------------------------------ workers
 
 
-class TextRow(NamedTuple):
+class _TextRow(NamedTuple):
     file: int
     number: int
-    text: str
+    texts: dict[str, str]  # by the keys of PAIRS
 
 
 class _ReadTexts(NamedTuple):
     """Return the texts of a chunk of rows, without the rows that have no conversation."""
 
-    tokenize: Any  # prepare.row_tokenizer
+    tokenize: RowTokenizer
 
-    def __call__(self, rows: list[Row]) -> list[TextRow]:
+    @classmethod
+    def of(cls, tokenize: RowTokenizer) -> _ReadTexts:
+        """Read without the filters, which have decided already which rows are documents."""
+        readers = (
+            replace(reader, source=reader.source.model_copy(update={"filters": Filters()}))
+            for reader in tokenize.readers
+        )
+        return cls(replace(tokenize, readers=tuple(readers)))
+
+    def __call__(self, rows: list[Row]) -> list[_TextRow]:
         read = ((row, self.tokenize.conversation(row)) for row in rows)
         return [
-            TextRow(row.file, row.number, conversation_text(found))
+            _TextRow(row.file, row.number, _texts_of(found))
             for row, found in read
             if not isinstance(found, RowError)
         ]
 
 
+def _texts_of(conversation: Conversation) -> dict[str, str]:
+    prompt = prompt_text(conversation)
+    return {"rows": conversation_text(conversation)} | (
+        {} if prompt is None else {"prompts": prompt}
+    )
+
+
+class _Match(NamedTuple):
+    kind: str  # of PAIRS
+    file: int
+    row: int
+    text: int  # number of the held-out text in its index
+    similarity: float
+    exact: bool
+
+    @property
+    def leaks(self) -> bool:
+        return self.exact or self.kind == "rows"
+
+
 class _FindNear(NamedTuple):
-    """Return the number of rows, and the matches: file, row, number in the index, similarity."""
+    """Return the number of rows, and their matches in the indexes."""
 
     read: _ReadTexts
-    index: Index
+    indexes: dict[str, Index]  # by the keys of PAIRS
 
-    def __call__(self, rows: list[Row]) -> tuple[int, list[tuple[int, int, int, float]]]:
-        texts = self.read(rows)
-        near = zip(texts, self.index.near([row.text for row in texts]), strict=True)
-        return len(rows), [
-            (row.file, row.number, *match) for row, matches in near for match in matches
-        ]
+    def __call__(self, rows: list[Row]) -> tuple[int, list[_Match]]:
+        found, read = [], self.read(rows)
+        for kind, index in self.indexes.items():
+            texts = [row for row in read if kind in row.texts]
+            near = index.near([row.texts[kind] for row in texts])
+            found += [
+                _Match(
+                    *(kind, row.file, row.number, number, similar),
+                    exact=is_same(row.texts[kind], index.texts[number]),
+                )
+                for row, matches in zip(texts, near, strict=True)
+                for number, similar in matches
+            ]
+        return len(rows), found
+
+
+def _code(file: Any, row: Any) -> Any:
+    """Return one number for a file and a row of it."""
+    return file << 40 | row
 
 
 class _KeptRows:
@@ -301,9 +390,9 @@ class _KeptRows:
 
     def __init__(self, data: Prepared) -> None:
         documents = data.documents
-        self._codes = np.unique(documents.files.astype(np.int64) << 40 | documents.rows)
+        self._codes = np.unique(_code(documents.files.astype(np.int64), documents.rows))
 
     def has(self, file: int, row: int) -> bool:
-        code = file << 40 | row
+        code = _code(file, row)
         place = int(np.searchsorted(self._codes, code))
         return place < len(self._codes) and self._codes[place] == code

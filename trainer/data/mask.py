@@ -1,8 +1,8 @@
 """Decide which tokens of a row are trained, and prove it for each row (C6).
 
 Conversations enter; Examples leave, or RowErrors with the reason. `trainer/data/chat_template.py`
-gives the origin of every character and `trainer/data/turns.py` the bounds of the answers; this file
-carries both over to tokens:
+gives the origin of every character, `trainer/data/turns.py` the bounds of the answers, and
+`trainer/data/served.py` puts an answer behind a server's prompt; this file carries them to tokens:
 
 - A text is tokenized once and whole, without added special tokens, as at inference: the template
   writes BOS or there is none. The control tokens that come out must be exactly those that the
@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -44,13 +43,22 @@ from typing import Any, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from packhorse.trainer.data.chat_template import DATE_STRING, Template
+from packhorse.trainer.data.chat_template import Template
 from packhorse.trainer.data.encode import HOLDS_CONTROL, Encoder
+from packhorse.trainer.data.served import serve_last
 from packhorse.trainer.data.skeleton import Render, Turn
-from packhorse.trainer.data.turns import answers_of, choose_turns, find_turn, require_whole
+from packhorse.trainer.data.template_source import DATE_STRING
+from packhorse.trainer.data.turns import (
+    answers_of,
+    choose_own_controls,
+    choose_turns,
+    find_last_stop,
+    find_turn,
+    require_whole,
+)
 from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message, RowError
 
-VERSION = 2  # raise it when the same row comes out another way: it is part of the cache's key
+VERSION = 3  # raise it when the same row comes out another way: it is part of the cache's key
 MODES = ("all", "completion", "assistant", "last_turn")
 
 
@@ -88,6 +96,8 @@ class Masker:
         turns: `together` makes one document of a row, whose history must show every trained answer
             as it is generated; `apart` makes one of each trained answer with all before it; `auto`
             does so for rows that cannot be proved together.
+        missing_reasoning: see served.py; it matters to documents of one answer.
+        stop_token: what ends an answer where the template does not say it.
 
     Raises:
         BadInput: the tokenizer cannot be used.
@@ -103,6 +113,8 @@ class Masker:
         control_tokens: str = "reject",
         chat_template_kwargs: Mapping[str, Any] | None = None,
         turns: str = "together",
+        missing_reasoning: str = "reject",
+        stop_token: str | None = None,
     ) -> None:
         if train_on not in MODES:
             raise BadInput(f"`data.train_on` is {train_on!r}; allowed: {', '.join(MODES)}")
@@ -112,9 +124,10 @@ class Masker:
                 f"traced to the text; use a model folder with a tokenizer.json"
             )
         self.tokenizer = tokenizer
-        self.template = Template(tokenizer, chat_template_kwargs)
+        self.template = Template(tokenizer, chat_template_kwargs, stop_token)
         self.train_on = train_on
         self.train_on_eot = train_on_eot
+        self.missing_reasoning = missing_reasoning
         self.train_trailing_newline = train_trailing_newline and train_on_eot
         self.control_tokens = control_tokens
         # `all` trains the history, too, which a document for each answer would repeat
@@ -153,7 +166,7 @@ class Masker:
             if not isinstance(result, tuple)
         }
         # one call for the parts of all rows, too
-        examples = iter(self.examples([part for row in parts.values() for part in row]))
+        examples = iter(self.examples([part for row in parts.values() for part in row], apart=True))
         for n, row in parts.items():
             results = [next(examples) for _ in row]
             faults = [result for result in results if isinstance(result, RowError)]
@@ -182,9 +195,15 @@ class Masker:
         history = [replace(m, weight=0) if m.role == "assistant" else m for m in messages]
         return [replace(conversation, messages=(*history[:n], messages[n])) for n in chosen]
 
-    def examples(self, conversations: Sequence[Conversation]) -> list[Example | RowError]:
-        """Return for each row its example as one document, or why there is none."""
-        results: list[Any] = [self._prepare_row(conversation) for conversation in conversations]
+    def examples(
+        self, conversations: Sequence[Conversation], *, apart: bool = False
+    ) -> list[Example | RowError]:
+        """Return for each row its example as one document, or why there is none.
+
+        Args:
+            apart: the last answer alone is trained, and may be put behind the prompt of a server.
+        """
+        results: list[Any] = [self._prepare_row(row, apart) for row in conversations]
         # One call of the tokenizer for each kind, as its threads share the texts of a call.
         self._finish_all(results, _Row, lambda row: row.render.text, self._template_example)
         self._finish_all(results, str, str, self._text_example)
@@ -213,18 +232,19 @@ class Masker:
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Return the tokens that end an answer: the template's own after a plain one, and the
-        tokenizer's EOS."""
-        stops = []
-        if self.tokenizer.chat_template is not None:
+        """Return the tokens that end an answer: those after a plain one and after a tool call, and
+        the tokenizer's EOS."""
+        stops: list[int] = []
+        call = {"type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
+        plain = Message("assistant", "Hello")
+        for answer in (plain, replace(plain, tool_calls=(call,))):
+            if self.tokenizer.chat_template is None:
+                break
             try:
-                answer = Message("assistant", f"{self.template.opening()}Hello")
-                skeleton = self.template.follow(
-                    Conversation((Message("user", "Hello"), answer))
-                ).skeleton
-                stop = find_turn(self.template, skeleton, 1).stop
-                stops.append(skeleton.control_ids[stop])
-            except RowError:  # then every conversation will be rejected with this reason
+                row = Conversation((Message("user", "Hello"), answer))
+                token = find_last_stop(self.template, self.template.follow(row).skeleton)
+                stops.append(self.template.control_ids[token[0]])
+            except RowError:  # rows of this kind will be rejected with this reason
                 pass
         if self.tokenizer.eos_token_id is not None:
             stops.append(self.tokenizer.eos_token_id)
@@ -247,24 +267,33 @@ class Masker:
                 self.train_trailing_newline,
                 self.control_tokens,
                 self.turns,
+                self.missing_reasoning,
             ],
+            "stop": [self.template.stop_token, sorted(self.template.generation_eos)],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     # ----------------------------------------------------------------------------------------- rows
 
-    def _prepare_row(self, conversation: Conversation) -> _Row | str | RowError:
+    def _prepare_row(self, conversation: Conversation, apart: bool) -> _Row | str | RowError:
         """Return what is to be tokenized: a render with its turns, a plain text, or why nothing."""
         if conversation.text is not None:
             return conversation.text
+        chosen: list[int] = []
         try:
+            chosen = choose_turns(conversation.messages, self.train_on)
             render = self.template.follow(conversation)
             if self.train_on == "all":
                 for number in answers_of(conversation.messages):
                     if conversation.messages[number].weight:
                         require_whole(render.skeleton, number)
-            chosen = choose_turns(conversation.messages, self.train_on)
             return _Row(render, [find_turn(self.template, render.skeleton, n) for n in chosen])
+        except RowError as error:
+            if not apart or chosen != [len(conversation.messages) - 1]:
+                return error
+        try:
+            render, turn = serve_last(self.template, conversation, self.missing_reasoning)
+            return _Row(render, [turn])
         except RowError as error:
             return error
 
@@ -327,7 +356,7 @@ class Masker:
         if found != skeleton.control_ids:
             if self.control_tokens != "keep":
                 raise RowError(HOLDS_CONTROL)
-            controls = controls[self._choose_own_controls(render, found)]
+            controls = controls[choose_own_controls(self.template, render, found)]
         spans, cuts = [], []
         for turn in row.turns:
             before = self._encoder.encode_before(render, turn, as_text)
@@ -343,25 +372,6 @@ class Masker:
                 stop += 1
             spans.append((start, stop))
         return _Located(ids, controls, spans, cuts)
-
-    def _choose_own_controls(self, render: Render, found: list[int]) -> list[int]:
-        """Return which of the control tokens `found` are the template's; texts may hold others."""
-        matches = self.template.find_controls(render.text)
-        own = {render.position(place) for place in render.skeleton.controls}
-        chosen = [number for number, match in enumerate(matches) if match.start() in own]
-        if [self.template.control_ids[match[0]] for match in matches] != found:
-            raise RowError("control tokens in a text do not come out as they are spelt")
-        if [found[number] for number in chosen] != render.skeleton.control_ids:
-            raise RowError("a text runs into a control token of the template")
-        for match in matches:
-            literal = bisect_right(render.starts, match.start()) - 1
-            text_start = render.starts[literal] + len(render.skeleton.literals[literal])
-            text_stop = [*render.starts, len(render.text)][literal + 1]
-            # One that is not the template's must lie within a text, or it has eaten template text.
-            in_text = text_start <= match.start() < match.end() <= text_stop
-            if match.start() not in own and not in_text:
-                raise RowError("a text runs into a control token of the template")
-        return chosen
 
     def _text_example(self, text: str, tokens: list[int]) -> Example:
         if self.control_tokens != "keep" and self._encoder.controls(tokens) != self._text_controls:

@@ -145,7 +145,8 @@ def prepare(
 
     def chunks(done: int) -> Generator[Tokenized, None, None]:
         rows = islice(split_rows.rows(), done, None)
-        return tokenize.tokenize_rows(rows, work, limits, workers_of(section), split_rows.files)
+        given = rows, work, limits, workers_of(section), split_rows.files
+        return tokenize.tokenize_rows(*given, slow=work.slow)
 
     documents = cache.prepare(
         cache_folder(section) / f"documents-{_cache_key(split_rows, work, limits, drop)}",
@@ -161,11 +162,11 @@ def prepare(
         stopping=stopping,
     )
     weights = tuple(part.source.weight for part in split_rows.parts)
-    _require_rows(f"data.{which}", weights, documents.report["sources"])
+    require_rows(f"data.{which}", weights, documents.report["sources"])
     return Prepared(documents, weights, tuple(split_rows.files))
 
 
-def _require_rows(what: str, weights: tuple[float, ...], counts: list[dict[str, Any]]) -> None:
+def require_rows(what: str, weights: tuple[float, ...], counts: list[dict[str, Any]]) -> None:
     """Refuse a weight that leaves nothing of its source: the mixture would not have it (C1)."""
     for number, (weight, source) in enumerate(zip(weights, counts, strict=True)):
         found = source["documents"]
@@ -227,6 +228,8 @@ def masker_of(section: DataSection, tokenizer: Any) -> Masker:
         control_tokens=section.control_tokens,
         chat_template_kwargs=section.chat_template_kwargs,
         turns=section.turns,
+        missing_reasoning=section.missing_reasoning,
+        stop_token=section.stop_token,
     )
 
 
@@ -262,6 +265,11 @@ class RowTokenizer:
 
     masker: Masker
     readers: tuple[RowReader, ...]  # of each source
+
+    @property
+    def slow(self) -> bool:
+        """Whether a row takes milliseconds, as math-verify does for what is no plain number."""
+        return any(reader.source.filters.math_answer for reader in self.readers)
 
     def __call__(self, rows: list[Row]) -> list[RowResult]:
         read = [self.conversation(row) for row in rows]

@@ -95,12 +95,15 @@ def role_starts(conversation: Conversation, example: Example, template: Template
     """Return the messages' roles by the index of the token with which each message's text, or its
     call, begins.
 
-    The result is empty for a plain text, and for a row that was tokenized in pieces, as its tokens
-    are not those of the whole text.
+    The result is empty for a plain text, and for a row that was tokenized in pieces or whose answer
+    stands behind a server's prompt, as its tokens are not those of the template's whole text.
     """
     if conversation.text is not None:
         return {}
-    render = template.follow(conversation)
+    try:
+        render = template.follow(conversation)
+    except RowError:  # the template leaves out what the answer was trained with
+        return {}
     backend: Any = template.tokenizer.backend_tokenizer
     encoding = backend.encode(render.text, add_special_tokens=False)
     if encoding.ids != example.input_ids.tolist():

@@ -52,6 +52,8 @@ class Skeleton:
         controls: places of the control tokens in the literals, in order.
         control_ids: their token ids.
         marks: spans that the template itself marks as generated.
+        cut: characters at the end of the template's own text that `literals` leaves out.
+        added: the stop token in their place that the template does not write.
         turns: by the number of a message, the answers that have been found so far.
     """
 
@@ -63,6 +65,8 @@ class Skeleton:
     controls: list[Place]
     control_ids: list[int]
     marks: list[tuple[Place, Place]]
+    cut: int = 0
+    added: str = ""
     turns: dict[int, Turn] = field(default_factory=dict)
 
 

@@ -136,8 +136,9 @@ def show(recipe: Recipe, train: Prepared, plan: Plan, held_out: Prepared | None)
 
     Console().print(*tables(recipe, train, plan, held_out))
     leakage = held_out.leakage if held_out else None
-    if leakage and leakage["pairs"]:
-        print(f"all pairs of near-duplicates: {leakage['path']}")  # whole, to be copied
+    for kind, found in {"rows": leakage, "prompts": leakage["prompts"]}.items() if leakage else ():
+        if found["pairs"]:
+            print(f"all pairs of {kind} that are alike: {found['path']}")  # whole, to be copied
 
 
 def _rows_table(title: str, prepared: Prepared) -> Table:
@@ -168,9 +169,14 @@ def _rows_table(title: str, prepared: Prepared) -> Table:
             table.add_row(apart, f"{part['apart']:,}")
         if part["duplicates"]:
             table.add_row("  duplicates", f"{part['duplicates']:,}")
+        if part.get("leaked"):  # where data.leakage: drop has left rows out
+            table.add_row("  leaked, left out", f"{part['leaked']:,}")
     if "leakage" in report:
-        leakage = report["leakage"]
-        table.add_row("near-duplicates in train", f"{leakage['leaked_rows']:,}")
+        rows, prompts = report["leakage"], report["leakage"]["prompts"]
+        table.add_row("near-duplicates in train", f"{rows['leaked_rows']:,}")
+        table.add_row("prompts that train has", f"{prompts['exact_rows']:,}")
+        near = prompts["leaked_rows"] - prompts["exact_rows"]
+        table.add_row("prompts similar to one there", f"{near:,}")
     return table
 
 

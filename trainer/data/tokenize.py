@@ -41,6 +41,7 @@ VERSION = 3  # part of every key: raise it when the same rows give other documen
 # handing it over.
 CHUNK_ROWS = 512
 POOL_FROM_CHUNKS = 24  # with fewer chunks, starting processes costs more than it saves
+SLOW_CHUNK_ROWS, SLOW_FROM_CHUNKS = 64, 2  # the same, where a row takes milliseconds
 
 
 class Row(NamedTuple):
@@ -84,9 +85,11 @@ def tokenize_rows(
     limits: LengthPolicy,
     workers: int,
     files: Sequence[str] = (),
+    *,
+    slow: bool = False,
 ) -> Generator[Tokenized, None, None]:
     """Yield the documents of each chunk of rows, in the rows' order; see `run`."""
-    return run(rows, _Work(tokenize, limits), workers, files)
+    return run(rows, _Work(tokenize, limits), workers, files, slow=slow)
 
 
 def run(
@@ -94,6 +97,8 @@ def run(
     work: Callable[[list[Row]], Result],
     workers: int,
     files: Sequence[str] = (),
+    *,
+    slow: bool = False,
 ) -> Generator[Result, None, None]:
     """Yield `work(chunk)` of each chunk of rows, in the rows' order.
 
@@ -103,15 +108,18 @@ def run(
     Args:
         work: must be picklable.
         files: name the rows' files in errors, by `Row.file`.
+        slow: a row takes milliseconds, so that workers are worth starting for some hundred rows.
 
     Raises:
         BadInput: a worker was killed by a signal, as the kernel does when memory runs out.
     """
+    chunk_rows = SLOW_CHUNK_ROWS if slow else CHUNK_ROWS
+    pool_from = SLOW_FROM_CHUNKS if slow else POOL_FROM_CHUNKS
     left = iter(rows)
-    chunks = iter(lambda: list(islice(left, CHUNK_ROWS)), [])
-    first = list(islice(chunks, POOL_FROM_CHUNKS))
+    chunks = iter(lambda: list(islice(left, chunk_rows)), [])
+    first = list(islice(chunks, pool_from))
     chunks = chain(first, chunks)
-    if workers == 1 or len(first) < POOL_FROM_CHUNKS:
+    if workers == 1 or len(first) < pool_from:
         yield from map(work, chunks)
         return
     pending: deque[Future[Result]] = deque()

@@ -21,6 +21,7 @@ begins with the mark, but never inside the generation prompt.
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from os.path import commonprefix
@@ -30,6 +31,7 @@ from packhorse.trainer.data.skeleton import (
     PLACEHOLDER,
     PLACEHOLDER_FORMAT,
     Place,
+    Render,
     Skeleton,
     Turn,
     split_at_last,
@@ -107,8 +109,8 @@ def _prove_turn(template: Template, skeleton: Skeleton, message: int) -> Turn:
         if slot == last_text and literals[index].startswith(header)
     ]
     if not begins:
-        raise RowError(_explain_beginning(skeleton, message, last_text, header))
-    until_here = template.render(skeleton.messages[: message + 1], skeleton.tools)
+        raise RowError(explain_beginning(skeleton, message, last_text, header))
+    until_here = template.render_answer(skeleton.messages[: message + 1], skeleton.tools)
     *_, closing = parts = PLACEHOLDER.split(until_here)
     # The answer's own texts are those at the end, from the first that belongs to it.
     texts = [int(number) for number in parts[1::2]]
@@ -132,6 +134,17 @@ def _prove_turn(template: Template, skeleton: Skeleton, message: int) -> Turn:
     return Turn(start, before, number, _is_blank_after(skeleton, number, stop.end()))
 
 
+def find_last_stop(template: Template, skeleton: Skeleton) -> re.Match[str]:
+    """Find the control token that ends the answer at the end of a render, in its last literal.
+
+    Raises:
+        RowError: there is none, or it is not clear which one it is.
+    """
+    closing = skeleton.literals[-1]
+    last = len(skeleton.messages) - 1
+    return _find_stop_token(template, skeleton, last, skeleton.slots[-1], closing, closing)
+
+
 def _find_stop_token(
     template: Template, skeleton: Skeleton, message: int, text: int, closing: str, literal: str
 ) -> re.Match[str]:
@@ -144,7 +157,10 @@ def _find_stop_token(
     """
     controls = template.find_controls(closing)
     if not controls:
-        raise RowError("the template writes no stop token after an answer")
+        raise RowError(
+            "the template writes no stop token after an answer, and the tokenizer has no EOS; name "
+            "the token that ends an answer as data.stop_token"
+        )
     is_last = message + 1 == len(skeleton.messages)
     # The skeleton ends with the last answer, so the conversation is continued by a question.
     if is_last:
@@ -158,12 +174,45 @@ def _find_stop_token(
     if not (shared or is_last):
         raise RowError("the template ends an answer otherwise when more follows")
     shared = shared or controls  # an answer that ends otherwise when none follows
-    for match in shared:
-        if template.control_ids[match[0]] == template.tokenizer.eos_token_id:
-            return match  # what follows would belong to the next turn
+    named = template.control_ids.get(template.stop_token or "")
+    eos, configured = template.tokenizer.eos_token_id, template.generation_eos
+    for ends in ({named}, {eos}, configured) if named is None else ({named},):
+        for match in shared:
+            if template.control_ids[match[0]] in ends:
+                return match  # what follows would belong to the next turn
+    if named is not None:
+        raise RowError(f"the template ends an answer with {shared[-1][0]}, not data.stop_token")
     if any(one.end() < other.start() for one, other in pairwise(shared)):
-        raise RowError("several control tokens close an answer, and none is the tokenizer's EOS")
+        raise RowError(
+            "several control tokens close an answer, and none is the tokenizer's EOS; name "
+            "the one that ends it as data.stop_token"
+        )
     return shared[-1]
+
+
+def choose_own_controls(template: Template, render: Render, found: list[int]) -> list[int]:
+    """Return which of the control tokens `found` in a row are the template's; texts may hold
+    others.
+
+    Raises:
+        RowError: a text has changed one of the template's.
+    """
+    matches = template.find_controls(render.text)
+    own = {render.position(place) for place in render.skeleton.controls}
+    chosen = [number for number, match in enumerate(matches) if match.start() in own]
+    if [template.control_ids[match[0]] for match in matches] != found:
+        raise RowError("control tokens in a text do not come out as they are spelt")
+    if [found[number] for number in chosen] != render.skeleton.control_ids:
+        raise RowError("a text runs into a control token of the template")
+    for match in matches:
+        literal = bisect_right(render.starts, match.start()) - 1
+        text_start = render.starts[literal] + len(render.skeleton.literals[literal])
+        text_stop = [*render.starts, len(render.text)][literal + 1]
+        # One that is not the template's must lie within a text, or it has eaten template text.
+        in_text = text_start <= match.start() < match.end() <= text_stop
+        if match.start() not in own and not in_text:
+            raise RowError("a text runs into a control token of the template")
+    return chosen
 
 
 def _marked_start(
@@ -193,7 +242,7 @@ def _is_blank_after(skeleton: Skeleton, control: int, offset: int) -> bool:
     return is_last and skeleton.literals[literal][offset:].isspace()
 
 
-def _explain_beginning(skeleton: Skeleton, message: int, last_text: int | None, header: str) -> str:
+def explain_beginning(skeleton: Skeleton, message: int, last_text: int | None, header: str) -> str:
     """Say why the answer does not begin where the generation prompt ends, and what to do."""
     why = "an answer does not begin where the generation prompt ends"
     agree = (

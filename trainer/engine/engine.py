@@ -96,6 +96,26 @@ def gathered(parameters: Iterable[nn.Parameter], write: bool = False) -> Abstrac
 
 
 @contextmanager
+def reads_gathered(module: nn.Module) -> Iterator[None]:
+    """Find weights that a module reads without calling their owner, as a state-space layer its
+    convolution's, and let ZeRO-3 gather them with the reader, in the block and from then on.
+
+    ZeRO-3 gathers a module's weights when that module is called. A weight that is read elsewhere
+    would be an empty tensor. DeepSpeed's own table of parameters notices such a read and registers
+    it with the running module, but 0.19.8 never switches that on.
+    """
+    tables: list[Any] = [part._parameters for part in module.modules()]
+    watching = [table for table in tables if hasattr(table, "_in_forward")]
+    for table in watching:
+        table._in_forward = True
+    try:
+        yield
+    finally:
+        for table in watching:
+            table._in_forward = False
+
+
+@contextmanager
 def _without_hooks(module: nn.Module, handles: Iterable[Any]) -> Iterator[None]:
     """Take these hooks off the module's parts inside the block, and put all back in order after."""
     ids = {handle.id for handle in handles}

@@ -23,9 +23,9 @@ from packhorse.trainer.engine.optim import parameter_groups
 from packhorse.trainer.metrics import ModelFlops, model_flops
 from packhorse.trainer.model import attention
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
+from packhorse.trainer.model.decoder import decoder_layers, decoder_of
 from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
-from packhorse.trainer.model.packing_check import decoder_layers
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from packhorse.trainer.utils.text import one_line
 
@@ -89,7 +89,7 @@ def _run_decoder(model: Any, tokens: int) -> torch.Tensor:
     """Return what the model hands to its head of a document on the meta device, (T, H)."""
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     bounds = Bounds(torch.zeros(2, dtype=torch.int32, device="meta"), tokens, (tokens,))
-    out = model.get_decoder()(
+    out = decoder_of(model)(
         input_ids=ids, position_ids=ids, use_cache=False, document_bounds=bounds
     )
     return out.last_hidden_state[0]

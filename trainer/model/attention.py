@@ -95,6 +95,11 @@ def implementation(backend: str) -> str:
     return name
 
 
+def is_ours(model: Any) -> bool:
+    """Return whether the model attends through a backend of packhorse."""
+    return (model.config._attn_implementation or "").startswith("packhorse_")
+
+
 def keyword_arguments(batch: Batch) -> dict[str, Any]:
     """Return the arguments of model.forward that carry the batch's document boundaries.
 
@@ -134,16 +139,27 @@ def other_attention(model: Any, name: str) -> Iterator[None]:
     before = model.config._attn_implementation
     if name == "sdpa" and not getattr(model, "_supports_sdpa", True):
         name = "eager"
-    model.set_attn_implementation(name)
+    set_implementation(model, name)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        set_implementation(model, before)
+
+
+def set_implementation(model: Any, name: str) -> None:
+    """Let the model attend by a function of transformers' table, and make the masks that it needs.
+
+    A model with attention of its own alone (BLOOM) refuses the function; its masks must follow.
+    """
+    model.set_attn_implementation(name)
+    model.config._attn_implementation = name
 
 
 @contextmanager
-def checked_masks(model: Any) -> Iterator[None]:
+def checked_masks(model: Any) -> Iterator[set[nn.Module]]:
     """Compare the mask that each layer would have with what its backend sees, inside the block.
+
+    Gives the modules that have attended through the backend so far.
 
     A window or chunk that reaches a layer in its mask alone would otherwise be lost, as
     transformers makes no masks for our attention functions.
@@ -157,34 +173,47 @@ def checked_masks(model: Any) -> Iterator[None]:
             **{**arguments, "allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
         )
 
+    if not is_ours(model):  # its own masks are right
+        yield set()
+        return
     name = model.config._attn_implementation
     AttentionMaskInterface.register(name, whole_mask)
-    _CHECKED.add(name)
+    attended = _CHECKED[name] = set()
     try:
-        yield
+        yield attended
     finally:
-        _CHECKED.discard(name)
+        del _CHECKED[name]
         # or every step would make T x T masks
         AttentionMaskInterface._global_mapping.pop(name)
 
 
-_CHECKED: set[str] = set()  # attention functions that compare masks now
+# attention functions that compare masks now, and the modules that they attended for
+_CHECKED: dict[str, set[nn.Module]] = {}
 
 
 def _compare_mask(
-    layer: str, mask: torch.Tensor, window: int | None, cu_seqlens: torch.Tensor
+    layer: str, mask: torch.Tensor, window: int | None, documents: Bounds, seen: Bounds
 ) -> None:
-    """Refuse a mask (1, 1, T, T), True where seen, that asks for more than the backends do."""
+    """Refuse a mask (1, 1, T, T), True where seen, that asks for more than the backends do.
+
+    Args:
+        seen: what a backend attends within: the documents, or chunks of each.
+    """
     total = mask.shape[-1]
-    document = _document_index(cu_seqlens, total)
-    same = document[:, None] == document[None, :]
-    ours = visible(total, window, mask.device) & same
+    same = _same_piece(documents, total)
+    ours = visible(total, window, mask.device) & _same_piece(seen, total)
     # a mask that was made without position_ids knows no documents, which is no difference
-    if not torch.equal(ours.expand(mask.shape), mask & same):
+    if mask.shape[-2] != total or not torch.equal(ours.expand(mask.shape), mask & same):
         raise BadInput(
             f"{layer} masks its attention by more than causality, documents and a window of "
             f"{window}, which packed attention cannot honour; take another model"
         )
+
+
+def _same_piece(bounds: Bounds, total: int) -> torch.Tensor:
+    """Return (T, T), True where two tokens lie in the same document, or chunk of one."""
+    number = _document_index(bounds.cu_seqlens, total)
+    return number[:, None] == number[None, :]
 
 
 # ------------------------------------------------------------------------------------- the function
@@ -226,12 +255,17 @@ def _attend(
             f"{layer} does not hand the document boundaries on to its attention; this model cannot "
             "be packed"
         )
+    attended = _CHECKED.get(getattr(module.config, "_attn_implementation", None))
+    if attended is not None:
+        attended.add(module)
+    chunk = _chunk_size(module)
+    bounds = document_bounds.chunked(chunk) if chunk else document_bounds
     if attention_mask is not None:
-        if getattr(module.config, "_attn_implementation", None) not in _CHECKED:
+        if attended is None:
             raise BadInput(
                 f"{layer} makes an attention mask of its own, which packed attention cannot honour"
             )
-        _compare_mask(layer, attention_mask, sliding_window, document_bounds.cu_seqlens)
+        _compare_mask(layer, attention_mask, sliding_window, document_bounds, bounds)
     # a layer that says nothing about causality is causal
     if is_causal is False or not getattr(module, "is_causal", True):
         raise BadInput(f"{layer} is not causal attention")
@@ -247,8 +281,20 @@ def _attend(
             f"{layer} asks attention for `{'`, `'.join(unknown)}`, which no backend of packhorse "
             "knows"
         )
-    arguments = Arguments(scaling, sliding_window, softcap, s_aux, dropout or None, document_bounds)
+    arguments = Arguments(scaling, sliding_window, softcap, s_aux, dropout or None, bounds)
     return backend(layer, query, key, value, arguments), None
+
+
+def _chunk_size(module: nn.Module) -> int | None:
+    """Return the tokens of a chunk that a layer attends within (Llama 4), or None.
+
+    transformers hands it to the layer in its mask alone; the configuration says which layers it is.
+    """
+    config: Any = module.config
+    kinds, layer = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if not kinds or layer is None or kinds[layer] != "chunked_attention":
+        return None
+    return config.attention_chunk_size
 
 
 _FUNCTIONS = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,12 @@ class Bounds(NamedTuple):
     cu_seqlens: torch.Tensor  # (D + 1,) int32, each document's first token, and the end
     max_seqlen: int
     lengths: tuple[int, ...]  # the same on the host, where reading them costs no synchronization
+
+    def chunked(self, size: int) -> Bounds:
+        """Return the bounds of chunks: each document is cut every `size` tokens from its start."""
+        lengths = [min(size, n - start) for n in self.lengths for start in range(0, n, size)]
+        ends = self.cu_seqlens.new_tensor([0, *accumulate(lengths)])
+        return Bounds(ends, max(lengths), tuple(lengths))
 
 
 class Arguments(NamedTuple):

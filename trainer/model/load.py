@@ -42,11 +42,15 @@ _TOKENIZER_FILES = {
 def load_tokenizer(section: ModelSection) -> Any:
     """Return the model's tokenizer with the recipe's `add_tokens` and `chat_template`.
 
+    `generation_eos_token_ids` of it are what ends generation by the model's own configuration,
+    which the data needs where a chat template writes no stop token.
+
     Raises:
         BadInput: no such folder, no tokenizer in it, an unreachable hub, a missing template, or
             ChatML on a tokenizer that lacks its tokens.
     """
     tokenizer = _original_tokenizer(section)
+    tokenizer.generation_eos_token_ids = _generation_eos(section)
     if section.add_tokens:
         from tokenizers import AddedToken
 
@@ -86,6 +90,21 @@ def _original_tokenizer(section: ModelSection) -> Any:
     return load_pretrained(AutoTokenizer.from_pretrained, section, "tokenizer")
 
 
+def _generation_eos(section: ModelSection) -> list[int]:
+    """Return the stop tokens of the model's generation configuration; none, if it has no such."""
+    from transformers import GenerationConfig
+
+    folder = local_folder(section.name, "model.name")
+    try:
+        config = GenerationConfig.from_pretrained(
+            str(folder or section.name), revision=section.revision
+        )
+    except OSError:  # many models have none
+        return []
+    ids: Any = config.eos_token_id
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
 def load_pretrained(
     from_pretrained: Callable[..., Any], section: ModelSection, what: str, **arguments: Any
 ) -> Any:
@@ -98,12 +117,19 @@ def load_pretrained(
             trust_remote_code=section.trust_remote_code,
             **arguments,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (MemoryError, torch.OutOfMemoryError):
+        raise  # another file would not help
+    except Exception as error:
+        if error.args == (arguments.get("attn_implementation"),):
+            raise  # the model picks its attention from a table without ours
+        # a file that is cut short, a tensor of another shape, a class that is missing: libraries
+        # have an exception of their own for each
         reason = one_line(error, 300)
         if folder is None:
             raise BadInput(
-                f"model.name: cannot load the {what} of {section.name} from the hub ({reason}); "
-                "give a local folder, or set HF_HOME to a cache that holds it"
+                f"model.name: there is no folder {section.name}, and cannot load the {what} of "
+                f"that name from the hub ({reason}); give a local folder, or set HF_HOME to a "
+                "cache that holds it"
             ) from None
         raise BadInput(f"model.name: cannot load the {what} in {folder} ({reason})") from None
 
@@ -141,21 +167,17 @@ def load_model(
     arguments = {"dtype": dtype, "attn_implementation": attention.implementation(backend)}
     with sharded_init():
         try:
-            if section.init == "random":
-                model = _random_model(section, config, seed, gathered, arguments)
-            else:
-                with _loading_shown():
-                    model = _pretrained_model(section, config, arguments)
+            model = _build(section, config, seed, gathered, arguments)
         except KeyError as error:
             # a model that picks its attention class from a fixed table does not find ours there
             if error.args != (arguments["attn_implementation"],):
                 raise
-            raise BadInput(
-                f"model.name: {config.model_type} chooses among attentions of its own, so that no "
-                "kernel for packed sequences can be used; take another model"
-            ) from None
+            dist.log.info("attention: %s has classes of its own for it", config.model_type)
+            own = {**arguments, "attn_implementation": "eager"}
+            model = _build(section, config, seed, gathered, own)
         if new_ids:
             _add_embeddings(model, rows, new_ids, gathered)
+        _drop_unused_sampling(model)
         model.requires_grad_(True)
         if adapter:
             add_adapter(model, adapter, seed)
@@ -173,6 +195,32 @@ def load_model(
     # DeepSpeed has put shards where they belong already
     in_shards = any(hasattr(p, "ds_id") for p in model.parameters())
     return model if in_shards else model.to(device)
+
+
+def _build(
+    section: ModelSection, config: Any, seed: int, gathered: Gathered, arguments: dict[str, Any]
+) -> Any:
+    """Return the model with random weights or its own, whichever the recipe says."""
+    if section.init == "random":
+        return _random_model(section, config, seed, gathered, arguments)
+    with _loading_shown():
+        return _pretrained_model(section, config, arguments)
+
+
+def _drop_unused_sampling(model: Any) -> None:
+    """Drop settings of sampling from a generation configuration that does not sample.
+
+    Llama 2's has a temperature beside `do_sample: false`; transformers 5 refuses to save it.
+    """
+    settings = getattr(model, "generation_config", None)
+    if settings is None or settings.do_sample:
+        return
+    plain = type(settings)()
+    names = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
+    for name in names:
+        if getattr(settings, name, None) != getattr(plain, name, None):
+            dist.log.info("generation: %s is dropped, as do_sample is not set", name)
+            setattr(settings, name, getattr(plain, name, None))
 
 
 def load_config(section: ModelSection) -> Any:
@@ -250,6 +298,7 @@ def _pretrained_model(section: ModelSection, config: Any, arguments: dict[str, A
         "model",
         config=config,
         output_loading_info=True,
+        use_safetensors=True,  # the older kind of file is a pickle, which may run code
         **arguments,
     )
     # transformers only warns of missing weights, and fills them with random numbers

@@ -29,6 +29,7 @@ from torch import nn
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import AdapterSection
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.decoder import decoder_of
 from packhorse.trainer.model.quantisation import dequantise, numel, quantise
 from packhorse.trainer.model.roles import EXPERTS, roles
 
@@ -221,7 +222,7 @@ def linear_modules(model: Any) -> dict[str, nn.Linear]:
     no adapter, and without those of towers, which a text does not reach.
     """
     head = model.get_output_embeddings()
-    language = {id(module) for module in model.get_decoder().modules()}
+    language = {id(module) for module in decoder_of(model).modules()}
     return {
         name: m
         for name, m in model.named_modules()

@@ -15,10 +15,7 @@ is no list of known models: each one is measured.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from itertools import accumulate, chain
-from traceback import walk_tb
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,15 +24,21 @@ from torch import nn
 
 from packhorse.trainer import dist
 from packhorse.trainer.datatypes import BadInput, Batch
-from packhorse.trainer.model import liger_layers, rotary
+from packhorse.trainer.model import liger_layers
 from packhorse.trainer.model.attention import checked_masks, other_attention
+from packhorse.trainer.model.checks import raising_module, require_finite_weights
+from packhorse.trainer.model.decoder import decoder_layers, layer_name, recorded_states
 from packhorse.trainer.model.logit_transform import LogitTransform, measure_transform
+from packhorse.trainer.model.probe_documents import (
+    COMPARED_FIRST,
+    compared_positions,
+    num_trained,
+    pack_documents,
+    random_documents,
+)
 from packhorse.trainer.model.sft import SftModel
 from packhorse.trainer.utils.text import one_line
 
-SHORT = (24, 17)  # tokens of the first and the last document
-PAST_LIMIT = 24  # tokens of the middle one beyond the longest window or chunk
-COMPARED_FIRST, COMPARED_LAST = 16, 48  # tokens at a document's ends that are compared
 EAGER_TOKENS = 8192  # longer documents run alone through sdpa: eager attention holds all scores
 
 # Largest ||ours - theirs|| / ||theirs|| of hidden states in any layer, against the model alone and
@@ -58,6 +61,8 @@ class Proof(NamedTuple):
     loss_difference: float
     lengths: tuple[int, ...]
     transform: LogitTransform
+    by_document: tuple[str, ...] = ()  # which modules run once for each document, and why
+    by_itself: bool = False  # the model attends by its own code, a document at a time
 
 
 class _Alone(NamedTuple):
@@ -69,11 +74,16 @@ class _Alone(NamedTuple):
 
 
 class _LayerDiffers(Exception):
-    """Which layer differs, and how."""
+    """Which layer differs, by name and module, and how.
 
-    def __init__(self, layer: str, how: str) -> None:
+    `attended` are the modules that had attended through our backend until then.
+    """
+
+    def __init__(
+        self, layer: str, how: str, module: nn.Module | None, attended: set[nn.Module]
+    ) -> None:
         super().__init__(how)
-        self.layer = layer
+        self.layer, self.module, self.attended = layer, module, attended
 
 
 @torch.no_grad()
@@ -88,135 +98,35 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
             `batch.micro_batch_size: 1`), so that documents are proved one by one.
 
     Raises:
-        BadInput: a layer gives other states packed than alone, or our loss is not the model's.
+        BadInput: a layer gives other states packed than alone, our loss is not the model's, or the
+            model's own forward fails.
     """
     training = sft.training
+    by_document: tuple[str, ...] = ()
     sft.eval()
     try:
         sft.transform = measure_transform(sft.model)
-        documents = _random_documents(sft.model.config.get_text_config(), seq_len, seed)
+        documents = random_documents(sft.model.config.get_text_config(), seq_len, seed)
         alone = [_run_alone(sft.model, ids) for ids in documents]
         try:
             if one_document:
-                worst = [_compare(sft, [ids], [own]) for ids, own in zip(documents, alone)]
+                worst = _compare_each(sft, documents, alone)
             else:
-                worst = [_compare(sft, documents, alone)]
-        except _LayerDiffers as difference:
+                worst, by_document = _compare_splitting(sft, documents, alone)
+        except (_LayerDiffers, BadInput) as difference:
+            require_finite_weights(sft.model)
             advice = _advise(sft, difference, documents, alone, one_document)
             raise BadInput(advice) from None
-        sft.is_random = _draws_random_numbers(sft, _pack(documents[:1]))
+        sft.is_random = _draws_random_numbers(sft, pack_documents(documents[:1]))
     finally:
         sft.train(training)
     hidden, loss = (max(values) for values in zip(*worst))
-    return Proof(hidden, loss, tuple(ids.shape[0] for ids in documents), sft.transform)
-
-
-# ---------------------------------------------------------------------------------------- documents
-
-
-def longest_document(sft: SftModel, seq_len: int, seed: int) -> Batch:
-    """Return the check's longest document alone, which reaches past the windows of all layers."""
-    return _pack([_random_documents(sft.model.config.get_text_config(), seq_len, seed)[1]])
-
-
-def _random_documents(config: Any, seq_len: int, seed: int) -> list[torch.Tensor]:
-    """Return three documents of random tokens, (L,) int64 each."""
-    limits = length_limits(config.to_dict())
-    longest = getattr(config, "max_position_embeddings", None)
-    if rotary.stretches(config):
-        limits, longest = {*limits, longest or 0}, None
-    middle = max([33, *(limit + PAST_LIMIT for limit in limits if limit < seq_len)])
-    generator = torch.Generator().manual_seed(dist.seed_from(seed, "probe"))
-    return [
-        torch.randint(config.vocab_size, (n,), generator=generator).to(dist.device())
-        for n in (SHORT[0], min(middle, longest or middle), SHORT[1])
-    ]
-
-
-# What the keys of lengths are called beyond which a model acts otherwise: windows and chunks of
-# attention, the length that its positions were first trained for, the tokens that sparse attention
-# chooses, the position from which it scales queries.
-_LIMIT_WORDS = ("window", "chunk", "local", "block", "original_max", "topk", "budget", "floor")
-
-
-def length_limits(config: dict[str, Any]) -> set[int]:
-    """Return the lengths in a model's configuration beyond which a document is treated otherwise.
-
-    They are found by the words in their keys, as each model names them in its own way.
-    """
-    found = set()
-    for key, value in config.items():
-        is_limit = any(word in str(key) for word in _LIMIT_WORDS)
-        if isinstance(value, dict):
-            found |= length_limits(value)
-        elif is_limit and type(value) is int and value > 1:
-            found.add(value)
-    return found
-
-
-def _compared_positions(length: int) -> list[int]:
-    """Return the positions that are compared: all of a short document, both ends of a long one."""
-    if length <= COMPARED_FIRST + COMPARED_LAST:
-        return list(range(length))
-    return [*range(COMPARED_FIRST), *range(length - COMPARED_LAST, length)]
-
-
-def _num_trained(length: int) -> int:
-    """Return how many of a document's last tokens are predicted for the comparison of the loss."""
-    return min(length - 1, COMPARED_LAST)
-
-
-def _pack(documents: Sequence[torch.Tensor]) -> Batch:
-    """Return the documents packed; the last tokens of each are trained, with one weight."""
-    lengths = [ids.shape[0] for ids in documents]
-    starts = [0, *accumulate(lengths)]
-    device = documents[0].device
-    # a document's last token predicts nothing: the next one is its neighbour's
-    trained = [range(end - 1 - _num_trained(n), end - 1) for end, n in zip(starts[1:], lengths)]
-    trained_positions = torch.tensor([*chain(*trained)], device=device)
-    weight = 1 / len(trained_positions)
-    ids = torch.cat(list(documents))
-    return Batch(
-        input_ids=ids,
-        position_ids=torch.cat([torch.arange(n, device=device) for n in lengths]),
-        cu_seqlens=torch.tensor(starts, dtype=torch.int32, device=device),
-        lengths=tuple(lengths),
-        trained_positions=trained_positions,
-        targets=ids[trained_positions + 1],
-        weights=torch.full((len(trained_positions),), weight, device=device),
-        uniform_weight=weight,
-        document_keys=tuple((0, i, 0) for i in range(len(lengths))),
-        sequence_ids=(0,),
+    return Proof(
+        hidden, loss, tuple(map(len, documents)), sft.transform, by_document, sft.attends_by_itself
     )
 
 
 # ------------------------------------------------------------------------------------- the two ways
-
-
-def decoder_layers(model: Any) -> list[nn.Module]:
-    """Return the model's stack of layers.
-
-    It is the longest list of modules; one of the configured number of layers comes first.
-    """
-    number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    stacks = [m for m in model.get_decoder().modules() if isinstance(m, nn.ModuleList)]
-    stacks.sort(key=lambda stack: (len(stack) == number, len(stack)))
-    return list(stacks[-1]) if stacks else []
-
-
-@contextmanager
-def _recorded_states(model: Any, positions: list[int]) -> Iterator[list[torch.Tensor]]:
-    """Record the states at these positions, (tokens, H), after each layer and the whole decoder."""
-    seen: list[torch.Tensor] = []
-
-    def hook(module: nn.Module, args: Any, output: Any) -> None:
-        state = output if isinstance(output, torch.Tensor) else output[0]
-        seen.append(state[0, positions])
-
-    with ExitStack() as hooks:
-        for module in [*decoder_layers(model), model.get_decoder()]:
-            hooks.callback(module.register_forward_hook(hook).remove)
-        yield seen
 
 
 def _run_alone(model: Any, ids: torch.Tensor) -> _Alone:
@@ -234,7 +144,7 @@ def _run_own(
     model: Any, ids: torch.Tensor, own_attention: str
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Return the states after each layer and the summed loss, as transformers computes them."""
-    trained = _num_trained(ids.shape[0])
+    trained = num_trained(ids.shape[0])
     fewer_logits = (
         {"logits_to_keep": trained + 1}
         if "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -243,7 +153,7 @@ def _run_own(
     with (
         liger_layers.plain(model),
         other_attention(model, own_attention),
-        _recorded_states(model, _compared_positions(ids.shape[0])) as states,
+        recorded_states(model, compared_positions(ids.shape[0]), ids.shape[0]) as states,
     ):
         out = model(input_ids=ids.unsqueeze(0), use_cache=False, **fewer_logits)
     logits = out.logits[0, -trained - 1 : -1].float()
@@ -252,23 +162,88 @@ def _run_own(
 
 def _run_packed(
     sft: SftModel, documents: Sequence[torch.Tensor], compared: Sequence[list[int]]
-) -> tuple[list[tuple[torch.Tensor, ...]], float]:
-    """Return the compared tokens' states by layer and document, and the loss, of one sequence."""
-    batch = _pack(documents)
+) -> tuple[list[tuple[torch.Tensor, ...]], float, set[nn.Module]]:
+    """Return the compared tokens' states by layer and document, and the loss, of one sequence.
+
+    The third value are the modules that attended through our backend.
+    """
+    batch = pack_documents(documents)
     starts = batch.cu_seqlens.tolist()
     positions = [start + i for start, tokens in zip(starts, compared) for i in tokens]
+    attended: set[nn.Module] = set()
     try:
-        with checked_masks(sft.model), _recorded_states(sft.model, positions) as states:
+        with (
+            checked_masks(sft.model) as attended,
+            recorded_states(sft.model, positions, len(batch.input_ids)) as states,
+        ):
             loss = float(sft(batch))
-    except BadInput:
+    except (BadInput, torch.OutOfMemoryError):
         raise
-    except (ValueError, TypeError, NotImplementedError) as error:
+    except Exception as error:
         # a layer that cannot handle document boundaries refuses them by an error of its own
-        raise _LayerDiffers(_raising_module(error), one_line(error)) from error
-    return [state.split([len(tokens) for tokens in compared]) for state in states], loss
+        module = raising_module(error)
+        name = type(module).__name__ if module else "the model"
+        raise _LayerDiffers(name, one_line(error), module, attended) from error
+    by_document = [state.split([len(tokens) for tokens in compared]) for state in states]
+    return by_document, loss, attended
 
 
 # --------------------------------------------------------------------------------------- comparison
+
+
+def _compare_splitting(
+    sft: SftModel, documents: Sequence[torch.Tensor], alone: Sequence[_Alone]
+) -> tuple[list[tuple[float, float]], tuple[str, ...]]:
+    """Compare packed documents; let modules that mix them run document by document, if that helps.
+
+    A module that attends through our backend is never among them: packed attention must be right.
+
+    Returns:
+        The largest differences, and the modules' classes with the reason.
+    """
+    found: dict[str, str] = {}
+    first: _LayerDiffers | None = None
+    while True:
+        try:
+            return [_compare(sft, documents, alone)], tuple(
+                f"{name} ({why})" for name, why in found.items()
+            )
+        except (_LayerDiffers, BadInput) as error:
+            difference = error if isinstance(error, _LayerDiffers) else None
+            first = first or difference
+            mixing = _modules_like(sft.model, difference) if difference else []
+            name = type(mixing[0]).__name__ if mixing else ""
+            if not mixing or name in found:
+                sft.run_whole()
+                raise first or error from None
+            found[name] = str(difference)
+            sft.run_by_document(mixing)
+
+
+def _compare_each(
+    sft: SftModel, documents: Sequence[torch.Tensor], alone: Sequence[_Alone]
+) -> list[tuple[float, float]]:
+    """Compare documents one by one; let a model that cannot attend through us attend by itself.
+
+    One that does attend through us, and gives other states, is not helped: its kernel is wrong.
+    """
+    try:
+        return [_compare(sft, [ids], [own]) for ids, own in zip(documents, alone)]
+    except (_LayerDiffers, BadInput) as error:
+        if isinstance(error, _LayerDiffers) and error.attended:
+            raise
+        sft.attends_by_itself = True
+        try:
+            return [_compare(sft, [ids], [own]) for ids, own in zip(documents, alone)]
+        except (_LayerDiffers, BadInput):
+            sft.attends_by_itself = False
+            raise error from None
+
+
+def _modules_like(model: nn.Module, difference: _LayerDiffers) -> list[nn.Module]:
+    """Return the modules of the class that differs, without those that attend through us."""
+    same = [m for m in model.modules() if type(m) is type(difference.module)]
+    return [m for m in same if not difference.attended.intersection(m.modules())]
 
 
 def _compare(
@@ -277,8 +252,8 @@ def _compare(
     """Return the largest differences of states and loss between documents packed and alone."""
     dtype = next(sft.model.parameters()).dtype
     hidden_allowed, neighbour_allowed, loss_allowed = TOLERANCE[dtype]
-    compared = [_compared_positions(ids.shape[0]) for ids in documents]
-    packed, loss = _run_packed(sft, documents, compared)
+    compared = [compared_positions(ids.shape[0]) for ids in documents]
+    packed, loss, attended = _run_packed(sft, documents, compared)
     worst = 0.0
     for layer, ours in enumerate(packed):
         difference = max(
@@ -286,10 +261,11 @@ def _compare(
         )
         rounding = max(own.rounding[layer] for own in alone)
         allowed = max(hidden_allowed, min(OWN_ROUNDING * rounding, MOST_ROUNDING))
-        _require_close(sft.model, layer, difference, allowed, "from the same document alone")
+        what = "from the same document alone"
+        _require_close(sft.model, layer, attended, difference, allowed, what)
         worst = max(worst, difference)
     _require_isolation(sft, documents, neighbour_allowed)
-    trained = sum(_num_trained(ids.shape[0]) for ids in documents)
+    trained = sum(num_trained(ids.shape[0]) for ids in documents)
     own_loss = float(torch.stack([own.loss for own in alone]).sum()) / trained
     off = abs(loss - own_loss) / max(1.0, abs(own_loss))
     # written so that a NaN fails, too
@@ -315,11 +291,18 @@ def _require_isolation(sft: SftModel, documents: Sequence[torch.Tensor], allowed
     others[middle] = torch.cat([documents[middle][:half], others[middle][half:]])
     compared: list[list[int]] = [[] for _ in documents]
     compared[middle] = list(range(min(half, COMPARED_FIRST)))
-    before, _ = _run_packed(sft, documents, compared)
-    after, _ = _run_packed(sft, others, compared)
+    before, *_ = _run_packed(sft, documents, compared)
+    after, _, attended = _run_packed(sft, others, compared)
     what = "once its neighbours and later tokens are others"
     for layer, (mine, changed) in enumerate(zip(before, after)):
-        _require_close(sft.model, layer, _difference(changed[middle], mine[middle]), allowed, what)
+        difference = _difference(changed[middle], mine[middle])
+        _require_close(sft.model, layer, attended, difference, allowed, what)
+
+
+def longest_document(sft: SftModel, seq_len: int, seed: int) -> Batch:
+    """Return the check's longest document alone, which reaches past the windows of all layers."""
+    documents = random_documents(sft.model.config.get_text_config(), seq_len, seed)
+    return pack_documents(documents[1:2])
 
 
 def _draws_random_numbers(sft: SftModel, batch: Batch) -> bool:
@@ -344,15 +327,23 @@ def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return float(by_token.max() if theirs.dtype == torch.float32 else by_token.median())
 
 
-def _require_close(model: Any, layer: int, difference: float, allowed: float, what: str) -> None:
+def _require_close(
+    model: Any,
+    layer: int,
+    attended: set[nn.Module],
+    difference: float,
+    allowed: float,
+    what: str,
+) -> None:
     if not difference <= allowed:
         how = f"its states differ by {difference:.2g} of their size {what}; {allowed:g} is allowed"
-        raise _LayerDiffers(_layer_name(model, layer), how)
+        module = [*decoder_layers(model), None][layer]
+        raise _LayerDiffers(layer_name(model, layer), how, module, attended)
 
 
 def _advise(
     sft: SftModel,
-    difference: _LayerDiffers,
+    difference: _LayerDiffers | BadInput,
     documents: Sequence[torch.Tensor],
     alone: Sequence[_Alone],
     one_document: bool,
@@ -360,37 +351,29 @@ def _advise(
     """Return which layer differs, and whether documents one by one would do."""
     if not one_document:
         try:
-            for ids, own in zip(documents, alone):
-                _compare(sft, [ids], [own])
+            _compare_each(sft, documents, alone)
         except (_LayerDiffers, BadInput):
             one_document = True  # packing is not to blame
+    one_by_one = (
+        "set data.packing=none and batch.micro_batch_size=1, so that every micro-batch is one "
+        "document"
+    )
+    if isinstance(difference, BadInput):
+        return str(difference) if one_document else f"{difference}, or {one_by_one}"
     if not one_document:
         return (
-            f"{difference.layer} does not keep packed documents apart ({difference}): set "
-            "data.packing=none and batch.micro_batch_size=1, so that every micro-batch is one "
-            "document, or take another model"
+            f"{difference.layer} does not keep packed documents apart ({difference}): "
+            f"{one_by_one}, or take another model"
         )
     backend = sft.model.config._attn_implementation.removeprefix("packhorse_")
     fused = liger_layers.is_fused(sft.model)
+    other = [
+        *(["model.attention=reference"] if backend != "reference" else []),
+        *(["model.layer_kernels=torch"] if fused else []),
+    ]
+    advice = f"try {' and '.join(other)}, or" if other else "take"
     return (
         f"{difference.layer} gives other hidden states through the backend {backend} than by "
         f"the model's own attention{' and layers' if fused else ''}, even for one document "
-        f"({difference}): try model.attention=reference"
-        f"{', model.layer_kernels=torch' if fused else ''}, or another model"
+        f"({difference}): {advice} another model"
     )
-
-
-def _layer_name(model: Any, layer: int) -> str:
-    layers = decoder_layers(model)
-    if layer >= len(layers):
-        return f"the end of {type(model.get_decoder()).__name__}"
-    types = getattr(model.config.get_text_config(), "layer_types", None) or []
-    kind = f", {types[layer]}" if layer < len(types) else ""
-    return f"layer {layer} ({type(layers[layer]).__name__}{kind})"
-
-
-def _raising_module(error: BaseException) -> str:
-    """Return the class of the innermost module in whose forward the error arose."""
-    callers = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
-    modules = [type(caller).__name__ for caller in callers if isinstance(caller, nn.Module)]
-    return modules[-1] if modules else "the model"

@@ -19,8 +19,8 @@ from torch import nn
 
 from packhorse.trainer import dist
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.decoder import decoder_layers
 from packhorse.trainer.model.lora import Gathered
-from packhorse.trainer.model.packing_check import decoder_layers
 from packhorse.trainer.model.quantisation import numel
 from packhorse.trainer.utils.text import one_line
 

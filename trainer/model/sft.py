@@ -9,6 +9,7 @@ the head's weight whole, tied or not (C5).
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -19,7 +20,10 @@ from torch import nn
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import LossSection
 from packhorse.trainer.datatypes import BadInput, Batch
+from packhorse.trainer.model import attention
 from packhorse.trainer.model.attention import keyword_arguments
+from packhorse.trainer.model.by_document import split_calls
+from packhorse.trainer.model.decoder import decoder_of
 from packhorse.trainer.model.logit_transform import LogitTransform
 from packhorse.trainer.model.loss import choose_kernel, linear_cross_entropy
 from packhorse.trainer.model.neftune import document_noise
@@ -46,6 +50,9 @@ class SftModel(nn.Module):
         self._alpha = loss.neftune_alpha
         self._seed = seed
         self._batch: Batch | None = None  # the one in the forward, for the embedding's hook
+        self._calls: tuple[int, ...] = ()  # its documents' lengths, for modules that run by them
+        self._undo_split: list[Callable[[], None]] = []
+        self._backend: str | None = None  # ours, where the model attends by itself
         head = model.get_output_embeddings()
         if head is None or not isinstance(getattr(head, "weight", None), nn.Parameter):
             raise BadInput(
@@ -81,17 +88,48 @@ class SftModel(nn.Module):
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return what the model hands to its head, (T, H)."""
         self._batch = batch
+        if self._undo_split:
+            self._calls = (*batch.lengths, *[0] * self._idle_calls(len(batch.lengths)))
+        ids, bounds = batch.input_ids.unsqueeze(0), {}
+        if not self.attends_by_itself:
+            bounds = {"position_ids": batch.position_ids.unsqueeze(0), **keyword_arguments(batch)}
         try:
-            out = self.model.get_decoder()(
-                input_ids=batch.input_ids.unsqueeze(0),
-                position_ids=batch.position_ids.unsqueeze(0),
-                use_cache=False,
-                **keyword_arguments(batch),
-            )
+            out = decoder_of(self.model)(input_ids=ids, use_cache=False, **bounds)
         finally:
             # other forwards of the model, as in generation, get no noise
             self._batch = None
+            if not torch.is_grad_enabled():  # else a backward may recompute layers
+                self._calls = ()
         return out.last_hidden_state[0]
+
+    @property
+    def attends_by_itself(self) -> bool:
+        """Whether the model attends by its own code, which knows a single document only."""
+        return not attention.is_ours(self.model)
+
+    @attends_by_itself.setter
+    def attends_by_itself(self, by_itself: bool) -> None:
+        self._backend = self._backend or self.model.config._attn_implementation
+        own = "sdpa" if getattr(self.model, "_supports_sdpa", False) else "eager"
+        attention.set_implementation(self.model, own if by_itself else self._backend)
+
+    def run_by_document(self, modules: Iterable[nn.Module]) -> None:
+        """Let modules that mix packed documents be called once for each; see by_document.py."""
+        self._undo_split.append(split_calls(modules, self._documents_in_call))
+
+    def run_whole(self) -> None:
+        """Let all modules run packed sequences as a whole again."""
+        while self._undo_split:
+            self._undo_split.pop()()
+
+    def _documents_in_call(self) -> tuple[int, ...]:
+        # without gradients and outside of a batch's forward it is generation that calls
+        return self._calls if self._batch or torch.is_grad_enabled() else ()
+
+    def _idle_calls(self, documents: int) -> int:
+        """Return how many calls this rank makes less than another: ZeRO-3 gathers in each."""
+        in_shards = any(hasattr(p, "ds_id") for p in self.model.parameters())
+        return max(dist.gather(documents)) - documents if in_shards else 0
 
     def _add_noise(
         self, embedding: nn.Module, args: Any, embedded: torch.Tensor

@@ -1,0 +1,225 @@
+"""Train every causal architecture of the installed transformers, tiny, and compare with PyTorch.
+
+    python -m tests.models.sweep RESULTS.json [MODEL_TYPE ...]
+
+For each `model_type`: a random model (shrunk.py) is saved, loaded and proved as a run does it, and
+trained for three steps of packed documents at ZeRO 0 and 3. The same steps run in plain PyTorch,
+one document at a time, through the model's own eager attention. Losses and weights are compared;
+the export is loaded into transformers and its logits are compared, too. Where packing is refused,
+the steps are of one document each. One process tries many: a start takes longer than a model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from packhorse.trainer import dist
+from packhorse.trainer.build_engine import build_engine
+from packhorse.trainer.checkpoint.checkpoint import Saver
+from packhorse.trainer.checkpoint.hf_export import export, save_description
+from packhorse.trainer.checkpoint.manifest import RunState
+from packhorse.trainer.config.recipe import Recipe, load_recipe
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine import engine as engines
+from packhorse.trainer.engine.optim import parameter_groups
+from packhorse.trainer.metrics import Clock, model_flops
+from packhorse.trainer.model.load import load_tokenizer, model_class
+from packhorse.trainer.utils.text import one_line
+from tests.model_helpers import documents, pack
+from tests.models.shrunk import VOCABULARY, config_of
+from tests.ranks import ROOT
+
+LENGTHS = (24, 40, 9, 12)  # of a step's documents; the second is longer than windows and chunks
+STEPS = 3
+LR, MAX_GRAD_NORM = 1e-3, 1.0
+# Largest relative differences that are rounding: of a step's loss, of a tensor's change in
+# training, and of the export's logits. A defect is ten times as much and more.
+BOUNDS = {"losses": 1e-6, "weights": 1e-3, "logits": 1e-4}
+
+
+def try_model(name: str, root: Path) -> dict[str, Any]:
+    """Return what works for a `model_type`: `works` (packed, alone, no), and why or how exactly."""
+    folder = root / "source"
+    try:
+        _save_random(name, folder)
+    except Exception as error:
+        return {"works": "not built", "why": _describe(error)}
+    finally:
+        dist.barrier()
+    result: dict[str, Any] = {}
+    for works in ("packed", "alone"):
+        try:
+            for stage in (0, 3):
+                seen = _train_and_compare(
+                    folder, root / f"{works}{stage}", stage, works == "packed"
+                )
+                result[f"zero{stage}"] = seen
+            return {"works": works, **result}
+        except BadInput as error:
+            refused = one_line(error, 400)
+            result.setdefault("why", refused)
+            if "data.packing=none" not in refused:
+                return {**result, "works": "refused", "why": refused}
+        except Exception as error:
+            return {**result, "works": "crashed", "crash": _describe(error)}
+    return {**result, "works": "refused"}
+
+
+def _save_random(name: str, folder: Path) -> None:
+    """Save a random model of this kind, with the debug recipe's tokenizer."""
+    if not dist.is_main():
+        return
+    torch.manual_seed(0)
+    config = config_of(name)
+    model = model_class(config).from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    for path in (ROOT / "recipes" / "debug" / "model").glob("token*"):
+        shutil.copy(path, folder)
+
+
+def _recipe(folder: Path, run_dir: Path, stage: int, packed: bool) -> Recipe:
+    settings = [
+        f"model.name={folder}",
+        "model.init=pretrained",
+        f"run.dir={run_dir}",
+        f"parallel.deepspeed=zero{stage}",
+        "checkpoint.asynchronous=false",
+        f"optim.lr={LR}",
+        f"optim.max_grad_norm={MAX_GRAD_NORM}",
+        "optim.eps=1e-3",
+        "loss.neftune_alpha=0",
+        "eval.every_steps=null",
+        "eval.generate=null",
+    ]
+    if not packed:
+        settings += ["data.packing=none", "batch.micro_batch_size=1"]
+    return load_recipe(ROOT / "recipes" / "debug.yaml", settings)
+
+
+def _train_and_compare(folder: Path, run_dir: Path, stage: int, packed: bool) -> dict[str, float]:
+    recipe = _recipe(folder, run_dir, stage, packed)
+    if dist.is_main():
+        run_dir.mkdir()
+        (run_dir / "recipe.yaml").write_text(recipe.to_yaml())
+    tokenizer = load_tokenizer(recipe.model)
+    engines.deepspeed.zero.Init.param_id = 0  # as in a process of its own
+    engine = build_engine(recipe, run_dir, tokenizer)
+    model_flops(engine.module.model)
+    steps = [documents(LENGTHS, VOCABULARY, seed) for seed in range(STEPS)]
+    losses = []
+    for ids in steps:
+        weight = 1 / sum(len(d) - 1 for d in ids)
+        groups = [ids[:3], ids[3:]] if packed else [[d] for d in ids]
+        batches = [pack(g, [range(len(d) - 1) for d in g], [weight] * len(g)) for g in groups]
+        done = engine.step(batches[dist.rank() :: dist.world_size()], LR, Clock(dist.device()))
+        assert done.skipped is None
+        losses += dist.sum_over_ranks([float(done.loss)])
+    if dist.is_main():
+        save_description(engine.module.model, tokenizer, recipe.model, run_dir)
+    with Saver(run_dir, engine, recipe.checkpoint) as saver:
+        saver.save(RunState(STEPS, STEPS, "", 1, losses, 1, stage))
+    if not dist.is_main():
+        return {}
+    out = export(run_dir, run_dir / "export")
+    return _compare_with_plain(folder, out, recipe, steps, losses)
+
+
+def _compare_with_plain(
+    folder: Path, out: Path, recipe: Recipe, steps: list[list[torch.Tensor]], losses: list[float]
+) -> dict[str, float]:
+    from transformers import AutoConfig
+
+    cls = model_class(AutoConfig.from_pretrained(folder))
+    plain, before, ours = (
+        cls.from_pretrained(f, dtype=torch.float32, attn_implementation="eager")
+        for f in (folder, folder, out)
+    )
+    own_losses = _train_plainly(plain, recipe, steps)
+    start, trained = before.state_dict(), ours.state_dict()
+    moved = {
+        n: (w - start[n]).norm() for n, w in plain.state_dict().items() if w.is_floating_point()
+    }
+    largest = float(max(moved.values()))
+    off = {
+        n: float((trained[n] - w).norm()) / max(float(moved[n]), 1e-3 * largest)
+        for n, w in plain.state_dict().items()
+        if n in moved
+    }
+    worst = max(off, key=lambda n: off[n])
+    ids = steps[0][0].unsqueeze(0)
+    with torch.no_grad():
+        a, b = (m.eval()(input_ids=ids, use_cache=False).logits for m in (ours, plain))
+    return {
+        "losses": max(abs(x - y) / abs(y) for x, y in zip(losses, own_losses)),
+        "weights": off[worst],
+        "worst": worst,
+        "logits": float((a - b).norm() / b.norm()),
+    }
+
+
+def _train_plainly(model: Any, recipe: Recipe, steps: list[list[torch.Tensor]]) -> list[float]:
+    """Train as a reader would write it, each document alone, and return the losses."""
+    groups = parameter_groups(model, recipe.optim)
+    optim = recipe.optim
+    optimizer = torch.optim.AdamW(groups, lr=LR, betas=optim.betas, eps=optim.eps)
+    losses = []
+    model.train()
+    for ids in steps:
+        total = sum(len(d) - 1 for d in ids)
+        optimizer.zero_grad()
+        loss = 0.0
+        for d in ids:
+            logits = model(input_ids=d.unsqueeze(0), use_cache=False).logits[0, :-1]
+            share = F.cross_entropy(logits, d[1:], reduction="sum") / total
+            share.backward()
+            loss += share.item()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        optimizer.step()
+        losses.append(loss)
+    return losses
+
+
+def _describe(error: BaseException) -> str:
+    """Return an error in a line, with the last place in our code and the place where it arose."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "/trainer/" in frame.filename][-1:]
+    places = [
+        f"{Path(f.filename).parent.name}/{Path(f.filename).name}:{f.lineno}"
+        for f in (*own, frames[-1])
+    ]
+    return f"{type(error).__name__}: {one_line(error, 200)} ({', '.join(places)})"
+
+
+def main(path: str, names: list[str]) -> None:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    dist.log.setLevel("ERROR")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = json.loads(Path(path).read_text()) if Path(path).is_file() else {}
+    with dist.process_group():
+        for name in names or KNOWN:
+            root = Path(dist.broadcast(tempfile.mkdtemp() if dist.is_main() else None))
+            results[name] = try_model(name, root)
+            dist.barrier()
+            if dist.is_main():
+                shutil.rmtree(root)
+                print(name, json.dumps(results[name]), flush=True)
+                Path(path).write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

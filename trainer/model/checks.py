@@ -1,0 +1,88 @@
+"""Refuse what a loaded model cannot train on, in a sentence that names it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from traceback import walk_tb
+from typing import Any
+
+import torch
+from torch import nn
+
+from packhorse.trainer import dist
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.decoder import decoder_of
+from packhorse.trainer.utils.text import one_line
+
+
+def require_positions(model: Any, longest: int) -> None:
+    """Check that the model has a position for each token of the longest document.
+
+    Raises:
+        BadInput: it looks positions up in a table, which is shorter.
+    """
+    tables = [
+        module.weight
+        for name, module in decoder_of(model).named_modules()
+        if isinstance(module, nn.Embedding) and re.search(r"wpe|position|pos_emb", name)
+    ]
+    # ZeRO-3 keeps the shape beside an empty tensor
+    rows = min((getattr(table, "ds_shape", table.shape)[0] for table in tables), default=longest)
+    trained_for = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if rows < longest:
+        raise BadInput(
+            f"data.max_length: documents have up to {longest:,} tokens, and {type(model).__name__} "
+            f"has a table of {rows:,} positions; set data.max_length={trained_for or rows}"
+        )
+    if trained_for and longest > trained_for:
+        dist.log.warning(
+            "documents may have %s tokens, more than the %s that the model was made for "
+            "(max_position_embeddings); set data.max_length=%s, or scale its positions",
+            *(f"{longest:,}", f"{trained_for:,}", trained_for),
+        )
+
+
+def require_finite_weights(model: nn.Module) -> None:
+    """Name a weight that is not finite, which would look like a fault of the kernels.
+
+    Raises:
+        BadInput: there is one, on any rank.
+    """
+    # ZeRO-3 keeps this rank's share in ds_tensor
+    bad = [
+        name
+        for name, p in model.named_parameters()
+        if p.is_floating_point() and not getattr(p, "ds_tensor", p).isfinite().all()
+    ]
+    if bad := sorted({name for names in dist.gather(bad) for name in names}):
+        raise BadInput(
+            f"model.name: the weights have NaN or infinity in `{bad[0]}`"
+            f"{f' and {len(bad) - 1} more tensors' if len(bad) > 1 else ''}; give an undamaged copy"
+        )
+
+
+@contextmanager
+def failures_explained(model: nn.Module) -> Iterator[None]:
+    """Turn an error of the model's own code inside the block into a BadInput that names the module.
+
+    It has a defect, or needs more than token ids.
+    """
+    try:
+        yield
+    except (BadInput, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        where = type(raising_module(error) or model).__name__
+        raise BadInput(
+            f"{type(model).__name__} cannot run on token ids alone: {where} fails with "
+            f"{type(error).__name__}: {one_line(error)}; take another model"
+        ) from error
+
+
+def raising_module(error: BaseException) -> nn.Module | None:
+    """Return the innermost module in whose forward the error arose."""
+    callers = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]
+    modules = [caller for caller in callers if isinstance(caller, nn.Module)]
+    return modules[-1] if modules else None

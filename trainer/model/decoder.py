@@ -1,0 +1,75 @@
+"""Find the parts of a causal language model, and record what its layers give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from packhorse.trainer.datatypes import BadInput
+
+
+def decoder_of(model: Any) -> Any:
+    """Return the part of a causal language model that makes the hidden states for its head.
+
+    Raises:
+        BadInput: it has none: its forward does all by itself.
+    """
+    embedding = model.get_input_embeddings()
+    # transformers' own answer may be the whole model (Llama 4) or its head (ModernBERT)
+    for part in (model.get_decoder(), model.base_model, getattr(model, "model", None)):
+        is_part = isinstance(part, nn.Module) and part is not model
+        if is_part and any(module is embedding for module in part.modules()):
+            return part
+    raise BadInput(
+        f"{type(model).__name__} has no decoder apart from its head, so that packhorse cannot "
+        "reach the hidden states; take another model"
+    )
+
+
+def decoder_layers(model: Any) -> list[nn.Module]:
+    """Return the model's stack of layers.
+
+    It is the longest list of modules; one of the configured number of layers comes first.
+    """
+    number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    stacks = [m for m in decoder_of(model).modules() if isinstance(m, nn.ModuleList)]
+    stacks.sort(key=lambda stack: (len(stack) == number, len(stack)))
+    return list(stacks[-1]) if stacks else []
+
+
+def layer_name(model: Any, layer: int) -> str:
+    """Return what a layer is called in messages; the number after the last is the decoder's end."""
+    layers = decoder_layers(model)
+    if layer >= len(layers):
+        return f"the end of {type(decoder_of(model)).__name__}"
+    types = getattr(model.config.get_text_config(), "layer_types", None) or []
+    kind = f", {types[layer]}" if layer < len(types) else ""
+    return f"layer {layer} ({type(layers[layer]).__name__}{kind})"
+
+
+@contextmanager
+def recorded_states(model: Any, positions: list[int], tokens: int) -> Iterator[list[torch.Tensor]]:
+    """Record the states of a sequence of `tokens`, after each layer and after the whole decoder.
+
+    A state is (positions, H), where H holds all that a layer hands on for a token: some have
+    several streams, (streams, 1, T, H) or (1, T, streams, H).
+    """
+    seen: list[torch.Tensor] = []
+
+    def hook(module: nn.Module, args: Any, output: Any) -> None:
+        state = output if isinstance(output, torch.Tensor) else output[0]
+        if tokens not in state.shape:
+            raise BadInput(
+                f"{type(module).__name__} gives {tuple(state.shape)} for {tokens} tokens, which "
+                "packhorse cannot compare; take another model"
+            )
+        seen.append(state.movedim(state.shape.index(tokens), 0)[positions].flatten(1))
+
+    with ExitStack() as hooks:
+        for module in [*decoder_layers(model), decoder_of(model)]:
+            hooks.callback(module.register_forward_hook(hook).remove)
+        yield seen
