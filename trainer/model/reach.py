@@ -22,7 +22,6 @@ from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.decoder import decoder_layers
 from packhorse.trainer.model.lora import Gathered
 from packhorse.trainer.model.quantisation import numel
-from packhorse.trainer.utils.text import one_line
 
 
 def freeze_named(model: nn.Module, patterns: Sequence[str]) -> None:
@@ -63,12 +62,6 @@ def freeze_unreached(
         nothing_kept = torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None)
         with torch.enable_grad(), nothing_kept, _gathered_where_used(model, gathered):
             reached = _leaves(forward())
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        # the packing check runs the same forward in more ways, and says what is wrong with it
-        dist.log.warning("frozen: not known, as a forward failed: %s", one_line(error, 200))
-        return []
     finally:
         model.train(training)
     reached |= {id(parameter) for parameter in model.get_output_embeddings().parameters()}
