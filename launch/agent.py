@@ -21,7 +21,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 from packhorse.launch.heartbeat import Heartbeat
-from packhorse.trainer.datatypes import BAD_INPUT, FAILED, STOP_FILE
+from packhorse.trainer.datatypes import BAD_INPUT, FAILED, SAVED_RUN_AGAIN, STOP_FILE
 
 _DAY_S = 86_400
 _TAIL_LINES = 20  # of a failed rank's stderr that are shown
@@ -77,8 +77,10 @@ class Agent(LocalElasticAgent):
         if self._heartbeat:
             self._heartbeat.close()
         self.lost = None
-        # The stop file of the last round would turn this round's success into exit code 75.
-        self._stop_file.unlink(missing_ok=True)
+        # The stop file of the last round would turn this round's success into exit code 75. That of
+        # an earlier start is rank 0's to delete, once the run folder is its own.
+        if self.logs.name:
+            self._stop_file.unlink(missing_ok=True)
         super()._rendezvous(worker_group)  # pyright: ignore[reportCallIssue]
         store: Any = self._store
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{os.getpid()}"
@@ -108,8 +110,8 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: Any) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
         codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
-        if BAD_INPUT in codes.values():
-            self._remaining_restarts = 0  # bad input would fail again
+        if {BAD_INPUT, SAVED_RUN_AGAIN} & set(codes.values()):
+            self._remaining_restarts = 0  # bad input would fail again, and a stop was asked for
         elif codes and self._remaining_restarts:
             log_failure(codes, self)
             log(

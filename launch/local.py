@@ -46,6 +46,7 @@ from packhorse.trainer.datatypes import (
     BAD_INPUT,
     DONE,
     FAILED,
+    LAUNCHER,
     SAVED_RUN_AGAIN,
     STOP_FILE,
     BadInput,
@@ -208,6 +209,7 @@ def _set_environment(nproc: int) -> str:
         # system and ask for them anew takes a tenth of a step.
         os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
         os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**40))
+    os.environ[LAUNCHER] = str(os.getpid())
     cores = len(os.sched_getaffinity(0))
     return os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // nproc, 1)))
 
@@ -252,6 +254,9 @@ def exit_code(codes: Collection[int], stopped: bool) -> int:
     """
     if BAD_INPUT in codes:
         return BAD_INPUT
+    # a worker was asked to stop a second time, before the first step
+    if SAVED_RUN_AGAIN in codes and FAILED not in codes:
+        return SAVED_RUN_AGAIN
     if any(codes):
         return FAILED
     return SAVED_RUN_AGAIN if stopped else DONE

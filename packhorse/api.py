@@ -98,7 +98,7 @@ def train(
     from packhorse.trainer.checkpoint import best, checkpoint
     from packhorse.trainer.utils.files import read_json_lines
 
-    lines = read_json_lines(run_dir / "metrics.jsonl", may_be_torn=True)
+    lines = read_json_lines(run_dir / "metrics.jsonl", skip_damaged=True)
     saved = checkpoint.find(run_dir)
     return RunResult(
         run_dir,

@@ -62,6 +62,19 @@ def seed_from(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+def escape_controls(text: str) -> str:
+    """Return a text with escapes for all but printable characters, new lines and tabs: no text of
+    a row, a recipe or a server controls the terminal, or is read backwards there."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().format(record))
+
+
 class _StderrHandler(logging.StreamHandler):
     """Writes to what `sys.stderr` is now: while a bar is shown (utils/progress.py), that is a
     stream which writes above it.
@@ -91,7 +104,7 @@ def start_logging() -> None:
     """
     handler = _StderrHandler()
     prefix = "" if is_main() else f"[rank {rank()}] "
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if is_main() else logging.WARNING)
     log.propagate = False
@@ -107,7 +120,7 @@ def saved_log(path: Path) -> Iterator[None]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     file = _LogFile(path, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    file.setFormatter(_Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(file)
     try:
         yield

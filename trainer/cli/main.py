@@ -42,6 +42,7 @@ from packhorse.trainer.cli.worker import (
     is_worker,
 )
 from packhorse.trainer.datatypes import BAD_INPUT, DONE, FAILED, BadInput
+from packhorse.trainer.dist import escape_controls
 from packhorse.trainer.utils.lean_import import lean_import
 
 app = typer.Typer(
@@ -316,18 +317,22 @@ def main() -> None:
         lines = (" ".join(line.split()) for line in str(error).split("\n  "))
         _exit_bad_input("\n  ".join(lines))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        _exit_bad_input(
-            f"a disk cannot be written to: {error}; make room where run.dir and data.cache lie, "
-            f"and run the same command again"
-        )
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            _exit_bad_input(
+                f"a disk cannot be written to: {error}; make room where run.dir and data.cache "
+                f"lie, and run the same command again"
+            )
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            _exit_bad_input(f"{error}; raise the limit, as by `ulimit -n 4096`")
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EISDIR):
+            _exit_bad_input(f"{error}; give another path")
+        raise
 
 
 def _exit_bad_input(sentence: str) -> NoReturn:
     """Print the sentence and exit with 2, even if stderr is a file on a full disk."""
     try:
-        print(f"packhorse: error: {sentence}", file=sys.stderr, flush=True)
+        print(f"packhorse: error: {escape_controls(sentence)}", file=sys.stderr, flush=True)
     except OSError:  # at its very end Python would try again, and make the exit code 120
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if is_worker():

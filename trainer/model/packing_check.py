@@ -107,6 +107,9 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
     try:
         sft.transform = measure_transform(sft.model)
         documents = random_documents(sft.model.config.get_text_config(), seq_len, seed)
+        # before the others: under ZeRO-3 it frees the small weights that forwards keep whole
+        sft.is_random = _draws_random_numbers(sft, pack_documents(documents[:1]))
+        sft.eval()
         alone = [_run_alone(sft.model, ids) for ids in documents]
         try:
             if one_document:
@@ -117,7 +120,6 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
             require_finite_weights(sft.model)
             advice = _advise(sft, difference, documents, alone, one_document)
             raise BadInput(advice) from None
-        sft.is_random = _draws_random_numbers(sft, pack_documents(documents[:1]))
     finally:
         sft.train(training)
     hidden, loss = (max(values) for values in zip(*worst))
