@@ -31,6 +31,13 @@ def call_template(
         RowError: the template raises an error of whatever kind.
         BadInput: the template is not valid Jinja.
     """
+    # gpt-oss's template reads reasoning as thinking, which transformers 5.17 does not fill in
+    messages = [
+        {"thinking": message["reasoning_content"], **message}
+        if "reasoning_content" in message
+        else message
+        for message in messages
+    ]
     try:
         return _render(source, messages, tools, variables)
     except TooLong:

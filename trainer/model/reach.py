@@ -127,9 +127,9 @@ def _gathered_where_used(model: Any, gathered: Gathered) -> Iterator[None]:
             hooks.callback(module.register_forward_hook(leave).remove)
         try:
             yield
-        finally:
-            for left in open_ones.values():  # by a forward that failed
-                left.__exit__(None, None, None)
+        finally:  # those of modules that an error has left
+            while open_ones:
+                open_ones.popitem()[1].__exit__(None, None, None)
 
 
 def _log(model: Any, frozen: list[str], trained: dict[str, nn.Parameter], before: set[int]) -> None:
