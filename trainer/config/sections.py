@@ -121,6 +121,12 @@ class AdapterSection(Section):
         "weight. null: keep model.dtype.",
     )
 
+    init_from: str | None = Field(
+        default=None,
+        description="Folder of an adapter to start from, as peft and `packhorse export` write it. "
+        "null: a new one, which changes nothing at first.",
+    )
+
     @model_validator(mode="after")
     def _usable(self) -> AdapterSection:
         if not self.target_modules:

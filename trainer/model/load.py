@@ -20,6 +20,7 @@ from packhorse.trainer.config.recipe import AdapterSection, ModelSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model import attention, liger_layers
 from packhorse.trainer.model.activation_checkpointing import set_checkpointing
+from packhorse.trainer.model.adapter_start import start_adapter
 from packhorse.trainer.model.lora import Gathered, add_adapter, not_in_shards
 from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.progress import WorkProgress, show_bars_of_transformers
@@ -180,6 +181,8 @@ def load_model(
         model.requires_grad_(True)
         if adapter:
             add_adapter(model, adapter, seed)
+            if adapter.init_from:
+                start_adapter(model, adapter, gathered)
     dist.log.info("layers: %s", liger_layers.fuse(model, section.layer_kernels, device, dtype))
     set_checkpointing(model, section.activation_checkpointing)
     # DeepSpeed has put shards where they belong already
