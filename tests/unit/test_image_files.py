@@ -62,6 +62,9 @@ def test_the_bill_of_materials_lists_what_is_installed():
 
 def test_the_check_claims_no_kernel_that_does_not_load(tmp_path):
     (tmp_path / "flash_attn.py").write_text("raise ImportError('undefined symbol')")
+    installed = tmp_path / "flash_attn-2.8.3.dist-info" / "METADATA"
+    installed.parent.mkdir()
+    installed.write_text("Metadata-Version: 2.1\nName: flash-attn\nVersion: 2.8.3\n")
     broken = check(PYTHONPATH=f"{tmp_path}:{ROOT}")
     assert broken.returncode == 1
     assert "flash-attn is installed, but does not load (undefined symbol)" in broken.stderr
