@@ -109,7 +109,7 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
         documents = random_documents(sft.model.config.get_text_config(), seq_len, seed)
         alone = [_run_alone(sft.model, ids) for ids in documents]
         try:
-            # before the comparison: under ZeRO-3 it frees the small weights that forwards keep whole
+            # Not last: under ZeRO-3 it frees the small weights that the other forwards keep whole.
             sft.is_random = _draws_random_numbers(sft, pack_documents(documents[:1]))
             sft.eval()
             if one_document:
