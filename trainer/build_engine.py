@@ -61,7 +61,7 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         freeze_named(model, recipe.model.freeze)
         document = longest_document(module, recipe.batch.seq_len, recipe.train.seed)
         with failures_explained(model):
-            freeze_unreached(model, partial(_states_of, module, document), gathered)
+            _freeze_unreached(module, document)
         groups = parameter_groups(model, recipe.optim)
         say_other_types(model, recipe.model.dtype)
         dist.log.info("weight decay: %s", describe_decay(model, recipe.optim))
@@ -70,14 +70,15 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     return engine
 
 
-def _states_of(module: SftModel, document: Batch) -> Any:
-    """Return a document's hidden states, by the model's own attention where ours refuses it."""
+def _freeze_unreached(module: SftModel, document: Batch) -> None:
+    """Freeze what a document's states do not depend on."""
+    forward = partial(module.hidden_states, document)
     try:
-        return module.hidden_states(document)
-    except BadInput:
+        freeze_unreached(module.model, forward, gathered)
+    except BadInput:  # our attention refuses the model; its own may do
         module.attends_by_itself = True
         try:
-            return module.hidden_states(document)
+            freeze_unreached(module.model, forward, gathered)
         finally:
             module.attends_by_itself = False
 

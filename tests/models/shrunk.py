@@ -94,6 +94,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 16, "num_experts": 4, "moe_topk": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
+    "llama4_text": {"moe_layers": [0, 1]},
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 16},
     "nemotron": {"num_key_value_heads": 2},
@@ -117,7 +118,8 @@ def shrink(settings: dict[str, Any]) -> dict[str, Any]:
         (v for k, v in settings.items() if _LAYERS.fullmatch(k) and type(v) is int), default=0
     )
     lists = [v for v in settings.values() if isinstance(v, list) and len(v) == layers > 2]
-    kept = _one_of_each_kind(lists)
+    # a list of numbers of layers has as many kinds as layers
+    kept = _one_of_each_kind([kinds for kinds in lists if len(set(map(str, kinds))) < layers])
     for key, value in settings.items():
         if isinstance(value, dict) and key.endswith("config"):
             value = shrink(value)

@@ -209,7 +209,9 @@ def main(path: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     dist.log.setLevel("ERROR")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = json.loads(Path(path).read_text()) if Path(path).is_file() else {}
+    results: dict[str, Any] = {name: {"works": "not run"} for name in KNOWN}
+    if Path(path).is_file():
+        results |= json.loads(Path(path).read_text())
     with dist.process_group():
         for name in names or KNOWN:
             root = Path(dist.broadcast(tempfile.mkdtemp() if dist.is_main() else None))

@@ -18,12 +18,13 @@ def decoder_of(model: Any) -> Any:
     Raises:
         BadInput: it has none: its forward does all by itself.
     """
-    embedding = model.get_input_embeddings()
-    # transformers' own answer may be the whole model (Llama 4) or its head (ModernBERT)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # transformers' own answer may be the whole model (Llama 4), its head (ModernBERT), or a part
+    # that has the head (Llama 4 with its tower)
     for part in (model.get_decoder(), model.base_model, getattr(model, "model", None)):
-        is_part = isinstance(part, nn.Module) and part is not model
-        if is_part and any(module is embedding for module in part.modules()):
-            return part
+        modules = list(part.modules()) if isinstance(part, nn.Module) else []
+        if part is not model and any(module is embedding for module in modules):
+            return decoder_of(part) if any(module is head for module in modules) else part
     raise BadInput(
         f"{type(model).__name__} has no decoder apart from its head, so that packhorse cannot "
         "reach the hidden states; take another model"

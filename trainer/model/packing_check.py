@@ -361,7 +361,7 @@ def _advise(
         "document"
     )
     if isinstance(difference, BadInput):
-        return str(difference) if one_document else f"{difference}, or {one_by_one}"
+        return str(difference) if one_document else f"{difference}; or {one_by_one}"
     if not one_document:
         return (
             f"{difference.layer} does not keep packed documents apart ({difference}): "

@@ -125,7 +125,11 @@ def _gathered_where_used(model: Any, gathered: Gathered) -> Iterator[None]:
 
             hooks.callback(module.register_forward_pre_hook(enter).remove)
             hooks.callback(module.register_forward_hook(leave).remove)
-        yield
+        try:
+            yield
+        finally:  # those of modules that an error has left
+            while open_ones:
+                open_ones.popitem()[1].__exit__(None, None, None)
 
 
 def _log(model: Any, frozen: list[str], trained: dict[str, nn.Parameter], before: set[int]) -> None:
