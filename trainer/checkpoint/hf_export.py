@@ -23,7 +23,12 @@ from packhorse.trainer.checkpoint.export_files import (
     keep_files,
     suit_transformers_4,
 )
-from packhorse.trainer.checkpoint.export_folder import open_for_export, run_recipe
+from packhorse.trainer.checkpoint.export_folder import (
+    MODEL_FOLDER,
+    open_for_export,
+    require_described,
+    run_recipe,
+)
 from packhorse.trainer.checkpoint.manifest import Manifest
 from packhorse.trainer.checkpoint.model_card import model_card
 from packhorse.trainer.config.recipe import ModelSection, Recipe
@@ -44,9 +49,6 @@ from packhorse.trainer.utils import own_output
 from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.files import apply_umask
 from packhorse.trainer.utils.progress import show_bars_of_transformers, track
-
-# In a run folder: configuration, generation configuration and tokenizer, without weights.
-MODEL_FOLDER = "model"
 
 
 def save_description(model: Any, tokenizer: Any, section: ModelSection, run_dir: Path) -> None:
@@ -97,6 +99,7 @@ def export(
         )
     show_bars_of_transformers()
     saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite)
+    require_described(run_dir, manifest)
     step = manifest.state.step
 
     folder = own_output.stage(out)

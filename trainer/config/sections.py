@@ -234,15 +234,27 @@ class OptimSection(Section):
     )
 
 
+MAX_EPOCHS = 10_000  # all are packed before the first step
+MAX_STEPS = 10**9
+
+
 class TrainSection(Section):
     """How long the run trains, and its seed."""
 
-    epochs: int = Field(default=1, ge=1, description="Passes over the training data.")
+    epochs: int = Field(
+        default=1, ge=1, le=MAX_EPOCHS, description="Passes over the training data."
+    )
     steps: int | None = Field(
-        default=None, ge=1, description="Optimizer steps. If given, `epochs` does not count."
+        default=None,
+        ge=1,
+        le=MAX_STEPS,
+        description="Optimizer steps. If given, `epochs` does not count.",
     )
     seed: int = Field(
-        default=0, description="Seed of the data order, dropout, noise and random weights."
+        default=0,
+        ge=-(2**63),
+        lt=2**63,
+        description="Seed of the data order, dropout, noise and random weights.",
     )
 
 

@@ -94,10 +94,9 @@ def _generation_eos(section: ModelSection) -> list[int]:
     from transformers import GenerationConfig
 
     folder = local_folder(section.name, "model.name")
+    read: Any = GenerationConfig.from_pretrained
     try:
-        config = GenerationConfig.from_pretrained(
-            str(folder or section.name), revision=section.revision
-        )
+        config = read(str(folder or section.name), revision=section.revision)
     except OSError:  # many models have none
         return []
     ids: Any = config.eos_token_id
