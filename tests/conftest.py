@@ -8,7 +8,14 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Seconds for a test with its fixtures; elsewhere it is `timeout` in pyproject.toml. A fixture that
 # starts ranks has a limit of its own, which ends first and shows the ranks' stacks.
-LIMIT_S = {"numerics": 1800, "runs": 1800, "cluster": 1800, "vllm": 1800, "gpu": 600}
+LIMIT_S = {
+    "numerics": 1800,
+    "runs": 1800,
+    "models": 1800,
+    "cluster": 1800,
+    "vllm": 1800,
+    "gpu": 600,
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -19,6 +19,7 @@ import traceback
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -50,12 +51,14 @@ BOUNDS = {"losses": 1e-6, "weights": 1e-3, "logits": 1e-4}
 def try_model(name: str, root: Path) -> dict[str, Any]:
     """Return what works for a `model_type`: `works` (packed, alone, no), and why or how exactly."""
     folder = root / "source"
-    try:
-        _save_random(name, folder)
-    except Exception as error:
-        return {"works": "not built", "why": _describe(error)}
-    finally:
-        dist.barrier()
+    failed = None
+    if dist.is_main():
+        try:
+            _save_random(name, folder)
+        except Exception as error:
+            failed = _describe(error)
+    if failed := dist.broadcast(failed):
+        return {"works": "not built", "why": failed}
     result: dict[str, Any] = {}
     for works in ("packed", "alone"):
         try:
@@ -77,8 +80,6 @@ def try_model(name: str, root: Path) -> dict[str, Any]:
 
 def _save_random(name: str, folder: Path) -> None:
     """Save a random model of this kind, with the debug recipe's tokenizer."""
-    if not dist.is_main():
-        return
     torch.manual_seed(0)
     config = config_of(name)
     model = model_class(config).from_config(config, dtype=torch.float32)
@@ -128,10 +129,19 @@ def _train_and_compare(folder: Path, run_dir: Path, stage: int, packed: bool) ->
         save_description(engine.module.model, tokenizer, recipe.model, run_dir)
     with Saver(run_dir, engine, recipe.checkpoint) as saver:
         saver.save(RunState(STEPS, STEPS, "", 1, losses, 1, stage))
-    if not dist.is_main():
-        return {}
-    out = export(run_dir, run_dir / "export")
-    return _compare_with_plain(folder, out, recipe, steps, losses)
+    outcome: Any = None
+    if dist.is_main():
+        # an export is a command of one process
+        with mock.patch.object(dist, "world_size", return_value=1):
+            try:
+                out = export(run_dir, run_dir / "export")
+                outcome = _compare_with_plain(folder, out, recipe, steps, losses)
+            except Exception as error:
+                outcome = error
+    outcome = dist.broadcast(outcome)  # so that all ranks go on alike
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome
 
 
 def _compare_with_plain(

@@ -107,11 +107,11 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
     try:
         sft.transform = measure_transform(sft.model)
         documents = random_documents(sft.model.config.get_text_config(), seq_len, seed)
-        # before the others: under ZeRO-3 it frees the small weights that forwards keep whole
-        sft.is_random = _draws_random_numbers(sft, pack_documents(documents[:1]))
-        sft.eval()
         alone = [_run_alone(sft.model, ids) for ids in documents]
         try:
+            # Not last: under ZeRO-3 it frees the small weights that the other forwards keep whole.
+            sft.is_random = _draws_random_numbers(sft, pack_documents(documents[:1]))
+            sft.eval()
             if one_document:
                 worst = _compare_each(sft, documents, alone)
             else:
