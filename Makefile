@@ -13,7 +13,7 @@ BIN := .venv/bin
 WHEELS := $(if $(TORCH_WHEELS),--find-links $(TORCH_WHEELS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo experiments models test test-runs test-cluster test-vllm style docs gpu-check clean
+.PHONY: help install demo experiments models test test-runs test-cluster test-vllm chaos style docs gpu-check clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ test-vllm: install .venv-vllm/installed  ## answers of a real vLLM on the CPU, i
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(WHEELS) -r $<
 	@touch $@
+
+chaos: install  ## fuzz what is read: recipes, manifests, side files, replies; FUZZ=10000 of each
+	PACKHORSE_FUZZ=$(or $(FUZZ),10000) $(BIN)/python -m pytest -q --timeout 0 tests/unit/test_fuzz_inputs.py
 
 style: install  ## ruff, pyright and shellcheck
 	$(BIN)/ruff check .

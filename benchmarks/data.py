@@ -95,7 +95,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=DATA, help="JSONL with question and answer")
     parser.add_argument("--times", type=int, default=8, help="the data, so many times over")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--row-tokens", type=int, default=1024)
+    parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "data_cpu.md"
     )

@@ -1,14 +1,15 @@
 """Memory of the data path against the number of rows, and how soon a cache is found again.
 
-    python benchmarks/data_scale.py [--rows 100000,500000,2000000]
+    python benchmarks/data_scale.py [--rows 100000,500000,2000000] [--turns]
 
 For each number: synthetic rows of about 200 tokens as JSONL; then, each in a fresh process,
 `prepare` builds the cache and packs, `again` finds it, `train` makes the plan and the batches of
-its last 1,000 steps. Rows are plain texts, and the tokenizer, which is made here, takes words as
-tokens: what is measured is memory, not speed. Peaks are looked up twice a second in
-/proc/PID/smaps_rollup, anonymous pages apart from those of mapped files, which the system takes
-back when it needs them. Writes benchmarks/results/data_scale_cpu.md. Needs about 4 GB of disk for
-2,000,000 rows.
+its last 1,000 steps. Rows are plain texts, or with --turns conversations of three answers, each of
+which becomes a document with all before it (`data.turns: apart`). The tokenizer, which is made
+here, takes words as tokens: what is measured is memory, not speed. Peaks are looked up twice a
+second in /proc/PID/smaps_rollup, anonymous pages apart from those of mapped files, which the system
+takes back when it needs them. Writes benchmarks/results/data_scale_cpu.md. Needs about 4 GB of disk
+for 2,000,000 rows.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common import ROOT, family, machine, table, write_result
 
@@ -33,6 +35,10 @@ MIB = 2**20
 LOOK_S = 0.5
 WORDS = 50_000
 STEPS = 1000  # of the plan, made into batches
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'user' %}Q {{ m.content }} A {% else %}"
+    "{{ m.content }} <eos> {% endif %}{% endfor %}"
+)
 
 
 @dataclass(frozen=True)
@@ -59,12 +65,13 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "data_scale_cpu.md"
     )
+    parser.add_argument("--turns", action="store_true", help="conversations with turns apart")
     options = parser.parse_args()
     found = {}
     for rows in map(int, options.rows.split(",")):
         work = Path(tempfile.mkdtemp(prefix="data_scale."))
         make_tokenizer(work / "model")
-        make_rows(work / "rows.jsonl", rows)
+        make_rows(work / "rows.jsonl", rows, options.turns)
         found[rows] = {part: measured(part, work) for part in ("prepare", "again", "train")}
         found[rows]["prepare"].says["rows_gib"] = (work / "rows.jsonl").stat().st_size / 2**30
         print(rows, found[rows], flush=True)
@@ -115,7 +122,7 @@ def make_tokenizer(folder: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<eos>", "<unk>", "x", *(f"w{number}" for number in range(WORDS))]
+    words = ["<eos>", "<unk>", "x", "Q", "A", *(f"w{number}" for number in range(WORDS))]
     backend = Tokenizer(
         models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>")
     )
@@ -123,17 +130,29 @@ def make_tokenizer(folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, eos_token="<eos>", unk_token="<unk>"
     )
+    tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
 
 
-def make_rows(path: Path, count: int) -> None:
-    """Texts of 140 to 260 words, no two alike."""
+def make_rows(path: Path, count: int, turns: bool) -> None:
+    """Texts of 140 to 260 words, no two alike; or six turns of them."""
     draw = random.Random(0)
     pool = draw.choices([f"w{number}" for number in range(WORDS)], k=1_000_000)
     with path.open("w") as file:
         for _ in range(count):
             start = draw.randrange(len(pool) - 300)
-            file.write(f'{{"text": "{" ".join(pool[start : start + draw.randint(140, 260)])}"}}\n')
+            words = pool[start : start + draw.randint(140, 260)]
+            file.write(
+                json.dumps(conversation(words) if turns else {"text": " ".join(words)}) + "\n"
+            )
+
+
+def conversation(words: list[str]) -> dict[str, Any]:
+    """Three questions and answers of the words."""
+    size = len(words) // 6
+    texts = (" ".join(words[turn * size : (turn + 1) * size]) for turn in range(6))
+    roles = ("user", "assistant") * 3
+    return {"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]}
 
 
 # ---------------------------------------------------------------------------------------- the parts
@@ -147,7 +166,11 @@ def run_part(part: str, work: Path) -> None:
 
     sections = {
         "model": {"name": str(work / "model")},
-        "data": {"train": [{"path": str(work / "rows.jsonl")}], "cache": str(work / "cache")},
+        "data": {
+            "train": [{"path": str(work / "rows.jsonl")}],
+            "cache": str(work / "cache"),
+            "turns": "apart",  # of plain texts there are none
+        },
         "batch": {"seq_len": 4096, "global_batch_size": 8},
         "run": {"dir": str(work / "run")},
     }

@@ -64,7 +64,7 @@ def _reports(size: str) -> tuple[Recipe, list[Report]]:
         (Path(folder) / "config.json").write_text(json.dumps({**COMMON, **SHAPES[size]}))
         recipe = Recipe.model_validate(
             {
-                "model": {"name": folder, "activation_checkpointing": "full"},
+                "model": {"name": folder, "activation_checkpointing": "auto"},
                 "data": {"train": [{"path": "train.jsonl"}]},
                 "batch": {"seq_len": 8192, "global_batch_size": 512, "micro_batch_size": 1},
                 "loss": {"kernel": "liger"},
@@ -92,7 +92,7 @@ def _section(size: str) -> str:
 TOP = f"""# Memory and time by model size
 
 `python docs/make_scale.py` writes this page. It runs `packhorse plan` for models of the shapes of
-Llama 3.1, with `model.activation_checkpointing: full`, a sequence length of 8,192 tokens, a global
+Llama 3.1, with `model.activation_checkpointing: auto`, a sequence length of 8,192 tokens, a global
 batch of 512 sequences and micro-batches of one, on GPUs of {GPU_GIB} GiB, {PER_NODE} a node.
 For a model of your own: `packhorse plan RECIPE --gpus 64 --gpu-gib 80 --nodes 8`. It reads the
 model's configuration and no weights.

@@ -8,6 +8,7 @@ begins after a worker failed, a node was lost or a node came back, while restart
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 from torch.distributed.elastic.multiprocessing import LogsDest, LogsSpecs
 
 from packhorse.launch.heartbeat import Heartbeat
-from packhorse.trainer.datatypes import BAD_INPUT, FAILED, STOP_FILE
+from packhorse.trainer.datatypes import BAD_INPUT, FAILED, SAVED_RUN_AGAIN, STOP_FILE
 
 _DAY_S = 86_400
 _TAIL_LINES = 20  # of a failed rank's stderr that are shown
@@ -76,17 +77,16 @@ class Agent(LocalElasticAgent):
         if self._heartbeat:
             self._heartbeat.close()
         self.lost = None
-        # The stop file of the last round would turn this round's success into exit code 75.
-        self._stop_file.unlink(missing_ok=True)
-        # torch 2.13 keeps the workers' store from round to round, with addresses of processes that
-        # have ended; nodes other than the first also keep the address of the store's host.
-        handler: Any = self._rdzv_handler
-        handler._bootstrap_store_info = handler._shared_tcp_store_server = None
+        # The stop file of the last round would turn this round's success into exit code 75. That of
+        # an earlier start is rank 0's to delete, once the run folder is its own.
+        if self.logs.name:
+            self._stop_file.unlink(missing_ok=True)
         super()._rendezvous(worker_group)  # pyright: ignore[reportCallIssue]
         store: Any = self._store
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime()) + f"-{os.getpid()}"
         # all nodes take the name that the first one writes
         self.logs.name = store.compare_set("packhorse/logs", "", stamp).decode()
+        assert re.fullmatch(r"[0-9-]+", self.logs.name), self.logs.name  # a folder in the run's
         node, nodes = worker_group.group_rank, worker_group.group_world_size
         self._heartbeat = None
         if nodes > 1:
@@ -110,8 +110,8 @@ class Agent(LocalElasticAgent):
     def _monitor_workers(self, worker_group: Any) -> RunResult:
         result: RunResult = super()._monitor_workers(worker_group)  # pyright: ignore[reportCallIssue]
         codes = {rank: failure.exitcode for rank, failure in result.failures.items()}
-        if BAD_INPUT in codes.values():
-            self._remaining_restarts = 0  # bad input would fail again
+        if {BAD_INPUT, SAVED_RUN_AGAIN} & set(codes.values()):
+            self._remaining_restarts = 0  # bad input would fail again, and a stop was asked for
         elif codes and self._remaining_restarts:
             log_failure(codes, self)
             log(

@@ -63,13 +63,13 @@ def refuse_tasks(environ: Mapping[str, str], *, nodes_given: bool) -> None:
         )
     _refuse_srun(environ, advice)
     for everywhere, here in _MPI:
-        if int(environ.get(here, 1)) > 1:
+        if _number(environ, here, "1") > 1:
             raise BadInput(
                 f"mpirun started {environ[here]} tasks on this node, but {advice}: start one for "
                 f"each node (Open MPI: --map-by ppr:1:node, Intel MPI and MPICH: -ppn 1), or use "
                 f"no mpirun"
             )
-        if here in environ and int(environ.get(everywhere, 1)) > 1 and not nodes_given:
+        if here in environ and _number(environ, everywhere, "1") > 1 and not nodes_given:
             raise BadInput(
                 f"mpirun started {environ[everywhere]} tasks, one for each node: say so as "
                 f"--nnodes {environ[everywhere]} --rdzv-endpoint HOST:{_PORT}, where HOST is one "
@@ -135,12 +135,21 @@ def _read_slurm(environ: Mapping[str, str]) -> ClusterEnv:
     nodes = environ["SLURM_STEP_NUM_NODES"]
     if nodes == "1":
         return ClusterEnv(run_id=job)
-    endpoint = f"{first_host(environ['SLURM_STEP_NODELIST'])}:{_PORT + int(job) % _SLURM_PORTS}"
-    return ClusterEnv(nodes, None, endpoint, job, is_host=environ["SLURM_NODEID"] == "0")
+    port = _PORT + _number(environ, "SLURM_JOB_ID") % _SLURM_PORTS
+    endpoint = f"{first_host(environ.get('SLURM_STEP_NODELIST', ''))}:{port}"
+    return ClusterEnv(nodes, None, endpoint, job, is_host=_number(environ, "SLURM_NODEID") == 0)
+
+
+def _number(environ: Mapping[str, str], name: str, default: str = "") -> int:
+    text = environ.get(name, default)
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise BadInput(f"the environment variable {name} is {text!r}, not a number")
+    return int(text)
 
 
 def first_host(nodes: str) -> str:
     """Return the first host of Slurm's list: `gpu003` of `gpu[003-004,7],login1`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])+", nodes)
-    assert first, nodes
+    if first is None:
+        raise BadInput(f"the environment variable SLURM_STEP_NODELIST is {nodes!r}, no list")
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from packhorse.launch.signed_store import Forged
+
 BEAT_S = 2.0  # between heartbeats
 # A launcher without a heartbeat for this long is lost. The listener's own clock counts, because the
 # clocks of nodes differ.
@@ -65,6 +67,9 @@ class Heartbeat:
                     for key in keys:  # reading a missing key would wait for it
                         self._store.compare_set(key, "", _NOT_YET)
                 beats = self._store.multi_get(keys)
+            except Forged as error:
+                self._on_cut_off(str(error))
+                return
             except RuntimeError:  # no connection; `_check` counts the seconds
                 beats = None
             if beats is not None:

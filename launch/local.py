@@ -22,9 +22,8 @@ import re
 import signal
 import socket
 import sys
-import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,21 +31,22 @@ from typing import Any
 import torch
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
 from torch.distributed.elastic.multiprocessing import SignalException
-from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters, registry
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousClosedError,
-    RendezvousConnectionError,
     RendezvousError,
+    RendezvousHandler,
     RendezvousTimeoutError,
 )
 
-from packhorse.launch import preflight
+from packhorse.launch import preflight, rendezvous
 from packhorse.launch.agent import Agent, log, log_failure
+from packhorse.launch.signed_store import Forged
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import (
     BAD_INPUT,
     DONE,
     FAILED,
+    LAUNCHER,
     SAVED_RUN_AGAIN,
     STOP_FILE,
     BadInput,
@@ -57,8 +57,6 @@ _CTRL_C_TO_KILL = 3
 # without a save.
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 _JOIN_S = 600  # to wait for the least number of nodes, unless given
-_LAST_CALL_S = 15  # to wait for further nodes after that
-_STORE_S = 30  # to wait for an answer of the rendezvous host
 
 
 def launch(
@@ -80,7 +78,8 @@ def launch(
         worker: arguments of this Python, as `[MAIN, "train", "recipe.yaml"]`.
         run_dir: the run folder, where `stop.json` appears and ranks other than 0 write `logs/`.
         nproc: processes on this node. None: one for each GPU, or one without a GPU.
-        endpoint: host:port of the rendezvous. Port 0 takes a free one, on a single node only.
+        endpoint: host:port of the rendezvous. On a single node its port at 127.0.0.1, where the
+            workers meet; 0 takes a free one.
         nodes: least and most launchers that meet at the endpoint.
         is_host: whether this node is the rendezvous host. None: torch compares the endpoint's name
             with this host's.
@@ -92,7 +91,7 @@ def launch(
 
     Raises:
         BadInput: there are more processes than GPUs, the port is in use, nobody answers at the
-            endpoint, or the nodes differ.
+            endpoint, the nodes differ, or a value at the endpoint is not signed by one of them.
     """
     nproc = _resolve_nproc(nproc)
     join_s = join_s or _JOIN_S
@@ -104,22 +103,15 @@ def launch(
     # torch's own lines say the same as ours, with a traceback for each rank
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-    spec = WorkerSpec(
-        role="trainer",
-        local_world_size=nproc,
-        entrypoint=sys.executable,
-        # torch's agent replaces $local_rank and other variables in arguments
-        args=tuple(argument.replace("$", "$$") for argument in worker),
-        rdzv_handler=_join_rendezvous(
-            endpoint, nodes, is_host, run_id or run_dir.resolve().name, join_s
-        ),
-        max_restarts=restarts,
-        local_addr="localhost" if nodes[1] == 1 else None,
-    )
+    run_id = run_id or run_dir.resolve().name
     check = partial(preflight.check_nodes, recipe, nproc, log) if recipe else None
-    agent = Agent(spec, run_dir, check)
     try:
-        with _passing_signals(agent):
+        if nodes[1] == 1:
+            handler = rendezvous.meet_alone(run_id, int(endpoint.rpartition(":")[2]))
+        else:
+            handler = rendezvous.meet(endpoint, nodes, is_host, run_id, join_s, run_dir, log)
+        agent = Agent(_specify(worker, nproc, handler, restarts), run_dir, check)
+        with closing(agent), _passing_signals(agent):
             result: Any = agent.run()
     except _NotStartedError:
         log("stopped before the workers had started")
@@ -127,15 +119,30 @@ def launch(
     except SignalException:
         log("SIGQUIT: ended without a save")
         return FAILED
+    except Forged as error:
+        raise BadInput(str(error)) from None
     except RendezvousError as error:
         log(_describe(error, join_s))
         return FAILED
     except preflight.NoAnswer as error:
         log(str(error))
         return FAILED
-    finally:
-        agent.close()
     return _conclude(result, run_dir, agent)
+
+
+def _specify(
+    worker: Sequence[str], nproc: int, handler: RendezvousHandler, restarts: int
+) -> WorkerSpec:
+    """Return what torch's agent starts."""
+    return WorkerSpec(
+        role="trainer",
+        local_world_size=nproc,
+        entrypoint=sys.executable,
+        # torch's agent replaces $local_rank and other variables in arguments
+        args=tuple(argument.replace("$", "$$") for argument in worker),
+        rdzv_handler=handler,
+        max_restarts=restarts,
+    )
 
 
 class _NotStartedError(Exception):
@@ -202,6 +209,10 @@ def _set_environment(nproc: int) -> str:
         # system and ask for them anew takes a tenth of a step.
         os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
         os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2**40))
+    elif "PYTORCH_ALLOC_CONF" not in os.environ:
+        # micro-batches differ in length: segments that grow leave fewer gaps between blocks
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    os.environ[LAUNCHER] = str(os.getpid())
     cores = len(os.sched_getaffinity(0))
     return os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // nproc, 1)))
 
@@ -217,48 +228,6 @@ def _require_free_port(endpoint: str) -> None:
                 f"port {port} cannot be used ({error.strerror}): give another --port, or leave it "
                 f"out to take a free one"
             ) from None
-
-
-def _join_rendezvous(
-    endpoint: str, nodes: tuple[int, int], is_host: bool | None, run_id: str, join_s: int
-) -> RendezvousHandler:
-    """Return torch's rendezvous; on the host this starts its store, elsewhere it connects to it."""
-    options: dict[str, Any] = {
-        "join_timeout": join_s,
-        "last_call_timeout": _LAST_CALL_S,
-        "read_timeout": _STORE_S,
-    }
-    if nodes[1] == 1 or is_host is not None:
-        options["is_host"] = nodes[1] == 1 or is_host
-    parameters = RendezvousParameters("c10d", endpoint, run_id, *nodes, **options)
-    end = time.monotonic() + join_s
-    if is_host is False:
-        _wait_for_host(endpoint, end)
-    while True:
-        try:
-            return registry.get_rendezvous_handler(parameters)
-        except RendezvousConnectionError:
-            if time.monotonic() > end:
-                raise BadInput(
-                    f"nobody answers at {endpoint}: is it a node of this run, and can this node "
-                    f"reach it?"
-                ) from None
-            time.sleep(1)
-
-
-def _wait_for_host(endpoint: str, end: float) -> None:
-    """Wait until the rendezvous host listens. Torch's store would wait, too, but fills the log."""
-    host, _, port = endpoint.rpartition(":")
-    is_logged = False
-    while time.monotonic() < end:
-        try:
-            socket.create_connection((host, int(port)), timeout=_STORE_S).close()
-            return
-        except OSError as error:
-            if not is_logged:
-                log(f"waiting for the rendezvous host at {endpoint} ({error})")
-            is_logged = True
-            time.sleep(1)
 
 
 # -------------------------------------------------------------------------------------------- after
@@ -288,6 +257,9 @@ def exit_code(codes: Collection[int], stopped: bool) -> int:
     """
     if BAD_INPUT in codes:
         return BAD_INPUT
+    # a worker was asked to stop a second time, before the first step
+    if SAVED_RUN_AGAIN in codes and FAILED not in codes:
+        return SAVED_RUN_AGAIN
     if any(codes):
         return FAILED
     return SAVED_RUN_AGAIN if stopped else DONE

@@ -11,9 +11,7 @@ import sys
 def _leave_folder() -> None:
     package = os.path.dirname(os.path.abspath(__file__))
     parent = os.path.dirname(package)
-    if __package__:  # run by -m
-        if sys.path[0] == os.getcwd() != parent:
-            del sys.path[0]
+    if __package__:  # run by -m, for which __init__.py has done it
         return
     sys.path[:] = [folder for folder in sys.path if folder != package]
     from importlib.util import find_spec

@@ -98,7 +98,7 @@ def train(
     from packhorse.trainer.checkpoint import best, checkpoint
     from packhorse.trainer.utils.files import read_json_lines
 
-    lines = read_json_lines(run_dir / "metrics.jsonl", may_be_torn=True)
+    lines = read_json_lines(run_dir / "metrics.jsonl", skip_damaged=True)
     saved = checkpoint.find(run_dir)
     return RunResult(
         run_dir,
@@ -118,6 +118,7 @@ def evaluate(
     best: bool = False,
     out: PathLike | None = None,
     nproc: int | None = None,
+    trust_run: bool = False,
 ) -> dict[str, float | None]:
     """Evaluate a checkpoint, an export or a hub model on the held-out rows.
 
@@ -127,6 +128,7 @@ def evaluate(
         best: take a run's best step instead, by its own eval.best.
         out: folder to write; by default evals/ in the run's folder, or in the current one.
         nproc: processes; by default one for each GPU, or one without a GPU.
+        trust_run: let the recipe in the run folder run code, as model.trust_remote_code does.
 
     Returns:
         The loss and the scores by their names; None for a score that is missing.
@@ -135,7 +137,7 @@ def evaluate(
         BadInput: the model or the recipe cannot be used.
         RunFailed: anything else went wrong, or the evaluation was stopped.
     """
-    options = _options(step=step, best=best, out=out, nproc=nproc)
+    options = _options(step=step, best=best, out=out, nproc=nproc, trust_run=trust_run)
     written = _run("eval", model, recipe, *_overrides(changes), *options)[1]
 
     from packhorse.trainer.checkpoint.best import numbers
@@ -153,6 +155,7 @@ def export(
     best: bool = False,
     merge: bool = False,
     overwrite: bool = False,
+    trust_run: bool = False,
 ) -> Path:
     """Export a checkpoint as a Hugging Face model folder, or an adapter for peft; return `out`.
 
@@ -161,13 +164,14 @@ def export(
         best: take the best evaluated step instead, by the recipe's eval.best.
         merge: merge an adapter into its base, to a whole model.
         overwrite: replace an earlier export at `out`; anything else there is refused in any case.
+        trust_run: let the recipe in the run folder run code, as model.trust_remote_code does.
 
     Raises:
         BadInput: there is no such checkpoint, or `out` exists or cannot be written.
         RunFailed: anything else went wrong.
     """
     options = _options(out=out, step=step, best=best, merge=merge, overwrite=overwrite)
-    _run("export", run_dir, *options)
+    _run("export", run_dir, *options, *_options(trust_run=trust_run))
     return Path(out)
 
 
@@ -185,7 +189,7 @@ def _overrides(changes: Mapping[str, Any] | None) -> list[str]:
 def _options(**given: Any) -> list[str]:
     """Return options of the command: `--step=5` for a value, `--best` for True."""
     return [
-        f"--{name}" if value is True else f"--{name}={value}"
+        f"--{name.replace('_', '-')}" if value is True else f"--{name}={value}"
         for name, value in given.items()
         if value is not None and value is not False
     ]

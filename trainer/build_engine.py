@@ -7,21 +7,25 @@ Here, too, is what fails early: other data on a rank, and a GPU that is too smal
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import TrainData
 from packhorse.trainer.datatypes import BadInput, Batch
 from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
 from packhorse.trainer.engine.engine import Engine, gathered, reads_gathered, sharded_init
 from packhorse.trainer.engine.optim import describe_decay, parameter_groups
-from packhorse.trainer.estimate.report import predict_gpu_memory
+from packhorse.trainer.estimate.memory import Memory
+from packhorse.trainer.estimate.report import predict_memory
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import Metrics, model_flops
 from packhorse.trainer.model.checks import failures_explained, require_positions
@@ -68,6 +72,28 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     engine = Engine(module, groups, recipe.optim, ds_config)
     check_packing(recipe, module)
     return engine
+
+
+def resolve_checkpointing(recipe: Recipe, plan: Plan) -> Recipe:
+    """Choose for `model.activation_checkpointing: auto` what recomputes least and fits every GPU.
+
+    On a CPU the recipe stays as it is. The choice changes no number, so that a resumed run may make
+    another.
+    """
+    if recipe.model.activation_checkpointing != "auto" or dist.device().type != "cuda":
+        return recipe
+    sizes = [plan.size(*place) for place in plan.fullest()]
+    tokens, trained = (max(column) for column in zip(*sizes, strict=True))
+    room = min(dist.gather(torch.cuda.get_device_properties(dist.device()).total_memory))
+    mode = least_checkpointing(predict_memory(recipe, tokens, trained), room)
+    dist.log.info("activation checkpointing: %s, the least that fits %.1f GiB", mode, room / 2**30)
+    model = recipe.model.model_copy(update={"activation_checkpointing": mode})
+    return recipe.model_copy(update={"model": model})
+
+
+def least_checkpointing(predicted: Mapping[str, Memory], room: int) -> str:
+    """Return the first value that fits a GPU of `room` bytes; `full` where none does."""
+    return next((mode for mode, memory in predicted.items() if memory.gpu_total <= room), "full")
 
 
 def _freeze_unreached(module: SftModel, document: Batch) -> None:
@@ -161,14 +187,15 @@ def memory_dry_run(recipe: Recipe, engine: Engine, loader: Loader, first_step: i
         engine.memory_dry_run(batches)
     dist.log.info("memory dry run: %s fits", fullest)
     is_planned = dist.is_main() and device == "cuda"
-    return predict_gpu_memory(recipe, tokens, trained) if is_planned else None
+    predicted = predict_memory(recipe, tokens, trained) if is_planned else {}
+    # torch's allocator counts neither CUDA's context nor what is not in a tensor
+    held = [memory.gpu_total - memory.gpu["reserve"] for memory in predicted.values()]
+    return held[0] if held else None
 
 
 @contextmanager
 def explain_out_of_memory(what: str) -> Iterator[None]:
     """Turn a GPU's out-of-memory error into a BadInput that names `what` and what takes less."""
-    import torch
-
     try:
         yield
     except torch.OutOfMemoryError:

@@ -62,6 +62,19 @@ def seed_from(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
+def escape_controls(text: str) -> str:
+    """Return a text with escapes for all but printable characters, new lines and tabs: no text of
+    a row, a recipe or a server controls the terminal, or is read backwards there."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().format(record))
+
+
 class _StderrHandler(logging.StreamHandler):
     """Writes to what `sys.stderr` is now: while a bar is shown (utils/progress.py), that is a
     stream which writes above it.
@@ -91,7 +104,7 @@ def start_logging() -> None:
     """
     handler = _StderrHandler()
     prefix = "" if is_main() else f"[rank {rank()}] "
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
+    handler.setFormatter(_Formatter(f"%(asctime)s {prefix}%(message)s", "%H:%M:%S"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO if is_main() else logging.WARNING)
     log.propagate = False
@@ -107,7 +120,7 @@ def saved_log(path: Path) -> Iterator[None]:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     file = _LogFile(path, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    file.setFormatter(_Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     log.addHandler(file)
     try:
         yield
@@ -127,21 +140,42 @@ def saved_log(path: Path) -> Iterator[None]:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Hold a process group: NCCL between GPUs, gloo between CPU processes."""
+    """Hold a process group: NCCL between GPUs, gloo between CPU processes.
+
+    On a single machine both listen at the loopback alone, unless the user names an interface.
+    """
     import torch
     import torch.distributed as td
 
+    # of a process that no launcher started; DeepSpeed wants all of them
     single = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     for name, value in {**single, "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
+    _choose_interface()
     on_gpu = device().type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device())
-    td.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(minutes=30))
+    # by MASTER_ADDR torch would make a store that listens on all interfaces, for nobody
+    alone: dict[str, Any] = {}
+    if world_size() == 1:
+        alone = {"store": td.HashStore(), "rank": 0, "world_size": 1}
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    td.init_process_group(backend, timeout=timedelta(minutes=30), **alone)
     yield
     # Without this, ranks fail at exit now and then. Not in a `finally`: after an error the others
     # would fail at once in their collectives, and the launcher might report one of them instead.
     td.destroy_process_group()
+
+
+def _choose_interface() -> None:
+    """Let gloo and NCCL listen on one interface: on one machine the loopback, else gloo's, if the
+    user names one. The user's own choices stay.
+    """
+    if world_size() in (1, local_world_size()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if chosen := os.environ.get("GLOO_SOCKET_IFNAME"):
+        # not the other way round: NCCL also takes prefixes and exclusions, gloo takes names
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", chosen)
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:

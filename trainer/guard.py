@@ -16,7 +16,7 @@ from typing import Literal
 
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import GuardSection
-from packhorse.trainer.utils.files import append_json_line, read_json_lines
+from packhorse.trainer.utils.files import append_json_lines, cut_json_lines, read_json_lines
 
 WINDOW = 50  # losses whose median is the usual one
 _ENOUGH = 10  # losses before any is called a spike
@@ -38,6 +38,9 @@ class Guard:
     ) -> None:
         self._section = section
         self._path = run_dir / "skipped_steps.jsonl"
+        if dist.is_main():
+            # a step of a line that is lost is decided anew, unless a checkpoint has passed it
+            cut_json_lines(self._path, lambda line: line["step"] > 0)
         lines = dist.broadcast(read_json_lines(self._path) if dist.is_main() else None)
         self.skipped_steps = {int(line["step"]) - 1 for line in lines}
         self._losses = deque(recent_losses, WINDOW)
@@ -87,7 +90,7 @@ class Guard:
         if dist.is_main():
             # on the disk before the run trains on: a later start must not apply the step
             line = {"step": step, "reason": reason, "rule": rule, "rows": rows}
-            append_json_line(self._path, line)
+            append_json_lines(self._path, [line], sync=True)
         return rule
 
     def applied(self, steps: int) -> int:

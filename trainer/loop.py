@@ -89,17 +89,24 @@ def train_loop(run: TrainingRun) -> Outcome:
 
         stopping = run.stop.agreed() or done == recipe.run.stop_after
         last = done == steps
-        # The last step is evaluated after the loop, when its checkpoint is safe.
+        save_due = last or stopping or is_due(done, recipe.checkpoint.every_steps)
+        if save_due:
+            _save(run, done)
+        # After the save: an evaluation asks servers and users' functions, and may fail. The last
+        # step is evaluated after the loop.
         if is_due(done, recipe.eval.every_steps) and not last and not stopping:
             stopping = not run.evaluate(done)
-        save_due = is_due(done, recipe.checkpoint.every_steps) or run.is_best(done)
-        if last or stopping or save_due:
-            with metrics.clock.part("checkpoint", host=True):
-                run.watch.pause()
-                run.save(done)
+            if stopping or run.is_best(done):
+                _save(run, done)
         if stopping and not last:
             return Outcome(done, "stopped")
     return Outcome(steps, "done")
+
+
+def _save(run: TrainingRun, step: int) -> None:
+    with run.metrics.clock.part("checkpoint", host=True):
+        run.watch.pause()
+        run.save(step)
 
 
 def is_due(step: int, every: int | None) -> bool:

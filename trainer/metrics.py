@@ -6,12 +6,12 @@ terminal. Sums stay on the device until a line is due; then one reduction over a
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 from packhorse.trainer import dist
 from packhorse.trainer.datatypes import Batch, StepPlan, StepResult
 from packhorse.trainer.trackers import Trackers
-from packhorse.trainer.utils.files import read_json_lines, write_synced
+from packhorse.trainer.utils.files import append_json_lines, cut_json_lines, read_json_lines
 
 # Dense bf16 FLOP/s from the makers' data sheets. The longest name that a device's name contains
 # counts, so that an "H100 PCIe" is not taken for an H100.
@@ -178,6 +178,7 @@ PARTS = ("data", "forward", "backward", "optimizer", "checkpoint", "evaluation")
 # ------------------------------------------------------------------------------------------ the log
 
 EVALUATIONS = "evaluations.jsonl"  # in the run folder: a line for each evaluation that ended
+LOGS = ("metrics.jsonl", "samples.jsonl", "trace.jsonl")  # there, too: lines of steps
 _STEPS_MEASURED = 3  # after which a GPU's memory is compared with the prediction
 # summed between two lines, then over ranks
 _SUMS = ("tokens", "trained", "sequences", "fillers", "micro_batches", "flops", "seconds")
@@ -219,16 +220,14 @@ class Metrics:
         self._seq_len = seq_len
         self._flops = flops
         self._peak = peak_flops(dist.device())
-        self._writer = self._board = None
+        self._path = run_dir / "metrics.jsonl"
+        self._board = None
         if dist.is_main():
-            _drop_lines_after(run_dir / EVALUATIONS, resumed_at, None)
-            evaluated = any(
-                line["step"] == resumed_at for line in read_json_lines(run_dir / EVALUATIONS)
-            )
-            for name in ("metrics.jsonl", "samples.jsonl", "trace.jsonl"):
-                _drop_lines_after(run_dir / name, resumed_at, None if evaluated else resumed_at)
-            # line-buffered: a killed run loses no line that was logged
-            self._writer = (run_dir / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+            cut_json_lines(run_dir / EVALUATIONS, lambda line: line["step"] <= resumed_at)
+            evaluated = {line["step"] for line in read_json_lines(run_dir / EVALUATIONS)}
+            repeated = None if resumed_at in evaluated else resumed_at
+            for name in LOGS:
+                cut_json_lines(run_dir / name, partial(_is_before, resumed_at, repeated))
             if to_tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -334,9 +333,9 @@ class Metrics:
         Args:
             step: steps of the plan that are done; 0 is before any.
         """
-        if self._writer is None:
+        if not dist.is_main():
             return
-        self._writer.write(json.dumps({"step": step, **line}) + "\n")
+        append_json_lines(self._path, [{"step": step, **line}])
         if self._board is not None:
             for name, value in line.items():
                 self._board.add_scalar(name, value, step)
@@ -348,25 +347,14 @@ class Metrics:
             self._board.add_text(name, markdown, step)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
         if self._board is not None:
             self._board.close()
 
 
-def _drop_lines_after(path: Path, step: int, repeated: int | None) -> None:
-    """Keep a file's lines up to `step`, without the evaluation at step `repeated`."""
-    if not path.is_file():
-        return
-    lines = read_json_lines(path, may_be_torn=True)
-    with path.open(encoding="utf-8", errors="replace") as file:
-        # texts as they were written; a torn last line has no object, and `zip` leaves it out
-        texts = [
-            text.removesuffix("\n") + "\n"
-            for text, line in zip(file, lines, strict=False)
-            if line["step"] <= step and not (line["step"] == repeated and "train/loss" not in line)
-        ]
-    write_synced(path, "".join(texts))
+def _is_before(step: int, repeated: int | None, line: dict[str, Any]) -> bool:
+    """Return whether a line is of a step up to `step`, and not of the evaluation at `repeated`."""
+    is_repeated = line["step"] == repeated and "train/loss" not in line
+    return line["step"] <= step and not is_repeated
 
 
 # ----------------------------------------------------------------------------------------- profiler

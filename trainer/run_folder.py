@@ -24,13 +24,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
 from packhorse import __version__
 from packhorse.trainer import dist
+from packhorse.trainer.config.code_keys import used_code_keys
 from packhorse.trainer.config.parsing import read_yaml
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.data import summary
@@ -38,10 +39,18 @@ from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.prepare import Prepared, TrainData
 from packhorse.trainer.data.shard_log import LOG
 from packhorse.trainer.datatypes import STOP_FILE, BadInput, Batch, StepResult
-from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.metrics import EVALUATIONS, PARTS, Metrics
 from packhorse.trainer.trackers import IDS
-from packhorse.trainer.utils.files import read_json_lines, write_json, write_synced
+from packhorse.trainer.utils.files import (
+    append_json_lines,
+    read_json_file,
+    read_json_lines,
+    write_json,
+    write_synced,
+)
+
+if TYPE_CHECKING:  # what reads a run needs no DeepSpeed
+    from packhorse.trainer.engine.engine import Engine
 
 LOG_FILE = "logs/rank00000.log"  # in the run folder
 # What a run replaces, appends to or deletes, besides data.json and data.png. Not shards.jsonl: a
@@ -81,6 +90,8 @@ def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> N
         dist.log.info("%s is extended: %s", run_dir, changed)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        # an earlier start's would make the launcher take this start's end for a stop
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
         write_synced(saved, recipe.to_yaml())
     except OSError as error:
         raise BadInput(f"run.dir: {run_dir} cannot be written ({error})") from None
@@ -289,8 +300,10 @@ def _next_commands(recipe: Recipe, run_dir: Path, has_best: bool) -> list[str]:
     report = ["packhorse", "report", str(run_dir)]
     tensorboard = ["tensorboard", "--logdir", str(run_dir.parent)]
     best = ["--best"] * has_best
-    evaluations = [evaluate + best] if recipe.has_eval else []
-    commands = [export + best, *evaluations, chat + best, report, tensorboard]
+    trust = ["--trust-run"] * recipe.model.trust_remote_code
+    evaluate += best + ["--trust-run"] * bool(used_code_keys(recipe))
+    evaluations = [evaluate] if recipe.has_eval else []
+    commands = [export + best + trust, *evaluations, chat + best + trust, report, tensorboard]
     return [shlex.join(command) for command in commands]
 
 
@@ -300,8 +313,7 @@ def _number(value: float | None) -> str:
 
 def is_done(run_dir: Path, steps: int) -> bool:
     """Return whether a run of so many steps has ended here, and was not extended since."""
-    summary = run_dir / "summary.json"
-    return summary.is_file() and json.loads(summary.read_text())["steps"] == steps
+    return read_json_file(run_dir / "summary.json").get("steps") == steps
 
 
 def write_stop(run_dir: Path, step: int) -> None:
@@ -329,5 +341,4 @@ def write_trace(
             "train/grad_norm": result.grad_norm,
             "groups": engine.hyperparameters(),
         }
-        with (run_dir / "trace.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_json_lines(run_dir / "trace.jsonl", [line])

@@ -9,9 +9,11 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from typing import Any
 
 from packhorse.trainer import dist
+from packhorse.trainer.datatypes import FAILED, SAVED_RUN_AGAIN
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -34,9 +36,22 @@ class StopFlag:
         # The launcher starts workers with these blocked, so that no signal is lost before there is
         # a handler.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+        self._raised_at = 0.0
+        self._have_met = False
         self._store = _launchers_store()
+        self._ended = threading.Event()
+        if self._store is not None:
+            # a store serves one thread at a time: the beats get a connection of their own
+            beats = _Beats(_launchers_store(), self._ended)
+            threading.Thread(target=beats.watch, name="meeting", daemon=True).start()
 
-    def _raise(self, *_: object) -> None:
+    def _raise(self, number: int | None = None, _frame: Any = None) -> None:
+        again_s = time.monotonic() - self._raised_at
+        if self.raised and number == signal.SIGTERM and not self._have_met and again_s > _AGAIN_S:
+            # What prepares the data did not end at the first one. Nothing is trained yet.
+            os._exit(SAVED_RUN_AGAIN)
+        if not self.raised:
+            self._raised_at = time.monotonic()
         self.raised = True
 
     def raise_at(self, time_s: float) -> None:
@@ -62,6 +77,13 @@ class StopFlag:
 
         Waiting inside init_process_group could not be interrupted by a signal.
         """
+        try:
+            return self._wait_for_ranks()
+        finally:
+            self._have_met = True
+            self._ended.set()
+
+    def _wait_for_ranks(self) -> bool:
         if self._store is None:
             return not self.raised
         # `_START` is written once, with compare_set, so that all ranks read one decision
@@ -101,6 +123,45 @@ class StopFlag:
         return self.agreed()
 
 
+class _Beats:
+    """Ends this rank if the rank before it stands still before there is a process group.
+
+    Preparation takes as long as it takes, and no step's beats are due yet. So a thread of each rank
+    beats: it is silent if the process is stopped, or its machine is gone.
+    """
+
+    def __init__(self, store: Any, ended: threading.Event) -> None:
+        self._store, self._ended = store, ended
+        self._rank, self._before = dist.rank(), (dist.rank() - 1) % dist.world_size()
+
+    def watch(self) -> None:
+        keys = [f"packhorse/prepares/{rank}" for rank in (self._rank, self._before)]
+        count, seen, seen_at = 0, None, time.monotonic()
+        while not self._ended.wait(BEAT_S):
+            count += 1
+            try:
+                self._store.set(keys[0], str(count))
+                beat = self._store.get(keys[1]) if self._store.check([keys[1]]) else None
+            except RuntimeError:  # the launcher is gone, and ends this rank
+                return
+            if beat != seen:
+                seen, seen_at = beat, time.monotonic()
+            elif time.monotonic() - seen_at > SILENT_S:
+                self._end()
+                return
+
+    def _end(self) -> None:
+        dist.log.error(
+            "rank %d has given no sign of life for %.0f s before the first step: it is stopped, or "
+            "its machine is gone",
+            *(self._before, SILENT_S),
+        )
+        os._exit(FAILED)
+
+
+BEAT_S, SILENT_S = 2.0, 300.0
+_AGAIN_S = 2.0  # Slurm and the launcher may send one signal twice; a later one is a second one
+_STORE_S = 60  # to connect to the store, which is there before this process starts
 _START, _NOW, _NEVER = "packhorse/start", b"now", b"never"
 _WAIT_POLL_S = 0.1
 
@@ -114,4 +175,6 @@ def _launchers_store() -> Any:
         return None
     from torch.distributed import TCPStore
 
-    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+    limit = timedelta(seconds=_STORE_S)
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return TCPStore(host, port, is_master=False, timeout=limit)

@@ -26,7 +26,7 @@ from typing import Any
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.utils.files import write_json
+from packhorse.trainer.utils.files import read_json_file, write_json
 from packhorse.trainer.utils.text import one_line
 
 IDS = "trackers.json"  # in the run folder: the id of the tracked run, by tracker
@@ -49,7 +49,7 @@ def open_trackers(recipe: Recipe, run_dir: Path) -> Iterator[Trackers]:
     """
     ids_file = run_dir / IDS
     names = [name for name in recipe.run.trackers if name != TENSORBOARD] if dist.is_main() else []
-    ids = json.loads(ids_file.read_text(encoding="utf-8")) if ids_file.is_file() else {}
+    ids = read_json_file(ids_file)
     opened = []
     for name in names:
         tracker = _Tracker(name, recipe, run_dir, ids.get(name))

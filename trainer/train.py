@@ -6,10 +6,12 @@ recipe -> run folder -> tokenizer -> data (no process group yet) -> plan
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -21,10 +23,12 @@ from packhorse.trainer.build_engine import (
     memory_dry_run,
     open_metrics,
     require_same_data,
+    resolve_checkpointing,
 )
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.checkpoint.best import Best
 from packhorse.trainer.checkpoint.checkpoint import Saver
+from packhorse.trainer.checkpoint.export_folder import MODEL_FOLDER, checksums
 from packhorse.trainer.checkpoint.hf_export import save_description
 from packhorse.trainer.checkpoint.hub import check_push, push_run
 from packhorse.trainer.checkpoint.manifest import RunState, point_at_best
@@ -42,7 +46,7 @@ from packhorse.trainer.data.prepare import (
     train_plan,
 )
 from packhorse.trainer.data.streaming import prepare_train
-from packhorse.trainer.datatypes import StepPlan
+from packhorse.trainer.datatypes import BadInput, StepPlan
 from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.engine.optim import learning_rate
 from packhorse.trainer.eval.evaluator import Evaluation
@@ -51,7 +55,7 @@ from packhorse.trainer.eval.server_answers import check_server
 from packhorse.trainer.guard import Guard, StepNotApplied
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.loop import TrainingRun, is_due, train_loop
-from packhorse.trainer.metrics import Metrics, Profiler
+from packhorse.trainer.metrics import EVALUATIONS, LOGS, Metrics, Profiler
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.run_folder import (
     LOG_FILE,
@@ -67,8 +71,8 @@ from packhorse.trainer.run_folder import (
 )
 from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.trackers import Trackers, open_trackers
-from packhorse.trainer.utils.alive import shown_alive
-from packhorse.trainer.utils.files import Stopped
+from packhorse.trainer.utils.files import Stopped, sync_file
+from packhorse.trainer.utils.lease import owned
 from packhorse.trainer.utils.progress import Progress
 
 
@@ -85,23 +89,22 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
     dist.start_logging()
     stop = StopFlag()
     run_dir = Path(recipe.run.dir)
-    mirror: Mirror | None = None
     if dist.is_main():
         stop_before_timeout(recipe, stop)
         require_same_run(recipe, run_dir, extend=extend)
-        mirror = open_mirror(recipe, run_dir)
-        open_run_folder(recipe, run_dir, extend=extend)
-        check_server(recipe)
-        if recipe.run.push_to_hub:
-            check_push(recipe.run.push_to_hub)
-    # so that `packhorse runs` can tell a run that works from one that was killed
-    shown = shown_alive(run_dir) if dist.is_main() else nullcontext()
-    with (
-        dist.saved_log(run_dir / LOG_FILE),
-        shown,
-        open_trackers(recipe, run_dir) as trackers,
-    ):
-        prepare_and_fit(recipe, run_dir, stop, mirror, trackers)
+    with owned(run_dir) if dist.is_main() else nullcontext():
+        mirror: Mirror | None = None
+        if dist.is_main():
+            mirror = open_mirror(recipe, run_dir)
+            open_run_folder(recipe, run_dir, extend=extend)
+            check_server(recipe)
+            if recipe.run.push_to_hub:
+                check_push(recipe.run.push_to_hub)
+        with (
+            dist.saved_log(run_dir / LOG_FILE),
+            open_trackers(recipe, run_dir) as trackers,
+        ):
+            prepare_and_fit(recipe, run_dir, stop, mirror, trackers)
 
 
 def prepare_and_fit(
@@ -169,6 +172,8 @@ def fit(prepared: PreparedRun) -> None:
     allow_idle = recipe.parallel.allow_idle_ranks
     if warning := prepared.plan.check_world(dist.world_size(), allow_idle):
         dist.log.warning(warning)
+    recipe = resolve_checkpointing(recipe, prepared.plan)
+    prepared = replace(prepared, recipe=recipe)
     with explain_out_of_memory("the model with its training state"):
         engine = build_engine(recipe, run_dir, prepared.tokenizer)
     while train_from_checkpoint(prepared, engine) == "rollback":
@@ -209,7 +214,9 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     log_schedule(prepared, first_step)
     if peak_bytes:
         metrics.expect_memory(peak_bytes)
-    with loader, Saver(run_dir, engine, recipe.checkpoint, prepared.mirror) as saver:
+    description = checksums(run_dir / MODEL_FOLDER) if dist.is_main() else None
+    parts = (run_dir, engine, recipe.checkpoint, prepared.mirror, description)
+    with loader, Saver(*parts) as saver:
         run = TrainingRun(
             recipe=recipe,
             engine=engine,
@@ -269,12 +276,11 @@ def build_evaluation(
 def log_schedule(prepared: PreparedRun, first_step: int) -> None:
     """Log the steps ahead, the packing fill, and the learning rate at its turning points."""
     plan = prepared.plan
-    rates = {
-        step: learning_rate(step, plan.steps, prepared.recipe.optim)
-        for step in range(first_step, plan.steps)
-    }
-    highest = max(rates, key=lambda step: rates[step], default=first_step)
-    turns = sorted({first_step, highest, plan.steps - 1} & rates.keys())
+    optim, last = prepared.recipe.optim, plan.steps - 1
+    # the rate is the highest where the warm-up ends; there may be too many steps to look at each
+    warmed_up = min(max(first_step, math.ceil(optim.warmup_ratio * plan.steps) - 1), last)
+    turns = sorted({step for step in (first_step, warmed_up, last) if first_step <= step <= last})
+    rates = {step: learning_rate(step, plan.steps, optim) for step in turns}
     fill = plan.fill(plan.step(min(first_step, plan.steps - 1)).epoch)
     dist.log.info(
         "%s: steps %d to %d, sequences %.1f%% full, %d ranks; learning rate %s",
@@ -287,6 +293,8 @@ def stop_before_timeout(recipe: Recipe, stop: StopFlag) -> None:
     """Raise the stop flag `checkpoint.before_timeout_s` before the end of the Slurm job."""
     before_s, end_s = recipe.checkpoint.before_timeout_s, os.environ.get("SLURM_JOB_END_TIME")
     if before_s is not None and end_s is not None:
+        if not re.fullmatch("[0-9]{1,18}", end_s):
+            raise BadInput(f"the environment variable SLURM_JOB_END_TIME is {end_s!r}, no time")
         stop.raise_at(float(end_s) - before_s)
 
 
@@ -306,6 +314,9 @@ def save(
         world_size=dist.world_size(),
         stage=engine.stage,
     )
+    if dist.is_main():
+        for name in (EVALUATIONS, *LOGS):  # a power cut must not take what a checkpoint follows
+            sync_file(prepared.run_dir / name)
     saver.save(state, best.step)
 
 

@@ -105,6 +105,7 @@ def render(
         workload = [train_job]
     else:
         workload = [service, job] if kind == "job" else _wrap_job(kind, job)
+        workload += _read_templates("network.yaml")  # not of a runtime: it labels its pods itself
     made = [
         merge_overlay(manifest, {"metadata": overlay.get("metadata", {})})
         for manifest in (config_map, *_fill_in(workload, name, nodes, image))

@@ -36,6 +36,7 @@ from common import machine  # noqa: E402 - the benchmarks'
 from demo import MODEL_CACHE, link  # noqa: E402 - the quickstart's
 from get_smollm2 import get  # noqa: E402
 
+from packhorse.trainer.config.packaged import MAIN  # noqa: E402
 from packhorse.trainer.config.recipe import Recipe, load_recipe  # noqa: E402
 from packhorse.trainer.datatypes import BAD_INPUT, DONE, FAILED, SAVED_RUN_AGAIN, BadInput  # noqa: E402
 from packhorse.trainer.utils.files import read_json_lines, replace_file  # noqa: E402
@@ -135,7 +136,7 @@ def run_all(
             to_go = about(sum(expected_s[r] for r in left), measure_pace(out, base))
             say(f"[{number}/{len(wanted)}] {run.name}; to go: {to_go}")
             began = time.monotonic()
-            command = [sys.executable, "-m", "packhorse", "train", recipe_file]
+            command = [sys.executable, MAIN, "train", recipe_file]
             process = subprocess.Popen([*command, *overrides(run, base, out)], pass_fds=[lock])
             code = stop.wait(process)
             seconds = round(time.monotonic() - began)

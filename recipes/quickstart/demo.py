@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from packhorse.trainer.config.packaged import MAIN
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.cpu_speed import bf16_slowdown
@@ -135,7 +136,7 @@ def train(*overrides: str) -> None:
 def packhorse(*arguments: str) -> None:
     """Run the command as a user would. Exits with its exit code unless that is 0."""
     show_line(f"[bold]packhorse {escape(' '.join(arguments))}[/bold]")
-    code = subprocess.run([sys.executable, "-m", "packhorse", *arguments]).returncode
+    code = subprocess.run([sys.executable, MAIN, *arguments]).returncode
     if code:
         sys.exit(code)
 

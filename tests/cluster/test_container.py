@@ -66,6 +66,12 @@ def inside(docker: Engine, *command: str) -> str:
     )
 
 
+def test_the_bill_of_materials_has_the_images_packages(docker):
+    bill = json.loads(inside(docker, "cat", "sbom.json"))
+    assert bill["metadata"]["component"]["version"] == __version__
+    assert {"torch", "deepspeed", "transformers"} <= {part["name"] for part in bill["components"]}
+
+
 def losses(run_dir: Path) -> list[float]:
     return [
         line["train/loss"]

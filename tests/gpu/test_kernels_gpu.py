@@ -5,7 +5,6 @@ pytest -m gpu tests/gpu
 
 from __future__ import annotations
 
-import importlib.util
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import nn
 from packhorse.trainer.config.recipe import LossSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model import attention, attention_kernels, liger_layers, packing_check
-from packhorse.trainer.model.attention_kernels import Arguments, Bounds
+from packhorse.trainer.model.attention_kernels import Arguments, Bounds, flash_attn_missing
 from packhorse.trainer.model.logit_transform import LogitTransform, measure_transform
 from packhorse.trainer.model.sft import SftModel
 from tests.model_helpers import WIDE, documents, pack, relative, tiny
@@ -27,7 +26,7 @@ pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
 LENGTHS = (300, 1, 129, 700, 64)
-FUSED = ["torch_varlen", *(["flash_attn"] if importlib.util.find_spec("flash_attn") else [])]
+FUSED = ["torch_varlen", *(["flash_attn"] if flash_attn_missing() is None else [])]
 ATTENTION_BOUND = (
     1e-2  # relative to fp32 from the same bf16 inputs: outputs and gradients are rounded to 8 bits
 )

@@ -61,7 +61,7 @@ def held(engine: Engine, batch: Batch) -> dict[str, int]:
     a step of it.
     """
     optimizer: Any = engine._engine.optimizer
-    found = {"weights": size(weights(engine.module))}
+    found: dict[str, int] = {}
 
     def look(optimizer: Any) -> None:
         found["gradients"] = size(gradients(engine.module, optimizer))
@@ -71,7 +71,11 @@ def held(engine: Engine, batch: Batch) -> dict[str, int]:
     zero_state.forget_gradients = forget
     forget(optimizer)
     engine.step([batch], 1e-3, Clock(dist.device()))
-    return found | {"masters": size(masters(optimizer)), "moments": size(moments(optimizer))}
+    return found | {
+        "weights": size(weights(engine.module)),
+        "masters": size(masters(optimizer)),
+        "moments": size(moments(optimizer)),
+    }
 
 
 def size(tensors: Iterable[torch.Tensor]) -> int:

@@ -40,7 +40,7 @@ def all_cases(
     root: Path,
 ) -> tuple[dict[int, list[dict[str, Any]]], dict[int, list[dict[str, Any]]]]:
     """Return the cases of each world size, and those that resume them at another."""
-    recompute = "model.activation_checkpointing=full"
+    recompute, selective = (f"model.activation_checkpointing={m}" for m in ("full", "selective"))
 
     def moved(name: str, stage: str, *overrides: str, **extra: Any) -> dict[str, Any]:
         return case(root, name, stage, *overrides, "parallel.allow_idle_ranks=true", **extra)
@@ -62,7 +62,7 @@ def all_cases(
             case(root, "2-other-alpha", "zero2", LORA.replace("16", "17")),
             case(root, "2-dora-zero2", "zero2", DORA),
             case(root, "2-dora-zero3", "zero3", DORA),
-            case(root, "2-dora-recompute", "zero3", DORA, recompute),
+            case(root, "2-dora-recompute", "zero3", DORA, selective),
             case(root, "2-nf4-zero2", "zero2", NF4),
             case(root, "2-nf4-recompute", "zero2", NF4, recompute),
             case(root, "2-bf16", "zero3", LORA, *BF16),

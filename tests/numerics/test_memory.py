@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -38,6 +39,26 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_the_plan_is_deepspeeds_own_bytes(found: dict[str, Any], name: str, part: str) -> None:
     """The plan is of the fullest rank."""
     assert found[name][part]["planned"] == max(found[name][part]["held"]), found[name][part]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_micro_batch_does_not_wait_for_the_device(found: dict[str, Any], name: str) -> None:
+    """DeepSpeed synchronizes with it as often in a step of three micro-batches as in one of one."""
+    one, three = found[name]["synchronizations"]
+    assert three == one
+
+
+def synchronizations(engine: Any, micro_batches: int) -> int:
+    """Return how often DeepSpeed waits for the whole device in a step."""
+    from deepspeed.accelerator import get_accelerator
+
+    from packhorse.trainer import dist
+    from packhorse.trainer.data.loader import filler_batch
+    from packhorse.trainer.metrics import Clock
+
+    with mock.patch.object(get_accelerator(), "synchronize") as synchronize:
+        engine.step([filler_batch()] * micro_batches, 1e-3, Clock(dist.device()))
+    return synchronize.call_count
 
 
 def main(out: Path) -> None:
@@ -79,7 +100,7 @@ def main(out: Path) -> None:
             found[name] = {
                 part: {"held": [h[part] for h in of_ranks], "planned": planned[part]}
                 for part in PARTS
-            }
+            } | {"synchronizations": [synchronizations(engine, count) for count in (1, 3)]}
     if dist.is_main():
         (out / "found.json").write_text(json.dumps(found, indent=1))
 

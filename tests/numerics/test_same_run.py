@@ -53,6 +53,7 @@ def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
         2: [
             *(case(root, f"2-{stage}", stage) for stage in STAGES),
             case(root, "2-wide", "zero0", *wide(root)),
+            *(case(root, f"2-zero3-{m}", "zero3", RECOMPUTED + m) for m in ("selective", "full")),
             *(part for stage in STAGES for part in resumed(2, stage)),
             *(
                 case(root, f"2-{name}", "zero3", changes=[name])
@@ -73,6 +74,7 @@ def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
     }
 
 
+RECOMPUTED = "model.activation_checkpointing="
 WEIGHTINGS = ("example", "20")
 
 
@@ -107,6 +109,11 @@ def test_x2_control_is_caught(runs: dict[str, Run], defect: str) -> None:
     seen = difference(runs["1-zero3"], runs[f"2-{defect}"])
     report(f"control {defect}", seen)
     assert seen.is_caught
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_recomputing_activations_changes_no_bit(runs: dict[str, Run], mode: str) -> None:
+    assert is_same(runs["2-zero3"], runs[f"2-zero3-{mode}"])
 
 
 # ----------------------------------------------------------------------------------------------- X3

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import transformers as tf
 
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.model import liger_layers, packing_check
+from packhorse.trainer.model import activation_checkpointing, liger_layers, packing_check
+from packhorse.trainer.model.activation_checkpointing import set_checkpointing
 from packhorse.trainer.model.logit_transform import measure_transform
 from tests.model_helpers import (
     CPU,
@@ -66,6 +68,20 @@ def difference(config: Any) -> float:
     )
 
 
+def recomputed_difference() -> float:
+    """Return the largest difference of a fused model's gradients by selective recomputation."""
+    results = []
+    for mode in ("none", "selective"):
+        model = tiny(MODELS["llama"])
+        liger_layers.fuse(model, "liger", CPU, torch.float32)
+        set_checkpointing(model, mode)
+        ids = documents((9, 3))
+        batch = pack(ids, [range(len(document) - 1) for document in ids], [0.1] * 2)
+        results.append(loss_and_gradients(sft(model), batch)[1])
+    plain, again = results
+    return max(relative(again[name], plain[name]) for name in plain)
+
+
 def refusal(config: Any) -> str | None:
     """Return why the packing check refuses a model whose layers are fused."""
     model = tiny(config)
@@ -101,6 +117,10 @@ def main() -> None:
     torch.set_num_threads(1)
     seen: dict[str, Any] = {name: difference(config) for name, config in MODELS.items()}
     seen["later"] = of_a_model_made_later()
+    seen["recomputed"] = recomputed_difference()
+    # the control: queries and keys, which Liger's rotary kernel writes into, are kept as well
+    with mock.patch.object(activation_checkpointing, "_WIDENING", {"q_proj", "k_proj"}):
+        seen["rotated twice"] = recomputed_difference()
     seen["proved"] = [refusal(MODELS["llama"]), refusal(MODELS["gemma 2"])]
 
     from liger_kernel.transformers import monkey_patch
@@ -147,6 +167,14 @@ def test_ligers_layers_are_the_models_own(seen: dict[str, Any], name: str) -> No
 
 def test_control_a_norm_off_by_a_hundredth_shows(seen: dict[str, Any]) -> None:
     assert seen["control"] >= 10 * BOUND
+
+
+def test_selective_recomputation_changes_no_bit(seen: dict[str, Any]) -> None:
+    assert seen["recomputed"] == 0
+
+
+def test_control_keeping_what_a_kernel_writes_into_shows(seen: dict[str, Any]) -> None:
+    assert seen["rotated twice"] >= 10 * BOUND
 
 
 def test_the_probe_proves_them_against_the_models_own(seen: dict[str, Any]) -> None:

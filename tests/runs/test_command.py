@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import ROOT
+from tests.sockets import listening
 
 pytestmark = pytest.mark.runs
 
@@ -147,6 +148,7 @@ def test_a_stopped_run_continues_as_if_never_stopped(whole, tmp_path, number):
     run_dir = tmp_path / "run"
     process = start(run_dir, *SAVES_OFTEN)
     wait_for_step(run_dir, 4)
+    assert {address for address, _ in listening(process.pid)} == {"127.0.0.1"}
     process.send_signal(number)
     code, err = finish(process)
     assert code == 75, err

@@ -81,7 +81,7 @@ def test_the_disk_fills_up_in_a_save(
     codes = run.start(1, FILLS[name], fill=True)
     assert codes == [BAD_INPUT], run.log_tail
     assert_reported_once(run.log_tail, "the disk is full; make room and start again")
-    assert not list((run.folder / "checkpoints").glob(".saving-*")), (
+    assert not list((run.folder / "checkpoints").glob(".*saving-*")), (
         "half a checkpoint takes the room"
     )
     found = checkpoint.find(run.folder)

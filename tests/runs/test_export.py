@@ -185,6 +185,16 @@ def test_a_damaged_run_is_not_exported(run_dir: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_description_that_was_altered_is_not_exported(run_dir: Path, tmp_path: Path) -> None:
+    altered = tmp_path / "altered"
+    shutil.copytree(run_dir, altered)
+    tokenizer = altered / "model" / "tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text().replace("the", "teh", 1))
+    with pytest.raises(BadInput, match=r"not as the run wrote it: tokenizer\.json"):
+        export(altered, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="not a run folder"):
         export(tmp_path, tmp_path / "out")

@@ -16,6 +16,7 @@ from tests.ranks import ROOT
 pytestmark = pytest.mark.runs
 
 SOURCES = ("packhorse", "trainer", "launch", "ds_configs", "recipes", "pyproject.toml")
+HOSTILE_NAMES = ("trainer", "packhorse", "xxhash", "json", "torch", "launch/__init__", "selectors")
 HOSTILE = "import os; os.write(2, b'A MODULE OF THE CURRENT FOLDER WAS IMPORTED'); os._exit(9)"
 
 
@@ -63,7 +64,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_debug_recipe_trains_in_a_folder_of_hostile_modules(
     installed: Path, tmp_path: Path
 ) -> None:
-    for name in ("trainer", "packhorse", "xxhash", "torch", "launch/__init__", "selectors"):
+    for name in HOSTILE_NAMES:
         path = tmp_path / f"{name}.py"
         path.parent.mkdir(exist_ok=True)
         path.write_text(HOSTILE)
@@ -80,5 +81,12 @@ def test_the_debug_recipe_trains_in_a_folder_of_hostile_modules(
     run(command, tmp_path, OMP_NUM_THREADS="1")
     summary = json.loads((tmp_path / "runs" / "debug" / "summary.json").read_text())
     assert summary["steps"] == 2
+    prepare = [str(installed / "packhorse"), "prepare", "debug", *changes, "data.cache=again"]
+    run(prepare, tmp_path, OMP_NUM_THREADS="1")
+    run([str(installed / "packhorse"), "export", "runs/debug", "--out", "exported"], tmp_path)
+    assert (tmp_path / "exported" / "model.safetensors").is_file()
+    score = [str(installed / "packhorse"), "eval", "exported", "debug", *changes, "--out", "scores"]
+    run(score, tmp_path, OMP_NUM_THREADS="1")
+    assert "eval_loss" in (tmp_path / "scores" / "evaluations.jsonl").read_text()
     run([str(installed / "packhorse"), "report", "runs/debug"], tmp_path)
     assert "Training loss" in (tmp_path / "report.html").read_text()

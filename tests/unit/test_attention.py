@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -246,6 +249,27 @@ def test_auto_returns_its_choice_and_the_reason() -> None:
 def test_a_named_backend_that_is_not_there_is_refused(name: str) -> None:
     with pytest.raises(BadInput, match=f"{name} cannot be used"):
         attention.choose(name, CPU, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("package", "says"),
+    [
+        # flash-attn 4 alone is a folder without __init__.py
+        ({"cute/__init__.py": ""}, "cannot be imported"),
+        ({"__init__.py": "raise ImportError('undefined symbol: _ZN3c104')"}, "undefined symbol"),
+        ({"__init__.py": "flash_attn_varlen_func = None"}, None),
+    ],
+)
+def test_flash_attn_is_found_where_it_can_be_imported(
+    package: dict[str, str], says: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in package.items():
+        (tmp_path / "flash_attn" / name).parent.mkdir(parents=True)
+        (tmp_path / "flash_attn" / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with mock.patch.dict(sys.modules):
+        missing = attention_kernels.flash_attn_missing()
+    assert says in missing if says and missing else missing is says
 
 
 def test_fused_kernels_are_not_for_fp32() -> None:

@@ -244,6 +244,12 @@ def test_steps_take_as_many_epochs_as_they_need():
         plan.step(plan.steps)
 
 
+def test_steps_that_would_be_counted_for_ever_are_refused():
+    flags = some_flags(0, documents=20)
+    with pytest.raises(BadInput, match=r"train\.steps: 1,000,000,000 steps are [\d,]+ epochs"):
+        make_plan(flags, steps=10**9)
+
+
 def test_more_epochs_leave_the_first_ones_as_they_are():
     short, long = (make_plan(some_flags(0, 30), epochs=epochs) for epochs in (1, 3))
     assert [short.step(s) for s in range(short.steps)] == [long.step(s) for s in range(short.steps)]

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 
 from packhorse.trainer.data import cache, tokenize
-from packhorse.trainer.data.cache import Documents, keep_packed, prepare
+from packhorse.trainer.data.cache import Documents, prepare
+from packhorse.trainer.data.kept_packing import keep_packed
 from packhorse.trainer.data.tokenize import LengthPolicy, Row, RowResult, tokenize_rows
 from packhorse.trainer.datatypes import BadInput, Example, Filtered, Packed, RowError
-from packhorse.trainer.utils import files
+from packhorse.trainer.utils import lease
 from packhorse.trainer.utils.files import Stopped
 
 LIMITS = LengthPolicy(100, "reject", packing_cuts=False)
@@ -283,10 +284,24 @@ def test_a_damaged_cache_is_not_used(tmp_path):
     documents = made(tmp_path / "d", rows(30))
     with (documents.folder / "input_ids.int32").open("ab") as file:
         file.truncate(16)
-    with pytest.raises(BadInput, match="changed size"):
+    with pytest.raises(BadInput, match=r"the data cache is damaged .* delete this folder"):
         made(tmp_path / "d", rows(30))
     (documents.folder / "report.json").write_text("{")
     with pytest.raises(BadInput, match="damaged"):
+        made(tmp_path / "d", rows(30))
+
+
+@pytest.mark.parametrize("name", [*cache.FILES.values(), "report.json"])
+def test_a_flipped_bit_is_found_by_one_rank_of_a_node(tmp_path, name, monkeypatch):
+    folder = made(tmp_path / "d", rows(30)).folder
+    content = bytearray((folder / name).read_bytes())
+    at = content.index(b"30") if name == "report.json" else len(content) // 2
+    content[at] ^= 1  # 30 rows are 20
+    (folder / name).write_bytes(content)
+    with pytest.raises(BadInput, match=r"the data cache is damaged .* delete this folder"):
+        made(tmp_path / "d", rows(30))
+    if name in cache.FILES.values():
+        monkeypatch.setenv("LOCAL_RANK", "1")
         made(tmp_path / "d", rows(30))
 
 
@@ -339,7 +354,7 @@ if __name__ == "__main__":
 
 
 def test_a_killed_build_is_resumed_and_its_workers_die_with_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "STALE_S", 0.5)
+    monkeypatch.setattr(lease, "STALE_S", 0.5)
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     folder = tmp_path / "cache" / "d"
@@ -380,3 +395,8 @@ def test_a_packing_is_made_once_and_mapped(tmp_path):
         assert np.array_equal(kept.pieces, packed.pieces)
         assert np.array_equal(kept.sequence_offsets, packed.sequence_offsets)
     assert made_times == [1]
+    content = bytearray((tmp_path / "p" / "pieces.npy").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "p" / "pieces.npy").write_bytes(content)
+    with pytest.raises(BadInput, match="damaged"):
+        keep_packed(tmp_path / "p", lambda: packed, "packing", lambda: False)

@@ -750,3 +750,13 @@ def test_only_trained_answers_have_a_document(base):
     bad = replace(PLAIN, messages=(*PLAIN.messages[:4], Message("user", "<|im_end|>"), third))
     assert isinstance(masker.documents([bad])[0], RowError), "a row is whole or rejected"
     assert len(Masker(tokenizer, "all", turns="apart").documents([PLAIN])) == 1
+
+
+def test_a_template_that_does_not_end_rejects_the_row(base, monkeypatch) -> None:
+    monkeypatch.setattr("packhorse.trainer.data.template_call.RENDER_S", 0.2)
+    forever = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    tokenizer = tokenizer_of(base, "<|im_end|>", forever)
+    conversation = Conversation((Message("user", "a"), Message("assistant", "b")))
+    (found,) = Masker(tokenizer).documents([conversation])
+    assert isinstance(found, RowError)
+    assert str(found) == "the template is not finished within 0.2 s of computing"

@@ -127,6 +127,19 @@ def test_the_best_one_is_spared_and_not_counted(tmp_path: Path, asynchronous: bo
     assert found_step(tmp_path) == 5
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_one_that_was_saved_before_it_was_evaluated_becomes_the_best(
+    tmp_path: Path, asynchronous: bool
+) -> None:
+    section = CheckpointSection(keep=1, asynchronous=asynchronous)
+    with Saver(tmp_path, Model(), section) as saver:  # type: ignore[arg-type]
+        saver.save(state(1))
+        saver.save(state(1), 1)
+        assert (tmp_path / "checkpoints" / "best").read_text() == "step-000001"
+        saver.save(state(2), 1)
+    assert names(tmp_path) == ["best", "latest", "step-000001", "step-000002"]
+
+
 def test_one_that_is_the_best_no_more_is_pruned_as_others_are(tmp_path: Path) -> None:
     with Saver(tmp_path, Model(), CheckpointSection(keep=1)) as saver:  # type: ignore[arg-type]
         for step, best in {1: 1, 2: 1, 3: 3, 4: 3}.items():

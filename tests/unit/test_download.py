@@ -19,7 +19,7 @@ from packhorse.trainer.data.source import read_rows
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.load import load_config, load_tokenizer
 from packhorse.trainer.utils import download as downloads
-from packhorse.trainer.utils import files
+from packhorse.trainer.utils import lease
 from packhorse.trainer.utils.download import download
 from tests.ranks import ROOT
 from tests.s3 import SECRET, s3, s3_server
@@ -97,7 +97,7 @@ def test_a_killed_download_goes_on_where_it_was(bucket, caplog, monkeypatch):
     process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     assert process.wait(120) < 0
     anew()
-    monkeypatch.setattr(files, "STALE_S", 1.0)
+    monkeypatch.setattr(lease, "STALE_S", 1.0)
     with caplog.at_level(logging.INFO, "packhorse"):
         folder = download(f"{bucket}/big")
     assert (folder / "a.bin").read_bytes() == content

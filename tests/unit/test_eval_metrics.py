@@ -101,6 +101,31 @@ def test_an_answer_without_a_score_is_neither_right_nor_wrong_and_said_in_one_li
     ]
 
 
+def leaves(*_: object) -> float:
+    raise SystemExit("enough")
+
+
+class Odd(Exception):
+    def __str__(self) -> str:
+        raise ValueError("no text")
+
+
+def fails_oddly(*_: object) -> float:
+    raise Odd
+
+
+@pytest.mark.parametrize("name", ["leaves", "fails_oddly"])
+def test_whatever_a_scorer_does_the_others_have_their_metrics(name: str) -> None:
+    rules = {
+        "odd": rule("function", function=f"test_eval_metrics:{name}"),
+        "right": rule("math", column="solution"),
+    }
+    found = summarize(score_samples([prompt("x", solution=1)], ["so 1"], rules))
+    assert found["odd"].value is None
+    assert found["odd"].missing
+    assert found["right"].value == 1
+
+
 def test_a_metric_without_any_score_is_missing_and_says_why() -> None:
     made = score_samples(
         [prompt("x")],

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from packhorse.trainer.config.data import Filters, Source
+from packhorse.trainer.data import filters as filters_module
 from packhorse.trainer.data.filters import apply_filters, check_filters
 from packhorse.trainer.data.rows import RowReader
 from packhorse.trainer.data.source import read_rows
@@ -39,6 +40,15 @@ def test_a_pattern_must_be_found_in_the_last_answer_and_another_must_not():
     assert left_out("four", pattern=r"\d") == "pattern: not found"
     assert left_out("no first here", not_pattern=r"^first$") is None
     assert left_out("As an AI, I", not_pattern=r"(?i)as an ai") == "not_pattern: found"
+
+
+@pytest.mark.parametrize("key", ["pattern", "not_pattern"])
+def test_a_pattern_that_does_not_end_rejects_the_row(monkeypatch, key):
+    monkeypatch.setattr(filters_module, "PATTERN_S", 0.1)
+    for pattern in ("^(a+)+$", r"(?:\w|\w\w)+!"):
+        with pytest.raises(RowError, match=rf"^{key}: not finished within 0\.1 s"):
+            left_out("a" * 60 + "b", **{key: pattern})
+    assert left_out("b", pattern="b") is None, "the next row has its own time"
 
 
 def test_a_text_is_judged_whole():

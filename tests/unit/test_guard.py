@@ -64,6 +64,14 @@ def test_a_skipped_step_is_known_to_the_next_start(tmp_path: Path) -> None:
     assert [guard(tmp_path).applied(steps) for steps in (2, 3, 10)] == [2, 2, 9]
 
 
+def test_a_damaged_line_is_set_aside(tmp_path: Path) -> None:
+    lines = '{"step": 3}\nnull\n{"step": "x"}\n{"step": 5}\n{"st'
+    (tmp_path / "skipped_steps.jsonl").write_text(lines)
+    assert guard(tmp_path).skipped_steps == {2, 4}
+    assert (tmp_path / "skipped_steps.jsonl.damaged").read_text() == 'null\n{"step": "x"}\n'
+    assert guard(tmp_path).skipped_steps == {2, 4}
+
+
 def test_too_many_stop_the_run(tmp_path: Path) -> None:
     watching = guard(tmp_path, non_finite="skip", max_skipped_steps=1)
     watching.decide(3, "not finite", "")

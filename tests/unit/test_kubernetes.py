@@ -130,6 +130,7 @@ def unseen(
         ("job", "ConfigMap"),
         ("job", "Service"),
         ("job", "Job"),
+        ("job", "NetworkPolicy"),
         ("jobset", "JobSet"),
         ("trainjob", "TrainingRuntime"),
         ("trainjob", "TrainJob"),
@@ -255,6 +256,18 @@ def test_the_service_is_the_pods_own_subdomain():
     assert made["Service"]["spec"]["selector"].items() <= spec["metadata"]["labels"].items()
     assert made["Service"]["spec"]["clusterIP"] == "None"
     assert made["Service"]["spec"]["publishNotReadyAddresses"] is True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_pods_of_the_run_reach_its_pods(kind):
+    made = manifests(kind)
+    policy = made["NetworkPolicy"]["spec"]
+    (rule,) = policy["ingress"]
+    assert policy["policyTypes"] == ["Ingress"]
+    assert rule == {"from": [{"podSelector": policy["podSelector"]}]}, "on all ports"
+    wanted = policy["podSelector"]["matchLabels"]
+    assert wanted == {"app.kubernetes.io/instance": "sft"}
+    assert wanted.items() <= job_spec(made)["template"]["metadata"]["labels"].items()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -440,6 +453,7 @@ def test_it_writes_into_the_run_folder_and_says_what(launch):
     assert [m["kind"] for m in yaml.safe_load_all(Path(out.split()[0]).read_text())] == [
         "ConfigMap",
         "JobSet",
+        "NetworkPolicy",
     ]
     assert Path(out.split()[1]).read_text().startswith(CLUSTER.read_text())
 

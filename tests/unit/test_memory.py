@@ -21,6 +21,7 @@ from packhorse.trainer.estimate.report import (
     recommend,
     require_fit,
 )
+from packhorse.trainer.model.activation_checkpointing import set_checkpointing
 from packhorse.trainer.model.attention_kernels import Bounds
 from tests.model_helpers import SIZES, WIDE, tiny
 from tests.ranks import ROOT
@@ -75,10 +76,21 @@ def test_activations_are_what_a_forward_saves(
     section = ModelSection.model_validate({"name": str(tmp_path), "dtype": "float32"})
     planned = trace_activations(build_empty_model(section), TOKENS)[checkpointing]
     real = tiny(FAMILIES[family])
-    if checkpointing == "full":
-        real.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_checkpointing(real, checkpointing)
     assert planned.kept == pytest.approx(really_saved(real), rel=0.1)
     assert (planned.layer > 0) == (checkpointing == "full")
+
+
+def test_selective_keeps_attention_and_what_widens() -> None:
+    """By arithmetic: outputs of gate and up, of attention, and its log-sum-exp."""
+    model = build_empty_model(debug().model)
+    planned = trace_activations(model, TOKENS)
+    config = model.config
+    heads = config.num_attention_heads
+    a_token = 4 * (2 * config.intermediate_size + heads * config.head_dim + heads)
+    kept = planned["selective"].kept - planned["full"].kept
+    assert kept == config.num_hidden_layers * TOKENS * a_token
+    assert planned["none"].kept > planned["selective"].kept + planned["selective"].layer
 
 
 def debug(*overrides: str) -> Recipe:

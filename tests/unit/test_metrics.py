@@ -125,6 +125,27 @@ def test_a_killed_run_that_goes_on_leaves_one_line_a_step(
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 4]
 
 
+@pytest.mark.parametrize(
+    "damaged", [b"{", b"\xff\xfe\x00", b"null", b'{"loss": 1}', b'{"step": "2"}', b"[" * 100_000]
+)
+def test_a_damaged_line_costs_no_other_line_and_is_set_aside(
+    tmp_path: Path, flops: ModelFlops, damaged: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    log(tmp_path, flops, 0, 4)
+    names = ("metrics.jsonl", "trace.jsonl", "samples.jsonl", EVALUATIONS)
+    for name in names:
+        lines = [b'{"step": 1}', damaged, b'{"step": 2}', b'{"step": 9}', b'{"step": 2, "to']
+        (tmp_path / name).write_bytes(b"\n".join(lines))
+    with caplog.at_level("WARNING", "packhorse"):
+        log(tmp_path, flops, 4, 4)
+    for name in names:
+        kept = [line["step"] for line in read_json_lines(tmp_path / name)]
+        assert kept[:2] == [1, 2]
+        assert 9 not in kept
+        assert (tmp_path / f"{name}.damaged").read_bytes() == damaged + b"\n"
+        assert f"{name}: 1 damaged lines are set aside in {name}.damaged" in caplog.text
+
+
 def test_an_answer_with_a_line_separator_in_it_is_one_line(
     tmp_path: Path, flops: ModelFlops
 ) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import pytest
 from packhorse.trainer.config.eval import Server
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.eval import openai_client
 from packhorse.trainer.eval.openai_client import Cancelled, Client, Refused, Unreachable, text_of
 from tests.stand_in_server import Reply, Request, StandIn, chat_reply
 
@@ -175,11 +179,64 @@ def test_a_stop_ends_the_wait() -> None:
         release.set()
 
 
-@pytest.mark.parametrize("content", ["<html>Welcome</html>", {"detail": "hello"}, {"choices": []}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("<html>Welcome</html>", {"detail": "hello"}, {"choices": []}, [], "null", "[" * 100_000),
+        *({"choices": [{"message": {"content": each}}]} for each in (5, ["a"], {"text": "a"})),
+        *({**chat_reply("a"), "usage": usage} for usage in (["x"], 7)),
+        {"choices": [{"message": "a"}]},
+    ],
+)
 def test_a_server_of_another_kind_is_named(content: Any) -> None:
     with (
         StandIn(lambda _: (200, content)) as server,
         pytest.raises(Refused, match="something else than an OpenAI"),
+    ):
+        ask(server)
+
+
+def test_half_a_surrogate_pair_is_no_character() -> None:
+    reply = '{"choices": [{"message": {"content": "a\\ud83db"}}]}'
+    with StandIn(lambda _: (200, reply)) as server:
+        assert ask(server) == ["a?b"]
+
+
+@contextmanager
+def dripping(head: bytes, pause_s: float) -> Iterator[str]:
+    """Give the address of a server that sends `head`, and then a space now and then, for ever."""
+    ended = threading.Event()
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                connection = listener.accept()[0]
+                threading.Thread(target=drip, args=(connection,), daemon=True).start()
+
+    def drip(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.sendall(head)
+            while not ended.wait(pause_s):
+                connection.sendall(b" " * 1000)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        ended.set()
+
+
+@pytest.mark.parametrize("head", [b"HTTP/1.1 200 OK\r\n\r\n", b"HTTP/1.1 200 OK\r\nX: "])
+def test_an_answer_that_never_ends_is_given_up(head: bytes, monkeypatch: Any) -> None:
+    monkeypatch.setattr(openai_client, "_GRACE_S", 0.1)
+    with dripping(head, 0.02) as url, pytest.raises(Unreachable, match=r"within 0\.3 s"):
+        ask(url, timeout_s=0.3)
+
+
+def test_an_answer_that_is_too_long_is_given_up(monkeypatch: Any) -> None:
+    monkeypatch.setattr(openai_client, "_LONGEST_REPLY", 1 << 20)
+    with (
+        StandIn(lambda _: (200, chat_reply("a" * (1 << 20)))) as server,
+        pytest.raises(Refused, match="more than 1 MiB"),
     ):
         ask(server)
 

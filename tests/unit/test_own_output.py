@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -151,15 +153,23 @@ def test_a_place_that_cannot_be_written_is_bad_input(out: Path) -> None:
         own_output.stage(out / "below")
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: no handler of the code under test catches it."""
+def killed_at(monkeypatch: pytest.MonkeyPatch, call: int, work: Callable[[], Any]) -> bool:
+    """Do the work in a process that is killed (-9) before its call of that number which renames,
+    deletes or syncs; a tree is then half deleted.
 
-
-def kill_at(monkeypatch: pytest.MonkeyPatch, call: int) -> Callable[[], bool]:
-    """Kill before the call of that number that renames or deletes; a tree is then half deleted.
-
-    Returns a function that says whether that call was reached.
+    Returns whether it came to that call.
     """
+    child = os.fork()
+    if child == 0:
+        try:
+            kill_at(monkeypatch, call)
+            work()
+        finally:
+            os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     calls = 0
 
     def killing(work: Callable[..., Any], name: str) -> Callable[..., Any]:
@@ -169,8 +179,8 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, call: int) -> Callable[[], bool]:
             if calls == call:
                 if name == "rmtree":
                     for found in [path for path in Path(path).rglob("*") if path.is_file()][:1]:
-                        found.unlink()
-                raise Killed
+                        os.unlink(found)
+                os.kill(os.getpid(), signal.SIGKILL)
             return work(path, *rest, **options)
 
         return count
@@ -178,23 +188,17 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, call: int) -> Callable[[], bool]:
     for name in ("rename", "replace", "rmdir", "touch", "unlink"):
         monkeypatch.setattr(Path, name, killing(getattr(Path, name), name))
     monkeypatch.setattr(shutil, "rmtree", killing(shutil.rmtree, "rmtree"))
-    return lambda: calls >= call
+    monkeypatch.setattr(os, "fsync", killing(os.fsync, "fsync"))
 
 
-@pytest.mark.parametrize("call", range(1, 12))
+@pytest.mark.parametrize("call", range(1, 30))
 def test_killed_at_any_point_the_old_folder_or_the_new_one_is_whole(
     out: Path, call: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(out, "old")
-    with monkeypatch.context() as patch:
-        was_reached = kill_at(patch, call)
-        try:
-            build(out, "new", overwrite=True)
-        except Killed:
-            assert was_reached()
-        else:
-            assert call > 9, "a point at which to kill has vanished: lower this number"
-            return
+    if not killed_at(monkeypatch, call, lambda: build(out, "new", overwrite=True)):
+        assert call > 15, "a point at which to kill has vanished: lower this number"
+        return
     there = content(out)
     assert there in ("old", "new") or content(out.with_name(".out.saving") / "old") == "old"
     assert require_replaceable(out, overwrite=True), "the next start finds it ours"
@@ -223,10 +227,7 @@ def test_a_marker_goes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (folder / "logs").mkdir(parents=True)
     for name in ("a.json", "marker", "z.json", "logs/rank"):
         (folder / name).write_text("")
-    with monkeypatch.context() as patch:
-        kill_at(patch, 1)
-        with pytest.raises(Killed):
-            own_output.remove_marked(folder, "marker")
+    assert killed_at(monkeypatch, 1, lambda: own_output.remove_marked(folder, "marker"))
     assert (folder / "marker").exists()
     own_output.remove_marked(folder, "marker")
     assert not folder.exists()

@@ -81,7 +81,7 @@ def test_a_child_searches_what_its_parent_searches(here: Path, method: str) -> N
 
 @pytest.mark.parametrize("command", [[MAIN], ["-m", "packhorse"]])
 def test_the_command_imports_nothing_of_the_current_folder(here: Path, command: list[str]) -> None:
-    for name in ("trainer", "typer", "yaml", "pathlib"):
+    for name in ("trainer", "typer", "yaml", "pathlib", "json", "tempfile", "subprocess", "xxhash"):
         (here / f"{name}.py").write_text("import os; os._exit(9)")
     env = os.environ | {"PYTHONPATH": str(PACKAGE.parent)}
     done = subprocess.run(

@@ -100,6 +100,7 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", logged=0)
     for name in ("data.json", "metrics.jsonl", "evaluations.jsonl"):
         (run / name).unlink()
+    (run / "logs").mkdir()  # made before the data is prepared
     report([run], tmp_path / "report.html")
     assert "failed" in Page((tmp_path / "report.html").read_text()).shown
 

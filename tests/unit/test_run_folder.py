@@ -16,7 +16,12 @@ from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.data.prepare import prepare, train_plan
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.metrics import EVALUATIONS, Metrics, ModelFlops
-from packhorse.trainer.run_folder import open_run_folder, require_shared, write_description
+from packhorse.trainer.run_folder import (
+    is_done,
+    open_run_folder,
+    require_shared,
+    write_description,
+)
 from packhorse.trainer.trackers import Trackers
 from tests.ranks import ROOT
 
@@ -29,6 +34,20 @@ def open_and_save(run_dir: Path) -> None:
 
 def recipe(run_dir: Path, *overrides: str) -> Recipe:
     return load_recipe(ROOT / "recipes" / "debug.yaml", [f"run.dir={run_dir}", *overrides])
+
+
+def test_a_start_forgets_the_stop_of_an_earlier_one(tmp_path: Path) -> None:
+    open_and_save(tmp_path)
+    (tmp_path / "stop.json").write_text('{"step": 1}')
+    open_run_folder(recipe(tmp_path), tmp_path)
+    assert not (tmp_path / "stop.json").exists()
+
+
+def test_a_damaged_summary_is_said_in_a_sentence(tmp_path: Path) -> None:
+    assert not is_done(tmp_path, 1)
+    (tmp_path / "summary.json").write_text('{"steps"')
+    with pytest.raises(BadInput, match=r"summary\.json: damaged"):
+        is_done(tmp_path, 1)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from packhorse.trainer.cli.main import app
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.report.runs import find_folders, read_run
-from packhorse.trainer.utils.alive import ALIVE_FILE, SILENT_S, is_alive, shown_alive
+from packhorse.trainer.utils.lease import SILENT_S
 from tests.ranks import ROOT
 
 
@@ -50,10 +50,11 @@ def test_the_state_follows_from_the_files(tmp_path: Path) -> None:
     (run / "stop.json").unlink()
     write(run / "data.json", {"train": {"steps": 36}})  # extended, and killed since
     assert read_run(run).state == "failed"
-    (run / ALIVE_FILE).touch()
+    beat = run / ".lease-000001"
+    beat.touch()
     assert read_run(run).state == "running"
     long_ago = time.time() - 2 * SILENT_S
-    os.utime(run / ALIVE_FILE, (long_ago, long_ago))
+    os.utime(beat, (long_ago, long_ago))
     assert read_run(run).state == "failed"
 
 
@@ -68,15 +69,7 @@ def test_a_run_is_alive_while_it_trains(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(BadInput, match="no tokenizer"):
         train_module.train(recipe)
     assert read_run(tmp_path).state == "failed"
-    assert not (tmp_path / ALIVE_FILE).exists()
-
-
-def test_the_file_stays_young(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("packhorse.trainer.utils.alive.BEAT_S", 0.01)
-    with shown_alive(tmp_path):
-        os.utime(tmp_path / ALIVE_FILE, (0, 0))
-        while not is_alive(tmp_path):  # the test's own time limit ends it
-            time.sleep(0.01)
+    assert not list(tmp_path.glob(".lease-*"))
 
 
 def test_torn_lines_and_missing_files_are_read(tmp_path: Path) -> None:
@@ -98,6 +91,10 @@ def test_runs_are_found_at_any_depth_but_not_inside_runs(tmp_path: Path) -> None
     (tmp_path / "notes").mkdir()
     assert find_folders(tmp_path) == ([a, b], [tmp_path / "notes"])
     assert find_folders(a) == ([a], [])
+    (tmp_path / "recipe.yaml").write_text("model: {name: m}\n")  # as `packhorse init` writes it
+    assert find_folders(tmp_path) == ([a, b], [tmp_path / "notes"])
+    with pytest.raises(BadInput, match=r"not a run folder \(no run has begun there"):
+        read_run(tmp_path)
 
 
 def test_the_command_lists_runs_and_names_what_it_cannot_read(tmp_path: Path) -> None:

@@ -151,6 +151,15 @@ SHAPES = {
         TWO,
         ["OK.</s>", "No reason.</s>"],
     ),
+    "answers marked after a space that the prompt lacks": Shape(
+        "</s>",
+        turns("USER: M ", "ASSISTANT: M ", "ASSISTANT:").replace(
+            "ASSISTANT: ' + m.content + '",
+            "ASSISTANT: ' }}{% generation %}{{ m.content }}{% endgeneration %}{{ '",
+        ),
+        TWO,
+        [" OK.</s>", " No reason.</s>"],
+    ),
     "no stop token: the recipe's": Shape(
         "<over> </s>",
         turns("### Q:\\nM\\n", "### A:\\nM\\n", "### A:\\n"),
@@ -474,7 +483,7 @@ def test_of_any_row_each_chosen_answer_stands_behind_its_prompt(writers, data):
             written = generated(thought, text)
             skip = 0
             if missing == "untrained" and not thought and name != "alpaca":
-                skip = end.match(written).end()
+                skip = len(written) - len(end.sub("", written))
             wanted.append((history + header, written, skip))
         history += shown(thought, text)
     conversation = to_conversation({"messages": rows}, "messages", {})

@@ -93,3 +93,42 @@ def test_the_flag_goes_up_before_the_jobs_end(monkeypatch, before_s, end_in_s, r
     stop_before_timeout(recipe, flag)
     time.sleep(0.5)
     assert flag.raised is raised
+
+
+def test_a_rank_that_stands_still_before_the_meeting_is_named(flags, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(stop_flag, "BEAT_S", 0.02)
+    monkeypatch.setattr(stop_flag, "SILENT_S", 0.3)
+    ended = threading.Event()
+    codes = []
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), ended.set()))
+    store = stop_flag._launchers_store()
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        watch = stop_flag._Beats(store, ended).watch
+        threading.Thread(target=watch, daemon=True).start()
+    assert not ended.wait(1.0), "both are alive"
+    # rank 1 beats no more; rank 0 watches it
+    monkeypatch.setenv("RANK", "0")
+    ended.set()
+    time.sleep(0.1)
+    ended.clear()
+    stop_flag._Beats(store, ended).watch()
+    assert codes == [1]
+    assert "rank 1 has given no sign of life" in caplog.text
+
+
+def test_a_second_sigterm_ends_what_does_not_stop_before_the_first_step(monkeypatch) -> None:
+    monkeypatch.setattr(stop_flag, "_AGAIN_S", 0.2)
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    flag = StopFlag()
+    for _ in range(2):  # one signal that came by two ways
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert flag.raised
+    assert codes == []
+    time.sleep(0.3)
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert codes == [75]
+    assert not flag.wait_for_ranks()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert codes == [75], "a save must not be cut short"

@@ -22,7 +22,7 @@ from packhorse.trainer.utils.files import read_json_lines, write_json
 def evaluations(folder: Path) -> dict[int, dict[str, Any]]:
     """Return the lines of a folder's evaluations.jsonl by step, in order."""
     # a run that is still writing may have left half a line
-    lines = read_json_lines(folder / EVALUATIONS, may_be_torn=True)
+    lines = read_json_lines(folder / EVALUATIONS, skip_damaged=True)
     return {line["step"]: line for line in sorted(lines, key=lambda line: line["step"])}
 
 

@@ -1,7 +1,7 @@
 """Save, find and restore checkpoints that are complete or absent, at any world size (C7, C8).
 
 checkpoints/
-  .saving-step-000200/            being written; never read
+  .a1b2c3d4-saving-step-000200/   being written, by the start of that token; never read
   step-000200/                    published by one rename
     rank00000-000.safetensors     slices of weights and moments (engine/sharded_state.py)
     manifest.json                 RunState; shapes; size and checksum of every file; a digest of
@@ -13,11 +13,12 @@ checkpoints/
 from __future__ import annotations
 
 import errno
+import secrets
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import psutil
 
@@ -33,9 +34,12 @@ from packhorse.trainer.checkpoint.manifest import (
 from packhorse.trainer.config.recipe import CheckpointSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import sharded_state
-from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.engine.sharded_state import FROZEN, Shards, Slice, add_digests
 from packhorse.trainer.utils.files import publish_folder, write_synced
+from packhorse.trainer.utils.lease import require_owned
+
+if TYPE_CHECKING:  # what reads a run needs no DeepSpeed
+    from packhorse.trainer.engine.engine import Engine
 
 _COPY_SHARE = 0.5  # of the host's free memory, which a copy of the state may take unless asked for
 
@@ -59,6 +63,7 @@ class Saver:
 
     Args:
         copier: rank 0's, to which each published checkpoint is offered.
+        description: rank 0's, see Manifest.
 
     Raises:
         BadInput: `asynchronous: true`, and the host's memory does not hold the copy.
@@ -70,14 +75,20 @@ class Saver:
         engine: Engine,
         section: CheckpointSection,
         copier: Copier | None = None,
+        description: Mapping[str, str] | None = None,
     ) -> None:
         self._root = run_dir / "checkpoints"
         self._engine = engine
         self._keep, self._copier = section.keep, copier
+        self._description = description or {}
         # Ranks agree in the background while training uses the main group: collectives of two
         # threads on one group could be matched in another order on each rank.
         self._group = dist.new_group()
+        # Another start may take over the run folder from ranks that stand still. If these go on
+        # one day, they must not write into what the other one saves.
+        self._token = dist.broadcast(secrets.token_hex(4))
         self._in_background = _copy_fits(engine.state.bytes(), section.asynchronous)
+        self._saved: int | None = None  # the last step, which may be evaluated and saved again
         self._thread: threading.Thread | None = None
         self._failure: Exception | None = None
 
@@ -93,6 +104,8 @@ class Saver:
     def save(self, state: RunState, best: int | None = None) -> None:
         """Copy the state and write it in the background, or write it now if no copy fits.
 
+        A step that was saved before is only named as the best, if it is.
+
         Args:
             best: the step whose checkpoint is spared when older ones are removed, and not counted
                 among the kept ones.
@@ -102,8 +115,14 @@ class Saver:
                 is reported here.
         """
         self.wait()
+        if state.step == self._saved:
+            self._raise_failure(
+                state.step, self._run_on_rank0(lambda: point_at_best(self._root, best))
+            )
+            return
+        self._saved = state.step
         _require_room(self._root, self._engine.state.bytes())
-        staged = self._root / f".saving-{folder_name(state.step)}"
+        staged = self._root / f".{self._token}-saving-{folder_name(state.step)}"
         self._raise_failure(state.step, self._run_on_rank0(staged.mkdir))
         # Everything but the slices is read here: the background must not touch the engine, which
         # trains on meanwhile.
@@ -159,7 +178,7 @@ class Saver:
         shares = dist.gather((own.files, own.digests, failure), self._group)
         failure = next((failure for *_, failure in shares if failure), None)
         if failure is None:
-            manifest = Manifest(own.state, own.shapes, {}, {})
+            manifest = Manifest(own.state, own.shapes, {}, {}, self._description)
             for files, digests, _ in shares:
                 manifest.files.update(files)
                 add_digests(manifest.digests, digests)
@@ -257,6 +276,7 @@ def _explain(error: OSError) -> str:
 def _remove(folder: Path) -> None:
     """Delete a checkpoint, renamed first so that a part of it never stands under its name."""
     aside = folder.with_name(f".removing-{folder.name}")
+    require_owned(folder)
     folder.rename(aside)
     shutil.rmtree(aside)
 
@@ -327,6 +347,8 @@ def _find_own_fault(folder: Path) -> str | None:
     try:
         files = sorted(Manifest.read(folder).files.items())
         for name, file in files[dist.rank() :: dist.world_size()]:
+            if not (folder / name).is_file():  # a pipe would be waited for without end
+                return f"{name} is missing, or no file"
             if (folder / name).stat().st_size != file.bytes:
                 return f"{name} has another size than the manifest says"
             if sharded_state.checksum(folder / name) != file.xxh3:

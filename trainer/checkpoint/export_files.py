@@ -26,19 +26,25 @@ PROCESSOR_FILES = (
     "processor_config.json",
     "video_preprocessor_config.json",
 )
+CARRIED = "carried_tensors.json"  # names of the source's tensors that the model has no place for
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Keys of the number of layers that predict further tokens: DeepSeek's and GLM's, Qwen's, Ernie's
 _FURTHER_TOKENS = re.compile(r"num_nextn_predict_layers|mtp_num_(hidden_)?layers|num_mtp_layers")
 
 
-def keep_files(section: ModelSection, folder: Path) -> None:
+def keep_files(section: ModelSection, model: Any, folder: Path) -> None:
     """Copy the processor's files of the model's source into `folder`, and the code that it brings
-    if that is trusted.
+    if that is trusted; and note the tensors that an export has to carry over.
+
+    Args:
+        model: the transformers model, sharded or not, with an adapter or without.
     """
     # all files of a name on the hub lie in one folder of the hub's cache, once they are there
     found = [_source_file(section, name) for name in ("config.json", *PROCESSOR_FILES)]
     if found[0]:
         copy_files(found[0].parent, folder, with_code=section.trust_remote_code)
+    names = sorted(_unplaced(section, model)) if section.init == "pretrained" else []
+    write_json(folder / CARRIED, names)
 
 
 def copy_files(source: Path, folder: Path, *, with_code: bool) -> None:
@@ -69,23 +75,27 @@ def _source_file(section: ModelSection, name: str, *, weights: bool = False) -> 
 # -------------------------------------------------------------------------- tensors of the source
 
 
-def carry_over(section: ModelSection, folder: Path, model: Any) -> None:
+def carry_over(section: ModelSection, kept: Path, folder: Path) -> None:
     """Add the tensors of the model's source that the model has no place for to the export, as they
     are, and say so. They are, for example, layers that predict further tokens.
 
     Where the source lacks such layers the configuration names none.
 
     Args:
+        kept: the folder that `keep_files` has filled.
         folder: the export, with its weights.
-        model: the transformers model, which may lie on the meta device.
+
+    Raises:
+        BadInput: the source is gone, and such tensors with it.
     """
-    names = set(_unplaced(section, model)) if section.init == "pretrained" else set()
+    # a run of an earlier version has not noted them
+    names = json.loads((kept / CARRIED).read_text()) if (kept / CARRIED).is_file() else []
     if names:
         files = _copy_tensors(section, folder, names)
         dist.log.info(
             "carried over unchanged, as they are no part of the trained model: %d tensors of %s "
             "(%s%s)",
-            *(len(names), section.name, ", ".join(sorted(names)[:2]), ", ..." * (len(names) > 2)),
+            *(len(names), section.name, ", ".join(names[:2]), ", ..." * (len(names) > 2)),
         )
         _write_index(folder, files)
     else:
@@ -93,14 +103,17 @@ def carry_over(section: ModelSection, folder: Path, model: Any) -> None:
 
 
 def _unplaced(section: ModelSection, model: Any) -> Iterator[str]:
-    """Yield the names of the source's tensors that transformers would not load into the model."""
+    """Yield the names of the source's tensors that transformers has not loaded into the model."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    places = model.state_dict()
+    # an adapter, and torch.compile, put their modules around the model's
+    places = {
+        re.sub(r"\b(base_layer|_orig_mod)\.", "", k): v for k, v in model.state_dict().items()
+    }
     for name in _source_tensors(section):
         renamed, _ = rename_source_key(name, renamings, converters, model.base_model_prefix, places)
         plain, _ = rename_source_key(name, [], [], model.base_model_prefix, places)
@@ -110,10 +123,8 @@ def _unplaced(section: ModelSection, model: Any) -> Iterator[str]:
 
 
 def _source_tensors(section: ModelSection) -> dict[str, str]:
-    """Return the file of each tensor of the model's source by name.
-
-    Raises:
-        BadInput: the source is gone.
+    """Return the file of each tensor of the model's source by name; nothing if it has no weights
+    in safetensors.
     """
     from safetensors import safe_open
 
@@ -121,23 +132,25 @@ def _source_tensors(section: ModelSection) -> dict[str, str]:
         return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
     single = _source_file(section, _WEIGHTS, weights=True)
     if single is None:
-        raise BadInput(
-            f"model.name: {section.name} has no weights in safetensors any more, so that it cannot "
-            "be seen whether it holds tensors beside the trained model's; put it back"
-        )
+        return {}
     with safe_open(single, framework="pt") as file:
         return dict.fromkeys(file.keys(), _WEIGHTS)
 
 
-def _copy_tensors(section: ModelSection, folder: Path, names: set[str]) -> dict[str, str]:
+def _copy_tensors(section: ModelSection, folder: Path, names: list[str]) -> dict[str, str]:
     """Write these tensors of the source into files of their own, and return the file of each."""
     from safetensors import safe_open
     from safetensors.torch import save_file
 
+    places = _source_tensors(section)
     by_file: dict[str, list[str]] = {}
-    for name, file in _source_tensors(section).items():
-        if name in names:
-            by_file.setdefault(file, []).append(name)
+    for name in names:
+        if name not in places:
+            raise BadInput(
+                f"model.name: {section.name} has `{name}` no more, which the export carries over; "
+                "put the model back"
+            )
+        by_file.setdefault(places[name], []).append(name)
     placed = {}
     for number, (file, inside) in enumerate(sorted(by_file.items()), 1):
         path = _source_file(section, file, weights=True)
@@ -192,21 +205,33 @@ def suit_transformers_4(folder: Path, trust_remote_code: bool) -> None:
     """
     from transformers import AutoConfig
 
-    def as_read() -> dict[str, Any]:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    def read() -> Any:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+    def values(config: Any) -> dict[str, Any]:
         return {**config.to_dict(), "_name_or_path": None, "auto_map": None}
 
     path = folder / "config.json"
-    before, text = as_read(), path.read_text(encoding="utf-8")
+    before, text = read(), path.read_text(encoding="utf-8")
     config = json.loads(text)
     _own_code(config, folder)
-    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+    inner = [(value, getattr(before, key)) for key, value in config.items() if _is_part(value)]
+    for part, known in ((config, before), *inner):
+        # experts are counted under one name for all models now, and under a model's own in 4.57
+        for older, name in (getattr(known, "attribute_map", None) or {}).items():
+            if "expert" in older and name in part:
+                part.setdefault(older, part[name])
         kind = str(part.get("model_type", ""))
         part |= _rope_of_4(part.get("rope_parameters") or {}, kind.startswith("gemma3"))
     write_json(path, config)
-    if as_read() != before:
+    if values(read()) != values(before):
         path.write_text(text, encoding="utf-8")
         dist.log.info("config.json: its rotary embeddings can only be read by transformers 5")
+
+
+def _is_part(value: Any) -> bool:
+    """Return whether a value of a configuration is one of a part, as of a model's tower."""
+    return isinstance(value, dict) and "model_type" in value
 
 
 def clean_tokenizer(folder: Path) -> None:

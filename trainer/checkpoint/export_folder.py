@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from packhorse.trainer import dist
 from packhorse.trainer.checkpoint import best, checkpoint
-from packhorse.trainer.checkpoint.manifest import Manifest
+from packhorse.trainer.checkpoint.manifest import Manifest, list_published
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine.sharded_state import Shards
+from packhorse.trainer.engine.sharded_state import Shards, checksum
+from packhorse.trainer.utils.files import sync_file
 from packhorse.trainer.utils.own_output import require_replaceable
 
+# In a run folder: configuration, generation configuration and tokenizer, without weights.
+MODEL_FOLDER = "model"
 # In a run folder: packhorse deletes what lies there, or takes it for its own.
-_OF_THE_RUN = ("checkpoints", "evals", "model", "serving")
+_OF_THE_RUN = ("checkpoints", "evals", MODEL_FOLDER, "serving")
 
 
 def run_recipe(run_dir: Path) -> Recipe:
@@ -58,6 +62,38 @@ def open_for_export(
     if replaced:
         dist.log.info("--overwrite: once it is whole, it replaces %s in %s", replaced, out)
     return saved, manifest
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """Bring the files of a folder to the disk, and return their checksums by relative path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in paths:
+        sync_file(path)
+    return {path.relative_to(folder).as_posix(): checksum(path) for path in paths}
+
+
+def require_described(run_dir: Path, manifest: Manifest) -> None:
+    """Check that the run folder describes the model as it did when a checkpoint was written.
+
+    Any checkpoint of the run will do: a start with another version of transformers may have written
+    the same description in other words.
+
+    Raises:
+        BadInput: the files were changed since.
+    """
+    if not manifest.description:  # of an earlier version
+        return
+    found, known = checksums(run_dir / MODEL_FOLDER), [manifest.description]
+    for folder in list_published(run_dir / "checkpoints").values():
+        with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: it proves nothing
+            known.append(Manifest.read(folder).description)
+    if found not in known:
+        names = found.keys() | manifest.description.keys()
+        changed = sorted(n for n in names if found.get(n) != manifest.description.get(n))
+        raise BadInput(
+            f"{run_dir / MODEL_FOLDER}: not as the run wrote it: {', '.join(changed[:5])}; put the "
+            "files back, or resume the run, which writes them anew"
+        )
 
 
 def describe_step(run_dir: Path, recipe: Recipe, step: int) -> str:

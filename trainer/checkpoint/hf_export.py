@@ -23,7 +23,12 @@ from packhorse.trainer.checkpoint.export_files import (
     keep_files,
     suit_transformers_4,
 )
-from packhorse.trainer.checkpoint.export_folder import open_for_export, run_recipe
+from packhorse.trainer.checkpoint.export_folder import (
+    MODEL_FOLDER,
+    open_for_export,
+    require_described,
+    run_recipe,
+)
 from packhorse.trainer.checkpoint.manifest import Manifest
 from packhorse.trainer.checkpoint.model_card import model_card
 from packhorse.trainer.config.recipe import ModelSection, Recipe
@@ -45,22 +50,19 @@ from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.files import apply_umask
 from packhorse.trainer.utils.progress import show_bars_of_transformers, track
 
-# In a run folder: configuration, generation configuration and tokenizer, without weights.
-MODEL_FOLDER = "model"
-
 
 def save_description(model: Any, tokenizer: Any, section: ModelSection, run_dir: Path) -> None:
     """Write what an export needs beside the weights into the run folder, so that the model's source
     is not needed again.
     """
     folder = run_dir / MODEL_FOLDER
-    head = model.get_output_embeddings()
-    if head.weight is not model.get_input_embeddings().weight:
-        # transformers loads a head of its own whatever the configuration says, and others do not
-        for config in (model.config, model.config.get_text_config()):
-            config.tie_word_embeddings = False
+    # transformers 5 loads a head of its own whatever the configuration says, and ties by the outer
+    # one of two configurations; 4.57 by the inner one
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = is_tied
     model.config.save_pretrained(folder)
-    keep_files(section, folder)
+    keep_files(section, model, folder)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -97,6 +99,7 @@ def export(
         )
     show_bars_of_transformers()
     saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite)
+    require_described(run_dir, manifest)
     step = manifest.state.step
 
     folder = own_output.stage(out)
@@ -106,8 +109,8 @@ def export(
             *("reading the checkpoint", len(saved.names), "weights"),
         )
         mapped = _copy_to_files(weights, folder.with_name("weights"))
-        empty = write_folder(run_dir, recipe, folder, mapped)
-        carry_over(recipe.model, folder, empty)
+        write_folder(run_dir, recipe, folder, mapped)
+        carry_over(recipe.model, run_dir / MODEL_FOLDER, folder)
         _load_and_compare(folder, mapped, recipe)
     elif merge:
         _write_merged(run_dir, recipe, saved, manifest, folder)
@@ -160,11 +163,8 @@ def copy_to_file(tensor: torch.Tensor, path: Path) -> torch.Tensor:
 
 def write_folder(
     run_dir: Path, recipe: Recipe, folder: Path, weights: dict[str, torch.Tensor]
-) -> Any:
-    """Write a Hugging Face folder of these weights, described by the run's MODEL_FOLDER.
-
-    Returns the model on the meta device.
-    """
+) -> None:
+    """Write a Hugging Face folder of these weights, described by the run's MODEL_FOLDER."""
     from transformers import AutoConfig, GenerationConfig
 
     source = run_dir / MODEL_FOLDER
@@ -182,7 +182,6 @@ def write_folder(
     suit_transformers_4(folder, trust)
     _write_tokenizer(source, recipe, folder)
     apply_umask(folder)
-    return model
 
 
 def _write_tokenizer(source: Path, recipe: Recipe, folder: Path) -> None:
@@ -244,8 +243,8 @@ def _write_merged(
     weights = track(chain(merged_weights(model), buffers), "merging the adapter", None, "weights")
     mapped = _copy_to_files(weights, folder.with_name("weights"))
     del model
-    empty = write_folder(run_dir, recipe, folder, mapped)
-    carry_over(recipe.model, folder, empty)
+    write_folder(run_dir, recipe, folder, mapped)
+    carry_over(recipe.model, run_dir / MODEL_FOLDER, folder)
     loaded = _load_and_compare(folder, mapped, recipe)
     _require_alike(_logits(loaded.to(dist.device())), logits, recipe, folder)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from packhorse.trainer.utils.files import write_synced
 
 MANIFEST = "manifest.json"
 _FORMAT = 2
+_FILE_NAME = re.compile(r"rank[0-9]{5,}-[0-9]{3,}\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Manifest:
     shapes: dict[str, list[int]]  # of trained parameters and buffers
     files: dict[str, File]
     digests: Digests
+    # Checksums of the files in the run folder's `model/`, which an export is made from; empty in a
+    # checkpoint of an earlier version.
+    description: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         digests: dict[str, dict[str, str]] = {}
@@ -46,6 +51,8 @@ class Manifest:
         files = {name: asdict(file) for name, file in sorted(self.files.items())}
         content = {"format": _FORMAT, "state": asdict(self.state), "shapes": self.shapes}
         content |= {"files": files, "digests": digests}
+        if self.description:
+            content["description"] = dict(self.description)
         return json.dumps({**content, "xxh3": _content_checksum(content)})
 
     @classmethod
@@ -55,7 +62,10 @@ class Manifest:
         Raises:
             OSError, KeyError, TypeError or ValueError: it is absent, or not as `to_json` writes it.
         """
-        return cls.parse((folder / MANIFEST).read_text(encoding="utf-8"))
+        path = folder / MANIFEST
+        if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            raise ValueError(f"{MANIFEST} is no file")
+        return cls.parse(path.read_text(encoding="utf-8"))
 
     @classmethod
     def parse(cls, text: str) -> Manifest:
@@ -65,13 +75,20 @@ class Manifest:
             raise ValueError(f"its format is {content['format']}, this version reads {_FORMAT}")
         if content.pop("xxh3") != _content_checksum(content):
             raise ValueError(f"the checksum of {MANIFEST} does not match its content")
+        for key in ("state", "shapes", "files", "digests"):
+            if not isinstance(content[key], dict):
+                raise ValueError(f"its `{key}` is no object")
         digests = {
             (name, state): int(value, 16)
             for name, states in content["digests"].items()
-            for state, value in states.items()
+            for state, value in dict(states).items()
         }
         files = {name: File(**file) for name, file in content["files"].items()}
-        return cls(RunState(**content["state"]), content["shapes"], files, digests)
+        for name in files:
+            if not _FILE_NAME.fullmatch(name):  # as ../../x, which a mirror would write there
+                raise ValueError(f"{name!r} is no name of a checkpoint's file")
+        state, described = RunState(**content["state"]), content.get("description", {})
+        return cls(state, content["shapes"], files, digests, described)
 
 
 def _content_checksum(content: dict[str, Any]) -> str:

@@ -26,6 +26,7 @@ from packhorse.trainer.checkpoint.mirror_place import RUN, RUN_FILES, Place
 from packhorse.trainer.checkpoint.mirror_restore import Restore
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils.lease import require_owned
 from packhorse.trainer.utils.text import error_line
 
 _ATTEMPTS, _PAUSE_S = 3, 5.0  # of the copy that the end of the run waits for
@@ -122,6 +123,7 @@ class Mirror:
         """Copy a checkpoint, its manifest last; return False if it is there already."""
         local, name = self._checkpoints / folder_name(step), folder_name(step)
         text = (local / MANIFEST).read_bytes()
+        require_owned(local)
         if self._place.read(f"{name}/{MANIFEST}") == text:
             return False
         self._place.remove(name)
@@ -131,6 +133,7 @@ class Mirror:
             if self._place.fs.size(self._place.path(f"{name}/{file}")) != facts.bytes:
                 raise OSError(f"{file} arrived with another size")
         self._put_run_files(name)
+        require_owned(local)
         self._place.write(f"{name}/{MANIFEST}", text)
         return True
 

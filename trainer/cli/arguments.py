@@ -89,6 +89,15 @@ Restarts = Annotated[
     ),
 ]
 
+TrustRun = Annotated[
+    bool,
+    typer.Option(
+        "--trust-run",
+        help="Let the recipe in the run folder run code, as model.trust_remote_code does. If it is "
+        "not your run, read that code first.",
+    ),
+]
+
 
 def read_recipe(file: Path, overrides: list[str] | None) -> Recipe:
     """Read the recipe that a command is given; see `load_recipe`."""

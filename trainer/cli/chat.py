@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from packhorse.trainer.cli.arguments import read_recipe
+from packhorse.trainer.cli.arguments import TrustRun, read_recipe
 from packhorse.trainer.cli.eval import exported_model, find_run, last_step
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.text import show_controls
@@ -39,6 +39,7 @@ def chat(
     temperature: Annotated[
         float, typer.Option(min=0, help="0: the likeliest answer; above it, answers are sampled.")
     ] = 0,
+    trust_run: TrustRun = False,
 ) -> None:
     """Chat with a model in the terminal, or answer the questions of a pipe.
 
@@ -52,10 +53,13 @@ def chat(
     before it.
     """
     from packhorse.trainer import dist
+    from packhorse.trainer.config.code_keys import require_trust
     from packhorse.trainer.eval.chat import Chat, is_adapter
 
     dist.start_logging()
     run = None if is_adapter(model) else find_run(model, step, best)
+    if run:
+        require_trust(run, trusted=trust_run)
     chosen = last_step(run, step, best) if run else 0
     options = read_recipe(run / "recipe.yaml", None).data.chat_template_kwargs if run else {}
     with (

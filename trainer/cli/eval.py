@@ -17,7 +17,13 @@ from typing import Annotated, Any
 import typer
 
 from packhorse.launch.cluster_env import refuse_tasks
-from packhorse.trainer.cli.arguments import NumProcesses, Overrides, RecipeFile, read_recipe
+from packhorse.trainer.cli.arguments import (
+    NumProcesses,
+    Overrides,
+    RecipeFile,
+    TrustRun,
+    read_recipe,
+)
 from packhorse.trainer.cli.worker import (
     exit_on_early_signals,
     exit_with_launcher,
@@ -49,6 +55,7 @@ def evaluate(
         typer.Option(help="Folder to write. Default: RUN/evals/... for a run, else evals/..."),
     ] = None,
     nproc: NumProcesses = None,
+    trust_run: TrustRun = False,
 ) -> None:
     """Evaluate a checkpoint, an export or a hub model on the held-out rows.
 
@@ -75,12 +82,16 @@ def evaluate(
             f"{recipe_file}: there are no held-out rows to evaluate; give data.eval or "
             f"data.eval_fraction"
         )
+    run = find_run(model, step, best)
+    if run:
+        from packhorse.trainer.config.code_keys import require_trust
+
+        require_trust(run, trusted=trust_run, recipe=recipe, recipe_file=recipe_file)
     tasks = None
     if recipe.eval.lm_eval:
         from packhorse.trainer.eval.lm_eval_harness import require_tasks
 
         tasks = require_tasks(recipe.eval)
-    run = find_run(model, step, best)
     step = last_step(run, step, best) if run else 0
     out = out or _default_out(model, run, recipe_file, step)
     _start_results(out, model, step)

@@ -25,6 +25,7 @@ from packhorse.trainer.cli.arguments import (
     RecipeFile,
     Restarts,
     RunId,
+    TrustRun,
     read_recipe,
 )
 from packhorse.trainer.cli.chat import chat
@@ -41,6 +42,7 @@ from packhorse.trainer.cli.worker import (
     is_worker,
 )
 from packhorse.trainer.datatypes import BAD_INPUT, DONE, FAILED, BadInput
+from packhorse.trainer.dist import escape_controls
 from packhorse.trainer.utils.lean_import import lean_import
 
 app = typer.Typer(
@@ -192,6 +194,7 @@ def export(
             show_default=False,
         ),
     ] = None,
+    trust_run: TrustRun = False,
 ) -> None:
     """Export a checkpoint as a Hugging Face model folder, or an adapter for peft.
 
@@ -212,9 +215,12 @@ def export(
         )
     from packhorse.trainer import dist
     from packhorse.trainer.checkpoint.export_folder import require_own_place
+    from packhorse.trainer.config.code_keys import require_trust
 
     dist.start_logging()
     require_own_place(run, out)
+    if not universal:  # which loads no model
+        require_trust(run, trusted=trust_run)
     chosen = resolve_step(run, step, best)
     if push:
         from packhorse.trainer.checkpoint.hub import check_push
@@ -311,18 +317,22 @@ def main() -> None:
         lines = (" ".join(line.split()) for line in str(error).split("\n  "))
         _exit_bad_input("\n  ".join(lines))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            raise
-        _exit_bad_input(
-            f"a disk cannot be written to: {error}; make room where run.dir and data.cache lie, "
-            f"and run the same command again"
-        )
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            _exit_bad_input(
+                f"a disk cannot be written to: {error}; make room where run.dir and data.cache "
+                f"lie, and run the same command again"
+            )
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            _exit_bad_input(f"{error}; raise the limit, as by `ulimit -n 4096`")
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EISDIR):
+            _exit_bad_input(f"{error}; give another path")
+        raise
 
 
 def _exit_bad_input(sentence: str) -> NoReturn:
     """Print the sentence and exit with 2, even if stderr is a file on a full disk."""
     try:
-        print(f"packhorse: error: {sentence}", file=sys.stderr, flush=True)
+        print(f"packhorse: error: {escape_controls(sentence)}", file=sys.stderr, flush=True)
     except OSError:  # at its very end Python would try again, and make the exit code 120
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if is_worker():

@@ -11,7 +11,7 @@ import signal
 import sys
 from typing import Any, NoReturn
 
-from packhorse.trainer.datatypes import DONE, SAVED_RUN_AGAIN
+from packhorse.trainer.datatypes import DONE, LAUNCHER, SAVED_RUN_AGAIN
 
 
 def is_worker() -> bool:
@@ -43,6 +43,8 @@ def exit_with_launcher() -> None:
     set_parent_death_signal = 1
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+        if os.environ.get(LAUNCHER) not in (None, str(os.getppid())):  # it has died before
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def exit_worker() -> NoReturn:

@@ -33,8 +33,9 @@ def compile_pattern(pattern: str, flags: int = 0) -> re.Pattern[str]:
     """Return the compiled regular expression. Raises ValueError if it is not one."""
     try:
         return re.compile(pattern, flags)
-    except re.error as error:
-        raise ValueError(f"`{pattern}` is not a regular expression: {error}") from None
+    # a number of repetitions that is too large, or too many brackets
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"`{pattern[:200]}` is not a regular expression: {error}") from None
 
 
 def check_one_given(**given: Any) -> None:

@@ -119,7 +119,7 @@ OTHER_VALUES: dict[str, tuple[str, dict[Any, Any]]] = {
     ),
     "activation_checkpoint.mode": (
         "model.activation_checkpointing",
-        {"full": "full", "none": "none"},
+        {"full": "full", "selective": "selective", "none": "none"},
     ),
     "dataset_exact_deduplication": ("data.duplicates", {True: "drop", False: "keep"}),
     "excess_length_strategy": ("data.too_long", {"drop": "reject", "truncate": "truncate"}),

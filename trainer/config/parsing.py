@@ -7,6 +7,8 @@ that names the key, what is wrong with it and the nearest right name.
 from __future__ import annotations
 
 import difflib
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,7 @@ RENAMED_KEYS = {
     "data.train.filters.reference": "`math_answer`",
     "data.eval.filters.verify": "`math_answer`, which names the column of the right answer",
     "data.eval.filters.reference": "`math_answer`",
-    "model.recompute": "`model.activation_checkpointing: none | full`",
+    "model.recompute": "`model.activation_checkpointing: none | selective | full | auto`",
     "model.layers": "`model.layer_kernels: auto | liger | torch`",
     "optim.clip": "`optim.max_grad_norm`",
     "optim.warmup": "`optim.warmup_ratio`",
@@ -68,25 +70,66 @@ RENAMED_KEYS = {
 }
 
 
-class UniqueKeys(yaml.SafeLoader):
-    """A SafeLoader that refuses a key given twice, of which YAML keeps the last in silence."""
+MAX_DEPTH, MAX_VALUES = 64, 100_000  # of a recipe's values: far more than any has
+_SHOWN = 100  # characters of a wrong value
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+
+class UniqueKeys(yaml.SafeLoader):
+    """A SafeLoader that refuses a key given twice, of which YAML keeps the last in silence, and
+    text that is small as YAML alone: nested without end, or unfolding by aliases of aliases."""
+
+    def get_single_node(self) -> yaml.Node | None:
+        node = super().get_single_node()
+        if node is not None and _unfolded(node, {}) > MAX_VALUES:
+            raise yaml.MarkedYAMLError(problem=f"its aliases unfold to more than {MAX_VALUES:,}")
+        return node
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._depth = getattr(self, "_depth", 0) + 1
+        if self._depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=f"values are nested more than {MAX_DEPTH} deep")
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self._depth -= 1
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # here, as keys that `<<` merges from another mapping come later, and may stand there, too
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and (key.tag, key.value) in seen:
                 raise yaml.MarkedYAMLError(
-                    problem=f"the key `{key}` is given twice", problem_mark=key_node.start_mark
+                    problem=f"the key `{key.value}` is given twice", problem_mark=key.start_mark
                 )
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+            seen.add((key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key))
+        return node
+
+
+def _unfolded(node: yaml.Node, known: dict[int, float]) -> float:
+    """Return how many values a node stands for where each alias is written out; infinitely many if
+    it holds itself."""
+    if id(node) not in known:
+        known[id(node)] = float("inf")  # while its children are counted
+        pairs = node.value if isinstance(node, yaml.CollectionNode) else []
+        inner = [each for pair in pairs for each in (pair if isinstance(pair, tuple) else (pair,))]
+        known[id(node)] = 1 + sum(_unfolded(each, known) for each in inner)
+    return known[id(node)]
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML text. Raises YAMLError if it is none."""
+    try:
+        return yaml.load(text, Loader=UniqueKeys)  # noqa: S506 - a SafeLoader
+    # PyYAML's own for a tag that does not fit its value, a date that is none, a key that is a list
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise yaml.YAMLError(error) from None
 
 
 def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file. Raises BadInput if it cannot be read."""
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), Loader=UniqueKeys)  # noqa: S506 - a SafeLoader
+        return parse_yaml(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: the file cannot be read ({error})") from None
     except yaml.YAMLError as error:
@@ -103,10 +146,11 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
         BadInput: it is not `key=value`, its value is not YAML, or its path leads through a value.
     """
     key, equals, text = override.partition("=")
+    override = override[:_SHOWN]  # in messages
     if not equals or not key:
         raise BadInput(f"override `{override}`: write key=value, as optim.lr=1e-5")
     try:
-        value = yaml.load(text, Loader=UniqueKeys)  # noqa: S506 - a SafeLoader
+        value = parse_yaml(text)
     except yaml.YAMLError:
         raise BadInput(f"override `{override}`: the value is not valid YAML") from None
     *parents, last = key.split(".")
@@ -125,7 +169,7 @@ def apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _index(items: list[Any], text: str, override: str) -> int:
-    if not text.isdigit() or int(text) >= len(items):
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) >= len(items):
         raise BadInput(f"override `{override}`: `{text}` is not an item of a list of {len(items)}")
     return int(text)
 
@@ -159,8 +203,28 @@ def describe_fault(fault: Any, recipe: type[Section]) -> list[str]:
         inside = ", ".join(f"{place}.{name}" for name in sections[0].model_fields)
         message = f"it is a section, of {inside}"
     given = fault.get("input")
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
+    shown = f" (got {_shown(given)})" if isinstance(given, str | int | float | bool) else ""
     return [f"`{place}`: {message[0].lower()}{message[1:]}{shown}"]
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes integers up to a limit of digits only
+        return "a number of too many digits"
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def unfit_texts(tree: Any, place: str = "") -> Iterator[str]:
+    """Yield a fault for each text that neither a file's name nor UTF-8 can hold."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from unfit_texts(value, f"{place}.{key}" if place else str(key))
+    elif isinstance(tree, list):
+        for number, value in enumerate(tree):
+            yield from unfit_texts(value, f"{place}.{number}")
+    elif isinstance(tree, str) and re.search("[\0\ud800-\udfff]", tree):
+        yield f"`{place}`: it holds a character that no file can hold: {_shown(tree)}"
 
 
 def join_faults(where: str, faults: list[str]) -> str:

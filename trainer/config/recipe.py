@@ -21,6 +21,7 @@ from packhorse.trainer.config.parsing import (
     describe_fault,
     join_faults,
     read_yaml,
+    unfit_texts,
 )
 from packhorse.trainer.config.sections import (
     ADAPTER_LR,
@@ -208,7 +209,7 @@ def parse_recipe(
     Raises:
         BadInput: with every fault, each on a line.
     """
-    faults = list(faults or ())
+    faults = [*(faults or ()), *unfit_texts(tree)]
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:

@@ -45,10 +45,12 @@ class ModelSection(Section):
         "compared with PyTorch's when the run starts. auto: liger on CUDA in bfloat16 if Liger "
         "supports the model.",
     )
-    activation_checkpointing: Literal["none", "full"] = Field(
-        default="full",
-        description="full: keep only the input of each layer and recompute the rest in the "
-        "backward pass (gradient checkpointing): less memory, about a third more compute.",
+    activation_checkpointing: Literal["none", "selective", "full", "auto"] = Field(
+        default="auto",
+        description="What the backward pass recomputes (gradient checkpointing). full: each layer "
+        "but its input; selective: not attention, nor the products that widen a feed-forward "
+        "block; auto: as little as fits the GPU's memory by `packhorse plan`, and full on a CPU. "
+        "Gradients stay the same by the bit.",
     )
     add_tokens: tuple[str, ...] = Field(
         default=(),
@@ -117,6 +119,12 @@ class AdapterSection(Section):
         description="nf4: hold the frozen linear modules in 4 bits (QLoRA, bitsandbytes), at ZeRO "
         "stages 0 to 2. nf4_double_quant: store the scales in 8 bits, too, which saves 0.37 bits a "
         "weight. null: keep model.dtype.",
+    )
+
+    init_from: str | None = Field(
+        default=None,
+        description="Folder of an adapter to start from, as peft and `packhorse export` write it. "
+        "null: a new one, which changes nothing at first.",
     )
 
     @model_validator(mode="after")
@@ -234,15 +242,27 @@ class OptimSection(Section):
     )
 
 
+MAX_EPOCHS = 10_000  # all are packed before the first step
+MAX_STEPS = 10**9
+
+
 class TrainSection(Section):
     """How long the run trains, and its seed."""
 
-    epochs: int = Field(default=1, ge=1, description="Passes over the training data.")
+    epochs: int = Field(
+        default=1, ge=1, le=MAX_EPOCHS, description="Passes over the training data."
+    )
     steps: int | None = Field(
-        default=None, ge=1, description="Optimizer steps. If given, `epochs` does not count."
+        default=None,
+        ge=1,
+        le=MAX_STEPS,
+        description="Optimizer steps. If given, `epochs` does not count.",
     )
     seed: int = Field(
-        default=0, description="Seed of the data order, dropout, noise and random weights."
+        default=0,
+        ge=-(2**63),
+        lt=2**63,
+        description="Seed of the data order, dropout, noise and random weights.",
     )
 
 

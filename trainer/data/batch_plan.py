@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from packhorse.trainer.config.recipe import BatchSection, LossSection, TrainSection
+from packhorse.trainer.config.sections import MAX_EPOCHS
 from packhorse.trainer.data.pack import CountTrained
 from packhorse.trainer.datatypes import BadInput, Packed, Piece, StepPlan
 from packhorse.trainer.dist import seed_from
@@ -152,6 +153,7 @@ class Plan:
             else len(self._num_sequences) < train.epochs
         ):
             self._count_epoch()
+            self._require_few_epochs()
         self.steps = train.steps or self._first_steps[-1]
 
     # ---------------------------------------------------------------------------------------- steps
@@ -296,6 +298,15 @@ class Plan:
         # In this order: to another thread an epoch is counted once its last step is known.
         self._num_sequences.append(count)
         self._first_steps.append(first_step + -(-count // self.batch.global_batch_size))
+
+    def _require_few_epochs(self) -> None:
+        """Refuse so many steps that counting the sequences of their epochs would not end."""
+        steps, per_epoch = self.train.steps or 0, self._first_steps[1]
+        if steps > MAX_EPOCHS * per_epoch > 0:
+            raise BadInput(
+                f"train.steps: {steps:,} steps are {steps // per_epoch:,} epochs of this data; "
+                f"give at most {MAX_EPOCHS * per_epoch:,}"
+            )
 
     def _packed(self, epoch: int) -> Packed:
         packed = self._packings.packed(epoch)

@@ -10,7 +10,6 @@ final name, it is complete.
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
@@ -19,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 
-from packhorse.trainer.datatypes import BadInput, Example, Packed, Tokenized
+from packhorse.trainer.data.digest import json_digest
+from packhorse.trainer.data.intact import damaged, digest_of, explained, require_intact
+from packhorse.trainer.datatypes import BadInput, Example, Tokenized
 from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
 from packhorse.trainer.utils.progress import WorkProgress
 
-VERSION = 4  # part of every key: raise it when the files of a folder change
+VERSION = 5  # part of every key: raise it when the files of a folder change
 
 BLOCK_DOCUMENTS = 4096  # in memory while duplicates are dropped
 
@@ -41,7 +41,6 @@ COLUMNS = {
 }
 FILES = {column: f"{column}.{dtype.name}" for column, dtype in COLUMNS.items()}
 REJECTS, FILTERED = "rejects.jsonl", "filtered.jsonl"
-PACKING_FILES = ("pieces.npy", "row_offsets.npy")  # of a kept packing
 
 # Counted for each source and in total. `cut` rows were truncated or split; `lost_trained_tokens`
 # is what that cost. `apart` rows have a document for each trained answer, which costs
@@ -158,38 +157,21 @@ def prepare(
     return open_documents(folder, what, max_rejects, limit)
 
 
-def keep_packed(
-    folder: Path, make: Callable[[], Packed], what: str, stopping: Callable[[], bool]
-) -> Packed:
-    """Memory-map a packing from `folder`; if it is missing, the first process to come makes it."""
-
-    def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
-        staging.mkdir()
-        packed = make()
-        for name, array in zip(
-            PACKING_FILES, (packed.pieces, packed.sequence_offsets), strict=True
-        ):
-            with (staging / name).open("wb") as file:
-                np.save(file, array)
-                file.flush()
-                os.fsync(file.fileno())
-
-    build_once(folder, build, what, stopping)
-    return Packed(*(np.asarray(np.load(folder / name, mmap_mode="r")) for name in PACKING_FILES))
-
-
 def open_documents(folder: Path, what: str, max_rejects: float, limit: str) -> Documents:
-    try:
+    """Map a complete cache, every byte of it checked by one rank of this node.
+
+    Raises:
+        BadInput: it has changed since it was written, or holds too few rows.
+    """
+    with explained(folder):
         record = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in record["sizes"]}
-    except (OSError, ValueError, KeyError) as error:
-        raise BadInput(f"{folder}: the cache is damaged ({error}); delete the folder") from None
-    if sizes != record["sizes"]:
-        raise BadInput(
-            f"{folder}: files of the cache have changed size since they were written; delete the "
-            "folder"
-        )
-    report = record["report"]
+        if sizes != record["sizes"]:
+            raise damaged(folder, "files have changed size since they were written")
+        if record.pop("digest") != json_digest([record]):
+            raise damaged(folder, "report.json is not as it was written")
+        require_intact(folder, FILES.values(), record["fingerprint"])
+        report = record["report"]
     _check_rejects(report, folder, what, max_rejects, limit)
     columns = _map_columns(folder)
     lengths = np.diff(columns["offsets"])
@@ -319,8 +301,7 @@ class _CacheWriter:
             report[counted] = dict(sum(counters, Counter()))
         report["sources"] = self._sources
         folder = self._files.folder
-        record = {"fingerprint": fingerprint_of(folder), "sizes": sizes, "report": report}
-        write_json(folder / "report.json", record)
+        write_report(folder, sizes, report)
         self._files.forget()
 
     def _find_duplicates(self, drop: bool) -> None:
@@ -373,15 +354,13 @@ def kept_blocks(
         yield values[chosen].tobytes()
 
 
-def fingerprint_of(folder: Path) -> str:
-    """Hash all columns (xxh3-128), which are the documents wherever they were built."""
-    digest = xxhash.xxh3_128()
-    for name in FILES.values():
-        digest.update(f"{name} {(folder / name).stat().st_size}\n".encode())
-        with (folder / name).open("rb") as file:
-            while block := file.read(1 << 24):
-                digest.update(block)
-    return digest.hexdigest()
+def write_report(folder: Path, sizes: dict[str, int], report: dict[str, Any]) -> None:
+    """Write report.json, last of all: counts, files' sizes, and the digests that are checked when
+    the folder is opened."""
+    # of all columns, which are the documents wherever they were built
+    fingerprint = digest_of(folder, FILES.values())
+    record = {"fingerprint": fingerprint, "sizes": sizes, "report": report}
+    write_json(folder / "report.json", {**record, "digest": json_digest([record])})
 
 
 def _map_columns(folder: Path) -> dict[str, np.ndarray]:

@@ -334,7 +334,8 @@ class Template:
         token = next(iter(self.find_controls(literal)), None)
         if token is None or not literal.startswith(kept):
             return ""
-        others = {*self.control_ids.values()} - {self.tokenizer.bos_token_id}
+        bos: Any = self.tokenizer.bos_token_id
+        others = {*self.control_ids.values()} - {bos}
         blank = not literal[len(kept) : token.start()].strip()
         is_end = blank and self.control_ids[token[0]] in (self.generation_eos or others)
         return literal[len(kept) : token.end()] if is_end else ""

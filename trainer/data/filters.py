@@ -15,7 +15,10 @@ from packhorse.trainer.config.data import Filters
 from packhorse.trainer.datatypes import Conversation, Filtered, RowError
 from packhorse.trainer.utils.math_answers import LIMIT_S, check_installed, math_verdict
 from packhorse.trainer.utils.text import error_line
+from packhorse.trainer.utils.time_limit import TooLong, interrupted_after
 from packhorse.trainer.utils.user_functions import load_function
+
+PATTERN_S = 1.0  # of processor time for a pattern at one row
 
 
 def check_filters(filters: Filters) -> None:
@@ -41,14 +44,23 @@ def apply_filters(filters: Filters, row: Mapping[str, Any], conversation: Conver
             raise Filtered(f"answer_words: fewer than {fewest}")
         if words > most:
             raise Filtered(f"answer_words: more than {most}")
-    if filters.pattern is not None and not re.search(filters.pattern, answer):
+    if filters.pattern is not None and not _found("pattern", filters.pattern, answer):
         raise Filtered("pattern: not found")
-    if filters.not_pattern is not None and re.search(filters.not_pattern, answer):
+    if filters.not_pattern is not None and _found("not_pattern", filters.not_pattern, answer):
         raise Filtered("not_pattern: found")
     if filters.math_answer:
         _verify(answer, row.get(filters.math_answer))
     if filters.function:
         _ask(filters.function, row, conversation)
+
+
+def _found(key: str, pattern: str, answer: str) -> bool:
+    try:
+        with interrupted_after(PATTERN_S):
+            return re.search(pattern, answer) is not None
+    except TooLong:
+        # a pattern such as ^(a+)+$ backtracks for ever
+        raise RowError(f"{key}: not finished within {PATTERN_S:g} s of computing") from None
 
 
 def _verify(answer: str, reference: Any) -> None:

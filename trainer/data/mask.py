@@ -234,7 +234,7 @@ class Masker:
     def stop_token_ids(self) -> tuple[int, ...]:
         """Return the tokens that end an answer: those after a plain one and after a tool call, and
         the tokenizer's EOS."""
-        stops: list[int] = []
+        stops: list[Any] = []
         call = {"type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
         plain = Message("assistant", "Hello")
         for answer in (plain, replace(plain, tool_calls=(call,))):

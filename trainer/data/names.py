@@ -51,7 +51,7 @@ def value_of(item: Mapping[Any, Any], names: Iterable[str]) -> Any:
     Raises:
         RowError: two of them hold different values.
     """
-    found = [(name, item[name]) for name in names if not _is_empty(item.get(name))]
+    found = [(name, item[name]) for name in names if name in item and not _is_empty(item[name])]
     for name, value in found[1:]:
         if value != found[0][1]:
             raise RowError(f"{found[0][0]} and {name} differ")

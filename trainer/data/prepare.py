@@ -16,7 +16,7 @@ from typing import Any, Literal, Protocol
 
 from packhorse.trainer.config.data import DataSection, Source
 from packhorse.trainer.config.recipe import Recipe
-from packhorse.trainer.data import cache, pack, split, tokenize
+from packhorse.trainer.data import cache, kept_packing, pack, split, tokenize
 from packhorse.trainer.data.batch_plan import Corpus, Epochs, Packer, Plan
 from packhorse.trainer.data.cache import Documents
 from packhorse.trainer.data.digest import json_digest
@@ -329,10 +329,11 @@ def train_plan(
         prepared = data.for_epoch(epoch)
         if len(prepared.documents.lengths) < KEPT_FROM_DOCUMENTS:
             return make()
-        parts = [pack.VERSION, prepared.fingerprint, prepared.weights, recipe.data.packing]
+        versions = [kept_packing.VERSION, pack.VERSION]
+        parts = [*versions, prepared.fingerprint, prepared.weights, recipe.data.packing]
         key = json_digest([*parts, recipe.batch.seq_len, recipe.train.seed, epoch])
         folder = cache_folder(recipe.data) / f"packing-{key}"
-        return cache.keep_packed(folder, make, f"packing epoch {epoch}", stopping)
+        return kept_packing.keep_packed(folder, make, f"packing epoch {epoch}", stopping)
 
     plan = Plan(data.epochs, packer(recipe), recipe.batch, recipe.train, recipe.loss, keep)
     if data.epochs.streaming and is_main():

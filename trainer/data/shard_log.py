@@ -15,6 +15,7 @@ from typing import Any
 from packhorse.trainer.data.digest import json_digest
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.files import sync_folder
+from packhorse.trainer.utils.lease import require_owned
 
 LOG = "shards.jsonl"  # in the run folder
 
@@ -68,6 +69,7 @@ class ShardLog:
 
     def append(self, shard: Shard) -> None:
         """Write a line that survives a power cut, over a torn one if a killed start left it."""
+        require_owned(self._path)
         with self._path.open("ab") as file:
             file.truncate(self._offset)
             line = json.dumps(asdict(shard), ensure_ascii=False).encode() + b"\n"

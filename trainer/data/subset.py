@@ -20,12 +20,12 @@ from packhorse.trainer.data.cache import (
     FILTERED,
     REJECTS,
     Documents,
-    fingerprint_of,
     kept_blocks,
     open_documents,
+    write_report,
 )
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.utils.files import ResumableFiles, build_once, write_json
+from packhorse.trainer.utils.files import ResumableFiles, build_once
 
 
 def keep_documents(
@@ -63,8 +63,7 @@ def keep_documents(
                 files.append(name, (documents.folder / name).read_bytes())
             sizes = files.sync()
         report = _count_kept(documents, kept, reason)
-        record = {"fingerprint": fingerprint_of(staging), "sizes": sizes, "report": report}
-        write_json(staging / "report.json", record)
+        write_report(staging, sizes, report)
 
     what = "leaving rows out of data.train"
     build_once(folder, build, what, stopping)

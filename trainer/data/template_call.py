@@ -15,8 +15,11 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from packhorse.trainer.data.template_source import not_jinja
 from packhorse.trainer.datatypes import RowError
 from packhorse.trainer.utils.text import one_line
+from packhorse.trainer.utils.time_limit import TooLong, interrupted_after
 
 Messages = list[dict[str, Any]]
+
+RENDER_S = 3.0  # of processor time for one conversation
 
 
 def call_template(
@@ -28,8 +31,17 @@ def call_template(
         RowError: the template raises an error of whatever kind.
         BadInput: the template is not valid Jinja.
     """
+    # gpt-oss's template reads reasoning as thinking, which transformers 5.17 does not fill in
+    messages = [
+        {"thinking": message["reasoning_content"], **message}
+        if "reasoning_content" in message
+        else message
+        for message in messages
+    ]
     try:
-        return render_jinja_template([messages], tools=tools, chat_template=source, **variables)
+        return _render(source, messages, tools, variables)
+    except TooLong:
+        raise RowError(f"the template is not finished within {RENDER_S:g} s of computing") from None
     except jinja2.TemplateSyntaxError as error:
         raise not_jinja(error) from None
     except Exception as error:  # whatever the template's own code does, as recursing for ever
@@ -43,6 +55,13 @@ def call_template(
         if _try(source, rest, tools, variables):
             raise RowError(f"the template refuses the {role} message ({said}); {mend_role(role)}")
     raise RowError(f"the template refuses the row: {said}")
+
+
+def _render(
+    source: str, messages: Messages, tools: list[Any] | None, variables: dict[str, Any]
+) -> Any:
+    with interrupted_after(RENDER_S):
+        return render_jinja_template([messages], tools=tools, chat_template=source, **variables)
 
 
 def mend_role(role: str) -> str:
@@ -74,7 +93,7 @@ def _try(
 ) -> str:
     """Return the template's text of the messages; nothing, if it refuses them."""
     try:
-        texts, _ = render_jinja_template([messages], tools=tools, chat_template=source, **variables)
+        texts, _ = _render(source, messages, tools, variables)
     except Exception:  # only tried out: the render of a row says what is wrong
         return ""
     return texts[0]

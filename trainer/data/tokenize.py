@@ -34,6 +34,7 @@ from packhorse.trainer.datatypes import (
     TooLong,
 )
 from packhorse.trainer.utils.child_process import Child, start_child
+from packhorse.trainer.utils.time_limit import limit_memory
 
 VERSION = 3  # part of every key: raise it when the same rows give other documents
 
@@ -363,6 +364,7 @@ def _start_server() -> Any:
 def _serve(pipe: Connection, work: Callable[[list[Row]], Any]) -> None:
     """Work on chunks in a worker process, until the parent is gone."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    limit_memory()  # a template may ask for more than there is; then its row is rejected
     while True:
         try:
             rows = pipe.recv()

@@ -15,7 +15,7 @@ together. (An answer may hold others, as around tool calls; and what closes a wh
 not the answer's.) A template that writes none is refused, and so is an answer that ends otherwise
 when more follows: a model that has learned that end would not stop. Where a template marks answers
 by {% generation %}, one mark must hold all of an answer's texts, and no other text; the answer then
-begins with the mark, but never inside the generation prompt.
+begins with the mark and the white space before it, but never inside the generation prompt.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import pairwise
 from os.path import commonprefix
+from typing import Any
 
 from packhorse.trainer.data.chat_template import Template
 from packhorse.trainer.data.skeleton import (
@@ -128,7 +129,7 @@ def _prove_turn(template: Template, skeleton: Skeleton, message: int) -> Turn:
     # The template wrote the header; the model writes what follows it in the same literal.
     start = Place(first, len(header))
     if skeleton.marks:
-        start = _marked_start(skeleton.marks, start, Place(last, 0), Place(last, stop.end()))
+        start = _marked_start(skeleton, start, Place(last, 0), Place(last, stop.end()))
     number = skeleton.controls.index(Place(last, stop.start()))
     before = sum(place < start for place in skeleton.controls) - 1
     return Turn(start, before, number, _is_blank_after(skeleton, number, stop.end()))
@@ -175,7 +176,8 @@ def _find_stop_token(
         raise RowError("the template ends an answer otherwise when more follows")
     shared = shared or controls  # an answer that ends otherwise when none follows
     named = template.control_ids.get(template.stop_token or "")
-    eos, configured = template.tokenizer.eos_token_id, template.generation_eos
+    eos: Any = template.tokenizer.eos_token_id
+    configured = template.generation_eos
     for ends in ({named}, {eos}, configured) if named is None else ({named},):
         for match in shared:
             if template.control_ids[match[0]] in ends:
@@ -215,12 +217,10 @@ def choose_own_controls(template: Template, render: Render, found: list[int]) ->
     return chosen
 
 
-def _marked_start(
-    marks: list[tuple[Place, Place]], start: Place, text_end: Place, stop: Place
-) -> Place:
+def _marked_start(skeleton: Skeleton, start: Place, text_end: Place, stop: Place) -> Place:
     """Return where an answer begins that the template itself marks: not before the generation
     prompt ends, at `start`."""
-    about = [(begin, end) for begin, end in marks if end > start and begin < stop]
+    about = [(begin, end) for begin, end in skeleton.marks if end > start and begin < stop]
     if not about:
         raise RowError("the template's {% generation %} block leaves out an answer")
     (begin, _), (_, end) = about[0], about[-1]
@@ -228,7 +228,9 @@ def _marked_start(
         raise RowError("the template's {% generation %} block leaves out a part of an answer")
     if begin.literal < start.literal or end.literal > text_end.literal:
         raise RowError("the template's {% generation %} block holds more than an answer")
-    return max(begin, start)
+    # white space before the mark that the generation prompt does not end with is the answer's, too
+    between = skeleton.literals[start.literal][start.offset : begin.offset]
+    return max(begin, start) if between.strip() else start
 
 
 def _is_blank_after(skeleton: Skeleton, control: int, offset: int) -> bool:

@@ -85,7 +85,11 @@ def deepspeed_config(
         # the plan cuts micro-batches; engine.py tells DeepSpeed which one is a step's last
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": bf16},
+        # At stage 1 a gradient is added to the fp32 sum as soon as it is made, and freed: a third
+        # less memory for gradients. The sums are the same, bit by bit.
+        "bf16": {"enabled": bf16, "immediate_grad_update": True},
+        # it would wait for the device before each forward and in each step
+        "timers": {"throughput": {"enabled": False}},
         # DeepSpeed's default for bf16 is to sum in bf16; the result would then depend on how a
         # batch is cut into micro-batches and ranks
         "data_types": {"grad_accum_dtype": grad_dtype},

@@ -75,8 +75,9 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
     flat = [-(-sum(group) // (2 * world)) * 2 * world for group in model.groups]
     piece = sum(flat) // world
     if stage == 1 and model.element == 2 and sum_bytes == 4:
-        # DeepSpeed's BF16_Optimizer, which takes this case, sums whole gradients in fp32
-        gradients = 4 * sum(flat) + model.element * model.trained
+        # DeepSpeed's BF16_Optimizer, which takes this case, sums whole gradients in fp32, and each
+        # in the model's type goes as soon as it is added
+        gradients = 4 * sum(flat)
     elif sum_bytes != model.element:
         gradients = sum_bytes * piece
     else:
@@ -94,7 +95,9 @@ def _count_stage_3(
     # each parameter is cut by itself, and its last piece filled up
     piece = sum(-(-size // world) for size in trained)
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
-    persistent = sum(size for size in (*trained, *model.frozen) if size <= threshold)
+    # whole: gathered from the ranks' pieces, the last one's filling included
+    small = [size for size in (*trained, *model.frozen) if size <= threshold]
+    persistent = sum(world * -(-size // world) for size in small)
     optimizer_on, weights_on = (
         "gpu" if device == "none" else device
         for device in (

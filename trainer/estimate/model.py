@@ -7,8 +7,7 @@ of known models.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,12 +15,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy
 
 from packhorse.trainer.config.recipe import AdapterSection, ModelSection, OptimSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.optim import parameter_groups
 from packhorse.trainer.metrics import ModelFlops, model_flops
 from packhorse.trainer.model import attention
+from packhorse.trainer.model.activation_checkpointing import save, set_checkpointing
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.decoder import decoder_layers, decoder_of
 from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
@@ -159,25 +161,28 @@ def trace_activations(model: Any, tokens: int) -> dict[str, Activations]:
     Raises:
         BadInput: the model's forward depends on values, which meta tensors lack.
     """
-    kept, of_layers = _trace_forward(model, tokens)
+    kept, whole_layers = _trace_forward(model, tokens, "none")
     found = {"none": Activations(kept, 0)}
     if model.supports_gradient_checkpointing:
-        with warnings.catch_warnings():
-            # transformers 5 warns that it gives the two methods other names
-            warnings.simplefilter("ignore", FutureWarning)
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
-            kept = _trace_forward(model, tokens)[0]
-            model.gradient_checkpointing_disable()
-        found["full"] = Activations(kept, max(of_layers, default=0))
+        for mode in ("selective", "full"):
+            kept, of_layers = _trace_forward(model, tokens, mode)
+            again = (whole - part for whole, part in zip(whole_layers, of_layers, strict=True))
+            found[mode] = Activations(kept, max(again, default=0))
     return found
 
 
-def _trace_forward(model: Any, tokens: int) -> tuple[int, list[int]]:
-    """Return the bytes saved by the decoder's forward, and those of each of its layers."""
+def _trace_forward(model: Any, tokens: int, mode: str) -> tuple[int, list[int]]:
+    """Return the bytes saved by the decoder's forward, and those of each of its layers.
+
+    Args:
+        mode: of model.activation_checkpointing.
+    """
     of_layers: list[int] = []
-    with _counting_saved_bytes(model) as saved:
+    with _counting_saved_bytes(model) as (saved, count):
+
+        def count_and_save(context: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+            tree_map_only(torch.Tensor, count, context.op_output)
+            return save()
 
         def begin(*_: Any) -> None:
             of_layers.append(-saved())
@@ -188,6 +193,7 @@ def _trace_forward(model: Any, tokens: int) -> tuple[int, list[int]]:
         hooks = []
         for layer in decoder_layers(model):
             hooks += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
+        set_checkpointing(model, mode, count_and_save)
         try:
             _run_decoder(model, tokens)
         except (RuntimeError, NotImplementedError) as error:
@@ -199,12 +205,16 @@ def _trace_forward(model: Any, tokens: int) -> tuple[int, list[int]]:
         finally:
             for hook in hooks:
                 hook.remove()
+            set_checkpointing(model, "none")
         return saved(), of_layers
 
 
 @contextmanager
-def _counting_saved_bytes(model: nn.Module) -> Iterator[Any]:
-    """Give a function that returns the bytes that autograd has saved inside so far.
+def _counting_saved_bytes(
+    model: nn.Module,
+) -> Iterator[tuple[Callable[[], int], Callable[[torch.Tensor], torch.Tensor]]]:
+    """Give a function that returns the bytes that autograd has saved inside so far, and one that
+    counts a tensor among them.
 
     Each storage counts once, and the weights do not count.
     """
@@ -212,7 +222,7 @@ def _counting_saved_bytes(model: nn.Module) -> Iterator[Any]:
     kept: list[torch.Tensor] = []  # alive, or a later storage could get a freed one's identity
     total = 0
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
+    def count(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal total
         storage = tensor.untyped_storage()
         if storage._cdata not in seen:
@@ -221,30 +231,34 @@ def _counting_saved_bytes(model: nn.Module) -> Iterator[Any]:
             total += storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield lambda: total
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        yield (lambda: total), count
 
 
-class _FusedAttention(torch.autograd.Function):
-    """Saves what FlashAttention saves: queries, keys, values, the output, and the log-sum-exp of
-    the scores, one number for each head and position.
+@torch.library.custom_op("packhorse::planned_attention", mutates_args=())
+def _planned_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stand in for FlashAttention: return the output, and the log-sum-exp of the scores, one number
+    for each head and position.
     """
+    out = q.new_empty(*q.shape[:3], v.shape[3])
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
-    @staticmethod
-    # type: ignore[override]
-    def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        out = q.new_empty(*q.shape[:3], v.shape[3])
-        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:3], dtype=torch.float32))
-        return out
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        raise NotImplementedError("a plan runs no backward")
+def _save_as_fused(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _no_backward(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError("a plan runs no backward")
+
+
+_planned_attention.register_fake(_planned_attention._init_fn)
+_planned_attention.register_autograd(_no_backward, setup_context=_save_as_fused)
 
 
 def _fused(
     layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments
 ) -> torch.Tensor:
-    out = _FusedAttention.apply(q, k, v)
-    assert isinstance(out, torch.Tensor)
-    return out.transpose(1, 2)
+    return _planned_attention(q, k, v)[0].transpose(1, 2)

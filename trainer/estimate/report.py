@@ -6,6 +6,7 @@ table. It joins the arithmetic of estimate/memory.py with the templates as the e
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,6 +64,7 @@ class Candidate:
     """A template on the cluster."""
 
     memory: Memory
+    checkpointing: str  # model.activation_checkpointing; of `auto`, what it takes
     shortages: list[str]  # what of the cluster is too small; empty if the recipe fits
     smallest: int | None  # the fewest GPUs that fit, with such nodes; None if none does
     traffic: Traffic
@@ -96,12 +98,18 @@ def inspect_model(recipe: Recipe, tokens: int) -> tuple[ModelSizes, dict[str, Ac
     empty = build_empty_model(recipe.model, recipe.adapter)
     model = measure_model(empty, recipe.optim, recipe.adapter)
     activations = trace_activations(empty, tokens)
-    if recipe.model.activation_checkpointing not in activations:
+    if recipe.model.activation_checkpointing not in (*activations, "auto"):
         raise BadInput(
             f"{model.name} does not support activation checkpointing; set "
             "model.activation_checkpointing=none"
         )
     return model, activations
+
+
+def _checkpointing_modes(recipe: Recipe, activations: Mapping[str, Activations]) -> list[str]:
+    """Return the values of model.activation_checkpointing to try, the least recomputation first."""
+    asked = recipe.model.activation_checkpointing
+    return list(activations) if asked == "auto" else [asked]
 
 
 def build_report(
@@ -128,6 +136,7 @@ def build_report(
             "raise batch.global_batch_size, or lower batch.micro_batch_size"
         )
     model, activations = inspected or inspect_model(recipe, stats.fullest_tokens)
+    modes = _checkpointing_modes(recipe, activations)
     disk = disk_needed(model, _count_checkpoints(recipe))
     # the plan is for GPUs of the image, which has Liger's kernel
     kernel = "liger" if recipe.loss.kernel == "auto" else recipe.loss.kernel
@@ -142,20 +151,26 @@ def build_report(
                 per_node=cluster.per_node,
                 trained=stats.fullest_trained,
                 kernel=kernel,
-                activations=activations[recipe.model.activation_checkpointing],
             )
-            memory = needs(cluster.gpus)
+            memory = {mode: needs(cluster.gpus, activations=activations[mode]) for mode in modes}
         except BadInput as error:
             refused[template] = str(error)
             continue
+        shortages = {mode: cluster.find_shortages(memory[mode], disk) for mode in modes}
+        mode = next((mode for mode in modes if not shortages[mode]), modes[-1])
         worlds = candidate_worlds(min(MOST_GPUS, max(fewest, cluster.gpus)), cluster.per_node)
+        leanest = activations[modes[-1]]
         smallest = next(
-            (world for world in worlds if not cluster.find_shortages(needs(world), disk)), None
+            (
+                world
+                for world in worlds
+                if not cluster.find_shortages(needs(world, activations=leanest), disk)
+            ),
+            None,
         )
         on_a_rank = float(np.ceil(stats.micro_batches / cluster.gpus).mean())
         traffic = step_traffic(model, config, cluster.gpus, on_a_rank)
-        shortages = cluster.find_shortages(memory, disk)
-        candidates[template] = Candidate(memory, shortages, smallest, traffic)
+        candidates[template] = Candidate(memory[mode], mode, shortages[mode], smallest, traffic)
     return Report(model, stats, cluster, activations, candidates, refused, disk)
 
 
@@ -187,9 +202,9 @@ def measure_steps(plan: Plan) -> StepStats:
     )
 
 
-def predict_gpu_memory(recipe: Recipe, tokens: int, trained: int) -> int | None:
-    """Return the bytes that torch holds on this rank's GPU at the peak of a step; None if the run
-    cannot be planned.
+def predict_memory(recipe: Recipe, tokens: int, trained: int) -> dict[str, Memory]:
+    """Return the memory of this run's step by the values of model.activation_checkpointing to try,
+    the least recomputation first; {} if the run cannot be planned.
 
     Args:
         tokens: of the fullest micro-batch.
@@ -197,20 +212,17 @@ def predict_gpu_memory(recipe: Recipe, tokens: int, trained: int) -> int | None:
     """
     try:
         model, activations = inspect_model(recipe, tokens)
-        memory = peak_memory(
-            model,
-            fill_template(recipe, recipe.parallel.deepspeed, model.hidden),
-            dist.world_size(),
-            dist.local_world_size(),
-            trained,
-            choose_kernel(recipe.loss.kernel, dist.device()),
-            activations[recipe.model.activation_checkpointing],
-        )
+        config = fill_template(recipe, recipe.parallel.deepspeed, model.hidden)
+        kernel = choose_kernel(recipe.loss.kernel, dist.device())
+        world, per_node = dist.world_size(), dist.local_world_size()
+        modes = _checkpointing_modes(recipe, activations)
+        return {
+            mode: peak_memory(model, config, world, per_node, trained, kernel, activations[mode])
+            for mode in modes
+        }
     except BadInput as error:
         dist.log.info("memory is not predicted: %s", error)
-        return None
-    # torch's allocator counts neither CUDA's context nor what is not in a tensor
-    return memory.gpu_total - memory.gpu["reserve"]
+        return {}
 
 
 # ---------------------------------------------------------------------------------- what is printed
@@ -267,6 +279,7 @@ def table_cells(report: Report, flops: float) -> tuple[list[str], list[list[str]
     totals = {"a GPU": "gpu_total", "a host": "host_total", "a node's NVMe": "nvme"}
     for label, value in totals.items():
         body.append([label, *(_gib(getattr(one.memory, value)) for one in found.values())])
+    body.append(["recomputed", *(one.checkpointing for one in found.values())])
     fits = ["no: " + ", ".join(c.shortages) if c.shortages else "yes" for c in found.values()]
     body.append(["fits", *fits])
     body.append(["from GPUs", *(str(one.smallest or "-") for one in found.values())])
@@ -290,7 +303,7 @@ def build_table(report: Report, flops: float) -> Table:
         # the names of the parts stay whole, and of a number no digit may go
         table.add_column(name, justify="right" if i else "left", no_wrap=not i, overflow="fold")
     for i, cells in enumerate(body):
-        table.add_row(*cells, end_section=i in (len(GPU_PARTS) - 1, len(body) - 4))
+        table.add_row(*cells, end_section=i in (len(GPU_PARTS) - 1, len(body) - 5))
     return table
 
 

@@ -75,12 +75,12 @@ def read_results(place: str) -> Results:
     metrics = dict(lines[at]["metrics"])
     samples = [
         line
-        for line in read_json_lines(folder / "samples.jsonl", may_be_torn=True)
+        for line in read_json_lines(folder / "samples.jsonl", skip_damaged=True)
         if line["step"] == at
     ]
     if (folder / HARNESS_METRICS).is_file():
         metrics |= json.loads((folder / HARNESS_METRICS).read_text(encoding="utf-8"))
-        samples += read_json_lines(folder / HARNESS_SAMPLES, may_be_torn=True)
+        samples += read_json_lines(folder / HARNESS_SAMPLES, skip_damaged=True)
     return Results(
         name=f"{name} at step {at}",
         step=at,

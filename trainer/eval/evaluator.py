@@ -7,7 +7,6 @@ some of them on filler, so that no collective waits for a rank.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ from packhorse.trainer.eval.scorers import likeliest
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import EVALUATIONS, Metrics
 from packhorse.trainer.stop_flag import StopFlag
-from packhorse.trainer.utils.files import append_json_line, read_json_lines
+from packhorse.trainer.utils.files import append_json_lines, read_json_lines
 from packhorse.trainer.utils.progress import track
 
 
@@ -85,9 +84,7 @@ def mean_losses(of_sources: Sequence[float], plan: EvalPlan) -> Losses:
 
 def write_samples(path: Path, step: int, samples: Sequence[Sample]) -> None:
     """Append the samples of one evaluation, a JSON object a line."""
-    with path.open("a", encoding="utf-8") as file:
-        for sample in samples:
-            file.write(json.dumps({"step": step, **sample.as_json()}, ensure_ascii=False) + "\n")
+    append_json_lines(path, ({"step": step, **sample.as_json()} for sample in samples))
 
 
 def write_evaluation(
@@ -110,7 +107,7 @@ def write_evaluation(
         **origin,
     }
     # a line that a power cut takes back would be evaluated twice
-    append_json_line(run_dir / EVALUATIONS, line)
+    append_json_lines(run_dir / EVALUATIONS, [line], sync=True)
 
 
 def describe_origin(data: Prepared, tokenizer: Any) -> dict[str, str]:

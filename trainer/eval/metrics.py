@@ -15,9 +15,10 @@ from packhorse.trainer.config.eval import Choice, Function, Judge, Math, Scorer
 from packhorse.trainer.datatypes import BadInput, Prompt
 from packhorse.trainer.eval.confidence import interval
 from packhorse.trainer.eval.llm_judge import judge_answers
-from packhorse.trainer.eval.openai_client import Unreachable
+from packhorse.trainer.eval.openai_client import Cancelled, Unreachable
 from packhorse.trainer.eval.scorers import TooSlow, Unscored, expected, score
 from packhorse.trainer.utils.math_answers import check_installed
+from packhorse.trainer.utils.text import error_line
 from packhorse.trainer.utils.user_functions import load_function
 
 # processor time that a scorer may lose, in one evaluation, on answers that exceed its time limit
@@ -103,7 +104,12 @@ def score_samples(
     columns: dict[str, list[float | str]] = {}
     for name, rule in scorers.items():
         scored = (letters or {})[name] if isinstance(rule, Choice) else answers
-        columns[name] = _scores(rule, prompts, scored, stopping)
+        try:
+            columns[name] = _scores(rule, prompts, scored, stopping)
+        except Cancelled:
+            raise
+        except Exception as error:  # whatever a scorer does, training must go on
+            columns[name] = [f"the scorer failed: {error_line(error)}"] * len(scored)
         reasons = Counter(found for found in columns[name] if isinstance(found, str))
         if reasons:
             dist.log.warning(

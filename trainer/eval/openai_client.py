@@ -7,6 +7,8 @@ address of its own from the environment.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import threading
 import time
@@ -28,6 +30,8 @@ _POLL_S = 0.2  # between checks whether to stop
 _RETRIED = {408, 409, 425, 429, 500, 502, 503, 504}  # errors that may pass
 _NO_SERVICE = {401, 403, 502, 503, 504}  # closed to us, or no server behind the proxy
 _SHOWN = 200  # characters of a server's own message
+_LONGEST_REPLY = 16 << 20  # bytes
+_GRACE_S = 10.0  # beyond all limits of a request, after which nobody waits for its thread
 
 
 class Unreachable(Exception):
@@ -48,10 +52,24 @@ class Cancelled(Exception):
     """The caller asked to stop while it waited for answers."""
 
 
-def text_of(reply: Mapping[str, Any]) -> str:
-    """Return the answer in a reply of /chat/completions or /completions."""
+def text_of(reply: Any) -> str:
+    """Return the answer in a reply of /chat/completions or /completions.
+
+    Raises:
+        LookupError, TypeError or AttributeError: it is no such reply.
+    """
     choice = reply["choices"][0]
-    return (choice["message"]["content"] if "message" in choice else choice["text"]) or ""
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+    if not isinstance(text, str | None):
+        raise TypeError("the answer is no text")
+    # JSON may hold half a surrogate pair, which is no character and fits in no file
+    return (text or "").encode(errors="replace").decode()
+
+
+def prompt_tokens_of(reply: Any) -> Any:
+    """Return how many tokens the server says it read; None if it does not say. Raises as `text_of`
+    does."""
+    return (reply.get("usage") or {}).get("prompt_tokens")
 
 
 class Client:
@@ -117,6 +135,7 @@ class Client:
         patience_s = self._patience_s if patience_s is None else patience_s
         todo: SimpleQueue[tuple[int, Any]] = SimpleQueue()
         done: SimpleQueue[tuple[int, Any]] = SimpleQueue()
+        begun: dict[int, float] = {}
         for number, body in enumerate(bodies):
             fields = {**body, **self._server.extra}
             todo.put((number, {key: value for key, value in fields.items() if value is not None}))
@@ -125,6 +144,7 @@ class Client:
             with suppress(Empty):
                 while not given_up.is_set():
                     number, body = todo.get_nowait()
+                    begun[number] = time.monotonic()
                     try:
                         done.put((number, self._request("POST", path, body, patience_s, given_up)))
                     except Exception as error:  # raised in the thread that waits
@@ -133,16 +153,21 @@ class Client:
         for _ in range(min(self._server.parallel, len(bodies))):
             # daemons, so that no exit of the process waits for an answer
             threading.Thread(target=work, name="endpoint", daemon=True).start()
+        # the first try, and one that was begun just before the patience ended
+        limit_s = 2 * self._server.timeout_s + patience_s + _GRACE_S
         replies: dict[int, Any] = {}
         try:
             while len(replies) < len(bodies):
                 if self._stopping():
                     raise Cancelled
+                if time.monotonic() - min(begun.values(), default=math.inf) > limit_s:
+                    raise self._too_long()
                 with suppress(Empty):
                     number, reply = done.get(timeout=_POLL_S)
                     if isinstance(reply, Exception):
                         raise reply
                     replies[number] = reply
+                    begun.pop(number)
         finally:
             given_up.set()
         return [replies[number] for number in range(len(bodies))]
@@ -156,10 +181,10 @@ class Client:
         while True:
             retry_after: str | None = None
             try:
-                response = self._client.request(method, f"{self._url}/{path}", json=body)
+                response, content = self._exchange(method, path, body)
                 if response.is_success:
-                    return self._read_reply(response, is_answer=body is not None)
-                fault: Unreachable = self._refusal(response)
+                    return self._read_reply(response, content, is_answer=body is not None)
+                fault: Unreachable = self._refusal(response, content)
                 if response.status_code not in _RETRIED:
                     raise fault
                 retry_after = response.headers.get("retry-after")
@@ -179,33 +204,62 @@ class Client:
                 raise Cancelled
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def _read_reply(self, response: httpx2.Response, is_answer: bool) -> Any:
+    def _exchange(self, method: str, path: str, body: Any) -> tuple[httpx2.Response, bytes]:
+        """Send a request once; return the response and its content.
+
+        httpx2 limits the time between two pieces of a response. Here the whole of it is limited.
+        """
+        end, content = time.monotonic() + self._server.timeout_s, bytearray()
+        with self._client.stream(method, f"{self._url}/{path}", json=body) as response:
+            for piece in response.iter_bytes():
+                content += piece
+                if time.monotonic() > end:
+                    raise self._too_long()
+                if len(content) > _LONGEST_REPLY:
+                    raise Refused(
+                        f"the server at {self._url} answers with more than "
+                        f"{_LONGEST_REPLY >> 20} MiB; see its own log",
+                        response.status_code,
+                    )
+        return response, bytes(content)
+
+    def _too_long(self) -> Unreachable:
+        return Unreachable(
+            f"the server at {self._url} has not ended its answer within {self._server.timeout_s:g} "
+            "s; raise its `timeout_s`, or see its own log"
+        )
+
+    def _read_reply(self, response: httpx2.Response, content: bytes, is_answer: bool) -> Any:
         try:
-            reply = response.json()
+            reply = json.loads(content)
             if is_answer:
                 text_of(reply)
+                prompt_tokens_of(reply)
             return reply
-        except (ValueError, LookupError, TypeError):
+        # nested too deeply is one of them
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise Refused(
                 f"the server at {self._url} answered something else than an OpenAI-compatible "
-                f"server does ({self._excerpt(response.text)!r}); give the `url` up to its /v1",
+                f"server does ({self._excerpt(content)!r}); give the `url` up to its /v1",
                 response.status_code,
             ) from None
 
-    def _refusal(self, response: httpx2.Response) -> Refused:
+    def _refusal(self, response: httpx2.Response, content: bytes) -> Refused:
         status = response.status_code
         what_to_do = (
             "set `key_env` to the name of the environment variable that holds its key"
             if status in (401, 403)
             else "see its own log"
         )
-        reason = self._excerpt(response.text)
+        reason = self._excerpt(content)
         return Refused(
             f"the server at {self._url} refused ({status}: {reason}); {what_to_do}", status
         )
 
-    def _excerpt(self, text: str) -> str:
+    def _excerpt(self, text: str | bytes) -> str:
         """Return the text's beginning on one line, without the key: servers repeat it in errors."""
+        if isinstance(text, bytes):
+            text = text.decode(errors="replace")
         return one_line(text.replace(self._key, "***") if self._key else text, _SHOWN)
 
 

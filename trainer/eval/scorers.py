@@ -366,7 +366,7 @@ def refuses(answer: str) -> bool:
 def _call_function(name: str, prompt: Prompt, answer: str) -> float:
     try:
         result = load_function(name)(prompt.text, answer, prompt.reference, dict(prompt.row))
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise Unscored(f"{name}: {error_line(error)}") from None
     if result is None:
         raise Unscored(f"{name}: None")

@@ -32,13 +32,21 @@ from packhorse.trainer.config.eval import GenerateSection, Server
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import BadInput, Prompt
 from packhorse.trainer.engine.engine import Engine, gathered
-from packhorse.trainer.eval.openai_client import Cancelled, Client, Refused, Unreachable, text_of
+from packhorse.trainer.eval.openai_client import (
+    Cancelled,
+    Client,
+    Refused,
+    Unreachable,
+    prompt_tokens_of,
+    text_of,
+)
 from packhorse.trainer.eval.vllm_server import PATIENCE_S, Gpu, check_vllm, free_gpus, running_vllm
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.model.load import persistent_buffers
 from packhorse.trainer.model.lora import merged_weights
 from packhorse.trainer.model.quantisation import numel
 from packhorse.trainer.stop_flag import StopFlag
+from packhorse.trainer.utils.text import error_line
 
 FOLDER = "serving"  # in the run folder: the weights, while a server needs them
 _COMPILED = "_orig_mod."  # torch.compile puts it before parameters' names
@@ -111,7 +119,7 @@ def in_background(
         Cancelled.
 
     Raises:
-        Unreachable: the work did; on every rank.
+        Unreachable: the work did, or failed otherwise; on every rank.
     """
     stopping = Event()
     # The thread does nothing but its work: collectives belong to the main thread of each rank,
@@ -136,6 +144,8 @@ def in_background(
             outcome = ("stopped", None)
         except Unreachable as error:
             outcome = ("unreachable", str(error))
+        except Exception as error:  # of a rank alone it would leave the others waiting
+            outcome = ("unreachable", error_line(error))
     end, value = dist.broadcast(outcome)
     if end == "unreachable":
         raise Unreachable(value)
@@ -281,7 +291,7 @@ def _conversation(prompt: Prompt, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _require_same_tokens(server: Server, prompt: Prompt, reply: Mapping[str, Any]) -> None:
-    counted = (reply.get("usage") or {}).get("prompt_tokens")
+    counted = prompt_tokens_of(reply)
     if counted != len(prompt.input_ids):
         raise Refused(
             f"the server at {server.url} counts {counted} tokens in a prompt of "

@@ -14,7 +14,6 @@ Shapes: T tokens, Hq query heads, Hk key and value heads, E head size, L tokens 
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -57,9 +56,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, st
     """
     fused_missing = _fused_missing(device, dtype)
     missing = {
-        "flash_attn": fused_missing
-        if importlib.util.find_spec("flash_attn")
-        else "the package flash-attn is not installed",
+        "flash_attn": attention_kernels.flash_attn_missing() or fused_missing,
         "torch_varlen": fused_missing,
         "reference": None,
     }

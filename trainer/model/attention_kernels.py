@@ -9,6 +9,7 @@ documents.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from functools import cache
 from itertools import accumulate
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.utils.text import one_line
 
 PRODUCTS_TOKENS = 512  # of a document: beyond, holding all L x L scores costs more than it gains
 MAX_HEAD_SIZE = 256  # of FlashAttention 2, torch's own build of it included
@@ -49,6 +51,19 @@ class Arguments(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------ fused kernels
+
+
+def flash_attn_missing() -> str | None:
+    """Return why flash-attn 2 cannot be used here, or None."""
+    if importlib.util.find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed"
+    try:
+        # flash-attn 4 alone has a folder `flash_attn` without it, and a wheel for another torch
+        # fails only here
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ImportError as error:
+        return f"flash-attn 2 cannot be imported: {one_line(error, 200)}"
+    return None
 
 
 def flash_attn(

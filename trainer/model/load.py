@@ -19,6 +19,8 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import AdapterSection, ModelSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model import attention, liger_layers
+from packhorse.trainer.model.activation_checkpointing import set_checkpointing
+from packhorse.trainer.model.adapter_start import start_adapter
 from packhorse.trainer.model.lora import Gathered, add_adapter, not_in_shards
 from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.progress import WorkProgress, show_bars_of_transformers
@@ -94,10 +96,9 @@ def _generation_eos(section: ModelSection) -> list[int]:
     from transformers import GenerationConfig
 
     folder = local_folder(section.name, "model.name")
+    read: Any = GenerationConfig.from_pretrained
     try:
-        config = GenerationConfig.from_pretrained(
-            str(folder or section.name), revision=section.revision
-        )
+        config = read(str(folder or section.name), revision=section.revision)
     except OSError:  # many models have none
         return []
     ids: Any = config.eos_token_id
@@ -180,15 +181,10 @@ def load_model(
         model.requires_grad_(True)
         if adapter:
             add_adapter(model, adapter, seed)
+            if adapter.init_from:
+                start_adapter(model, adapter, gathered)
     dist.log.info("layers: %s", liger_layers.fuse(model, section.layer_kernels, device, dtype))
-    if section.activation_checkpointing == "full":
-        if not model.supports_gradient_checkpointing:
-            raise BadInput(
-                f"{type(model).__name__} does not support activation checkpointing; set "
-                "model.activation_checkpointing=none"
-            )
-        # reentrant checkpointing loses gradients where a layer's input needs none, as under LoRA
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    set_checkpointing(model, section.activation_checkpointing)
     # DeepSpeed has put shards where they belong already
     in_shards = any(hasattr(p, "ds_id") for p in model.parameters())
     return model if in_shards else model.to(device)

@@ -109,6 +109,9 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
         documents = random_documents(sft.model.config.get_text_config(), seq_len, seed)
         alone = [_run_alone(sft.model, ids) for ids in documents]
         try:
+            # Not last: under ZeRO-3 it frees the small weights that the other forwards keep whole.
+            sft.is_random = _draws_random_numbers(sft, pack_documents(documents[:1]))
+            sft.eval()
             if one_document:
                 worst = _compare_each(sft, documents, alone)
             else:
@@ -117,7 +120,6 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
             require_finite_weights(sft.model)
             advice = _advise(sft, difference, documents, alone, one_document)
             raise BadInput(advice) from None
-        sft.is_random = _draws_random_numbers(sft, pack_documents(documents[:1]))
     finally:
         sft.train(training)
     hidden, loss = (max(values) for values in zip(*worst))

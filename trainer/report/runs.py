@@ -6,10 +6,9 @@ that is still writing may leave half a line at the end of a file; that line is l
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,8 +17,8 @@ from typing import Any, Literal, TypeGuard
 from packhorse.trainer.checkpoint.best import evaluations
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import STOP_FILE, BadInput
-from packhorse.trainer.utils.alive import ALIVE_FILE, is_alive
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.files import read_json_file, read_json_lines
+from packhorse.trainer.utils.lease import is_alive, last_sign
 from packhorse.trainer.utils.text import one_line
 
 State = Literal["running", "stopped", "done", "failed"]
@@ -27,6 +26,8 @@ State = Literal["running", "stopped", "done", "failed"]
 
 _EVALUATED = "evaluated.json"  # beside a recipe.yaml: results of `packhorse eval`, and no run
 _CHANGING = ("recipe.yaml", "metrics.jsonl", "evaluations.jsonl", "summary.json", STOP_FILE)
+
+_LEFT_BY_A_RUN = {*_CHANGING[1:], "logs", "checkpoints", "data.json"}
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,18 @@ def read_run(folder: Path) -> Run:
     Raises:
         BadInput: it is none, or its files are damaged; the message says which.
     """
-    if not (folder / "recipe.yaml").is_file():
-        raise BadInput(f"{folder}: not a run folder (it has no recipe.yaml)")
+    names = os.listdir(folder) if folder.is_dir() else []
+    if not _is_run(names):
+        why = "no run has begun there" if "recipe.yaml" in names else "it has no recipe.yaml"
+        raise BadInput(f"{folder}: not a run folder ({why})")
     try:
         recipe = load_recipe(folder / "recipe.yaml")
-        logged = read_json_lines(folder / "metrics.jsonl", may_be_torn=True)
+        logged = read_json_lines(folder / "metrics.jsonl", skip_damaged=True)
         lines = [line for line in logged if LOSS in line]
-        data = _read_object(folder / "data.json")
+        data = read_json_file(folder / "data.json")
         steps = recipe.train.steps or data.get("train", {}).get("steps")
-        ended = _read_object(folder / "summary.json").get("steps")
-        stop = _read_object(folder / STOP_FILE).get("step")
+        ended = read_json_file(folder / "summary.json").get("steps")
+        stop = read_json_file(folder / STOP_FILE).get("step")
         saved = [int(path.name[5:]) for path in folder.glob("checkpoints/step-" + "[0-9]" * 6)]
         return Run(
             folder=folder,
@@ -89,7 +92,7 @@ def read_run(folder: Path) -> Run:
             lines=lines,
             evaluations=evaluations(folder),
             data=data,
-            environment=_read_object(folder / "environment.json"),
+            environment=read_json_file(folder / "environment.json"),
             changed_at=_changed_at(folder),
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -106,25 +109,15 @@ def _state(folder: Path, ended: int | None, stop: int | None, steps: int | None)
 
 
 def _changed_at(folder: Path) -> float:
-    paths = (folder / name for name in (*_CHANGING, ALIVE_FILE))
-    return max(path.stat().st_mtime for path in paths if path.exists())
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """Return a JSON object; an empty one if there is no file."""
-    if not path.is_file():
-        return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} is no JSON object")
-    return found
+    paths = (folder / name for name in _CHANGING)
+    return max(last_sign(folder), *(path.stat().st_mtime for path in paths if path.exists()))
 
 
 def find_folders(root: Path) -> tuple[list[Path], list[Path]]:
     """Look for runs in a folder and below it, but not below a run or through symbolic links.
 
     Returns:
-        Folders with a recipe.yaml, in order; and folders directly in `root` with no such below.
+        Folders of runs, in order; and folders directly in `root` with none of them below.
     """
     runs = sorted(_runs_below(root))
     foreign = [
@@ -138,10 +131,15 @@ def find_folders(root: Path) -> tuple[list[Path], list[Path]]:
     return runs, [] if runs == [root] else foreign
 
 
+def _is_run(names: Sequence[str]) -> bool:
+    """Return whether a folder of these files holds a run, and not only init's recipe.yaml."""
+    return "recipe.yaml" in names and not _LEFT_BY_A_RUN.isdisjoint(names)
+
+
 def _runs_below(root: Path) -> Iterator[Path]:
     for place, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if "recipe.yaml" in files:
+        if _is_run((*folders, *files)):
             folders.clear()
             if _EVALUATED not in files:
                 yield Path(place)

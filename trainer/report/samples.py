@@ -48,7 +48,7 @@ def _by_step(run: Run) -> dict[int, dict[Key, dict[str, Any]]]:
     """Return a run's samples of each finished evaluation, in the steps' order."""
     by_step: dict[int, dict[Key, dict[str, Any]]] = {}
     seen: Counter[tuple[int, str]] = Counter()
-    for sample in read_json_lines(run.folder / "samples.jsonl", may_be_torn=True):
+    for sample in read_json_lines(run.folder / "samples.jsonl", skip_damaged=True):
         step, prompt = sample["step"], sample["prompt"]
         if step in run.evaluations:
             by_step.setdefault(step, {})[prompt, seen[step, prompt]] = sample

@@ -1,10 +1,7 @@
 """Files and folders that are there whole or not at all, and JSON files and JSON lines (C7, C10).
 
 `build_once` lets one process build a folder while all others wait for it, on one node or on many,
-without a process group. The lock is a file beside the folder, and a thread of its owner touches it
-every second. Locks are numbered, and whoever creates the next number owns it, so two processes that
-find the same owner dead cannot both take over. File-system locks are not used: they do not work on
-every shared file system.
+without a process group, by a lease (utils/lease.py).
 """
 
 from __future__ import annotations
@@ -13,23 +10,18 @@ import errno
 import json
 import os
 import shutil
-import socket
 import stat
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.dist import local_rank, log
+from packhorse.trainer.utils.lease import Lease, Rival, require_owned, take
 
-BEAT_S = 1.0  # between two touches of a lock
-# An owner that is silent for so long is dead. Measured on the waiter's own clock, because the
-# clocks of nodes differ.
-STALE_S = 15.0
 POLL_S = 0.2
 PATIENCE_S = 3.0  # how long other local ranks leave the build to local rank 0, which shows progress
 SAVE_EVERY_S = 5.0  # between points from which a build can be resumed
@@ -50,17 +42,20 @@ class Stopped(RuntimeError):
 
 
 @contextmanager
-def replace_file(path: Path) -> Iterator[TextIO]:
-    """Give a text file that replaces `path` at once when the block ends without an error.
+def replace_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+    """Give a file, UTF-8 or with `wb` binary, that replaces `path` at once when the block ends
+    without an error.
 
     A process that is killed meanwhile leaves the old file or the new one, also after a power cut.
     """
+    require_owned(path)
     aside = path.with_name(f".{path.name}.new")
-    with aside.open("w", encoding="utf-8") as file:
+    with aside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
         yield file
         file.flush()
         # before the rename: else a power cut could leave the new name with no content
         os.fsync(file.fileno())
+    require_owned(path)
     aside.replace(path)
 
 
@@ -75,42 +70,109 @@ def write_json(path: Path, content: Any) -> None:
     write_synced(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def append_json_line(path: Path, content: Any) -> None:
-    """Append a line to a file of JSON lines. It is on the disk when this returns."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(content) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+def append_json_lines(path: Path, contents: Iterable[Any], *, sync: bool = False) -> None:
+    """Append lines to a file of JSON lines, which a kill of this process does not take back.
+
+    Args:
+        sync: a power cut does not either, once this has returned.
+    """
+    require_owned(path)
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write("".join(json.dumps(each, ensure_ascii=False) + "\n" for each in contents))
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
 
 
-def read_json_lines(path: Path, *, may_be_torn: bool = False) -> list[dict[str, Any]]:
+def read_json_lines(path: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
     """Return the objects of a file of JSON lines; an empty list if there is no file.
 
     Args:
-        may_be_torn: end at the first incomplete line, as a killed or a running writer leaves it.
+        skip_damaged: leave out lines that are no JSON object, as the last one may be while a run
+            writes, or once it was killed.
 
     Raises:
-        ValueError: a line is not JSON, and `may_be_torn` is false.
+        ValueError: a line is no JSON object, and `skip_damaged` is false.
     """
-    found: list[dict[str, Any]] = []
-    if not path.is_file():
-        return found
-    # A torn line may end inside a character. Not `splitlines`: an answer may hold U+2028, which
-    # that takes for the end of a line.
-    with path.open(encoding="utf-8", errors="replace" if may_be_torn else "strict") as file:
-        for line in file:
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                if may_be_torn:
-                    break
-                raise
+    found = []
+    for line in _lines(path):
+        fields = _read_object(line)
+        if fields is not None:
+            found.append(fields)
+        elif not skip_damaged:
+            raise ValueError(f"{path}: {line[:100]!r} is no JSON object")
     return found
+
+
+def read_json_file(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file; an empty one if there is no file.
+
+    Raises:
+        BadInput: it holds anything else.
+    """
+    if not path.is_file():
+        return {}
+    found = _read_object(path.read_bytes())
+    if found is None:
+        raise BadInput(f"{path}: damaged, it holds no JSON object; put it back, or remove it")
+    return found
+
+
+def cut_json_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+    """Keep the lines of a file of JSON lines that `is_kept` wants, unchanged.
+
+    Damaged lines are moved to a file beside it, and that is said; a last line without an end, as a
+    killed run leaves it, is dropped. `is_kept` may raise LookupError or TypeError for an object
+    that lacks what it looks at, which is damaged, too.
+    """
+    if not path.is_file():
+        return
+    kept, damaged = [], []
+    for line in _lines(path):
+        fields = _read_object(line)
+        try:
+            if fields is None:
+                raise TypeError
+            if is_kept(fields):
+                kept.append(line.removesuffix(b"\n") + b"\n")
+        except (LookupError, TypeError):
+            if line.endswith(b"\n"):
+                damaged.append(line)
+    if damaged:
+        aside = path.with_name(f"{path.name}.damaged")
+        require_owned(aside)
+        with aside.open("ab") as file:
+            file.writelines(damaged)
+        log.warning("%s: %d damaged lines are set aside in %s", path, len(damaged), aside.name)
+    with replace_file(path, "wb") as file:
+        file.writelines(kept)
+
+
+def _lines(path: Path) -> list[bytes]:
+    # As bytes end at \n and \r alone: an answer may hold U+2028, at which a text would end, too.
+    return path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+
+
+def _read_object(line: bytes) -> dict[str, Any] | None:
+    """Return the object that a line holds, or None if it holds anything else."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested too deeply
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def sync_file(path: Path) -> None:
+    """Bring a file to the disk, if there is one."""
+    if path.is_file():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def publish_folder(staged: Path, folder: Path) -> None:
     """Rename `staged` to `folder`, which must not exist; the rename survives a power cut."""
     sync_folder(staged)
+    require_owned(folder)
     staged.rename(folder)
     sync_folder(folder.parent)
 
@@ -184,7 +246,7 @@ def build_once(
         raise
 
 
-def _build(folder: Path, build: Build, lock: _Lock) -> None:
+def _build(folder: Path, build: Build, lock: Lease) -> None:
     if folder.is_dir():  # published between the last check and the lock
         return
     leftovers = sorted(folder.parent.glob(f"{folder.name}.build-*"))
@@ -206,110 +268,30 @@ def _build(folder: Path, build: Build, lock: _Lock) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _acquire(folder: Path, what: str, stopping: Callable[[], bool]) -> _Lock | None:
+def _acquire(folder: Path, what: str, stopping: Callable[[], bool]) -> Lease | None:
     """Return the lock, or None if the folder was published meanwhile.
 
     Waits for an owner as long as that is alive.
     """
-    started = seen_at = time.monotonic()
-    seen: tuple[int, int] | None = None
-    is_announced = False
+    lock = folder.with_name(f"{folder.name}.lock")
+    rival, is_announced = Rival(lock), False
+    started = time.monotonic()
     while not folder.is_dir():
         if stopping():
             raise Stopped(f"stopped while waiting for another process that is {what}")
-        newest = _newest_lock(folder)
-        now = time.monotonic()
-        if newest == 0:
-            if local_rank() == 0 or now - started > PATIENCE_S:
-                lock = _create_lock(folder, 1)
-                if lock is not None:
-                    return lock
-        elif (beat := (newest, _last_beat(folder, newest))) != seen:
-            seen, seen_at = beat, now
-        elif now - seen_at > STALE_S:
-            lock = _create_lock(folder, newest + 1)
-            if lock is not None:
-                log.info("taking over from a process that died while %s", what)
-                return lock
-        if newest and not is_announced:
+        state = rival.look()
+        may_begin = local_rank() == 0 or time.monotonic() - started > PATIENCE_S
+        if state == "dead" or (state == "none" and may_begin):
+            lease = take(lock, rival.number + 1)
+            if lease is not None:
+                if state == "dead":
+                    log.info("taking over from a process that died while %s", what)
+                return lease
+        elif state != "none" and not is_announced:
             is_announced = True
-            log.info("waiting for %s, which is %s", _read_owner(folder, newest), what)
+            log.info("waiting for %s, which is %s", rival.name, what)
         time.sleep(POLL_S)
     return None
-
-
-class _Lock:
-    """An owned lock file and the thread that touches it."""
-
-    def __init__(self, folder: Path, number: int) -> None:
-        self._folder, self._number = folder, number
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> _Lock:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        for number in range(1, self._number + 1):
-            _lock_path(self._folder, number).unlink(missing_ok=True)
-
-    def is_ours(self) -> bool:
-        return _newest_lock(self._folder) == self._number
-
-    def check(self) -> None:
-        """Raise if another process has taken over, because this one stood still for too long."""
-        if not self.is_ours():
-            raise RuntimeError(f"{self._folder}: another process has taken over the work")
-
-    def _beat(self) -> None:
-        while not self._ended.wait(BEAT_S):
-            try:
-                os.utime(_lock_path(self._folder, self._number))
-            except FileNotFoundError:
-                # Taken over by a build that has ended meanwhile: `check` tells the owner.
-                return
-
-
-def _create_lock(folder: Path, number: int) -> _Lock | None:
-    """Return the lock of that number, or None if another process was faster."""
-    try:
-        # O_EXCL is what decides between two processes, on network file systems too
-        descriptor = os.open(_lock_path(folder, number), os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-    except FileExistsError:
-        return None
-    with os.fdopen(descriptor, "w") as file:
-        file.write(f"{socket.gethostname()} (process {os.getpid()})")
-    return _Lock(folder, number)
-
-
-def _lock_path(folder: Path, number: int) -> Path:
-    return folder.with_name(f"{folder.name}.lock-{number:06d}")
-
-
-def _newest_lock(folder: Path) -> int:
-    """Return the highest number of a lock, or 0 if there is none."""
-    locks = folder.parent.glob(f"{folder.name}.lock-*")
-    return max((int(path.name[-6:]) for path in locks), default=0)
-
-
-def _last_beat(folder: Path, number: int) -> int:
-    """Return the lock's modification time in ns, or 0 if it is gone."""
-    try:
-        # opening the file makes a network file system ask for its attributes anew
-        with _lock_path(folder, number).open("rb") as file:
-            return os.fstat(file.fileno()).st_mtime_ns
-    except FileNotFoundError:
-        return 0
-
-
-def _read_owner(folder: Path, number: int) -> str:
-    try:
-        return _lock_path(folder, number).read_text() or "another process"
-    except FileNotFoundError:
-        return "another process"
 
 
 # ---------------------------------------------------------------------------------------- resuming

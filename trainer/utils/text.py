@@ -22,16 +22,23 @@ def error_line(error: BaseException, cap: int = 80) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-# Unicode's pictures of control characters, without those of a new line and a tab
-_CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {
-    127: "␡"
+# Unicode's pictures of control characters, without those of a new line and a tab; an escape for the
+# controls of Latin-1, for what ends a line, and for what turns the direction of the text around it
+_CONTROL_PICTURES = {
+    **{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"},
+    127: "␡",
+    **{code: f"\\x{code:02x}" for code in range(0x80, 0xA0)},
+    **{
+        code: f"\\u{code:04x}"
+        for code in (0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))
+    },
 }
 
 
 def show_controls(text: str) -> str:
-    """Return a text of several lines with a picture for each control character.
+    """Return a text of several lines with a picture or an escape for each control character.
 
-    So no text of a row or a model controls the terminal. A lone surrogate, which cannot be written
-    as UTF-8, becomes a question mark.
+    So no text of a row, a recipe or a model controls the terminal or is read backwards there. A
+    lone surrogate, which cannot be written as UTF-8, becomes a question mark.
     """
     return text.encode(errors="replace").decode().translate(_CONTROL_PICTURES)

@@ -1,8 +1,8 @@
 """Run calls that may never end or take all memory: a user's regular expression, a formula.
 
 A function and its arguments enter; its result leaves, or `TooLong` or `Failed` is raised. Python
-cannot interrupt C code such as a regular expression, so a helper process makes the call, under a
-timer that the kernel keeps. Past a limit of processor time (not of the clock, so that a busy
+cannot interrupt C code such as a formula's, so a helper process makes the call, under a timer that
+the kernel keeps. Past a limit of processor time (not of the clock, so that a busy
 machine changes no result) the kernel ends the helper, and the next call starts another one.
 """
 
@@ -14,7 +14,8 @@ import multiprocessing
 import resource
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -74,13 +75,37 @@ def bounded(
     raise Failed(f"its process ended with exit code {exit_code}")
 
 
+@contextmanager
+def interrupted_after(limit_s: float) -> Iterator[None]:
+    """Raise TooLong inside the block once it has taken `limit_s` of processor time.
+
+    Python looks for signals between its own instructions and within a regular expression. So this
+    ends a template's loops and an expression that backtracks for ever, and costs no helper process.
+    Only a main thread gets signals: in another one, the block has no limit.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise TooLong
+
+    before = signal.signal(signal.SIGVTALRM, interrupt)
+    # again and again, as code may swallow the first
+    signal.setitimer(signal.ITIMER_VIRTUAL, limit_s, 0.1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
 _helper: Child | None = None
 _lock = threading.Lock()
 
 
-def _serve(pipe: Connection) -> None:
-    """Make calls until the parent is gone."""
-    logging.disable(logging.CRITICAL)  # math-verify logs every text that it cannot read
+def limit_memory() -> None:
+    """Let this process take LIMIT_BYTES more than now; beyond that it gets a MemoryError."""
     import psutil
 
     hard_limit = resource.getrlimit(resource.RLIMIT_AS)[1]
@@ -88,6 +113,12 @@ def _serve(pipe: Connection) -> None:
         resource.setrlimit(
             resource.RLIMIT_AS, (psutil.Process().memory_info().vms + LIMIT_BYTES, hard_limit)
         )
+
+
+def _serve(pipe: Connection) -> None:
+    """Make calls until the parent is gone."""
+    logging.disable(logging.CRITICAL)  # math-verify logs every text that it cannot read
+    limit_memory()
     while True:
         try:
             function, arguments, limit_s, imports = pipe.recv()

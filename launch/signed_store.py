@@ -1,0 +1,146 @@
+"""Sign what launchers write into a store of torch, and read nothing that is not signed.
+
+In: a store and the secret in the run folder. Out: a store with the same methods. The protocol of
+TCPStore knows no password, and torch's rendezvous unpickles what it finds there: without signatures
+whoever reaches the port runs code in the launcher.
+"""
+
+from __future__ import annotations
+
+import hmac
+import os
+import secrets
+import stat
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.rendezvous.api import RendezvousError
+
+from packhorse.trainer.datatypes import BadInput
+
+SECRET = ".rendezvous-secret"  # noqa: S105 -- its file in the run folder
+_SECRET_BYTES = 32
+_WHOLE_S = 10.0  # to wait for the node that writes it
+
+
+class Forged(RendezvousError):
+    """A value in the store is not signed with this run's secret."""
+
+
+def read_secret(run_dir: Path) -> bytes:
+    """Return the run's secret from the run folder. The first node to come makes it.
+
+    Raises:
+        BadInput: the file cannot be made or read, is not whole, or others may read it.
+    """
+    path = run_dir / SECRET
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        _make_secret(path)
+        end = time.monotonic() + _WHOLE_S
+        while True:
+            with path.open() as file:
+                mode, text = stat.S_IMODE(os.fstat(file.fileno()).st_mode), file.read()
+            # another node may be writing it at this moment
+            if len(text) == 2 * _SECRET_BYTES or time.monotonic() > end:
+                break
+            time.sleep(0.05)
+    except OSError as error:
+        raise BadInput(f"run.dir: {path} cannot be used ({error})") from None
+    if mode & 0o077 or len(text) != 2 * _SECRET_BYTES:
+        raise BadInput(
+            f"run.dir: {path} must be whole, and its owner's alone (mode 0600, not {mode:04o}); "
+            f"delete it, or move run.dir to a file system with modes"
+        )
+    return text.encode()
+
+
+def _make_secret(path: Path) -> None:
+    """Write a new secret unless the file is there."""
+    try:
+        # O_EXCL is what decides between two nodes, on network file systems too
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    except FileExistsError:
+        return
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(_SECRET_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+class SignedStore:
+    """A store of torch whose values are signed, as far as launchers use it.
+
+    The signature covers the name and the value: neither a value of one's own nor one of another
+    name is taken. `add`, `wait` and `check` carry no values: somebody who reaches the port can
+    disturb barriers by them, and end the run.
+    """
+
+    def __init__(self, store: Any, secret: bytes, prefix: str = "") -> None:
+        self._store, self._secret, self._prefix = store, secret, prefix
+        self.set_timeout = store.set_timeout
+
+    def under(self, prefix: str) -> SignedStore:
+        """Return the same store for names that begin with the prefix."""
+        return SignedStore(self._store, self._secret, f"{self._prefix}{prefix}/")
+
+    def clone(self) -> SignedStore:
+        """Return the same store over a connection of its own."""
+        return SignedStore(self._store.clone(), self._secret, self._prefix)
+
+    @property
+    def timeout(self) -> timedelta:
+        return self._store.timeout
+
+    def set(self, name: str, value: str | bytes) -> None:
+        self._store.set(self._prefix + name, self._sign(name, value))
+
+    def multi_set(self, names: Sequence[str], values: Sequence[str | bytes]) -> None:
+        for name, value in zip(names, values):
+            self.set(name, value)
+
+    def get(self, name: str) -> bytes:
+        return self._verify(name, self._store.get(self._prefix + name))
+
+    def multi_get(self, names: Sequence[str]) -> list[bytes]:
+        found = self._store.multi_get([self._prefix + name for name in names])
+        return [self._verify(name, signed) for name, signed in zip(names, found)]
+
+    def compare_set(self, name: str, expected: str, desired: str) -> bytes:
+        before = self._sign(name, expected) if expected else ""  # "": there is no value
+        after = self._sign(name, desired)
+        return self._verify(name, self._store.compare_set(self._prefix + name, before, after))
+
+    def add(self, name: str, number: int) -> int:
+        return self._store.add(self._prefix + name, number)
+
+    def wait(self, names: Sequence[str], *timeout: timedelta) -> None:
+        self._store.wait([self._prefix + name for name in names], *timeout)
+
+    def check(self, names: Sequence[str]) -> bool:
+        return self._store.check([self._prefix + name for name in names])
+
+    def _sign(self, name: str, value: str | bytes) -> str:
+        text = value.decode() if isinstance(value, bytes) else value
+        full = self._prefix + name
+        message = f"{len(full)} {full} {text}".encode()
+        return f"{hmac.digest(self._secret, message, 'sha256').hex()} {text}"
+
+    def _verify(self, name: str, signed: bytes) -> bytes:
+        _, _, value = signed.partition(b" ")
+        try:
+            is_ours = hmac.compare_digest(self._sign(name, value).encode(), signed)
+        except UnicodeDecodeError:
+            is_ours = False
+        if is_ours:
+            return value
+        # The nodes that meet here read it as well: none of them waits in vain for this one.
+        self._store.set(self._prefix + name, "forged")
+        raise Forged(
+            f"what another process wrote at the rendezvous host is not signed with this run's "
+            f"{SECRET}, and is not read: run.dir is not the same folder on all nodes, or somebody "
+            f"else writes to the port"
+        )

@@ -1,0 +1,147 @@
+"""Recipes, manifests and variables that are odd or made to harm: a sentence each, and no traceback.
+
+Each text once raised something else than BadInput, took minutes, or was written to the terminal as
+it is. tests/fuzz.py looks for more of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+
+import pytest
+
+from packhorse.launch.cluster_env import read_cluster_env, refuse_tasks
+from packhorse.trainer.checkpoint import checkpoint
+from packhorse.trainer.checkpoint.manifest import Manifest, _content_checksum
+from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.dist import escape_controls, start_logging
+from packhorse.trainer.utils.text import show_controls
+from tests.ranks import ROOT
+
+DEBUG = (ROOT / "recipes" / "debug.yaml").read_text()
+BOMB = "a: &a [x]\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} [{', '.join([f'*{chr(97 + n)}'] * 9)}]\n" for n in range(9)
+)
+CHAIN = "a0: &a0 [x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}]\n" for n in range(1, 3000))
+
+RECIPES = {
+    "a date that is none": "2020-13-45",
+    "an hour that is none": "2020-01-01T99:00:00Z",
+    "a date": "2020-01-01",
+    **{f"no {tag}": f"!!{tag} abc" for tag in ("timestamp", "int", "float", "bool", "omap")},
+    "Python's own": "!!python/object/apply:os.system [id]",
+    "a list as a key": "{? [a, b] : 3}",
+    "a mapping as a key": "{? {a: b} : 3}",
+    "a huge number": "9" * 5000,
+    "a large number": "9" * 4200,
+    "a huge hexadecimal number": "0x" + "f" * 10_000,
+    "a huge sexagesimal number": ":".join(["59"] * 3000),
+    "deep lists": "[" * 200 + "]" * 200,
+    "deep mappings": "{a: " * 200 + "}" * 200,
+    "itself": "&x [*x]",
+    "NUL": '"a\\0b"',
+    "half a surrogate pair": '"a\\ud800b"',
+    "a pattern of too many repetitions": "{pattern: 'a{4294967296}'}",
+    "a merge key of a number": "{<<: 3}",
+}
+
+
+@pytest.mark.parametrize("key", ["run.dir", "nowhere"])
+@pytest.mark.parametrize("value", RECIPES.values(), ids=RECIPES.keys())
+def test_an_odd_value_is_answered_by_a_sentence(key: str, value: str) -> None:
+    if value == "2020-01-01" and key != "nowhere":
+        load_recipe("debug", [f"run.dir='{value}'"])
+        return
+    with pytest.raises(BadInput) as said:
+        load_recipe("debug", [f"{key}={value}"])
+    assert len(str(said.value)) < 2500
+
+
+@pytest.mark.parametrize(
+    "text",
+    [BOMB + "chat: *j", CHAIN, BOMB.replace("a: &a", "model: &a"), "[" * 9000, "\x00", "- a"],
+)
+def test_an_odd_recipe_is_answered_by_a_sentence(tmp_path: Path, text: str) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(BadInput):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_aliases_do_not_unfold_without_end(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(BOMB + DEBUG.replace("data:\n", "data:\n  turns: *j\n"))
+    with pytest.raises(BadInput, match="its aliases unfold to more than"):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_merge_keys_are_allowed(tmp_path: Path) -> None:
+    merged = "optim: {<<: {lr: 2.0e-2, eps: 1.0e-6}, lr: 1.0e-2}"
+    (tmp_path / "r.yaml").write_text(DEBUG.replace("optim: {lr: 1.0e-2}", merged))
+    found = load_recipe(tmp_path / "r.yaml").optim
+    assert (found.lr, found.eps) == (1e-2, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside", "/etc/passwd", "rank00000-000.safetensors/../../x", "", "manifest.json"]
+)
+def test_a_manifest_names_no_file_elsewhere(name: str) -> None:
+    content = {
+        "format": 2,
+        "state": {},
+        "shapes": {},
+        "files": {name: {"bytes": 1, "xxh3": "0", "slices": []}},
+        "digests": {},
+    }
+    with pytest.raises(ValueError, match="no name of a checkpoint's file"):
+        Manifest.parse(json.dumps({**content, "xxh3": _content_checksum(content)}))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "step-000001"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "manifest.json")
+    with pytest.raises(BadInput, match=r"none of its 1 checkpoints .*no file"):
+        checkpoint.find(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("SLURM_JOB_ID", odd) for odd in ("abc", "", "-1", "²", "9" * 5000)),
+        *(("SLURM_NODEID", odd) for odd in ("", "x")),
+        *(("SLURM_STEP_NODELIST", odd) for odd in ("", ",", "[1-2]x"[:0])),
+        *(("OMPI_COMM_WORLD_LOCAL_SIZE", odd) for odd in ("abc", "1.5", "")),
+    ],
+)
+def test_an_odd_variable_of_a_cluster_is_named(name: str, value: str) -> None:
+    environ = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "a[1-2]",
+        "SLURM_NODEID": "0",
+        name: value,
+    }
+
+    def read() -> None:
+        refuse_tasks(environ, nodes_given=False)
+        read_cluster_env(environ)
+
+    with pytest.raises(BadInput, match=name):
+        read()
+
+
+HARMFUL = "\x1b]0;title\x07 \x9b31m \u202egnp.exe \u2066x \ud800 \u2028 \x7f"
+
+
+def test_no_text_controls_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    before = logging.getLogger("packhorse").handlers[:]
+    start_logging()
+    logging.getLogger("packhorse").warning("a row holds %s", HARMFUL)
+    logging.getLogger("packhorse").handlers[:] = before
+    for text in (show_controls(HARMFUL), escape_controls(HARMFUL), capsys.readouterr().err):
+        text.encode()
+        assert not set(HARMFUL) - set(" ;title0xgnp.em31]") & set(text.rstrip("\n"))
