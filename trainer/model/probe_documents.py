@@ -24,14 +24,15 @@ COMPARED_FIRST, COMPARED_LAST = 16, 48  # tokens at a document's ends that are c
 def random_documents(config: Any, seq_len: int, seed: int) -> list[torch.Tensor]:
     """Return three documents of random tokens, (L,) int64 each."""
     limits = length_limits(config.to_dict())
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = getattr(config, "max_position_embeddings", None) or 0
     if rotary.stretches(config):
-        limits, longest = {*limits, longest or 0}, None
+        limits, longest = {*limits, longest}, 0
     middle = max([33, *(limit + PAST_LIMIT for limit in limits if limit < seq_len)])
+    shortened = min(middle, longest) if longest > 0 else middle  # XLNet says -1: no end
     generator = torch.Generator().manual_seed(dist.seed_from(seed, "probe"))
     return [
         torch.randint(config.vocab_size, (n,), generator=generator).to(dist.device())
-        for n in (SHORT[0], min(middle, longest or middle), SHORT[1])
+        for n in (SHORT[0], shortened, SHORT[1])
     ]
 
 
