@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import fsspec
@@ -18,7 +19,7 @@ def gcs_server(bucket: str) -> Iterator[str]:
     """
     from gcp_storage_emulator.server import create_server
 
-    server = create_server("127.0.0.1", 0, in_memory=True, default_bucket=bucket)
+    server: Any = create_server("127.0.0.1", 0, in_memory=True, default_bucket=bucket)
     server.start()
     port = server._api._httpd.server_port
     environ = {

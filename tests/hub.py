@@ -112,11 +112,12 @@ def hub_server() -> Iterator[Hub]:
             if span and status == 200:
                 status, data = 206, data[int(span[1]) : int(span[2] or len(data)) + 1]
             self.send_response(status)
+            error = content["error"] if isinstance(content, dict) and status == 404 else None
             for name, value in {
                 "Content-Length": len(data),
                 "X-Repo-Commit": "0" * 40,
                 "ETag": f'"{len(data)}-{hash(data)}"',
-                **({"X-Error-Code": _code(content["error"])} if status == 404 else {}),
+                **({"X-Error-Code": _code(error)} if error else {}),
             }.items():
                 self.send_header(name, str(value))
             self.end_headers()

@@ -50,11 +50,13 @@ def make_gemma(folder: Path) -> None:
             "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
         },
     }
+    tokens: dict[str, Any] = {"image_token_index": 500, "boi_token_index": 501}
     config = Gemma3Config(
         text_config=text,
         vision_config=VISION,
         mm_tokens_per_image=4,
-        **{"image_token_index": 500, "boi_token_index": 501, "eoi_token_index": 502},
+        eoi_token_index=502,
+        **tokens,
     )
     Gemma3ForConditionalGeneration(config).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')

@@ -112,7 +112,7 @@ def test_an_adapter_answers_on_the_base_that_it_names(model_dir: Path, tmp_path:
     torch.manual_seed(1)
     base: Any = AutoModelForCausalLM.from_pretrained(model_dir)
     config = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-    model = get_peft_model(base, config)
+    model: Any = get_peft_model(base, config)
     model.save_pretrained(str(tmp_path / "adapter"))
     model.merge_and_unload().save_pretrained(tmp_path / "merged")
     AutoTokenizer.from_pretrained(DEBUG_MODEL).save_pretrained(tmp_path / "merged")

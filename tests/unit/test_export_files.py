@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,7 +99,7 @@ def test_the_processors_files_are_kept_and_code_only_if_it_is_trusted(
 
 
 def test_a_configuration_has_the_keys_of_transformers_4_too(tmp_path: Path) -> None:
-    config = Qwen3MoeConfig(
+    config: Any = Qwen3MoeConfig(
         **SIZES, num_experts=4, rope_parameters={"rope_type": "linear", "factor": 2.0}
     )
     config.rope_parameters["rope_theta"] = 5e5

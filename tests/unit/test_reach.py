@@ -31,12 +31,14 @@ def frozen_of(model: Any) -> set[str]:
 
 def test_towers_are_frozen_and_the_language_model_is_not() -> None:
     text = {**WIDE, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 16}
+    tokens: dict[str, Any] = {"image_token_index": 150, "boi_token_index": 151}
     model = tiny(
         Gemma3Config(
             text_config=text,
             vision_config=VISION,
             mm_tokens_per_image=4,
-            **{"image_token_index": 150, "boi_token_index": 151, "eoi_token_index": 152},
+            eoi_token_index=152,
+            **tokens,
         )
     )
     frozen = frozen_of(model)
