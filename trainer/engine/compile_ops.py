@@ -78,9 +78,20 @@ def build_ops(names: Sequence[str]) -> None:
             raise BadInput(
                 "offload to an NVMe needs libaio and its headers: apt-get install libaio-dev"
             )
-        _use_own_build_folder()
-        _leave_out_debug_information(builder)
         compile_once(Path(_get_build_directory(name, False)), builder.load)
+
+
+def set_build_folder_and_flags() -> None:
+    """Choose where and how DeepSpeed compiles, wherever it does: engine.py calls this at import.
+
+    DeepSpeed loads ops by itself, too, as soon as a model is built in shards on an NVMe. With other
+    flags there the op would be compiled anew, for minutes, and by `build_ops` once more.
+    """
+    import deepspeed.ops.op_builder as builders
+
+    _use_own_build_folder()
+    for name in OPS.values():
+        _leave_out_debug_information(getattr(builders, name))
 
 
 def _leave_out_debug_information(builder: Any) -> None:
@@ -89,7 +100,7 @@ def _leave_out_debug_information(builder: Any) -> None:
     There is no later flag to undo it: DeepSpeed's stand last in the compiler's command.
     """
     arguments = builder.cxx_args
-    builder.cxx_args = lambda: [argument for argument in arguments() if argument != "-g"]
+    builder.cxx_args = lambda self: [flag for flag in arguments(self) if flag != "-g"]
 
 
 def _is_prebuilt(name: str) -> bool:
@@ -235,6 +246,7 @@ def main() -> None:
     if not torch.cuda.is_available():  # as packhorse.trainer.engine.engine has it
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     dist.start_logging()
+    set_build_folder_and_flags()
     for name in OPS:
         try:
             build_ops([name])

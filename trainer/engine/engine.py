@@ -56,6 +56,7 @@ with lean_import("mlflow"):
     with replaced(transformers.utils, "is_scipy_available", lambda: False):
         import transformers.modeling_utils
 
+compile_ops.set_build_folder_and_flags()
 deepspeed_logger.setLevel(logging.WARNING)
 # DeepSpeed calls collectives by names that torch 2.13 deprecates, once for each layer and step
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
