@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,3 +192,15 @@ def test_deepspeed_itself_compiles_without_debug_information() -> None:
     for name in compile_ops.OPS.values():
         assert "-g" not in getattr(builders, name)().cxx_args()
     assert "torch_extensions" in os.environ["TORCH_EXTENSIONS_DIR"]
+
+
+def test_the_environments_own_ninja_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of another version would compile every file again, and the next start once more."""
+    other = tmp_path / "ninja"
+    other.write_text("#!/bin/sh")
+    other.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    compile_ops.set_build_folder_and_flags()
+    assert shutil.which("ninja") == str(Path(sysconfig.get_path("scripts")) / "ninja")

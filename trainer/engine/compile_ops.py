@@ -15,7 +15,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import shutil
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,7 +84,7 @@ def build_ops(names: Sequence[str]) -> None:
 
 
 def set_build_folder_and_flags() -> None:
-    """Choose where and how DeepSpeed compiles, wherever it does: engine.py calls this at import.
+    """Choose where, how and by which ninja DeepSpeed compiles; engine.py calls this at import.
 
     DeepSpeed loads ops by itself, too, as soon as a model is built in shards on an NVMe. With other
     flags there the op would be compiled anew, for minutes, and by `build_ops` once more.
@@ -90,6 +92,11 @@ def set_build_folder_and_flags() -> None:
     import deepspeed.ops.op_builder as builders
 
     _use_own_build_folder()
+    # A ninja of another version, as a distribution's, starts its log anew and compiles every file
+    # again. The one beside this Python comes first, also where no shell has activated it.
+    own = sysconfig.get_path("scripts")
+    if shutil.which("ninja", path=own):
+        os.environ["PATH"] = os.pathsep.join([own, os.environ.get("PATH", os.defpath)])
     for name in OPS.values():
         _leave_out_debug_information(getattr(builders, name))
 
