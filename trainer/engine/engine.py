@@ -79,6 +79,8 @@ def sharded_init(config: Mapping[str, Any]) -> Iterator[None]:
         return
     from transformers.integrations import HfDeepSpeedConfig
 
+    # before DeepSpeed compiles them by itself: without our lock, and otherwise than we do
+    compile_ops.build_ops(compile_ops.needed_ops(config, trains=False))
     keep_alive = HfDeepSpeedConfig(dict(config))  # transformers holds a weak reference to it
     yield
     del keep_alive
