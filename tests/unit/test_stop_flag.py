@@ -89,7 +89,7 @@ def test_the_flag_goes_up_before_the_jobs_end(monkeypatch, before_s, end_in_s, r
     )
     flag = StopFlag()
     stop_before_timeout(recipe, flag)  # Slurm tells no end
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + end_in_s))
+    monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + end_in_s)))
     stop_before_timeout(recipe, flag)
     time.sleep(0.5)
     assert flag.raised is raised
