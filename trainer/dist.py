@@ -52,6 +52,18 @@ def device() -> torch.device:
     return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
 
 
+def choose_accelerator() -> None:
+    """Let DeepSpeed use the CPU where torch sees no GPU. Else it warns on stdout, where `export`
+    and `chat` write what they have to say.
+
+    Call it before anything imports DeepSpeed; transformers and peft do where it is installed.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def seed_from(*parts: int | str) -> int:
     """Return a seed in [0, 2^63) for a purpose, as `seed_from(seed, "noise", epoch, document)`.
 

@@ -248,10 +248,7 @@ def _progress(folder: Path) -> Iterator[None]:
 
 def main() -> None:
     """Compile all ops, without async_io where libaio is missing: only NVMe offload needs it."""
-    import torch
-
-    if not torch.cuda.is_available():  # as packhorse.trainer.engine.engine has it
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    dist.choose_accelerator()
     dist.start_logging()
     set_build_folder_and_flags()
     for name in OPS:

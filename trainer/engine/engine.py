@@ -35,9 +35,8 @@ from packhorse.trainer.model.lora import borrowed_weights
 from packhorse.trainer.model.quantisation import numel
 from packhorse.trainer.utils.lean_import import lean_import, replaced
 
-# DeepSpeed chooses its accelerator when it is imported
+dist.choose_accelerator()
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Else DeepSpeed starts `numactl` to count devices, once for each gradient that ZeRO-3 reduces:
     # a tenth of a small model's step.
     os.environ.setdefault("LOCAL_SIZE", str(dist.local_world_size()))

@@ -26,6 +26,8 @@ from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.progress import WorkProgress, show_bars_of_transformers
 from packhorse.trainer.utils.text import one_line
 
+dist.choose_accelerator()
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{{ message['content'] }}<|im_end|>\n{% endfor %}"
