@@ -27,13 +27,10 @@ import threading
 import time
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
-
-import psutil
 
 from packhorse.trainer.checkpoint import checkpoint
 from tests.ranks import ROOT
@@ -69,7 +66,6 @@ class Order:
     victims: Sequence[int] = field(default_factory=list)  # or: these ranks die
     after_s: float = 0.0  # so long after the start, or after this file has come
     after_file: str | None = None
-    helper: bool = False  # not the victims, but a process that one of them has started
     export: str | None = None  # what the ranks do: not train, but export the run to this folder
 
 
@@ -207,28 +203,10 @@ def _live(order: Order) -> list[int]:
     if order.victims:
         while order.after_file and not Path(order.after_file).exists():
             time.sleep(0.01)
-        while order.helper and not _helpers(pids[0]) and _is_alive(pids[0]):
-            time.sleep(0.01)
         time.sleep(order.after_s)
         for rank in order.victims:
-            _kill(pids[rank], order.helper)
+            os.kill(pids[rank], signal.SIGKILL)
     return _codes(pids)
-
-
-def _kill(pid: int, helper: bool) -> None:
-    """Kill a rank, or one of the processes that it has started, if there is one."""
-    with suppress(psutil.NoSuchProcess):
-        processes = _helpers(pid) if helper else [psutil.Process(pid)]
-        if processes:
-            random.choice(processes).kill()
-
-
-def _is_alive(pid: int) -> bool:
-    return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
-def _helpers(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
 
 
 def _codes(pids: list[int]) -> list[int]:
@@ -342,7 +320,7 @@ def _functions() -> dict[str, tuple[Any, str, Any]]:
         "rmdir": (os, "rmdir", lambda path, *, dir_fd=None: str(path)),
         "write": (sharded_state, "write", lambda path, slices: str(path)),
         "digest": (sharded_state, "digest", lambda *_: "digest"),
-        "checksum": (sharded_state, "checksum", str),
+        "checksum": (checkpoint, "checksum", str),
         "fill": (sharded_state.Shards, "fill", lambda files, piece: piece.name),
         "line": (metrics.Metrics, "step", lambda *_: "line"),
         "step": (Engine, "step", lambda *_: "step"),

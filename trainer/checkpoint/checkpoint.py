@@ -35,7 +35,7 @@ from packhorse.trainer.config.recipe import CheckpointSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import sharded_state
 from packhorse.trainer.engine.sharded_state import FROZEN, Shards, Slice, add_digests
-from packhorse.trainer.utils.files import publish_folder, write_synced
+from packhorse.trainer.utils.files import checksum, publish_folder, write_synced
 from packhorse.trainer.utils.lease import require_owned
 
 if TYPE_CHECKING:  # what reads a run needs no DeepSpeed
@@ -351,7 +351,7 @@ def _find_own_fault(folder: Path) -> str | None:
                 return f"{name} is missing, or no file"
             if (folder / name).stat().st_size != file.bytes:
                 return f"{name} has another size than the manifest says"
-            if sharded_state.checksum(folder / name) != file.xxh3:
+            if checksum(folder / name) != file.xxh3:
                 return f"{name} has other bytes than were written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
