@@ -254,21 +254,28 @@ class Plan:
         sizes = np.concatenate([np.diff(of_epoch) for of_epoch in edges])
         return -(-sizes // self.batch.micro_batch_size)
 
-    def check_world(self, world: int, allow_idle_ranks: bool) -> str | None:
+    def check_world(self, world: int, allow_idle_ranks: bool, sequence: int = 1) -> str | None:
         """Return a warning if many micro-batches of `world` ranks are fillers, or else None.
 
+        Args:
+            sequence: ranks that share each micro-batch.
+
         Raises:
-            BadInput: a step has fewer micro-batches than there are ranks, and idle ranks are not
-                allowed.
+            BadInput: a step has fewer micro-batches than there are ranks, or groups of ranks, and
+                idle ranks are not allowed.
         """
+        ranks = f"{world} ranks"
+        if sequence > 1:
+            world = count_groups(world, sequence)
+            ranks = f"{world} groups of {sequence} ranks"
         counts = self.micro_batch_counts()
         fewest = int(counts.min())
-        better = ", ".join(map(str, good_worlds(counts, world)))
+        better = ", ".join(str(good * sequence) for good in good_worlds(counts, world))
         if self.epochs.streaming:
             better += " (by the first shard; the others are not known)"
         if world > fewest and not allow_idle_ranks:
             raise BadInput(
-                f"{world} ranks, but a step has only {fewest} micro-batches: start {better} ranks, "
+                f"{ranks}, but a step has only {fewest} micro-batches: start {better} ranks, "
                 "raise batch.global_batch_size, lower batch.micro_batch_size, or set "
                 "parallel.allow_idle_ranks: true"
             )
@@ -276,7 +283,7 @@ class Plan:
         if share <= MUCH_FILLER:
             return None
         return (
-            f"{share:.0%} of the micro-batches of {world} ranks are fillers; "
+            f"{share:.0%} of the micro-batches of {ranks} are fillers; "
             f"good numbers of ranks: {better}"
         )
 
@@ -342,6 +349,20 @@ class Plan:
 
 
 # ------------------------------------------------------------------------------------ data parallel
+
+
+def count_groups(world: int, sequence: int) -> int:
+    """Return how many groups of `sequence` ranks, which share their micro-batches, `world` makes.
+
+    Raises:
+        BadInput: the ranks do not divide into such groups.
+    """
+    if world % sequence:
+        raise BadInput(
+            f"parallel.sequence: {sequence} ranks share a packed sequence, and {world} ranks do "
+            "not divide into such groups; start a multiple of it, or set another number"
+        )
+    return world // sequence
 
 
 def filler_share(counts: np.ndarray, world: int) -> float:
