@@ -17,9 +17,10 @@ import torch
 
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import Recipe
-from packhorse.trainer.data.batch_plan import Plan, count_groups
+from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import TrainData
+from packhorse.trainer.data.ranks import count_groups
 from packhorse.trainer.datatypes import BadInput, Batch
 from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
 from packhorse.trainer.engine.engine import Engine, gathered, reads_gathered, sharded_init
@@ -204,7 +205,8 @@ def memory_dry_run(recipe: Recipe, engine: Engine, loader: Loader, first_step: i
         engine.memory_dry_run(batches)
     dist.log.info("memory dry run: %s fits", fullest)
     is_planned = dist.is_main() and device == "cuda"
-    predicted = predict_memory(recipe, tokens, trained) if is_planned else {}
+    whole = tokens * recipe.parallel.sequence
+    predicted = predict_memory(recipe, whole, trained) if is_planned else {}
     # torch's allocator counts neither CUDA's context nor what is not in a tensor
     held = [memory.gpu_total - memory.gpu["reserve"] for memory in predicted.values()]
     return held[0] if held else None

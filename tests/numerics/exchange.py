@@ -1,6 +1,8 @@
 """Compare attention over slices on several ranks with attention on one, values and gradients.
 
-    python -m tests.numerics.exchange      # on each rank; prints the largest difference as JSON
+    python -m tests.numerics.exchange      # on each rank; prints the largest differences as JSON
+
+The elements that are sent are counted, and equal to the planner's formula.
 
 Hypothesis draws the same cases on all ranks, as it is derandomized.
 """
@@ -8,6 +10,7 @@ Hypothesis draws the same cases on all ranks, as it is derandomized.
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -17,9 +20,16 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from packhorse.trainer import dist
-from packhorse.trainer.datatypes import slice_borders
-from packhorse.trainer.model import sequence_exchange
+from packhorse.trainer.config.recipe import LossSection
+from packhorse.trainer.datatypes import BadInput, slice_borders
+from packhorse.trainer.estimate.sequence import exchanged_elements
+from packhorse.trainer.model import attention, sequence_exchange
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds, Slices, reference
+from packhorse.trainer.model.packing_check import prove_packing
+from packhorse.trainer.model.sequence_check import prove_slices
+from packhorse.trainer.model.sft import SftModel
+from tests.model_helpers import CPU, tiny_llama
+from tests.numerics import sequence_defects
 
 SIZE, VALUE_SIZE = 8, 6
 seen = {"ulysses": 0.0, "gather": 0.0}
@@ -89,10 +99,31 @@ def compare(
         td.all_reduce(own_sink_grad)
         seen[kind] = max(seen[kind], float((own_sink_grad - sink_grad).abs().max()))
     counted["cases"] += 1
-    assert sent.call_count == (8 if kind == "ulysses" else 4)
+    # what goes to another rank, forward: half of the calls, as each has one back
+    forward = sent.call_args_list[: sent.call_count // 2]
+    elements = sum(sum(call.args[3]) - call.args[3][dist.rank()] for call in forward)
+    layer = (heads, groups, SIZE, VALUE_SIZE)
+    assert elements == exchanged_elements([layer], borders, dist.rank(), kind)
+
+
+def check_at_the_start() -> tuple[float, str]:
+    """Return what the check sees of a sound model, and what it says of one cut at its borders."""
+    group = attention.SequenceGroup(None, None)
+    module = SftModel(tiny_llama(), LossSection(), 0, CPU, group)
+    proof = prove_packing(module, seq_len=64, one_document=False, seed=0)
+    prove = partial(prove_slices, module, proof, size=dist.world_size(), seq_len=64, seed=0)
+    difference = prove()
+    within = sequence_defects.attend_within_the_slice
+    try:
+        with mock.patch.object(attention, "attend_in_slices", within):
+            prove()
+    except BadInput as error:
+        return difference, str(error)
+    return difference, ""
 
 
 if __name__ == "__main__":
     with dist.process_group():
         compare()
-        print(json.dumps({**seen, **counted}), flush=True)
+        difference, said = check_at_the_start()
+        print(json.dumps({**seen, **counted, "check": difference, "said": said}), flush=True)
