@@ -19,7 +19,8 @@ from packhorse.trainer.utils.files import read_json_lines
 from tests.cluster.engine import IMAGE, NETWORK, Engine, engine
 from tests.ranks import ROOT
 
-pytestmark = pytest.mark.cluster
+# the image compiles DeepSpeed's ops, in .ci/run beside the whole runs
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 HARDENED = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges")
 DEBUG = ("train", "recipes/debug.yaml")

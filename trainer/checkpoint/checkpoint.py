@@ -175,13 +175,13 @@ class Saver:
         except OSError as error:
             failure = _explain(error)
         # also the barrier: nothing is published before every rank has synced its files
-        shares = dist.gather((own.files, own.digests, failure), self._group)
-        failure = next((failure for *_, failure in shares if failure), None)
+        shares = dist.gather((own.to_json(), failure), self._group)
+        failure = next((failure for _, failure in shares if failure), None)
         if failure is None:
             manifest = Manifest(own.state, own.shapes, {}, {}, self._description)
-            for files, digests, _ in shares:
-                manifest.files.update(files)
-                add_digests(manifest.digests, digests)
+            for share in (Manifest.parse(text) for text, _ in shares):
+                manifest.files.update(share.files)
+                add_digests(manifest.digests, share.digests)
             failure = self._run_on_rank0(lambda: self._publish(staged, manifest, best))
         if failure is not None and dist.is_main():
             shutil.rmtree(staged, ignore_errors=True)

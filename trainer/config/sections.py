@@ -36,8 +36,9 @@ class ModelSection(Section):
     )
     attention: Literal["auto", "flash_attn", "torch_varlen", "reference"] = Field(
         default="auto",
-        description="Attention kernel for packed sequences (variable length). auto: flash_attn if "
-        "it is installed, else PyTorch's own on CUDA, else the reference.",
+        description="Attention kernel for packed sequences (variable length). auto: flash_attn, in "
+        "the version 2, 3 or 4 that fits the GPU, if it is installed, else PyTorch's own on CUDA, "
+        "else the reference.",
     )
     layer_kernels: Literal["auto", "liger", "torch"] = Field(
         default="auto",

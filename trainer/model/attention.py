@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from packhorse.trainer.datatypes import BadInput, Batch, slice_borders
-from packhorse.trainer.model import attention_kernels
+from packhorse.trainer.model import attention_kernels, flash_versions
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds, Slices, visible
 from packhorse.trainer.model.sequence_exchange import attend_in_slices
 
@@ -56,21 +56,24 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, st
         BadInput: the recipe names a backend that cannot run here.
     """
     fused_missing = _fused_missing(device, dtype)
-    missing = {
-        "flash_attn": attention_kernels.flash_attn_missing() or fused_missing,
-        "torch_varlen": fused_missing,
-        "reference": None,
-    }
+    missing = {"flash_attn": fused_missing, "torch_varlen": fused_missing, "reference": None}
+    version = ""
+    if not fused_missing:
+        try:
+            version = f"flash-attn {flash_versions.load_for(device).version}"
+        except ImportError as error:
+            missing["flash_attn"] = str(error)
     if name != "auto":
         if missing[name]:
             raise BadInput(
                 f"model.attention: {name} cannot be used: {missing[name]}; use `auto` or "
                 "`reference`"
             )
-        return name, "named in the recipe"
+        why = "named in the recipe"
+        return name, f"{version}, {why}" if name == "flash_attn" else why
     chosen = next(backend for backend in BACKENDS if not missing[backend])
     reasons = [f"no {backend}: {why}" for backend, why in missing.items() if why]
-    return chosen, "; ".join(reasons) or "the first choice"
+    return chosen, "; ".join(reasons) or version
 
 
 def _fused_missing(device: torch.device, dtype: torch.dtype) -> str | None:

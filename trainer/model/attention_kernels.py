@@ -9,7 +9,6 @@ documents.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from functools import cache
 from itertools import accumulate
@@ -19,10 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.utils.text import one_line
+from packhorse.trainer.model import flash_versions
 
 PRODUCTS_TOKENS = 512  # of a document: beyond, holding all L x L scores costs more than it gains
-MAX_HEAD_SIZE = 256  # of FlashAttention 2, torch's own build of it included
+MAX_HEAD_SIZE = 256  # of every FlashAttention, torch's own build of it included
 
 
 class Slices(NamedTuple):
@@ -85,34 +84,32 @@ class Arguments(NamedTuple):
 # ------------------------------------------------------------------------------------ fused kernels
 
 
-def flash_attn_missing() -> str | None:
-    """Return why flash-attn 2 cannot be used here, or None."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed"
-    try:
-        # flash-attn 4 alone has a folder `flash_attn` without it, and a wheel for another torch
-        # fails only here
-        from flash_attn import flash_attn_varlen_func  # noqa: F401
-    except ImportError as error:
-        return f"flash-attn 2 cannot be imported: {one_line(error, 200)}"
-    return None
-
-
 def flash_attn(
     layer: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Arguments
 ) -> torch.Tensor:
-    """Attend by flash-attn's varlen kernel (Dao, 2023, arXiv:2307.08691); it lacks sinks."""
-    from flash_attn import flash_attn_varlen_func
-
-    q, k, v, scale = _for_varlen(layer, "flash_attn", ("sinks",), query, key, value, arguments)
-    out = flash_attn_varlen_func(
-        *(q, k, v, *_varlen_bounds(arguments)),
-        dropout_p=arguments.dropout or 0.0,
+    """Attend by the varlen kernel of flash-attn 2, 3 or 4 (Dao, 2023, arXiv:2307.08691)."""
+    flash = flash_versions.load_for(query.device)
+    q, k, v, scale = _for_varlen(layer, "flash_attn", flash.lacks, query, key, value, arguments)
+    if flash.version == 4 and q.shape[-1] > 128:
+        # between 128 and 256 it takes DeepSeek's sizes alone
+        q, k, v = (F.pad(x, (0, MAX_HEAD_SIZE - x.shape[-1])) for x in (q, k, v))
+    ends_q, ends_k, longest_q, longest_k = _varlen_bounds(arguments)
+    out = flash.attend(
+        *(q, k, v),
+        cu_seqlens_q=ends_q,
+        cu_seqlens_k=ends_k,
+        max_seqlen_q=longest_q,
+        max_seqlen_k=longest_k,
         softmax_scale=scale,
         causal=True,
         window_size=(arguments.window - 1, 0) if arguments.window else (-1, -1),
         softcap=arguments.softcap or 0.0,
+        # its backward adds atomically else, in an order that differs from run to run
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **({"dropout_p": arguments.dropout} if arguments.dropout else {}),
     )
+    # 4, and early builds of 3, return the logarithm of the softmax's sum beside the output
+    out = out if isinstance(out, torch.Tensor) else out[0]
     return out[..., : value.shape[-1]].unsqueeze(0)
 
 
