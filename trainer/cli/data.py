@@ -231,8 +231,8 @@ def plan(
     found = report.build_report(recipe, cluster, stats)
     show_report(found, recipe, gpu_tflops, mfu)
     print(report.require_fit(found))
-    print(report.recommend(found, recipe))
     print(report.longest_sequence(found))
+    print(report.recommend(found, recipe))
 
 
 def show_report(
