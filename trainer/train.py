@@ -27,12 +27,12 @@ from packhorse.trainer.build_engine import (
 )
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.checkpoint.best import Best
-from packhorse.trainer.checkpoint.checkpoint import Saver
 from packhorse.trainer.checkpoint.export_folder import MODEL_FOLDER, checksums
 from packhorse.trainer.checkpoint.hf_export import save_description
 from packhorse.trainer.checkpoint.hub import check_push, push_run
 from packhorse.trainer.checkpoint.manifest import RunState, point_at_best
 from packhorse.trainer.checkpoint.mirror import Mirror, open_mirror
+from packhorse.trainer.checkpoint.saver import Saver
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.leakage import check_leakage

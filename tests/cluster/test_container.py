@@ -229,7 +229,7 @@ def test_the_cpu_flavour_is_small(docker):
 
 def test_what_is_in_the_image_and_what_is_not(docker):
     assert set(inside(docker, "ls", "-A").split()) == {
-        *("LICENSE", "constraints.txt", "docker", "recipes")
+        *("LICENSE", "constraints.txt", "docker", "recipes", "sbom.json")
     }
     code = "import packhorse; print(packhorse.__file__)"
     for python in (("python", "-c"), ("python", "-I", "-c")):
