@@ -10,6 +10,7 @@ documents.
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -24,8 +25,12 @@ PRODUCTS_TOKENS = 512  # of a document: beyond, holding all L x L scores costs m
 MAX_HEAD_SIZE = 256  # of every FlashAttention, torch's own build of it included
 
 
-class Bounds(NamedTuple):
-    """Where the documents of a packed sequence lie."""
+@dataclass(eq=False)
+class Bounds:
+    """Where the documents of a packed sequence lie.
+
+    It is no tuple: a compiled layer would be compiled anew for each number of documents.
+    """
 
     cu_seqlens: torch.Tensor  # (D + 1,) int32, each document's first token, and the end
     max_seqlen: int
