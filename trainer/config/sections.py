@@ -282,25 +282,6 @@ class TrainSection(Section):
     )
 
 
-class ParallelSection(Section):
-    """What depends on the hardware. Nothing here changes what is learned."""
-
-    deepspeed: str = Field(
-        default="zero3",
-        description="DeepSpeed template: ZeRO stage and offload. A packaged one by name (zero0, "
-        "zero1, zero2, zero3, zero3_offload_optimizer, zero3_offload_all, zero3_nvme), or the path "
-        "of a file of yours. Batch sizes and the optimizer come from the recipe.",
-    )
-    grad_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="Data type of gradient accumulation and all-reduce. bfloat16 makes the result "
-        "depend on the number of GPUs and the micro-batch size.",
-    )
-    allow_idle_ranks: bool = Field(
-        default=False, description="Allow more ranks than a step has micro-batches."
-    )
-
-
 class CheckpointSection(Section):
     """When the training state is saved, and how many checkpoints are kept."""
 

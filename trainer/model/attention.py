@@ -16,15 +16,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from packhorse.trainer.datatypes import BadInput, Batch
+from packhorse.trainer.datatypes import BadInput, Batch, slice_borders
 from packhorse.trainer.model import attention_kernels, flash_versions
-from packhorse.trainer.model.attention_kernels import Arguments, Bounds, visible
+from packhorse.trainer.model.attention_kernels import Arguments, Bounds, Slices, visible
 from packhorse.trainer.model.decoder import uncompiled
+from packhorse.trainer.model.sequence_exchange import attend_in_slices
 
 BACKENDS = ("flash_attn", "torch_varlen", "reference")
 
@@ -105,16 +106,28 @@ def is_ours(model: Any) -> bool:
     return (model.config._attn_implementation or "").startswith("packhorse_")
 
 
-def keyword_arguments(batch: Batch) -> dict[str, Any]:
+class SequenceGroup(NamedTuple):
+    """The ranks that share each packed sequence (C13), and their exchange in attention."""
+
+    process_group: Any
+    kind: str | None  # parallel.sequence_kind
+
+
+def keyword_arguments(batch: Batch, group: SequenceGroup | None = None) -> dict[str, Any]:
     """Return the arguments of model.forward that carry the batch's document boundaries.
 
     `document_bounds` is ours. A sequence of several documents gets transformers' own arguments
     too, for recurrent and convolutional layers. A single document needs none, and such layers
-    refuse them where they lack a kernel.
+    refuse them where they lack a kernel. A slice of a sequence has none, either: there, such layers
+    are refused (sequence_check.py).
     """
-    bounds = batch.cu_seqlens
-    ours = {"document_bounds": Bounds(bounds, batch.max_seqlen, batch.lengths)}
-    if len(batch.lengths) == 1:
+    bounds, (index, number) = batch.cu_seqlens, batch.slice
+    slices = None
+    if number > 1:
+        assert group is not None, "a slice, and no ranks that have the others"
+        slices = Slices(slice_borders(batch.lengths, number), index, *group)
+    ours = {"document_bounds": Bounds(bounds, batch.max_seqlen, batch.lengths, slices)}
+    if len(batch.lengths) == 1 or slices:
         return ours
     return ours | {
         "cu_seq_lens_q": bounds,
@@ -288,6 +301,8 @@ def _attend(
             "knows"
         )
     arguments = Arguments(scaling, sliding_window, softcap, s_aux, dropout or None, bounds)
+    if bounds.slices:
+        return attend_in_slices(backend, layer, query, key, value, arguments), None
     return backend(layer, query, key, value, arguments), None
 
 
