@@ -23,7 +23,9 @@ from packhorse.trainer.build_engine import (
     memory_dry_run,
     open_metrics,
     require_same_data,
+    require_same_micro_batch,
     resolve_checkpointing,
+    resolve_micro_batch,
 )
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.checkpoint.best import Best
@@ -89,6 +91,7 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
     dist.start_logging()
     stop = StopFlag()
     run_dir = Path(recipe.run.dir)
+    recipe = resolve_micro_batch(recipe, run_dir)
     if dist.is_main():
         stop_before_timeout(recipe, stop)
         require_same_run(recipe, run_dir, extend=extend)
@@ -168,6 +171,7 @@ def fit(prepared: PreparedRun) -> None:
         mib, gb_per_s = dist.all_reduce_speed()
         world = dist.world_size()
         dist.log.info("all-reduce over %d ranks, %.0f MiB: %.2f GB/s", world, mib, gb_per_s)
+    require_same_micro_batch(recipe)
     require_same_data(prepared.train_data, prepared.eval_data)
     allow_idle = recipe.parallel.allow_idle_ranks
     if warning := prepared.plan.check_world(dist.world_size(), allow_idle):
@@ -309,7 +313,7 @@ def save(
         step=step,
         updates=guard.applied(step),
         data=prepared.train_data.fingerprint_at(step),
-        micro_batch_size=prepared.recipe.batch.micro_batch_size,
+        micro_batch_size=prepared.recipe.batch.micro,
         recent_losses=guard.recent_losses,
         world_size=dist.world_size(),
         stage=engine.stage,
@@ -330,7 +334,7 @@ def resume(prepared: PreparedRun, engine: Engine) -> tuple[int, Sequence[float]]
     if found is None:
         return 0, ()
     folder, manifest = found
-    state, micro_batch_size = manifest.state, prepared.recipe.batch.micro_batch_size
+    state, micro_batch_size = manifest.state, prepared.recipe.batch.micro
     data = prepared.train_data.fingerprint_at(state.step)
     checkpoint.require_same_run(state, data, micro_batch_size, engine.module.is_random)
     checkpoint.restore(folder, manifest, engine)
