@@ -75,6 +75,7 @@ from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.trackers import Trackers, open_trackers
 from packhorse.trainer.utils.files import Stopped, sync_file
 from packhorse.trainer.utils.lease import owned
+from packhorse.trainer.utils.numa import bind_to_numa_node
 from packhorse.trainer.utils.progress import Progress
 
 
@@ -131,6 +132,9 @@ def prepare_and_fit(
     except Stopped:
         write_stop(run_dir, 0)
         return
+    # not earlier: rank 0 prepares the data on all cores
+    if bound := bind_to_numa_node(dist.local_rank(), dist.local_world_size()):
+        dist.log.info("ranks are bound to cores: rank 0 to %s", bound)
     with dist.process_group():
         stop.attach_group()
         given = (recipe, run_dir, tokenizer, train_data, plan, eval_data, stop, trackers, mirror)
