@@ -167,12 +167,25 @@ class BatchSection(Section):
         description="Packed sequences of one optimizer step, at most, summed over all "
         "data-parallel ranks.",
     )
-    micro_batch_size: int = Field(
+    micro_batch_size: int | Literal["auto"] = Field(
         default=1,
-        ge=1,
         description="Packed sequences in one forward pass of a rank. Gradient accumulation does "
-        "the rest.",
+        "the rest. auto: as many as fit a quarter of the GPU's memory with nothing recomputed, and "
+        "1 on a CPU; a resumed run keeps the number.",
     )
+
+    @field_validator("micro_batch_size", mode="before")
+    @classmethod
+    def _is_known(cls, value: Any) -> Any:
+        # pydantic would name each part of the union as a fault of its own
+        if value != "auto" and (type(value) is not int or value < 1):
+            raise ValueError("it is `auto` or a whole number above 0")
+        return value
+
+    @property
+    def micro(self) -> int:
+        """Return `micro_batch_size`; for `auto`, which only a run on a GPU resolves, 1."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 class LossSection(Section):
