@@ -16,24 +16,30 @@ from typing import Any
 import torch
 
 from packhorse.trainer import dist
-from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import TrainData
+from packhorse.trainer.data.ranks import count_groups
 from packhorse.trainer.datatypes import BadInput, Batch
 from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
 from packhorse.trainer.engine.engine import Engine, gathered, reads_gathered, sharded_init
 from packhorse.trainer.engine.optim import describe_decay, parameter_groups
 from packhorse.trainer.estimate.memory import Memory
+from packhorse.trainer.estimate.model import largest_micro_batch
 from packhorse.trainer.estimate.report import predict_memory
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import Metrics, model_flops
+from packhorse.trainer.model.attention import SequenceGroup
 from packhorse.trainer.model.checks import failures_explained, require_positions
+from packhorse.trainer.model.compiled_layers import compile_layers, require_compilable
 from packhorse.trainer.model.load import load_config, load_model
 from packhorse.trainer.model.lora import require_stage
 from packhorse.trainer.model.packing_check import longest_document, prove_packing
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
+from packhorse.trainer.model.sequence_check import prove_slices
 from packhorse.trainer.model.sft import SftModel
+from packhorse.trainer.run_folder import has_checkpoint
 from packhorse.trainer.trackers import TENSORBOARD, Trackers
 from packhorse.trainer.utils.cpu_speed import EMULATED_FROM, bf16_slowdown
 
@@ -50,6 +56,7 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     hidden_size = getattr(load_config(recipe.model).get_text_config(), "hidden_size", 0)
     ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size, run_dir)
     require_stage(recipe.adapter, stage(ds_config))
+    require_compilable(recipe.model.compile, stage(ds_config))
     clear_nvme(ds_config)
     model = load_model(
         recipe.model,
@@ -59,7 +66,8 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         sharded_init=partial(sharded_init, ds_config),
         gathered=gathered,
     )
-    module = SftModel(model, recipe.loss, recipe.train.seed, dist.device())
+    group = _sequence_group(recipe)
+    module = SftModel(model, recipe.loss, recipe.train.seed, dist.device(), group)
     groups = None
     if learns:
         freeze_named(model, recipe.model.freeze)
@@ -70,8 +78,51 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         say_other_types(model, recipe.model.dtype)
         dist.log.info("weight decay: %s", describe_decay(model, recipe.optim))
     engine = Engine(module, groups, recipe.optim, ds_config)
+    if learns and recipe.model.compile:
+        recomputes = recipe.model.activation_checkpointing != "none"
+        num_layers = compile_layers(model, checkpointing=recomputes)
+        dist.log.info("layers: %d, compiled at their first calls", num_layers)
     check_packing(recipe, module)
     return engine
+
+
+def _sequence_group(recipe: Recipe) -> SequenceGroup | None:
+    """Return the ranks that share a packed sequence with this one (C13); None if it is alone."""
+    size = recipe.parallel.sequence
+    count_groups(dist.world_size(), size)
+    if size == 1:
+        return None
+    return SequenceGroup(dist.consecutive_group(size), recipe.parallel.sequence_kind)
+
+
+def resolve_micro_batch(recipe: Recipe, run_dir: Path) -> Recipe:
+    """Choose for `batch.micro_batch_size: auto`; on a CPU it is 1.
+
+    The number goes into the run folder's recipe, and a run with a checkpoint keeps it: the random
+    numbers of dropout belong to a micro-batch (C3). There is no process group yet.
+    """
+    if recipe.batch.micro_batch_size != "auto":
+        return recipe
+    saved = run_dir / "recipe.yaml"
+    if has_checkpoint(run_dir) and saved.is_file():
+        size, why = load_recipe(saved).batch.micro, "as before"
+    elif dist.device().type == "cuda":
+        card = torch.cuda.get_device_properties(dist.device()).total_memory
+        size, why = largest_micro_batch(recipe, card), f"for a GPU of {card / 2**30:.1f} GiB"
+    else:
+        size, why = 1, "on a CPU"
+    dist.log.info("micro-batch: %d packed sequences, %s", size, why)
+    batch = recipe.batch.model_copy(update={"micro_batch_size": size})
+    return recipe.model_copy(update={"batch": batch})
+
+
+def require_same_micro_batch(recipe: Recipe) -> None:
+    """Refuse ranks that chose different micro-batches, as on GPUs of different sizes."""
+    sizes = sorted(set(dist.gather(recipe.batch.micro)))
+    if len(sizes) > 1:
+        raise BadInput(
+            f"batch.micro_batch_size: auto is {sizes} on different ranks; set it to {sizes[0]}"
+        )
 
 
 def resolve_checkpointing(recipe: Recipe, plan: Plan) -> Recipe:
@@ -140,7 +191,7 @@ def check_packing(recipe: Recipe, module: SftModel) -> None:
         BadInput: packed documents differ from the same documents alone.
     """
     require_positions(module.model, recipe.max_length)
-    one_document = recipe.data.packing == "none" and recipe.batch.micro_batch_size == 1
+    one_document = recipe.data.packing == "none" and recipe.batch.micro == 1
     # these are the engine's first forwards
     with reads_gathered(module), failures_explained(module.model):
         proof = prove_packing(
@@ -151,14 +202,24 @@ def check_packing(recipe: Recipe, module: SftModel) -> None:
         "%.1e, the loss by %.1e",
         *(", ".join(map(str, proof.lengths)), proof.hidden_difference, proof.loss_difference),
     )
-    for module in proof.by_document:
+    if proof.by_document and recipe.model.compile:
+        raise BadInput(
+            f"model.compile: packed sequences run document by document through "
+            f"{proof.by_document[0]}, which compiled layers cannot; set it to false"
+        )
+    for name in proof.by_document:
         dist.log.warning(
-            "packed sequences run document by document through %s: right, but slower", module
+            "packed sequences run document by document through %s: right, but slower", name
         )
     if proof.by_itself:
         dist.log.warning(
             "the model cannot attend through packhorse's kernels and attends by its own code"
         )
+    if (size := recipe.parallel.sequence) > 1:
+        seen = prove_slices(
+            module, proof, size=size, seq_len=recipe.batch.seq_len, seed=recipe.train.seed
+        )
+        dist.log.info("sequences cut over %d ranks differ from whole ones by %.1e", size, seen)
 
 
 # Devices on which the dry run pays: a GPU runs out of memory in the middle of a run, and the kernel
@@ -187,7 +248,8 @@ def memory_dry_run(recipe: Recipe, engine: Engine, loader: Loader, first_step: i
         engine.memory_dry_run(batches)
     dist.log.info("memory dry run: %s fits", fullest)
     is_planned = dist.is_main() and device == "cuda"
-    predicted = predict_memory(recipe, tokens, trained) if is_planned else {}
+    whole = tokens * recipe.parallel.sequence
+    predicted = predict_memory(recipe, whole, trained) if is_planned else {}
     # torch's allocator counts neither CUDA's context nor what is not in a tensor
     held = [memory.gpu_total - memory.gpu["reserve"] for memory in predicted.values()]
     return held[0] if held else None

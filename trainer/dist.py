@@ -290,6 +290,17 @@ def new_group() -> Any:
     return td.new_group(backend="gloo", timeout=timedelta(days=1)) if world_size() > 1 else None
 
 
+def consecutive_group(size: int) -> Any:
+    """Return the process group of `size` consecutive ranks that this rank is of. Every rank calls
+    it, and `size` divides their number.
+    """
+    import torch.distributed as td
+
+    return td.new_subgroups_by_enumeration(
+        [list(range(first, first + size)) for first in range(0, world_size(), size)]
+    )[0]
+
+
 def barrier() -> None:
     import torch.distributed as td
 

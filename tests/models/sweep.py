@@ -26,9 +26,9 @@ import torch.nn.functional as F
 
 from packhorse.trainer import dist
 from packhorse.trainer.build_engine import build_engine
-from packhorse.trainer.checkpoint.checkpoint import Saver
 from packhorse.trainer.checkpoint.hf_export import export, save_description
 from packhorse.trainer.checkpoint.manifest import RunState
+from packhorse.trainer.checkpoint.saver import Saver
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import engine as engines

@@ -16,7 +16,6 @@ import pytest
 
 from packhorse.trainer import dist
 from packhorse.trainer.checkpoint import checkpoint
-from packhorse.trainer.checkpoint.checkpoint import Saver
 from packhorse.trainer.checkpoint.export_folder import (
     MODEL_FOLDER,
     describe,
@@ -24,6 +23,7 @@ from packhorse.trainer.checkpoint.export_folder import (
     run_recipe,
 )
 from packhorse.trainer.checkpoint.manifest import Manifest
+from packhorse.trainer.checkpoint.saver import Saver
 from packhorse.trainer.config.recipe import CheckpointSection, load_recipe
 from packhorse.trainer.data import cache
 from packhorse.trainer.datatypes import BadInput

@@ -13,10 +13,15 @@ import transformers
 from packhorse.trainer.config.recipe import ModelSection, Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.estimate.memory import GIB, Cluster, full_step_stats, step_seconds
-from packhorse.trainer.estimate.model import build_empty_model, trace_activations
+from packhorse.trainer.estimate.model import (
+    build_empty_model,
+    largest_micro_batch,
+    trace_activations,
+)
 from packhorse.trainer.estimate.report import (
     build_report,
     describe_report,
+    longest_sequence,
     measure_steps,
     recommend,
     require_fit,
@@ -102,6 +107,14 @@ def debug(*overrides: str) -> Recipe:
 
 def cluster(gpus: int, gpu_gib: float = 80, **others: float) -> Cluster:
     return Cluster(gpus, 8, gpu_gib * GIB, **{name: gib * GIB for name, gib in others.items()})
+
+
+def test_auto_takes_the_largest_micro_batch_whose_activations_fit_a_share_of_the_card() -> None:
+    recipe = load_recipe("debug", ["batch.micro_batch_size=auto", "batch.global_batch_size=6"])
+    model = build_empty_model(recipe.model)
+    one = trace_activations(model, recipe.batch.seq_len)["none"].kept
+    sizes = [largest_micro_batch(recipe, 4 * n * one) for n in (0, 1, 2, 3, 4, 64)]
+    assert sizes == [1, 1, 2, 2, 4, 4]
 
 
 def test_a_plan_names_what_fits_and_the_fewest_gpus() -> None:
@@ -209,3 +222,25 @@ def test_a_fullest_micro_batch_of_the_plan_bounds_all_others(tmp_path: Path) -> 
     assert stats.fullest_trained == max(trained for _, trained in sizes)
     assert stats.steps == plan.steps
     assert stats.tokens < full_step_stats(recipe).tokens
+
+
+def test_ranks_that_share_a_sequence_have_a_share_of_its_activations() -> None:
+    """So much longer may the sequence be; groups of ranks take the micro-batches."""
+    recipe = debug("batch.seq_len=4096")
+    shared = recipe.model_copy(
+        update={"parallel": recipe.parallel.model_copy(update={"sequence": 4})}
+    )
+    alone, four = (build_report(made, cluster(8)) for made in (recipe, shared))
+    of_rank = [report.activations["full"].kept for report in (alone, four)]
+    assert of_rank[0] == pytest.approx(4 * of_rank[1], rel=0.02)
+    longest = [report.candidates["zero3"].longest for report in (alone, four)]
+    assert longest[1] == 4 * longest[0] > 0
+    assert (
+        four.candidates["zero3"].traffic.in_group > 0 == alone.candidates["zero3"].traffic.in_group
+    )
+    assert "longest batch.seq_len that fits on 4 GPUs each: " in longest_sequence(four)
+    assert four.candidates["zero3"].smallest == 4
+    with pytest.raises(BadInput, match=r"parallel\.sequence: 4 ranks .* 6 ranks do not divide"):
+        build_report(shared, cluster(6))
+    with pytest.raises(BadInput, match="only 64 micro-batches, for 4 GPUs each: give --gpus 64"):
+        build_report(shared, cluster(260))

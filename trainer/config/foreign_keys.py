@@ -197,8 +197,8 @@ SENTENCES = {
     "interleave_probs": "`data.train[].weight`, passes over a source in an epoch",
     "message_field_training": "`weight: 0` on a message, in the data",
     "roles_to_train": "`data.train_on`: assistant, completion, last_turn or all",
-    "optimizer": "left out: it is AdamW; its keys are in the section `optim`",
-    "optim": "left out: it is AdamW; its keys are in the section `optim`",
+    "optimizer": "`optim.kind`: adamw, lion, sgd or muon",
+    "optim": "`optim.kind`: adamw, lion, sgd or muon",
     **dict.fromkeys(("adam_beta1", "adam_beta2", "beta1", "beta2"), _BETAS),
     "warmup_steps": _WARMUP,
     "lr_scheduler_kwargs": "`optim.min_lr_ratio`, the last learning rate as a share of `optim.lr`",
@@ -223,7 +223,7 @@ SENTENCES = {
         ("report_to", "wandb_project", "wandb_name", "wandb_run_id", "run_name"), _TRACKER
     ),
     **dict.fromkeys(("push_to_hub", "hub_model_id"), _HUB),
-    "torch_compile": "not supported: leave it out",
+    "torch_compile": "`model.compile: layers`",
 }
 
 

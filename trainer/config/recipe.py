@@ -16,6 +16,7 @@ from packhorse.trainer.config.base import Section
 from packhorse.trainer.config.data import DataSection
 from packhorse.trainer.config.eval import EvalSection
 from packhorse.trainer.config.packaged import RECIPES, find_recipe, locate_files
+from packhorse.trainer.config.parallel import ParallelSection
 from packhorse.trainer.config.parsing import (
     apply_override,
     describe_fault,
@@ -32,7 +33,6 @@ from packhorse.trainer.config.sections import (
     LossSection,
     ModelSection,
     OptimSection,
-    ParallelSection,
     RunSection,
     TrainSection,
 )
@@ -41,14 +41,17 @@ from packhorse.trainer.datatypes import BadInput
 # Sections and keys that may change when a run is resumed (C8): they do not change what is learned.
 _FREE_SECTIONS = ("checkpoint", "eval", "guard", "run")
 _FREE_KEYS = {
-    "model": ("activation_checkpointing", "attention", "layer_kernels", "trust_remote_code"),
+    "model": (
+        *("activation_checkpointing", "attention", "compile", "layer_kernels"),
+        "trust_remote_code",
+    ),
     "data": (
         *("eval", "near_duplicate", "max_leakage", "cache", "workers"),
         *("max_rejects", "broken_lines"),
     ),
     "batch": ("micro_batch_size",),
     "loss": ("kernel",),
-    "parallel": ("deepspeed", "allow_idle_ranks"),
+    "parallel": ("deepspeed", "allow_idle_ranks", "sequence", "sequence_kind"),
 }
 
 

@@ -36,8 +36,9 @@ class ModelSection(Section):
     )
     attention: Literal["auto", "flash_attn", "torch_varlen", "reference"] = Field(
         default="auto",
-        description="Attention kernel for packed sequences (variable length). auto: flash_attn if "
-        "it is installed, else PyTorch's own on CUDA, else the reference.",
+        description="Attention kernel for packed sequences (variable length). auto: flash_attn, in "
+        "the version 2, 3 or 4 that fits the GPU, if it is installed, else PyTorch's own on CUDA, "
+        "else the reference.",
     )
     layer_kernels: Literal["auto", "liger", "torch"] = Field(
         default="auto",
@@ -51,6 +52,12 @@ class ModelSection(Section):
         "but its input; selective: not attention, nor the products that widen a feed-forward "
         "block; auto: as little as fits the GPU's memory by `packhorse plan`, and full on a CPU. "
         "Gradients stay the same by the bit.",
+    )
+    compile: Literal[False, "layers"] = Field(
+        default=False,
+        description="layers: compile each decoder layer but its attention by torch.compile, at "
+        "ZeRO stages 0 to 2. The first steps take up to minutes longer. It takes the place of "
+        "`layer_kernels`, and recomputes a whole layer or nothing.",
     )
     add_tokens: tuple[str, ...] = Field(
         default=(),
@@ -75,6 +82,15 @@ class ModelSection(Section):
     def _usable(self) -> ModelSection:
         for pattern in self.freeze:
             compile_pattern(pattern)
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "`activation_checkpointing: selective` keeps single results of a layer, which a "
+                "compiled layer does not have; set it to full, none or auto, or compile to false"
+            )
+        if self.compile and self.layer_kernels == "liger":
+            raise ValueError(
+                "`layer_kernels: liger` and `compile: layers` fuse the same operations; take one"
+            )
         if is_url(self.name):
             check_url(self.name)
         return self
@@ -151,12 +167,25 @@ class BatchSection(Section):
         description="Packed sequences of one optimizer step, at most, summed over all "
         "data-parallel ranks.",
     )
-    micro_batch_size: int = Field(
+    micro_batch_size: int | Literal["auto"] = Field(
         default=1,
-        ge=1,
         description="Packed sequences in one forward pass of a rank. Gradient accumulation does "
-        "the rest.",
+        "the rest. auto: as many as fit a quarter of the GPU's memory with nothing recomputed, and "
+        "1 on a CPU; a resumed run keeps the number.",
     )
+
+    @field_validator("micro_batch_size", mode="before")
+    @classmethod
+    def _is_known(cls, value: Any) -> Any:
+        # pydantic would name each part of the union as a fault of its own
+        if value != "auto" and (type(value) is not int or value < 1):
+            raise ValueError("it is `auto` or a whole number above 0")
+        return value
+
+    @property
+    def micro(self) -> int:
+        """Return `micro_batch_size`; for `auto`, which only a run on a GPU resolves, 1."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 class LossSection(Section):
@@ -201,19 +230,28 @@ class OptimGroup(Section):
 
 
 class OptimSection(Section):
-    """AdamW and its learning rate schedule. The rate depends on the step alone."""
+    """The optimizer and its learning rate schedule. The rate depends on the step alone."""
 
+    kind: Literal["adamw", "lion", "sgd", "muon"] = Field(
+        default="adamw",
+        description="lion and sgd keep one moment in place of two. muon: orthogonalised updates "
+        "for matrices, AdamW for embeddings, the head and vectors. All but adamw are refused with "
+        "an offloaded optimizer.",
+    )
     lr: float = Field(
         default=2e-5,
         gt=0,
         description=f"Peak learning rate. With an `adapter` the default is {ADAPTER_LR:g}.",
     )
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's beta1 and beta2.")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95),
+        description="AdamW's and Lion's beta1 and beta2. beta1 is the momentum of sgd and muon.",
+    )
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(
         default=0.1,
         ge=0,
-        description="AdamW's weight decay on the "
+        description="Weight decay on the "
         "matrices of linear products and experts. Norms, biases and other vectors have 0.",
     )
     decay_embeddings: bool = Field(
@@ -263,25 +301,6 @@ class TrainSection(Section):
         ge=-(2**63),
         lt=2**63,
         description="Seed of the data order, dropout, noise and random weights.",
-    )
-
-
-class ParallelSection(Section):
-    """What depends on the hardware. Nothing here changes what is learned."""
-
-    deepspeed: str = Field(
-        default="zero3",
-        description="DeepSpeed template: ZeRO stage and offload. A packaged one by name (zero0, "
-        "zero1, zero2, zero3, zero3_offload_optimizer, zero3_offload_all, zero3_nvme), or the path "
-        "of a file of yours. Batch sizes and the optimizer come from the recipe.",
-    )
-    grad_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="Data type of gradient accumulation and all-reduce. bfloat16 makes the result "
-        "depend on the number of GPUs and the micro-batch size.",
-    )
-    allow_idle_ranks: bool = Field(
-        default=False, description="Allow more ranks than a step has micro-batches."
     )
 
 

@@ -64,7 +64,7 @@ def held_out_losses(
     # float64: the plan has divided each token's loss by their number, so the sum is of small parts
     totals = torch.zeros(len(steps), dtype=torch.float64, device=dist.device())
     batches = ((step, batch) for step in steps for batch in loader.stream(step))
-    turns = int((-(-loader.plan.micro_batch_counts() // dist.world_size())).sum())
+    turns = int((-(-loader.plan.micro_batch_counts() // loader.groups)).sum())
     for step, batch in track(batches, "held-out loss", turns, "batches"):
         watch.beat("evaluation")
         if stop.poll():
@@ -162,7 +162,9 @@ class Evaluation:
         self._plan = eval_plan(recipe, data)
         if dist.is_main():
             self._origin = describe_origin(data, masker.tokenizer)
-        self._loader = Loader(data, self._plan.plan, dist.rank(), dist.world_size(), pin=False)
+        place = (dist.rank(), dist.world_size())
+        sequence = recipe.parallel.sequence
+        self._loader = Loader(data, self._plan.plan, *place, pin=False, sequence=sequence)
         if self._generate:
             self._prompts = held_out_prompts(recipe, masker, self._generate.num_prompts)
             model: Any = engine.module.model
