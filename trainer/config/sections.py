@@ -230,19 +230,28 @@ class OptimGroup(Section):
 
 
 class OptimSection(Section):
-    """AdamW and its learning rate schedule. The rate depends on the step alone."""
+    """The optimizer and its learning rate schedule. The rate depends on the step alone."""
 
+    kind: Literal["adamw", "lion", "sgd", "muon"] = Field(
+        default="adamw",
+        description="lion and sgd keep one moment in place of two. muon: orthogonalised updates "
+        "for matrices, AdamW for embeddings, the head and vectors. All but adamw are refused with "
+        "an offloaded optimizer.",
+    )
     lr: float = Field(
         default=2e-5,
         gt=0,
         description=f"Peak learning rate. With an `adapter` the default is {ADAPTER_LR:g}.",
     )
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's beta1 and beta2.")
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95),
+        description="AdamW's and Lion's beta1 and beta2. beta1 is the momentum of sgd and muon.",
+    )
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(
         default=0.1,
         ge=0,
-        description="AdamW's weight decay on the "
+        description="Weight decay on the "
         "matrices of linear products and experts. Norms, biases and other vectors have 0.",
     )
     decay_embeddings: bool = Field(

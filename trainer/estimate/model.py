@@ -22,6 +22,7 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import AdapterSection, ModelSection, OptimSection, Recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.optim import parameter_groups
+from packhorse.trainer.engine.optimizers import MOMENTS
 from packhorse.trainer.metrics import ModelFlops, model_flops
 from packhorse.trainer.model import attention
 from packhorse.trainer.model.activation_checkpointing import save, set_checkpointing
@@ -46,6 +47,7 @@ class ModelSizes:
 
     name: str
     groups: tuple[tuple[int, ...], ...]  # each trained parameter, by the optimizer's groups
+    moments: tuple[int, ...]  # bytes that the optimizer keeps beside a group's weight, by group
     frozen: tuple[int, ...]  # each frozen parameter that is not in 4 bits
     quantised: int  # all frozen parameters in 4 bits
     quantised_bytes: int
@@ -62,6 +64,10 @@ class ModelSizes:
     @property
     def trained(self) -> int:
         return sum(map(sum, self.groups))
+
+    @property
+    def moment_bytes(self) -> int:
+        return sum(m * sum(group) for m, group in zip(self.moments, self.groups, strict=True))
 
     @property
     def parameters(self) -> int:
@@ -124,13 +130,14 @@ def measure_model(
         linear = linear_modules(model).values()  # those that are frozen are quantised
         in_4_bits = {id(m.weight): m.weight.numel() for m in linear if not m.weight.requires_grad}
     double = adapter is not None and adapter.base == "nf4_double_quant"
-    groups = [tuple(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)]
+    groups = parameter_groups(model, optim)
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in in_4_bits]
     buffers = [buffer for _, buffer in persistent_buffers(model)]
     own_sizes = (sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     return ModelSizes(
         name=type(model).__name__,
-        groups=tuple(groups),
+        groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
+        moments=tuple(4 * len(MOMENTS[group["kind"]]) for group in groups),
         frozen=tuple(p.numel() for p in frozen),
         quantised=sum(in_4_bits.values()),
         quantised_bytes=sum(_nf4_bytes(elements, double) for elements in in_4_bits.values()),
