@@ -12,7 +12,7 @@ import torch
 from packhorse.trainer.config.recipe import ModelSection, OptimSection, ParallelSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.ds_config import BUCKET, clear_nvme, deepspeed_config
-from packhorse.trainer.engine.optim import gradient_norm
+from packhorse.trainer.engine.optim import gradient_norm, replace_gradient_norm
 from tests.ranks import ROOT
 
 RUN = Path("runs/some")
@@ -141,3 +141,18 @@ def test_the_norm_by_blocks_is_the_norm_in_fp64(numel: int, within: float, monke
     exact = torch.cat(gradients).double().norm()
     assert float(gradient_norm(gradients)) == pytest.approx(float(exact), rel=within)
     assert float(gradient_norm([*gradients, torch.tensor([float("nan")])])) == -1.0
+
+
+def test_stage_1_in_bf16_gets_a_norm_in_fp64_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime import bf16_optimizer
+
+    own = bf16_optimizer.get_global_norm_of_tensors
+    monkeypatch.setattr(bf16_optimizer, "get_global_norm_of_tensors", own)
+    replace_gradient_norm(object.__new__(bf16_optimizer.BF16_Optimizer))
+    # in fp32, each of the small ones would be lost beside the first
+    gradients = [torch.tensor([1e4]), *torch.full((4000, 1), 1.0)]
+    norm = bf16_optimizer.get_global_norm_of_tensors(input_tensors=gradients, mpu=None, norm_type=2)
+    assert float(norm) == pytest.approx((1e8 + 4000) ** 0.5, rel=1e-12)
+    broken = [*gradients, torch.tensor([float("inf")])]
+    lost = bf16_optimizer.get_global_norm_of_tensors(input_tensors=broken)
+    assert bf16_optimizer.is_invalid_grad_norm(lost)
