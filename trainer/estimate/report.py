@@ -41,7 +41,7 @@ from packhorse.trainer.estimate.model import (
     measure_model,
     trace_activations,
 )
-from packhorse.trainer.estimate.sequence import longest_slice, sequence_traffic
+from packhorse.trainer.estimate.sequence import longest_slice, sequence_traffic, slice_activations
 from packhorse.trainer.estimate.traffic import ASSUMED, Traffic
 from packhorse.trainer.model.loss import choose_kernel
 
@@ -102,8 +102,10 @@ def inspect_model(recipe: Recipe, tokens: int) -> tuple[ModelSizes, dict[str, Ac
     empty = build_empty_model(recipe.model, recipe.adapter)
     model = measure_model(empty, recipe.optim, recipe.adapter)
     activations = trace_activations(empty, tokens)
-    if recipe.parallel.sequence > 1:
+    if (size := recipe.parallel.sequence) > 1:
         model = replace(model, attention=attention_shapes(empty))
+        given = (model.attention, tokens, size, recipe.parallel.sequence_kind, model.element)
+        activations = slice_activations(activations, *given)
     if recipe.model.activation_checkpointing not in (*activations, "auto"):
         raise BadInput(
             f"{model.name} does not support activation checkpointing; set "
