@@ -60,7 +60,7 @@ def all_waves(root: Path) -> list[dict[int, list[dict[str, Any]]]]:
             shared("2-zero1", 2, "zero1", full + "full"),
             shared("2-zero3", 2, "zero3", full + "selective"),
             shared("2-gather", 2, "zero3", gather),
-            shared("2-window", 2, "zero3", *window),
+            shared("2-window", 2, "zero3", "parallel.sequence_kind=ulysses", *window),
             shared("2-window-gather", 2, "zero1", gather, *window),
             shared("2-lora", 2, "zero3", *LORA),
             shared("resumed", 2, "zero3", stop_after=2),

@@ -106,10 +106,8 @@ def _attend_by_queries(
 ) -> torch.Tensor:
     """Attend with all heads for the own tokens, over the keys that they see."""
     bounds, borders = arguments.bounds, slices.borders
-    seen = [
-        (first_key(bounds.lengths, start, arguments.window), stop)
-        for start, stop in pairwise(borders)
-    ]
+    window, lengths = arguments.window, bounds.lengths
+    seen = [(first_key(lengths, start, window), stop) for start, stop in pairwise(borders)]
     keys, values = (_Collect.apply(x, slices, seen) for x in (key, value))
     own, (first, stop) = borders[slices.index], seen[slices.index]
     queries, of_keys = bounds.of_slice(own, stop, first)
