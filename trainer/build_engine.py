@@ -84,6 +84,11 @@ def _sequence_group(recipe: Recipe) -> SequenceGroup | None:
     count_groups(dist.world_size(), size)
     if size == 1:
         return None
+    if dist.local_world_size() % size:
+        dist.log.warning(
+            "parallel.sequence: groups of %d ranks cross nodes of %d, and exchange in each layer",
+            *(size, dist.local_world_size()),
+        )
     return SequenceGroup(dist.consecutive_group(size), recipe.parallel.sequence_kind)
 
 

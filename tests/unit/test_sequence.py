@@ -12,7 +12,8 @@ from unittest import mock
 import pytest
 import torch
 
-from packhorse.trainer.config.recipe import LossSection
+from packhorse.trainer import build_engine, dist
+from packhorse.trainer.config.recipe import LossSection, load_recipe
 from packhorse.trainer.data import loader
 from packhorse.trainer.data.loader import filler_batch
 from packhorse.trainer.datatypes import BadInput, first_key, slice_borders
@@ -71,6 +72,19 @@ def test_ranks_that_share_a_sequence_are_one_to_the_plan() -> None:
         plan.check_world(16, False, 2)
     with pytest.raises(BadInput, match=r"parallel\.sequence: 2 ranks .*\(7\) does not divide"):
         plan.check_world(7, False, 2)
+
+
+def test_groups_that_cross_nodes_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dist.log, "propagate", True)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    recipe = load_recipe("debug", ["parallel.sequence=4", "parallel.sequence_kind=gather"])
+    with mock.patch.object(dist, "consecutive_group", return_value="group"):
+        for per_node, told in ((4, False), (2, True)):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(per_node))
+            assert build_engine._sequence_group(recipe) == ("group", "gather")
+            assert ("cross nodes of 2" in caplog.text) == told
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 7])

@@ -51,14 +51,8 @@ if TYPE_CHECKING:
 MOST_GPUS = 4096  # where the search for the smallest number of GPUs ends
 
 GPU_PARTS = (
-    "weights",
-    "gradients",
-    "optimizer",
-    "gathered",
-    "communication",
-    "activations",
-    "loss",
-    "reserve",
+    *("weights", "gradients", "optimizer", "gathered", "communication"),
+    *("activations", "loss", "reserve"),
 )
 
 
