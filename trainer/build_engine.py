@@ -31,6 +31,7 @@ from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import Metrics, model_flops
 from packhorse.trainer.model.attention import SequenceGroup
 from packhorse.trainer.model.checks import failures_explained, require_positions
+from packhorse.trainer.model.compiled_layers import compile_layers, require_compilable
 from packhorse.trainer.model.load import load_config, load_model
 from packhorse.trainer.model.lora import require_stage
 from packhorse.trainer.model.packing_check import longest_document, prove_packing
@@ -53,6 +54,7 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     hidden_size = getattr(load_config(recipe.model).get_text_config(), "hidden_size", 0)
     ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size, run_dir)
     require_stage(recipe.adapter, stage(ds_config))
+    require_compilable(recipe.model.compile, stage(ds_config))
     clear_nvme(ds_config)
     model = load_model(
         recipe.model,
@@ -74,6 +76,10 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         say_other_types(model, recipe.model.dtype)
         dist.log.info("weight decay: %s", describe_decay(model, recipe.optim))
     engine = Engine(module, groups, recipe.optim, ds_config)
+    if learns and recipe.model.compile:
+        recomputes = recipe.model.activation_checkpointing != "none"
+        num_layers = compile_layers(model, checkpointing=recomputes)
+        dist.log.info("layers: %d, compiled at their first calls", num_layers)
     check_packing(recipe, module)
     return engine
 
@@ -169,6 +175,11 @@ def check_packing(recipe: Recipe, module: SftModel) -> None:
         "%.1e, the loss by %.1e",
         *(", ".join(map(str, proof.lengths)), proof.hidden_difference, proof.loss_difference),
     )
+    if proof.by_document and recipe.model.compile:
+        raise BadInput(
+            f"model.compile: packed sequences run document by document through "
+            f"{proof.by_document[0]}, which compiled layers cannot; set it to false"
+        )
     for name in proof.by_document:
         dist.log.warning(
             "packed sequences run document by document through %s: right, but slower", name

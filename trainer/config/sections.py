@@ -53,6 +53,12 @@ class ModelSection(Section):
         "block; auto: as little as fits the GPU's memory by `packhorse plan`, and full on a CPU. "
         "Gradients stay the same by the bit.",
     )
+    compile: Literal[False, "layers"] = Field(
+        default=False,
+        description="layers: compile each decoder layer but its attention by torch.compile, at "
+        "ZeRO stages 0 to 2. The first steps take up to minutes longer. It takes the place of "
+        "`layer_kernels`, and recomputes a whole layer or nothing.",
+    )
     add_tokens: tuple[str, ...] = Field(
         default=(),
         description="Special tokens to add to the tokenizer. Their embeddings start at the mean of "
@@ -76,6 +82,15 @@ class ModelSection(Section):
     def _usable(self) -> ModelSection:
         for pattern in self.freeze:
             compile_pattern(pattern)
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "`activation_checkpointing: selective` keeps single results of a layer, which a "
+                "compiled layer does not have; set it to full, none or auto, or compile to false"
+            )
+        if self.compile and self.layer_kernels == "liger":
+            raise ValueError(
+                "`layer_kernels: liger` and `compile: layers` fuse the same operations; take one"
+            )
         if is_url(self.name):
             check_url(self.name)
         return self

@@ -111,7 +111,10 @@ def inspect_model(recipe: Recipe, tokens: int) -> tuple[ModelSizes, dict[str, Ac
 def _checkpointing_modes(recipe: Recipe, activations: Mapping[str, Activations]) -> list[str]:
     """Return the values of model.activation_checkpointing to try, the least recomputation first."""
     asked = recipe.model.activation_checkpointing
-    return list(activations) if asked == "auto" else [asked]
+    if asked != "auto":
+        return [asked]
+    # a compiled layer is recomputed whole or not at all
+    return [mode for mode in activations if not (recipe.model.compile and mode == "selective")]
 
 
 def build_report(
