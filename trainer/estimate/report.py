@@ -182,12 +182,13 @@ def _plan_template(
     most = max(int(stats.micro_batches.min()) * stats.sequence, cluster.gpus)
     worlds = candidate_worlds(min(MOST_GPUS, most), cluster.per_node)
     of_groups = (world for world in worlds if world % stats.sequence == 0)
+    sequences = full_step_stats(recipe).fullest_tokens // recipe.batch.seq_len
     longest = longest_slice(partial(fits, cluster.gpus), leanest, stats.rank_tokens)
     return Candidate(
         *(memory[mode], mode, shortages[mode]),
         smallest=next((world for world in of_groups if fits(world, leanest)), None),
         traffic=sequence_traffic(recipe, model, config, cluster, stats, mode),
-        longest=longest * stats.sequence // recipe.batch.micro_batch_size,
+        longest=longest * stats.sequence // sequences,
     )
 
 
