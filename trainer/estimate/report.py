@@ -49,11 +49,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MOST_GPUS = 4096  # where the search for the smallest number of GPUs ends
-
-GPU_PARTS = (
-    *("weights", "gradients", "optimizer", "gathered", "communication"),
-    *("activations", "loss", "reserve"),
-)
+GPU_PARTS = "weights gradients optimizer gathered communication activations loss reserve".split()
 
 
 @dataclass(frozen=True)
@@ -134,14 +130,13 @@ def build_report(
     """
     size = recipe.parallel.sequence
     stats = replace(stats or full_step_stats(recipe), sequence=size)
-    fewest = int(stats.micro_batches.min()) * size
-    count_groups(cluster.gpus, size)
-    if cluster.gpus > fewest and not recipe.parallel.allow_idle_ranks:
+    fewest = int(stats.micro_batches.min())
+    if count_groups(cluster.gpus, size) > fewest and not recipe.parallel.allow_idle_ranks:
         good = " or ".join(_good_numbers(stats, cluster))
+        each = f", for {size} GPUs each" if size > 1 else ""
         raise BadInput(
-            f"{cluster.gpus} GPUs, but a step has only {fewest // size} micro-batches"
-            f"{f', for {size} GPUs each' if size > 1 else ''}: give --gpus {good}, "
-            "raise batch.global_batch_size, or lower batch.micro_batch_size"
+            f"{cluster.gpus} GPUs, but a step has only {fewest} micro-batches{each}: give --gpus "
+            f"{good}, raise batch.global_batch_size, or lower batch.micro_batch_size"
         )
     model, activations = inspected or inspect_model(recipe, stats.rank_tokens)
     disk = disk_needed(model, _count_checkpoints(recipe))
@@ -179,16 +174,16 @@ def _plan_template(
     memory = {mode: need(cluster.gpus, activations[mode]) for mode in modes}
     shortages = {mode: cluster.find_shortages(memory[mode], disk) for mode in modes}
     mode = next((mode for mode in modes if not shortages[mode]), modes[-1])
-    most = max(int(stats.micro_batches.min()) * stats.sequence, cluster.gpus)
-    worlds = candidate_worlds(min(MOST_GPUS, most), cluster.per_node)
-    of_groups = (world for world in worlds if world % stats.sequence == 0)
+    size = stats.sequence
+    most = min(MOST_GPUS, max(int(stats.micro_batches.min()) * size, cluster.gpus))
+    worlds = (world for world in candidate_worlds(most, cluster.per_node) if world % size == 0)
     sequences = full_step_stats(recipe).fullest_tokens // recipe.batch.seq_len
     longest = longest_slice(partial(fits, cluster.gpus), leanest, stats.rank_tokens)
     return Candidate(
         *(memory[mode], mode, shortages[mode]),
-        smallest=next((world for world in of_groups if fits(world, leanest)), None),
+        smallest=next((world for world in worlds if fits(world, leanest)), None),
         traffic=sequence_traffic(recipe, model, config, cluster, stats, mode),
-        longest=longest * stats.sequence // sequences,
+        longest=longest * size // sequences,
     )
 
 
@@ -379,10 +374,9 @@ def recommend(report: Report, recipe: Recipe) -> str:
 
 def longest_sequence(report: Report) -> str:
     """Return a sentence with the longest sequence that fits, by template."""
-    longest = {name: one.longest for name, one in report.candidates.items() if one.longest}
     shared = f" on {n} GPUs each" if (n := report.stats.sequence) > 1 else ""
-    lengths = ", ".join(f"{name} {tokens:,}" for name, tokens in longest.items())
-    return f"longest batch.seq_len that fits{shared}: {lengths or 'none'}"
+    lengths = [f"{name} {one.longest:,}" for name, one in report.candidates.items() if one.longest]
+    return f"longest batch.seq_len that fits{shared}: {', '.join(lengths) or 'none'}"
 
 
 def _seconds(seconds: float) -> str:
