@@ -210,7 +210,8 @@ def test_ranks_that_share_a_sequence_have_a_share_of_its_activations() -> None:
     of_rank = [report.activations["full"].kept for report in (alone, four)]
     assert of_rank[0] == pytest.approx(4 * of_rank[1], rel=0.02)
     longest = [report.candidates["zero3"].longest for report in (alone, four)]
-    assert longest[1] == 4 * longest[0] > 0
+    # not quite: two key heads are repeated for four ranks
+    assert 0.95 < longest[1] / (4 * longest[0]) < 1
     assert (
         four.candidates["zero3"].traffic.in_group > 0 == alone.candidates["zero3"].traffic.in_group
     )

@@ -49,7 +49,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MOST_GPUS = 4096  # where the search for the smallest number of GPUs ends
-GPU_PARTS = "weights gradients optimizer gathered communication activations loss reserve".split()
+GPU_PARTS = (
+    *("weights", "gradients", "optimizer", "gathered", "communication"),
+    *("activations", "loss", "reserve"),
+)
 
 
 @dataclass(frozen=True)
@@ -259,7 +262,6 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
     """
     model, stats, cluster, disk = report.model, report.stats, report.cluster, report.disk
     share = filler_share(stats.micro_batches, cluster.gpus // stats.sequence)
-    good = ", ".join(_good_numbers(stats, cluster))
     idle = " (this one idles much)" if share > MUCH_FILLER else ""
     on_each = f", on each of its {stats.sequence} GPUs" if stats.sequence > 1 else ""
     seconds = step_seconds(model, stats, cluster.gpus, flops * mfu)
@@ -281,7 +283,7 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
         f"of which the fullest has {stats.fullest_tokens:,} tokens, {stats.fullest_trained:,} of "
         "them trained",
         f"fillers: {share:.1%} of the micro-batches of {cluster.gpus} GPUs; good numbers of GPUs: "
-        f"{good}{idle}",
+        f"{', '.join(_good_numbers(stats, cluster))}{idle}",
         f"activations of a micro-batch{on_each}: {kept}",
         f"time to compute, predicted at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU: "
         f"{_seconds(seconds)} s a step, {stats.tokens / seconds:,.0f} tokens/s{run}",
