@@ -65,7 +65,8 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         gathered=gathered,
     )
     group = _sequence_group(recipe)
-    module = SftModel(model, recipe.loss, recipe.train.seed, dist.device(), group)
+    offload = recipe.model.activation_checkpointing == "offload"
+    module = SftModel(model, recipe.loss, recipe.train.seed, dist.device(), group, offload)
     groups = None
     if learns:
         freeze_named(model, recipe.model.freeze)

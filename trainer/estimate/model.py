@@ -159,6 +159,7 @@ class Activations:
 
     kept: int  # from the forward to the backward
     layer: int  # once more while a layer is recomputed: the largest layer's; 0 without
+    host: int = 0  # kept in the host's memory
 
 
 def trace_activations(model: Any, tokens: int) -> dict[str, Activations]:
@@ -177,6 +178,7 @@ def trace_activations(model: Any, tokens: int) -> dict[str, Activations]:
             kept, of_layers = _trace_forward(model, tokens, mode)
             again = (whole - part for whole, part in zip(whole_layers, of_layers, strict=True))
             found[mode] = Activations(kept, max(again, default=0))
+        found["offload"] = Activations(0, found["full"].layer, host=found["full"].kept)
     return found
 
 

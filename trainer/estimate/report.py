@@ -112,8 +112,9 @@ def _checkpointing_modes(recipe: Recipe, activations: Mapping[str, Activations])
     asked = recipe.model.activation_checkpointing
     if asked != "auto":
         return [asked]
-    # a compiled layer is recomputed whole or not at all
-    return [mode for mode in activations if not (recipe.model.compile and mode == "selective")]
+    # a compiled layer is recomputed whole or not at all, and the host's memory is asked for by name
+    others = {"offload", "selective"} if recipe.model.compile else {"offload"}
+    return [mode for mode in activations if mode not in others]
 
 
 def build_report(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -53,9 +53,9 @@ def slice_activations(
         more.append(int(held - key_heads * tokens) * (size + value_size) * element)
     # held by all layers at once, or by the one that is recomputed
     return {
-        mode: Activations(a.kept + sum(more), a.layer)
+        mode: replace(a, kept=a.kept + sum(more))
         if mode == "none"
-        else Activations(a.kept, a.layer + max(more, default=0))
+        else replace(a, layer=a.layer + max(more, default=0))
         for mode, a in of_slice.items()
     }
 
@@ -121,7 +121,7 @@ def longest_slice(
 
     def tokens_fit(wanted: int) -> bool:
         times = Fraction(wanted, tokens)
-        scaled = Activations(int(activations.kept * times), int(activations.layer * times))
+        scaled = Activations(*(int(size * times) for size in astuple(activations)))
         return fits(scaled, wanted)
 
     low, high = 0, MOST_TOKENS // STEP_TOKENS
