@@ -10,6 +10,7 @@ Hypothesis draws the same cases on all ranks, as it is derandomized.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -95,7 +96,7 @@ def compare(
         *found, own_sink_grad = run(
             lambda *given: sequence_exchange.attend_in_slices(reference, *given),
             [x[:, :, own] for x in whole],
-            bounds._replace(slices=slices),
+            replace(bounds, slices=slices),
             own,
         )
     for mine, all_of_it in zip(found, expected, strict=True):
