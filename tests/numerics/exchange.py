@@ -40,7 +40,7 @@ from tests.numerics import sequence_defects
 from tests.ranks import ROOT
 
 SIZE, VALUE_SIZE = 8, 6
-seen = {"ulysses": 0.0, "gather": 0.0}
+seen = {"ulysses": 0.0, "gather": 0.0, "by layer": 0.0}
 counted = {"cases": 0}
 
 
@@ -56,7 +56,7 @@ counted = {"cases": 0}
     lengths=st.lists(st.integers(1, 23), min_size=1, max_size=9),
     groups=st.sampled_from([1, 2, 3, 6]),
     window=st.sampled_from([None, 1, 5]),
-    kind=st.sampled_from(["ulysses", "gather"]),
+    kind=st.sampled_from([*seen]),
     in_full=st.booleans(),
     seed=st.integers(0, 99),
 )
@@ -77,7 +77,8 @@ def compare(
     borders = slice_borders(lengths, number)
     start, stop = borders[dist.rank() : dist.rank() + 2]
     own = slice(start, stop)
-    slices = Slices(borders, dist.rank(), None, kind)
+    asked = None if kind == "by layer" else kind
+    slices = Slices(borders, dist.rank(), None, asked)
 
     def run(attend: Any, tensors: list[torch.Tensor], where: Bounds, part: slice) -> list[Any]:
         leaves = [x.clone().requires_grad_() for x in tensors]
@@ -111,7 +112,7 @@ def compare(
     forward = sent.call_args_list[: sent.call_count // 2]
     elements = sum(sum(call.args[3]) - call.args[3][dist.rank()] for call in forward)
     layer = (heads, groups, SIZE, VALUE_SIZE, window)
-    assert elements == exchanged_elements([layer], lengths, number, dist.rank(), kind)
+    assert elements == exchanged_elements([layer], lengths, number, dist.rank(), asked)
 
 
 def check_at_the_start() -> tuple[float, str]:
