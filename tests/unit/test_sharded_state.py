@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import sharded_state
-from packhorse.trainer.engine.optim import MOMENTS
+from packhorse.trainer.engine.optimizers import MOMENTS
 from packhorse.trainer.engine.sharded_state import (
     WEIGHT,
     Shards,
@@ -21,7 +21,7 @@ from packhorse.trainer.engine.sharded_state import (
 )
 
 SHAPES = {"a.weight": [7, 11], "b.bias": [5]}
-EXP_AVG = MOMENTS[0]
+EXP_AVG = MOMENTS["adamw"][0]
 
 
 def tensors() -> dict[tuple[str, str], torch.Tensor]:

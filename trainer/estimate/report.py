@@ -181,13 +181,12 @@ def _plan_template(
     size = stats.sequence
     most = min(MOST_GPUS, max(int(stats.micro_batches.min()) * size, cluster.gpus))
     worlds = (world for world in candidate_worlds(most, cluster.per_node) if world % size == 0)
-    sequences = full_step_stats(recipe).fullest_tokens // recipe.batch.seq_len
     longest = longest_slice(partial(fits, cluster.gpus), leanest, stats.rank_tokens)
     return Candidate(
         *(memory[mode], mode, shortages[mode]),
         smallest=next((world for world in worlds if fits(world, leanest)), None),
         traffic=sequence_traffic(recipe, model, config, cluster, stats, mode),
-        longest=longest * size // sequences,
+        longest=longest * size // recipe.batch.micro,
     )
 
 
