@@ -132,9 +132,14 @@ def test_x9_control_is_caught(runs: dict[str, Run], defect: str) -> None:
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_the_exchange_is_attention_on_one_rank(world: int) -> None:
     """By both kinds, with windows, soft caps, sinks and random lengths; see exchange.py."""
-    for output in run_ranks(world, ["-m", "tests.numerics.exchange"]):
-        seen = json.loads(output.splitlines()[-1])
+    ranks = [
+        json.loads(output.splitlines()[-1])
+        for output in run_ranks(world, ["-m", "tests.numerics.exchange"])
+    ]
+    # the last rank sees the most keys, and the planner counts those
+    saved = [max(of_kind) for of_kind in zip(*(seen.pop("saved") for seen in ranks), strict=True)]
+    assert saved == pytest.approx([1, 1], rel=0.1), "not what is planned"
+    for seen in ranks:
         assert seen.pop("cases") >= 50
         assert "layer 0 (LlamaDecoderLayer) gives other states" in seen.pop("said"), "not refused"
-        assert seen.pop("saved") == pytest.approx([1, 1], rel=0.1), "not what is planned"
         assert max(seen.values()) < 1e-6, seen
