@@ -69,7 +69,6 @@ def all_waves(root: Path) -> list[dict[int, list[dict[str, Any]]]]:
         ],
         3: [shared("3-zero3", 3, "zero3")],
         4: [
-            shared("4-zero1", 4, "zero1"),
             shared("4-zero3", 4, "zero3"),
             shared("4-apart", 4, "zero2", *APART),
             shared("2x2-zero3", 2, "zero3", *ANSWERS),
@@ -105,7 +104,7 @@ def read_files(run_dir: Path) -> list[Any]:
 
 
 SAME = {
-    "1": ["2-zero1", "2-zero3", "2-gather", "3-zero3", "4-zero1", "4-zero3"],
+    "1": ["2-zero1", "2-zero3", "2-gather", "3-zero3", "4-zero3"],
     "1-window": ["2-window", "2-window-gather"],
     "1-lora": ["2-lora"],
     "1-apart": ["4-apart"],
