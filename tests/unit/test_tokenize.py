@@ -2,6 +2,7 @@
 too long become what the policy says; no process outlives the one that started it."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import re
@@ -386,6 +387,25 @@ def test_a_worker_that_is_killed_ends_the_preparation_and_its_rows_are_named():
     first, last = map(int, re.findall(r"a.jsonl:(\d+)", said))
     assert last == first + 2
     assert last >= 50
+
+
+def frozen_objects(rows: list[Row]) -> tuple[bool, int]:
+    is_worker = multiprocessing.parent_process() is not None
+    if not is_worker:
+        time.sleep(0.02)
+    return is_worker, gc.get_freeze_count()
+
+
+def prepare_and_look_at_frozen_objects() -> None:
+    use_small_chunks()
+    given = once_a_worker_is_there(rows(100))
+    found = list(tokenize.run(given, frozen_objects, workers=2))
+    print({is_worker for is_worker, _ in found} == {False, True})
+    print(min(count for _, count in found) > 10_000, gc.get_freeze_count())
+
+
+def test_the_garbage_collector_does_not_look_through_what_was_imported():
+    assert run_apart(prepare_and_look_at_frozen_objects) == "True\nTrue 0\n"
 
 
 def freeze_own_worker(rows: list[Row]) -> list[RowResult]:
