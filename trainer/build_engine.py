@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from packhorse.trainer import dist
-from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import TrainData
@@ -26,6 +26,7 @@ from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, sta
 from packhorse.trainer.engine.engine import Engine, gathered, reads_gathered, sharded_init
 from packhorse.trainer.engine.optim import describe_decay, parameter_groups
 from packhorse.trainer.estimate.memory import Memory
+from packhorse.trainer.estimate.model import largest_micro_batch
 from packhorse.trainer.estimate.report import predict_memory
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import Metrics, model_flops
@@ -38,6 +39,7 @@ from packhorse.trainer.model.packing_check import longest_document, prove_packin
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from packhorse.trainer.model.sequence_check import prove_slices
 from packhorse.trainer.model.sft import SftModel
+from packhorse.trainer.run_folder import has_checkpoint
 from packhorse.trainer.trackers import TENSORBOARD, Trackers
 from packhorse.trainer.utils.cpu_speed import EMULATED_FROM, bf16_slowdown
 
@@ -91,6 +93,36 @@ def _sequence_group(recipe: Recipe) -> SequenceGroup | None:
     if size == 1:
         return None
     return SequenceGroup(dist.consecutive_group(size), recipe.parallel.sequence_kind)
+
+
+def resolve_micro_batch(recipe: Recipe, run_dir: Path) -> Recipe:
+    """Choose for `batch.micro_batch_size: auto`; on a CPU it is 1.
+
+    The number goes into the run folder's recipe, and a run with a checkpoint keeps it: the random
+    numbers of dropout belong to a micro-batch (C3). There is no process group yet.
+    """
+    if recipe.batch.micro_batch_size != "auto":
+        return recipe
+    saved = run_dir / "recipe.yaml"
+    if has_checkpoint(run_dir) and saved.is_file():
+        size, why = load_recipe(saved).batch.micro, "as before"
+    elif dist.device().type == "cuda":
+        card = torch.cuda.get_device_properties(dist.device()).total_memory
+        size, why = largest_micro_batch(recipe, card), f"for a GPU of {card / 2**30:.1f} GiB"
+    else:
+        size, why = 1, "on a CPU"
+    dist.log.info("micro-batch: %d packed sequences, %s", size, why)
+    batch = recipe.batch.model_copy(update={"micro_batch_size": size})
+    return recipe.model_copy(update={"batch": batch})
+
+
+def require_same_micro_batch(recipe: Recipe) -> None:
+    """Refuse ranks that chose different micro-batches, as on GPUs of different sizes."""
+    sizes = sorted(set(dist.gather(recipe.batch.micro)))
+    if len(sizes) > 1:
+        raise BadInput(
+            f"batch.micro_batch_size: auto is {sizes} on different ranks; set it to {sizes[0]}"
+        )
 
 
 def resolve_checkpointing(recipe: Recipe, plan: Plan) -> Recipe:
@@ -159,7 +191,7 @@ def check_packing(recipe: Recipe, module: SftModel) -> None:
         BadInput: packed documents differ from the same documents alone.
     """
     require_positions(module.model, recipe.max_length)
-    one_document = recipe.data.packing == "none" and recipe.batch.micro_batch_size == 1
+    one_document = recipe.data.packing == "none" and recipe.batch.micro == 1
     # these are the engine's first forwards
     with reads_gathered(module), failures_explained(module.model):
         proof = prove_packing(

@@ -51,9 +51,9 @@ def masters(optimizer: Any) -> Iterator[torch.Tensor]:
 
 
 def moments(optimizer: Any) -> Iterator[torch.Tensor]:
-    base = optimizer if isinstance(optimizer, torch.optim.AdamW) else optimizer.optimizer
+    base = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
     for state in base.state.values():
-        yield from (state[name] for name in ("exp_avg", "exp_avg_sq"))
+        yield from (moment for name, moment in state.items() if name != "step")
 
 
 def held(engine: Engine, batch: Batch) -> dict[str, int]:

@@ -29,8 +29,7 @@ from packhorse.trainer.config.sections import ModelSection
 from packhorse.trainer.data import loader, summary
 from packhorse.trainer.data.prepare import prepare, train_plan
 from packhorse.trainer.data.streaming import prepare_train
-from packhorse.trainer.engine import engine, sharded_state, zero_state
-from packhorse.trainer.engine.optim import MOMENTS
+from packhorse.trainer.engine import engine, optimizers, sharded_state, zero_state
 from packhorse.trainer.model import sft
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.stop_flag import StopFlag
@@ -194,6 +193,16 @@ def labels_shifted_across_boundaries() -> Any:
     return mock.patch.object(loader, "build_batch", shifted)
 
 
+def parts_orthogonalised() -> Any:
+    """Let each rank orthogonalise its part of a matrix, as Muon over a flat partition would."""
+    whole = optimizers._orthogonalised_by_owners
+
+    def alone(batch: Any, update: Any, is_sharded: bool) -> Any:
+        return [whole([piece], update, False)[0] for piece in batch]
+
+    return mock.patch.object(optimizers, "_orthogonalised_by_owners", alone)
+
+
 # ------------------------------------------------------------------------------ defects of a resume
 
 
@@ -215,7 +224,8 @@ def moment_zeroed() -> Any:
 
     def without(self: Any, piece: Any) -> None:
         fill(self, piece)
-        piece.states[MOMENTS[0]].zero_()
+        for first in {names[0] for names in optimizers.MOMENTS.values()} & piece.states.keys():
+            piece.states[first].zero_()
 
     return restore_unchecked(without)
 
@@ -373,6 +383,7 @@ CHANGES: dict[str, Any] = {
 CHANGES["shards_appear"] = shards_appear
 CHANGES |= {f.__name__: f for f in (dry_run_first, dry_run_that_learns)}
 CHANGES |= sequence_defects.DEFECTS
+CHANGES["parts_orthogonalised"] = parts_orthogonalised
 
 if __name__ == "__main__":
     main(sys.argv[1])

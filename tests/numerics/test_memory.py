@@ -22,7 +22,13 @@ CASES = [
     *(f"{stage}-bfloat16-bfloat16" for stage in ("zero1", "zero2", "zero3")),
     *(f"{stage}-bfloat16-float32-adapter" for stage in ("zero1", "zero2", "zero3")),
     "zero0-float32-float32-adapter",
+    *(f"{stage}-float32-float32-muon" for stage in ("zero0", "zero2", "zero3")),
+    "zero1-bfloat16-float32-lion",
+    "zero3-float32-float32-sgd",
 ]
+KEYS = {"adapter": "adapter={rank: 4, modules_to_save: [lm_head]}"} | {
+    kind: f"optim.kind={kind}" for kind in ("muon", "lion", "sgd")
+}
 PARTS = ("weights", "gradients", "masters", "moments")
 
 
@@ -76,7 +82,7 @@ def main(out: Path) -> None:
     found: dict[str, Any] = {}
     with dist.process_group():
         for name in CASES:
-            stage, dtype, grad_dtype, *adapter = name.split("-")
+            stage, dtype, grad_dtype, *changed = name.split("-")
             recipe = load_recipe(
                 ROOT / "recipes" / "debug.yaml",
                 [
@@ -84,7 +90,7 @@ def main(out: Path) -> None:
                     f"parallel.deepspeed={stage}",
                     f"model.dtype={dtype}",
                     f"parallel.grad_dtype={grad_dtype}",
-                    *(["adapter={rank: 4, modules_to_save: [lm_head]}"] if adapter else []),
+                    *(KEYS[change] for change in changed),
                 ],
             )
             engine = build_engine(recipe, out, load_tokenizer(recipe.model))

@@ -141,3 +141,9 @@ def test_the_norm_by_blocks_is_the_norm_in_fp64(numel: int, within: float, monke
     exact = torch.cat(gradients).double().norm()
     assert float(gradient_norm(gradients)) == pytest.approx(float(exact), rel=within)
     assert float(gradient_norm([*gradients, torch.tensor([float("nan")])])) == -1.0
+
+
+def test_only_adamw_is_offloaded(tmp_path: Path) -> None:
+    sections = (ParallelSection(deepspeed="zero3_offload_optimizer"), ModelSection(name="m"))
+    with pytest.raises(BadInput, match=r"only AdamW has a kernel for the CPU; set optim\.kind"):
+        deepspeed_config(*sections, OptimSection(kind="lion"), 64, tmp_path)

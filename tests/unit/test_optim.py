@@ -12,12 +12,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from packhorse.trainer.config.recipe import OptimSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.optim import (
-    build_optimizer,
     describe_decay,
     learning_rate,
     parameter_groups,
     set_learning_rates,
 )
+from packhorse.trainer.engine.optimizers import build_optimizer
 
 
 class Tiny(nn.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.trainer.engine import optim
+from packhorse.trainer.engine import optimizers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -172,15 +172,15 @@ def pickling(module: str, source: str) -> list[str]:
 
 
 def test_one_file_names_the_optimizers_states() -> None:
-    """Another optimizer changes `optim.MOMENTS`; checkpoints, exports and the planner follow it."""
-    states = set(optim.MOMENTS)
+    """Another optimizer changes `MOMENTS`; checkpoints, exports and the planner follow it."""
+    states = {name for names in optimizers.MOMENTS.values() for name in names}
     naming = {
         name
         for name, source in modules("trainer").items()
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Constant) and node.value in states
     }
-    assert naming == {f"{TRAINER}.engine.optim"}
+    assert naming == {f"{TRAINER}.engine.optimizers"}
 
 
 def test_launch_needs_the_recipe_alone() -> None:

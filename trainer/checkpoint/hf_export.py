@@ -33,7 +33,6 @@ from packhorse.trainer.checkpoint.manifest import Manifest
 from packhorse.trainer.checkpoint.model_card import model_card
 from packhorse.trainer.config.recipe import ModelSection, Recipe
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine.optim import MOMENTS
 from packhorse.trainer.engine.sharded_state import FROZEN, Shards, digest
 from packhorse.trainer.model.attention import other_attention
 from packhorse.trainer.model.load import (
@@ -99,7 +98,7 @@ def export(
         )
     show_bars_of_transformers()
     saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite)
-    require_described(run_dir, manifest)
+    require_described(run_dir, recipe, manifest)
     step = manifest.state.step
 
     folder = own_output.stage(out)
@@ -139,9 +138,10 @@ def _trained_weights(
                 _require_as_trained(name, parameter, recipe, manifest)
                 yield name, parameter.detach()
         del base
+    trained = manifest.trained
     for name in saved.names:
-        value, has_master = saved.whole(name), (name, MOMENTS[0]) in manifest.digests
-        yield name, value.to(getattr(torch, recipe.model.dtype)) if has_master else value
+        value = saved.whole(name)
+        yield name, value.to(getattr(torch, recipe.model.dtype)) if name in trained else value
 
 
 def _copy_to_files(

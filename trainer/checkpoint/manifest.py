@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from packhorse.trainer.engine.sharded_state import Digests, File
+from packhorse.trainer.engine.sharded_state import FROZEN, WEIGHT, Digests, File
 from packhorse.trainer.utils.files import write_synced
 
 MANIFEST = "manifest.json"
@@ -43,6 +43,11 @@ class Manifest:
     # Checksums of the files in the run folder's `model/`, which an export is made from; empty in a
     # checkpoint of an earlier version.
     description: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def trained(self) -> set[str]:
+        """The names of the trained parameters: the optimizer has states of them."""
+        return {name for name, state in self.digests if state not in (WEIGHT, FROZEN)}
 
     def to_json(self) -> str:
         digests: dict[str, dict[str, str]] = {}

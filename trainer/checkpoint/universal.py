@@ -27,12 +27,13 @@ from rich.progress import track
 
 from packhorse.trainer import dist
 from packhorse.trainer.checkpoint.export_folder import open_for_export, run_recipe
-from packhorse.trainer.engine.optim import MOMENTS
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.optimizers import MOMENTS
 from packhorse.trainer.engine.sharded_state import WEIGHT
 from packhorse.trainer.utils import own_output
 
 _GROUPS = 16  # parameter groups that a program may have: DeepSpeed loads as many as it finds here
-_FILES = {"fp32": WEIGHT, **{name: name for name in MOMENTS}}  # DeepSpeed's names: ours
+_FILES = {"fp32": WEIGHT, **{name: name for name in MOMENTS["adamw"]}}  # DeepSpeed's names: ours
 
 
 def export_universal(
@@ -41,9 +42,15 @@ def export_universal(
     """Write a checkpoint to `out`, one tensor at a time; the newest whole one, or that of `step`.
 
     Raises:
-        BadInput: the run has no such checkpoint, or `out` may not be written (see own_output).
+        BadInput: the run has no such checkpoint or another optimizer than AdamW, or `out` may not
+            be written (see own_output).
     """
     recipe = run_recipe(run_dir)
+    if recipe.optim.kind != "adamw":
+        raise BadInput(
+            f"{run_dir}: DeepSpeed's universal form has AdamW's states, and the run's optim.kind "
+            f"is {recipe.optim.kind}; export it without --universal"
+        )
     saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite)
     tag = f"step-{manifest.state.step:06d}"
     folder = own_output.stage(out)
@@ -53,8 +60,9 @@ def export_universal(
     # AdamW's count of updates, which bias correction needs: without it the moments of a resumed
     # run would be taken for those of a first step
     updates = torch.tensor(float(manifest.state.updates))
-    buffers = [name for name in saved.names if (name, MOMENTS[0]) not in manifest.digests]
-    parameters = [name for name in saved.names if name not in buffers]
+    trained = manifest.trained
+    buffers = [name for name in saved.names if name not in trained]
+    parameters = [name for name in saved.names if name in trained]
     for name in track(parameters, "writing", console=Console(stderr=True)):
         (zero / name).mkdir()
         for file, state in _FILES.items():

@@ -170,7 +170,7 @@ def _packing(draft: Draft) -> None:
 def _optimizer(draft: Draft) -> None:
     name = draft.take("optimizer", "optim")
     if name is not None and not re.fullmatch(r"adamw(_torch(_fused)?|_hf|_apex_fused)?", str(name)):
-        draft.note("optimizer", name, "it is AdamW here")
+        draft.note("optimizer", name, "it is AdamW here; optim.kind has lion, sgd and muon, too")
     betas = [draft.take("adam_beta1"), draft.take("adam_beta2")]
     if betas != [None, None]:
         first, second = betas

@@ -74,6 +74,11 @@ def deepspeed_config(
             f"{parallel.deepspeed}: offload_optimizer.ratio: an optimizer must be offloaded "
             "whole; remove the key"
         )
+    if optim.kind != "adamw" and offload_device(config, "optimizer") != "none":
+        raise BadInput(
+            f"{parallel.deepspeed}: offload_optimizer: only AdamW has a kernel for the CPU; set "
+            f"optim.kind=adamw, or a template that keeps {optim.kind}'s states on the GPU"
+        )
     bf16 = model.dtype == "bfloat16"
     if bf16 and stage(config) == 0:
         raise BadInput(

@@ -25,11 +25,11 @@ from packhorse.trainer.datatypes import BadInput, Batch, StepResult
 from packhorse.trainer.engine import compile_ops, zero_state
 from packhorse.trainer.engine.ds_config import nvme_offloads, stage
 from packhorse.trainer.engine.optim import (
-    build_optimizer,
     replace_gradient_norm,
     set_learning_rates,
     step_clipped,
 )
+from packhorse.trainer.engine.optimizers import Lion, Muon, build_optimizer, moment_bytes
 from packhorse.trainer.metrics import Clock
 from packhorse.trainer.model.lora import borrowed_weights
 from packhorse.trainer.model.quantisation import numel
@@ -48,6 +48,7 @@ with lean_import("mlflow"):
     import deepspeed
     import transformers.utils
     from deepspeed.runtime import compiler
+    from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
     from deepspeed.utils import logger as deepspeed_logger
 
     with replaced(compiler, "compile", lambda: compiler.dummy_decorator):
@@ -57,6 +58,8 @@ with lean_import("mlflow"):
 
 compile_ops.set_build_folder_and_flags()
 deepspeed_logger.setLevel(logging.WARNING)
+# tests/numerics/test_optimizers.py tests them; DeepSpeed warns of others than it has tried
+ZERO_SUPPORTED_OPTIMIZERS += [Lion, Muon, torch.optim.SGD]
 # DeepSpeed calls collectives by names that torch 2.13 deprecates, once for each layer and step
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
 # An all-reduce for inference. DeepSpeed would compile it at each machine's first start, and write
@@ -172,6 +175,7 @@ class Engine:
             self._engine = _evaluation_engine(module, config)
             return
         # DeepSpeed casts all parameters at stages 1 and 2
+        moments = moment_bytes(groups)  # DeepSpeed empties the groups
         frozen = [(p, p.data) for p in module.parameters() if not p.requires_grad]
         self._engine, *_ = deepspeed.initialize(
             model=module,
@@ -186,8 +190,9 @@ class Engine:
         self._optimizer: Any = self._engine.optimizer
         replace_gradient_norm(self._optimizer)
         self.state = zero_state.TrainingState(
-            self.module.model, self._optimizer, self.stage, gathered
+            self.module.model, self._optimizer, self.stage, moments, gathered
         )
+        zero_state.show_matrices(self._optimizer, self.state.names())
         self._gradient_watch = None
         if self.stage == 3:
             self._gradient_watch = _GradientWatch(module)
@@ -321,7 +326,10 @@ class Engine:
     def hyperparameters(self) -> list[dict[str, Any]]:
         """Return the hyperparameters of each parameter group, as the last step used them."""
         names = ("lr", "betas", "eps", "weight_decay")
-        return [{name: group[name] for name in names} for group in self._optimizer.param_groups]
+        return [
+            {name: group[name] for name in names if name in group}
+            for group in self._optimizer.param_groups
+        ]
 
 
 def _evaluation_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:

@@ -1,15 +1,14 @@
-"""Build the optimizer, set its learning rates and clip its gradients.
+"""Group the parameters, set the groups' learning rates and clip the gradients.
 
-In: a model, the recipe's `optim` section and DeepSpeed's configuration. Out: AdamW over parameter
-groups; the learning rate of a step; gradients clipped by the global norm. All that depends on the
-kind of optimizer is here: another one changes `build_optimizer`, `MOMENTS` and `moments_of`.
+In: a model and the recipe's `optim` section. Out: parameter groups for `optimizers.py`; the
+learning rate of a step; gradients clipped by the global norm.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,13 +17,9 @@ from torch import nn
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import OptimSection
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine.ds_config import offload_device
 from packhorse.trainer.model.quantisation import numel
 from packhorse.trainer.model.roles import EMBEDDINGS, EXPERTS, LINEAR, OTHERS, roles
 
-# The states that the optimizer keeps in fp32 beside each master weight, by the names that torch and
-# DeepSpeed give them. Checkpoints, exports and the planner know them from here alone.
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _NORM_BLOCK = 256  # gradient elements whose squares are summed in fp32
 
 # -------------------------------------------------------------------------------- groups and rates
@@ -41,18 +36,26 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
 
     Matrices are those of linear products and of experts, and embeddings if
     `section.decay_embeddings` is set. A group's learning rate is the schedule's times the group's
-    `lr_scale`.
+    `lr_scale`. Its `kind` is `section.kind`; where that is Muon, it is AdamW's for all but linear
+    products and experts, and for the head, as its authors have it.
 
     Raises:
         BadInput: one of `section.groups` matches no parameter that is trained.
     """
     role = roles(model)
-    scales = [1.0, *(group.lr / section.lr for group in section.groups)]
-    groups: list[dict[str, Any]] = [
-        {"params": [], "weight_decay": decay, "lr_scale": scale}
-        for scale in scales
-        for decay in (section.weight_decay, 0.0)
-    ]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    kinds = ("adamw", "muon") if section.kind == "muon" else (section.kind,)
+    groups: dict[tuple[int, bool, str], dict[str, Any]] = {
+        (number, decay, kind): {
+            "params": [],
+            "weight_decay": section.weight_decay if decay else 0.0,
+            "lr_scale": scale,
+            "kind": kind,
+        }
+        for number, scale in enumerate([1.0, *(group.lr / section.lr for group in section.groups)])
+        for decay in (True, False)
+        for kind in kinds
+    }
     matched = [False for _ in section.groups]
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -60,15 +63,16 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
         fits = [bool(re.search(group.match, name)) for group in section.groups]
         matched = [before or now for before, now in zip(matched, fits, strict=True)]
         number = fits.index(True) + 1 if any(fits) else 0
-        has_none = not decays(role[id(parameter)], section)
-        groups[2 * number + has_none]["params"].append(parameter)
+        does, is_head = role[id(parameter)], parameter is getattr(head, "weight", None)
+        kind = kinds[-1] if does in (LINEAR, EXPERTS) and not is_head else kinds[0]
+        groups[number, decays(does, section), kind]["params"].append(parameter)
     for group, found in zip(section.groups, matched, strict=True):
         if not found:
             raise BadInput(
                 f"optim.groups: `{group.match}` occurs in no trained parameter's name; "
                 f"`{next(model.named_parameters())[0]}` is one"
             )
-    return [group for group in groups if group["params"]]
+    return [group for group in groups.values() if group["params"]]
 
 
 def describe_decay(model: nn.Module, section: OptimSection) -> str:
@@ -118,53 +122,6 @@ def set_learning_rates(optimizer: Any, lr: float) -> None:
     """
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-
-
-# -------------------------------------------------------------------------------------- optimizer
-
-
-def build_optimizer(
-    groups: list[dict[str, Any]], section: OptimSection, config: Mapping[str, Any]
-) -> torch.optim.Optimizer:
-    """Return AdamW for parameter groups: torch's, or DeepSpeed's for the CPU where it is offloaded.
-
-    Args:
-        groups: as `parameter_groups` makes them.
-        config: DeepSpeed's configuration, which says where the optimizer's state lies.
-    """
-    settings: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
-    if offload_device(config, "optimizer") != "none":
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-    else:
-        optimizer = torch.optim.AdamW(groups, fused=True, **settings)
-    set_learning_rates(optimizer, section.lr)
-    return optimizer
-
-
-def is_offloaded(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the optimizer is the one that keeps its state in the host's memory."""
-    return not isinstance(optimizer, torch.optim.AdamW)
-
-
-def moments_of(
-    optimizer: torch.optim.Optimizer, master: torch.Tensor, updates: int | None = None
-) -> dict[str, torch.Tensor]:
-    """Return the optimizer's moments of a master weight, by state name, in the weight's shape.
-
-    Args:
-        updates: creates missing moments as zeros and sets the step counter, from which AdamW
-            computes its bias correction.
-    """
-    state = optimizer.state[master]
-    if updates is not None:
-        for name in MOMENTS:
-            state.setdefault(name, torch.zeros_like(master))
-        # torch's fused AdamW wants the counter as a tensor beside the weight, DeepSpeed's a number
-        as_tensor = not is_offloaded(optimizer)
-        state["step"] = torch.tensor(float(updates), device=master.device) if as_tensor else updates
-    return {name: state[name] for name in MOMENTS}
 
 
 # --------------------------------------------------------------------------------------- clipping

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import nn
 
 from packhorse.trainer import dist
-from packhorse.trainer.engine.optim import MOMENTS, is_offloaded, moments_of
+from packhorse.trainer.engine.optimizers import Muon, Piece, is_offloaded, moments_of
 from packhorse.trainer.engine.sharded_state import (
     FROZEN,
     WEIGHT,
@@ -40,12 +41,23 @@ Place = tuple[str, int, int, int]
 """A parameter's name, its first element in a partition, the offset in the partition, the number."""
 
 
+@dataclass(frozen=True)
+class Partition:
+    """A rank's flat part of a group's fp32 master weights."""
+
+    master: torch.Tensor
+    kind: str  # of the optimizer that updates it
+    parameters: list[Any]  # of the whole group, in the same order on every rank
+    places: list[Place]  # of those parameters that the part holds
+
+
 class TrainingState:
     """What a checkpoint holds of a model in training: fp32 weights, moments and buffers (C8).
 
     Parameters and buffers have the names that the transformers model gives them.
 
     Args:
+        moment_bytes: of all ranks together (optimizers.moment_bytes).
         gathered: holds parameters whole inside its block (engine.gathered).
     """
 
@@ -54,17 +66,19 @@ class TrainingState:
         model: nn.Module,
         optimizer: Any,
         stage: int,
+        moment_bytes: int,
         gathered: Callable[..., AbstractContextManager[Any]],
     ) -> None:
         self._model = model
         self._optimizer = optimizer
         self._stage = stage
+        self._moment_bytes = moment_bytes
         self._gathered = gathered
 
     def bytes(self) -> int:
         """Return the bytes that all ranks together write: states in fp32, and the buffers."""
         trained = sum(map(numel, self._trained().values()))
-        return 4 * (1 + len(MOMENTS)) * trained + sum(piece.bytes for piece in self._buffers())
+        return 4 * trained + self._moment_bytes + sum(piece.bytes for piece in self._buffers())
 
     def shapes(self) -> dict[str, list[int]]:
         """Return the shapes of the trained parameters and the buffers, by name."""
@@ -143,11 +157,11 @@ class TrainingState:
 
 def read(optimizer: Any, names: Names) -> Iterator[list[Slice]]:
     """Yield this rank's state a group at a time, valid until the next group is asked for."""
-    for i, (master, places) in enumerate(_partitions(optimizer, names)):
+    for i, part in enumerate(_partitions(optimizer, names)):
         on_nvme = _is_on_nvme(optimizer, i)
         if on_nvme:
             optimizer._optimizer_states_and_gradient_swap_in(i)
-        yield _slices(master, places, moments_of(_base(optimizer), master))
+        yield _slices(part, moments_of(_base(optimizer), part.master, part.kind))
         if on_nvme:
             optimizer._release_swap_buffers(i)
 
@@ -160,11 +174,11 @@ def write(optimizer: Any, names: Names, updates: int) -> Iterator[list[Slice]]:
     if is_stage_3(optimizer):
         # cuts the small parameters, which DeepSpeed otherwise keeps whole
         optimizer.checkpoint_event_prologue()
-    for i, (master, places) in enumerate(_partitions(optimizer, names)):
+    for i, part in enumerate(_partitions(optimizer, names)):
         on_nvme = _is_on_nvme(optimizer, i)
         if on_nvme:
             optimizer._optimizer_states_and_gradient_swap_in(i)
-        yield _slices(master, places, moments_of(_base(optimizer), master, updates))
+        yield _slices(part, moments_of(_base(optimizer), part.master, part.kind, updates))
         if is_stage_3(optimizer):
             # the model's own shards follow the masters
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
@@ -192,24 +206,45 @@ def _base(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
 
 
-def _partitions(optimizer: Any, names: Names) -> Iterator[tuple[torch.Tensor, list[Place]]]:
+def _partitions(optimizer: Any, names: Names) -> Iterator[Partition]:
     """Yield this rank's flat partitions of fp32 master weights, and the places in each."""
+    groups = optimizer.param_groups
     if is_stage_3(optimizer):
         for i, master in enumerate(optimizer.fp32_partitioned_groups_flat):
-            yield master, list(_stage_3_places(optimizer.fp16_groups[i], names))
+            parameters = optimizer.fp16_groups[i]
+            kind = groups[optimizer.sub_group_to_group_id[i]]["kind"]
+            yield Partition(master, kind, parameters, list(_stage_3_places(parameters, names)))
         return
     if hasattr(optimizer, "bf16_groups"):
         # stage 1 in bf16 is a class of its own, with other attribute names
-        masters, groups = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
+        masters, members = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
     elif hasattr(optimizer, "bit16_groups"):
-        masters, groups = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
+        masters, members = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
     else:  # stage 0
-        for group in optimizer.param_groups:
+        for group in groups:
             for parameter in group["params"]:
-                yield parameter, [(names[id(parameter)], 0, 0, parameter.numel())]
+                place = (names[id(parameter)], 0, 0, parameter.numel())
+                yield Partition(parameter, group["kind"], [parameter], [place])
         return
-    for master, group in zip(masters, groups, strict=True):
-        yield master, list(_stage_1_2_places(group, names))
+    for master, parameters, group in zip(masters, members, groups, strict=True):
+        places = list(_stage_1_2_places(parameters, names))
+        yield Partition(master, group["kind"], parameters, places)
+
+
+def show_matrices(optimizer: Any, names: Names) -> None:
+    """Tell Muon where its matrices lie in the master weights, if it is the optimizer."""
+    base = _base(optimizer)
+    if not isinstance(base, Muon):
+        return
+    base.is_sharded = base is not optimizer  # DeepSpeed cuts weights at every stage but 0
+    base.pieces = {
+        id(part.master): [
+            Piece(tuple(getattr(p, "ds_shape", p.shape)), *here.get(names[id(p)], (0, 0, 0)))
+            for p in part.parameters
+        ]
+        for part in _partitions(optimizer, names)
+        for here in ({name: place for name, *place in part.places},)
+    }
 
 
 def _stage_3_places(parameters: list[Any], names: Names) -> Iterator[Place]:
@@ -230,15 +265,13 @@ def _stage_1_2_places(parameters: list[Any], names: Names) -> Iterator[Place]:
             yield names[id(parameter)], of_parameter.start, here.start, here.numel
 
 
-def _slices(
-    master: torch.Tensor, places: list[Place], moments: dict[str, torch.Tensor]
-) -> list[Slice]:
+def _slices(part: Partition, moments: dict[str, torch.Tensor]) -> list[Slice]:
     states = {
-        name: tensor.detach().view(-1) for name, tensor in {WEIGHT: master, **moments}.items()
+        name: tensor.detach().view(-1) for name, tensor in {WEIGHT: part.master, **moments}.items()
     }
     return [
         Slice(name, start, {state: flat[offset : offset + numel] for state, flat in states.items()})
-        for name, start, offset, numel in places
+        for name, start, offset, numel in part.places
         if numel > 0
     ]
 
@@ -254,9 +287,9 @@ def make_moments(optimizer: Any, names: Names) -> None:
     base = _base(optimizer)
     if is_offloaded(base):
         return
-    for master, _ in _partitions(optimizer, names):
-        if not base.state[master]:
-            moments_of(base, master, 0)
+    for part in _partitions(optimizer, names):
+        if not base.state[part.master]:
+            moments_of(base, part.master, part.kind, 0)
 
 
 def forget_gradients(optimizer: Any) -> None:

@@ -25,7 +25,6 @@ import numpy as np
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.ranks import filler_share
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine.optim import MOMENTS
 from packhorse.trainer.estimate.model import Activations, ModelSizes
 from packhorse.trainer.model.loss import BLOCK_HIDDEN, LIGER_HIDDEN
 
@@ -34,7 +33,6 @@ GIB = 2**30
 # allocated; and CUDA's context, NCCL's buffers and cuBLAS's workspaces.
 SHARE_RESERVED = 0.05
 RESERVED = int(1.5 * GIB)
-_MOMENT_BYTES = 4 * len(MOMENTS)  # of a trained weight, in fp32
 
 # ----------------------------------------------------------------------------------- training state
 
@@ -64,9 +62,9 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
     if stage == 3:
         return _count_stage_3(model, config["zero_optimization"], sum_bytes, world)
     frozen = model.element * sum(model.frozen) + model.quantised_bytes
-    if stage == 0:  # torch's own AdamW: the weights are the master weights
+    if stage == 0:  # the weights are the master weights
         weights = model.element * model.trained
-        return StateBytes(weights + frozen, 0, weights, 0, _MOMENT_BYTES * model.trained)
+        return StateBytes(weights + frozen, 0, weights, 0, model.moment_bytes)
     if config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
         raise BadInput(
             "offload_optimizer at ZeRO stages 1 and 2 is not planned; plan it at stage 3"
@@ -82,7 +80,8 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
         gradients = sum_bytes * piece
     else:
         gradients = model.element * _count_touched(model.groups, flat, world)
-    weights, moments = model.element * sum(flat) + frozen, _MOMENT_BYTES * piece
+    weights = model.element * sum(flat) + frozen
+    moments = sum(m * part for m, part in zip(model.moments, flat, strict=True)) // world
     return StateBytes(weights, 0, gradients, 4 * piece, moments)
 
 
@@ -93,7 +92,8 @@ def _count_stage_3(
         raise BadInput("adapter.base: weights of 4 bits are not sharded at ZeRO-3")
     trained = [size for group in model.groups for size in group]
     # each parameter is cut by itself, and its last piece filled up
-    piece = sum(-(-size // world) for size in trained)
+    pieces = [sum(-(-size // world) for size in group) for group in model.groups]
+    piece = sum(pieces)
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     # whole: gathered from the ranks' pieces, the last one's filling included
     small = [size for size in (*trained, *model.frozen) if size <= threshold]
@@ -110,7 +110,7 @@ def _count_stage_3(
         # the CPU optimizer keeps a copy of its own on the host
         gradients=(sum_bytes + 4 * (optimizer_on == "cpu")) * piece,
         masters=4 * piece,
-        moments=_MOMENT_BYTES * piece,
+        moments=sum(m * part for m, part in zip(model.moments, pieces, strict=True)),
         weights_on=weights_on,
         optimizer_on=optimizer_on,
     )
@@ -278,7 +278,7 @@ class Disk:
 
 
 def disk_needed(model: ModelSizes, keep: int) -> Disk:
-    one = (4 + _MOMENT_BYTES) * model.trained + model.buffers
+    one = 4 * model.trained + model.moment_bytes + model.buffers
     return Disk(one, (keep + 1) * one, one, 2 * model.element * model.parameters)
 
 
@@ -310,9 +310,9 @@ def full_step_stats(recipe: Recipe) -> StepStats:
     """Return the stats without the data: each sequence is one full document, trained whole."""
     batch = recipe.batch
     tokens = batch.global_batch_size * batch.seq_len
-    fullest = min(batch.micro_batch_size, batch.global_batch_size) * batch.seq_len
+    fullest = min(batch.micro, batch.global_batch_size) * batch.seq_len
     return StepStats(
-        micro_batches=np.array([-(-batch.global_batch_size // batch.micro_batch_size)]),
+        micro_batches=np.array([-(-batch.global_batch_size // batch.micro)]),
         steps=recipe.train.steps,
         tokens=tokens,
         trained=tokens,

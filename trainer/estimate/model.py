@@ -18,9 +18,11 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy
 
-from packhorse.trainer.config.recipe import AdapterSection, ModelSection, OptimSection
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import AdapterSection, ModelSection, OptimSection, Recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.optim import parameter_groups
+from packhorse.trainer.engine.optimizers import MOMENTS
 from packhorse.trainer.metrics import ModelFlops, model_flops
 from packhorse.trainer.model import attention
 from packhorse.trainer.model.activation_checkpointing import save, set_checkpointing
@@ -31,6 +33,11 @@ from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_sha
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from packhorse.trainer.utils.text import one_line
 
+# For `batch.micro_batch_size: auto`. Most of a GPU's memory is the training state's, and more
+# sequences are not worth any recomputation: activations may take this share of it.
+ACTIVATION_SHARE = 0.25
+MOST_TOKENS = 65_536  # of a micro-batch, by which products are large enough for any GPU
+
 # -------------------------------------------------------------------------------------------- sizes
 
 
@@ -40,6 +47,7 @@ class ModelSizes:
 
     name: str
     groups: tuple[tuple[int, ...], ...]  # each trained parameter, by the optimizer's groups
+    moments: tuple[int, ...]  # bytes that the optimizer keeps beside a group's weight, by group
     frozen: tuple[int, ...]  # each frozen parameter that is not in 4 bits
     quantised: int  # all frozen parameters in 4 bits
     quantised_bytes: int
@@ -56,6 +64,10 @@ class ModelSizes:
     @property
     def trained(self) -> int:
         return sum(map(sum, self.groups))
+
+    @property
+    def moment_bytes(self) -> int:
+        return sum(m * sum(group) for m, group in zip(self.moments, self.groups, strict=True))
 
     @property
     def parameters(self) -> int:
@@ -118,13 +130,14 @@ def measure_model(
         linear = linear_modules(model).values()  # those that are frozen are quantised
         in_4_bits = {id(m.weight): m.weight.numel() for m in linear if not m.weight.requires_grad}
     double = adapter is not None and adapter.base == "nf4_double_quant"
-    groups = [tuple(p.numel() for p in group["params"]) for group in parameter_groups(model, optim)]
+    groups = parameter_groups(model, optim)
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in in_4_bits]
     buffers = [buffer for _, buffer in persistent_buffers(model)]
     own_sizes = (sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     return ModelSizes(
         name=type(model).__name__,
-        groups=tuple(groups),
+        groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
+        moments=tuple(4 * len(MOMENTS[group["kind"]]) for group in groups),
         frozen=tuple(p.numel() for p in frozen),
         quantised=sum(in_4_bits.values()),
         quantised_bytes=sum(_nf4_bytes(elements, double) for elements in in_4_bits.values()),
@@ -178,6 +191,26 @@ def trace_activations(model: Any, tokens: int) -> dict[str, Activations]:
             again = (whole - part for whole, part in zip(whole_layers, of_layers, strict=True))
             found[mode] = Activations(kept, max(again, default=0))
     return found
+
+
+def largest_micro_batch(recipe: Recipe, card: int) -> int:
+    """Return the largest power of two of packed sequences whose activations, with nothing
+    recomputed, fit ACTIVATION_SHARE of a GPU of `card` bytes.
+
+    It depends on neither the number of GPUs nor ZeRO's stage. It is 1 for a model that cannot be
+    planned.
+    """
+    batch = recipe.batch
+    try:
+        model = build_empty_model(recipe.model, recipe.adapter)
+        one, _ = _trace_forward(model, batch.seq_len, "none")
+    except BadInput as error:
+        dist.log.info("memory is not predicted: %s", error)
+        return 1
+    most = min(
+        int(ACTIVATION_SHARE * card / one), MOST_TOKENS // batch.seq_len, batch.global_batch_size
+    )
+    return 2 ** (max(most, 1).bit_length() - 1)
 
 
 def _trace_forward(model: Any, tokens: int, mode: str) -> tuple[int, list[int]]:

@@ -191,7 +191,7 @@ def _plan_template(
         *(memory[mode], mode, shortages[mode]),
         smallest=next((world for world in of_groups if fits(world, leanest)), None),
         traffic=sequence_traffic(recipe, model, config, cluster, stats, mode),
-        longest=longest * stats.sequence // recipe.batch.micro_batch_size,
+        longest=longest * stats.sequence // recipe.batch.micro,
     )
 
 

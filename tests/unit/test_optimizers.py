@@ -1,0 +1,127 @@
+"""The update rules against their formulas and torch's own optimizers; groups and bytes by kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from packhorse.trainer.config.recipe import OptimSection
+from packhorse.trainer.engine.optim import parameter_groups, set_learning_rates
+from packhorse.trainer.engine.optimizers import (
+    Lion,
+    Muon,
+    Piece,
+    build_optimizer,
+    moment_bytes,
+    moments_of,
+    orthogonalised,
+)
+
+STAGE_0: dict[str, Any] = {"zero_optimization": {"stage": 0}}
+MOE = {
+    **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16},
+    **{"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+    **{"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1},
+}
+
+
+def empty_model(**changes: Any) -> Any:
+    with torch.device("meta"):
+        config = AutoConfig.for_model("qwen3_moe", **{**MOE, **changes})
+        return AutoModelForCausalLM.from_config(config)
+
+
+def names(model: nn.Module, groups: list[dict[str, Any]], kind: str) -> set[str]:
+    ids = {id(p) for group in groups if group["kind"] == kind for p in group["params"]}
+    return {name for name, parameter in model.named_parameters() if id(parameter) in ids}
+
+
+def test_lion_moves_by_the_sign_of_its_momentum() -> None:
+    weight = nn.Parameter(torch.tensor([1.0, 1.0, 1.0]))
+    group = {"params": [weight], "weight_decay": 0.5}
+    optimizer = Lion([group], {"lr": 0.1, "betas": (0.9, 0.99)})
+    weight.grad = torch.tensor([2.0, -3.0, 0.0])
+    optimizer.step()
+    assert torch.allclose(weight.detach(), torch.tensor([0.85, 1.05, 0.95]))
+    weight.grad = torch.tensor([-0.1, 0.0, 0.0])  # 0.9 x 0.02 - 0.1 x 0.1 is still positive
+    optimizer.step()
+    expected = torch.tensor([0.85 * 0.95 - 0.1, 1.05 * 0.95 + 0.1, 0.95**2])
+    assert torch.allclose(weight.detach(), expected)
+
+
+def test_lion_that_was_restored_goes_on() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = Lion([{"params": [weight], "weight_decay": 0.0}], {"lr": 0.1, "betas": (0.9, 0.99)})
+    moments_of(optimizer, weight, "lion", updates=7)["exp_avg"].copy_(torch.tensor([1.0, -1.0]))
+    weight.grad = torch.zeros(2)
+    optimizer.step()
+    assert torch.allclose(weight.detach(), torch.tensor([0.9, 1.1]))
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 16, 24)])
+def test_orthogonalised_matrices_have_singular_values_near_one(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    found = orthogonalised(torch.randn(shape)) / (0.2 * max(shape[-2:]) ** 0.5)
+    values = torch.linalg.svdvals(found)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    assert torch.equal(orthogonalised(torch.zeros(shape)), torch.zeros(shape))
+
+
+def test_experts_are_orthogonalised_one_by_one() -> None:
+    torch.manual_seed(0)
+    experts = torch.randn(3, 16, 24)
+    alone = torch.stack([orthogonalised(expert) for expert in experts])
+    assert torch.allclose(orthogonalised(experts), alone, atol=1e-6)
+
+
+def test_muon_is_torchs_own_but_for_its_bf16() -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(24, 40), torch.randn(3, 24, 40)
+    mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    group = {"params": [mine], "weight_decay": 0.1, "lr_scale": 1.0, "kind": "muon"}
+    section = OptimSection.model_validate({"kind": "muon", "lr": 0.02, "betas": [0.95, 0.95]})
+    optimizer = build_optimizer([group], section, STAGE_0)
+    assert isinstance(optimizer, Muon)
+    optimizer.pieces = {id(mine): [Piece((24, 40), 0, 0, 960)]}
+    optimizer.is_sharded = False
+    other = torch.optim.Muon(
+        [theirs], lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+    )
+    for gradient in gradients:
+        mine.grad, theirs.grad = gradient.clone(), gradient.clone()
+        set_learning_rates(optimizer, 0.02)
+        optimizer.step()
+        other.step()
+    difference = (mine - theirs).norm() / (theirs - start).norm()
+    assert difference.item() < 0.02
+
+
+def test_muon_takes_linear_products_and_experts_alone() -> None:
+    model = empty_model()
+    groups = parameter_groups(model, OptimSection(kind="muon"))
+    matrices = names(model, groups, "muon")
+    assert {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.gate.weight"} <= matrices
+    assert "model.layers.0.mlp.experts.down_proj" in matrices
+    assert names(model, groups, "adamw") >= {"lm_head.weight", "model.embed_tokens.weight"}
+    assert all(model.get_parameter(name).dim() in (2, 3) for name in matrices)
+    assert all(group["weight_decay"] > 0 for group in groups if group["kind"] == "muon")
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lion", "sgd", "muon"])
+def test_moments_take_the_bytes_that_are_planned(kind: str) -> None:
+    model = empty_model().to_empty(device="cpu")
+    section = OptimSection.model_validate({"kind": kind})
+    groups = parameter_groups(model, section)
+    optimizer = build_optimizer(groups, section, STAGE_0)
+    held = sum(
+        moment.nbytes
+        for group in optimizer.param_groups
+        for weight in group["params"]
+        for moment in moments_of(optimizer, weight, group["kind"], 0).values()
+    )
+    assert moment_bytes(groups) == held
