@@ -409,10 +409,10 @@ def test_the_garbage_collector_does_not_look_through_what_was_imported():
 
 
 def freeze_own_worker(rows: list[Row]) -> list[RowResult]:
-    """Stop the worker at row 50, as a user's SIGSTOP does; the others go on."""
+    """Stop the worker from row 50 on, as a user's SIGSTOP does."""
     if multiprocessing.parent_process() is None:
         time.sleep(0.05)
-    elif rows[-1].number == 50:
+    elif rows[-1].number >= 50:
         os.kill(os.getpid(), signal.SIGSTOP)
     return fake_tokenize(rows)
 
@@ -429,7 +429,8 @@ def prepare_with_a_frozen_worker() -> None:
 
 def test_a_frozen_worker_ends_the_preparation_and_its_rows_are_named():
     said = run_apart(prepare_with_a_frozen_worker)
-    assert "a worker process has done nothing for 2 s at the rows from a.jsonl:50 to" in said
+    assert "a worker process has done nothing for 2 s at the rows from a.jsonl:" in said
+    assert min(map(int, re.findall(r"a.jsonl:(\d+)", said))) >= 50
 
 
 done_here = 0
