@@ -196,6 +196,7 @@ def peak_memory(
         "weights": local * state.weights if state.weights_on == "cpu" else 0,
         "gradients": 0 if on_gpu else local * state.gradients,
         "optimizer": local * optimizer if state.optimizer_on == "cpu" else 0,
+        "activations": local * activations.host,
         "swapping": local * _count_swap_buffers(model, zero, state),
     }
     nvme = (optimizer if state.optimizer_on == "nvme" else 0) + (

@@ -59,8 +59,8 @@ class ModelSizes:
     gathered_at_once: int  # the most that ZeRO-3 gathers in one call, a module's or a whole layer's
     buffers: int  # bytes, on every rank and in a checkpoint
     flops: ModelFlops
-    # query heads, key heads, head size and that of values, of each layer that attends
-    attention: tuple[tuple[int, int, int, int], ...] = ()
+    # query heads, key heads, head size, that of values, and window of each layer that attends
+    attention: tuple[tuple[int, int, int, int, int | None], ...] = ()
 
     @property
     def trained(self) -> int:
@@ -114,7 +114,7 @@ def _run_decoder(model: Any, tokens: int) -> torch.Tensor:
     return out.last_hidden_state[0]
 
 
-def attention_shapes(model: Any) -> tuple[tuple[int, int, int, int], ...]:
+def attention_shapes(model: Any) -> tuple[tuple[int, int, int, int, int | None], ...]:
     """Return ModelSizes.attention of a model that `build_empty_model` made."""
     _attended.clear()
     _run_decoder(model, tokens=64)
@@ -174,6 +174,7 @@ class Activations:
 
     kept: int  # from the forward to the backward
     layer: int  # once more while a layer is recomputed: the largest layer's; 0 without
+    host: int = 0  # kept in the host's memory
 
 
 def trace_activations(model: Any, tokens: int) -> dict[str, Activations]:
@@ -192,6 +193,7 @@ def trace_activations(model: Any, tokens: int) -> dict[str, Activations]:
             kept, of_layers = _trace_forward(model, tokens, mode)
             again = (whole - part for whole, part in zip(whole_layers, of_layers, strict=True))
             found[mode] = Activations(kept, max(again, default=0))
+        found["offload"] = Activations(0, found["full"].layer, host=found["full"].kept)
     return found
 
 
@@ -302,11 +304,11 @@ _planned_attention.register_fake(_planned_attention._init_fn)
 _planned_attention.register_autograd(_no_backward, setup_context=_save_as_fused)
 
 
-_attended: list[tuple[int, int, int, int]] = []  # shapes that the stand-in has seen
+_attended: list[tuple[int, int, int, int, int | None]] = []  # shapes that the stand-in has seen
 
 
 def _fused(
     layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments
 ) -> torch.Tensor:
-    _attended.append((q.shape[1], k.shape[1], k.shape[3], v.shape[3]))
+    _attended.append((q.shape[1], k.shape[1], k.shape[3], v.shape[3], arguments.window))
     return _planned_attention(q, k, v)[0].transpose(1, 2)
