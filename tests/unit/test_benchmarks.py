@@ -1,0 +1,86 @@
+"""The benchmarks' own code runs where there is no time to measure anything."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import ROOT
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def test_every_arm_beside_trl_gets_the_type_that_is_asked_for(tmp_path: Path) -> None:
+    import vs_trl
+
+    (tmp_path / "data.jsonl").write_text("{}\n")
+    given = ["--model", str(tmp_path), "--data", str(tmp_path / "data.jsonl")]
+    made: Any = vs_trl.shared_job(vs_trl.parse(given), tmp_path)
+    assert (made.dtype, made.seq_len, made.micro_batch_size) == ("bfloat16", 1024, 4)
+    options = vs_trl.parse([*given, "--dtype", "float32", "--seq-len", "512"])
+    job = vs_trl.shared_job(options, tmp_path)
+    assert (job.dtype, job.seq_len) == ("float32", 512)
+    assert vs_trl.trl_job("trl_best", job).dtype == "float32"
+    assert vs_trl.trl_job("trl_autocast", made).dtype == "float32", "an arm's own type"
+    vs_trl.packhorse_command(job, tmp_path, tmp_path / "cache")
+    assert '"dtype": "float32"' in (tmp_path / "recipe.yaml").read_text()
+
+
+def test_each_part_of_a_step_is_a_line_as_soon_as_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu_parts
+
+    monkeypatch.setattr(gpu_parts, "CALLS", 1)
+    out = tmp_path / "parts.jsonl"
+    broken, calls = gpu_parts.loss_part, []
+
+    def counting(*given: Any) -> Any:
+        calls.append(len(out.read_text().splitlines()))
+        name, run, flops = broken(*given)
+        return name, lambda: run() or 1 / 0, flops
+
+    monkeypatch.setattr(gpu_parts, "loss_part", counting)
+    lines = gpu_parts.main(["--tiny", "--out", str(out)])
+    names = [line["part"] for line in lines]
+    assert names == [
+        *("products", "attention reference"),
+        *(f"layer torch, {mode} recomputed" for mode in ("none", "selective", "full")),
+        "loss chunked",
+    ]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == lines
+    assert calls == [5], "the lines before it were written"
+    assert all(line["ms"] > 0 for line in lines[:5]), lines
+    assert "ZeroDivisionError" in lines[5]["error"], "a part that fails"
+
+
+def test_a_trace_tells_the_busy_share_and_the_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu_trace
+
+    def event(name: str, category: str, start: float, length: float) -> dict[str, Any]:
+        return {"ph": "X", "name": name, "cat": category, "ts": start, "dur": length}
+
+    overlapping = [event("gemm", "kernel", 0, 4000), event("norm", "kernel", 3000, 3000)]
+    later = [event("gemm", "kernel", 8000, 2000), {"ph": "i", "name": "mark", "ts": 0}]
+    waits = [event("cudaStreamSynchronize", "cuda_runtime", 0, 9), event("mm", "cpu_op", 0, 1)]
+    said = gpu_trace.report(overlapping + later + waits)
+    assert "10.0 ms, of which kernels run 80.0%" in said
+    assert "cudaDeviceSynchronize 0, cudaStreamSynchronize 1" in said
+    assert "| gemm | 2 | 6.00 | 60.0% |" in said
+    # the file that a real profiler writes, as a run's
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ones(8, 8) @ torch.ones(8, 8)
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    monkeypatch.setattr(sys, "argv", ["gpu_trace.py", str(tmp_path)])
+    gpu_trace.main()
+    assert "aten::mm" in capsys.readouterr().out
