@@ -116,7 +116,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def saver(folder: Path, engine: Any, asynchronous: bool) -> Any:
-    from packhorse.trainer.checkpoint.checkpoint import Saver
+    from packhorse.trainer.checkpoint.saver import Saver
     from packhorse.trainer.config.recipe import CheckpointSection
 
     return Saver(folder, engine, CheckpointSection(keep=1, asynchronous=asynchronous))

@@ -17,7 +17,7 @@ import resource
 import shutil
 import sys
 import tempfile
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,17 +96,26 @@ def kernels() -> list[Row]:
 
 
 def flash_attn() -> Row:
-    if importlib.util.find_spec("flash_attn") is None:
-        return Row("flash-attn", "not installed")
-    try:
-        importlib.import_module("flash_attn")
-    except ImportError as error:
-        fault = (
-            f"flash-attn is installed, but does not load ({error}): it was built for another torch "
-            f"or another CUDA"
-        )
-        return Row("flash-attn", "broken", fault)
-    return Row("flash-attn", version("flash-attn"))
+    """Return which versions of flash-attn are installed, after their import."""
+    from packhorse.trainer.model.flash_versions import MODULES
+
+    found = []
+    for number, module in MODULES.items():
+        name = "flash-attn" if number == 2 else f"flash-attn-{number}"
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            continue
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a kernel for another CUDA fails in ways of its own
+            fault = (
+                f"{name} is installed, but does not load ({error}): it was built for another torch "
+                f"or another CUDA"
+            )
+            return Row("flash-attn", "broken", fault)
+        found.append(f"{name} {installed}")
+    return Row("flash-attn", ", ".join(found) or "not installed")
 
 
 def deepspeed_ops() -> list[Row]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 import os
 import secrets
+import socket
 import stat
 import time
 from collections.abc import Sequence
@@ -140,7 +141,7 @@ class SignedStore:
         # The nodes that meet here read it as well: none of them waits in vain for this one.
         self._store.set(self._prefix + name, "forged")
         raise Forged(
-            f"what another process wrote at the rendezvous host is not signed with this run's "
-            f"{SECRET}, and is not read: run.dir is not the same folder on all nodes, or somebody "
-            f"else writes to the port"
+            f"what another process wrote at the rendezvous host is not signed with the {SECRET} "
+            f"that {socket.gethostname()} sees, and is not read: run.dir is not the same folder on "
+            f"all nodes, or somebody else writes to the port"
         )

@@ -20,6 +20,7 @@ from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import TrainData
+from packhorse.trainer.data.ranks import count_groups
 from packhorse.trainer.datatypes import BadInput, Batch
 from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
 from packhorse.trainer.engine.engine import Engine, gathered, reads_gathered, sharded_init
@@ -28,11 +29,13 @@ from packhorse.trainer.estimate.memory import Memory
 from packhorse.trainer.estimate.report import predict_memory
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import Metrics, model_flops
+from packhorse.trainer.model.attention import SequenceGroup
 from packhorse.trainer.model.checks import failures_explained, require_positions
 from packhorse.trainer.model.load import load_config, load_model
 from packhorse.trainer.model.lora import require_stage
 from packhorse.trainer.model.packing_check import longest_document, prove_packing
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
+from packhorse.trainer.model.sequence_check import prove_slices
 from packhorse.trainer.model.sft import SftModel
 from packhorse.trainer.trackers import TENSORBOARD, Trackers
 from packhorse.trainer.utils.cpu_speed import EMULATED_FROM, bf16_slowdown
@@ -59,7 +62,8 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         sharded_init=partial(sharded_init, ds_config),
         gathered=gathered,
     )
-    module = SftModel(model, recipe.loss, recipe.train.seed, dist.device())
+    group = _sequence_group(recipe)
+    module = SftModel(model, recipe.loss, recipe.train.seed, dist.device(), group)
     groups = None
     if learns:
         freeze_named(model, recipe.model.freeze)
@@ -72,6 +76,15 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     engine = Engine(module, groups, recipe.optim, ds_config)
     check_packing(recipe, module)
     return engine
+
+
+def _sequence_group(recipe: Recipe) -> SequenceGroup | None:
+    """Return the ranks that share a packed sequence with this one (C13); None if it is alone."""
+    size = recipe.parallel.sequence
+    count_groups(dist.world_size(), size)
+    if size == 1:
+        return None
+    return SequenceGroup(dist.consecutive_group(size), recipe.parallel.sequence_kind)
 
 
 def resolve_checkpointing(recipe: Recipe, plan: Plan) -> Recipe:
@@ -151,14 +164,19 @@ def check_packing(recipe: Recipe, module: SftModel) -> None:
         "%.1e, the loss by %.1e",
         *(", ".join(map(str, proof.lengths)), proof.hidden_difference, proof.loss_difference),
     )
-    for module in proof.by_document:
+    for name in proof.by_document:
         dist.log.warning(
-            "packed sequences run document by document through %s: right, but slower", module
+            "packed sequences run document by document through %s: right, but slower", name
         )
     if proof.by_itself:
         dist.log.warning(
             "the model cannot attend through packhorse's kernels and attends by its own code"
         )
+    if (size := recipe.parallel.sequence) > 1:
+        seen = prove_slices(
+            module, proof, size=size, seq_len=recipe.batch.seq_len, seed=recipe.train.seed
+        )
+        dist.log.info("sequences cut over %d ranks differ from whole ones by %.1e", size, seen)
 
 
 # Devices on which the dry run pays: a GPU runs out of memory in the middle of a run, and the kernel
@@ -187,7 +205,8 @@ def memory_dry_run(recipe: Recipe, engine: Engine, loader: Loader, first_step: i
         engine.memory_dry_run(batches)
     dist.log.info("memory dry run: %s fits", fullest)
     is_planned = dist.is_main() and device == "cuda"
-    predicted = predict_memory(recipe, tokens, trained) if is_planned else {}
+    whole = tokens * recipe.parallel.sequence
+    predicted = predict_memory(recipe, whole, trained) if is_planned else {}
     # torch's allocator counts neither CUDA's context nor what is not in a tensor
     held = [memory.gpu_total - memory.gpu["reserve"] for memory in predicted.values()]
     return held[0] if held else None

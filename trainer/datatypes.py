@@ -10,7 +10,7 @@ padding; D documents in it; N trained positions in it; H hidden size; V vocabula
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -183,13 +183,19 @@ class StepPlan:
     examples: int
 
 
+FILLER = -1  # the document's number in the key of a filler's document
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on one rank: its D documents end to end, T tokens without padding."""
+    """One micro-batch on one rank: its D documents end to end, T tokens without padding.
+
+    If several ranks share it (C13), T is of this rank's slice. What describes documents is whole.
+    """
 
     input_ids: torch.Tensor  # (T,) int64
     position_ids: torch.Tensor  # (T,) int64, from 0 at the first token of every piece of a document
-    cu_seqlens: torch.Tensor  # (D + 1,) int32, where documents begin, and T
+    cu_seqlens: torch.Tensor  # (D + 1,) int32, where documents begin, and the end of the last
     # Of the D documents. On the host, so that nothing has to wait for the GPU to know them.
     lengths: tuple[int, ...]
     trained_positions: torch.Tensor  # (N,) int64 into T: positions whose next token is trained
@@ -202,6 +208,29 @@ class Batch:
     document_keys: tuple[tuple[int, int, int], ...]
     sequence_ids: tuple[int, ...]  # numbers within the epoch; empty for a filler
     is_filler: bool = False
+    slice: tuple[int, int] = (0, 1)  # number of this rank's slice, and of how many
+
+    def cut(self, index: int, number: int) -> Batch:
+        """Return slice `index` of `number` slices of a whole batch, which has as many tokens."""
+        if number == 1:
+            return self
+        start, stop = slice_borders(self.lengths, number)[index : index + 2]
+        assert start < stop, "a slice without a token"
+        inside = (self.trained_positions >= start) & (self.trained_positions < stop)
+        return replace(
+            self,
+            input_ids=self.input_ids[start:stop],
+            position_ids=self.position_ids[start:stop],
+            trained_positions=self.trained_positions[inside] - start,
+            targets=self.targets[inside],
+            weights=self.weights[inside],
+            slice=(index, number),
+        )
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether this rank counts the micro-batch's sequences: of its slices, the first does."""
+        return self.slice[0] == 0
 
     @property
     def tokens(self) -> int:
@@ -230,6 +259,12 @@ class Batch:
         fields = vars(self).items()
         changed = {name: change(value) for name, value in fields if isinstance(value, torch.Tensor)}
         return replace(self, **changed)
+
+
+def slice_borders(lengths: Sequence[int], number: int) -> tuple[int, ...]:
+    """Return where `number` ranks cut a packed sequence of documents: (number + 1,) from 0 on."""
+    total = sum(lengths)
+    return tuple(total * i // number for i in range(number + 1))
 
 
 # ----------------------------------------------------------------------------------------- training

@@ -9,6 +9,7 @@ torch is imported inside functions: commands that need no torch start faster.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import sys
@@ -215,15 +216,34 @@ def _all_reduce(values: list[Any], dtype: str) -> list[Any]:
     return tensor.tolist()
 
 
+# Values travel as JSON. torch's collectives of objects pickle, and who reaches gloo's ports would
+# then run code in every rank. A single rank's values take the same way: what JSON changes, such as
+# a tuple into a list, is seen in every test.
+
+
+def _encoded(value: Any) -> torch.Tensor:
+    import torch
+
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _decoded(text: torch.Tensor) -> Any:
+    return json.loads(text.numpy().tobytes())
+
+
 def broadcast(value: Any) -> Any:
-    """Return rank 0's value. Every rank calls it."""
+    """Return rank 0's value, which JSON can hold. Every rank calls it."""
+    import torch
     import torch.distributed as td
 
-    if world_size() == 1:
-        return value
-    box = [value]
-    td.broadcast_object_list(box, src=0)
-    return box[0]
+    text = _encoded(value if is_main() else None)
+    if world_size() > 1:
+        size = torch.tensor([len(text)])
+        td.broadcast(size, src=0)
+        if not is_main():
+            text = torch.empty(int(size), dtype=torch.uint8)
+        td.broadcast(text, src=0)
+    return _decoded(text)
 
 
 def run_on_rank0(
@@ -243,14 +263,20 @@ def run_on_rank0(
 
 
 def gather(value: Any, group: Any = None) -> list[Any]:
-    """Return every rank's value, in the order of ranks. Every rank calls it."""
+    """Return all ranks' values, which JSON can hold, in their order. Every rank calls it."""
+    import torch
     import torch.distributed as td
 
+    text = _encoded(value)
     if world_size() == 1:
-        return [value]
-    boxes: list[Any] = [None] * world_size()
-    td.all_gather_object(boxes, value, group=group)
-    return boxes
+        return [_decoded(text)]
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    td.all_gather(sizes, torch.tensor([len(text)]), group=group)
+    longest = int(max(sizes))
+    texts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
+    padded = torch.nn.functional.pad(text, (0, longest - len(text)))
+    td.all_gather(texts, padded, group=group)
+    return [_decoded(text[: int(size)]) for text, size in zip(texts, sizes, strict=True)]
 
 
 def new_group() -> Any:
@@ -262,6 +288,17 @@ def new_group() -> Any:
 
     # a rank may come to it late, as after a slow write; hang_watchdog.py ends what hangs
     return td.new_group(backend="gloo", timeout=timedelta(days=1)) if world_size() > 1 else None
+
+
+def consecutive_group(size: int) -> Any:
+    """Return the process group of `size` consecutive ranks that this rank is of. Every rank calls
+    it, and `size` divides their number.
+    """
+    import torch.distributed as td
+
+    return td.new_subgroups_by_enumeration(
+        [list(range(first, first + size)) for first in range(0, world_size(), size)]
+    )[0]
 
 
 def barrier() -> None:

@@ -77,7 +77,8 @@ class ModelFlops:
         )
 
     def of(self, batch: Batch) -> float:
-        pairs = sum(length * length for length in batch.lengths)
+        # each rank attends to its share of the pairs of a sequence that it has a slice of
+        pairs = sum(length * length for length in batch.lengths) / batch.slice[1]
         return self.count(batch.tokens, batch.trained_tokens, pairs)
 
 
@@ -274,7 +275,7 @@ class Metrics:
         for batch in batches:
             self._sums["tokens"] += batch.tokens
             self._sums["trained"] += batch.trained_tokens
-            self._sums["sequences"] += len(batch.sequence_ids)
+            self._sums["sequences"] += len(batch.sequence_ids) * batch.is_counted
             self._sums["fillers"] += batch.is_filler
             self._sums["micro_batches"] += 1
             self._sums["flops"] += self._flops.of(batch)

@@ -38,7 +38,7 @@ from packhorse.trainer.data import summary
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.prepare import Prepared, TrainData
 from packhorse.trainer.data.shard_log import LOG
-from packhorse.trainer.datatypes import STOP_FILE, BadInput, Batch, StepResult
+from packhorse.trainer.datatypes import FILLER, STOP_FILE, BadInput, Batch, StepResult
 from packhorse.trainer.metrics import EVALUATIONS, PARTS, Metrics
 from packhorse.trainer.trackers import IDS
 from packhorse.trainer.utils.files import (
@@ -330,7 +330,8 @@ def write_trace(
     """Append what a step was made of to trace.jsonl: documents as (epoch, document, piece), loss,
     gradient norm and hyperparameters. Every rank calls it.
     """
-    own_keys = [key for batch in batches if not batch.is_filler for key in batch.document_keys]
+    counted = [batch for batch in batches if batch.is_counted]
+    own_keys = [key for batch in counted for key in batch.document_keys if key[1] != FILLER]
     keys = dist.gather(own_keys)
     loss = dist.sum_over_ranks([result.loss.item()])[0]
     if dist.is_main():

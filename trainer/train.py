@@ -27,12 +27,12 @@ from packhorse.trainer.build_engine import (
 )
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.checkpoint.best import Best
-from packhorse.trainer.checkpoint.checkpoint import Saver
 from packhorse.trainer.checkpoint.export_folder import MODEL_FOLDER, checksums
 from packhorse.trainer.checkpoint.hf_export import save_description
 from packhorse.trainer.checkpoint.hub import check_push, push_run
 from packhorse.trainer.checkpoint.manifest import RunState, point_at_best
 from packhorse.trainer.checkpoint.mirror import Mirror, open_mirror
+from packhorse.trainer.checkpoint.saver import Saver
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.leakage import check_leakage
@@ -169,8 +169,9 @@ def fit(prepared: PreparedRun) -> None:
         world = dist.world_size()
         dist.log.info("all-reduce over %d ranks, %.0f MiB: %.2f GB/s", world, mib, gb_per_s)
     require_same_data(prepared.train_data, prepared.eval_data)
-    allow_idle = recipe.parallel.allow_idle_ranks
-    if warning := prepared.plan.check_world(dist.world_size(), allow_idle):
+    parallel = recipe.parallel
+    given = (dist.world_size(), parallel.allow_idle_ranks, parallel.sequence)
+    if warning := prepared.plan.check_world(*given):
         dist.log.warning(warning)
     recipe = resolve_checkpointing(recipe, prepared.plan)
     prepared = replace(prepared, recipe=recipe)
@@ -199,8 +200,8 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
 
     guard = Guard(recipe.guard, run_dir, recent_losses)
     watch = Watch(recipe.guard, run_dir)
-    pin = dist.device().type == "cuda"
-    loader = Loader(prepared.train_data, plan, dist.rank(), dist.world_size(), pin)
+    place = (dist.rank(), dist.world_size(), dist.device().type == "cuda")
+    loader = Loader(prepared.train_data, plan, *place, recipe.parallel.sequence)
     peak_bytes = memory_dry_run(recipe, engine, loader, first_step)
     metrics = open_metrics(recipe, run_dir, engine, watch, first_step, prepared.trackers)
     best = Best(recipe.eval.best, run_dir)

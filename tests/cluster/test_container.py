@@ -19,7 +19,8 @@ from packhorse.trainer.utils.files import read_json_lines
 from tests.cluster.engine import IMAGE, NETWORK, Engine, engine
 from tests.ranks import ROOT
 
-pytestmark = pytest.mark.cluster
+# the image compiles DeepSpeed's ops, in .ci/run beside the whole runs
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 HARDENED = ("--read-only", "--tmpfs=/tmp", "--cap-drop=ALL", "--security-opt=no-new-privileges")
 DEBUG = ("train", "recipes/debug.yaml")
@@ -228,7 +229,7 @@ def test_the_cpu_flavour_is_small(docker):
 
 def test_what_is_in_the_image_and_what_is_not(docker):
     assert set(inside(docker, "ls", "-A").split()) == {
-        *("LICENSE", "constraints.txt", "docker", "recipes")
+        *("LICENSE", "constraints.txt", "docker", "recipes", "sbom.json")
     }
     code = "import packhorse; print(packhorse.__file__)"
     for python in (("python", "-c"), ("python", "-I", "-c")):

@@ -26,9 +26,9 @@ import torch.nn.functional as F
 
 from packhorse.trainer import dist
 from packhorse.trainer.build_engine import build_engine
-from packhorse.trainer.checkpoint.checkpoint import Saver
 from packhorse.trainer.checkpoint.hf_export import export, save_description
 from packhorse.trainer.checkpoint.manifest import RunState
+from packhorse.trainer.checkpoint.saver import Saver
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import engine as engines
@@ -129,7 +129,7 @@ def _train_and_compare(folder: Path, run_dir: Path, stage: int, packed: bool) ->
         save_description(engine.module.model, tokenizer, recipe.model, run_dir)
     with Saver(run_dir, engine, recipe.checkpoint) as saver:
         saver.save(RunState(STEPS, STEPS, "", 1, losses, 1, stage))
-    outcome: Any = None
+    outcome, failure = None, None
     if dist.is_main():
         # an export is a command of one process
         with mock.patch.object(dist, "world_size", return_value=1):
@@ -137,11 +137,10 @@ def _train_and_compare(folder: Path, run_dir: Path, stage: int, packed: bool) ->
                 out = export(run_dir, run_dir / "export")
                 outcome = _compare_with_plain(folder, out, recipe, steps, losses)
             except Exception as error:
-                outcome = error
-    outcome = dist.broadcast(outcome)  # so that all ranks go on alike
-    if isinstance(outcome, Exception):
-        raise outcome
-    return outcome
+                failure = error
+    if dist.broadcast(failure is not None):  # so that all ranks go on alike
+        raise failure or RuntimeError("rank 0 says why")
+    return dist.broadcast(outcome)
 
 
 def _compare_with_plain(

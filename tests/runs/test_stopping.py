@@ -62,8 +62,7 @@ def test_a_signal_in_training_saves_the_step(tmp_path):
 def test_a_signal_in_an_evaluation_leaves_no_part_of_it(tmp_path, place, asked):
     _, step = signalled(place, "01", 1.0, tmp_path / "run", asked, "eval.generate.batch=1")()
     assert step == 0
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text()
-    assert lines == "", "half an evaluation is none"
+    assert not (tmp_path / "run" / "metrics.jsonl").exists(), "half an evaluation is none"
 
 
 def test_a_slow_save_is_not_cut_short(tmp_path):

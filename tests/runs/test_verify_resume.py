@@ -15,7 +15,7 @@ pytestmark = pytest.mark.runs
 
 
 @pytest.mark.parametrize(
-    "changes", [[], ["adapter={rank: 4, dropout: 0.1}"]], ids=["whole", "adapter"]
+    "changes", [["--sequence=2,1"], ["adapter={rank: 4, dropout: 0.1}"]], ids=["whole", "adapter"]
 )
 def test_the_debug_recipe_survives_a_change_of_worlds(tmp_path: Path, changes: list[str]) -> None:
     options = [

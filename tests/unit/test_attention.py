@@ -10,10 +10,11 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.model import attention, attention_kernels
+from packhorse.trainer.model import attention, attention_kernels, flash_versions
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 
 torch.set_num_threads(1)
@@ -251,25 +252,82 @@ def test_a_named_backend_that_is_not_there_is_refused(name: str) -> None:
         attention.choose(name, CPU, torch.bfloat16)
 
 
+FOUND = "flash_attn_varlen_func = len"
+OTHER_TORCH = "raise OSError('undefined symbol: _ZN3c104')"
+
+
 @pytest.mark.parametrize(
-    ("package", "says"),
+    ("major", "files", "says"),
     [
-        # flash-attn 4 alone is a folder without __init__.py
-        ({"cute/__init__.py": ""}, "cannot be imported"),
-        ({"__init__.py": "raise ImportError('undefined symbol: _ZN3c104')"}, "undefined symbol"),
-        ({"__init__.py": "flash_attn_varlen_func = None"}, None),
+        # flash-attn 4 alone leaves a folder `flash_attn` without __init__.py
+        (9, {"flash_attn/cute/__init__.py": FOUND}, 4),
+        (8, {"flash_attn/cute/__init__.py": FOUND}, "^no flash-attn for this GPU is"),
+        (9, {"flash_attn_interface.py": FOUND, "flash_attn/cute/__init__.py": FOUND}, 3),
+        (10, {"flash_attn_interface.py": FOUND, "flash_attn/__init__.py": FOUND}, 2),
+        (9, {"flash_attn_interface.py": OTHER_TORCH, "flash_attn/__init__.py": FOUND}, 2),
+        (9, {"flash_attn_interface.py": OTHER_TORCH}, "flash-attn 3 .* undefined symbol"),
+        (9, {"flash_attn/cute/__init__.py": "import cutlass_of_no_kind"}, "4 .*no_kind"),
+        (9, {}, "^no flash-attn for this GPU is installed$"),
+        (7, {"flash_attn/__init__.py": FOUND}, "^no flash-attn for this GPU is installed$"),
     ],
 )
-def test_flash_attn_is_found_where_it_can_be_imported(
-    package: dict[str, str], says: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_flash_attn_that_is_found_is_the_best_that_can_be_imported(
+    major: int,
+    files: dict[str, str],
+    says: int | str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for name, text in package.items():
-        (tmp_path / "flash_attn" / name).parent.mkdir(parents=True)
-        (tmp_path / "flash_attn" / name).write_text(text)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     with mock.patch.dict(sys.modules):
-        missing = attention_kernels.flash_attn_missing()
-    assert says in missing if says and missing else missing is says
+        if isinstance(says, int):
+            assert flash_versions.load.__wrapped__(major).version == says
+            return
+        with pytest.raises(ImportError, match=says):
+            flash_versions.load.__wrapped__(major)
+
+
+@pytest.mark.parametrize("version", [2, 3, 4])
+def test_each_flash_attn_is_called_with_what_it_takes(
+    version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def varlen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> Any:
+        assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+        calls.append(given | {"size": q.shape[-1]})
+        return q if version == 2 else (q, None)
+
+    flash = flash_versions.FlashAttention(version, varlen)
+    monkeypatch.setattr(flash_versions, "load_for", lambda device: flash)
+    q, k, v = (x.bfloat16() for x in packed_qkv())
+    assert torch.equal(attend("flash_attn", q, k, v, sliding_window=3), q.transpose(1, 2))
+    wide = (F.pad(x, (0, 192 - SIZE)) for x in (q, k, v))
+    assert attend("flash_attn", *wide).shape[-1] == 192
+    assert [call["size"] for call in calls] == [SIZE, 256 if version == 4 else 192]
+    assert calls[0]["window_size"] == (2, 0)
+    assert calls[0]["max_seqlen_q"] == max(LENGTHS)
+    assert calls[0]["deterministic"] is False
+    for asked in ({"dropout": 0.1}, {"softcap": 2.0}, {"s_aux": torch.zeros(HEADS)}):
+        if {"dropout": (2,), "softcap": (2, 3)}.get(next(iter(asked)), ()).count(version):
+            attend("flash_attn", q, k, v, **asked)
+        else:
+            with pytest.raises(BadInput, match="lacks"):
+                attend("flash_attn", q, k, v, **asked)
+
+
+def test_torchs_own_kernel_takes_what_it_is_given() -> None:
+    """On tensors without data, where its real operation runs on any machine."""
+    heads = (x.detach().bfloat16().to("meta").requires_grad_() for x in packed_qkv(value_size=5))
+    q, k, v = heads
+    meta = bounds()._replace(cu_seqlens=bounds().cu_seqlens.to("meta"))
+    out = attend("torch_varlen", q, k, v, sliding_window=3, scaling=0.7, document_bounds=meta)
+    assert out.shape == (1, sum(LENGTHS), HEADS, 5)
+    out.float().sum().backward()
+    assert [x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]
 
 
 def test_fused_kernels_are_not_for_fp32() -> None:

@@ -10,14 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packhorse.trainer.config.recipe import BatchSection, LossSection, TrainSection
-from packhorse.trainer.data.batch_plan import (
-    Corpus,
-    Plan,
-    filler_share,
-    good_worlds,
-    micro_batches_of,
-)
+from packhorse.trainer.data.batch_plan import Corpus, Plan
 from packhorse.trainer.data.pack import pack
+from packhorse.trainer.data.ranks import filler_share, good_worlds, micro_batches_of
 from packhorse.trainer.datatypes import BadInput
 
 SEQ_LEN = 32

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from packhorse.trainer import dist
-from packhorse.trainer.checkpoint import checkpoint
-from packhorse.trainer.checkpoint.checkpoint import Saver
+from packhorse.trainer.checkpoint import checkpoint, saver
 from packhorse.trainer.checkpoint.manifest import RunState
+from packhorse.trainer.checkpoint.saver import Saver
 from packhorse.trainer.config.recipe import CheckpointSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import sharded_state
@@ -329,7 +329,7 @@ def test_a_full_disk_is_told_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage(1, 1, 2000))
+    monkeypatch.setattr(saver.shutil, "disk_usage", lambda path: usage(1, 1, 2000))
     with pytest.raises(BadInput, match="make room"):
         publish(tmp_path, 1)
     assert found_step(tmp_path) is None
@@ -368,7 +368,7 @@ def test_a_copy_that_does_not_fit_is_refused_where_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = namedtuple("memory", "available")
-    monkeypatch.setattr(checkpoint.psutil, "virtual_memory", lambda: memory(2000))
+    monkeypatch.setattr(saver.psutil, "virtual_memory", lambda: memory(2000))
     with pytest.raises(BadInput, match="the copy of the state takes"):
         publish(tmp_path, 1, asynchronous=True)
     publish(tmp_path, 1)

@@ -30,6 +30,8 @@ def test_the_dockerfile_is_clean() -> None:
     ("flavour", "wheel", "code", "fetched"),
     [
         ("cuda", "none", 0, False),
+        ("cuda", "4", 0, False),
+        ("cpu", "4", 2, False),
         ("cuda", "https://example.org/a.whl", 2, False),
         ("cuda", "https://example.org/a.whl#sha256=00", 0, True),
         ("cpu", "https://example.org/a.whl#sha256=00", 2, False),

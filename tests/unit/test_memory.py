@@ -17,6 +17,7 @@ from packhorse.trainer.estimate.model import build_empty_model, trace_activation
 from packhorse.trainer.estimate.report import (
     build_report,
     describe_report,
+    longest_sequence,
     measure_steps,
     recommend,
     require_fit,
@@ -209,3 +210,25 @@ def test_a_fullest_micro_batch_of_the_plan_bounds_all_others(tmp_path: Path) -> 
     assert stats.fullest_trained == max(trained for _, trained in sizes)
     assert stats.steps == plan.steps
     assert stats.tokens < full_step_stats(recipe).tokens
+
+
+def test_ranks_that_share_a_sequence_have_a_share_of_its_activations() -> None:
+    """So much longer may the sequence be; groups of ranks take the micro-batches."""
+    recipe = debug("batch.seq_len=4096")
+    shared = recipe.model_copy(
+        update={"parallel": recipe.parallel.model_copy(update={"sequence": 4})}
+    )
+    alone, four = (build_report(made, cluster(8)) for made in (recipe, shared))
+    of_rank = [report.activations["full"].kept for report in (alone, four)]
+    assert of_rank[0] == pytest.approx(4 * of_rank[1], rel=0.02)
+    longest = [report.candidates["zero3"].longest for report in (alone, four)]
+    assert longest[1] == 4 * longest[0] > 0
+    assert (
+        four.candidates["zero3"].traffic.in_group > 0 == alone.candidates["zero3"].traffic.in_group
+    )
+    assert "longest batch.seq_len that fits on 4 GPUs each: " in longest_sequence(four)
+    assert four.candidates["zero3"].smallest == 4
+    with pytest.raises(BadInput, match=r"parallel\.sequence: 4 ranks .* 6 ranks do not divide"):
+        build_report(shared, cluster(6))
+    with pytest.raises(BadInput, match="only 64 micro-batches, for 4 GPUs each: give --gpus 64"):
+        build_report(shared, cluster(260))

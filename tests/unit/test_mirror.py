@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from packhorse.trainer.checkpoint import mirror as mirrors
-from packhorse.trainer.checkpoint.checkpoint import Saver
 from packhorse.trainer.checkpoint.mirror import Mirror, open_mirror
+from packhorse.trainer.checkpoint.saver import Saver
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.config.sections import CheckpointSection
 from packhorse.trainer.datatypes import BadInput

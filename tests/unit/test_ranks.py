@@ -1,12 +1,29 @@
-"""Tests that start ranks give up with the ranks' stacks."""
+"""Tests that start ranks give up with the ranks' stacks; ranks exchange values without pickles."""
 
 import pytest
 
+from packhorse.trainer import dist
 from tests import ranks
 
 SLEEP = "import time\ndef waits_for_ever():\n    time.sleep(1000)\n"
 HANG = f"{SLEEP}waits_for_ever()"
 RANK_0_FAILS = f"{SLEEP}import os\nos.environ['RANK'] == '0' and exit('broken')\nwaits_for_ever()"
+
+EXCHANGE = """
+import pickle
+from unittest import mock
+from packhorse.trainer import dist
+value = lambda rank: {"text": "\\ud800é" * rank * 1000, "numbers": [rank, 2**60, 1e-300, None]}
+with dist.process_group():
+    group = dist.new_group()
+    with mock.patch.object(pickle, "Pickler", None), mock.patch.object(pickle, "Unpickler", None):
+        assert dist.gather(value(dist.rank())) == [value(0), value(1), value(2)]
+        assert dist.gather(value(2 - dist.rank()), group) == [value(2), value(1), value(0)]
+        assert dist.broadcast(value(2) if dist.is_main() else object()) == value(2)
+        assert dist.run_on_rank0(lambda: open("/nowhere/x")) == (
+            "[Errno 2] No such file or directory: '/nowhere/x'"
+        )
+"""
 
 
 def test_ranks_that_hang_are_ended_and_their_stacks_shown() -> None:
@@ -25,3 +42,12 @@ def test_ranks_that_outlive_a_failed_one_are_ended_soon(monkeypatch: pytest.Monk
 
 def test_ranks_return_what_they_print() -> None:
     assert ranks.run_ranks(2, ["-c", "import os; print(os.environ['RANK'])"]) == ["0\n", "1\n"]
+
+
+def test_values_travel_between_ranks_without_a_pickle() -> None:
+    ranks.run_ranks(3, ["-c", EXCHANGE])
+
+
+def test_a_single_rank_sees_its_values_as_several_ranks_would() -> None:
+    assert dist.gather((1, 2)) == [[1, 2]]
+    assert dist.broadcast((1, 2)) == [1, 2]

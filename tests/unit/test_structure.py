@@ -1,6 +1,8 @@
 """Packages import one way, so that each can be read knowing only those before it."""
 
 import ast
+import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +29,7 @@ TIERS = [
 ]
 TIER_OF = {name: number for number, tier in enumerate(TIERS) for name in tier.split()}
 TRAINER = "packhorse.trainer"
+PICKLERS = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 LAUNCH_MAY_IMPORT = {"config", "datatypes"}
 
 
@@ -127,6 +130,45 @@ def test_deepspeed_is_imported_in_engine_only() -> None:
     }
     assert users, "the test looks at no file"
     assert {name.rpartition(".")[0] for name in users} == {f"{TRAINER}.engine"}
+
+
+def test_nothing_is_pickled_between_ranks_or_read_as_a_pickle() -> None:
+    """Who reaches gloo's ports would run code by it (docs/security.md)."""
+    sources = modules("trainer") | modules("launch")
+    found = [fault for name, source in sources.items() for fault in pickling(name, source)]
+    assert not found, found
+    planted = "import dill\nimport torch.distributed as td\ntd.all_gather_object([], 1)"
+    assert pickling("x", planted) == ["x: all_gather_object", "x: dill"]
+    assert pickling("x", "import torch\ntorch.load('f')") == ["x: torch.load"]
+
+
+def test_deepspeed_pickles_between_ranks_only_where_it_is_not_used() -> None:
+    """Tensor parallelism compares the ranks' first batch so, Ulysses' loader sends what is no
+    tensor; packhorse uses neither."""
+    (folder,) = importlib.util.find_spec("deepspeed").submodule_search_locations
+    naming = {
+        str(path.relative_to(folder))
+        for path in Path(folder, "runtime").rglob("*.py")
+        if re.search(r"\bdist\.\w+_object(_list)?\(", path.read_text())
+    }
+    assert naming == {"runtime/engine.py", "runtime/sequence_parallel/ulysses_sp.py"}
+    engine = Path(folder, "runtime/engine.py").read_text()
+    inside = re.split(r"\n    def ", engine.split("_object")[0])[-1]
+    assert inside.startswith("_configure_tensor_parallel_states("), inside[:80]
+    assert "ulysses_sp" not in "".join(modules("trainer").values())
+
+
+def pickling(module: str, source: str) -> list[str]:
+    """What a module calls that pickles or unpickles: collectives of objects, torch.load, pickle."""
+    found = {other.split(".")[0] for other in imports_of(source)} & PICKLERS
+    for node in ast.walk(ast.parse(source)):
+        name = getattr(node, "attr", getattr(node, "id", ""))
+        of_torch = isinstance(getattr(node, "value", None), ast.Name) and node.value.id == "torch"
+        if re.search("_object(_list)?$", name) and re.match("(all_)?gather|br|sc|send|recv", name):
+            found.add(name)
+        elif of_torch and name == "load":
+            found.add("torch.load")
+    return [f"{module}: {name}" for name in sorted(found)]
 
 
 def test_one_file_names_the_optimizers_states() -> None:

@@ -172,13 +172,18 @@ def rows(count: int) -> list[Row]:
     return [Row(number % 2, 0, number, None) for number in range(1, count + 1)]
 
 
+def helpers() -> list[psutil.Process]:
+    """Return the workers and the server that they are forked from, but not the tests' own server
+    of ranks (tests/ranks.py), which another file's tests may have started in this process."""
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "tests.ranks" not in child.cmdline()]
+
+
 def once_a_worker_is_there(rows: list[Row]) -> Iterator[Row]:
     """Yield the rows, and from the seventh on only once there is a worker: the caller's process
     would have done them all before. The first rows decide that there are workers."""
     for place, row in enumerate(rows):
-        while (
-            place == 6 and len(psutil.Process().children(recursive=True)) < 2
-        ):  # the server is the first
+        while place == 6 and len(helpers()) < 2:  # the server is the first
             time.sleep(0.01)
         yield row
 
@@ -254,9 +259,8 @@ def test_workers_outlive_a_signal_that_slurm_sends_to_every_process(monkeypatch,
         given, slow_here, LengthPolicy(9, "reject", packing_cuts=False), workers=2
     )
     chunks = [next(stream) for _ in range(10)]
-    helpers = psutil.Process().children(recursive=True)
-    assert len(helpers) >= 2, "a worker, and the server it is forked from"
-    for helper in helpers:
+    assert len(helpers()) >= 2, "a worker, and the server it is forked from"
+    for helper in helpers():
         helper.send_signal(number)
     chunks += stream
     assert together(chunks)["rows"] == [row.number for row in rows(100) if row.number % 7]

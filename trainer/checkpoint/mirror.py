@@ -15,7 +15,6 @@ import zipfile
 from pathlib import Path
 
 from packhorse.trainer import dist
-from packhorse.trainer.checkpoint.checkpoint import prune
 from packhorse.trainer.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -24,6 +23,7 @@ from packhorse.trainer.checkpoint.manifest import (
 )
 from packhorse.trainer.checkpoint.mirror_place import RUN, RUN_FILES, Place
 from packhorse.trainer.checkpoint.mirror_restore import Restore
+from packhorse.trainer.checkpoint.saver import prune
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.lease import require_owned

@@ -99,6 +99,7 @@ def verify_resume(
     overrides: list[str] | tuple[str, ...],
     *,
     worlds: Sequence[int],
+    sequences: Sequence[int] | None,
     at: int,
     steps: int,
     dtype: str,
@@ -111,6 +112,7 @@ def verify_resume(
     Args:
         worlds: numbers of processes that the run is handed to, one after the other, every `at`
             steps.
+        sequences: parallel.sequence of each of the worlds; None for the recipe's own.
         tiny: train the debug recipe's random model on its data, in place of the recipe's own.
         keep: leave the run folders.
 
@@ -122,6 +124,8 @@ def verify_resume(
             f"--worlds {','.join(map(str, worlds))} --at {at}: give two worlds or more, and more "
             "--steps"
         )
+    if sequences and len(sequences) != len(worlds):
+        raise BadInput("--sequence: give as many numbers as --worlds has")
     parent = Path(load_recipe(recipe_file, overrides).run.dir).parent
     parent.mkdir(parents=True, exist_ok=True)
     # not mkdtemp: a folder that is kept is for whom the umask says
@@ -137,7 +141,9 @@ def verify_resume(
         "parallel.allow_idle_ranks=true",
     ]
 
-    _train_all(recipe_file, common, worlds, at, steps, work)
+    shares = [[f"parallel.sequence={size}"] for size in sequences or ()] or [[]] * len(worlds)
+    hands = list(zip(worlds, shares, strict=True))
+    _train_all(recipe_file, common, hands, at, steps, work)
     start = _load_start(work / "without-a-break" / "recipe.yaml")
     resumed, control = (
         compare(work / "without-a-break", work / name, start) for name in ("handed-on", "control")
@@ -154,24 +160,34 @@ def verify_resume(
 
 
 def _train_all(
-    recipe_file: Path, common: list[str], worlds: Sequence[int], at: int, steps: int, work: Path
+    recipe_file: Path,
+    common: list[str],
+    hands: Sequence[tuple[int, list[str]]],
+    at: int,
+    steps: int,
+    work: Path,
 ) -> None:
-    """Run the three into folders of `work`: without-a-break, handed-on and control."""
+    """Run the three into folders of `work`: without-a-break, handed-on and control.
 
-    def train(name: str, world: int, until: int) -> None:
+    Args:
+        hands: world sizes with the overrides of each.
+    """
+
+    def train(name: str, hand: tuple[int, list[str]], until: int) -> None:
+        world, own = hand
         stop = [] if until == steps else [f"run.stop_after={until}"]
         ranks = "1 rank" if world == 1 else f"{world} ranks"
-        what = f"{name}: {ranks} to step {until}"
-        changes = [*common, *stop, f"run.dir={work / name}"]
+        what = " ".join([f"{name}: {ranks}", *own, f"to step {until}"])
+        changes = [*common, *own, *stop, f"run.dir={work / name}"]
         _train(recipe_file, changes, world, what, work / f"{name}.log")
 
-    train("without-a-break", worlds[0], steps)
-    train("handed-on", worlds[0], at)
+    train("without-a-break", hands[0], steps)
+    train("handed-on", hands[0], at)
     shutil.copytree(work / "handed-on", work / "control")
     lose_first_moments(work / "control")
     for name in ("handed-on", "control"):
-        for number, world in enumerate(worlds[1:], 2):
-            train(name, world, steps if number == len(worlds) else number * at)
+        for number, hand in enumerate(hands[1:], 2):
+            train(name, hand, steps if number == len(hands) else number * at)
 
 
 def _train(recipe_file: Path, changes: list[str], world: int, what: str, log: Path) -> None:

@@ -219,7 +219,9 @@ def plan(
     stats = _count_real_steps(recipe) if data else report.full_step_stats(recipe)
     if gpus is None:
         fewest = int(stats.micro_batches.min())
-        gpus = 8 if recipe.parallel.allow_idle_ranks else min(8, fewest)
+        size = recipe.parallel.sequence
+        most = max(8 // size, 1)
+        gpus = size * (most if recipe.parallel.allow_idle_ranks else min(most, fewest))
     if nodes and gpus % nodes:
         raise BadInput(
             f"--gpus {gpus} --nodes {nodes}: all nodes must have the same number of GPUs"
@@ -229,6 +231,7 @@ def plan(
     found = report.build_report(recipe, cluster, stats)
     show_report(found, recipe, gpu_tflops, mfu)
     print(report.require_fit(found))
+    print(report.longest_sequence(found))
     print(report.recommend(found, recipe))
 
 

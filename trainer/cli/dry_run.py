@@ -53,7 +53,8 @@ def dry_run(recipe: Recipe, ranks: int | None, *, extend: bool) -> None:
         train, plan, held_out = prepare_all(recipe, tokenizer)
         show(recipe, train, plan, held_out)
     ranks = ranks or torch.cuda.device_count() or 1
-    if plan and (warning := plan.check_world(ranks, recipe.parallel.allow_idle_ranks)):
+    given = (ranks, recipe.parallel.allow_idle_ranks, recipe.parallel.sequence)
+    if plan and (warning := plan.check_world(*given)):
         print(warning)
     _show_memory(recipe, ranks, plan)
     print(

@@ -255,6 +255,9 @@ def verify_resume(
     worlds: Annotated[
         str, typer.Option(help="World sizes, in the order in which they take over the run.")
     ] = "2,1,3",
+    sequence: Annotated[
+        str | None, typer.Option(help="parallel.sequence of each of the world sizes, as 2,1,3.")
+    ] = None,
     at: Annotated[
         int, typer.Option(min=1, help="Steps of each world size, except the last one.")
     ] = 4,
@@ -272,6 +275,7 @@ def verify_resume(
     [bold]packhorse verify-resume debug[/bold]
     [bold]packhorse verify-resume recipe.yaml --worlds 2,1 --at 2 --steps 4[/bold]
     [bold]packhorse verify-resume my.yaml --tiny parallel.deepspeed=zero2[/bold]
+    [bold]packhorse verify-resume my.yaml --tiny --worlds 2,1,4 --sequence 2,1,4[/bold]
 
     Exit code 0: it learns the same, and a control with a deliberate defect was detected; 1: not
     so.
@@ -279,14 +283,16 @@ def verify_resume(
     from packhorse.trainer import dist
     from packhorse.trainer.checkpoint.verify_resume import verify_resume
 
-    if not all(world.isdigit() and int(world) > 0 for world in worlds.split(",")):
-        raise BadInput(f"--worlds {worlds}: give numbers of processes, as 2,1,3")
+    for option, numbers in {"--worlds": worlds, "--sequence": sequence}.items():
+        if numbers and not all(n.isdigit() and int(n) > 0 for n in numbers.split(",")):
+            raise BadInput(f"{option} {numbers}: give numbers of processes, as 2,1,3")
     dist.start_logging()
     dist.log.setLevel("WARNING")
     is_same = verify_resume(
         recipe_file,
         overrides or (),
         worlds=[int(world) for world in worlds.split(",")],
+        sequences=[int(size) for size in sequence.split(",")] if sequence else None,
         at=at,
         steps=steps,
         dtype=dtype,

@@ -40,7 +40,6 @@ RENAMED_KEYS = {
     "optim.warmup": "`optim.warmup_ratio`",
     "optim.schedule": "`optim.lr_schedule`",
     "loss.constant_tokens": "the number itself: `loss.weighting: 4096`",
-    "parallel.sequence": "always 1: leave it out",
     "adapter.targets": "`adapter.target_modules`",
     "adapter.save_modules": "`adapter.modules_to_save`",
     "adapter.rslora": "`adapter.variants: [rslora]`",

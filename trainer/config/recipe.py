@@ -16,6 +16,7 @@ from packhorse.trainer.config.base import Section
 from packhorse.trainer.config.data import DataSection
 from packhorse.trainer.config.eval import EvalSection
 from packhorse.trainer.config.packaged import RECIPES, find_recipe, locate_files
+from packhorse.trainer.config.parallel import ParallelSection
 from packhorse.trainer.config.parsing import (
     apply_override,
     describe_fault,
@@ -32,7 +33,6 @@ from packhorse.trainer.config.sections import (
     LossSection,
     ModelSection,
     OptimSection,
-    ParallelSection,
     RunSection,
     TrainSection,
 )
@@ -48,7 +48,7 @@ _FREE_KEYS = {
     ),
     "batch": ("micro_batch_size",),
     "loss": ("kernel",),
-    "parallel": ("deepspeed", "allow_idle_ranks"),
+    "parallel": ("deepspeed", "allow_idle_ranks", "sequence", "sequence_kind"),
 }
 
 

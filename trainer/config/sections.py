@@ -36,8 +36,9 @@ class ModelSection(Section):
     )
     attention: Literal["auto", "flash_attn", "torch_varlen", "reference"] = Field(
         default="auto",
-        description="Attention kernel for packed sequences (variable length). auto: flash_attn if "
-        "it is installed, else PyTorch's own on CUDA, else the reference.",
+        description="Attention kernel for packed sequences (variable length). auto: flash_attn, in "
+        "the version 2, 3 or 4 that fits the GPU, if it is installed, else PyTorch's own on CUDA, "
+        "else the reference.",
     )
     layer_kernels: Literal["auto", "liger", "torch"] = Field(
         default="auto",
@@ -278,25 +279,6 @@ class TrainSection(Section):
         ge=-(2**63),
         lt=2**63,
         description="Seed of the data order, dropout, noise and random weights.",
-    )
-
-
-class ParallelSection(Section):
-    """What depends on the hardware. Nothing here changes what is learned."""
-
-    deepspeed: str = Field(
-        default="zero3",
-        description="DeepSpeed template: ZeRO stage and offload. A packaged one by name (zero0, "
-        "zero1, zero2, zero3, zero3_offload_optimizer, zero3_offload_all, zero3_nvme), or the path "
-        "of a file of yours. Batch sizes and the optimizer come from the recipe.",
-    )
-    grad_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="Data type of gradient accumulation and all-reduce. bfloat16 makes the result "
-        "depend on the number of GPUs and the micro-batch size.",
-    )
-    allow_idle_ranks: bool = Field(
-        default=False, description="Allow more ranks than a step has micro-batches."
     )
 
 

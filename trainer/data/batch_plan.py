@@ -18,10 +18,10 @@ import numpy as np
 from packhorse.trainer.config.recipe import BatchSection, LossSection, TrainSection
 from packhorse.trainer.config.sections import MAX_EPOCHS
 from packhorse.trainer.data.pack import CountTrained
+from packhorse.trainer.data.ranks import MUCH_FILLER, count_groups, filler_share, good_worlds
 from packhorse.trainer.datatypes import BadInput, Packed, Piece, StepPlan
 from packhorse.trainer.dist import seed_from
 
-MUCH_FILLER = 0.10  # share of idle micro-batches above which the user is warned
 EPOCHS_KEPT = 2  # packings in memory: this epoch's and, around its end, the next one's
 
 Packer = Callable[[np.ndarray, np.random.Generator, CountTrained], Packed]
@@ -254,21 +254,28 @@ class Plan:
         sizes = np.concatenate([np.diff(of_epoch) for of_epoch in edges])
         return -(-sizes // self.batch.micro_batch_size)
 
-    def check_world(self, world: int, allow_idle_ranks: bool) -> str | None:
+    def check_world(self, world: int, allow_idle_ranks: bool, sequence: int = 1) -> str | None:
         """Return a warning if many micro-batches of `world` ranks are fillers, or else None.
 
+        Args:
+            sequence: ranks that share each micro-batch.
+
         Raises:
-            BadInput: a step has fewer micro-batches than there are ranks, and idle ranks are not
-                allowed.
+            BadInput: a step has fewer micro-batches than there are ranks, or groups of ranks, and
+                idle ranks are not allowed.
         """
+        ranks = f"{world} ranks"
+        if sequence > 1:
+            world = count_groups(world, sequence)
+            ranks = f"{world} groups of {sequence} ranks"
         counts = self.micro_batch_counts()
         fewest = int(counts.min())
-        better = ", ".join(map(str, good_worlds(counts, world)))
+        better = ", ".join(str(good * sequence) for good in good_worlds(counts, world))
         if self.epochs.streaming:
             better += " (by the first shard; the others are not known)"
         if world > fewest and not allow_idle_ranks:
             raise BadInput(
-                f"{world} ranks, but a step has only {fewest} micro-batches: start {better} ranks, "
+                f"{ranks}, but a step has only {fewest} micro-batches: start {better} ranks, "
                 "raise batch.global_batch_size, lower batch.micro_batch_size, or set "
                 "parallel.allow_idle_ranks: true"
             )
@@ -276,7 +283,7 @@ class Plan:
         if share <= MUCH_FILLER:
             return None
         return (
-            f"{share:.0%} of the micro-batches of {world} ranks are fillers; "
+            f"{share:.0%} of the micro-batches of {ranks} are fillers; "
             f"good numbers of ranks: {better}"
         )
 
@@ -339,35 +346,6 @@ class Plan:
         tokens = np.add.reduceat(pieces[:, 2] - pieces[:, 1], starts)
         trained = np.add.reduceat(self._packings.targets(epoch, pieces), starts)
         return tokens, trained, self._first_steps[epoch] + step, number
-
-
-# ------------------------------------------------------------------------------------ data parallel
-
-
-def filler_share(counts: np.ndarray, world: int) -> float:
-    """Return the share of all ranks' micro-batches that are fillers.
-
-    `counts` (steps,) is the number of real micro-batches of each step.
-    """
-    return float(1 - counts.sum() / (-(-counts // world) * world).sum())
-
-
-def good_worlds(counts: np.ndarray, world: int) -> list[int]:
-    """Return up to three numbers of ranks, near to `world`, that keep (nearly) all ranks busy."""
-    most = min(int(counts.min()), 2 * world)
-    shares = {candidate: filler_share(counts, candidate) for candidate in range(1, most + 1)}
-    good = [candidate for candidate, share in shares.items() if share <= MUCH_FILLER / 4]
-    return sorted(sorted(good, key=lambda candidate: (abs(candidate - world), candidate))[:3])
-
-
-def micro_batches_of(step: StepPlan, rank: int, world: int) -> list[tuple[int, ...] | None]:
-    """Return the sequences of each micro-batch that `rank` of `world` runs; None for a filler.
-
-    All ranks get the same number, at least one, as every micro-batch has collectives (C1).
-    """
-    turns = max(1, -(-len(step.micro_batches) // world))
-    taken = range(rank, turns * world, world)
-    return [step.micro_batches[i] if i < len(step.micro_batches) else None for i in taken]
 
 
 # ----------------------------------------------------------------------------- an epoch's documents

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 
-from packhorse.trainer.data.batch_plan import Plan, micro_batches_of
+from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.cache import Documents
 from packhorse.trainer.data.prepare import TrainData
-from packhorse.trainer.datatypes import Batch, StepPlan
+from packhorse.trainer.data.ranks import count_groups, micro_batches_of
+from packhorse.trainer.datatypes import FILLER, Batch, StepPlan
 
 STEPS_AHEAD = 2  # steps that the background thread builds before they are asked for
 BATCHES_AHEAD = 4  # micro-batches that it builds ahead when a step is streamed
@@ -69,8 +71,8 @@ def build_batch(
     )
 
 
-def filler_batch(epoch: int = 0) -> Batch:
-    """Build a batch that changes nothing: a document of two tokens, one trained with weight zero.
+def filler_batch(epoch: int = 0, tokens: int = 2) -> Batch:
+    """Build a batch that changes nothing: a document of a few tokens, one trained with weight zero.
 
     A rank that has no micro-batch left runs it, so that every parameter gets a gradient (of zero)
     and no collective hangs (C1).
@@ -78,17 +80,32 @@ def filler_batch(epoch: int = 0) -> Batch:
     import torch
 
     return Batch(
-        input_ids=torch.zeros(2, dtype=torch.int64),
-        position_ids=torch.arange(2),
-        cu_seqlens=torch.tensor([0, 2], dtype=torch.int32),
-        lengths=(2,),
+        input_ids=torch.zeros(tokens, dtype=torch.int64),
+        position_ids=torch.arange(tokens),
+        cu_seqlens=torch.tensor([0, tokens], dtype=torch.int32),
+        lengths=(tokens,),
         trained_positions=torch.zeros(1, dtype=torch.int64),
         targets=torch.zeros(1, dtype=torch.int64),
         weights=torch.zeros(1),
         uniform_weight=0.0,
-        document_keys=((epoch, -1, 0),),
+        document_keys=((epoch, FILLER, 0),),
         sequence_ids=(),
         is_filler=True,
+    )
+
+
+def _lengthened(batch: Batch, filler: Batch) -> Batch:
+    """Return the batch with the filler's document, untrained, at its end."""
+    import torch
+
+    total = batch.input_ids.shape[0]
+    return replace(
+        batch,
+        input_ids=torch.cat([batch.input_ids, filler.input_ids]),
+        position_ids=torch.cat([batch.position_ids, filler.position_ids]),
+        cu_seqlens=torch.cat([batch.cu_seqlens, total + filler.cu_seqlens[1:]]),
+        lengths=batch.lengths + filler.lengths,
+        document_keys=batch.document_keys + filler.document_keys,
     )
 
 
@@ -97,11 +114,18 @@ class Loader:
 
     An error in the thread is raised where its batches are asked for. Close the loader, or use it
     in `with`.
+
+    Args:
+        sequence: consecutive ranks that share each micro-batch, a slice each (C13).
     """
 
-    def __init__(self, data: TrainData, plan: Plan, rank: int, world: int, pin: bool) -> None:
-        self.data, self.plan = data, plan
-        self._rank, self._world, self._pin = rank, world, pin
+    def __init__(
+        self, data: TrainData, plan: Plan, rank: int, world: int, pin: bool, sequence: int = 1
+    ) -> None:
+        self.data, self.plan, self._pin = data, plan, pin
+        # To the plan, ranks that share a sequence are one.
+        self._group, self.groups = rank // sequence, count_groups(world, sequence)
+        self._slice = (rank % sequence, sequence)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: dict[int, Future[list[Batch]]] = {}
         data.open()
@@ -136,7 +160,7 @@ class Loader:
         """Yield what `step` returns, if that is too much for memory: held-out evaluation."""
         plan = self.plan.step(step)
         waiting: list[Future[Batch]] = []
-        for sequences in micro_batches_of(plan, self._rank, self._world):
+        for sequences in micro_batches_of(plan, self._group, self.groups):
             waiting.append(self._thread.submit(self._build, plan, sequences))
             if len(waiting) > BATCHES_AHEAD:
                 yield waiting.pop(0).result()
@@ -145,12 +169,13 @@ class Loader:
 
     def _build_step(self, step: int) -> list[Batch]:
         plan = self.plan.step(step)
-        mine = micro_batches_of(plan, self._rank, self._world)
+        mine = micro_batches_of(plan, self._group, self.groups)
         return [self._build(plan, sequences) for sequences in mine]
 
     def _build(self, step: StepPlan, sequences: tuple[int, ...] | None) -> Batch:
+        filler = filler_batch(step.epoch, max(2, self._slice[1]))
         if sequences is None:
-            batch = filler_batch(step.epoch)
+            batch = filler
         else:
             pieces = self.plan.pieces(step.epoch, sequences)
             batch = build_batch(
@@ -161,4 +186,7 @@ class Loader:
                 sequences=sequences,
                 uniform_weight=self.plan.uniform_weight(step),
             )
+            if batch.tokens < self._slice[1]:  # each of the ranks needs a token
+                batch = _lengthened(batch, filler)
+        batch = batch.cut(*self._slice)
         return batch.pin() if self._pin else batch

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from packhorse.trainer.config.recipe import Recipe
-from packhorse.trainer.data.batch_plan import filler_share
+from packhorse.trainer.data.ranks import filler_share
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.estimate.model import Activations, ModelSizes
 from packhorse.trainer.model.loss import BLOCK_HIDDEN, LIGER_HIDDEN
@@ -293,6 +293,17 @@ class StepStats:
     pairs: float  # a document's length squared, summed over a step
     fullest_tokens: int
     fullest_trained: int
+    sequence: int = 1  # ranks that share a micro-batch
+
+    @property
+    def rank_tokens(self) -> int:
+        """Tokens of the fullest micro-batch on one rank."""
+        return -(-self.fullest_tokens // self.sequence)
+
+    @property
+    def rank_trained(self) -> int:
+        """The most of them that may be trained."""
+        return min(self.fullest_trained, self.rank_tokens)
 
 
 def full_step_stats(recipe: Recipe) -> StepStats:
@@ -308,6 +319,7 @@ def full_step_stats(recipe: Recipe) -> StepStats:
         pairs=tokens * batch.seq_len,
         fullest_tokens=fullest,
         fullest_trained=fullest,
+        sequence=recipe.parallel.sequence,
     )
 
 
@@ -319,7 +331,8 @@ def step_seconds(model: ModelSizes, stats: StepStats, gpus: int, flops: float) -
     """
     needed = model.flops.count(stats.tokens, stats.trained, stats.pairs)
     # a GPU that runs a filler does nothing for the step
-    return needed / (gpus * flops * (1 - filler_share(stats.micro_batches, gpus)))
+    idle = filler_share(stats.micro_batches, gpus // stats.sequence)
+    return needed / (gpus * flops * (1 - idle))
 
 
 # ------------------------------------------------------------------------------------------ cluster

@@ -52,6 +52,8 @@ class ModelSizes:
     largest_module: int  # the most that one module's own parameters have
     buffers: int  # bytes, on every rank and in a checkpoint
     flops: ModelFlops
+    # query heads, key heads, head size and that of values, of each layer that attends
+    attention: tuple[tuple[int, int, int, int], ...] = ()
 
     @property
     def trained(self) -> int:
@@ -103,6 +105,13 @@ def _run_decoder(model: Any, tokens: int) -> torch.Tensor:
         input_ids=ids, position_ids=ids, use_cache=False, document_bounds=bounds
     )
     return out.last_hidden_state[0]
+
+
+def attention_shapes(model: Any) -> tuple[tuple[int, int, int, int], ...]:
+    """Return ModelSizes.attention of a model that `build_empty_model` made."""
+    _attended.clear()
+    _run_decoder(model, tokens=64)
+    return tuple(_attended)
 
 
 def measure_model(
@@ -265,7 +274,11 @@ _planned_attention.register_fake(_planned_attention._init_fn)
 _planned_attention.register_autograd(_no_backward, setup_context=_save_as_fused)
 
 
+_attended: list[tuple[int, int, int, int]] = []  # shapes that the stand-in has seen
+
+
 def _fused(
     layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments
 ) -> torch.Tensor:
+    _attended.append((q.shape[1], k.shape[1], k.shape[3], v.shape[3]))
     return _planned_attention(q, k, v)[0].transpose(1, 2)

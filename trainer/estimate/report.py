@@ -7,7 +7,7 @@ table. It joins the arithmetic of estimate/memory.py with the templates as the e
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,8 @@ import numpy as np
 from packhorse.trainer import dist
 from packhorse.trainer.config.packaged import template_names
 from packhorse.trainer.config.recipe import Recipe
-from packhorse.trainer.data.batch_plan import MUCH_FILLER, Plan, filler_share, good_worlds
+from packhorse.trainer.data.batch_plan import Plan
+from packhorse.trainer.data.ranks import MUCH_FILLER, count_groups, filler_share, good_worlds
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.ds_config import deepspeed_config
 from packhorse.trainer.estimate.memory import (
@@ -35,11 +36,13 @@ from packhorse.trainer.estimate.memory import (
 from packhorse.trainer.estimate.model import (
     Activations,
     ModelSizes,
+    attention_shapes,
     build_empty_model,
     measure_model,
     trace_activations,
 )
-from packhorse.trainer.estimate.traffic import ASSUMED, Traffic, step_traffic
+from packhorse.trainer.estimate.sequence import longest_slice, sequence_traffic
+from packhorse.trainer.estimate.traffic import ASSUMED, Traffic
 from packhorse.trainer.model.loss import choose_kernel
 
 if TYPE_CHECKING:
@@ -68,6 +71,7 @@ class Candidate:
     shortages: list[str]  # what of the cluster is too small; empty if the recipe fits
     smallest: int | None  # the fewest GPUs that fit, with such nodes; None if none does
     traffic: Traffic
+    longest: int  # batch.seq_len, if it recomputes as much as it may; 0 if none fits
 
 
 @dataclass(frozen=True)
@@ -89,8 +93,8 @@ def _count_checkpoints(recipe: Recipe) -> int:
 
 
 def inspect_model(recipe: Recipe, tokens: int) -> tuple[ModelSizes, dict[str, Activations]]:
-    """Return the sizes of the recipe's model, and its activations for `tokens` tokens by the values
-    of model.activation_checkpointing.
+    """Return the sizes of the recipe's model, and its activations for a rank's `tokens` tokens by
+    the values of model.activation_checkpointing.
 
     Raises:
         BadInput: the model cannot be planned, or does not support activation checkpointing.
@@ -98,6 +102,8 @@ def inspect_model(recipe: Recipe, tokens: int) -> tuple[ModelSizes, dict[str, Ac
     empty = build_empty_model(recipe.model, recipe.adapter)
     model = measure_model(empty, recipe.optim, recipe.adapter)
     activations = trace_activations(empty, tokens)
+    if recipe.parallel.sequence > 1:
+        model = replace(model, attention=attention_shapes(empty))
     if recipe.model.activation_checkpointing not in (*activations, "auto"):
         raise BadInput(
             f"{model.name} does not support activation checkpointing; set "
@@ -127,51 +133,69 @@ def build_report(
     Raises:
         BadInput: the model cannot be planned, or there are more GPUs than micro-batches in a step.
     """
-    stats = stats or full_step_stats(recipe)
-    fewest = int(stats.micro_batches.min())
+    size = recipe.parallel.sequence
+    stats = replace(stats or full_step_stats(recipe), sequence=size)
+    fewest = int(stats.micro_batches.min()) * size
+    count_groups(cluster.gpus, size)
     if cluster.gpus > fewest and not recipe.parallel.allow_idle_ranks:
-        good = " or ".join(map(str, good_worlds(stats.micro_batches, cluster.gpus)))
+        good = " or ".join(_good_numbers(stats, cluster))
         raise BadInput(
-            f"{cluster.gpus} GPUs, but a step has only {fewest} micro-batches: give --gpus {good}, "
+            f"{cluster.gpus} GPUs, but a step has only {fewest // size} micro-batches"
+            f"{f', for {size} GPUs each' if size > 1 else ''}: give --gpus {good}, "
             "raise batch.global_batch_size, or lower batch.micro_batch_size"
         )
-    model, activations = inspected or inspect_model(recipe, stats.fullest_tokens)
-    modes = _checkpointing_modes(recipe, activations)
+    model, activations = inspected or inspect_model(recipe, stats.rank_tokens)
     disk = disk_needed(model, _count_checkpoints(recipe))
-    # the plan is for GPUs of the image, which has Liger's kernel
-    kernel = "liger" if recipe.loss.kernel == "auto" else recipe.loss.kernel
     candidates, refused = {}, {}
     for template in list_templates(recipe):
         try:
             config = fill_template(recipe, template, model.hidden)
-            needs = partial(
-                peak_memory,
-                model,
-                config,
-                per_node=cluster.per_node,
-                trained=stats.fullest_trained,
-                kernel=kernel,
-            )
-            memory = {mode: needs(cluster.gpus, activations=activations[mode]) for mode in modes}
+            found = _plan_template(recipe, cluster, stats, model, activations, config, disk)
+            candidates[template] = found
         except BadInput as error:
             refused[template] = str(error)
-            continue
-        shortages = {mode: cluster.find_shortages(memory[mode], disk) for mode in modes}
-        mode = next((mode for mode in modes if not shortages[mode]), modes[-1])
-        worlds = candidate_worlds(min(MOST_GPUS, max(fewest, cluster.gpus)), cluster.per_node)
-        leanest = activations[modes[-1]]
-        smallest = next(
-            (
-                world
-                for world in worlds
-                if not cluster.find_shortages(needs(world, activations=leanest), disk)
-            ),
-            None,
-        )
-        on_a_rank = float(np.ceil(stats.micro_batches / cluster.gpus).mean())
-        traffic = step_traffic(model, config, cluster.gpus, on_a_rank)
-        candidates[template] = Candidate(memory[mode], mode, shortages[mode], smallest, traffic)
     return Report(model, stats, cluster, activations, candidates, refused, disk)
+
+
+def _plan_template(
+    recipe: Recipe,
+    cluster: Cluster,
+    stats: StepStats,
+    model: ModelSizes,
+    activations: Mapping[str, Activations],
+    config: dict[str, Any],
+    disk: Disk,
+) -> Candidate:
+    modes = _checkpointing_modes(recipe, activations)
+    leanest = activations[modes[-1]]
+    # the plan is for GPUs of the image, which has Liger's kernel
+    kernel = "liger" if recipe.loss.kernel == "auto" else recipe.loss.kernel
+
+    def need(world: int, of: Activations, trained: int = stats.rank_trained) -> Memory:
+        return peak_memory(model, config, world, cluster.per_node, trained, kernel, of)
+
+    def fits(world: int, *others: Any) -> bool:
+        return not cluster.find_shortages(need(world, *others), disk)
+
+    memory = {mode: need(cluster.gpus, activations[mode]) for mode in modes}
+    shortages = {mode: cluster.find_shortages(memory[mode], disk) for mode in modes}
+    mode = next((mode for mode in modes if not shortages[mode]), modes[-1])
+    most = max(int(stats.micro_batches.min()) * stats.sequence, cluster.gpus)
+    worlds = candidate_worlds(min(MOST_GPUS, most), cluster.per_node)
+    of_groups = (world for world in worlds if world % stats.sequence == 0)
+    longest = longest_slice(partial(fits, cluster.gpus), leanest, stats.rank_tokens)
+    return Candidate(
+        *(memory[mode], mode, shortages[mode]),
+        smallest=next((world for world in of_groups if fits(world, leanest)), None),
+        traffic=sequence_traffic(recipe, model, config, cluster, stats, mode),
+        longest=longest * stats.sequence // recipe.batch.micro_batch_size,
+    )
+
+
+def _good_numbers(stats: StepStats, cluster: Cluster) -> list[str]:
+    """Return numbers of GPUs near to the cluster's that keep nearly all of them busy."""
+    good = good_worlds(stats.micro_batches, cluster.gpus // stats.sequence)
+    return [str(groups * stats.sequence) for groups in good]
 
 
 def list_templates(recipe: Recipe) -> list[str]:
@@ -211,13 +235,17 @@ def predict_memory(recipe: Recipe, tokens: int, trained: int) -> dict[str, Memor
         trained: trained tokens of the fullest micro-batch.
     """
     try:
+        # a rank's share, if several have a slice of it
+        tokens = -(-tokens // recipe.parallel.sequence)
         model, activations = inspect_model(recipe, tokens)
         config = fill_template(recipe, recipe.parallel.deepspeed, model.hidden)
         kernel = choose_kernel(recipe.loss.kernel, dist.device())
         world, per_node = dist.world_size(), dist.local_world_size()
         modes = _checkpointing_modes(recipe, activations)
         return {
-            mode: peak_memory(model, config, world, per_node, trained, kernel, activations[mode])
+            mode: peak_memory(
+                *(model, config, world, per_node, min(trained, tokens), kernel, activations[mode])
+            )
             for mode in modes
         }
     except BadInput as error:
@@ -235,9 +263,10 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
         flops: the peak FLOP/s of a GPU, of which the model's own FLOPs achieve the share `mfu`.
     """
     model, stats, cluster, disk = report.model, report.stats, report.cluster, report.disk
-    share = filler_share(stats.micro_batches, cluster.gpus)
-    good = ", ".join(map(str, good_worlds(stats.micro_batches, cluster.gpus)))
+    share = filler_share(stats.micro_batches, cluster.gpus // stats.sequence)
+    good = ", ".join(_good_numbers(stats, cluster))
     idle = " (this one idles much)" if share > MUCH_FILLER else ""
+    on_each = f", on each of its {stats.sequence} GPUs" if stats.sequence > 1 else ""
     seconds = step_seconds(model, stats, cluster.gpus, flops * mfu)
     kept = ", ".join(
         f"{_gib(a.kept + a.layer)} GiB with activation_checkpointing: {mode}"
@@ -258,7 +287,7 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
         "them trained",
         f"fillers: {share:.1%} of the micro-batches of {cluster.gpus} GPUs; good numbers of GPUs: "
         f"{good}{idle}",
-        f"activations of a micro-batch: {kept}",
+        f"activations of a micro-batch{on_each}: {kept}",
         f"time to compute, predicted at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU: "
         f"{_seconds(seconds)} s a step, {stats.tokens / seconds:,.0f} tokens/s{run}",
         f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {_count_checkpoints(recipe)} kept and "
@@ -346,6 +375,14 @@ def recommend(report: Report, recipe: Recipe) -> str:
         f"recommended: {name}: it needs {_gib(best.memory.gpu_total)} of {_gib(cluster.gpu)} GiB a "
         f"GPU, and moves {_gb(best.traffic.total)} GB a GPU and step{than}{todo}"
     )
+
+
+def longest_sequence(report: Report) -> str:
+    """Return a sentence with the longest sequence that fits, by template."""
+    longest = {name: one.longest for name, one in report.candidates.items() if one.longest}
+    shared = f" on {n} GPUs each" if (n := report.stats.sequence) > 1 else ""
+    lengths = ", ".join(f"{name} {tokens:,}" for name, tokens in longest.items())
+    return f"longest batch.seq_len that fits{shared}: {lengths or 'none'}"
 
 
 def _seconds(seconds: float) -> str:

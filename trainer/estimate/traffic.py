@@ -32,16 +32,18 @@ class Traffic:
     between_gpus: float
     host: float
     nvme: float
+    in_group: float = 0.0  # between GPUs that share a sequence, on a node
 
     @property
     def total(self) -> float:
-        return self.between_gpus + self.host + self.nvme
+        return self.between_gpus + self.in_group + self.host + self.nvme
 
     def seconds(self, cluster: Cluster) -> float:
         """Return the seconds of a step if nothing overlaps."""
         speed = IN_NODE if cluster.gpus <= cluster.per_node else BETWEEN_NODES
         on_node = min(cluster.gpus, cluster.per_node)
-        return self.between_gpus / speed + self.host / TO_HOST + self.nvme * on_node / TO_NVME
+        sent = self.between_gpus / speed + self.in_group / IN_NODE
+        return sent + self.host / TO_HOST + self.nvme * on_node / TO_NVME
 
 
 def step_traffic(

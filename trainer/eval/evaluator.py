@@ -64,7 +64,7 @@ def held_out_losses(
     # float64: the plan has divided each token's loss by their number, so the sum is of small parts
     totals = torch.zeros(len(steps), dtype=torch.float64, device=dist.device())
     batches = ((step, batch) for step in steps for batch in loader.stream(step))
-    turns = int((-(-loader.plan.micro_batch_counts() // dist.world_size())).sum())
+    turns = int((-(-loader.plan.micro_batch_counts() // loader.groups)).sum())
     for step, batch in track(batches, "held-out loss", turns, "batches"):
         watch.beat("evaluation")
         if stop.poll():
@@ -153,7 +153,7 @@ class Evaluation:
         self._generate = recipe.eval.generate
         # rank 0 reads: other nodes may see an older state of a shared file system
         lines = read_json_lines(run_dir / EVALUATIONS) if dist.is_main() else []
-        self._evaluated: set[int] = dist.broadcast({line["step"] for line in lines})
+        self._evaluated: set[int] = set(dist.broadcast([line["step"] for line in lines]))
         self._loader: Loader | None = None
         self._origin: dict[str, str] = {}
         self._prompts: list[Prompt] = []
@@ -162,7 +162,9 @@ class Evaluation:
         self._plan = eval_plan(recipe, data)
         if dist.is_main():
             self._origin = describe_origin(data, masker.tokenizer)
-        self._loader = Loader(data, self._plan.plan, dist.rank(), dist.world_size(), pin=False)
+        place = (dist.rank(), dist.world_size())
+        sequence = recipe.parallel.sequence
+        self._loader = Loader(data, self._plan.plan, *place, pin=False, sequence=sequence)
         if self._generate:
             self._prompts = held_out_prompts(recipe, masker, self._generate.num_prompts)
             model: Any = engine.module.model
@@ -218,9 +220,11 @@ class Evaluation:
         score = partial(score_samples, self._prompts, answers, section.scorers, letters)
         # in the background, as a judge may take minutes: ranks beat and poll for a stop meanwhile
         if any(isinstance(rule, Judge) for rule in section.scorers.values()):
-            return server_answers.in_background(score, self._stop, self._watch)
-        self._watch.pause()  # a user's scorer may take any time
-        return dist.broadcast(score() if dist.is_main() else None)
+            found = server_answers.in_background(score, self._stop, self._watch)
+        else:
+            self._watch.pause()  # a user's scorer may take any time
+            found = dist.broadcast(score() if dist.is_main() else None)
+        return found and [Sample(*fields) for fields in found]
 
     def _likeliest_letters(self, section: GenerateSection) -> dict[str, list[str]] | None:
         """Return the likeliest letter after each prompt, by the name of the scorer that chooses."""

@@ -77,7 +77,8 @@ def answer_ids(
             drawn_by = [seeds[i] for i in batch] if section.temperature else []
             answers = _answers(model, given, section, drawn_by, synced=not independent)
             mine |= dict(zip(numbers, answers, strict=False))
-    found = {number: answer for share in dist.gather(mine) for number, answer in share.items()}
+    shares = dist.gather(list(mine.items()))
+    found = {number: answer for share in shares for number, answer in share}
     return [found[number] for number in range(len(prompts))]
 
 
@@ -211,7 +212,8 @@ def choice_logprobs(
                 for number, k, tokens in wanted[sequences[i]]:
                     places = torch.arange(last - len(tokens), last)
                     mine[number, k] = float(row[places, torch.tensor(tokens)].double().sum())
-    found = {key: value for share in dist.gather(mine) for key, value in share.items()}
+    shares = dist.gather(list(mine.items()))
+    found = {tuple(key): value for share in shares for key, value in share}
     return [[found[number, k] for k in range(len(choices))] for number in range(len(prompts))]
 
 

@@ -111,8 +111,8 @@ def generate(
 def in_background(
     work: Callable[[Callable[[], bool]], T], stop: StopFlag, watch: Watch
 ) -> T | None:
-    """Run `work(stopping)` in a thread of rank 0; return its result on every rank. Meanwhile all
-    ranks beat and poll the stop flag.
+    """Run `work(stopping)` in a thread of rank 0; return its result, as JSON holds it, on every
+    rank. Meanwhile all ranks beat and poll the stop flag.
 
     Returns:
         None if the flag was raised: `stopping()` then becomes true, and the work ends by raising
@@ -135,7 +135,7 @@ def in_background(
         finally:
             # leaving the pool waits for the work, which ends by this
             stopping.set()
-    # only rank 0 has an outcome; errors travel as text, as exceptions may not be picklable
+    # only rank 0 has an outcome; errors travel as text, as values between ranks are JSON
     outcome: tuple[str, Any] = ("", None)
     if future is not None:
         try:

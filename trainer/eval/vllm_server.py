@@ -68,7 +68,7 @@ def free_gpus() -> list[Gpu]:
         torch.cuda.empty_cache()
         mine = Gpu(*torch.cuda.mem_get_info(dist.device()))
     # the ranks of rank 0's node come first
-    return [gpu for gpu in dist.gather(mine)[: dist.local_world_size()] if gpu is not None]
+    return [Gpu(*gpu) for gpu in dist.gather(mine)[: dist.local_world_size()] if gpu is not None]
 
 
 @contextmanager

@@ -29,6 +29,7 @@ _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 # packages that define them may be missing.
 _ATTENTION = {
     "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::_flash_attn_forward",  # version 4 has no operation: it is recomputed
     "torch_attn::_varlen_attn",
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "packhorse::planned_attention",  # the planner's stand-in for them

@@ -16,14 +16,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from packhorse.trainer.datatypes import BadInput, Batch
-from packhorse.trainer.model import attention_kernels
-from packhorse.trainer.model.attention_kernels import Arguments, Bounds, visible
+from packhorse.trainer.datatypes import BadInput, Batch, slice_borders
+from packhorse.trainer.model import attention_kernels, flash_versions
+from packhorse.trainer.model.attention_kernels import Arguments, Bounds, Slices, visible
+from packhorse.trainer.model.sequence_exchange import attend_in_slices
 
 BACKENDS = ("flash_attn", "torch_varlen", "reference")
 
@@ -55,21 +56,24 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, st
         BadInput: the recipe names a backend that cannot run here.
     """
     fused_missing = _fused_missing(device, dtype)
-    missing = {
-        "flash_attn": attention_kernels.flash_attn_missing() or fused_missing,
-        "torch_varlen": fused_missing,
-        "reference": None,
-    }
+    missing = {"flash_attn": fused_missing, "torch_varlen": fused_missing, "reference": None}
+    version = ""
+    if not fused_missing:
+        try:
+            version = f"flash-attn {flash_versions.load_for(device).version}"
+        except ImportError as error:
+            missing["flash_attn"] = str(error)
     if name != "auto":
         if missing[name]:
             raise BadInput(
                 f"model.attention: {name} cannot be used: {missing[name]}; use `auto` or "
                 "`reference`"
             )
-        return name, "named in the recipe"
+        why = "named in the recipe"
+        return name, f"{version}, {why}" if name == "flash_attn" else why
     chosen = next(backend for backend in BACKENDS if not missing[backend])
     reasons = [f"no {backend}: {why}" for backend, why in missing.items() if why]
-    return chosen, "; ".join(reasons) or "the first choice"
+    return chosen, "; ".join(reasons) or version
 
 
 def _fused_missing(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -97,16 +101,28 @@ def is_ours(model: Any) -> bool:
     return (model.config._attn_implementation or "").startswith("packhorse_")
 
 
-def keyword_arguments(batch: Batch) -> dict[str, Any]:
+class SequenceGroup(NamedTuple):
+    """The ranks that share each packed sequence (C13), and their exchange in attention."""
+
+    process_group: Any
+    kind: str | None  # parallel.sequence_kind
+
+
+def keyword_arguments(batch: Batch, group: SequenceGroup | None = None) -> dict[str, Any]:
     """Return the arguments of model.forward that carry the batch's document boundaries.
 
     `document_bounds` is ours. A sequence of several documents gets transformers' own arguments
     too, for recurrent and convolutional layers. A single document needs none, and such layers
-    refuse them where they lack a kernel.
+    refuse them where they lack a kernel. A slice of a sequence has none, either: there, such layers
+    are refused (sequence_check.py).
     """
-    bounds = batch.cu_seqlens
-    ours = {"document_bounds": Bounds(bounds, batch.max_seqlen, batch.lengths)}
-    if len(batch.lengths) == 1:
+    bounds, (index, number) = batch.cu_seqlens, batch.slice
+    slices = None
+    if number > 1:
+        assert group is not None, "a slice, and no ranks that have the others"
+        slices = Slices(slice_borders(batch.lengths, number), index, *group)
+    ours = {"document_bounds": Bounds(bounds, batch.max_seqlen, batch.lengths, slices)}
+    if len(batch.lengths) == 1 or slices:
         return ours
     return ours | {
         "cu_seq_lens_q": bounds,
@@ -279,6 +295,8 @@ def _attend(
             "knows"
         )
     arguments = Arguments(scaling, sliding_window, softcap, s_aux, dropout or None, bounds)
+    if bounds.slices:
+        return attend_in_slices(backend, layer, query, key, value, arguments), None
     return backend(layer, query, key, value, arguments), None
 
 

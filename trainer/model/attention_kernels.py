@@ -9,7 +9,6 @@ documents.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from functools import cache
 from itertools import accumulate
@@ -19,10 +18,23 @@ import torch
 import torch.nn.functional as F
 
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.utils.text import one_line
+from packhorse.trainer.model import flash_versions
 
 PRODUCTS_TOKENS = 512  # of a document: beyond, holding all L x L scores costs more than it gains
-MAX_HEAD_SIZE = 256  # of FlashAttention 2, torch's own build of it included
+MAX_HEAD_SIZE = 256  # of every FlashAttention, torch's own build of it included
+
+
+class Slices(NamedTuple):
+    """Where the slices of a packed sequence lie that several ranks share (C13)."""
+
+    borders: tuple[int, ...]  # each slice's first token, and the end
+    index: int  # of this rank's slice
+    group: Any  # the ranks' process group
+    kind: str | None  # how they exchange: parallel.sequence_kind
+
+    @property
+    def number(self) -> int:
+        return len(self.borders) - 1
 
 
 class Bounds(NamedTuple):
@@ -31,12 +43,29 @@ class Bounds(NamedTuple):
     cu_seqlens: torch.Tensor  # (D + 1,) int32, each document's first token, and the end
     max_seqlen: int
     lengths: tuple[int, ...]  # the same on the host, where reading them costs no synchronization
+    slices: Slices | None = None  # None: the sequence lies on this rank alone
 
     def chunked(self, size: int) -> Bounds:
         """Return the bounds of chunks: each document is cut every `size` tokens from its start."""
         lengths = [min(size, n - start) for n in self.lengths for start in range(0, n, size)]
+        return self._of(lengths)
+
+    def of_slice(self, start: int, stop: int) -> tuple[Bounds, Bounds, int]:
+        """Return the bounds of the documents' tokens in [start, stop), those of the tokens before
+        `stop` in the same documents, and the first of these.
+        """
+        begins = [end - n for end, n in zip(accumulate(self.lengths), self.lengths)]
+        cut = [
+            (begin, min(begin + n, stop))
+            for begin, n in zip(begins, self.lengths)
+            if begin < stop and begin + n > start
+        ]
+        inside = self._of([end - max(begin, start) for begin, end in cut])
+        return inside, self._of([end - begin for begin, end in cut]), cut[0][0]
+
+    def _of(self, lengths: list[int]) -> Bounds:
         ends = self.cu_seqlens.new_tensor([0, *accumulate(lengths)])
-        return Bounds(ends, max(lengths), tuple(lengths))
+        return Bounds(ends, max(lengths), tuple(lengths), self.slices)
 
 
 class Arguments(NamedTuple):
@@ -48,40 +77,39 @@ class Arguments(NamedTuple):
     sinks: torch.Tensor | None  # (Hq,) a logit per head that takes part in the softmax only
     dropout: float | None
     bounds: Bounds
+    # Of the queries, if they are fewer than the keys: the last ones of each document.
+    queries: Bounds | None = None
 
 
 # ------------------------------------------------------------------------------------ fused kernels
 
 
-def flash_attn_missing() -> str | None:
-    """Return why flash-attn 2 cannot be used here, or None."""
-    if importlib.util.find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed"
-    try:
-        # flash-attn 4 alone has a folder `flash_attn` without it, and a wheel for another torch
-        # fails only here
-        from flash_attn import flash_attn_varlen_func  # noqa: F401
-    except ImportError as error:
-        return f"flash-attn 2 cannot be imported: {one_line(error, 200)}"
-    return None
-
-
 def flash_attn(
     layer: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, arguments: Arguments
 ) -> torch.Tensor:
-    """Attend by flash-attn's varlen kernel (Dao, 2023, arXiv:2307.08691); it lacks sinks."""
-    from flash_attn import flash_attn_varlen_func
-
-    q, k, v, scale = _for_varlen(layer, "flash_attn", ("sinks",), query, key, value, arguments)
-    ends, longest = arguments.bounds.cu_seqlens, arguments.bounds.max_seqlen
-    out = flash_attn_varlen_func(
-        *(q, k, v, ends, ends, longest, longest),
-        dropout_p=arguments.dropout or 0.0,
+    """Attend by the varlen kernel of flash-attn 2, 3 or 4 (Dao, 2023, arXiv:2307.08691)."""
+    flash = flash_versions.load_for(query.device)
+    q, k, v, scale = _for_varlen(layer, "flash_attn", flash.lacks, query, key, value, arguments)
+    if flash.version == 4 and q.shape[-1] > 128:
+        # between 128 and 256 it takes DeepSeek's sizes alone
+        q, k, v = (F.pad(x, (0, MAX_HEAD_SIZE - x.shape[-1])) for x in (q, k, v))
+    ends_q, ends_k, longest_q, longest_k = _varlen_bounds(arguments)
+    out = flash.attend(
+        *(q, k, v),
+        cu_seqlens_q=ends_q,
+        cu_seqlens_k=ends_k,
+        max_seqlen_q=longest_q,
+        max_seqlen_k=longest_k,
         softmax_scale=scale,
         causal=True,
         window_size=(arguments.window - 1, 0) if arguments.window else (-1, -1),
         softcap=arguments.softcap or 0.0,
+        # its backward adds atomically else, in an order that differs from run to run
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        **({"dropout_p": arguments.dropout} if arguments.dropout else {}),
     )
+    # 4, and early builds of 3, return the logarithm of the softmax's sum beside the output
+    out = out if isinstance(out, torch.Tensor) else out[0]
     return out[..., : value.shape[-1]].unsqueeze(0)
 
 
@@ -96,7 +124,6 @@ def torch_varlen(
 
     lacks = ("softcap", "sinks", "dropout")
     q, k, v, scale = _for_varlen(layer, "torch_varlen", lacks, query, key, value, arguments)
-    ends, longest = arguments.bounds.cu_seqlens, arguments.bounds.max_seqlen
     grouped: dict[str, Any] = {}
     if k.shape[1] != q.shape[1]:
         if _takes_groups(varlen_attn):
@@ -105,11 +132,18 @@ def torch_varlen(
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     # by default a token would see all that follow it: a window without any to the right is causal
     window = (arguments.window - 1 if arguments.window else -1, 0)
-    out = varlen_attn(
-        q, k, v, ends, ends, longest, longest, scale=scale, window_size=window, **grouped
-    )
+    ends = _varlen_bounds(arguments)
+    out = varlen_attn(q, k, v, *ends, scale=scale, window_size=window, **grouped)
     assert isinstance(out, torch.Tensor)
     return out[..., : value.shape[-1]].unsqueeze(0)
+
+
+def _varlen_bounds(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    """Return the ends of queries and keys, and the longest of each. Where a document has fewer
+    queries, the kernels take them for its last tokens (bottom-right, since FlashAttention 2.1).
+    """
+    keys, queries = arguments.bounds, arguments.queries or arguments.bounds
+    return queries.cu_seqlens, keys.cu_seqlens, queries.max_seqlen, keys.max_seqlen
 
 
 @cache
@@ -170,9 +204,10 @@ def reference(
     This is what the fused kernels are tested against, and what a CPU uses.
     """
     lengths = arguments.bounds.lengths
+    queries = (arguments.queries or arguments.bounds).lengths
     plain = arguments.softcap is None and arguments.sinks is None
     attend = _one_document if plain else _one_document_in_full
-    parts = zip(query.split(lengths, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2))
+    parts = zip(query.split(queries, dim=2), key.split(lengths, dim=2), value.split(lengths, dim=2))
     outputs = [attend(q, k, v, arguments).transpose(1, 2) for q, k, v in parts]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
@@ -181,17 +216,20 @@ def _one_document(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments
 ) -> torch.Tensor:
     """Return causal attention within one document, (1, Hq, L, E)."""
-    # a mask costs torch its fast kernels, so that there is one only where the window cuts
-    windowed = arguments.window is not None and q.shape[2] > arguments.window
+    # a mask costs torch its fast kernels, so that there is one only where the window cuts, or
+    # where queries begin later than keys
+    length = k.shape[2]
+    windowed = arguments.window is not None and length > arguments.window
+    masked = windowed or q.shape[2] != length
     on_cpu_in_bf16 = q.device.type == "cpu" and q.dtype == torch.bfloat16
-    if on_cpu_in_bf16 and q.shape[2] <= PRODUCTS_TOKENS and not windowed and not arguments.dropout:
+    if on_cpu_in_bf16 and length <= PRODUCTS_TOKENS and not masked and not arguments.dropout:
         return _by_products(q, k, v, arguments.scale)
     return F.scaled_dot_product_attention(
         q,
         k,
         v,
-        attn_mask=visible(q.shape[2], arguments.window, q.device) if windowed else None,
-        is_causal=not windowed,
+        attn_mask=visible(length, arguments.window, q.device, q.shape[2]) if masked else None,
+        is_causal=not masked,
         dropout_p=arguments.dropout or 0.0,
         scale=arguments.scale,
         enable_gqa=q.shape[1] != k.shape[1],
@@ -231,7 +269,8 @@ def _one_document_in_full(
     scores = (q @ k.transpose(-1, -2)).float() * scale
     if arguments.softcap is not None:
         scores = torch.tanh(scores / arguments.softcap) * arguments.softcap
-    scores = scores.masked_fill(~visible(q.shape[2], arguments.window, q.device), -torch.inf)
+    seen = visible(k.shape[2], arguments.window, q.device, q.shape[2])
+    scores = scores.masked_fill(~seen, -torch.inf)
     if arguments.sinks is not None:
         sinks = arguments.sinks.float().reshape(1, -1, 1, 1).expand(1, q.shape[1], q.shape[2], 1)
         scores = torch.cat([scores, sinks], dim=-1)
@@ -242,8 +281,14 @@ def _one_document_in_full(
     return shares.to(v.dtype) @ v
 
 
-def visible(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """Return (L, L), True where query i sees key j: 0 <= i - j < window."""
+def visible(
+    length: int, window: int | None, device: torch.device, queries: int | None = None
+) -> torch.Tensor:
+    """Return (L, L), True where query i sees key j: 0 <= i - j < window.
+
+    Args:
+        queries: how many of the last rows are wanted; None for all.
+    """
     position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None, :]
+    distance = position[length - (queries or length) :, None] - position[None, :]
     return (distance >= 0) & (distance < (window or length))

@@ -13,6 +13,9 @@ import torch
 
 from packhorse.trainer.dist import seed_from
 
+# Each block of a document has a seed of its own, so that a rank draws little beside its own slice.
+BLOCK_TOKENS = 4096
+
 
 def document_noise(
     seed: int,
@@ -21,6 +24,7 @@ def document_noise(
     width: int,
     alpha: float,
     device: torch.device,
+    tokens: range | None = None,
 ) -> torch.Tensor:
     """Return (T, width) float32, uniform in +-alpha / sqrt(L x width), L each document's length.
 
@@ -28,14 +32,27 @@ def document_noise(
 
     Args:
         document_keys: (epoch, document, piece) of each document, from which its noise follows.
+        tokens: those of the packed sequence whose noise is wanted, as of a rank's slice (T, from
+            then on); None for all.
     """
-    noise = torch.empty(sum(lengths), width, device=device)
+    tokens = range(sum(lengths)) if tokens is None else tokens
+    noise = torch.empty(len(tokens), width, device=device)
     generator = torch.Generator(device)
-    parts = noise.split(list(lengths))
-    for (epoch, document, piece), length, part in zip(document_keys, lengths, parts):
-        generator.manual_seed(seed_from(seed, "neftune", epoch, document, piece))
+    begin = 0
+    for key, length in zip(document_keys, lengths):
         # by the document's length: by the packed sequence's, as elsewhere, the noise would shrink
         # by sqrt(sequence / document)
         bound = alpha / math.sqrt(length * width)
-        part.uniform_(-bound, bound, generator=generator)
+        for block in range(0, length, BLOCK_TOKENS):
+            size = min(BLOCK_TOKENS, length - block)
+            start = begin + block - tokens.start  # in the slice; before it if negative
+            first, last = max(start, 0), min(start + size, len(tokens))
+            if first >= last:
+                continue
+            place = (block,) if block else ()
+            generator.manual_seed(seed_from(seed, "neftune", *key, *place))
+            drawn = torch.empty(size, width, device=device)
+            drawn.uniform_(-bound, bound, generator=generator)
+            noise[first:last] = drawn[first - start : last - start]
+        begin += length
     return noise

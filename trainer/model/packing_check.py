@@ -138,7 +138,7 @@ def _run_alone(model: Any, ids: torch.Tensor) -> _Alone:
     rounding = [0.0] * len(states)
     if states[0].dtype != torch.float32 and own == "eager":
         others, _ = _run_own(model, ids, "sdpa")
-        rounding = [_difference(*pair) for pair in zip(others, states)]
+        rounding = [relative_difference(*pair) for pair in zip(others, states)]
     return _Alone(states, loss, rounding)
 
 
@@ -259,7 +259,8 @@ def _compare(
     worst = 0.0
     for layer, ours in enumerate(packed):
         difference = max(
-            _difference(mine, own.states[layer]) for mine, own in zip(ours, alone, strict=True)
+            relative_difference(mine, own.states[layer])
+            for mine, own in zip(ours, alone, strict=True)
         )
         rounding = max(own.rounding[layer] for own in alone)
         allowed = max(hidden_allowed, min(OWN_ROUNDING * rounding, MOST_ROUNDING))
@@ -297,7 +298,7 @@ def _require_isolation(sft: SftModel, documents: Sequence[torch.Tensor], allowed
     after, _, attended = _run_packed(sft, others, compared)
     what = "once its neighbours and later tokens are others"
     for layer, (mine, changed) in enumerate(zip(before, after)):
-        difference = _difference(changed[middle], mine[middle])
+        difference = relative_difference(changed[middle], mine[middle])
         _require_close(sft.model, layer, attended, difference, allowed, what)
 
 
@@ -322,7 +323,7 @@ def _draws_random_numbers(sft: SftModel, batch: Batch) -> bool:
         return not all(torch.equal(state(), old) for state, old in zip(read, before))
 
 
-def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Return the relative difference of a document's states, (tokens, H) each; see TOLERANCE."""
     ours, exact = ours.float(), theirs.float()
     by_token = (ours - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-12)

@@ -32,10 +32,14 @@ def stretches(config: Any) -> bool:
     return any("dynamic" in kind for kind in rope_types(config))
 
 
+def depends_on_length(config: Any) -> bool:
+    """Return whether a document's table depends on its length, not on each position alone."""
+    return any(word in kind for kind in rope_types(config) for word in _BY_LENGTH)
+
+
 def make_tables_by_document(model: Any) -> None:
     """Make every rotary module of the model compute its table for each document by itself."""
-    config = model.config.get_text_config()
-    if not any(word in kind for kind in rope_types(config) for word in _BY_LENGTH):
+    if not depends_on_length(model.config.get_text_config()):
         return
     for module in model.modules():
         # a second call finds the instance's own forward

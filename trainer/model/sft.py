@@ -19,9 +19,9 @@ from torch import nn
 
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import LossSection
-from packhorse.trainer.datatypes import BadInput, Batch
+from packhorse.trainer.datatypes import BadInput, Batch, slice_borders
 from packhorse.trainer.model import attention
-from packhorse.trainer.model.attention import keyword_arguments
+from packhorse.trainer.model.attention import SequenceGroup, keyword_arguments
 from packhorse.trainer.model.by_document import split_calls
 from packhorse.trainer.model.decoder import decoder_of
 from packhorse.trainer.model.logit_transform import LogitTransform
@@ -38,12 +38,22 @@ class SftModel(nn.Module):
     once the engine exists). It measures what the model does to its logits, and whether it draws
     random numbers, and proves that packing changes nothing.
 
+    Args:
+        group: of this rank, if several share each packed sequence (C13).
+
     Raises:
         BadInput: the model has no output head with a weight, the loss kernel cannot run here, or
             `loss.router_aux` is set for a model without experts.
     """
 
-    def __init__(self, model: Any, loss: LossSection, seed: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Any,
+        loss: LossSection,
+        seed: int,
+        device: torch.device,
+        group: SequenceGroup | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.kernel = choose_kernel(loss.kernel, device)
@@ -52,6 +62,7 @@ class SftModel(nn.Module):
         self.router = None if loss.router_aux is None else RouterLoss(model, loss.router_aux)
         self._alpha = loss.neftune_alpha
         self._seed = seed
+        self._group = group
         self._batch: Batch | None = None  # the one in the forward, for the embedding's hook
         self._calls: tuple[int, ...] = ()  # its documents' lengths, for modules that run by them
         self._undo_split: list[Callable[[], None]] = []
@@ -104,7 +115,10 @@ class SftModel(nn.Module):
             self._calls = (*batch.lengths, *[0] * self._idle_calls(len(batch.lengths)))
         ids, bounds = batch.input_ids.unsqueeze(0), {}
         if not self.attends_by_itself:
-            bounds = {"position_ids": batch.position_ids.unsqueeze(0), **keyword_arguments(batch)}
+            bounds = {
+                "position_ids": batch.position_ids.unsqueeze(0),
+                **keyword_arguments(batch, self._group),
+            }
         try:
             return decoder_of(self.model)(input_ids=ids, use_cache=False, **bounds, **wanted)
         finally:
@@ -145,12 +159,14 @@ class SftModel(nn.Module):
     def _add_noise(
         self, embedding: nn.Module, args: Any, embedded: torch.Tensor
     ) -> torch.Tensor | None:
-        """Add NEFTune's noise to the embeddings (1, T, H) of a batch in training."""
+        """Add NEFTune's noise to the embeddings (1, T, H) of a batch, or its slice, in training."""
         batch = self._batch
         if not self.training or self._alpha == 0.0 or batch is None:
             return None  # which leaves the module's output as it is
         keys, lengths, width = batch.document_keys, batch.lengths, embedded.shape[-1]
-        noise = document_noise(self._seed, keys, lengths, width, self._alpha, embedded.device)
+        start, stop = slice_borders(lengths, batch.slice[1])[batch.slice[0] :][:2]
+        place = (embedded.device, range(start, stop))
+        noise = document_noise(self._seed, keys, lengths, width, self._alpha, *place)
         return embedded + noise.to(embedded.dtype)
 
 

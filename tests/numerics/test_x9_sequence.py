@@ -1,0 +1,128 @@
+"""A packed sequence on several ranks is learned as on one: X9 of docs/design.md.
+
+Whole runs of recipes/debug.yaml in fp32, as in test_same_run.py, with its bounds and controls.
+Packing is `wrapped` into sequences of 251 tokens, a prime, so that slices are uneven and cut
+documents wherever they fall. A step has five sequences, so that of two groups one ends on a filler.
+The model has four query heads and two key heads: four ranks repeat the keys, three gather them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.numerics.compare import Run, case, difference, report, run_cases
+from tests.numerics.sequence_defects import DEFECTS
+from tests.ranks import ROOT, run_ranks
+
+UNEVEN = ("train.steps=5", "batch.seq_len=251", "data.packing=wrapped", "batch.global_batch_size=5")
+APART = ("data.packing=none", "loss.weighting=example")
+LORA = ("adapter={rank: 4, alpha: 8}", "optim.lr=1e-2")
+
+
+def windowed(root: Path) -> tuple[str, ...]:
+    """Return overrides for a model of the same sizes that attends within a window."""
+    folder = root / "windowed"
+    if not folder.exists():
+        shutil.copytree(ROOT / "recipes" / "debug" / "model", folder)
+        config = json.loads((folder / "config.json").read_text())
+        kind = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+        (folder / "config.json").write_text(json.dumps({**config, **kind, "sliding_window": 40}))
+    return (f"model.name={folder}",)
+
+
+def all_waves(root: Path) -> list[dict[int, list[dict[str, Any]]]]:
+    """Return the cases by world size; later waves resume runs of the waves before."""
+
+    def shared(name: str, sequence: int, stage: str, *more: str, **extra: Any) -> dict[str, Any]:
+        overrides = (*UNEVEN, f"parallel.sequence={sequence}", "parallel.allow_idle_ranks=true")
+        return case(root, name, stage, *overrides, *more, **extra)
+
+    gather, window = "parallel.sequence_kind=gather", windowed(root)
+    full = "model.activation_checkpointing="
+    first = {
+        1: [
+            shared("1", 1, "zero3"),
+            shared("1-window", 1, "zero3", *window),
+            shared("1-lora", 1, "zero2", *LORA),
+            shared("1-apart", 1, "zero2", *APART),
+        ],
+        2: [
+            shared("2-zero1", 2, "zero1", full + "full"),
+            shared("2-zero3", 2, "zero3", full + "selective"),
+            shared("2-gather", 2, "zero3", gather),
+            shared("2-window", 2, "zero3", *window),
+            shared("2-window-gather", 2, "zero1", gather, *window),
+            shared("2-lora", 2, "zero3", *LORA),
+            shared("resumed", 2, "zero3", stop_after=2),
+            *(shared(f"2-{name}", 2, "zero3", changes=[name]) for name in DEFECTS),
+            shared("2-mean_of_means", 2, "zero3", changes=["mean_of_means"]),
+        ],
+        3: [shared("3-zero3", 3, "zero3")],
+        4: [
+            shared("4-zero1", 4, "zero1"),
+            shared("4-zero3", 4, "zero3"),
+            shared("4-apart", 4, "zero2", *APART),
+            shared("2x2-zero3", 2, "zero3", "run.trace=true"),
+        ],
+    }
+    return [
+        first,
+        {4: [shared("resumed", 4, "zero1", stop_after=2)]},
+        {1: [shared("resumed", 1, "zero3")]},
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    root = tmp_path_factory.mktemp("runs")
+    found = run_cases(*all_waves(root))
+    lines = (root / "2x2-zero3" / "metrics.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines if "train/loss" in line]
+    alone = (root / "1" / "metrics.jsonl").read_text().splitlines()
+    own = [json.loads(line) for line in alone if "train/loss" in line]
+    for key in ("train/trained_tokens", "pack/fill"):
+        assert [step[key] for step in steps] == pytest.approx([step[key] for step in own]), key
+    for line in (root / "2x2-zero3" / "trace.jsonl").read_text().splitlines():
+        documents = json.loads(line)["documents"]
+        assert len({tuple(key) for key in documents}) == len(documents) > 0, "named twice"
+    return found
+
+
+SAME = {
+    "1": ["2-zero1", "2-zero3", "2-gather", "3-zero3", "4-zero1", "4-zero3"],
+    "1-window": ["2-window", "2-window-gather"],
+    "1-lora": ["2-lora"],
+    "1-apart": ["4-apart"],
+}
+SAME["1"] += ["2x2-zero3", "resumed"]
+
+
+@pytest.mark.parametrize(("alone", "other"), [(one, o) for one in SAME for o in SAME[one]])
+def test_x9_ranks_that_share_a_sequence_learn_the_same(
+    runs: dict[str, Run], alone: str, other: str
+) -> None:
+    seen = difference(runs[alone], runs[other])
+    report(f"{alone} against {other}", seen)
+    assert seen.agrees
+
+
+@pytest.mark.parametrize("defect", [*DEFECTS, "mean_of_means"])
+def test_x9_control_is_caught(runs: dict[str, Run], defect: str) -> None:
+    seen = difference(runs["1"], runs[f"2-{defect}"])
+    report(f"control {defect}", seen)
+    assert seen.is_caught
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_the_exchange_is_attention_on_one_rank(world: int) -> None:
+    """By both kinds, with windows, soft caps, sinks and random lengths; see exchange.py."""
+    for output in run_ranks(world, ["-m", "tests.numerics.exchange"]):
+        seen = json.loads(output.splitlines()[-1])
+        assert seen.pop("cases") >= 50
+        assert "layer 0 (LlamaDecoderLayer) gives other states" in seen.pop("said"), "not refused"
+        assert max(seen.values()) < 1e-6, seen

@@ -1,0 +1,140 @@
+"""Slices of packed sequences: what each rank gets, and that nothing is lost or counted twice (C13).
+
+What ranks compute together is in tests/numerics/test_x9_sequence.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from packhorse.trainer.config.recipe import LossSection
+from packhorse.trainer.data import loader
+from packhorse.trainer.data.loader import filler_batch
+from packhorse.trainer.datatypes import BadInput, slice_borders
+from packhorse.trainer.metrics import ModelFlops
+from packhorse.trainer.model import packing_check, sequence_check
+from packhorse.trainer.model.attention_kernels import Bounds
+from packhorse.trainer.model.logit_transform import LogitTransform
+from packhorse.trainer.model.neftune import document_noise
+from packhorse.trainer.model.packing_check import Proof
+from packhorse.trainer.model.sft import SftModel
+from tests.model_helpers import CPU, documents, pack, tiny_llama
+from tests.unit.test_batch_plan import make_plan
+
+LENGTHS = (5, 17, 1, 8)  # 31 tokens, a prime
+BATCH = pack(documents(LENGTHS), [[0, 3], list(range(2, 16)), [], [6]], [0.1, 0.2, 0.3, 0.4])
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 31])
+def test_slices_hold_every_token_and_every_target_once(number: int) -> None:
+    slices = [BATCH.cut(index, number) for index in range(number)]
+    borders = slice_borders(LENGTHS, number)
+    for name in ("input_ids", "position_ids", "targets", "weights"):
+        joined = torch.cat([getattr(part, name) for part in slices])
+        assert torch.equal(joined, getattr(BATCH, name)), name
+    moved = [part.trained_positions + start for part, start in zip(slices, borders, strict=False)]
+    assert torch.equal(torch.cat(moved), BATCH.trained_positions)
+    assert all(part.lengths == LENGTHS for part in slices), "documents stay whole"
+    assert sum(part.tokens for part in slices) == BATCH.tokens == 31
+    assert [part.is_counted for part in slices] == [True] + [False] * (number - 1)
+    flops = ModelFlops(7, 11, 13)
+    assert sum(map(flops.of, slices)) == pytest.approx(flops.of(BATCH))
+
+
+@pytest.mark.parametrize("number", [2, 3, 5])
+def test_fillers_and_short_sequences_have_a_token_for_each_rank(number: int) -> None:
+    filler = filler_batch(3, max(2, number))
+    assert [filler.cut(i, number).input_ids.shape[0] >= 1 for i in range(number)] == [True] * number
+    assert sum(filler.cut(i, number).trained_positions.shape[0] for i in range(number)) == 1
+    short = pack(documents([2]), [[0]], [0.5])
+    longer = loader._lengthened(short, filler)
+    assert longer.lengths == (2, len(filler.input_ids))
+    assert longer.cu_seqlens.tolist() == [0, 2, 2 + len(filler.input_ids)]
+    assert longer.position_ids.tolist() == [0, 1, *range(len(filler.input_ids))]
+    assert torch.equal(longer.weights, short.weights), "the filler's tokens are not trained"
+
+
+def test_ranks_that_share_a_sequence_are_one_to_the_plan() -> None:
+    plan: Any = make_plan([torch.tensor([False, True]).numpy()] * 12, "none", global_batch_size=6)
+    data = mock.Mock()
+    for rank, group in ((0, 0), (1, 0), (4, 2), (5, 2)):
+        made = loader.Loader(data, plan, rank, 6, False, sequence=2)
+        assert (made._group, made.groups, made._slice) == (group, 3, (rank % 2, 2))
+        made.close()
+    assert plan.check_world(12, False, 2) is None
+    with pytest.raises(BadInput, match=r"8 groups of 2 ranks, but a step has only 6 .*start .*12"):
+        plan.check_world(16, False, 2)
+    with pytest.raises(BadInput, match=r"parallel\.sequence: 2 ranks .*7 ranks do not divide"):
+        plan.check_world(7, False, 2)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 7])
+def test_a_slice_has_the_noise_of_its_tokens(number: int) -> None:
+    """Also where a document is longer than a block of noise, and a slice begins inside a block."""
+    lengths, keys = (3, 5000, 9000, 7), [(0, n, 0) for n in range(4)]
+    whole = document_noise(0, keys, lengths, 4, 5.0, CPU)
+    borders = slice_borders(lengths, number)
+    parts = [
+        document_noise(0, keys, lengths, 4, 5.0, CPU, range(*borders[i : i + 2]))
+        for i in range(number)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+    blocks = whole[3 : 3 + 5000].split(4096)
+    assert not torch.equal(blocks[0][: len(blocks[1])], blocks[1]), "blocks have their own noise"
+
+
+@pytest.mark.parametrize("start", range(0, 31, 5))
+def test_queries_of_a_slice_have_the_keys_before_them_in_their_documents(start: int) -> None:
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    stop = min(start + 7, 31)
+    queries, keys, first = Bounds(ends, 17, LENGTHS).of_slice(start, stop)
+    document = torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))
+    inside = document[start:stop].unique(return_counts=True)[1].tolist()
+    assert list(queries.lengths) == inside == queries.cu_seqlens.diff().tolist()
+    seen = [int((document[:stop] == d).sum()) for d in document[start:stop].unique()]
+    assert list(keys.lengths) == seen == keys.cu_seqlens.diff().tolist()
+    assert first == int((document == document[start]).nonzero()[0])
+
+
+# ---------------------------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"by_document": ("MambaBlock (why)",)}, "MambaBlock"),
+        ({"by_itself": True}, "its own code"),
+        ({"is_random": True}, "dropout"),
+        ({"rope": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rotary table"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_with_its_name(change: dict[str, Any], said: str) -> None:
+    changes = {"rope_parameters": change["rope"]} if "rope" in change else {}
+    module = SftModel(tiny_llama(**changes), LossSection(), 0, CPU)
+    module.is_random = change.get("is_random", False)
+    proof = Proof(0.0, 0.0, (1,), LogitTransform())
+    proof = proof._replace(**{k: v for k, v in change.items() if k in Proof._fields})
+    with pytest.raises(BadInput, match=rf"parallel\.sequence: .*{said}.*parallel\.sequence=1"):
+        sequence_check.prove_slices(module, proof, size=2, seq_len=64, seed=0)
+
+
+def test_a_layer_that_differs_after_the_cut_is_named() -> None:
+    """As one that carries a state, which a rank's slice begins without."""
+    module = SftModel(tiny_llama(), LossSection(), 0, CPU)
+    proof = packing_check.prove_packing(module, seq_len=64, one_document=False, seed=0)
+    cut = sequence_check.Batch.cut
+
+    def other_tokens(batch: Any, index: int, number: int) -> Any:
+        part = cut(batch, index, number)
+        return replace(part, input_ids=part.input_ids.flip(0), slice=(0, 1), lengths=(37,))
+
+    with (
+        mock.patch.object(sequence_check.Batch, "cut", other_tokens),
+        pytest.raises(BadInput, match=r"layer 0 \(LlamaDecoderLayer.* where a sequence is cut"),
+    ):
+        sequence_check.prove_slices(module, proof, size=2, seq_len=64, seed=0)

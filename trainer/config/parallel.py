@@ -1,0 +1,40 @@
+"""Define the recipe's section for what depends on the hardware."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from packhorse.trainer.config.base import Section
+
+
+class ParallelSection(Section):
+    """What depends on the hardware. Nothing here changes what is learned."""
+
+    deepspeed: str = Field(
+        default="zero3",
+        description="DeepSpeed template: ZeRO stage and offload. A packaged one by name (zero0, "
+        "zero1, zero2, zero3, zero3_offload_optimizer, zero3_offload_all, zero3_nvme), or the path "
+        "of a file of yours. Batch sizes and the optimizer come from the recipe.",
+    )
+    grad_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="Data type of gradient accumulation and all-reduce. bfloat16 makes the result "
+        "depend on the number of GPUs and the micro-batch size.",
+    )
+    allow_idle_ranks: bool = Field(
+        default=False, description="Allow more ranks than a step has micro-batches."
+    )
+    sequence: int = Field(
+        default=1,
+        ge=1,
+        description="Ranks that share each packed sequence (sequence parallelism), for contexts "
+        "that do not fit one GPU. It divides the number of ranks.",
+    )
+    sequence_kind: Literal["ulysses", "gather"] | None = Field(
+        default=None,
+        description="How ranks that share a sequence attend over all of it. ulysses: exchange "
+        "tokens for heads; gather: collect keys and values. null: ulysses in each layer whose "
+        "query heads `sequence` divides, else gather.",
+    )

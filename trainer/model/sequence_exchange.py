@@ -1,0 +1,145 @@
+"""Attend over a packed sequence that lies on several ranks, by any attention kernel (C13).
+
+In: a rank's slice of a layer's queries, keys and values, and where the slices lie. Out: the same
+slice of what attention over the whole sequence gives.
+
+    ulysses   all-to-all: a rank gets all tokens of its share of the heads, and gives back its
+              tokens of all heads (Jacobs et al., 2023, arXiv:2309.14509). Slices may be uneven.
+    gather    all-to-all of copies: a rank gets all keys and values, and keeps its own queries
+
+Gradients take the same way back. DeepSpeed is not told: each rank's loss is of its own tokens, and
+gradients sum over all ranks as ever (C2).
+
+Shapes: n ranks, t tokens of this rank's slice, T of all; Hq query heads, Hk key and value heads, E
+head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as td
+from torch.autograd.function import once_differentiable
+
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.attention_kernels import Arguments, Slices
+
+Kernel = Callable[..., torch.Tensor]
+
+
+def attend_in_slices(
+    kernel: Kernel,
+    layer: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    arguments: Arguments,
+) -> torch.Tensor:
+    """Return (1, t, Hq, E) for queries (1, Hq, t, E), keys and values (1, Hk, t, E).
+
+    Every rank of the group calls it.
+
+    Raises:
+        BadInput: `ulysses` is asked for, and the query heads do not divide among the ranks.
+    """
+    slices = arguments.bounds.slices
+    assert slices is not None, "the sequence lies on one rank"
+    divides = query.shape[1] % slices.number == 0
+    if slices.kind == "ulysses" and not divides:
+        raise BadInput(
+            f"parallel.sequence_kind: {layer} has {query.shape[1]} query heads, which do not "
+            f"divide among {slices.number} ranks; use `gather`, or another parallel.sequence"
+        )
+    by_heads = divides and slices.kind != "gather"
+    attend = _attend_by_heads if by_heads else _attend_by_queries
+    return attend(kernel, layer, query, key, value, arguments, slices)
+
+
+def _attend_by_heads(
+    kernel: Kernel,
+    layer: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    arguments: Arguments,
+    slices: Slices,
+) -> torch.Tensor:
+    """Attend with a share of the heads over all tokens."""
+    heads = query.shape[1] // slices.number
+    if arguments.sinks is not None:
+        own = arguments.sinks[slices.index * heads : (slices.index + 1) * heads]
+        arguments = arguments._replace(sinks=own)
+    # Repeated until they divide, key heads stay beside their queries, as both go to the ranks in
+    # order. The number divides Hq, as n and Hk do.
+    repeats = slices.number // math.gcd(slices.number, key.shape[1])
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
+    whole = (_Exchange.apply(x, slices, True) for x in (query, key, value))
+    out = kernel(layer, *whole, arguments)
+    return _Exchange.apply(out.transpose(1, 2), slices, False).transpose(1, 2)
+
+
+def _attend_by_queries(
+    kernel: Kernel,
+    layer: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    arguments: Arguments,
+    slices: Slices,
+) -> torch.Tensor:
+    """Attend with all heads for the own tokens, over the keys that they see."""
+    # Repeated once for each rank, "a share of the heads" is all of them.
+    copies = (x.repeat(1, slices.number, 1, 1) for x in (key, value))
+    keys, values = (_Exchange.apply(x, slices, True) for x in copies)
+    start, stop = slices.borders[slices.index : slices.index + 2]
+    queries, seen, first = arguments.bounds.of_slice(start, stop)
+    arguments = arguments._replace(bounds=seen, queries=queries)
+    return kernel(layer, query, keys[:, :, first:stop], values[:, :, first:stop], arguments)
+
+
+class _Exchange(torch.autograd.Function):
+    """Exchange heads for tokens, (1, n h, t, E) -> (1, h, T, E), or back if not `to_tokens`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, slices: Slices, to_tokens: bool) -> torch.Tensor:
+        ctx.slices, ctx.to_tokens = slices, to_tokens
+        return (_heads_to_tokens if to_tokens else _tokens_to_heads)(x, slices)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        back = _tokens_to_heads if ctx.to_tokens else _heads_to_tokens
+        return back(grad, ctx.slices), None, None
+
+
+def _heads_to_tokens(x: torch.Tensor, slices: Slices) -> torch.Tensor:
+    heads, size = x.shape[1] // slices.number, x.shape[3]
+    lengths = [stop - start for start, stop in pairwise(slices.borders)]
+    received = [heads * length * size for length in lengths]
+    sent = [received[slices.index]] * slices.number
+    parts = _all_to_all(x.reshape(-1), sent, received, slices).split(received)
+    shaped = [p.view(heads, length, size) for p, length in zip(parts, lengths, strict=True)]
+    return torch.cat(shaped, dim=1).unsqueeze(0)
+
+
+def _tokens_to_heads(x: torch.Tensor, slices: Slices) -> torch.Tensor:
+    heads, size = x.shape[1], x.shape[3]
+    lengths = [stop - start for start, stop in pairwise(slices.borders)]
+    sent = [heads * length * size for length in lengths]
+    received = [sent[slices.index]] * slices.number
+    flat = torch.cat([part.reshape(-1) for part in x[0].split(lengths, dim=1)])
+    mine = _all_to_all(flat, sent, received, slices)
+    return mine.view(1, slices.number * heads, lengths[slices.index], size)
+
+
+def _all_to_all(
+    flat: torch.Tensor, sent: list[int], received: list[int], slices: Slices
+) -> torch.Tensor:
+    """Send `sent[r]` elements to each rank r of the group; return what comes from each of them."""
+    out = flat.new_empty(sum(received))
+    td.all_to_all_single(out, flat, received, sent, group=slices.group)
+    return out
