@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from packhorse.trainer import dist
-from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import TrainData
@@ -26,17 +26,20 @@ from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, sta
 from packhorse.trainer.engine.engine import Engine, gathered, reads_gathered, sharded_init
 from packhorse.trainer.engine.optim import describe_decay, parameter_groups
 from packhorse.trainer.estimate.memory import Memory
+from packhorse.trainer.estimate.model import largest_micro_batch
 from packhorse.trainer.estimate.report import predict_memory
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import Metrics, model_flops
 from packhorse.trainer.model.attention import SequenceGroup
 from packhorse.trainer.model.checks import failures_explained, require_positions
+from packhorse.trainer.model.compiled_layers import compile_layers, require_compilable
 from packhorse.trainer.model.load import load_config, load_model
 from packhorse.trainer.model.lora import require_stage
 from packhorse.trainer.model.packing_check import longest_document, prove_packing
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from packhorse.trainer.model.sequence_check import prove_slices
 from packhorse.trainer.model.sft import SftModel
+from packhorse.trainer.run_folder import has_checkpoint
 from packhorse.trainer.trackers import TENSORBOARD, Trackers
 from packhorse.trainer.utils.cpu_speed import EMULATED_FROM, bf16_slowdown
 
@@ -53,6 +56,7 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     hidden_size = getattr(load_config(recipe.model).get_text_config(), "hidden_size", 0)
     ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size, run_dir)
     require_stage(recipe.adapter, stage(ds_config))
+    require_compilable(recipe.model.compile, stage(ds_config))
     clear_nvme(ds_config)
     model = load_model(
         recipe.model,
@@ -74,6 +78,10 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         say_other_types(model, recipe.model.dtype)
         dist.log.info("weight decay: %s", describe_decay(model, recipe.optim))
     engine = Engine(module, groups, recipe.optim, ds_config)
+    if learns and recipe.model.compile:
+        recomputes = recipe.model.activation_checkpointing != "none"
+        num_layers = compile_layers(model, checkpointing=recomputes)
+        dist.log.info("layers: %d, compiled at their first calls", num_layers)
     check_packing(recipe, module)
     return engine
 
@@ -85,6 +93,36 @@ def _sequence_group(recipe: Recipe) -> SequenceGroup | None:
     if size == 1:
         return None
     return SequenceGroup(dist.consecutive_group(size), recipe.parallel.sequence_kind)
+
+
+def resolve_micro_batch(recipe: Recipe, run_dir: Path) -> Recipe:
+    """Choose for `batch.micro_batch_size: auto`; on a CPU it is 1.
+
+    The number goes into the run folder's recipe, and a run with a checkpoint keeps it: the random
+    numbers of dropout belong to a micro-batch (C3). There is no process group yet.
+    """
+    if recipe.batch.micro_batch_size != "auto":
+        return recipe
+    saved = run_dir / "recipe.yaml"
+    if has_checkpoint(run_dir) and saved.is_file():
+        size, why = load_recipe(saved).batch.micro, "as before"
+    elif dist.device().type == "cuda":
+        card = torch.cuda.get_device_properties(dist.device()).total_memory
+        size, why = largest_micro_batch(recipe, card), f"for a GPU of {card / 2**30:.1f} GiB"
+    else:
+        size, why = 1, "on a CPU"
+    dist.log.info("micro-batch: %d packed sequences, %s", size, why)
+    batch = recipe.batch.model_copy(update={"micro_batch_size": size})
+    return recipe.model_copy(update={"batch": batch})
+
+
+def require_same_micro_batch(recipe: Recipe) -> None:
+    """Refuse ranks that chose different micro-batches, as on GPUs of different sizes."""
+    sizes = sorted(set(dist.gather(recipe.batch.micro)))
+    if len(sizes) > 1:
+        raise BadInput(
+            f"batch.micro_batch_size: auto is {sizes} on different ranks; set it to {sizes[0]}"
+        )
 
 
 def resolve_checkpointing(recipe: Recipe, plan: Plan) -> Recipe:
@@ -153,7 +191,7 @@ def check_packing(recipe: Recipe, module: SftModel) -> None:
         BadInput: packed documents differ from the same documents alone.
     """
     require_positions(module.model, recipe.max_length)
-    one_document = recipe.data.packing == "none" and recipe.batch.micro_batch_size == 1
+    one_document = recipe.data.packing == "none" and recipe.batch.micro == 1
     # these are the engine's first forwards
     with reads_gathered(module), failures_explained(module.model):
         proof = prove_packing(
@@ -164,6 +202,11 @@ def check_packing(recipe: Recipe, module: SftModel) -> None:
         "%.1e, the loss by %.1e",
         *(", ".join(map(str, proof.lengths)), proof.hidden_difference, proof.loss_difference),
     )
+    if proof.by_document and recipe.model.compile:
+        raise BadInput(
+            f"model.compile: packed sequences run document by document through "
+            f"{proof.by_document[0]}, which compiled layers cannot; set it to false"
+        )
     for name in proof.by_document:
         dist.log.warning(
             "packed sequences run document by document through %s: right, but slower", name

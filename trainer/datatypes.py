@@ -118,6 +118,15 @@ class Example:
     unread: tuple[str, ...] = ()  # as of its Conversation
 
 
+class Row(NamedTuple):
+    """A line of the data, before it is read."""
+
+    source: int
+    file: int
+    number: int  # in the file, from 1
+    fields: Any
+
+
 @dataclass(frozen=True)
 class Tokenized:
     """The outcome of some rows: n documents laid end to end, and the rows that were left out."""

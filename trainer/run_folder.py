@@ -79,7 +79,7 @@ def open_run_folder(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> N
     changed = require_same_run(recipe, run_dir, extend=extend)
     saved = run_dir / "recipe.yaml"
     text = saved.read_text(encoding="utf-8") if saved.is_file() else None
-    if not _has_checkpoint(run_dir):
+    if not has_checkpoint(run_dir):
         if text not in (None, recipe.to_yaml()):
             # the untrained model of another recipe may be another model
             (run_dir / EVALUATIONS).unlink(missing_ok=True)
@@ -108,22 +108,23 @@ def require_same_run(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> 
             this one would replace.
     """
     saved = run_dir / "recipe.yaml"
-    has_checkpoint = _has_checkpoint(run_dir)
-    if not (has_checkpoint and saved.is_file()):
+    saves = has_checkpoint(run_dir)
+    if not (saves and saved.is_file()):
         _require_own(run_dir)
-    if not saved.is_file() or not (has_checkpoint or (run_dir / LOG).is_file()):
+    if not saved.is_file() or not (saves or (run_dir / LOG).is_file()):
         return ""
     before, now = load_recipe(saved).fixed(), recipe.fixed()
     changed = [key for key in now if now[key] != before.get(key)]
     shown = "; ".join(f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in changed)
     longer = all(key in _LENGTHS and (before[key] or 0) < (now[key] or 0) for key in changed)
-    if changed and has_checkpoint and not (longer and extend):
+    if changed and saves and not (longer and extend):
         instead = "add --extend to train on" if longer else "give another run.dir, or set them back"
         raise BadInput(f"{run_dir} holds a run of another recipe: {shown}; {instead}")
     return shown
 
 
-def _has_checkpoint(run_dir: Path) -> bool:
+def has_checkpoint(run_dir: Path) -> bool:
+    """Return whether the folder holds a run that has saved."""
     return any((run_dir / "checkpoints").glob("step-*"))
 
 

@@ -23,7 +23,9 @@ from packhorse.trainer.build_engine import (
     memory_dry_run,
     open_metrics,
     require_same_data,
+    require_same_micro_batch,
     resolve_checkpointing,
+    resolve_micro_batch,
 )
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.checkpoint.best import Best
@@ -73,6 +75,7 @@ from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.trackers import Trackers, open_trackers
 from packhorse.trainer.utils.files import Stopped, sync_file
 from packhorse.trainer.utils.lease import owned
+from packhorse.trainer.utils.numa import bind_to_numa_node
 from packhorse.trainer.utils.progress import Progress
 
 
@@ -89,6 +92,7 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
     dist.start_logging()
     stop = StopFlag()
     run_dir = Path(recipe.run.dir)
+    recipe = resolve_micro_batch(recipe, run_dir)
     if dist.is_main():
         stop_before_timeout(recipe, stop)
         require_same_run(recipe, run_dir, extend=extend)
@@ -128,6 +132,9 @@ def prepare_and_fit(
     except Stopped:
         write_stop(run_dir, 0)
         return
+    # not earlier: rank 0 prepares the data on all cores
+    if bound := bind_to_numa_node(dist.local_rank(), dist.local_world_size()):
+        dist.log.info("ranks are bound to cores: rank 0 to %s", bound)
     with dist.process_group():
         stop.attach_group()
         given = (recipe, run_dir, tokenizer, train_data, plan, eval_data, stop, trackers, mirror)
@@ -168,6 +175,7 @@ def fit(prepared: PreparedRun) -> None:
         mib, gb_per_s = dist.all_reduce_speed()
         world = dist.world_size()
         dist.log.info("all-reduce over %d ranks, %.0f MiB: %.2f GB/s", world, mib, gb_per_s)
+    require_same_micro_batch(recipe)
     require_same_data(prepared.train_data, prepared.eval_data)
     parallel = recipe.parallel
     given = (dist.world_size(), parallel.allow_idle_ranks, parallel.sequence)
@@ -310,7 +318,7 @@ def save(
         step=step,
         updates=guard.applied(step),
         data=prepared.train_data.fingerprint_at(step),
-        micro_batch_size=prepared.recipe.batch.micro_batch_size,
+        micro_batch_size=prepared.recipe.batch.micro,
         recent_losses=guard.recent_losses,
         world_size=dist.world_size(),
         stage=engine.stage,
@@ -331,7 +339,7 @@ def resume(prepared: PreparedRun, engine: Engine) -> tuple[int, Sequence[float]]
     if found is None:
         return 0, ()
     folder, manifest = found
-    state, micro_batch_size = manifest.state, prepared.recipe.batch.micro_batch_size
+    state, micro_batch_size = manifest.state, prepared.recipe.batch.micro
     data = prepared.train_data.fingerprint_at(state.step)
     checkpoint.require_same_run(state, data, micro_batch_size, engine.module.is_random)
     checkpoint.restore(folder, manifest, engine)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -323,7 +324,7 @@ def test_torchs_own_kernel_takes_what_it_is_given() -> None:
     """On tensors without data, where its real operation runs on any machine."""
     heads = (x.detach().bfloat16().to("meta").requires_grad_() for x in packed_qkv(value_size=5))
     q, k, v = heads
-    meta = bounds()._replace(cu_seqlens=bounds().cu_seqlens.to("meta"))
+    meta = replace(bounds(), cu_seqlens=bounds().cu_seqlens.to("meta"))
     out = attend("torch_varlen", q, k, v, sliding_window=3, scaling=0.7, document_bounds=meta)
     assert out.shape == (1, sum(LENGTHS), HEADS, 5)
     out.float().sum().backward()

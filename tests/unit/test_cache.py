@@ -18,8 +18,8 @@ import pytest
 from packhorse.trainer.data import cache, tokenize
 from packhorse.trainer.data.cache import Documents, prepare
 from packhorse.trainer.data.kept_packing import keep_packed
-from packhorse.trainer.data.tokenize import LengthPolicy, Row, RowResult, tokenize_rows
-from packhorse.trainer.datatypes import BadInput, Example, Filtered, Packed, RowError
+from packhorse.trainer.data.tokenize import LengthPolicy, RowResult, tokenize_rows
+from packhorse.trainer.datatypes import BadInput, Example, Filtered, Packed, Row, RowError
 from packhorse.trainer.utils import lease
 from packhorse.trainer.utils.files import Stopped
 

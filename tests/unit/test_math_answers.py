@@ -103,9 +103,14 @@ def by_library(answer: str, reference: str) -> str:
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
-    final = math_answers._final
-    right = parse(final(reference, alone=True), parsing_timeout=0)
-    given = parse(answer if "####" not in answer else final(answer, alone=False), parsing_timeout=0)
+
+    def read(text: str, alone: bool) -> list:
+        final = text.rpartition("####")[2].strip()
+        if ("####" in text or alone) and "\\boxed" not in final and "$" not in final:
+            final = f"\\boxed{{{final}}}"
+        return parse(final, parsing_timeout=0)
+
+    right, given = read(reference, True), read(answer, False)
     if not right:
         return "no reference"
     return "right" if verify(right, given, timeout_seconds=0) else "wrong"
@@ -131,11 +136,34 @@ def test_real_answers_have_the_librarys_verdict_without_it(shared, asked):
 
 
 NUMBERS = st.one_of(
-    st.from_regex(math_answers.PLAIN, fullmatch=True).map(lambda text: text[7:-1]),
+    st.from_regex(math_answers.NUMBER, fullmatch=True),
     st.integers(-(10**9), 10**9).map("{:,}".format),
     st.decimals(-2000, 2000, places=4).map(str),
     st.integers(0, 3).map(str),
 )
+# few numbers, so that many are equal however they are written
+LATEX = st.one_of(
+    st.from_regex(math_answers.VALUE, fullmatch=True),
+    st.builds(
+        str.format,
+        st.sampled_from(
+            ["{0}", "-{0}", "\\${0}.00", "-\\${0}", "{0}\\%", "{0}.0%", "{0}.5 \\%", "{0}00\\%",
+             "\\frac{{{0}}}{{{1}}}", "-\\dfrac{{{1}}}{{{0}}}", "\\tfrac{{-{1}}}{{{0}}}", "0.{0}",
+             "0.0{0}", "{0}\\text{{ dollars}}", "{0}\\,\\text{{cm}}^2", "{0} \\text{{T and d}}",
+             "{0}^{{\\circ}}", "{0}{{,}}000", "{0}/{1}", "${0}$", "$\\frac{{{0}}}{{{1}}}$",
+             "0.3333", "0.333333", "\\frac{{1}}{{3}}", "-{0}\\%", "{0} km", "{0}\\text{{ percent}}"]
+        ),
+        st.integers(1, 6),
+        st.integers(1, 6),
+    ),
+)  # fmt: skip
+
+
+@given(LATEX, LATEX)
+@settings(deadline=None, max_examples=80)
+def test_values_in_latex_have_the_librarys_verdict(answer, reference):
+    for form in (f"#### {answer}", f"So \\(x + 5\\) is $\\boxed{{{answer.strip('$')}}}$."):
+        assert math_verdict(form, reference) == by_library(form, reference), form
 
 
 @given(NUMBERS, NUMBERS, st.sampled_from(["", ".0", "0", "1", "00", "-"]))
@@ -147,14 +175,37 @@ def test_plain_numbers_have_the_librarys_verdict(one, other, change):
 
 WORDS = st.lists(
     st.sampled_from(["18", "$18", "= 3", "is", "answer:", "The", "final", "answer", "\\frac{1}{2}",
-                     "\\boxed{17}", "\\boxed{x}", "[2]", "\\(5\\)", "}", "{", "and", "%"]),
+                     "\\boxed{17}", "\\boxed{x}", "[2]", "\\(5\\)", "}", "{", "and", "%", "$",
+                     "\\[", "\\]", "\\(", "\\)", "$x$", "percent", "final answer is", "I hope",
+                     "\\fbox{3}"]),
     max_size=6,
 ).map(" ".join)  # fmt: skip
 
 
-@given(WORDS, WORDS, NUMBERS)
-@settings(deadline=None, max_examples=150)
-def test_a_number_in_a_box_among_others_has_the_librarys_verdict(before, after, number):
-    answer = f"{before} \\boxed{{{number}}} {after}"
-    for reference in (number, "17", "18"):
+@given(WORDS, WORDS, st.one_of(NUMBERS, LATEX), st.sampled_from(["", "$", "\\["]))
+@settings(deadline=None, max_examples=80)
+def test_a_value_in_a_box_among_others_has_the_librarys_verdict(before, after, value, opening):
+    closing = opening.replace("[", "]")
+    answer = f"{before} {opening}\\boxed{{{value.strip('$')}}}{closing}{after}"
+    for reference in (value, "17", "\\frac{1}{2}"):
         assert math_verdict(answer, reference) == by_library(answer, reference), answer
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "verdict"),
+    [
+        ("So $\\frac{6}{12}$ is left: \\[\\boxed{\\frac{6}{12}}\\]", "50%", "right"),
+        ("Of $5 [each], the final answer is: $\\boxed{-\\tfrac{1}{2}}$.", "-0.5", "asks"),
+        ("The final answer is $\\boxed{-\\tfrac{1}{2}}$.", "\\frac{-1}{2}", "right"),
+        ("\\(2 + 3\\) makes $\\boxed{\\$1{,}200.50}$", "$1,200.5$", "right"),
+        ("#### 12\\text{ dollars}", "$12", "right"),
+        ("#### 90^\\circ", "9\\%", "wrong"),
+        ("#### 9\\%", "9", "right"),
+        ("#### 9%", "0.09", "right"),
+        ("#### 0.333333", "1/3", "asks"),
+    ],
+)
+def test_plain_latex_does_not_ask_the_library(answer, reference, verdict, asked):
+    found = math_verdict(answer, reference)
+    assert found == by_library(answer, reference)
+    assert ("asks" if asked else found) == verdict

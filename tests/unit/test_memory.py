@@ -13,7 +13,11 @@ import transformers
 from packhorse.trainer.config.recipe import ModelSection, Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.estimate.memory import GIB, Cluster, full_step_stats, step_seconds
-from packhorse.trainer.estimate.model import build_empty_model, trace_activations
+from packhorse.trainer.estimate.model import (
+    build_empty_model,
+    largest_micro_batch,
+    trace_activations,
+)
 from packhorse.trainer.estimate.report import (
     build_report,
     describe_report,
@@ -103,6 +107,14 @@ def debug(*overrides: str) -> Recipe:
 
 def cluster(gpus: int, gpu_gib: float = 80, **others: float) -> Cluster:
     return Cluster(gpus, 8, gpu_gib * GIB, **{name: gib * GIB for name, gib in others.items()})
+
+
+def test_auto_takes_the_largest_micro_batch_whose_activations_fit_a_share_of_the_card() -> None:
+    recipe = load_recipe("debug", ["batch.micro_batch_size=auto", "batch.global_batch_size=6"])
+    model = build_empty_model(recipe.model)
+    one = trace_activations(model, recipe.batch.seq_len)["none"].kept
+    sizes = [largest_micro_batch(recipe, 4 * n * one) for n in (0, 1, 2, 3, 4, 64)]
+    assert sizes == [1, 1, 2, 2, 4, 4]
 
 
 def test_a_plan_names_what_fits_and_the_fewest_gpus() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -368,7 +369,7 @@ def with_backend(change: Any) -> Any:
 
 def no_boundaries(arguments: Arguments) -> Arguments:
     total = int(arguments.bounds.cu_seqlens[-1])
-    return arguments._replace(bounds=arguments.bounds._replace(lengths=(total,)))
+    return arguments._replace(bounds=replace(arguments.bounds, lengths=(total,)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -30,8 +30,8 @@ from packhorse.trainer.data.prepare import (
     prepare,
     train_plan,
 )
-from packhorse.trainer.data.tokenize import LengthPolicy, Row, tokenize_rows
-from packhorse.trainer.datatypes import BadInput, Batch, Example
+from packhorse.trainer.data.tokenize import LengthPolicy, tokenize_rows
+from packhorse.trainer.datatypes import BadInput, Batch, Example, Row
 
 SEQ_LEN = 16
 PACKINGS = ("none", "bfd", "bfd_split", "wrapped", "greedy")

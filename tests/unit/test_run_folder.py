@@ -7,11 +7,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from packhorse.trainer import dist
+from packhorse.trainer.build_engine import require_same_micro_batch, resolve_micro_batch
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.data.prepare import prepare, train_plan
 from packhorse.trainer.datatypes import BadInput
@@ -26,9 +29,9 @@ from packhorse.trainer.trackers import Trackers
 from tests.ranks import ROOT
 
 
-def open_and_save(run_dir: Path) -> None:
+def open_and_save(run_dir: Path, *overrides: str) -> None:
     """Open a run folder of the debug recipe and give it a checkpoint."""
-    open_run_folder(recipe(run_dir), run_dir)
+    open_run_folder(recipe(run_dir, *overrides), run_dir)
     (run_dir / "checkpoints" / "step-000001").mkdir(parents=True)
 
 
@@ -81,6 +84,7 @@ def test_what_shapes_the_run_may_not_change(tmp_path: Path, change: str) -> None
         "model.activation_checkpointing=full",
         "model.attention=reference",
         "batch.micro_batch_size=2",
+        "batch.micro_batch_size=auto",
         "parallel.deepspeed=zero2",
         "checkpoint.keep=9",
         "eval.every_steps=7",
@@ -96,6 +100,25 @@ def test_what_the_hardware_decides_may(tmp_path: Path, change: str) -> None:
     assert load_recipe(tmp_path / "recipe.yaml") == recipe(tmp_path, change), (
         "the folder holds the recipe that runs"
     )
+
+
+def test_a_run_keeps_the_micro_batch_that_auto_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    auto = recipe(tmp_path, "batch.micro_batch_size=auto", "batch.global_batch_size=8")
+    assert resolve_micro_batch(auto, tmp_path).batch.micro_batch_size == 1, "on a CPU"
+    monkeypatch.setattr(dist, "device", lambda: torch.device("cuda"))
+    card = mock.Mock(total_memory=2**33)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    chosen = resolve_micro_batch(auto, tmp_path)
+    assert chosen.batch.micro_batch_size == 8
+    open_and_save(tmp_path, "batch.micro_batch_size=4", "batch.global_batch_size=8")
+    assert resolve_micro_batch(auto, tmp_path).batch.micro_batch_size == 4, "a resume"
+    with (
+        mock.patch.object(dist, "gather", lambda value: [value, 2]),
+        pytest.raises(BadInput, match=r"auto is \[2, 8\] on different ranks; set it to 2"),
+    ):
+        require_same_micro_batch(chosen)
 
 
 def test_the_evaluation_of_another_recipes_untrained_model_is_forgotten(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -72,6 +73,18 @@ def test_a_call_that_fails_is_told_apart_and_so_is_one_that_takes_all_memory(fun
     with pytest.raises(Failed, match=name):
         bounded(function, limit_s=10.0)
     assert bounded(double, 4, limit_s=10.0) == 8
+
+
+def test_an_interrupted_call_leaves_no_reply_for_the_next():
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    assert bounded(double, 4, limit_s=10.0) == 8
+    pipe = SimpleNamespace(send=time_limit._helper.pipe.send, recv=interrupt)
+    time_limit._helper = time_limit._helper._replace(pipe=pipe)
+    with pytest.raises(KeyboardInterrupt):
+        bounded(double, 5, limit_s=10.0)
+    assert bounded(double, 6, limit_s=10.0) == 12
 
 
 def test_a_signal_to_all_processes_changes_no_result(tmp_path):

@@ -19,10 +19,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packhorse.trainer.config.data import Filters
-from packhorse.trainer.data import tokenize
+from packhorse.trainer.data import tokenize, worker_pool
 from packhorse.trainer.data.filters import apply_filters
-from packhorse.trainer.data.tokenize import LengthPolicy, Row, RowResult, fit, tokenize_rows
-from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message, RowError
+from packhorse.trainer.data.tokenize import LengthPolicy, RowResult, fit, tokenize_rows
+from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message, Row, RowError
 from packhorse.trainer.utils.time_limit import TooLong, bounded
 
 
@@ -386,6 +386,30 @@ def test_a_worker_that_is_killed_ends_the_preparation_and_its_rows_are_named():
     first, last = map(int, re.findall(r"a.jsonl:(\d+)", said))
     assert last == first + 2
     assert last >= 50
+
+
+def freeze_own_worker(rows: list[Row]) -> list[RowResult]:
+    """Stop the worker at row 50, as a user's SIGSTOP does; the others go on."""
+    if multiprocessing.parent_process() is None:
+        time.sleep(0.05)
+    elif rows[-1].number == 50:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return fake_tokenize(rows)
+
+
+def prepare_with_a_frozen_worker() -> None:
+    use_small_chunks()
+    worker_pool.FROZEN_S = 2.0
+    given = (row._replace(fields=" " * 10**6) for row in once_a_worker_is_there(rows(400)))
+    try:
+        list(tokenize_rows(given, freeze_own_worker, LIMITS, 2, ["a.jsonl"]))
+    except BadInput as error:
+        print(error)
+
+
+def test_a_frozen_worker_ends_the_preparation_and_its_rows_are_named():
+    said = run_apart(prepare_with_a_frozen_worker)
+    assert "a worker process has done nothing for 2 s at the rows from a.jsonl:50 to" in said
 
 
 done_here = 0

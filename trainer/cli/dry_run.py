@@ -32,6 +32,7 @@ def dry_run(recipe: Recipe, ranks: int | None, *, extend: bool) -> None:
     import torch
 
     from packhorse.trainer import dist
+    from packhorse.trainer.build_engine import resolve_micro_batch
     from packhorse.trainer.cli.data import prepare_all, prepare_shards
     from packhorse.trainer.config.packaged import find_template
     from packhorse.trainer.data.summary import show
@@ -43,6 +44,7 @@ def dry_run(recipe: Recipe, ranks: int | None, *, extend: bool) -> None:
     run_dir = Path(recipe.run.dir)
     require_same_run(recipe, run_dir, extend=extend)
     _require_writable(run_dir)
+    recipe = resolve_micro_batch(recipe, run_dir)
     find_template(recipe.parallel.deepspeed)
     check_server(recipe)
     tokenizer = load_tokenizer(recipe.model)

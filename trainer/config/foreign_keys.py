@@ -223,7 +223,7 @@ SENTENCES = {
         ("report_to", "wandb_project", "wandb_name", "wandb_run_id", "run_name"), _TRACKER
     ),
     **dict.fromkeys(("push_to_hub", "hub_model_id"), _HUB),
-    "torch_compile": "not supported: leave it out",
+    "torch_compile": "`model.compile: layers`",
 }
 
 

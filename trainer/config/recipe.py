@@ -41,7 +41,10 @@ from packhorse.trainer.datatypes import BadInput
 # Sections and keys that may change when a run is resumed (C8): they do not change what is learned.
 _FREE_SECTIONS = ("checkpoint", "eval", "guard", "run")
 _FREE_KEYS = {
-    "model": ("activation_checkpointing", "attention", "layer_kernels", "trust_remote_code"),
+    "model": (
+        *("activation_checkpointing", "attention", "compile", "layer_kernels"),
+        "trust_remote_code",
+    ),
     "data": (
         *("eval", "near_duplicate", "max_leakage", "cache", "workers"),
         *("max_rejects", "broken_lines"),

@@ -53,6 +53,12 @@ class ModelSection(Section):
         "block; auto: as little as fits the GPU's memory by `packhorse plan`, and full on a CPU. "
         "Gradients stay the same by the bit.",
     )
+    compile: Literal[False, "layers"] = Field(
+        default=False,
+        description="layers: compile each decoder layer but its attention by torch.compile, at "
+        "ZeRO stages 0 to 2. The first steps take up to minutes longer. It takes the place of "
+        "`layer_kernels`, and recomputes a whole layer or nothing.",
+    )
     add_tokens: tuple[str, ...] = Field(
         default=(),
         description="Special tokens to add to the tokenizer. Their embeddings start at the mean of "
@@ -76,6 +82,15 @@ class ModelSection(Section):
     def _usable(self) -> ModelSection:
         for pattern in self.freeze:
             compile_pattern(pattern)
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ValueError(
+                "`activation_checkpointing: selective` keeps single results of a layer, which a "
+                "compiled layer does not have; set it to full, none or auto, or compile to false"
+            )
+        if self.compile and self.layer_kernels == "liger":
+            raise ValueError(
+                "`layer_kernels: liger` and `compile: layers` fuse the same operations; take one"
+            )
         if is_url(self.name):
             check_url(self.name)
         return self
@@ -152,12 +167,25 @@ class BatchSection(Section):
         description="Packed sequences of one optimizer step, at most, summed over all "
         "data-parallel ranks.",
     )
-    micro_batch_size: int = Field(
+    micro_batch_size: int | Literal["auto"] = Field(
         default=1,
-        ge=1,
         description="Packed sequences in one forward pass of a rank. Gradient accumulation does "
-        "the rest.",
+        "the rest. auto: as many as fit a quarter of the GPU's memory with nothing recomputed, and "
+        "1 on a CPU; a resumed run keeps the number.",
     )
+
+    @field_validator("micro_batch_size", mode="before")
+    @classmethod
+    def _is_known(cls, value: Any) -> Any:
+        # pydantic would name each part of the union as a fault of its own
+        if value != "auto" and (type(value) is not int or value < 1):
+            raise ValueError("it is `auto` or a whole number above 0")
+        return value
+
+    @property
+    def micro(self) -> int:
+        """Return `micro_batch_size`; for `auto`, which only a run on a GPU resolves, 1."""
+        return 1 if self.micro_batch_size == "auto" else self.micro_batch_size
 
 
 class LossSection(Section):

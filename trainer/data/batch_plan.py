@@ -169,7 +169,7 @@ class Plan:
         epoch = self._epoch_of(step)
         place = step - self._first_steps[epoch]
         first, end = self._edges(epoch, np.arange(place, place + 2)).tolist()
-        size = self.batch.micro_batch_size
+        size = self.batch.micro
         cuts = range(first, end, size)
         micro_batches = tuple(tuple(range(cut, min(cut + size, end))) for cut in cuts)
         counts = self._packings.targets(epoch, self.pieces(epoch, range(first, end)))
@@ -252,7 +252,7 @@ class Plan:
         self._epoch_of(0)
         edges = map(self._epoch_edges, range(len(self._first_steps) - 1))
         sizes = np.concatenate([np.diff(of_epoch) for of_epoch in edges])
-        return -(-sizes // self.batch.micro_batch_size)
+        return -(-sizes // self.batch.micro)
 
     def check_world(self, world: int, allow_idle_ranks: bool, sequence: int = 1) -> str | None:
         """Return a warning if many micro-batches of `world` ranks are fillers, or else None.
@@ -338,10 +338,10 @@ class Plan:
     def _micro_batch_sizes(self, epoch: int) -> tuple[np.ndarray, ...]:
         """Return tokens, trained tokens, step and number in the step of each micro-batch (M,)."""
         packed, edges = self._packed(epoch), self._epoch_edges(epoch)
-        counts = -(-np.diff(edges) // self.batch.micro_batch_size)
+        counts = -(-np.diff(edges) // self.batch.micro)
         step = np.repeat(np.arange(len(counts)), counts)
         number = np.arange(len(step)) - np.repeat(np.cumsum(counts) - counts, counts)
-        starts = packed.sequence_offsets[edges[step] + number * self.batch.micro_batch_size]
+        starts = packed.sequence_offsets[edges[step] + number * self.batch.micro]
         pieces = packed.pieces[: packed.sequence_offsets[edges[-1]]]
         tokens = np.add.reduceat(pieces[:, 2] - pieces[:, 1], starts)
         trained = np.add.reduceat(self._packings.targets(epoch, pieces), starts)

@@ -39,8 +39,7 @@ from packhorse.trainer.data.prepare import (
 )
 from packhorse.trainer.data.split import SplitRows
 from packhorse.trainer.data.subset import keep_documents
-from packhorse.trainer.data.tokenize import Row
-from packhorse.trainer.datatypes import BadInput, Conversation, RowError
+from packhorse.trainer.datatypes import BadInput, Conversation, Row, RowError
 from packhorse.trainer.dist import log
 from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
 from packhorse.trainer.utils.progress import WorkProgress

@@ -24,12 +24,13 @@ from packhorse.trainer.data.mask import Masker
 from packhorse.trainer.data.rows import RowReader
 from packhorse.trainer.data.source import source_digest
 from packhorse.trainer.data.split import SplitRows, parts_of, rows_of
-from packhorse.trainer.data.tokenize import LengthPolicy, Row, RowResult
+from packhorse.trainer.data.tokenize import LengthPolicy, RowResult
 from packhorse.trainer.datatypes import (
     BadInput,
     Conversation,
     Packed,
     Prompt,
+    Row,
     RowError,
     StepPlan,
     Tokenized,

@@ -18,8 +18,7 @@ import xxhash
 from packhorse.trainer.config.data import DataSection, Source
 from packhorse.trainer.data.row_files import RawRow
 from packhorse.trainer.data.source import count_rows, read_rows, source_files
-from packhorse.trainer.data.tokenize import Row
-from packhorse.trainer.datatypes import BadInput, RowError
+from packhorse.trainer.datatypes import BadInput, Row, RowError
 
 VERSION = 1  # part of the keys of what is split: raise it when a row may change sides
 

@@ -2,39 +2,31 @@
 
 Rows and a function that tokenizes a chunk of them (`Tokenize`) enter; chunks of documents leave,
 the same whatever the number of processes. This file decides what becomes of examples that are too
-long (`fit`), and runs the worker processes.
+long (`fit`), and whether worker processes do it.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.connection import Connection
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
 
+from packhorse.trainer.data.worker_pool import Pool
 from packhorse.trainer.datatypes import (
-    BadInput,
     Example,
     Filtered,
+    Row,
     RowError,
     Tokenized,
     TooLong,
 )
-from packhorse.trainer.utils.child_process import Child, start_child
-from packhorse.trainer.utils.time_limit import limit_memory
 
 VERSION = 3  # part of every key: raise it when the same rows give other documents
 
@@ -43,13 +35,6 @@ VERSION = 3  # part of every key: raise it when the same rows give other documen
 CHUNK_ROWS = 512
 POOL_FROM_CHUNKS = 24  # with fewer chunks, starting processes costs more than it saves
 SLOW_CHUNK_ROWS, SLOW_FROM_CHUNKS = 64, 2  # the same, where a row takes milliseconds
-
-
-class Row(NamedTuple):
-    source: int
-    file: int
-    number: int  # in the file, from 1
-    fields: Any
 
 
 @dataclass(frozen=True)
@@ -112,7 +97,8 @@ def run(
         slow: a row takes milliseconds, so that workers are worth starting for some hundred rows.
 
     Raises:
-        BadInput: a worker was killed by a signal, as the kernel does when memory runs out.
+        BadInput: a worker was killed by a signal, as the kernel does when memory runs out, or has
+            rows and took no processor time for FROZEN_S.
     """
     chunk_rows = SLOW_CHUNK_ROWS if slow else CHUNK_ROWS
     pool_from = SLOW_FROM_CHUNKS if slow else POOL_FROM_CHUNKS
@@ -124,7 +110,7 @@ def run(
         yield from map(work, chunks)
         return
     pending: deque[Future[Result]] = deque()
-    with closing(_Pool(work, workers, files)) as pool:
+    with closing(Pool(work, workers, files)) as pool:
         started = pool.start_worker()  # takes seconds of imports; meanwhile this process works
         while not started.done() and (chunk := next(chunks, None)) is not None:
             yield work(chunk)
@@ -132,9 +118,9 @@ def run(
         for chunk in chunks:
             pending.append(pool.submit(chunk))
             if len(pending) > 2 * workers:  # only so many are in memory at once
-                yield pending.popleft().result()
+                yield pool.result(pending.popleft())
         while pending:
-            yield pending.popleft().result()
+            yield pool.result(pending.popleft())
 
 
 def fit(example: Example, limits: LengthPolicy) -> list[Example]:
@@ -269,109 +255,3 @@ class _Work(NamedTuple):
             unread=unread,
             long_rows=long_rows,
         )
-
-
-class _Pool:
-    """Worker processes, each with a thread of this process that feeds it and waits for it.
-
-    concurrent.futures' own pool cannot be used: when a worker dies, it ends the others by SIGTERM,
-    to which they are deaf, and waits for them for ever. Nor does it know which chunk was at fault.
-    """
-
-    def __init__(
-        self, work: Callable[[list[Row]], Any], workers: int, files: Sequence[str]
-    ) -> None:
-        self._work, self._files = work, files
-        self._threads = ThreadPoolExecutor(workers)
-        self._of_thread = threading.local()
-        self._lock = threading.Lock()  # over the two below: no worker starts once they are killed
-        self._workers: list[Child] = []
-        self._closed = False
-
-    def start_worker(self) -> Future[Child]:
-        return self._threads.submit(self._worker)
-
-    def submit(self, rows: list[Row]) -> Future[Any]:
-        return self._threads.submit(self._run, rows)
-
-    def close(self) -> None:
-        """Kill the workers, whatever they do: what they make is not wanted any more."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        with self._lock:
-            self._closed = True
-            for worker in self._workers:
-                worker.end()
-        self._threads.shutdown()  # each thread sees its worker's end
-
-    def _worker(self) -> Child:
-        if not hasattr(self._of_thread, "worker"):
-            with self._lock:
-                if self._closed:
-                    raise RuntimeError("the pool is closed")
-                self._of_thread.worker = start_child(_start_server(), _serve, self._work)
-                self._workers.append(self._of_thread.worker)
-        return self._of_thread.worker
-
-    def _run(self, rows: list[Row]) -> Any:
-        worker = self._worker()
-        try:
-            worker.pipe.send(rows)
-            result, error, trace = worker.pipe.recv()
-        except (EOFError, OSError):
-            raise self._death(worker.end() or 0, rows) from None
-        if error:
-            raise error from RuntimeError(f"in a worker process:\n{trace}")
-        return result
-
-    def _death(self, exit_code: int, rows: list[Row]) -> Exception:
-        ends = [
-            f"{self._files[row.file] if self._files else f'file {row.file}'}:{row.number}"
-            for row in (rows[0], rows[-1])
-        ]
-        at = f"at the rows from {ends[0]} to {ends[1]}"
-        if exit_code >= 0:
-            return RuntimeError(
-                f"a worker process ended with exit code {exit_code} {at}; "
-                f"its own message stands above"
-            )
-        return BadInput(
-            f"a worker process was killed by signal {-exit_code} {at}; signal 9 mostly means that "
-            f"memory ran out: set data.workers lower, or shorten the largest of these rows"
-        )
-
-
-def _start_server() -> Any:
-    """Start the server that workers are forked from, unless it runs; return its context.
-
-    A forked child of this process, which has threads (the heartbeat, the tokenizer's), may hang.
-    The server has none, and what it has imported no worker imports again.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["packhorse.trainer.data.prepare"])
-    # Slurm sends SIGUSR1 and SIGTERM to every process of a job's step. The server, which ends with
-    # this process, inherits that they are blocked.
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1,))
-    try:
-        # The server's start would do it, too, but then unblocks SIGTERM.
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
-        forkserver.ensure_running()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
-
-
-def _serve(pipe: Connection, work: Callable[[list[Row]], Any]) -> None:
-    """Work on chunks in a worker process, until the parent is gone."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    limit_memory()  # a template may ask for more than there is; then its row is rejected
-    while True:
-        try:
-            rows = pipe.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            reply = work(rows), None, ""
-        except Exception as error:
-            reply = None, error, traceback.format_exc()
-        pipe.send(reply)

@@ -310,9 +310,9 @@ def full_step_stats(recipe: Recipe) -> StepStats:
     """Return the stats without the data: each sequence is one full document, trained whole."""
     batch = recipe.batch
     tokens = batch.global_batch_size * batch.seq_len
-    fullest = min(batch.micro_batch_size, batch.global_batch_size) * batch.seq_len
+    fullest = min(batch.micro, batch.global_batch_size) * batch.seq_len
     return StepStats(
-        micro_batches=np.array([-(-batch.global_batch_size // batch.micro_batch_size)]),
+        micro_batches=np.array([-(-batch.global_batch_size // batch.micro)]),
         steps=recipe.train.steps,
         tokens=tokens,
         trained=tokens,

@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy
 
-from packhorse.trainer.config.recipe import AdapterSection, ModelSection, OptimSection
+from packhorse.trainer import dist
+from packhorse.trainer.config.recipe import AdapterSection, ModelSection, OptimSection, Recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.optim import parameter_groups
 from packhorse.trainer.engine.optimizers import MOMENTS
@@ -31,6 +32,11 @@ from packhorse.trainer.model.load import load_config, model_class, persistent_bu
 from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from packhorse.trainer.utils.text import one_line
+
+# For `batch.micro_batch_size: auto`. Most of a GPU's memory is the training state's, and more
+# sequences are not worth any recomputation: activations may take this share of it.
+ACTIVATION_SHARE = 0.25
+MOST_TOKENS = 65_536  # of a micro-batch, by which products are large enough for any GPU
 
 # -------------------------------------------------------------------------------------------- sizes
 
@@ -185,6 +191,26 @@ def trace_activations(model: Any, tokens: int) -> dict[str, Activations]:
             again = (whole - part for whole, part in zip(whole_layers, of_layers, strict=True))
             found[mode] = Activations(kept, max(again, default=0))
     return found
+
+
+def largest_micro_batch(recipe: Recipe, card: int) -> int:
+    """Return the largest power of two of packed sequences whose activations, with nothing
+    recomputed, fit ACTIVATION_SHARE of a GPU of `card` bytes.
+
+    It depends on neither the number of GPUs nor ZeRO's stage. It is 1 for a model that cannot be
+    planned.
+    """
+    batch = recipe.batch
+    try:
+        model = build_empty_model(recipe.model, recipe.adapter)
+        one, _ = _trace_forward(model, batch.seq_len, "none")
+    except BadInput as error:
+        dist.log.info("memory is not predicted: %s", error)
+        return 1
+    most = min(
+        int(ACTIVATION_SHARE * card / one), MOST_TOKENS // batch.seq_len, batch.global_batch_size
+    )
+    return 2 ** (max(most, 1).bit_length() - 1)
 
 
 def _trace_forward(model: Any, tokens: int, mode: str) -> tuple[int, list[int]]:

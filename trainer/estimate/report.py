@@ -115,7 +115,10 @@ def inspect_model(recipe: Recipe, tokens: int) -> tuple[ModelSizes, dict[str, Ac
 def _checkpointing_modes(recipe: Recipe, activations: Mapping[str, Activations]) -> list[str]:
     """Return the values of model.activation_checkpointing to try, the least recomputation first."""
     asked = recipe.model.activation_checkpointing
-    return list(activations) if asked == "auto" else [asked]
+    if asked != "auto":
+        return [asked]
+    # a compiled layer is recomputed whole or not at all
+    return [mode for mode in activations if not (recipe.model.compile and mode == "selective")]
 
 
 def build_report(
@@ -188,7 +191,7 @@ def _plan_template(
         *(memory[mode], mode, shortages[mode]),
         smallest=next((world for world in of_groups if fits(world, leanest)), None),
         traffic=sequence_traffic(recipe, model, config, cluster, stats, mode),
-        longest=longest * stats.sequence // recipe.batch.micro_batch_size,
+        longest=longest * stats.sequence // recipe.batch.micro,
     )
 
 

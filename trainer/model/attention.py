@@ -14,7 +14,7 @@ Shapes: T tokens, Hq query heads, Hk key and value heads, E head size, L tokens 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,6 +24,7 @@ from torch import nn
 from packhorse.trainer.datatypes import BadInput, Batch, slice_borders
 from packhorse.trainer.model import attention_kernels, flash_versions
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds, Slices, visible
+from packhorse.trainer.model.decoder import uncompiled
 from packhorse.trainer.model.sequence_exchange import attend_in_slices
 
 BACKENDS = ("flash_attn", "torch_varlen", "reference")
@@ -87,12 +88,16 @@ def _fused_missing(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def implementation(backend: str) -> str:
-    """Register the backend with transformers; return its name for `attn_implementation`."""
+def implementation(backend: str, wrap: Callable[[Any], Any] = lambda function: function) -> str:
+    """Register the backend with transformers; return its name for `attn_implementation`.
+
+    Args:
+        wrap: gets the backend's attention function and returns the one to register.
+    """
     from transformers import AttentionInterface
 
     name = f"packhorse_{backend}"
-    AttentionInterface.register(name, _FUNCTIONS[backend])
+    AttentionInterface.register(name, wrap(_FUNCTIONS[backend]))
     return name
 
 
@@ -146,15 +151,16 @@ def _document_index(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
 def other_attention(model: Any, name: str) -> Iterator[None]:
     """Let the model attend by transformers' own `name` inside the block.
 
-    Generation with a cache and the packing check need it. A model without sdpa (some have soft caps
-    or sinks, which sdpa lacks) attends eagerly instead.
+    Generation with a cache and the packing check need it; compiled layers run uncompiled. A model
+    without sdpa (some have soft caps or sinks, which sdpa lacks) attends eagerly instead.
     """
     before = model.config._attn_implementation
     if name == "sdpa" and not getattr(model, "_supports_sdpa", True):
         name = "eager"
     set_implementation(model, name)
     try:
-        yield
+        with uncompiled(model):
+            yield
     finally:
         set_implementation(model, before)
 

@@ -10,6 +10,7 @@ documents.
 from __future__ import annotations
 
 import inspect
+from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -37,8 +38,12 @@ class Slices(NamedTuple):
         return len(self.borders) - 1
 
 
-class Bounds(NamedTuple):
-    """Where the documents of a packed sequence lie."""
+@dataclass(eq=False)
+class Bounds:
+    """Where the documents of a packed sequence lie.
+
+    It is no tuple: a compiled layer would be compiled anew for each number of documents.
+    """
 
     cu_seqlens: torch.Tensor  # (D + 1,) int32, each document's first token, and the end
     max_seqlen: int

@@ -53,6 +53,22 @@ def layer_name(model: Any, layer: int) -> str:
 
 
 @contextmanager
+def uncompiled(model: Any) -> Iterator[None]:
+    """Let layers that compiled_layers.py compiled run as transformers wrote them, inside the block.
+
+    Comparisons need that, and generation, whose cache has another shape at each token.
+    """
+    forwards: dict[nn.Module, Any] = getattr(model, "_compiled_forwards", {})
+    for layer in forwards:
+        del vars(layer)["forward"]
+    try:
+        yield
+    finally:
+        for layer, forward in forwards.items():
+            layer.forward = forward
+
+
+@contextmanager
 def recorded_states(model: Any, positions: list[int], tokens: int) -> Iterator[list[torch.Tensor]]:
     """Record the states of a sequence of `tokens`, after each layer and after the whole decoder.
 

@@ -185,8 +185,11 @@ def load_model(
             add_adapter(model, adapter, seed)
             if adapter.init_from:
                 start_adapter(model, adapter, gathered)
-    dist.log.info("layers: %s", liger_layers.fuse(model, section.layer_kernels, device, dtype))
-    set_checkpointing(model, section.activation_checkpointing)
+    if section.compile:  # compiled_layers.py does both, once the engine is there
+        set_checkpointing(model, "none")
+    else:
+        dist.log.info("layers: %s", liger_layers.fuse(model, section.layer_kernels, device, dtype))
+        set_checkpointing(model, section.activation_checkpointing)
     # DeepSpeed has put shards where they belong already
     in_shards = any(hasattr(p, "ds_id") for p in model.parameters())
     return model if in_shards else model.to(device)

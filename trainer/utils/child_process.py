@@ -33,7 +33,7 @@ util.spawnv_passfds = _spawn
 
 
 class Child(NamedTuple):
-    """A running child: this side's end of the pipe to it, and what kills it.
+    """A running child: this side's end of the pipe to it, what kills it, and its process id.
 
     `pipe.recv` raises EOFError once the child is gone. `end()` kills it and returns its exit code,
     the negative of a signal that ended it; a second call does nothing and returns None.
@@ -41,6 +41,7 @@ class Child(NamedTuple):
 
     pipe: Connection
     end: Callable[[], int | None]
+    pid: int
 
 
 def start_child(context: Any, target: Callable[..., None], *arguments: Any) -> Child:
@@ -60,7 +61,8 @@ def start_child(context: Any, target: Callable[..., None], *arguments: Any) -> C
     lifeline.close()
     # At exit multiprocessing sends SIGTERM at most, to which the child is deaf, and then waits
     # without a deadline. What has an exitpriority of 0 or above runs before that.
-    return Child(ours, Finalize(None, _end_child, args=(process, held_here), exitpriority=0))
+    end = Finalize(None, _end_child, args=(process, held_here), exitpriority=0)
+    return Child(ours, end, process.pid)
 
 
 def _end_child(process: Any, held_here: Connection) -> int:

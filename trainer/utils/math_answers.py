@@ -14,21 +14,32 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.time_limit import Failed, TooLong, bounded
 
 MARKED = re.compile(r"####([^\n]*)\s*\Z|<answer>(.*?)</answer>", re.DOTALL)
-# A number that the library reads as what it says. It has others of its own: it takes 01,000 for 1,
-# and compares no more than 15 digits, of which 6 are decimals.
-PLAIN = re.compile(
-    r"\\boxed\{(-?(?:[0-9]{1,9}|[1-9][0-9]{0,2}(?:,[0-9]{3}){1,2})(?:\.[0-9]{1,4})?)\}"
+# Values that the library reads as what they say, in the one \\boxed{} of a text. It has readings of
+# its own: it takes 01,000 for 1, compares no more than 15 digits, of which 6 are decimals, and
+# takes neither -5% nor 1,000% for a percentage.
+NUMBER = r"(?:[0-9]{1,9}|[1-9][0-9]{0,2}(?:(?:,|\{,\})[0-9]{3}){1,2})(?:\.[0-9]{1,4})?"
+FRACTION = r"\\[dt]?frac\{(-?[0-9]{1,9})\}\{([1-9][0-9]{0,8})\}"
+UNIT = r"(?:(?:\\,|\\? )?\\text\{(?![^}]*\b(?:and|or)\b)[A-Za-z ]+\}|\^(?:\\circ|\{\\circ\}))?"
+PERCENT = r"((?:0|[1-9][0-9]{0,5})(?:\.[0-9]{1,4})?) ?\\?%"
+VALUE = rf"(?:{PERCENT}|(-?)(?:(?:\\\$)?({NUMBER})|{FRACTION}){UNIT})"
+BOXED = re.compile(rf"\\boxed\{{{VALUE}\}}")
+IN_DOLLARS = re.compile(rf"\$({NUMBER})|\$({VALUE})\$")
+# Before and after the box: where the library may take something else, or more than the box.
+BEFORE = re.compile(r"\\boxed|\\fbox|final answer.*\sis", re.IGNORECASE | re.DOTALL)
+AFTER = re.compile(r"\\boxed|\\fbox|%|percent|pct|final answer", re.IGNORECASE)
+# "The final answer is $\\boxed{18}$." goes before all else, and is nothing else.
+FINAL = re.compile(
+    rf"(?:(?!\\boxed|\\fbox|\$|final answer).)*final answer is:?\s*\$\\boxed\{{{VALUE}\}}\$\.?\s*",
+    re.IGNORECASE | re.DOTALL,
 )
-# Where the library looks for a formula before it takes what stands in \\boxed{} by itself.
-ELSEWHERE = re.compile(r"\$|\[|\\\(|final answer", re.IGNORECASE)
 SHORT = 100  # characters of a text that is worth remembering: the same references come again
 LIMIT_S = 10.0
 
@@ -55,17 +66,46 @@ def math_verdict(answer: str, reference: str, *, alone: bool = True) -> Verdict:
         LIMIT_S of processor time; `failed`, if the library did or needed too much memory.
     """
     finals = _final(answer, alone=False), _final(reference, alone=alone)
-    # The library needs 2 ms for a number, and most finals of word problems are numbers.
-    plain = [PLAIN.fullmatch(final) for final in finals]
-    if plain[0] and plain[1]:
-        given, right = (Decimal(match[1].replace(",", "")) for match in plain if match)
-        return "right" if given == right else "wrong"
+    # The library needs 2 to 7 ms for a value, and most finals of word problems are such.
+    values = [BOXED.fullmatch(final) for final in finals]
+    if values[0] and values[1]:
+        equal = _equal(_value(values[0]), _value(values[1]))
+        if equal is not None:
+            return "right" if equal else "wrong"
     try:
         return bounded(_verdict, *finals, limit_s=LIMIT_S, imports=["math_verify"])
     except TooLong:
         return "too long"
     except Failed:
         return "failed"
+
+
+class _Value(NamedTuple):
+    number: Fraction
+    percent: bool
+    whole: bool  # 5.0 is not
+
+
+def _value(boxed: re.Match[str]) -> _Value:
+    percent, sign, number, above, below = boxed.groups()
+    if below:
+        found = Fraction(int(above), int(below))
+    else:
+        found = Fraction(re.sub("[,{}]", "", percent or number))
+    whole = found.denominator == 1 and "." not in boxed[0]
+    return _Value(-found if sign else found, bool(percent), whole)
+
+
+def _equal(given: _Value, right: _Value) -> bool | None:
+    """Return whether the library takes the two as equal; None, if that depends on its rounding, or
+    on its rule that 50% is 50 if both are whole."""
+    same_number = given.number == right.number
+    if same_number and (given.percent == right.percent or (given.whole and right.whole)):
+        return True
+    one, other = (value.number / (100 if value.percent else 1) for value in (given, right))
+    if one == other:
+        return None if given.whole and right.whole else True
+    return False if abs(one - other) > Fraction(1, 10**5) else None
 
 
 def _verdict(answer: str, reference: str) -> Verdict:
@@ -94,9 +134,14 @@ def _final(text: str, *, alone: bool) -> str:
     text = text.rpartition("</think>")[2].replace("\N{MINUS SIGN}", "-")
     marked = [match[match.lastindex or 0] for match in MARKED.finditer(text)]
     final = marked[-1] if marked else text
-    if (marked or alone) and "\\boxed" not in final and "$" not in final:
-        return f"\\boxed{{{final.strip()}}}"
-    number = PLAIN.search(final)
-    if number and "}" not in final[number.end() :] and not ELSEWHERE.search(final):
-        return number[0] if final.count("\\boxed") == 1 else final
+    box = BOXED.search(final)
+    if box and (
+        FINAL.fullmatch(final)
+        or not (BEFORE.search(final[: box.start()]) or AFTER.search(final[box.end() :]))
+    ):
+        return box[0]
+    if (marked or alone) and "\\boxed" not in final:
+        dollars = IN_DOLLARS.fullmatch(final.strip())
+        if dollars or "$" not in final:
+            return f"\\boxed{{{dollars[1] or dollars[2] if dollars else final.strip()}}}"
     return final

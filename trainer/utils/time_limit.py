@@ -68,6 +68,10 @@ def bounded(
                         f"the helper process ended with exit code {exit_code}; "
                         f"its own message stands above"
                     ) from None
+            except BaseException:  # Ctrl-C in a notebook: its reply is not the next call's
+                _helper.end()
+                _helper = None
+                raise
             else:
                 if fault:
                     raise Failed(fault)
