@@ -17,8 +17,8 @@ import transformers
 from packhorse.trainer.config.recipe import LossSection
 from packhorse.trainer.datatypes import Batch
 from packhorse.trainer.model import attention
-from packhorse.trainer.model.load import initialise
 from packhorse.trainer.model.logit_transform import LogitTransform
+from packhorse.trainer.model.new_weights import initialise
 from packhorse.trainer.model.sft import SftModel
 
 transformers.logging.set_verbosity_error()

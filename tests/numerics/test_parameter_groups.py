@@ -82,7 +82,7 @@ def build(template: str, folder: Path) -> Engine:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     from packhorse.trainer.model import attention
-    from packhorse.trainer.model.load import initialise
+    from packhorse.trainer.model.new_weights import initialise
 
     optim = OptimSection(lr=1e-3, weight_decay=0.0, max_grad_norm=1e6)
     config = deepspeed_config(

@@ -22,7 +22,9 @@ from packhorse.trainer.model import attention, liger_layers
 from packhorse.trainer.model.activation_checkpointing import set_checkpointing
 from packhorse.trainer.model.adapter_start import start_adapter
 from packhorse.trainer.model.lora import Gathered, add_adapter, not_in_shards
+from packhorse.trainer.model.new_weights import add_embeddings, initialise
 from packhorse.trainer.utils.download import local_folder
+from packhorse.trainer.utils.own_output import require_unchanged
 from packhorse.trainer.utils.progress import WorkProgress, show_bars_of_transformers
 from packhorse.trainer.utils.text import one_line
 
@@ -112,6 +114,8 @@ def load_pretrained(
 ) -> Any:
     """Call a `from_pretrained` for the section's model; turn its errors into BadInput."""
     folder = local_folder(section.name, "model.name", weights=what == "model")
+    if folder and what == "model" and dist.local_rank() == 0:
+        require_unchanged(folder)
     try:
         return from_pretrained(
             str(folder or section.name),
@@ -178,7 +182,7 @@ def load_model(
             own = {**arguments, "attn_implementation": "eager"}
             model = _build(section, config, seed, gathered, own)
         if new_ids:
-            _add_embeddings(model, rows, new_ids, gathered)
+            add_embeddings(model, rows, new_ids, gathered)
         _drop_unused_sampling(model)
         model.requires_grad_(True)
         if adapter:
@@ -337,18 +341,6 @@ def _loading_shown() -> Iterator[None]:
             progress.close()
 
 
-def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Return the buffers that belong to a model's state, by name.
-
-    The others, as rotary tables, are computed from the configuration.
-    """
-    persistent = model.state_dict(keep_vars=True).keys()
-    return [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]
-
-
-# ----------------------------------------------------------------------------------- random weights
-
-
 def _random_model(
     section: ModelSection, config: Any, seed: int, gathered: Gathered, arguments: dict[str, Any]
 ) -> Any:
@@ -365,52 +357,10 @@ def _random_model(
     return model
 
 
-@torch.no_grad()
-def initialise(model: Any, seed: int, gathered: Gathered) -> None:
-    """Run every module's own `_init_weights` with a seed of its own, (seed, name).
+def persistent_buffers(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Return the buffers that belong to a model's state, by name.
 
-    No module's numbers then depend on the order. Children come before their parents, whose rules
-    may touch a child's weights (GPT-2 scales its residual projections by depth); no rule reaches
-    further down. A tied head is left to the embedding's rule.
+    The others, as rotary tables, are computed from the configuration.
     """
-    from transformers import PreTrainedModel
-
-    done: set[nn.Parameter] = set()
-
-    def visit(module: nn.Module, name: str, owner: Any) -> None:
-        owner = module if isinstance(module, PreTrainedModel) else owner
-        for child_name, child in module.named_children():
-            visit(child, f"{name}.{child_name}", owner)
-        own = set(module.parameters(recurse=False))
-        if own and own <= done:
-            return
-        done.update(own)
-        near = [m for m in (module, *module.children()) if not isinstance(m, PreTrainedModel)]
-        parameters = list(dict.fromkeys(p for m in near for p in m.parameters(recurse=False)))
-        with torch.random.fork_rng(), gathered(parameters, write=True):
-            torch.manual_seed(dist.seed_from(seed, "init", name))
-            owner._init_weights(module)
-
-    visit(model, "", model)
-
-
-def _add_embeddings(model: Any, rows: int, new_ids: list[int], gathered: Gathered) -> None:
-    """Give new tokens the mean of all old embeddings, in the input and in the head.
-
-    A new token is then about as likely as tokens are on average, whatever the scale of the logits
-    (Hewitt, 2021, "Initializing New Word Embeddings for Pretrained Language Models").
-    """
-    if rows > model.config.get_text_config().vocab_size:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    head = model.get_output_embeddings()
-    parameters = (model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None))
-    # a dict, as a tied head has the embedding's parameter
-    for parameter in dict.fromkeys(p for p in parameters if p is not None):
-        with torch.no_grad(), gathered([parameter], write=True):
-            # under ZeRO-3 only rank 0 holds it whole, and its changes are broadcast
-            if parameter.numel() == 0:
-                continue
-            old = torch.ones(parameter.shape[0], dtype=torch.bool)
-            old[new_ids] = False
-            # summed in fp32: bf16 would lose most of a mean over 10^5 entries
-            parameter[new_ids] = parameter[old].float().mean(0).to(parameter.dtype)
+    persistent = model.state_dict(keep_vars=True).keys()
+    return [(name, buffer) for name, buffer in model.named_buffers() if name in persistent]

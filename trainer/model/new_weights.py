@@ -1,0 +1,65 @@
+"""Make weights that no folder holds: of a random model, and the embeddings of new tokens.
+
+In: a built model. Out: the same model with numbers that are alike at every world size and stage.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from packhorse.trainer import dist
+from packhorse.trainer.model.lora import Gathered
+
+
+@torch.no_grad()
+def initialise(model: Any, seed: int, gathered: Gathered) -> None:
+    """Run every module's own `_init_weights` with a seed of its own, (seed, name).
+
+    No module's numbers then depend on the order. Children come before their parents, whose rules
+    may touch a child's weights (GPT-2 scales its residual projections by depth); no rule reaches
+    further down. A tied head is left to the embedding's rule.
+    """
+    from transformers import PreTrainedModel
+
+    done: set[nn.Parameter] = set()
+
+    def visit(module: nn.Module, name: str, owner: Any) -> None:
+        owner = module if isinstance(module, PreTrainedModel) else owner
+        for child_name, child in module.named_children():
+            visit(child, f"{name}.{child_name}", owner)
+        own = set(module.parameters(recurse=False))
+        if own and own <= done:
+            return
+        done.update(own)
+        near = [m for m in (module, *module.children()) if not isinstance(m, PreTrainedModel)]
+        parameters = list(dict.fromkeys(p for m in near for p in m.parameters(recurse=False)))
+        with torch.random.fork_rng(), gathered(parameters, write=True):
+            torch.manual_seed(dist.seed_from(seed, "init", name))
+            owner._init_weights(module)
+
+    visit(model, "", model)
+
+
+def add_embeddings(model: Any, rows: int, new_ids: list[int], gathered: Gathered) -> None:
+    """Give new tokens the mean of all old embeddings, in the input and in the head.
+
+    A new token is then about as likely as tokens are on average, whatever the scale of the logits
+    (Hewitt, 2021, "Initializing New Word Embeddings for Pretrained Language Models").
+    """
+    if rows > model.config.get_text_config().vocab_size:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    head = model.get_output_embeddings()
+    parameters = (model.get_input_embeddings().weight, head.weight, getattr(head, "bias", None))
+    # a dict, as a tied head has the embedding's parameter
+    for parameter in dict.fromkeys(p for p in parameters if p is not None):
+        with torch.no_grad(), gathered([parameter], write=True):
+            # under ZeRO-3 only rank 0 holds it whole, and its changes are broadcast
+            if parameter.numel() == 0:
+                continue
+            old = torch.ones(parameter.shape[0], dtype=torch.bool)
+            old[new_ids] = False
+            # summed in fp32: bf16 would lose most of a mean over 10^5 entries
+            parameter[new_ids] = parameter[old].float().mean(0).to(parameter.dtype)
