@@ -74,6 +74,7 @@ docs: install  ## the site of docs/, in build/site; a broken link stops it
 
 gpu-check: install  ## kernels against their references, and the GPU benchmark; 8 minutes
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/gpu_parts.py --out benchmarks/results/gpu_parts.jsonl
 	$(BIN)/python benchmarks/gpu.py
 
 clean:  ## remove .venv and the tools' caches
