@@ -7,8 +7,8 @@ For a document of L tokens that each choose k of E experts, and a layer,
 
     aux = E x sum over experts e of (choices of e / L) x (mean probability of e)
 
-which is k where all experts get the same (Fedus et al., 2022). It is
-taken over each document, as in DeepSeek V3's sequence-wise loss (2024, equations 17 to 20), and
+which is k where all experts get the same (Fedus et al., 2022). It is taken over each document, as
+in DeepSeek V3's sequence-wise loss (2024, equations 17 to 20), and
 averaged over layers, and over documents with the weights of their trained tokens (C2). So packing,
 micro-batches and ranks change nothing: over a micro-batch, as elsewhere, its cut would count, and
 documents that are packed together would push each other.
