@@ -324,6 +324,15 @@ class BestSection(Section):
         )
 
 
+class EarlyStoppingSection(Section):
+    """End the run where evaluations no longer improve. It is done then, as after its last step."""
+
+    metric: str = Field(description="As in `best`, which says what is better.")
+    patience: int = Field(
+        ge=1, description="Evaluations in a row that are no better than the best before them."
+    )
+
+
 # -------------------------------------------------------------------------------------- the section
 
 
@@ -350,6 +359,7 @@ class EvalSection(Section):
         default=(), description="More arguments of vLLM's server; they override packhorse's own."
     )
     best: BestSection | None = None
+    early_stopping: EarlyStoppingSection | None = None
     lm_eval: tuple[str, ...] = Field(
         default=(),
         description="Tasks of lm-evaluation-harness, as `[gsm8k, mmlu]`, or your own as "
@@ -377,19 +387,22 @@ class EvalSection(Section):
 
     @model_validator(mode="after")
     def _best_is_evaluated(self) -> EvalSection:
-        if self.best is None:
-            return self
+        used = {
+            f"best.{key}": name for key, name in (self.best.places if self.best else {}).items()
+        }
+        if self.early_stopping:
+            used["early_stopping.metric"] = self.early_stopping.metric
         names = [EVAL_LOSS, *(self.generate.scorers if self.generate else ())]
-        for place, name in self.best.places.items():
+        for place, name in used.items():
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
                 instead = (
                     f"did you mean `{near[0]}`?" if near else f"names here: {', '.join(names)}"
                 )
                 raise ValueError(
-                    f"`best.{place}`: there is no scorer `{name}` in eval.generate.scorers; "
-                    f"{instead}"
+                    f"`{place}`: there is no scorer `{name}` in eval.generate.scorers; {instead}"
                 )
-        if self.every_steps is None:
-            raise ValueError("`best` needs `every_steps`: else only the last step is evaluated")
+        if used and self.every_steps is None:
+            key = next(iter(used)).partition(".")[0]
+            raise ValueError(f"`{key}` needs `every_steps`: else only the last step is evaluated")
         return self
