@@ -58,8 +58,10 @@ test-vllm: install .venv-vllm/installed  ## answers of a real vLLM on the CPU, i
 	.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps $(WHEELS) -r $<
 	@touch $@
 
-chaos: install  ## fuzz what is read: recipes, manifests, side files, replies; FUZZ=10000 of each
-	PACKHORSE_FUZZ=$(or $(FUZZ),10000) $(BIN)/python -m pytest -q --timeout 0 tests/unit/test_fuzz_inputs.py
+chaos: install  ## fuzz what is read, flip bits, kill runs: FUZZ=10000 FLIPS=2500 of each, KILLS=1000
+	PACKHORSE_FUZZ=$(or $(FUZZ),10000) PACKHORSE_FLIPS=$(or $(FLIPS),2500) \
+		$(BIN)/python -m pytest -q --timeout 0 tests/unit/test_fuzz_inputs.py tests/unit/test_flips.py
+	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),1000)
 
 style: install  ## ruff, pyright and shellcheck
 	$(BIN)/ruff check .
@@ -72,6 +74,7 @@ docs: install  ## the site of docs/, in build/site; a broken link stops it
 
 gpu-check: install  ## kernels against their references, and the GPU benchmark; 8 minutes
 	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/gpu_parts.py --out benchmarks/results/gpu_parts.jsonl
 	$(BIN)/python benchmarks/gpu.py
 
 clean:  ## remove .venv and the tools' caches

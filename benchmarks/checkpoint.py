@@ -176,7 +176,7 @@ def resume_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
 
     engine = build(folder)
     asked = 0
-    fill, checksum = sharded_state.Shards.fill, sharded_state.checksum
+    fill, checksum = sharded_state.Shards.fill, checkpoint.checksum
 
     def counted_fill(self: Any, piece: Any) -> None:
         nonlocal asked
@@ -192,7 +192,7 @@ def resume_arm(folder: Path, order: dict[str, Any]) -> dict[str, Any]:
     before = disk_bytes()
     with (
         mock.patch.object(sharded_state.Shards, "fill", counted_fill),
-        mock.patch.object(sharded_state, "checksum", counted_checksum),
+        mock.patch.object(checkpoint, "checksum", counted_checksum),
     ):
         found: list[Any] = []
         find_s = seconds(lambda: found.append(checkpoint.find(run_dir)))

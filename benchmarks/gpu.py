@@ -151,7 +151,7 @@ def main() -> None:
     card = "tiny" if options.tiny else card_name()
     work = Path(tempfile.mkdtemp(prefix="gpu_bench."))
     deadline_s = time.monotonic() + options.budget_s
-    rows: list[list[str]] = []
+    rows: dict[str, list[str]] = {}
     for case in CASES:
         if options.only not in (None, case.name):
             continue
@@ -167,10 +167,11 @@ def main() -> None:
                     results[arm.label] = got
                 else:
                     done.append(got)
-                rows_now = table_row(case, arm, job, results[arm.label], card)
-                print(" | ".join(rows_now), flush=True)
-        rows += [table_row(case, arm, job, results[arm.label], card) for arm in case.arms]
-    write_report(rows, card, options)
+                row = table_row(case, arm, job, results[arm.label], card)
+                rows[f"{case.name} {arm.label}"] = row
+                print(" | ".join(row), flush=True)
+                # now, as the machine may be taken away before the next arm ends
+                write_report([*rows.values()], card, options)
     shutil.rmtree(work)
 
 

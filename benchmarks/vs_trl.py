@@ -52,7 +52,7 @@ DEFAULT_ARMS = "trl_best,trl_default,loop,loop_products,packhorse"
 BEST: dict[str, Any] = {
     "gradient_checkpointing": False,
     "bf16": False,
-}  # no autocast: the weights are bf16
+}  # no autocast: the weights have --dtype
 TRL_ARMS: dict[str, dict[str, Any]] = {
     "trl_best": {"attention": "eager", "trl": BEST},
     "trl_sdpa": {"trl": BEST},
@@ -105,7 +105,7 @@ def main() -> None:
     write_result(options.out, text)
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -119,16 +119,23 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=7, help="optimizer steps of an arm")
     parser.add_argument("--warmup", type=int, default=1, help="of them not timed")
-    parser.add_argument("--row-tokens", type=int, default=1024)
+    parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=4, help="rows of a step")
     parser.add_argument(
-        "--rows-per-micro", type=int, default=4, help="packhorse's; TRL's are its arms' own"
+        "--micro-batch-size", type=int, default=4, help="packhorse's; TRL's are its arms' own"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=["bfloat16", "float32"],
+        default="bfloat16",
+        help="of the weights, in every arm that has none of its own; float32 where the CPU has no "
+        "AVX-512 bf16",
     )
     parser.add_argument("--deepspeed", default="zero2", help="packhorse's DeepSpeed template")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results" / "vs_trl_cpu.md"
     )
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.arms = options.arms.split(",")
     options.model, options.data = (
         options.model.expanduser().resolve(),
@@ -161,6 +168,7 @@ def shared_job(options: argparse.Namespace, work: Path) -> Job:
         lr=2e-5,
         seed=0,
         device="cpu",
+        dtype=options.dtype,
         deepspeed=options.deepspeed,
         micro_batch_size=options.micro_batch_size,
     )
@@ -250,7 +258,8 @@ def report(runs: dict[str, list[Run]], options: argparse.Namespace) -> str:
         machine(VERSIONS),
         f"{options.model.name}, {options.data.name}, rows of {options.seq_len}, {options.rows} "
         f"rows a step "
-        f"(about {first.lines[0]['tokens']:.0f} tokens), bf16, learning rate 2e-5, no decay, "
+        f"(about {first.lines[0]['tokens']:.0f} tokens), {options.dtype}, learning rate 2e-5, "
+        f"no decay, "
         f"{options.steps - options.warmup} timed steps after "
         f"{options.warmup}; {options.rounds} alternating rounds, a fresh process each, median "
         f"(lowest to highest).",
@@ -309,8 +318,8 @@ NOTES = """\
 All losses are means over the step's trained tokens. TRL's packed arms and the loop train on the
 same rows in the same order; TRL's default takes the same documents one by one, and packhorse packs
 its own rows (two a micro-batch; TRL is slower with two), so their steps hold other documents. TRL's
-best keeps its optimizer states and updates in bf16 (it has no fp32 master weights without
-DeepSpeed); the loop and packhorse keep fp32 masters and accumulate in fp32. Peak RSS is of the
+best keeps its optimizer states and updates in the weights' type (without DeepSpeed it has no fp32
+master weights); the loop and packhorse keep fp32 masters and accumulate in fp32. Peak RSS is of the
 largest process."""
 
 

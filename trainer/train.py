@@ -29,7 +29,7 @@ from packhorse.trainer.build_engine import (
 )
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.checkpoint.best import Best, last_step
-from packhorse.trainer.checkpoint.export_folder import MODEL_FOLDER, checksums
+from packhorse.trainer.checkpoint.export_folder import describe
 from packhorse.trainer.checkpoint.hf_export import save_description
 from packhorse.trainer.checkpoint.hub import check_push, push_run
 from packhorse.trainer.checkpoint.manifest import RunState, point_at_best
@@ -225,7 +225,7 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     log_schedule(prepared, first_step)
     if peak_bytes:
         metrics.expect_memory(peak_bytes)
-    description = checksums(run_dir / MODEL_FOLDER) if dist.is_main() else None
+    description = describe(run_dir, recipe) if dist.is_main() else None
     parts = (run_dir, engine, recipe.checkpoint, prepared.mirror, description)
     with loader, Saver(*parts) as saver:
         run = TrainingRun(

@@ -66,6 +66,7 @@ class Order:
     victims: Sequence[int] = field(default_factory=list)  # or: these ranks die
     after_s: float = 0.0  # so long after the start, or after this file has come
     after_file: str | None = None
+    export: str | None = None  # what the ranks do: not train, but export the run to this folder
 
 
 class ForkServer:
@@ -125,7 +126,7 @@ class Run:
 
     def __init__(self, fork_server: ForkServer, folder: Path, cache: Path) -> None:
         self._fork_server = fork_server
-        self.folder, self._log = folder / "run", folder / "log"
+        self.folder, self.log = folder / "run", folder / "log"
         self.overrides: tuple[str, ...] = (
             *OVERRIDES,
             f"run.dir={self.folder}",
@@ -133,7 +134,7 @@ class Run:
         )
 
     def start(self, world: int, point: Point | None = None, **order: Any) -> list[int]:
-        return self._fork_server.run(Order(world, self.overrides, str(self._log), point, **order))
+        return self._fork_server.run(Order(world, self.overrides, str(self.log), point, **order))
 
     def die(self, world: int, point: Point, rank: int = 0) -> dict[str, int]:
         """Start, be killed at a point, and return the run folder's files and sizes of that moment.
@@ -144,7 +145,7 @@ class Run:
         codes = self.start(world, point, rank=rank)
         assert codes[rank] == KILLED, f"the point was not reached\n{self.log_tail}"
         assert all(codes), f"a rank took its own end for the run's\n{self.log_tail}"
-        return json.loads(reached_file(self._log).read_text())
+        return json.loads(reached_file(self.log).read_text())
 
     def finish(self, world: int) -> None:
         codes = self.start(world)
@@ -152,7 +153,7 @@ class Run:
 
     @property
     def log_tail(self) -> str:
-        return self._log.read_text(errors="replace")[-4000:]
+        return self.log.read_text(errors="replace")[-4000:]
 
 
 def logged(run_dir: Path) -> list[dict[str, Any]]:
@@ -267,6 +268,7 @@ def _rank(order: Order, rank: int) -> int:
     import torch
 
     from packhorse.trainer import train
+    from packhorse.trainer.checkpoint.hf_export import export
     from packhorse.trainer.cli import main
     from packhorse.trainer.config.recipe import load_recipe
     from packhorse.trainer.data import tokenize
@@ -278,9 +280,14 @@ def _rank(order: Order, rank: int) -> int:
     lease.BEAT_S, lease.STALE_S = 0.1, 1.0
     tokenize.CHUNK_ROWS, files.SAVE_EVERY_S = 16, 0.0
     recipe = load_recipe(ROOT / "recipes" / "debug.yaml", tuple(order.overrides))
+    run_dir = Path(recipe.run.dir)
     if order.point and rank == order.rank:
-        _Fault(order.point, order, Path(recipe.run.dir)).arm()
-    with mock.patch.object(main, "app", side_effect=lambda **_: train.train(recipe)):
+        _Fault(order.point, order, run_dir).arm()
+
+    def work(**_: Any) -> object:
+        return export(run_dir, Path(order.export)) if order.export else train.train(recipe)
+
+    with mock.patch.object(main, "app", side_effect=work):
         try:
             main.main()
         except SystemExit as end:
@@ -313,7 +320,7 @@ def _functions() -> dict[str, tuple[Any, str, Any]]:
         "rmdir": (os, "rmdir", lambda path, *, dir_fd=None: str(path)),
         "write": (sharded_state, "write", lambda path, slices: str(path)),
         "digest": (sharded_state, "digest", lambda *_: "digest"),
-        "checksum": (sharded_state, "checksum", str),
+        "checksum": (checkpoint, "checksum", str),
         "fill": (sharded_state.Shards, "fill", lambda files, piece: piece.name),
         "line": (metrics.Metrics, "step", lambda *_: "line"),
         "step": (Engine, "step", lambda *_: "step"),

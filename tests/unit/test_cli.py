@@ -513,3 +513,11 @@ def test_a_signal_while_a_launcher_still_imports_loses_nothing(name):
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 75, done.stderr
     assert f"{name}: stopped before the workers had started" in done.stderr
+
+
+def test_a_link_to_itself_is_refused_by_a_sentence(packhorse, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    code, _, said = packhorse("train", "recipes/debug.yaml", f"run.dir={tmp_path / 'loop' / 'x'}")
+    assert code == 2, said
+    assert "loop" in said.splitlines()[-1]
+    assert said.splitlines()[-1].startswith("packhorse: error: ")

@@ -77,6 +77,11 @@ def test_aliases_do_not_unfold_without_end(tmp_path: Path) -> None:
         load_recipe(tmp_path / "r.yaml")
 
 
+def test_an_endless_recipe_is_refused() -> None:
+    with pytest.raises(BadInput, match="/dev/zero: has more than 1,000,000 characters"):
+        load_recipe(Path("/dev/zero"))
+
+
 def test_merge_keys_are_allowed(tmp_path: Path) -> None:
     merged = "optim: {<<: {lr: 2.0e-2, eps: 1.0e-6}, lr: 1.0e-2}"
     (tmp_path / "r.yaml").write_text(DEBUG.replace("optim: {lr: 1.0e-2}", merged))

@@ -14,6 +14,7 @@ import pytest
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils import own_output
+from packhorse.trainer.utils.files import checksum
 from packhorse.trainer.utils.own_output import MARKER, require_replaceable, write_own_text
 
 FACTS = {"kind": "model", "step": 3, "run": "mine"}
@@ -53,10 +54,9 @@ def names(folder: Path) -> list[str]:
 
 def test_a_folder_says_what_it_is_and_nothing_is_left_beside_it(out: Path) -> None:
     build(out, "first")
-    assert json.loads((out / MARKER).read_text()) == {
-        **FACTS,
-        "files": ["code/model.py", "weights"],
-    }
+    both = checksum(out / "weights")
+    files = {"code/model.py": both, "weights": both}
+    assert json.loads((out / MARKER).read_text()) == {**FACTS, "files": files}
     assert names(out.parent) == ["out"]
 
 

@@ -13,7 +13,7 @@ import pyarrow.parquet
 import pytest
 
 from packhorse.trainer.config.data import Source
-from packhorse.trainer.data import digest
+from packhorse.trainer.data import digest, row_files
 from packhorse.trainer.data.row_files import without_nulls
 from packhorse.trainer.data.source import read_rows, source_digest
 from packhorse.trainer.data.streaming import _plain_rows
@@ -283,6 +283,44 @@ def test_a_bad_file_is_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=message):
         list(read_rows(a_source(path=str(tmp_path / name))))
+
+
+def bombs() -> dict[str, tuple[pyarrow.Array, int]]:
+    """Columns of files of less than 20 KB, and the limit in bytes beyond which they are bombs."""
+    repeated = pyarrow.array(["x" * 6_000_000])
+    nulls = pyarrow.nulls(2_000_000)
+    return {
+        "pages": (pyarrow.array(["x" * 10_000] * 5000), 1 << 20),
+        "dictionary": (
+            pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 300), repeated),
+            row_files.BOMB_BYTES,
+        ),
+        "list": (
+            pyarrow.ListArray.from_arrays(pyarrow.array([0, 2_000_000], pyarrow.int32()), nulls),
+            1 << 20,
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", ["pages", "dictionary", "list"])
+def test_a_parquet_file_that_unfolds_to_gigabytes_is_refused_unread(tmp_path, monkeypatch, kind):
+    column, limit = bombs()[kind]
+    path, kinds = tmp_path / "a.parquet", ["other"] if kind == "pages" else True
+    pyarrow.parquet.write_table(
+        pyarrow.table({"question": column}), path, compression="zstd", use_dictionary=kinds
+    )
+    assert path.stat().st_size < 20_000
+    monkeypatch.setattr(row_files, "BOMB_BYTES", limit)
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", None)
+    with pytest.raises(BadInput, match=r"reading column `question.*would take .* GiB"):
+        list(read_rows(a_source(path=str(path), format="instruction")))
+
+
+def test_a_column_of_one_value_is_no_bomb(tmp_path):
+    rows = [{"split": "train", "question": "x" * 1000, "messages": [], "n": None}] * 50_000
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert len(list(read_rows(a_source(path=str(path), format="instruction", rows=10)))) == 10
 
 
 def test_nothing_there(tmp_path):

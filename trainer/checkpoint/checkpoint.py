@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from packhorse.trainer import dist
 from packhorse.trainer.checkpoint.manifest import Manifest, RunState, list_published
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine import sharded_state
 from packhorse.trainer.engine.sharded_state import FROZEN, Shards
+from packhorse.trainer.utils.files import checksum
 
 if TYPE_CHECKING:  # what reads a run needs no DeepSpeed
     from packhorse.trainer.engine.engine import Engine
@@ -100,7 +100,7 @@ def _find_own_fault(folder: Path) -> str | None:
                 return f"{name} is missing, or no file"
             if (folder / name).stat().st_size != file.bytes:
                 return f"{name} has another size than the manifest says"
-            if sharded_state.checksum(folder / name) != file.xxh3:
+            if checksum(folder / name) != file.xxh3:
                 return f"{name} has other bytes than were written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"

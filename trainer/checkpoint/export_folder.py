@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from pathlib import Path
+
+import xxhash
 
 from packhorse.trainer import dist
 from packhorse.trainer.checkpoint import best, checkpoint
 from packhorse.trainer.checkpoint.manifest import Manifest, list_published
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine.sharded_state import Shards, checksum
-from packhorse.trainer.utils.files import sync_file
+from packhorse.trainer.engine.sharded_state import Shards
+from packhorse.trainer.utils.files import checksum, sync_file
 from packhorse.trainer.utils.own_output import require_replaceable
 
 # In a run folder: configuration, generation configuration and tokenizer, without weights.
 MODEL_FOLDER = "model"
 # In a run folder: packhorse deletes what lies there, or takes it for its own.
+_RECIPE = "model.dtype and adapter in recipe.yaml"  # beside the names of the folder's files
 _OF_THE_RUN = ("checkpoints", "evals", MODEL_FOLDER, "serving")
 
 
@@ -64,15 +68,20 @@ def open_for_export(
     return saved, manifest
 
 
-def checksums(folder: Path) -> dict[str, str]:
-    """Bring the files of a folder to the disk, and return their checksums by relative path."""
+def describe(run_dir: Path, recipe: Recipe) -> dict[str, str]:
+    """Bring the files of a run's MODEL_FOLDER to the disk, and return their checksums by relative
+    path; with that of what an export takes from the run's recipe.yaml.
+    """
+    folder = run_dir / MODEL_FOLDER
+    taken = [recipe.model.dtype, recipe.adapter and recipe.adapter.model_dump(mode="json")]
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in paths:
         sync_file(path)
-    return {path.relative_to(folder).as_posix(): checksum(path) for path in paths}
+    found = {path.relative_to(folder).as_posix(): checksum(path) for path in paths}
+    return found | {_RECIPE: xxhash.xxh3_128_hexdigest(json.dumps(taken).encode())}
 
 
-def require_described(run_dir: Path, manifest: Manifest) -> None:
+def require_described(run_dir: Path, recipe: Recipe, manifest: Manifest) -> None:
     """Check that the run folder describes the model as it did when a checkpoint was written.
 
     Any checkpoint of the run will do: a start with another version of transformers may have written
@@ -83,7 +92,7 @@ def require_described(run_dir: Path, manifest: Manifest) -> None:
     """
     if not manifest.description:  # of an earlier version
         return
-    found, known = checksums(run_dir / MODEL_FOLDER), [manifest.description]
+    found, known = describe(run_dir, recipe), [manifest.description]
     for folder in list_published(run_dir / "checkpoints").values():
         with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: it proves nothing
             known.append(Manifest.read(folder).description)
@@ -91,8 +100,8 @@ def require_described(run_dir: Path, manifest: Manifest) -> None:
         names = found.keys() | manifest.description.keys()
         changed = sorted(n for n in names if found.get(n) != manifest.description.get(n))
         raise BadInput(
-            f"{run_dir / MODEL_FOLDER}: not as the run wrote it: {', '.join(changed[:5])}; put the "
-            "files back, or resume the run, which writes them anew"
+            f"{run_dir}: its description of the model is not as the run wrote it: "
+            f"{', '.join(changed[:5])}; put that back, or resume the run, which writes it anew"
         )
 
 

@@ -98,7 +98,7 @@ def export(
         )
     show_bars_of_transformers()
     saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite)
-    require_described(run_dir, manifest)
+    require_described(run_dir, recipe, manifest)
     step = manifest.state.step
 
     folder = own_output.stage(out)

@@ -21,8 +21,7 @@ from packhorse.trainer.checkpoint.manifest import (
 )
 from packhorse.trainer.checkpoint.mirror_place import RUN, RUN_FILES, Place
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine.sharded_state import checksum
-from packhorse.trainer.utils.files import publish_folder, sync_folder, write_synced
+from packhorse.trainer.utils.files import checksum, publish_folder, sync_folder, write_synced
 
 
 class Restore:

@@ -333,6 +333,10 @@ def main() -> None:
         if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EISDIR):
             _exit_bad_input(f"{error}; give another path")
         raise
+    except RuntimeError as error:
+        if "Symlink loop" in str(error):  # Path.resolve, before Python 3.13
+            _exit_bad_input(f"{error}; give another path")
+        raise
 
 
 def _exit_bad_input(sentence: str) -> NoReturn:

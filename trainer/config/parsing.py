@@ -70,6 +70,7 @@ RENAMED_KEYS = {
 
 
 MAX_DEPTH, MAX_VALUES = 64, 100_000  # of a recipe's values: far more than any has
+_MOST_CHARACTERS = 1_000_000  # of a YAML file
 _SHOWN = 100  # characters of a wrong value
 
 
@@ -128,7 +129,11 @@ def parse_yaml(text: str) -> Any:
 def read_yaml(path: Path) -> Any:
     """Return the content of a YAML file. Raises BadInput if it cannot be read."""
     try:
-        return parse_yaml(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST_CHARACTERS + 1)
+        if len(text) > _MOST_CHARACTERS:  # as of /dev/zero, or of data that is taken for a recipe
+            raise BadInput(f"{path}: has more than {_MOST_CHARACTERS:,} characters; give a recipe")
+        return parse_yaml(text)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: the file cannot be read ({error})") from None
     except yaml.YAMLError as error:

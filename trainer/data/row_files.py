@@ -38,6 +38,8 @@ TEXTS = (".jsonl", ".json", ".csv", ".tsv")
 SUFFIXES = (*TEXTS, ".parquet")
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # one of these may follow a suffix of TEXTS
 OPEN = (b"{", b"[", b",", b":")  # how a line ends in the middle of a JSON value
+# A column of a Parquet file is refused if it takes so much memory, and so many times its bytes.
+BOMB_BYTES, BOMB_RATIO = 1 << 30, 500
 BATCH_ROWS = 256  # rows of Arrow that are turned into Python values at once
 MAX_CELL = 1 << 30  # characters; csv's own limit of 131,072 is less than a long conversation
 JSON_NAMES = {
@@ -249,9 +251,34 @@ def _parquet_rows(path: Path, name: str) -> Iterator[RawRow]:
 
     def batches() -> Iterator[Any]:
         with pyarrow.parquet.ParquetFile(path) as file:
+            _require_no_bomb(path, file.metadata)
             yield from file.iter_batches(batch_size=BATCH_ROWS)
 
     return arrow_rows(batches(), name, f"{path}: not a readable Parquet file")
+
+
+def _require_no_bomb(path: Path, metadata: Any) -> None:
+    """Raise BadInput if a file of kilobytes says of itself that reading it takes gigabytes.
+
+    Pages are decompressed whole, and a page may be all of a column in a row group. A text in a
+    column's dictionary is repeated for each row of a batch; an item of a list takes 8 bytes, even
+    if it is null and takes none in the file.
+    """
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for number, column in enumerate(map(group.column, range(group.num_columns))):
+            size = column.total_uncompressed_size
+            if metadata.schema.column(number).max_repetition_level:
+                size = max(size, 8 * column.num_values)
+            if size <= BOMB_RATIO * column.total_compressed_size:
+                continue
+            is_repeated = any("DICTIONARY" in name for name in column.encodings)
+            needed = size * min(BATCH_ROWS, group.num_rows) if is_repeated else size
+            if needed > BOMB_BYTES:
+                raise BadInput(
+                    f"{path}: reading column `{printable(column.path_in_schema, 60)}` would take "
+                    f"{needed / 2**30:.1f} GiB, for {column.total_compressed_size:,} bytes in the "
+                    "file; if that is meant, write it anew in row groups of fewer rows"
+                )
 
 
 def arrow_rows(batches: Iterable[Any], name: str, fault: str) -> Iterator[RawRow]:

@@ -160,15 +160,6 @@ def write(path: Path, slices: list[Slice]) -> tuple[File, Digests]:
     return File(size, hasher.hexdigest(), places), found
 
 
-def checksum(path: Path) -> str:
-    """Return a file's checksum, as in `File.xxh3`."""
-    hasher = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            hasher.update(block)
-    return hasher.hexdigest()
-
-
 # --------------------------------------------------------------------------------------------- read
 
 

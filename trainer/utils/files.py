@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import xxhash
+
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.dist import local_rank, log
 from packhorse.trainer.utils.lease import Lease, Rival, require_owned, take
@@ -160,6 +162,15 @@ def _read_object(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):  # no JSON, no UTF-8, or nested too deeply
         return None
     return found if isinstance(found, dict) else None
+
+
+def checksum(path: Path) -> str:
+    """Return a file's checksum (xxh3-128), read at disk speed."""
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            hasher.update(block)
+    return hasher.hexdigest()
 
 
 def sync_file(path: Path) -> None:

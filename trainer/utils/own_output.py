@@ -1,8 +1,9 @@
 """Write where a user says, without destroying what is there.
 
 What packhorse wrote itself may be replaced; anything else is refused with BadInput. A folder is
-packhorse's own if it holds the file MARKER, which lists the other files; a text is, while its last
-line is the digest of the lines before it, so that a file which a user has edited is the user's.
+packhorse's own if it holds the file MARKER, which lists the other files and their checksums; a
+text is, while its last line is the digest of the lines before it, so that a file which a user has
+edited is the user's.
 
 A folder is built beside its place, in `.NAME.saving`, and enters it by a rename:
 
@@ -22,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.utils.files import publish_folder, write_json, write_synced
+from packhorse.trainer.dist import log
+from packhorse.trainer.utils.files import checksum, publish_folder, write_json, write_synced
 
 MARKER = "packhorse_export.json"
 UNFINISHED = "unfinished"
@@ -110,7 +112,8 @@ def publish(out: Path, facts: dict[str, Any], *, overwrite: bool) -> None:
     """
     staged = _staging(out)
     new, old = staged / "new", staged / "old"
-    write_json(new / MARKER, {**facts, "files": sorted(_files(new))})
+    files = {name: checksum(new / name) for name in sorted(_files(new))}
+    write_json(new / MARKER, {**facts, "files": files})
     for name in _files(new):
         # the old folder is deleted below: after a power cut the new one must not be empty
         with (new / name).open("rb") as file:
@@ -125,6 +128,28 @@ def publish(out: Path, facts: dict[str, Any], *, overwrite: bool) -> None:
             old.rename(out)
         raise BadInput(f"--out {out}: cannot be written ({error}); give another --out") from error
     _remove_staging(staged)
+
+
+def require_unchanged(folder: Path) -> None:
+    """Check the files of a folder that `publish` wrote against their checksums, at disk speed; a
+    folder of other origin passes. Texts that a user may have edited are named in the log.
+
+    Raises:
+        BadInput: weights have changed.
+    """
+    facts = _read_marker(folder)
+    if facts is None or not isinstance(facts["files"], dict):
+        return
+    paths = {name: folder / name for name in facts["files"]}
+    there = (name for name, path in paths.items() if path.is_file())
+    changed = [name for name in there if checksum(paths[name]) != facts["files"][name]]
+    if weights := [name for name in changed if name.endswith(".safetensors")]:
+        raise BadInput(
+            f"{folder}: {weights[0]} holds other bytes than packhorse exported; export it anew, or "
+            f"remove {MARKER} if you have changed it yourself"
+        )
+    if changed:
+        log.warning("%s: changed since packhorse exported it: %s", folder, ", ".join(changed[:5]))
 
 
 def _staging(out: Path) -> Path:
