@@ -21,7 +21,7 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import LossSection
 from packhorse.trainer.datatypes import BadInput, Batch, slice_borders
 from packhorse.trainer.model import attention
-from packhorse.trainer.model.attention import SequenceGroup, keyword_arguments
+from packhorse.trainer.model.attention import SequenceGroup, found_by_all, keyword_arguments
 from packhorse.trainer.model.by_document import split_calls
 from packhorse.trainer.model.decoder import decoder_of
 from packhorse.trainer.model.logit_transform import LogitTransform
@@ -120,7 +120,8 @@ class SftModel(nn.Module):
                 **keyword_arguments(batch, self._group),
             }
         try:
-            return decoder_of(self.model)(input_ids=ids, use_cache=False, **bounds, **wanted)
+            with found_by_all(bounds.get("document_bounds")):
+                return decoder_of(self.model)(input_ids=ids, use_cache=False, **bounds, **wanted)
         finally:
             # other forwards of the model, as in generation, get no noise
             self._batch = None
