@@ -201,9 +201,8 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     """
     recipe, run_dir, plan = prepared.recipe, prepared.run_dir, prepared.plan
     first_step, recent_losses = resume(prepared, engine)
-    steps = last_step(recipe.eval, run_dir, plan.steps)
-    if first_step == steps and is_done(run_dir, steps):
-        dist.log.info("%s: all %d steps are done; set another run.dir", run_dir, steps)
+    if first_step == last_step(recipe.eval, run_dir, plan.steps) and is_done(run_dir, first_step):
+        dist.log.info("%s: all %d steps are done; set another run.dir", run_dir, first_step)
         if dist.is_main():
             dist.log.info(describe_end(recipe, run_dir))
         return "ended"

@@ -19,7 +19,7 @@ from packhorse.trainer.checkpoint.best import (
     last_step,
 )
 from packhorse.trainer.checkpoint.export_folder import describe_step
-from packhorse.trainer.config.eval import BestSection, Condition, EarlyStoppingSection
+from packhorse.trainer.config.best import BestSection, Condition, EarlyStoppingSection
 from packhorse.trainer.config.recipe import load_recipe, parse_recipe
 from packhorse.trainer.datatypes import BadInput
 from tests.ranks import ROOT

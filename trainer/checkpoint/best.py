@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from packhorse.trainer import dist
-from packhorse.trainer.config.eval import EVAL_LOSS, BestSection, EarlyStoppingSection, EvalSection
+from packhorse.trainer.config.best import EVAL_LOSS, BestSection, EarlyStoppingSection
+from packhorse.trainer.config.eval import EvalSection
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.metrics import EVALUATIONS
