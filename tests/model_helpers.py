@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,23 @@ def loss_and_gradients(model: SftModel, *batches: Batch) -> tuple[float, dict[st
     return total, {
         name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
     }
+
+
+def saved_bytes(model: Any, forward: Callable[[], Any]) -> int:
+    """Return the bytes that a forward saves for its backward, without the model's weights."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, tuple[int, Any]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            # the tensor is kept alive, so that an address comes once
+            saved[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(size for size, _ in saved.values())
 
 
 def interpreted(module: str, function: str) -> Any:

@@ -67,7 +67,8 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         gathered=gathered,
     )
     group = _sequence_group(recipe)
-    module = SftModel(model, recipe.loss, recipe.train.seed, dist.device(), group)
+    offload = recipe.model.activation_checkpointing == "offload"
+    module = SftModel(model, recipe.loss, recipe.train.seed, dist.device(), group, offload)
     groups = None
     if learns:
         freeze_named(model, recipe.model.freeze)
@@ -92,6 +93,11 @@ def _sequence_group(recipe: Recipe) -> SequenceGroup | None:
     count_groups(dist.world_size(), size)
     if size == 1:
         return None
+    if dist.local_world_size() % size:
+        dist.log.warning(
+            "parallel.sequence: groups of %d ranks cross nodes of %d, and exchange in each layer",
+            *(size, dist.local_world_size()),
+        )
     return SequenceGroup(dist.consecutive_group(size), recipe.parallel.sequence_kind)
 
 

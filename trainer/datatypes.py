@@ -276,6 +276,20 @@ def slice_borders(lengths: Sequence[int], number: int) -> tuple[int, ...]:
     return tuple(total * i // number for i in range(number + 1))
 
 
+def first_key(lengths: Sequence[int], start: int, window: int | None) -> int:
+    """Return the first token that token `start` of a packed sequence attends to.
+
+    Args:
+        window: a token sees itself and window - 1 before it; None: its whole document up to it.
+    """
+    begin = 0
+    for length in lengths:
+        if begin + length > start:
+            break
+        begin += length
+    return max(begin, start - window + 1) if window else begin
+
+
 # ----------------------------------------------------------------------------------------- training
 
 

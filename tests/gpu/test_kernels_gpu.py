@@ -14,7 +14,7 @@ import transformers as tf
 from torch import nn
 
 from packhorse.trainer.config.recipe import LossSection
-from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.datatypes import BadInput, first_key
 from packhorse.trainer.model import (
     attention,
     attention_kernels,
@@ -97,6 +97,21 @@ def test_a_fused_kernel_is_the_reference(backend: str, shape: str) -> None:
     seen = worst(backend, row(*SHAPES[shape]))
     print(f"{backend}, {shape}: {seen:.1e}")
     assert seen <= ATTENTION_BOUND
+
+
+@pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize("backend", FUSED)
+def test_fewer_queries_are_the_last_of_their_documents(backend: str, window: int | None) -> None:
+    """As in a rank's slice of a sequence, which gathers the keys before it (C13)."""
+    start, stop = 350, 1000
+    first = first_key(LENGTHS, start, window)
+    queries, keys = bounds().of_slice(start, stop, first)
+    q, k, v = (x.detach() for x in row(8, 2, 64))
+    cut = (q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop])
+    arguments = Arguments(None, window, None, None, None, keys, queries)
+    ours = getattr(attention_kernels, backend)("Layer", *cut, arguments)
+    exact = attention_kernels.reference("Layer", *(x.float() for x in cut), arguments)
+    assert relative(ours, exact) <= ATTENTION_BOUND
 
 
 @pytest.mark.parametrize("backend", FUSED)

@@ -10,29 +10,37 @@ Hypothesis draws the same cases on all ranks, as it is derandomized.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as td
+import transformers
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from packhorse.trainer import dist
-from packhorse.trainer.config.recipe import LossSection
+from packhorse.trainer.config.recipe import LossSection, ModelSection
 from packhorse.trainer.datatypes import BadInput, slice_borders
-from packhorse.trainer.estimate.sequence import exchanged_elements
+from packhorse.trainer.estimate.model import (
+    attention_shapes,
+    build_empty_model,
+    trace_activations,
+)
+from packhorse.trainer.estimate.sequence import exchanged_elements, slice_activations
 from packhorse.trainer.model import attention, sequence_exchange
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds, Slices, reference
 from packhorse.trainer.model.packing_check import prove_packing
 from packhorse.trainer.model.sequence_check import prove_slices
 from packhorse.trainer.model.sft import SftModel
-from tests.model_helpers import CPU, tiny_llama
+from tests.model_helpers import CPU, documents, pack, saved_bytes, tiny, tiny_llama
 from tests.numerics import sequence_defects
+from tests.ranks import ROOT
 
 SIZE, VALUE_SIZE = 8, 6
-seen = {"ulysses": 0.0, "gather": 0.0}
+seen = {"ulysses": 0.0, "gather": 0.0, "by layer": 0.0}
 counted = {"cases": 0}
 
 
@@ -48,7 +56,7 @@ counted = {"cases": 0}
     lengths=st.lists(st.integers(1, 23), min_size=1, max_size=9),
     groups=st.sampled_from([1, 2, 3, 6]),
     window=st.sampled_from([None, 1, 5]),
-    kind=st.sampled_from(["ulysses", "gather"]),
+    kind=st.sampled_from([*seen]),
     in_full=st.booleans(),
     seed=st.integers(0, 99),
 )
@@ -69,7 +77,8 @@ def compare(
     borders = slice_borders(lengths, number)
     start, stop = borders[dist.rank() : dist.rank() + 2]
     own = slice(start, stop)
-    slices = Slices(borders, dist.rank(), None, kind)
+    asked = None if kind == "by layer" else kind
+    slices = Slices(borders, dist.rank(), None, asked)
 
     def run(attend: Any, tensors: list[torch.Tensor], where: Bounds, part: slice) -> list[Any]:
         leaves = [x.clone().requires_grad_() for x in tensors]
@@ -88,7 +97,7 @@ def compare(
         *found, own_sink_grad = run(
             lambda *given: sequence_exchange.attend_in_slices(reference, *given),
             [x[:, :, own] for x in whole],
-            bounds._replace(slices=slices),
+            replace(bounds, slices=slices),
             own,
         )
     for mine, all_of_it in zip(found, expected, strict=True):
@@ -102,8 +111,8 @@ def compare(
     # what goes to another rank, forward: half of the calls, as each has one back
     forward = sent.call_args_list[: sent.call_count // 2]
     elements = sum(sum(call.args[3]) - call.args[3][dist.rank()] for call in forward)
-    layer = (heads, groups, SIZE, VALUE_SIZE)
-    assert elements == exchanged_elements([layer], borders, dist.rank(), kind)
+    layer = (heads, groups, SIZE, VALUE_SIZE, window)
+    assert elements == exchanged_elements([layer], lengths, number, dist.rank(), asked)
 
 
 def check_at_the_start() -> tuple[float, str]:
@@ -122,8 +131,26 @@ def check_at_the_start() -> tuple[float, str]:
     return difference, ""
 
 
+def saved_over_planned(kind: str) -> float:
+    """Return the bytes that a slice's forward saves for the backward, over the planner's."""
+    ranks, tokens = dist.world_size(), 96
+    folder = str(ROOT / "recipes" / "debug" / "model")
+    empty = build_empty_model(ModelSection.model_validate({"name": folder, "dtype": "float32"}))
+    shapes = attention_shapes(empty)
+    planned = slice_activations(trace_activations(empty, tokens), shapes, tokens, ranks, kind, 4)
+    model = tiny(transformers.AutoConfig.from_pretrained(folder)).train()
+    # as the planner assumes: the reference holds masks where queries begin later than keys
+    attention.set_implementation(model, "packhorse_fused")
+    group = attention.SequenceGroup(None, kind if kind == "gather" else None)
+    module = SftModel(model, LossSection(), 0, CPU, group)
+    batch = pack(documents([ranks * tokens]), [[1]], [1.0]).cut(dist.rank(), ranks)
+    return saved_bytes(model, partial(module.hidden_states, batch)) / planned["none"].kept
+
+
 if __name__ == "__main__":
     with dist.process_group():
         compare()
         difference, said = check_at_the_start()
-        print(json.dumps({**seen, **counted, "check": difference, "said": said}), flush=True)
+        saved = [saved_over_planned(kind) for kind in ("ulysses", "gather")]
+        found = {**seen, **counted, "check": difference, "said": said, "saved": saved}
+        print(json.dumps(found), flush=True)

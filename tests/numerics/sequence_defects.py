@@ -24,7 +24,8 @@ def unchecked(*patches: Any) -> Any:
 def attend_within_the_slice(kernel: Any, layer: str, *qkv_and_arguments: Any) -> torch.Tensor:
     *qkv, arguments = qkv_and_arguments
     borders, index, *_ = arguments.bounds.slices
-    inside, _, _ = arguments.bounds.of_slice(*borders[index : index + 2])
+    start, stop = borders[index : index + 2]
+    inside, _ = arguments.bounds.of_slice(start, stop, start)
     return kernel(layer, *qkv, arguments._replace(bounds=inside))
 
 

@@ -72,6 +72,21 @@ def test_answers_to_a_pipe_are_those_of_generate(model_dir: Path) -> None:
         )
 
 
+def test_a_template_that_reads_lists_of_parts_is_given_them(model_dir: Path) -> None:
+    written = model_dir / "chat_template.jinja"
+    before = written.read_text()
+    written.write_text(
+        "{% for m in messages %}{{ m.role }}: {% for p in m.content if p.type == 'text' %}"
+        "{{ p.text }}{% endfor %}\n{% endfor %}"
+    )
+    try:
+        parts: Any = [{"type": "text", "text": QUESTIONS[0]}]
+        answer = generated(model_dir, [{"role": "user", "content": parts}], 24)
+        assert piped(model_dir, QUESTIONS[0], "--max-tokens", "24") == f"{answer}\n"
+    finally:
+        written.write_text(before)
+
+
 def test_answers_are_sampled_at_a_temperature(model_dir: Path) -> None:
     same = "\n".join([QUESTIONS[0]] * 3)
     answers = piped(model_dir, same, "--max-tokens", "24", "--temperature", "1.5")

@@ -92,6 +92,11 @@ def test_gradients_are_the_plain_models_and_nothing_is_compiled_after_the_first_
     # of four forms (one document or several, training or not), and no layer has forms of its own
     assert all("disable" in reason for reason in counters["graph_break"]), counters["graph_break"]
     assert compiler.graphs <= 5 * 4 < 3 * 2 * layers, "graphs do not grow with the layers"
+    seen: list[torch.Size] = []
+    decoder_layers(model)[0].mlp.register_forward_hook(lambda m, a, out: seen.append(out.shape))
+    ours.hidden_states(batch((4,), 9))
+    assert seen == [(1, 4, WIDE["hidden_size"])], "a hook that comes later is called"
+    after.append(compiler.graphs)
     with other_attention(model, "sdpa"):  # as generation and comparisons run
         model(input_ids=torch.arange(20).unsqueeze(0))
     assert compiler.graphs == after[-1]

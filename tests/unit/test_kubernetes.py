@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from jsonschema import Draft202012Validator
 from kubeflow_trainer_api import models
 
 from packhorse.launch.cluster_env import ClusterEnv, read_cluster_env
@@ -74,6 +76,18 @@ def test_every_manifest_fits_its_schema(kind, version):
     assert {name: refused(manifest, version) for name, manifest in made.items()} == dict.fromkeys(
         made
     )
+
+
+@pytest.mark.parametrize("runtime", [None, "torch-distributed"])
+def test_a_trainjob_fits_the_schema_that_kubeflow_installs_in_a_cluster(runtime):
+    crd = json.loads((ROOT / "tests/trainjob_crd.json").read_text())
+    made = manifests("trainjob", runtime=runtime)["TrainJob"]
+    faults = [error.json_path for error in Draft202012Validator(crd).iter_errors(made)]
+    assert not faults
+    made["spec"]["trainer"]["numNodes"] = "two"
+    made["spec"]["runtimeRef"]["kinds"] = made["spec"]["runtimeRef"].pop("kind")
+    faults = [error.json_path for error in Draft202012Validator(crd).iter_errors(made)]
+    assert sorted(faults) == ["$.spec.runtimeRef", "$.spec.trainer.numNodes"]
 
 
 def test_the_claim_fits_its_schema():

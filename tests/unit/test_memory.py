@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from packhorse.trainer.estimate.report import (
 )
 from packhorse.trainer.model.activation_checkpointing import set_checkpointing
 from packhorse.trainer.model.attention_kernels import Bounds
-from tests.model_helpers import SIZES, WIDE, tiny
+from tests.model_helpers import SIZES, WIDE, saved_bytes, tiny
 from tests.ranks import ROOT
 
 TOKENS = 192
@@ -46,28 +47,15 @@ FAMILIES = {
 
 def really_saved(model: Any) -> int:
     """Return the bytes that a forward on the CPU saves for its backward, without the weights."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    saved: dict[int, tuple[int, Any]] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            saved[storage.data_ptr()] = (
-                storage.nbytes(),
-                tensor,
-            )  # kept alive: an address comes once
-        return tensor
-
-    ids = torch.randint(SIZES["vocab_size"], (1, TOKENS))
     bounds = Bounds(torch.tensor([0, TOKENS], dtype=torch.int32), TOKENS, (TOKENS,))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model.train().get_decoder()(
-            input_ids=ids,
-            position_ids=torch.arange(TOKENS)[None],
-            use_cache=False,
-            document_bounds=bounds,
-        )
-    return sum(size for size, _ in saved.values())
+    forward = partial(
+        model.train().get_decoder(),
+        input_ids=torch.randint(SIZES["vocab_size"], (1, TOKENS)),
+        position_ids=torch.arange(TOKENS)[None],
+        use_cache=False,
+        document_bounds=bounds,
+    )
+    return saved_bytes(model, forward)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
@@ -234,13 +222,14 @@ def test_ranks_that_share_a_sequence_have_a_share_of_its_activations() -> None:
     of_rank = [report.activations["full"].kept for report in (alone, four)]
     assert of_rank[0] == pytest.approx(4 * of_rank[1], rel=0.02)
     longest = [report.candidates["zero3"].longest for report in (alone, four)]
-    assert longest[1] == 4 * longest[0] > 0
+    # not quite: two key heads are repeated for four ranks
+    assert 0.95 < longest[1] / (4 * longest[0]) < 1
     assert (
         four.candidates["zero3"].traffic.in_group > 0 == alone.candidates["zero3"].traffic.in_group
     )
     assert "longest batch.seq_len that fits on 4 GPUs each: " in longest_sequence(four)
     assert four.candidates["zero3"].smallest == 4
-    with pytest.raises(BadInput, match=r"parallel\.sequence: 4 ranks .* 6 ranks do not divide"):
+    with pytest.raises(BadInput, match=r"parallel\.sequence: 4 ranks .*\(6\) does not divide"):
         build_report(shared, cluster(6))
     with pytest.raises(BadInput, match="only 64 micro-batches, for 4 GPUs each: give --gpus 64"):
         build_report(shared, cluster(260))

@@ -133,7 +133,7 @@ def test_each_message_is_named_where_its_text_begins(shared, name):
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
     masker = Masker(tokenizer)
     example = masker.example(TURNS)
-    roles = role_starts(TURNS, example, masker.template)
+    roles = role_starts(TURNS, example, masker)
     assert list(roles.values()) == ["user", "assistant", "user", "assistant"]
     begun = [run for run in runs(example, tokenizer, roles) if run.role]
     assert [run.text.strip().split("<")[0][:4] for run in begun] == ["What", "It i", "What", "The "]
@@ -158,7 +158,7 @@ def test_a_call_is_named_where_it_begins_and_not_inside_it(shared, name):
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
     masker = Masker(tokenizer)
     example = masker.example(CALLING)
-    roles = role_starts(CALLING, example, masker.template)
+    roles = role_starts(CALLING, example, masker)
     begun = next(run for run in runs(example, tokenizer, roles) if run.role == "assistant")
     assert begun.kind.endswith("trained")
     trained = [run.text for run in runs(example, tokenizer) if "trained" in run.kind]
@@ -168,7 +168,7 @@ def test_a_call_is_named_where_it_begins_and_not_inside_it(shared, name):
 def test_a_plain_text_has_no_roles(shared):
     masker = Masker(AutoTokenizer.from_pretrained(shared / "tokenizers/smollm2"))
     text = Conversation(text="To be or not to be")
-    assert role_starts(text, masker.example(text), masker.template) == {}
+    assert role_starts(text, masker.example(text), masker) == {}
 
 
 def test_roles_stand_in_the_terminal_and_on_the_page(shared):
@@ -177,7 +177,7 @@ def test_roles_stand_in_the_terminal_and_on_the_page(shared):
     )  # whose text names no role
     masker = Masker(tokenizer)
     example = masker.example(TURNS)
-    row = Row("a.jsonl:1", example, role_starts(TURNS, example, masker.template))
+    row = Row("a.jsonl:1", example, role_starts(TURNS, example, masker))
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(as_text([row], tokenizer, brackets=False))
     shown = console.export_text().split("a.jsonl:1")[1]

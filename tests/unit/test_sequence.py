@@ -12,10 +12,11 @@ from unittest import mock
 import pytest
 import torch
 
-from packhorse.trainer.config.recipe import LossSection
+from packhorse.trainer import build_engine, dist
+from packhorse.trainer.config.recipe import LossSection, load_recipe
 from packhorse.trainer.data import loader
 from packhorse.trainer.data.loader import filler_batch
-from packhorse.trainer.datatypes import BadInput, slice_borders
+from packhorse.trainer.datatypes import BadInput, first_key, slice_borders
 from packhorse.trainer.metrics import ModelFlops
 from packhorse.trainer.model import packing_check, sequence_check
 from packhorse.trainer.model.attention_kernels import Bounds
@@ -69,8 +70,21 @@ def test_ranks_that_share_a_sequence_are_one_to_the_plan() -> None:
     assert plan.check_world(12, False, 2) is None
     with pytest.raises(BadInput, match=r"8 groups of 2 ranks, but a step has only 6 .*start .*12"):
         plan.check_world(16, False, 2)
-    with pytest.raises(BadInput, match=r"parallel\.sequence: 2 ranks .*7 ranks do not divide"):
+    with pytest.raises(BadInput, match=r"parallel\.sequence: 2 ranks .*\(7\) does not divide"):
         plan.check_world(7, False, 2)
+
+
+def test_groups_that_cross_nodes_are_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dist.log, "propagate", True)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    recipe = load_recipe("debug", ["parallel.sequence=4", "parallel.sequence_kind=gather"])
+    with mock.patch.object(dist, "consecutive_group", return_value="group"):
+        for per_node, told in ((4, False), (2, True)):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(per_node))
+            assert build_engine._sequence_group(recipe) == ("group", "gather")
+            assert ("cross nodes of 2" in caplog.text) == told
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 7])
@@ -88,17 +102,20 @@ def test_a_slice_has_the_noise_of_its_tokens(number: int) -> None:
     assert not torch.equal(blocks[0][: len(blocks[1])], blocks[1]), "blocks have their own noise"
 
 
+@pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("start", range(0, 31, 5))
-def test_queries_of_a_slice_have_the_keys_before_them_in_their_documents(start: int) -> None:
+def test_queries_of_a_slice_have_the_keys_that_they_see(start: int, window: int | None) -> None:
     ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
     stop = min(start + 7, 31)
-    queries, keys, first = Bounds(ends, 17, LENGTHS).of_slice(start, stop)
     document = torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))
+    of_first = int((document == document[start]).nonzero()[0])
+    first = first_key(LENGTHS, start, window)
+    assert first == (max(of_first, start - window + 1) if window else of_first)
+    queries, keys = Bounds(ends, 17, LENGTHS).of_slice(start, stop, first)
     inside = document[start:stop].unique(return_counts=True)[1].tolist()
     assert list(queries.lengths) == inside == queries.cu_seqlens.diff().tolist()
-    seen = [int((document[:stop] == d).sum()) for d in document[start:stop].unique()]
+    seen = document[first:stop].unique(return_counts=True)[1].tolist()
     assert list(keys.lengths) == seen == keys.cu_seqlens.diff().tolist()
-    assert first == int((document == document[start]).nonzero()[0])
 
 
 # ---------------------------------------------------------------------------------- what is refused

@@ -22,6 +22,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from packhorse.trainer.config.recipe import ModelSection
 from packhorse.trainer.data.format import to_conversation
 from packhorse.trainer.data.mask import Masker
+from packhorse.trainer.data.preview import role_starts
 from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message, RowError
 from packhorse.trainer.model.load import load_tokenizer
 from tests.unit.test_chat_templates import ARGUMENTS, tokenizer_of, turns
@@ -224,6 +225,12 @@ def prompt_of(tokenizer: Any, conversation: Conversation, upto: int) -> str:
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
+def begins_with(answer: Message) -> str:
+    """Return the answer's first three characters that are not white space."""
+    text = (answer.reasoning_content or "") + answer.content
+    return "".join(text.removeprefix("<think>").split())[:3]
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_each_answer_stands_behind_a_servers_prompt(base, name):
     shape = SHAPES[name]
@@ -238,6 +245,13 @@ def test_each_answer_stands_behind_a_servers_prompt(base, name):
     (stop, *_) = masker.stop_token_ids
     assert made[-1].input_ids[made[-1].trained][-1] == stop, "generation ends with what was trained"
     assert masker.prompt(shape.conversation)[0] == tokenizer.encode(prompt), "evaluation asks alike"
+    for part, example in masker.rendered(shape.conversation):
+        roles = role_starts(part, example, masker)
+        assert [*roles.values()] == [message.role for message in part.messages]
+        begins = max(roles)  # where the answer or its thought begins
+        assert "".join(tokenizer.decode(example.input_ids[begins:]).split()).startswith(
+            begins_with(part.messages[-1])
+        )
 
 
 @pytest.mark.parametrize(

@@ -124,8 +124,7 @@ def verify_resume(
             f"--worlds {','.join(map(str, worlds))} --at {at}: give two worlds or more, and more "
             "--steps"
         )
-    if sequences and len(sequences) != len(worlds):
-        raise BadInput("--sequence: give as many numbers as --worlds has")
+    hands = _hands(worlds, sequences)
     parent = Path(load_recipe(recipe_file, overrides).run.dir).parent
     parent.mkdir(parents=True, exist_ok=True)
     # not mkdtemp: a folder that is kept is for whom the umask says
@@ -141,8 +140,6 @@ def verify_resume(
         "parallel.allow_idle_ranks=true",
     ]
 
-    shares = [[f"parallel.sequence={size}"] for size in sequences or ()] or [[]] * len(worlds)
-    hands = list(zip(worlds, shares, strict=True))
     _train_all(recipe_file, common, hands, at, steps, work)
     start = _load_start(work / "without-a-break" / "recipe.yaml")
     resumed, control = (
@@ -157,6 +154,16 @@ def verify_resume(
     else:
         shutil.rmtree(work)
     return resumed.agree and control.are_seen
+
+
+def _hands(worlds: Sequence[int], sequences: Sequence[int] | None) -> list[tuple[int, list[str]]]:
+    """Return each world size with its own overrides."""
+    if sequences is None:
+        return [(world, []) for world in worlds]
+    if len(sequences) != len(worlds):
+        raise BadInput("--sequence: give as many numbers as --worlds has")
+    shares = [[f"parallel.sequence={size}"] for size in sequences]
+    return list(zip(worlds, shares, strict=True))
 
 
 def _train_all(

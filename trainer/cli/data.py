@@ -79,7 +79,7 @@ def _first_rows(
             try:
                 conversation = reader.conversation(row.fields)
                 for shown, example in masker.rendered(conversation):
-                    roles = role_starts(shown, example, masker.template)
+                    roles = role_starts(shown, example, masker)
                     # Positions are cut in place of tokens, so that the roles are found again.
                     positions = np.arange(len(example.input_ids), dtype=np.int32)
                     for document in fit(Example(positions, example.trained), length_policy(recipe)):

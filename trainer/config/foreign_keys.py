@@ -42,6 +42,8 @@ SAME_VALUE = {
     "train_micro_batch_size_per_gpu": "batch.micro_batch_size",
     "local_batch_size": "batch.micro_batch_size",
     "train_batch_size": "batch.global_batch_size",
+    "context_parallel_size": "parallel.sequence",
+    "context_parallel_degree": "parallel.sequence",
     "neftune_noise_alpha": "loss.neftune_alpha",
     "learning_rate": "optim.lr",
     "adam_epsilon": "optim.eps",

@@ -35,6 +35,6 @@ class ParallelSection(Section):
     sequence_kind: Literal["ulysses", "gather"] | None = Field(
         default=None,
         description="How ranks that share a sequence attend over all of it. ulysses: exchange "
-        "tokens for heads; gather: collect keys and values. null: ulysses in each layer whose "
-        "query heads `sequence` divides, else gather.",
+        "tokens for heads; gather: collect keys and values. null: gather in a layer whose window "
+        "fits a slice, or whose query heads `sequence` does not divide; else ulysses.",
     )

@@ -47,11 +47,12 @@ class ModelSection(Section):
         "compared with PyTorch's when the run starts. auto: liger on CUDA in bfloat16 if Liger "
         "supports the model.",
     )
-    activation_checkpointing: Literal["none", "selective", "full", "auto"] = Field(
+    activation_checkpointing: Literal["none", "selective", "full", "offload", "auto"] = Field(
         default="auto",
         description="What the backward pass recomputes (gradient checkpointing). full: each layer "
         "but its input; selective: not attention, nor the products that widen a feed-forward "
-        "block; auto: as little as fits the GPU's memory by `packhorse plan`, and full on a CPU. "
+        "block; offload: full, with these inputs in the host's memory until they are needed; "
+        "auto: as little as fits the GPU's memory by `packhorse plan`, and full on a CPU. "
         "Gradients stay the same by the bit.",
     )
     compile: Literal[False, "layers"] = Field(

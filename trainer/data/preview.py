@@ -10,6 +10,7 @@ from __future__ import annotations
 import html
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 from rich.console import Group
 from rich.text import Text
 
+from packhorse.trainer.data.served import serve_last
 from packhorse.trainer.data.turns import find_turn
 from packhorse.trainer.datatypes import Conversation, Example, Filtered, RowError
 from packhorse.trainer.utils.text import show_controls
@@ -25,7 +27,8 @@ from packhorse.trainer.utils.text import show_controls
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from packhorse.trainer.data.chat_template import Template
+    from packhorse.trainer.data.mask import Masker
+    from packhorse.trainer.data.skeleton import Render, Turn
 
 
 @dataclass(frozen=True)
@@ -91,35 +94,53 @@ class Run(NamedTuple):
     role: str | None = None
 
 
-def role_starts(conversation: Conversation, example: Example, template: Template) -> dict[int, str]:
+def role_starts(conversation: Conversation, example: Example, masker: Masker) -> dict[int, str]:
     """Return the messages' roles by the index of the token with which each message's text, or its
     call, begins.
 
-    The result is empty for a plain text, and for a row that was tokenized in pieces or whose answer
-    stands behind a server's prompt, as its tokens are not those of the template's whole text.
+    The result is empty for a plain text, and for a row whose tokens are neither those of its whole
+    text nor those of the prompt and its answer, as where control tokens are taken as text.
     """
-    if conversation.text is not None:
-        return {}
-    try:
-        render = template.follow(conversation)
-    except RowError:  # the template leaves out what the answer was trained with
-        return {}
-    backend: Any = template.tokenizer.backend_tokenizer
-    encoding = backend.encode(render.text, add_special_tokens=False)
-    if encoding.ids != example.input_ids.tolist():
-        return {}
-    ends = [stop for _, stop in encoding.offsets]
-    found: dict[int, str] = {}
-    seen = {-1}  # the tools that the row offers
-    for number, slot in enumerate(render.skeleton.slots):
-        message, part = render.skeleton.owners[slot]
-        if message not in seen:
-            seen.add(message)
-            begins = render.starts[number] + len(render.skeleton.literals[number])
-            if part == "tool_calls":  # its first text, a function's name, stands inside the call
-                begins = render.position(find_turn(template, render.skeleton, message).start)
-            found[bisect_right(ends, begins)] = conversation.messages[message].role
-    return found
+    for render, answer in _renders(conversation, masker):
+        ends = _token_ends(render, answer, example, masker.tokenizer.backend_tokenizer)
+        found: dict[int, str] = {}
+        seen = {-1}  # the tools that the row offers
+        for number, slot in enumerate(render.skeleton.slots if ends else []):
+            message, part = render.skeleton.owners[slot]
+            if message not in seen:
+                seen.add(message)
+                begins = render.starts[number] + len(render.skeleton.literals[number])
+                if part == "tool_calls":  # its first text, a function's name, stands inside it
+                    turn = answer or find_turn(masker.template, render.skeleton, message)
+                    begins = render.position(turn.start)
+                found[bisect_right(ends, begins)] = conversation.messages[message].role
+        if ends:
+            return found
+    return {}
+
+
+def _token_ends(render: Render, answer: Turn | None, example: Example, backend: Any) -> list[int]:
+    """Return the character with which each token ends; nothing, if they are not the example's.
+
+    The answer may have been tokenized apart from what stands before it.
+    """
+    for cut in (0, render.position(answer.start)) if answer else (0,):
+        before, after = (
+            backend.encode(text, add_special_tokens=False)
+            for text in (render.text[:cut], render.text[cut:])
+        )
+        if [*before.ids, *after.ids] == example.input_ids.tolist():
+            return [*(stop for _, stop in before.offsets), *(cut + s for _, s in after.offsets)]
+    return []
+
+
+def _renders(conversation: Conversation, masker: Masker) -> Iterator[tuple[Render, Turn | None]]:
+    """Yield what a document's text may be: the template's, or a server's prompt and the answer."""
+    if conversation.text is None:
+        with suppress(RowError):  # the template leaves out what the answer was trained with
+            yield masker.template.follow(conversation), None
+        with suppress(RowError):
+            yield serve_last(masker.template, conversation, masker.missing_reasoning)
 
 
 def runs(

@@ -17,8 +17,8 @@ def count_groups(world: int, sequence: int) -> int:
     """
     if world % sequence:
         raise BadInput(
-            f"parallel.sequence: {sequence} ranks share a packed sequence, and {world} ranks do "
-            "not divide into such groups; start a multiple of it, or set another number"
+            f"parallel.sequence: {sequence} ranks share a packed sequence, and their number in all "
+            f"({world}) does not divide into such groups; start a multiple, or set another number"
         )
     return world // sequence
 

@@ -7,6 +7,7 @@ long (`fit`), and whether worker processes do it.
 
 from __future__ import annotations
 
+import gc
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
@@ -100,6 +101,22 @@ def run(
         BadInput: a worker was killed by a signal, as the kernel does when memory runs out, or has
             rows and took no processor time for FROZEN_S.
     """
+    # What was imported is no garbage. Python's collector, which rows wake up again and again, would
+    # look through all of it: a twentieth of the time.
+    gc.freeze()
+    try:
+        yield from _run(rows, work, workers, files, slow)
+    finally:
+        gc.unfreeze()
+
+
+def _run(
+    rows: Iterable[Row],
+    work: Callable[[list[Row]], Result],
+    workers: int,
+    files: Sequence[str],
+    slow: bool,
+) -> Generator[Result, None, None]:
     chunk_rows = SLOW_CHUNK_ROWS if slow else CHUNK_ROWS
     pool_from = SLOW_FROM_CHUNKS if slow else POOL_FROM_CHUNKS
     left = iter(rows)

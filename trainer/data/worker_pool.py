@@ -6,6 +6,7 @@ does a worker that is frozen.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -159,6 +160,7 @@ def _start_server() -> Any:
 def _serve(pipe: Connection, work: Callable[[list[Row]], Any]) -> None:
     """Work on chunks in a worker process, until the parent is gone."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    gc.freeze()  # as `tokenize.run` does
     limit_memory()  # a template may ask for more than there is; then its row is rejected
     while True:
         try:

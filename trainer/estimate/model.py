@@ -27,7 +27,7 @@ from packhorse.trainer.metrics import ModelFlops, model_flops
 from packhorse.trainer.model import attention
 from packhorse.trainer.model.activation_checkpointing import save, set_checkpointing
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
-from packhorse.trainer.model.decoder import decoder_layers, decoder_of
+from packhorse.trainer.model.decoder import decoder_layers, decoder_of, num_weights, whole_layers
 from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
@@ -56,10 +56,11 @@ class ModelSizes:
     hidden: int
     vocabulary: int
     largest_module: int  # the most that one module's own parameters have
+    gathered_at_once: int  # the most that ZeRO-3 gathers in one call, a module's or a whole layer's
     buffers: int  # bytes, on every rank and in a checkpoint
     flops: ModelFlops
-    # query heads, key heads, head size and that of values, of each layer that attends
-    attention: tuple[tuple[int, int, int, int], ...] = ()
+    # query heads, key heads, head size, that of values, and window of each layer that attends
+    attention: tuple[tuple[int, int, int, int, int | None], ...] = ()
 
     @property
     def trained(self) -> int:
@@ -114,7 +115,7 @@ def _run_decoder(model: Any, tokens: int) -> torch.Tensor:
     return out.last_hidden_state[0]
 
 
-def attention_shapes(model: Any) -> tuple[tuple[int, int, int, int], ...]:
+def attention_shapes(model: Any) -> tuple[tuple[int, int, int, int, int | None], ...]:
     """Return ModelSizes.attention of a model that `build_empty_model` made."""
     _attended.clear()
     _run_decoder(model, tokens=64)
@@ -134,7 +135,7 @@ def measure_model(
     groups = parameter_groups(model, optim)
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in in_4_bits]
     buffers = [buffer for _, buffer in persistent_buffers(model)]
-    own_sizes = (sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
+    largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     return ModelSizes(
         name=type(model).__name__,
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
@@ -146,7 +147,8 @@ def measure_model(
         element=next(model.parameters()).element_size(),
         hidden=model.config.get_text_config().hidden_size,
         vocabulary=head.weight.shape[0],
-        largest_module=max(own_sizes),
+        largest_module=largest,
+        gathered_at_once=max([largest, *map(num_weights, whole_layers(model))]),
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in buffers),
         flops=model_flops(model),
     )
@@ -173,6 +175,7 @@ class Activations:
 
     kept: int  # from the forward to the backward
     layer: int  # once more while a layer is recomputed: the largest layer's; 0 without
+    host: int = 0  # kept in the host's memory
 
 
 def trace_activations(model: Any, tokens: int) -> dict[str, Activations]:
@@ -191,6 +194,7 @@ def trace_activations(model: Any, tokens: int) -> dict[str, Activations]:
             kept, of_layers = _trace_forward(model, tokens, mode)
             again = (whole - part for whole, part in zip(whole_layers, of_layers, strict=True))
             found[mode] = Activations(kept, max(again, default=0))
+        found["offload"] = Activations(0, found["full"].layer, host=found["full"].kept)
     return found
 
 
@@ -301,11 +305,11 @@ _planned_attention.register_fake(_planned_attention._init_fn)
 _planned_attention.register_autograd(_no_backward, setup_context=_save_as_fused)
 
 
-_attended: list[tuple[int, int, int, int]] = []  # shapes that the stand-in has seen
+_attended: list[tuple[int, int, int, int, int | None]] = []  # shapes that the stand-in has seen
 
 
 def _fused(
     layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments
 ) -> torch.Tensor:
-    _attended.append((q.shape[1], k.shape[1], k.shape[3], v.shape[3]))
+    _attended.append((q.shape[1], k.shape[1], k.shape[3], v.shape[3], arguments.window))
     return _planned_attention(q, k, v)[0].transpose(1, 2)

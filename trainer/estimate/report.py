@@ -41,7 +41,7 @@ from packhorse.trainer.estimate.model import (
     measure_model,
     trace_activations,
 )
-from packhorse.trainer.estimate.sequence import longest_slice, sequence_traffic
+from packhorse.trainer.estimate.sequence import longest_slice, sequence_traffic, slice_activations
 from packhorse.trainer.estimate.traffic import ASSUMED, Traffic
 from packhorse.trainer.model.loss import choose_kernel
 
@@ -49,16 +49,9 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MOST_GPUS = 4096  # where the search for the smallest number of GPUs ends
-
 GPU_PARTS = (
-    "weights",
-    "gradients",
-    "optimizer",
-    "gathered",
-    "communication",
-    "activations",
-    "loss",
-    "reserve",
+    *("weights", "gradients", "optimizer", "gathered", "communication"),
+    *("activations", "loss", "reserve"),
 )
 
 
@@ -102,8 +95,10 @@ def inspect_model(recipe: Recipe, tokens: int) -> tuple[ModelSizes, dict[str, Ac
     empty = build_empty_model(recipe.model, recipe.adapter)
     model = measure_model(empty, recipe.optim, recipe.adapter)
     activations = trace_activations(empty, tokens)
-    if recipe.parallel.sequence > 1:
+    if (size := recipe.parallel.sequence) > 1:
         model = replace(model, attention=attention_shapes(empty))
+        given = (model.attention, tokens, size, recipe.parallel.sequence_kind, model.element)
+        activations = slice_activations(activations, *given)
     if recipe.model.activation_checkpointing not in (*activations, "auto"):
         raise BadInput(
             f"{model.name} does not support activation checkpointing; set "
@@ -117,8 +112,9 @@ def _checkpointing_modes(recipe: Recipe, activations: Mapping[str, Activations])
     asked = recipe.model.activation_checkpointing
     if asked != "auto":
         return [asked]
-    # a compiled layer is recomputed whole or not at all
-    return [mode for mode in activations if not (recipe.model.compile and mode == "selective")]
+    # a compiled layer is recomputed whole or not at all, and the host's memory is asked for by name
+    others = {"offload", "selective"} if recipe.model.compile else {"offload"}
+    return [mode for mode in activations if mode not in others]
 
 
 def build_report(
@@ -138,14 +134,13 @@ def build_report(
     """
     size = recipe.parallel.sequence
     stats = replace(stats or full_step_stats(recipe), sequence=size)
-    fewest = int(stats.micro_batches.min()) * size
-    count_groups(cluster.gpus, size)
-    if cluster.gpus > fewest and not recipe.parallel.allow_idle_ranks:
+    fewest = int(stats.micro_batches.min())
+    if count_groups(cluster.gpus, size) > fewest and not recipe.parallel.allow_idle_ranks:
         good = " or ".join(_good_numbers(stats, cluster))
+        each = f", for {size} GPUs each" if size > 1 else ""
         raise BadInput(
-            f"{cluster.gpus} GPUs, but a step has only {fewest // size} micro-batches"
-            f"{f', for {size} GPUs each' if size > 1 else ''}: give --gpus {good}, "
-            "raise batch.global_batch_size, or lower batch.micro_batch_size"
+            f"{cluster.gpus} GPUs, but a step has only {fewest} micro-batches{each}: give --gpus "
+            f"{good}, raise batch.global_batch_size, or lower batch.micro_batch_size"
         )
     model, activations = inspected or inspect_model(recipe, stats.rank_tokens)
     disk = disk_needed(model, _count_checkpoints(recipe))
@@ -183,15 +178,15 @@ def _plan_template(
     memory = {mode: need(cluster.gpus, activations[mode]) for mode in modes}
     shortages = {mode: cluster.find_shortages(memory[mode], disk) for mode in modes}
     mode = next((mode for mode in modes if not shortages[mode]), modes[-1])
-    most = max(int(stats.micro_batches.min()) * stats.sequence, cluster.gpus)
-    worlds = candidate_worlds(min(MOST_GPUS, most), cluster.per_node)
-    of_groups = (world for world in worlds if world % stats.sequence == 0)
+    size = stats.sequence
+    most = min(MOST_GPUS, max(int(stats.micro_batches.min()) * size, cluster.gpus))
+    worlds = (world for world in candidate_worlds(most, cluster.per_node) if world % size == 0)
     longest = longest_slice(partial(fits, cluster.gpus), leanest, stats.rank_tokens)
     return Candidate(
         *(memory[mode], mode, shortages[mode]),
-        smallest=next((world for world in of_groups if fits(world, leanest)), None),
+        smallest=next((world for world in worlds if fits(world, leanest)), None),
         traffic=sequence_traffic(recipe, model, config, cluster, stats, mode),
-        longest=longest * stats.sequence // recipe.batch.micro,
+        longest=longest * size // recipe.batch.micro,
     )
 
 
@@ -267,7 +262,6 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
     """
     model, stats, cluster, disk = report.model, report.stats, report.cluster, report.disk
     share = filler_share(stats.micro_batches, cluster.gpus // stats.sequence)
-    good = ", ".join(_good_numbers(stats, cluster))
     idle = " (this one idles much)" if share > MUCH_FILLER else ""
     on_each = f", on each of its {stats.sequence} GPUs" if stats.sequence > 1 else ""
     seconds = step_seconds(model, stats, cluster.gpus, flops * mfu)
@@ -289,7 +283,7 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
         f"of which the fullest has {stats.fullest_tokens:,} tokens, {stats.fullest_trained:,} of "
         "them trained",
         f"fillers: {share:.1%} of the micro-batches of {cluster.gpus} GPUs; good numbers of GPUs: "
-        f"{good}{idle}",
+        f"{', '.join(_good_numbers(stats, cluster))}{idle}",
         f"activations of a micro-batch{on_each}: {kept}",
         f"time to compute, predicted at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU: "
         f"{_seconds(seconds)} s a step, {stats.tokens / seconds:,.0f} tokens/s{run}",
@@ -382,10 +376,9 @@ def recommend(report: Report, recipe: Recipe) -> str:
 
 def longest_sequence(report: Report) -> str:
     """Return a sentence with the longest sequence that fits, by template."""
-    longest = {name: one.longest for name, one in report.candidates.items() if one.longest}
     shared = f" on {n} GPUs each" if (n := report.stats.sequence) > 1 else ""
-    lengths = ", ".join(f"{name} {tokens:,}" for name, tokens in longest.items())
-    return f"longest batch.seq_len that fits{shared}: {lengths or 'none'}"
+    lengths = [f"{name} {one.longest:,}" for name, one in report.candidates.items() if one.longest]
+    return f"longest batch.seq_len that fits{shared}: {', '.join(lengths) or 'none'}"
 
 
 def _seconds(seconds: float) -> str:

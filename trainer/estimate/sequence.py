@@ -6,8 +6,8 @@ In: a model's sizes, its activations for some tokens, a cluster. Out: bytes and 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any
@@ -15,42 +15,75 @@ from typing import Any
 import numpy as np
 
 from packhorse.trainer.config.recipe import Recipe
-from packhorse.trainer.datatypes import slice_borders
+from packhorse.trainer.datatypes import first_key, slice_borders
 from packhorse.trainer.estimate.memory import Cluster, StepStats
 from packhorse.trainer.estimate.model import Activations, ModelSizes
 from packhorse.trainer.estimate.traffic import Traffic, step_traffic
+from packhorse.trainer.model.sequence_exchange import takes_heads
 
 STEP_TOKENS = 1024  # of a rank, to which the longest sequence is searched
 MOST_TOKENS = 2**24  # of a rank, at which the search ends
 
 
-def exchanged_elements(
-    layers: Sequence[tuple[int, int, int, int]],
-    borders: Sequence[int],
-    index: int,
+Layers = Sequence[tuple[int, int, int, int, int | None]]
+"""Query heads, key heads, head size, that of values, and window of each layer that attends."""
+
+
+def slice_activations(
+    of_slice: Mapping[str, Activations],
+    layers: Layers,
+    tokens: int,
+    ranks: int,
     kind: str | None,
+    element: int,
+) -> dict[str, Activations]:
+    """Return a slice's activations, with the keys and values of other ranks that layers hold.
+
+    Args:
+        of_slice: those of as many tokens alone, by model.activation_checkpointing.
+        tokens: of a slice.
+        element: bytes of a number.
+    """
+    more = []
+    for heads, key_heads, size, value_size, window in layers:
+        if takes_heads(kind, heads, ranks, window, ranks * tokens):
+            held = math.lcm(key_heads, ranks) * tokens
+        else:  # the last slice sees most
+            held = key_heads * min(ranks * tokens, tokens + (window or math.inf) - 1)
+        more.append(int(held - key_heads * tokens) * (size + value_size) * element)
+    # held by all layers at once, or by the one that is recomputed
+    return {
+        mode: replace(a, kept=a.kept + sum(more))
+        if mode == "none"
+        else replace(a, layer=a.layer + max(more, default=0))
+        for mode, a in of_slice.items()
+    }
+
+
+def exchanged_elements(
+    layers: Layers, lengths: Sequence[int], ranks: int, index: int, kind: str | None
 ) -> int:
     """Return the elements that a rank sends in one forward, what it keeps left out.
 
     The backward sends back as many as come in.
 
     Args:
-        layers: query heads, key heads, head size, and that of values, of each layer that attends.
-        borders: of the ranks' slices.
-        index: the rank's number among them.
+        lengths: of the sequence's documents.
+        index: the rank's number among those that share the sequence.
         kind: parallel.sequence_kind.
     """
-    ranks = len(borders) - 1
-    lengths = [stop - start for start, stop in pairwise(borders)]
-    own, others = lengths[index], borders[-1] - lengths[index]
-    sent = 0
-    for heads, key_heads, size, value_size in layers:
-        if kind == "gather" or heads % ranks:
-            sent += (ranks - 1) * own * key_heads * (size + value_size)
+    slices = list(pairwise(slice_borders(lengths, ranks)))
+    (start, stop), total = slices[index], sum(lengths)
+    own, sent = stop - start, 0
+    for heads, key_heads, size, value_size, window in layers:
+        if not takes_heads(kind, heads, ranks, window, total):
+            firsts = [first_key(lengths, begin, window) for begin, _ in slices[index + 1 :]]
+            wanted = sum(max(0, stop - max(start, first)) for first in firsts)
+            sent += wanted * key_heads * (size + value_size)
             continue
         repeated = math.lcm(key_heads, ranks) // ranks  # key heads of a rank
         each = heads // ranks * size + repeated * (size + value_size)
-        sent += (ranks - 1) * own * each + others * heads // ranks * value_size
+        sent += (ranks - 1) * own * each + (total - own) * heads // ranks * value_size
     return sent
 
 
@@ -68,8 +101,8 @@ def sequence_traffic(
     traffic = step_traffic(model, config, cluster.gpus, micro_batches)
     if stats.sequence == 1:
         return traffic
-    borders = slice_borders([stats.fullest_tokens], stats.sequence)
-    one_way = exchanged_elements(model.attention, borders, 0, parallel.sequence_kind)
+    given = ([stats.fullest_tokens], stats.sequence, 0, parallel.sequence_kind)
+    one_way = exchanged_elements(model.attention, *given)
     # forward, backward, and the forward once more where layers are recomputed
     sent = micro_batches * one_way * model.element * (2 + (mode != "none"))
     where = "in_group" if stats.sequence <= cluster.per_node else "between_gpus"
@@ -88,7 +121,7 @@ def longest_slice(
 
     def tokens_fit(wanted: int) -> bool:
         times = Fraction(wanted, tokens)
-        scaled = Activations(int(activations.kept * times), int(activations.layer * times))
+        scaled = Activations(*(int(size * times) for size in astuple(activations)))
         return fits(scaled, wanted)
 
     low, high = 0, MOST_TOKENS // STEP_TOKENS

@@ -16,6 +16,7 @@ import torch
 
 from packhorse.trainer import dist
 from packhorse.trainer.config.sections import ModelSection
+from packhorse.trainer.data.template_call import wants_parts, with_parts
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.load import load_pretrained, load_tokenizer
 from packhorse.trainer.utils.text import error_line
@@ -50,6 +51,8 @@ class Chat:
             raise BadInput(f"{name}: its tokenizer has no chat template, so it cannot be asked")
         self._model = model.to(dist.device()).eval()
         self._options = template_options
+        variables = {**self._tokenizer.special_tokens_map, **template_options}
+        self._in_parts = wants_parts(self._tokenizer.get_chat_template(), variables)
         self._max_tokens = max_tokens
         # None where the model's own configuration holds what only sampling uses
         self._how = (
@@ -70,7 +73,7 @@ class Chat:
             KeyboardInterrupt: Ctrl-C; what was shown until then is all there is.
         """
         prompt = self._tokenizer.apply_chat_template(
-            messages,
+            [with_parts(message) for message in messages] if self._in_parts else messages,
             add_generation_prompt=True,
             return_tensors="pt",
             return_dict=True,

@@ -43,7 +43,9 @@ def save(*_: Any, **__: Any) -> CheckpointPolicy:
 def set_checkpointing(
     model: Any, mode: str, policy: Callable[..., CheckpointPolicy] = save
 ) -> None:
-    """Let the model recompute as `mode` says: `none`, `selective` or `full`.
+    """Let the model recompute as `mode` says: `none`, `selective`, `full` or `offload`.
+
+    `offload` recomputes as `full` does; what it keeps is moved in sft.py.
 
     `auto`, which nobody has resolved on a CPU or in an evaluation, is `full`.
 

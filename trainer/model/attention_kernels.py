@@ -55,18 +55,18 @@ class Bounds:
         lengths = [min(size, n - start) for n in self.lengths for start in range(0, n, size)]
         return self._of(lengths)
 
-    def of_slice(self, start: int, stop: int) -> tuple[Bounds, Bounds, int]:
-        """Return the bounds of the documents' tokens in [start, stop), those of the tokens before
-        `stop` in the same documents, and the first of these.
+    def of_slice(self, start: int, stop: int, first: int) -> tuple[Bounds, Bounds]:
+        """Return the bounds of queries in [start, stop), and those of the keys from `first` on that
+        they attend to.
         """
-        begins = [end - n for end, n in zip(accumulate(self.lengths), self.lengths)]
+        ends = list(accumulate(self.lengths))
         cut = [
-            (begin, min(begin + n, stop))
-            for begin, n in zip(begins, self.lengths)
-            if begin < stop and begin + n > start
+            (max(end - n, first), min(end, stop))
+            for end, n in zip(ends, self.lengths)
+            if end - n < stop and end > start
         ]
         inside = self._of([end - max(begin, start) for begin, end in cut])
-        return inside, self._of([end - begin for begin, end in cut]), cut[0][0]
+        return inside, self._of([end - begin for begin, end in cut])
 
     def _of(self, lengths: list[int]) -> Bounds:
         ends = self.cu_seqlens.new_tensor([0, *accumulate(lengths)])

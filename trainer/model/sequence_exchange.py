@@ -5,7 +5,8 @@ slice of what attention over the whole sequence gives.
 
     ulysses   all-to-all: a rank gets all tokens of its share of the heads, and gives back its
               tokens of all heads (Jacobs et al., 2023, arXiv:2309.14509). Slices may be uneven.
-    gather    all-to-all of copies: a rank gets all keys and values, and keeps its own queries
+    gather    a rank gets the keys and values that its own queries see, of its documents and, in a
+              layer with a window, of that
 
 Gradients take the same way back. DeepSpeed is not told: each rank's loss is of its own tokens, and
 gradients sum over all ranks as ever (C2).
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as td
 from torch.autograd.function import once_differentiable
 
-from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.datatypes import BadInput, first_key
 from packhorse.trainer.model.attention_kernels import Arguments, Slices
 
 Kernel = Callable[..., torch.Tensor]
@@ -46,17 +47,29 @@ def attend_in_slices(
     Raises:
         BadInput: `ulysses` is asked for, and the query heads do not divide among the ranks.
     """
-    slices = arguments.bounds.slices
+    slices, heads = arguments.bounds.slices, query.shape[1]
     assert slices is not None, "the sequence lies on one rank"
-    divides = query.shape[1] % slices.number == 0
-    if slices.kind == "ulysses" and not divides:
+    by_heads = takes_heads(slices.kind, heads, slices.number, arguments.window, slices.borders[-1])
+    if by_heads and heads % slices.number:
         raise BadInput(
-            f"parallel.sequence_kind: {layer} has {query.shape[1]} query heads, which do not "
+            f"parallel.sequence_kind: {layer} has {heads} query heads, which do not "
             f"divide among {slices.number} ranks; use `gather`, or another parallel.sequence"
         )
-    by_heads = divides and slices.kind != "gather"
     attend = _attend_by_heads if by_heads else _attend_by_queries
     return attend(kernel, layer, query, key, value, arguments, slices)
+
+
+def takes_heads(kind: str | None, heads: int, ranks: int, window: int | None, total: int) -> bool:
+    """Return whether a layer exchanges tokens for heads, else it gathers keys and values.
+
+    Args:
+        kind: parallel.sequence_kind. If it is null, a layer whose window is no longer than a slice
+            gathers: it needs little of its neighbour.
+        total: tokens of the sequence.
+    """
+    if kind is not None:
+        return kind == "ulysses"
+    return heads % ranks == 0 and not (window and window <= total // ranks)
 
 
 def _attend_by_heads(
@@ -92,13 +105,14 @@ def _attend_by_queries(
     slices: Slices,
 ) -> torch.Tensor:
     """Attend with all heads for the own tokens, over the keys that they see."""
-    # Repeated once for each rank, "a share of the heads" is all of them.
-    copies = (x.repeat(1, slices.number, 1, 1) for x in (key, value))
-    keys, values = (_Exchange.apply(x, slices, True) for x in copies)
-    start, stop = slices.borders[slices.index : slices.index + 2]
-    queries, seen, first = arguments.bounds.of_slice(start, stop)
-    arguments = arguments._replace(bounds=seen, queries=queries)
-    return kernel(layer, query, keys[:, :, first:stop], values[:, :, first:stop], arguments)
+    bounds, borders = arguments.bounds, slices.borders
+    window, lengths = arguments.window, bounds.lengths
+    seen = [(first_key(lengths, start, window), stop) for start, stop in pairwise(borders)]
+    keys, values = (_Collect.apply(x, slices, seen) for x in (key, value))
+    own, (first, stop) = borders[slices.index], seen[slices.index]
+    queries, of_keys = bounds.of_slice(own, stop, first)
+    arguments = arguments._replace(bounds=of_keys, queries=queries)
+    return kernel(layer, query, keys, values, arguments)
 
 
 class _Exchange(torch.autograd.Function):
@@ -134,6 +148,49 @@ def _tokens_to_heads(x: torch.Tensor, slices: Slices) -> torch.Tensor:
     flat = torch.cat([part.reshape(-1) for part in x[0].split(lengths, dim=1)])
     mine = _all_to_all(flat, sent, received, slices)
     return mine.view(1, slices.number * heads, lengths[slices.index], size)
+
+
+class _Collect(torch.autograd.Function):
+    """Collect the tokens [first, stop) of all slices, (1, h, t, E) -> (1, h, stop - first, E).
+
+    `wanted` has first and stop of each rank, which are those that its queries see.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, slices: Slices, wanted: list[tuple[int, int]]
+    ) -> torch.Tensor:
+        start, heads, size = slices.borders[slices.index], x.shape[1], x.shape[3]
+        own = list(pairwise(slices.borders))
+        sent = [_overlap(own[slices.index], range_) for range_ in wanted]
+        received = [_overlap(slice_, wanted[slices.index]) for slice_ in own]
+        ctx.slices, ctx.sent, ctx.received, ctx.shape = slices, sent, received, x.shape
+        flat = torch.cat([x[0, :, a - start : b - start].reshape(-1) for a, b in sent])
+        sizes = [[(b - a) * heads * size for a, b in parts] for parts in (sent, received)]
+        parts = _all_to_all(flat, *sizes, slices).split(sizes[1])
+        return torch.cat([part.view(heads, -1, size) for part in parts if len(part)], 1)[None]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
+        slices, (_, heads, _, size) = ctx.slices, ctx.shape
+        lengths = [[b - a for a, b in parts] for parts in (ctx.received, ctx.sent)]
+        sizes = [[n * heads * size for n in parts] for parts in lengths]
+        flat = torch.cat([part.reshape(-1) for part in grad[0].split(lengths[0], dim=1)])
+        parts = _all_to_all(flat, *sizes, slices).split(sizes[1])
+        # in fp32, as many ranks may have a part in it
+        total = torch.zeros(ctx.shape[1:], dtype=torch.float32, device=grad.device)
+        total = total.to(torch.promote_types(total.dtype, grad.dtype))
+        start = slices.borders[slices.index]
+        for part, (a, b) in zip(parts, ctx.sent, strict=True):
+            total[:, a - start : b - start] += part.view(heads, b - a, size)
+        return total.to(grad.dtype)[None], None, None
+
+
+def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
+    """Return what two ranges share; where that is nothing, an empty range inside the first."""
+    first = min(max(a[0], b[0]), a[1])
+    return first, max(first, min(a[1], b[1]))
 
 
 def _all_to_all(

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from functools import partial
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import LossSection
@@ -40,6 +42,8 @@ class SftModel(nn.Module):
 
     Args:
         group: of this rank, if several share each packed sequence (C13).
+        offload: what is saved between the layers lies in the host's memory until the backward: of
+            checkpointed layers, their inputs.
 
     Raises:
         BadInput: the model has no output head with a weight, the loss kernel cannot run here, or
@@ -53,6 +57,7 @@ class SftModel(nn.Module):
         seed: int,
         device: torch.device,
         group: SequenceGroup | None = None,
+        offload: bool = False,
     ) -> None:
         super().__init__()
         self.model = model
@@ -63,6 +68,7 @@ class SftModel(nn.Module):
         self._alpha = loss.neftune_alpha
         self._seed = seed
         self._group = group
+        self._offload = offload
         self._batch: Batch | None = None  # the one in the forward, for the embedding's hook
         self._calls: tuple[int, ...] = ()  # its documents' lengths, for modules that run by them
         self._undo_split: list[Callable[[], None]] = []
@@ -119,8 +125,10 @@ class SftModel(nn.Module):
                 "position_ids": batch.position_ids.unsqueeze(0),
                 **keyword_arguments(batch, self._group),
             }
+        # checkpointed layers save by hooks of their own, which take precedence inside them
+        on_host = save_on_cpu(pin_memory=ids.is_cuda) if self._offload else nullcontext()
         try:
-            with found_by_all(bounds.get("document_bounds")):
+            with on_host, found_by_all(bounds.get("document_bounds")):
                 return decoder_of(self.model)(input_ids=ids, use_cache=False, **bounds, **wanted)
         finally:
             # other forwards of the model, as in generation, get no noise
