@@ -8,8 +8,8 @@ its last 1,000 steps. Rows are plain texts, or with --turns conversations of thr
 which becomes a document with all before it (`data.turns: apart`). The tokenizer, which is made
 here, takes words as tokens: what is measured is memory, not speed. Peaks are looked up twice a
 second in /proc/PID/smaps_rollup, anonymous pages apart from those of mapped files, which the system
-takes back when it needs them. Writes benchmarks/results/data_scale_cpu.md. Needs about 4 GB of disk
-for 2,000,000 rows.
+takes back when it needs them. Writes benchmarks/results/data_scale_cpu.md or, with --turns,
+data_scale_turns_cpu.md. Needs about 4 GB of disk for 2,000,000 rows.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main() -> None:
     )
     parser.add_argument("--rows", default="100000,500000,2000000")
     parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results" / "data_scale_cpu.md"
+        "--out", type=Path, help="default: results/data_scale_cpu.md, data_scale_turns_cpu.md"
     )
     parser.add_argument("--turns", action="store_true", help="conversations with turns apart")
     options = parser.parse_args()
@@ -77,7 +77,8 @@ def main() -> None:
         print(rows, found[rows], flush=True)
         shutil.rmtree(work)
     text = report(found)
-    write_result(options.out, text)
+    name = f"data_scale{'_turns' * options.turns}_cpu.md"
+    write_result(options.out or Path(__file__).parent / "results" / name, text)
 
 
 def measured(part: str, work: Path) -> Peak:

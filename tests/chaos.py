@@ -129,13 +129,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def campaign(
-    kills: int, seed: int, out: Path, kinds: tuple[str, ...] = IN_TURN
+    server: ForkServer, kills: int, seed: int, out: Path, kinds: tuple[str, ...] = IN_TURN
 ) -> list[dict[str, Any]]:
     """Make trials of each kind in turn until so many starts were killed; append them to `out`."""
     trials: list[dict[str, Any]] = []
     draw = random.Random(seed)
     out.parent.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder, ForkServer() as server:
+    with tempfile.TemporaryDirectory() as folder:
         made = Campaign(server, Path(folder), draw)
         while sum(trial["kills"] for trial in trials) < kills:
             kind = kinds[len(trials) % len(kinds)]
@@ -165,7 +165,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=ROOT / "build" / "chaos.jsonl")
     asked = parser.parse_args()
-    trials = campaign(asked.kills, asked.seed, asked.out)
+    with ForkServer() as server:
+        trials = campaign(server, asked.kills, asked.seed, asked.out)
     print(table([json.loads(line) for line in asked.out.read_text().splitlines()]))
     return int(any(trial["difference"] for trial in trials))
 

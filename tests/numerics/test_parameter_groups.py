@@ -46,6 +46,16 @@ def test_a_resume_keeps_each_groups_rate(outcomes: dict[str, Any], stage: str) -
     assert seen["weights"] == seen["resumed_weights"]
 
 
+def test_zero_3_has_hooks_at_a_small_models_layers_and_not_at_their_modules(
+    outcomes: dict[str, Any],
+) -> None:
+    layers = [f"layers.{i}" for i in range(SIZES["num_hidden_layers"])]
+    hooked = outcomes["zero3"]["hooked"]
+    assert [name for name in hooked if name.startswith("layers.")] == layers
+    assert "embed_tokens" in hooked, "the control: DeepSpeed has hooks"
+    assert not outcomes["zero2"]["hooked"]
+
+
 def main(out: Path) -> None:
     """At each stage: a step, a checkpoint, another step; and that step after a resume."""
     torch.set_num_threads(1)
@@ -67,6 +77,7 @@ def main(out: Path) -> None:
                     "layers.0": float(max(moves[n] for n in moves if "layers.0." in n)),
                     "others": float(max(moves[n] for n in moves if "layers.0." not in n)),
                 },
+                "hooked": hooked(engine),
                 "rates": [group["lr"] for group in engine.hyperparameters()],
                 "resumed_rates": [group["lr"] for group in resumed.hyperparameters()],
                 "weights": {name: float(w.double().sum()) for name, w in weights(engine).items()},
@@ -106,6 +117,16 @@ def build(template: str, folder: Path) -> Engine:
         {"params": slow, "weight_decay": 0.0, "lr_scale": 1.0},
     ]
     return Engine(module, groups, optim, config)
+
+
+def hooked(engine: Engine) -> list[str]:
+    """Return the decoder's modules that call DeepSpeed before their forward."""
+    parts = engine.module.model.model.named_modules()
+    calls = {
+        name: [hook.__qualname__ for hook in part._forward_pre_hooks.values()]
+        for name, part in parts
+    }
+    return [name for name in calls if any("DeepSpeed" in call for call in calls[name])]
 
 
 def take_step(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""A run is tracked by a real MLflow server, W&B offline and Trackio, over a stop and a resume."""
+"""A run is tracked by a real MLflow server, W&B, Comet and Trackio, over a stop and a resume."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,6 +195,47 @@ def check_trackio(folder: Path, losses: dict[int, float]) -> None:
         [sys.executable, "-c", code], env=environ, capture_output=True, text=True, check=True
     )
     assert dict(json.loads(said.stdout.splitlines()[-1])) == losses
+
+
+COMET = """
+import json, sys
+from pathlib import Path
+from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.trackers import open_trackers
+run_dir = Path(sys.argv[1])
+changes = {"dir": str(run_dir), "trackers": ["comet_ml"], "project": "p", "group": "g"}
+changes["tags"] = ["a"]
+recipe = load_recipe("debug", [f"run.{key}={json.dumps(value)}" for key, value in changes.items()])
+with open_trackers(recipe, run_dir) as opened:
+    opened.log(int(sys.argv[2]), {"train/loss": 0.5})
+"""
+
+
+def test_comet_goes_on_in_the_same_experiment_and_gets_no_source_files(tmp_path: Path) -> None:
+    pytest.importorskip("comet_ml")
+    offline = {"COMET_START_ONLINE": "0", "COMET_OFFLINE_DIRECTORY": str(tmp_path)}
+    environ = os.environ | offline | {"COMET_API_KEY": "x", "PYTHONPATH": str(ROOT)}
+    for step in ("1", "2"):
+        (tmp_path / "run").mkdir(exist_ok=True)
+        command = [sys.executable, "-c", COMET, str(tmp_path / "run"), step]
+        subprocess.run(command, env=environ, cwd=tmp_path, check=True, timeout=120)
+    ids = json.loads((tmp_path / "run" / IDS).read_text())
+    steps, kinds = [], set()
+    for path in tmp_path.glob("*.zip"):
+        with zipfile.ZipFile(path) as archive:
+            told = json.loads(archive.read("experiment.json"))
+            records = [json.loads(line) for line in archive.read("messages.json").splitlines()]
+        assert (told["offline_id"], told["project_name"]) == (ids["comet_ml"], "p")
+        assert sorted(told["tags"]) == ["a", "g"]
+        for record in records:
+            kinds.add(record["type"])
+            metric = record["payload"].get("metric") or {}
+            if metric.get("metricName") == "train/loss":
+                steps.append((metric["step"], metric["metricValue"]))
+    assert sorted(steps) == [(1, 0.5), (2, 0.5)]
+    assert not {kind for kind in kinds if "file" in kind or "stdout" in kind}, (
+        "no source, no output"
+    )
 
 
 def test_a_tracker_that_does_not_start_is_refused(tmp_path: Path) -> None:

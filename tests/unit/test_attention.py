@@ -322,13 +322,12 @@ def test_each_flash_attn_is_called_with_what_it_takes(
 
 def test_torchs_own_kernel_takes_what_it_is_given() -> None:
     """On tensors without data, where its real operation runs on any machine."""
-    heads = (x.detach().bfloat16().to("meta").requires_grad_() for x in packed_qkv(value_size=5))
-    q, k, v = heads
+    qkv = [x.detach().bfloat16().to("meta").requires_grad_() for x in packed_qkv(value_size=5)]
     meta = replace(bounds(), cu_seqlens=bounds().cu_seqlens.to("meta"))
-    out = attend("torch_varlen", q, k, v, sliding_window=3, scaling=0.7, document_bounds=meta)
+    out = attend("torch_varlen", *qkv, sliding_window=3, scaling=0.7, document_bounds=meta)
     assert out.shape == (1, sum(LENGTHS), HEADS, 5)
-    out.float().sum().backward()
-    assert [x.grad.shape for x in (q, k, v)] == [x.shape for x in (q, k, v)]
+    gradients = torch.autograd.grad(out.float().sum(), qkv)
+    assert [x.shape for x in gradients] == [x.shape for x in qkv]
 
 
 def test_fused_kernels_are_not_for_fp32() -> None:

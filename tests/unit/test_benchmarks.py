@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.ranks import ROOT
 
@@ -58,3 +60,27 @@ def test_each_part_of_a_step_is_a_line_as_soon_as_it_is_measured(
     assert calls == [5], "the lines before it were written"
     assert all(line["ms"] > 0 for line in lines[:5]), lines
     assert "ZeroDivisionError" in lines[5]["error"], "a part that fails"
+
+
+def test_a_trace_tells_the_busy_share_and_the_waits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import gpu_trace
+
+    def event(name: str, category: str, start: float, length: float) -> dict[str, Any]:
+        return {"ph": "X", "name": name, "cat": category, "ts": start, "dur": length}
+
+    overlapping = [event("gemm", "kernel", 0, 4000), event("norm", "kernel", 3000, 3000)]
+    later = [event("gemm", "kernel", 8000, 2000), {"ph": "i", "name": "mark", "ts": 0}]
+    waits = [event("cudaStreamSynchronize", "cuda_runtime", 0, 9), event("mm", "cpu_op", 0, 1)]
+    said = gpu_trace.report(overlapping + later + waits)
+    assert "10.0 ms, of which kernels run 80.0%" in said
+    assert "cudaDeviceSynchronize 0, cudaStreamSynchronize 1" in said
+    assert "| gemm | 2 | 6.00 | 60.0% |" in said
+    # the file that a real profiler writes, as a run's
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        torch.ones(8, 8) @ torch.ones(8, 8)
+    profile.export_chrome_trace(str(tmp_path / "trace.json"))
+    monkeypatch.setattr(sys, "argv", ["gpu_trace.py", str(tmp_path)])
+    gpu_trace.main()
+    assert "aten::mm" in capsys.readouterr().out

@@ -12,7 +12,7 @@ import torch
 from packhorse.trainer.config.recipe import ModelSection, OptimSection, ParallelSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.ds_config import BUCKET, clear_nvme, deepspeed_config
-from packhorse.trainer.engine.optim import gradient_norm
+from packhorse.trainer.engine.optim import gradient_norm, replace_gradient_norm
 from tests.ranks import ROOT
 
 RUN = Path("runs/some")
@@ -147,3 +147,18 @@ def test_only_adamw_is_offloaded(tmp_path: Path) -> None:
     sections = (ParallelSection(deepspeed="zero3_offload_optimizer"), ModelSection(name="m"))
     with pytest.raises(BadInput, match=r"only AdamW has a kernel for the CPU; set optim\.kind"):
         deepspeed_config(*sections, OptimSection(kind="lion"), 64, tmp_path)
+
+
+def test_stage_1_in_bf16_gets_a_norm_in_fp64_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.runtime import bf16_optimizer
+
+    own = bf16_optimizer.get_global_norm_of_tensors
+    monkeypatch.setattr(bf16_optimizer, "get_global_norm_of_tensors", own)
+    replace_gradient_norm(object.__new__(bf16_optimizer.BF16_Optimizer))
+    # in fp32, each of the small ones would be lost beside the first
+    gradients = [torch.tensor([1e4]), *torch.full((4000, 1), 1.0)]
+    norm = bf16_optimizer.get_global_norm_of_tensors(input_tensors=gradients, mpu=None, norm_type=2)
+    assert float(norm) == pytest.approx((1e8 + 4000) ** 0.5, rel=1e-12)
+    broken = [*gradients, torch.tensor([float("inf")])]
+    lost = bf16_optimizer.get_global_norm_of_tensors(input_tensors=broken)
+    assert bf16_optimizer.is_invalid_grad_norm(lost)

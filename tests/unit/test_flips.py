@@ -28,6 +28,7 @@ from packhorse.trainer.config.recipe import CheckpointSection, load_recipe
 from packhorse.trainer.data import cache
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils import own_output
+from packhorse.trainer.utils.download import local_folder
 from tests.ranks import ROOT
 from tests.unit import test_cache, test_checkpoint
 
@@ -123,3 +124,7 @@ def test_of_an_export(tmp_path: Path, caplog: Log) -> None:
         return [(out / name).read_bytes() for name in ("config.json", "model.safetensors")]
 
     assert flip(out, read, caplog) > 0.6 * FLIPS
+    (out / "model.safetensors").write_bytes(b"x" * 5000)
+    assert local_folder(str(out), "model.name") == out  # as for its tokenizer
+    with pytest.raises(BadInput, match=r"model\.safetensors holds other bytes than .* exported"):
+        local_folder(str(out), "model.name", weights=True)

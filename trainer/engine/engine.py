@@ -31,6 +31,7 @@ from packhorse.trainer.engine.optim import (
 )
 from packhorse.trainer.engine.optimizers import Lion, Muon, build_optimizer, moment_bytes
 from packhorse.trainer.metrics import Clock
+from packhorse.trainer.model.decoder import whole_layers
 from packhorse.trainer.model.lora import borrowed_weights
 from packhorse.trainer.model.quantisation import numel
 from packhorse.trainer.utils.lean_import import lean_import, replaced
@@ -50,6 +51,7 @@ with lean_import("mlflow"):
     from deepspeed.runtime import compiler
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
     from deepspeed.utils import logger as deepspeed_logger
+    from deepspeed.utils import set_z3_leaf_module
 
     with replaced(compiler, "compile", lambda: compiler.dummy_decorator):
         import deepspeed.runtime.zero.muon.muon_optimizer
@@ -171,6 +173,8 @@ class Engine:
         self._max_grad_norm = optim.max_grad_norm
         self._engine: Any
         compile_ops.build_ops(compile_ops.needed_ops(config, trains=groups is not None))
+        for layer in whole_layers(module.model) if self.stage == 3 else ():
+            set_z3_leaf_module(layer, True)
         if groups is None:
             self._engine = _evaluation_engine(module, config)
             return

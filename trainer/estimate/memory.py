@@ -242,7 +242,7 @@ def _count_communication(
         # two buffers and the fp32 copy that is sent, and gradients that are in no bucket yet
         in_flight = element * model.trained if stage == 1 else 2 * element * largest
         return expanded, bucket * (2 * element + 4) + in_flight
-    needed = model.largest_module + int(zero.get("stage3_prefetch_bucket_size", 5e7))
+    needed = model.gathered_at_once + int(zero.get("stage3_prefetch_bucket_size", 5e7))
     live = min(model.parameters, max(needed, int(zero.get("stage3_max_live_parameters", 1e9))))
     gathered = max(0, element * live - state.persistent)
     # the bucket, which stays, and the largest gradient in the weights' dtype and as it is sent

@@ -27,7 +27,7 @@ from packhorse.trainer.metrics import ModelFlops, model_flops
 from packhorse.trainer.model import attention
 from packhorse.trainer.model.activation_checkpointing import save, set_checkpointing
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
-from packhorse.trainer.model.decoder import decoder_layers, decoder_of
+from packhorse.trainer.model.decoder import decoder_layers, decoder_of, num_weights, whole_layers
 from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
@@ -56,6 +56,7 @@ class ModelSizes:
     hidden: int
     vocabulary: int
     largest_module: int  # the most that one module's own parameters have
+    gathered_at_once: int  # the most that ZeRO-3 gathers in one call, a module's or a whole layer's
     buffers: int  # bytes, on every rank and in a checkpoint
     flops: ModelFlops
     # query heads, key heads, head size, that of values, and window of each layer that attends
@@ -133,7 +134,7 @@ def measure_model(
     groups = parameter_groups(model, optim)
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in in_4_bits]
     buffers = [buffer for _, buffer in persistent_buffers(model)]
-    own_sizes = (sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
+    largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     return ModelSizes(
         name=type(model).__name__,
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
@@ -145,7 +146,8 @@ def measure_model(
         element=next(model.parameters()).element_size(),
         hidden=model.config.get_text_config().hidden_size,
         vocabulary=head.weight.shape[0],
-        largest_module=max(own_sizes),
+        largest_module=largest,
+        gathered_at_once=max([largest, *map(num_weights, whole_layers(model))]),
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in buffers),
         flops=model_flops(model),
     )

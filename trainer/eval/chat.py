@@ -19,6 +19,7 @@ from packhorse.trainer.config.sections import ModelSection
 from packhorse.trainer.data.template_call import wants_parts, with_parts
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.load import load_pretrained, load_tokenizer
+from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.text import error_line
 
 ADAPTER = "adapter_config.json"
@@ -122,6 +123,7 @@ def _load(name: str) -> tuple[Any, Any]:
         raise BadInput(f"{folder / ADAPTER}: names no base model ({error_line(error)})") from None
     if not (folder / "adapter_model.safetensors").is_file():  # peft would read a pickle instead
         raise BadInput(f"{folder}: an adapter without adapter_model.safetensors")
+    local_folder(name, "an adapter", weights=True)
     has_tokenizer = (folder / "tokenizer_config.json").is_file()
     tokenizer = load_tokenizer(ModelSection(name=str(folder)) if has_tokenizer else base)
     dist.log.info("the adapter %s on %s", folder, base.name)

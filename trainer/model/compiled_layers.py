@@ -49,8 +49,10 @@ def compile_layers(model: Any, *, checkpointing: bool, backend: Any = "inductor"
     """
     import torch._dynamo
 
-    limits: Any = torch._dynamo.config
-    limits.recompile_limit = max(limits.recompile_limit, MAX_FORMS)
+    settings: Any = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, MAX_FORMS)
+    # else a hook inside a layer that comes later, as for a router's logits, would not be called
+    settings.skip_nnmodule_hook_guards = False
     if attention.is_ours(model):
         name = model.config._attn_implementation.removeprefix("packhorse_")
         attention.implementation(name, torch.compiler.disable)

@@ -11,6 +11,11 @@ from torch import nn
 
 from packhorse.trainer.datatypes import BadInput
 
+# Elements of a layer that ZeRO-3 gathers at once, at most: 0.5 GiB in 16 bits. DeepSpeed then has
+# hooks at the layer and none at its ten or twenty modules, which are a large part of a small
+# model's step. A larger layer stays cut: it and the next one would be held whole.
+WHOLE_LAYER = 2**28
+
 
 def decoder_of(model: Any) -> Any:
     """Return the part of a causal language model that makes the hidden states for its head.
@@ -40,6 +45,16 @@ def decoder_layers(model: Any) -> list[nn.Module]:
     stacks = [m for m in decoder_of(model).modules() if isinstance(m, nn.ModuleList)]
     stacks.sort(key=lambda stack: (len(stack) == number, len(stack)))
     return list(stacks[-1]) if stacks else []
+
+
+def whole_layers(model: Any) -> list[nn.Module]:
+    """Return the decoder layers that ZeRO-3 gathers at once; see WHOLE_LAYER."""
+    return [layer for layer in decoder_layers(model) if num_weights(layer) <= WHOLE_LAYER]
+
+
+def num_weights(module: nn.Module) -> int:
+    """Return the number of a module's parameters' elements, in shards or whole."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
 
 
 def layer_name(model: Any, layer: int) -> str:

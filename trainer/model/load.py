@@ -24,7 +24,6 @@ from packhorse.trainer.model.adapter_start import start_adapter
 from packhorse.trainer.model.lora import Gathered, add_adapter, not_in_shards
 from packhorse.trainer.model.new_weights import add_embeddings, initialise
 from packhorse.trainer.utils.download import local_folder
-from packhorse.trainer.utils.own_output import require_unchanged
 from packhorse.trainer.utils.progress import WorkProgress, show_bars_of_transformers
 from packhorse.trainer.utils.text import one_line
 
@@ -114,8 +113,6 @@ def load_pretrained(
 ) -> Any:
     """Call a `from_pretrained` for the section's model; turn its errors into BadInput."""
     folder = local_folder(section.name, "model.name", weights=what == "model")
-    if folder and what == "model" and dist.local_rank() == 0:
-        require_unchanged(folder)
     try:
         return from_pretrained(
             str(folder or section.name),

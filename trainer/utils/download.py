@@ -20,12 +20,14 @@ from typing import Any
 import xxhash
 
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.dist import log
+from packhorse.trainer.dist import local_rank, log
 from packhorse.trainer.utils.files import Stopped, build_once
+from packhorse.trainer.utils.own_output import require_unchanged
 from packhorse.trainer.utils.remote import is_url, open_filesystem
 from packhorse.trainer.utils.text import error_line
 
 BLOCK_BYTES = 1 << 24
+_require_unchanged = cache(require_unchanged)
 ATTEMPTS = 3  # to go on with a file whose download was cut off
 # A folder's weights: a tokenizer or a configuration is had without them.
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -89,16 +91,17 @@ def local_folder(name: str, option: str, *, weights: bool = False) -> Path | Non
 
     Args:
         option: what the user gave the name as, for the message.
-        weights: of a URL, download the weights, too.
+        weights: they are read, too: a URL's are downloaded, those that packhorse exported are
+            checked, once a process and by one rank of this node.
 
     Raises:
         BadInput: the name can only be a path, and there is no such folder; or it is a URL that
-            cannot be downloaded.
+            cannot be downloaded; or exported weights have changed.
     """
-    if is_url(name):
-        return download(name, weights=weights)
-    folder = Path(name).expanduser()
+    folder = download(name, weights=weights) if is_url(name) else Path(name).expanduser()
     if folder.is_dir():
+        if weights and local_rank() == 0:
+            _require_unchanged(folder)
         return folder
     # a name on the hub is `owner/model` or `model`
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
