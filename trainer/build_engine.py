@@ -300,6 +300,9 @@ def open_metrics(
     trackers: Trackers,
 ) -> Metrics:
     """Open the run folder's metrics, which drop what a killed run logged after `first_step`."""
+    router = engine.module.router
+    if router:
+        router.reset()  # a step before the guard's rollback may stand in its sums
     return Metrics(
         run_dir,
         log_every=recipe.run.log_every,
@@ -309,4 +312,5 @@ def open_metrics(
         beat=watch.beat,
         trackers=trackers,
         to_tensorboard=TENSORBOARD in recipe.run.trackers,
+        more=router.read if router else None,
     )

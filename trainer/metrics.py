@@ -201,6 +201,9 @@ class Metrics:
     A resume at step k drops the lines of later steps, which a killed run left, so that the files
     read as if the run had never been stopped. It also drops what an evaluation of step k logged
     unless that stands in EVALUATIONS: it did not end, and is repeated.
+
+    Args:
+        more: gets the number of steps of a line and returns more of its metrics, on every rank.
     """
 
     def __init__(
@@ -214,8 +217,10 @@ class Metrics:
         beat: Callable[[str], None],
         trackers: Trackers,
         to_tensorboard: bool = True,
+        more: Callable[[int], dict[str, float]] | None = None,
     ) -> None:
         self._trackers = trackers
+        self._more = more
         self.clock = Clock(dist.device(), beat)
         self._log_every = log_every
         self._seq_len = seq_len
@@ -321,7 +326,7 @@ class Metrics:
         if dist.device().type == "cuda":
             line["mem/gpu_peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             line["mem/gpu_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
-        return line
+        return line | (self._more(self._steps) if self._more else {})
 
     @property
     def tokens_per_s(self) -> float:

@@ -30,7 +30,7 @@ from packhorse.trainer.data import loader, summary
 from packhorse.trainer.data.prepare import prepare, train_plan
 from packhorse.trainer.data.streaming import prepare_train
 from packhorse.trainer.engine import engine, optimizers, sharded_state, zero_state
-from packhorse.trainer.model import sft
+from packhorse.trainer.model import router_loss, sft
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.trackers import Trackers
@@ -201,6 +201,18 @@ def parts_orthogonalised() -> Any:
         return [whole([piece], update, False)[0] for piece in batch]
 
     return mock.patch.object(optimizers, "_orthogonalised_by_owners", alone)
+
+
+def routers_balanced_by_micro_batch() -> Any:
+    """Take the auxiliary loss over the micro-batch, as other trainers do."""
+    plain = router_loss.RouterLoss.__call__
+
+    def over_all(self: Any, logits: Any, batch: Any) -> Any:
+        ends = batch.cu_seqlens[[0, -1]]
+        whole = replace(batch, cu_seqlens=ends, lengths=(sum(batch.lengths),))
+        return plain(self, logits, whole)
+
+    return mock.patch.object(router_loss.RouterLoss, "__call__", over_all)
 
 
 # ------------------------------------------------------------------------------ defects of a resume
@@ -382,8 +394,8 @@ CHANGES: dict[str, Any] = {
 }
 CHANGES["shards_appear"] = shards_appear
 CHANGES |= {f.__name__: f for f in (dry_run_first, dry_run_that_learns)}
+CHANGES |= {f.__name__: f for f in (parts_orthogonalised, routers_balanced_by_micro_batch)}
 CHANGES |= sequence_defects.DEFECTS
-CHANGES["parts_orthogonalised"] = parts_orthogonalised
 
 if __name__ == "__main__":
     main(sys.argv[1])

@@ -32,10 +32,7 @@ from tests.model_helpers import (
 
 torch.set_num_threads(1)
 
-GEMMA3 = tf.Gemma3TextConfig(
-    **{**WIDE, "num_hidden_layers": 4, "sliding_window": 8},
-    layer_types=["sliding_attention", "full_attention"] * 2,
-)
+FOUR_LAYERS = tf.LlamaConfig(**{**WIDE, "num_hidden_layers": 4})
 # the first two show both forms of a micro-batch: several documents, and one
 LENGTHS = [(9, 12), (40,), (5, 7, 30), (3, 2, 2, 2, 9), (64, 64), (17,), (4,), (100, 3)]
 
@@ -68,7 +65,7 @@ def _fresh() -> Any:
 def test_gradients_are_the_plain_models_and_nothing_is_compiled_after_the_first_micro_batches(
     tmp_path: Path,
 ) -> None:
-    plain, model = (tiny(GEMMA3) for _ in range(2))
+    plain, model = (tiny(FOUR_LAYERS) for _ in range(2))
     names = list(model.state_dict())
     compiler = Compiler()
     layers = compile_layers(model, checkpointing=True, backend=compiler)

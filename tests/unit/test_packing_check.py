@@ -404,14 +404,14 @@ def test_control_a_backend_that_ignores_an_argument_is_caught(
 
 
 def test_control_positions_that_do_not_restart_are_caught() -> None:
-    right = SftModel.hidden_states
+    right = SftModel._decode
 
-    def running_on(self: SftModel, batch: Batch) -> torch.Tensor:
+    def running_on(self: SftModel, batch: Batch) -> Any:
         batch.position_ids.copy_(torch.arange(batch.input_ids.shape[0]) % 64)
         return right(self, batch)
 
     with (
-        mock.patch.object(SftModel, "hidden_states", running_on),
+        mock.patch.object(SftModel, "_decode", running_on),
         pytest.raises(BadInput, match="GPT2"),
     ):
         proof(tiny(RIGHT["gpt-2"][0]))

@@ -201,6 +201,12 @@ class LossSection(Section):
     neftune_alpha: float = Field(
         default=0.0, ge=0, description="NEFTune noise on the embeddings. 0: off; 5 is usual."
     )
+    router_aux: float | None = Field(
+        default=None,
+        ge=0,
+        description="Coefficient of the loss that balances a mixture's experts, by document; 0 "
+        "only logs what the routers do. transformers' `router_aux_loss_coef`.",
+    )
     kernel: Literal["auto", "liger", "chunked", "reference"] = Field(
         default="auto", description="Cross-entropy kernel. auto: liger on CUDA, else chunked."
     )

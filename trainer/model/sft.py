@@ -30,6 +30,7 @@ from packhorse.trainer.model.logit_transform import LogitTransform
 from packhorse.trainer.model.loss import choose_kernel, linear_cross_entropy
 from packhorse.trainer.model.neftune import document_noise
 from packhorse.trainer.model.rotary import make_tables_by_document
+from packhorse.trainer.model.router_loss import RouterLoss
 
 
 class SftModel(nn.Module):
@@ -45,7 +46,8 @@ class SftModel(nn.Module):
             checkpointed layers, their inputs.
 
     Raises:
-        BadInput: the model has no output head with a weight, or the loss kernel cannot run here.
+        BadInput: the model has no output head with a weight, the loss kernel cannot run here, or
+            `loss.router_aux` is set for a model without experts.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class SftModel(nn.Module):
         self.kernel = choose_kernel(loss.kernel, device)
         self.transform: LogitTransform | None = None  # measured by the packing check
         self.is_random = False  # draws random numbers in training, beside NEFTune's; likewise
+        self.router = None if loss.router_aux is None else RouterLoss(model, loss.router_aux)
         self._alpha = loss.neftune_alpha
         self._seed = seed
         self._group = group
@@ -83,7 +86,10 @@ class SftModel(nn.Module):
         make_tables_by_document(model)
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Return sum(cross-entropy x weight) over the batch's trained positions, () float32."""
+        """Return sum(cross-entropy x weight) over the batch's trained positions, () float32.
+
+        In training the batch's share of the routers' loss is added, if the recipe has one.
+        """
         assert self.transform is not None, "the packing check has not run"
         if self.training:
             # dropout, or a router's jitter, must belong to the micro-batch and not to the rank or
@@ -91,7 +97,9 @@ class SftModel(nn.Module):
             epoch = batch.document_keys[0][0]
             torch.manual_seed(dist.seed_from(self._seed, "dropout", epoch, *batch.sequence_ids))
         # the head is the largest matrix product; prompts and fillers need none of it
-        hidden_NH = self.hidden_states(batch).index_select(0, batch.trained_positions)
+        router = self.router if self.training else None
+        out = self._decode(batch, **({"output_router_logits": True} if router else {}))
+        hidden_NH = out.last_hidden_state[0].index_select(0, batch.trained_positions)
         loss = partial(
             linear_cross_entropy,
             targets_N=batch.targets,
@@ -100,10 +108,14 @@ class SftModel(nn.Module):
             kernel=self.kernel,
             transform=self.transform,
         )
-        return self.model.get_output_embeddings()(hidden_NH, loss=loss)
+        total = self.model.get_output_embeddings()(hidden_NH, loss=loss)
+        return total + router(out.router_logits, batch) if router else total
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return what the model hands to its head, (T, H)."""
+        return self._decode(batch).last_hidden_state[0]
+
+    def _decode(self, batch: Batch, **wanted: bool) -> Any:
         self._batch = batch
         if self._undo_split:
             self._calls = (*batch.lengths, *[0] * self._idle_calls(len(batch.lengths)))
@@ -117,13 +129,12 @@ class SftModel(nn.Module):
         on_host = save_on_cpu(pin_memory=ids.is_cuda) if self._offload else nullcontext()
         try:
             with on_host:
-                out = decoder_of(self.model)(input_ids=ids, use_cache=False, **bounds)
+                return decoder_of(self.model)(input_ids=ids, use_cache=False, **bounds, **wanted)
         finally:
             # other forwards of the model, as in generation, get no noise
             self._batch = None
             if not torch.is_grad_enabled():  # else a backward may recompute layers
                 self._calls = ()
-        return out.last_hidden_state[0]
 
     @property
     def attends_by_itself(self) -> bool:

@@ -1,0 +1,66 @@
+"""The balancing loss against transformers' own, by document, and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
+
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.router_loss import RouterLoss
+from tests.model_helpers import pack
+
+SIZES: dict[str, Any] = {
+    **{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16},
+    **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+    **{"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1},
+}
+
+
+def empty(kind: str, **sizes: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SIZES, **sizes}))
+
+
+def test_a_document_alone_has_transformers_own_loss_and_gradient() -> None:
+    torch.manual_seed(0)
+    logits = [torch.randn(7, 4, requires_grad=True) for _ in range(2)]
+    batch = pack([torch.arange(7)], [[0, 1, 4]], [1 / 3] * 3)
+    mine = RouterLoss(empty("qwen3_moe"), 0.5)(tuple(logits), batch)
+    # of one layer: transformers multiplies means over all layers, which then balance each other
+    theirs = torch.stack([torch.as_tensor(load_balancing_loss_func((x,), 4, 2)) for x in logits])
+    theirs = theirs.mean()
+    assert mine.item() == pytest.approx(0.5 * theirs.item(), rel=1e-6)
+    of_mine, of_theirs = torch.autograd.grad(mine, logits), torch.autograd.grad(theirs, logits)
+    for ours, other in zip(of_mine, of_theirs, strict=True):
+        assert torch.allclose(ours, 0.5 * other, atol=1e-7)
+
+
+def test_packed_documents_count_by_their_trained_tokens() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(12, 4)
+    router = RouterLoss(empty("qwen3_moe"), 1.0)
+    documents = [torch.arange(5), torch.arange(7)]
+    packed = router((logits,), pack(documents, [[0], [1, 2, 3]], [0.25] * 4))
+    alone = [
+        router((part,), pack([document], [[0]], [1.0]))
+        for part, document in zip(logits.split([5, 7]), documents, strict=True)
+    ]
+    assert packed.item() == pytest.approx(0.25 * alone[0].item() + 0.75 * alone[1].item())
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "why"),
+    [
+        ("llama", {}, "has no router"),
+        ("glm4_moe", {"n_routed_experts": 4, "first_k_dense_replace": 0}, "by a bias"),
+    ],
+)
+def test_models_without_such_a_router_are_refused(
+    kind: str, sizes: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(BadInput, match=why):
+        RouterLoss(empty(kind, **sizes), 0.1)

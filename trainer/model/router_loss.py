@@ -1,0 +1,124 @@
+"""Balance the experts of a mixture by an auxiliary loss, and measure how tokens spread over them.
+
+In: the routers' logits of a packed micro-batch, a layer each, and the Batch. Out: this rank's share
+of the step's auxiliary loss, () float32, and sums for the log.
+
+For a document of L tokens that each choose k of E experts, and a layer,
+
+    aux = E x sum over experts e of (choices of e / L) x (mean probability of e)
+
+which is k where all experts get the same (Fedus et al., 2022). It is taken over each document, as
+in DeepSeek V3's sequence-wise loss (2024, equations 17 to 20), and
+averaged over layers, and over documents with the weights of their trained tokens (C2). So packing,
+micro-batches and ranks change nothing: over a micro-batch, as elsewhere, its cut would count, and
+documents that are packed together would push each other.
+
+Shapes: T tokens, D documents, E experts, k chosen ones.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from packhorse.trainer import dist
+from packhorse.trainer.datatypes import BadInput, Batch
+
+_CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
+
+
+class RouterLoss:
+    """The auxiliary loss of a model's routers, with sums of what they did since the last `read`.
+
+    Args:
+        model: a transformers model with experts, whose routers transformers can record.
+
+    Raises:
+        BadInput: it has none, or balances them by a bias.
+    """
+
+    def __init__(self, model: Any, coefficient: float) -> None:
+        config = model.config.get_text_config()
+        chosen = [getattr(config, name, None) for name in _CHOSEN]
+        self._chosen = next((k for k in chosen if isinstance(k, int)), 0)
+        if not self._chosen or not any(
+            "router_logits" in (getattr(module, "_can_record_outputs", None) or {})
+            for module in model.modules()
+        ):
+            raise BadInput(
+                f"loss.router_aux: {type(model).__name__} has no router whose logits transformers "
+                "records; remove the key"
+            )
+        named = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+        if any(name.endswith("e_score_correction_bias") for name in named):
+            raise BadInput(
+                f"loss.router_aux: {type(model).__name__} balances its experts by a bias "
+                "(e_score_correction_bias), not by a loss; remove the key"
+            )
+        self._coefficient = coefficient
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin the sums anew."""
+        self._aux: Any = 0.0  # on the device from the first micro-batch on
+        self._entropy: Any = 0.0
+        self._load: Any = 0.0  # (layers, E), C2's weights by expert
+
+    def __call__(self, logits: tuple[torch.Tensor, ...], batch: Batch) -> torch.Tensor:
+        """Return coefficient x the batch's share of the step's auxiliary loss, and add to the sums.
+
+        Args:
+            logits: (T, E) or (1, T, E) of each layer with experts.
+        """
+        device, documents = batch.weights.device, len(batch.lengths)
+        lengths_D = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).long()
+        document_T = torch.repeat_interleave(
+            torch.arange(documents, device=device), lengths_D, output_size=batch.input_ids.shape[0]
+        )
+        weights_D = torch.zeros(documents, device=device).index_add_(
+            0, document_T[batch.trained_positions], batch.weights
+        )
+        # what a token counts: its share of the document's weight
+        weight_T1 = (weights_D / lengths_D)[document_T].unsqueeze(1)
+        aux, entropy, loads = [], [], []
+        for layer in logits:
+            experts = layer.shape[-1]
+            log_TE = layer.reshape(-1, experts).float().log_softmax(-1)
+            probability_TE = log_TE.exp()
+            chosen_TE = torch.zeros_like(log_TE).scatter_(
+                1, log_TE.detach().topk(self._chosen).indices, 1.0
+            )
+            choices_DE = torch.zeros(documents, experts, device=device).index_add_(
+                0, document_T, chosen_TE
+            )
+            share_TE = (choices_DE / lengths_D.unsqueeze(1))[document_T]
+            aux.append(experts * (weight_T1 * share_TE * probability_TE).sum())
+            spread = -(weight_T1 * probability_TE * log_TE).sum().detach()
+            entropy.append(spread / math.log(experts))
+            loads.append((weight_T1 * chosen_TE).sum(0) / self._chosen)
+        mean = torch.stack(aux).mean()
+        self._aux = self._aux + mean.detach()
+        self._entropy = self._entropy + torch.stack(entropy).mean()
+        self._load = self._load + torch.stack(loads)
+        return self._coefficient * mean
+
+    def read(self, steps: int) -> dict[str, float]:
+        """Return the metrics of the last `steps` steps, over all ranks, and begin anew.
+
+        Every rank calls it. Entropy is 1 where each expert is as likely as another. The peak load
+        is the fullest expert's share of tokens over an even one, the mean over layers.
+        """
+        load = torch.as_tensor(self._load, dtype=torch.float64)
+        layers, experts = load.shape
+        sums = [float(self._aux), float(self._entropy), *load.flatten().tolist()]
+        aux, entropy, *flat = (total / steps for total in dist.sum_over_ranks(sums))
+        load = torch.tensor(flat).view(layers, experts)
+        self.reset()
+        return {
+            "train/router_aux": aux,
+            "train/router_entropy": entropy,
+            "train/router_peak_load": float(load.amax(1).mean()) * experts,
+            "train/router_unused": float((load == 0).float().mean()),
+        }
