@@ -272,7 +272,7 @@ def gather(value: Any, group: Any = None) -> list[Any]:
         return [_decoded(text)]
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
     td.all_gather(sizes, torch.tensor([len(text)]), group=group)
-    longest = int(max(sizes))
+    longest = max(map(int, sizes))
     texts = [torch.empty(longest, dtype=torch.uint8) for _ in sizes]
     padded = torch.nn.functional.pad(text, (0, longest - len(text)))
     td.all_gather(texts, padded, group=group)

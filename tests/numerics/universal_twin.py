@@ -46,7 +46,7 @@ def main(model_folder: str, folder: str, stage: str, out: str) -> None:
             add_digests(found, digests_of(group))
         total: Digests = {}
         for share in dist.gather(list(found.items())):
-            add_digests(total, {tuple(key): value for key, value in share})
+            add_digests(total, {(name, key): value for (name, key), value in share})
         decays = [group["weight_decay"] for group in engine.optimizer.param_groups]
         if dist.is_main():
             digests = {"\t".join(key): value for key, value in total.items()}
