@@ -36,7 +36,7 @@ def boundaries_per_slice() -> Any:
 
 def keys_of_the_wrong_document() -> Any:
     """Take the documents' lengths in another order in attention."""
-    attend = attention.attend_in_slices
+    attend: Any = attention.attend_in_slices
 
     def reversed_lengths(*given: Any) -> torch.Tensor:
         *others, arguments = given

@@ -166,18 +166,18 @@ class _Collect(torch.autograd.Function):
         received = [_overlap(slice_, wanted[slices.index]) for slice_ in own]
         ctx.slices, ctx.sent, ctx.received, ctx.shape = slices, sent, received, x.shape
         flat = torch.cat([x[0, :, a - start : b - start].reshape(-1) for a, b in sent])
-        sizes = [[(b - a) * heads * size for a, b in parts] for parts in (sent, received)]
-        parts = _all_to_all(flat, *sizes, slices).split(sizes[1])
+        out, into = ([(b - a) * heads * size for a, b in parts] for parts in (sent, received))
+        parts = _all_to_all(flat, out, into, slices).split(into)
         return torch.cat([part.view(heads, -1, size) for part in parts if len(part)], 1)[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         slices, (_, heads, _, size) = ctx.slices, ctx.shape
-        lengths = [[b - a for a, b in parts] for parts in (ctx.received, ctx.sent)]
-        sizes = [[n * heads * size for n in parts] for parts in lengths]
-        flat = torch.cat([part.reshape(-1) for part in grad[0].split(lengths[0], dim=1)])
-        parts = _all_to_all(flat, *sizes, slices).split(sizes[1])
+        out, into = ([b - a for a, b in parts] for parts in (ctx.received, ctx.sent))
+        flat = torch.cat([part.reshape(-1) for part in grad[0].split(out, dim=1)])
+        out, into = ([n * heads * size for n in lengths] for lengths in (out, into))
+        parts = _all_to_all(flat, out, into, slices).split(into)
         # in fp32, as many ranks may have a part in it
         total = torch.zeros(ctx.shape[1:], dtype=torch.float32, device=grad.device)
         total = total.to(torch.promote_types(total.dtype, grad.dtype))
