@@ -105,7 +105,7 @@ class _LogFile(logging.FileHandler):
         log.removeHandler(self)
         log.warning("%s is not written any more: %s", self.baseFilename, sys.exc_info()[1])
         # what is left in the buffer would fail again whenever the file is closed
-        stream = self.stream
+        stream: Any = self.stream
         self.stream = None  # type: ignore[assignment]
         with suppress(OSError):
             stream.close()
