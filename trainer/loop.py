@@ -38,6 +38,7 @@ class TrainingRun:
     evaluate: Callable[[int], bool]  # False if the stop flag ended the evaluation
     save: Callable[[int], None]
     is_best: Callable[[int], bool]  # whether an evaluation chose this step as the best so far
+    ends_early: Callable[[int], bool]  # whether evaluations up to this step say that it is enough
     describe_rows: Callable[[StepPlan], str]  # for the message about a step that is not applied
     trace: Callable[[int, list[Batch], StepResult], None] | None  # records each applied step
 
@@ -47,10 +48,11 @@ class Outcome:
     """The number of steps taken, and why the loop ended.
 
     `stopped`: by the stop flag, after a save. `rollback`: the guard asks for the last checkpoint.
+    `early`: evaluations no longer improve; the last one was of this step, which is saved.
     """
 
     step: int
-    end: Literal["done", "stopped", "rollback"]
+    end: Literal["done", "early", "stopped", "rollback"]
 
 
 def train_loop(run: TrainingRun) -> Outcome:
@@ -61,6 +63,8 @@ def train_loop(run: TrainingRun) -> Outcome:
     """
     recipe, guard, metrics = run.recipe, run.guard, run.metrics
     plan, steps = run.loader.plan, run.loader.plan.steps
+    if run.ends_early(run.first_step):  # killed before its end was written down
+        return Outcome(run.first_step, "early")
     check_loss = guard.check_loss if guard.looks_at_losses else None
     for index in range(run.first_step, steps):
         done = index + 1
@@ -96,8 +100,11 @@ def train_loop(run: TrainingRun) -> Outcome:
         # step is evaluated after the loop.
         if is_due(done, recipe.eval.every_steps) and not last and not stopping:
             stopping = not run.evaluate(done)
-            if stopping or run.is_best(done):
+            is_enough = not stopping and run.ends_early(done)
+            if stopping or is_enough or run.is_best(done):
                 _save(run, done)
+            if is_enough:
+                return Outcome(done, "early")
         if stopping and not last:
             return Outcome(done, "stopped")
     return Outcome(steps, "done")

@@ -28,7 +28,7 @@ from packhorse.trainer.build_engine import (
     resolve_micro_batch,
 )
 from packhorse.trainer.checkpoint import checkpoint
-from packhorse.trainer.checkpoint.best import Best
+from packhorse.trainer.checkpoint.best import Best, last_step
 from packhorse.trainer.checkpoint.export_folder import describe
 from packhorse.trainer.checkpoint.hf_export import save_description
 from packhorse.trainer.checkpoint.hub import check_push, push_run
@@ -140,11 +140,12 @@ def prepare_and_fit(
         given = (recipe, run_dir, tokenizer, train_data, plan, eval_data, stop, trackers, mirror)
         fit(PreparedRun(*given))
     # not in the group, where the other ranks would wait in vain
-    done = dist.is_main() and is_done(run_dir, plan.steps)
+    steps = last_step(recipe.eval, run_dir, plan.steps)
+    done = dist.is_main() and is_done(run_dir, steps)
     if mirror:
         mirror.finish(is_done=done)
     if done and recipe.run.push_to_hub:
-        push_run(run_dir, recipe.run.push_to_hub, plan.steps)
+        push_run(run_dir, recipe.run.push_to_hub, steps)
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,8 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     """
     recipe, run_dir, plan = prepared.recipe, prepared.run_dir, prepared.plan
     first_step, recent_losses = resume(prepared, engine)
-    if first_step == plan.steps and is_done(run_dir, plan.steps):
-        dist.log.info("%s: all %d steps are done; set another run.dir", run_dir, plan.steps)
+    if first_step == last_step(recipe.eval, run_dir, plan.steps) and is_done(run_dir, first_step):
+        dist.log.info("%s: all %d steps are done; set another run.dir", run_dir, first_step)
         if dist.is_main():
             dist.log.info(describe_end(recipe, run_dir))
         return "ended"
@@ -212,7 +213,7 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     loader = Loader(prepared.train_data, plan, *place, recipe.parallel.sequence)
     peak_bytes = memory_dry_run(recipe, engine, loader, first_step)
     metrics = open_metrics(recipe, run_dir, engine, watch, first_step, prepared.trackers)
-    best = Best(recipe.eval.best, run_dir)
+    best = Best(recipe.eval, run_dir)
     evaluate = build_evaluation(prepared, engine, metrics, watch, best)
     # A resumed run repeats an evaluation only if it was stopped before its end.
     due = first_step == 0 or is_due(first_step, recipe.eval.every_steps)
@@ -240,6 +241,7 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
             evaluate=evaluate,
             save=partial(save, prepared, saver, engine, guard, best),
             is_best=lambda step: step == best.step,
+            ends_early=lambda step: step == best.early_end,
             describe_rows=partial(describe_rows, prepared),
             trace=partial(write_trace, run_dir, engine) if recipe.run.trace else None,
         )
@@ -247,21 +249,23 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     run.progress.close()
     if outcome.end == "stopped" or (outcome.end == "done" and not evaluate(outcome.step)):
         write_stop(run_dir, outcome.step)
-    elif outcome.end == "done" and dist.is_main():
-        conclude(prepared, metrics, guard, best)
+    elif outcome.end in ("done", "early") and dist.is_main():
+        if outcome.end == "early":
+            dist.log.info("eval.early_stopping ends the run after step %d", outcome.step)
+        conclude(prepared, metrics, guard, best, outcome.step)
     watch.pause()
     metrics.close()
     return "rollback" if outcome.end == "rollback" else "ended"
 
 
-def conclude(prepared: PreparedRun, metrics: Metrics, guard: Guard, best: Best) -> None:
-    """Write the summary of a run that is done, and log it. Rank 0 calls it."""
+def conclude(prepared: PreparedRun, metrics: Metrics, guard: Guard, best: Best, steps: int) -> None:
+    """Write the summary of a run that is done after `steps`, and log it. Rank 0 calls it."""
     recipe, run_dir = prepared.recipe, prepared.run_dir
     # The last evaluation may have chosen the last step as the best.
     point_at_best(run_dir / "checkpoints", best.step)
     speed, skipped = metrics.tokens_per_s, len(guard.skipped_steps)
     rest_s = metrics.clock.read()  # the last checkpoint and evaluation
-    write_summary(run_dir, prepared.plan.steps, speed, skipped, rest_s, best.summary())
+    write_summary(run_dir, steps, speed, skipped, rest_s, best.summary())
     dist.log.info(describe_end(recipe, run_dir))
 
 

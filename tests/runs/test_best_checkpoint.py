@@ -23,6 +23,7 @@ from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.checkpoint.best import best_step, evaluations
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.eval.compare import difference, read_results
+from packhorse.trainer.report.runs import read_run
 from packhorse.trainer.utils.files import read_json_lines
 from tests.ranks import ROOT, run_ranks
 
@@ -34,6 +35,8 @@ RULE = "eval.best={metric: eval_loss, subject_to: {eval_loss: '> 4.5'}, tie: ans
 BEST = 3
 FIRST = "eval.best={metric: eval_loss, subject_to: {eval_loss: '> 5.5'}}"
 NEVER = "eval.best={metric: eval_loss, subject_to: {eval_loss: '> 100'}}"
+# no answer of a random model is right, so that the first evaluation stays the best
+EARLY = "eval.early_stopping={metric: answer_accuracy, patience: 2}"
 OFTEN = ("train.steps=6", "eval.every_steps=1", "eval.generate.max_new_tokens=8")
 
 
@@ -66,6 +69,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         case(root, "stopped", stop_after=4),
         case(root, "stopped"),
         case(root, "never", NEVER),
+        case(root, "early", EARLY),
+        case(root, "early", EARLY),  # a second start, which finds the run done
         case(root, "back", FIRST, "guard.non_finite=rollback", changes=["nan_in_the_third_step"]),
     ]
     path = root / "cases.json"
@@ -120,6 +125,15 @@ def test_no_step_is_kept_where_none_meets_the_conditions(root: Path) -> None:
     best = json.loads((root / "never" / "summary.json").read_text())["best"]
     assert best["step"] is None
     assert "not > 100" in best["why"]
+
+
+def test_a_run_whose_evaluations_do_not_improve_ends_early(root: Path) -> None:
+    assert list(evaluations(root / "early")) == [0, 1, 2, 3]
+    assert "step-000003" in names(root / "early")
+    assert json.loads((root / "early" / "summary.json").read_text())["steps"] == 3
+    steps = [line["step"] for line in read_json_lines(root / "early" / "metrics.jsonl")]
+    assert max(steps) == 3
+    assert read_run(root / "early").state == "done"
 
 
 def test_evaluations_of_steps_that_are_trained_again_do_not_count(root: Path) -> None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from packhorse.trainer.checkpoint.best import Best, best_step, choose, evaluations
+from packhorse.trainer.checkpoint.best import (
+    Best,
+    best_step,
+    choose,
+    early_end,
+    evaluations,
+    last_step,
+)
 from packhorse.trainer.checkpoint.export_folder import describe_step
-from packhorse.trainer.config.eval import BestSection, Condition
+from packhorse.trainer.config.best import BestSection, Condition, EarlyStoppingSection
 from packhorse.trainer.config.recipe import load_recipe, parse_recipe
 from packhorse.trainer.datatypes import BadInput
 from tests.ranks import ROOT
@@ -208,7 +216,7 @@ def write(run_dir: Path, *lines: dict[str, Any], best: Any = RULE) -> Path:
 
 def test_the_best_is_found_again_from_the_record_and_reported(tmp_path):
     write(tmp_path, line(10, 0.5, 0.25), line(20, 0.5, 0.75))
-    best = Best(BestSection(**RULE), tmp_path)
+    best = Best(parse_recipe(tree(RULE)).eval, tmp_path)
     assert best.step == best_step(tmp_path) == 20
     report = json.loads((tmp_path / "best.json").read_text())
     assert report["rule"] == RULE
@@ -226,7 +234,7 @@ def test_the_best_is_found_again_from_the_record_and_reported(tmp_path):
 
 def test_where_none_meets_the_conditions_there_is_no_best_and_it_is_said(tmp_path):
     write(tmp_path, line(10, 0.5, 0.25, form=0.5), line(20, 0.5, None))
-    best = Best(BestSection(**RULE), tmp_path)
+    best = Best(parse_recipe(tree(RULE)).eval, tmp_path)
     assert best.step is None
     summary = best.summary()
     assert summary
@@ -241,10 +249,38 @@ def test_where_none_meets_the_conditions_there_is_no_best_and_it_is_said(tmp_pat
         best_step(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("losses", "patience", "end"),
+    [
+        ([5, 4, 3], 1, None),
+        ([5, 4, 4, 4], 1, 30),  # no better than the best before
+        ([5, 4, 4, 4], 2, 40),
+        ([5, 4, 4.5, 3, 3.5, 3.6], 2, 60),  # the better one at 40 starts the count anew
+        ([math.nan, math.nan, math.nan], 2, None),
+        ([5, math.nan, math.nan], 2, 30),
+    ],
+)
+def test_a_run_ends_early_where_the_best_stays_the_same(losses, patience, end):
+    rule = EarlyStoppingSection(metric="eval_loss", patience=patience)
+    lines = {step: line(step, loss, 0.0) for step, loss in zip(range(10, 99, 10), losses)}
+    assert early_end(rule, {0: line(0, 1.0, 0.0), **lines}) == end, "step 0 does not count"
+    assert early_end(None, lines) is None
+
+
+def test_an_early_end_is_found_again_from_the_record(tmp_path):
+    write(tmp_path, line(10, 0.5, 0.25), line(20, 0.5, 0.25))
+    section = parse_recipe(tree(RULE)).eval
+    early = EarlyStoppingSection(metric="answer_accuracy", patience=1)
+    section = section.model_copy(update={"early_stopping": early})
+    assert Best(section, tmp_path).early_end == 20
+    assert last_step(section, tmp_path, 90) == 20
+    assert last_step(section, tmp_path / "nowhere", 90) == 90
+
+
 def test_a_run_without_a_rule_has_no_best(tmp_path):
     write(tmp_path, line(10, 0.5, 0.25), best=None)
     (tmp_path / "best.json").write_text("of a rule that was taken out")
-    best = Best(None, tmp_path)
+    best = Best(parse_recipe(tree(None)).eval, tmp_path)
     best.update()
     assert best.step is best.summary() is None
     assert not (tmp_path / "best.json").exists()

@@ -14,7 +14,12 @@ PARTS = ("engine", "guard", "metrics", "profiler", "progress", "stop", "watch", 
 
 
 def events(
-    monkeypatch: pytest.MonkeyPatch, *, best: int | None = None, stopped_at: int | None = None
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    best: int | None = None,
+    stopped_at: int | None = None,
+    early: int | None = None,
+    first_step: int = 0,
 ) -> list[str]:
     """Return what a loop of 6 steps does, saving every 4 steps and evaluating every 2."""
     monkeypatch.setattr(loop, "learning_rate", lambda *_: 0.0)
@@ -33,10 +38,11 @@ def events(
     train_loop(
         TrainingRun(
             **parts,
-            first_step=0,
+            first_step=first_step,
             evaluate=evaluate,
             save=lambda step: done.append(f"save {step}"),
             is_best=lambda step: step == best,
+            ends_early=lambda step: step == early,
             trace=None,
         )
     )
@@ -54,3 +60,11 @@ def test_the_best_step_is_saved_once_that_is_known(monkeypatch: pytest.MonkeyPat
 
 def test_a_stop_in_an_evaluation_saves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert events(monkeypatch, stopped_at=2) == ["evaluate 2", "save 2"]
+
+
+def test_an_early_end_saves_what_was_evaluated(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert events(monkeypatch, early=2) == ["evaluate 2", "save 2"]
+
+
+def test_a_run_killed_at_its_early_end_trains_no_further(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert events(monkeypatch, early=2, first_step=2) == []

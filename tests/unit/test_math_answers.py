@@ -203,6 +203,7 @@ def test_a_value_in_a_box_among_others_has_the_librarys_verdict(before, after, v
         ("#### 9\\%", "9", "right"),
         ("#### 9%", "0.09", "right"),
         ("#### 0.333333", "1/3", "asks"),
+        ("#### 12\\text{percent}", "0.12", "asks"),
     ],
 )
 def test_plain_latex_does_not_ask_the_library(answer, reference, verdict, asked):

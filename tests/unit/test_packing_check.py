@@ -92,6 +92,8 @@ RIGHT: dict[str, tuple[Any, LogitTransform]] = {
     "olmo 2": (tf.Olmo2Config(**SIZES), LogitTransform()),
     "phi 3": (tf.Phi3Config(**SIZES, pad_token_id=0), LogitTransform()),
     "llama 4, chunks": (LLAMA4, LogitTransform()),
+    "stablelm, whose layers hand no boundaries on": (tf.StableLmConfig(**SIZES), LogitTransform()),
+    "nemotron, likewise": (tf.NemotronConfig(**SIZES), LogitTransform()),
     "phi, biased head": (tf.PhiConfig(**SIZES), LogitTransform()),
 }
 # They carry a state from document to document, which their own library says, or what the check

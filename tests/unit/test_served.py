@@ -249,7 +249,7 @@ def test_each_answer_stands_behind_a_servers_prompt(base, name):
         roles = role_starts(part, example, masker)
         assert [*roles.values()] == [message.role for message in part.messages]
         begins = max(roles)  # where the answer or its thought begins
-        assert "".join(tokenizer.decode(example.input_ids[begins:]).split()).startswith(
+        assert "".join(str(tokenizer.decode(example.input_ids[begins:])).split()).startswith(
             begins_with(part.messages[-1])
         )
 

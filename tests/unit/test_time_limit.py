@@ -80,6 +80,7 @@ def test_an_interrupted_call_leaves_no_reply_for_the_next():
         raise KeyboardInterrupt
 
     assert bounded(double, 4, limit_s=10.0) == 8
+    assert time_limit._helper is not None
     pipe = SimpleNamespace(send=time_limit._helper.pipe.send, recv=interrupt)
     time_limit._helper = time_limit._helper._replace(pipe=pipe)
     with pytest.raises(KeyboardInterrupt):

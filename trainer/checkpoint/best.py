@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from packhorse.trainer import dist
-from packhorse.trainer.config.eval import EVAL_LOSS, BestSection
+from packhorse.trainer.config.best import EVAL_LOSS, BestSection, EarlyStoppingSection
+from packhorse.trainer.config.eval import EvalSection
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.metrics import EVALUATIONS
@@ -76,6 +77,25 @@ def choose(rule: BestSection, lines: dict[int, dict[str, Any]]) -> dict[str, Any
     return {"rule": rules, "step": best["step"] if best else None, "candidates": candidates}
 
 
+def early_end(rule: EarlyStoppingSection | None, lines: dict[int, dict[str, Any]]) -> int | None:
+    """Return the evaluated step at which the run ends early, or None if it goes on.
+
+    A missing value is no better than another, but does not end a run that has no best step yet.
+    """
+    steps = [step for step in lines if step > 0]
+    for number, step in enumerate(steps) if rule else ():
+        seen = {known: lines[known] for known in steps[: number + 1]}
+        best = choose(BestSection(metric=rule.metric), seen)["step"]
+        if best is not None and number - steps.index(best) >= rule.patience:
+            return step
+    return None
+
+
+def last_step(section: EvalSection, run_dir: Path, steps: int) -> int:
+    """Return the step at which a run ends, by what is known yet: its early end, or `steps`."""
+    return early_end(section.early_stopping, evaluations(run_dir)) or steps
+
+
 def best_step(run_dir: Path) -> int:
     """Return the best step of a run, by the rule of its recipe.
 
@@ -107,14 +127,17 @@ def _explain_none(found: dict[str, Any]) -> str:
 
 
 class Best:
-    """The best step so far, on every rank. Only rank 0 reads and writes files.
+    """The best step so far, and the step of an early end, on every rank. Only rank 0 reads and
+    writes files.
 
     Build it after Metrics, which drops the lines of steps after the checkpoint: a killed run or the
     guard's rollback leaves those, and they are trained again.
     """
 
-    def __init__(self, rule: BestSection | None, run_dir: Path) -> None:
-        self._rule, self._run_dir = rule, run_dir
+    def __init__(self, section: EvalSection, run_dir: Path) -> None:
+        rule = section.best
+        self._rule, self._early, self._run_dir = rule, section.early_stopping, run_dir
+        self.early_end: int | None = None
         self.found: dict[str, Any] = {"step": None}
         if rule is None and dist.is_main():
             (run_dir / "best.json").unlink(missing_ok=True)  # of a rule that was removed
@@ -126,6 +149,9 @@ class Best:
 
     def update(self) -> None:
         """Find the best step again, after an evaluation. Every rank calls it."""
+        if self._early:
+            lines = evaluations(self._run_dir) if dist.is_main() else {}
+            self.early_end = dist.broadcast(early_end(self._early, lines))
         if self._rule is None:
             return
         before = self.step

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import operator
 import re
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, JsonValue, field_validator, model_validator
 
 from packhorse.trainer.config.base import Section, check_function, check_one_given, compile_pattern
-
-EVAL_LOSS = "eval_loss"  # the held-out loss in a rule; the other names in rules are scorers'
+from packhorse.trainer.config.best import EVAL_LOSS, BestSection, EarlyStoppingSection
 
 
 class Server(Section):
@@ -244,86 +242,6 @@ class GenerateSection(Section):
         return self
 
 
-# ------------------------------------------------------------------------------ the best checkpoint
-
-
-class Condition(NamedTuple):
-    """A bound on a metric, as `>= 0.98`."""
-
-    sign: str
-    bound: float
-
-    @classmethod
-    def parse(cls, text: Any) -> Condition:
-        """Parse a sign and a number. Raises ValueError if the text is anything else."""
-        found = re.fullmatch(
-            r"\s*(>=|<=|>|<)\s*([-+]?[0-9]*\.?[0-9]+(?:[eE][-+]?[0-9]+)?)\s*", str(text)
-        )
-        if found is None:
-            raise ValueError(
-                f'`{text}` is no condition: write one of >=, <=, >, < and a number, as ">= 0.98"'
-            )
-        return cls(found[1], float(found[2]))
-
-    def holds(self, value: float) -> bool:
-        signs = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
-        return signs[self.sign](value, self.bound)
-
-
-class BestSection(Section):
-    """Which evaluated step is the best. Its checkpoint is kept for `packhorse export RUN --best`.
-    Names are those of scorers, or eval_loss. Of equal steps the earliest is the best."""
-
-    metric: str = Field(
-        description="What decides: eval_loss, of which the lowest value wins, or a scorer, of "
-        "which the highest does."
-    )
-    subject_to: dict[str, str] = Field(
-        default_factory=dict,
-        description='Conditions that the best step must meet, as `{format_accuracy: ">= 0.98"}`.',
-    )
-    tie: str | None = Field(
-        default=None,
-        description="Decides between equal values: the lower eval_loss, or the higher score.",
-    )
-
-    @field_validator("subject_to", mode="before")
-    @classmethod
-    def _conditions_parse(cls, given: Any) -> Any:
-        for text in given.values() if isinstance(given, dict) else ():
-            Condition.parse(text)
-        return given
-
-    @model_validator(mode="after")
-    def _bounds_are_scores(self) -> BestSection:
-        for name, condition in self.conditions.items():
-            if name != EVAL_LOSS and not 0 <= condition.bound <= 1:
-                raise ValueError(
-                    f"`subject_to.{name}`: scores go from 0 to 1, and `{self.subject_to[name]}` "
-                    f"is outside"
-                )
-        return self
-
-    @property
-    def conditions(self) -> dict[str, Condition]:
-        return {name: Condition.parse(text) for name, text in self.subject_to.items()}
-
-    @property
-    def places(self) -> dict[str, str]:
-        """Every metric of the rule, by the key that names it."""
-        conditions = {f"subject_to.{name}": name for name in self.subject_to}
-        return {"metric": self.metric, **conditions, **({"tie": self.tie} if self.tie else {})}
-
-    def __str__(self) -> str:
-        """Return the rule as a phrase."""
-        conditions = " and ".join(f"{name} {text}" for name, text in self.subject_to.items())
-        return (
-            f"the {'lowest' if self.metric == EVAL_LOSS else 'highest'} {self.metric}"
-            + (f" with {conditions}" if conditions else "")
-            + (f", ties by {self.tie}" if self.tie else "")
-        )
-
-
 # -------------------------------------------------------------------------------------- the section
 
 
@@ -350,6 +268,7 @@ class EvalSection(Section):
         default=(), description="More arguments of vLLM's server; they override packhorse's own."
     )
     best: BestSection | None = None
+    early_stopping: EarlyStoppingSection | None = None
     lm_eval: tuple[str, ...] = Field(
         default=(),
         description="Tasks of lm-evaluation-harness, as `[gsm8k, mmlu]`, or your own as "
@@ -377,19 +296,22 @@ class EvalSection(Section):
 
     @model_validator(mode="after")
     def _best_is_evaluated(self) -> EvalSection:
-        if self.best is None:
-            return self
+        used = {
+            f"best.{key}": name for key, name in (self.best.places if self.best else {}).items()
+        }
+        if self.early_stopping:
+            used["early_stopping.metric"] = self.early_stopping.metric
         names = [EVAL_LOSS, *(self.generate.scorers if self.generate else ())]
-        for place, name in self.best.places.items():
+        for place, name in used.items():
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
                 instead = (
                     f"did you mean `{near[0]}`?" if near else f"names here: {', '.join(names)}"
                 )
                 raise ValueError(
-                    f"`best.{place}`: there is no scorer `{name}` in eval.generate.scorers; "
-                    f"{instead}"
+                    f"`{place}`: there is no scorer `{name}` in eval.generate.scorers; {instead}"
                 )
-        if self.every_steps is None:
-            raise ValueError("`best` needs `every_steps`: else only the last step is evaluated")
+        if used and self.every_steps is None:
+            key = next(iter(used)).partition(".")[0]
+            raise ValueError(f"`{key}` needs `every_steps`: else only the last step is evaluated")
         return self

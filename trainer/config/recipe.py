@@ -15,6 +15,7 @@ from pydantic import ValidationError, model_validator
 from packhorse.trainer.config.base import Section
 from packhorse.trainer.config.data import DataSection
 from packhorse.trainer.config.eval import EvalSection
+from packhorse.trainer.config.optim import OptimSection
 from packhorse.trainer.config.packaged import RECIPES, find_recipe, locate_files
 from packhorse.trainer.config.parallel import ParallelSection
 from packhorse.trainer.config.parsing import (
@@ -32,7 +33,6 @@ from packhorse.trainer.config.sections import (
     GuardSection,
     LossSection,
     ModelSection,
-    OptimSection,
     RunSection,
     TrainSection,
 )

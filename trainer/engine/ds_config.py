@@ -67,18 +67,7 @@ def deepspeed_config(
         # two runs on one node must not write to each other's files
         digest = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
         offload["nvme_path"] = str(Path(offload["nvme_path"]) / f"packhorse-{digest}")
-    # the part on the GPU would get an optimizer of DeepSpeed's own, whose learning rate never moves
-    # and whose moments no checkpoint finds
-    if zero.get("offload_optimizer", {}).get("ratio", 1.0) != 1.0:
-        raise BadInput(
-            f"{parallel.deepspeed}: offload_optimizer.ratio: an optimizer must be offloaded "
-            "whole; remove the key"
-        )
-    if optim.kind != "adamw" and offload_device(config, "optimizer") != "none":
-        raise BadInput(
-            f"{parallel.deepspeed}: offload_optimizer: only AdamW has a kernel for the CPU; set "
-            f"optim.kind=adamw, or a template that keeps {optim.kind}'s states on the GPU"
-        )
+    _require_offload(parallel.deepspeed, config, optim.kind)
     bf16 = model.dtype == "bfloat16"
     if bf16 and stage(config) == 0:
         raise BadInput(
@@ -107,6 +96,22 @@ def deepspeed_config(
         # at stage 0 optim.py clips
         config["gradient_clipping"] = optim.max_grad_norm
     return config
+
+
+def _require_offload(template: str, config: Mapping[str, Any], kind: str) -> None:
+    """Refuse an offloaded optimizer that cannot work."""
+    # the part on the GPU would get an optimizer of DeepSpeed's own, whose learning rate never moves
+    # and whose moments no checkpoint finds
+    if config["zero_optimization"].get("offload_optimizer", {}).get("ratio", 1.0) != 1.0:
+        raise BadInput(
+            f"{template}: offload_optimizer.ratio: an optimizer must be offloaded whole; "
+            "remove the key"
+        )
+    if kind != "adamw" and offload_device(config, "optimizer") != "none":
+        raise BadInput(
+            f"{template}: offload_optimizer: only AdamW has a kernel for the CPU; set "
+            f"optim.kind=adamw, or a template that keeps {kind}'s states on the GPU"
+        )
 
 
 def _read_template(template: str) -> dict[str, Any]:

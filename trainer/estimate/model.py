@@ -108,9 +108,10 @@ def _run_decoder(model: Any, tokens: int) -> torch.Tensor:
     """Return what the model hands to its head of a document on the meta device, (T, H)."""
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     bounds = Bounds(torch.zeros(2, dtype=torch.int32, device="meta"), tokens, (tokens,))
-    out = decoder_of(model)(
-        input_ids=ids, position_ids=ids, use_cache=False, document_bounds=bounds
-    )
+    with attention.found_by_all(bounds):
+        out = decoder_of(model)(
+            input_ids=ids, position_ids=ids, use_cache=False, document_bounds=bounds
+        )
     return out.last_hidden_state[0]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from packhorse.trainer.checkpoint.best import best_step, evaluations
-from packhorse.trainer.config.eval import EVAL_LOSS
+from packhorse.trainer.config.best import EVAL_LOSS
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.eval.confidence import Difference, paired
 from packhorse.trainer.metrics import EVALUATIONS

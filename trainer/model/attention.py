@@ -144,6 +144,25 @@ def _document_index(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
     return starts.index_fill_(0, cu_seqlens[1:-1].long(), 1).cumsum(0)
 
 
+_current: Bounds | None = None  # of the batch in the forward, for layers that hand none on
+
+
+@contextmanager
+def found_by_all(bounds: Bounds | None) -> Iterator[None]:
+    """Let attention find a batch's boundaries in the block where a layer does not hand them on.
+
+    Some layers (StableLM's, Nemotron's) call their attention without the arguments that they got.
+    With gradients the boundaries stay until the next forward: a backward may recompute layers.
+    """
+    global _current
+    _current = bounds
+    try:
+        yield
+    finally:
+        if not torch.is_grad_enabled():
+            _current = None
+
+
 # ------------------------------------------------------------------- transformers' own ways, masks
 
 
@@ -269,6 +288,9 @@ def _attend(
         BadInput: the layer asks for what packed causal attention, or this backend, does not do.
     """
     layer = type(module).__name__
+    # a batch of other tokens than the layer's is not the layer's: BLT attends between patches
+    if document_bounds is None and _current and sum(_current.lengths) == query.shape[2]:
+        document_bounds = _current
     if document_bounds is None:
         raise BadInput(
             f"{layer} does not hand the document boundaries on to its attention; this model cannot "

@@ -23,7 +23,7 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import LossSection
 from packhorse.trainer.datatypes import BadInput, Batch, slice_borders
 from packhorse.trainer.model import attention
-from packhorse.trainer.model.attention import SequenceGroup, keyword_arguments
+from packhorse.trainer.model.attention import SequenceGroup, found_by_all, keyword_arguments
 from packhorse.trainer.model.by_document import split_calls
 from packhorse.trainer.model.decoder import decoder_of
 from packhorse.trainer.model.logit_transform import LogitTransform
@@ -128,7 +128,7 @@ class SftModel(nn.Module):
         # checkpointed layers save by hooks of their own, which take precedence inside them
         on_host = save_on_cpu(pin_memory=ids.is_cuda) if self._offload else nullcontext()
         try:
-            with on_host:
+            with on_host, found_by_all(bounds.get("document_bounds")):
                 return decoder_of(self.model)(input_ids=ids, use_cache=False, **bounds, **wanted)
         finally:
             # other forwards of the model, as in generation, get no noise

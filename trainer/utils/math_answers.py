@@ -27,7 +27,9 @@ MARKED = re.compile(r"####([^\n]*)\s*\Z|<answer>(.*?)</answer>", re.DOTALL)
 # takes neither -5% nor 1,000% for a percentage.
 NUMBER = r"(?:[0-9]{1,9}|[1-9][0-9]{0,2}(?:(?:,|\{,\})[0-9]{3}){1,2})(?:\.[0-9]{1,4})?"
 FRACTION = r"\\[dt]?frac\{(-?[0-9]{1,9})\}\{([1-9][0-9]{0,8})\}"
-UNIT = r"(?:(?:\\,|\\? )?\\text\{(?![^}]*\b(?:and|or)\b)[A-Za-z ]+\}|\^(?:\\circ|\{\\circ\}))?"
+# not words that mean something to the library
+UNIT = r"(?:\\,|\\? )?\\text\{(?![^}]*\b(?:and|or|percent|percentage|pct)\b)[A-Za-z ]+\}"
+UNIT = rf"(?:{UNIT}|\^(?:\\circ|\{{\\circ\}}))?"
 PERCENT = r"((?:0|[1-9][0-9]{0,5})(?:\.[0-9]{1,4})?) ?\\?%"
 VALUE = rf"(?:{PERCENT}|(-?)(?:(?:\\\$)?({NUMBER})|{FRACTION}){UNIT})"
 BOXED = re.compile(rf"\\boxed\{{{VALUE}\}}")

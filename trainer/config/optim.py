@@ -1,0 +1,77 @@
+"""The recipe's `optim`: the optimizer, its learning rates and its weight decay."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from packhorse.trainer.config.base import Section, compile_pattern
+from packhorse.trainer.config.sections import ADAPTER_LR
+
+
+class OptimGroup(Section):
+    """Parameters with a learning rate of their own. The first group that matches counts."""
+
+    match: str = Field(
+        min_length=1, description="Regular expression that occurs in a parameter's name."
+    )
+    lr: float = Field(
+        gt=0, description="Their peak learning rate, which follows the schedule of `optim.lr`."
+    )
+
+    @model_validator(mode="after")
+    def _usable(self) -> OptimGroup:
+        compile_pattern(self.match)
+        return self
+
+
+class OptimSection(Section):
+    """The optimizer and its learning rate schedule. The rate depends on the step alone."""
+
+    kind: Literal["adamw", "lion", "sgd", "muon"] = Field(
+        default="adamw",
+        description="lion and sgd keep one moment in place of two. muon: orthogonalised updates "
+        "for matrices, AdamW for embeddings, the head and vectors. All but adamw are refused with "
+        "an offloaded optimizer.",
+    )
+    lr: float = Field(
+        default=2e-5,
+        gt=0,
+        description=f"Peak learning rate. With an `adapter` the default is {ADAPTER_LR:g}.",
+    )
+    betas: tuple[float, float] = Field(
+        default=(0.9, 0.95),
+        description="AdamW's and Lion's beta1 and beta2. beta1 is the momentum of sgd and muon.",
+    )
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    weight_decay: float = Field(
+        default=0.1,
+        ge=0,
+        description="Weight decay on the "
+        "matrices of linear products and experts. Norms, biases and other vectors have 0.",
+    )
+    decay_embeddings: bool = Field(
+        default=True,
+        description="Apply weight decay to the embeddings, too, as Hugging Face's Trainer and "
+        "torchtitan do.",
+    )
+    warmup_ratio: float = Field(
+        default=0.03, ge=0, lt=1, description="Linear warm-up, as a share of all steps."
+    )
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        default="cosine",
+        description="Learning rate after the warm-up. wsd: warm-up, stable, decay.",
+    )
+    wsd_decay: float = Field(
+        default=0.2, gt=0, le=1, description="Decay phase of wsd, as a share of all steps."
+    )
+    min_lr_ratio: float = Field(
+        default=0.1, ge=0, le=1, description="Learning rate of the last step, as a share of `lr`."
+    )
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, description="Gradients are clipped to this global L2 norm."
+    )
+    groups: tuple[OptimGroup, ...] = Field(
+        default=(), description="Learning rates of their own, as `[{match: embed, lr: 1e-6}]`."
+    )
