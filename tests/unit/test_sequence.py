@@ -141,7 +141,7 @@ def test_what_cannot_be_cut_is_refused_with_its_name(change: dict[str, Any], sai
 
 
 def test_a_loss_of_whole_documents_is_refused() -> None:
-    with pytest.raises(BadInput, match=r"loss\.router_aux: it is taken over whole documents"):
+    with pytest.raises(BadInput, match=r"loss\.router_aux needs whole documents on a rank"):
         load_recipe("debug", ["parallel.sequence=2", "loss.router_aux=0.01"])
 
 

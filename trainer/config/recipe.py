@@ -92,11 +92,6 @@ class Recipe(Section):
                 "loss.router_aux needs whole documents on a rank, and the routers' own forward; "
                 "remove it, or parallel.sequence and model.compile"
             )
-        if self.parallel.sequence > 1 and self.loss.router_aux is not None:
-            raise ValueError(
-                "loss.router_aux: it is taken over whole documents, and parallel.sequence leaves a "
-                "rank a slice of them; leave one of the two out"
-            )
         self._check_lengths()
         self._check_held_out()
         if self.streaming:
