@@ -220,7 +220,7 @@ class Evaluation:
         score = partial(score_samples, self._prompts, answers, section.scorers, letters)
         # in the background, as a judge may take minutes: ranks beat and poll for a stop meanwhile
         if any(isinstance(rule, Judge) for rule in section.scorers.values()):
-            found = server_answers.in_background(score, self._stop, self._watch)
+            found: Any = server_answers.in_background(score, self._stop, self._watch)
         else:
             self._watch.pause()  # a user's scorer may take any time
             found = dist.broadcast(score() if dist.is_main() else None)
