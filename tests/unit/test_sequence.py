@@ -140,6 +140,11 @@ def test_what_cannot_be_cut_is_refused_with_its_name(change: dict[str, Any], sai
         sequence_check.prove_slices(module, proof, size=2, seq_len=64, seed=0)
 
 
+def test_a_loss_of_whole_documents_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"loss\.router_aux needs whole documents on a rank"):
+        load_recipe("debug", ["parallel.sequence=2", "loss.router_aux=0.01"])
+
+
 def test_a_layer_that_differs_after_the_cut_is_named() -> None:
     """As one that carries a state, which a rank's slice begins without."""
     module = SftModel(tiny_llama(), LossSection(), 0, CPU)

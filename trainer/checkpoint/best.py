@@ -82,8 +82,10 @@ def early_end(rule: EarlyStoppingSection | None, lines: dict[int, dict[str, Any]
 
     A missing value is no better than another, but does not end a run that has no best step yet.
     """
+    if rule is None:
+        return None
     steps = [step for step in lines if step > 0]
-    for number, step in enumerate(steps) if rule else ():
+    for number, step in enumerate(steps):
         seen = {known: lines[known] for known in steps[: number + 1]}
         best = choose(BestSection(metric=rule.metric), seen)["step"]
         if best is not None and number - steps.index(best) >= rule.patience:

@@ -149,13 +149,15 @@ class Muon(torch.optim.AdamW):
         for group in groups:
             for master in group["params"] if group["kind"] == "muon" else ():
                 if master.grad is not None:
-                    self._step_matrices(master, group)
+                    self._step_matrices(master, master.grad, group)
 
-    def _step_matrices(self, master: torch.Tensor, group: Mapping[str, Any]) -> None:
+    def _step_matrices(
+        self, master: torch.Tensor, gradient: torch.Tensor, group: Mapping[str, Any]
+    ) -> None:
         beta, lr = group["betas"][0], group["lr"]
         (momentum,) = moments_of(self, master, "muon", updates=0).values()
-        momentum.lerp_(master.grad, 1 - beta)
-        update = master.grad.lerp(momentum, beta).view(-1)  # Nesterov's
+        momentum.lerp_(gradient, 1 - beta)
+        update = gradient.lerp(momentum, beta).view(-1)  # Nesterov's
         master.mul_(1 - lr * group["weight_decay"])
         flat = master.view(-1)
         pieces = self.pieces[id(master)]
