@@ -77,7 +77,9 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
 
 def describe_decay(model: nn.Module, section: OptimSection) -> str:
     """Return the decay of each role, and how many tensors and weights have it, in one line."""
-    role, counted = roles(model), dict.fromkeys((LINEAR, EXPERTS, EMBEDDINGS, OTHERS), (0, 0))
+    role = roles(model)
+    counted: dict[str, tuple[int, int]]
+    counted = dict.fromkeys((LINEAR, EXPERTS, EMBEDDINGS, OTHERS), (0, 0))
     for parameter in model.parameters():
         if parameter.requires_grad:
             tensors, weights = counted[role[id(parameter)]]
