@@ -79,7 +79,7 @@ def test_a_trace_tells_the_busy_share_and_the_waits(
     assert "| gemm | 2 | 6.00 | 60.0% |" in said
     # the file that a real profiler writes, as a run's
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        torch.ones(8, 8) @ torch.ones(8, 8)
+        torch.mm(torch.ones(8, 8), torch.ones(8, 8))
     profile.export_chrome_trace(str(tmp_path / "trace.json"))
     monkeypatch.setattr(sys, "argv", ["gpu_trace.py", str(tmp_path)])
     gpu_trace.main()

@@ -90,7 +90,8 @@ def test_gradients_are_the_plain_models_and_nothing_is_compiled_after_the_first_
     assert all("disable" in reason for reason in counters["graph_break"]), counters["graph_break"]
     assert compiler.graphs <= 5 * 4 < 3 * 2 * layers, "graphs do not grow with the layers"
     seen: list[torch.Size] = []
-    decoder_layers(model)[0].mlp.register_forward_hook(lambda m, a, out: seen.append(out.shape))
+    layer: Any = decoder_layers(model)[0]
+    layer.mlp.register_forward_hook(lambda m, a, out: seen.append(out.shape))
     ours.hidden_states(batch((4,), 9))
     assert seen == [(1, 4, WIDE["hidden_size"])], "a hook that comes later is called"
     after.append(compiler.graphs)

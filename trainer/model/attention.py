@@ -296,7 +296,7 @@ def _attend(
             f"{layer} does not hand the document boundaries on to its attention; this model cannot "
             "be packed"
         )
-    attended = _CHECKED.get(getattr(module.config, "_attn_implementation", None))
+    attended = _CHECKED.get(getattr(module.config, "_attn_implementation", ""))
     if attended is not None:
         attended.add(module)
     chunk = _chunk_size(module)

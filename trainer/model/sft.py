@@ -143,9 +143,9 @@ class SftModel(nn.Module):
 
     @attends_by_itself.setter
     def attends_by_itself(self, by_itself: bool) -> None:
-        self._backend = self._backend or self.model.config._attn_implementation
+        backend = self._backend = self._backend or str(self.model.config._attn_implementation)
         own = "sdpa" if getattr(self.model, "_supports_sdpa", False) else "eager"
-        attention.set_implementation(self.model, own if by_itself else self._backend)
+        attention.set_implementation(self.model, own if by_itself else backend)
 
     def run_by_document(self, modules: Iterable[nn.Module]) -> None:
         """Let modules that mix packed documents be called once for each; see by_document.py."""
