@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import json
 import os
 import signal
@@ -28,7 +27,6 @@ from tests.ranks import ROOT
 pytestmark = pytest.mark.runs
 
 STEPS = 4
-HAS_TRACKIO = importlib.util.find_spec("trackio") is not None  # it refuses the pinned pillow
 
 
 class MlflowServer:
@@ -86,10 +84,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
 
 
 def train(run_dir: Path, url: str, *more: str) -> subprocess.CompletedProcess[str]:
-    names = ["tensorboard", "wandb", "mlflow", *(["trackio"] if HAS_TRACKIO else [])]
     overrides = {
         "run.dir": str(run_dir),
-        "run.trackers": names,
+        "run.trackers": ["tensorboard", "wandb", "mlflow", "trackio"],
         "run.project": "tracked",
         "run.name": "first",
         "run.tags": ["small"],
@@ -179,8 +176,7 @@ def test_a_resumed_run_goes_on_in_the_same_tracked_runs(
                 if "train/loss" in items:
                     seen[record.history.step.num] = json.loads(items["train/loss"].value_json)
     assert seen == losses
-    if HAS_TRACKIO:
-        check_trackio(tmp_path / "trackio", losses)
+    check_trackio(tmp_path / "trackio", losses)
     assert "run.trackers:" not in stopped.stderr + done.stderr, "nothing failed"
 
 
@@ -212,7 +208,6 @@ with open_trackers(recipe, run_dir) as opened:
 
 
 def test_comet_goes_on_in_the_same_experiment_and_gets_no_source_files(tmp_path: Path) -> None:
-    pytest.importorskip("comet_ml")
     offline = {"COMET_START_ONLINE": "0", "COMET_OFFLINE_DIRECTORY": str(tmp_path)}
     environ = os.environ | offline | {"COMET_API_KEY": "x", "PYTHONPATH": str(ROOT)}
     for step in ("1", "2"):
