@@ -253,7 +253,8 @@ def test_where_none_meets_the_conditions_there_is_no_best_and_it_is_said(tmp_pat
     ("losses", "patience", "end"),
     [
         ([5, 4, 3], 1, None),
-        ([5, 4, 4, 4], 1, 30),  # no better than the best before
+        ([5, 4, 4], 1, 30),  # no better than the best before
+        ([5, 4, 4, 3], 1, None),  # a rule that came later ends no step of the past
         ([5, 4, 4, 4], 2, 40),
         ([5, 4, 4.5, 3, 3.5, 3.6], 2, 60),  # the better one at 40 starts the count anew
         ([math.nan, math.nan, math.nan], 2, None),

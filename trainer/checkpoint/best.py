@@ -85,12 +85,11 @@ def early_end(rule: EarlyStoppingSection | None, lines: dict[int, dict[str, Any]
     if rule is None:
         return None
     steps = [step for step in lines if step > 0]
-    for number, step in enumerate(steps):
-        seen = {known: lines[known] for known in steps[: number + 1]}
-        best = choose(BestSection(metric=rule.metric), seen)["step"]
-        if best is not None and number - steps.index(best) >= rule.patience:
-            return step
-    return None
+    seen = {step: lines[step] for step in steps}
+    best = choose(BestSection(metric=rule.metric), seen)["step"]
+    # the last evaluation decides: a rule that is new in a resumed run ends no step of the past
+    ended = best is not None and len(steps) - 1 - steps.index(best) >= rule.patience
+    return steps[-1] if ended else None
 
 
 def last_step(section: EvalSection, run_dir: Path, steps: int) -> int:

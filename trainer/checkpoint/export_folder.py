@@ -73,7 +73,9 @@ def describe(run_dir: Path, recipe: Recipe) -> dict[str, str]:
     path; with that of what an export takes from the run's recipe.yaml.
     """
     folder = run_dir / MODEL_FOLDER
-    taken = [recipe.model.dtype, recipe.adapter and recipe.adapter.model_dump(mode="json")]
+    # without defaults: a key that a later version adds changes nothing
+    adapter = recipe.adapter and recipe.adapter.model_dump(mode="json", exclude_defaults=True)
+    taken = [recipe.model.dtype, adapter]
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in paths:
         sync_file(path)
@@ -93,6 +95,8 @@ def require_described(run_dir: Path, recipe: Recipe, manifest: Manifest) -> None
     if not manifest.description:  # of an earlier version
         return
     found, known = describe(run_dir, recipe), [manifest.description]
+    if _RECIPE not in manifest.description:  # of an earlier version
+        del found[_RECIPE]
     for folder in list_published(run_dir / "checkpoints").values():
         with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: it proves nothing
             known.append(Manifest.read(folder).description)

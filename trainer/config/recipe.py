@@ -115,7 +115,7 @@ class Recipe(Section):
     def _check_held_out(self) -> None:
         if any(source.streaming for source in self.data.eval):
             raise ValueError("data.eval: a held-out source cannot be streamed; its rows must stay")
-        for key in ("generate", "best"):
+        for key in ("generate", "best", "early_stopping"):
             if getattr(self.eval, key) and not self.has_eval:
                 raise ValueError(
                     f"eval.{key}: there are no held-out rows; give data.eval or "

@@ -261,18 +261,18 @@ def _require_no_bomb(path: Path, metadata: Any) -> None:
     """Raise BadInput if a file of kilobytes says of itself that reading it takes gigabytes.
 
     Pages are decompressed whole, and a page may be all of a column in a row group. A text in a
-    column's dictionary is repeated for each row of a batch; an item of a list takes 8 bytes, even
-    if it is null and takes none in the file.
+    column's dictionary is repeated for each row of a batch, or item of a list; an item takes 8
+    bytes, even if it is null and takes none in the file.
     """
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for number, column in enumerate(map(group.column, range(group.num_columns))):
-            size = column.total_uncompressed_size
-            if metadata.schema.column(number).max_repetition_level:
-                size = max(size, 8 * column.num_values)
-            if size <= BOMB_RATIO * column.total_compressed_size:
-                continue
+            is_list = metadata.schema.column(number).max_repetition_level > 0
             is_repeated = any("DICTIONARY" in name for name in column.encodings)
-            needed = size * min(BATCH_ROWS, group.num_rows) if is_repeated else size
+            times = (column.num_values if is_list else min(BATCH_ROWS, group.num_rows)) or 1
+            sizes = (column.total_uncompressed_size, times if is_repeated else 1)
+            of_texts, of_items = sizes, (8 * column.num_values * is_list, 1)
+            few = BOMB_RATIO * column.total_compressed_size
+            needed = max((n * size for size, n in (of_texts, of_items) if size > few), default=0)
             if needed > BOMB_BYTES:
                 raise BadInput(
                     f"{path}: reading column `{printable(column.path_in_schema, 60)}` would take "

@@ -221,7 +221,8 @@ class Engine:
         self._engine.train()
         set_learning_rates(self._optimizer, lr)
         loss_sum = torch.zeros((), device=dist.device())
-        refused = None
+        refused, router = None, self.module.router
+        before = router and router.sums()
         for i, batch in enumerate(batches):
             is_last = i == len(batches) - 1
             with clock.part("forward"):
@@ -239,6 +240,8 @@ class Engine:
                 self._engine, self.module.parameters(), self._max_grad_norm, self.stage
             )
         skipped = None if applied else "the gradient norm is not finite"
+        if router and (refused or skipped):
+            router.restore(before)
         return StepResult(loss_sum, norm, refused or skipped)
 
     def memory_dry_run(self, batches: Sequence[Batch]) -> None:

@@ -9,7 +9,7 @@ scale for each block of a rank's part, and Adafactor's rows and columns end wher
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,19 +78,17 @@ def moments_of(
 
     Args:
         kind: of the group that the weight belongs to.
-        updates: creates missing moments as zeros and sets the step counter, from which AdamW
-            computes its bias correction.
+        updates: sets the step counter, from which AdamW computes its bias correction.
     """
     state = optimizer.state[master]
-    if updates is not None:
-        for name in MOMENTS[kind]:
-            state.setdefault(name, torch.zeros_like(master))
-        if kind == "adamw":
-            # torch's fused AdamW wants the counter as a tensor beside the weight, DeepSpeed's a
-            # number
-            as_tensor = not is_offloaded(optimizer)
-            count = torch.tensor(float(updates), device=master.device)
-            state["step"] = count if as_tensor else updates
+    for name in MOMENTS[kind]:
+        if name not in state:  # as before the first update, or SGD's without momentum
+            state[name] = torch.zeros_like(master)
+    if updates is not None and kind == "adamw":
+        # torch's fused AdamW wants the counter as a tensor beside the weight, DeepSpeed's a number
+        as_tensor = not is_offloaded(optimizer)
+        count = torch.tensor(float(updates), device=master.device)
+        state["step"] = count if as_tensor else updates
     return {name: state[name] for name in MOMENTS[kind]}
 
 
@@ -173,24 +171,29 @@ class Muon(torch.optim.AdamW):
 
 def _orthogonalised_by_owners(
     batch: list[Piece], update: torch.Tensor, is_sharded: bool
-) -> list[torch.Tensor]:
-    """Return each matrix's orthogonalised update, whole and flat, on every rank.
+) -> Iterator[torch.Tensor]:
+    """Yield each matrix's orthogonalised update, whole and flat, on every rank.
 
     Rank i puts the i-th matrix together, from parts that do not overlap: sums with zeros are exact,
-    so that the matrix is the same at every world size and in every stage's cut.
+    so that the matrix is the same at every world size and in every stage's cut. A rank holds its
+    own matrix and one more.
     """
-    wholes = [update.new_zeros(torch.Size(piece.shape).numel()) for piece in batch]
-    for owner, (piece, whole) in enumerate(zip(batch, wholes, strict=True)):
+    mine = dist.rank() if is_sharded else 0
+    own = update.new_empty(0)
+    for owner, piece in enumerate(batch):
+        whole = update.new_zeros(torch.Size(piece.shape).numel())
         part = update[piece.offset : piece.offset + piece.numel]
         whole[piece.start : piece.start + piece.numel] = part
         if is_sharded:
             torch.distributed.reduce(whole, owner)
-    mine = dist.rank() if is_sharded else 0
+        own = whole if owner == mine else own
     if mine < len(batch):
-        wholes[mine] = orthogonalised(wholes[mine].view(batch[mine].shape)).reshape(-1)
-    for owner, whole in enumerate(wholes) if is_sharded else ():
-        torch.distributed.broadcast(whole, owner)
-    return wholes
+        own = orthogonalised(own.view(batch[mine].shape)).reshape(-1)
+    for owner, piece in enumerate(batch):
+        whole = own if owner == mine else update.new_empty(torch.Size(piece.shape).numel())
+        if is_sharded:
+            torch.distributed.broadcast(whole, owner)
+        yield whole
 
 
 def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:

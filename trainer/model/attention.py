@@ -289,7 +289,7 @@ def _attend(
     """
     layer = type(module).__name__
     # a batch of other tokens than the layer's is not the layer's: BLT attends between patches
-    if document_bounds is None and _current and sum(_current.lengths) == query.shape[2]:
+    if document_bounds is None and _current and _current.own_tokens == query.shape[2]:
         document_bounds = _current
     if document_bounds is None:
         raise BadInput(

@@ -50,6 +50,14 @@ class Bounds:
     lengths: tuple[int, ...]  # the same on the host, where reading them costs no synchronization
     slices: Slices | None = None  # None: the sequence lies on this rank alone
 
+    @property
+    def own_tokens(self) -> int:
+        """The number of tokens on this rank."""
+        if self.slices is None:
+            return sum(self.lengths)
+        start, stop = self.slices.borders[self.slices.index : self.slices.index + 2]
+        return stop - start
+
     def chunked(self, size: int) -> Bounds:
         """Return the bounds of chunks: each document is cut every `size` tokens from its start."""
         lengths = [min(size, n - start) for n in self.lengths for start in range(0, n, size)]

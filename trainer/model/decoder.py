@@ -48,7 +48,13 @@ def decoder_layers(model: Any) -> list[nn.Module]:
 
 
 def whole_layers(model: Any) -> list[nn.Module]:
-    """Return the decoder layers that ZeRO-3 gathers at once; see WHOLE_LAYER."""
+    """Return the decoder layers that ZeRO-3 gathers at once; see WHOLE_LAYER.
+
+    None if a weight is frozen: where no input of a layer needs a gradient, DeepSpeed would reduce
+    the layer's gradients before they are there.
+    """
+    if not all(p.requires_grad for p in model.parameters()):
+        return []
     return [layer for layer in decoder_layers(model) if num_weights(layer) <= WHOLE_LAYER]
 
 

@@ -52,12 +52,13 @@ class RouterLoss:
                 "records; remove the key"
             )
         named = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-        if any(name.endswith("e_score_correction_bias") for name in named):
+        if any(name.endswith(("e_score_correction_bias", "expert_bias")) for name in named):
             raise BadInput(
                 f"loss.router_aux: {type(model).__name__} balances its experts by a bias "
-                "(e_score_correction_bias), not by a loss; remove the key"
+                "(as e_score_correction_bias), not by a loss; remove the key"
             )
         self._coefficient = coefficient
+        self._are_probabilities: bool | None = None  # asked of the first micro-batch
         self.reset()
 
     def reset(self) -> None:
@@ -85,7 +86,7 @@ class RouterLoss:
         aux, entropy, loads = [], [], []
         for layer in logits:
             experts = layer.shape[-1]
-            log_TE = layer.reshape(-1, experts).float().log_softmax(-1)
+            log_TE = self._log_probabilities(layer.reshape(-1, experts).float())
             probability_TE = log_TE.exp()
             chosen_TE = torch.zeros_like(log_TE).scatter_(
                 1, log_TE.detach().topk(self._chosen).indices, 1.0
@@ -103,6 +104,24 @@ class RouterLoss:
         self._entropy = self._entropy + torch.stack(entropy).mean()
         self._load = self._load + torch.stack(loads)
         return self._coefficient * mean
+
+    def _log_probabilities(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        """Return (T, E) of a router's record: logits, or probabilities as Gemma 4's."""
+        if self._are_probabilities is None:
+            rows = scores_TE.detach()
+            sums_to_1 = ((rows.sum(-1) - 1).abs() < 1e-2).all()
+            self._are_probabilities = bool((rows >= 0).all() and sums_to_1)
+        if self._are_probabilities:
+            return scores_TE.clamp_min(1e-30).log()
+        return scores_TE.log_softmax(-1)
+
+    def sums(self) -> tuple[Any, Any, Any]:
+        """Return what `restore` takes, to forget the micro-batches after it."""
+        return self._aux, self._entropy, self._load
+
+    def restore(self, sums: tuple[Any, Any, Any]) -> None:
+        """Put the sums back: a step that is not applied does not count (C12)."""
+        self._aux, self._entropy, self._load = sums
 
     def read(self, steps: int) -> dict[str, float]:
         """Return the metrics of the last `steps` steps, over all ranks, and begin anew.

@@ -7,8 +7,14 @@ from contextlib import suppress
 from pathlib import Path
 
 NODES = Path("/sys/devices/system/node")  # the kernel's list, with each node's cores
-# who sets one of these places threads by himself
-_USERS = ("OMP_PLACES", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+# Who sets one of these places threads by himself, or has chosen GPUs, of whatever nodes.
+_USERS = (
+    "OMP_PLACES",
+    "OMP_PROC_BIND",
+    "GOMP_CPU_AFFINITY",
+    "KMP_AFFINITY",
+    "CUDA_VISIBLE_DEVICES",
+)
 
 
 def bind_to_numa_node(local_rank: int, num_ranks: int) -> str:
@@ -24,12 +30,12 @@ def bind_to_numa_node(local_rank: int, num_ranks: int) -> str:
     bound = len(allowed) < (os.cpu_count() or 1) or any(name in os.environ for name in _USERS)
     nodes = [_cores(path.read_text()) for path in NODES.glob("node[0-9]*/cpulist")]
     # a node may have memory alone; cores are numbered by their nodes
-    nodes = sorted((cores for cores in nodes if cores), key=min)
+    nodes = sorted((cores & allowed for cores in nodes if cores & allowed), key=min)
     if bound or not 1 < len(nodes) <= num_ranks:
         return ""
     number = local_rank * len(nodes) // num_ranks
     for thread in os.listdir("/proc/self/task"):
-        with suppress(ProcessLookupError):  # it has ended since
+        with suppress(OSError):  # it has ended since, or a container forbids it
             os.sched_setaffinity(int(thread), nodes[number])
     return f"NUMA node {number} of {len(nodes)}, {len(nodes[number])} cores"
 
