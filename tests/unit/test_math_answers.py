@@ -78,7 +78,7 @@ def fail(answer, reference):
 
 def test_without_the_library_the_command_to_install_it_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"pip install 'math-verify\[antlr4_13_2\]'"):
+    with pytest.raises(BadInput, match=r"pip install 'math-verify\[antlr4-13-2\]'"):
         math_answers.check_installed("`math_answer`")
 
 

@@ -37,7 +37,9 @@ def test_ranks_share_the_nodes_in_their_order(bound: dict[int, set[int]]) -> Non
         assert set(map(int, os.listdir("/proc/self/task"))) <= bound.keys()
 
 
-@pytest.mark.parametrize("why", ["one rank", "one node", "an affinity", "OMP_PLACES"])
+@pytest.mark.parametrize(
+    "why", ["one rank", "one node", "an affinity", "OMP_PLACES", "CUDA_VISIBLE_DEVICES"]
+)
 def test_it_leaves_a_process_as_it_is(
     why: str, bound: dict[int, set[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -45,7 +47,7 @@ def test_it_leaves_a_process_as_it_is(
         (tmp_path / "node1" / "cpulist").write_text("\n")
     if why == "an affinity":
         monkeypatch.setattr(os, "sched_getaffinity", lambda thread: {0, 1})
-    if why == "OMP_PLACES":
-        monkeypatch.setenv(why, "cores")
+    if why in numa._USERS:
+        monkeypatch.setenv(why, "4,5")
     assert numa.bind_to_numa_node(0, 1 if why == "one rank" else 2) == ""
     assert not bound

@@ -112,6 +112,16 @@ def test_muon_takes_linear_products_and_experts_alone() -> None:
     assert all(group["weight_decay"] > 0 for group in groups if group["kind"] == "muon")
 
 
+def test_sgd_without_momentum_has_moments_of_zeros_to_save() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    section = OptimSection.model_validate({"kind": "sgd", "betas": [0.0, 0.9]})
+    groups: list[dict[str, Any]] = [{"params": [weight], "kind": "sgd", "lr_scale": 1.0}]
+    optimizer = build_optimizer(groups, section, STAGE_0)
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    assert moments_of(optimizer, weight, "sgd")["momentum_buffer"].tolist() == [0.0, 0.0]
+
+
 @pytest.mark.parametrize("kind", ["adamw", "lion", "sgd", "muon"])
 def test_moments_take_the_bytes_that_are_planned(kind: str) -> None:
     model = empty_model().to_empty(device="cpu")

@@ -258,6 +258,13 @@ def test_an_override_reaches_into_a_list(tmp_path):
             "eval.generate: there are no held-out rows; give data.eval",
         ),
         (
+            with_key(
+                "eval",
+                {"every_steps": 5, "early_stopping": {"metric": "eval_loss", "patience": 1}},
+            ),
+            "eval.early_stopping: there are no held-out rows; give data.eval",
+        ),
+        (
             with_scorer({"kind": "exat"}),
             "`eval.generate.scorers.mine`: unknown kind `exat`; did you mean `exact`?",
         ),

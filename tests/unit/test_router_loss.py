@@ -52,11 +52,30 @@ def test_packed_documents_count_by_their_trained_tokens() -> None:
     assert packed.item() == pytest.approx(0.25 * alone[0].item() + 0.75 * alone[1].item())
 
 
+def test_a_router_recorded_by_its_probabilities_has_the_same_loss() -> None:
+    """Gemma 4's is: a softmax of them would make every router look balanced."""
+    torch.manual_seed(0)
+    logits, batch = 3 * torch.randn(7, 4), pack([torch.arange(7)], [[0, 1, 4]], [1 / 3] * 3)
+    of_logits, of_shares = (RouterLoss(empty("qwen3_moe"), 0.5) for _ in range(2))
+    expected = of_logits((logits,), batch)
+    assert of_shares((logits.softmax(-1),), batch).item() == pytest.approx(expected.item())
+
+
+def test_a_step_that_is_not_applied_leaves_the_sums() -> None:
+    router, batch = RouterLoss(empty("qwen3_moe"), 0.5), pack([torch.arange(7)], [[0]], [1.0])
+    router((torch.ones(7, 4),), batch)
+    before = router.sums()
+    router((torch.full((7, 4), torch.nan),), batch)
+    router.restore(before)
+    assert router.read(1)["train/router_entropy"] == pytest.approx(1.0)
+
+
 @pytest.mark.parametrize(
     ("kind", "sizes", "why"),
     [
         ("llama", {}, "has no router"),
         ("glm4_moe", {"n_routed_experts": 4, "first_k_dense_replace": 0}, "by a bias"),
+        ("lfm2_moe", {"num_dense_layers": 0, "layer_types": ["conv"] * 2}, "by a bias"),
     ],
 )
 def test_models_without_such_a_router_are_refused(

@@ -319,6 +319,37 @@ def test_a_parquet_file_that_unfolds_to_gigabytes_is_refused_unread(tmp_path, mo
         list(read_rows(a_source(path=str(path), format="instruction")))
 
 
+def test_long_lists_of_few_texts_are_no_bomb(tmp_path):
+    """As the roles of a million turns, and a column of empty tools."""
+    rows, turns = 300_000, 600_000
+    roles = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0, 1] * rows, pyarrow.int32()), pyarrow.array(["user", "assistant"])
+    )
+    ends = pyarrow.array(range(0, turns + 1, 2), pyarrow.int32())
+    no_tools = pyarrow.nulls(turns, pyarrow.list_(pyarrow.string()))[:rows]
+    columns = {
+        "question": pyarrow.array(["x"] * rows),
+        "roles": pyarrow.ListArray.from_arrays(ends, roles.dictionary_decode()),
+        "tools": no_tools,
+    }
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    assert len(list(read_rows(a_source(path=str(path), format="instruction", rows=10)))) == 10
+
+
+def test_a_text_in_a_list_is_repeated_for_each_item(tmp_path, monkeypatch):
+    text = pyarrow.DictionaryArray.from_arrays(
+        pyarrow.array([0] * 1_000_000, pyarrow.int32()), pyarrow.array(["x" * 1_000_000])
+    )
+    ends = pyarrow.array([0, 1_000_000], pyarrow.int32())
+    path = tmp_path / "a.parquet"
+    column = pyarrow.ListArray.from_arrays(ends, text)
+    pyarrow.parquet.write_table(pyarrow.table({"question": column}), path, compression="zstd")
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", None)
+    with pytest.raises(BadInput, match=r"would take .* GiB"):
+        list(read_rows(a_source(path=str(path), format="instruction")))
+
+
 def test_a_column_of_one_value_is_no_bomb(tmp_path):
     rows = [{"split": "train", "question": "x" * 1000, "messages": [], "n": None}] * 50_000
     path = tmp_path / "a.parquet"

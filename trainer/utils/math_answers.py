@@ -52,7 +52,7 @@ def check_installed(what: str) -> None:
     """Raise BadInput if the library is not installed; `what` is the setting that needs it."""
     if importlib.util.find_spec("math_verify") is None:
         raise BadInput(
-            f"{what} needs the library math-verify: pip install 'math-verify[antlr4_13_2]'"
+            f"{what} needs the library math-verify: pip install 'math-verify[antlr4-13-2]'"
         )
 
 
