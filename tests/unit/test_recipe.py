@@ -265,6 +265,13 @@ def test_an_override_reaches_into_a_list(tmp_path):
             "eval.early_stopping: there are no held-out rows; give data.eval",
         ),
         (
+            {
+                **with_key("batch.micro_batch_size", "auto"),
+                "checkpoint": {"mirror": "s3://bucket/run"},
+            },
+            "batch.micro_batch_size: auto is chosen before checkpoint.mirror",
+        ),
+        (
             with_scorer({"kind": "exat"}),
             "`eval.generate.scorers.mine`: unknown kind `exat`; did you mean `exact`?",
         ),

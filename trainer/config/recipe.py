@@ -92,6 +92,11 @@ class Recipe(Section):
                 "loss.router_aux needs whole documents on a rank, and the routers' own forward; "
                 "remove it, or parallel.sequence and model.compile"
             )
+        if self.checkpoint.mirror is not None and self.batch.micro_batch_size == "auto":
+            raise ValueError(
+                "batch.micro_batch_size: auto is chosen before checkpoint.mirror brings the run "
+                "folder, which holds what was chosen before; give the number"
+            )
         self._check_lengths()
         self._check_held_out()
         if self.streaming:

@@ -25,7 +25,10 @@ MARKED = re.compile(r"####([^\n]*)\s*\Z|<answer>(.*?)</answer>", re.DOTALL)
 # Values that the library reads as what they say, in the one \\boxed{} of a text. It has readings of
 # its own: it takes 01,000 for 1, compares no more than 15 digits, of which 6 are decimals, and
 # takes neither -5% nor 1,000% for a percentage.
-NUMBER = r"(?:[0-9]{1,9}|[1-9][0-9]{0,2}(?:(?:,|\{,\})[0-9]{3}){1,2})(?:\.[0-9]{1,4})?"
+DECIMALS = r"(?:\.[0-9]{1,4})?"
+# with separators, and without a unit after them, which the library reads otherwise
+LARGE = rf"[1-9][0-9]{{0,2}}(?:(?:,|\{{,\}})[0-9]{{3}}){{1,2}}{DECIMALS}(?! ?[\\^])"
+NUMBER = rf"(?:{LARGE}|[0-9]{{1,9}}{DECIMALS})"
 FRACTION = r"\\[dt]?frac\{(-?[0-9]{1,9})\}\{([1-9][0-9]{0,8})\}"
 # not words that mean something to the library
 UNIT = r"(?:\\,|\\? )?\\text\{(?![^}]*\b(?:and|or|percent|percentage|pct)\b)[A-Za-z ]+\}"
