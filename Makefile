@@ -66,7 +66,7 @@ chaos: install  ## fuzz what is read, flip bits, kill runs: FUZZ=10000 FLIPS=250
 style: install  ## ruff, pyright and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/shellcheck .ci/run launch/*.sh slurm/*.sh
 
 docs: install  ## the site of docs/, in build/site; a broken link stops it

@@ -198,7 +198,7 @@ def parts_orthogonalised() -> Any:
     whole = optimizers._orthogonalised_by_owners
 
     def alone(batch: Any, update: Any, is_sharded: bool) -> Any:
-        return [whole([piece], update, False)[0] for piece in batch]
+        return [next(whole([piece], update, False)) for piece in batch]
 
     return mock.patch.object(optimizers, "_orthogonalised_by_owners", alone)
 

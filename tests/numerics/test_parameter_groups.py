@@ -113,8 +113,8 @@ def build(template: str, folder: Path) -> Engine:
     fast = [p for name, p in module.named_parameters() if "layers.0." in name]
     slow = [p for name, p in module.named_parameters() if "layers.0." not in name]
     groups = [
-        {"params": fast, "weight_decay": 0.0, "lr_scale": 10.0},
-        {"params": slow, "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": fast, "kind": "adamw", "weight_decay": 0.0, "lr_scale": 10.0},
+        {"params": slow, "kind": "adamw", "weight_decay": 0.0, "lr_scale": 1.0},
     ]
     return Engine(module, groups, optim, config)
 

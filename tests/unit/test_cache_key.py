@@ -57,6 +57,7 @@ DOES_NOT: dict[str, list[Any]] = {
     "model.dtype": ["float32"],
     "model.attention": ["reference"],
     "model.layer_kernels": ["torch"],
+    "model.compile": ["layers"],
     "model.activation_checkpointing": ["none"],
     "model.trust_remote_code": [True],
     "model.freeze": [["embed"]],
