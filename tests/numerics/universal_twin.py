@@ -34,6 +34,8 @@ def main(model_folder: str, folder: str, stage: str, out: str) -> None:
         optimizer = torch.optim.AdamW(
             [{"params": matrices}, {"params": others, "weight_decay": 0.0}], fused=True
         )
+        for own in optimizer.param_groups:
+            own["kind"] = "adamw"  # by which zero_state knows the moments
         engine: Any
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=config, dist_init_required=False
