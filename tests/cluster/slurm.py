@@ -89,13 +89,20 @@ class Slurm:
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "show", "job", number).stdout))
 
     def wait(
-        self, number: str, *states: str, restarts: int = 0, seconds: float = 600
+        self,
+        number: str,
+        *states: str,
+        restarts: int = 0,
+        reason: str | None = None,
+        seconds: float = 600,
     ) -> dict[str, str]:
-        """Wait until the job is in one of the states, in that start, and return it."""
+        """Wait until the job is in one of the states, in that start and for that reason (at first
+        Slurm says that it cleans up), and return it."""
         end = time.monotonic() + seconds
         while True:
             job = self.job(number)
-            if job["JobState"] in states and int(job["Restarts"]) >= restarts:
+            is_reason = reason in (None, job["Reason"])
+            if job["JobState"] in states and int(job["Restarts"]) >= restarts and is_reason:
                 return job
             assert job["JobState"] in (
                 "PENDING",

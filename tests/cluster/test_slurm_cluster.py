@@ -98,8 +98,7 @@ def test_a_signal_saves_and_queues_again_and_the_second_start_goes_on(
     cluster.run(
         "scancel", "--batch", "--signal=USR1", number
     )  # to the script alone, as --signal=B:USR1@600 does
-    job = cluster.wait(number, "PENDING", restarts=1)
-    assert job["Reason"] == "BeginTime", "the script has asked for it"
+    cluster.wait(number, "PENDING", restarts=1, reason="BeginTime")  # the script has asked for it
     cluster.start_now(number)
     job = cluster.wait(number, "COMPLETED", restarts=1)
     assert job["ExitCode"] == "0:0"
