@@ -395,7 +395,7 @@ CHANGES: dict[str, Any] = {
 CHANGES["shards_appear"] = shards_appear
 CHANGES |= {f.__name__: f for f in (dry_run_first, dry_run_that_learns)}
 CHANGES |= {f.__name__: f for f in (parts_orthogonalised, routers_balanced_by_micro_batch)}
-CHANGES |= sequence_defects.DEFECTS
+CHANGES |= {**sequence_defects.DEFECTS, "short_zigzag": sequence_defects.short_zigzag}
 
 if __name__ == "__main__":
     main(sys.argv[1])

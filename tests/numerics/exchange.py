@@ -21,9 +21,9 @@ import transformers
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from packhorse.trainer import dist
+from packhorse.trainer import datatypes, dist
 from packhorse.trainer.config.recipe import LossSection, ModelSection
-from packhorse.trainer.datatypes import BadInput, slice_borders
+from packhorse.trainer.datatypes import BadInput, slice_pieces
 from packhorse.trainer.estimate.model import (
     attention_shapes,
     build_empty_model,
@@ -40,12 +40,12 @@ from tests.numerics import sequence_defects
 from tests.ranks import ROOT
 
 SIZE, VALUE_SIZE = 8, 6
-seen = {"ulysses": 0.0, "gather": 0.0, "by layer": 0.0}
+seen = {"ulysses": 0.0, "gather": 0.0, "ring": 0.0, "by layer": 0.0}
 counted = {"cases": 0}
 
 
 @settings(
-    max_examples=60,
+    max_examples=80,
     derandomize=True,
     deadline=None,
     database=None,
@@ -74,13 +74,12 @@ def compare(
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     bounds = Bounds(ends, max(lengths), tuple(lengths))
 
-    borders = slice_borders(lengths, number)
-    start, stop = borders[dist.rank() : dist.rank() + 2]
-    own = slice(start, stop)
     asked = None if kind == "by layer" else kind
-    slices = Slices(borders, dist.rank(), None, asked)
+    pieces = slice_pieces(lengths, number, asked == "ring")
+    own = [token for piece in pieces[dist.rank()] for token in range(*piece)]
+    slices = Slices(pieces, dist.rank(), None, asked)
 
-    def run(attend: Any, tensors: list[torch.Tensor], where: Bounds, part: slice) -> list[Any]:
+    def run(attend: Any, tensors: list[torch.Tensor], where: Bounds, part: Any) -> list[Any]:
         leaves = [x.clone().requires_grad_() for x in tensors]
         sink = sinks.clone().requires_grad_() if sinks is not None else None
         cap = 3.0 if in_full else None
@@ -108,19 +107,21 @@ def compare(
         td.all_reduce(own_sink_grad)
         seen[kind] = max(seen[kind], float((own_sink_grad - sink_grad).abs().max()))
     counted["cases"] += 1
-    # what goes to another rank, forward: half of the calls, as each has one back
-    forward = sent.call_args_list[: sent.call_count // 2]
+    # what goes to another rank, forward: half of the calls, as each has one back; a ring's has two
+    in_ring = sequence_exchange.goes_round(asked, lengths, window)
+    forward = sent.call_args_list[: sent.call_count // (2 + in_ring)]
     elements = sum(sum(call.args[3]) - call.args[3][dist.rank()] for call in forward)
     layer = (heads, groups, SIZE, VALUE_SIZE, window)
     assert elements == exchanged_elements([layer], lengths, number, dist.rank(), asked)
 
 
-def check_at_the_start() -> tuple[float, str]:
+def check_at_the_start(kind: str | None) -> tuple[float, str]:
     """Return what the check sees of a sound model, and what it says of one cut at its borders."""
-    group = attention.SequenceGroup(None, None)
+    group = attention.SequenceGroup(None, kind)
     module = SftModel(tiny_llama(), LossSection(), 0, CPU, group)
     proof = prove_packing(module, seq_len=64, one_document=False, seed=0)
-    prove = partial(prove_slices, module, proof, size=dist.world_size(), seq_len=64, seed=0)
+    cut = {"size": dist.world_size(), "zigzag": kind == "ring"}
+    prove = partial(prove_slices, module, proof, **cut, seq_len=64, seed=0)
     difference = prove()
     within = sequence_defects.attend_within_the_slice
     try:
@@ -140,17 +141,20 @@ def saved_over_planned(kind: str) -> float:
     planned = slice_activations(trace_activations(empty, tokens), shapes, tokens, ranks, kind, 4)
     model = tiny(transformers.AutoConfig.from_pretrained(folder)).train()
     # as the planner assumes: the reference holds masks where queries begin later than keys
-    attention.set_implementation(model, "packhorse_fused")
-    group = attention.SequenceGroup(None, kind if kind == "gather" else None)
+    attention.set_implementation(model, f"packhorse_{'reference' if kind == 'ring' else 'fused'}")
+    group = attention.SequenceGroup(None, None if kind == "ulysses" else kind)
     module = SftModel(model, LossSection(), 0, CPU, group)
-    batch = pack(documents([ranks * tokens]), [[1]], [1.0]).cut(dist.rank(), ranks)
+    whole = pack(documents([ranks * tokens]), [[1]], [1.0])
+    batch = whole.cut(dist.rank(), ranks, kind == "ring")
     return saved_bytes(model, partial(module.hidden_states, batch)) / planned["none"].kept
 
 
 if __name__ == "__main__":
-    with dist.process_group():
+    # zigzags of short documents
+    with dist.process_group(), mock.patch.object(datatypes, "ZIGZAG_TOKENS", 1):
         compare()
-        difference, said = check_at_the_start()
-        saved = [saved_over_planned(kind) for kind in ("ulysses", "gather")]
-        found = {**seen, **counted, "check": difference, "said": said, "saved": saved}
+        difference, said = check_at_the_start(None)
+        of_ring, _ = check_at_the_start("ring")
+        saved = [saved_over_planned(kind) for kind in ("ulysses", "gather", "ring")]
+        found = {**seen, **counted, "check": max(difference, of_ring), "said": said, "saved": saved}
         print(json.dumps(found), flush=True)

@@ -32,9 +32,15 @@ class ParallelSection(Section):
         description="Ranks that share each packed sequence (sequence parallelism), for contexts "
         "that do not fit one GPU. It divides the number of ranks.",
     )
-    sequence_kind: Literal["ulysses", "gather"] | None = Field(
+    sequence_kind: Literal["ulysses", "gather", "ring"] | None = Field(
         default=None,
         description="How ranks that share a sequence attend over all of it. ulysses: exchange "
-        "tokens for heads; gather: collect keys and values. null: gather in a layer whose window "
-        "fits a slice, or whose query heads `sequence` does not divide; else ulysses.",
+        "tokens for heads; gather: collect keys and values; ring: pass them round, with balanced "
+        "work. null: gather in a layer whose window fits a slice, or whose query heads `sequence` "
+        "does not divide; else ulysses.",
     )
+
+    @property
+    def cut(self) -> tuple[int, bool]:
+        """How many ranks share a sequence, and whether it is cut in a zigzag (C13)."""
+        return self.sequence, self.sequence_kind == "ring"

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from packhorse.trainer.datatypes import BadInput, Batch, slice_borders
+from packhorse.trainer.datatypes import BadInput, Batch, slice_pieces
 from packhorse.trainer.model import attention_kernels, flash_versions
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds, Slices, visible
 from packhorse.trainer.model.decoder import uncompiled
@@ -125,7 +125,8 @@ def keyword_arguments(batch: Batch, group: SequenceGroup | None = None) -> dict[
     slices = None
     if number > 1:
         assert group is not None, "a slice, and no ranks that have the others"
-        slices = Slices(slice_borders(batch.lengths, number), index, *group)
+        pieces = slice_pieces(batch.lengths, number, batch.zigzag)
+        slices = Slices(pieces, index, *group)
     ours = {"document_bounds": Bounds(bounds, batch.max_seqlen, batch.lengths, slices)}
     if len(batch.lengths) == 1 or slices:
         return ours
