@@ -207,7 +207,7 @@ def routers_balanced_by_micro_batch() -> Any:
     """Take the auxiliary loss over the micro-batch, as other trainers do."""
     plain = router_loss.RouterLoss.__call__
 
-    def over_all(self: Any, logits: Any, batch: Any) -> Any:
+    def over_all(self: Any, logits: Any, batch: Any, *_: Any) -> Any:
         ends = batch.cu_seqlens[[0, -1]]
         whole = replace(batch, cu_seqlens=ends, lengths=(sum(batch.lengths),))
         return plain(self, logits, whole)

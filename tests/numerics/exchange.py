@@ -35,11 +35,13 @@ from packhorse.trainer.model.attention_kernels import Arguments, Bounds, Slices,
 from packhorse.trainer.model.packing_check import prove_packing
 from packhorse.trainer.model.sequence_check import prove_slices
 from packhorse.trainer.model.sft import SftModel
-from tests.model_helpers import CPU, documents, pack, saved_bytes, tiny, tiny_llama
+from tests.model_helpers import CPU, SIZES, documents, pack, saved_bytes, tiny
 from tests.numerics import sequence_defects
 from tests.ranks import ROOT
+from tests.unit.test_rotary import CHANGING
 
 SIZE, VALUE_SIZE = 8, 6
+LLAMA = transformers.LlamaConfig(**SIZES)
 seen = {"ulysses": 0.0, "gather": 0.0, "ring": 0.0, "by layer": 0.0}
 counted = {"cases": 0}
 
@@ -115,17 +117,27 @@ def compare(
     assert elements == exchanged_elements([layer], lengths, number, dist.rank(), asked)
 
 
-def check_at_the_start(kind: str | None) -> tuple[float, str]:
-    """Return what the check sees of a sound model, and what it says of one cut at its borders."""
+def check_at_the_start(
+    kind: str | None, config: Any = LLAMA, seq_len: int = 64
+) -> tuple[float, str]:
+    """Return what the check sees of a sound model, and what it says of one whose documents, or
+    whose rotary tables, are cut at a slice's borders.
+    """
     group = attention.SequenceGroup(None, kind)
-    module = SftModel(tiny_llama(), LossSection(), 0, CPU, group)
-    proof = prove_packing(module, seq_len=64, one_document=False, seed=0)
+    module = SftModel(tiny(config), LossSection(), 0, CPU, group)
+    proof = prove_packing(module, seq_len=seq_len, one_document=False, seed=0)
     cut = {"size": dist.world_size(), "zigzag": kind == "ring"}
-    prove = partial(prove_slices, module, proof, **cut, seq_len=64, seed=0)
+    prove = partial(prove_slices, module, proof, **cut, seq_len=seq_len, seed=0)
     difference = prove()
-    within = sequence_defects.attend_within_the_slice
+    within, parts = sequence_defects.attend_within_the_slice, Bounds.own_parts
+    of_parts = property(lambda self: [(tokens, tokens) for tokens, _ in parts.__get__(self)])
+    defect = (
+        mock.patch.object(attention, "attend_in_slices", within)
+        if config is LLAMA
+        else mock.patch.object(Bounds, "own_parts", of_parts)
+    )
     try:
-        with mock.patch.object(attention, "attend_in_slices", within):
+        with defect:
             prove()
     except BadInput as error:
         return difference, str(error)
@@ -153,8 +165,10 @@ if __name__ == "__main__":
     # zigzags of short documents
     with dist.process_group(), mock.patch.object(datatypes, "ZIGZAG_TOKENS", 1):
         compare()
-        difference, said = check_at_the_start(None)
-        of_ring, _ = check_at_the_start("ring")
+        # rotary tables by a document's length, of which a rank has a part
+        tables = [(kind, config, 128) for config in CHANGING.values() for kind in (None, "ring")]
+        checks = [check_at_the_start(*given) for given in [(None,), ("ring",), *tables]]
+        differences, said = zip(*checks, strict=True)
         saved = [saved_over_planned(kind) for kind in ("ulysses", "gather", "ring")]
-        found = {**seen, **counted, "check": max(difference, of_ring), "said": said, "saved": saved}
+        found = {**seen, **counted, "check": max(differences), "said": said, "saved": saved}
         print(json.dumps(found), flush=True)

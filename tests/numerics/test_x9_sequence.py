@@ -140,10 +140,13 @@ def test_the_exchange_is_attention_on_one_rank(world: int) -> None:
         json.loads(output.splitlines()[-1])
         for output in run_ranks(world, ["-m", "tests.numerics.exchange"])
     ]
-    # the last rank sees the most keys, and the planner counts those
+    # the last rank sees the most keys, and the planner counts those; what a ring gives is kept
+    # once, and the planner counts a copy, too
     saved = [max(of_kind) for of_kind in zip(*(seen.pop("saved") for seen in ranks), strict=True)]
-    assert saved == pytest.approx([1, 1, 1], rel=0.01), "not what is planned"
+    assert saved == pytest.approx([1, 1, 0.95], rel=0.01), "not what is planned"
     for seen in ranks:
         assert seen.pop("cases") >= 50
-        assert "layer 0 (LlamaDecoderLayer) gives other states" in seen.pop("said"), "not refused"
+        said = seen.pop("said")
+        assert all("gives other states where a sequence is cut" in why for why in said), said
+        assert "layer 0 (LlamaDecoderLayer)" in said[0]
         assert max(seen.values()) < 1e-6, seen

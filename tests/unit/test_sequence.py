@@ -135,22 +135,15 @@ def test_queries_of_a_slice_have_the_keys_that_they_see(start: int, window: int 
         ({"by_document": ("MambaBlock (why)",)}, "MambaBlock"),
         ({"by_itself": True}, "its own code"),
         ({"is_random": True}, "dropout"),
-        ({"rope": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rotary table"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_with_its_name(change: dict[str, Any], said: str) -> None:
-    changes = {"rope_parameters": change["rope"]} if "rope" in change else {}
-    module = SftModel(tiny_llama(**changes), LossSection(), 0, CPU)
+    module = SftModel(tiny_llama(), LossSection(), 0, CPU)
     module.is_random = change.get("is_random", False)
     proof = Proof(0.0, 0.0, (1,), LogitTransform())
     proof = proof._replace(**{k: v for k, v in change.items() if k in Proof._fields})
     with pytest.raises(BadInput, match=rf"parallel\.sequence: .*{said}.*parallel\.sequence=1"):
         sequence_check.prove_slices(module, proof, size=2, seq_len=64, seed=0)
-
-
-def test_a_loss_of_whole_documents_is_refused() -> None:
-    with pytest.raises(BadInput, match=r"loss\.router_aux needs whole documents on a rank"):
-        load_recipe("debug", ["parallel.sequence=2", "loss.router_aux=0.01"])
 
 
 def test_a_layer_that_differs_after_the_cut_is_named() -> None:

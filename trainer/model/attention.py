@@ -148,6 +148,12 @@ def _document_index(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
 _current: Bounds | None = None  # of the batch in the forward, for layers that hand none on
 
 
+def current_bounds(tokens: int) -> Bounds | None:
+    """Return the boundaries of the batch in the forward, if it has as many tokens on this rank."""
+    # a batch of other tokens than the layer's is not the layer's: BLT attends between patches
+    return _current if _current and _current.own_tokens == tokens else None
+
+
 @contextmanager
 def found_by_all(bounds: Bounds | None) -> Iterator[None]:
     """Let attention find a batch's boundaries in the block where a layer does not hand them on.
@@ -179,7 +185,7 @@ def other_attention(model: Any, name: str) -> Iterator[None]:
         name = "eager"
     set_implementation(model, name)
     try:
-        with uncompiled(model):
+        with uncompiled(model), found_by_all(None):
             yield
     finally:
         set_implementation(model, before)
@@ -289,9 +295,7 @@ def _attend(
         BadInput: the layer asks for what packed causal attention, or this backend, does not do.
     """
     layer = type(module).__name__
-    # a batch of other tokens than the layer's is not the layer's: BLT attends between patches
-    if document_bounds is None and _current and _current.own_tokens == query.shape[2]:
-        document_bounds = _current
+    document_bounds = document_bounds or current_bounds(query.shape[2])
     if document_bounds is None:
         raise BadInput(
             f"{layer} does not hand the document boundaries on to its attention; this model cannot "

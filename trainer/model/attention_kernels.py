@@ -84,6 +84,17 @@ class Bounds:
         inside = self._of([end - start for _, start, end in cut])
         return inside, self._of([end - begin for begin, _, end in cut])
 
+    @property
+    def own_parts(self) -> list[tuple[int, int]]:
+        """The parts of documents on this rank: the tokens of each, and its whole document's."""
+        pieces = self.slices.pieces[self.slices.index] if self.slices else ((0, sum(self.lengths)),)
+        return [
+            (min(end, stop) - max(end - length, start), length)
+            for start, stop in pieces
+            for end, length in zip(accumulate(self.lengths), self.lengths)
+            if end - length < stop and end > start
+        ]
+
     def _of(self, lengths: list[int]) -> Bounds:
         ends = self.cu_seqlens.new_tensor([0, *accumulate(lengths)])
         return Bounds(ends, max(lengths), tuple(lengths), self.slices)

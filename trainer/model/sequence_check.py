@@ -12,7 +12,6 @@ import torch
 
 from packhorse.trainer import dist
 from packhorse.trainer.datatypes import BadInput, Batch
-from packhorse.trainer.model import rotary
 from packhorse.trainer.model.decoder import layer_name, recorded_states
 from packhorse.trainer.model.packing_check import (
     MOST_ROUNDING,
@@ -45,7 +44,7 @@ def prove_slices(
         BadInput: the model is one that cannot be cut, or a layer differs.
     """
     config = sft.model.config.get_text_config()
-    refused = _refusal(sft, proof, config)
+    refused = _refusal(sft, proof)
     if refused:
         raise BadInput(f"parallel.sequence: {refused}; {_ADVICE}")
     training = sft.training
@@ -65,7 +64,7 @@ def prove_slices(
     return _require_close(sft, dist.gather(off), abs(total - loss) / max(1.0, abs(loss)))
 
 
-def _refusal(sft: SftModel, proof: Proof, config: object) -> str | None:
+def _refusal(sft: SftModel, proof: Proof) -> str | None:
     """Return why the model cannot be cut, as far as it is known before it is run."""
     if sft.is_random:
         return (
@@ -76,8 +75,6 @@ def _refusal(sft: SftModel, proof: Proof, config: object) -> str | None:
         return f"{proof.by_document[0]} carries a state from token to token"
     if proof.by_itself:
         return "the model attends by its own code, which knows whole documents only"
-    if rotary.depends_on_length(config):
-        return "the rotary table of a document depends on its length, which a slice does not show"
     return None
 
 

@@ -109,7 +109,8 @@ class SftModel(nn.Module):
             transform=self.transform,
         )
         total = self.model.get_output_embeddings()(hidden_NH, loss=loss)
-        return total + router(out.router_logits, batch) if router else total
+        group = self._group and self._group.process_group
+        return total + router(out.router_logits, batch, group) if router else total
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return what the model hands to its head, (T, H)."""
