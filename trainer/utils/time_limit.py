@@ -91,17 +91,31 @@ def interrupted_after(limit_s: float) -> Iterator[None]:
         yield
         return
 
-    def interrupt(*_: object) -> None:
-        raise TooLong
+    with many_interruptions():
+        # again and again, as code may swallow the first
+        signal.setitimer(signal.ITIMER_VIRTUAL, limit_s, 0.1)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
 
-    before = signal.signal(signal.SIGVTALRM, interrupt)
-    # again and again, as code may swallow the first
-    signal.setitimer(signal.ITIMER_VIRTUAL, limit_s, 0.1)
+
+@contextmanager
+def many_interruptions() -> Iterator[None]:
+    """Prepare for many short blocks of `interrupted_after`, each of which costs less in here."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGVTALRM) is _interrupt:
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, _interrupt)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+def _interrupt(*_: object) -> None:
+    raise TooLong
 
 
 _helper: Child | None = None
