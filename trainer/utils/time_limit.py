@@ -103,14 +103,15 @@ def interrupted_after(limit_s: float) -> Iterator[None]:
 @contextmanager
 def many_interruptions() -> Iterator[None]:
     """Prepare for many short blocks of `interrupted_after`, each of which costs less in here."""
-    is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGVTALRM) is _interrupt:
+    global _is_prepared
+    if _is_prepared or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGVTALRM, _interrupt)
+    before, _is_prepared = signal.signal(signal.SIGVTALRM, _interrupt), True
     try:
         yield
     finally:
+        _is_prepared = False
         signal.signal(signal.SIGVTALRM, before)
 
 
@@ -118,6 +119,7 @@ def _interrupt(*_: object) -> None:
     raise TooLong
 
 
+_is_prepared = False
 _helper: Child | None = None
 _lock = threading.Lock()
 
