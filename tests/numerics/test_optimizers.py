@@ -31,6 +31,8 @@ CHOSEN = {
         *("optim.kind=muon", "optim.lr=3e-3"),
         "optim.groups=[{match: layers.0.self_attn.q_proj, lr: 3e-3}]",
     ),
+    "adafactor": ("optim.kind=adafactor", "optim.lr=3e-3"),
+    "adamw_8bit": ("optim.kind=adamw_8bit",),
 }
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 

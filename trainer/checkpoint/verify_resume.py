@@ -32,7 +32,7 @@ from packhorse.trainer.config.packaged import MAIN, RECIPES
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import DONE, SAVED_RUN_AGAIN, BadInput
 from packhorse.trainer.engine import sharded_state
-from packhorse.trainer.engine.optimizers import MOMENTS
+from packhorse.trainer.engine.moments import MOMENTS
 from packhorse.trainer.engine.sharded_state import WEIGHT, Shards, Slice, add_digests
 from packhorse.trainer.model.load import load_model, load_tokenizer
 from packhorse.trainer.utils.files import read_json_lines

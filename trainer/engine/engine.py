@@ -24,12 +24,13 @@ from packhorse.trainer.config.recipe import OptimSection
 from packhorse.trainer.datatypes import BadInput, Batch, StepResult
 from packhorse.trainer.engine import compile_ops, zero_state
 from packhorse.trainer.engine.ds_config import nvme_offloads, stage
+from packhorse.trainer.engine.moments import moment_bytes
 from packhorse.trainer.engine.optim import (
     replace_gradient_norm,
     set_learning_rates,
     step_clipped,
 )
-from packhorse.trainer.engine.optimizers import Lion, Muon, build_optimizer, moment_bytes
+from packhorse.trainer.engine.optimizers import PIECEWISE, Lion, build_optimizer
 from packhorse.trainer.metrics import Clock
 from packhorse.trainer.model.decoder import whole_layers
 from packhorse.trainer.model.lora import borrowed_weights
@@ -61,7 +62,7 @@ with lean_import("mlflow"):
 compile_ops.set_build_folder_and_flags()
 deepspeed_logger.setLevel(logging.WARNING)
 # tests/numerics/test_optimizers.py tests them; DeepSpeed warns of others than it has tried
-ZERO_SUPPORTED_OPTIMIZERS += [Lion, Muon, torch.optim.SGD]
+ZERO_SUPPORTED_OPTIMIZERS += [Lion, torch.optim.SGD, *PIECEWISE.values()]
 # DeepSpeed calls collectives by names that torch 2.13 deprecates, once for each layer and step
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
 # An all-reduce for inference. DeepSpeed would compile it at each machine's first start, and write
@@ -196,7 +197,7 @@ class Engine:
         self.state = zero_state.TrainingState(
             self.module.model, self._optimizer, self.stage, moments, gathered
         )
-        zero_state.show_matrices(self._optimizer, self.state.names())
+        zero_state.show_pieces(self._optimizer, self.state.names())
         self._gradient_watch = None
         if self.stage == 3:
             self._gradient_watch = _GradientWatch(module)

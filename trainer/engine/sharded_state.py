@@ -25,8 +25,10 @@ from safetensors import safe_open
 
 from packhorse.trainer.datatypes import BadInput
 
-# State of a parameter or a buffer. A trained parameter has optim.MOMENTS beside it.
+# State of a parameter or a buffer. A trained parameter has moments.MOMENTS beside it.
 WEIGHT = "weight"
+# Between a parameter's name and what its states of another length are of, as `::blocks`.
+BESIDE = "::"
 # State of a parameter that is not trained. Only its digest is saved: the model's folder has it.
 FROZEN = "frozen"
 _CHUNK = 2**18  # elements hashed and written at a time, which fit into a core's cache

@@ -21,8 +21,9 @@ import torch
 from torch import nn
 
 from packhorse.trainer import dist
-from packhorse.trainer.engine.optimizers import Muon, Piece, is_offloaded, moments_of
+from packhorse.trainer.engine.moments import BLOCK, Piece, Piecewise, is_offloaded, moments_of
 from packhorse.trainer.engine.sharded_state import (
+    BESIDE,
     FROZEN,
     WEIGHT,
     Digests,
@@ -57,7 +58,7 @@ class TrainingState:
     Parameters and buffers have the names that the transformers model gives them.
 
     Args:
-        moment_bytes: of all ranks together (optimizers.moment_bytes).
+        moment_bytes: of all ranks together (moments.moment_bytes).
         gathered: holds parameters whole inside its block (engine.gathered).
     """
 
@@ -161,7 +162,7 @@ def read(optimizer: Any, names: Names) -> Iterator[list[Slice]]:
         on_nvme = _is_on_nvme(optimizer, i)
         if on_nvme:
             optimizer._optimizer_states_and_gradient_swap_in(i)
-        yield _slices(part, moments_of(_base(optimizer), part.master, part.kind))
+        yield _slices(part, _base(optimizer), names)
         if on_nvme:
             optimizer._release_swap_buffers(i)
 
@@ -178,7 +179,7 @@ def write(optimizer: Any, names: Names, updates: int) -> Iterator[list[Slice]]:
         on_nvme = _is_on_nvme(optimizer, i)
         if on_nvme:
             optimizer._optimizer_states_and_gradient_swap_in(i)
-        yield _slices(part, moments_of(_base(optimizer), part.master, part.kind, updates))
+        yield _slices(part, _base(optimizer), names, updates)
         if is_stage_3(optimizer):
             # the model's own shards follow the masters
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
@@ -231,20 +232,30 @@ def _partitions(optimizer: Any, names: Names) -> Iterator[Partition]:
         yield Partition(master, group["kind"], parameters, places)
 
 
-def show_matrices(optimizer: Any, names: Names) -> None:
-    """Tell Muon where its matrices lie in the master weights, if it is the optimizer."""
+def show_pieces(optimizer: Any, names: Names) -> None:
+    """Tell an optimizer that needs it where its parameters lie in the master weights of all ranks.
+
+    Every rank calls it.
+    """
     base = _base(optimizer)
-    if not isinstance(base, Muon):
+    if not isinstance(base, Piecewise):
         return
     base.is_sharded = base is not optimizer  # DeepSpeed cuts weights at every stage but 0
-    base.pieces = {
-        id(part.master): [
-            Piece(tuple(getattr(p, "ds_shape", p.shape)), *here.get(names[id(p)], (0, 0, 0)))
-            for p in part.parameters
-        ]
-        for part in _partitions(optimizer, names)
+    parts = list(_partitions(optimizer, names))
+    own = [
+        [here.get(names[id(p)], (0, 0, 0)) for p in part.parameters]
+        for part in parts
         for here in ({name: place for name, *place in part.places},)
-    }
+    ]
+    of_ranks = dist.gather(own) if base.is_sharded else [own]
+    base.pieces = {}
+    for i, part in enumerate(parts):
+        base.pieces[id(part.master)] = pieces = []
+        for k, (parameter, place) in enumerate(zip(part.parameters, own[i], strict=True)):
+            cuts = {start for start, _, numel in (theirs[i][k] for theirs in of_ranks) if numel}
+            blocks = sorted({start // BLOCK for start in cuts if start % BLOCK})
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            pieces.append(Piece(shape, *place, cut_blocks=tuple(blocks)))
 
 
 def _stage_3_places(parameters: list[Any], names: Names) -> Iterator[Place]:
@@ -265,15 +276,24 @@ def _stage_1_2_places(parameters: list[Any], names: Names) -> Iterator[Place]:
             yield names[id(parameter)], of_parameter.start, here.start, here.numel
 
 
-def _slices(part: Partition, moments: dict[str, torch.Tensor]) -> list[Slice]:
+def _slices(
+    part: Partition, base: torch.optim.Optimizer, names: Names, updates: int | None = None
+) -> list[Slice]:
+    """Return a partition's slices; to be filled where `updates` are given, else to be saved."""
+    moments = moments_of(base, part.master, part.kind, updates)
     states = {
         name: tensor.detach().view(-1) for name, tensor in {WEIGHT: part.master, **moments}.items()
     }
-    return [
+    found = [
         Slice(name, start, {state: flat[offset : offset + numel] for state, flat in states.items()})
         for name, start, offset, numel in part.places
         if numel > 0
     ]
+    if isinstance(base, Piecewise) and part.kind != "adamw":
+        for number, what, start, beside in base.states_beside(part.master, updates is None):
+            name = names[id(part.parameters[number])]
+            found.append(Slice(f"{name}{BESIDE}{what}", start, beside))
+    return found
 
 
 # --------------------------------------------------------------------------- around a step's work
