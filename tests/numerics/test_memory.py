@@ -26,11 +26,12 @@ CASES = [
     *(f"{stage}-float32-float32-adamw_8bit" for stage in ("zero0", "zero2", "zero3")),
     *(f"{stage}-bfloat16-float32-adafactor" for stage in ("zero1", "zero3")),
     "zero1-bfloat16-float32-lion",
-    "zero3-float32-float32-sgd",
+    "zero3-float32-float32-sgd-ema",
 ]
-KEYS = {"adapter": "adapter={rank: 4, modules_to_save: [lm_head]}"} | {
-    kind: f"optim.kind={kind}" for kind in ("muon", "lion", "sgd", "adafactor", "adamw_8bit")
-}
+KEYS = {
+    "adapter": "adapter={rank: 4, modules_to_save: [lm_head]}",
+    "ema": "optim.ema_decay=0.9",
+} | {kind: f"optim.kind={kind}" for kind in ("muon", "lion", "sgd", "adafactor", "adamw_8bit")}
 PARTS = ("weights", "gradients", "masters", "moments")
 
 

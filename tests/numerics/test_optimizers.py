@@ -9,7 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+from packhorse.trainer.checkpoint import checkpoint
+from packhorse.trainer.checkpoint.hf_export import export
+from packhorse.trainer.datatypes import BadInput
 from tests.numerics.compare import (
     BF16,
     BF16_CHANGE_BOUND,
@@ -19,6 +24,7 @@ from tests.numerics.compare import (
     is_same,
     report,
     run_cases,
+    start_weights,
 )
 
 pytestmark = pytest.mark.runs
@@ -54,6 +60,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
                 {**case(root, f"{kind}-{stage}-moved", "zero2", *chosen), "changes": defects}
             )
         one.append(case(root, f"{kind}-1", "zero0", *chosen, "batch.micro_batch_size=2"))
+    average = ("optim.ema_decay=0.7", "checkpoint.every_steps=1")
+    two.append(case(root, "ema", "zero3", *average, stop_after=3))
+    one.append(case(root, "ema", "zero2", *average))
     muon = CHOSEN["muon"]
     two.append(case(root, "parts", "zero2", *muon, changes=["parts_orthogonalised"]))
     two.append(case(root, "muon-bf16", "zero1", *muon, *BF16, "train.steps=1"))
@@ -100,6 +109,27 @@ def test_muon_finds_its_matrices_in_bf16_too(runs: dict[str, Run]) -> None:
     seen = difference(runs["muon-bf16"], runs["muon-bf16-3"])
     report("muon in bf16, stage 1 against 3", seen)
     assert seen.change <= BF16_CHANGE_BOUND
+
+
+def test_averages_follow_every_step_and_are_exported(
+    runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Two ranks at stage 3 average three steps, one at stage 2 the other three."""
+    run_dir = runs["ema"].folder
+    average = start_weights(run_dir, {})
+    for step in range(1, 7):
+        saved, manifest = checkpoint.open_checkpoint(run_dir, step)
+        for name in manifest.trained:
+            average[name] = 0.7 * average[name] + 0.3 * saved.whole(name).double()
+            assert torch.allclose(saved.whole(name, "ema").double(), average[name], atol=1e-6)
+    saved, manifest = checkpoint.open_checkpoint(run_dir)
+    out = tmp_path_factory.mktemp("averaged") / "model"
+    exported = load_file(export(run_dir, out, ema=True) / "model.safetensors")
+    for name in manifest.trained & exported.keys():
+        assert torch.equal(exported[name], saved.whole(name, "ema").to(exported[name].dtype))
+        assert not torch.equal(exported[name], saved.whole(name).to(exported[name].dtype))
+    with pytest.raises(BadInput, match="keeps no average"):
+        export(runs["sgd-1"].folder, out.with_name("other"), ema=True)
 
 
 def test_kinds_differ(runs: dict[str, Run]) -> None:

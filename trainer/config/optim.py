@@ -74,6 +74,14 @@ class OptimSection(Section):
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="Gradients are clipped to this global L2 norm."
     )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Decay of a moving average (EMA) of the weights, as 0.999. `export --ema` and "
+        "`eval --ema` take it. It is updated at each step and takes 4 bytes a trained weight. "
+        "null: none.",
+    )
     groups: tuple[OptimGroup, ...] = Field(
         default=(), description="Learning rates of their own, as `[{match: embed, lr: 1e-6}]`."
     )

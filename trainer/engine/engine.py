@@ -171,7 +171,7 @@ class Engine:
         self.stage = stage(config)
         self.swaps = bool(nvme_offloads(config))
         self.module: Any = module
-        self._max_grad_norm = optim.max_grad_norm
+        self._max_grad_norm, self._ema_decay = optim.max_grad_norm, optim.ema_decay
         self._engine: Any
         compile_ops.build_ops(compile_ops.needed_ops(config, trains=groups is not None))
         for layer in whole_layers(module.model) if self.stage == 3 else ():
@@ -195,7 +195,9 @@ class Engine:
         self._optimizer: Any = self._engine.optimizer
         replace_gradient_norm(self._optimizer)
         self.state = zero_state.TrainingState(
-            self.module.model, self._optimizer, self.stage, moments, gathered
+            *(self.module.model, self._optimizer, self.stage, moments),
+            averages=optim.ema_decay is not None,
+            gathered=gathered,
         )
         zero_state.show_pieces(self._optimizer, self.state.names())
         self._gradient_watch = None
@@ -240,6 +242,8 @@ class Engine:
             norm, applied = step_clipped(
                 self._engine, self.module.parameters(), self._max_grad_norm, self.stage
             )
+        if applied and self._ema_decay is not None:
+            self.state.update_averages(self._ema_decay)
         skipped = None if applied else "the gradient norm is not finite"
         if router and (refused or skipped):
             router.restore(before)

@@ -49,6 +49,7 @@ class ModelSizes:
     groups: tuple[tuple[int, ...], ...]  # each trained parameter, by the optimizer's groups
     kinds: tuple[str, ...]  # what updates each group (optim.parameter_groups)
     group_moments: tuple[int, ...]  # bytes of each group's states, once
+    averaged: bool  # whether optim.ema_decay keeps one more number a weight
     frozen: tuple[int, ...]  # each frozen parameter that is not in 4 bits
     quantised: int  # all frozen parameters in 4 bits
     quantised_bytes: int
@@ -69,7 +70,7 @@ class ModelSizes:
 
     @property
     def moment_bytes(self) -> int:
-        return sum(self.group_moments)
+        return sum(self.group_moments) + 4 * self.averaged * self.trained
 
     @property
     def parameters(self) -> int:
@@ -142,6 +143,7 @@ def measure_model(
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
         kinds=tuple(group["kind"] for group in groups),
         group_moments=tuple(moment_bytes([group]) for group in groups),
+        averaged=optim.ema_decay is not None,
         frozen=tuple(p.numel() for p in frozen),
         quantised=sum(in_4_bits.values()),
         quantised_bytes=sum(_nf4_bytes(elements, double) for elements in in_4_bits.values()),

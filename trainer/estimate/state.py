@@ -113,7 +113,7 @@ def _cuts_of_flat(group: Sequence[int], piece: int, world: int) -> Iterator[np.n
 def _count_moments(
     model: ModelSizes, pieces: Sequence[int], cuts: Iterable[Iterable[np.ndarray]]
 ) -> int:
-    """Return the bytes of the optimizer's states on the rank that has the most.
+    """Return the bytes of the optimizer's states, and averages, on the rank that has the most.
 
     Args:
         pieces: elements of each group on a rank.
@@ -123,7 +123,7 @@ def _count_moments(
     for kind, whole, piece, group in zip(
         model.kinds, model.group_moments, pieces, cuts, strict=True
     ):
-        of_ranks += BYTES_PER_WEIGHT[kind] * piece
+        of_ranks += (BYTES_PER_WEIGHT[kind] + 4 * model.averaged) * piece
         if kind == "adafactor":  # every rank has the means of all rows and columns
             of_ranks += whole
         for at in group if kind == "adamw_8bit" else ():
