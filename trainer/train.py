@@ -141,12 +141,13 @@ def prepare_and_fit(
         given = (recipe, run_dir, tokenizer, train_data, plan, eval_data, stop, trackers, mirror)
         fit(PreparedRun(*given))
     # not in the group, where the other ranks would wait in vain
-    steps = last_step(recipe.eval, run_dir, plan.steps)
-    done = dist.is_main() and is_done(run_dir, steps)
-    if mirror:
-        mirror.finish(is_done=done)
-    if done and recipe.run.push_to_hub:
-        push_run(run_dir, recipe.run.push_to_hub, steps)
+    if dist.is_main():
+        steps = last_step(recipe.eval, run_dir, plan.steps)
+        done = is_done(run_dir, steps)
+        if mirror:
+            mirror.finish(is_done=done)
+        if done and recipe.run.push_to_hub:
+            push_run(run_dir, recipe.run.push_to_hub, steps)
 
 
 @dataclass(frozen=True)
@@ -202,7 +203,7 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     """
     recipe, run_dir, plan = prepared.recipe, prepared.run_dir, prepared.plan
     first_step, recent_losses = resume(prepared, engine)
-    if first_step == last_step(recipe.eval, run_dir, plan.steps) and is_done(run_dir, first_step):
+    if has_ended(prepared, first_step):
         dist.log.info("%s: all %d steps are done; set another run.dir", run_dir, first_step)
         if dist.is_main():
             dist.log.info(describe_end(recipe, run_dir))
@@ -257,6 +258,14 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     watch.pause()
     metrics.close()
     return "rollback" if outcome.end == "rollback" else "ended"
+
+
+def has_ended(prepared: PreparedRun, step: int) -> bool:
+    """Return whether the run's last step is done. Every rank calls it; rank 0 reads, as other nodes
+    may see an older state of a shared file system."""
+    recipe, run_dir = prepared.recipe, prepared.run_dir
+    ended = dist.is_main() and step == last_step(recipe.eval, run_dir, prepared.plan.steps)
+    return dist.broadcast(ended and is_done(run_dir, step))
 
 
 def conclude(prepared: PreparedRun, metrics: Metrics, guard: Guard, best: Best, steps: int) -> None:

@@ -30,7 +30,7 @@ from packhorse.trainer.data import loader, summary
 from packhorse.trainer.data.prepare import prepare, train_plan
 from packhorse.trainer.data.streaming import prepare_train
 from packhorse.trainer.engine import engine, moments, muon, sharded_state, zero_state
-from packhorse.trainer.model import router_loss, sft
+from packhorse.trainer.model import fp8, router_loss, sft
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.trackers import Trackers
@@ -308,6 +308,11 @@ def frozen_and_buffers() -> Any:
     return both
 
 
+def fp8_on_cpu() -> Any:
+    """Let products run in fp8 here, where torch emulates them and the trainer refuses."""
+    return mock.patch.object(fp8, "missing_for_fp8", return_value=None)
+
+
 # -------------------------------------------------------------------------------- streaming sources
 
 
@@ -392,7 +397,7 @@ CHANGES: dict[str, Any] = {
     **DEFECTIVE_RESUMES,
     "frozen_and_buffers": frozen_and_buffers,
 }
-CHANGES["shards_appear"] = shards_appear
+CHANGES |= {f.__name__: f for f in (shards_appear, fp8_on_cpu)}
 CHANGES |= {f.__name__: f for f in (dry_run_first, dry_run_that_learns)}
 CHANGES |= {f.__name__: f for f in (parts_orthogonalised, routers_balanced_by_micro_batch)}
 CHANGES |= sequence_defects.DEFECTS

@@ -137,7 +137,7 @@ def start_weights(
 
     `starts` caches them by model and adapter.
     """
-    recipe = load_recipe(run_dir / "recipe.yaml", ["model.dtype=float32"])
+    recipe = load_recipe(run_dir / "recipe.yaml", ["model.dtype=float32", "model.matmul=bf16"])
     made_of = f"{recipe.model.name} {recipe.adapter}"
     if made_of not in starts:
         tokenizer, seed = load_tokenizer(recipe.model), recipe.train.seed

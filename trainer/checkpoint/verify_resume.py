@@ -212,7 +212,7 @@ def _train(recipe_file: Path, changes: list[str], world: int, what: str, log: Pa
 
 def _load_start(recipe_file: Path) -> dict[str, torch.Tensor]:
     """Return the weights that training starts from, in float32, by name."""
-    recipe = load_recipe(recipe_file, ["model.dtype=float32"])
+    recipe = load_recipe(recipe_file, ["model.dtype=float32", "model.matmul=bf16"])
     tokenizer, seed = load_tokenizer(recipe.model), recipe.train.seed
     model: Any = load_model(recipe.model, tokenizer, seed=seed, adapter=recipe.adapter)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}

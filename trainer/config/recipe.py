@@ -88,6 +88,11 @@ class Recipe(Section):
                 "nobody who loads it has them; train all weights, or take a model that has the "
                 "tokens"
             )
+        if self.adapter and self.adapter.base and self.model.matmul == "fp8_rowwise":
+            raise ValueError(
+                f"adapter.base: the products with weights in 4 bits ({self.adapter.base}) are not "
+                "made in fp8; remove adapter.base, or set model.matmul to bf16"
+            )
         if self.loss.router_aux is not None and (self.parallel.sequence > 1 or self.model.compile):
             raise ValueError(
                 "loss.router_aux needs whole documents on a rank, and the routers' own forward; "

@@ -61,6 +61,12 @@ class ModelSection(Section):
         "ZeRO stages 0 to 2. The first steps take up to minutes longer. It takes the place of "
         "`layer_kernels`, and recomputes a whole layer or nothing.",
     )
+    matmul: Literal["bf16", "fp8_rowwise"] = Field(
+        default="bf16",
+        description="How the layers' linear modules multiply in training. bf16: in model.dtype. "
+        "fp8_rowwise: with both factors rounded to fp8, a scale for each row, on GPUs from Ada and "
+        "Hopper on. Routers, adapters, head and embeddings stay as they are, as do all weights.",
+    )
     add_tokens: tuple[str, ...] = Field(
         default=(),
         description="Special tokens to add to the tokenizer. Their embeddings start at the mean of "
@@ -92,6 +98,11 @@ class ModelSection(Section):
         if self.compile and self.layer_kernels == "liger":
             raise ValueError(
                 "`layer_kernels: liger` and `compile: layers` fuse the same operations; take one"
+            )
+        if self.matmul == "fp8_rowwise" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"`matmul: fp8_rowwise` gives products in bfloat16, and dtype is {self.dtype}; set "
+                "dtype to bfloat16, or matmul to bf16"
             )
         if is_url(self.name):
             check_url(self.name)

@@ -179,6 +179,11 @@ class Disk:
     export: int  # while it is written, the weights are there twice
 
 
+def count_checkpoints(recipe: Recipe) -> int:
+    """Return how many checkpoints a run keeps: the best one is beside those of checkpoint.keep."""
+    return recipe.checkpoint.keep + (recipe.eval.best is not None)
+
+
 def disk_needed(model: ModelSizes, keep: int) -> Disk:
     one = 4 * model.trained + model.moment_bytes + model.buffers
     return Disk(one, (keep + 1) * one, one, 2 * model.element * model.parameters)
@@ -231,7 +236,8 @@ def step_seconds(model: ModelSizes, stats: StepStats, gpus: int, flops: float) -
     Args:
         flops: the model's own FLOP/s that a busy GPU achieves: its peak x the MFU.
     """
-    needed = model.flops.count(stats.tokens, stats.trained, stats.pairs)
+    # the products of the layers alone go by the tokens
+    needed = model.flops.count(stats.tokens / model.product_speed, stats.trained, stats.pairs)
     # a GPU that runs a filler does nothing for the step
     idle = filler_share(stats.micro_batches, gpus // stats.sequence)
     return needed / (gpus * flops * (1 - idle))
