@@ -29,7 +29,7 @@ from packhorse.trainer.config.sections import ModelSection
 from packhorse.trainer.data import loader, summary
 from packhorse.trainer.data.prepare import prepare, train_plan
 from packhorse.trainer.data.streaming import prepare_train
-from packhorse.trainer.engine import engine, optimizers, sharded_state, zero_state
+from packhorse.trainer.engine import engine, moments, muon, sharded_state, zero_state
 from packhorse.trainer.model import fp8, router_loss, sft
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.stop_flag import StopFlag
@@ -195,12 +195,12 @@ def labels_shifted_across_boundaries() -> Any:
 
 def parts_orthogonalised() -> Any:
     """Let each rank orthogonalise its part of a matrix, as Muon over a flat partition would."""
-    whole = optimizers._orthogonalised_by_owners
+    whole = muon._orthogonalised_by_owners
 
     def alone(batch: Any, update: Any, is_sharded: bool) -> Any:
         return [next(whole([piece], update, False)) for piece in batch]
 
-    return mock.patch.object(optimizers, "_orthogonalised_by_owners", alone)
+    return mock.patch.object(muon, "_orthogonalised_by_owners", alone)
 
 
 def routers_balanced_by_micro_batch() -> Any:
@@ -236,7 +236,7 @@ def moment_zeroed() -> Any:
 
     def without(self: Any, piece: Any) -> None:
         fill(self, piece)
-        for first in {names[0] for names in optimizers.MOMENTS.values()} & piece.states.keys():
+        for first in {names[0] for names in moments.MOMENTS.values()} & piece.states.keys():
             piece.states[first].zero_()
 
     return restore_unchecked(without)

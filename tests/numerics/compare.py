@@ -52,6 +52,7 @@ class Run:
     norms: list[float]
     eval_losses: list[float]
     changes: dict[str, torch.Tensor]  # of each weight since the start, float64
+    folder: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,7 @@ def read_run(run_dir: Path, starts: dict[str, dict[str, torch.Tensor]]) -> Run:
         [line["train/grad_norm"] for line in steps],
         [line["eval/loss"] for line in lines if "eval/loss" in line],
         changes,
+        run_dir,
     )
 
 

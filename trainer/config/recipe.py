@@ -51,6 +51,7 @@ _FREE_KEYS = {
     ),
     "batch": ("micro_batch_size",),
     "loss": ("kernel",),
+    "train": ("max_hours",),
     "parallel": ("deepspeed", "allow_idle_ranks", "sequence", "sequence_kind"),
 }
 

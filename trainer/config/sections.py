@@ -248,6 +248,13 @@ class TrainSection(Section):
         le=MAX_STEPS,
         description="Optimizer steps. If given, `epochs` does not count.",
     )
+    max_hours: float | None = Field(
+        default=None,
+        gt=0,
+        le=10_000,
+        description="Hours after its start at which the run saves and exits with 75, as on a "
+        "signal. The same command goes on, for as long again.",
+    )
     seed: int = Field(
         default=0,
         ge=-(2**63),

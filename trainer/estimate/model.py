@@ -21,8 +21,8 @@ from torch.utils.checkpoint import CheckpointPolicy
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import AdapterSection, ModelSection, OptimSection, Recipe
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.moments import moment_bytes
 from packhorse.trainer.engine.optim import parameter_groups
-from packhorse.trainer.engine.optimizers import MOMENTS
 from packhorse.trainer.metrics import ModelFlops, model_flops
 from packhorse.trainer.model import attention
 from packhorse.trainer.model.activation_checkpointing import save, set_checkpointing
@@ -62,7 +62,9 @@ class ModelSizes:
 
     name: str
     groups: tuple[tuple[int, ...], ...]  # each trained parameter, by the optimizer's groups
-    moments: tuple[int, ...]  # bytes that the optimizer keeps beside a group's weight, by group
+    kinds: tuple[str, ...]  # what updates each group (optim.parameter_groups)
+    group_moments: tuple[int, ...]  # bytes of each group's states, once
+    averaged: bool  # whether optim.ema_decay keeps one more number a weight
     frozen: tuple[int, ...]  # each frozen parameter that is not in 4 bits
     quantised: int  # all frozen parameters in 4 bits
     quantised_bytes: int
@@ -83,7 +85,7 @@ class ModelSizes:
 
     @property
     def moment_bytes(self) -> int:
-        return sum(m * sum(group) for m, group in zip(self.moments, self.groups, strict=True))
+        return sum(self.group_moments) + 4 * self.averaged * self.trained
 
     @property
     def parameters(self) -> int:
@@ -154,7 +156,9 @@ def measure_model(
     return ModelSizes(
         name=type(model).__name__,
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
-        moments=tuple(4 * len(MOMENTS[group["kind"]]) for group in groups),
+        kinds=tuple(group["kind"] for group in groups),
+        group_moments=tuple(moment_bytes([group]) for group in groups),
+        averaged=optim.ema_decay is not None,
         frozen=tuple(p.numel() for p in frozen),
         quantised=sum(in_4_bits.values()),
         quantised_bytes=sum(_nf4_bytes(elements, double) for elements in in_4_bits.values()),
