@@ -25,6 +25,7 @@ from packhorse.trainer import datatypes, dist
 from packhorse.trainer.config.recipe import LossSection, ModelSection
 from packhorse.trainer.datatypes import BadInput, slice_pieces
 from packhorse.trainer.estimate.model import (
+    AttentionShape,
     attention_shapes,
     build_empty_model,
     trace_activations,
@@ -113,7 +114,7 @@ def compare(
     in_ring = sequence_exchange.goes_round(asked, lengths, window)
     forward = sent.call_args_list[: sent.call_count // (2 + in_ring)]
     elements = sum(sum(call.args[3]) - call.args[3][dist.rank()] for call in forward)
-    layer = (heads, groups, SIZE, VALUE_SIZE, window)
+    layer = AttentionShape(heads, groups, SIZE, VALUE_SIZE, window)
     assert elements == exchanged_elements([layer], lengths, number, dist.rank(), asked)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import slice_pieces
 from packhorse.trainer.estimate.memory import Cluster, StepStats
-from packhorse.trainer.estimate.model import Activations, ModelSizes
+from packhorse.trainer.estimate.model import Activations, AttentionShape, ModelSizes
 from packhorse.trainer.estimate.traffic import Traffic, step_traffic
 from packhorse.trainer.model.ring_attention import seen_in_ring
 from packhorse.trainer.model.sequence_exchange import (
@@ -30,13 +30,9 @@ STEP_TOKENS = 1024  # of a rank, to which the longest sequence is searched
 MOST_TOKENS = 2**24  # of a rank, at which the search ends
 
 
-Layers = Sequence[tuple[int, int, int, int, int | None]]
-"""Query heads, key heads, head size, that of values, and window of each layer that attends."""
-
-
 def slice_activations(
     of_slice: Mapping[str, Activations],
-    layers: Layers,
+    layers: Sequence[AttentionShape],
     tokens: int,
     ranks: int,
     kind: str | None,
@@ -50,7 +46,7 @@ def slice_activations(
         element: bytes of a number.
     """
     more, passing = [], [0]
-    for heads, key_heads, size, value_size, window in layers:
+    for heads, key_heads, size, value_size, window, *_ in layers:
         own, width = key_heads * tokens, (size + value_size) * element
         if goes_round(kind, [ranks * tokens], window):
             passing.append(3 * own * width)  # its own beside each other, a step's and the next's
@@ -71,7 +67,11 @@ def slice_activations(
 
 
 def exchanged_elements(
-    layers: Layers, lengths: Sequence[int], ranks: int, index: int, kind: str | None
+    layers: Sequence[AttentionShape],
+    lengths: Sequence[int],
+    ranks: int,
+    index: int,
+    kind: str | None,
 ) -> int:
     """Return the elements that a rank sends in one forward, what it keeps left out.
 
@@ -85,7 +85,7 @@ def exchanged_elements(
     pieces, total, sent = slice_pieces(lengths, ranks, kind == "ring"), sum(lengths), 0
     own = sum(stop - start for start, stop in pieces[index])
     others = [rank for rank in range(ranks) if rank != index]
-    for heads, key_heads, size, value_size, window in layers:
+    for heads, key_heads, size, value_size, window, *_ in layers:
         if goes_round(kind, lengths, window):
             seen = seen_in_ring(tuple(lengths), pieces)
             wanted = sum(seen[rank][index].tokens for rank in others)
