@@ -15,9 +15,11 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import deepspeed
 import torch
 import torch.distributed as td
 import transformers
+from deepspeed.runtime.sequence_parallel import ulysses_sp
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -36,7 +38,7 @@ from packhorse.trainer.model.attention_kernels import Arguments, Bounds, Slices,
 from packhorse.trainer.model.packing_check import prove_packing
 from packhorse.trainer.model.sequence_check import prove_slices
 from packhorse.trainer.model.sft import SftModel
-from tests.model_helpers import CPU, SIZES, documents, pack, saved_bytes, tiny
+from tests.model_helpers import CPU, SIZES, documents, pack, relative, saved_bytes, tiny
 from tests.numerics import sequence_defects
 from tests.ranks import ROOT
 from tests.unit.test_rotary import CHANGING
@@ -145,6 +147,38 @@ def check_at_the_start(
     return difference, ""
 
 
+def differs_from_deepspeed() -> float:
+    """Return how far attention by heads is from DeepSpeed's own, of a document in even slices."""
+    number, tokens, heads, groups = dist.world_size(), 8, 12, 3 if dist.world_size() == 3 else 2
+    lengths = (number * tokens,)
+    bounds = Bounds(torch.tensor([0, *lengths], dtype=torch.int32), *lengths, lengths)
+    plain = Arguments(None, None, None, None, None, bounds)
+    slices = Slices(slice_pieces(lengths, number), dist.rank(), None, "ulysses")
+    in_slices = plain._replace(bounds=replace(bounds, slices=slices))
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    theirs = ulysses_sp.UlyssesSPAttentionHF(
+        lambda module, q, k, v, *_, **__: (reference("Layer", q, k, v, plain), None),
+        *(1, heads, SIZE, groups, 1, td.group.WORLD),
+        local_seq_length=tokens,
+        global_seq_length=sum(lengths),
+    )
+    positions = torch.arange(tokens)[None]
+    results = []
+    for attend in (
+        lambda *qkv: sequence_exchange.attend_in_slices(reference, "Layer", *qkv, in_slices),
+        lambda *qkv: theirs(theirs, *qkv, None, position_ids=positions)[0],
+    ):
+        generator = torch.Generator().manual_seed(dist.rank())
+        qkv = [
+            torch.randn(1, h, tokens, SIZE, generator=generator).double().requires_grad_()
+            for h in (heads, groups, groups)
+        ]
+        out = attend(*qkv).reshape(tokens, heads, SIZE)
+        (out * torch.arange(heads).view(-1, 1)).sum().backward()
+        results.append([out.detach(), *(x.grad for x in qkv)])
+    return max(map(relative, *results))
+
+
 def saved_over_planned(kind: str) -> float:
     """Return the bytes that a slice's forward saves for the backward, over the planner's."""
     ranks, tokens = dist.world_size(), 96
@@ -172,4 +206,5 @@ if __name__ == "__main__":
         differences, said = zip(*checks, strict=True)
         saved = [saved_over_planned(kind) for kind in ("ulysses", "gather", "ring")]
         found = {**seen, **counted, "check": max(differences), "said": said, "saved": saved}
+        found |= {"DeepSpeed": differs_from_deepspeed()}
         print(json.dumps(found), flush=True)
