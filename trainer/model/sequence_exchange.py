@@ -7,7 +7,7 @@ slice of what attention over the whole sequence gives.
               tokens of all heads (Jacobs et al., 2023, arXiv:2309.14509). Slices may be uneven.
     gather    a rank gets the keys and values that its own queries see, of its documents and, in a
               layer with a window, of that
-    ring      keys and values go round, so that a rank holds two slices of them at a time
+    ring      keys and values go round, so that a rank holds a step's and the next's only
               (ring_attention.py). The slices are balanced: see datatypes.slice_pieces. A layer with
               a window gathers
 
