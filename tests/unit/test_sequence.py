@@ -178,7 +178,7 @@ def test_a_zigzag_gives_each_rank_as_many_pairs_in_each_step(
         seen = seen_in_ring(lengths, slice_pieces(lengths, number, zigzag))
         counted = [
             [
-                sum((b - a) * (d - c) for (a, b), (c, d) in zip(*of_rank[rank - step], strict=True))
+                sum(q * k for q, k in zip(*of_rank[rank - step].documents[:2], strict=True))
                 for rank, of_rank in enumerate(seen)
             ]
             for step in range(number)

@@ -55,23 +55,20 @@ def attend_in_ring(
 
 
 class Seen(NamedTuple):
-    """What a rank's queries see of another rank's keys: a range of each for each document.
+    """What a rank's queries see of a rank's keys, as places on these ranks.
 
-    Ranges are of the places on the rank. Each of these queries sees all of these keys.
+    Each of these queries sees all of these keys of its document; of the rank's own ones, those that
+    are not after it.
     """
 
     queries: Ranges
     keys: Ranges
+    documents: Documents  # lengths of both
 
     @property
     def tokens(self) -> int:
         """The number of keys."""
-        return sum(stop - start for start, stop in self.keys)
-
-    def documents(self, step: int) -> Documents:
-        """Return the lengths of what is seen in a step: causal in step 0, that of the own keys."""
-        of_each = ([b - a for a, b in places] for places in self)
-        return Documents(*map(tuple, of_each), is_causal=step == 0)
+        return sum(self.documents.keys)
 
 
 @lru_cache(maxsize=16)  # all layers of a batch ask for the same
@@ -104,24 +101,36 @@ def _pieces_by_document(lengths: Sequence[int], pieces: Ranges) -> _Pieces:
 
 
 def _seen_of(queries: _Pieces, keys: _Pieces) -> Seen:
-    """Return what queries see of keys; of a rank's own ones, what they see is causal.
+    """Return what a rank's queries see of a rank's keys.
 
     A zigzag's pieces lie so that a rank's early and late queries see the same keys of another rank,
     if both see any. So there is one range of each.
     """
-    pairs = []
+    ranges_q, ranges_k, is_own = [], [], queries is keys
     for document, of_query in queries.items():
         of_key = keys.get(document, [])
         numbers = [sum(b - a for a, b, _ in of_key if b <= start) for start, *_ in of_query]
-        if queries is keys:
+        if is_own:
             numbers = [sum(b - a for a, b, _ in of_key)] * len(of_query)
         if not numbers[-1]:
             continue
         assert {*numbers} <= {0, numbers[-1]}, "a rank's queries see different keys of another"
         first, (start, stop, last) = of_query[numbers.index(numbers[-1])][2], of_query[-1]
-        begin = of_key[0][2]
-        pairs.append(((first, last + stop - start), (begin, begin + numbers[-1])))
-    return Seen(tuple(q for q, _ in pairs), tuple(k for _, k in pairs))
+        ranges_q.append((first, last + stop - start))
+        ranges_k.append((of_key[0][2], of_key[0][2] + numbers[-1]))
+    lengths = [tuple(b - a for a, b in ranges) for ranges in (ranges_q, ranges_k)]
+    return Seen(_merged(ranges_q), _merged(ranges_k), Documents(*lengths, is_own))
+
+
+def _merged(ranges: Sequence[tuple[int, int]]) -> Ranges:
+    """Return ranges in which neighbours are one: of hundreds of documents, few are left."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in ranges:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
 
 
 # ------------------------------------------------------------------------------------- the exchange
@@ -234,10 +243,10 @@ class _Ring(torch.autograd.Function):
         wide = torch.promote_types(torch.float32, query.dtype)
         out = query.new_zeros(*query.shape[:2], value.shape[-1], dtype=wide)
         log_sum = query.new_full(query.shape[:2], -torch.inf, dtype=wide)
-        for step, seen, pairs in _Round(arguments, torch.cat([key, value], -1)).steps():
+        for _, seen, pairs in _Round(arguments, torch.cat([key, value], -1)).steps():
             if seen.tokens:
                 given = (_take(query, seen.queries), pairs[..., :size], pairs[..., size:])
-                part = kernel.forward(*given, seen.documents(step), arguments)
+                part = kernel.forward(*given, seen.documents, arguments)
                 _join(out, log_sum, seen.queries, *part)
         if sinks is not None:  # of the softmax's sum, and without a value
             before, log_sum = log_sum, torch.logaddexp(log_sum, sinks.to(wide)[:, None])
@@ -263,7 +272,7 @@ class _Ring(torch.autograd.Function):
             if seen.tokens:
                 given = [_take(x, seen.queries) for x in (grad, query, out, log_sum)]
                 given += pairs[..., :size], pairs[..., size:]
-                more, *rest = ctx.kernel.backward(*given, seen.documents(step), ctx.arguments)
+                more, *rest = ctx.kernel.backward(*given, seen.documents, ctx.arguments)
                 _add(of_query, seen.queries, more)
                 gradients = torch.cat(rest, -1).to(pairs.dtype)
             if step == 0:
