@@ -287,7 +287,8 @@ class _Ring(torch.autograd.Function):
         of_sinks = None
         if sinks is not None:
             shares = (sinks.to(log_sum.dtype)[:, None] - log_sum).exp()
-            of_sinks = -(shares * (grad * out).sum(-1)).sum(1).to(sinks.dtype)
+            delta = (grad.to(log_sum.dtype) * out).sum(-1)
+            of_sinks = -(shares * delta).sum(1).to(sinks.dtype)
         return of_query.to(query.dtype), of_key, of_value, of_sinks, None, None
 
 
