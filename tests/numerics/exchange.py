@@ -201,7 +201,8 @@ if __name__ == "__main__":
     with dist.process_group(), mock.patch.object(datatypes, "ZIGZAG_TOKENS", 1):
         compare()
         # rotary tables by a document's length, of which a rank has a part
-        tables = [(kind, config, 128) for config in CHANGING.values() for kind in (None, "ring")]
+        changing = [config for name, config in CHANGING.items() if "moe" not in name]  # no jitter
+        tables = [(kind, config, 128) for config in changing for kind in (None, "ring")]
         checks = [check_at_the_start(*given) for given in [(None,), ("ring",), *tables]]
         differences, said = zip(*checks, strict=True)
         saved = [saved_over_planned(kind) for kind in ("ulysses", "gather", "ring")]
