@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from packhorse.trainer.checkpoint.hf_export import export
 from packhorse.trainer.utils.files import read_json_lines
 from tests.numerics.compare import Run, case, difference, report, run_cases
 from tests.numerics.sequence_defects import DEFECTS
@@ -112,6 +113,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     skipped = [(root / name / "skipped_steps.jsonl").read_text() for name in ("1-skip", "2-skip")]
     assert skipped[0] == skipped[1], "the rows of a step that is not applied are named otherwise"
     assert list((root / "2-ring" / "profile").iterdir()), "no trace"
+    # which compares what it has written with the checkpoint
+    assert list(export(root / "2-lora", root / "exported").glob("adapter_model*"))
     return found
 
 
