@@ -33,6 +33,7 @@ from packhorse.trainer.metrics import Metrics, model_flops
 from packhorse.trainer.model.attention import SequenceGroup
 from packhorse.trainer.model.checks import failures_explained, require_positions
 from packhorse.trainer.model.compiled_layers import compile_layers, require_compilable
+from packhorse.trainer.model.feed_forward_tiles import FEWEST_TILES, tile_tokens, tiled_blocks
 from packhorse.trainer.model.load import load_config, load_model
 from packhorse.trainer.model.lora import require_stage
 from packhorse.trainer.model.packing_check import longest_document, prove_packing
@@ -67,6 +68,7 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         gathered=gathered,
     )
     group = _sequence_group(recipe)
+    _say_tiles(recipe, model, hidden_size)
     offload = recipe.model.activation_checkpointing == "offload"
     module = SftModel(model, recipe.loss, recipe.train.seed, dist.device(), group, offload)
     groups = None
@@ -85,6 +87,18 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         dist.log.info("layers: %d, compiled at their first calls", num_layers)
     check_packing(recipe, module)
     return engine
+
+
+def _say_tiles(recipe: Recipe, model: Any, hidden_size: int) -> None:
+    """Log whether feed-forward blocks run in tiles at the recipe's length."""
+    tokens = recipe.batch.micro * recipe.batch.seq_len // recipe.parallel.sequence
+    tile = tile_tokens(hidden_size)
+    if tokens < FEWEST_TILES * tile or recipe.model.activation_checkpointing == "none":
+        return
+    if blocks := len(tiled_blocks(model)):
+        dist.log.info("feed-forward blocks: %d run in tiles of %d tokens", blocks, tile)
+    else:
+        dist.log.info("feed-forward blocks: all run whole, as experts and dropout need")
 
 
 def _sequence_group(recipe: Recipe) -> SequenceGroup | None:

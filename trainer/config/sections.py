@@ -51,9 +51,10 @@ class ModelSection(Section):
         default="auto",
         description="What the backward pass recomputes (gradient checkpointing). full: each layer "
         "but its input; selective: not attention, nor the products that widen a feed-forward "
-        "block; offload: full, with these inputs in the host's memory until they are needed; "
-        "auto: as little as fits the GPU's memory by `packhorse plan`, and full on a CPU. "
-        "Gradients stay the same by the bit.",
+        "block; offload: full, with these inputs in the host's memory until shortly before they "
+        "are needed; auto: as little as fits the GPU's memory by `packhorse plan`, and full on a "
+        "CPU. Gradients stay the same by the bit; only that full and offload run feed-forward "
+        "blocks in tiles where a rank has many tokens, which rounds otherwise.",
     )
     compile: Literal[False, "layers"] = Field(
         default=False,

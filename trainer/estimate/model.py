@@ -28,6 +28,12 @@ from packhorse.trainer.model import attention
 from packhorse.trainer.model.activation_checkpointing import save, set_checkpointing
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.decoder import decoder_layers, decoder_of, num_weights, whole_layers
+from packhorse.trainer.model.feed_forward_tiles import (
+    FEWEST_TILES,
+    feed_forward_blocks,
+    set_tiles,
+    tile_tokens,
+)
 from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
@@ -136,6 +142,7 @@ def measure_model(
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in in_4_bits]
     buffers = [buffer for _, buffer in persistent_buffers(model)]
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
+    blocks = feed_forward_blocks(model)  # gathered whole if they run in tiles
     return ModelSizes(
         name=type(model).__name__,
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
@@ -148,7 +155,7 @@ def measure_model(
         hidden=model.config.get_text_config().hidden_size,
         vocabulary=head.weight.shape[0],
         largest_module=largest,
-        gathered_at_once=max([largest, *map(num_weights, whole_layers(model))]),
+        gathered_at_once=max([largest, *map(num_weights, [*whole_layers(model), *blocks])]),
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in buffers),
         flops=model_flops(model),
     )
@@ -178,8 +185,11 @@ class Activations:
     host: int = 0  # kept in the host's memory
 
 
-def trace_activations(model: Any, tokens: int) -> dict[str, Activations]:
+def trace_activations(model: Any, tokens: int, *, tiles: bool = True) -> dict[str, Activations]:
     """Count what a forward over `tokens` meta tokens saves for the backward.
+
+    Args:
+        tiles: feed-forward blocks of recomputed layers may run in tiles.
 
     Returns:
         Activations by the values of model.activation_checkpointing that the model supports.
@@ -190,11 +200,17 @@ def trace_activations(model: Any, tokens: int) -> dict[str, Activations]:
     kept, whole_layers = _trace_forward(model, tokens, "none")
     found = {"none": Activations(kept, 0)}
     if model.supports_gradient_checkpointing:
+        workspace = _count_tile_bytes(model, tokens) if tiles else 0
         for mode in ("selective", "full"):
-            kept, of_layers = _trace_forward(model, tokens, mode)
+            in_tiles = mode == "full" and workspace > 0
+            if in_tiles:
+                _, whole_layers = _trace_forward(model, tokens, "none", in_tiles)
+            kept, of_layers = _trace_forward(model, tokens, mode, in_tiles)
             again = (whole - part for whole, part in zip(whole_layers, of_layers, strict=True))
-            found[mode] = Activations(kept, max(again, default=0))
-        found["offload"] = Activations(0, found["full"].layer, host=found["full"].kept)
+            found[mode] = Activations(kept, max(again, default=0) + workspace * in_tiles)
+        # a layer's input and the next one's
+        ahead = 2 * max(of_layers, default=0)
+        found["offload"] = Activations(ahead, found["full"].layer, host=found["full"].kept)
     return found
 
 
@@ -218,11 +234,31 @@ def largest_micro_batch(recipe: Recipe, card: int) -> int:
     return 2 ** (max(most, 1).bit_length() - 1)
 
 
-def _trace_forward(model: Any, tokens: int, mode: str) -> tuple[int, list[int]]:
+def _count_tile_bytes(model: Any, tokens: int) -> int:
+    """Return the bytes that the largest feed-forward block's backward takes if it runs in tiles: a
+    tile's activations, and the weights' gradients, rounded and in fp32. 0 if it runs whole.
+    """
+    hidden, largest = model.config.get_text_config().hidden_size, 0
+    if tokens < FEWEST_TILES * tile_tokens(hidden):
+        return 0
+    for block in feed_forward_blocks(model):
+        weight = next(block.parameters())
+        x = torch.empty(1, tile_tokens(hidden), hidden, dtype=weight.dtype, device="meta")
+        with _counting_saved_bytes(block) as (saved, _):
+            block(x.requires_grad_())
+        trained = sum(p.numel() for p in block.parameters() if p.requires_grad)
+        largest = max(largest, saved() + (4 + weight.element_size()) * trained)
+    return largest
+
+
+def _trace_forward(
+    model: Any, tokens: int, mode: str, tiles: bool = False
+) -> tuple[int, list[int]]:
     """Return the bytes saved by the decoder's forward, and those of each of its layers.
 
     Args:
         mode: of model.activation_checkpointing.
+        tiles: feed-forward blocks run in tiles.
     """
     of_layers: list[int] = []
     with _counting_saved_bytes(model) as (saved, count):
@@ -241,6 +277,7 @@ def _trace_forward(model: Any, tokens: int, mode: str) -> tuple[int, list[int]]:
         for layer in decoder_layers(model):
             hooks += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
         set_checkpointing(model, mode, count_and_save)
+        set_tiles(model, tiles)
         try:
             _run_decoder(model, tokens)
         except (RuntimeError, NotImplementedError) as error:

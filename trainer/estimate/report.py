@@ -94,7 +94,7 @@ def inspect_model(recipe: Recipe, tokens: int) -> tuple[ModelSizes, dict[str, Ac
     """
     empty = build_empty_model(recipe.model, recipe.adapter)
     model = measure_model(empty, recipe.optim, recipe.adapter)
-    activations = trace_activations(empty, tokens)
+    activations = trace_activations(empty, tokens, tiles=not recipe.model.compile)
     if (size := recipe.parallel.sequence) > 1:
         model = replace(model, attention=attention_shapes(empty))
         given = (model.attention, tokens, size, recipe.parallel.sequence_kind, model.element)

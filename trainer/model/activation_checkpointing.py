@@ -2,7 +2,9 @@
 
 In: a model and `model.activation_checkpointing`. Out: the same model, whose layers keep their input
 alone (`full`), or also what costs most to compute and little to hold (`selective`). Gradients do
-not change by a bit: the same operations run again on the same numbers.
+not change by a bit: the same operations run again on the same numbers. Only where a rank has so
+many tokens that `full` runs feed-forward blocks in tiles (feed_forward_tiles.py) they are rounded
+otherwise.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.feed_forward_tiles import WIDENING, set_tiles
 
-# Modules that widen in a feed-forward block, by the names that transformers gives them. A layer's
-# queries and keys must not be kept: Liger's rotary kernel writes into them where torch cannot see
-# it, and the recomputation would rotate them again.
-_WIDENING = {"gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "c_fc", "dense_h_to_4h"}
+# What `selective` keeps the products of. A layer's queries and keys must not be kept: Liger's
+# rotary kernel writes into them where torch cannot see it, and the recomputation would rotate them
+# again.
+_WIDENING = WIDENING
 _PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
 # Operations that attend, by name: flash-attn's, torch's varlen, and torch's own on a CPU. The
 # packages that define them may be missing.
@@ -45,7 +48,8 @@ def set_checkpointing(
 ) -> None:
     """Let the model recompute as `mode` says: `none`, `selective`, `full` or `offload`.
 
-    `offload` recomputes as `full` does; what it keeps is moved in sft.py.
+    `offload` recomputes as `full` does; activation_offload.py moves what it keeps. Both run
+    feed-forward blocks in tiles where a rank has many tokens.
 
     `auto`, which nobody has resolved on a CPU or in an evaluation, is `full`.
 
@@ -55,6 +59,8 @@ def set_checkpointing(
     Raises:
         BadInput: the model does not support activation checkpointing.
     """
+    if mode in ("none", "selective"):
+        set_tiles(model, False)
     if mode == "none":
         if model.supports_gradient_checkpointing:
             with _silent():
@@ -73,6 +79,8 @@ def set_checkpointing(
             if name.rpartition(".")[2] in _WIDENING:
                 module.register_forward_pre_hook(_Widening.enter)
                 module.register_forward_hook(_Widening.leave, always_call=True)
+    else:
+        set_tiles(model, True)
     with _silent():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
 
