@@ -87,7 +87,7 @@ class Recipe(Section):
                 "nobody who loads it has them; train all weights, or take a model that has the "
                 "tokens"
             )
-        if self.loss.router_aux is not None and (self.parallel.sequence > 1 or self.model.compile):
+        if self.loss.router_aux is not None and (self.parallel.sequence != 1 or self.model.compile):
             raise ValueError(
                 "loss.router_aux needs whole documents on a rank, and the routers' own forward; "
                 "remove it, or parallel.sequence and model.compile"

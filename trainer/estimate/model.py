@@ -7,7 +7,7 @@ of known models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +42,7 @@ from packhorse.trainer.utils.text import one_line
 # For `batch.micro_batch_size: auto`. Most of a GPU's memory is the training state's, and more
 # sequences are not worth any recomputation: activations may take this share of it.
 ACTIVATION_SHARE = 0.25
+MODES = ("none", "selective", "full", "offload")  # the least recomputation first
 MOST_TOKENS = 65_536  # of a micro-batch, by which products are large enough for any GPU
 
 # -------------------------------------------------------------------------------------------- sizes
@@ -185,33 +186,43 @@ class Activations:
     host: int = 0  # kept in the host's memory
 
 
-def trace_activations(model: Any, tokens: int, *, tiles: bool = True) -> dict[str, Activations]:
+def trace_activations(
+    model: Any, tokens: int, *, tiles: bool = True, modes: Collection[str] = MODES
+) -> dict[str, Activations]:
     """Count what a forward over `tokens` meta tokens saves for the backward.
 
     Args:
         tiles: feed-forward blocks of recomputed layers may run in tiles.
+        modes: values of model.activation_checkpointing.
 
     Returns:
-        Activations by the values of model.activation_checkpointing that the model supports.
+        Activations by those of `modes` that the model supports.
 
     Raises:
         BadInput: the model's forward depends on values, which meta tensors lack.
     """
+    modes = modes if model.supports_gradient_checkpointing else {"none"}
     kept, whole_layers = _trace_forward(model, tokens, "none")
     found = {"none": Activations(kept, 0)}
-    if model.supports_gradient_checkpointing:
+    if "selective" in modes:
+        kept, of_layers = _trace_forward(model, tokens, "selective")
+        found["selective"] = Activations(kept, _largest_again(whole_layers, of_layers))
+    if {"full", "offload"} & set(modes):
         workspace = _count_tile_bytes(model, tokens) if tiles else 0
-        for mode in ("selective", "full"):
-            in_tiles = mode == "full" and workspace > 0
-            if in_tiles:
-                _, whole_layers = _trace_forward(model, tokens, "none", in_tiles)
-            kept, of_layers = _trace_forward(model, tokens, mode, in_tiles)
-            again = (whole - part for whole, part in zip(whole_layers, of_layers, strict=True))
-            found[mode] = Activations(kept, max(again, default=0) + workspace * in_tiles)
+        if workspace:
+            _, whole_layers = _trace_forward(model, tokens, "none", tiles=True)
+        kept, of_layers = _trace_forward(model, tokens, "full", tiles=workspace > 0)
+        again = _largest_again(whole_layers, of_layers) + workspace
+        found["full"] = Activations(kept, again)
         # a layer's input and the next one's
         ahead = 2 * max(of_layers, default=0)
-        found["offload"] = Activations(ahead, found["full"].layer, host=found["full"].kept)
-    return found
+        found["offload"] = Activations(ahead, again, host=kept)
+    return {mode: activations for mode, activations in found.items() if mode in modes}
+
+
+def _largest_again(whole: list[int], kept: list[int]) -> int:
+    """Return the most bytes that a layer saves whole beside those that it has kept."""
+    return max((all_ - part for all_, part in zip(whole, kept, strict=True)), default=0)
 
 
 def largest_micro_batch(recipe: Recipe, card: int) -> int:
