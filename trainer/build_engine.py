@@ -34,7 +34,7 @@ from packhorse.trainer.metrics import Metrics, model_flops
 from packhorse.trainer.model.attention import SequenceGroup
 from packhorse.trainer.model.checks import failures_explained, require_positions
 from packhorse.trainer.model.compiled_layers import compile_layers, require_compilable
-from packhorse.trainer.model.feed_forward_tiles import FEWEST_TILES, tile_tokens, tiled_blocks
+from packhorse.trainer.model.feed_forward_tiles import set_tiles, tile_tokens, wants_tiles
 from packhorse.trainer.model.load import load_config, load_model
 from packhorse.trainer.model.lora import require_stage
 from packhorse.trainer.model.loss import choose_kernel
@@ -70,7 +70,7 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         gathered=gathered,
     )
     group = _sequence_group(recipe)
-    _say_tiles(recipe, model, hidden_size)
+    _set_tiles(recipe, model, hidden_size)
     offload = recipe.model.activation_checkpointing == "offload"
     module = SftModel(model, recipe.loss, recipe.train.seed, dist.device(), group, offload)
     groups = None
@@ -91,16 +91,15 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     return engine
 
 
-def _say_tiles(recipe: Recipe, model: Any, hidden_size: int) -> None:
-    """Log whether feed-forward blocks run in tiles at the recipe's length."""
+def _set_tiles(recipe: Recipe, model: Any, hidden_size: int) -> None:
+    """Let feed-forward blocks run in tiles if the recipe's sequences are long."""
     tokens = recipe.batch.micro * recipe.batch.seq_len // recipe.parallel.ranks_a_sequence
-    tile = tile_tokens(hidden_size)
-    if tokens < FEWEST_TILES * tile or recipe.model.activation_checkpointing == "none":
+    mode = "none" if recipe.model.compile else recipe.model.activation_checkpointing
+    if not wants_tiles(mode, tokens, hidden_size):
         return
-    if blocks := len(tiled_blocks(model)):
-        dist.log.info("feed-forward blocks: %d run in tiles of %d tokens", blocks, tile)
-    else:
-        dist.log.info("feed-forward blocks: all run whole, as experts and dropout need")
+    tile, blocks = tile_tokens(hidden_size), set_tiles(model, True)
+    which = f"{blocks} run" if blocks else "none runs, as experts and dropout need them whole,"
+    dist.log.info("feed-forward blocks: %s in tiles of %d tokens", which, tile)
 
 
 def _sequence_group(recipe: Recipe) -> SequenceGroup | None:

@@ -22,7 +22,7 @@ TILES, LARGE = ["in_tiles"], ["in_tiles_of_large_layers"]
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     root = tmp_path_factory.mktemp("tiles")
-    steps = "train.steps=4"
+    steps = "train.steps=3"
     return run_cases(
         {
             2: [

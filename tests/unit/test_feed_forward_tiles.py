@@ -15,7 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from packhorse.trainer.config.recipe import AdapterSection
 from packhorse.trainer.model import feed_forward_tiles
 from packhorse.trainer.model.activation_checkpointing import set_checkpointing
-from packhorse.trainer.model.feed_forward_tiles import feed_forward_blocks, set_tiles, tiled_blocks
+from packhorse.trainer.model.feed_forward_tiles import (
+    feed_forward_blocks,
+    set_tiles,
+    tiled_blocks,
+    wants_tiles,
+)
 from packhorse.trainer.model.lora import add_adapter
 from tests.model_helpers import (
     SIZES,
@@ -171,14 +176,33 @@ def test_experts_and_dropout_run_whole() -> None:
     assert not list(feed_forward_blocks(dora))
 
 
-def test_a_short_sequence_runs_whole_and_tiles_are_taken_off() -> None:
+def test_tiles_are_a_matter_of_the_run() -> None:
+    """So that gradients come in the same order on all ranks, of which one may have a filler."""
+    assert wants_tiles("full", 4 * TILE, 32)
+    assert wants_tiles("offload", 4 * TILE, 32)
+    assert not wants_tiles("full", 4 * TILE - 1, 32)
+    assert not wants_tiles("selective", 4 * TILE, 32)
+
+    def order(tokens: int) -> list[str]:
+        model, seen = tiny(LLAMA), []
+        set_checkpointing(model, "full")
+        set_tiles(model, True)
+        for name, parameter in model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))
+        ids = documents((tokens,))
+        loss_and_gradients(sft(model), pack(ids, [range(tokens - 1)], [0.1]))
+        return seen
+
+    assert order(TOKENS) == order(2)
+
+
+def test_tiles_are_taken_off() -> None:
     model = tiny(LLAMA)
-    set_checkpointing(model, "full")
-    assert len(tiled_blocks(model)) == 2
+    assert set_tiles(model, True) == len(tiled_blocks(model)) == 2
     block = model.model.layers[0].mlp
-    for tokens, tiled in ((4 * TILE - 1, False), (4 * TILE, True)):
-        assert ("Tiles" in block(torch.randn(1, tokens, 32)).grad_fn.name()) == tiled
-    set_checkpointing(model, "none")
+    several = torch.randn(2, TILE, 32)
+    assert "Tiles" not in block(several).grad_fn.name(), "as in generation"
+    set_tiles(model, False)
     assert not tiled_blocks(model)
     assert "forward" not in vars(block)
     assert not block._forward_pre_hooks

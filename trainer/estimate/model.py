@@ -29,10 +29,10 @@ from packhorse.trainer.model.activation_checkpointing import save, set_checkpoin
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.decoder import decoder_layers, decoder_of, num_weights, whole_layers
 from packhorse.trainer.model.feed_forward_tiles import (
-    FEWEST_TILES,
     feed_forward_blocks,
     set_tiles,
     tile_tokens,
+    wants_tiles,
 )
 from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
@@ -250,7 +250,7 @@ def _count_tile_bytes(model: Any, tokens: int) -> int:
     tile's activations, and the weights' gradients, rounded and in fp32. 0 if it runs whole.
     """
     hidden, largest = model.config.get_text_config().hidden_size, 0
-    if tokens < FEWEST_TILES * tile_tokens(hidden):
+    if not wants_tiles("full", tokens, hidden):
         return 0
     for block in feed_forward_blocks(model):
         weight = next(block.parameters())
@@ -301,6 +301,7 @@ def _trace_forward(
             for hook in hooks:
                 hook.remove()
             set_checkpointing(model, "none")
+            set_tiles(model, False)
         return saved(), of_layers
 
 

@@ -2,9 +2,7 @@
 
 In: a model and `model.activation_checkpointing`. Out: the same model, whose layers keep their input
 alone (`full`), or also what costs most to compute and little to hold (`selective`). Gradients do
-not change by a bit: the same operations run again on the same numbers. Only where a rank has so
-many tokens that `full` runs feed-forward blocks in tiles (feed_forward_tiles.py) they are rounded
-otherwise.
+not change by a bit: the same operations run again on the same numbers.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.model.feed_forward_tiles import WIDENING, set_tiles
+from packhorse.trainer.model.feed_forward_tiles import WIDENING
 
 # What `selective` keeps the products of. A layer's queries and keys must not be kept: Liger's
 # rotary kernel writes into them where torch cannot see it, and the recomputation would rotate them
@@ -48,8 +46,7 @@ def set_checkpointing(
 ) -> None:
     """Let the model recompute as `mode` says: `none`, `selective`, `full` or `offload`.
 
-    `offload` recomputes as `full` does; activation_offload.py moves what it keeps. Both run
-    feed-forward blocks in tiles where a rank has many tokens.
+    `offload` recomputes as `full` does; activation_offload.py moves what it keeps.
 
     `auto`, which nobody has resolved on a CPU or in an evaluation, is `full`.
 
@@ -59,8 +56,6 @@ def set_checkpointing(
     Raises:
         BadInput: the model does not support activation checkpointing.
     """
-    if mode in ("none", "selective"):
-        set_tiles(model, False)
     if mode == "none":
         if model.supports_gradient_checkpointing:
             with _silent():
@@ -79,8 +74,6 @@ def set_checkpointing(
             if name.rpartition(".")[2] in _WIDENING:
                 module.register_forward_pre_hook(_Widening.enter)
                 module.register_forward_hook(_Widening.leave, always_call=True)
-    else:
-        set_tiles(model, True)
     with _silent():
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
 

@@ -32,6 +32,20 @@ def tile_tokens(hidden: int) -> int:
     return max(hidden, FEWEST_TOKENS)
 
 
+def wants_tiles(checkpointing: str, tokens: int, hidden: int) -> bool:
+    """Return whether a run's blocks run in tiles: in all its micro-batches, or in none.
+
+    With tiles a block's gradients come in another order, and ZeRO's buckets need the same one on
+    all ranks, of which some may have a short sequence or a filler.
+
+    Args:
+        checkpointing: model.activation_checkpointing.
+        tokens: that a rank has at most.
+    """
+    recomputes = checkpointing not in ("none", "selective")
+    return recomputes and tokens >= FEWEST_TILES * tile_tokens(hidden)
+
+
 def feed_forward_blocks(model: Any) -> Iterator[nn.Module]:
     """Yield the blocks that may run in tiles: those that treat each token by itself.
 
@@ -59,7 +73,7 @@ def _is_by_token(block: nn.Module) -> bool:
 
 
 def set_tiles(model: Any, on: bool) -> int:
-    """Let the blocks run in tiles where a sequence is long enough, or whole again.
+    """Let the blocks run in tiles, or whole again.
 
     Returns:
         The number of blocks.
@@ -100,8 +114,8 @@ class _InTiles:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Return the block's output for (1, T, H) or (T, H)."""
-        tokens, tile = x.shape[-2], tile_tokens(x.shape[-1])
-        if tokens < FEWEST_TILES * tile or x.numel() > tokens * x.shape[-1]:
+        tile = tile_tokens(x.shape[-1])
+        if x.shape[:-2].numel() > 1:  # several sequences, as in generation
             return self.whole(x)
         trained = [p for p in self._block.parameters() if p.requires_grad]
         return _Tiles.apply(_Input.apply(x, self.whole, tile, *trained), self.whole, tile)
