@@ -5,6 +5,8 @@ Whole runs of recipes/debug.yaml in fp32 on two ranks, with the bounds of test_s
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from tests.numerics.compare import Run, case, difference, report, run_cases
@@ -16,6 +18,7 @@ LORA, NARROW = (
     f"adapter={{rank: 4, alpha: 8, target_modules: {targets}}}"
     for targets in ("all-linear", "[down_proj]")
 )
+SINGLE = "batch.global_batch_size=1"
 TILES, LARGE = ["in_tiles"], ["in_tiles_of_large_layers"]
 
 
@@ -23,7 +26,7 @@ TILES, LARGE = ["in_tiles"], ["in_tiles_of_large_layers"]
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     root = tmp_path_factory.mktemp("tiles")
     steps = "train.steps=3"
-    return run_cases(
+    found = run_cases(
         {
             2: [
                 case(root, "plain", "zero2", FULL, steps),
@@ -35,9 +38,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
                 case(root, "offload", "zero3_offload_all", OFFLOAD, steps, changes=LARGE),
                 case(root, "lora", "zero3", FULL, LORA, steps, changes=LARGE),
                 case(root, "narrow", "zero3", FULL, NARROW, steps, changes=LARGE),
+                # the two ranks would be too many for a sequence each
+                case(root, "auto", "zero1", FULL, steps, SINGLE, "parallel.sequence=auto"),
             ]
         }
     )
+    environment = json.loads((root / "auto" / "environment.json").read_text())
+    assert environment["ranks_a_sequence"] == 2
+    return found
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from packhorse.trainer.config.base import Section, compile_pattern
 from packhorse.trainer.utils.remote import check_url, is_url
@@ -75,6 +75,12 @@ class ModelSection(Section):
         default=False,
         description="Run the Python code in the model's folder. Read that code first.",
     )
+    rope_scaling: dict[str, JsonValue] | None = Field(
+        default=None,
+        description="Rotary positions for longer contexts, in place of the configuration's, as "
+        "`{rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}`. Exports have "
+        "it in their config.json. null: as the model has them.",
+    )
     freeze: tuple[str, ...] = Field(
         default=(),
         description="Parameters that are not trained: regular expressions that occur in their "
@@ -85,6 +91,8 @@ class ModelSection(Section):
     def _usable(self) -> ModelSection:
         for pattern in self.freeze:
             compile_pattern(pattern)
+        if self.rope_scaling is not None and not {"rope_type", "type"} & self.rope_scaling.keys():
+            raise ValueError("`rope_scaling` names no kind; give its `rope_type`, as yarn")
         if self.compile and self.activation_checkpointing == "selective":
             raise ValueError(
                 "`activation_checkpointing: selective` keeps single results of a layer, which a "
