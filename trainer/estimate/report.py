@@ -27,6 +27,7 @@ from packhorse.trainer.estimate.memory import (
     Memory,
     StepStats,
     candidate_worlds,
+    count_checkpoints,
     disk_needed,
     full_step_stats,
     peak_memory,
@@ -40,6 +41,7 @@ from packhorse.trainer.estimate.model import (
     build_empty_model,
     measure_model,
     trace_activations,
+    with_fp8,
 )
 from packhorse.trainer.estimate.sequence import longest_slice, sequence_traffic, slice_activations
 from packhorse.trainer.estimate.traffic import ASSUMED, Traffic
@@ -79,11 +81,6 @@ class Report:
     disk: Disk
 
 
-def _count_checkpoints(recipe: Recipe) -> int:
-    # the best one is kept beside those that checkpoint.keep counts
-    return recipe.checkpoint.keep + (recipe.eval.best is not None)
-
-
 Inspected = tuple[ModelSizes, dict[str, Activations], Callable[[int], Activations]]
 
 
@@ -98,17 +95,20 @@ def inspect_model(recipe: Recipe, tokens: int) -> Inspected:
     empty = build_empty_model(recipe.model, recipe.adapter)
     model = measure_model(empty, recipe.optim, recipe.adapter)
     size, kind = recipe.parallel.ranks_a_sequence, recipe.parallel.sequence_kind
+    in_fp8 = recipe.model.matmul == "fp8_rowwise"
     if size > 1:
         model = replace(model, attention=attention_shapes(empty))
 
     def trace(tokens: int, modes: Collection[str] = MODES) -> dict[str, Activations]:
         tiles = not recipe.model.compile
         found = trace_activations(empty, tokens, tiles=tiles, modes=modes)
-        if size == 1:
-            return found
-        return slice_activations(found, model.attention, tokens, size, kind, model.element)
+        if size > 1:
+            found = slice_activations(found, model.attention, tokens, size, kind, model.element)
+        return with_fp8(model, found, empty, tokens)[1] if in_fp8 else found
 
     activations = trace(tokens)
+    if in_fp8:
+        model, _ = with_fp8(model, {}, empty, tokens)
     if recipe.model.activation_checkpointing not in (*activations, "auto"):
         raise BadInput(
             f"{model.name} does not support activation checkpointing; set "
@@ -155,7 +155,7 @@ def build_report(
         )
     model, activations, trace = inspected or inspect_model(recipe, stats.rank_tokens)
     trace = cache(trace)
-    disk = disk_needed(model, _count_checkpoints(recipe))
+    disk = disk_needed(model, count_checkpoints(recipe))
     candidates, refused = {}, {}
     for template in list_templates(recipe):
         try:
@@ -263,6 +263,7 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
         if model.trained < model.parameters
         else ""
     )
+    fp8 = f", products in fp8 {x} times as fast" if (x := model.product_speed) > 1 else ""
     run = f"; {stats.steps:,} steps: {_time(seconds * stats.steps)}" if stats.steps else ""
     return [
         f"{model.name}: {model.parameters / 1e9:.3g} billion parameters{trained}, "
@@ -274,10 +275,10 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
         f"fillers: {share:.1%} of the micro-batches of {cluster.gpus} GPUs; good numbers of GPUs: "
         f"{', '.join(_good_numbers(stats, cluster))}{idle}",
         f"activations of a micro-batch{on_each}: {kept}",
-        f"time to compute, predicted at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU: "
+        f"time to compute, predicted at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU{fp8}: "
         f"{_seconds(seconds)} s a step ({attention:.0%} attention), "
         f"{stats.tokens / seconds:,.0f} tokens/s{run}",
-        f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {_count_checkpoints(recipe)} kept and "
+        f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {count_checkpoints(recipe)} kept and "
         f"one being written {_gib(disk.checkpoints)} GiB; the universal form "
         f"{_gib(disk.universal)} GiB; an export {_gib(disk.export)} GiB while it is made",
     ]
