@@ -74,6 +74,13 @@ def test_a_step_that_is_not_applied_leaves_the_sums() -> None:
     ("kind", "sizes", "why"),
     [
         ("llama", {}, "has no router"),
+        # their code knows routers, and this configuration builds none
+        (
+            "granitemoehybrid",
+            {"num_local_experts": 0, "layer_types": ["attention"] * 2},
+            "no router",
+        ),
+        ("doge", {"is_moe": False}, "has no router"),
         ("glm4_moe", {"n_routed_experts": 4, "first_k_dense_replace": 0}, "by a bias"),
         ("lfm2_moe", {"num_dense_layers": 0, "layer_types": ["conv"] * 2}, "by a bias"),
     ],
@@ -83,3 +90,10 @@ def test_models_without_such_a_router_are_refused(
 ) -> None:
     with pytest.raises(BadInput, match=why):
         RouterLoss(empty(kind, **sizes), 0.1)
+
+
+def test_a_router_by_keys_is_refused() -> None:
+    """Doge's scores two keys for each expert."""
+    router = RouterLoss(empty("doge", is_moe=True, num_experts=16), 0.1)
+    with pytest.raises(BadInput, match="DogeForCausalLM scores no experts"):
+        router((torch.randn(2, 7, 4),), pack([torch.arange(7)], [[0]], [1.0]))
