@@ -85,8 +85,8 @@ class RouterLoss:
             experts = layer.shape[-1]
             if layer.numel() != len(document_T) * experts:  # as Doge's, by two keys for an expert
                 raise BadInput(
-                    f"loss.router_aux: {self._name} scores no experts, but {tuple(layer.shape)} for "
-                    f"{len(document_T)} tokens; remove the key"
+                    f"loss.router_aux: {self._name} scores no experts: {len(document_T)} tokens "
+                    f"have {tuple(layer.shape)} scores; remove the key"
                 )
             log_TE = self._log_probabilities(layer.reshape(-1, experts).float())
             probability_TE = log_TE.exp()
