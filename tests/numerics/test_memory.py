@@ -22,6 +22,7 @@ CASES = [
     *(f"{stage}-bfloat16-bfloat16" for stage in ("zero1", "zero2", "zero3")),
     *(f"{stage}-bfloat16-float32-adapter" for stage in ("zero1", "zero2", "zero3")),
     "zero0-float32-float32-adapter",
+    *(f"{stage}-bfloat16-float32-nf4" for stage in ("zero2", "zero3")),
     *(f"{stage}-float32-float32-muon" for stage in ("zero0", "zero2", "zero3")),
     *(f"{stage}-float32-float32-adamw_8bit" for stage in ("zero0", "zero2", "zero3")),
     *(f"{stage}-bfloat16-float32-adafactor" for stage in ("zero1", "zero3")),
@@ -30,6 +31,7 @@ CASES = [
 ]
 KEYS = {
     "adapter": "adapter={rank: 4, modules_to_save: [lm_head]}",
+    "nf4": "adapter={rank: 4, base: nf4_double_quant}",
     "ema": "optim.ema_decay=0.9",
 } | {kind: f"optim.kind={kind}" for kind in ("muon", "lion", "sgd", "adafactor", "adamw_8bit")}
 PARTS = ("weights", "gradients", "masters", "moments")

@@ -150,8 +150,8 @@ class AdapterSection(Section):
     )
     base: Literal["nf4", "nf4_double_quant"] | None = Field(
         default=None,
-        description="nf4: hold the frozen linear modules in 4 bits (QLoRA, bitsandbytes), at ZeRO "
-        "stages 0 to 2. nf4_double_quant: store the scales in 8 bits, too, which saves 0.37 bits a "
+        description="nf4: hold the frozen linear modules in 4 bits (QLoRA, bitsandbytes). "
+        "nf4_double_quant: store the scales in 8 bits, too, which saves 0.37 bits a "
         "weight. null: keep model.dtype.",
     )
 

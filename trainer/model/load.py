@@ -183,7 +183,7 @@ def load_model(
         _drop_unused_sampling(model)
         model.requires_grad_(True)
         if adapter:
-            add_adapter(model, adapter, seed)
+            add_adapter(model, adapter, seed, gathered)
             if adapter.init_from:
                 start_adapter(model, adapter, gathered)
     if section.compile:  # compiled_layers.py does both, once the engine is there

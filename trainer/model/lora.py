@@ -52,7 +52,9 @@ def not_in_shards(parameters: Any, write: bool = False) -> AbstractContextManage
     return nullcontext()
 
 
-def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
+def add_adapter(
+    model: Any, section: AdapterSection, seed: int, gathered: Gathered = not_in_shards
+) -> None:
     """Put the adapter into the model, freeze the rest, and log how much is trained.
 
     On the meta device nothing is quantised. Under ZeRO-3 it runs inside the context in which
@@ -68,7 +70,7 @@ def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
     of_experts = expert_targets(model, section)
     if section.base and not next(model.parameters()).is_meta:
         linear = [name for name in linear_modules(model) if not _lies_in(name, full)]
-        quantise(model, linear, section.base == "nf4_double_quant")
+        quantise(model, linear, section.base == "nf4_double_quant", gathered)
     config = LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
@@ -257,16 +259,6 @@ def _nearest(wanted: str, names: Iterable[str]) -> str:
     candidates = sorted(name for name in (*names, *ends) if not name.isdigit())
     near = difflib.get_close_matches(wanted, candidates, n=1, cutoff=0.0)
     return f"the nearest is `{near[0]}`" if near else "it has none"
-
-
-def require_stage(section: AdapterSection | None, stage: int) -> None:
-    """Raise BadInput if a base in 4 bits would be sharded (ZeRO-3)."""
-    if section and section.base and stage == 3:
-        raise BadInput(
-            "adapter.base: nf4 is not proved at ZeRO-3, which would cut weights of 4 bits into "
-            "shards; set parallel.deepspeed=zero2, where each GPU holds the 4-bit base whole, or "
-            "take `base` out"
-        )
 
 
 def borrowed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
