@@ -25,27 +25,38 @@ from tests.runs.test_export_kinds import make_gemma
 pytestmark = pytest.mark.runs
 
 COMMON = ("train.steps=4", "batch.seq_len=128", "model.init=pretrained", "optim.weight_decay=0.5")
-CONTROLS = {
-    "experts": ("stale_expert_gradients", "decay_everywhere"),
-    "towers": ("towers_trained",),
+FAMILIES = {
+    "experts": ("gpt_oss", {}),
+    "sparse": ("gpt_oss", {"num_local_experts": 32}),  # a step's tokens leave some of them idle
+    "hybrid": ("lfm2", {}),
+    "towers": ("gemma3", {}),
 }
+CASES = [
+    *((family, kind) for family in ("experts", "hybrid", "towers") for kind in CHOSEN),
+    ("sparse", "lion"),
+]
+CONTROLS = (
+    *(("sparse", "stale_expert_gradients"), ("experts", "decay_everywhere")),
+    ("towers", "towers_trained"),
+)
 
 
-def make(folder: Path, model_type: str) -> None:
+def make(folder: Path, model_type: str, sizes: dict[str, Any]) -> None:
     shutil.copytree(ROOT / "recipes" / "debug" / "model", folder)
     torch.manual_seed(0)
     if model_type == "gemma3":
         make_gemma(folder)
     else:
         config = config_of(model_type)
+        config.update(sizes)
         model_class(config).from_config(config, dtype=torch.float32).save_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("families")
-    for family, model_type in (("experts", "gpt_oss"), ("hybrid", "lfm2"), ("towers", "gemma3")):
-        make(root / "models" / family, model_type)
+    for family, (model_type, sizes) in FAMILIES.items():
+        make(root / "models" / family, model_type, sizes)
     return root
 
 
@@ -53,19 +64,18 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(root: Path) -> dict[str, Run]:
     one: list[dict[str, Any]] = []
     two: list[dict[str, Any]] = []
-    for family in ("experts", "hybrid", "towers"):
-        common = (*COMMON, f"model.name={root / 'models' / family}")
-        for kind, chosen in CHOSEN.items():
-            keys = (*common, *(key for key in chosen if "optim.groups" not in key))
-            one.append(case(root, f"{family}-{kind}-1", "zero0", *keys))
-            moved = case(root, f"{family}-{kind}-moved", "zero3", *keys)
-            two.append({**moved, "stop_after": 2})
-            one.append(case(root, f"{family}-{kind}-moved", "zero2", *keys))
-        for control in CONTROLS.get(family, ()):
-            keys = (*common, *CHOSEN["lion"])
-            # stage 2 has a gradient of zero, and decay, where stage 0 has none
-            stage = "zero2" if family == "towers" else "zero0"
-            one.append(case(root, f"{family}-{control}", stage, *keys, changes=[control]))
+    for family, kind in CASES:
+        keys = [*COMMON, f"model.name={root / 'models' / family}"]
+        keys += [key for key in CHOSEN[kind] if "optim.groups" not in key]
+        one.append(case(root, f"{family}-{kind}-1", "zero0", *keys))
+        moved = case(root, f"{family}-{kind}-moved", "zero3", *keys)
+        two.append({**moved, "stop_after": 2})
+        one.append(case(root, f"{family}-{kind}-moved", "zero2", *keys))
+    for family, control in CONTROLS:
+        keys = [*COMMON, f"model.name={root / 'models' / family}", *CHOSEN["lion"]]
+        # stage 2 has a gradient of zero, and decay, where stage 0 has none
+        stage = "zero2" if family == "towers" else "zero0"
+        one.append(case(root, f"{family}-{control}", stage, *keys, changes=[control]))
     adapted = (
         *(*COMMON, f"model.name={root / 'models' / 'experts'}", "optim.lr=1e-2"),
         "adapter={rank: 4, target_parameters: all-experts, target_modules: [q_proj]}",
@@ -78,8 +88,7 @@ def runs(root: Path) -> dict[str, Run]:
     return run_cases({2: two}, {1: one})
 
 
-@pytest.mark.parametrize("kind", CHOSEN)
-@pytest.mark.parametrize("family", ["experts", "hybrid", "towers"])
+@pytest.mark.parametrize(("family", "kind"), CASES)
 def test_worlds_stages_and_resumes_change_nothing(
     runs: dict[str, Run], family: str, kind: str
 ) -> None:
@@ -88,7 +97,7 @@ def test_worlds_stages_and_resumes_change_nothing(
     assert agrees(kind, seen)
 
 
-@pytest.mark.parametrize(("family", "control"), [(f, c) for f in CONTROLS for c in CONTROLS[f]])
+@pytest.mark.parametrize(("family", "control"), CONTROLS)
 def test_controls_are_caught(runs: dict[str, Run], family: str, control: str) -> None:
     plain, changed = runs[f"{family}-lion-1"], runs[f"{family}-{control}"]
     if control == "towers_trained":
