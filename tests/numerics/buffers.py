@@ -25,10 +25,8 @@ def weights(module: nn.Module) -> Iterator[torch.Tensor]:
         yield from _tensors(parameter.detach(), getattr(parameter, "ds_tensor", None))
         state = getattr(parameter, "quant_state", None)
         if state is not None:  # of a weight in 4 bits, which has its scales on every rank
-            yield from _tensors(state.absmax, state.code, state.offset)
-            yield from _tensors(
-                *((state.state2 and (state.state2.absmax, state.state2.code)) or ())
-            )
+            nested = (state.state2.absmax, state.state2.code) if state.state2 else ()
+            yield from _tensors(state.absmax, state.code, state.offset, *nested)
 
 
 def gradients(module: nn.Module, optimizer: Any) -> Iterator[torch.Tensor]:
