@@ -23,12 +23,15 @@ CASES = [
     *(f"{stage}-bfloat16-float32-adapter" for stage in ("zero1", "zero2", "zero3")),
     "zero0-float32-float32-adapter",
     *(f"{stage}-float32-float32-muon" for stage in ("zero0", "zero2", "zero3")),
+    *(f"{stage}-float32-float32-adamw_8bit" for stage in ("zero0", "zero2", "zero3")),
+    *(f"{stage}-bfloat16-float32-adafactor" for stage in ("zero1", "zero3")),
     "zero1-bfloat16-float32-lion",
-    "zero3-float32-float32-sgd",
+    "zero3-float32-float32-sgd-ema",
 ]
-KEYS = {"adapter": "adapter={rank: 4, modules_to_save: [lm_head]}"} | {
-    kind: f"optim.kind={kind}" for kind in ("muon", "lion", "sgd")
-}
+KEYS = {
+    "adapter": "adapter={rank: 4, modules_to_save: [lm_head]}",
+    "ema": "optim.ema_decay=0.9",
+} | {kind: f"optim.kind={kind}" for kind in ("muon", "lion", "sgd", "adafactor", "adamw_8bit")}
 PARTS = ("weights", "gradients", "masters", "moments")
 
 
@@ -72,9 +75,9 @@ def main(out: Path) -> None:
     from packhorse.trainer import dist
     from packhorse.trainer.build_engine import build_engine
     from packhorse.trainer.data.loader import filler_batch
-    from packhorse.trainer.estimate.memory import count_state_bytes
     from packhorse.trainer.estimate.model import build_empty_model, measure_model
     from packhorse.trainer.estimate.report import fill_template
+    from packhorse.trainer.estimate.state import count_state_bytes
     from packhorse.trainer.model.load import load_tokenizer
     from tests.numerics import buffers
     from tests.numerics.cases import load_recipe

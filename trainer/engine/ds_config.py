@@ -67,7 +67,7 @@ def deepspeed_config(
         # two runs on one node must not write to each other's files
         digest = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
         offload["nvme_path"] = str(Path(offload["nvme_path"]) / f"packhorse-{digest}")
-    _require_offload(parallel.deepspeed, config, optim.kind)
+    _require_offload(parallel.deepspeed, config, optim)
     bf16 = model.dtype == "bfloat16"
     if bf16 and stage(config) == 0:
         raise BadInput(
@@ -98,7 +98,7 @@ def deepspeed_config(
     return config
 
 
-def _require_offload(template: str, config: Mapping[str, Any], kind: str) -> None:
+def _require_offload(template: str, config: Mapping[str, Any], optim: OptimSection) -> None:
     """Refuse an offloaded optimizer that cannot work."""
     # the part on the GPU would get an optimizer of DeepSpeed's own, whose learning rate never moves
     # and whose moments no checkpoint finds
@@ -107,10 +107,17 @@ def _require_offload(template: str, config: Mapping[str, Any], kind: str) -> Non
             f"{template}: offload_optimizer.ratio: an optimizer must be offloaded whole; "
             "remove the key"
         )
-    if kind != "adamw" and offload_device(config, "optimizer") != "none":
+    if offload_device(config, "optimizer") == "none":
+        return
+    if optim.kind != "adamw":
         raise BadInput(
             f"{template}: offload_optimizer: only AdamW has a kernel for the CPU; set "
-            f"optim.kind=adamw, or a template that keeps {kind}'s states on the GPU"
+            f"optim.kind=adamw, or a template that keeps {optim.kind}'s states on the GPU"
+        )
+    if optim.ema_decay is not None:
+        raise BadInput(
+            f"{template}: offload_optimizer: the average of the weights is not offloaded; remove "
+            "optim.ema_decay, or take a template that keeps the optimizer on the GPU"
         )
 
 
