@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from packhorse.trainer import dist
+from packhorse.trainer.attention_choice import choose_attention
 from packhorse.trainer.build_engine import (
     build_engine,
     explain_out_of_memory,
@@ -185,6 +186,7 @@ def fit(prepared: PreparedRun) -> None:
     if warning := prepared.plan.check_world(*given):
         dist.log.warning(warning)
     recipe = resolve_checkpointing(recipe, prepared.plan)
+    recipe = choose_attention(recipe, prepared.plan, run_dir)
     prepared = replace(prepared, recipe=recipe)
     with explain_out_of_memory("the model with its training state"):
         engine = build_engine(recipe, run_dir, prepared.tokenizer)

@@ -13,8 +13,10 @@ import torch
 import transformers as tf
 from torch import nn
 
+from packhorse.trainer.attention_choice import time_kernels
 from packhorse.trainer.config.recipe import LossSection
 from packhorse.trainer.datatypes import BadInput, first_key
+from packhorse.trainer.estimate.model import AttentionShape
 from packhorse.trainer.model import (
     attention,
     attention_kernels,
@@ -77,6 +79,14 @@ def worst(
         attend("reference", exact, **(arguments if twin is None else twin)),
     )
     return max(relative(ours, theirs) for ours, theirs in pairs)
+
+
+def test_each_kernel_that_is_found_can_be_timed() -> None:
+    kernels = attention.fused_kernels(CUDA, torch.bfloat16)
+    shapes = [AttentionShape(8, 2, 128, 128, None)]
+    times = time_kernels(kernels, shapes, LENGTHS, CUDA, torch.bfloat16)
+    flash_versions.pin(None)
+    assert times.keys() == set(kernels)
 
 
 def test_products_in_fp8() -> None:

@@ -22,7 +22,7 @@ TIERS = [
     "data model metrics hang_watchdog",
     "engine guard",
     "checkpoint estimate run_folder loop",
-    "eval build_engine report",
+    "eval build_engine attention_choice report",
     "train",
     "evaluate",
     "cli",

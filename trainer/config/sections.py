@@ -37,9 +37,9 @@ class ModelSection(Section):
     )
     attention: Literal["auto", "flash_attn", "torch_varlen", "reference"] = Field(
         default="auto",
-        description="Attention kernel for packed sequences (variable length). auto: flash_attn, in "
-        "the version 2, 3 or 4 that fits the GPU, if it is installed, else PyTorch's own on CUDA, "
-        "else the reference.",
+        description="Attention kernel for packed sequences (variable length). auto: of flash_attn "
+        "2, 3 and 4, if installed, and PyTorch's own, the fastest on the run's shapes, measured at "
+        "its start; on a CPU or in float32 the reference.",
     )
     layer_kernels: Literal["auto", "liger", "torch"] = Field(
         default="auto",

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,6 +43,19 @@ MOST_TOKENS = 65_536  # of a micro-batch, by which products are large enough for
 # -------------------------------------------------------------------------------------------- sizes
 
 
+class AttentionShape(NamedTuple):
+    """What a layer asks of attention; see Arguments in attention_kernels.py."""
+
+    heads: int
+    key_heads: int
+    size: int  # of a head of queries and keys
+    value_size: int
+    window: int | None
+    softcap: float | None = None
+    has_sinks: bool = False
+    dropout: float | None = None
+
+
 @dataclass(frozen=True)
 class ModelSizes:
     """What memory and time depend on. Elements, unless a field says bytes."""
@@ -64,8 +77,7 @@ class ModelSizes:
     buffers: int  # bytes, on every rank and in a checkpoint
     flops: ModelFlops
     product_speed: float = 1.0  # of the layers' products, over those in the weights' type
-    # query heads, key heads, head size, that of values, and window of each layer that attends
-    attention: tuple[tuple[int, int, int, int, int | None], ...] = ()
+    attention: tuple[AttentionShape, ...] = ()  # of each layer that attends
 
     @property
     def trained(self) -> int:
@@ -120,7 +132,7 @@ def _run_decoder(model: Any, tokens: int) -> torch.Tensor:
     return out.last_hidden_state[0]
 
 
-def attention_shapes(model: Any) -> tuple[tuple[int, int, int, int, int | None], ...]:
+def attention_shapes(model: Any) -> tuple[AttentionShape, ...]:
     """Return ModelSizes.attention of a model that `build_empty_model` made."""
     _attended.clear()
     _run_decoder(model, tokens=64)
@@ -321,11 +333,12 @@ _planned_attention.register_fake(_planned_attention._init_fn)
 _planned_attention.register_autograd(_no_backward, setup_context=_save_as_fused)
 
 
-_attended: list[tuple[int, int, int, int, int | None]] = []  # shapes that the stand-in has seen
+_attended: list[AttentionShape] = []  # that the stand-in has seen
 
 
 def _fused(
     layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments
 ) -> torch.Tensor:
-    _attended.append((q.shape[1], k.shape[1], k.shape[3], v.shape[3], arguments.window))
+    asked = (arguments.window, arguments.softcap, arguments.sinks is not None, arguments.dropout)
+    _attended.append(AttentionShape(q.shape[1], k.shape[1], k.shape[3], v.shape[3], *asked))
     return _planned_attention(q, k, v)[0].transpose(1, 2)
