@@ -37,7 +37,6 @@ from packhorse.trainer.model.compiled_layers import compile_layers, require_comp
 from packhorse.trainer.model.feed_forward_tiles import set_tiles, tile_tokens, wants_tiles
 from packhorse.trainer.model.fp8 import use_fp8
 from packhorse.trainer.model.load import load_config, load_model
-from packhorse.trainer.model.lora import require_stage
 from packhorse.trainer.model.loss import choose_kernel
 from packhorse.trainer.model.packing_check import longest_document, prove_packing
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
@@ -59,7 +58,6 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     # some name their sizes otherwise, as BLT does by its parts
     hidden_size = getattr(load_config(recipe.model).get_text_config(), "hidden_size", 0)
     ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size, run_dir)
-    require_stage(recipe.adapter, stage(ds_config))
     require_compilable(recipe.model.compile, stage(ds_config))
     clear_nvme(ds_config)
     model = load_model(

@@ -26,7 +26,7 @@ def test_the_table_of_scale_is_current() -> None:
 
 
 def test_the_table_of_long_sequences_is_current() -> None:
-    """`python docs/make_long_context.py` updates it; one line stands for all, which take a minute."""
+    """`python docs/make_long_context.py` updates it. All lines take a minute: one is compared."""
     made = runpy.run_path(str(ROOT / "docs" / "make_long_context.py"))
     line = made["table"](rows=made["ROWS"][-12:-11])
     assert line.splitlines()[-1] in (ROOT / "docs" / "long_context.md").read_text(encoding="utf-8")

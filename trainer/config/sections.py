@@ -139,6 +139,11 @@ class AdapterSection(Section):
         "output head; a list of names or their ends, as `[q_proj, v_proj]`; or a regular "
         "expression that matches a whole name.",
     )
+    target_parameters: str | tuple[str, ...] = Field(
+        default=(),
+        description="Parameters that hold the matrices of all experts of a layer, which get an "
+        "adapter: all-experts, or names or their ends, as `[experts.down_proj]`.",
+    )
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="LoRA dropout: share of the adapter's inputs set to 0."
     )
@@ -154,8 +159,8 @@ class AdapterSection(Section):
     )
     base: Literal["nf4", "nf4_double_quant"] | None = Field(
         default=None,
-        description="nf4: hold the frozen linear modules in 4 bits (QLoRA, bitsandbytes), at ZeRO "
-        "stages 0 to 2. nf4_double_quant: store the scales in 8 bits, too, which saves 0.37 bits a "
+        description="nf4: hold the frozen linear modules in 4 bits (QLoRA, bitsandbytes). "
+        "nf4_double_quant: store the scales in 8 bits, too, which saves 0.37 bits a "
         "weight. null: keep model.dtype.",
     )
 
@@ -171,6 +176,13 @@ class AdapterSection(Section):
             raise ValueError("`target_modules` names nothing; give `all-linear`, or names")
         if isinstance(self.target_modules, str):
             compile_pattern(self.target_modules)
+        if isinstance(self.target_parameters, str) and self.target_parameters != "all-experts":
+            raise ValueError("`target_parameters` is `all-experts`, or a list of names")
+        if self.target_parameters and (self.dropout or "dora" in self.variants):
+            raise ValueError(
+                "`target_parameters`: experts' matrices have neither `dropout` nor `dora`; leave "
+                "them out"
+            )
         if "dora" in self.variants and self.base is not None:
             raise ValueError(
                 "`dora` needs the norms of the weights, and is not tested with `base: nf4`; take "

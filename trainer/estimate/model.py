@@ -73,8 +73,8 @@ class ModelSizes:
     group_moments: tuple[int, ...]  # bytes of each group's states, once
     averaged: bool  # whether optim.ema_decay keeps one more number a weight
     frozen: tuple[int, ...]  # each frozen parameter that is not in 4 bits
-    quantised: int  # all frozen parameters in 4 bits
-    quantised_bytes: int
+    quantised: tuple[int, ...]  # each frozen parameter in 4 bits
+    scales_bytes: int  # beside the packed bits
     trains_head: bool
     element: int  # bytes of an element of the weights
     hidden: int
@@ -96,7 +96,7 @@ class ModelSizes:
 
     @property
     def parameters(self) -> int:
-        return self.trained + sum(self.frozen) + self.quantised
+        return self.trained + sum(self.frozen) + sum(self.quantised)
 
 
 def build_empty_model(section: ModelSection, adapter: AdapterSection | None = None) -> Any:
@@ -168,8 +168,8 @@ def measure_model(
         group_moments=tuple(moment_bytes([group]) for group in groups),
         averaged=optim.ema_decay is not None,
         frozen=tuple(p.numel() for p in frozen),
-        quantised=sum(in_4_bits.values()),
-        quantised_bytes=sum(_nf4_bytes(elements, double) for elements in in_4_bits.values()),
+        quantised=tuple(in_4_bits.values()),
+        scales_bytes=sum(_nf4_scales(elements, double) for elements in in_4_bits.values()),
         trains_head=head.weight.requires_grad,
         element=next(model.parameters()).element_size(),
         hidden=model.config.get_text_config().hidden_size,
@@ -181,16 +181,16 @@ def measure_model(
     )
 
 
-def _nf4_bytes(elements: int, double: bool) -> int:
-    """Return the bytes of a weight in bitsandbytes' NF4.
+def _nf4_scales(elements: int, double: bool) -> int:
+    """Return the bytes of a weight in bitsandbytes' NF4 but for its bits, two elements a byte.
 
-    Two elements a byte, an fp32 scale for each 64 of them, and a table of 16 values in fp32. Double
+    There is an fp32 scale for each 64 elements, and a table of 16 values in fp32. Double
     quantisation makes the scales bytes, with an fp32 scale for each 256 of those, a table of 256
     values and their mean in fp32.
     """
     scales = -(-elements // 64)
     scale_bytes = scales + 4 * -(-scales // 256) + 4 * 256 + 4 if double else 4 * scales
-    return -(-elements // 2) + 64 + scale_bytes
+    return 64 + scale_bytes
 
 
 # -------------------------------------------------------------------------------------- activations
