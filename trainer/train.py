@@ -28,6 +28,7 @@ from packhorse.trainer.build_engine import (
     require_same_micro_batch,
     resolve_checkpointing,
     resolve_micro_batch,
+    resolve_sequence,
 )
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.checkpoint.best import Best, last_step
@@ -181,8 +182,9 @@ def fit(prepared: PreparedRun) -> None:
         dist.log.info("all-reduce over %d ranks, %.0f MiB: %.2f GB/s", world, mib, gb_per_s)
     require_same_micro_batch(recipe)
     require_same_data(prepared.train_data, prepared.eval_data)
+    recipe = resolve_sequence(recipe, prepared.plan)
     parallel = recipe.parallel
-    given = (dist.world_size(), parallel.allow_idle_ranks, parallel.sequence)
+    given = (dist.world_size(), parallel.allow_idle_ranks, parallel.ranks_a_sequence)
     if warning := prepared.plan.check_world(*given):
         dist.log.warning(warning)
     recipe = resolve_checkpointing(recipe, prepared.plan)

@@ -18,6 +18,7 @@ from packhorse.trainer.datatypes import slice_pieces
 from packhorse.trainer.estimate.memory import Cluster, StepStats
 from packhorse.trainer.estimate.model import Activations, AttentionShape, ModelSizes
 from packhorse.trainer.estimate.traffic import Traffic, step_traffic
+from packhorse.trainer.model.feed_forward_tiles import FEWEST_TILES, tile_tokens
 from packhorse.trainer.model.ring_attention import seen_in_ring
 from packhorse.trainer.model.sequence_exchange import (
     goes_round,
@@ -59,7 +60,7 @@ def slice_activations(
         more.append(int(held - own) * width)
     # held by all layers at once, or by the one that is recomputed
     return {
-        mode: replace(a, kept=a.kept + sum(more), layer=max(passing))
+        mode: replace(a, kept=a.kept + sum(more), layer=a.layer + max(passing))
         if mode == "none"
         else replace(a, layer=a.layer + max(more + passing))
         for mode, a in of_slice.items()
@@ -90,16 +91,15 @@ def exchanged_elements(
             seen = seen_in_ring(tuple(lengths), pieces)
             wanted = sum(seen[rank][index].tokens for rank in others)
             sent += wanted * key_heads * (size + value_size)
-            continue
-        if not takes_heads(kind, heads, ranks, window, total):
+        elif takes_heads(kind, heads, ranks, window, total):
+            repeated = math.lcm(key_heads, ranks) // ranks  # key heads of a rank
+            each = heads // ranks * size + repeated * (size + value_size)
+            sent += (ranks - 1) * own * each + (total - own) * heads // ranks * value_size
+        else:
             ranges = [seen_keys(lengths, pieces[rank], window) for rank in others]
             parts = [shared_parts(pieces[index], of_rank) for of_rank in ranges]
             wanted = sum(part.tokens for of_rank in parts for part in of_rank)
             sent += wanted * key_heads * (size + value_size)
-            continue
-        repeated = math.lcm(key_heads, ranks) // ranks  # key heads of a rank
-        each = heads // ranks * size + repeated * (size + value_size)
-        sent += (ranks - 1) * own * each + (total - own) * heads // ranks * value_size
     return sent
 
 
@@ -129,19 +129,23 @@ def sequence_traffic(
 
 
 def longest_slice(
-    fits: Callable[[Activations, int], bool], activations: Activations, tokens: int
+    fits: Callable[[Activations, int], bool], trace: Callable[[int], Activations], hidden: int
 ) -> int:
     """Return the most tokens of a rank that fit, in steps of STEP_TOKENS; 0 if none do.
 
     Args:
         fits: of activations and trained tokens; the more, the less it fits.
-        activations: those of `tokens` tokens. They grow as the tokens do.
+        trace: returns the activations of some tokens. It takes long, and is called twice: beyond
+            the length from which feed-forward blocks run in tiles they grow in proportion.
+        hidden: size of the model.
     """
+    few = FEWEST_TILES * tile_tokens(hidden)
+    start, end = (astuple(trace(tokens)) for tokens in (few, 2 * few))
 
     def tokens_fit(wanted: int) -> bool:
-        times = Fraction(wanted, tokens)
-        scaled = Activations(*(int(size * times) for size in astuple(activations)))
-        return fits(scaled, wanted)
+        times = Fraction(wanted, few)
+        grown = (a + (b - a) * (times - 1) if times > 1 else a * times for a, b in zip(start, end))
+        return fits(Activations(*map(int, grown)), wanted)
 
     low, high = 0, MOST_TOKENS // STEP_TOKENS
     while low < high:

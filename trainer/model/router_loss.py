@@ -46,10 +46,7 @@ class RouterLoss:
         config = model.config.get_text_config()
         chosen = [getattr(config, name, None) for name in _CHOSEN]
         self._chosen = next((k for k in chosen if isinstance(k, int)), 0)
-        if not self._chosen or not any(
-            "router_logits" in (getattr(module, "_can_record_outputs", None) or {})
-            for module in model.modules()
-        ):
+        if not self._chosen or not _has_routers(model):
             raise BadInput(
                 f"loss.router_aux: {type(model).__name__} has no router whose logits transformers "
                 "records; remove the key"
@@ -60,7 +57,7 @@ class RouterLoss:
                 f"loss.router_aux: {type(model).__name__} balances its experts by a bias "
                 "(as e_score_correction_bias), not by a loss; remove the key"
             )
-        self._coefficient = coefficient
+        self._coefficient, self._name = coefficient, type(model).__name__
         self._are_probabilities: bool | None = None  # asked of the first micro-batch
         self.reset()
 
@@ -87,6 +84,12 @@ class RouterLoss:
         weights_D = torch.zeros(documents, device=device).index_add_(
             0, document_T[batch.trained_positions], batch.weights
         )
+        for layer in logits:
+            if layer.numel() != len(document_T) * layer.shape[-1]:  # as Doge's, two keys an expert
+                raise BadInput(
+                    f"loss.router_aux: {self._name} scores no experts: {len(document_T)} tokens "
+                    f"have {tuple(layer.shape)} scores; remove the key"
+                )
         log_LTE = [self._log_probabilities(x.reshape(-1, x.shape[-1]).float()) for x in logits]
         chosen_LTE = [
             torch.zeros_like(x).scatter_(1, x.detach().topk(self._chosen).indices, 1.0)
@@ -150,3 +153,17 @@ class RouterLoss:
             "train/router_peak_load": float(load.amax(1).mean()) * experts,
             "train/router_unused": float((load == 0).float().mean()),
         }
+
+
+def _has_routers(model: Any) -> bool:
+    """Return whether the model has modules whose router's logits transformers records.
+
+    A model's code may know routers that this configuration builds none of, as a dense Granite.
+    """
+    recorded = [
+        (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+        for module in model.modules()
+    ]
+    kinds = [kind for kind in recorded for kind in (kind if isinstance(kind, list) else [kind])]
+    classes = tuple({getattr(kind, "target_class", kind) for kind in kinds if kind is not None})
+    return any(isinstance(module, classes) for module in model.modules())
