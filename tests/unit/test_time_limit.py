@@ -170,22 +170,27 @@ def _runs(pid: int) -> bool:
         return False
 
 
+def compute(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
 def test_blocks_of_a_chunk_share_a_timer_and_each_has_its_limit(monkeypatch):
     calls = []
     set_timer = signal.setitimer
-    monkeypatch.setattr(
-        signal, "setitimer", lambda *given: calls.append(given) or set_timer(*given)
-    )
+
+    def counted(*given):
+        calls.append(given)
+        set_timer(*given)
+
+    monkeypatch.setattr(signal, "setitimer", counted)
     with many_interruptions():
         for _ in range(100):
             with interrupted_after(0.1):
                 pass
         with pytest.raises(TooLong), interrupted_after(0.1):
-            while True:
-                pass
-        # longer than any limit, outside of all blocks
-        end = time.process_time() + 0.5
-        while time.process_time() < end:
-            pass
+            compute(60)
+        compute(0.5)  # longer than any limit, outside of all blocks
     assert len(calls) == 2
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
