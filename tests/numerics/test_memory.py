@@ -43,6 +43,7 @@ KEYS = {
     "nf4": "adapter={rank: 4, base: nf4_double_quant}",
     "ema": "optim.ema_decay=0.9",
 } | {kind: f"optim.kind={kind}" for kind in MOMENTS}
+KEYS["adamw_bf16"] = "optim.state_dtype=bf16"
 PARTS = ("weights", "gradients", "masters", "moments")
 
 

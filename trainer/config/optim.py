@@ -36,6 +36,11 @@ class OptimSection(Section):
         "in 8 bits. adafactor: second moments by row and column, no first ones. All but adamw are "
         "refused with an offloaded optimizer.",
     )
+    state_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="Type of AdamW's moments. bf16 halves them; they are rounded stochastically, "
+        "by seed, step and parameter.",
+    )
     lr: float = Field(
         default=2e-5,
         gt=0,
@@ -85,3 +90,14 @@ class OptimSection(Section):
     groups: tuple[OptimGroup, ...] = Field(
         default=(), description="Learning rates of their own, as `[{match: embed, lr: 1e-6}]`."
     )
+
+    @model_validator(mode="after")
+    def _usable(self) -> OptimSection:
+        if self.state_dtype == "bf16" and self.kind != "adamw":
+            raise ValueError("`state_dtype: bf16` is for `kind: adamw`; take one of them out")
+        return self
+
+    @property
+    def rule(self) -> str:
+        """Return what updates the weights: `kind`, or AdamW with its states in bf16."""
+        return "adamw_bf16" if self.state_dtype == "bf16" else self.kind

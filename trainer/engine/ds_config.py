@@ -109,10 +109,10 @@ def _require_offload(template: str, config: Mapping[str, Any], optim: OptimSecti
         )
     if offload_device(config, "optimizer") == "none":
         return
-    if optim.kind != "adamw":
+    if optim.rule != "adamw":
         raise BadInput(
-            f"{template}: offload_optimizer: only AdamW has a kernel for the CPU; set "
-            f"optim.kind=adamw, or a template that keeps {optim.kind}'s states on the GPU"
+            f"{template}: offload_optimizer: only AdamW in fp32 has a kernel for the CPU; set "
+            f"optim.kind=adamw, or a template that keeps {optim.rule}'s states on the GPU"
         )
     if optim.ema_decay is not None:
         raise BadInput(

@@ -250,7 +250,7 @@ def _partitions(optimizer: Any, names: Names) -> Iterator[Partition]:
         yield Partition(master, group["kind"], parameters, places)
 
 
-def show_pieces(optimizer: Any, names: Names) -> None:
+def show_pieces(optimizer: Any, names: Names, seed: int) -> None:
     """Tell an optimizer that needs it where its parameters lie in the master weights of all ranks.
 
     Every rank calls it.
@@ -258,6 +258,7 @@ def show_pieces(optimizer: Any, names: Names) -> None:
     base = _base(optimizer)
     if not isinstance(base, Piecewise):
         return
+    base.seed = seed
     base.is_sharded = base is not optimizer  # DeepSpeed cuts weights at every stage but 0
     parts = list(_partitions(optimizer, names))
     own = [
@@ -273,7 +274,7 @@ def show_pieces(optimizer: Any, names: Names) -> None:
             cuts = {start for start, _, numel in (theirs[i][k] for theirs in of_ranks) if numel}
             blocks = sorted({start // BLOCK for start in cuts if start % BLOCK})
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            pieces.append(Piece(shape, *place, cut_blocks=tuple(blocks)))
+            pieces.append(Piece(shape, *place, names[id(parameter)], tuple(blocks)))
 
 
 def _stage_3_places(parameters: list[Any], names: Names) -> Iterator[Place]:

@@ -66,7 +66,7 @@ class SftModel(nn.Module):
         self.is_random = False  # draws random numbers in training, beside NEFTune's; likewise
         self.router = None if loss.router_aux is None else RouterLoss(model, loss.router_aux)
         self._alpha = loss.neftune_alpha
-        self._seed = seed
+        self.seed = seed
         self._group = group
         self._offload = offload
         self._batch: Batch | None = None  # the one in the forward, for the embedding's hook
@@ -95,7 +95,7 @@ class SftModel(nn.Module):
             # dropout, or a router's jitter, must belong to the micro-batch and not to the rank or
             # the step (C3)
             epoch = batch.document_keys[0][0]
-            torch.manual_seed(dist.seed_from(self._seed, "dropout", epoch, *batch.sequence_ids))
+            torch.manual_seed(dist.seed_from(self.seed, "dropout", epoch, *batch.sequence_ids))
         # the head is the largest matrix product; prompts and fillers need none of it
         router = self.router if self.training else None
         out = self._decode(batch, **({"output_router_logits": True} if router else {}))
@@ -175,7 +175,7 @@ class SftModel(nn.Module):
         keys, lengths, width = batch.document_keys, batch.lengths, embedded.shape[-1]
         start, stop = slice_borders(lengths, batch.slice[1])[batch.slice[0] :][:2]
         place = (embedded.device, range(start, stop))
-        noise = document_noise(self._seed, keys, lengths, width, self._alpha, *place)
+        noise = document_noise(self.seed, keys, lengths, width, self._alpha, *place)
         return embedded + noise.to(embedded.dtype)
 
 
