@@ -36,11 +36,6 @@ class OptimSection(Section):
         "in 8 bits. adafactor: second moments by row and column, no first ones. All but adamw are "
         "refused with an offloaded optimizer.",
     )
-    state_dtype: Literal["fp32", "bf16"] = Field(
-        default="fp32",
-        description="Type of AdamW's moments. bf16 halves them; they are rounded stochastically, "
-        "by seed, step and parameter.",
-    )
     lr: float = Field(
         default=2e-5,
         gt=0,
@@ -52,6 +47,11 @@ class OptimSection(Section):
         "adafactor has none for matrices.",
     )
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    state_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="Type of AdamW's moments. bf16 halves them; they are rounded stochastically, "
+        "by seed, step and parameter.",
+    )
     weight_decay: float = Field(
         default=0.1,
         ge=0,

@@ -148,11 +148,11 @@ class AdapterSection(Section):
         description="Modules to train in full and save with the adapter, as `[embed_tokens, "
         "lm_head]`.",
     )
-    base: Literal["nf4", "nf4_double_quant"] | None = Field(
+    base: Literal["nf4", "nf4_double_quant", "int8"] | None = Field(
         default=None,
         description="nf4: hold the frozen linear modules in 4 bits (QLoRA, bitsandbytes). "
         "nf4_double_quant: store the scales in 8 bits, too, which saves 0.37 bits a "
-        "weight. null: keep model.dtype.",
+        "weight. int8: 8 bits, with a scale for each row. null: keep model.dtype.",
     )
 
     init_from: str | None = Field(
@@ -176,7 +176,7 @@ class AdapterSection(Section):
             )
         if "dora" in self.variants and self.base is not None:
             raise ValueError(
-                "`dora` needs the norms of the weights, and is not tested with `base: nf4`; take "
+                "`dora` needs the norms of the weights, and is not tested with `base`; take "
                 "one of them"
             )
         return self

@@ -70,7 +70,7 @@ def add_adapter(
     of_experts = expert_targets(model, section)
     if section.base and not next(model.parameters()).is_meta:
         linear = [name for name in linear_modules(model) if not _lies_in(name, full)]
-        quantise(model, linear, section.base == "nf4_double_quant", gathered)
+        quantise(model, linear, section.base, gathered)
     config = LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
@@ -84,6 +84,8 @@ def add_adapter(
     inject_adapter_in_model(config, model, adapter_name=NAME)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_of_adapter(name) or _lies_in(name, full))
+        if is_of_adapter(name) and parameter.dtype != model.dtype:  # beside a quantised weight
+            parameter.data = parameter.data.to(model.dtype)
     with torch.no_grad():
         # peft has left B at zero, and has set DoRA's magnitudes to the norms of the weights' rows
         for name, parameter in model.named_parameters():
@@ -123,8 +125,8 @@ def _log(model: Any, section: AdapterSection, targets: list[str], full: list[str
         )
     if section.base and (held := expert_parameters(model)):
         dist.log.warning(
-            "adapter.base: experts stay in model.dtype, %.0f%% of the weights: bitsandbytes puts "
-            "linear modules alone into 4 bits",
+            "adapter.base: experts stay in model.dtype, %.0f%% of the weights: only linear modules "
+            "are quantised",
             100 * sum(map(numel, held.values())) / total,
         )
 
