@@ -34,7 +34,7 @@ from packhorse.trainer.model import fp8, router_loss, sft
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.trackers import Trackers
-from tests.numerics import buffers, sequence_defects
+from tests.numerics import buffers, sequence_defects, tiled
 
 
 def main(path: str) -> None:
@@ -425,7 +425,7 @@ CHANGES |= {f.__name__: f for f in (shards_appear, fp8_on_cpu)}
 CHANGES |= {f.__name__: f for f in (dry_run_first, dry_run_that_learns)}
 CHANGES |= {f.__name__: f for f in (stale_expert_gradients, towers_trained)}
 CHANGES |= {f.__name__: f for f in (parts_orthogonalised, routers_balanced_by_micro_batch)}
-CHANGES |= sequence_defects.DEFECTS
+CHANGES |= sequence_defects.DEFECTS | tiled.CHANGES
 
 if __name__ == "__main__":
     main(sys.argv[1])

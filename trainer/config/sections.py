@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from packhorse.trainer.config.base import Section, compile_pattern
 from packhorse.trainer.utils.remote import check_url, is_url
@@ -51,9 +51,10 @@ class ModelSection(Section):
         default="auto",
         description="What the backward pass recomputes (gradient checkpointing). full: each layer "
         "but its input; selective: not attention, nor the products that widen a feed-forward "
-        "block; offload: full, with these inputs in the host's memory until they are needed; "
-        "auto: as little as fits the GPU's memory by `packhorse plan`, and full on a CPU. "
-        "Gradients stay the same by the bit.",
+        "block; offload: full, with these inputs in the host's memory until shortly before they "
+        "are needed; auto: as little as fits the GPU's memory by `packhorse plan`, and full on a "
+        "CPU. Gradients stay the same by the bit; only that full and offload run feed-forward "
+        "blocks in tiles where a rank has many tokens, which rounds otherwise.",
     )
     compile: Literal[False, "layers"] = Field(
         default=False,
@@ -80,6 +81,12 @@ class ModelSection(Section):
         default=False,
         description="Run the Python code in the model's folder. Read that code first.",
     )
+    rope_scaling: dict[str, JsonValue] | None = Field(
+        default=None,
+        description="Rotary positions for longer contexts, in place of the configuration's, as "
+        "`{rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}`. Exports have "
+        "it in their config.json. null: as the model has them.",
+    )
     freeze: tuple[str, ...] = Field(
         default=(),
         description="Parameters that are not trained: regular expressions that occur in their "
@@ -90,6 +97,8 @@ class ModelSection(Section):
     def _usable(self) -> ModelSection:
         for pattern in self.freeze:
             compile_pattern(pattern)
+        if self.rope_scaling is not None and not {"rope_type", "type"} & self.rope_scaling.keys():
+            raise ValueError("`rope_scaling` names no kind; give its `rope_type`, as yarn")
         if self.compile and self.activation_checkpointing == "selective":
             raise ValueError(
                 "`activation_checkpointing: selective` keeps single results of a layer, which a "
