@@ -144,6 +144,11 @@ class AdapterSection(Section):
         description="Parameters that hold the matrices of all experts of a layer, which get an "
         "adapter: all-experts, or names or their ends, as `[experts.down_proj]`.",
     )
+    trainable_token_indices: tuple[int, ...] = Field(
+        default=(),
+        description="Ids of tokens whose embeddings are trained, too, as those of a chat template "
+        "that the base never saw. The head must not share the embeddings.",
+    )
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="LoRA dropout: share of the adapter's inputs set to 0."
     )
