@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from packhorse.trainer.config.adapter import ADAPTER_LR
 from packhorse.trainer.config.base import Section, compile_pattern
-from packhorse.trainer.config.sections import ADAPTER_LR
 
 
 class OptimGroup(Section):
