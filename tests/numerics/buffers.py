@@ -47,7 +47,8 @@ def masters(optimizer: Any) -> Iterator[torch.Tensor]:
         "single_partition_of_fp32_groups",
         "fp32_partitioned_groups_flat",
     ):
-        yield from getattr(optimizer, name, ())
+        for master in getattr(optimizer, name, ()):
+            yield getattr(master, "host", master)  # of a streamed one
 
 
 def moments(optimizer: Any) -> Iterator[torch.Tensor]:

@@ -11,7 +11,13 @@ import torch
 
 from packhorse.trainer.config.recipe import ModelSection, OptimSection, ParallelSection
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine.ds_config import BUCKET, clear_nvme, deepspeed_config
+from packhorse.trainer.engine.ds_config import (
+    BUCKET,
+    clear_nvme,
+    deepspeed_config,
+    for_deepspeed,
+    streams_optimizer,
+)
 from packhorse.trainer.engine.optim import gradient_norm, replace_gradient_norm
 from tests.ranks import ROOT
 
@@ -147,6 +153,37 @@ def test_only_adamw_is_offloaded(tmp_path: Path) -> None:
     sections = (ParallelSection(deepspeed="zero3_offload_optimizer"), ModelSection(name="m"))
     with pytest.raises(BadInput, match=r"only AdamW has a kernel for the CPU; set optim\.kind"):
         deepspeed_config(*sections, OptimSection(kind="lion"), 64, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("zero", "kind", "section", "why"),
+    [
+        ({"stage": 0}, "adamw", "streamed", "the weights are the master weights"),
+        ({"stage": 3}, "muon", "streamed", r"only AdamW updates by chunks, .* set optim\.kind"),
+        (
+            *({"stage": 3, "offload_param": {"device": "cpu"}}, "adamw", "streamed"),
+            "it needs weights on the GPU; remove offload",
+        ),
+        ({"stage": 3}, "adamw", "stremed", r'may hold \{"optimizer_state": "streamed"\} alone'),
+    ],
+)
+def test_a_state_that_cannot_be_streamed_is_refused(
+    tmp_path: Path, zero: dict[str, Any], kind: Any, section: str, why: str
+) -> None:
+    own = {"zero_optimization": zero, "packhorse": {"optimizer_state": section}}
+    sections = (
+        ParallelSection(deepspeed=str(template(tmp_path, own))),
+        ModelSection(name="m", dtype="float32"),
+    )
+    with pytest.raises(BadInput, match=why):
+        deepspeed_config(*sections, OptimSection(kind=kind), 64, tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+def test_deepspeed_does_not_see_our_section(stage: str) -> None:
+    config = made(f"{stage}_streamed")
+    assert streams_optimizer(config)
+    assert for_deepspeed(config) == made(stage)
 
 
 def test_stage_1_in_bf16_gets_a_norm_in_fp64_too(monkeypatch: pytest.MonkeyPatch) -> None:

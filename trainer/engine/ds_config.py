@@ -33,6 +33,9 @@ _OWNED_BY_RECIPE = {
     "elasticity": "batch",
 }
 
+# A template's section for us: {"optimizer_state": "streamed"}.
+OWN_SECTION = "packhorse"
+
 # Gradients of a bucket, at least. Smaller buckets cost more calls, larger ones do not fit into a
 # CPU's cache. Two cores, SmolLM2-135M, ZeRO-3: 250 tokens/s with 576^2, 300 with 2^22; ZeRO-2: 400
 # with 576^2, 515 with 2^22, 450 with 5 x 10^7.
@@ -68,6 +71,7 @@ def deepspeed_config(
         digest = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
         offload["nvme_path"] = str(Path(offload["nvme_path"]) / f"packhorse-{digest}")
     _require_offload(parallel.deepspeed, config, optim.kind)
+    _require_streaming(parallel.deepspeed, config, optim.kind)
     bf16 = model.dtype == "bfloat16"
     if bf16 and stage(config) == 0:
         raise BadInput(
@@ -114,6 +118,30 @@ def _require_offload(template: str, config: Mapping[str, Any], kind: str) -> Non
         )
 
 
+def _require_streaming(template: str, config: Mapping[str, Any], kind: str) -> None:
+    """Refuse an optimizer that cannot be streamed, or a section with something else in it."""
+    if OWN_SECTION not in config:
+        return
+    if config[OWN_SECTION] != {"optimizer_state": "streamed"}:
+        raise BadInput(
+            f'{template}: {OWN_SECTION}: it may hold {{"optimizer_state": "streamed"}} alone'
+        )
+    reasons = {
+        "at ZeRO stage 0 the weights are the master weights; set a stage from 1 to 3": (
+            stage(config) == 0
+        ),
+        f"only AdamW updates by chunks, and optim.kind is {kind}; set optim.kind=adamw": (
+            kind != "adamw"
+        ),
+        "it needs weights on the GPU; remove offload_optimizer and offload_param": any(
+            offload_device(config, what) != "none" for what in ("optimizer", "param")
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise BadInput(f"{template}: {OWN_SECTION}.optimizer_state: {reason}")
+
+
 def _read_template(template: str) -> dict[str, Any]:
     path = find_template(template)
     try:
@@ -133,6 +161,16 @@ def _read_template(template: str) -> dict[str, Any]:
 def stage(config: Mapping[str, Any]) -> int:
     """Return the ZeRO stage, 0 to 3."""
     return int(config["zero_optimization"].get("stage", 0))
+
+
+def streams_optimizer(config: Mapping[str, Any]) -> bool:
+    """Return whether the optimizer's state lies on the host and is updated on the GPU."""
+    return OWN_SECTION in config
+
+
+def for_deepspeed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration without the section that only we read."""
+    return {key: value for key, value in config.items() if key != OWN_SECTION}
 
 
 def offload_device(config: Mapping[str, Any], what: str) -> str:

@@ -23,13 +23,14 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import OptimSection
 from packhorse.trainer.datatypes import BadInput, Batch, StepResult
 from packhorse.trainer.engine import compile_ops, zero_state
-from packhorse.trainer.engine.ds_config import nvme_offloads, stage
+from packhorse.trainer.engine.ds_config import for_deepspeed, nvme_offloads, stage
 from packhorse.trainer.engine.optim import (
     replace_gradient_norm,
     set_learning_rates,
     step_clipped,
 )
 from packhorse.trainer.engine.optimizers import Lion, Muon, build_optimizer, moment_bytes
+from packhorse.trainer.engine.streamed_adamw import StreamedAdamW
 from packhorse.trainer.metrics import Clock
 from packhorse.trainer.model.decoder import whole_layers
 from packhorse.trainer.model.lora import borrowed_weights
@@ -61,7 +62,7 @@ with lean_import("mlflow"):
 compile_ops.set_build_folder_and_flags()
 deepspeed_logger.setLevel(logging.WARNING)
 # tests/numerics/test_optimizers.py tests them; DeepSpeed warns of others than it has tried
-ZERO_SUPPORTED_OPTIMIZERS += [Lion, Muon, torch.optim.SGD]
+ZERO_SUPPORTED_OPTIMIZERS += [Lion, Muon, StreamedAdamW, torch.optim.SGD]
 # DeepSpeed calls collectives by names that torch 2.13 deprecates, once for each layer and step
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
 # An all-reduce for inference. DeepSpeed would compile it at each machine's first start, and write
@@ -85,7 +86,8 @@ def sharded_init(config: Mapping[str, Any]) -> Iterator[None]:
 
     # before DeepSpeed compiles them by itself: without our lock, and otherwise than we do
     compile_ops.build_ops(compile_ops.needed_ops(config, trains=False))
-    keep_alive = HfDeepSpeedConfig(dict(config))  # transformers holds a weak reference to it
+    # transformers holds a weak reference to it
+    keep_alive = HfDeepSpeedConfig(for_deepspeed(config))
     yield
     del keep_alive
 
@@ -184,7 +186,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(groups, optim, config),
-            config=config,
+            config=for_deepspeed(config),
             dist_init_required=False,
         )
         for parameter, data in frozen if self.stage < 3 else ():
@@ -192,6 +194,7 @@ class Engine:
                 parameter.data = data.to(parameter.device)
         del frozen
         self._optimizer: Any = self._engine.optimizer
+        zero_state.stream_state(self._optimizer)
         replace_gradient_norm(self._optimizer)
         self.state = zero_state.TrainingState(
             self.module.model, self._optimizer, self.stage, moments, gathered
@@ -346,7 +349,9 @@ def _evaluation_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     sharding = dict(config["zero_optimization"])
     sharding.pop("offload_optimizer", None)
     engine, *_ = deepspeed.initialize(
-        model=model, config={**config, "zero_optimization": sharding}, dist_init_required=False
+        model=model,
+        config=for_deepspeed(config) | {"zero_optimization": sharding},
+        dist_init_required=False,
     )
     return engine
 

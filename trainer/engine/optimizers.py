@@ -17,8 +17,9 @@ import torch
 
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import OptimSection
-from packhorse.trainer.engine.ds_config import offload_device
+from packhorse.trainer.engine.ds_config import offload_device, streams_optimizer
 from packhorse.trainer.engine.optim import set_learning_rates
+from packhorse.trainer.engine.streamed_adamw import StreamedAdamW
 from packhorse.trainer.model.quantisation import numel
 
 # The states that a kind keeps in fp32 beside each master weight, by the names that torch and
@@ -53,6 +54,8 @@ def build_optimizer(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **adam)
+    elif streams_optimizer(config):
+        optimizer = StreamedAdamW(groups, fused=True, **adam)
     else:
         optimizer = torch.optim.AdamW(groups, fused=True, **adam)
     set_learning_rates(optimizer, section.lr)
@@ -60,8 +63,8 @@ def build_optimizer(
 
 
 def is_offloaded(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the optimizer is the one that keeps its state in the host's memory."""
-    return type(optimizer).__name__ == "DeepSpeedCPUAdam"
+    """Return whether the optimizer is one that keeps its state in the host's memory."""
+    return type(optimizer).__name__ in ("DeepSpeedCPUAdam", "StreamedAdamW")
 
 
 def moment_bytes(groups: Iterable[Mapping[str, Any]]) -> int:
@@ -85,7 +88,7 @@ def moments_of(
         if name not in state:  # as before the first update, or SGD's without momentum
             state[name] = torch.zeros_like(master)
     if updates is not None and kind == "adamw":
-        # torch's fused AdamW wants the counter as a tensor beside the weight, DeepSpeed's a number
+        # torch's fused AdamW wants the counter as a tensor beside the weight, the others a number
         as_tensor = not is_offloaded(optimizer)
         count = torch.tensor(float(updates), device=master.device)
         state["step"] = count if as_tensor else updates

@@ -25,6 +25,8 @@ import numpy as np
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.ranks import filler_share
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.ds_config import streams_optimizer
+from packhorse.trainer.engine.streamed_adamw import room_for_chunks
 from packhorse.trainer.estimate.model import Activations, ModelSizes
 from packhorse.trainer.model.loss import BLOCK_HIDDEN, LIGER_HIDDEN
 
@@ -69,9 +71,8 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
         raise BadInput(
             "offload_optimizer at ZeRO stages 1 and 2 is not planned; plan it at stage 3"
         )
-    # DeepSpeed flattens each group and fills it up to a multiple of 2 elements a rank
-    flat = [-(-sum(group) // (2 * world)) * 2 * world for group in model.groups]
-    piece = sum(flat) // world
+    pieces = _masters_of_groups(model, stage, world)
+    flat, piece = [world * part for part in pieces], sum(pieces)
     if stage == 1 and model.element == 2 and sum_bytes == 4:
         # DeepSpeed's BF16_Optimizer, which takes this case, sums whole gradients in fp32, and each
         # in the model's type goes as soon as it is added
@@ -81,8 +82,16 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
     else:
         gradients = model.element * _count_touched(model.groups, flat, world)
     weights = model.element * sum(flat) + frozen
-    moments = sum(m * part for m, part in zip(model.moments, flat, strict=True)) // world
+    moments = sum(m * part for m, part in zip(model.moments, pieces, strict=True))
     return StateBytes(weights, 0, gradients, 4 * piece, moments)
+
+
+def _masters_of_groups(model: ModelSizes, stage: int, world: int) -> list[int]:
+    """Return the elements of a rank's master weights of each group, above ZeRO stage 0."""
+    if stage == 3:  # each parameter is cut by itself, and its last piece filled up
+        return [sum(-(-size // world) for size in group) for group in model.groups]
+    # DeepSpeed flattens each group and fills it up to a multiple of 2 elements a rank
+    return [-(-sum(group) // (2 * world)) * 2 for group in model.groups]
 
 
 def _count_stage_3(
@@ -91,8 +100,7 @@ def _count_stage_3(
     if model.quantised:
         raise BadInput("adapter.base: weights of 4 bits are not sharded at ZeRO-3")
     trained = [size for group in model.groups for size in group]
-    # each parameter is cut by itself, and its last piece filled up
-    pieces = [sum(-(-size // world) for size in group) for group in model.groups]
+    pieces = _masters_of_groups(model, 3, world)
     piece = sum(pieces)
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     # whole: gathered from the ranks' pieces, the last one's filling included
@@ -176,26 +184,31 @@ def peak_memory(
     state, stage = count_state_bytes(model, config, world), zero.get("stage", 0)
     local = min(world, per_node)
     gathered, communication = _count_communication(model, zero, state)
-    on_gpu = state.optimizer_on == "gpu"
+    on_gpu, is_streamed = state.optimizer_on == "gpu", streams_optimizer(config)
     weights = state.weights if state.weights_on == "gpu" else 0
+    optimizer = state.masters + state.moments
     gpu = {
         "weights": state.persistent + weights + model.buffers,
         "gradients": state.gradients if on_gpu else 0,
-        "optimizer": state.masters + state.moments if on_gpu else 0,
+        "optimizer": optimizer if on_gpu else 0,
         "gathered": gathered,
         "communication": communication,
         "activations": activations.kept + activations.layer,
         "loss": loss_workspace(model, trained, kernel),
     }
+    if is_streamed:
+        # DeepSpeed makes the master weights on the GPU, when there are no activations yet
+        later = sum(gpu[part] for part in ("gathered", "communication", "activations", "loss"))
+        room = room_for_chunks(_masters_of_groups(model, stage, world))
+        gpu["optimizer"] = max(room, state.masters - later)
     gpu["reserve"] = RESERVED + int(SHARE_RESERVED * sum(gpu.values()))
     whole = model.element * model.parameters
-    optimizer = state.masters + state.moments
     host = {
         # at stage 3 rank 0 reads for all; before, each rank reads the whole model
         "load": whole if stage == 3 else whole * local,
         "weights": local * state.weights if state.weights_on == "cpu" else 0,
         "gradients": 0 if on_gpu else local * state.gradients,
-        "optimizer": local * optimizer if state.optimizer_on == "cpu" else 0,
+        "optimizer": local * optimizer if state.optimizer_on == "cpu" or is_streamed else 0,
         "activations": local * activations.host,
         "swapping": local * _count_swap_buffers(model, zero, state),
     }

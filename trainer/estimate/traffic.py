@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from packhorse.trainer.estimate.memory import Cluster
+from packhorse.trainer.engine.ds_config import streams_optimizer
+from packhorse.trainer.estimate.memory import Cluster, count_state_bytes
 from packhorse.trainer.estimate.model import ModelSizes
 
 # Bytes a second that are assumed, as a plan measures nothing.
@@ -22,6 +23,10 @@ TO_NVME = 6e9  # of a node
 ASSUMED = (
     f"{IN_NODE / 1e9:.0f} GB/s a GPU inside a node, {BETWEEN_NODES / 1e9:.0f} between nodes, "
     f"{TO_HOST / 1e9:.0f} to the host, and {TO_NVME / 1e9:.0f} a node to NVMe"
+)
+SECONDS = (
+    "s a step: at most, if no communication hides behind the computation, at an assumed "
+    f"{ASSUMED}; at least, the time to compute above"
 )
 
 
@@ -74,6 +79,9 @@ def step_traffic(
         moved["cpu"] += (micro_batches * gradients + trained_weights) / world
     if device == "nvme":  # master weights and two moments, read and written
         moved["nvme"] += 2 * 12 * model.trained / world
+    if streams_optimizer(config):  # master weights and two moments, in and out
+        state = count_state_bytes(model, config, world)
+        moved["cpu"] += 2 * (state.masters + state.moments)
     device = zero.get("offload_param", {}).get("device", "none")
     if device != "none":  # read in forward and backward
         moved[device] += micro_batches * 2 * weights / world
