@@ -24,13 +24,15 @@ CASES = [
     "zero0-float32-float32-adapter",
     *(f"{stage}-float32-float32-muon" for stage in ("zero0", "zero2", "zero3")),
     *(f"{stage}_streamed-bfloat16-float32" for stage in ("zero1", "zero3")),
+    "zero3_hpz-bfloat16-float32",
+    "zero3_hpz-bfloat16-float32-adapter",
     "zero1-bfloat16-float32-lion",
     "zero3-float32-float32-sgd",
 ]
 KEYS = {"adapter": "adapter={rank: 4, modules_to_save: [lm_head]}"} | {
     kind: f"optim.kind={kind}" for kind in ("muon", "lion", "sgd")
 }
-PARTS = ("weights", "gradients", "masters", "moments")
+PARTS = ("weights", "gradients", "masters", "moments", "shared")
 
 
 @pytest.fixture(scope="module")

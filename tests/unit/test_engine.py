@@ -16,6 +16,7 @@ from packhorse.trainer.engine.ds_config import (
     clear_nvme,
     deepspeed_config,
     for_deepspeed,
+    require_whole_groups,
     streams_optimizer,
 )
 from packhorse.trainer.engine.optim import gradient_norm, replace_gradient_norm
@@ -184,6 +185,20 @@ def test_deepspeed_does_not_see_our_section(stage: str) -> None:
     config = made(f"{stage}_streamed")
     assert streams_optimizer(config)
     assert for_deepspeed(config) == made(stage)
+
+
+def test_groups_that_share_weights_are_whole_and_lie_on_one_node() -> None:
+    config = made("zero3_hpz")
+    for world, per_node in ((1, 1), (4, 4), (8, 8), (32, 8), (64, 16)):
+        require_whole_groups(config, world, per_node)
+    for world, per_node in ((12, 12), (12, 8), (16, 4), (12, 6)):
+        with pytest.raises(BadInput, match=r"groups of 8 ranks do not divide"):
+            require_whole_groups(config, world, per_node)
+
+
+def test_a_prefetch_of_a_layer_follows_the_hidden_size() -> None:
+    zero = made("zero3_prefetch")["zero_optimization"]
+    assert zero["stage3_prefetch_bucket_size"] == 13 * 64**2
 
 
 def test_stage_1_in_bf16_gets_a_norm_in_fp64_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,6 +142,10 @@ def test_a_template_moves_what_its_stage_sends() -> None:
     )
     assert to_host["zero3_offload_all"] > to_host["zero3_offload_optimizer"]
     assert report.candidates["zero3_nvme"].traffic.nvme > 24 * weights / 4
+    # one gather of a step's first forward, and the rest in a group, which four ranks are
+    hpz = report.candidates["zero3_hpz"].traffic
+    assert hpz.between_gpus == pytest.approx(3 / 4 * (2 + 4 * micro_batches) * weights)
+    assert hpz.in_group == pytest.approx(3 / 4 * (4 * micro_batches - 2) * weights)
     assert to_host["zero1_streamed"] == pytest.approx(24 * weights / 4, rel=1e-3)
     assert sent["zero1_streamed"] == sent["zero1"]
 

@@ -52,11 +52,12 @@ def deepspeed_config(
     """Return the template with the recipe's settings, and a folder on NVMe for this run alone.
 
     `"auto"` for three sizes follows the model's hidden size H, as in DeepSpeed's guide: buckets of
-    H^2 (or BUCKET, if that is more), prefetch of 0.9 H^2, parameters below 10 H kept whole.
+    H^2 (or BUCKET, if that is more), prefetch of 0.9 H^2, parameters below 10 H kept whole. A
+    prefetch of a `"layer"` is 13 H^2, the weights of a dense decoder layer.
 
     Raises:
         BadInput: the template is missing, is not JSON, sets what the recipe owns, or cannot train
-            the model in its type.
+            the model in its type or on these ranks.
     """
     config = _read_template(parallel.deepspeed)
     zero = config.setdefault("zero_optimization", {"stage": 0})
@@ -66,6 +67,9 @@ def deepspeed_config(
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
     zero |= {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
+    if zero.get("stage3_prefetch_bucket_size") == "layer":
+        zero["stage3_prefetch_bucket_size"] = 13 * hidden_size**2
+    require_whole_groups(config, dist.world_size(), dist.local_world_size())
     for offload in nvme_offloads(config):
         # two runs on one node must not write to each other's files
         digest = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
@@ -171,6 +175,21 @@ def streams_optimizer(config: Mapping[str, Any]) -> bool:
 def for_deepspeed(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration without the section that only we read."""
     return {key: value for key, value in config.items() if key != OWN_SECTION}
+
+
+def count_sharing(config: Mapping[str, Any], world: int) -> int:
+    """Return how many ranks share a second copy of the weights (hpZ), or 1."""
+    return min(int(config["zero_optimization"].get("zero_hpz_partition_size", 1)), world)
+
+
+def require_whole_groups(config: Mapping[str, Any], world: int, per_node: int) -> None:
+    """Refuse groups of hpZ that are not all of one size, or that span nodes."""
+    size = count_sharing(config, world)
+    if world % size or min(per_node, world) % size:
+        raise BadInput(
+            f"zero_hpz_partition_size: groups of {size} ranks do not divide {world} ranks, "
+            f"{per_node} a node; set it to the number of GPUs of a node in a template of yours"
+        )
 
 
 def offload_device(config: Mapping[str, Any], what: str) -> str:

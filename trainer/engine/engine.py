@@ -27,6 +27,7 @@ from packhorse.trainer.engine.ds_config import for_deepspeed, nvme_offloads, sta
 from packhorse.trainer.engine.optim import (
     replace_gradient_norm,
     set_learning_rates,
+    shorten_gradient_sums,
     step_clipped,
 )
 from packhorse.trainer.engine.optimizers import Lion, Muon, build_optimizer, moment_bytes
@@ -84,6 +85,8 @@ def sharded_init(config: Mapping[str, Any]) -> Iterator[None]:
         return
     from transformers.integrations import HfDeepSpeedConfig
 
+    # it keeps the groups of ranks that a model of before was shared by (hpZ), and makes them once
+    deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     # before DeepSpeed compiles them by itself: without our lock, and otherwise than we do
     compile_ops.build_ops(compile_ops.needed_ops(config, trains=False))
     # transformers holds a weak reference to it
@@ -196,6 +199,7 @@ class Engine:
         self._optimizer: Any = self._engine.optimizer
         zero_state.stream_state(self._optimizer)
         replace_gradient_norm(self._optimizer)
+        shorten_gradient_sums(self._engine)
         self.state = zero_state.TrainingState(
             self.module.model, self._optimizer, self.stage, moments, gathered
         )

@@ -25,7 +25,11 @@ import numpy as np
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.ranks import filler_share
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine.ds_config import streams_optimizer
+from packhorse.trainer.engine.ds_config import (
+    count_sharing,
+    require_whole_groups,
+    streams_optimizer,
+)
 from packhorse.trainer.engine.streamed_adamw import room_for_chunks
 from packhorse.trainer.estimate.model import Activations, ModelSizes
 from packhorse.trainer.model.loss import BLOCK_HIDDEN, LIGER_HIDDEN
@@ -51,6 +55,7 @@ class StateBytes:
     moments: int
     weights_on: str = "gpu"  # or cpu, nvme
     optimizer_on: str = "gpu"  # summed gradients, master weights and moments
+    shared: int = 0  # second copies of weights (hpZ), from a forward to the step
 
 
 def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) -> StateBytes:
@@ -62,7 +67,7 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
     stage = config["zero_optimization"].get("stage", 0)
     sum_bytes = 2 if config["data_types"]["grad_accum_dtype"] == "bf16" else 4
     if stage == 3:
-        return _count_stage_3(model, config["zero_optimization"], sum_bytes, world)
+        return _count_stage_3(model, config, sum_bytes, world)
     frozen = model.element * sum(model.frozen) + model.quantised_bytes
     if stage == 0:  # the weights are the master weights
         weights = model.element * model.trained
@@ -95,8 +100,9 @@ def _masters_of_groups(model: ModelSizes, stage: int, world: int) -> list[int]:
 
 
 def _count_stage_3(
-    model: ModelSizes, zero: Mapping[str, Any], sum_bytes: int, world: int
+    model: ModelSizes, config: Mapping[str, Any], sum_bytes: int, world: int
 ) -> StateBytes:
+    zero, sharing = config["zero_optimization"], count_sharing(config, world)
     if model.quantised:
         raise BadInput("adapter.base: weights of 4 bits are not sharded at ZeRO-3")
     trained = [size for group in model.groups for size in group]
@@ -104,8 +110,9 @@ def _count_stage_3(
     piece = sum(pieces)
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     # whole: gathered from the ranks' pieces, the last one's filling included
-    small = [size for size in (*trained, *model.frozen) if size <= threshold]
-    persistent = sum(world * -(-size // world) for size in small)
+    whole = [(size, world * -(-size // world)) for size in (*trained, *model.frozen)]
+    persistent = sum(filled for size, filled in whole if size <= threshold)
+    large = sum(filled for size, filled in whole if size > threshold)
     optimizer_on, weights_on = (
         "gpu" if device == "none" else device
         for device in (
@@ -121,6 +128,7 @@ def _count_stage_3(
         moments=sum(m * part for m, part in zip(model.moments, pieces, strict=True)),
         weights_on=weights_on,
         optimizer_on=optimizer_on,
+        shared=model.element * large // sharing if sharing > 1 else 0,
     )
 
 
@@ -181,6 +189,7 @@ def peak_memory(
         BadInput: the template combines what is not planned.
     """
     zero = config["zero_optimization"]
+    require_whole_groups(config, world, per_node)
     state, stage = count_state_bytes(model, config, world), zero.get("stage", 0)
     local = min(world, per_node)
     gathered, communication = _count_communication(model, zero, state)
@@ -188,7 +197,7 @@ def peak_memory(
     weights = state.weights if state.weights_on == "gpu" else 0
     optimizer = state.masters + state.moments
     gpu = {
-        "weights": state.persistent + weights + model.buffers,
+        "weights": state.persistent + weights + state.shared + model.buffers,
         "gradients": state.gradients if on_gpu else 0,
         "optimizer": optimizer if on_gpu else 0,
         "gathered": gathered,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from packhorse.trainer.engine.ds_config import streams_optimizer
+from packhorse.trainer.engine.ds_config import count_sharing, streams_optimizer
 from packhorse.trainer.estimate.memory import Cluster, count_state_bytes
 from packhorse.trainer.estimate.model import ModelSizes
 
@@ -37,7 +37,7 @@ class Traffic:
     between_gpus: float
     host: float
     nvme: float
-    in_group: float = 0.0  # between GPUs that share a sequence, on a node
+    in_group: float = 0.0  # between GPUs of a node that share a sequence, or weights (hpZ)
 
     @property
     def total(self) -> float:
@@ -64,7 +64,13 @@ def step_traffic(
     others = (world - 1) / world
     gradients = model.trained * (2 if config["data_types"]["grad_accum_dtype"] == "bf16" else 4)
     weights, trained_weights = model.element * model.parameters, model.element * model.trained
-    if stage == 3:
+    sharing, in_group = count_sharing(config, world), 0.0
+    if stage == 3 and sharing > 1:
+        # a step's first forward gathers from all; those who share a copy gather the rest from it
+        sent = trained_weights + micro_batches * gradients
+        again = micro_batches * 2 * weights - trained_weights
+        in_group = again * (sharing - 1) / sharing
+    elif stage == 3:
         # each micro-batch gathers the weights in forward and backward, and reduces its gradients
         sent = micro_batches * (2 * weights + gradients)
     elif stage == 2:
@@ -85,4 +91,4 @@ def step_traffic(
     device = zero.get("offload_param", {}).get("device", "none")
     if device != "none":  # read in forward and backward
         moved[device] += micro_batches * 2 * weights / world
-    return Traffic(others * sent, moved["cpu"], moved["nvme"])
+    return Traffic(others * sent, moved["cpu"], moved["nvme"], in_group)
