@@ -13,7 +13,7 @@ BIN := .venv/bin
 WHEELS := $(if $(TORCH_WHEELS),--find-links $(TORCH_WHEELS))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo experiments models test test-runs test-cluster test-vllm chaos style docs gpu-check clean
+.PHONY: help install demo experiments models test test-runs test-cluster test-vllm chaos style docs lock gpu-check clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ style: install  ## ruff, pyright and shellcheck
 
 docs: install  ## the site of docs/, in build/site; a broken link stops it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+lock: install  ## write docker/requirements/, the image's packages with hashes; needs the package index
+	$(BIN)/python docker/lock.py
 
 gpu-check: install  ## kernels against their references, and the GPU benchmark; 8 minutes
 	$(BIN)/python -m pytest -m gpu

@@ -73,9 +73,9 @@ def measure(options: argparse.Namespace) -> None:
     from packhorse.trainer.config.recipe import parse_recipe
     from packhorse.trainer.data.loader import filler_batch
     from packhorse.trainer.datatypes import BadInput
-    from packhorse.trainer.estimate.memory import count_state_bytes
     from packhorse.trainer.estimate.model import build_empty_model, measure_model
     from packhorse.trainer.estimate.report import fill_template
+    from packhorse.trainer.estimate.state import count_state_bytes
     from packhorse.trainer.model.load import load_tokenizer
     from tests.numerics.buffers import held
 

@@ -124,7 +124,7 @@ gradient (`parallel.grad_dtype`: 4, or 2). Sums over parameters p are of their s
 | weights | 4 P | b A | b A | b S + b (those below `stage3_param_persistence_threshold`) |
 | gradients | 4 P | 4 A + 2 P (float32: F) | g A / W (float32: F) | g S |
 | master weights | (the weights) | 4 A / W | 4 A / W | 4 S |
-| moments | 8 P | 8 A / W | 8 A / W | 8 S |
+| moments (AdamW) | 8 P | 8 A / W | 8 A / W | 8 S |
 
 A is P with each of the optimizer's groups filled up to a multiple of 2 W. F is 4 bytes for each
 element of the parameters that lie, even in part, in the rank's piece of A. S is the sum of ceil(p /

@@ -33,6 +33,7 @@ from packhorse.trainer.metrics import Metrics, model_flops
 from packhorse.trainer.model.attention import SequenceGroup
 from packhorse.trainer.model.checks import failures_explained, require_positions
 from packhorse.trainer.model.compiled_layers import compile_layers, require_compilable
+from packhorse.trainer.model.fp8 import use_fp8
 from packhorse.trainer.model.load import load_config, load_model
 from packhorse.trainer.model.lora import require_stage
 from packhorse.trainer.model.packing_check import longest_document, prove_packing
@@ -66,6 +67,8 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         sharded_init=partial(sharded_init, ds_config),
         gathered=gathered,
     )
+    if learns and recipe.model.matmul == "fp8_rowwise":  # what reads an export computes in bf16
+        dist.log.info("products: %s", use_fp8(model, dist.device()))
     group = _sequence_group(recipe)
     offload = recipe.model.activation_checkpointing == "offload"
     module = SftModel(model, recipe.loss, recipe.train.seed, dist.device(), group, offload)

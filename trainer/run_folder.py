@@ -1,6 +1,7 @@
 """Write what a run leaves in its folder beside checkpoints and metrics.
 
     recipe.yaml        the resolved recipe
+    attention.json     where several attention kernels work: each one's time, and the choice
     environment.json   versions, device, number of ranks
     data.json          counts of the prepared data; data.png a picture of them
     trackers.json      ids of this run in the experiment trackers
@@ -58,7 +59,14 @@ LOG_FILE = "logs/rank00000.log"  # in the run folder
 _WRITTEN = (
     *("checkpoints", "model", "serving", "tensorboard"),
     *("metrics.jsonl", EVALUATIONS, "samples.jsonl", "rejects.jsonl", "skipped_steps.jsonl"),
-    *("trace.jsonl", "environment.json", "best.json", "summary.json", "pushed.json"),
+    *(
+        "attention.json",
+        "trace.jsonl",
+        "environment.json",
+        "best.json",
+        "summary.json",
+        "pushed.json",
+    ),
     *(LOG_FILE, IDS),
 )
 _LENGTHS = ("train.epochs", "train.steps")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from packhorse.trainer import dist
+from packhorse.trainer.attention_choice import choose_attention
 from packhorse.trainer.build_engine import (
     build_engine,
     explain_out_of_memory,
@@ -94,7 +96,7 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
     run_dir = Path(recipe.run.dir)
     recipe = resolve_micro_batch(recipe, run_dir)
     if dist.is_main():
-        stop_before_timeout(recipe, stop)
+        stop_in_time(recipe, stop)
         require_same_run(recipe, run_dir, extend=extend)
     with owned(run_dir) if dist.is_main() else nullcontext():
         mirror: Mirror | None = None
@@ -140,12 +142,13 @@ def prepare_and_fit(
         given = (recipe, run_dir, tokenizer, train_data, plan, eval_data, stop, trackers, mirror)
         fit(PreparedRun(*given))
     # not in the group, where the other ranks would wait in vain
-    steps = last_step(recipe.eval, run_dir, plan.steps)
-    done = dist.is_main() and is_done(run_dir, steps)
-    if mirror:
-        mirror.finish(is_done=done)
-    if done and recipe.run.push_to_hub:
-        push_run(run_dir, recipe.run.push_to_hub, steps)
+    if dist.is_main():
+        steps = last_step(recipe.eval, run_dir, plan.steps)
+        done = is_done(run_dir, steps)
+        if mirror:
+            mirror.finish(is_done=done)
+        if done and recipe.run.push_to_hub:
+            push_run(run_dir, recipe.run.push_to_hub, steps)
 
 
 @dataclass(frozen=True)
@@ -183,6 +186,7 @@ def fit(prepared: PreparedRun) -> None:
     if warning := prepared.plan.check_world(*given):
         dist.log.warning(warning)
     recipe = resolve_checkpointing(recipe, prepared.plan)
+    recipe = choose_attention(recipe, prepared.plan, run_dir)
     prepared = replace(prepared, recipe=recipe)
     with explain_out_of_memory("the model with its training state"):
         engine = build_engine(recipe, run_dir, prepared.tokenizer)
@@ -201,7 +205,7 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     """
     recipe, run_dir, plan = prepared.recipe, prepared.run_dir, prepared.plan
     first_step, recent_losses = resume(prepared, engine)
-    if first_step == last_step(recipe.eval, run_dir, plan.steps) and is_done(run_dir, first_step):
+    if has_ended(prepared, first_step):
         dist.log.info("%s: all %d steps are done; set another run.dir", run_dir, first_step)
         if dist.is_main():
             dist.log.info(describe_end(recipe, run_dir))
@@ -258,6 +262,14 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     return "rollback" if outcome.end == "rollback" else "ended"
 
 
+def has_ended(prepared: PreparedRun, step: int) -> bool:
+    """Return whether the run's last step is done. Every rank calls it; rank 0 reads, as other nodes
+    may see an older state of a shared file system."""
+    recipe, run_dir = prepared.recipe, prepared.run_dir
+    ended = dist.is_main() and step == last_step(recipe.eval, run_dir, prepared.plan.steps)
+    return dist.broadcast(ended and is_done(run_dir, step))
+
+
 def conclude(prepared: PreparedRun, metrics: Metrics, guard: Guard, best: Best, steps: int) -> None:
     """Write the summary of a run that is done after `steps`, and log it. Rank 0 calls it."""
     recipe, run_dir = prepared.recipe, prepared.run_dir
@@ -302,8 +314,12 @@ def log_schedule(prepared: PreparedRun, first_step: int) -> None:
     )
 
 
-def stop_before_timeout(recipe: Recipe, stop: StopFlag) -> None:
-    """Raise the stop flag `checkpoint.before_timeout_s` before the end of the Slurm job."""
+def stop_in_time(recipe: Recipe, stop: StopFlag) -> None:
+    """Raise the stop flag after `train.max_hours`, and `checkpoint.before_timeout_s` before the end
+    of the Slurm job.
+    """
+    if recipe.train.max_hours is not None:
+        stop.raise_at(time.time() + 3600 * recipe.train.max_hours)
     before_s, end_s = recipe.checkpoint.before_timeout_s, os.environ.get("SLURM_JOB_END_TIME")
     if before_s is not None and end_s is not None:
         if not re.fullmatch("[0-9]{1,18}", end_s):

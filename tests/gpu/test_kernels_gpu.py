@@ -13,12 +13,15 @@ import torch
 import transformers as tf
 from torch import nn
 
+from packhorse.trainer.attention_choice import time_kernels
 from packhorse.trainer.config.recipe import LossSection
 from packhorse.trainer.datatypes import BadInput, first_key
+from packhorse.trainer.estimate.model import AttentionShape
 from packhorse.trainer.model import (
     attention,
     attention_kernels,
     flash_versions,
+    fp8,
     liger_layers,
     packing_check,
 )
@@ -76,6 +79,29 @@ def worst(
         attend("reference", exact, **(arguments if twin is None else twin)),
     )
     return max(relative(ours, theirs) for ours, theirs in pairs)
+
+
+def test_each_kernel_that_is_found_can_be_timed() -> None:
+    kernels = attention.fused_kernels(CUDA, torch.bfloat16)
+    shapes = [AttentionShape(8, 2, 128, 128, None)]
+    times = time_kernels(kernels, shapes, LENGTHS, CUDA, torch.bfloat16)
+    flash_versions.pin(None)
+    assert times.keys() == set(kernels)
+
+
+def test_products_in_fp8() -> None:
+    if fp8.missing_for_fp8(CUDA):
+        pytest.skip("this GPU has no fp8")
+    for outputs, inputs in ((14336, 4096), (4096, 14336), (48, 16)):
+        fp8._require_right(outputs, inputs, CUDA)
+    rows = torch.randn(35, 48, device=CUDA).bfloat16()
+    for given in (rows, rows.t()):
+        fused, plain = fp8._compiled_cast()(given), fp8._cast(given)
+        assert all(torch.equal(a.float(), b.float()) for a, b in zip(fused, plain))
+    model = tiny(tf.LlamaConfig(**WIDE), torch.bfloat16, "torch_varlen").to(CUDA)
+    fp8.use_fp8(model, CUDA)
+    module = SftModel(model, LossSection(), 0, CUDA)
+    packing_check.prove_packing(module, seq_len=64, one_document=False, seed=0)
 
 
 # ---------------------------------------------------------------------------------------- attention

@@ -53,7 +53,8 @@ def masters(optimizer: Any) -> Iterator[torch.Tensor]:
             yield getattr(master, "host", master)  # of a streamed one
 
 
-def moments(optimizer: Any) -> Iterator[torch.Tensor]:
+def moments(optimizer: Any, averages: Iterable[torch.Tensor] = ()) -> Iterator[torch.Tensor]:
+    yield from averages
     base = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
     for state in base.state.values():
         yield from (moment for name, moment in state.items() if name != "step")
@@ -80,7 +81,7 @@ def held(engine: Engine, batch: Batch) -> dict[str, int]:
     return found | {
         "weights": size(weights(engine.module)),
         "masters": size(masters(optimizer)),
-        "moments": size(moments(optimizer)),
+        "moments": size(moments(optimizer, engine.state._averages.values())),
     }
 
 

@@ -31,12 +31,13 @@ from packhorse.trainer.data.prepare import prepare, train_plan
 from packhorse.trainer.data.streaming import prepare_train
 from packhorse.trainer.engine import (
     engine,
-    optimizers,
+    moments,
+    muon,
     sharded_state,
     streamed_adamw,
     zero_state,
 )
-from packhorse.trainer.model import router_loss, sft
+from packhorse.trainer.model import fp8, router_loss, sft
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.trackers import Trackers
@@ -201,12 +202,12 @@ def labels_shifted_across_boundaries() -> Any:
 
 def parts_orthogonalised() -> Any:
     """Let each rank orthogonalise its part of a matrix, as Muon over a flat partition would."""
-    whole = optimizers._orthogonalised_by_owners
+    whole = muon._orthogonalised_by_owners
 
     def alone(batch: Any, update: Any, is_sharded: bool) -> Any:
         return [next(whole([piece], update, False)) for piece in batch]
 
-    return mock.patch.object(optimizers, "_orthogonalised_by_owners", alone)
+    return mock.patch.object(muon, "_orthogonalised_by_owners", alone)
 
 
 def small_chunks() -> Any:
@@ -247,7 +248,7 @@ def moment_zeroed() -> Any:
 
     def without(self: Any, piece: Any) -> None:
         fill(self, piece)
-        for first in {names[0] for names in optimizers.MOMENTS.values()} & piece.states.keys():
+        for first in {names[0] for names in moments.MOMENTS.values()} & piece.states.keys():
             piece.states[first].zero_()
 
     return restore_unchecked(without)
@@ -317,6 +318,11 @@ def frozen_and_buffers() -> Any:
     both.enter_context(mock.patch.object(build_engine, "load_model", load_model))
     both.enter_context(mock.patch.object(engine.Engine, "step", step))
     return both
+
+
+def fp8_on_cpu() -> Any:
+    """Let products run in fp8 here, where torch emulates them and the trainer refuses."""
+    return mock.patch.object(fp8, "missing_for_fp8", return_value=None)
 
 
 # -------------------------------------------------------------------------------- streaming sources
@@ -403,7 +409,7 @@ CHANGES: dict[str, Any] = {
     **DEFECTIVE_RESUMES,
     "frozen_and_buffers": frozen_and_buffers,
 }
-CHANGES["shards_appear"] = shards_appear
+CHANGES |= {f.__name__: f for f in (shards_appear, fp8_on_cpu)}
 CHANGES |= {f.__name__: f for f in (dry_run_first, dry_run_that_learns)}
 CHANGES |= {f.__name__: f for f in (parts_orthogonalised, routers_balanced_by_micro_batch)}
 CHANGES["small_chunks"] = small_chunks

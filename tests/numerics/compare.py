@@ -52,6 +52,7 @@ class Run:
     norms: list[float]
     eval_losses: list[float]
     changes: dict[str, torch.Tensor]  # of each weight since the start, float64
+    folder: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def start_weights(
 
     `starts` caches them by model and adapter.
     """
-    recipe = load_recipe(run_dir / "recipe.yaml", ["model.dtype=float32"])
+    recipe = load_recipe(run_dir / "recipe.yaml", ["model.dtype=float32", "model.matmul=bf16"])
     made_of = f"{recipe.model.name} {recipe.adapter}"
     if made_of not in starts:
         tokenizer, seed = load_tokenizer(recipe.model), recipe.train.seed
@@ -168,6 +169,7 @@ def read_run(run_dir: Path, starts: dict[str, dict[str, torch.Tensor]]) -> Run:
         [line["train/grad_norm"] for line in steps],
         [line["eval/loss"] for line in lines if "eval/loss" in line],
         changes,
+        run_dir,
     )
 
 

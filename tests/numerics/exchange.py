@@ -25,6 +25,7 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import LossSection, ModelSection
 from packhorse.trainer.datatypes import BadInput, slice_borders
 from packhorse.trainer.estimate.model import (
+    AttentionShape,
     attention_shapes,
     build_empty_model,
     trace_activations,
@@ -111,7 +112,7 @@ def compare(
     # what goes to another rank, forward: half of the calls, as each has one back
     forward = sent.call_args_list[: sent.call_count // 2]
     elements = sum(sum(call.args[3]) - call.args[3][dist.rank()] for call in forward)
-    layer = (heads, groups, SIZE, VALUE_SIZE, window)
+    layer = AttentionShape(heads, groups, SIZE, VALUE_SIZE, window)
     assert elements == exchanged_elements([layer], lengths, number, dist.rank(), asked)
 
 

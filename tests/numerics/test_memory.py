@@ -26,12 +26,15 @@ CASES = [
     *(f"{stage}_streamed-bfloat16-float32" for stage in ("zero1", "zero3")),
     "zero3_hpz-bfloat16-float32",
     "zero3_hpz-bfloat16-float32-adapter",
+    *(f"{stage}-float32-float32-adamw_8bit" for stage in ("zero0", "zero2", "zero3")),
+    *(f"{stage}-bfloat16-float32-adafactor" for stage in ("zero1", "zero3")),
     "zero1-bfloat16-float32-lion",
-    "zero3-float32-float32-sgd",
+    "zero3-float32-float32-sgd-ema",
 ]
-KEYS = {"adapter": "adapter={rank: 4, modules_to_save: [lm_head]}"} | {
-    kind: f"optim.kind={kind}" for kind in ("muon", "lion", "sgd")
-}
+KEYS = {
+    "adapter": "adapter={rank: 4, modules_to_save: [lm_head]}",
+    "ema": "optim.ema_decay=0.9",
+} | {kind: f"optim.kind={kind}" for kind in ("muon", "lion", "sgd", "adafactor", "adamw_8bit")}
 PARTS = ("weights", "gradients", "masters", "moments", "shared")
 
 
@@ -73,7 +76,7 @@ def streamed(engine: Any, model: Any, config: Any) -> dict[str, Any]:
     from packhorse.trainer import dist
     from packhorse.trainer.data.loader import filler_batch
     from packhorse.trainer.engine import streamed_adamw, zero_state
-    from packhorse.trainer.estimate import memory
+    from packhorse.trainer.estimate.state import masters_of_groups
     from packhorse.trainer.estimate.traffic import step_traffic
     from packhorse.trainer.metrics import Clock
 
@@ -88,7 +91,7 @@ def streamed(engine: Any, model: Any, config: Any) -> dict[str, Any]:
 
     with mock.patch.object(streamed_adamw, "_copy", counted):
         engine.step([filler_batch()], 1e-3, Clock(dist.device()))
-    masters = memory._masters_of_groups(model, engine.stage, WORLD)
+    masters = masters_of_groups(model, engine.stage, WORLD)
     room = streamed_adamw.room_for_chunks(masters)
     return {
         "moved": {
@@ -117,9 +120,9 @@ def main(out: Path) -> None:
     from packhorse.trainer import dist
     from packhorse.trainer.build_engine import build_engine
     from packhorse.trainer.data.loader import filler_batch
-    from packhorse.trainer.estimate.memory import count_state_bytes
     from packhorse.trainer.estimate.model import build_empty_model, measure_model
     from packhorse.trainer.estimate.report import fill_template
+    from packhorse.trainer.estimate.state import count_state_bytes
     from packhorse.trainer.model.load import load_tokenizer
     from tests.numerics import buffers
     from tests.numerics.cases import load_recipe

@@ -49,6 +49,10 @@ def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
             case(root, "1-micro2", "zero2", "batch.micro_batch_size=2"),
             *resumed(1, "zero3"),
             case(root, "1-bf16", "zero3", *BF16),
+            *(
+                case(root, f"1-fp8-{s}", s, *FP8, changes=["fp8_on_cpu"])
+                for s in ("zero1", "zero3")
+            ),
         ],
         2: [
             *(case(root, f"2-{stage}", stage) for stage in STAGES),
@@ -69,6 +73,7 @@ def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
         ],
         4: [
             case(root, "4-bf16", "zero3", *BF16),
+            case(root, "4-fp8", "zero3", *FP8, changes=["fp8_on_cpu"]),
             case(root, "4-bf16-accumulated-in-bf16", "zero3", *BF16, changes=["bf16_accumulation"]),
             # last, as DeepSpeed keeps the groups of two ranks that hpZ makes
             case(root, "4-bf16-zero3_prefetch", "zero3_prefetch", *BF16),
@@ -78,6 +83,7 @@ def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
     }
 
 
+FP8 = (*BF16, "model.matmul=fp8_rowwise")
 RECOMPUTED = "model.activation_checkpointing="
 WEIGHTINGS = ("example", "20")
 
@@ -174,3 +180,18 @@ def test_x8_in_bf16_world_size_and_micro_batches_stay_within_the_tolerance(
     report("control, gradients accumulated in bf16", control)
     assert seen.change <= BF16_CHANGE_BOUND
     assert control.change > CONTROL_FACTOR * BF16_CHANGE_BOUND
+
+
+def test_x8_in_fp8_a_packed_sequence_gives_the_same_gradient_wherever_it_lies(
+    runs: dict[str, Run],
+) -> None:
+    """Each is a micro-batch of its own, so that all are rounded alike: 1 rank x 16 against 4 x 4,
+    and ZeRO-1, which never frees a weight, against ZeRO-3.
+    """
+    seen = difference(runs["1-fp8-zero3"], runs["4-fp8"])
+    report("fp8, 1 x 16 against 4 x 4", seen)
+    assert seen.change <= BF16_CHANGE_BOUND
+    stages = difference(runs["1-fp8-zero1"], runs["1-fp8-zero3"])
+    report("fp8, ZeRO-1 against ZeRO-3", stages)
+    assert stages.change <= BF16_CHANGE_BOUND
+    assert difference(runs["1-bf16"], runs["1-fp8-zero3"]).is_caught, "products were in fp8"

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 
+from packhorse.trainer import dist, train
 from packhorse.trainer.checkpoint.best import (
     Best,
     best_step,
@@ -276,6 +278,21 @@ def test_an_early_end_is_found_again_from_the_record(tmp_path):
     assert Best(section, tmp_path).early_end == 20
     assert last_step(section, tmp_path, 90) == 20
     assert last_step(section, tmp_path / "nowhere", 90) == 90
+
+
+def test_rank_0_says_whether_the_run_has_ended(tmp_path, monkeypatch):
+    """On a shared file system another node may not see the last lines yet."""
+    recipe = parse_recipe(
+        {"model": {"name": "x"}, "data": {"train": [{"path": "x"}]}, "run": {"dir": "x"}}
+    )
+    prepared: Any = SimpleNamespace(recipe=recipe, run_dir=tmp_path, plan=SimpleNamespace(steps=90))
+    (tmp_path / "summary.json").write_text('{"steps": 90}')
+    assert train.has_ended(prepared, 90)
+    assert not train.has_ended(prepared, 80)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(dist, "broadcast", lambda value: True)
+    prepared.run_dir = tmp_path / "not seen yet"
+    assert train.has_ended(prepared, 90)
 
 
 def test_a_run_without_a_rule_has_no_best(tmp_path):

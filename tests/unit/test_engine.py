@@ -165,6 +165,7 @@ def test_only_adamw_is_offloaded(tmp_path: Path) -> None:
             *({"stage": 3, "offload_param": {"device": "cpu"}}, "adamw", "streamed"),
             "it needs weights on the GPU; remove offload",
         ),
+        ({"stage": 3}, "ema", "streamed", r"the average of the weights is not streamed"),
         ({"stage": 3}, "adamw", "stremed", r'may hold \{"optimizer_state": "streamed"\} alone'),
     ],
 )
@@ -176,8 +177,9 @@ def test_a_state_that_cannot_be_streamed_is_refused(
         ParallelSection(deepspeed=str(template(tmp_path, own))),
         ModelSection(name="m", dtype="float32"),
     )
+    optim = OptimSection(ema_decay=0.9) if kind == "ema" else OptimSection(kind=kind)
     with pytest.raises(BadInput, match=why):
-        deepspeed_config(*sections, OptimSection(kind=kind), 64, tmp_path)
+        deepspeed_config(*sections, optim, 64, tmp_path)
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero3"])

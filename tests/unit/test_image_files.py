@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.ranks import ROOT
 
@@ -47,6 +51,54 @@ def test_a_wheel_of_flash_attn_needs_its_hash(tmp_path, flavour, wheel, code, fe
     assert done.returncode == code, done.stdout + done.stderr
     assert (f"pip download --no-deps -d /wheels {wheel}" in done.stdout) == fetched
     assert ("put #sha256=HASH" in done.stdout) == (code == 2 and flavour == "cuda")
+
+
+LISTS = sorted((ROOT / "docker" / "requirements").glob("*.txt"))
+
+
+def pins(text: str, python: str) -> dict[str, str]:
+    """Return the versions by name that a list of `name==version; marker` has for a Python."""
+    where = {"python_version": python, "python_full_version": f"{python}.0"}
+    found = [Requirement(line) for line in re.findall(r"^[\w.-]+==[^\\\n]*", text, re.MULTILINE)]
+    held = [one for one in found if one.marker is None or one.marker.evaluate(where)]
+    return {canonicalize_name(one.name): str(one.specifier).removeprefix("==") for one in held}
+
+
+def needed_by(requirement: Requirement) -> set[str]:
+    """Return the names of what an installed package and those below it require, and its own."""
+    found, left = set(), [requirement]
+    while left:
+        one = left.pop()
+        found.add(canonicalize_name(one.name))
+        try:
+            below = [Requirement(line) for line in requires(one.name) or ()]
+        except PackageNotFoundError:  # as those of the GPU
+            continue
+        extras = one.extras or {""}
+        left += [
+            part
+            for part in below
+            if canonicalize_name(part.name) not in found
+            and (not part.marker or any(part.marker.evaluate({"extra": each}) for each in extras))
+        ]
+    return found
+
+
+def test_the_hashed_lists_agree_with_the_constraints_and_the_package():
+    """`make lock` writes them anew."""
+    text = "".join(path.read_text(encoding="utf-8") for path in LISTS)
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    for python in ("3.10", "3.11", "3.12"):
+        assert pins(text, python).items() <= pins(constraints, python).items()
+    for block in re.findall(r"^\w.*\n(?: .*\n)*", text, re.MULTILINE):
+        assert re.search(r"^    --hash=sha256:[0-9a-f]{64}( |$)", block, re.MULTILINE), block
+    toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    project = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    chosen = [project["dependencies"], *(extras[name] for name in ("math", "gpu", "qlora"))]
+    wanted = [Requirement(line) for lines in [*chosen, extras["flash-attn"]] for line in lines]
+    here = pins(text, f"{sys.version_info[0]}.{sys.version_info[1]}")
+    assert set().union(*map(needed_by, wanted)) <= here.keys()
 
 
 def test_the_bill_of_materials_lists_what_is_installed():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,16 +14,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from packhorse.trainer.config.recipe import OptimSection
+from packhorse.trainer.engine.moments import BLOCK, Piece, Piecewise, moment_bytes, moments_of
+from packhorse.trainer.engine.muon import Muon, orthogonalised
 from packhorse.trainer.engine.optim import parameter_groups, set_learning_rates
-from packhorse.trainer.engine.optimizers import (
-    Lion,
-    Muon,
-    Piece,
-    build_optimizer,
-    moment_bytes,
-    moments_of,
-    orthogonalised,
-)
+from packhorse.trainer.engine.optimizers import Lion, build_optimizer
 
 STAGE_0: dict[str, Any] = {"zero_optimization": {"stage": 0}}
 MOE = {
@@ -122,16 +120,144 @@ def test_sgd_without_momentum_has_moments_of_zeros_to_save() -> None:
     assert moments_of(optimizer, weight, "sgd")["momentum_buffer"].tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "lion", "sgd", "muon"])
+@pytest.mark.parametrize("kind", ["adamw", "lion", "sgd", "muon", "adafactor", "adamw_8bit"])
 def test_moments_take_the_bytes_that_are_planned(kind: str) -> None:
     model = empty_model().to_empty(device="cpu")
     section = OptimSection.model_validate({"kind": kind})
     groups = parameter_groups(model, section)
     optimizer = build_optimizer(groups, section, STAGE_0)
-    held = sum(
-        moment.nbytes
-        for group in optimizer.param_groups
-        for weight in group["params"]
-        for moment in moments_of(optimizer, weight, group["kind"], 0).values()
-    )
+    weights = [(w, group["kind"]) for group in optimizer.param_groups for w in group["params"]]
+    if isinstance(optimizer, Piecewise):
+        show(optimizer, {id(w): [Piece(tuple(w.shape), 0, 0, w.numel())] for w, _ in weights})
+    held = 0
+    for weight, kind_of_it in weights:
+        moments_of(optimizer, weight, kind_of_it, 0)
+        states = {n: state for n, state in optimizer.state[weight].items() if n != "step"}
+        held += sum(state.nbytes for state in states.values())
     assert moment_bytes(groups) == held
+
+
+# ---------------------------------------------------------------------- parameters cut by ranks
+
+SHAPES = ((40, 50), (3, 16, 24), (64, 64))
+
+
+def show(optimizer: Piecewise, pieces: dict[int, list[Piece]], *, is_sharded: bool = False) -> None:
+    optimizer.pieces, optimizer.is_sharded = pieces, is_sharded
+
+
+def train_cut(
+    kind: str, cuts: list[int], monkeypatch: pytest.MonkeyPatch
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Take four steps of parameters that lie end to end, cut over threads in place of ranks.
+
+    Returns the weights, and what is saved of the states, by name, state and first element.
+    """
+    generator = torch.Generator().manual_seed(0)
+    total = sum(map(math.prod, SHAPES))
+    steps = [10 ** torch.randn(total, generator=generator) for _ in range(5)]
+    edges = [0, *cuts, total]
+    barrier, sent = threading.Barrier(len(edges) - 1), {}
+
+    def all_reduce(tensor: torch.Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> None:
+        sent[threading.get_ident()] = tensor.clone()
+        barrier.wait()
+        every = torch.stack(list(sent.values()))
+        is_sum = op == torch.distributed.ReduceOp.SUM
+        tensor.copy_(every.sum(0) if is_sum else every.amax(0))
+        barrier.wait()
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    parts: list[list[Piece]] = []
+    for low, high in itertools.pairwise(edges):
+        start, pieces = 0, []
+        for shape in SHAPES:
+            stop = start + math.prod(shape)
+            first, last = max(low, start), max(min(high, stop), max(low, start))
+            blocks = {(cut - start) // BLOCK for cut in cuts if start < cut < stop}
+            pieces.append(
+                Piece(shape, first - start, first - low, last - first, (*sorted(blocks),))
+            )
+            start = stop
+        parts.append(pieces)
+
+    def run(rank: int) -> tuple[torch.Tensor, list[Any]]:
+        here = slice(edges[rank], edges[rank + 1])
+        master = nn.Parameter(steps[-1][here].clone())
+        group = {"params": [master], "kind": kind, "lr_scale": 1.0, "weight_decay": 0.1}
+        section = OptimSection.model_validate({"kind": kind, "lr": 1e-2})
+        optimizer = build_optimizer([group], section, STAGE_0)
+        assert isinstance(optimizer, Piecewise)
+        show(optimizer, {id(master): parts[rank]}, is_sharded=len(parts) > 1)
+        for gradient in steps[:-1]:
+            master.grad = gradient[here].clone()
+            optimizer.step()
+        return master.detach(), list(optimizer.states_beside(master, saves=True))
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        ran = list(pool.map(run, range(len(parts))))
+    saved = {
+        f"{number} {what} {state}": torch.cat([tensor])
+        for number, what, _, states in ran[0][1]
+        for state, tensor in states.items()
+    }
+    for _, beside in ran[1:] if kind == "adamw_8bit" else ():
+        for number, what, start, states in beside:
+            for state, tensor in states.items():
+                key = f"{number} {what} {state}"
+                assert start == len(saved.get(key, ())), "a block is saved twice, or not at all"
+                saved[key] = torch.cat([saved.get(key, tensor[:0]), tensor])
+    return torch.cat([weights for weights, _ in ran]), saved
+
+
+@pytest.mark.parametrize("kind", ["adafactor", "adamw_8bit"])
+def test_cuts_do_not_change_what_is_learned_or_saved(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cuts inside of rows, experts and blocks, two of them in one block."""
+    weights, saved = train_cut(kind, [], monkeypatch)
+    cut, saved_cut = train_cut(kind, [777, 2100, 2150, 5000], monkeypatch)
+    if kind == "adamw_8bit":
+        assert torch.equal(cut, weights)
+        assert saved.keys() == saved_cut.keys()
+        assert all(torch.equal(saved[key], saved_cut[key]) for key in saved)
+    else:
+        assert torch.allclose(cut, weights, rtol=1e-6, atol=1e-7)
+        assert all(torch.allclose(saved[key], saved_cut[key], rtol=1e-6) for key in saved)
+
+
+def test_adafactor_is_that_of_transformers() -> None:
+    from transformers.optimization import Adafactor as Theirs
+
+    torch.manual_seed(0)
+    start, gradients = torch.randn(24, 40), torch.randn(3, 24, 40)
+    mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    group = {"params": [mine], "weight_decay": 0.1, "lr_scale": 1.0, "kind": "adafactor"}
+    section = OptimSection.model_validate({"kind": "adafactor", "lr": 0.02})
+    optimizer = build_optimizer([group], section, STAGE_0)
+    assert isinstance(optimizer, Piecewise)
+    show(optimizer, {id(mine): [Piece((24, 40), 0, 0, 960)]})
+    settings: dict[str, Any] = {"scale_parameter": False, "relative_step": False}
+    other = Theirs([theirs], lr=0.02, weight_decay=0.1, eps=(1e-30, 1e-3), **settings)
+    for gradient in gradients:
+        mine.grad, theirs.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        other.step()
+    assert (mine - theirs).norm() / (theirs - start).norm() < 1e-5
+
+
+def test_moments_of_8_bits_are_near_those_of_adamw() -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(24, 40), torch.randn(6, 24, 40) * torch.logspace(-5, 0, 40)
+    mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    group = {"params": [mine], "weight_decay": 0.1, "lr_scale": 1.0, "kind": "adamw_8bit"}
+    section = OptimSection.model_validate({"kind": "adamw_8bit", "lr": 0.02})
+    optimizer = build_optimizer([group], section, STAGE_0)
+    assert isinstance(optimizer, Piecewise)
+    show(optimizer, {id(mine): [Piece((24, 40), 0, 0, 960)]})
+    other = torch.optim.AdamW([theirs], lr=0.02, weight_decay=0.1, betas=section.betas)
+    for gradient in gradients:
+        mine.grad, theirs.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        other.step()
+    assert (mine - theirs).norm() / (theirs - start).norm() < 0.1

@@ -182,7 +182,7 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (with_key("optim.learning_rate", 1), "`optim.learning_rate` is `optim.lr` here"),
         (with_key("optim.weight_decai", 1), "did you mean `optim.weight_decay`?"),
         (with_key("optimisers", {}), "unknown key `optimisers`; keys here: model, adapter, data"),
-        (with_key("optimizer", "adamw"), "`optimizer` is `optim.kind`: adamw, lion, sgd or muon"),
+        (with_key("optimizer", "adamw"), "`optimizer` is `optim.kind`: adamw, adamw_8bit, muon"),
         (with_key("training", {"learning_rate": 1}), "`training.learning_rate` is `optim.lr` here"),
         (with_key("target_modules", ["q"]), "`target_modules` is `adapter.target_modules` here"),
         (with_key("lr", 1), "`lr` is `optim.lr` here"),

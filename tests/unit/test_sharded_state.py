@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import sharded_state
-from packhorse.trainer.engine.optimizers import MOMENTS
+from packhorse.trainer.engine.moments import MOMENTS
 from packhorse.trainer.engine.sharded_state import (
     WEIGHT,
     Shards,

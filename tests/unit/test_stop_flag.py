@@ -11,7 +11,7 @@ from torch.distributed import HashStore
 from packhorse.trainer import stop_flag
 from packhorse.trainer.config.recipe import parse_recipe
 from packhorse.trainer.stop_flag import StopFlag
-from packhorse.trainer.train import stop_before_timeout
+from packhorse.trainer.train import stop_in_time
 
 
 @pytest.fixture(autouse=True)
@@ -88,11 +88,24 @@ def test_the_flag_goes_up_before_the_jobs_end(monkeypatch, before_s, end_in_s, r
         }
     )
     flag = StopFlag()
-    stop_before_timeout(recipe, flag)  # Slurm tells no end
+    stop_in_time(recipe, flag)  # Slurm tells no end
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time() + end_in_s)))
-    stop_before_timeout(recipe, flag)
+    stop_in_time(recipe, flag)
     time.sleep(0.5)
     assert flag.raised is raised
+
+
+def test_the_flag_goes_up_after_the_hours_of_a_start() -> None:
+    tree = {"model": {"name": "m"}, "data": {"train": [{"path": "x"}]}, "run": {"dir": "r"}}
+    flag = StopFlag()
+    recipe = parse_recipe({**tree, "train": {"max_hours": 1e-5}})
+    assert recipe.fixed() == parse_recipe(tree).fixed(), "a resumed run may have another limit"
+    stop_in_time(recipe, flag)
+    for _ in range(1000):
+        if flag.raised:
+            break
+        time.sleep(0.01)
+    assert flag.raised
 
 
 def test_a_rank_that_stands_still_before_the_meeting_is_named(flags, monkeypatch, caplog) -> None:

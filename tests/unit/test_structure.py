@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from packhorse.trainer.engine import optimizers
+from packhorse.trainer.engine import moments
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -22,7 +22,7 @@ TIERS = [
     "data model metrics hang_watchdog",
     "engine guard",
     "checkpoint estimate run_folder loop",
-    "eval build_engine report",
+    "eval build_engine attention_choice report",
     "train",
     "evaluate",
     "cli",
@@ -176,14 +176,14 @@ def pickling(module: str, source: str) -> list[str]:
 
 def test_one_file_names_the_optimizers_states() -> None:
     """Another optimizer changes `MOMENTS`; checkpoints, exports and the planner follow it."""
-    states = {name for names in optimizers.MOMENTS.values() for name in names}
+    states = {name for names in moments.MOMENTS.values() for name in names}
     naming = {
         name
         for name, source in modules("trainer").items()
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Constant) and node.value in states
     }
-    assert naming == {f"{TRAINER}.engine.optimizers"}
+    assert naming == {f"{TRAINER}.engine.moments"}
 
 
 def test_launch_needs_the_recipe_alone() -> None:

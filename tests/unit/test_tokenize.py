@@ -4,6 +4,7 @@ too long become what the policy says; no process outlives the one that started i
 import contextlib
 import gc
 import multiprocessing
+import multiprocessing.process
 import os
 import re
 import signal
@@ -19,11 +20,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from packhorse.trainer.config.data import Filters
-from packhorse.trainer.data import tokenize, worker_pool
+from packhorse.trainer.config.data import DataSection, Filters
+from packhorse.trainer.data import prepare, tokenize, worker_pool
 from packhorse.trainer.data.filters import apply_filters
 from packhorse.trainer.data.tokenize import LengthPolicy, RowResult, fit, tokenize_rows
 from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message, Row, RowError
+from packhorse.trainer.utils import child_process
 from packhorse.trainer.utils.time_limit import TooLong, bounded
 
 
@@ -431,6 +433,50 @@ def test_a_frozen_worker_ends_the_preparation_and_its_rows_are_named():
     said = run_apart(prepare_with_a_frozen_worker)
     assert "a worker process has done nothing for 2 s at the rows from a.jsonl:" in said
     assert min(map(int, re.findall(r"a.jsonl:(\d+)", said))) >= 50
+
+
+def wait_in_worker(rows: list[Row]) -> list[RowResult]:
+    """Wait in the worker from row 50 on, as for a file system that is away."""
+    if multiprocessing.parent_process() is not None and rows[-1].number >= 50:
+        time.sleep(600)
+    return slow_here(rows)
+
+
+def prepare_with_a_worker_that_cannot_be_killed() -> None:
+    """The kernel kills no process while it waits for a disk or a network file system."""
+    use_small_chunks()
+    worker_pool.FROZEN_S, child_process.END_S = 1.0, 0.1
+    multiprocessing.process.BaseProcess.kill = lambda process: None
+    try:
+        list(tokenize_rows(once_a_worker_is_there(rows(400)), wait_in_worker, LIMITS, 2))
+    except BadInput as error:
+        print(error)
+    print([name for name in map(str, threading.enumerate()) if "ThreadPool" in name])
+
+
+def test_a_worker_that_cannot_be_killed_does_not_hold_up_the_error():
+    said = run_apart(prepare_with_a_worker_that_cannot_be_killed)
+    assert "a worker process has done nothing for 1 s at the rows from file 0:" in said
+    assert said.endswith("\n[]\n"), "no thread reads from it any more"
+
+
+def own_cores(rows: list[Row]) -> tuple[bool, set[int]]:
+    slow_here(rows)
+    return multiprocessing.parent_process() is not None, os.sched_getaffinity(0)
+
+
+def prepare_in_a_bound_rank() -> None:
+    use_small_chunks()
+    given = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(given)})  # as numa.bind_to_numa_node does
+    assert prepare.workers_of(DataSection.model_construct(workers=None)) == len(given)
+    found = list(tokenize.run(once_a_worker_is_there(rows(100)), own_cores, workers=2))
+    print({tuple(cores) for is_worker, cores in found if is_worker} == {tuple(given)})
+    print(os.sched_getaffinity(0) == {min(given)})
+
+
+def test_workers_use_all_cores_though_their_rank_is_bound_to_some():
+    assert run_apart(prepare_in_a_bound_rank) == "True\nTrue\n"
 
 
 done_here = 0

@@ -13,7 +13,7 @@ from packhorse.trainer.checkpoint import best, checkpoint
 from packhorse.trainer.checkpoint.manifest import Manifest, list_published
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine.sharded_state import Shards
+from packhorse.trainer.engine.sharded_state import EMA, Shards
 from packhorse.trainer.utils.files import checksum, sync_file
 from packhorse.trainer.utils.own_output import require_replaceable
 
@@ -53,16 +53,31 @@ def require_own_place(run_dir: Path, out: Path) -> None:
 
 
 def open_for_export(
-    run_dir: Path, recipe: Recipe, out: Path, step: int | None, *, overwrite: bool
+    run_dir: Path,
+    recipe: Recipe,
+    out: Path,
+    step: int | None,
+    *,
+    overwrite: bool,
+    ema: bool = False,
 ) -> tuple[Shards, Manifest]:
     """Open a checkpoint, the newest whole one by default, to be written to `out`.
 
+    Args:
+        ema: read the averages of the weights in their place.
+
     Raises:
-        BadInput: the run has no such checkpoint, or `out` may not be written (see own_output).
+        BadInput: the run has no such checkpoint or no averages, or `out` may not be written (see
+            own_output).
     """
     replaced = require_replaceable(out, overwrite=overwrite)
     saved, manifest = checkpoint.open_checkpoint(run_dir, step)
     dist.log.info("exporting %s", describe_step(run_dir, recipe, manifest.state.step))
+    if ema:
+        saved.averaged = frozenset(name for name, state in manifest.digests if state == EMA)
+        if not saved.averaged:
+            raise BadInput(f"--ema: {run_dir} keeps no average; train with optim.ema_decay")
+        dist.log.info("--ema: the averages of %d weights in their place", len(saved.averaged))
     if replaced:
         dist.log.info("--overwrite: once it is whole, it replaces %s in %s", replaced, out)
     return saved, manifest

@@ -74,6 +74,7 @@ def export(
     *,
     merge: bool = False,
     overwrite: bool = False,
+    ema: bool = False,
 ) -> Path:
     """Write a checkpoint's model, or its adapter, to `out` in the recipe's dtype.
 
@@ -81,10 +82,12 @@ def export(
         step: whose checkpoint to write; by default the newest whole one.
         merge: merge an adapter into its base, and write the whole model.
         overwrite: replace an earlier export at `out`.
+        ema: write the moving averages of the trained weights.
 
     Raises:
-        BadInput: the run has no such checkpoint; `out` may not be written (see own_output); there
-            is nothing to merge; or the adapter's base is not the one that it was trained on.
+        BadInput: the run has no such checkpoint, or no averages; `out` may not be written (see
+            own_output); there is nothing to merge; or the adapter's base is not the one that it was
+            trained on.
         RuntimeError: what was written does not load as what was saved.
     """
     recipe = run_recipe(run_dir)
@@ -97,7 +100,7 @@ def export(
             f"{run_dir}: the adapter's base has random weights, that no folder holds; add --merge"
         )
     show_bars_of_transformers()
-    saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite)
+    saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite, ema=ema)
     require_described(run_dir, recipe, manifest)
     step = manifest.state.step
 
@@ -118,7 +121,8 @@ def export(
     is_adapter = recipe.adapter is not None and not merge
     card = model_card(run_dir, recipe, step, is_adapter)
     (folder / "README.md").write_text(card, encoding="utf-8")
-    facts = {"kind": "adapter" if is_adapter else "model", "step": step, "run": run_dir.name}
+    kind = ("adapter" if is_adapter else "model") + ", averaged (EMA)" * ema
+    facts = {"kind": kind, "step": step, "run": run_dir.name}
     own_output.publish(out, facts, overwrite=overwrite)
     dist.log.info("exported step %d to %s", step, out)
     return out

@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from packhorse.trainer.engine.sharded_state import FROZEN, WEIGHT, Digests, File
+from packhorse.trainer.engine.sharded_state import BESIDE, FROZEN, WEIGHT, Digests, File
 from packhorse.trainer.utils.files import write_synced
 
 MANIFEST = "manifest.json"
@@ -47,7 +47,8 @@ class Manifest:
     @property
     def trained(self) -> set[str]:
         """The names of the trained parameters: the optimizer has states of them."""
-        return {name for name, state in self.digests if state not in (WEIGHT, FROZEN)}
+        with_states = {name for name, state in self.digests if state not in (WEIGHT, FROZEN)}
+        return {name.partition(BESIDE)[0] for name in with_states}
 
     def to_json(self) -> str:
         digests: dict[str, dict[str, str]] = {}

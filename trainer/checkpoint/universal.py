@@ -28,7 +28,7 @@ from rich.progress import track
 from packhorse.trainer import dist
 from packhorse.trainer.checkpoint.export_folder import open_for_export, run_recipe
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine.optimizers import MOMENTS
+from packhorse.trainer.engine.moments import MOMENTS
 from packhorse.trainer.engine.sharded_state import WEIGHT
 from packhorse.trainer.utils import own_output
 

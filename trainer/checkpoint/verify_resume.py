@@ -32,8 +32,8 @@ from packhorse.trainer.config.packaged import MAIN, RECIPES
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import DONE, SAVED_RUN_AGAIN, BadInput
 from packhorse.trainer.engine import sharded_state
-from packhorse.trainer.engine.optimizers import MOMENTS
-from packhorse.trainer.engine.sharded_state import WEIGHT, Shards, Slice, add_digests
+from packhorse.trainer.engine.moments import MOMENTS
+from packhorse.trainer.engine.sharded_state import EMA, WEIGHT, Shards, Slice, add_digests
 from packhorse.trainer.model.load import load_model, load_tokenizer
 from packhorse.trainer.utils.files import read_json_lines
 
@@ -212,7 +212,7 @@ def _train(recipe_file: Path, changes: list[str], world: int, what: str, log: Pa
 
 def _load_start(recipe_file: Path) -> dict[str, torch.Tensor]:
     """Return the weights that training starts from, in float32, by name."""
-    recipe = load_recipe(recipe_file, ["model.dtype=float32"])
+    recipe = load_recipe(recipe_file, ["model.dtype=float32", "model.matmul=bf16"])
     tokenizer, seed = load_tokenizer(recipe.model), recipe.train.seed
     model: Any = load_model(recipe.model, tokenizer, seed=seed, adapter=recipe.adapter)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -232,7 +232,7 @@ def lose_first_moments(run_dir: Path) -> None:
         for parameter, start, stop in file.slices:
             keys = {
                 state: sharded_state.key_of(parameter, start, stop, state)
-                for state in (WEIGHT, *{name for names in MOMENTS.values() for name in names})
+                for state in (WEIGHT, EMA, *{name for names in MOMENTS.values() for name in names})
             }
             states = {state: tensors[key] for state, key in keys.items() if key in tensors}
             for first in {names[0] for names in MOMENTS.values()} & states.keys():

@@ -89,6 +89,10 @@ Restarts = Annotated[
     ),
 ]
 
+Ema = Annotated[
+    bool,
+    typer.Option("--ema", help="Take the moving average of the weights (`optim.ema_decay`)."),
+]
 TrustRun = Annotated[
     bool,
     typer.Option(

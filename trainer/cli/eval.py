@@ -18,6 +18,7 @@ import typer
 
 from packhorse.launch.cluster_env import refuse_tasks
 from packhorse.trainer.cli.arguments import (
+    Ema,
     NumProcesses,
     Overrides,
     RecipeFile,
@@ -55,6 +56,7 @@ def evaluate(
         typer.Option(help="Folder to write. Default: RUN/evals/... for a run, else evals/..."),
     ] = None,
     nproc: NumProcesses = None,
+    ema: Ema = False,
     trust_run: TrustRun = False,
 ) -> None:
     """Evaluate a checkpoint, an export or a hub model on the held-out rows.
@@ -93,9 +95,11 @@ def evaluate(
 
         tasks = require_tasks(recipe.eval)
     step = last_step(run, step, best) if run else 0
-    out = out or _default_out(model, run, recipe_file, step)
-    _start_results(out, model, step)
-    with exported_model(model, run, step, out) as name:
+    if ema and not run:
+        raise BadInput(f"{model}: --ema takes a run's averages, and this is no run folder")
+    out = out or _default_out(model, run, recipe_file, step, ema)
+    _start_results(out, f"{model} --ema" if ema else model, step)
+    with exported_model(model, run, step, out, ema=ema) as name:
         # These keys describe how the recipe's model was made. The scored model brings its own, and
         # the user's overrides come after.
         own = ["model.revision=null", "model.init=pretrained", "adapter=null"]
@@ -182,16 +186,18 @@ def last_step(run: Path, step: int | None, best: bool) -> int:
     return found[1].state.step
 
 
-def _default_out(model: str, run: Path | None, recipe_file: Path, step: int) -> Path:
+def _default_out(model: str, run: Path | None, recipe_file: Path, step: int, ema: bool) -> Path:
     if run:
-        return run / "evals" / f"{recipe_file.stem}-step-{step:06d}"
+        return run / "evals" / f"{recipe_file.stem}-step-{step:06d}{'-ema' * ema}"
     folder = Path(model).expanduser()
     name = folder.resolve().name if folder.is_dir() else model.replace("/", "--")
     return Path("evals") / f"{name}-{recipe_file.stem}"
 
 
 @contextmanager
-def exported_model(model: str, run: Path | None, step: int, out: Path) -> Iterator[str]:
+def exported_model(
+    model: str, run: Path | None, step: int, out: Path, *, ema: bool = False
+) -> Iterator[str]:
     """Give the name of the model to load. A run's checkpoint is exported into `out` meanwhile."""
     if run is None:
         yield model
@@ -201,7 +207,7 @@ def exported_model(model: str, run: Path | None, step: int, out: Path) -> Iterat
     exported = out / "exported"
     try:
         is_adapter = read_recipe(run / "recipe.yaml", None).adapter is not None
-        export(run, exported, step, merge=is_adapter)
+        export(run, exported, step, merge=is_adapter, ema=ema)
         yield str(exported)
     finally:
         shutil.rmtree(exported, ignore_errors=True)

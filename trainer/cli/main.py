@@ -17,6 +17,7 @@ import typer
 import packhorse
 from packhorse.launch.cluster_env import ClusterEnv, read_cluster_env, refuse_tasks
 from packhorse.trainer.cli.arguments import (
+    Ema,
     Endpoint,
     Nodes,
     NumProcesses,
@@ -194,6 +195,7 @@ def export(
             show_default=False,
         ),
     ] = None,
+    ema: Ema = False,
     trust_run: TrustRun = False,
 ) -> None:
     """Export a checkpoint as a Hugging Face model folder, or an adapter for peft.
@@ -208,6 +210,8 @@ def export(
     """
     if universal and push:
         raise BadInput("--push: a universal checkpoint is no model; leave it out")
+    if universal and ema:
+        raise BadInput("--ema: a universal checkpoint is the training state; leave it out")
     if universal and merge:
         raise BadInput(
             "--merge: a universal checkpoint is the training state, into which no adapter is "
@@ -233,7 +237,7 @@ def export(
     else:
         from packhorse.trainer.checkpoint.hf_export import export
 
-        print(export(run, out, chosen, merge=merge, overwrite=overwrite))
+        print(export(run, out, chosen, merge=merge, overwrite=overwrite, ema=ema))
     if push:
         from packhorse.trainer.checkpoint.hub import push as push_to_hub
 

@@ -167,10 +167,18 @@ def _packing(draft: Draft) -> None:
             draft.take("packing_strategy")
 
 
+_EIGHT_BITS = ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit")
+_OPTIMIZERS = dict.fromkeys(_EIGHT_BITS, "adamw_8bit") | {
+    name: name for name in ("adafactor", "sgd", "muon")
+}
+
+
 def _optimizer(draft: Draft) -> None:
     name = draft.take("optimizer", "optim")
-    if name is not None and not re.fullmatch(r"adamw(_torch(_fused)?|_hf|_apex_fused)?", str(name)):
-        draft.note("optimizer", name, "it is AdamW here; optim.kind has lion, sgd and muon, too")
+    if kind := _OPTIMIZERS.get(str(name)):
+        draft.put("optim.kind", kind)
+    elif name and not re.fullmatch(r"adamw(_torch(_fused)?|_hf|_apex_fused)?", str(name)):
+        draft.note("optimizer", name, "it is AdamW here; see optim.kind for others")
     betas = [draft.take("adam_beta1"), draft.take("adam_beta2")]
     if betas != [None, None]:
         first, second = betas

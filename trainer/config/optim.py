@@ -29,11 +29,12 @@ class OptimGroup(Section):
 class OptimSection(Section):
     """The optimizer and its learning rate schedule. The rate depends on the step alone."""
 
-    kind: Literal["adamw", "lion", "sgd", "muon"] = Field(
+    kind: Literal["adamw", "adamw_8bit", "muon", "lion", "adafactor", "sgd"] = Field(
         default="adamw",
         description="lion and sgd keep one moment in place of two. muon: orthogonalised updates "
-        "for matrices, AdamW for embeddings, the head and vectors. All but adamw are refused with "
-        "an offloaded optimizer.",
+        "for matrices, AdamW for embeddings, the head and vectors. adamw_8bit: moments of matrices "
+        "in 8 bits. adafactor: second moments by row and column, no first ones. All but adamw are "
+        "refused with an offloaded optimizer.",
     )
     lr: float = Field(
         default=2e-5,
@@ -42,7 +43,8 @@ class OptimSection(Section):
     )
     betas: tuple[float, float] = Field(
         default=(0.9, 0.95),
-        description="AdamW's and Lion's beta1 and beta2. beta1 is the momentum of sgd and muon.",
+        description="AdamW's and Lion's beta1 and beta2. beta1 is the momentum of sgd and muon; "
+        "adafactor has none for matrices.",
     )
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
     weight_decay: float = Field(
@@ -71,6 +73,14 @@ class OptimSection(Section):
     )
     max_grad_norm: float = Field(
         default=1.0, gt=0, description="Gradients are clipped to this global L2 norm."
+    )
+    ema_decay: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Decay of a moving average (EMA) of the weights, as 0.999. `export --ema` and "
+        "`eval --ema` take it. It is updated at each step and takes 4 bytes a trained weight. "
+        "null: none.",
     )
     groups: tuple[OptimGroup, ...] = Field(
         default=(), description="Learning rates of their own, as `[{match: embed, lr: 1e-6}]`."

@@ -51,6 +51,7 @@ _FREE_KEYS = {
     ),
     "batch": ("micro_batch_size",),
     "loss": ("kernel",),
+    "train": ("max_hours",),
     "parallel": ("deepspeed", "allow_idle_ranks", "sequence", "sequence_kind"),
 }
 
@@ -86,6 +87,11 @@ class Recipe(Section):
                 "model.add_tokens: an adapter does not hold the embeddings of new tokens, so that "
                 "nobody who loads it has them; train all weights, or take a model that has the "
                 "tokens"
+            )
+        if self.adapter and self.adapter.base and self.model.matmul == "fp8_rowwise":
+            raise ValueError(
+                f"adapter.base: the products with weights in 4 bits ({self.adapter.base}) are not "
+                "made in fp8; remove adapter.base, or set model.matmul to bf16"
             )
         if self.loss.router_aux is not None and (self.parallel.sequence > 1 or self.model.compile):
             raise ValueError(

@@ -37,9 +37,9 @@ class ModelSection(Section):
     )
     attention: Literal["auto", "flash_attn", "torch_varlen", "reference"] = Field(
         default="auto",
-        description="Attention kernel for packed sequences (variable length). auto: flash_attn, in "
-        "the version 2, 3 or 4 that fits the GPU, if it is installed, else PyTorch's own on CUDA, "
-        "else the reference.",
+        description="Attention kernel for packed sequences (variable length). auto: of flash_attn "
+        "2, 3 and 4, if installed, and PyTorch's own, the fastest on the run's shapes, measured at "
+        "its start; on a CPU or in float32 the reference.",
     )
     layer_kernels: Literal["auto", "liger", "torch"] = Field(
         default="auto",
@@ -60,6 +60,12 @@ class ModelSection(Section):
         description="layers: compile each decoder layer but its attention by torch.compile, at "
         "ZeRO stages 0 to 2. The first steps take up to minutes longer. It takes the place of "
         "`layer_kernels`, and recomputes a whole layer or nothing.",
+    )
+    matmul: Literal["bf16", "fp8_rowwise"] = Field(
+        default="bf16",
+        description="How the layers' linear modules multiply in training. bf16: in model.dtype. "
+        "fp8_rowwise: with both factors rounded to fp8, a scale for each row, on GPUs from Ada and "
+        "Hopper on. Routers, adapters, head and embeddings stay as they are, as do all weights.",
     )
     add_tokens: tuple[str, ...] = Field(
         default=(),
@@ -92,6 +98,11 @@ class ModelSection(Section):
         if self.compile and self.layer_kernels == "liger":
             raise ValueError(
                 "`layer_kernels: liger` and `compile: layers` fuse the same operations; take one"
+            )
+        if self.matmul == "fp8_rowwise" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"`matmul: fp8_rowwise` gives products in bfloat16, and dtype is {self.dtype}; set "
+                "dtype to bfloat16, or matmul to bf16"
             )
         if is_url(self.name):
             check_url(self.name)
@@ -236,6 +247,13 @@ class TrainSection(Section):
         ge=1,
         le=MAX_STEPS,
         description="Optimizer steps. If given, `epochs` does not count.",
+    )
+    max_hours: float | None = Field(
+        default=None,
+        gt=0,
+        le=10_000,
+        description="Hours after its start at which the run saves and exits with 75, as on a "
+        "signal. The same command goes on, for as long again.",
     )
     seed: int = Field(
         default=0,

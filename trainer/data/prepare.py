@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from dataclasses import astuple, dataclass, replace
 from itertools import islice
-from os import sched_getaffinity
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -36,6 +35,7 @@ from packhorse.trainer.datatypes import (
     Tokenized,
 )
 from packhorse.trainer.dist import is_main
+from packhorse.trainer.utils import numa
 
 # Of fewer documents, packing again is quicker than keeping an epoch's packing.
 KEPT_FROM_DOCUMENTS = 100_000
@@ -235,8 +235,8 @@ def masker_of(section: DataSection, tokenizer: Any) -> Masker:
 
 
 def workers_of(section: DataSection) -> int:
-    """Return the number of processes that tokenize rows."""
-    return section.workers or len(sched_getaffinity(0))
+    """Return the number of processes that tokenize rows, on all cores that this one was given."""
+    return section.workers or len(numa.GIVEN)
 
 
 def cache_folder(section: DataSection) -> Path:

@@ -20,6 +20,7 @@ from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from packhorse.trainer.datatypes import BadInput, Row
+from packhorse.trainer.utils import numa
 from packhorse.trainer.utils.child_process import Child, start_child
 from packhorse.trainer.utils.time_limit import limit_memory
 
@@ -89,7 +90,9 @@ class Pool:
             with self._lock:
                 if self._closed:
                     raise RuntimeError("the pool is closed")
-                self._of_thread.worker = start_child(_start_server(), _serve, self._work)
+                self._of_thread.worker = start_child(
+                    _start_server(), _serve, self._work, numa.GIVEN
+                )
                 self._workers.append(self._of_thread.worker)
         return self._of_thread.worker
 
@@ -157,8 +160,14 @@ def _start_server() -> Any:
     return context
 
 
-def _serve(pipe: Connection, work: Callable[[list[Row]], Any]) -> None:
-    """Work on chunks in a worker process, until the parent is gone."""
+def _serve(pipe: Connection, work: Callable[[list[Row]], Any], cores: frozenset[int]) -> None:
+    """Work on chunks in a worker process, until the parent is gone.
+
+    Args:
+        cores: to run on, as the parent may be bound to a few.
+    """
+    with suppress(OSError):  # a container may forbid it
+        os.sched_setaffinity(0, cores)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     gc.freeze()  # as `tokenize.run` does
     limit_memory()  # a template may ask for more than there is; then its row is rejected

@@ -74,8 +74,8 @@ def deepspeed_config(
         # two runs on one node must not write to each other's files
         digest = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
         offload["nvme_path"] = str(Path(offload["nvme_path"]) / f"packhorse-{digest}")
-    _require_offload(parallel.deepspeed, config, optim.kind)
-    _require_streaming(parallel.deepspeed, config, optim.kind)
+    _require_offload(parallel.deepspeed, config, optim)
+    _require_streaming(parallel.deepspeed, config, optim)
     bf16 = model.dtype == "bfloat16"
     if bf16 and stage(config) == 0:
         raise BadInput(
@@ -106,7 +106,7 @@ def deepspeed_config(
     return config
 
 
-def _require_offload(template: str, config: Mapping[str, Any], kind: str) -> None:
+def _require_offload(template: str, config: Mapping[str, Any], optim: OptimSection) -> None:
     """Refuse an offloaded optimizer that cannot work."""
     # the part on the GPU would get an optimizer of DeepSpeed's own, whose learning rate never moves
     # and whose moments no checkpoint finds
@@ -115,14 +115,21 @@ def _require_offload(template: str, config: Mapping[str, Any], kind: str) -> Non
             f"{template}: offload_optimizer.ratio: an optimizer must be offloaded whole; "
             "remove the key"
         )
-    if kind != "adamw" and offload_device(config, "optimizer") != "none":
+    if offload_device(config, "optimizer") == "none":
+        return
+    if optim.kind != "adamw":
         raise BadInput(
             f"{template}: offload_optimizer: only AdamW has a kernel for the CPU; set "
-            f"optim.kind=adamw, or a template that keeps {kind}'s states on the GPU"
+            f"optim.kind=adamw, or a template that keeps {optim.kind}'s states on the GPU"
+        )
+    if optim.ema_decay is not None:
+        raise BadInput(
+            f"{template}: offload_optimizer: the average of the weights is not offloaded; remove "
+            "optim.ema_decay, or take a template that keeps the optimizer on the GPU"
         )
 
 
-def _require_streaming(template: str, config: Mapping[str, Any], kind: str) -> None:
+def _require_streaming(template: str, config: Mapping[str, Any], optim: OptimSection) -> None:
     """Refuse an optimizer that cannot be streamed, or a section with something else in it."""
     if OWN_SECTION not in config:
         return
@@ -134,8 +141,11 @@ def _require_streaming(template: str, config: Mapping[str, Any], kind: str) -> N
         "at ZeRO stage 0 the weights are the master weights; set a stage from 1 to 3": (
             stage(config) == 0
         ),
-        f"only AdamW updates by chunks, and optim.kind is {kind}; set optim.kind=adamw": (
-            kind != "adamw"
+        f"only AdamW updates by chunks, and optim.kind is {optim.kind}; set optim.kind=adamw": (
+            optim.kind != "adamw"
+        ),
+        "the average of the weights is not streamed; remove optim.ema_decay": (
+            optim.ema_decay is not None
         ),
         "it needs weights on the GPU; remove offload_optimizer and offload_param": any(
             offload_device(config, what) != "none" for what in ("optimizer", "param")

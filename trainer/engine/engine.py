@@ -24,13 +24,14 @@ from packhorse.trainer.config.recipe import OptimSection
 from packhorse.trainer.datatypes import BadInput, Batch, StepResult
 from packhorse.trainer.engine import compile_ops, zero_state
 from packhorse.trainer.engine.ds_config import for_deepspeed, nvme_offloads, stage
+from packhorse.trainer.engine.moments import moment_bytes
 from packhorse.trainer.engine.optim import (
     replace_gradient_norm,
     set_learning_rates,
     shorten_gradient_sums,
     step_clipped,
 )
-from packhorse.trainer.engine.optimizers import Lion, Muon, build_optimizer, moment_bytes
+from packhorse.trainer.engine.optimizers import PIECEWISE, Lion, build_optimizer
 from packhorse.trainer.engine.streamed_adamw import StreamedAdamW
 from packhorse.trainer.metrics import Clock
 from packhorse.trainer.model.decoder import whole_layers
@@ -63,7 +64,7 @@ with lean_import("mlflow"):
 compile_ops.set_build_folder_and_flags()
 deepspeed_logger.setLevel(logging.WARNING)
 # tests/numerics/test_optimizers.py tests them; DeepSpeed warns of others than it has tried
-ZERO_SUPPORTED_OPTIMIZERS += [Lion, Muon, StreamedAdamW, torch.optim.SGD]
+ZERO_SUPPORTED_OPTIMIZERS += [Lion, StreamedAdamW, torch.optim.SGD, *PIECEWISE.values()]
 # DeepSpeed calls collectives by names that torch 2.13 deprecates, once for each layer and step
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
 # An all-reduce for inference. DeepSpeed would compile it at each machine's first start, and write
@@ -175,7 +176,7 @@ class Engine:
         self.stage = stage(config)
         self.swaps = bool(nvme_offloads(config))
         self.module: Any = module
-        self._max_grad_norm = optim.max_grad_norm
+        self._max_grad_norm, self._ema_decay = optim.max_grad_norm, optim.ema_decay
         self._engine: Any
         compile_ops.build_ops(compile_ops.needed_ops(config, trains=groups is not None))
         for layer in whole_layers(module.model) if self.stage == 3 else ():
@@ -201,9 +202,11 @@ class Engine:
         replace_gradient_norm(self._optimizer)
         shorten_gradient_sums(self._engine)
         self.state = zero_state.TrainingState(
-            self.module.model, self._optimizer, self.stage, moments, gathered
+            *(self.module.model, self._optimizer, self.stage, moments),
+            averages=optim.ema_decay is not None,
+            gathered=gathered,
         )
-        zero_state.show_matrices(self._optimizer, self.state.names())
+        zero_state.show_pieces(self._optimizer, self.state.names())
         self._gradient_watch = None
         if self.stage == 3:
             self._gradient_watch = _GradientWatch(module)
@@ -246,6 +249,8 @@ class Engine:
             norm, applied = step_clipped(
                 self._engine, self.module.parameters(), self._max_grad_norm, self.stage
             )
+        if applied and self._ema_decay is not None:
+            self.state.update_averages(self._ema_decay)
         skipped = None if applied else "the gradient norm is not finite"
         if router and (refused or skipped):
             router.restore(before)

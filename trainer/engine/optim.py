@@ -37,15 +37,15 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
 
     Matrices are those of linear products and of experts, and embeddings if
     `section.decay_embeddings` is set. A group's learning rate is the schedule's times the group's
-    `lr_scale`. Its `kind` is `section.kind`; where that is Muon, it is AdamW's for all but linear
-    products and experts, and for the head, as its authors have it.
+    `lr_scale`. Its `kind` is `section.kind`, and `adamw` for what that kind does not take (see
+    `_takes`).
 
     Raises:
         BadInput: one of `section.groups` matches no parameter that is trained.
     """
     role = roles(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    kinds = ("adamw", "muon") if section.kind == "muon" else (section.kind,)
+    kinds = dict.fromkeys(("adamw", section.kind))
     groups: dict[tuple[int, bool, str], dict[str, Any]] = {
         (number, decay, kind): {
             "params": [],
@@ -65,7 +65,7 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
         matched = [before or now for before, now in zip(matched, fits, strict=True)]
         number = fits.index(True) + 1 if any(fits) else 0
         does, is_head = role[id(parameter)], parameter is getattr(head, "weight", None)
-        kind = kinds[-1] if does in (LINEAR, EXPERTS) and not is_head else kinds[0]
+        kind = section.kind if _takes(section.kind, does, is_head) else "adamw"
         groups[number, decays(does, section), kind]["params"].append(parameter)
     for group, found in zip(section.groups, matched, strict=True):
         if not found:
@@ -74,6 +74,20 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
                 f"`{next(model.named_parameters())[0]}` is one"
             )
     return [group for group in groups.values() if group["params"]]
+
+
+def _takes(kind: str, role: str, is_head: bool) -> bool:
+    """Return whether an optimizer of this kind updates such parameters; AdamW does otherwise.
+
+    Muon's authors leave the head to AdamW, and transformers keeps the moments of embeddings in fp32
+    where it has an optimizer of 8 bits: rare tokens' are small beside a block's largest.
+    """
+    matrices = {
+        "muon": (LINEAR, EXPERTS),
+        "adamw_8bit": (LINEAR, EXPERTS),
+        "adafactor": (LINEAR, EXPERTS, EMBEDDINGS),
+    }
+    return kind not in matrices or (role in matrices[kind] and not (is_head and kind == "muon"))
 
 
 def describe_decay(model: nn.Module, section: OptimSection) -> str:

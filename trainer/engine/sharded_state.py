@@ -25,8 +25,12 @@ from safetensors import safe_open
 
 from packhorse.trainer.datatypes import BadInput
 
-# State of a parameter or a buffer. A trained parameter has optim.MOMENTS beside it.
+# State of a parameter or a buffer. A trained parameter has moments.MOMENTS beside it.
 WEIGHT = "weight"
+# Between a parameter's name and what its states of another length are of, as `::blocks`.
+BESIDE = "::"
+# The moving average of a trained parameter, with `optim.ema_decay`.
+EMA = "ema"
 # State of a parameter that is not trained. Only its digest is saved: the model's folder has it.
 FROZEN = "frozen"
 _CHUNK = 2**18  # elements hashed and written at a time, which fit into a core's cache
@@ -171,6 +175,8 @@ class Shards:
         shapes: the shapes of the trained parameters and the buffers, by name.
     """
 
+    averaged: frozenset[str] = frozenset()  # parameters of which `whole` returns the average
+
     def __init__(
         self, folder: Path, files: Mapping[str, File], shapes: Mapping[str, list[int]]
     ) -> None:
@@ -209,8 +215,11 @@ class Shards:
                     "another model; use that model, or another run.dir"
                 )
 
-    def whole(self, name: str, state: str = WEIGHT) -> torch.Tensor:
-        """Return a state of a parameter in the parameter's shape, on the host."""
+    def whole(self, name: str, state: str | None = None) -> torch.Tensor:
+        """Return a state of a parameter, by default its weight or average, in its shape, on the
+        host.
+        """
+        state = state or (EMA if name in self.averaged else WEIGHT)
         start, stop, path = self._places[name][0]
         dtype = self._open(path).get_slice(key_of(name, start, stop, state))[:0].dtype
         shape = torch.Size(self._shapes[name])

@@ -15,14 +15,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
 
 from packhorse.trainer import dist
-from packhorse.trainer.engine.optimizers import Muon, Piece, is_offloaded, moments_of
+from packhorse.trainer.engine.moments import BLOCK, Piece, Piecewise, is_offloaded, moments_of
 from packhorse.trainer.engine.sharded_state import (
+    BESIDE,
+    EMA,
     FROZEN,
     WEIGHT,
     Digests,
@@ -42,6 +45,10 @@ from packhorse.trainer.model.quantisation import numel, parts_of
 
 Names = Mapping[int, str]
 """id of a parameter -> its name."""
+
+Averages = Mapping[int, torch.Tensor]
+"""id of a master weight -> the moving average of it; empty without `optim.ema_decay`."""
+NONE: Averages = MappingProxyType({})
 
 Place = tuple[str, int, int, int]
 """A parameter's name, its first element in a partition, the offset in the partition, the number."""
@@ -64,7 +71,8 @@ class TrainingState:
     Parameters and buffers have the names that the transformers model gives them.
 
     Args:
-        moment_bytes: of all ranks together (optimizers.moment_bytes).
+        moment_bytes: of all ranks together (moments.moment_bytes).
+        averages: keep a moving average of the weights, too.
         gathered: holds parameters whole inside its block (engine.gathered).
     """
 
@@ -74,6 +82,7 @@ class TrainingState:
         optimizer: Any,
         stage: int,
         moment_bytes: int,
+        averages: bool,
         gathered: Callable[..., AbstractContextManager[Any]],
     ) -> None:
         self._model = model
@@ -81,10 +90,18 @@ class TrainingState:
         self._stage = stage
         self._moment_bytes = moment_bytes
         self._gathered = gathered
+        parts = _partitions(optimizer, self.names()) if averages else ()
+        self._averages = {id(part.master): part.master.detach().clone() for part in parts}
+
+    def update_averages(self, decay: float) -> None:
+        """Move the average of each weight towards the weight by 1 - `decay`."""
+        for part in _partitions(self._optimizer, self.names()) if self._averages else ():
+            self._averages[id(part.master)].lerp_(part.master.detach(), 1 - decay)
 
     def bytes(self) -> int:
         """Return the bytes that all ranks together write: states in fp32, and the buffers."""
         trained = sum(map(numel, self._trained().values()))
+        trained *= 2 if self._averages else 1
         return 4 * trained + self._moment_bytes + sum(piece.bytes for piece in self._buffers())
 
     def shapes(self) -> dict[str, list[int]]:
@@ -101,7 +118,7 @@ class TrainingState:
         if dist.is_main() and (buffers := self._buffers()):
             yield buffers
         if dist.is_main() or self._stage > 0:
-            yield from read(self._optimizer, self.names())
+            yield from read(self._optimizer, self.names(), self._averages)
 
     def restore(self, shards: Shards, updates: int) -> None:
         """Fill the state from a checkpoint that any world size, stage or offload has written.
@@ -116,7 +133,7 @@ class TrainingState:
         """
         with torch.no_grad():
             # a group at a time: one that is offloaded to NVMe needs no more memory than in training
-            for group in write(self._optimizer, self.names(), updates):
+            for group in write(self._optimizer, self.names(), updates, self._averages):
                 for piece in group:
                     shards.fill(piece)
             for piece in self._buffers():
@@ -162,18 +179,20 @@ class TrainingState:
 # ------------------------------------------------------------------------------ reading, writing
 
 
-def read(optimizer: Any, names: Names) -> Iterator[list[Slice]]:
+def read(optimizer: Any, names: Names, averages: Averages = NONE) -> Iterator[list[Slice]]:
     """Yield this rank's state a group at a time, valid until the next group is asked for."""
     for i, part in enumerate(_partitions(optimizer, names)):
         on_nvme = _is_on_nvme(optimizer, i)
         if on_nvme:
             optimizer._optimizer_states_and_gradient_swap_in(i)
-        yield _slices(part, moments_of(_base(optimizer), part.master, part.kind))
+        yield _slices(part, _base(optimizer), names, averages)
         if on_nvme:
             optimizer._release_swap_buffers(i)
 
 
-def write(optimizer: Any, names: Names, updates: int) -> Iterator[list[Slice]]:
+def write(
+    optimizer: Any, names: Names, updates: int, averages: Averages = NONE
+) -> Iterator[list[Slice]]:
     """Yield groups as `read` does; what the caller writes into them becomes the state.
 
     Every rank runs through all groups.
@@ -185,7 +204,7 @@ def write(optimizer: Any, names: Names, updates: int) -> Iterator[list[Slice]]:
         on_nvme = _is_on_nvme(optimizer, i)
         if on_nvme:
             optimizer._optimizer_states_and_gradient_swap_in(i)
-        yield _slices(part, moments_of(_base(optimizer), part.master, part.kind, updates))
+        yield _slices(part, _base(optimizer), names, averages, updates)
         if part.weights is not None:
             part.weights.copy_(part.master)
         if is_stage_3(optimizer):
@@ -267,20 +286,30 @@ def stream_state(optimizer: Any) -> None:
     base.attach({id(master): masters[i] for i, master in enumerate(before)})
 
 
-def show_matrices(optimizer: Any, names: Names) -> None:
-    """Tell Muon where its matrices lie in the master weights, if it is the optimizer."""
+def show_pieces(optimizer: Any, names: Names) -> None:
+    """Tell an optimizer that needs it where its parameters lie in the master weights of all ranks.
+
+    Every rank calls it.
+    """
     base = _base(optimizer)
-    if not isinstance(base, Muon):
+    if not isinstance(base, Piecewise):
         return
     base.is_sharded = base is not optimizer  # DeepSpeed cuts weights at every stage but 0
-    base.pieces = {
-        id(part.master): [
-            Piece(tuple(getattr(p, "ds_shape", p.shape)), *here.get(names[id(p)], (0, 0, 0)))
-            for p in part.parameters
-        ]
-        for part in _partitions(optimizer, names)
+    parts = list(_partitions(optimizer, names))
+    own = [
+        [here.get(names[id(p)], (0, 0, 0)) for p in part.parameters]
+        for part in parts
         for here in ({name: place for name, *place in part.places},)
-    }
+    ]
+    of_ranks = dist.gather(own) if base.is_sharded else [own]
+    base.pieces = {}
+    for i, part in enumerate(parts):
+        base.pieces[id(part.master)] = pieces = []
+        for k, (parameter, place) in enumerate(zip(part.parameters, own[i], strict=True)):
+            cuts = {start for start, _, numel in (theirs[i][k] for theirs in of_ranks) if numel}
+            blocks = sorted({start // BLOCK for start in cuts if start % BLOCK})
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            pieces.append(Piece(shape, *place, cut_blocks=tuple(blocks)))
 
 
 def _stage_3_places(parameters: list[Any], names: Names) -> Iterator[Place]:
@@ -301,15 +330,29 @@ def _stage_1_2_places(parameters: list[Any], names: Names) -> Iterator[Place]:
             yield names[id(parameter)], of_parameter.start, here.start, here.numel
 
 
-def _slices(part: Partition, moments: dict[str, torch.Tensor]) -> list[Slice]:
-    states = {
-        name: tensor.detach().view(-1) for name, tensor in {WEIGHT: part.master, **moments}.items()
-    }
-    return [
+def _slices(
+    part: Partition,
+    base: torch.optim.Optimizer,
+    names: Names,
+    averages: Averages,
+    updates: int | None = None,
+) -> list[Slice]:
+    """Return a partition's slices; to be filled where `updates` are given, else to be saved."""
+    moments = moments_of(base, part.master, part.kind, updates)
+    tensors = {WEIGHT: part.master, **moments}
+    if averages:
+        tensors[EMA] = averages[id(part.master)]
+    states = {name: tensor.detach().view(-1) for name, tensor in tensors.items()}
+    found = [
         Slice(name, start, {state: flat[offset : offset + numel] for state, flat in states.items()})
         for name, start, offset, numel in part.places
         if numel > 0
     ]
+    if isinstance(base, Piecewise) and part.kind != "adamw":
+        for number, what, start, beside in base.states_beside(part.master, updates is None):
+            name = names[id(part.parameters[number])]
+            found.append(Slice(f"{name}{BESIDE}{what}", start, beside))
+    return found
 
 
 # --------------------------------------------------------------------------- around a step's work

@@ -3,8 +3,7 @@
 In: a model's sizes and activations (estimate/model.py), filled templates (engine/ds_config.py), a
 cluster. Out: bytes by part, and whether they fit.
 
-    exact       weights, gradients, master weights, moments: DeepSpeed's own buffers, byte for byte
-                (tests/numerics/test_memory.py)
+    exact       weights, gradients, master weights, moments (estimate/state.py)
     traced      activations: what autograd saves in one forward over meta tensors
     estimated   gathered parameters, communication, the loss's workspace, the reserve: upper bounds
                 from the sources of DeepSpeed and Liger
@@ -15,23 +14,18 @@ P parameters, W ranks, T tokens and N trained tokens of a micro-batch, H hidden 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.ranks import filler_share
-from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine.ds_config import (
-    count_sharing,
-    require_whole_groups,
-    streams_optimizer,
-)
+from packhorse.trainer.engine.ds_config import require_whole_groups, streams_optimizer
 from packhorse.trainer.engine.streamed_adamw import room_for_chunks
 from packhorse.trainer.estimate.model import Activations, ModelSizes
+from packhorse.trainer.estimate.state import StateBytes, count_state_bytes, masters_of_groups
 from packhorse.trainer.model.loss import BLOCK_HIDDEN, LIGER_HIDDEN
 
 GIB = 2**30
@@ -39,113 +33,6 @@ GIB = 2**30
 # allocated; and CUDA's context, NCCL's buffers and cuBLAS's workspaces.
 SHARE_RESERVED = 0.05
 RESERVED = int(1.5 * GIB)
-
-# ----------------------------------------------------------------------------------- training state
-
-
-@dataclass(frozen=True)
-class StateBytes:
-    """Bytes of the training state on the fullest rank after a backward, and where the parts lie."""
-
-    weights: int
-    # weights of parameters too small to cut, which stage 3 keeps whole on the GPU as well
-    persistent: int
-    gradients: int
-    masters: int  # the optimizer's fp32 weights
-    moments: int
-    weights_on: str = "gpu"  # or cpu, nvme
-    optimizer_on: str = "gpu"  # summed gradients, master weights and moments
-    shared: int = 0  # second copies of weights (hpZ), from a forward to the step
-
-
-def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) -> StateBytes:
-    """Return the training state under a filled DeepSpeed template.
-
-    Raises:
-        BadInput: the template combines what is not planned.
-    """
-    stage = config["zero_optimization"].get("stage", 0)
-    sum_bytes = 2 if config["data_types"]["grad_accum_dtype"] == "bf16" else 4
-    if stage == 3:
-        return _count_stage_3(model, config, sum_bytes, world)
-    frozen = model.element * sum(model.frozen) + model.quantised_bytes
-    if stage == 0:  # the weights are the master weights
-        weights = model.element * model.trained
-        return StateBytes(weights + frozen, 0, weights, 0, model.moment_bytes)
-    if config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
-        raise BadInput(
-            "offload_optimizer at ZeRO stages 1 and 2 is not planned; plan it at stage 3"
-        )
-    pieces = _masters_of_groups(model, stage, world)
-    flat, piece = [world * part for part in pieces], sum(pieces)
-    if stage == 1 and model.element == 2 and sum_bytes == 4:
-        # DeepSpeed's BF16_Optimizer, which takes this case, sums whole gradients in fp32, and each
-        # in the model's type goes as soon as it is added
-        gradients = 4 * sum(flat)
-    elif sum_bytes != model.element:
-        gradients = sum_bytes * piece
-    else:
-        gradients = model.element * _count_touched(model.groups, flat, world)
-    weights = model.element * sum(flat) + frozen
-    moments = sum(m * part for m, part in zip(model.moments, pieces, strict=True))
-    return StateBytes(weights, 0, gradients, 4 * piece, moments)
-
-
-def _masters_of_groups(model: ModelSizes, stage: int, world: int) -> list[int]:
-    """Return the elements of a rank's master weights of each group, above ZeRO stage 0."""
-    if stage == 3:  # each parameter is cut by itself, and its last piece filled up
-        return [sum(-(-size // world) for size in group) for group in model.groups]
-    # DeepSpeed flattens each group and fills it up to a multiple of 2 elements a rank
-    return [-(-sum(group) // (2 * world)) * 2 for group in model.groups]
-
-
-def _count_stage_3(
-    model: ModelSizes, config: Mapping[str, Any], sum_bytes: int, world: int
-) -> StateBytes:
-    zero, sharing = config["zero_optimization"], count_sharing(config, world)
-    if model.quantised:
-        raise BadInput("adapter.base: weights of 4 bits are not sharded at ZeRO-3")
-    trained = [size for group in model.groups for size in group]
-    pieces = _masters_of_groups(model, 3, world)
-    piece = sum(pieces)
-    threshold = zero.get("stage3_param_persistence_threshold", 100_000)
-    # whole: gathered from the ranks' pieces, the last one's filling included
-    whole = [(size, world * -(-size // world)) for size in (*trained, *model.frozen)]
-    persistent = sum(filled for size, filled in whole if size <= threshold)
-    large = sum(filled for size, filled in whole if size > threshold)
-    optimizer_on, weights_on = (
-        "gpu" if device == "none" else device
-        for device in (
-            zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")
-        )
-    )
-    return StateBytes(
-        weights=model.element * (piece + sum(-(-size // world) for size in model.frozen)),
-        persistent=model.element * persistent,
-        # the CPU optimizer keeps a copy of its own on the host
-        gradients=(sum_bytes + 4 * (optimizer_on == "cpu")) * piece,
-        masters=4 * piece,
-        moments=sum(m * part for m, part in zip(model.moments, pieces, strict=True)),
-        weights_on=weights_on,
-        optimizer_on=optimizer_on,
-        shared=model.element * large // sharing if sharing > 1 else 0,
-    )
-
-
-def _count_touched(groups: Sequence[Sequence[int]], flat: Sequence[int], world: int) -> int:
-    """Return the elements of the parameters that lie, wholly or in part, in the fullest rank's
-    piece of each group: DeepSpeed keeps the gradients of those whole.
-    """
-    most = [0] * world
-    for group, length in zip(groups, flat, strict=True):
-        piece, ends = length // world, list(accumulate(group))
-        for end, size in zip(ends, group, strict=True):
-            for rank in range((end - size) // piece, (end - 1) // piece + 1):
-                most[rank] += size
-        for rank in range(world):  # beyond the last parameter a rank's piece is filled up
-            most[rank] += min(piece, max(0, (rank + 1) * piece - ends[-1]))
-    return max(most)
-
 
 # -------------------------------------------------------------------------------- one rank's memory
 
@@ -208,7 +95,7 @@ def peak_memory(
     if is_streamed:
         # DeepSpeed makes the master weights on the GPU, when there are no activations yet
         later = sum(gpu[part] for part in ("gathered", "communication", "activations", "loss"))
-        room = room_for_chunks(_masters_of_groups(model, stage, world))
+        room = room_for_chunks(masters_of_groups(model, stage, world))
         gpu["optimizer"] = max(room, state.masters - later)
     gpu["reserve"] = RESERVED + int(SHARE_RESERVED * sum(gpu.values()))
     whole = model.element * model.parameters
@@ -300,6 +187,11 @@ class Disk:
     export: int  # while it is written, the weights are there twice
 
 
+def count_checkpoints(recipe: Recipe) -> int:
+    """Return how many checkpoints a run keeps: the best one is beside those of checkpoint.keep."""
+    return recipe.checkpoint.keep + (recipe.eval.best is not None)
+
+
 def disk_needed(model: ModelSizes, keep: int) -> Disk:
     one = 4 * model.trained + model.moment_bytes + model.buffers
     return Disk(one, (keep + 1) * one, one, 2 * model.element * model.parameters)
@@ -352,7 +244,8 @@ def step_seconds(model: ModelSizes, stats: StepStats, gpus: int, flops: float) -
     Args:
         flops: the model's own FLOP/s that a busy GPU achieves: its peak x the MFU.
     """
-    needed = model.flops.count(stats.tokens, stats.trained, stats.pairs)
+    # the products of the layers alone go by the tokens
+    needed = model.flops.count(stats.tokens / model.product_speed, stats.trained, stats.pairs)
     # a GPU that runs a filler does nothing for the step
     idle = filler_share(stats.micro_batches, gpus // stats.sequence)
     return needed / (gpus * flops * (1 - idle))

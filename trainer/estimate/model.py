@@ -7,11 +7,11 @@ of known models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,13 +21,14 @@ from torch.utils.checkpoint import CheckpointPolicy
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import AdapterSection, ModelSection, OptimSection, Recipe
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.moments import moment_bytes
 from packhorse.trainer.engine.optim import parameter_groups
-from packhorse.trainer.engine.optimizers import MOMENTS
 from packhorse.trainer.metrics import ModelFlops, model_flops
 from packhorse.trainer.model import attention
 from packhorse.trainer.model.activation_checkpointing import save, set_checkpointing
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.decoder import decoder_layers, decoder_of, num_weights, whole_layers
+from packhorse.trainer.model.fp8 import workspace_bytes
 from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
@@ -36,9 +37,23 @@ from packhorse.trainer.utils.text import one_line
 # For `batch.micro_batch_size: auto`. Most of a GPU's memory is the training state's, and more
 # sequences are not worth any recomputation: activations may take this share of it.
 ACTIVATION_SHARE = 0.25
+FP8_SPEED = 1.4  # of a layer's products with their casts, over bfloat16's: assumed, not measured
 MOST_TOKENS = 65_536  # of a micro-batch, by which products are large enough for any GPU
 
 # -------------------------------------------------------------------------------------------- sizes
+
+
+class AttentionShape(NamedTuple):
+    """What a layer asks of attention; see Arguments in attention_kernels.py."""
+
+    heads: int
+    key_heads: int
+    size: int  # of a head of queries and keys
+    value_size: int
+    window: int | None
+    softcap: float | None = None
+    has_sinks: bool = False
+    dropout: float | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,9 @@ class ModelSizes:
 
     name: str
     groups: tuple[tuple[int, ...], ...]  # each trained parameter, by the optimizer's groups
-    moments: tuple[int, ...]  # bytes that the optimizer keeps beside a group's weight, by group
+    kinds: tuple[str, ...]  # what updates each group (optim.parameter_groups)
+    group_moments: tuple[int, ...]  # bytes of each group's states, once
+    averaged: bool  # whether optim.ema_decay keeps one more number a weight
     frozen: tuple[int, ...]  # each frozen parameter that is not in 4 bits
     quantised: int  # all frozen parameters in 4 bits
     quantised_bytes: int
@@ -59,8 +76,8 @@ class ModelSizes:
     gathered_at_once: int  # the most that ZeRO-3 gathers in one call, a module's or a whole layer's
     buffers: int  # bytes, on every rank and in a checkpoint
     flops: ModelFlops
-    # query heads, key heads, head size, that of values, and window of each layer that attends
-    attention: tuple[tuple[int, int, int, int, int | None], ...] = ()
+    product_speed: float = 1.0  # of the layers' products, over those in the weights' type
+    attention: tuple[AttentionShape, ...] = ()  # of each layer that attends
 
     @property
     def trained(self) -> int:
@@ -68,7 +85,7 @@ class ModelSizes:
 
     @property
     def moment_bytes(self) -> int:
-        return sum(m * sum(group) for m, group in zip(self.moments, self.groups, strict=True))
+        return sum(self.group_moments) + 4 * self.averaged * self.trained
 
     @property
     def parameters(self) -> int:
@@ -115,7 +132,7 @@ def _run_decoder(model: Any, tokens: int) -> torch.Tensor:
     return out.last_hidden_state[0]
 
 
-def attention_shapes(model: Any) -> tuple[tuple[int, int, int, int, int | None], ...]:
+def attention_shapes(model: Any) -> tuple[AttentionShape, ...]:
     """Return ModelSizes.attention of a model that `build_empty_model` made."""
     _attended.clear()
     _run_decoder(model, tokens=64)
@@ -139,7 +156,9 @@ def measure_model(
     return ModelSizes(
         name=type(model).__name__,
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
-        moments=tuple(4 * len(MOMENTS[group["kind"]]) for group in groups),
+        kinds=tuple(group["kind"] for group in groups),
+        group_moments=tuple(moment_bytes([group]) for group in groups),
+        averaged=optim.ema_decay is not None,
         frozen=tuple(p.numel() for p in frozen),
         quantised=sum(in_4_bits.values()),
         quantised_bytes=sum(_nf4_bytes(elements, double) for elements in in_4_bits.values()),
@@ -196,6 +215,15 @@ def trace_activations(model: Any, tokens: int) -> dict[str, Activations]:
             found[mode] = Activations(kept, max(again, default=0))
         found["offload"] = Activations(0, found["full"].layer, host=found["full"].kept)
     return found
+
+
+def with_fp8(
+    sizes: ModelSizes, activations: Mapping[str, Activations], model: Any, tokens: int
+) -> tuple[ModelSizes, dict[str, Activations]]:
+    """Return both for `model.matmul: fp8_rowwise`: faster products, and their factors in fp8."""
+    factors = workspace_bytes(model, tokens)
+    more = {mode: replace(one, layer=one.layer + factors) for mode, one in activations.items()}
+    return replace(sizes, product_speed=FP8_SPEED), more
 
 
 def largest_micro_batch(recipe: Recipe, card: int) -> int:
@@ -305,11 +333,12 @@ _planned_attention.register_fake(_planned_attention._init_fn)
 _planned_attention.register_autograd(_no_backward, setup_context=_save_as_fused)
 
 
-_attended: list[tuple[int, int, int, int, int | None]] = []  # shapes that the stand-in has seen
+_attended: list[AttentionShape] = []  # that the stand-in has seen
 
 
 def _fused(
     layer: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, arguments: Arguments
 ) -> torch.Tensor:
-    _attended.append((q.shape[1], k.shape[1], k.shape[3], v.shape[3], arguments.window))
+    asked = (arguments.window, arguments.softcap, arguments.sinks is not None, arguments.dropout)
+    _attended.append(AttentionShape(q.shape[1], k.shape[1], k.shape[3], v.shape[3], *asked))
     return _planned_attention(q, k, v)[0].transpose(1, 2)

@@ -28,6 +28,7 @@ from packhorse.trainer.estimate.memory import (
     Memory,
     StepStats,
     candidate_worlds,
+    count_checkpoints,
     disk_needed,
     full_step_stats,
     peak_memory,
@@ -40,6 +41,7 @@ from packhorse.trainer.estimate.model import (
     build_empty_model,
     measure_model,
     trace_activations,
+    with_fp8,
 )
 from packhorse.trainer.estimate.sequence import longest_slice, sequence_traffic, slice_activations
 from packhorse.trainer.estimate.traffic import Traffic
@@ -81,11 +83,6 @@ class Report:
     disk: Disk
 
 
-def _count_checkpoints(recipe: Recipe) -> int:
-    # the best one is kept beside those that checkpoint.keep counts
-    return recipe.checkpoint.keep + (recipe.eval.best is not None)
-
-
 def inspect_model(recipe: Recipe, tokens: int) -> tuple[ModelSizes, dict[str, Activations]]:
     """Return the sizes of the recipe's model, and its activations for a rank's `tokens` tokens by
     the values of model.activation_checkpointing.
@@ -100,6 +97,8 @@ def inspect_model(recipe: Recipe, tokens: int) -> tuple[ModelSizes, dict[str, Ac
         model = replace(model, attention=attention_shapes(empty))
         given = (model.attention, tokens, size, recipe.parallel.sequence_kind, model.element)
         activations = slice_activations(activations, *given)
+    if recipe.model.matmul == "fp8_rowwise":
+        model, activations = with_fp8(model, activations, empty, tokens)
     if recipe.model.activation_checkpointing not in (*activations, "auto"):
         raise BadInput(
             f"{model.name} does not support activation checkpointing; set "
@@ -144,7 +143,7 @@ def build_report(
             f"{good}, raise batch.global_batch_size, or lower batch.micro_batch_size"
         )
     model, activations = inspected or inspect_model(recipe, stats.rank_tokens)
-    disk = disk_needed(model, _count_checkpoints(recipe))
+    disk = disk_needed(model, count_checkpoints(recipe))
     candidates, refused = {}, {}
     for template in list_templates(recipe):
         try:
@@ -275,6 +274,7 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
         if model.trained < model.parameters
         else ""
     )
+    fp8 = f", products in fp8 {x} times as fast" if (x := model.product_speed) > 1 else ""
     run = f"; {stats.steps:,} steps: {_time(seconds * stats.steps)}" if stats.steps else ""
     return [
         f"{model.name}: {model.parameters / 1e9:.3g} billion parameters{trained}, "
@@ -286,9 +286,9 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
         f"fillers: {share:.1%} of the micro-batches of {cluster.gpus} GPUs; good numbers of GPUs: "
         f"{', '.join(_good_numbers(stats, cluster))}{idle}",
         f"activations of a micro-batch{on_each}: {kept}",
-        f"time to compute, predicted at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU: "
+        f"time to compute, predicted at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU{fp8}: "
         f"{_seconds(seconds)} s a step, {stats.tokens / seconds:,.0f} tokens/s{run}",
-        f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {_count_checkpoints(recipe)} kept and "
+        f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {count_checkpoints(recipe)} kept and "
         f"one being written {_gib(disk.checkpoints)} GiB; the universal form "
         f"{_gib(disk.universal)} GiB; an export {_gib(disk.export)} GiB while it is made",
     ]

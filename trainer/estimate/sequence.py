@@ -17,7 +17,7 @@ import numpy as np
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import first_key, slice_borders
 from packhorse.trainer.estimate.memory import Cluster, StepStats
-from packhorse.trainer.estimate.model import Activations, ModelSizes
+from packhorse.trainer.estimate.model import Activations, AttentionShape, ModelSizes
 from packhorse.trainer.estimate.traffic import Traffic, step_traffic
 from packhorse.trainer.model.sequence_exchange import takes_heads
 
@@ -25,13 +25,9 @@ STEP_TOKENS = 1024  # of a rank, to which the longest sequence is searched
 MOST_TOKENS = 2**24  # of a rank, at which the search ends
 
 
-Layers = Sequence[tuple[int, int, int, int, int | None]]
-"""Query heads, key heads, head size, that of values, and window of each layer that attends."""
-
-
 def slice_activations(
     of_slice: Mapping[str, Activations],
-    layers: Layers,
+    layers: Sequence[AttentionShape],
     tokens: int,
     ranks: int,
     kind: str | None,
@@ -45,7 +41,7 @@ def slice_activations(
         element: bytes of a number.
     """
     more = []
-    for heads, key_heads, size, value_size, window in layers:
+    for heads, key_heads, size, value_size, window, *_ in layers:
         if takes_heads(kind, heads, ranks, window, ranks * tokens):
             held = math.lcm(key_heads, ranks) * tokens
         else:  # the last slice sees most
@@ -61,7 +57,11 @@ def slice_activations(
 
 
 def exchanged_elements(
-    layers: Layers, lengths: Sequence[int], ranks: int, index: int, kind: str | None
+    layers: Sequence[AttentionShape],
+    lengths: Sequence[int],
+    ranks: int,
+    index: int,
+    kind: str | None,
 ) -> int:
     """Return the elements that a rank sends in one forward, what it keeps left out.
 
@@ -75,7 +75,7 @@ def exchanged_elements(
     slices = list(pairwise(slice_borders(lengths, ranks)))
     (start, stop), total = slices[index], sum(lengths)
     own, sent = stop - start, 0
-    for heads, key_heads, size, value_size, window in layers:
+    for heads, key_heads, size, value_size, window, *_ in layers:
         if not takes_heads(kind, heads, ranks, window, total):
             firsts = [first_key(lengths, begin, window) for begin, _ in slices[index + 1 :]]
             wanted = sum(max(0, stop - max(start, first)) for first in firsts)

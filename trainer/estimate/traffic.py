@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from packhorse.trainer.engine.ds_config import count_sharing, streams_optimizer
-from packhorse.trainer.estimate.memory import Cluster, count_state_bytes
+from packhorse.trainer.estimate.memory import Cluster
 from packhorse.trainer.estimate.model import ModelSizes
+from packhorse.trainer.estimate.state import count_state_bytes
 
 # Bytes a second that are assumed, as a plan measures nothing.
 IN_NODE = 300e9  # of a GPU, over NVLink

@@ -24,7 +24,11 @@ from packhorse.trainer.datatypes import BadInput
 # queries and keys must not be kept: Liger's rotary kernel writes into them where torch cannot see
 # it, and the recomputation would rotate them again.
 _WIDENING = {"gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "c_fc", "dense_h_to_4h"}
-_PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.addmm.default}
+_PRODUCTS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_mm.default,
+}
 # Operations that attend, by name: flash-attn's, torch's varlen, and torch's own on a CPU. The
 # packages that define them may be missing.
 _ATTENTION = {
@@ -91,6 +95,10 @@ class _OfKept(TorchDispatchMode):
     def __init__(self, mode: TorchDispatchMode) -> None:
         super().__init__()
         self._mode: Any = mode
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # fp8.py's casts stay compiled: nothing in them is kept
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, args: Any = (), kwargs: Any = None

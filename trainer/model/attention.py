@@ -70,11 +70,31 @@ def choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, st
                 f"model.attention: {name} cannot be used: {missing[name]}; use `auto` or "
                 "`reference`"
             )
-        why = "named in the recipe"
+        why = "as asked for"
         return name, f"{version}, {why}" if name == "flash_attn" else why
     chosen = next(backend for backend in BACKENDS if not missing[backend])
     reasons = [f"no {backend}: {why}" for backend, why in missing.items() if why]
     return chosen, "; ".join(reasons) or version
+
+
+def fused_kernels(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """Return the fused kernels that can be imported here, the preferred first, as `flash_attn 3`
+    and `torch_varlen`.
+    """
+    if _fused_missing(device, dtype):
+        return []
+    try:
+        found = flash_versions.load(torch.cuda.get_device_capability(device)[0])
+    except ImportError:
+        found = ()
+    return [*(f"flash_attn {flash.version}" for flash in found), "torch_varlen"]
+
+
+def pin(kernel: str) -> str:
+    """Let `flash_attn` be the version of a kernel of `fused_kernels`; return its backend."""
+    backend, _, version = kernel.partition(" ")
+    flash_versions.pin(int(version) if version else None)
+    return backend
 
 
 def _fused_missing(device: torch.device, dtype: torch.dtype) -> str | None:

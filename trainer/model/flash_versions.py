@@ -1,6 +1,7 @@
-"""Find flash-attn: version 2, 3 or 4, whichever runs fastest on this machine's GPU.
+"""Find the versions 2, 3 and 4 of flash-attn that run on this machine's GPU.
 
-In: the GPU's compute capability. Out: the version's function for packed sequences. The versions are
+In: the GPU's compute capability. Out: a version's function for packed sequences: of the one that
+attention_choice.py has chosen, else of the one that is written for such a GPU. The versions are
 packages of their own, and a package counts as found once its import has worked: flash-attn 4 is a
 folder inside another package's name, and a wheel that was built for another torch lies there as a
 right one does.
@@ -37,20 +38,30 @@ class FlashAttention(NamedTuple):
         return ("sinks", *{2: (), 3: ("dropout",), 4: ("dropout", "softcap")}[self.version])
 
 
+_pinned: int | None = None
+
+
+def pin(version: int | None) -> None:
+    """Let `load_for` return this version from now on; None for the preferred one."""
+    global _pinned
+    _pinned = version
+
+
 @cache
-def load(major: int) -> FlashAttention:
-    """Return the flash-attn to use on a GPU of this major compute capability.
+def load(major: int) -> tuple[FlashAttention, ...]:
+    """Return each flash-attn that a GPU of this major compute capability can use, the preferred
+    first.
 
     Raises:
         ImportError: no version for it can be imported; each one's reason, where it is installed.
     """
-    faults = []
+    found, faults = [], []
     for version in _PREFERRED.get(major, ()):
         try:
             module = importlib.import_module(MODULES[version])
             if module.__file__ is None:
                 continue  # the folder in which version 4 alone lies
-            return FlashAttention(version, module.flash_attn_varlen_func)
+            found.append(FlashAttention(version, module.flash_attn_varlen_func))
         except ModuleNotFoundError as error:
             # a module that it needs, and not itself, may be what is missing
             if not f"{MODULES[version]}.".startswith(f"{error.name}."):
@@ -58,10 +69,13 @@ def load(major: int) -> FlashAttention:
         except Exception as error:
             # a wheel for another torch or CUDA fails in ways of its own: ImportError, OSError, ...
             faults.append((version, error))
+    if found:
+        return tuple(found)
     reasons = [f"flash-attn {n} cannot be imported: {one_line(error, 200)}" for n, error in faults]
     raise ImportError("; ".join(reasons) or "no flash-attn for this GPU is installed")
 
 
 def load_for(device: torch.device) -> FlashAttention:
     """Return the flash-attn to use on a CUDA device; see `load`."""
-    return load(torch.cuda.get_device_capability(device)[0])
+    found = load(torch.cuda.get_device_capability(device)[0])
+    return next((flash for flash in found if flash.version == _pinned), found[0])

@@ -8,13 +8,18 @@ would take the place of the real one.
 from __future__ import annotations
 
 import fcntl
+import multiprocessing.process
 import os
 import signal
+import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing import util
 from multiprocessing.connection import Connection
 from multiprocessing.util import Finalize
 from typing import Any, NamedTuple
+
+END_S = 5.0  # that a killed child may take to end
 
 
 def _spawn(path: Any, arguments: Sequence[Any], fds: Any) -> int:
@@ -36,7 +41,8 @@ class Child(NamedTuple):
     """A running child: this side's end of the pipe to it, what kills it, and its process id.
 
     `pipe.recv` raises EOFError once the child is gone. `end()` kills it and returns its exit code,
-    the negative of a signal that ended it; a second call does nothing and returns None.
+    the negative of a signal that ended it; None if the kernel does not let go of it in time, as
+    while it waits for a file system that is away. A second call does nothing and returns None.
     """
 
     pipe: Connection
@@ -61,13 +67,19 @@ def start_child(context: Any, target: Callable[..., None], *arguments: Any) -> C
     lifeline.close()
     # At exit multiprocessing sends SIGTERM at most, to which the child is deaf, and then waits
     # without a deadline. What has an exitpriority of 0 or above runs before that.
-    end = Finalize(None, _end_child, args=(process, held_here), exitpriority=0)
+    end = Finalize(None, _end_child, args=(process, ours, held_here), exitpriority=0)
     return Child(ours, end, process.pid)
 
 
-def _end_child(process: Any, held_here: Connection) -> int:
+def _end_child(process: Any, ours: Connection, held_here: Connection) -> int | None:
     process.kill()
-    process.join()
+    process.join(END_S)
+    if process.exitcode is None:
+        # A thread of ours may read from it, and multiprocessing waits for all its processes at
+        # exit: neither has a deadline.
+        with suppress(OSError), socket.socket(fileno=os.dup(ours.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)
+        vars(multiprocessing.process)["_children"].discard(process)
     held_here.close()
     return process.exitcode
 

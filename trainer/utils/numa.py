@@ -16,6 +16,9 @@ _USERS = (
     "CUDA_VISIBLE_DEVICES",
 )
 
+# What this process was given, before it is bound as a rank: workers of its data use all of it.
+GIVEN = frozenset(os.sched_getaffinity(0))
+
 
 def bind_to_numa_node(local_rank: int, num_ranks: int) -> str:
     """Bind this process to a NUMA node's cores; return what was done, or nothing.

@@ -1,0 +1,61 @@
+"""Write docker/requirements/: the image's packages with the hashes of their files.
+
+    make lock        # asks the package index, about half a minute
+
+Each package has its version of constraints.txt. pip refuses a file with another hash, and a package
+that is not listed (`--require-hashes --no-deps`). tests/unit/test_image_files.py compares the lists
+with constraints.txt and pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "docker" / "requirements"
+HEADER = "# Made by `make lock`.\n"
+# What PyPI's torch, which is the CUDA build, brings besides what its CPU build needs.
+CUDA = re.compile(r"torch$|triton$|nvidia-(?!ml-py$)|cuda-")
+ELSEWHERE = ("colorama", "httpx2-jsfetch")  # Windows and Emscripten need them
+
+
+def name_of(block: str) -> str:
+    return block.partition("==")[0]
+
+
+def resolve(*extras: str) -> list[str]:
+    """Return the locked packages of packhorse with some extras: each its line and its hashes."""
+    options = ["--generate-hashes", "--universal", "--no-header", "--no-annotate", "--quiet"]
+    options += ["--constraints=constraints.txt", "--python-version=3.10"]
+    options += [f"--no-emit-package={name}" for name in ELSEWHERE]
+    options += [f"--extra={extra}" for extra in extras]
+    command = [sys.executable, "-m", "uv", "pip", "compile", *options, "pyproject.toml"]
+    text = subprocess.check_output(command, cwd=ROOT, text=True)
+    return re.findall(r"^\S.*\n(?: .*\n)*", text, re.MULTILINE)
+
+
+def lists() -> dict[str, list[str]]:
+    """Return the packages of each file, in the order in which the Dockerfile installs them."""
+    everywhere = {name_of(block) for block in resolve("math")}
+    gpu = {name_of(block) for block in resolve("math", "gpu", "qlora")}
+    found: dict[str, list[str]] = {"common": [], "cuda": [], "deepspeed": [], "flash-attn": []}
+    for block in resolve("math", "gpu", "qlora", "flash-attn"):
+        name = name_of(block)
+        if name == "deepspeed":  # compiled against torch, so after it
+            found[name].append(block)
+        elif name in everywhere and not CUDA.match(name):
+            found["common"].append(block)
+        elif name in gpu:
+            found["cuda"].append(block)
+        else:
+            found["flash-attn"].append(block)
+    return found
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    for file, blocks in lists().items():
+        (FOLDER / f"{file}.txt").write_text(HEADER + "".join(blocks), encoding="utf-8")
