@@ -17,6 +17,7 @@ import torch
 from torch.optim.adamw import adamw
 
 from packhorse.trainer import dist
+from packhorse.trainer.datatypes import BadInput
 
 # Elements of a chunk: 64 MiB of each state, which a copy over PCIe takes at full speed, and 384 MiB
 # of the device for two chunks. A multiple of every vector's length, so that a CPU's kernel
@@ -164,9 +165,17 @@ def page_locked(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor, whose memory a GPU may now read and write by itself.
 
     torch's own pinned memory takes the next power of two, up to twice as many bytes.
+
+    Raises:
+        BadInput: the host does not let so much memory be locked.
     """
     if dist.device().type == "cuda":
         runtime, address = torch.cuda.cudart(), tensor.data_ptr()
-        torch.cuda.check_error(int(runtime.cudaHostRegister(address, tensor.nbytes, 0)))
+        if error := int(runtime.cudaHostRegister(address, tensor.nbytes, 0)):
+            raise BadInput(
+                f"parallel.deepspeed: {tensor.nbytes / 2**30:.1f} GiB of the optimizer's state "
+                f"cannot be locked in the host's memory (CUDA error {error}); give the host more, "
+                "or take a template that keeps the state on the GPU"
+            )
         weakref.finalize(tensor, runtime.cudaHostUnregister, address)
     return tensor
