@@ -104,8 +104,15 @@ def _generation_eos(section: ModelSection) -> list[int]:
         config = read(str(folder or section.name), revision=section.revision)
     except OSError:  # many models have none
         return []
-    ids: Any = config.eos_token_id
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+    except Exception as error:  # whatever transformers raises for a file that holds something else
+        raise BadInput(
+            f"model.name: {section.name}: its generation_config.json ({one_line(error, 300)})"
+        ) from None
+    given: Any = config.eos_token_id
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(each) is int for each in ids):
+        raise BadInput(f"model.name: {section.name}: eos_token_id of its generation is {given!r}")
+    return ids
 
 
 def load_pretrained(
