@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -84,3 +85,12 @@ def test_a_trace_tells_the_busy_share_and_the_waits(
     monkeypatch.setattr(sys, "argv", ["gpu_trace.py", str(tmp_path)])
     gpu_trace.main()
     assert "aten::mm" in capsys.readouterr().out
+
+
+def test_the_safeguards_calls_are_counted(tmp_path: Path) -> None:
+    import safeguards
+
+    text = safeguards.report(tmp_path, 100)
+    # a row is rendered once and its pattern searched once
+    assert re.search(r"^\| bounded rendering and patterns \| 2\d\d \|", text, re.MULTILINE)
+    assert re.search(r"^\| the lease: asking whether it is ours \| [1-9]", text, re.MULTILINE)

@@ -43,7 +43,8 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
     sum_bytes = 2 if config["data_types"]["grad_accum_dtype"] == "bf16" else 4
     if stage == 3:
         return _count_stage_3(model, config, sum_bytes, world)
-    frozen = model.element * sum(model.frozen) + model.quantised_bytes
+    packed = sum(-(-elements // 2) for elements in model.quantised)
+    frozen = model.element * sum(model.frozen) + packed + model.scales_bytes
     if stage == 0:  # the weights are the master weights
         weights = model.element * model.trained
         return StateBytes(weights + frozen, 0, weights, 0, model.moment_bytes)
@@ -79,8 +80,6 @@ def _count_stage_3(
     model: ModelSizes, config: Mapping[str, Any], sum_bytes: int, world: int
 ) -> StateBytes:
     zero, sharing = config["zero_optimization"], count_sharing(config, world)
-    if model.quantised:
-        raise BadInput("adapter.base: weights of 4 bits are not sharded at ZeRO-3")
     trained = [size for group in model.groups for size in group]
     pieces = masters_of_groups(model, 3, world)
     piece = sum(pieces)
@@ -90,7 +89,9 @@ def _count_stage_3(
     ]
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     # whole: gathered from the ranks' pieces, the last one's filling included
-    whole = [(size, world * -(-size // world)) for size in (*trained, *model.frozen)]
+    # those in 4 bits count by what their bytes are in the model's type
+    frozen = [*model.frozen, *(n // (2 * model.element) for n in model.quantised)]
+    whole = [(size, world * -(-size // world)) for size in (*trained, *frozen)]
     persistent = sum(filled for size, filled in whole if size <= threshold)
     large = sum(filled for size, filled in whole if size > threshold)
     optimizer_on, weights_on = (
@@ -100,7 +101,8 @@ def _count_stage_3(
         )
     )
     return StateBytes(
-        weights=model.element * (piece + sum(-(-size // world) for size in model.frozen)),
+        weights=model.element * (piece + sum(-(-size // world) for size in frozen))
+        + model.scales_bytes,
         persistent=model.element * persistent,
         # the CPU optimizer keeps a copy of its own on the host
         gradients=(sum_bytes + 4 * (optimizer_on == "cpu")) * piece,
