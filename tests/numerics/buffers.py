@@ -119,7 +119,8 @@ class Counted(TorchDispatchMode):
             self.operations += 1
         indices = args[1] if name in ("index", "index_put", "index_put_") else ()
         by_mask = any(index is not None and index.dtype is torch.bool for index in indices)
-        self.waits += name in _READS or by_mask
+        sized = "output_size" in (kwargs or {})  # of repeat_interleave
+        self.waits += by_mask or (name in _READS and not sized)
         return out
 
 

@@ -171,6 +171,7 @@ def price(engine: Any, watched: Any, forwards: int) -> dict[str, int]:
             of._backward(loss)
         return counted.operations
 
+    operations(engine, one_batch())  # a step's first gradients are not added to others
     counts = {
         "operations_of_a_micro_batch": operations(engine, one_batch()),
         "operations_of_a_filler": operations(engine, filler_batch()),

@@ -93,7 +93,6 @@ def _count_stage_3(
     frozen = [*model.frozen, *(n // (2 * model.element) for n in model.quantised)]
     whole = [(size, world * -(-size // world)) for size in (*trained, *frozen)]
     persistent = sum(filled for size, filled in whole if size <= threshold)
-    large = sum(filled for size, filled in whole if size > threshold)
     optimizer_on, weights_on = (
         "gpu" if device == "none" else device
         for device in (
@@ -110,7 +109,7 @@ def _count_stage_3(
         moments=_count_moments(model, pieces, cuts),
         weights_on=weights_on,
         optimizer_on=optimizer_on,
-        shared=model.element * large // sharing if sharing > 1 else 0,
+        shared=model.element * sum(filled for _, filled in whole) // sharing * (sharing > 1),
     )
 
 
