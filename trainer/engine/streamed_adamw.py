@@ -118,7 +118,8 @@ class _Chunks:
         device = dist.device()
         self._room = torch.empty(2, STATES, min(CHUNK, longest), device=device)
         self._count = 0
-        self._inward = self._outward = None
+        self._inward: Any = None
+        self._outward: Any = None
         if device.type == "cuda":
             self._inward, self._outward = torch.cuda.Stream(), torch.cuda.Stream()
             # the room may be memory whose last use is still to come on the current stream
