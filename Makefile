@@ -59,8 +59,10 @@ test-vllm: install .venv-vllm/installed  ## answers of a real vLLM on the CPU, i
 	@touch $@
 
 chaos: install  ## fuzz what is read, flip bits, kill runs: FUZZ=10000 FLIPS=2500 of each, KILLS=1000
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[fuzz]'
 	PACKHORSE_FUZZ=$(or $(FUZZ),10000) PACKHORSE_FLIPS=$(or $(FLIPS),2500) \
 		$(BIN)/python -m pytest -q --timeout 0 tests/unit/test_fuzz_inputs.py tests/unit/test_flips.py
+	$(BIN)/python -m tests.fuzz --runs $(or $(FUZZ),10000)
 	$(BIN)/python -m tests.chaos --kills $(or $(KILLS),1000)
 
 style: install  ## ruff, pyright and shellcheck

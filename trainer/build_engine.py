@@ -7,6 +7,7 @@ Here, too, is what fails early: other data on a rank, and a GPU that is too smal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -25,17 +26,18 @@ from packhorse.trainer.datatypes import BadInput, Batch
 from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
 from packhorse.trainer.engine.engine import Engine, gathered, reads_gathered, sharded_init
 from packhorse.trainer.engine.optim import describe_decay, parameter_groups
-from packhorse.trainer.estimate.memory import Memory
+from packhorse.trainer.estimate.choice import choose_sequence, predict_memory
+from packhorse.trainer.estimate.memory import Cluster, Memory
 from packhorse.trainer.estimate.model import largest_micro_batch
-from packhorse.trainer.estimate.report import predict_memory
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import Metrics, model_flops
 from packhorse.trainer.model.attention import SequenceGroup
 from packhorse.trainer.model.checks import failures_explained, require_positions
 from packhorse.trainer.model.compiled_layers import compile_layers, require_compilable
+from packhorse.trainer.model.feed_forward_tiles import set_tiles, tile_tokens, wants_tiles
 from packhorse.trainer.model.fp8 import use_fp8
 from packhorse.trainer.model.load import load_config, load_model
-from packhorse.trainer.model.lora import require_stage
+from packhorse.trainer.model.loss import choose_kernel
 from packhorse.trainer.model.packing_check import longest_document, prove_packing
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from packhorse.trainer.model.sequence_check import prove_slices
@@ -56,7 +58,6 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     # some name their sizes otherwise, as BLT does by its parts
     hidden_size = getattr(load_config(recipe.model).get_text_config(), "hidden_size", 0)
     ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size, run_dir)
-    require_stage(recipe.adapter, stage(ds_config))
     require_compilable(recipe.model.compile, stage(ds_config))
     clear_nvme(ds_config)
     model = load_model(
@@ -70,6 +71,7 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     if learns and recipe.model.matmul == "fp8_rowwise":  # what reads an export computes in bf16
         dist.log.info("products: %s", use_fp8(model, dist.device()))
     group = _sequence_group(recipe)
+    _set_tiles(recipe, model, hidden_size)
     offload = recipe.model.activation_checkpointing == "offload"
     module = SftModel(model, recipe.loss, recipe.train.seed, dist.device(), group, offload)
     groups = None
@@ -90,9 +92,20 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     return engine
 
 
+def _set_tiles(recipe: Recipe, model: Any, hidden_size: int) -> None:
+    """Let feed-forward blocks run in tiles if the recipe's sequences are long."""
+    tokens = recipe.batch.micro * recipe.batch.seq_len // recipe.parallel.ranks_a_sequence
+    mode = "none" if recipe.model.compile else recipe.model.activation_checkpointing
+    if not wants_tiles(mode, tokens, hidden_size):
+        return
+    tile, blocks = tile_tokens(hidden_size), set_tiles(model, True)
+    which = f"{blocks} run" if blocks else "none runs, as experts and dropout need them whole,"
+    dist.log.info("feed-forward blocks: %s in tiles of %d tokens", which, tile)
+
+
 def _sequence_group(recipe: Recipe) -> SequenceGroup | None:
     """Return the ranks that share a packed sequence with this one (C13); None if it is alone."""
-    size = recipe.parallel.sequence
+    size = recipe.parallel.ranks_a_sequence
     count_groups(dist.world_size(), size)
     if size == 1:
         return None
@@ -142,16 +155,43 @@ def resolve_checkpointing(recipe: Recipe, plan: Plan) -> Recipe:
     """
     if recipe.model.activation_checkpointing != "auto" or dist.device().type != "cuda":
         return recipe
-    sizes = [plan.size(*place) for place in plan.fullest()]
-    tokens, trained = (max(column) for column in zip(*sizes, strict=True))
-    room = min(dist.gather(torch.cuda.get_device_properties(dist.device()).total_memory))
-    mode = least_checkpointing(predict_memory(recipe, tokens, trained), room)
+    room = _smallest_gpu()
+    mode = least_checkpointing(predict_memory(recipe, *_fullest(plan)), room)
     dist.log.info("activation checkpointing: %s, the least that fits %.1f GiB", mode, room / 2**30)
     model = recipe.model.model_copy(update={"activation_checkpointing": mode})
     return recipe.model_copy(update={"model": model})
 
 
-def least_checkpointing(predicted: Mapping[str, Memory], room: int) -> str:
+def _fullest(plan: Plan) -> tuple[int, int]:
+    """Return the most tokens, and the most trained ones, of the plan's micro-batches."""
+    tokens, trained = zip(*(plan.size(*place) for place in plan.fullest()), strict=True)
+    return max(tokens), max(trained)
+
+
+def _smallest_gpu() -> float:
+    """Return the bytes of the smallest of all ranks' GPUs; infinite on a CPU."""
+    if dist.device().type != "cuda":
+        return math.inf
+    return min(dist.gather(torch.cuda.get_device_properties(dist.device()).total_memory))
+
+
+def resolve_sequence(recipe: Recipe, plan: Plan) -> Recipe:
+    """Choose for `parallel.sequence: auto`; every rank calls it.
+
+    Raises:
+        BadInput: no number fits.
+    """
+    if recipe.parallel.sequence != "auto":
+        return recipe
+    cluster = Cluster(dist.world_size(), dist.local_world_size(), _smallest_gpu())
+    kernel = choose_kernel(recipe.loss.kernel, dist.device())
+    fewest = int(plan.micro_batch_counts().min())
+    recipe, why = choose_sequence(recipe, cluster, *_fullest(plan), fewest, kernel)
+    dist.log.info("parallel.sequence: %s", why)
+    return recipe
+
+
+def least_checkpointing(predicted: Mapping[str, Memory], room: float) -> str:
     """Return the first value that fits a GPU of `room` bytes; `full` where none does."""
     return next((mode for mode, memory in predicted.items() if memory.gpu_total <= room), "full")
 
@@ -224,7 +264,7 @@ def check_packing(recipe: Recipe, module: SftModel) -> None:
         dist.log.warning(
             "the model cannot attend through packhorse's kernels and attends by its own code"
         )
-    if (size := recipe.parallel.sequence) > 1:
+    if (size := recipe.parallel.ranks_a_sequence) > 1:
         seen = prove_slices(
             module, proof, size=size, seq_len=recipe.batch.seq_len, seed=recipe.train.seed
         )
@@ -257,7 +297,7 @@ def memory_dry_run(recipe: Recipe, engine: Engine, loader: Loader, first_step: i
         engine.memory_dry_run(batches)
     dist.log.info("memory dry run: %s fits", fullest)
     is_planned = dist.is_main() and device == "cuda"
-    whole = tokens * recipe.parallel.sequence
+    whole = tokens * recipe.parallel.ranks_a_sequence
     predicted = predict_memory(recipe, whole, trained) if is_planned else {}
     # torch's allocator counts neither CUDA's context nor what is not in a tensor
     held = [memory.gpu_total - memory.gpu["reserve"] for memory in predicted.values()]

@@ -2,7 +2,7 @@
 
     recipe.yaml        the resolved recipe
     attention.json     where several attention kernels work: each one's time, and the choice
-    environment.json   versions, device, number of ranks
+    environment.json   versions, device, number of ranks, and how many share a sequence
     data.json          counts of the prepared data; data.png a picture of them
     trackers.json      ids of this run in the experiment trackers
     rejects.jsonl      rows that were left out for a fault
@@ -207,6 +207,7 @@ def write_description(
             "packages": {name: version(name) for name in packages},
             "device": torch.cuda.get_device_name() if on_gpu else platform.processor() or "cpu",
             "world_size": dist.world_size(),
+            "ranks_a_sequence": recipe.parallel.ranks_a_sequence,
         },
     )
     if isinstance(train_data, Prepared):

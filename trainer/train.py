@@ -28,6 +28,7 @@ from packhorse.trainer.build_engine import (
     require_same_micro_batch,
     resolve_checkpointing,
     resolve_micro_batch,
+    resolve_sequence,
 )
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.checkpoint.best import Best, last_step
@@ -181,8 +182,9 @@ def fit(prepared: PreparedRun) -> None:
         dist.log.info("all-reduce over %d ranks, %.0f MiB: %.2f GB/s", world, mib, gb_per_s)
     require_same_micro_batch(recipe)
     require_same_data(prepared.train_data, prepared.eval_data)
+    recipe = resolve_sequence(recipe, prepared.plan)
     parallel = recipe.parallel
-    given = (dist.world_size(), parallel.allow_idle_ranks, parallel.sequence)
+    given = (dist.world_size(), parallel.allow_idle_ranks, parallel.ranks_a_sequence)
     if warning := prepared.plan.check_world(*given):
         dist.log.warning(warning)
     recipe = resolve_checkpointing(recipe, prepared.plan)
@@ -214,7 +216,7 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     guard = Guard(recipe.guard, run_dir, recent_losses)
     watch = Watch(recipe.guard, run_dir)
     place = (dist.rank(), dist.world_size(), dist.device().type == "cuda")
-    loader = Loader(prepared.train_data, plan, *place, recipe.parallel.sequence)
+    loader = Loader(prepared.train_data, plan, *place, recipe.parallel.ranks_a_sequence)
     peak_bytes = memory_dry_run(recipe, engine, loader, first_step)
     metrics = open_metrics(recipe, run_dir, engine, watch, first_step, prepared.trackers)
     best = Best(recipe.eval, run_dir)

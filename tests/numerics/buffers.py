@@ -23,6 +23,10 @@ def weights(module: nn.Module) -> Iterator[torch.Tensor]:
     """
     for parameter in module.parameters():
         yield from _tensors(parameter.detach(), getattr(parameter, "ds_tensor", None))
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:  # of a weight in 4 bits, which has its scales on every rank
+            nested = (state.state2.absmax, state.state2.code) if state.state2 else ()
+            yield from _tensors(state.absmax, state.code, state.offset, *nested)
 
 
 def gradients(module: nn.Module, optimizer: Any) -> Iterator[torch.Tensor]:

@@ -34,7 +34,7 @@ from packhorse.trainer.model import fp8, router_loss, sft
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.trackers import Trackers
-from tests.numerics import buffers, sequence_defects
+from tests.numerics import buffers, sequence_defects, tiled
 
 
 def main(path: str) -> None:
@@ -213,6 +213,30 @@ def routers_balanced_by_micro_batch() -> Any:
         return plain(self, logits, whole)
 
     return mock.patch.object(router_loss.RouterLoss, "__call__", over_all)
+
+
+def stale_expert_gradients() -> Any:
+    """Give an expert that no token reached the gradient of the step before."""
+    clip = engine.step_clipped
+    before: dict[int, torch.Tensor] = {}
+
+    def stale(wrapped: Any, parameters: Any, *args: Any) -> Any:
+        parameters = list(parameters)
+        for parameter in parameters:
+            if parameter.dim() == 3 and parameter.grad is not None:
+                last = before.get(id(parameter))
+                idle = ~parameter.grad.flatten(1).any(1)
+                before[id(parameter)] = parameter.grad.clone()
+                if last is not None:
+                    parameter.grad[idle] = last[idle]
+        return clip(wrapped, parameters, *args)
+
+    return mock.patch.object(engine, "step_clipped", stale)
+
+
+def towers_trained() -> Any:
+    """Train what a text's loss does not depend on."""
+    return mock.patch.object(build_engine, "_freeze_unreached", return_value=None)
 
 
 # ------------------------------------------------------------------------------ defects of a resume
@@ -399,8 +423,9 @@ CHANGES: dict[str, Any] = {
 }
 CHANGES |= {f.__name__: f for f in (shards_appear, fp8_on_cpu)}
 CHANGES |= {f.__name__: f for f in (dry_run_first, dry_run_that_learns)}
+CHANGES |= {f.__name__: f for f in (stale_expert_gradients, towers_trained)}
 CHANGES |= {f.__name__: f for f in (parts_orthogonalised, routers_balanced_by_micro_batch)}
-CHANGES |= sequence_defects.DEFECTS
+CHANGES |= sequence_defects.DEFECTS | tiled.CHANGES
 
 if __name__ == "__main__":
     main(sys.argv[1])

@@ -7,8 +7,6 @@ checked at every resume.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,6 @@ from tests.numerics.compare import (
     report,
     run_cases,
 )
-from tests.ranks import ROOT
 
 pytestmark = pytest.mark.runs
 
@@ -65,12 +62,13 @@ def all_cases(
             case(root, "2-dora-recompute", "zero3", DORA, selective),
             case(root, "2-nf4-zero2", "zero2", NF4),
             case(root, "2-nf4-recompute", "zero2", NF4, recompute),
+            *(case(root, f"2-nf4-{stage}", stage, NF4) for stage in ("zero3", "zero3_offload_all")),
             case(root, "2-bf16", "zero3", LORA, *BF16),
             moved("bf16-2-to-1", "zero3", LORA, *BF16, stop_after=3),
             moved("2-to-1", "zero3", LORA, stop_after=3),
             moved("zero3-to-zero1", "zero3", LORA, stop_after=3),
             moved("moment-zeroed", "zero3", LORA, stop_after=3),
-            moved("nf4-2-to-1", "zero2", NF4, stop_after=3),
+            moved("nf4-2-to-1", "zero3", NF4, stop_after=3),
         ],
     }
     then = {
@@ -119,9 +117,9 @@ def test_dora_is_the_same_in_every_world_and_stage(runs: dict[str, Run], other: 
     require_agreement(runs, "1-dora-zero0", other)
 
 
-@pytest.mark.parametrize("other", ["2-nf4-zero2", "2-nf4-recompute"])
+@pytest.mark.parametrize("other", ["zero2", "recompute", "zero3", "zero3_offload_all"])
 def test_qlora_is_the_same_in_every_world_and_stage(runs: dict[str, Run], other: str) -> None:
-    require_agreement(runs, "1-nf4-zero0", other)
+    require_agreement(runs, "1-nf4-zero0", f"2-nf4-{other}")
 
 
 @pytest.mark.parametrize("other", ["2-bf16", "bf16-2-to-1"])
@@ -147,6 +145,7 @@ def test_x4_a_run_resumed_by_another_world_or_stage_is_one_never_stopped(
 
 
 def test_x4_holds_for_qlora(runs: dict[str, Run]) -> None:
+    """Shards of packed bytes and whole ones have one digest."""
     require_agreement(runs, "2-nf4-zero2", "nf4-2-to-1")
 
 
@@ -191,17 +190,3 @@ def test_a_checkpoint_holds_the_adapter_and_the_bases_digests(
         f"{quantised}.nested_absmax",
         "lm_head.weight",
     } <= frozen
-
-
-def test_qlora_at_zero_3_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
-    changes = [
-        "adapter={base: nf4}",
-        f"run.dir={tmp_path / 'run'}",
-        f"data.cache={tmp_path / 'cache'}",
-    ]
-    command = [sys.executable, "-m", "packhorse", "train", "recipes/debug.yaml", *changes]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600
-    )
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert "adapter.base: nf4 is not proved at ZeRO-3" in done.stdout + done.stderr

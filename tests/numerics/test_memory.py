@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from unittest import mock
 
 import pytest
 
+from packhorse.trainer.engine.moments import MOMENTS
+from tests.models.shrunk import config_of
 from tests.numerics.compare import STAGES
 from tests.ranks import ROOT, run_ranks
 
@@ -22,16 +25,24 @@ CASES = [
     *(f"{stage}-bfloat16-bfloat16" for stage in ("zero1", "zero2", "zero3")),
     *(f"{stage}-bfloat16-float32-adapter" for stage in ("zero1", "zero2", "zero3")),
     "zero0-float32-float32-adapter",
+    *(f"{stage}-bfloat16-float32-nf4" for stage in ("zero2", "zero3")),
     *(f"{stage}-float32-float32-muon" for stage in ("zero0", "zero2", "zero3")),
     *(f"{stage}-float32-float32-adamw_8bit" for stage in ("zero0", "zero2", "zero3")),
     *(f"{stage}-bfloat16-float32-adafactor" for stage in ("zero1", "zero3")),
     "zero1-bfloat16-float32-lion",
     "zero3-float32-float32-sgd-ema",
+    *(
+        f"{stage}-float32-float32-{family}-{kind}"
+        for family, stage in (("experts", "zero3"), ("hybrid", "zero2"))
+        for kind in MOMENTS
+    ),
 ]
+FAMILIES = {"experts": "gpt_oss", "hybrid": "lfm2"}  # random models of these configurations
 KEYS = {
     "adapter": "adapter={rank: 4, modules_to_save: [lm_head]}",
+    "nf4": "adapter={rank: 4, base: nf4_double_quant}",
     "ema": "optim.ema_decay=0.9",
-} | {kind: f"optim.kind={kind}" for kind in ("muon", "lion", "sgd", "adafactor", "adamw_8bit")}
+} | {kind: f"optim.kind={kind}" for kind in MOMENTS}
 PARTS = ("weights", "gradients", "masters", "moments")
 
 
@@ -39,6 +50,9 @@ PARTS = ("weights", "gradients", "masters", "moments")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return the bytes of each rank's buffers and the planner's number, by case and part."""
     out = tmp_path_factory.mktemp("planner")
+    for family, model_type in FAMILIES.items():
+        shutil.copytree(ROOT / "recipes" / "debug" / "model", out / family)
+        config_of(model_type).save_pretrained(out / family)
     run_ranks(WORLD, ["-m", "tests.numerics.test_memory", str(out)], timeout_s=600)
     return json.loads((out / "found.json").read_text())
 
@@ -93,7 +107,7 @@ def main(out: Path) -> None:
                     f"parallel.deepspeed={stage}",
                     f"model.dtype={dtype}",
                     f"parallel.grad_dtype={grad_dtype}",
-                    *(KEYS[change] for change in changed),
+                    *(KEYS.get(change, f"model.name={out / change}") for change in changed),
                 ],
             )
             engine = build_engine(recipe, out, load_tokenizer(recipe.model))

@@ -11,16 +11,12 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from packhorse.trainer.build_engine import least_checkpointing
-from packhorse.trainer.config.recipe import AdapterSection, LossSection
+from packhorse.trainer.config.recipe import AdapterSection
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.estimate.model import trace_activations
 from packhorse.trainer.model import activation_checkpointing
-from packhorse.trainer.model import sft as model_sft
 from packhorse.trainer.model.activation_checkpointing import set_checkpointing
-from packhorse.trainer.model.logit_transform import LogitTransform
 from packhorse.trainer.model.lora import add_adapter
-from packhorse.trainer.model.sft import SftModel
-from tests.model_helpers import CPU, SIZES, WIDE, documents, loss_and_gradients, pack, sft, tiny
+from tests.model_helpers import SIZES, WIDE, documents, loss_and_gradients, pack, sft, tiny
 
 # the proportions of Llama 3.1 8B: a quarter as many key heads, 3.5 times as wide inside
 LLAMA = transformers.LlamaConfig(
@@ -108,33 +104,3 @@ def test_auto_takes_the_least_that_fits(room: int, chosen: str) -> None:
         for mode, size in {"none": 80, "selective": 50, "full": 20}.items()
     }
     assert least_checkpointing(predicted, room) == chosen
-
-
-def test_offloading_moves_the_layers_inputs_alone() -> None:
-    """As many bytes as the planner says; no gradient changes by a bit."""
-    ids = documents((90, 40, 7))
-    batch = pack(ids, [range(len(document) - 1) for document in ids], [0.02] * 3)
-    kept, model = tiny(LLAMA), tiny(LLAMA)
-    set_checkpointing(kept, "full")
-    loss, gradients = loss_and_gradients(sft(kept), batch)
-    set_checkpointing(model, "offload")
-    made = SftModel(model, LossSection(), 0, CPU, offload=True)
-    made.transform = LogitTransform()
-    moved: dict[int, tuple[int, torch.Tensor]] = {}
-
-    def on_host(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        moved[storage.data_ptr()] = (storage.nbytes(), tensor)  # alive: an address comes once
-        return tensor.clone()
-
-    hooks = torch.autograd.graph.saved_tensors_hooks(on_host, lambda tensor: tensor)
-    with mock.patch.object(model_sft, "save_on_cpu", return_value=hooks) as chosen:
-        again_loss, again = loss_and_gradients(made, batch)
-    chosen.assert_called_once_with(pin_memory=False)
-    assert again_loss == loss
-    assert all(torch.equal(again[name], gradients[name]) for name in gradients)
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    planned = trace_activations(model.to("meta"), batch.tokens)["offload"]
-    assert planned.kept == 0 < planned.layer
-    found = sum(moved[key][0] for key in moved.keys() - weights)
-    assert found == pytest.approx(planned.host, rel=0.1)

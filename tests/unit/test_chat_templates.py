@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from packhorse.trainer.data.chat_template import ORDINARY_TEXT
 from packhorse.trainer.data.mask import Masker
+from packhorse.trainer.data.template_call import call_template
 from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message, RowError
 from tests.unit.test_mask import CALL, TOOLS, agrees, chat, official, parse
 
@@ -760,3 +762,18 @@ def test_a_template_that_does_not_end_rejects_the_row(base, monkeypatch) -> None
     (found,) = Masker(tokenizer).documents([conversation])
     assert isinstance(found, RowError)
     assert str(found) == "the template is not finished within 0.2 s of computing"
+
+
+@pytest.mark.parametrize("content", ["Hi \U0001f600", [{"type": "text", "text": "Hi"}]])
+@pytest.mark.parametrize("more", [{}, {"name": "Ann"}, {"reasoning_content": "Greet."}])
+@pytest.mark.parametrize("value", [None, True, 1, 0.5, "x", date(2026, 1, 2), ["a"]])
+@pytest.mark.parametrize("tools", [None, [], [{"type": "function", "function": {"name": "f"}}]])
+def test_plain_messages_are_rendered_as_transformers_renders_them(content, more, value, tools):
+    source = (
+        "{{ messages }}{{ tools }}{{ documents is none }}{{ value }}{{ add_generation_prompt }}"
+    )
+    messages = [{"role": "user", "content": content, **more}]
+    variables = {"value": value, "add_generation_prompt": True}
+    assert call_template(source, messages, tools, variables) == render_jinja_template(
+        [messages], tools=tools, chat_template=source, **variables
+    )

@@ -156,7 +156,7 @@ def test_axolotl() -> None:
         (0.9, 0.999),
         0.0,
     ]
-    assert recipe.parallel.deepspeed == "zero2", "4 bits are not sharded at ZeRO-3"
+    assert recipe.parallel.deepspeed == "zero3"
     alpaca, chats = recipe.data.train
     assert (alpaca.name, alpaca.format) == ("teknium/GPT4-LLM-Cleaned", "instruction")
     assert (chats.path, chats.format) == ("data/chats.jsonl", "sharegpt")

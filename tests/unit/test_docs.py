@@ -25,6 +25,13 @@ def test_the_table_of_scale_is_current() -> None:
     assert (ROOT / "docs" / "scale.md").read_text(encoding="utf-8") == page()
 
 
+def test_the_table_of_long_sequences_is_current() -> None:
+    """`python docs/make_long_context.py` updates it. All lines take a minute: one is compared."""
+    made = runpy.run_path(str(ROOT / "docs" / "make_long_context.py"))
+    line = made["table"](rows=made["ROWS"][-12:-11])
+    assert line.splitlines()[-1] in (ROOT / "docs" / "long_context.md").read_text(encoding="utf-8")
+
+
 def test_the_scorers_of_the_page_are_a_recipes() -> None:
     section = (
         (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8").split("\n## Scorers\n")[1]

@@ -1,6 +1,6 @@
 """Random recipes, manifests, side files, replies and variables: read, or refused as promised.
 
-`make chaos` tries many more of them.
+`make chaos` tries many more of them, and by coverage (tests/fuzz.py).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from packhorse.trainer.config.recipe import Recipe, load_recipe, parse_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.eval.openai_client import prompt_tokens_of, text_of
 from packhorse.trainer.utils.files import cut_json_lines, read_json_lines
+from tests import fuzz
 from tests.ranks import ROOT
 
 EXAMPLES = int(os.environ.get("PACKHORSE_FUZZ", "60"))
@@ -66,6 +68,12 @@ def refused(work: Any, *promised: type[Exception]) -> None:
         work()
     except promised as error:
         str(error).encode(errors="replace")
+
+
+@pytest.mark.parametrize("target", fuzz.TARGETS)
+def test_what_once_failed_is_answered_as_promised(target: str) -> None:
+    for data in fuzz.seeds(target):
+        fuzz.TARGETS[target](data)
 
 
 @tried

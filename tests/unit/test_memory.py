@@ -27,8 +27,10 @@ from packhorse.trainer.estimate.report import (
     recommend,
     require_fit,
 )
+from packhorse.trainer.model import feed_forward_tiles
 from packhorse.trainer.model.activation_checkpointing import set_checkpointing
 from packhorse.trainer.model.attention_kernels import Bounds
+from packhorse.trainer.model.feed_forward_tiles import set_tiles
 from tests.model_helpers import SIZES, WIDE, saved_bytes, tiny
 from tests.ranks import ROOT
 
@@ -72,6 +74,28 @@ def test_activations_are_what_a_forward_saves(
     set_checkpointing(real, checkpointing)
     assert planned.kept == pytest.approx(really_saved(real), rel=0.1)
     assert (planned.layer > 0) == (checkpointing == "full")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tiles_leave_out_what_widens(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By as many bytes as a forward saves less; a tile and the gradients' sums come instead."""
+    FAMILIES[family].architectures = None
+    FAMILIES[family].save_pretrained(tmp_path)
+    section = ModelSection.model_validate({"name": str(tmp_path), "dtype": "float32"})
+    empty, real = build_empty_model(section), tiny(FAMILIES[family])
+    whole, saved = trace_activations(empty, TOKENS)["full"], really_saved(real)
+    tile = SIZES["hidden_size"]
+    monkeypatch.setattr(feed_forward_tiles, "FEWEST_TOKENS", tile)
+    planned = trace_activations(empty, TOKENS)["full"]
+    assert planned.kept == whole.kept
+    block = next(feed_forward_tiles.feed_forward_blocks(real))
+    of_tile = saved_bytes(block, partial(block, torch.randn(1, tile, tile, requires_grad=True)))
+    sums = (4 + 4) * sum(p.numel() for p in block.parameters())
+    set_tiles(real, True)
+    less = (saved - really_saved(real)) / SIZES["num_hidden_layers"]
+    assert whole.layer - (planned.layer - of_tile - sums) == pytest.approx(less, rel=0.01)
 
 
 def test_selective_keeps_attention_and_what_widens() -> None:

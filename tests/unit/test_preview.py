@@ -142,6 +142,30 @@ def test_each_message_is_named_where_its_text_begins(shared, name):
     assert "".join(run.text for run in runs(example, tokenizer, roles)) == whole
 
 
+@pytest.mark.parametrize("name", ["smollm2", "qwen3", "qwen2_5", "llama3_2"])
+def test_each_message_is_named_where_control_tokens_are_text(shared, name):
+    tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizers" / name)
+    masker = Masker(tokenizer, control_tokens="text")
+    spelt = f"What is {tokenizer.eos_token}? 数"
+    row = Conversation(
+        (
+            Message("user", spelt),
+            Message("assistant", spelt),
+            Message("user", " W"),
+            TURNS.messages[3],
+        )
+    )
+    example = masker.example(row)
+    assert example.input_ids.tolist() != tokenizer.encode(
+        tokenizer.decode(example.input_ids), add_special_tokens=False
+    ), "the row was tokenized in pieces"
+    roles = role_starts(row, example, masker)
+    assert list(roles.values()) == ["user", "assistant", "user", "assistant"]
+    begun = [run for run in runs(example, tokenizer, roles) if run.role]
+    assert [run.text.strip()[:1] for run in begun] == ["W", "W", "W", "T"]
+    assert ["trained" in run.kind for run in begun] == [False, True, False, True]
+
+
 def test_without_colours_what_is_trained_stands_in_brackets(shown):
     tokenizer, example = shown
     console = Console(width=200, record=True, file=io.StringIO())

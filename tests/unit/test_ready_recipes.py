@@ -35,6 +35,7 @@ class Ready(NamedTuple):
 READY = {
     "sft_8b": Ready("llama31_8b", 8_030_261_248, 8),
     "long_8b_128k": Ready("llama31_8b", 8_030_261_248, 8),
+    "long_8b_1m": Ready("llama31_8b", 8_030_261_248, 8, 141),
     "sft_70b": Ready("llama33_70b", 70_553_706_496, 64),
     "lora_8b": Ready("llama31_8b", 8_030_261_248, 8),
     "qlora_8b": Ready("llama31_8b", 8_030_261_248, 1, 24),

@@ -343,7 +343,7 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (with_scorer({"kind": "exact"}, "loss"), "`loss` cannot name a scorer"),
         (with_scorer({"kind": "exact"}, "a b"), "`a b` cannot name a scorer"),
         (with_key("adapter.rank", 0), "`adapter.rank`"),
-        (with_key("adapter.target", "all-linear"), "did you mean `adapter.target_modules`?"),
+        (with_key("adapter.modules", ["x"]), "did you mean `adapter.modules_to_save`?"),
         (with_key("adapter.target_modules", []), "`target_modules` names nothing"),
         (with_key("adapter.target_modules", "("), "`(` is not a regular expression"),
         (with_key("adapter.dropout", 1), "`adapter.dropout`"),

@@ -18,6 +18,7 @@ SIZES: dict[str, Any] = {
     **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
     **{"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1},
 }
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
 
 
 def empty(kind: str, **sizes: Any) -> Any:
@@ -74,6 +75,9 @@ def test_a_step_that_is_not_applied_leaves_the_sums() -> None:
     ("kind", "sizes", "why"),
     [
         ("llama", {}, "has no router"),
+        # their code knows routers, and this configuration builds none
+        ("granitemoehybrid", {"num_local_experts": 0, **MAMBA}, "has no router"),
+        ("doge", {"is_moe": False}, "has no router"),
         ("glm4_moe", {"n_routed_experts": 4, "first_k_dense_replace": 0}, "by a bias"),
         ("lfm2_moe", {"num_dense_layers": 0, "layer_types": ["conv"] * 2}, "by a bias"),
     ],
@@ -83,3 +87,10 @@ def test_models_without_such_a_router_are_refused(
 ) -> None:
     with pytest.raises(BadInput, match=why):
         RouterLoss(empty(kind, **sizes), 0.1)
+
+
+def test_a_router_by_keys_is_refused() -> None:
+    """Doge's scores two keys for each expert."""
+    router = RouterLoss(empty("doge", is_moe=True, num_experts=16), 0.1)
+    with pytest.raises(BadInput, match="DogeForCausalLM scores no experts"):
+        router((torch.randn(2, 7, 4),), pack([torch.arange(7)], [[0]], [1.0]))

@@ -76,7 +76,10 @@ class Manifest:
     @classmethod
     def parse(cls, text: str) -> Manifest:
         """Return the manifest that `to_json` wrote. Raises as `read` does."""
-        content = json.loads(text)
+        try:
+            content = json.loads(text)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         if content["format"] != _FORMAT:
             raise ValueError(f"its format is {content['format']}, this version reads {_FORMAT}")
         if content.pop("xxh3") != _content_checksum(content):

@@ -213,13 +213,16 @@ def plan(
     """
     from packhorse.trainer import dist
     from packhorse.trainer.estimate import memory, report
+    from packhorse.trainer.estimate.choice import choose_sequence
 
     dist.start_logging()
     recipe = read_recipe(recipe_file, overrides)
     stats = _count_real_steps(recipe) if data else report.full_step_stats(recipe)
+    fewest = int(stats.micro_batches.min())
+    if gpus is None and recipe.parallel.sequence == "auto":
+        gpus = 8
     if gpus is None:
-        fewest = int(stats.micro_batches.min())
-        size = recipe.parallel.sequence
+        size = recipe.parallel.ranks_a_sequence
         most = max(8 // size, 1)
         gpus = size * (most if recipe.parallel.allow_idle_ranks else min(most, fewest))
     if nodes and gpus % nodes:
@@ -228,6 +231,10 @@ def plan(
         )
     sizes = [None if gib is None else gib * memory.GIB for gib in (host_gib, disk_gib, nvme_gib)]
     cluster = memory.Cluster(gpus, gpus // nodes if nodes else 8, gpu_gib * memory.GIB, *sizes)
+    if recipe.parallel.sequence == "auto":
+        fullest = (stats.fullest_tokens, stats.fullest_trained, fewest)
+        recipe, why = choose_sequence(recipe, cluster, *fullest)
+        print(f"parallel.sequence: {why}")
     found = report.build_report(recipe, cluster, stats)
     show_report(found, recipe, gpu_tflops, mfu)
     print(report.require_fit(found))

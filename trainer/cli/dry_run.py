@@ -15,6 +15,7 @@ from packhorse.trainer.datatypes import BadInput
 if TYPE_CHECKING:
     from packhorse.trainer.config.recipe import Recipe
     from packhorse.trainer.data.batch_plan import Plan
+    from packhorse.trainer.estimate.memory import Cluster
 
 _GPU_GIB = 80.0  # assumed where there is no GPU
 
@@ -55,7 +56,9 @@ def dry_run(recipe: Recipe, ranks: int | None, *, extend: bool) -> None:
         train, plan, held_out = prepare_all(recipe, tokenizer)
         show(recipe, train, plan, held_out)
     ranks = ranks or torch.cuda.device_count() or 1
-    given = (ranks, recipe.parallel.allow_idle_ranks, recipe.parallel.sequence)
+    if plan:
+        recipe = _with_sequence(recipe, ranks, plan)
+    given = (ranks, recipe.parallel.allow_idle_ranks, recipe.parallel.ranks_a_sequence)
     if plan and (warning := plan.check_world(*given)):
         print(warning)
     _show_memory(recipe, ranks, plan)
@@ -74,6 +77,32 @@ def _require_writable(run_dir: Path) -> None:
         raise BadInput(f"run.dir: {run_dir} cannot be written ({there} does not allow it)")
 
 
+def _cluster(ranks: int) -> Cluster:
+    """Return `ranks` GPUs as this machine has them, or as are assumed where it has none."""
+    import torch
+
+    from packhorse.trainer.estimate.memory import GIB, Cluster
+
+    gib = _GPU_GIB
+    if torch.cuda.is_available():
+        gib = torch.cuda.get_device_properties(0).total_memory / GIB
+    return Cluster(ranks, torch.cuda.device_count() or 8, gib * GIB)
+
+
+def _with_sequence(recipe: Recipe, ranks: int, plan: Plan) -> Recipe:
+    """Return the recipe with what `parallel.sequence: auto` would be."""
+    from packhorse.trainer.estimate.choice import choose_sequence
+    from packhorse.trainer.estimate.report import measure_steps
+
+    if recipe.parallel.sequence != "auto":
+        return recipe
+    stats = measure_steps(plan)
+    fullest = (stats.fullest_tokens, stats.fullest_trained, int(stats.micro_batches.min()))
+    recipe, why = choose_sequence(recipe, _cluster(ranks), *fullest)
+    print(f"parallel.sequence: {why}")
+    return recipe
+
+
 def _show_memory(recipe: Recipe, ranks: int, plan: Plan | None) -> None:
     """Print the table of `packhorse plan`, for the GPUs of this machine.
 
@@ -82,15 +111,11 @@ def _show_memory(recipe: Recipe, ranks: int, plan: Plan | None) -> None:
     import torch
 
     from packhorse.trainer.cli.data import show_report
-    from packhorse.trainer.estimate import memory, report
+    from packhorse.trainer.estimate import report
 
-    gib = _GPU_GIB
-    if torch.cuda.is_available():
-        gib = torch.cuda.get_device_properties(0).total_memory / memory.GIB
-    else:
-        print(f"there is no GPU here: the table is for GPUs of {gib:.0f} GiB")
-    per_node = torch.cuda.device_count() or 8
-    cluster = memory.Cluster(ranks, per_node, gib * memory.GIB)
+    if not torch.cuda.is_available():
+        print(f"there is no GPU here: the table is for GPUs of {_GPU_GIB:.0f} GiB")
+    cluster = _cluster(ranks)
     stats: Any = report.measure_steps(plan) if plan else None
     try:
         found = report.build_report(recipe, cluster, stats)

@@ -235,7 +235,7 @@ def _templates(draft: Draft) -> None:
         offload = "offload" in str(config) or "cpu" in str(config)
         name = f"zero{stage[1]}" + ("_offload_all" if offload and stage[1] == "3" else "")
         draft.put("parallel.deepspeed", name)
-        draft.note("deepspeed", config, f"a packaged template, {name}; zero2 for a model in 4 bits")
+        draft.note("deepspeed", config, f"a packaged template, {name}")
     elif config:
         draft.note("deepspeed", config, "zero3, or another packaged template")
 
@@ -261,9 +261,8 @@ def _fill_defaults(draft: Draft, gpus: int) -> None:
         draft.recipe.pop("adapter", None)
     else:
         adapter.setdefault("alpha", 2 * adapter.get("rank", 16))
-        template = draft.get("parallel.deepspeed")
-        if template is None or ("base" in adapter and template.startswith("zero3")):
-            draft.put("parallel.deepspeed", "zero2")  # 4 bits are not sharded at ZeRO-3
+        if draft.get("parallel.deepspeed") is None:
+            draft.put("parallel.deepspeed", "zero2")
     model = draft.recipe.get("model", {}).get("name", "model")
     if draft.get("run.dir") is None:
         draft.put("run.dir", f"runs/{str(model).rstrip('/').rpartition('/')[2]}")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from packhorse.trainer.config.base import Section
 
@@ -26,11 +26,11 @@ class ParallelSection(Section):
     allow_idle_ranks: bool = Field(
         default=False, description="Allow more ranks than a step has micro-batches."
     )
-    sequence: int = Field(
+    sequence: int | Literal["auto"] = Field(
         default=1,
-        ge=1,
         description="Ranks that share each packed sequence (sequence parallelism), for contexts "
-        "that do not fit one GPU. It divides the number of ranks.",
+        "that do not fit one GPU. It divides the number of ranks. auto: the fewest with which a "
+        "step fits the GPU's memory by `packhorse plan`.",
     )
     sequence_kind: Literal["ulysses", "gather"] | None = Field(
         default=None,
@@ -38,3 +38,16 @@ class ParallelSection(Section):
         "tokens for heads; gather: collect keys and values. null: gather in a layer whose window "
         "fits a slice, or whose query heads `sequence` does not divide; else ulysses.",
     )
+
+    @field_validator("sequence", mode="before")
+    @classmethod
+    def _is_known(cls, value: Any) -> Any:
+        # pydantic would name each part of the union as a fault of its own
+        if value != "auto" and (type(value) is not int or value < 1):
+            raise ValueError("it is `auto` or a whole number above 0")
+        return value
+
+    @property
+    def ranks_a_sequence(self) -> int:
+        """Return `sequence`; for `auto`, which estimate/choice.py resolves, 1."""
+        return 1 if self.sequence == "auto" else self.sequence

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from packhorse.trainer.config.base import Section, compile_pattern
 from packhorse.trainer.utils.remote import check_url, is_url
@@ -51,9 +51,10 @@ class ModelSection(Section):
         default="auto",
         description="What the backward pass recomputes (gradient checkpointing). full: each layer "
         "but its input; selective: not attention, nor the products that widen a feed-forward "
-        "block; offload: full, with these inputs in the host's memory until they are needed; "
-        "auto: as little as fits the GPU's memory by `packhorse plan`, and full on a CPU. "
-        "Gradients stay the same by the bit.",
+        "block; offload: full, with these inputs in the host's memory until shortly before they "
+        "are needed; auto: as little as fits the GPU's memory by `packhorse plan`, and full on a "
+        "CPU. Gradients stay the same by the bit; only that full and offload run feed-forward "
+        "blocks in tiles where a rank has many tokens, which rounds otherwise.",
     )
     compile: Literal[False, "layers"] = Field(
         default=False,
@@ -80,6 +81,12 @@ class ModelSection(Section):
         default=False,
         description="Run the Python code in the model's folder. Read that code first.",
     )
+    rope_scaling: dict[str, JsonValue] | None = Field(
+        default=None,
+        description="Rotary positions for longer contexts, in place of the configuration's, as "
+        "`{rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}`. Exports have "
+        "it in their config.json. null: as the model has them.",
+    )
     freeze: tuple[str, ...] = Field(
         default=(),
         description="Parameters that are not trained: regular expressions that occur in their "
@@ -90,6 +97,8 @@ class ModelSection(Section):
     def _usable(self) -> ModelSection:
         for pattern in self.freeze:
             compile_pattern(pattern)
+        if self.rope_scaling is not None and not {"rope_type", "type"} & self.rope_scaling.keys():
+            raise ValueError("`rope_scaling` names no kind; give its `rope_type`, as yarn")
         if self.compile and self.activation_checkpointing == "selective":
             raise ValueError(
                 "`activation_checkpointing: selective` keeps single results of a layer, which a "
@@ -130,6 +139,11 @@ class AdapterSection(Section):
         "output head; a list of names or their ends, as `[q_proj, v_proj]`; or a regular "
         "expression that matches a whole name.",
     )
+    target_parameters: str | tuple[str, ...] = Field(
+        default=(),
+        description="Parameters that hold the matrices of all experts of a layer, which get an "
+        "adapter: all-experts, or names or their ends, as `[experts.down_proj]`.",
+    )
     dropout: float = Field(
         default=0.0, ge=0, lt=1, description="LoRA dropout: share of the adapter's inputs set to 0."
     )
@@ -145,8 +159,8 @@ class AdapterSection(Section):
     )
     base: Literal["nf4", "nf4_double_quant"] | None = Field(
         default=None,
-        description="nf4: hold the frozen linear modules in 4 bits (QLoRA, bitsandbytes), at ZeRO "
-        "stages 0 to 2. nf4_double_quant: store the scales in 8 bits, too, which saves 0.37 bits a "
+        description="nf4: hold the frozen linear modules in 4 bits (QLoRA, bitsandbytes). "
+        "nf4_double_quant: store the scales in 8 bits, too, which saves 0.37 bits a "
         "weight. null: keep model.dtype.",
     )
 
@@ -162,6 +176,13 @@ class AdapterSection(Section):
             raise ValueError("`target_modules` names nothing; give `all-linear`, or names")
         if isinstance(self.target_modules, str):
             compile_pattern(self.target_modules)
+        if isinstance(self.target_parameters, str) and self.target_parameters != "all-experts":
+            raise ValueError("`target_parameters` is `all-experts`, or a list of names")
+        if self.target_parameters and (self.dropout or "dora" in self.variants):
+            raise ValueError(
+                "`target_parameters`: experts' matrices have neither `dropout` nor `dora`; leave "
+                "them out"
+            )
         if "dora" in self.variants and self.base is not None:
             raise ValueError(
                 "`dora` needs the norms of the weights, and is not tested with `base: nf4`; take "

@@ -57,6 +57,7 @@ from packhorse.trainer.data.turns import (
     require_whole,
 )
 from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message, RowError
+from packhorse.trainer.utils.time_limit import many_interruptions
 
 VERSION = 3  # raise it when the same row comes out another way: it is part of the cache's key
 MODES = ("all", "completion", "assistant", "last_turn")
@@ -203,7 +204,8 @@ class Masker:
         Args:
             apart: the last answer alone is trained, and may be put behind the prompt of a server.
         """
-        results: list[Any] = [self._prepare_row(row, apart) for row in conversations]
+        with many_interruptions():
+            results: list[Any] = [self._prepare_row(row, apart) for row in conversations]
         # One call of the tokenizer for each kind, as its threads share the texts of a call.
         self._finish_all(results, _Row, lambda row: row.render.text, self._template_example)
         self._finish_all(results, str, str, self._text_example)

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import html
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from rich.console import Group
@@ -98,14 +99,14 @@ def role_starts(conversation: Conversation, example: Example, masker: Masker) ->
     """Return the messages' roles by the index of the token with which each message's text, or its
     call, begins.
 
-    The result is empty for a plain text, and for a row whose tokens are neither those of its whole
-    text nor those of the prompt and its answer, as where control tokens are taken as text.
+    The result is empty for a plain text, and for a row whose tokens were changed by the tokenizer's
+    normalizer and made from several pieces of its text.
     """
     for render, answer in _renders(conversation, masker):
-        ends = _token_ends(render, answer, example, masker.tokenizer.backend_tokenizer)
+        token_at = _find_tokens(render, answer, example, masker.tokenizer)
         found: dict[int, str] = {}
         seen = {-1}  # the tools that the row offers
-        for number, slot in enumerate(render.skeleton.slots if ends else []):
+        for number, slot in enumerate(render.skeleton.slots if token_at else []):
             message, part = render.skeleton.owners[slot]
             if message not in seen:
                 seen.add(message)
@@ -113,25 +114,34 @@ def role_starts(conversation: Conversation, example: Example, masker: Masker) ->
                 if part == "tool_calls":  # its first text, a function's name, stands inside it
                     turn = answer or find_turn(masker.template, render.skeleton, message)
                     begins = render.position(turn.start)
-                found[bisect_right(ends, begins)] = conversation.messages[message].role
-        if ends:
+                found[token_at(begins)] = conversation.messages[message].role
+        if token_at:
             return found
     return {}
 
 
-def _token_ends(render: Render, answer: Turn | None, example: Example, backend: Any) -> list[int]:
-    """Return the character with which each token ends; nothing, if they are not the example's.
+def _find_tokens(
+    render: Render, answer: Turn | None, example: Example, tokenizer: PreTrainedTokenizerBase
+) -> Callable[[int], int] | None:
+    """Return what finds the token that holds a character; nothing, if they are not the example's.
 
-    The answer may have been tokenized apart from what stands before it.
+    The text may have been tokenized whole; up to the answer, and the answer; or in several pieces,
+    as where control tokens are taken as text: then the tokens spell it.
     """
+    ids = example.input_ids.tolist()
     for cut in (0, render.position(answer.start)) if answer else (0,):
         before, after = (
-            backend.encode(text, add_special_tokens=False)
+            tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
             for text in (render.text[:cut], render.text[cut:])
         )
-        if [*before.ids, *after.ids] == example.input_ids.tolist():
-            return [*(stop for _, stop in before.offsets), *(cut + s for _, s in after.offsets)]
-    return []
+        if [*before.ids, *after.ids] == ids:
+            ends = [stop for _, stop in before.offsets] + [cut + s for _, s in after.offsets]
+            return partial(bisect_right, ends)
+    if _decode(tokenizer, ids) != render.text:
+        return None
+    return partial(
+        bisect_right, range(len(ids)), key=lambda n: len(_decode(tokenizer, ids[: n + 1]))
+    )
 
 
 def _renders(conversation: Conversation, masker: Masker) -> Iterator[tuple[Render, Turn | None]]:

@@ -142,11 +142,12 @@ class Placeholders:
         return [self._strings(item, owner) for item in value] if isinstance(value, list) else value
 
     def _text(self, text: str, owner: tuple[int, str]) -> str:
+        if self._keep is None:
+            return self._placeholder(text, owner)
         # split() gives texts at even places and the kept strings at odd ones
-        parts = [text] if self._keep is None else self._keep.split(text)
         return "".join(
             part if place % 2 else self._placeholder(part, owner)
-            for place, part in enumerate(parts)
+            for place, part in enumerate(self._keep.split(text))
         )
 
     def _placeholder(self, text: str, owner: tuple[int, str]) -> str:

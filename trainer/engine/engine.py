@@ -33,6 +33,7 @@ from packhorse.trainer.engine.optim import (
 from packhorse.trainer.engine.optimizers import PIECEWISE, Lion, build_optimizer
 from packhorse.trainer.metrics import Clock
 from packhorse.trainer.model.decoder import whole_layers
+from packhorse.trainer.model.feed_forward_tiles import tiled_blocks
 from packhorse.trainer.model.lora import borrowed_weights
 from packhorse.trainer.model.quantisation import numel
 from packhorse.trainer.utils.lean_import import lean_import, replaced
@@ -174,8 +175,13 @@ class Engine:
         self._max_grad_norm, self._ema_decay = optim.max_grad_norm, optim.ema_decay
         self._engine: Any
         compile_ops.build_ops(compile_ops.needed_ops(config, trains=groups is not None))
-        for layer in whole_layers(module.model) if self.stage == 3 else ():
-            set_z3_leaf_module(layer, True)
+        if self.stage == 3:
+            layers = whole_layers(module.model)
+            inside = {part for layer in layers for part in layer.modules()}
+            # else a block's weights would be gathered again for each tile
+            blocks = [block for block in tiled_blocks(module.model) if block not in inside]
+            for part in (*layers, *blocks):
+                set_z3_leaf_module(part, True)
         if groups is None:
             self._engine = _evaluation_engine(module, config)
             return

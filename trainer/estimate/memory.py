@@ -226,7 +226,7 @@ def full_step_stats(recipe: Recipe) -> StepStats:
         pairs=tokens * batch.seq_len,
         fullest_tokens=fullest,
         fullest_trained=fullest,
-        sequence=recipe.parallel.sequence,
+        sequence=recipe.parallel.ranks_a_sequence,
     )
 
 

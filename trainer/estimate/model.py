@@ -7,7 +7,7 @@ of known models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +28,12 @@ from packhorse.trainer.model import attention
 from packhorse.trainer.model.activation_checkpointing import save, set_checkpointing
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.decoder import decoder_layers, decoder_of, num_weights, whole_layers
+from packhorse.trainer.model.feed_forward_tiles import (
+    feed_forward_blocks,
+    set_tiles,
+    tile_tokens,
+    wants_tiles,
+)
 from packhorse.trainer.model.fp8 import workspace_bytes
 from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
@@ -37,6 +43,7 @@ from packhorse.trainer.utils.text import one_line
 # For `batch.micro_batch_size: auto`. Most of a GPU's memory is the training state's, and more
 # sequences are not worth any recomputation: activations may take this share of it.
 ACTIVATION_SHARE = 0.25
+MODES = ("none", "selective", "full", "offload")  # the least recomputation first
 FP8_SPEED = 1.4  # of a layer's products with their casts, over bfloat16's: assumed, not measured
 MOST_TOKENS = 65_536  # of a micro-batch, by which products are large enough for any GPU
 
@@ -66,8 +73,8 @@ class ModelSizes:
     group_moments: tuple[int, ...]  # bytes of each group's states, once
     averaged: bool  # whether optim.ema_decay keeps one more number a weight
     frozen: tuple[int, ...]  # each frozen parameter that is not in 4 bits
-    quantised: int  # all frozen parameters in 4 bits
-    quantised_bytes: int
+    quantised: tuple[int, ...]  # each frozen parameter in 4 bits
+    scales_bytes: int  # beside the packed bits
     trains_head: bool
     element: int  # bytes of an element of the weights
     hidden: int
@@ -89,7 +96,7 @@ class ModelSizes:
 
     @property
     def parameters(self) -> int:
-        return self.trained + sum(self.frozen) + self.quantised
+        return self.trained + sum(self.frozen) + sum(self.quantised)
 
 
 def build_empty_model(section: ModelSection, adapter: AdapterSection | None = None) -> Any:
@@ -153,6 +160,7 @@ def measure_model(
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in in_4_bits]
     buffers = [buffer for _, buffer in persistent_buffers(model)]
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
+    blocks = feed_forward_blocks(model)  # gathered whole if they run in tiles
     return ModelSizes(
         name=type(model).__name__,
         groups=tuple(tuple(p.numel() for p in group["params"]) for group in groups),
@@ -160,29 +168,29 @@ def measure_model(
         group_moments=tuple(moment_bytes([group]) for group in groups),
         averaged=optim.ema_decay is not None,
         frozen=tuple(p.numel() for p in frozen),
-        quantised=sum(in_4_bits.values()),
-        quantised_bytes=sum(_nf4_bytes(elements, double) for elements in in_4_bits.values()),
+        quantised=tuple(in_4_bits.values()),
+        scales_bytes=sum(_nf4_scales(elements, double) for elements in in_4_bits.values()),
         trains_head=head.weight.requires_grad,
         element=next(model.parameters()).element_size(),
         hidden=model.config.get_text_config().hidden_size,
         vocabulary=head.weight.shape[0],
         largest_module=largest,
-        gathered_at_once=max([largest, *map(num_weights, whole_layers(model))]),
+        gathered_at_once=max([largest, *map(num_weights, [*whole_layers(model), *blocks])]),
         buffers=sum(buffer.numel() * buffer.element_size() for buffer in buffers),
         flops=model_flops(model),
     )
 
 
-def _nf4_bytes(elements: int, double: bool) -> int:
-    """Return the bytes of a weight in bitsandbytes' NF4.
+def _nf4_scales(elements: int, double: bool) -> int:
+    """Return the bytes of a weight in bitsandbytes' NF4 but for its bits, two elements a byte.
 
-    Two elements a byte, an fp32 scale for each 64 of them, and a table of 16 values in fp32. Double
+    There is an fp32 scale for each 64 elements, and a table of 16 values in fp32. Double
     quantisation makes the scales bytes, with an fp32 scale for each 256 of those, a table of 256
     values and their mean in fp32.
     """
     scales = -(-elements // 64)
     scale_bytes = scales + 4 * -(-scales // 256) + 4 * 256 + 4 if double else 4 * scales
-    return -(-elements // 2) + 64 + scale_bytes
+    return 64 + scale_bytes
 
 
 # -------------------------------------------------------------------------------------- activations
@@ -197,24 +205,43 @@ class Activations:
     host: int = 0  # kept in the host's memory
 
 
-def trace_activations(model: Any, tokens: int) -> dict[str, Activations]:
+def trace_activations(
+    model: Any, tokens: int, *, tiles: bool = True, modes: Collection[str] = MODES
+) -> dict[str, Activations]:
     """Count what a forward over `tokens` meta tokens saves for the backward.
 
+    Args:
+        tiles: feed-forward blocks of recomputed layers may run in tiles.
+        modes: values of model.activation_checkpointing.
+
     Returns:
-        Activations by the values of model.activation_checkpointing that the model supports.
+        Activations by those of `modes` that the model supports.
 
     Raises:
         BadInput: the model's forward depends on values, which meta tensors lack.
     """
+    modes = modes if model.supports_gradient_checkpointing else {"none"}
     kept, whole_layers = _trace_forward(model, tokens, "none")
     found = {"none": Activations(kept, 0)}
-    if model.supports_gradient_checkpointing:
-        for mode in ("selective", "full"):
-            kept, of_layers = _trace_forward(model, tokens, mode)
-            again = (whole - part for whole, part in zip(whole_layers, of_layers, strict=True))
-            found[mode] = Activations(kept, max(again, default=0))
-        found["offload"] = Activations(0, found["full"].layer, host=found["full"].kept)
-    return found
+    if "selective" in modes:
+        kept, of_layers = _trace_forward(model, tokens, "selective")
+        found["selective"] = Activations(kept, _largest_again(whole_layers, of_layers))
+    if {"full", "offload"} & set(modes):
+        workspace = _count_tile_bytes(model, tokens) if tiles else 0
+        if workspace:
+            _, whole_layers = _trace_forward(model, tokens, "none", tiles=True)
+        kept, of_layers = _trace_forward(model, tokens, "full", tiles=workspace > 0)
+        again = _largest_again(whole_layers, of_layers) + workspace
+        found["full"] = Activations(kept, again)
+        # a layer's input and the next one's
+        ahead = 2 * max(of_layers, default=0)
+        found["offload"] = Activations(ahead, again, host=kept)
+    return {mode: activations for mode, activations in found.items() if mode in modes}
+
+
+def _largest_again(whole: list[int], kept: list[int]) -> int:
+    """Return the most bytes that a layer saves whole beside those that it has kept."""
+    return max((all_ - part for all_, part in zip(whole, kept, strict=True)), default=0)
 
 
 def with_fp8(
@@ -246,11 +273,31 @@ def largest_micro_batch(recipe: Recipe, card: int) -> int:
     return 2 ** (max(most, 1).bit_length() - 1)
 
 
-def _trace_forward(model: Any, tokens: int, mode: str) -> tuple[int, list[int]]:
+def _count_tile_bytes(model: Any, tokens: int) -> int:
+    """Return the bytes that the largest feed-forward block's backward takes if it runs in tiles: a
+    tile's activations, and the weights' gradients, rounded and in fp32. 0 if it runs whole.
+    """
+    hidden, largest = model.config.get_text_config().hidden_size, 0
+    if not wants_tiles("full", tokens, hidden):
+        return 0
+    for block in feed_forward_blocks(model):
+        weight = next(block.parameters())
+        x = torch.empty(1, tile_tokens(hidden), hidden, dtype=weight.dtype, device="meta")
+        with _counting_saved_bytes(block) as (saved, _):
+            block(x.requires_grad_())
+        trained = sum(p.numel() for p in block.parameters() if p.requires_grad)
+        largest = max(largest, saved() + (4 + weight.element_size()) * trained)
+    return largest
+
+
+def _trace_forward(
+    model: Any, tokens: int, mode: str, tiles: bool = False
+) -> tuple[int, list[int]]:
     """Return the bytes saved by the decoder's forward, and those of each of its layers.
 
     Args:
         mode: of model.activation_checkpointing.
+        tiles: feed-forward blocks run in tiles.
     """
     of_layers: list[int] = []
     with _counting_saved_bytes(model) as (saved, count):
@@ -269,6 +316,7 @@ def _trace_forward(model: Any, tokens: int, mode: str) -> tuple[int, list[int]]:
         for layer in decoder_layers(model):
             hooks += [layer.register_forward_pre_hook(begin), layer.register_forward_hook(end)]
         set_checkpointing(model, mode, count_and_save)
+        set_tiles(model, tiles)
         try:
             _run_decoder(model, tokens)
         except (RuntimeError, NotImplementedError) as error:
@@ -281,6 +329,7 @@ def _trace_forward(model: Any, tokens: int, mode: str) -> tuple[int, list[int]]:
             for hook in hooks:
                 hook.remove()
             set_checkpointing(model, "none")
+            set_tiles(model, False)
         return saved(), of_layers
 
 

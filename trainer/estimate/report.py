@@ -6,15 +6,14 @@ table. It joins the arithmetic of estimate/memory.py with the templates as the e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from packhorse.trainer import dist
 from packhorse.trainer.config.packaged import template_names
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.batch_plan import Plan
@@ -35,6 +34,7 @@ from packhorse.trainer.estimate.memory import (
     step_seconds,
 )
 from packhorse.trainer.estimate.model import (
+    MODES,
     Activations,
     ModelSizes,
     attention_shapes,
@@ -45,7 +45,6 @@ from packhorse.trainer.estimate.model import (
 )
 from packhorse.trainer.estimate.sequence import longest_slice, sequence_traffic, slice_activations
 from packhorse.trainer.estimate.traffic import ASSUMED, Traffic
-from packhorse.trainer.model.loss import choose_kernel
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -82,31 +81,44 @@ class Report:
     disk: Disk
 
 
-def inspect_model(recipe: Recipe, tokens: int) -> tuple[ModelSizes, dict[str, Activations]]:
-    """Return the sizes of the recipe's model, and its activations for a rank's `tokens` tokens by
-    the values of model.activation_checkpointing.
+Inspected = tuple[ModelSizes, dict[str, Activations], Callable[[int], Activations]]
+
+
+def inspect_model(recipe: Recipe, tokens: int) -> Inspected:
+    """Return the sizes of the recipe's model, its activations for a rank's `tokens` tokens by the
+    values of model.activation_checkpointing, and a function that returns those of other numbers of
+    tokens with as much recomputation as the recipe allows.
 
     Raises:
         BadInput: the model cannot be planned, or does not support activation checkpointing.
     """
     empty = build_empty_model(recipe.model, recipe.adapter)
     model = measure_model(empty, recipe.optim, recipe.adapter)
-    activations = trace_activations(empty, tokens)
-    if (size := recipe.parallel.sequence) > 1:
+    size, kind = recipe.parallel.ranks_a_sequence, recipe.parallel.sequence_kind
+    in_fp8 = recipe.model.matmul == "fp8_rowwise"
+    if size > 1:
         model = replace(model, attention=attention_shapes(empty))
-        given = (model.attention, tokens, size, recipe.parallel.sequence_kind, model.element)
-        activations = slice_activations(activations, *given)
-    if recipe.model.matmul == "fp8_rowwise":
-        model, activations = with_fp8(model, activations, empty, tokens)
+
+    def trace(tokens: int, modes: Collection[str] = MODES) -> dict[str, Activations]:
+        tiles = not recipe.model.compile
+        found = trace_activations(empty, tokens, tiles=tiles, modes=modes)
+        if size > 1:
+            found = slice_activations(found, model.attention, tokens, size, kind, model.element)
+        return with_fp8(model, found, empty, tokens)[1] if in_fp8 else found
+
+    activations = trace(tokens)
+    if in_fp8:
+        model, _ = with_fp8(model, {}, empty, tokens)
     if recipe.model.activation_checkpointing not in (*activations, "auto"):
         raise BadInput(
             f"{model.name} does not support activation checkpointing; set "
             "model.activation_checkpointing=none"
         )
-    return model, activations
+    leanest = checkpointing_modes(recipe, activations)[-1]
+    return model, activations, lambda tokens: trace(tokens, [leanest])[leanest]
 
 
-def _checkpointing_modes(recipe: Recipe, activations: Mapping[str, Activations]) -> list[str]:
+def checkpointing_modes(recipe: Recipe, activations: Mapping[str, Activations]) -> list[str]:
     """Return the values of model.activation_checkpointing to try, the least recomputation first."""
     asked = recipe.model.activation_checkpointing
     if asked != "auto":
@@ -120,7 +132,7 @@ def build_report(
     recipe: Recipe,
     cluster: Cluster,
     stats: StepStats | None = None,
-    inspected: tuple[ModelSizes, dict[str, Activations]] | None = None,
+    inspected: Inspected | None = None,
 ) -> Report:
     """Plan a recipe on a cluster.
 
@@ -131,7 +143,7 @@ def build_report(
     Raises:
         BadInput: the model cannot be planned, or there are more GPUs than micro-batches in a step.
     """
-    size = recipe.parallel.sequence
+    size = recipe.parallel.ranks_a_sequence
     stats = replace(stats or full_step_stats(recipe), sequence=size)
     fewest = int(stats.micro_batches.min())
     if count_groups(cluster.gpus, size) > fewest and not recipe.parallel.allow_idle_ranks:
@@ -141,13 +153,16 @@ def build_report(
             f"{cluster.gpus} GPUs, but a step has only {fewest} micro-batches{each}: give --gpus "
             f"{good}, raise batch.global_batch_size, or lower batch.micro_batch_size"
         )
-    model, activations = inspected or inspect_model(recipe, stats.rank_tokens)
+    model, activations, trace = inspected or inspect_model(recipe, stats.rank_tokens)
+    trace = cache(trace)
     disk = disk_needed(model, count_checkpoints(recipe))
     candidates, refused = {}, {}
     for template in list_templates(recipe):
         try:
             config = fill_template(recipe, template, model.hidden)
-            found = _plan_template(recipe, cluster, stats, model, activations, config, disk)
+            found = _plan_template(
+                *(recipe, cluster, stats, model, activations, trace, config, disk)
+            )
             candidates[template] = found
         except BadInput as error:
             refused[template] = str(error)
@@ -160,10 +175,11 @@ def _plan_template(
     stats: StepStats,
     model: ModelSizes,
     activations: Mapping[str, Activations],
+    trace: Callable[[int], Activations],
     config: dict[str, Any],
     disk: Disk,
 ) -> Candidate:
-    modes = _checkpointing_modes(recipe, activations)
+    modes = checkpointing_modes(recipe, activations)
     leanest = activations[modes[-1]]
     # the plan is for GPUs of the image, which has Liger's kernel
     kernel = "liger" if recipe.loss.kernel == "auto" else recipe.loss.kernel
@@ -180,7 +196,7 @@ def _plan_template(
     size = stats.sequence
     most = min(MOST_GPUS, max(int(stats.micro_batches.min()) * size, cluster.gpus))
     worlds = (world for world in candidate_worlds(most, cluster.per_node) if world % size == 0)
-    longest = longest_slice(partial(fits, cluster.gpus), leanest, stats.rank_tokens)
+    longest = longest_slice(partial(fits, cluster.gpus), trace, model.hidden)
     return Candidate(
         *(memory[mode], mode, shortages[mode]),
         smallest=next((world for world in worlds if fits(world, leanest)), None),
@@ -223,33 +239,6 @@ def measure_steps(plan: Plan) -> StepStats:
     )
 
 
-def predict_memory(recipe: Recipe, tokens: int, trained: int) -> dict[str, Memory]:
-    """Return the memory of this run's step by the values of model.activation_checkpointing to try,
-    the least recomputation first; {} if the run cannot be planned.
-
-    Args:
-        tokens: of the fullest micro-batch.
-        trained: trained tokens of the fullest micro-batch.
-    """
-    try:
-        # a rank's share, if several have a slice of it
-        tokens = -(-tokens // recipe.parallel.sequence)
-        model, activations = inspect_model(recipe, tokens)
-        config = fill_template(recipe, recipe.parallel.deepspeed, model.hidden)
-        kernel = choose_kernel(recipe.loss.kernel, dist.device())
-        world, per_node = dist.world_size(), dist.local_world_size()
-        modes = _checkpointing_modes(recipe, activations)
-        return {
-            mode: peak_memory(
-                *(model, config, world, per_node, min(trained, tokens), kernel, activations[mode])
-            )
-            for mode in modes
-        }
-    except BadInput as error:
-        dist.log.info("memory is not predicted: %s", error)
-        return {}
-
-
 # ---------------------------------------------------------------------------------- what is printed
 
 
@@ -264,6 +253,7 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
     idle = " (this one idles much)" if share > MUCH_FILLER else ""
     on_each = f", on each of its {stats.sequence} GPUs" if stats.sequence > 1 else ""
     seconds = step_seconds(model, stats, cluster.gpus, flops * mfu)
+    attention = model.flops.attention_share(stats.tokens, stats.trained, stats.pairs)
     kept = ", ".join(
         f"{_gib(a.kept + a.layer)} GiB with activation_checkpointing: {mode}"
         for mode, a in sorted(report.activations.items())
@@ -286,7 +276,8 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
         f"{', '.join(_good_numbers(stats, cluster))}{idle}",
         f"activations of a micro-batch{on_each}: {kept}",
         f"time to compute, predicted at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU{fp8}: "
-        f"{_seconds(seconds)} s a step, {stats.tokens / seconds:,.0f} tokens/s{run}",
+        f"{_seconds(seconds)} s a step ({attention:.0%} attention), "
+        f"{stats.tokens / seconds:,.0f} tokens/s{run}",
         f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {count_checkpoints(recipe)} kept and "
         f"one being written {_gib(disk.checkpoints)} GiB; the universal form "
         f"{_gib(disk.universal)} GiB; an export {_gib(disk.export)} GiB while it is made",

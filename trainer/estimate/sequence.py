@@ -19,6 +19,7 @@ from packhorse.trainer.datatypes import first_key, slice_borders
 from packhorse.trainer.estimate.memory import Cluster, StepStats
 from packhorse.trainer.estimate.model import Activations, AttentionShape, ModelSizes
 from packhorse.trainer.estimate.traffic import Traffic, step_traffic
+from packhorse.trainer.model.feed_forward_tiles import FEWEST_TILES, tile_tokens
 from packhorse.trainer.model.sequence_exchange import takes_heads
 
 STEP_TOKENS = 1024  # of a rank, to which the longest sequence is searched
@@ -110,19 +111,23 @@ def sequence_traffic(
 
 
 def longest_slice(
-    fits: Callable[[Activations, int], bool], activations: Activations, tokens: int
+    fits: Callable[[Activations, int], bool], trace: Callable[[int], Activations], hidden: int
 ) -> int:
     """Return the most tokens of a rank that fit, in steps of STEP_TOKENS; 0 if none do.
 
     Args:
         fits: of activations and trained tokens; the more, the less it fits.
-        activations: those of `tokens` tokens. They grow as the tokens do.
+        trace: returns the activations of some tokens. It takes long, and is called twice: beyond
+            the length from which feed-forward blocks run in tiles they grow in proportion.
+        hidden: size of the model.
     """
+    few = FEWEST_TILES * tile_tokens(hidden)
+    start, end = (astuple(trace(tokens)) for tokens in (few, 2 * few))
 
     def tokens_fit(wanted: int) -> bool:
-        times = Fraction(wanted, tokens)
-        scaled = Activations(*(int(size * times) for size in astuple(activations)))
-        return fits(scaled, wanted)
+        times = Fraction(wanted, few)
+        grown = (a + (b - a) * (times - 1) if times > 1 else a * times for a, b in zip(start, end))
+        return fits(Activations(*map(int, grown)), wanted)
 
     low, high = 0, MOST_TOKENS // STEP_TOKENS
     while low < high:

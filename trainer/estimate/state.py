@@ -41,7 +41,8 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
     sum_bytes = 2 if config["data_types"]["grad_accum_dtype"] == "bf16" else 4
     if stage == 3:
         return _count_stage_3(model, config["zero_optimization"], sum_bytes, world)
-    frozen = model.element * sum(model.frozen) + model.quantised_bytes
+    packed = sum(-(-elements // 2) for elements in model.quantised)
+    frozen = model.element * sum(model.frozen) + packed + model.scales_bytes
     if stage == 0:  # the weights are the master weights
         weights = model.element * model.trained
         return StateBytes(weights + frozen, 0, weights, 0, model.moment_bytes)
@@ -70,8 +71,6 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
 def _count_stage_3(
     model: ModelSizes, zero: Mapping[str, Any], sum_bytes: int, world: int
 ) -> StateBytes:
-    if model.quantised:
-        raise BadInput("adapter.base: weights of 4 bits are not sharded at ZeRO-3")
     trained = [size for group in model.groups for size in group]
     # each parameter is cut by itself, and its last piece filled up
     pieces = [sum(-(-size // world) for size in group) for group in model.groups]
@@ -82,7 +81,9 @@ def _count_stage_3(
     ]
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     # whole: gathered from the ranks' pieces, the last one's filling included
-    small = [size for size in (*trained, *model.frozen) if size <= threshold]
+    # those in 4 bits count by what their bytes are in the model's type
+    frozen = [*model.frozen, *(n // (2 * model.element) for n in model.quantised)]
+    small = [size for size in (*trained, *frozen) if size <= threshold]
     persistent = sum(world * -(-size // world) for size in small)
     optimizer_on, weights_on = (
         "gpu" if device == "none" else device
@@ -91,7 +92,8 @@ def _count_stage_3(
         )
     )
     return StateBytes(
-        weights=model.element * (piece + sum(-(-size // world) for size in model.frozen)),
+        weights=model.element * (piece + sum(-(-size // world) for size in frozen))
+        + model.scales_bytes,
         persistent=model.element * persistent,
         # the CPU optimizer keeps a copy of its own on the host
         gradients=(sum_bytes + 4 * (optimizer_on == "cpu")) * piece,

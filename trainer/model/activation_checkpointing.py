@@ -19,11 +19,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.feed_forward_tiles import WIDENING
 
-# Modules that widen in a feed-forward block, by the names that transformers gives them. A layer's
-# queries and keys must not be kept: Liger's rotary kernel writes into them where torch cannot see
-# it, and the recomputation would rotate them again.
-_WIDENING = {"gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "c_fc", "dense_h_to_4h"}
+# What `selective` keeps the products of. A layer's queries and keys must not be kept: Liger's
+# rotary kernel writes into them where torch cannot see it, and the recomputation would rotate them
+# again.
+_WIDENING = WIDENING
 _PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -49,7 +50,7 @@ def set_checkpointing(
 ) -> None:
     """Let the model recompute as `mode` says: `none`, `selective`, `full` or `offload`.
 
-    `offload` recomputes as `full` does; what it keeps is moved in sft.py.
+    `offload` recomputes as `full` does; activation_offload.py moves what it keeps.
 
     `auto`, which nobody has resolved on a CPU or in an evaluation, is `full`.
 

@@ -23,6 +23,7 @@ from packhorse.trainer.model.activation_checkpointing import set_checkpointing
 from packhorse.trainer.model.adapter_start import start_adapter
 from packhorse.trainer.model.lora import Gathered, add_adapter, not_in_shards
 from packhorse.trainer.model.new_weights import add_embeddings, initialise
+from packhorse.trainer.model.rope_scaling import require_rope, rope_kind, scale_rope
 from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.progress import WorkProgress, show_bars_of_transformers
 from packhorse.trainer.utils.text import one_line
@@ -104,8 +105,15 @@ def _generation_eos(section: ModelSection) -> list[int]:
         config = read(str(folder or section.name), revision=section.revision)
     except OSError:  # many models have none
         return []
-    ids: Any = config.eos_token_id
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+    except Exception as error:  # whatever transformers raises for a file that holds something else
+        raise BadInput(
+            f"model.name: {section.name}: its generation_config.json ({one_line(error, 300)})"
+        ) from None
+    given: Any = config.eos_token_id
+    ids = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(each) is int for each in ids):
+        raise BadInput(f"model.name: {section.name}: eos_token_id of its generation is {given!r}")
+    return ids
 
 
 def load_pretrained(
@@ -181,9 +189,11 @@ def load_model(
         if new_ids:
             add_embeddings(model, rows, new_ids, gathered)
         _drop_unused_sampling(model)
+        if section.rope_scaling:
+            require_rope(model, rope_kind(section.rope_scaling))
         model.requires_grad_(True)
         if adapter:
-            add_adapter(model, adapter, seed)
+            add_adapter(model, adapter, seed, gathered)
             if adapter.init_from:
                 start_adapter(model, adapter, gathered)
     if section.compile:  # compiled_layers.py does both, once the engine is there
@@ -249,6 +259,8 @@ def load_config(section: ModelSection) -> Any:
             f"model.name: the weights of {section.name} are quantised; give a bfloat16 or float32 "
             "model (docs/models.md has the way for gpt-oss)"
         )
+    if section.rope_scaling:
+        scale_rope(config, section.rope_scaling)
     return config
 
 

@@ -30,8 +30,15 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import AdapterSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.decoder import decoder_of
+from packhorse.trainer.model.expert_lora import (
+    expert_parameters,
+    expert_targets,
+    merged_experts,
+    parameter_name,
+    plain_name,
+    wraps_parameter,
+)
 from packhorse.trainer.model.quantisation import dequantise, numel, quantise
-from packhorse.trainer.model.roles import EXPERTS, roles
 
 NAME = "default"  # peft's name of a model's only adapter; a part of parameters' names
 
@@ -45,7 +52,9 @@ def not_in_shards(parameters: Any, write: bool = False) -> AbstractContextManage
     return nullcontext()
 
 
-def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
+def add_adapter(
+    model: Any, section: AdapterSection, seed: int, gathered: Gathered = not_in_shards
+) -> None:
     """Put the adapter into the model, freeze the rest, and log how much is trained.
 
     On the meta device nothing is quantised. Under ZeRO-3 it runs inside the context in which
@@ -58,13 +67,15 @@ def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     targets, full = adapter_targets(model, section), full_modules(model, section)
+    of_experts = expert_targets(model, section)
     if section.base and not next(model.parameters()).is_meta:
         linear = [name for name in linear_modules(model) if not _lies_in(name, full)]
-        quantise(model, linear, section.base == "nf4_double_quant")
+        quantise(model, linear, section.base == "nf4_double_quant", gathered)
     config = LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
         target_modules=targets,
+        target_parameters=of_experts or None,
         lora_dropout=section.dropout,
         use_rslora="rslora" in section.variants,
         use_dora="dora" in section.variants,
@@ -83,35 +94,38 @@ def add_adapter(model: Any, section: AdapterSection, seed: int) -> None:
                 bound = 1 / math.sqrt(parameter.shape[1])
                 drawn = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
                 parameter.copy_(drawn)
-    _log(model, section, targets, full)
+    _log(model, section, [*targets, *of_experts], full)
 
 
 def _log(model: Any, section: AdapterSection, targets: list[str], full: list[str]) -> None:
+    of_experts = [name for name in targets if name not in dict(model.named_modules())]
     total = sum(numel(parameter) for parameter in model.parameters())
     trained = sum(numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
     dist.log.info(
-        "adapter: rank %d beside %d modules%s; %.2f%% of %.3g billion weights are trained",
-        section.rank,
-        len(targets),
+        "adapter: rank %d beside %d modules%s%s; %.2f%% of %.3g billion weights are trained",
+        *(section.rank, len(targets) - len(of_experts)),
+        f" and {len(of_experts)} parameters of experts" if of_experts else "",
         f", {len(full)} trained in full" if full else "",
         100 * trained / total,
         total / 1e9,
     )
-    role = roles(model)
     experts = {
         name: numel(parameter)
-        for name, parameter in model.named_parameters()
-        if role[id(parameter)] == EXPERTS and not parameter.requires_grad
+        for name, parameter in expert_parameters(model).items()
+        if not parameter.requires_grad and plain_name(name) not in targets
     }
     if experts:
-        name = next(iter(experts))
         dist.log.warning(
-            "adapter: the experts' matrices are not adapted, which are %.0f%% of the weights: they "
-            "are no linear modules, as `%s`%s. To train them in full name their modules in "
-            "adapter.modules_to_save: [%s]",
-            *(100 * sum(experts.values()) / total, name),
-            " and stay in model.dtype" if section.base else "",
-            name.rpartition(".")[0].rpartition(".")[2],
+            "adapter: experts are not adapted: `%s` and %d parameters like it, %.0f%% of the "
+            "weights. Set adapter.target_parameters=all-experts",
+            *(plain_name(next(iter(experts))), len(experts) - 1),
+            100 * sum(experts.values()) / total,
+        )
+    if section.base and (held := expert_parameters(model)):
+        dist.log.warning(
+            "adapter.base: experts stay in model.dtype, %.0f%% of the weights: bitsandbytes puts "
+            "linear modules alone into 4 bits",
+            100 * sum(map(numel, held.values())) / total,
         )
 
 
@@ -247,22 +261,18 @@ def _nearest(wanted: str, names: Iterable[str]) -> str:
     return f"the nearest is `{near[0]}`" if near else "it has none"
 
 
-def require_stage(section: AdapterSection | None, stage: int) -> None:
-    """Raise BadInput if a base in 4 bits would be sharded (ZeRO-3)."""
-    if section and section.base and stage == 3:
-        raise BadInput(
-            "adapter.base: nf4 is not proved at ZeRO-3, which would cut weights of 4 bits into "
-            "shards; set parallel.deepspeed=zero2, where each GPU holds the 4-bit base whole, or "
-            "take `base` out"
-        )
-
-
 def borrowed_weights(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter]]:
     """Yield modules with the weights of other modules that they use.
 
-    They are DoRA's, which take the norms of the rows of W + B A in every forward.
+    They are DoRA's, which take the norms of the rows of W + B A in every forward, and wrappers of
+    experts' parameters.
     """
     for module in model.modules():
+        if wraps_parameter(module):
+            wrapper: Any = module
+            for owner in (wrapper.lora_A[NAME], wrapper.lora_B[NAME]):
+                yield wrapper, owner.weight
+            yield wrapper, wrapper.get_param()
         if len(getattr(module, "lora_magnitude_vector", ())):
             layer: Any = module
             for owner in (layer.base_layer, layer.lora_A[NAME], layer.lora_B[NAME]):
@@ -285,7 +295,9 @@ def merged_weights(
     from peft.tuners.lora import LoraLayer
 
     layers: dict[str, Any] = {
-        f"{name}.base_layer.weight": module
+        parameter_name(name, module)
+        if wraps_parameter(module)
+        else f"{name}.base_layer.weight": module
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
@@ -293,16 +305,21 @@ def merged_weights(
         if is_of_adapter(name):
             continue
         layer = layers.get(name)
-        beside = layer.named_parameters() if layer else ()
-        adapters = [p for part, p in beside if is_of_adapter(f".{part}")]
+        adapters = [
+            p
+            for kind in ("lora_A", "lora_B", "lora_magnitude_vector")
+            for p in (getattr(layer, kind).parameters() if layer else ())
+        ]
         with gathered([parameter, *adapters]):
             weight = dequantise(parameter)
             merged = _merged(layer, weight).to(weight.dtype) if layer else weight
-            yield name.replace(".base_layer.", "."), merged
+            yield plain_name(name), merged
 
 
 def _merged(layer: Any, weight_OI: torch.Tensor) -> torch.Tensor:
     """Return W + scaling x B A, (O, I) float32; under DoRA with rows of the trained magnitudes."""
+    if wraps_parameter(layer):
+        return merged_experts(layer, NAME, weight_OI)
     b_OR, a_RI = (getattr(layer, which)[NAME].weight.float() for which in ("lora_B", "lora_A"))
     merged_OI = weight_OI.float() + layer.scaling[NAME] * b_OR @ a_RI
     if NAME in layer.lora_magnitude_vector:

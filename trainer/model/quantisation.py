@@ -7,7 +7,7 @@ back as the weights that went in, and the numbers that 4-bit parameters stand fo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,10 +23,15 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 _BLOCK = 64  # weights that share a scale in 4 bits
 
 
-def quantise(model: Any, names: list[str], double: bool) -> None:
+def quantise(model: Any, names: list[str], double: bool, gathered: Callable[..., Any]) -> None:
     """Put linear modules into 4 bits on this rank's device.
 
-    NF4: 64 weights share a scale, their largest.
+    NF4: 64 weights share a scale, their largest. Weights in shards (ZeRO-3) become shards of packed
+    bytes, of which each rank keeps all scales. DeepSpeed has one type for what it gathers at once:
+    there the bytes go by the type of the weights, whose numbers nobody reads.
+
+    Args:
+        gathered: holds parameters whole inside its block (engine.gathered).
     """
     try:
         import bitsandbytes
@@ -35,10 +40,12 @@ def quantise(model: Any, names: list[str], double: bool) -> None:
             "adapter.base: nf4 needs the library bitsandbytes: pip install 'packhorse[qlora]'"
         ) from None
     bnb: Any = bitsandbytes.nn  # its own type annotations are wrong
-    settings = {"compress_statistics": double, "quant_type": "nf4"}
+    settings: dict[str, Any] = {"compress_statistics": double, "quant_type": "nf4"}
     # one by one, so that the device never holds the whole model in 16 bits
     for name in names:
         old = model.get_submodule(name)
+        shards = getattr(old.weight, "convert_to_zero_parameters", None)
+        settings["quant_storage"] = old.weight.dtype if shards else torch.uint8
         new = bnb.Linear4bit(
             old.in_features,
             old.out_features,
@@ -47,9 +54,12 @@ def quantise(model: Any, names: list[str], double: bool) -> None:
             device="meta",
             **settings,
         )
-        weight = bnb.Params4bit(old.weight.data, requires_grad=False, module=new, **settings)
-        new.weight, new.bias = weight.to(dist.device()), old.bias
-        _require_near(name, old.weight.detach(), dequantise(new.weight))
+        with gathered([old.weight]):
+            weight = bnb.Params4bit(old.weight.data, requires_grad=False, module=new, **settings)
+            new.weight, new.bias = weight.to(dist.device()), old.bias
+            _require_near(name, old.weight.detach(), dequantise(new.weight))
+        if shards:
+            shards([new.weight])
         # it would lay the weights out anew in place at the first evaluation, which changes their
         # digest and what a checkpoint is compared with
         new.support_avx512bf16_for_cpu = False
@@ -98,8 +108,10 @@ def numel(parameter: Any) -> int:
 
 def parts_of(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield a frozen parameter's tensors by name: itself and, in 4 bits, the scales it needs."""
-    yield name, parameter.detach()
     state = getattr(parameter, "quant_state", None)
-    if state is not None:
+    if state is None:
+        yield name, parameter.detach()
+    else:
+        yield name, parameter.detach().view(torch.uint8)  # in whatever type the bytes go
         for key, tensor in state.as_dict(packed=True).items():
             yield f"{name}.{key}", tensor

@@ -43,10 +43,7 @@ class RouterLoss:
         config = model.config.get_text_config()
         chosen = [getattr(config, name, None) for name in _CHOSEN]
         self._chosen = next((k for k in chosen if isinstance(k, int)), 0)
-        if not self._chosen or not any(
-            "router_logits" in (getattr(module, "_can_record_outputs", None) or {})
-            for module in model.modules()
-        ):
+        if not self._chosen or not _has_routers(model):
             raise BadInput(
                 f"loss.router_aux: {type(model).__name__} has no router whose logits transformers "
                 "records; remove the key"
@@ -57,7 +54,7 @@ class RouterLoss:
                 f"loss.router_aux: {type(model).__name__} balances its experts by a bias "
                 "(as e_score_correction_bias), not by a loss; remove the key"
             )
-        self._coefficient = coefficient
+        self._coefficient, self._name = coefficient, type(model).__name__
         self._are_probabilities: bool | None = None  # asked of the first micro-batch
         self.reset()
 
@@ -86,6 +83,11 @@ class RouterLoss:
         aux, entropy, loads = [], [], []
         for layer in logits:
             experts = layer.shape[-1]
+            if layer.numel() != len(document_T) * experts:  # as Doge's, by two keys for an expert
+                raise BadInput(
+                    f"loss.router_aux: {self._name} scores no experts: {len(document_T)} tokens "
+                    f"have {tuple(layer.shape)} scores; remove the key"
+                )
             log_TE = self._log_probabilities(layer.reshape(-1, experts).float())
             probability_TE = log_TE.exp()
             chosen_TE = torch.zeros_like(log_TE).scatter_(
@@ -141,3 +143,17 @@ class RouterLoss:
             "train/router_peak_load": float(load.amax(1).mean()) * experts,
             "train/router_unused": float((load == 0).float().mean()),
         }
+
+
+def _has_routers(model: Any) -> bool:
+    """Return whether the model has modules whose router's logits transformers records.
+
+    A model's code may know routers that this configuration builds none of, as a dense Granite.
+    """
+    recorded = [
+        (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
+        for module in model.modules()
+    ]
+    kinds = [kind for kind in recorded for kind in (kind if isinstance(kind, list) else [kind])]
+    classes = tuple({getattr(kind, "target_class", kind) for kind in kinds if kind is not None})
+    return any(isinstance(module, classes) for module in model.modules())

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import save_on_cpu
 
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import LossSection
 from packhorse.trainer.datatypes import BadInput, Batch, slice_borders
 from packhorse.trainer.model import attention
+from packhorse.trainer.model.activation_offload import host_memory
 from packhorse.trainer.model.attention import SequenceGroup, found_by_all, keyword_arguments
 from packhorse.trainer.model.by_document import split_calls
 from packhorse.trainer.model.decoder import decoder_of
@@ -42,8 +42,8 @@ class SftModel(nn.Module):
 
     Args:
         group: of this rank, if several share each packed sequence (C13).
-        offload: what is saved between the layers lies in the host's memory until the backward: of
-            checkpointed layers, their inputs.
+        offload: what is saved between the layers, of checkpointed ones their inputs, lies in the
+            host's memory until the backward.
 
     Raises:
         BadInput: the model has no output head with a weight, the loss kernel cannot run here, or
@@ -68,7 +68,7 @@ class SftModel(nn.Module):
         self._alpha = loss.neftune_alpha
         self._seed = seed
         self._group = group
-        self._offload = offload
+        self._host = host_memory(device) if offload else None
         self._batch: Batch | None = None  # the one in the forward, for the embedding's hook
         self._calls: tuple[int, ...] = ()  # its documents' lengths, for modules that run by them
         self._undo_split: list[Callable[[], None]] = []
@@ -126,7 +126,7 @@ class SftModel(nn.Module):
                 **keyword_arguments(batch, self._group),
             }
         # checkpointed layers save by hooks of their own, which take precedence inside them
-        on_host = save_on_cpu(pin_memory=ids.is_cuda) if self._offload else nullcontext()
+        on_host = self._host.holding() if self._host else nullcontext()
         try:
             with on_host, found_by_all(bounds.get("document_bounds")):
                 return decoder_of(self.model)(input_ids=ids, use_cache=False, **bounds, **wanted)

@@ -91,19 +91,35 @@ def interrupted_after(limit_s: float) -> Iterator[None]:
         yield
         return
 
-    def interrupt(*_: object) -> None:
-        raise TooLong
+    with many_interruptions():
+        # again and again, as code may swallow the first
+        signal.setitimer(signal.ITIMER_VIRTUAL, limit_s, 0.1)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
 
-    before = signal.signal(signal.SIGVTALRM, interrupt)
-    # again and again, as code may swallow the first
-    signal.setitimer(signal.ITIMER_VIRTUAL, limit_s, 0.1)
+
+@contextmanager
+def many_interruptions() -> Iterator[None]:
+    """Prepare for many short blocks of `interrupted_after`, each of which costs less in here."""
+    global _is_prepared
+    if _is_prepared or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before, _is_prepared = signal.signal(signal.SIGVTALRM, _interrupt), True
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        _is_prepared = False
         signal.signal(signal.SIGVTALRM, before)
 
 
+def _interrupt(*_: object) -> None:
+    raise TooLong
+
+
+_is_prepared = False
 _helper: Child | None = None
 _lock = threading.Lock()
 

@@ -1,0 +1,92 @@
+"""LoRA on the matrices of experts: which parameters, what is said, and what merges."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from packhorse.trainer.config.recipe import AdapterSection
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.expert_lora import expert_parameters, plain_name
+from packhorse.trainer.model.lora import add_adapter, merged_weights
+from tests.model_helpers import tiny_llama
+from tests.models.shrunk import config_of
+
+
+def model_of(model_type: str) -> Any:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config_of(model_type), dtype=torch.float32)
+
+
+def adapted(model: Any, **fields: Any) -> Any:
+    section = AdapterSection.model_validate({"rank": 4, "alpha": 8, **fields})
+    add_adapter(model, section, seed=0)
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    model.set_attn_implementation("eager")
+    return model.eval()(input_ids=torch.arange(4, 40)[None], use_cache=False).logits
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss"])  # gpt-oss has (E, I, O)
+def test_experts_merge_into_the_model_that_acts_alike(model_type: str) -> None:
+    model = adapted(model_of(model_type), target_parameters="all-experts")
+    plain = model_of(model_type)
+    assert torch.allclose(logits(model), logits(plain), atol=1e-6), "B is zero at first"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0, 0.1)
+    merged = {name: weight.clone() for name, weight in merged_weights(model)}
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(merged[name], parameter) == (name not in expert_parameters(plain)) or (
+            "_proj" in name
+        )
+    plain.load_state_dict(merged, strict=False)
+    found, expected = logits(plain), logits(model)
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_every_expert_has_an_adapter_of_its_own() -> None:
+    model = adapted(model_of("qwen3_moe"), target_parameters=["experts.down_proj"])
+    (a,) = {p.shape for n, p in model.named_parameters() if "experts.lora_A" in n}
+    experts = model.config.num_experts
+    assert a == (4 * experts, model.config.moe_intermediate_size)
+    held = expert_parameters(model)
+    assert {plain_name(name).rpartition(".")[2] for name in held} == {"down_proj", "gate_up_proj"}
+
+
+def test_the_log_says_what_is_not_reached(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "packhorse")
+    adapted(model_of("qwen3_moe"), target_parameters=["experts.down_proj"])
+    (said,) = [r.getMessage() for r in caplog.records if "not adapted" in r.getMessage()]
+    assert "gate_up_proj` and 1 parameters like it" in said
+    assert "adapter.target_parameters=all-experts" in said
+    caplog.clear()
+    adapted(model_of("qwen3_moe"), target_parameters="all-experts")
+    assert "not adapted" not in caplog.text
+    assert "and 4 parameters of experts" in caplog.text
+
+
+def test_what_is_not_there_is_refused() -> None:
+    with pytest.raises(BadInput, match="holds no experts in one parameter"):
+        adapted(tiny_llama(), target_parameters="all-experts")
+    with pytest.raises(BadInput, match=r"called `experts.q`; `model.layers.0.mlp.experts"):
+        adapted(model_of("qwen3_moe"), target_parameters=["experts.q"])
+    for fields in ({"dropout": 0.1}, {"variants": ["dora"]}):
+        with pytest.raises(ValueError, match="neither `dropout` nor `dora`"):
+            AdapterSection.model_validate({"target_parameters": "all-experts", **fields})
+    with pytest.raises(ValueError, match="`all-experts`, or a list"):
+        AdapterSection.model_validate({"target_parameters": "experts"})
+
+
+def test_a_plan_has_the_adapters_of_experts() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3_moe"))
+        adapted(model, target_parameters="all-experts")
+    assert all(p.is_meta for p in model.parameters())

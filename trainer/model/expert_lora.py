@@ -1,0 +1,96 @@
+"""LoRA on the matrices of experts, which transformers 5 holds as one parameter (E, M, N) for all.
+
+In: a model and the recipe's adapter section. Out: the names for peft's `target_parameters`, and
+their merged weights. peft wraps the module that holds the parameter, once for each parameter, and
+adds scaling x B A of every expert to it in each forward:
+
+    experts.down_proj (E, O, I)    ->    experts.base_layer.down_proj, frozen
+                                         experts.lora_A.default.weight (R E, I)
+                                         experts.lora_B.default.weight (O, R E)
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from packhorse.trainer.config.recipe import AdapterSection
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.decoder import decoder_of
+from packhorse.trainer.model.roles import EXPERTS, roles
+
+
+def expert_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """Return the language model's parameters that hold the matrices of all experts of a layer."""
+    role = roles(model)
+    language = {id(parameter) for parameter in decoder_of(model).parameters()}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if role[id(parameter)] == EXPERTS and id(parameter) in language
+    }
+
+
+def expert_targets(model: Any, section: AdapterSection) -> list[str]:
+    """Return the names of the parameters that `adapter.target_parameters` stands for.
+
+    Raises:
+        BadInput: the model has no such parameter.
+    """
+    there, wanted = expert_parameters(model), section.target_parameters
+    if wanted == "all-experts":
+        if not there:
+            raise BadInput(
+                f"adapter.target_parameters: {type(model).__name__} holds no experts in one "
+                "parameter for all; where they are linear modules, adapter.target_modules has them"
+            )
+        return list(there)
+    found: list[str] = []
+    for one in wanted:
+        matching = [name for name in there if name == one or name.endswith(f".{one}")]
+        if not matching:
+            example = f"; `{next(iter(there))}` is one" if there else "; it has none"
+            raise BadInput(
+                f"adapter.target_parameters: no parameter with experts' matrices is called "
+                f"`{one}`{example}"
+            )
+        found += matching
+    return list(dict.fromkeys(found))
+
+
+def wraps_parameter(module: nn.Module) -> bool:
+    """Return whether a module is peft's wrapper of one parameter."""
+    return hasattr(module, "parameter_name") and hasattr(module, "lora_A")
+
+
+def parameter_name(name: str, module: Any) -> str:
+    """Return the name, in the adapted model, of the parameter that a wrapper of this name adapts.
+
+    Wrappers of two parameters of one module lie inside each other.
+    """
+    depth, inner = 1, module.base_layer
+    while wraps_parameter(inner):
+        depth, inner = depth + 1, inner.base_layer
+    return f"{name}{'.base_layer' * depth}.{module.parameter_name}"
+
+
+def plain_name(name: str) -> str:
+    """Return the name that a parameter had before any wrapper."""
+    return re.sub(r"\.base_layer(?=\.)", "", name)
+
+
+def merged_experts(module: Any, adapter: str, weight: torch.Tensor) -> torch.Tensor:
+    """Return the experts' weights with the adapter of each added, in float32.
+
+    Args:
+        weight: (E, O, I), or (E, I, O) where the model's code has it so, as gpt-oss does.
+    """
+    a, b = (getattr(module, which)[adapter].weight.float() for which in ("lora_A", "lora_B"))
+    experts = weight.shape[0]
+    a_ERI, b_ORE = a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts)
+    is_swapped = module._did_swap_in_out_features
+    update = torch.einsum("ore,eri->eoi" if is_swapped else "ore,eri->eio", b_ORE, a_ERI)
+    return weight.float() + module.scaling[adapter] * update
