@@ -1,4 +1,5 @@
-"""Layers with a state take the packages' kernels where they are, and the packing check proves them.
+"""Layers with a state take the packages' kernels where they are, and the packing check proves them;
+experts are multiplied at once.
 
 Stand-ins for causal-conv1d and flash-linear-attention lie on the path of a process of their own, as
 transformers chooses when it is imported.
@@ -13,7 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+import transformers as tf
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.model_helpers import CPU, WIDE, documents, loss_and_gradients, pack, sft, tiny
 from tests.ranks import ROOT
+from tests.unit.test_packing_check import EXPERTS
 
 CONVOLUTION = """
 import torch.nn.functional as F
@@ -59,7 +67,6 @@ def check() -> None:
     from packhorse.trainer.config.recipe import LossSection
     from packhorse.trainer.model.packing_check import prove_packing
     from packhorse.trainer.model.sft import SftModel
-    from tests.model_helpers import CPU, documents, loss_and_gradients, pack, tiny
     from tests.unit.test_packing_check import MIXING
 
     model = SftModel(tiny(MIXING["qwen 3 next"][0]), LossSection(), 0, CPU)
@@ -70,6 +77,25 @@ def check() -> None:
     calls = fla.ops.gated_delta_rule.calls
     seen = {"by_document": proof.by_document, "difference": proof.hidden_difference}
     print(json.dumps(seen | {"calls": calls, "gradients": len(gradients)}))
+
+
+class Products(TorchDispatchMode):
+    """Counts grouped products."""
+
+    number = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += op is torch.ops.aten._grouped_mm.default
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_experts_of_a_layer_are_multiplied_at_once(dtype: torch.dtype) -> None:
+    model = tiny(tf.Qwen3MoeConfig(**WIDE, **EXPERTS), dtype)
+    with Products() as products:
+        loss_and_gradients(sft(model), pack(documents((9,)), [range(8)], [0.1]))
+    layers, matrices, forward_and_backward = 2, 2, 3
+    assert products.number == layers * matrices * forward_and_backward
 
 
 def proved(folder: Path, keeps_apart: bool) -> dict[str, Any]:
