@@ -264,10 +264,10 @@ def check_packing(recipe: Recipe, module: SftModel) -> None:
         dist.log.warning(
             "the model cannot attend through packhorse's kernels and attends by its own code"
         )
-    if (size := recipe.parallel.ranks_a_sequence) > 1:
-        seen = prove_slices(
-            module, proof, size=size, seq_len=recipe.batch.seq_len, seed=recipe.train.seed
-        )
+    size, zigzag = recipe.parallel.cut
+    if size > 1:
+        given = {"size": size, "zigzag": zigzag, "seed": recipe.train.seed}
+        seen = prove_slices(module, proof, seq_len=recipe.batch.seq_len, **given)
         dist.log.info("sequences cut over %d ranks differ from whole ones by %.1e", size, seen)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:  # slow to import, and `packhorse --help` imports this file
@@ -218,23 +219,39 @@ class Batch:
     sequence_ids: tuple[int, ...]  # numbers within the epoch; empty for a filler
     is_filler: bool = False
     slice: tuple[int, int] = (0, 1)  # number of this rank's slice, and of how many
+    zigzag: bool = False  # how it is cut; see slice_pieces
 
-    def cut(self, index: int, number: int) -> Batch:
+    def cut(self, index: int, number: int, zigzag: bool = False) -> Batch:
         """Return slice `index` of `number` slices of a whole batch, which has as many tokens."""
         if number == 1:
             return self
-        start, stop = slice_borders(self.lengths, number)[index : index + 2]
-        assert start < stop, "a slice without a token"
-        inside = (self.trained_positions >= start) & (self.trained_positions < stop)
+        part = replace(self, slice=(index, number), zigzag=zigzag)
+        own = part.own_tokens(_count_up(self.input_ids))
+        assert len(own), "a slice without a token"
+        local = self.input_ids.new_full(self.input_ids.shape, -1)
+        local[own] = _count_up(own)
+        trained = local[self.trained_positions]  # -1: on another rank
+        inside = trained >= 0
         return replace(
-            self,
-            input_ids=self.input_ids[start:stop],
-            position_ids=self.position_ids[start:stop],
-            trained_positions=self.trained_positions[inside] - start,
+            part,
+            input_ids=self.input_ids[own],
+            position_ids=self.position_ids[own],
+            trained_positions=trained[inside],
             targets=self.targets[inside],
             weights=self.weights[inside],
-            slice=(index, number),
         )
+
+    @property
+    def pieces(self) -> Ranges:
+        """The ranges of the packed sequence's tokens that this rank has."""
+        index, number = self.slice
+        return slice_pieces(self.lengths, number, self.zigzag)[index]
+
+    def own_tokens(self, of_all: torch.Tensor) -> torch.Tensor:
+        """Return this rank's part of a tensor that has a row for each token of the sequence."""
+        import torch
+
+        return torch.cat([of_all[start:stop] for start, stop in self.pieces])
 
     @property
     def is_counted(self) -> bool:
@@ -270,10 +287,46 @@ class Batch:
         return replace(self, **changed)
 
 
-def slice_borders(lengths: Sequence[int], number: int) -> tuple[int, ...]:
-    """Return where `number` ranks cut a packed sequence of documents: (number + 1,) from 0 on."""
+def _count_up(like: torch.Tensor) -> torch.Tensor:
+    """Return 0, 1, ... for each row, (T,) int64."""
+    import torch
+
+    return torch.arange(len(like), device=like.device)
+
+
+Ranges = tuple[tuple[int, int], ...]
+"""Tokens [start, stop) of a packed sequence, in order."""
+
+ZIGZAG_TOKENS = 128  # of a piece at least: below, kernels lose more than balance gains
+
+
+def slice_pieces(lengths: Sequence[int], number: int, zigzag: bool = False) -> tuple[Ranges, ...]:
+    """Return the tokens that each of `number` ranks has of a packed sequence of documents.
+
+    Else a range each, cut at T i / number. With `zigzag` each long document is cut into
+    2 x number pieces, of which a rank gets an early and a late one, so that all see as many keys;
+    what the short documents leave is cut as the whole is else.
+    """
+    import numpy as np
+
     total = sum(lengths)
-    return tuple(total * i // number for i in range(number + 1))
+    if not zigzag:
+        borders = [total * i // number for i in range(number + 1)]
+        return tuple((border,) for border in pairwise(borders))
+    owner, is_short, begin = np.zeros(total, np.int64), np.ones(total, bool), 0
+    for length in lengths:
+        if number > 1 and length >= 2 * number * ZIGZAG_TOKENS:
+            piece = np.arange(length) * 2 * number // length
+            owner[begin : begin + length] = np.minimum(piece, 2 * number - 1 - piece)
+            is_short[begin : begin + length] = False
+        begin += length
+    short = int(is_short.sum())
+    owner[is_short] = np.arange(short) * number // max(short, 1)
+    cuts = [0, *(np.flatnonzero(np.diff(owner)) + 1).tolist(), total]
+    return tuple(
+        tuple((start, stop) for start, stop in pairwise(cuts) if owner[start] == index)
+        for index in range(number)
+    )
 
 
 def first_key(lengths: Sequence[int], start: int, window: int | None) -> int:

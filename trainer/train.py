@@ -216,7 +216,7 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     guard = Guard(recipe.guard, run_dir, recent_losses)
     watch = Watch(recipe.guard, run_dir)
     place = (dist.rank(), dist.world_size(), dist.device().type == "cuda")
-    loader = Loader(prepared.train_data, plan, *place, recipe.parallel.ranks_a_sequence)
+    loader = Loader(prepared.train_data, plan, *place, *recipe.parallel.cut)
     peak_bytes = memory_dry_run(recipe, engine, loader, first_step)
     metrics = open_metrics(recipe, run_dir, engine, watch, first_step, prepared.trackers)
     best = Best(recipe.eval, run_dir)

@@ -24,6 +24,7 @@ from packhorse.trainer.model import (
     fp8,
     liger_layers,
     packing_check,
+    ring_blocks,
 )
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.logit_transform import LogitTransform, measure_transform
@@ -142,7 +143,7 @@ def test_fewer_queries_are_the_last_of_their_documents(backend: str, window: int
     """As in a rank's slice of a sequence, which gathers the keys before it (C13)."""
     start, stop = 350, 1000
     first = first_key(LENGTHS, start, window)
-    queries, keys = bounds().of_slice(start, stop, first)
+    queries, keys = bounds().of_pieces(((start, stop),), [first])
     q, k, v = (x.detach() for x in row(8, 2, 64))
     cut = (q[:, :, start:stop], k[:, :, first:stop], v[:, :, first:stop])
     arguments = Arguments(None, window, None, None, None, keys, queries)
@@ -366,3 +367,20 @@ def test_control_the_probe_catches_a_kernel_without_boundaries(
     )
     with pytest.raises(BadInput, match="does not keep packed documents apart"):
         proof(tf.LlamaConfig(**SIZES), "torch_varlen")
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_block_of_a_ring_is_the_reference(is_causal: bool) -> None:
+    """Of keys that are a part of the softmax, whose sum is greater (ring_blocks.py)."""
+    keys = LENGTHS if is_causal else (64, 1, 700, 129, 300)
+    blocks = ring_blocks.Documents(LENGTHS, keys, is_causal)
+    q, k, v = (x[0].detach() for x in row(8, 2, 64))
+    arguments = Arguments(None, None, None, None, None, bounds())
+    exact, log_sum = ring_blocks._reference(q, k, v, blocks, arguments)
+    out, its_log_sum = ring_blocks._flash(q, k, v, blocks, arguments)
+    assert relative(out, exact) <= ATTENTION_BOUND
+    assert relative(its_log_sum, log_sum) <= ATTENTION_BOUND
+    grad = torch.randn_like(q)
+    given = (grad, q, exact.to(q.dtype), log_sum + 0.5, k, v, blocks, arguments)
+    both = zip(ring_blocks._flash_backward(*given), ring_blocks._reference_backward(*given))
+    assert max(relative(ours, theirs) for ours, theirs in both) <= ATTENTION_BOUND

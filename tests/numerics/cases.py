@@ -207,7 +207,7 @@ def routers_balanced_by_micro_batch() -> Any:
     """Take the auxiliary loss over the micro-batch, as other trainers do."""
     plain = router_loss.RouterLoss.__call__
 
-    def over_all(self: Any, logits: Any, batch: Any) -> Any:
+    def over_all(self: Any, logits: Any, batch: Any, *_: Any) -> Any:
         ends = batch.cu_seqlens[[0, -1]]
         whole = replace(batch, cu_seqlens=ends, lengths=(sum(batch.lengths),))
         return plain(self, logits, whole)
@@ -426,6 +426,7 @@ CHANGES |= {f.__name__: f for f in (dry_run_first, dry_run_that_learns)}
 CHANGES |= {f.__name__: f for f in (stale_expert_gradients, towers_trained)}
 CHANGES |= {f.__name__: f for f in (parts_orthogonalised, routers_balanced_by_micro_batch)}
 CHANGES |= sequence_defects.DEFECTS | tiled.CHANGES
+CHANGES["short_zigzag"] = sequence_defects.short_zigzag
 
 if __name__ == "__main__":
     main(sys.argv[1])

@@ -15,15 +15,17 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
+import deepspeed
 import torch
 import torch.distributed as td
 import transformers
+from deepspeed.runtime.sequence_parallel import ulysses_sp
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from packhorse.trainer import dist
+from packhorse.trainer import datatypes, dist
 from packhorse.trainer.config.recipe import LossSection, ModelSection
-from packhorse.trainer.datatypes import BadInput, slice_borders
+from packhorse.trainer.datatypes import BadInput, slice_pieces
 from packhorse.trainer.estimate.model import (
     AttentionShape,
     attention_shapes,
@@ -36,17 +38,19 @@ from packhorse.trainer.model.attention_kernels import Arguments, Bounds, Slices,
 from packhorse.trainer.model.packing_check import prove_packing
 from packhorse.trainer.model.sequence_check import prove_slices
 from packhorse.trainer.model.sft import SftModel
-from tests.model_helpers import CPU, documents, pack, saved_bytes, tiny, tiny_llama
+from tests.model_helpers import CPU, SIZES, documents, pack, relative, saved_bytes, tiny
 from tests.numerics import sequence_defects
 from tests.ranks import ROOT
+from tests.unit.test_rotary import CHANGING
 
 SIZE, VALUE_SIZE = 8, 6
-seen = {"ulysses": 0.0, "gather": 0.0, "by layer": 0.0}
+LLAMA = transformers.LlamaConfig(**SIZES)
+seen = {"ulysses": 0.0, "gather": 0.0, "ring": 0.0, "by layer": 0.0}
 counted = {"cases": 0}
 
 
 @settings(
-    max_examples=60,
+    max_examples=80,
     derandomize=True,
     deadline=None,
     database=None,
@@ -75,13 +79,12 @@ def compare(
     ends = torch.tensor([0, *lengths]).cumsum(0).int()
     bounds = Bounds(ends, max(lengths), tuple(lengths))
 
-    borders = slice_borders(lengths, number)
-    start, stop = borders[dist.rank() : dist.rank() + 2]
-    own = slice(start, stop)
     asked = None if kind == "by layer" else kind
-    slices = Slices(borders, dist.rank(), None, asked)
+    pieces = slice_pieces(lengths, number, asked == "ring")
+    own = [token for piece in pieces[dist.rank()] for token in range(*piece)]
+    slices = Slices(pieces, dist.rank(), None, asked)
 
-    def run(attend: Any, tensors: list[torch.Tensor], where: Bounds, part: slice) -> list[Any]:
+    def run(attend: Any, tensors: list[torch.Tensor], where: Bounds, part: Any) -> list[Any]:
         leaves = [x.clone().requires_grad_() for x in tensors]
         sink = sinks.clone().requires_grad_() if sinks is not None else None
         cap = 3.0 if in_full else None
@@ -109,27 +112,71 @@ def compare(
         td.all_reduce(own_sink_grad)
         seen[kind] = max(seen[kind], float((own_sink_grad - sink_grad).abs().max()))
     counted["cases"] += 1
-    # what goes to another rank, forward: half of the calls, as each has one back
-    forward = sent.call_args_list[: sent.call_count // 2]
+    # what goes to another rank, forward: half of the calls, as each has one back; a ring's has two
+    in_ring = sequence_exchange.goes_round(asked, lengths, window)
+    forward = sent.call_args_list[: sent.call_count // (2 + in_ring)]
     elements = sum(sum(call.args[3]) - call.args[3][dist.rank()] for call in forward)
     layer = AttentionShape(heads, groups, SIZE, VALUE_SIZE, window)
     assert elements == exchanged_elements([layer], lengths, number, dist.rank(), asked)
 
 
-def check_at_the_start() -> tuple[float, str]:
-    """Return what the check sees of a sound model, and what it says of one cut at its borders."""
-    group = attention.SequenceGroup(None, None)
-    module = SftModel(tiny_llama(), LossSection(), 0, CPU, group)
-    proof = prove_packing(module, seq_len=64, one_document=False, seed=0)
-    prove = partial(prove_slices, module, proof, size=dist.world_size(), seq_len=64, seed=0)
+def check_at_the_start(
+    kind: str | None, config: Any = LLAMA, seq_len: int = 64
+) -> tuple[float, str]:
+    """Return what the check sees of a sound model, and what it says of one whose documents, or
+    whose rotary tables, are cut at a slice's borders.
+    """
+    group = attention.SequenceGroup(None, kind)
+    module = SftModel(tiny(config), LossSection(), 0, CPU, group)
+    proof = prove_packing(module, seq_len=seq_len, one_document=False, seed=0)
+    cut = {"size": dist.world_size(), "zigzag": kind == "ring"}
+    prove = partial(prove_slices, module, proof, **cut, seq_len=seq_len, seed=0)
     difference = prove()
-    within = sequence_defects.attend_within_the_slice
+    within, parts = sequence_defects.attend_within_the_slice, Bounds.own_parts
+    of_parts = property(lambda self: [(tokens, tokens) for tokens, _ in parts.__get__(self)])
+    defect = (
+        mock.patch.object(attention, "attend_in_slices", within)
+        if config is LLAMA
+        else mock.patch.object(Bounds, "own_parts", of_parts)
+    )
     try:
-        with mock.patch.object(attention, "attend_in_slices", within):
+        with defect:
             prove()
     except BadInput as error:
         return difference, str(error)
     return difference, ""
+
+
+def differs_from_deepspeed() -> float:
+    """Return how far attention by heads is from DeepSpeed's own, of a document in even slices."""
+    number, tokens, heads, groups = dist.world_size(), 8, 12, 3 if dist.world_size() == 3 else 2
+    lengths = (number * tokens,)
+    bounds = Bounds(torch.tensor([0, *lengths], dtype=torch.int32), *lengths, lengths)
+    plain = Arguments(None, None, None, None, None, bounds)
+    slices = Slices(slice_pieces(lengths, number), dist.rank(), None, "ulysses")
+    in_slices = plain._replace(bounds=replace(bounds, slices=slices))
+    deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    theirs = ulysses_sp.UlyssesSPAttentionHF(
+        lambda module, q, k, v, *_, **__: (reference("Layer", q, k, v, plain), None),
+        *(1, heads, SIZE, groups, 1, td.group.WORLD),
+        local_seq_length=tokens,
+        global_seq_length=sum(lengths),
+    )
+    positions = torch.arange(tokens)[None]
+    results = []
+    for attend in (
+        lambda *qkv: sequence_exchange.attend_in_slices(reference, "Layer", *qkv, in_slices),
+        lambda *qkv: theirs(theirs, *qkv, None, position_ids=positions)[0],
+    ):
+        generator = torch.Generator().manual_seed(dist.rank())
+        qkv = [
+            torch.randn(1, h, tokens, SIZE, generator=generator).double().requires_grad_()
+            for h in (heads, groups, groups)
+        ]
+        out = attend(*qkv).reshape(tokens, heads, SIZE)
+        (out * torch.arange(heads).view(-1, 1)).sum().backward()
+        results.append([out.detach(), *(x.grad for x in qkv)])
+    return max(map(relative, *results))
 
 
 def saved_over_planned(kind: str) -> float:
@@ -141,17 +188,24 @@ def saved_over_planned(kind: str) -> float:
     planned = slice_activations(trace_activations(empty, tokens), shapes, tokens, ranks, kind, 4)
     model = tiny(transformers.AutoConfig.from_pretrained(folder)).train()
     # as the planner assumes: the reference holds masks where queries begin later than keys
-    attention.set_implementation(model, "packhorse_fused")
-    group = attention.SequenceGroup(None, kind if kind == "gather" else None)
+    attention.set_implementation(model, f"packhorse_{'reference' if kind == 'ring' else 'fused'}")
+    group = attention.SequenceGroup(None, None if kind == "ulysses" else kind)
     module = SftModel(model, LossSection(), 0, CPU, group)
-    batch = pack(documents([ranks * tokens]), [[1]], [1.0]).cut(dist.rank(), ranks)
+    whole = pack(documents([ranks * tokens]), [[1]], [1.0])
+    batch = whole.cut(dist.rank(), ranks, kind == "ring")
     return saved_bytes(model, partial(module.hidden_states, batch)) / planned["none"].kept
 
 
 if __name__ == "__main__":
-    with dist.process_group():
+    # zigzags of short documents
+    with dist.process_group(), mock.patch.object(datatypes, "ZIGZAG_TOKENS", 1):
         compare()
-        difference, said = check_at_the_start()
-        saved = [saved_over_planned(kind) for kind in ("ulysses", "gather")]
-        found = {**seen, **counted, "check": difference, "said": said, "saved": saved}
+        # rotary tables by a document's length, of which a rank has a part
+        changing = [config for name, config in CHANGING.items() if "moe" not in name]  # no jitter
+        tables = [(kind, config, 128) for config in changing for kind in (None, "ring")]
+        checks = [check_at_the_start(*given) for given in [(None,), ("ring",), *tables]]
+        differences, said = zip(*checks, strict=True)
+        saved = [saved_over_planned(kind) for kind in ("ulysses", "gather", "ring")]
+        found = {**seen, **counted, "check": max(differences), "said": said, "saved": saved}
+        found |= {"DeepSpeed": differs_from_deepspeed()}
         print(json.dumps(found), flush=True)

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from packhorse.trainer import build_engine, dist
+from packhorse.trainer import build_engine, datatypes, dist
 from packhorse.trainer.model import attention, sft
 
 
@@ -23,9 +23,8 @@ def unchecked(*patches: Any) -> Any:
 
 def attend_within_the_slice(kernel: Any, layer: str, *qkv_and_arguments: Any) -> torch.Tensor:
     *qkv, arguments = qkv_and_arguments
-    borders, index, *_ = arguments.bounds.slices
-    start, stop = borders[index : index + 2]
-    inside, _ = arguments.bounds.of_slice(start, stop, start)
+    pieces, index, *_ = arguments.bounds.slices
+    inside, _ = arguments.bounds.of_pieces(pieces[index], [start for start, _ in pieces[index]])
     return kernel(layer, *qkv, arguments._replace(bounds=inside))
 
 
@@ -64,6 +63,11 @@ def mean_over_the_group() -> Any:
         return forward(self, batch) / (batch.slice[1] if self.training else 1)
 
     return unchecked(mock.patch.object(sft.SftModel, "forward", averaged))
+
+
+def short_zigzag() -> Any:
+    """Cut documents of any length in a zigzag; no defect."""
+    return mock.patch.object(datatypes, "ZIGZAG_TOKENS", 4)
 
 
 DEFECTS = {

@@ -33,6 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def runs(root: Path) -> dict[str, Run]:
     model = (f"model.name={root / 'model'}", "optim.lr=3e-3")
     balanced = (*model, "loss.router_aux=0.1")
+    ring = ("parallel.sequence=3", "parallel.sequence_kind=ring")
     by_micro_batch = ["routers_balanced_by_micro_batch"]
     one = [
         case(root, "1", "zero0", *balanced, "batch.micro_batch_size=2"),
@@ -42,12 +43,14 @@ def runs(root: Path) -> dict[str, Run]:
     three = [
         case(root, "3-zero2", "zero2", *balanced, "model.activation_checkpointing=full"),
         case(root, "3-zero3", "zero3", *balanced),
+        case(root, "3-slices", "zero3", *balanced, "parallel.sequence=3"),
+        case(root, "3-ring", "zero2", *balanced, *ring, changes=["short_zigzag"]),
         case(root, "3-defect", "zero2", *balanced, changes=by_micro_batch),
     ]
     return run_cases({1: one, 3: three})
 
 
-@pytest.mark.parametrize("other", ["3-zero2", "3-zero3"])
+@pytest.mark.parametrize("other", ["3-zero2", "3-zero3", "3-slices", "3-ring"])
 def test_worlds_micro_batches_and_stages_change_nothing(
     runs: dict[str, Run], root: Path, other: str
 ) -> None:

@@ -29,7 +29,8 @@ def test_a_stopped_process_is_named_by_the_running_ranks(tmp_path):
     runs = {}
     for rank in (0, 1):  # both at once: most of the time is waiting
         run_dir = tmp_path / f"stopped-{rank}" / "run"
-        runs[rank] = start("training", "01", 0.1, run_dir, "train.epochs=1000", *SMALL)
+        shared = f"parallel.sequence={rank + 1}"  # by one run, also where ranks share sequences
+        runs[rank] = start("training", "01", 0.1, run_dir, "train.epochs=1000", shared, *SMALL)
     for rank in runs:
         run_dir = tmp_path / f"stopped-{rank}" / "run"
         wait_for(run_dir / "at-1")

@@ -221,7 +221,7 @@ def test_heads_for_fused_kernels_are_padded_to_a_size_they_take() -> None:
     asked = Arguments(
         scale=None, window=None, softcap=None, sinks=None, dropout=None, bounds=bounds()
     )
-    *padded, scale = attention_kernels._for_varlen(
+    *padded, scale = attention_kernels.for_varlen(
         "Layer", "torch_varlen", (), q[..., :6], k[..., :6], v, asked
     )
     assert [tuple(x.shape) for x in padded] == [(25, HEADS, 8), (25, GROUPS, 8), (25, GROUPS, 8)]
@@ -235,7 +235,7 @@ def test_heads_wider_than_the_kernels_take_are_refused() -> None:
         scale=None, window=None, softcap=None, sinks=None, dropout=None, bounds=bounds()
     )
     with pytest.raises(BadInput, match="256"):
-        attention_kernels._for_varlen("Layer", "flash_attn", (), wide, wide, wide, asked)
+        attention_kernels.for_varlen("Layer", "flash_attn", (), wide, wide, wide, asked)
 
 
 # ------------------------------------------------------------------------------------------- choice

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -133,3 +134,12 @@ def test_a_line_of_the_gpu_benchmark_says_where_the_time_went(tmp_path: Path) ->
     assert row[6] == "57 to 67% MFU"
     failed = gpu_report.table_row(case, case.arms[0], job, "out of memory", "NVIDIA H200")
     assert failed[2] == "out of memory"
+
+
+def test_the_safeguards_calls_are_counted(tmp_path: Path) -> None:
+    import safeguards
+
+    text = safeguards.report(tmp_path, 100)
+    # a row is rendered once and its pattern searched once
+    assert re.search(r"^\| bounded rendering and patterns \| 2\d\d \|", text, re.MULTILINE)
+    assert re.search(r"^\| the lease: asking whether it is ours \| [1-9]", text, re.MULTILINE)

@@ -28,7 +28,9 @@ for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: asked.append(number))
 time.sleep(0.2)
 signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGUSR1))
-(run / f"ready{os.environ['RANK']}").touch()
+ready = run / f"ready{os.environ['RANK']}"
+ready.with_suffix(".new").write_text(os.environ["GROUP_RANK"])
+ready.with_suffix(".new").rename(ready)
 while not asked:
     time.sleep(0.01)
 end = time.monotonic() + save_s
@@ -228,15 +230,19 @@ def test_two_launchers_meet_and_both_say_that_the_run_is_saved(tmp_path):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         endpoint = f"localhost:{probe.getsockname()[1]}"
-    several = {"nproc": 1, "nodes": (2, 2), "endpoint": endpoint, "run_id": "x"}
+    several = {"nproc": 2, "nodes": (2, 2), "endpoint": endpoint, "run_id": "x"}
     launchers = [start(tmp_path, SAVES, "0.5", **several) for _ in range(2)]
-    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    ready = [tmp_path / f"ready{rank}" for rank in range(4)]
+    wait_for(*ready)
+    # a group of consecutive ranks, which share a sequence (C13), fills a node before the next
+    assert len({path.read_text() for path in ready[:2]}) == 1
+    assert len({path.read_text() for path in ready}) == 2
     for launcher in launchers:  # as Slurm does
         launcher.send_signal(signal.SIGUSR1)
     for launcher in launchers:
         code, _, err = finish(launcher)
         assert code == 75, err
-    assert (tmp_path / "saved1").exists()
+    assert (tmp_path / "saved3").exists()
 
 
 def test_a_node_drops_its_own_ranks_empty_files_and_no_other_nodes(tmp_path):

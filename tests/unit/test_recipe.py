@@ -363,8 +363,8 @@ def test_an_override_reaches_into_a_list(tmp_path):
         ),
         (with_key("loss.weighting", 0), "a whole number of tokens above 0"),
         (
-            {**with_key("loss.router_aux", 0.1), "parallel": {"sequence": 2}},
-            "loss.router_aux needs whole documents on a rank",
+            {**with_key("loss.router_aux", 0.1), "model": {"name": "x", "compile": "layers"}},
+            "loss.router_aux needs the routers' own forward",
         ),
         (with_key("loss.weighting", True), "a whole number of tokens above 0"),
         (

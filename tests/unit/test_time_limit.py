@@ -12,7 +12,13 @@ from types import SimpleNamespace
 import pytest
 
 from packhorse.trainer.utils import time_limit
-from packhorse.trainer.utils.time_limit import Failed, TooLong, bounded
+from packhorse.trainer.utils.time_limit import (
+    Failed,
+    TooLong,
+    bounded,
+    interrupted_after,
+    many_interruptions,
+)
 
 
 def double(number):
@@ -162,3 +168,29 @@ def _runs(pid: int) -> bool:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def compute(seconds):
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_blocks_of_a_chunk_share_a_timer_and_each_has_its_limit(monkeypatch):
+    calls = []
+    set_timer = signal.setitimer
+
+    def counted(*given):
+        calls.append(given)
+        set_timer(*given)
+
+    monkeypatch.setattr(signal, "setitimer", counted)
+    with many_interruptions():
+        for _ in range(100):
+            with interrupted_after(0.1):
+                pass
+        with pytest.raises(TooLong), interrupted_after(0.1):
+            compute(60)
+        compute(0.5)  # longer than any limit, outside of all blocks
+    assert len(calls) == 2
+    assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)

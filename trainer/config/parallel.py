@@ -32,11 +32,12 @@ class ParallelSection(Section):
         "that do not fit one GPU. It divides the number of ranks. auto: the fewest with which a "
         "step fits the GPU's memory by `packhorse plan`.",
     )
-    sequence_kind: Literal["ulysses", "gather"] | None = Field(
+    sequence_kind: Literal["ulysses", "gather", "ring"] | None = Field(
         default=None,
         description="How ranks that share a sequence attend over all of it. ulysses: exchange "
-        "tokens for heads; gather: collect keys and values. null: gather in a layer whose window "
-        "fits a slice, or whose query heads `sequence` does not divide; else ulysses.",
+        "tokens for heads; gather: collect keys and values; ring: pass them round, with balanced "
+        "work. null: gather in a layer whose window fits a slice, or whose query heads `sequence` "
+        "does not divide; else ulysses.",
     )
 
     @field_validator("sequence", mode="before")
@@ -51,3 +52,8 @@ class ParallelSection(Section):
     def ranks_a_sequence(self) -> int:
         """Return `sequence`; for `auto`, which estimate/choice.py resolves, 1."""
         return 1 if self.sequence == "auto" else self.sequence
+
+    @property
+    def cut(self) -> tuple[int, bool]:
+        """How many ranks share a sequence, and whether it is cut in a zigzag (C13)."""
+        return self.ranks_a_sequence, self.sequence_kind == "ring"

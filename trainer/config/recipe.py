@@ -93,10 +93,9 @@ class Recipe(Section):
                 f"adapter.base: the products with weights in 4 bits ({self.adapter.base}) are not "
                 "made in fp8; remove adapter.base, or set model.matmul to bf16"
             )
-        if self.loss.router_aux is not None and (self.parallel.sequence != 1 or self.model.compile):
+        if self.loss.router_aux is not None and self.model.compile:
             raise ValueError(
-                "loss.router_aux needs whole documents on a rank, and the routers' own forward; "
-                "remove it, or parallel.sequence and model.compile"
+                "loss.router_aux needs the routers' own forward; remove it, or model.compile"
             )
         if self.checkpoint.mirror is not None and self.batch.micro_batch_size == "auto":
             raise ValueError(

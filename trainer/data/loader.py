@@ -117,15 +117,23 @@ class Loader:
 
     Args:
         sequence: consecutive ranks that share each micro-batch, a slice each (C13).
+        zigzag: how it is cut; see datatypes.slice_pieces.
     """
 
     def __init__(
-        self, data: TrainData, plan: Plan, rank: int, world: int, pin: bool, sequence: int = 1
+        self,
+        data: TrainData,
+        plan: Plan,
+        rank: int,
+        world: int,
+        pin: bool,
+        sequence: int = 1,
+        zigzag: bool = False,
     ) -> None:
         self.data, self.plan, self._pin = data, plan, pin
         # To the plan, ranks that share a sequence are one.
         self._group, self.groups = rank // sequence, count_groups(world, sequence)
-        self._slice = (rank % sequence, sequence)
+        self._slice = (rank % sequence, sequence, zigzag)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self._ahead: dict[int, Future[list[Batch]]] = {}
         data.open()

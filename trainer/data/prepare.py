@@ -36,6 +36,7 @@ from packhorse.trainer.datatypes import (
 )
 from packhorse.trainer.dist import is_main
 from packhorse.trainer.utils import numa
+from packhorse.trainer.utils.time_limit import many_interruptions
 
 # Of fewer documents, packing again is quicker than keeping an epoch's packing.
 KEPT_FROM_DOCUMENTS = 100_000
@@ -273,7 +274,8 @@ class RowTokenizer:
         return any(reader.source.filters.math_answer for reader in self.readers)
 
     def __call__(self, rows: list[Row]) -> list[RowResult]:
-        read = [self.conversation(row) for row in rows]
+        with many_interruptions():
+            read = [self.conversation(row) for row in rows]
         # One call for the whole chunk, as the tokenizer is faster on many texts.
         made = iter(
             self.masker.documents([found for found in read if isinstance(found, Conversation)])

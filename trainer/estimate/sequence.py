@@ -9,18 +9,23 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, replace
 from fractions import Fraction
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from packhorse.trainer.config.recipe import Recipe
-from packhorse.trainer.datatypes import first_key, slice_borders
+from packhorse.trainer.datatypes import slice_pieces
 from packhorse.trainer.estimate.memory import Cluster, StepStats
 from packhorse.trainer.estimate.model import Activations, AttentionShape, ModelSizes
 from packhorse.trainer.estimate.traffic import Traffic, step_traffic
 from packhorse.trainer.model.feed_forward_tiles import FEWEST_TILES, tile_tokens
-from packhorse.trainer.model.sequence_exchange import takes_heads
+from packhorse.trainer.model.ring_attention import seen_in_ring
+from packhorse.trainer.model.sequence_exchange import (
+    goes_round,
+    seen_keys,
+    shared_parts,
+    takes_heads,
+)
 
 STEP_TOKENS = 1024  # of a rank, to which the longest sequence is searched
 MOST_TOKENS = 2**24  # of a rank, at which the search ends
@@ -41,18 +46,23 @@ def slice_activations(
         tokens: of a slice.
         element: bytes of a number.
     """
-    more = []
+    more, passing = [], [0]
     for heads, key_heads, size, value_size, window, *_ in layers:
+        own, width = key_heads * tokens, (size + value_size) * element
+        if goes_round(kind, [ranks * tokens], window):
+            passing.append(3 * own * width)  # its own beside each other, a step's and the next's
+            continue
         if takes_heads(kind, heads, ranks, window, ranks * tokens):
             held = math.lcm(key_heads, ranks) * tokens
-        else:  # the last slice sees most
-            held = key_heads * min(ranks * tokens, tokens + (window or math.inf) - 1)
-        more.append(int(held - key_heads * tokens) * (size + value_size) * element)
+        else:  # the last slice sees most, and a ring's has two pieces
+            before = (1 + (kind == "ring")) * ((window or math.inf) - 1)
+            held = key_heads * min(ranks * tokens, tokens + before)
+        more.append(int(held - own) * width)
     # held by all layers at once, or by the one that is recomputed
     return {
-        mode: replace(a, kept=a.kept + sum(more))
+        mode: replace(a, kept=a.kept + sum(more), layer=a.layer + max(passing))
         if mode == "none"
-        else replace(a, layer=a.layer + max(more, default=0))
+        else replace(a, layer=a.layer + max(more + passing))
         for mode, a in of_slice.items()
     }
 
@@ -66,25 +76,30 @@ def exchanged_elements(
 ) -> int:
     """Return the elements that a rank sends in one forward, what it keeps left out.
 
-    The backward sends back as many as come in.
+    The backward sends back as many as come in. In a ring it sends these once more, too.
 
     Args:
         lengths: of the sequence's documents.
         index: the rank's number among those that share the sequence.
         kind: parallel.sequence_kind.
     """
-    slices = list(pairwise(slice_borders(lengths, ranks)))
-    (start, stop), total = slices[index], sum(lengths)
-    own, sent = stop - start, 0
+    pieces, total, sent = slice_pieces(lengths, ranks, kind == "ring"), sum(lengths), 0
+    own = sum(stop - start for start, stop in pieces[index])
+    others = [rank for rank in range(ranks) if rank != index]
     for heads, key_heads, size, value_size, window, *_ in layers:
-        if not takes_heads(kind, heads, ranks, window, total):
-            firsts = [first_key(lengths, begin, window) for begin, _ in slices[index + 1 :]]
-            wanted = sum(max(0, stop - max(start, first)) for first in firsts)
+        if goes_round(kind, lengths, window):
+            seen = seen_in_ring(tuple(lengths), pieces)
+            wanted = sum(seen[rank][index].tokens for rank in others)
             sent += wanted * key_heads * (size + value_size)
-            continue
-        repeated = math.lcm(key_heads, ranks) // ranks  # key heads of a rank
-        each = heads // ranks * size + repeated * (size + value_size)
-        sent += (ranks - 1) * own * each + (total - own) * heads // ranks * value_size
+        elif takes_heads(kind, heads, ranks, window, total):
+            repeated = math.lcm(key_heads, ranks) // ranks  # key heads of a rank
+            each = heads // ranks * size + repeated * (size + value_size)
+            sent += (ranks - 1) * own * each + (total - own) * heads // ranks * value_size
+        else:
+            ranges = [seen_keys(lengths, pieces[rank], window) for rank in others]
+            parts = [shared_parts(pieces[index], of_rank) for of_rank in ranges]
+            wanted = sum(part.tokens for of_rank in parts for part in of_rank)
+            sent += wanted * key_heads * (size + value_size)
     return sent
 
 
@@ -102,10 +117,13 @@ def sequence_traffic(
     traffic = step_traffic(model, config, cluster.gpus, micro_batches)
     if stats.sequence == 1:
         return traffic
-    given = ([stats.fullest_tokens], stats.sequence, 0, parallel.sequence_kind)
-    one_way = exchanged_elements(model.attention, *given)
+    lengths, size, kind = [stats.fullest_tokens], stats.sequence, parallel.sequence_kind
+    # of the rank that sends most: in a ring the last, else the first
+    index = size - 1 if kind == "ring" else 0
+    one_way = exchanged_elements(model.attention, lengths, size, index, kind)
     # forward, backward, and the forward once more where layers are recomputed
-    sent = micro_batches * one_way * model.element * (2 + (mode != "none"))
+    times = 2 + (mode != "none") + (kind == "ring")
+    sent = micro_batches * one_way * model.element * times
     where = "in_group" if stats.sequence <= cluster.per_node else "between_gpus"
     return replace(traffic, **{where: getattr(traffic, where) + sent})
 

@@ -163,8 +163,7 @@ class Evaluation:
         if dist.is_main():
             self._origin = describe_origin(data, masker.tokenizer)
         place = (dist.rank(), dist.world_size())
-        sequence = recipe.parallel.ranks_a_sequence
-        self._loader = Loader(data, self._plan.plan, *place, pin=False, sequence=sequence)
+        self._loader = Loader(data, self._plan.plan, *place, False, *recipe.parallel.cut)
         if self._generate:
             self._prompts = held_out_prompts(recipe, masker, self._generate.num_prompts)
             model: Any = engine.module.model

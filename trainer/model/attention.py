@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from packhorse.trainer.datatypes import BadInput, Batch, slice_borders
+from packhorse.trainer.datatypes import BadInput, Batch, slice_pieces
 from packhorse.trainer.model import attention_kernels, flash_versions
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds, Slices, visible
 from packhorse.trainer.model.decoder import uncompiled
@@ -145,7 +145,8 @@ def keyword_arguments(batch: Batch, group: SequenceGroup | None = None) -> dict[
     slices = None
     if number > 1:
         assert group is not None, "a slice, and no ranks that have the others"
-        slices = Slices(slice_borders(batch.lengths, number), index, *group)
+        pieces = slice_pieces(batch.lengths, number, batch.zigzag)
+        slices = Slices(pieces, index, *group)
     ours = {"document_bounds": Bounds(bounds, batch.max_seqlen, batch.lengths, slices)}
     if len(batch.lengths) == 1 or slices:
         return ours
@@ -165,6 +166,12 @@ def _document_index(cu_seqlens: torch.Tensor, total: int) -> torch.Tensor:
 
 
 _current: Bounds | None = None  # of the batch in the forward, for layers that hand none on
+
+
+def current_bounds(tokens: int) -> Bounds | None:
+    """Return the boundaries of the batch in the forward, if it has as many tokens on this rank."""
+    # a batch of other tokens than the layer's is not the layer's: BLT attends between patches
+    return _current if _current and _current.own_tokens == tokens else None
 
 
 @contextmanager
@@ -198,7 +205,7 @@ def other_attention(model: Any, name: str) -> Iterator[None]:
         name = "eager"
     set_implementation(model, name)
     try:
-        with uncompiled(model):
+        with uncompiled(model), found_by_all(None):
             yield
     finally:
         set_implementation(model, before)
@@ -308,9 +315,7 @@ def _attend(
         BadInput: the layer asks for what packed causal attention, or this backend, does not do.
     """
     layer = type(module).__name__
-    # a batch of other tokens than the layer's is not the layer's: BLT attends between patches
-    if document_bounds is None and _current and _current.own_tokens == query.shape[2]:
-        document_bounds = _current
+    document_bounds = document_bounds or current_bounds(query.shape[2])
     if document_bounds is None:
         raise BadInput(
             f"{layer} does not hand the document boundaries on to its attention; this model cannot "

@@ -10,6 +10,7 @@ documents.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.datatypes import BadInput, Ranges
 from packhorse.trainer.model import flash_versions
 
 PRODUCTS_TOKENS = 512  # of a document: beyond, holding all L x L scores costs more than it gains
@@ -28,14 +29,19 @@ MAX_HEAD_SIZE = 256  # of every FlashAttention, torch's own build of it included
 class Slices(NamedTuple):
     """Where the slices of a packed sequence lie that several ranks share (C13)."""
 
-    borders: tuple[int, ...]  # each slice's first token, and the end
-    index: int  # of this rank's slice
+    pieces: tuple[Ranges, ...]  # the tokens of each rank
+    index: int  # of this rank
     group: Any  # the ranks' process group
     kind: str | None  # how they exchange: parallel.sequence_kind
 
     @property
     def number(self) -> int:
-        return len(self.borders) - 1
+        return len(self.pieces)
+
+    @property
+    def tokens(self) -> list[int]:
+        """The number of tokens of each rank."""
+        return [sum(stop - start for start, stop in of_rank) for of_rank in self.pieces]
 
 
 @dataclass(eq=False)
@@ -55,26 +61,39 @@ class Bounds:
         """The number of tokens on this rank."""
         if self.slices is None:
             return sum(self.lengths)
-        start, stop = self.slices.borders[self.slices.index : self.slices.index + 2]
-        return stop - start
+        return self.slices.tokens[self.slices.index]
 
     def chunked(self, size: int) -> Bounds:
         """Return the bounds of chunks: each document is cut every `size` tokens from its start."""
         lengths = [min(size, n - start) for n in self.lengths for start in range(0, n, size)]
         return self._of(lengths)
 
-    def of_slice(self, start: int, stop: int, first: int) -> tuple[Bounds, Bounds]:
-        """Return the bounds of queries in [start, stop), and those of the keys from `first` on that
-        they attend to.
+    def of_pieces(self, pieces: Ranges, firsts: Sequence[int]) -> tuple[Bounds, Bounds]:
+        """Return the bounds of a rank's queries, and of the keys from `firsts` on that they see.
+
+        Args:
+            firsts: of each piece of the rank's, the first key that it attends to.
         """
         ends = list(accumulate(self.lengths))
         cut = [
-            (max(end - n, first), min(end, stop))
+            (max(end - n, first), max(end - n, start), min(end, stop))
+            for (start, stop), first in zip(pieces, firsts, strict=True)
             for end, n in zip(ends, self.lengths)
             if end - n < stop and end > start
         ]
-        inside = self._of([end - max(begin, start) for begin, end in cut])
-        return inside, self._of([end - begin for begin, end in cut])
+        inside = self._of([end - start for _, start, end in cut])
+        return inside, self._of([end - begin for begin, _, end in cut])
+
+    @property
+    def own_parts(self) -> list[tuple[int, int]]:
+        """The parts of documents on this rank: the tokens of each, and its whole document's."""
+        pieces = self.slices.pieces[self.slices.index] if self.slices else ((0, sum(self.lengths)),)
+        return [
+            (min(end, stop) - max(end - length, start), length)
+            for start, stop in pieces
+            for end, length in zip(accumulate(self.lengths), self.lengths)
+            if end - length < stop and end > start
+        ]
 
     def _of(self, lengths: list[int]) -> Bounds:
         ends = self.cu_seqlens.new_tensor([0, *accumulate(lengths)])
@@ -102,7 +121,7 @@ def flash_attn(
 ) -> torch.Tensor:
     """Attend by the varlen kernel of flash-attn 2, 3 or 4 (Dao, 2023, arXiv:2307.08691)."""
     flash = flash_versions.load_for(query.device)
-    q, k, v, scale = _for_varlen(layer, "flash_attn", flash.lacks, query, key, value, arguments)
+    q, k, v, scale = for_varlen(layer, "flash_attn", flash.lacks, query, key, value, arguments)
     if flash.version == 4 and q.shape[-1] > 128:
         # between 128 and 256 it takes DeepSeek's sizes alone
         q, k, v = (F.pad(x, (0, MAX_HEAD_SIZE - x.shape[-1])) for x in (q, k, v))
@@ -136,7 +155,7 @@ def torch_varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     lacks = ("softcap", "sinks", "dropout")
-    q, k, v, scale = _for_varlen(layer, "torch_varlen", lacks, query, key, value, arguments)
+    q, k, v, scale = for_varlen(layer, "torch_varlen", lacks, query, key, value, arguments)
     grouped: dict[str, Any] = {}
     if k.shape[1] != q.shape[1]:
         if _takes_groups(varlen_attn):
@@ -165,7 +184,7 @@ def _takes_groups(varlen_attn: Any) -> bool:
     return "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def _for_varlen(
+def for_varlen(
     layer: str,
     backend: str,
     lacks: tuple[str, ...],

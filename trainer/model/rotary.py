@@ -3,7 +3,8 @@
 Some tables depend on the longest position of the forward: longrope (Phi 3.5, Phi 4 mini) takes
 other frequencies beyond the original context length, dynamic NTK stretches them by the length.
 In a packed sequence the longest document would choose the table of all, and a table that was
-stretched once would stay so. Here each document's table is made anew from its own positions.
+stretched once would stay so. Here each document's table is made anew from its own positions. On a
+rank that has a part of a document (C13), it is that of the whole document's length.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from packhorse.trainer.model.attention import current_bounds
 
 # Kinds of tables that depend on the longest position. The packing check crosses the lengths that a
 # configuration names, and so refuses a kind that is missing here.
@@ -52,19 +55,30 @@ def _by_document(module: nn.Module, table: Callable[..., Any]) -> Callable[..., 
         rows = []
         for row in position_ids:
             pieces = []
-            for start, end in _documents(row):
+            for part, length in _parts(row):
                 _forget_length(module)
-                pieces.append(table(x, row[start:end].unsqueeze(0), *rest, **named))
+                # the document's last position stands behind the part's own
+                given = torch.cat([part, part.new_full((1,), length - 1)])
+                made = table(x, given.unsqueeze(0), *rest, **named)
+                pieces.append(_mapped(lambda whole: whole[:, :-1], made))
             rows.append(_joined(pieces, dim=1))
         return _joined(rows, dim=0)
 
     return forward
 
 
-def _documents(positions: torch.Tensor) -> Iterator[tuple[int, int]]:
-    """Return where documents start and end in a row: its positions, (T,), restart at zero."""
+def _parts(positions: torch.Tensor) -> Iterator[tuple[torch.Tensor, int]]:
+    """Return the positions of each part of a document in a row, (T,), and the document's length.
+
+    Without a batch, as in generation, a document begins where positions restart at zero.
+    """
+    bounds = current_bounds(len(positions))
+    if bounds:
+        numbers, lengths = zip(*bounds.own_parts, strict=True)
+        return zip(positions.split(numbers), lengths, strict=True)
     starts = (positions == 0).nonzero().flatten().tolist()
-    return pairwise(sorted({0, *starts, len(positions)}))
+    cuts = pairwise(sorted({0, *starts, len(positions)}))
+    return ((positions[start:end], end - start) for start, end in cuts)
 
 
 def _forget_length(module: Any) -> None:
@@ -75,6 +89,11 @@ def _forget_length(module: Any) -> None:
             # a copy: longrope writes into the table in place
             setattr(module, f"{prefix}inv_freq", getattr(module, name).clone())
             setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+
+
+def _mapped(change: Callable[[torch.Tensor], torch.Tensor], table: Any) -> Any:
+    """Change a table, or each part of a tuple as (cos, sin)."""
+    return change(table) if isinstance(table, torch.Tensor) else tuple(map(change, table))
 
 
 def _joined(tables: list[Any], dim: int) -> Any:

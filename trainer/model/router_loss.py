@@ -13,7 +13,9 @@ averaged over layers, and over documents with the weights of their trained token
 micro-batches and ranks change nothing: over a micro-batch, as elsewhere, its cut would count, and
 documents that are packed together would push each other.
 
-Shapes: T tokens, D documents, E experts, k chosen ones.
+Where a document lies on several ranks (C13), choices and weights are summed over them.
+
+Shapes: L layers with experts, T tokens, D documents, E experts, k chosen ones.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as td
 
 from packhorse.trainer import dist
 from packhorse.trainer.datatypes import BadInput, Batch
@@ -64,38 +67,45 @@ class RouterLoss:
         self._entropy: Any = 0.0
         self._load: Any = 0.0  # (layers, E), C2's weights by expert
 
-    def __call__(self, logits: tuple[torch.Tensor, ...], batch: Batch) -> torch.Tensor:
+    def __call__(
+        self, logits: tuple[torch.Tensor, ...], batch: Batch, group: Any = None
+    ) -> torch.Tensor:
         """Return coefficient x the batch's share of the step's auxiliary loss, and add to the sums.
 
         Args:
             logits: (T, E) or (1, T, E) of each layer with experts.
+            group: the ranks that have the other slices of the batch, if it is one.
         """
         device, documents = batch.weights.device, len(batch.lengths)
         lengths_D = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).long()
-        document_T = torch.repeat_interleave(
-            torch.arange(documents, device=device), lengths_D, output_size=batch.input_ids.shape[0]
-        )
+        number = torch.arange(documents, device=device)
+        of_all = torch.repeat_interleave(number, lengths_D, output_size=sum(batch.lengths))
+        document_T = batch.own_tokens(of_all)
         weights_D = torch.zeros(documents, device=device).index_add_(
             0, document_T[batch.trained_positions], batch.weights
         )
-        # what a token counts: its share of the document's weight
-        weight_T1 = (weights_D / lengths_D)[document_T].unsqueeze(1)
-        aux, entropy, loads = [], [], []
         for layer in logits:
-            experts = layer.shape[-1]
-            if layer.numel() != len(document_T) * experts:  # as Doge's, by two keys for an expert
+            if layer.numel() != len(document_T) * layer.shape[-1]:  # as Doge's, two keys an expert
                 raise BadInput(
                     f"loss.router_aux: {self._name} scores no experts: {len(document_T)} tokens "
                     f"have {tuple(layer.shape)} scores; remove the key"
                 )
-            log_TE = self._log_probabilities(layer.reshape(-1, experts).float())
-            probability_TE = log_TE.exp()
-            chosen_TE = torch.zeros_like(log_TE).scatter_(
-                1, log_TE.detach().topk(self._chosen).indices, 1.0
-            )
-            choices_DE = torch.zeros(documents, experts, device=device).index_add_(
-                0, document_T, chosen_TE
-            )
+        log_LTE = [self._log_probabilities(x.reshape(-1, x.shape[-1]).float()) for x in logits]
+        chosen_LTE = [
+            torch.zeros_like(x).scatter_(1, x.detach().topk(self._chosen).indices, 1.0)
+            for x in log_LTE
+        ]
+        choices_LDE = torch.stack(
+            [x.new_zeros(documents, x.shape[1]).index_add_(0, document_T, x) for x in chosen_LTE]
+        )
+        if batch.slice[1] > 1:  # a document's other tokens
+            for sums in (weights_D, choices_LDE):
+                td.all_reduce(sums, group=group)
+        # what a token counts: its share of the document's weight
+        weight_T1 = (weights_D / lengths_D)[document_T].unsqueeze(1)
+        aux, entropy, loads = [], [], []
+        for log_TE, chosen_TE, choices_DE in zip(log_LTE, chosen_LTE, choices_LDE, strict=True):
+            experts, probability_TE = log_TE.shape[-1], log_TE.exp()
             share_TE = (choices_DE / lengths_D.unsqueeze(1))[document_T]
             aux.append(experts * (weight_T1 * share_TE * probability_TE).sum())
             spread = -(weight_T1 * probability_TE * log_TE).sum().detach()

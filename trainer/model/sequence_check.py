@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 
 from packhorse.trainer import dist
-from packhorse.trainer.datatypes import BadInput, Batch, slice_borders
-from packhorse.trainer.model import rotary
+from packhorse.trainer.datatypes import BadInput, Batch
 from packhorse.trainer.model.decoder import layer_name, recorded_states
 from packhorse.trainer.model.packing_check import (
     MOST_ROUNDING,
@@ -29,7 +28,9 @@ _ADVICE = "set parallel.sequence=1, or take another model"
 
 
 @torch.no_grad()
-def prove_slices(sft: SftModel, proof: Proof, *, size: int, seq_len: int, seed: int) -> float:
+def prove_slices(
+    sft: SftModel, proof: Proof, *, size: int, zigzag: bool = False, seq_len: int, seed: int
+) -> float:
     """Compare each rank's slice of the packing check's sequence with the whole, run on this rank.
 
     Every rank calls it. Returns the largest relative difference.
@@ -37,22 +38,22 @@ def prove_slices(sft: SftModel, proof: Proof, *, size: int, seq_len: int, seed: 
     Args:
         proof: of packing.
         size: ranks that share a sequence.
+        zigzag: how it is cut; see datatypes.slice_pieces.
 
     Raises:
         BadInput: the model is one that cannot be cut, or a layer differs.
     """
     config = sft.model.config.get_text_config()
-    refused = _refusal(sft, proof, config)
+    refused = _refusal(sft, proof)
     if refused:
         raise BadInput(f"parallel.sequence: {refused}; {_ADVICE}")
     training = sft.training
     sft.eval()
     whole = pack_documents(random_documents(config, seq_len, seed))
-    index = dist.rank() % size
-    start, stop = slice_borders(whole.lengths, size)[index : index + 2]
-    compared = list(range(start, min(stop, start + COMPARED_TOKENS)))
-    exact, loss = _run(sft, whole, compared)
-    ours, part = _run(sft, whole.cut(index, size), [i - start for i in compared])
+    own = whole.cut(dist.rank() % size, size, zigzag)
+    place = own.own_tokens(torch.arange(len(whole.input_ids)))[:COMPARED_TOKENS].tolist()
+    exact, loss = _run(sft, whole, place)
+    ours, part = _run(sft, own, list(range(len(place))))
     sft.train(training)
     off = [
         max(relative_difference(x[half], y[half]) for half in (slice(AFTER_CUT), slice(None)))
@@ -63,7 +64,7 @@ def prove_slices(sft: SftModel, proof: Proof, *, size: int, seq_len: int, seed: 
     return _require_close(sft, dist.gather(off), abs(total - loss) / max(1.0, abs(loss)))
 
 
-def _refusal(sft: SftModel, proof: Proof, config: object) -> str | None:
+def _refusal(sft: SftModel, proof: Proof) -> str | None:
     """Return why the model cannot be cut, as far as it is known before it is run."""
     if sft.is_random:
         return (
@@ -74,8 +75,6 @@ def _refusal(sft: SftModel, proof: Proof, config: object) -> str | None:
         return f"{proof.by_document[0]} carries a state from token to token"
     if proof.by_itself:
         return "the model attends by its own code, which knows whole documents only"
-    if rotary.depends_on_length(config):
-        return "the rotary table of a document depends on its length, which a slice does not show"
     return None
 
 

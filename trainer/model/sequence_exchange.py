@@ -7,6 +7,9 @@ slice of what attention over the whole sequence gives.
               tokens of all heads (Jacobs et al., 2023, arXiv:2309.14509). Slices may be uneven.
     gather    a rank gets the keys and values that its own queries see, of its documents and, in a
               layer with a window, of that
+    ring      keys and values go round, so that a rank holds a step's and the next's only
+              (ring_attention.py). The slices are balanced: see datatypes.slice_pieces. A layer with
+              a window gathers
 
 Gradients take the same way back. DeepSpeed is not told: each rank's loss is of its own tokens, and
 gradients sum over all ranks as ever (C2).
@@ -18,16 +21,17 @@ head size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from itertools import pairwise
-from typing import Any
+from collections.abc import Callable, Sequence
+from itertools import accumulate, chain
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as td
 from torch.autograd.function import once_differentiable
 
-from packhorse.trainer.datatypes import BadInput, first_key
+from packhorse.trainer.datatypes import BadInput, Ranges, first_key
 from packhorse.trainer.model.attention_kernels import Arguments, Slices
+from packhorse.trainer.model.ring_attention import attend_in_ring
 
 Kernel = Callable[..., torch.Tensor]
 
@@ -47,9 +51,11 @@ def attend_in_slices(
     Raises:
         BadInput: `ulysses` is asked for, and the query heads do not divide among the ranks.
     """
-    slices, heads = arguments.bounds.slices, query.shape[1]
+    slices, heads, window = arguments.bounds.slices, query.shape[1], arguments.window
     assert slices is not None, "the sequence lies on one rank"
-    by_heads = takes_heads(slices.kind, heads, slices.number, arguments.window, slices.borders[-1])
+    if goes_round(slices.kind, arguments.bounds.lengths, window):
+        return attend_in_ring(kernel, layer, query, key, value, arguments)
+    by_heads = takes_heads(slices.kind, heads, slices.number, window, sum(slices.tokens))
     if by_heads and heads % slices.number:
         raise BadInput(
             f"parallel.sequence_kind: {layer} has {heads} query heads, which do not "
@@ -70,6 +76,16 @@ def takes_heads(kind: str | None, heads: int, ranks: int, window: int | None, to
     if kind is not None:
         return kind == "ulysses"
     return heads % ranks == 0 and not (window and window <= total // ranks)
+
+
+def goes_round(kind: str | None, lengths: Sequence[int], window: int | None) -> bool:
+    """Return whether a layer's keys go round: `ring` gathers the few that a window needs."""
+    return kind == "ring" and not (window and window < max(lengths))
+
+
+def seen_keys(lengths: Sequence[int], pieces: Ranges, window: int | None) -> Ranges:
+    """Return the keys that a rank's queries see, a range for each of its pieces."""
+    return tuple((first_key(lengths, start, window), stop) for start, stop in pieces)
 
 
 def _attend_by_heads(
@@ -105,12 +121,11 @@ def _attend_by_queries(
     slices: Slices,
 ) -> torch.Tensor:
     """Attend with all heads for the own tokens, over the keys that they see."""
-    bounds, borders = arguments.bounds, slices.borders
-    window, lengths = arguments.window, bounds.lengths
-    seen = [(first_key(lengths, start, window), stop) for start, stop in pairwise(borders)]
+    bounds, own = arguments.bounds, slices.index
+    seen = [seen_keys(bounds.lengths, pieces, arguments.window) for pieces in slices.pieces]
     keys, values = (_Collect.apply(x, slices, seen) for x in (key, value))
-    own, (first, stop) = borders[slices.index], seen[slices.index]
-    queries, of_keys = bounds.of_slice(own, stop, first)
+    firsts = [first for first, _ in seen[own]]
+    queries, of_keys = bounds.of_pieces(slices.pieces[own], firsts)
     arguments = arguments._replace(bounds=of_keys, queries=queries)
     return kernel(layer, query, keys, values, arguments)
 
@@ -132,7 +147,7 @@ class _Exchange(torch.autograd.Function):
 
 def _heads_to_tokens(x: torch.Tensor, slices: Slices) -> torch.Tensor:
     heads, size = x.shape[1] // slices.number, x.shape[3]
-    lengths = [stop - start for start, stop in pairwise(slices.borders)]
+    lengths = slices.tokens
     received = [heads * length * size for length in lengths]
     sent = [received[slices.index]] * slices.number
     parts = _all_to_all(x.reshape(-1), sent, received, slices).split(received)
@@ -142,7 +157,7 @@ def _heads_to_tokens(x: torch.Tensor, slices: Slices) -> torch.Tensor:
 
 def _tokens_to_heads(x: torch.Tensor, slices: Slices) -> torch.Tensor:
     heads, size = x.shape[1], x.shape[3]
-    lengths = [stop - start for start, stop in pairwise(slices.borders)]
+    lengths = slices.tokens
     sent = [heads * length * size for length in lengths]
     received = [sent[slices.index]] * slices.number
     flat = torch.cat([part.reshape(-1) for part in x[0].split(lengths, dim=1)])
@@ -150,47 +165,67 @@ def _tokens_to_heads(x: torch.Tensor, slices: Slices) -> torch.Tensor:
     return mine.view(1, slices.number * heads, lengths[slices.index], size)
 
 
-class _Collect(torch.autograd.Function):
-    """Collect the tokens [first, stop) of all slices, (1, h, t, E) -> (1, h, stop - first, E).
+class _Part(NamedTuple):
+    """Tokens that a rank has and another wants."""
 
-    `wanted` has first and stop of each rank, which are those that its queries see.
-    """
+    number: int  # of the range that is wanted
+    start: int  # in the packed sequence
+    place: int  # among the tokens of the rank that has them
+    tokens: int
+
+
+def shared_parts(held: Ranges, wanted: Ranges) -> list[_Part]:
+    """Return what a rank's tokens and the ranges that another wants have in common."""
+    places = [0, *accumulate(stop - start for start, stop in held)]
+    return [
+        _Part(number, start, place + start - begin, stop - start)
+        for number, (first, last) in enumerate(wanted)
+        for (begin, end), place in zip(held, places, strict=False)
+        if (start := max(begin, first)) < (stop := min(end, last))
+    ]
+
+
+class _Collect(torch.autograd.Function):
+    """Collect the ranges of tokens that each rank wants, (1, h, t, E) -> (1, h, wanted ones, E)."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, slices: Slices, wanted: list[tuple[int, int]]
+        ctx: Any, x: torch.Tensor, slices: Slices, wanted: Sequence[Ranges]
     ) -> torch.Tensor:
-        start, heads, size = slices.borders[slices.index], x.shape[1], x.shape[3]
-        own = list(pairwise(slices.borders))
-        sent = [_overlap(own[slices.index], range_) for range_ in wanted]
-        received = [_overlap(slice_, wanted[slices.index]) for slice_ in own]
+        heads, size, own = x.shape[1], x.shape[3], slices.index
+        sent = [shared_parts(slices.pieces[own], of_rank) for of_rank in wanted]
+        received = [shared_parts(pieces, wanted[own]) for pieces in slices.pieces]
         ctx.slices, ctx.sent, ctx.received, ctx.shape = slices, sent, received, x.shape
-        flat = torch.cat([x[0, :, a - start : b - start].reshape(-1) for a, b in sent])
-        out, into = ([(b - a) * heads * size for a, b in parts] for parts in (sent, received))
-        parts = _all_to_all(flat, out, into, slices).split(into)
-        return torch.cat([part.view(heads, -1, size) for part in parts if len(part)], 1)[None]
+        flat = [x[0, :, p.place : p.place + p.tokens].reshape(-1) for parts in sent for p in parts]
+        out, into = (_elements(ranks, heads * size) for ranks in (sent, received))
+        came = _all_to_all(torch.cat(flat), out, into, slices)
+        given = list(chain(*received))
+        parts = came.split([heads * size * part.tokens for part in given])
+        ordered = sorted(zip(given, parts, strict=True), key=lambda pair: pair[0])
+        return torch.cat([part.view(heads, -1, size) for _, part in ordered], 1)[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         slices, (_, heads, _, size) = ctx.slices, ctx.shape
-        out, into = ([b - a for a, b in parts] for parts in (ctx.received, ctx.sent))
-        flat = torch.cat([part.reshape(-1) for part in grad[0].split(out, dim=1)])
-        out, into = ([n * heads * size for n in lengths] for lengths in (out, into))
-        parts = _all_to_all(flat, out, into, slices).split(into)
+        ordered = sorted(chain(*ctx.received))
+        of_part = dict(zip(ordered, grad[0].split([p.tokens for p in ordered], 1), strict=True))
+        flat = torch.cat([of_part[part].reshape(-1) for part in chain(*ctx.received)])
+        out, into = (_elements(ranks, heads * size) for ranks in (ctx.received, ctx.sent))
+        given = list(chain(*ctx.sent))
+        came = _all_to_all(flat, out, into, slices)
+        parts = came.split([heads * size * part.tokens for part in given])
         # in fp32, as many ranks may have a part in it
         total = torch.zeros(ctx.shape[1:], dtype=torch.float32, device=grad.device)
         total = total.to(torch.promote_types(total.dtype, grad.dtype))
-        start = slices.borders[slices.index]
-        for part, (a, b) in zip(parts, ctx.sent, strict=True):
-            total[:, a - start : b - start] += part.view(heads, b - a, size)
+        for part, received in zip(given, parts, strict=True):
+            total[:, part.place : part.place + part.tokens] += received.view(heads, -1, size)
         return total.to(grad.dtype)[None], None, None
 
 
-def _overlap(a: tuple[int, int], b: tuple[int, int]) -> tuple[int, int]:
-    """Return what two ranges share; where that is nothing, an empty range inside the first."""
-    first = min(max(a[0], b[0]), a[1])
-    return first, max(first, min(a[1], b[1]))
+def _elements(ranks: list[list[_Part]], width: int) -> list[int]:
+    """Return the elements of each rank's parts, of `width` a token."""
+    return [width * sum(part.tokens for part in parts) for parts in ranks]
 
 
 def _all_to_all(

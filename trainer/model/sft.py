@@ -20,7 +20,7 @@ from torch import nn
 
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import LossSection
-from packhorse.trainer.datatypes import BadInput, Batch, slice_borders
+from packhorse.trainer.datatypes import BadInput, Batch
 from packhorse.trainer.model import attention
 from packhorse.trainer.model.activation_offload import host_memory
 from packhorse.trainer.model.attention import SequenceGroup, found_by_all, keyword_arguments
@@ -109,7 +109,8 @@ class SftModel(nn.Module):
             transform=self.transform,
         )
         total = self.model.get_output_embeddings()(hidden_NH, loss=loss)
-        return total + router(out.router_logits, batch) if router else total
+        group = self._group and self._group.process_group
+        return total + router(out.router_logits, batch, group) if router else total
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return what the model hands to its head, (T, H)."""
@@ -173,10 +174,13 @@ class SftModel(nn.Module):
         if not self.training or self._alpha == 0.0 or batch is None:
             return None  # which leaves the module's output as it is
         keys, lengths, width = batch.document_keys, batch.lengths, embedded.shape[-1]
-        start, stop = slice_borders(lengths, batch.slice[1])[batch.slice[0] :][:2]
-        place = (embedded.device, range(start, stop))
-        noise = document_noise(self._seed, keys, lengths, width, self._alpha, *place)
-        return embedded + noise.to(embedded.dtype)
+        of_pieces = [
+            document_noise(
+                self._seed, keys, lengths, width, self._alpha, embedded.device, range(*piece)
+            )
+            for piece in batch.pieces
+        ]
+        return embedded + torch.cat(of_pieces).to(embedded.dtype)
 
 
 def _loss_or_logits(plain_forward: Any) -> Any:

@@ -23,6 +23,7 @@ from packhorse.trainer.utils.child_process import Child, start_child
 from packhorse.trainer.utils.text import error_line
 
 LIMIT_BYTES = 4 << 30  # of memory that a call may take beyond what the helper takes at its start
+TICK_S = 0.1  # of processor time
 
 T = TypeVar("T")
 
@@ -79,47 +80,62 @@ def bounded(
     raise Failed(f"its process ended with exit code {exit_code}")
 
 
-@contextmanager
-def interrupted_after(limit_s: float) -> Iterator[None]:
-    """Raise TooLong inside the block once it has taken `limit_s` of processor time.
+class interrupted_after:  # noqa: N801  used as a function
+    """Raise TooLong inside the block once it has taken `limit_s` of processor time, or TICK_S more.
 
     Python looks for signals between its own instructions and within a regular expression. So this
     ends a template's loops and an expression that backtracks for ever, and costs no helper process.
     Only a main thread gets signals: in another one, the block has no limit.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
-    with many_interruptions():
-        # again and again, as code may swallow the first
-        signal.setitimer(signal.ITIMER_VIRTUAL, limit_s, 0.1)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+
+    def __enter__(self) -> None:
+        global _left_s
+        self._is_main = threading.current_thread() is threading.main_thread()
+        self._timer = None if _is_ticking or not self._is_main else many_interruptions()
+        if self._timer:
+            self._timer.__enter__()
+        if self._is_main:
+            self._outer_s, _left_s = _left_s, self._limit_s
+
+    def __exit__(self, *error: Any) -> None:
+        global _left_s
+        if self._is_main:
+            _left_s = self._outer_s
+        if self._timer:
+            self._timer.__exit__(*error)
 
 
 @contextmanager
 def many_interruptions() -> Iterator[None]:
-    """Prepare for many short blocks of `interrupted_after`, each of which costs less in here."""
-    global _is_prepared
-    if _is_prepared or threading.current_thread() is not threading.main_thread():
+    """Keep one timer for many short blocks of `interrupted_after`, which then cost no system call:
+    a row takes hardly longer to render than the calls for a timer of its own."""
+    global _is_ticking
+    if _is_ticking or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before, _is_prepared = signal.signal(signal.SIGVTALRM, _interrupt), True
+    before, _is_ticking = signal.signal(signal.SIGVTALRM, _tick), True
+    signal.setitimer(signal.ITIMER_VIRTUAL, TICK_S, TICK_S)
     try:
         yield
     finally:
-        _is_prepared = False
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+        _is_ticking = False
         signal.signal(signal.SIGVTALRM, before)
 
 
-def _interrupt(*_: object) -> None:
-    raise TooLong
+def _tick(*_: object) -> None:
+    global _left_s
+    if _left_s is not None:
+        _left_s -= TICK_S
+        if _left_s < 0:  # and again at each tick, as code may swallow the first
+            raise TooLong
 
 
-_is_prepared = False
+_is_ticking = False
+_left_s: float | None = None  # of the block that the main thread is in
 _helper: Child | None = None
 _lock = threading.Lock()
 
