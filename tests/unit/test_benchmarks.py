@@ -42,7 +42,7 @@ def test_the_longest_sequence_is_found_by_doubling() -> None:
     *fitted, end = found
     tokens = [line["tokens"] for line in found]
     assert tokens == [256 * 2**n for n in range(len(found))]
-    assert all(line["peak_gib"] <= 10 / 1024 and line["seconds"] > 0 for line in fitted)
+    assert all(line["peak_gib"] <= 0.01 and line["seconds"] > 0 for line in fitted)
     assert end == {"tokens": tokens[-1], "ended": "out of memory"}
     assert list(gpu_longest.lengths(True, budget_s=0))[-1]["ended"] == "no time left"
 
