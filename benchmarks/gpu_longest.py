@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -150,20 +149,6 @@ def _step(module: Any, batch: Any, device: Any, limit: int | None) -> int:
     if limit is not None and peak > limit:
         raise torch.OutOfMemoryError(f"{peak} of {limit} bytes")
     return peak
-
-
-def table_row(tiny: bool, left_s: float, environment: dict[str, str]) -> list[str]:
-    """Run it in a process of its own; return a line of gpu.py's table."""
-    command = [sys.executable, __file__, f"--budget-s={min(90.0, left_s)}"]
-    command += ["--tiny", "--limit-mib=20"] if tiny else []
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
-    lines = [json.loads(text) for text in done.stdout.splitlines() if text.startswith("{")]
-    fitted = [line for line in lines if "seconds" in line]
-    if done.returncode or not fitted:
-        return ["8B", "packhorse, LoRA, longest sequence", "failed", "", "", ""]
-    best, end = fitted[-1], lines[-1]
-    what = f"packhorse, LoRA: {best['tokens']:,} tokens fit; {end['tokens']:,}: {end['ended']}"
-    return ["8B", what, f"{best['tokens'] / best['seconds']:,.0f}", "", "", f"{best['peak_gib']}"]
 
 
 if __name__ == "__main__":
