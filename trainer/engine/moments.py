@@ -97,8 +97,8 @@ class Piecewise(torch.optim.AdamW):
 
 
 def is_offloaded(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the optimizer is the one that keeps its state in the host's memory."""
-    return type(optimizer).__name__ == "DeepSpeedCPUAdam"
+    """Return whether the optimizer is one that keeps its state in the host's memory."""
+    return type(optimizer).__name__ in ("DeepSpeedCPUAdam", "StreamedAdamW")
 
 
 def moment_bytes(groups: Iterable[Mapping[str, Any]]) -> int:
@@ -141,7 +141,7 @@ def moments_of(
         if name not in state:  # as before the first update, or SGD's without momentum
             state[name] = torch.zeros_like(master)
     if updates is not None and kind == "adamw":
-        # torch's fused AdamW wants the counter as a tensor beside the weight, DeepSpeed's a number
+        # torch's fused AdamW wants the counter as a tensor beside the weight, the others a number
         as_tensor = not is_offloaded(optimizer)
         count = torch.tensor(float(updates), device=master.device)
         state["step"] = count if as_tensor else updates

@@ -15,10 +15,11 @@ import torch
 from packhorse.trainer.config.recipe import OptimSection
 from packhorse.trainer.engine.adafactor import Adafactor
 from packhorse.trainer.engine.adamw_8bit import AdamW8bit
-from packhorse.trainer.engine.ds_config import offload_device
+from packhorse.trainer.engine.ds_config import offload_device, streams_optimizer
 from packhorse.trainer.engine.moments import moments_of
 from packhorse.trainer.engine.muon import Muon
 from packhorse.trainer.engine.optim import set_learning_rates
+from packhorse.trainer.engine.streamed_adamw import StreamedAdamW
 
 PIECEWISE = {"muon": Muon, "adafactor": Adafactor, "adamw_8bit": AdamW8bit}
 
@@ -44,6 +45,8 @@ def build_optimizer(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         optimizer = DeepSpeedCPUAdam(groups, adamw_mode=True, **adam)
+    elif streams_optimizer(config):
+        optimizer = StreamedAdamW(groups, fused=True, **adam)
     else:
         optimizer = torch.optim.AdamW(groups, fused=True, **adam)
     set_learning_rates(optimizer, section.lr)
