@@ -77,9 +77,7 @@ docs: install  ## the site of docs/, in build/site; a broken link stops it
 lock: install  ## write docker/requirements/, the image's packages with hashes; needs the package index
 	$(BIN)/python docker/lock.py
 
-gpu-check: install  ## kernels against their references, and the GPU benchmark; 8 minutes
-	$(BIN)/python -m pytest -m gpu
-	$(BIN)/python benchmarks/gpu_parts.py --out benchmarks/results/gpu_parts.jsonl
+gpu-check: install  ## where a GPU's time goes, beside TRL; its kernels' tests; 8 minutes
 	$(BIN)/python benchmarks/gpu.py
 
 clean:  ## remove .venv and the tools' caches

@@ -326,70 +326,58 @@ def measure(folder: Path, rounds: int) -> str:
     )
 
 
-def report(
-    saved: dict[str, Any],
-    ours: int,
-    theirs: int,
-    moves: list[tuple[str, dict[str, Any]]],
-    converted: dict[str, float],
-    loads: list[tuple[str, dict[str, Any]]],
-    rounds: int,
-) -> str:
-    state = saved["state"]
+Moves = list[tuple[str, dict[str, Any]]]  # what was resumed from and to, and what was seen
 
-    def rate(bytes_read: float, spent_s: float) -> str:
-        return f"{bytes_read / MIB / spent_s:.0f}"
 
-    def save_row(name: str, key: str, written: int) -> list[str]:
+def saves_table(saved: dict[str, Any], ours: int, theirs: int) -> str:
+    def row(name: str, key: str, written: int) -> list[str]:
         return [name, spread(saved[key], "{:.2f}"), f"{written / GIB:.2f}"]
 
-    saves = table(
+    return table(
         ["save", "taken from training, s", "written, GiB"],
         [
-            save_row("packhorse, beside training", "asynchronous", ours),
-            save_row("... of which training stands still", "call", ours),
-            save_row("packhorse, while training waits", "synchronous", ours),
-            save_row("DeepSpeed's save_checkpoint", "deepspeed", theirs),
+            row("packhorse, beside training", "asynchronous", ours),
+            row("... of which training stands still", "call", ours),
+            row("packhorse, while training waits", "synchronous", ours),
+            row("DeepSpeed's save_checkpoint", "deepspeed", theirs),
         ],
     )
-    resumes = [
-        [
-            f"packhorse, {move}",
-            f"{found['find'] + found['restore']:.1f}",
-            f"{found['find']:.1f} + {found['restore']:.1f}",
-            rate(state, found["find"] + found["restore"]),
-            f"{found['asked'] / state:.2f}",
-            f"{found['disk'] / state:.2f}",
-            "0",
-        ]
+
+
+def resumes_table(moves: Moves, converted: dict[str, float], loads: Moves, state: float) -> str:
+    """Return the resumes of packhorse and of DeepSpeed, of a training state of so many bytes."""
+    head = ["resume", "s", "parts, s", "state, MiB/s"]
+    head += ["asked for / state", "from disk / state", "written / state"]
+
+    def row(name: str, parts: tuple[float, float], asked: float, *rest: str) -> list[str]:
+        seconds = sum(parts)
+        spent = [f"{seconds:.1f}", f"{parts[0]:.1f} + {parts[1]:.1f}"]
+        return [name, *spent, f"{state / MIB / seconds:.0f}", f"{asked / state:.2f}", *rest]
+
+    ours = [
+        row(
+            *(f"packhorse, {move}", (found["find"], found["restore"]), found["asked"]),
+            *(f"{found['disk'] / state:.2f}", "0"),
+        )
         for move, found in moves
     ]
     stock = [
-        [
-            f"DeepSpeed, {move}",
-            f"{converted['seconds'] + found['load']:.1f}",
-            f"{converted['seconds']:.1f} + {found['load']:.1f}",
-            rate(state, converted["seconds"] + found["load"]),
-            f"{(converted['read'] + found['asked']) / state:.2f}",
-            "",
-            f"{converted['written'] / state:.2f}",
-        ]
+        row(
+            *(f"DeepSpeed, {move}", (converted["seconds"], found["load"])),
+            *(converted["read"] + found["asked"], "", f"{converted['written'] / state:.2f}"),
+        )
         for move, found in loads
     ]
-    head = [
-        "resume",
-        "s",
-        "parts, s",
-        "state, MiB/s",
-        "asked for / state",
-        "from disk / state",
-        "written / state",
-    ]
+    return table(head, [*ours, *stock])
+
+
+def sizes_table(moves: Moves, converted: dict[str, float], loads: Moves, state: float) -> str:
+    """Return what larger models would take, by arithmetic."""
     ours_s = statistics.median(found["find"] + found["restore"] for _, found in moves) / state
     theirs_s = converted["seconds"] / state
     # the conversion's reads, and those of a load by 64 ranks
     reads = converted["read"] / state + 64 * loads[0][1]["asked"] / state
-    sizes = [
+    rows = [
         [
             name,
             f"{billions * BYTES_A_PARAMETER:,.0f}",
@@ -401,15 +389,21 @@ def report(
         ]
         for name, billions in (("1B", 1), ("70B", 70), ("405B", 405))
     ]
-    size_head = [
-        "model",
-        "state, GB",
-        "packhorse reads, TB",
-        "minutes",
-        "DeepSpeed reads, TB",
-        "writes, TB",
-        "minutes",
-    ]
+    head = ["model", "state, GB", "packhorse reads, TB", "minutes"]
+    return table([*head, "DeepSpeed reads, TB", "writes, TB", "minutes"], rows)
+
+
+def report(
+    saved: dict[str, Any],
+    ours: int,
+    theirs: int,
+    moves: Moves,
+    converted: dict[str, float],
+    loads: Moves,
+    rounds: int,
+) -> str:
+    state = saved["state"]
+    resumes = (moves, converted, loads, state)
     return f"""# What a checkpoint costs, on CPU
 
 `{" ".join(["python", "benchmarks/checkpoint.py", *sys.argv[1:]])}`
@@ -421,20 +415,20 @@ SmolLM2-135M's shape, random weights, bf16 with fp32 masters, ZeRO-3, {WORLD} ra
 {state / GIB:.2f} GiB of state. A step of 256 tokens a rank takes
 {spread(saved["step"], "{:.2f}")} s. {rounds} rounds, median (lowest to highest).
 
-{saves}
+{saves_table(saved, ours, theirs)}
 
 Taken from training: the save's own call, and what {STEPS_BESIDE} steps beside it take longer than
 alone. The writer shares the ranks' cores here: beside a GPU it would not. packhorse brings every
 byte to the disk (fsync) and hashes it twice (checksum, digest); DeepSpeed leaves it in the page
 cache.
 
-{table(head, [*resumes, *stock])}
+{resumes_table(*resumes)}
 
 All ranks together, files not in the page cache before, building the engine left out. packhorse:
 the pass over the checksums + reading, with the digests compared. Asked for: bytes of the checksum
 pass and of the slices that are filled; what comes from the disk is less, as the second reading
 finds the first one's pages. DeepSpeed: the conversion
-(ds_to_universal, {rate(state, converted["seconds"])} MiB/s; it read
+(ds_to_universal, {state / MIB / converted["seconds"]:.0f} MiB/s; it read
 {converted["read"] / GIB:.2f} GiB and wrote {converted["written"] / GIB:.2f} GiB) + the load; bytes
 of its read and write calls.
 
@@ -444,7 +438,7 @@ of its read and write calls.
 minutes at this machine's speed, of all of packhorse's resume and of DeepSpeed's conversion alone. A
 cluster's ranks share the work of a resume; the conversion runs on one node.
 
-{table(size_head, sizes)}
+{sizes_table(*resumes)}
 """
 
 

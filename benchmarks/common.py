@@ -19,6 +19,8 @@ import statistics
 import subprocess
 import sys
 import time
+from bisect import bisect_left
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
@@ -34,12 +36,16 @@ GIB = 2**30
 def write_result(out: Path, text: str) -> None:
     """Print a result and write it to `out`, unless that is another file than an earlier result."""
     print(f"\n{text}")
+    save_result(out, text)
+    print(f"written to {out}")
+
+
+def save_result(out: Path, text: str) -> None:
     title = text.splitlines()[0]
     if out.exists() and not out.read_text(errors="replace").startswith(f"{title}\n"):
         sys.exit(f"{out}: exists, and is no result of this benchmark; it is left as it is")
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(text)
-    print(f"written to {out}")
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,8 @@ class Job:
     # of accumulation, in the loop and in packhorse; their master weights are fp32 always
     grad_dtype: str = "float32"
     deepspeed: str = "zero1"  # packhorse's template
+    matmul: str = "bf16"  # packhorse's
+    profile_step: int = 0  # that packhorse profiles; 0: none
     trl: dict[str, object] = field(
         default_factory=dict
     )  # SFTConfig as it is given to TRL, over the job's own
@@ -77,8 +85,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Run:
-    """One arm, run once. `lines[i]` landed at `arrived_s[i]`; the first `skip` steps warm up and
-    are not timed.
+    """One arm, run once. `lines[i]` landed at `arrived_s[i]`; the first `skip` steps warm up, and
+    neither they nor the last `after` steps are timed.
     """
 
     lines: list[dict[str, float]]
@@ -86,14 +94,27 @@ class Run:
     skip: int
     peak_rss_gib: float  # of the largest process
     peak_gpu_gib: float  # of the whole card, caches included; 0 without one
+    after: int = 0
+    compiled: frozenset[int] = frozenset()  # numbers of the steps in which kernels were compiled
+
+    @property
+    def kept(self) -> list[int]:
+        """The numbers of the timed steps."""
+        timed = range(self.skip, len(self.lines) - self.after)
+        return [i for i in timed if i not in self.compiled]
+
+    @property
+    def thrown_out(self) -> int:
+        """How many steps would be timed, had they not compiled anything."""
+        return len(self.lines) - self.after - self.skip - len(self.kept)
 
     @property
     def seconds(self) -> float:
-        return self.arrived_s[-1] - self.arrived_s[self.skip - 1]
+        return sum(self.arrived_s[i] - self.arrived_s[i - 1] for i in self.kept)
 
     def rate(self, key: str) -> float:
         """Units of `key` (`tokens` or `train/trained_tokens`) a second over the timed steps."""
-        return sum(line[key] for line in self.lines[self.skip :]) / self.seconds
+        return sum(self.lines[i][key] for i in self.kept) / self.seconds
 
     @property
     def losses(self) -> list[float]:
@@ -109,6 +130,7 @@ def packhorse_command(job: Job, folder: Path, cache: Path) -> tuple[list[str], P
             "init": job.init,
             "dtype": job.dtype,
             "activation_checkpointing": job.activation_checkpointing,
+            "matmul": job.matmul,
         },
         "data": {"train": [{"path": job.source}], "train_on": "completion", "cache": str(cache)},
         "batch": {
@@ -124,7 +146,10 @@ def packhorse_command(job: Job, folder: Path, cache: Path) -> tuple[list[str], P
         },
         "train": {"steps": job.steps, "seed": job.seed},
         "parallel": {"deepspeed": job.deepspeed, "grad_dtype": job.grad_dtype},
-        "run": {"dir": str(run)},
+        "run": {
+            "dir": str(run),
+            "profile_steps": [job.profile_step] * 2 if job.profile_step else None,
+        },
     }
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(recipe, indent=2))  # JSON is YAML
@@ -159,9 +184,15 @@ def run_arm(
     skip: int,
     steps: int,
     limit_s: float,
+    after: int = 0,
+    compiled_in: Sequence[str] = (),
 ) -> Run:
     """Run `command` until `steps` lines have landed in `metrics`, noting when each did (to POLL_S),
     and end it.
+
+    Args:
+        after: the last steps, which are not timed.
+        compiled_in: folders in which a new file tells that a kernel was compiled.
 
     What an arm does after its last step (saving, a model card) is not compared and not waited for.
 
@@ -169,9 +200,8 @@ def run_arm(
         ArmFailed: it ended before its last line, or ran past `limit_s`.
     """
     arrived_s: list[float] = []
-    peak_rss_gib = peak_gpu_gib = looked_s = 0.0
-    started_s = time.monotonic()
-    log = folder / "log"
+    peaks_gib, looked_s = (0.0, 0.0), 0.0
+    started_s, log = time.time(), folder / "log"  # not monotonic: files have such times
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=out, env={**os.environ, **env}, cwd=ROOT
@@ -179,14 +209,13 @@ def run_arm(
     try:
         while len(arrived_s) < steps:
             ended = process.poll() is not None
-            now_s = time.monotonic()
+            now_s = time.time()
             landed = metrics.read_text().count('"train/loss"') if metrics.exists() else 0
             arrived_s += [now_s] * (landed - len(arrived_s))
             if now_s - looked_s > LOOK_S or landed >= steps:
-                peak_rss_gib, looked_s = max(peak_rss_gib, peak_rss(process.pid)), now_s
-                peak_gpu_gib = max(
-                    peak_gpu_gib, gpu_used_gib() if env.get("CUDA_VISIBLE_DEVICES") else 0.0
-                )
+                used = gpu_used_gib() if env.get("CUDA_VISIBLE_DEVICES") else 0.0
+                seen = (peak_rss(process.pid), used)
+                peaks_gib, looked_s = tuple(map(max, peaks_gib, seen)), now_s
             if landed < steps and (ended or now_s - started_s > limit_s):
                 why = (
                     f"exit code {process.returncode}"
@@ -198,14 +227,27 @@ def run_arm(
                 )
             time.sleep(POLL_S)
     finally:
-        for pid in family(process.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-    lines = [
-        json.loads(text) for text in metrics.read_text().splitlines() if '"train/loss"' in text
-    ]
-    return Run([with_tokens(line) for line in lines], arrived_s, skip, peak_rss_gib, peak_gpu_gib)
+        end_family(process)
+    texts = [text for text in metrics.read_text().splitlines() if '"train/loss"' in text]
+    lines = [with_tokens(json.loads(text)) for text in texts]
+    return Run(lines, arrived_s, skip, *peaks_gib, after, compiling_steps(arrived_s, compiled_in))
+
+
+def compiling_steps(arrived_s: Sequence[float], folders: Sequence[str]) -> frozenset[int]:
+    """Return the numbers of the steps in whose time a file was written below these folders.
+
+    Args:
+        arrived_s: the end of each step.
+    """
+    files = (path for folder in folders for path in Path(folder).rglob("*") if path.is_file())
+    return frozenset(bisect_left(arrived_s, path.stat().st_mtime) for path in files)
+
+
+def end_family(process: subprocess.Popen[bytes]) -> None:
+    for pid in family(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def family(pid: int) -> list[int]:
@@ -277,9 +319,17 @@ def machine(packages: tuple[str, ...]) -> str:
     ]
     flags = "with" if "avx512_bf16" in cpu else "without"
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
-    found = ", ".join(f"{name} {metadata.version(name)}" for name in packages)
+    found = ", ".join(f"{name} {installed(name)}" for name in packages)
     name, cores = names[0] if names else platform.machine(), len(os.sched_getaffinity(0))
     return (
         f"- {name} ({flags} AVX-512 bf16), {cores} cores, {memory_gib:.0f} GiB\n"
         f"- Python {platform.python_version()}, {found}"
     )
+
+
+def installed(package: str) -> str:
+    """Return a package's version, or that it is missing."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "missing"

@@ -1,49 +1,54 @@
-"""One CUDA card: packhorse, TRL with Liger and a bare loop on 1.5B- and 8B-shaped random models,
-rows of 8192.
+"""One call of 8 minutes on a card of 80 GiB or more: where packhorse stands, and what costs it.
 
-    python benchmarks/gpu.py [--only 8B] [--rounds 1] [--budget-s 440]
-    python benchmarks/gpu.py --tiny                                          (CPU, a dry run)
+    make gpu-check                                 (or: python benchmarks/gpu.py [--only 1.5B])
+    python benchmarks/gpu.py --tiny                (CPU, a dry run)
 
-Shapes of Qwen2.5-1.5B and Llama-3.1-8B, weights random, rows packed from random documents: speed
-does not depend on what they say. Reports real tokens per second (clock and counts as in common.py),
-MFU and the card's peak memory; writes benchmarks/results/gpu_CARD.md. MFU counts what the model
-needs: 6 FLOPs a weight and token, the head at trained positions, attention over causal pairs within
-documents; recomputation is not counted. Alike for every arm.
+One stage after the other, until the time is up; what has no time left is named:
+  parts  gpu_parts.py: products, each attention kernel, a layer by its kernels, the loss; 60 s
+  cases  packhorse, TRL with Liger and a bare loop on random models of gpu_cases.py, rows of 8192.
+         packhorse profiles one step more: its top kernels, the busy share, the host's waits
+  tests  pytest -m gpu
+  longest  gpu_longest.py: the longest sequence of an 8B shape with LoRA, by doubling; 90 s. Alone:
+         --stages longest
+benchmarks/results/gpu_check_CARD.md is written anew after each part and arm, as the machine may be
+taken away.
 
-Attention is torch's varlen kernel in all arms: it is handed to TRL too, which without flash-attn
-would build a mask of T x T. What fits where, on a card of 141 GB (weights W in billions, bf16 2 W,
-fp32 master and moments 12 W):
-  1.5B  packhorse ZeRO-1, gradients in fp32 (4 W): 18 W = 28 GB and activations, no recomputation.
-  8B    fp32 gradients would make 18 W = 145 GB: too much. Gradients accumulate in bf16 instead
-        (16 W = 128 GB), as the table states; ZeRO-3, since its update goes by sub-groups and never
-        holds all gradients in fp32. Optimizer offload would need 16 W = 128 GB of the host, which
-        has 128 GiB.
-  TRL   keeps weights, gradients and moments in bf16 (8 W): its fastest way, and a coarser update
-        than the others'.
+Weights are random, and rows are packed from random documents: speed does not depend on what they
+say. Tokens and clock are those of common.py. MFU counts what the model needs: 6 FLOPs a weight and
+token, the head at trained positions, attention over causal pairs within documents; recomputation is
+not counted. Alike for every arm.
 
-Needs torch >= 2.11 for CUDA and transformers >= 5.17 on the machine; no network. Wheels to bring
-where missing (built beforehand where the index has a source archive only): deepspeed (build it),
-hjson, liger-kernel, trl, datasets, dill, multiprocess, accelerate, pydantic, pydantic-core,
-annotated-types, typing-inspection, httpx2, httpcore2, truststore, rensa, jsonschema,
-jsonschema-specifications, referencing, rpds-py.
+Arms alternate (A B C, A B C, by --rounds), and each runs --warmup steps that are not timed. All
+share one folder of compiled kernels; a timed step in which a file appears there compiled something,
+and is thrown out. Attention: TRL and the loop take torch's varlen kernel (TRL without flash-attn
+would build a mask of T x T), packhorse the one that it measures as fastest.
+
+What fits where, on a card of 141 GB (weights W in billions, bf16 2 W, fp32 masters and moments
+12 W): 1.5B and the 8 layers of 8B keep gradients in fp32 (18 W in all) and recompute nothing. All
+of 8B accumulates in bf16 (16 W = 128 GB) at ZeRO-3, whose update never holds all gradients in fp32.
+TRL keeps weights, gradients and moments in bf16 (8 W): its fastest way, and a coarser update.
+
+Needs no network. What is missing is named, and costs the arms that need it.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import random
+import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
+import gpu_trace
 from common import (
     ROOT,
     ArmFailed,
@@ -53,125 +58,61 @@ from common import (
     machine,
     packhorse_command,
     run_arm,
-    spread,
+    save_result,
     table,
-    write_result,
 )
+from gpu_cases import CASES, TINY, Arm, Case
+from gpu_report import HEAD, table_row
 
 TOKENIZER = ROOT / "recipes" / "debug" / "model"
 VERSIONS = ("torch", "transformers", "trl", "liger-kernel", "deepspeed")
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312}  # dense bf16, as the maker states them
-LEAST_S = 45  # an arm is not started with less time left
-
-QWEN_1_5B = {
-    "model_type": "qwen2",
-    "architectures": ["Qwen2ForCausalLM"],
-    "hidden_size": 1536,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "intermediate_size": 8960,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 32768,
+WANTED = {
+    "liger_kernel": "pip install liger-kernel",
+    "trl": "pip install trl",
+    "flash_attn_interface": "flash-attn 3, docs/performance.md",
+    "flash_attn.cute": "pip install 'packhorse[flash-attn]'",
 }
-LLAMA_8B = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "vocab_size": 128256,
-    "tie_word_embeddings": False,
-    "max_position_embeddings": 131072,
-}
-TINY = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-TINY |= {"intermediate_size": 128, "vocab_size": 512}
+LEAST_S = 40  # nothing is started with less time left
+PARTS_S, LONGEST_S = 60, 90
+AFTER = 2  # steps after the timed ones: the profiled one, and one by whose line it is written
 
 
-@dataclass(frozen=True)
-class Arm:
-    """A line of the table: `program` is packhorse or an arm of arms.py; `fields` change the job."""
+@dataclass
+class Bench:
+    """What the stages share: options, a folder for their files, the time, and the report so far."""
 
-    program: str
-    label: str
-    fields: dict[str, Any]
+    options: argparse.Namespace
+    card: str
+    card_gib: float
+    work: Path
+    deadline_s: float
+    rows: dict[tuple[str, str], list[str]] = field(default_factory=dict)  # by case and arm
+    sections: dict[str, str] = field(default_factory=dict)  # of the report, by heading
 
+    def left_s(self) -> float:
+        return self.deadline_s - time.monotonic()
 
-@dataclass(frozen=True)
-class Case:
-    name: str
-    shape: dict[str, Any]
-    fields: dict[str, Any]  # of the job, for all its arms
-    arms: tuple[Arm, ...]
-
-
-TRL: dict[str, Any] = {
-    "bf16": False,
-    "gradient_checkpointing": False,
-}  # bf16 weights without autocast
-CASES = (
-    Case(
-        "1.5B",
-        QWEN_1_5B,
-        {"global_batch_size": 4},
-        (
-            Arm("packhorse", "packhorse, ZeRO-1", {"deepspeed": "zero1"}),
-            Arm("trl", "TRL + Liger, all in bf16", {"trl": TRL}),
-            Arm("loop", "bare loop", {}),
-        ),
-    ),
-    Case(
-        "8B",
-        LLAMA_8B,
-        {"global_batch_size": 2, "activation_checkpointing": "full", "grad_dtype": "bfloat16"},
-        (
-            Arm("packhorse", "packhorse, ZeRO-3", {"deepspeed": "zero3"}),
-            Arm("trl", "TRL + Liger, all in bf16", {"trl": TRL | {"gradient_checkpointing": True}}),
-            Arm("loop", "bare loop", {}),
-            Arm(
-                "trl",
-                "TRL + Liger, all in bf16, not recomputing",
-                {"activation_checkpointing": "none", "trl": TRL},
-            ),
-        ),
-    ),
-)
+    def write(self) -> None:
+        """Write the report as far as it is known."""
+        if self.options.out:
+            save_result(self.options.out, report(self))
 
 
 def main() -> None:
     options = parse()
-    card = "tiny" if options.tiny else card_name()
+    card, gib = ("tiny", 0.0) if options.tiny else read_card()
+    for module, how in WANTED.items():
+        if not is_found(module):
+            print(f"missing: {module} ({how})", flush=True)
+    options.out = options.out or (
+        None if options.tiny else Path(__file__).parent / "results" / f"gpu_check_{slug(card)}.md"
+    )
     work = Path(tempfile.mkdtemp(prefix="gpu_bench."))
-    deadline_s = time.monotonic() + options.budget_s
-    rows: dict[str, list[str]] = {}
-    for case in CASES:
-        if options.only not in (None, case.name):
-            continue
-        job = make_case(case, options, work)
-        results: dict[str, list[Run] | str] = {}
-        for _ in range(options.rounds):
-            for arm in case.arms:
-                done = results.setdefault(arm.label, [])
-                if isinstance(done, str):
-                    continue  # failed once: not tried again
-                got = run_one(arm, job, options, work, deadline_s)
-                if isinstance(got, str):
-                    results[arm.label] = got
-                else:
-                    done.append(got)
-                row = table_row(case, arm, job, results[arm.label], card)
-                rows[f"{case.name} {arm.label}"] = row
-                print(" | ".join(row), flush=True)
-                # now, as the machine may be taken away before the next arm ends
-                write_report([*rows.values()], card, options)
+    bench = Bench(options, card, gib, work, time.monotonic() + options.budget_s)
+    for stage in options.stages:
+        STAGES[stage](bench)
+    if not options.out:
+        print(f"\n{report(bench)}")
     shutil.rmtree(work)
 
 
@@ -179,50 +120,145 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--tiny",
-        action="store_true",
-        help="tiny shapes on CPU: shows that every arm runs, no speed",
-    )
-    parser.add_argument(
-        "--only",
-        choices=[case.name for case in CASES],
-        help="one of the models; default: all of them",
-    )
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU: shows no speed")
+    parser.add_argument("--stages", default=",".join(STAGES), help="of them, with commas")
+    parser.add_argument("--only", choices=[case.name for case in CASES], help="one of the models")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--steps", type=int, default=8, help="of an arm")
     parser.add_argument("--warmup", type=int, default=3, help="of them not timed")
-    parser.add_argument(
-        "--budget-s", type=float, default=440.0, help="arms that do not fit are named, not run"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="default: benchmarks/results/gpu_CARD.md; none for --tiny"
-    )
+    parser.add_argument("--budget-s", type=float, default=470.0)
+    parser.add_argument("--out", type=Path, help="default: results/gpu_check_CARD.md")
     options = parser.parse_args()
+    options.stages = options.stages.split(",")
+    if unknown := set(options.stages) - STAGES.keys():
+        parser.error(f"unknown stages: {', '.join(sorted(unknown))}")
     if not options.tiny and shutil.which("nvidia-smi") is None:
-        parser.error("there is no CUDA card here (no nvidia-smi); --tiny makes a dry run on CPU")
+        parser.error("there is no CUDA card here (no nvidia-smi); --tiny makes a dry run on a CPU")
     return options
 
 
-def card_name() -> str:
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    return (
-        subprocess.run(query, capture_output=True, text=True, check=True)
-        .stdout.splitlines()[0]
-        .strip()
-    )
+def read_card() -> tuple[str, float]:
+    """Return the first card's name and its memory in GiB."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    said = subprocess.run(query, capture_output=True, text=True, check=True).stdout
+    name, mib = said.splitlines()[0].rsplit(",", 1)
+    return name.strip(), float(mib) / 1024
 
 
-# -------------------------------------------------------------------------------------- what is run
+def slug(name: str) -> str:
+    return name.lower().replace(",", "").replace(" ", "_")
 
 
-def make_case(case: Case, options: argparse.Namespace, work: Path) -> Job:
+def is_found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package around it
+        return False
+
+
+# ----------------------------------------------------------------------------------- parts, tests
+
+
+def measure_parts(bench: Bench) -> None:
+    """Run gpu_parts.py, whose lines come as they are measured."""
+    out, heading = bench.work / "parts.jsonl", "The parts of a step"
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_parts.py"), "--out", str(out)]
+    command += ["--tiny"] if bench.options.tiny else ["--shape", "8B", "--budget-s", str(PARTS_S)]
+    with (bench.work / "parts.log").open("wb") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(bench))
+        while process.poll() is None and bench.left_s() > 0:
+            time.sleep(1)
+            show_parts(bench, heading, out)
+    process.kill()
+    process.wait()
+    show_parts(bench, heading, out)
+    if process.returncode:
+        said = (bench.work / "parts.log").read_text(errors="replace")[-1500:]
+        bench.sections[heading] += f"\n\nexit code {process.returncode}:\n\n```\n{said}\n```"
+        bench.write()
+
+
+def show_parts(bench: Bench, heading: str, out: Path) -> None:
+    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    keys = ("part", "ms", "predicted_ms", "tflops")
+    rows = [[str(line.get(key, "")) for key in keys] for line in lines]
+    for row, line in zip(rows, lines):
+        row[1] = row[1] or line.get("error", "")
+    text = table(["part", "ms", "predicted ms", "TFLOP/s"], rows)
+    if bench.sections.get(heading) != text:
+        bench.sections[heading] = text
+        bench.write()
+
+
+def find_longest(bench: Bench) -> None:
+    """Run gpu_longest.py in a process of its own, in the time that is left."""
+    said = "not run: no time left"
+    if bench.left_s() > LEAST_S:
+        command = [sys.executable, str(ROOT / "benchmarks" / "gpu_longest.py")]
+        command += [f"--budget-s={min(LONGEST_S, bench.left_s())}"]
+        command += ["--tiny", "--limit-mib=5"] if bench.options.tiny else []
+        done = subprocess.run(command, env=environment(bench), capture_output=True, text=True)
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        keys = ("tokens", "seconds", "peak_gib", "ended")
+        said = table([*keys], [[str(line.get(key, "")) for key in keys] for line in lines])
+        said += f"\n\n```\n{done.stderr[-1500:]}\n```" if done.returncode else ""
+    bench.sections["The longest sequence of an 8B shape with LoRA"] = said
+    bench.write()
+
+
+def run_gpu_tests(bench: Bench) -> None:
+    """Run the tests that need a card, in the time that is left."""
+    said = "not run: no card" if bench.options.tiny else "not run: no time left"
+    if not bench.options.tiny and bench.left_s() > LEAST_S:
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/gpu"]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, cwd=ROOT, timeout=bench.left_s()
+            )
+            said = done.stdout
+        except subprocess.TimeoutExpired as error:
+            said = f"{(error.stdout or b'').decode(errors='replace')}\nstopped: no time left"
+    bench.sections["pytest -m gpu"] = f"```\n{said[-2000:].strip()}\n```"
+    bench.write()
+
+
+# ------------------------------------------------------------------------------------------- cases
+
+
+def run_cases(bench: Bench) -> None:
+    for case in CASES:
+        if bench.options.only in (None, case.name):
+            run_case(bench, case)
+
+
+def run_case(bench: Bench, case: Case) -> None:
+    if not bench.options.tiny and bench.card_gib < case.needs_gib:
+        bench.rows[case.name, ""] = [case.name, f"needs {case.needs_gib} GiB", *[""] * 6]
+        return bench.write()
+    job = make_case(case, bench)
+    results: dict[str, list[Run] | str] = {}
+    for _ in range(bench.options.rounds):
+        for arm in case.arms:
+            done = results.setdefault(arm.label, [])
+            if isinstance(done, str):
+                continue  # failed once: not tried again
+            got = run_one(case, arm, job, bench)
+            if isinstance(got, str):
+                results[arm.label] = got
+            else:
+                done.append(got)
+            row = table_row(case, arm, job, results[arm.label], bench.card)
+            bench.rows[case.name, arm.label] = row
+            print(" | ".join(row), flush=True)
+            bench.write()
+
+
+def make_case(case: Case, bench: Bench) -> Job:
     """Write the model's folder (configuration and tokenizer), the documents, and their tokens."""
-    folder = work / case.name
+    options, folder = bench.options, bench.work / slug(case.name)
     shutil.copytree(TOKENIZER, folder / "model")
-    (folder / "model" / "config.json").write_text(
-        json.dumps(case.shape | (TINY if options.tiny else {}))
-    )
+    shape = case.shape | (TINY if options.tiny else {})
+    (folder / "model" / "config.json").write_text(json.dumps(shape))
     job = Job(
         model=str(folder / "model"),
         init="random",
@@ -238,17 +274,11 @@ def make_case(case: Case, options: argparse.Namespace, work: Path) -> Job:
         liger=not options.tiny,
     )
     job = replace(job, **case.fields)
-    tokens = job.steps * job.global_batch_size * job.seq_len
+    tokens = (job.steps + AFTER) * job.global_batch_size * job.seq_len
     write_documents(Path(job.source), tokens, job.seq_len)
     command, _ = arm_command("prepare", job, folder)
     with (folder / "prepare.log").open("wb") as log:
-        subprocess.run(
-            command,
-            check=True,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, **environment(options.tiny)},
-        )
+        subprocess.run(command, check=True, stdout=log, stderr=log, env=environment(bench))
     return job
 
 
@@ -261,129 +291,91 @@ def write_documents(path: Path, tokens: int, seq_len: int) -> None:
     with path.open("w") as out:
         while made < 4 * tokens:
             length = min(seq_len - 16, max(16, int(draw.lognormvariate(0.0, 0.9) * seq_len / 6)))
-            out.write(
-                json.dumps({"text": "".join(draw.choices(letters, k=length)).strip() or "a"}) + "\n"
-            )
+            text = "".join(draw.choices(letters, k=length)).strip() or "a"
+            out.write(json.dumps({"text": text}) + "\n")
             made += length
 
 
-def environment(tiny: bool) -> dict[str, str]:
-    same = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
-    if tiny:
+def caches(bench: Bench) -> dict[str, str]:
+    """Return the folders of compiled kernels, which all arms share, by environment variable."""
+    names = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    return {name: str(bench.work / name.lower()) for name in names}
+
+
+def environment(bench: Bench) -> dict[str, str]:
+    same = {**os.environ, **caches(bench), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    if bench.options.tiny:
         return same | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return same | {
-        "CUDA_VISIBLE_DEVICES": "0",
-        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    }
+    allocator = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    return same | allocator | {"CUDA_VISIBLE_DEVICES": "0"}
 
 
-def run_one(
-    arm: Arm, job: Job, options: argparse.Namespace, work: Path, deadline_s: float
-) -> Run | str:
-    """The run, or in a few words why there is none."""
-    left_s = deadline_s - time.monotonic()
+def run_one(case: Case, arm: Arm, job: Job, bench: Bench) -> Run | str:
+    """Return the run, or in a few words why there is none."""
+    left_s = bench.left_s()
     if left_s < LEAST_S:
         return "not run: no time left"
-    folder = Path(tempfile.mkdtemp(dir=work))
-    job = replace(job, **arm.fields)
+    if bench.options.tiny and "matmul" in arm.fields:
+        return "not run: a CPU has no fp8"
+    folder = Path(tempfile.mkdtemp(dir=bench.work))
+    job, after = replace(job, **arm.fields), 0
     if arm.program == "packhorse":
-        command, metrics = packhorse_command(job, folder, work / "cache")
+        after = AFTER
+        job = replace(job, steps=job.steps + after, profile_step=job.steps + 1)
+        command, metrics = packhorse_command(job, folder, bench.work / "cache")
     else:
-        if arm.program == "trl":
-            trl = {
-                "use_liger_kernel": job.liger,
-                "gradient_accumulation_steps": job.global_batch_size,
-                **job.trl,
-            }
-            job = replace(job, trl=trl)
+        own = {"use_liger_kernel": job.liger, "gradient_accumulation_steps": job.global_batch_size}
+        job = replace(job, trl={**own, **job.trl})
         command, metrics = arm_command(arm.program, job, folder)
+    settings = {"skip": bench.options.warmup, "steps": job.steps, "after": after}
+    settings |= {"limit_s": left_s, "compiled_in": [*caches(bench).values()]}
     try:
-        run = run_arm(
-            command,
-            metrics,
-            folder,
-            environment(options.tiny),
-            skip=options.warmup,
-            steps=job.steps,
-            limit_s=left_s,
-        )
+        run = run_arm(command, metrics, folder, environment(bench), **settings)
     except ArmFailed as error:
         print(f"{arm.label}: {error}", file=sys.stderr, flush=True)
-        return (
-            "out of memory"
-            if "OutOfMemory" in str(error)
-            else f"failed: {str(error).splitlines()[0]}"
+        first = str(error).splitlines()[0]
+        return "out of memory" if "OutOfMemory" in str(error) else f"failed: {first}"
+    if after:
+        bench.sections[f"A step of {case.name}, {arm.label}"] = gpu_trace.newest(
+            folder / "run" / "profile"
         )
     shutil.rmtree(folder)
-    return run
+    return run if run.kept else "every timed step compiled something"
 
 
 # --------------------------------------------------------------------------------------- the report
 
 
-def flops_per_token(shape: dict[str, Any], trained_share: float, pairs_per_token: float) -> float:
-    """Training FLOPs a real token: 6 a weight (Kaplan et al. 2020), and 6 a channel of attention
-    and pair of positions a layer, pairs being L^2 of a document of L tokens (half of it causal;
-    scores and values)."""
-    hidden, layers, heads = (
-        shape["hidden_size"],
-        shape["num_hidden_layers"],
-        shape["num_attention_heads"],
-    )
-    kv_share = shape["num_key_value_heads"] / heads
-    layer = hidden * hidden * (2 + 2 * kv_share) + 3 * hidden * shape["intermediate_size"]
-    head = hidden * shape["vocab_size"] * trained_share
-    return 6 * (layers * layer + head + hidden * layers * pairs_per_token)
-
-
-def table_row(case: Case, arm: Arm, job: Job, done: list[Run] | str, card: str) -> list[str]:
-    if isinstance(done, str):
-        return [case.name, arm.label, done, "", "", ""]
-    rates = [run.rate("tokens") for run in done]
-    trained = [run.rate("train/trained_tokens") for run in done]
-    shape = json.loads((Path(job.model) / "config.json").read_text())
-    counts = json.loads((Path(job.tokens) / "counts.json").read_text())
-    share = statistics.median(t / r for t, r in zip(trained, rates, strict=True))
-    flops = flops_per_token(shape, share, counts["pairs_per_token"])
-    peak = next((tflops * 1e12 for name, tflops in PEAK_TFLOPS.items() if name in card), None)
-    mfu = (
-        spread([100 * rate * flops / peak for rate in rates], "{:.1f}%")
-        if peak
-        else "no stated peak"
-    )
-    memory = spread([run.peak_gpu_gib or run.peak_rss_gib for run in done], "{:.1f}")
-    return [case.name, arm.label, spread(rates), spread(trained), mfu, memory]
-
-
-def write_report(rows: list[list[str]], card: str, options: argparse.Namespace) -> None:
-    head = ["model", "arm", "real tokens/s", "trained tokens/s", "MFU", "peak memory, GiB"]
-    modes = (
-        "1.5B: gradients accumulate in fp32, no activation checkpointing. "
-        "8B: gradients accumulate in bf16, activation checkpointing."
-    )
-    parts = [
-        "# A dry run on CPU, shapes tiny: the figures say nothing"
-        if options.tiny
-        else f"# packhorse, TRL + Liger and a bare loop on one {card}",
-        f"`python {' '.join(['benchmarks/gpu.py', *sys.argv[1:]])}`",
-        machine(VERSIONS),
+def report(bench: Bench) -> str:
+    options = bench.options
+    missing = [f"{module} ({how})" for module, how in WANTED.items() if not is_found(module)]
+    about = (
         f"Random weights and documents, rows of {256 if options.tiny else 8192}, "
         f"{options.steps - options.warmup} timed steps after {options.warmup}, rounds: "
-        f"{options.rounds}. "
-        "Attention: torch's varlen kernel in all arms. Memory: the whole card's, caches included, "
-        "as nvidia-smi reads "
-        f"it twice a second. {modes} packhorse and the loop keep fp32 master weights and moments, "
-        f"TRL keeps bf16.",
-        table(head, rows),
+        f"{options.rounds}. Memory: the whole card's, caches included, as nvidia-smi reads it "
+        "twice a second. packhorse and the loop keep fp32 masters and moments, TRL keeps bf16. "
+        "Predicted: for an H200, by arithmetic."
+    )
+    title = f"# GPU check: {bench.card}" if not options.tiny else "# A dry run on a CPU: no speeds"
+    parts = [
+        title,
+        f"`{shlex.join(['python', 'benchmarks/gpu.py', *sys.argv[1:]])}`",
+        machine(VERSIONS),
+        *([f"Missing: {', '.join(missing)}."] if missing else []),
+        about,
+        *([table(HEAD, [*bench.rows.values()])] if bench.rows else []),
+        *(f"## {heading}\n\n{text}" for heading, text in bench.sections.items()),
     ]
-    text = "\n\n".join(parts) + "\n"
-    default = Path(__file__).parent / "results" / f"gpu_{card.lower().replace(' ', '_')}.md"
-    out = options.out or (None if options.tiny else default)
-    if out:
-        write_result(out, text)
-    else:
-        print(f"\n{text}")
+    return "\n\n".join(parts) + "\n"
 
+
+# In this order, each with the time that those before it left. A further stage goes to the end.
+STAGES: dict[str, Callable[[Bench], None]] = {
+    "parts": measure_parts,
+    "cases": run_cases,
+    "tests": run_gpu_tests,
+    "longest": find_longest,
+}
 
 if __name__ == "__main__":
     main()

@@ -14,16 +14,16 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu import CASES, TINY
+from gpu_cases import CASES, TINY
 
-from packhorse.trainer.model import attention, liger_layers
+from packhorse.trainer.attention_choice import milliseconds
+from packhorse.trainer.model import attention, fp8, liger_layers
 from packhorse.trainer.model.activation_checkpointing import set_checkpointing
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.compiled_layers import compile_layers
@@ -31,10 +31,12 @@ from packhorse.trainer.model.decoder import decoder_layers, decoder_of
 from packhorse.trainer.model.loss import linear_cross_entropy
 
 SHAPES = {case.name: case.shape for case in CASES}
-WARM_UP, CALLS = 3, 10
 TRAINED_SHARE = 0.5  # of the tokens
 # Milliseconds of a micro-batch of 8192 tokens on an H200, of one layer but for the loss
-PREDICTED_MS = {"1.5B": {"products": 107 / 28, "attention": 28 / 28, "loss": 21, "layer": 154 / 28}}
+PREDICTED_MS = {
+    "1.5B": {"products": 107 / 28, "attention": 28 / 28, "loss": 21, "layer": 154 / 28},
+    "8B": {"products": 16.5, "fp8": 16.5 / 1.4},  # at 650 TFLOP/s
+}
 Part = tuple[str, Callable[[], Any], float]  # name, what is timed, FLOPs of it or 0
 
 
@@ -45,9 +47,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--shape", choices=[*SHAPES], default="1.5B")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a CPU")
     parser.add_argument("--out", type=Path, help="JSON lines, appended to")
+    parser.add_argument("--budget-s", type=float, help="parts that come later are left out")
     options = parser.parse_args(arguments)
     device = torch.device("cpu" if options.tiny else "cuda")
-    lines = []
+    lines, started_s = [], time.monotonic()
     for name, work, flops in parts(options.shape, device, tiny=options.tiny):
         line: dict[str, Any] = {"shape": "tiny" if options.tiny else options.shape, "part": name}
         try:
@@ -62,20 +65,9 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             with options.out.open("a") as out:
                 out.write(json.dumps(line) + "\n")
         lines.append(line)
+        if options.budget_s and time.monotonic() - started_s > options.budget_s:
+            break
     return lines
-
-
-def milliseconds(work: Callable[[], Any], device: torch.device) -> float:
-    """Return the median of CALLS calls; each is waited for, as its own start is part of none."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    seconds = []
-    for _ in range(WARM_UP + CALLS):
-        wait()
-        start = time.perf_counter()
-        work()
-        wait()
-        seconds.append(time.perf_counter() - start)
-    return 1000 * statistics.median(seconds[WARM_UP:])
 
 
 def parts(name: str, device: torch.device, *, tiny: bool) -> Iterator[Part]:
@@ -86,10 +78,11 @@ def parts(name: str, device: torch.device, *, tiny: bool) -> Iterator[Part]:
     lengths = document_lengths(tokens)
     ends = torch.tensor([0, *lengths], device=device).cumsum(0).int()
     bounds = Bounds(ends, max(lengths), lengths)
-    yield products(shape, tokens, device, dtype)
-    for backend in attention.BACKENDS:
-        if tiny == (backend == "reference"):  # the reference holds all scores
-            yield attention_part(backend, shape, bounds, device, dtype)
+    for in_fp8 in (False,) if tiny else (False, True):
+        yield products(shape, tokens, device, dtype, in_fp8)
+    # on a card the reference would hold all scores
+    for kernel in ("reference",) if tiny else attention.fused_kernels(device, dtype):
+        yield attention_part(kernel, shape, bounds, device, dtype)
     for mode in ("none", "selective", "full"):
         for kernels in ("torch", *(() if tiny else ("liger",))):
             yield layer_part(shape, bounds, mode, kernels, device, dtype)
@@ -108,41 +101,51 @@ def document_lengths(tokens: int) -> tuple[int, ...]:
     return tuple(lengths)
 
 
-def products(shape: dict[str, Any], tokens: int, device: torch.device, dtype: torch.dtype) -> Part:
+def products(
+    shape: dict[str, Any], tokens: int, device: torch.device, dtype: torch.dtype, in_fp8: bool
+) -> Part:
     """Time the seven products of a layer."""
     hidden, wide = shape["hidden_size"], shape["intermediate_size"]
     keys = hidden * shape["num_key_value_heads"] // shape["num_attention_heads"]
     sizes = [(hidden, hidden)] * 2 + [(hidden, keys)] * 2 + [(hidden, wide)] * 2 + [(wide, hidden)]
     layers = [torch.nn.Linear(*size, bias=False, device=device, dtype=dtype) for size in sizes]
+    for layer in layers if in_fp8 else ():
+        layer.__class__ = fp8.Fp8Linear
     given = {n: torch.randn(tokens, n, device=device, dtype=dtype) for n in (hidden, wide)}
     given = {n: x.requires_grad_() for n, x in given.items()}
 
     def run() -> None:
         for layer in layers:
-            out = layer(given[layer.in_features])
-            out.backward(out.detach())
+            factors = given[layer.in_features], layer.weight
+            out = layer(factors[0])
+            torch.autograd.grad(out, factors, out.detach())
 
-    return "products", run, 6.0 * tokens * sum(m * n for m, n in sizes)
+    return (
+        "fp8 products" if in_fp8 else "products",
+        run,
+        6.0 * tokens * sum(m * n for m, n in sizes),
+    )
 
 
 def attention_part(
-    backend: str, shape: dict[str, Any], bounds: Bounds, device: torch.device, dtype: torch.dtype
+    name: str, shape: dict[str, Any], bounds: Bounds, device: torch.device, dtype: torch.dtype
 ) -> Part:
     heads, size = shape["num_attention_heads"], shape["hidden_size"] // shape["num_attention_heads"]
     numbers = (heads, shape["num_key_value_heads"], shape["num_key_value_heads"])
     tokens = sum(bounds.lengths)
     qkv = [torch.randn(1, n, tokens, size, device=device, dtype=dtype) for n in numbers]
     qkv = [x.requires_grad_() for x in qkv]
-    kernel = getattr(attention.attention_kernels, backend)
+    kernel = getattr(attention.attention_kernels, attention.pin(name))
     asked = Arguments(None, None, None, None, None, bounds)
 
     def run() -> None:
+        attention.pin(name)
         out = kernel("layer", *qkv, asked)
-        out.backward(out.detach())
+        torch.autograd.grad(out, qkv, out.detach())
 
     # two products forward and five backward, over causal pairs within documents
     pairs = sum(n * n for n in bounds.lengths) / 2
-    return f"attention {backend}", run, 7 * 2.0 * heads * size * pairs
+    return f"attention {name}", run, 7 * 2.0 * heads * size * pairs
 
 
 def layer_part(

@@ -23,10 +23,15 @@ WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize
 
 
 def main() -> None:
-    traces = sorted(Path(sys.argv[1]).glob("*.json"), key=lambda path: path.stat().st_mtime)
+    print(newest(Path(sys.argv[1])))
+
+
+def newest(folder: Path) -> str:
+    """Return what the newest trace in a folder tells."""
+    traces = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime)
     if not traces:
-        raise SystemExit(f"{sys.argv[1]} has no trace; set run.profile_steps")
-    print(report(json.loads(traces[-1].read_text(encoding="utf-8"))["traceEvents"]))
+        return f"{folder} has no trace; set run.profile_steps"
+    return report(json.loads(traces[-1].read_text(encoding="utf-8"))["traceEvents"])
 
 
 def report(events: list[dict[str, Any]]) -> str:
@@ -34,7 +39,7 @@ def report(events: list[dict[str, Any]]) -> str:
     kernels = [event for event in timed if event.get("cat") == "kernel"]
     work = kernels or [event for event in timed if event.get("cat") == "cpu_op"]
     if not work:
-        raise SystemExit("the trace has neither kernels nor operations")
+        return "the trace has neither kernels nor operations"
     ms: Counter[str] = Counter()
     calls = Counter(event["name"] for event in work)
     for event in work:

@@ -42,6 +42,7 @@ def lists() -> dict[str, list[str]]:
     everywhere = {name_of(block) for block in resolve("math")}
     gpu = {name_of(block) for block in resolve("math", "gpu", "qlora")}
     found: dict[str, list[str]] = {"common": [], "cuda": [], "deepspeed": [], "flash-attn": []}
+    found["hybrid"] = [b for b in resolve("gpu", "hybrid") if name_of(b) not in gpu]
     for block in resolve("math", "gpu", "qlora", "flash-attn"):
         name = name_of(block)
         if name == "deepspeed":  # compiled against torch, so after it

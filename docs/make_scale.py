@@ -127,11 +127,14 @@ gradient (`parallel.grad_dtype`: 4, or 2). Sums over parameters p are of their s
 | moments (AdamW) | 8 P | 8 A / W | 8 A / W | 8 S |
 
 A is P with each of the optimizer's groups filled up to a multiple of 2 W. F is 4 bytes for each
-element of the parameters that lie, even in part, in the rank's piece of A. S is the sum of
-ceil(p / W): stage 3 cuts each parameter by itself. With `offload_optimizer`, gradients, master
-weights and moments lie in the host's memory, and the gradients there twice (g S + 4 S); with
-`offload_param`, b S too. On NVMe, master weights, moments and weights are files, and the host keeps
-the summed gradients and the buffers between.
+element of the parameters that lie, even in part, in the rank's piece of A. S is the sum of ceil(p /
+W): stage 3 cuts each parameter by itself. With `offload_optimizer`, gradients, master weights and
+moments lie in the host's memory, and the gradients there twice (g S + 4 S); with `offload_param`, b
+S too; with `zero_hpz_partition_size` h the weights take b P / h more. On NVMe, master weights,
+moments and weights are files, and the host keeps the summed gradients and the buffers between. With
+`"packhorse": {"optimizer_state": "streamed"}` master weights and moments lie on the host, and the
+GPU has room for two chunks, 24 bytes for each of 2^24 elements; or for its master weights, which
+are made there, less what a micro-batch takes.
 
 - *activations*: what autograd saves of the decoder. With activation checkpointing that is each
   layer's input, and one layer whole while it is recomputed.
@@ -156,9 +159,11 @@ the summed gradients and the buffers between.
   sequence is one full document with all tokens trained.
 
 - *communication of a step*, m micro-batches on a rank, times (W - 1) / W: stage 0 sends 2 g P;
-  stage 1 2 g P + b P; stage 2 m g P + b P; stage 3 m (2 b P + g P). To the host go, with
+  stage 1 2 g P + b P; stage 2 m g P + b P; stage 3 m (2 b P + g P), of which with groups of h ranks
+  (`zero_hpz_partition_size`) all but b P + m g P stays in the group. To the host go, with
   `offload_optimizer`, (m g P + b P) / W; with `offload_param` 2 m b P / W; to NVMe instead, for
-  `offload_optimizer` there, 24 P / W more. The host's own optimizer step is not counted.
+  `offload_optimizer` there, 24 P / W more. A streamed state sends 24 P / W to the host and back.
+  The host's own optimizer step is not counted.
 
 Not planned: `offload_optimizer` at stages 1 and 2; models whose forward depends on the values of
 its tensors (most mixtures of experts that sort tokens), which `packhorse plan` refuses.

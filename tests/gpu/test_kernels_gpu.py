@@ -90,6 +90,17 @@ def test_each_kernel_that_is_found_can_be_timed() -> None:
     assert times.keys() == set(kernels)
 
 
+def test_layers_with_a_state_run_over_whole_packed_sequences() -> None:
+    pytest.importorskip("fla")
+    pytest.importorskip("causal_conv1d")
+    from tests.unit.test_packing_check import MIXING
+
+    model = tiny(MIXING["qwen 3 next"][0], torch.bfloat16, "reference").to(CUDA)
+    module = SftModel(model, LossSection(), 0, CUDA)
+    seen = packing_check.prove_packing(module, seq_len=64, one_document=False, seed=0)
+    assert seen.by_document == ()
+
+
 def test_products_in_fp8() -> None:
     if fp8.missing_for_fp8(CUDA):
         pytest.skip("this GPU has no fp8")

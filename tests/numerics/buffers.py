@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from packhorse.trainer import dist
 from packhorse.trainer.datatypes import Batch
 from packhorse.trainer.engine import zero_state
 from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.metrics import Clock
+from packhorse.trainer.model.int8_linear import RowScales
 
 
 def weights(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -24,7 +27,9 @@ def weights(module: nn.Module) -> Iterator[torch.Tensor]:
     for parameter in module.parameters():
         yield from _tensors(parameter.detach(), getattr(parameter, "ds_tensor", None))
         state = getattr(parameter, "quant_state", None)
-        if state is not None:  # of a weight in 4 bits, which has its scales on every rank
+        if isinstance(state, RowScales):
+            yield state.scales
+        elif state is not None:  # of a weight in 4 bits, which has its scales on every rank
             nested = (state.state2.absmax, state.state2.code) if state.state2 else ()
             yield from _tensors(state.absmax, state.code, state.offset, *nested)
 
@@ -51,7 +56,8 @@ def masters(optimizer: Any) -> Iterator[torch.Tensor]:
         "single_partition_of_fp32_groups",
         "fp32_partitioned_groups_flat",
     ):
-        yield from getattr(optimizer, name, ())
+        for master in getattr(optimizer, name, ()):
+            yield getattr(master, "host", master)  # of a streamed one
 
 
 def moments(optimizer: Any, averages: Iterable[torch.Tensor] = ()) -> Iterator[torch.Tensor]:
@@ -70,6 +76,9 @@ def held(engine: Engine, batch: Batch) -> dict[str, int]:
 
     def look(optimizer: Any) -> None:
         found["gradients"] = size(gradients(engine.module, optimizer))
+        found["shared"] = size(
+            _tensors(*(getattr(p, "ds_secondary_tensor", None) for p in engine.module.parameters()))
+        )
 
     forget, zero_state.forget_gradients = zero_state.forget_gradients, look
     engine.memory_dry_run([batch])
@@ -81,6 +90,41 @@ def held(engine: Engine, batch: Batch) -> dict[str, int]:
         "masters": size(masters(optimizer)),
         "moments": size(moments(optimizer, engine.state._averages.values())),
     }
+
+
+# their results, or the sizes of those, depend on what a tensor holds
+_READS = {
+    *("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "bincount"),
+    *("_unique2", "unique_consecutive", "repeat_interleave"),
+}
+
+
+class Counted(TorchDispatchMode):
+    """Count what torch does in the block, views and such apart.
+
+    Attributes:
+        total: bytes that operations read and write.
+        waits: operations at which the host would wait for a GPU, to read a number or a size.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = self.operations = self.waits = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        if not (func.is_view or name in ("detach", "empty", "empty_like", "_unsafe_view")):
+            self.total += sum(tensor.nbytes for tensor in tensors)
+            self.operations += 1
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        by_mask = any(index is not None and index.dtype is torch.bool for index in indices)
+        sized = "output_size" in (kwargs or {})  # of repeat_interleave
+        self.waits += by_mask or (name in _READS and not sized)
+        return out
 
 
 def size(tensors: Iterable[torch.Tensor]) -> int:

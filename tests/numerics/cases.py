@@ -29,7 +29,14 @@ from packhorse.trainer.config.sections import ModelSection
 from packhorse.trainer.data import loader, summary
 from packhorse.trainer.data.prepare import prepare, train_plan
 from packhorse.trainer.data.streaming import prepare_train
-from packhorse.trainer.engine import engine, moments, muon, sharded_state, zero_state
+from packhorse.trainer.engine import (
+    engine,
+    moments,
+    muon,
+    sharded_state,
+    streamed_adamw,
+    zero_state,
+)
 from packhorse.trainer.model import fp8, router_loss, sft
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.stop_flag import StopFlag
@@ -201,6 +208,11 @@ def parts_orthogonalised() -> Any:
         return [next(whole([piece], update, False)) for piece in batch]
 
     return mock.patch.object(muon, "_orthogonalised_by_owners", alone)
+
+
+def small_chunks() -> Any:
+    """Stream the optimizer's state in chunks of which every master weight has several."""
+    return mock.patch.object(streamed_adamw, "CHUNK", 1024)
 
 
 def routers_balanced_by_micro_batch() -> Any:
@@ -425,6 +437,7 @@ CHANGES |= {f.__name__: f for f in (shards_appear, fp8_on_cpu)}
 CHANGES |= {f.__name__: f for f in (dry_run_first, dry_run_that_learns)}
 CHANGES |= {f.__name__: f for f in (stale_expert_gradients, towers_trained)}
 CHANGES |= {f.__name__: f for f in (parts_orthogonalised, routers_balanced_by_micro_batch)}
+CHANGES["small_chunks"] = small_chunks
 CHANGES |= sequence_defects.DEFECTS | tiled.CHANGES
 CHANGES["short_zigzag"] = sequence_defects.short_zigzag
 

@@ -83,8 +83,12 @@ class Difference:
 def case(root: Path, name: str, stage: str, *overrides: str, **extra: Any) -> dict[str, Any]:
     """Return a case with a stage's template, in buckets so small that gradients fill several."""
     template = root / f"{stage}.json"
-    text = (ROOT / "ds_configs" / f"{stage}.json").read_text()
+    text = (ROOT / "ds_configs" / f"{stage.removesuffix('_streamed')}.json").read_text()
+    text = text.replace('"zero_hpz_partition_size": 8', '"zero_hpz_partition_size": 2')
     template.write_text(text.replace('"reduce_bucket_size": "auto"', '"reduce_bucket_size": 4096'))
+    if stage.endswith("_streamed"):
+        section = {"packhorse": {"optimizer_state": "streamed"}}
+        template.write_text(json.dumps(json.loads(template.read_text()) | section))
     if stage == "zero3_nvme":  # swapping into this test's folder, and a model worth swapping
         overrides = (*wide(root), *overrides)
         config = json.loads(template.read_text())

@@ -25,8 +25,11 @@ CASES = [
     *(f"{stage}-bfloat16-bfloat16" for stage in ("zero1", "zero2", "zero3")),
     *(f"{stage}-bfloat16-float32-adapter" for stage in ("zero1", "zero2", "zero3")),
     "zero0-float32-float32-adapter",
-    *(f"{stage}-bfloat16-float32-nf4" for stage in ("zero2", "zero3")),
+    *(f"{stage}-bfloat16-float32-{b}" for stage in ("zero2", "zero3") for b in ("nf4", "int8")),
     *(f"{stage}-float32-float32-muon" for stage in ("zero0", "zero2", "zero3")),
+    *(f"{stage}_streamed-bfloat16-float32" for stage in ("zero1", "zero3")),
+    "zero3_hpz-bfloat16-float32",
+    "zero3_hpz-bfloat16-float32-adapter",
     *(f"{stage}-float32-float32-adamw_8bit" for stage in ("zero0", "zero2", "zero3")),
     *(f"{stage}-bfloat16-float32-adafactor" for stage in ("zero1", "zero3")),
     "zero1-bfloat16-float32-lion",
@@ -41,9 +44,11 @@ FAMILIES = {"experts": "gpt_oss", "hybrid": "lfm2"}  # random models of these co
 KEYS = {
     "adapter": "adapter={rank: 4, modules_to_save: [lm_head]}",
     "nf4": "adapter={rank: 4, base: nf4_double_quant}",
+    "int8": "adapter={rank: 4, base: int8}",
     "ema": "optim.ema_decay=0.9",
 } | {kind: f"optim.kind={kind}" for kind in MOMENTS}
-PARTS = ("weights", "gradients", "masters", "moments")
+KEYS["adamw_bf16"] = "optim.state_dtype=bf16"
+PARTS = ("weights", "gradients", "masters", "moments", "shared")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +74,48 @@ def test_a_micro_batch_does_not_wait_for_the_device(found: dict[str, Any], name:
     """DeepSpeed synchronizes with it as often in a step of three micro-batches as in one of one."""
     one, three = found[name]["synchronizations"]
     assert three == one
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "_streamed" in name])
+@pytest.mark.parametrize("part", ["room", "moved"])
+def test_the_plan_is_what_a_streamed_state_takes_and_moves(
+    found: dict[str, Any], name: str, part: str
+) -> None:
+    """Room on the GPU, and bytes of a step between it and the host."""
+    assert found[name][part]["planned"] == max(found[name][part]["held"]) > 0
+
+
+def streamed(engine: Any, model: Any, config: Any) -> dict[str, Any]:
+    """Return the room and the copied bytes of a step, counted and planned; {} where all is on the
+    device.
+    """
+    from packhorse.trainer import dist
+    from packhorse.trainer.data.loader import filler_batch
+    from packhorse.trainer.engine import streamed_adamw, zero_state
+    from packhorse.trainer.estimate.state import masters_of_groups
+    from packhorse.trainer.estimate.traffic import step_traffic
+    from packhorse.trainer.metrics import Clock
+
+    base = zero_state._base(engine._engine.optimizer)
+    if not isinstance(base, streamed_adamw.StreamedAdamW):
+        return {}
+    copy, moved = streamed_adamw._copy, []
+
+    def counted(to: Any, source: Any) -> None:
+        moved.append(sum(tensor.nbytes for tensor in to))
+        copy(to, source)
+
+    with mock.patch.object(streamed_adamw, "_copy", counted):
+        engine.step([filler_batch()], 1e-3, Clock(dist.device()))
+    masters = masters_of_groups(model, engine.stage, WORLD)
+    room = streamed_adamw.room_for_chunks(masters)
+    return {
+        "moved": {
+            "held": dist.gather(sum(moved)),
+            "planned": step_traffic(model, config, WORLD, 1).host,
+        },
+        "room": {"held": dist.gather(base._chunks._room.nbytes), "planned": room},
+    }
 
 
 def synchronizations(engine: Any, micro_batches: int) -> int:
@@ -124,6 +171,7 @@ def main(out: Path) -> None:
                 part: {"held": [h[part] for h in of_ranks], "planned": planned[part]}
                 for part in PARTS
             } | {"synchronizations": [synchronizations(engine, count) for count in (1, 3)]}
+            found[name] |= streamed(engine, model, config)
     if dist.is_main():
         (out / "found.json").write_text(json.dumps(found, indent=1))
 

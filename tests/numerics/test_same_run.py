@@ -75,6 +75,10 @@ def all_cases(root: Path) -> dict[int, list[dict[str, Any]]]:
             case(root, "4-bf16", "zero3", *BF16),
             case(root, "4-fp8", "zero3", *FP8, changes=["fp8_on_cpu"]),
             case(root, "4-bf16-accumulated-in-bf16", "zero3", *BF16, changes=["bf16_accumulation"]),
+            # last, as DeepSpeed keeps the groups of two ranks that hpZ makes
+            case(root, "4-bf16-zero3_prefetch", "zero3_prefetch", *BF16),
+            case(root, "4-bf16-zero3_hpz", "zero3_hpz", *BF16, stop_after=3),
+            case(root, "4-bf16-zero3_hpz", "zero3_hpz", *BF16),
         ],
     }
 
@@ -153,6 +157,14 @@ def test_x7_every_stage_and_offload_equals_stage_0(
     seen = difference(runs[base], runs[f"{world}-{stage}"])
     report(f"{world} ranks, stage 0 against {stage}", seen)
     assert seen.agrees
+
+
+@pytest.mark.parametrize("template", ["zero3_hpz", "zero3_prefetch"])
+def test_where_weights_are_gathered_from_changes_no_bit(
+    runs: dict[str, Run], template: str
+) -> None:
+    """Groups of two of four ranks share the weights, and the run is stopped and resumed."""
+    assert is_same(runs["4-bf16"], runs[f"4-bf16-{template}"])
 
 
 # ----------------------------------------------------------------------------------------------- X8

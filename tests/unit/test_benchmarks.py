@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from packhorse.trainer import attention_choice
 from tests.ranks import ROOT
 
 
@@ -35,12 +38,24 @@ def test_every_arm_beside_trl_gets_the_type_that_is_asked_for(tmp_path: Path) ->
     assert '"dtype": "float32"' in (tmp_path / "recipe.yaml").read_text()
 
 
+def test_the_longest_sequence_is_found_by_doubling() -> None:
+    import gpu_longest
+
+    found = list(gpu_longest.lengths(True, budget_s=600, limit=10 * 2**20))
+    *fitted, end = found
+    tokens = [line["tokens"] for line in found]
+    assert tokens == [256 * 2**n for n in range(len(found))]
+    assert all(line["peak_gib"] <= 0.01 and line["seconds"] > 0 for line in fitted)
+    assert end == {"tokens": tokens[-1], "ended": "out of memory"}
+    assert list(gpu_longest.lengths(True, budget_s=0))[-1]["ended"] == "no time left"
+
+
 def test_each_part_of_a_step_is_a_line_as_soon_as_it_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import gpu_parts
 
-    monkeypatch.setattr(gpu_parts, "CALLS", 1)
+    monkeypatch.setattr(attention_choice, "CALLS", 1)
     out = tmp_path / "parts.jsonl"
     broken, calls = gpu_parts.loss_part, []
 
@@ -85,6 +100,52 @@ def test_a_trace_tells_the_busy_share_and_the_waits(
     monkeypatch.setattr(sys, "argv", ["gpu_trace.py", str(tmp_path)])
     gpu_trace.main()
     assert "aten::mm" in capsys.readouterr().out
+
+
+def test_a_timed_step_that_compiles_is_seen_and_thrown_out(tmp_path: Path) -> None:
+    import common
+
+    caches = [tmp_path / "triton", tmp_path / "never made"]
+    for name, written_s in (("before", 90.0), ("warm-up", 105.0), ("timed/deep", 118.0)):
+        path = caches[0] / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("a kernel")
+        os.utime(path, (written_s, written_s))
+    arrived_s = [100.0, 110.0, 120.0, 124.0, 130.0, 190.0]
+    compiled = common.compiling_steps(arrived_s, [*map(str, caches)])
+    assert compiled == {0, 1, 2}
+    lines: list[dict[str, float]] = [{"tokens": 10.0 * n} for n in range(6)]
+    run = common.Run(lines, arrived_s, 2, 0.0, 0.0, after=1, compiled=compiled)
+    assert (run.kept, run.thrown_out) == ([3, 4], 1)
+    assert run.rate("tokens") == (30 + 40) / (4 + 6)
+    whole = common.Run(lines, arrived_s, 2, 0.0, 0.0)
+    assert whole.rate("tokens") == (20 + 30 + 40 + 50) / 80, "as the other benchmarks count"
+
+
+def test_a_line_of_the_gpu_benchmark_says_where_the_time_went(tmp_path: Path) -> None:
+    import common
+    import gpu_cases
+    import gpu_report
+    import vs_trl
+
+    case = gpu_cases.CASES[0]
+    (tmp_path / "config.json").write_text(json.dumps(case.shape))
+    (tmp_path / "counts.json").write_text('{"pairs_per_token": 2000}')
+    options = vs_trl.parse(["--model", str(tmp_path), "--data", str(tmp_path)])
+    job = replace(vs_trl.shared_job(options, tmp_path), model=str(tmp_path), tokens=str(tmp_path))
+    spent = {"data": 0.01, "forward": 0.3, "backward": 0.6, "optimizer": 0.05, "step": 1.0}
+    line = {f"perf/{part}_s": s for part, s in spent.items()}
+    line |= {"tokens": 16384.0, "train/trained_tokens": 8192.0}
+    run = common.Run([line] * 4, [0.0, 1.0, 2.0, 3.0], 1, 0.0, 60.0)
+    row = gpu_report.table_row(case, case.arms[0], job, [run], "NVIDIA H200")
+    assert len(row) == len(gpu_report.HEAD)
+    assert row[3] == "data 10, forward 300, backward 600, optimizer 50, rest 40"
+    # 6 x (8 layers of 218 million weights, half of the head's, attention) x 16,384 tokens/s
+    flops = 6 * (8 * 218_103_808 + 4096 * 128256 / 2 + 4096 * 8 * 2000) * 16384
+    assert row[4] == f"{100 * flops / 989e12:.1f}%"
+    assert row[6] == "57 to 67% MFU"
+    failed = gpu_report.table_row(case, case.arms[0], job, "out of memory", "NVIDIA H200")
+    assert failed[2] == "out of memory"
 
 
 def test_the_safeguards_calls_are_counted(tmp_path: Path) -> None:

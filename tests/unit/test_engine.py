@@ -11,7 +11,14 @@ import torch
 
 from packhorse.trainer.config.recipe import ModelSection, OptimSection, ParallelSection
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine.ds_config import BUCKET, clear_nvme, deepspeed_config
+from packhorse.trainer.engine.ds_config import (
+    BUCKET,
+    clear_nvme,
+    deepspeed_config,
+    for_deepspeed,
+    require_whole_groups,
+    streams_optimizer,
+)
 from packhorse.trainer.engine.optim import gradient_norm, replace_gradient_norm
 from tests.ranks import ROOT
 
@@ -147,6 +154,53 @@ def test_only_adamw_is_offloaded(tmp_path: Path) -> None:
     sections = (ParallelSection(deepspeed="zero3_offload_optimizer"), ModelSection(name="m"))
     with pytest.raises(BadInput, match=r"only AdamW has a kernel for the CPU; set optim\.kind"):
         deepspeed_config(*sections, OptimSection(kind="lion"), 64, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("zero", "kind", "section", "why"),
+    [
+        ({"stage": 0}, "adamw", "streamed", "the weights are the master weights"),
+        ({"stage": 3}, "muon", "streamed", r"only AdamW updates by chunks, .* set optim\.kind"),
+        (
+            *({"stage": 3, "offload_param": {"device": "cpu"}}, "adamw", "streamed"),
+            "it needs weights on the GPU; remove offload",
+        ),
+        ({"stage": 3}, "ema", "streamed", r"the average of the weights is not streamed"),
+        ({"stage": 3}, "adamw", "stremed", r'may hold \{"optimizer_state": "streamed"\} alone'),
+    ],
+)
+def test_a_state_that_cannot_be_streamed_is_refused(
+    tmp_path: Path, zero: dict[str, Any], kind: Any, section: str, why: str
+) -> None:
+    own = {"zero_optimization": zero, "packhorse": {"optimizer_state": section}}
+    sections = (
+        ParallelSection(deepspeed=str(template(tmp_path, own))),
+        ModelSection(name="m", dtype="float32"),
+    )
+    optim = OptimSection(ema_decay=0.9) if kind == "ema" else OptimSection(kind=kind)
+    with pytest.raises(BadInput, match=why):
+        deepspeed_config(*sections, optim, 64, tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["zero1", "zero3"])
+def test_deepspeed_does_not_see_our_section(stage: str) -> None:
+    config = made(f"{stage}_streamed")
+    assert streams_optimizer(config)
+    assert for_deepspeed(config) == made(stage)
+
+
+def test_groups_that_share_weights_are_whole_and_lie_on_one_node() -> None:
+    config = made("zero3_hpz")
+    for world, per_node in ((1, 1), (4, 4), (8, 8), (32, 8), (64, 16)):
+        require_whole_groups(config, world, per_node)
+    for world, per_node in ((12, 12), (12, 8), (16, 4), (12, 6)):
+        with pytest.raises(BadInput, match=r"groups of 8 ranks do not divide"):
+            require_whole_groups(config, world, per_node)
+
+
+def test_a_prefetch_of_a_layer_follows_the_hidden_size() -> None:
+    zero = made("zero3_prefetch")["zero_optimization"]
+    assert zero["stage3_prefetch_bucket_size"] == 13 * 64**2
 
 
 def test_stage_1_in_bf16_gets_a_norm_in_fp64_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,6 +197,15 @@ def test_a_wrong_scale_is_seen_at_the_start(monkeypatch: pytest.MonkeyPatch) -> 
         in_fp8()
 
 
+def test_a_card_without_the_kernel_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError("rowwise scaling requires another card")
+
+    monkeypatch.setattr(torch, "_scaled_mm", missing)
+    with pytest.raises(BadInput, match=r"cannot be made in fp8 here .*rowwise scaling"):
+        in_fp8()
+
+
 def test_it_is_refused_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     with pytest.raises(BadInput, match="needs a CUDA device"):

@@ -53,6 +53,27 @@ def test_a_wheel_of_flash_attn_needs_its_hash(tmp_path, flavour, wheel, code, fe
     assert ("put #sha256=HASH" in done.stdout) == (code == 2 and flavour == "cuda")
 
 
+@pytest.mark.parametrize(
+    ("flavour", "hybrid", "code"),
+    [("cuda", "none", 0), ("cpu", "none", 0), ("cuda", "source", 0), ("cpu", "source", 2)],
+)
+def test_kernels_of_layers_with_a_state_are_built_for_cuda(tmp_path, flavour, hybrid, code):
+    text = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
+    step = text.split("RUN mkdir /hybrid ")[1].split("\n\n")[0]
+    (tmp_path / "pip").write_text('#!/bin/sh\necho "pip $*"')
+    (tmp_path / "pip").chmod(0o755)
+    environ = {"FLAVOUR": flavour, "HYBRID": hybrid, "CAUSAL_CONV1D_VERSION": "1.7.0"}
+    environ["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    done = subprocess.run(["sh", "-c", f"true {step}"], env=environ, capture_output=True, text=True)
+    assert done.returncode == code, done.stdout + done.stderr
+    assert ("-w /hybrid causal-conv1d==1.7.0" in done.stdout) == (hybrid == "source" and not code)
+    pinned = re.search(
+        "^causal-conv1d==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE
+    )
+    assert pinned
+    assert f"ARG CAUSAL_CONV1D_VERSION={pinned[1]}\n" in text
+
+
 LISTS = sorted((ROOT / "docker" / "requirements").glob("*.txt"))
 
 
@@ -96,7 +117,11 @@ def test_the_hashed_lists_agree_with_the_constraints_and_the_package():
     project = toml.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     chosen = [project["dependencies"], *(extras[name] for name in ("math", "gpu", "qlora"))]
-    wanted = [Requirement(line) for lines in [*chosen, extras["flash-attn"]] for line in lines]
+    wanted = [
+        Requirement(line)
+        for lines in [*chosen, extras["flash-attn"], extras["hybrid"]]
+        for line in lines
+    ]
     here = pins(text, f"{sys.version_info[0]}.{sys.version_info[1]}")
     assert set().union(*map(needed_by, wanted)) <= here.keys()
 

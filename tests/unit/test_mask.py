@@ -350,8 +350,7 @@ def test_texts_that_look_like_template_text(tokenizers, family):
 @pytest.mark.parametrize("family", ["smollm2", "qwen2_5", "llama3_2"])
 def test_a_token_across_the_end_of_the_prompt_is_cut_as_inference_cuts_it(tokenizers, family):
     tokenizer = tokenizers[family]
-    masker = Masker(tokenizer)
-    masker.template.tokenizer = templated(tokenizer, PLAIN_TURNS.replace("A: ", "A:\n"))
+    masker = Masker(templated(tokenizer, PLAIN_TURNS.replace("A: ", "A:\n")))
     conversation = chat("a", "\n\nb")
     text = "U: a\nA:\n\n\nb" + tokenizer.eos_token + "\n"
     whole = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -13,8 +13,16 @@ import transformers
 
 from packhorse.trainer.config.recipe import ModelSection, Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.estimate.memory import GIB, Cluster, full_step_stats, step_seconds
+from packhorse.trainer.engine import streamed_adamw
+from packhorse.trainer.estimate.memory import (
+    GIB,
+    Cluster,
+    full_step_stats,
+    peak_memory,
+    step_seconds,
+)
 from packhorse.trainer.estimate.model import (
+    Activations,
     build_empty_model,
     largest_micro_batch,
     trace_activations,
@@ -22,6 +30,7 @@ from packhorse.trainer.estimate.model import (
 from packhorse.trainer.estimate.report import (
     build_report,
     describe_report,
+    fill_template,
     longest_sequence,
     measure_steps,
     recommend,
@@ -179,6 +188,30 @@ def test_a_template_moves_what_its_stage_sends() -> None:
     )
     assert to_host["zero3_offload_all"] > to_host["zero3_offload_optimizer"]
     assert report.candidates["zero3_nvme"].traffic.nvme > 24 * weights / 4
+    # one gather of a step's first forward, and the rest in a group, which four ranks are
+    hpz = report.candidates["zero3_hpz"].traffic
+    assert hpz.between_gpus == pytest.approx(3 / 4 * (2 + 4 * micro_batches) * weights)
+    assert hpz.in_group == pytest.approx(3 / 4 * (4 * micro_batches - 2) * weights)
+    assert to_host["zero1_streamed"] == pytest.approx(24 * weights / 4, rel=1e-3)
+    assert sent["zero1_streamed"] == sent["zero1"]
+
+
+def test_a_streamed_state_lies_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streamed_adamw, "CHUNK", 100)
+    recipe = debug("model.dtype=bfloat16")
+    report = build_report(recipe, cluster(4))
+    found = report.candidates
+    plain, streamed = found["zero1"].memory, found["zero1_streamed"].memory
+    assert streamed.host["optimizer"] == 4 * plain.gpu["optimizer"]
+    # at the start the masters are on the GPU; a micro-batch of the debug model takes more
+    assert plain.gpu["activations"] > plain.gpu["optimizer"]
+    assert streamed.gpu["optimizer"] == 24 * 100
+    one = {"groups": ((10**9,),), "kinds": ("adamw",), "group_moments": (8 * 10**9,)}
+    model = replace(report.model, **one)
+    config = fill_template(recipe, "zero1_streamed", model.hidden)
+    alone = peak_memory(model, config, 1, 8, 1, "liger", Activations(7, 0))
+    later = sum(alone.gpu[part] for part in ("gathered", "communication", "activations", "loss"))
+    assert alone.gpu["optimizer"] == 4 * 10**9 - later
 
 
 def test_the_template_that_fits_and_communicates_least_is_recommended() -> None:
@@ -186,7 +219,7 @@ def test_the_template_that_fits_and_communicates_least_is_recommended() -> None:
     report = build_report(recipe, cluster(4))
     said = recommend(report, recipe)
     assert said.startswith("recommended: zero1: it needs 1.5 of 80.0 GiB a GPU, and moves ")
-    assert "the least of those that fit (zero2 " in said
+    assert "the least of those that fit (zero1_streamed " in said
     assert said.endswith("; set parallel.deepspeed=zero1")
     small = {
         name: replace(one, shortages=[] if name == "zero3" else ["GPU"])

@@ -41,7 +41,7 @@ def test_a_path_is_a_file_from_the_current_folder(here: Path) -> None:
 
 @pytest.mark.parametrize("name", ["zero4", "mine.json", ""])
 def test_a_missing_template_is_refused_with_the_names(here: Path, name: str) -> None:
-    with pytest.raises(BadInput, match=r"one of zero0, zero1, zero2, zero3, zero3_nvme, zero3_off"):
+    with pytest.raises(BadInput, match=r"one of zero0, zero1, zero1_streamed, zero2, zero3, "):
         find_template(name)
 
 

@@ -249,10 +249,12 @@ def show_report(
     import torch
     from rich.console import Console
 
-    from packhorse.trainer.estimate import report
+    from packhorse.trainer.estimate import report, traffic
 
     print(*report.describe_report(found, recipe, gpu_tflops * 1e12, mfu), sep="\n")
-    Console().print(report.build_table(found, gpu_tflops * 1e12 * mfu))
+    for table in report.build_tables(found, gpu_tflops * 1e12 * mfu):
+        Console().print(table)
+    print(traffic.SECONDS)
     if not torch.cuda.is_available():
         print(
             "this machine has no GPU: how fast yours compute and communicate, what their memory "

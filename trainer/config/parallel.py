@@ -15,8 +15,9 @@ class ParallelSection(Section):
     deepspeed: str = Field(
         default="zero3",
         description="DeepSpeed template: ZeRO stage and offload. A packaged one by name (zero0, "
-        "zero1, zero2, zero3, zero3_offload_optimizer, zero3_offload_all, zero3_nvme), or the path "
-        "of a file of yours. Batch sizes and the optimizer come from the recipe.",
+        "zero1, zero1_streamed, zero2, zero3, zero3_hpz, zero3_prefetch, zero3_streamed, "
+        "zero3_offload_optimizer, zero3_offload_all, zero3_nvme), or the path of a file of yours. "
+        "Batch sizes and the optimizer come from the recipe.",
     )
     grad_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",

@@ -109,6 +109,12 @@ class Template:
         # as the tokenizer does: of two tokens that begin at the same character, it takes the longer
         longest_first = sorted({*ids, *self.control_ids}, key=len, reverse=True)
         self._added = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._sources: dict[bool, str] = {}  # for rows without tools, and with them
+        self._variables: dict[str, Any] = {
+            **tokenizer.special_tokens_map,
+            "date_string": DATE_STRING,
+            **self.kwargs,
+        }
         self._skeletons: dict[str, Skeleton] = {}
         self._constants: dict[str, re.Pattern[str] | None] = {}
         self._openings: dict[str, str] = {}
@@ -217,6 +223,8 @@ class Template:
         Raises:
             BadInput: the tokenizer has none.
         """
+        if found := self._sources.get(tools is None):
+            return found
         if self.tokenizer.chat_template is None:
             raise BadInput(
                 "the tokenizer has no chat template, and the rows are conversations; "
@@ -229,18 +237,13 @@ class Template:
                 "the tokenizer has several chat templates and none named `default`; "
                 "give the one to use, a Jinja file, as `model.chat_template`"
             ) from None
-        return with_fixed_clock(source)
+        return self._sources.setdefault(tools is None, with_fixed_clock(source))
 
     def _render(
         self, messages: list[dict[str, Any]], tools: list[Any] | None, **options: Any
     ) -> Any:
         source = self._source(tools)
-        variables = {
-            **self.tokenizer.special_tokens_map,
-            "date_string": DATE_STRING,
-            **self.kwargs,
-            **options,
-        }
+        variables = {**self._variables, **options}
         if source not in self._wants_parts:
             self._wants_parts[source] = wants_parts(source, variables)
         if self._wants_parts[source]:

@@ -7,6 +7,8 @@ documents of an epoch, so the number of workers cannot change it.
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -123,13 +125,12 @@ def _best_fit_decreasing(
 ) -> tuple[np.ndarray, int]:
     """Return the sequence of each piece (P,), and the number of sequences.
 
-    The tightest open sequence that has room is found without a search. Open sequences lie in stacks
-    by the tokens they have left, and bit c of `has_left` is set if stack c is not empty. So the
-    lowest bit at or above a piece's length is the stack to take from.
+    Open sequences lie in stacks by the tokens they have left. `lefts` are the numbers whose stack
+    is not empty, in order: the first that is at least a piece's length is the tightest with room.
     """
     order = _shuffled(len(lengths), rng)
-    stacks: list[list[int]] = [[] for _ in range(seq_len + 1)]
-    has_left = 0
+    stacks: defaultdict[int, list[int]] = defaultdict(list)
+    lefts: list[int] = []
     num_sequences = 0
     sequences = np.empty(len(lengths), dtype=np.int64)
     for start in range(0, len(order), WINDOW_DOCUMENTS):
@@ -138,20 +139,20 @@ def _best_fit_decreasing(
         window = window[np.argsort(-lengths[window], kind="stable")]
         placed: list[int] = []
         for length in lengths[window].tolist():
-            fitting = has_left >> length
-            if fitting:
-                left = length - 1 + (fitting & -fitting).bit_length()
+            place = bisect_left(lefts, length)
+            if place < len(lefts):
+                left = lefts[place]
                 sequence = stacks[left].pop()
                 if not stacks[left]:
-                    has_left ^= 1 << left
+                    del stacks[left], lefts[place]
                 left -= length
             else:
                 sequence, left = num_sequences, seq_len - length
                 num_sequences += 1
             placed.append(sequence)
             if left:
-                if not stacks[left]:
-                    has_left |= 1 << left
+                if left not in stacks:
+                    insort(lefts, left)
                 stacks[left].append(sequence)
         sequences[window] = placed
     return sequences, num_sequences

@@ -52,6 +52,7 @@ STYLES = {
 }
 ROLE_STYLE = "black on cyan"
 BRACKETS = ("⟦", "⟧")
+CONTEXT_TOKENS = 16  # that are decoded before a run; all of them would take hours for long rows
 LEGEND = {
     "trained": "trained",
     "context": "context",
@@ -166,13 +167,12 @@ def runs(
     kinds = special * 2 + example.trained
     edges = sorted({0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), *roles, len(ids)})
     names = ("context", "trained", "special", "special trained")
-    before = ""
     for start, stop in pairwise(edges):
-        # decoded from the beginning, as many decoders drop the space before their first token
-        text = _decode(tokenizer, ids[:stop])
+        # with some tokens before it, as many decoders drop the space before their first token
+        near = max(0, start - CONTEXT_TOKENS)
+        before, text = (_decode(tokenizer, ids[near:end]) for end in (start, stop))
         is_continued = text.startswith(before)
         piece = text[len(before) :] if is_continued else _decode(tokenizer, ids[start:stop])
-        before = text
         yield Run(names[kinds[start]], piece, roles.get(start))
 
 

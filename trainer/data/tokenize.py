@@ -206,10 +206,8 @@ def _fit_row(examples: Sequence[Example], limits: LengthPolicy) -> list[Example]
     return parts
 
 
-def _sizes(examples: Sequence[Example]) -> tuple[list[int], int]:
-    """Return the length of each example, and the trained tokens of all."""
-    trained = sum(int(np.count_nonzero(example.trained)) for example in examples)
-    return [len(example.input_ids) for example in examples], trained
+def _trained(examples: Sequence[Example]) -> int:
+    return sum(int(np.count_nonzero(example.trained)) for example in examples)
 
 
 class _Work(NamedTuple):
@@ -233,10 +231,10 @@ class _Work(NamedTuple):
                     raise examples
                 parts = _fit_row(examples, self.limits)
                 documents += [(row, part) for part in parts]
-                lengths, trained_tokens = _sizes(examples)
-                kept_lengths, kept = _sizes(parts)
+                lengths = [len(example.input_ids) for example in examples]
+                kept_lengths = [len(part.input_ids) for part in parts]
                 if kept_lengths != lengths:
-                    cuts.append((row.source, trained_tokens - kept))
+                    cuts.append((row.source, _trained(examples) - _trained(parts)))
                 if len(examples) > 1:
                     apart.append((row.source, sum(kept_lengths) - max(kept_lengths)))
                 digest = xxhash.xxh3_64()

@@ -33,6 +33,9 @@ _OWNED_BY_RECIPE = {
     "elasticity": "batch",
 }
 
+# A template's section for us: {"optimizer_state": "streamed"}.
+OWN_SECTION = "packhorse"
+
 # Gradients of a bucket, at least. Smaller buckets cost more calls, larger ones do not fit into a
 # CPU's cache. Two cores, SmolLM2-135M, ZeRO-3: 250 tokens/s with 576^2, 300 with 2^22; ZeRO-2: 400
 # with 576^2, 515 with 2^22, 450 with 5 x 10^7.
@@ -49,11 +52,12 @@ def deepspeed_config(
     """Return the template with the recipe's settings, and a folder on NVMe for this run alone.
 
     `"auto"` for three sizes follows the model's hidden size H, as in DeepSpeed's guide: buckets of
-    H^2 (or BUCKET, if that is more), prefetch of 0.9 H^2, parameters below 10 H kept whole.
+    H^2 (or BUCKET, if that is more), prefetch of 0.9 H^2, parameters below 10 H kept whole. A
+    prefetch of a `"layer"` is 13 H^2, the weights of a dense decoder layer.
 
     Raises:
         BadInput: the template is missing, is not JSON, sets what the recipe owns, or cannot train
-            the model in its type.
+            the model in its type or on these ranks.
     """
     config = _read_template(parallel.deepspeed)
     zero = config.setdefault("zero_optimization", {"stage": 0})
@@ -63,11 +67,15 @@ def deepspeed_config(
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
     zero |= {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
+    if zero.get("stage3_prefetch_bucket_size") == "layer":
+        zero["stage3_prefetch_bucket_size"] = 13 * hidden_size**2
+    require_whole_groups(config, dist.world_size(), dist.local_world_size())
     for offload in nvme_offloads(config):
         # two runs on one node must not write to each other's files
         digest = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
         offload["nvme_path"] = str(Path(offload["nvme_path"]) / f"packhorse-{digest}")
     _require_offload(parallel.deepspeed, config, optim)
+    _require_streaming(parallel.deepspeed, config, optim)
     bf16 = model.dtype == "bfloat16"
     if bf16 and stage(config) == 0:
         raise BadInput(
@@ -109,16 +117,43 @@ def _require_offload(template: str, config: Mapping[str, Any], optim: OptimSecti
         )
     if offload_device(config, "optimizer") == "none":
         return
-    if optim.kind != "adamw":
+    if optim.rule != "adamw":
         raise BadInput(
-            f"{template}: offload_optimizer: only AdamW has a kernel for the CPU; set "
-            f"optim.kind=adamw, or a template that keeps {optim.kind}'s states on the GPU"
+            f"{template}: offload_optimizer: only AdamW in fp32 has a kernel for the CPU; set "
+            f"optim.kind=adamw, or a template that keeps {optim.rule}'s states on the GPU"
         )
     if optim.ema_decay is not None:
         raise BadInput(
             f"{template}: offload_optimizer: the average of the weights is not offloaded; remove "
             "optim.ema_decay, or take a template that keeps the optimizer on the GPU"
         )
+
+
+def _require_streaming(template: str, config: Mapping[str, Any], optim: OptimSection) -> None:
+    """Refuse an optimizer that cannot be streamed, or a section with something else in it."""
+    if OWN_SECTION not in config:
+        return
+    if config[OWN_SECTION] != {"optimizer_state": "streamed"}:
+        raise BadInput(
+            f'{template}: {OWN_SECTION}: it may hold {{"optimizer_state": "streamed"}} alone'
+        )
+    reasons = {
+        "at ZeRO stage 0 the weights are the master weights; set a stage from 1 to 3": (
+            stage(config) == 0
+        ),
+        f"only AdamW in fp32 updates by chunks, and not {optim.rule}; set optim.kind=adamw": (
+            optim.rule != "adamw"
+        ),
+        "the average of the weights is not streamed; remove optim.ema_decay": (
+            optim.ema_decay is not None
+        ),
+        "it needs weights on the GPU; remove offload_optimizer and offload_param": any(
+            offload_device(config, what) != "none" for what in ("optimizer", "param")
+        ),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise BadInput(f"{template}: {OWN_SECTION}.optimizer_state: {reason}")
 
 
 def _read_template(template: str) -> dict[str, Any]:
@@ -140,6 +175,31 @@ def _read_template(template: str) -> dict[str, Any]:
 def stage(config: Mapping[str, Any]) -> int:
     """Return the ZeRO stage, 0 to 3."""
     return int(config["zero_optimization"].get("stage", 0))
+
+
+def streams_optimizer(config: Mapping[str, Any]) -> bool:
+    """Return whether the optimizer's state lies on the host and is updated on the GPU."""
+    return OWN_SECTION in config
+
+
+def for_deepspeed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration without the section that only we read."""
+    return {key: value for key, value in config.items() if key != OWN_SECTION}
+
+
+def count_sharing(config: Mapping[str, Any], world: int) -> int:
+    """Return how many ranks share a second copy of the weights (hpZ), or 1."""
+    return min(int(config["zero_optimization"].get("zero_hpz_partition_size", 1)), world)
+
+
+def require_whole_groups(config: Mapping[str, Any], world: int, per_node: int) -> None:
+    """Refuse groups of hpZ that are not all of one size, or that span nodes."""
+    size = count_sharing(config, world)
+    if world % size or min(per_node, world) % size:
+        raise BadInput(
+            f"zero_hpz_partition_size: groups of {size} ranks do not divide {world} ranks, "
+            f"{per_node} a node; set it to the number of GPUs of a node in a template of yours"
+        )
 
 
 def offload_device(config: Mapping[str, Any], what: str) -> str:

@@ -23,14 +23,16 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import OptimSection
 from packhorse.trainer.datatypes import BadInput, Batch, StepResult
 from packhorse.trainer.engine import compile_ops, zero_state
-from packhorse.trainer.engine.ds_config import nvme_offloads, stage
+from packhorse.trainer.engine.ds_config import for_deepspeed, nvme_offloads, stage
 from packhorse.trainer.engine.moments import moment_bytes
 from packhorse.trainer.engine.optim import (
     replace_gradient_norm,
     set_learning_rates,
+    shorten_gradient_sums,
     step_clipped,
 )
 from packhorse.trainer.engine.optimizers import PIECEWISE, Lion, build_optimizer
+from packhorse.trainer.engine.streamed_adamw import StreamedAdamW
 from packhorse.trainer.metrics import Clock
 from packhorse.trainer.model.decoder import whole_layers
 from packhorse.trainer.model.feed_forward_tiles import tiled_blocks
@@ -63,7 +65,7 @@ with lean_import("mlflow"):
 compile_ops.set_build_folder_and_flags()
 deepspeed_logger.setLevel(logging.WARNING)
 # tests/numerics/test_optimizers.py tests them; DeepSpeed warns of others than it has tried
-ZERO_SUPPORTED_OPTIMIZERS += [Lion, torch.optim.SGD, *PIECEWISE.values()]
+ZERO_SUPPORTED_OPTIMIZERS += [Lion, StreamedAdamW, torch.optim.SGD, *PIECEWISE.values()]
 # DeepSpeed calls collectives by names that torch 2.13 deprecates, once for each layer and step
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+_tensor` is deprecated", FutureWarning)
 # An all-reduce for inference. DeepSpeed would compile it at each machine's first start, and write
@@ -85,9 +87,12 @@ def sharded_init(config: Mapping[str, Any]) -> Iterator[None]:
         return
     from transformers.integrations import HfDeepSpeedConfig
 
+    # it keeps the groups of ranks that a model of before was shared by (hpZ), and makes them once
+    deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     # before DeepSpeed compiles them by itself: without our lock, and otherwise than we do
     compile_ops.build_ops(compile_ops.needed_ops(config, trains=False))
-    keep_alive = HfDeepSpeedConfig(dict(config))  # transformers holds a weak reference to it
+    # transformers holds a weak reference to it
+    keep_alive = HfDeepSpeedConfig(for_deepspeed(config))
     yield
     del keep_alive
 
@@ -191,7 +196,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=module,
             optimizer=build_optimizer(groups, optim, config),
-            config=config,
+            config=for_deepspeed(config),
             dist_init_required=False,
         )
         for parameter, data in frozen if self.stage < 3 else ():
@@ -199,13 +204,15 @@ class Engine:
                 parameter.data = data.to(parameter.device)
         del frozen
         self._optimizer: Any = self._engine.optimizer
+        zero_state.stream_state(self._optimizer)
         replace_gradient_norm(self._optimizer)
+        shorten_gradient_sums(self._engine)
         self.state = zero_state.TrainingState(
             *(self.module.model, self._optimizer, self.stage, moments),
             averages=optim.ema_decay is not None,
             gathered=gathered,
         )
-        zero_state.show_pieces(self._optimizer, self.state.names())
+        zero_state.show_pieces(self._optimizer, self.state.names(), module.seed)
         self._gradient_watch = None
         if self.stage == 3:
             self._gradient_watch = _GradientWatch(module)
@@ -356,9 +363,8 @@ def _evaluation_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
         return model.to(dist.device())
     sharding = dict(config["zero_optimization"])
     sharding.pop("offload_optimizer", None)
-    engine, *_ = deepspeed.initialize(
-        model=model, config={**config, "zero_optimization": sharding}, dist_init_required=False
-    )
+    config = for_deepspeed(config) | {"zero_optimization": sharding}
+    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
     return engine
 
 

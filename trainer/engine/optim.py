@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
 
     Matrices are those of linear products and of experts, and embeddings if
     `section.decay_embeddings` is set. A group's learning rate is the schedule's times the group's
-    `lr_scale`. Its `kind` is `section.kind`, and `adamw` for what that kind does not take (see
+    `lr_scale`. Its `kind` is `section.rule`, and `adamw` for what that kind does not take (see
     `_takes`).
 
     Raises:
@@ -44,7 +45,7 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
     """
     role = roles(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    kinds = dict.fromkeys(("adamw", section.kind))
+    kinds = dict.fromkeys(("adamw", section.rule))
     groups: dict[tuple[int, bool, str], dict[str, Any]] = {
         (number, decay, kind): {
             "params": [],
@@ -64,7 +65,7 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
         matched = [before or now for before, now in zip(matched, fits, strict=True)]
         number = fits.index(True) + 1 if any(fits) else 0
         does, is_head = role[id(parameter)], parameter is getattr(head, "weight", None)
-        kind = section.kind if _takes(section.kind, does, is_head) else "adamw"
+        kind = section.rule if _takes(section.rule, does, is_head) else "adamw"
         groups[number, decays(does, section), kind]["params"].append(parameter)
     for group, found in zip(section.groups, matched, strict=True):
         if not found:
@@ -140,6 +141,38 @@ def set_learning_rates(optimizer: Any, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
+# -------------------------------------------------------------------------------------- gradients
+
+
+def shorten_gradient_sums(engine: Any) -> None:
+    """Make DeepSpeed add each gradient to its sum in one pass, and reduce nothing on one rank.
+
+    A micro-batch then moves 10 bytes a parameter for bf16 gradients with fp32 sums, and 12 for fp32
+    ones, at stages 0 and 1. The sums are the same, bit by bit.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "bf16_groups"):
+        # DeepSpeed's own makes an fp32 copy of the gradient first: 18 bytes
+        optimizer._update_hp_grad = partial(_add_gradient, optimizer)
+    if dist.world_size() == 1:
+        engine.buffered_allreduce_fallback = _reduce_nothing  # of stage 0, and of 1 in bf16
+        if getattr(optimizer, "partition_gradients", None) is False:  # stage 1
+            optimizer.reduce_ready_partitions_and_remove_grads = _reduce_nothing
+
+
+def _add_gradient(optimizer: Any, parameter: Any, group: int, index: int, **_: Any) -> None:
+    if parameter.grad is None:
+        return
+    total = optimizer.fp32_groups_gradients[group][index]
+    total.view_as(parameter).add_(parameter.grad)
+    parameter._hp_grad = total
+    optimizer.fp32_groups_has_gradients[group][index] = True
+
+
+def _reduce_nothing(*_: Any, **__: Any) -> None:
+    pass
+
+
 # --------------------------------------------------------------------------------------- clipping
 
 
@@ -200,7 +233,7 @@ def step_clipped(
         engine.step()
         applied = engine.was_step_applied()
         # a step that stage 3 skips leaves the norm of the step before in place
-        return float(engine.get_global_grad_norm() or 0.0) if applied else math.nan, applied
+        return float(engine.get_global_grad_norm()) if applied else math.nan, applied
     # At stage 0 DeepSpeed reports no norm and would apply a NaN. Every rank has all gradients
     # here, already averaged, so that the norm needs no collective. fp64, as in `gradient_norm`.
     with_gradient = [p for p in parameters if p.grad is not None]

@@ -34,6 +34,12 @@ from packhorse.trainer.engine.sharded_state import (
     add_digests,
     digests_of,
 )
+from packhorse.trainer.engine.streamed_adamw import (
+    HostMaster,
+    StreamedAdamW,
+    move_to_host,
+    page_locked,
+)
 from packhorse.trainer.model.load import persistent_buffers
 from packhorse.trainer.model.quantisation import numel, parts_of
 
@@ -56,6 +62,7 @@ class Partition:
     kind: str  # of the optimizer that updates it
     parameters: list[Any]  # of the whole group, in the same order on every rank
     places: list[Place]  # of those parameters that the part holds
+    weights: torch.Tensor | None = None  # the model's, where DeepSpeed does not make them follow
 
 
 class TrainingState:
@@ -198,6 +205,8 @@ def write(
         if on_nvme:
             optimizer._optimizer_states_and_gradient_swap_in(i)
         yield _slices(part, _base(optimizer), names, averages, updates)
+        if part.weights is not None:
+            part.weights.copy_(part.master)
         if is_stage_3(optimizer):
             # the model's own shards follow the masters
             optimizer._reassign_or_swap_out_partitioned_parameters(i)
@@ -227,30 +236,57 @@ def _base(optimizer: Any) -> torch.optim.Optimizer:
 
 def _partitions(optimizer: Any, names: Names) -> Iterator[Partition]:
     """Yield this rank's flat partitions of fp32 master weights, and the places in each."""
-    groups = optimizer.param_groups
-    if is_stage_3(optimizer):
-        for i, master in enumerate(optimizer.fp32_partitioned_groups_flat):
-            parameters = optimizer.fp16_groups[i]
-            kind = groups[optimizer.sub_group_to_group_id[i]]["kind"]
-            yield Partition(master, kind, parameters, list(_stage_3_places(parameters, names)))
-        return
-    if hasattr(optimizer, "bf16_groups"):
-        # stage 1 in bf16 is a class of its own, with other attribute names
-        masters, members = optimizer.fp32_groups_flat_partition, optimizer.bf16_groups
-    elif hasattr(optimizer, "bit16_groups"):
-        masters, members = optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups
-    else:  # stage 0
+    base, groups = _base(optimizer), optimizer.param_groups
+    if base is optimizer:  # stage 0
         for group in groups:
             for parameter in group["params"]:
                 place = (names[id(parameter)], 0, 0, parameter.numel())
                 yield Partition(parameter, group["kind"], [parameter], [place])
         return
-    for master, parameters, group in zip(masters, members, groups, strict=True):
-        places = list(_stage_1_2_places(parameters, names))
-        yield Partition(master, group["kind"], parameters, places)
+    if isinstance(base, StreamedAdamW):
+        base.wait()
+    find_places = _stage_3_places if is_stage_3(optimizer) else _stage_1_2_places
+    for i, (master, _, parameters) in enumerate(zip(*_flat_groups(optimizer), strict=True)):
+        number = optimizer.sub_group_to_group_id[i] if is_stage_3(optimizer) else i
+        kind, places = groups[number]["kind"], list(find_places(parameters, names))
+        if isinstance(master, HostMaster):
+            yield Partition(master.host, kind, parameters, places, master.weights)
+        else:
+            yield Partition(master, kind, parameters, places)
 
 
-def show_pieces(optimizer: Any, names: Names) -> None:
+def _flat_groups(optimizer: Any) -> tuple[list[Any], list[torch.Tensor], list[list[Any]]]:
+    """Return, by group, DeepSpeed's list of this rank's fp32 masters, the model's weights that
+    follow them, and the whole group's parameters.
+    """
+    if is_stage_3(optimizer):
+        masters = optimizer.fp32_partitioned_groups_flat
+        return masters, optimizer.fp16_partitioned_groups_flat, optimizer.fp16_groups
+    if hasattr(optimizer, "bf16_groups"):
+        # stage 1 in bf16 is a class of its own, with other attribute names
+        masters, parts = optimizer.fp32_groups_flat_partition, optimizer.bf16_partitioned_groups
+        members = optimizer.bf16_groups
+    else:
+        masters = optimizer.single_partition_of_fp32_groups
+        parts, members = optimizer.parallel_partitioned_bit16_groups, optimizer.bit16_groups
+    return masters, [of_ranks[dist.rank()] for of_ranks in parts], members
+
+
+def stream_state(optimizer: Any) -> None:
+    """Move the fp32 masters to the host, if the optimizer is to be streamed."""
+    base = _base(optimizer)
+    if not isinstance(base, StreamedAdamW):
+        return
+    masters, weights, _ = _flat_groups(optimizer)
+    before = list(masters)  # kept until the end, as their ids are looked up
+    for i, (master, part) in enumerate(zip(before, weights, strict=True)):
+        masters[i] = move_to_host(master, part)
+        for moment in moments_of(base, masters[i].host, "adamw").values():
+            page_locked(moment)
+    base.attach({id(master): masters[i] for i, master in enumerate(before)})
+
+
+def show_pieces(optimizer: Any, names: Names, seed: int) -> None:
     """Tell an optimizer that needs it where its parameters lie in the master weights of all ranks.
 
     Every rank calls it.
@@ -258,6 +294,7 @@ def show_pieces(optimizer: Any, names: Names) -> None:
     base = _base(optimizer)
     if not isinstance(base, Piecewise):
         return
+    base.seed = seed
     base.is_sharded = base is not optimizer  # DeepSpeed cuts weights at every stage but 0
     parts = list(_partitions(optimizer, names))
     own = [
@@ -273,7 +310,7 @@ def show_pieces(optimizer: Any, names: Names) -> None:
             cuts = {start for start, _, numel in (theirs[i][k] for theirs in of_ranks) if numel}
             blocks = sorted({start // BLOCK for start in cuts if start % BLOCK})
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            pieces.append(Piece(shape, *place, cut_blocks=tuple(blocks)))
+            pieces.append(Piece(shape, *place, names[id(parameter)], tuple(blocks)))
 
 
 def _stage_3_places(parameters: list[Any], names: Names) -> Iterator[Place]:

@@ -22,8 +22,10 @@ import numpy as np
 
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.ranks import filler_share
+from packhorse.trainer.engine.ds_config import require_whole_groups, streams_optimizer
+from packhorse.trainer.engine.streamed_adamw import room_for_chunks
 from packhorse.trainer.estimate.model import Activations, ModelSizes
-from packhorse.trainer.estimate.state import StateBytes, count_state_bytes
+from packhorse.trainer.estimate.state import StateBytes, count_state_bytes, masters_of_groups
 from packhorse.trainer.model.loss import BLOCK_HIDDEN, LIGER_HIDDEN
 
 GIB = 2**30
@@ -74,29 +76,35 @@ def peak_memory(
         BadInput: the template combines what is not planned.
     """
     zero = config["zero_optimization"]
+    require_whole_groups(config, world, per_node)
     state, stage = count_state_bytes(model, config, world), zero.get("stage", 0)
     local = min(world, per_node)
     gathered, communication = _count_communication(model, zero, state)
-    on_gpu = state.optimizer_on == "gpu"
+    on_gpu, is_streamed = state.optimizer_on == "gpu", streams_optimizer(config)
     weights = state.weights if state.weights_on == "gpu" else 0
+    optimizer = state.masters + state.moments
     gpu = {
-        "weights": state.persistent + weights + model.buffers,
+        "weights": state.persistent + weights + state.shared + model.buffers,
         "gradients": state.gradients if on_gpu else 0,
-        "optimizer": state.masters + state.moments if on_gpu else 0,
+        "optimizer": optimizer if on_gpu else 0,
         "gathered": gathered,
         "communication": communication,
         "activations": activations.kept + activations.layer,
         "loss": loss_workspace(model, trained, kernel),
     }
+    if is_streamed:
+        # DeepSpeed makes the master weights on the GPU, when there are no activations yet
+        later = sum(gpu[part] for part in ("gathered", "communication", "activations", "loss"))
+        room = room_for_chunks(masters_of_groups(model, stage, world))
+        gpu["optimizer"] = max(room, state.masters - later)
     gpu["reserve"] = RESERVED + int(SHARE_RESERVED * sum(gpu.values()))
     whole = model.element * model.parameters
-    optimizer = state.masters + state.moments
     host = {
         # at stage 3 rank 0 reads for all; before, each rank reads the whole model
         "load": whole if stage == 3 else whole * local,
         "weights": local * state.weights if state.weights_on == "cpu" else 0,
         "gradients": 0 if on_gpu else local * state.gradients,
-        "optimizer": local * optimizer if state.optimizer_on == "cpu" else 0,
+        "optimizer": local * optimizer if state.optimizer_on == "cpu" or is_streamed else 0,
         "activations": local * activations.host,
         "swapping": local * _count_swap_buffers(model, zero, state),
     }

@@ -6,7 +6,7 @@ table. It joins the arithmetic of estimate/memory.py with the templates as the e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -44,11 +44,12 @@ from packhorse.trainer.estimate.model import (
     with_fp8,
 )
 from packhorse.trainer.estimate.sequence import longest_slice, sequence_traffic, slice_activations
-from packhorse.trainer.estimate.traffic import ASSUMED, Traffic
+from packhorse.trainer.estimate.traffic import Traffic
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+TEMPLATES_ABREAST = 6  # in a terminal of 80 columns
 MOST_GPUS = 4096  # where the search for the smallest number of GPUs ends
 GPU_PARTS = (
     *("weights", "gradients", "optimizer", "gathered", "communication"),
@@ -306,22 +307,21 @@ def table_cells(report: Report, flops: float) -> tuple[list[str], list[list[str]
     return heading, body
 
 
-def build_table(report: Report, flops: float) -> Table:
-    """Return the table of memory and time for a terminal; see `table_cells`."""
+def build_tables(report: Report, flops: float) -> Iterator[Table]:
+    """Yield tables of memory and time for a terminal, a few templates each; see `table_cells`."""
     from rich.table import Table
 
     heading, body = table_cells(report, flops)
-    table = Table(
-        title="predicted: memory at the peak of a step, and its time",
-        caption="seconds: at most, if no communication hides behind the computation, at an assumed "
-        f"{ASSUMED}; at least, the time to compute above",
-    )
-    for i, name in enumerate(heading):
-        # the names of the parts stay whole, and of a number no digit may go
-        table.add_column(name, justify="right" if i else "left", no_wrap=not i, overflow="fold")
-    for i, cells in enumerate(body):
-        table.add_row(*cells, end_section=i in (len(GPU_PARTS) - 1, len(body) - 5))
-    return table
+    for first in range(1, len(heading), TEMPLATES_ABREAST):
+        shown = slice(first, first + TEMPLATES_ABREAST)
+        table = Table(title="predicted: memory at the peak of a step, and its time")
+        table.add_column(heading[0], no_wrap=True)
+        for name in heading[shown]:
+            table.add_column(name, justify="right", overflow="fold")
+        for i, cells in enumerate(body):
+            end = i in (len(GPU_PARTS) - 1, len(body) - 5)
+            table.add_row(cells[0], *cells[shown], end_section=end)
+        yield table
 
 
 def require_fit(report: Report) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.ds_config import count_sharing
 from packhorse.trainer.engine.moments import BLOCK, BYTES_PER_WEIGHT
 from packhorse.trainer.estimate.model import ModelSizes
 
@@ -29,6 +30,7 @@ class StateBytes:
     moments: int
     weights_on: str = "gpu"  # or cpu, nvme
     optimizer_on: str = "gpu"  # summed gradients, master weights and moments
+    shared: int = 0  # second copies of weights (hpZ), from a forward to the step
 
 
 def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) -> StateBytes:
@@ -40,8 +42,8 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
     stage = config["zero_optimization"].get("stage", 0)
     sum_bytes = 2 if config["data_types"]["grad_accum_dtype"] == "bf16" else 4
     if stage == 3:
-        return _count_stage_3(model, config["zero_optimization"], sum_bytes, world)
-    packed = sum(-(-elements // 2) for elements in model.quantised)
+        return _count_stage_3(model, config, sum_bytes, world)
+    packed = sum(-(-elements * model.bits // 8) for elements in model.quantised)
     frozen = model.element * sum(model.frozen) + packed + model.scales_bytes
     if stage == 0:  # the weights are the master weights
         weights = model.element * model.trained
@@ -50,9 +52,8 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
         raise BadInput(
             "offload_optimizer at ZeRO stages 1 and 2 is not planned; plan it at stage 3"
         )
-    # DeepSpeed flattens each group and fills it up to a multiple of 2 elements a rank
-    flat = [-(-sum(group) // (2 * world)) * 2 * world for group in model.groups]
-    piece = sum(flat) // world
+    pieces = masters_of_groups(model, stage, world)
+    flat, piece = [world * part for part in pieces], sum(pieces)
     if stage == 1 and model.element == 2 and sum_bytes == 4:
         # DeepSpeed's BF16_Optimizer, which takes this case, sums whole gradients in fp32, and each
         # in the model's type goes as soon as it is added
@@ -62,18 +63,25 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
     else:
         gradients = model.element * _count_touched(model.groups, flat, world)
     weights = model.element * sum(flat) + frozen
-    pieces = [length // world for length in flat]
     cuts = [_cuts_of_flat(*of, world) for of in zip(model.groups, pieces, strict=True)]
     moments = _count_moments(model, pieces, cuts)
     return StateBytes(weights, 0, gradients, 4 * piece, moments)
 
 
+def masters_of_groups(model: ModelSizes, stage: int, world: int) -> list[int]:
+    """Return the elements of a rank's master weights of each group, above ZeRO stage 0."""
+    if stage == 3:  # each parameter is cut by itself, and its last piece filled up
+        return [sum(-(-size // world) for size in group) for group in model.groups]
+    # DeepSpeed flattens each group and fills it up to a multiple of 2 elements a rank
+    return [-(-sum(group) // (2 * world)) * 2 for group in model.groups]
+
+
 def _count_stage_3(
-    model: ModelSizes, zero: Mapping[str, Any], sum_bytes: int, world: int
+    model: ModelSizes, config: Mapping[str, Any], sum_bytes: int, world: int
 ) -> StateBytes:
+    zero, sharing = config["zero_optimization"], count_sharing(config, world)
     trained = [size for group in model.groups for size in group]
-    # each parameter is cut by itself, and its last piece filled up
-    pieces = [sum(-(-size // world) for size in group) for group in model.groups]
+    pieces = masters_of_groups(model, 3, world)
     piece = sum(pieces)
     cuts = [
         (c for n in group for c in _cuts_of_flat([n], -(-n // world), world))
@@ -81,10 +89,11 @@ def _count_stage_3(
     ]
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     # whole: gathered from the ranks' pieces, the last one's filling included
-    # those in 4 bits count by what their bytes are in the model's type
-    frozen = [*model.frozen, *(n // (2 * model.element) for n in model.quantised)]
-    small = [size for size in (*trained, *frozen) if size <= threshold]
-    persistent = sum(world * -(-size // world) for size in small)
+    # those that are quantised count by what their bytes are in the model's type
+    in_a_number = 8 * model.element // model.bits
+    frozen = [*model.frozen, *(n // in_a_number for n in model.quantised)]
+    whole = [(size, world * -(-size // world)) for size in (*trained, *frozen)]
+    persistent = sum(filled for size, filled in whole if size <= threshold)
     optimizer_on, weights_on = (
         "gpu" if device == "none" else device
         for device in (
@@ -101,6 +110,7 @@ def _count_stage_3(
         moments=_count_moments(model, pieces, cuts),
         weights_on=weights_on,
         optimizer_on=optimizer_on,
+        shared=model.element * sum(filled for _, filled in whole) // sharing * (sharing > 1),
     )
 
 

@@ -11,8 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from packhorse.trainer.engine.ds_config import count_sharing, streams_optimizer
 from packhorse.trainer.estimate.memory import Cluster
 from packhorse.trainer.estimate.model import ModelSizes
+from packhorse.trainer.estimate.state import count_state_bytes
 
 # Bytes a second that are assumed, as a plan measures nothing.
 IN_NODE = 300e9  # of a GPU, over NVLink
@@ -23,6 +25,10 @@ ASSUMED = (
     f"{IN_NODE / 1e9:.0f} GB/s a GPU inside a node, {BETWEEN_NODES / 1e9:.0f} between nodes, "
     f"{TO_HOST / 1e9:.0f} to the host, and {TO_NVME / 1e9:.0f} a node to NVMe"
 )
+SECONDS = (
+    "s a step: at most, if no communication hides behind the computation, at an assumed "
+    f"{ASSUMED}; at least, the time to compute above"
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,7 @@ class Traffic:
     between_gpus: float
     host: float
     nvme: float
-    in_group: float = 0.0  # between GPUs that share a sequence, on a node
+    in_group: float = 0.0  # between GPUs of a node that share a sequence, or weights (hpZ)
 
     @property
     def total(self) -> float:
@@ -59,7 +65,13 @@ def step_traffic(
     others = (world - 1) / world
     gradients = model.trained * (2 if config["data_types"]["grad_accum_dtype"] == "bf16" else 4)
     weights, trained_weights = model.element * model.parameters, model.element * model.trained
-    if stage == 3:
+    sharing, in_group = count_sharing(config, world), 0.0
+    if stage == 3 and sharing > 1:
+        # a step's first forward gathers from all; those who share a copy gather the rest from it
+        sent = trained_weights + micro_batches * gradients
+        again = micro_batches * 2 * weights - trained_weights
+        in_group = again * (sharing - 1) / sharing
+    elif stage == 3:
         # each micro-batch gathers the weights in forward and backward, and reduces its gradients
         sent = micro_batches * (2 * weights + gradients)
     elif stage == 2:
@@ -74,7 +86,10 @@ def step_traffic(
         moved["cpu"] += (micro_batches * gradients + trained_weights) / world
     if device == "nvme":  # master weights and two moments, read and written
         moved["nvme"] += 2 * 12 * model.trained / world
+    if streams_optimizer(config):  # master weights and two moments, in and out
+        state = count_state_bytes(model, config, world)
+        moved["cpu"] += 2 * (state.masters + state.moments)
     device = zero.get("offload_param", {}).get("device", "none")
     if device != "none":  # read in forward and backward
         moved[device] += micro_batches * 2 * weights / world
-    return Traffic(others * sent, moved["cpu"], moved["nvme"])
+    return Traffic(others * sent, moved["cpu"], moved["nvme"], in_group)

@@ -27,6 +27,7 @@ from torch import nn
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.decoder import decoder_layers
+from packhorse.trainer.utils.text import one_line
 
 MULTIPLE = 16  # of inputs, outputs and summed tokens: the kernels take no other sizes
 # A router's small errors send tokens to other experts; an adapter's matrices are too small to gain.
@@ -53,8 +54,16 @@ def use_fp8(model: Any, device: torch.device) -> str:
             f"model.matmul: the layers of {type(model).__name__} have no linear modules in "
             f"bfloat16 whose sizes are multiples of {MULTIPLE}; set it to bf16"
         )
-    for size in {(module.out_features, module.in_features) for module in modules}:
-        _require_right(*size, device)
+    for outputs, inputs in {(module.out_features, module.in_features) for module in modules}:
+        try:
+            _require_right(outputs, inputs, device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a card or a build of torch without such a kernel
+            raise BadInput(
+                f"model.matmul: a product of {inputs} to {outputs} cannot be made in fp8 here "
+                f"({one_line(error, 200)}); set it to bf16"
+            ) from None
     for module in modules:
         module.__class__ = Fp8Linear
     return f"fp8, a scale for each row, in {len(modules)} linear modules"
