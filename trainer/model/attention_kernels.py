@@ -293,8 +293,8 @@ def _one_document_in_full(
 ) -> torch.Tensor:
     """Return the same with soft caps (Gemma 2) and sinks (gpt-oss), which torch's kernels lack.
 
-    All L x L scores are held in fp32, in which the models' own eager attention computes the softmax,
-    or in fp64.
+    All L x L scores are held in fp32, as the models' own eager attention computes the softmax, or
+    in fp64.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
