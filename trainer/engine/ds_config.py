@@ -117,10 +117,10 @@ def _require_offload(template: str, config: Mapping[str, Any], optim: OptimSecti
         )
     if offload_device(config, "optimizer") == "none":
         return
-    if optim.kind != "adamw":
+    if optim.rule != "adamw":
         raise BadInput(
-            f"{template}: offload_optimizer: only AdamW has a kernel for the CPU; set "
-            f"optim.kind=adamw, or a template that keeps {optim.kind}'s states on the GPU"
+            f"{template}: offload_optimizer: only AdamW in fp32 has a kernel for the CPU; set "
+            f"optim.kind=adamw, or a template that keeps {optim.rule}'s states on the GPU"
         )
     if optim.ema_decay is not None:
         raise BadInput(
@@ -141,8 +141,8 @@ def _require_streaming(template: str, config: Mapping[str, Any], optim: OptimSec
         "at ZeRO stage 0 the weights are the master weights; set a stage from 1 to 3": (
             stage(config) == 0
         ),
-        f"only AdamW updates by chunks, and optim.kind is {optim.kind}; set optim.kind=adamw": (
-            optim.kind != "adamw"
+        f"only AdamW in fp32 updates by chunks, and not {optim.rule}; set optim.kind=adamw": (
+            optim.rule != "adamw"
         ),
         "the average of the weights is not streamed; remove optim.ema_decay": (
             optim.ema_decay is not None
