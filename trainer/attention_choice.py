@@ -56,7 +56,7 @@ def choose_attention(recipe: Recipe, plan: Plan, run_dir: Path) -> Recipe:
 
 def _choose(recipe: Recipe, plan: Plan, run_dir: Path, kernels: Sequence[str]) -> str:
     before = read_json_file(run_dir / RECORD).get("kernel") if has_checkpoint(run_dir) else None
-    if before in kernels:
+    if isinstance(before, str) and before in kernels:
         dist.log.info("attention: %s, as before", before)
         return before
     if before:
