@@ -99,9 +99,11 @@ def _set_tiles(recipe: Recipe, model: Any, hidden_size: int) -> None:
     mode = "none" if recipe.model.compile else recipe.model.activation_checkpointing
     if not wants_tiles(mode, tokens, hidden_size):
         return
-    tile, blocks = tile_tokens(hidden_size), set_tiles(model, True)
-    which = f"{blocks} run" if blocks else "none runs, as experts and dropout need them whole,"
-    dist.log.info("feed-forward blocks: %s in tiles of %d tokens", which, tile)
+    if blocks := set_tiles(model, True):
+        tile = tile_tokens(hidden_size)
+        dist.log.info("feed-forward blocks: %d run in tiles of %d tokens", blocks, tile)
+    else:
+        dist.log.info("feed-forward blocks: all run whole, as experts and dropout need")
 
 
 def _sequence_group(recipe: Recipe) -> SequenceGroup | None:
