@@ -156,6 +156,10 @@ def test_only_adamw_is_offloaded(tmp_path: Path) -> None:
         BadInput, match=r"only AdamW in fp32 has a kernel for the CPU; set optim\.kind"
     ):
         deepspeed_config(*sections, OptimSection(kind="lion"), 64, tmp_path)
+    with pytest.raises(BadInput, match=r"kernel for the CPU; set optim\.state_dtype=fp32"):
+        deepspeed_config(*sections, OptimSection(state_dtype="bf16"), 64, tmp_path)
+    with pytest.raises(BadInput, match="the average of the weights is not offloaded"):
+        deepspeed_config(*sections, OptimSection(ema_decay=0.9), 64, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -125,8 +125,8 @@ def _require_offload(template: str, config: Mapping[str, Any], optim: OptimSecti
         return
     if optim.rule != "adamw":
         raise BadInput(
-            f"{template}: offload_optimizer: only AdamW in fp32 has a kernel for the CPU; set "
-            f"optim.kind=adamw, or a template that keeps {optim.rule}'s states on the GPU"
+            f"{template}: offload_optimizer: only AdamW has a kernel for the CPU; set "
+            f"{_plain_adamw(optim)}, or a template that keeps {optim.rule}'s states on the GPU"
         )
     if optim.ema_decay is not None:
         raise BadInput(
@@ -147,7 +147,7 @@ def _require_streaming(template: str, config: Mapping[str, Any], optim: OptimSec
         "at ZeRO stage 0 the weights are the master weights; set a stage from 1 to 3": (
             stage(config) == 0
         ),
-        f"only AdamW in fp32 updates by chunks, and not {optim.rule}; set optim.kind=adamw": (
+        f"only AdamW updates by chunks, and this is {optim.rule}; set {_plain_adamw(optim)}": (
             optim.rule != "adamw"
         ),
         "the average of the weights is not streamed; remove optim.ema_decay": (
@@ -160,6 +160,11 @@ def _require_streaming(template: str, config: Mapping[str, Any], optim: OptimSec
     for reason, holds in reasons.items():
         if holds:
             raise BadInput(f"{template}: {OWN_SECTION}.optimizer_state: {reason}")
+
+
+def _plain_adamw(optim: OptimSection) -> str:
+    """Return the override that makes the optimizer AdamW in fp32."""
+    return "optim.kind=adamw" if optim.kind != "adamw" else "optim.state_dtype=fp32"
 
 
 def _read_template(template: str) -> dict[str, Any]:
