@@ -48,12 +48,17 @@ def deepspeed_config(
     optim: OptimSection,
     hidden_size: int,
     run_dir: Path,
+    *,
+    learns: bool = True,
 ) -> dict[str, Any]:
     """Return the template with the recipe's settings, and a folder on NVMe for this run alone.
 
     `"auto"` for three sizes follows the model's hidden size H, as in DeepSpeed's guide: buckets of
     H^2 (or BUCKET, if that is more), prefetch of 0.9 H^2, parameters below 10 H kept whole. A
     prefetch of a `"layer"` is 13 H^2, the weights of a dense decoder layer.
+
+    Args:
+        learns: False passes over the optimizer, as none is built.
 
     Raises:
         BadInput: the template is missing, is not JSON, sets what the recipe owns, or cannot train
@@ -74,8 +79,9 @@ def deepspeed_config(
         # two runs on one node must not write to each other's files
         digest = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
         offload["nvme_path"] = str(Path(offload["nvme_path"]) / f"packhorse-{digest}")
-    _require_offload(parallel.deepspeed, config, optim)
-    _require_streaming(parallel.deepspeed, config, optim)
+    if learns:
+        _require_offload(parallel.deepspeed, config, optim)
+        _require_streaming(parallel.deepspeed, config, optim)
     bf16 = model.dtype == "bfloat16"
     if bf16 and stage(config) == 0:
         raise BadInput(
