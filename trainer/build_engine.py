@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from packhorse.trainer import dist
-from packhorse.trainer.config.recipe import Recipe, load_recipe
+from packhorse.trainer.checkpoint.manifest import list_published
+from packhorse.trainer.config.recipe import AdapterSection, Recipe, load_recipe
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import TrainData
@@ -65,7 +66,7 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         recipe.model,
         tokenizer,
         seed=recipe.train.seed,
-        adapter=recipe.adapter,
+        adapter=_adapter(recipe, run_dir),
         sharded_init=partial(sharded_init, ds_config),
         gathered=gathered,
     )
@@ -91,6 +92,17 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         dist.log.info("layers: %d, compiled at their first calls", num_layers)
     check_packing(recipe, module)
     return engine
+
+
+def _adapter(recipe: Recipe, run_dir: Path) -> AdapterSection | None:
+    """Return the section; a run with a checkpoint has the values from there, not from a folder
+    (`init_from`) that may be gone.
+    """
+    section = recipe.adapter
+    # rank 0's view, as a network file system may show ranks different folders for a moment
+    if section and dist.broadcast(bool(list_published(run_dir / "checkpoints"))):
+        return section.model_copy(update={"init_from": None})
+    return section
 
 
 def _set_tiles(recipe: Recipe, model: Any, hidden_size: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
@@ -29,7 +29,7 @@ from tests.ranks import ROOT, run_ranks
 pytestmark = pytest.mark.runs
 
 ADAPTERS = {  # with the stages they are trained at
-    "lora": ("zero3", "adapter={rank: 4, dropout: 0.1}"),
+    "lora": ("zero3", "adapter={rank: 4, alpha: 8, dropout: 0.1, init_from: EARLIER}"),
     "whole": (
         "zero2",
         "adapter={rank: 4, target_modules: [q_proj, up_proj], variants: [rslora], modules_to_save: "
@@ -57,7 +57,10 @@ def runs(root: Path) -> dict[str, Path]:
         settings = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps({**settings, "tie_word_embeddings": tied}))
         section = load_recipe(ROOT / "recipes" / "debug.yaml", [f"model.name={base}"]).model
-        load_model(section, load_tokenizer(section), seed=3).save_pretrained(base)
+        model = load_model(section, load_tokenizer(section), seed=3)
+        model.save_pretrained(base)
+    start = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    get_peft_model(model, start).save_pretrained(str(root / "earlier"))
     for name, (stage, adapter) in ADAPTERS.items():
         base = root / ("tied" if name == "whole" else "base")
         overrides = [
@@ -71,7 +74,7 @@ def runs(root: Path) -> dict[str, Path]:
                 f"model.name={base}",
                 "model.init=pretrained",
                 f"parallel.deepspeed={stage}",
-                adapter,
+                adapter.replace("EARLIER", str(root / "earlier")),
             ),
             *(["model.dtype=bfloat16"] if name == "bf16" else []),
         ]
@@ -85,6 +88,7 @@ def runs(root: Path) -> dict[str, Path]:
     path = root / "cases.json"
     path.write_text(json.dumps(cases))
     run_ranks(2, ["-m", "tests.numerics.cases", str(path)], timeout_s=600)
+    shutil.rmtree(root / "earlier")  # an export needs it no more
     return {name: root / name for name in ADAPTERS}
 
 

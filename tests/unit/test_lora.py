@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from packhorse.trainer.config.recipe import AdapterSection, OptimSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import sharded_state
 from packhorse.trainer.estimate.model import measure_model
 from packhorse.trainer.metrics import model_flops
-from packhorse.trainer.model.adapter_start import start_adapter
 from packhorse.trainer.model.int8_linear import Int8Linear
 from packhorse.trainer.model.lora import (
     adapter_targets,
     add_adapter,
     full_modules,
-    in_peft_form,
     merged_weights,
 )
 from packhorse.trainer.model.quantisation import _require_near, parts_of
@@ -256,36 +252,6 @@ def test_merged_weights_give_the_adapters_logits(fields: dict[str, Any]) -> None
     assert relative(start, logits(model)) > 1e-2, "the adapter does nothing"
 
 
-# -------------------------------------------------------------------------------------- continued
-
-
-@pytest.mark.parametrize("variants", [[], ["dora"]], ids=["lora", "dora"])
-def test_an_adapter_starts_from_an_earlier_ones_folder(tmp_path: Path, variants: list[str]) -> None:
-    fields: dict[str, Any] = {"variants": variants, "modules_to_save": ["lm_head"]}
-    earlier = stir(adapted(**fields))
-    with torch.no_grad():
-        earlier.lm_head.weight += 0.1
-    trained = {n: p.detach() for n, p in earlier.named_parameters() if p.requires_grad}
-    config, tensors = in_peft_form(earlier, section(**fields), trained, "base", None)
-    config.save_pretrained(str(tmp_path))
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-
-    later, fields = adapted(seed=5, **fields), {**fields, "init_from": str(tmp_path)}
-    assert relative(logits(later), logits(earlier)) > 1e-2
-    start_adapter(later, section(**fields))
-    assert torch.equal(logits(later), logits(earlier))
-    for changes, fault in (
-        ({"rank": 8}, "adapter.rank: it is 8 here and 4 in"),
-        ({"variants": ["rslora", *variants]}, "rslora in adapter.variants: it is True here"),
-        ({"target_modules": ["q_proj"]}, "has, and this adapter has not,"),
-        ({"modules_to_save": []}, "has, and this adapter has not,"),
-        ({"init_from": str(tmp_path / "none")}, "there is no folder"),
-    ):
-        others = {**fields, **changes}
-        with pytest.raises(BadInput, match=fault):
-            start_adapter(adapted(**others), section(**others))
-
-
 # ------------------------------------------------------------------------------------------- 4 bits
 
 
@@ -358,6 +324,7 @@ def test_without_bitsandbytes_one_sentence_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.delitem(sys.modules, "packhorse.trainer.model.nf4_linear", raising=False)
     with pytest.raises(BadInput, match=r"pip install 'packhorse\[qlora\]'"):
         adapted(base="nf4")
 

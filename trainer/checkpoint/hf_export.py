@@ -313,8 +313,10 @@ def _load_trained(recipe: Recipe, saved: Shards, manifest: Manifest) -> Any:
     Raises:
         BadInput: the base is not bit by bit the one that the adapter was trained on.
     """
+    assert recipe.adapter
     tokenizer = load_tokenizer(recipe.model)
-    model = load_model(recipe.model, tokenizer, seed=recipe.train.seed, adapter=recipe.adapter)
+    adapter = recipe.adapter.model_copy(update={"init_from": None})  # it may be gone by now
+    model = load_model(recipe.model, tokenizer, seed=recipe.train.seed, adapter=adapter)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             value = saved.whole(name).to(parameter.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,25 @@ from packhorse.trainer.config.recipe import AdapterSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.lora import Gathered, in_peft_form, is_of_adapter, not_in_shards
 from packhorse.trainer.utils.download import local_folder
+from packhorse.trainer.utils.text import error_line
+
+# Keys of adapter_config.json that change nothing in what given tensors compute. Which modules have
+# an adapter shows in the tensors' names. A key that peft gets later is compared.
+_IRRELEVANT = {
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "target_modules", "exclude_modules", "modules_to_save", "lora_dropout"),
+    *("target_parameters", "layers_to_transform", "layers_pattern", "loftq_config", "eva_config"),
+    *("corda_config", "lora_ga_config", "megatron_config", "megatron_core", "ensure_weight_tying"),
+}
+_IN_RECIPE = {
+    "r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "use_rslora": "rslora in adapter.variants",
+    "use_dora": "dora in adapter.variants",
+    "trainable_token_indices": "adapter.trainable_token_indices",
+}
+# how A was drawn; other ways, as PiSSA's, also changed the base's weights
+_BASE_UNCHANGED = (True, False, "gaussian", "orthogonal", "eva")
 
 
 @torch.no_grad()
@@ -26,11 +46,9 @@ def start_adapter(model: Any, section: AdapterSection, gathered: Gathered = not_
         gathered: holds parameters whole inside its block (engine.gathered).
 
     Raises:
-        BadInput: there is no adapter in the folder, or it has another rank, scale or form than the
-            section, or other modules than the model's adapter.
+        BadInput: there is no whole adapter in the folder, or it has another rank, scale or form
+            than the section, or other modules or sizes than the model's adapter.
     """
-    from safetensors import safe_open
-
     assert section.init_from
     folder = local_folder(section.init_from, "adapter.init_from", weights=True)
     if folder is None or not (folder / "adapter_config.json").is_file():
@@ -38,39 +56,74 @@ def start_adapter(model: Any, section: AdapterSection, gathered: Gathered = not_
             f"adapter.init_from: {section.init_from} is no folder with an adapter (it has no "
             "adapter_config.json)"
         )
-    _require_alike(section, folder)
+    theirs, tensors = _read(folder)
     parameters = dict(model.named_parameters())
     trained = [n for n, p in parameters.items() if is_of_adapter(n) or p.requires_grad]
     # in_peft_form gives each tensor its name there: a number tells which parameter it is
     numbers = {name: torch.tensor(number) for number, name in enumerate(trained)}
-    _, by_key = in_peft_form(model, section, numbers, "", None)
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        if odd := sorted(by_key.keys() ^ set(file.keys())):
-            lacks = "lacks" if odd[0] in by_key else "has, and this adapter has not,"
+    config, by_key = in_peft_form(model, section, numbers, "", None)
+    mine = {key: parameters[trained[int(number)]] for key, number in by_key.items()}
+    _require_alike(config.to_dict(), theirs, folder)
+    _require_same_tensors(mine, tensors, folder)
+    for key, parameter in mine.items():
+        with gathered([parameter], write=True):
+            # under ZeRO-3 only rank 0 holds it whole, and its changes are broadcast
+            if parameter.numel():
+                parameter.copy_(tensors[key])
+    dist.log.info("adapter: starts from the %d tensors in %s", len(mine), folder)
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the configuration, with peft's defaults for what it leaves out, and the tensors."""
+    from peft import LoraConfig
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "adapter_config.json"
+    try:
+        theirs = {**LoraConfig().to_dict(), **json.loads(path.read_text(encoding="utf-8"))}
+        path = folder / "adapter_model.safetensors"
+        return theirs, load_file(path)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise BadInput(
+            f"adapter.init_from: cannot read {path} ({error_line(error, 200)}); save the adapter "
+            "with peft anew, or give another folder"
+        ) from None
+
+
+def _require_alike(ours: Mapping[str, Any], theirs: Mapping[str, Any], folder: Path) -> None:
+    """Raise BadInput if the folder's adapter computes otherwise than the model's."""
+    for key in sorted(theirs.keys() - _IRRELEVANT):
+        mine, other = (_comparable(key, config.get(key)) for config in (ours, theirs))
+        if mine != other:
             raise BadInput(
-                f"adapter.init_from: {folder} {lacks} `{odd[0]}` and {len(odd) - 1} others; give "
-                "adapter.target_modules and modules_to_save as that adapter has them"
+                f"{_IN_RECIPE.get(key, f'adapter.init_from: `{key}`')}: it is {mine} here and "
+                f"{other} in {folder / 'adapter_config.json'} (adapter.init_from); make it the same"
             )
-        for key, number in by_key.items():
-            parameter, value = parameters[trained[int(number)]], file.get_tensor(key)
-            with gathered([parameter], write=True):
-                # under ZeRO-3 only rank 0 holds it whole, and its changes are broadcast
-                if parameter.numel():
-                    parameter.copy_(value)
-    dist.log.info("adapter: starts from the %d tensors in %s", len(by_key), folder)
 
 
-def _require_alike(section: AdapterSection, folder: Path) -> None:
-    """Raise BadInput if the folder's adapter computes otherwise than the section's."""
-    theirs = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    for key, ours, name in (
-        ("r", section.rank, "adapter.rank"),
-        ("lora_alpha", section.alpha, "adapter.alpha"),
-        ("use_rslora", "rslora" in section.variants, "rslora in adapter.variants"),
-        ("use_dora", "dora" in section.variants, "dora in adapter.variants"),
-    ):
-        if theirs.get(key, False) != ours:
+def _comparable(key: str, value: Any) -> Any:
+    if key == "init_lora_weights" and value in _BASE_UNCHANGED:
+        return True
+    if key == "trainable_token_indices" and isinstance(value, dict):
+        return next(iter(value.values()), None)  # a list means the embeddings', as ours are
+    return value or False  # of what is not used: null, false or empty
+
+
+def _require_same_tensors(
+    mine: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], folder: Path
+) -> None:
+    """Raise BadInput if the folder has other tensors than the model's adapter, or other sizes."""
+    if odd := sorted(mine.keys() ^ tensors.keys()):
+        lacks = "lacks" if odd[0] in mine else "has, and this adapter has not,"
+        raise BadInput(
+            f"adapter.init_from: {folder} {lacks} `{odd[0]}` and {len(odd) - 1} others; give "
+            "adapter.target_modules and modules_to_save as that adapter has them"
+        )
+    for key, parameter in mine.items():
+        shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+        if shape != tuple(tensors[key].shape):
             raise BadInput(
-                f"{name}: it is {ours} here and {theirs.get(key, False)} in "
-                f"{folder / 'adapter_config.json'} (adapter.init_from); make it the same"
+                f"adapter.init_from: `{key}` is {tuple(tensors[key].shape)} in {folder} and "
+                f"{shape} here; give an adapter of this base model"
             )

@@ -1,6 +1,6 @@
 """Hold frozen linear modules in 4 bits (QLoRA, Dettmers et al., 2023, arXiv:2305.14314) or 8.
 
-In: linear modules of a loaded model. Out: bitsandbytes' modules in their place, checked to read
+In: linear modules of a loaded model. Out: those of nf4_linear.py in their place, checked to read
 back as the weights that went in, or those of int8_linear.py; and the numbers that quantised
 parameters stand for.
 """
@@ -55,17 +55,16 @@ def quantise(model: Any, names: list[str], base: str, gathered: Callable[..., An
 
 
 def _in_4_bits(name: str, old: nn.Linear, double: bool, storage: torch.dtype) -> nn.Module:
-    """Return bitsandbytes' module of a linear one, whose weight is held whole here."""
+    """Return the module in 4 bits of a linear one, whose weight is held whole here."""
     try:
-        import bitsandbytes
+        from packhorse.trainer.model.nf4_linear import Nf4Linear, Params4bit
     except ImportError:
         raise BadInput(
             "adapter.base: nf4 needs the library bitsandbytes: pip install 'packhorse[qlora]'"
         ) from None
-    bnb: Any = bitsandbytes.nn  # its own type annotations are wrong
     settings: dict[str, Any] = {"compress_statistics": double, "quant_type": "nf4"}
     settings["quant_storage"] = storage
-    new = bnb.Linear4bit(
+    new = Nf4Linear(
         old.in_features,
         old.out_features,
         bias=old.bias is not None,
@@ -73,12 +72,9 @@ def _in_4_bits(name: str, old: nn.Linear, double: bool, storage: torch.dtype) ->
         device="meta",
         **settings,
     )
-    weight = bnb.Params4bit(old.weight.data, requires_grad=False, module=new, **settings)
+    weight = Params4bit(old.weight.data, requires_grad=False, module=new, **settings)
     new.weight, new.bias = weight.to(dist.device()), old.bias
     _require_near(name, old.weight.detach(), dequantise(new.weight))
-    # it would lay the weights out anew in place at the first evaluation, which changes their digest
-    # and what a checkpoint is compared with
-    new.support_avx512bf16_for_cpu = False
     return new
 
 
