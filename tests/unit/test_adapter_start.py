@@ -128,7 +128,8 @@ def test_a_run_with_a_checkpoint_does_not_ask_for_the_folder(tmp_path: Path) -> 
     new = _adapter(recipe, tmp_path)
     (tmp_path / "checkpoints" / "step-000002").mkdir()
     resumed = _adapter(recipe, tmp_path)
-    assert new and resumed
+    assert new
+    assert resumed
     assert recipe.adapter
     assert (new.init_from, resumed.init_from) == (folder, None)
     assert resumed == recipe.adapter.model_copy(update={"init_from": None})
