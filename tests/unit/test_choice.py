@@ -53,6 +53,12 @@ def test_the_fewest_ranks_with_which_a_step_fits() -> None:
         chosen(needed[4] - 1)
 
 
+def test_a_model_that_cannot_be_planned_needs_a_number() -> None:
+    by_length = "model.rope_scaling={rope_type: dynamic, factor: 4.0}"
+    with pytest.raises(BadInput, match=r"^parallel.sequence: auto: .* set parallel.sequence to a"):
+        chosen(1000 * GIB, by_length)
+
+
 def test_no_group_is_without_a_micro_batch() -> None:
     """On a CPU that is all that counts, and nothing is predicted."""
     assert chosen(1000 * GIB, fewest=2)[0] == 2
