@@ -337,7 +337,9 @@ def table(trials: list[dict[str, Any]]) -> str:
         numbers = [sum(trial[key] for trial in chosen) for key in counts]
         differences = sum(trial["difference"] is not None for trial in chosen)
         hits = [(t["lost_s"], t["kills"] + t["faults"]) for t in chosen]
-        lost_s = max((lost_s / number for lost_s, number in hits if number), default=0.0)
+        lost_s = max(
+            (lost_s / number for lost_s, number in hits if number and lost_s > 0), default=0.0
+        )
         rows.append(f"| {kind} | {' | '.join(map(str, numbers))} | {differences} | {lost_s:.1f} |")
     return "\n".join(rows)
 
