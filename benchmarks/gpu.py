@@ -8,6 +8,8 @@ One stage after the other, until the time is up; what has no time left is named:
   cases  packhorse, TRL with Liger and a bare loop on random models of gpu_cases.py, rows of 8192.
          packhorse profiles one step more: its top kernels, the busy share, the host's waits
   tests  pytest -m gpu
+  longest  gpu_longest.py: the longest sequence of an 8B shape with LoRA, by doubling; 90 s. Alone:
+         --stages longest
 benchmarks/results/gpu_check_CARD.md is written anew after each part and arm, as the machine may be
 taken away.
 
@@ -71,7 +73,7 @@ WANTED = {
     "flash_attn.cute": "pip install 'packhorse[flash-attn]'",
 }
 LEAST_S = 40  # nothing is started with less time left
-PARTS_S = 60
+PARTS_S, LONGEST_S = 60, 90
 AFTER = 2  # steps after the timed ones: the profiled one, and one by whose line it is written
 
 
@@ -186,6 +188,22 @@ def show_parts(bench: Bench, heading: str, out: Path) -> None:
     if bench.sections.get(heading) != text:
         bench.sections[heading] = text
         bench.write()
+
+
+def find_longest(bench: Bench) -> None:
+    """Run gpu_longest.py in a process of its own, in the time that is left."""
+    said = "not run: no time left"
+    if bench.left_s() > LEAST_S:
+        command = [sys.executable, str(ROOT / "benchmarks" / "gpu_longest.py")]
+        command += [f"--budget-s={min(LONGEST_S, bench.left_s())}"]
+        command += ["--tiny", "--limit-mib=5"] if bench.options.tiny else []
+        done = subprocess.run(command, env=environment(bench), capture_output=True, text=True)
+        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        keys = ("tokens", "seconds", "peak_gib", "ended")
+        said = table([*keys], [[str(line.get(key, "")) for key in keys] for line in lines])
+        said += f"\n\n```\n{done.stderr[-1500:]}\n```" if done.returncode else ""
+    bench.sections["The longest sequence of an 8B shape with LoRA"] = said
+    bench.write()
 
 
 def run_gpu_tests(bench: Bench) -> None:
@@ -356,6 +374,7 @@ STAGES: dict[str, Callable[[Bench], None]] = {
     "parts": measure_parts,
     "cases": run_cases,
     "tests": run_gpu_tests,
+    "longest": find_longest,
 }
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ def evaluate(
     best: bool = False,
     out: PathLike | None = None,
     nproc: int | None = None,
+    ema: bool = False,
     trust_run: bool = False,
 ) -> dict[str, float | None]:
     """Evaluate a checkpoint, an export or a hub model on the held-out rows.
@@ -128,6 +129,7 @@ def evaluate(
         best: take a run's best step instead, by its own eval.best.
         out: folder to write; by default evals/ in the run's folder, or in the current one.
         nproc: processes; by default one for each GPU, or one without a GPU.
+        ema: take the moving average of the weights (optim.ema_decay).
         trust_run: let the recipe in the run folder run code, as model.trust_remote_code does.
 
     Returns:
@@ -137,7 +139,8 @@ def evaluate(
         BadInput: the model or the recipe cannot be used.
         RunFailed: anything else went wrong, or the evaluation was stopped.
     """
-    options = _options(step=step, best=best, out=out, nproc=nproc, trust_run=trust_run)
+    options = _options(step=step, best=best, out=out, nproc=nproc, ema=ema)
+    options += _options(trust_run=trust_run)
     written = _run("eval", model, recipe, *_overrides(changes), *options)[1]
 
     from packhorse.trainer.checkpoint.best import numbers
@@ -155,6 +158,7 @@ def export(
     best: bool = False,
     merge: bool = False,
     overwrite: bool = False,
+    ema: bool = False,
     trust_run: bool = False,
 ) -> Path:
     """Export a checkpoint as a Hugging Face model folder, or an adapter for peft; return `out`.
@@ -164,13 +168,14 @@ def export(
         best: take the best evaluated step instead, by the recipe's eval.best.
         merge: merge an adapter into its base, to a whole model.
         overwrite: replace an earlier export at `out`; anything else there is refused in any case.
+        ema: write the moving average of the weights (optim.ema_decay).
         trust_run: let the recipe in the run folder run code, as model.trust_remote_code does.
 
     Raises:
         BadInput: there is no such checkpoint, or `out` exists or cannot be written.
         RunFailed: anything else went wrong.
     """
-    options = _options(out=out, step=step, best=best, merge=merge, overwrite=overwrite)
+    options = _options(out=out, step=step, best=best, merge=merge, overwrite=overwrite, ema=ema)
     _run("export", run_dir, *options, *_options(trust_run=trust_run))
     return Path(out)
 

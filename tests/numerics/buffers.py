@@ -17,6 +17,7 @@ from packhorse.trainer.datatypes import Batch
 from packhorse.trainer.engine import zero_state
 from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.metrics import Clock
+from packhorse.trainer.model.int8_linear import RowScales
 
 
 def weights(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -26,7 +27,9 @@ def weights(module: nn.Module) -> Iterator[torch.Tensor]:
     for parameter in module.parameters():
         yield from _tensors(parameter.detach(), getattr(parameter, "ds_tensor", None))
         state = getattr(parameter, "quant_state", None)
-        if state is not None:  # of a weight in 4 bits, which has its scales on every rank
+        if isinstance(state, RowScales):
+            yield state.scales
+        elif state is not None:  # of a weight in 4 bits, which has its scales on every rank
             nested = (state.state2.absmax, state.state2.code) if state.state2 else ()
             yield from _tensors(state.absmax, state.code, state.offset, *nested)
 

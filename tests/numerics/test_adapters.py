@@ -29,6 +29,7 @@ pytestmark = pytest.mark.runs
 
 LORA = "adapter={rank: 4, alpha: 16, dropout: 0.1, modules_to_save: [lm_head]}"
 DORA = "adapter={rank: 4, alpha: 16, variants: [dora], dropout: 0.1}"
+INT8 = "adapter={rank: 4, alpha: 16, base: int8}"
 NF4 = "adapter={rank: 4, alpha: 16, base: nf4_double_quant}"
 STAGES = ("zero0", "zero2", "zero3", "zero3_offload_optimizer")
 
@@ -48,6 +49,7 @@ def all_cases(
             case(root, "1-zero3", "zero3", LORA),
             case(root, "1-dora-zero0", "zero0", DORA),
             case(root, "1-nf4-zero0", "zero0", NF4),
+            case(root, "1-int8-zero0", "zero0", INT8),
             case(root, "1-bf16", "zero3", LORA, *BF16),
             moved("1-to-3", "zero3", LORA, stop_after=3),
         ],
@@ -62,6 +64,8 @@ def all_cases(
             case(root, "2-dora-recompute", "zero3", DORA, selective),
             case(root, "2-nf4-zero2", "zero2", NF4),
             case(root, "2-nf4-recompute", "zero2", NF4, recompute),
+            case(root, "2-int8-zero2", "zero2", INT8, recompute),
+            case(root, "2-int8-zero3", "zero3", INT8),
             *(case(root, f"2-nf4-{stage}", stage, NF4) for stage in ("zero3", "zero3_offload_all")),
             case(root, "2-bf16", "zero3", LORA, *BF16),
             moved("bf16-2-to-1", "zero3", LORA, *BF16, stop_after=3),
@@ -142,6 +146,11 @@ def test_x4_a_run_resumed_by_another_world_or_stage_is_one_never_stopped(
     runs: dict[str, Run], moved: str
 ) -> None:
     require_agreement(runs, "2-zero3", moved)
+
+
+@pytest.mark.parametrize("stage", ["zero2", "zero3"])
+def test_a_base_of_8_bits_learns_the_same(runs: dict[str, Run], stage: str) -> None:
+    require_agreement(runs, "1-int8-zero0", f"2-int8-{stage}")
 
 
 def test_x4_holds_for_qlora(runs: dict[str, Run]) -> None:

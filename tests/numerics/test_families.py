@@ -6,6 +6,7 @@ steps. AdamW on every architecture is in tests/models.
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,8 @@ def runs(root: Path) -> dict[str, Run]:
         one.append(case(root, f"{family}-{control}", stage, *keys, changes=[control]))
     adapted = (
         *(*COMMON, f"model.name={root / 'models' / 'experts'}", "optim.lr=1e-2"),
-        "adapter={rank: 4, target_parameters: all-experts, target_modules: [q_proj]}",
+        "adapter={rank: 4, target_parameters: all-experts, target_modules: [q_proj], "
+        "trainable_token_indices: [4, 223]}",
     )
     one.append(case(root, "adapter-1", "zero0", *adapted))
     two += [case(root, f"adapter-{stage}", stage, *adapted) for stage in ("zero1", "zero2")]
@@ -114,7 +116,8 @@ def test_an_adapter_of_experts_learns_the_same_everywhere(runs: dict[str, Run], 
     seen = difference(runs["adapter-1"], runs[f"adapter-{other}"])
     report(f"adapter of experts, {other}", seen)
     assert seen.agrees
-    assert any("experts.lora_B" in name for name in runs["adapter-1"].changes)
+    for part in ("experts.lora_B", "embed_tokens.trainable_tokens_delta"):
+        assert any(part in name for name in runs["adapter-1"].changes)
 
 
 @pytest.mark.parametrize("merge", [True, False])
@@ -125,6 +128,7 @@ def test_an_adapter_of_experts_is_exported(runs: dict[str, Run], root: Path, mer
         before = load_file(root / "models" / "experts" / "model.safetensors")
         after = load_file(out / "model.safetensors")
         moved = {name for name in before if not torch.equal(before[name], after[name])}
-        assert {n.split(".", 3)[3] for n in moved} == {
-            *("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "self_attn.q_proj.weight")
+        assert {re.sub(r"^model\.(layers\.\d+\.)?", "", name) for name in moved} == {
+            *("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "self_attn.q_proj.weight"),
+            "embed_tokens.weight",
         }

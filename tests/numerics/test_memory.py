@@ -25,7 +25,7 @@ CASES = [
     *(f"{stage}-bfloat16-bfloat16" for stage in ("zero1", "zero2", "zero3")),
     *(f"{stage}-bfloat16-float32-adapter" for stage in ("zero1", "zero2", "zero3")),
     "zero0-float32-float32-adapter",
-    *(f"{stage}-bfloat16-float32-nf4" for stage in ("zero2", "zero3")),
+    *(f"{stage}-bfloat16-float32-{b}" for stage in ("zero2", "zero3") for b in ("nf4", "int8")),
     *(f"{stage}-float32-float32-muon" for stage in ("zero0", "zero2", "zero3")),
     *(f"{stage}_streamed-bfloat16-float32" for stage in ("zero1", "zero3")),
     "zero3_hpz-bfloat16-float32",
@@ -44,8 +44,10 @@ FAMILIES = {"experts": "gpt_oss", "hybrid": "lfm2"}  # random models of these co
 KEYS = {
     "adapter": "adapter={rank: 4, modules_to_save: [lm_head]}",
     "nf4": "adapter={rank: 4, base: nf4_double_quant}",
+    "int8": "adapter={rank: 4, base: int8}",
     "ema": "optim.ema_decay=0.9",
 } | {kind: f"optim.kind={kind}" for kind in MOMENTS}
+KEYS["adamw_bf16"] = "optim.state_dtype=bf16"
 PARTS = ("weights", "gradients", "masters", "moments", "shared")
 
 

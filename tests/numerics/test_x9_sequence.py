@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from packhorse.trainer.checkpoint.hf_export import export
 from packhorse.trainer.utils.files import read_json_lines
 from tests.numerics.compare import Run, case, difference, report, run_cases
 from tests.numerics.sequence_defects import DEFECTS
@@ -27,6 +28,10 @@ ANSWERS = (
     "run.trace=true",
 )
 LORA = ("adapter={rank: 4, alpha: 8}", "optim.lr=1e-2")
+DORA = ("adapter={rank: 4, alpha: 8, variants: [dora]}", "optim.lr=1e-2")
+NF4 = ("adapter={rank: 4, alpha: 8, base: nf4}", "optim.lr=1e-2")
+SKIP, NAN = ("guard.non_finite=skip",), ["nan_in_the_third_step"]
+PROFILE = "run.profile_steps=[2, 2]"
 
 
 def other_model(root: Path, kind: str, architecture: str, **changes: Any) -> tuple[str, ...]:
@@ -49,22 +54,35 @@ def all_waves(root: Path) -> list[dict[int, list[dict[str, Any]]]]:
 
     gather, ring = (f"parallel.sequence_kind={kind}" for kind in ("gather", "ring"))
     window = other_model(root, "mistral", "MistralForCausalLM", sliding_window=40)
+    # soft caps, and a window in every second layer
+    caps = {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 16, "sliding_window": 40}
+    capped = other_model(root, "gemma2", "Gemma2ForCausalLM", **caps)
     full = "model.activation_checkpointing="
     first = {
         1: [
             shared("1", 1, "zero3", *ANSWERS),
             shared("1-window", 1, "zero3", *window),
             shared("1-lora", 1, "zero2", *LORA),
+            shared("1-nf4", 1, "zero2", *NF4),
+            shared("1-dora", 1, "zero2", *DORA),
+            shared("1-skip", 1, "zero2", *SKIP, changes=NAN),
+            shared("1-capped", 1, "zero2", *capped),
             shared("1-apart", 1, "zero2", *APART),
         ],
         2: [
             shared("2-zero1", 2, "zero1", full + "full"),
             shared("2-zero3", 2, "zero3", full + "selective"),
             shared("2-gather", 2, "zero3", gather),
-            shared("2-ring", 2, "zero2", ring, changes=["short_zigzag"]),
+            shared("2-ring", 2, "zero2", ring, PROFILE, changes=["short_zigzag"]),
             shared("2-window", 2, "zero3", "parallel.sequence_kind=ulysses", *window),
             shared("2-window-gather", 2, "zero1", gather, *window),
             shared("2-lora", 2, "zero3", *LORA),
+            shared("2-nf4", 2, "zero2", *NF4),
+            shared("2-dora", 2, "zero2", *DORA, ring),
+            shared("2-skip", 2, "zero2", *SKIP, changes=NAN),
+            shared("2-offload", 2, "zero3_offload_all"),
+            shared("2-capped", 2, "zero3_offload_optimizer", *capped),
+            shared("2-capped-ring", 2, "zero2", ring, *capped, changes=["short_zigzag"]),
             shared("resumed", 2, "zero3", stop_after=2),
             *(shared(f"2-{name}", 2, "zero3", changes=[name]) for name in DEFECTS),
             shared("2-mean_of_means", 2, "zero3", changes=["mean_of_means"]),
@@ -92,6 +110,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     found = run_cases(*all_waves(root))
     files = [read_files(root / name) for name in ("1", "2x2-zero3")]
     assert files[0] == files[1], "rows are counted or named otherwise, or answers differ"
+    skipped = [(root / name / "skipped_steps.jsonl").read_text() for name in ("1-skip", "2-skip")]
+    assert skipped[0] == skipped[1], "the rows of a step that is not applied are named otherwise"
+    assert list((root / "2-ring" / "profile").iterdir()), "no trace"
+    # which compares what it has written with the checkpoint
+    assert export(root / "2-lora", root / "exported", merge=True).exists()
     return found
 
 
@@ -112,9 +135,13 @@ SAME = {
     "1": ["2-zero1", "2-zero3", "2-gather", "3-zero3", "4-zero3"],
     "1-window": ["2-window", "2-window-gather"],
     "1-lora": ["2-lora"],
+    "1-nf4": ["2-nf4"],
+    "1-dora": ["2-dora"],
+    "1-skip": ["2-skip"],
+    "1-capped": ["2-capped", "2-capped-ring"],
     "1-apart": ["4-apart"],
 }
-SAME["1"] += ["2-ring", "3-ring", "2x2-zero3", "resumed"]
+SAME["1"] += ["2-ring", "2-offload", "3-ring", "2x2-zero3", "resumed"]
 
 
 @pytest.mark.parametrize(("alone", "other"), [(one, o) for one in SAME for o in SAME[one]])

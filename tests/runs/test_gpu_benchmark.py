@@ -1,6 +1,7 @@
 """The GPU benchmark runs from end to end on a CPU, so that the day of a card finds it whole."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -36,5 +37,6 @@ def test_every_arm_of_a_model_leaves_its_line_and_packhorse_a_profiled_step(tmp_
     assert "of which operations run" in profiled
     assert "waits of the host: cudaDeviceSynchronize 0" in profiled
     assert "| products | " in text.partition("## The parts of a step\n")[2]
+    assert re.search(r"\| 256 \| [0-9.]+ \| [0-9.]+ \|  \|\n(.+\n)*.+out of memory", text)
     assert "not run: no card" in text
     assert not list(tmp_path.glob("gpu_bench.*")), "its files are removed"

@@ -38,6 +38,18 @@ def test_every_arm_beside_trl_gets_the_type_that_is_asked_for(tmp_path: Path) ->
     assert '"dtype": "float32"' in (tmp_path / "recipe.yaml").read_text()
 
 
+def test_the_longest_sequence_is_found_by_doubling() -> None:
+    import gpu_longest
+
+    found = list(gpu_longest.lengths(True, budget_s=600, limit=10 * 2**20))
+    *fitted, end = found
+    tokens = [line["tokens"] for line in found]
+    assert tokens == [256 * 2**n for n in range(len(found))]
+    assert all(line["peak_gib"] <= 0.01 and line["seconds"] > 0 for line in fitted)
+    assert end == {"tokens": tokens[-1], "ended": "out of memory"}
+    assert list(gpu_longest.lengths(True, budget_s=0))[-1]["ended"] == "no time left"
+
+
 def test_each_part_of_a_step_is_a_line_as_soon_as_it_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,9 @@ def test_what_cannot_be_evaluated_is_told(refused, tmp_path, run_dir):
     )
     assert "its recipe has no eval.best" in refused("eval", str(run_dir), DEBUG, "--best")
     assert "this is no run folder" in refused("eval", "recipes/debug/model", DEBUG, "--step", "3")
+    assert "--ema takes a run's averages" in refused("eval", "recipes/debug/model", DEBUG, "--ema")
+    universal = ("export", str(run_dir), "--out", str(tmp_path / "out"), "--universal", "--ema")
+    assert "--ema: a universal checkpoint is the training state" in refused(*universal)
     assert not list(run_dir.glob("evals/*/exported"))
 
 

@@ -16,6 +16,7 @@ from packhorse.trainer.engine import sharded_state
 from packhorse.trainer.estimate.model import measure_model
 from packhorse.trainer.metrics import model_flops
 from packhorse.trainer.model.adapter_start import start_adapter
+from packhorse.trainer.model.int8_linear import Int8Linear
 from packhorse.trainer.model.lora import (
     adapter_targets,
     add_adapter,
@@ -372,3 +373,34 @@ def test_biases_stay() -> None:
     plain.load_state_dict(dict(merged_weights(model)))
     assert float(plain.model.layers[0].self_attn.q_proj.bias.detach().min()) == 0.5
     assert relative(logits(plain), logits(model)) < 1e-5
+
+
+def test_a_base_of_8_bits_acts_as_what_it_reads_back() -> None:
+    model = stir(adapted(base="int8"))
+    held = [p for p in model.parameters() if getattr(p, "quant_state", None)]
+    assert len(held) == LINEAR
+    assert {p.element_size() for p in held} == {1}
+    original = parameters(tiny_llama(**EVEN))
+    plain = tiny_llama(**EVEN)
+    plain.load_state_dict(dict(merged_weights(adapted(base="int8"))))
+    for name, weight in parameters(plain).items():
+        assert relative(weight, original[name]) < 0.01, "half a step of 127"
+    plain.load_state_dict(dict(merged_weights(model)))
+    assert relative(logits(plain), logits(model)) < 1e-5
+    of_plan = measure_model(planned(False), OptimSection(), section(base="int8"))
+    parts = [part for p in held for _, part in parts_of("x", p)]
+    assert sum(of_plan.quantised) + of_plan.scales_bytes == sum(part.nbytes for part in parts)
+
+
+def test_gradients_through_8_bits_are_those_of_the_expanded_weight() -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(24, 40)
+    held = Int8Linear(plain, torch.float32, torch.device("cpu"))  # as ZeRO-3 holds the bytes
+    with torch.no_grad():
+        plain.weight.copy_(held.weight.quant_state.expand(held.weight.data))
+    x, y = (torch.randn(7, 24).requires_grad_() for _ in range(2))
+    y.data.copy_(x.data)
+    assert torch.equal(held(x), plain(y))
+    held(x).square().sum().backward()
+    plain(y).square().sum().backward()
+    assert torch.allclose(x.grad, y.grad, atol=1e-5)  # type: ignore[arg-type]

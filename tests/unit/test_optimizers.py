@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from packhorse.trainer.config.recipe import OptimSection
+from packhorse.trainer.engine.adamw_bf16 import round_stochastically
 from packhorse.trainer.engine.moments import BLOCK, Piece, Piecewise, moment_bytes, moments_of
 from packhorse.trainer.engine.muon import Muon, orthogonalised
 from packhorse.trainer.engine.optim import parameter_groups, set_learning_rates
@@ -120,10 +121,32 @@ def test_sgd_without_momentum_has_moments_of_zeros_to_save() -> None:
     assert moments_of(optimizer, weight, "sgd")["momentum_buffer"].tolist() == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("kind", ["adamw", "lion", "sgd", "muon", "adafactor", "adamw_8bit"])
+@pytest.mark.parametrize("kind", ["adamw", "lion", "sgd", "muon"])
+def test_a_checkpoint_before_the_first_update_changes_nothing(kind: str) -> None:
+    """As where the guard leaves out the first steps."""
+    weights = []
+    for is_saved in (False, True):
+        weight = nn.Parameter(torch.ones(2, 2))
+        groups: list[dict[str, Any]] = [
+            {"params": [weight], "kind": kind, "lr_scale": 1.0, "weight_decay": 0.1}
+        ]
+        optimizer = build_optimizer(groups, OptimSection(kind=kind), STAGE_0)  # type: ignore[arg-type]
+        if isinstance(optimizer, Piecewise):
+            show(optimizer, {id(weight): [Piece((2, 2), 0, 0, 4)]})
+        if is_saved:
+            moments_of(optimizer, weight, kind)
+        weight.grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        optimizer.step()
+        weights.append(weight)
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    "kind", ["adamw", "lion", "sgd", "muon", "adafactor", "adamw_8bit", "adamw_bf16"]
+)
 def test_moments_take_the_bytes_that_are_planned(kind: str) -> None:
     model = empty_model().to_empty(device="cpu")
-    section = OptimSection.model_validate({"kind": kind})
+    section = section_of(kind)
     groups = parameter_groups(model, section)
     optimizer = build_optimizer(groups, section, STAGE_0)
     weights = [(w, group["kind"]) for group in optimizer.param_groups for w in group["params"]]
@@ -144,6 +167,11 @@ SHAPES = ((40, 50), (3, 16, 24), (64, 64))
 
 def show(optimizer: Piecewise, pieces: dict[int, list[Piece]], *, is_sharded: bool = False) -> None:
     optimizer.pieces, optimizer.is_sharded = pieces, is_sharded
+
+
+def section_of(rule: str) -> OptimSection:
+    chosen = {"state_dtype": "bf16"} if rule == "adamw_bf16" else {"kind": rule}
+    return OptimSection.model_validate({**chosen, "lr": 1e-2})
 
 
 def train_cut(
@@ -175,9 +203,8 @@ def train_cut(
             stop = start + math.prod(shape)
             first, last = max(low, start), max(min(high, stop), max(low, start))
             blocks = {(cut - start) // BLOCK for cut in cuts if start < cut < stop}
-            pieces.append(
-                Piece(shape, first - start, first - low, last - first, (*sorted(blocks),))
-            )
+            place = (first - start, first - low, last - first)
+            pieces.append(Piece(shape, *place, str(shape), tuple(sorted(blocks))))
             start = stop
         parts.append(pieces)
 
@@ -185,7 +212,7 @@ def train_cut(
         here = slice(edges[rank], edges[rank + 1])
         master = nn.Parameter(steps[-1][here].clone())
         group = {"params": [master], "kind": kind, "lr_scale": 1.0, "weight_decay": 0.1}
-        section = OptimSection.model_validate({"kind": kind, "lr": 1e-2})
+        section = section_of(kind)
         optimizer = build_optimizer([group], section, STAGE_0)
         assert isinstance(optimizer, Piecewise)
         show(optimizer, {id(master): parts[rank]}, is_sharded=len(parts) > 1)
@@ -210,14 +237,14 @@ def train_cut(
     return torch.cat([weights for weights, _ in ran]), saved
 
 
-@pytest.mark.parametrize("kind", ["adafactor", "adamw_8bit"])
+@pytest.mark.parametrize("kind", ["adafactor", "adamw_8bit", "adamw_bf16"])
 def test_cuts_do_not_change_what_is_learned_or_saved(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cuts inside of rows, experts and blocks, two of them in one block."""
     weights, saved = train_cut(kind, [], monkeypatch)
     cut, saved_cut = train_cut(kind, [777, 2100, 2150, 5000], monkeypatch)
-    if kind == "adamw_8bit":
+    if kind != "adafactor":
         assert torch.equal(cut, weights)
         assert saved.keys() == saved_cut.keys()
         assert all(torch.equal(saved[key], saved_cut[key]) for key in saved)
@@ -261,3 +288,35 @@ def test_moments_of_8_bits_are_near_those_of_adamw() -> None:
         optimizer.step()
         other.step()
     assert (mine - theirs).norm() / (theirs - start).norm() < 0.1
+
+
+def test_rounding_is_right_on_average_and_belongs_to_the_weight() -> None:
+    value = torch.full((200_000,), 1 + 0.3 / 128)  # 0.3 of the way between two numbers of bf16
+    rounded = round_stochastically(value, key=7, first=0)
+    assert set(rounded.tolist()) == {1.0, 1 + 1 / 128}
+    assert rounded.float().mean().item() == pytest.approx(1 + 0.3 / 128, abs=2e-5)
+    assert torch.equal(round_stochastically(value[500:900], 7, 500), rounded[500:900])
+    assert not torch.equal(round_stochastically(value, 8, 0), rounded)
+    exact = torch.tensor([0.0, 1.5, -2.0])
+    assert torch.equal(round_stochastically(exact, 7, 0).float(), exact)
+
+
+def test_small_steps_of_a_second_moment_are_not_lost() -> None:
+    torch.manual_seed(0)
+    gradients = [torch.full((64, 64), 10.0), *[torch.ones(64, 64)] * 40]
+    weight = nn.Parameter(torch.zeros(64, 64))
+    group = {"params": [weight], "weight_decay": 0.0, "lr_scale": 1.0, "kind": "adamw_bf16"}
+    section = OptimSection.model_validate({"state_dtype": "bf16", "betas": [0.9, 0.999]})
+    optimizer = build_optimizer([group], section, STAGE_0)
+    assert isinstance(optimizer, Piecewise)
+    show(optimizer, {id(weight): [Piece((64, 64), 0, 0, 4096)]})
+    expected = 0.0
+    for gradient in gradients:
+        weight.grad = gradient.clone()
+        optimizer.step()
+        expected = 0.999 * expected + 0.001 * float(gradient[0, 0]) ** 2
+    second = moments_of(optimizer, weight, "adamw_bf16")["exp_avg_sq"]
+    assert second.float().mean().item() == pytest.approx(expected, rel=2e-3)
+    # rounded to the nearest, it would stand still: a step is a thousandth, half a spacing 1/512
+    stuck = torch.tensor(0.1).bfloat16()
+    assert torch.equal((0.999 * stuck.float() + 0.001 * 0.09).bfloat16(), stuck)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+from packhorse.trainer import datatypes
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model import router_loss
 from packhorse.trainer.model.router_loss import RouterLoss
 from tests.model_helpers import pack
 
@@ -51,6 +55,40 @@ def test_packed_documents_count_by_their_trained_tokens() -> None:
         for part, document in zip(logits.split([5, 7]), documents, strict=True)
     ]
     assert packed.item() == pytest.approx(0.25 * alone[0].item() + 0.75 * alone[1].item())
+
+
+@pytest.mark.parametrize("zigzag", [False, True])
+def test_slices_of_a_sequence_add_up_to_the_whole(zigzag: bool) -> None:
+    """With the sums over ranks that a first round records, each slice has its part of the loss."""
+    torch.manual_seed(0)
+    logits = torch.randn(29, 4, requires_grad=True)
+    ids = [torch.arange(n) for n in (11, 1, 17)]
+    batch = pack(ids, [[0, 7], [], [3, 4, 15]], [0.3, 0.1, 0.2])
+    with mock.patch.object(datatypes, "ZIGZAG_TOKENS", 2):
+        slices = [batch.cut(index, 3, zigzag) for index in range(3)]
+        places = [part.own_tokens(torch.arange(29)) for part in slices]
+        given: list[list[torch.Tensor]] = []
+
+        def run(reduce: Callable[..., None]) -> torch.Tensor:
+            parts = []
+            for part, place in zip(slices, places, strict=True):
+                given.append([])
+                with mock.patch.object(router_loss.td, "all_reduce", reduce):
+                    parts.append(RouterLoss(empty("qwen3_moe"), 0.5)((logits[place],), part))
+            return torch.stack(parts).sum()
+
+        run(lambda sums, group: given[-1].append(sums.clone()))
+        totals = [torch.stack(of_ranks).sum(0) for of_ranks in zip(*given, strict=True)]
+
+        def put(sums: torch.Tensor, group: Any) -> None:
+            given[-1].append(sums)
+            sums.copy_(totals[len(given[-1]) - 1])
+
+        in_slices = run(put)
+    whole = RouterLoss(empty("qwen3_moe"), 0.5)((logits,), batch)
+    assert in_slices.item() == pytest.approx(whole.item(), rel=1e-6)
+    ours, theirs = (torch.autograd.grad(loss, logits)[0] for loss in (in_slices, whole))
+    assert torch.allclose(ours, theirs, atol=1e-7)
 
 
 def test_a_router_recorded_by_its_probabilities_has_the_same_loss() -> None:

@@ -182,7 +182,7 @@ SENTENCES = {
     "enable_thinking": "a variable: `data.chat_template_kwargs: {enable_thinking: false}`",
     "model.flavor": "a part of `model.name`: a Hugging Face folder or hub name",
     "fp16": "not supported: `model.dtype: bfloat16`, or `float32`",
-    "load_in_8bit": "not supported: `adapter.base: nf4` holds the frozen model in 4 bits",
+    "load_in_8bit": "`adapter.base: int8`",
     "adapter_name_or_path": "`adapter.init_from`: the folder of an adapter",
     "lora_model_dir": "`adapter.init_from`: the folder of an adapter",
     "finetuning_type": _ADAPTER,

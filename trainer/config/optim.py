@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from packhorse.trainer.config.adapter import ADAPTER_LR
 from packhorse.trainer.config.base import Section, compile_pattern
-from packhorse.trainer.config.sections import ADAPTER_LR
 
 
 class OptimGroup(Section):
@@ -47,6 +47,11 @@ class OptimSection(Section):
         "adafactor has none for matrices.",
     )
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon.")
+    state_dtype: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="Type of AdamW's moments. bf16 halves them; they are rounded stochastically, "
+        "by seed, step and parameter.",
+    )
     weight_decay: float = Field(
         default=0.1,
         ge=0,
@@ -85,3 +90,14 @@ class OptimSection(Section):
     groups: tuple[OptimGroup, ...] = Field(
         default=(), description="Learning rates of their own, as `[{match: embed, lr: 1e-6}]`."
     )
+
+    @model_validator(mode="after")
+    def _usable(self) -> OptimSection:
+        if self.state_dtype == "bf16" and self.kind != "adamw":
+            raise ValueError("`state_dtype: bf16` is for `kind: adamw`; take one of them out")
+        return self
+
+    @property
+    def rule(self) -> str:
+        """Return what updates the weights: `kind`, or AdamW with its states in bf16."""
+        return "adamw_bf16" if self.state_dtype == "bf16" else self.kind

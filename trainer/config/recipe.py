@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError, model_validator
 
+from packhorse.trainer.config.adapter import ADAPTER_LR, AdapterSection
 from packhorse.trainer.config.base import Section
 from packhorse.trainer.config.data import DataSection
 from packhorse.trainer.config.eval import EvalSection
@@ -26,8 +27,6 @@ from packhorse.trainer.config.parsing import (
     unfit_texts,
 )
 from packhorse.trainer.config.sections import (
-    ADAPTER_LR,
-    AdapterSection,
     BatchSection,
     CheckpointSection,
     GuardSection,

@@ -9,6 +9,7 @@ which would blow up its update.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -179,28 +180,28 @@ def _lay_out(pieces: list[Piece], device: torch.device) -> _Layout:
 # ------------------------------------------------------------------------------------------- 8 bits
 
 
-def _dynamic_map(signed: bool) -> torch.Tensor:
+@functools.cache
+def _dynamic_map(signed: bool, device: torch.device) -> torch.Tensor:
     """Return the 256 levels of the paper's dynamic map, sorted: 7 decades, the upper ones finer."""
     levels = [torch.tensor([0.0, 1.0], dtype=torch.float64)]
     for decade in range(7):
         edges = torch.linspace(0.1, 1, 2 ** (decade + (not signed)) + 1, dtype=torch.float64)
         means = 10.0 ** (decade - 6) * (edges[1:] + edges[:-1]) / 2
         levels += [means, -means] if signed else [means]
-    return torch.cat(levels).sort().values.float()
+    return torch.cat(levels).sort().values.float().to(device)
 
 
-_MAPS = {signed: _dynamic_map(signed) for signed in (True, False)}
-_ZERO = {signed: int((levels == 0).nonzero()) for signed, levels in _MAPS.items()}
+_ZERO = {True: 127, False: 0}  # where the level 0 is; its code is 0
 
 
 def _decode(codes: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.Tensor:
-    levels = _MAPS[signed].roll(-_ZERO[signed]).to(codes.device)  # code 0 is the level 0
-    return levels[codes.int()] * scales
+    levels = _dynamic_map(signed, codes.device)
+    return levels[(codes.int() + _ZERO[signed]) % 256] * scales
 
 
 def _encode(moments: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.Tensor:
     """Return the codes of the nearest levels."""
-    levels = _MAPS[signed].to(moments.device)
+    levels = _dynamic_map(signed, moments.device)
     shares = moments / scales.clamp_min(torch.finfo(scales.dtype).tiny)
     nearest = torch.bucketize(shares, (levels[1:] + levels[:-1]) / 2, out_int32=True)
     return ((nearest - _ZERO[signed]) % 256).to(torch.uint8)

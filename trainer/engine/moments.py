@@ -1,8 +1,8 @@
 """Name and make the states that an optimizer keeps beside each master weight.
 
 Checkpoints, exports and the planner know the states from here alone. Most kinds have one or two
-numbers for each weight. Two kinds save memory by states of another length, which every cut of the
-weights by ranks must share alike:
+numbers in fp32, or in bf16, for each weight. Two kinds save memory by states of another length,
+which every cut of the weights by ranks must share alike:
 
     adafactor    the means of squared gradients by row and by column of each matrix; each rank has
                  all of them
@@ -25,11 +25,13 @@ MOMENTS = {
     "muon": ("exp_avg",),
     "adafactor": ("exp_avg_sq_row", "exp_avg_sq_col"),
     "adamw_8bit": ("exp_avg", "exp_avg_sq"),
+    "adamw_bf16": ("exp_avg", "exp_avg_sq"),  # optim.state_dtype of adamw
 }
 # Bytes of those that have a number for each weight.
 BYTES_PER_WEIGHT = {kind: 4 * len(names) for kind, names in MOMENTS.items()} | {
     "adafactor": 0,
     "adamw_8bit": 2,
+    "adamw_bf16": 4,
 }
 BLOCK = 256  # weights of a parameter that share a scale; the first block starts with the parameter
 
@@ -42,6 +44,7 @@ class Piece:
     start: int
     offset: int
     numel: int  # 0 where the rank has none of it
+    name: str = ""
     cut_blocks: tuple[int, ...] = ()  # blocks of the parameter that lie on more than one rank
 
 
@@ -53,10 +56,12 @@ class Piecewise(torch.optim.AdamW):
         pieces: by the id of a master weight, this rank's piece of each of its parameters, in the
             same order on every rank. The engine sets it as soon as DeepSpeed has cut the weights.
         is_sharded: whether the pieces of all ranks make up a parameter; else each rank has all.
+        seed: the run's.
     """
 
     pieces: Mapping[int, list[Piece]]
     is_sharded: bool
+    seed: int = 0
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -137,6 +142,8 @@ def moments_of(
         if updates is not None:
             state["step"] = updates
         return {name: state[name] for name in names} if BYTES_PER_WEIGHT[kind] else {}
+    if names[0] not in state and updates is None:  # AdamW makes none of its state after some of it
+        updates = 0
     for name in names:
         if name not in state:  # as before the first update, or SGD's without momentum
             state[name] = torch.zeros_like(master)

@@ -37,7 +37,7 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
 
     Matrices are those of linear products and of experts, and embeddings if
     `section.decay_embeddings` is set. A group's learning rate is the schedule's times the group's
-    `lr_scale`. Its `kind` is `section.kind`, and `adamw` for what that kind does not take (see
+    `lr_scale`. Its `kind` is `section.rule`, and `adamw` for what that kind does not take (see
     `_takes`).
 
     Raises:
@@ -45,7 +45,7 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
     """
     role = roles(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    kinds = dict.fromkeys(("adamw", section.kind))
+    kinds = dict.fromkeys(("adamw", section.rule))
     groups: dict[tuple[int, bool, str], dict[str, Any]] = {
         (number, decay, kind): {
             "params": [],
@@ -65,7 +65,7 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
         matched = [before or now for before, now in zip(matched, fits, strict=True)]
         number = fits.index(True) + 1 if any(fits) else 0
         does, is_head = role[id(parameter)], parameter is getattr(head, "weight", None)
-        kind = section.kind if _takes(section.kind, does, is_head) else "adamw"
+        kind = section.rule if _takes(section.rule, does, is_head) else "adamw"
         groups[number, decays(does, section), kind]["params"].append(parameter)
     for group, found in zip(section.groups, matched, strict=True):
         if not found:

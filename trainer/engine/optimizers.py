@@ -15,13 +15,14 @@ import torch
 from packhorse.trainer.config.recipe import OptimSection
 from packhorse.trainer.engine.adafactor import Adafactor
 from packhorse.trainer.engine.adamw_8bit import AdamW8bit
+from packhorse.trainer.engine.adamw_bf16 import AdamWBf16
 from packhorse.trainer.engine.ds_config import offload_device, streams_optimizer
 from packhorse.trainer.engine.moments import moments_of
 from packhorse.trainer.engine.muon import Muon
 from packhorse.trainer.engine.optim import set_learning_rates
 from packhorse.trainer.engine.streamed_adamw import StreamedAdamW
 
-PIECEWISE = {"muon": Muon, "adafactor": Adafactor, "adamw_8bit": AdamW8bit}
+PIECEWISE = {"muon": Muon, "adafactor": Adafactor, "adamw_8bit": AdamW8bit, "adamw_bf16": AdamWBf16}
 
 
 def build_optimizer(
@@ -39,8 +40,8 @@ def build_optimizer(
         optimizer = Lion(groups, {"lr": section.lr, "betas": section.betas})
     elif section.kind == "sgd":
         optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=section.betas[0])
-    elif section.kind in PIECEWISE:
-        optimizer = PIECEWISE[section.kind](groups, fused=True, **adam)
+    elif section.rule in PIECEWISE:
+        optimizer = PIECEWISE[section.rule](groups, fused=True, **adam)
     elif offload_device(config, "optimizer") != "none":
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 

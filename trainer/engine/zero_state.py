@@ -286,7 +286,7 @@ def stream_state(optimizer: Any) -> None:
     base.attach({id(master): masters[i] for i, master in enumerate(before)})
 
 
-def show_pieces(optimizer: Any, names: Names) -> None:
+def show_pieces(optimizer: Any, names: Names, seed: int) -> None:
     """Tell an optimizer that needs it where its parameters lie in the master weights of all ranks.
 
     Every rank calls it.
@@ -294,6 +294,7 @@ def show_pieces(optimizer: Any, names: Names) -> None:
     base = _base(optimizer)
     if not isinstance(base, Piecewise):
         return
+    base.seed = seed
     base.is_sharded = base is not optimizer  # DeepSpeed cuts weights at every stage but 0
     parts = list(_partitions(optimizer, names))
     own = [
@@ -309,7 +310,7 @@ def show_pieces(optimizer: Any, names: Names) -> None:
             cuts = {start for start, _, numel in (theirs[i][k] for theirs in of_ranks) if numel}
             blocks = sorted({start // BLOCK for start in cuts if start % BLOCK})
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            pieces.append(Piece(shape, *place, cut_blocks=tuple(blocks)))
+            pieces.append(Piece(shape, *place, names[id(parameter)], tuple(blocks)))
 
 
 def _stage_3_places(parameters: list[Any], names: Names) -> Iterator[Place]:

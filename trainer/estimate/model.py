@@ -73,8 +73,9 @@ class ModelSizes:
     group_moments: tuple[int, ...]  # bytes of each group's states, once
     averaged: bool  # whether optim.ema_decay keeps one more number a weight
     frozen: tuple[int, ...]  # each frozen parameter that is not in 4 bits
-    quantised: tuple[int, ...]  # each frozen parameter in 4 bits
-    scales_bytes: int  # beside the packed bits
+    quantised: tuple[int, ...]  # each frozen parameter in 4 or 8 bits
+    bits: int  # of those
+    scales_bytes: int  # beside the bits
     trains_head: bool
     element: int  # bytes of an element of the weights
     hidden: int
@@ -151,13 +152,13 @@ def measure_model(
 ) -> ModelSizes:
     """Return the sizes of a model, which may lie on the meta device."""
     head = model.get_output_embeddings()
-    in_4_bits: dict[int, int] = {}  # elements by the parameter's id
+    quantised: dict[int, nn.Parameter] = {}  # by the parameter's id
     if adapter and adapter.base:
         linear = linear_modules(model).values()  # those that are frozen are quantised
-        in_4_bits = {id(m.weight): m.weight.numel() for m in linear if not m.weight.requires_grad}
-    double = adapter is not None and adapter.base == "nf4_double_quant"
+        quantised = {id(m.weight): m.weight for m in linear if not m.weight.requires_grad}
+    base = adapter.base if adapter else None
     groups = parameter_groups(model, optim)
-    frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in in_4_bits]
+    frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in quantised]
     buffers = [buffer for _, buffer in persistent_buffers(model)]
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     blocks = feed_forward_blocks(model)  # gathered whole if they run in tiles
@@ -168,8 +169,14 @@ def measure_model(
         group_moments=tuple(moment_bytes([group]) for group in groups),
         averaged=optim.ema_decay is not None,
         frozen=tuple(p.numel() for p in frozen),
-        quantised=tuple(in_4_bits.values()),
-        scales_bytes=sum(_nf4_scales(elements, double) for elements in in_4_bits.values()),
+        quantised=tuple(p.numel() for p in quantised.values()),
+        bits=8 if base == "int8" else 4,
+        scales_bytes=sum(
+            p.shape[0] * p.element_size()
+            if base == "int8"
+            else _nf4_scales(p.numel(), base == "nf4_double_quant")
+            for p in quantised.values()
+        ),
         trains_head=head.weight.requires_grad,
         element=next(model.parameters()).element_size(),
         hidden=model.config.get_text_config().hidden_size,

@@ -43,7 +43,7 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
     sum_bytes = 2 if config["data_types"]["grad_accum_dtype"] == "bf16" else 4
     if stage == 3:
         return _count_stage_3(model, config, sum_bytes, world)
-    packed = sum(-(-elements // 2) for elements in model.quantised)
+    packed = sum(-(-elements * model.bits // 8) for elements in model.quantised)
     frozen = model.element * sum(model.frozen) + packed + model.scales_bytes
     if stage == 0:  # the weights are the master weights
         weights = model.element * model.trained
@@ -89,8 +89,9 @@ def _count_stage_3(
     ]
     threshold = zero.get("stage3_param_persistence_threshold", 100_000)
     # whole: gathered from the ranks' pieces, the last one's filling included
-    # those in 4 bits count by what their bytes are in the model's type
-    frozen = [*model.frozen, *(n // (2 * model.element) for n in model.quantised)]
+    # those that are quantised count by what their bytes are in the model's type
+    in_a_number = 8 * model.element // model.bits
+    frozen = [*model.frozen, *(n // in_a_number for n in model.quantised)]
     whole = [(size, world * -(-size // world)) for size in (*trained, *frozen)]
     persistent = sum(filled for size, filled in whole if size <= threshold)
     optimizer_on, weights_on = (

@@ -293,18 +293,20 @@ def _one_document_in_full(
 ) -> torch.Tensor:
     """Return the same with soft caps (Gemma 2) and sinks (gpt-oss), which torch's kernels lack.
 
-    All L x L scores are held in fp32, as the models' own eager attention computes the softmax.
+    All L x L scores are held in fp32, as the models' own eager attention computes the softmax, or
+    in fp64.
     """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scale = arguments.scale if arguments.scale is not None else q.shape[-1] ** -0.5
-    scores = (q @ k.transpose(-1, -2)).float() * scale
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q @ k.transpose(-1, -2)).to(wide) * scale
     if arguments.softcap is not None:
         scores = torch.tanh(scores / arguments.softcap) * arguments.softcap
     seen = visible(k.shape[2], arguments.window, q.device, q.shape[2])
     scores = scores.masked_fill(~seen, -torch.inf)
     if arguments.sinks is not None:
-        sinks = arguments.sinks.float().reshape(1, -1, 1, 1).expand(1, q.shape[1], q.shape[2], 1)
+        sinks = arguments.sinks.to(wide).reshape(1, -1, 1, 1).expand(1, q.shape[1], q.shape[2], 1)
         scores = torch.cat([scores, sinks], dim=-1)
     # a sink takes its share of the softmax and has no value
     shares = scores.softmax(dim=-1)[..., : k.shape[2]]

@@ -39,7 +39,10 @@ from packhorse.trainer.model.expert_lora import (
     wraps_parameter,
 )
 from packhorse.trainer.model.quantisation import dequantise, numel, quantise
+from packhorse.trainer.model.token_rows import ROWS, add_rows, indices, merged_rows, with_rows
 
+# what a layer of peft holds of an adapter
+_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
 NAME = "default"  # peft's name of a model's only adapter; a part of parameters' names
 
 Gathered = Callable[..., AbstractContextManager[Any]]
@@ -70,7 +73,7 @@ def add_adapter(
     of_experts = expert_targets(model, section)
     if section.base and not next(model.parameters()).is_meta:
         linear = [name for name in linear_modules(model) if not _lies_in(name, full)]
-        quantise(model, linear, section.base == "nf4_double_quant", gathered)
+        quantise(model, linear, section.base, gathered)
     config = LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
@@ -82,8 +85,12 @@ def add_adapter(
         task_type="CAUSAL_LM",
     )
     inject_adapter_in_model(config, model, adapter_name=NAME)
+    if section.trainable_token_indices:
+        add_rows(model, section.trainable_token_indices, full, gathered)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(is_of_adapter(name) or _lies_in(name, full))
+        if is_of_adapter(name) and parameter.dtype != model.dtype:  # beside a quantised weight
+            parameter.data = parameter.data.to(model.dtype)
     with torch.no_grad():
         # peft has left B at zero, and has set DoRA's magnitudes to the norms of the weights' rows
         for name, parameter in model.named_parameters():
@@ -123,15 +130,15 @@ def _log(model: Any, section: AdapterSection, targets: list[str], full: list[str
         )
     if section.base and (held := expert_parameters(model)):
         dist.log.warning(
-            "adapter.base: experts stay in model.dtype, %.0f%% of the weights: bitsandbytes puts "
-            "linear modules alone into 4 bits",
+            "adapter.base: experts stay in model.dtype, %.0f%% of the weights: only linear modules "
+            "are quantised",
             100 * sum(map(numel, held.values())) / total,
         )
 
 
 def is_of_adapter(name: str) -> bool:
     """Return whether a parameter of this name is one that peft added."""
-    return ".lora_" in name
+    return ".lora_" in name or name.endswith(f".{ROWS}")
 
 
 # ------------------------------------------------------------------------------------ which modules
@@ -301,15 +308,15 @@ def merged_weights(
         for name, module in model.named_modules()
         if isinstance(module, LoraLayer)
     }
+    layers |= {f"{name}.weight": module for name, module in with_rows(model)}
     for name, parameter in model.named_parameters():
         if is_of_adapter(name):
             continue
         layer = layers.get(name)
-        adapters = [
-            p
-            for kind in ("lora_A", "lora_B", "lora_magnitude_vector")
-            for p in (getattr(layer, kind).parameters() if layer else ())
-        ]
+        parts = [getattr(layer, kind, None) for kind in _PARTS]
+        adapters = [p for part in parts if part is not None for p in part.parameters()]
+        if isinstance(layer, nn.Embedding):
+            adapters.append(getattr(layer, ROWS))
         with gathered([parameter, *adapters]):
             weight = dequantise(parameter)
             merged = _merged(layer, weight).to(weight.dtype) if layer else weight
@@ -318,6 +325,8 @@ def merged_weights(
 
 def _merged(layer: Any, weight_OI: torch.Tensor) -> torch.Tensor:
     """Return W + scaling x B A, (O, I) float32; under DoRA with rows of the trained magnitudes."""
+    if isinstance(layer, nn.Embedding):
+        return merged_rows(layer, weight_OI)
     if wraps_parameter(layer):
         return merged_experts(layer, NAME, weight_OI)
     b_OR, a_RI = (getattr(layer, which)[NAME].weight.float() for which in ("lora_B", "lora_A"))
@@ -356,6 +365,9 @@ def in_peft_form(
         for name, parameter in model.get_submodule(module).named_parameters():
             # of two modules that share their weight each gets a copy: peft loads them as two
             found[f"{module}.{name}"] = trained[names[id(parameter)]].clone()
+    for name, embedding in with_rows(model):
+        config.trainable_token_indices = {name.rpartition(".")[2]: indices(embedding)}
+        found[f"{name}.token_adapter.{ROWS}"] = trained[f"{name}.{ROWS}"]
     return config, {
         f"base_model.model.{name}": tensor.contiguous() for name, tensor in found.items()
     }

@@ -66,7 +66,7 @@ class SftModel(nn.Module):
         self.is_random = False  # draws random numbers in training, beside NEFTune's; likewise
         self.router = None if loss.router_aux is None else RouterLoss(model, loss.router_aux)
         self._alpha = loss.neftune_alpha
-        self._seed = seed
+        self.seed = seed
         self._group = group
         self._host = host_memory(device) if offload else None
         self._batch: Batch | None = None  # the one in the forward, for the embedding's hook
@@ -95,7 +95,7 @@ class SftModel(nn.Module):
             # dropout, or a router's jitter, must belong to the micro-batch and not to the rank or
             # the step (C3)
             epoch = batch.document_keys[0][0]
-            torch.manual_seed(dist.seed_from(self._seed, "dropout", epoch, *batch.sequence_ids))
+            torch.manual_seed(dist.seed_from(self.seed, "dropout", epoch, *batch.sequence_ids))
         # the head is the largest matrix product; prompts and fillers need none of it
         router = self.router if self.training else None
         out = self._decode(batch, **({"output_router_logits": True} if router else {}))
@@ -176,7 +176,7 @@ class SftModel(nn.Module):
         keys, lengths, width = batch.document_keys, batch.lengths, embedded.shape[-1]
         of_pieces = [
             document_noise(
-                self._seed, keys, lengths, width, self._alpha, embedded.device, range(*piece)
+                self.seed, keys, lengths, width, self._alpha, embedded.device, range(*piece)
             )
             for piece in batch.pieces
         ]

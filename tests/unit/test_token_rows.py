@@ -1,0 +1,81 @@
+"""The embeddings of a few tokens are trained beside an adapter, merged, and saved as peft does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import save_file
+
+from packhorse.trainer.config.recipe import AdapterSection
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.lora import add_adapter, in_peft_form, is_of_adapter, merged_weights
+from tests.model_helpers import tiny_llama
+
+IDS = (9, 3, 4)
+
+
+def section(**fields: Any) -> AdapterSection:
+    given = {"rank": 4, "alpha": 8, "trainable_token_indices": IDS, **fields}
+    return AdapterSection.model_validate(given)
+
+
+def adapted(**model: Any) -> Any:
+    made = tiny_llama(**model)
+    add_adapter(made, section(), seed=0)
+    return made
+
+
+def stir(model: Any) -> Any:
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                torch.manual_seed(len(name))
+                parameter += 0.1 * torch.randn(parameter.shape)
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    (getattr(model, "base_model", model)).set_attn_implementation("eager")
+    return model.eval()(input_ids=torch.arange(1, 14)[None], use_cache=False).logits
+
+
+def test_rows_alone_are_trained_and_start_as_they_were() -> None:
+    model, plain = adapted(), tiny_llama()
+    assert torch.equal(logits(model), logits(plain))
+    logits(model).square().sum().backward()
+    rows = model.get_parameter("model.embed_tokens.trainable_tokens_delta")
+    assert rows.shape == (3, model.config.hidden_size)
+    assert rows.grad is not None
+    assert rows.grad.any(1).all(), "each token occurs"
+    assert not model.get_input_embeddings().weight.requires_grad
+    model.zero_grad()
+    model(input_ids=torch.tensor([[1, 2, 5]])).logits.sum().backward()
+    assert not rows.grad.any(), "a gradient of zero where none occurs, and not the last one"
+
+
+def test_merged_and_in_pefts_form_it_acts_alike(tmp_path: Path) -> None:
+    model, plain = stir(adapted()), tiny_llama()
+    merged = {name: weight.clone() for name, weight in merged_weights(model)}
+    plain.load_state_dict(merged)
+    expected = logits(model)
+    assert torch.allclose(logits(plain), expected, atol=1e-5)
+    trained = {n: p.detach() for n, p in model.named_parameters() if is_of_adapter(n)}
+    config, tensors = in_peft_form(model, section(), trained, "base", None)
+    assert config.trainable_token_indices == {"embed_tokens": [3, 4, 9]}
+    config.save_pretrained(tmp_path)
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
+    loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+    assert torch.allclose(logits(loaded), expected, atol=1e-5)
+
+
+def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(BadInput, match=r"the model has \d+ embeddings"):
+        add_adapter(tiny_llama(), section(trainable_token_indices=[10_000]), 0)
+    with pytest.raises(BadInput, match="the head shares the embeddings' weight"):
+        adapted(tie_word_embeddings=True)
+    with pytest.raises(BadInput, match=r"`model\.embed_tokens` is trained in full"):
+        add_adapter(tiny_llama(), section(modules_to_save=["embed_tokens"]), 0)
