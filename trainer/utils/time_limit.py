@@ -86,7 +86,8 @@ class interrupted_after:  # noqa: N801  used as a function
 
     Python looks for signals between its own instructions and within a regular expression. So this
     ends a template's loops and an expression that backtracks for ever, and costs no helper process.
-    Only a main thread gets signals: in another one, the block has no limit.
+    Only a main thread gets signals: in another one, the block has no limit. No such block holds
+    another one.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -99,12 +100,12 @@ class interrupted_after:  # noqa: N801  used as a function
         if self._timer:
             self._timer.__enter__()
         if self._is_main:  # what the timer counts, and ticks do not while C code runs
-            self._outer_end, _end = _end, os.times().user + self._limit_s
+            _end = os.times().user + self._limit_s
 
     def __exit__(self, *error: Any) -> None:
         global _end
         if self._is_main:
-            _end = self._outer_end
+            _end = None
         if self._timer:
             self._timer.__exit__(*error)
 
@@ -113,7 +114,7 @@ class interrupted_after:  # noqa: N801  used as a function
 def many_interruptions() -> Iterator[None]:
     """Keep one timer for many short blocks of `interrupted_after`, which then cost no system call:
     a row takes hardly longer to render than the calls for a timer of its own."""
-    global _is_ticking
+    global _is_ticking, _left_s
     if _is_ticking or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -123,7 +124,8 @@ def many_interruptions() -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
-        _is_ticking = False
+        # a tick that came as a block ended may have left a rest
+        _is_ticking, _left_s = False, None
         signal.signal(signal.SIGVTALRM, before)
 
 
