@@ -114,7 +114,7 @@ class interrupted_after:  # noqa: N801  used as a function
 def many_interruptions() -> Iterator[None]:
     """Keep one timer for many short blocks of `interrupted_after`, which then cost no system call:
     a row takes hardly longer to render than the calls for a timer of its own."""
-    global _is_ticking, _left_s
+    global _is_ticking, _end
     if _is_ticking or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -125,7 +125,7 @@ def many_interruptions() -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
         # a tick that came as a block ended may have left a rest
-        _is_ticking, _left_s = False, None
+        _is_ticking, _end = False, None
         signal.signal(signal.SIGVTALRM, before)
 
 
