@@ -85,7 +85,8 @@ class interrupted_after:  # noqa: N801  used as a function
 
     Python looks for signals between its own instructions and within a regular expression. So this
     ends a template's loops and an expression that backtracks for ever, and costs no helper process.
-    Only a main thread gets signals: in another one, the block has no limit.
+    Only a main thread gets signals: in another one, the block has no limit. No such block holds
+    another one.
     """
 
     def __init__(self, limit_s: float) -> None:
@@ -98,12 +99,12 @@ class interrupted_after:  # noqa: N801  used as a function
         if self._timer:
             self._timer.__enter__()
         if self._is_main:
-            self._outer_s, _left_s = _left_s, self._limit_s
+            _left_s = self._limit_s
 
     def __exit__(self, *error: Any) -> None:
         global _left_s
         if self._is_main:
-            _left_s = self._outer_s
+            _left_s = None
         if self._timer:
             self._timer.__exit__(*error)
 
@@ -112,7 +113,7 @@ class interrupted_after:  # noqa: N801  used as a function
 def many_interruptions() -> Iterator[None]:
     """Keep one timer for many short blocks of `interrupted_after`, which then cost no system call:
     a row takes hardly longer to render than the calls for a timer of its own."""
-    global _is_ticking
+    global _is_ticking, _left_s
     if _is_ticking or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -122,7 +123,8 @@ def many_interruptions() -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
-        _is_ticking = False
+        # a tick that came as a block ended may have left a rest
+        _is_ticking, _left_s = False, None
         signal.signal(signal.SIGVTALRM, before)
 
 
