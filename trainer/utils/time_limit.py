@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import logging
 import multiprocessing
+import os
 import resource
 import signal
 import threading
@@ -93,18 +94,18 @@ class interrupted_after:  # noqa: N801  used as a function
         self._limit_s = limit_s
 
     def __enter__(self) -> None:
-        global _left_s
+        global _end
         self._is_main = threading.current_thread() is threading.main_thread()
         self._timer = None if _is_ticking or not self._is_main else many_interruptions()
         if self._timer:
             self._timer.__enter__()
-        if self._is_main:
-            _left_s = self._limit_s
+        if self._is_main:  # what the timer counts, and ticks do not while C code runs
+            _end = os.times().user + self._limit_s
 
     def __exit__(self, *error: Any) -> None:
-        global _left_s
+        global _end
         if self._is_main:
-            _left_s = None
+            _end = None
         if self._timer:
             self._timer.__exit__(*error)
 
@@ -129,15 +130,13 @@ def many_interruptions() -> Iterator[None]:
 
 
 def _tick(*_: object) -> None:
-    global _left_s
-    if _left_s is not None:
-        _left_s -= TICK_S
-        if _left_s < 0:  # and again at each tick, as code may swallow the first
-            raise TooLong
+    # and again at each tick, as code may swallow the first
+    if _end is not None and os.times().user > _end:
+        raise TooLong
 
 
 _is_ticking = False
-_left_s: float | None = None  # of the block that the main thread is in
+_end: float | None = None  # of the block that the main thread is in, by this process's user time
 _helper: Child | None = None
 _lock = threading.Lock()
 
