@@ -57,7 +57,8 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         warn_if_bf16_is_emulated(recipe.model.dtype)
     # some name their sizes otherwise, as BLT does by its parts
     hidden_size = getattr(load_config(recipe.model).get_text_config(), "hidden_size", 0)
-    ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size, run_dir)
+    sections = (recipe.parallel, recipe.model, recipe.optim)
+    ds_config = deepspeed_config(*sections, hidden_size, run_dir, learns=learns)
     require_compilable(recipe.model.compile, stage(ds_config))
     clear_nvme(ds_config)
     model = load_model(

@@ -48,34 +48,28 @@ def deepspeed_config(
     optim: OptimSection,
     hidden_size: int,
     run_dir: Path,
+    *,
+    learns: bool = True,
 ) -> dict[str, Any]:
     """Return the template with the recipe's settings, and a folder on NVMe for this run alone.
 
-    `"auto"` for three sizes follows the model's hidden size H, as in DeepSpeed's guide: buckets of
-    H^2 (or BUCKET, if that is more), prefetch of 0.9 H^2, parameters below 10 H kept whole. A
-    prefetch of a `"layer"` is 13 H^2, the weights of a dense decoder layer.
+    Args:
+        learns: False passes over the optimizer, as none is built.
 
     Raises:
         BadInput: the template is missing, is not JSON, sets what the recipe owns, or cannot train
             the model in its type or on these ranks.
     """
     config = _read_template(parallel.deepspeed)
-    zero = config.setdefault("zero_optimization", {"stage": 0})
-    sizes = {
-        "reduce_bucket_size": max(hidden_size**2, BUCKET),
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    zero |= {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
-    if zero.get("stage3_prefetch_bucket_size") == "layer":
-        zero["stage3_prefetch_bucket_size"] = 13 * hidden_size**2
+    _set_sizes(config.setdefault("zero_optimization", {"stage": 0}), hidden_size)
     require_whole_groups(config, dist.world_size(), dist.local_world_size())
     for offload in nvme_offloads(config):
         # two runs on one node must not write to each other's files
         digest = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
         offload["nvme_path"] = str(Path(offload["nvme_path"]) / f"packhorse-{digest}")
-    _require_offload(parallel.deepspeed, config, optim)
-    _require_streaming(parallel.deepspeed, config, optim)
+    if learns:
+        _require_offload(parallel.deepspeed, config, optim)
+        _require_streaming(parallel.deepspeed, config, optim)
     bf16 = model.dtype == "bfloat16"
     if bf16 and stage(config) == 0:
         raise BadInput(
@@ -106,6 +100,22 @@ def deepspeed_config(
     return config
 
 
+def _set_sizes(zero: dict[str, Any], hidden_size: int) -> None:
+    """Put numbers in place of `"auto"`, by the model's hidden size H, as in DeepSpeed's guide.
+
+    Buckets are of H^2 (or BUCKET, if that is more), prefetch of 0.9 H^2, and parameters below 10 H
+    kept whole. A prefetch of a `"layer"` is 13 H^2, the weights of a dense decoder layer.
+    """
+    sizes = {
+        "reduce_bucket_size": max(hidden_size**2, BUCKET),
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    zero |= {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
+    if zero.get("stage3_prefetch_bucket_size") == "layer":
+        zero["stage3_prefetch_bucket_size"] = 13 * hidden_size**2
+
+
 def _require_offload(template: str, config: Mapping[str, Any], optim: OptimSection) -> None:
     """Refuse an offloaded optimizer that cannot work."""
     # the part on the GPU would get an optimizer of DeepSpeed's own, whose learning rate never moves
@@ -119,8 +129,8 @@ def _require_offload(template: str, config: Mapping[str, Any], optim: OptimSecti
         return
     if optim.rule != "adamw":
         raise BadInput(
-            f"{template}: offload_optimizer: only AdamW in fp32 has a kernel for the CPU; set "
-            f"optim.kind=adamw, or a template that keeps {optim.rule}'s states on the GPU"
+            f"{template}: offload_optimizer: only AdamW has a kernel for the CPU; set "
+            f"{_plain_adamw(optim)}, or a template that keeps {optim.rule}'s states on the GPU"
         )
     if optim.ema_decay is not None:
         raise BadInput(
@@ -141,7 +151,7 @@ def _require_streaming(template: str, config: Mapping[str, Any], optim: OptimSec
         "at ZeRO stage 0 the weights are the master weights; set a stage from 1 to 3": (
             stage(config) == 0
         ),
-        f"only AdamW in fp32 updates by chunks, and not {optim.rule}; set optim.kind=adamw": (
+        f"only AdamW updates by chunks, and this is {optim.rule}; set {_plain_adamw(optim)}": (
             optim.rule != "adamw"
         ),
         "the average of the weights is not streamed; remove optim.ema_decay": (
@@ -154,6 +164,11 @@ def _require_streaming(template: str, config: Mapping[str, Any], optim: OptimSec
     for reason, holds in reasons.items():
         if holds:
             raise BadInput(f"{template}: {OWN_SECTION}.optimizer_state: {reason}")
+
+
+def _plain_adamw(optim: OptimSection) -> str:
+    """Return the override that makes the optimizer AdamW in fp32."""
+    return "optim.kind=adamw" if optim.kind != "adamw" else "optim.state_dtype=fp32"
 
 
 def _read_template(template: str) -> dict[str, Any]:
