@@ -60,7 +60,7 @@ def _choose(recipe: Recipe, plan: Plan, run_dir: Path, kernels: Sequence[str]) -
     before = None
     if has_checkpoint(run_dir):  # one without a record had the preferred kernel
         before = read_json_file(run_dir / RECORD).get("kernel", kernels[0])
-    if before in kernels:
+    if isinstance(before, str) and before in kernels:
         dist.log.info("attention: %s, as before", before)
         return before
     if before:

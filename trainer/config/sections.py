@@ -84,7 +84,8 @@ class ModelSection(Section):
     rope_scaling: dict[str, JsonValue] | None = Field(
         default=None,
         description="Rotary positions for longer contexts in place of config.json's, as "
-        "`{rope_type: yarn, factor: 4.0}`. Exports have them. null: as the model has them.",
+        "`{rope_type: yarn, factor: 4.0}`. Exported models have them in config.json, adapters in "
+        "their card. null: as the model has them.",
     )
     freeze: tuple[str, ...] = Field(
         default=(),

@@ -61,7 +61,7 @@ def expert_targets(model: Any, section: AdapterSection) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def wraps_parameter(module: nn.Module) -> bool:
+def wraps_parameter(module: Any) -> bool:
     """Return whether a module is peft's wrapper of one parameter."""
     return hasattr(module, "parameter_name") and hasattr(module, "lora_A")
 
