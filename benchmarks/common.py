@@ -230,7 +230,8 @@ def run_arm(
         end_family(process)
     texts = [text for text in metrics.read_text().splitlines() if '"train/loss"' in text]
     lines = [with_tokens(json.loads(text)) for text in texts]
-    return Run(lines, arrived_s, skip, *peaks_gib, after, compiling_steps(arrived_s, compiled_in))
+    compiled = compiling_steps(arrived_s, compiled_in)
+    return Run(lines, arrived_s, skip, peaks_gib[0], peaks_gib[1], after, compiled)
 
 
 def compiling_steps(arrived_s: Sequence[float], folders: Sequence[str]) -> frozenset[int]:

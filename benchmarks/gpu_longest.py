@@ -85,7 +85,7 @@ def _build(tiny: bool, device: Any) -> tuple[Any, int]:
     import torch
     import transformers
 
-    from packhorse.trainer.config.sections import AdapterSection, LossSection
+    from packhorse.trainer.config.recipe import AdapterSection, LossSection
     from packhorse.trainer.model import attention, liger_layers
     from packhorse.trainer.model.activation_checkpointing import set_checkpointing
     from packhorse.trainer.model.feed_forward_tiles import set_tiles

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from packhorse.trainer.config.recipe import Recipe
-from packhorse.trainer.estimate.memory import GIB, Cluster, full_step_stats, step_seconds
+from packhorse.trainer.estimate.memory import (
+    GIB,
+    Cluster,
+    attention_share,
+    full_step_stats,
+    step_seconds,
+)
 from packhorse.trainer.estimate.report import Report, build_report
 
 DOCS = Path(__file__).parent
@@ -84,7 +90,7 @@ def _line(row: Row, folder: Path) -> str:
         return f"| {' | '.join([*cells, 'does not fit', ''])} |"
     stats = full_step_stats(_recipe(row, folder, longest))
     seconds = step_seconds(report.model, stats, row.gpus, FLOPS * MFU)
-    share = report.model.flops.attention_share(stats.tokens, stats.trained, stats.pairs)
+    share = attention_share(report.model, stats)
     cells += [f"{longest:,}", f"{seconds / 60:,.1f}, {share:.0%} attention"]
     return f"| {' | '.join(cells)} |"
 

@@ -17,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from packhorse.trainer import dist
@@ -31,6 +32,7 @@ from packhorse.trainer.utils.files import read_json_file, write_json
 from packhorse.trainer.utils.text import one_line
 
 RECORD = "attention.json"  # in the run folder
+MOST_TOKENS = 2**16
 WARM_UP, CALLS = 3, 7  # a kernel's first call may compile it
 # Of the preferred kernel's time. By less another one does not win: that is how far two measurements
 # of one kernel differ, and two starts of a recipe should choose alike.
@@ -55,8 +57,10 @@ def choose_attention(recipe: Recipe, plan: Plan, run_dir: Path) -> Recipe:
 
 
 def _choose(recipe: Recipe, plan: Plan, run_dir: Path, kernels: Sequence[str]) -> str:
-    before = read_json_file(run_dir / RECORD).get("kernel") if has_checkpoint(run_dir) else None
-    if before in kernels:
+    before = None
+    if has_checkpoint(run_dir):  # one without a record had the preferred kernel
+        before = read_json_file(run_dir / RECORD).get("kernel", kernels[0])
+    if isinstance(before, str) and before in kernels:
         dist.log.info("attention: %s, as before", before)
         return before
     if before:
@@ -82,7 +86,9 @@ def _times(recipe: Recipe, plan: Plan, kernels: Sequence[str]) -> dict[str, floa
         return {}
     step, sequences = plan.fullest()[0]
     pieces = plan.pieces(step.epoch, sequences)
-    lengths = (pieces[:, 2] - pieces[:, 1]).tolist()
+    # At a million tokens a call takes minutes, and the order of kernels shows long before that.
+    ends = np.minimum(np.cumsum(pieces[:, 2] - pieces[:, 1]), MOST_TOKENS)
+    lengths = [length for length in np.diff(ends, prepend=0).tolist() if length]
     return time_kernels(kernels, layers, lengths, dist.device(), getattr(torch, recipe.model.dtype))
 
 

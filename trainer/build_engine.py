@@ -57,7 +57,8 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         warn_if_bf16_is_emulated(recipe.model.dtype)
     # some name their sizes otherwise, as BLT does by its parts
     hidden_size = getattr(load_config(recipe.model).get_text_config(), "hidden_size", 0)
-    ds_config = deepspeed_config(recipe.parallel, recipe.model, recipe.optim, hidden_size, run_dir)
+    sections = (recipe.parallel, recipe.model, recipe.optim)
+    ds_config = deepspeed_config(*sections, hidden_size, run_dir, learns=learns)
     require_compilable(recipe.model.compile, stage(ds_config))
     clear_nvme(ds_config)
     model = load_model(
@@ -98,9 +99,11 @@ def _set_tiles(recipe: Recipe, model: Any, hidden_size: int) -> None:
     mode = "none" if recipe.model.compile else recipe.model.activation_checkpointing
     if not wants_tiles(mode, tokens, hidden_size):
         return
-    tile, blocks = tile_tokens(hidden_size), set_tiles(model, True)
-    which = f"{blocks} run" if blocks else "none runs, as experts and dropout need them whole,"
-    dist.log.info("feed-forward blocks: %s in tiles of %d tokens", which, tile)
+    if blocks := set_tiles(model, True):
+        tile = tile_tokens(hidden_size)
+        dist.log.info("feed-forward blocks: %d run in tiles of %d tokens", blocks, tile)
+    else:
+        dist.log.info("feed-forward blocks: all run whole, as experts and dropout need")
 
 
 def _sequence_group(recipe: Recipe) -> SequenceGroup | None:

@@ -76,10 +76,6 @@ class ModelFlops:
             + self.attention_channels * pairs
         )
 
-    def attention_share(self, tokens: float, trained: float, pairs: float) -> float:
-        """Return the share of `count` that grows with the documents' lengths."""
-        return 1 - self.count(tokens, trained, 0) / self.count(tokens, trained, pairs)
-
     def of(self, batch: Batch) -> float:
         # each rank attends to its share of the pairs of a sequence that it has a slice of
         pairs = sum(length * length for length in batch.lengths) / batch.slice[1]

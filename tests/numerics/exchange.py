@@ -156,16 +156,17 @@ def differs_from_deepspeed() -> float:
     slices = Slices(slice_pieces(lengths, number), dist.rank(), None, "ulysses")
     in_slices = plain._replace(bounds=replace(bounds, slices=slices))
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
+    group: Any = td.group.WORLD
     theirs = ulysses_sp.UlyssesSPAttentionHF(
         lambda module, q, k, v, *_, **__: (reference("Layer", q, k, v, plain), None),
-        *(1, heads, SIZE, groups, 1, td.group.WORLD),
+        *(1, heads, SIZE, groups, 1, group),
         local_seq_length=tokens,
         global_seq_length=sum(lengths),
     )
     positions = torch.arange(tokens)[None]
     results = []
     for attend in (
-        lambda *qkv: sequence_exchange.attend_in_slices(reference, "Layer", *qkv, in_slices),
+        lambda q, k, v: sequence_exchange.attend_in_slices(reference, "Layer", q, k, v, in_slices),
         lambda *qkv: theirs(theirs, *qkv, None, position_ids=positions)[0],
     ):
         generator = torch.Generator().manual_seed(dist.rank())

@@ -13,6 +13,7 @@ import torch
 
 from packhorse.trainer import attention_choice, dist
 from packhorse.trainer.attention_choice import choose_attention, fastest, time_kernels
+from packhorse.trainer.checkpoint import mirror_place
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.estimate import model as estimated_model
 from packhorse.trainer.estimate.model import AttentionShape, attention_shapes, build_empty_model
@@ -102,6 +103,23 @@ def test_a_resume_keeps_the_kernel_if_it_still_loads(
     monkeypatch.setattr(dist.log, "propagate", True)
     assert chosen(tmp_path) == "flash_attn 4"
     assert "the run had torch_varlen, which cannot be used here now" in caplog.text
+
+
+def test_a_run_of_before_keeps_the_preferred_kernel_and_a_mirror_the_record(
+    kernels: Kernels, tmp_path: Path
+) -> None:
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    assert chosen(tmp_path) == "flash_attn 3", "it had no other, and recorded none"
+    assert not kernels.calls
+    assert attention_choice.RECORD in mirror_place.RUN_FILES
+
+
+def test_a_long_sequence_is_timed_on_its_beginning(
+    kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_choice, "MOST_TOKENS", 45)
+    chosen(tmp_path)
+    assert kernels.calls[0][2].bounds.lengths == (40, 5)
 
 
 def test_a_kernel_that_fails_or_lacks_something_is_left_out(

@@ -170,13 +170,22 @@ def test_only_adamw_is_offloaded(tmp_path: Path) -> None:
     sections = (ParallelSection(deepspeed="zero3_offload_optimizer"), ModelSection(name="m"))
     with pytest.raises(BadInput, match=r"only AdamW has a kernel for the CPU; set optim\.kind"):
         deepspeed_config(*sections, OptimSection(kind="lion"), 64, tmp_path)
+    with pytest.raises(BadInput, match=r"kernel for the CPU; set optim\.state_dtype=fp32"):
+        deepspeed_config(*sections, OptimSection(state_dtype="bf16"), 64, tmp_path)
+    with pytest.raises(BadInput, match="the average of the weights is not offloaded"):
+        deepspeed_config(*sections, OptimSection(ema_decay=0.9), 64, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("zero", "kind", "section", "why"),
     [
         ({"stage": 0}, "adamw", "streamed", "the weights are the master weights"),
-        ({"stage": 3}, "muon", "streamed", r"only AdamW updates by chunks, .* set optim\.kind"),
+        (
+            {"stage": 3},
+            "muon",
+            "streamed",
+            r"only AdamW updates by chunks, .* set optim\.kind",
+        ),
         (
             *({"stage": 3, "offload_param": {"device": "cpu"}}, "adamw", "streamed"),
             "it needs weights on the GPU; remove offload",
@@ -196,6 +205,7 @@ def test_a_state_that_cannot_be_streamed_is_refused(
     optim = OptimSection(ema_decay=0.9) if kind == "ema" else OptimSection(kind=kind)
     with pytest.raises(BadInput, match=why):
         deepspeed_config(*sections, optim, 64, tmp_path)
+    assert deepspeed_config(*sections, optim, 64, tmp_path, learns=False), "an evaluation has none"
 
 
 @pytest.mark.parametrize("stage", ["zero1", "zero3"])

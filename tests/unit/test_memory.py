@@ -291,6 +291,17 @@ def test_a_fullest_micro_batch_of_the_plan_bounds_all_others(tmp_path: Path) -> 
     assert stats.tokens < full_step_stats(recipe).tokens
 
 
+def test_the_longest_sequence_fits_and_a_longer_one_does_not() -> None:
+    """Planned for a short one, whose blocks run whole, it is what a plan for that length says."""
+    full = "model.activation_checkpointing=full"
+    gpus = cluster(4, gpu_gib=2)
+    longest = build_report(debug(full), gpus).candidates["zero3"].longest
+    assert longest > 4 * feed_forward_tiles.FEWEST_TOKENS, "its blocks run in tiles"
+    for tokens, fits in ((longest, True), (longest + 1024, False)):
+        planned = build_report(debug(full, f"batch.seq_len={tokens}"), gpus)
+        assert (planned.candidates["zero3"].shortages == []) == fits
+
+
 def test_ranks_that_share_a_sequence_have_a_share_of_its_activations() -> None:
     """So much longer may the sequence be; groups of ranks take the micro-batches."""
     recipe = debug("batch.seq_len=4096")

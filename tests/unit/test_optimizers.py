@@ -121,6 +121,26 @@ def test_sgd_without_momentum_has_moments_of_zeros_to_save() -> None:
     assert moments_of(optimizer, weight, "sgd")["momentum_buffer"].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("kind", ["adamw", "lion", "sgd", "muon"])
+def test_a_checkpoint_before_the_first_update_changes_nothing(kind: str) -> None:
+    """As where the guard leaves out the first steps."""
+    weights = []
+    for is_saved in (False, True):
+        weight = nn.Parameter(torch.ones(2, 2))
+        groups: list[dict[str, Any]] = [
+            {"params": [weight], "kind": kind, "lr_scale": 1.0, "weight_decay": 0.1}
+        ]
+        optimizer = build_optimizer(groups, OptimSection(kind=kind), STAGE_0)  # type: ignore[arg-type]
+        if isinstance(optimizer, Piecewise):
+            show(optimizer, {id(weight): [Piece((2, 2), 0, 0, 4)]})
+        if is_saved:
+            moments_of(optimizer, weight, kind)
+        weight.grad = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+        optimizer.step()
+        weights.append(weight)
+    assert torch.equal(*weights)
+
+
 @pytest.mark.parametrize(
     "kind", ["adamw", "lion", "sgd", "muon", "adafactor", "adamw_8bit", "adamw_bf16"]
 )
@@ -203,7 +223,7 @@ def train_cut(
 
     with ThreadPoolExecutor(len(parts)) as pool:
         ran = list(pool.map(run, range(len(parts))))
-    saved = {
+    saved: dict[str, torch.Tensor] = {
         f"{number} {what} {state}": torch.cat([tensor])
         for number, what, _, states in ran[0][1]
         for state, tensor in states.items()

@@ -17,6 +17,7 @@ from packhorse.trainer.model.attention_kernels import Arguments, Bounds, flash_a
 from packhorse.trainer.model.ring_blocks import Documents
 from tests.model_helpers import relative
 
+BLOCKS: Any = ring_blocks
 BOUNDS = Bounds(torch.zeros(1), 1, (1,))  # which blocks do not read
 ARGUMENTS = Arguments(None, None, None, None, None, BOUNDS)
 OWN, OTHERS = Documents((5, 3), (5, 3), True), Documents((2, 3), (7, 1), False)
@@ -31,8 +32,8 @@ def block(documents: Documents) -> list[torch.Tensor]:
 
 
 def as_documents(ends_q: torch.Tensor, ends_k: torch.Tensor, is_causal: bool) -> Documents:
-    lengths = (tuple(ends.diff().tolist()) for ends in (ends_q, ends_k))
-    return Documents(*lengths, is_causal)
+    queries, keys = (tuple(ends.diff().tolist()) for ends in (ends_q, ends_k))
+    return Documents(queries, keys, is_causal)
 
 
 def forward_in(q: Any, k: Any, v: Any, ends_q: Any, ends_k: Any, *rest: Any, scale: float) -> Any:
@@ -44,7 +45,7 @@ def forward_in(q: Any, k: Any, v: Any, ends_q: Any, ends_k: Any, *rest: Any, sca
     assert not debug
     given = (x.transpose(0, 1) for x in (q, k, v))
     documents = as_documents(ends_q, ends_k, is_causal)
-    out, log_sum = ring_blocks._reference(*given, documents, ARGUMENTS._replace(scale=scale))
+    out, log_sum = BLOCKS._reference(*given, documents, ARGUMENTS._replace(scale=scale))
     return out.transpose(0, 1).to(q.dtype), log_sum, None, None, None
 
 
@@ -57,13 +58,13 @@ def backward_in(
     grad, q, k, v, out = (x.transpose(0, 1) for x in (grad, q, k, v, out))
     documents = as_documents(ends_q, ends_k, is_causal)
     given = (grad, q, out, log_sum, k, v, documents, ARGUMENTS._replace(scale=scale))
-    return tuple(x.transpose(0, 1).to(q.dtype) for x in ring_blocks._reference_backward(*given))
+    return tuple(x.transpose(0, 1).to(q.dtype) for x in BLOCKS._reference_backward(*given))
 
 
 @pytest.mark.parametrize("documents", [OWN, OTHERS])
 def test_the_call_of_a_fused_kernel_is_the_reference(documents: Documents) -> None:
     *qkv, grad = block(documents)
-    exact, log_sum = ring_blocks._reference(*qkv, documents, ARGUMENTS)
+    exact, log_sum = BLOCKS._reference(*qkv, documents, ARGUMENTS)
     exact = exact.to(grad.dtype)
     # as of more keys elsewhere, whose sum is in the softmax
     given = (grad, qkv[0], exact, log_sum + 0.5, *qkv[1:], documents, ARGUMENTS)
@@ -71,12 +72,12 @@ def test_the_call_of_a_fused_kernel_is_the_reference(documents: Documents) -> No
         mock.patch.object(torch.ops.aten, "_flash_attention_forward", forward_in),
         mock.patch.object(torch.ops.aten, "_flash_attention_backward", backward_in),
     ):
-        out, its_log_sum = ring_blocks._flash(*qkv, documents, ARGUMENTS)
-        gradients = ring_blocks._flash_backward(*given)
+        out, its_log_sum = BLOCKS._flash(*qkv, documents, ARGUMENTS)
+        gradients = BLOCKS._flash_backward(*given)
     assert out.shape == exact.shape
     assert relative(out, exact) < 1e-2
     assert relative(its_log_sum, log_sum) < 1e-6
-    for ours, theirs in zip(gradients, ring_blocks._reference_backward(*given), strict=True):
+    for ours, theirs in zip(gradients, BLOCKS._reference_backward(*given), strict=True):
         assert ours.shape == theirs.shape
         assert relative(ours, theirs) < 1e-2
 
@@ -84,10 +85,10 @@ def test_the_call_of_a_fused_kernel_is_the_reference(documents: Documents) -> No
 def test_torch_has_the_kernels_that_are_called() -> None:
     """With these arguments: on meta tensors, which have shapes and no GPU."""
     *qkv, grad = (x.to("meta") for x in block(OTHERS))
-    out, log_sum = ring_blocks._flash(*qkv, OTHERS, ARGUMENTS)
+    out, log_sum = BLOCKS._flash(*qkv, OTHERS, ARGUMENTS)
     assert (out.shape, log_sum.shape, log_sum.dtype) == (grad.shape, (4, 5), torch.float32)
     given = (grad, qkv[0], out, log_sum, *qkv[1:], OTHERS, ARGUMENTS)
-    gradients = ring_blocks._flash_backward(*given)
+    gradients = BLOCKS._flash_backward(*given)
     assert [x.shape for x in gradients] == [x.shape for x in qkv]
 
 

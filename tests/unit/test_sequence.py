@@ -17,6 +17,7 @@ from packhorse.trainer.config.recipe import LossSection, load_recipe
 from packhorse.trainer.data import loader
 from packhorse.trainer.data.loader import filler_batch
 from packhorse.trainer.datatypes import BadInput, first_key, slice_pieces
+from packhorse.trainer.estimate.model import AttentionShape
 from packhorse.trainer.estimate.sequence import exchanged_elements
 from packhorse.trainer.metrics import ModelFlops
 from packhorse.trainer.model import packing_check, sequence_check
@@ -194,7 +195,7 @@ def test_a_zigzag_gives_each_rank_as_many_pairs_in_each_step(
 
 def test_a_rank_of_a_ring_sends_the_keys_that_others_see() -> None:
     """Of one document in 2 x 4 pieces, later ranks see a rank's early one and earlier ones both."""
-    attend, window = (8, 2, 16, 8, None), (8, 2, 16, 8, 65)
+    attend, window = (AttentionShape(8, 2, 16, 8, reach) for reach in (None, 65))
     width, piece = 2 * (16 + 8), 1000
     sent = [exchanged_elements([attend], [8 * piece], 4, rank, "ring") for rank in range(4)]
     assert sent == [width * piece * n for n in (3, 2 + 2, 1 + 4, 6)]

@@ -20,6 +20,7 @@ from packhorse.trainer.utils.remote import open_filesystem
 RUN_FILES = (
     *("recipe.yaml", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "trace.jsonl"),
     *("skipped_steps.jsonl", "shards.jsonl", "best.json", "summary.json", "trackers.json"),
+    "attention.json",
     "tensorboard/*",
 )
 RUN = "run.zip"

@@ -53,8 +53,8 @@ class ModelSection(Section):
         "but its input; selective: not attention, nor the products that widen a feed-forward "
         "block; offload: full, with these inputs in the host's memory until shortly before they "
         "are needed; auto: as little as fits the GPU's memory by `packhorse plan`, and full on a "
-        "CPU. Gradients stay the same by the bit; only that full and offload run feed-forward "
-        "blocks in tiles where a rank has many tokens, which rounds otherwise.",
+        "CPU. Gradients stay the same by the bit; but full and offload run feed-forward blocks of "
+        "long sequences in tiles, which rounds otherwise.",
     )
     compile: Literal[False, "layers"] = Field(
         default=False,
@@ -83,9 +83,9 @@ class ModelSection(Section):
     )
     rope_scaling: dict[str, JsonValue] | None = Field(
         default=None,
-        description="Rotary positions for longer contexts, in place of the configuration's, as "
-        "`{rope_type: yarn, factor: 4.0, original_max_position_embeddings: 32768}`. Exports have "
-        "it in their config.json. null: as the model has them.",
+        description="Rotary positions for longer contexts in place of config.json's, as "
+        "`{rope_type: yarn, factor: 4.0}`. Exported models have them in config.json, adapters in "
+        "their card. null: as the model has them.",
     )
     freeze: tuple[str, ...] = Field(
         default=(),

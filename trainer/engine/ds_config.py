@@ -59,12 +59,17 @@ def deepspeed_config(
     optim: OptimSection,
     hidden_size: int,
     run_dir: Path,
+    *,
+    learns: bool = True,
 ) -> dict[str, Any]:
     """Return the template with the recipe's settings, and a folder on NVMe for this run alone.
 
     `"auto"` for three sizes follows the model's hidden size H, as in DeepSpeed's guide: buckets of
     H^2 (or BUCKET, if that is more), prefetch of 0.9 H^2, parameters below 10 H kept whole. A
     prefetch of a `"layer"` is 13 H^2, the weights of a dense decoder layer.
+
+    Args:
+        learns: False passes over the optimizer, as none is built.
 
     Raises:
         BadInput: the template is missing, is not JSON, sets what the recipe owns, or cannot train
@@ -85,8 +90,9 @@ def deepspeed_config(
         # two runs on one node must not write to each other's files
         digest = hashlib.blake2b(str(run_dir.resolve()).encode(), digest_size=6).hexdigest()
         offload["nvme_path"] = str(Path(offload["nvme_path"]) / f"packhorse-{digest}")
-    _require_offload(parallel.deepspeed, config, optim)
-    _require_streaming(parallel.deepspeed, config, optim)
+    if learns:
+        _require_offload(parallel.deepspeed, config, optim)
+        _require_streaming(parallel.deepspeed, config, optim)
     bf16 = model.dtype == "bfloat16"
     if bf16 and stage(config) == 0:
         raise BadInput(
@@ -130,8 +136,8 @@ def _require_offload(template: str, config: Mapping[str, Any], optim: OptimSecti
         return
     if optim.rule != "adamw":
         raise BadInput(
-            f"{template}: offload_optimizer: only AdamW in fp32 has a kernel for the CPU; set "
-            f"optim.kind=adamw, or a template that keeps {optim.rule}'s states on the GPU"
+            f"{template}: offload_optimizer: only AdamW has a kernel for the CPU; set "
+            f"{_plain_adamw(optim)}, or a template that keeps {optim.rule}'s states on the GPU"
         )
     if optim.ema_decay is not None:
         raise BadInput(
@@ -152,7 +158,7 @@ def _require_streaming(template: str, config: Mapping[str, Any], optim: OptimSec
         "at ZeRO stage 0 the weights are the master weights; set a stage from 1 to 3": (
             stage(config) == 0
         ),
-        f"only AdamW in fp32 updates by chunks, and not {optim.rule}; set optim.kind=adamw": (
+        f"only AdamW updates by chunks, and this is {optim.rule}; set {_plain_adamw(optim)}": (
             optim.rule != "adamw"
         ),
         "the average of the weights is not streamed; remove optim.ema_decay": (
@@ -165,6 +171,11 @@ def _require_streaming(template: str, config: Mapping[str, Any], optim: OptimSec
     for reason, holds in reasons.items():
         if holds:
             raise BadInput(f"{template}: {OWN_SECTION}.optimizer_state: {reason}")
+
+
+def _plain_adamw(optim: OptimSection) -> str:
+    """Return the override that makes the optimizer AdamW in fp32."""
+    return "optim.kind=adamw" if optim.kind != "adamw" else "optim.state_dtype=fp32"
 
 
 def _read_template(template: str) -> dict[str, Any]:

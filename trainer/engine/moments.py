@@ -142,6 +142,8 @@ def moments_of(
         if updates is not None:
             state["step"] = updates
         return {name: state[name] for name in names} if BYTES_PER_WEIGHT[kind] else {}
+    if names[0] not in state and updates is None:  # AdamW makes none of its state after some of it
+        updates = 0
     for name in names:
         if name not in state:  # as before the first update, or SGD's without momentum
             state[name] = torch.zeros_like(master)

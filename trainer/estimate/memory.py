@@ -251,6 +251,12 @@ def step_seconds(model: ModelSizes, stats: StepStats, gpus: int, flops: float) -
     return needed / (gpus * flops * (1 - idle))
 
 
+def attention_share(model: ModelSizes, stats: StepStats) -> float:
+    """Return the share of a step's FLOPs that grows with the documents' lengths."""
+    without = model.flops.count(stats.tokens, stats.trained, 0)
+    return 1 - without / model.flops.count(stats.tokens, stats.trained, stats.pairs)
+
+
 # ------------------------------------------------------------------------------------------ cluster
 
 

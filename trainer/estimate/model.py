@@ -155,7 +155,7 @@ def measure_model(
 ) -> ModelSizes:
     """Return the sizes of a model, which may lie on the meta device."""
     head = model.get_output_embeddings()
-    quantised: dict[int, nn.Parameter] = {}  # by the parameter's id
+    quantised: dict[int, torch.Tensor] = {}  # by the parameter's id
     if adapter and adapter.base:
         linear = linear_modules(model).values()  # those that are frozen are quantised
         quantised = {id(m.weight): m.weight for m in linear if not m.weight.requires_grad}

@@ -26,6 +26,7 @@ from packhorse.trainer.estimate.memory import (
     Disk,
     Memory,
     StepStats,
+    attention_share,
     candidate_worlds,
     count_checkpoints,
     disk_needed,
@@ -254,7 +255,6 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
     idle = " (this one idles much)" if share > MUCH_FILLER else ""
     on_each = f", on each of its {stats.sequence} GPUs" if stats.sequence > 1 else ""
     seconds = step_seconds(model, stats, cluster.gpus, flops * mfu)
-    attention = model.flops.attention_share(stats.tokens, stats.trained, stats.pairs)
     kept = ", ".join(
         f"{_gib(a.kept + a.layer)} GiB with activation_checkpointing: {mode}"
         for mode, a in sorted(report.activations.items())
@@ -277,7 +277,7 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
         f"{', '.join(_good_numbers(stats, cluster))}{idle}",
         f"activations of a micro-batch{on_each}: {kept}",
         f"time to compute, predicted at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU{fp8}: "
-        f"{_seconds(seconds)} s a step ({attention:.0%} attention), "
+        f"{_seconds(seconds)} s a step ({attention_share(model, stats):.0%} attention), "
         f"{stats.tokens / seconds:,.0f} tokens/s{run}",
         f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {count_checkpoints(recipe)} kept and "
         f"one being written {_gib(disk.checkpoints)} GiB; the universal form "

@@ -75,7 +75,7 @@ def lies_in(name: str, modules: Iterable[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
-def wraps_parameter(module: nn.Module) -> bool:
+def wraps_parameter(module: Any) -> bool:
     """Return whether a module is peft's wrapper of one parameter."""
     return hasattr(module, "parameter_name") and hasattr(module, "lora_A")
 

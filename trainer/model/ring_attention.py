@@ -118,8 +118,8 @@ def _seen_of(queries: _Pieces, keys: _Pieces) -> Seen:
         first, (start, stop, last) = of_query[numbers.index(numbers[-1])][2], of_query[-1]
         ranges_q.append((first, last + stop - start))
         ranges_k.append((of_key[0][2], of_key[0][2] + numbers[-1]))
-    lengths = [tuple(b - a for a, b in ranges) for ranges in (ranges_q, ranges_k)]
-    return Seen(_merged(ranges_q), _merged(ranges_k), Documents(*lengths, is_own))
+    lengths_q, lengths_k = (tuple(b - a for a, b in x) for x in (ranges_q, ranges_k))
+    return Seen(_merged(ranges_q), _merged(ranges_k), Documents(lengths_q, lengths_k, is_own))
 
 
 def _merged(ranges: Sequence[tuple[int, int]]) -> Ranges:
