@@ -48,7 +48,8 @@ def configured(config: Any, folder: Path, scaling: dict[str, Any] | None) -> Any
 def test_it_is_the_models_own_key(kind: str, tmp_path: Path) -> None:
     """As if the folder's config.json had it, by either name of the key."""
     given = KINDS[kind]
-    made = configured(tf.LlamaConfig(**SIZES, rope_theta=5e5), tmp_path, given)
+    theta: dict[str, Any] = {"rope_theta": 5e5}
+    made = configured(tf.LlamaConfig(**SIZES, **theta), tmp_path, given)
     file = tmp_path / "config.json"
     content = json.loads(file.read_text())
     content.pop("rope_parameters")
@@ -97,7 +98,7 @@ def test_an_export_has_it_by_both_names_of_the_key(tmp_path: Path) -> None:
 
 
 def test_layers_with_windows_keep_theirs(tmp_path: Path) -> None:
-    config = tf.Gemma3TextConfig(**WIDE, layer_types=["sliding_attention", "full_attention"])
+    config: Any = tf.Gemma3TextConfig(**WIDE, layer_types=["sliding_attention", "full_attention"])
     before = dict(config.rope_parameters["sliding_attention"])
     made = configured(config, tmp_path, KINDS["linear"])
     assert made.rope_parameters["sliding_attention"] == before
