@@ -72,6 +72,7 @@ def test_gradients_are_summed_in_fp32_unless_the_recipe_says_otherwise() -> None
         {"bf16": {"enabled": True}},
         {"communication_data_type": "bf16"},
         {"elasticity": {"enabled": True}},
+        {"torch_autocast": {"enabled": True}},
     ],
     ids=lambda owned: next(iter(owned)),
 )
@@ -80,6 +81,21 @@ def test_what_the_recipe_owns_is_refused_in_a_template(
 ) -> None:
     with pytest.raises(BadInput, match=next(iter(owned))):
         made(template(tmp_path, {"zero_optimization": {"stage": 2}, **owned}))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "zero_quantized_weights",
+        "zero_quantized_nontrainable_weights",
+        "zero_quantized_gradients",
+        "zenflow",
+    ],
+)
+def test_what_changes_learning_is_refused_in_a_template(tmp_path: Path, key: str) -> None:
+    with pytest.raises(BadInput, match=rf"zero_optimization\.{key}: it rounds or delays"):
+        made(template(tmp_path, {"zero_optimization": {"stage": 3, key: {"topk_ratio": 0.1}}}))
+    made(template(tmp_path, {"zero_optimization": {"stage": 3, key: False}}))
 
 
 @pytest.mark.parametrize(("content", "says"), [("{", "not valid JSON"), ([], "JSON object")])

@@ -28,10 +28,21 @@ _OWNED_BY_RECIPE = {
     "scheduler": "optim",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
+    "amp": "model.dtype",
+    "torch_autocast": "model.dtype",
     "data_types": "parallel.grad_dtype",
     "communication_data_type": "parallel.grad_dtype",
     "elasticity": "batch",
 }
+
+# ZeRO++ rounds the weights that ranks gather or hold, and the gradients that they sum, in blocks
+# that depend on the number of ranks; ZenFlow applies most gradients later.
+_CHANGES_LEARNING = (
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+    "zenflow",
+)
 
 # A template's section for us: {"optimizer_state": "streamed"}.
 OWN_SECTION = "packhorse"
@@ -183,6 +194,12 @@ def _read_template(template: str) -> dict[str, Any]:
         if key in config:
             raise BadInput(
                 f"{template}: `{key}` belongs to the recipe's `{owner}`; remove it there"
+            )
+    for key in _CHANGES_LEARNING:
+        if config.get("zero_optimization", {}).get(key):
+            raise BadInput(
+                f"{template}: zero_optimization.{key}: it rounds or delays weights or gradients, "
+                "so that another template or number of GPUs would learn something else; remove it"
             )
     return config
 
