@@ -19,22 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-LLAMA_8B = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "vocab_size": 128256,
-}
-TINY = {
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 128,
-    "vocab_size": 512,
-}
+from gpu_cases import LLAMA_8B, TINY
+
 FIRST_TOKENS, DOCUMENT_TOKENS = 65_536, 8192
 LORA_RANK = 64
 
@@ -93,7 +79,7 @@ def _build(tiny: bool, device: Any) -> tuple[Any, int]:
     from packhorse.trainer.model.lora import add_adapter
     from packhorse.trainer.model.sft import SftModel
 
-    config = transformers.LlamaConfig(**(TINY if tiny else LLAMA_8B))
+    config = transformers.AutoConfig.for_model(**LLAMA_8B | (TINY if tiny else {}))
     dtype = torch.float32 if tiny else torch.bfloat16
     backend, _ = attention.choose("auto", device, dtype)
     with device:

@@ -22,6 +22,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ class Campaign:
         """
         self._draw, self._name = random.Random(name), name
         world = self._draw.choice((1, 2))
-        world = {SERVER: 1, EXPORT: 1, UNIVERSAL: 1, HOST: 2}.get(kind, world)
+        world = {WORKER: 1, SERVER: 1, EXPORT: 1, UNIVERSAL: 1, HOST: 2}.get(kind, world)
         whole, whole_s = self.whole(kind, world)
         run = whole if kind in (EXPORT, UNIVERSAL) else self._run(kind)
         done = {"kills": 0, "faults": 0, "starts": 1}
@@ -108,8 +109,8 @@ class Campaign:
                 if "kills" not in found and "faults" not in found:
                     break
             self._finish(kind, run, world, whole)
-        except (AssertionError, subprocess.TimeoutExpired) as error:
-            difference = str(error)[-3000:]
+        except (AssertionError, subprocess.TimeoutExpired):
+            difference = traceback.format_exc()[-3000:]
         lost_s = time.monotonic() - began - whole_s
         return {**done, "lost_s": lost_s, "difference": difference}
 
@@ -336,7 +337,9 @@ def table(trials: list[dict[str, Any]]) -> str:
         numbers = [sum(trial[key] for trial in chosen) for key in counts]
         differences = sum(trial["difference"] is not None for trial in chosen)
         hits = [(t["lost_s"], t["kills"] + t["faults"]) for t in chosen]
-        lost_s = max((lost_s / number for lost_s, number in hits if number), default=0.0)
+        lost_s = max(
+            (lost_s / number for lost_s, number in hits if number and lost_s > 0), default=0.0
+        )
         rows.append(f"| {kind} | {' | '.join(map(str, numbers))} | {differences} | {lost_s:.1f} |")
     return "\n".join(rows)
 

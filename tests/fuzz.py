@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 import json
 import logging
 import os
@@ -222,8 +223,7 @@ def _messages() -> bytes:
 
 def fuzz(target: str, options: list[str]) -> None:
     """Run libFuzzer on a target in this process, which it ends."""
-    import atheris
-
+    atheris: Any = importlib.import_module("atheris")
     logging.disable(logging.CRITICAL)
     # coverage of ours and of PyYAML leads the inputs
     with atheris.instrument_imports(include=["packhorse", "yaml"], enable_loader_override=False):

@@ -165,8 +165,8 @@ def require_same_micro_batch(recipe: Recipe) -> None:
 def resolve_checkpointing(recipe: Recipe, plan: Plan) -> Recipe:
     """Choose for `model.activation_checkpointing: auto` what recomputes least and fits every GPU.
 
-    On a CPU the recipe stays as it is. The choice changes no number, so that a resumed run may make
-    another.
+    On a CPU the recipe stays as it is. The choice changes rounding alone (where layers are
+    recomputed, long sequences run in tiles), so that a resumed run may make another.
     """
     if recipe.model.activation_checkpointing != "auto" or dist.device().type != "cuda":
         return recipe

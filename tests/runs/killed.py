@@ -206,21 +206,31 @@ _orphans: list[int] = []  # frozen ranks of earlier orders
 
 def _strike(pid: int, order: Order) -> bool:
     """Kill or freeze a rank, or kill one of the processes that it has started, if there is any."""
-    import psutil
-
     if order.children:
-        with suppress(psutil.NoSuchProcess):
-            found = psutil.Process(pid).children(recursive=True)
-            if not found:
-                return False
-            random.choice(found).kill()
-            time.sleep(order.after_s)
-            return True
-        return False
+        return _kill_child(pid, order.after_s)
     if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
         return False  # it has ended
     os.kill(pid, signal.SIGSTOP if order.freeze else signal.SIGKILL)
     return True
+
+
+def _kill_child(pid: int, after_s: float) -> bool:
+    """Wait until a rank has started a process or has ended; then kill one within a second."""
+    import psutil
+
+    rank = psutil.Process(pid)
+    with suppress(psutil.NoSuchProcess):
+        while not rank.children():
+            if rank.status() == psutil.STATUS_ZOMBIE:
+                return False
+            time.sleep(0.01)
+        time.sleep(random.uniform(0.0, 1.0))
+        found = rank.children(recursive=True)
+        if found:
+            random.choice(found).kill()
+            time.sleep(after_s)
+        return bool(found)
+    return False
 
 
 def _codes(pids: list[int]) -> list[int]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from packhorse.trainer.checkpoint.checkpoint import open_checkpoint
 from packhorse.trainer.checkpoint.hf_export import TOLERANCE, _load_trained, export
@@ -39,6 +39,7 @@ ADAPTERS = {  # with the stages they are trained at
     "nf4": ("zero2", "adapter={rank: 4, base: nf4_double_quant}"),
     "bf16": ("zero3", "adapter={rank: 4}"),
 }
+SCALING = {"rope_type": "linear", "factor": 4.0}  # of `lora`
 FP32 = [name for name in ADAPTERS if name != "bf16"]
 
 
@@ -77,6 +78,7 @@ def runs(root: Path) -> dict[str, Path]:
                 adapter.replace("EARLIER", str(root / "earlier")),
             ),
             *(["model.dtype=bfloat16"] if name == "bf16" else []),
+            *([f"model.rope_scaling={SCALING}"] if name == "lora" else []),
         ]
         cases.append(
             {
@@ -127,7 +129,11 @@ def test_the_adapter_on_its_base_gives_the_trained_models_logits(
     runs: dict[str, Path], exported: dict[str, Path], name: str
 ) -> None:
     config = json.loads((exported[name] / "adapter_config.json").read_text())
-    base = plain(config["base_model_name_or_path"])
+    folder, settings = config["base_model_name_or_path"], {}
+    if name == "lora":
+        assert f"`rope_parameters: {SCALING}`" in (exported[name] / "README.md").read_text()
+        settings["rope_parameters"] = AutoConfig.from_pretrained(folder).rope_parameters | SCALING
+    base = plain(folder, **settings)
     before = logits(base)
     after = logits(PeftModel.from_pretrained(base, str(exported[name])))
     assert relative(after, trained(runs[name])) < 1e-5

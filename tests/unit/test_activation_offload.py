@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -17,6 +19,8 @@ from packhorse.trainer.model import activation_offload
 from packhorse.trainer.model.activation_checkpointing import set_checkpointing
 from packhorse.trainer.model.activation_offload import HostMemory, InOrder
 from packhorse.trainer.model.logit_transform import LogitTransform
+from packhorse.trainer.model.lora import not_in_shards
+from packhorse.trainer.model.reach import freeze_unreached
 from packhorse.trainer.model.sft import SftModel
 from tests.model_helpers import CPU, SIZES, documents, loss_and_gradients, pack, sft, tiny_llama
 
@@ -131,3 +135,33 @@ def test_as_much_goes_out_as_the_planner_says() -> None:
     assert planned.kept == 2 * INPUT_BYTES
     out = sum(tensor.nbytes for tensor in sent.values() if tensor.nbytes >= INPUT_BYTES)
     assert out == pytest.approx(planned.host, rel=0.1)
+
+
+def test_nothing_is_held_without_a_backward_that_gives_it_back() -> None:
+    """As at the start, where the graph of a document shows what it reaches."""
+    made, memory = offloading(InOrder())
+    made.train()
+    with mock.patch.object(memory, "_send", wraps=memory._send) as send:
+        forward = partial(made.hidden_states, batch())
+        assert not freeze_unreached(made.model, forward, not_in_shards)
+    assert not send.called
+    assert made.model.training
+
+
+def test_views_of_weights_stay_and_what_is_saved_is_freed() -> None:
+    memory = HostMemory(InOrder(), pinned=False)
+    weight = torch.nn.Parameter(torch.randn(TOKENS, 32))
+    x = torch.randn(TOKENS, 32, requires_grad=True)
+    with memory.holding():
+        y = x @ weight.t().mT.mT  # a view of a view
+        small = y[:1].exp()  # which saves its own output
+    assert [saved.shape for saved in memory._order] == [x.shape]
+    alive = weakref.ref(small)
+    small.sum().backward()
+    expected = small.detach().T @ x.detach()[:1]
+    assert weight.grad is not None
+    del small, y
+    gc.collect()
+    assert alive() is None
+    assert len(memory._free) == -(-INPUT_BYTES // BLOCK)
+    assert torch.allclose(weight.grad, expected)

@@ -15,7 +15,7 @@ from packhorse.trainer import attention_choice, dist
 from packhorse.trainer.attention_choice import choose_attention, fastest, time_kernels
 from packhorse.trainer.checkpoint import mirror_place
 from packhorse.trainer.config.recipe import Recipe, load_recipe
-from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.estimate import model as estimated_model
 from packhorse.trainer.estimate.model import AttentionShape, attention_shapes, build_empty_model
 from packhorse.trainer.model import attention, attention_kernels, flash_versions
 from packhorse.trainer.model.attention_kernels import Arguments
@@ -163,10 +163,10 @@ def test_without_a_fused_kernel_nothing_is_chosen(tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_traced_takes_the_preferred_kernel(
     kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: Any) -> Any:
-        raise BadInput("its forward depends on values")
+    def fails(*_: Any, **__: Any) -> Any:
+        raise KeyError("packhorse_fused")  # as in Falcon's own table of kernels
 
-    monkeypatch.setattr(attention_choice, "build_empty_model", fails)
+    monkeypatch.setattr(estimated_model, "decoder_of", fails)
     assert chosen(tmp_path) == "flash_attn 3"
 
 

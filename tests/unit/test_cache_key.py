@@ -61,6 +61,8 @@ DOES_NOT: dict[str, list[Any]] = {
     "model.activation_checkpointing": ["none"],
     "model.trust_remote_code": [True],
     "model.freeze": [["embed"]],
+    "model.matmul": ["fp8_rowwise"],
+    "model.rope_scaling": [{"rope_type": "yarn", "factor": 2.0}],
     "data.train.0.path": ["{work}/moved.jsonl"],
     "data.train.0.weight": [0.5],
     "data.eval": [[{"path": "{work}/changed.jsonl"}]],

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from packhorse.trainer import build_engine
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.estimate import choice
-from packhorse.trainer.estimate.choice import choose_sequence, memory_by_mode
+from packhorse.trainer.estimate import model as estimated_model
+from packhorse.trainer.estimate.choice import choose_sequence, memory_by_mode, predict_memory
 from packhorse.trainer.estimate.memory import GIB, Cluster
+from packhorse.trainer.estimate.model import largest_micro_batch
+from tests.models.shrunk import config_of
 from tests.ranks import ROOT
 from tests.unit.test_batch_plan import make_plan, some_flags
 
@@ -51,6 +56,39 @@ def test_the_fewest_ranks_with_which_a_step_fits() -> None:
         assert f"{room / GIB:.1f} of {room / GIB:.1f} GiB" in why
     with pytest.raises(BadInput, match=r"auto: .* even if all of them share it: use more GPUs or"):
         chosen(needed[4] - 1)
+
+
+def test_a_model_that_cannot_be_planned_needs_a_number() -> None:
+    by_length = "model.rope_scaling={rope_type: dynamic, factor: 4.0}"
+    with pytest.raises(BadInput, match=r"^parallel.sequence: auto: .* set parallel.sequence to a"):
+        chosen(1000 * GIB, by_length)
+
+
+@pytest.mark.parametrize(
+    ("family", "error"),
+    [
+        *(("falcon", "KeyError"), ("gptj", "KeyError"), ("deepseek_v32", "TypeError")),
+        *(("dbrx", "AttributeError"), ("mpt", "AttributeError"), ("xmod", "ValueError")),
+        ("bart", ""),
+    ],
+)
+def test_a_family_that_cannot_be_planned_is_not_predicted(
+    family: str, error: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config_of(family).save_pretrained(tmp_path)
+    caplog.set_level("INFO", "packhorse")
+    assert predict_memory(recipe(f"model.name={tmp_path}"), 64, 64) == {}
+    assert largest_micro_batch(recipe(f"model.name={tmp_path}"), 2**30) == 1
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 2
+    assert all("memory is not predicted: " in one and error in one for one in said)
+
+
+def test_memory_errors_are_told_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (MemoryError, torch.OutOfMemoryError):
+        monkeypatch.setattr(estimated_model, "model_class", mock.Mock(side_effect=error))
+        with pytest.raises(error):
+            predict_memory(recipe(), 64, 64)
 
 
 def test_no_group_is_without_a_micro_batch() -> None:

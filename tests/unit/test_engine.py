@@ -72,6 +72,7 @@ def test_gradients_are_summed_in_fp32_unless_the_recipe_says_otherwise() -> None
         {"bf16": {"enabled": True}},
         {"communication_data_type": "bf16"},
         {"elasticity": {"enabled": True}},
+        {"torch_autocast": {"enabled": True}},
     ],
     ids=lambda owned: next(iter(owned)),
 )
@@ -80,6 +81,21 @@ def test_what_the_recipe_owns_is_refused_in_a_template(
 ) -> None:
     with pytest.raises(BadInput, match=next(iter(owned))):
         made(template(tmp_path, {"zero_optimization": {"stage": 2}, **owned}))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "zero_quantized_weights",
+        "zero_quantized_nontrainable_weights",
+        "zero_quantized_gradients",
+        "zenflow",
+    ],
+)
+def test_what_changes_learning_is_refused_in_a_template(tmp_path: Path, key: str) -> None:
+    with pytest.raises(BadInput, match=rf"zero_optimization\.{key}: it rounds or delays"):
+        made(template(tmp_path, {"zero_optimization": {"stage": 3, key: {"topk_ratio": 0.1}}}))
+    made(template(tmp_path, {"zero_optimization": {"stage": 3, key: False}}))
 
 
 @pytest.mark.parametrize(("content", "says"), [("{", "not valid JSON"), ([], "JSON object")])
@@ -152,9 +168,7 @@ def test_the_norm_by_blocks_is_the_norm_in_fp64(numel: int, within: float, monke
 
 def test_only_adamw_is_offloaded(tmp_path: Path) -> None:
     sections = (ParallelSection(deepspeed="zero3_offload_optimizer"), ModelSection(name="m"))
-    with pytest.raises(
-        BadInput, match=r"only AdamW in fp32 has a kernel for the CPU; set optim\.kind"
-    ):
+    with pytest.raises(BadInput, match=r"only AdamW has a kernel for the CPU; set optim\.kind"):
         deepspeed_config(*sections, OptimSection(kind="lion"), 64, tmp_path)
     with pytest.raises(BadInput, match=r"kernel for the CPU; set optim\.state_dtype=fp32"):
         deepspeed_config(*sections, OptimSection(state_dtype="bf16"), 64, tmp_path)
@@ -170,7 +184,7 @@ def test_only_adamw_is_offloaded(tmp_path: Path) -> None:
             {"stage": 3},
             "muon",
             "streamed",
-            r"only AdamW in fp32 updates by chunks, .* set optim\.kind",
+            r"only AdamW updates by chunks, .* set optim\.kind",
         ),
         (
             *({"stage": 3, "offload_param": {"device": "cpu"}}, "adamw", "streamed"),

@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from packhorse.trainer.config.recipe import AdapterSection
+from packhorse.trainer.config.recipe import AdapterSection, OptimSection
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.optim import parameter_groups
 from packhorse.trainer.model.expert_lora import expert_parameters, plain_name
 from packhorse.trainer.model.lora import add_adapter, merged_weights
 from tests.model_helpers import tiny_llama
@@ -83,6 +84,33 @@ def test_what_is_not_there_is_refused() -> None:
             AdapterSection.model_validate({"target_parameters": "all-experts", **fields})
     with pytest.raises(ValueError, match="`all-experts`, or a list"):
         AdapterSection.model_validate({"target_parameters": "experts"})
+
+
+def test_what_is_trained_in_full_has_no_adapter_beside_it() -> None:
+    full = {"modules_to_save": ["layers.0.mlp.experts"]}
+    model = adapted(model_of("qwen3_moe"), target_parameters="all-experts", **full)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    of_experts = {name for name in trained if ".mlp.experts" in name}
+    assert {name for name in of_experts if "layers.0." in name} == {
+        f"model.layers.0.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj")
+    }
+    assert sum(".lora_" in name for name in of_experts) == 4, "those of layer 1"
+    with pytest.raises(BadInput, match=r"experts\.down_proj` is trained in full"):
+        adapted(model_of("qwen3_moe"), target_parameters=["experts.down_proj"], **full)
+
+
+@pytest.mark.parametrize("kind", ["muon", "adafactor", "adamw_8bit"])
+def test_matrices_of_all_experts_in_one_are_no_matrix_to_an_optimizer(kind: str) -> None:
+    model = adapted(model_of("qwen3_moe"), target_parameters="all-experts")
+    kinds = {
+        id(parameter): group["kind"]
+        for group in parameter_groups(model, OptimSection.model_validate({"kind": kind}))
+        for parameter in group["params"]
+    }
+    found = {name: kinds[id(p)] for name, p in model.named_parameters() if p.requires_grad}
+    stacked = {does for name, does in found.items() if ".experts." in name}
+    assert stacked == {kind if kind == "adamw_8bit" else "adamw"}
+    assert {does for name, does in found.items() if ".self_attn." in name} == {kind}
 
 
 def test_a_plan_has_the_adapters_of_experts() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as tf
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,6 +47,7 @@ FAMILIES = {
     "transposed products": tf.GPT2Config(
         vocab_size=160, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
     ),
+    "functional dropout, if any": tf.SeedOssConfig(**WIDE, residual_dropout=0, attention_dropout=0),
     "a shared expert": tf.Qwen2MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=24),
 }
 
@@ -58,6 +60,11 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 def batch() -> Any:
     ids = documents((TOKENS - 40, 40))
     return pack(ids, [range(len(document) - 1) for document in ids], [0.02] * 2)
+
+
+def on_meta(config: Any) -> Any:
+    with torch.device("meta"):
+        return tf.AutoModelForCausalLM.from_config(config)
 
 
 def step(config: Any, mode: str, tiles: bool, **adapter: Any) -> tuple[float, dict[str, Any]]:
@@ -174,6 +181,73 @@ def test_experts_and_dropout_run_whole() -> None:
     dora = tiny(LLAMA)
     add_adapter(dora, AdapterSection(rank=4, variants=("dora",)), seed=0)
     assert not list(feed_forward_blocks(dora))
+
+
+@pytest.mark.parametrize(
+    ("dropout", "make"),
+    [
+        ("residual_dropout", lambda rate: tf.SeedOssConfig(**WIDE, residual_dropout=rate)),
+        ("residual_dropout", lambda rate: tf.Starcoder2Config(**SIZES, residual_dropout=rate)),
+        (
+            "resid_pdrop",
+            lambda rate: tf.GPT2Config(n_embd=32, n_head=4, n_layer=1, resid_pdrop=rate),
+        ),
+    ],
+)
+def test_so_do_blocks_with_a_rate_of_dropout(dropout: str, make: Any) -> None:
+    for rate in (0.0, 0.1):
+        config = make(rate)
+        assert getattr(config, dropout) == rate
+        assert any(feed_forward_blocks(on_meta(config))) == (rate == 0)
+
+
+HYBRID = {
+    **{"num_hidden_layers": 3, "mamba_d_state": 16, "n_mamba_heads": 4, "mamba_ngroups": 1},
+    **{"hybrid_layer_ids": [1], "layers_block_type": ["mamba", "hybrid", "mamba"]},
+    **{"num_mem_blocks": 1, "attention_hidden_size": 64, "attention_head_dim": 32},
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        tf.BloomConfig(hidden_size=32, n_layer=1, n_head=2, hidden_dropout=0),
+        tf.MptConfig(d_model=32, n_layers=1, n_heads=2),
+        tf.Zamba2Config(**{**SIZES, **HYBRID}),
+        tf.MoshiConfig(hidden_size=32, ffn_dim=64, num_hidden_layers=1, num_attention_heads=2),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_and_those_that_take_more_than_their_input(config: Any) -> None:
+    assert not list(feed_forward_blocks(on_meta(config)))
+
+
+class Gated(nn.Module):
+    """A block of which a weight takes no part; an attention with `names`."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        for name in ("up_proj", "idle", *names):
+            self.add_module(name, nn.Linear(32, 32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.get_submodule("up_proj")(x).sigmoid()
+
+
+def test_an_attention_with_a_gate_runs_whole() -> None:
+    assert [len(list(feed_forward_blocks(Gated(*names)))) for names in ((), ("q_proj",))] == [1, 0]
+    # the real one takes its positions, too
+    if hasattr(tf, "HrmTextConfig"):
+        model = on_meta(tf.HrmTextConfig(**WIDE))
+        assert {type(block).__name__ for block in feed_forward_blocks(model)} == {"HrmTextMLP"}
+
+
+def test_a_weight_without_a_part_gets_no_gradient() -> None:
+    block = Gated()
+    set_tiles(block, True)
+    block(torch.randn(1, TOKENS, 32)).sum().backward()
+    learns = {name for name, p in block.named_parameters() if p.grad is not None and p.grad.any()}
+    assert learns == {"up_proj.weight", "up_proj.bias"}
 
 
 def test_tiles_are_a_matter_of_the_run() -> None:

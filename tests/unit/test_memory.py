@@ -36,6 +36,7 @@ from packhorse.trainer.estimate.report import (
     recommend,
     require_fit,
 )
+from packhorse.trainer.estimate.sequence import longest_slice
 from packhorse.trainer.model import feed_forward_tiles
 from packhorse.trainer.model.activation_checkpointing import set_checkpointing
 from packhorse.trainer.model.attention_kernels import Bounds
@@ -300,6 +301,19 @@ def test_the_longest_sequence_fits_and_a_longer_one_does_not() -> None:
     for tokens, fits in ((longest, True), (longest + 1024, False)):
         planned = build_report(debug(full, f"batch.seq_len={tokens}"), gpus)
         assert (planned.candidates["zero3"].shortages == []) == fits
+
+
+def test_below_tiles_the_longest_sequence_is_that_of_whole_blocks() -> None:
+    few = 4 * feed_forward_tiles.FEWEST_TOKENS
+
+    def longest(room: int) -> int:
+        trace = lambda tokens: Activations(tokens * (1 if tokens >= few else 2), 0)  # noqa: E731
+        return longest_slice(lambda of, _: of.kept <= room, trace, hidden=64)
+
+    assert longest(few) == few, "although a little fewer tokens would not fit"
+    assert longest(few - 1) == few // 2 - 1024
+    assert longest(10 * few) == 10 * few
+    assert longest(2047) == 0
 
 
 def test_ranks_that_share_a_sequence_have_a_share_of_its_activations() -> None:

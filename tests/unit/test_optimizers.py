@@ -223,7 +223,7 @@ def train_cut(
 
     with ThreadPoolExecutor(len(parts)) as pool:
         ran = list(pool.map(run, range(len(parts))))
-    saved = {
+    saved: dict[str, torch.Tensor] = {
         f"{number} {what} {state}": torch.cat([tensor])
         for number, what, _, states in ran[0][1]
         for state, tensor in states.items()

@@ -81,6 +81,21 @@ def test_a_call_that_fails_is_told_apart_and_so_is_one_that_takes_all_memory(fun
     assert bounded(double, 4, limit_s=10.0) == 8
 
 
+def test_calls_of_c_code_count_as_the_time_that_they_take():
+    """The timer's signals merge while one runs."""
+
+    calls = []
+
+    def call():
+        calls.append(sum(range(20_000_000)))
+
+    began = os.times().user
+    call()
+    with pytest.raises(TooLong), interrupted_after(2 * (os.times().user - began)):
+        [call() for _ in range(20)]
+    assert len(calls) <= 5
+
+
 def test_an_interrupted_call_leaves_no_reply_for_the_next():
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -446,7 +446,7 @@ def prepare_with_a_worker_that_cannot_be_killed() -> None:
     """The kernel kills no process while it waits for a disk or a network file system."""
     use_small_chunks()
     worker_pool.FROZEN_S, child_process.END_S = 1.0, 0.1
-    multiprocessing.process.BaseProcess.kill = lambda process: None
+    multiprocessing.process.BaseProcess.kill = lambda self: None
     try:
         list(tokenize_rows(once_a_worker_is_there(rows(400)), wait_in_worker, LIMITS, 2))
     except BadInput as error:

@@ -280,8 +280,10 @@ def _write_adapter(
     _write_tokenizer(run_dir / MODEL_FOLDER, recipe, folder)
     apply_umask(folder)
 
-    base = model_class(load_config(section)).from_pretrained(
+    base_config = load_config(section)
+    base = model_class(base_config).from_pretrained(
         local_folder(section.name, "model.name", weights=True) or section.name,
+        config=base_config,
         revision=section.revision,
         dtype=dtype,
         trust_remote_code=section.trust_remote_code,

@@ -30,6 +30,10 @@ def model_card(run_dir: Path, recipe: Recipe, step: int, is_adapter: bool) -> st
     given = ", ".join(f"{name}={value!r}" for name, value in options)
     if given:
         given = f"\nIts chat template was given `{given}`: give apply_chat_template the same.\n"
+    if is_adapter and recipe.model.rope_scaling:  # a whole model's configuration has it
+        given += (
+            f"\nIts base had `rope_parameters: {recipe.model.rope_scaling}`: give it the same.\n"
+        )
     name = recipe.model.name
     # the hub refuses a card whose base is a folder
     on_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) and not Path(name).expanduser().is_dir()

@@ -103,6 +103,7 @@ def evaluate(
         # These keys describe how the recipe's model was made. The scored model brings its own, and
         # the user's overrides come after.
         own = ["model.revision=null", "model.init=pretrained", "adapter=null"]
+        own.append("model.rope_scaling=null")
         if run:  # they are in the exported folder
             own += ["model.chat_template=null", "model.add_tokens=[]"]
         changes = [*own, *(overrides or ()), f"model.name={json.dumps(name)}"]

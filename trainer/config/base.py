@@ -38,6 +38,18 @@ def compile_pattern(pattern: str, flags: int = 0) -> re.Pattern[str]:
         raise ValueError(f"`{pattern[:200]}` is not a regular expression: {error}") from None
 
 
+def check_count(value: Any) -> Any:
+    """Return what a key of the type `int | Literal["auto"]` is given; pydantic would name each part
+    of the union as a fault of its own.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if value != "auto" and (type(value) is not int or value < 1):
+        raise ValueError("it is `auto` or a whole number above 0")
+    return value
+
+
 def check_one_given(**given: Any) -> None:
     """Raise ValueError unless exactly one of the keys has a value (not None and not False)."""
     if sum(value is not None and value is not False for value in given.values()) != 1:

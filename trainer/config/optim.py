@@ -95,6 +95,8 @@ class OptimSection(Section):
     def _usable(self) -> OptimSection:
         if self.state_dtype == "bf16" and self.kind != "adamw":
             raise ValueError("`state_dtype: bf16` is for `kind: adamw`; take one of them out")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError("`betas` lie in [0, 1): at 1 a moment never moves")
         return self
 
     @property

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field
 
-from packhorse.trainer.config.base import Section
+from packhorse.trainer.config.base import Section, check_count
 
 
 class ParallelSection(Section):
@@ -27,7 +27,7 @@ class ParallelSection(Section):
     allow_idle_ranks: bool = Field(
         default=False, description="Allow more ranks than a step has micro-batches."
     )
-    sequence: int | Literal["auto"] = Field(
+    sequence: Annotated[int | Literal["auto"], BeforeValidator(check_count)] = Field(
         default=1,
         description="Ranks that share each packed sequence (sequence parallelism), for contexts "
         "that do not fit one GPU. It divides the number of ranks. auto: the fewest with which a "
@@ -40,14 +40,6 @@ class ParallelSection(Section):
         "work. null: gather in a layer whose window fits a slice, or whose query heads `sequence` "
         "does not divide; else ulysses.",
     )
-
-    @field_validator("sequence", mode="before")
-    @classmethod
-    def _is_known(cls, value: Any) -> Any:
-        # pydantic would name each part of the union as a fault of its own
-        if value != "auto" and (type(value) is not int or value < 1):
-            raise ValueError("it is `auto` or a whole number above 0")
-        return value
 
     @property
     def ranks_a_sequence(self) -> int:

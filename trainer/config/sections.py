@@ -7,11 +7,11 @@ puts all of them together.
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import BeforeValidator, Field, JsonValue, field_validator, model_validator
 
-from packhorse.trainer.config.base import Section, compile_pattern
+from packhorse.trainer.config.base import Section, check_count, compile_pattern
 from packhorse.trainer.utils.remote import check_url, is_url
 
 
@@ -84,7 +84,8 @@ class ModelSection(Section):
     rope_scaling: dict[str, JsonValue] | None = Field(
         default=None,
         description="Rotary positions for longer contexts in place of config.json's, as "
-        "`{rope_type: yarn, factor: 4.0}`. Exports have them. null: as the model has them.",
+        "`{rope_type: yarn, factor: 4.0}`. Exported models have them in config.json, adapters in "
+        "their card. null: as the model has them.",
     )
     freeze: tuple[str, ...] = Field(
         default=(),
@@ -127,20 +128,12 @@ class BatchSection(Section):
         description="Packed sequences of one optimizer step, at most, summed over all "
         "data-parallel ranks.",
     )
-    micro_batch_size: int | Literal["auto"] = Field(
+    micro_batch_size: Annotated[int | Literal["auto"], BeforeValidator(check_count)] = Field(
         default=1,
         description="Packed sequences in one forward pass of a rank. Gradient accumulation does "
         "the rest. auto: as many as fit a quarter of the GPU's memory with nothing recomputed, and "
         "1 on a CPU; a resumed run keeps the number.",
     )
-
-    @field_validator("micro_batch_size", mode="before")
-    @classmethod
-    def _is_known(cls, value: Any) -> Any:
-        # pydantic would name each part of the union as a fault of its own
-        if value != "auto" and (type(value) is not int or value < 1):
-            raise ValueError("it is `auto` or a whole number above 0")
-        return value
 
     @property
     def micro(self) -> int:

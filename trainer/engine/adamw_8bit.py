@@ -98,13 +98,8 @@ class AdamW8bit(Piecewise):
             # code 0 stands for 0 in both maps, so that what is filled up is no block's largest
             old = [pad(code[here], fill).view(-1, BLOCK) for code in codes]
             of_blocks = slice(run.scale, run.scale + run.blocks)
-            moments = _next_moments(
-                *old,
-                scales[:, of_blocks, None],
-                pad(gradients[here], fill).view(-1, BLOCK),
-                beta1,
-                beta2,
-            )
+            g = pad(gradients[here], fill).view(-1, BLOCK)
+            moments = _next_moments(old, scales[:, of_blocks, None], g, (beta1, beta2))
             update = moments[0] / unbiased1 / (moments[1] / unbiased2**0.5 + group["eps"])
             weights[here].mul_(1 - lr * group["weight_decay"]).sub_(update.view(-1)[own], alpha=lr)
             found = torch.stack([moment.abs().amax(1) for moment in moments])
@@ -127,9 +122,8 @@ class AdamW8bit(Piecewise):
         found = torch.zeros_like(scales)
         if layout.shared:
             old = [code[layout.weights] for code in codes]
-            moments = _next_moments(
-                *old, scales[:, layout.scales], gradients[layout.weights], *betas
-            )
+            of_weights = scales[:, layout.scales]
+            moments = _next_moments(old, of_weights, gradients[layout.weights], betas)
             shared = scales.new_zeros(2, layout.shared)
             places = layout.slots.expand(2, -1)
             shared.scatter_reduce_(1, places, torch.stack(moments).abs(), "amax")
@@ -208,14 +202,12 @@ def _encode(moments: torch.Tensor, scales: torch.Tensor, signed: bool) -> torch.
 
 
 def _next_moments(
-    codes: torch.Tensor,
-    root_codes: torch.Tensor,
+    codes: list[torch.Tensor],
     scales: torch.Tensor,
     gradients: torch.Tensor,
-    beta1: float,
-    beta2: float,
+    betas: tuple[float, float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the first moments, and the roots of the second ones, after these gradients."""
-    first = _decode(codes, scales[0], signed=True).lerp_(gradients, 1 - beta1)
-    second = _decode(root_codes, scales[1], signed=False).square_()
-    return first, second.lerp_(gradients.square(), 1 - beta2).sqrt_()
+    first = _decode(codes[0], scales[0], signed=True).lerp_(gradients, 1 - betas[0])
+    second = _decode(codes[1], scales[1], signed=False).square_()
+    return first, second.lerp_(gradients.square(), 1 - betas[1]).sqrt_()

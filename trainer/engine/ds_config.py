@@ -28,10 +28,21 @@ _OWNED_BY_RECIPE = {
     "scheduler": "optim",
     "bf16": "model.dtype",
     "fp16": "model.dtype",
+    "amp": "model.dtype",
+    "torch_autocast": "model.dtype",
     "data_types": "parallel.grad_dtype",
     "communication_data_type": "parallel.grad_dtype",
     "elasticity": "batch",
 }
+
+# ZeRO++ rounds the weights that ranks gather or hold, and the gradients that they sum, in blocks
+# that depend on the number of ranks; ZenFlow applies most gradients later.
+_CHANGES_LEARNING = (
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+    "zenflow",
+)
 
 # A template's section for us: {"optimizer_state": "streamed"}.
 OWN_SECTION = "packhorse"
@@ -53,10 +64,6 @@ def deepspeed_config(
 ) -> dict[str, Any]:
     """Return the template with the recipe's settings, and a folder on NVMe for this run alone.
 
-    `"auto"` for three sizes follows the model's hidden size H, as in DeepSpeed's guide: buckets of
-    H^2 (or BUCKET, if that is more), prefetch of 0.9 H^2, parameters below 10 H kept whole. A
-    prefetch of a `"layer"` is 13 H^2, the weights of a dense decoder layer.
-
     Args:
         learns: False passes over the optimizer, as none is built.
 
@@ -65,15 +72,7 @@ def deepspeed_config(
             the model in its type or on these ranks.
     """
     config = _read_template(parallel.deepspeed)
-    zero = config.setdefault("zero_optimization", {"stage": 0})
-    sizes = {
-        "reduce_bucket_size": max(hidden_size**2, BUCKET),
-        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
-        "stage3_param_persistence_threshold": 10 * hidden_size,
-    }
-    zero |= {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
-    if zero.get("stage3_prefetch_bucket_size") == "layer":
-        zero["stage3_prefetch_bucket_size"] = 13 * hidden_size**2
+    _set_sizes(config.setdefault("zero_optimization", {"stage": 0}), hidden_size)
     require_whole_groups(config, dist.world_size(), dist.local_world_size())
     for offload in nvme_offloads(config):
         # two runs on one node must not write to each other's files
@@ -110,6 +109,22 @@ def deepspeed_config(
         # at stage 0 optim.py clips
         config["gradient_clipping"] = optim.max_grad_norm
     return config
+
+
+def _set_sizes(zero: dict[str, Any], hidden_size: int) -> None:
+    """Put numbers in place of `"auto"`, by the model's hidden size H, as in DeepSpeed's guide.
+
+    Buckets are of H^2 (or BUCKET, if that is more), prefetch of 0.9 H^2, and parameters below 10 H
+    kept whole. A prefetch of a `"layer"` is 13 H^2, the weights of a dense decoder layer.
+    """
+    sizes = {
+        "reduce_bucket_size": max(hidden_size**2, BUCKET),
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size**2),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    zero |= {key: size for key, size in sizes.items() if zero.get(key) == "auto"}
+    if zero.get("stage3_prefetch_bucket_size") == "layer":
+        zero["stage3_prefetch_bucket_size"] = 13 * hidden_size**2
 
 
 def _require_offload(template: str, config: Mapping[str, Any], optim: OptimSection) -> None:
@@ -179,6 +194,12 @@ def _read_template(template: str) -> dict[str, Any]:
         if key in config:
             raise BadInput(
                 f"{template}: `{key}` belongs to the recipe's `{owner}`; remove it there"
+            )
+    for key in _CHANGES_LEARNING:
+        if config.get("zero_optimization", {}).get(key):
+            raise BadInput(
+                f"{template}: zero_optimization.{key}: it rounds or delays weights or gradients, "
+                "so that another template or number of GPUs would learn something else; remove it"
             )
     return config
 

@@ -212,7 +212,7 @@ class Engine:
             averages=optim.ema_decay is not None,
             gathered=gathered,
         )
-        zero_state.show_pieces(self._optimizer, self.state.names(), module.seed)
+        zero_state.show_pieces(self._optimizer, self.state.names(), self.module.seed)
         self._gradient_watch = None
         if self.stage == 3:
             self._gradient_watch = _GradientWatch(module)

@@ -18,6 +18,7 @@ from torch import nn
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import OptimSection
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.model.expert_lora import stacked_matrices
 from packhorse.trainer.model.quantisation import numel
 from packhorse.trainer.model.roles import EMBEDDINGS, EXPERTS, LINEAR, OTHERS, roles
 
@@ -43,7 +44,7 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
     Raises:
         BadInput: one of `section.groups` matches no parameter that is trained.
     """
-    role = roles(model)
+    role, stacked = roles(model), stacked_matrices(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
     kinds = dict.fromkeys(("adamw", section.rule))
     groups: dict[tuple[int, bool, str], dict[str, Any]] = {
@@ -65,7 +66,8 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
         matched = [before or now for before, now in zip(matched, fits, strict=True)]
         number = fits.index(True) + 1 if any(fits) else 0
         does, is_head = role[id(parameter)], parameter is getattr(head, "weight", None)
-        kind = section.rule if _takes(section.rule, does, is_head) else "adamw"
+        takes = _takes(section.rule, does, is_head, id(parameter) in stacked)
+        kind = section.rule if takes else "adamw"
         groups[number, decays(does, section), kind]["params"].append(parameter)
     for group, found in zip(section.groups, matched, strict=True):
         if not found:
@@ -76,18 +78,21 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
     return [group for group in groups.values() if group["params"]]
 
 
-def _takes(kind: str, role: str, is_head: bool) -> bool:
+def _takes(kind: str, role: str, is_head: bool, is_stacked: bool) -> bool:
     """Return whether an optimizer of this kind updates such parameters; AdamW does otherwise.
 
     Muon's authors leave the head to AdamW, and transformers keeps the moments of embeddings in fp32
-    where it has an optimizer of 8 bits: rare tokens' are small beside a block's largest.
+    where it has an optimizer of 8 bits: rare tokens' are small beside a block's largest. Muon and
+    Adafactor would mix the experts whose matrices an adapter stacks in one.
     """
     matrices = {
         "muon": (LINEAR, EXPERTS),
         "adamw_8bit": (LINEAR, EXPERTS),
         "adafactor": (LINEAR, EXPERTS, EMBEDDINGS),
     }
-    return kind not in matrices or (role in matrices[kind] and not (is_head and kind == "muon"))
+    if (is_head and kind == "muon") or (is_stacked and kind in ("muon", "adafactor")):
+        return False
+    return kind not in matrices or role in matrices[kind]
 
 
 def describe_decay(model: nn.Module, section: OptimSection) -> str:

@@ -310,7 +310,9 @@ def show_pieces(optimizer: Any, names: Names, seed: int) -> None:
             cuts = {start for start, _, numel in (theirs[i][k] for theirs in of_ranks) if numel}
             blocks = sorted({start // BLOCK for start in cuts if start % BLOCK})
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            pieces.append(Piece(shape, *place, names[id(parameter)], tuple(blocks)))
+            start, offset, count = place
+            name = names[id(parameter)]
+            pieces.append(Piece(shape, start, offset, count, name, tuple(blocks)))
 
 
 def _stage_3_places(parameters: list[Any], names: Names) -> Iterator[Place]:

@@ -79,7 +79,11 @@ def choose_sequence(
         share = f"{size} of {world} ranks share each packed sequence, the fewest"
         if math.isinf(cluster.gpu):
             return made, f"{share} that leave no group without a micro-batch"
-        predicted = memory_by_mode(made, cluster, tokens, trained, kernel)
+        try:
+            predicted = memory_by_mode(made, cluster, tokens, trained, kernel)
+        except BadInput as error:
+            advice = "or set parallel.sequence to a number"
+            raise BadInput(f"parallel.sequence: auto: {error}; {advice}") from error
         needed = min(memory.gpu_total for memory in predicted.values())
         if needed <= cluster.gpu:
             fits = f"{needed / GIB:.1f} of {cluster.gpu / GIB:.1f} GiB"

@@ -27,6 +27,7 @@ from packhorse.trainer.metrics import ModelFlops, model_flops
 from packhorse.trainer.model import attention
 from packhorse.trainer.model.activation_checkpointing import save, set_checkpointing
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
+from packhorse.trainer.model.checks import plan_failures_explained
 from packhorse.trainer.model.decoder import decoder_layers, decoder_of, num_weights, whole_layers
 from packhorse.trainer.model.feed_forward_tiles import (
     feed_forward_blocks,
@@ -38,7 +39,6 @@ from packhorse.trainer.model.fp8 import workspace_bytes
 from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
-from packhorse.trainer.utils.text import one_line
 
 # For `batch.micro_batch_size: auto`. Most of a GPU's memory is the training state's, and more
 # sequences are not worth any recomputation: activations may take this share of it.
@@ -100,6 +100,7 @@ class ModelSizes:
         return self.trained + sum(self.frozen) + sum(self.quantised)
 
 
+@plan_failures_explained()
 def build_empty_model(section: ModelSection, adapter: AdapterSection | None = None) -> Any:
     """Build the transformers model on the meta device, with its adapter and a stand-in for a fused
     attention kernel.
@@ -124,11 +125,12 @@ def build_empty_model(section: ModelSection, adapter: AdapterSection | None = No
         add_adapter(model, adapter, seed=0)
     freeze_named(model, section.freeze)
     # a forward that meta tensors cannot run is refused by `trace_activations`, which says why
-    with suppress(RuntimeError, NotImplementedError):
+    with suppress(BadInput):
         freeze_unreached(model, partial(_run_decoder, model, tokens=64), not_in_shards)
     return model.train()
 
 
+@plan_failures_explained()
 def _run_decoder(model: Any, tokens: int) -> torch.Tensor:
     """Return what the model hands to its head of a document on the meta device, (T, H)."""
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
@@ -147,12 +149,13 @@ def attention_shapes(model: Any) -> tuple[AttentionShape, ...]:
     return tuple(_attended)
 
 
+@plan_failures_explained()
 def measure_model(
     model: Any, optim: OptimSection, adapter: AdapterSection | None = None
 ) -> ModelSizes:
     """Return the sizes of a model, which may lie on the meta device."""
     head = model.get_output_embeddings()
-    quantised: dict[int, nn.Parameter] = {}  # by the parameter's id
+    quantised: dict[int, torch.Tensor] = {}  # by the parameter's id
     if adapter and adapter.base:
         linear = linear_modules(model).values()  # those that are frozen are quantised
         quantised = {id(m.weight): m.weight for m in linear if not m.weight.requires_grad}
@@ -212,6 +215,7 @@ class Activations:
     host: int = 0  # kept in the host's memory
 
 
+@plan_failures_explained()
 def trace_activations(
     model: Any, tokens: int, *, tiles: bool = True, modes: Collection[str] = MODES
 ) -> dict[str, Activations]:
@@ -225,7 +229,7 @@ def trace_activations(
         Activations by those of `modes` that the model supports.
 
     Raises:
-        BadInput: the model's forward depends on values, which meta tensors lack.
+        BadInput: the model's forward fails on meta tensors, as it depends on values.
     """
     modes = modes if model.supports_gradient_checkpointing else {"none"}
     kept, whole_layers = _trace_forward(model, tokens, "none")
@@ -326,12 +330,6 @@ def _trace_forward(
         set_tiles(model, tiles)
         try:
             _run_decoder(model, tokens)
-        except (RuntimeError, NotImplementedError) as error:
-            raise BadInput(
-                f"{type(model).__name__} cannot be planned: its forward depends on the values of "
-                f"tensors, which a plan does not have ({one_line(error, 200)}); measure it with "
-                "`packhorse train` on one GPU"
-            ) from None
         finally:
             for hook in hooks:
                 hook.remove()

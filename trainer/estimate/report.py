@@ -102,7 +102,7 @@ def inspect_model(recipe: Recipe, tokens: int) -> Inspected:
         model = replace(model, attention=attention_shapes(empty))
 
     def trace(tokens: int, modes: Collection[str] = MODES) -> dict[str, Activations]:
-        tiles = not recipe.model.compile
+        tiles = recipe.model.compile is False
         found = trace_activations(empty, tokens, tiles=tiles, modes=modes)
         if size > 1:
             found = slice_activations(found, model.attention, tokens, size, kind, model.element)

@@ -135,19 +135,26 @@ def longest_slice(
 
     Args:
         fits: of activations and trained tokens; the more, the less it fits.
-        trace: returns the activations of some tokens. It takes long, and is called twice: beyond
-            the length from which feed-forward blocks run in tiles they grow in proportion.
+        trace: returns the activations of some tokens. It takes long, and is called thrice: with
+            few tokens feed-forward blocks run whole, and activations grow in proportion; with more
+            they run in tiles, and activations grow by a line.
         hidden: size of the model.
     """
     few = FEWEST_TILES * tile_tokens(hidden)
-    start, end = (astuple(trace(tokens)) for tokens in (few, 2 * few))
+    whole = few - STEP_TOKENS
+    below, start, end = (astuple(trace(tokens)) for tokens in (whole, few, 2 * few))
 
     def tokens_fit(wanted: int) -> bool:
-        times = Fraction(wanted, few)
-        grown = (a + (b - a) * (times - 1) if times > 1 else a * times for a, b in zip(start, end))
+        if wanted < few:
+            grown = (a * Fraction(wanted, whole) for a in below)
+        else:
+            grown = (a + (b - a) * Fraction(wanted - few, few) for a, b in zip(start, end))
         return fits(Activations(*map(int, grown)), wanted)
 
-    low, high = 0, MOST_TOKENS // STEP_TOKENS
+    # two searches, as a little below `few` more is needed than at it
+    first = -(-few // STEP_TOKENS)
+    tiled = tokens_fit(first * STEP_TOKENS)
+    low, high = (first, MOST_TOKENS // STEP_TOKENS) if tiled else (0, first - 1)
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if tokens_fit(middle * STEP_TOKENS) else (low, middle - 1)

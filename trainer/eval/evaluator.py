@@ -39,9 +39,9 @@ from packhorse.trainer.eval.metrics import (
 from packhorse.trainer.eval.openai_client import Unreachable
 from packhorse.trainer.eval.scorers import likeliest
 from packhorse.trainer.hang_watchdog import Watch
-from packhorse.trainer.metrics import EVALUATIONS, Metrics
+from packhorse.trainer.metrics import EVALUATIONS, LOGS, Metrics
 from packhorse.trainer.stop_flag import StopFlag
-from packhorse.trainer.utils.files import append_json_lines, read_json_lines
+from packhorse.trainer.utils.files import append_json_lines, read_json_lines, sync_file
 from packhorse.trainer.utils.progress import track
 
 
@@ -266,7 +266,9 @@ class Evaluation:
         if dist.is_main():
             write_samples(self._run_dir / "samples.jsonl", step, samples)
             self._metrics.write_text("samples", as_table(samples), step)
-            # last: this line says that all the others are written
+            # last: this line says that all the others are written, after a power cut, too
+            for name in LOGS:
+                sync_file(self._run_dir / name)
             write_evaluation(self._run_dir, step, losses, measured, self._origin)
         shown = "  ".join(f"{key} {value:.4f}" for key, value in line.items())
         dist.log.info("after %d steps: %s", step, shown)

@@ -98,8 +98,11 @@ class HostMemory:
         return saved_tensors_hooks(self._send, self._give)
 
     def _send(self, tensor: torch.Tensor) -> Any:
-        if isinstance(tensor, nn.Parameter) or tensor.nbytes < SMALLEST_BYTES:
+        if isinstance(tensor, nn.Parameter):
             return tensor
+        # a transposed weight lies on the device all the same
+        if tensor.nbytes < SMALLEST_BYTES or isinstance(tensor._base, nn.Parameter):
+            return tensor.detach()  # an operation that kept its own output would never be freed
         tensor = tensor.detach().contiguous()
         blocks = [self._block() for _ in range(-(-tensor.nbytes // BLOCK_BYTES))]
         saved = _Saved(tensor, len(self._order), blocks)

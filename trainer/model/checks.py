@@ -81,6 +81,25 @@ def failures_explained(model: nn.Module) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def plan_failures_explained() -> Iterator[None]:
+    """Turn an error of a model's own code on the meta device into a BadInput.
+
+    Families fail there in ways of their own: a table of attention kernels without ours, a table
+    that an earlier forward fills, a tower's library that is missing.
+    """
+    try:
+        yield
+    except (BadInput, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise BadInput(
+            "the model cannot be planned: without weights its own code fails with "
+            f"{type(error).__name__}: {one_line(error, 200)}; measure it with `packhorse train` on "
+            "one GPU"
+        ) from error
+
+
 def raising_module(error: BaseException) -> nn.Module | None:
     """Return the innermost module in whose forward the error arose."""
     callers = [frame.f_locals.get("self") for frame, _ in walk_tb(error.__traceback__)]

@@ -12,6 +12,7 @@ adds scaling x B A of every expert to it in each forward:
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,11 +35,14 @@ def expert_parameters(model: Any) -> dict[str, nn.Parameter]:
     }
 
 
-def expert_targets(model: Any, section: AdapterSection) -> list[str]:
+def expert_targets(model: Any, section: AdapterSection, full: Sequence[str] = ()) -> list[str]:
     """Return the names of the parameters that `adapter.target_parameters` stands for.
 
+    Args:
+        full: modules that are trained in full, whose parameters all-experts leaves out.
+
     Raises:
-        BadInput: the model has no such parameter.
+        BadInput: the model has no such parameter, or it is trained in full.
     """
     there, wanted = expert_parameters(model), section.target_parameters
     if wanted == "all-experts":
@@ -47,7 +51,7 @@ def expert_targets(model: Any, section: AdapterSection) -> list[str]:
                 f"adapter.target_parameters: {type(model).__name__} holds no experts in one "
                 "parameter for all; where they are linear modules, adapter.target_modules has them"
             )
-        return list(there)
+        return [name for name in there if not lies_in(name, full)]
     found: list[str] = []
     for one in wanted:
         matching = [name for name in there if name == one or name.endswith(f".{one}")]
@@ -57,13 +61,30 @@ def expert_targets(model: Any, section: AdapterSection) -> list[str]:
                 f"adapter.target_parameters: no parameter with experts' matrices is called "
                 f"`{one}`{example}"
             )
+        if twice := [name for name in matching if lies_in(name, full)]:
+            raise BadInput(
+                f"adapter.target_parameters: `{twice[0]}` is trained in full by "
+                "adapter.modules_to_save; name it in one of them"
+            )
         found += matching
     return list(dict.fromkeys(found))
 
 
-def wraps_parameter(module: nn.Module) -> bool:
+def lies_in(name: str, modules: Iterable[str]) -> bool:
+    """Return whether a module or parameter of this name is one of `modules`, or inside one."""
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def wraps_parameter(module: Any) -> bool:
     """Return whether a module is peft's wrapper of one parameter."""
     return hasattr(module, "parameter_name") and hasattr(module, "lora_A")
+
+
+def stacked_matrices(model: nn.Module) -> set[int]:
+    """Return the ids of adapters' matrices that hold those of all experts, one beside the other."""
+    wrappers: list[Any] = [module for module in model.modules() if wraps_parameter(module)]
+    parts = [part for wrapper in wrappers for part in (wrapper.lora_A, wrapper.lora_B)]
+    return {id(parameter) for part in parts for parameter in part.parameters()}
 
 
 def parameter_name(name: str, module: Any) -> str:

@@ -11,6 +11,7 @@ H hidden size, T tokens of this rank.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from torch.autograd.function import once_differentiable
 
 # Modules that widen in a feed-forward block, by the names that transformers gives them.
 WIDENING = {"gate_proj", "up_proj", "gate_up_proj", "w1", "w3", "fc1", "c_fc", "dense_h_to_4h"}
+# Modules of an attention, some of which gate their output by a `gate_proj` of their own.
+ATTENDING = {"q_proj", "k_proj", "qkv_proj", "query_key_value", "o_proj"}
 # A tile of H tokens makes tensors as large as the block's weights; products of fewer tokens than
 # these leave a GPU idle.
 FEWEST_TOKENS = 2048
@@ -50,20 +53,31 @@ def feed_forward_blocks(model: Any) -> Iterator[nn.Module]:
     """Yield the blocks that may run in tiles: those that treat each token by itself.
 
     Experts, each of which gets some tokens only, are left out, as are blocks with dropout, whose
-    random numbers belong to the whole sequence, and those with other weights than products'.
+    random numbers belong to the whole sequence, those with other weights than products', and those
+    that take more than their input, as a residual or the layer's number.
     """
     for name, module in model.named_modules():
         children = {child for child, _ in module.named_children()}
         # some models have these modules in the layer itself, beside its attention
         whole_layer = any("attn" in child or "attention" in child for child in children)
         of_experts = any(part.startswith("expert") for part in name.split("."))
-        if children & WIDENING and not whole_layer and not of_experts and _is_by_token(module):
+        if not children & WIDENING or children & ATTENDING or whole_layer or of_experts:
+            continue
+        if _takes_one_tensor(module) and _is_by_token(module):
             yield module
+
+
+def _takes_one_tensor(block: nn.Module) -> bool:
+    # by its class, as its own forward may be Liger's or that of tiles
+    _, *given = inspect.signature(type(block).forward).parameters.values()
+    return [one.kind for one in given] == [inspect.Parameter.POSITIONAL_OR_KEYWORD]
 
 
 def _is_by_token(block: nn.Module) -> bool:
     for part in block.modules():
-        if isinstance(part, nn.Dropout) and part.p > 0:
+        # `p` of dropout modules, and the numbers that forwards hand to functional.dropout
+        rates = (value for name, value in vars(part).items() if name == "p" or "drop" in name)
+        if any(isinstance(rate, int | float) and rate > 0 for rate in rates):
             return False
         # Conv1D is GPT-2's name for a transposed Linear
         is_product = isinstance(part, nn.Linear) or type(part).__name__ == "Conv1D"
@@ -173,7 +187,9 @@ class _Input(torch.autograd.Function):
             with torch.enable_grad():
                 out = ctx.whole(part.view_as(part))  # torch's counter of FLOPs takes no leaf
             # by `grad`, as `backward` would let ZeRO reduce the weights' gradients at each tile
-            mine, *of_weights = torch.autograd.grad(out, [part, *trained], of_output)
+            mine, *of_weights = torch.autograd.grad(
+                out, [part, *trained], of_output, allow_unused=True, materialize_grads=True
+            )
             into.copy_(mine)
             for total, one in zip(sums, of_weights, strict=True):
                 total += one

@@ -33,6 +33,7 @@ from packhorse.trainer.model.decoder import decoder_of
 from packhorse.trainer.model.expert_lora import (
     expert_parameters,
     expert_targets,
+    lies_in,
     merged_experts,
     parameter_name,
     plain_name,
@@ -70,9 +71,9 @@ def add_adapter(
     from peft import LoraConfig, inject_adapter_in_model
 
     targets, full = adapter_targets(model, section), full_modules(model, section)
-    of_experts = expert_targets(model, section)
+    of_experts = expert_targets(model, section, full)
     if section.base and not next(model.parameters()).is_meta:
-        linear = [name for name in linear_modules(model) if not _lies_in(name, full)]
+        linear = [name for name in linear_modules(model) if not lies_in(name, full)]
         quantise(model, linear, section.base, gathered)
     config = LoraConfig(
         r=section.rank,
@@ -88,7 +89,7 @@ def add_adapter(
     if section.trainable_token_indices:
         add_rows(model, section.trainable_token_indices, full, gathered)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_of_adapter(name) or _lies_in(name, full))
+        parameter.requires_grad_(is_of_adapter(name) or lies_in(name, full))
         if is_of_adapter(name) and parameter.dtype != model.dtype:  # beside a quantised weight
             parameter.data = parameter.data.to(model.dtype)
     with torch.no_grad():
@@ -153,7 +154,7 @@ def adapter_targets(model: Any, section: AdapterSection) -> list[str]:
     """
     linear, full = linear_modules(model), full_modules(model, section)
     if section.target_modules == "all-linear":
-        found = [name for name in linear if not _lies_in(name, full)]
+        found = [name for name in linear if not lies_in(name, full)]
         if not found:
             raise BadInput(
                 f"adapter.target_modules: {type(model).__name__} has no linear modules; train all "
@@ -166,7 +167,7 @@ def adapter_targets(model: Any, section: AdapterSection) -> list[str]:
     for one in map(str, wanted):
         found += _linear_matches(model, one, is_pattern, linear)
     found = list(dict.fromkeys(found))
-    twice = [name for name in found if _lies_in(name, full)]
+    twice = [name for name in found if lies_in(name, full)]
     if twice:
         raise BadInput(
             f"adapter.target_modules: `{twice[0]}` is trained in full by adapter.modules_to_save; "
@@ -229,7 +230,7 @@ def full_modules(model: Any, section: AdapterSection) -> list[str]:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if embedding.weight is head.weight:
         tied = {name for name, module in modules.items() if module is embedding or module is head}
-        named = {name for name in tied if _lies_in(name, found)}
+        named = {name for name in tied if lies_in(name, found)}
         if len(named) == 1:
             raise BadInput(
                 f"adapter.modules_to_save: `{min(named)}` shares its weight with "
@@ -249,10 +250,6 @@ def linear_modules(model: Any) -> dict[str, nn.Linear]:
         for name, m in model.named_modules()
         if isinstance(m, nn.Linear) and m is not head and id(m) in language
     }
-
-
-def _lies_in(name: str, modules: Iterable[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 def _matching(wanted: str, is_pattern: bool, names: Iterable[str]) -> list[str]:

@@ -126,8 +126,9 @@ class SftModel(nn.Module):
                 "position_ids": batch.position_ids.unsqueeze(0),
                 **keyword_arguments(batch, self._group),
             }
-        # checkpointed layers save by hooks of their own, which take precedence inside them
-        on_host = self._host.holding() if self._host else nullcontext()
+        # checkpointed layers save by hooks of their own, which take precedence inside them; outside
+        # of training they are not checkpointed, and no backward gives back what would be held
+        on_host = self._host.holding() if self._host and self.model.training else nullcontext()
         try:
             with on_host, found_by_all(bounds.get("document_bounds")):
                 return decoder_of(self.model)(input_ids=ids, use_cache=False, **bounds, **wanted)

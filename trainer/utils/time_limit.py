@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import logging
 import multiprocessing
+import os
 import resource
 import signal
 import threading
@@ -85,25 +86,26 @@ class interrupted_after:  # noqa: N801  used as a function
 
     Python looks for signals between its own instructions and within a regular expression. So this
     ends a template's loops and an expression that backtracks for ever, and costs no helper process.
-    Only a main thread gets signals: in another one, the block has no limit.
+    Only a main thread gets signals: in another one, the block has no limit. No such block holds
+    another one.
     """
 
     def __init__(self, limit_s: float) -> None:
         self._limit_s = limit_s
 
     def __enter__(self) -> None:
-        global _left_s
+        global _end
         self._is_main = threading.current_thread() is threading.main_thread()
         self._timer = None if _is_ticking or not self._is_main else many_interruptions()
         if self._timer:
             self._timer.__enter__()
-        if self._is_main:
-            self._outer_s, _left_s = _left_s, self._limit_s
+        if self._is_main:  # what the timer counts, and ticks do not while C code runs
+            _end = os.times().user + self._limit_s
 
     def __exit__(self, *error: Any) -> None:
-        global _left_s
+        global _end
         if self._is_main:
-            _left_s = self._outer_s
+            _end = None
         if self._timer:
             self._timer.__exit__(*error)
 
@@ -112,7 +114,7 @@ class interrupted_after:  # noqa: N801  used as a function
 def many_interruptions() -> Iterator[None]:
     """Keep one timer for many short blocks of `interrupted_after`, which then cost no system call:
     a row takes hardly longer to render than the calls for a timer of its own."""
-    global _is_ticking
+    global _is_ticking, _end
     if _is_ticking or threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -122,20 +124,19 @@ def many_interruptions() -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
-        _is_ticking = False
+        # a tick that came as a block ended may have left a rest
+        _is_ticking, _end = False, None
         signal.signal(signal.SIGVTALRM, before)
 
 
 def _tick(*_: object) -> None:
-    global _left_s
-    if _left_s is not None:
-        _left_s -= TICK_S
-        if _left_s < 0:  # and again at each tick, as code may swallow the first
-            raise TooLong
+    # and again at each tick, as code may swallow the first
+    if _end is not None and os.times().user > _end:
+        raise TooLong
 
 
 _is_ticking = False
-_left_s: float | None = None  # of the block that the main thread is in
+_end: float | None = None  # of the block that the main thread is in, by this process's user time
 _helper: Child | None = None
 _lock = threading.Lock()
 
