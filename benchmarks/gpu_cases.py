@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-QWEN_1_5B = {
+QWEN_1_5B: dict[str, Any] = {
     "model_type": "qwen2",
     "architectures": ["Qwen2ForCausalLM"],
     "hidden_size": 1536,
@@ -17,7 +17,7 @@ QWEN_1_5B = {
     "tie_word_embeddings": True,
     "max_position_embeddings": 32768,
 }
-LLAMA_8B = {
+LLAMA_8B: dict[str, Any] = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],
     "hidden_size": 4096,
@@ -29,7 +29,7 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
     "max_position_embeddings": 131072,
 }
-TINY = {
+TINY: dict[str, Any] = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,

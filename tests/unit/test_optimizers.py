@@ -233,7 +233,7 @@ def train_cut(
             for state, tensor in states.items():
                 key = f"{number} {what} {state}"
                 assert start == len(saved.get(key, ())), "a block is saved twice, or not at all"
-                saved[key] = torch.cat([saved.get(key, tensor[:0]), tensor])
+                saved[key] = torch.cat([saved[key], tensor]) if key in saved else tensor
     return torch.cat([weights for weights, _ in ran]), saved
 
 
