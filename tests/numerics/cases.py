@@ -152,8 +152,8 @@ def bf16_accumulation() -> Any:
     """Sum and reduce gradients in bf16, which is DeepSpeed's default."""
     build = build_engine.deepspeed_config
 
-    def config(*args: Any) -> Any:
-        made = build(*args)
+    def config(*args: Any, **options: Any) -> Any:
+        made = build(*args, **options)
         return {
             **made,
             "data_types": {"grad_accum_dtype": "bf16"},
