@@ -253,17 +253,23 @@ def test_cuts_do_not_change_what_is_learned_or_saved(
         assert all(torch.allclose(saved[key], saved_cut[key], rtol=1e-6) for key in saved)
 
 
+def optimizer_of(weight: nn.Parameter, section: OptimSection) -> Piecewise:
+    """Build an optimizer of one whole matrix."""
+    group = {"params": [weight], "weight_decay": 0.1, "lr_scale": 1.0, "kind": section.kind}
+    optimizer = build_optimizer([group], section, STAGE_0)
+    assert isinstance(optimizer, Piecewise)
+    show(optimizer, {id(weight): [Piece(tuple(weight.shape), 0, 0, weight.numel())]})
+    return optimizer
+
+
 def test_adafactor_is_that_of_transformers() -> None:
     from transformers.optimization import Adafactor as Theirs
 
     torch.manual_seed(0)
     start, gradients = torch.randn(24, 40), torch.randn(3, 24, 40)
     mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    group = {"params": [mine], "weight_decay": 0.1, "lr_scale": 1.0, "kind": "adafactor"}
     section = OptimSection.model_validate({"kind": "adafactor", "lr": 0.02})
-    optimizer = build_optimizer([group], section, STAGE_0)
-    assert isinstance(optimizer, Piecewise)
-    show(optimizer, {id(mine): [Piece((24, 40), 0, 0, 960)]})
+    optimizer = optimizer_of(mine, section)
     settings: dict[str, Any] = {"scale_parameter": False, "relative_step": False}
     other = Theirs([theirs], lr=0.02, weight_decay=0.1, eps=(1e-30, 1e-3), **settings)
     for gradient in gradients:
@@ -277,11 +283,8 @@ def test_moments_of_8_bits_are_near_those_of_adamw() -> None:
     torch.manual_seed(0)
     start, gradients = torch.randn(24, 40), torch.randn(6, 24, 40) * torch.logspace(-5, 0, 40)
     mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
-    group = {"params": [mine], "weight_decay": 0.1, "lr_scale": 1.0, "kind": "adamw_8bit"}
     section = OptimSection.model_validate({"kind": "adamw_8bit", "lr": 0.02})
-    optimizer = build_optimizer([group], section, STAGE_0)
-    assert isinstance(optimizer, Piecewise)
-    show(optimizer, {id(mine): [Piece((24, 40), 0, 0, 960)]})
+    optimizer = optimizer_of(mine, section)
     other = torch.optim.AdamW([theirs], lr=0.02, weight_decay=0.1, betas=section.betas)
     for gradient in gradients:
         mine.grad, theirs.grad = gradient.clone(), gradient.clone()
