@@ -220,7 +220,7 @@ def loss_part(
     weights = torch.full((trained,), 1 / trained, device=device)
 
     def run() -> None:
-        linear_cross_entropy(hidden, head, targets, weights, 1 / trained, kernel).backward()
+        linear_cross_entropy(hidden, head, targets, weights, kernel).backward()
 
     return f"loss {kernel}", run, 6.0 * trained * sizes[1][0] * sizes[1][1]
 

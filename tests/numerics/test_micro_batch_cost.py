@@ -96,7 +96,7 @@ def one_batch() -> Any:
 
     ids = torch.arange(5, 13)
     learns = {"trained_positions": torch.arange(7), "targets": ids[1:], "weights": torch.ones(7)}
-    return replace(filler_batch(tokens=8), input_ids=ids, uniform_weight=None, **learns)
+    return replace(filler_batch(tokens=8), input_ids=ids, **learns)
 
 
 def step(engine: Any, micro_batches: int, clock: Any = None) -> None:
