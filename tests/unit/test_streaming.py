@@ -259,10 +259,14 @@ def test_rejects_are_counted_by_shard_and_together(ground):
         ground.add(name, 4)
         with (ground.folder / name).open("a") as file:
             file.write('{"question": "?", "answer": null}\n')
+            file.write(json.dumps({"question": "?", "answer": "long " * 200}) + "\n")
     data, plan = ground.open(max_rejects=0.5)
     all_steps(plan)
-    assert ground.log()[1]["report"]["reasons"] == {"no answer": 1}
-    assert data.report["reasons"] == {"no answer": 2}
+    reasons = {"no answer": 1, "longer than max_length": 1}
+    longest = ground.log()[1]["report"]["longest_reject"]
+    assert ground.log()[1]["report"]["reasons"] == reasons
+    assert data.report["reasons"] == {reason: 2 * count for reason, count in reasons.items()}
+    assert data.report["longest_reject"] == longest > 200, "the longest, and not their sum"
     assert "no answer" in Path(ground.log()[1]["rejects"]).read_text()
 
 

@@ -27,6 +27,7 @@ import numpy as np
 from packhorse.trainer.config.data import DataSection, Filters
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data import tokenize
+from packhorse.trainer.data.cache import keep_documents
 from packhorse.trainer.data.digest import json_digest
 from packhorse.trainer.data.near_duplicates import Index
 from packhorse.trainer.data.prepare import (
@@ -38,7 +39,6 @@ from packhorse.trainer.data.prepare import (
     workers_of,
 )
 from packhorse.trainer.data.split import SplitRows
-from packhorse.trainer.data.subset import keep_documents
 from packhorse.trainer.datatypes import BadInput, Conversation, Row, RowError
 from packhorse.trainer.dist import log
 from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json

@@ -112,7 +112,8 @@ def unread_names(
         if _FLAG_OF_A_ROW.fullmatch(name):
             raise _unknown_flag("a row has the column", name)
     names = [*found, *(f"messages.{key}" for key in dict.fromkeys(_unread_keys(turns)))]
-    return tuple(printable(name, 60) for name in names)
+    # each once, as two long names may look the same
+    return tuple(dict.fromkeys(printable(name, 60) for name in names))
 
 
 def _unread_keys(turns: Iterable[Any]) -> Iterator[str]:

@@ -18,7 +18,6 @@ import json
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple
 from packhorse.trainer.config.data import Source
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.batch_plan import Corpus
+from packhorse.trainer.data.cache import sum_counts
 from packhorse.trainer.data.leakage import check_leakage
 from packhorse.trainer.data.loader import STEPS_AHEAD
 from packhorse.trainer.data.prepare import Prepared, TrainData, digest_of, prepare
@@ -99,7 +99,7 @@ class StreamingData:
     @property
     def report(self) -> dict[str, Any]:
         """Prepared.report, summed over the shards that are known so far."""
-        counts = _sum_reports([shard.report for shard in self._log.known.values()])
+        counts = sum_counts([shard.report for shard in self._log.known.values()])
         name = self._source.path or str(self._source.name)
         return {**counts, "shards": len(self._log.known), "sources": [{"name": name, **counts}]}
 
@@ -255,17 +255,6 @@ def _prepare_shard(
         held_out = prepare(alone, tokenizer, "eval", stopping)
         prepared, _ = check_leakage(alone, tokenizer, prepared, held_out, stopping)
     return prepared
-
-
-def _sum_reports(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add up the counts, and the counts by reason, of several shards."""
-    total: dict[str, Any] = {}
-    for key, value in chain.from_iterable(report.items() for report in reports):
-        if isinstance(value, dict):
-            total[key] = dict(Counter(total.get(key, {})) + Counter(value))
-        else:
-            total[key] = total.get(key, 0) + value
-    return total
 
 
 def _changed(path: Path) -> BadInput:
