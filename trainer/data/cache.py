@@ -21,8 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from packhorse.trainer.data.digest import json_digest
-from packhorse.trainer.data.intact import damaged, digest_of, explained, require_intact
+from packhorse.trainer.data.digest import explained, folder_digest, json_digest, require_intact
 from packhorse.trainer.datatypes import BadInput, Example, LeftOut, Tokenized
 from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
 from packhorse.trainer.utils.progress import WorkProgress
@@ -157,9 +156,9 @@ def _open_documents(folder: Path) -> Documents:
         record = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in record["sizes"]}
         if sizes != record["sizes"]:
-            raise damaged(folder, "files have changed size since they were written")
+            raise ValueError("files have changed size since they were written")
         if record.pop("digest") != json_digest([record]):
-            raise damaged(folder, "report.json is not as it was written")
+            raise ValueError("report.json is not as it was written")
         require_intact(folder, FILES.values(), record["fingerprint"])
     columns = _map_columns(folder)
     lengths = np.diff(columns["offsets"])
@@ -329,7 +328,7 @@ def _write_report(folder: Path, sizes: dict[str, int], sources: list[dict[str, A
         counts["tokens"] = int(lengths[of_source].sum())
         counts["trained_tokens"] = int(columns["trained_counts"][of_source].sum())
     # of all columns, which are the documents wherever they were built
-    fingerprint = digest_of(folder, FILES.values())
+    fingerprint = folder_digest(folder, FILES.values())
     report = {**sum_counts(sources), "sources": sources}
     record = {"fingerprint": fingerprint, "sizes": sizes, "report": report}
     write_json(folder / "report.json", {**record, "digest": json_digest([record])})
