@@ -210,7 +210,7 @@ def test_a_shard_that_comes_again_is_packed_and_noised_afresh(ground):
     data, plan = ground.open()
     all_steps(plan)
     assert ground.uses()[:2] == ["a.jsonl", "a.jsonl"]
-    assert plan.sequence(0, 0) != plan.sequence(1, 0)
+    assert plan.pieces(0, [0]).tolist() != plan.pieces(1, [0]).tolist()
     with Loader(data, plan, 0, 1, pin=False) as loader:
         keys = [
             key

@@ -129,11 +129,9 @@ def source_files(source: Source) -> dict[str, Path] | None:
 
 def _refuse_choice(source: Source, what: str) -> None:
     """Refuse keys that choose among files where there is nothing to choose from."""
-    for key in ("config", "data_files"):
-        if getattr(source, key):
+    for key in ("config", "data_files", "split"):
+        if getattr(source, key) != Source.model_fields[key].default:
             raise BadInput(f"{shown(source)}: a {what} has no `{key}`; leave it out")
-    if source.split != "train":
-        raise BadInput(f"{shown(source)}: a {what} has no `split`; leave it out")
 
 
 def count_rows(source: Source) -> int | None:
@@ -270,9 +268,10 @@ def _saved_dataset(place: Path) -> Any:
 
 
 def open_stream(source: Source, state: dict[str, Any] | None) -> Any:
-    """Open a streaming hub dataset (an IterableDataset) where its `state_dict` left off."""
+    """Open a streaming hub dataset where its `state_dict` left off: an IterableDataset of Arrow
+    tables of a row each."""
     source_files(source)  # which refuses what would not be read, and names it
-    dataset = _hub_dataset(source)
+    dataset = _hub_dataset(source).with_format("arrow")
     if state is not None:
         dataset.load_state_dict(state)
     return dataset
