@@ -79,12 +79,8 @@ def prompt_text(conversation: Conversation) -> str | None:
     return "\n".join(asked) if asked else None
 
 
-def is_same(one: str, other: str) -> bool:
-    """Return whether two texts are equal but for white space and capitals."""
-    return _plain(one) == _plain(other)
-
-
 def _plain(text: str) -> str:
+    """Return the text without differences in white space and capitals."""
     return " ".join(text.split()).casefold()
 
 
@@ -208,9 +204,9 @@ def _compare(
             rows_held_out += len(chosen)
             for kind, texts in asked.items():
                 texts.add(
-                    (row.texts[kind], f"{held_out.files[row.file]}:{row.number}")
+                    (text, f"{held_out.files[row.file]}:{row.number}")
                     for row in chosen
-                    if kind in row.texts
+                    if (text := row.texts[kind]) is not None
                 )
 
     split_rows, kept, done = SplitRows(recipe.data, "train"), _KeptRows(train), files.state
@@ -249,18 +245,20 @@ def _pair(match: _Match, held_out: _HeldOut, train: Prepared) -> dict[str, Any]:
 def _refuse_leak(report: dict[str, Any], data: DataSection) -> None:
     rows, most, prompts = report["rows"], data.max_leakage, report["prompts"]
     problems = []
-    if report["leaked_rows"] > most * rows:
-        problems.append(
-            f"{_share(report['leaked_rows'], rows)} have a near-duplicate in data.train, more than "
-            f"data.max_leakage ({most:.1%}); the most similar: {_closest(report)}; all pairs are "
-            f"in {report['path']}"
-        )
-    if prompts["exact_rows"] > most * rows:
-        problems.append(
-            f"{_share(prompts['exact_rows'], rows)} have a prompt that rows of data.train have, "
-            f"too, more than data.max_leakage ({most:.1%}): {_closest(prompts)}; all pairs are in "
-            f"{prompts['path']}"
-        )
+    for found, leaked, what in (
+        (report, report["leaked_rows"], "a near-duplicate in data.train"),
+        (prompts, prompts["exact_rows"], "a prompt that rows of data.train have, too"),
+    ):
+        if leaked > most * rows:
+            closest = "; ".join(
+                f"{pair['eval']} and {pair['train']} ({pair['similarity']:.2f})"
+                for pair in found["closest"]
+            )
+            problems.append(
+                f"{leaked} of {rows} rows ({leaked / rows:.1%}) have {what}, more than "
+                f"data.max_leakage ({most:.1%}); the most similar: {closest}; all pairs are in "
+                f"{found['path']}"
+            )
     if problems:
         raise BadInput(
             f"data.eval: {'; and '.join(problems)}: where data.eval_fraction holds rows out, keep "
@@ -268,17 +266,6 @@ def _refuse_leak(report: dict[str, Any], data: DataSection) -> None:
             "`question`); or set data.leakage: drop, which leaves such rows out of the training "
             "data; or remove them yourself, or raise data.max_leakage"
         )
-
-
-def _share(leaked: int, rows: int) -> str:
-    return f"{leaked} of {rows} rows ({leaked / rows:.1%})"
-
-
-def _closest(report: dict[str, Any]) -> str:
-    return "; ".join(
-        f"{pair['eval']} and {pair['train']} ({pair['similarity']:.2f})"
-        for pair in report["closest"]
-    )
 
 
 def _drop_leaked(
@@ -311,7 +298,7 @@ def _drop_leaked(
 class _TextRow(NamedTuple):
     file: int
     number: int
-    texts: dict[str, str]  # by the keys of PAIRS
+    texts: dict[str, str | None]  # by the keys of PAIRS
 
 
 class _ReadTexts(NamedTuple):
@@ -331,17 +318,13 @@ class _ReadTexts(NamedTuple):
     def __call__(self, rows: list[Row]) -> list[_TextRow]:
         read = ((row, self.tokenize.conversation(row)) for row in rows)
         return [
-            _TextRow(row.file, row.number, _texts_of(found))
+            _TextRow(
+                *(row.file, row.number),
+                {"rows": conversation_text(found), "prompts": prompt_text(found)},
+            )
             for row, found in read
             if not isinstance(found, RowError)
         ]
-
-
-def _texts_of(conversation: Conversation) -> dict[str, str]:
-    prompt = prompt_text(conversation)
-    return {"rows": conversation_text(conversation)} | (
-        {} if prompt is None else {"prompts": prompt}
-    )
 
 
 class _Match(NamedTuple):
@@ -366,16 +349,12 @@ class _FindNear(NamedTuple):
     def __call__(self, rows: list[Row]) -> tuple[int, list[_Match]]:
         found, read = [], self.read(rows)
         for kind, index in self.indexes.items():
-            texts = [row for row in read if kind in row.texts]
-            near = index.near([row.texts[kind] for row in texts])
-            found += [
-                _Match(
-                    *(kind, row.file, row.number, number, similar),
-                    exact=is_same(row.texts[kind], index.texts[number]),
-                )
-                for row, matches in zip(texts, near, strict=True)
-                for number, similar in matches
-            ]
+            texts = [(row, text) for row in read if (text := row.texts[kind]) is not None]
+            near = index.near([text for _, text in texts])
+            for (row, text), matches in zip(texts, near, strict=True):
+                for number, similar in matches:
+                    exact = _plain(text) == _plain(index.texts[number])
+                    found.append(_Match(kind, row.file, row.number, number, similar, exact))
         return len(rows), found
 
 

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -60,7 +60,6 @@ from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message
 from packhorse.trainer.utils.time_limit import many_interruptions
 
 VERSION = 3  # raise it when the same row comes out another way: it is part of the cache's key
-MODES = ("all", "completion", "assistant", "last_turn")
 
 
 @dataclass(frozen=True)
@@ -117,8 +116,6 @@ class Masker:
         missing_reasoning: str = "reject",
         stop_token: str | None = None,
     ) -> None:
-        if train_on not in MODES:
-            raise BadInput(f"`data.train_on` is {train_on!r}; allowed: {', '.join(MODES)}")
         if not tokenizer.is_fast:
             raise BadInput(
                 f"the tokenizer ({type(tokenizer).__name__}) is a slow one, whose tokens cannot be "
@@ -206,9 +203,21 @@ class Masker:
         """
         with many_interruptions():
             results: list[Any] = [self._prepare_row(row, apart) for row in conversations]
+        rows = {n: row for n, row in enumerate(results) if isinstance(row, _Row)}
+        texts = {n: text for n, text in enumerate(results) if isinstance(text, str)}
         # One call of the tokenizer for each kind, as its threads share the texts of a call.
-        self._finish_all(results, _Row, lambda row: row.render.text, self._template_example)
-        self._finish_all(results, str, str, self._text_example)
+        of_rows = self._encoder.encode([row.render.text for row in rows.values()])
+        of_texts = self._encoder.encode(list(texts.values()), True, self.control_tokens == "text")
+        for n, ids in zip([*rows, *texts], of_rows + of_texts, strict=True):
+            try:
+                example = (
+                    self._text_example(texts[n], ids)
+                    if n in texts
+                    else self._template_example(rows[n], ids)
+                )
+                results[n] = replace(example, unread=conversations[n].unread)
+            except RowError as error:
+                results[n] = error
         return results
 
     def prompt(self, conversation: Conversation) -> tuple[list[int], str]:
@@ -298,27 +307,6 @@ class Masker:
             return _Row(render, [turn])
         except RowError as error:
             return error
-
-    def _finish_all(
-        self,
-        results: list[Any],
-        kind: type,
-        text_of: Callable[[Any], str],
-        finish: Callable[[Any, list[int]], Example],
-    ) -> None:
-        """Tokenize the rows of a kind in one call, and put examples or errors in their place."""
-        chosen = [n for n, row in enumerate(results) if isinstance(row, kind)]
-        is_text = kind is str
-        encoded = self._encoder.encode(
-            [text_of(results[n]) for n in chosen],
-            is_text,
-            is_text and self.control_tokens == "text",
-        )
-        for n, ids in zip(chosen, encoded, strict=True):
-            try:
-                results[n] = finish(results[n], ids)
-            except RowError as error:
-                results[n] = error
 
     def _template_example(self, row: _Row, tokens: list[int]) -> Example:
         skeleton = row.render.skeleton

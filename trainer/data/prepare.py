@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from packhorse.trainer.config.data import DataSection, Source
+from packhorse.trainer.config.data import DataSection
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data import cache, kept_packing, pack, split, tokenize
 from packhorse.trainer.data.batch_plan import Corpus, Epochs, Packer, Plan
@@ -244,9 +244,9 @@ def cache_folder(section: DataSection) -> Path:
     return Path(section.cache).expanduser()
 
 
-def digest_of(section: DataSection, source: Source) -> str:
-    """Hash a source's content; the cache remembers the hashes of unchanged files."""
-    return source_digest(source, cache_folder(section) / "digests")
+def digests_folder(section: DataSection) -> Path:
+    """Return the folder that remembers the digests of unchanged files."""
+    return cache_folder(section) / "digests"
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -277,25 +277,15 @@ class RowTokenizer:
         with many_interruptions():
             read = [self.conversation(row) for row in rows]
         # One call for the whole chunk, as the tokenizer is faster on many texts.
-        made = iter(
-            self.masker.documents([found for found in read if isinstance(found, Conversation)])
-        )
-        return [
-            found if isinstance(found, RowError) else _with_unread(next(made), found)
-            for found in read
-        ]
+        conversations = [found for found in read if isinstance(found, Conversation)]
+        made = iter(self.masker.documents(conversations))
+        return [found if isinstance(found, RowError) else next(made) for found in read]
 
     def conversation(self, row: Row) -> Conversation | RowError:
         try:
             return self.readers[row.source].conversation(row.fields)
         except RowError as error:
             return error
-
-
-def _with_unread(result: RowResult, conversation: Conversation) -> RowResult:
-    if isinstance(result, RowError) or not conversation.unread:
-        return result
-    return tuple(replace(example, unread=conversation.unread) for example in result)
 
 
 def _cache_key(
@@ -309,7 +299,8 @@ def _cache_key(
         if part.held_out is not None:
             group_by = split.group_of(data, part.source)
             split_key = [split.VERSION, part.held_out, data.eval_fraction, group_by]
-        sources.append([digest_of(data, part.source), part.source.rows, *reader.key(), split_key])
+        digest = source_digest(part.source, digests_folder(data))
+        sources.append([digest, part.source.rows, *reader.key(), split_key])
     # Whether packing cuts changes the documents only where long ones are split.
     cut = replace(limits, packing_cuts=limits.too_long == "split" and limits.packing_cuts)
     policy = [*astuple(cut), drop_duplicates, data.broken_lines]
