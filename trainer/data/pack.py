@@ -53,10 +53,11 @@ def pack(
             None keeps all.
 
     Raises:
-        ValueError: a document is too long under `none`, `bfd` and `greedy`.
+        ValueError: a document is empty, or too long under `none`, `bfd` and `greedy`.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    assert lengths.all(), "an empty document"
+    if lengths.min(initial=1) < 1:
+        raise ValueError("an empty document cannot be packed")
     if packing in ("none", "bfd", "greedy") and lengths.max(initial=0) > seq_len:
         raise _too_long(int(lengths.max()), seq_len)
     if packing == "wrapped":
