@@ -61,18 +61,15 @@ class Epochs(Protocol):
     @property
     def streaming(self) -> bool:
         """Whether an epoch is known only once the one before has been used."""
-        ...
 
     def corpus(self, epoch: int) -> Corpus:
         """Return the documents of an epoch."""
-        ...
 
     def num_sequences(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
         """Return how many sequences the epoch, which begins with `first_step` (from 0), packs into.
 
         `count` packs the epoch to find out, unless the number is known already.
         """
-        ...
 
 
 class Packings:

@@ -16,11 +16,11 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -32,12 +32,12 @@ from packhorse.trainer.data.digest import json_digest
 from packhorse.trainer.data.near_duplicates import Index
 from packhorse.trainer.data.prepare import (
     Prepared,
-    RowTokenizer,
     cache_folder,
     require_rows,
-    row_tokenizer,
+    row_readers,
     workers_of,
 )
+from packhorse.trainer.data.rows import RowReader
 from packhorse.trainer.data.split import SplitRows
 from packhorse.trainer.datatypes import BadInput, Conversation, Row, RowError
 from packhorse.trainer.dist import log
@@ -111,7 +111,6 @@ class _HeldOut:
 
 def check_leakage(
     recipe: Recipe,
-    tokenizer: Any,
     train: Prepared,
     held_out: Prepared,
     stopping: Callable[[], bool] = lambda: False,
@@ -143,7 +142,7 @@ def check_leakage(
                     rows = files.state["rows"]
                     raise Stopped(f"stopped while {WHAT} after {rows} rows, which are kept")
 
-            rows = _compare(recipe, tokenizer, train, held_out, files, check_and_stop)
+            rows = _compare(recipe.data, train, held_out, files, check_and_stop)
             files.sync()
             found = {kind: _summarize_pairs(staging / name) for kind, name in PAIRS.items()}
             report = {"rows": rows, **found["rows"], "prompts": found["prompts"]}
@@ -181,8 +180,7 @@ def _summarize_pairs(path: Path) -> dict[str, Any]:
 
 
 def _compare(
-    recipe: Recipe,
-    tokenizer: Any,
+    data: DataSection,
     train: Prepared,
     held_out: Prepared,
     files: ResumableFiles,
@@ -192,11 +190,11 @@ def _compare(
 
     Memory grows with the held-out side alone.
     """
-    workers = workers_of(recipe.data)
-    asked = {kind: _HeldOut(recipe.data.near_duplicate) for kind in PAIRS}
+    workers = workers_of(data)
+    asked = {kind: _HeldOut(data.near_duplicate) for kind in PAIRS}
     rows_held_out, kept = 0, _KeptRows(held_out)
-    split_rows = SplitRows(recipe.data, "eval")
-    read = _ReadTexts.of(row_tokenizer(recipe, tokenizer, "eval"))
+    split_rows = SplitRows(data, "eval")
+    read = _ReadTexts.of(data, "eval")
     with closing(tokenize.run(split_rows.rows(), read, workers, split_rows.files)) as chunks:
         for chunk in chunks:
             check_and_stop()
@@ -209,9 +207,9 @@ def _compare(
                     if (text := row.texts[kind]) is not None
                 )
 
-    split_rows, kept, done = SplitRows(recipe.data, "train"), _KeptRows(train), files.state
+    split_rows, kept, done = SplitRows(data, "train"), _KeptRows(train), files.state
     indexes = {kind: texts.index for kind, texts in asked.items()}
-    find = _FindNear(_ReadTexts.of(row_tokenizer(recipe, tokenizer, "train")), indexes)
+    find = _FindNear(_ReadTexts.of(data, "train"), indexes)
     rows_left = islice(split_rows.rows(), done["rows"], None)
     with (
         closing(WorkProgress(WHAT, done["rows"], split_rows.count_rows())) as progress,
@@ -304,27 +302,23 @@ class _TextRow(NamedTuple):
 class _ReadTexts(NamedTuple):
     """Return the texts of a chunk of rows, without the rows that have no conversation."""
 
-    tokenize: RowTokenizer
+    readers: tuple[RowReader, ...]  # of each source
 
     @classmethod
-    def of(cls, tokenize: RowTokenizer) -> _ReadTexts:
+    def of(cls, data: DataSection, which: Literal["train", "eval"]) -> _ReadTexts:
         """Read without the filters, which have decided already which rows are documents."""
-        readers = (
-            replace(reader, source=reader.source.model_copy(update={"filters": Filters()}))
-            for reader in tokenize.readers
-        )
-        return cls(replace(tokenize, readers=tuple(readers)))
+        bare = {"filters": Filters()}
+        readers = row_readers(data, which)
+        return cls(tuple(replace(r, source=r.source.model_copy(update=bare)) for r in readers))
 
     def __call__(self, rows: list[Row]) -> list[_TextRow]:
-        read = ((row, self.tokenize.conversation(row)) for row in rows)
-        return [
-            _TextRow(
-                *(row.file, row.number),
-                {"rows": conversation_text(found), "prompts": prompt_text(found)},
-            )
-            for row, found in read
-            if not isinstance(found, RowError)
-        ]
+        found = []
+        for row in rows:
+            with suppress(RowError):
+                read = self.readers[row.source].conversation(row.fields)
+                texts = {"rows": conversation_text(read), "prompts": prompt_text(read)}
+                found.append(_TextRow(row.file, row.number, texts))
+        return found
 
 
 class _Match(NamedTuple):

@@ -51,28 +51,22 @@ class TrainData(Protocol):
     @property
     def report(self) -> dict[str, Any]:
         """See Prepared.report."""
-        ...
 
     @property
     def epochs(self) -> Epochs:
         """The documents of each epoch, as the plan sees them."""
-        ...
 
     def for_epoch(self, epoch: int) -> Prepared:
         """Return the documents of an epoch."""
-        ...
 
     def fingerprint_at(self, step: int) -> str:
         """Return the fingerprint of all data that the first `step` steps are made of."""
-        ...
 
     def open(self) -> None:
         """Note that a loader begins to read."""
-        ...
 
     def close(self) -> None:
         """Note that no loader reads any more: waiting for a shard, or preparing one, ends."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -141,14 +135,16 @@ def prepare(
     """
     section = recipe.data
     split_rows = SplitRows(section, which)
-    work = row_tokenizer(recipe, tokenizer, which)
+    work = RowTokenizer(masker_of(section, tokenizer), row_readers(section, which))
     limits = length_policy(recipe)
     drop = which == "train" and section.duplicates == "drop"
 
     def chunks(done: int) -> Generator[Tokenized, None, None]:
         rows = islice(split_rows.rows(), done, None)
         given = rows, work, limits, workers_of(section), split_rows.files
-        return tokenize.tokenize_rows(*given, slow=work.slow)
+        # math-verify takes milliseconds for what is no plain number
+        slow = any(part.source.filters.math_answer for part in split_rows.parts)
+        return tokenize.tokenize_rows(*given, slow=slow)
 
     documents = cache.prepare(
         cache_folder(section) / f"documents-{_cache_key(split_rows, work, limits, drop)}",
@@ -186,8 +182,8 @@ def held_out_prompts(recipe: Recipe, masker: Masker, count: int) -> list[Prompt]
         BadInput: no held-out row has both.
     """
     prompts: list[Prompt] = []
-    for part in parts_of(recipe.data, "eval"):
-        reader = RowReader.of(part.source, recipe.data.ignore_columns)
+    readers = row_readers(recipe.data, "eval")
+    for part, reader in zip(parts_of(recipe.data, "eval"), readers, strict=True):
         for row in rows_of(recipe.data, part):
             if len(prompts) == count:
                 return prompts
@@ -252,13 +248,9 @@ def digests_folder(section: DataSection) -> Path:
 # --------------------------------------------------------------------------------------------- rows
 
 
-def row_tokenizer(recipe: Recipe, tokenizer: Any, which: Literal["train", "eval"]) -> RowTokenizer:
-    """Build what reads and tokenizes the train or eval rows."""
-    readers = tuple(
-        RowReader.of(part.source, recipe.data.ignore_columns)
-        for part in parts_of(recipe.data, which)
-    )
-    return RowTokenizer(masker_of(recipe.data, tokenizer), readers)
+def row_readers(data: DataSection, which: Literal["train", "eval"]) -> tuple[RowReader, ...]:
+    """Return what reads the rows of each train or eval source."""
+    return tuple(RowReader.of(part.source, data.ignore_columns) for part in parts_of(data, which))
 
 
 @dataclass(frozen=True)
@@ -268,24 +260,18 @@ class RowTokenizer:
     masker: Masker
     readers: tuple[RowReader, ...]  # of each source
 
-    @property
-    def slow(self) -> bool:
-        """Whether a row takes milliseconds, as math-verify does for what is no plain number."""
-        return any(reader.source.filters.math_answer for reader in self.readers)
-
     def __call__(self, rows: list[Row]) -> list[RowResult]:
+        read: list[Conversation | RowError] = []
         with many_interruptions():
-            read = [self.conversation(row) for row in rows]
+            for row in rows:
+                try:
+                    read.append(self.readers[row.source].conversation(row.fields))
+                except RowError as error:
+                    read.append(error)
         # One call for the whole chunk, as the tokenizer is faster on many texts.
         conversations = [found for found in read if isinstance(found, Conversation)]
         made = iter(self.masker.documents(conversations))
         return [found if isinstance(found, RowError) else next(made) for found in read]
-
-    def conversation(self, row: Row) -> Conversation | RowError:
-        try:
-            return self.readers[row.source].conversation(row.fields)
-        except RowError as error:
-            return error
 
 
 def _cache_key(

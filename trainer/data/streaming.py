@@ -253,7 +253,7 @@ def _prepare_shard(
     prepared = prepare(alone, tokenizer, "train", stopping)
     if recipe.has_eval:
         held_out = prepare(alone, tokenizer, "eval", stopping)
-        prepared, _ = check_leakage(alone, tokenizer, prepared, held_out, stopping)
+        prepared, _ = check_leakage(alone, prepared, held_out, stopping)
     return prepared
 
 
