@@ -125,7 +125,9 @@ def _decompressed(path: Path) -> Any:
 
 def _json_rows(path: Path, name: str) -> Iterator[RawRow]:
     """Read lines, or a `.json` file that holds a list; many `.json` files hold lines."""
-    if kind_of_file(path) == ".json" and _is_list(path):
+    with _open(path) as file:
+        is_list = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    if is_list and kind_of_file(path) == ".json":
         yield from _json_list(path, name)
         return
     _require_lines(path)
@@ -177,11 +179,6 @@ def _json_list(path: Path, name: str) -> Iterator[RawRow]:
         )
     for number, item in enumerate(rows, start=1):
         yield RawRow(number, _object(item), name)
-
-
-def _is_list(path: Path) -> bool:
-    with _open(path) as file:
-        return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _parse_bytes(text: bytes) -> Any:
