@@ -511,6 +511,17 @@ def test_nulls_inside_a_streams_rows_are_taken_out(ground):
     assert taken == lines
 
 
+def test_a_row_of_a_stream_that_cannot_be_read_is_a_broken_line(ground):
+    """Text that is not UTF-8, among rows that are."""
+    answers = pyarrow.array([b"four words of answer", b"\xff", b"four words of answer"] * 4)
+    table = {"question": [f"{n}" for n in range(12)], "answer": answers.view(pyarrow.string())}
+    pyarrow.parquet.write_table(pyarrow.table(table), ground.folder / "a.parquet")
+    with pytest.raises(BadInput, match=r"000000\.jsonl:2: .*data\.broken_lines: reject"):
+        ground.open(**stream(ground))
+    data, _ = ground.open(**stream(ground), broken_lines="reject", max_rejects=0.5)
+    assert (data.report["rows"], data.report["rejected"]) == (7, 2)
+
+
 def test_a_streams_first_shard_can_be_prepared_alone(ground, tokenizer):
     ground.add("a.jsonl", 10)
     (shard,) = prepare_now(ground.recipe(**stream(ground)), tokenizer)
