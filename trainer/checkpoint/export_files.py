@@ -57,13 +57,10 @@ def copy_files(source: Path, folder: Path, *, with_code: bool) -> None:
 
 def _source_file(section: ModelSection, name: str, *, weights: bool = False) -> Path | None:
     """Return the path of a file of the model's source, or None if it has no such file."""
-    folder = local_folder(section.name, "model.name", weights=weights)
-    if folder is not None:
-        return folder / name if (folder / name).is_file() else None
     from transformers.utils.hub import cached_file
 
     found = cached_file(
-        section.name,
+        local_folder(section.name, "model.name", weights=weights) or section.name,
         name,
         revision=section.revision,
         _raise_exceptions_for_missing_entries=False,
@@ -88,8 +85,7 @@ def carry_over(section: ModelSection, kept: Path, folder: Path) -> None:
     Raises:
         BadInput: the source is gone, and such tensors with it.
     """
-    # a run of an earlier version has not noted them
-    names = json.loads((kept / CARRIED).read_text()) if (kept / CARRIED).is_file() else []
+    names = json.loads((kept / CARRIED).read_text())
     if names:
         files = _copy_tensors(section, folder, names)
         dist.log.info(

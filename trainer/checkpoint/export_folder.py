@@ -107,11 +107,7 @@ def require_described(run_dir: Path, recipe: Recipe, manifest: Manifest) -> None
     Raises:
         BadInput: the files were changed since.
     """
-    if not manifest.description:  # of an earlier version
-        return
     found, known = describe(run_dir, recipe), [manifest.description]
-    if _RECIPE not in manifest.description:  # of an earlier version
-        del found[_RECIPE]
     for folder in list_published(run_dir / "checkpoints").values():
         with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: it proves nothing
             known.append(Manifest.read(folder).description)

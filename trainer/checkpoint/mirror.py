@@ -19,11 +19,11 @@ from packhorse.trainer.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     folder_name,
+    prune,
     read_best,
 )
 from packhorse.trainer.checkpoint.mirror_place import RUN, RUN_FILES, Place
 from packhorse.trainer.checkpoint.mirror_restore import Restore
-from packhorse.trainer.checkpoint.saver import prune
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.lease import require_owned
@@ -144,17 +144,14 @@ class Mirror:
                     for path in sorted(self._run_dir.glob(pattern)):
                         archive.write(path, path.relative_to(self._run_dir))
             # after shards.jsonl was read, which names them
+            fs = self._place.fs
             for path in sorted((self._run_dir / "shards").glob("*.jsonl")):
-                self._put_shard(path)
+                there = self._place.path(f"shards/{path.name}")
+                if not fs.exists(there) or fs.size(there) != path.stat().st_size:
+                    fs.put_file(str(path), there)
             packed.seek(0)
-            fs, there = self._place.fs, self._place.path(f"{name}/{RUN}")
-            with fs.transaction, fs.open(there, "wb") as file:
+            with fs.transaction, fs.open(self._place.path(f"{name}/{RUN}"), "wb") as file:
                 shutil.copyfileobj(packed, file, 1 << 22)
-
-    def _put_shard(self, path: Path) -> None:
-        there = self._place.path(f"shards/{path.name}")
-        if not self._place.fs.exists(there) or self._place.fs.size(there) != path.stat().st_size:
-            self._place.fs.put_file(str(path), there)
 
     def _prune(self, step: int, best: int | None) -> None:
         """Remove older checkpoints by the rule of the run folder, and copies without an end."""
