@@ -7,9 +7,9 @@ of known models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -35,7 +35,6 @@ from packhorse.trainer.model.feed_forward_tiles import (
     tile_tokens,
     wants_tiles,
 )
-from packhorse.trainer.model.fp8 import workspace_bytes
 from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
@@ -44,7 +43,6 @@ from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 # sequences are not worth any recomputation: activations may take this share of it.
 ACTIVATION_SHARE = 0.25
 MODES = ("none", "selective", "full", "offload")  # the least recomputation first
-FP8_SPEED = 1.4  # of a layer's products with their casts, over bfloat16's: assumed, not measured
 MOST_TOKENS = 65_536  # of a micro-batch, by which products are large enough for any GPU
 
 # -------------------------------------------------------------------------------------------- sizes
@@ -253,15 +251,6 @@ def trace_activations(
 def _largest_again(whole: list[int], kept: list[int]) -> int:
     """Return the most bytes that a layer saves whole beside those that it has kept."""
     return max((all_ - part for all_, part in zip(whole, kept, strict=True)), default=0)
-
-
-def with_fp8(
-    sizes: ModelSizes, activations: Mapping[str, Activations], model: Any, tokens: int
-) -> tuple[ModelSizes, dict[str, Activations]]:
-    """Return both for `model.matmul: fp8_rowwise`: faster products, and their factors in fp8."""
-    factors = workspace_bytes(model, tokens)
-    more = {mode: replace(one, layer=one.layer + factors) for mode, one in activations.items()}
-    return replace(sizes, product_speed=FP8_SPEED), more
 
 
 def largest_micro_batch(recipe: Recipe, card: int) -> int:
