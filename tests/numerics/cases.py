@@ -22,7 +22,7 @@ from unittest import mock
 
 import torch
 
-from packhorse.trainer import build_engine, dist, guard, train
+from packhorse.trainer import build_engine, dist, guard, run_folder, train
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.config.sections import ModelSection
@@ -62,7 +62,7 @@ def run_case(case: dict[str, Any], stop: StopFlag) -> None:
     engine.deepspeed.zero.Init.param_id = 0
     run_dir = Path(case["run"])
     if dist.is_main():
-        train.open_run_folder(recipe, run_dir)
+        run_folder.open_run_folder(recipe, run_dir)
         if "skips" in case:
             (run_dir / "skipped_steps.jsonl").write_text(json.dumps({"step": case["skips"]}) + "\n")
     dist.barrier()
