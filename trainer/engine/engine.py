@@ -268,7 +268,7 @@ class Engine:
         The memory of a step is then taken, the optimizer's moments included, so that a device
         without room for it fails now. Weights, gradients and random numbers stay as they were.
         """
-        zero_state.make_moments(self._optimizer, self.state.names())
+        zero_state.make_moments(self._optimizer)
         self._engine.train()
         generators = [dist.device()] if dist.device().type == "cuda" else []
         with torch.random.fork_rng(generators):
