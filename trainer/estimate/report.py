@@ -92,8 +92,7 @@ def inspect_model(recipe: Recipe, tokens: int) -> Inspected:
     values of model.activation_checkpointing, and a function that returns those of other numbers of
     tokens with as much recomputation as the recipe allows.
 
-    Raises:
-        BadInput: the model cannot be planned, or does not support activation checkpointing.
+    A model that cannot be planned is refused.
     """
     empty = build_empty_model(recipe.model, recipe.adapter)
     model = measure_model(empty, recipe.optim, recipe.adapter)
@@ -159,31 +158,22 @@ def build_report(
             f"{good}, raise batch.global_batch_size, or lower batch.micro_batch_size"
         )
     model, activations, trace = inspected or inspect_model(recipe, stats.rank_tokens)
-    trace = cache(trace)
     disk = disk_needed(model, count_checkpoints(recipe))
-    candidates, refused = {}, {}
-    given = (recipe, cluster, stats, model, activations, trace, disk)
+    report, trace = Report(model, stats, cluster, activations, {}, {}, disk), cache(trace)
     for template in dict.fromkeys([*template_names(), recipe.parallel.deepspeed]):
         try:
-            config = fill_template(recipe, template, model.hidden)
-            candidates[template] = _plan_template(config, *given)
+            report.candidates[template] = _plan_template(template, recipe, report, trace)
         except BadInput as error:
-            refused[template] = str(error)
-    return Report(model, stats, cluster, activations, candidates, refused, disk)
+            report.refused[template] = str(error)
+    return report
 
 
 def _plan_template(
-    config: dict[str, Any],
-    recipe: Recipe,
-    cluster: Cluster,
-    stats: StepStats,
-    model: ModelSizes,
-    activations: Mapping[str, Activations],
-    trace: Callable[[int], Activations],
-    disk: Disk,
+    template: str, recipe: Recipe, report: Report, trace: Callable[[int], Activations]
 ) -> Candidate:
-    modes = checkpointing_modes(recipe, activations)
-    leanest = activations[modes[-1]]
+    model, stats, cluster = report.model, report.stats, report.cluster
+    config = fill_template(recipe, template, model.hidden)
+    modes = checkpointing_modes(recipe, report.activations)
     # the plan is for GPUs of the image, which has Liger's kernel
     kernel = "liger" if recipe.loss.kernel == "auto" else recipe.loss.kernel
 
@@ -191,14 +181,15 @@ def _plan_template(
         return peak_memory(model, config, world, cluster.per_node, trained, kernel, of)
 
     def fits(world: int, *others: Any) -> bool:
-        return not cluster.find_shortages(need(world, *others), disk)
+        return not cluster.find_shortages(need(world, *others), report.disk)
 
-    memory = {mode: need(cluster.gpus, activations[mode]) for mode in modes}
-    shortages = {mode: cluster.find_shortages(memory[mode], disk) for mode in modes}
+    memory = {mode: need(cluster.gpus, report.activations[mode]) for mode in modes}
+    shortages = {mode: cluster.find_shortages(memory[mode], report.disk) for mode in modes}
     mode = next((mode for mode in modes if not shortages[mode]), modes[-1])
     size = stats.sequence
     most = min(MOST_GPUS, max(int(stats.micro_batches.min()) * size, cluster.gpus))
     worlds = (world for world in candidate_worlds(most, cluster.per_node) if world % size == 0)
+    leanest = report.activations[modes[-1]]
     longest = longest_slice(partial(fits, cluster.gpus), trace, model.hidden)
     return Candidate(
         *(memory[mode], mode, shortages[mode]),
