@@ -35,9 +35,6 @@ _FURTHER_TOKENS = re.compile(r"num_nextn_predict_layers|mtp_num_(hidden_)?layers
 def keep_files(section: ModelSection, model: Any, folder: Path) -> None:
     """Copy the processor's files of the model's source into `folder`, and the code that it brings
     if that is trusted; and note the tensors that an export has to carry over.
-
-    Args:
-        model: the transformers model, sharded or not, with an adapter or without.
     """
     # all files of a name on the hub lie in one folder of the hub's cache, once they are there
     found = [_source_file(section, name) for name in ("config.json", *PROCESSOR_FILES)]
@@ -81,9 +78,6 @@ def carry_over(section: ModelSection, kept: Path, folder: Path) -> None:
     Args:
         kept: the folder that `keep_files` has filled.
         folder: the export, with its weights.
-
-    Raises:
-        BadInput: the source is gone, and such tensors with it.
     """
     names = json.loads((kept / CARRIED).read_text())
     if names:

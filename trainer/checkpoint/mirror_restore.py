@@ -34,8 +34,7 @@ class Restore:
     def bring_newest(self) -> None:
         """Bring the mirror's newest whole checkpoint, if the run folder has none as new.
 
-        Raises:
-            BadInput: none in the mirror is whole, and the run folder has none at all.
+        It is refused to start anew beside a mirror of which no checkpoint is whole.
         """
         here = list_published(self._checkpoints)
         whole = self._place.whole_steps()

@@ -126,11 +126,7 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when the last checkpoint is published.
-
-        Raises:
-            BadInput: it could not be written.
-        """
+        """Return when the last checkpoint is published, or raise what kept it from being."""
         if self._thread is not None:
             self._thread.join()
         failure, self._failure = self._failure, None
@@ -140,13 +136,10 @@ class Saver:
     def _write(
         self, staged: Path, own: Manifest, groups: Iterable[list[Slice]], best: int | None
     ) -> None:
-        """Write this rank's files; once all ranks have, rank 0 publishes.
+        """Write this rank's files; once all ranks have, rank 0 publishes. All fail if one does.
 
         Args:
             own: the manifest of this rank's share, whose files and digests are filled in.
-
-        Raises:
-            BadInput: a rank failed to write; on every rank.
         """
         failure: str | None = None
         try:

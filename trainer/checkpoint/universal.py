@@ -41,9 +41,7 @@ def export_universal(
 ) -> Path:
     """Write a checkpoint to `out`, one tensor at a time; the newest whole one, or that of `step`.
 
-    Raises:
-        BadInput: the run has no such checkpoint or another optimizer than AdamW, or `out` may not
-            be written (see own_output).
+    Another optimizer than AdamW is refused, and what `open_for_export` refuses.
     """
     recipe = run_recipe(run_dir)
     if recipe.optim.kind != "adamw":

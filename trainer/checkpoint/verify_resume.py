@@ -173,11 +173,7 @@ def _train_all(
     steps: int,
     work: Path,
 ) -> None:
-    """Run the three into folders of `work`: without-a-break, handed-on and control.
-
-    Args:
-        hands: world sizes with the overrides of each.
-    """
+    """Run the three into folders of `work`: without-a-break, handed-on and control."""
 
     def train(name: str, hand: tuple[int, list[str]], until: int) -> None:
         world, own = hand
@@ -249,9 +245,6 @@ def compare(a: Path, b: Path, start: dict[str, torch.Tensor]) -> Differences:
 
     Args:
         start: the weights that training started from, by name.
-
-    Raises:
-        RuntimeError: their traces have other steps.
     """
     left, right = read_json_lines(a / "trace.jsonl"), read_json_lines(b / "trace.jsonl")
     if [line["step"] for line in left] != [line["step"] for line in right]:

@@ -251,9 +251,6 @@ def clear_nvme(config: Mapping[str, Any]) -> None:
     """Empty this run's folder on NVMe, where DeepSpeed would read what a killed start has left.
 
     Every rank calls it.
-
-    Raises:
-        BadInput: the folder cannot be written.
     """
     folders = {offload["nvme_path"] for offload in nvme_offloads(config)}
     for folder in folders if dist.local_rank() == 0 else ():

@@ -297,7 +297,6 @@ def _trace_forward(
 
     Args:
         mode: of model.activation_checkpointing.
-        tiles: feed-forward blocks run in tiles.
     """
     of_layers: list[int] = []
     with _counting_saved_bytes(model) as (saved, count):

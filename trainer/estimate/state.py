@@ -35,11 +35,8 @@ class StateBytes:
 
 
 def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) -> StateBytes:
-    """Return the training state under a filled DeepSpeed template.
-
-    Raises:
-        BadInput: the template combines what is not planned.
-    """
+    """Return the training state under a filled DeepSpeed template, or refuse a combination that is
+    not planned."""
     stage = stage_of(config)
     sum_bytes = 2 if config["data_types"]["grad_accum_dtype"] == "bf16" else 4
     if stage == 3:
