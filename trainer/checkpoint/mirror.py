@@ -23,7 +23,7 @@ from packhorse.trainer.checkpoint.manifest import (
     read_best,
 )
 from packhorse.trainer.checkpoint.mirror_place import RUN, RUN_FILES, Place
-from packhorse.trainer.checkpoint.mirror_restore import Restore
+from packhorse.trainer.checkpoint.mirror_restore import bring_newest
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.lease import require_owned
@@ -177,7 +177,7 @@ def open_mirror(recipe: Recipe, run_dir: Path) -> Mirror | None:
     place = Place(recipe.checkpoint.mirror)
     try:
         _require_own(place, recipe)
-        Restore(place, run_dir).bring_newest()
+        bring_newest(place, run_dir)
     except BadInput:
         raise
     except Exception as error:  # each store's library raises classes of its own
