@@ -181,9 +181,8 @@ def _count_swap_buffers(model: ModelSizes, zero: Mapping[str, Any], state: State
 class Disk:
     """Bytes on the disk that all nodes share."""
 
-    checkpoint: int  # fp32 weights and moments of what is trained, and buffers
+    checkpoint: int  # fp32 weights and moments of what is trained, and buffers; universal form, too
     checkpoints: int  # those kept, and one being written
-    universal: int
     export: int  # while it is written, the weights are there twice
 
 
@@ -194,7 +193,7 @@ def count_checkpoints(recipe: Recipe) -> int:
 
 def disk_needed(model: ModelSizes, keep: int) -> Disk:
     one = 4 * model.trained + model.moment_bytes + model.buffers
-    return Disk(one, (keep + 1) * one, one, 2 * model.element * model.parameters)
+    return Disk(one, (keep + 1) * one, 2 * model.element * model.parameters)
 
 
 @dataclass(frozen=True)

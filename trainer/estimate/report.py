@@ -268,7 +268,7 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
         f"{stats.tokens / seconds:,.0f} tokens/s{run}",
         f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {count_checkpoints(recipe)} kept and "
         f"one being written {_gib(disk.checkpoints)} GiB; the universal form "
-        f"{_gib(disk.universal)} GiB; an export {_gib(disk.export)} GiB while it is made",
+        f"{_gib(disk.checkpoint)} GiB; an export {_gib(disk.export)} GiB while it is made",
     ]
 
 
