@@ -24,7 +24,7 @@ from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import TrainData
 from packhorse.trainer.data.ranks import count_groups
 from packhorse.trainer.datatypes import BadInput, Batch
-from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
+from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage_of
 from packhorse.trainer.engine.engine import Engine, gathered, reads_gathered, sharded_init
 from packhorse.trainer.engine.optim import describe_decay, parameter_groups
 from packhorse.trainer.estimate.choice import choose_sequence, predict_memory
@@ -60,7 +60,7 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     hidden_size = getattr(load_config(recipe.model).get_text_config(), "hidden_size", 0)
     sections = (recipe.parallel, recipe.model, recipe.optim)
     ds_config = deepspeed_config(*sections, hidden_size, run_dir, learns=learns)
-    require_compilable(recipe.model.compile, stage(ds_config))
+    require_compilable(recipe.model.compile, stage_of(ds_config))
     clear_nvme(ds_config)
     model = load_model(
         recipe.model,

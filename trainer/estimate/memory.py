@@ -22,7 +22,7 @@ import numpy as np
 
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.ranks import filler_share
-from packhorse.trainer.engine.ds_config import require_whole_groups, streams_optimizer
+from packhorse.trainer.engine.ds_config import require_whole_groups, stage_of, streams_optimizer
 from packhorse.trainer.engine.streamed_adamw import room_for_chunks
 from packhorse.trainer.estimate.model import Activations, ModelSizes
 from packhorse.trainer.estimate.state import StateBytes, count_state_bytes, masters_of_groups
@@ -77,7 +77,7 @@ def peak_memory(
     """
     zero = config["zero_optimization"]
     require_whole_groups(config, world, per_node)
-    state, stage = count_state_bytes(model, config, world), zero.get("stage", 0)
+    state, stage = count_state_bytes(model, config, world), stage_of(config)
     local = min(world, per_node)
     gathered, communication = _count_communication(model, zero, state)
     on_gpu, is_streamed = state.optimizer_on == "gpu", streams_optimizer(config)

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine.ds_config import count_sharing, offload_device
-from packhorse.trainer.engine.ds_config import stage as stage_of
+from packhorse.trainer.engine.ds_config import count_sharing, offload_device, stage_of
 from packhorse.trainer.engine.moments import BLOCK, BYTES_PER_WEIGHT
 from packhorse.trainer.estimate.model import ModelSizes
 
