@@ -272,7 +272,9 @@ def _compare_change(a: Shards, b: Shards, name: str, start: torch.Tensor) -> flo
     if name not in a.names:
         return 0.0
     left, right = a.whole(name).double() - start, b.whole(name).double() - start
-    return float((left - right).norm() / left.norm())
+    difference = (left - right).norm()
+    # a tensor that no step has changed, in neither run, is equal
+    return float(difference / left.norm()) if difference else 0.0
 
 
 def _table(
