@@ -205,8 +205,11 @@ def suit_transformers_4(folder: Path, trust_remote_code: bool) -> None:
     before, text = read(), path.read_text(encoding="utf-8")
     config = json.loads(text)
     _own_code(config, folder)
-    inner = [(value, getattr(before, key)) for key, value in config.items() if _is_part(value)]
-    for part, known in ((config, before), *inner):
+    parts = [(config, before)]
+    for key, value in config.items():
+        if isinstance(value, dict) and "model_type" in value:  # a part, as a model's tower
+            parts.append((value, getattr(before, key)))
+    for part, known in parts:
         # experts are counted under one name for all models now, and under a model's own in 4.57
         for older, name in (getattr(known, "attribute_map", None) or {}).items():
             if "expert" in older and name in part:
@@ -217,11 +220,6 @@ def suit_transformers_4(folder: Path, trust_remote_code: bool) -> None:
     if values(read()) != values(before):
         path.write_text(text, encoding="utf-8")
         dist.log.info("config.json: its rotary embeddings can only be read by transformers 5")
-
-
-def _is_part(value: Any) -> bool:
-    """Return whether a value of a configuration is one of a part, as of a model's tower."""
-    return isinstance(value, dict) and "model_type" in value
 
 
 def clean_tokenizer(folder: Path) -> None:
