@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,17 +133,21 @@ def list_published(root: Path) -> dict[int, Path]:
     return dict(sorted((int(number), path) for number, path in found if number.isdigit()))
 
 
-def prune(
-    root: Path, newest: int, best: int | None, keep: int, spared: Collection[int] = ()
-) -> None:
-    """Delete older checkpoints than the last `keep` up to step `newest`, but the best one.
+def superseded(steps: Iterable[int], newest: int, best: int | None, keep: int) -> list[int]:
+    """Return the steps, in order, before the last `keep` up to step `newest`, but the best one.
 
     Newer ones are damaged, since the run was resumed from an older one. They do not count among the
     kept ones, and stay until their step comes again.
     """
+    return [step for step in steps if step <= newest and step != best][:-keep]
+
+
+def prune(
+    root: Path, newest: int, best: int | None, keep: int, spared: Collection[int] = ()
+) -> None:
+    """Delete the checkpoints that are superseded, but those that are spared."""
     published = list_published(root)
-    others = [step for step in published if step <= newest and step != best]
-    for step in others[:-keep]:
+    for step in superseded(published, newest, best, keep):
         if step not in spared:
             remove(published[step])
 

@@ -21,6 +21,7 @@ from packhorse.trainer.checkpoint.manifest import (
     folder_name,
     prune,
     read_best,
+    superseded,
 )
 from packhorse.trainer.checkpoint.mirror_place import RUN, RUN_FILES, Place
 from packhorse.trainer.checkpoint.mirror_restore import bring_newest
@@ -156,10 +157,9 @@ class Mirror:
     def _prune(self, step: int, best: int | None) -> None:
         """Remove older checkpoints by the rule of the run folder, and copies without an end."""
         whole = self._place.whole_steps()
-        others = [each for each in whole if each <= step and each != best]
-        kept = {*others[-self._keep :], *(each for each in whole if each > step), best}
-        for name in self._place.names():
-            if name.startswith("step-") and name not in {folder_name(s) for s in kept if s}:
+        kept = set(whole) - set(superseded(whole, step, best, self._keep))
+        for name in set(self._place.names()) - set(map(folder_name, kept)):
+            if name.startswith("step-"):
                 self._place.remove(name)
 
 
