@@ -152,7 +152,8 @@ def test_one_that_is_the_best_no_more_is_pruned_as_others_are(tmp_path: Path) ->
 def test_the_last_step_counts_damaged_checkpoints_and_no_copies(tmp_path: Path) -> None:
     publish(tmp_path, 1, 2, 10)
     lose_a_file(tmp_path / "checkpoints" / "step-000010")
-    (tmp_path / "checkpoints" / "step-000200-copy").mkdir()
+    for name in ("step-000200-copy", "step-²", "step-"):
+        (tmp_path / "checkpoints" / name).mkdir()
     assert checkpoint.last_step(tmp_path) == 10
     with pytest.raises(ValueError, match="empty"):
         checkpoint.last_step(tmp_path / "empty")

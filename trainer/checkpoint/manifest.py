@@ -113,6 +113,12 @@ def folder_name(step: int) -> str:
     return f"step-{step:06d}"
 
 
+def step_of(name: str) -> int | None:
+    """Return the step of a checkpoint's folder; None for another name, as step-000200-copy."""
+    found = re.fullmatch("step-([0-9]+)", name.strip())
+    return int(found[1]) if found else None
+
+
 def point_at_best(root: Path, step: int | None) -> None:
     """Let `best` name the checkpoint of the best step, if that exists. Rank 0 calls it."""
     if step is not None and (root / folder_name(step)).is_dir():
@@ -124,13 +130,13 @@ def point_at_best(root: Path, step: int | None) -> None:
 def read_best(root: Path) -> int | None:
     """Return the step that `best` names, or None if there is none."""
     path = root / "best"
-    return int(path.read_text().removeprefix("step-")) if path.is_file() else None
+    return step_of(path.read_text()) if path.is_file() else None
 
 
 def list_published(root: Path) -> dict[int, Path]:
-    """Return the checkpoints by step, without what a user put there (step-000200-copy)."""
-    found = ((path.name.removeprefix("step-"), path) for path in root.glob("step-*"))
-    return dict(sorted((int(number), path) for number, path in found if number.isdigit()))
+    """Return the checkpoints by step, without what a user put there."""
+    found = ((step_of(path.name), path) for path in root.glob("step-*"))
+    return dict(sorted((step, path) for step, path in found if step is not None))
 
 
 def superseded(steps: Iterable[int], newest: int, best: int | None, keep: int) -> list[int]:

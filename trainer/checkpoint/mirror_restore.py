@@ -19,6 +19,7 @@ from packhorse.trainer.checkpoint.manifest import (
     folder_name,
     list_published,
     point_at_best,
+    step_of,
 )
 from packhorse.trainer.checkpoint.mirror_place import RUN, RUN_FILES, Place
 from packhorse.trainer.datatypes import BadInput
@@ -42,8 +43,7 @@ def bring_newest(place: Place, run_dir: Path) -> None:
                 "give another place to start from the beginning"
             )
         return
-    name = (place.read("best") or b"").decode().removeprefix("step-")
-    best = int(name) if name.isdigit() else None
+    best = step_of((place.read("best") or b"").decode())
     others = [best] if best in whole and best not in (step, *here) else []
     brought = [each for each in others if each is not None and _fetch(place, checkpoints, each)]
     _unpack(place, run_dir, step)
