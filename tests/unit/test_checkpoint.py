@@ -365,6 +365,14 @@ def test_training_goes_on_while_a_copy_is_written(
     )
 
 
+def test_a_copy_that_does_not_fit_on_another_host_is_refused_on_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "gather", lambda mine: [mine, [mine[0], mine[0] - 1]])
+    with pytest.raises(BadInput, match="GiB of a host's memory"):
+        publish(tmp_path, 1, asynchronous=True)
+
+
 def test_a_copy_that_does_not_fit_is_refused_where_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -196,20 +196,20 @@ def _copy_fits(state_bytes: int, asked: bool | None) -> bool:
     if the copy leaves half of the free memory. All ranks decide alike.
     """
     here = state_bytes // dist.world_size() * dist.local_world_size()
-    free = psutil.virtual_memory().available
+    hosts = dist.gather([here, psutil.virtual_memory().available])
+    here, free = max(hosts, key=lambda host: host[0] / host[1])  # the fullest, if all copy
     if asked and here > free:
         raise BadInput(
-            f"checkpoint.asynchronous: the copy of the state takes {here / 2**30:.1f} GiB of this "
+            f"checkpoint.asynchronous: the copy of the state takes {here / 2**30:.1f} GiB of a "
             f"host's memory, and {free / 2**30:.1f} GiB are free; remove the key, and training "
             "waits while a checkpoint is written"
         )
     fits = asked if asked is not None else here <= _COPY_SHARE * free
-    chosen = all(dist.gather(fits))
     how = "while training waits"
-    if chosen:
+    if fits:
         how = f"in the background, from a copy of {here / 2**30:.2f} GiB a node"
     dist.log.info("checkpoints of %.2f GiB, written %s", state_bytes / 2**30, how)
-    return chosen
+    return fits
 
 
 def _require_room(folder: Path, bytes_needed: int) -> None:
