@@ -37,7 +37,7 @@ from packhorse.trainer.engine import (
     streamed_adamw,
     zero_state,
 )
-from packhorse.trainer.model import fp8, router_loss, sft
+from packhorse.trainer.model import fp8, lora, router_loss, sft
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.trackers import Trackers
@@ -246,6 +246,11 @@ def stale_expert_gradients() -> Any:
     return mock.patch.object(engine, "step_clipped", stale)
 
 
+def experts_unpacked() -> Any:
+    """Leave experts in the model's type where `adapter.base` quantises them."""
+    return mock.patch.object(lora, "packable_experts", return_value={})
+
+
 def towers_trained() -> Any:
     """Train what a text's loss does not depend on."""
     return mock.patch.object(build_engine, "_freeze_unreached", return_value=None)
@@ -435,7 +440,7 @@ CHANGES: dict[str, Any] = {
 }
 CHANGES |= {f.__name__: f for f in (shards_appear, fp8_on_cpu)}
 CHANGES |= {f.__name__: f for f in (dry_run_first, dry_run_that_learns)}
-CHANGES |= {f.__name__: f for f in (stale_expert_gradients, towers_trained)}
+CHANGES |= {f.__name__: f for f in (stale_expert_gradients, experts_unpacked, towers_trained)}
 CHANGES |= {f.__name__: f for f in (parts_orthogonalised, routers_balanced_by_micro_batch)}
 CHANGES["small_chunks"] = small_chunks
 CHANGES |= sequence_defects.DEFECTS | tiled.CHANGES

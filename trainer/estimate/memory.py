@@ -143,8 +143,7 @@ def _count_communication(
     stage, element = zero.get("stage", 0), model.element
     largest = max(map(max, model.groups))
     bucket = min(int(zero.get("reduce_bucket_size", 5e8)), model.trained)
-    # weights in 4 bits are expanded where their module runs
-    expanded = element * model.largest_module if model.quantised else 0
+    expanded = element * model.expanded
     if stage == 0 or (stage == 1 and element == 2):
         return expanded, 4 * bucket
     if stage < 3:
@@ -155,7 +154,7 @@ def _count_communication(
     live = min(model.parameters, max(needed, int(zero.get("stage3_max_live_parameters", 1e9))))
     gathered = max(0, element * live - state.persistent)
     # the bucket, which stays, and the largest gradient in the weights' dtype and as it is sent
-    return gathered, 4 * bucket + (element + 4) * largest
+    return gathered + expanded, 4 * bucket + (element + 4) * largest
 
 
 def _count_swap_buffers(model: ModelSizes, zero: Mapping[str, Any], state: StateBytes) -> int:
