@@ -115,11 +115,7 @@ def mean_of_means() -> Any:
         even = [
             b
             if b.is_filler
-            else replace(
-                b,
-                weights=torch.full_like(b.weights, w := 1 / (real * len(b.weights))),
-                uniform_weight=w,
-            )
+            else replace(b, weights=torch.full_like(b.weights, 1 / (real * len(b.weights))))
             for b in batches
         ]
         return apply(self, even, *args)
@@ -382,7 +378,7 @@ def third_step_times(factor: float) -> Any:
         batches = build(self, step)
         if step == 2 and dist.rank() == dist.world_size() - 1:
             first = batches[0]
-            batches[0] = replace(first, weights=first.weights * factor, uniform_weight=None)
+            batches[0] = replace(first, weights=first.weights * factor)
         return batches
 
     return mock.patch.object(loader.Loader, "_build_step", build_step)
