@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from packhorse.trainer import dist
-from packhorse.trainer.checkpoint.manifest import list_published
 from packhorse.trainer.config.recipe import AdapterSection, Recipe, load_recipe
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.loader import Loader
@@ -100,7 +99,7 @@ def _adapter(recipe: Recipe, run_dir: Path) -> AdapterSection | None:
     """
     section = recipe.adapter
     # rank 0's view, as a network file system may show ranks different folders for a moment
-    if section and dist.broadcast(bool(list_published(run_dir / "checkpoints"))):
+    if section and dist.broadcast(has_checkpoint(run_dir)):
         return section.model_copy(update={"init_from": None})
     return section
 

@@ -211,8 +211,6 @@ class Batch:
     targets: torch.Tensor  # (N,) int64, these next tokens
     # (N,) float32. The step's loss is the sum of loss x weight over all ranks (C2).
     weights: torch.Tensor
-    # The weight, if all N are equal: the fused loss kernel then needs one pass only.
-    uniform_weight: float | None
     # (epoch, document, piece) of each of the D documents, which seed the noise (C3).
     document_keys: tuple[tuple[int, int, int], ...]
     sequence_ids: tuple[int, ...]  # numbers within the epoch; empty for a filler

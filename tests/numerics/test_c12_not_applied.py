@@ -57,7 +57,7 @@ def main(out: Path) -> None:
         if not first and dist.rank() == 1:
             last = batches[-1]
             nan = float("nan")
-            batches = [*batches[:-1], replace(last, weights=last.weights * nan, uniform_weight=nan)]
+            batches = [*batches[:-1], replace(last, weights=last.weights * nan)]
         weights = _weights(self)
         result = real_step(self, batches, *args)
         if first:

@@ -369,9 +369,7 @@ def _evaluation_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
 
 
 def _weightless(batch: Batch) -> Batch:
-    # None stays None: the loss kernel then makes another pass, which takes memory of its own
-    uniform = None if batch.uniform_weight is None else 0.0
-    return replace(batch, weights=torch.zeros_like(batch.weights), uniform_weight=uniform)
+    return replace(batch, weights=torch.zeros_like(batch.weights))
 
 
 class _GradientWatch:
