@@ -21,7 +21,7 @@ import numpy as np
 
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.ranks import filler_share
-from packhorse.trainer.engine.ds_config import require_whole_groups, streams_optimizer
+from packhorse.trainer.engine.ds_config import require_whole_groups, stage_of, streams_optimizer
 from packhorse.trainer.engine.streamed_adamw import room_for_chunks
 from packhorse.trainer.estimate.model import Activations, ModelSizes
 from packhorse.trainer.estimate.state import StateBytes, count_state_bytes, masters_of_groups
@@ -77,7 +77,7 @@ def peak_memory(
     """
     zero = config["zero_optimization"]
     require_whole_groups(config, world, per_node)
-    state, stage = count_state_bytes(model, config, world), zero.get("stage", 0)
+    state, stage = count_state_bytes(model, config, world), stage_of(config)
     local = min(world, per_node)
     gathered, communication = _count_communication(model, zero, state)
     on_gpu, is_streamed = state.optimizer_on == "gpu", streams_optimizer(config)
@@ -141,8 +141,7 @@ def _count_communication(
     stage, element = zero.get("stage", 0), model.element
     largest = max(map(max, model.groups))
     bucket = min(int(zero.get("reduce_bucket_size", 5e8)), model.trained)
-    # weights in 4 bits are expanded where their module runs
-    expanded = element * model.largest_module if model.quantised else 0
+    expanded = element * model.expanded
     if stage == 0 or (stage == 1 and element == 2):
         return expanded, 4 * bucket
     if stage < 3:
@@ -153,7 +152,7 @@ def _count_communication(
     live = min(model.parameters, max(needed, int(zero.get("stage3_max_live_parameters", 1e9))))
     gathered = max(0, element * live - state.persistent)
     # the bucket, which stays, and the largest gradient in the weights' dtype and as it is sent
-    return gathered, 4 * bucket + (element + 4) * largest
+    return gathered + expanded, 4 * bucket + (element + 4) * largest
 
 
 def _count_swap_buffers(model: ModelSizes, zero: Mapping[str, Any], state: StateBytes) -> int:
@@ -179,9 +178,8 @@ def _count_swap_buffers(model: ModelSizes, zero: Mapping[str, Any], state: State
 class Disk:
     """Bytes on the disk that all nodes share."""
 
-    checkpoint: int  # fp32 weights and moments of what is trained, and buffers
+    checkpoint: int  # fp32 weights and moments of what is trained, and buffers; universal form, too
     checkpoints: int  # those kept, and one being written
-    universal: int
     export: int  # while it is written, the weights are there twice
 
 
@@ -192,7 +190,7 @@ def count_checkpoints(recipe: Recipe) -> int:
 
 def disk_needed(model: ModelSizes, keep: int) -> Disk:
     one = 4 * model.trained + model.moment_bytes + model.buffers
-    return Disk(one, (keep + 1) * one, one, 2 * model.element * model.parameters)
+    return Disk(one, (keep + 1) * one, 2 * model.element * model.parameters)
 
 
 @dataclass(frozen=True)
