@@ -74,9 +74,8 @@ def export(
         ema: write the moving averages of the trained weights.
 
     Raises:
-        BadInput: the run has no such checkpoint, or no averages; `out` may not be written (see
-            own_output); there is nothing to merge; or the adapter's base is not the one that it was
-            trained on.
+        BadInput: there is no such checkpoint, no average, nothing to merge, or another base than
+            the adapter's; or `out` may not be written (see own_output).
         RuntimeError: what was written does not load as what was saved.
     """
     recipe = export_folder.run_recipe(run_dir)
@@ -97,10 +96,8 @@ def export(
 
     folder = own_output.stage(out)
     if recipe.adapter is None:
-        weights = track(
-            _trained_weights(recipe, saved, manifest),
-            *("reading the checkpoint", len(saved.names), "weights"),
-        )
+        weights = _trained_weights(recipe, saved, manifest)
+        weights = track(weights, "reading the checkpoint", len(saved.names), "weights")
         # beside the export in its staging folder, which goes when the export is published
         mapped = _copy_to_files(weights, folder.with_name("weights"))
         write_folder(run_dir, recipe, folder, mapped)
