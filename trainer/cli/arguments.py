@@ -88,6 +88,15 @@ Restarts = Annotated[
         help="Restarts after a failure, from the last checkpoint on the nodes left.",
     ),
 ]
+Extend = Annotated[
+    bool,
+    typer.Option("--extend", help="Train a run longer: train.epochs or train.steps may be raised."),
+]
+Best = Annotated[bool, typer.Option("--best", help="Best step of a run, by its own eval.best.")]
+Step = Annotated[
+    int | None,
+    typer.Option(min=0, help="Step of a run. Default: its last checkpoint.", show_default=False),
+]
 
 Ema = Annotated[
     bool,

@@ -68,6 +68,15 @@ def find_recipe(name: str | Path) -> Path:
     return path
 
 
+def require_own_recipe(file: Path, where: str) -> None:
+    """Raise BadInput if `file` names a packaged recipe, which a run elsewhere cannot use."""
+    if find_recipe(file) != file:
+        raise BadInput(
+            f"{file}: the recipe of this machine's package names files that are not in {where}; "
+            "give a recipe file whose data and model are"
+        )
+
+
 def locate_files(tree: Any) -> Any:
     """Return a packaged recipe's tree with absolute paths of the files that are packaged, too."""
     if isinstance(tree, dict):
