@@ -10,11 +10,14 @@ import re
 import types
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
 class Section(BaseModel):
-    """A part of the recipe. It is frozen and refuses unknown keys."""
+    """A part of the recipe. It is frozen and refuses unknown keys.
+
+    The text below a key describes it to users: docs/recipe.md is made of these texts.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -38,37 +41,29 @@ def compile_pattern(pattern: str, flags: int = 0) -> re.Pattern[str]:
         raise ValueError(f"`{pattern[:200]}` is not a regular expression: {error}") from None
 
 
-def check_count(value: Any) -> Any:
-    """Return what a key of the type `int | Literal["auto"]` is given; pydantic would name each part
-    of the union as a fault of its own.
+def number_or(*words: str) -> BeforeValidator:
+    """Return a check of a key of the type `int | Literal[words]`.
 
-    Raises:
-        ValueError: it is neither.
+    pydantic would name each part of the union as a fault of its own.
     """
-    if value != "auto" and (type(value) is not int or value < 1):
-        raise ValueError("it is `auto` or a whole number above 0")
-    return value
+
+    def check(value: Any) -> Any:
+        if value not in words and (type(value) is not int or value < 1):
+            known = ", ".join(f"`{word}`" for word in words)
+            raise ValueError(f"it is {known} or a whole number above 0")
+        return value
+
+    return BeforeValidator(check)
 
 
 def check_one_given(**given: Any) -> None:
-    """Raise ValueError unless exactly one of the keys has a value (not None and not False)."""
-    if sum(value is not None and value is not False for value in given.values()) != 1:
-        *names, last = (
-            f"`{key}: true`" if isinstance(value, bool) else f"`{key}`"
-            for key, value in given.items()
-        )
-        raise ValueError(f"give exactly one of {', '.join(names)} and {last}")
+    """Raise ValueError unless exactly one of the keys has a value."""
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(f"give exactly one of {' and '.join(f'`{key}`' for key in given)}")
 
 
 def check_belongs(key: str, given: bool, to: str, chosen: bool) -> None:
-    """Raise ValueError if `key` is given without the choice that it belongs to.
-
-    Args:
-        key: name of the key.
-        given: whether it has a value.
-        to: the choice, as `too_long: split`.
-        chosen: whether that choice is made.
-    """
+    """Raise ValueError if `key` is given and the choice `to`, as `too_long: split`, is not made."""
     if given and not chosen:
         raise ValueError(f"`{key}` belongs to `{to}`")
 
