@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from packhorse.trainer.config.base import Section, compile_pattern
 
@@ -47,8 +47,7 @@ class AdapterSection(Section):
     """Folder of an adapter to start from, as peft and `packhorse export` write it. null: a new one,
     which changes nothing at first."""
 
-    @model_validator(mode="after")
-    def _usable(self) -> AdapterSection:
+    def check(self) -> None:
         if not self.target_modules:
             raise ValueError("`target_modules` names nothing; give `all-linear`, or names")
         if isinstance(self.target_modules, str):
@@ -65,4 +64,3 @@ class AdapterSection(Section):
                 "`dora` needs the norms of the weights, and is not tested with `base`; take "
                 "one of them"
             )
-        return self

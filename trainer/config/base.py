@@ -10,7 +10,7 @@ import re
 import types
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
 
 
 class Section(BaseModel):
@@ -20,6 +20,14 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def check(self) -> None:
+        """Raise ValueError if the keys do not fit each other."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Section:
+        self.check()
+        return self
 
 
 # ------------------------------------------------------------------------------------------- checks

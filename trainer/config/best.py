@@ -6,7 +6,7 @@ import operator
 import re
 from typing import Any, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from packhorse.trainer.config.base import Section
 
@@ -55,15 +55,13 @@ class BestSection(Section):
             Condition.parse(text)
         return given
 
-    @model_validator(mode="after")
-    def _bounds_are_scores(self) -> BestSection:
+    def check(self) -> None:
         for name, condition in self.conditions.items():
             if name != EVAL_LOSS and not 0 <= condition.bound <= 1:
                 raise ValueError(
                     f"`subject_to.{name}`: scores go from 0 to 1, and `{self.subject_to[name]}` "
                     f"is outside"
                 )
-        return self
 
     @property
     def conditions(self) -> dict[str, Condition]:

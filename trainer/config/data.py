@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator
 
 from packhorse.trainer.config.base import (
     Section,
@@ -37,14 +37,12 @@ class Filters(Section):
     """Column of the right answer. Keep rows whose answer has the same value, by the library
     math-verify."""
 
-    @model_validator(mode="after")
-    def _usable(self) -> Filters:
+    def check(self) -> None:
         for pattern in (self.pattern, self.not_pattern):
             compile_pattern(pattern or "")
         if self.answer_words and not 0 <= self.answer_words[0] <= self.answer_words[1]:
             raise ValueError("`answer_words` is [fewest, most]")
         check_function(self.function)
-        return self
 
 
 class Source(Section):
@@ -102,8 +100,7 @@ class Source(Section):
     def _one_or_more(cls, files: Any) -> Any:
         return [files] if isinstance(files, str) else files
 
-    @model_validator(mode="after")
-    def _one_place(self) -> Source:
+    def check(self) -> None:
         check_one_given(path=self.path, name=self.name)
         if self.path and is_url(self.path):
             check_url(self.path)
@@ -121,7 +118,6 @@ class Source(Section):
                 "all files of a folder that is streamed are used: leave out `split`, `config` and "
                 "`data_files`"
             )
-        return self
 
 
 # Arguments of apply_chat_template, and variables that come from the row and the tokenizer.
@@ -210,8 +206,7 @@ class DataSection(Section):
     workers: int | None = Field(default=None, ge=1)
     """Processes that tokenize. null: one for each CPU core."""
 
-    @model_validator(mode="after")
-    def _keys_agree(self) -> DataSection:
+    def check(self) -> None:
         check_belongs(
             "group_by", self.group_by is not None, "eval_fraction", bool(self.eval_fraction)
         )
@@ -229,4 +224,3 @@ class DataSection(Section):
             "too_long: split`, without `packing: wrapped",
             self.too_long == "split" and self.packing != "wrapped",
         )
-        return self

@@ -7,7 +7,7 @@ import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator
 
 from packhorse.trainer.config.base import Section, check_function, check_one_given, compile_pattern
 from packhorse.trainer.config.best import EVAL_LOSS, BestSection, EarlyStoppingSection
@@ -28,8 +28,7 @@ class Server(Section):
     extra: dict[str, JsonValue] = Field(default_factory=dict)
     """More fields of each request, as `{max_tokens: 4096}`; null removes a field."""
 
-    @model_validator(mode="after")
-    def _url_is_plain(self) -> Server:
+    def check(self) -> None:
         # the messages must not repeat the url: it may hold a key
         try:
             parts = urlsplit(self.url)
@@ -42,7 +41,6 @@ class Server(Section):
             )
         if not is_http:
             raise ValueError("`url` must be an address with http:// or https://")
-        return self
 
 
 # ------------------------------------------------------------------------------------------ scorers
@@ -110,11 +108,9 @@ class Choice(_HasColumn):
     kind: Literal["choice"] = "choice"
     letters: tuple[str, ...] = Field(default=("A", "B", "C", "D"), min_length=2)
 
-    @model_validator(mode="after")
-    def _letters_differ(self) -> Choice:
+    def check(self) -> None:
         if len(set(self.letters)) < len(self.letters) or not all(map(str.strip, self.letters)):
             raise ValueError("`letters` must be different texts, none of them empty")
-        return self
 
 
 class JsonSchema(_HasColumn):
@@ -125,10 +121,8 @@ class JsonSchema(_HasColumn):
     file: str | None = None
     """A JSON file that holds the schema."""
 
-    @model_validator(mode="after")
-    def _one_schema(self) -> JsonSchema:
+    def check(self) -> None:
         check_one_given(file=self.file, column=self.column)
-        return self
 
 
 class ToolCall(Section):
@@ -203,8 +197,7 @@ class GenerateSection(Section):
     scorers: dict[str, Scorer] = Field(default_factory=dict)
     """Each name becomes the metric `eval/NAME`."""
 
-    @model_validator(mode="after")
-    def _usable(self) -> GenerateSection:
+    def check(self) -> None:
         for name in self.scorers:
             if name in ("loss", EVAL_LOSS) or not re.fullmatch(r"[\w.-]+", name):
                 raise ValueError(
@@ -215,7 +208,6 @@ class GenerateSection(Section):
             raise ValueError(
                 "`top_p` belongs to a `temperature` above 0: greedy decoding samples nothing"
             )
-        return self
 
 
 # -------------------------------------------------------------------------------------- the section
@@ -249,16 +241,14 @@ class EvalSection(Section):
         """Whether a server, and not the engine, answers the prompts."""
         return self.server is not None or self.vllm_python is not None
 
-    @model_validator(mode="after")
-    def _one_server(self) -> EvalSection:
+    def check(self) -> None:
         if self.server is not None and self.vllm_python is not None:
             raise ValueError("give `server` or `vllm_python`, not both: one of them answers")
         if self.vllm_args and self.vllm_python is None:
             raise ValueError("`vllm_args` belongs to `vllm_python`, which is not given")
-        return self
+        self._check_rules()
 
-    @model_validator(mode="after")
-    def _best_is_evaluated(self) -> EvalSection:
+    def _check_rules(self) -> None:
         used = {
             f"best.{key}": name for key, name in (self.best.places if self.best else {}).items()
         }
@@ -277,4 +267,3 @@ class EvalSection(Section):
         if used and self.every_steps is None:
             key = next(iter(used)).partition(".")[0]
             raise ValueError(f"`{key}` needs `every_steps`: else only the last step is evaluated")
-        return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from packhorse.trainer.config.base import Section, compile_pattern
 
@@ -17,10 +17,8 @@ class OptimGroup(Section):
     lr: float = Field(gt=0)
     """Their peak learning rate, which follows the schedule of `optim.lr`."""
 
-    @model_validator(mode="after")
-    def _usable(self) -> OptimGroup:
+    def check(self) -> None:
         compile_pattern(self.match)
-        return self
 
 
 class OptimSection(Section):
@@ -62,13 +60,11 @@ class OptimSection(Section):
     groups: tuple[OptimGroup, ...] = ()
     """Learning rates of their own, as `[{match: embed, lr: 1e-6}]`."""
 
-    @model_validator(mode="after")
-    def _usable(self) -> OptimSection:
+    def check(self) -> None:
         if self.state_dtype == "bf16" and self.kind != "adamw":
             raise ValueError("`state_dtype: bf16` is for `kind: adamw`; take one of them out")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("`betas` lie in [0, 1): at 1 a moment never moves")
-        return self
 
     @property
     def rule(self) -> str:

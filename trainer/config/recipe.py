@@ -79,8 +79,7 @@ class Recipe(Section):
             return {**tree, "optim": {"lr": ADAPTER_LR, **optim}}
         return tree
 
-    @model_validator(mode="after")
-    def _sections_agree(self) -> Recipe:
+    def check(self) -> None:
         if self.adapter and self.model.add_tokens:
             raise ValueError(
                 "model.add_tokens: an adapter does not hold the embeddings of new tokens, so that "
@@ -110,7 +109,6 @@ class Recipe(Section):
         self._check_held_out()
         if self.streaming:
             self._check_streaming()
-        return self
 
     def _check_lengths(self) -> None:
         cuts_rows = self.data.packing in ("bfd_split", "wrapped")

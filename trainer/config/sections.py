@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue
 
 from packhorse.trainer.config.base import Section, compile_pattern, number_or
 from packhorse.trainer.utils.remote import check_url, is_url
@@ -65,8 +65,7 @@ class ModelSection(Section):
     """Parameters that are not trained: regular expressions that occur in their names, as
     `[embed_tokens, 'layers\\.[0-3]\\.']`."""
 
-    @model_validator(mode="after")
-    def _usable(self) -> ModelSection:
+    def check(self) -> None:
         for pattern in self.freeze:
             compile_pattern(pattern)
         if self.rope_scaling is not None and not {"rope_type", "type"} & self.rope_scaling.keys():
@@ -87,7 +86,6 @@ class ModelSection(Section):
             )
         if is_url(self.name):
             check_url(self.name)
-        return self
 
 
 class BatchSection(Section):
@@ -159,11 +157,9 @@ class CheckpointSection(Section):
     A start takes the newest one from there if run.dir has none as new. Credentials come from the
     environment."""
 
-    @model_validator(mode="after")
-    def _mirror_is_a_place(self) -> CheckpointSection:
+    def check(self) -> None:
         if self.mirror is not None:
             check_url(self.mirror)
-        return self
 
 
 class RunSection(Section):
@@ -199,13 +195,11 @@ class RunSection(Section):
     done: its best step if the recipe has eval.best, else the last. A new one is private. The token
     comes from the environment."""
 
-    @model_validator(mode="after")
-    def _usable(self) -> RunSection:
+    def check(self) -> None:
         if self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
             raise ValueError("`profile_steps` is [first, last], counted from 1")
         if self.push_to_hub and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to_hub):
             raise ValueError("`push_to_hub` is the name of a repository, as org/name")
-        return self
 
 
 Rule = Literal["stop", "skip", "rollback"]
