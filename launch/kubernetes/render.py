@@ -21,7 +21,7 @@ from typing import Any, Literal
 import yaml
 
 from packhorse.launch.kubernetes.runtime import train_job_spec
-from packhorse.trainer.config.packaged import find_template, require_own_recipe
+from packhorse.trainer.config.packaged import find_template, map_texts, require_own_recipe
 from packhorse.trainer.config.parsing import read_yaml
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import DONE, FAILED, BadInput
@@ -77,7 +77,7 @@ def render(
             f"{name!r} cannot name a run in a cluster: give another --name, of at most "
             f"{_LONGEST_NAME} small letters, digits and dashes, the first of them a letter"
         )
-    require_own_recipe(recipe_file, "pods")
+    require_own_recipe(recipe_file, "pods", "on the volume")
     overlay = _read_overlay(cluster)
     service, job = _read_templates("job.yaml")
     job["spec"] = merge_overlay(job["spec"], overlay.get("spec", {}), f"{cluster}: spec")
@@ -100,14 +100,13 @@ def render(
     else:
         workload = [service, job] if kind == "job" else _wrap_job(kind, job)
         workload += _read_templates("network.yaml")  # not of a runtime: it labels its pods itself
+    values = {"$NODES": nodes, "$IMAGE": image}
+    workload = map_texts(workload, lambda text: values.get(text, text.replace("$NAME", name)))
     made = [
         merge_overlay(manifest, {"metadata": overlay.get("metadata", {})})
-        for manifest in (config_map, *_fill_in(workload, name, nodes, image))
+        for manifest in (config_map, *workload)
     ]
-    head = (
-        f"# By `packhorse launch kubernetes`, for {nodes} nodes. Change the recipe or "
-        f"cluster.yaml, and render again.\n"
-    )
+    head = f"# By `packhorse launch kubernetes`, for {nodes} nodes. Render again after a change.\n"
     return head + yaml.dump_all(made, Dumper=_Readable, sort_keys=False, width=120)
 
 
@@ -271,17 +270,6 @@ def merge_overlay(base: Any, overlay: Any, place: str = "") -> Any:
 
 def _are_named(items: list[Any]) -> bool:
     return all(isinstance(item, dict) and "name" in item for item in items)
-
-
-def _fill_in(tree: Any, name: str, nodes: int, image: str) -> Any:
-    """Return `tree` with its placeholders replaced."""
-    if isinstance(tree, dict):
-        return {key: _fill_in(value, name, nodes, image) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_fill_in(value, name, nodes, image) for value in tree]
-    if isinstance(tree, str):
-        return {"$NODES": nodes, "$IMAGE": image}.get(tree, tree.replace("$NAME", name))
-    return tree
 
 
 def _read_templates(file: str) -> list[Tree]:

@@ -35,6 +35,7 @@ from packhorse.trainer.cli.worker import (
 )
 from packhorse.trainer.datatypes import DONE, BadInput
 from packhorse.trainer.utils.download import local_folder
+from packhorse.trainer.utils.files import read_json_file, write_json
 from packhorse.trainer.utils.own_output import remove_marked
 
 if TYPE_CHECKING:
@@ -221,17 +222,16 @@ def _start_results(out: Path, model: str, step: int) -> None:
         raise BadInput(f"{out}: exists and holds no results of packhorse eval; give another --out")
     try:
         if out.exists():
-            found = json.loads(marker.read_text(encoding="utf-8"))
-            same = Path(found["model"]).resolve() == Path(model).resolve()
-            if not same or found["step"] != step:
+            found = read_json_file(marker)
+            scored, at = str(found.get("model")), found.get("step")
+            if Path(scored).resolve() != Path(model).resolve() or at != step:
                 raise BadInput(
-                    f"{out}: holds the results of {found['model']} at step {found['step']}; give "
-                    "another --out, or remove it"
+                    f"{out}: holds the results of {scored} at step {at}; give another --out, or "
+                    "remove it"
                 )
             remove_marked(out, _EVALUATED)
         out.mkdir(parents=True)
-        text = json.dumps({"model": model, "step": step}) + "\n"
-        marker.write_text(text, encoding="utf-8")
+        write_json(marker, {"model": model, "step": step})
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written ({error})") from None
 

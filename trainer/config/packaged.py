@@ -5,6 +5,7 @@ A name is that of a packaged file, in every folder; a path is the user's own fil
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +69,24 @@ def find_recipe(name: str | Path) -> Path:
     return path
 
 
-def require_own_recipe(file: Path, where: str) -> None:
-    """Raise BadInput if `file` names a packaged recipe, which a run elsewhere cannot use."""
+def require_own_recipe(file: Path, where: str, instead: str) -> None:
+    """Raise BadInput if `file` names a packaged recipe, whose files are not where the run is."""
     if find_recipe(file) != file:
         raise BadInput(
             f"{file}: the recipe of this machine's package names files that are not in {where}; "
-            "give a recipe file whose data and model are"
+            f"give a recipe file whose data and model lie {instead}"
         )
 
 
 def locate_files(tree: Any) -> Any:
     """Return a packaged recipe's tree with absolute paths of the files that are packaged, too."""
+    return map_texts(tree, lambda text: str(PACKAGE / text) if text[:8] == "recipes/" else text)
+
+
+def map_texts(tree: Any, change: Callable[[str], Any]) -> Any:
+    """Return a tree of mappings and lists with each text in it changed; keys stay."""
     if isinstance(tree, dict):
-        return {key: locate_files(value) for key, value in tree.items()}
+        return {key: map_texts(value, change) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [locate_files(value) for value in tree]
-    return str(PACKAGE / tree) if isinstance(tree, str) and tree.startswith("recipes/") else tree
+        return [map_texts(value, change) for value in tree]
+    return change(tree) if isinstance(tree, str) else tree
