@@ -49,10 +49,6 @@ def refuse_tasks(environ: Mapping[str, str], *, nodes_given: bool) -> None:
 
     Args:
         nodes_given: the user says how many nodes there are, and where they meet.
-
-    Raises:
-        BadInput: srun or mpirun started more than one task on this node, or one on each of several
-            nodes that do not know of each other; or the deepspeed launcher started this process.
     """
     advice = "packhorse starts the processes of a node itself"
     # all three: Kubeflow's PyTorchJob gives pods the first two, and means nodes

@@ -188,9 +188,7 @@ def apply_command(manifests: Path) -> list[str]:
 
 
 def submit_file(manifests: Path) -> int:
-    """Run `kubectl apply`.
-
-    Returns 0, or 1 if the cluster refused the manifests or had them already.
+    """Run `kubectl apply`; return 0, or 1 if the cluster refused the manifests or had them already.
 
     Raises:
         BadInput: there is no kubectl, or no cluster answers it.

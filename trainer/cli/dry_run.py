@@ -24,10 +24,6 @@ def dry_run(recipe: Recipe, ranks: int | None, *, extend: bool) -> None:
 
     Args:
         ranks: of the run, on all nodes. None: one for each GPU here, or one without a GPU.
-        extend: as for `packhorse train`.
-
-    Raises:
-        BadInput: what the run itself would refuse before its ranks meet.
     """
     import torch
 

@@ -29,6 +29,16 @@ Submit = Annotated[
 ]
 
 
+Kind = Annotated[
+    Literal["job", "jobset", "trainjob"] | None,
+    typer.Option(
+        help="Resource that starts the pods. jobset and trainjob need their operators. Default: "
+        "job.",
+        show_default=False,
+    ),
+]
+
+
 @launch_app.command()
 def kubernetes(
     recipe_file: RecipeFile,
@@ -38,14 +48,7 @@ def kubernetes(
     image: Annotated[
         str, typer.Option(help="Container image as the cluster pulls it. A digest pins it.")
     ],
-    kind: Annotated[
-        Literal["job", "jobset", "trainjob"] | None,
-        typer.Option(
-            help="Resource that starts the pods. jobset and trainjob need their operators. "
-            "Default: job.",
-            show_default=False,
-        ),
-    ] = None,
+    kind: Kind = None,
     runtime: Annotated[
         str | None,
         typer.Option(
@@ -82,8 +85,16 @@ def kubernetes(
     kind = kind or ("trainjob" if runtime else "job")
     run_dir = read_recipe(recipe_file, overrides).run.dir
     cluster = pods.find_cluster(cluster)
-    run = {"nodes": nodes, "image": image, "name": name or pods.run_name(run_dir)}
-    text = pods.render(recipe_file, overrides or (), kind, cluster=cluster, runtime=runtime, **run)
+    text = pods.render(
+        recipe_file,
+        overrides or (),
+        kind,
+        nodes=nodes,
+        image=image,
+        name=name or pods.run_name(run_dir),
+        cluster=cluster,
+        runtime=runtime,
+    )
     manifests = _write_manifests(out or Path(run_dir) / "kubernetes", f"{kind}.yaml", text, cluster)
     if submit:
         raise typer.Exit(pods.submit_file(manifests))

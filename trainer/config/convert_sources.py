@@ -101,23 +101,22 @@ def _carry(theirs: dict[str, Any], source: Source, names: dict[str, str]) -> Non
 def _axolotl(draft: Draft) -> tuple[list[Source], list[Source]]:
     train, held_out = (
         [
-            _axolotl_source(draft, f"{key}[{i}]", each)
-            for i, each in enumerate(draft.take(key) or [])
+            source
+            for number, given in enumerate(draft.take(key) or [])
+            for source in _axolotl_sources(draft, f"{key}[{number}]", given)
         ]
         for key in ("datasets", "test_datasets")
     )
     return train, held_out
 
 
-def _axolotl_source(draft: Draft, where: str, given: dict[str, Any]) -> Source:
+def _axolotl_sources(draft: Draft, where: str, given: dict[str, Any]) -> list[Source]:
     left = dict(given)
     source = _place(str(left.pop("path", "")))
-    files = left.pop("data_files", None)
-    if files and "path" in source:
-        source["path"] = str(files if isinstance(files, str) else files[0])
-    elif files:
-        source["data_files"] = files
+    files = left.pop("data_files", None) or []
+    files = [files] if isinstance(files, str) else files
     if "name" in source:
+        source |= {"data_files": files} if files else {}
         _carry(left, source, {"name": "config", "revision": "revision", "split": "split"})
     kind = left.pop("type", None)
     base = str(kind).partition(".")[0]
@@ -141,7 +140,8 @@ def _axolotl_source(draft: Draft, where: str, given: dict[str, Any]) -> Source:
     left.pop("ds_type", None)
     for key, value in left.items():
         draft.note(f"{where}.{key}", value)
-    return source
+    # beside a local path, the files' own paths are meant
+    return [source | {"path": str(file)} for file in files if "path" in source] or [source]
 
 
 def _trl(draft: Draft) -> tuple[list[Source], list[Source]]:
@@ -166,10 +166,10 @@ def _trl(draft: Draft) -> tuple[list[Source], list[Source]]:
 def _trl_source(draft: Draft, number: int, given: dict[str, Any]) -> Source:
     left = dict(given)
     source = _place(str(left.pop("path", None) or ""))
-    hub = {"split": "train"}
-    _carry(left, hub, {"name": "config", "split": "split", "data_files": "data_files"})
-    if "name" in source:
-        source |= hub
+    split = left.pop("split", "train")
+    if "name" in source or split != "train":
+        source["split"] = split
+    _carry(left, source, {"name": "config", "data_files": "data_files"})
     for key, value in left.items():
         draft.note(f"datasets[{number}].{key}", value)
     return source

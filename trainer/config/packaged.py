@@ -26,14 +26,11 @@ def template_names() -> list[str]:
 
 
 def find_template(name: str) -> Path:
-    """Return the DeepSpeed template that `parallel.deepspeed` names.
+    """Return the DeepSpeed template that `parallel.deepspeed` names. Raises BadInput without one.
 
     Args:
         name: of a packaged template, as `zero3`, or the path of a file. `ds_configs/zero3.json` is
             the packaged one if the current folder has no such file.
-
-    Raises:
-        BadInput: there is neither.
     """
     names = template_names()
     if name in names:
@@ -47,14 +44,11 @@ def find_template(name: str) -> Path:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """Return the recipe's file.
+    """Return the recipe's file. Raises BadInput if there is none.
 
     Args:
         name: a path or a URL, which is downloaded; without a suffix and without such a file the
             name of a packaged recipe.
-
-    Raises:
-        BadInput: there is none.
     """
     if is_url(str(name)):
         from packhorse.trainer.utils.download import download

@@ -182,13 +182,9 @@ def _index(items: list[Any], text: str, override: str) -> int:
 
 
 def describe_fault(fault: Any, recipe: type[Section]) -> list[str]:
-    """Return one pydantic fault as sentences of the form `section.key: what is wrong`.
+    """Return a fault of `ValidationError.errors()` as sentences, as `section.key: what is wrong`.
 
     There are several only for an unknown section whose keys are another trainer's.
-
-    Args:
-        fault: an item of `ValidationError.errors()`.
-        recipe: the section that pydantic validated.
     """
     path = [str(part) for part in fault["loc"]]
     if fault["type"] == "extra_forbidden":

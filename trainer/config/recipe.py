@@ -220,14 +220,10 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def parse_recipe(
     tree: dict[str, Any], where: str = "recipe", faults: list[str] | None = None
 ) -> Recipe:
-    """Validate a plain tree.
+    """Validate a plain tree. Raises BadInput with all faults, those that are known among them.
 
     Args:
         where: the name of the recipe, for the message.
-        faults: what is already known to be wrong with it.
-
-    Raises:
-        BadInput: with every fault, each on a line.
     """
     faults = [*(faults or ()), *unfit_texts(tree)]
     try:
