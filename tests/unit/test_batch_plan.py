@@ -147,13 +147,9 @@ def test_the_filler_share_is_the_share_of_fillers(plan, world):
 def test_token_weights_of_a_step_sum_to_one_and_count_every_trained_token(plan):
     trained = 0
     for step in map(plan.step, range(plan.steps)):
-        weight = plan.uniform_weight(step)
-        assert weight is not None
+        weights = plan.piece_weights(step, plan.pieces(step.epoch, step.micro_batches[0]))
+        assert weights * step.trained_tokens == pytest.approx(1)
         trained += step.trained_tokens
-        if step.trained_tokens:
-            assert weight * step.trained_tokens == pytest.approx(1)
-        else:
-            assert weight == 0.0
     assert trained == plan.train.epochs * plan.epochs.corpus(0).trained_counts.sum()
 
 
@@ -173,13 +169,13 @@ def test_example_weights_give_every_example_the_same_say(packing):
         assert says == pytest.approx([1 / step.examples] * len(says))
         assert len(says) == step.examples
         assert sum(says) == pytest.approx(1)
-        assert plan.uniform_weight(step) is None
 
 
 def test_constant_weights_divide_by_k_and_the_examples():
     plan = make_plan(some_flags(0, 20), weighting=10)
     step = plan.step(0)
-    assert plan.uniform_weight(step) == pytest.approx(1 / (10 * step.examples))
+    weights = plan.piece_weights(step, plan.pieces(step.epoch, step.micro_batches[0]))
+    assert weights == pytest.approx(1 / (10 * step.examples))
 
 
 @pytest.mark.parametrize("weighting", ["token", "example", 5])

@@ -179,15 +179,6 @@ def test_ranks_and_micro_batch_size_change_no_weight(prepared, packing):
         assert weights_of_targets(world, micro_batch_size) == first
 
 
-def test_the_uniform_weight_is_the_weight(prepared, packing):
-    for loss in ({}, {"weighting": 7}):
-        for step in batches_of(prepared, plan_of(prepared, packing, **loss)):
-            for batch in step:
-                assert (batch.weights == batch.uniform_weight).all()
-    for step in batches_of(prepared, plan_of(prepared, packing, weighting="example")):
-        assert all(batch.uniform_weight is None for batch in step)
-
-
 def test_shapes_and_types_are_those_of_batch(prepared, packing):
     plan = plan_of(prepared, packing)
     for batch in [*batches_of(prepared, plan)[0], filler_batch()]:
@@ -210,7 +201,6 @@ def test_a_filler_is_two_tokens_of_weight_zero():
     assert (len(batch.input_ids), batch.tokens, batch.trained_tokens) == (2, 0, 0)
     assert batch.trained_positions.tolist() == [0]
     assert batch.weights.tolist() == [0.0]
-    assert batch.uniform_weight == 0.0
     assert batch.lengths == (2,)
     assert batch.sequence_ids == ()
 

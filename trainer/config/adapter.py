@@ -39,10 +39,9 @@ class AdapterSection(Section):
     modules_to_save: tuple[str, ...] = ()
     """Modules to train in full and save with the adapter, as `[embed_tokens, lm_head]`."""
     base: Literal["nf4", "nf4_double_quant", "int8"] | None = None
-    """nf4: hold the frozen linear modules in 4 bits (QLoRA, bitsandbytes). nf4_double_quant: store
-    the scales in 8 bits, too, which saves 0.37 bits a weight. int8: 8 bits, with a scale for each
-    row. null: keep model.dtype."""
-
+    """nf4: hold the frozen linear modules and experts in 4 bits (QLoRA, bitsandbytes).
+    nf4_double_quant: store the scales in 8 bits, too, which saves 0.37 bits a weight. int8: 8 bits,
+    with a scale for each row. null: keep model.dtype."""
     init_from: str | None = None
     """Folder of an adapter to start from, as peft and `packhorse export` write it. null: a new one,
     which changes nothing at first."""

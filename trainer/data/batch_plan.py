@@ -193,15 +193,9 @@ class Plan:
         if self.loss.weighting == "example":
             counts = self._packings.targets(step.epoch, pieces)
             return 1 / (counts * step.examples)
-        return np.full(len(pieces), self.uniform_weight(step))
-
-    def uniform_weight(self, step: StepPlan) -> float | None:
-        """Return the weight that all trained tokens of the step share; None if they differ."""
-        if self.loss.weighting == "example":
-            return None
-        if isinstance(self.loss.weighting, int):
-            return 1 / (self.loss.weighting * step.examples)
-        return 1 / step.trained_tokens
+        constant = self.loss.weighting
+        share = constant * step.examples if isinstance(constant, int) else step.trained_tokens
+        return np.full(len(pieces), 1 / share)
 
     # ---------------------------------------------------------------------------------------- sizes
 
