@@ -9,7 +9,7 @@ import ast
 import inspect
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import JsonValue
 from pydantic_core import PydanticUndefined
@@ -104,6 +104,8 @@ _NAMES = {
 def _type(annotation: Any) -> str:
     """Return a type as a user would name it: `a`, `b` for choices, `number`, `list of ...`."""
     arguments = [a for a in get_args(annotation) if a not in (type(None), Ellipsis)]
+    if get_origin(annotation) is Annotated:
+        return _type(arguments[0])
     if annotation in _NAMES:
         return _NAMES[annotation]
     if get_origin(annotation) is tuple:

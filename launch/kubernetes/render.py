@@ -77,7 +77,7 @@ def render(
             f"{name!r} cannot name a run in a cluster: give another --name, of at most "
             f"{_LONGEST_NAME} small letters, digits and dashes, the first of them a letter"
         )
-    require_own_recipe(recipe_file, "pods", "on the volume")
+    require_own_recipe(recipe_file, "pods do", "on the volume")
     overlay = _read_overlay(cluster)
     service, job = _read_templates("job.yaml")
     job["spec"] = merge_overlay(job["spec"], overlay.get("spec", {}), f"{cluster}: spec")

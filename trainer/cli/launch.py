@@ -207,7 +207,7 @@ def _recipe_files(
     from packhorse.trainer.config.packaged import find_template, require_own_recipe, template_names
 
     if in_container:
-        require_own_recipe(recipe_file, "the container", "in a mounted folder")
+        require_own_recipe(recipe_file, "the container does", "in a mounted folder")
     folder, files = Path(recipe.run.dir).absolute(), {}
 
     def keep(text: str, suffix: str) -> Path:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from packhorse.trainer.config.base import Section, compile_pattern
+from packhorse.trainer.config.base import Section, check_pattern
 
 ADAPTER_LR = 1e-4  # learning rate of a recipe with an adapter that gives none
 
@@ -50,7 +50,7 @@ class AdapterSection(Section):
         if not self.target_modules:
             raise ValueError("`target_modules` names nothing; give `all-linear`, or names")
         if isinstance(self.target_modules, str):
-            compile_pattern(self.target_modules)
+            check_pattern(self.target_modules)
         if isinstance(self.target_parameters, str) and self.target_parameters != "all-experts":
             raise ValueError("`target_parameters` is `all-experts`, or a list of names")
         if self.target_parameters and (self.dropout or "dora" in self.variants):

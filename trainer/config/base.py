@@ -10,7 +10,7 @@ import re
 import types
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 
 
 class Section(BaseModel):
@@ -33,20 +33,25 @@ class Section(BaseModel):
 # ------------------------------------------------------------------------------------------- checks
 
 
-def check_function(name: str | None) -> None:
-    """Raise ValueError if `name` is given and is not `module:function`."""
-    module, colon, function = (name or "module:function").partition(":")
+def _check_function(name: str) -> str:
+    module, colon, function = name.partition(":")
     if not colon or not all(part.isidentifier() for part in (function, *module.split("."))):
         raise ValueError(f"a function is named as `module:function`, not `{name}`")
+    return name
 
 
-def compile_pattern(pattern: str, flags: int = 0) -> re.Pattern[str]:
-    """Return the compiled regular expression. Raises ValueError if it is not one."""
+def check_pattern(pattern: str) -> str:
+    """Return the text, if it is a regular expression. Raises ValueError if it is not."""
     try:
-        return re.compile(pattern, flags)
+        re.compile(pattern)
     # a number of repetitions that is too large, or too many brackets
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"`{pattern[:200]}` is not a regular expression: {error}") from None
+    return pattern
+
+
+FunctionName = Annotated[str, AfterValidator(_check_function)]
+Pattern = Annotated[str, AfterValidator(check_pattern)]
 
 
 def number_or(*words: str) -> BeforeValidator:

@@ -9,11 +9,11 @@ from typing import Any, Literal
 from pydantic import Field, JsonValue, field_validator
 
 from packhorse.trainer.config.base import (
+    FunctionName,
+    Pattern,
     Section,
     check_belongs,
-    check_function,
     check_one_given,
-    compile_pattern,
 )
 from packhorse.trainer.utils.remote import check_url, is_url
 
@@ -25,11 +25,11 @@ class Filters(Section):
 
     answer_words: tuple[int, int] | None = None
     """Fewest and most words, split at white space, as `[3, 400]`."""
-    pattern: str | None = None
+    pattern: Pattern | None = None
     """Regular expression that must match somewhere in the answer."""
-    not_pattern: str | None = None
+    not_pattern: Pattern | None = None
     """Regular expression that must not match anywhere."""
-    function: str | None = None
+    function: FunctionName | None = None
     """Function of yours, as `module:function`: (row, packhorse.trainer.datatypes.Conversation) ->
     True to keep the row, False or a reason to leave it out. See data.train.function for where it is
     imported from."""
@@ -38,11 +38,8 @@ class Filters(Section):
     math-verify."""
 
     def check(self) -> None:
-        for pattern in (self.pattern, self.not_pattern):
-            compile_pattern(pattern or "")
         if self.answer_words and not 0 <= self.answer_words[0] <= self.answer_words[1]:
             raise ValueError("`answer_words` is [fewest, most]")
-        check_function(self.function)
 
 
 class Source(Section):
@@ -77,7 +74,7 @@ class Source(Section):
     it."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Columns with other names: the format's name -> the file's, as `question: Problem`."""
-    function: str | None = None
+    function: FunctionName | None = None
     """Function of yours instead of a format, as `module:function`: row (a dict) -> a list of
     messages, or {messages, tools}. It is imported from the current folder or the environment, never
     from a folder of data, and runs with your rights. The cache is made anew when its file changes,
@@ -107,7 +104,6 @@ class Source(Section):
             if self.streaming:
                 raise ValueError("a folder that is streamed must be on a disk, not a URL")
         check_belongs("revision", self.revision is not None, "name", self.name is not None)
-        check_function(self.function)
         if self.function and (self.format != "auto" or self.columns):
             raise ValueError("`function` reads the row itself: leave out `format` and `columns`")
         if self.streaming and (self.weight != 1 or self.rows is not None):

@@ -7,9 +7,9 @@ import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import Field, JsonValue
 
-from packhorse.trainer.config.base import Section, check_function, check_one_given, compile_pattern
+from packhorse.trainer.config.base import FunctionName, Pattern, Section, check_one_given
 from packhorse.trainer.config.best import EVAL_LOSS, BestSection, EarlyStoppingSection
 
 
@@ -61,31 +61,22 @@ class Format(Section):
     """1 if the pattern matches the whole answer, else 0."""
 
     kind: Literal["format"] = "format"
-    pattern: str
+    pattern: Pattern
     """A regular expression; `.` matches line ends. White space around the answer is ignored.
     `(?i).*sorry.*` finds a text anywhere, in any case."""
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, pattern: str) -> str:
-        compile_pattern(pattern, re.DOTALL)
-        return pattern
 
 
 class Exact(_Ignores):
     """1 if the answer equals the reference, else 0. Both are brought to Unicode's NFC first."""
 
     kind: Literal["exact"] = "exact"
-    extract: str | None = None
+    extract: Pattern | None = None
     """A regular expression: the first group of its last match is compared, in the answer and in the
     reference. null: the whole text."""
 
-    @field_validator("extract")
-    @classmethod
-    def _has_a_group(cls, extract: str | None) -> str | None:
-        if extract is not None and not compile_pattern(extract, re.DOTALL).groups:
+    def check(self) -> None:
+        if self.extract is not None and not re.compile(self.extract).groups:
             raise ValueError("`extract` has no group: put what is compared in parentheses")
-        return extract
 
 
 class Contains(_Ignores):
@@ -146,15 +137,9 @@ class Function(Section):
     """The score that a function of your own returns."""
 
     kind: Literal["function"] = "function"
-    function: str
+    function: FunctionName
     """`module:function`: (prompt, answer, reference, row) -> a number from 0 to 1, True, False, or
     None for no score. It is found and trusted as data.train.function, and has no time limit."""
-
-    @field_validator("function")
-    @classmethod
-    def _is_named(cls, function: str) -> str:
-        check_function(function)
-        return function
 
 
 class Judge(Server):

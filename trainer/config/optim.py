@@ -6,19 +6,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from packhorse.trainer.config.base import Section, compile_pattern
+from packhorse.trainer.config.base import Pattern, Section
 
 
 class OptimGroup(Section):
     """Parameters with a learning rate of their own. The first group that matches counts."""
 
-    match: str = Field(min_length=1)
+    match: Pattern = Field(min_length=1)
     """Regular expression that occurs in a parameter's name."""
     lr: float = Field(gt=0)
     """Their peak learning rate, which follows the schedule of `optim.lr`."""
-
-    def check(self) -> None:
-        compile_pattern(self.match)
 
 
 class OptimSection(Section):

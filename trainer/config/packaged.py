@@ -67,7 +67,7 @@ def require_own_recipe(file: Path, where: str, instead: str) -> None:
     """Raise BadInput if `file` names a packaged recipe, whose files are not where the run is."""
     if find_recipe(file) != file:
         raise BadInput(
-            f"{file}: the recipe of this machine's package names files that are not in {where}; "
+            f"{file}: the recipe of this machine's package names files that {where} not have; "
             f"give a recipe file whose data and model lie {instead}"
         )
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from packhorse.trainer.config.base import Section, compile_pattern, number_or
+from packhorse.trainer.config.base import Pattern, Section, number_or
 from packhorse.trainer.utils.remote import check_url, is_url
 
 
@@ -61,13 +61,11 @@ class ModelSection(Section):
     """Rotary positions for longer contexts in place of config.json's, as `{rope_type: yarn, factor:
     4.0}`. Exported models have them in config.json, adapters in their card. null: as the model has
     them."""
-    freeze: tuple[str, ...] = ()
+    freeze: tuple[Pattern, ...] = ()
     """Parameters that are not trained: regular expressions that occur in their names, as
     `[embed_tokens, 'layers\\.[0-3]\\.']`."""
 
     def check(self) -> None:
-        for pattern in self.freeze:
-            compile_pattern(pattern)
         if self.rope_scaling is not None and not {"rope_type", "type"} & self.rope_scaling.keys():
             raise ValueError("`rope_scaling` names no kind; give its `rope_type`, as yarn")
         if self.compile and self.activation_checkpointing == "selective":
