@@ -127,6 +127,16 @@ class Row(NamedTuple):
     fields: Any
 
 
+class LeftOut(NamedTuple):
+    """A row that gives no document, and why."""
+
+    source: int
+    file: int
+    row: int
+    reason: str
+    tokens: int = 0  # of a row that is too long
+
+
 @dataclass(frozen=True)
 class Tokenized:
     """The outcome of some rows: n documents laid end to end, and the rows that were left out."""
@@ -139,17 +149,11 @@ class Tokenized:
     files: np.ndarray  # (n,) int32, number of the file
     rows: np.ndarray  # (n,) int64, row number in the file, from 1
     digests: np.ndarray  # (n,) uint64, of all tokens and flags of the document's row
-    rejects: tuple[tuple[int, int, int, str], ...]  # source, file, row, reason
-    filtered: tuple[tuple[int, int, int, str], ...]  # likewise, left out by the recipe's filters
-    source_rows: Mapping[int, int]  # rows read of each source, with those left out
-    # tokens of each row that was rejected as too long: (file, row) -> tokens
-    long_rows: Mapping[tuple[int, int], int] = field(default_factory=dict)
-    # Of each row that was truncated or split: its source, and the trained tokens that it lost.
-    cuts: tuple[tuple[int, int], ...] = ()
-    # Of each row with a document for each answer: its source, and the tokens that they repeat.
-    apart: tuple[tuple[int, int], ...] = ()
+    rejects: tuple[LeftOut, ...]
+    filtered: tuple[LeftOut, ...]  # likewise, by the recipe's filters
+    counts: Mapping[tuple[int, str], int]  # (source, name in the report) -> what to add there
     # In how many of a source's rows stands a name that nobody reads: (source, name) -> rows.
-    unread: Mapping[tuple[int, str], int] = field(default_factory=dict)
+    unread: Mapping[tuple[int, str], int]
 
 
 class Piece(NamedTuple):

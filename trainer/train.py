@@ -115,8 +115,8 @@ def prepare_and_fit(
             eval_data = prepare(recipe, tokenizer, "eval", stop.raised_early)
         # A streaming source compares each shard when it is prepared.
         if eval_data and isinstance(train_data, Prepared):
-            given = (recipe, tokenizer, train_data, eval_data)
-            train_data, eval_data = check_leakage(*given, stop.raised_early)
+            given = (recipe, train_data, eval_data, stop.raised_early)
+            train_data, eval_data = check_leakage(*given)
         plan = train_plan(recipe, train_data, stop.raised_early)
         if not stop.wait_for_ranks():
             raise Stopped("stopped before all ranks were ready")

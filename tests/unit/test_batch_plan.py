@@ -13,7 +13,7 @@ from packhorse.trainer.config.recipe import BatchSection, LossSection, TrainSect
 from packhorse.trainer.data.batch_plan import Corpus, Plan
 from packhorse.trainer.data.pack import pack
 from packhorse.trainer.data.ranks import filler_share, good_worlds, micro_batches_of
-from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.datatypes import BadInput, Piece
 
 SEQ_LEN = 32
 
@@ -205,7 +205,7 @@ def test_a_token_after_a_cut_is_predicted_by_the_piece_before_it():
     flags = [np.zeros(SEQ_LEN + 1, bool)]
     flags[0][SEQ_LEN] = True  # the second piece's first and only token
     plan = make_plan(flags, "bfd_split", global_batch_size=1)
-    (piece,) = plan.sequence(0, 0)
+    piece = Piece(*plan.pieces(0, [0])[0].tolist())
     assert (plan.steps, piece.start, plan.step(0).trained_tokens) == (1, 0, 1)
 
 
@@ -339,12 +339,12 @@ def test_sizes_of_sequences_and_epochs_are_those_of_the_steps(plan):
         steps = [step for step in map(plan.step, range(plan.steps)) if step.epoch == epoch]
         assert plan.epoch_steps(epoch) == len(steps)
         sequences = [
-            plan.sequence(epoch, number)
+            plan.pieces(epoch, [number])
             for step in steps
             for number in sequences_of(plan, step.step)
         ]
         tokens, pieces = plan.sequence_sizes(epoch)
-        assert tokens.tolist() == [sum(p.stop - p.start for p in each) for each in sequences]
+        assert tokens.tolist() == [int((each[:, 2] - each[:, 1]).sum()) for each in sequences]
         assert pieces.tolist() == list(map(len, sequences))
 
 

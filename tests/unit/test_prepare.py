@@ -31,7 +31,7 @@ from packhorse.trainer.data.prepare import (
     train_plan,
 )
 from packhorse.trainer.data.tokenize import LengthPolicy, tokenize_rows
-from packhorse.trainer.datatypes import BadInput, Batch, Example, Row
+from packhorse.trainer.datatypes import BadInput, Batch, Example, Piece, Row
 
 SEQ_LEN = 16
 PACKINGS = ("none", "bfd", "bfd_split", "wrapped", "greedy")
@@ -115,7 +115,7 @@ def check_batch(batch: Batch, prepared: Prepared, plan: Plan) -> None:
     assert list(batch.lengths) == batch.cu_seqlens.diff().tolist()
     targets = dict(zip(batch.trained_positions.tolist(), batch.targets.tolist(), strict=True))
     epoch = batch.document_keys[0][0]
-    pieces = [piece for number in batch.sequence_ids for piece in plan.sequence(epoch, number)]
+    pieces = [Piece(*piece) for piece in plan.pieces(epoch, batch.sequence_ids).tolist()]
     assert len(pieces) == len(ends) - 1 == len(batch.document_keys)
     for begin, piece, key in zip(ends, pieces, batch.document_keys, strict=False):
         assert key[1:] == (piece.document, piece.piece)

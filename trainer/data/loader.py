@@ -154,10 +154,7 @@ class Loader:
 
     def fullest(self, first_step: int) -> list[Batch]:
         """Return the micro-batches from a step on that need the most memory; ranks get the same."""
-        return [
-            self._thread.submit(self._build, *place).result()
-            for place in self.plan.fullest(first_step)
-        ]
+        return [self._build(*place) for place in self.plan.fullest(first_step)]
 
     def stream(self, step: int) -> Iterator[Batch]:
         """Yield what `step` returns, if that is too much for memory: held-out evaluation."""
