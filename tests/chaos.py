@@ -62,7 +62,8 @@ FORKED = (RANK, RANKS, PREPARING, WORKER, SERVER, EXPORT, UNIVERSAL, FROZEN, CLO
 EXPORTS = (EXPORT, UNIVERSAL)
 OTHERS = (WORKER, SERVER, *EXPORTS, LAUNCHER, HOST)  # than runs of recipes/debug.yaml by fork
 KINDS = (*FORKED, LAUNCHER, HOST)
-IN_TURN = (*FORKED, LAUNCHER, *FORKED, HOST)  # starts by the launcher take long
+# starts by the launcher take long
+IN_TURN = (RANK, RANKS, *FORKED, LAUNCHER, RANK, RANKS, *FORKED, HOST)
 
 
 class Whole(NamedTuple):
@@ -142,8 +143,10 @@ class Campaign:
         done = {"kills": 0, "faults": 0, "starts": 1}
         began, difference = time.monotonic(), None
         try:
-            for _ in range(self._draw.randint(1, most)):
-                found = self._start(kind, run, world, whole.cpu_s)
+            for number in range(self._draw.randint(1, most)):
+                # one that goes on from a checkpoint has less to do
+                cpu_s = whole.cpu_s * (1.0 if number == 0 or kind in EXPORTS else 0.75)
+                found = self._start(kind, run, world, cpu_s)
                 done = {key: done[key] + found.get(key, 0) for key in done}
                 if "kills" not in found and "faults" not in found:
                     break
@@ -170,7 +173,8 @@ class Campaign:
         if kind == SERVER:
             # before the first step of a start nothing is lost by an error
             assert codes == [0] or (codes == [2] and steps(run) == done), run.log_tail
-        assert kind != FULL or set(codes) <= {0, 2}, f"{codes}\n{run.log_tail}"
+        # the other rank may fail for want of the one that says it; the launcher then reports 2
+        assert kind != FULL or 2 in codes or not any(codes), f"{codes}\n{run.log_tail}"
         if kind in (FULL, FAILING):
             return {"starts": 1, "faults": 1} if any(codes) else {"starts": 1}
         if not hits:
