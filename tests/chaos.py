@@ -164,7 +164,8 @@ class Campaign:
         if kind == LAUNCHER:
             return {"starts": 1, **self._start_launcher(run, world, moment_s)}
         if kind == HOST:
-            return {"starts": 1, **self._start_hosts(run, moment_s / 2)}
+            # not before they have met: one that is alone waits for others for ten minutes
+            return {"starts": 1, **self._start_hosts(run, (cpu_s + moment_s) / 4)}
         order = self._order(kind, run, world, moment_s)
         before, done = sizes(run.folder), steps(run)
         codes, hits = run.start(world, **order), self._server.hits
@@ -237,7 +238,7 @@ class Campaign:
                 launchers[number].kill()
             elif struck:
                 two.cut(f"host{number}")
-            codes, said = ended(launchers, 120)
+            codes, said = ended(launchers, 200)
         # it may have just been done
         assert struck or not any(codes), f"it failed by itself: {codes}\n{said}"
         assert all(codes) or not any(codes), f"{codes}\n{said}"

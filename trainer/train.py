@@ -35,9 +35,9 @@ from packhorse.trainer.checkpoint.best import Best, last_step
 from packhorse.trainer.checkpoint.export_folder import describe
 from packhorse.trainer.checkpoint.hf_export import save_description
 from packhorse.trainer.checkpoint.hub import check_push, push_run
-from packhorse.trainer.checkpoint.manifest import RunState, point_at_best
+from packhorse.trainer.checkpoint.manifest import RunState
 from packhorse.trainer.checkpoint.mirror import Mirror, open_mirror
-from packhorse.trainer.checkpoint.saver import Saver
+from packhorse.trainer.checkpoint.saver import Saver, settle
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.leakage import check_leakage
@@ -276,7 +276,8 @@ def conclude(prepared: PreparedRun, metrics: Metrics, guard: Guard, best: Best, 
     """Write the summary of a run that is done after `steps`, and log it. Rank 0 calls it."""
     recipe, run_dir = prepared.recipe, prepared.run_dir
     # The last evaluation may have chosen the last step as the best.
-    point_at_best(run_dir / "checkpoints", best.step)
+    root, keep = run_dir / "checkpoints", recipe.checkpoint.keep
+    settle(root, steps, best.step, keep, prepared.mirror)
     speed, skipped = metrics.tokens_per_s, len(guard.skipped_steps)
     rest_s = metrics.clock.read()  # the last checkpoint and evaluation
     write_summary(run_dir, steps, speed, skipped, rest_s, best.summary())

@@ -146,7 +146,8 @@ def logged(run_dir: Path, besides: tuple[str, ...] = ()) -> list[dict[str, Any]]
 
 
 def assert_same(run_dir: Path, reference: Path, besides: tuple[str, ...] = ()) -> None:
-    """Assert that two runs logged the same, and that their last checkpoints have the same bytes.
+    """Assert that two runs logged the same, and that their last checkpoints have the same bytes and
+    stand alone.
 
     `checkpoint.find` verifies every byte against the manifest.
 
@@ -158,7 +159,10 @@ def assert_same(run_dir: Path, reference: Path, besides: tuple[str, ...] = ()) -
     assert found
     assert expected
     assert found[1] == expected[1]
-    assert not list((run_dir / "checkpoints").glob(".*")), "what the kill left is still there"
+    names = {path.name for path in found[0].parent.iterdir()} - {"best"}
+    assert names <= {"latest", found[0].name}, "what the kill left is still there"
+    if "latest" in names:  # not in a copy of a run's mirror
+        assert found[0].with_name("latest").read_text() == found[0].name
 
 
 # --------------------------------------------------------------------------------- the fork server
