@@ -7,12 +7,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from torch.distributed.elastic.agent.server.api import WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 from packhorse.launch import local
-from packhorse.launch.agent import RankLogs
+from packhorse.launch.agent import Agent, RankLogs
 from packhorse.launch.local import exit_code, launch, parse_nodes
 from packhorse.trainer.datatypes import BadInput
 
@@ -119,11 +123,13 @@ def test_success_rank_0_is_shown_and_the_others_write_files(tmp_path):
 
 
 @pytest.mark.parametrize(("gpus", "kept"), [(False, "0"), (True, None)])
-def test_without_a_gpu_workers_keep_the_memory_they_free(monkeypatch, gpus, kept):
+def test_workers_keep_the_memory_they_free_and_on_a_gpu_its_segments_grow(monkeypatch, gpus, kept):
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(local.torch.cuda, "is_available", lambda: gpus)
     local._set_environment(1)
     assert os.environ.get("MALLOC_MMAP_MAX_") == kept
+    grows = "expandable_segments:True" if gpus else None
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == grows
 
 
 def test_signals_reach_the_workers_and_their_save_is_waited_for(tmp_path):
@@ -271,6 +277,26 @@ def test_the_number_of_nodes(text, nodes):
 def test_a_number_of_nodes_that_is_refused(text):
     with pytest.raises(BadInput, match="give a number, or MIN:MAX"):
         parse_nodes(text)
+
+
+def test_a_joining_or_lost_node_asks_nothing_of_torch_that_2_11_lacks(monkeypatch):
+    agent = Agent.__new__(Agent)
+    monkeypatch.setattr(LocalElasticAgent, "_shutdown", lambda self, death_sig=signal.SIGTERM: None)
+    agent._pcontext = Mock(subprocess_handlers={})
+    agent._stop_workers(SimpleNamespace(state=WorkerState.HEALTHY))
+    (_, seconds), _ = agent._pcontext.close.call_args
+    assert seconds >= 3600, "what the workers get to save"
+    left = []
+    monkeypatch.setattr(agent, "_exit", left.append)
+
+    def lose_a_node(agent):
+        vars(agent).pop("_in_exit_barrier", None)
+        agent._end_round("host2")
+
+    monkeypatch.setattr(LocalElasticAgent, "_exit_barrier", lose_a_node)
+    agent._exit_barrier()
+    agent._end_round("host2")
+    assert left == ["its work was not done"], "only while this node waits for the others"
 
 
 def test_a_port_in_use_is_bad_input(tmp_path):
