@@ -188,10 +188,12 @@ def reduce_leaves_once(engine: Any) -> None:
     optimizer, calls = engine.optimizer, Counter[nn.Module]()
     engine.module.register_forward_pre_hook(lambda *_: calls.clear())
 
-    def count(layer: nn.Module, _: Any) -> None:
+    def count(layer: nn.Module, _: Any, output: Any) -> Any:
         # a call inside the backward is activation checkpointing's, and has no backward of its own
         if torch.is_grad_enabled() and torch._C._current_graph_task_id() == -1:
             calls[layer] += 1
+        # torch calls no backward hook of a module that gives a list, as GPT-1's layers
+        return tuple(output) if isinstance(output, list) else None
 
     for layer, handle in zip(optimizer.leaf_parameters, optimizer._leaf_module_hooks, strict=True):
         reduce = layer._backward_hooks[handle.id]
@@ -202,7 +204,7 @@ def reduce_leaves_once(engine: Any) -> None:
                 reduce(layer, *gradients)
 
         layer._backward_hooks[handle.id] = reduce_after_last
-        layer.register_forward_pre_hook(count)
+        layer.register_forward_hook(count)
 
 
 # --------------------------------------------------------------------------------------- clipping

@@ -83,16 +83,21 @@ class _Alone(NamedTuple):
 
 
 class _LayerDiffers(Exception):
-    """Which layer differs, by name and module, and how.
-
-    `attended` are the modules that had attended through our backend until then.
-    """
+    """Which layer differs and how. `attended`: modules that went through our backend until then."""
 
     def __init__(
         self, layer: str, how: str, module: nn.Module | None, attended: set[nn.Module]
     ) -> None:
         super().__init__(how)
         self.layer, self.module, self.attended = layer, module, attended
+
+
+class _LossDiffers(BadInput):
+    """The loss is not the model's own; `attended` as above."""
+
+    def __init__(self, how: str, attended: set[nn.Module]) -> None:
+        super().__init__(how)
+        self.attended = attended
 
 
 @torch.no_grad()
@@ -211,9 +216,6 @@ def _compare_packed(
 ) -> tuple[list[tuple[float, float]], tuple[str, ...], str]:
     """Compare packed documents; let a model that mixes them run document by document.
 
-    A kernel that mixes them is refused instead: where the reference backend keeps them apart, the
-    model does not mix them.
-
     Returns:
         The largest differences, which modules run by document and why, and why the model does.
     """
@@ -223,25 +225,20 @@ def _compare_packed(
         difference = error
     if isinstance(difference, _LayerDiffers) and difference.attended:
         _require_innocent_kernel(sft, difference, documents, alone)
-    _compare_each(sft, documents, alone)
+    _compare_each(sft, documents, alone)  # a kernel that is wrong for these, too, ends here
     sft.attends_by_itself = True
     layer = f"{difference.layer}: " if isinstance(difference, _LayerDiffers) else ""
     return [_compare(sft, documents, alone)], (), f"{layer}{difference}"
 
 
-def _require_innocent_kernel(
-    sft: SftModel,
-    difference: _LayerDiffers,
-    documents: Sequence[torch.Tensor],
-    alone: Sequence[_Alone],
-) -> None:
-    """Refuse a kernel that mixes documents which the reference backend keeps apart."""
-    backend = sft.model.config._attn_implementation
-    if backend == implementation("reference"):
+def _require_innocent_kernel(sft: SftModel, difference: _LayerDiffers, *documents: Any) -> None:
+    """Refuse a kernel that mixes documents which the reference keeps apart."""
+    backend, reference = sft.model.config._attn_implementation, implementation("reference")
+    if backend == reference:
         return
-    set_implementation(sft.model, implementation("reference"))
+    set_implementation(sft.model, reference)
     try:
-        _compare(sft, documents, alone)
+        _compare(sft, *documents)
     except (_LayerDiffers, BadInput):
         set_implementation(sft.model, backend)
         return
@@ -291,7 +288,7 @@ def _compare_each(
     try:
         return [_compare(sft, [ids], [own]) for ids, own in zip(documents, alone)]
     except (_LayerDiffers, BadInput) as error:
-        if isinstance(error, _LayerDiffers) and error.attended:
+        if getattr(error, "attended", None):
             raise
         sft.attends_by_itself = True
         try:
@@ -332,11 +329,12 @@ def _compare(
     off = abs(loss - own_loss) / max(1.0, abs(own_loss))
     # written so that a NaN fails, too
     if not off <= loss_allowed:
-        raise BadInput(
+        raise _LossDiffers(
             f"{type(sft.model).__name__}: the loss made from the hidden states ({loss:.6g}) is not "
             f"that of the model's own logits ({own_loss:.6g}), though its layers agree: it does "
             "something between backbone and head that packhorse cannot measure; this model cannot "
-            "be trained here"
+            "be trained here",
+            attended,
         )
     return worst, off
 
