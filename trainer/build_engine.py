@@ -27,9 +27,8 @@ from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
 from packhorse.trainer.engine.engine import Engine, gathered, reads_gathered, sharded_init
 from packhorse.trainer.engine.optim import describe_decay, parameter_groups
-from packhorse.trainer.estimate.choice import choose_sequence, predict_memory
+from packhorse.trainer.estimate.choice import choose_sequence, largest_micro_batch, predict_memory
 from packhorse.trainer.estimate.memory import Cluster, Memory
-from packhorse.trainer.estimate.model import largest_micro_batch
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import Metrics, model_flops
 from packhorse.trainer.model.attention import SequenceGroup

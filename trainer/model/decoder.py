@@ -52,11 +52,13 @@ def whole_layers(model: Any) -> list[nn.Module]:
     """Return the decoder layers that ZeRO-3 gathers at once; see WHOLE_LAYER.
 
     None if a weight is frozen: where no input of a layer needs a gradient, DeepSpeed would reduce
-    the layer's gradients before they are there.
+    the layer's gradients before they are there. None of a model that has a list for each part of
+    its layers (XLM): what is found then is a norm, whose output may be changed in place.
     """
     if not all(p.requires_grad for p in model.parameters()):
         return []
-    return [layer for layer in decoder_layers(model) if num_weights(layer) <= WHOLE_LAYER]
+    layers = [layer for layer in decoder_layers(model) if list(layer.children())]
+    return [layer for layer in layers if num_weights(layer) <= WHOLE_LAYER]
 
 
 def num_weights(module: nn.Module) -> int:
