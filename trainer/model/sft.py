@@ -147,6 +147,7 @@ class SftModel(nn.Module):
     def _decode_by_document(self, batch: Batch, **wanted: bool) -> Any:
         """Run the decoder once for each document, which its own code takes for a sequence."""
         ids = batch.input_ids.split(batch.lengths)
+        idle_calls = self._idle_calls(len(ids))  # it asks the other ranks: before anything else
 
         def decode(number: int) -> Any:
             length, key = batch.lengths[number], batch.document_keys[number]
@@ -155,7 +156,7 @@ class SftModel(nn.Module):
             return decoder_of(self.model)(input_ids=document, use_cache=False, **wanted)
 
         outputs = [decode(number) for number in range(len(ids))]
-        idle = [decode(0).last_hidden_state for _ in range(self._idle_calls(len(ids)))]
+        idle = [decode(0).last_hidden_state for _ in range(idle_calls)]
         routers = [out.router_logits for out in outputs] if wanted else []
         return SimpleNamespace(
             last_hidden_state=with_gradient(
