@@ -7,9 +7,9 @@ of known models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -28,20 +28,20 @@ from packhorse.trainer.model.activation_checkpointing import save, set_checkpoin
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.checks import plan_failures_explained
 from packhorse.trainer.model.decoder import decoder_layers, decoder_of, num_weights, whole_layers
+from packhorse.trainer.model.expert_lora import stacked_matrices
+from packhorse.trainer.model.expert_weights import packable_experts
 from packhorse.trainer.model.feed_forward_tiles import (
     feed_forward_blocks,
     set_tiles,
     tile_tokens,
     wants_tiles,
 )
-from packhorse.trainer.model.fp8 import workspace_bytes
 from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from packhorse.trainer.utils.lean_import import replaced
 
 MODES = ("none", "selective", "full", "offload")  # the least recomputation first
-FP8_SPEED = 1.4  # of a layer's products with their casts, over bfloat16's: assumed, not measured
 
 # -------------------------------------------------------------------------------------------- sizes
 
@@ -76,7 +76,7 @@ class ModelSizes:
     element: int  # bytes of an element of the weights
     hidden: int
     vocabulary: int
-    largest_module: int  # the most that one module's own parameters have
+    expanded: int  # of weights made where their module runs, and their gradients: the most at once
     gathered_at_once: int  # the most that ZeRO-3 gathers in one call, a module's or a whole layer's
     buffers: int  # bytes, on every rank and in a checkpoint
     flops: ModelFlops
@@ -164,11 +164,11 @@ def measure_model(
     quantised: dict[int, torch.Tensor] = {}  # by the parameter's id
     if adapter and adapter.base:
         linear = linear_modules(model).values()  # those that are frozen are quantised
-        quantised = {id(m.weight): m.weight for m in linear if not m.weight.requires_grad}
+        weights = [*(m.weight for m in linear), *packable_experts(model, adapter.base).values()]
+        quantised = {id(weight): weight for weight in weights if not weight.requires_grad}
     base = adapter.base if adapter else None
     groups = parameter_groups(model, optim)
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in quantised]
-    buffers = [buffer for _, buffer in persistent_buffers(model)]
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     blocks = feed_forward_blocks(model)  # gathered whole if they run in tiles
     return ModelSizes(
@@ -181,7 +181,7 @@ def measure_model(
         quantised=tuple(p.numel() for p in quantised.values()),
         bits=8 if base == "int8" else 4,
         scales_bytes=sum(
-            p.shape[0] * p.element_size()
+            p.numel() // p.shape[-1] * p.element_size()
             if base == "int8"
             else _nf4_scales(p.numel(), base == "nf4_double_quant")
             for p in quantised.values()
@@ -190,9 +190,9 @@ def measure_model(
         element=next(model.parameters()).element_size(),
         hidden=model.config.get_text_config().hidden_size,
         vocabulary=head.weight.shape[0],
-        largest_module=largest,
+        expanded=largest * (2 if stacked_matrices(model) else bool(quantised)),
         gathered_at_once=max([largest, *map(num_weights, [*whole_layers(model), *blocks])]),
-        buffers=sum(buffer.numel() * buffer.element_size() for buffer in buffers),
+        buffers=sum(buffer.nbytes for _, buffer in persistent_buffers(model)),
         flops=model_flops(model),
     )
 
@@ -261,15 +261,6 @@ def _largest_again(whole: list[int], kept: list[int]) -> int:
     return max((all_ - part for all_, part in zip(whole, kept, strict=True)), default=0)
 
 
-def with_fp8(
-    sizes: ModelSizes, activations: Mapping[str, Activations], model: Any, tokens: int
-) -> tuple[ModelSizes, dict[str, Activations]]:
-    """Return both for `model.matmul: fp8_rowwise`: faster products, and their factors in fp8."""
-    factors = workspace_bytes(model, tokens)
-    more = {mode: replace(one, layer=one.layer + factors) for mode, one in activations.items()}
-    return replace(sizes, product_speed=FP8_SPEED), more
-
-
 def _count_tile_bytes(model: Any, tokens: int) -> int:
     """Return the bytes that the largest feed-forward block's backward takes if it runs in tiles: a
     tile's activations, and the weights' gradients, rounded and in fp32. 0 if it runs whole.
@@ -294,7 +285,6 @@ def _trace_forward(
 
     Args:
         mode: of model.activation_checkpointing.
-        tiles: feed-forward blocks run in tiles.
     """
     of_layers: list[int] = []
     with _counting_saved_bytes(model) as (saved, count):

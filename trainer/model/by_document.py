@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from packhorse.trainer.model.attention_kernels import Bounds
+from packhorse.trainer.model.attention_kernels import Bounds, document_ends
 
 # Arguments that tell a layer of several documents; a call for one document goes without.
 _OF_SEVERAL = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
@@ -64,8 +64,7 @@ def _cut(value: Any, start: int, number: int, total: int) -> Any:
         of_tokens = value.dim() > 1 and value.shape[1] == total
         return value.narrow(1, start, number) if of_tokens else value
     if isinstance(value, Bounds):
-        ends = value.cu_seqlens.new_tensor([0, number])
-        return Bounds(ends, number, (number,))
+        return Bounds(document_ends((number,), value.cu_seqlens.device), number, (number,))
     if isinstance(value, dict):
         return {key: _cut(item, start, number, total) for key, item in value.items()}
     if type(value) in (tuple, list):
