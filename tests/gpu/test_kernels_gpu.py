@@ -15,7 +15,7 @@ from torch import nn
 
 from packhorse.trainer.attention_choice import time_kernels
 from packhorse.trainer.config.recipe import LossSection
-from packhorse.trainer.datatypes import BadInput, first_key
+from packhorse.trainer.datatypes import BadInput, Batch, first_key
 from packhorse.trainer.estimate.model import AttentionShape
 from packhorse.trainer.model import (
     attention,
@@ -178,6 +178,16 @@ def test_control_one_document_shows(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", FUSED)
+def test_a_deterministic_backward_gives_the_same_bits_again(backend: str) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, again = (attend(backend, row(8, 2, 128)) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("backend", FUSED)
 def test_soft_caps_are_honoured_or_refused(backend: str) -> None:
     if backend == "flash_attn" and "softcap" not in flash_versions.load_for(CUDA).lacks:
         assert worst(backend, row(8, 2, 64), softcap=2.0) <= ATTENTION_BOUND
@@ -258,21 +268,39 @@ LAYERS_BOUND = {
 }  # of the worst tensor's gradient, against plain in fp32
 
 
-def learned(
-    config: Any, dtype: torch.dtype, layers: str
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of three packed documents and every parameter's gradient."""
-    model = tiny(config, dtype).to(CUDA)
+def fused_model(
+    config: Any, dtype: torch.dtype, layers: str, backend: str = "reference"
+) -> tuple[SftModel, Batch]:
+    """The model, and a batch of three packed documents."""
+    model = tiny(config, dtype, backend).to(CUDA)
     liger_layers.fuse(model, layers, CUDA, dtype)
     module = SftModel(model, LossSection(), 0, CUDA)
     module.transform = measure_transform(model)
     ids = documents((100, 30, 140))
-    batch = pack(ids, [range(len(document) - 1) for document in ids], [0.01, 0.01, 0.01]).to(CUDA)
+    return module, pack(ids, [range(len(one) - 1) for one in ids], [0.01, 0.01, 0.01]).to(CUDA)
+
+
+def learned(
+    config: Any, dtype: torch.dtype, layers: str
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of three packed documents and every parameter's gradient."""
+    module, batch = fused_model(config, dtype, layers)
     loss = module(batch)
     loss.backward()
     return loss.detach(), {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        name: p.grad.clone() for name, p in module.model.named_parameters() if p.grad is not None
     }
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_no_micro_batch_makes_the_host_wait(backend: str) -> None:
+    module, batch = fused_model(FUSED_MODELS[0], torch.bfloat16, "liger", backend)
+    module.train()(batch).backward()  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        module(batch).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", LAYERS_BOUND, ids=str)
