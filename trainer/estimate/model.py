@@ -28,7 +28,7 @@ from packhorse.trainer.model.activation_checkpointing import save, set_checkpoin
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.checks import plan_failures_explained
 from packhorse.trainer.model.decoder import decoder_layers, decoder_of, num_weights, whole_layers
-from packhorse.trainer.model.expert_lora import stacked_matrices
+from packhorse.trainer.model.expert_lora import expert_parameters, stacked_matrices
 from packhorse.trainer.model.expert_weights import packable_experts
 from packhorse.trainer.model.feed_forward_tiles import (
     feed_forward_blocks,
@@ -38,6 +38,7 @@ from packhorse.trainer.model.feed_forward_tiles import (
 )
 from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
+from packhorse.trainer.model.quantisation import count_scale_bytes
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from packhorse.trainer.utils.lean_import import replaced
 
@@ -72,6 +73,7 @@ class ModelSizes:
     quantised: tuple[int, ...]  # each frozen parameter in 4 or 8 bits
     bits: int  # of those
     scales_bytes: int  # beside the bits
+    experts: int  # of all these, what experts held as one parameter have
     trains_head: bool
     element: int  # bytes of an element of the weights
     hidden: int
@@ -180,12 +182,8 @@ def measure_model(
         frozen=tuple(p.numel() for p in frozen),
         quantised=tuple(p.numel() for p in quantised.values()),
         bits=8 if base == "int8" else 4,
-        scales_bytes=sum(
-            p.numel() // p.shape[-1] * p.element_size()
-            if base == "int8"
-            else _nf4_scales(p.numel(), base == "nf4_double_quant")
-            for p in quantised.values()
-        ),
+        scales_bytes=sum(count_scale_bytes(p, base) for p in quantised.values()),
+        experts=sum(p.numel() for p in expert_parameters(model).values()),
         trains_head=head.weight.requires_grad,
         element=next(model.parameters()).element_size(),
         hidden=model.config.get_text_config().hidden_size,
@@ -195,18 +193,6 @@ def measure_model(
         buffers=sum(buffer.nbytes for _, buffer in persistent_buffers(model)),
         flops=model_flops(model),
     )
-
-
-def _nf4_scales(elements: int, double: bool) -> int:
-    """Return the bytes of a weight in bitsandbytes' NF4 but for its bits, two elements a byte.
-
-    There is an fp32 scale for each 64 elements, and a table of 16 values in fp32. Double
-    quantisation makes the scales bytes, with an fp32 scale for each 256 of those, a table of 256
-    values and their mean in fp32.
-    """
-    scales = -(-elements // 64)
-    scale_bytes = scales + 4 * -(-scales // 256) + 4 * 256 + 4 if double else 4 * scales
-    return 64 + scale_bytes
 
 
 # -------------------------------------------------------------------------------------- activations
