@@ -31,15 +31,15 @@ class Agent(LocalElasticAgent):
     """Start, watch and restart the workers of one node.
 
     Args:
-        preflight: called with the round's store, this node's number, the number of nodes and the
-            round's name, if there are several nodes. What it raises ends this launcher.
+        preflight: called with the round's store, this node's number and the number of nodes, if
+            there are several. What it raises ends this launcher.
     """
 
     def __init__(
         self,
         spec: WorkerSpec,
         run_dir: Path,
-        preflight: Callable[[Any, int, int, str], None] | None = None,
+        preflight: Callable[[Any, int, int], None] | None = None,
     ) -> None:
         self._preflight = preflight
         self.logs = RankLogs(run_dir / "logs")
@@ -92,7 +92,7 @@ class Agent(LocalElasticAgent):
         self._heartbeat = None
         if nodes > 1:
             if self._preflight:
-                self._preflight(store, node, nodes, self.logs.name)
+                self._preflight(store, node, nodes)
             # a store serves one thread at a time: the heartbeat gets a connection of its own
             self._heartbeat = Heartbeat(store.clone(), node, nodes, self._end_round, self._exit)
 

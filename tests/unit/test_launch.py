@@ -17,7 +17,8 @@ from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElas
 
 from packhorse.launch import local
 from packhorse.launch.agent import Agent, RankLogs
-from packhorse.launch.local import exit_code, launch, parse_nodes
+from packhorse.launch.cluster_env import parse_nodes
+from packhorse.launch.local import exit_code, launch
 from packhorse.trainer.datatypes import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
