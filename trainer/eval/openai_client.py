@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import httpx2
 
 from packhorse.trainer.config.eval import Server
+from packhorse.trainer.utils.files import Stopped
 from packhorse.trainer.utils.text import one_line
 
 _CONNECT_S = 10.0
@@ -48,16 +49,9 @@ class Refused(Unreachable):
         self.status = status
 
 
-class Cancelled(Exception):
-    """The caller asked to stop while it waited for answers."""
-
-
 def text_of(reply: Any) -> str:
-    """Return the answer in a reply of /chat/completions or /completions.
-
-    Raises:
-        LookupError, TypeError or AttributeError: it is no such reply.
-    """
+    """Return the answer in a reply of /chat/completions or /completions. Raises LookupError,
+    TypeError or AttributeError if it is no such reply."""
     choice = reply["choices"][0]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     if not isinstance(text, str | None):
@@ -77,7 +71,7 @@ class Client:
 
     Args:
         stopping: called while answers are waited for; if it returns True, the wait ends with
-            Cancelled.
+            Stopped.
         patience_s: how long a request that fails is retried; the server's `timeout_s` if None.
 
     Raises:
@@ -129,7 +123,7 @@ class Client:
 
         Raises:
             Unreachable: one request got no reply; the others are given up.
-            Cancelled: `stopping` returned True.
+            Stopped: `stopping` returned True.
         """
         given_up = threading.Event()
         patience_s = self._patience_s if patience_s is None else patience_s
@@ -159,7 +153,7 @@ class Client:
         try:
             while len(replies) < len(bodies):
                 if self._stopping():
-                    raise Cancelled
+                    raise Stopped("stopped while waiting for a server")
                 if time.monotonic() - min(begun.values(), default=math.inf) > limit_s:
                     raise self._too_long()
                 with suppress(Empty):
@@ -201,7 +195,7 @@ class Client:
             if now + pause_s > failed_at + patience_s:
                 raise fault from None
             if given_up.wait(pause_s):
-                raise Cancelled
+                raise Stopped("given up with the other requests")
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _exchange(self, method: str, path: str, body: Any) -> tuple[httpx2.Response, bytes]:
