@@ -97,7 +97,6 @@ def step_s(engine: Any) -> float:
         trained_positions=torch.arange(tokens - 1),
         targets=torch.arange(1, tokens),
         weights=torch.full((tokens - 1,), 1 / tokens),
-        uniform_weight=1 / tokens,
         document_keys=((0, 0, 0),),
         sequence_ids=(0,),
     )

@@ -310,6 +310,10 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+# they make a processor act as an older one
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+
+
 def machine(packages: tuple[str, ...]) -> str:
     """Describe processor, cores, memory, and versions of Python and `packages`, in two Markdown
     items.
@@ -322,8 +326,9 @@ def machine(packages: tuple[str, ...]) -> str:
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GIB
     found = ", ".join(f"{name} {installed(name)}" for name in packages)
     name, cores = names[0] if names else platform.machine(), len(os.sched_getaffinity(0))
+    kept_to = "".join(f", {limit}={os.environ[limit]}" for limit in LIMITS if limit in os.environ)
     return (
-        f"- {name} ({flags} AVX-512 bf16), {cores} cores, {memory_gib:.0f} GiB\n"
+        f"- {name} ({flags} AVX-512 bf16), {cores} cores, {memory_gib:.0f} GiB{kept_to}\n"
         f"- Python {platform.python_version()}, {found}"
     )
 

@@ -111,7 +111,6 @@ def _batch(tokens: int, document: int, vocabulary: int) -> Any:
         trained_positions=trained,
         targets=ids[trained + 1],
         weights=torch.full((len(trained),), 1 / len(trained)),
-        uniform_weight=1 / len(trained),
         document_keys=tuple((0, key, 0) for key in range(number)),
         sequence_ids=(0,),
     )

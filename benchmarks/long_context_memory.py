@@ -135,7 +135,6 @@ def _batch(tokens: int, size: int) -> Batch:
         trained_positions=torch.arange(tokens - 1),
         targets=ids[1:],
         weights=torch.full((tokens - 1,), 1 / tokens),
-        uniform_weight=1 / tokens,
         document_keys=((0, 0, 0),),
         sequence_ids=(0,),
     )

@@ -63,7 +63,7 @@ def loss_workspace(
     weights_N = torch.full((tokens,), 1 / tokens, device=device)
 
     def work() -> None:
-        loss = linear_cross_entropy(hidden_NH, weight_VH, targets_N, weights_N, 1 / tokens, kernel)
+        loss = linear_cross_entropy(hidden_NH, weight_VH, targets_N, weights_N, kernel)
         torch.autograd.grad(loss, [hidden_NH, weight_VH])
 
     return peak_bytes(work, torch.device(device)) - weight_VH.numel() * weight_VH.element_size()

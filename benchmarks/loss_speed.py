@@ -23,8 +23,9 @@ from common import machine, spread
 from common import table as markdown
 from loss_memory import peak_bytes
 
-from packhorse.trainer.model import loss
-from packhorse.trainer.model.loss import LIGER_HIDDEN, linear_cross_entropy
+from packhorse.trainer.model import liger_loss
+from packhorse.trainer.model.liger_loss import LIGER_HIDDEN
+from packhorse.trainer.model.loss import linear_cross_entropy
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SHAPES = {  # trained positions, hidden size, vocabulary
@@ -52,10 +53,7 @@ class Case:
 
     def run(self, kernel: str) -> tuple[torch.Tensor, ...]:
         """The gradients of hidden states and head."""
-        each = 1 / len(self.weights)
-        total = linear_cross_entropy(
-            self.hidden, self.head, self.targets, self.weights, each, kernel
-        )
+        total = linear_cross_entropy(self.hidden, self.head, self.targets, self.weights, kernel)
         return torch.autograd.grad(total, [self.hidden, self.head])
 
     def true_gradients(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -73,11 +71,11 @@ class Case:
 
 @contextmanager
 def liger_parts(c: int) -> Iterator[None]:
-    before, loss.LIGER_HIDDEN = loss.LIGER_HIDDEN, c
+    before, liger_loss.LIGER_HIDDEN = liger_loss.LIGER_HIDDEN, c
     try:
         yield
     finally:
-        loss.LIGER_HIDDEN = before
+        liger_loss.LIGER_HIDDEN = before
 
 
 def times_ms(work: Callable[[], object], rounds: int, device: torch.device) -> list[float]:

@@ -24,7 +24,7 @@ from common import ROOT, machine, table, write_result
 
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.data import cache, filters, template_call
-from packhorse.trainer.data.intact import require_intact
+from packhorse.trainer.data.digest import require_intact
 from packhorse.trainer.data.prepare import prepare
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.utils import lease, time_limit

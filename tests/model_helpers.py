@@ -95,7 +95,6 @@ def pack(
         trained_positions=positions,
         targets=tokens[positions + 1],
         weights=by_token,
-        uniform_weight=weights[0] if len(set(weights)) == 1 else None,
         document_keys=tuple((0, key, 0) for key in (keys or range(len(lengths)))),
         sequence_ids=(0,),
     )

@@ -48,7 +48,8 @@ def choose_attention(recipe: Recipe, plan: Plan, run_dir: Path) -> Recipe:
     asked, dtype = recipe.model.attention, getattr(torch, recipe.model.dtype)
     own = attention.fused_kernels(dist.device(), dtype)
     own = [kernel for kernel in own if asked in ("auto", kernel.split()[0])]
-    kernels = [kernel for kernel in own if all(kernel in theirs for theirs in dist.gather(own))]
+    of_ranks = dist.gather(own)  # once, whatever a rank has: ranks with fewer gather no less often
+    kernels = [kernel for kernel in own if all(kernel in theirs for theirs in of_ranks)]
     if not kernels:
         return recipe
     chosen = dist.broadcast(_choose(recipe, plan, run_dir, kernels) if dist.is_main() else None)

@@ -17,14 +17,13 @@ from typing import Any
 import torch
 
 from packhorse.trainer import dist
-from packhorse.trainer.checkpoint.manifest import list_published
 from packhorse.trainer.config.recipe import AdapterSection, Recipe, load_recipe
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import TrainData
 from packhorse.trainer.data.ranks import count_groups
 from packhorse.trainer.datatypes import BadInput, Batch
-from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage
+from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage_of
 from packhorse.trainer.engine.engine import Engine, gathered, reads_gathered, sharded_init
 from packhorse.trainer.engine.optim import describe_decay, parameter_groups
 from packhorse.trainer.estimate.choice import choose_sequence, predict_memory
@@ -60,7 +59,7 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     hidden_size = getattr(load_config(recipe.model).get_text_config(), "hidden_size", 0)
     sections = (recipe.parallel, recipe.model, recipe.optim)
     ds_config = deepspeed_config(*sections, hidden_size, run_dir, learns=learns)
-    require_compilable(recipe.model.compile, stage(ds_config))
+    require_compilable(recipe.model.compile, stage_of(ds_config))
     clear_nvme(ds_config)
     model = load_model(
         recipe.model,
@@ -100,7 +99,7 @@ def _adapter(recipe: Recipe, run_dir: Path) -> AdapterSection | None:
     """
     section = recipe.adapter
     # rank 0's view, as a network file system may show ranks different folders for a moment
-    if section and dist.broadcast(bool(list_published(run_dir / "checkpoints"))):
+    if section and dist.broadcast(has_checkpoint(run_dir)):
         return section.model_copy(update={"init_from": None})
     return section
 
@@ -191,11 +190,7 @@ def _smallest_gpu() -> float:
 
 
 def resolve_sequence(recipe: Recipe, plan: Plan) -> Recipe:
-    """Choose for `parallel.sequence: auto`; every rank calls it.
-
-    Raises:
-        BadInput: no number fits.
-    """
+    """Choose for `parallel.sequence: auto`, or refuse where none fits. Every rank calls it."""
     if recipe.parallel.sequence != "auto":
         return recipe
     cluster = Cluster(dist.world_size(), dist.local_world_size(), _smallest_gpu())
@@ -249,11 +244,8 @@ def warn_if_bf16_is_emulated(dtype: str) -> None:
 
 
 def check_packing(recipe: Recipe, module: SftModel) -> None:
-    """Prove on the loaded model, through the chosen kernels, that packed equals apart (C4).
-
-    Raises:
-        BadInput: packed documents differ from the same documents alone.
-    """
+    """Refuse a loaded model whose packed documents, through the chosen kernels, differ from the
+    same documents alone (C4)."""
     require_positions(module.model, recipe.max_length)
     one_document = recipe.data.packing == "none" and recipe.batch.micro == 1
     # these are the engine's first forwards
@@ -292,13 +284,10 @@ DRY_RUN_DEVICES = ("cuda",)
 
 
 def memory_dry_run(recipe: Recipe, engine: Engine, loader: Loader, first_step: int) -> int | None:
-    """Run the plan's fullest micro-batches, so that a GPU that is too small fails now.
+    """Run the plan's fullest micro-batches, so that a GPU that is too small is refused now.
 
     Returns:
         The predicted peak of GPU memory in bytes, on rank 0 where the planner knows the model.
-
-    Raises:
-        BadInput: they do not fit.
     """
     # With states on an NVMe it is not proved that a dry run leaves no trace in them.
     device = dist.device().type
@@ -334,11 +323,7 @@ def explain_out_of_memory(what: str) -> Iterator[None]:
 
 
 def require_same_data(*prepared: TrainData | None) -> None:
-    """Compare the ranks' data caches, which may be local to a node.
-
-    Raises:
-        BadInput: a rank's cache holds other documents than rank 0's.
-    """
+    """Refuse a rank whose data cache, which may be local to its node, differs from rank 0's."""
     prints = dist.gather([data.fingerprint_at(1) for data in prepared if data])
     others = [rank for rank, theirs in enumerate(prints) if theirs != prints[0]]
     if others:

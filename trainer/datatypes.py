@@ -70,16 +70,15 @@ class Message:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the message as chat templates expect it: absent fields are left out, not null."""
-        fields: dict[str, Any] = {"role": self.role, "content": self.content}
-        if self.reasoning_content is not None:
-            fields["reasoning_content"] = self.reasoning_content
-        if self.tool_calls:
-            fields["tool_calls"] = list(self.tool_calls)
-        if self.tool_call_id is not None:
-            fields["tool_call_id"] = self.tool_call_id
-        if self.name is not None:
-            fields["name"] = self.name
-        return fields
+        fields = {
+            "role": self.role,
+            "content": self.content,
+            "reasoning_content": self.reasoning_content,
+            "tool_calls": list(self.tool_calls) or None,
+            "tool_call_id": self.tool_call_id,
+            "name": self.name,
+        }
+        return {key: value for key, value in fields.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -135,6 +134,16 @@ class Row(NamedTuple):
     fields: Any
 
 
+class LeftOut(NamedTuple):
+    """A row that gives no document, and why."""
+
+    source: int
+    file: int
+    row: int
+    reason: str
+    tokens: int = 0  # of a row that is too long
+
+
 @dataclass(frozen=True)
 class Tokenized:
     """The outcome of some rows: n documents laid end to end, and the rows that were left out."""
@@ -147,17 +156,11 @@ class Tokenized:
     files: np.ndarray  # (n,) int32, number of the file
     rows: np.ndarray  # (n,) int64, row number in the file, from 1
     digests: np.ndarray  # (n,) uint64, of all tokens and flags of the document's row
-    rejects: tuple[tuple[int, int, int, str], ...]  # source, file, row, reason
-    filtered: tuple[tuple[int, int, int, str], ...]  # likewise, left out by the recipe's filters
-    source_rows: Mapping[int, int]  # rows read of each source, with those left out
-    # tokens of each row that was rejected as too long: (file, row) -> tokens
-    long_rows: Mapping[tuple[int, int], int] = field(default_factory=dict)
-    # Of each row that was truncated or split: its source, and the trained tokens that it lost.
-    cuts: tuple[tuple[int, int], ...] = ()
-    # Of each row with a document for each answer: its source, and the tokens that they repeat.
-    apart: tuple[tuple[int, int], ...] = ()
+    rejects: tuple[LeftOut, ...]
+    filtered: tuple[LeftOut, ...]  # likewise, by the recipe's filters
+    counts: Mapping[tuple[int, str], int]  # (source, name in the report) -> what to add there
     # In how many of a source's rows stands a name that nobody reads: (source, name) -> rows.
-    unread: Mapping[tuple[int, str], int] = field(default_factory=dict)
+    unread: Mapping[tuple[int, str], int]
 
 
 class Piece(NamedTuple):
@@ -219,8 +222,6 @@ class Batch:
     targets: torch.Tensor  # (N,) int64, these next tokens
     # (N,) float32. The step's loss is the sum of loss x weight over all ranks (C2).
     weights: torch.Tensor
-    # The weight, if all N are equal: the fused loss kernel then needs one pass only.
-    uniform_weight: float | None
     # (epoch, document, piece) of each of the D documents, which seed the noise (C3).
     document_keys: tuple[tuple[int, int, int], ...]
     sequence_ids: tuple[int, ...]  # numbers within the epoch; empty for a filler
@@ -230,13 +231,16 @@ class Batch:
 
     def cut(self, index: int, number: int, zigzag: bool = False) -> Batch:
         """Return slice `index` of `number` slices of a whole batch, which has as many tokens."""
+        import torch
+
         if number == 1:
             return self
         part = replace(self, slice=(index, number), zigzag=zigzag)
-        own = part.own_tokens(_count_up(self.input_ids))
+        places = torch.arange(len(self.input_ids), device=self.input_ids.device)
+        own = part.own_tokens(places)
         assert len(own), "a slice without a token"
-        local = self.input_ids.new_full(self.input_ids.shape, -1)
-        local[own] = _count_up(own)
+        local = torch.full_like(places, -1)
+        local[own] = places[: len(own)]
         trained = local[self.trained_positions]  # -1: on another rank
         inside = trained >= 0
         return replace(
@@ -292,13 +296,6 @@ class Batch:
         fields = vars(self).items()
         changed = {name: change(value) for name, value in fields if isinstance(value, torch.Tensor)}
         return replace(self, **changed)
-
-
-def _count_up(like: torch.Tensor) -> torch.Tensor:
-    """Return 0, 1, ... for each row, (T,) int64."""
-    import torch
-
-    return torch.arange(len(like), device=like.device)
 
 
 Ranges = tuple[tuple[int, int], ...]

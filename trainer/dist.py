@@ -155,7 +155,8 @@ def saved_log(path: Path) -> Iterator[None]:
 def process_group() -> Iterator[None]:
     """Hold a process group: NCCL between GPUs, gloo between CPU processes.
 
-    On a single machine both listen at the loopback alone, unless the user names an interface.
+    On a single machine both listen at the loopback alone, unless the user names an interface: that
+    of gloo is NCCL's, too.
     """
     import torch
     import torch.distributed as td
@@ -164,7 +165,11 @@ def process_group() -> Iterator[None]:
     single = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "1"}
     for name, value in {**single, "LOCAL_RANK": "0"}.items():
         os.environ.setdefault(name, value)
-    _choose_interface()
+    if world_size() in (1, local_world_size()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if chosen := os.environ.get("GLOO_SOCKET_IFNAME"):
+        # not the other way round: NCCL also takes prefixes and exclusions, gloo takes names
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", chosen)
     on_gpu = device().type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device())
@@ -178,17 +183,6 @@ def process_group() -> Iterator[None]:
     # Without this, ranks fail at exit now and then. Not in a `finally`: after an error the others
     # would fail at once in their collectives, and the launcher might report one of them instead.
     td.destroy_process_group()
-
-
-def _choose_interface() -> None:
-    """Let gloo and NCCL listen on one interface: on one machine the loopback, else gloo's, if the
-    user names one. The user's own choices stay.
-    """
-    if world_size() in (1, local_world_size()):
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    if chosen := os.environ.get("GLOO_SOCKET_IFNAME"):
-        # not the other way round: NCCL also takes prefixes and exclusions, gloo takes names
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", chosen)
 
 
 def sum_over_ranks(values: list[float]) -> list[float]:

@@ -37,9 +37,6 @@ def evaluate_model(recipe: Recipe, out: Path, step: int) -> None:
 
     Args:
         step: the checkpoint's step, under which the results are recorded; 0 without a checkpoint.
-
-    Raises:
-        BadInput: the recipe, its model or its held-out data cannot be used.
     """
     dist.start_logging()
     stop = StopFlag()

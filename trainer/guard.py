@@ -64,7 +64,8 @@ class Guard:
             return None
         if self._section.spike_factor is not None and len(self._losses) >= _ENOUGH:
             usual = median(self._losses)
-            self._is_spike = loss > self._section.spike_factor * usual
+            # losses of exactly 0, as of what is learned by heart, say nothing of what is usual
+            self._is_spike = 0 < self._section.spike_factor * usual < loss
             if self._is_spike:
                 return f"its loss is {loss:.4f}, {loss / usual:.1f} times the usual"
         self._losses.append(loss)

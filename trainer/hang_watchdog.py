@@ -98,8 +98,9 @@ class Watch:
 def name_slowest(folder: Path, world_size: int) -> str:
     """Return a phrase that names the ranks which hold the others up, by the ranks' reports."""
     reports = {
-        int(path.stem.removeprefix("rank")): path.read_text().split("\n")[0]
+        int(path.stem.removeprefix("rank")): text.split("\n")[0]
         for path in folder.glob("rank*")
+        if (text := path.read_text())  # a rank that is stopped may have opened its file only
     }
     missing = sorted(set(range(world_size)) - set(reports))
     if missing:

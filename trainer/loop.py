@@ -58,8 +58,7 @@ class Outcome:
 def train_loop(run: TrainingRun) -> Outcome:
     """Take the steps of the plan from `run.first_step` on. Every rank calls it.
 
-    Raises:
-        StepNotApplied: a step went wrong, and the guard's rule is to stop (C12).
+    Raises StepNotApplied if a step went wrong and the guard's rule is to stop (C12).
     """
     recipe, guard, metrics = run.recipe, run.guard, run.metrics
     plan, steps = run.loader.plan, run.loader.plan.steps

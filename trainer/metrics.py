@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,9 +230,14 @@ class Metrics:
         if dist.is_main():
             cut_json_lines(run_dir / EVALUATIONS, lambda line: line["step"] <= resumed_at)
             evaluated = {line["step"] for line in read_json_lines(run_dir / EVALUATIONS)}
-            repeated = None if resumed_at in evaluated else resumed_at
+
+            def is_kept(line: dict[str, Any]) -> bool:
+                if line["step"] == resumed_at and resumed_at not in evaluated:
+                    return "train/loss" in line
+                return line["step"] <= resumed_at
+
             for name in LOGS:
-                cut_json_lines(run_dir / name, partial(_is_before, resumed_at, repeated))
+                cut_json_lines(run_dir / name, is_kept)
             if to_tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -355,12 +359,6 @@ class Metrics:
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
-
-
-def _is_before(step: int, repeated: int | None, line: dict[str, Any]) -> bool:
-    """Return whether a line is of a step up to `step`, and not of the evaluation at `repeated`."""
-    is_repeated = line["step"] == repeated and "train/loss" not in line
-    return line["step"] <= step and not is_repeated
 
 
 # ----------------------------------------------------------------------------------------- profiler

@@ -32,6 +32,7 @@ import yaml
 
 from packhorse import __version__
 from packhorse.trainer import dist
+from packhorse.trainer.checkpoint.manifest import list_published
 from packhorse.trainer.config.code_keys import used_code_keys
 from packhorse.trainer.config.parsing import read_yaml
 from packhorse.trainer.config.recipe import Recipe, load_recipe
@@ -133,7 +134,7 @@ def require_same_run(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> 
 
 def has_checkpoint(run_dir: Path) -> bool:
     """Return whether the folder holds a run that has saved."""
-    return any((run_dir / "checkpoints").glob("step-*"))
+    return bool(list_published(run_dir / "checkpoints"))
 
 
 def _require_own(run_dir: Path) -> None:

@@ -19,7 +19,7 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopFlag:
-    """Stops all ranks at the same step when SIGTERM or SIGUSR1 reaches any of them (C9).
+    """One flag for all ranks, raised by a signal to any of them or by a deadline.
 
     Before there is a process group, ranks agree through the launcher's store: during preparation
     each asks `raised_early`, and `wait_for_ranks` lets all of them into the group or none. From
@@ -42,8 +42,8 @@ class StopFlag:
         self._ended = threading.Event()
         if self._store is not None:
             # a store serves one thread at a time: the beats get a connection of their own
-            beats = _Beats(_launchers_store(), self._ended)
-            threading.Thread(target=beats.watch, name="meeting", daemon=True).start()
+            given = (_launchers_store(), dist.rank(), self._ended)
+            threading.Thread(target=_beat, args=given, name="meeting", daemon=True).start()
 
     def _raise(self, number: int | None = None, _frame: Any = None) -> None:
         again_s = time.monotonic() - self._raised_at
@@ -56,15 +56,13 @@ class StopFlag:
 
     def raise_at(self, time_s: float) -> None:
         """Raise the flag at `time_s`, in seconds since 1970, as a signal would."""
-        timer = threading.Timer(max(0.0, time_s - time.time()), self._raise)
+        wait_s = min(max(0.0, time_s - time.time()), threading.TIMEOUT_MAX)
+        timer = threading.Timer(wait_s, self._raise)
         timer.daemon = True
         timer.start()
 
     def raised_early(self) -> bool:
-        """Return whether any rank has raised the flag, before there is a process group.
-
-        Waits for nobody.
-        """
+        """Return whether any rank has raised the flag so far, before there is a process group."""
         if self._store is None:
             return self.raised
         if self.raised:
@@ -78,22 +76,19 @@ class StopFlag:
         Waiting inside init_process_group could not be interrupted by a signal.
         """
         try:
-            return self._wait_for_ranks()
+            if self._store is None:
+                return not self.raised
+            # `_START` is written once, with compare_set, so that all ranks read one decision
+            if self._store.add("packhorse/ready", 1) == dist.world_size():
+                self._store.compare_set(_START, "", _NOW)
+            while not self._store.check([_START]):
+                if self.raised:
+                    self._store.compare_set(_START, "", _NEVER)
+                time.sleep(_WAIT_POLL_S)
+            return self._store.get(_START) == _NOW
         finally:
             self._have_met = True
             self._ended.set()
-
-    def _wait_for_ranks(self) -> bool:
-        if self._store is None:
-            return not self.raised
-        # `_START` is written once, with compare_set, so that all ranks read one decision
-        if self._store.add("packhorse/ready", 1) == dist.world_size():
-            self._store.compare_set(_START, "", _NOW)
-        while not self._store.check([_START]):
-            if self.raised:
-                self._store.compare_set(_START, "", _NEVER)
-            time.sleep(_WAIT_POLL_S)
-        return self._store.get(_START) == _NOW
 
     def attach_group(self) -> None:
         """Make the group on which ranks agree. Every rank calls it, inside the process group."""
@@ -123,40 +118,31 @@ class StopFlag:
         return self.agreed()
 
 
-class _Beats:
-    """Ends this rank if the rank before it stands still before there is a process group.
+def _beat(store: Any, rank: int, ended: threading.Event) -> None:
+    """Beat, and end this rank if the rank before it stands still before there is a process group.
 
     Preparation takes as long as it takes, and no step's beats are due yet. So a thread of each rank
     beats: it is silent if the process is stopped, or its machine is gone.
     """
-
-    def __init__(self, store: Any, ended: threading.Event) -> None:
-        self._store, self._ended = store, ended
-        self._rank, self._before = dist.rank(), (dist.rank() - 1) % dist.world_size()
-
-    def watch(self) -> None:
-        keys = [f"packhorse/prepares/{rank}" for rank in (self._rank, self._before)]
-        count, seen, seen_at = 0, None, time.monotonic()
-        while not self._ended.wait(BEAT_S):
-            count += 1
-            try:
-                self._store.set(keys[0], str(count))
-                beat = self._store.get(keys[1]) if self._store.check([keys[1]]) else None
-            except RuntimeError:  # the launcher is gone, and ends this rank
-                return
-            if beat != seen:
-                seen, seen_at = beat, time.monotonic()
-            elif time.monotonic() - seen_at > SILENT_S:
-                self._end()
-                return
-
-    def _end(self) -> None:
-        dist.log.error(
-            "rank %d has given no sign of life for %.0f s before the first step: it is stopped, or "
-            "its machine is gone",
-            *(self._before, SILENT_S),
-        )
-        os._exit(FAILED)
+    before = (rank - 1) % dist.world_size()
+    own, watched = (f"packhorse/prepares/{number}" for number in (rank, before))
+    count, seen, seen_at = 0, None, time.monotonic()
+    while not ended.wait(BEAT_S):
+        count += 1
+        try:
+            store.set(own, str(count))
+            beat = store.get(watched) if store.check([watched]) else None
+        except RuntimeError:  # the launcher is gone, and ends this rank
+            return
+        if beat != seen:
+            seen, seen_at = beat, time.monotonic()
+        elif time.monotonic() - seen_at > SILENT_S:
+            dist.log.error(
+                "rank %d has given no sign of life for %.0f s before the first step: it is "
+                "stopped, or its machine is gone",
+                *(before, SILENT_S),
+            )
+            os._exit(FAILED)
 
 
 BEAT_S, SILENT_S = 2.0, 300.0

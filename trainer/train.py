@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from packhorse.trainer import dist
+from packhorse.trainer import dist, run_folder
 from packhorse.trainer.attention_choice import choose_attention
 from packhorse.trainer.build_engine import (
     build_engine,
@@ -59,21 +59,9 @@ from packhorse.trainer.eval.generate import stop_tokens
 from packhorse.trainer.eval.server_answers import check_server
 from packhorse.trainer.guard import Guard, StepNotApplied
 from packhorse.trainer.hang_watchdog import Watch
-from packhorse.trainer.loop import TrainingRun, is_due, train_loop
+from packhorse.trainer.loop import Outcome, TrainingRun, is_due, train_loop
 from packhorse.trainer.metrics import EVALUATIONS, LOGS, Metrics, Profiler
 from packhorse.trainer.model.load import load_tokenizer
-from packhorse.trainer.run_folder import (
-    LOG_FILE,
-    describe_end,
-    is_done,
-    open_run_folder,
-    require_same_run,
-    require_shared,
-    write_description,
-    write_stop,
-    write_summary,
-    write_trace,
-)
 from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.trackers import Trackers, open_trackers
 from packhorse.trainer.utils.files import Stopped, sync_file
@@ -98,17 +86,17 @@ def train(recipe: Recipe, *, extend: bool = False) -> None:
     recipe = resolve_micro_batch(recipe, run_dir)
     if dist.is_main():
         stop_in_time(recipe, stop)
-        require_same_run(recipe, run_dir, extend=extend)
+        run_folder.require_same_run(recipe, run_dir, extend=extend)
     with owned(run_dir) if dist.is_main() else nullcontext():
         mirror: Mirror | None = None
         if dist.is_main():
             mirror = open_mirror(recipe, run_dir)
-            open_run_folder(recipe, run_dir, extend=extend)
+            run_folder.open_run_folder(recipe, run_dir, extend=extend)
             check_server(recipe)
             if recipe.run.push_to_hub:
                 check_push(recipe.run.push_to_hub)
         with (
-            dist.saved_log(run_dir / LOG_FILE),
+            dist.saved_log(run_dir / run_folder.LOG_FILE),
             open_trackers(recipe, run_dir) as trackers,
         ):
             prepare_and_fit(recipe, run_dir, stop, mirror, trackers)
@@ -127,13 +115,13 @@ def prepare_and_fit(
             eval_data = prepare(recipe, tokenizer, "eval", stop.raised_early)
         # A streaming source compares each shard when it is prepared.
         if eval_data and isinstance(train_data, Prepared):
-            given = (recipe, tokenizer, train_data, eval_data)
-            train_data, eval_data = check_leakage(*given, stop.raised_early)
+            given = (recipe, train_data, eval_data, stop.raised_early)
+            train_data, eval_data = check_leakage(*given)
         plan = train_plan(recipe, train_data, stop.raised_early)
         if not stop.wait_for_ranks():
             raise Stopped("stopped before all ranks were ready")
     except Stopped:
-        write_stop(run_dir, 0)
+        run_folder.write_stop(run_dir, 0)
         return
     # not earlier: rank 0 prepares the data on all cores
     if bound := bind_to_numa_node(dist.local_rank(), dist.local_world_size()):
@@ -145,7 +133,7 @@ def prepare_and_fit(
     # not in the group, where the other ranks would wait in vain
     if dist.is_main():
         steps = last_step(recipe.eval, run_dir, plan.steps)
-        done = is_done(run_dir, steps)
+        done = run_folder.is_done(run_dir, steps)
         if mirror:
             mirror.finish(is_done=done)
         if done and recipe.run.push_to_hub:
@@ -175,7 +163,7 @@ def fit(prepared: PreparedRun) -> None:
         StepNotApplied: a step was not applied, and no checkpoint exists to roll back to.
     """
     recipe, run_dir = prepared.recipe, prepared.run_dir
-    require_shared(run_dir)
+    run_folder.require_shared(run_dir)
     if dist.local_world_size() < dist.world_size():
         mib, gb_per_s = dist.all_reduce_speed()
         world = dist.world_size()
@@ -210,7 +198,7 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     if has_ended(prepared, first_step):
         dist.log.info("%s: all %d steps are done; set another run.dir", run_dir, first_step)
         if dist.is_main():
-            dist.log.info(describe_end(recipe, run_dir))
+            dist.log.info(run_folder.describe_end(recipe, run_dir))
         return "ended"
 
     guard = Guard(recipe.guard, run_dir, recent_losses)
@@ -224,7 +212,7 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
     # A resumed run repeats an evaluation only if it was stopped before its end.
     due = first_step == 0 or is_due(first_step, recipe.eval.every_steps)
     if due and not evaluate(first_step):
-        write_stop(run_dir, first_step)
+        run_folder.write_stop(run_dir, first_step)
         return "ended"
 
     log_schedule(prepared, first_step)
@@ -249,16 +237,11 @@ def train_from_checkpoint(prepared: PreparedRun, engine: Engine) -> Literal["end
             is_best=lambda step: step == best.step,
             ends_early=lambda step: step == best.early_end,
             describe_rows=partial(describe_rows, prepared),
-            trace=partial(write_trace, run_dir, engine) if recipe.run.trace else None,
+            trace=partial(run_folder.write_trace, run_dir, engine) if recipe.run.trace else None,
         )
         outcome = train_loop(run)
     run.progress.close()
-    if outcome.end == "stopped" or (outcome.end == "done" and not evaluate(outcome.step)):
-        write_stop(run_dir, outcome.step)
-    elif outcome.end in ("done", "early") and dist.is_main():
-        if outcome.end == "early":
-            dist.log.info("eval.early_stopping ends the run after step %d", outcome.step)
-        conclude(prepared, metrics, guard, best, outcome.step)
+    conclude(prepared, run, best, outcome)
     watch.pause()
     metrics.close()
     return "rollback" if outcome.end == "rollback" else "ended"
@@ -269,18 +252,23 @@ def has_ended(prepared: PreparedRun, step: int) -> bool:
     may see an older state of a shared file system."""
     recipe, run_dir = prepared.recipe, prepared.run_dir
     ended = dist.is_main() and step == last_step(recipe.eval, run_dir, prepared.plan.steps)
-    return dist.broadcast(ended and is_done(run_dir, step))
+    return dist.broadcast(ended and run_folder.is_done(run_dir, step))
 
 
-def conclude(prepared: PreparedRun, metrics: Metrics, guard: Guard, best: Best, steps: int) -> None:
-    """Write the summary of a run that is done after `steps`, and log it. Rank 0 calls it."""
-    recipe, run_dir = prepared.recipe, prepared.run_dir
-    # The last evaluation may have chosen the last step as the best.
-    point_at_best(run_dir / "checkpoints", best.step)
-    speed, skipped = metrics.tokens_per_s, len(guard.skipped_steps)
-    rest_s = metrics.clock.read()  # the last checkpoint and evaluation
-    write_summary(run_dir, steps, speed, skipped, rest_s, best.summary())
-    dist.log.info(describe_end(recipe, run_dir))
+def conclude(prepared: PreparedRun, run: TrainingRun, best: Best, outcome: Outcome) -> None:
+    """Evaluate the last step, and write the summary of a run that is done, or that it stopped."""
+    run_dir, metrics = prepared.run_dir, run.metrics
+    if outcome.end == "stopped" or (outcome.end == "done" and not run.evaluate(outcome.step)):
+        run_folder.write_stop(run_dir, outcome.step)
+    elif outcome.end in ("done", "early") and dist.is_main():
+        if outcome.end == "early":
+            dist.log.info("eval.early_stopping ends the run after step %d", outcome.step)
+        # The last evaluation may have chosen the last step as the best.
+        point_at_best(run_dir / "checkpoints", best.step)
+        speed, skipped = metrics.tokens_per_s, len(run.guard.skipped_steps)
+        rest_s = metrics.clock.read()  # the last checkpoint and evaluation
+        run_folder.write_summary(run_dir, outcome.step, speed, skipped, rest_s, best.summary())
+        dist.log.info(run_folder.describe_end(prepared.recipe, run_dir))
 
 
 def build_evaluation(
@@ -293,7 +281,7 @@ def build_evaluation(
     eval_data, stop = prepared.eval_data, prepared.stop
     if dist.is_main():
         train_data, plan = prepared.train_data, prepared.plan
-        write_description(recipe, run_dir, train_data, plan, eval_data, metrics)
+        run_folder.write_description(recipe, run_dir, train_data, plan, eval_data, metrics)
         save_description(model, prepared.tokenizer, recipe.model, run_dir)
     if recipe.eval.lm_eval:
         dist.log.info("eval.lm_eval is not run in training: `packhorse eval %s RECIPE`", run_dir)

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 
 from packhorse.trainer import dist
 from packhorse.trainer.build_engine import build_engine
+from packhorse.trainer.checkpoint.export_folder import describe
 from packhorse.trainer.checkpoint.hf_export import export, save_description
 from packhorse.trainer.checkpoint.manifest import RunState
 from packhorse.trainer.checkpoint.saver import Saver
@@ -127,7 +128,8 @@ def _train_and_compare(folder: Path, run_dir: Path, stage: int, packed: bool) ->
         losses += dist.sum_over_ranks([float(done.loss)])
     if dist.is_main():
         save_description(engine.module.model, tokenizer, recipe.model, run_dir)
-    with Saver(run_dir, engine, recipe.checkpoint) as saver:
+    description = describe(run_dir, recipe) if dist.is_main() else None
+    with Saver(run_dir, engine, recipe.checkpoint, None, description) as saver:
         saver.save(RunState(STEPS, STEPS, "", 1, losses, 1, stage))
     outcome, failure = None, None
     if dist.is_main():

@@ -96,6 +96,7 @@ def held(engine: Engine, batch: Batch) -> dict[str, int]:
 _READS = {
     *("_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "bincount"),
     *("_unique2", "unique_consecutive", "repeat_interleave"),
+    "lift_fresh",  # of a list or number of the host: its copy to a GPU is waited for
 }
 
 

@@ -42,7 +42,7 @@ def test_the_step_names_its_rows_and_is_not_counted(outcomes: dict[str, Any], st
 
 def main(out: Path) -> None:
     """Run a good step and one with a NaN through the loop on each rank, stage after stage."""
-    from packhorse.trainer import dist, guard, train
+    from packhorse.trainer import dist, guard, run_folder, train
     from packhorse.trainer.engine.engine import Engine
     from packhorse.trainer.model.load import load_tokenizer
     from packhorse.trainer.stop_flag import StopFlag
@@ -57,7 +57,7 @@ def main(out: Path) -> None:
         if not first and dist.rank() == 1:
             last = batches[-1]
             nan = float("nan")
-            batches = [*batches[:-1], replace(last, weights=last.weights * nan, uniform_weight=nan)]
+            batches = [*batches[:-1], replace(last, weights=last.weights * nan)]
         weights = _weights(self)
         result = real_step(self, batches, *args)
         if first:
@@ -93,7 +93,7 @@ def main(out: Path) -> None:
                 ],
             )
             if dist.is_main():
-                train.open_run_folder(recipe, run_dir)
+                run_folder.open_run_folder(recipe, run_dir)
             dist.barrier()
             tokenizer = load_tokenizer(recipe.model)
             data = prepare(recipe, tokenizer, "train")

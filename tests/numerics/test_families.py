@@ -13,12 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from packhorse.trainer.checkpoint.hf_export import export
-from packhorse.trainer.model.load import model_class
+from packhorse.trainer.config.recipe import load_recipe
+from packhorse.trainer.model.load import load_model, load_tokenizer, model_class
+from packhorse.trainer.model.lora import merged_weights
+from tests.model_helpers import relative
 from tests.models.shrunk import config_of
-from tests.numerics.compare import Run, case, difference, report, run_cases
+from tests.numerics.compare import Run, case, difference, is_same, report, run_cases
 from tests.numerics.test_optimizers import CHOSEN, agrees
 from tests.ranks import ROOT
 from tests.runs.test_export_kinds import make_gemma
@@ -31,6 +36,23 @@ FAMILIES = {
     "sparse": ("gpt_oss", {"num_local_experts": 32}),  # a step's tokens leave some of them idle
     "hybrid": ("lfm2", {}),
     "towers": ("gemma3", {}),
+    "mixture": ("qwen3_moe", {"moe_intermediate_size": 64}),  # rows of whole blocks
+}
+# Adapters on experts, and experts in 4 and 8 bits: gpt-oss's have biases, and inputs first. With
+# the stages at which two ranks run them.
+ADAPTERS = {
+    "adapter": (
+        "experts",
+        "target_parameters: all-experts, trainable_token_indices: [4, 223]",
+        ("zero1", "zero2"),
+    ),
+    "nf4": (
+        "experts",
+        "target_parameters: all-experts, base: nf4_double_quant",
+        ("zero1", "zero3"),
+    ),
+    "frozen-nf4": ("mixture", "base: nf4", ("zero2", "zero3")),
+    "int8": ("mixture", "target_parameters: [experts.down_proj], base: int8", ("zero3",)),
 }
 CASES = [
     *((family, kind) for family in ("experts", "hybrid", "towers") for kind in CHOSEN),
@@ -77,16 +99,20 @@ def runs(root: Path) -> dict[str, Run]:
         # stage 2 has a gradient of zero, and decay, where stage 0 has none
         stage = "zero2" if family == "towers" else "zero0"
         one.append(case(root, f"{family}-{control}", stage, *keys, changes=[control]))
-    adapted = (
-        *(*COMMON, f"model.name={root / 'models' / 'experts'}", "optim.lr=1e-2"),
-        "adapter={rank: 4, target_parameters: all-experts, target_modules: [q_proj], "
-        "trainable_token_indices: [4, 223]}",
-    )
-    one.append(case(root, "adapter-1", "zero0", *adapted))
-    two += [case(root, f"adapter-{stage}", stage, *adapted) for stage in ("zero1", "zero2")]
-    moved = case(root, "adapter-moved", "zero3", *adapted)
-    two.append({**moved, "stop_after": 2})
-    one.append(case(root, "adapter-moved", "zero2", *adapted))
+    for name, (family, adapter, stages) in ADAPTERS.items():
+        keys = [*COMMON, f"model.name={root / 'models' / family}", "optim.lr=1e-2"]
+        keys.append(f"adapter={{rank: 4, target_modules: [q_proj], {adapter}}}")
+        one.append(case(root, f"{name}-1", "zero0", *keys))
+        two += [case(root, f"{name}-{stage}", stage, *keys) for stage in stages]
+        moved = case(root, f"{name}-moved", "zero3", *keys)
+        two.append({**moved, "stop_after": 2})
+        one.append(case(root, f"{name}-moved", "zero2", *keys))
+        if name == "nf4":
+            resumed = case(root, "nf4-resumed", "zero3", *keys)
+            two += [{**resumed, "stop_after": 2}, resumed]
+            recomputed = (*keys, "model.activation_checkpointing=selective")
+            two.append(case(root, "nf4-recomputed", "zero3", *recomputed))
+            one.append(case(root, "nf4-unpacked", "zero0", *keys, changes=["experts_unpacked"]))
     return run_cases({2: two}, {1: one})
 
 
@@ -111,24 +137,55 @@ def test_controls_are_caught(runs: dict[str, Run], family: str, control: str) ->
     assert seen.is_caught
 
 
-@pytest.mark.parametrize("other", ["zero1", "zero2", "moved"])
-def test_an_adapter_of_experts_learns_the_same_everywhere(runs: dict[str, Run], other: str) -> None:
-    seen = difference(runs["adapter-1"], runs[f"adapter-{other}"])
-    report(f"adapter of experts, {other}", seen)
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [(name, other) for name in ADAPTERS for other in (*ADAPTERS[name][2], "moved")]
+    + [("nf4", "recomputed")],
+)
+def test_an_adapter_of_experts_learns_the_same_everywhere(
+    runs: dict[str, Run], name: str, other: str
+) -> None:
+    seen = difference(runs[f"{name}-1"], runs[f"{name}-{other}"])
+    report(f"adapter of experts, {name}, {other}", seen)
     assert seen.agrees
-    for part in ("experts.lora_B", "embed_tokens.trainable_tokens_delta"):
-        assert any(part in name for name in runs["adapter-1"].changes)
+    experts = [part for part in runs[f"{name}-1"].changes if "experts.lora_B" in part]
+    assert bool(experts) == ("target_parameters" in ADAPTERS[name][1])
 
 
-@pytest.mark.parametrize("merge", [True, False])
-def test_an_adapter_of_experts_is_exported(runs: dict[str, Run], root: Path, merge: bool) -> None:
-    """The export itself compares the logits of what it wrote."""
-    out = export(runs["adapter-moved"].folder, root / f"out-{merge}", merge=merge)
-    if merge:
-        before = load_file(root / "models" / "experts" / "model.safetensors")
-        after = load_file(out / "model.safetensors")
+def test_x3_packed_experts_resume_bit_by_bit(runs: dict[str, Run]) -> None:
+    assert is_same(runs["nf4-zero3"], runs["nf4-resumed"])
+
+
+def test_control_experts_that_are_not_packed_are_caught(runs: dict[str, Run]) -> None:
+    seen = difference(runs["nf4-1"], runs["nf4-unpacked"])
+    report("control, experts not packed", seen)
+    assert seen.is_caught
+
+
+@pytest.mark.parametrize("name", ["adapter", "nf4", "int8"])
+def test_an_adapter_of_experts_is_exported(runs: dict[str, Run], root: Path, name: str) -> None:
+    """Merged, and alone: on the base that it was trained on, peft's own code gives its logits."""
+    run = runs[f"{name}-moved"].folder
+    # the export itself compares the logits of what it wrote
+    merged, alone = (export(run, root / f"{name}-{m}", merge=m) for m in (True, False))
+    if name == "adapter":
+        before, after = (
+            load_file(folder / "model.safetensors") for folder in (root / "models/experts", merged)
+        )
         moved = {name for name in before if not torch.equal(before[name], after[name])}
         assert {re.sub(r"^model\.(layers\.\d+\.)?", "", name) for name in moved} == {
             *("mlp.experts.gate_up_proj", "mlp.experts.down_proj", "self_attn.q_proj.weight"),
             "embed_tokens.weight",
         }
+    recipe = load_recipe(run / "recipe.yaml")
+    assert recipe.adapter
+    model = load_model(recipe.model, load_tokenizer(recipe.model), seed=0, adapter=recipe.adapter)
+    base, whole = (AutoModelForCausalLM.from_pretrained(f) for f in (recipe.model.name, merged))
+    base.load_state_dict(dict(merged_weights(model)))  # B is zero
+    ids = torch.arange(4, 60)[None]
+    with torch.no_grad():
+        expected, found = (
+            m.eval()(input_ids=ids, use_cache=False).logits
+            for m in (whole, PeftModel.from_pretrained(base, str(alone)))
+        )
+    assert relative(found, expected) < 1e-5

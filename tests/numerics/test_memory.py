@@ -26,6 +26,8 @@ CASES = [
     *(f"{stage}-bfloat16-float32-adapter" for stage in ("zero1", "zero2", "zero3")),
     "zero0-float32-float32-adapter",
     *(f"{stage}-bfloat16-float32-{b}" for stage in ("zero2", "zero3") for b in ("nf4", "int8")),
+    *(f"{stage}-bfloat16-float32-experts-nf4" for stage in ("zero2", "zero3")),
+    "zero3-bfloat16-float32-experts-int8",
     *(f"{stage}-float32-float32-muon" for stage in ("zero0", "zero2", "zero3")),
     *(f"{stage}_streamed-bfloat16-float32" for stage in ("zero1", "zero3")),
     "zero3_hpz-bfloat16-float32",

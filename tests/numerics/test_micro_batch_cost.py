@@ -78,7 +78,7 @@ def test_what_exactness_adds_to_a_micro_batch(found: dict[str, Any]) -> None:
     of = found["price"]
     assert of["packing_check_forwards"] > 0 == of["packing_check_forwards_of_a_step"]
     assert of["operations_of_the_gradient_watch"] == 0
-    assert of["operations_of_a_filler"] == of["operations_of_a_micro_batch"]
+    assert of["operations_of_a_filler"] <= of["operations_of_a_micro_batch"]
 
 
 def overrides_of(name: str, out: Path) -> list[str]:
@@ -94,9 +94,18 @@ def overrides_of(name: str, out: Path) -> list[str]:
 def one_batch() -> Any:
     from packhorse.trainer.data.loader import filler_batch
 
-    ids = torch.arange(5, 13)
-    learns = {"trained_positions": torch.arange(7), "targets": ids[1:], "weights": torch.ones(7)}
-    return replace(filler_batch(tokens=8), input_ids=ids, uniform_weight=None, **learns)
+    ids, trained = torch.arange(5, 13), torch.tensor([0, 1, 2, 3, 5, 6])
+    return replace(
+        filler_batch(tokens=8),
+        input_ids=ids,
+        position_ids=torch.tensor([0, 1, 2, 3, 4, 0, 1, 2]),
+        cu_seqlens=torch.tensor([0, 5, 8], dtype=torch.int32),
+        lengths=(5, 3),
+        trained_positions=trained,
+        targets=ids[trained + 1],
+        weights=torch.tensor([0.5, 0.5, 0.5, 0.5, 1.0, 1.0]),
+        document_keys=((0, 0, 0), (0, 1, 0)),
+    )
 
 
 def step(engine: Any, micro_batches: int, clock: Any = None) -> None:

@@ -14,6 +14,7 @@ from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.logit_transform import LogitTransform
 from packhorse.trainer.model.loss import BLOCK_HIDDEN, choose_kernel, linear_cross_entropy
 from tests.model_helpers import interpreted, relative
+from tests.numerics import buffers
 
 torch.set_num_threads(1)
 
@@ -32,7 +33,6 @@ class Case(NamedTuple):
     bias: torch.Tensor | None
     targets: torch.Tensor
     weights: torch.Tensor
-    uniform_weight: float | None
     transform: LogitTransform
 
 
@@ -58,7 +58,6 @@ def case(
         torch.randn(v, generator=generator).to(dtype).requires_grad_() if bias else None,
         targets,
         weights,
-        1 / n if uniform else None,
         transform or LogitTransform(),
     )
 
@@ -69,12 +68,12 @@ def run(kernel: str, given: Case, incoming: float = 1.0) -> tuple[torch.Tensor, 
         given.weight,
         given.targets,
         given.weights,
-        given.uniform_weight,
         kernel,
         bias_V=given.bias,
         transform=given.transform,
     )
-    leaves = [t for t in (given.hidden, given.weight, given.bias) if t is not None]
+    leaves = (given.hidden, given.weight, given.bias)
+    leaves = [t for t in leaves if t is not None and t.requires_grad]
     return loss.detach(), list(torch.autograd.grad(loss * incoming, leaves))
 
 
@@ -97,14 +96,13 @@ def worst(kernel: str, given: Case, incoming: float = 1.0, twin: Case | None = N
     )
 
 
-def of_a_frozen_head(kernel: str, given: Case) -> float:
-    """Return the relative difference of the hidden states' gradient, as under an adapter."""
-    weight, weights = given.weight.detach(), given.weights
-    loss = linear_cross_entropy(
-        given.hidden, weight, given.targets, weights, given.uniform_weight, kernel
-    )
-    (gradient,) = torch.autograd.grad(loss, [given.hidden])
-    return relative(gradient, run("reference", given)[1][0])
+def of_one_alone(kernel: str, given: Case, trained: str) -> float:
+    """Return the relative difference of the gradient if `hidden` or `weight` alone needs one: under
+    an adapter the head is frozen, or all but the head.
+    """
+    frozen = "weight" if trained == "hidden" else "hidden"
+    _, one = run(kernel, given._replace(**{frozen: getattr(given, frozen).detach()}))
+    return relative(one[0], run("reference", given)[1][trained == "weight"])
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -159,8 +157,9 @@ def test_confident_tokens_keep_their_small_gradients_in_bf16() -> None:
     assert worst("chunked", given) <= 2 * max(worst("reference", given), BOUND[torch.bfloat16])
 
 
-def test_a_frozen_head_costs_no_gradient() -> None:
-    assert of_a_frozen_head("chunked", case()) <= BOUND[torch.float32]
+@pytest.mark.parametrize("trained", ["hidden", "weight"])
+def test_head_or_hidden_states_alone_get_their_gradient(trained: str) -> None:
+    assert of_one_alone("chunked", case(), trained) <= BOUND[torch.float32]
 
 
 def test_a_tied_head_gets_both_gradients() -> None:
@@ -171,7 +170,7 @@ def test_a_tied_head_gets_both_gradients() -> None:
     gradients = []
     for kernel in ("chunked", "reference"):
         loss = linear_cross_entropy(
-            torch.nn.functional.embedding(ids, tied), tied, targets, weights, 1 / 9, kernel
+            torch.nn.functional.embedding(ids, tied), tied, targets, weights, kernel
         )
         gradients += torch.autograd.grad(loss, [tied])
     assert relative(*gradients) <= BOUND[torch.float32]
@@ -184,7 +183,7 @@ def test_no_trained_position_is_a_zero_with_gradients(kernel: str) -> None:
         torch.randn(203, 16, requires_grad=True),
     )
     nothing = torch.empty(0)
-    loss = linear_cross_entropy(hidden, weight, nothing.long(), nothing, None, kernel)
+    loss = linear_cross_entropy(hidden, weight, nothing.long(), nothing, kernel)
     loss.backward()
     assert loss == 0.0
     assert weight.grad is not None
@@ -252,10 +251,14 @@ def liger_main() -> None:
                 )
             seen[f"{variant}, {dtype}"] = worst("liger", given, incoming=3.0)
     right = case(shape=(7, 16, 99))
-    for uniform in (False, True):
-        seen[f"frozen head, {uniform}"] = of_a_frozen_head(
-            "liger", case(uniform=uniform, shape=(7, 16, 99))
-        )
+    for trained in ("hidden", "weight"):
+        seen[f"{trained} alone"] = of_one_alone("liger", right, trained)
+    with torch.no_grad():
+        loss = linear_cross_entropy(*right[:2], right.targets, right.weights, "liger")
+    seen["without gradients"] = relative(loss, run("reference", right)[0])
+    with buffers.Counted() as counted:
+        run("liger", right)
+    seen["waits"] = counted.waits
     seen["control"] = worst(
         "liger", right._replace(transform=LogitTransform(0.5)), twin=in_fp32(right)
     )
@@ -277,9 +280,13 @@ def test_ligers_own_kernel_is_the_reference(
     assert seen <= BOUND[dtype]
 
 
-@pytest.mark.parametrize("uniform", [False, True])
-def test_liger_takes_a_frozen_head(liger: dict[str, float], uniform: bool) -> None:
-    assert liger[f"frozen head, {uniform}"] <= BOUND[torch.float32]
+@pytest.mark.parametrize("what", ["hidden alone", "weight alone", "without gradients"])
+def test_liger_makes_the_gradients_that_are_needed(liger: dict[str, float], what: str) -> None:
+    assert liger[what] <= BOUND[torch.float32]
+
+
+def test_the_host_does_not_wait_for_ligers_loss(liger: dict[str, float]) -> None:
+    assert liger["waits"] == 0
 
 
 def test_control_of_liger_shows_tenfold(liger: dict[str, float]) -> None:

@@ -32,7 +32,7 @@ def test_few_of_many_rows_are_compared(
     counted = mock.Mock(wraps=near_duplicates.similarity)
     monkeypatch.setattr(near_duplicates, "similarity", counted)
     train, held_out = both(recipe, tokenizer)
-    report = leakage.check_leakage(recipe, tokenizer, train, held_out)[1].leakage
+    report = leakage.check_leakage(recipe, train, held_out)[1].leakage
     assert abs(train.report["tokens"] / TRAIN_ROWS - ROW_TOKENS) < 20
     assert report
     assert (report["rows"], report["leaked_rows"], report["pairs"]) == (

@@ -5,10 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from packhorse.trainer.checkpoint.verify_resume import Differences
+from packhorse.trainer.checkpoint.verify_resume import Differences, _compare_change
 from tests.ranks import ROOT
 
 pytestmark = pytest.mark.runs
@@ -60,3 +63,14 @@ def test_the_debug_recipe_survives_a_change_of_worlds(tmp_path: Path, changes: l
 )
 def test_a_verdict_follows_from_the_bounds(seen: Differences, agree: bool, noticed: bool) -> None:
     assert (seen.agree, seen.are_seen) == (agree, noticed)
+
+
+def test_a_tensor_that_neither_run_changed_agrees() -> None:
+    start = torch.ones(3)
+    saved: list[Any] = [
+        SimpleNamespace(names=["w"], whole=lambda _, change=change: start + change)
+        for change in (0.0, 1.0)
+    ]
+    assert _compare_change(saved[0], saved[0], "w", start) == 0
+    assert _compare_change(saved[1], saved[1], "w", start) == 0
+    assert _compare_change(saved[1], saved[0], "w", start) == 1

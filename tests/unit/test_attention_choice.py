@@ -77,6 +77,17 @@ def chosen(run_dir: Path, *overrides: str) -> str:
     return f"{backend} {flash_versions._pinned}" if flash_versions._pinned else backend
 
 
+@pytest.mark.parametrize("own", [[], KERNELS[2:], KERNELS])
+def test_ranks_with_other_kernels_meet_as_often(
+    kernels: Kernels, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own: list[str]
+) -> None:
+    asked = []
+    monkeypatch.setattr(attention, "fused_kernels", lambda device, dtype: own)
+    monkeypatch.setattr(dist, "gather", lambda value: [asked.append(value), value, KERNELS[2:]][1:])
+    assert chosen(tmp_path) == (KERNELS[2] if own else "auto")
+    assert asked == [own]
+
+
 def test_the_fastest_on_the_runs_own_shapes_is_taken_and_recorded(
     kernels: Kernels, tmp_path: Path
 ) -> None:

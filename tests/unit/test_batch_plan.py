@@ -13,7 +13,7 @@ from packhorse.trainer.config.recipe import BatchSection, LossSection, TrainSect
 from packhorse.trainer.data.batch_plan import Corpus, Plan
 from packhorse.trainer.data.pack import pack
 from packhorse.trainer.data.ranks import filler_share, good_worlds, micro_batches_of
-from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.datatypes import BadInput, Piece
 
 SEQ_LEN = 32
 
@@ -147,13 +147,9 @@ def test_the_filler_share_is_the_share_of_fillers(plan, world):
 def test_token_weights_of_a_step_sum_to_one_and_count_every_trained_token(plan):
     trained = 0
     for step in map(plan.step, range(plan.steps)):
-        weight = plan.uniform_weight(step)
-        assert weight is not None
+        weights = plan.piece_weights(step, plan.pieces(step.epoch, step.micro_batches[0]))
+        assert weights * step.trained_tokens == pytest.approx(1)
         trained += step.trained_tokens
-        if step.trained_tokens:
-            assert weight * step.trained_tokens == pytest.approx(1)
-        else:
-            assert weight == 0.0
     assert trained == plan.train.epochs * plan.epochs.corpus(0).trained_counts.sum()
 
 
@@ -173,13 +169,13 @@ def test_example_weights_give_every_example_the_same_say(packing):
         assert says == pytest.approx([1 / step.examples] * len(says))
         assert len(says) == step.examples
         assert sum(says) == pytest.approx(1)
-        assert plan.uniform_weight(step) is None
 
 
 def test_constant_weights_divide_by_k_and_the_examples():
     plan = make_plan(some_flags(0, 20), weighting=10)
     step = plan.step(0)
-    assert plan.uniform_weight(step) == pytest.approx(1 / (10 * step.examples))
+    weights = plan.piece_weights(step, plan.pieces(step.epoch, step.micro_batches[0]))
+    assert weights == pytest.approx(1 / (10 * step.examples))
 
 
 @pytest.mark.parametrize("weighting", ["token", "example", 5])
@@ -209,7 +205,7 @@ def test_a_token_after_a_cut_is_predicted_by_the_piece_before_it():
     flags = [np.zeros(SEQ_LEN + 1, bool)]
     flags[0][SEQ_LEN] = True  # the second piece's first and only token
     plan = make_plan(flags, "bfd_split", global_batch_size=1)
-    (piece,) = plan.sequence(0, 0)
+    piece = Piece(*plan.pieces(0, [0])[0].tolist())
     assert (plan.steps, piece.start, plan.step(0).trained_tokens) == (1, 0, 1)
 
 
@@ -343,12 +339,12 @@ def test_sizes_of_sequences_and_epochs_are_those_of_the_steps(plan):
         steps = [step for step in map(plan.step, range(plan.steps)) if step.epoch == epoch]
         assert plan.epoch_steps(epoch) == len(steps)
         sequences = [
-            plan.sequence(epoch, number)
+            plan.pieces(epoch, [number])
             for step in steps
             for number in sequences_of(plan, step.step)
         ]
         tokens, pieces = plan.sequence_sizes(epoch)
-        assert tokens.tolist() == [sum(p.stop - p.start for p in each) for each in sequences]
+        assert tokens.tolist() == [int((each[:, 2] - each[:, 1]).sum()) for each in sequences]
         assert pieces.tolist() == list(map(len, sequences))
 
 

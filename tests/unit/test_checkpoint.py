@@ -152,7 +152,8 @@ def test_one_that_is_the_best_no_more_is_pruned_as_others_are(tmp_path: Path) ->
 def test_the_last_step_counts_damaged_checkpoints_and_no_copies(tmp_path: Path) -> None:
     publish(tmp_path, 1, 2, 10)
     lose_a_file(tmp_path / "checkpoints" / "step-000010")
-    (tmp_path / "checkpoints" / "step-000200-copy").mkdir()
+    for name in ("step-000200-copy", "step-²", "step-"):
+        (tmp_path / "checkpoints" / name).mkdir()
     assert checkpoint.last_step(tmp_path) == 10
     with pytest.raises(ValueError, match="empty"):
         checkpoint.last_step(tmp_path / "empty")
@@ -362,6 +363,14 @@ def test_training_goes_on_while_a_copy_is_written(
     assert torch.equal(other.parameters["a"], torch.full((500,), 1.0)), (
         "what was saved is the state of step 1"
     )
+
+
+def test_a_copy_that_does_not_fit_on_another_host_is_refused_on_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "gather", lambda mine: [mine, [mine[0], mine[0] - 1]])
+    with pytest.raises(BadInput, match="GiB of a host's memory"):
+        publish(tmp_path, 1, asynchronous=True)
 
 
 def test_a_copy_that_does_not_fit_is_refused_where_asked_for(

@@ -16,6 +16,7 @@ from packhorse.trainer.engine.ds_config import (
     clear_nvme,
     deepspeed_config,
     for_deepspeed,
+    offload_device,
     require_whole_groups,
     streams_optimizer,
 )
@@ -98,7 +99,10 @@ def test_what_changes_learning_is_refused_in_a_template(tmp_path: Path, key: str
     made(template(tmp_path, {"zero_optimization": {"stage": 3, key: False}}))
 
 
-@pytest.mark.parametrize(("content", "says"), [("{", "not valid JSON"), ([], "JSON object")])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [("{", "not valid JSON"), ([], "JSON object"), ({"zero_optimization": 2}, "JSON object")],
+)
 def test_a_template_that_is_not_json_is_refused(tmp_path: Path, content: Any, says: str) -> None:
     with pytest.raises(BadInput, match=says):
         made(template(tmp_path, content))
@@ -123,6 +127,12 @@ def test_an_optimizer_that_is_offloaded_in_part_is_refused(tmp_path: Path) -> No
         made(template(tmp_path, {"zero_optimization": zero}))
     offload["ratio"] = 1.0
     assert made(template(tmp_path, {"zero_optimization": zero}))
+
+
+def test_an_offload_of_null_is_none(tmp_path: Path) -> None:
+    nothing = {"offload_optimizer": None, "offload_param": None}
+    config = made(template(tmp_path, {"zero_optimization": {"stage": 3, **nothing}}))
+    assert offload_device(config, "optimizer") == offload_device(config, "param") == "none"
 
 
 def test_two_runs_share_no_folder_on_the_nvme(tmp_path: Path) -> None:

@@ -33,6 +33,10 @@ def test_a_loss_that_is_no_number_is_not_among_the_usual_ones(tmp_path: Path) ->
     assert watching.recent_losses == (1.0,) * 10
 
 
+def test_beside_losses_of_zero_nothing_is_a_spike(tmp_path: Path) -> None:
+    assert guard(tmp_path, (0.0,) * 10, spike_factor=3.0).check_loss(1e-9) is None
+
+
 def test_the_first_losses_are_no_spikes(tmp_path: Path) -> None:
     watching = guard(tmp_path, (), spike_factor=2.0)
     assert [watching.check_loss(loss) for loss in (1.0, 100.0, 10000.0)] == [None] * 3

@@ -14,6 +14,8 @@ def test_a_rank_without_a_report_is_named_first(tmp_path):
     (tmp_path / "rank00000.txt").write_text("7 step 3 > data\n")
     (tmp_path / "rank00002.txt").write_text("6 step 3\n")
     assert name_slowest(tmp_path, 3) == "no report from rank 1: stopped, or the machine is gone"
+    (tmp_path / "rank00001.txt").touch()
+    assert name_slowest(tmp_path, 3) == "no report from rank 1: stopped, or the machine is gone"
 
 
 def test_the_ranks_with_the_fewest_beats_are_named(tmp_path):

@@ -119,11 +119,13 @@ def test_success_rank_0_is_shown_and_the_others_write_files(tmp_path):
 
 
 @pytest.mark.parametrize(("gpus", "kept"), [(False, "0"), (True, None)])
-def test_without_a_gpu_workers_keep_the_memory_they_free(monkeypatch, gpus, kept):
+def test_workers_keep_the_memory_they_free_and_on_a_gpu_its_segments_grow(monkeypatch, gpus, kept):
     monkeypatch.setattr(os, "environ", {})
     monkeypatch.setattr(local.torch.cuda, "is_available", lambda: gpus)
     local._set_environment(1)
     assert os.environ.get("MALLOC_MMAP_MAX_") == kept
+    grows = "expandable_segments:True" if gpus else None
+    assert os.environ.get("PYTORCH_CUDA_ALLOC_CONF") == grows
 
 
 def test_signals_reach_the_workers_and_their_save_is_waited_for(tmp_path):

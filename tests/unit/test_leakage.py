@@ -184,7 +184,7 @@ def checked(of: Recipe, tokenizer: Any, stopping=lambda: False) -> Prepared:
 
 def both(of: Recipe, tokenizer: Any, stopping=lambda: False) -> tuple[Prepared, Prepared]:
     return check_leakage(
-        of, tokenizer, prepare(of, tokenizer, "train"), prepare(of, tokenizer, "eval"), stopping
+        of, prepare(of, tokenizer, "train"), prepare(of, tokenizer, "eval"), stopping
     )
 
 

@@ -13,7 +13,7 @@ from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import sharded_state
 from packhorse.trainer.estimate.model import measure_model
 from packhorse.trainer.metrics import model_flops
-from packhorse.trainer.model.int8_linear import Int8Linear
+from packhorse.trainer.model.int8_linear import Int8Linear, in_8_bits
 from packhorse.trainer.model.lora import (
     adapter_targets,
     add_adapter,
@@ -362,7 +362,8 @@ def test_a_base_of_8_bits_acts_as_what_it_reads_back() -> None:
 def test_gradients_through_8_bits_are_those_of_the_expanded_weight() -> None:
     torch.manual_seed(0)
     plain = torch.nn.Linear(24, 40)
-    held = Int8Linear(plain, torch.float32, torch.device("cpu"))  # as ZeRO-3 holds the bytes
+    as_zero3_holds_it = in_8_bits(plain.weight, torch.float32, torch.device("cpu"))
+    held = Int8Linear(plain, as_zero3_holds_it)
     with torch.no_grad():
         plain.weight.copy_(held.weight.quant_state.expand(held.weight.data))
     x, y = (torch.randn(7, 24).requires_grad_() for _ in range(2))

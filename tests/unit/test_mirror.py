@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,21 @@ def save(mirror: Mirror, run_dir: Path, *steps: int, best: int | None = None) ->
 def wait(mirror: Mirror) -> None:
     while mirror._thread is not None:
         mirror._thread.join()
+
+
+@pytest.mark.parametrize("place", ["file"], indirect=True)
+@pytest.mark.parametrize(
+    "name", ["../recipe.yaml", "/recipe.yaml", "../tensorboard/x", "tensorboard/..", "secrets.json"]
+)
+def test_an_archive_writes_no_other_files_than_a_runs(tmp_path, place, name):
+    save(start(tmp_path / "first", place), tmp_path / "first", 10)
+    packed = Path(place.removeprefix("file://")) / "step-000010" / "run.zip"
+    with zipfile.ZipFile(packed, "a") as archive:
+        archive.writestr(name, "of somebody else")
+    with pytest.raises(BadInput, match=f"run.zip holds {name}"):
+        start(tmp_path / "outer" / "second", place)
+    assert not any("of somebody" in p.read_text() for p in (tmp_path / "outer").rglob("*.*ml"))
+    assert not (tmp_path / "outer" / "second" / "checkpoints" / "step-000010").exists()
 
 
 @pytest.mark.parametrize("place", ["s3", "gs", "az", "file"], indirect=True)

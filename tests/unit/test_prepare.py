@@ -31,7 +31,7 @@ from packhorse.trainer.data.prepare import (
     train_plan,
 )
 from packhorse.trainer.data.tokenize import LengthPolicy, tokenize_rows
-from packhorse.trainer.datatypes import BadInput, Batch, Example, Row
+from packhorse.trainer.datatypes import BadInput, Batch, Example, Piece, Row
 
 SEQ_LEN = 16
 PACKINGS = ("none", "bfd", "bfd_split", "wrapped", "greedy")
@@ -115,7 +115,7 @@ def check_batch(batch: Batch, prepared: Prepared, plan: Plan) -> None:
     assert list(batch.lengths) == batch.cu_seqlens.diff().tolist()
     targets = dict(zip(batch.trained_positions.tolist(), batch.targets.tolist(), strict=True))
     epoch = batch.document_keys[0][0]
-    pieces = [piece for number in batch.sequence_ids for piece in plan.sequence(epoch, number)]
+    pieces = [Piece(*piece) for piece in plan.pieces(epoch, batch.sequence_ids).tolist()]
     assert len(pieces) == len(ends) - 1 == len(batch.document_keys)
     for begin, piece, key in zip(ends, pieces, batch.document_keys, strict=False):
         assert key[1:] == (piece.document, piece.piece)
@@ -179,15 +179,6 @@ def test_ranks_and_micro_batch_size_change_no_weight(prepared, packing):
         assert weights_of_targets(world, micro_batch_size) == first
 
 
-def test_the_uniform_weight_is_the_weight(prepared, packing):
-    for loss in ({}, {"weighting": 7}):
-        for step in batches_of(prepared, plan_of(prepared, packing, **loss)):
-            for batch in step:
-                assert (batch.weights == batch.uniform_weight).all()
-    for step in batches_of(prepared, plan_of(prepared, packing, weighting="example")):
-        assert all(batch.uniform_weight is None for batch in step)
-
-
 def test_shapes_and_types_are_those_of_batch(prepared, packing):
     plan = plan_of(prepared, packing)
     for batch in [*batches_of(prepared, plan)[0], filler_batch()]:
@@ -210,7 +201,6 @@ def test_a_filler_is_two_tokens_of_weight_zero():
     assert (len(batch.input_ids), batch.tokens, batch.trained_tokens) == (2, 0, 0)
     assert batch.trained_positions.tolist() == [0]
     assert batch.weights.tolist() == [0.0]
-    assert batch.uniform_weight == 0.0
     assert batch.lengths == (2,)
     assert batch.sequence_ids == ()
 

@@ -366,13 +366,6 @@ def test_an_override_reaches_into_a_list(tmp_path):
             {**with_key("loss.router_aux", 0.1), "model": {"name": "x", "compile": "layers"}},
             "loss.router_aux needs the routers' own forward",
         ),
-        (
-            {
-                **with_key("adapter.target_parameters", "all-experts"),
-                "model": {"name": "x", "compile": "layers"},
-            },
-            "adapter.target_parameters: peft changes the experts' class in each forward",
-        ),
         (with_key("optim.betas", [0.9, 1.0]), "`optim`: `betas` lie in [0, 1)"),
         (with_key("optim.betas", [-0.1, 0.9]), "`optim`: `betas` lie in [0, 1)"),
         (with_key("loss.weighting", True), "a whole number of tokens above 0"),

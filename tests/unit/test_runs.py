@@ -56,6 +56,8 @@ def test_the_state_follows_from_the_files(tmp_path: Path) -> None:
     long_ago = time.time() - 2 * SILENT_S
     os.utime(beat, (long_ago, long_ago))
     assert read_run(run).state == "failed"
+    (run / "checkpoints" / "step-1000000").mkdir(parents=True)
+    assert read_run(run).step == 1_000_000
 
 
 def test_a_run_is_alive_while_it_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

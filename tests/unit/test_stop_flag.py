@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from unittest import mock
 
 import pytest
 from torch.distributed import HashStore
@@ -108,6 +109,14 @@ def test_the_flag_goes_up_after_the_hours_of_a_start() -> None:
     assert flag.raised
 
 
+def test_a_time_too_far_for_a_timer_is_never_reached(monkeypatch) -> None:
+    """As Slurm's end of a job without a limit may be."""
+    timer = mock.Mock()
+    monkeypatch.setattr(threading, "Timer", timer)
+    StopFlag().raise_at(1e18)
+    assert 1e9 < timer.call_args.args[0] <= threading.TIMEOUT_MAX
+
+
 def test_a_rank_that_stands_still_before_the_meeting_is_named(flags, monkeypatch, caplog) -> None:
     monkeypatch.setattr(stop_flag, "BEAT_S", 0.02)
     monkeypatch.setattr(stop_flag, "SILENT_S", 0.3)
@@ -115,17 +124,14 @@ def test_a_rank_that_stands_still_before_the_meeting_is_named(flags, monkeypatch
     codes = []
     monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), ended.set()))
     store = stop_flag._launchers_store()
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
-        watch = stop_flag._Beats(store, ended).watch
-        threading.Thread(target=watch, daemon=True).start()
+    for rank in (0, 1):
+        threading.Thread(target=stop_flag._beat, args=(store, rank, ended), daemon=True).start()
     assert not ended.wait(1.0), "both are alive"
     # rank 1 beats no more; rank 0 watches it
-    monkeypatch.setenv("RANK", "0")
     ended.set()
     time.sleep(0.1)
     ended.clear()
-    stop_flag._Beats(store, ended).watch()
+    stop_flag._beat(store, 0, ended)
     assert codes == [1]
     assert "rank 1 has given no sign of life" in caplog.text
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from packhorse.trainer import dist
+from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import streamed_adamw
 from packhorse.trainer.engine.optimizers import moments_of
-from packhorse.trainer.engine.streamed_adamw import StreamedAdamW, move_to_host
+from packhorse.trainer.engine.streamed_adamw import StreamedAdamW, move_to_host, page_locked
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -39,3 +43,19 @@ def test_weights_that_are_the_master_stay() -> None:
     both = torch.ones(8)
     stand_in = move_to_host(both, both)
     assert both.untyped_storage().nbytes() == stand_in.host.nbytes == 32
+
+
+def test_all_ranks_refuse_memory_that_one_cannot_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    unlocked: list[int] = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda address, size, flags: 0, cudaHostUnregister=unlocked.append
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(dist, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(dist, "gather", lambda own: [own, 2])
+    state = torch.ones(8)
+    with pytest.raises(BadInput, match="CUDA error 2"):
+        page_locked(state)
+    address = state.data_ptr()
+    del state
+    assert unlocked == [address], "what this rank had locked"

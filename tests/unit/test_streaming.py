@@ -210,7 +210,7 @@ def test_a_shard_that_comes_again_is_packed_and_noised_afresh(ground):
     data, plan = ground.open()
     all_steps(plan)
     assert ground.uses()[:2] == ["a.jsonl", "a.jsonl"]
-    assert plan.sequence(0, 0) != plan.sequence(1, 0)
+    assert plan.pieces(0, [0]).tolist() != plan.pieces(1, [0]).tolist()
     with Loader(data, plan, 0, 1, pin=False) as loader:
         keys = [
             key
@@ -259,10 +259,14 @@ def test_rejects_are_counted_by_shard_and_together(ground):
         ground.add(name, 4)
         with (ground.folder / name).open("a") as file:
             file.write('{"question": "?", "answer": null}\n')
+            file.write(json.dumps({"question": "?", "answer": "long " * 200}) + "\n")
     data, plan = ground.open(max_rejects=0.5)
     all_steps(plan)
-    assert ground.log()[1]["report"]["reasons"] == {"no answer": 1}
-    assert data.report["reasons"] == {"no answer": 2}
+    reasons = {"no answer": 1, "longer than max_length": 1}
+    longest = ground.log()[1]["report"]["longest_reject"]
+    assert ground.log()[1]["report"]["reasons"] == reasons
+    assert data.report["reasons"] == {reason: 2 * count for reason, count in reasons.items()}
+    assert data.report["longest_reject"] == longest > 200, "the longest, and not their sum"
     assert "no answer" in Path(ground.log()[1]["rejects"]).read_text()
 
 
@@ -505,6 +509,17 @@ def test_nulls_inside_a_streams_rows_are_taken_out(ground):
     ground.open(**stream(ground))
     taken = [json.loads(line) for line in (ground.run_dir / "shards" / "000000.jsonl").open()]
     assert taken == lines
+
+
+def test_a_row_of_a_stream_that_cannot_be_read_is_a_broken_line(ground):
+    """Text that is not UTF-8, among rows that are."""
+    answers = pyarrow.array([b"four words of answer", b"\xff", b"four words of answer"] * 4)
+    table = {"question": [f"{n}" for n in range(12)], "answer": answers.view(pyarrow.string())}
+    pyarrow.parquet.write_table(pyarrow.table(table), ground.folder / "a.parquet")
+    with pytest.raises(BadInput, match=r"000000\.jsonl:2: .*data\.broken_lines: reject"):
+        ground.open(**stream(ground))
+    data, _ = ground.open(**stream(ground), broken_lines="reject", max_rejects=0.5)
+    assert (data.report["rows"], data.report["rejected"]) == (7, 2)
 
 
 def test_a_streams_first_shard_can_be_prepared_alone(ground, tokenizer):

@@ -12,8 +12,8 @@ from rich.console import Console
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.data import summary
 from packhorse.trainer.data.batch_plan import Plan
-from packhorse.trainer.data.picture import Histogram, draw
 from packhorse.trainer.data.prepare import Prepared, prepare, train_plan
+from packhorse.trainer.data.summary import Histogram, draw
 from packhorse.trainer.model.load import load_tokenizer
 from tests.ranks import ROOT
 
@@ -53,7 +53,8 @@ def test_the_numbers_are_those_of_documents_and_sequences(debug):
     assert epoch["sequences"] == len(sequences)
     assert epoch["steps"] == sum(step.epoch == 0 for step in steps)
     assert found["steps"] == plan.steps
-    tokens = [sum(p.stop - p.start for p in plan.sequence(0, number)) for number in sequences]
+    pieces = [plan.pieces(0, [number]) for number in sequences]
+    tokens = [int((of_one[:, 2] - of_one[:, 1]).sum()) for of_one in pieces]
     assert plan.sequence_sizes()[0].tolist() == tokens
     assert epoch["sequence_tokens"]["max"] == max(tokens) <= recipe.batch.seq_len
     fill = sum(tokens) / len(sequences) / recipe.batch.seq_len

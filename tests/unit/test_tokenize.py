@@ -24,7 +24,15 @@ from packhorse.trainer.config.data import DataSection, Filters
 from packhorse.trainer.data import prepare, tokenize, worker_pool
 from packhorse.trainer.data.filters import apply_filters
 from packhorse.trainer.data.tokenize import LengthPolicy, RowResult, fit, tokenize_rows
-from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message, Row, RowError
+from packhorse.trainer.datatypes import (
+    BadInput,
+    Conversation,
+    Example,
+    LeftOut,
+    Message,
+    Row,
+    RowError,
+)
 from packhorse.trainer.utils import child_process
 from packhorse.trainer.utils.time_limit import TooLong, bounded
 
@@ -145,16 +153,15 @@ def test_split_repeats_the_tokens_before_a_cut_as_context():
 def test_rows_that_are_cut_are_counted_with_what_they_lose():
     longer = [Row(0, 0, 9, None), Row(1, 0, 14, None), Row(1, 0, 3, None)]  # 6, refused, 5 tokens
 
-    def cuts(limits: LengthPolicy) -> list:
-        return [
-            cut
-            for chunk in tokenize_rows(longer, fake_tokenize, limits, workers=1)
-            for cut in chunk.cuts
-        ]
+    def cuts(limits: LengthPolicy) -> dict:
+        (chunk,) = tokenize_rows(longer, fake_tokenize, limits, workers=1)
+        return {key: count for key, count in chunk.counts.items() if key[1] != "rows"}
 
-    assert cuts(LengthPolicy(5, "truncate", packing_cuts=False, cut_answers=True)) == [(0, 1)]
-    assert cuts(LengthPolicy(5, "split", packing_cuts=False)) == [(0, 0)]
-    assert cuts(LengthPolicy(6, "truncate", packing_cuts=False)) == []
+    cut, lost = (0, "cut"), (0, "lost_trained_tokens")
+    limits = LengthPolicy(5, "truncate", packing_cuts=False, cut_answers=True)
+    assert cuts(limits) == {cut: 1, lost: 1}
+    assert cuts(LengthPolicy(5, "split", packing_cuts=False)) == {cut: 1, lost: 0}
+    assert cuts(LengthPolicy(6, "truncate", packing_cuts=False)) == {}
 
 
 def test_an_example_without_a_trained_token_is_rejected():
@@ -212,7 +219,7 @@ def test_the_outcome_does_not_depend_on_the_number_of_processes(monkeypatch):
     limits = LengthPolicy(4, "split", packing_cuts=False)
     alone = together(tokenize_rows(rows(50), fake_tokenize, limits, workers=1))
     assert alone["rows"][:3] == [1, 2, 3]
-    assert alone["rejects"][0] == (1, 0, 7, "every seventh")
+    assert alone["rejects"][0] == LeftOut(1, 0, 7, "every seventh")
 
     monkeypatch.setattr(tokenize, "CHUNK_ROWS", 3)
     monkeypatch.setattr(tokenize, "POOL_FROM_CHUNKS", 2)

@@ -98,12 +98,7 @@ def last_step(section: EvalSection, run_dir: Path, steps: int) -> int:
 
 
 def best_step(run_dir: Path) -> int:
-    """Return the best step of a run, by the rule of its recipe.
-
-    Raises:
-        BadInput: it is no run folder, its recipe has no rule, no step was evaluated, or none meets
-            the conditions.
-    """
+    """Return the best step of a run by the rule of its recipe. Without one it raises BadInput."""
     if not (run_dir / "recipe.yaml").is_file():
         raise BadInput(f"{run_dir}: not a run folder (it has no recipe.yaml)")
     rule = load_recipe(run_dir / "recipe.yaml").eval.best

@@ -138,11 +138,7 @@ def restore(folder: Path, manifest: Manifest, engine: Engine) -> None:
 
 
 def require_same_run(saved: RunState, data: str, micro_batch_size: int, is_random: bool) -> None:
-    """Refuse a resume that would not continue the same run.
-
-    Raises:
-        BadInput: the data differs, or random numbers would be drawn for other micro-batches.
-    """
+    """Refuse a resume on other data, or that draws random numbers for other micro-batches."""
     if saved.data != data:
         raise BadInput(
             "the training data (if it streams: shards.jsonl), its tokenizer or its masks are not "

@@ -35,9 +35,6 @@ _FURTHER_TOKENS = re.compile(r"num_nextn_predict_layers|mtp_num_(hidden_)?layers
 def keep_files(section: ModelSection, model: Any, folder: Path) -> None:
     """Copy the processor's files of the model's source into `folder`, and the code that it brings
     if that is trusted; and note the tensors that an export has to carry over.
-
-    Args:
-        model: the transformers model, sharded or not, with an adapter or without.
     """
     # all files of a name on the hub lie in one folder of the hub's cache, once they are there
     found = [_source_file(section, name) for name in ("config.json", *PROCESSOR_FILES)]
@@ -57,13 +54,10 @@ def copy_files(source: Path, folder: Path, *, with_code: bool) -> None:
 
 def _source_file(section: ModelSection, name: str, *, weights: bool = False) -> Path | None:
     """Return the path of a file of the model's source, or None if it has no such file."""
-    folder = local_folder(section.name, "model.name", weights=weights)
-    if folder is not None:
-        return folder / name if (folder / name).is_file() else None
     from transformers.utils.hub import cached_file
 
     found = cached_file(
-        section.name,
+        local_folder(section.name, "model.name", weights=weights) or section.name,
         name,
         revision=section.revision,
         _raise_exceptions_for_missing_entries=False,
@@ -84,12 +78,8 @@ def carry_over(section: ModelSection, kept: Path, folder: Path) -> None:
     Args:
         kept: the folder that `keep_files` has filled.
         folder: the export, with its weights.
-
-    Raises:
-        BadInput: the source is gone, and such tensors with it.
     """
-    # a run of an earlier version has not noted them
-    names = json.loads((kept / CARRIED).read_text()) if (kept / CARRIED).is_file() else []
+    names = json.loads((kept / CARRIED).read_text())
     if names:
         files = _copy_tensors(section, folder, names)
         dist.log.info(
@@ -215,8 +205,11 @@ def suit_transformers_4(folder: Path, trust_remote_code: bool) -> None:
     before, text = read(), path.read_text(encoding="utf-8")
     config = json.loads(text)
     _own_code(config, folder)
-    inner = [(value, getattr(before, key)) for key, value in config.items() if _is_part(value)]
-    for part, known in ((config, before), *inner):
+    parts = [(config, before)]
+    for key, value in config.items():
+        if isinstance(value, dict) and "model_type" in value:  # a part, as a model's tower
+            parts.append((value, getattr(before, key)))
+    for part, known in parts:
         # experts are counted under one name for all models now, and under a model's own in 4.57
         for older, name in (getattr(known, "attribute_map", None) or {}).items():
             if "expert" in older and name in part:
@@ -227,11 +220,6 @@ def suit_transformers_4(folder: Path, trust_remote_code: bool) -> None:
     if values(read()) != values(before):
         path.write_text(text, encoding="utf-8")
         dist.log.info("config.json: its rotary embeddings can only be read by transformers 5")
-
-
-def _is_part(value: Any) -> bool:
-    """Return whether a value of a configuration is one of a part, as of a model's tower."""
-    return isinstance(value, dict) and "model_type" in value
 
 
 def clean_tokenizer(folder: Path) -> None:

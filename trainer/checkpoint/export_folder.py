@@ -32,11 +32,8 @@ def run_recipe(run_dir: Path) -> Recipe:
 
 
 def require_own_place(run_dir: Path, out: Path) -> None:
-    """Check that an export to `out` leaves the run and the base model alone.
-
-    Raises:
-        BadInput: `out` is or holds one of them, or lies in the base model's folder or in a part of
-            the run folder that the run uses.
+    """Refuse an `out` that is or holds the run or its base model, or that lies in the base model's
+    folder or in a part of the run folder that the run uses.
     """
     place, run = out.resolve(), run_dir.resolve()
     base = Path(run_recipe(run_dir).model.name).expanduser().resolve()
@@ -99,19 +96,12 @@ def describe(run_dir: Path, recipe: Recipe) -> dict[str, str]:
 
 
 def require_described(run_dir: Path, recipe: Recipe, manifest: Manifest) -> None:
-    """Check that the run folder describes the model as it did when a checkpoint was written.
+    """Refuse a run folder whose description of the model was changed since a checkpoint.
 
     Any checkpoint of the run will do: a start with another version of transformers may have written
     the same description in other words.
-
-    Raises:
-        BadInput: the files were changed since.
     """
-    if not manifest.description:  # of an earlier version
-        return
     found, known = describe(run_dir, recipe), [manifest.description]
-    if _RECIPE not in manifest.description:  # of an earlier version
-        del found[_RECIPE]
     for folder in list_published(run_dir / "checkpoints").values():
         with suppress(OSError, ValueError, KeyError, TypeError):  # damaged: it proves nothing
             known.append(Manifest.read(folder).description)

@@ -16,13 +16,7 @@ from typing import Any
 import torch
 
 from packhorse.trainer import dist
-from packhorse.trainer.checkpoint.export_files import (
-    carry_over,
-    clean_tokenizer,
-    copy_files,
-    keep_files,
-    suit_transformers_4,
-)
+from packhorse.trainer.checkpoint import export_files
 from packhorse.trainer.checkpoint.export_folder import (
     MODEL_FOLDER,
     open_for_export,
@@ -61,7 +55,7 @@ def save_description(model: Any, tokenizer: Any, section: ModelSection, run_dir:
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = is_tied
     model.config.save_pretrained(folder)
-    keep_files(section, model, folder)
+    export_files.keep_files(section, model, folder)
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -112,7 +106,7 @@ def export(
         )
         mapped = _copy_to_files(weights, folder.with_name("weights"))
         write_folder(run_dir, recipe, folder, mapped)
-        carry_over(recipe.model, run_dir / MODEL_FOLDER, folder)
+        export_files.carry_over(recipe.model, run_dir / MODEL_FOLDER, folder)
         _load_and_compare(folder, mapped, recipe)
     elif merge:
         _write_merged(run_dir, recipe, saved, manifest, folder)
@@ -182,8 +176,8 @@ def write_folder(
         )
     model.generation_config = GenerationConfig.from_pretrained(source)
     model.save_pretrained(folder, state_dict=dict(weights), max_shard_size="5GB")
-    copy_files(source, folder, with_code=trust)
-    suit_transformers_4(folder, trust)
+    export_files.copy_files(source, folder, with_code=trust)
+    export_files.suit_transformers_4(folder, trust)
     _write_tokenizer(source, recipe, folder)
     apply_umask(folder)
 
@@ -194,7 +188,7 @@ def _write_tokenizer(source: Path, recipe: Recipe, folder: Path) -> None:
         update={"name": str(source), "chat_template": None, "add_tokens": ()}
     )
     load_tokenizer(as_trained).save_pretrained(folder)
-    clean_tokenizer(folder)
+    export_files.clean_tokenizer(folder)
 
 
 def _load_and_compare(folder: Path, weights: dict[str, torch.Tensor], recipe: Recipe) -> Any:
@@ -248,7 +242,7 @@ def _write_merged(
     mapped = _copy_to_files(weights, folder.with_name("weights"))
     del model
     write_folder(run_dir, recipe, folder, mapped)
-    carry_over(recipe.model, run_dir / MODEL_FOLDER, folder)
+    export_files.carry_over(recipe.model, run_dir / MODEL_FOLDER, folder)
     loaded = _load_and_compare(folder, mapped, recipe)
     _require_alike(_logits(loaded.to(dist.device())), logits, recipe, folder)
 

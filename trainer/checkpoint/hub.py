@@ -12,9 +12,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
 
 from packhorse.trainer.checkpoint.manifest import read_best
 from packhorse.trainer.config.packaged import MAIN
@@ -25,8 +25,6 @@ from packhorse.trainer.utils.own_output import MARKER
 from packhorse.trainer.utils.text import error_line
 
 PUSHED = "pushed.json"  # in a run folder: what run.push_to_hub has pushed, and where
-
-Value = TypeVar("Value")
 
 
 def check_push(repo: str) -> set[str]:
@@ -42,27 +40,24 @@ def check_push(repo: str) -> set[str]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    def look() -> set[str]:
+    ours: set[str] = set()
+    with _hub_errors_explained(repo):
         api = HfApi()
         api.whoami()
         try:
             there = set(api.list_repo_files(repo)) - {".gitattributes"}
         except RepositoryNotFoundError:
             return set()
-        if MARKER not in there:
-            ours: set[str] = set()
-        else:
+        if MARKER in there:
             with tempfile.TemporaryDirectory() as folder:
                 marker = Path(api.hf_hub_download(repo, MARKER, local_dir=folder))
                 ours = {MARKER, *json.loads(marker.read_text(encoding="utf-8"))["files"]}
-        if foreign := sorted(there - ours):
-            raise BadInput(
-                f"{repo}: the repository holds files that packhorse did not push: "
-                f"{', '.join(foreign[:5])}; give another name, or remove them there"
-            )
-        return there
-
-    return _of_the_hub(repo, look)
+    if foreign := sorted(there - ours):
+        raise BadInput(
+            f"{repo}: the repository holds files that packhorse did not push: "
+            f"{', '.join(foreign[:5])}; give another name, or remove them there"
+        )
+    return there
 
 
 def push(folder: Path, repo: str) -> str:
@@ -75,28 +70,24 @@ def push(folder: Path, repo: str) -> str:
     before = check_push(repo)
     facts = json.loads((folder / MARKER).read_text(encoding="utf-8"))
     gone = before - {MARKER, *facts["files"]}
-
-    def upload() -> Any:
+    with _hub_errors_explained(repo):
         api = HfApi()
         api.create_repo(repo, private=True, exist_ok=True)
-        return api.upload_folder(
+        commit = api.upload_folder(
             repo_id=repo,
             folder_path=folder,
             commit_message=f"The {facts['kind']} of step {facts['step']} of {facts['run']}",
             delete_patterns=sorted(gone) or None,
         )
-
-    commit = _of_the_hub(repo, upload)
     log.info("pushed step %d to %s", facts["step"], commit.repo_url)
     return str(commit.commit_url)
 
 
-def _of_the_hub(repo: str, work: Callable[[], Value]) -> Value:
-    """Call the hub; turn what its library raises, of a dozen unrelated classes, into BadInput."""
+@contextmanager
+def _hub_errors_explained(repo: str) -> Iterator[None]:
+    """Turn what the hub's library raises, of a dozen unrelated classes, into BadInput."""
     try:
-        return work()
-    except BadInput:
-        raise
+        yield
     except Exception as error:
         raise BadInput(
             f"{repo}: the hub cannot be used ({error_line(error, 300)}); check the name, the "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import xxhash
 
 from packhorse.trainer.engine.sharded_state import BESIDE, FROZEN, WEIGHT, Digests, File
 from packhorse.trainer.utils.files import write_synced
+from packhorse.trainer.utils.lease import require_owned
 
 MANIFEST = "manifest.json"
 _FORMAT = 2
@@ -40,8 +42,7 @@ class Manifest:
     shapes: dict[str, list[int]]  # of trained parameters and buffers
     files: dict[str, File]
     digests: Digests
-    # Checksums of the files in the run folder's `model/`, which an export is made from; empty in a
-    # checkpoint of an earlier version.
+    # checksums of the files in the run folder's `model/`, which an export is made from
     description: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -60,6 +61,9 @@ class Manifest:
         if self.description:
             content["description"] = dict(self.description)
         return json.dumps({**content, "xxh3": _content_checksum(content)})
+
+    def write(self, folder: Path) -> None:
+        write_synced(folder / MANIFEST, self.to_json())
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -105,12 +109,14 @@ def _content_checksum(content: dict[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    write_synced(folder / MANIFEST, manifest.to_json())
-
-
 def folder_name(step: int) -> str:
     return f"step-{step:06d}"
+
+
+def step_of(name: str) -> int | None:
+    """Return the step of a checkpoint's folder; None for another name, as step-000200-copy."""
+    found = re.fullmatch("step-([0-9]+)", name.strip())
+    return int(found[1]) if found else None
 
 
 def point_at_best(root: Path, step: int | None) -> None:
@@ -124,10 +130,37 @@ def point_at_best(root: Path, step: int | None) -> None:
 def read_best(root: Path) -> int | None:
     """Return the step that `best` names, or None if there is none."""
     path = root / "best"
-    return int(path.read_text().removeprefix("step-")) if path.is_file() else None
+    return step_of(path.read_text()) if path.is_file() else None
 
 
 def list_published(root: Path) -> dict[int, Path]:
-    """Return the checkpoints by step, without what a user put there (step-000200-copy)."""
-    found = ((path.name.removeprefix("step-"), path) for path in root.glob("step-*"))
-    return dict(sorted((int(number), path) for number, path in found if number.isdigit()))
+    """Return the checkpoints by step, without what a user put there."""
+    found = ((step_of(path.name), path) for path in root.glob("step-*"))
+    return dict(sorted((step, path) for step, path in found if step is not None))
+
+
+def superseded(steps: Iterable[int], newest: int, best: int | None, keep: int) -> list[int]:
+    """Return the steps, in order, before the last `keep` up to step `newest`, but the best one.
+
+    Newer ones are damaged, since the run was resumed from an older one. They do not count among the
+    kept ones, and stay until their step comes again.
+    """
+    return [step for step in steps if step <= newest and step != best][:-keep]
+
+
+def prune(
+    root: Path, newest: int, best: int | None, keep: int, spared: Collection[int] = ()
+) -> None:
+    """Delete the checkpoints that are superseded, but those that are spared."""
+    published = list_published(root)
+    for step in superseded(published, newest, best, keep):
+        if step not in spared:
+            remove(published[step])
+
+
+def remove(folder: Path) -> None:
+    """Delete a checkpoint, renamed first so that a part of it never stands under its name."""
+    aside = folder.with_name(f".removing-{folder.name}")
+    require_owned(folder)
+    folder.rename(aside)
+    shutil.rmtree(aside)

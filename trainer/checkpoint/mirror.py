@@ -19,11 +19,12 @@ from packhorse.trainer.checkpoint.manifest import (
     MANIFEST,
     Manifest,
     folder_name,
+    prune,
     read_best,
+    superseded,
 )
 from packhorse.trainer.checkpoint.mirror_place import RUN, RUN_FILES, Place
-from packhorse.trainer.checkpoint.mirror_restore import Restore
-from packhorse.trainer.checkpoint.saver import prune
+from packhorse.trainer.checkpoint.mirror_restore import bring_newest
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.lease import require_owned
@@ -144,25 +145,21 @@ class Mirror:
                     for path in sorted(self._run_dir.glob(pattern)):
                         archive.write(path, path.relative_to(self._run_dir))
             # after shards.jsonl was read, which names them
+            fs = self._place.fs
             for path in sorted((self._run_dir / "shards").glob("*.jsonl")):
-                self._put_shard(path)
+                there = self._place.path(f"shards/{path.name}")
+                if not fs.exists(there) or fs.size(there) != path.stat().st_size:
+                    fs.put_file(str(path), there)
             packed.seek(0)
-            fs, there = self._place.fs, self._place.path(f"{name}/{RUN}")
-            with fs.transaction, fs.open(there, "wb") as file:
+            with fs.transaction, fs.open(self._place.path(f"{name}/{RUN}"), "wb") as file:
                 shutil.copyfileobj(packed, file, 1 << 22)
-
-    def _put_shard(self, path: Path) -> None:
-        there = self._place.path(f"shards/{path.name}")
-        if not self._place.fs.exists(there) or self._place.fs.size(there) != path.stat().st_size:
-            self._place.fs.put_file(str(path), there)
 
     def _prune(self, step: int, best: int | None) -> None:
         """Remove older checkpoints by the rule of the run folder, and copies without an end."""
         whole = self._place.whole_steps()
-        others = [each for each in whole if each <= step and each != best]
-        kept = {*others[-self._keep :], *(each for each in whole if each > step), best}
-        for name in self._place.names():
-            if name.startswith("step-") and name not in {folder_name(s) for s in kept if s}:
+        kept = set(whole) - set(superseded(whole, step, best, self._keep))
+        for name in set(self._place.names()) - set(map(folder_name, kept)):
+            if name.startswith("step-"):
                 self._place.remove(name)
 
 
@@ -180,7 +177,7 @@ def open_mirror(recipe: Recipe, run_dir: Path) -> Mirror | None:
     place = Place(recipe.checkpoint.mirror)
     try:
         _require_own(place, recipe)
-        Restore(place, run_dir).bring_newest()
+        bring_newest(place, run_dir)
     except BadInput:
         raise
     except Exception as error:  # each store's library raises classes of its own

@@ -12,7 +12,7 @@ MIRROR (checkpoint.mirror: s3://bucket/runs/one)
 
 from __future__ import annotations
 
-from packhorse.trainer.checkpoint.manifest import MANIFEST
+from packhorse.trainer.checkpoint.manifest import MANIFEST, step_of
 from packhorse.trainer.utils.remote import open_filesystem
 
 # What a resumed run reads beside the checkpoint, so that it goes on as if never stopped. The recipe
@@ -45,9 +45,9 @@ class Place:
 
     def whole_steps(self) -> list[int]:
         """Return the steps whose copies have come to their end, in order."""
-        steps = [name for name in self.names() if name.removeprefix("step-").isdigit()]
-        there = [name for name in steps if self.fs.exists(self.path(f"{name}/{MANIFEST}"))]
-        return sorted(int(name.removeprefix("step-")) for name in there)
+        steps = {name: step for name in self.names() if (step := step_of(name)) is not None}
+        there = (name for name in steps if self.fs.exists(self.path(f"{name}/{MANIFEST}")))
+        return sorted(steps[name] for name in there)
 
     def read(self, name: str) -> bytes | None:
         try:

@@ -9,9 +9,9 @@ import errno
 import secrets
 import shutil
 import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -20,29 +20,21 @@ from packhorse.trainer.checkpoint.manifest import (
     Manifest,
     RunState,
     folder_name,
-    list_published,
     point_at_best,
-    write_manifest,
+    prune,
+    remove,
 )
+from packhorse.trainer.checkpoint.mirror import Mirror
 from packhorse.trainer.config.recipe import CheckpointSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import sharded_state
 from packhorse.trainer.engine.sharded_state import Slice, add_digests
 from packhorse.trainer.utils.files import publish_folder, write_synced
-from packhorse.trainer.utils.lease import require_owned
 
 if TYPE_CHECKING:  # what reads a run needs no DeepSpeed
     from packhorse.trainer.engine.engine import Engine
 
 _COPY_SHARE = 0.5  # of the host's free memory, which a copy of the state may take unless asked for
-
-
-class Copier(Protocol):
-    """What copies published checkpoints elsewhere (checkpoint/mirror.py)."""
-
-    def in_use(self) -> set[int]: ...
-
-    def offer(self, step: int) -> None: ...
 
 
 class Saver:
@@ -52,7 +44,7 @@ class Saver:
     be published.
 
     Args:
-        copier: rank 0's, to which each published checkpoint is offered.
+        mirror: rank 0's, to which each published checkpoint is offered.
         description: rank 0's, see Manifest.
 
     Raises:
@@ -64,12 +56,12 @@ class Saver:
         run_dir: Path,
         engine: Engine,
         section: CheckpointSection,
-        copier: Copier | None = None,
+        mirror: Mirror | None = None,
         description: Mapping[str, str] | None = None,
     ) -> None:
         self._root = run_dir / "checkpoints"
         self._engine = engine
-        self._keep, self._copier = section.keep, copier
+        self._keep, self._mirror = section.keep, mirror
         self._description = description or {}
         # Ranks agree in the background while training uses the main group: collectives of two
         # threads on one group could be matched in another order on each rank.
@@ -134,11 +126,7 @@ class Saver:
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when the last checkpoint is published.
-
-        Raises:
-            BadInput: it could not be written.
-        """
+        """Return when the last checkpoint is published, or raise what kept it from being."""
         if self._thread is not None:
             self._thread.join()
         failure, self._failure = self._failure, None
@@ -148,13 +136,10 @@ class Saver:
     def _write(
         self, staged: Path, own: Manifest, groups: Iterable[list[Slice]], best: int | None
     ) -> None:
-        """Write this rank's files; once all ranks have, rank 0 publishes.
+        """Write this rank's files; once all ranks have, rank 0 publishes. All fail if one does.
 
         Args:
             own: the manifest of this rank's share, whose files and digests are filled in.
-
-        Raises:
-            BadInput: a rank failed to write; on every rank.
         """
         failure: str | None = None
         try:
@@ -193,32 +178,17 @@ class Saver:
             shutil.rmtree(left)
 
     def _publish(self, staged: Path, manifest: Manifest, best: int | None) -> None:
-        write_manifest(staged, manifest)
+        manifest.write(staged)
         final = self._root / folder_name(manifest.state.step)
         if final.exists():  # a damaged one: the run would have been resumed from a whole one
-            _remove(final)
+            remove(final)
         publish_folder(staged, final)
         write_synced(self._root / "latest", final.name)
         point_at_best(self._root, best)
-        spared = self._copier.in_use() if self._copier else ()
+        spared = self._mirror.in_use() if self._mirror else ()
         prune(self._root, manifest.state.step, best, self._keep, spared)
-        if self._copier:
-            self._copier.offer(manifest.state.step)
-
-
-def prune(
-    root: Path, newest: int, best: int | None, keep: int, spared: Collection[int] = ()
-) -> None:
-    """Delete older checkpoints than the last `keep` up to step `newest`, but the best one.
-
-    Newer ones are damaged, since the run was resumed from an older one. They do not count among the
-    kept ones, and stay until their step comes again.
-    """
-    published = list_published(root)
-    others = [step for step in published if step <= newest and step != best]
-    for step in others[:-keep]:
-        if step not in spared:
-            _remove(published[step])
+        if self._mirror:
+            self._mirror.offer(manifest.state.step)
 
 
 def _copy_fits(state_bytes: int, asked: bool | None) -> bool:
@@ -226,20 +196,20 @@ def _copy_fits(state_bytes: int, asked: bool | None) -> bool:
     if the copy leaves half of the free memory. All ranks decide alike.
     """
     here = state_bytes // dist.world_size() * dist.local_world_size()
-    free = psutil.virtual_memory().available
+    hosts = dist.gather([here, psutil.virtual_memory().available])
+    here, free = max(hosts, key=lambda host: host[0] / host[1])  # the fullest, if all copy
     if asked and here > free:
         raise BadInput(
-            f"checkpoint.asynchronous: the copy of the state takes {here / 2**30:.1f} GiB of this "
+            f"checkpoint.asynchronous: the copy of the state takes {here / 2**30:.1f} GiB of a "
             f"host's memory, and {free / 2**30:.1f} GiB are free; remove the key, and training "
             "waits while a checkpoint is written"
         )
     fits = asked if asked is not None else here <= _COPY_SHARE * free
-    chosen = all(dist.gather(fits))
     how = "while training waits"
-    if chosen:
+    if fits:
         how = f"in the background, from a copy of {here / 2**30:.2f} GiB a node"
     dist.log.info("checkpoints of %.2f GiB, written %s", state_bytes / 2**30, how)
-    return chosen
+    return fits
 
 
 def _require_room(folder: Path, bytes_needed: int) -> None:
@@ -256,11 +226,3 @@ def _explain(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full; make room and start again, or lower checkpoint.keep"
     return f"{error}; correct that and start again, the last checkpoint is untouched"
-
-
-def _remove(folder: Path) -> None:
-    """Delete a checkpoint, renamed first so that a part of it never stands under its name."""
-    aside = folder.with_name(f".removing-{folder.name}")
-    require_owned(folder)
-    folder.rename(aside)
-    shutil.rmtree(aside)

@@ -22,15 +22,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import track
 
 from packhorse.trainer import dist
 from packhorse.trainer.checkpoint.export_folder import open_for_export, run_recipe
+from packhorse.trainer.checkpoint.manifest import folder_name
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.moments import MOMENTS
 from packhorse.trainer.engine.sharded_state import WEIGHT
 from packhorse.trainer.utils import own_output
+from packhorse.trainer.utils.progress import track
 
 _GROUPS = 16  # parameter groups that a program may have: DeepSpeed loads as many as it finds here
 _FILES = {"fp32": WEIGHT, **{name: name for name in MOMENTS["adamw"]}}  # DeepSpeed's names: ours
@@ -41,9 +41,7 @@ def export_universal(
 ) -> Path:
     """Write a checkpoint to `out`, one tensor at a time; the newest whole one, or that of `step`.
 
-    Raises:
-        BadInput: the run has no such checkpoint or another optimizer than AdamW, or `out` may not
-            be written (see own_output).
+    Another optimizer than AdamW is refused, and what `open_for_export` refuses.
     """
     recipe = run_recipe(run_dir)
     if recipe.optim.kind != "adamw":
@@ -52,7 +50,8 @@ def export_universal(
             f"is {recipe.optim.kind}; export it without --universal"
         )
     saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite)
-    tag = f"step-{manifest.state.step:06d}"
+    step = manifest.state.step
+    tag = folder_name(step)
     folder = own_output.stage(out)
     zero = folder / tag / "zero"
     zero.mkdir(parents=True)
@@ -63,7 +62,7 @@ def export_universal(
     trained = manifest.trained
     buffers = [name for name in saved.names if name not in trained]
     parameters = [name for name in saved.names if name in trained]
-    for name in track(parameters, "writing", console=Console(stderr=True)):
+    for name in track(parameters, "writing", len(parameters), "weights"):
         (zero / name).mkdir()
         for file, state in _FILES.items():
             content = {"param": saved.whole(name, state), "cat_dim": 0}
@@ -79,18 +78,14 @@ def export_universal(
         "module": {name: saved.whole(name) for name in buffers},
         "dp_world_size": 1,
         "mp_world_size": 1,
-        "global_steps": manifest.state.step,
+        "global_steps": step,
         "skipped_steps": 0,
         "ds_version": version("deepspeed"),
     }
     for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_model_states.pt"):
         torch.save(model_states, folder / tag / name)
     (folder / "latest_universal").write_text(tag)
-    facts = {
-        "kind": "universal checkpoint",
-        "step": manifest.state.step,
-        "run": run_dir.name,
-    }
+    facts = {"kind": "universal checkpoint", "step": step, "run": run_dir.name}
     own_output.publish(out, facts, overwrite=overwrite)
-    dist.log.info("exported step %d to %s, not loaded back", manifest.state.step, out)
+    dist.log.info("exported step %d to %s, not loaded back", step, out)
     return out

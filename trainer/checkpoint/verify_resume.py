@@ -27,13 +27,12 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from packhorse.trainer.checkpoint import checkpoint
-from packhorse.trainer.checkpoint.manifest import write_manifest
 from packhorse.trainer.config.packaged import MAIN, RECIPES
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import DONE, SAVED_RUN_AGAIN, BadInput
 from packhorse.trainer.engine import sharded_state
 from packhorse.trainer.engine.moments import MOMENTS
-from packhorse.trainer.engine.sharded_state import EMA, WEIGHT, Shards, Slice, add_digests
+from packhorse.trainer.engine.sharded_state import Shards, Slice, add_digests
 from packhorse.trainer.model.load import load_model, load_tokenizer
 from packhorse.trainer.utils.files import read_json_lines
 
@@ -174,11 +173,7 @@ def _train_all(
     steps: int,
     work: Path,
 ) -> None:
-    """Run the three into folders of `work`: without-a-break, handed-on and control.
-
-    Args:
-        hands: world sizes with the overrides of each.
-    """
+    """Run the three into folders of `work`: without-a-break, handed-on and control."""
 
     def train(name: str, hand: tuple[int, list[str]], until: int) -> None:
         world, own = hand
@@ -230,11 +225,8 @@ def lose_first_moments(run_dir: Path) -> None:
         tensors = load_file(folder / name)
         slices = []
         for parameter, start, stop in file.slices:
-            keys = {
-                state: sharded_state.key_of(parameter, start, stop, state)
-                for state in (WEIGHT, EMA, *{name for names in MOMENTS.values() for name in names})
-            }
-            states = {state: tensors[key] for state, key in keys.items() if key in tensors}
+            prefix = sharded_state.key_of(parameter, start, stop, "")
+            states = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
             for first in {names[0] for names in MOMENTS.values()} & states.keys():
                 states[first] = torch.zeros_like(states[first])
             slices.append(Slice(parameter, start, states))
@@ -242,7 +234,7 @@ def lose_first_moments(run_dir: Path) -> None:
         (folder / name).unlink()
         files[name], found_digests = sharded_state.write(folder / name, slices)
         add_digests(digests, found_digests)
-    write_manifest(folder, replace(manifest, files=files, digests=digests))
+    replace(manifest, files=files, digests=digests).write(folder)
 
 
 # ---------------------------------------------------------------------------------------- comparing
@@ -253,9 +245,6 @@ def compare(a: Path, b: Path, start: dict[str, torch.Tensor]) -> Differences:
 
     Args:
         start: the weights that training started from, by name.
-
-    Raises:
-        RuntimeError: their traces have other steps.
     """
     left, right = read_json_lines(a / "trace.jsonl"), read_json_lines(b / "trace.jsonl")
     if [line["step"] for line in left] != [line["step"] for line in right]:
@@ -283,7 +272,9 @@ def _compare_change(a: Shards, b: Shards, name: str, start: torch.Tensor) -> flo
     if name not in a.names:
         return 0.0
     left, right = a.whole(name).double() - start, b.whole(name).double() - start
-    return float((left - right).norm() / left.norm())
+    difference = (left - right).norm()
+    # a tensor that no step has changed, in neither run, is equal
+    return float(difference / left.norm()) if difference else 0.0
 
 
 def _table(

@@ -135,7 +135,7 @@ def prepare_all(recipe: Recipe, tokenizer: Any) -> tuple[Prepared, Plan, Prepare
     train = prepare(recipe, tokenizer, "train")
     held_out = prepare(recipe, tokenizer, "eval") if recipe.has_eval else None
     if held_out:
-        train, held_out = check_leakage(recipe, tokenizer, train, held_out)
+        train, held_out = check_leakage(recipe, train, held_out)
     return train, train_plan(recipe, train), held_out
 
 

@@ -54,8 +54,8 @@ class AdapterSection(Section):
     )
     base: Literal["nf4", "nf4_double_quant", "int8"] | None = Field(
         default=None,
-        description="nf4: hold the frozen linear modules in 4 bits (QLoRA, bitsandbytes). "
-        "nf4_double_quant: store the scales in 8 bits, too, which saves 0.37 bits a "
+        description="nf4: hold the frozen linear modules and experts in 4 bits (QLoRA, "
+        "bitsandbytes). nf4_double_quant: store the scales in 8 bits, too, which saves 0.37 bits a "
         "weight. int8: 8 bits, with a scale for each row. null: keep model.dtype.",
     )
 

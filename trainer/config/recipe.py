@@ -92,11 +92,6 @@ class Recipe(Section):
                 f"adapter.base: the products with weights in 4 bits ({self.adapter.base}) are not "
                 "made in fp8; remove adapter.base, or set model.matmul to bf16"
             )
-        if self.adapter and self.adapter.target_parameters and self.model.compile:
-            raise ValueError(
-                "adapter.target_parameters: peft changes the experts' class in each forward, so "
-                "that a layer would be compiled at every call; remove it, or model.compile"
-            )
         if self.loss.router_aux is not None and self.model.compile:
             raise ValueError(
                 "loss.router_aux needs the routers' own forward; remove it, or model.compile"

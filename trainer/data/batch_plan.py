@@ -17,9 +17,9 @@ import numpy as np
 
 from packhorse.trainer.config.recipe import BatchSection, LossSection, TrainSection
 from packhorse.trainer.config.sections import MAX_EPOCHS
-from packhorse.trainer.data.pack import CountTrained
+from packhorse.trainer.data.pack import CountTrained, shuffled
 from packhorse.trainer.data.ranks import MUCH_FILLER, count_groups, filler_share, good_worlds
-from packhorse.trainer.datatypes import BadInput, Packed, Piece, StepPlan
+from packhorse.trainer.datatypes import BadInput, Packed, StepPlan
 from packhorse.trainer.dist import seed_from
 
 EPOCHS_KEPT = 2  # packings in memory: this epoch's and, around its end, the next one's
@@ -61,18 +61,15 @@ class Epochs(Protocol):
     @property
     def streaming(self) -> bool:
         """Whether an epoch is known only once the one before has been used."""
-        ...
 
     def corpus(self, epoch: int) -> Corpus:
         """Return the documents of an epoch."""
-        ...
 
     def num_sequences(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
         """Return how many sequences the epoch, which begins with `first_step` (from 0), packs into.
 
         `count` packs the epoch to find out, unless the number is known already.
         """
-        ...
 
 
 class Packings:
@@ -175,10 +172,6 @@ class Plan:
         counts = self._packings.targets(epoch, self.pieces(epoch, range(first, end)))
         return StepPlan(step, epoch, micro_batches, int(counts.sum()), len(counts))
 
-    def sequence(self, epoch: int, number: int) -> list[Piece]:
-        """Return the pieces of one packed sequence, in their order."""
-        return [Piece(*numbers) for numbers in self.pieces(epoch, [number]).tolist()]
-
     def pieces(self, epoch: int, sequences: Iterable[int]) -> np.ndarray:
         """Return the pieces (P, 4) of sequences, one after the other; Piece has the columns."""
         packed = self._packed(epoch)
@@ -193,15 +186,9 @@ class Plan:
         if self.loss.weighting == "example":
             counts = self._packings.targets(step.epoch, pieces)
             return 1 / (counts * step.examples)
-        return np.full(len(pieces), self.uniform_weight(step))
-
-    def uniform_weight(self, step: StepPlan) -> float | None:
-        """Return the weight that all trained tokens of the step share; None if they differ."""
-        if self.loss.weighting == "example":
-            return None
-        if isinstance(self.loss.weighting, int):
-            return 1 / (self.loss.weighting * step.examples)
-        return 1 / step.trained_tokens
+        constant = self.loss.weighting
+        share = constant * step.examples if isinstance(constant, int) else step.trained_tokens
+        return np.full(len(pieces), 1 / share)
 
     # ---------------------------------------------------------------------------------------- sizes
 
@@ -362,7 +349,7 @@ def _documents_of_epoch(corpus: Corpus, seed: int, epoch: int) -> np.ndarray:
         wanted = round(weight * len(documents))
         passes, rest = divmod(wanted, len(documents)) if len(documents) else (0, 0)
         rng = np.random.default_rng(seed_from(seed, "sample", epoch, source))
-        sample = np.argsort(rng.bit_generator.random_raw(len(documents)), kind="stable")[:rest]
+        sample = shuffled(len(documents), rng)[:rest]
         chosen += [documents] * passes + [documents[np.sort(sample)]]
     together = np.concatenate(chosen)
     if not len(together):

@@ -9,25 +9,26 @@ final name, it is complete.
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from packhorse.trainer.data.digest import json_digest
-from packhorse.trainer.data.intact import damaged, digest_of, explained, require_intact
-from packhorse.trainer.datatypes import BadInput, Example, Tokenized
+from packhorse.trainer.data.digest import explained, folder_digest, json_digest, require_intact
+from packhorse.trainer.datatypes import BadInput, Example, LeftOut, Tokenized
 from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
 from packhorse.trainer.utils.progress import WorkProgress
 
 VERSION = 5  # part of every key: raise it when the files of a folder change
 
-BLOCK_DOCUMENTS = 4096  # in memory while duplicates are dropped
+BLOCK_DOCUMENTS = 4096  # in memory while some are left out
 
 COLUMNS = {
     "input_ids": np.dtype(np.int32),  # (tokens,)
@@ -46,28 +47,13 @@ REJECTS, FILTERED = "rejects.jsonl", "filtered.jsonl"
 # is what that cost. `apart` rows have a document for each trained answer, which costs
 # `repeated_tokens`.
 COUNTED = (
-    "rows",
-    "documents",
-    "tokens",
-    "trained_tokens",
-    "rejected",
-    "filtered",
-    "duplicates",
-    "cut",
-    "lost_trained_tokens",
-    "apart",
-    "repeated_tokens",
+    *("rows", "documents", "tokens", "trained_tokens", "rejected", "filtered", "duplicates"),
+    *("cut", "lost_trained_tokens", "apart", "repeated_tokens"),
 )
-
 LONGEST = "longest_reject"  # tokens of the longest row that was too long; 0: none was
-
 # Rows counted by a text: why they are rejected or filtered, and names in them that nobody reads.
 BY_TEXT = ("reasons", "filter_reasons", "unread")
 MAX_UNREAD = 200  # names of a source: rows may have keys of their own, each another
-
-Chunks = Callable[[int], Generator[Tokenized, None, None]]
-"""chunks(done): tokenizes the rows after the first `done`. The documents do not depend on how the
-rows are cut into chunks."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +96,7 @@ class Documents:
 
 def prepare(
     folder: Path,
-    chunks: Chunks,
+    chunks: Callable[[int], Generator[Tokenized, None, None]],
     *,
     sources: list[str],
     files: list[str],
@@ -125,6 +111,8 @@ def prepare(
 
     Args:
         folder: named by a key of everything that shapes its content.
+        chunks: `chunks(done)` tokenizes the rows after the first `done`. The documents do not
+            depend on how the rows are cut into chunks.
         sources, files, what: names, for reports and messages.
         limit: the key that limits an example's length, with its value, for messages.
         drop_duplicates: keep only the first of the rows that are equal, token by token.
@@ -134,13 +122,12 @@ def prepare(
         BadInput: no row is left, too many rows are rejected, or the folder cannot be written.
         Stopped: `stopping()` became true; the rows done so far are kept for the next start.
     """
+    doing = f"preparing {what}"
 
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
         with (
             closing(_CacheWriter(staging, leftovers, sources, files)) as writer,
-            closing(
-                WorkProgress(f"preparing {what}", writer.state["rows"], total_rows())
-            ) as progress,
+            closing(WorkProgress(doing, writer.state["rows"], total_rows())) as progress,
             closing(chunks(writer.state["rows"])) as stream,
         ):
             for chunk in stream:
@@ -150,41 +137,40 @@ def prepare(
                 progress.show(rows, f", {writer.state['tokens']:,} tokens")
                 if stopping():
                     writer.save()
-                    raise Stopped(f"stopped preparing {what} after {rows} rows, which are kept")
+                    raise Stopped(f"stopped {doing} after {rows} rows, which are kept")
             writer.finish(drop_duplicates)
 
-    build_once(folder, build, f"preparing {what}", stopping)
-    return open_documents(folder, what, max_rejects, limit)
+    build_once(folder, build, doing, stopping)
+    documents = _open_documents(folder)
+    _check_rejects(documents, what, max_rejects, limit)
+    return documents
 
 
-def open_documents(folder: Path, what: str, max_rejects: float, limit: str) -> Documents:
+def _open_documents(folder: Path) -> Documents:
     """Map a complete cache, every byte of it checked by one rank of this node.
 
     Raises:
-        BadInput: it has changed since it was written, or holds too few rows.
+        BadInput: it has changed since it was written.
     """
     with explained(folder):
         record = json.loads((folder / "report.json").read_text(encoding="utf-8"))
         sizes = {name: (folder / name).stat().st_size for name in record["sizes"]}
         if sizes != record["sizes"]:
-            raise damaged(folder, "files have changed size since they were written")
+            raise ValueError("files have changed size since they were written")
         if record.pop("digest") != json_digest([record]):
-            raise damaged(folder, "report.json is not as it was written")
+            raise ValueError("report.json is not as it was written")
         require_intact(folder, FILES.values(), record["fingerprint"])
-        report = record["report"]
-    _check_rejects(report, folder, what, max_rejects, limit)
     columns = _map_columns(folder)
     lengths = np.diff(columns["offsets"])
-    return Documents(folder, record["fingerprint"], report, **columns, lengths=lengths)
+    return Documents(folder, record["fingerprint"], record["report"], **columns, lengths=lengths)
 
 
-def _check_rejects(
-    report: dict[str, Any], folder: Path, what: str, max_rejects: float, limit: str
-) -> None:
+def _check_rejects(documents: Documents, what: str, max_rejects: float, limit: str) -> None:
     """Raise BadInput if no row is left, or if more than `max_rejects` of the wanted rows are bad.
 
     Rows that the filters leave out are not wanted.
     """
+    report = documents.report
     rows, rejected, filtered = report["rows"], report["rejected"], report["filtered"]
     if not rows:
         raise BadInput(
@@ -211,7 +197,7 @@ def _check_rejects(
             f"{limit}, or set data.too_long to truncate or split"
         )
     common = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common(3))
-    raise BadInput(f"{what}: {problem}: {common}; see {folder / listed}{remedy}")
+    raise BadInput(f"{what}: {problem}: {common}; see {documents.folder / listed}{remedy}")
 
 
 # ----------------------------------------------------------------------------------------- building
@@ -245,127 +231,170 @@ class _CacheWriter:
             column = starts if name == "offsets" else getattr(chunk, name)
             assert column.dtype == dtype, name
             self._files.append(FILES[name], column.tobytes())
-        for name, rows in ((REJECTS, chunk.rejects), (FILTERED, chunk.filtered)):
-            lines = (
-                {"source": self._file_names[file], "row": row, "reason": reason}
-                | ({"tokens": chunk.long_rows[file, row]} if (file, row) in chunk.long_rows else {})
-                for _, file, row, reason in rows
-            )
-            self._files.append_lines(name, lines)
+        self._files.append_lines(REJECTS, map(self._line, chunk.rejects))
+        self._files.append_lines(FILTERED, map(self._line, chunk.filtered))
         self._count(chunk)
         self.state["tokens"] += len(chunk.input_ids)
-        self.state["rows"] += sum(chunk.source_rows.values())
+        self.state["rows"] = sum(counts["rows"] for counts in self._sources)
         self._files.save_if_due()
 
+    def _line(self, row: LeftOut) -> dict[str, Any]:
+        line = {"source": self._file_names[row.file], "row": row.row, "reason": row.reason}
+        return {**line, "tokens": row.tokens} if row.tokens else line
+
     def _count(self, chunk: Tokenized) -> None:
-        for source, rows in chunk.source_rows.items():
-            counts, of_source = self._sources[source], chunk.sources == source
-            counts["rows"] += rows
-            counts["documents"] += int(of_source.sum())
-            counts["tokens"] += int(chunk.lengths[of_source].sum())
-            counts["trained_tokens"] += int(chunk.trained_counts[of_source].sum())
-        for count, reasons, rows in (
+        for (source, name), count in chunk.counts.items():
+            self._sources[source][name] += count
+        for name, reasons, rows in (
             ("rejected", "reasons", chunk.rejects),
             ("filtered", "filter_reasons", chunk.filtered),
         ):
-            for source, _, _, reason in rows:
-                counts = self._sources[source]
-                counts[count] += 1
-                counts[reasons][reason] = counts[reasons].get(reason, 0) + 1
-        for source, file, row, _ in chunk.rejects:
-            tokens = chunk.long_rows.get((file, row), 0)
-            self._sources[source][LONGEST] = max(self._sources[source][LONGEST], tokens)
+            for row in rows:
+                counts = self._sources[row.source]
+                counts[name] += 1
+                counts[reasons][row.reason] = counts[reasons].get(row.reason, 0) + 1
+                counts[LONGEST] = max(counts[LONGEST], row.tokens)
         for (source, name), rows in chunk.unread.items():
             counts = self._sources[source]["unread"]
             name = name if name in counts or len(counts) < MAX_UNREAD else "others"
             counts[name] = counts.get(name, 0) + rows
-        for source, lost in chunk.cuts:
-            self._sources[source]["cut"] += 1
-            self._sources[source]["lost_trained_tokens"] += lost
-        for source, repeated in chunk.apart:
-            self._sources[source]["apart"] += 1
-            self._sources[source]["repeated_tokens"] += repeated
 
     def finish(self, drop_duplicates: bool) -> None:
-        """Find the duplicates, write the end of the last document, and last of all the report."""
-        self._find_duplicates(drop_duplicates)
-        end = sum(source["tokens"] for source in self._sources)
-        self._files.append(FILES["offsets"], np.int64(end).tobytes())
-        sizes = self._files.sync()
-        report: dict[str, Any] = {
-            key: sum(source[key] for source in self._sources) for key in COUNTED
-        }
-        report[LONGEST] = max(source[LONGEST] for source in self._sources)
-        for counted in BY_TEXT:
-            counters = (Counter(source[counted]) for source in self._sources)
-            report[counted] = dict(sum(counters, Counter()))
-        report["sources"] = self._sources
+        """Write the end of the last document, find the duplicates, and last of all the report."""
+        self._files.append(FILES["offsets"], np.int64(self.state["tokens"]).tobytes())
+        self._files.flush()
         folder = self._files.folder
-        write_report(folder, sizes, report)
+        columns = _map_columns(folder)
+        repeated = self._find_duplicates(columns)
+        if drop_duplicates and repeated.any():
+            aside = {file: folder / f"{file}.aside" for file in FILES.values()}
+            for name, blocks in _kept_columns(columns, ~repeated):
+                with aside[FILES[name]].open("wb") as new:
+                    new.writelines(blocks)
+            self._files.replace(aside)
+        _write_report(folder, self._files.sync(), self._sources)
         self._files.forget()
 
-    def _find_duplicates(self, drop: bool) -> None:
-        """Count the rows whose digest an earlier row has, and drop their documents if asked to.
+    def _find_duplicates(self, columns: dict[str, np.ndarray]) -> np.ndarray:
+        """Count the rows whose digest an earlier row has; return which documents (n,) are theirs.
 
         The chance that any two different rows of ten million share a digest is 1 in 370,000.
         """
-        if not self.state["tokens"]:
-            return  # an empty file cannot be mapped
-        self._files.flush()
-        columns = _map_columns(self._files.folder)
-        changes = (np.diff(columns["files"]) != 0) | (np.diff(columns["rows"]) != 0)
-        firsts = np.append(0, np.flatnonzero(changes) + 1)  # the first document of each row
+        files, rows = (np.diff(columns[name], prepend=-1) != 0 for name in ("files", "rows"))
+        firsts = np.flatnonzero(files | rows)  # the first document of each row
         repeated = np.ones(len(firsts), np.bool_)
         repeated[np.unique(columns["digests"][firsts], return_index=True)[1]] = False
         for source, counts in enumerate(self._sources):
             of_source = columns["sources"][firsts] == source
             counts["duplicates"] = int(np.count_nonzero(repeated & of_source))
-        if drop and repeated.any():
-            dropped = np.repeat(repeated, np.diff(firsts, append=len(columns["rows"])))
-            self._rewrite(columns, ~dropped)
-
-    def _rewrite(self, columns: dict[str, np.ndarray], kept: np.ndarray) -> None:
-        """Rewrite the columns with only the documents that are `kept`, (n,) bool."""
-        begins = np.append(columns["offsets"], self.state["tokens"])
-        lengths = np.diff(begins)
-        columns["offsets"] = np.cumsum(lengths * kept) - lengths * kept
-        aside = {file: self._files.folder / f"{file}.aside" for file in FILES.values()}
-        for name, file in FILES.items():
-            with aside[file].open("wb") as new:
-                new.writelines(kept_blocks(name, columns[name], kept, begins))
-        self._files.replace(aside)
-        for source, counts in enumerate(self._sources):
-            of_source = kept & (columns["sources"] == source)
-            counts["documents"] = int(np.count_nonzero(of_source))
-            counts["tokens"] = int(lengths[of_source].sum())
-            counts["trained_tokens"] = int(columns["trained_counts"][of_source].sum())
+        return np.repeat(repeated, np.diff(firsts, append=len(columns["rows"])))
 
 
-def kept_blocks(
-    name: str, column: np.ndarray, kept: np.ndarray, begins: np.ndarray
-) -> Iterator[bytes]:
-    """Yield what is kept of a column, in blocks, as the whole may not fit into memory."""
-    for start in range(0, len(kept), BLOCK_DOCUMENTS):
-        stop = min(start + BLOCK_DOCUMENTS, len(kept))
-        chosen, values = kept[start:stop], column[start:stop]
-        if name in ("input_ids", "trained"):  # an entry for each token, not for each document
-            chosen = np.repeat(chosen, np.diff(begins[start : stop + 1]))
-            values = column[begins[start] : begins[stop]]
-        yield values[chosen].tobytes()
+def _kept_columns(
+    columns: Mapping[str, np.ndarray], kept: np.ndarray
+) -> Iterator[tuple[str, Iterator[bytes]]]:
+    """Yield the columns of the documents that are `kept`, (n,) bool, each by its name and in
+    blocks, as a whole one may not fit into memory."""
+    offsets = columns["offsets"]
+
+    def blocks(column: np.ndarray, by_token: bool) -> Iterator[bytes]:
+        for start in range(0, len(kept), BLOCK_DOCUMENTS):
+            stop = min(start + BLOCK_DOCUMENTS, len(kept))
+            chosen, values = kept[start:stop], column[start:stop]
+            if by_token:
+                chosen = np.repeat(chosen, np.diff(offsets[start : stop + 1]))
+                values = column[offsets[start] : offsets[stop]]
+            yield values[chosen].tobytes()
+
+    for name, dtype in COLUMNS.items():
+        if name == "offsets":
+            ends = np.cumsum(np.diff(offsets)[kept], dtype=dtype)
+            yield name, iter([np.append(dtype.type(0), ends).tobytes()])
+        else:
+            yield name, blocks(columns[name], name in ("input_ids", "trained"))
 
 
-def write_report(folder: Path, sizes: dict[str, int], report: dict[str, Any]) -> None:
-    """Write report.json, last of all: counts, files' sizes, and the digests that are checked when
-    the folder is opened."""
+def _write_report(folder: Path, sizes: dict[str, int], sources: list[dict[str, Any]]) -> None:
+    """Write report.json, last of all: the counts of each source and of all, files' sizes, and the
+    digests that are checked when the folder is opened.
+
+    What the columns themselves say, documents and tokens, is counted here.
+    """
+    columns = _map_columns(folder)
+    lengths = np.diff(columns["offsets"])
+    for source, counts in enumerate(sources):
+        of_source = columns["sources"] == source
+        counts["documents"] = int(np.count_nonzero(of_source))
+        counts["tokens"] = int(lengths[of_source].sum())
+        counts["trained_tokens"] = int(columns["trained_counts"][of_source].sum())
     # of all columns, which are the documents wherever they were built
-    fingerprint = digest_of(folder, FILES.values())
+    fingerprint = folder_digest(folder, FILES.values())
+    report = {**sum_counts(sources), "sources": sources}
     record = {"fingerprint": fingerprint, "sizes": sizes, "report": report}
     write_json(folder / "report.json", {**record, "digest": json_digest([record])})
 
 
+def sum_counts(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """Add up the counts of several sources or shards, and their counts by text."""
+    total: dict[str, Any] = {}
+    for key, value in chain.from_iterable(part.items() for part in parts):
+        if isinstance(value, dict):
+            total[key] = dict(Counter(total.get(key, {})) + Counter(value))
+        elif key == LONGEST:
+            total[key] = max(value, total.get(key, 0))
+        elif key != "name":
+            total[key] = total.get(key, 0) + value
+    return total
+
+
+def keep_documents(
+    folder: Path,
+    documents: Documents,
+    kept: np.ndarray,
+    reason: str,
+    stopping: Callable[[], bool] = lambda: False,
+) -> Documents:
+    """Return the documents that are `kept`, (n,) bool, from `folder`; the first process to come
+    fills it.
+
+    It is a copy and no view: its columns are mapped, too, and its fingerprint is of what is
+    trained.
+
+    Args:
+        reason: key of the report, and of its `sources`, that counts the rows left out.
+
+    Raises:
+        BadInput: none is kept.
+    """
+    if not kept.any():
+        raise BadInput(f"data.train: no row is left, as all {documents.report['rows']} {reason}")
+
+    def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
+        names = [*FILES.values(), REJECTS, FILTERED]
+        with closing(ResumableFiles(staging, [], names, {})) as files:
+            for name, blocks in _kept_columns(vars(documents), kept):
+                check()
+                for block in blocks:
+                    files.append(FILES[name], block)
+            for name in (REJECTS, FILTERED):
+                files.append(name, (documents.folder / name).read_bytes())
+            sizes = files.sync()
+        sources = copy.deepcopy(documents.report["sources"])
+        rows = np.stack([documents.sources, documents.files, documents.rows], 1)[~kept]
+        rows = np.unique(rows, axis=0)  # each once, though it may have several documents
+        for source, counts in enumerate(sources):
+            counts[reason] = int(np.count_nonzero(rows[:, 0] == source))
+        _write_report(staging, sizes, sources)
+
+    build_once(folder, build, "leaving rows out of data.train", stopping)
+    return _open_documents(folder)
+
+
 def _map_columns(folder: Path) -> dict[str, np.ndarray]:
-    # Plain views, as they are sliced faster than np.memmap.
-    return {
-        name: np.asarray(np.memmap(folder / FILES[name], dtype, mode="r"))
-        for name, dtype in COLUMNS.items()
-    }
+    columns = {}
+    for name, dtype in COLUMNS.items():
+        path = folder / FILES[name]
+        is_empty = not path.stat().st_size  # then it cannot be mapped
+        column = np.empty(0, dtype) if is_empty else np.memmap(path, dtype, mode="r")
+        columns[name] = np.asarray(column)  # a plain view, which is sliced faster
+    return columns

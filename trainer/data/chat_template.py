@@ -116,7 +116,6 @@ class Template:
             **self.kwargs,
         }
         self._skeletons: dict[str, Skeleton] = {}
-        self._constants: dict[str, re.Pattern[str] | None] = {}
         self._openings: dict[str, str] = {}
         self._wants_parts: dict[str, bool] = {}
         if self.kwargs:
@@ -139,7 +138,7 @@ class Template:
         text = self.render(messages, tools, prompt=prompt)
         opening = self.opening(None if tools is None else [])
         # First without kept strings: then a text as a whole has one origin, and few shapes differ.
-        for keep in (None, self._compared_strings(tools)):
+        for keep in (None, compared_strings(self._source(tools))):
             placeholders = Placeholders(keep, opening)
             shape = placeholders.shape(messages, tools)
             key = repr((*shape, prompt))
@@ -342,12 +341,6 @@ class Template:
         blank = not literal[len(kept) : token.start()].strip()
         is_end = blank and self.control_ids[token[0]] in (self.generation_eos or others)
         return literal[len(kept) : token.end()] if is_end else ""
-
-    def _compared_strings(self, tools: list[Any] | None) -> re.Pattern[str] | None:
-        source = self._source(tools)
-        if source not in self._constants:
-            self._constants[source] = compared_strings(source)
-        return self._constants[source]
 
 
 def _refuse_dropped(

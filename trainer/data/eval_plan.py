@@ -17,6 +17,7 @@ from packhorse.trainer.config.data import DataSection
 from packhorse.trainer.config.recipe import LossSection, Recipe, TrainSection
 from packhorse.trainer.data.batch_plan import Corpus, Plan
 from packhorse.trainer.data.prepare import Prepared, packer
+from packhorse.trainer.data.source import shown
 from packhorse.trainer.data.split import parts_of
 
 
@@ -77,7 +78,7 @@ def source_names(data: DataSection) -> list[str]:
     its path without endings, as far as that tells it from the others; else the whole, or with a
     number.
     """
-    whole = [str(part.source.path or part.source.name) for part in parts_of(data, "eval")]
+    whole = [shown(part.source) for part in parts_of(data, "eval")]
     short = [text.rstrip("/").rsplit("/", 1)[-1].split(".")[0] or text for text in whole]
     names, used = [], Counter[str]()
     for text, last in zip(whole, short, strict=True):

@@ -19,6 +19,11 @@ from packhorse.trainer.utils.time_limit import TooLong, interrupted_after
 from packhorse.trainer.utils.user_functions import load_function
 
 PATTERN_S = 1.0  # of processor time for a pattern at one row
+NO_VERDICT = {
+    "no reference": "the reference holds no value",
+    "too long": f"no verdict within {LIMIT_S:g} s of computing",
+    "failed": "math-verify failed at the answer",
+}
 
 
 def check_filters(filters: Filters) -> None:
@@ -33,10 +38,7 @@ def apply_filters(filters: Filters, row: Mapping[str, Any], conversation: Conver
     """Raise Filtered if a filter leaves the row out, RowError if the row cannot be judged."""
     answer = conversation.text
     if answer is None:
-        answers = [
-            message.content for message in conversation.messages if message.role == "assistant"
-        ]
-        answer = answers[-1]
+        answer = [one.content for one in conversation.messages if one.role == "assistant"][-1]
     if filters.answer_words:
         fewest, most = filters.answer_words
         words = len(answer.split())
@@ -68,14 +70,10 @@ def _verify(answer: str, reference: Any) -> None:
     if isinstance(reference, bool) or not isinstance(reference, str | int | float):
         raise RowError("math_answer: no reference")
     verdict = math_verdict(answer, str(reference))
-    if verdict == "no reference":
-        raise RowError("math_answer: the reference holds no value")
-    if verdict == "too long":
-        raise RowError(f"math_answer: no verdict within {LIMIT_S:g} s of computing")
-    if verdict == "failed":
-        raise RowError("math_answer: math-verify failed at the answer")
     if verdict == "wrong":
         raise Filtered("math_answer: not the reference's value")
+    if verdict in NO_VERDICT:
+        raise RowError(f"math_answer: {NO_VERDICT[verdict]}")
 
 
 def _ask(name: str, row: Mapping[str, Any], conversation: Conversation) -> None:

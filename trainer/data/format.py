@@ -173,8 +173,13 @@ def _from_instruction(row: dict[str, Any]) -> tuple[Message, ...]:
         isinstance(pair, list) and len(pair) == 2 for pair in history
     ):
         raise RowError("history is not a list of pairs")
-    earlier = [message for pair in history for message in _question_and_answer(*pair)]
-    return *earlier, Message("user", task), _answer(row["output"])
+    turns = [(_text(question, "question"), answer) for question, answer in history]
+    turns.append((task, row["output"]))
+    return tuple(
+        message
+        for question, answer in turns
+        for message in (Message("user", question), _answer(answer))
+    )
 
 
 def _from_question_answer(row: dict[str, Any]) -> tuple[Message, ...]:
@@ -192,10 +197,6 @@ def _from_question_answer(row: dict[str, Any]) -> tuple[Message, ...]:
         if type(answer) is int and 0 <= answer < len(choices):
             answer = ascii_uppercase[answer]
     return Message("user", "\n\n".join(parts)), _answer(answer)
-
-
-def _question_and_answer(question: Any, answer: Any) -> tuple[Message, Message]:
-    return Message("user", _text(question, "question")), _answer(answer)
 
 
 def _answer(value: Any) -> Message:
@@ -241,18 +242,16 @@ def _message(item: Any) -> Message:
         raise RowError(f"unknown role {role[:40]!r}")
     role = ROLES[role]
     calls = _tool_calls(value_of(item, CALLS))
-    reasoning = value_of(item, REASONING)
-    if reasoning is not None and not isinstance(reasoning, str):
-        raise RowError("reasoning_content is not a string")
+    reasoning = _optional_string(value_of(item, REASONING), "reasoning_content")
     if calls and role != "assistant":
         raise RowError("tool calls outside an assistant message")
     return Message(
         role=role,
         content=_content(item.get("content"), may_be_empty=bool(calls or reasoning)),
-        reasoning_content=None if reasoning is None else _unicode(reasoning),
+        reasoning_content=reasoning,
         tool_calls=calls,
-        tool_call_id=_optional_string(item, "tool_call_id"),
-        name=_optional_string(item, "name"),
+        tool_call_id=_optional_string(item.get("tool_call_id"), "tool_call_id"),
+        name=_optional_string(item.get("name"), "name"),
         weight=int(is_trained(item)),
     )
 
@@ -360,8 +359,7 @@ def _text(value: Any, name: str) -> str:
     return _unicode(value)
 
 
-def _optional_string(item: Mapping[Any, Any], name: str) -> str | None:
-    value = item.get(name)
+def _optional_string(value: Any, name: str) -> str | None:
     if value is not None and not isinstance(value, str):
         raise RowError(f"{name} is not a string")
     return None if value is None else _unicode(value)

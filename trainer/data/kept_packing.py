@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from packhorse.trainer.data.intact import digest_of, explained, require_intact
+from packhorse.trainer.data.digest import explained, folder_digest, require_intact
 from packhorse.trainer.datatypes import Packed
 from packhorse.trainer.utils.files import build_once, write_synced
 
@@ -35,7 +35,7 @@ def keep_packed(
                 np.save(file, array)
                 file.flush()
                 os.fsync(file.fileno())
-        write_synced(staging / _DIGEST, digest_of(staging, _FILES))
+        write_synced(staging / _DIGEST, folder_digest(staging, _FILES))
 
     build_once(folder, build, what, stopping)
     with explained(folder):

@@ -16,29 +16,29 @@ from __future__ import annotations
 import heapq
 import json
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from packhorse.trainer.config.data import DataSection, Filters
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data import tokenize
+from packhorse.trainer.data.cache import keep_documents
 from packhorse.trainer.data.digest import json_digest
 from packhorse.trainer.data.near_duplicates import Index
 from packhorse.trainer.data.prepare import (
     Prepared,
-    RowTokenizer,
     cache_folder,
     require_rows,
-    row_tokenizer,
+    row_readers,
     workers_of,
 )
+from packhorse.trainer.data.rows import RowReader
 from packhorse.trainer.data.split import SplitRows
-from packhorse.trainer.data.subset import keep_documents
 from packhorse.trainer.datatypes import BadInput, Conversation, Row, RowError
 from packhorse.trainer.dist import log
 from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
@@ -79,12 +79,8 @@ def prompt_text(conversation: Conversation) -> str | None:
     return "\n".join(asked) if asked else None
 
 
-def is_same(one: str, other: str) -> bool:
-    """Return whether two texts are equal but for white space and capitals."""
-    return _plain(one) == _plain(other)
-
-
 def _plain(text: str) -> str:
+    """Return the text without differences in white space and capitals."""
     return " ".join(text.split()).casefold()
 
 
@@ -115,7 +111,6 @@ class _HeldOut:
 
 def check_leakage(
     recipe: Recipe,
-    tokenizer: Any,
     train: Prepared,
     held_out: Prepared,
     stopping: Callable[[], bool] = lambda: False,
@@ -147,7 +142,7 @@ def check_leakage(
                     rows = files.state["rows"]
                     raise Stopped(f"stopped while {WHAT} after {rows} rows, which are kept")
 
-            rows = _compare(recipe, tokenizer, train, held_out, files, check_and_stop)
+            rows = _compare(recipe.data, train, held_out, files, check_and_stop)
             files.sync()
             found = {kind: _summarize_pairs(staging / name) for kind, name in PAIRS.items()}
             report = {"rows": rows, **found["rows"], "prompts": found["prompts"]}
@@ -185,8 +180,7 @@ def _summarize_pairs(path: Path) -> dict[str, Any]:
 
 
 def _compare(
-    recipe: Recipe,
-    tokenizer: Any,
+    data: DataSection,
     train: Prepared,
     held_out: Prepared,
     files: ResumableFiles,
@@ -196,11 +190,11 @@ def _compare(
 
     Memory grows with the held-out side alone.
     """
-    workers = workers_of(recipe.data)
-    asked = {kind: _HeldOut(recipe.data.near_duplicate) for kind in PAIRS}
+    workers = workers_of(data)
+    asked = {kind: _HeldOut(data.near_duplicate) for kind in PAIRS}
     rows_held_out, kept = 0, _KeptRows(held_out)
-    split_rows = SplitRows(recipe.data, "eval")
-    read = _ReadTexts.of(row_tokenizer(recipe, tokenizer, "eval"))
+    split_rows = SplitRows(data, "eval")
+    read = _ReadTexts.of(data, "eval")
     with closing(tokenize.run(split_rows.rows(), read, workers, split_rows.files)) as chunks:
         for chunk in chunks:
             check_and_stop()
@@ -208,14 +202,14 @@ def _compare(
             rows_held_out += len(chosen)
             for kind, texts in asked.items():
                 texts.add(
-                    (row.texts[kind], f"{held_out.files[row.file]}:{row.number}")
+                    (text, f"{held_out.files[row.file]}:{row.number}")
                     for row in chosen
-                    if kind in row.texts
+                    if (text := row.texts[kind]) is not None
                 )
 
-    split_rows, kept, done = SplitRows(recipe.data, "train"), _KeptRows(train), files.state
+    split_rows, kept, done = SplitRows(data, "train"), _KeptRows(train), files.state
     indexes = {kind: texts.index for kind, texts in asked.items()}
-    find = _FindNear(_ReadTexts.of(row_tokenizer(recipe, tokenizer, "train")), indexes)
+    find = _FindNear(_ReadTexts.of(data, "train"), indexes)
     rows_left = islice(split_rows.rows(), done["rows"], None)
     with (
         closing(WorkProgress(WHAT, done["rows"], split_rows.count_rows())) as progress,
@@ -249,18 +243,20 @@ def _pair(match: _Match, held_out: _HeldOut, train: Prepared) -> dict[str, Any]:
 def _refuse_leak(report: dict[str, Any], data: DataSection) -> None:
     rows, most, prompts = report["rows"], data.max_leakage, report["prompts"]
     problems = []
-    if report["leaked_rows"] > most * rows:
-        problems.append(
-            f"{_share(report['leaked_rows'], rows)} have a near-duplicate in data.train, more than "
-            f"data.max_leakage ({most:.1%}); the most similar: {_closest(report)}; all pairs are "
-            f"in {report['path']}"
-        )
-    if prompts["exact_rows"] > most * rows:
-        problems.append(
-            f"{_share(prompts['exact_rows'], rows)} have a prompt that rows of data.train have, "
-            f"too, more than data.max_leakage ({most:.1%}): {_closest(prompts)}; all pairs are in "
-            f"{prompts['path']}"
-        )
+    for found, leaked, what in (
+        (report, report["leaked_rows"], "a near-duplicate in data.train"),
+        (prompts, prompts["exact_rows"], "a prompt that rows of data.train have, too"),
+    ):
+        if leaked > most * rows:
+            closest = "; ".join(
+                f"{pair['eval']} and {pair['train']} ({pair['similarity']:.2f})"
+                for pair in found["closest"]
+            )
+            problems.append(
+                f"{leaked} of {rows} rows ({leaked / rows:.1%}) have {what}, more than "
+                f"data.max_leakage ({most:.1%}); the most similar: {closest}; all pairs are in "
+                f"{found['path']}"
+            )
     if problems:
         raise BadInput(
             f"data.eval: {'; and '.join(problems)}: where data.eval_fraction holds rows out, keep "
@@ -268,17 +264,6 @@ def _refuse_leak(report: dict[str, Any], data: DataSection) -> None:
             "`question`); or set data.leakage: drop, which leaves such rows out of the training "
             "data; or remove them yourself, or raise data.max_leakage"
         )
-
-
-def _share(leaked: int, rows: int) -> str:
-    return f"{leaked} of {rows} rows ({leaked / rows:.1%})"
-
-
-def _closest(report: dict[str, Any]) -> str:
-    return "; ".join(
-        f"{pair['eval']} and {pair['train']} ({pair['similarity']:.2f})"
-        for pair in report["closest"]
-    )
 
 
 def _drop_leaked(
@@ -311,37 +296,29 @@ def _drop_leaked(
 class _TextRow(NamedTuple):
     file: int
     number: int
-    texts: dict[str, str]  # by the keys of PAIRS
+    texts: dict[str, str | None]  # by the keys of PAIRS
 
 
 class _ReadTexts(NamedTuple):
     """Return the texts of a chunk of rows, without the rows that have no conversation."""
 
-    tokenize: RowTokenizer
+    readers: tuple[RowReader, ...]  # of each source
 
     @classmethod
-    def of(cls, tokenize: RowTokenizer) -> _ReadTexts:
+    def of(cls, data: DataSection, which: Literal["train", "eval"]) -> _ReadTexts:
         """Read without the filters, which have decided already which rows are documents."""
-        readers = (
-            replace(reader, source=reader.source.model_copy(update={"filters": Filters()}))
-            for reader in tokenize.readers
-        )
-        return cls(replace(tokenize, readers=tuple(readers)))
+        bare = {"filters": Filters()}
+        readers = row_readers(data, which)
+        return cls(tuple(replace(r, source=r.source.model_copy(update=bare)) for r in readers))
 
     def __call__(self, rows: list[Row]) -> list[_TextRow]:
-        read = ((row, self.tokenize.conversation(row)) for row in rows)
-        return [
-            _TextRow(row.file, row.number, _texts_of(found))
-            for row, found in read
-            if not isinstance(found, RowError)
-        ]
-
-
-def _texts_of(conversation: Conversation) -> dict[str, str]:
-    prompt = prompt_text(conversation)
-    return {"rows": conversation_text(conversation)} | (
-        {} if prompt is None else {"prompts": prompt}
-    )
+        found = []
+        for row in rows:
+            with suppress(RowError):
+                read = self.readers[row.source].conversation(row.fields)
+                texts = {"rows": conversation_text(read), "prompts": prompt_text(read)}
+                found.append(_TextRow(row.file, row.number, texts))
+        return found
 
 
 class _Match(NamedTuple):
@@ -366,16 +343,12 @@ class _FindNear(NamedTuple):
     def __call__(self, rows: list[Row]) -> tuple[int, list[_Match]]:
         found, read = [], self.read(rows)
         for kind, index in self.indexes.items():
-            texts = [row for row in read if kind in row.texts]
-            near = index.near([row.texts[kind] for row in texts])
-            found += [
-                _Match(
-                    *(kind, row.file, row.number, number, similar),
-                    exact=is_same(row.texts[kind], index.texts[number]),
-                )
-                for row, matches in zip(texts, near, strict=True)
-                for number, similar in matches
-            ]
+            texts = [(row, text) for row in read if (text := row.texts[kind]) is not None]
+            near = index.near([text for _, text in texts])
+            for (row, text), matches in zip(texts, near, strict=True):
+                for number, similar in matches:
+                    exact = _plain(text) == _plain(index.texts[number])
+                    found.append(_Match(kind, row.file, row.number, number, similar, exact))
         return len(rows), found
 
 

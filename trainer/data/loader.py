@@ -28,7 +28,6 @@ def build_batch(
     *,
     epoch: int,
     sequences: tuple[int, ...],
-    uniform_weight: float | None,
 ) -> Batch:
     """Lay the pieces of a micro-batch end to end.
 
@@ -39,7 +38,6 @@ def build_batch(
         pieces: (P, 4); Piece has the columns.
         weights: (P,), the weight of each trained token of a piece.
         epoch, sequences: where the pieces are from.
-        uniform_weight: the weight, if all pieces have the same.
     """
     import torch  # here, as the processes that tokenize import this file and do not need it
 
@@ -62,8 +60,6 @@ def build_batch(
         trained_positions=torch.from_numpy(trained),
         targets=torch.from_numpy(documents.input_ids[following[trained]].astype(np.int64)),
         weights=torch.from_numpy(weight),
-        # Rounded to float32, as the tensor of weights is: both ways give the same loss.
-        uniform_weight=None if uniform_weight is None else float(np.float32(uniform_weight)),
         document_keys=tuple(
             (epoch, d, n) for d, n in zip(document.tolist(), number.tolist(), strict=True)
         ),
@@ -87,7 +83,6 @@ def filler_batch(epoch: int = 0, tokens: int = 2) -> Batch:
         trained_positions=torch.zeros(1, dtype=torch.int64),
         targets=torch.zeros(1, dtype=torch.int64),
         weights=torch.zeros(1),
-        uniform_weight=0.0,
         document_keys=((epoch, FILLER, 0),),
         sequence_ids=(),
         is_filler=True,
@@ -159,10 +154,7 @@ class Loader:
 
     def fullest(self, first_step: int) -> list[Batch]:
         """Return the micro-batches from a step on that need the most memory; ranks get the same."""
-        return [
-            self._thread.submit(self._build, *place).result()
-            for place in self.plan.fullest(first_step)
-        ]
+        return [self._build(*place) for place in self.plan.fullest(first_step)]
 
     def stream(self, step: int) -> Iterator[Batch]:
         """Yield what `step` returns, if that is too much for memory: held-out evaluation."""
@@ -192,7 +184,6 @@ class Loader:
                 self.plan.piece_weights(step, pieces),
                 epoch=step.epoch,
                 sequences=sequences,
-                uniform_weight=self.plan.uniform_weight(step),
             )
             if batch.tokens < self._slice[1]:  # each of the ranks needs a token
                 batch = _lengthened(batch, filler)

@@ -36,7 +36,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -60,7 +61,6 @@ from packhorse.trainer.datatypes import BadInput, Conversation, Example, Message
 from packhorse.trainer.utils.time_limit import many_interruptions
 
 VERSION = 3  # raise it when the same row comes out another way: it is part of the cache's key
-MODES = ("all", "completion", "assistant", "last_turn")
 
 
 @dataclass(frozen=True)
@@ -86,19 +86,10 @@ class Masker:
 
     Args:
         tokenizer: a fast one; its chat template is used as it stands.
-        train_on: `all` tokens; `completion`, the last answer; `assistant`, every answer;
-            `last_turn`, every answer after the last user message (tool calls before the last answer
-            among them).
         train_on_eot: the stop token is trained with its answer.
         train_trailing_newline: so is white space that the template writes after it.
-        control_tokens: what becomes of a text that spells one: `reject` the row, `text`, or `keep`
-            it as a token.
-        chat_template_kwargs: variables of the chat template.
-        turns: `together` makes one document of a row, whose history must show every trained answer
-            as it is generated; `apart` makes one of each trained answer with all before it; `auto`
-            does so for rows that cannot be proved together.
-        missing_reasoning: see served.py; it matters to documents of one answer.
-        stop_token: what ends an answer where the template does not say it.
+        train_on, control_tokens, chat_template_kwargs, turns, missing_reasoning, stop_token: keys
+            of the recipe's `data`, see config/data.py.
 
     Raises:
         BadInput: the tokenizer cannot be used.
@@ -117,8 +108,6 @@ class Masker:
         missing_reasoning: str = "reject",
         stop_token: str | None = None,
     ) -> None:
-        if train_on not in MODES:
-            raise BadInput(f"`data.train_on` is {train_on!r}; allowed: {', '.join(MODES)}")
         if not tokenizer.is_fast:
             raise BadInput(
                 f"the tokenizer ({type(tokenizer).__name__}) is a slow one, whose tokens cannot be "
@@ -204,11 +193,28 @@ class Masker:
         Args:
             apart: the last answer alone is trained, and may be put behind the prompt of a server.
         """
+        results: list[Any] = []
         with many_interruptions():
-            results: list[Any] = [self._prepare_row(row, apart) for row in conversations]
+            for conversation in conversations:
+                try:
+                    results.append(self._prepare_row(conversation, apart))
+                except RowError as error:
+                    results.append(error)
+        rows = {n: row for n, row in enumerate(results) if isinstance(row, _Row)}
+        texts = {n: text for n, text in enumerate(results) if isinstance(text, str)}
         # One call of the tokenizer for each kind, as its threads share the texts of a call.
-        self._finish_all(results, _Row, lambda row: row.render.text, self._template_example)
-        self._finish_all(results, str, str, self._text_example)
+        of_rows = self._encoder.encode([row.render.text for row in rows.values()])
+        of_texts = self._encoder.encode(list(texts.values()), True, self.control_tokens == "text")
+        for n, ids in zip([*rows, *texts], of_rows + of_texts, strict=True):
+            try:
+                example = (
+                    self._text_example(texts[n], ids)
+                    if n in texts
+                    else self._template_example(rows[n], ids)
+                )
+                results[n] = replace(example, unread=conversations[n].unread)
+            except RowError as error:
+                results[n] = error
         return results
 
     def prompt(self, conversation: Conversation) -> tuple[list[int], str]:
@@ -239,15 +245,12 @@ class Masker:
         stops: list[Any] = []
         call = {"type": "function", "function": {"name": "f", "arguments": {"x": "y"}}}
         plain = Message("assistant", "Hello")
-        for answer in (plain, replace(plain, tool_calls=(call,))):
-            if self.tokenizer.chat_template is None:
-                break
-            try:
+        has_template = self.tokenizer.chat_template is not None
+        for answer in (plain, replace(plain, tool_calls=(call,))) if has_template else ():
+            with suppress(RowError):  # rows of this kind will be rejected with this reason
                 row = Conversation((Message("user", "Hello"), answer))
                 token = find_last_stop(self.template, self.template.follow(row).skeleton)
                 stops.append(self.template.control_ids[token[0]])
-            except RowError:  # rows of this kind will be rejected with this reason
-                pass
         if self.tokenizer.eos_token_id is not None:
             stops.append(self.tokenizer.eos_token_id)
         return tuple(dict.fromkeys(stops))
@@ -277,48 +280,23 @@ class Masker:
 
     # ----------------------------------------------------------------------------------------- rows
 
-    def _prepare_row(self, conversation: Conversation, apart: bool) -> _Row | str | RowError:
-        """Return what is to be tokenized: a render with its turns, a plain text, or why nothing."""
+    def _prepare_row(self, conversation: Conversation, apart: bool) -> _Row | str:
+        """Return what is to be tokenized: a render with its turns, or a plain text."""
         if conversation.text is not None:
             return conversation.text
-        chosen: list[int] = []
+        chosen = choose_turns(conversation.messages, self.train_on)
         try:
-            chosen = choose_turns(conversation.messages, self.train_on)
             render = self.template.follow(conversation)
             if self.train_on == "all":
                 for number in answers_of(conversation.messages):
                     if conversation.messages[number].weight:
                         require_whole(render.skeleton, number)
             return _Row(render, [find_turn(self.template, render.skeleton, n) for n in chosen])
-        except RowError as error:
+        except RowError:
             if not apart or chosen != [len(conversation.messages) - 1]:
-                return error
-        try:
-            render, turn = serve_last(self.template, conversation, self.missing_reasoning)
-            return _Row(render, [turn])
-        except RowError as error:
-            return error
-
-    def _finish_all(
-        self,
-        results: list[Any],
-        kind: type,
-        text_of: Callable[[Any], str],
-        finish: Callable[[Any, list[int]], Example],
-    ) -> None:
-        """Tokenize the rows of a kind in one call, and put examples or errors in their place."""
-        chosen = [n for n, row in enumerate(results) if isinstance(row, kind)]
-        is_text = kind is str
-        encoded = self._encoder.encode(
-            [text_of(results[n]) for n in chosen],
-            is_text,
-            is_text and self.control_tokens == "text",
-        )
-        for n, ids in zip(chosen, encoded, strict=True):
-            try:
-                results[n] = finish(results[n], ids)
-            except RowError as error:
-                results[n] = error
+                raise
+        render, turn = serve_last(self.template, conversation, self.missing_reasoning)
+        return _Row(render, [turn])
 
     def _template_example(self, row: _Row, tokens: list[int]) -> Example:
         skeleton = row.render.skeleton

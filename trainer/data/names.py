@@ -80,19 +80,18 @@ def is_trained(message: Mapping[Any, Any]) -> bool:
 
 def without(row: Mapping[str, Any], ignored: Collection[str]) -> Mapping[str, Any]:
     """Return the row without the columns, and the keys of messages, that the recipe ignores."""
+
+    def kept(fields: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in fields.items() if name not in ignored}
+
     if not ignored:
         return row
     return {
-        name: [_drop(item, ignored) for item in value] if isinstance(value, list) else value
-        for name, value in row.items()
-        if name not in ignored
+        name: [kept(item) if isinstance(item, Mapping) else item for item in value]
+        if isinstance(value, list)
+        else value
+        for name, value in kept(row).items()
     }
-
-
-def _drop(item: Any, ignored: Collection[str]) -> Any:
-    if not isinstance(item, Mapping):
-        return item
-    return {key: value for key, value in item.items() if key not in ignored}
 
 
 def unread_names(
@@ -112,7 +111,8 @@ def unread_names(
         if _FLAG_OF_A_ROW.fullmatch(name):
             raise _unknown_flag("a row has the column", name)
     names = [*found, *(f"messages.{key}" for key in dict.fromkeys(_unread_keys(turns)))]
-    return tuple(printable(name, 60) for name in names)
+    # each once, as two long names may look the same
+    return tuple(dict.fromkeys(printable(name, 60) for name in names))
 
 
 def _unread_keys(turns: Iterable[Any]) -> Iterator[str]:

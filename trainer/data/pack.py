@@ -56,9 +56,9 @@ def pack(
         ValueError: a document is empty, or too long under `none`, `bfd` and `greedy`.
     """
     lengths = np.asarray(lengths, dtype=np.int64)
-    if len(lengths) and lengths.min() < 1:
+    if lengths.min(initial=1) < 1:
         raise ValueError("an empty document cannot be packed")
-    if packing in ("none", "bfd", "greedy") and len(lengths) and lengths.max() > seq_len:
+    if packing in ("none", "bfd", "greedy") and lengths.max(initial=0) > seq_len:
         raise _too_long(int(lengths.max()), seq_len)
     if packing == "wrapped":
         return _drop_untrained(_wrapped(lengths, seq_len, rng), lengths, count_trained)
@@ -66,14 +66,12 @@ def pack(
     pieces = pieces[_teaches(pieces, lengths, count_trained)]
     if packing == "none":
         sequences, num_sequences = np.arange(len(pieces)), len(pieces)
-    elif packing in ("bfd", "bfd_split"):
-        piece_lengths = pieces[:, 2] - pieces[:, 1]
-        sequences, num_sequences = _best_fit_decreasing(piece_lengths, seq_len, rng)
     elif packing == "greedy":
         sequences, num_sequences = _shuffled_greedy(lengths, seq_len, rng)
     else:
-        raise ValueError(f"packing is none, bfd, bfd_split, wrapped or greedy, not {packing}")
-    sequences = _shuffled(num_sequences, rng)[sequences]
+        piece_lengths = pieces[:, 2] - pieces[:, 1]
+        sequences, num_sequences = _best_fit_decreasing(piece_lengths, seq_len, rng)
+    sequences = shuffled(num_sequences, rng)[sequences]
     order = np.argsort(sequences, kind="stable")
     for column in pieces.T:  # in place, as there may be millions
         column[:] = column[order]
@@ -113,7 +111,7 @@ def _too_long(length: int, seq_len: int) -> ValueError:
     return ValueError(f"a document of {length} tokens does not fit in a sequence of {seq_len}")
 
 
-def _shuffled(count: int, rng: np.random.Generator) -> np.ndarray:
+def shuffled(count: int, rng: np.random.Generator) -> np.ndarray:
     """Draw a random order of range(count)."""
     # From the raw bits: numpy promises that they stay the same in all its versions, and does not
     # promise that of `permutation`.
@@ -128,7 +126,7 @@ def _best_fit_decreasing(
     Open sequences lie in stacks by the tokens they have left. `lefts` are the numbers whose stack
     is not empty, in order: the first that is at least a piece's length is the tightest with room.
     """
-    order = _shuffled(len(lengths), rng)
+    order = shuffled(len(lengths), rng)
     stacks: defaultdict[int, list[int]] = defaultdict(list)
     lefts: list[int] = []
     num_sequences = 0
@@ -162,7 +160,7 @@ def _shuffled_greedy(
     lengths: np.ndarray, seq_len: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, int]:
     """Return the sequence of each document (n,), and the number of sequences."""
-    order = _shuffled(len(lengths), rng)
+    order = shuffled(len(lengths), rng)
     packed = list(greedy(lengths[order].tolist(), seq_len))
     sequences = np.empty(len(lengths), dtype=np.int64)
     for sequence, documents in enumerate(packed):
@@ -184,7 +182,7 @@ def _cut_into_pieces(lengths: np.ndarray, seq_len: int) -> np.ndarray:
 
 def _wrapped(lengths: np.ndarray, seq_len: int, rng: np.random.Generator) -> Packed:
     """Lay shuffled documents in one stream, and cut it where a document or a sequence ends."""
-    order = _shuffled(len(lengths), rng)
+    order = shuffled(len(lengths), rng)
     begins = _offsets(lengths[order])
     total = int(begins[-1])
     cuts = np.union1d(begins, np.arange(0, total, seq_len))

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from packhorse.trainer.config.data import DataSection, Source
+from packhorse.trainer.config.data import DataSection
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data import cache, kept_packing, pack, split, tokenize
 from packhorse.trainer.data.batch_plan import Corpus, Epochs, Packer, Plan
@@ -51,28 +51,22 @@ class TrainData(Protocol):
     @property
     def report(self) -> dict[str, Any]:
         """See Prepared.report."""
-        ...
 
     @property
     def epochs(self) -> Epochs:
         """The documents of each epoch, as the plan sees them."""
-        ...
 
     def for_epoch(self, epoch: int) -> Prepared:
         """Return the documents of an epoch."""
-        ...
 
     def fingerprint_at(self, step: int) -> str:
         """Return the fingerprint of all data that the first `step` steps are made of."""
-        ...
 
     def open(self) -> None:
         """Note that a loader begins to read."""
-        ...
 
     def close(self) -> None:
         """Note that no loader reads any more: waiting for a shard, or preparing one, ends."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -141,14 +135,16 @@ def prepare(
     """
     section = recipe.data
     split_rows = SplitRows(section, which)
-    work = row_tokenizer(recipe, tokenizer, which)
+    work = RowTokenizer(masker_of(section, tokenizer), row_readers(section, which))
     limits = length_policy(recipe)
     drop = which == "train" and section.duplicates == "drop"
 
     def chunks(done: int) -> Generator[Tokenized, None, None]:
         rows = islice(split_rows.rows(), done, None)
         given = rows, work, limits, workers_of(section), split_rows.files
-        return tokenize.tokenize_rows(*given, slow=work.slow)
+        # math-verify takes milliseconds for what is no plain number
+        slow = any(part.source.filters.math_answer for part in split_rows.parts)
+        return tokenize.tokenize_rows(*given, slow=slow)
 
     documents = cache.prepare(
         cache_folder(section) / f"documents-{_cache_key(split_rows, work, limits, drop)}",
@@ -186,8 +182,8 @@ def held_out_prompts(recipe: Recipe, masker: Masker, count: int) -> list[Prompt]
         BadInput: no held-out row has both.
     """
     prompts: list[Prompt] = []
-    for part in parts_of(recipe.data, "eval"):
-        reader = RowReader.of(part.source, recipe.data.ignore_columns)
+    readers = row_readers(recipe.data, "eval")
+    for part, reader in zip(parts_of(recipe.data, "eval"), readers, strict=True):
         for row in rows_of(recipe.data, part):
             if len(prompts) == count:
                 return prompts
@@ -244,21 +240,17 @@ def cache_folder(section: DataSection) -> Path:
     return Path(section.cache).expanduser()
 
 
-def digest_of(section: DataSection, source: Source) -> str:
-    """Hash a source's content; the cache remembers the hashes of unchanged files."""
-    return source_digest(source, cache_folder(section) / "digests")
+def digests_folder(section: DataSection) -> Path:
+    """Return the folder that remembers the digests of unchanged files."""
+    return cache_folder(section) / "digests"
 
 
 # --------------------------------------------------------------------------------------------- rows
 
 
-def row_tokenizer(recipe: Recipe, tokenizer: Any, which: Literal["train", "eval"]) -> RowTokenizer:
-    """Build what reads and tokenizes the train or eval rows."""
-    readers = tuple(
-        RowReader.of(part.source, recipe.data.ignore_columns)
-        for part in parts_of(recipe.data, which)
-    )
-    return RowTokenizer(masker_of(recipe.data, tokenizer), readers)
+def row_readers(data: DataSection, which: Literal["train", "eval"]) -> tuple[RowReader, ...]:
+    """Return what reads the rows of each train or eval source."""
+    return tuple(RowReader.of(part.source, data.ignore_columns) for part in parts_of(data, which))
 
 
 @dataclass(frozen=True)
@@ -268,34 +260,18 @@ class RowTokenizer:
     masker: Masker
     readers: tuple[RowReader, ...]  # of each source
 
-    @property
-    def slow(self) -> bool:
-        """Whether a row takes milliseconds, as math-verify does for what is no plain number."""
-        return any(reader.source.filters.math_answer for reader in self.readers)
-
     def __call__(self, rows: list[Row]) -> list[RowResult]:
+        read: list[Conversation | RowError] = []
         with many_interruptions():
-            read = [self.conversation(row) for row in rows]
+            for row in rows:
+                try:
+                    read.append(self.readers[row.source].conversation(row.fields))
+                except RowError as error:
+                    read.append(error)
         # One call for the whole chunk, as the tokenizer is faster on many texts.
-        made = iter(
-            self.masker.documents([found for found in read if isinstance(found, Conversation)])
-        )
-        return [
-            found if isinstance(found, RowError) else _with_unread(next(made), found)
-            for found in read
-        ]
-
-    def conversation(self, row: Row) -> Conversation | RowError:
-        try:
-            return self.readers[row.source].conversation(row.fields)
-        except RowError as error:
-            return error
-
-
-def _with_unread(result: RowResult, conversation: Conversation) -> RowResult:
-    if isinstance(result, RowError) or not conversation.unread:
-        return result
-    return tuple(replace(example, unread=conversation.unread) for example in result)
+        conversations = [found for found in read if isinstance(found, Conversation)]
+        made = iter(self.masker.documents(conversations))
+        return [found if isinstance(found, RowError) else next(made) for found in read]
 
 
 def _cache_key(
@@ -309,7 +285,8 @@ def _cache_key(
         if part.held_out is not None:
             group_by = split.group_of(data, part.source)
             split_key = [split.VERSION, part.held_out, data.eval_fraction, group_by]
-        sources.append([digest_of(data, part.source), part.source.rows, *reader.key(), split_key])
+        digest = source_digest(part.source, digests_folder(data))
+        sources.append([digest, part.source.rows, *reader.key(), split_key])
     # Whether packing cuts changes the documents only where long ones are split.
     cut = replace(limits, packing_cuts=limits.too_long == "split" and limits.packing_cuts)
     policy = [*astuple(cut), drop_duplicates, data.broken_lines]

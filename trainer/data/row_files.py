@@ -125,7 +125,9 @@ def _decompressed(path: Path) -> Any:
 
 def _json_rows(path: Path, name: str) -> Iterator[RawRow]:
     """Read lines, or a `.json` file that holds a list; many `.json` files hold lines."""
-    if kind_of_file(path) == ".json" and _is_list(path):
+    with _open(path) as file:
+        is_list = file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    if is_list and kind_of_file(path) == ".json":
         yield from _json_list(path, name)
         return
     _require_lines(path)
@@ -177,11 +179,6 @@ def _json_list(path: Path, name: str) -> Iterator[RawRow]:
         )
     for number, item in enumerate(rows, start=1):
         yield RawRow(number, _object(item), name)
-
-
-def _is_list(path: Path) -> bool:
-    with _open(path) as file:
-        return file.read(1024).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
 
 
 def _parse_bytes(text: bytes) -> Any:
@@ -288,16 +285,18 @@ def arrow_rows(batches: Iterable[Any], name: str, fault: str) -> Iterator[RawRow
     number = 0
     try:
         for batch in batches:
-            for fields in _batch_fields(batch):
+            for fields in fields_of_batch(batch):
                 number += 1
                 yield RawRow(number, fields, name)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadInput(f"{fault} after row {number} ({one_line(error, 200)})") from None
 
 
-def _batch_fields(batch: Any) -> Iterator[dict[str, Any] | RowError]:
-    """Yield the fields of each row without nested nulls; a column that is null in a row stays, as
-    the format is detected by the columns."""
+def fields_of_batch(batch: Any) -> Iterator[dict[str, Any] | RowError]:
+    """Yield the fields of each row of an Arrow table or batch, without nested nulls.
+
+    A column that is null in a row stays, as the format is detected by the columns.
+    """
     types = {field.name: field.type for field in batch.schema}
     rows = _python_rows(batch)
     if rows is None:  # find those that cannot be read
@@ -312,28 +311,7 @@ def _batch_fields(batch: Any) -> Iterator[dict[str, Any] | RowError]:
             yield error
 
 
-def without_nulls(value: Any, feature: Any = None) -> Any:
-    """Remove every key whose value is null from nested objects; items of lists stay.
-
-    Args:
-        feature: the type that datasets gives the value, if it knows one. What it stores as JSON
-            has no nulls but those that were meant, and stays as it is.
-    """
-    if type(feature).__name__ == "Json":
-        return value
-    if isinstance(value, dict):
-        features = feature if isinstance(feature, dict) else {}
-        return {
-            key: without_nulls(item, features.get(key))
-            for key, item in value.items()
-            if item is not None
-        }
-    if isinstance(value, list):
-        return [without_nulls(item, getattr(feature, "feature", None)) for item in value]
-    return value
-
-
-def json_scalar(value: Any) -> Any:
+def _json_scalar(value: Any) -> Any:
     """Return a date, a decimal or bytes as JSON has them: text, or a number.
 
     Anything else comes back unchanged, as do bytes that are not UTF-8; a format that reads such a
@@ -381,4 +359,4 @@ def _json_value(value: Any, type: Any) -> Any:
         return {key: _json_value(item, type.item_type) for key, item in value}
     if isinstance(value, list) and hasattr(type, "value_type"):
         return [_json_value(item, type.value_type) for item in value]
-    return json_scalar(value)
+    return _json_scalar(value)

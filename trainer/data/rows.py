@@ -14,7 +14,7 @@ from typing import Any
 from packhorse.trainer.config.data import Source
 from packhorse.trainer.data.filters import apply_filters, check_filters
 from packhorse.trainer.data.format import detect_format, to_conversation
-from packhorse.trainer.data.source import read_rows
+from packhorse.trainer.data.source import read_rows, shown
 from packhorse.trainer.datatypes import BadInput, Conversation, RowError
 from packhorse.trainer.utils.text import error_line
 from packhorse.trainer.utils.user_functions import function_digest, load_function
@@ -47,7 +47,7 @@ class RowReader:
                 return cls(source, written, ignored)
             fault = fault or f"row {row.number}: {row.fields}"
         raise BadInput(
-            f"{source.path or source.name}: none of its first rows can be read ({fault}); "
+            f"{shown(source)}: none of its first rows can be read ({fault}); "
             'every row must be an object such as {"text": "..."}'
         )
 

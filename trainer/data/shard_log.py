@@ -7,14 +7,13 @@ function of its lines (C1).
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from packhorse.trainer.data.digest import json_digest
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.utils.files import sync_folder
+from packhorse.trainer.utils.files import append_json_lines, sync_folder
 from packhorse.trainer.utils.lease import require_owned
 
 LOG = "shards.jsonl"  # in the run folder
@@ -72,12 +71,9 @@ class ShardLog:
         require_owned(self._path)
         with self._path.open("ab") as file:
             file.truncate(self._offset)
-            line = json.dumps(asdict(shard), ensure_ascii=False).encode() + b"\n"
-            self._offset += file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        append_json_lines(self._path, [asdict(shard)], sync=True)
         sync_folder(self._path.parent)
-        self._add(shard)
+        self.read()
 
     def _add(self, shard: Shard) -> None:
         if shard.file in self.known:

@@ -47,12 +47,7 @@ def read_rows(source: Source) -> Iterator[RawRow]:
         BadInput: there is no file, or one is empty or cannot be read; it names the file.
     """
     files = source_files(source)
-    if files is None:
-        rows = _dataset_rows(_hub_dataset(source), str(source.name))
-    elif is_saved_dataset(source):
-        rows = _dataset_rows(_saved_dataset(place_of(source)), *files)
-    else:
-        rows = _file_rows(files)
+    rows = _file_rows(files) if files else _dataset_rows(_hub_dataset(source), shown(source))
     return islice(rows, source.rows)
 
 
@@ -67,20 +62,11 @@ def source_digest(source: Source, memory: Path) -> str:
     files = source_files(source)
     if files is None:
         return f"hub-{_hub_dataset(source)._fingerprint}"
-    paths = list(files.values())
-    if is_saved_dataset(source):
-        paths = sorted(paths[0].glob("*.arrow"))
-    digests = [file_digest(path, memory) for path in paths]
+    folders = (sorted(path.glob("*.arrow")) if path.is_dir() else [path] for path in files.values())
+    digests = [file_digest(path, memory) for path in chain(*folders)]
     if len(digests) == 1:
         return digests[0]
     return xxhash.xxh3_128_hexdigest("\n".join(digests).encode())
-
-
-def place_of(source: Source) -> Path:
-    """Return the path that a source's `path` or `name` would be, downloaded if it is a URL."""
-    if source.path and is_url(source.path):
-        return download(source.path)
-    return Path(source.path or str(source.name)).expanduser()
 
 
 def shown(source: Source) -> str:
@@ -97,13 +83,14 @@ def source_files(source: Source) -> dict[str, Path] | None:
     Raises:
         BadInput: there is no such file, or the folder holds data that would not be read.
     """
-    path = place_of(source)
+    is_remote = source.path is not None and is_url(source.path)
+    path = download(shown(source)) if is_remote else Path(shown(source)).expanduser()
     if path.is_dir():
         if source.revision:
             raise BadInput(
                 f"{shown(source)}: a folder has no `revision`, only a dataset of the hub has"
             )
-        if is_saved_dataset(source):
+        if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
             _refuse_choice(source, "dataset that was saved by save_to_disk")
             return {path.name: path}
         if source.path and (path / "dataset_dict.json").is_file():
@@ -129,11 +116,9 @@ def source_files(source: Source) -> dict[str, Path] | None:
 
 def _refuse_choice(source: Source, what: str) -> None:
     """Refuse keys that choose among files where there is nothing to choose from."""
-    for key in ("config", "data_files"):
-        if getattr(source, key):
+    for key in ("config", "data_files", "split"):
+        if getattr(source, key) != Source.model_fields[key].default:
             raise BadInput(f"{shown(source)}: a {what} has no `{key}`; leave it out")
-    if source.split != "train":
-        raise BadInput(f"{shown(source)}: a {what} has no `split`; leave it out")
 
 
 def count_rows(source: Source) -> int | None:
@@ -153,19 +138,18 @@ def count_rows(source: Source) -> int | None:
     return min(rows, source.rows or rows)
 
 
-def is_saved_dataset(source: Source) -> bool:
-    """Return whether the source is a folder that datasets.Dataset.save_to_disk wrote."""
-    path = place_of(source)
-    return (path / "state.json").is_file() and (path / "dataset_info.json").is_file()
-
-
 # ------------------------------------------------------------------------------------------ folders
 
 
 def _folder_files(source: Source, folder: Path) -> dict[str, Path] | None:
     """Return the files of the source's split; None for a `name` whose files only datasets reads."""
-    there = sorted(path for path in folder.resolve().rglob("*") if path.is_file())
-    there = [path for path in there if not _is_hidden(path.relative_to(folder.resolve()))]
+    root = folder.resolve()
+    there = [
+        path
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+        and not any(part.startswith((".", "__")) for part in path.relative_to(root).parts)
+    ]
     data = [path for path in there if kind_of_file(path)]
     if source.path and not data:
         raise BadInput(
@@ -197,7 +181,7 @@ def _folder_files(source: Source, folder: Path) -> dict[str, Path] | None:
         say_once(
             f"{shown(source)}: split `{source.split}` is {_listed(chosen)}; not {_listed(unread)}"
         )
-    return {os.path.relpath(path, folder.resolve()): path for path in chosen}
+    return {os.path.relpath(path, root): path for path in chosen}
 
 
 def _resolve_splits(source: Source, folder: Path) -> dict[str, list[Path]]:
@@ -220,10 +204,6 @@ def _resolve_splits(source: Source, folder: Path) -> dict[str, list[Path]]:
     return {str(split): [Path(file) for file in files] for split, files in found.items()}
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith((".", "__")) for part in path.parts)
-
-
 def _listed(paths: list[Path]) -> str:
     more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
     return ", ".join(path.name for path in paths[:5]) + more
@@ -239,7 +219,7 @@ def _file_rows(files: dict[str, Path]) -> Iterator[RawRow]:
     for name, path in files.items():
         if not os.access(path, os.R_OK):
             raise BadInput(f"{path}: the file may not be read; check its permissions")
-        rows = rows_of_file(path, name)
+        rows = _saved_rows(path) if path.is_dir() else rows_of_file(path, name)
         first = next(rows, None)
         if first is None:
             raise BadInput(
@@ -258,21 +238,23 @@ def _dataset_rows(dataset: Any, name: str) -> Iterator[RawRow]:
     return arrow_rows(tables, name, f"{name}: the dataset cannot be read")
 
 
-def _saved_dataset(place: Path) -> Any:
+def _saved_rows(folder: Path) -> Iterator[RawRow]:
     import datasets
 
     try:
-        return datasets.load_from_disk(str(place))
+        dataset = datasets.load_from_disk(str(folder))
     except Exception as error:  # the library raises a dozen unrelated classes
         raise BadInput(
-            f"{place}: the saved dataset cannot be loaded ({one_line(error, 200)}); save it again"
+            f"{folder}: the saved dataset cannot be loaded ({one_line(error, 200)}); save it again"
         ) from None
+    yield from _dataset_rows(dataset, folder.name)
 
 
 def open_stream(source: Source, state: dict[str, Any] | None) -> Any:
-    """Open a streaming hub dataset (an IterableDataset) where its `state_dict` left off."""
+    """Open a streaming hub dataset where its `state_dict` left off: an IterableDataset of Arrow
+    tables of a row each."""
     source_files(source)  # which refuses what would not be read, and names it
-    dataset = _hub_dataset(source)
+    dataset = _hub_dataset(source).with_format("arrow")
     if state is not None:
         dataset.load_state_dict(state)
     return dataset

@@ -17,7 +17,7 @@ import xxhash
 
 from packhorse.trainer.config.data import DataSection, Source
 from packhorse.trainer.data.row_files import RawRow
-from packhorse.trainer.data.source import count_rows, read_rows, source_files
+from packhorse.trainer.data.source import count_rows, read_rows, shown, source_files
 from packhorse.trainer.datatypes import BadInput, Row, RowError
 
 VERSION = 1  # part of the keys of what is split: raise it when a row may change sides
@@ -107,7 +107,7 @@ class SplitRows:
     def __init__(self, data: DataSection, which: Literal["train", "eval"]) -> None:
         self.data = data
         self.parts = parts_of(data, which)
-        self.names = [part.source.path or str(part.source.name) for part in self.parts]
+        self.names = [shown(part.source) for part in self.parts]
         # of each source: the files by the names that its rows give them
         self._files = [
             {name: str(path) for name, path in files.items()}

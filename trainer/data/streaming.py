@@ -18,7 +18,6 @@ import json
 import tempfile
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -29,12 +28,13 @@ from typing import Any, NamedTuple
 from packhorse.trainer.config.data import Source
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.batch_plan import Corpus
+from packhorse.trainer.data.cache import sum_counts
 from packhorse.trainer.data.leakage import check_leakage
 from packhorse.trainer.data.loader import STEPS_AHEAD
-from packhorse.trainer.data.prepare import Prepared, TrainData, digest_of, prepare
-from packhorse.trainer.data.row_files import json_scalar, kind_of_file, without_nulls
+from packhorse.trainer.data.prepare import Prepared, TrainData, digests_folder, prepare
+from packhorse.trainer.data.row_files import fields_of_batch, kind_of_file
 from packhorse.trainer.data.shard_log import LOG, Shard, ShardLog
-from packhorse.trainer.data.source import open_stream, say_once
+from packhorse.trainer.data.source import open_stream, say_once, shown, source_digest
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.dist import is_main, log
 from packhorse.trainer.utils.files import Stopped, replace_file
@@ -99,9 +99,9 @@ class StreamingData:
     @property
     def report(self) -> dict[str, Any]:
         """Prepared.report, summed over the shards that are known so far."""
-        counts = _sum_reports([shard.report for shard in self._log.known.values()])
-        name = self._source.path or str(self._source.name)
-        return {**counts, "shards": len(self._log.known), "sources": [{"name": name, **counts}]}
+        counts = sum_counts([shard.report for shard in self._log.known.values()])
+        sources = [{"name": shown(self._source), **counts}]
+        return {**counts, "shards": len(self._log.known), "sources": sources}
 
     def fingerprint_at(self, step: int) -> str:
         """Return the fingerprint of the log up to what the first `step` steps are made of."""
@@ -224,7 +224,7 @@ class StreamingData:
                 f"{path}: {LOG} names this shard, which is needed again, but the file is missing; "
                 "restore it"
             )
-        now = digest_of(self._recipe.data, Source(path=str(path)))
+        now = source_digest(Source(path=str(path)), digests_folder(self._recipe.data))
         if now != (digest or now):
             raise _changed(path)
         return now
@@ -253,19 +253,8 @@ def _prepare_shard(
     prepared = prepare(alone, tokenizer, "train", stopping)
     if recipe.has_eval:
         held_out = prepare(alone, tokenizer, "eval", stopping)
-        prepared, _ = check_leakage(alone, tokenizer, prepared, held_out, stopping)
+        prepared, _ = check_leakage(alone, prepared, held_out, stopping)
     return prepared
-
-
-def _sum_reports(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add up the counts, and the counts by reason, of several shards."""
-    total: dict[str, Any] = {}
-    for key, value in chain.from_iterable(report.items() for report in reports):
-        if isinstance(value, dict):
-            total[key] = dict(Counter(total.get(key, {})) + Counter(value))
-        else:
-            total[key] = total.get(key, 0) + value
-    return total
 
 
 def _changed(path: Path) -> BadInput:
@@ -346,26 +335,20 @@ class _Stream:
         return _NewShard(file, {"rows": rows, "state": self._dataset.state_dict()})
 
 
-def _plain_rows(dataset: Any) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a streaming dataset without the nulls with which Arrow fills objects."""
-    features = dataset.features or {}
-    for row in dataset:
-        yield {name: without_nulls(value, features.get(name)) for name, value in row.items()}
+def _plain_rows(stream: Any) -> Iterator[dict[str, Any] | None]:
+    """Yield the rows of a stream as those of a file are read; None for one that cannot be read."""
+    for table in stream:
+        for fields in fields_of_batch(table):
+            yield fields if isinstance(fields, dict) else None
 
 
-def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+def _write_rows(path: Path, rows: Iterable[dict[str, Any] | None]) -> int:
     """Write a JSONL file, unless there is no row; return the number of rows."""
     rows, count = iter(rows), 0
-    first = next(rows, None)
-    if first is None:
-        return 0
-    with replace_file(path) as file:
-        for count, row in enumerate(chain([first], rows), start=1):  # noqa: B007 - counted
-            file.write(json.dumps(row, default=_json_text) + "\n")
+    first = list(islice(rows, 1))
+    if first:
+        with replace_file(path) as file:
+            for count, row in enumerate(chain(first, rows), start=1):  # noqa: B007 - counted
+                # cut short: what JSON does not have, as a picture, is in a column that nobody reads
+                file.write(json.dumps(row, default=lambda value: str(value)[:1000]) + "\n")
     return count
-
-
-def _json_text(value: Any) -> Any:
-    """Return what JSON does not have as `path` would read it, or at worst as Python writes it."""
-    plain = json_scalar(value)
-    return str(plain) if plain is value else plain

@@ -1,11 +1,15 @@
 """Describe the data for people: numbers for data.json, tables for the terminal, data.png.
 
-Prepared documents and their plan enter. Nothing here changes what is trained.
+Prepared documents and their plan enter. Nothing here changes what is trained. matplotlib is
+imported only when something is drawn, as that takes a second. It keeps a list of the machine's
+fonts below HOME, or in a temporary folder where HOME cannot be written.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +17,6 @@ import numpy as np
 
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.batch_plan import Plan
-from packhorse.trainer.data.picture import Histogram, draw
 from packhorse.trainer.data.prepare import Prepared
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.files import write_json
@@ -26,6 +29,26 @@ if TYPE_CHECKING:
 QUANTILES = {"min": 0, "p5": 0.05, "p25": 0.25, "median": 0.5, "p75": 0.75, "p95": 0.95, "max": 1}
 LENGTH_BINS = 40
 FILL_BINS = 50
+PANEL_INCHES = (10.0, 3.3)
+COUNT_COLOUR, SHARE_COLOUR = "#9db4cc", "#2e9e4f"
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """`counts` (b,) between `edges` (b + 1,); `shares` (b,), from 0 to 1, colours part of a bar."""
+
+    title: str
+    x_label: str
+    edges: np.ndarray
+    counts: np.ndarray
+    shares: np.ndarray | None = None
+
+    def as_json(self) -> dict[str, list[float]]:
+        """Return the numbers, for data.json: edges to four digits, as no eye sees more."""
+        return {
+            "edges": [float(f"{edge:.4g}") for edge in self.edges],
+            "counts": [int(count) for count in self.counts],
+        }
 
 
 def summary(prepared: Prepared, plan: Plan | None = None) -> dict[str, Any]:
@@ -86,11 +109,6 @@ def of_eval(held_out: Prepared | None) -> dict[str, Any]:
     return {"eval": summary(held_out)} if held_out else {}
 
 
-def picture(prepared: Prepared, plan: Plan) -> Figure:
-    """Draw the lengths of the train documents and the fill of the first epoch's sequences."""
-    return draw(histograms(prepared, plan))
-
-
 def histograms(prepared: Prepared, plan: Plan) -> tuple[Histogram, Histogram]:
     """Count the lengths of the train documents, and how full the first epoch's sequences are."""
     lengths, seq_len = prepared.documents.lengths, plan.batch.seq_len
@@ -120,6 +138,44 @@ def histograms(prepared: Prepared, plan: Plan) -> tuple[Histogram, Histogram]:
             counts=np.histogram(100 * tokens / seq_len, fill)[0],
         ),
     )
+
+
+def picture(prepared: Prepared, plan: Plan) -> Figure:
+    """Draw the lengths of the train documents and the fill of the first epoch's sequences."""
+    return draw(histograms(prepared, plan))
+
+
+def draw(histograms: Sequence[Histogram]) -> Figure:
+    """Draw each histogram in a panel of its own, the first on top."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    width, height = PANEL_INCHES
+    figure = Figure(figsize=(width, height * len(histograms)), layout="constrained")
+    # The Agg canvas needs no display. pyplot would look for one, and keep the figure in memory.
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(histograms), squeeze=False)[:, 0]
+    for axes, histogram in zip(panels, histograms, strict=True):
+        left, widths = histogram.edges[:-1], np.diff(histogram.edges)
+        axes.bar(left, histogram.counts, widths, align="edge", color=COUNT_COLOUR)
+        if histogram.shares is not None:
+            trained = histogram.counts * histogram.shares
+            axes.bar(left, trained, widths, align="edge", color=SHARE_COLOUR)
+        axes.set_title(histogram.title, loc="left")
+        axes.set_xlabel(histogram.x_label)
+        axes.set_xlim(0, histogram.edges[-1])
+        axes.set_ylim(0, max(1.05 * float(histogram.counts.max()), 1))
+        axes.grid(axis="y")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+            axis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    return figure
+
+
+# ------------------------------------------------------------------------------------------ tables
 
 
 def tables(recipe: Recipe, train: Prepared, plan: Plan, held_out: Prepared | None) -> list[Table]:

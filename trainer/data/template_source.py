@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import cache
 
 import jinja2
 import jinja2.defaults
@@ -44,6 +45,7 @@ def with_fixed_clock(source: str) -> str:
     return FIXED_CLOCK + source if "strftime_now" in source else source
 
 
+@cache
 def compared_strings(source: str) -> re.Pattern[str] | None:
     """Match the strings that a template compares texts with: operands of tests, arguments of calls
     and filters."""

@@ -11,7 +11,7 @@ import gc
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import NamedTuple, TypeVar
@@ -23,6 +23,7 @@ from packhorse.trainer.data.worker_pool import Pool
 from packhorse.trainer.datatypes import (
     Example,
     Filtered,
+    LeftOut,
     Row,
     RowError,
     Tokenized,
@@ -101,33 +102,22 @@ def run(
         BadInput: a worker was killed by a signal, as the kernel does when memory runs out, or has
             rows and took no processor time for FROZEN_S.
     """
-    # What was imported is no garbage. Python's collector, which rows wake up again and again, would
-    # look through all of it: a twentieth of the time.
-    gc.freeze()
-    try:
-        yield from _run(rows, work, workers, files, slow)
-    finally:
-        gc.unfreeze()
-
-
-def _run(
-    rows: Iterable[Row],
-    work: Callable[[list[Row]], Result],
-    workers: int,
-    files: Sequence[str],
-    slow: bool,
-) -> Generator[Result, None, None]:
     chunk_rows = SLOW_CHUNK_ROWS if slow else CHUNK_ROWS
     pool_from = SLOW_FROM_CHUNKS if slow else POOL_FROM_CHUNKS
     left = iter(rows)
     chunks = iter(lambda: list(islice(left, chunk_rows)), [])
-    first = list(islice(chunks, pool_from))
-    chunks = chain(first, chunks)
-    if workers == 1 or len(first) < pool_from:
-        yield from map(work, chunks)
-        return
-    pending: deque[Future[Result]] = deque()
-    with closing(Pool(work, workers, files)) as pool:
+    with ExitStack() as at_end:
+        # What was imported is no garbage. Python's collector, which rows wake up again and again,
+        # would look through all of it: a twentieth of the time.
+        gc.freeze()
+        at_end.callback(gc.unfreeze)
+        first = list(islice(chunks, pool_from))
+        chunks = chain(first, chunks)
+        if workers == 1 or len(first) < pool_from:
+            yield from map(work, chunks)
+            return
+        pending: deque[Future[Result]] = deque()
+        pool = at_end.enter_context(closing(Pool(work, workers, files)))
         started = pool.start_worker()  # takes seconds of imports; meanwhile this process works
         while not started.done() and (chunk := next(chunks, None)) is not None:
             yield work(chunk)
@@ -206,10 +196,6 @@ def _fit_row(examples: Sequence[Example], limits: LengthPolicy) -> list[Example]
     return parts
 
 
-def _trained(examples: Sequence[Example]) -> int:
-    return sum(int(np.count_nonzero(example.trained)) for example in examples)
-
-
 class _Work(NamedTuple):
     """Tokenizes a chunk of rows and cuts its examples to length; pickled to the workers."""
 
@@ -219,36 +205,25 @@ class _Work(NamedTuple):
     def __call__(self, rows: list[Row]) -> Tokenized:
         documents: list[tuple[Row, Example]] = []
         digests: list[int] = []
-        rejects: list[tuple[int, int, int, str]] = []
-        filtered: list[tuple[int, int, int, str]] = []
-        cuts: list[tuple[int, int]] = []
+        rejects: list[LeftOut] = []
+        filtered: list[LeftOut] = []
+        counts: Counter[tuple[int, str]] = Counter((row.source, "rows") for row in rows)
         unread: Counter[tuple[int, str]] = Counter()
-        long_rows: dict[tuple[int, int], int] = {}
-        apart: list[tuple[int, int]] = []
         for row, examples in zip(rows, self.tokenize(rows), strict=True):
             try:
                 if isinstance(examples, RowError):
                     raise examples
                 parts = _fit_row(examples, self.limits)
-                documents += [(row, part) for part in parts]
-                lengths = [len(example.input_ids) for example in examples]
-                kept_lengths = [len(part.input_ids) for part in parts]
-                if kept_lengths != lengths:
-                    cuts.append((row.source, _trained(examples) - _trained(parts)))
-                if len(examples) > 1:
-                    apart.append((row.source, sum(kept_lengths) - max(kept_lengths)))
-                digest = xxhash.xxh3_64()
-                for example in examples:
-                    digest.update(example.input_ids.tobytes())
-                    digest.update(example.trained.tobytes())
-                digests += [digest.intdigest()] * len(parts)
-                names = dict.fromkeys(name for example in examples for name in example.unread)
-                unread.update((row.source, name) for name in names)
             except RowError as error:
                 left_out = filtered if isinstance(error, Filtered) else rejects
-                left_out.append((row.source, row.file, row.number, str(error)))
-                if isinstance(error, TooLong):
-                    long_rows[row.file, row.number] = error.tokens
+                tokens = error.tokens if isinstance(error, TooLong) else 0
+                left_out.append(LeftOut(row.source, row.file, row.number, str(error), tokens))
+                continue
+            documents += [(row, part) for part in parts]
+            digests += [_digest(examples)] * len(parts)
+            unread.update((row.source, name) for name in examples[0].unread)
+            for name, count in _count_costs(examples, parts).items():
+                counts[row.source, name] += count
         parts = [part for _, part in documents]
         # the empty arrays, as a chunk may leave no document, and concatenate needs one
         ids = [np.empty(0, np.int32), *(part.input_ids for part in parts)]
@@ -264,9 +239,29 @@ class _Work(NamedTuple):
             digests=np.array(digests, np.uint64),
             rejects=tuple(rejects),
             filtered=tuple(filtered),
-            cuts=tuple(cuts),
-            apart=tuple(apart),
-            source_rows=Counter(row.source for row in rows),
+            counts=counts,
             unread=unread,
-            long_rows=long_rows,
         )
+
+
+def _digest(examples: Sequence[Example]) -> int:
+    """Hash all tokens and flags of a row, by which rows that are equal are found."""
+    digest = xxhash.xxh3_64()
+    for example in examples:
+        digest.update(example.input_ids.tobytes())
+        digest.update(example.trained.tobytes())
+    return digest.intdigest()
+
+
+def _count_costs(examples: Sequence[Example], parts: Sequence[Example]) -> dict[str, int]:
+    """Count, by names in the report, what a row lost by its cuts and repeats by its documents."""
+    counts: dict[str, int] = {}
+    lengths = [len(part.input_ids) for part in parts]
+    if lengths != [len(example.input_ids) for example in examples]:
+        before, after = (
+            sum(np.count_nonzero(one.trained) for one in some) for some in (examples, parts)
+        )
+        counts |= {"cut": 1, "lost_trained_tokens": int(before - after)}
+    if len(examples) > 1:
+        counts |= {"apart": 1, "repeated_tokens": sum(lengths) - max(lengths)}
+    return counts

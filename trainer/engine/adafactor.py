@@ -9,14 +9,13 @@ rate and decoupled weight decay it takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch.nn.functional import pad
 
 from packhorse.trainer import dist
-from packhorse.trainer.engine.moments import MOMENTS, Piece, Piecewise, moments_of
+from packhorse.trainer.engine.moments import MOMENTS, Beside, Group, Piece, Piecewise, moments_of
 
 _DECAY = -0.8  # beta2 of step t is 1 - t ** _DECAY
 _LEAST = 1e-30  # added to squared gradients, so that an expert without tokens divides by no zero
@@ -34,9 +33,7 @@ class Adafactor(Piecewise):
         state[_ROW] = master.new_zeros(sum(map(_count_rows, pieces)))
         state[_COLUMN] = master.new_zeros(sum(map(_count_columns, pieces)))
 
-    def states_beside(
-        self, master: torch.Tensor, saves: bool
-    ) -> Iterator[tuple[int, str, int, dict[str, torch.Tensor]]]:
+    def states_beside(self, master: torch.Tensor, saves: bool) -> Iterator[Beside]:
         if saves and not dist.is_main():  # every rank has all of them
             return
         rows_columns = self._by_piece(master, self.state[master][_ROW], self.state[master][_COLUMN])
@@ -44,9 +41,7 @@ class Adafactor(Piecewise):
             yield number, "rows", 0, {_ROW: rows}
             yield number, "columns", 0, {_COLUMN: columns}
 
-    def update(
-        self, master: torch.Tensor, gradient: torch.Tensor, group: Mapping[str, Any]
-    ) -> None:
+    def update(self, master: torch.Tensor, gradient: torch.Tensor, group: Group) -> None:
         moments_of(self, master, "adafactor")
         state, pieces = self.state[master], self.pieces[id(master)]
         state["step"] += 1

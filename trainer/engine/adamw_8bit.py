@@ -10,14 +10,22 @@ which would blow up its update.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch.nn.functional import pad
 
-from packhorse.trainer.engine.moments import BLOCK, MOMENTS, Piece, Piecewise, moments_of
+from packhorse.trainer.engine.moments import (
+    BLOCK,
+    MOMENTS,
+    Beside,
+    Group,
+    Piece,
+    Piecewise,
+    moments_of,
+)
 
 _SCALES = "scales"
 _RUN = 2**14  # blocks that are expanded to fp32 at a time
@@ -46,8 +54,7 @@ class _Layout:
     """
 
     runs: list[_Run]
-    first_scales: list[int]  # by piece
-    num_scales: int
+    scales_at: list[int]  # where the scales of each piece begin, and the end of the last
     shared: int
     weights: torch.Tensor
     scales: torch.Tensor
@@ -61,16 +68,12 @@ class AdamW8bit(Piecewise):
         state, layout = self.state[master], self._layout(master)
         for name in MOMENTS["adamw_8bit"]:
             state[name] = torch.zeros(master.numel(), dtype=torch.uint8, device=master.device)
-        state[_SCALES] = master.new_zeros(2, layout.num_scales)
+        state[_SCALES] = master.new_zeros(2, layout.scales_at[-1])
 
-    def states_beside(
-        self, master: torch.Tensor, saves: bool
-    ) -> Iterator[tuple[int, str, int, dict[str, torch.Tensor]]]:
+    def states_beside(self, master: torch.Tensor, saves: bool) -> Iterator[Beside]:
         layout, pieces = self._layout(master), self.pieces[id(master)]
-        ends = [*layout.first_scales[1:], layout.num_scales]
-        for number, (piece, at, end) in enumerate(
-            zip(pieces, layout.first_scales, ends, strict=True)
-        ):
+        ranges = pairwise(layout.scales_at)
+        for number, (piece, (at, end)) in enumerate(zip(pieces, ranges, strict=True)):
             # a cut block's scale is saved by the rank that has its first weight
             at += saves and at < end and piece.start % BLOCK > 0
             if at < end:
@@ -78,9 +81,7 @@ class AdamW8bit(Piecewise):
                 first = _last_block(piece) + 1 - (end - at)
                 yield number, "blocks", first, {name: own[at:end] for name, own in scales}
 
-    def update(
-        self, master: torch.Tensor, gradient: torch.Tensor, group: Mapping[str, Any]
-    ) -> None:
+    def update(self, master: torch.Tensor, gradient: torch.Tensor, group: Group) -> None:
         moments_of(self, master, "adamw_8bit")
         state, layout = self.state[master], self._layout(master)
         state["step"] += 1
@@ -90,10 +91,8 @@ class AdamW8bit(Piecewise):
         lr, (beta1, beta2) = group["lr"], group["betas"]
         unbiased1, unbiased2 = 1 - beta1 ** state["step"], 1 - beta2 ** state["step"]
         for run in layout.runs:
-            here, own = (
-                slice(run.offset, run.offset + run.numel),
-                slice(run.lead, run.lead + run.numel),
-            )
+            here = slice(run.offset, run.offset + run.numel)
+            own = slice(run.lead, run.lead + run.numel)
             fill = (run.lead, run.blocks * BLOCK - run.lead - run.numel)
             # code 0 stands for 0 in both maps, so that what is filled up is no block's largest
             old = [pad(code[here], fill).view(-1, BLOCK) for code in codes]
@@ -144,12 +143,13 @@ def _last_block(piece: Piece) -> int:
 
 def _lay_out(pieces: list[Piece], device: torch.device) -> _Layout:
     runs: list[_Run] = []
-    firsts: list[int] = []
+    scales_at = [0]
     weights: list[int] = []
     scales: list[int] = []
     slots: list[int] = []
-    at = shared = 0
+    shared = 0
     for piece in pieces:
+        at = scales_at[-1]
         first, stop = piece.start // BLOCK, piece.start + piece.numel
         last = _last_block(piece) if piece.numel else first - 1
         to_master = piece.offset - piece.start
@@ -163,12 +163,12 @@ def _lay_out(pieces: list[Piece], device: torch.device) -> _Layout:
             weights += range(low + to_master, high + to_master)
             scales += [at + block - first] * (high - low)
             slots += [slot] * (high - low)
-        firsts.append(at)
-        at, shared = at + last + 1 - first, shared + len(piece.cut_blocks)
+        scales_at.append(at + last + 1 - first)
+        shared += len(piece.cut_blocks)
     places = (
         torch.tensor(one, dtype=torch.int64, device=device) for one in (weights, scales, slots)
     )
-    return _Layout(runs, firsts, at, shared, *places)
+    return _Layout(runs, scales_at, shared, *places)
 
 
 # ------------------------------------------------------------------------------------------- 8 bits

@@ -8,13 +8,10 @@ so that every number of ranks rounds alike.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from packhorse.trainer import dist
-from packhorse.trainer.engine.moments import MOMENTS, Piecewise, moments_of
+from packhorse.trainer.engine.moments import MOMENTS, Group, Piecewise, moments_of
 
 _RUN = 2**22  # weights that are expanded to fp32 at a time
 _ODD = 0x9E3779B97F4A7C15 - 2**64  # 2^64 over the golden ratio, as splitmix64 has it
@@ -27,9 +24,7 @@ class AdamWBf16(Piecewise):
         for name in MOMENTS["adamw_bf16"]:
             self.state[master][name] = torch.zeros_like(master, dtype=torch.bfloat16)
 
-    def update(
-        self, master: torch.Tensor, gradient: torch.Tensor, group: Mapping[str, Any]
-    ) -> None:
+    def update(self, master: torch.Tensor, gradient: torch.Tensor, group: Group) -> None:
         moments = [m.view(-1) for m in moments_of(self, master, "adamw_bf16").values()]
         self.state[master]["step"] += 1
         step, (beta1, beta2) = self.state[master]["step"], group["betas"]

@@ -82,7 +82,7 @@ def deepspeed_config(
         _require_offload(parallel.deepspeed, config, optim)
         _require_streaming(parallel.deepspeed, config, optim)
     bf16 = model.dtype == "bfloat16"
-    if bf16 and stage(config) == 0:
+    if bf16 and stage_of(config) == 0:
         raise BadInput(
             f"{parallel.deepspeed}: ZeRO stage 0 keeps no fp32 master weights for bfloat16; "
             "set parallel.deepspeed=zero1, or model.dtype=float32"
@@ -105,7 +105,7 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": True,
         "steps_per_print": 10**12,
     }
-    if stage(config) > 0:
+    if stage_of(config) > 0:
         # at stage 0 optim.py clips
         config["gradient_clipping"] = optim.max_grad_norm
     return config
@@ -131,7 +131,7 @@ def _require_offload(template: str, config: Mapping[str, Any], optim: OptimSecti
     """Refuse an offloaded optimizer that cannot work."""
     # the part on the GPU would get an optimizer of DeepSpeed's own, whose learning rate never moves
     # and whose moments no checkpoint finds
-    if config["zero_optimization"].get("offload_optimizer", {}).get("ratio", 1.0) != 1.0:
+    if _offload(config, "optimizer").get("ratio", 1.0) != 1.0:
         raise BadInput(
             f"{template}: offload_optimizer.ratio: an optimizer must be offloaded whole; "
             "remove the key"
@@ -160,7 +160,7 @@ def _require_streaming(template: str, config: Mapping[str, Any], optim: OptimSec
         )
     reasons = {
         "at ZeRO stage 0 the weights are the master weights; set a stage from 1 to 3": (
-            stage(config) == 0
+            stage_of(config) == 0
         ),
         f"only AdamW updates by chunks, and this is {optim.rule}; set {_plain_adamw(optim)}": (
             optim.rule != "adamw"
@@ -188,8 +188,8 @@ def _read_template(template: str) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BadInput(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise BadInput(f"{path}: a DeepSpeed template is a JSON object")
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+        raise BadInput(f"{path}: a template and its zero_optimization are JSON objects")
     for key, owner in _OWNED_BY_RECIPE.items():
         if key in config:
             raise BadInput(
@@ -204,7 +204,7 @@ def _read_template(template: str) -> dict[str, Any]:
     return config
 
 
-def stage(config: Mapping[str, Any]) -> int:
+def stage_of(config: Mapping[str, Any]) -> int:
     """Return the ZeRO stage, 0 to 3."""
     return int(config["zero_optimization"].get("stage", 0))
 
@@ -236,14 +236,16 @@ def require_whole_groups(config: Mapping[str, Any], world: int, per_node: int) -
 
 def offload_device(config: Mapping[str, Any], what: str) -> str:
     """Return where the `optimizer` or the `param` is offloaded to: `none`, `cpu` or `nvme`."""
-    return config["zero_optimization"].get(f"offload_{what}", {}).get("device", "none")
+    return _offload(config, what).get("device") or "none"
+
+
+def _offload(config: Mapping[str, Any], what: str) -> dict[str, Any]:
+    return config["zero_optimization"].get(f"offload_{what}") or {}  # null means none to DeepSpeed
 
 
 def nvme_offloads(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the sections of the configuration that offload to NVMe."""
-    parts = (
-        config["zero_optimization"].get(f"offload_{what}", {}) for what in ("optimizer", "param")
-    )
+    parts = (_offload(config, what) for what in ("optimizer", "param"))
     return [part for part in parts if part.get("device") == "nvme"]
 
 
@@ -251,9 +253,6 @@ def clear_nvme(config: Mapping[str, Any]) -> None:
     """Empty this run's folder on NVMe, where DeepSpeed would read what a killed start has left.
 
     Every rank calls it.
-
-    Raises:
-        BadInput: the folder cannot be written.
     """
     folders = {offload["nvme_path"] for offload in nvme_offloads(config)}
     for folder in folders if dist.local_rank() == 0 else ():

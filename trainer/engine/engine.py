@@ -23,7 +23,7 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import OptimSection
 from packhorse.trainer.datatypes import BadInput, Batch, StepResult
 from packhorse.trainer.engine import compile_ops, zero_state
-from packhorse.trainer.engine.ds_config import for_deepspeed, nvme_offloads, stage
+from packhorse.trainer.engine.ds_config import for_deepspeed, nvme_offloads, stage_of
 from packhorse.trainer.engine.moments import moment_bytes
 from packhorse.trainer.engine.optim import (
     replace_gradient_norm,
@@ -82,7 +82,7 @@ GATHER_SHARE = 0.5
 @contextmanager
 def sharded_init(config: Mapping[str, Any]) -> Iterator[None]:
     """Make transformers build and load a model in shards inside the block, if the stage is 3."""
-    if stage(config) < 3:
+    if stage_of(config) < 3:
         yield
         return
     from transformers.integrations import HfDeepSpeedConfig
@@ -174,7 +174,7 @@ class Engine:
         optim: OptimSection,
         config: dict[str, Any],
     ) -> None:
-        self.stage = stage(config)
+        self.stage = stage_of(config)
         self.swaps = bool(nvme_offloads(config))
         self.module: Any = module
         self._max_grad_norm, self._ema_decay = optim.max_grad_norm, optim.ema_decay
@@ -268,7 +268,7 @@ class Engine:
         The memory of a step is then taken, the optimizer's moments included, so that a device
         without room for it fails now. Weights, gradients and random numbers stay as they were.
         """
-        zero_state.make_moments(self._optimizer, self.state.names())
+        zero_state.make_moments(self._optimizer)
         self._engine.train()
         generators = [dist.device()] if dist.device().type == "cuda" else []
         with torch.random.fork_rng(generators):
@@ -359,7 +359,7 @@ class Engine:
 
 def _evaluation_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
     """Return the model ready for forwards: under DeepSpeed at stage 3, which gathers its shards."""
-    if stage(config) < 3:
+    if stage_of(config) < 3:
         return model.to(dist.device())
     sharding = dict(config["zero_optimization"])
     sharding.pop("offload_optimizer", None)
@@ -369,9 +369,7 @@ def _evaluation_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
 
 
 def _weightless(batch: Batch) -> Batch:
-    # None stays None: the loss kernel then makes another pass, which takes memory of its own
-    uniform = None if batch.uniform_weight is None else 0.0
-    return replace(batch, weights=torch.zeros_like(batch.weights), uniform_weight=uniform)
+    return replace(batch, weights=torch.zeros_like(batch.weights))
 
 
 class _GradientWatch:

@@ -48,6 +48,14 @@ class Piece:
     cut_blocks: tuple[int, ...] = ()  # blocks of the parameter that lie on more than one rank
 
 
+Group = Mapping[str, Any]
+"""A parameter group of torch.optim."""
+
+Beside = tuple[int, str, int, dict[str, torch.Tensor]]
+"""A parameter's number among `pieces`, what the states are of, their first element there, and the
+states by name."""
+
+
 class Piecewise(torch.optim.AdamW):
     """Update groups by a rule that needs more than a rank's part of a parameter; the others, which
     are of the kind `adamw`, by AdamW.
@@ -76,9 +84,7 @@ class Piecewise(torch.optim.AdamW):
                 if master.grad is not None:
                     self.update(master, master.grad, group)
 
-    def update(
-        self, master: torch.Tensor, gradient: torch.Tensor, group: Mapping[str, Any]
-    ) -> None:
+    def update(self, master: torch.Tensor, gradient: torch.Tensor, group: Group) -> None:
         """Apply one update to a master weight. Every rank calls it in the same order."""
         raise NotImplementedError
 
@@ -86,17 +92,11 @@ class Piecewise(torch.optim.AdamW):
         """Put the states of a master weight into `self.state`, as zeros."""
         raise NotImplementedError
 
-    def states_beside(
-        self, master: torch.Tensor, saves: bool
-    ) -> Iterator[tuple[int, str, int, dict[str, torch.Tensor]]]:
+    def states_beside(self, master: torch.Tensor, saves: bool) -> Iterator[Beside]:
         """Yield the states of another length than the weights', as views.
 
         Args:
             saves: yield what this rank saves; else all that it needs, to be filled.
-
-        Yields:
-            The number of the parameter among `pieces`, what the states are of, their first element
-            there, and the states by name.
         """
         return iter(())
 
@@ -106,7 +106,7 @@ def is_offloaded(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).__name__ in ("DeepSpeedCPUAdam", "StreamedAdamW")
 
 
-def moment_bytes(groups: Iterable[Mapping[str, Any]]) -> int:
+def moment_bytes(groups: Iterable[Group]) -> int:
     """Return the bytes of all states of parameter groups, as `parameter_groups` makes them."""
     return sum(state_bytes(group["kind"], p) for group in groups for p in group["params"])
 

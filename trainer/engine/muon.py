@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 
 from packhorse.trainer import dist
-from packhorse.trainer.engine.moments import Piece, Piecewise, moments_of
+from packhorse.trainer.engine.moments import Group, Piece, Piecewise, moments_of
 
 _STEPS = 5
 
@@ -20,9 +19,7 @@ class Muon(Piecewise):
     learning rate and weight decay serve both (Liu et al., 2025, "Muon is scalable").
     """
 
-    def update(
-        self, master: torch.Tensor, gradient: torch.Tensor, group: Mapping[str, Any]
-    ) -> None:
+    def update(self, master: torch.Tensor, gradient: torch.Tensor, group: Group) -> None:
         beta, lr = group["betas"][0], group["lr"]
         (momentum,) = moments_of(self, master, "muon", updates=0).values()
         momentum.lerp_(gradient, 1 - beta)

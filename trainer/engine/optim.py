@@ -58,19 +58,19 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
         for decay in (True, False)
         for kind in kinds
     }
-    matched = [False for _ in section.groups]
+    matched: set[int] = set()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        fits = [bool(re.search(group.match, name)) for group in section.groups]
-        matched = [before or now for before, now in zip(matched, fits, strict=True)]
-        number = fits.index(True) + 1 if any(fits) else 0
+        fits = [i for i, group in enumerate(section.groups, 1) if re.search(group.match, name)]
+        matched.update(fits)
+        number = fits[0] if fits else 0
         does, is_head = role[id(parameter)], parameter is getattr(head, "weight", None)
         takes = _takes(section.rule, does, is_head, id(parameter) in stacked)
         kind = section.rule if takes else "adamw"
         groups[number, decays(does, section), kind]["params"].append(parameter)
-    for group, found in zip(section.groups, matched, strict=True):
-        if not found:
+    for number, group in enumerate(section.groups, 1):
+        if number not in matched:
             raise BadInput(
                 f"optim.groups: `{group.match}` occurs in no trained parameter's name; "
                 f"`{next(model.named_parameters())[0]}` is one"

@@ -28,12 +28,7 @@ PIECEWISE = {"muon": Muon, "adafactor": Adafactor, "adamw_8bit": AdamW8bit, "ada
 def build_optimizer(
     groups: list[dict[str, Any]], section: OptimSection, config: Mapping[str, Any]
 ) -> torch.optim.Optimizer:
-    """Return the optimizer of parameter groups; for AdamW DeepSpeed's own where it is offloaded.
-
-    Args:
-        groups: as `parameter_groups` makes them.
-        config: DeepSpeed's configuration, which says where the optimizer's state lies.
-    """
+    """Return the optimizer of `parameter_groups`; for AdamW DeepSpeed's own if it is offloaded."""
     adam: dict[str, Any] = {"lr": section.lr, "betas": section.betas, "eps": section.eps}
     optimizer: torch.optim.Optimizer
     if section.kind == "lion":

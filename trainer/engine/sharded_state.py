@@ -171,8 +171,7 @@ class Shards:
     """The files of a checkpoint, from which any slice can be read.
 
     Args:
-        files: the files by their names in `folder`.
-        shapes: the shapes of the trained parameters and the buffers, by name.
+        shapes: of the trained parameters and the buffers, by name.
     """
 
     averaged: frozenset[str] = frozenset()  # parameters of which `whole` returns the average

@@ -165,18 +165,22 @@ def _copy(to: Iterable[torch.Tensor], source: Iterable[torch.Tensor]) -> None:
 def page_locked(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor, whose memory a GPU may now read and write by itself.
 
-    torch's own pinned memory takes the next power of two, up to twice as many bytes.
+    torch's own pinned memory takes the next power of two, up to twice as many bytes. Every rank
+    calls it equally often.
 
     Raises:
-        BadInput: the host does not let so much memory be locked.
+        BadInput: a rank's host does not let so much memory be locked.
     """
     if dist.device().type == "cuda":
         runtime, address = torch.cuda.cudart(), tensor.data_ptr()
-        if error := int(runtime.cudaHostRegister(address, tensor.nbytes, 0)):
+        own_error = int(runtime.cudaHostRegister(address, tensor.nbytes, 0))
+        if not own_error:
+            weakref.finalize(tensor, runtime.cudaHostUnregister, address)
+        # a rank that raised alone would leave the others in their next collective
+        if error := max(dist.gather(own_error)):
             raise BadInput(
                 f"parallel.deepspeed: {tensor.nbytes / 2**30:.1f} GiB of the optimizer's state "
                 f"cannot be locked in the host's memory (CUDA error {error}); give the host more, "
                 "or take a template that keeps the state on the GPU"
             )
-        weakref.finalize(tensor, runtime.cudaHostUnregister, address)
     return tensor

@@ -50,8 +50,8 @@ Averages = Mapping[int, torch.Tensor]
 """id of a master weight -> the moving average of it; empty without `optim.ema_decay`."""
 NONE: Averages = MappingProxyType({})
 
-Place = tuple[str, int, int, int]
-"""A parameter's name, its first element in a partition, the offset in the partition, the number."""
+Place = tuple[int, int, int]
+"""A parameter's first element in a partition, the offset there, and how many it has; perhaps 0."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Partition:
     master: torch.Tensor
     kind: str  # of the optimizer that updates it
     parameters: list[Any]  # of the whole group, in the same order on every rank
-    places: list[Place]  # of those parameters that the part holds
+    places: list[Place]  # of each of them
     weights: torch.Tensor | None = None  # the model's, where DeepSpeed does not make them follow
 
 
@@ -90,12 +90,12 @@ class TrainingState:
         self._stage = stage
         self._moment_bytes = moment_bytes
         self._gathered = gathered
-        parts = _partitions(optimizer, self.names()) if averages else ()
+        parts = _partitions(optimizer) if averages else ()
         self._averages = {id(part.master): part.master.detach().clone() for part in parts}
 
     def update_averages(self, decay: float) -> None:
         """Move the average of each weight towards the weight by 1 - `decay`."""
-        for part in _partitions(self._optimizer, self.names()) if self._averages else ():
+        for part in _partitions(self._optimizer):
             self._averages[id(part.master)].lerp_(part.master.detach(), 1 - decay)
 
     def bytes(self) -> int:
@@ -181,7 +181,7 @@ class TrainingState:
 
 def read(optimizer: Any, names: Names, averages: Averages = NONE) -> Iterator[list[Slice]]:
     """Yield this rank's state a group at a time, valid until the next group is asked for."""
-    for i, part in enumerate(_partitions(optimizer, names)):
+    for i, part in enumerate(_partitions(optimizer)):
         on_nvme = _is_on_nvme(optimizer, i)
         if on_nvme:
             optimizer._optimizer_states_and_gradient_swap_in(i)
@@ -200,7 +200,7 @@ def write(
     if is_stage_3(optimizer):
         # cuts the small parameters, which DeepSpeed otherwise keeps whole
         optimizer.checkpoint_event_prologue()
-    for i, part in enumerate(_partitions(optimizer, names)):
+    for i, part in enumerate(_partitions(optimizer)):
         on_nvme = _is_on_nvme(optimizer, i)
         if on_nvme:
             optimizer._optimizer_states_and_gradient_swap_in(i)
@@ -234,21 +234,20 @@ def _base(optimizer: Any) -> torch.optim.Optimizer:
     return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
 
 
-def _partitions(optimizer: Any, names: Names) -> Iterator[Partition]:
+def _partitions(optimizer: Any) -> Iterator[Partition]:
     """Yield this rank's flat partitions of fp32 master weights, and the places in each."""
     base, groups = _base(optimizer), optimizer.param_groups
     if base is optimizer:  # stage 0
         for group in groups:
             for parameter in group["params"]:
-                place = (names[id(parameter)], 0, 0, parameter.numel())
-                yield Partition(parameter, group["kind"], [parameter], [place])
+                yield Partition(parameter, group["kind"], [parameter], [(0, 0, parameter.numel())])
         return
     if isinstance(base, StreamedAdamW):
         base.wait()
     find_places = _stage_3_places if is_stage_3(optimizer) else _stage_1_2_places
     for i, (master, _, parameters) in enumerate(zip(*_flat_groups(optimizer), strict=True)):
         number = optimizer.sub_group_to_group_id[i] if is_stage_3(optimizer) else i
-        kind, places = groups[number]["kind"], list(find_places(parameters, names))
+        kind, places = groups[number]["kind"], list(find_places(parameters))
         if isinstance(master, HostMaster):
             yield Partition(master.host, kind, parameters, places, master.weights)
         else:
@@ -296,41 +295,36 @@ def show_pieces(optimizer: Any, names: Names, seed: int) -> None:
         return
     base.seed = seed
     base.is_sharded = base is not optimizer  # DeepSpeed cuts weights at every stage but 0
-    parts = list(_partitions(optimizer, names))
-    own = [
-        [here.get(names[id(p)], (0, 0, 0)) for p in part.parameters]
-        for part in parts
-        for here in ({name: place for name, *place in part.places},)
-    ]
+    parts = list(_partitions(optimizer))
+    own = [part.places for part in parts]
     of_ranks = dist.gather(own) if base.is_sharded else [own]
     base.pieces = {}
     for i, part in enumerate(parts):
         base.pieces[id(part.master)] = pieces = []
-        for k, (parameter, place) in enumerate(zip(part.parameters, own[i], strict=True)):
+        for k, parameter in enumerate(part.parameters):
             cuts = {start for start, _, numel in (theirs[i][k] for theirs in of_ranks) if numel}
             blocks = sorted({start // BLOCK for start in cuts if start % BLOCK})
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            start, offset, count = place
-            name = names[id(parameter)]
-            pieces.append(Piece(shape, start, offset, count, name, tuple(blocks)))
+            pieces.append(Piece(shape, *part.places[k], names[id(parameter)], tuple(blocks)))
 
 
-def _stage_3_places(parameters: list[Any], names: Names) -> Iterator[Place]:
+def _stage_3_places(parameters: list[Any]) -> Iterator[Place]:
     offset = 0
     for parameter in parameters:
         share = parameter.partition_numel()
         start = share * parameter.ds_zero_partition_rank
         # the last ranks' shares end in padding, which is not part of the parameter
-        yield names[id(parameter)], start, offset, max(0, min(share, parameter.ds_numel - start))
+        yield start, offset, max(0, min(share, parameter.ds_numel - start))
         offset += share
 
 
-def _stage_1_2_places(parameters: list[Any], names: Names) -> Iterator[Place]:
+def _stage_1_2_places(parameters: list[Any]) -> Iterator[Place]:
     for parameter in parameters:
-        mapping = parameter._hp_mapping  # None where no element of it lies in this rank's partition
-        if mapping is not None:
-            here, of_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
-            yield names[id(parameter)], of_parameter.start, here.start, here.numel
+        if (mapping := parameter._hp_mapping) is None:  # none of it lies in this rank's partition
+            yield 0, 0, 0
+            continue
+        here, of_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
+        yield of_parameter.start, here.start, here.numel
 
 
 def _slices(
@@ -346,11 +340,11 @@ def _slices(
     if averages:
         tensors[EMA] = averages[id(part.master)]
     states = {name: tensor.detach().view(-1) for name, tensor in tensors.items()}
-    found = [
-        Slice(name, start, {state: flat[offset : offset + numel] for state, flat in states.items()})
-        for name, start, offset, numel in part.places
-        if numel > 0
-    ]
+    found = []
+    for parameter, (start, offset, count) in zip(part.parameters, part.places, strict=True):
+        if count > 0:
+            own = {state: flat[offset : offset + count] for state, flat in states.items()}
+            found.append(Slice(names[id(parameter)], start, own))
     if isinstance(base, Piecewise) and part.kind != "adamw":
         for number, what, start, beside in base.states_beside(part.master, updates is None):
             name = names[id(part.parameters[number])]
@@ -361,7 +355,7 @@ def _slices(
 # --------------------------------------------------------------------------- around a step's work
 
 
-def make_moments(optimizer: Any, names: Names) -> None:
+def make_moments(optimizer: Any) -> None:
     """Create the moments as zeros where they are missing, as the first step would.
 
     An offloaded optimizer's are left alone: they take no memory of the GPU.
@@ -369,7 +363,7 @@ def make_moments(optimizer: Any, names: Names) -> None:
     base = _base(optimizer)
     if is_offloaded(base):
         return
-    for part in _partitions(optimizer, names):
+    for part in _partitions(optimizer):
         if not base.state[part.master]:
             moments_of(base, part.master, part.kind, 0)
 

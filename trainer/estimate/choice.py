@@ -58,10 +58,7 @@ def choose_sequence(
 
     Args:
         cluster: with `gpu` infinite, as on a CPU, everything fits.
-        tokens: of the fullest micro-batch.
-        trained: trained tokens of the fullest micro-batch.
-        fewest: micro-batches of a step.
-        kernel: of the loss.
+        fewest: micro-batches of a step. The others are those of `memory_by_mode`.
 
     Returns:
         The recipe with that number in place of `auto`, and the reason as a sentence.

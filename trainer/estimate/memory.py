@@ -13,7 +13,6 @@ P parameters, W ranks, T tokens and N trained tokens of a micro-batch, H hidden 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +21,12 @@ import numpy as np
 
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.ranks import filler_share
-from packhorse.trainer.engine.ds_config import require_whole_groups, streams_optimizer
+from packhorse.trainer.engine.ds_config import require_whole_groups, stage_of, streams_optimizer
 from packhorse.trainer.engine.streamed_adamw import room_for_chunks
 from packhorse.trainer.estimate.model import Activations, ModelSizes
 from packhorse.trainer.estimate.state import StateBytes, count_state_bytes, masters_of_groups
-from packhorse.trainer.model.loss import BLOCK_HIDDEN, LIGER_HIDDEN
+from packhorse.trainer.model.liger_loss import chunk_positions
+from packhorse.trainer.model.loss import BLOCK_HIDDEN
 
 GIB = 2**30
 # Neither is measured: blocks that the allocator holds and cannot use, as a share of what is
@@ -77,7 +77,7 @@ def peak_memory(
     """
     zero = config["zero_optimization"]
     require_whole_groups(config, world, per_node)
-    state, stage = count_state_bytes(model, config, world), zero.get("stage", 0)
+    state, stage = count_state_bytes(model, config, world), stage_of(config)
     local = min(world, per_node)
     gathered, communication = _count_communication(model, zero, state)
     on_gpu, is_streamed = state.optimizer_on == "gpu", streams_optimizer(config)
@@ -124,9 +124,7 @@ def loss_workspace(model: ModelSizes, trained: int, kernel: str) -> int:
     hidden, head = trained * model.hidden, model.vocabulary * model.hidden * model.trains_head
     if kernel == "liger":
         # gradients are made in the forward: the head's in fp32, and once more in its own dtype
-        chunks = -(-model.vocabulary // (LIGER_HIDDEN * model.hidden))
-        chunk = 2 ** math.ceil(math.log2(max(1, -(-trained // chunks))))
-        logits = min(chunk, trained) * model.vocabulary
+        logits = chunk_positions(trained, model.hidden, model.vocabulary) * model.vocabulary
         return 2 * hidden * element + head * (4 + element) + logits * element
     if kernel == "chunked":
         block = trained * min(model.vocabulary, BLOCK_HIDDEN * model.hidden)
@@ -143,8 +141,7 @@ def _count_communication(
     stage, element = zero.get("stage", 0), model.element
     largest = max(map(max, model.groups))
     bucket = min(int(zero.get("reduce_bucket_size", 5e8)), model.trained)
-    # weights in 4 bits are expanded where their module runs
-    expanded = element * model.largest_module if model.quantised else 0
+    expanded = element * model.expanded
     if stage == 0 or (stage == 1 and element == 2):
         return expanded, 4 * bucket
     if stage < 3:
@@ -155,7 +152,7 @@ def _count_communication(
     live = min(model.parameters, max(needed, int(zero.get("stage3_max_live_parameters", 1e9))))
     gathered = max(0, element * live - state.persistent)
     # the bucket, which stays, and the largest gradient in the weights' dtype and as it is sent
-    return gathered, 4 * bucket + (element + 4) * largest
+    return gathered + expanded, 4 * bucket + (element + 4) * largest
 
 
 def _count_swap_buffers(model: ModelSizes, zero: Mapping[str, Any], state: StateBytes) -> int:
@@ -181,9 +178,8 @@ def _count_swap_buffers(model: ModelSizes, zero: Mapping[str, Any], state: State
 class Disk:
     """Bytes on the disk that all nodes share."""
 
-    checkpoint: int  # fp32 weights and moments of what is trained, and buffers
+    checkpoint: int  # fp32 weights and moments of what is trained, and buffers; universal form, too
     checkpoints: int  # those kept, and one being written
-    universal: int
     export: int  # while it is written, the weights are there twice
 
 
@@ -194,7 +190,7 @@ def count_checkpoints(recipe: Recipe) -> int:
 
 def disk_needed(model: ModelSizes, keep: int) -> Disk:
     one = 4 * model.trained + model.moment_bytes + model.buffers
-    return Disk(one, (keep + 1) * one, one, 2 * model.element * model.parameters)
+    return Disk(one, (keep + 1) * one, 2 * model.element * model.parameters)
 
 
 @dataclass(frozen=True)

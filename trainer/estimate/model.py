@@ -7,9 +7,9 @@ of known models.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,13 +29,14 @@ from packhorse.trainer.model.activation_checkpointing import save, set_checkpoin
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.checks import plan_failures_explained
 from packhorse.trainer.model.decoder import decoder_layers, decoder_of, num_weights, whole_layers
+from packhorse.trainer.model.expert_lora import stacked_matrices
+from packhorse.trainer.model.expert_weights import packable_experts
 from packhorse.trainer.model.feed_forward_tiles import (
     feed_forward_blocks,
     set_tiles,
     tile_tokens,
     wants_tiles,
 )
-from packhorse.trainer.model.fp8 import workspace_bytes
 from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
 from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
@@ -44,7 +45,6 @@ from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 # sequences are not worth any recomputation: activations may take this share of it.
 ACTIVATION_SHARE = 0.25
 MODES = ("none", "selective", "full", "offload")  # the least recomputation first
-FP8_SPEED = 1.4  # of a layer's products with their casts, over bfloat16's: assumed, not measured
 MOST_TOKENS = 65_536  # of a micro-batch, by which products are large enough for any GPU
 
 # -------------------------------------------------------------------------------------------- sizes
@@ -80,7 +80,7 @@ class ModelSizes:
     element: int  # bytes of an element of the weights
     hidden: int
     vocabulary: int
-    largest_module: int  # the most that one module's own parameters have
+    expanded: int  # of weights made where their module runs, and their gradients: the most at once
     gathered_at_once: int  # the most that ZeRO-3 gathers in one call, a module's or a whole layer's
     buffers: int  # bytes, on every rank and in a checkpoint
     flops: ModelFlops
@@ -158,11 +158,11 @@ def measure_model(
     quantised: dict[int, torch.Tensor] = {}  # by the parameter's id
     if adapter and adapter.base:
         linear = linear_modules(model).values()  # those that are frozen are quantised
-        quantised = {id(m.weight): m.weight for m in linear if not m.weight.requires_grad}
+        weights = [*(m.weight for m in linear), *packable_experts(model, adapter.base).values()]
+        quantised = {id(weight): weight for weight in weights if not weight.requires_grad}
     base = adapter.base if adapter else None
     groups = parameter_groups(model, optim)
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in quantised]
-    buffers = [buffer for _, buffer in persistent_buffers(model)]
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     blocks = feed_forward_blocks(model)  # gathered whole if they run in tiles
     return ModelSizes(
@@ -175,7 +175,7 @@ def measure_model(
         quantised=tuple(p.numel() for p in quantised.values()),
         bits=8 if base == "int8" else 4,
         scales_bytes=sum(
-            p.shape[0] * p.element_size()
+            p.numel() // p.shape[-1] * p.element_size()
             if base == "int8"
             else _nf4_scales(p.numel(), base == "nf4_double_quant")
             for p in quantised.values()
@@ -184,9 +184,9 @@ def measure_model(
         element=next(model.parameters()).element_size(),
         hidden=model.config.get_text_config().hidden_size,
         vocabulary=head.weight.shape[0],
-        largest_module=largest,
+        expanded=largest * (2 if stacked_matrices(model) else bool(quantised)),
         gathered_at_once=max([largest, *map(num_weights, [*whole_layers(model), *blocks])]),
-        buffers=sum(buffer.numel() * buffer.element_size() for buffer in buffers),
+        buffers=sum(buffer.nbytes for _, buffer in persistent_buffers(model)),
         flops=model_flops(model),
     )
 
@@ -255,15 +255,6 @@ def _largest_again(whole: list[int], kept: list[int]) -> int:
     return max((all_ - part for all_, part in zip(whole, kept, strict=True)), default=0)
 
 
-def with_fp8(
-    sizes: ModelSizes, activations: Mapping[str, Activations], model: Any, tokens: int
-) -> tuple[ModelSizes, dict[str, Activations]]:
-    """Return both for `model.matmul: fp8_rowwise`: faster products, and their factors in fp8."""
-    factors = workspace_bytes(model, tokens)
-    more = {mode: replace(one, layer=one.layer + factors) for mode, one in activations.items()}
-    return replace(sizes, product_speed=FP8_SPEED), more
-
-
 def largest_micro_batch(recipe: Recipe, card: int) -> int:
     """Return the largest power of two of packed sequences whose activations, with nothing
     recomputed, fit ACTIVATION_SHARE of a GPU of `card` bytes.
@@ -308,7 +299,6 @@ def _trace_forward(
 
     Args:
         mode: of model.activation_checkpointing.
-        tiles: feed-forward blocks run in tiles.
     """
     of_layers: list[int] = []
     with _counting_saved_bytes(model) as (saved, count):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.engine.ds_config import count_sharing
+from packhorse.trainer.engine.ds_config import count_sharing, offload_device, stage_of
 from packhorse.trainer.engine.moments import BLOCK, BYTES_PER_WEIGHT
 from packhorse.trainer.estimate.model import ModelSizes
 
@@ -34,12 +34,9 @@ class StateBytes:
 
 
 def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) -> StateBytes:
-    """Return the training state under a filled DeepSpeed template.
-
-    Raises:
-        BadInput: the template combines what is not planned.
-    """
-    stage = config["zero_optimization"].get("stage", 0)
+    """Return the training state under a filled DeepSpeed template, or refuse a combination that is
+    not planned."""
+    stage = stage_of(config)
     sum_bytes = 2 if config["data_types"]["grad_accum_dtype"] == "bf16" else 4
     if stage == 3:
         return _count_stage_3(model, config, sum_bytes, world)
@@ -48,7 +45,7 @@ def count_state_bytes(model: ModelSizes, config: Mapping[str, Any], world: int) 
     if stage == 0:  # the weights are the master weights
         weights = model.element * model.trained
         return StateBytes(weights + frozen, 0, weights, 0, model.moment_bytes)
-    if config["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none":
+    if offload_device(config, "optimizer") != "none":
         raise BadInput(
             "offload_optimizer at ZeRO stages 1 and 2 is not planned; plan it at stage 3"
         )
@@ -95,10 +92,7 @@ def _count_stage_3(
     whole = [(size, world * -(-size // world)) for size in (*trained, *frozen)]
     persistent = sum(filled for size, filled in whole if size <= threshold)
     optimizer_on, weights_on = (
-        "gpu" if device == "none" else device
-        for device in (
-            zero.get(f"offload_{what}", {}).get("device", "none") for what in ("optimizer", "param")
-        )
+        offload_device(config, what).replace("none", "gpu") for what in ("optimizer", "param")
     )
     return StateBytes(
         weights=model.element * (piece + sum(-(-size // world) for size in frozen))

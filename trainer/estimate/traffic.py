@@ -11,7 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from packhorse.trainer.engine.ds_config import count_sharing, streams_optimizer
+from packhorse.trainer.engine.ds_config import (
+    count_sharing,
+    offload_device,
+    stage_of,
+    streams_optimizer,
+)
 from packhorse.trainer.estimate.memory import Cluster
 from packhorse.trainer.estimate.model import ModelSizes
 from packhorse.trainer.estimate.state import count_state_bytes
@@ -60,8 +65,7 @@ def step_traffic(
     Args:
         micro_batches: of a step, on one rank.
     """
-    zero = config["zero_optimization"]
-    stage = zero.get("stage", 0)
+    stage = stage_of(config)
     others = (world - 1) / world
     gradients = model.trained * (2 if config["data_types"]["grad_accum_dtype"] == "bf16" else 4)
     weights, trained_weights = model.element * model.parameters, model.element * model.trained
@@ -81,7 +85,7 @@ def step_traffic(
     else:
         sent = 2 * gradients
     moved = {"cpu": 0.0, "nvme": 0.0}
-    device = zero.get("offload_optimizer", {}).get("device", "none")
+    device = offload_device(config, "optimizer")
     if device != "none":  # sums of gradients go out, weights come back
         moved["cpu"] += (micro_batches * gradients + trained_weights) / world
     if device == "nvme":  # master weights and two moments, read and written
@@ -89,7 +93,7 @@ def step_traffic(
     if streams_optimizer(config):  # master weights and two moments, in and out
         state = count_state_bytes(model, config, world)
         moved["cpu"] += 2 * (state.masters + state.moments)
-    device = zero.get("offload_param", {}).get("device", "none")
+    device = offload_device(config, "param")
     if device != "none":  # read in forward and backward
         moved[device] += micro_batches * 2 * weights / world
     return Traffic(others * sent, moved["cpu"], moved["nvme"], in_group)

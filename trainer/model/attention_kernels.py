@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -96,8 +96,18 @@ class Bounds:
         ]
 
     def _of(self, lengths: list[int]) -> Bounds:
-        ends = self.cu_seqlens.new_tensor([0, *accumulate(lengths)])
+        ends = document_ends(tuple(lengths), self.cu_seqlens.device)
         return Bounds(ends, max(lengths), tuple(lengths), self.slices)
+
+
+@lru_cache(maxsize=64)  # all layers ask for the same
+def document_ends(lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Return 0 and the end of each document, (D + 1,) int32. The host does not wait for the copy to
+    a GPU, which comes from pinned memory.
+    """
+    ends = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    ends = ends.pin_memory() if device.type == "cuda" else ends
+    return ends.to(device, non_blocking=True)
 
 
 class Arguments(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from packhorse.trainer.model.attention_kernels import Bounds
+from packhorse.trainer.model.attention_kernels import Bounds, document_ends
 
 # Arguments that tell a layer of several documents; a call for one document goes without.
 _OF_SEVERAL = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
@@ -67,8 +67,7 @@ def _cut(value: Any, start: int, number: int, total: int) -> Any:
         of_tokens = value.dim() > 1 and value.shape[1] == total
         return value.narrow(1, start, number) if of_tokens else value
     if isinstance(value, Bounds):
-        ends = value.cu_seqlens.new_tensor([0, number])
-        return Bounds(ends, number, (number,))
+        return Bounds(document_ends((number,), value.cu_seqlens.device), number, (number,))
     return value
 
 

@@ -1,8 +1,8 @@
 """LoRA on the matrices of experts, which transformers 5 holds as one parameter (E, M, N) for all.
 
 In: a model and the recipe's adapter section. Out: the names for peft's `target_parameters`, and
-their merged weights. peft wraps the module that holds the parameter, once for each parameter, and
-adds scaling x B A of every expert to it in each forward:
+their merged weights. peft wraps the module that holds the parameter, once for each parameter;
+expert_weights.py adds scaling x B A of every expert to it in each forward:
 
     experts.down_proj (E, O, I)    ->    experts.base_layer.down_proj, frozen
                                          experts.lora_A.default.weight (R E, I)
@@ -103,15 +103,20 @@ def plain_name(name: str) -> str:
     return re.sub(r"\.base_layer(?=\.)", "", name)
 
 
-def merged_experts(module: Any, adapter: str, weight: torch.Tensor) -> torch.Tensor:
-    """Return the experts' weights with the adapter of each added, in float32.
-
-    Args:
-        weight: (E, O, I), or (E, I, O) where the model's code has it so, as gpt-oss does.
+def factors(wrapper: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Return L (E, M, R), R (E, R, N) and the scale s of the adapter that a wrapper adds to its
+    parameter: W + s L R. What has inputs first, as in gpt-oss, has A as L.
     """
-    a, b = (getattr(module, which)[adapter].weight.float() for which in ("lora_A", "lora_B"))
-    experts = weight.shape[0]
-    a_ERI, b_ORE = a.view(experts, -1, a.shape[1]), b.view(b.shape[0], -1, experts)
-    is_swapped = module._did_swap_in_out_features
-    update = torch.einsum("ore,eri->eoi" if is_swapped else "ore,eri->eio", b_ORE, a_ERI)
-    return weight.float() + module.scaling[adapter] * update
+    (adapter,) = wrapper.lora_A  # the model's only one
+    a, b = (getattr(wrapper, which)[adapter].weight.to(dtype) for which in ("lora_A", "lora_B"))
+    a_ERI = a.view(wrapper.num_experts, -1, a.shape[1])
+    b_EOR = b.view(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1)
+    swapped = wrapper._did_swap_in_out_features
+    left, right = (b_EOR, a_ERI) if swapped else (a_ERI.mT, b_EOR.mT)
+    return left, right, wrapper.scaling[adapter]
+
+
+def merged_experts(wrapper: Any, weight: torch.Tensor) -> torch.Tensor:
+    """Return the experts' weights with the adapter of each added, in float32."""
+    left, right, scale = factors(wrapper, torch.float32)
+    return torch.baddbmm(weight.float(), left, right, alpha=scale)

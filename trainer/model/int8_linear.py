@@ -23,34 +23,45 @@ class RowScales:
     """
 
     shape: torch.Size
-    scales: torch.Tensor  # (O, 1)
+    scales: torch.Tensor  # (O, 1), of experts (E, O, 1)
 
     def expand(self, codes: torch.Tensor) -> torch.Tensor:
-        """Return the weight of codes, (O, I), whose bytes may be viewed in another type."""
+        """Return the weight of codes, whose bytes may be viewed in another type."""
         return codes.view(torch.int8).view(self.shape).to(self.scales.dtype) * self.scales
 
     def as_dict(self, packed: bool) -> dict[str, torch.Tensor]:
         return {"scales": self.scales}
 
 
+def in_8_bits(weight: torch.Tensor, storage: torch.dtype, device: torch.device) -> nn.Parameter:
+    """Return a frozen parameter of the weight's codes, on the device.
+
+    Args:
+        weight: (..., I), whole.
+        storage: the type that the bytes are viewed in, which ZeRO-3 gathers.
+    """
+    exact = weight.detach().to(device)
+    largest = exact.abs().amax(-1, keepdim=True)
+    # in the weights' type, so that a code times its scale is rounded once
+    scales = (largest.float() / 127).to(exact.dtype)
+    rounded = (exact.float() / scales.float().clamp_min(1e-30)).round()
+    codes = rounded.clamp(-127, 127).to(torch.int8).view(-1).view(storage).view(-1, 1)
+    parameter: Any = nn.Parameter(codes, requires_grad=False)
+    parameter.quant_state = RowScales(exact.shape, scales)
+    return parameter
+
+
 class Int8Linear(nn.Linear):
     """A linear module with a frozen weight in int8.
 
     Args:
-        plain: the module whose place it takes; its weight is held whole here.
-        storage: the type that the bytes are viewed in, which ZeRO-3 gathers.
+        plain: the module whose place it takes.
+        weight: the same weight, from in_8_bits.
     """
 
-    def __init__(self, plain: nn.Linear, storage: torch.dtype, device: torch.device) -> None:
+    def __init__(self, plain: nn.Linear, weight: Any) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
-        weight_OI = plain.weight.detach().to(device)
-        largest_O1 = weight_OI.abs().amax(1, keepdim=True)
-        # in the weights' type, so that a code times its scale is rounded once
-        scales_O1 = (largest_O1.float() / 127).to(weight_OI.dtype)
-        rounded = (weight_OI.float() / scales_O1.float().clamp_min(1e-30)).round()
-        codes = rounded.clamp(-127, 127).to(torch.int8).view(-1).view(storage).view(-1, 1)
-        self.weight: Any = nn.Parameter(codes, requires_grad=False)
-        self.weight.quant_state = RowScales(weight_OI.shape, scales_O1)
+        self.weight: Any = weight
         self.bias = plain.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

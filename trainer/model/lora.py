@@ -39,7 +39,8 @@ from packhorse.trainer.model.expert_lora import (
     plain_name,
     wraps_parameter,
 )
-from packhorse.trainer.model.quantisation import dequantise, numel, quantise
+from packhorse.trainer.model.expert_weights import make_where_they_run, packable_experts
+from packhorse.trainer.model.quantisation import BLOCK, dequantise, numel, quantise
 from packhorse.trainer.model.token_rows import ROWS, add_rows, indices, merged_rows, with_rows
 
 # what a layer of peft holds of an adapter
@@ -92,6 +93,10 @@ def add_adapter(
         parameter.requires_grad_(is_of_adapter(name) or lies_in(name, full))
         if is_of_adapter(name) and parameter.dtype != model.dtype:  # beside a quantised weight
             parameter.data = parameter.data.to(model.dtype)
+    if section.base and not next(model.parameters()).is_meta:
+        # not before: peft reads the shapes of the parameters that it wraps
+        quantise(model, packable_experts(model, section.base), section.base, gathered)
+    make_where_they_run(model)
     with torch.no_grad():
         # peft has left B at zero, and has set DoRA's magnitudes to the norms of the weights' rows
         for name, parameter in model.named_parameters():
@@ -129,11 +134,16 @@ def _log(model: Any, section: AdapterSection, targets: list[str], full: list[str
             *(plain_name(next(iter(experts))), len(experts) - 1),
             100 * sum(experts.values()) / total,
         )
-    if section.base and (held := expert_parameters(model)):
+    packed = packable_experts(model, section.base)
+    left = {
+        n: p for n, p in expert_parameters(model).items() if not (p.requires_grad or n in packed)
+    }
+    if section.base and left:
         dist.log.warning(
-            "adapter.base: experts stay in model.dtype, %.0f%% of the weights: only linear modules "
-            "are quantised",
-            100 * sum(map(numel, held.values())) / total,
+            "adapter.base: experts stay in model.dtype, `%s` and %d parameters like it, %.0f%% of "
+            "the weights: their rows are no multiple of %d weights; int8 takes them",
+            *(plain_name(next(iter(left))), len(left) - 1),
+            *(100 * sum(map(numel, left.values())) / total, BLOCK),
         )
 
 
@@ -325,7 +335,7 @@ def _merged(layer: Any, weight_OI: torch.Tensor) -> torch.Tensor:
     if isinstance(layer, nn.Embedding):
         return merged_rows(layer, weight_OI)
     if wraps_parameter(layer):
-        return merged_experts(layer, NAME, weight_OI)
+        return merged_experts(layer, weight_OI)
     b_OR, a_RI = (getattr(layer, which)[NAME].weight.float() for which in ("lora_B", "lora_A"))
     merged_OI = weight_OI.float() + layer.scaling[NAME] * b_OR @ a_RI
     if NAME in layer.lora_magnitude_vector:

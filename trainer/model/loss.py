@@ -20,15 +20,12 @@ import torch.nn.functional as F
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.liger_layers import kernels_run_on
+from packhorse.trainer.model.liger_loss import liger_cross_entropy
 from packhorse.trainer.model.logit_transform import LogitTransform
 
 # c of C5: `chunked` works on c x H entries of the vocabulary at a time. Its speed is flat from 2 to
 # 16.
 BLOCK_HIDDEN = 4
-# c of C5 for `liger`: it makes the logits of c x H x N / V positions at a time, and adds each such
-# part's gradient to the head's, in fp32. At Liger's own 1 an N of 8192 and Qwen2.5-1.5B's head are
-# 64 parts, which read and write 120 GB.
-LIGER_HIDDEN = 8
 
 
 def choose_kernel(name: str, device: torch.device) -> str:
@@ -51,7 +48,6 @@ def linear_cross_entropy(
     head_weight_VH: torch.Tensor,
     targets_N: torch.Tensor,
     weights_N: torch.Tensor,
-    uniform_weight: float | None,
     kernel: str,
     *,
     bias_V: torch.Tensor | None = None,
@@ -60,7 +56,6 @@ def linear_cross_entropy(
     """Return sum_i weights[i] x cross_entropy(transform(hidden[i] W' + bias), targets[i]).
 
     Args:
-        uniform_weight: the value of all `weights`, where they are alike; it saves `liger` a pass.
         kernel: `reference`, `chunked` or `liger`.
 
     Returns:
@@ -79,7 +74,7 @@ def linear_cross_entropy(
     if kernel == "chunked":
         return _Chunked.apply(*args, transform)  # type: ignore[return-value]
     assert kernel == "liger", kernel
-    return _liger(*args, uniform_weight, transform)
+    return liger_cross_entropy(*args, transform)
 
 
 # ------------------------------------------------------------------------------------------ chunked
@@ -209,50 +204,3 @@ def _gradient_of_logits(
     if block.low.data_ptr() != grad.data_ptr():
         block.low.copy_(grad)
     return block.low
-
-
-# -------------------------------------------------------------------------------------------- liger
-
-
-def _liger(
-    hidden_NH: torch.Tensor,
-    head_weight_VH: torch.Tensor,
-    bias_V: torch.Tensor | None,
-    targets_N: torch.Tensor,
-    weights_N: torch.Tensor,
-    uniform_weight: float | None,
-    transform: LogitTransform,
-) -> torch.Tensor:
-    """Compute the loss by Liger's fused kernel (liger_kernel 0.8.5).
-
-    Weights that are alike take one pass; others make the logits twice.
-    """
-    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-
-    if transform.scale != 1.0:
-        # Liger has no scale: scale x (h W' + b) = (scale h) W' + scale b
-        hidden_NH = hidden_NH * transform.scale
-        bias_V = bias_V * transform.scale if bias_V is not None else None
-    loss, *_ = LigerFusedLinearCrossEntropyFunction.apply(  # type: ignore[misc]
-        hidden_NH,
-        head_weight_VH,
-        targets_N,
-        bias_V,
-        None,  # class weights
-        -100,  # ignore_index: no target is
-        0.0,  # z-loss
-        0.0,  # label smoothing
-        "none" if uniform_weight is None else "sum",
-        transform.softcap,
-        False,  # return_z_loss
-        torch.float32,  # accum_dtype of the weight's gradient
-        False,  # use_token_scaling
-        False,  # return_token_accuracy
-        False,  # return_predicted_tokens
-        None,  # ce_impl
-        None,  # ce_mode
-        LIGER_HIDDEN,
-    )
-    if uniform_weight is None:
-        return (loss * weights_N).sum()
-    return loss * uniform_weight

@@ -87,7 +87,6 @@ def pack_documents(documents: Sequence[torch.Tensor]) -> Batch:
         trained_positions=trained_positions,
         targets=ids[trained_positions + 1],
         weights=torch.full((len(trained_positions),), weight, device=device),
-        uniform_weight=weight,
         document_keys=tuple((0, i, 0) for i in range(len(lengths))),
         sequence_ids=(0,),
     )

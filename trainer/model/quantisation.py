@@ -1,14 +1,15 @@
-"""Hold frozen linear modules in 4 bits (QLoRA, Dettmers et al., 2023, arXiv:2305.14314) or 8.
+"""Hold frozen weights in 4 bits (QLoRA, Dettmers et al., 2023, arXiv:2305.14314) or in 8.
 
-In: linear modules of a loaded model. Out: those of nf4_linear.py in their place, checked to read
-back as the weights that went in, or those of int8_linear.py; and the numbers that quantised
+In: linear modules of a loaded model, and the parameters of its experts. Out: the modules of
+nf4_linear.py in their place, checked to read back as the weights that went in, or those of
+int8_linear.py; packed experts, which expert_weights.py expands; and the numbers that quantised
 parameters stand for.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,18 +17,18 @@ from torch import nn
 
 from packhorse.trainer import dist
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.model.int8_linear import Int8Linear, RowScales
+from packhorse.trainer.model.int8_linear import Int8Linear, RowScales, in_8_bits
 
 # peft imports it; on some CPUs it warns that it did not find kernels on the hub, which nobody asked
 # for
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-_BLOCK = 64  # weights that share a scale in 4 bits
+BLOCK = 64  # weights that share a scale in 4 bits
 
 
-def quantise(model: Any, names: list[str], base: str, gathered: Callable[..., Any]) -> None:
-    """Put linear modules into 4 or 8 bits on this rank's device, one by one, so that the device
-    never holds the whole model in 16 bits.
+def quantise(model: Any, names: Iterable[str], base: str, gathered: Callable[..., Any]) -> None:
+    """Put linear modules, and experts' parameters, into 4 or 8 bits on this rank's device, one by
+    one, so that the device never holds the whole model in 16 bits.
 
     NF4: 64 weights share a scale, their largest; int8: those of a row do. Weights in shards
     (ZeRO-3) become shards of packed bytes, of which each rank keeps all scales. DeepSpeed has one
@@ -35,67 +36,82 @@ def quantise(model: Any, names: list[str], base: str, gathered: Callable[..., An
     nobody reads.
 
     Args:
+        names: of linear modules, or of parameters.
         base: of the recipe's adapter section.
         gathered: holds parameters whole inside its block (engine.gathered).
     """
+    parameters = dict(model.named_parameters())
     for name in names:
-        old = model.get_submodule(name)
-        shards = getattr(old.weight, "convert_to_zero_parameters", None)
-        storage = old.weight.dtype if shards else None
-        with gathered([old.weight]):
-            if base == "int8":
-                new: nn.Module = Int8Linear(old, storage or torch.int8, dist.device())
-            else:
-                new = _in_4_bits(name, old, base == "nf4_double_quant", storage or torch.uint8)
+        old: Any = None if name in parameters else model.get_submodule(name)
+        weight: Any = parameters[name] if old is None else old.weight
+        shards = getattr(weight, "convert_to_zero_parameters", None)
+        with gathered([weight]):
+            packed = _pack(name, weight, base, weight.dtype if shards else None)
         if shards:
-            shards([new.weight])
+            shards([packed])
         parent, _, last = name.rpartition(".")
+        new = packed if old is None else _linear_of(old, packed)
         setattr(model.get_submodule(parent), last, new)
     model.is_loaded_in_4bit = base != "int8"  # peft chooses its layers by it
 
 
-def _in_4_bits(name: str, old: nn.Linear, double: bool, storage: torch.dtype) -> nn.Module:
-    """Return the module in 4 bits of a linear one, whose weight is held whole here."""
+def _pack(name: str, weight: Any, base: str, storage: torch.dtype | None) -> Any:
+    """Return a frozen parameter of the packed bytes of a weight, which is held whole here.
+
+    Args:
+        storage: the type that the bytes are viewed in, if not their own.
+    """
+    if base == "int8":
+        return in_8_bits(weight, storage or torch.int8, dist.device())
     try:
-        from packhorse.trainer.model.nf4_linear import Nf4Linear, Params4bit
+        from packhorse.trainer.model.nf4_linear import Params4bit
     except ImportError:
         raise BadInput(
             "adapter.base: nf4 needs the library bitsandbytes: pip install 'packhorse[qlora]'"
         ) from None
-    settings: dict[str, Any] = {"compress_statistics": double, "quant_type": "nf4"}
-    settings["quant_storage"] = storage
+    packed = Params4bit(
+        weight.data,
+        requires_grad=False,
+        compress_statistics=base == "nf4_double_quant",
+        quant_type="nf4",
+        quant_storage=storage or torch.uint8,
+    ).to(dist.device())
+    _require_near(name, weight.detach(), dequantise(packed))
+    return packed
+
+
+def _linear_of(old: nn.Linear, packed: Any) -> nn.Module:
+    """Return the module that multiplies by a packed weight as `old` did by its own."""
+    if isinstance(packed.quant_state, RowScales):
+        return Int8Linear(old, packed)
+    from packhorse.trainer.model.nf4_linear import Nf4Linear
+
+    has_bias, dtype = old.bias is not None, packed.quant_state.dtype
     new = Nf4Linear(
-        old.in_features,
-        old.out_features,
-        bias=old.bias is not None,
-        compute_dtype=old.weight.dtype,
-        device="meta",
-        **settings,
+        old.in_features, old.out_features, bias=has_bias, compute_dtype=dtype, device="meta"
     )
-    weight = Params4bit(old.weight.data, requires_grad=False, module=new, **settings)
-    new.weight, new.bias = weight.to(dist.device()), old.bias
-    _require_near(name, old.weight.detach(), dequantise(new.weight))
+    new.weight, new.bias = packed, old.bias
     return new
 
 
-def _require_near(name: str, weight_OI: torch.Tensor, back_OI: torch.Tensor) -> None:
+def _require_near(name: str, weight: torch.Tensor, back: torch.Tensor) -> None:
     """Raise BadInput if a weight comes back from its 4 bits farther off than rounding explains.
 
     Half the widest gap between NF4's values is 0.15 of a block's scale; scales in 8 bits add a
     little of the largest scale. bitsandbytes 0.50 uses wrong scales on a CPU if a row is no
     multiple of a block.
     """
-    exact = weight_OI.to(back_OI).float()
-    padding = (0, -exact.numel() % _BLOCK)
+    exact = weight.to(back).float()
+    padding = (0, -exact.numel() % BLOCK)
     off, sizes = (
-        nn.functional.pad(values.abs().flatten(), padding).view(-1, _BLOCK).amax(1)
-        for values in (back_OI.float() - exact, exact)
+        nn.functional.pad(values.abs().flatten(), padding).view(-1, BLOCK).amax(1)
+        for values in (back.float() - exact, exact)
     )
     if not bool((off <= 0.2 * sizes + 0.05 * sizes.amax()).all()):
         raise BadInput(
-            f"adapter.base: bitsandbytes does not read `{name}` ({weight_OI.shape[0]} x "
-            f"{weight_OI.shape[1]}) back from its 4 bits on {back_OI.device.type}: its rows are "
-            f"no multiple of {_BLOCK} weights; take `base` out"
+            f"adapter.base: bitsandbytes does not read `{name}` "
+            f"({' x '.join(map(str, weight.shape))}) back from its 4 bits on {back.device.type}: "
+            f"its rows are no multiple of {BLOCK} weights; take `base` out"
         )
 
 
@@ -111,12 +127,15 @@ def dequantise(parameter: Any) -> torch.Tensor:
     return dequantize_4bit(parameter.data, state)
 
 
+def shape(parameter: Any) -> torch.Size:
+    """Return the shape of a parameter's weights, also where it is in shards or quantised."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape if state is not None else getattr(parameter, "ds_shape", parameter.shape)
+
+
 def numel(parameter: Any) -> int:
     """Return the number of a parameter's weights, also where it is in shards or quantised."""
-    state = getattr(parameter, "quant_state", None)
-    if state is not None:
-        return state.shape.numel()
-    return getattr(parameter, "ds_numel", parameter.numel())
+    return shape(parameter).numel()
 
 
 def parts_of(name: str, parameter: nn.Parameter) -> Iterator[tuple[str, torch.Tensor]]:

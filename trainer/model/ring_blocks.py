@@ -8,15 +8,19 @@ whose sum is given. A readable reference, and torch's own FlashAttention 2 on a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.model.attention_kernels import Arguments, for_varlen, reference, visible
+from packhorse.trainer.model.attention_kernels import (
+    Arguments,
+    document_ends,
+    for_varlen,
+    reference,
+    visible,
+)
 
 
 class Documents(NamedTuple):
@@ -179,12 +183,8 @@ def _padded(
     )
 
 
-@lru_cache(maxsize=64)  # all layers ask for the same, and each would wait for a copy to the GPU
 def _ends(documents: Documents, device: Any) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-    ends_q, ends_k = (
-        torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-        for lengths in documents[:2]
-    )
+    ends_q, ends_k = (document_ends(lengths, device) for lengths in documents[:2])
     return ends_q, ends_k, max(documents.queries), max(documents.keys)
 
 

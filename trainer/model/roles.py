@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from packhorse.trainer.model.quantisation import shape
+
 LINEAR, EXPERTS, EMBEDDINGS, OTHERS = (
     "linear products",
     "experts' matrices",
@@ -31,20 +33,19 @@ def roles(model: nn.Module) -> dict[int, str]:
 
 
 def _role(owner: nn.Module, name: str, parameter: Any) -> str:
-    # ZeRO-3 leaves an empty tensor in the parameter's place; its shape is kept in ds_shape
-    shape = getattr(parameter, "ds_shape", parameter.shape)
+    size = shape(parameter)
     kind = type(owner).__name__
     if isinstance(owner, nn.Embedding):
         return EMBEDDINGS
     if isinstance(owner, nn.Linear) or kind == "Conv1D":  # GPT-2's name for a transposed Linear
-        return LINEAR if len(shape) == 2 else OTHERS
+        return LINEAR if len(size) == 2 else OTHERS
     if isinstance(owner, nn.modules.conv._ConvNd):
         # a convolution by channel has one input channel a filter and mixes nothing
-        return LINEAR if len(shape) > 2 and shape[1] > 1 else OTHERS
+        return LINEAR if len(size) > 2 and size[1] > 1 else OTHERS
     # what is left are parameters that a module of the model's own code uses in its own way
-    if "bias" in name or "norm" in kind.lower() or sum(size > 1 for size in shape) < 2:
+    if "bias" in name or "norm" in kind.lower() or sum(each > 1 for each in size) < 2:
         return OTHERS
-    if len(shape) == 3:
+    if len(size) == 3:
         return EXPERTS
     # a router's `weight`, a projection, DBRX's `w1` and `v1`, and not `A_log`, `scale`, `pos_embed`
     return LINEAR if re.search(r"weight$|proj|fn$|^[wv]\d?$", name) else OTHERS

@@ -104,7 +104,6 @@ class SftModel(nn.Module):
             linear_cross_entropy,
             targets_N=batch.targets,
             weights_N=batch.weights,
-            uniform_weight=batch.uniform_weight,
             kernel=self.kernel,
             transform=self.transform,
         )

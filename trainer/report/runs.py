@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any, Literal, TypeGuard
 
 from packhorse.trainer.checkpoint.best import evaluations, last_step
+from packhorse.trainer.checkpoint.manifest import list_published
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import STOP_FILE, BadInput
 from packhorse.trainer.utils.files import read_json_file, read_json_lines
@@ -82,12 +83,12 @@ def read_run(folder: Path) -> Run:
         steps = recipe.train.steps or data.get("train", {}).get("steps")
         ended = read_json_file(folder / "summary.json").get("steps")
         stop = read_json_file(folder / STOP_FILE).get("step")
-        saved = [int(path.name[5:]) for path in folder.glob("checkpoints/step-" + "[0-9]" * 6)]
+        saved = list_published(folder / "checkpoints")
         return Run(
             folder=folder,
             recipe=recipe,
             state=_state(folder, ended, stop, steps and last_step(recipe.eval, folder, steps)),
-            step=max([line["step"] for line in lines[-1:]] + saved + [ended or 0, stop or 0]),
+            step=max(*(line["step"] for line in lines[-1:]), *saved, ended or 0, stop or 0),
             steps=steps,
             lines=lines,
             evaluations=evaluations(folder),
