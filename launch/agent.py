@@ -31,21 +31,22 @@ class Agent(LocalElasticAgent):
     """Start, watch and restart the workers of one node.
 
     Args:
-        preflight: called with the round's store, this node's number, the number of nodes and the
-            round's name, if there are several nodes. What it raises ends this launcher.
+        preflight: called with the round's store, this node's number and the number of nodes, if
+            there are several. What it raises ends this launcher.
     """
 
     def __init__(
         self,
         spec: WorkerSpec,
         run_dir: Path,
-        preflight: Callable[[Any, int, int, str], None] | None = None,
+        preflight: Callable[[Any, int, int], None] | None = None,
     ) -> None:
         self._preflight = preflight
         self.logs = RankLogs(run_dir / "logs")
         self.lost: str | None = None  # hosts that stopped their heartbeats in this round
         self._stop_file = run_dir / STOP_FILE
         self._heartbeat: Heartbeat | None = None
+        self._is_done = False  # waits for the other nodes to be
         # A node whose workers are done waits here for the others. The heartbeats end the wait if
         # one of them dies, so the barrier itself needs no timeout.
         super().__init__(spec, self.logs, exit_barrier_timeout=_DAY_S)
@@ -91,7 +92,7 @@ class Agent(LocalElasticAgent):
         self._heartbeat = None
         if nodes > 1:
             if self._preflight:
-                self._preflight(store, node, nodes, self.logs.name)
+                self._preflight(store, node, nodes)
             # a store serves one thread at a time: the heartbeat gets a connection of its own
             self._heartbeat = Heartbeat(store.clone(), node, nodes, self._end_round, self._exit)
 
@@ -125,15 +126,23 @@ class Agent(LocalElasticAgent):
         # large model takes minutes.
         if worker_group.state == WorkerState.HEALTHY:
             log("another node wants to join: the workers save, then restart together with it")
-            self._shutdown(timeout=_DAY_S)
+            context: Any = self._pcontext
+            context.close(signal.SIGTERM, _DAY_S)  # torch 2.11's _shutdown takes no time
         else:
             self._shutdown()
+
+    def _exit_barrier(self) -> None:
+        self._is_done = True
+        try:
+            super()._exit_barrier()  # pyright: ignore[reportCallIssue]
+        finally:
+            self._is_done = False
 
     def _end_round(self, hosts: str) -> None:
         """Kill the workers: they wait for lost nodes in a collective. torch then sees a failure."""
         self.lost = hosts
         log(f"no heartbeat from {hosts}: ending this node's workers, which wait for it")
-        if self._in_exit_barrier:
+        if self._is_done:
             self._exit("its work was not done")
         self.kill_workers()
 

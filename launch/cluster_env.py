@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from packhorse.trainer.datatypes import BadInput
 
 _PORT = 29400  # torchrun's
+JOIN_S = 600  # to wait for the other nodes, unless given
 # Jobs that share a node need ports of their own: _PORT plus up to this, below the ephemeral ports.
 _SLURM_PORTS = 3000
 # How many tasks there are in all, and on this node: Open MPI; MPICH and Intel MPI; MVAPICH2
@@ -37,7 +38,7 @@ class ClusterEnv:
     endpoint: str | None = None  # host:port of the rendezvous; None: there is one node
     run_id: str | None = None
     is_host: bool | None = None  # this node is the rendezvous host; None: torch finds out by name
-    join_s: int | None = None  # seconds to wait for the other nodes; None: the launcher's default
+    join_s: int = JOIN_S  # seconds to wait for the other nodes
 
 
 def refuse_tasks(environ: Mapping[str, str], *, nodes_given: bool) -> None:
@@ -48,10 +49,6 @@ def refuse_tasks(environ: Mapping[str, str], *, nodes_given: bool) -> None:
 
     Args:
         nodes_given: the user says how many nodes there are, and where they meet.
-
-    Raises:
-        BadInput: srun or mpirun started more than one task on this node, or one on each of several
-            nodes that do not know of each other; or the deepspeed launcher started this process.
     """
     advice = "packhorse starts the processes of a node itself"
     # all three: Kubeflow's PyTorchJob gives pods the first two, and means nodes
@@ -61,7 +58,12 @@ def refuse_tasks(environ: Mapping[str, str], *, nodes_given: bool) -> None:
             f"WORLD_SIZE={environ['WORLD_SIZE']} are set, as the deepspeed launcher does for each "
             f"GPU, but {advice}: run `packhorse train` without it, on each node, or use torchrun"
         )
-    _refuse_srun(environ, advice)
+    tasks, nodes = (environ.get(f"SLURM_STEP_NUM_{what}", "1") for what in ("TASKS", "NODES"))
+    if tasks != nodes:
+        raise BadInput(
+            f"srun started {tasks} tasks on {nodes} nodes, but {advice}: give srun "
+            f"--ntasks-per-node=1"
+        )
     for everywhere, here in _MPI:
         if _number(environ, here, "1") > 1:
             raise BadInput(
@@ -75,15 +77,6 @@ def refuse_tasks(environ: Mapping[str, str], *, nodes_given: bool) -> None:
                 f"--nnodes {environ[everywhere]} --rdzv-endpoint HOST:{_PORT}, where HOST is one "
                 f"of the nodes"
             )
-
-
-def _refuse_srun(environ: Mapping[str, str], advice: str) -> None:
-    tasks, nodes = (environ.get(f"SLURM_STEP_NUM_{what}", "1") for what in ("TASKS", "NODES"))
-    if tasks != nodes:
-        raise BadInput(
-            f"srun started {tasks} tasks on {nodes} nodes, but {advice}: give srun "
-            f"--ntasks-per-node=1"
-        )
 
 
 def read_cluster_env(environ: Mapping[str, str]) -> ClusterEnv:
@@ -118,7 +111,7 @@ def _read_torchrun(environ: Mapping[str, str]) -> ClusterEnv:
         endpoint=endpoint,
         run_id=environ.get("PET_RDZV_ID"),
         is_host=rank == "0" if rank is not None else None,
-        join_s=int(join_timeout[1]) if join_timeout else None,
+        join_s=int(join_timeout[1]) if join_timeout else JOIN_S,
     )
 
 
@@ -138,6 +131,15 @@ def _read_slurm(environ: Mapping[str, str]) -> ClusterEnv:
     port = _PORT + _number(environ, "SLURM_JOB_ID") % _SLURM_PORTS
     endpoint = f"{first_host(environ.get('SLURM_STEP_NODELIST', ''))}:{port}"
     return ClusterEnv(nodes, None, endpoint, job, is_host=_number(environ, "SLURM_NODEID") == 0)
+
+
+def parse_nodes(text: str) -> tuple[int, int]:
+    """Return the least and most number of nodes of `2` or `1:4`. Raises BadInput for other text."""
+    numbers = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    least, most = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (0, 0)
+    if not 1 <= least <= most:
+        raise BadInput(f"--nnodes {text}: give a number, or MIN:MAX, as 2 or 1:4")
+    return least, most
 
 
 def _number(environ: Mapping[str, str], name: str, default: str = "") -> int:

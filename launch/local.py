@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import signal
 import socket
 import sys
@@ -34,12 +33,12 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousClosedError,
     RendezvousError,
-    RendezvousHandler,
     RendezvousTimeoutError,
 )
 
 from packhorse.launch import preflight, rendezvous
 from packhorse.launch.agent import Agent, log, log_failure
+from packhorse.launch.cluster_env import JOIN_S
 from packhorse.launch.signed_store import Forged
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import (
@@ -56,7 +55,6 @@ _CTRL_C_TO_KILL = 3
 # SIGHUP: the terminal was closed. SIGQUIT (Ctrl-\) is left to torch's agent, which ends the workers
 # without a save.
 _PASSED_ON = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-_JOIN_S = 600  # to wait for the least number of nodes, unless given
 
 
 def launch(
@@ -69,7 +67,7 @@ def launch(
     is_host: bool | None = None,
     restarts: int = 0,
     run_id: str | None = None,
-    join_s: int | None = None,
+    join_s: int = JOIN_S,
     recipe: Recipe | None = None,
 ) -> int:
     """Run `python *worker` in `nproc` processes on this node and return the exit code at their end.
@@ -77,72 +75,48 @@ def launch(
     Args:
         worker: arguments of this Python, as `[MAIN, "train", "recipe.yaml"]`.
         run_dir: the run folder, where `stop.json` appears and ranks other than 0 write `logs/`.
-        nproc: processes on this node. None: one for each GPU, or one without a GPU.
-        endpoint: host:port of the rendezvous. On a single node its port at 127.0.0.1, where the
-            workers meet; 0 takes a free one.
+        nproc: None: one for each GPU, or one without a GPU.
+        endpoint: host:port of the rendezvous. A single node uses the port alone; 0: a free one.
         nodes: least and most launchers that meet at the endpoint.
         is_host: whether this node is the rendezvous host. None: torch compares the endpoint's name
             with this host's.
         restarts: how often the workers are restarted after a failure, on the nodes that are left.
         run_id: the same in all launchers of a run, and in no other run that meets at the endpoint.
-        join_s: seconds to wait for the least number of nodes. None: ten minutes.
-        recipe: what the nodes compare before the workers start (launch/preflight.py). None: they
-            compare nothing.
+        join_s: seconds to wait for the least number of nodes.
+        recipe: what several nodes compare before the workers start (launch/preflight.py).
 
     Raises:
-        BadInput: there are more processes than GPUs, the port is in use, nobody answers at the
-            endpoint, the nodes differ, or a value at the endpoint is not signed by one of them.
+        BadInput: there are too few GPUs, the endpoint cannot be used, or the nodes differ.
     """
     nproc = _resolve_nproc(nproc)
-    join_s = join_s or _JOIN_S
     if nodes[1] == 1:
         _require_free_port(endpoint)
-    threads = _set_environment(nproc)
-    log(f"{nproc} {'process' if nproc == 1 else 'processes'} with OMP_NUM_THREADS={threads}")
-
+    _set_environment(nproc)
     # torch's own lines say the same as ours, with a traceback for each rank
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-    run_id = run_id or run_dir.resolve().name
     check = partial(preflight.check_nodes, recipe, nproc, log) if recipe else None
     try:
-        if nodes[1] == 1:
-            handler = rendezvous.meet_alone(run_id, int(endpoint.rpartition(":")[2]))
-        else:
-            handler = rendezvous.meet(endpoint, nodes, is_host, run_id, join_s, run_dir, log)
-        agent = Agent(_specify(worker, nproc, handler, restarts), run_dir, check)
+        run_id = run_id or run_dir.resolve().name
+        handler = rendezvous.meet(endpoint, nodes, is_host, run_id, join_s, run_dir, log)
+        spec = WorkerSpec(
+            role="trainer",
+            local_world_size=nproc,
+            entrypoint=sys.executable,
+            # torch's agent replaces $local_rank and other variables in arguments
+            args=tuple(word.replace("$", "$$") for word in worker),
+            rdzv_handler=handler,
+            max_restarts=restarts,
+        )
+        agent = Agent(spec, run_dir, check)
         with closing(agent), _passing_signals(agent):
             result: Any = agent.run()
-    except _NotStartedError:
-        log("stopped before the workers had started")
-        return SAVED_RUN_AGAIN
-    except SignalException:
-        log("SIGQUIT: ended without a save")
-        return FAILED
     except Forged as error:
         raise BadInput(str(error)) from None
-    except RendezvousError as error:
+    except (_NotStartedError, SignalException, RendezvousError, preflight.NoAnswer) as error:
         log(_describe(error, join_s))
-        return FAILED
-    except preflight.NoAnswer as error:
-        log(str(error))
-        return FAILED
+        return SAVED_RUN_AGAIN if isinstance(error, _NotStartedError) else FAILED
     return _conclude(result, run_dir, agent)
-
-
-def _specify(
-    worker: Sequence[str], nproc: int, handler: RendezvousHandler, restarts: int
-) -> WorkerSpec:
-    """Return what torch's agent starts."""
-    return WorkerSpec(
-        role="trainer",
-        local_world_size=nproc,
-        entrypoint=sys.executable,
-        # torch's agent replaces $local_rank and other variables in arguments
-        args=tuple(argument.replace("$", "$$") for argument in worker),
-        rdzv_handler=handler,
-        max_restarts=restarts,
-    )
 
 
 class _NotStartedError(Exception):
@@ -193,17 +167,8 @@ def _resolve_nproc(nproc: int | None) -> int:
     return nproc
 
 
-def parse_nodes(text: str) -> tuple[int, int]:
-    """Return the least and most number of nodes of `2` or `1:4`. Raises BadInput for other text."""
-    numbers = re.fullmatch(r"(\d+)(?::(\d+))?", text)
-    least, most = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (0, 0)
-    if not 1 <= least <= most:
-        raise BadInput(f"--nnodes {text}: give a number, or MIN:MAX, as 2 or 1:4")
-    return least, most
-
-
-def _set_environment(nproc: int) -> str:
-    """Set variables for the workers unless the user has set them. Returns OMP_NUM_THREADS."""
+def _set_environment(nproc: int) -> None:
+    """Set variables for the workers unless the user has set them."""
     if not torch.cuda.is_available():
         # On a CPU the buffers of a micro-batch come from malloc. To give their pages back to the
         # system and ask for them anew takes a tenth of a step.
@@ -214,20 +179,19 @@ def _set_environment(nproc: int) -> str:
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     os.environ[LAUNCHER] = str(os.getpid())
     cores = len(os.sched_getaffinity(0))
-    return os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // nproc, 1)))
+    threads = os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // nproc, 1)))
+    log(f"{nproc} {'process' if nproc == 1 else 'processes'} with OMP_NUM_THREADS={threads}")
 
 
 def _require_free_port(endpoint: str) -> None:
     host, _, port = endpoint.rpartition(":")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, int(port)))
-        except OSError as error:
-            raise BadInput(
-                f"port {port} cannot be used ({error.strerror}): give another --port, or leave it "
-                f"out to take a free one"
-            ) from None
+    try:
+        socket.create_server((host, int(port))).close()
+    except OSError as error:
+        raise BadInput(
+            f"port {port} cannot be used ({error.strerror}): give another --port, or leave it out "
+            "to take a free one"
+        ) from None
 
 
 # -------------------------------------------------------------------------------------------- after
@@ -265,7 +229,13 @@ def exit_code(codes: Collection[int], stopped: bool) -> int:
     return SAVED_RUN_AGAIN if stopped else DONE
 
 
-def _describe(error: RendezvousError, join_s: int) -> str:
+def _describe(error: Exception, join_s: int) -> str:
+    if isinstance(error, _NotStartedError):
+        return "stopped before the workers had started"
+    if isinstance(error, SignalException):
+        return "SIGQUIT: ended without a save"
+    if isinstance(error, preflight.NoAnswer):
+        return str(error)
     if isinstance(error, RendezvousClosedError):
         return "another node has ended the run; see its log"
     if isinstance(error, RendezvousTimeoutError):

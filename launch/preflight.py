@@ -1,4 +1,4 @@
-"""Check in seconds that the nodes of a run agree and share its folder, before their workers start.
+"""Check in seconds that the nodes of a run agree, before their workers start.
 
 In: the rendezvous store, and the facts of this node. Out: nothing, or on all nodes the same
 BadInput, which names the node at fault. Each launcher publishes its facts, reads everybody's and
@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import socket
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -69,16 +70,16 @@ def check_nodes(
     store: Any,
     node: int,
     nodes: int,
-    stamp: str,
 ) -> None:
     """Compare the nodes. Every launcher calls this between the rendezvous and its workers' start.
+
+    That they share the run folder is known: they have met by the secret in it (signed_store.py).
 
     Args:
         processes: workers on this node.
         log: writes a line. Node 0 logs the warnings, and one line at the end.
         store: the store of this round.
         node: this launcher's number among `nodes`.
-        stamp: the round's name, the same on all nodes.
 
     Raises:
         BadInput: a node differs from the others, or cannot be used. All nodes raise the same.
@@ -89,21 +90,9 @@ def check_nodes(
     answers = _exchange(store, "facts", node, numbers, asdict(collect_facts(recipe, processes)))
     every = [Facts(**{**answer, "gpus": tuple(answer["gpus"])}) for answer in answers]
     hosts = host_names(every)
-    token = run_dir / f".preflight-{stamp}-%d"
-    own = Path(str(token) % node)
-    try:
-        answers = _exchange(store, "disk", node, hosts, asdict(_write_token(recipe, own)))
-        disks = [Disk(**answer) for answer in answers]
-        seen = [i for i in range(nodes) if Path(str(token) % i).exists()]
-        sees = _exchange(store, "sees", node, hosts, seen)
-    finally:
-        with suppress(OSError):
-            own.unlink(missing_ok=True)
-    fault = (
-        find_difference(every, hosts)
-        or find_bad_disk(disks, hosts, run_dir)
-        or find_unshared(sees, hosts, run_dir)
-    )
+    answers = _exchange(store, "disk", node, hosts, asdict(_try_disks(recipe)))
+    disks = [Disk(**answer) for answer in answers]
+    fault = find_difference(every, hosts) or find_bad_disk(disks, hosts, run_dir)
     if fault:
         _leave_together(store, nodes)
         raise BadInput(f"preflight: {fault}")
@@ -174,24 +163,6 @@ def find_bad_disk(disks: Sequence[Disk], hosts: Sequence[str], run_dir: Path) ->
     return None
 
 
-def find_unshared(sees: Sequence[Sequence[int]], hosts: Sequence[str], run_dir: Path) -> str | None:
-    """Return a sentence about the node that sees the fewest others' files, or None.
-
-    Args:
-        sees: for each node, the nodes whose file it finds in its run folder.
-    """
-    everyone = range(len(hosts))
-    # of several that see as few, the last: node 0's folder is the one that the others should share
-    blind = min(everyone, key=lambda node: (len(sees[node]), -node))
-    unseen = [node for node in everyone if node not in sees[blind]]
-    if not unseen:
-        return None
-    return (
-        f"run.dir: {run_dir} is not the same folder on all nodes; {hosts[blind]} does not see what "
-        f"{hosts[unseen[0]]} wrote there; put it on a file system that all of them share"
-    )
-
-
 def list_warnings(
     every: Sequence[Facts], disks: Sequence[Disk], hosts: Sequence[str]
 ) -> Iterable[str]:
@@ -239,16 +210,17 @@ def collect_facts(recipe: Recipe, processes: int) -> Facts:
     )
 
 
-def _write_token(recipe: Recipe, token: Path) -> Disk:
-    """Write this node's file into the run folder and return what the disks are like."""
-    clock, fault = time.time(), None
+def _try_disks(recipe: Recipe) -> Disk:
+    """Write a file into the run folder, and return what the disks are like."""
+    clock, fault, run_dir = time.time(), None, Path(recipe.run.dir)
     try:
-        token.parent.mkdir(parents=True, exist_ok=True)
-        token.write_text(socket.gethostname())
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir) as file:
+            file.write(b"written")
     except OSError as error:
         fault = str(error)
     free_gib = {}
-    folders = {"run.dir": token.parent, "data.cache": Path(recipe.data.cache).expanduser()}
+    folders = {"run.dir": run_dir, "data.cache": Path(recipe.data.cache).expanduser()}
     for name, folder in folders.items():
         above = (folder.absolute(), *folder.absolute().parents)
         existing = next(place for place in above if place.exists())

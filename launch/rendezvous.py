@@ -39,15 +39,6 @@ _LAST_CALL_S = 15  # to wait for further nodes after the least number has come
 _STORE_S = 30  # to wait for an answer of the rendezvous host
 
 
-def meet_alone(run_id: str, port: int) -> RendezvousHandler:
-    """Return the rendezvous of a single node.
-
-    Args:
-        port: of 127.0.0.1, where its ranks meet. 0 takes a free one.
-    """
-    return _OneNode(run_id, port)
-
-
 def meet(
     endpoint: str,
     nodes: tuple[int, int],
@@ -57,7 +48,7 @@ def meet(
     run_dir: Path,
     log: Callable[[str], None],
 ) -> RendezvousHandler:
-    """Return the rendezvous of several nodes; the host starts its store, others connect to it.
+    """Return the rendezvous; of several nodes the host starts its store, others connect to it.
 
     Args:
         nodes: the least and the most that meet.
@@ -70,6 +61,8 @@ def meet(
         BadInput: nobody answers at the endpoint, or the secret cannot be used.
         Forged: the store holds a value that another secret, or none, has signed.
     """
+    if nodes[1] == 1:
+        return _OneNode(run_id, int(endpoint.rpartition(":")[2]))
     secret = read_secret(run_dir)
     store = SignedStore(_open_store(endpoint, is_host, time.monotonic() + join_s, log), secret)
     backend: Any = C10dRendezvousBackend(store, run_id)  # pyright: ignore[reportArgumentType]
@@ -96,7 +89,11 @@ class _SeveralNodes(DynamicRendezvousHandler):
 
 
 class _OneNode(RendezvousHandler):
-    """A rendezvous with oneself. The launcher's store is no port, the workers' one is local."""
+    """The rendezvous of a single node: the launcher's store is no port, the workers' one is local.
+
+    Args:
+        port: of 127.0.0.1, where the ranks meet. 0 takes a free one.
+    """
 
     def __init__(self, run_id: str, port: int) -> None:
         self._run_id, self._port = run_id, port

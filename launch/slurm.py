@@ -38,9 +38,7 @@ def render(
             option, or is added.
         recipe: a shell word, already quoted if necessary.
         is_copy: nobody edits the recipe, so that the job makes no copy of it.
-        overrides: `key=value` changes to the recipe.
         packhorse: path of the command, the same on all nodes.
-        container: an image.
         mounts: folders to mount in the container.
 
     Raises:

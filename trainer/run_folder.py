@@ -17,7 +17,6 @@ has all of them.
 
 from __future__ import annotations
 
-import json
 import platform
 import secrets
 import shlex
@@ -60,15 +59,8 @@ LOG_FILE = "logs/rank00000.log"  # in the run folder
 _WRITTEN = (
     *("checkpoints", "model", "serving", "tensorboard"),
     *("metrics.jsonl", EVALUATIONS, "samples.jsonl", "rejects.jsonl", "skipped_steps.jsonl"),
-    *(
-        "attention.json",
-        "trace.jsonl",
-        "environment.json",
-        "best.json",
-        "summary.json",
-        "pushed.json",
-    ),
-    *(LOG_FILE, IDS),
+    *("attention.json", "trace.jsonl", "environment.json", "best.json", "summary.json"),
+    *("pushed.json", LOG_FILE, IDS),
 )
 _LENGTHS = ("train.epochs", "train.steps")
 
@@ -162,7 +154,7 @@ def _require_own(run_dir: Path) -> None:
 def require_shared(run_dir: Path) -> None:
     """Check that all nodes see the same run folder: each writes a file that all look for (C7).
 
-    Packhorse's launchers have checked it before (launch/preflight.py); torchrun does not.
+    Packhorse's launchers meet by a secret in it (launch/signed_store.py); torchrun's do not.
 
     Raises:
         BadInput: a node does not see another one's file; on every rank.
@@ -247,7 +239,7 @@ def write_summary(
         if "eval/loss" in line
     }
     samples = read_json_lines(run_dir / "samples.jsonl")
-    environment = json.loads((run_dir / "environment.json").read_text())
+    environment = read_json_file(run_dir / "environment.json")
     write_json(
         run_dir / "summary.json",
         {
@@ -283,16 +275,15 @@ def describe_end(recipe: Recipe, run_dir: Path) -> str:
     """Return what a person wants to know of a run that is done, from its summary.json: losses and
     scores before and after, time by part, where things are, and commands that may come next.
     """
-    found = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    found = read_json_file(run_dir / "summary.json")
     before, after, best = found["before"], found["after"], found["best"]
     rows = [(name, f"{_number(before.get(name))} -> {_number(after[name])}") for name in after]
     if best:
         rows.append(("best step", f"{best['step'] or 'none'}, by {best['rule']}"))
     if found["skipped_steps"]:
         rows.append(("skipped steps", str(found["skipped_steps"])))
-    seconds = found.get("seconds", {})  # not in the summary of an earlier version
-    whole_s = sum(seconds.values())
-    parts = [f"{name} {s:,.1f} s" for name, s in seconds.items() if s > 0.01 * whole_s]
+    whole_s = sum(found["seconds"].values())
+    parts = [f"{name} {s:,.1f} s" for name, s in found["seconds"].items() if s > 0.01 * whole_s]
     rows.append(("time", f"{whole_s:,.0f} s: {', '.join(parts)}"))
     rows.append(("speed", f"{found['tokens_per_s']:,.0f} tokens/s"))
     rows.append(("files", f"checkpoints/, metrics.jsonl, samples.jsonl, {LOG_FILE}"))

@@ -88,7 +88,9 @@ class _Tracker:
     """
 
     def __init__(self, name: str, recipe: Recipe, run_dir: Path, run_id: str | None) -> None:
-        _require_installed(name)
+        if importlib.util.find_spec(name) is None:
+            package = _PACKAGES.get(name, name)
+            raise BadInput(f"run.trackers: {name} is not installed; `pip install {package}`")
         self._name = name
         self._jobs: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._start = lambda: _start(name, recipe, run_dir, run_id)
@@ -135,13 +137,6 @@ class _Tracker:
                     *(self._name, one_line(error, 300)),
                 )
                 return
-
-
-def _require_installed(name: str) -> None:
-    if importlib.util.find_spec(name) is None:
-        raise BadInput(
-            f"run.trackers: {name} is not installed; `pip install {_PACKAGES.get(name, name)}`"
-        )
 
 
 def _start(name: str, recipe: Recipe, run_dir: Path, run_id: str | None) -> tuple[Any, str]:

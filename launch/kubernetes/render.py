@@ -21,7 +21,7 @@ from typing import Any, Literal
 import yaml
 
 from packhorse.launch.kubernetes.runtime import train_job_spec
-from packhorse.trainer.config.packaged import find_recipe, find_template
+from packhorse.trainer.config.packaged import find_template, map_texts, require_own_recipe
 from packhorse.trainer.config.parsing import read_yaml
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import DONE, FAILED, BadInput
@@ -37,6 +37,13 @@ _CONTAINER = "node"
 _ANSWER_S = 10  # for a cluster to answer kubectl
 _LONGEST_NAME = 40  # a JobSet's pods are called NAME-node-0-12-abcde, in at most 63 characters
 _NOT_PERSISTENT = {"emptyDir", "ephemeral", "configMap", "secret", "projected", "downwardAPI"}
+
+
+def find_cluster(path: Path | None) -> Path:
+    """Return the path of a cluster.yaml: the packaged one, by the name that --help gives it too, as
+    for a DeepSpeed template, or the user's."""
+    default = Path("launch/kubernetes/cluster.yaml")
+    return CLUSTER if path is None or (path == default and not path.exists()) else path
 
 
 def run_name(run_dir: str) -> str:
@@ -70,24 +77,11 @@ def render(
             f"{name!r} cannot name a run in a cluster: give another --name, of at most "
             f"{_LONGEST_NAME} small letters, digits and dashes, the first of them a letter"
         )
-    if find_recipe(recipe_file) != recipe_file:
-        raise BadInput(
-            f"{recipe_file}: the recipe of this machine's package names files that pods do not "
-            "have; give a recipe file whose data and model lie on the volume"
-        )
+    require_own_recipe(recipe_file, "pods do", "on the volume")
     overlay = _read_overlay(cluster)
     service, job = _read_templates("job.yaml")
     job["spec"] = merge_overlay(job["spec"], overlay.get("spec", {}), f"{cluster}: spec")
-    pod = job["spec"].get("template", {}).get("spec", {})
-    container = next((one for one in pod.get("containers", ()) if one["name"] == _CONTAINER), None)
-    if container is None:
-        raise BadInput(f"{cluster}: it removes the container `{_CONTAINER}`, which trains")
-    counts = job["spec"].get("completions"), job["spec"].get("parallelism")
-    if (container.get("image"), *counts) != ("$IMAGE", "$NODES", "$NODES"):
-        raise BadInput(
-            f"{cluster}: the image and the number of pods are given as --image and --nodes; leave "
-            f"them out"
-        )
+    pod, container = _find_container(job["spec"], cluster)
     container["env"] = merge_overlay(
         container.get("env", []), _rendezvous_variables(name, nodes, kind)
     )
@@ -106,15 +100,29 @@ def render(
     else:
         workload = [service, job] if kind == "job" else _wrap_job(kind, job)
         workload += _read_templates("network.yaml")  # not of a runtime: it labels its pods itself
+    values = {"$NODES": nodes, "$IMAGE": image}
+    workload = map_texts(workload, lambda text: values.get(text, text.replace("$NAME", name)))
     made = [
         merge_overlay(manifest, {"metadata": overlay.get("metadata", {})})
-        for manifest in (config_map, *_fill_in(workload, name, nodes, image))
+        for manifest in (config_map, *workload)
     ]
-    head = (
-        f"# By `packhorse launch kubernetes`, for {nodes} nodes. Change the recipe or "
-        f"cluster.yaml, and render again.\n"
-    )
+    head = f"# By `packhorse launch kubernetes`, for {nodes} nodes. Render again after a change.\n"
     return head + yaml.dump_all(made, Dumper=_Readable, sort_keys=False, width=120)
+
+
+def _find_container(spec: Tree, cluster: Path) -> tuple[Tree, Tree]:
+    """Return the pod's spec and the container that trains, which cluster.yaml must leave there."""
+    pod = spec.get("template", {}).get("spec", {})
+    container = next((one for one in pod.get("containers", ()) if one["name"] == _CONTAINER), None)
+    if container is None:
+        raise BadInput(f"{cluster}: it removes the container `{_CONTAINER}`, which trains")
+    counts = spec.get("completions"), spec.get("parallelism")
+    if (container.get("image"), *counts) != ("$IMAGE", "$NODES", "$NODES"):
+        raise BadInput(
+            f"{cluster}: the image and the number of pods are given as --image and --nodes; leave "
+            f"them out"
+        )
+    return pod, container
 
 
 def _wrap_job(kind: Literal["jobset", "trainjob"], job: Tree) -> list[Tree]:
@@ -180,9 +188,7 @@ def apply_command(manifests: Path) -> list[str]:
 
 
 def submit_file(manifests: Path) -> int:
-    """Run `kubectl apply`.
-
-    Returns 0, or 1 if the cluster refused the manifests or had them already.
+    """Run `kubectl apply`; return 0, or 1 if the cluster refused the manifests or had them already.
 
     Raises:
         BadInput: there is no kubectl, or no cluster answers it.
@@ -262,17 +268,6 @@ def merge_overlay(base: Any, overlay: Any, place: str = "") -> Any:
 
 def _are_named(items: list[Any]) -> bool:
     return all(isinstance(item, dict) and "name" in item for item in items)
-
-
-def _fill_in(tree: Any, name: str, nodes: int, image: str) -> Any:
-    """Return `tree` with its placeholders replaced."""
-    if isinstance(tree, dict):
-        return {key: _fill_in(value, name, nodes, image) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_fill_in(value, name, nodes, image) for value in tree]
-    if isinstance(tree, str):
-        return {"$NODES": nodes, "$IMAGE": image}.get(tree, tree.replace("$NAME", name))
-    return tree
 
 
 def _read_templates(file: str) -> list[Tree]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from packhorse.trainer.attention_choice import time_kernels
 from packhorse.trainer.config.recipe import LossSection
-from packhorse.trainer.datatypes import BadInput, first_key
+from packhorse.trainer.datatypes import BadInput, Batch, first_key
 from packhorse.trainer.estimate.model import AttentionShape
 from packhorse.trainer.model import (
     attention,
@@ -258,21 +258,39 @@ LAYERS_BOUND = {
 }  # of the worst tensor's gradient, against plain in fp32
 
 
-def learned(
-    config: Any, dtype: torch.dtype, layers: str
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The loss of three packed documents and every parameter's gradient."""
-    model = tiny(config, dtype).to(CUDA)
+def fused_model(
+    config: Any, dtype: torch.dtype, layers: str, backend: str = "reference"
+) -> tuple[SftModel, Batch]:
+    """The model, and a batch of three packed documents."""
+    model = tiny(config, dtype, backend).to(CUDA)
     liger_layers.fuse(model, layers, CUDA, dtype)
     module = SftModel(model, LossSection(), 0, CUDA)
     module.transform = measure_transform(model)
     ids = documents((100, 30, 140))
-    batch = pack(ids, [range(len(document) - 1) for document in ids], [0.01, 0.01, 0.01]).to(CUDA)
+    return module, pack(ids, [range(len(one) - 1) for one in ids], [0.01, 0.01, 0.01]).to(CUDA)
+
+
+def learned(
+    config: Any, dtype: torch.dtype, layers: str
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of three packed documents and every parameter's gradient."""
+    module, batch = fused_model(config, dtype, layers)
     loss = module(batch)
     loss.backward()
     return loss.detach(), {
-        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+        name: p.grad.clone() for name, p in module.model.named_parameters() if p.grad is not None
     }
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_no_micro_batch_makes_the_host_wait(backend: str) -> None:
+    module, batch = fused_model(FUSED_MODELS[0], torch.bfloat16, "liger", backend)
+    module.train()(batch).backward()  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        module(batch).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("dtype", LAYERS_BOUND, ids=str)

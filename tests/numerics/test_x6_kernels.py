@@ -242,7 +242,7 @@ def liger_main() -> None:
     seen = {}
     for variant in LIGER_CASES:
         for dtype in BOUND:
-            given = case(dtype, **{**VARIANTS[variant], "shape": (7, 16, 99)})
+            given = case(dtype, **{**VARIANTS[variant], "shape": (19, 4, 99)})
             if given.transform.softcap:
                 given = given._replace(
                     transform=LogitTransform(

@@ -149,7 +149,7 @@ def test_an_indexed_job_tells_its_pods_by_the_index():
 
 def test_pods_may_be_told_how_long_to_wait_for_each_other():
     pod = {"PET_NNODES": "2", "PET_RDZV_ENDPOINT": "sft-0.sft:29400"}
-    assert read_cluster_env(pod).join_s is None
+    assert read_cluster_env(pod).join_s == 600
     assert read_cluster_env(pod | {"PET_RDZV_CONF": "join_timeout=86400"}).join_s == 86_400
     with pytest.raises(BadInput, match="give join_timeout alone"):
         read_cluster_env(pod | {"PET_RDZV_CONF": "join_timeout=86400,is_host=1"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,11 +41,15 @@ def run_folder(folder: Path, **sections: Any) -> Path:
     return folder
 
 
+descriptions = runpy.run_path(str(ROOT / "docs" / "make_recipe.py"))["descriptions"]
+
+
 def keys(section: type[Section], place: str = "") -> Iterator[tuple[str, str]]:
     """Yield each key of the recipe, as in CODE_KEYS, with its description."""
+    texts = descriptions(section)
     for name, field in section.model_fields.items():
         key = f"{place}.{name}".lstrip(".")
-        yield key, field.description or ""
+        yield key, texts.get(name, "")
         for inner in sections_of(field.annotation):
             yield from keys(inner, key)
         items = items_of(field.annotation)

@@ -278,3 +278,20 @@ def test_the_command_writes_a_recipe_and_replaces_only_its_own(tmp_path: Path) -
     out.write_text("mine")
     refused = command("--out", str(out))
     assert (refused.returncode, out.read_text()) == (2, "mine")
+
+
+def test_every_file_of_a_dataset_is_a_source() -> None:
+    files = {"path": "./data", "type": "alpaca", "data_files": ["a.jsonl", "b.jsonl"]}
+    recipe, _ = convert({"base_model": "x", "datasets": [files]}, "Axolotl", 1)
+    assert recipe["data"]["train"] == [
+        {"path": path, "format": "instruction"} for path in ("a.jsonl", "b.jsonl")
+    ]
+
+
+def test_a_split_of_a_local_folder_stays() -> None:
+    given = [{"path": "./data", "split": "test", "data_files": "test-*.jsonl"}, {"path": "./x"}]
+    recipe, _ = convert({"model_name_or_path": "x", "datasets": given}, "TRL", 1)
+    assert recipe["data"]["train"] == [
+        {"path": "./data", "split": "test", "data_files": "test-*.jsonl"},
+        {"path": "./x"},
+    ]

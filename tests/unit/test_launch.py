@@ -7,13 +7,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
+from torch.distributed.elastic.agent.server.api import WorkerState
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
 from packhorse.launch import local
-from packhorse.launch.agent import RankLogs
-from packhorse.launch.local import exit_code, launch, parse_nodes
+from packhorse.launch.agent import Agent, RankLogs
+from packhorse.launch.cluster_env import parse_nodes
+from packhorse.launch.local import exit_code, launch
 from packhorse.trainer.datatypes import BadInput
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -273,6 +278,26 @@ def test_the_number_of_nodes(text, nodes):
 def test_a_number_of_nodes_that_is_refused(text):
     with pytest.raises(BadInput, match="give a number, or MIN:MAX"):
         parse_nodes(text)
+
+
+def test_a_joining_or_lost_node_asks_nothing_of_torch_that_2_11_lacks(monkeypatch):
+    agent = Agent.__new__(Agent)
+    monkeypatch.setattr(LocalElasticAgent, "_shutdown", lambda self, death_sig=signal.SIGTERM: None)
+    agent._pcontext = Mock(subprocess_handlers={})
+    agent._stop_workers(SimpleNamespace(state=WorkerState.HEALTHY))
+    (_, seconds), _ = agent._pcontext.close.call_args
+    assert seconds >= 3600, "what the workers get to save"
+    left = []
+    monkeypatch.setattr(agent, "_exit", left.append)
+
+    def lose_a_node(agent):
+        vars(agent).pop("_in_exit_barrier", None)
+        agent._end_round("host2")
+
+    monkeypatch.setattr(LocalElasticAgent, "_exit_barrier", lose_a_node)
+    agent._exit_barrier()
+    agent._end_round("host2")
+    assert left == ["its work was not done"], "only while this node waits for the others"
 
 
 def test_a_port_in_use_is_bad_input(tmp_path):

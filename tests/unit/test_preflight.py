@@ -1,4 +1,4 @@
-"""Nodes that differ, or do not share the run folder, are refused on all nodes; one is named."""
+"""Nodes that differ, or cannot write, are refused on all nodes; one is named."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from packhorse.launch.preflight import (
     Facts,
     find_bad_disk,
     find_difference,
-    find_unshared,
     host_names,
     list_warnings,
 )
@@ -63,9 +62,7 @@ def on_all(
         said: list[str] = []
         try:
             change(number)
-            preflight.check_nodes(
-                recipes[number], 1, said.append, store, number, len(recipes), "stamp"
-            )
+            preflight.check_nodes(recipes[number], 1, said.append, store, number, len(recipes))
         except (Exception, SystemExit) as error:
             ends[number] = (error, said)
         else:
@@ -161,19 +158,6 @@ def test_a_node_that_cannot_write_or_has_no_room_is_named():
         find_bad_disk([DISK, full], hosts, folder)
         == "b has 0.25 GiB free at data.cache; make room there"
     )
-
-
-@pytest.mark.parametrize(
-    ("sees", "blind"),
-    [
-        ([[0, 1, 2], [0, 1, 2], [2]], "c does not see what a wrote"),
-        ([[0], [1, 2], [1, 2]], "a does not see what b wrote"),
-        ([[0], [1], [2]], "c does not see what a wrote"),
-    ],
-)
-def test_the_node_that_sees_the_fewest_is_named(sees, blind):
-    assert blind in (find_unshared(sees, ["a", "b", "c"], Path("run")) or "")
-    assert find_unshared([[0, 1, 2]] * 3, ["a", "b", "c"], Path("run")) is None
 
 
 def test_clocks_and_other_gpus_are_warned_of():

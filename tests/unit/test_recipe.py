@@ -361,14 +361,14 @@ def test_an_override_reaches_into_a_list(tmp_path):
             with_key("loss.weighting", "constant"),
             "`loss.weighting`: it is `token`, `example` or a whole number",
         ),
-        (with_key("loss.weighting", 0), "a whole number of tokens above 0"),
+        (with_key("loss.weighting", 0), "or a whole number above 0"),
         (
             {**with_key("loss.router_aux", 0.1), "model": {"name": "x", "compile": "layers"}},
             "loss.router_aux needs the routers' own forward",
         ),
         (with_key("optim.betas", [0.9, 1.0]), "`optim`: `betas` lie in [0, 1)"),
         (with_key("optim.betas", [-0.1, 0.9]), "`optim`: `betas` lie in [0, 1)"),
-        (with_key("loss.weighting", True), "a whole number of tokens above 0"),
+        (with_key("loss.weighting", True), "or a whole number above 0"),
         (
             with_key("loss.constant_tokens", 5),
             "`loss.constant_tokens` is now the number itself: `loss.weighting: 4096`",

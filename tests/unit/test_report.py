@@ -11,9 +11,8 @@ import pytest
 
 from packhorse.trainer.cli.runs import report
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.report.differences import differing_keys
 from packhorse.trainer.report.figures import Bars, Curve, draw_bars, draw_curves
-from packhorse.trainer.report.page import short_names
+from packhorse.trainer.report.page import differing_keys, short_names
 from packhorse.trainer.report.runs import read_run
 from packhorse.trainer.report.samples import SHOWN, compare_samples
 from tests.unit.test_runs import make_run

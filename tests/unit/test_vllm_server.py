@@ -30,7 +30,7 @@ from packhorse.trainer.eval.server_answers import (
     in_background,
     write_weights,
 )
-from packhorse.trainer.eval.vllm_server import Gpu, clean_environment, vllm_command
+from packhorse.trainer.eval.vllm_server import Gpu, clean_environment, running_vllm, vllm_command
 from packhorse.trainer.model.load import load_model, load_tokenizer
 from packhorse.trainer.utils.files import Stopped
 from tests.ranks import ROOT
@@ -575,3 +575,13 @@ def test_vllm_is_gone_when_the_run_is_killed(vllm: Path, tmp_path: Path) -> None
         process.kill()
         process.wait()
     until(lambda: not [pid for pid in pids if runs(pid)])
+
+
+def test_vllm_is_gone_when_its_guard_is_killed(vllm: Path, tmp_path: Path) -> None:
+    made = vllm_recipe(tmp_path / "vllm_python")
+    with running_vllm(made, MODEL, 3, tmp_path / "vllm.log", (), lambda: False):
+        server = psutil.Process(started(vllm)["pids"][0])
+        guard = server.parent()
+        assert guard
+        guard.kill()
+        server.wait(60)

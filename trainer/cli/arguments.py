@@ -19,13 +19,9 @@ def _download_recipe(file: Path) -> Path:
     """Return the path of the recipe; one that is given by a URL is downloaded."""
     # as a path, s3://bucket/recipe.yaml has lost a slash
     url = re.sub(r"^([a-z][a-z0-9+.-]+):/", r"\1://", str(file)).replace("file://", "file:///")
-    from packhorse.trainer.utils.remote import is_url
+    from packhorse.trainer.config.packaged import find_recipe, is_url
 
-    if not is_url(url):
-        return file
-    from packhorse.trainer.utils.download import download
-
-    return download(url)
+    return find_recipe(url) if is_url(url) else file
 
 
 RecipeFile = Annotated[
@@ -87,6 +83,15 @@ Restarts = Annotated[
         min=0,
         help="Restarts after a failure, from the last checkpoint on the nodes left.",
     ),
+]
+Extend = Annotated[
+    bool,
+    typer.Option("--extend", help="Train a run longer: train.epochs or train.steps may be raised."),
+]
+Best = Annotated[bool, typer.Option("--best", help="Best step of a run, by its own eval.best.")]
+Step = Annotated[
+    int | None,
+    typer.Option(min=0, help="Step of a run. Default: its last checkpoint.", show_default=False),
 ]
 
 Ema = Annotated[

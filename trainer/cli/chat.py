@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from packhorse.trainer.cli.arguments import TrustRun, read_recipe
+from packhorse.trainer.cli.arguments import Best, Step, TrustRun, read_recipe
 from packhorse.trainer.cli.eval import exported_model, find_run, last_step
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.text import show_controls
@@ -26,12 +26,8 @@ def chat(
             metavar="MODEL_OR_RUN", help="A model or adapter folder, a hub name or a run folder."
         ),
     ],
-    best: Annotated[
-        bool, typer.Option("--best", help="Best step of a run, by its own eval.best.")
-    ] = False,
-    step: Annotated[
-        int | None, typer.Option(min=1, help="Step of a run. Default: its last checkpoint.")
-    ] = None,
+    best: Best = False,
+    step: Step = None,
     system: Annotated[
         str | None, typer.Option(help="A system message before the first question.")
     ] = None,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from packhorse.trainer.data.batch_plan import Plan
     from packhorse.trainer.data.prepare import Prepared
     from packhorse.trainer.data.preview import Row
+    from packhorse.trainer.estimate.memory import Cluster
     from packhorse.trainer.estimate.report import Report
 
 GPU_TFLOPS, MFU = 989.0, 0.4  # of an H100, and what a large model reaches there
@@ -163,6 +164,19 @@ def prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
     )
 
 
+HostGib = Annotated[
+    float | None, typer.Option(min=1, help="CPU memory of a node, in GiB. Default: not checked.")
+]
+DiskGib = Annotated[
+    float | None,
+    typer.Option(min=1, help="Free disk space at run.dir, in GiB. Default: not checked."),
+]
+NvmeGib = Annotated[
+    float | None,
+    typer.Option(min=1, help="Free NVMe space of a node, in GiB. Default: not checked."),
+]
+
+
 def plan(
     recipe_file: RecipeFile,
     overrides: Overrides = None,
@@ -178,18 +192,9 @@ def plan(
     nodes: Annotated[
         int | None, typer.Option(min=1, help="Nodes. Default: as many as hold 8 GPUs each.")
     ] = None,
-    host_gib: Annotated[
-        float | None,
-        typer.Option(min=1, help="CPU memory of a node, in GiB. Default: not checked."),
-    ] = None,
-    disk_gib: Annotated[
-        float | None,
-        typer.Option(min=1, help="Free disk space at run.dir, in GiB. Default: not checked."),
-    ] = None,
-    nvme_gib: Annotated[
-        float | None,
-        typer.Option(min=1, help="Free NVMe space of a node, in GiB. Default: not checked."),
-    ] = None,
+    host_gib: HostGib = None,
+    disk_gib: DiskGib = None,
+    nvme_gib: NvmeGib = None,
     gpu_tflops: Annotated[
         float, typer.Option(min=1, help="Dense bf16 peak of a GPU, from its data sheet.")
     ] = GPU_TFLOPS,
@@ -213,33 +218,44 @@ def plan(
     """
     from packhorse.trainer import dist
     from packhorse.trainer.estimate import memory, report
-    from packhorse.trainer.estimate.choice import choose_sequence
 
     dist.start_logging()
     recipe = read_recipe(recipe_file, overrides)
     stats = _count_real_steps(recipe) if data else report.full_step_stats(recipe)
-    fewest = int(stats.micro_batches.min())
-    if gpus is None and recipe.parallel.sequence == "auto":
-        gpus = 8
-    if gpus is None:
-        size = recipe.parallel.ranks_a_sequence
-        most = max(8 // size, 1)
-        gpus = size * (most if recipe.parallel.allow_idle_ranks else min(most, fewest))
+    gpus = gpus or _default_gpus(recipe, int(stats.micro_batches.min()))
     if nodes and gpus % nodes:
         raise BadInput(
             f"--gpus {gpus} --nodes {nodes}: all nodes must have the same number of GPUs"
         )
     sizes = [None if gib is None else gib * memory.GIB for gib in (host_gib, disk_gib, nvme_gib)]
     cluster = memory.Cluster(gpus, gpus // nodes if nodes else 8, gpu_gib * memory.GIB, *sizes)
-    if recipe.parallel.sequence == "auto":
-        fullest = (stats.fullest_tokens, stats.fullest_trained, fewest)
-        recipe, why = choose_sequence(recipe, cluster, *fullest)
-        print(f"parallel.sequence: {why}")
+    recipe = choose_sequence(recipe, cluster, stats)
     found = report.build_report(recipe, cluster, stats)
     show_report(found, recipe, gpu_tflops, mfu)
     print(report.require_fit(found))
     print(report.longest_sequence(found))
     print(report.recommend(found, recipe))
+
+
+def _default_gpus(recipe: Recipe, fewest_micro_batches: int) -> int:
+    """Return the GPUs of a node of 8 that a step can use."""
+    if recipe.parallel.sequence == "auto":
+        return 8
+    size = recipe.parallel.ranks_a_sequence
+    most = max(8 // size, 1)
+    return size * (most if recipe.parallel.allow_idle_ranks else min(most, fewest_micro_batches))
+
+
+def choose_sequence(recipe: Recipe, cluster: Cluster, stats: Any) -> Recipe:
+    """Return the recipe with what `parallel.sequence: auto` becomes, which is printed."""
+    from packhorse.trainer.estimate import choice
+
+    if recipe.parallel.sequence != "auto":
+        return recipe
+    fullest = (stats.fullest_tokens, stats.fullest_trained, int(stats.micro_batches.min()))
+    recipe, why = choice.choose_sequence(recipe, cluster, *fullest)
+    print(f"parallel.sequence: {why}")
+    return recipe
 
 
 def show_report(

@@ -14,7 +14,6 @@ from packhorse.trainer.datatypes import BadInput
 
 if TYPE_CHECKING:
     from packhorse.trainer.config.recipe import Recipe
-    from packhorse.trainer.data.batch_plan import Plan
     from packhorse.trainer.estimate.memory import Cluster
 
 _GPU_GIB = 80.0  # assumed where there is no GPU
@@ -25,18 +24,15 @@ def dry_run(recipe: Recipe, ranks: int | None, *, extend: bool) -> None:
 
     Args:
         ranks: of the run, on all nodes. None: one for each GPU here, or one without a GPU.
-        extend: as for `packhorse train`.
-
-    Raises:
-        BadInput: what the run itself would refuse before its ranks meet.
     """
     import torch
 
     from packhorse.trainer import dist
     from packhorse.trainer.build_engine import resolve_micro_batch
-    from packhorse.trainer.cli.data import prepare_all, prepare_shards
+    from packhorse.trainer.cli.data import choose_sequence, prepare_all, prepare_shards
     from packhorse.trainer.config.packaged import find_template
     from packhorse.trainer.data.summary import show
+    from packhorse.trainer.estimate.report import measure_steps
     from packhorse.trainer.eval.server_answers import check_server
     from packhorse.trainer.model.load import load_tokenizer
     from packhorse.trainer.run_folder import require_same_run
@@ -56,12 +52,15 @@ def dry_run(recipe: Recipe, ranks: int | None, *, extend: bool) -> None:
         train, plan, held_out = prepare_all(recipe, tokenizer)
         show(recipe, train, plan, held_out)
     ranks = ranks or torch.cuda.device_count() or 1
+    cluster = _cluster(ranks)
+    stats = measure_steps(plan) if plan else None
     if plan:
-        recipe = _with_sequence(recipe, ranks, plan)
-    given = (ranks, recipe.parallel.allow_idle_ranks, recipe.parallel.ranks_a_sequence)
-    if plan and (warning := plan.check_world(*given)):
-        print(warning)
-    _show_memory(recipe, ranks, plan)
+        recipe = choose_sequence(recipe, cluster, stats)
+        parallel = recipe.parallel
+        given = (ranks, parallel.allow_idle_ranks, parallel.ranks_a_sequence)
+        if warning := plan.check_world(*given):
+            print(warning)
+    _show_memory(recipe, cluster, stats)
     print(
         f"dry run: all of this can be used; {run_dir} was left as it is; the same command without "
         "--dry-run starts it"
@@ -89,21 +88,7 @@ def _cluster(ranks: int) -> Cluster:
     return Cluster(ranks, torch.cuda.device_count() or 8, gib * GIB)
 
 
-def _with_sequence(recipe: Recipe, ranks: int, plan: Plan) -> Recipe:
-    """Return the recipe with what `parallel.sequence: auto` would be."""
-    from packhorse.trainer.estimate.choice import choose_sequence
-    from packhorse.trainer.estimate.report import measure_steps
-
-    if recipe.parallel.sequence != "auto":
-        return recipe
-    stats = measure_steps(plan)
-    fullest = (stats.fullest_tokens, stats.fullest_trained, int(stats.micro_batches.min()))
-    recipe, why = choose_sequence(recipe, _cluster(ranks), *fullest)
-    print(f"parallel.sequence: {why}")
-    return recipe
-
-
-def _show_memory(recipe: Recipe, ranks: int, plan: Plan | None) -> None:
+def _show_memory(recipe: Recipe, cluster: Cluster, stats: Any) -> None:
     """Print the table of `packhorse plan`, for the GPUs of this machine.
 
     Models that cannot be planned can be trained all the same.
@@ -115,8 +100,6 @@ def _show_memory(recipe: Recipe, ranks: int, plan: Plan | None) -> None:
 
     if not torch.cuda.is_available():
         print(f"there is no GPU here: the table is for GPUs of {_GPU_GIB:.0f} GiB")
-    cluster = _cluster(ranks)
-    stats: Any = report.measure_steps(plan) if plan else None
     try:
         found = report.build_report(recipe, cluster, stats)
     except BadInput as error:

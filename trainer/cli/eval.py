@@ -12,16 +12,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from packhorse.launch.cluster_env import refuse_tasks
 from packhorse.trainer.cli.arguments import (
+    Best,
     Ema,
     NumProcesses,
     Overrides,
     RecipeFile,
+    Step,
     TrustRun,
     read_recipe,
 )
@@ -33,9 +35,16 @@ from packhorse.trainer.cli.worker import (
 )
 from packhorse.trainer.datatypes import DONE, BadInput
 from packhorse.trainer.utils.download import local_folder
+from packhorse.trainer.utils.files import read_json_file, write_json
 from packhorse.trainer.utils.own_output import remove_marked
 
+if TYPE_CHECKING:
+    from packhorse.trainer.config.recipe import Recipe
+
 _EVALUATED = "evaluated.json"  # in a results folder: what was scored
+# These keys describe how the recipe's model was made. The scored model brings its own.
+_OWN = ("model.revision=null", "model.init=pretrained", "model.rope_scaling=null", "adapter=null")
+_EXPORTED = ("model.chat_template=null", "model.add_tokens=[]")  # they are in the exported folder
 
 
 def evaluate(
@@ -45,12 +54,8 @@ def evaluate(
     ],
     recipe_file: RecipeFile,
     overrides: Overrides = None,
-    step: Annotated[
-        int | None, typer.Option(min=0, help="Step of a run. Default: its last checkpoint.")
-    ] = None,
-    best: Annotated[
-        bool, typer.Option("--best", help="Best step of a run, by its own eval.best.")
-    ] = False,
+    step: Step = None,
+    best: Best = False,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder to write. Default: RUN/evals/... for a run, else evals/..."),
@@ -81,42 +86,38 @@ def evaluate(
     exit_on_early_signals()
     if not recipe.has_eval:
         raise BadInput(
-            f"{recipe_file}: there are no held-out rows to evaluate; give data.eval or "
-            f"data.eval_fraction"
+            f"{recipe_file}: there are no held-out rows; give data.eval or data.eval_fraction"
         )
     run = find_run(model, step, best)
     if run:
         from packhorse.trainer.config.code_keys import require_trust
 
         require_trust(run, trusted=trust_run, recipe=recipe, recipe_file=recipe_file)
-    tasks = None
-    if recipe.eval.lm_eval:
-        from packhorse.trainer.eval.lm_eval_harness import require_tasks
-
-        tasks = require_tasks(recipe.eval)
+    tasks = _require_tasks(recipe)
     step = last_step(run, step, best) if run else 0
     if ema and not run:
         raise BadInput(f"{model}: --ema takes a run's averages, and this is no run folder")
     out = out or _default_out(model, run, recipe_file, step, ema)
     _start_results(out, f"{model} --ema" if ema else model, step)
     with exported_model(model, run, step, out, ema=ema) as name:
-        # These keys describe how the recipe's model was made. The scored model brings its own, and
-        # the user's overrides come after.
-        own = ["model.revision=null", "model.init=pretrained", "adapter=null"]
-        own.append("model.rope_scaling=null")
-        if run:  # they are in the exported folder
-            own += ["model.chat_template=null", "model.add_tokens=[]"]
+        own = _OWN + _EXPORTED * bool(run)
         changes = [*own, *(overrides or ()), f"model.name={json.dumps(name)}"]
         raise typer.Exit(_score(recipe_file, changes, out, step, nproc, tasks))
+
+
+def _require_tasks(recipe: Recipe) -> Any:
+    """Return the recipe's tasks of lm-evaluation-harness, or None if it has none."""
+    if not recipe.eval.lm_eval:
+        return None
+    from packhorse.trainer.eval.lm_eval_harness import require_tasks
+
+    return require_tasks(recipe.eval)
 
 
 def _score(
     recipe_file: Path, changes: list[str], out: Path, step: int, nproc: int | None, tasks: Any
 ) -> int:
-    """Run the workers, then the tasks of lm-evaluation-harness if given, and show the scores.
-
-    Returns the exit code.
-    """
+    """Run the workers, then the tasks if given; show the scores, and return the exit code."""
     from rich.console import Console
 
     from packhorse.launch.local import launch
@@ -221,17 +222,16 @@ def _start_results(out: Path, model: str, step: int) -> None:
         raise BadInput(f"{out}: exists and holds no results of packhorse eval; give another --out")
     try:
         if out.exists():
-            found = json.loads(marker.read_text(encoding="utf-8"))
-            same = Path(found["model"]).resolve() == Path(model).resolve()
-            if not same or found["step"] != step:
+            found = read_json_file(marker)
+            scored, at = str(found.get("model")), found.get("step")
+            if Path(scored).resolve() != Path(model).resolve() or at != step:
                 raise BadInput(
-                    f"{out}: holds the results of {found['model']} at step {found['step']}; give "
-                    "another --out, or remove it"
+                    f"{out}: holds the results of {scored} at step {at}; give another --out, or "
+                    "remove it"
                 )
             remove_marked(out, _EVALUATED)
         out.mkdir(parents=True)
-        text = json.dumps({"model": model, "step": step}) + "\n"
-        marker.write_text(text, encoding="utf-8")
+        write_json(marker, {"model": model, "step": step})
     except OSError as error:
         raise BadInput(f"--out {out}: cannot be written ({error})") from None
 

@@ -107,12 +107,11 @@ def _recipe_text(
 ) -> str:
     columns = next(fields for fields in rows if isinstance(fields, dict))
     counted = "of unknown number" if total is None else f"{total:,}"
-    place = (
-        f"path: {json.dumps(source.path)}" if source.path else f"name: {json.dumps(source.name)}"
-    )
+    key, place = ("path", source.path) if source.path else ("name", source.name)
     seq_len, why = _DEFAULT_LENGTH, "the model is no folder here, so no row was measured"
     if lengths:
-        seq_len = next((n for n in _powers() if n >= max(lengths)), _LONGEST)
+        power = 1 << (max(lengths) - 1).bit_length()  # the smallest that holds the longest row
+        seq_len = min(max(power, _SHORTEST), _LONGEST)
         why = f"the longest of the first {len(lengths):,} rows has {max(lengths):,} tokens"
     if total is not None and total < _FEW_ROWS:
         held_out = "  # eval_fraction: 0.1          # too few rows to hold some out"
@@ -127,7 +126,7 @@ model: {{name: {json.dumps(model)}}}
 # adapter: {{rank: 16, alpha: 32}}  # LoRA: trains small matrices beside the model
 data:
   # rows: {counted}; columns: {", ".join(json.dumps(str(name)) for name in columns)}
-  train: [{{{place}, format: {reader.format}}}]
+  train: [{{{key}: {json.dumps(place)}, format: {reader.format}}}]
 {held_out}
   train_on: assistant             # tokens with a loss: all, completion, assistant, last_turn
 batch:
@@ -139,10 +138,6 @@ parallel: {{deepspeed: zero3}}      # `packhorse plan` recommends one
 checkpoint: {{every_steps: 200}}
 run: {{dir: {json.dumps(f"runs/{name}")}}}
 """
-
-
-def _powers() -> list[int]:
-    return [n for n in (2**power for power in range(20)) if _SHORTEST <= n <= _LONGEST]
 
 
 def _batch_size(total: int | None, lengths: list[int], seq_len: int) -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from packhorse.launch import slurm as batch
-from packhorse.trainer.cli.arguments import Overrides, RecipeFile, read_recipe
+from packhorse.trainer.cli.arguments import Extend, Overrides, RecipeFile, read_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.own_output import write_own_text
 
@@ -24,6 +24,21 @@ launch_app = typer.Typer(
 )
 
 
+Submit = Annotated[
+    bool, typer.Option("--submit", help="Submit what was written, by sbatch or kubectl apply.")
+]
+
+
+Kind = Annotated[
+    Literal["job", "jobset", "trainjob"] | None,
+    typer.Option(
+        help="Resource that starts the pods. jobset and trainjob need their operators. Default: "
+        "job.",
+        show_default=False,
+    ),
+]
+
+
 @launch_app.command()
 def kubernetes(
     recipe_file: RecipeFile,
@@ -33,14 +48,7 @@ def kubernetes(
     image: Annotated[
         str, typer.Option(help="Container image as the cluster pulls it. A digest pins it.")
     ],
-    kind: Annotated[
-        Literal["job", "jobset", "trainjob"] | None,
-        typer.Option(
-            help="Resource that starts the pods. jobset and trainjob need their operators. "
-            "Default: job.",
-            show_default=False,
-        ),
-    ] = None,
+    kind: Kind = None,
     runtime: Annotated[
         str | None,
         typer.Option(
@@ -62,9 +70,7 @@ def kubernetes(
     out: Annotated[
         Path | None, typer.Option(help="Folder to write. Default: kubernetes/ in run.dir.")
     ] = None,
-    submit: Annotated[
-        bool, typer.Option("--submit", help="Submit the manifests with kubectl apply.")
-    ] = False,
+    submit: Submit = False,
 ) -> None:
     """Write the Kubernetes manifests of a run.
 
@@ -72,45 +78,61 @@ def kubernetes(
     [bold]packhorse launch kubernetes my.yaml --nodes 2 --image registry/packhorse:1 --submit[/bold]
     [bold]packhorse launch kubernetes my.yaml --nodes 2 --image IMAGE --runtime RUNTIME[/bold]
     """
-    from packhorse.launch.kubernetes.render import (
-        CLUSTER,
-        apply_command,
-        render,
-        run_name,
-        submit_file,
-    )
+    from packhorse.launch.kubernetes import render as pods
 
     if runtime and kind not in (None, "trainjob"):
         raise BadInput(f"--runtime {runtime}: only a trainjob uses a runtime; leave --kind out")
     kind = kind or ("trainjob" if runtime else "job")
-
     run_dir = read_recipe(recipe_file, overrides).run.dir
-    name = name or run_name(run_dir)
-    # the packaged file by the name that --help gives it, as for a DeepSpeed template
-    default = Path("launch/kubernetes/cluster.yaml")
-    if cluster is None or (cluster == default and not cluster.exists()):
-        cluster = CLUSTER
-    text = render(
+    cluster = pods.find_cluster(cluster)
+    text = pods.render(
         recipe_file,
         overrides or (),
         kind,
         nodes=nodes,
         image=image,
-        name=name,
+        name=name or pods.run_name(run_dir),
         cluster=cluster,
         runtime=runtime,
     )
-    folder = out or Path(run_dir) / "kubernetes"
-    manifests, kept = folder / f"{kind}.yaml", folder / "cluster.yaml"
+    manifests = _write_manifests(out or Path(run_dir) / "kubernetes", f"{kind}.yaml", text, cluster)
+    if submit:
+        raise typer.Exit(pods.submit_file(manifests))
+    print(f"apply it with: {shlex.join(pods.apply_command(manifests))}")
+
+
+def _write_manifests(folder: Path, name: str, text: str, cluster: Path) -> Path:
+    """Write the manifests, and the cluster.yaml that they follow beside them."""
+    manifests, kept = folder / name, folder / "cluster.yaml"
     instead = "give another --out, or move it away"
     if not kept.exists() or not kept.samefile(cluster):
         settings = cluster.read_text(encoding="utf-8")
         write_own_text(kept, settings, "# {}", f"give it as --cluster to use it, or {instead}")
     write_own_text(manifests, text, "# {}", instead)
     print(manifests, kept, sep="\n")
-    if submit:
-        raise typer.Exit(submit_file(manifests))
-    print(f"apply it with: {shlex.join(apply_command(manifests))}")
+    return manifests
+
+
+Constraint = Annotated[str | None, typer.Option(help="Features that the nodes must have, as h100.")]
+Sbatch = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="--OPTION=VALUE",
+        help="Any further option of sbatch, as --sbatch --reservation=night. May be repeated.",
+    ),
+]
+Container = Annotated[
+    str | None,
+    typer.Option(
+        help="Image to run in: a .sif file in Apptainer, any other image in Pyxis. Default: none."
+    ),
+]
+Mounts = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Folder to mount in the container, besides the current one. May be repeated."
+    ),
+]
 
 
 @launch_app.command()
@@ -133,35 +155,12 @@ def slurm(
     qos: Annotated[
         str | None, typer.Option(help="Quality of service. Default: the cluster's default.")
     ] = None,
-    constraint: Annotated[
-        str | None, typer.Option(help="Features that the nodes must have, as h100.")
-    ] = None,
-    sbatch: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="--OPTION=VALUE",
-            help="Any further option of sbatch, as --sbatch --reservation=night. May be repeated.",
-        ),
-    ] = None,
-    container: Annotated[
-        str | None,
-        typer.Option(
-            help="Image to run in: a .sif file in Apptainer, any other image in Pyxis. Default: "
-            "none."
-        ),
-    ] = None,
-    mount: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Folder to mount in the container, besides the current one. May be repeated."
-        ),
-    ] = None,
-    extend: Annotated[
-        bool, typer.Option("--extend", help="Train a run longer, as packhorse train --extend.")
-    ] = False,
-    submit: Annotated[
-        bool, typer.Option("--submit", help="Submit the script with sbatch.")
-    ] = False,
+    constraint: Constraint = None,
+    sbatch: Sbatch = None,
+    container: Container = None,
+    mount: Mounts = None,
+    extend: Extend = False,
+    submit: Submit = False,
 ) -> None:
     """Write a Slurm batch script into the run folder, and the resolved recipe that it trains.
 
@@ -173,21 +172,19 @@ def slurm(
     """
     recipe = read_recipe(recipe_file, overrides)
     here, run_dir = str(Path.cwd()), Path(recipe.run.dir).absolute()
+    chosen = {"partition": partition, "account": account, "qos": qos, "constraint": constraint}
     options = {
         "job-name": run_dir.name,
         "nodes": nodes,
         "gpus-per-node": str(gpus_per_node),
         "time": time,
-        "partition": partition,
-        "account": account,
-        "qos": qos,
-        "constraint": constraint,
+        **{name: value for name, value in chosen.items() if value is not None},
         "chdir": here,
         "output": str(run_dir).replace("%", "%%") + "/slurm-%j.log",
     }
     kept, files = _recipe_files(recipe_file, recipe, in_container=bool(container))
     text = batch.render(
-        options={name: value for name, value in options.items() if value is not None},
+        options=options,
         further=sbatch or (),
         recipe=shlex.quote(str(kept)),
         is_copy=True,
@@ -196,14 +193,7 @@ def slurm(
         container=container or "",
         mounts=[here, *(mount or ())],
     )
-    # here, as torch takes seconds to import
-    from packhorse.trainer.run_folder import require_same_run
-
-    require_same_run(recipe, run_dir, extend=extend)
-    for path, content in files.items():
-        write_own_text(path, content, instead="move it away")
-    script = _write_executable(run_dir / "slurm.sh", text)
-    print(script)
+    script = _write_job(recipe, files, text, extend=extend)
     print(batch.submit(script) if submit else f"submit it with: sbatch {shlex.quote(str(script))}")
 
 
@@ -214,13 +204,10 @@ def _recipe_files(
 
     Their names hold a digest of the text: each of several jobs in the queue keeps its own.
     """
-    from packhorse.trainer.config.packaged import find_recipe, find_template, template_names
+    from packhorse.trainer.config.packaged import find_template, require_own_recipe, template_names
 
-    if in_container and find_recipe(recipe_file) != recipe_file:
-        raise BadInput(
-            f"{recipe_file}: the recipe of this machine's package names files that the container "
-            "does not have; give a recipe file"
-        )
+    if in_container:
+        require_own_recipe(recipe_file, "the container does", "in a mounted folder")
     folder, files = Path(recipe.run.dir).absolute(), {}
 
     def keep(text: str, suffix: str) -> Path:
@@ -235,9 +222,17 @@ def _recipe_files(
     return keep(recipe.to_yaml(), ".yaml"), files
 
 
-def _write_executable(script: Path, text: str) -> Path:
-    """Write the script, unless the user has changed it, for all who may read it to run."""
+def _write_job(recipe: Recipe, files: dict[Path, str], text: str, *, extend: bool) -> Path:
+    """Write the files that the script names, and the script, unless the user has changed it."""
+    # here, as torch takes seconds to import
+    from packhorse.trainer.run_folder import require_same_run
+
+    script = Path(recipe.run.dir).absolute() / "slurm.sh"
+    require_same_run(recipe, script.parent, extend=extend)
+    for path, content in files.items():
+        write_own_text(path, content, instead="move it away")
     write_own_text(script, text, "# {}", "submit it as it is, or move it away")
     mode = script.stat().st_mode
-    script.chmod(mode | (mode & 0o444) >> 2)
+    script.chmod(mode | (mode & 0o444) >> 2)  # for all who may read it to run
+    print(script)
     return script

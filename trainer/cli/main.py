@@ -9,16 +9,19 @@ import errno
 import inspect
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
 import packhorse
-from packhorse.launch.cluster_env import ClusterEnv, read_cluster_env, refuse_tasks
+from packhorse.launch.cluster_env import ClusterEnv, parse_nodes, read_cluster_env, refuse_tasks
 from packhorse.trainer.cli.arguments import (
+    Best,
     Ema,
     Endpoint,
+    Extend,
     Nodes,
     NumProcesses,
     Overrides,
@@ -26,6 +29,7 @@ from packhorse.trainer.cli.arguments import (
     RecipeFile,
     Restarts,
     RunId,
+    Step,
     TrustRun,
     read_recipe,
 )
@@ -45,6 +49,9 @@ from packhorse.trainer.cli.worker import (
 from packhorse.trainer.datatypes import BAD_INPUT, DONE, FAILED, BadInput
 from packhorse.trainer.dist import escape_controls
 from packhorse.trainer.utils.lean_import import lean_import
+
+if TYPE_CHECKING:
+    from packhorse.trainer.config.recipe import Recipe
 
 app = typer.Typer(
     help="Fine-tune language models on DeepSpeed. A run is a function of its recipe.",
@@ -72,6 +79,14 @@ def _options(
     pass
 
 
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Check and prepare everything, show the plan, and start nothing."
+    ),
+]
+
+
 @app.command()
 def train(
     recipe_file: RecipeFile,
@@ -82,18 +97,8 @@ def train(
     rdzv_endpoint: Endpoint = None,
     rdzv_id: RunId = None,
     max_restarts: Restarts = 0,
-    extend: Annotated[
-        bool,
-        typer.Option(
-            "--extend", help="Train a run longer: train.epochs or train.steps may be raised."
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Check and prepare everything, show the plan, and start nothing."
-        ),
-    ] = False,
+    extend: Extend = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Train a model, or resume from the last checkpoint in the run folder.
 
@@ -110,46 +115,57 @@ def train(
     if is_worker():
         if dry_run:
             raise BadInput("--dry-run starts no ranks: run it once, without torchrun")
-        exit_with_launcher()
-        with lean_import():
-            from packhorse.trainer.train import train
-
-        train(recipe, extend=extend)
-        exit_worker()
+        _train_rank(recipe, extend=extend)
     refuse_tasks(os.environ, nodes_given=nnodes is not None or "PET_NNODES" in os.environ)
     exit_on_early_signals()
-    with lean_import():
-        from packhorse.launch.local import launch, parse_nodes
-    from packhorse.trainer.config.packaged import MAIN
-
-    cluster = read_cluster_env(os.environ) if nnodes is None else ClusterEnv(nnodes)
-    nodes = parse_nodes(cluster.nodes)
-    endpoint = rdzv_endpoint or cluster.endpoint
-    if nodes[1] > 1 and endpoint is None:
-        raise BadInput(
-            f"{cluster.nodes} nodes: name the rendezvous host, the same on each node, as "
-            f"--rdzv-endpoint node0:29400"
-        )
+    cluster = _choose_cluster(nnodes, rdzv_endpoint)
+    least, most = parse_nodes(cluster.nodes)
+    nproc = nproc or cluster.nproc
     if dry_run:
         from packhorse.trainer.cli.dry_run import dry_run as run_dry
 
-        per_node = nproc or cluster.nproc
-        run_dry(recipe, per_node and per_node * nodes[1], extend=extend)
+        run_dry(recipe, nproc and nproc * most, extend=extend)
         return
+    with lean_import():
+        from packhorse.launch.local import launch
+    from packhorse.trainer.config.packaged import MAIN
+
     arguments = [str(recipe_file), *(overrides or ()), *(["--extend"] if extend else [])]
     code = launch(
         [MAIN, "train", *arguments],
         Path(recipe.run.dir),
-        nproc=nproc or cluster.nproc,
-        endpoint=endpoint if endpoint and nodes[1] > 1 else f"localhost:{port}",
-        nodes=nodes,
-        is_host=None if rdzv_endpoint else cluster.is_host,
+        nproc=nproc,
+        endpoint=cluster.endpoint if cluster.endpoint and most > 1 else f"localhost:{port}",
+        nodes=(least, most),
+        is_host=cluster.is_host,
         restarts=max_restarts,
         run_id=rdzv_id or cluster.run_id or os.environ.get("SLURM_JOB_ID"),
         join_s=cluster.join_s,
         recipe=recipe,
     )
     raise typer.Exit(code)
+
+
+def _train_rank(recipe: Recipe, *, extend: bool) -> NoReturn:
+    exit_with_launcher()
+    with lean_import():
+        from packhorse.trainer.train import train
+
+    train(recipe, extend=extend)
+    exit_worker()
+
+
+def _choose_cluster(nnodes: str | None, endpoint: str | None) -> ClusterEnv:
+    """Return the nodes that the options name, or those of the environment."""
+    cluster = read_cluster_env(os.environ) if nnodes is None else ClusterEnv(nnodes)
+    if endpoint:
+        cluster = replace(cluster, endpoint=endpoint, is_host=None)
+    if parse_nodes(cluster.nodes)[1] > 1 and cluster.endpoint is None:
+        raise BadInput(
+            f"{cluster.nodes} nodes: name the rendezvous host, the same on each node, as "
+            f"--rdzv-endpoint node0:29400"
+        )
+    return cluster
 
 
 app.command()(init)
@@ -159,20 +175,22 @@ app.command()(prepare)
 app.command()(plan)
 
 
+Push = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ORG/NAME",
+        help="Upload it to this repository on the Hugging Face hub, too; a new one is private.",
+        show_default=False,
+    ),
+]
+
+
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder to write.", show_default=False)],
-    best: Annotated[
-        bool,
-        typer.Option("--best", help="Take the best evaluated step, by the recipe's eval.best."),
-    ] = False,
-    step: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Take this step's checkpoint. Default: the last one.", show_default=False
-        ),
-    ] = None,
+    best: Best = False,
+    step: Step = None,
     universal: Annotated[
         bool,
         typer.Option(
@@ -187,36 +205,22 @@ def export(
         bool,
         typer.Option("--overwrite", help="Replace an earlier export, once the new one is whole."),
     ] = False,
-    push: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ORG/NAME",
-            help="Upload it to this repository on the Hugging Face hub, too; a new one is private.",
-            show_default=False,
-        ),
-    ] = None,
+    push: Push = None,
     ema: Ema = False,
     trust_run: TrustRun = False,
 ) -> None:
     """Export a checkpoint as a Hugging Face model folder, or an adapter for peft.
 
-    The export is loaded again and compared with the trained model. Nothing that is there is
-    replaced, but an earlier export with --overwrite.
+    The export is loaded again and compared with the trained model.
 
     [bold]packhorse export runs/quickstart --out models/word-problems[/bold]
     [bold]packhorse export runs/quickstart --out models/best --best --push me/best[/bold]
     [bold]packhorse export runs/lora_8b --out models/lora-merged --merge[/bold]
     [bold]packhorse export runs/quickstart --out /scratch/universal --universal[/bold]
     """
-    if universal and push:
-        raise BadInput("--push: a universal checkpoint is no model; leave it out")
-    if universal and ema:
-        raise BadInput("--ema: a universal checkpoint is the training state; leave it out")
-    if universal and merge:
-        raise BadInput(
-            "--merge: a universal checkpoint is the training state, into which no adapter is "
-            "merged; leave it out"
-        )
+    for option, given in {"--push": push, "--ema": ema, "--merge": merge}.items():
+        if universal and given:
+            raise BadInput(f"{option}: a universal checkpoint is the training state, not a model")
     from packhorse.trainer import dist
     from packhorse.trainer.checkpoint.export_folder import require_own_place
     from packhorse.trainer.config.code_keys import require_trust

@@ -10,65 +10,73 @@ import re
 import types
 from typing import Annotated, Any, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 
 
 class Section(BaseModel):
-    """A part of the recipe. It is frozen and refuses unknown keys."""
+    """A part of the recipe. It is frozen and refuses unknown keys.
+
+    The text below a key describes it to users: docs/recipe.md is made of these texts.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def check(self) -> None:
+        """Raise ValueError if the keys do not fit each other."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Section:
+        self.check()
+        return self
 
 
 # ------------------------------------------------------------------------------------------- checks
 
 
-def check_function(name: str | None) -> None:
-    """Raise ValueError if `name` is given and is not `module:function`."""
-    module, colon, function = (name or "module:function").partition(":")
+def _check_function(name: str) -> str:
+    module, colon, function = name.partition(":")
     if not colon or not all(part.isidentifier() for part in (function, *module.split("."))):
         raise ValueError(f"a function is named as `module:function`, not `{name}`")
+    return name
 
 
-def compile_pattern(pattern: str, flags: int = 0) -> re.Pattern[str]:
-    """Return the compiled regular expression. Raises ValueError if it is not one."""
+def check_pattern(pattern: str) -> str:
+    """Return the text, if it is a regular expression. Raises ValueError if it is not."""
     try:
-        return re.compile(pattern, flags)
+        re.compile(pattern)
     # a number of repetitions that is too large, or too many brackets
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"`{pattern[:200]}` is not a regular expression: {error}") from None
+    return pattern
 
 
-def check_count(value: Any) -> Any:
-    """Return what a key of the type `int | Literal["auto"]` is given; pydantic would name each part
-    of the union as a fault of its own.
+FunctionName = Annotated[str, AfterValidator(_check_function)]
+Pattern = Annotated[str, AfterValidator(check_pattern)]
 
-    Raises:
-        ValueError: it is neither.
+
+def number_or(*words: str) -> BeforeValidator:
+    """Return a check of a key of the type `int | Literal[words]`.
+
+    pydantic would name each part of the union as a fault of its own.
     """
-    if value != "auto" and (type(value) is not int or value < 1):
-        raise ValueError("it is `auto` or a whole number above 0")
-    return value
+
+    def check(value: Any) -> Any:
+        if value not in words and (type(value) is not int or value < 1):
+            known = ", ".join(f"`{word}`" for word in words)
+            raise ValueError(f"it is {known} or a whole number above 0")
+        return value
+
+    return BeforeValidator(check)
 
 
 def check_one_given(**given: Any) -> None:
-    """Raise ValueError unless exactly one of the keys has a value (not None and not False)."""
-    if sum(value is not None and value is not False for value in given.values()) != 1:
-        *names, last = (
-            f"`{key}: true`" if isinstance(value, bool) else f"`{key}`"
-            for key, value in given.items()
-        )
-        raise ValueError(f"give exactly one of {', '.join(names)} and {last}")
+    """Raise ValueError unless exactly one of the keys has a value."""
+    if sum(value is not None for value in given.values()) != 1:
+        raise ValueError(f"give exactly one of {' and '.join(f'`{key}`' for key in given)}")
 
 
 def check_belongs(key: str, given: bool, to: str, chosen: bool) -> None:
-    """Raise ValueError if `key` is given without the choice that it belongs to.
-
-    Args:
-        key: name of the key.
-        given: whether it has a value.
-        to: the choice, as `too_long: split`.
-        chosen: whether that choice is made.
-    """
+    """Raise ValueError if `key` is given and the choice `to`, as `too_long: split`, is not made."""
     if given and not chosen:
         raise ValueError(f"`{key}` belongs to `{to}`")
 

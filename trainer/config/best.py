@@ -6,7 +6,7 @@ import operator
 import re
 from typing import Any, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from packhorse.trainer.config.base import Section
 
@@ -40,18 +40,13 @@ class BestSection(Section):
     """Which evaluated step is the best. Its checkpoint is kept for `packhorse export RUN --best`.
     Names are those of scorers, or eval_loss. Of equal steps the earliest is the best."""
 
-    metric: str = Field(
-        description="What decides: eval_loss, of which the lowest value wins, or a scorer, of "
-        "which the highest does."
-    )
-    subject_to: dict[str, str] = Field(
-        default_factory=dict,
-        description='Conditions that the best step must meet, as `{format_accuracy: ">= 0.98"}`.',
-    )
-    tie: str | None = Field(
-        default=None,
-        description="Decides between equal values: the lower eval_loss, or the higher score.",
-    )
+    metric: str
+    """What decides: eval_loss, of which the lowest value wins, or a scorer, of which the highest
+    does."""
+    subject_to: dict[str, str] = Field(default_factory=dict)
+    """Conditions that the best step must meet, as `{format_accuracy: ">= 0.98"}`."""
+    tie: str | None = None
+    """Decides between equal values: the lower eval_loss, or the higher score."""
 
     @field_validator("subject_to", mode="before")
     @classmethod
@@ -60,15 +55,13 @@ class BestSection(Section):
             Condition.parse(text)
         return given
 
-    @model_validator(mode="after")
-    def _bounds_are_scores(self) -> BestSection:
+    def check(self) -> None:
         for name, condition in self.conditions.items():
             if name != EVAL_LOSS and not 0 <= condition.bound <= 1:
                 raise ValueError(
                     f"`subject_to.{name}`: scores go from 0 to 1, and `{self.subject_to[name]}` "
                     f"is outside"
                 )
-        return self
 
     @property
     def conditions(self) -> dict[str, Condition]:
@@ -93,7 +86,7 @@ class BestSection(Section):
 class EarlyStoppingSection(Section):
     """End the run where evaluations no longer improve. It is done then, as after its last step."""
 
-    metric: str = Field(description="As in `best`, which says what is better.")
-    patience: int = Field(
-        ge=1, description="Evaluations in a row that are no better than the best before them."
-    )
+    metric: str
+    """As in `best`, which says what is better."""
+    patience: int = Field(ge=1)
+    """Evaluations in a row that are no better than the best before them."""

@@ -10,6 +10,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+Source = dict[str, Any]
+"""An item of `data.train`, as a recipe holds it."""
+
 _FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".gz", ".zst")
 _FORMATS = {
     "alpaca": "instruction",
@@ -82,32 +85,39 @@ def read_sources(draft: Draft) -> None:
         draft.put("data.eval", held_out)
 
 
-def _place(name: str) -> dict[str, Any]:
+def _place(name: str) -> Source:
     """Return where a source lies: a file or folder, or a dataset of the hub."""
     is_local = name.startswith((".", "/", "~")) or name.endswith(_FILES) or Path(name).exists()
     return {"path" if is_local else "name": name}
 
 
-def _axolotl(draft: Draft) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    return tuple(  # type: ignore[return-value]
-        [_axolotl_source(draft, f"{key}[{i}]", source) for i, source in enumerate(given or [])]
-        for key, given in ((key, draft.take(key)) for key in ("datasets", "test_datasets"))
+def _carry(theirs: dict[str, Any], source: Source, names: dict[str, str]) -> None:
+    """Move values from a source of theirs to ours: each key of theirs -> ours."""
+    for key, ours in names.items():
+        if value := theirs.pop(key, None):
+            source[ours] = value
+
+
+def _axolotl(draft: Draft) -> tuple[list[Source], list[Source]]:
+    train, held_out = (
+        [
+            source
+            for number, given in enumerate(draft.take(key) or [])
+            for source in _axolotl_sources(draft, f"{key}[{number}]", given)
+        ]
+        for key in ("datasets", "test_datasets")
     )
+    return train, held_out
 
 
-def _axolotl_source(draft: Draft, where: str, given: dict[str, Any]) -> dict[str, Any]:
+def _axolotl_sources(draft: Draft, where: str, given: dict[str, Any]) -> list[Source]:
     left = dict(given)
     source = _place(str(left.pop("path", "")))
-    files = left.pop("data_files", None)
-    if files and "path" in source:
-        source["path"] = str(files if isinstance(files, str) else files[0])
-    elif files:
-        source["data_files"] = files
+    files = left.pop("data_files", None) or []
+    files = [files] if isinstance(files, str) else files
     if "name" in source:
-        config, revision = left.pop("name", None), left.pop("revision", None)
-        source |= {"config": config} if config else {}
-        source |= {"revision": revision} if revision else {}
-        source |= {"split": left.pop("split")} if "split" in left else {}
+        source |= {"data_files": files} if files else {}
+        _carry(left, source, {"name": "config", "revision": "revision", "split": "split"})
     kind = left.pop("type", None)
     base = str(kind).partition(".")[0]
     if isinstance(kind, str) and base in _FORMATS:
@@ -120,20 +130,21 @@ def _axolotl_source(draft: Draft, where: str, given: dict[str, Any]) -> dict[str
     elif roles not in (None, {"role": "role", "content": "content"}):
         draft.note(f"{where}.message_property_mappings", roles, "write a data.train[].function")
     columns = {}
-    for key, ours in _COLUMNS.items():
+    for key, name in _COLUMNS.items():
         column = left.pop(key, None)
-        ours = (
-            "conversations" if source.get("format") == "sharegpt" and ours == "messages" else ours
-        )
-        columns |= {ours: column} if column not in (None, ours) else {}
+        is_sharegpt = name == "messages" and source.get("format") == "sharegpt"
+        ours = "conversations" if is_sharegpt else name
+        if column not in (None, ours):
+            columns[ours] = column
     source |= {"columns": columns} if columns else {}
     left.pop("ds_type", None)
     for key, value in left.items():
         draft.note(f"{where}.{key}", value)
-    return source
+    # beside a local path, the files' own paths are meant
+    return [source | {"path": str(file)} for file in files if "path" in source] or [source]
 
 
-def _trl(draft: Draft) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _trl(draft: Draft) -> tuple[list[Source], list[Source]]:
     given = draft.take("datasets")
     if given is None:
         given = [
@@ -152,23 +163,19 @@ def _trl(draft: Draft) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return train, held_out
 
 
-def _trl_source(draft: Draft, number: int, given: dict[str, Any]) -> dict[str, Any]:
+def _trl_source(draft: Draft, number: int, given: dict[str, Any]) -> Source:
     left = dict(given)
     source = _place(str(left.pop("path", None) or ""))
-    config, split, files = (
-        left.pop("name", None),
-        left.pop("split", "train"),
-        left.pop("data_files", None),
-    )
-    if "name" in source:
-        source |= {"split": split} | ({"config": config} if config else {})
-        source |= {"data_files": files} if files else {}
+    split = left.pop("split", "train")
+    if "name" in source or split != "train":
+        source["split"] = split
+    _carry(left, source, {"name": "config", "data_files": "data_files"})
     for key, value in left.items():
         draft.note(f"datasets[{number}].{key}", value)
     return source
 
 
-def _llama_factory(draft: Draft) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def _llama_factory(draft: Draft) -> tuple[list[Source], list[Source]]:
     folder = Path(draft.take("dataset_dir") or "data")
     try:
         described = json.loads((folder / "dataset_info.json").read_text(encoding="utf-8"))
@@ -182,9 +189,7 @@ def _llama_factory(draft: Draft) -> tuple[list[dict[str, Any]], list[dict[str, A
     return found[0], found[1]
 
 
-def _factory_source(
-    draft: Draft, folder: Path, described: dict[str, Any], name: str
-) -> dict[str, Any]:
+def _factory_source(draft: Draft, folder: Path, described: dict[str, Any], name: str) -> Source:
     facts = described.get(name)
     if facts is None:
         draft.note(
@@ -193,8 +198,7 @@ def _factory_source(
         return {"path": str(folder / f"{name}.json")}
     if "hf_hub_url" in facts:
         source = {"name": facts["hf_hub_url"]}
-        source |= {"config": facts["subset"]} if "subset" in facts else {}
-        source |= {"split": facts["split"]} if "split" in facts else {}
+        _carry(dict(facts), source, {"subset": "config", "split": "split"})
     else:
         source = {"path": str(folder / str(facts.get("file_name", f"{name}.json")))}
     columns = facts.get("columns", {})

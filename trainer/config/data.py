@@ -6,14 +6,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue, field_validator
 
 from packhorse.trainer.config.base import (
+    FunctionName,
+    Pattern,
     Section,
     check_belongs,
-    check_function,
     check_one_given,
-    compile_pattern,
 )
 from packhorse.trainer.utils.remote import check_url, is_url
 
@@ -23,69 +23,44 @@ class Filters(Section):
     filtered, not as rejected.
     """
 
-    answer_words: tuple[int, int] | None = Field(
-        default=None, description="Fewest and most words, split at white space, as `[3, 400]`."
-    )
-    pattern: str | None = Field(
-        default=None, description="Regular expression that must match somewhere in the answer."
-    )
-    not_pattern: str | None = Field(
-        default=None, description="Regular expression that must not match anywhere."
-    )
-    function: str | None = Field(
-        default=None,
-        description="Function of yours, as `module:function`: (row, "
-        "packhorse.trainer.datatypes.Conversation) -> True to keep the row, False or a reason to "
-        "leave it out. See data.train.function for where it is imported from.",
-    )
-    math_answer: str | None = Field(
-        default=None,
-        description="Column of the right answer. Keep rows whose answer has the same value, by "
-        "the library math-verify.",
-    )
+    answer_words: tuple[int, int] | None = None
+    """Fewest and most words, split at white space, as `[3, 400]`."""
+    pattern: Pattern | None = None
+    """Regular expression that must match somewhere in the answer."""
+    not_pattern: Pattern | None = None
+    """Regular expression that must not match anywhere."""
+    function: FunctionName | None = None
+    """Function of yours, as `module:function`: (row, packhorse.trainer.datatypes.Conversation) ->
+    True to keep the row, False or a reason to leave it out. See data.train.function for where it is
+    imported from."""
+    math_answer: str | None = None
+    """Column of the right answer. Keep rows whose answer has the same value, by the library
+    math-verify."""
 
-    @model_validator(mode="after")
-    def _usable(self) -> Filters:
-        for pattern in (self.pattern, self.not_pattern):
-            compile_pattern(pattern or "")
+    def check(self) -> None:
         if self.answer_words and not 0 <= self.answer_words[0] <= self.answer_words[1]:
             raise ValueError("`answer_words` is [fewest, most]")
-        check_function(self.function)
-        return self
 
 
 class Source(Section):
     """Where rows come from: files (`path`), or what datasets.load_dataset loads (`name`)."""
 
-    path: str | None = Field(
-        default=None,
-        description="A .jsonl, .json, .csv, .tsv or .parquet file (all but Parquet also as .gz, "
-        ".zst, .bz2 or .xz), a folder of one kind of them, or a folder saved by datasets' "
-        "save_to_disk; or the URL of one of these, as `s3://bucket/rows.jsonl`.",
-    )
-    name: str | None = Field(
-        default=None,
-        description="Dataset on the Hugging Face hub, or a folder, as datasets.load_dataset "
-        "takes it.",
-    )
-    config: str | None = Field(
-        default=None,
-        description="Configuration (subset) of the dataset, the second argument of load_dataset.",
-    )
-    data_files: tuple[str, ...] = Field(
-        default=(),
-        description="Files of the dataset or folder to read, as names or patterns relative to it. "
-        "All of them are the split `train`.",
-    )
-    revision: str | None = Field(
-        default=None, description="Branch, tag or commit of the dataset on the hub."
-    )
-    split: str = Field(
-        default="train",
-        description="Split of the dataset or folder. Files in a folder belong to splits by their "
-        "names, as load_dataset sees it: test.jsonl to `test`, and those without such names to "
-        "`train`.",
-    )
+    path: str | None = None
+    """A .jsonl, .json, .csv, .tsv or .parquet file (all but Parquet also as .gz, .zst, .bz2 or
+    .xz), a folder of one kind of them, or a folder saved by datasets' save_to_disk; or the URL of
+    one of these, as `s3://bucket/rows.jsonl`."""
+    name: str | None = None
+    """Dataset on the Hugging Face hub, or a folder, as datasets.load_dataset takes it."""
+    config: str | None = None
+    """Configuration (subset) of the dataset, the second argument of load_dataset."""
+    data_files: tuple[str, ...] = ()
+    """Files of the dataset or folder to read, as names or patterns relative to it. All of them are
+    the split `train`."""
+    revision: str | None = None
+    """Branch, tag or commit of the dataset on the hub."""
+    split: str = "train"
+    """Split of the dataset or folder. Files in a folder belong to splits by their names, as
+    load_dataset sees it: test.jsonl to `test`, and those without such names to `train`."""
     format: Literal[
         "auto",
         "messages",
@@ -94,55 +69,41 @@ class Source(Section):
         "instruction",
         "question_answer",
         "text",
-    ] = Field(
-        default="auto",
-        description="Format of the rows. auto: recognised from the columns of the first row; all "
-        "rows must have it.",
-    )
-    columns: dict[str, str] = Field(
-        default_factory=dict,
-        description="Columns with other names: the format's name -> the file's, as "
-        "`question: Problem`.",
-    )
-    function: str | None = Field(
-        default=None,
-        description="Function of yours instead of a format, as `module:function`: row (a dict) -> "
-        "a list of messages, or {messages, tools}. It is imported from the current folder or the "
-        "environment, never from a folder of data, and runs with your rights. The cache is made "
-        "anew when its file changes, not when a module that it imports changes.",
-    )
-    filters: Filters = Field(default=Filters(), description="Rows of this source to leave out.")
-    weight: float = Field(
-        default=1.0,
-        gt=0,
-        description="Sampling weight: an epoch has round(weight x rows) rows of this source (C1).",
-    )
-    group_by: str | None = Field(
-        default=None,
-        description="Column that takes the place of data.group_by in this source, where "
-        "eval_fraction holds rows out. null: data.group_by.",
-    )
-    rows: int | None = Field(default=None, ge=1, description="Use only the first rows, this many.")
-    streaming: bool = Field(
-        default=False,
-        description="Read the source while it grows: a folder to which complete files are renamed, "
-        "or a streamed dataset. Needs train.steps.",
-    )
+    ] = "auto"
+    """Format of the rows. auto: recognised from the columns of the first row; all rows must have
+    it."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Columns with other names: the format's name -> the file's, as `question: Problem`."""
+    function: FunctionName | None = None
+    """Function of yours instead of a format, as `module:function`: row (a dict) -> a list of
+    messages, or {messages, tools}. It is imported from the current folder or the environment, never
+    from a folder of data, and runs with your rights. The cache is made anew when its file changes,
+    not when a module that it imports changes."""
+    filters: Filters = Filters()
+    """Rows of this source to leave out."""
+    weight: float = Field(default=1.0, gt=0)
+    """Sampling weight: an epoch has round(weight x rows) rows of this source (C1)."""
+    group_by: str | None = None
+    """Column that takes the place of data.group_by in this source, where eval_fraction holds rows
+    out. null: data.group_by."""
+    rows: int | None = Field(default=None, ge=1)
+    """Use only the first rows, this many."""
+    streaming: bool = False
+    """Read the source while it grows: a folder to which complete files are renamed, or a streamed
+    dataset. Needs train.steps."""
 
     @field_validator("data_files", mode="before")
     @classmethod
     def _one_or_more(cls, files: Any) -> Any:
         return [files] if isinstance(files, str) else files
 
-    @model_validator(mode="after")
-    def _one_place(self) -> Source:
+    def check(self) -> None:
         check_one_given(path=self.path, name=self.name)
         if self.path and is_url(self.path):
             check_url(self.path)
             if self.streaming:
                 raise ValueError("a folder that is streamed must be on a disk, not a URL")
         check_belongs("revision", self.revision is not None, "name", self.name is not None)
-        check_function(self.function)
         if self.function and (self.format != "auto" or self.columns):
             raise ValueError("`function` reads the row itself: leave out `format` and `columns`")
         if self.streaming and (self.weight != 1 or self.rows is not None):
@@ -153,7 +114,6 @@ class Source(Section):
                 "all files of a folder that is streamed are used: leave out `split`, `config` and "
                 "`data_files`"
             )
-        return self
 
 
 # Arguments of apply_chat_template, and variables that come from the row and the tokenizer.
@@ -169,135 +129,80 @@ NO_KWARGS = {
 class DataSection(Section):
     """Training and evaluation rows, which of their tokens are trained, and packing."""
 
-    train: tuple[Source, ...] = Field(min_length=1, description="Sources of training rows.")
-    eval: tuple[Source, ...] = Field(
-        default=(), description="Sources of held-out (evaluation) rows, with the keys of `train`."
-    )
-    eval_fraction: float = Field(
-        default=0.0,
-        ge=0,
-        lt=1,
-        description="Share of the training rows to hold out, in addition to `eval`. A hash of the "
-        "row decides, so that no row changes sides when others are added or reordered.",
-    )
-    group_by: str | None = Field(
-        default=None,
-        description="Column for `eval_fraction`: rows with the same value are held out together.",
-    )
-    duplicates: Literal["keep", "drop"] = Field(
-        default="keep",
-        description="Training rows whose tokens equal an earlier row's. Both count them.",
-    )
-    near_duplicate: float = Field(
-        default=0.8,
-        ge=0.5,
-        le=1,
-        description="Similarity from which two rows are near-duplicates: Jaccard index of their "
-        "three-word sequences, without system prompts and tool schemas.",
-    )
-    max_leakage: float = Field(
-        default=0.01,
-        ge=0,
-        le=1,
-        description="The run stops if a larger share of the evaluation rows also occurs in the "
-        "training data, exactly or as near-duplicates, or shares its prompt with a training row. "
-        "Chance matches of short rows stay below the default; a copied file, or a random split of "
-        "repeated rows or of several answers to each question, does not.",
-    )
-    leakage: Literal["stop", "drop"] = Field(
-        default="stop",
-        description="What becomes of a leak. stop: see max_leakage; drop: leave the training rows "
-        "out that an evaluation row is like, or shares its prompt with, however few they are.",
-    )
-    train_on: Literal["all", "completion", "assistant", "last_turn"] = Field(
-        default="assistant",
-        description="Tokens with a loss. all: every token; completion: the last assistant turn; "
-        "assistant: every assistant turn; last_turn: every assistant turn after the last user "
-        "message.",
-    )
-    train_on_eot: Literal[True, False, "with_newline"] = Field(
-        default=True,
-        description="Train the stop token after an answer. with_newline: also the white space that "
-        "the chat template writes after it, as many trainers do.",
-    )
-    turns: Literal["auto", "together", "apart"] = Field(
-        default="auto",
-        description="Documents of a row with several trained answers. together: one; apart: one of "
-        "each answer with all before it, as a server renders that; auto: apart where the chat "
-        "template does not render earlier answers as they are generated.",
-    )
-    missing_reasoning: Literal["reject", "empty", "untrained"] = Field(
-        default="reject",
-        description="Answers without reasoning where the generation prompt opens a thought "
-        "(`<think>`) that the chat template does not close. reject: leave the row out; empty: "
-        "train an empty thought, so that the model learns not to think; untrained: put the empty "
-        "thought before the answer as context, so that only the answer is learned.",
-    )
-    stop_token: str | None = Field(
-        default=None,
-        description="Control token that ends an answer where the chat template writes none. null: "
-        "what follows an answer where the conversation goes on (a closing token, or the next "
-        "role's), if it ends generation, else the tokenizer's EOS.",
-    )
-    ignore_columns: tuple[str, ...] = Field(
-        default=(),
-        description="Columns of the rows, and keys of their messages, to pass over on purpose. "
-        "`packhorse prepare` names all others that it does not read.",
-    )
-    control_tokens: Literal["reject", "text", "keep"] = Field(
-        default="reject",
-        description="Text in a row that spells a control token of the model. reject: leave the row "
-        "out; text: tokenize it as ordinary text; keep: let it be the token.",
-    )
-    chat_template_kwargs: dict[str, JsonValue] = Field(
-        default_factory=dict,
-        description="Variables of the chat template, as `enable_thinking: false`, for training, "
-        "evaluation and preview. Give the same ones when you use the model.",
-    )
-    max_length: int | None = Field(
-        default=None, ge=2, description="Longest example, in tokens. null: batch.seq_len."
-    )
-    too_long: Literal["reject", "truncate", "truncate_anywhere", "split"] = Field(
-        default="reject",
-        description="Examples above max_length. truncate: cut after the last whole answer; "
-        "truncate_anywhere: cut at max_length, even inside an answer; split: make several "
-        "documents.",
-    )
-    split_context: int = Field(
-        default=0,
-        ge=0,
-        description="Tokens that `too_long: split` repeats before each cut, as untrained context.",
-    )
-    packing: Literal["none", "bfd", "bfd_split", "wrapped", "greedy"] = Field(
-        default="bfd",
-        description="How examples share a packed sequence. bfd: best-fit decreasing, examples stay "
-        "whole; bfd_split: the same, long examples are cut; wrapped: examples are cut wherever a "
-        "sequence is full; greedy: whole examples in their order; none: one example each.",
-    )
-    broken_lines: Literal["stop", "reject"] = Field(
-        default="stop",
-        description="Rows that cannot be parsed. stop: end the run with the line's place; reject: "
-        "leave them out and count them.",
-    )
-    max_rejects: float = Field(
-        default=0.01,
-        ge=0,
-        le=1,
-        description="The run stops if a larger share of the rows is rejected.",
-    )
-    shard_rows: int = Field(
-        default=10_000, ge=1, description="Rows of a streamed dataset that are packed together."
-    )
-    cache: str = Field(
-        default="~/.cache/packhorse",
-        description="Folder for the tokenized data. It may be local to a node.",
-    )
-    workers: int | None = Field(
-        default=None, ge=1, description="Processes that tokenize. null: one for each CPU core."
-    )
+    train: tuple[Source, ...] = Field(min_length=1)
+    """Sources of training rows."""
+    eval: tuple[Source, ...] = ()
+    """Sources of held-out (evaluation) rows, with the keys of `train`."""
+    eval_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the training rows to hold out, in addition to `eval`. A hash of the row decides, so
+    that no row changes sides when others are added or reordered."""
+    group_by: str | None = None
+    """Column for `eval_fraction`: rows with the same value are held out together."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Training rows whose tokens equal an earlier row's. Both count them."""
+    near_duplicate: float = Field(default=0.8, ge=0.5, le=1)
+    """Similarity from which two rows are near-duplicates: Jaccard index of their three-word
+    sequences, without system prompts and tool schemas."""
+    max_leakage: float = Field(default=0.01, ge=0, le=1)
+    """The run stops if a larger share of the evaluation rows also occurs in the training data,
+    exactly or as near-duplicates, or shares its prompt with a training row. Chance matches of short
+    rows stay below the default; a copied file, or a random split of repeated rows or of several
+    answers to each question, does not."""
+    leakage: Literal["stop", "drop"] = "stop"
+    """What becomes of a leak. stop: see max_leakage; drop: leave the training rows out that an
+    evaluation row is like, or shares its prompt with, however few they are."""
+    train_on: Literal["all", "completion", "assistant", "last_turn"] = "assistant"
+    """Tokens with a loss. all: every token; completion: the last assistant turn; assistant: every
+    assistant turn; last_turn: every assistant turn after the last user message."""
+    train_on_eot: Literal[True, False, "with_newline"] = True
+    """Train the stop token after an answer. with_newline: also the white space that the chat
+    template writes after it, as many trainers do."""
+    turns: Literal["auto", "together", "apart"] = "auto"
+    """Documents of a row with several trained answers. together: one; apart: one of each answer
+    with all before it, as a server renders that; auto: apart where the chat template does not
+    render earlier answers as they are generated."""
+    missing_reasoning: Literal["reject", "empty", "untrained"] = "reject"
+    """Answers without reasoning where the generation prompt opens a thought (`<think>`) that the
+    chat template does not close. reject: leave the row out; empty: train an empty thought, so that
+    the model learns not to think; untrained: put the empty thought before the answer as context, so
+    that only the answer is learned."""
+    stop_token: str | None = None
+    """Control token that ends an answer where the chat template writes none. null: what follows an
+    answer where the conversation goes on (a closing token, or the next role's), if it ends
+    generation, else the tokenizer's EOS."""
+    ignore_columns: tuple[str, ...] = ()
+    """Columns of the rows, and keys of their messages, to pass over on purpose. `packhorse prepare`
+    names all others that it does not read."""
+    control_tokens: Literal["reject", "text", "keep"] = "reject"
+    """Text in a row that spells a control token of the model. reject: leave the row out; text:
+    tokenize it as ordinary text; keep: let it be the token."""
+    chat_template_kwargs: dict[str, JsonValue] = Field(default_factory=dict)
+    """Variables of the chat template, as `enable_thinking: false`, for training, evaluation and
+    preview. Give the same ones when you use the model."""
+    max_length: int | None = Field(default=None, ge=2)
+    """Longest example, in tokens. null: batch.seq_len."""
+    too_long: Literal["reject", "truncate", "truncate_anywhere", "split"] = "reject"
+    """Examples above max_length. truncate: cut after the last whole answer; truncate_anywhere: cut
+    at max_length, even inside an answer; split: make several documents."""
+    split_context: int = Field(default=0, ge=0)
+    """Tokens that `too_long: split` repeats before each cut, as untrained context."""
+    packing: Literal["none", "bfd", "bfd_split", "wrapped", "greedy"] = "bfd"
+    """How examples share a packed sequence. bfd: best-fit decreasing, examples stay whole;
+    bfd_split: the same, long examples are cut; wrapped: examples are cut wherever a sequence is
+    full; greedy: whole examples in their order; none: one example each."""
+    broken_lines: Literal["stop", "reject"] = "stop"
+    """Rows that cannot be parsed. stop: end the run with the line's place; reject: leave them out
+    and count them."""
+    max_rejects: float = Field(default=0.01, ge=0, le=1)
+    """The run stops if a larger share of the rows is rejected."""
+    shard_rows: int = Field(default=10_000, ge=1)
+    """Rows of a streamed dataset that are packed together."""
+    cache: str = "~/.cache/packhorse"
+    """Folder for the tokenized data. It may be local to a node."""
+    workers: int | None = Field(default=None, ge=1)
+    """Processes that tokenize. null: one for each CPU core."""
 
-    @model_validator(mode="after")
-    def _keys_agree(self) -> DataSection:
+    def check(self) -> None:
         check_belongs(
             "group_by", self.group_by is not None, "eval_fraction", bool(self.eval_fraction)
         )
@@ -315,4 +220,3 @@ class DataSection(Section):
             "too_long: split`, without `packing: wrapped",
             self.too_long == "split" and self.packing != "wrapped",
         )
-        return self

@@ -7,33 +7,28 @@ import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-from pydantic import Field, JsonValue, field_validator, model_validator
+from pydantic import Field, JsonValue
 
-from packhorse.trainer.config.base import Section, check_function, check_one_given, compile_pattern
+from packhorse.trainer.config.base import FunctionName, Pattern, Section, check_one_given
 from packhorse.trainer.config.best import EVAL_LOSS, BestSection, EarlyStoppingSection
 
 
 class Server(Section):
     """An OpenAI-compatible server."""
 
-    url: str = Field(description="As http://localhost:8000/v1, without a user, key or password.")
-    key_env: str | None = Field(
-        default=None, description="Environment variable with the API key; null: no key is sent."
-    )
-    timeout_s: float = Field(
-        default=300.0,
-        gt=0,
-        description="Limit for one answer; a request that fails (429, 5xx, no connection) is "
-        "retried for as long.",
-    )
-    parallel: int = Field(default=16, ge=1, description="Requests at the same time.")
-    extra: dict[str, JsonValue] = Field(
-        default_factory=dict,
-        description="More fields of each request, as `{max_tokens: 4096}`; null removes a field.",
-    )
+    url: str
+    """As http://localhost:8000/v1, without a user, key or password."""
+    key_env: str | None = None
+    """Environment variable with the API key; null: no key is sent."""
+    timeout_s: float = Field(default=300.0, gt=0)
+    """Limit for one answer; a request that fails (429, 5xx, no connection) is retried for as long.
+    """
+    parallel: int = Field(default=16, ge=1)
+    """Requests at the same time."""
+    extra: dict[str, JsonValue] = Field(default_factory=dict)
+    """More fields of each request, as `{max_tokens: 4096}`; null removes a field."""
 
-    @model_validator(mode="after")
-    def _url_is_plain(self) -> Server:
+    def check(self) -> None:
         # the messages must not repeat the url: it may hold a key
         try:
             parts = urlsplit(self.url)
@@ -46,60 +41,42 @@ class Server(Section):
             )
         if not is_http:
             raise ValueError("`url` must be an address with http:// or https://")
-        return self
 
 
 # ------------------------------------------------------------------------------------------ scorers
 
 
 class _Ignores(Section):
-    ignore: tuple[Literal["case", "space"], ...] = Field(
-        default=(),
-        description="What may differ, as `[case, space]`. space: runs of white space count as a "
-        "space.",
-    )
+    ignore: tuple[Literal["case", "space"], ...] = ()
+    """What may differ, as `[case, space]`. space: runs of white space count as a space."""
 
 
 class _HasColumn(Section):
-    column: str | None = Field(
-        default=None,
-        description="Column of the row that holds the expected value, letter (or its number from "
-        "0) or schema; null: the last assistant turn.",
-    )
+    column: str | None = None
+    """Column of the row that holds the expected value, letter (or its number from 0) or schema;
+    null: the last assistant turn."""
 
 
 class Format(Section):
     """1 if the pattern matches the whole answer, else 0."""
 
     kind: Literal["format"] = "format"
-    pattern: str = Field(
-        description="A regular expression; `.` matches line ends. White space around the answer "
-        "is ignored. `(?i).*sorry.*` finds a text anywhere, in any case."
-    )
-
-    @field_validator("pattern")
-    @classmethod
-    def _compiles(cls, pattern: str) -> str:
-        compile_pattern(pattern, re.DOTALL)
-        return pattern
+    pattern: Pattern
+    """A regular expression; `.` matches line ends. White space around the answer is ignored.
+    `(?i).*sorry.*` finds a text anywhere, in any case."""
 
 
 class Exact(_Ignores):
     """1 if the answer equals the reference, else 0. Both are brought to Unicode's NFC first."""
 
     kind: Literal["exact"] = "exact"
-    extract: str | None = Field(
-        default=None,
-        description="A regular expression: the first group of its last match is compared, in the "
-        "answer and in the reference. null: the whole text.",
-    )
+    extract: Pattern | None = None
+    """A regular expression: the first group of its last match is compared, in the answer and in the
+    reference. null: the whole text."""
 
-    @field_validator("extract")
-    @classmethod
-    def _has_a_group(cls, extract: str | None) -> str | None:
-        if extract is not None and not compile_pattern(extract, re.DOTALL).groups:
+    def check(self) -> None:
+        if self.extract is not None and not re.compile(self.extract).groups:
             raise ValueError("`extract` has no group: put what is compared in parentheses")
-        return extract
 
 
 class Contains(_Ignores):
@@ -122,11 +99,9 @@ class Choice(_HasColumn):
     kind: Literal["choice"] = "choice"
     letters: tuple[str, ...] = Field(default=("A", "B", "C", "D"), min_length=2)
 
-    @model_validator(mode="after")
-    def _letters_differ(self) -> Choice:
+    def check(self) -> None:
         if len(set(self.letters)) < len(self.letters) or not all(map(str.strip, self.letters)):
             raise ValueError("`letters` must be different texts, none of them empty")
-        return self
 
 
 class JsonSchema(_HasColumn):
@@ -134,12 +109,11 @@ class JsonSchema(_HasColumn):
     code fence around all of it and thinking before it are allowed."""
 
     kind: Literal["json_schema"] = "json_schema"
-    file: str | None = Field(default=None, description="A JSON file that holds the schema.")
+    file: str | None = None
+    """A JSON file that holds the schema."""
 
-    @model_validator(mode="after")
-    def _one_schema(self) -> JsonSchema:
+    def check(self) -> None:
         check_one_given(file=self.file, column=self.column)
-        return self
 
 
 class ToolCall(Section):
@@ -155,26 +129,17 @@ class Refusal(Section):
     words, or in another language than English, counts as an answer."""
 
     kind: Literal["refusal"] = "refusal"
-    expected: bool | str = Field(
-        description="Whether every answer should refuse, or the row's column that says so."
-    )
+    expected: bool | str
+    """Whether every answer should refuse, or the row's column that says so."""
 
 
 class Function(Section):
     """The score that a function of your own returns."""
 
     kind: Literal["function"] = "function"
-    function: str = Field(
-        description="`module:function`: (prompt, answer, reference, row) -> a number from 0 to 1, "
-        "True, False, or None for no score. It is found and trusted as data.train.function, and "
-        "has no time limit."
-    )
-
-    @field_validator("function")
-    @classmethod
-    def _is_named(cls, function: str) -> str:
-        check_function(function)
-        return function
+    function: FunctionName
+    """`module:function`: (prompt, answer, reference, row) -> a number from 0 to 1, True, False, or
+    None for no score. It is found and trusted as data.train.function, and has no time limit."""
 
 
 class Judge(Server):
@@ -182,15 +147,14 @@ class Judge(Server):
     If the server is down, the evaluation lacks this metric and the run continues."""
 
     kind: Literal["judge"] = "judge"
-    model: str = Field(description="The model's name on the server.")
-    rubric: str = Field(description="What a good answer is, in words.", min_length=1)
-    against: Literal["none", "reference"] = Field(
-        default="none",
-        description="none: a grade from 1 to 5, which becomes 0 to 1. reference: whether the "
-        "answer or the reference is better, asked in both orders to cancel position bias: 1 if "
-        "the answer wins twice, 0 if the reference does, else 0.5, so that the mean is the win "
-        "rate.",
-    )
+    model: str
+    """The model's name on the server."""
+    rubric: str = Field(min_length=1)
+    """What a good answer is, in words."""
+    against: Literal["none", "reference"] = "none"
+    """none: a grade from 1 to 5, which becomes 0 to 1. reference: whether the answer or the
+    reference is better, asked in both orders to cancel position bias: 1 if the answer wins twice, 0
+    if the reference does, else 0.5, so that the mean is the win rate."""
 
 
 Scorer = Annotated[
@@ -205,41 +169,30 @@ Scorer = Annotated[
 class GenerateSection(Section):
     """Held-out prompts that the model answers at every evaluation, and how answers are scored."""
 
-    num_prompts: int = Field(default=64, ge=1, description="The first so many held-out prompts.")
-    max_new_tokens: int = Field(default=64, ge=1, description="Longest answer, in tokens.")
-    batch: int = Field(default=32, ge=1, description="Prompts that one rank runs at once.")
-    temperature: float = Field(
-        default=0.0,
-        ge=0,
-        description="0: greedy decoding. Above 0: sampling, reproducible from train.seed.",
-    )
-    top_p: float = Field(
-        default=1.0,
-        gt=0,
-        le=1,
-        description="Sample from the most likely tokens that have this share of the probability.",
-    )
-    scorers: dict[str, Scorer] = Field(
-        default_factory=dict, description="Each name becomes the metric `eval/NAME`."
-    )
+    num_prompts: int = Field(default=64, ge=1)
+    """The first so many held-out prompts."""
+    max_new_tokens: int = Field(default=64, ge=1)
+    """Longest answer, in tokens."""
+    batch: int = Field(default=32, ge=1)
+    """Prompts that one rank runs at once."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0: greedy decoding. Above 0: sampling, reproducible from train.seed."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the most likely tokens that have this share of the probability."""
+    scorers: dict[str, Scorer] = Field(default_factory=dict)
+    """Each name becomes the metric `eval/NAME`."""
 
-    @model_validator(mode="after")
-    def _names_are_free(self) -> GenerateSection:
+    def check(self) -> None:
         for name in self.scorers:
             if name in ("loss", EVAL_LOSS) or not re.fullmatch(r"[\w.-]+", name):
                 raise ValueError(
                     f"`{name}` cannot name a scorer: use letters, digits, `_`, `.` and `-`, and "
                     f"not loss"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _greedy_samples_nothing(self) -> GenerateSection:
         if self.top_p < 1 and self.temperature == 0:
             raise ValueError(
                 "`top_p` belongs to a `temperature` above 0: greedy decoding samples nothing"
             )
-        return self
 
 
 # -------------------------------------------------------------------------------------- the section
@@ -248,54 +201,39 @@ class GenerateSection(Section):
 class EvalSection(Section):
     """Evaluation during training, and by `packhorse eval`."""
 
-    every_steps: int | None = Field(
-        default=None,
-        ge=1,
-        description="Steps between evaluations; there is always one before and one after training.",
-    )
+    every_steps: int | None = Field(default=None, ge=1)
+    """Steps between evaluations; there is always one before and one after training."""
     generate: GenerateSection | None = None
-    server: Server | None = Field(
-        default=None,
-        description="Answers the prompts of `generate` in place of the engine, from the current "
-        "weights as a Hugging Face folder. It must see run.dir under the same path.",
-    )
-    vllm_python: str | None = Field(
-        default=None,
-        description="In place of `server`: the Python of an environment of its own that has vllm, "
-        "as /opt/vllm/bin/python. Each evaluation starts vLLM and ends it.",
-    )
-    vllm_args: tuple[str | int | float, ...] = Field(
-        default=(), description="More arguments of vLLM's server; they override packhorse's own."
-    )
+    server: Server | None = None
+    """Answers the prompts of `generate` in place of the engine, from the current weights as a
+    Hugging Face folder. It must see run.dir under the same path."""
+    vllm_python: str | None = None
+    """In place of `server`: the Python of an environment of its own that has vllm, as
+    /opt/vllm/bin/python. Each evaluation starts vLLM and ends it."""
+    vllm_args: tuple[str | int | float, ...] = ()
+    """More arguments of vLLM's server; they override packhorse's own."""
     best: BestSection | None = None
     early_stopping: EarlyStoppingSection | None = None
-    lm_eval: tuple[str, ...] = Field(
-        default=(),
-        description="Tasks of lm-evaluation-harness, as `[gsm8k, mmlu]`, or your own as "
-        "FOLDER/TASK. `packhorse eval` runs them, as they take too long during training. Needs "
-        "the extra `lm-eval`.",
-    )
-    lm_eval_chat: bool = Field(
-        default=False,
-        description="Ask the tasks through the chat template. The library's default, and most "
-        "published numbers', is without.",
-    )
+    lm_eval: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness, as `[gsm8k, mmlu]`, or your own as FOLDER/TASK. `packhorse
+    eval` runs them, as they take too long during training. Needs the extra `lm-eval`."""
+    lm_eval_chat: bool = False
+    """Ask the tasks through the chat template. The library's default, and most published numbers',
+    is without."""
 
     @property
     def by_server(self) -> bool:
         """Whether a server, and not the engine, answers the prompts."""
         return self.server is not None or self.vllm_python is not None
 
-    @model_validator(mode="after")
-    def _one_server(self) -> EvalSection:
+    def check(self) -> None:
         if self.server is not None and self.vllm_python is not None:
             raise ValueError("give `server` or `vllm_python`, not both: one of them answers")
         if self.vllm_args and self.vllm_python is None:
             raise ValueError("`vllm_args` belongs to `vllm_python`, which is not given")
-        return self
+        self._check_rules()
 
-    @model_validator(mode="after")
-    def _best_is_evaluated(self) -> EvalSection:
+    def _check_rules(self) -> None:
         used = {
             f"best.{key}": name for key, name in (self.best.places if self.best else {}).items()
         }
@@ -314,4 +252,3 @@ class EvalSection(Section):
         if used and self.every_steps is None:
             key = next(iter(used)).partition(".")[0]
             raise ValueError(f"`{key}` needs `every_steps`: else only the last step is evaluated")
-        return self

@@ -5,6 +5,7 @@ A name is that of a packaged file, in every folder; a path is the user's own fil
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,11 @@ def template_names() -> list[str]:
 
 
 def find_template(name: str) -> Path:
-    """Return the DeepSpeed template that `parallel.deepspeed` names.
+    """Return the DeepSpeed template that `parallel.deepspeed` names. Raises BadInput without one.
 
     Args:
         name: of a packaged template, as `zero3`, or the path of a file. `ds_configs/zero3.json` is
             the packaged one if the current folder has no such file.
-
-    Raises:
-        BadInput: there is neither.
     """
     names = template_names()
     if name in names:
@@ -46,14 +44,11 @@ def find_template(name: str) -> Path:
 
 
 def find_recipe(name: str | Path) -> Path:
-    """Return the recipe's file.
+    """Return the recipe's file. Raises BadInput if there is none.
 
     Args:
         name: a path or a URL, which is downloaded; without a suffix and without such a file the
             name of a packaged recipe.
-
-    Raises:
-        BadInput: there is none.
     """
     if is_url(str(name)):
         from packhorse.trainer.utils.download import download
@@ -68,10 +63,24 @@ def find_recipe(name: str | Path) -> Path:
     return path
 
 
+def require_own_recipe(file: Path, where: str, instead: str) -> None:
+    """Raise BadInput if `file` names a packaged recipe, whose files are not where the run is."""
+    if find_recipe(file) != file:
+        raise BadInput(
+            f"{file}: the recipe of this machine's package names files that {where} not have; "
+            f"give a recipe file whose data and model lie {instead}"
+        )
+
+
 def locate_files(tree: Any) -> Any:
     """Return a packaged recipe's tree with absolute paths of the files that are packaged, too."""
+    return map_texts(tree, lambda text: str(PACKAGE / text) if text[:8] == "recipes/" else text)
+
+
+def map_texts(tree: Any, change: Callable[[str], Any]) -> Any:
+    """Return a tree of mappings and lists with each text in it changed; keys stay."""
     if isinstance(tree, dict):
-        return {key: locate_files(value) for key, value in tree.items()}
+        return {key: map_texts(value, change) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [locate_files(value) for value in tree]
-    return str(PACKAGE / tree) if isinstance(tree, str) and tree.startswith("recipes/") else tree
+        return [map_texts(value, change) for value in tree]
+    return change(tree) if isinstance(tree, str) else tree

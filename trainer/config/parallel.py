@@ -4,42 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
-
-from packhorse.trainer.config.base import Section, check_count
+from packhorse.trainer.config.base import Section, number_or
 
 
 class ParallelSection(Section):
     """What depends on the hardware. Nothing here changes what is learned."""
 
-    deepspeed: str = Field(
-        default="zero3",
-        description="DeepSpeed template: ZeRO stage and offload. A packaged one by name (zero0, "
-        "zero1, zero1_streamed, zero2, zero3, zero3_hpz, zero3_prefetch, zero3_streamed, "
-        "zero3_offload_optimizer, zero3_offload_all, zero3_nvme), or the path of a file of yours. "
-        "Batch sizes and the optimizer come from the recipe.",
-    )
-    grad_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32",
-        description="Data type of gradient accumulation and all-reduce. bfloat16 makes the result "
-        "depend on the number of GPUs and the micro-batch size.",
-    )
-    allow_idle_ranks: bool = Field(
-        default=False, description="Allow more ranks than a step has micro-batches."
-    )
-    sequence: Annotated[int | Literal["auto"], BeforeValidator(check_count)] = Field(
-        default=1,
-        description="Ranks that share each packed sequence (sequence parallelism), for contexts "
-        "that do not fit one GPU. It divides the number of ranks. auto: the fewest with which a "
-        "step fits the GPU's memory by `packhorse plan`.",
-    )
-    sequence_kind: Literal["ulysses", "gather", "ring"] | None = Field(
-        default=None,
-        description="How ranks that share a sequence attend over all of it. ulysses: exchange "
-        "tokens for heads; gather: collect keys and values; ring: pass them round, with balanced "
-        "work. null: gather in a layer whose window fits a slice, or whose query heads `sequence` "
-        "does not divide; else ulysses.",
-    )
+    deepspeed: str = "zero3"
+    """DeepSpeed template: ZeRO stage and offload. A packaged one by name (zero0, zero1,
+    zero1_streamed, zero2, zero3, zero3_hpz, zero3_prefetch, zero3_streamed,
+    zero3_offload_optimizer, zero3_offload_all, zero3_nvme), or the path of a file of yours. Batch
+    sizes and the optimizer come from the recipe."""
+    grad_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Data type of gradient accumulation and all-reduce. bfloat16 makes the result depend on the
+    number of GPUs and the micro-batch size."""
+    allow_idle_ranks: bool = False
+    """Allow more ranks than a step has micro-batches."""
+    sequence: Annotated[int | Literal["auto"], number_or("auto")] = 1
+    """Ranks that share each packed sequence (sequence parallelism), for contexts that do not fit
+    one GPU. It divides the number of ranks. auto: the fewest with which a step fits the GPU's
+    memory by `packhorse plan`."""
+    sequence_kind: Literal["ulysses", "gather", "ring"] | None = None
+    """How ranks that share a sequence attend over all of it. ulysses: exchange tokens for heads;
+    gather: collect keys and values; ring: pass them round, with balanced work. null: gather in a
+    layer whose window fits a slice, or whose query heads `sequence` does not divide; else ulysses.
+    """
 
     @property
     def ranks_a_sequence(self) -> int:

@@ -182,13 +182,9 @@ def _index(items: list[Any], text: str, override: str) -> int:
 
 
 def describe_fault(fault: Any, recipe: type[Section]) -> list[str]:
-    """Return one pydantic fault as sentences of the form `section.key: what is wrong`.
+    """Return a fault of `ValidationError.errors()` as sentences, as `section.key: what is wrong`.
 
     There are several only for an unknown section whose keys are another trainer's.
-
-    Args:
-        fault: an item of `ValidationError.errors()`.
-        recipe: the section that pydantic validated.
     """
     path = [str(part) for part in fault["loc"]]
     if fault["type"] == "extra_forbidden":
@@ -219,16 +215,22 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
-def unfit_texts(tree: Any, place: str = "") -> Iterator[str]:
-    """Yield a fault for each text that neither a file's name nor UTF-8 can hold."""
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            yield from unfit_texts(value, f"{place}.{key}" if place else str(key))
-    elif isinstance(tree, list):
-        for number, value in enumerate(tree):
-            yield from unfit_texts(value, f"{place}.{number}")
-    elif isinstance(tree, str) and re.search("[\0\ud800-\udfff]", tree):
-        yield f"`{place}`: it holds a character that no file can hold: {_shown(tree)}"
+def leaves(tree: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted key, value) of all values in a tree; items of a list go by number."""
+    if isinstance(tree, dict | list) and tree:
+        for name, inner in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            yield from leaves(inner, f"{place}.{name}" if place else str(name))
+    else:
+        yield place, tree
+
+
+def unfit_texts(tree: Any) -> list[str]:
+    """Return a fault for each text that neither a file's name nor UTF-8 can hold."""
+    return [
+        f"`{place}`: it holds a character that no file can hold: {_shown(text)}"
+        for place, text in leaves(tree)
+        if isinstance(text, str) and re.search("[\0\ud800-\udfff]", text)
+    ]
 
 
 def join_faults(where: str, faults: list[str]) -> str:

@@ -79,8 +79,7 @@ class Recipe(Section):
             return {**tree, "optim": {"lr": ADAPTER_LR, **optim}}
         return tree
 
-    @model_validator(mode="after")
-    def _sections_agree(self) -> Recipe:
+    def check(self) -> None:
         if self.adapter and self.model.add_tokens:
             raise ValueError(
                 "model.add_tokens: an adapter does not hold the embeddings of new tokens, so that "
@@ -105,7 +104,6 @@ class Recipe(Section):
         self._check_held_out()
         if self.streaming:
             self._check_streaming()
-        return self
 
     def _check_lengths(self) -> None:
         cuts_rows = self.data.packing in ("bfd_split", "wrapped")
@@ -217,14 +215,10 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 def parse_recipe(
     tree: dict[str, Any], where: str = "recipe", faults: list[str] | None = None
 ) -> Recipe:
-    """Validate a plain tree.
+    """Validate a plain tree. Raises BadInput with all faults, those that are known among them.
 
     Args:
         where: the name of the recipe, for the message.
-        faults: what is already known to be wrong with it.
-
-    Raises:
-        BadInput: with every fault, each on a line.
     """
     faults = [*(faults or ()), *unfit_texts(tree)]
     try:

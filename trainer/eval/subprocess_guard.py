@@ -5,8 +5,8 @@ however that happened.
 
 PARENT is the id of the process that starts this one. On SIGTERM, which the kernel also sends when
 PARENT dies, every descendant of the command is ended: vLLM's engine outlives its server if that
-alone is killed, and would keep the GPU. vllm_server.py runs this as a file; it imports nothing of
-the trainer, only psutil.
+alone is killed, and would keep the GPU. If this process is killed, the command gets a SIGTERM.
+vllm_server.py runs this as a file; it imports nothing of the trainer, only psutil.
 """
 
 from __future__ import annotations
@@ -40,7 +40,14 @@ def main(parent: int, command: list[str]) -> int:
         # the parent may have died before the kernel was asked for the signal
         if os.getppid() != parent:
             return 128 + signal.SIGTERM
-        return subprocess.Popen(command).wait()
+        ours = os.getpid()
+
+        def follow() -> None:
+            prctl(_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != ours:
+                os._exit(128 + signal.SIGTERM)
+
+        return subprocess.Popen(command, preexec_fn=follow).wait()
     except SystemExit:
         return 128 + signal.SIGTERM
     finally:

@@ -29,7 +29,8 @@ LIGER_HIDDEN = 8
 def chunk_positions(trained: int, hidden: int, vocabulary: int) -> int:
     """Return C: a power of two, or N where that is less."""
     chunks = -(-vocabulary // (LIGER_HIDDEN * hidden))
-    return min(trained, 1 << (-(-trained // chunks) - 1).bit_length())
+    # Triton would compile another kernel for chunks that do not begin at multiples of 16 bytes
+    return min(trained, max(16, 1 << (-(-trained // chunks) - 1).bit_length()))
 
 
 def liger_cross_entropy(
@@ -69,7 +70,7 @@ class _Loss(torch.autograd.Function):
         losses_N = torch.empty_like(weights_N)
         grad_hidden_NH = torch.empty_like(hidden_NH) if of_hidden else None
         sum_VH = hidden_NH.new_zeros(V, H, dtype=torch.float32) if of_weight else None
-        sum_V1 = hidden_NH.new_zeros(V, 1, dtype=torch.float32) if of_bias else None
+        sum_V = hidden_NH.new_zeros(V, dtype=torch.float32) if of_bias else None
         size = chunk_positions(N, H, V)
         logits_CV = hidden_NH.new_empty(size, V)
         for start in range(0, N, size):
@@ -86,14 +87,12 @@ class _Loss(torch.autograd.Function):
             # the products' other factor is the smaller one to be weighted
             if sum_VH is not None:
                 _add_product(sum_VH, grads.t(), hidden_CH * shares_C1)
-            if sum_V1 is not None:
-                _add_product(sum_V1, grads.t(), shares_C1)
+            if sum_V is not None:
+                sum_V += grads.t() @ shares_C1.squeeze(1)
         if grad_hidden_NH is not None:
             grad_hidden_NH *= weights_N.unsqueeze(1)
-        of_head = (_scaled(total, largest, hidden_NH.dtype) for total in (sum_VH, sum_V1))
-        grad_weight_VH, grad_bias_V1 = of_head
-        grad_bias_V = None if grad_bias_V1 is None else grad_bias_V1.squeeze(1)
-        ctx.gradients = (grad_hidden_NH, grad_weight_VH, grad_bias_V)
+        of_head = (_scaled(total, largest, hidden_NH.dtype) for total in (sum_VH, sum_V))
+        ctx.gradients = (grad_hidden_NH, *of_head)
         return (losses_N * weights_N).sum()
 
     @staticmethod

@@ -7,6 +7,7 @@ the figures, which hold no text of a user.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ import jinja2
 from markupsafe import Markup
 
 from packhorse import __version__
-from packhorse.trainer.report.differences import differing_keys
+from packhorse.trainer.config.parsing import leaves
+from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.report.figures import Bars, Curve, draw_bars, draw_curves, draw_sample
 from packhorse.trainer.report.runs import LOSS, TOKENS_PER_S, Run, is_finite
 from packhorse.trainer.report.samples import compare_samples
@@ -77,7 +79,7 @@ def make_page(runs: Sequence[Run]) -> str:
         "runs": [
             {
                 "name": name,
-                "sample": Markup(draw_sample(number)),  # noqa: S704
+                "sample": draw_sample(number),
                 "sample_id": f"sample-{number}-figure_1",
                 **_outcome(run),
             }
@@ -97,6 +99,19 @@ def make_page(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
     )
     return show_controls(environment.get_template("page.html.jinja").render(values))
+
+
+def differing_keys(recipes: Sequence[Recipe]) -> dict[str, list[str]]:
+    """Return each key but run.dir whose value is not the same in all recipes, with the values, and
+    `-` for that of a recipe which has no such key, as adapter.rank without an adapter."""
+    flat = [dict(leaves(recipe.model_dump(mode="json"))) for recipe in recipes]
+    keys = dict.fromkeys(key for values in flat for key in values if key != "run.dir")
+    rows = {key: [_text(values.get(key, "-")) for values in flat] for key in keys}
+    return {key: row for key, row in rows.items() if len(set(row)) > 1}
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def short_names(folders: Sequence[Path]) -> list[str]:

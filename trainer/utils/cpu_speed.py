@@ -6,7 +6,7 @@ times slower than in float32. No list of processors says so reliably, so a produ
 
 from __future__ import annotations
 
-import time
+import timeit
 
 EMULATED_FROM = 2.0  # times slower than float32: real bf16 instructions are as fast or faster
 _ROUNDS = 3
@@ -27,10 +27,5 @@ def _product_s(dtype: object) -> float:
     rows, inner, columns = _SHAPE
     left = torch.ones(rows, inner, dtype=dtype)  # pyright: ignore[reportArgumentType]
     right = torch.ones(inner, columns, dtype=dtype)  # pyright: ignore[reportArgumentType]
-    torch.mm(left, right)  # the first call chooses and builds the kernel
-    seconds = []
-    for _ in range(_ROUNDS):
-        began = time.perf_counter()
-        torch.mm(left, right)
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
+    # the first call, which chooses and builds the kernel, is never the best one
+    return min(timeit.repeat(lambda: torch.mm(left, right), number=1, repeat=1 + _ROUNDS))

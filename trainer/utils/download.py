@@ -33,10 +33,6 @@ ATTEMPTS = 3  # to go on with a file whose download was cut off
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 
 
-def cache_root() -> Path:
-    return Path(os.environ.get("PACKHORSE_CACHE", "~/.cache/packhorse")).expanduser()
-
-
 @cache
 def download(url: str, *, weights: bool = True) -> Path:
     """Return the path of a copy of the file or folder. A process sees one version of it.
@@ -65,7 +61,8 @@ def download(url: str, *, weights: bool = True) -> Path:
     base = root.rsplit("/", 1)[0] if is_file else root
     names = {path.removeprefix(base).lstrip("/"): path for path in paths}
     key = xxhash.xxh3_128_hexdigest(json.dumps([url, *versions]).encode())
-    folder = cache_root() / "downloads" / key
+    cache = Path(os.environ.get("PACKHORSE_CACHE", "~/.cache/packhorse")).expanduser()
+    folder = cache / "downloads" / key
 
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
         staging.mkdir()
