@@ -298,7 +298,7 @@ class Metrics:
         self, plan: StepPlan, result: StepResult, lr: float, parts: dict[str, float]
     ) -> dict[str, float]:
         """Return the metrics of the steps since the last line, over all ranks."""
-        host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB
         parts_s = [parts.get(part, 0.0) for part in PARTS]
         loss, host_gib, *sums = dist.sum_over_ranks(
             [float(self._loss), host_gib, *self._sums.values(), *parts_s]

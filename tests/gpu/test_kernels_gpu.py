@@ -178,6 +178,16 @@ def test_control_one_document_shows(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", FUSED)
+def test_a_deterministic_backward_gives_the_same_bits_again(backend: str) -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        first, again = (attend(backend, row(8, 2, 128)) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize("backend", FUSED)
 def test_soft_caps_are_honoured_or_refused(backend: str) -> None:
     if backend == "flash_attn" and "softcap" not in flash_versions.load_for(CUDA).lacks:
         assert worst(backend, row(8, 2, 64), softcap=2.0) <= ATTENTION_BOUND

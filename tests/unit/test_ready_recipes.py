@@ -7,7 +7,8 @@ number was mistyped.
 import json
 import subprocess
 import sys
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from safetensors.torch import save_file
 from packhorse.trainer.config.recipe import ModelSection, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.estimate.memory import GIB, Cluster
-from packhorse.trainer.estimate.report import build_report
+from packhorse.trainer.estimate.model import build_empty_model, measure_model
+from packhorse.trainer.estimate.report import build_report, fill_template, require_fit
+from packhorse.trainer.estimate.state import count_state_bytes
 from packhorse.trainer.model.load import load_model, load_tokenizer
 from tests.model_helpers import tiny
 from tests.ranks import ROOT
@@ -80,6 +83,21 @@ def test_a_recipe_is_planned_offline_from_a_folder_with_a_configuration_alone() 
     )
     assert done.returncode == 0, done.stderr
     assert "Qwen3MoeForCausalLM: 30.5 billion parameters" in done.stdout
+
+
+def test_what_does_not_fit_says_what_experts_take_and_4_bits_hold_them() -> None:
+    overrides = [f"model.name={CONFIGS / 'qwen3_30b_a3b'}"]
+    for adapter in ([], ["adapter={target_parameters: all-experts, base: nf4_double_quant}"]):
+        recipe = load_recipe(ROOT / "recipes" / "qwen3_30b_a3b.yaml", [*overrides, *adapter])
+        empty = build_empty_model(recipe.model, recipe.adapter)
+        model = measure_model(empty, recipe.optim, recipe.adapter)
+        report: Any = SimpleNamespace(candidates={}, model=model, cluster=Cluster(1, 1, GIB))
+        if not adapter:
+            with pytest.raises(BadInput, match=r"Experts are 95% of the weights.*base=nf4"):
+                require_fit(report)
+    state = count_state_bytes(model, fill_template(recipe, "zero2", model.hidden), world=1)
+    trained = model.element * model.trained
+    assert 15e9 < state.weights - trained < 18e9, "half a byte a weight, and embeddings"
 
 
 def test_gpt_oss_is_refused_as_its_weights_are_quantised() -> None:

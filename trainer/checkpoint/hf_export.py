@@ -16,13 +16,8 @@ from typing import Any
 import torch
 
 from packhorse.trainer import dist
-from packhorse.trainer.checkpoint import export_files
-from packhorse.trainer.checkpoint.export_folder import (
-    MODEL_FOLDER,
-    open_for_export,
-    require_described,
-    run_recipe,
-)
+from packhorse.trainer.checkpoint import export_files, export_folder
+from packhorse.trainer.checkpoint.export_folder import MODEL_FOLDER
 from packhorse.trainer.checkpoint.manifest import Manifest
 from packhorse.trainer.checkpoint.model_card import model_card
 from packhorse.trainer.config.recipe import ModelSection, Recipe
@@ -79,12 +74,11 @@ def export(
         ema: write the moving averages of the trained weights.
 
     Raises:
-        BadInput: the run has no such checkpoint, or no averages; `out` may not be written (see
-            own_output); there is nothing to merge; or the adapter's base is not the one that it was
-            trained on.
+        BadInput: there is no such checkpoint, no average, nothing to merge, or another base than
+            the adapter's; or `out` may not be written (see own_output).
         RuntimeError: what was written does not load as what was saved.
     """
-    recipe = run_recipe(run_dir)
+    recipe = export_folder.run_recipe(run_dir)
     if merge and not recipe.adapter:
         raise BadInput(
             f"--merge: {run_dir} has trained no adapter; leave it out to write the whole model"
@@ -94,16 +88,17 @@ def export(
             f"{run_dir}: the adapter's base has random weights, that no folder holds; add --merge"
         )
     show_bars_of_transformers()
-    saved, manifest = open_for_export(run_dir, recipe, out, step, overwrite=overwrite, ema=ema)
-    require_described(run_dir, recipe, manifest)
+    saved, manifest = export_folder.open_for_export(
+        run_dir, recipe, out, step, overwrite=overwrite, ema=ema
+    )
+    export_folder.require_described(run_dir, recipe, manifest)
     step = manifest.state.step
 
     folder = own_output.stage(out)
     if recipe.adapter is None:
-        weights = track(
-            _trained_weights(recipe, saved, manifest),
-            *("reading the checkpoint", len(saved.names), "weights"),
-        )
+        weights = _trained_weights(recipe, saved, manifest)
+        weights = track(weights, "reading the checkpoint", len(saved.names), "weights")
+        # beside the export in its staging folder, which goes when the export is published
         mapped = _copy_to_files(weights, folder.with_name("weights"))
         write_folder(run_dir, recipe, folder, mapped)
         export_files.carry_over(recipe.model, run_dir / MODEL_FOLDER, folder)

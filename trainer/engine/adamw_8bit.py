@@ -99,6 +99,7 @@ class AdamW8bit(Piecewise):
             of_blocks = slice(run.scale, run.scale + run.blocks)
             g = pad(gradients[here], fill).view(-1, BLOCK)
             moments = _next_moments(old, scales[:, of_blocks, None], g, (beta1, beta2))
+            # moments[1] is a root, and so is its correction
             update = moments[0] / unbiased1 / (moments[1] / unbiased2**0.5 + group["eps"])
             weights[here].mul_(1 - lr * group["weight_decay"]).sub_(update.view(-1)[own], alpha=lr)
             found = torch.stack([moment.abs().amax(1) for moment in moments])

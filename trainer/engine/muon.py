@@ -76,7 +76,7 @@ def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
     wide = matrix if matrix.shape[-2] <= matrix.shape[-1] else matrix.mT
     # a matrix of zeros, as of an expert that no token has reached yet, stays one
     x = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-30)
-    for _ in range(_STEPS):
+    for _ in range(_STEPS):  # with the authors' coefficients
         gram = x @ x.mT
         x = 3.4445 * x + (2.0315 * gram @ gram - 4.7750 * gram) @ x
     x = x if wide is matrix else x.mT

@@ -329,6 +329,12 @@ def require_fit(report: Report) -> str:
         "model.activation_checkpointing=full, lower batch.seq_len or batch.micro_batch_size, raise "
         "batch.global_batch_size, or give more of what is too small"
     )
+    if share := report.model.experts / report.model.parameters:
+        instead += (
+            f". Experts are {share:.0%} of the weights: there is no expert parallelism, so that "
+            "ZeRO-3 gathers all of a layer's on each GPU; adapter.base=nf4 holds frozen ones in 4 "
+            "bits"
+        )
     cluster = report.cluster
     raise BadInput(f"no template fits {cluster.gpus} GPUs of {_gib(cluster.gpu)} GiB; {instead}")
 

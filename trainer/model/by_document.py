@@ -8,13 +8,11 @@ in more and smaller calls. Which modules these are is found by the packing check
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from packhorse.trainer.model.attention_kernels import Bounds, document_ends
 
@@ -53,30 +51,38 @@ def _split(whole: Callable[..., Any], lengths: Callable[[], tuple[int, ...]]) ->
         pieces, idle = [], []
         for end, length in zip(accumulate(documents), documents):
             start, number = (end - length, length) if length else (0, documents[0])
-            cut = partial(_cut, start=start, number=number, total=total)
-            ours, named = tree_map(cut, (args, kwargs))
+            ours, named = _cut((args, kwargs), start, number, total)
             (pieces if length else idle).append(whole(*ours, **named))
-        return _with_gradient(tree_map(_joined, *pieces), idle)
+        return with_gradient(_joined(pieces), idle)
 
     return forward
 
 
 def _cut(value: Any, start: int, number: int, total: int) -> Any:
-    """Return one document's part of an argument: tensors (1, total, ...) are cut, others stay."""
+    """Return the arguments of one document: tensors (1, total, ...) are cut, others stay."""
     if isinstance(value, torch.Tensor):
         of_tokens = value.dim() > 1 and value.shape[1] == total
         return value.narrow(1, start, number) if of_tokens else value
     if isinstance(value, Bounds):
         return Bounds(document_ends((number,), value.cu_seqlens.device), number, (number,))
+    if isinstance(value, dict):
+        return {key: _cut(item, start, number, total) for key, item in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_cut(item, start, number, total) for item in value)
     return value
 
 
-def _joined(*pieces: Any) -> Any:
-    """Return tensors (1, L, ...) laid end to end, or what the calls share."""
-    return torch.cat(pieces, dim=1) if isinstance(pieces[0], torch.Tensor) else pieces[0]
+def _joined(pieces: list[Any]) -> Any:
+    """Return outputs laid end to end: tensors (1, L, ...), tuples of them, or what they share."""
+    first = pieces[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(pieces, dim=1)
+    if type(first) is tuple:
+        return tuple(map(_joined, map(list, zip(*pieces, strict=True))))
+    return first
 
 
-def _with_gradient(output: Any, idle: list[Any]) -> Any:
+def with_gradient(output: Any, idle: list[Any]) -> Any:
     """Return the output, through which the calls without effect get a gradient of zero."""
     if not idle:
         return output

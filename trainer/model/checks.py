@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Any
@@ -54,6 +54,21 @@ def require_finite_weights(model: nn.Module) -> None:
             f"model.name: the weights have NaN or infinity in `{bad[0]}`"
             f"{f' and {len(bad) - 1} more tensors' if len(bad) > 1 else ''}; give an undamaged copy"
         )
+
+
+def draws_random_numbers(model: nn.Module, forward: Callable[[], Any]) -> bool:
+    """Return whether the forward of training draws random numbers; the model is left in training.
+
+    The generators are asked, as configurations name their randomness in many ways: a dropout, a
+    layer that is left out, the jitter of a router.
+    """
+    on_gpu = dist.device().type == "cuda"
+    model.train()
+    with torch.random.fork_rng([dist.device()] if on_gpu else []):
+        read = [torch.get_rng_state, *([torch.cuda.get_rng_state] if on_gpu else [])]
+        before = [state() for state in read]
+        forward()
+        return not all(torch.equal(state(), old) for state, old in zip(read, before))
 
 
 @contextmanager

@@ -81,14 +81,15 @@ class _Loss(torch.autograd.Function):
                 torch.mm(hidden_CH, head_weight_VH.t(), out=logits)
             else:
                 torch.addmm(bias_V, hidden_CH, head_weight_VH.t(), out=logits)
-            grads = _replace_by_gradient(logits, targets_N[chunk], losses_N[chunk], softcap, learns)
+            _cross_entropy(logits, targets_N[chunk], losses_N[chunk], softcap, learns)
+            # from here on `logits` are their gradients
             if grad_hidden_NH is not None:
-                torch.mm(grads, head_weight_VH, out=grad_hidden_NH[chunk])
-            # the products' other factor is the smaller one to be weighted
+                torch.mm(logits, head_weight_VH, out=grad_hidden_NH[chunk])
+            # the product's other factor is the smaller one to be weighted
             if sum_VH is not None:
-                _add_product(sum_VH, grads.t(), hidden_CH * shares_C1)
+                _add_product(sum_VH, logits.t(), hidden_CH * shares_C1)
             if sum_V is not None:
-                sum_V += grads.t() @ shares_C1.squeeze(1)
+                sum_V += logits.t() @ shares_C1.squeeze(1)
         if grad_hidden_NH is not None:
             grad_hidden_NH *= weights_N.unsqueeze(1)
         of_head = (_scaled(total, largest, hidden_NH.dtype) for total in (sum_VH, sum_V))
@@ -104,19 +105,21 @@ class _Loss(torch.autograd.Function):
         return *(g if g is None else g.mul_(grad_loss) for g in gradients), *(None,) * 4
 
 
-def _replace_by_gradient(
+def _cross_entropy(
     logits_CV: torch.Tensor,
     targets_C: torch.Tensor,
     losses_C: torch.Tensor,
     softcap: float | None,
     learns: bool,
-) -> torch.Tensor:
+) -> None:
     """Write each position's loss, and if the model `learns` the gradient over the logits."""
-    from liger_kernel.ops.cross_entropy import MAX_FUSED_SIZE, liger_cross_entropy_kernel
+    from liger_kernel.ops import cross_entropy
 
+    # Triton's types know no grid and no num_warps
+    kernel: Any = cross_entropy.liger_cross_entropy_kernel
     positions, vocabulary = logits_CV.shape
     # Numbers that are not used are constants: Triton compiles a kernel anew for some new numbers.
-    liger_cross_entropy_kernel[(positions,)](
+    kernel[(positions,)](
         X_ptr=logits_CV,
         X_stride=logits_CV.stride(0),
         Y_ptr=targets_C,
@@ -144,10 +147,9 @@ def _replace_by_gradient(
         HAS_WEIGHT=False,
         HAS_SOFTCAPPING=softcap is not None,
         HAS_GRADIENTS=learns,
-        BLOCK_SIZE=min(MAX_FUSED_SIZE, 1 << (vocabulary - 1).bit_length()),
+        BLOCK_SIZE=min(cross_entropy.MAX_FUSED_SIZE, 1 << (vocabulary - 1).bit_length()),
         num_warps=32,
     )
-    return logits_CV
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:

@@ -127,6 +127,20 @@ def dequantise(parameter: Any) -> torch.Tensor:
     return dequantize_4bit(parameter.data, state)
 
 
+def count_scale_bytes(parameter: torch.Tensor, base: str | None) -> int:
+    """Return the bytes beside the codes of a parameter that `adapter.base` will pack.
+
+    NF4 has an fp32 scale for each 64 elements, and a table of 16 values in fp32. Double
+    quantisation makes the scales bytes, with an fp32 scale for each 256 of those, a table of 256
+    values and their mean in fp32. int8 has a scale a row, in the parameter's type.
+    """
+    if base == "int8":
+        return parameter.numel() // parameter.shape[-1] * parameter.element_size()
+    scales = -(-parameter.numel() // BLOCK)
+    is_double = base == "nf4_double_quant"
+    return 64 + (scales + 4 * -(-scales // 256) + 4 * 256 + 4 if is_double else 4 * scales)
+
+
 def shape(parameter: Any) -> torch.Size:
     """Return the shape of a parameter's weights, also where it is in shards or quantised."""
     state = getattr(parameter, "quant_state", None)
