@@ -38,6 +38,7 @@ experiments: install  ## seven comparisons on the demo's model, about 1.5 hours 
 models: install  ## every causal architecture of transformers, tiny; writes docs/models_sweep.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.models.sweep build/models.json
 	$(BIN)/python -m tests.models.table build/models.json docs/models_sweep.md
+	@rm build/models.json  # which a sweep that was stopped would go on with
 
 test: install  ## run every test that needs no GPU and no root, at most 10 minutes on two cores
 	@echo '#include <libaio.h>' | c++ -E -x c++ - >/dev/null 2>&1 \

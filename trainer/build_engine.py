@@ -22,13 +22,12 @@ from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import TrainData
 from packhorse.trainer.data.ranks import count_groups
-from packhorse.trainer.datatypes import BadInput, Batch
+from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.ds_config import clear_nvme, deepspeed_config, stage_of
 from packhorse.trainer.engine.engine import Engine, gathered, reads_gathered, sharded_init
 from packhorse.trainer.engine.optim import describe_decay, parameter_groups
-from packhorse.trainer.estimate.choice import choose_sequence, predict_memory
+from packhorse.trainer.estimate.choice import choose_sequence, largest_micro_batch, predict_memory
 from packhorse.trainer.estimate.memory import Cluster, Memory
-from packhorse.trainer.estimate.model import largest_micro_batch
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import Metrics, model_flops
 from packhorse.trainer.model.attention import SequenceGroup
@@ -38,7 +37,8 @@ from packhorse.trainer.model.feed_forward_tiles import set_tiles, tile_tokens, w
 from packhorse.trainer.model.fp8 import use_fp8
 from packhorse.trainer.model.load import load_config, load_model
 from packhorse.trainer.model.loss import choose_kernel
-from packhorse.trainer.model.packing_check import longest_document, prove_packing
+from packhorse.trainer.model.packing_check import prove_packing
+from packhorse.trainer.model.probe_documents import longest_document
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from packhorse.trainer.model.sequence_check import prove_slices
 from packhorse.trainer.model.sft import SftModel
@@ -78,9 +78,11 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
     groups = None
     if learns:
         freeze_named(model, recipe.model.freeze)
-        document = longest_document(module, recipe.batch.seq_len, recipe.train.seed)
+        text_config = model.config.get_text_config()
+        document = longest_document(text_config, recipe.batch.seq_len, recipe.train.seed)
         with failures_explained(model):
-            _freeze_unreached(module, document)
+            forward = partial(module.hidden_states, document)
+            module.by_either_attention(partial(freeze_unreached, model, forward, gathered))
         groups = parameter_groups(model, recipe.optim)
         say_other_types(model, recipe.model.dtype)
         dist.log.info("weight decay: %s", describe_decay(model, recipe.optim))
@@ -206,19 +208,6 @@ def least_checkpointing(predicted: Mapping[str, Memory], room: float) -> str:
     return next((mode for mode, memory in predicted.items() if memory.gpu_total <= room), "full")
 
 
-def _freeze_unreached(module: SftModel, document: Batch) -> None:
-    """Freeze what a document's states do not depend on."""
-    forward = partial(module.hidden_states, document)
-    try:
-        freeze_unreached(module.model, forward, gathered)
-    except BadInput:  # our attention refuses the model; its own may do
-        module.attends_by_itself = True
-        try:
-            freeze_unreached(module.model, forward, gathered)
-        finally:
-            module.attends_by_itself = False
-
-
 def say_other_types(model: Any, dtype: str) -> None:
     """Log the trained parameters that transformers keeps in another type than they are trained in.
 
@@ -258,18 +247,19 @@ def check_packing(recipe: Recipe, module: SftModel) -> None:
         "%.1e, the loss by %.1e",
         *(", ".join(map(str, proof.lengths)), proof.hidden_difference, proof.loss_difference),
     )
-    if proof.by_document and recipe.model.compile:
-        raise BadInput(
-            f"model.compile: packed sequences run document by document through "
-            f"{proof.by_document[0]}, which compiled layers cannot; set it to false"
-        )
-    for name in proof.by_document:
-        dist.log.warning(
-            "packed sequences run document by document through %s: right, but slower", name
-        )
     if proof.by_itself:
         dist.log.warning(
-            "the model cannot attend through packhorse's kernels and attends by its own code"
+            "the model attends by its own code, not by packhorse's (%s)", proof.by_itself
+        )
+    whole = (f"{type(module.model).__name__}",) if proof.by_itself and not one_document else ()
+    for name in (*proof.by_document, *whole):
+        if recipe.model.compile:
+            raise BadInput(
+                f"model.compile: packed sequences run document by document through {name}, which "
+                "compiled layers cannot; set it to false"
+            )
+        dist.log.warning(
+            "packed sequences run document by document through %s: right, but slower", name
         )
     size, zigzag = recipe.parallel.cut
     if size > 1:

@@ -56,6 +56,13 @@ SIZES: tuple[tuple[str, int], ...] = (
 
 # What a family needs beside small sizes, by `model_type`; it reaches a model's parts, too.
 _SHARED_KEYS = {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4}
+# Zamba attends to states beside embeddings, twice as wide, in hybrids that share their weights.
+_TWO_HYBRIDS = {
+    "layers_block_type": ["mamba", "hybrid"] * 2,
+    "num_hidden_layers": 4,
+    "attention_hidden_size": 128,
+    "attention_head_dim": 32,
+}
 _DECODER = {"is_decoder": True}
 _DECODERS = (
     *("bert", "bert-generation", "camembert", "data2vec-text", "electra", "ernie"),
@@ -107,6 +114,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
     "reformer": {**_DECODER, "axial_pos_embds": False},
+    "zamba": {**_TWO_HYBRIDS, "use_mamba_kernels": False},
+    "zamba2": {**_TWO_HYBRIDS, "hybrid_layer_ids": [1, 3]},
     "zaya": {"num_experts_per_tok": 1},
 }
 

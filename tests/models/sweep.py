@@ -2,11 +2,13 @@
 
     python -m tests.models.sweep RESULTS.json [MODEL_TYPE ...]
 
+Without names it goes on with those that RESULTS.json does not have yet.
+
 For each `model_type`: a random model (shrunk.py) is saved, loaded and proved as a run does it, and
 trained for three steps of packed documents at ZeRO 0 and 3. The same steps run in plain PyTorch,
 one document at a time, through the model's own eager attention. Losses and weights are compared;
-the export is loaded into transformers and its logits are compared, too. Where packing is refused,
-the steps are of one document each. One process tries many: a start takes longer than a model.
+the export is loaded into transformers and its logits are compared, too. One process tries many: a
+start takes longer than a model.
 """
 
 from __future__ import annotations
@@ -24,8 +26,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from packhorse.trainer import dist
-from packhorse.trainer.build_engine import build_engine
+from packhorse.trainer import build_engine, dist
 from packhorse.trainer.checkpoint.export_folder import describe
 from packhorse.trainer.checkpoint.hf_export import export, save_description
 from packhorse.trainer.checkpoint.manifest import RunState
@@ -36,6 +37,7 @@ from packhorse.trainer.engine import engine as engines
 from packhorse.trainer.engine.optim import parameter_groups
 from packhorse.trainer.metrics import Clock, model_flops
 from packhorse.trainer.model.load import load_tokenizer, model_class
+from packhorse.trainer.model.packing_check import Proof, prove_packing
 from packhorse.trainer.utils.text import one_line
 from tests.model_helpers import documents, pack
 from tests.models.shrunk import VOCABULARY, config_of
@@ -50,7 +52,7 @@ BOUNDS = {"losses": 1e-6, "weights": 1e-3, "logits": 1e-4}
 
 
 def try_model(name: str, root: Path) -> dict[str, Any]:
-    """Return what works for a `model_type`: `works` (packed, alone, no), and why or how exactly."""
+    """Return how a `model_type` works (packed, by document, refused, crashed), and how exactly."""
     folder = root / "source"
     failed = None
     if dist.is_main():
@@ -61,22 +63,14 @@ def try_model(name: str, root: Path) -> dict[str, Any]:
     if failed := dist.broadcast(failed):
         return {"works": "not built", "why": failed}
     result: dict[str, Any] = {}
-    for works in ("packed", "alone"):
-        try:
-            for stage in (0, 3):
-                seen = _train_and_compare(
-                    folder, root / f"{works}{stage}", stage, works == "packed"
-                )
-                result[f"zero{stage}"] = seen
-            return {"works": works, **result}
-        except BadInput as error:
-            refused = one_line(error, 400)
-            result.setdefault("why", refused)
-            if "data.packing=none" not in refused:
-                return {**result, "works": "refused", "why": refused}
-        except Exception as error:
-            return {**result, "works": "crashed", "crash": _describe(error)}
-    return {**result, "works": "refused"}
+    try:
+        for stage in (0, 3):
+            result |= _train_and_compare(folder, root / f"zero{stage}", stage)
+    except BadInput as error:
+        return {**result, "works": "refused", "why": one_line(error, 400)}
+    except Exception as error:
+        return {**result, "works": "crashed", "crash": _describe(error)}
+    return result
 
 
 def _save_random(name: str, folder: Path) -> None:
@@ -89,7 +83,7 @@ def _save_random(name: str, folder: Path) -> None:
         shutil.copy(path, folder)
 
 
-def _recipe(folder: Path, run_dir: Path, stage: int, packed: bool) -> Recipe:
+def _recipe(folder: Path, run_dir: Path, stage: int) -> Recipe:
     settings = [
         f"model.name={folder}",
         "model.init=pretrained",
@@ -103,26 +97,33 @@ def _recipe(folder: Path, run_dir: Path, stage: int, packed: bool) -> Recipe:
         "eval.every_steps=null",
         "eval.generate=null",
     ]
-    if not packed:
-        settings += ["data.packing=none", "batch.micro_batch_size=1"]
     return load_recipe(ROOT / "recipes" / "debug.yaml", settings)
 
 
-def _train_and_compare(folder: Path, run_dir: Path, stage: int, packed: bool) -> dict[str, float]:
-    recipe = _recipe(folder, run_dir, stage, packed)
+def _train_and_compare(folder: Path, run_dir: Path, stage: int) -> dict[str, Any]:
+    recipe = _recipe(folder, run_dir, stage)
     if dist.is_main():
         run_dir.mkdir()
         (run_dir / "recipe.yaml").write_text(recipe.to_yaml())
     tokenizer = load_tokenizer(recipe.model)
     engines.deepspeed.zero.Init.param_id = 0  # as in a process of its own
-    engine = build_engine(recipe, run_dir, tokenizer)
+    proofs: list[Proof] = []
+
+    def proved(*args: Any, **kwargs: Any) -> Proof:
+        proofs.append(prove_packing(*args, **kwargs))
+        return proofs[-1]
+
+    with mock.patch.object(build_engine, "prove_packing", proved):
+        engine = build_engine.build_engine(recipe, run_dir, tokenizer)
     model_flops(engine.module.model)
     steps = [documents(LENGTHS, VOCABULARY, seed) for seed in range(STEPS)]
     losses = []
     for ids in steps:
         weight = 1 / sum(len(d) - 1 for d in ids)
-        groups = [ids[:3], ids[3:]] if packed else [[d] for d in ids]
-        batches = [pack(g, [range(len(d) - 1) for d in g], [weight] * len(g)) for g in groups]
+        batches = [
+            pack(group, [range(len(d) - 1) for d in group], [weight] * len(group))
+            for group in (ids[:3], ids[3:])
+        ]
         done = engine.step(batches[dist.rank() :: dist.world_size()], LR, Clock(dist.device()))
         assert done.skipped is None
         losses += dist.sum_over_ranks([float(done.loss)])
@@ -142,7 +143,9 @@ def _train_and_compare(folder: Path, run_dir: Path, stage: int, packed: bool) ->
                 failure = error
     if dist.broadcast(failure is not None):  # so that all ranks go on alike
         raise failure or RuntimeError("rank 0 says why")
-    return dist.broadcast(outcome)
+    by_itself, mixers = proofs[0].by_itself, ", ".join(proofs[0].by_document)
+    works = "by document" if by_itself else "packed"
+    return {"works": works, "why": by_itself or mixers, f"zero{stage}": dist.broadcast(outcome)}
 
 
 def _compare_with_plain(
@@ -226,7 +229,7 @@ def main(path: str, names: list[str]) -> None:
     if Path(path).is_file():
         results |= json.loads(Path(path).read_text())
     with dist.process_group():
-        for name in names or KNOWN:
+        for name in names or [n for n, seen in results.items() if seen["works"] == "not run"]:
             root = Path(dist.broadcast(tempfile.mkdtemp() if dist.is_main() else None))
             results[name] = try_model(name, root)
             dist.barrier()

@@ -21,14 +21,14 @@ PyTorch, which runs each document alone; the export is loaded into transformers.
 written by it. The [families that people train](models.md) have a page of their own.
 
 - *packed*: losses, weights and the export's logits are plain PyTorch's.
-- *alone*: the same with `data.packing: none` and `batch.micro_batch_size: 1`; packed it is refused.
+- *by document*: the same, but a packed sequence runs document by document through the whole model.
 - *refused*: by one sentence.
 - *not built*: transformers' default configuration could not be shrunk.
 - *not run*: the sweep ended before it came to this one.
 
 {counts}
 
-| `model_type` | works | loss | weights | logits | why not packed |
+| `model_type` | works | loss | weights | logits | what is missing, or runs by document |
 |---|---|---|---|---|---|
 """
 
@@ -43,7 +43,7 @@ def page(results: dict[str, Any], version: str) -> str:
 
 def works(seen: dict[str, Any]) -> str:
     """Return how a model works, in the words of the page."""
-    if seen["works"] in ("packed", "alone") and any(over(seen)):
+    if seen["works"] in ("packed", "by document") and any(over(seen)):
         return "differs"
     return seen["works"]
 
@@ -58,7 +58,7 @@ def row(name: str, seen: dict[str, Any]) -> str:
     """Return a model's row, with the larger difference of the two stages."""
     stages = [seen[stage] for stage in ("zero0", "zero3") if stage in seen]
     largest = [f"{max(stage[what] for stage in stages):.0e}" if stages else "" for what in BOUNDS]
-    why = "" if seen["works"] == "packed" else seen.get("crash") or seen.get("why", "")
+    why = seen.get("crash") or seen.get("why", "")
     cells = [f"`{name}`", works(seen), *largest, why.replace("|", "/")[:160]]
     return f"| {' | '.join(cells)} |"
 

@@ -14,9 +14,13 @@ from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.estimate import choice
 from packhorse.trainer.estimate import model as estimated_model
-from packhorse.trainer.estimate.choice import choose_sequence, memory_by_mode, predict_memory
+from packhorse.trainer.estimate.choice import (
+    choose_sequence,
+    largest_micro_batch,
+    memory_by_mode,
+    predict_memory,
+)
 from packhorse.trainer.estimate.memory import GIB, Cluster
-from packhorse.trainer.estimate.model import largest_micro_batch
 from tests.models.shrunk import config_of
 from tests.ranks import ROOT
 from tests.unit.test_batch_plan import make_plan, some_flags

@@ -10,7 +10,7 @@ from packhorse.trainer.config.recipe import parse_recipe
 from packhorse.trainer.metrics import PARTS
 from tests.numerics.test_x6_layers import MODELS as WITH_LIGER
 from tests.ranks import ROOT
-from tests.unit.test_packing_check import MIXING, RIGHT
+from tests.unit.test_packing_check import BY_ITSELF, MIXING, RIGHT
 
 
 def test_the_recipe_reference_is_current() -> None:
@@ -90,7 +90,8 @@ def test_the_table_of_families_says_what_the_tests_prove() -> None:
     def kinds(column: int) -> set[str]:
         return {row[1].strip("`") for row in families if row[column].startswith("yes")}
 
-    assert kinds(2) == {config.model_type for config, _ in (*RIGHT.values(), *MIXING.values())}
+    packed = [config for config, _ in (*RIGHT.values(), *MIXING.values())]
+    assert kinds(2) == {config.model_type for config in (*packed, *BY_ITSELF.values())}
     assert kinds(3) == {config.model_type for config in WITH_LIGER.values()}
     named = {name for row in families for name in re.findall(r"`(\w+)`", row[-1])}
     ready = {path.stem for path in (ROOT / "recipes").glob("*.yaml")} - {"debug"}

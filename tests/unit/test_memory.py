@@ -14,6 +14,7 @@ import transformers
 from packhorse.trainer.config.recipe import ModelSection, Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import streamed_adamw
+from packhorse.trainer.estimate.choice import largest_micro_batch
 from packhorse.trainer.estimate.memory import (
     GIB,
     Cluster,
@@ -24,7 +25,6 @@ from packhorse.trainer.estimate.memory import (
 from packhorse.trainer.estimate.model import (
     Activations,
     build_empty_model,
-    largest_micro_batch,
     trace_activations,
 )
 from packhorse.trainer.estimate.report import (
@@ -106,6 +106,24 @@ def test_tiles_leave_out_what_widens(
     set_tiles(real, True)
     less = (saved - really_saved(real)) / SIZES["num_hidden_layers"]
     assert whole.layer - (planned.layer - of_tile - sums) == pytest.approx(less, rel=0.01)
+
+
+def test_experts_in_fp32_are_planned_to_the_byte(tmp_path: Path) -> None:
+    """Beside a model without experts: attention saves something else on a CPU."""
+    experts: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2}
+    configs = (
+        transformers.Qwen3Config(**WIDE),
+        transformers.Qwen3MoeConfig(**WIDE, **experts, moe_intermediate_size=24),
+    )
+    planned, saved = [], []
+    for config in configs:
+        config.architectures = None
+        config.save_pretrained(tmp_path)
+        section = ModelSection.model_validate({"name": str(tmp_path), "dtype": "float32"})
+        planned.append(trace_activations(build_empty_model(section), TOKENS)["none"].kept)
+        saved.append(really_saved(tiny(config)))
+    offsets = 4 * SIZES["num_hidden_layers"] * experts["num_experts"]  # of the groups, int32
+    assert planned[1] - planned[0] + offsets == saved[1] - saved[0]
 
 
 def test_selective_keeps_attention_and_what_widens() -> None:

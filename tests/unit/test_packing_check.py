@@ -140,6 +140,8 @@ def test_a_right_model_is_accepted_and_its_logits_are_known(name: str) -> None:
     seen = proof(tiny(config))
     print(f"{name}: hidden {seen.hidden_difference:.1e}, loss {seen.loss_difference:.1e}")
     assert seen.transform == transform
+    assert not seen.by_document
+    assert not seen.by_itself
     assert seen.hidden_difference < 1e-5
     assert seen.loss_difference < 1e-5
 
@@ -171,7 +173,7 @@ def test_a_deep_model_in_bf16_is_proved_within_the_rounding_of_its_own_two_ways(
 def test_control_a_deep_models_rounding_hides_no_defect(change: dict[str, Any]) -> None:
     with (
         with_backend(lambda arguments: arguments._replace(**change)),
-        pytest.raises(BadInput, match="one document"),
+        pytest.raises(BadInput, match=r"even for one document|not that of the model's own logits"),
     ):
         proof(tiny(DEEP, torch.bfloat16))
 
@@ -270,12 +272,11 @@ def test_idle_calls_for_the_other_ranks_change_nothing() -> None:
     assert all(torch.equal(gradients[name], own[name]) for name in own)
 
 
-def test_control_a_mixer_that_is_not_told_of_documents_is_refused() -> None:
-    with (
-        mock.patch.object(SftModel, "_documents_in_call", return_value=()),
-        pytest.raises(BadInput, match=r"MambaBlock.*data\.packing=none"),
-    ):
-        proof(tiny(MIXING["mamba"][0]))
+def test_control_a_mixer_that_is_not_told_of_documents_is_seen() -> None:
+    with mock.patch.object(SftModel, "_documents_in_call", return_value=()):
+        seen = proof(tiny(MIXING["mamba"][0]))
+    assert seen.by_document == ()
+    assert "MambaBlock" in seen.by_itself
 
 
 def test_generation_is_not_cut_into_a_batchs_documents() -> None:
@@ -292,11 +293,9 @@ def test_generation_is_not_cut_into_a_batchs_documents() -> None:
 
 @pytest.mark.parametrize("size", [None, 15])
 def test_control_other_chunks_are_caught(size: int | None) -> None:
-    with (
-        mock.patch.object(attention, "_chunk_size", return_value=size),
-        pytest.raises(BadInput, match="Llama4TextAttention masks its attention by more"),
-    ):
-        proof(tiny(LLAMA4))
+    with mock.patch.object(attention, "_chunk_size", return_value=size):
+        seen = proof(tiny(LLAMA4))
+    assert "Llama4TextAttention masks its attention by more" in seen.by_itself
 
 
 def test_control_chunks_counted_from_the_start_of_the_packed_sequence_are_caught() -> None:
@@ -308,20 +307,104 @@ def test_control_chunks_counted_from_the_start_of_the_packed_sequence_are_caught
     with (
         mock.patch.object(Bounds, "chunked", from_the_start),
         mock.patch.object(attention, "_compare_mask"),  # which sees it, too
-        pytest.raises(BadInput, match="does not keep packed documents apart"),
     ):
-        proof(tiny(LLAMA4))
+        assert "same document alone" in proof(tiny(LLAMA4)).by_itself
 
 
-BLOOM = tf.BloomConfig(vocab_size=160, hidden_size=32, n_layer=2, n_head=4)
+# BLOOM attends by code of its own; an indexer of DeepSeek V3.2 chooses 8 keys for each query, and
+# of GLM's layers the second takes the first one's; XGLM's positions count on over documents.
+SPARSE = {
+    **{"q_lora_rank": 16, "kv_lora_rank": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8},
+    **{"v_head_dim": 8, "index_topk": 8, "index_n_heads": 2, "index_head_dim": 16},
+    **{"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+    **{"moe_intermediate_size": 24, "head_dim": 8, "mlp_layer_types": ["dense", "sparse"]},
+    **SIZES,
+    "num_key_value_heads": 4,
+}
+BY_ITSELF: dict[str, Any] = {
+    "bloom": tf.BloomConfig(vocab_size=160, hidden_size=32, n_layer=2, n_head=4),
+    "deepseek 3.2": tf.DeepseekV32Config(**SPARSE),
+    "glm 5": tf.GlmMoeDsaConfig(**SPARSE, indexer_types=["full", "shared"]),
+    "xglm": tf.XGLMConfig(
+        **{"vocab_size": 160, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
+        **{"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0},
+    ),
+}
 
 
-def test_a_model_that_does_not_attend_through_packhorse_runs_one_document_by_itself() -> None:
-    with pytest.raises(BadInput, match=r"layer 0 \(BloomBlock\) does not keep .*packing=none"):
-        proof(tiny(BLOOM))
-    seen = proof(tiny(BLOOM), one_document=True)
-    assert seen.by_itself
+@pytest.mark.parametrize("name", BY_ITSELF)
+@pytest.mark.parametrize("one_document", [False, True])
+def test_a_model_that_cannot_attend_through_packhorse_attends_by_itself(
+    name: str, one_document: bool
+) -> None:
+    seen = proof(tiny(BY_ITSELF[name]), one_document=one_document)
     assert seen.hidden_difference < 1e-5
+    assert seen.by_itself
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("name", BY_ITSELF)
+def test_its_packed_gradients_are_those_of_the_model_without_packhorse(
+    name: str, recomputes: bool
+) -> None:
+    model = tiny(BY_ITSELF[name])
+    module = SftModel(model, LossSection(), 0, CPU)
+    packing_check.prove_packing(module, seq_len=128, one_document=False, seed=0)
+    ids = documents([9, 30, 9, 2])  # one is longer than the keys that an indexer chooses
+    weights = [0.1, 0.2, 0.3, 0.4]
+    if recomputes:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    trained = [list(range(len(d) - 1)) for d in ids]
+    loss, ours = loss_and_gradients(module, pack(ids, trained, weights))
+    model.zero_grad(set_to_none=True)
+    attention.set_implementation(model, "eager")
+    own = 0.0
+    for document, weight in zip(ids, weights):
+        logits = model(input_ids=document[None], use_cache=False).logits[0, :-1]
+        summed = torch.nn.functional.cross_entropy(logits, document[1:], reduction="sum") * weight
+        summed.backward()
+        own += summed.item()
+    assert loss == pytest.approx(own, rel=1e-6)
+    plain = {f"model.{n}": p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert ours.keys() == plain.keys()
+    # a bias of keys has none but rounding
+    floor = 1e-4 * max(float(gradient.norm()) for gradient in plain.values())
+    off = {
+        key: float((ours[key] - own).norm() / (own.norm() + floor)) for key, own in plain.items()
+    }
+    assert max(off.values()) < 1e-4
+
+
+def test_its_noise_and_its_routers_loss_are_those_of_the_documents_alone() -> None:
+    section = LossSection(neftune_alpha=5.0, router_aux=0.1)
+    module = SftModel(tiny(tf.Qwen3MoeConfig(**WIDE, **EXPERTS)), section, 0, CPU)
+    packing_check.prove_packing(module, seq_len=64, one_document=False, seed=0)
+    batch = pack(documents([9, 30, 9]), [[1, 2], [3], [4]], [0.5, 0.25, 0.25])
+    loss, own = loss_and_gradients(module, batch)
+    module.attends_by_itself = True
+    with mock.patch.object(SftModel, "_idle_calls", return_value=2):  # which have no effect
+        again, gradients = loss_and_gradients(module, batch)
+    assert again == pytest.approx(loss, rel=1e-6)
+    assert max(relative(gradients[key], own[key]) for key in own) < 1e-4
+
+
+def test_control_another_choice_of_keys_is_caught() -> None:
+    indexer = tf.models.deepseek_v32.modeling_deepseek_v32.DeepseekV32Indexer
+    choose, decode = indexer.forward, SftModel._decode_by_document
+
+    def first_keys(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        chosen = choose(self, *args, **kwargs)
+        return torch.arange(chosen.shape[-1], dtype=chosen.dtype).expand_as(chosen)
+
+    def decode_so(*args: Any, **kwargs: Any) -> Any:
+        with mock.patch.object(indexer, "forward", first_keys):
+            return decode(*args, **kwargs)
+
+    with (
+        mock.patch.object(SftModel, "_decode_by_document", decode_so),
+        pytest.raises(BadInput, match="asks attention for `indices`"),
+    ):
+        proof(tiny(BY_ITSELF["deepseek 3.2"]))
 
 
 def test_layers_with_several_streams_are_compared() -> None:
@@ -376,11 +459,24 @@ def no_boundaries(arguments: Arguments) -> Arguments:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_control_a_backend_without_boundaries_is_caught(dtype: torch.dtype) -> None:
+    with with_backend(no_boundaries):
+        seen = proof(tiny(RIGHT["llama"][0], dtype))
+    # the model then runs by its own attention
+    assert "layer 0 (LlamaDecoderLayer): its states differ" in seen.by_itself
+
+
+def test_a_kernel_that_mixes_what_the_reference_keeps_apart_is_refused() -> None:
+    right = attention_kernels.reference
+
+    def wrong(layer: str, q: Any, k: Any, v: Any, arguments: Arguments) -> torch.Tensor:
+        return right(layer, q, k, v, no_boundaries(arguments))
+
+    kernel = attention.as_attention_function(wrong)
     with (
-        with_backend(no_boundaries),
-        pytest.raises(BadInput, match=r"layer 0 \(LlamaDecoderLayer\) does not keep"),
+        mock.patch.dict(attention._FUNCTIONS, {"torch_varlen": kernel}),
+        pytest.raises(BadInput, match=r"apart through the backend torch_varlen .*=reference$"),
     ):
-        proof(tiny(RIGHT["llama"][0], dtype))
+        proof(tiny(RIGHT["llama"][0], backend="torch_varlen"))
 
 
 @pytest.mark.parametrize(
@@ -412,11 +508,8 @@ def test_control_positions_that_do_not_restart_are_caught() -> None:
         batch.position_ids.copy_(torch.arange(batch.input_ids.shape[0]) % 64)
         return right(self, batch)
 
-    with (
-        mock.patch.object(SftModel, "_decode", running_on),
-        pytest.raises(BadInput, match="GPT2"),
-    ):
-        proof(tiny(RIGHT["gpt-2"][0]))
+    with mock.patch.object(SftModel, "_decode", running_on):
+        assert "GPT2" in proof(tiny(RIGHT["gpt-2"][0])).by_itself
 
 
 def test_control_a_window_that_only_the_mask_knows_is_caught() -> None:
@@ -425,11 +518,9 @@ def test_control_a_window_that_only_the_mask_knows_is_caught() -> None:
     def forgets(*args: Any, sliding_window: int | None = None, **kwargs: Any) -> Any:
         return right(*args, **kwargs)
 
-    with (
-        mock.patch.object(attention, "_attend", forgets),
-        pytest.raises(BadInput, match="more than causality"),
-    ):
-        proof(tiny(RIGHT["mistral, window"][0], torch.bfloat16))
+    with mock.patch.object(attention, "_attend", forgets):
+        seen = proof(tiny(RIGHT["mistral, window"][0], torch.bfloat16))
+    assert "more than causality" in seen.by_itself
 
 
 def test_control_a_loss_that_is_not_the_models_is_caught() -> None:

@@ -13,7 +13,7 @@ from transformers import Gemma3Config
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model import reach
 from packhorse.trainer.model.lora import not_in_shards
-from packhorse.trainer.model.packing_check import longest_document
+from packhorse.trainer.model.probe_documents import longest_document
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from tests.model_helpers import WIDE, sft, tiny, tiny_llama
 
@@ -25,7 +25,9 @@ VISION = {
 
 def frozen_of(model: Any) -> set[str]:
     module = sft(model)
-    forward = partial(module.hidden_states, longest_document(module, 64, 0))
+    forward = partial(
+        module.hidden_states, longest_document(module.model.config.get_text_config(), 64, 0)
+    )
     return set(freeze_unreached(model, forward, not_in_shards))
 
 

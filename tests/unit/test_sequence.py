@@ -134,7 +134,7 @@ def test_queries_of_a_slice_have_the_keys_that_they_see(start: int, window: int 
     ("change", "said"),
     [
         ({"by_document": ("MambaBlock (why)",)}, "MambaBlock"),
-        ({"by_itself": True}, "its own code"),
+        ({"by_itself": "why"}, "its own code"),
         ({"is_random": True}, "dropout"),
     ],
 )

@@ -26,6 +26,7 @@ from packhorse.trainer.engine import compile_ops, zero_state
 from packhorse.trainer.engine.ds_config import for_deepspeed, nvme_offloads, stage_of
 from packhorse.trainer.engine.moments import moment_bytes
 from packhorse.trainer.engine.optim import (
+    reduce_leaves_once,
     replace_gradient_norm,
     set_learning_rates,
     shorten_gradient_sums,
@@ -216,6 +217,7 @@ class Engine:
         self._gradient_watch = None
         if self.stage == 3:
             self._gradient_watch = _GradientWatch(module)
+            reduce_leaves_once(self._engine)
             # DeepSpeed gathers a module's own weights before its forward, and those registered
             for borrower, weight in borrowed_weights(module):
                 deepspeed.zero.register_external_parameter(borrower, weight)
@@ -238,7 +240,7 @@ class Engine:
         set_learning_rates(self._optimizer, lr)
         loss_sum = torch.zeros((), device=dist.device())
         refused, router = None, self.module.router
-        before = router and router.sums()
+        before = router and router.sums
         for i, batch in enumerate(batches):
             is_last = i == len(batches) - 1
             with clock.part("forward"):
@@ -258,8 +260,8 @@ class Engine:
         if applied and self._ema_decay is not None:
             self.state.update_averages(self._ema_decay)
         skipped = None if applied else "the gradient norm is not finite"
-        if router and (refused or skipped):
-            router.restore(before)
+        if router and before and (refused or skipped):
+            router.sums = before
         return StepResult(loss_sum, norm, refused or skipped)
 
     def memory_dry_run(self, batches: Sequence[Batch]) -> None:
@@ -311,9 +313,8 @@ class Engine:
             return
         # parameters fetched ahead would be taken for gathered ones
         self._engine.empty_partition_cache()
-        optimizer = self._engine.optimizer
         # an engine without an optimizer has the offload object in the optimizer's place
-        offload = getattr(optimizer, "parameter_offload", optimizer)
+        offload = getattr(self._engine.optimizer, "parameter_offload", self._engine.optimizer)
         # DeepSpeed's forward hooks would cut each layer into shards again after its use
         hooks = [*offload.forward_hooks, *offload.backward_hooks]
         with gathered(self.module.parameters()), _without_hooks(self.module, hooks):
@@ -384,7 +385,6 @@ class _GradientWatch:
         self._names = set(trained)
         self._waiting = set(trained)
         for name, parameter in trained.items():
-            # returns None, which leaves the gradient as it is
             parameter.register_hook(lambda _, name=name: self._waiting.discard(name))
 
     def check(self) -> None:

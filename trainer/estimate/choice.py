@@ -13,8 +13,14 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.estimate.memory import GIB, Cluster, Memory, peak_memory
+from packhorse.trainer.estimate.model import build_empty_model, trace_activations
 from packhorse.trainer.estimate.report import checkpointing_modes, fill_template, inspect_model
 from packhorse.trainer.model.loss import choose_kernel
+
+# For `batch.micro_batch_size: auto`. Most of a GPU's memory is the training state's, and more
+# sequences are not worth any recomputation: activations may take this share of it.
+ACTIVATION_SHARE = 0.25
+MOST_TOKENS = 65_536  # of a micro-batch, by which products are large enough for any GPU
 
 
 def memory_by_mode(
@@ -91,3 +97,23 @@ def choose_sequence(
         "it: use more GPUs or a template that offloads more, set "
         "model.activation_checkpointing=offload, or lower batch.seq_len or batch.micro_batch_size"
     )
+
+
+def largest_micro_batch(recipe: Recipe, card: int) -> int:
+    """Return the largest power of two of packed sequences whose activations, with nothing
+    recomputed, fit ACTIVATION_SHARE of a GPU of `card` bytes.
+
+    It depends on neither the number of GPUs nor ZeRO's stage. It is 1 for a model that cannot be
+    planned.
+    """
+    batch = recipe.batch
+    try:
+        model = build_empty_model(recipe.model, recipe.adapter)
+        one = trace_activations(model, batch.seq_len, modes=("none",))["none"].kept
+    except BadInput as error:
+        dist.log.info("memory is not predicted: %s", error)
+        return 1
+    most = min(
+        int(ACTIVATION_SHARE * card / one), MOST_TOKENS // batch.seq_len, batch.global_batch_size
+    )
+    return 2 ** (max(most, 1).bit_length() - 1)

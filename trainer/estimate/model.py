@@ -18,8 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy
 
-from packhorse.trainer import dist
-from packhorse.trainer.config.recipe import AdapterSection, ModelSection, OptimSection, Recipe
+from packhorse.trainer.config.recipe import AdapterSection, ModelSection, OptimSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.moments import moment_bytes
 from packhorse.trainer.engine.optim import parameter_groups
@@ -41,12 +40,9 @@ from packhorse.trainer.model.load import load_config, model_class, persistent_bu
 from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
 from packhorse.trainer.model.quantisation import count_scale_bytes
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
+from packhorse.trainer.utils.lean_import import replaced
 
-# For `batch.micro_batch_size: auto`. Most of a GPU's memory is the training state's, and more
-# sequences are not worth any recomputation: activations may take this share of it.
-ACTIVATION_SHARE = 0.25
 MODES = ("none", "selective", "full", "offload")  # the least recomputation first
-MOST_TOKENS = 65_536  # of a micro-batch, by which products are large enough for any GPU
 
 # -------------------------------------------------------------------------------------------- sizes
 
@@ -135,13 +131,23 @@ def build_empty_model(section: ModelSection, adapter: AdapterSection | None = No
 @plan_failures_explained()
 def _run_decoder(model: Any, tokens: int) -> torch.Tensor:
     """Return what the model hands to its head of a document on the meta device, (T, H)."""
+    from transformers.integrations import moe
+
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     bounds = Bounds(torch.zeros(2, dtype=torch.int32, device="meta"), tokens, (tokens,))
-    with attention.found_by_all(bounds):
+    grouped = replaced(moe, "_can_use_grouped_mm", _is_grouped_on_meta)
+    with attention.found_by_all(bounds), grouped:
         out = decoder_of(model)(
             input_ids=ids, position_ids=ids, use_cache=False, document_bounds=bounds
         )
     return out.last_hidden_state[0]
+
+
+def _is_grouped_on_meta(_: torch.Tensor, weight: torch.Tensor, __: torch.Tensor) -> bool:
+    """Return whether torch knows the shape of experts' products without a device; transformers' own
+    loop saves the same for the backward, but for the groups' offsets, 4 bytes an expert.
+    """
+    return weight.dtype == torch.bfloat16
 
 
 def attention_shapes(model: Any) -> tuple[AttentionShape, ...]:
@@ -239,26 +245,6 @@ def trace_activations(
 def _largest_again(whole: list[int], kept: list[int]) -> int:
     """Return the most bytes that a layer saves whole beside those that it has kept."""
     return max((all_ - part for all_, part in zip(whole, kept, strict=True)), default=0)
-
-
-def largest_micro_batch(recipe: Recipe, card: int) -> int:
-    """Return the largest power of two of packed sequences whose activations, with nothing
-    recomputed, fit ACTIVATION_SHARE of a GPU of `card` bytes.
-
-    It depends on neither the number of GPUs nor ZeRO's stage. It is 1 for a model that cannot be
-    planned.
-    """
-    batch = recipe.batch
-    try:
-        model = build_empty_model(recipe.model, recipe.adapter)
-        one, _ = _trace_forward(model, batch.seq_len, "none")
-    except BadInput as error:
-        dist.log.info("memory is not predicted: %s", error)
-        return 1
-    most = min(
-        int(ACTIVATION_SHARE * card / one), MOST_TOKENS // batch.seq_len, batch.global_batch_size
-    )
-    return 2 ** (max(most, 1).bit_length() - 1)
 
 
 def _count_tile_bytes(model: Any, tokens: int) -> int:

@@ -53,7 +53,7 @@ def _split(whole: Callable[..., Any], lengths: Callable[[], tuple[int, ...]]) ->
             start, number = (end - length, length) if length else (0, documents[0])
             ours, named = _cut((args, kwargs), start, number, total)
             (pieces if length else idle).append(whole(*ours, **named))
-        return _with_gradient(_joined(pieces), idle)
+        return with_gradient(_joined(pieces), idle)
 
     return forward
 
@@ -82,7 +82,7 @@ def _joined(pieces: list[Any]) -> Any:
     return first
 
 
-def _with_gradient(output: Any, idle: list[Any]) -> Any:
+def with_gradient(output: Any, idle: list[Any]) -> Any:
     """Return the output, through which the calls without effect get a gradient of zero."""
     if not idle:
         return output

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from traceback import walk_tb
 from typing import Any
@@ -18,11 +18,7 @@ from packhorse.trainer.utils.text import one_line
 
 
 def require_positions(model: Any, longest: int) -> None:
-    """Check that the model has a position for each token of the longest document.
-
-    Raises:
-        BadInput: it looks positions up in a table, which is shorter.
-    """
+    """Raise BadInput if the model's table of positions is shorter than the longest document."""
     tables = [
         module.weight
         for name, module in decoder_of(model).named_modules()
@@ -45,11 +41,8 @@ def require_positions(model: Any, longest: int) -> None:
 
 
 def require_finite_weights(model: nn.Module) -> None:
-    """Name a weight that is not finite, which would look like a fault of the kernels.
-
-    Raises:
-        BadInput: there is one, on any rank.
-    """
+    """Raise BadInput if a weight on any rank is not finite, which would look like a fault of the
+    kernels."""
     # ZeRO-3 keeps this rank's share in ds_tensor
     bad = [
         name
@@ -61,6 +54,21 @@ def require_finite_weights(model: nn.Module) -> None:
             f"model.name: the weights have NaN or infinity in `{bad[0]}`"
             f"{f' and {len(bad) - 1} more tensors' if len(bad) > 1 else ''}; give an undamaged copy"
         )
+
+
+def draws_random_numbers(model: nn.Module, forward: Callable[[], Any]) -> bool:
+    """Return whether the forward of training draws random numbers; the model is left in training.
+
+    The generators are asked, as configurations name their randomness in many ways: a dropout, a
+    layer that is left out, the jitter of a router.
+    """
+    on_gpu = dist.device().type == "cuda"
+    model.train()
+    with torch.random.fork_rng([dist.device()] if on_gpu else []):
+        read = [torch.get_rng_state, *([torch.cuda.get_rng_state] if on_gpu else [])]
+        before = [state() for state in read]
+        forward()
+        return not all(torch.equal(state(), old) for state, old in zip(read, before))
 
 
 @contextmanager

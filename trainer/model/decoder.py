@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,11 +19,8 @@ WHOLE_LAYER = 2**28
 
 
 def decoder_of(model: Any) -> Any:
-    """Return the part of a causal language model that makes the hidden states for its head.
-
-    Raises:
-        BadInput: it has none: its forward does all by itself.
-    """
+    """Return the part of a causal language model that makes the hidden states for its head; raise
+    BadInput if its forward does all by itself."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     # transformers' own answer may be the whole model (Llama 4), its head (ModernBERT), or a part
     # that has the head (Llama 4 with its tower)
@@ -51,11 +49,13 @@ def whole_layers(model: Any) -> list[nn.Module]:
     """Return the decoder layers that ZeRO-3 gathers at once; see WHOLE_LAYER.
 
     None if a weight is frozen: where no input of a layer needs a gradient, DeepSpeed would reduce
-    the layer's gradients before they are there.
+    the layer's gradients before they are there. None of a model that has a list for each part of
+    its layers (XLM): what is found then is a norm, whose output may be changed in place.
     """
     if not all(p.requires_grad for p in model.parameters()):
         return []
-    return [layer for layer in decoder_layers(model) if num_weights(layer) <= WHOLE_LAYER]
+    layers = [layer for layer in decoder_layers(model) if list(layer.children())]
+    return [layer for layer in layers if num_weights(layer) <= WHOLE_LAYER]
 
 
 def num_weights(module: nn.Module) -> int:
@@ -90,24 +90,40 @@ def uncompiled(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def recorded_states(model: Any, positions: list[int], tokens: int) -> Iterator[list[torch.Tensor]]:
-    """Record the states of a sequence of `tokens`, after each layer and after the whole decoder.
+def recorded_states(
+    model: Any, positions: list[int], lengths: Sequence[int]
+) -> Iterator[list[torch.Tensor]]:
+    """Record the states of a sequence, after each layer and after the whole decoder.
 
     A state is (positions, H), where H holds all that a layer hands on for a token: some have
-    several streams, (streams, 1, T, H) or (1, T, streams, H).
+    several streams, (streams, 1, T, H) or (1, T, streams, H). They are there after the block.
+
+    Args:
+        positions: the tokens whose states are wanted, in order.
+        lengths: tokens of each call of the decoder, as one may run document by document.
     """
+    ends = list(accumulate(lengths))
+    places = [
+        [p - end + n for p in positions if end - n <= p < end] for n, end in zip(lengths, ends)
+    ]
+    calls: list[list[torch.Tensor]] = [[]]
     seen: list[torch.Tensor] = []
+    decoder = decoder_of(model)
 
     def hook(module: nn.Module, args: Any, output: Any) -> None:
-        state = output if isinstance(output, torch.Tensor) else output[0]
-        if tokens not in state.shape:
+        state, number = output if isinstance(output, torch.Tensor) else output[0], len(calls) - 1
+        if lengths[number] not in state.shape:
             raise BadInput(
-                f"{type(module).__name__} gives {tuple(state.shape)} for {tokens} tokens, which "
-                "packhorse cannot compare; take another model"
+                f"{type(module).__name__} gives {tuple(state.shape)} for {lengths[number]} tokens, "
+                "which packhorse cannot compare; take another model"
             )
-        seen.append(state.movedim(state.shape.index(tokens), 0)[positions].flatten(1))
+        axis = state.shape.index(lengths[number])
+        calls[-1].append(state.movedim(axis, 0)[places[number]].flatten(1))
+        if module is decoder:
+            calls.append([])
 
     with ExitStack() as hooks:
-        for module in [*decoder_layers(model), decoder_of(model)]:
+        for module in [*decoder_layers(model), decoder]:
             hooks.callback(module.register_forward_hook(hook).remove)
         yield seen
+    seen += [torch.cat(of_layer) for of_layer in zip(*calls[:-1], strict=True)]

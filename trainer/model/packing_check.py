@@ -16,17 +16,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from packhorse.trainer import dist
-from packhorse.trainer.datatypes import BadInput, Batch
+from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model import liger_layers
-from packhorse.trainer.model.attention import checked_masks, other_attention
-from packhorse.trainer.model.checks import raising_module, require_finite_weights
+from packhorse.trainer.model.attention import (
+    checked_masks,
+    implementation,
+    other_attention,
+    set_implementation,
+)
+from packhorse.trainer.model.checks import (
+    draws_random_numbers,
+    raising_module,
+    require_finite_weights,
+)
 from packhorse.trainer.model.decoder import decoder_layers, layer_name, recorded_states
 from packhorse.trainer.model.logit_transform import LogitTransform, measure_transform
 from packhorse.trainer.model.probe_documents import (
@@ -62,7 +71,7 @@ class Proof(NamedTuple):
     lengths: tuple[int, ...]
     transform: LogitTransform
     by_document: tuple[str, ...] = ()  # which modules run once for each document, and why
-    by_itself: bool = False  # the model attends by its own code, a document at a time
+    by_itself: str = ""  # why the model attends by its own code, a document at a time; or nothing
 
 
 class _Alone(NamedTuple):
@@ -74,16 +83,21 @@ class _Alone(NamedTuple):
 
 
 class _LayerDiffers(Exception):
-    """Which layer differs, by name and module, and how.
-
-    `attended` are the modules that had attended through our backend until then.
-    """
+    """Which layer differs and how. `attended`: modules that went through our backend until then."""
 
     def __init__(
         self, layer: str, how: str, module: nn.Module | None, attended: set[nn.Module]
     ) -> None:
         super().__init__(how)
         self.layer, self.module, self.attended = layer, module, attended
+
+
+class _LossDiffers(BadInput):
+    """The loss is not the model's own; `attended` as above."""
+
+    def __init__(self, how: str, attended: set[nn.Module]) -> None:
+        super().__init__(how)
+        self.attended = attended
 
 
 @torch.no_grad()
@@ -103,6 +117,7 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
     """
     training = sft.training
     by_document: tuple[str, ...] = ()
+    why = ""
     sft.eval()
     try:
         sft.transform = measure_transform(sft.model)
@@ -110,22 +125,24 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
         alone = [_run_alone(sft.model, ids) for ids in documents]
         try:
             # Not last: under ZeRO-3 it frees the small weights that the other forwards keep whole.
-            sft.is_random = _draws_random_numbers(sft, pack_documents(documents[:1]))
+            forward = partial(sft.hidden_states, pack_documents(documents[:1]))
+            draws = partial(draws_random_numbers, sft, forward)
+            sft.is_random = sft.by_either_attention(draws)
             sft.eval()
             if one_document:
                 worst = _compare_each(sft, documents, alone)
             else:
-                worst, by_document = _compare_splitting(sft, documents, alone)
+                worst, by_document, why = _compare_packed(sft, documents, alone)
         except (_LayerDiffers, BadInput) as difference:
             require_finite_weights(sft.model)
-            advice = _advise(sft, difference, documents, alone, one_document)
-            raise BadInput(advice) from None
+            raise BadInput(_advise(sft, difference)) from None
     finally:
         sft.train(training)
     hidden, loss = (max(values) for values in zip(*worst))
-    return Proof(
-        hidden, loss, tuple(map(len, documents)), sft.transform, by_document, sft.attends_by_itself
-    )
+    lengths = tuple(map(len, documents))
+    if sft.attends_by_itself:
+        why = why or "packhorse's kernels do not serve it"
+    return Proof(hidden, loss, lengths, sft.transform, by_document, why)
 
 
 # ------------------------------------------------------------------------------------- the two ways
@@ -155,7 +172,7 @@ def _run_own(
     with (
         liger_layers.plain(model),
         other_attention(model, own_attention),
-        recorded_states(model, compared_positions(ids.shape[0]), ids.shape[0]) as states,
+        recorded_states(model, compared_positions(ids.shape[0]), [ids.shape[0]]) as states,
     ):
         out = model(input_ids=ids.unsqueeze(0), use_cache=False, **fewer_logits)
     logits = out.logits[0, -trained - 1 : -1].float()
@@ -170,13 +187,14 @@ def _run_packed(
     The third value are the modules that attended through our backend.
     """
     batch = pack_documents(documents)
+    calls = batch.lengths if sft.attends_by_itself else [len(batch.input_ids)]
     starts = batch.cu_seqlens.tolist()
     positions = [start + i for start, tokens in zip(starts, compared) for i in tokens]
     attended: set[nn.Module] = set()
     try:
         with (
             checked_masks(sft.model) as attended,
-            recorded_states(sft.model, positions, len(batch.input_ids)) as states,
+            recorded_states(sft.model, positions, calls) as states,
         ):
             loss = float(sft(batch))
     except (BadInput, torch.OutOfMemoryError):
@@ -191,6 +209,44 @@ def _run_packed(
 
 
 # --------------------------------------------------------------------------------------- comparison
+
+
+def _compare_packed(
+    sft: SftModel, documents: Sequence[torch.Tensor], alone: Sequence[_Alone]
+) -> tuple[list[tuple[float, float]], tuple[str, ...], str]:
+    """Compare packed documents; let a model that mixes them run document by document.
+
+    Returns:
+        The largest differences, which modules run by document and why, and why the model does.
+    """
+    try:
+        return *_compare_splitting(sft, documents, alone), ""
+    except (_LayerDiffers, BadInput) as error:
+        difference = error
+    if isinstance(difference, _LayerDiffers) and difference.attended:
+        _require_innocent_kernel(sft, difference, documents, alone)
+    _compare_each(sft, documents, alone)  # a kernel that is wrong for these, too, ends here
+    sft.attends_by_itself = True
+    layer = f"{difference.layer}: " if isinstance(difference, _LayerDiffers) else ""
+    return [_compare(sft, documents, alone)], (), f"{layer}{difference}"
+
+
+def _require_innocent_kernel(sft: SftModel, difference: _LayerDiffers, *documents: Any) -> None:
+    """Refuse a kernel that mixes documents which the reference keeps apart."""
+    backend, reference = sft.model.config._attn_implementation, implementation("reference")
+    if backend == reference:
+        return
+    set_implementation(sft.model, reference)
+    try:
+        _compare(sft, *documents)
+    except (_LayerDiffers, BadInput):
+        set_implementation(sft.model, backend)
+        return
+    raise BadInput(
+        f"{difference.layer} does not keep packed documents apart through the backend "
+        f"{backend.removeprefix('packhorse_')} ({difference}), and does through reference: set "
+        "model.attention=reference"
+    )
 
 
 def _compare_splitting(
@@ -232,7 +288,7 @@ def _compare_each(
     try:
         return [_compare(sft, [ids], [own]) for ids, own in zip(documents, alone)]
     except (_LayerDiffers, BadInput) as error:
-        if isinstance(error, _LayerDiffers) and error.attended:
+        if getattr(error, "attended", None):
             raise
         sft.attends_by_itself = True
         try:
@@ -273,11 +329,12 @@ def _compare(
     off = abs(loss - own_loss) / max(1.0, abs(own_loss))
     # written so that a NaN fails, too
     if not off <= loss_allowed:
-        raise BadInput(
+        raise _LossDiffers(
             f"{type(sft.model).__name__}: the loss made from the hidden states ({loss:.6g}) is not "
             f"that of the model's own logits ({own_loss:.6g}), though its layers agree: it does "
             "something between backbone and head that packhorse cannot measure; this model cannot "
-            "be trained here"
+            "be trained here",
+            attended,
         )
     return worst, off
 
@@ -302,27 +359,6 @@ def _require_isolation(sft: SftModel, documents: Sequence[torch.Tensor], allowed
         _require_close(sft.model, layer, attended, difference, allowed, what)
 
 
-def longest_document(sft: SftModel, seq_len: int, seed: int) -> Batch:
-    """Return the check's longest document alone, which reaches past the windows of all layers."""
-    documents = random_documents(sft.model.config.get_text_config(), seq_len, seed)
-    return pack_documents(documents[1:2])
-
-
-def _draws_random_numbers(sft: SftModel, batch: Batch) -> bool:
-    """Return whether the forward of training draws random numbers.
-
-    The generators are asked, as configurations name their randomness in many ways: a dropout, a
-    layer that is left out, the jitter of a router.
-    """
-    on_gpu = dist.device().type == "cuda"
-    sft.train()
-    with torch.random.fork_rng([dist.device()] if on_gpu else []):
-        read = [torch.get_rng_state, *([torch.cuda.get_rng_state] if on_gpu else [])]
-        before = [state() for state in read]
-        sft.hidden_states(batch)
-        return not all(torch.equal(state(), old) for state, old in zip(read, before))
-
-
 def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Return the relative difference of a document's states, (tokens, H) each; see TOLERANCE."""
     ours, exact = ours.float(), theirs.float()
@@ -344,30 +380,10 @@ def _require_close(
         raise _LayerDiffers(layer_name(model, layer), how, module, attended)
 
 
-def _advise(
-    sft: SftModel,
-    difference: _LayerDiffers | BadInput,
-    documents: Sequence[torch.Tensor],
-    alone: Sequence[_Alone],
-    one_document: bool,
-) -> str:
-    """Return which layer differs, and whether documents one by one would do."""
-    if not one_document:
-        try:
-            _compare_each(sft, documents, alone)
-        except (_LayerDiffers, BadInput):
-            one_document = True  # packing is not to blame
-    one_by_one = (
-        "set data.packing=none and batch.micro_batch_size=1, so that every micro-batch is one "
-        "document"
-    )
+def _advise(sft: SftModel, difference: _LayerDiffers | BadInput) -> str:
+    """Return which layer differs, even for a document alone, and what may help."""
     if isinstance(difference, BadInput):
-        return str(difference) if one_document else f"{difference}; or {one_by_one}"
-    if not one_document:
-        return (
-            f"{difference.layer} does not keep packed documents apart ({difference}): "
-            f"{one_by_one}, or take another model"
-        )
+        return str(difference)
     backend = sft.model.config._attn_implementation.removeprefix("packhorse_")
     fused = liger_layers.is_fused(sft.model)
     other = [

@@ -36,6 +36,11 @@ def random_documents(config: Any, seq_len: int, seed: int) -> list[torch.Tensor]
     ]
 
 
+def longest_document(config: Any, seq_len: int, seed: int) -> Batch:
+    """Return the check's longest document alone, which reaches past the windows of all layers."""
+    return pack_documents(random_documents(config, seq_len, seed)[1:2])
+
+
 # What the keys of lengths are called beyond which a model acts otherwise: windows and chunks of
 # attention, the length that its positions were first trained for, the tokens that sparse attention
 # chooses, the position from which it scales queries.

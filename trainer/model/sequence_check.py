@@ -80,7 +80,7 @@ def _refusal(sft: SftModel, proof: Proof) -> str | None:
 
 def _run(sft: SftModel, batch: Batch, compared: list[int]) -> tuple[list[torch.Tensor], float]:
     """Return the compared tokens' states after each layer, and the loss."""
-    with recorded_states(sft.model, compared, batch.input_ids.shape[0]) as states:
+    with recorded_states(sft.model, compared, [batch.input_ids.shape[0]]) as states:
         loss = float(sft(batch))
     return states, loss
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
-from types import MethodType
-from typing import Any
+from types import MethodType, SimpleNamespace
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,13 +25,15 @@ from packhorse.trainer.datatypes import BadInput, Batch
 from packhorse.trainer.model import attention
 from packhorse.trainer.model.activation_offload import host_memory
 from packhorse.trainer.model.attention import SequenceGroup, found_by_all, keyword_arguments
-from packhorse.trainer.model.by_document import split_calls
+from packhorse.trainer.model.by_document import split_calls, with_gradient
 from packhorse.trainer.model.decoder import decoder_of
 from packhorse.trainer.model.logit_transform import LogitTransform
 from packhorse.trainer.model.loss import choose_kernel, linear_cross_entropy
 from packhorse.trainer.model.neftune import document_noise
 from packhorse.trainer.model.rotary import make_tables_by_document
 from packhorse.trainer.model.router_loss import RouterLoss
+
+Result = TypeVar("Result")
 
 
 class SftModel(nn.Module):
@@ -119,23 +122,63 @@ class SftModel(nn.Module):
         self._batch = batch
         if self._undo_split:
             self._calls = (*batch.lengths, *[0] * self._idle_calls(len(batch.lengths)))
-        ids, bounds = batch.input_ids.unsqueeze(0), {}
-        if not self.attends_by_itself:
-            bounds = {
-                "position_ids": batch.position_ids.unsqueeze(0),
-                **keyword_arguments(batch, self._group),
-            }
         # checkpointed layers save by hooks of their own, which take precedence inside them; outside
         # of training they are not checkpointed, and no backward gives back what would be held
         on_host = self._host.holding() if self._host and self.model.training else nullcontext()
+        bounds = {} if self.attends_by_itself else keyword_arguments(batch, self._group)
         try:
             with on_host, found_by_all(bounds.get("document_bounds")):
-                return decoder_of(self.model)(input_ids=ids, use_cache=False, **bounds, **wanted)
+                if self.attends_by_itself:
+                    return self._decode_by_document(batch, **wanted)
+                return decoder_of(self.model)(
+                    input_ids=batch.input_ids.unsqueeze(0),
+                    position_ids=batch.position_ids.unsqueeze(0),
+                    use_cache=False,
+                    **bounds,
+                    **wanted,
+                )
         finally:
             # other forwards of the model, as in generation, get no noise
             self._batch = None
             if not torch.is_grad_enabled():  # else a backward may recompute layers
                 self._calls = ()
+
+    def _decode_by_document(self, batch: Batch, **wanted: bool) -> Any:
+        """Run the decoder once for each document, which its own code takes for a sequence."""
+        ids = batch.input_ids.split(batch.lengths)
+        idle_calls = self._idle_calls(len(ids))  # it asks the other ranks: before anything else
+
+        def decode(number: int) -> Any:
+            length, key = batch.lengths[number], batch.document_keys[number]
+            self._batch = replace(batch, lengths=(length,), document_keys=(key,))  # for the noise
+            document = ids[number].unsqueeze(0)
+            return decoder_of(self.model)(input_ids=document, use_cache=False, **wanted)
+
+        outputs = [decode(number) for number in range(len(ids))]
+        idle = [decode(0).last_hidden_state for _ in range(idle_calls)]
+        routers = [out.router_logits for out in outputs] if wanted else []
+        return SimpleNamespace(
+            last_hidden_state=with_gradient(
+                torch.cat([out.last_hidden_state for out in outputs], dim=1), idle
+            ),
+            # (T, E) or (1, T, E) of each layer
+            router_logits=tuple(torch.cat(of_layer, dim=-2) for of_layer in zip(*routers)),
+        )
+
+    def by_either_attention(self, run: Callable[[], Result]) -> Result:
+        """Return `run()`: by the model's own attention, if it fails through packhorse's."""
+        try:
+            return run()
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            if self.attends_by_itself:
+                raise
+        self.attends_by_itself = True
+        try:
+            return run()
+        finally:
+            self.attends_by_itself = False
 
     @property
     def attends_by_itself(self) -> bool:
