@@ -53,6 +53,19 @@ def test_experts_merge_into_the_model_that_acts_alike(model_type: str) -> None:
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.parametrize("model_type", ["llama4_text", "phimoe"])
+@pytest.mark.parametrize("base", [None, "int8"])
+def test_a_router_that_is_a_kind_of_linear_module_stays_as_it_is(
+    model_type: str, base: str | None
+) -> None:
+    """Its forward returns a choice of experts, to which nothing can be added."""
+    model = adapted(model_of(model_type), target_parameters="all-experts", base=base)
+    routers = {n for n, m in model.named_modules() if "Router" in type(m).__name__}
+    assert routers
+    assert not [n for n, _ in model.named_parameters() if "router" in n and ".lora_" in n]
+    assert logits(model).isfinite().all()
+
+
 def test_every_expert_has_an_adapter_of_its_own() -> None:
     model = adapted(model_of("qwen3_moe"), target_parameters=["experts.down_proj"])
     (a,) = {p.shape for n, p in model.named_parameters() if "experts.lora_A" in n}
