@@ -136,11 +136,12 @@ def _in_place(owner: nn.Module, makers: Mapping[str, Maker]) -> Iterator[None]:
         made = vars(owner)[name] = make(0, experts)
         notes[made.untyped_storage()._cdata] = (make, made.numel() // experts)
     # Hooks do not stack: those around ours, of activation checkpointing for one, get the rest.
-    around: Any = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    autograd: Any = vars(torch._C)["_autograd"]
+    around = autograd._top_saved_tensors_default_hooks(True)
 
     def pack(tensor: torch.Tensor) -> Any:
         if note := notes.get(tensor.untyped_storage()._cdata):
-            return _Made(*note, tensor.shape, tensor.stride(), tensor.storage_offset())
+            return _Made(*note, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
         if around:
             return around[0](tensor)
         # an operation that kept its own output would never be freed
