@@ -44,7 +44,8 @@ def packable_experts(model: Any, base: str | None) -> dict[str, nn.Parameter]:
 
 def make_where_they_run(model: nn.Module) -> None:
     """Let quantised experts, and those with an adapter, run with weights made for each call."""
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         own = module.named_parameters(recurse=False)
         if wraps_parameter(module):
             if len(shape(module.get_param())) == 3:  # not a router's, which peft wraps in AFMoE
