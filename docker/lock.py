@@ -28,20 +28,31 @@ def name_of(block: str) -> str:
 
 def resolve(*extras: str) -> list[str]:
     """Return the locked packages of packhorse with some extras: each its line and its hashes."""
-    options = ["--generate-hashes", "--universal", "--no-header", "--no-annotate", "--quiet"]
-    options += ["--constraints=constraints.txt", "--python-version=3.10"]
+    options = ["--universal", "--python-version=3.10"]
     options += [f"--no-emit-package={name}" for name in ELSEWHERE]
     options += [f"--extra={extra}" for extra in extras]
-    command = [sys.executable, "-m", "uv", "pip", "compile", *options, "pyproject.toml"]
-    text = subprocess.check_output(command, cwd=ROOT, text=True)
+    text = compiled(*options, "pyproject.toml")
     return re.findall(r"^\S.*\n(?: .*\n)*", text, re.MULTILINE)
 
 
+def source(name: str) -> str:
+    """Return a package's line with the hash of its source, which is built against this torch."""
+    return compiled("--no-deps", f"--no-binary={name}", "--no-build-isolation", "-", given=name)
+
+
+def compiled(*options: str, given: str | None = None) -> str:
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--constraints=constraints.txt"]
+    command += ["--generate-hashes", "--no-header", "--no-annotate", "--quiet", *options]
+    return subprocess.check_output(command, cwd=ROOT, text=True, input=given)
+
+
 def lists() -> dict[str, list[str]]:
-    """Return the packages of each file, in the order in which the Dockerfile installs them."""
+    """Return the packages of each file."""
     everywhere = {name_of(block) for block in resolve("math")}
     gpu = {name_of(block) for block in resolve("math", "gpu", "qlora")}
     found: dict[str, list[str]] = {"common": [], "cuda": [], "deepspeed": [], "flash-attn": []}
+    found["flash-attn-source"] = [source("flash-attn")]
+    found["hybrid-source"] = [source("causal-conv1d")]
     found["hybrid"] = [b for b in resolve("gpu", "hybrid") if name_of(b) not in gpu]
     for block in resolve("math", "gpu", "qlora", "flash-attn"):
         name = name_of(block)

@@ -134,7 +134,7 @@ class Agent(LocalElasticAgent):
     def _exit_barrier(self) -> None:
         self._is_done = True
         try:
-            super()._exit_barrier()  # pyright: ignore[reportCallIssue]
+            super()._exit_barrier()
         finally:
             self._is_done = False
 

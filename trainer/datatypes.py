@@ -102,8 +102,15 @@ class Prompt(NamedTuple):
     input_ids: list[int]  # end with the generation prompt
     text: str  # input_ids, decoded
     reference: str  # the answer
-    conversation: Conversation  # with the answer's turn
+    conversation: Conversation  # with the answer's turn, and those after it
     row: Mapping[str, Any]  # as it is in the file
+
+    @property
+    def asked(self) -> tuple[Message, ...]:
+        """The turns before the answer, which is the assistant's last one."""
+        turns = self.conversation.messages
+        answers = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
+        return turns[: answers[-1]]
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ from packhorse.trainer.checkpoint.best import Best, last_step
 from packhorse.trainer.checkpoint.export_folder import describe
 from packhorse.trainer.checkpoint.hf_export import save_description
 from packhorse.trainer.checkpoint.hub import check_push, push_run
-from packhorse.trainer.checkpoint.manifest import RunState, point_at_best
+from packhorse.trainer.checkpoint.manifest import RunState
 from packhorse.trainer.checkpoint.mirror import Mirror, open_mirror
-from packhorse.trainer.checkpoint.saver import Saver
+from packhorse.trainer.checkpoint.saver import Saver, settle
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.leakage import check_leakage
@@ -264,7 +264,8 @@ def conclude(prepared: PreparedRun, run: TrainingRun, best: Best, outcome: Outco
         if outcome.end == "early":
             dist.log.info("eval.early_stopping ends the run after step %d", outcome.step)
         # The last evaluation may have chosen the last step as the best.
-        point_at_best(run_dir / "checkpoints", best.step)
+        root, keep = run_dir / "checkpoints", prepared.recipe.checkpoint.keep
+        settle(root, outcome.step, best.step, keep, prepared.mirror)
         speed, skipped = metrics.tokens_per_s, len(run.guard.skipped_steps)
         rest_s = metrics.clock.read()  # the last checkpoint and evaluation
         run_folder.write_summary(run_dir, outcome.step, speed, skipped, rest_s, best.summary())

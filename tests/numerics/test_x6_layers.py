@@ -119,7 +119,7 @@ def main() -> None:
     seen["later"] = of_a_model_made_later()
     seen["recomputed"] = recomputed_difference()
     # the control: queries and keys, which Liger's rotary kernel writes into, are kept as well
-    with mock.patch.object(activation_checkpointing, "_WIDENING", {"q_proj", "k_proj"}):
+    with mock.patch.object(activation_checkpointing, "WIDENING", {"q_proj", "k_proj"}):
         seen["rotated twice"] = recomputed_difference()
     seen["proved"] = [refusal(MODELS["llama"]), refusal(MODELS["gemma 2"])]
 

@@ -14,9 +14,11 @@ The trainer knows nothing of this: tests/runs/points.py patches a function in th
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -29,6 +31,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import psutil
 
 from packhorse.trainer.checkpoint import checkpoint
 from tests.ranks import ROOT
@@ -46,6 +50,7 @@ class ForkServer:
     """The process that forks ranks. Use it in `with`."""
 
     hits = 0  # victims of the last order
+    cpu_s = 0.0  # that a rank of it computed
 
     def __enter__(self) -> ForkServer:
         self._folder = tempfile.TemporaryDirectory()
@@ -72,7 +77,7 @@ class ForkServer:
         """Return the ranks' exit codes, negative for the signal that killed one."""
         self._process.stdin.write(json.dumps(asdict(order)) + "\n")
         self._process.stdin.flush()
-        codes, self.hits = json.loads(self._process.stdout.readline())
+        codes, self.hits, self.cpu_s = json.loads(self._process.stdout.readline())
         return codes
 
 
@@ -141,7 +146,8 @@ def logged(run_dir: Path, besides: tuple[str, ...] = ()) -> list[dict[str, Any]]
 
 
 def assert_same(run_dir: Path, reference: Path, besides: tuple[str, ...] = ()) -> None:
-    """Assert that two runs logged the same, and that their last checkpoints have the same bytes.
+    """Assert that two runs logged the same, and that their last checkpoints have the same bytes and
+    stand alone.
 
     `checkpoint.find` verifies every byte against the manifest.
 
@@ -153,7 +159,10 @@ def assert_same(run_dir: Path, reference: Path, besides: tuple[str, ...] = ()) -
     assert found
     assert expected
     assert found[1] == expected[1]
-    assert not list((run_dir / "checkpoints").glob(".*")), "what the kill left is still there"
+    names = {path.name for path in found[0].parent.iterdir()} - {"best"}
+    assert names <= {"latest", found[0].name}, "what the kill left is still there"
+    if "latest" in names:  # not in a copy of a run's mirror
+        assert found[0].with_name("latest").read_text() == found[0].name
 
 
 # --------------------------------------------------------------------------------- the fork server
@@ -163,11 +172,16 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # libraries print to stdout
 
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure  # noqa: F401
     import torch.utils.tensorboard  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    import packhorse.trainer.checkpoint.universal
+    import packhorse.trainer.cli.main
     import packhorse.trainer.train  # noqa: F401
 
+    gc.freeze()  # what is imported is shared by all ranks, and garbage of none
     for line in sys.stdin:
         values = json.loads(line)
         order = Order(**{**values, "point": Point(**values["point"]) if values["point"] else None})
@@ -175,61 +189,76 @@ def main() -> None:
         answers.flush()
 
 
-def _live(order: Order) -> tuple[list[int], int]:
-    """Start ranks; return their exit codes, and how many victims there were."""
+def _live(order: Order) -> tuple[list[int], int, float]:
+    """Start ranks; return their exit codes, how many victims there were, and the CPU seconds of a
+    rank with its children."""
     threads = os.listdir("/proc/self/task")
     assert len(threads) == 1, f"{len(threads)} threads: it is not safe to fork"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    before_s = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     pids = [_fork(order, rank, port) for rank in range(order.world)]
     hits = 0
     if order.victims:
         while order.after_file and not Path(order.after_file).exists():
             time.sleep(0.01)
-        time.sleep(order.after_s)
+        _wait(pids[order.victims[0]], order)
         hits = sum(_strike(pids[rank], order) for rank in order.victims)
     if order.freeze and hits:
         _orphans.extend(pids)
         thaw = ["sh", "-c", f"sleep {THAW_S}; kill -CONT {' '.join(map(str, pids))}"]
         subprocess.Popen(thaw)
-        return [-signal.SIGSTOP] * order.world, hits
+        return [-signal.SIGSTOP] * order.world, hits, 0.0
     codes = _codes(pids)
     if _orphans:
         _codes(_orphans)  # what they still do, they do before the run is looked at
         _orphans.clear()
-    return codes, hits
+    cpu_s = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - before_s
+    return codes, hits, cpu_s / order.world
 
 
 _orphans: list[int] = []  # frozen ranks of earlier orders
+
+
+def _wait(pid: int, order: Order) -> None:
+    """Wait for the moment of the strike, or until the rank has ended."""
+    process, limit = psutil.Process(pid), time.monotonic() + LIMIT_S
+    while sum(process.cpu_times()[:2]) < order.after_cpu_s and time.monotonic() < limit:
+        if _has_ended(pid):
+            return
+        time.sleep(0.005)
+    if not order.children:
+        time.sleep(order.after_s)
+
+
+def _has_ended(pid: int) -> bool:
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _strike(pid: int, order: Order) -> bool:
     """Kill or freeze a rank, or kill one of the processes that it has started, if there is any."""
     if order.children:
         return _kill_child(pid, order.after_s)
-    if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-        return False  # it has ended
+    if _has_ended(pid):
+        return False
     os.kill(pid, signal.SIGSTOP if order.freeze else signal.SIGKILL)
     return True
 
 
-def _kill_child(pid: int, after_s: float) -> bool:
-    """Wait until a rank has started a process or has ended; then kill one within a second."""
-    import psutil
-
-    rank = psutil.Process(pid)
-    with suppress(psutil.NoSuchProcess):
-        while not rank.children():
-            if rank.status() == psutil.STATUS_ZOMBIE:
-                return False
-            time.sleep(0.01)
-        time.sleep(random.uniform(0.0, 1.0))
-        found = rank.children(recursive=True)
-        if found:
-            random.choice(found).kill()
-            time.sleep(after_s)
-        return bool(found)
+def _kill_child(pid: int, most_s: float) -> bool:
+    """Kill one of the processes that a rank has started, at a random moment of their first seconds,
+    at most `most_s`; return False if the rank has ended before."""
+    while not _has_ended(pid):
+        with suppress(psutil.NoSuchProcess):
+            found = psutil.Process(pid).children(recursive=True)
+            if found:
+                time.sleep(random.uniform(0.0, most_s))
+                victim = random.choice(found)
+                if victim.is_running() and victim.status() != psutil.STATUS_ZOMBIE:
+                    victim.kill()
+                    return True
+        time.sleep(0.01)
     return False
 
 

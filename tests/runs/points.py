@@ -46,9 +46,11 @@ class Order:
     fill: bool = False  # likewise, but fills the disk of the run folder
     leave_kib: int = 0  # and leaves so much
     victims: Sequence[int] = field(default_factory=list)  # or: these ranks die
-    after_s: float = 0.0  # so long after the start, or after this file has come
+    after_s: float = 0.0  # so long after the start, or after this file has come,
+    after_cpu_s: float = 0.0  # and after the first of them has computed for so long
     after_file: str | None = None
-    children: bool = False  # not the ranks die, but each time a process that the victim has started
+    # not the ranks die, but each time a process that the victim has started, within after_s
+    children: bool = False
     freeze: bool = False  # they do not die, but stand still for THAW_S; the order ends
     environ: dict[str, str] = field(default_factory=dict)  # of the ranks, see tests/faults.cpp
     export: str | None = None  # what the ranks do: not train, but export the run to this folder

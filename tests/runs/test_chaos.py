@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests import chaos
+from tests.power_cut import drop_unsynced, sizes
 from tests.runs.killed import KILLED, ForkServer, Point, Run, assert_same
 
 pytestmark = pytest.mark.runs
@@ -29,10 +30,10 @@ def test_a_power_cut_after_an_evaluation_takes_none_of_its_lines(
     whole: dict[int, Path], run: Run, step: int
 ) -> None:
     """It is not repeated, so its line in metrics.jsonl must be on the disk before."""
-    before, journal = chaos.sizes(run.folder), run.folder.with_name("synced")
+    before, journal = sizes(run.folder), run.folder.with_name("synced")
     environ = {"FAULT_FOLDER": str(run.folder), "FAULT_SYNCED": str(journal)}
     point = Point("record", f"record {step}", after=True)
     assert run.start(1, point, environ=environ) == [KILLED], run.log_tail
-    chaos.drop_unsynced(run.folder, before, journal)
+    drop_unsynced(run.folder, before, journal)
     run.finish(1)
     assert_same(run.folder, whole[1])

@@ -62,6 +62,7 @@ MEANWHILE = {
 ELSEWHERE = {
     "while the first checkpoint is written": Point("fsync", "saving-step-000002/rank00000-000"),
     "while the last checkpoint is published": Point("rename", "/step-000006"),
+    "after the last checkpoint is published": Point("rename", "/step-000006", after=True),
     "while the last but one is removed": Point("unlink", "removing-step-000004"),
     "before the recipe is written": Point("replace", "/recipe.yaml"),
     "while the model is loaded": Point("load"),

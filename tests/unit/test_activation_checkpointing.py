@@ -83,7 +83,7 @@ def test_selective_repeats_a_quarter_of_a_forward_at_most() -> None:
 
 
 def test_control_without_the_feed_forward_more_is_repeated() -> None:
-    with mock.patch.object(activation_checkpointing, "_WIDENING", set()):
+    with mock.patch.object(activation_checkpointing, "WIDENING", set()):
         assert repeated("selective") > 0.4
 
 

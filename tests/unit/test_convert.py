@@ -295,3 +295,10 @@ def test_a_split_of_a_local_folder_stays() -> None:
         {"path": "./data", "split": "test", "data_files": "test-*.jsonl"},
         {"path": "./x"},
     ]
+
+
+def test_a_key_of_an_adapter_makes_none_where_all_weights_are_trained() -> None:
+    given = {"model_name_or_path": "x", "finetuning_type": "full", "additional_target": "lm_head"}
+    recipe, notes = convert(given, "LLaMA-Factory", 1)
+    assert "adapter" not in recipe
+    assert any("additional_target" in note for note in notes)

@@ -1,4 +1,4 @@
-"""The faults of disks and clocks that campaigns use (tests/faults.cpp, tests/chaos.py) happen."""
+"""The faults of disks and clocks that campaigns use (tests/faults.cpp) happen."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos import drop_unsynced, sizes
+from tests.power_cut import drop_unsynced, sizes
 from tests.runs.killed import compile_faults
 
 PROGRAM = """

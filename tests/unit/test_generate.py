@@ -167,7 +167,7 @@ def test_every_prompt_runs_once_in_equally_many_rounds(
     by_rank = []
     for rank in range(world):
         monkeypatch.setenv("RANK", str(rank))
-        by_rank.append(list(generate._rounds(lengths, size, "generation")))
+        by_rank.append(list(generate._rounds(lengths, size, "generation", QUIET, QUIET)))
     assert len({len(rounds) for rounds in by_rank}) == 1
     assert sorted(i for rounds in by_rank for batch in rounds for i in batch) == list(range(count))
     assert all(len(batch) <= size for rounds in by_rank for batch in rounds)

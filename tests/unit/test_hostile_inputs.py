@@ -6,16 +6,20 @@ it is. tests/fuzz.py looks for more of them.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 from pathlib import Path
 
 import pytest
+import yaml
 
 from packhorse.launch.cluster_env import read_cluster_env, refuse_tasks
 from packhorse.trainer.checkpoint import checkpoint
 from packhorse.trainer.checkpoint.manifest import Manifest, _content_checksum
+from packhorse.trainer.checkpoint.model_card import model_card
+from packhorse.trainer.cli import main
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.dist import escape_controls, start_logging
@@ -150,3 +154,32 @@ def test_no_text_controls_the_terminal(capsys: pytest.CaptureFixture[str]) -> No
     for text in (show_controls(HARMFUL), escape_controls(HARMFUL), capsys.readouterr().err):
         text.encode()
         assert not set(HARMFUL) - set(" ;title0xgnp.em31]") & set(text.rstrip("\n"))
+
+
+@pytest.mark.parametrize("name", ["a/b\nlicense: mit", "a\n---\n# b", "a: b", "a/b/c", "[a]"])
+def test_a_models_name_adds_nothing_to_the_head_of_a_card(tmp_path: Path, name: str) -> None:
+    recipe = load_recipe("debug", [f"model.name={json.dumps(name)}"])
+    head = yaml.safe_load(model_card(tmp_path, recipe, 3, False).split("---\n")[1])
+    assert head.keys() == {"library_name", "pipeline_tag", "tags"}
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.EMFILE, "raise the limit, as by `ulimit -n 4096`"),
+        (errno.ENOSPC, "make room where run.dir and data.cache lie"),
+        (errno.EROFS, "make room where run.dir and data.cache lie"),
+        (errno.ENAMETOOLONG, "give another path"),
+    ],
+)
+def test_what_the_system_refuses_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, said: str
+) -> None:
+    def refused(**_: object) -> None:
+        raise OSError(number, os.strerror(number), "/runs/x")
+
+    monkeypatch.setattr(main, "app", refused)
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 2
+    assert said in capsys.readouterr().err

@@ -31,47 +31,37 @@ def test_the_dockerfile_is_clean() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flavour", "wheel", "code", "fetched"),
+    ("argument", "given", "flavour", "code", "said"),
     [
-        ("cuda", "none", 0, False),
-        ("cuda", "4", 0, False),
-        ("cpu", "4", 2, False),
-        ("cuda", "https://example.org/a.whl", 2, False),
-        ("cuda", "https://example.org/a.whl#sha256=00", 0, True),
-        ("cpu", "https://example.org/a.whl#sha256=00", 2, False),
+        ("FLASH_ATTN", "none", "cuda", 0, ""),
+        ("FLASH_ATTN", "4", "cuda", 0, ""),
+        ("FLASH_ATTN", "4", "cpu", 2, "needs FLAVOUR=cuda"),
+        ("FLASH_ATTN", "https://a.org/a.whl", "cuda", 2, "put #sha256=HASH"),
+        (
+            *("FLASH_ATTN", "https://a.org/a.whl#sha256=00", "cuda", 0),
+            "pip download --no-deps -d /wheels https://a.org/a.whl#sha256=00",
+        ),
+        ("FLASH_ATTN", "https://a.org/a.whl#sha256=00", "cpu", 2, "needs FLAVOUR=cuda"),
+        ("FLASH_ATTN", "source", "cuda", 0, "requirements/flash-attn-source.txt"),
+        ("HYBRID", "none", "cuda", 0, ""),
+        ("HYBRID", "none", "cpu", 0, ""),
+        ("HYBRID", "source", "cuda", 0, "requirements/hybrid-source.txt"),
+        ("HYBRID", "source", "cpu", 2, "source with FLAVOUR=cuda"),
     ],
 )
-def test_a_wheel_of_flash_attn_needs_its_hash(tmp_path, flavour, wheel, code, fetched):
+def test_kernels_are_taken_by_their_hash_and_for_cuda(
+    tmp_path, argument, given, flavour, code, said
+):
     text = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
-    step = text.split("RUN mkdir /wheels ")[1].split("\n\n")[0]
+    folder = {"FLASH_ATTN": "/wheels", "HYBRID": "/hybrid"}[argument]
+    step = text.split(f"RUN mkdir {folder} ")[1].split("\n\n")[0]
     (tmp_path / "pip").write_text('#!/bin/sh\necho "pip $*"')
     (tmp_path / "pip").chmod(0o755)
-    environ = {"FLAVOUR": flavour, "FLASH_ATTN": wheel, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    environ = {"FLAVOUR": flavour, argument: given, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["sh", "-c", f"true {step}"], env=environ, capture_output=True, text=True)
     assert done.returncode == code, done.stdout + done.stderr
-    assert (f"pip download --no-deps -d /wheels {wheel}" in done.stdout) == fetched
-    assert ("put #sha256=HASH" in done.stdout) == (code == 2 and flavour == "cuda")
-
-
-@pytest.mark.parametrize(
-    ("flavour", "hybrid", "code"),
-    [("cuda", "none", 0), ("cpu", "none", 0), ("cuda", "source", 0), ("cpu", "source", 2)],
-)
-def test_kernels_of_layers_with_a_state_are_built_for_cuda(tmp_path, flavour, hybrid, code):
-    text = (ROOT / "docker" / "Dockerfile").read_text(encoding="utf-8")
-    step = text.split("RUN mkdir /hybrid ")[1].split("\n\n")[0]
-    (tmp_path / "pip").write_text('#!/bin/sh\necho "pip $*"')
-    (tmp_path / "pip").chmod(0o755)
-    environ = {"FLAVOUR": flavour, "HYBRID": hybrid, "CAUSAL_CONV1D_VERSION": "1.7.0"}
-    environ["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
-    done = subprocess.run(["sh", "-c", f"true {step}"], env=environ, capture_output=True, text=True)
-    assert done.returncode == code, done.stdout + done.stderr
-    assert ("-w /hybrid causal-conv1d==1.7.0" in done.stdout) == (hybrid == "source" and not code)
-    pinned = re.search(
-        "^causal-conv1d==(.*)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE
-    )
-    assert pinned
-    assert f"ARG CAUSAL_CONV1D_VERSION={pinned[1]}\n" in text
+    assert said in done.stdout if said else not done.stdout
+    assert ("--require-hashes" in done.stdout) == (given == "source" and code == 0)
 
 
 LISTS = sorted((ROOT / "docker" / "requirements").glob("*.txt"))

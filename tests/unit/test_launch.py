@@ -281,7 +281,7 @@ def test_a_number_of_nodes_that_is_refused(text):
 
 
 def test_a_joining_or_lost_node_asks_nothing_of_torch_that_2_11_lacks(monkeypatch):
-    agent = Agent.__new__(Agent)
+    agent: Any = Agent.__new__(Agent)
     monkeypatch.setattr(LocalElasticAgent, "_shutdown", lambda self, death_sig=signal.SIGTERM: None)
     agent._pcontext = Mock(subprocess_handlers={})
     agent._stop_workers(SimpleNamespace(state=WorkerState.HEALTHY))

@@ -12,17 +12,18 @@ from packhorse.trainer.config.eval import Judge, Scorer
 from packhorse.trainer.datatypes import BadInput, Conversation, Message, Prompt
 from packhorse.trainer.eval.llm_judge import judge_answers
 from packhorse.trainer.eval.metrics import check_scorers, score_samples, summarize
-from packhorse.trainer.eval.openai_client import Cancelled
+from packhorse.trainer.utils.files import Stopped
 from tests.judge_server import JudgeServer, part
 
 RULES: TypeAdapter[Any] = TypeAdapter(Scorer)
 
 
-def prompt(reference: str = "Rome is better.") -> Prompt:
+def prompt(reference: str = "Rome is better.", *later: Message) -> Prompt:
     turns = (
         Message("system", "Be brief."),
         Message("user", "Where to?"),
         Message("assistant", reference),
+        *later,
     )
     return Prompt([1], "Where to?", reference, Conversation(turns), {})
 
@@ -92,6 +93,13 @@ def test_the_judge_is_asked_with_rubric_conversation_and_answer_at_temperature_0
     assert part(text, "conversation") == "system: Be brief.\n\nuser: Where to?"
     assert part(text, "answer") == "Paris.\nGrade: 5"
     assert "Rome" not in text
+
+
+def test_a_turn_after_the_answer_does_not_show_the_reference_to_the_judge(serve: Any) -> None:
+    server = serve(lambda text: "Grade: 3")
+    judge_answers(judge(server), [prompt("Rome.", Message("user", "Thanks."))], ["Paris."])
+    text = server.asked[0]["messages"][0]["content"]
+    assert part(text, "conversation") == "system: Be brief.\n\nuser: Where to?"
 
 
 def test_an_answer_cannot_write_the_line_that_ends_it(serve: Any) -> None:
@@ -183,5 +191,5 @@ def test_prompts_without_a_reference_are_not_compared(serve: Any) -> None:
 
 def test_a_stop_is_not_kept_waiting_by_a_judge(serve: Any) -> None:
     server = serve(lambda text: "Grade: 5")
-    with pytest.raises(Cancelled):
+    with pytest.raises(Stopped):
         judge_answers(judge(server), [prompt()], ["Paris."], stopping=lambda: True)

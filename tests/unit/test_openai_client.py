@@ -16,7 +16,8 @@ from packhorse.trainer.config.eval import Server
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.eval import openai_client
-from packhorse.trainer.eval.openai_client import Cancelled, Client, Refused, Unreachable, text_of
+from packhorse.trainer.eval.openai_client import Client, Refused, Unreachable, text_of
+from packhorse.trainer.utils.files import Stopped
 from tests.stand_in_server import Reply, Request, StandIn, chat_reply
 
 LIMIT_S = 60.0
@@ -172,7 +173,7 @@ def test_a_stop_ends_the_wait() -> None:
     with StandIn(answer) as server:
         with (
             Client(endpoint(server.url), lambda: bool(server.requests)) as client,
-            pytest.raises(Cancelled),
+            pytest.raises(Stopped),
         ):
             client.post("completions", [{}])
         assert not answered

@@ -52,6 +52,10 @@ def crash():
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def raise_key_error():
     raise KeyError("x")
 
@@ -117,6 +121,13 @@ def test_a_signal_to_all_processes_changes_no_result(tmp_path):
 def test_a_call_that_ends_its_process_has_failed_and_the_next_is_answered():
     with pytest.raises(Failed, match=f"exit code -{signal.SIGSEGV.value}"):
         bounded(crash, limit_s=10.0)
+    assert bounded(double, 4, limit_s=10.0) == 8
+
+
+def test_a_call_whose_process_others_kill_has_not_failed():
+    """Else a row would be left out for want of memory, and the next start would train on it."""
+    with pytest.raises(RuntimeError, match="the helper process was killed twice"):
+        bounded(killed, limit_s=10.0)
     assert bounded(double, 4, limit_s=10.0) == 8
 
 

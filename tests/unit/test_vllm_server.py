@@ -23,7 +23,7 @@ from packhorse.trainer.checkpoint.hf_export import save_description
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput, Conversation, Message, Prompt
 from packhorse.trainer.eval import server_answers
-from packhorse.trainer.eval.openai_client import Cancelled, Unreachable
+from packhorse.trainer.eval.openai_client import Unreachable
 from packhorse.trainer.eval.server_answers import (
     answers,
     check_server,
@@ -32,6 +32,7 @@ from packhorse.trainer.eval.server_answers import (
 )
 from packhorse.trainer.eval.vllm_server import Gpu, clean_environment, running_vllm, vllm_command
 from packhorse.trainer.model.load import load_model, load_tokenizer
+from packhorse.trainer.utils.files import Stopped
 from tests.ranks import ROOT
 from tests.stand_in_server import Reply, Request, StandIn
 
@@ -239,9 +240,10 @@ def test_while_answers_are_waited_for_every_rank_beats() -> None:
 def test_a_signal_ends_the_wait_without_answers() -> None:
     def work(stopping: Callable[[], bool]) -> list[str]:
         until(stopping)
-        raise Cancelled
+        raise Stopped("stopped")
 
-    assert wait(work, Flag(at=2)) is None
+    with pytest.raises(Stopped):
+        wait(work, Flag(at=2))
 
 
 def test_a_failure_is_raised_on_all_ranks() -> None:
@@ -534,7 +536,7 @@ def test_vllm_that_does_not_answer_is_quoted(vllm: Path, tmp_path: Path) -> None
 
 def test_vllm_is_gone_when_a_stop_ends_the_wait(vllm: Path, tmp_path: Path) -> None:
     made = vllm_recipe(tmp_path / "vllm_python")
-    with pytest.raises(Cancelled):
+    with pytest.raises(Stopped):
         answers(
             made,
             MODEL,

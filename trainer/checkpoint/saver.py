@@ -183,12 +183,17 @@ class Saver:
         if final.exists():  # a damaged one: the run would have been resumed from a whole one
             remove(final)
         publish_folder(staged, final)
-        write_synced(self._root / "latest", final.name)
-        point_at_best(self._root, best)
-        spared = self._mirror.in_use() if self._mirror else ()
-        prune(self._root, manifest.state.step, best, self._keep, spared)
+        settle(self._root, manifest.state.step, best, self._keep, self._mirror)
         if self._mirror:
             self._mirror.offer(manifest.state.step)
+
+
+def settle(root: Path, newest: int, best: int | None, keep: int, mirror: Mirror | None) -> None:
+    """Name the newest checkpoint and the best one, and delete those that are not kept. Rank 0 calls
+    it after each save; and at the end, as the last save may have been killed in between."""
+    write_synced(root / "latest", folder_name(newest))
+    point_at_best(root, best)
+    prune(root, newest, best, keep, mirror.in_use() if mirror else ())
 
 
 def _copy_fits(state_bytes: int, asked: bool | None) -> bool:

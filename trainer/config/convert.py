@@ -102,16 +102,16 @@ def _by_tables(draft: Draft) -> None:
     # what is switched on comes last, and counts: several of their switches may share one key here
     for key in sorted(draft.left, key=lambda key: draft.left[key] is True):
         value = draft.left[key]
-        if key in foreign_keys.OTHER_VALUES:
-            ours, values = foreign_keys.OTHER_VALUES[key]
-            if ours.startswith("adapter.") and "adapter" not in draft.recipe:
-                continue
-            if isinstance(value, str | int | bool) and value in values:
-                draft.take(key)
-                more = (draft.get(ours) or []) if ours == "adapter.variants" else None
-                draft.put(ours, values[value] if more is None else [*more, *values[value]])
-        elif key in tables and "[]" not in tables[key] and value is not None:
-            draft.put(tables[key], _number(draft.take(key)))
+        ours, values = foreign_keys.OTHER_VALUES.get(key, (tables.get(key, "[]"), None))
+        # a key of an adapter makes none where all weights are trained
+        if "[]" in ours or (ours.startswith("adapter.") and "adapter" not in draft.recipe):
+            continue
+        if values is None and value is not None:
+            draft.put(ours, _number(draft.take(key)))
+        elif values and isinstance(value, str | int | bool) and value in values:
+            draft.take(key)
+            more = (draft.get(ours) or []) if ours == "adapter.variants" else None
+            draft.put(ours, values[value] if more is None else [*more, *values[value]])
 
 
 def _number(value: Any) -> Any:
@@ -248,18 +248,14 @@ def _fill_defaults(draft: Draft, gpus: int) -> None:
     for ours, value in {**_ALL, **_DEFAULTS[draft.trainer]}.items():
         if draft.get(ours) is None:
             draft.put(ours, value)
-    micro, accumulated = draft.get("batch.micro_batch_size") or 1, draft.recipe["batch"]
-    steps = accumulated["global_batch_size"]
-    accumulated["global_batch_size"] = micro * steps * gpus
+    micro, steps = draft.get("batch.micro_batch_size") or 1, draft.get("batch.global_batch_size")
+    draft.put("batch.global_batch_size", micro * steps * gpus)
     draft.notes.insert(
         0,
         f"batch.global_batch_size is {micro} x {steps} accumulated x {gpus} GPUs "
         f"= {micro * steps * gpus}: give --gpus, or set it, if there were others",
     )
-    adapter = draft.recipe.get("adapter")
-    if adapter is None:
-        draft.recipe.pop("adapter", None)
-    else:
+    if (adapter := draft.recipe.get("adapter")) is not None:
         adapter.setdefault("alpha", 2 * adapter.get("rank", 16))
         if draft.get("parallel.deepspeed") is None:
             draft.put("parallel.deepspeed", "zero2")

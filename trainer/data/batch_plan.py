@@ -31,8 +31,25 @@ Keep = Callable[[int, Callable[[], Packed]], Packed]
 """keep(epoch, make): returns the epoch's kept packing, made now if there is none."""
 
 
+class Epochs(Protocol):
+    """The documents of each epoch: a Corpus, or the shards of a streaming source."""
+
+    streaming: bool = False  # whether an epoch is known only once the one before has been used
+
+    def corpus(self, epoch: int) -> Corpus:
+        """Return the documents of an epoch."""
+        ...
+
+    def num_sequences(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
+        """Return how many sequences the epoch, which begins with `first_step` (from 0), packs into.
+
+        `count` packs the epoch to find out, unless the number is known already.
+        """
+        return count()
+
+
 @dataclass(frozen=True)
-class Corpus:
+class Corpus(Epochs):
     """What a plan knows of the n documents. A Corpus is also the Epochs that are all made of it.
 
     `lengths`, `trained_counts` (tokens, trained tokens) and `sources` (number of the source) are
@@ -46,30 +63,8 @@ class Corpus:
     weights: tuple[float, ...]
     count_trained: CountTrained
 
-    streaming = False
-
     def corpus(self, epoch: int) -> Corpus:
         return self
-
-    def num_sequences(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
-        return count()
-
-
-class Epochs(Protocol):
-    """The documents of each epoch: a Corpus, or the shards of a streaming source."""
-
-    @property
-    def streaming(self) -> bool:
-        """Whether an epoch is known only once the one before has been used."""
-
-    def corpus(self, epoch: int) -> Corpus:
-        """Return the documents of an epoch."""
-
-    def num_sequences(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
-        """Return how many sequences the epoch, which begins with `first_step` (from 0), packs into.
-
-        `count` packs the epoch to find out, unless the number is known already.
-        """
 
 
 class Packings:

@@ -8,14 +8,13 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from packhorse.trainer.config.data import DataSection
 from packhorse.trainer.config.recipe import LossSection, Recipe, TrainSection
-from packhorse.trainer.data.batch_plan import Corpus, Plan
+from packhorse.trainer.data.batch_plan import Corpus, Epochs, Plan
 from packhorse.trainer.data.prepare import Prepared, packer
 from packhorse.trainer.data.source import shown
 from packhorse.trainer.data.split import parts_of
@@ -56,21 +55,16 @@ def eval_plan(recipe: Recipe, prepared: Prepared) -> EvalPlan:
 
 
 @dataclass(frozen=True)
-class _OneSourceAnEpoch:
+class _OneSourceAnEpoch(Epochs):
     """Epochs of a Plan: epoch e is the documents of source numbers[e]."""
 
     whole: Corpus
     numbers: tuple[int, ...]
 
-    streaming = False
-
     def corpus(self, epoch: int) -> Corpus:
         weights = [0.0] * len(self.whole.weights)
         weights[self.numbers[epoch]] = self.whole.weights[self.numbers[epoch]]
         return replace(self.whole, weights=tuple(weights))
-
-    def num_sequences(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
-        return count()
 
 
 def source_names(data: DataSection) -> list[str]:

@@ -51,16 +51,20 @@ class TrainData(Protocol):
     @property
     def report(self) -> dict[str, Any]:
         """See Prepared.report."""
+        ...
 
     @property
     def epochs(self) -> Epochs:
         """The documents of each epoch, as the plan sees them."""
+        ...
 
     def for_epoch(self, epoch: int) -> Prepared:
         """Return the documents of an epoch."""
+        ...
 
     def fingerprint_at(self, step: int) -> str:
         """Return the fingerprint of all data that the first `step` steps are made of."""
+        ...
 
     def open(self) -> None:
         """Note that a loader begins to read."""

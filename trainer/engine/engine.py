@@ -240,7 +240,7 @@ class Engine:
         set_learning_rates(self._optimizer, lr)
         loss_sum = torch.zeros((), device=dist.device())
         refused, router = None, self.module.router
-        before = router and router.sums()
+        before = router and router.sums
         for i, batch in enumerate(batches):
             is_last = i == len(batches) - 1
             with clock.part("forward"):
@@ -260,8 +260,8 @@ class Engine:
         if applied and self._ema_decay is not None:
             self.state.update_averages(self._ema_decay)
         skipped = None if applied else "the gradient norm is not finite"
-        if router and (refused or skipped):
-            router.restore(before)
+        if router and before and (refused or skipped):
+            router.sums = before
         return StepResult(loss_sum, norm, refused or skipped)
 
     def memory_dry_run(self, batches: Sequence[Batch]) -> None:

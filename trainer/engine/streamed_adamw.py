@@ -61,7 +61,8 @@ def move_to_host(master: torch.Tensor, weights: torch.Tensor) -> HostMaster:
     # DeepSpeed has views of it, which nothing reads; with fp32 weights it may be the weights
     if master.untyped_storage().data_ptr() != weights.untyped_storage().data_ptr():
         master.untyped_storage().resize_(0)
-    return stand_in.requires_grad_()
+    stand_in.requires_grad_()
+    return stand_in
 
 
 class StreamedAdamW(torch.optim.AdamW):
@@ -91,19 +92,25 @@ class StreamedAdamW(torch.optim.AdamW):
                     self._step_by_chunks(master, group)
 
     def _step_by_chunks(self, master: HostMaster, group: Mapping[str, Any]) -> None:
-        state = self.state[master.host]
+        state, gradient = self.state[master.host], master.grad
+        assert gradient is not None
         updates = state.pop("step", 0)
         beta1, beta2 = group["betas"]
         names = ("lr", "weight_decay", "eps", "maximize")
         on_host = (master.host, *state.values())
         for first in range(0, master.numel(), CHUNK):
             place = slice(first, min(first + CHUNK, master.numel()))
-            with self._chunks.on_device([flat[place] for flat in on_host]) as (weight, *moments):
+            with self._chunks.on_device([flat[place] for flat in on_host]) as on_device:
+                weight, exp_avg, exp_avg_sq = on_device
                 # the kernel counts it up, as it does for a whole master
                 count = torch.full((), float(updates), device=weight.device)
                 adamw(
-                    *([weight], [master.grad[place]], *([moment] for moment in moments)),
-                    *([], [count]),
+                    [weight],
+                    [gradient[place]],
+                    [exp_avg],
+                    [exp_avg_sq],
+                    [],  # amsgrad's
+                    [count],
                     **{name: group[name] for name in names},
                     **{"beta1": beta1, "beta2": beta2, "amsgrad": False, "fused": True},
                 )
@@ -172,7 +179,8 @@ def page_locked(tensor: torch.Tensor) -> torch.Tensor:
         BadInput: a rank's host does not let so much memory be locked.
     """
     if dist.device().type == "cuda":
-        runtime, address = torch.cuda.cudart(), tensor.data_ptr()
+        runtime: Any = torch.cuda.cudart()
+        address = tensor.data_ptr()
         own_error = int(runtime.cudaHostRegister(address, tensor.nbytes, 0))
         if not own_error:
             weakref.finalize(tensor, runtime.cudaHostUnregister, address)

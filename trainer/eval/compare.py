@@ -41,8 +41,8 @@ class Results(NamedTuple):
     # value, count, low, high; or no value, and why it is missing
     metrics: dict[str, dict[str, Any]]
     scores: dict[str, Scores]  # by metric, of the samples that could be scored
-    held_out: str | None  # hash of the held-out rows' tokens; None: the evaluation is too old
-    tokenizer: str | None  # hash
+    held_out: str  # hash of the held-out rows' tokens
+    tokenizer: str  # hash
 
 
 def read_results(place: str) -> Results:
@@ -87,8 +87,8 @@ def read_results(place: str) -> Results:
         eval_loss=lines[at]["eval_loss"],
         metrics=metrics,
         scores=_scores(samples),
-        held_out=lines[at].get("held_out"),
-        tokenizer=lines[at].get("tokenizer"),
+        held_out=lines[at]["held_out"],
+        tokenizer=lines[at]["tokenizer"],
     )
 
 
@@ -105,17 +105,7 @@ def _scores(samples: list[dict[str, Any]]) -> dict[str, Scores]:
 
 
 def require_comparable(a: Results, b: Results) -> None:
-    """Check that both were evaluated on the same held-out rows, in the same tokens.
-
-    Raises:
-        BadInput: they were not, or one of them does not say so.
-    """
-    for results in (a, b):
-        if results.held_out is None:
-            raise BadInput(
-                f"{results.name}: an older version evaluated it, without a note of its held-out "
-                "rows; run packhorse eval"
-            )
+    """Raise BadInput if they were not evaluated on the same held-out rows, in the same tokens."""
     if a.held_out == b.held_out:
         return
     if a.tokenizer != b.tokenizer:
@@ -165,11 +155,8 @@ def table_of_one(results: Results) -> Table:
 
 
 def table_of_two(a: Results, b: Results) -> Table:
-    """Return a table of each metric of A and B, and of B less A over the prompts of both.
-
-    Raises:
-        BadInput: they cannot be compared.
-    """
+    """Return a table of each metric of A and B, and of B less A over the prompts of both; raise
+    BadInput if they cannot be compared."""
     from rich.table import Table
 
     require_comparable(a, b)
@@ -199,7 +186,7 @@ def _short(name: str) -> str:
 
 def _value(metric: dict[str, Any]) -> str:
     if metric["value"] is None:
-        return f"missing: {metric.get('missing', 'without a reason')}"
+        return f"missing: {metric['missing']}"
     return f"{metric['value']:.3f}"
 
 

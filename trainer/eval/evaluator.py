@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,25 +40,21 @@ from packhorse.trainer.eval.scorers import likeliest
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.metrics import EVALUATIONS, LOGS, Metrics
 from packhorse.trainer.stop_flag import StopFlag
-from packhorse.trainer.utils.files import append_json_lines, read_json_lines, sync_file
+from packhorse.trainer.utils.files import Stopped, append_json_lines, read_json_lines, sync_file
 from packhorse.trainer.utils.progress import track
 
 
-@dataclass(frozen=True)
-class Losses:
+class Losses(NamedTuple):
     """Mean losses over the trained tokens of all held-out rows, and of each source's if there are
-    several sources.
-    """
+    several sources."""
 
     whole: float
     by_source: Mapping[str, float]
 
 
-def held_out_losses(
-    engine: Engine, loader: Loader, stop: StopFlag, watch: Watch
-) -> list[float] | None:
-    """Return the mean loss over all trained tokens of each step of the loader's plan; None if the
-    stop flag was raised meanwhile."""
+def held_out_losses(engine: Engine, loader: Loader, stop: StopFlag, watch: Watch) -> list[float]:
+    """Return the mean loss over all trained tokens of each step of the loader's plan. Raises
+    Stopped if the stop flag is raised meanwhile."""
     steps = range(loader.plan.steps)
     # float64: the plan has divided each token's loss by their number, so the sum is of small parts
     totals = torch.zeros(len(steps), dtype=torch.float64, device=dist.device())
@@ -68,7 +63,7 @@ def held_out_losses(
     for step, batch in track(batches, "held-out loss", turns, "batches"):
         watch.beat("evaluation")
         if stop.poll():
-            return None
+            raise Stopped("stopped during the held-out loss")
         totals[step] += engine.evaluate(batch)
     return dist.sum_over_ranks(totals.tolist())
 
@@ -95,10 +90,7 @@ def write_evaluation(
     origin: Mapping[str, str],
 ) -> None:
     """Append a finished evaluation to evaluations.jsonl. It is on the disk when this returns.
-
-    Args:
-        origin: what the evaluation rests on, see `describe_origin`.
-    """
+    `origin` is that of `describe_origin`."""
     line = {
         "step": step,
         "eval_loss": losses.whole,
@@ -175,14 +167,15 @@ class Evaluation:
         finished = True
         if self._loader is not None and step not in self._evaluated:
             with self._metrics.clock.part("evaluation", host=True):
-                finished = self._evaluate(self._loader, step)
+                try:
+                    self._evaluate(self._loader, step)
+                except Stopped:
+                    finished = False
         self._watch.pause()
         return finished
 
-    def _evaluate(self, loader: Loader, step: int) -> bool:
+    def _evaluate(self, loader: Loader, step: int) -> None:
         found = held_out_losses(self._engine, loader, self._stop, self._watch)
-        if found is None:
-            return False
         losses = mean_losses(found, self._plan)
         try:
             samples = self._scored_answers(step)
@@ -194,28 +187,21 @@ class Evaluation:
             measured = {name: Metric(None, 0, None, None, str(error)) for name in scorers}
             self._write(step, losses, [], measured)
         else:
-            if samples is None:
-                return False
             self._write(step, losses, samples, summarize(samples))
         self._evaluated.add(step)
         self._afterwards()
-        return True
 
-    def _scored_answers(self, step: int) -> list[Sample] | None:
-        """Return a sample for every prompt, on all ranks; None if the stop flag was raised."""
+    def _scored_answers(self, step: int) -> list[Sample]:
+        """Return a sample for every prompt, on all ranks."""
         section = self._generate
         if section is None or not self._prompts:
             return []
         letters = self._likeliest_letters(section)
-        if letters is None:
-            return None
         # without another scorer nothing needs to be generated: the letters are the answers
         if letters and len(letters) == len(section.scorers):
-            answers: Sequence[str] | None = next(iter(letters.values()))
+            answers = next(iter(letters.values()))
         else:
             answers = self._answers(section, step)
-            if answers is None:
-                return None
         score = partial(score_samples, self._prompts, answers, section.scorers, letters)
         # in the background, as a judge may take minutes: ranks beat and poll for a stop meanwhile
         if any(isinstance(rule, Judge) for rule in section.scorers.values()):
@@ -223,9 +209,9 @@ class Evaluation:
         else:
             self._watch.pause()  # a user's scorer may take any time
             found = dist.broadcast(score() if dist.is_main() else None)
-        return found and [Sample(*fields) for fields in found]
+        return [Sample(*fields) for fields in found]
 
-    def _likeliest_letters(self, section: GenerateSection) -> dict[str, list[str]] | None:
+    def _likeliest_letters(self, section: GenerateSection) -> dict[str, list[str]]:
         """Return the likeliest letter after each prompt, by the name of the scorer that chooses."""
         chosen: dict[str, list[str]] = {}
         for name, rule in section.scorers.items():
@@ -234,13 +220,11 @@ class Evaluation:
                     *(self._engine, self._prompts, rule.letters, section.batch),
                     *(self._tokenizer, self._stop, self._watch),
                 )
-                if logprobs is None:
-                    return None
                 chosen[name] = [likeliest(rule.letters, row) for row in logprobs]
         return chosen
 
-    def _answers(self, section: GenerateSection, step: int) -> list[str] | None:
-        """Generate answers by the engine or a server; return None if the stop flag was raised."""
+    def _answers(self, section: GenerateSection, step: int) -> list[str]:
+        """Generate answers by the engine or a server."""
         recipe, prompts = self._recipe, self._prompts
         if recipe.eval.by_server:
             return server_answers.generate(
@@ -253,7 +237,7 @@ class Evaluation:
         ]
         asked = [prompt.input_ids for prompt in prompts]
         ids = answer_ids(self._engine, asked, section, self._stop, self._watch, seeds=seeds)
-        return None if ids is None else self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return self._tokenizer.batch_decode(ids, skip_special_tokens=True)
 
     def _write(
         self, step: int, losses: Losses, samples: Sequence[Sample], measured: Mapping[str, Metric]

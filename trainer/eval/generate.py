@@ -23,6 +23,7 @@ from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.model.attention import other_attention
 from packhorse.trainer.stop_flag import StopFlag
+from packhorse.trainer.utils.files import Stopped
 from packhorse.trainer.utils.progress import track
 
 PAD = 0  # any token will do: the attention mask hides it
@@ -55,9 +56,9 @@ def answer_ids(
     watch: Watch,
     *,
     seeds: Sequence[int],
-) -> list[list[int]] | None:
+) -> list[list[int]]:
     """Return the tokens of the answers to prompts of tokens, up to the first stop token of the
-    model's generation configuration; None if the stop flag was raised.
+    model's generation configuration. Raises Stopped if the stop flag is raised.
 
     Args:
         seeds: one a prompt. What is sampled follows from it alone: neither the number of ranks nor
@@ -67,10 +68,7 @@ def answer_ids(
     lengths = [len(prompt) for prompt in prompts]
     mine: dict[int, list[int]] = {}
     with _evaluating(model), engine.gather_for_generation() as independent:
-        for numbers in _rounds(lengths, section.batch, "generation"):
-            watch.beat("generation")
-            if stop.poll():
-                return None
+        for numbers in _rounds(lengths, section.batch, "generation", stop, watch):
             # a rank without a prompt runs the shortest one: the collectives need every rank
             batch = numbers or [lengths.index(min(lengths))]
             given = [prompts[i] for i in batch]
@@ -181,9 +179,9 @@ def choice_logprobs(
     tokenizer: Any,
     stop: StopFlag,
     watch: Watch,
-) -> list[list[float]] | None:
-    """Return for each prompt the natural log-probability of each choice's tokens after it; None if
-    the stop flag was raised.
+) -> list[list[float]]:
+    """Return for each prompt the natural log-probability of each choice's tokens after it. Raises
+    Stopped if the stop flag is raised.
 
     Args:
         choices: short texts, as "A" to "D".
@@ -201,10 +199,7 @@ def choice_logprobs(
     model: Any = engine.module.model
     mine: dict[tuple[int, int], float] = {}
     with _evaluating(model):
-        for numbers in _rounds(list(map(len, sequences)), batch, "likelihoods"):
-            watch.beat("likelihoods")
-            if stop.poll():
-                return None
+        for numbers in _rounds(list(map(len, sequences)), batch, "likelihoods", stop, watch):
             given = [sequences[i] for i in numbers or [0]]
             last = max(len(tokens) for sequence in given for *_, tokens in wanted[sequence])
             logprobs = _last_logprobs(model, [sequence[1:] for sequence in given], last).cpu()
@@ -241,7 +236,9 @@ def _last_logprobs(model: Any, sequences: list[tuple[int, ...]], last: int) -> t
 # ------------------------------------------------------------------------------------------ batches
 
 
-def _rounds(lengths: Sequence[int], size: int, what: str) -> Iterator[list[int]]:
+def _rounds(
+    lengths: Sequence[int], size: int, what: str, stop: StopFlag, watch: Watch
+) -> Iterator[list[int]]:
     """Yield the numbers of this rank's prompts batch by batch, and show how many are done: as many
     batches on every rank, some of them empty.
 
@@ -252,6 +249,9 @@ def _rounds(lengths: Sequence[int], size: int, what: str) -> Iterator[list[int]]
     order = sorted(range(count), key=lambda i: (-lengths[i], i))
     batches = -(-count // (world * size)) * world
     for i in track(range(dist.rank(), batches, world), what, batches // world, "batches"):
+        watch.beat(what)
+        if stop.poll():
+            raise Stopped(f"stopped during {what}")
         yield order[i * count // batches : (i + 1) * count // batches]
 
 

@@ -63,11 +63,7 @@ def judge_answers(
     stopping: Callable[[], bool] = lambda: False,
 ) -> list[float | None]:
     """Return a score from 0 to 1 for each answer; None where the judge's reply has no verdict.
-
-    Raises:
-        Unreachable: the judge's server is down or refuses.
-        Cancelled: `stopping` returned True.
-    """
+    Raises what the Client does."""
     asked = list(zip(prompts, answers, strict=True))
     if rule.against == "none":
         questions = [_question(_GRADE, rule, prompt, answer=answer) for prompt, answer in asked]
@@ -95,8 +91,7 @@ def _ask(rule: Judge, questions: Sequence[str], stopping: Callable[[], bool]) ->
 
 
 def _question(template: str, rule: Judge, prompt: Prompt, **answers: str) -> str:
-    turns = prompt.conversation.messages[:-1]  # the last one is the reference
-    conversation = "\n\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+    conversation = "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt.asked)
     # the lines between the texts begin with their digest, so no text can contain it
     texts = "\x1f".join((conversation, *sorted(answers.values())))
     digest = hashlib.blake2b(texts.encode(errors="replace"), digest_size=8)

@@ -62,13 +62,8 @@ def _task_names(section: EvalSection) -> list[str]:
 
 def run_tasks(recipe: Recipe, out: Path, manager: Any) -> None:
     """Run the tasks in this process, on its GPUs if there are any, and write metrics and samples.
-
-    Args:
-        manager: what `require_tasks` returned.
-
-    Raises:
-        BadInput: a task's data cannot be downloaded.
-    """
+    `manager` is what `require_tasks` returned. Raises BadInput if a task's data cannot be
+    downloaded."""
     from lm_eval import evaluator
     from lm_eval.models import huggingface
 

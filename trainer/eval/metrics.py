@@ -15,8 +15,9 @@ from packhorse.trainer.config.eval import Choice, Function, Judge, Math, Scorer
 from packhorse.trainer.datatypes import BadInput, Prompt
 from packhorse.trainer.eval.confidence import interval
 from packhorse.trainer.eval.llm_judge import judge_answers
-from packhorse.trainer.eval.openai_client import Cancelled, Unreachable
+from packhorse.trainer.eval.openai_client import Unreachable
 from packhorse.trainer.eval.scorers import TooSlow, Unscored, expected, score
+from packhorse.trainer.utils.files import Stopped
 from packhorse.trainer.utils.math_answers import check_installed
 from packhorse.trainer.utils.text import error_line
 from packhorse.trainer.utils.user_functions import load_function
@@ -56,11 +57,8 @@ class Metric(NamedTuple):
 
 
 def check_scorers(scorers: Mapping[str, Scorer], prompts: Sequence[Prompt]) -> None:
-    """Check before training that every scorer can score the prompts. Log those that it cannot.
-
-    Raises:
-        BadInput: a scorer lacks a library, a function or a file, or can score none of the prompts.
-    """
+    """Raise BadInput, before training, if a scorer lacks a library, a function or a file, or can
+    score none of the prompts. Log those that it cannot."""
     for name, rule in scorers.items():
         what = f"eval.generate.scorers.{name} ({rule.kind})"
         if isinstance(rule, Math):
@@ -96,17 +94,14 @@ def score_samples(
     Args:
         letters: by the name of each scorer of kind `choice`, the likeliest letter after each
             prompt.
-        stopping: called while a judge is waited for.
-
-    Raises:
-        Cancelled (packhorse.trainer.eval.openai_client): `stopping` returned True.
+        stopping: called while a judge is waited for; if it returns True, Stopped is raised.
     """
     columns: dict[str, list[float | str]] = {}
     for name, rule in scorers.items():
         scored = (letters or {})[name] if isinstance(rule, Choice) else answers
         try:
             columns[name] = _scores(rule, prompts, scored, stopping)
-        except Cancelled:
+        except Stopped:
             raise
         except Exception as error:  # whatever a scorer does, training must go on
             columns[name] = [f"the scorer failed: {error_line(error)}"] * len(scored)

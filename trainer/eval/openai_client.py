@@ -14,13 +14,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from queue import Empty, SimpleQueue
+from multiprocessing import TimeoutError
+from multiprocessing.pool import ThreadPool
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
 
 from packhorse.trainer.config.eval import Server
+from packhorse.trainer.utils.files import Stopped
 from packhorse.trainer.utils.text import one_line
 
 _CONNECT_S = 10.0
@@ -48,16 +50,9 @@ class Refused(Unreachable):
         self.status = status
 
 
-class Cancelled(Exception):
-    """The caller asked to stop while it waited for answers."""
-
-
 def text_of(reply: Any) -> str:
-    """Return the answer in a reply of /chat/completions or /completions.
-
-    Raises:
-        LookupError, TypeError or AttributeError: it is no such reply.
-    """
+    """Return the answer in a reply of /chat/completions or /completions. Raises LookupError,
+    TypeError or AttributeError if it is no such reply."""
     choice = reply["choices"][0]
     text = choice["message"]["content"] if "message" in choice else choice["text"]
     if not isinstance(text, str | None):
@@ -77,7 +72,7 @@ class Client:
 
     Args:
         stopping: called while answers are waited for; if it returns True, the wait ends with
-            Cancelled.
+            Stopped.
         patience_s: how long a request that fails is retried; the server's `timeout_s` if None.
 
     Raises:
@@ -129,47 +124,36 @@ class Client:
 
         Raises:
             Unreachable: one request got no reply; the others are given up.
-            Cancelled: `stopping` returned True.
+            Stopped: `stopping` returned True.
         """
         given_up = threading.Event()
         patience_s = self._patience_s if patience_s is None else patience_s
-        todo: SimpleQueue[tuple[int, Any]] = SimpleQueue()
-        done: SimpleQueue[tuple[int, Any]] = SimpleQueue()
         begun: dict[int, float] = {}
-        for number, body in enumerate(bodies):
-            fields = {**body, **self._server.extra}
-            todo.put((number, {key: value for key, value in fields.items() if value is not None}))
 
-        def work() -> None:
-            with suppress(Empty):
-                while not given_up.is_set():
-                    number, body = todo.get_nowait()
-                    begun[number] = time.monotonic()
-                    try:
-                        done.put((number, self._request("POST", path, body, patience_s, given_up)))
-                    except Exception as error:  # raised in the thread that waits
-                        done.put((number, error))
+        def send(number: int) -> tuple[int, Any]:
+            fields = {**bodies[number], **self._server.extra}
+            body = {key: value for key, value in fields.items() if value is not None}
+            begun[number] = time.monotonic()
+            return number, self._request("POST", path, body, patience_s, given_up)
 
-        for _ in range(min(self._server.parallel, len(bodies))):
-            # daemons, so that no exit of the process waits for an answer
-            threading.Thread(target=work, name="endpoint", daemon=True).start()
+        # its threads are daemons, so that no exit of the process waits for an answer
+        pool = ThreadPool(min(self._server.parallel, len(bodies)) or 1)
+        arriving = pool.imap_unordered(send, range(len(bodies)))
         # the first try, and one that was begun just before the patience ended
         limit_s = 2 * self._server.timeout_s + patience_s + _GRACE_S
         replies: dict[int, Any] = {}
         try:
             while len(replies) < len(bodies):
                 if self._stopping():
-                    raise Cancelled
+                    raise Stopped("stopped while waiting for a server")
                 if time.monotonic() - min(begun.values(), default=math.inf) > limit_s:
                     raise self._too_long()
-                with suppress(Empty):
-                    number, reply = done.get(timeout=_POLL_S)
-                    if isinstance(reply, Exception):
-                        raise reply
-                    replies[number] = reply
+                with suppress(TimeoutError):
+                    number, replies[number] = arriving.next(_POLL_S)
                     begun.pop(number)
         finally:
             given_up.set()
+            pool.terminate()
         return [replies[number] for number in range(len(bodies))]
 
     def _request(
@@ -178,7 +162,7 @@ class Client:
         """Send a request; retry it with growing pauses for `patience_s` after its first failure."""
         failed_at: float | None = None
         pause_s = _FIRST_PAUSE_S
-        while True:
+        while not given_up.is_set():
             retry_after: str | None = None
             try:
                 response, content = self._exchange(method, path, body)
@@ -200,9 +184,9 @@ class Client:
                 pause_s = max(pause_s, min(float(retry_after), _LONGEST_RETRY_AFTER_S))
             if now + pause_s > failed_at + patience_s:
                 raise fault from None
-            if given_up.wait(pause_s):
-                raise Cancelled
+            given_up.wait(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        raise Stopped("given up with the other requests")
 
     def _exchange(self, method: str, path: str, body: Any) -> tuple[httpx2.Response, bytes]:
         """Send a request once; return the response and its content.

@@ -33,7 +33,6 @@ from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import BadInput, Prompt
 from packhorse.trainer.engine.engine import Engine, gathered
 from packhorse.trainer.eval.openai_client import (
-    Cancelled,
     Client,
     Refused,
     Unreachable,
@@ -46,6 +45,7 @@ from packhorse.trainer.model.load import persistent_buffers
 from packhorse.trainer.model.lora import merged_weights
 from packhorse.trainer.model.quantisation import numel
 from packhorse.trainer.stop_flag import StopFlag
+from packhorse.trainer.utils.files import Stopped
 from packhorse.trainer.utils.text import error_line
 
 FOLDER = "serving"  # in the run folder: the weights, while a server needs them
@@ -63,11 +63,8 @@ T = TypeVar("T")
 
 
 def check_server(recipe: Recipe) -> None:
-    """Check before data is prepared that the recipe's server is up, or that there is a vLLM.
-
-    Raises:
-        BadInput: the server is down or refuses, or `vllm_python` cannot be run or has no vllm.
-    """
+    """Raise BadInput, before data is prepared, if the recipe's server is down or refuses, or its
+    `vllm_python` cannot be run or has no vllm."""
     if recipe.eval.server is not None:
         try:
             with Client(recipe.eval.server) as client:
@@ -86,13 +83,13 @@ def generate(
     prompts: Sequence[Prompt],
     stop: StopFlag,
     watch: Watch,
-) -> list[str] | None:
-    """Return answers by the engine's current weights, on every rank; None if the stop flag was
-    raised.
+) -> list[str]:
+    """Return answers by the engine's current weights, on every rank.
 
     Raises:
         Unreachable: the server is down or refuses, or the weights cannot be written for it; on
             every rank.
+        Stopped: the stop flag was raised; on every rank.
     """
     folder = write_weights(engine, recipe, run_dir, step, watch)
     gpus = free_gpus()
@@ -108,18 +105,13 @@ def generate(
             shutil.rmtree(folder.parent, ignore_errors=True)
 
 
-def in_background(
-    work: Callable[[Callable[[], bool]], T], stop: StopFlag, watch: Watch
-) -> T | None:
+def in_background(work: Callable[[Callable[[], bool]], T], stop: StopFlag, watch: Watch) -> T:
     """Run `work(stopping)` in a thread of rank 0; return its result, as JSON holds it, on every
     rank. Meanwhile all ranks beat and poll the stop flag.
 
-    Returns:
-        None if the flag was raised: `stopping()` then becomes true, and the work ends by raising
-        Cancelled.
-
     Raises:
         Unreachable: the work did, or failed otherwise; on every rank.
+        Stopped: likewise, as the flag was raised: `stopping()` becomes true then.
     """
     stopping = Event()
     # The thread does nothing but its work: collectives belong to the main thread of each rank,
@@ -140,15 +132,13 @@ def in_background(
     if future is not None:
         try:
             outcome = ("done", future.result())
-        except Cancelled:
-            outcome = ("stopped", None)
-        except Unreachable as error:
-            outcome = ("unreachable", str(error))
+        except (Stopped, Unreachable) as error:
+            outcome = (type(error).__name__, str(error))
         except Exception as error:  # of a rank alone it would leave the others waiting
-            outcome = ("unreachable", error_line(error))
+            outcome = ("Unreachable", error_line(error))
     end, value = dist.broadcast(outcome)
-    if end == "unreachable":
-        raise Unreachable(value)
+    if end != "done":
+        raise (Stopped if end == "Stopped" else Unreachable)(value)
     return value
 
 
@@ -214,11 +204,10 @@ def answers(
     Args:
         log: the file for vLLM's own output.
         gpus: that vLLM may use; none: it runs on the CPU.
-        stopping: called now and then; if it returns True, the work ends with Cancelled.
+        stopping: called now and then; if it returns True, the work ends with Stopped.
 
     Raises:
         Unreachable: the server is down or refuses, or does something else than what it is asked.
-        Cancelled: `stopping` returned True.
     """
     section = recipe.eval.generate or GenerateSection()
     if Path(model).is_dir():
@@ -279,10 +268,7 @@ def _choose_form(
 
 
 def _conversation(prompt: Prompt, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the request's fields for the turns before the reference, the last assistant turn."""
-    messages = [message.as_dict() for message in prompt.conversation.messages]
-    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-    fields: dict[str, Any] = {"messages": messages[:last]}
+    fields: dict[str, Any] = {"messages": [message.as_dict() for message in prompt.asked]}
     if prompt.conversation.tools:
         fields["tools"] = list(prompt.conversation.tools)
     if kwargs:

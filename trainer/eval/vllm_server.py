@@ -26,7 +26,8 @@ from packhorse.trainer.config.eval import GenerateSection, Server
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.eval import subprocess_guard
-from packhorse.trainer.eval.openai_client import Cancelled, Client, Unreachable
+from packhorse.trainer.eval.openai_client import Client, Unreachable
+from packhorse.trainer.utils.files import Stopped
 
 PATIENCE_S = 10.0  # for retries: a vLLM of our own that does not answer has ended
 _ANSWER_S = 900.0
@@ -85,7 +86,7 @@ def running_vllm(
     Args:
         log: the file that vLLM's output is appended to.
         gpus: that vLLM may use; none: it runs on the CPU.
-        stopping: if it returns True, the start ends with Cancelled.
+        stopping: if it returns True, the start ends with Stopped.
 
     Raises:
         Unreachable: vLLM does not start, or fails inside the block; with its last error.
@@ -202,7 +203,7 @@ def _wait_until_up(
                         f"vLLM was not up after {_START_S:.0f} s; its output is in {log}"
                     ) from None
             time.sleep(_POLL_S)
-    raise Cancelled
+    raise Stopped("stopped while vLLM started")
 
 
 def _last_error(log: Path) -> str:

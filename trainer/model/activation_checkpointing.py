@@ -8,9 +8,7 @@ not change by a bit: the same operations run again on the same numbers.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,10 +19,9 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.feed_forward_tiles import WIDENING
 
-# What `selective` keeps the products of. A layer's queries and keys must not be kept: Liger's
-# rotary kernel writes into them where torch cannot see it, and the recomputation would rotate them
-# again.
-_WIDENING = WIDENING
+# Products that `selective` keeps where they widen. A layer's queries and keys must not be kept:
+# Liger's rotary kernel writes into them where torch cannot see it, and the recomputation would
+# rotate them again.
 _PRODUCTS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -50,9 +47,8 @@ def set_checkpointing(
 ) -> None:
     """Let the model recompute as `mode` says: `none`, `selective`, `full` or `offload`.
 
-    `offload` recomputes as `full` does; activation_offload.py moves what it keeps.
-
-    `auto`, which nobody has resolved on a CPU or in an evaluation, is `full`.
+    `offload` recomputes as `full` does; activation_offload.py moves what it keeps. `auto`, which
+    nobody has resolved on a CPU or in an evaluation, is `full`.
 
     Args:
         policy: of torch's selective checkpointing, asked where `selective` keeps a result.
@@ -60,12 +56,9 @@ def set_checkpointing(
     Raises:
         BadInput: the model does not support activation checkpointing.
     """
-    if mode == "none":
-        if model.supports_gradient_checkpointing:
-            with _silent():
-                model.gradient_checkpointing_disable()
-        return
     if not model.supports_gradient_checkpointing:
+        if mode == "none":
+            return
         raise BadInput(
             f"{type(model).__name__} does not support activation checkpointing; set "
             "model.activation_checkpointing=none"
@@ -73,17 +66,20 @@ def set_checkpointing(
     # reentrant checkpointing loses gradients where a layer's input needs none, as under LoRA
     arguments: dict[str, Any] = {"use_reentrant": False}
     if mode == "selective":
-        arguments["context_fn"] = partial(_contexts, policy)
+        arguments["context_fn"] = lambda: tuple(
+            map(_OfKept, create_selective_checkpoint_contexts(policy))
+        )
         for name, module in model.named_modules():
-            if name.rpartition(".")[2] in _WIDENING:
+            if name.rpartition(".")[2] in WIDENING:
                 module.register_forward_pre_hook(_Widening.enter)
                 module.register_forward_hook(_Widening.leave, always_call=True)
-    with _silent():
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
-
-
-def _contexts(policy: Callable[..., CheckpointPolicy]) -> tuple[TorchDispatchMode, ...]:
-    return tuple(_OfKept(mode) for mode in create_selective_checkpoint_contexts(policy))
+    with warnings.catch_warnings():
+        # transformers 5.23 warns that it gives these methods other names
+        warnings.simplefilter("ignore", FutureWarning)
+        if mode == "none":
+            model.gradient_checkpointing_disable()
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
 
 
 class _OfKept(TorchDispatchMode):
@@ -108,14 +104,6 @@ class _OfKept(TorchDispatchMode):
         if kept:
             return self._mode.__torch_dispatch__(operation, types, args, kwargs)
         return operation(*args, **(kwargs or {}))
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # transformers 5.23 warns that it gives these methods other names
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
 
 
 class _Widening:

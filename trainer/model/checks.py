@@ -18,11 +18,7 @@ from packhorse.trainer.utils.text import one_line
 
 
 def require_positions(model: Any, longest: int) -> None:
-    """Check that the model has a position for each token of the longest document.
-
-    Raises:
-        BadInput: it looks positions up in a table, which is shorter.
-    """
+    """Raise BadInput if the model's table of positions is shorter than the longest document."""
     tables = [
         module.weight
         for name, module in decoder_of(model).named_modules()
@@ -45,11 +41,8 @@ def require_positions(model: Any, longest: int) -> None:
 
 
 def require_finite_weights(model: nn.Module) -> None:
-    """Name a weight that is not finite, which would look like a fault of the kernels.
-
-    Raises:
-        BadInput: there is one, on any rank.
-    """
+    """Raise BadInput if a weight on any rank is not finite, which would look like a fault of the
+    kernels."""
     # ZeRO-3 keeps this rank's share in ds_tensor
     bad = [
         name

@@ -26,11 +26,7 @@ MAX_FORMS = 16
 
 
 def require_compilable(compiled: Any, stage: int) -> None:
-    """Refuse `model.compile` at a ZeRO stage where it cannot work.
-
-    Raises:
-        BadInput: at stage 3.
-    """
+    """Raise BadInput if `model.compile` is set at ZeRO-3, where it cannot work."""
     if compiled and stage == 3:
         raise BadInput(
             "model.compile: layers cannot be compiled at ZeRO-3, where DeepSpeed gathers each "

@@ -19,11 +19,8 @@ WHOLE_LAYER = 2**28
 
 
 def decoder_of(model: Any) -> Any:
-    """Return the part of a causal language model that makes the hidden states for its head.
-
-    Raises:
-        BadInput: it has none: its forward does all by itself.
-    """
+    """Return the part of a causal language model that makes the hidden states for its head; raise
+    BadInput if its forward does all by itself."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     # transformers' own answer may be the whole model (Llama 4), its head (ModernBERT), or a part
     # that has the head (Llama 4 with its tower)

@@ -87,20 +87,15 @@ def _is_by_token(block: nn.Module) -> bool:
 
 
 def set_tiles(model: Any, on: bool) -> int:
-    """Let the blocks run in tiles, or whole again.
-
-    Returns:
-        The number of blocks.
-    """
+    """Let the blocks run in tiles, or whole again; return their number."""
     blocks = list(feed_forward_blocks(model))
     # Liger's forwards, which liger_layers.py takes off and puts back by this table
     fused: dict[nn.Module, Any] = getattr(model, "_fused_forwards", {})
     for block in blocks:
-        if isinstance(block.forward, _InTiles):
-            block.forward.hook.remove()
-            whole = block.forward.whole
-        else:
-            whole = block.forward
+        whole = block.forward
+        if isinstance(whole, _InTiles):
+            whole.hook.remove()
+            whole = whole.whole
         vars(block).pop("forward", None)
         if on:
             block.forward = _InTiles(block, whole)

@@ -38,10 +38,8 @@ _MOST_ROUNDING = 0.08
 
 
 def use_fp8(model: Any, device: torch.device) -> str:
-    """Let the model's linear modules multiply in fp8, and try each size of them.
-
-    Returns:
-        What was done, for the log.
+    """Let the model's linear modules multiply in fp8, and try each size of them; return what was
+    done, for the log.
 
     Raises:
         BadInput: the device cannot, the model has no such modules, or a product comes out wrong.

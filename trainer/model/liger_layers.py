@@ -29,10 +29,8 @@ _GATED = {"swiglu": False, "geglu": False}
 
 
 def fuse(model: Any, name: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Put Liger's kernels into the model as `model.layer_kernels` says.
-
-    Returns:
-        What was done, for the log.
+    """Put Liger's kernels into the model as `model.layer_kernels` says; return what was done, for
+    the log.
 
     Raises:
         BadInput: the recipe names liger where it cannot run, or for a model it does not know.

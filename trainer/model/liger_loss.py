@@ -113,11 +113,13 @@ def _cross_entropy(
     learns: bool,
 ) -> None:
     """Write each position's loss, and if the model `learns` the gradient over the logits."""
-    from liger_kernel.ops.cross_entropy import MAX_FUSED_SIZE, liger_cross_entropy_kernel
+    from liger_kernel.ops import cross_entropy
 
+    # Triton's types know no grid and no num_warps
+    kernel: Any = cross_entropy.liger_cross_entropy_kernel
     positions, vocabulary = logits_CV.shape
     # Numbers that are not used are constants: Triton compiles a kernel anew for some new numbers.
-    liger_cross_entropy_kernel[(positions,)](
+    kernel[(positions,)](
         X_ptr=logits_CV,
         X_stride=logits_CV.stride(0),
         Y_ptr=targets_C,
@@ -145,7 +147,7 @@ def _cross_entropy(
         HAS_WEIGHT=False,
         HAS_SOFTCAPPING=softcap is not None,
         HAS_GRADIENTS=learns,
-        BLOCK_SIZE=min(MAX_FUSED_SIZE, 1 << (vocabulary - 1).bit_length()),
+        BLOCK_SIZE=min(cross_entropy.MAX_FUSED_SIZE, 1 << (vocabulary - 1).bit_length()),
         num_warps=32,
     )
 

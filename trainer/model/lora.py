@@ -258,8 +258,16 @@ def linear_modules(model: Any) -> dict[str, nn.Linear]:
     return {
         name: m
         for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and m is not head and id(m) in language
+        if isinstance(m, nn.Linear) and m is not head and id(m) in language and _is_product(m)
     }
+
+
+def _is_product(module: nn.Linear) -> bool:
+    """Return whether a linear module does what its name says: routers of Llama 4 and Phi-MoE are
+    subclasses that return their choice of experts, DeepSeek V4 has one of groups.
+    """
+    kind = type(module)
+    return kind.forward is nn.Linear.forward or kind.__name__ == "FalconLinear"
 
 
 def _matching(wanted: str, is_pattern: bool, names: Iterable[str]) -> list[str]:

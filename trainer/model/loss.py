@@ -29,11 +29,8 @@ BLOCK_HIDDEN = 4
 
 
 def choose_kernel(name: str, device: torch.device) -> str:
-    """Return the kernel for `loss.kernel`; `auto` is liger on CUDA and chunked elsewhere.
-
-    Raises:
-        BadInput: the recipe names liger where it cannot run.
-    """
+    """Return the kernel for `loss.kernel`; `auto` is liger on CUDA and chunked elsewhere. Raises
+    BadInput if the recipe names liger where it cannot run."""
     installed = importlib.util.find_spec("liger_kernel") is not None
     if name == "auto":
         return "liger" if device.type == "cuda" and installed else "chunked"

@@ -25,11 +25,8 @@ from packhorse.trainer.model.quantisation import numel
 
 
 def freeze_named(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Freeze the parameters in whose names one of the patterns occurs (model.freeze).
-
-    Raises:
-        BadInput: a pattern occurs in no name, or nothing is left to be trained.
-    """
+    """Freeze the parameters in whose names one of the patterns occurs (model.freeze). Raises
+    BadInput if a pattern occurs in no name, or nothing is left to be trained."""
     named = dict(model.named_parameters())
     for pattern in patterns:
         found = [name for name in named if re.search(pattern, name)]

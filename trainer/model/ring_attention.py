@@ -33,22 +33,16 @@ from packhorse.trainer.model.ring_blocks import BlockKernel, Documents, choose_b
 def attend_in_ring(
     kernel: Callable[..., torch.Tensor],
     layer: str,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    qkv: tuple[torch.Tensor, ...],
     arguments: Arguments,
 ) -> torch.Tensor:
     """Return (1, t, Hq, F) for queries (1, Hq, t, E), keys (1, Hk, t, E), values (1, Hk, t, F).
 
     Every rank of the group calls it. The layer has no window.
-
-    Raises:
-        BadInput: the layer has a soft cap, which the ring lacks on a GPU.
     """
     assert not arguments.dropout, "refused at the start"
     blocks = choose_block_kernel(kernel, layer, arguments.softcap)
-    given = (query[0], key[0], value[0], arguments.sinks)
-    return _Ring.apply(*given, blocks, arguments)[None]
+    return _Ring.apply(*(x[0] for x in qkv), arguments.sinks, blocks, arguments)[None]
 
 
 # ------------------------------------------------------------------------------------ who sees what
@@ -266,7 +260,7 @@ class _Ring(torch.autograd.Function):
         # many ranks have a part in the gradients of a key
         of_query = torch.zeros_like(query, dtype=log_sum.dtype)
         of_pairs = torch.zeros_like(way.pairs, dtype=log_sum.dtype)
-        returning: list[tuple[_Transfer, int]] = []
+        returning: tuple[_Transfer, int] | None = None  # of the step before
         for step, seen, pairs in way.steps():
             gradients = pairs[:, :0]
             if seen.tokens:
@@ -278,11 +272,11 @@ class _Ring(torch.autograd.Function):
             if step == 0:
                 _add(of_pairs, seen.keys, gradients)
                 continue
-            while returning:
-                way.add_returned(*returning.pop(), of_pairs)
-            returning.append((way.send_back(gradients, step), step))
-        while returning:
-            way.add_returned(*returning.pop(), of_pairs)
+            if returning:
+                way.add_returned(*returning, of_pairs)
+            returning = way.send_back(gradients, step), step
+        if returning:
+            way.add_returned(*returning, of_pairs)
         of_key, of_value = of_pairs.to(key.dtype).split([size, value.shape[-1]], -1)
         of_sinks = None
         if sinks is not None:

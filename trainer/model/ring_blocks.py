@@ -46,11 +46,8 @@ class BlockKernel(NamedTuple):
 def choose_block_kernel(
     kernel: Callable[..., torch.Tensor], layer: str, softcap: float | None
 ) -> BlockKernel:
-    """Return the way to attend to a block where the layer attends by `kernel` on one rank.
-
-    Raises:
-        BadInput: the layer has a soft cap, which torch's FlashAttention lacks.
-    """
+    """Return the way to attend to a block where the layer attends by `kernel` on one rank; raise
+    BadInput if it has a soft cap, which torch's FlashAttention lacks."""
     if kernel is reference:
         return _REFERENCE
     if softcap is not None:

@@ -110,11 +110,8 @@ def rope_kind(scaling: Mapping[str, Any]) -> str:
 
 
 def require_rope(model: Any, kind: str) -> None:
-    """Require that the model's own code computes rotary tables of a kind.
-
-    Raises:
-        BadInput: no module of it does, so that the scaling would change nothing.
-    """
+    """Raise BadInput if no module of the model makes rotary tables of this kind: the scaling would
+    change nothing."""
     kinds: set[Any] = set()
     for module in model.modules():
         own = getattr(module, "rope_type", None)  # by kinds of layers where these have their own

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from packhorse.trainer.model.attention import current_bounds
 
@@ -35,14 +36,13 @@ def stretches(config: Any) -> bool:
     return any("dynamic" in kind for kind in rope_types(config))
 
 
-def depends_on_length(config: Any) -> bool:
-    """Return whether a document's table depends on its length, not on each position alone."""
-    return any(word in kind for kind in rope_types(config) for word in _BY_LENGTH)
-
-
 def make_tables_by_document(model: Any) -> None:
-    """Make every rotary module of the model compute its table for each document by itself."""
-    if not depends_on_length(model.config.get_text_config()):
+    """Make every rotary module of the model compute its table for each document by itself.
+
+    Tables that depend on each position alone stay as they are.
+    """
+    kinds = rope_types(model.config.get_text_config())
+    if not any(word in kind for kind in kinds for word in _BY_LENGTH):
         return
     for module in model.modules():
         # a second call finds the instance's own forward
@@ -59,10 +59,10 @@ def _by_document(module: nn.Module, table: Callable[..., Any]) -> Callable[..., 
                 _forget_length(module)
                 # the document's last position stands behind the part's own
                 given = torch.cat([part, part.new_full((1,), length - 1)])
-                made = table(x, given.unsqueeze(0), *rest, **named)
-                pieces.append(_mapped(lambda whole: whole[:, :-1], made))
-            rows.append(_joined(pieces, dim=1))
-        return _joined(rows, dim=0)
+                made = table(x, given.unsqueeze(0), *rest, **named)  # a tensor, or (cos, sin)
+                pieces.append(tree_map(lambda whole: whole[:, :-1], made))
+            rows.append(tree_map(lambda *parts: torch.cat(parts, dim=1), *pieces))
+        return tree_map(lambda *parts: torch.cat(parts), *rows)
 
     return forward
 
@@ -89,15 +89,3 @@ def _forget_length(module: Any) -> None:
             # a copy: longrope writes into the table in place
             setattr(module, f"{prefix}inv_freq", getattr(module, name).clone())
             setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
-
-
-def _mapped(change: Callable[[torch.Tensor], torch.Tensor], table: Any) -> Any:
-    """Change a table, or each part of a tuple as (cos, sin)."""
-    return change(table) if isinstance(table, torch.Tensor) else tuple(map(change, table))
-
-
-def _joined(tables: list[Any], dim: int) -> Any:
-    """Return tables, or tuples of tables as (cos, sin), laid end to end."""
-    if isinstance(tables[0], torch.Tensor):
-        return torch.cat(tables, dim)
-    return tuple(torch.cat(parts, dim) for parts in zip(*tables, strict=True))

@@ -21,6 +21,7 @@ Shapes: L layers with experts, T tokens, D documents, E experts, k chosen ones.
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -34,6 +35,9 @@ _CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
 
 class RouterLoss:
     """The auxiliary loss of a model's routers, with sums of what they did since the last `read`.
+
+    `sums` are the auxiliary loss, the entropy, and (layers, E) C2's weights by expert. They are put
+    back where a step is not applied, as it does not count (C12).
 
     Args:
         model: a transformers model with experts, whose routers transformers can record.
@@ -63,9 +67,7 @@ class RouterLoss:
 
     def reset(self) -> None:
         """Begin the sums anew."""
-        self._aux: Any = 0.0  # on the device from the first micro-batch on
-        self._entropy: Any = 0.0
-        self._load: Any = 0.0  # (layers, E), C2's weights by expert
+        self.sums: tuple[Any, Any, Any] = 0.0, 0.0, 0.0  # on the device from the first batch on
 
     def __call__(
         self, logits: tuple[torch.Tensor, ...], batch: Batch, group: Any = None
@@ -112,9 +114,9 @@ class RouterLoss:
             entropy.append(spread / math.log(experts))
             loads.append((weight_T1 * chosen_TE).sum(0) / self._chosen)
         mean = torch.stack(aux).mean()
-        self._aux = self._aux + mean.detach()
-        self._entropy = self._entropy + torch.stack(entropy).mean()
-        self._load = self._load + torch.stack(loads)
+        more = mean.detach(), torch.stack(entropy).mean(), torch.stack(loads)
+        aux_sum, entropy_sum, load = map(operator.add, self.sums, more)
+        self.sums = aux_sum, entropy_sum, load
         return self._coefficient * mean
 
     def _log_probabilities(self, scores_TE: torch.Tensor) -> torch.Tensor:
@@ -127,23 +129,15 @@ class RouterLoss:
             return scores_TE.clamp_min(1e-30).log()
         return scores_TE.log_softmax(-1)
 
-    def sums(self) -> tuple[Any, Any, Any]:
-        """Return what `restore` takes, to forget the micro-batches after it."""
-        return self._aux, self._entropy, self._load
-
-    def restore(self, sums: tuple[Any, Any, Any]) -> None:
-        """Put the sums back: a step that is not applied does not count (C12)."""
-        self._aux, self._entropy, self._load = sums
-
     def read(self, steps: int) -> dict[str, float]:
         """Return the metrics of the last `steps` steps, over all ranks, and begin anew.
 
         Every rank calls it. Entropy is 1 where each expert is as likely as another. The peak load
         is the fullest expert's share of tokens over an even one, the mean over layers.
         """
-        load = torch.as_tensor(self._load, dtype=torch.float64)
+        aux, entropy, load = self.sums
         layers, experts = load.shape
-        sums = [float(self._aux), float(self._entropy), *load.flatten().tolist()]
+        sums = [float(aux), float(entropy), *load.double().flatten().tolist()]
         aux, entropy, *flat = (total / steps for total in dist.sum_over_ranks(sums))
         load = torch.tensor(flat).view(layers, experts)
         self.reset()

@@ -34,6 +34,8 @@ from packhorse.trainer.model.attention_kernels import Arguments, Slices
 from packhorse.trainer.model.ring_attention import attend_in_ring
 
 Kernel = Callable[..., torch.Tensor]
+Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""A layer's queries, keys and values."""
 
 
 def attend_in_slices(
@@ -53,8 +55,9 @@ def attend_in_slices(
     """
     slices, heads, window = arguments.bounds.slices, query.shape[1], arguments.window
     assert slices is not None, "the sequence lies on one rank"
+    qkv = query, key, value
     if goes_round(slices.kind, arguments.bounds.lengths, window):
-        return attend_in_ring(kernel, layer, query, key, value, arguments)
+        return attend_in_ring(kernel, layer, qkv, arguments)
     by_heads = takes_heads(slices.kind, heads, slices.number, window, sum(slices.tokens))
     if by_heads and heads % slices.number:
         raise BadInput(
@@ -62,7 +65,7 @@ def attend_in_slices(
             f"divide among {slices.number} ranks; use `gather`, or another parallel.sequence"
         )
     attend = _attend_by_heads if by_heads else _attend_by_queries
-    return attend(kernel, layer, query, key, value, arguments, slices)
+    return attend(kernel, layer, qkv, arguments, slices)
 
 
 def takes_heads(kind: str | None, heads: int, ranks: int, window: int | None, total: int) -> bool:
@@ -89,15 +92,10 @@ def seen_keys(lengths: Sequence[int], pieces: Ranges, window: int | None) -> Ran
 
 
 def _attend_by_heads(
-    kernel: Kernel,
-    layer: str,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    arguments: Arguments,
-    slices: Slices,
+    kernel: Kernel, layer: str, qkv: Qkv, arguments: Arguments, slices: Slices
 ) -> torch.Tensor:
     """Attend with a share of the heads over all tokens."""
+    query, key, value = qkv
     heads = query.shape[1] // slices.number
     if arguments.sinks is not None:
         own = arguments.sinks[slices.index * heads : (slices.index + 1) * heads]
@@ -112,18 +110,13 @@ def _attend_by_heads(
 
 
 def _attend_by_queries(
-    kernel: Kernel,
-    layer: str,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    arguments: Arguments,
-    slices: Slices,
+    kernel: Kernel, layer: str, qkv: Qkv, arguments: Arguments, slices: Slices
 ) -> torch.Tensor:
     """Attend with all heads for the own tokens, over the keys that they see."""
+    query, *pair = qkv
     bounds, own = arguments.bounds, slices.index
     seen = [seen_keys(bounds.lengths, pieces, arguments.window) for pieces in slices.pieces]
-    keys, values = (_Collect.apply(x, slices, seen) for x in (key, value))
+    keys, values = (_Collect.apply(x, slices, seen) for x in pair)
     firsts = [first for first, _ in seen[own]]
     queries, of_keys = bounds.of_pieces(slices.pieces[own], firsts)
     arguments = arguments._replace(bounds=of_keys, queries=queries)

@@ -50,7 +50,7 @@ def bounded(
     Raises:
         TooLong: the call took more than `limit_s`.
         Failed: it raised anything, needed more than LIMIT_BYTES, or ended its process.
-        RuntimeError: the helper could not work, whatever the call.
+        RuntimeError: the helper could not work, whatever the call, or was killed twice.
     """
     global _helper
     exit_code = None
@@ -78,6 +78,9 @@ def bounded(
                 if fault:
                     raise Failed(fault)
                 return result
+    if exit_code == -signal.SIGKILL:
+        # not the call's doing, so it must not decide which rows are trained on
+        raise RuntimeError("the helper process was killed twice, as the kernel does without memory")
     raise Failed(f"its process ended with exit code {exit_code}")
 
 
