@@ -8,6 +8,7 @@ Here, too, is what fails early: other data on a rank, and a GPU that is too smal
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -220,6 +221,15 @@ def say_other_types(model: Any, dtype: str) -> None:
             "%d tensors that transformers keeps in float32 are trained and exported in %s: %s",
             *(len(others), dtype, ", ".join(others[:3]) + ", ..." * (len(others) > 3)),
         )
+
+
+def be_deterministic() -> None:
+    """Let torch, cuBLAS and the attention kernels add in a fixed order, from now on."""
+    # cuBLAS reads it at its first product
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # it would fill all new memory, for what reads memory that nobody wrote
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def warn_if_bf16_is_emulated(dtype: str) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 from packhorse.trainer import dist, run_folder
 from packhorse.trainer.attention_choice import choose_attention
 from packhorse.trainer.build_engine import (
+    be_deterministic,
     build_engine,
     explain_out_of_memory,
     memory_dry_run,
@@ -164,6 +165,8 @@ def fit(prepared: PreparedRun) -> None:
     """
     recipe, run_dir = prepared.recipe, prepared.run_dir
     run_folder.require_shared(run_dir)
+    if recipe.train.deterministic:
+        be_deterministic()
     if dist.local_world_size() < dist.world_size():
         mib, gb_per_s = dist.all_reduce_speed()
         world = dist.world_size()

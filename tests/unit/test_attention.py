@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from packhorse.trainer.build_engine import be_deterministic
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model import attention, attention_kernels, flash_versions
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
@@ -312,6 +314,15 @@ def test_each_flash_attn_is_called_with_what_it_takes(
     assert calls[0]["window_size"] == (2, 0)
     assert calls[0]["max_seqlen_q"] == max(LENGTHS)
     assert calls[0]["deterministic"] is False
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")  # the user's own stays
+    be_deterministic()
+    try:
+        attend("flash_attn", q, k, v)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert calls[-1]["deterministic"] is True
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
     for asked in ({"dropout": 0.1}, {"softcap": 2.0}, {"s_aux": torch.zeros(HEADS)}):
         if {"dropout": (2,), "softcap": (2, 3)}.get(next(iter(asked)), ()).count(version):
             attend("flash_attn", q, k, v, **asked)

@@ -321,14 +321,15 @@ SPARSE = {
     **SIZES,
     "num_key_value_heads": 4,
 }
+XGLM: dict[str, Any] = {
+    **{"vocab_size": 160, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
+    **{"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0},
+}
 BY_ITSELF: dict[str, Any] = {
     "bloom": tf.BloomConfig(vocab_size=160, hidden_size=32, n_layer=2, n_head=4),
     "deepseek 3.2": tf.DeepseekV32Config(**SPARSE),
     "glm 5": tf.GlmMoeDsaConfig(**SPARSE, indexer_types=["full", "shared"]),
-    "xglm": tf.XGLMConfig(
-        **{"vocab_size": 160, "d_model": 32, "ffn_dim": 48, "num_layers": 2, "attention_heads": 4},
-        **{"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0, "layerdrop": 0.0},
-    ),
+    "xglm": tf.XGLMConfig(**XGLM),
 }
 
 

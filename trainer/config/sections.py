@@ -135,6 +135,10 @@ class TrainSection(Section):
     command goes on, for as long again."""
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
     """Seed of the data order, dropout, noise and random weights."""
+    deterministic: bool = False
+    """On GPUs, take kernels that add in a fixed order (torch.use_deterministic_algorithms), so that
+    equal runs on equal GPUs have equal bits. They are slower, and an operation that has no such
+    kernel ends the run."""
 
 
 class CheckpointSection(Section):
