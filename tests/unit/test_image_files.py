@@ -30,6 +30,14 @@ def test_the_dockerfile_is_clean() -> None:
     assert done.returncode == 0, done.stdout
 
 
+def test_the_bases_are_pinned_by_digest() -> None:
+    text = (ROOT / "docker" / "Dockerfile").read_text()
+    bases = re.findall(r"^FROM (\S+)", text, re.MULTILINE)
+    stages = re.findall(r"^FROM \S+ AS (\S+)", text, re.MULTILINE)
+    for argument in {base.strip("${}") for base in bases} - set(stages):
+        assert re.search(rf"^ARG {argument}=\S+@sha256:[0-9a-f]{{64}}$", text, re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("argument", "given", "flavour", "code", "said"),
     [
