@@ -25,6 +25,7 @@ from packhorse.trainer.model.load import load_model, load_tokenizer
 from packhorse.trainer.model.packing_check import prove_packing
 from packhorse.trainer.model.sft import SftModel
 from packhorse.trainer.utils import progress
+from tests import sharded_layers
 from tests.model_helpers import documents, pack
 
 
@@ -80,8 +81,16 @@ def main(folders: list[str]) -> None:
             if section.dtype == "float32":
                 found |= trained(plain, sharded, optim, config)
             seen[f"{Path(folder).name}, {case}"] = found
+        config = deepspeed_config(
+            parallel, section.model_copy(update={"dtype": "float32"}), optim, 32, Path(folder)
+        )
+        more = {
+            "gradients": sharded_layers.gradient_differences(config),
+            "verdicts": sharded_layers.verdicts(config),
+        }
     if dist.is_main():
         print(json.dumps(seen), flush=True)
+        print(json.dumps(more), flush=True)
 
 
 def trained(

@@ -190,6 +190,13 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     return _all_reduce(values, "float64")
 
 
+def max_over_ranks(values: list[float]) -> list[float]:
+    """Return element-wise maxima over ranks, NaN where a rank has one. Every rank calls it."""
+    import torch
+
+    return torch.tensor(gather(values), dtype=torch.float64).amax(0).tolist()
+
+
 def sum_mod_2_64(values: list[int]) -> list[int]:
     """Return element-wise sums over ranks of unsigned 64-bit numbers, mod 2^64.
 

@@ -249,7 +249,7 @@ def experts_unpacked() -> Any:
 
 def towers_trained() -> Any:
     """Train what a text's loss does not depend on."""
-    return mock.patch.object(build_engine, "_freeze_unreached", return_value=None)
+    return mock.patch.object(build_engine, "freeze_unreached", return_value=None)
 
 
 # ------------------------------------------------------------------------------ defects of a resume

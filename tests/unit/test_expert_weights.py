@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from packhorse.trainer.config.recipe import AdapterSection
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.model import expert_weights
+from packhorse.trainer.model import expert_weights, quantisation
 from packhorse.trainer.model.activation_checkpointing import set_checkpointing
 from packhorse.trainer.model.compiled_layers import compile_layers
 from packhorse.trainer.model.expert_lora import expert_parameters, wraps_parameter
@@ -168,6 +169,42 @@ def test_experts_whose_blocks_would_cross_rows_stay_and_are_named(
     names = [name for name in expert_parameters(model) if "down_proj" in name]
     with pytest.raises(BadInput, match=r"down_proj` \(4 x 64 x 32\) back from its 4 bits"):
         quantise(model, names, "nf4", lambda _: torch.no_grad())
+
+
+def test_each_weight_is_freed_before_the_next_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("qwen3_moe")
+    names = [*expert_parameters(model), "model.layers.0.self_attn.q_proj"]
+    weights = [weakref.ref(w) for w in expert_parameters(model).values()]
+    left, pack = [], quantisation._pack
+
+    def counted(*args: Any) -> Any:
+        left.append(sum(weight() is not None for weight in weights))
+        return pack(*args)
+
+    monkeypatch.setattr(quantisation, "_pack", counted)
+    quantise(model, names, "int8", lambda _: nullcontext())
+    assert left == list(range(len(weights), -1, -1))
+
+
+def test_memory_that_does_not_suffice_leaves_no_made_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = model_of("qwen3_moe")
+    model.requires_grad_(False)
+    quantise(model, list(expert_parameters(model)), "int8", lambda _: nullcontext())
+    expert_weights.make_where_they_run(model)
+    expand, calls = expert_weights._expand, []
+
+    def second_fails(*args: Any) -> torch.Tensor:
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return expand(*args)
+
+    monkeypatch.setattr(expert_weights, "_expand", second_fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        logits(model)
+    assert not [name for module in model.modules() for name in vars(module) if "_proj" in name]
 
 
 def test_what_is_trained_in_full_is_not_packed() -> None:

@@ -269,6 +269,13 @@ def test_two_zero3_ranks_load_what_one_process_loads(tmp_path: Path) -> None:
             assert found["loss"] == pytest.approx(found["plain loss"], rel=1e-6), case
             assert found["after"] < found["loss"] - 0.05, "it learns after the check"
             assert found["packing check"] < 1e-5
+    more = json.loads(next(line for line in output.splitlines() if line.startswith('{"gradients')))
+    print(more)
+    control = more["gradients"].pop("control")
+    assert control > 0.01, "DeepSpeed alone reduces after each call"
+    assert max(more["gradients"].values()) < 1e-5, "gradients are those of plain PyTorch"
+    for verdict in more["verdicts"]:  # rank 1's kernel alone is wrong, and both ranks heed that
+        assert "its states differ" in verdict
 
 
 # ------------------------------------------------------------------------------ damaged, too old

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers as tf
 
+from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import AdapterSection, LossSection
 from packhorse.trainer.datatypes import BadInput, Batch
 from packhorse.trainer.model import (
@@ -466,7 +467,19 @@ def test_control_a_backend_without_boundaries_is_caught(dtype: torch.dtype) -> N
     assert "layer 0 (LlamaDecoderLayer): its states differ" in seen.by_itself
 
 
-def test_a_kernel_that_mixes_what_the_reference_keeps_apart_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("fused", "others"),
+    [
+        ([], "model.attention=reference"),
+        (
+            ["flash_attn 3", "flash_attn 2", "torch_varlen"],
+            "model.attention=flash_attn or model.attention=reference",
+        ),
+    ],
+)
+def test_a_kernel_that_mixes_what_the_reference_keeps_apart_is_refused(
+    fused: list[str], others: str
+) -> None:
     right = attention_kernels.reference
 
     def wrong(layer: str, q: Any, k: Any, v: Any, arguments: Arguments) -> torch.Tensor:
@@ -475,9 +488,47 @@ def test_a_kernel_that_mixes_what_the_reference_keeps_apart_is_refused() -> None
     kernel = attention.as_attention_function(wrong)
     with (
         mock.patch.dict(attention._FUNCTIONS, {"torch_varlen": kernel}),
-        pytest.raises(BadInput, match=r"apart through the backend torch_varlen .*=reference$"),
+        mock.patch.object(packing_check, "fused_kernels", return_value=fused),
+        pytest.raises(BadInput, match=rf"apart through the backend torch_varlen .*: set {others}$"),
     ):
         proof(tiny(RIGHT["llama"][0], backend="torch_varlen"))
+
+
+def test_ranks_fall_back_to_the_models_own_attention_together_and_both_errors_are_told() -> None:
+    module = SftModel(tiny(RIGHT["llama"][0]), LossSection(), 0, CPU)
+
+    def fail() -> None:
+        raise (RuntimeError("own") if module.attends_by_itself else ValueError("ours"))
+
+    with (
+        mock.patch.object(dist.log, "info") as said,
+        pytest.raises(RuntimeError, match="own") as caught,
+    ):
+        module.by_either_attention(fail)
+    assert str(caught.value.__cause__) == "ours"
+    assert said.call_args.args[-1] == "ValueError: ours"
+    assert not module.attends_by_itself
+    assert module.by_either_attention(lambda: module.attends_by_itself) is False
+    with mock.patch.object(dist, "gather", lambda own: [own, "ValueError: another rank's"]):
+        assert module.by_either_attention(lambda: module.attends_by_itself) is True
+
+
+def test_a_forward_that_fails_on_another_rank_alone_counts_as_failed_here() -> None:
+    def gather(own: Any) -> list[Any]:
+        packed = lengths[-1] > 1
+        return [own, "ImportError: no kernel" if own is None and packed else own]
+
+    def counted(self: SftModel, batch: Batch, **wanted: bool) -> Any:
+        lengths.append(1 if self.attends_by_itself else len(batch.lengths))
+        return decode(self, batch, **wanted)
+
+    lengths, decode = [1], SftModel._decode
+    with (
+        mock.patch.object(dist, "gather", gather),
+        mock.patch.object(SftModel, "_decode", counted),
+    ):
+        seen = proof(tiny(RIGHT["llama"][0]))
+    assert seen.by_itself == "the model fails on rank 1 alone: ImportError: no kernel"
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ HANG = f"{SLEEP}waits_for_ever()"
 RANK_0_FAILS = f"{SLEEP}import os\nos.environ['RANK'] == '0' and exit('broken')\nwaits_for_ever()"
 
 EXCHANGE = """
+import math
 import pickle
 from unittest import mock
 from packhorse.trainer import dist
@@ -19,6 +20,8 @@ with dist.process_group():
     with mock.patch.object(pickle, "Pickler", None), mock.patch.object(pickle, "Unpickler", None):
         assert dist.gather(value(dist.rank())) == [value(0), value(1), value(2)]
         assert dist.gather(value(2 - dist.rank()), group) == [value(2), value(1), value(0)]
+        maxima = dist.max_over_ranks([float(dist.rank()), [0.0, math.nan, 0.0][dist.rank()]])
+        assert maxima[0] == 2.0 and maxima[1] != maxima[1]
         assert dist.broadcast(value(2) if dist.is_main() else object()) == value(2)
         assert dist.run_on_rank0(lambda: open("/nowhere/x")) == (
             "[Errno 2] No such file or directory: '/nowhere/x'"

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from rich.console import Group
@@ -105,9 +105,11 @@ def role_starts(conversation: Conversation, example: Example, masker: Masker) ->
     """
     for render, answer in _renders(conversation, masker):
         token_at = _find_tokens(render, answer, example, masker.tokenizer)
+        if token_at is None:
+            continue
         found: dict[int, str] = {}
         seen = {-1}  # the tools that the row offers
-        for number, slot in enumerate(render.skeleton.slots if token_at else []):
+        for number, slot in enumerate(render.skeleton.slots):
             message, part = render.skeleton.owners[slot]
             if message not in seen:
                 seen.add(message)
@@ -116,13 +118,12 @@ def role_starts(conversation: Conversation, example: Example, masker: Masker) ->
                     turn = answer or find_turn(masker.template, render.skeleton, message)
                     begins = render.position(turn.start)
                 found[token_at(begins)] = conversation.messages[message].role
-        if token_at:
-            return found
+        return found
     return {}
 
 
 def _find_tokens(
-    render: Render, answer: Turn | None, example: Example, tokenizer: PreTrainedTokenizerBase
+    render: Render, answer: Turn | None, example: Example, tokenizer: Any
 ) -> Callable[[int], int] | None:
     """Return what finds the token that holds a character; nothing, if they are not the example's.
 

@@ -195,16 +195,25 @@ def reduce_leaves_once(engine: Any) -> None:
         # torch calls no backward hook of a module that gives a list, as GPT-1's layers
         return tuple(output) if isinstance(output, list) else None
 
+    reduces: dict[nn.Module, Any] = {}
+
+    def reduce_after_last(layer: nn.Module, *gradients: Any) -> None:
+        calls[layer] -= 1
+        if calls[layer] <= 0:
+            reduces[layer](layer, *gradients)
+
+    def reduce_rest() -> None:
+        # the backward comes to no call whose output nothing uses
+        for layer in [layer for layer, left in calls.items() if left > 0]:
+            del calls[layer]
+            if any(p.grad is not None for p in layer.parameters()):
+                reduces[layer](layer, (), ())
+
     for layer, handle in zip(optimizer.leaf_parameters, optimizer._leaf_module_hooks, strict=True):
-        reduce = layer._backward_hooks[handle.id]
-
-        def reduce_after_last(layer: nn.Module, *gradients: Any, reduce: Any = reduce) -> None:
-            calls[layer] -= 1
-            if calls[layer] <= 0:
-                reduce(layer, *gradients)
-
+        reduces[layer] = layer._backward_hooks[handle.id]
         layer._backward_hooks[handle.id] = reduce_after_last
         layer.register_forward_hook(count)
+    optimizer._grad_acc_post_hooks.insert(0, reduce_rest)  # before the end of DeepSpeed's backward
 
 
 # --------------------------------------------------------------------------------------- clipping

@@ -328,10 +328,10 @@ def _counting_saved_bytes(
 
 @torch.library.custom_op("packhorse::planned_attention", mutates_args=())
 def _planned_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stand in for FlashAttention: return the output, and the log-sum-exp of the scores, one number
-    for each head and position.
+    """Stand in for FlashAttention: return the output, which `sinks` have a part in, and the
+    log-sum-exp of the scores, one number for each head and position.
     """
     out = q.new_empty(*q.shape[:3], v.shape[3])
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -357,4 +357,4 @@ def _fused(
 ) -> torch.Tensor:
     asked = (arguments.window, arguments.softcap, arguments.sinks is not None, arguments.dropout)
     _attended.append(AttentionShape(q.shape[1], k.shape[1], k.shape[3], v.shape[3], *asked))
-    return _planned_attention(q, k, v)[0].transpose(1, 2)
+    return _planned_attention(q, k, v, arguments.sinks)[0].transpose(1, 2)

@@ -132,10 +132,6 @@ class _Made(NamedTuple):
 def _in_place(owner: nn.Module, makers: Mapping[str, Maker]) -> Iterator[None]:
     """Give a module made weights as attributes inside the block, which hide its parameters."""
     notes: dict[int, tuple[Maker, int]] = {}  # by the address of what was made
-    for name, make in makers.items():
-        experts, *_ = shape(owner._parameters[name])
-        made = vars(owner)[name] = make(0, experts)
-        notes[made.untyped_storage()._cdata] = (make, made.numel() // experts)
     # Hooks do not stack: those around ours, of activation checkpointing for one, get the rest.
     autograd: Any = vars(torch._C)["_autograd"]
     around = autograd._top_saved_tensors_default_hooks(True)
@@ -154,8 +150,12 @@ def _in_place(owner: nn.Module, makers: Mapping[str, Maker]) -> Iterator[None]:
         return around[1](kept) if around else kept
 
     try:
+        for name, make in makers.items():
+            experts, *_ = shape(owner._parameters[name])
+            made = vars(owner)[name] = make(0, experts)
+            notes[made.untyped_storage()._cdata] = (make, made.numel() // experts)
         with saved_tensors_hooks(pack, unpack):
             yield
     finally:
         for name in makers:
-            del vars(owner)[name]
+            vars(owner).pop(name, None)  # the memory may not have sufficed for all

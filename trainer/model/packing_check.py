@@ -9,26 +9,27 @@ configuration (a window, a chunk, a first context) that a packed sequence can re
 through our path, and alone through the model's own eager attention and layers. Three things are
 compared: the mask that each layer would make for itself with what the backend sees (exactly), every
 layer's output token by token, and our loss with the cross-entropy of the model's own logits. There
-is no list of known models: each one is measured.
+is no list of known models: each one is measured. All ranks judge the largest differences of any, so
+that they go on in the same way.
 """
 
 from __future__ import annotations
 
-import inspect
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from packhorse.trainer import dist
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model import liger_layers
 from packhorse.trainer.model.attention import (
     checked_masks,
+    fused_kernels,
     implementation,
-    other_attention,
     set_implementation,
 )
 from packhorse.trainer.model.checks import (
@@ -37,6 +38,7 @@ from packhorse.trainer.model.checks import (
     require_finite_weights,
 )
 from packhorse.trainer.model.decoder import decoder_layers, layer_name, recorded_states
+from packhorse.trainer.model.document_alone import Alone, relative_difference, run_alone
 from packhorse.trainer.model.logit_transform import LogitTransform, measure_transform
 from packhorse.trainer.model.probe_documents import (
     COMPARED_FIRST,
@@ -46,9 +48,7 @@ from packhorse.trainer.model.probe_documents import (
     random_documents,
 )
 from packhorse.trainer.model.sft import SftModel
-from packhorse.trainer.utils.text import one_line
-
-EAGER_TOKENS = 8192  # longer documents run alone through sdpa: eager attention holds all scores
+from packhorse.trainer.utils.text import error_line, one_line
 
 # Largest ||ours - theirs|| / ||theirs|| of hidden states in any layer, against the model alone and
 # against ourselves with other neighbours, and largest relative difference of the loss. In fp32 the
@@ -72,14 +72,6 @@ class Proof(NamedTuple):
     transform: LogitTransform
     by_document: tuple[str, ...] = ()  # which modules run once for each document, and why
     by_itself: str = ""  # why the model attends by its own code, a document at a time; or nothing
-
-
-class _Alone(NamedTuple):
-    """One document, computed by the model's own means."""
-
-    states: list[torch.Tensor]  # of the compared tokens, after each layer
-    loss: torch.Tensor  # summed over the trained tokens
-    rounding: list[float]  # difference of the states between its own two ways of attention
 
 
 class _LayerDiffers(Exception):
@@ -122,7 +114,7 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
     try:
         sft.transform = measure_transform(sft.model)
         documents = random_documents(sft.model.config.get_text_config(), seq_len, seed)
-        alone = [_run_alone(sft.model, ids) for ids in documents]
+        alone = [run_alone(sft.model, ids) for ids in documents]
         try:
             # Not last: under ZeRO-3 it frees the small weights that the other forwards keep whole.
             forward = partial(sft.hidden_states, pack_documents(documents[:1]))
@@ -148,37 +140,6 @@ def prove_packing(sft: SftModel, *, seq_len: int, one_document: bool, seed: int)
 # ------------------------------------------------------------------------------------- the two ways
 
 
-def _run_alone(model: Any, ids: torch.Tensor) -> _Alone:
-    # eager attention is the plainest code that the model has: every argument is honoured there
-    own = "eager" if ids.shape[0] <= EAGER_TOKENS else "sdpa"
-    states, loss = _run_own(model, ids, own)
-    rounding = [0.0] * len(states)
-    if states[0].dtype != torch.float32 and own == "eager":
-        others, _ = _run_own(model, ids, "sdpa")
-        rounding = [relative_difference(*pair) for pair in zip(others, states)]
-    return _Alone(states, loss, rounding)
-
-
-def _run_own(
-    model: Any, ids: torch.Tensor, own_attention: str
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Return the states after each layer and the summed loss, as transformers computes them."""
-    trained = num_trained(ids.shape[0])
-    fewer_logits = (
-        {"logits_to_keep": trained + 1}
-        if "logits_to_keep" in inspect.signature(model.forward).parameters
-        else {}
-    )
-    with (
-        liger_layers.plain(model),
-        other_attention(model, own_attention),
-        recorded_states(model, compared_positions(ids.shape[0]), [ids.shape[0]]) as states,
-    ):
-        out = model(input_ids=ids.unsqueeze(0), use_cache=False, **fewer_logits)
-    logits = out.logits[0, -trained - 1 : -1].float()
-    return states, F.cross_entropy(logits, ids[-trained:], reduction="sum")
-
-
 def _run_packed(
     sft: SftModel, documents: Sequence[torch.Tensor], compared: Sequence[list[int]]
 ) -> tuple[list[tuple[torch.Tensor, ...]], float, set[nn.Module]]:
@@ -191,15 +152,25 @@ def _run_packed(
     starts = batch.cu_seqlens.tolist()
     positions = [start + i for start, tokens in zip(starts, compared) for i in tokens]
     attended: set[nn.Module] = set()
+    states: list[torch.Tensor] = []
+    loss, error = math.nan, None
     try:
         with (
             checked_masks(sft.model) as attended,
             recorded_states(sft.model, positions, calls) as states,
         ):
             loss = float(sft(batch))
-    except (BadInput, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except Exception as caught:
+        error = caught
+    failures = dist.gather(error and error_line(error))
+    if None in failures and any(failures):
+        failed = next(text for text in failures if text)
+        raise BadInput(f"the model fails on rank {failures.index(failed)} alone: {failed}")
+    if isinstance(error, BadInput):
+        raise error
+    if error:
         # a layer that cannot handle document boundaries refuses them by an error of its own
         module = raising_module(error)
         name = type(module).__name__ if module else "the model"
@@ -212,7 +183,7 @@ def _run_packed(
 
 
 def _compare_packed(
-    sft: SftModel, documents: Sequence[torch.Tensor], alone: Sequence[_Alone]
+    sft: SftModel, documents: Sequence[torch.Tensor], alone: Sequence[Alone]
 ) -> tuple[list[tuple[float, float]], tuple[str, ...], str]:
     """Compare packed documents; let a model that mixes them run document by document.
 
@@ -240,17 +211,18 @@ def _require_innocent_kernel(sft: SftModel, difference: _LayerDiffers, *document
     try:
         _compare(sft, *documents)
     except (_LayerDiffers, BadInput):
-        set_implementation(sft.model, backend)
         return
+    finally:
+        set_implementation(sft.model, backend)
     raise BadInput(
         f"{difference.layer} does not keep packed documents apart through the backend "
         f"{backend.removeprefix('packhorse_')} ({difference}), and does through reference: set "
-        "model.attention=reference"
+        f"{' or '.join(_other_backends(sft))}"
     )
 
 
 def _compare_splitting(
-    sft: SftModel, documents: Sequence[torch.Tensor], alone: Sequence[_Alone]
+    sft: SftModel, documents: Sequence[torch.Tensor], alone: Sequence[Alone]
 ) -> tuple[list[tuple[float, float]], tuple[str, ...]]:
     """Compare packed documents; let modules that mix them run document by document, if that helps.
 
@@ -279,7 +251,7 @@ def _compare_splitting(
 
 
 def _compare_each(
-    sft: SftModel, documents: Sequence[torch.Tensor], alone: Sequence[_Alone]
+    sft: SftModel, documents: Sequence[torch.Tensor], alone: Sequence[Alone]
 ) -> list[tuple[float, float]]:
     """Compare documents one by one; let a model that cannot attend through us attend by itself.
 
@@ -305,28 +277,29 @@ def _modules_like(model: nn.Module, difference: _LayerDiffers) -> list[nn.Module
 
 
 def _compare(
-    sft: SftModel, documents: Sequence[torch.Tensor], alone: Sequence[_Alone]
+    sft: SftModel, documents: Sequence[torch.Tensor], alone: Sequence[Alone]
 ) -> tuple[float, float]:
     """Return the largest differences of states and loss between documents packed and alone."""
     dtype = next(sft.model.parameters()).dtype
     hidden_allowed, neighbour_allowed, loss_allowed = TOLERANCE[dtype]
     compared = [compared_positions(ids.shape[0]) for ids in documents]
     packed, loss, attended = _run_packed(sft, documents, compared)
-    worst = 0.0
-    for layer, ours in enumerate(packed):
-        difference = max(
-            relative_difference(mine, own.states[layer])
-            for mine, own in zip(ours, alone, strict=True)
-        )
+    trained = sum(num_trained(ids.shape[0]) for ids in documents)
+    own_loss = float(torch.stack([own.loss for own in alone]).sum()) / trained
+    by_document = [
+        [*map(relative_difference, (mine[i] for mine in packed), own.states)]
+        for i, own in enumerate(alone)
+    ]
+    here = torch.tensor(by_document, dtype=torch.float64).amax(0).tolist()
+    here.append(abs(loss - own_loss) / max(1.0, abs(own_loss)))
+    # a rank that went on alone in another way would make other gathers than the rest
+    *worst, off = dist.max_over_ranks(here)
+    for layer, difference in enumerate(worst):
         rounding = max(own.rounding[layer] for own in alone)
         allowed = max(hidden_allowed, min(OWN_ROUNDING * rounding, MOST_ROUNDING))
         what = "from the same document alone"
         _require_close(sft.model, layer, attended, difference, allowed, what)
-        worst = max(worst, difference)
     _require_isolation(sft, documents, neighbour_allowed)
-    trained = sum(num_trained(ids.shape[0]) for ids in documents)
-    own_loss = float(torch.stack([own.loss for own in alone]).sum()) / trained
-    off = abs(loss - own_loss) / max(1.0, abs(own_loss))
     # written so that a NaN fails, too
     if not off <= loss_allowed:
         raise _LossDiffers(
@@ -336,7 +309,7 @@ def _compare(
             "be trained here",
             attended,
         )
-    return worst, off
+    return max(worst), off
 
 
 def _require_isolation(sft: SftModel, documents: Sequence[torch.Tensor], allowed: float) -> None:
@@ -354,16 +327,9 @@ def _require_isolation(sft: SftModel, documents: Sequence[torch.Tensor], allowed
     before, *_ = _run_packed(sft, documents, compared)
     after, _, attended = _run_packed(sft, others, compared)
     what = "once its neighbours and later tokens are others"
-    for layer, (mine, changed) in enumerate(zip(before, after)):
-        difference = relative_difference(changed[middle], mine[middle])
+    here = [relative_difference(new[middle], old[middle]) for old, new in zip(before, after)]
+    for layer, difference in enumerate(dist.max_over_ranks(here)):
         _require_close(sft.model, layer, attended, difference, allowed, what)
-
-
-def relative_difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """Return the relative difference of a document's states, (tokens, H) each; see TOLERANCE."""
-    ours, exact = ours.float(), theirs.float()
-    by_token = (ours - exact).norm(dim=1) / exact.norm(dim=1).clamp_min(1e-12)
-    return float(by_token.max() if theirs.dtype == torch.float32 else by_token.median())
 
 
 def _require_close(
@@ -386,13 +352,22 @@ def _advise(sft: SftModel, difference: _LayerDiffers | BadInput) -> str:
         return str(difference)
     backend = sft.model.config._attn_implementation.removeprefix("packhorse_")
     fused = liger_layers.is_fused(sft.model)
-    other = [
-        *(["model.attention=reference"] if backend != "reference" else []),
-        *(["model.layer_kernels=torch"] if fused else []),
-    ]
+    layers = ["model.layer_kernels=torch"] if fused else []
+    other = [*filter(None, [" or ".join(_other_backends(sft))]), *layers]
     advice = f"try {' and '.join(other)}, or" if other else "take"
     return (
         f"{difference.layer} gives other hidden states through the backend {backend} than by "
         f"the model's own attention{' and layers' if fused else ''}, even for one document "
         f"({difference}): {advice} another model"
     )
+
+
+def _other_backends(sft: SftModel) -> list[str]:
+    """Return the settings of the other backends that run here, the fast ones first."""
+    own = sft.model.config._attn_implementation.removeprefix("packhorse_")
+    if own == "reference":
+        return []
+    weight = next(sft.model.parameters())
+    fused = [kernel.partition(" ")[0] for kernel in fused_kernels(weight.device, weight.dtype)]
+    names = dict.fromkeys([*fused, "reference"])
+    return [f"model.attention={name}" for name in names if name != own]

@@ -40,17 +40,16 @@ def quantise(model: Any, names: Iterable[str], base: str, gathered: Callable[...
         base: of the recipe's adapter section.
         gathered: holds parameters whole inside its block (engine.gathered).
     """
-    parameters = dict(model.named_parameters())
     for name in names:
-        old: Any = None if name in parameters else model.get_submodule(name)
-        weight: Any = parameters[name] if old is None else old.weight
+        parent, _, last = name.rpartition(".")
+        old: Any = getattr(model.get_submodule(parent), last)  # a linear module, or a parameter
+        weight: Any = getattr(old, "weight", old)
         shards = getattr(weight, "convert_to_zero_parameters", None)
         with gathered([weight]):
             packed = _pack(name, weight, base, weight.dtype if shards else None)
         if shards:
             shards([packed])
-        parent, _, last = name.rpartition(".")
-        new = packed if old is None else _linear_of(old, packed)
+        new = packed if old is weight else _linear_of(old, packed)
         setattr(model.get_submodule(parent), last, new)
     model.is_loaded_in_4bit = base != "int8"  # peft chooses its layers by it
 

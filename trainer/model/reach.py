@@ -56,7 +56,8 @@ def freeze_unreached(
     model.eval()  # activation checkpointing and dropout change nothing here, and cost time
     try:
         # nothing is saved for a backward that does not come: it would hold gathered weights
-        nothing_kept = torch.autograd.graph.saved_tensors_hooks(lambda _: None, lambda _: None)
+        forget: Any = lambda _: None  # noqa: E731
+        nothing_kept = torch.autograd.graph.saved_tensors_hooks(forget, forget)
         with torch.enable_grad(), nothing_kept, _gathered_where_used(model, gathered):
             reached = _leaves(forward())
     finally:

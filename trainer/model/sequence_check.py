@@ -13,12 +13,8 @@ import torch
 from packhorse.trainer import dist
 from packhorse.trainer.datatypes import BadInput, Batch
 from packhorse.trainer.model.decoder import layer_name, recorded_states
-from packhorse.trainer.model.packing_check import (
-    MOST_ROUNDING,
-    TOLERANCE,
-    Proof,
-    relative_difference,
-)
+from packhorse.trainer.model.document_alone import relative_difference
+from packhorse.trainer.model.packing_check import MOST_ROUNDING, TOLERANCE, Proof
 from packhorse.trainer.model.probe_documents import pack_documents, random_documents
 from packhorse.trainer.model.sft import SftModel
 
@@ -55,13 +51,14 @@ def prove_slices(
     exact, loss = _run(sft, whole, place)
     ours, part = _run(sft, own, list(range(len(place))))
     sft.train(training)
-    off = [
-        max(relative_difference(x[half], y[half]) for half in (slice(AFTER_CUT), slice(None)))
-        for x, y in zip(ours, exact, strict=True)
+    halves = [
+        [relative_difference(x[half], y[half]) for x, y in zip(ours, exact, strict=True)]
+        for half in (slice(AFTER_CUT), slice(None))
     ]
+    off = torch.tensor(halves, dtype=torch.float64).amax(0).tolist()
     # every group has the same sequence
     total = dist.sum_over_ranks([part])[0] * size / dist.world_size()
-    return _require_close(sft, dist.gather(off), abs(total - loss) / max(1.0, abs(loss)))
+    return _require_close(sft, dist.max_over_ranks(off), abs(total - loss) / max(1.0, abs(loss)))
 
 
 def _refusal(sft: SftModel, proof: Proof) -> str | None:
@@ -85,12 +82,11 @@ def _run(sft: SftModel, batch: Batch, compared: list[int]) -> tuple[list[torch.T
     return states, loss
 
 
-def _require_close(sft: SftModel, off_by_rank: list[list[float]], loss_off: float) -> float:
+def _require_close(sft: SftModel, worst: list[float], loss_off: float) -> float:
     dtype = next(sft.model.parameters()).dtype
     hidden_allowed, _, loss_allowed = TOLERANCE[dtype]
     if dtype != torch.float32:
         hidden_allowed = MOST_ROUNDING  # products of other shapes round otherwise in each layer
-    worst = [max(of_layer) for of_layer in zip(*off_by_rank, strict=True)]
     for layer, off in enumerate(worst):
         if not off <= hidden_allowed:
             raise BadInput(

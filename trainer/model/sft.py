@@ -32,6 +32,7 @@ from packhorse.trainer.model.loss import choose_kernel, linear_cross_entropy
 from packhorse.trainer.model.neftune import document_noise
 from packhorse.trainer.model.rotary import make_tables_by_document
 from packhorse.trainer.model.router_loss import RouterLoss
+from packhorse.trainer.utils.text import error_line
 
 Result = TypeVar("Result")
 
@@ -166,17 +167,27 @@ class SftModel(nn.Module):
         )
 
     def by_either_attention(self, run: Callable[[], Result]) -> Result:
-        """Return `run()`: by the model's own attention, if it fails through packhorse's."""
+        """Return `run()`: by the model's own attention, if it fails on any rank through ours."""
+        result: Any = None
+        first: Exception | None = None
         try:
-            return run()
+            result = run()
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception:
+        except Exception as error:
             if self.attends_by_itself:
                 raise
+            first = error
+        # a rank that ran again alone would leave the others hanging in ZeRO-3's gathers
+        failures = [text for text in dist.gather(first and error_line(first)) if text is not None]
+        if not failures:
+            return result
+        dist.log.info("through packhorse's attention the model fails: %s", failures[0])
         self.attends_by_itself = True
         try:
             return run()
+        except Exception as error:
+            raise error from first
         finally:
             self.attends_by_itself = False
 
