@@ -154,7 +154,7 @@ def _require_own(run_dir: Path) -> None:
 def require_shared(run_dir: Path) -> None:
     """Check that all nodes see the same run folder: each writes a file that all look for (C7).
 
-    Packhorse's launchers meet by a secret in it (launch/signed_store.py); torchrun's do not.
+    Packhorse's launchers have checked it before (launch/preflight.py); torchrun's do not.
 
     Raises:
         BadInput: a node does not see another one's file; on every rank.

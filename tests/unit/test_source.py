@@ -14,7 +14,7 @@ import pytest
 
 from packhorse.trainer.config.data import Source
 from packhorse.trainer.data import digest, row_files
-from packhorse.trainer.data.row_files import fields_of_batches
+from packhorse.trainer.data.arrow_fields import fields_of_batches
 from packhorse.trainer.data.source import read_rows, source_digest
 from packhorse.trainer.data.streaming import _plain_rows
 from packhorse.trainer.datatypes import BadInput, RowError

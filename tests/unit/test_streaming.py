@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packhorse.trainer.config.recipe import Recipe, load_recipe, parse_recipe
-from packhorse.trainer.data import row_files, streaming
+from packhorse.trainer.data import arrow_fields, streaming
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import train_plan
@@ -531,13 +531,13 @@ def test_what_rows_of_a_stream_share_is_checked_once(ground, monkeypatch):
     ]
     table = pyarrow.table({"messages": messages})
     pyarrow.parquet.write_table(table, ground.folder / "a.parquet", row_group_size=10)
-    checks, is_sound = [], row_files._is_sound
+    checks, is_sound = [], arrow_fields._is_sound
 
     def counted(batch: Any, *, full: bool) -> bool:
         checks.append(full)
         return is_sound(batch, full=full)
 
-    monkeypatch.setattr(row_files, "_is_sound", counted)
+    monkeypatch.setattr(arrow_fields, "_is_sound", counted)
     (shard,) = prepare_now(ground.recipe(**stream(ground, 20)), ground._tokenizer)
     assert shard.report["rows"] == shard.report["documents"] == 20
     assert (len(checks), sum(checks)) == (20, 2), "one for each row group"

@@ -27,12 +27,13 @@ from typing import Any, NamedTuple
 
 from packhorse.trainer.config.data import Source
 from packhorse.trainer.config.recipe import Recipe
+from packhorse.trainer.data.arrow_fields import fields_of_batches
 from packhorse.trainer.data.batch_plan import Corpus
 from packhorse.trainer.data.cache import sum_counts
 from packhorse.trainer.data.leakage import check_leakage
 from packhorse.trainer.data.loader import STEPS_AHEAD
 from packhorse.trainer.data.prepare import Prepared, TrainData, digests_folder, prepare
-from packhorse.trainer.data.row_files import UNREADABLE, fields_of_batches, kind_of_file
+from packhorse.trainer.data.row_files import UNREADABLE, kind_of_file
 from packhorse.trainer.data.shard_log import LOG, Shard, ShardLog
 from packhorse.trainer.data.source import open_stream, say_once, shown, source_digest
 from packhorse.trainer.datatypes import BadInput
