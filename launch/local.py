@@ -189,7 +189,8 @@ def _require_free_port(endpoint: str) -> None:
         socket.create_server((host, int(port))).close()
     except OSError as error:
         # create_server's own text has the system's twice; a name that is not found has no errno > 0
-        why = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
+        code = error.errno or 0
+        why = os.strerror(code) if code > 0 else error.strerror
         raise BadInput(
             f"port {port} cannot be used ({why}): give another --port, or leave it out to take a "
             "free one"
