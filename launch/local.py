@@ -188,9 +188,11 @@ def _require_free_port(endpoint: str) -> None:
     try:
         socket.create_server((host, int(port))).close()
     except OSError as error:
+        # create_server's own text has the system's twice; a name that is not found has no errno > 0
+        why = os.strerror(error.errno) if (error.errno or 0) > 0 else error.strerror
         raise BadInput(
-            f"port {port} cannot be used ({error.strerror}): give another --port, or leave it out "
-            "to take a free one"
+            f"port {port} cannot be used ({why}): give another --port, or leave it out to take a "
+            "free one"
         ) from None
 
 

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -61,6 +61,7 @@ class Disk:
     clock: float  # seconds since 1970, just after the nodes' facts had come
     fault: str | None  # why run.dir cannot be written
     free_gib: dict[str, float]  # for run.dir and data.cache
+    shared: bool  # node 0's file of this start is in run.dir
 
 
 def check_nodes(
@@ -73,7 +74,8 @@ def check_nodes(
 ) -> None:
     """Compare the nodes. Every launcher calls this between the rendezvous and its workers' start.
 
-    That they share the run folder is known: they have met by the secret in it (signed_store.py).
+    They have met by the secret in the run folder (signed_store.py), which may have been copied with
+    it: so node 0 writes a file there for which all look.
 
     Args:
         processes: workers on this node.
@@ -87,12 +89,25 @@ def check_nodes(
     """
     run_dir = Path(recipe.run.dir)
     numbers = [f"node {i}" for i in range(nodes)]
-    answers = _exchange(store, "facts", node, numbers, asdict(collect_facts(recipe, processes)))
-    every = [Facts(**{**answer, "gpus": tuple(answer["gpus"])}) for answer in answers]
-    hosts = host_names(every)
-    answers = _exchange(store, "disk", node, hosts, asdict(_try_disks(recipe)))
+    with ExitStack() as at_end:
+        if node == 0:
+            name = ""
+            with suppress(OSError):  # `_try_disks` says why
+                run_dir.mkdir(parents=True, exist_ok=True)
+                mark = tempfile.NamedTemporaryFile(dir=run_dir, prefix=".preflight-")  # noqa: SIM115
+                name = Path(at_end.enter_context(mark).name).name
+            store.set("packhorse/preflight/mark", name)
+        answers = _exchange(store, "facts", node, numbers, asdict(collect_facts(recipe, processes)))
+        every = [Facts(**{**answer, "gpus": tuple(answer["gpus"])}) for answer in answers]
+        hosts = host_names(every)
+        name = store.get("packhorse/preflight/mark").decode()
+        answers = _exchange(store, "disk", node, hosts, asdict(_try_disks(recipe, run_dir / name)))
     disks = [Disk(**answer) for answer in answers]
-    fault = find_difference(every, hosts) or find_bad_disk(disks, hosts, run_dir)
+    fault = (
+        find_difference(every, hosts)
+        or find_bad_disk(disks, hosts, run_dir)
+        or find_unshared(disks, hosts, run_dir)
+    )
     if fault:
         _leave_together(store, nodes)
         raise BadInput(f"preflight: {fault}")
@@ -163,6 +178,17 @@ def find_bad_disk(disks: Sequence[Disk], hosts: Sequence[str], run_dir: Path) ->
     return None
 
 
+def find_unshared(disks: Sequence[Disk], hosts: Sequence[str], run_dir: Path) -> str | None:
+    """Return a sentence about the first node that does not see node 0's file, or None."""
+    for disk, host in zip(disks, hosts):
+        if not disk.shared:
+            return (
+                f"run.dir: {run_dir} is not the same folder on all nodes; {host} does not see what "
+                f"{hosts[0]} wrote there; put it on a file system that all of them share"
+            )
+    return None
+
+
 def list_warnings(
     every: Sequence[Facts], disks: Sequence[Disk], hosts: Sequence[str]
 ) -> Iterable[str]:
@@ -210,8 +236,8 @@ def collect_facts(recipe: Recipe, processes: int) -> Facts:
     )
 
 
-def _try_disks(recipe: Recipe) -> Disk:
-    """Write a file into the run folder, and return what the disks are like."""
+def _try_disks(recipe: Recipe, mark: Path) -> Disk:
+    """Write a file into the run folder, look for node 0's, and return what the disks are like."""
     clock, fault, run_dir = time.time(), None, Path(recipe.run.dir)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -225,7 +251,7 @@ def _try_disks(recipe: Recipe) -> Disk:
         above = (folder.absolute(), *folder.absolute().parents)
         existing = next(place for place in above if place.exists())
         free_gib[name] = shutil.disk_usage(existing).free / 2**30
-    return Disk(clock, fault, free_gib)
+    return Disk(clock, fault, free_gib, mark.exists())
 
 
 def _code_parts() -> Iterable[bytes]:

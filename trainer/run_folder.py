@@ -239,7 +239,7 @@ def write_summary(
         if "eval/loss" in line
     }
     samples = read_json_lines(run_dir / "samples.jsonl")
-    environment = read_json_file(run_dir / "environment.json")
+    environment = read_json_file(run_dir / "environment.json")  # or nothing, if it was deleted
     write_json(
         run_dir / "summary.json",
         {
@@ -251,7 +251,7 @@ def write_summary(
             "tokens_per_s": tokens_per_s,
             "seconds": _seconds_by_part(logged, rest_s),
             "sample": next((sample for sample in samples if sample["step"] == steps), None),
-            "versions": environment["packages"],
+            "versions": environment.get("packages"),
         },
     )
 
@@ -274,8 +274,17 @@ def _seconds_by_part(
 def describe_end(recipe: Recipe, run_dir: Path) -> str:
     """Return what a person wants to know of a run that is done, from its summary.json: losses and
     scores before and after, time by part, where things are, and commands that may come next.
+
+    Raises:
+        BadInput: the summary is missing, damaged, or of an earlier version.
     """
     found = read_json_file(run_dir / "summary.json")
+    shown = {"steps", "before", "after", "best", "skipped_steps", "seconds", "tokens_per_s"}
+    if not shown <= found.keys():
+        raise BadInput(
+            f"{run_dir}/summary.json: missing, or written by an earlier version; the run is done, "
+            "and its numbers are in metrics.jsonl"
+        )
     before, after, best = found["before"], found["after"], found["best"]
     rows = [(name, f"{_number(before.get(name))} -> {_number(after[name])}") for name in after]
     if best:

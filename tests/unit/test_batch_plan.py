@@ -147,8 +147,9 @@ def test_the_filler_share_is_the_share_of_fillers(plan, world):
 def test_token_weights_of_a_step_sum_to_one_and_count_every_trained_token(plan):
     trained = 0
     for step in map(plan.step, range(plan.steps)):
-        weights = plan.piece_weights(step, plan.pieces(step.epoch, step.micro_batches[0]))
-        assert weights * step.trained_tokens == pytest.approx(1)
+        for micro_batch in step.micro_batches:
+            weights = plan.piece_weights(step, plan.pieces(step.epoch, micro_batch))
+            assert weights * step.trained_tokens == pytest.approx(1)
         trained += step.trained_tokens
     assert trained == plan.train.epochs * plan.epochs.corpus(0).trained_counts.sum()
 

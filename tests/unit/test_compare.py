@@ -153,6 +153,15 @@ def test_other_rows_or_tokenizers_are_refused(tmp_path, changes, sentence):
         table_of_two(a, a._replace(**changes))
 
 
+def test_an_evaluation_of_an_earlier_version_is_named(tmp_path):
+    path = write(tmp_path / "a", {10: [1]}) / "evaluations.jsonl"
+    line = json.loads(path.read_text())
+    del line["held_out"]
+    path.write_text(json.dumps(line))
+    with pytest.raises(BadInput, match="by an earlier version: run packhorse eval"):
+        read_results(str(path.parent))
+
+
 def test_a_tokenizer_that_gives_the_same_tokens_is_no_other(tmp_path):
     a = read_results(str(write(tmp_path / "a", {10: [1, 0]})))
     assert "right" in shown(table_of_two(a, a._replace(tokenizer="with an unused token more")))

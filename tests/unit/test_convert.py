@@ -302,3 +302,26 @@ def test_a_key_of_an_adapter_makes_none_where_all_weights_are_trained() -> None:
     recipe, notes = convert(given, "LLaMA-Factory", 1)
     assert "adapter" not in recipe
     assert any("additional_target" in note for note in notes)
+
+
+def test_a_split_that_is_null_is_train_and_a_file_has_none() -> None:
+    given = [
+        {"path": "./data", "split": None},
+        {"path": "x.jsonl", "split": "test", "name": "main", "data_files": "y.jsonl"},
+    ]
+    recipe, notes = convert({"model_name_or_path": "x", "datasets": given}, "TRL", 1)
+    assert recipe["data"]["train"] == [{"path": "./data"}, {"path": "x.jsonl"}]
+    for key, value in (("split", "test"), ("name", "main"), ("data_files", "y.jsonl")):
+        assert f"datasets[1].{key}: {value!r}" in notes
+
+
+@pytest.mark.parametrize("place", ["./data", "some/dataset"])
+def test_files_by_split_are_the_files_and_not_the_names_of_splits(place: str) -> None:
+    files = {"train": ["a.jsonl", "b.jsonl"], "more": "c.jsonl"}
+    given = {"path": place, "type": "alpaca", "data_files": files}
+    recipe, notes = convert({"base_model": "x", "datasets": [given]}, "Axolotl", 1)
+    read = ["a.jsonl", "b.jsonl", "c.jsonl"]
+    paths = [{"path": path, "format": "instruction"} for path in read]
+    alone = [{"name": place, "data_files": read, "format": "instruction"}]
+    assert recipe["data"]["train"] == (paths if place == "./data" else alone)
+    assert any("datasets[0].data_files" in note for note in notes)

@@ -6,7 +6,7 @@ import runpy
 
 import yaml
 
-from packhorse.trainer.config.recipe import parse_recipe
+from packhorse.trainer.config.recipe import Recipe, parse_recipe
 from packhorse.trainer.metrics import PARTS
 from tests.numerics.test_x6_layers import MODELS as WITH_LIGER
 from tests.ranks import ROOT
@@ -17,6 +17,21 @@ def test_the_recipe_reference_is_current() -> None:
     """`python docs/make_recipe.py` updates it."""
     reference = runpy.run_path(str(ROOT / "docs" / "make_recipe.py"))["reference"]
     assert (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8") == reference()
+
+
+def test_every_key_of_the_reference_has_a_text() -> None:
+    """But `kind`, whose text is its section's, and those that hold sections."""
+    made = runpy.run_path(str(ROOT / "docs" / "make_recipe.py"))
+    left, bare = [Recipe], set()
+    while left:
+        section = left.pop()
+        texts = made["descriptions"](section)
+        for key, field in section.model_fields.items():
+            inner = made["_sections"](field.annotation)
+            left += inner
+            if not inner and key != "kind" and not texts.get(key):
+                bare.add(f"{section.__name__}.{key}")
+    assert bare == set()
 
 
 def test_the_table_of_scale_is_current() -> None:

@@ -25,6 +25,8 @@ from packhorse.trainer.eval.metrics import (
     score_samples,
     summarize,
 )
+from packhorse.trainer.utils import math_answers
+from packhorse.trainer.utils.time_limit import Killed, bounded
 
 RULES: TypeAdapter[Any] = TypeAdapter(Scorer)
 
@@ -99,6 +101,28 @@ def test_an_answer_without_a_score_is_neither_right_nor_wrong_and_said_in_one_li
         "right (math): 1 of 3 answers have no score: the row has no `solution`",
         "length (function): 1 of 3 answers have no score: test_eval_metrics:words_of_answer: None",
     ]
+
+
+def test_an_answer_whose_process_is_killed_is_the_only_one_without_a_score(
+    logged: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed_at_one(*call: Any, **more: Any) -> Any:
+        if "2 + 1" in str(call):
+            raise Killed
+        return bounded(*call, **more)
+
+    for module in (scorers, math_answers):
+        monkeypatch.setattr(module, "bounded", killed_at_one)
+    rules = {"form": rule("format", pattern="[0-9 +]+"), "right": rule("math", column="solution")}
+    prompts = [prompt("x", solution=3)] * 3
+    made = score_samples(prompts, ["3", "2 + 1", "4"], rules)
+    assert [sample.scores for sample in made] == [
+        {"form": 1, "right": 1},
+        {"form": None, "right": None},
+        {"form": 1, "right": 0},
+    ]
+    assert "the helper process was killed twice" in made[1].unscored["right"]
+    assert logged.records[0].message.startswith("form (format): 1 of 3 answers have no score")
 
 
 def leaves(*_: object) -> float:

@@ -2,15 +2,18 @@
 
 import json
 import re
+from typing import Any, cast
 
 import pytest
 
 from packhorse.trainer.config.data import Filters, Source
 from packhorse.trainer.data import filters as filters_module
 from packhorse.trainer.data.filters import apply_filters, check_filters
+from packhorse.trainer.data.prepare import RowTokenizer
 from packhorse.trainer.data.rows import RowReader
 from packhorse.trainer.data.source import read_rows
-from packhorse.trainer.datatypes import BadInput, Conversation, Filtered, Message, RowError
+from packhorse.trainer.datatypes import BadInput, Conversation, Filtered, Message, Row, RowError
+from packhorse.trainer.utils.time_limit import Killed
 
 
 def left_out(answer: str, row=None, **filters) -> str | None:
@@ -161,6 +164,22 @@ def test_wrong_traces_are_left_out_and_right_ones_kept(shared, tmp_path):
         except Filtered as reason:
             found[row.number] = str(reason)
     assert found == dict.fromkeys(wrong, "math_answer: not the reference's value")
+
+
+def test_a_row_whose_process_is_killed_is_named(tmp_path, monkeypatch):
+    def killed(*_: object) -> None:
+        raise Killed
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"question": "?", "answer": "#### 18", "best": "18"}\n')
+    source = Source.model_validate({"path": str(path), "filters": {"math_answer": "best"}})
+    (row,) = read_rows(source)
+    work = RowTokenizer(cast(Any, None), (RowReader.of(source),), (str(path),))
+    monkeypatch.setattr("packhorse.trainer.data.filters.math_verdict", killed)
+    with pytest.raises(
+        BadInput, match=r"rows\.jsonl:1: .* killed twice.*; set data\.workers lower"
+    ):
+        work([Row(0, 0, row.number, row.fields)])
 
 
 def test_what_filters_need_is_asked_for_at_the_start(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ from packhorse.launch.preflight import (
     Facts,
     find_bad_disk,
     find_difference,
+    find_unshared,
     host_names,
     list_warnings,
 )
@@ -28,7 +30,7 @@ from tests.ranks import ROOT
 NODE = Facts(
     "a", {"packhorse": "1", "torch": "2.13.0"}, "c0de", "7ec1be", 8, ("H100",) * 8, loopback=False
 )
-DISK = Disk(1000.0, None, {"run.dir": 900.0, "data.cache": 50.0})
+DISK = Disk(1000.0, None, {"run.dir": 900.0, "data.cache": 50.0}, shared=True)
 
 
 def nodes(*changes: dict[str, Any]) -> tuple[list[Facts], list[str]]:
@@ -158,6 +160,25 @@ def test_a_node_that_cannot_write_or_has_no_room_is_named():
         find_bad_disk([DISK, full], hosts, folder)
         == "b has 0.25 GiB free at data.cache; make room there"
     )
+
+
+def test_a_node_with_a_copy_of_the_folder_is_named(tmp_path, monkeypatch):
+    """The secret by which the nodes meet was copied, too."""
+    here, try_disks = threading.local(), preflight._try_disks
+
+    def in_a_copy(given: Recipe, mark: Path) -> Disk:
+        copy = tmp_path / "copy" / mark.name
+        return try_disks(given, copy if here.node == 1 else mark)
+
+    monkeypatch.setattr(preflight, "_try_disks", in_a_copy)
+    ends = on_all([recipe(tmp_path / "run")] * 2, lambda node: setattr(here, "node", node))
+    for error, _ in ends:
+        assert isinstance(error, BadInput)
+        assert re.search(
+            r"not the same folder .* \(node 1\) does not see what .* \(node 0\)", str(error)
+        )
+    assert find_unshared([DISK, DISK], ["a", "b"], Path("run")) is None
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 def test_clocks_and_other_gpus_are_warned_of():

@@ -1,6 +1,7 @@
 """The recipe: what it accepts, what it refuses and with which message."""
 
 import datetime
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ import pydantic
 import pytest
 import yaml
 
+from packhorse.trainer.config.adapter import ADAPTER_LR
+from packhorse.trainer.config.optim import OptimSection
 from packhorse.trainer.config.parsing import RENAMED_KEYS
 from packhorse.trainer.config.recipe import load_recipe, parse_recipe
 from packhorse.trainer.datatypes import BadInput
@@ -107,6 +110,11 @@ def test_the_resolved_recipe_reads_back_as_itself(tmp_path):
     assert load_recipe(written(tmp_path, recipe.to_yaml())) == recipe
     assert recipe.eval.generate is not None
     assert [scorer.kind for scorer in recipe.eval.generate.scorers.values()] == list(SCORERS)
+
+
+def test_the_text_of_the_learning_rate_names_an_adapters():
+    text = inspect.getsource(OptimSection)
+    assert f"With an `adapter` the default is {ADAPTER_LR}." in text
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,12 @@ from packhorse.trainer.data.prepare import prepare, train_plan
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.metrics import EVALUATIONS, Metrics, ModelFlops
 from packhorse.trainer.run_folder import (
+    describe_end,
     is_done,
     open_run_folder,
     require_shared,
     write_description,
+    write_summary,
 )
 from packhorse.trainer.trackers import Trackers
 from tests.ranks import ROOT
@@ -51,6 +53,15 @@ def test_a_damaged_summary_is_said_in_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text('{"steps"')
     with pytest.raises(BadInput, match=r"summary\.json: damaged"):
         is_done(tmp_path, 1)
+    with pytest.raises(BadInput, match=r"summary\.json: damaged"):
+        describe_end(recipe(tmp_path), tmp_path)
+    (tmp_path / "summary.json").unlink()
+    with pytest.raises(BadInput, match=r"summary\.json: missing, or written by an earlier version"):
+        describe_end(recipe(tmp_path), tmp_path)
+    write_summary(tmp_path, 1, 2.0, 0, {})
+    assert "1 steps are done" in describe_end(recipe(tmp_path), tmp_path), (
+        "without environment.json"
+    )
 
 
 @pytest.mark.parametrize(

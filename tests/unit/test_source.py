@@ -14,6 +14,7 @@ import pytest
 
 from packhorse.trainer.config.data import Source
 from packhorse.trainer.data import digest, row_files
+from packhorse.trainer.data.row_files import fields_of_batches
 from packhorse.trainer.data.source import read_rows, source_digest
 from packhorse.trainer.data.streaming import _plain_rows
 from packhorse.trainer.datatypes import BadInput, RowError
@@ -264,6 +265,34 @@ def test_a_parquet_row_that_cannot_be_read_is_a_row_with_a_fault(tmp_path):
     first, faulty, last = read_rows(a_source(path=str(tmp_path / "a.parquet")))
     assert (first.fields, last.fields) == ({"text": "one"}, {"text": "three"})
     assert str(faulty.fields) == "a value that cannot be read, as text that is not UTF-8"
+
+
+def lists_of(texts: list[bytes], offsets: list[int]) -> pyarrow.Table:
+    """Return a table whose texts may be no UTF-8, and whose offsets may point anywhere."""
+    values = pyarrow.array(texts).view(pyarrow.string())
+    where = pyarrow.array(offsets, pyarrow.int32()).buffers()[1]
+    kind, rows = pyarrow.list_(pyarrow.string()), len(offsets) - 1
+    return pyarrow.table(
+        {"texts": pyarrow.Array.from_buffers(kind, rows, [None, where], children=[values])}
+    )
+
+
+@pytest.mark.parametrize("by_row", [False, True], ids=["a file", "a stream"])
+def test_a_text_in_a_list_that_is_no_utf_8_is_the_fault_of_its_row_alone(by_row):
+    table = lists_of([b"one", b"\xff", b"three"], [0, 1, 2, 3])
+    batches = [table.slice(n, 1) for n in range(3)] if by_row else [table]
+    first, faulty, last = fields_of_batches(batches)
+    assert (first, last) == ({"texts": ["one"]}, {"texts": ["three"]})
+    assert isinstance(faulty, RowError)
+
+
+@pytest.mark.parametrize("by_row", [False, True], ids=["a file", "a stream"])
+def test_offsets_that_point_elsewhere_are_not_followed(by_row):
+    table = lists_of([b"one", b"two", b"three"], [0, 1, 2**30, 3])
+    batches = [table.slice(n, 1) for n in range(3)] if by_row else [table]
+    first, *others = fields_of_batches(batches)
+    assert first == {"texts": ["one"]}
+    assert all(isinstance(fields, RowError) for fields in others)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packhorse.trainer.config.recipe import Recipe, load_recipe, parse_recipe
-from packhorse.trainer.data import streaming
+from packhorse.trainer.data import row_files, streaming
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import train_plan
@@ -516,10 +516,31 @@ def test_a_row_of_a_stream_that_cannot_be_read_is_a_broken_line(ground):
     answers = pyarrow.array([b"four words of answer", b"\xff", b"four words of answer"] * 4)
     table = {"question": [f"{n}" for n in range(12)], "answer": answers.view(pyarrow.string())}
     pyarrow.parquet.write_table(pyarrow.table(table), ground.folder / "a.parquet")
-    with pytest.raises(BadInput, match=r"000000\.jsonl:2: .*data\.broken_lines: reject"):
+    said = r"000000\.jsonl:2: a value that cannot be read, as text .*data\.broken_lines: reject"
+    with pytest.raises(BadInput, match=said):
         ground.open(**stream(ground))
     data, _ = ground.open(**stream(ground), broken_lines="reject", max_rejects=0.5)
     assert (data.report["rows"], data.report["rejected"]) == (7, 2)
+
+
+def test_what_rows_of_a_stream_share_is_checked_once(ground, monkeypatch):
+    """Each row of a stream comes with all messages of its row group."""
+    messages = [
+        [{"role": "user", "content": f"{n}"}, {"role": "assistant", "content": "four words"}]
+        for n in range(20)
+    ]
+    table = pyarrow.table({"messages": messages})
+    pyarrow.parquet.write_table(table, ground.folder / "a.parquet", row_group_size=10)
+    checks, is_sound = [], row_files._is_sound
+
+    def counted(batch: Any, *, full: bool) -> bool:
+        checks.append(full)
+        return is_sound(batch, full=full)
+
+    monkeypatch.setattr(row_files, "_is_sound", counted)
+    (shard,) = prepare_now(ground.recipe(**stream(ground, 20)), ground._tokenizer)
+    assert shard.report["rows"] == shard.report["documents"] == 20
+    assert (len(checks), sum(checks)) == (20, 2), "one for each row group"
 
 
 def test_a_streams_first_shard_can_be_prepared_alone(ground, tokenizer):

@@ -14,6 +14,7 @@ import pytest
 from packhorse.trainer.utils import time_limit
 from packhorse.trainer.utils.time_limit import (
     Failed,
+    Killed,
     TooLong,
     bounded,
     interrupted_after,
@@ -126,7 +127,7 @@ def test_a_call_that_ends_its_process_has_failed_and_the_next_is_answered():
 
 def test_a_call_whose_process_others_kill_has_not_failed():
     """Else a row would be left out for want of memory, and the next start would train on it."""
-    with pytest.raises(RuntimeError, match="the helper process was killed twice"):
+    with pytest.raises(Killed, match="the helper process was killed twice"):
         bounded(killed, limit_s=10.0)
     assert bounded(double, 4, limit_s=10.0) == 8
 

@@ -78,7 +78,7 @@ def _first_rows(
         for row in islice(rows_of(recipe.data, part), count):
             title = f"{row.file or part.source.name}:{row.number}"
             try:
-                conversation = reader.conversation(row.fields)
+                conversation = reader.conversation(row.fields, title)
                 for shown, example in masker.rendered(conversation):
                     roles = role_starts(shown, example, masker)
                     # Positions are cut in place of tokens, so that the roles are found again.

@@ -91,6 +91,16 @@ def _place(name: str) -> Source:
     return {"path" if is_local else "name": name}
 
 
+def _is_file(source: Source) -> bool:
+    """Return whether the source is a file, which has neither splits nor configurations."""
+    path = str(source.get("path", ""))
+    return path.endswith(_FILES) or Path(path).expanduser().is_file()
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def _carry(theirs: dict[str, Any], source: Source, names: dict[str, str]) -> None:
     """Move values from a source of theirs to ours: each key of theirs -> ours."""
     for key, ours in names.items():
@@ -114,7 +124,10 @@ def _axolotl_sources(draft: Draft, where: str, given: dict[str, Any]) -> list[So
     left = dict(given)
     source = _place(str(left.pop("path", "")))
     files = left.pop("data_files", None) or []
-    files = [files] if isinstance(files, str) else files
+    if isinstance(files, dict):  # by split
+        draft.note(f"{where}.data_files", files, "the files of all its splits are read")
+        files = [file for one in files.values() for file in _as_list(one)]
+    files = _as_list(files)
     if "name" in source:
         source |= {"data_files": files} if files else {}
         _carry(left, source, {"name": "config", "revision": "revision", "split": "split"})
@@ -166,10 +179,13 @@ def _trl(draft: Draft) -> tuple[list[Source], list[Source]]:
 def _trl_source(draft: Draft, number: int, given: dict[str, Any]) -> Source:
     left = dict(given)
     source = _place(str(left.pop("path", None) or ""))
-    split = left.pop("split", "train")
-    if "name" in source or split != "train":
-        source["split"] = split
-    _carry(left, source, {"name": "config", "data_files": "data_files"})
+    split = left.pop("split", None) or "train"
+    if not _is_file(source):
+        if "name" in source or split != "train":
+            source["split"] = split
+        _carry(left, source, {"name": "config", "data_files": "data_files"})
+    elif split != "train":
+        left["split"] = split
     for key, value in left.items():
         draft.note(f"datasets[{number}].{key}", value)
     return source

@@ -98,6 +98,7 @@ class Choice(_HasColumn):
 
     kind: Literal["choice"] = "choice"
     letters: tuple[str, ...] = Field(default=("A", "B", "C", "D"), min_length=2)
+    """Texts that are compared, in the order in which the column's numbers count them, from 0."""
 
     def check(self) -> None:
         if len(set(self.letters)) < len(self.letters) or not all(map(str.strip, self.letters)):

@@ -1,4 +1,5 @@
-"""Digest values for keys and files for what they hold, and check that kept data is still that.
+"""Digests of JSON values (for keys) and of files (for their content), and the check that kept data
+has not changed.
 
 JSON values or files enter; a digest leaves, or BadInput where kept data has changed: what a disk, a
 copy or a person has changed would else be trained on without a word.

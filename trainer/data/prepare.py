@@ -139,7 +139,8 @@ def prepare(
     """
     section = recipe.data
     split_rows = SplitRows(section, which)
-    work = RowTokenizer(masker_of(section, tokenizer), row_readers(section, which))
+    masker, readers = masker_of(section, tokenizer), row_readers(section, which)
+    work = RowTokenizer(masker, readers, tuple(split_rows.files))
     limits = length_policy(recipe)
     drop = which == "train" and section.duplicates == "drop"
 
@@ -192,7 +193,8 @@ def held_out_prompts(recipe: Recipe, masker: Masker, count: int) -> list[Prompt]
             if len(prompts) == count:
                 return prompts
             try:
-                conversation = reader.conversation(row.fields)
+                place = f"{row.file or part.source.name}:{row.number}"
+                conversation = reader.conversation(row.fields, place)
                 ids, answer = masker.prompt(conversation)
             except RowError:  # counted and named where the data is prepared
                 continue
@@ -263,13 +265,15 @@ class RowTokenizer:
 
     masker: Masker
     readers: tuple[RowReader, ...]  # of each source
+    files: tuple[str, ...]  # names, for errors
 
     def __call__(self, rows: list[Row]) -> list[RowResult]:
         read: list[Conversation | RowError] = []
         with many_interruptions():
             for row in rows:
                 try:
-                    read.append(self.readers[row.source].conversation(row.fields))
+                    place = f"{self.files[row.file]}:{row.number}"
+                    read.append(self.readers[row.source].conversation(row.fields, place))
                 except RowError as error:
                     read.append(error)
         # One call for the whole chunk, as the tokenizer is faster on many texts.

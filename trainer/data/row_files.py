@@ -27,6 +27,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import date, time
 from decimal import Decimal
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -37,6 +38,7 @@ from packhorse.trainer.utils.text import one_line, printable
 TEXTS = (".jsonl", ".json", ".csv", ".tsv")
 SUFFIXES = (*TEXTS, ".parquet")
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")  # one of these may follow a suffix of TEXTS
+UNREADABLE = "packhorse: unreadable"  # the only key of a row of a stream's file: why it has none
 OPEN = (b"{", b"[", b",", b":")  # how a line ends in the middle of a JSON value
 # A column of a Parquet file is refused if it takes so much memory, and so many times its bytes.
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 500
@@ -193,6 +195,8 @@ def _parse_bytes(text: bytes) -> Any:
 
 
 def _object(value: Any) -> dict[str, Any] | RowError:
+    if isinstance(value, dict) and value.keys() == {UNREADABLE}:
+        return RowError(str(value[UNREADABLE]))
     if isinstance(value, dict | RowError):
         return value
     return RowError(f"the row is {JSON_NAMES.get(type(value), 'null')}, not an object")
@@ -284,24 +288,41 @@ def arrow_rows(batches: Iterable[Any], name: str, fault: str) -> Iterator[RawRow
 
     number = 0
     try:
-        for batch in batches:
-            for fields in fields_of_batch(batch):
-                number += 1
-                yield RawRow(number, fields, name)
+        for number, fields in enumerate(fields_of_batches(batches), start=1):
+            yield RawRow(number, fields, name)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise BadInput(f"{fault} after row {number} ({one_line(error, 200)})") from None
 
 
-def fields_of_batch(batch: Any) -> Iterator[dict[str, Any] | RowError]:
-    """Yield the fields of each row of an Arrow table or batch, without nested nulls.
+def fields_of_batches(batches: Iterable[Any]) -> Iterator[dict[str, Any] | RowError]:
+    """Yield the fields of each row of Arrow tables or batches, without nested nulls.
 
     A column that is null in a row stays, as the format is detected by the columns.
     """
+    held, known = None, None
+    for batch in chain.from_iterable(map(_record_batches, batches)):
+        # A stream's rows are slices of a batch, and each has all that lies below the batch's lists:
+        # it is checked with the first of them. Of a single row, its own two offsets are left.
+        places = [b and b.address for column in batch.columns for b in column.buffers()]
+        is_known = len(batch) == 1 and places == known
+        is_sound = _is_sound(batch, full=not is_known)
+        held, known = batch, places if is_sound else None  # held: no other gets its addresses
+        yield from _fields_of_batch(held, is_sound)
+
+
+def _record_batches(batch: Any) -> list[Any]:
+    return batch.to_batches() if hasattr(batch, "to_batches") else [batch]
+
+
+def _fields_of_batch(batch: Any, is_sound: bool) -> Iterator[dict[str, Any] | RowError]:
     types = {field.name: field.type for field in batch.schema}
-    rows = _python_rows(batch)
+    rows = _python_rows(batch) if is_sound else None
     if rows is None:  # find those that cannot be read
-        one_by_one = (_python_rows(batch.slice(n, 1)) or [None] for n in range(len(batch)))
-        rows = [row for found in one_by_one for row in found]
+        alone = (batch.slice(n, 1) for n in range(len(batch)))
+        rows = [
+            (_python_rows(one) or [None])[0] if is_sound or _is_sound(one, full=True) else None
+            for one in alone
+        ]
     for row in rows:
         try:
             if row is None:
@@ -330,14 +351,43 @@ def _json_scalar(value: Any) -> Any:
 
 
 def _python_rows(batch: Any) -> list[dict[str, Any] | None] | None:
-    """Return the rows as Python values; None if one holds text that is not UTF-8 or a date that
-    Python does not have."""
+    """Return the rows as Python values; None if one holds text that is not UTF-8, a date that
+    Python does not have, or a number of no value in a dictionary."""
     try:
-        # first, as the offsets in a damaged file may point anywhere in memory
-        batch.validate(full=True)
         return batch.to_pylist()
-    except ValueError:
+    except (ValueError, IndexError):
         return None
+
+
+def _is_sound(batch: Any, *, full: bool) -> bool:
+    """Return whether a batch's offsets stay within it: in a damaged file they may point anywhere in
+    memory. Texts are taken for bytes, as one that is not UTF-8 is a fault of its row alone."""
+    try:
+        for column in batch.columns:
+            as_bytes = _as_bytes(column.type)
+            (column if as_bytes == column.type else column.view(as_bytes)).validate(full=full)
+    except ValueError:
+        return False
+    return True
+
+
+def _as_bytes(type: Any) -> Any:
+    """Return the type of the same layout whose texts are bytes."""
+    import pyarrow
+    from pyarrow import types
+
+    if isinstance(type, pyarrow.BaseExtensionType):
+        return _as_bytes(type.storage_type)
+    if types.is_string(type) or types.is_large_string(type):
+        return pyarrow.binary() if types.is_string(type) else pyarrow.large_binary()
+    if types.is_struct(type):
+        return pyarrow.struct([field.with_type(_as_bytes(field.type)) for field in type])
+    if types.is_map(type):
+        return pyarrow.map_(_as_bytes(type.key_type), _as_bytes(type.item_type))
+    if types.is_list(type) or types.is_large_list(type):
+        make = pyarrow.list_ if types.is_list(type) else pyarrow.large_list
+        return make(type.value_field.with_type(_as_bytes(type.value_type)))
+    return type
 
 
 def _json_value(value: Any, type: Any) -> Any:

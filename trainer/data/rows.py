@@ -17,6 +17,7 @@ from packhorse.trainer.data.format import detect_format, to_conversation
 from packhorse.trainer.data.source import read_rows, shown
 from packhorse.trainer.datatypes import BadInput, Conversation, RowError
 from packhorse.trainer.utils.text import error_line
+from packhorse.trainer.utils.time_limit import Killed
 from packhorse.trainer.utils.user_functions import function_digest, load_function
 
 MAX_BROKEN = 100  # broken rows at the beginning after which the source is refused
@@ -51,18 +52,28 @@ class RowReader:
             'every row must be an object such as {"text": "..."}'
         )
 
-    def conversation(self, fields: dict[str, Any] | RowError) -> Conversation:
+    def conversation(self, fields: dict[str, Any] | RowError, place: str = "") -> Conversation:
         """Return the row as a conversation.
+
+        Args:
+            place: names the row in an error, as `file:row`; without it the source is named.
 
         Raises:
             Filtered: the recipe's filters leave the row out.
             RowError: the row cannot be used.
+            BadInput: the process that computes a filter's value was killed.
         """
         if isinstance(fields, RowError):
             raise fields
         written = _call(self.source.function, fields) if self.source.function else fields
         conversation = to_conversation(written, self.format, self.source.columns, self.ignored)
-        apply_filters(self.source.filters, fields, conversation)
+        try:
+            apply_filters(self.source.filters, fields, conversation)
+        except Killed as error:
+            raise BadInput(
+                f"{place or shown(self.source)}: math_answer: {error}; set data.workers lower, or "
+                "leave the row out"
+            ) from None
         return conversation
 
     def key(self) -> list[Any]:

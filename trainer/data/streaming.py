@@ -32,7 +32,7 @@ from packhorse.trainer.data.cache import sum_counts
 from packhorse.trainer.data.leakage import check_leakage
 from packhorse.trainer.data.loader import STEPS_AHEAD
 from packhorse.trainer.data.prepare import Prepared, TrainData, digests_folder, prepare
-from packhorse.trainer.data.row_files import fields_of_batch, kind_of_file
+from packhorse.trainer.data.row_files import UNREADABLE, fields_of_batches, kind_of_file
 from packhorse.trainer.data.shard_log import LOG, Shard, ShardLog
 from packhorse.trainer.data.source import open_stream, say_once, shown, source_digest
 from packhorse.trainer.datatypes import BadInput
@@ -335,14 +335,13 @@ class _Stream:
         return _NewShard(file, {"rows": rows, "state": self._dataset.state_dict()})
 
 
-def _plain_rows(stream: Any) -> Iterator[dict[str, Any] | None]:
-    """Yield the rows of a stream as those of a file are read; None for one that cannot be read."""
-    for table in stream:
-        for fields in fields_of_batch(table):
-            yield fields if isinstance(fields, dict) else None
+def _plain_rows(stream: Any) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a stream as those of a file are read; the reason for one that cannot be."""
+    for fields in fields_of_batches(stream):
+        yield fields if isinstance(fields, dict) else {UNREADABLE: str(fields)}
 
 
-def _write_rows(path: Path, rows: Iterable[dict[str, Any] | None]) -> int:
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write a JSONL file, unless there is no row; return the number of rows."""
     rows, count = iter(rows), 0
     first = list(islice(rows, 1))

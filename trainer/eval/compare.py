@@ -72,6 +72,11 @@ def read_results(place: str) -> Results:
         raise BadInput(
             f"{folder}: step {at} was not evaluated; those that were: {', '.join(map(str, lines))}"
         )
+    if not {"held_out", "tokenizer"} <= lines[at].keys():
+        raise BadInput(
+            f"{folder}: the evaluation of step {at} was written by an earlier version: run "
+            "packhorse eval"
+        )
     metrics = dict(lines[at]["metrics"])
     samples = [
         line

@@ -33,10 +33,10 @@ from packhorse.trainer.config.eval import (
 )
 from packhorse.trainer.datatypes import BadInput, Prompt, RowError
 from packhorse.trainer.utils.math_answers import LIMIT_S as MATH_S
-from packhorse.trainer.utils.math_answers import math_verdict
+from packhorse.trainer.utils.math_answers import Verdict, math_verdict
 from packhorse.trainer.utils.strict_json import parse
 from packhorse.trainer.utils.text import error_line, one_line
-from packhorse.trainer.utils.time_limit import Failed, TooLong, bounded
+from packhorse.trainer.utils.time_limit import Failed, Killed, TooLong, bounded
 from packhorse.trainer.utils.user_functions import load_function
 
 PATTERN_S = 2.0  # of processor time for one answer; a sane pattern takes milliseconds
@@ -113,7 +113,7 @@ def score(rule: Scorer, prompt: Prompt, answer: str) -> float:
         case Contains():
             return float(right in _normal(answer, rule.ignore))
         case Math():
-            verdict = math_verdict(answer, right, alone=rule.column is not None)
+            verdict = _verdict(answer, right, alone=rule.column is not None)
             if verdict == "too long":
                 raise TooSlow("math-verify", MATH_S)
             if verdict == "failed":
@@ -173,7 +173,7 @@ def _within_limit(
         return bounded(function, *arguments, limit_s=PATTERN_S, imports=imports)
     except TooLong:
         raise TooSlow(what, PATTERN_S) from None
-    except Failed as error:
+    except (Failed, Killed) as error:
         raise Unscored(f"{what}: {error}") from None
 
 
@@ -223,7 +223,14 @@ def _math_value(rule: Math, prompt: Prompt) -> str:
 
 @cache
 def _holds_value(reference: str, *, alone: bool) -> bool:
-    return math_verdict("", reference, alone=alone) == "wrong"
+    return _verdict("", reference, alone=alone) == "wrong"
+
+
+def _verdict(answer: str, reference: str, *, alone: bool) -> Verdict:
+    try:
+        return math_verdict(answer, reference, alone=alone)
+    except Killed as error:
+        raise Unscored(f"math-verify: {error}") from None
 
 
 # --------------------------------------------------------------------------------------------- JSON

@@ -37,6 +37,14 @@ class Failed(Exception):
     """The call raised what it should not, needed more than LIMIT_BYTES, or ended its process."""
 
 
+class Killed(Exception):
+    """The helper process was killed twice, which the call did not do. So it must not decide which
+    rows are trained on."""
+
+    def __init__(self) -> None:
+        super().__init__("the helper process was killed twice, as the kernel does without memory")
+
+
 def bounded(
     function: Callable[..., T], *arguments: Any, limit_s: float, imports: Sequence[str] = ()
 ) -> T:
@@ -50,7 +58,8 @@ def bounded(
     Raises:
         TooLong: the call took more than `limit_s`.
         Failed: it raised anything, needed more than LIMIT_BYTES, or ended its process.
-        RuntimeError: the helper could not work, whatever the call, or was killed twice.
+        Killed: the helper was killed twice.
+        RuntimeError: the helper could not work, whatever the call.
     """
     global _helper
     exit_code = None
@@ -79,8 +88,7 @@ def bounded(
                     raise Failed(fault)
                 return result
     if exit_code == -signal.SIGKILL:
-        # not the call's doing, so it must not decide which rows are trained on
-        raise RuntimeError("the helper process was killed twice, as the kernel does without memory")
+        raise Killed
     raise Failed(f"its process ended with exit code {exit_code}")
 
 
