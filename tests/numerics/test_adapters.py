@@ -7,6 +7,8 @@ checked at every resume.
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from tests.numerics.compare import (
     report,
     run_cases,
 )
+from tests.ranks import ROOT
 
 pytestmark = pytest.mark.runs
 
@@ -31,7 +34,16 @@ LORA = "adapter={rank: 4, alpha: 16, dropout: 0.1, modules_to_save: [lm_head]}"
 DORA = "adapter={rank: 4, alpha: 16, variants: [dora], dropout: 0.1}"
 INT8 = "adapter={rank: 4, alpha: 16, base: int8}"
 NF4 = "adapter={rank: 4, alpha: 16, base: nf4_double_quant}"
+ROWS = "adapter={rank: 4, alpha: 16, trainable_token_indices: [4, 223]}"
 STAGES = ("zero0", "zero2", "zero3", "zero3_offload_optimizer")
+
+
+def tied_model(folder: Path) -> Path:
+    """Write a small model whose head shares the embeddings."""
+    shutil.copytree(ROOT / "recipes" / "debug" / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    return folder
 
 
 def all_cases(
@@ -40,6 +52,8 @@ def all_cases(
     """Return the cases of each world size, and those that resume them at another."""
     recompute, selective = (f"model.activation_checkpointing={m}" for m in ("full", "selective"))
 
+    rows = (ROWS, f"model.name={tied_model(root / 'tied')}")
+
     def moved(name: str, stage: str, *overrides: str, **extra: Any) -> dict[str, Any]:
         return case(root, name, stage, *overrides, "parallel.allow_idle_ranks=true", **extra)
 
@@ -47,6 +61,7 @@ def all_cases(
         1: [
             case(root, "1-zero0", "zero0", LORA),
             case(root, "1-zero3", "zero3", LORA),
+            case(root, "1-rows-zero0", "zero0", *rows),
             case(root, "1-dora-zero0", "zero0", DORA),
             case(root, "1-nf4-zero0", "zero0", NF4),
             case(root, "1-int8-zero0", "zero0", INT8),
@@ -59,6 +74,7 @@ def all_cases(
             case(root, "2-resumed", "zero3", LORA, stop_after=3),
             case(root, "2-resumed", "zero3", LORA),
             case(root, "2-other-alpha", "zero2", LORA.replace("16", "17")),
+            *(case(root, f"2-rows-{stage}", stage, *rows) for stage in ("zero2", "zero3")),
             case(root, "2-dora-zero2", "zero2", DORA),
             case(root, "2-dora-zero3", "zero3", DORA),
             case(root, "2-dora-recompute", "zero3", DORA, selective),
@@ -114,6 +130,13 @@ def test_lora_is_the_same_in_every_world_and_stage(runs: dict[str, Run], other: 
 
 def test_lora_is_the_same_with_activation_checkpointing(runs: dict[str, Run]) -> None:
     require_agreement(runs, "1-zero0", "2-recompute")
+
+
+@pytest.mark.parametrize("other", ["2-rows-zero2", "2-rows-zero3"])
+def test_token_rows_of_a_tied_head_are_the_same_in_every_world_and_stage(
+    runs: dict[str, Run], other: str
+) -> None:
+    require_agreement(runs, "1-rows-zero0", other)
 
 
 @pytest.mark.parametrize("other", ["2-dora-zero2", "2-dora-zero3", "2-dora-recompute"])

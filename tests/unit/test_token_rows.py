@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from packhorse.trainer.config.recipe import AdapterSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.lora import add_adapter, in_peft_form, is_of_adapter, merged_weights
-from tests.model_helpers import tiny_llama
+from tests.model_helpers import documents, loss_and_gradients, pack, sft, tiny_llama
 
 IDS = (9, 3, 4)
 
@@ -57,10 +57,35 @@ def test_rows_alone_are_trained_and_start_as_they_were() -> None:
     assert not rows.grad.any(), "a gradient of zero where none occurs, and not the last one"
 
 
-def test_merged_and_in_pefts_form_it_acts_alike(tmp_path: Path) -> None:
-    model, plain = stir(adapted()), tiny_llama()
+def test_a_tied_head_has_the_rows_too() -> None:
+    """Loss and gradient are those of the whole matrix."""
+    model, plain = adapted(tie_word_embeddings=True), tiny_llama(tie_word_embeddings=True)
+    batch = pack(documents((9, 5)), [range(8), range(4)], [1.0, 0.5])
+    (loss, own), (whole_loss, whole) = (loss_and_gradients(sft(m), batch) for m in (model, plain))
+    assert loss == pytest.approx(whole_loss, rel=1e-6)
+    expected = whole["model.model.embed_tokens.weight"][sorted(IDS)]
+    assert torch.allclose(
+        own["model.model.embed_tokens.trainable_tokens_delta"], expected, atol=1e-6
+    )
+    assert expected.any(1).all()
+    with torch.no_grad():
+        for each in (model.get_input_embeddings().trainable_tokens_delta, plain.lm_head.weight):
+            each[...] = 2 * each
+    changed = plain.lm_head.weight
+    with torch.no_grad():
+        kept = torch.ones(len(changed), dtype=torch.bool)
+        kept[list(IDS)] = False
+        changed[kept] /= 2
+    assert torch.allclose(logits(model), logits(plain), atol=1e-6)
+    assert sft(model)(batch).item() == pytest.approx(sft(plain)(batch).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_merged_and_in_pefts_form_it_acts_alike(is_tied: bool, tmp_path: Path) -> None:
+    tied = {"tie_word_embeddings": is_tied}
+    model, plain = stir(adapted(**tied)), tiny_llama(**tied)
     merged = {name: weight.clone() for name, weight in merged_weights(model)}
-    plain.load_state_dict(merged)
+    plain.load_state_dict(merged, strict=not is_tied)  # the head is no parameter of its own
     expected = logits(model)
     assert torch.allclose(logits(plain), expected, atol=1e-5)
     trained = {n: p.detach() for n, p in model.named_parameters() if is_of_adapter(n)}
@@ -68,14 +93,12 @@ def test_merged_and_in_pefts_form_it_acts_alike(tmp_path: Path) -> None:
     assert config.trainable_token_indices == {"embed_tokens": [3, 4, 9]}
     config.save_pretrained(tmp_path)
     save_file(tensors, tmp_path / "adapter_model.safetensors", metadata={"format": "pt"})
-    loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny_llama(**tied), str(tmp_path))
     assert torch.allclose(logits(loaded), expected, atol=1e-5)
 
 
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(BadInput, match=r"the model has \d+ embeddings"):
         add_adapter(tiny_llama(), section(trainable_token_indices=[10_000]), 0)
-    with pytest.raises(BadInput, match="the head shares the embeddings' weight"):
-        adapted(tie_word_embeddings=True)
     with pytest.raises(BadInput, match=r"`model\.embed_tokens` is trained in full"):
         add_adapter(tiny_llama(), section(modules_to_save=["embed_tokens"]), 0)

@@ -30,7 +30,7 @@ class AdapterSection(Section):
     all-experts, or names or their ends, as `[experts.down_proj]`."""
     trainable_token_indices: tuple[int, ...] = ()
     """Ids of tokens whose embeddings are trained, too, as those of a chat template that the base
-    never saw. The head must not share the embeddings."""
+    never saw. A head that shares the embeddings shares their rows."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """LoRA dropout: share of the adapter's inputs set to 0."""
     variants: tuple[Literal["rslora", "dora"], ...] = ()

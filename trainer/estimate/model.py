@@ -40,6 +40,7 @@ from packhorse.trainer.model.load import load_config, model_class, persistent_bu
 from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
 from packhorse.trainer.model.quantisation import count_scale_bytes
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
+from packhorse.trainer.model.token_rows import ROWS
 from packhorse.trainer.utils.lean_import import replaced
 
 MODES = ("none", "selective", "full", "offload")  # the least recomputation first
@@ -172,6 +173,7 @@ def measure_model(
     groups = parameter_groups(model, optim)
     frozen = [p for p in model.parameters() if not p.requires_grad and id(p) not in quantised]
     largest = max(sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
+    made_head = head.weight.numel() * hasattr(head, ROWS)  # with the trained rows in it
     blocks = feed_forward_blocks(model)  # gathered whole if they run in tiles
     return ModelSizes(
         name=type(model).__name__,
@@ -184,11 +186,11 @@ def measure_model(
         bits=8 if base == "int8" else 4,
         scales_bytes=sum(count_scale_bytes(p, base) for p in quantised.values()),
         experts=sum(p.numel() for p in expert_parameters(model).values()),
-        trains_head=head.weight.requires_grad,
+        trains_head=head.weight.requires_grad or made_head > 0,
         element=next(model.parameters()).element_size(),
         hidden=model.config.get_text_config().hidden_size,
         vocabulary=head.weight.shape[0],
-        expanded=largest * (2 if stacked_matrices(model) else bool(quantised)),
+        expanded=max(made_head, largest * (2 if stacked_matrices(model) else bool(quantised))),
         gathered_at_once=max([largest, *map(num_weights, [*whole_layers(model), *blocks])]),
         buffers=sum(buffer.nbytes for _, buffer in persistent_buffers(model)),
         flops=model_flops(model),

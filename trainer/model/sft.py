@@ -32,6 +32,7 @@ from packhorse.trainer.model.loss import choose_kernel, linear_cross_entropy
 from packhorse.trainer.model.neftune import document_noise
 from packhorse.trainer.model.rotary import make_tables_by_document
 from packhorse.trainer.model.router_loss import RouterLoss
+from packhorse.trainer.model.token_rows import head_weight
 from packhorse.trainer.utils.text import error_line
 
 Result = TypeVar("Result")
@@ -243,6 +244,6 @@ def _loss_or_logits(plain_forward: Any) -> Any:
     def forward(self: Any, hidden: torch.Tensor, *, loss: Any = None) -> torch.Tensor:
         if loss is None:
             return plain_forward(self, hidden)
-        return loss(hidden, self.weight, bias_V=getattr(self, "bias", None))
+        return loss(hidden, head_weight(self), bias_V=getattr(self, "bias", None))
 
     return forward

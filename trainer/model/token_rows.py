@@ -1,8 +1,8 @@
 """Train the embeddings of a few tokens beside an adapter (peft's `trainable_token_indices`).
 
 In: a model with an adapter, and token ids. Out: the same model, whose embedding has the rows of
-these tokens as a parameter of their own, (tokens, H); the whole matrix stays frozen. The head is
-not trained: where it shares the matrix, it would have other rows than the embedding.
+these tokens as a parameter of their own, (tokens, H); the whole matrix stays frozen. A head that
+shares the matrix shares the rows, too; another head is not trained.
 """
 
 from __future__ import annotations
@@ -28,30 +28,32 @@ def add_rows(model: Any, ids: Iterable[int], full: list[str], gathered: Any) -> 
         gathered: holds parameters whole inside its block (engine.gathered).
 
     Raises:
-        BadInput: an id has no embedding, or the embedding is trained in full, shared with the head,
-            or of a class that does more than look up.
+        BadInput: an id has no embedding, or the embedding is trained in full or of a class that
+            does more than look up.
     """
     key, embedding = "adapter.trainable_token_indices", model.get_input_embeddings()
+    head = model.get_output_embeddings()
     rows = sorted(set(ids))
     if rows[-1] >= embedding.num_embeddings or rows[0] < 0:
         raise BadInput(f"{key}: the model has {embedding.num_embeddings} embeddings")
     name = next(n for n, module in model.named_modules() if module is embedding)
-    if model.get_output_embeddings().weight is embedding.weight:
-        raise BadInput(
-            f"{key}: the head shares the embeddings' weight, and would need the rows, too; name "
-            "both in adapter.modules_to_save, which trains them in full"
-        )
     if name in full or type(embedding) is not nn.Embedding:
         why = "is trained in full" if name in full else f"is a {type(embedding).__name__}"
         raise BadInput(f"{key}: `{name}` {why}, and not a frozen nn.Embedding; remove the key")
     device = embedding.weight.device
+    ids_K = torch.tensor(rows, device=device)
     with gathered([embedding.weight]):
-        own = embedding.weight[torch.tensor(rows, device=device)].clone()
+        own = embedding.weight[ids_K].clone()
     embedding.register_parameter(ROWS, nn.Parameter(own))
     row_of = torch.full((embedding.num_embeddings,), -1, device=device)
-    row_of[torch.tensor(rows, device=device)] = torch.arange(len(rows), device=device)
+    row_of[ids_K] = torch.arange(len(rows), device=device)
     embedding.register_buffer("row_of", row_of, persistent=False)
     embedding.register_forward_hook(_look_up)
+    if head.weight is embedding.weight:
+        # a parameter of both modules, so that ZeRO-3 gathers it for both
+        head.register_parameter(ROWS, getattr(embedding, ROWS))
+        head.register_buffer("row_ids", ids_K, persistent=False)
+        head.register_forward_hook(_put_logits)
 
 
 def _look_up(embedding: Any, ids: tuple[torch.Tensor], found: torch.Tensor) -> torch.Tensor:
@@ -60,10 +62,26 @@ def _look_up(embedding: Any, ids: tuple[torch.Tensor], found: torch.Tensor) -> t
     return torch.where((row >= 0).unsqueeze(-1), trained, found)
 
 
+def _put_logits(head: Any, hidden: tuple[torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+    """Put the trained rows' logits into the head's, if it returns those and not a loss."""
+    if not out.dim():
+        return out
+    own = F.linear(hidden[0], getattr(head, ROWS).to(out.dtype))
+    return out.index_copy(-1, head.row_ids, own)
+
+
+def head_weight(head: Any) -> torch.Tensor:
+    """Return the head's weight (V, H), with the trained rows in it if it shares them."""
+    rows = getattr(head, ROWS, None)
+    if rows is None:
+        return head.weight
+    return head.weight.index_copy(0, head.row_ids, rows.to(head.weight.dtype))
+
+
 def with_rows(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the embeddings that have rows of their own, by name."""
     for name, module in model.named_modules():
-        if hasattr(module, ROWS):
+        if hasattr(module, "row_of"):
             yield name, module
 
 
