@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from packhorse.trainer.config.recipe import AdapterSection
+from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.activation_checkpointing import set_checkpointing
+from packhorse.trainer.model.checks import failures_explained
 from packhorse.trainer.model.lora import add_adapter
 from packhorse.trainer.model.quantisation import quantise
 from tests.model_helpers import tiny_llama
@@ -77,3 +79,12 @@ def test_products_in_4_bits_are_bitsandbytes_own_by_the_bit(base: str, dtype: to
         if bias:
             of_bias = torch.autograd.grad(module(x).sum(), module.bias)[0]
             assert torch.equal(of_bias, torch.full((40,), 2.0 * tokens, dtype=dtype))
+
+
+def test_a_model_that_reads_a_packed_weight_elsewhere_is_told_of_adapter_base() -> None:
+    """As Jamba's mixer does with the weight of its dt_proj."""
+    model: Any = nn.Linear(2, 2)
+    model.weight.quant_state = None
+    said = "in 4 or 8 bits: Linear fails .*; take adapter.base out"
+    with pytest.raises(BadInput, match=said), failures_explained(model):
+        raise RuntimeError("size mismatch")

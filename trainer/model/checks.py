@@ -75,7 +75,8 @@ def draws_random_numbers(model: nn.Module, forward: Callable[[], Any]) -> bool:
 def failures_explained(model: nn.Module) -> Iterator[None]:
     """Turn an error of the model's own code inside the block into a BadInput that names the module.
 
-    It has a defect, or needs more than token ids.
+    It has a defect, needs more than token ids, or reads a weight that `adapter.base` has packed
+    outside of the module whose weight it is.
     """
     try:
         yield
@@ -83,9 +84,12 @@ def failures_explained(model: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         where = type(raising_module(error) or model).__name__
+        how, what = "on token ids alone", "take another model"
+        if any(hasattr(parameter, "quant_state") for parameter in model.parameters()):
+            how, what = "with its weights in 4 or 8 bits", "take adapter.base out"
         raise BadInput(
-            f"{type(model).__name__} cannot run on token ids alone: {where} fails with "
-            f"{type(error).__name__}: {one_line(error)}; take another model"
+            f"{type(model).__name__} cannot run {how}: {where} fails with "
+            f"{type(error).__name__}: {one_line(error)}; {what}"
         ) from error
 
 
