@@ -31,13 +31,13 @@ class StopFlag:
         self.raised = False
         self._group: Any = None
         self._pending: Any = None
+        self._raised_at = 0.0
+        self._have_met = False
         for signum in _STOP_SIGNALS:
             signal.signal(signum, self._raise)
         # The launcher starts workers with these blocked, so that no signal is lost before there is
-        # a handler.
+        # a handler. One that has come arrives here.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
-        self._raised_at = 0.0
-        self._have_met = False
         self._store = _launchers_store()
         self._ended = threading.Event()
         if self._store is not None:

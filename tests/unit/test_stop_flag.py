@@ -55,6 +55,14 @@ def test_ranks_that_nobody_stops_meet(flags):
     assert not flags[1].raised_early(), "from here on the process group tells"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_that_came_before_the_flag_raises_it(number):
+    """The launcher starts ranks with these signals blocked."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [number])
+    os.kill(os.getpid(), number)
+    assert StopFlag().raised
+
+
 def test_one_flag_stops_the_others_in_preparation_and_at_the_meeting(flags):
     flags[1].raised = True
     assert flags[1].raised_early()
