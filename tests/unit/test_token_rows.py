@@ -80,6 +80,13 @@ def test_a_tied_head_has_the_rows_too() -> None:
     assert sft(model)(batch).item() == pytest.approx(sft(plain)(batch).item(), rel=1e-6)
 
 
+def test_a_tied_heads_bias_stays_in_the_logits_of_the_rows() -> None:
+    model, plain = adapted(tie_word_embeddings=True), tiny_llama(tie_word_embeddings=True)
+    for each in (model, plain):
+        each.lm_head.bias = torch.nn.Parameter(torch.arange(float(plain.config.vocab_size)))
+    assert torch.allclose(logits(model), logits(plain), atol=1e-6)
+
+
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_merged_and_in_pefts_form_it_acts_alike(is_tied: bool, tmp_path: Path) -> None:
     tied = {"tie_word_embeddings": is_tied}

@@ -98,7 +98,6 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    # type: ignore[override]
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradients = ctx.gradients
         ctx.gradients = None  # a second backward would multiply them again

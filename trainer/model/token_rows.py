@@ -66,7 +66,8 @@ def _put_logits(head: Any, hidden: tuple[torch.Tensor], out: torch.Tensor) -> to
     """Put the trained rows' logits into the head's, if it returns those and not a loss."""
     if not out.dim():
         return out
-    own = F.linear(hidden[0], getattr(head, ROWS).to(out.dtype))
+    bias = head.bias[head.row_ids] if head.bias is not None else None
+    own = F.linear(hidden[0], getattr(head, ROWS).to(out.dtype), bias)
     return out.index_copy(-1, head.row_ids, own)
 
 
