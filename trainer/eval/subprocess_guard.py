@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from functools import partial
 
 import psutil
 
@@ -32,27 +33,23 @@ def main(parent: int, command: list[str]) -> int:
         raise SystemExit
 
     signal.signal(signal.SIGTERM, leave)
-    prctl = ctypes.CDLL(None).prctl
-    prctl(_SET_PDEATHSIG, signal.SIGTERM)
     # orphans become our children, so that all descendants can be found
-    prctl(_SET_CHILD_SUBREAPER, 1)
+    ctypes.CDLL(None).prctl(_SET_CHILD_SUBREAPER, 1)
     try:
-        # the parent may have died before the kernel was asked for the signal
-        if os.getppid() != parent:
-            return 128 + signal.SIGTERM
-        ours = os.getpid()
-
-        def follow() -> None:
-            prctl(_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != ours:
-                os._exit(128 + signal.SIGTERM)
-
-        return subprocess.Popen(command, preexec_fn=follow).wait()
+        _end_with(parent)
+        return subprocess.Popen(command, preexec_fn=partial(_end_with, os.getpid())).wait()
     except SystemExit:
         return 128 + signal.SIGTERM
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _end_descendants()
+
+
+def _end_with(parent: int) -> None:
+    """Let the kernel send this process SIGTERM when its parent has died."""
+    ctypes.CDLL(None).prctl(_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died before the kernel was asked
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _end_descendants() -> None:
