@@ -20,6 +20,7 @@ import tempfile
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -209,7 +210,7 @@ def _run(command: str, *arguments: PathLike, logs: Path | None = None) -> tuple[
         RunFailed: with the end of its output, and the folder of the ranks' logs if there is one.
         KeyboardInterrupt: Ctrl-C came, and the command has ended.
     """
-    from packhorse.trainer.cli.worker import exit_with_launcher
+    from packhorse.trainer.cli.worker import exit_with
     from packhorse.trainer.config.packaged import MAIN
 
     with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
@@ -222,7 +223,7 @@ def _run(command: str, *arguments: PathLike, logs: Path | None = None) -> tuple[
             encoding="utf-8",
             errors="replace",
             start_new_session=True,  # Ctrl-C reaches it by `_show` alone
-            preexec_fn=exit_with_launcher,  # it saves and stops if this process dies
+            preexec_fn=partial(exit_with, os.getpid()),  # it saves and stops if this process dies
         )
         try:
             said = _show(process)

@@ -1,5 +1,7 @@
 """Fixtures and time limits of all tests."""
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         limit_s = LIMIT_S.get(item.path.parent.name)
         if limit_s and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(limit_s))
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """Give the next test the environment that this one found: a launcher sets variables."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

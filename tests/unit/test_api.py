@@ -16,6 +16,7 @@ import pytest
 
 import packhorse
 from packhorse.trainer.config import packaged
+from packhorse.trainer.datatypes import LAUNCHER
 from tests.ranks import ROOT
 
 
@@ -116,9 +117,10 @@ sys.exit(75)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_saves_when_its_caller_is_interrupted_or_killed(
-    command: Callable[[str], int], number: int
+    command: Callable[[str], int], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     command(SAVES)
+    monkeypatch.setenv(LAUNCHER, "1")  # the caller is a worker of another run
     caller = (
         "import sys, packhorse; from packhorse.trainer.config import packaged\n"
         "packaged.MAIN = sys.argv[1]\n"

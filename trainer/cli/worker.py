@@ -36,14 +36,16 @@ def exit_on_early_signals() -> None:
 
 
 def exit_with_launcher() -> None:
-    """Ask the kernel for a SIGTERM when the launcher dies.
+    """Let an orphaned worker save and free its GPU."""
+    exit_with(int(os.environ.get(LAUNCHER, os.getppid())))  # torchrun does not name itself
 
-    An orphaned worker then saves and frees its GPU.
-    """
+
+def exit_with(parent: int) -> None:
+    """Ask the kernel for a SIGTERM when the parent, given by its process id, dies."""
     set_parent_death_signal = 1
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
-        if os.environ.get(LAUNCHER) not in (None, str(os.getppid())):  # it has died before
+        if os.getppid() != parent:  # it has died before
             os.kill(os.getpid(), signal.SIGTERM)
 
 
