@@ -25,6 +25,7 @@ from packhorse.trainer.datatypes import BadInput
 SECRET = ".rendezvous-secret"  # noqa: S105 -- its file in the run folder
 _SECRET_BYTES = 32
 _WHOLE_S = 10.0  # to wait for the node that writes it
+_READ_S = 5.0  # launchers look at the rendezvous every second
 
 
 class Forged(RendezvousError):
@@ -138,8 +139,10 @@ class SignedStore:
             is_ours = False
         if is_ours:
             return value
-        # The nodes that meet here read it as well: none of them waits in vain for this one.
+        # The nodes that meet here read it as well, while the host's store is there: none of them
+        # waits in vain for this one.
         self._store.set(self._prefix + name, "forged")
+        time.sleep(_READ_S)
         raise Forged(
             f"what another process wrote at the rendezvous host is not signed with the {SECRET} "
             f"that {socket.gethostname()} sees, and is not read: run.dir is not the same folder on "

@@ -152,7 +152,8 @@ def test_nodes_without_the_same_folder_both_end_and_say_why(tmp_path):
 
 
 @pytest.fixture
-def plain() -> HashStore:
+def plain(monkeypatch: pytest.MonkeyPatch) -> HashStore:
+    monkeypatch.setattr(signed_store, "_READ_S", 0)  # nobody else reads
     store = HashStore()
     store.set_timeout(timedelta(seconds=1))
     return store
