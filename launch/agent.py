@@ -214,7 +214,9 @@ def log_failure(codes: dict[int, int], agent: Agent) -> None:
     bad_input = [rank for rank, code in codes.items() if code == BAD_INPUT]
     rank = bad_input[0] if bad_input else next(iter(codes))
     code = codes[rank]
-    how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
+    # a real-time signal has no name
+    names = {number.value: number.name for number in signal.Signals}
+    how = f"exit code {code}" if code > 0 else f"killed by {names.get(-code, f'signal {-code}')}"
     if rank == 0:
         log(f"rank 0 failed ({how}); its output is above")
         return

@@ -180,18 +180,21 @@ def test_the_third_ctrl_c_kills(tmp_path):
     assert not (tmp_path / "stop.json").exists()
 
 
-def test_a_killed_worker_takes_the_others_down_and_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("number", "name"), [(signal.SIGKILL, "SIGKILL"), (signal.SIGRTMIN + 6, "signal 40")]
+)
+def test_a_killed_worker_takes_the_others_down_and_is_named(tmp_path, number, name):
     worker = (
         "import os, signal, sys, time\n"
         "if os.environ['RANK'] == '1':\n"
         "    print('the last words', file=sys.stderr, flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
         "signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])\n"
         "time.sleep(1000)\n"
     )
     code, _, err = finish(start(tmp_path, worker))
     assert code == 1
-    assert "rank 1 failed (killed by SIGKILL)" in err
+    assert f"rank 1 failed (killed by {name})" in err
     assert err.count("the last words") == 1
     assert "Traceback" not in err
     assert "elastic" not in err

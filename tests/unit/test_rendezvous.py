@@ -1,5 +1,6 @@
 """Launchers meet, and nobody without the run's secret gets a word in, or code run."""
 
+import json
 import os
 import socket
 import stat
@@ -60,12 +61,16 @@ while not Path(sys.argv[1], "go").exists():
     time.sleep(0.05)
 """
 RANK = """
-import sys, time
+import json, os, sys, time
 from pathlib import Path
 from packhorse.trainer import dist
 with dist.process_group():
     group = dist.new_group()
     assert dist.gather(dist.rank()) == list(range(dist.world_size()))
+    if dist.is_main():
+        names = ("MASTER_PORT", "NCCL_SOCKET_IFNAME")
+        where = {name: os.environ.get(name) for name in names}
+        Path(sys.argv[1], "where").write_text(json.dumps(where))
     Path(sys.argv[1], f"ready{dist.rank()}").touch()
     while not Path(sys.argv[1], "go").exists():
         time.sleep(0.05)
@@ -127,6 +132,9 @@ def test_on_one_machine_everything_listens_on_the_loopback_alone(tmp_path):
     assert launcher.returncode == 0, err
     assert found, "the ranks meet somewhere"
     assert {address for address, _ in found} == {"127.0.0.1"}
+    where = json.loads((tmp_path / "where").read_text())
+    assert ("127.0.0.1", int(where["MASTER_PORT"])) in found, "the store of the ranks"
+    assert where["NCCL_SOCKET_IFNAME"] == "lo"
 
 
 def test_one_rank_listens_on_the_loopback_alone(tmp_path):

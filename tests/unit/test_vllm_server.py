@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from packhorse.trainer.checkpoint.hf_export import save_description
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput, Conversation, Message, Prompt
-from packhorse.trainer.eval import server_answers
+from packhorse.trainer.eval import server_answers, vllm_server
 from packhorse.trainer.eval.openai_client import Unreachable
 from packhorse.trainer.eval.server_answers import (
     answers,
@@ -172,6 +172,25 @@ def vllm_recipe(python: str | Path, *overrides: str) -> Recipe:
     ("python", "why"), [("/nowhere/python", "cannot be run"), (sys.executable, "has no vllm")]
 )
 def test_a_python_without_vllm_is_bad_input_at_the_start(python: str, why: str) -> None:
+    with pytest.raises(BadInput, match=why):
+        check_server(vllm_recipe(python))
+
+
+@pytest.mark.parametrize(
+    ("does", "why"),
+    [
+        ("kill -9 $$", "was killed by signal 9 when it was asked for vllm"),
+        ("exit 1", "ended with exit code 1 when it was asked for vllm"),
+        ("exec sleep 600", "has not said within 1 s whether it has vllm"),
+    ],
+)
+def test_a_python_that_does_not_answer_is_not_said_to_lack_vllm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, does: str, why: str
+) -> None:
+    monkeypatch.setattr(vllm_server, "_PROBE_S", 1.0)
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{does}\n")
+    python.chmod(0o755)
     with pytest.raises(BadInput, match=why):
         check_server(vllm_recipe(python))
 

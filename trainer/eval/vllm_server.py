@@ -34,6 +34,8 @@ _ANSWER_S = 900.0
 _REQUESTS = 64  # at the same time
 _START_S = 1800.0  # to load a model: hundreds of GB over a network take long
 _END_S = 60.0
+_PROBE_S = 120.0  # to say whether there is a vllm: a Python on a network file system takes long
+_NO_VLLM = 3  # exit code; Python's own after an error is 1
 _POLL_S = 0.5
 # of a GPU's free memory: vLLM refuses to start if less is free than its share
 _SHARE = 0.9
@@ -49,16 +51,32 @@ class Gpu(NamedTuple):
 
 
 def check_vllm(python: str) -> None:
-    """Raise BadInput if this Python cannot be run or has no vllm."""
-    program = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
+    """Raise BadInput if this Python cannot be run, does not answer, or has no vllm."""
+    program = f"import importlib.util as u, sys; sys.exit({_NO_VLLM} * (not u.find_spec('vllm')))"
     try:
-        done = subprocess.run(
-            [python, "-c", program], env=clean_environment(), cwd="/", check=False
-        )
+        code = subprocess.run(
+            [python, "-c", program],
+            env=clean_environment(),
+            cwd="/",
+            check=False,
+            stdin=subprocess.DEVNULL,
+            timeout=_PROBE_S,
+        ).returncode
     except OSError as error:
         raise BadInput(f"eval.vllm_python: {python} cannot be run ({error})") from None
-    if done.returncode:
+    except subprocess.TimeoutExpired:
+        raise BadInput(
+            f"eval.vllm_python: {python} has not said within {_PROBE_S:.0f} s whether it has vllm; "
+            "try it by hand, and the file system that it lies on"
+        ) from None
+    if code == _NO_VLLM:
         raise BadInput(f"eval.vllm_python: {python} has no vllm; install it there, with pip")
+    if code:
+        how = f"ended with exit code {code}" if code > 0 else f"was killed by signal {-code}"
+        raise BadInput(
+            f"eval.vllm_python: {python} {how} when it was asked for vllm; signal 9 mostly means "
+            "that memory ran out; else what it says itself stands above"
+        )
 
 
 def free_gpus() -> list[Gpu]:
