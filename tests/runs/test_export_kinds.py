@@ -41,7 +41,7 @@ FURTHER = {
 }
 
 
-def make_gemma(folder: Path) -> None:
+def gemma_config() -> Gemma3Config:
     text = {
         **{**TEXT, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 32},
         **{"layer_types": ["sliding_attention", "full_attention"]},
@@ -51,14 +51,17 @@ def make_gemma(folder: Path) -> None:
         },
     }
     tokens: dict[str, Any] = {"image_token_index": 500, "boi_token_index": 501}
-    config = Gemma3Config(
+    return Gemma3Config(
         text_config=text,
         vision_config=VISION,
         mm_tokens_per_image=4,
         eoi_token_index=502,
         **tokens,
     )
-    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+
+
+def make_gemma(folder: Path) -> None:
+    Gemma3ForConditionalGeneration(gemma_config()).save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
 
 
