@@ -36,8 +36,9 @@ from packhorse.trainer.model.feed_forward_tiles import (
     tile_tokens,
     wants_tiles,
 )
+from packhorse.trainer.model.linear_modules import linear_modules
 from packhorse.trainer.model.load import load_config, model_class, persistent_buffers
-from packhorse.trainer.model.lora import add_adapter, linear_modules, not_in_shards
+from packhorse.trainer.model.lora import add_adapter, not_in_shards
 from packhorse.trainer.model.quantisation import count_scale_bytes
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from packhorse.trainer.model.token_rows import ROWS

@@ -37,10 +37,13 @@ def decoder_of(model: Any) -> Any:
 def decoder_layers(model: Any) -> list[nn.Module]:
     """Return the model's stack of layers.
 
-    It is the longest list of modules; one of the configured number of layers comes first.
+    It is the longest list of modules that lies in no other list; one of the configured number of
+    layers comes first.
     """
     number = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    stacks = [m for m in decoder_of(model).modules() if isinstance(m, nn.ModuleList)]
+    lists = [m for m in decoder_of(model).modules() if isinstance(m, nn.ModuleList)]
+    inner = {part for stack in lists for layer in stack for part in layer.modules()}
+    stacks = [stack for stack in lists if stack not in inner]
     stacks.sort(key=lambda stack: (len(stack) == number, len(stack)))
     return list(stacks[-1]) if stacks else []
 

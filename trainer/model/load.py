@@ -22,7 +22,11 @@ from packhorse.trainer.model import attention, liger_layers
 from packhorse.trainer.model.activation_checkpointing import set_checkpointing
 from packhorse.trainer.model.adapter_start import start_adapter
 from packhorse.trainer.model.lora import Gathered, add_adapter, not_in_shards
-from packhorse.trainer.model.new_weights import add_embeddings, initialise
+from packhorse.trainer.model.new_weights import (
+    add_embeddings,
+    initialise,
+    loaded_weights_kept,
+)
 from packhorse.trainer.model.rope_scaling import require_rope, rope_kind, scale_rope
 from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.progress import WorkProgress, show_bars_of_transformers
@@ -212,7 +216,7 @@ def _build(
     """Return the model with random weights or its own, whichever the recipe says."""
     if section.init == "random":
         return _random_model(section, config, seed, gathered, arguments)
-    with _loading_shown():
+    with _loading_shown(), loaded_weights_kept(gathered):
         return _pretrained_model(section, config, arguments)
 
 

@@ -29,7 +29,6 @@ from torch import nn
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import AdapterSection
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.model.decoder import decoder_of
 from packhorse.trainer.model.expert_lora import (
     expert_parameters,
     expert_targets,
@@ -40,6 +39,7 @@ from packhorse.trainer.model.expert_lora import (
     wraps_parameter,
 )
 from packhorse.trainer.model.expert_weights import make_where_they_run, packable_experts
+from packhorse.trainer.model.linear_modules import linear_modules, read_by
 from packhorse.trainer.model.quantisation import BLOCK, dequantise, numel, quantise
 from packhorse.trainer.model.token_rows import ROWS, add_rows, indices, merged_rows, with_rows
 
@@ -205,6 +205,14 @@ def _linear_matches(
                 f"adapter.target_modules: `{name}` is the head, whose loss is fused and would not "
                 "see an adapter; put it into adapter.modules_to_save, which trains it in full"
             )
+    elsewhere = {id(m): reader for reader in model.modules() for m in read_by(reader)}
+    for name in matching:
+        if reader := elsewhere.get(id(model.get_submodule(name))):
+            raise BadInput(
+                f"adapter.target_modules: {type(reader).__name__} reads the weight of `{name}` "
+                "itself and would not see an adapter; put it into adapter.modules_to_save, which "
+                "trains it in full"
+            )
     embeddings = [n for n in matching if isinstance(model.get_submodule(n), nn.Embedding)]
     if embeddings or not found:
         name = [*embeddings, *matching][0]
@@ -247,27 +255,6 @@ def full_modules(model: Any, section: AdapterSection) -> list[str]:
                 f"`{min(tied - named)}`; name both, or neither"
             )
     return found
-
-
-def linear_modules(model: Any) -> dict[str, nn.Linear]:
-    """Return the language model's linear modules by name, without the head, whose fused loss sees
-    no adapter, and without those of towers, which a text does not reach.
-    """
-    head = model.get_output_embeddings()
-    language = {id(module) for module in decoder_of(model).modules()}
-    return {
-        name: m
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and m is not head and id(m) in language and _is_product(m)
-    }
-
-
-def _is_product(module: nn.Linear) -> bool:
-    """Return whether a linear module does what its name says: routers of Llama 4 and Phi-MoE are
-    subclasses that return their choice of experts, DeepSeek V4 has one of groups.
-    """
-    kind = type(module)
-    return kind.forward is nn.Linear.forward or kind.__name__ == "FalconLinear"
 
 
 def _matching(wanted: str, is_pattern: bool, names: Iterable[str]) -> list[str]:

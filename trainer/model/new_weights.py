@@ -5,6 +5,8 @@ In: a built model. Out: the same model with numbers that are alike at every worl
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,13 +36,51 @@ def initialise(model: Any, seed: int, gathered: Gathered) -> None:
         if own and own <= done:
             return
         done.update(own)
-        near = [m for m in (module, *module.children()) if not isinstance(m, PreTrainedModel)]
-        parameters = list(dict.fromkeys(p for m in near for p in m.parameters(recurse=False)))
+        parameters = list(
+            dict.fromkeys(p for m in _near(module) for p in m.parameters(recurse=False))
+        )
         with torch.random.fork_rng(), gathered(parameters, write=True):
             torch.manual_seed(dist.seed_from(seed, "init", name))
             owner._init_weights(module)
 
     visit(model, "", model)
+
+
+def _near(module: nn.Module) -> list[nn.Module]:
+    """Return the modules whose weights the rule of a module may touch."""
+    from transformers import PreTrainedModel
+
+    return [m for m in (module, *module.children()) if not isinstance(m, PreTrainedModel)]
+
+
+@contextmanager
+def loaded_weights_kept(gathered: Gathered) -> Iterator[None]:
+    """Let transformers initialise only modules that a folder has not filled, inside the block.
+
+    After a load it runs all rules, which leave loaded weights as they are. But some ask for their
+    shapes, and weights in shards (ZeRO-3) have none: RWKV's, xLSTM's and Marian's fail there.
+    """
+    from transformers import PreTrainedModel
+
+    plain = PreTrainedModel._initialize_weights
+
+    def fill(owner: Any, module: Any, *args: Any) -> None:
+        near = _near(module)
+        parameters = [p for m in near for p in m.parameters(recurse=False)]
+        loaded = [p for p in parameters if getattr(p, "_is_hf_initialized", False)]
+        buffers = [b for m in near for b in m.buffers(recurse=False)]
+        is_left = len(loaded) < len(parameters) or not all(
+            getattr(b, "_is_hf_initialized", False) for b in buffers
+        )
+        if is_left or not any(hasattr(p, "ds_id") for p in parameters):
+            with gathered(loaded):  # the others transformers has gathered itself
+                plain(owner, module, *args)
+
+    PreTrainedModel._initialize_weights = fill  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PreTrainedModel._initialize_weights = plain  # type: ignore[method-assign]
 
 
 def add_embeddings(model: Any, rows: int, new_ids: list[int], gathered: Gathered) -> None:
