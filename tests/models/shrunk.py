@@ -46,6 +46,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(.*_)?(n|num)_(attention_)?heads?|(.*_)?attention_heads", 4),
     (r"((n|num)_(local_|routed_)?|moe_num_|zero_)experts?(_num)?", 4),
     (r"(num|n)_experts_per_tok(en)?|moe_topk|moe_k|moe_top_k", 2),
+    (r"first_k_dense_replace|num_dense_layers", 1),  # else there is no layer with experts
     (r"n_group|topk_group|num_expert_groups?|n_groups|o_groups", 1),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|model_max_length", 512),
     (r"(.*_)?sliding_window(_size)?|attention_window_size|window_size|local_attention", 16),

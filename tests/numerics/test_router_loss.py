@@ -7,7 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from tests.models.shrunk import config_of
 from tests.numerics.compare import Run, case, difference, report, run_cases
 from tests.ranks import ROOT
 
@@ -26,6 +29,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "recipes" / "debug" / "model", root / "model")
     config = json.loads((root / "model" / "config.json").read_text())
     (root / "model" / "config.json").write_text(json.dumps({**config, **QWEN3_MOE}))
+    shutil.copytree(ROOT / "recipes" / "debug" / "model", root / "biased")
+    torch.manual_seed(0)
+    biased = AutoModelForCausalLM.from_config(config_of("deepseek_v3"), dtype=torch.float32)
+    for name, buffer in biased.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(0, 0.3)
+    biased.save_pretrained(root / "biased")
     return root
 
 
@@ -34,17 +44,20 @@ def runs(root: Path) -> dict[str, Run]:
     model = (f"model.name={root / 'model'}", "optim.lr=3e-3")
     balanced = (*model, "loss.router_aux=0.1")
     ring = ("parallel.sequence=3", "parallel.sequence_kind=ring")
+    biased = (f"model.name={root / 'biased'}", "model.init=pretrained", *balanced[1:])
     by_micro_batch = ["routers_balanced_by_micro_batch"]
     one = [
         case(root, "1", "zero0", *balanced, "batch.micro_batch_size=2"),
         case(root, "1-logged", "zero0", *model, "loss.router_aux=0"),
         case(root, "1-off", "zero0", *model),
+        case(root, "biased-1", "zero0", *biased, "batch.micro_batch_size=2"),
     ]
     three = [
         case(root, "3-zero2", "zero2", *balanced, "model.activation_checkpointing=full"),
         case(root, "3-zero3", "zero3", *balanced),
         case(root, "3-slices", "zero3", *balanced, "parallel.sequence=3"),
         case(root, "3-ring", "zero2", *balanced, *ring, changes=["short_zigzag"]),
+        case(root, "biased-3", "zero3", *biased),
         case(root, "3-defect", "zero2", *balanced, changes=by_micro_batch),
     ]
     return run_cases({1: one, 3: three})
@@ -59,6 +72,16 @@ def test_worlds_micro_batches_and_stages_change_nothing(
     assert seen.agrees
     for one, three in zip(router_lines(root, "1"), router_lines(root, other), strict=True):
         assert one == pytest.approx(three, rel=1e-5)
+
+
+def test_a_router_with_a_bias_learns_the_same_everywhere(runs: dict[str, Run], root: Path) -> None:
+    seen = difference(runs["biased-1"], runs["biased-3"])
+    report("with a bias, 1 rank against 3 at stage 3", seen)
+    assert seen.agrees
+    for one, three in zip(router_lines(root, "biased-1"), router_lines(root, "biased-3")):
+        assert one == pytest.approx(three, rel=1e-5)
+        # the bias, which stays, sends other experts more tokens than the scores alone
+        assert one["train/router_peak_load"] > 1.2
 
 
 def test_a_loss_over_micro_batches_is_caught(runs: dict[str, Run]) -> None:

@@ -1,17 +1,21 @@
 """Balance the experts of a mixture by an auxiliary loss, and measure how tokens spread over them.
 
-In: the routers' logits of a packed micro-batch, a layer each, and the Batch. Out: this rank's share
-of the step's auxiliary loss, () float32, and sums for the log.
+In: what the routers said of a packed micro-batch, a layer each, and the Batch. Out: this rank's
+share of the step's auxiliary loss, () float32, and sums for the log.
 
 For a document of L tokens that each choose k of E experts, and a layer,
 
     aux = E x sum over experts e of (choices of e / L) x (mean probability of e)
 
 which is k where all experts get the same (Fedus et al., 2022). It is taken over each document, as
-in DeepSeek V3's sequence-wise loss (2024, equations 17 to 20), and
-averaged over layers, and over documents with the weights of their trained tokens (C2). So packing,
-micro-batches and ranks change nothing: over a micro-batch, as elsewhere, its cut would count, and
-documents that are packed together would push each other.
+in DeepSeek V3's sequence-wise loss (2024, equations 17 to 20), and averaged over layers, and over
+documents with the weights of their trained tokens (C2). So packing, micro-batches and ranks change
+nothing: over a micro-batch, as elsewhere, its cut would count, and documents that are packed
+together would push each other.
+
+Choices are the router's own, with its bias and its groups of experts, which stay as they are. Where
+it does not hand them out they are those of the highest scores. A probability is the score that the
+router weighs experts by, over the sum of all: a softmax, or sigmoids as in DeepSeek V3.
 
 Where a document lies on several ranks (C13), choices and weights are summed over them.
 
@@ -22,15 +26,28 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as td
+import torch.nn.functional as F
 
 from packhorse.trainer import dist
 from packhorse.trainer.datatypes import BadInput, Batch
+from packhorse.trainer.model.router_records import Routed, RouterRecords
 
 _CHOSEN = ("num_experts_per_tok", "top_k_experts", "moe_topk", "moe_k")
+
+# Logarithms of the scores by which routers weigh experts: of a softmax (up to a sum), of sigmoids,
+# and of DeepSeek V4's square roots of softplus.
+_SCORES: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    lambda x: x,
+    F.logsigmoid,
+    lambda x: F.softplus(x).clamp_min(1e-30).log() / 2,
+)
+# Largest mean difference of a chosen expert's share of its token's weights. bf16 rounds by 0.002.
+_SAME_SHARE = 0.01
 
 
 class RouterLoss:
@@ -43,39 +60,36 @@ class RouterLoss:
         model: a transformers model with experts, whose routers transformers can record.
 
     Raises:
-        BadInput: it has none, or balances them by a bias.
+        BadInput: it has none.
     """
 
     def __init__(self, model: Any, coefficient: float) -> None:
         config = model.config.get_text_config()
         chosen = [getattr(config, name, None) for name in _CHOSEN]
         self._chosen = next((k for k in chosen if isinstance(k, int)), 0)
-        if not self._chosen or not _has_routers(model):
+        self.records = RouterRecords(model)
+        if not self._chosen or not self.records.routers:
             raise BadInput(
                 f"loss.router_aux: {type(model).__name__} has no router whose logits transformers "
                 "records; remove the key"
             )
         named = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-        if any(name.endswith(("e_score_correction_bias", "expert_bias")) for name in named):
-            raise BadInput(
-                f"loss.router_aux: {type(model).__name__} balances its experts by a bias "
-                "(as e_score_correction_bias), not by a loss; remove the key"
-            )
+        self._has_bias = any(n.endswith(("e_score_correction_bias", "expert_bias")) for n in named)
         self._coefficient, self._name = coefficient, type(model).__name__
-        self._are_probabilities: bool | None = None  # asked of the first micro-batch
+        self._score: Callable[[torch.Tensor], torch.Tensor] | None = (
+            None  # of the first micro-batch
+        )
         self.reset()
 
     def reset(self) -> None:
         """Begin the sums anew."""
         self.sums: tuple[Any, Any, Any] = 0.0, 0.0, 0.0  # on the device from the first batch on
 
-    def __call__(
-        self, logits: tuple[torch.Tensor, ...], batch: Batch, group: Any = None
-    ) -> torch.Tensor:
+    def __call__(self, routed: Sequence[Routed], batch: Batch, group: Any = None) -> torch.Tensor:
         """Return coefficient x the batch's share of the step's auxiliary loss, and add to the sums.
 
         Args:
-            logits: (T, E) or (1, T, E) of each layer with experts.
+            routed: of each layer with experts.
             group: the ranks that have the other slices of the batch, if it is one.
         """
         device, documents = batch.weights.device, len(batch.lengths)
@@ -86,17 +100,10 @@ class RouterLoss:
         weights_D = torch.zeros(documents, device=device).index_add_(
             0, document_T[batch.trained_positions], batch.weights
         )
-        for layer in logits:
-            if layer.numel() != len(document_T) * layer.shape[-1]:  # as Doge's, two keys an expert
-                raise BadInput(
-                    f"loss.router_aux: {self._name} scores no experts: {len(document_T)} tokens "
-                    f"have {tuple(layer.shape)} scores; remove the key"
-                )
-        log_LTE = [self._log_probabilities(x.reshape(-1, x.shape[-1]).float()) for x in logits]
-        chosen_LTE = [
-            torch.zeros_like(x).scatter_(1, x.detach().topk(self._chosen).indices, 1.0)
-            for x in log_LTE
-        ]
+        routed = [self._of_tokens(layer, len(document_T)) for layer in routed]
+        score = self._score or self._measure_score(routed)
+        log_LTE = [score(layer.scores.float()).log_softmax(-1) for layer in routed]
+        chosen_LTE = [self._choices(layer) for layer in routed]
         choices_LDE = torch.stack(
             [x.new_zeros(documents, x.shape[1]).index_add_(0, document_T, x) for x in chosen_LTE]
         )
@@ -119,15 +126,55 @@ class RouterLoss:
         self.sums = aux_sum, entropy_sum, load
         return self._coefficient * mean
 
-    def _log_probabilities(self, scores_TE: torch.Tensor) -> torch.Tensor:
-        """Return (T, E) of a router's record: logits, or probabilities as Gemma 4's."""
-        if self._are_probabilities is None:
-            rows = scores_TE.detach()
-            sums_to_1 = ((rows.sum(-1) - 1).abs() < 1e-2).all()
-            self._are_probabilities = bool((rows >= 0).all() and sums_to_1)
-        if self._are_probabilities:
-            return scores_TE.clamp_min(1e-30).log()
-        return scores_TE.log_softmax(-1)
+    def _of_tokens(self, routed: Routed, tokens: int) -> Routed:
+        """Return what a router said of a batch's tokens: calls without effect come after them."""
+        scores = routed.scores
+        if scores.dim() != 2 or len(scores) < tokens:  # as Doge's, two keys an expert
+            raise BadInput(
+                f"loss.router_aux: {self._name} scores no experts: {tokens} tokens have "
+                f"{tuple(scores.shape)} scores; remove the key"
+            )
+        if self._has_bias and routed.chosen is None:
+            raise BadInput(
+                f"loss.router_aux: {self._name} chooses its experts by a bias, and its router does "
+                "not hand out the choice; remove the key"
+            )
+        weights, chosen = (part if part is None else part[:tokens] for part in routed[1:])
+        return Routed(scores[:tokens], weights, chosen)
+
+    def _choices(self, routed: Routed) -> torch.Tensor:
+        """Return (T, E) float: 1 where a token chose an expert."""
+        scores = routed.scores.detach()
+        none = torch.zeros_like(scores, dtype=torch.float32)
+        if routed.chosen is None:
+            return none.scatter_(1, scores.topk(self._chosen).indices, 1.0)
+        ones = torch.ones_like(routed.chosen, dtype=torch.float32)
+        if routed.weights is not None:  # 0 is none, as where ZAYA skips the experts
+            ones = (routed.weights != 0).float()
+        return none.scatter_add_(1, routed.chosen.long(), ones)
+
+    def _measure_score(self, routed: Sequence[Routed]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Return the logarithm of the score by which the routers weigh experts, alike on all ranks.
+
+        A record may be of probabilities, as Gemma 4's. Else it is the score whose shares the chosen
+        experts' weights have, and a softmax, as in transformers' own loss, where none is.
+        """
+        here = torch.zeros(1 + len(_SCORES), dtype=torch.float64, device=routed[0].scores.device)
+        for layer in routed:
+            scores_TE = layer.scores.detach().float()
+            is_share = (scores_TE >= 0).all() and ((scores_TE.sum(-1) - 1).abs() < 1e-2).all()
+            here[0] += 0.0 if is_share else 1.0
+            here[1:] += torch.stack([_off(layer, scores_TE, score) for score in _SCORES])
+        no_shares, *off = dist.sum_over_ranks(here.tolist())
+        layers = len(routed) * dist.world_size()
+        if no_shares == 0:
+            score = _log_of_shares
+        else:
+            best = min(range(len(off)), key=off.__getitem__)
+            score = _SCORES[best if off[best] < _SAME_SHARE * layers else 0]
+        if all(map(math.isfinite, off)):  # a step with a NaN is not applied
+            self._score = score
+        return score
 
     def read(self, steps: int) -> dict[str, float]:
         """Return the metrics of the last `steps` steps, over all ranks, and begin anew.
@@ -149,15 +196,27 @@ class RouterLoss:
         }
 
 
-def _has_routers(model: Any) -> bool:
-    """Return whether the model has modules whose router's logits transformers records.
+def _log_of_shares(scores: torch.Tensor) -> torch.Tensor:
+    return scores.clamp_min(1e-30).log()
 
-    A model's code may know routers that this configuration builds none of, as a dense Granite.
+
+def _off(
+    routed: Routed, scores_TE: torch.Tensor, score: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Return how far the weights of chosen experts are from a score, () float64.
+
+    Shares of a token's weights are compared, as the router may have scaled them. Of one expert a
+    token it is the sizes over tokens.
     """
-    recorded = [
-        (getattr(module, "_can_record_outputs", None) or {}).get("router_logits")
-        for module in model.modules()
-    ]
-    kinds = [kind for kind in recorded for kind in (kind if isinstance(kind, list) else [kind])]
-    classes = tuple({getattr(kind, "target_class", kind) for kind in kinds if kind is not None})
-    return any(isinstance(module, classes) for module in model.modules())
+    if routed.chosen is None or routed.weights is None:
+        return scores_TE.new_ones((), dtype=torch.float64)
+    log_TE = score(scores_TE)
+    one = routed.chosen.shape[1] == 1
+    if one and score is _SCORES[0]:
+        log_TE = log_TE.log_softmax(-1)
+    theirs_Tk = log_TE.gather(1, routed.chosen.long()).exp()
+    weights_Tk = routed.weights.float()
+    axis = 0 if one else 1
+    shares = [x / x.sum(axis, keepdim=True) for x in (weights_Tk, theirs_Tk)]
+    off = (shares[0] - shares[1]).abs().double().mean()
+    return off * len(scores_TE) if one else off

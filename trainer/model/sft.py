@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from types import MethodType, SimpleNamespace
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -103,8 +103,9 @@ class SftModel(nn.Module):
             torch.manual_seed(dist.seed_from(self.seed, "dropout", epoch, *batch.sequence_ids))
         # the head is the largest matrix product; prompts and fillers need none of it
         router = self.router if self.training else None
-        out = self._decode(batch, **({"output_router_logits": True} if router else {}))
-        hidden_NH = out.last_hidden_state[0].index_select(0, batch.trained_positions)
+        with router.records.recording() if router else nullcontext([]) as routed:
+            hidden_TH = self.hidden_states(batch)
+        hidden_NH = hidden_TH.index_select(0, batch.trained_positions)
         loss = partial(
             linear_cross_entropy,
             targets_N=batch.targets,
@@ -114,13 +115,10 @@ class SftModel(nn.Module):
         )
         total = self.model.get_output_embeddings()(hidden_NH, loss=loss)
         group = self._group and self._group.process_group
-        return total + router(out.router_logits, batch, group) if router else total
+        return total + router(routed, batch, group) if router else total
 
     def hidden_states(self, batch: Batch) -> torch.Tensor:
         """Return what the model hands to its head, (T, H)."""
-        return self._decode(batch).last_hidden_state[0]
-
-    def _decode(self, batch: Batch, **wanted: bool) -> Any:
         self._batch = batch
         if self._undo_split:
             self._calls = (*batch.lengths, *[0] * self._idle_calls(len(batch.lengths)))
@@ -131,41 +129,33 @@ class SftModel(nn.Module):
         try:
             with on_host, found_by_all(bounds.get("document_bounds")):
                 if self.attends_by_itself:
-                    return self._decode_by_document(batch, **wanted)
-                return decoder_of(self.model)(
+                    return self._decode_by_document(batch)
+                out = decoder_of(self.model)(
                     input_ids=batch.input_ids.unsqueeze(0),
                     position_ids=batch.position_ids.unsqueeze(0),
                     use_cache=False,
                     **bounds,
-                    **wanted,
                 )
+                return out.last_hidden_state[0]
         finally:
             # other forwards of the model, as in generation, get no noise
             self._batch = None
             if not torch.is_grad_enabled():  # else a backward may recompute layers
                 self._calls = ()
 
-    def _decode_by_document(self, batch: Batch, **wanted: bool) -> Any:
+    def _decode_by_document(self, batch: Batch) -> torch.Tensor:
         """Run the decoder once for each document, which its own code takes for a sequence."""
         ids = batch.input_ids.split(batch.lengths)
         idle_calls = self._idle_calls(len(ids))  # it asks the other ranks: before anything else
 
-        def decode(number: int) -> Any:
+        def decode(number: int) -> torch.Tensor:
             length, key = batch.lengths[number], batch.document_keys[number]
             self._batch = replace(batch, lengths=(length,), document_keys=(key,))  # for the noise
             document = ids[number].unsqueeze(0)
-            return decoder_of(self.model)(input_ids=document, use_cache=False, **wanted)
+            return decoder_of(self.model)(input_ids=document, use_cache=False).last_hidden_state[0]
 
-        outputs = [decode(number) for number in range(len(ids))]
-        idle = [decode(0).last_hidden_state for _ in range(idle_calls)]
-        routers = [out.router_logits for out in outputs] if wanted else []
-        return SimpleNamespace(
-            last_hidden_state=with_gradient(
-                torch.cat([out.last_hidden_state for out in outputs], dim=1), idle
-            ),
-            # (T, E) or (1, T, E) of each layer
-            router_logits=tuple(torch.cat(of_layer, dim=-2) for of_layer in zip(*routers)),
-        )
+        hidden = [decode(number) for number in range(len(ids))]
+        return with_gradient(torch.cat(hidden), [decode(0) for _ in range(idle_calls)])
 
     def by_either_attention(self, run: Callable[[], Result]) -> Result:
         """Return `run()`: by the model's own attention, if it fails on any rank through ours."""
