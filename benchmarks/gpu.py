@@ -1,6 +1,7 @@
 """One call of 8 minutes on a card of 80 GiB or more: where packhorse stands, and what costs it.
 
     make gpu-check                                 (or: python benchmarks/gpu.py [--only 1.5B])
+    python benchmarks/gpu.py --stages cases --only 8B   (all of 8B: 8 minutes more)
     python benchmarks/gpu.py --tiny                (CPU, a dry run)
 
 One stage after the other, until the time is up; what has no time left is named:
@@ -10,8 +11,8 @@ One stage after the other, until the time is up; what has no time left is named:
   tests  pytest -m gpu
   longest  gpu_longest.py: the longest sequence of an 8B shape with LoRA, by doubling; 90 s. Alone:
          --stages longest
-benchmarks/results/gpu_check_CARD.md is written anew after each part and arm, as the machine may be
-taken away.
+benchmarks/results/gpu_check_CARD.md (gpu_check_CARD_MODEL.md with --only) is written anew after
+each part and arm, as the machine may be taken away.
 
 Weights are random, and rows are packed from random documents: speed does not depend on what they
 say. Tokens and clock are those of common.py. MFU counts what the model needs: 6 FLOPs a weight and
@@ -25,8 +26,9 @@ would build a mask of T x T), packhorse the one that it measures as fastest.
 
 What fits where, on a card of 141 GB (weights W in billions, bf16 2 W, fp32 masters and moments
 12 W): 1.5B and the 8 layers of 8B keep gradients in fp32 (18 W in all) and recompute nothing. All
-of 8B accumulates in bf16 (16 W = 128 GB) at ZeRO-3, whose update never holds all gradients in fp32.
-TRL keeps weights, gradients and moments in bf16 (8 W): its fastest way, and a coarser update.
+of 8B does so with masters and moments on the host (6 W on the card, 12 W on a host of 128 GiB), or
+accumulates in bf16 (16 W = 128 GB) at ZeRO-3, whose update never holds all gradients in fp32. TRL
+keeps weights, gradients and moments in bf16 (8 W): its fastest way, and a coarser update.
 
 Needs no network. What is missing is named, and costs the arms that need it.
 """
@@ -44,7 +46,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -104,8 +106,9 @@ def main() -> None:
     for module, how in WANTED.items():
         if not is_found(module):
             print(f"missing: {module} ({how})", flush=True)
+    name = slug(f"gpu check {card} {options.only or ''}".strip())
     options.out = options.out or (
-        None if options.tiny else Path(__file__).parent / "results" / f"gpu_check_{slug(card)}.md"
+        None if options.tiny else Path(__file__).parent / "results" / f"{name}.md"
     )
     work = Path(tempfile.mkdtemp(prefix="gpu_bench."))
     bench = Bench(options, card, gib, work, time.monotonic() + options.budget_s)
@@ -127,7 +130,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="of an arm")
     parser.add_argument("--warmup", type=int, default=3, help="of them not timed")
     parser.add_argument("--budget-s", type=float, default=470.0)
-    parser.add_argument("--out", type=Path, help="default: results/gpu_check_CARD.md")
+    parser.add_argument("--out", type=Path, help="default: see above")
     options = parser.parse_args()
     options.stages = options.stages.split(",")
     if unknown := set(options.stages) - STAGES.keys():
@@ -160,50 +163,57 @@ def is_found(module: str) -> bool:
 
 
 def measure_parts(bench: Bench) -> None:
-    """Run gpu_parts.py, whose lines come as they are measured."""
-    out, heading = bench.work / "parts.jsonl", "The parts of a step"
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_parts.py"), "--out", str(out)]
-    command += ["--tiny"] if bench.options.tiny else ["--shape", "8B", "--budget-s", str(PARTS_S)]
-    with (bench.work / "parts.log").open("wb") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(bench))
-        while process.poll() is None and bench.left_s() > 0:
-            time.sleep(1)
-            show_parts(bench, heading, out)
-    process.kill()
-    process.wait()
-    show_parts(bench, heading, out)
-    if process.returncode:
-        said = (bench.work / "parts.log").read_text(errors="replace")[-1500:]
-        bench.sections[heading] += f"\n\nexit code {process.returncode}:\n\n```\n{said}\n```"
-        bench.write()
-
-
-def show_parts(bench: Bench, heading: str, out: Path) -> None:
-    lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    keys = ("part", "ms", "predicted_ms", "tflops")
-    rows = [[str(line.get(key, "")) for key in keys] for line in lines]
-    for row, line in zip(rows, lines):
-        row[1] = row[1] or line.get("error", "")
-    text = table(["part", "ms", "predicted ms", "TFLOP/s"], rows)
-    if bench.sections.get(heading) != text:
-        bench.sections[heading] = text
-        bench.write()
+    """Run gpu_parts.py."""
+    given = ["--tiny"] if bench.options.tiny else ["--shape=8B", f"--budget-s={PARTS_S}"]
+    keys = ("part", "ms", "predicted_ms", "tflops", "error")
+    follow(bench, "The parts of a step", "gpu_parts.py", given, keys)
 
 
 def find_longest(bench: Bench) -> None:
-    """Run gpu_longest.py in a process of its own, in the time that is left."""
-    said = "not run: no time left"
-    if bench.left_s() > LEAST_S:
-        command = [sys.executable, str(ROOT / "benchmarks" / "gpu_longest.py")]
-        command += [f"--budget-s={min(LONGEST_S, bench.left_s())}"]
-        command += ["--tiny", "--limit-mib=5"] if bench.options.tiny else []
-        done = subprocess.run(command, env=environment(bench), capture_output=True, text=True)
-        lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        keys = ("tokens", "seconds", "peak_gib", "ended")
-        said = table([*keys], [[str(line.get(key, "")) for key in keys] for line in lines])
-        said += f"\n\n```\n{done.stderr[-1500:]}\n```" if done.returncode else ""
-    bench.sections["The longest sequence of an 8B shape with LoRA"] = said
-    bench.write()
+    """Run gpu_longest.py."""
+    given = [f"--budget-s={min(LONGEST_S, bench.left_s())}"]
+    given += ["--tiny", "--limit-mib=5"] if bench.options.tiny else []
+    keys = ("tokens", "seconds", "peak_gib", "ended")
+    follow(bench, "The longest sequence of an 8B shape with LoRA", "gpu_longest.py", given, keys)
+
+
+def follow(
+    bench: Bench, heading: str, script: str, given: Sequence[str], keys: Sequence[str]
+) -> None:
+    """Run a script that prints lines of JSON, in the time that is left; each line is in the report
+    as soon as it is printed.
+
+    Args:
+        keys: of a line, in the order of the table's columns.
+    """
+    if bench.left_s() < LEAST_S:
+        bench.sections[heading] = "not run: no time left"
+        return bench.write()
+    command = [sys.executable, str(ROOT / "benchmarks" / script), *given]
+    out, log = bench.work / f"{script}.out", bench.work / f"{script}.log"
+    with out.open("wb") as lines, log.open("wb") as errors:
+        process = subprocess.Popen(command, stdout=lines, stderr=errors, env=environment(bench))
+        while process.poll() is None and bench.left_s() > 0:
+            time.sleep(1)
+            show_lines(bench, heading, out, keys)
+    is_late = process.poll() is None
+    process.kill()
+    process.wait()
+    show_lines(bench, heading, out, keys)
+    if process.returncode:
+        why = "stopped: no time left" if is_late else f"exit code {process.returncode}"
+        said = log.read_text(errors="replace")[-1500:]
+        bench.sections[heading] += f"\n\n{why}\n\n```\n{said}\n```"
+        bench.write()
+
+
+def show_lines(bench: Bench, heading: str, out: Path, keys: Sequence[str]) -> None:
+    whole = out.read_text().rpartition("\n")[0].splitlines()
+    lines = [json.loads(line) for line in whole if line.startswith("{")]
+    text = table([*keys], [[str(line.get(key, "")) for key in keys] for line in lines])
+    if bench.sections.get(heading) != text:
+        bench.sections[heading] = text
+        bench.write()
 
 
 def run_gpu_tests(bench: Bench) -> None:
@@ -232,9 +242,6 @@ def run_cases(bench: Bench) -> None:
 
 
 def run_case(bench: Bench, case: Case) -> None:
-    if not bench.options.tiny and bench.card_gib < case.needs_gib:
-        bench.rows[case.name, ""] = [case.name, f"needs {case.needs_gib} GiB", *[""] * 6]
-        return bench.write()
     job = make_case(case, bench)
     results: dict[str, list[Run] | str] = {}
     for _ in range(bench.options.rounds):
@@ -312,6 +319,8 @@ def environment(bench: Bench) -> dict[str, str]:
 
 def run_one(case: Case, arm: Arm, job: Job, bench: Bench) -> Run | str:
     """Return the run, or in a few words why there is none."""
+    if not bench.options.tiny and bench.card_gib < arm.needs_gib:
+        return f"not run: needs {arm.needs_gib} GiB"
     left_s = bench.left_s()
     if left_s < LEAST_S:
         return "not run: no time left"

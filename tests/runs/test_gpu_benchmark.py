@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -12,11 +13,12 @@ from tests.ranks import ROOT
 pytestmark = pytest.mark.runs
 
 
-def test_every_arm_of_a_model_leaves_its_line_and_packhorse_a_profiled_step(tmp_path):
+def dry_run(tmp_path: Path, *options: str) -> str:
+    """Return the report of a dry run on a CPU, which leaves nothing else behind."""
     out = tmp_path / "report.md"
-    options = ["--tiny", "--steps", "3", "--warmup", "1", "--only", "8B, 8 layers"]
+    given = ["--tiny", "--steps", "3", "--warmup", "1", "--budget-s", "900", *options]
     done = subprocess.run(
-        [sys.executable, "benchmarks/gpu.py", *options, "--out", str(out), "--budget-s", "900"],
+        [sys.executable, "benchmarks/gpu.py", *given, "--out", str(out)],
         cwd=ROOT,
         env={**os.environ, "TMPDIR": str(tmp_path)},
         capture_output=True,
@@ -25,18 +27,33 @@ def test_every_arm_of_a_model_leaves_its_line_and_packhorse_a_profiled_step(tmp_
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "missing: flash_attn_interface" in done.stdout
+    assert not list(tmp_path.glob("gpu_bench.*")), "its files are removed"
     text = out.read_text()
     assert text.startswith("# A dry run on a CPU: no speeds\n")
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| 8B, 8 layers | ")]
+    return text
+
+
+@pytest.mark.parametrize(("model", "arms"), [("8B, 8 layers", 5), ("1.5B", 3), ("8B", 5)])
+def test_every_arm_leaves_its_line_and_packhorse_a_profiled_step(
+    tmp_path: Path, model: str, arms: int
+) -> None:
+    text = dry_run(tmp_path, "--stages", "cases", "--only", model)
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith(f"| {model} | ")]
     figures = {row[1]: row[2] for row in rows}
-    assert figures.pop("packhorse, fp8") == "not run: a CPU has no fp8"
-    assert len(figures) == 4
+    assert len(figures) == arms
+    if model == "8B, 8 layers":
+        assert figures.pop("packhorse, fp8") == "not run: a CPU has no fp8"
     assert all(figure.isdigit() for figure in figures.values()), figures
-    assert "forward" in rows[0][3]
-    profiled = text.partition("## A step of 8B, 8 layers, packhorse, ZeRO-1\n")[2]
-    assert "of which operations run" in profiled
-    assert "waits of the host: cudaDeviceSynchronize 0" in profiled
+    ours = [row for row in rows if row[1].startswith("packhorse") and row[1] in figures]
+    for row in ours:
+        assert "forward" in row[3]
+        profiled = text.partition(f"## A step of {model}, {row[1]}\n")[2]
+        assert "of which operations run" in profiled
+        assert "waits of the host: cudaDeviceSynchronize 0" in profiled
+
+
+def test_the_other_stages_are_written_line_by_line(tmp_path: Path) -> None:
+    text = dry_run(tmp_path, "--stages", "parts,tests,longest")
     assert "| products | " in text.partition("## The parts of a step\n")[2]
     assert re.search(r"\| 256 \| [0-9.]+ \| [0-9.]+ \|  \|\n(.+\n)*.+out of memory", text)
     assert "not run: no card" in text
-    assert not list(tmp_path.glob("gpu_bench.*")), "its files are removed"

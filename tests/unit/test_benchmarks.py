@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,48 @@ def test_a_line_of_the_gpu_benchmark_says_where_the_time_went(tmp_path: Path) ->
     assert row[6] == "57 to 67% MFU"
     failed = gpu_report.table_row(case, case.arms[0], job, "out of memory", "NVIDIA H200")
     assert failed[2] == "out of memory"
+
+
+def a_bench(tmp_path: Path, budget_s: float) -> Any:
+    import gpu
+
+    options = argparse.Namespace(tiny=False, out=tmp_path / "report.md")
+    vars(options).update(steps=8, warmup=3, rounds=1)
+    return gpu.Bench(options, "H100", 80.0, tmp_path, time.monotonic() + budget_s)
+
+
+def test_what_a_script_printed_is_in_the_report_although_it_never_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import gpu
+
+    monkeypatch.setattr(gpu, "LEAST_S", 0)
+    script = tmp_path / "parts.py"
+    script.write_text('import time\nprint(\'{"part": "products", "ms": 7}\', flush=True)\n')
+    with script.open("a") as file:
+        file.write("print('{\"part\": \"half a li', end='', flush=True)\ntime.sleep(600)\n")
+    bench = a_bench(tmp_path, budget_s=0)
+    written: list[str] = []
+    monkeypatch.setattr(bench, "write", lambda: written.append(bench.sections["Parts"]))
+    monkeypatch.setattr(bench, "left_s", lambda: 0 if "products" in str(written) else 60)
+    gpu.follow(bench, "Parts", str(script), [], ("part", "ms", "error"))
+    assert "| products | 7 |  |" in written[-2], "before it was stopped"
+    assert written[-1].startswith(written[-2])
+    assert "stopped: no time left" in written[-1]
+    monkeypatch.setattr(gpu, "LEAST_S", 1)
+    gpu.follow(bench, "Parts", str(script), [], ("part",))
+    assert bench.sections["Parts"] == "not run: no time left"
+
+
+def test_an_arm_that_the_card_has_no_room_for_says_so(tmp_path: Path) -> None:
+    import gpu
+    import gpu_cases
+
+    case = gpu_cases.CASES[-1]
+    bench = a_bench(tmp_path, budget_s=0)
+    said = {arm.label: gpu.run_one(case, arm, None, bench) for arm in case.arms}  # type: ignore
+    assert said["packhorse, ZeRO-3"] == "not run: needs 130 GiB"
+    assert said["packhorse, ZeRO-1, state on the host"] == "not run: no time left"
 
 
 def test_the_safeguards_calls_are_counted(tmp_path: Path) -> None:
