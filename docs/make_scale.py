@@ -109,7 +109,8 @@ How sure each number is:
   reserve, the bounds and the peaks are not yet measured on a GPU.** Training logs the predicted
   peak beside the measured one.
 - *time*: predicted, not measured. The time to compute is the model's FLOPs at an MFU that you
-  state. A template's time is at least that, and at most that and its communication, at
+  state. A template's time is at least that, and at most that, what it recomputes and its
+  communication, at an assumed
   {ASSUMED}.
 """
 
@@ -155,8 +156,10 @@ are made there, less what a micro-batch takes.
   after.
 - *time of a step*: 6 FLOPs a weight and token (for the head, a trained token), and
   6 x (heads x head size) a layer and squared document length, over W x peak x MFU x (1 - share of
-  fillers). Recomputation is not counted, by the usual definition of MFU. Without `--data`, each
-  sequence is one full document with all tokens trained.
+  fillers). The MFU is that of a run that recomputes nothing. What a template recomputes is 2 FLOPs
+  a weight and token more, but for the product that ends a feed-forward block, and 2 x (heads x head
+  size) a layer and squared length; with `selective`, a weight of attention's own products alone.
+  Without `--data`, each sequence is one full document with all tokens trained.
 
 - *communication of a step*, m micro-batches on a rank, times (W - 1) / W: stage 0 sends 2 g P;
   stage 1 2 g P + b P; stage 2 m g P + b P; stage 3 m (2 b P + g P), of which with groups of h ranks

@@ -147,7 +147,9 @@ def resolve_micro_batch(recipe: Recipe, run_dir: Path) -> Recipe:
         size, why = load_recipe(saved).batch.micro, "as before"
     elif dist.device().type == "cuda":
         card = torch.cuda.get_device_properties(dist.device()).total_memory
-        size, why = largest_micro_batch(recipe, card), f"for a GPU of {card / 2**30:.1f} GiB"
+        kernel = choose_kernel(recipe.loss.kernel, dist.device())
+        size = largest_micro_batch(recipe, card, kernel)
+        why = f"for a GPU of {card / 2**30:.1f} GiB"
     else:
         size, why = 1, "on a CPU"
     dist.log.info("micro-batch: %d packed sequences, %s", size, why)

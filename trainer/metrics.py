@@ -83,6 +83,15 @@ class ModelFlops:
 
 def model_flops(model: Any) -> ModelFlops:
     """Count the weights of a Hugging Face causal LM, sharded or not."""
+    body = sum(_count_weights(parameter) * share for _, parameter, share in used_weights(model))
+    head = int(sum(_count_weights(p) for p in model.get_output_embeddings().parameters()))
+    return ModelFlops(int(body), head, _attention_channels(model.config.get_text_config()))
+
+
+def used_weights(model: Any) -> Iterator[tuple[str, Any, float]]:
+    """Give each parameter but those of embeddings and head, by name, with the share of it that a
+    token uses: of experts, that of the chosen ones.
+    """
     config = model.config.get_text_config()
     embeddings = {
         id(p)
@@ -94,12 +103,9 @@ def model_flops(model: Any) -> ModelFlops:
         for name in ("num_experts", "num_local_experts", "n_routed_experts")
     )
     share = (getattr(config, "num_experts_per_tok", None) or 1) / experts if experts else 1.0
-    body = 0.0
     for name, parameter in model.named_parameters():
         if id(parameter) not in embeddings:
-            body += _count_weights(parameter) * (share if ".experts." in name else 1.0)
-    head = int(sum(_count_weights(p) for p in model.get_output_embeddings().parameters()))
-    return ModelFlops(int(body), head, _attention_channels(config))
+            yield name, parameter, share if ".experts." in name else 1.0
 
 
 def _attention_channels(config: Any) -> int:

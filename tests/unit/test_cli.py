@@ -65,6 +65,14 @@ def test_a_plan_is_for_no_more_gpus_than_a_step_has_micro_batches(packhorse):
     assert "moves <0.001 GB" in out
 
 
+def test_a_plan_takes_the_micro_batch_that_auto_takes_on_such_a_gpu(packhorse):
+    auto = ("plan", DEBUG, "batch.micro_batch_size=auto", "batch.global_batch_size=8")
+    code, out, err = packhorse(*auto, "--gpus", "1")
+    assert code == 0, err
+    assert "batch.micro_batch_size: 8, for a GPU of 80 GiB" in out
+    assert "tokens in 1 micro-batches" in out
+
+
 def test_the_table_of_a_plan_loses_nothing_in_a_terminal_of_80_columns(packhorse, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     code, out, _ = packhorse("plan", DEBUG, "--gpus", "2")

@@ -14,7 +14,7 @@ import transformers
 from packhorse.trainer.config.recipe import ModelSection, Recipe, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine import streamed_adamw
-from packhorse.trainer.estimate.choice import largest_micro_batch
+from packhorse.trainer.estimate.choice import largest_micro_batch, memory_by_mode
 from packhorse.trainer.estimate.memory import (
     GIB,
     Cluster,
@@ -157,6 +157,59 @@ def test_auto_takes_the_largest_micro_batch_whose_activations_fit_a_share_of_the
     assert sizes == [1, 1, 2, 2, 4, 4]
 
 
+def test_a_larger_micro_batch_costs_no_recomputation_on_any_number_of_gpus() -> None:
+    """Two sequences are taken on cards where one recomputes nothing, or as much as two."""
+    recipe = debug("model.dtype=bfloat16", "batch.seq_len=4096", "parallel.deepspeed=zero3")
+    needed: dict[int, list[float]] = {}
+    for gpus in (1, 1024):
+        one, two = (
+            memory_by_mode(recipe, cluster(gpus), tokens, tokens, "liger")["none"].gpu_total
+            for tokens in (4096, 8192)
+        )
+        needed[gpus] = [one, two]
+    between = [largest_micro_batch(recipe, room[1] - 1) for room in needed.values()]
+    assert between == [1, 1], "two sequences would fit there with something recomputed"
+    # all of the state lies on one GPU, and what does not fit there fits no other number
+    assert largest_micro_batch(recipe, needed[1][1]) == 2
+    assert largest_micro_batch(recipe, 4 * GIB) > 2
+
+
+def test_recomputation_takes_time() -> None:
+    """As many FLOPs as tests/unit/test_activation_checkpointing.py counts, for a gated model."""
+    report = build_report(debug("model.dtype=bfloat16"), cluster(2))
+    model, stats = report.model, report.stats
+    none, *others = (
+        step_seconds(model, stats, 2, 0.5, mode)
+        for mode in ("none", "selective", "full", "offload")
+    )
+    selective, full, offload = (seconds - none for seconds in others)
+    config = transformers.AutoConfig.from_pretrained(ROOT / "recipes" / "debug" / "model")
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    keys = config.num_key_value_heads * config.head_dim
+    norms = (2 * layers + 1) * hidden
+    attention = layers * hidden * 2 * (hidden + keys) + norms
+    widening = layers * 2 * hidden * config.intermediate_size
+    assert selective == pytest.approx(2 * attention * stats.tokens)
+    scores = 2 * layers * hidden * stats.pairs
+    assert full == pytest.approx(2 * (attention + widening) * stats.tokens + scores)
+    assert offload == full
+
+
+def test_the_template_that_recomputes_less_may_be_recommended_although_it_sends_more() -> None:
+    recipe = debug("model.dtype=bfloat16")
+    report = build_report(recipe, cluster(4))
+    found = {
+        name: replace(report.candidates[name], checkpointing=mode, shortages=[])
+        for name, mode in {"zero1": "full", "zero2": "selective"}.items()
+    }
+    assert found["zero2"].traffic.total > found["zero1"].traffic.total
+    weighed = replace(report, candidates=found)
+    slow, fast = (recommend(weighed, recipe, flops) for flops in (1e9, 1e18))
+    assert slow.startswith("recommended: zero2: ")
+    assert "recomputes selective, and takes " in slow
+    assert fast.startswith("recommended: zero1: "), "where only communication takes time"
+
+
 def test_products_in_fp8_take_less_time_and_room_for_their_factors() -> None:
     plain, fp8 = (
         debug("model.dtype=bfloat16", f"model.matmul={m}") for m in ("bf16", "fp8_rowwise")
@@ -236,22 +289,25 @@ def test_a_streamed_state_lies_on_the_host(monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_template_that_fits_and_communicates_least_is_recommended() -> None:
     recipe = debug("model.dtype=bfloat16")
     report = build_report(recipe, cluster(4))
-    said = recommend(report, recipe)
-    assert said.startswith("recommended: zero1: it needs 1.5 of 80.0 GiB a GPU, and moves ")
+    said = recommend(report, recipe, 1e12)
+    assert said.startswith("recommended: zero1: it needs 1.5 of 80.0 GiB a GPU, moves ")
+    assert " GB a GPU and step, recomputes none, and takes " in said
     assert "the least of those that fit (zero1_streamed " in said
     assert said.endswith("; set parallel.deepspeed=zero1")
     small = {
         name: replace(one, shortages=[] if name == "zero3" else ["GPU"])
         for name, one in report.candidates.items()
     }
-    alone = recommend(replace(report, candidates=small), debug("parallel.deepspeed=zero3"))
+    zero3 = debug("parallel.deepspeed=zero3")
+    alone = recommend(replace(report, candidates=small), zero3, 1e12)
     assert alone.startswith("recommended: zero3")
     assert alone.endswith("and it alone fits"), "the recipe has it already"
 
 
 def test_where_nothing_is_sent_the_lowest_stage_is_recommended() -> None:
     recipe = debug()
-    assert recommend(build_report(recipe, cluster(1)), recipe).startswith("recommended: zero0")
+    said = recommend(build_report(recipe, cluster(1)), recipe, 1e12)
+    assert said.startswith("recommended: zero0")
 
 
 @pytest.mark.parametrize(("limit", "what"), [("host", "host"), ("disk", "disk"), ("nvme", "NVMe")])

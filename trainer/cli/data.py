@@ -220,7 +220,7 @@ def plan(
     from packhorse.trainer.estimate import memory, report
 
     dist.start_logging()
-    recipe = read_recipe(recipe_file, overrides)
+    recipe = _choose_micro_batch(read_recipe(recipe_file, overrides), gpu_gib)
     stats = _count_real_steps(recipe) if data else report.full_step_stats(recipe)
     gpus = gpus or _default_gpus(recipe, int(stats.micro_batches.min()))
     if nodes and gpus % nodes:
@@ -234,7 +234,7 @@ def plan(
     show_report(found, recipe, gpu_tflops, mfu)
     print(report.require_fit(found))
     print(report.longest_sequence(found))
-    print(report.recommend(found, recipe))
+    print(report.recommend(found, recipe, gpu_tflops * 1e12 * mfu))
 
 
 def _default_gpus(recipe: Recipe, fewest_micro_batches: int) -> int:
@@ -244,6 +244,18 @@ def _default_gpus(recipe: Recipe, fewest_micro_batches: int) -> int:
     size = recipe.parallel.ranks_a_sequence
     most = max(8 // size, 1)
     return size * (most if recipe.parallel.allow_idle_ranks else min(most, fewest_micro_batches))
+
+
+def _choose_micro_batch(recipe: Recipe, gpu_gib: float) -> Recipe:
+    """Return the recipe with what `batch.micro_batch_size: auto` becomes, which is printed."""
+    from packhorse.trainer.estimate import choice, memory
+
+    if recipe.batch.micro_batch_size != "auto":
+        return recipe
+    size = choice.largest_micro_batch(recipe, gpu_gib * memory.GIB)
+    print(f"batch.micro_batch_size: {size}, for a GPU of {gpu_gib:g} GiB")
+    batch = recipe.batch.model_copy(update={"micro_batch_size": size})
+    return recipe.model_copy(update={"batch": batch})
 
 
 def choose_sequence(recipe: Recipe, cluster: Cluster, stats: Any) -> Recipe:

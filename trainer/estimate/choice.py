@@ -1,8 +1,9 @@
-"""Predict a step's memory for a run, and choose how many ranks share a packed sequence (C13).
+"""Predict a step's memory for a run, and choose how many ranks share a packed sequence (C13) and
+how many sequences a micro-batch has.
 
 In: a recipe, the fullest micro-batch, a cluster. Out: bytes by activation checkpointing; the recipe
-with a number for `parallel.sequence: auto`. The choice changes no number that is learned, so that a
-run makes it anew each time it starts.
+with a number for `parallel.sequence: auto` or for `batch.micro_batch_size: auto`. The first changes
+no number that is learned, so that a run makes it anew each time it starts.
 """
 
 from __future__ import annotations
@@ -13,14 +14,20 @@ from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.estimate.memory import GIB, Cluster, Memory, peak_memory
-from packhorse.trainer.estimate.model import build_empty_model, trace_activations
-from packhorse.trainer.estimate.report import checkpointing_modes, fill_template, inspect_model
+from packhorse.trainer.estimate.report import (
+    Inspected,
+    checkpointing_modes,
+    fill_template,
+    inspect_model,
+)
 from packhorse.trainer.model.loss import choose_kernel
 
-# For `batch.micro_batch_size: auto`. Most of a GPU's memory is the training state's, and more
-# sequences are not worth any recomputation: activations may take this share of it.
+# For `batch.micro_batch_size: auto`. Two or three percent of speed, which larger micro-batches
+# gain, are not worth any recomputation, which costs 8% and more: activations may take this share of
+# a GPU's memory, as most of the rest is the training state's.
 ACTIVATION_SHARE = 0.25
 MOST_TOKENS = 65_536  # of a micro-batch, by which products are large enough for any GPU
+WORLDS = tuple(2**n for n in range(11))  # numbers of GPUs on which that must hold
 
 
 def memory_by_mode(
@@ -39,9 +46,16 @@ def memory_by_mode(
     """
     # a rank's share, if several have a slice of it
     tokens = -(-tokens // recipe.parallel.ranks_a_sequence)
-    model, activations, _ = inspect_model(recipe, tokens)
+    inspected = inspect_model(recipe, tokens)
+    return _memory_by_mode(recipe, inspected, cluster, min(trained, tokens), kernel)
+
+
+def _memory_by_mode(
+    recipe: Recipe, inspected: Inspected, cluster: Cluster, trained: int, kernel: str
+) -> dict[str, Memory]:
+    model, activations, _ = inspected
     config = fill_template(recipe, recipe.parallel.deepspeed, model.hidden)
-    given = (model, config, cluster.gpus, cluster.per_node, min(trained, tokens), kernel)
+    given = (model, config, cluster.gpus, cluster.per_node, trained, kernel)
     modes = checkpointing_modes(recipe, activations)
     return {mode: peak_memory(*given, activations[mode]) for mode in modes}
 
@@ -99,21 +113,56 @@ def choose_sequence(
     )
 
 
-def largest_micro_batch(recipe: Recipe, card: int) -> int:
+def largest_micro_batch(recipe: Recipe, card: float, kernel: str = "liger") -> int:
     """Return the largest power of two of packed sequences whose activations, with nothing
-    recomputed, fit ACTIVATION_SHARE of a GPU of `card` bytes.
+    recomputed, fit ACTIVATION_SHARE of a GPU of `card` bytes, and with which no number of GPUs
+    recomputes more than with one sequence.
 
-    It depends on neither the number of GPUs nor ZeRO's stage. It is 1 for a model that cannot be
-    planned.
+    It does not depend on the number of GPUs. It is 1 for a model that cannot be planned.
     """
     batch = recipe.batch
     try:
-        model = build_empty_model(recipe.model, recipe.adapter)
-        one = trace_activations(model, batch.seq_len, modes=("none",))["none"].kept
+        one = _inspect(recipe, 1)
+        kept = one[1]["none"].kept
+        most = min(
+            int(ACTIVATION_SHARE * card / kept),
+            MOST_TOKENS // batch.seq_len,
+            batch.global_batch_size,
+        )
+        size = 2 ** (max(most, 1).bit_length() - 1)
+        wanted = _recomputed(recipe, one, 1, card, kernel) if size > 1 else []
+        while (
+            size > 1 and _recomputed(recipe, _inspect(recipe, size), size, card, kernel) != wanted
+        ):
+            size //= 2
     except BadInput as error:
         dist.log.info("memory is not predicted: %s", error)
         return 1
-    most = min(
-        int(ACTIVATION_SHARE * card / one), MOST_TOKENS // batch.seq_len, batch.global_batch_size
-    )
-    return 2 ** (max(most, 1).bit_length() - 1)
+    return size
+
+
+def _inspect(recipe: Recipe, sequences: int) -> Inspected:
+    return inspect_model(recipe, sequences * _rank_tokens(recipe))
+
+
+def _rank_tokens(recipe: Recipe) -> int:
+    """Return a rank's tokens of a full packed sequence."""
+    return -(-recipe.batch.seq_len // recipe.parallel.ranks_a_sequence)
+
+
+def _recomputed(
+    recipe: Recipe, inspected: Inspected, sequences: int, card: float, kernel: str
+) -> list[str | None]:
+    """Return the least recomputation that fits each of WORLDS; None where none does."""
+    found: list[str | None] = []
+    for groups in WORLDS:
+        gpus = groups * recipe.parallel.ranks_a_sequence
+        trained = sequences * _rank_tokens(recipe)  # at most
+        try:
+            predicted = _memory_by_mode(recipe, inspected, Cluster(gpus, 8, card), trained, kernel)
+        except BadInput:  # groups of hpZ that do not divide the GPUs
+            found.append(None)
+            continue
+        fitting = (mode for mode, memory in predicted.items() if memory.gpu_total <= card)
+        found.append(next(fitting, None))
+    return found

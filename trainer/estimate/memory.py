@@ -234,17 +234,33 @@ def full_step_stats(recipe: Recipe) -> StepStats:
     )
 
 
-def step_seconds(model: ModelSizes, stats: StepStats, gpus: int, flops: float) -> float:
+def step_seconds(
+    model: ModelSizes, stats: StepStats, gpus: int, flops: float, checkpointing: str = "none"
+) -> float:
     """Return the seconds of a step.
 
     Args:
-        flops: the model's own FLOP/s that a busy GPU achieves: its peak x the MFU.
+        flops: the model's own FLOP/s that a busy GPU achieves where it recomputes nothing: its
+            peak x the MFU.
+        checkpointing: model.activation_checkpointing.
     """
     # the products of the layers alone go by the tokens
-    needed = model.flops.count(stats.tokens / model.product_speed, stats.trained, stats.pairs)
+    tokens = stats.tokens / model.product_speed
+    needed = model.flops.count(tokens, stats.trained, stats.pairs)
+    needed += _repeated_flops(model, checkpointing, tokens, stats.pairs)
     # a GPU that runs a filler does nothing for the step
     idle = filler_share(stats.micro_batches, gpus // stats.sequence)
     return needed / (gpus * flops * (1 - idle))
+
+
+def _repeated_flops(model: ModelSizes, mode: str, tokens: float, pairs: float) -> float:
+    """Return the FLOPs of the forward that the backward repeats: 2 a weight, channel and pair."""
+    full, selective = model.repeated
+    if mode == "none":
+        return 0.0
+    if mode == "selective":  # attention is kept
+        return 2.0 * selective * tokens
+    return 2.0 * (full * tokens + model.flops.attention_channels * pairs)
 
 
 def attention_share(model: ModelSizes, stats: StepStats) -> float:

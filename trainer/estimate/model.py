@@ -22,7 +22,7 @@ from packhorse.trainer.config.recipe import AdapterSection, ModelSection, OptimS
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.moments import moment_bytes
 from packhorse.trainer.engine.optim import parameter_groups
-from packhorse.trainer.metrics import ModelFlops, model_flops
+from packhorse.trainer.metrics import ModelFlops, model_flops, used_weights
 from packhorse.trainer.model import attention
 from packhorse.trainer.model.activation_checkpointing import save, set_checkpointing
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
@@ -31,6 +31,7 @@ from packhorse.trainer.model.decoder import decoder_layers, decoder_of, num_weig
 from packhorse.trainer.model.expert_lora import expert_parameters, stacked_matrices
 from packhorse.trainer.model.expert_weights import packable_experts
 from packhorse.trainer.model.feed_forward_tiles import (
+    WIDENING,
     feed_forward_blocks,
     set_tiles,
     tile_tokens,
@@ -84,6 +85,8 @@ class ModelSizes:
     gathered_at_once: int  # the most that ZeRO-3 gathers in one call, a module's or a whole layer's
     buffers: int  # bytes, on every rank and in a checkpoint
     flops: ModelFlops
+    # weights whose products the backward repeats, with activation_checkpointing full and selective
+    repeated: tuple[float, float]
     product_speed: float = 1.0  # of the layers' products, over those in the weights' type
     attention: tuple[AttentionShape, ...] = ()  # of each layer that attends
 
@@ -195,7 +198,31 @@ def measure_model(
         gathered_at_once=max([largest, *map(num_weights, [*whole_layers(model), *blocks])]),
         buffers=sum(buffer.nbytes for _, buffer in persistent_buffers(model)),
         flops=model_flops(model),
+        repeated=_count_repeated(model),
     )
+
+
+def _count_repeated(model: Any) -> tuple[float, float]:
+    """Return the weights whose products the backward repeats, with `full` and with `selective`.
+
+    `selective` keeps what a feed-forward block's widening products give. The product that narrows
+    again is a layer's last one, and what it gives is needed by no backward: torch repeats it with
+    neither. Stacked experts are parameters of such names and no modules, and all is repeated.
+    """
+    everything = widening = narrowing = 0.0
+    blocks = {
+        name
+        for name, module in model.named_modules()
+        if WIDENING & {child for child, _ in module.named_children()}
+    }
+    for name, parameter, share in used_weights(model):
+        number, (*above, _) = parameter.numel() * share, name.split(".")
+        everything += number
+        if WIDENING & {*above}:
+            widening += number
+        elif any(".".join(above[:n]) in blocks for n in range(len(above))):
+            narrowing += number
+    return everything - narrowing, everything - narrowing - widening
 
 
 # -------------------------------------------------------------------------------------- activations

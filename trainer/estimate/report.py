@@ -263,9 +263,10 @@ def describe_report(report: Report, recipe: Recipe, flops: float, mfu: float) ->
         f"fillers: {share:.1%} of the micro-batches of {cluster.gpus} GPUs; good numbers of GPUs: "
         f"{', '.join(_good_numbers(stats, cluster))}{idle}",
         f"activations of a micro-batch{on_each}: {kept}",
-        f"time to compute, predicted at {mfu:.0%} of {flops / 1e12:,.0f} TFLOP/s a GPU{fp8}: "
-        f"{_seconds(seconds)} s a step ({attention_share(model, stats):.0%} attention), "
-        f"{stats.tokens / seconds:,.0f} tokens/s{run}",
+        f"time to compute if nothing is recomputed, predicted at {mfu:.0%} of "
+        f"{flops / 1e12:,.0f} TFLOP/s a GPU{fp8}: {_seconds(seconds)} s a step "
+        f"({attention_share(model, stats):.0%} attention), {stats.tokens / seconds:,.0f} "
+        f"tokens/s{run}",
         f"disk: a checkpoint {_gib(disk.checkpoint)} GiB, {count_checkpoints(recipe)} kept and "
         f"one being written {_gib(disk.checkpoints)} GiB; the universal form "
         f"{_gib(disk.checkpoint)} GiB; an export {_gib(disk.export)} GiB while it is made",
@@ -288,10 +289,15 @@ def table_cells(report: Report, flops: float) -> tuple[list[str], list[list[str]
     fits = ["no: " + ", ".join(c.shortages) if c.shortages else "yes" for c in found.values()]
     body.append(["fits", *fits])
     body.append(["from GPUs", *(str(one.smallest or "-") for one in found.values())])
-    computing = step_seconds(report.model, report.stats, report.cluster.gpus, flops)
-    most = [computing + one.traffic.seconds(report.cluster) for one in found.values()]
+    most = [_most_seconds(report, one, flops) for one in found.values()]
     body.append(["s a step, at most", *map(_seconds, most)])
     return heading, body
+
+
+def _most_seconds(report: Report, candidate: Candidate, flops: float) -> float:
+    """Return the seconds of a step with its recomputation, if no communication is hidden."""
+    given = (report.model, report.stats, report.cluster.gpus, flops, candidate.checkpointing)
+    return step_seconds(*given) + candidate.traffic.seconds(report.cluster)
 
 
 def build_tables(report: Report, flops: float) -> Iterator[Table]:
@@ -339,22 +345,26 @@ def require_fit(report: Report) -> str:
     raise BadInput(f"no template fits {cluster.gpus} GPUs of {_gib(cluster.gpu)} GiB; {instead}")
 
 
-def recommend(report: Report, recipe: Recipe) -> str:
+def recommend(report: Report, recipe: Recipe, flops: float) -> str:
     """Return a sentence that recommends a template and says why.
 
-    Of those that fit it is the one whose communication takes least time; where that is equal, the
+    Of those that fit it is the one whose step takes least time, at most; where that is equal, the
     one that comes first by name, which is the lowest ZeRO stage.
+
+    Args:
+        flops: FLOP/s that a GPU achieves.
     """
-    cluster = report.cluster
     fitting = {name: one for name, one in report.candidates.items() if not one.shortages}
-    name = min(fitting, key=lambda name: fitting[name].traffic.seconds(cluster))
-    best = fitting.pop(name)
-    others = ", ".join(f"{other} {_gb(one.traffic.total)}" for other, one in fitting.items())
+    most = {name: _most_seconds(report, one, flops) for name, one in fitting.items()}
+    name = min(most, key=lambda name: most[name])
+    best, seconds = fitting[name], _seconds(most.pop(name))
+    others = ", ".join(f"{other} {_seconds(s)}" for other, s in most.items())
     than = f", the least of those that fit ({others})" if others else ", and it alone fits"
     todo = "" if name == recipe.parallel.deepspeed else f"; set parallel.deepspeed={name}"
     return (
-        f"recommended: {name}: it needs {_gib(best.memory.gpu_total)} of {_gib(cluster.gpu)} GiB a "
-        f"GPU, and moves {_gb(best.traffic.total)} GB a GPU and step{than}{todo}"
+        f"recommended: {name}: it needs {_gib(best.memory.gpu_total)} of "
+        f"{_gib(report.cluster.gpu)} GiB a GPU, moves {_gb(best.traffic.total)} GB a GPU and step, "
+        f"recomputes {best.checkpointing}, and takes {seconds} s a step at most{than}{todo}"
     )
 
 

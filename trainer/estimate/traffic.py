@@ -31,8 +31,8 @@ ASSUMED = (
     f"{TO_HOST / 1e9:.0f} to the host, and {TO_NVME / 1e9:.0f} a node to NVMe"
 )
 SECONDS = (
-    "s a step: at most, if no communication hides behind the computation, at an assumed "
-    f"{ASSUMED}; at least, the time to compute above"
+    "s a step: at most, with what is recomputed, if no communication hides behind the computation, "
+    f"at an assumed {ASSUMED}; at least, the time to compute above"
 )
 
 
