@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from packhorse.trainer.config.recipe import AdapterSection, OptimSection
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.optim import parameter_groups
 from packhorse.trainer.model.expert_lora import expert_parameters, plain_name
-from packhorse.trainer.model.lora import add_adapter, merged_weights
+from packhorse.trainer.model.linear_modules import linear_modules
+from packhorse.trainer.model.lora import add_adapter, in_peft_form, merged_weights
 from tests.model_helpers import tiny_llama
 from tests.models.shrunk import config_of
 
@@ -34,7 +38,7 @@ def logits(model: Any) -> torch.Tensor:
     return model.eval()(input_ids=torch.arange(4, 40)[None], use_cache=False).logits
 
 
-# gpt-oss has (E, I, O), and of AFMoE peft wraps the router's matrix, too
+# gpt-oss has (E, I, O), and AFMoE a router that is a linear module
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "afmoe"])
 def test_experts_merge_into_the_model_that_acts_alike(model_type: str) -> None:
     model = adapted(model_of(model_type), target_parameters="all-experts")
@@ -52,6 +56,59 @@ def test_experts_merge_into_the_model_that_acts_alike(model_type: str) -> None:
     plain.load_state_dict(merged, strict=False)
     found, expected = logits(plain), logits(model)
     assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+# A shared expert or a dense layer has the names that experts had in transformers 4.
+SHARED = ("afmoe", "deepseek_v3", "qwen2_moe", "glm4_moe", "longcat_flash")
+
+
+@pytest.mark.parametrize("model_type", SHARED)
+def test_shared_experts_are_adapted_and_experts_only_if_they_are_named(
+    model_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "packhorse")
+    model = model_of(model_type)
+    linear = linear_modules(model)
+    adapted(model)
+    beside = {
+        plain_name(n).partition(".lora_")[0] for n, _ in model.named_parameters() if ".lora_" in n
+    }
+    assert beside == set(linear)
+    assert any(name.endswith("gate_proj") for name in beside)
+    assert f"rank 4 beside {len(linear)} modules;" in caplog.text
+    assert "experts are not adapted" in caplog.text
+    assert {p.shape[0] for n, p in model.named_parameters() if ".lora_A." in n} == {4}
+
+
+@pytest.mark.parametrize("experts", [None, "all-experts"])
+@pytest.mark.parametrize("model_type", SHARED)
+def test_peft_loads_such_an_adapter_as_it_was_trained(
+    tmp_path: Path, model_type: str, experts: str | None
+) -> None:
+    fields: dict[str, Any] = {"target_parameters": experts} if experts else {}
+    model = adapted(model_of(model_type), **fields)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0, 0.1)
+    expected = logits(model)
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    section = AdapterSection.model_validate({"rank": 4, "alpha": 8, **fields})
+    config, tensors = in_peft_form(model, section, trained, "base", None)
+    config.save_pretrained(str(tmp_path))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    found = logits(PeftModel.from_pretrained(model_of(model_type), str(tmp_path)))
+    assert (found - logits(model_of(model_type))).norm() > 1e-2 * expected.norm()
+    assert (found - expected).norm() < 1e-5 * expected.norm()
+
+
+def test_what_peft_cannot_load_is_not_exported_alone() -> None:
+    fields = {"variants": ["dora"]}
+    model = adapted(model_of("deepseek_v3"), **fields)
+    section = AdapterSection.model_validate({"rank": 4, "alpha": 8, **fields})
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(BadInput, match="export it with --merge"):
+        in_peft_form(model, section, trained, "base", None)
 
 
 @pytest.mark.parametrize("model_type", ["llama4_text", "phimoe"])

@@ -109,8 +109,6 @@ def factors(wrapper: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tenso
     """
     (adapter,) = wrapper.lora_A  # the model's only one
     a, b = (getattr(wrapper, which)[adapter].weight.to(dtype) for which in ("lora_A", "lora_B"))
-    if wrapper._param_ndim == 2:  # a router's, which peft wraps in AFMoE: W (O, I)
-        return b, a, wrapper.scaling[adapter]
     a_ERI = a.view(wrapper.num_experts, -1, a.shape[1])
     b_EOR = b.view(b.shape[0], -1, wrapper.num_experts).permute(2, 0, 1)
     swapped = wrapper._did_swap_in_out_features
@@ -121,5 +119,4 @@ def factors(wrapper: Any, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tenso
 def merged_experts(wrapper: Any, weight: torch.Tensor) -> torch.Tensor:
     """Return the experts' weights with the adapter of each added, in float32."""
     left, right, scale = factors(wrapper, torch.float32)
-    add = torch.baddbmm if weight.dim() == 3 else torch.addmm
-    return add(weight.float(), left, right, alpha=scale)
+    return torch.baddbmm(weight.float(), left, right, alpha=scale)

@@ -48,8 +48,7 @@ def make_where_they_run(model: nn.Module) -> None:
     for module in modules:
         own = module.named_parameters(recurse=False)
         if wraps_parameter(module):
-            if len(shape(module.get_param())) == 3:  # not a router's, which peft wraps in AFMoE
-                module.forward = partial(_run_adapted, module)
+            module.forward = partial(_run_adapted, module)
         elif packed := [n for n, p in own if hasattr(p, "quant_state") and len(shape(p)) == 3]:
             module.forward = partial(_run_packed, module, packed)
 

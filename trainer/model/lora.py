@@ -40,6 +40,7 @@ from packhorse.trainer.model.expert_lora import (
 )
 from packhorse.trainer.model.expert_weights import make_where_they_run, packable_experts
 from packhorse.trainer.model.linear_modules import linear_modules, read_by
+from packhorse.trainer.model.peft_names import hide_from_conversion, names_kept, require_wrapped
 from packhorse.trainer.model.quantisation import BLOCK, dequantise, numel, quantise
 from packhorse.trainer.model.token_rows import ROWS, add_rows, indices, merged_rows, with_rows
 
@@ -86,7 +87,9 @@ def add_adapter(
         use_dora="dora" in section.variants,
         task_type="CAUSAL_LM",
     )
-    inject_adapter_in_model(config, model, adapter_name=NAME)
+    with names_kept():
+        inject_adapter_in_model(config, model, adapter_name=NAME)
+    require_wrapped(model, [*targets, *of_experts])
     if section.trainable_token_indices:
         add_rows(model, section.trainable_token_indices, full, gathered)
     for name, parameter in model.named_parameters():
@@ -358,6 +361,7 @@ def in_peft_form(
     config = model.peft_config[NAME]
     config.base_model_name_or_path, config.revision = base, revision
     config.modules_to_save, config.inference_mode = full or None, True
+    hide_from_conversion(config, model)
     mine = {name: tensor for name, tensor in trained.items() if is_of_adapter(name)}
     found = get_peft_model_state_dict(
         model, state_dict=mine, adapter_name=NAME, save_embedding_layers=False
