@@ -155,7 +155,8 @@ class Tokenized:
     sources: np.ndarray  # (n,) int32, number of the source in the recipe
     files: np.ndarray  # (n,) int32, number of the file
     rows: np.ndarray  # (n,) int64, row number in the file, from 1
-    digests: np.ndarray  # (n,) uint64, of all tokens and flags of the document's row
+    digests: np.ndarray  # (n,) uint64, of the document's tokens and flags
+    row_digests: np.ndarray  # (n,) uint64, of all tokens and flags of its row
     rejects: tuple[LeftOut, ...]
     filtered: tuple[LeftOut, ...]  # likewise, by the recipe's filters
     counts: Mapping[tuple[int, str], int]  # (source, name in the report) -> what to add there

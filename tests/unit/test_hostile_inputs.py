@@ -10,10 +10,13 @@ import errno
 import json
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from packhorse.launch.cluster_env import read_cluster_env, refuse_tasks
 from packhorse.trainer.checkpoint import checkpoint
@@ -163,22 +166,30 @@ def test_a_models_name_adds_nothing_to_the_head_of_a_card(tmp_path: Path, name: 
     assert head.keys() == {"library_name", "pipeline_tag", "tags"}
 
 
+def os_error(number: int) -> None:
+    raise OSError(number, os.strerror(number), "/runs/x")
+
+
 @pytest.mark.parametrize(
-    ("number", "said"),
+    ("refused", "said"),
     [
-        (errno.EMFILE, "raise the limit, as by `ulimit -n 4096`"),
-        (errno.ENOSPC, "make room where run.dir and data.cache lie"),
-        (errno.EROFS, "make room where run.dir and data.cache lie"),
-        (errno.ENAMETOOLONG, "give another path"),
+        (lambda: os_error(errno.EMFILE), "raise the limit, as by `ulimit -n 4096`"),
+        (lambda: os_error(errno.ENOSPC), "make room where run.dir and data.cache lie"),
+        (lambda: os_error(errno.EROFS), "make room where run.dir and data.cache lie"),
+        (lambda: os_error(errno.ENAMETOOLONG), "give another path"),
+        (
+            lambda: Tokenizer(WordLevel({"a": 0}, "a")).save("/dev/full"),
+            "No space left on device (os error 28); make room where run.dir and data.cache lie",
+        ),
     ],
 )
 def test_what_the_system_refuses_is_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, said: str
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    refused: Callable[[], None],
+    said: str,
 ) -> None:
-    def refused(**_: object) -> None:
-        raise OSError(number, os.strerror(number), "/runs/x")
-
-    monkeypatch.setattr(main, "app", refused)
+    monkeypatch.setattr(main, "app", lambda **_: refused())
     with pytest.raises(SystemExit) as end:
         main.main()
     assert end.value.code == 2

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from packhorse.trainer.config.recipe import BatchSection, LossSection, Recipe, TrainSection
 from packhorse.trainer.data import tokenize
 from packhorse.trainer.data.batch_plan import Corpus, Plan
+from packhorse.trainer.data.cache import COLUMNS, FILES
 from packhorse.trainer.data.cache import prepare as prepare_documents
 from packhorse.trainer.data.eval_plan import eval_plan
 from packhorse.trainer.data.loader import Loader, filler_batch
@@ -257,6 +258,21 @@ def test_the_next_steps_are_built_before_they_are_asked_for(bfd, monkeypatch):
         assert built == [0, 1, 2]
         loader.step(1)
     assert Counter(built).most_common(1)[0][1] == 1, "nothing is built twice"
+
+
+@pytest.mark.parametrize("column", ["input_ids", "trained", "offsets", "digests"])
+def test_a_document_that_changed_since_the_start_is_not_trained_on(bfd, column):
+    """The cache is mapped: the batch would hold what the disk or another process put there."""
+    (prepared, plan), last = bfd, bfd[1].steps - 1
+    documents = prepared.documents
+    with Loader(prepared, plan, 0, 1, pin=False) as loader:
+        document = loader.step(last)[0].document_keys[0][1]
+        by_token = column in ("input_ids", "trained")
+        place = documents.offsets[document] if by_token else document
+        written = np.memmap(documents.folder / FILES[column], COLUMNS[column], "r+")
+        written[place] ^= True
+        with pytest.raises(BadInput, match=rf"damaged \(document {document} has changed.*delete"):
+            loader.step(last)
 
 
 def test_an_error_in_the_thread_reaches_the_loop_at_its_step(bfd, monkeypatch):

@@ -383,7 +383,7 @@ def kill_own_worker(rows: list[Row]) -> list[RowResult]:
 def prepare_with_a_killed_worker() -> None:
     use_small_chunks()
     tokenize.CHUNK_ROWS = 3
-    given = once_a_worker_is_there(rows(400))
+    given = once_a_worker_is_there(rows(2000))  # more than are done before a slow worker's end
     try:
         list(tokenize_rows(given, kill_own_worker, LIMITS, 2, ["a.jsonl"]))
     except BadInput as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import inspect
 import os
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -330,21 +331,27 @@ def main() -> None:
         # a recipe's faults have a line each; what libraries say is brought to one
         lines = (" ".join(line.split()) for line in str(error).split("\n  "))
         _exit_bad_input("\n  ".join(lines))
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            _exit_bad_input(
-                f"a disk cannot be written to: {error}; make room where run.dir and data.cache "
-                f"lie, and run the same command again"
-            )
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            _exit_bad_input(f"{error}; raise the limit, as by `ulimit -n 4096`")
-        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EISDIR):
-            _exit_bad_input(f"{error}; give another path")
+    except Exception as error:
+        if advice := _advice(error):
+            _exit_bad_input(f"{' '.join(str(error).split())}; {advice}")
         raise
-    except RuntimeError as error:
-        if "Symlink loop" in str(error):  # Path.resolve, before Python 3.13
-            _exit_bad_input(f"{error}; give another path")
-        raise
+
+
+def _advice(error: Exception) -> str | None:
+    """Return what to do about an error of the system, or None if it is another."""
+    number = getattr(error, "errno", None)
+    # tokenizers and safetensors are written in Rust, and raise errors of their own
+    if of_rust := re.search(r"\(os error (\d+)\)", str(error)):
+        number = int(of_rust[1])
+    if "Symlink loop" in str(error):  # a RuntimeError of Path.resolve, before Python 3.13
+        number = errno.ELOOP
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return "make room where run.dir and data.cache lie, and run the same command again"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "raise the limit, as by `ulimit -n 4096`"
+    if number in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EISDIR):
+        return "give another path"
+    return None
 
 
 def _exit_bad_input(sentence: str) -> NoReturn:

@@ -21,12 +21,19 @@ from typing import Any
 
 import numpy as np
 
-from packhorse.trainer.data.digest import explained, folder_digest, json_digest, require_intact
+from packhorse.trainer.data.digest import (
+    damaged,
+    explained,
+    folder_digest,
+    json_digest,
+    require_intact,
+    tokens_digest,
+)
 from packhorse.trainer.datatypes import BadInput, Example, LeftOut, Tokenized
 from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
 from packhorse.trainer.utils.progress import WorkProgress
 
-VERSION = 5  # part of every key: raise it when the files of a folder change
+VERSION = 6  # part of every key: raise it when the files of a folder change
 
 BLOCK_DOCUMENTS = 4096  # in memory while some are left out
 
@@ -38,7 +45,8 @@ COLUMNS = {
     "sources": np.dtype(np.int32),  # (documents,) number of the source in the recipe
     "files": np.dtype(np.int32),  # (documents,) number of the file
     "rows": np.dtype(np.int64),  # (documents,) row number in the file, from 1
-    "digests": np.dtype(np.uint64),  # (documents,) of the tokens and flags of the whole row
+    "digests": np.dtype(np.uint64),  # (documents,) of the tokens and flags
+    "row_digests": np.dtype(np.uint64),  # (documents,) of those of the whole row
 }
 FILES = {column: f"{column}.{dtype.name}" for column, dtype in COLUMNS.items()}
 REJECTS, FILTERED = "rejects.jsonl", "filtered.jsonl"
@@ -74,12 +82,23 @@ class Documents:
     files: np.ndarray
     rows: np.ndarray
     digests: np.ndarray
+    row_digests: np.ndarray
     lengths: np.ndarray  # (n,) int64
 
     def example(self, document: int) -> Example:
         """Return a document's tokens and flags as views of the mapped files."""
         span = slice(self.offsets[document], self.offsets[document + 1])
         return Example(self.input_ids[span], self.trained[span])
+
+    def require_unchanged(self, documents: np.ndarray) -> None:
+        """Check documents again as they are read, since the folder was opened long ago.
+
+        Raises:
+            BadInput: the tokens or flags of one are no longer those that were written.
+        """
+        for document in np.unique(documents).tolist():
+            if tokens_digest([self.example(document)]) != self.digests[document]:
+                raise damaged(self.folder, f"document {document} has changed since the start")
 
     def count_trained(
         self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray
@@ -283,7 +302,7 @@ class _CacheWriter:
         files, rows = (np.diff(columns[name], prepend=-1) != 0 for name in ("files", "rows"))
         firsts = np.flatnonzero(files | rows)  # the first document of each row
         repeated = np.ones(len(firsts), np.bool_)
-        repeated[np.unique(columns["digests"][firsts], return_index=True)[1]] = False
+        repeated[np.unique(columns["row_digests"][firsts], return_index=True)[1]] = False
         for source, counts in enumerate(self._sources):
             of_source = columns["sources"][firsts] == source
             counts["duplicates"] = int(np.count_nonzero(repeated & of_source))

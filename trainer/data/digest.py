@@ -1,5 +1,5 @@
-"""Digests of JSON values (for keys) and of files (for their content), and the check that kept data
-has not changed.
+"""Digests of JSON values (for keys), of tokens and of files (for their content), and the check that
+kept data has not changed.
 
 JSON values or files enter; a digest leaves, or BadInput where kept data has changed: what a disk, a
 copy or a person has changed would else be trained on without a word.
@@ -23,7 +23,7 @@ from typing import Any
 import xxhash
 
 from packhorse.trainer.data.row_files import SUFFIXES
-from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.datatypes import BadInput, Example
 from packhorse.trainer.dist import local_rank, log
 from packhorse.trainer.utils.files import write_json
 
@@ -35,6 +35,15 @@ _SAID_BYTES = 1 << 30  # of files whose check is worth a line in the log
 def json_digest(values: list[Any]) -> str:
     """Return the xxh3-128 of JSON values, the same in every process."""
     return xxhash.xxh3_128_hexdigest(json.dumps(values).encode())
+
+
+def tokens_digest(examples: Iterable[Example]) -> int:
+    """Return the xxh3-64 of the examples' tokens and flags."""
+    digest = xxhash.xxh3_64()
+    for example in examples:
+        digest.update(example.input_ids.tobytes())
+        digest.update(example.trained.tobytes())
+    return digest.intdigest()
 
 
 def file_digest(path: Path, memory: Path) -> str:
@@ -98,7 +107,7 @@ def require_intact(folder: Path, names: Iterable[str], digest: str) -> None:
     if size > _SAID_BYTES:
         log.info("checking the data cache %s: %.1f GiB", folder, size / 2**30)
     if folder_digest(folder, names) != digest:
-        raise _damaged(folder, "files hold other bytes than were written")
+        raise damaged(folder, "files hold other bytes than were written")
 
 
 @contextmanager
@@ -109,10 +118,11 @@ def explained(folder: Path) -> Iterator[None]:
     except BadInput:
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _damaged(folder, error) from None
+        raise damaged(folder, error) from None
 
 
-def _damaged(folder: Path, why: object) -> BadInput:
+def damaged(folder: Path, why: object) -> BadInput:
+    """Return the error that a folder of kept data has changed."""
     return BadInput(
         f"{folder}: the data cache is damaged ({why}); delete this folder, and it is built anew"
     )

@@ -178,8 +178,10 @@ class Loader:
             batch = filler
         else:
             pieces = self.plan.pieces(step.epoch, sequences)
+            documents = self.data.for_epoch(step.epoch).documents
+            documents.require_unchanged(pieces[:, 0])
             batch = build_batch(
-                self.data.for_epoch(step.epoch).documents,
+                documents,
                 pieces,
                 self.plan.piece_weights(step, pieces),
                 epoch=step.epoch,

@@ -17,8 +17,8 @@ from itertools import chain, islice
 from typing import NamedTuple, TypeVar
 
 import numpy as np
-import xxhash
 
+from packhorse.trainer.data.digest import tokens_digest
 from packhorse.trainer.data.worker_pool import Pool
 from packhorse.trainer.datatypes import (
     Example,
@@ -204,7 +204,7 @@ class _Work(NamedTuple):
 
     def __call__(self, rows: list[Row]) -> Tokenized:
         documents: list[tuple[Row, Example]] = []
-        digests: list[int] = []
+        row_digests: list[int] = []
         rejects: list[LeftOut] = []
         filtered: list[LeftOut] = []
         counts: Counter[tuple[int, str]] = Counter((row.source, "rows") for row in rows)
@@ -220,7 +220,7 @@ class _Work(NamedTuple):
                 left_out.append(LeftOut(row.source, row.file, row.number, str(error), tokens))
                 continue
             documents += [(row, part) for part in parts]
-            digests += [_digest(examples)] * len(parts)
+            row_digests += [tokens_digest(examples)] * len(parts)
             unread.update((row.source, name) for name in examples[0].unread)
             for name, count in _count_costs(examples, parts).items():
                 counts[row.source, name] += count
@@ -236,21 +236,13 @@ class _Work(NamedTuple):
             sources=np.array([row.source for row, _ in documents], np.int32),
             files=np.array([row.file for row, _ in documents], np.int32),
             rows=np.array([row.number for row, _ in documents], np.int64),
-            digests=np.array(digests, np.uint64),
+            digests=np.array([tokens_digest([part]) for part in parts], np.uint64),
+            row_digests=np.array(row_digests, np.uint64),
             rejects=tuple(rejects),
             filtered=tuple(filtered),
             counts=counts,
             unread=unread,
         )
-
-
-def _digest(examples: Sequence[Example]) -> int:
-    """Hash all tokens and flags of a row, by which rows that are equal are found."""
-    digest = xxhash.xxh3_64()
-    for example in examples:
-        digest.update(example.input_ids.tobytes())
-        digest.update(example.trained.tobytes())
-    return digest.intdigest()
 
 
 def _count_costs(examples: Sequence[Example], parts: Sequence[Example]) -> dict[str, int]:
