@@ -27,6 +27,8 @@ BAD_INPUT = 2
 SAVED_RUN_AGAIN = 75  # EX_TEMPFAIL: a checkpoint is saved, start the same command again
 # In a run folder: the workers' exit code 0 means saved, and the launcher exits with 75.
 STOP_FILE = "stop.json"
+# In a folder of `packhorse eval`, which is no run: what was scored, and at which step.
+EVALUATED = "evaluated.json"
 LAUNCHER = "PACKHORSE_LAUNCHER"  # environment variable of workers: their launcher's process id
 
 

@@ -41,17 +41,15 @@ from packhorse.trainer.checkpoint.mirror import Mirror, open_mirror
 from packhorse.trainer.checkpoint.saver import Saver, settle
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.batch_plan import Plan
-from packhorse.trainer.data.leakage import check_leakage
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import (
     Prepared,
     TrainData,
     documents_of,
     masker_of,
-    prepare,
     train_plan,
 )
-from packhorse.trainer.data.streaming import prepare_train
+from packhorse.trainer.data.streaming import prepare_data
 from packhorse.trainer.datatypes import BadInput, StepPlan
 from packhorse.trainer.engine.engine import Engine
 from packhorse.trainer.engine.optim import learning_rate
@@ -110,14 +108,7 @@ def prepare_and_fit(
     tokenizer = load_tokenizer(recipe.model)
     # No process group yet: preparation may take longer than any collective's time-out (C10).
     try:
-        train_data = prepare_train(recipe, tokenizer, stop.raised_early)
-        eval_data = None
-        if recipe.has_eval:
-            eval_data = prepare(recipe, tokenizer, "eval", stop.raised_early)
-        # A streaming source compares each shard when it is prepared.
-        if eval_data and isinstance(train_data, Prepared):
-            given = (recipe, train_data, eval_data, stop.raised_early)
-            train_data, eval_data = check_leakage(*given)
+        train_data, eval_data = prepare_data(recipe, tokenizer, stop.raised_early)
         plan = train_plan(recipe, train_data, stop.raised_early)
         if not stop.wait_for_ranks():
             raise Stopped("stopped before all ranks were ready")

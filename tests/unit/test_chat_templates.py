@@ -618,7 +618,7 @@ HEADER, MARK, END = "{{ '<|im_start|>assistant\\n' }}", "{% generation %}", "{% 
         (HEADER + MARK + "{{ m.content + '<|im_end|>\\n' }}" + END, {}, "\n"),
         (
             HEADER + MARK + "{{ m.content + '<|im_end|>\\n' }}" + END,
-            {"train_trailing_newline": True},
+            {"train_on_eot": "with_newline"},
             "",
         ),
         (

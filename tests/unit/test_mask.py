@@ -184,7 +184,7 @@ def test_the_newline_after_the_stop_token_is_trained_on_request_only(tokenizers)
     tokenizer = tokenizers["qwen2_5"]
     text, spans = parse(RENDERS["qwen2_5"].replace("⟧\n", "\n⟧"))
     assert agrees(
-        tokenizer, Masker(tokenizer, train_trailing_newline=True).example(TURNS), text, spans
+        tokenizer, Masker(tokenizer, train_on_eot="with_newline").example(TURNS), text, spans
     )
 
 
@@ -198,7 +198,7 @@ def test_the_reference_count_of_gsm8k(shared):
             chat(row["question"], row["answer"])
             for row in map(json.loads, [next(file) for _ in range(48)])
         ]
-    examples = Masker(tokenizer, train_trailing_newline=True).examples(rows)
+    examples = Masker(tokenizer, train_on_eot="with_newline").examples(rows)
     assert (
         sum(int(example.trained.sum()) for example in examples if isinstance(example, Example))
         == 6215
@@ -592,7 +592,7 @@ def test_the_fingerprint_tells_apart_what_shapes_an_example(tokenizers):
         Masker(tokenizer),
         Masker(tokenizer, "all"),
         Masker(tokenizer, train_on_eot=False),
-        Masker(tokenizer, train_trailing_newline=True),
+        Masker(tokenizer, train_on_eot="with_newline"),
         Masker(tokenizer, control_tokens="text"),
         Masker(tokenizer, control_tokens="keep"),
         Masker(templated(tokenizer, PLAIN_TURNS)),

@@ -78,8 +78,8 @@ def test_truncate_keeps_the_answers_before_the_one_that_would_lose_its_end():
     assert part.trained.tolist() == [False, True, True]
 
 
-def test_cut_answers_lets_truncate_keep_an_answer_without_its_end():
-    limits = LengthPolicy(6, "truncate", packing_cuts=False, cut_answers=True)
+def test_truncate_anywhere_keeps_an_answer_without_its_end():
+    limits = LengthPolicy(6, "truncate_anywhere", packing_cuts=False)
     (part,) = fit(example([0, 1, 1, 0, 0, 1, 1]), limits)
     assert part.input_ids.tolist() == [10, 11, 12, 13, 14, 15]
     assert part.trained.tolist() == [False, True, True, False, False, True]
@@ -93,17 +93,16 @@ flag_lists = st.lists(st.booleans(), min_size=2, max_size=40).map(
 
 
 @given(flag_lists, st.integers(2, 12), st.booleans())
-def test_a_truncated_answer_keeps_its_end_unless_it_may_be_cut(flags, most, cut_answers):
+def test_a_truncated_answer_keeps_its_end_unless_it_may_be_cut(flags, most, anywhere):
     whole = example(flags)
+    too_long = "truncate_anywhere" if anywhere else "truncate"
     try:
-        (part,) = fit(
-            whole, LengthPolicy(most, "truncate", packing_cuts=False, cut_answers=cut_answers)
-        )
+        (part,) = fit(whole, LengthPolicy(most, too_long, packing_cuts=False))
     except RowError:
         first = flags.index(
             True
         )  # no answer begins before the cut, or the first one does not end there
-        assert first >= most or (not cut_answers and all(flags[first : most + 1]))
+        assert first >= most or (not anywhere and all(flags[first : most + 1]))
         return
     stop = len(part.input_ids)
     assert stop <= most or len(flags) <= most
@@ -112,7 +111,7 @@ def test_a_truncated_answer_keeps_its_end_unless_it_may_be_cut(flags, most, cut_
     assert part.trained.any()
     if stop < len(flags):
         assert part.trained[-1], "an answer's last token, or the last that fits"
-        assert not flags[stop] or (cut_answers and stop == most)
+        assert not flags[stop] or (anywhere and stop == most)
 
 
 @given(flag_lists, st.integers(2, 12), st.integers(0, 8))
@@ -158,7 +157,7 @@ def test_rows_that_are_cut_are_counted_with_what_they_lose():
         return {key: count for key, count in chunk.counts.items() if key[1] != "rows"}
 
     cut, lost = (0, "cut"), (0, "lost_trained_tokens")
-    limits = LengthPolicy(5, "truncate", packing_cuts=False, cut_answers=True)
+    limits = LengthPolicy(5, "truncate_anywhere", packing_cuts=False)
     assert cuts(limits) == {cut: 1, lost: 1}
     assert cuts(LengthPolicy(5, "split", packing_cuts=False)) == {cut: 1, lost: 0}
     assert cuts(LengthPolicy(6, "truncate", packing_cuts=False)) == {}

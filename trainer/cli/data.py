@@ -13,8 +13,6 @@ from packhorse.trainer.datatypes import BadInput, Example, RowError
 
 if TYPE_CHECKING:
     from packhorse.trainer.config.recipe import Recipe
-    from packhorse.trainer.data.batch_plan import Plan
-    from packhorse.trainer.data.prepare import Prepared
     from packhorse.trainer.data.preview import Row
     from packhorse.trainer.estimate.memory import Cluster
     from packhorse.trainer.estimate.report import Report
@@ -106,6 +104,8 @@ def prepare(
     [bold]packhorse prepare recipe.yaml --out data-report[/bold]
     """
     from packhorse.trainer import dist
+    from packhorse.trainer.data.leakage import prepare_compared
+    from packhorse.trainer.data.prepare import train_plan
     from packhorse.trainer.data.summary import require_own, show, write
     from packhorse.trainer.model.load import load_tokenizer
 
@@ -117,7 +117,8 @@ def prepare(
     if recipe.streaming:
         prepare_shards(recipe, tokenizer)
         return
-    train, plan, held_out = prepare_all(recipe, tokenizer)
+    train, held_out = prepare_compared(recipe, tokenizer)
+    plan = train_plan(recipe, train)
     show(recipe, train, plan, held_out)
     if out is not None:
         try:
@@ -126,18 +127,6 @@ def prepare(
         except OSError as error:
             raise BadInput(f"--out {out}: cannot be written ({error})") from None
         print(out / "data.json", out / "data.png", sep="\n")
-
-
-def prepare_all(recipe: Recipe, tokenizer: Any) -> tuple[Prepared, Plan, Prepared | None]:
-    """Return the training data, the plan of its steps, and the held-out data, compared with it."""
-    from packhorse.trainer.data.leakage import check_leakage
-    from packhorse.trainer.data.prepare import prepare, train_plan
-
-    train = prepare(recipe, tokenizer, "train")
-    held_out = prepare(recipe, tokenizer, "eval") if recipe.has_eval else None
-    if held_out:
-        train, held_out = check_leakage(recipe, train, held_out)
-    return train, train_plan(recipe, train), held_out
 
 
 def prepare_shards(recipe: Recipe, tokenizer: Any) -> None:
@@ -294,6 +283,8 @@ def show_report(
 
 def _count_real_steps(recipe: Recipe) -> Any:
     """Return the statistics of the steps that the data gives."""
+    from packhorse.trainer.data.leakage import prepare_compared
+    from packhorse.trainer.data.prepare import train_plan
     from packhorse.trainer.estimate.report import measure_steps
     from packhorse.trainer.model.load import load_tokenizer
 
@@ -301,5 +292,5 @@ def _count_real_steps(recipe: Recipe) -> Any:
         raise BadInput(
             "--data: data.train is streamed, so that its steps are not known; leave --data out"
         )
-    _, found, _ = prepare_all(recipe, load_tokenizer(recipe.model))
-    return measure_steps(found)
+    train, _ = prepare_compared(recipe, load_tokenizer(recipe.model))
+    return measure_steps(train_plan(recipe, train))

@@ -29,8 +29,10 @@ def dry_run(recipe: Recipe, ranks: int | None, *, extend: bool) -> None:
 
     from packhorse.trainer import dist
     from packhorse.trainer.build_engine import resolve_micro_batch
-    from packhorse.trainer.cli.data import choose_sequence, prepare_all, prepare_shards
+    from packhorse.trainer.cli.data import choose_sequence, prepare_shards
     from packhorse.trainer.config.packaged import find_template
+    from packhorse.trainer.data.leakage import prepare_compared
+    from packhorse.trainer.data.prepare import train_plan
     from packhorse.trainer.data.summary import show
     from packhorse.trainer.estimate.report import measure_steps
     from packhorse.trainer.eval.server_answers import check_server
@@ -49,7 +51,8 @@ def dry_run(recipe: Recipe, ranks: int | None, *, extend: bool) -> None:
     if recipe.streaming:
         prepare_shards(recipe, tokenizer)
     else:
-        train, plan, held_out = prepare_all(recipe, tokenizer)
+        train, held_out = prepare_compared(recipe, tokenizer)
+        plan = train_plan(recipe, train)
         show(recipe, train, plan, held_out)
     ranks = ranks or torch.cuda.device_count() or 1
     cluster = _cluster(ranks)

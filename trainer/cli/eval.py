@@ -33,7 +33,7 @@ from packhorse.trainer.cli.worker import (
     exit_worker,
     is_worker,
 )
-from packhorse.trainer.datatypes import DONE, BadInput
+from packhorse.trainer.datatypes import DONE, EVALUATED, BadInput
 from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.files import read_json_file, write_json
 from packhorse.trainer.utils.own_output import remove_marked
@@ -41,7 +41,6 @@ from packhorse.trainer.utils.own_output import remove_marked
 if TYPE_CHECKING:
     from packhorse.trainer.config.recipe import Recipe
 
-_EVALUATED = "evaluated.json"  # in a results folder: what was scored
 # These keys describe how the recipe's model was made. The scored model brings its own.
 _OWN = ("model.revision=null", "model.init=pretrained", "model.rope_scaling=null", "adapter=null")
 _EXPORTED = ("model.chat_template=null", "model.add_tokens=[]")  # they are in the exported folder
@@ -146,7 +145,7 @@ def find_run(model: str, step: int | None, best: bool) -> Path | None:
         BadInput: it is none of them, or a step of a model is asked for.
     """
     folder = Path(model).expanduser()
-    if (folder / "recipe.yaml").is_file() and not (folder / _EVALUATED).is_file():
+    if (folder / "recipe.yaml").is_file() and not (folder / EVALUATED).is_file():
         return folder
     if folder.exists() and not (folder / "config.json").is_file():
         raise BadInput(
@@ -217,7 +216,7 @@ def exported_model(
 
 def _start_results(out: Path, model: str, step: int) -> None:
     """Make an empty results folder; replace results of the same model and step, nothing else."""
-    marker = out / _EVALUATED
+    marker = out / EVALUATED
     if out.is_symlink() or (out.exists() and not marker.is_file()):
         raise BadInput(f"{out}: exists and holds no results of packhorse eval; give another --out")
     try:
@@ -229,7 +228,7 @@ def _start_results(out: Path, model: str, step: int) -> None:
                     f"{out}: holds the results of {scored} at step {at}; give another --out, or "
                     "remove it"
                 )
-            remove_marked(out, _EVALUATED)
+            remove_marked(out, EVALUATED)
         out.mkdir(parents=True)
         write_json(marker, {"model": model, "step": step})
     except OSError as error:

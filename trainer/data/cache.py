@@ -370,23 +370,19 @@ def keep_documents(
     folder: Path,
     documents: Documents,
     kept: np.ndarray,
-    reason: str,
-    stopping: Callable[[], bool] = lambda: False,
+    stopping: Callable[[], bool],
 ) -> Documents:
     """Return the documents that are `kept`, (n,) bool, from `folder`; the first process to come
-    fills it.
+    fills it. The report, and each of its `sources`, counts the other rows as `leaked`.
 
     It is a copy and no view: its columns are mapped, too, and its fingerprint is of what is
     trained.
-
-    Args:
-        reason: key of the report, and of its `sources`, that counts the rows left out.
 
     Raises:
         BadInput: none is kept.
     """
     if not kept.any():
-        raise BadInput(f"data.train: no row is left, as all {documents.report['rows']} {reason}")
+        raise BadInput(f"data.train: no row is left, as all {documents.report['rows']} leaked")
 
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
         names = [*FILES.values(), REJECTS, FILTERED]
@@ -402,7 +398,7 @@ def keep_documents(
         rows = np.stack([documents.sources, documents.files, documents.rows], 1)[~kept]
         rows = np.unique(rows, axis=0)  # each once, though it may have several documents
         for source, counts in enumerate(sources):
-            counts[reason] = int(np.count_nonzero(rows[:, 0] == source))
+            counts["leaked"] = int(np.count_nonzero(rows[:, 0] == source))
         _write_report(staging, sizes, sources)
 
     build_once(folder, build, "leaving rows out of data.train", stopping)

@@ -33,6 +33,7 @@ from packhorse.trainer.data.near_duplicates import Index
 from packhorse.trainer.data.prepare import (
     Prepared,
     cache_folder,
+    prepare,
     require_rows,
     row_readers,
     workers_of,
@@ -107,6 +108,19 @@ class _HeldOut:
 
 
 # ---------------------------------------------------------------------------------------- two sides
+
+
+def prepare_compared(
+    recipe: Recipe, tokenizer: Any, stopping: Callable[[], bool] = lambda: False
+) -> tuple[Prepared, Prepared | None]:
+    """Prepare the training data, and the held-out rows, if the recipe has any, compared with it.
+
+    Raises as `prepare` and `check_leakage` do.
+    """
+    train = prepare(recipe, tokenizer, "train", stopping)
+    if not recipe.has_eval:
+        return train, None
+    return check_leakage(recipe, train, prepare(recipe, tokenizer, "eval", stopping), stopping)
 
 
 def check_leakage(
@@ -280,7 +294,7 @@ def _drop_leaked(
     kept = ~np.isin(_code(documents.files.astype(np.int64), documents.rows), leaked)
     key = json_digest([documents.folder.name, folder.name])
     name = cache_folder(recipe.data) / f"documents-{key}"
-    documents = keep_documents(name, documents, kept, "leaked", stopping)
+    documents = keep_documents(name, documents, kept, stopping)
     log.info(
         "data.leakage: drop: %d of %d training rows are left out, as evaluation rows are like them "
         "or have their prompts; they are listed in %s",

@@ -28,8 +28,8 @@ and its row is rejected. The recipe may choose otherwise:
 What is trained: the answer from the end of the generation prompt, the template's own words in it
 included, to the stop token. White space that a template writes after the stop token (ChatML's
 newline) is context: generation has ended there, so nothing is gained by training on it.
-`train_trailing_newline` trains it, as many other trainers do. The first token is never trained. A
-plain text is all trained, between the tokenizer's own BOS (if it adds one) and EOS.
+`train_on_eot: with_newline` trains it, as many other trainers do. The first token is never trained.
+A plain text is all trained, between the tokenizer's own BOS (if it adds one) and EOS.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -86,10 +86,8 @@ class Masker:
 
     Args:
         tokenizer: a fast one; its chat template is used as it stands.
-        train_on_eot: the stop token is trained with its answer.
-        train_trailing_newline: so is white space that the template writes after it.
-        train_on, control_tokens, chat_template_kwargs, turns, missing_reasoning, stop_token: keys
-            of the recipe's `data`, see config/data.py.
+        train_on, train_on_eot, control_tokens, chat_template_kwargs, turns, missing_reasoning,
+            stop_token: keys of the recipe's `data`, see config/data.py.
 
     Raises:
         BadInput: the tokenizer cannot be used.
@@ -99,9 +97,8 @@ class Masker:
         self,
         tokenizer: PreTrainedTokenizerBase,
         train_on: str = "assistant",
-        train_on_eot: bool = True,
+        train_on_eot: bool | Literal["with_newline"] = True,
         *,
-        train_trailing_newline: bool = False,
         control_tokens: str = "reject",
         chat_template_kwargs: Mapping[str, Any] | None = None,
         turns: str = "together",
@@ -118,7 +115,6 @@ class Masker:
         self.train_on = train_on
         self.train_on_eot = train_on_eot
         self.missing_reasoning = missing_reasoning
-        self.train_trailing_newline = train_trailing_newline and train_on_eot
         self.control_tokens = control_tokens
         # `all` trains the history, too, which a document for each answer would repeat
         self.turns = "together" if train_on == "all" else turns
@@ -269,7 +265,6 @@ class Masker:
             "policy": [
                 self.train_on,
                 self.train_on_eot,
-                self.train_trailing_newline,
                 self.control_tokens,
                 self.turns,
                 self.missing_reasoning,
@@ -346,7 +341,7 @@ class Masker:
             # prompt that no server makes: a token has merged across the prompt's end.
             if tokens[first:start] != before:
                 cuts.append(render.position(turn.start))
-            if self.train_trailing_newline and turn.newline:
+            if self.train_on_eot == "with_newline" and turn.newline:
                 stop = int([*controls, len(tokens)][turn.stop + 1])
             elif self.train_on_eot:
                 stop += 1
@@ -366,7 +361,7 @@ class Masker:
             )
         ids = np.array(tokens if tokens[-1:] == [eos] else [*tokens, eos], dtype=np.int32)
         trained = np.ones(len(ids), dtype=bool)
-        trained[-1] = self.train_on_eot
+        trained[-1] = bool(self.train_on_eot)
         return _finish(ids, trained)
 
 

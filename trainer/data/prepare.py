@@ -213,13 +213,7 @@ def length_policy(recipe: Recipe) -> LengthPolicy:
     """Return what is done with examples that are too long."""
     data = recipe.data
     packing_cuts = data.packing in ("bfd_split", "wrapped") and not data.split_context
-    return LengthPolicy(
-        recipe.max_length,
-        "truncate" if data.too_long == "truncate_anywhere" else data.too_long,
-        packing_cuts,
-        data.too_long == "truncate_anywhere",
-        data.split_context,
-    )
+    return LengthPolicy(recipe.max_length, data.too_long, packing_cuts, data.split_context)
 
 
 def masker_of(section: DataSection, tokenizer: Any) -> Masker:
@@ -227,8 +221,7 @@ def masker_of(section: DataSection, tokenizer: Any) -> Masker:
     return Masker(
         tokenizer,
         section.train_on,
-        bool(section.train_on_eot),
-        train_trailing_newline=section.train_on_eot == "with_newline",
+        section.train_on_eot,
         control_tokens=section.control_tokens,
         chat_template_kwargs=section.chat_template_kwargs,
         turns=section.turns,

@@ -60,7 +60,7 @@ LEGEND = {
     "special trained": "special token, trained",
 }
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><head><meta charset="utf-8"><title>packhorse preview</title>
 <style>
 :root {{ color-scheme: light dark; }}
 body {{
@@ -80,7 +80,7 @@ h2 {{ font-size: 1rem; margin: 2rem 0 .4rem; }}
   font: 600 .75rem system-ui, sans-serif; background: #8883; border-radius: 4px; padding: 0 .4em;
 }}
 </style></head><body>
-<h1>{title}</h1>
+<h1>packhorse preview</h1>
 <p>{legend}</p>
 {rows}
 </body></html>
@@ -214,14 +214,12 @@ def as_text(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, brackets
     return Group(*blocks)
 
 
-def as_html(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, title: str = "packhorse preview"
-) -> str:
+def as_html(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the rows as one HTML page that loads nothing; every text is escaped."""
     legend = " &middot; ".join(f'<span class="{kind}">{LEGEND[kind]}</span>' for kind in STYLES)
     legend += ' &middot; <b class="role">role</b> of the message that begins'
     blocks = [_html_row(row, tokenizer) for row in rows]
-    return PAGE.format(title=html.escape(title), legend=legend, rows="\n".join(blocks))
+    return PAGE.format(legend=legend, rows="\n".join(blocks))
 
 
 def _html_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -30,7 +30,7 @@ from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.arrow_fields import fields_of_batches
 from packhorse.trainer.data.batch_plan import Corpus
 from packhorse.trainer.data.cache import sum_counts
-from packhorse.trainer.data.leakage import check_leakage
+from packhorse.trainer.data.leakage import prepare_compared
 from packhorse.trainer.data.loader import STEPS_AHEAD
 from packhorse.trainer.data.prepare import Prepared, TrainData, digests_folder, prepare
 from packhorse.trainer.data.row_files import UNREADABLE, kind_of_file
@@ -48,16 +48,18 @@ OPEN_SHARDS = STEPS_AHEAD + 2
 AS_A_FILE = {"config": None, "data_files": (), "revision": None, "split": "train"}
 
 
-def prepare_train(
+def prepare_data(
     recipe: Recipe, tokenizer: Any, stopping: Callable[[], bool] = lambda: False
-) -> TrainData:
-    """Tokenize the recipe's training data, or get ready to do so shard by shard.
+) -> tuple[TrainData, Prepared | None]:
+    """Tokenize the recipe's training data, or get ready to do so shard by shard, and its held-out
+    rows, if it has any.
 
-    Raises as `prepare.prepare` does.
+    Raises as `prepare.prepare` and `check_leakage` do.
     """
-    if recipe.streaming:
-        return StreamingData(recipe, tokenizer, stopping)
-    return prepare(recipe, tokenizer, "train", stopping)
+    if not recipe.streaming:
+        return prepare_compared(recipe, tokenizer, stopping)
+    held_out = prepare(recipe, tokenizer, "eval", stopping) if recipe.has_eval else None
+    return StreamingData(recipe, tokenizer, stopping), held_out
 
 
 # --------------------------------------------------------------------------------------- the shards
@@ -251,11 +253,7 @@ def _prepare_shard(
     source = recipe.data.train[0].model_copy(update=changes)
     data = recipe.data.model_copy(update={"train": (source,)})
     alone = recipe.model_copy(update={"data": data})
-    prepared = prepare(alone, tokenizer, "train", stopping)
-    if recipe.has_eval:
-        held_out = prepare(alone, tokenizer, "eval", stopping)
-        prepared, _ = check_leakage(alone, prepared, held_out, stopping)
-    return prepared
+    return prepare_compared(alone, tokenizer, stopping)[0]
 
 
 def _changed(path: Path) -> BadInput:

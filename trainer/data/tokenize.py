@@ -44,16 +44,14 @@ class LengthPolicy:
     """What becomes of an example above `max_length` tokens.
 
     Attributes:
-        too_long: `reject`, `truncate` or `split` it.
+        too_long: as data.too_long says: `reject`, `truncate`, `truncate_anywhere` or `split` it.
         packing_cuts: the packing splits it, so `split` leaves it whole here.
-        cut_answers: `truncate` may keep an answer without its end.
         split_context: tokens that `split` repeats, beside the one that it always does.
     """
 
     max_length: int
     too_long: str
     packing_cuts: bool
-    cut_answers: bool = False
     split_context: int = 0
 
 
@@ -133,10 +131,10 @@ def run(
 def fit(example: Example, limits: LengthPolicy) -> list[Example]:
     """Return the example as documents of at most `max_length` tokens, by the policy.
 
-    `truncate` keeps the answers that end before the cut; one that is cut goes, with all after it,
-    unless `cut_answers` is set. `split` makes further documents that open with `1 + split_context`
-    tokens of the one before, untrained the second time: so the token after a cut is still
-    predicted, once. Parts without a trained token are dropped.
+    `truncate` keeps the answers that end before the cut; one that is cut goes, with all after it.
+    `truncate_anywhere` keeps its beginning. `split` makes further documents that open with
+    `1 + split_context` tokens of the one before, untrained the second time: so the token after a
+    cut is still predicted, once. Parts without a trained token are dropped.
 
     Raises:
         RowError: no token is trained, or the policy rejects the example.
@@ -149,8 +147,8 @@ def fit(example: Example, limits: LengthPolicy) -> list[Example]:
         return [example]
     if limits.too_long == "reject":
         raise TooLong("longer than max_length", len(ids))
-    if limits.too_long == "truncate":
-        return [_truncate(example, limits)]
+    if limits.too_long != "split":
+        return [_truncate(example, max_length, anywhere=limits.too_long == "truncate_anywhere")]
     parts, repeated = [], 1 + limits.split_context
     for start in range(0, len(ids) - repeated, max_length - repeated):
         # The last repeated token is the one that predicts the first new one; it was trained before.
@@ -161,16 +159,16 @@ def fit(example: Example, limits: LengthPolicy) -> list[Example]:
     return parts
 
 
-def _truncate(example: Example, limits: LengthPolicy) -> Example:
-    """Return the example up to its last answer that ends within `max_length`; with `cut_answers`,
-    the last answer may be cut there."""
-    trained, stop = example.trained, limits.max_length
+def _truncate(example: Example, stop: int, *, anywhere: bool) -> Example:
+    """Return the example up to its last answer that ends before token `stop`; if it may be cut
+    `anywhere`, the last answer need not end there."""
+    trained = example.trained
     # The cut falls into an answer: go back to before it, as its end would never be learned.
-    if trained[stop - 1] and trained[stop] and not limits.cut_answers:
+    if trained[stop - 1] and trained[stop] and not anywhere:
         stop = int(np.flatnonzero(~trained[:stop])[-1]) + 1
     learned = np.flatnonzero(trained[:stop])
     if not len(learned):
-        why = "no answer fits" if limits.cut_answers else "its answer would lose its end"
+        why = "no answer fits" if anywhere else "its answer would lose its end"
         raise TooLong(f"longer than max_length: {why}", len(example.input_ids))
     stop = int(learned[-1]) + 1  # tokens after the last trained one would be computed for nothing
     return Example(example.input_ids[:stop], trained[:stop])

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeGuard
 from packhorse.trainer.checkpoint.best import evaluations, last_step
 from packhorse.trainer.checkpoint.manifest import list_published
 from packhorse.trainer.config.recipe import Recipe, load_recipe
-from packhorse.trainer.datatypes import STOP_FILE, BadInput
+from packhorse.trainer.datatypes import EVALUATED, STOP_FILE, BadInput
 from packhorse.trainer.utils.files import read_json_file, read_json_lines
 from packhorse.trainer.utils.lease import is_alive, last_sign
 from packhorse.trainer.utils.text import one_line
@@ -25,7 +25,6 @@ from packhorse.trainer.utils.text import one_line
 State = Literal["running", "stopped", "done", "failed"]
 """stopped: on request, and saved. failed: its process has ended otherwise, or its machine has."""
 
-_EVALUATED = "evaluated.json"  # beside a recipe.yaml: results of `packhorse eval`, and no run
 _CHANGING = ("recipe.yaml", "metrics.jsonl", "evaluations.jsonl", "summary.json", STOP_FILE)
 
 _LEFT_BY_A_RUN = {*_CHANGING[1:], "logs", "checkpoints", "data.json"}
@@ -126,7 +125,7 @@ def find_folders(root: Path) -> tuple[list[Path], list[Path]]:
         for child in sorted(root.iterdir())
         if child.is_dir()
         and not child.name.startswith(".")
-        and not (child / _EVALUATED).is_file()
+        and not (child / EVALUATED).is_file()
         and not any(run.is_relative_to(child) for run in runs)
     ]
     return runs, [] if runs == [root] else foreign
@@ -142,5 +141,5 @@ def _runs_below(root: Path) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         if _is_run((*folders, *files)):
             folders.clear()
-            if _EVALUATED not in files:
+            if EVALUATED not in files:
                 yield Path(place)
