@@ -37,6 +37,7 @@ lora_alpha: 32
 lora_dropout: 0.05
 lora_target_linear: true
 peft_use_rslora: true
+peft_trainable_token_indices: [128000]
 wandb_project: mine
 wandb_api_key: SECRET1
 trackio: {space: x, hf_token: SECRET2}
@@ -64,6 +65,7 @@ do_train: true
 finetuning_type: lora
 lora_rank: 8
 lora_target: all
+moe_aux_loss_coef: 0.001
 ### dataset
 dataset: identity,alpaca_en_demo
 dataset_dir: DATA
@@ -162,6 +164,7 @@ def test_axolotl() -> None:
     assert (chats.path, chats.format) == ("data/chats.jsonl", "sharegpt")
     assert chats.columns == {"conversations": "chat"}
     assert recipe.optim.kind == "adamw_8bit"
+    assert recipe.adapter.trainable_token_indices == (128000,)
     listed = ("warmup_steps: 10", "chat_template: 'llama3'")
     listed += ("evals_per_epoch: 4", "wandb_project: 'mine'", "datasets[1].roles_to_train:")
     assert all(note in notes for note in listed)
@@ -191,6 +194,7 @@ def test_llama_factory(tmp_path: Path, described: bool) -> None:
         500,
         10,
     ]
+    assert recipe.loss.router_aux == 0.001
     identity, alpaca = recipe.data.train
     assert (identity.path, identity.rows) == (str(tmp_path / "identity.json"), 1000)
     if described:

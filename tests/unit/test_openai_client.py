@@ -315,6 +315,16 @@ def test_an_address_is_plain(url: str, why: str) -> None:
     assert KEY not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "extra", [{"api_key": KEY}, {"headers": {"Authorization": f"Bearer {KEY}"}}, {"my-Secret": 1}]
+)
+def test_further_fields_hold_no_secret(extra: dict) -> None:
+    """The recipe is saved in the run folder, in model cards and by trackers."""
+    with pytest.raises(BadInput, match="`extra` must hold no secret, as `") as refused:
+        load_recipe("debug", [f"eval.server={json.dumps({'url': 'http://a/v1', 'extra': extra})}"])
+    assert KEY not in str(refused.value)
+
+
 def test_a_slash_at_its_end_does_not_matter() -> None:
     with StandIn(lambda _: (200, chat_reply(""))) as server:
         ask(f"{server.url}/")

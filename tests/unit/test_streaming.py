@@ -148,7 +148,7 @@ def test_every_shards_sequences_come_once_and_in_order_whenever_it_came(
             "shards are used in the order of the log"
         )
         for number, sequences in seen.items():
-            whole = range(log[number]["packed_rows"])
+            whole = range(log[number]["sequences"])
             assert sequences == list(whole)[: len(sequences)]
             assert len(sequences) == len(whole) or number == len(log) - 1, (
                 "only the last may be cut by train.steps"

@@ -168,8 +168,10 @@ def _packing(draft: Draft) -> None:
 
 
 _EIGHT_BITS = ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch_8bit")
-_OPTIMIZERS = dict.fromkeys(_EIGHT_BITS, "adamw_8bit") | {
-    name: name for name in ("adafactor", "sgd", "muon")
+_OPTIMIZERS = {
+    **dict.fromkeys(_EIGHT_BITS, "adamw_8bit"),
+    **dict.fromkeys(("lion", "lion_32bit", "lion_pytorch"), "lion"),
+    **{name: name for name in ("adafactor", "sgd", "muon")},
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import re
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -11,6 +12,9 @@ from pydantic import Field, JsonValue
 
 from packhorse.trainer.config.base import FunctionName, Pattern, Section, check_one_given
 from packhorse.trainer.config.best import EVAL_LOSS, BestSection, EarlyStoppingSection
+
+# The name of a field that holds a secret, in JSON.
+_SECRET = re.compile(r'"([^"]*(?:api[-_]?key|secret|password|authorization))":', re.IGNORECASE)
 
 
 class Server(Section):
@@ -41,6 +45,11 @@ class Server(Section):
             )
         if not is_http:
             raise ValueError("`url` must be an address with http:// or https://")
+        if field := _SECRET.search(json.dumps(self.extra)):
+            raise ValueError(
+                f"`extra` must hold no secret, as `{field[1]}`: a recipe is saved and shown; name "
+                "the key's variable in `key_env`"
+            )
 
 
 # ------------------------------------------------------------------------------------------ scorers

@@ -12,9 +12,9 @@ from packhorse.trainer.data.digest import explained, folder_digest, require_inta
 from packhorse.trainer.datatypes import Packed
 from packhorse.trainer.utils.files import build_once, write_synced
 
-VERSION = 2  # part of every key: raise it when the files of a folder change
+VERSION = 3  # part of every key: raise it when the files of a folder change
 
-_FILES = ("pieces.npy", "row_offsets.npy")
+_FILES = ("pieces.npy", "sequence_offsets.npy")
 _DIGEST = "xxh3"  # beside them
 
 

@@ -57,7 +57,7 @@ class Index:
             self._minhashes.append(minhash)
 
     def near(self, texts: list[str]) -> Iterator[list[tuple[int, float]]]:
-        """For each text, yield its near-duplicates in the index: their numbers and similarities."""
+        """Yield for each text its near-duplicates in the index: their numbers and similarities."""
         sets = [sequences(text) for text in texts]
         minhashes = RMinHash.from_token_sets(sets, HASHES, SEED)
         for own, minhash in zip(sets, minhashes, strict=True):

@@ -28,7 +28,7 @@ class Shard:
     bytes: int
     digest: str  # of the file
     documents: str  # fingerprint of what it was tokenized into
-    packed_rows: int  # the number of packed sequences
+    sequences: int  # into which it packs
     first_step: int  # counted from 1, as in metrics.jsonl
     report: dict[str, Any]  # see Prepared.report
     rejects: str  # the file that lists its rejected rows
@@ -90,7 +90,7 @@ class ShardLog:
         """Hash what the log says of the shards that the first `step` steps are made of."""
         return json_digest(
             [
-                [s.number, s.file, s.digest, s.documents, s.packed_rows, s.first_step]
+                [s.number, s.file, s.digest, s.documents, s.sequences, s.first_step]
                 for s in self.shards
                 if s.first_step <= step
             ]

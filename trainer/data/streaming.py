@@ -142,7 +142,7 @@ class StreamingData:
     def num_sequences(self, epoch: int, first_step: int, count: Callable[[], int]) -> int:
         """Return the number of packed sequences in the log; rank 0 decides on a missing shard."""
         if is_main() and epoch == len(self._log.shards):
-            return self._decide(epoch, first_step, count).packed_rows
+            return self._decide(epoch, first_step, count).sequences
         shard = self._wait_for_line(epoch)
         if shard.first_step != first_step + 1:
             raise BadInput(
@@ -150,7 +150,7 @@ class StreamingData:
                 f"step {first_step + 1}: it is the log of another recipe; restore the log of this "
                 "one, or give another run.dir"
             )
-        return shard.packed_rows
+        return shard.sequences
 
     def _wait_for_line(self, epoch: int) -> Shard:
         while True:
@@ -184,7 +184,7 @@ class StreamingData:
             bytes=(self._folder / file).stat().st_size,
             digest=digest,
             documents=prepared.fingerprint,
-            packed_rows=sequences,
+            sequences=sequences,
             first_step=first_step + 1,
             report={key: value for key, value in prepared.report.items() if key != "sources"},
             rejects=str(prepared.rejects_path),

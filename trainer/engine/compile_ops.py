@@ -111,7 +111,7 @@ def _leave_out_debug_information(builder: Any) -> None:
 
 
 def _is_prebuilt(name: str) -> bool:
-    """Whether DeepSpeed was installed with this op, as in the container's image."""
+    """Return whether DeepSpeed was installed with this op, as in the container's image."""
     from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import accelerator_name, installed_ops
 
@@ -194,7 +194,7 @@ def _remove_abandoned_lock(folder: Path) -> None:
 
 
 def _is_quiet(folder: Path) -> bool:
-    """Whether nothing in the folder changed lately. It may be shared, so /proc is not enough."""
+    """Return whether nothing in the folder changed lately; /proc tells of this machine alone."""
     newest = 0.0
     for path in (folder, *folder.iterdir()):
         with suppress(FileNotFoundError):
@@ -203,7 +203,7 @@ def _is_quiet(folder: Path) -> bool:
 
 
 def _is_in_use(folder: Path) -> bool:
-    """Whether a process of this machine compiles in the folder.
+    """Return whether a process of this machine compiles in the folder.
 
     torch keeps the lock file open while it compiles. ninja and the compilers run in the folder,
     and outlive a parent that is killed.

@@ -289,7 +289,7 @@ def _check_schema(schema: Any) -> str:
 
 
 def _is_admitted(answer: str, schema: Any) -> bool:
-    """Whether the answer is JSON that the schema admits."""
+    """Return whether the answer is JSON that the schema admits."""
     try:
         return _admits(schema, _read_json(answer))
     except RowError:
@@ -297,8 +297,8 @@ def _is_admitted(answer: str, schema: Any) -> bool:
 
 
 def _are_calls(answer: str, schemas: dict[str, Any]) -> bool:
-    """Whether the answer is one or more tool calls, as JSON, alone or between `<tool_call>` and
-    `</tool_call>`, each of a known tool and with arguments that the tool's schema admits."""
+    """Return whether the answer is one or more tool calls, as JSON, alone or between `<tool_call>`
+    and `</tool_call>`, each of a known tool and with arguments that the tool's schema admits."""
     text = _without_thinking(answer)
     marked = re.findall(r"<tool_call>(.*?)</tool_call>", text, re.DOTALL)
     if marked and re.sub(r"<tool_call>.*?</tool_call>", "", text, flags=re.DOTALL).strip():
