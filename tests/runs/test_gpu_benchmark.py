@@ -33,7 +33,7 @@ def dry_run(tmp_path: Path, *options: str) -> str:
     return text
 
 
-@pytest.mark.parametrize(("model", "arms"), [("8B, 8 layers", 5), ("1.5B", 3), ("8B", 5)])
+@pytest.mark.parametrize(("model", "arms"), [("8B, 8 layers", 5), ("1.5B", 4), ("8B", 5)])
 def test_every_arm_leaves_its_line_and_packhorse_a_profiled_step(
     tmp_path: Path, model: str, arms: int
 ) -> None:
