@@ -28,17 +28,19 @@ from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.config.sections import ModelSection
 from packhorse.trainer.data import loader, summary
 from packhorse.trainer.data.prepare import prepare, train_plan
-from packhorse.trainer.data.streaming import StreamingData
+from packhorse.trainer.data.streaming import prepare_train
 from packhorse.trainer.engine import (
     engine,
     moments,
     muon,
+    optim,
     sharded_state,
     streamed_adamw,
     zero_state,
 )
 from packhorse.trainer.model import fp8, lora, router_loss, sft
 from packhorse.trainer.model.load import load_tokenizer
+from packhorse.trainer.model.roles import LINEAR
 from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.trackers import Trackers
 from tests.numerics import buffers, sequence_defects, tiled
@@ -67,11 +69,7 @@ def run_case(case: dict[str, Any], stop: StopFlag) -> None:
             (run_dir / "skipped_steps.jsonl").write_text(json.dumps({"step": case["skips"]}) + "\n")
     dist.barrier()
     tokenizer = tokenizer_of(recipe.model.model_dump_json())
-    train_data = (
-        StreamingData(recipe, tokenizer)
-        if recipe.streaming
-        else prepare(recipe, tokenizer, "train")
-    )
+    train_data = prepare_train(recipe, tokenizer)
     eval_data = prepare(recipe, tokenizer, "eval") if recipe.has_eval else None
     with contextlib.ExitStack() as changed:
         for name in case.get("changes", ()):
@@ -246,6 +244,32 @@ def stale_expert_gradients() -> Any:
     return mock.patch.object(engine, "step_clipped", stale)
 
 
+def idle_lists_get_the_last_gradient() -> Any:
+    """Give a parameter without a gradient that of the step before."""
+    before: dict[int, torch.Tensor] = {}
+
+    def fill(parameters: Any) -> None:
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = before.get(id(parameter), torch.zeros_like(parameter)).clone()
+            before[id(parameter)] = parameter.grad.clone()
+
+    return mock.patch.object(optim, "fill_gradients", fill)
+
+
+def router_bias_decayed() -> Any:
+    """Give the biases of routers the weight decay of matrices, and nothing else."""
+    of_all = optim.roles
+
+    def as_matrices(model: Any) -> dict[int, str]:
+        named = model.named_parameters()
+        biases = {id(p): LINEAR for name, p in named if name.endswith("router.bias")}
+        assert biases
+        return of_all(model) | biases
+
+    return mock.patch.object(optim, "roles", as_matrices)
+
+
 def experts_unpacked() -> Any:
     """Leave experts in the model's type where `adapter.base` quantises them."""
     return mock.patch.object(lora, "packable_experts", return_value={})
@@ -309,6 +333,17 @@ def hyperparameters_of_group_0() -> Any:
             group["weight_decay"] = groups[0]["weight_decay"]
 
     return mock.patch.object(zero_state.TrainingState, "restore", overwrite)
+
+
+def average_forgotten() -> Any:
+    """Let the moving average begin again from the weights of the resume."""
+    fill = sharded_state.Shards.fill
+
+    def begun_anew(self: Any, piece: Any) -> None:
+        fill(self, piece)
+        piece.states[sharded_state.EMA].copy_(piece.states[sharded_state.WEIGHT])
+
+    return restore_unchecked(begun_anew)
 
 
 DEFECTS = {
@@ -442,6 +477,10 @@ CHANGES |= {f.__name__: f for f in (shards_appear, fp8_on_cpu)}
 CHANGES |= {f.__name__: f for f in (dry_run_first, dry_run_that_learns)}
 CHANGES |= {f.__name__: f for f in (stale_expert_gradients, experts_unpacked, towers_trained)}
 CHANGES |= {f.__name__: f for f in (parts_orthogonalised, routers_balanced_by_micro_batch)}
+CHANGES |= {
+    f.__name__: f
+    for f in (router_bias_decayed, average_forgotten, idle_lists_get_the_last_gradient)
+}
 CHANGES["small_chunks"] = small_chunks
 CHANGES |= sequence_defects.DEFECTS | tiled.CHANGES
 CHANGES["short_zigzag"] = sequence_defects.short_zigzag
