@@ -28,7 +28,7 @@ from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.config.sections import ModelSection
 from packhorse.trainer.data import loader, summary
 from packhorse.trainer.data.prepare import prepare, train_plan
-from packhorse.trainer.data.streaming import prepare_train
+from packhorse.trainer.data.streaming import StreamingData
 from packhorse.trainer.engine import (
     engine,
     moments,
@@ -69,7 +69,11 @@ def run_case(case: dict[str, Any], stop: StopFlag) -> None:
             (run_dir / "skipped_steps.jsonl").write_text(json.dumps({"step": case["skips"]}) + "\n")
     dist.barrier()
     tokenizer = tokenizer_of(recipe.model.model_dump_json())
-    train_data = prepare_train(recipe, tokenizer)
+    train_data = (
+        StreamingData(recipe, tokenizer)
+        if recipe.streaming
+        else prepare(recipe, tokenizer, "train")
+    )
     eval_data = prepare(recipe, tokenizer, "eval") if recipe.has_eval else None
     with contextlib.ExitStack() as changed:
         for name in case.get("changes", ()):
