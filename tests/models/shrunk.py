@@ -17,7 +17,8 @@ _LAYERS = re.compile(
 
 # The first pattern that matches a key's whole name gives its size.
 SIZES: tuple[tuple[str, int], ...] = (
-    (r"(.*_)?vocab_size(_per_layer_input)?|codebook_size", VOCABULARY),
+    (r"(.*_)?vocab_size(_per_layer_input)?", VOCABULARY),
+    (r"codebook_size", 512),  # a power of 2
     (r"pad_token_id", 0),
     (r"bos_token_id", 1),
     (r"eos_token_id", 2),
@@ -36,6 +37,7 @@ SIZES: tuple[tuple[str, int], ...] = (
         r"projection_dim|input_embedding_size|output_embedding_size|lru_width|word_embed_proj_dim",
         64,
     ),
+    (r"adapter_(in_dim|out_dim|input_size)", 64),
     (r"hidden_size_global|attention_hidden_size|backbone_hidden_size|hidden_dim|mamba_d_ssm", 64),
     (r"qk_head_dim", 32),
     (r"(.*_)?(head_dim|head_size|dim_head|d_head|kv_channels)|hidden_size_per_layer_input", 16),
@@ -78,8 +80,24 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {
         "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}
     },
+    "dbrx": {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_text": {
+        "head_dim": 32,
+        "per_layer_config": {
+            2: {
+                **{"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 32},
+                **{"q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 16},
+                **{"qk_nope_head_dim": 16, "qk_rope_head_dim": 16},
+            }
+        },
+    },
+    "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1},
+    "emu3": {"vocabulary_map": {"<image>": 3, "<|extra_200|>": 4, "<|visual token 000000|>": 5}},
     "falcon": {"new_decoder_architecture": True},
     "falcon_h1": {"mamba_n_heads": 4, "mamba_d_ssm": 64},
     "gemma3n_text": {
@@ -120,6 +138,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
+# Why a model that transformers calls causal is not tried.
+NOT_TRIED = {
+    "gemma3n": "its towers need the library timm, which is not installed; gemma3n_text is tried",
+    "gemma4_assistant": "it drafts tokens from the states of another model",
+    "musicgen": "it predicts codes of sound in several streams, and no text",
+    "musicgen_melody": "it predicts codes of sound in several streams, and no text",
+}
+
 
 def shrink(settings: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration's settings with small sizes, those of its parts included."""
@@ -131,14 +157,14 @@ def shrink(settings: dict[str, Any]) -> dict[str, Any]:
     # a list of numbers of layers has as many kinds as layers
     kept = _one_of_each_kind([kinds for kinds in lists if len(set(map(str, kinds))) < layers])
     for key, value in settings.items():
-        if isinstance(value, dict) and key.endswith("config"):
-            value = shrink(value)
-        elif key == "per_layer_config" and value:
+        if key == "per_layer_config" and value:
             layers_of = {int(number): shrink(own) for number, own in value.items()}
             layers_of = {
                 i: {k: v for k, v in own.items() if v is not None} for i, own in layers_of.items()
             }
             value = {i: layers_of[old] for i, old in enumerate(kept) if old in layers_of}
+        elif isinstance(value, dict) and key.endswith("config"):
+            value = shrink(value)
         elif isinstance(value, list) and len(value) == layers > 2:
             value = [value[i] for i in kept]
         elif type(value) is int and _LAYERS.fullmatch(key) and value > 1:

@@ -23,6 +23,7 @@ written by it. The [families that people train](models.md) have a page of their 
 - *packed*: losses, weights and the export's logits are plain PyTorch's.
 - *by document*: the same, but a packed sequence runs document by document through the whole model.
 - *refused*: by one sentence.
+- *not tried*: for the reason given.
 - *not built*: transformers' default configuration could not be shrunk.
 - *not run*: the sweep ended before it came to this one.
 
