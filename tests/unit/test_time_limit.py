@@ -10,7 +10,14 @@ from concurrent.futures import ProcessPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from packhorse.trainer.config.adapter import AdapterSection
+from packhorse.trainer.config.optim import OptimGroup, OptimSection
+from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.optim import parameter_groups
+from packhorse.trainer.model.lora import adapter_targets
+from packhorse.trainer.model.reach import freeze_named
 from packhorse.trainer.utils import time_limit
 from packhorse.trainer.utils.time_limit import (
     Failed,
@@ -20,6 +27,9 @@ from packhorse.trainer.utils.time_limit import (
     interrupted_after,
     many_interruptions,
 )
+from tests.model_helpers import tiny_llama
+
+ENDLESS = r"^(a+)+b$"  # at a name of many a, it backtracks without end
 
 
 def double(number):
@@ -221,3 +231,27 @@ def test_blocks_of_a_chunk_share_a_timer_and_each_has_its_limit(monkeypatch):
         compute(0.5)  # longer than any limit, outside of all blocks
     assert len(calls) == 2
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("option", "work"),
+    [
+        (
+            "optim.groups",
+            lambda model: parameter_groups(
+                model, OptimSection(groups=(OptimGroup(match=ENDLESS, lr=1e-4),))
+            ),
+        ),
+        ("model.freeze", lambda model: freeze_named(model, [ENDLESS])),
+        (
+            "adapter.target_modules",
+            lambda model: adapter_targets(model, AdapterSection(target_modules=ENDLESS)),
+        ),
+    ],
+)
+def test_a_pattern_of_the_recipe_that_does_not_end_is_named(monkeypatch, option, work):
+    monkeypatch.setattr(time_limit, "NAMES_S", 0.2)
+    model = tiny_llama()
+    model.add_module("a" * 40, torch.nn.Linear(2, 2))
+    with pytest.raises(BadInput, match=rf"{option}: .* was not finished at the model's names"):
+        work(model)

@@ -7,7 +7,6 @@ learning rate of a step; gradients clipped by the global norm.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable
 from functools import partial
@@ -22,6 +21,7 @@ from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.expert_lora import stacked_matrices
 from packhorse.trainer.model.quantisation import numel
 from packhorse.trainer.model.roles import EMBEDDINGS, EXPERTS, LINEAR, OTHERS, roles
+from packhorse.trainer.utils.time_limit import names_matching
 
 _NORM_BLOCK = 256  # gradient elements whose squares are summed in fp32
 
@@ -43,7 +43,7 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
     `_takes`).
 
     Raises:
-        BadInput: one of `section.groups` matches no parameter that is trained.
+        BadInput: one of `section.groups` matches no parameter that is trained, or does not end.
     """
     role, stacked = roles(model), stacked_matrices(model)
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -59,19 +59,16 @@ def parameter_groups(model: nn.Module, section: OptimSection) -> list[dict[str, 
         for decay in (True, False)
         for kind in kinds
     }
-    matched: set[int] = set()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        fits = [i for i, group in enumerate(section.groups, 1) if re.search(group.match, name)]
-        matched.update(fits)
-        number = fits[0] if fits else 0
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matching = [set(names_matching("optim.groups", g.match, trained)) for g in section.groups]
+    for name, parameter in trained.items():
+        number = next((i for i, names in enumerate(matching, 1) if name in names), 0)
         does, is_head = role[id(parameter)], parameter is getattr(head, "weight", None)
         takes = _takes(section.rule, does, is_head, id(parameter) in stacked)
         kind = section.rule if takes else "adamw"
         groups[number, decays(does, section), kind]["params"].append(parameter)
-    for number, group in enumerate(section.groups, 1):
-        if number not in matched:
+    for group, names in zip(section.groups, matching, strict=True):
+        if not names:
             raise BadInput(
                 f"optim.groups: `{group.match}` occurs in no trained parameter's name; "
                 f"`{next(model.named_parameters())[0]}` is one"

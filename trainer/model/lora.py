@@ -43,6 +43,7 @@ from packhorse.trainer.model.linear_modules import linear_modules, read_by
 from packhorse.trainer.model.peft_names import hide_from_conversion, names_kept, require_wrapped
 from packhorse.trainer.model.quantisation import BLOCK, dequantise, numel, quantise
 from packhorse.trainer.model.token_rows import ROWS, add_rows, indices, merged_rows, with_rows
+from packhorse.trainer.utils.time_limit import names_matching
 
 # what a layer of peft holds of an adapter
 _PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -262,7 +263,7 @@ def full_modules(model: Any, section: AdapterSection) -> list[str]:
 
 def _matching(wanted: str, is_pattern: bool, names: Iterable[str]) -> list[str]:
     if is_pattern:
-        return [name for name in names if re.fullmatch(wanted, name)]
+        return names_matching("adapter.target_modules", wanted, names, re.fullmatch)
     return [name for name in names if name == wanted or name.endswith(f".{wanted}")]
 
 

@@ -22,14 +22,15 @@ from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.decoder import decoder_layers
 from packhorse.trainer.model.lora import Gathered
 from packhorse.trainer.model.quantisation import numel
+from packhorse.trainer.utils.time_limit import names_matching
 
 
 def freeze_named(model: nn.Module, patterns: Sequence[str]) -> None:
     """Freeze the parameters in whose names one of the patterns occurs (model.freeze). Raises
-    BadInput if a pattern occurs in no name, or nothing is left to be trained."""
+    BadInput if a pattern occurs in no name or does not end, or nothing is left to be trained."""
     named = dict(model.named_parameters())
     for pattern in patterns:
-        found = [name for name in named if re.search(pattern, name)]
+        found = names_matching("model.freeze", pattern, named)
         if not found:
             raise BadInput(
                 f"model.freeze: `{pattern}` occurs in no parameter's name; "

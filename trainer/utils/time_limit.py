@@ -12,19 +12,22 @@ import importlib
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.child_process import Child, start_child
 from packhorse.trainer.utils.text import error_line
 
 LIMIT_BYTES = 4 << 30  # of memory that a call may take beyond what the helper takes at its start
 TICK_S = 0.1  # of processor time
+NAMES_S = 5.0  # of processor time, for a pattern of the recipe at all names of a model
 
 T = TypeVar("T")
 
@@ -138,6 +141,27 @@ def many_interruptions() -> Iterator[None]:
         # a tick that came as a block ended may have left a rest
         _is_ticking, _end = False, None
         signal.signal(signal.SIGVTALRM, before)
+
+
+def names_matching(
+    option: str, pattern: str, names: Iterable[str], match: Callable[..., Any] = re.search
+) -> list[str]:
+    """Return the names of parameters or modules that a pattern of the recipe fits.
+
+    Args:
+        option: the recipe's key of the pattern, for the message.
+
+    Raises:
+        BadInput: it takes longer than NAMES_S, as (a+)+$ does, which backtracks without end.
+    """
+    try:
+        with interrupted_after(NAMES_S):
+            return [name for name in names if match(pattern, name)]
+    except TooLong:
+        raise BadInput(
+            f"{option}: `{pattern[:200]}` was not finished at the model's names within "
+            f"{NAMES_S:g} s of computing; make it simpler"
+        ) from None
 
 
 def _tick(*_: object) -> None:
