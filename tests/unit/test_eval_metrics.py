@@ -3,6 +3,7 @@ refused before training."""
 
 from __future__ import annotations
 
+import asyncio
 import html
 import logging
 import re
@@ -138,7 +139,11 @@ def fails_oddly(*_: object) -> float:
     raise Odd
 
 
-@pytest.mark.parametrize("name", ["leaves", "fails_oddly"])
+def is_cancelled(*_: object) -> float:
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize("name", ["leaves", "fails_oddly", "is_cancelled"])
 def test_whatever_a_scorer_does_the_others_have_their_metrics(name: str) -> None:
     rules = {
         "odd": rule("function", function=f"test_eval_metrics:{name}"),

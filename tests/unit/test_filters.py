@@ -86,6 +86,8 @@ def test_a_fault_of_the_function_is_a_reject(own):
     for body, reason in (
         ("return row['best']", "KeyError: 'best'"),
         ("return 1", "it must give True, False or"),
+        ("raise SystemExit(0)", "SystemExit: 0"),
+        ("import asyncio; raise asyncio.CancelledError", "CancelledError"),
     ):
         with pytest.raises(RowError, match=reason) as error:
             left_out("4", function=own(body))

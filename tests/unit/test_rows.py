@@ -96,6 +96,9 @@ def test_a_function_of_the_users_own_reads_the_row(tmp_path, own):
     [
         (LISTED, "KeyError: 'q'"),
         ("raise ValueError('too\\nodd' * 99)", "ValueError: too oddtoo"),
+        ("raise SystemExit(0)", "SystemExit: 0"),  # else the run would seem to be done
+        ("import asyncio; raise asyncio.CancelledError", "CancelledError"),
+        ("raise type('Odd', (Exception,), {'__str__': lambda _: 1 / 0})", "Odd"),
         ("return None", r"it must give a list of messages, or \{messages, tools\}, not NoneType"),
         ("return {'text': 'a'}", "it must give a list of messages"),
         ("return []", "messages are not a list of messages"),

@@ -14,9 +14,8 @@ from typing import Any
 from packhorse.trainer.config.data import Filters
 from packhorse.trainer.datatypes import Conversation, Filtered, RowError
 from packhorse.trainer.utils.math_answers import LIMIT_S, check_installed, math_verdict
-from packhorse.trainer.utils.text import error_line
 from packhorse.trainer.utils.time_limit import TooLong, interrupted_after
-from packhorse.trainer.utils.user_functions import load_function
+from packhorse.trainer.utils.user_functions import FunctionFailed, call_function, load_function
 
 PATTERN_S = 1.0  # of processor time for a pattern at one row
 NO_VERDICT = {
@@ -78,9 +77,9 @@ def _verify(answer: str, reference: Any) -> None:
 
 def _ask(name: str, row: Mapping[str, Any], conversation: Conversation) -> None:
     try:
-        said = load_function(name)(dict(row), conversation)
-    except Exception as error:  # whatever the user's own code does
-        raise RowError(f"{name}: {error_line(error)}") from None
+        said = call_function(name, dict(row), conversation)
+    except FunctionFailed as error:
+        raise RowError(str(error)) from None
     if said is True:
         return
     if said is False:

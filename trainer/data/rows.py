@@ -16,9 +16,13 @@ from packhorse.trainer.data.filters import apply_filters, check_filters
 from packhorse.trainer.data.format import detect_format, to_conversation
 from packhorse.trainer.data.source import read_rows, shown
 from packhorse.trainer.datatypes import BadInput, Conversation, RowError
-from packhorse.trainer.utils.text import error_line
 from packhorse.trainer.utils.time_limit import Killed
-from packhorse.trainer.utils.user_functions import function_digest, load_function
+from packhorse.trainer.utils.user_functions import (
+    FunctionFailed,
+    call_function,
+    function_digest,
+    load_function,
+)
 
 MAX_BROKEN = 100  # broken rows at the beginning after which the source is refused
 
@@ -96,9 +100,9 @@ class RowReader:
 def _call(name: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Return the row as the user's function writes it, in the format `messages`."""
     try:
-        written = load_function(name)(dict(fields))
-    except Exception as error:  # whatever the user's own code does
-        raise RowError(f"{name}: {error_line(error)}") from None
+        written = call_function(name, dict(fields))
+    except FunctionFailed as error:
+        raise RowError(str(error)) from None
     if isinstance(written, list):
         return {"messages": written}
     if isinstance(written, dict) and "messages" in written:

@@ -186,7 +186,7 @@ def _read_template(template: str) -> dict[str, Any]:
     path = find_template(template)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
         raise BadInput(f"{path}: a template and its zero_optimization are JSON objects")

@@ -35,9 +35,9 @@ from packhorse.trainer.datatypes import BadInput, Prompt, RowError
 from packhorse.trainer.utils.math_answers import LIMIT_S as MATH_S
 from packhorse.trainer.utils.math_answers import Verdict, math_verdict
 from packhorse.trainer.utils.strict_json import parse
-from packhorse.trainer.utils.text import error_line, one_line
+from packhorse.trainer.utils.text import one_line
 from packhorse.trainer.utils.time_limit import Failed, Killed, TooLong, bounded
-from packhorse.trainer.utils.user_functions import load_function
+from packhorse.trainer.utils.user_functions import FunctionFailed, call_function
 
 PATTERN_S = 2.0  # of processor time for one answer; a sane pattern takes milliseconds
 
@@ -238,8 +238,11 @@ def _verdict(answer: str, reference: str, *, alone: bool) -> Verdict:
 
 @cache
 def _schema_of_file(file: str) -> Any:
+    path = Path(file).expanduser()
+    if not path.is_file():  # a device has no end
+        raise BadInput(f"{file}: there is no such file; give one that holds a JSON schema")
     try:
-        schema = parse(Path(file).expanduser().read_text(encoding="utf-8"))
+        schema = parse(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, RowError) as error:
         raise BadInput(f"{file}: the JSON schema cannot be read ({error})") from None
     if fault := _schema_fault(schema):
@@ -372,9 +375,9 @@ def refuses(answer: str) -> bool:
 
 def _call_function(name: str, prompt: Prompt, answer: str) -> float:
     try:
-        result = load_function(name)(prompt.text, answer, prompt.reference, dict(prompt.row))
-    except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise Unscored(f"{name}: {error_line(error)}") from None
+        result = call_function(name, prompt.text, answer, prompt.reference, dict(prompt.row))
+    except FunctionFailed as error:
+        raise Unscored(str(error)) from None
     if result is None:
         raise Unscored(f"{name}: None")
     if not isinstance(result, Real) or not 0 <= float(result) <= 1:

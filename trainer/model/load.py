@@ -82,7 +82,12 @@ def load_tokenizer(section: ModelSection) -> Any:
             raise BadInput(
                 f"model.chat_template: there is no file {path}; give a Jinja file, or `chatml`"
             )
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise BadInput(
+                f"model.chat_template: {path} is no text in UTF-8 ({error}); give a Jinja file"
+            ) from None
     return tokenizer
 
 

@@ -18,7 +18,10 @@ def printable(text: object, cap: int) -> str:
 
 def error_line(error: BaseException, cap: int = 80) -> str:
     """Return the class and the message of an error on one printable line."""
-    message = printable(error, cap)
+    try:
+        message = printable(error, cap)
+    except Exception:  # a class of the user's, whose text cannot be made
+        message = ""
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 

@@ -56,6 +56,27 @@ def load_function(name: str) -> Callable[..., Any]:
     return function
 
 
+class FunctionFailed(Exception):
+    """A function of the user raised something; the message names both."""
+
+
+def call_function(name: str, *arguments: Any) -> Any:
+    """Return what the function `module:function` returns.
+
+    Raises:
+        FunctionFailed: it raised anything but KeyboardInterrupt. An exit that it asks for is no
+            exit of the run, which would look like its end.
+        BadInput: as load_function.
+    """
+    function = load_function(name)
+    try:
+        return function(*arguments)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, asyncio's CancelledError
+        raise FunctionFailed(f"{name}: {error_line(error)}") from None
+
+
 def function_digest(name: str) -> str:
     """Return the xxh3-128 of the module's file. Modules that it imports do not count."""
     load_function(name)
