@@ -44,20 +44,23 @@ def read_secret(run_dir: Path) -> bytes:
         _make_secret(path)
         end = time.monotonic() + _WHOLE_S
         while True:
-            with path.open() as file:
-                mode, text = stat.S_IMODE(os.fstat(file.fileno()).st_mode), file.read()
+            # a pipe would be waited for without end, and a device may never end
+            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+                found = os.fstat(file.fileno())
+                mode, text = stat.S_IMODE(found.st_mode), file.read(2 * _SECRET_BYTES + 1) or b""
+            is_whole = stat.S_ISREG(found.st_mode) and len(text) == 2 * _SECRET_BYTES
             # another node may be writing it at this moment
-            if len(text) == 2 * _SECRET_BYTES or time.monotonic() > end:
+            if is_whole or time.monotonic() > end:
                 break
             time.sleep(0.05)
     except OSError as error:
         raise BadInput(f"run.dir: {path} cannot be used ({error})") from None
-    if mode & 0o077 or len(text) != 2 * _SECRET_BYTES:
+    if mode & 0o077 or not is_whole:
         raise BadInput(
             f"run.dir: {path} must be whole, and its owner's alone (mode 0600, not {mode:04o}); "
             f"delete it, or move run.dir to a file system with modes"
         )
-    return text.encode()
+    return text
 
 
 def _make_secret(path: Path) -> None:

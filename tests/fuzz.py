@@ -40,7 +40,7 @@ MANIFEST = {
     "format": 2,
     "state": dict.fromkeys(STATE, 1),
     "shapes": {"w": [2]},
-    "files": {"rank00000-000.safetensors": {"bytes": 1, "xxh3": "0", "slices": {}}},
+    "files": {"rank00000-000.safetensors": {"bytes": 8, "xxh3": "0", "slices": []}},
     "digests": {"w": {"weight": "0f"}},
     "description": {"config.json": "0"},
 }

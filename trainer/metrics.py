@@ -20,6 +20,7 @@ from packhorse.trainer import dist
 from packhorse.trainer.datatypes import Batch, StepPlan, StepResult
 from packhorse.trainer.trackers import Trackers
 from packhorse.trainer.utils.files import append_json_lines, cut_json_lines, read_json_lines
+from packhorse.trainer.utils.log_lines import LOGS, check_evaluation
 
 # Dense bf16 FLOP/s from the makers' data sheets. The longest name that a device's name contains
 # counts, so that an "H100 PCIe" is not taken for an H100.
@@ -184,7 +185,6 @@ PARTS = ("data", "forward", "backward", "optimizer", "checkpoint", "evaluation")
 # ------------------------------------------------------------------------------------------ the log
 
 EVALUATIONS = "evaluations.jsonl"  # in the run folder: a line for each evaluation that ended
-LOGS = ("metrics.jsonl", "samples.jsonl", "trace.jsonl")  # there, too: lines of steps
 _STEPS_MEASURED = 3  # after which a GPU's memory is compared with the prediction
 # summed between two lines, then over ranks
 _SUMS = ("tokens", "trained", "sequences", "fillers", "micro_batches", "flops", "seconds")
@@ -234,16 +234,17 @@ class Metrics:
         self._path = run_dir / "metrics.jsonl"
         self._board = None
         if dist.is_main():
-            cut_json_lines(run_dir / EVALUATIONS, lambda line: line["step"] <= resumed_at)
-            evaluated = {line["step"] for line in read_json_lines(run_dir / EVALUATIONS)}
+            done = run_dir / EVALUATIONS
+            cut_json_lines(done, lambda line: line["step"] <= resumed_at, check_evaluation)
+            evaluated = {line["step"] for line in read_json_lines(done)}
 
             def is_kept(line: dict[str, Any]) -> bool:
                 if line["step"] == resumed_at and resumed_at not in evaluated:
                     return "train/loss" in line
                 return line["step"] <= resumed_at
 
-            for name in LOGS:
-                cut_json_lines(run_dir / name, is_kept)
+            for name, check in LOGS.items():
+                cut_json_lines(run_dir / name, is_kept, check)
             if to_tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 

@@ -17,6 +17,7 @@ has all of them.
 
 from __future__ import annotations
 
+import os
 import platform
 import secrets
 import shlex
@@ -49,6 +50,7 @@ from packhorse.trainer.utils.files import (
     write_json,
     write_synced,
 )
+from packhorse.trainer.utils.log_lines import check_summary
 
 if TYPE_CHECKING:  # what reads a run needs no DeepSpeed
     from packhorse.trainer.engine.engine import Engine
@@ -62,6 +64,8 @@ _WRITTEN = (
     *("attention.json", "trace.jsonl", "environment.json", "best.json", "summary.json"),
     *("pushed.json", LOG_FILE, IDS),
 )
+_FOLDERS = ("checkpoints", "logs", "model", "profile", "serving", "shards", "tensorboard")
+_FILES = {*_WRITTEN, "recipe.yaml", "data.json", "data.png", STOP_FILE, LOG} - {*_FOLDERS}
 _LENGTHS = ("train.epochs", "train.steps")
 
 
@@ -108,6 +112,7 @@ def require_same_run(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> 
         BadInput: the folder holds a run of another recipe (C8), or files that no run wrote and
             this one would replace.
     """
+    _require_kinds(run_dir)
     saved = run_dir / "recipe.yaml"
     saves = has_checkpoint(run_dir)
     if not (saves and saved.is_file()):
@@ -127,6 +132,20 @@ def require_same_run(recipe: Recipe, run_dir: Path, *, extend: bool = False) -> 
 def has_checkpoint(run_dir: Path) -> bool:
     """Return whether the folder holds a run that has saved."""
     return bool(list_published(run_dir / "checkpoints"))
+
+
+def _require_kinds(run_dir: Path) -> None:
+    """Refuse a folder in which something else has the name of a file or folder of a run: through a
+    link the run would write elsewhere, and for a pipe it would wait without end."""
+    for name in sorted({*_FILES, *_FOLDERS}):
+        path = run_dir / name
+        is_folder = name in _FOLDERS
+        fits = path.is_dir() if is_folder else path.is_file() and not path.is_symlink()
+        if os.path.lexists(path) and not fits:
+            raise BadInput(
+                f"run.dir: {path} is no {'folder' if is_folder else 'plain file'}, as the run "
+                "writes it there; move it away, or give another run.dir"
+            )
 
 
 def _require_own(run_dir: Path) -> None:
@@ -279,12 +298,13 @@ def describe_end(recipe: Recipe, run_dir: Path) -> str:
         BadInput: the summary is missing, damaged, or of an earlier version.
     """
     found = read_json_file(run_dir / "summary.json")
-    shown = {"steps", "before", "after", "best", "skipped_steps", "seconds", "tokens_per_s"}
-    if not shown <= found.keys():
+    try:
+        check_summary(found)
+    except (LookupError, TypeError):
         raise BadInput(
-            f"{run_dir}/summary.json: missing, or written by an earlier version; the run is done, "
-            "and its numbers are in metrics.jsonl"
-        )
+            f"{run_dir}/summary.json: missing, damaged, or written by an earlier version; the run "
+            "is done, and its numbers are in metrics.jsonl"
+        ) from None
     before, after, best = found["before"], found["after"], found["best"]
     rows = [(name, f"{_number(before.get(name))} -> {_number(after[name])}") for name in after]
     if best:

@@ -59,12 +59,13 @@ from packhorse.trainer.eval.server_answers import check_server
 from packhorse.trainer.guard import Guard, StepNotApplied
 from packhorse.trainer.hang_watchdog import Watch
 from packhorse.trainer.loop import Outcome, TrainingRun, is_due, train_loop
-from packhorse.trainer.metrics import EVALUATIONS, LOGS, Metrics, Profiler
+from packhorse.trainer.metrics import EVALUATIONS, Metrics, Profiler
 from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.trackers import Trackers, open_trackers
 from packhorse.trainer.utils.files import Stopped, sync_file
 from packhorse.trainer.utils.lease import owned
+from packhorse.trainer.utils.log_lines import LOGS
 from packhorse.trainer.utils.numa import bind_to_numa_node
 from packhorse.trainer.utils.progress import Progress
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,16 @@ def narrow(folder: Path) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tensors": (lambda f: (f / TENSORS).unlink(), "cannot read .*adapter_model.safetensors"),
+    "a pipe": (
+        lambda f: ((f / TENSORS).unlink(), os.mkfifo(f / TENSORS)),
+        "cannot read .*adapter_model.safetensors",
+    ),
     "cut tensors": (lambda f: (f / TENSORS).write_bytes(b"1234"), "cannot read .*adapter_model"),
     "cut": (lambda f: (f / "adapter_config.json").write_text("{"), "cannot read .*_config.json"),
+    "deep": (
+        lambda f: (f / "adapter_config.json").write_text("[" * 99_999),
+        "cannot read .*_config.json .RecursionError",
+    ),
     "a list": (lambda f: (f / "adapter_config.json").write_text("[1]"), "cannot read .*_config"),
     "row": (narrow, r"`base_model.*lora_A.weight` is \(1, \d+\) in .* and \(4, \d+\) here"),
     "alpha_pattern": (changed(alpha_pattern={"q_proj": 400}), "`alpha_pattern`: it is False here"),

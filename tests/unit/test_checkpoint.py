@@ -17,7 +17,7 @@ import torch
 
 from packhorse.trainer import dist
 from packhorse.trainer.checkpoint import checkpoint, saver
-from packhorse.trainer.checkpoint.manifest import RunState
+from packhorse.trainer.checkpoint.manifest import RunState, read_best
 from packhorse.trainer.checkpoint.saver import Saver
 from packhorse.trainer.config.recipe import CheckpointSection
 from packhorse.trainer.datatypes import BadInput
@@ -277,6 +277,25 @@ def test_what_is_put_beside_the_checkpoints_is_neither_read_nor_pruned(tmp_path:
     publish(tmp_path, 2, keep=1)
     assert copy.exists()
     assert found_step(tmp_path) == 2
+
+
+def test_one_that_was_moved_to_another_disk_is_pruned_there_by_its_link_alone(
+    tmp_path: Path,
+) -> None:
+    publish(tmp_path, 1)
+    there = tmp_path / "large"
+    (tmp_path / "checkpoints" / "step-000001").rename(there)
+    (tmp_path / "checkpoints" / "step-000001").symlink_to(there)
+    assert found_step(tmp_path) == 1
+    publish(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["latest", "step-000002"]
+    assert (there / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"step-" + b"9" * 9000, b"", b"../x"])
+def test_a_damaged_name_of_the_best_one_names_none(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "best").write_bytes(text)
+    assert read_best(tmp_path) is None
 
 
 @pytest.mark.parametrize("name", [".saving-step-000002", ".removing-step-000001"])

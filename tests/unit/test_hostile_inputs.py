@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -26,6 +27,9 @@ from packhorse.trainer.cli import main
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.dist import escape_controls, start_logging
+from packhorse.trainer.engine import ds_config
+from packhorse.trainer.eval import scorers
+from packhorse.trainer.model.load import load_tokenizer
 from packhorse.trainer.utils.text import show_controls
 from tests.ranks import ROOT
 
@@ -96,6 +100,39 @@ def test_merge_keys_are_allowed(tmp_path: Path) -> None:
     assert (found.lr, found.eps) == (1e-2, 1e-6)
 
 
+@pytest.mark.parametrize("key", ["model.chat_template", "parallel.deepspeed", "schema"])
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 99_999, None])
+def test_a_file_that_the_recipe_names_may_hold_anything(
+    tmp_path: Path, key: str, content: bytes | None
+) -> None:
+    """None: it is a device, which has no end."""
+    path = tmp_path / "file"
+    if content is None:
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(content)
+    if key == "schema":
+        scorer = f"eval.generate.scorers={{odd: {{kind: json_schema, file: {path}}}}}"
+        section: Any = load_recipe("debug", [scorer]).eval.generate
+        prompt: Any = None  # which a schema of a file does not ask for
+        work = lambda: scorers.expected(section.scorers["odd"], prompt)  # noqa: E731
+    elif key == "parallel.deepspeed":
+        recipe = load_recipe("debug", [f"{key}={path}"])
+        work = lambda: ds_config._read_template(recipe.parallel.deepspeed)  # noqa: E731
+    else:
+        work = lambda: load_tokenizer(load_recipe("debug", [f"{key}={path}"]).model)  # noqa: E731
+    if key == "model.chat_template" and content == b"[" * 99_999:
+        work()  # a text, which is rendered later
+        return
+    with pytest.raises(BadInput, match="file"):
+        work()
+
+
+STATE = dict.fromkeys(("step", "updates", "micro_batch_size", "world_size", "stage"), 1)
+STATE |= {"data": "0", "recent_losses": [1.5]}
+FILE = "rank00000-000.safetensors"
+
+
 @pytest.mark.parametrize(
     "name", ["../outside", "/etc/passwd", "rank00000-000.safetensors/../../x", "", "manifest.json"]
 )
@@ -109,6 +146,39 @@ def test_a_manifest_names_no_file_elsewhere(name: str) -> None:
     }
     with pytest.raises(ValueError, match="no name of a checkpoint's file"):
         Manifest.parse(json.dumps({**content, "xxh3": _content_checksum(content)}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("state", {**STATE, "step": "many"}),
+        ("state", {**STATE, "recent_losses": {"a": 1}}),
+        ("shapes", {"w": [10**15]}),
+        ("shapes", {"w": [-1]}),
+        ("shapes", {"w": "2"}),
+        ("files", {FILE: {"bytes": 8, "xxh3": "0", "slices": [["w", "0", []]]}}),
+        ("files", {FILE: {"bytes": None, "xxh3": "0", "slices": []}}),
+        ("description", {"config.json": ["0"]}),
+    ],
+)
+def test_a_manifest_of_other_values_is_a_damaged_one(tmp_path: Path, key: str, value: Any) -> None:
+    """Its checksum proves nothing: whoever changes it can make a new one."""
+    content = {
+        "format": 2,
+        "state": STATE,
+        "shapes": {"w": [2]},
+        "files": {FILE: {"bytes": 8, "xxh3": "0", "slices": [["w", 0, 2]]}},
+        "digests": {"w": {"weight": "0f"}},
+    }
+    folder = tmp_path / "checkpoints" / "step-000001"
+    folder.mkdir(parents=True)
+    for tree in (content, {**content, key: value}):
+        text = json.dumps({**tree, "xxh3": _content_checksum(tree)})
+        (folder / "manifest.json").write_text(text)
+        if tree is content:
+            assert Manifest.read(folder).state.step == 1
+    with pytest.raises(ValueError, match=r"validation error|does not fit into its files"):
+        Manifest.read(folder)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from packhorse.trainer.checkpoint.hub import check_push, push
+from packhorse.trainer.checkpoint.hub import PUSHED, check_push, push, push_run
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils import own_output
@@ -80,6 +80,12 @@ def test_a_hub_that_does_not_let_us_in_says_so_without_the_token(hub, tmp_path, 
     for error in (refused, wrong):
         assert TOKEN not in str(error.value)
         assert "hf_wrongToken" not in str(error.value)
+
+
+def test_a_damaged_note_of_what_was_pushed_is_said(tmp_path):
+    (tmp_path / PUSHED).write_text('{"repo": ')
+    with pytest.raises(BadInput, match=r"pushed\.json: damaged"):
+        push_run(tmp_path, "me/it", 3)
 
 
 def test_a_name_that_is_no_repository_is_refused():

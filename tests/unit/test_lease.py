@@ -102,6 +102,12 @@ def test_a_silent_one_of_another_machine_is_followed_after_its_time(tmp_path, te
         assert number.name == ".lease-000008"
 
 
+def test_a_pipe_in_the_place_of_a_lease_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / ".lease-000001")
+    with owned(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".lease-000002"]
+
+
 def test_every_writer_asks_first(tmp_path):
     (tmp_path / "aside").mkdir()
     writers = [

@@ -17,6 +17,10 @@ from packhorse.trainer.utils.files import read_json_lines
 from packhorse.trainer.utils.progress import _clock
 from tests.model_helpers import pack
 
+REST: dict[str, dict[str, Any]] = {  # what a line has beside its step
+    "samples.jsonl": {"prompt": "", "answer": "", "reference": "", "scores": {}},
+    EVALUATIONS: {"eval_loss": 1.5, "metrics": {}},
+}
 H, LAYERS, HEADS, GROUPS, INNER, VOCABULARY = 16, 3, 4, 2, 40, 50
 
 
@@ -134,8 +138,9 @@ def test_a_damaged_line_costs_no_other_line_and_is_set_aside(
     log(tmp_path, flops, 0, 4)
     names = ("metrics.jsonl", "trace.jsonl", "samples.jsonl", EVALUATIONS)
     for name in names:
-        lines = [b'{"step": 1}', damaged, b'{"step": 2}', b'{"step": 9}', b'{"step": 2, "to']
-        (tmp_path / name).write_bytes(b"\n".join(lines))
+        lines = [json.dumps({"step": n, **REST.get(name, {})}).encode() for n in (1, 2, 9)]
+        lines[1:1] = [damaged]
+        (tmp_path / name).write_bytes(b"\n".join([*lines, b'{"step": 2, "to']))
     with caplog.at_level("WARNING", "packhorse"):
         log(tmp_path, flops, 4, 4)
     for name in names:
@@ -149,9 +154,11 @@ def test_a_damaged_line_costs_no_other_line_and_is_set_aside(
 def test_an_answer_with_a_line_separator_in_it_is_one_line(
     tmp_path: Path, flops: ModelFlops
 ) -> None:
-    (tmp_path / "samples.jsonl").write_text('{"step": 1, "answer": "a\u2028b"}\n', encoding="utf-8")
+    line = {"step": 1, **REST["samples.jsonl"], "answer": "a\u2028b"}
+    text = json.dumps(line, ensure_ascii=False) + "\n"
+    (tmp_path / "samples.jsonl").write_text(text, encoding="utf-8")
     log(tmp_path, flops, 2, 3)
-    assert read_json_lines(tmp_path / "samples.jsonl") == [{"step": 1, "answer": "a\u2028b"}]
+    assert read_json_lines(tmp_path / "samples.jsonl") == [line]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +168,7 @@ def test_an_evaluation_that_did_not_end_leaves_nothing(
     tmp_path: Path, flops: ModelFlops, recorded: list[int], left: list[int]
 ) -> None:
     """One that ended stays, unless its step is trained again."""
-    samples = [{"step": step, "answer": "a"} for step in (0, 2)]
+    samples = [{"step": step, **REST["samples.jsonl"]} for step in (0, 2)]
     logged = [
         {"step": 0, "eval/loss": 9.0},
         {"step": 2, "train/loss": 5.0},
@@ -170,7 +177,7 @@ def test_an_evaluation_that_did_not_end_leaves_nothing(
     for name, lines in {
         "samples.jsonl": samples,
         "metrics.jsonl": logged,
-        EVALUATIONS: [{"step": step} for step in recorded],
+        EVALUATIONS: [{"step": step, **REST[EVALUATIONS]} for step in recorded],
     }.items():
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     log(tmp_path, flops, 2, 2)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -90,6 +91,22 @@ def test_an_archive_writes_no_other_files_than_a_runs(tmp_path, place, name):
         start(tmp_path / "outer" / "second", place)
     assert not any("of somebody" in p.read_text() for p in (tmp_path / "outer").rglob("*.*ml"))
     assert not (tmp_path / "outer" / "second" / "checkpoints" / "step-000010").exists()
+
+
+@pytest.mark.parametrize("place", ["file"], indirect=True)
+def test_an_archive_that_unfolds_to_more_than_there_is_room_is_refused(
+    tmp_path, place, monkeypatch
+):
+    save(start(tmp_path / "first", place), tmp_path / "first", 10)
+    packed = Path(place.removeprefix("file://")) / "step-000010" / "run.zip"
+    with zipfile.ZipFile(packed, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("trace.jsonl", b"\0" * (64 << 20))
+    assert packed.stat().st_size < 1 << 20
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=32 << 20))
+    with pytest.raises(BadInput, match=r"needs 0.06 GiB and 0.03 GiB are free"):
+        start(tmp_path / "second", place)
+    assert not (tmp_path / "second" / "trace.jsonl").exists()
 
 
 @pytest.mark.parametrize("place", ["s3", "gs", "az", "file"], indirect=True)

@@ -258,6 +258,23 @@ def test_a_secret_that_others_may_read_or_that_stays_torn_is_refused(tmp_path, m
         read_secret(tmp_path)
 
 
+@pytest.mark.parametrize("what", ["a pipe", "a device", "bytes that are no text", "a folder"])
+def test_what_is_no_secret_is_refused_and_not_waited_for(tmp_path, monkeypatch, what):
+    monkeypatch.setattr(signed_store, "_WHOLE_S", 0.2)
+    path = tmp_path / SECRET
+    if what == "a pipe":
+        os.mkfifo(path, 0o600)
+    elif what == "a device":
+        path.symlink_to("/dev/zero")
+    elif what == "a folder":
+        path.mkdir()
+    else:
+        path.write_bytes(b"\xff" * 99)
+        path.chmod(0o600)
+    with pytest.raises(BadInput, match=r"must be whole|Is a directory"):
+        read_secret(tmp_path)
+
+
 def test_a_secret_that_is_being_written_is_waited_for(tmp_path):
     text = read_secret(tmp_path / "other")
     descriptor = os.open(tmp_path / SECRET, os.O_CREAT | os.O_WRONLY, 0o600)

@@ -5,6 +5,7 @@ hardware may (C8).
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -56,7 +57,7 @@ def test_a_damaged_summary_is_said_in_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"summary\.json: damaged"):
         describe_end(recipe(tmp_path), tmp_path)
     (tmp_path / "summary.json").unlink()
-    with pytest.raises(BadInput, match=r"summary\.json: missing, or written by an earlier version"):
+    with pytest.raises(BadInput, match=r"summary\.json: missing, damaged, or written by"):
         describe_end(recipe(tmp_path), tmp_path)
     write_summary(tmp_path, 1, 2.0, 0, {})
     assert "1 steps are done" in describe_end(recipe(tmp_path), tmp_path), (
@@ -190,6 +191,41 @@ def test_files_that_no_run_wrote_are_not_replaced(tmp_path: Path, name: str) -> 
     with pytest.raises(BadInput, match=name.split("/")[0]):
         open_run_folder(recipe(tmp_path), tmp_path)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [tmp_path / name]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.yaml", "stop.json", "logs", "model"])
+@pytest.mark.parametrize("kind", ["pipe", "link to a file", "link to nowhere", "other kind"])
+def test_what_cannot_be_a_runs_own_file_or_folder_is_refused(
+    tmp_path: Path, name: str, kind: str
+) -> None:
+    """Through a link the run would write elsewhere, and a pipe would hold it up for ever."""
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    open_run_folder(recipe(run), run)
+    (run / name).unlink(missing_ok=True)
+    mine.write_text("mine")
+    if kind == "pipe":
+        os.mkfifo(run / name)
+    elif kind == "link to a file":
+        (run / name).symlink_to(mine)
+    elif kind == "link to nowhere":
+        (run / name).symlink_to(tmp_path / "nowhere")
+    elif name in ("logs", "model"):
+        (run / name).write_text("")
+    else:
+        (run / name).mkdir()
+    with pytest.raises(BadInput, match=rf"{name} is no (folder|plain file)"):
+        open_run_folder(recipe(run), run)
+    assert mine.read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_runs_folders_may_lie_on_another_disk(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (tmp_path / "large").mkdir()
+    run.mkdir()
+    (run / "checkpoints").symlink_to(tmp_path / "large")
+    run.joinpath("recipe.yaml").write_text(recipe(run).to_yaml())
+    open_run_folder(recipe(run), run)
 
 
 def test_a_folder_with_other_files_may_become_a_run_folder(tmp_path: Path) -> None:

@@ -18,12 +18,13 @@ from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.metrics import EVALUATIONS
 from packhorse.trainer.utils.files import read_json_lines, write_json
+from packhorse.trainer.utils.log_lines import check_evaluation
 
 
 def evaluations(folder: Path) -> dict[int, dict[str, Any]]:
     """Return the lines of a folder's evaluations.jsonl by step, in order."""
     # a run that is still writing may have left half a line
-    lines = read_json_lines(folder / EVALUATIONS, skip_damaged=True)
+    lines = read_json_lines(folder / EVALUATIONS, skip_damaged=True, check=check_evaluation)
     return {line["step"]: line for line in sorted(lines, key=lambda line: line["step"])}
 
 

@@ -20,7 +20,7 @@ from packhorse.trainer.checkpoint.manifest import read_best
 from packhorse.trainer.config.packaged import MAIN
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.dist import log
-from packhorse.trainer.utils.files import write_json
+from packhorse.trainer.utils.files import read_json_file, write_json
 from packhorse.trainer.utils.own_output import MARKER
 from packhorse.trainer.utils.text import error_line
 
@@ -111,7 +111,7 @@ def push_run(run_dir: Path, repo: str, last: int) -> None:
     step = read_best(run_dir / "checkpoints") or last
     facts = {"repo": repo, "step": step}
     told = run_dir / PUSHED
-    if told.is_file() and json.loads(told.read_text(encoding="utf-8")) == facts:
+    if read_json_file(told) == facts:
         return
     gc.collect()
     torch.cuda.empty_cache()  # an export may need the GPU

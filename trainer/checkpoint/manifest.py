@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from pydantic import NonNegativeInt, TypeAdapter
 
 from packhorse.trainer.engine.sharded_state import BESIDE, FROZEN, WEIGHT, Digests, File
 from packhorse.trainer.utils.files import write_synced
@@ -75,7 +77,12 @@ class Manifest:
         path = folder / MANIFEST
         if path.exists() and not path.is_file():  # a pipe would be waited for without end
             raise ValueError(f"{MANIFEST} is no file")
-        return cls.parse(path.read_text(encoding="utf-8"))
+        manifest = cls.parse(path.read_text(encoding="utf-8"))
+        held = sum(file.bytes for file in manifest.files.values())
+        for name, shape in manifest.shapes.items():
+            if math.prod(shape) > held:  # memory is taken for it
+                raise ValueError(f"`{name}` of shape {shape} does not fit into its files")
+        return manifest
 
     @classmethod
     def parse(cls, text: str) -> Manifest:
@@ -96,12 +103,19 @@ class Manifest:
             for name, states in content["digests"].items()
             for state, value in dict(states).items()
         }
-        files = {name: File(**file) for name, file in content["files"].items()}
+        files = _FILES.validate_python(content["files"])
         for name in files:
             if not _FILE_NAME.fullmatch(name):  # as ../../x, which a mirror would write there
                 raise ValueError(f"{name!r} is no name of a checkpoint's file")
-        state, described = RunState(**content["state"]), content.get("description", {})
-        return cls(state, content["shapes"], files, digests, described)
+        state = _STATE.validate_python(content["state"])
+        shapes = _SHAPES.validate_python(content["shapes"])
+        described = _TEXTS.validate_python(content.get("description", {}))
+        return cls(state, shapes, files, digests, described)
+
+
+# by which values are checked: pydantic's error is a ValueError
+_STATE, _FILES = TypeAdapter(RunState), TypeAdapter(dict[str, File])
+_SHAPES, _TEXTS = TypeAdapter(dict[str, list[NonNegativeInt]]), TypeAdapter(dict[str, str])
 
 
 def _content_checksum(content: dict[str, Any]) -> str:
@@ -115,7 +129,7 @@ def folder_name(step: int) -> str:
 
 def step_of(name: str) -> int | None:
     """Return the step of a checkpoint's folder; None for another name, as step-000200-copy."""
-    found = re.fullmatch("step-([0-9]+)", name.strip())
+    found = re.fullmatch("step-([0-9]{1,18})", name.strip())
     return int(found[1]) if found else None
 
 
@@ -130,7 +144,7 @@ def point_at_best(root: Path, step: int | None) -> None:
 def read_best(root: Path) -> int | None:
     """Return the step that `best` names, or None if there is none."""
     path = root / "best"
-    return step_of(path.read_text()) if path.is_file() else None
+    return step_of(path.read_text(errors="replace")) if path.is_file() else None
 
 
 def list_published(root: Path) -> dict[int, Path]:
@@ -163,4 +177,12 @@ def remove(folder: Path) -> None:
     aside = folder.with_name(f".removing-{folder.name}")
     require_owned(folder)
     folder.rename(aside)
-    shutil.rmtree(aside)
+    delete(aside)
+
+
+def delete(path: Path) -> None:
+    """Delete a folder; of a link to one, which a user has moved to another disk, the link alone."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink()
+    else:
+        shutil.rmtree(path)

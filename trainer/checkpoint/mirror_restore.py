@@ -104,11 +104,14 @@ def _unpack(place: Place, run_dir: Path, step: int) -> None:
         with place.fs.open(place.path(f"{folder_name(step)}/{RUN}"), "rb") as file:
             shutil.copyfileobj(file, packed, 1 << 22)
         with zipfile.ZipFile(packed) as archive:
+            # a small archive can unfold to any size; not more than this is read from it
+            _require_room(run_dir, sum(entry.file_size for entry in archive.infolist()))
             for name in archive.namelist():
                 if not _is_run_file(name):
                     raise BadInput(f"checkpoint.mirror: {place.url}: {RUN} holds {name}")
                 aside = run_dir / f".{Path(name).name}.new"
-                aside.write_bytes(archive.read(name))
+                with archive.open(name) as content, aside.open("wb") as file:
+                    shutil.copyfileobj(content, file, 1 << 22)
                 (run_dir / name).parent.mkdir(exist_ok=True)
                 aside.replace(run_dir / name)
     for path in place.names("shards"):

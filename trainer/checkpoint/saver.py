@@ -19,6 +19,7 @@ from packhorse.trainer import dist
 from packhorse.trainer.checkpoint.manifest import (
     Manifest,
     RunState,
+    delete,
     folder_name,
     point_at_best,
     prune,
@@ -175,7 +176,7 @@ class Saver:
         """Delete what interrupted saves and removals left; at the start, as no save may follow."""
         self._root.mkdir(parents=True, exist_ok=True)
         for left in self._root.glob(".*-step-*"):
-            shutil.rmtree(left)
+            delete(left)
 
     def _publish(self, staged: Path, manifest: Manifest, best: int | None) -> None:
         manifest.write(staged)

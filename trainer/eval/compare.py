@@ -7,7 +7,6 @@ blur the difference.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,8 +16,10 @@ from packhorse.trainer.config.best import EVAL_LOSS
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.eval.confidence import Difference, paired
 from packhorse.trainer.metrics import EVALUATIONS
-from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.files import read_json_file, read_json_lines
+from packhorse.trainer.utils.log_lines import check_pair, check_scores
 from packhorse.trainer.utils.tables import shorten_path, terminal_width
+from packhorse.trainer.utils.text import show_controls
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -80,12 +81,17 @@ def read_results(place: str) -> Results:
     metrics = dict(lines[at]["metrics"])
     samples = [
         line
-        for line in read_json_lines(folder / "samples.jsonl", skip_damaged=True)
-        if line["step"] == at
+        for line in read_json_lines(folder / "samples.jsonl", skip_damaged=True, check=check_pair)
+        if line.get("step") == at
     ]
     if (folder / HARNESS_METRICS).is_file():
-        metrics |= json.loads((folder / HARNESS_METRICS).read_text(encoding="utf-8"))
-        samples += read_json_lines(folder / HARNESS_SAMPLES, skip_damaged=True)
+        of_harness = read_json_file(folder / HARNESS_METRICS)
+        try:
+            check_scores(of_harness)
+        except (LookupError, TypeError) as error:
+            raise BadInput(f"{folder / HARNESS_METRICS}: damaged ({error})") from None
+        metrics |= of_harness
+        samples += read_json_lines(folder / HARNESS_SAMPLES, skip_damaged=True, check=check_pair)
     return Results(
         name=f"{name} at step {at}",
         step=at,
@@ -155,7 +161,7 @@ def table_of_one(results: Results) -> Table:
     table.add_row(EVAL_LOSS, f"{results.eval_loss:.4f}", "", "")
     for name, metric in results.metrics.items():
         interval = _interval(metric.get("low"), metric.get("high"))
-        table.add_row(name, _value(metric), interval, str(metric["count"]))
+        table.add_row(_plain(name), _value(metric), interval, str(metric["count"]))
     return table
 
 
@@ -173,25 +179,36 @@ def table_of_two(a: Results, b: Results) -> Table:
         shown = [_with_interval(results.metrics.get(name)) for results in (a, b)]
         found = difference(a, b, name)
         if found is None:
-            table.add_row(name, *shown, "", "", "", "")
+            table.add_row(_plain(name), *shown, "", "", "", "")
             continue
         test, prompts = found
         p = "< 0.001" if test.p < 0.001 else f"{test.p:.3f}"
         table.add_row(
-            name, *shown, f"{test.value:+.3f}", _interval(test.low, test.high, "+"), p, str(prompts)
+            _plain(name),
+            *shown,
+            f"{test.value:+.3f}",
+            _interval(test.low, test.high, "+"),
+            p,
+            str(prompts),
         )
     return table
 
 
 def _short(name: str) -> str:
+    return _plain(shorten_path(name, terminal_width() - len("A: ")))
+
+
+def _plain(text: str) -> str:
+    """Return a text of a file for a cell of a table: it marks nothing up there, nor does it control
+    the terminal."""
     from rich.markup import escape
 
-    return escape(shorten_path(name, terminal_width() - len("A: ")))
+    return escape(show_controls(text))
 
 
 def _value(metric: dict[str, Any]) -> str:
     if metric["value"] is None:
-        return f"missing: {metric['missing']}"
+        return _plain(f"missing: {metric.get('missing', '')}")
     return f"{metric['value']:.3f}"
 
 

@@ -38,9 +38,10 @@ from packhorse.trainer.eval.metrics import (
 from packhorse.trainer.eval.openai_client import Unreachable
 from packhorse.trainer.eval.scorers import likeliest
 from packhorse.trainer.hang_watchdog import Watch
-from packhorse.trainer.metrics import EVALUATIONS, LOGS, Metrics
+from packhorse.trainer.metrics import EVALUATIONS, Metrics
 from packhorse.trainer.stop_flag import StopFlag
 from packhorse.trainer.utils.files import Stopped, append_json_lines, read_json_lines, sync_file
+from packhorse.trainer.utils.log_lines import LOGS
 from packhorse.trainer.utils.progress import track
 
 

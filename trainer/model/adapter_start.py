@@ -83,8 +83,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     try:
         theirs = {**LoraConfig().to_dict(), **json.loads(path.read_text(encoding="utf-8"))}
         path = folder / "adapter_model.safetensors"
+        if not path.is_file():  # a pipe would be waited for without end
+            raise OSError("there is no such file")
         return theirs, load_file(path)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, RecursionError, SafetensorError) as error:
         raise BadInput(
             f"adapter.init_from: cannot read {path} ({error_line(error, 200)}); save the adapter "
             "with peft anew, or give another folder"

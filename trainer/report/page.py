@@ -210,15 +210,13 @@ def _held_out_losses(runs: Sequence[Run], source: str | None) -> list[Curve]:
 
 def _scores(number: int, run: Run, name: str) -> Curve | None:
     """Return a metric at the evaluations that have it, with its intervals."""
-    found = {
-        step: metric
-        for step, line in run.evaluations.items()
-        if (metric := line["metrics"].get(name)) and metric["value"] is not None
-    }
-    if not found:
-        return None
-    ends = [[metric[key] for metric in found.values()] for key in ("value", "low", "high")]
-    return Curve(number, list(found), *ends)
+    found = {}
+    for step, line in run.evaluations.items():
+        metric = line["metrics"].get(name, {})
+        values = [metric.get(key) for key in ("value", "low", "high")]
+        if all(map(is_finite, values)):
+            found[step] = values
+    return Curve(number, list(found), *zip(*found.values(), strict=True)) if found else None
 
 
 def _data_figures(runs: Sequence[Run]) -> list[Figure]:

@@ -20,6 +20,7 @@ from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import EVALUATED, STOP_FILE, BadInput
 from packhorse.trainer.utils.files import read_json_file, read_json_lines
 from packhorse.trainer.utils.lease import is_alive, last_sign
+from packhorse.trainer.utils.log_lines import check_data, check_metrics
 from packhorse.trainer.utils.text import one_line
 
 State = Literal["running", "stopped", "done", "failed"]
@@ -71,14 +72,17 @@ def read_run(folder: Path) -> Run:
         BadInput: it is none, or its files are damaged; the message says which.
     """
     names = os.listdir(folder) if folder.is_dir() else []
-    if not _is_run(names):
+    # a pipe would be waited for without end
+    if not _is_run(names) or not (folder / "recipe.yaml").is_file():
         why = "no run has begun there" if "recipe.yaml" in names else "it has no recipe.yaml"
         raise BadInput(f"{folder}: not a run folder ({why})")
     try:
         recipe = load_recipe(folder / "recipe.yaml")
-        logged = read_json_lines(folder / "metrics.jsonl", skip_damaged=True)
+        path = folder / "metrics.jsonl"
+        logged = read_json_lines(path, skip_damaged=True, check=check_metrics)
         lines = [line for line in logged if LOSS in line]
         data = read_json_file(folder / "data.json")
+        check_data(data)
         steps = recipe.train.steps or data.get("train", {}).get("steps")
         ended = read_json_file(folder / "summary.json").get("steps")
         stop = read_json_file(folder / STOP_FILE).get("step")

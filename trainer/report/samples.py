@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from packhorse.trainer.report.runs import Run
 from packhorse.trainer.utils.files import read_json_lines
+from packhorse.trainer.utils.log_lines import check_sample
 
 SHOWN = 12  # prompts, the first ones: no choice of ours makes a run look better
 
@@ -48,7 +49,8 @@ def _by_step(run: Run) -> dict[int, dict[Key, dict[str, Any]]]:
     """Return a run's samples of each finished evaluation, in the steps' order."""
     by_step: dict[int, dict[Key, dict[str, Any]]] = {}
     seen: Counter[tuple[int, str]] = Counter()
-    for sample in read_json_lines(run.folder / "samples.jsonl", skip_damaged=True):
+    path = run.folder / "samples.jsonl"
+    for sample in read_json_lines(path, skip_damaged=True, check=check_sample):
         step, prompt = sample["step"], sample["prompt"]
         if step in run.evaluations:
             by_step.setdefault(step, {})[prompt, seen[step, prompt]] = sample

@@ -36,6 +36,10 @@ taken over.
 """
 
 
+Check = Callable[[dict[str, Any]], None]
+"""check(line) raises LookupError or TypeError for a damaged line, as in utils/log_lines.py."""
+
+
 class Stopped(RuntimeError):
     """The build was asked to stop. What is done is kept for the next start."""
 
@@ -86,23 +90,30 @@ def append_json_lines(path: Path, contents: Iterable[Any], *, sync: bool = False
             os.fsync(file.fileno())
 
 
-def read_json_lines(path: Path, *, skip_damaged: bool = False) -> list[dict[str, Any]]:
+def read_json_lines(
+    path: Path, *, skip_damaged: bool = False, check: Check = lambda _: None
+) -> list[dict[str, Any]]:
     """Return the objects of a file of JSON lines; an empty list if there is no file.
 
     Args:
         skip_damaged: leave out lines that are no JSON object, as the last one may be while a run
-            writes, or once it was killed.
+            writes, or once it was killed, and those that `check` finds damaged.
 
     Raises:
-        ValueError: a line is no JSON object, and `skip_damaged` is false.
+        ValueError: a line is damaged, and `skip_damaged` is false.
     """
     found = []
     for line in _lines(path):
         fields = _read_object(line)
-        if fields is not None:
+        try:
+            if fields is None:
+                raise TypeError("no JSON object")
+            check(fields)
+        except (LookupError, TypeError) as error:
+            if not skip_damaged:
+                raise ValueError(f"{path}: {line[:100]!r} is damaged ({error})") from None
+        else:
             found.append(fields)
-        elif not skip_damaged:
-            raise ValueError(f"{path}: {line[:100]!r} is no JSON object")
     return found
 
 
@@ -120,12 +131,14 @@ def read_json_file(path: Path) -> dict[str, Any]:
     return found
 
 
-def cut_json_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> None:
+def cut_json_lines(
+    path: Path, is_kept: Callable[[dict[str, Any]], bool], check: Check = lambda _: None
+) -> None:
     """Keep the lines of a file of JSON lines that `is_kept` wants, unchanged.
 
-    Damaged lines are moved to a file beside it, and that is said; a last line without an end, as a
-    killed run leaves it, is dropped. `is_kept` may raise LookupError or TypeError for an object
-    that lacks what it looks at, which is damaged, too.
+    Lines that are no JSON object, or that `check` finds damaged, are moved to a file beside it, and
+    that is said; a last line without an end, as a killed run leaves it, is dropped. `is_kept` may
+    find them damaged, too, as `check` does.
     """
     if not path.is_file():
         return
@@ -135,6 +148,7 @@ def cut_json_lines(path: Path, is_kept: Callable[[dict[str, Any]], bool]) -> Non
         try:
             if fields is None:
                 raise TypeError
+            check(fields)
             if is_kept(fields):
                 kept.append(line.removesuffix(b"\n") + b"\n")
         except (LookupError, TypeError):

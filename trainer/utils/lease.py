@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.dist import log
@@ -30,6 +30,7 @@ BEAT_S = 1.0  # between two touches of a lease
 # clocks of nodes differ.
 STALE_S = 15.0
 POLL_S = 0.2
+_MOST_BYTES = 1 << 16  # of a lease, which has a few hundred
 SILENT_S = 60.0  # for `is_alive`, which compares with this machine's clock: clocks differ a bit
 
 State = Literal["none", "unsure", "alive", "dead"]
@@ -149,7 +150,7 @@ def _last_beat(stem: Path, number: int) -> int:
     """Return the lease's modification time in ns, or 0 if it is gone."""
     try:
         # opening the file makes a network file system ask for its attributes anew
-        with _path(stem, number).open("rb") as file:
+        with _open(_path(stem, number)) as file:
             return os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
         return 0
@@ -157,9 +158,15 @@ def _last_beat(stem: Path, number: int) -> int:
 
 def _read(stem: Path, number: int) -> str:
     try:
-        return _path(stem, number).read_text(errors="replace")
+        with _open(_path(stem, number)) as file:
+            return (file.read(_MOST_BYTES) or b"").decode(errors="replace")
     except FileNotFoundError:
         return ""
+
+
+def _open(path: Path) -> IO[bytes]:
+    """Open a file to read, and a pipe or a device that has its name without waiting for it."""
+    return open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
 
 
 def _identity(pid: int) -> str:
