@@ -20,7 +20,7 @@ import torch
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import AdapterSection, Recipe, load_recipe
 from packhorse.trainer.data.batch_plan import Plan
-from packhorse.trainer.data.loader import Loader
+from packhorse.trainer.data.loader import Loader, filler_batch
 from packhorse.trainer.data.prepare import TrainData
 from packhorse.trainer.data.ranks import count_groups
 from packhorse.trainer.datatypes import BadInput
@@ -39,6 +39,7 @@ from packhorse.trainer.model.fp8 import use_fp8
 from packhorse.trainer.model.load import load_config, load_model
 from packhorse.trainer.model.loss import choose_kernel
 from packhorse.trainer.model.packing_check import prove_packing
+from packhorse.trainer.model.partly_called import partly_called_blocks
 from packhorse.trainer.model.probe_documents import longest_document
 from packhorse.trainer.model.reach import freeze_named, freeze_unreached
 from packhorse.trainer.model.sequence_check import prove_slices
@@ -87,7 +88,11 @@ def build_engine(recipe: Recipe, run_dir: Path, tokenizer: Any, *, learns: bool 
         groups = parameter_groups(model, recipe.optim)
         say_other_types(model, recipe.model.dtype)
         dist.log.info("weight decay: %s", describe_decay(model, recipe.optim))
-    engine = Engine(module, groups, recipe.optim, ds_config)
+    with failures_explained(model):
+        one_token = partial(module.hidden_states, filler_batch(tokens=1).to(dist.device()))
+        find = partial(partly_called_blocks, model, one_token, gathered)
+        partly_called = module.by_either_attention(find)
+    engine = Engine(module, groups, recipe.optim, ds_config, partly_called)
     if learns and recipe.model.compile:
         recomputes = recipe.model.activation_checkpointing != "none"
         num_layers = compile_layers(model, checkpointing=recomputes)

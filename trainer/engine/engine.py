@@ -21,9 +21,16 @@ from torch import nn
 
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import OptimSection
-from packhorse.trainer.datatypes import BadInput, Batch, StepResult
+from packhorse.trainer.datatypes import Batch, StepResult
 from packhorse.trainer.engine import compile_ops, zero_state
 from packhorse.trainer.engine.ds_config import for_deepspeed, nvme_offloads, stage_of
+from packhorse.trainer.engine.missing_gradients import (
+    GradientWatch,
+    gather_whole,
+    reduce_in_order,
+    reduces_by_hooks,
+    require_all_gradients,
+)
 from packhorse.trainer.engine.moments import moment_bytes
 from packhorse.trainer.engine.optim import (
     reduce_leaves_once,
@@ -35,8 +42,6 @@ from packhorse.trainer.engine.optim import (
 from packhorse.trainer.engine.optimizers import PIECEWISE, Lion, build_optimizer
 from packhorse.trainer.engine.streamed_adamw import StreamedAdamW
 from packhorse.trainer.metrics import Clock
-from packhorse.trainer.model.decoder import whole_layers
-from packhorse.trainer.model.feed_forward_tiles import tiled_blocks
 from packhorse.trainer.model.lora import borrowed_weights
 from packhorse.trainer.model.quantisation import numel
 from packhorse.trainer.utils.lean_import import lean_import, replaced
@@ -56,7 +61,6 @@ with lean_import("mlflow"):
     from deepspeed.runtime import compiler
     from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
     from deepspeed.utils import logger as deepspeed_logger
-    from deepspeed.utils import set_z3_leaf_module
 
     with replaced(compiler, "compile", lambda: compiler.dummy_decorator):
         import deepspeed.runtime.zero.muon.muon_optimizer
@@ -166,6 +170,7 @@ class Engine:
     Args:
         groups: parameter groups (optim.parameter_groups). None builds no optimizer: the model can
             be evaluated only.
+        partly_called: blocks that call a part of their modules for a token (partly_called.py).
     """
 
     def __init__(
@@ -174,6 +179,7 @@ class Engine:
         groups: list[dict[str, Any]] | None,
         optim: OptimSection,
         config: dict[str, Any],
+        partly_called: Sequence[nn.Module] = (),
     ) -> None:
         self.stage = stage_of(config)
         self.swaps = bool(nvme_offloads(config))
@@ -182,12 +188,7 @@ class Engine:
         self._engine: Any
         compile_ops.build_ops(compile_ops.needed_ops(config, trains=groups is not None))
         if self.stage == 3:
-            layers = whole_layers(module.model)
-            inside = {part for layer in layers for part in layer.modules()}
-            # else a block's weights would be gathered again for each tile
-            blocks = [block for block in tiled_blocks(module.model) if block not in inside]
-            for part in (*layers, *blocks):
-                set_z3_leaf_module(part, True)
+            gather_whole(module.model, partly_called)
         if groups is None:
             self._engine = _evaluation_engine(module, config)
             return
@@ -214,9 +215,13 @@ class Engine:
             gathered=gathered,
         )
         zero_state.show_pieces(self._optimizer, self.state.names(), self.module.seed)
+        by_hooks = reduces_by_hooks(self._optimizer)
+        if by_hooks and partly_called:
+            reduce_in_order(self._optimizer)
+        self._needs_all_gradients = by_hooks and not partly_called and dist.world_size() > 1
         self._gradient_watch = None
         if self.stage == 3:
-            self._gradient_watch = _GradientWatch(module)
+            self._gradient_watch = GradientWatch(module)
             reduce_leaves_once(self._engine)
             # DeepSpeed gathers a module's own weights before its forward, and those registered
             for borrower, weight in borrowed_weights(module):
@@ -289,6 +294,8 @@ class Engine:
         self._engine.backward(loss * dist.world_size())
         if self._gradient_watch:
             self._gradient_watch.check()
+        elif self._needs_all_gradients:
+            require_all_gradients(self._optimizer)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> torch.Tensor:
@@ -371,28 +378,3 @@ def _evaluation_engine(model: nn.Module, config: dict[str, Any]) -> nn.Module:
 
 def _weightless(batch: Batch) -> Batch:
     return replace(batch, weights=torch.zeros_like(batch.weights))
-
-
-class _GradientWatch:
-    """Refuses a micro-batch at ZeRO-3 in which a trained parameter got no gradient.
-
-    DeepSpeed leaves the last step's gradient in such a parameter's buffer and applies it again.
-    Experts that no token chose are such parameters.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._names = set(trained)
-        self._waiting = set(trained)
-        for name, parameter in trained.items():
-            parameter.register_hook(lambda _, name=name: self._waiting.discard(name))
-
-    def check(self) -> None:
-        """Raise BadInput if the backward left a parameter out; then start anew for the next one."""
-        if self._waiting:
-            raise BadInput(
-                f"`{min(self._waiting)}` and {len(self._waiting) - 1} other parameters got no "
-                "gradient in a micro-batch, for which ZeRO-3 would apply the last step's again; "
-                "set parallel.deepspeed=zero2"
-            )
-        self._waiting.update(self._names)

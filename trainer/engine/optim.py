@@ -18,6 +18,7 @@ from torch import nn
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import OptimSection
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.engine.missing_gradients import clip_all, fill_gradients
 from packhorse.trainer.model.expert_lora import stacked_matrices
 from packhorse.trainer.model.quantisation import numel
 from packhorse.trainer.model.roles import EMBEDDINGS, EXPERTS, LINEAR, OTHERS, roles
@@ -269,6 +270,7 @@ def step_clipped(
         not finite; the gradients are dropped then.
     """
     if stage > 0:
+        clip_all(engine.optimizer)
         # DeepSpeed clips by the configuration's `gradient_clipping`
         engine.step()
         applied = engine.was_step_applied()
@@ -276,7 +278,8 @@ def step_clipped(
         return float(engine.get_global_grad_norm()) if applied else math.nan, applied
     # At stage 0 DeepSpeed reports no norm and would apply a NaN. Every rank has all gradients
     # here, already averaged, so that the norm needs no collective. fp64, as in `gradient_norm`.
-    with_gradient = [p for p in parameters if p.grad is not None]
+    with_gradient = [p for p in parameters if p.requires_grad]
+    fill_gradients(with_gradient)
     norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in with_gradient]
     total = torch.linalg.vector_norm(torch.stack(norms))
     norm = float(total)

@@ -59,7 +59,7 @@ def freeze_unreached(
         # nothing is saved for a backward that does not come: it would hold gathered weights
         forget: Any = lambda _: None  # noqa: E731
         nothing_kept = torch.autograd.graph.saved_tensors_hooks(forget, forget)
-        with torch.enable_grad(), nothing_kept, _gathered_where_used(model, gathered):
+        with torch.enable_grad(), nothing_kept, gathered_where_used(model, gathered):
             reached = _leaves(forward())
     finally:
         model.train(training)
@@ -98,7 +98,7 @@ def _leaves(output: torch.Tensor) -> set[int]:
 
 
 @contextmanager
-def _gathered_where_used(model: Any, gathered: Gathered) -> Iterator[None]:
+def gathered_where_used(model: Any, gathered: Gathered) -> Iterator[None]:
     """Hold each layer's parameters whole while it runs, and those outside layers by module.
 
     No engine exists yet whose hooks would gather them. A layer is gathered whole, as modules in it
