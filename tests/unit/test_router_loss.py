@@ -24,6 +24,7 @@ SIZES: dict[str, Any] = {
     **{"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
     **{"num_experts": 4, "num_experts_per_tok": 2, "decoder_sparse_step": 1},
 }
+DBRX = {"attn_config": {"rope_theta": 1e4}}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
 
 
@@ -167,6 +168,7 @@ def test_a_bias_without_the_choice_is_refused() -> None:
     ("kind", "sizes", "why"),
     [
         ("llama", {}, "has no router"),
+        ("dbrx", {**DBRX, "num_experts_per_tok": None}, "does not say how many"),
         # their code knows routers, and this configuration builds none
         ("granitemoehybrid", {"num_local_experts": 0, **MAMBA}, "has no router"),
         ("doge", {"is_moe": False}, "has no router"),

@@ -60,7 +60,7 @@ class RouterLoss:
         model: a transformers model with experts, whose routers transformers can record.
 
     Raises:
-        BadInput: it has none.
+        BadInput: it has none, or does not say how many experts a token chooses.
     """
 
     def __init__(self, model: Any, coefficient: float) -> None:
@@ -68,17 +68,21 @@ class RouterLoss:
         chosen = [getattr(config, name, None) for name in _CHOSEN]
         self._chosen = next((k for k in chosen if isinstance(k, int)), 0)
         self.records = RouterRecords(model)
-        if not self._chosen or not self.records.routers:
+        if not self.records.routers:
             raise BadInput(
                 f"loss.router_aux: {type(model).__name__} has no router whose logits transformers "
                 "records; remove the key"
             )
+        if not self._chosen:  # as DBRX's, in a part of it
+            raise BadInput(
+                f"loss.router_aux: the configuration of {type(model).__name__} does not say how "
+                f"many experts a token chooses ({', '.join(_CHOSEN)}); remove the key"
+            )
         named = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
         self._has_bias = any(n.endswith(("e_score_correction_bias", "expert_bias")) for n in named)
         self._coefficient, self._name = coefficient, type(model).__name__
-        self._score: Callable[[torch.Tensor], torch.Tensor] | None = (
-            None  # of the first micro-batch
-        )
+        # measured on the first micro-batch
+        self._score: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.reset()
 
     def reset(self) -> None:
