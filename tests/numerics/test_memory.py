@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,9 +16,10 @@ from packhorse.trainer.engine.moments import MOMENTS
 from tests.models.shrunk import config_of
 from tests.numerics.compare import STAGES
 from tests.ranks import ROOT, run_ranks
+from tests.runs.test_export_kinds import gemma_config
 
 WORLD = 3  # which divides none of the model's sizes, so that every piece is filled up
-CASES = [
+_CASES = (
     *(
         f"{stage}-float32-float32" for stage in STAGES if stage != "zero3_nvme"
     ),  # whose states are files
@@ -41,8 +43,24 @@ CASES = [
         for family, stage in (("experts", "zero3"), ("hybrid", "zero2"))
         for kind in MOMENTS
     ),
-]
-FAMILIES = {"experts": "gpt_oss", "hybrid": "lfm2"}  # random models of these configurations
+    # each family at every stage, with another optimizer at each
+    *(
+        f"{stage}-float32-float32-{family}-{kind}"
+        for shift, family in enumerate(("experts", "hybrid", "towers"))
+        for stage, kind in zip(
+            ("zero0", "zero1", "zero2", "zero3"), (*MOMENTS, *MOMENTS)[2 * shift :], strict=False
+        )
+    ),
+    *(f"{stage}-bfloat16-float32-experts" for stage in ("zero1", "zero2")),
+    *(f"{stage}-bfloat16-float32-hybrid-ema" for stage in ("zero1", "zero3")),
+)
+CASES = list(dict.fromkeys(_CASES))
+# random models of these configurations
+FAMILIES: dict[str, Callable[[], Any]] = {
+    "experts": lambda: config_of("gpt_oss"),
+    "hybrid": lambda: config_of("lfm2"),
+    "towers": gemma_config,
+}
 KEYS = {
     "adapter": "adapter={rank: 4, modules_to_save: [lm_head]}",
     "nf4": "adapter={rank: 4, base: nf4_double_quant}",
@@ -57,9 +75,9 @@ PARTS = ("weights", "gradients", "masters", "moments", "shared")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return the bytes of each rank's buffers and the planner's number, by case and part."""
     out = tmp_path_factory.mktemp("planner")
-    for family, model_type in FAMILIES.items():
+    for family, config in FAMILIES.items():
         shutil.copytree(ROOT / "recipes" / "debug" / "model", out / family)
-        config_of(model_type).save_pretrained(out / family)
+        config().save_pretrained(out / family)
     run_ranks(WORLD, ["-m", "tests.numerics.test_memory", str(out)], timeout_s=600)
     return json.loads((out / "found.json").read_text())
 
@@ -69,6 +87,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_the_plan_is_deepspeeds_own_bytes(found: dict[str, Any], name: str, part: str) -> None:
     """The plan is of the fullest rank."""
     assert found[name][part]["planned"] == max(found[name][part]["held"]), found[name][part]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_plan_is_a_checkpoints_own_bytes(found: dict[str, Any], name: str) -> None:
+    """What all ranks together write, and what the room for it is asked by."""
+    seen = found[name]["checkpoint"]
+    assert seen["planned"] == seen["written"] == seen["asked"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -138,6 +163,7 @@ def main(out: Path) -> None:
     from packhorse.trainer import dist
     from packhorse.trainer.build_engine import build_engine
     from packhorse.trainer.data.loader import filler_batch
+    from packhorse.trainer.estimate.memory import disk_needed
     from packhorse.trainer.estimate.model import build_empty_model, measure_model
     from packhorse.trainer.estimate.report import fill_template
     from packhorse.trainer.estimate.state import count_state_bytes
@@ -174,6 +200,17 @@ def main(out: Path) -> None:
                 for part in PARTS
             } | {"synchronizations": [synchronizations(engine, count) for count in (1, 3)]}
             found[name] |= streamed(engine, model, config)
+            written = sum(
+                tensor.nbytes
+                for group in engine.state.slices()
+                for piece in group
+                for tensor in piece.states.values()
+            )
+            found[name]["checkpoint"] = {
+                "planned": disk_needed(model, keep=1).checkpoint,
+                "written": sum(dist.gather(written)),
+                "asked": engine.state.bytes(),
+            }
     if dist.is_main():
         (out / "found.json").write_text(json.dumps(found, indent=1))
 
