@@ -82,6 +82,22 @@ def test_an_odd_recipe_is_answered_by_a_sentence(tmp_path: Path, text: str) -> N
         load_recipe(tmp_path / "r.yaml")
 
 
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("batch.seq_len", "batch.global_batch_size", "batch.micro_batch_size", "data.max_length"),
+        *("adapter.rank", "eval.generate.max_new_tokens", "eval.generate.num_prompts"),
+        *("run.profile_steps.1", "checkpoint.keep", "adapter.trainable_token_indices.0"),
+    ],
+)
+def test_a_whole_number_that_no_machine_takes_is_refused(key: str) -> None:
+    lists = ["run.profile_steps=[1, 2]", "adapter={trainable_token_indices: [1]}"]
+    load_recipe("debug", [*lists, f"{key}=3"])
+    name = [part for part in key.split(".") if not part.isdigit()][-1]
+    with pytest.raises(BadInput, match=rf"`{name}`: whole numbers go up to 2,147,483,647"):
+        load_recipe("debug", [*lists, f"{key}={10**15}"])
+
+
 def test_aliases_do_not_unfold_without_end(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(BOMB + DEBUG.replace("data:\n", "data:\n  turns: *j\n"))
     with pytest.raises(BadInput, match="its aliases unfold to more than"):

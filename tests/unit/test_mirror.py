@@ -182,6 +182,20 @@ def test_a_place_of_others_is_refused_and_left_alone(tmp_path, place):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("url", ["memory://x", "file://RUN", "file://RUN/copies", "local://RUN/x"])
+def test_a_place_that_goes_with_the_run_is_refused(tmp_path, url):
+    run = tmp_path / "run"
+    with pytest.raises(BadInput, match=r"is lost together with run\.dir"):
+        start(run, url.replace("RUN", str(run)))
+    assert not any(run.rglob("*"))
+
+
+@pytest.mark.parametrize("url", ["ftp://127.0.0.1:1/x", "zip://x::file:///etc/passwd", "dir:///x"])
+def test_a_store_that_does_not_open_is_a_sentence(tmp_path, url):
+    with pytest.raises(BadInput, match=url.partition(":")[0]):
+        start(tmp_path / "run", url)
+
+
 def test_the_run_of_another_recipe_is_refused(tmp_path, place):
     save(start(tmp_path / "first", place), tmp_path / "first", 2)
     with pytest.raises(BadInput, match=r"a run of another recipe, which differs in optim\.lr"):

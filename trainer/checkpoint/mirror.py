@@ -175,6 +175,7 @@ def open_mirror(recipe: Recipe, run_dir: Path) -> Mirror | None:
     if recipe.checkpoint.mirror is None:
         return None
     place = Place(recipe.checkpoint.mirror)
+    _require_elsewhere(place, run_dir)
     try:
         _require_own(place, recipe)
         bring_newest(place, run_dir)
@@ -186,6 +187,16 @@ def open_mirror(recipe: Recipe, run_dir: Path) -> Mirror | None:
             "place and the credentials in the environment, and start again"
         ) from None
     return Mirror(place, run_dir, recipe)
+
+
+def _require_elsewhere(place: Place, run_dir: Path) -> None:
+    """Refuse a place that goes with the run folder, or with this process."""
+    protocols = {place.fs.protocol} if isinstance(place.fs.protocol, str) else {*place.fs.protocol}
+    within = Path(place.path("")).resolve().is_relative_to(run_dir.resolve())
+    if "memory" in protocols or ("file" in protocols and within):
+        raise BadInput(
+            f"checkpoint.mirror: {place.url} is lost together with run.dir; give another place"
+        )
 
 
 def _require_own(place: Place, recipe: Recipe) -> None:

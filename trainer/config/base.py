@@ -12,6 +12,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 
+LARGEST = 2**31 - 1  # whole number of a recipe; a seed has 64 bits
+
 
 class Section(BaseModel):
     """A part of the recipe. It is frozen and refuses unknown keys.
@@ -26,6 +28,11 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Section:
+        for name, value in self:
+            for each in value if isinstance(value, tuple) else (value,):
+                # a size or count above it is a slip, and no library takes it
+                if type(each) is int and abs(each) > LARGEST and name != "seed":
+                    raise ValueError(f"`{name}`: whole numbers go up to {LARGEST:,}")
         self.check()
         return self
 

@@ -51,5 +51,5 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         extra = _EXTRAS.get(urlsplit(url).scheme)
         hint = f"pip install packhorse[{extra}]" if extra else "install its library"
         raise BadInput(f"{url}: {error_line(error, 200)}; {hint}") from None
-    except ValueError as error:
+    except Exception as error:  # each store's library raises classes of its own
         raise BadInput(f"{url}: {error_line(error, 200)}") from None
