@@ -32,13 +32,13 @@ from packhorse.trainer.build_engine import (
     resolve_sequence,
 )
 from packhorse.trainer.checkpoint import checkpoint
-from packhorse.trainer.checkpoint.best import Best, last_step
+from packhorse.trainer.checkpoint.best import Best, final_step
 from packhorse.trainer.checkpoint.export_folder import describe
 from packhorse.trainer.checkpoint.hf_export import save_description
 from packhorse.trainer.checkpoint.hub import check_push, push_run
 from packhorse.trainer.checkpoint.manifest import RunState
 from packhorse.trainer.checkpoint.mirror import Mirror, open_mirror
-from packhorse.trainer.checkpoint.saver import Saver, settle
+from packhorse.trainer.checkpoint.saver import Saver, name_and_prune
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.loader import Loader
@@ -125,7 +125,7 @@ def prepare_and_fit(
         fit(PreparedRun(*given))
     # not in the group, where the other ranks would wait in vain
     if dist.is_main():
-        steps = last_step(recipe.eval, run_dir, plan.steps)
+        steps = final_step(recipe.eval, run_dir, plan.steps)
         done = run_folder.is_done(run_dir, steps)
         if mirror:
             mirror.finish(is_done=done)
@@ -246,7 +246,7 @@ def has_ended(prepared: PreparedRun, step: int) -> bool:
     """Return whether the run's last step is done. Every rank calls it; rank 0 reads, as other nodes
     may see an older state of a shared file system."""
     recipe, run_dir = prepared.recipe, prepared.run_dir
-    ended = dist.is_main() and step == last_step(recipe.eval, run_dir, prepared.plan.steps)
+    ended = dist.is_main() and step == final_step(recipe.eval, run_dir, prepared.plan.steps)
     return dist.broadcast(ended and run_folder.is_done(run_dir, step))
 
 
@@ -260,7 +260,7 @@ def conclude(prepared: PreparedRun, run: TrainingRun, best: Best, outcome: Outco
             dist.log.info("eval.early_stopping ends the run after step %d", outcome.step)
         # The last evaluation may have chosen the last step as the best.
         root, keep = run_dir / "checkpoints", prepared.recipe.checkpoint.keep
-        settle(root, outcome.step, best.step, keep, prepared.mirror)
+        name_and_prune(root, outcome.step, best.step, keep, prepared.mirror)
         speed, skipped = metrics.tokens_per_s, len(run.guard.skipped_steps)
         rest_s = metrics.clock.read()  # the last checkpoint and evaluation
         run_folder.write_summary(run_dir, outcome.step, speed, skipped, rest_s, best.summary())

@@ -401,7 +401,7 @@ def test_control_the_probe_catches_a_kernel_without_boundaries(
 def test_a_block_of_a_ring_is_the_reference(is_causal: bool) -> None:
     """Of keys that are a part of the softmax, whose sum is greater (ring_blocks.py)."""
     keys = LENGTHS if is_causal else (64, 1, 700, 129, 300)
-    blocks = ring_blocks.Documents(LENGTHS, keys, is_causal)
+    blocks = ring_blocks.BlockLengths(LENGTHS, keys, is_causal)
     q, k, v = (x[0].detach() for x in row(8, 2, 64))
     arguments = Arguments(None, None, None, None, None, bounds())
     exact, log_sum = ring_blocks._reference(q, k, v, blocks, arguments)

@@ -18,12 +18,12 @@ class Slow:
     """Holds up the upload of one checkpoint's weights, and tells by a file that it has begun."""
 
     def __init__(self, begun: Path) -> None:
-        self.begun, self.go_on = begun, threading.Event()
+        self.begun, self.released = begun, threading.Event()
 
     def __call__(self, method: str, path: str) -> None:
-        if method == "PUT" and "/step-000004/rank" in path and not self.go_on.is_set():
+        if method == "PUT" and "/step-000004/rank" in path and not self.released.is_set():
             self.begun.touch()
-            self.go_on.wait(300)
+            self.released.wait(300)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_killed_in_an_upload_and_resumed_on_a_fresh_machine(
             run.overrides += (f"checkpoint.mirror={mirror}",)
         codes = lost.start(1, victims=[0], after_file=str(slow.begun))
         assert codes == [KILLED], lost.log_tail
-        slow.go_on.set()
+        slow.released.set()
         assert s3().exists(f"{mirror}/step-000002/manifest.json")
         assert not s3().exists(f"{mirror}/step-000004/manifest.json")
 

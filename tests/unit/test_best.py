@@ -18,7 +18,7 @@ from packhorse.trainer.checkpoint.best import (
     choose,
     early_end,
     evaluations,
-    last_step,
+    final_step,
 )
 from packhorse.trainer.checkpoint.export_folder import describe_step
 from packhorse.trainer.config.best import BestSection, Condition, EarlyStoppingSection
@@ -276,8 +276,8 @@ def test_an_early_end_is_found_again_from_the_record(tmp_path):
     early = EarlyStoppingSection(metric="answer_accuracy", patience=1)
     section = section.model_copy(update={"early_stopping": early})
     assert Best(section, tmp_path).early_end == 20
-    assert last_step(section, tmp_path, 90) == 20
-    assert last_step(section, tmp_path / "nowhere", 90) == 90
+    assert final_step(section, tmp_path, 90) == 20
+    assert final_step(section, tmp_path / "nowhere", 90) == 90
 
 
 def test_rank_0_says_whether_the_run_has_ended(tmp_path, monkeypatch):

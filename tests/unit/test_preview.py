@@ -11,7 +11,15 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from packhorse.trainer.data.mask import Masker
-from packhorse.trainer.data.preview import Row, Run, as_html, as_text, counts, role_starts, runs
+from packhorse.trainer.data.preview import (
+    ShownRow,
+    Span,
+    as_html,
+    as_text,
+    counts,
+    role_starts,
+    spans,
+)
 from packhorse.trainer.datatypes import Conversation, Example, Filtered, Message, RowError
 
 HOSTILE = "<script>alert('x')</script> & \x1b[2J größe"
@@ -26,19 +34,21 @@ def shown(request, shared):
 
 def test_runs_are_the_whole_row_in_order(shown):
     tokenizer, example = shown
-    found = list(runs(example, tokenizer))
+    found = list(spans(example, tokenizer))
     whole = tokenizer.decode(example.input_ids.tolist(), skip_special_tokens=False)
-    assert "".join(run.text for run in found) == whole
-    learned = "".join(run.text for run in found if "trained" in run.kind)
+    assert "".join(span.text for span in found) == whole
+    learned = "".join(span.text for span in found if "trained" in span.kind)
     assert learned.strip().endswith(
         "line one\nline 数"
         + ("" if "llama" not in tokenizer.name_or_path else " ")
         + tokenizer.eos_token
     )
-    assert found[-1 if found[-1].kind == "special trained" else -2] == Run(
+    assert found[-1 if found[-1].kind == "special trained" else -2] == Span(
         "special trained", tokenizer.eos_token
     )
-    assert {run.text for run in found if run.kind == "special"} <= set(tokenizer.all_special_tokens)
+    assert {span.text for span in found if span.kind == "special"} <= set(
+        tokenizer.all_special_tokens
+    )
 
 
 def test_counts(shown):
@@ -57,8 +67,11 @@ def test_the_terminal_shows_colours_counts_and_reasons(shown):
     console = Console(
         width=200, record=True, force_terminal=True, color_system="truecolor", file=io.StringIO()
     )
-    left_out = [Row("a.jsonl:2", RowError("no answer")), Row("a.jsonl:3", Filtered("too short"))]
-    console.print(as_text([Row("a.jsonl:1", example), *left_out], tokenizer, brackets=False))
+    left_out = [
+        ShownRow("a.jsonl:2", RowError("no answer")),
+        ShownRow("a.jsonl:3", Filtered("too short")),
+    ]
+    console.print(as_text([ShownRow("a.jsonl:1", example), *left_out], tokenizer, brackets=False))
     plain = console.export_text(clear=False)
     assert counts(example) in plain
     assert "a.jsonl:2  rejected: no answer" in plain
@@ -73,7 +86,8 @@ def test_the_terminal_shows_colours_counts_and_reasons(shown):
 def test_the_page_holds_the_text_escaped_and_asks_for_nothing(shown):
     tokenizer, example = shown
     page = as_html(
-        [Row("a<b>.jsonl:1", example), Row("a.jsonl:2", RowError("unknown role '<b>'"))], tokenizer
+        [ShownRow("a<b>.jsonl:1", example), ShownRow("a.jsonl:2", RowError("unknown role '<b>'"))],
+        tokenizer,
     )
     assert "<script" not in page
     assert not re.search(r"(src|href)=|@import|url\(", page)
@@ -135,11 +149,16 @@ def test_each_message_is_named_where_its_text_begins(shared, name):
     example = masker.example(TURNS)
     roles = role_starts(TURNS, example, masker)
     assert list(roles.values()) == ["user", "assistant", "user", "assistant"]
-    begun = [run for run in runs(example, tokenizer, roles) if run.role]
-    assert [run.text.strip().split("<")[0][:4] for run in begun] == ["What", "It i", "What", "The "]
-    assert ["trained" in run.kind for run in begun] == [False, True, False, True]
-    whole = "".join(run.text for run in runs(example, tokenizer))
-    assert "".join(run.text for run in runs(example, tokenizer, roles)) == whole
+    begun = [span for span in spans(example, tokenizer, roles) if span.role]
+    assert [span.text.strip().split("<")[0][:4] for span in begun] == [
+        "What",
+        "It i",
+        "What",
+        "The ",
+    ]
+    assert ["trained" in span.kind for span in begun] == [False, True, False, True]
+    whole = "".join(span.text for span in spans(example, tokenizer))
+    assert "".join(span.text for span in spans(example, tokenizer, roles)) == whole
 
 
 @pytest.mark.parametrize("name", ["smollm2", "qwen3", "qwen2_5", "llama3_2"])
@@ -161,19 +180,19 @@ def test_each_message_is_named_where_control_tokens_are_text(shared, name):
     ), "the row was tokenized in pieces"
     roles = role_starts(row, example, masker)
     assert list(roles.values()) == ["user", "assistant", "user", "assistant"]
-    begun = [run for run in runs(example, tokenizer, roles) if run.role]
-    assert [run.text.strip()[:1] for run in begun] == ["W", "W", "W", "T"]
-    assert ["trained" in run.kind for run in begun] == [False, True, False, True]
+    begun = [span for span in spans(example, tokenizer, roles) if span.role]
+    assert [span.text.strip()[:1] for span in begun] == ["W", "W", "W", "T"]
+    assert ["trained" in span.kind for span in begun] == [False, True, False, True]
 
 
 def test_without_colours_what_is_trained_stands_in_brackets(shown):
     tokenizer, example = shown
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(as_text([Row("a.jsonl:1", example)], tokenizer, brackets=True))
+    console.print(as_text([ShownRow("a.jsonl:1", example)], tokenizer, brackets=True))
     text = console.export_text().split("a.jsonl:1")[1].replace("↵\n", "\n")
     bracketed = re.findall(r"⟦(.*?)⟧", text, re.DOTALL)
-    found = [run for run in runs(example, tokenizer) if "trained" in run.kind]
-    assert "".join(bracketed) == "".join(run.text for run in found)
+    found = [span for span in spans(example, tokenizer) if "trained" in span.kind]
+    assert "".join(bracketed) == "".join(span.text for span in found)
     assert len(bracketed) == 1
 
 
@@ -183,9 +202,9 @@ def test_a_call_is_named_where_it_begins_and_not_inside_it(shared, name):
     masker = Masker(tokenizer)
     example = masker.example(CALLING)
     roles = role_starts(CALLING, example, masker)
-    begun = next(run for run in runs(example, tokenizer, roles) if run.role == "assistant")
+    begun = next(span for span in spans(example, tokenizer, roles) if span.role == "assistant")
     assert begun.kind.endswith("trained")
-    trained = [run.text for run in runs(example, tokenizer) if "trained" in run.kind]
+    trained = [span.text for span in spans(example, tokenizer) if "trained" in span.kind]
     assert trained[0].startswith(begun.text[:5])
 
 
@@ -201,7 +220,7 @@ def test_roles_stand_in_the_terminal_and_on_the_page(shared):
     )  # whose text names no role
     masker = Masker(tokenizer)
     example = masker.example(TURNS)
-    row = Row("a.jsonl:1", example, role_starts(TURNS, example, masker))
+    row = ShownRow("a.jsonl:1", example, role_starts(TURNS, example, masker))
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(as_text([row], tokenizer, brackets=False))
     shown = console.export_text().split("a.jsonl:1")[1]

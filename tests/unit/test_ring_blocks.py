@@ -14,16 +14,16 @@ import torch
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model import ring_blocks
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds, flash_attn, reference
-from packhorse.trainer.model.ring_blocks import Documents
+from packhorse.trainer.model.ring_blocks import BlockLengths
 from tests.model_helpers import relative
 
 BLOCKS: Any = ring_blocks
 BOUNDS = Bounds(torch.zeros(1), 1, (1,))  # which blocks do not read
 ARGUMENTS = Arguments(None, None, None, None, None, BOUNDS)
-OWN, OTHERS = Documents((5, 3), (5, 3), True), Documents((2, 3), (7, 1), False)
+OWN, OTHERS = BlockLengths((5, 3), (5, 3), True), BlockLengths((2, 3), (7, 1), False)
 
 
-def block(documents: Documents) -> list[torch.Tensor]:
+def block(documents: BlockLengths) -> list[torch.Tensor]:
     """Return grouped queries, keys, narrow values, and an output's gradient, in bf16."""
     shapes = [(4, documents.queries, 20), (2, documents.keys, 20), (2, documents.keys, 12)]
     shapes.append((4, documents.queries, 12))
@@ -31,9 +31,9 @@ def block(documents: Documents) -> list[torch.Tensor]:
     return [torch.randn(h, sum(n), e, generator=generator).bfloat16() for h, n, e in shapes]
 
 
-def as_documents(ends_q: torch.Tensor, ends_k: torch.Tensor, is_causal: bool) -> Documents:
+def as_documents(ends_q: torch.Tensor, ends_k: torch.Tensor, is_causal: bool) -> BlockLengths:
     queries, keys = (tuple(ends.diff().tolist()) for ends in (ends_q, ends_k))
-    return Documents(queries, keys, is_causal)
+    return BlockLengths(queries, keys, is_causal)
 
 
 def forward_in(q: Any, k: Any, v: Any, ends_q: Any, ends_k: Any, *rest: Any, scale: float) -> Any:
@@ -62,7 +62,7 @@ def backward_in(
 
 
 @pytest.mark.parametrize("documents", [OWN, OTHERS])
-def test_the_call_of_a_fused_kernel_is_the_reference(documents: Documents) -> None:
+def test_the_call_of_a_fused_kernel_is_the_reference(documents: BlockLengths) -> None:
     *qkv, grad = block(documents)
     exact, log_sum = BLOCKS._reference(*qkv, documents, ARGUMENTS)
     exact = exact.to(grad.dtype)

@@ -22,7 +22,7 @@ from packhorse.trainer.utils import time_limit
 from packhorse.trainer.utils.time_limit import (
     Failed,
     Killed,
-    TooLong,
+    OutOfTime,
     bounded,
     interrupted_after,
     many_interruptions,
@@ -82,7 +82,7 @@ def test_the_result_comes_back():
 )
 def test_what_does_not_end_takes_too_long_and_the_next_call_is_answered(function, arguments):
     """The limit is the kernel's: Python's own handlers wait while one long operation runs."""
-    with pytest.raises(TooLong):
+    with pytest.raises(OutOfTime):
         bounded(function, *arguments, limit_s=0.5)
     assert bounded(double, 4, limit_s=10.0) == 8
 
@@ -106,7 +106,7 @@ def test_calls_of_c_code_count_as_the_time_that_they_take():
 
     began = os.times().user
     call()
-    with pytest.raises(TooLong), interrupted_after(2 * (os.times().user - began)):
+    with pytest.raises(OutOfTime), interrupted_after(2 * (os.times().user - began)):
         [call() for _ in range(20)]
     assert len(calls) <= 5
 
@@ -125,7 +125,7 @@ def test_an_interrupted_call_leaves_no_reply_for_the_next():
 
 
 def test_a_signal_to_all_processes_changes_no_result(tmp_path):
-    """Slurm's SIGTERM reaches this one, too, and must not pass for TooLong."""
+    """Slurm's SIGTERM reaches this one, too, and must not pass for OutOfTime."""
     assert bounded(double_after_a_signal, 4, tmp_path / "mark", limit_s=10.0) == 8
 
 
@@ -226,7 +226,7 @@ def test_blocks_of_a_chunk_share_a_timer_and_each_has_its_limit(monkeypatch):
         for _ in range(100):
             with interrupted_after(0.1):
                 pass
-        with pytest.raises(TooLong), interrupted_after(0.1):
+        with pytest.raises(OutOfTime), interrupted_after(0.1):
             compute(60)
         compute(0.5)  # longer than any limit, outside of all blocks
     assert len(calls) == 2

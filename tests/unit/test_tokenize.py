@@ -34,7 +34,7 @@ from packhorse.trainer.datatypes import (
     RowError,
 )
 from packhorse.trainer.utils import child_process
-from packhorse.trainer.utils.time_limit import TooLong, bounded
+from packhorse.trainer.utils.time_limit import OutOfTime, bounded
 
 
 def example(flags: list[int]) -> Example:
@@ -498,7 +498,7 @@ def compute_for_ever(rows: list[Row]) -> bool:
         return False
     done_here += 1
     if done_here > 1:
-        with contextlib.suppress(TooLong):
+        with contextlib.suppress(OutOfTime):
             bounded(pow, 7, 10**9, limit_s=rows[0].number % 2 * 600.0 or 0.1)
         pow(7, 10**9)
     return True

@@ -93,7 +93,7 @@ def early_end(rule: EarlyStoppingSection | None, lines: dict[int, dict[str, Any]
     return steps[-1] if ended else None
 
 
-def last_step(section: EvalSection, run_dir: Path, steps: int) -> int:
+def final_step(section: EvalSection, run_dir: Path, steps: int) -> int:
     """Return the step at which a run ends, by what is known yet: its early end, or `steps`."""
     return early_end(section.early_stopping, evaluations(run_dir)) or steps
 

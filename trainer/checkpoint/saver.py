@@ -184,12 +184,14 @@ class Saver:
         if final.exists():  # a damaged one: the run would have been resumed from a whole one
             remove(final)
         publish_folder(staged, final)
-        settle(self._root, manifest.state.step, best, self._keep, self._mirror)
+        name_and_prune(self._root, manifest.state.step, best, self._keep, self._mirror)
         if self._mirror:
             self._mirror.offer(manifest.state.step)
 
 
-def settle(root: Path, newest: int, best: int | None, keep: int, mirror: Mirror | None) -> None:
+def name_and_prune(
+    root: Path, newest: int, best: int | None, keep: int, mirror: Mirror | None
+) -> None:
     """Name the newest checkpoint and the best one, and delete those that are not kept. Rank 0 calls
     it after each save; and at the end, as the last save may have been killed in between."""
     write_synced(root / "latest", folder_name(newest))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from packhorse.trainer.cli.arguments import Best, Step, TrustRun, read_recipe
-from packhorse.trainer.cli.eval import exported_model, find_run, last_step
+from packhorse.trainer.cli.eval import chosen_step, exported_model, find_run
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.text import show_controls
 
@@ -56,7 +56,7 @@ def chat(
     run = None if is_adapter(model) else find_run(model, step, best)
     if run:
         require_trust(run, trusted=trust_run)
-    chosen = last_step(run, step, best) if run else 0
+    chosen = chosen_step(run, step, best) if run else 0
     options = read_recipe(run / "recipe.yaml", None).data.chat_template_kwargs if run else {}
     with (
         tempfile.TemporaryDirectory(prefix="packhorse-chat-") as folder,

@@ -13,7 +13,7 @@ from packhorse.trainer.datatypes import BadInput, Example, RowError
 
 if TYPE_CHECKING:
     from packhorse.trainer.config.recipe import Recipe
-    from packhorse.trainer.data.preview import Row
+    from packhorse.trainer.data.preview import ShownRow
     from packhorse.trainer.estimate.memory import Cluster
     from packhorse.trainer.estimate.report import Report
 
@@ -58,14 +58,14 @@ def preview(
 
 def _first_rows(
     recipe: Recipe, tokenizer: Any, split: Literal["train", "eval"], count: int
-) -> Iterator[Row]:
+) -> Iterator[ShownRow]:
     """Yield the first rows of each source, cut as for training, or why a row is left out."""
     from itertools import islice
 
     import numpy as np
 
     from packhorse.trainer.data.prepare import length_policy, masker_of
-    from packhorse.trainer.data.preview import Row, role_starts
+    from packhorse.trainer.data.preview import ShownRow, role_starts
     from packhorse.trainer.data.rows import RowReader
     from packhorse.trainer.data.split import parts_of, rows_of
     from packhorse.trainer.data.tokenize import fit
@@ -86,9 +86,9 @@ def _first_rows(
                         starts = {i: roles[p] for i, p in enumerate(places.tolist()) if p in roles}
                         ids = example.input_ids[places]
                         cut = Example(ids, document.trained, conversation.unread)
-                        yield Row(title, cut, starts)
+                        yield ShownRow(title, cut, starts)
             except RowError as error:
-                yield Row(title, error)
+                yield ShownRow(title, error)
 
 
 def prepare(

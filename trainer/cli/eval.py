@@ -93,7 +93,7 @@ def evaluate(
 
         require_trust(run, trusted=trust_run, recipe=recipe, recipe_file=recipe_file)
     tasks = _require_tasks(recipe)
-    step = last_step(run, step, best) if run else 0
+    step = chosen_step(run, step, best) if run else 0
     if ema and not run:
         raise BadInput(f"{model}: --ema takes a run's averages, and this is no run folder")
     out = out or _default_out(model, run, recipe_file, step, ema)
@@ -174,7 +174,7 @@ def resolve_step(run: Path, step: int | None, best: bool) -> int | None:
     return best_step(run)
 
 
-def last_step(run: Path, step: int | None, best: bool) -> int:
+def chosen_step(run: Path, step: int | None, best: bool) -> int:
     """Return the step that --step or --best names, or that of the last checkpoint."""
     from packhorse.trainer.checkpoint import checkpoint
 

@@ -14,7 +14,7 @@ from typing import Any
 from packhorse.trainer.config.data import Filters
 from packhorse.trainer.datatypes import Conversation, Filtered, RowError
 from packhorse.trainer.utils.math_answers import LIMIT_S, check_installed, math_verdict
-from packhorse.trainer.utils.time_limit import TooLong, interrupted_after
+from packhorse.trainer.utils.time_limit import OutOfTime, interrupted_after
 from packhorse.trainer.utils.user_functions import FunctionFailed, call_function, load_function
 
 PATTERN_S = 1.0  # of processor time for a pattern at one row
@@ -59,7 +59,7 @@ def _found(key: str, pattern: str, answer: str) -> bool:
     try:
         with interrupted_after(PATTERN_S):
             return re.search(pattern, answer) is not None
-    except TooLong:
+    except OutOfTime:
         # a pattern such as ^(a+)+$ backtracks for ever
         raise RowError(f"{key}: not finished within {PATTERN_S:g} s of computing") from None
 

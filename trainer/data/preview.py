@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Row:
+class ShownRow:
     """The result of a row, under a title such as `train.jsonl:3`.
 
     `roles` holds the messages' roles, by the index of the token with which each one's text begins.
@@ -52,7 +52,7 @@ STYLES = {
 }
 ROLE_STYLE = "black on cyan"
 BRACKETS = ("⟦", "⟧")
-CONTEXT_TOKENS = 16  # that are decoded before a run; all of them would take hours for long rows
+CONTEXT_TOKENS = 16  # that are decoded before a span; all of them would take hours for long rows
 LEGEND = {
     "trained": "trained",
     "context": "context",
@@ -87,7 +87,7 @@ h2 {{ font-size: 1rem; margin: 2rem 0 .4rem; }}
 """
 
 
-class Run(NamedTuple):
+class Span(NamedTuple):
     """The text of neighbouring tokens of one kind, a key of STYLES; `role`, if a message begins
     with them."""
 
@@ -155,10 +155,10 @@ def _renders(conversation: Conversation, masker: Masker) -> Iterator[tuple[Rende
             yield serve_last(masker.template, conversation, masker.missing_reasoning)
 
 
-def runs(
+def spans(
     example: Example, tokenizer: PreTrainedTokenizerBase, roles: Mapping[int, str] | None = None
-) -> Iterator[Run]:
-    """Yield the example's tokens, (L,), as runs of one kind, in order; each role begins a run."""
+) -> Iterator[Span]:
+    """Yield the example's tokens, (L,), as spans of one kind, in order; each role begins a span."""
     roles = roles or {}
     ids = example.input_ids.tolist()
     special_ids = {
@@ -174,7 +174,7 @@ def runs(
         before, text = (_decode(tokenizer, ids[near:end]) for end in (start, stop))
         is_continued = text.startswith(before)
         piece = text[len(before) :] if is_continued else _decode(tokenizer, ids[start:stop])
-        yield Run(names[kinds[start]], piece, roles.get(start))
+        yield Span(names[kinds[start]], piece, roles.get(start))
 
 
 def counts(example: Example) -> str:
@@ -184,7 +184,9 @@ def counts(example: Example) -> str:
     return f"{tokens} tokens, {trained} trained ({trained / tokens:.0%}){unread}"
 
 
-def as_text(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, brackets: bool) -> Group:
+def as_text(
+    rows: Sequence[ShownRow], tokenizer: PreTrainedTokenizerBase, *, brackets: bool
+) -> Group:
     """Return the rows for a terminal, below a legend.
 
     Args:
@@ -203,18 +205,18 @@ def as_text(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, brackets
         blocks.append(Text.assemble("\n", (row.title, "bold"), f"  {counts(row.result)}"))
         shown = Text()
         is_trained = False
-        for run in runs(row.result, tokenizer, row.roles):
-            if brackets and is_trained != ("trained" in run.kind):
+        for span in spans(row.result, tokenizer, row.roles):
+            if brackets and is_trained != ("trained" in span.kind):
                 shown.append(BRACKETS[is_trained])
                 is_trained = not is_trained
-            if run.role:
-                shown.append(f" {run.role} ", ROLE_STYLE)
-            shown.append(_visible(run), STYLES[run.kind])
+            if span.role:
+                shown.append(f" {span.role} ", ROLE_STYLE)
+            shown.append(_visible(span), STYLES[span.kind])
         blocks.append(shown.append(BRACKETS[1] if is_trained else ""))
     return Group(*blocks)
 
 
-def as_html(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> str:
+def as_html(rows: Sequence[ShownRow], tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the rows as one HTML page that loads nothing; every text is escaped."""
     legend = " &middot; ".join(f'<span class="{kind}">{LEGEND[kind]}</span>' for kind in STYLES)
     legend += ' &middot; <b class="role">role</b> of the message that begins'
@@ -222,28 +224,28 @@ def as_html(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> str:
     return PAGE.format(legend=legend, rows="\n".join(blocks))
 
 
-def _html_row(row: Row, tokenizer: PreTrainedTokenizerBase) -> str:
+def _html_row(row: ShownRow, tokenizer: PreTrainedTokenizerBase) -> str:
     heading = html.escape(row.title)
     if isinstance(row.result, RowError):
         reason = html.escape(_describe_reject(row.result))
         return f'<h2>{heading} <span class="rejected">{reason}</span></h2>'
-    spans = "".join(
-        (f'<b class="role">{html.escape(run.role)}</b>' if run.role else "")
-        + f'<span class="{run.kind}">{html.escape(_visible(run))}</span>'
-        for run in runs(row.result, tokenizer, row.roles)
+    marked = "".join(
+        (f'<b class="role">{html.escape(span.role)}</b>' if span.role else "")
+        + f'<span class="{span.kind}">{html.escape(_visible(span))}</span>'
+        for span in spans(row.result, tokenizer, row.roles)
     )
-    return f"<h2>{heading} &middot; {html.escape(counts(row.result))}</h2>\n<pre>{spans}</pre>"
+    return f"<h2>{heading} &middot; {html.escape(counts(row.result))}</h2>\n<pre>{marked}</pre>"
 
 
 def _describe_reject(reason: RowError) -> str:
     return f"{'filtered' if isinstance(reason, Filtered) else 'rejected'}: {reason}"
 
 
-def _visible(run: Run) -> str:
+def _visible(span: Span) -> str:
     """Return the text with pictures for control characters, so that no row controls the terminal,
     and for line ends that are trained."""
-    text = show_controls(run.text)
-    return text.replace("\n", "↵\n") if "trained" in run.kind else text
+    text = show_controls(span.text)
+    return text.replace("\n", "↵\n") if "trained" in span.kind else text
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:

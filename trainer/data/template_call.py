@@ -15,7 +15,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template, rend
 from packhorse.trainer.data.template_source import not_jinja
 from packhorse.trainer.datatypes import RowError
 from packhorse.trainer.utils.text import one_line
-from packhorse.trainer.utils.time_limit import TooLong, interrupted_after
+from packhorse.trainer.utils.time_limit import OutOfTime, interrupted_after
 
 Messages = list[dict[str, Any]]
 
@@ -44,7 +44,7 @@ def call_template(
     ]
     try:
         return _render(source, messages, tools, variables)
-    except TooLong:
+    except OutOfTime:
         raise RowError(f"the template is not finished within {RENDER_S:g} s of computing") from None
     except jinja2.TemplateSyntaxError as error:
         raise not_jinja(error) from None

@@ -36,7 +36,7 @@ from packhorse.trainer.utils.math_answers import LIMIT_S as MATH_S
 from packhorse.trainer.utils.math_answers import Verdict, math_verdict
 from packhorse.trainer.utils.strict_json import parse
 from packhorse.trainer.utils.text import one_line
-from packhorse.trainer.utils.time_limit import Failed, Killed, TooLong, bounded
+from packhorse.trainer.utils.time_limit import Failed, Killed, OutOfTime, bounded
 from packhorse.trainer.utils.user_functions import FunctionFailed, call_function
 
 PATTERN_S = 2.0  # of processor time for one answer; a sane pattern takes milliseconds
@@ -171,7 +171,7 @@ def _within_limit(
     """Return `function(*arguments)`. Raises Unscored if it fails or takes more than PATTERN_S."""
     try:
         return bounded(function, *arguments, limit_s=PATTERN_S, imports=imports)
-    except TooLong:
+    except OutOfTime:
         raise TooSlow(what, PATTERN_S) from None
     except (Failed, Killed) as error:
         raise Unscored(f"{what}: {error}") from None

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from packhorse.trainer.datatypes import Ranges
 from packhorse.trainer.model.attention_kernels import Arguments, Slices
-from packhorse.trainer.model.ring_blocks import BlockKernel, Documents, choose_block_kernel
+from packhorse.trainer.model.ring_blocks import BlockKernel, BlockLengths, choose_block_kernel
 
 
 def attend_in_ring(
@@ -57,7 +57,7 @@ class Seen(NamedTuple):
 
     queries: Ranges
     keys: Ranges
-    documents: Documents  # lengths of both
+    documents: BlockLengths  # lengths of both
 
     @property
     def tokens(self) -> int:
@@ -113,7 +113,7 @@ def _seen_of(queries: _Pieces, keys: _Pieces) -> Seen:
         ranges_q.append((first, last + stop - start))
         ranges_k.append((of_key[0][2], of_key[0][2] + numbers[-1]))
     lengths_q, lengths_k = (tuple(b - a for a, b in x) for x in (ranges_q, ranges_k))
-    return Seen(_merged(ranges_q), _merged(ranges_k), Documents(lengths_q, lengths_k, is_own))
+    return Seen(_merged(ranges_q), _merged(ranges_k), BlockLengths(lengths_q, lengths_k, is_own))
 
 
 def _merged(ranges: Sequence[tuple[int, int]]) -> Ranges:

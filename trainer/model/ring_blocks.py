@@ -23,7 +23,7 @@ from packhorse.trainer.model.attention_kernels import (
 )
 
 
-class Documents(NamedTuple):
+class BlockLengths(NamedTuple):
     """The lengths of the documents in a block: what its queries see of its keys."""
 
     queries: tuple[int, ...]
@@ -65,7 +65,7 @@ def _reference(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    documents: Documents,
+    documents: BlockLengths,
     arguments: Arguments,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     outs, log_sums = [], []
@@ -85,7 +85,7 @@ def _reference_backward(
     log_sum: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    documents: Documents,
+    documents: BlockLengths,
     arguments: Arguments,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     wide, groups = log_sum.dtype, (key.shape[0], -1)
@@ -105,7 +105,7 @@ def _reference_backward(
 
 
 def _by_document(
-    documents: Documents, of_queries: tuple[torch.Tensor, ...], of_keys: tuple[torch.Tensor, ...]
+    documents: BlockLengths, of_queries: tuple[torch.Tensor, ...], of_keys: tuple[torch.Tensor, ...]
 ) -> Iterator[tuple[torch.Tensor, ...]]:
     """Return each document's part of tensors (H, t, ...) of queries and of keys."""
     parts = [x.split(documents.queries, 1) for x in of_queries]
@@ -140,7 +140,7 @@ def _flash(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    documents: Documents,
+    documents: BlockLengths,
     arguments: Arguments,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     *qkv, scale = _padded(query, key, value, arguments)
@@ -157,7 +157,7 @@ def _flash_backward(
     log_sum: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    documents: Documents,
+    documents: BlockLengths,
     arguments: Arguments,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     *qkv, scale = _padded(query, key, value, arguments)
@@ -183,7 +183,7 @@ def _padded(
     )
 
 
-def _ends(documents: Documents, device: Any) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+def _ends(documents: BlockLengths, device: Any) -> tuple[torch.Tensor, torch.Tensor, int, int]:
     ends_q, ends_k = (document_ends(lengths, device) for lengths in documents[:2])
     return ends_q, ends_k, max(documents.queries), max(documents.keys)
 

@@ -169,7 +169,7 @@ def _curves(runs: Sequence[Run], plotted: dict[str, Plotted]) -> list[Figure]:
         ]
         if curves:
             svg = draw_curves(_id(key), shown.y_label, curves, zero=shown.zero)
-            figures.append(Figure(shown.title, shown.note, Markup(svg)))  # noqa: S704
+            figures.append(Figure(shown.title, shown.note, svg))
     return figures
 
 
@@ -185,12 +185,12 @@ def _evaluation_figures(runs: Sequence[Run]) -> list[Figure]:
         if curves := _held_out_losses(runs, source):
             svg = draw_curves(f"loss-{place}", "loss (nats per token)", curves, points=True)
             title = f"Held-out loss{f' of {source}' if source else ''}"
-            figures.append(Figure(title, note, Markup(svg)))  # noqa: S704
+            figures.append(Figure(title, note, svg))
     for place, name in enumerate(_metric_names(runs)):
         curves = [curve for number, run in enumerate(runs) if (curve := _scores(number, run, name))]
         if curves:
             svg = draw_curves(f"score-{place}", "mean score (0 to 1)", curves, points=True)
-            figures.append(Figure(name, "Held-out prompts; 95% intervals.", Markup(svg)))  # noqa: S704
+            figures.append(Figure(name, "Held-out prompts; 95% intervals.", svg))
     return figures
 
 
@@ -234,7 +234,7 @@ def _data_figures(runs: Sequence[Run]) -> list[Figure]:
         if drawn:
             same = "; the same in all runs." if 1 == len(drawn) < len(runs) else "."
             svg = draw_bars(_id(key), x_label, y_label, list(drawn.values()))
-            figures.append(Figure(title, note + same, Markup(svg)))  # noqa: S704
+            figures.append(Figure(title, note + same, svg))
     return figures
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal, TypeGuard
 
-from packhorse.trainer.checkpoint.best import evaluations, last_step
+from packhorse.trainer.checkpoint.best import evaluations, final_step
 from packhorse.trainer.checkpoint.manifest import list_published
 from packhorse.trainer.config.recipe import Recipe, load_recipe
 from packhorse.trainer.datatypes import EVALUATED, STOP_FILE, BadInput
@@ -90,7 +90,7 @@ def read_run(folder: Path) -> Run:
         return Run(
             folder=folder,
             recipe=recipe,
-            state=_state(folder, ended, stop, steps and last_step(recipe.eval, folder, steps)),
+            state=_state(folder, ended, stop, steps and final_step(recipe.eval, folder, steps)),
             step=max(*(line["step"] for line in lines[-1:]), *saved, ended or 0, stop or 0),
             steps=steps,
             lines=lines,

@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.utils.time_limit import Failed, TooLong, bounded
+from packhorse.trainer.utils.time_limit import Failed, OutOfTime, bounded
 
 MARKED = re.compile(r"####([^\n]*)\s*\Z|<answer>(.*?)</answer>", re.DOTALL)
 # Values that the library reads as what they say, in the one \\boxed{} of a text. It has readings of
@@ -79,7 +79,7 @@ def math_verdict(answer: str, reference: str, *, alone: bool = True) -> Verdict:
             return "right" if equal else "wrong"
     try:
         return bounded(_verdict, *finals, limit_s=LIMIT_S, imports=["math_verify"])
-    except TooLong:
+    except OutOfTime:
         return "too long"
     except Failed:
         return "failed"

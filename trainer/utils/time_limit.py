@@ -1,6 +1,6 @@
 """Run calls that may never end or take all memory: a user's regular expression, a formula.
 
-A function and its arguments enter; its result leaves, or `TooLong` or `Failed` is raised. Python
+A function and its arguments enter; its result leaves, or `OutOfTime` or `Failed` is raised. Python
 cannot interrupt C code such as a formula's, so a helper process makes the call, under a timer that
 the kernel keeps. Past a limit of processor time (not of the clock, so that a busy
 machine changes no result) the kernel ends the helper, and the next call starts another one.
@@ -32,7 +32,7 @@ NAMES_S = 5.0  # of processor time, for a pattern of the recipe at all names of 
 T = TypeVar("T")
 
 
-class TooLong(Exception):
+class OutOfTime(Exception):
     """The call took more than its limit of processor time."""
 
 
@@ -59,7 +59,7 @@ def bounded(
         imports: modules that the call imports; their import does not count as its time.
 
     Raises:
-        TooLong: the call took more than `limit_s`.
+        OutOfTime: the call took more than `limit_s`.
         Failed: it raised anything, needed more than LIMIT_BYTES, or ended its process.
         Killed: the helper was killed twice.
         RuntimeError: the helper could not work, whatever the call.
@@ -75,7 +75,7 @@ def bounded(
             except (EOFError, OSError):
                 exit_code, _helper = _helper.end(), None
                 if exit_code == -signal.SIGPROF:
-                    raise TooLong from None
+                    raise OutOfTime from None
                 if exit_code is None or exit_code >= 0:
                     # Not the arguments' fault: it must not be counted as a row that failed.
                     raise RuntimeError(
@@ -96,7 +96,8 @@ def bounded(
 
 
 class interrupted_after:  # noqa: N801  used as a function
-    """Raise TooLong inside the block once it has taken `limit_s` of processor time, or TICK_S more.
+    """Raise OutOfTime inside the block once it has taken `limit_s` of processor time, or TICK_S
+    more.
 
     Python looks for signals between its own instructions and within a regular expression. So this
     ends a template's loops and an expression that backtracks for ever, and costs no helper process.
@@ -157,7 +158,7 @@ def names_matching(
     try:
         with interrupted_after(NAMES_S):
             return [name for name in names if match(pattern, name)]
-    except TooLong:
+    except OutOfTime:
         raise BadInput(
             f"{option}: `{pattern[:200]}` was not finished at the model's names within "
             f"{NAMES_S:g} s of computing; make it simpler"
@@ -167,7 +168,7 @@ def names_matching(
 def _tick(*_: object) -> None:
     # and again at each tick, as code may swallow the first
     if _end is not None and os.times().user > _end:
-        raise TooLong
+        raise OutOfTime
 
 
 _is_ticking = False
