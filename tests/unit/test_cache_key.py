@@ -80,7 +80,6 @@ DOES_NOT: dict[str, list[Any]] = {
 # Key of the recipe -> the keys and values that it needs beside it, and a value of its own under
 # which the documents are others than with those alone.
 WITH_OTHERS: dict[str, tuple[dict[str, Any], Any]] = {
-    "data.group_by": ({"data.eval_fraction": 0.3}, "question"),
     "data.train.0.group_by": ({"data.eval_fraction": 0.3}, "question"),
     "data.chat_template_kwargs": ({"model.chat_template": "{work}/named.jinja"}, {"name": "Bob"}),
     "data.split_context": ({"data.too_long": "split"}, 5),

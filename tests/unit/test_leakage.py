@@ -309,7 +309,8 @@ def test_a_random_split_of_repeated_rows_is_a_leak_and_one_by_groups_is_not(tmp_
     split = {"train": [{"path": str(path)}], "eval_fraction": 0.2, "max_leakage": 0.01}
     with pytest.raises(BadInput, match="near-duplicate"):
         checked(recipe(tmp_path, **split), tokenizer)
-    by_topic = checked(recipe(tmp_path, **split, group_by="topic"), tokenizer)
+    split["train"] = [{"path": str(path), "group_by": "topic"}]
+    by_topic = checked(recipe(tmp_path, **split), tokenizer)
     assert by_topic.leakage
     assert by_topic.leakage["rows"] > 50
     assert by_topic.leakage["pairs"] == 0
@@ -330,12 +331,13 @@ def as_turns(question: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": text} for role, text in said], "id": question}
 
 
-def sampled(tmp_path: Path, form, **data) -> Recipe:
+def sampled(tmp_path: Path, form, group_by: str | None = None, **data) -> Recipe:
     """Eight answers to each of 30 questions, of which a tenth of the rows is held out."""
     path = tmp_path / "sampled.jsonl"
     rows = [form(text(n, words=30), text(1000 + 8 * n + k)) for n in range(30) for k in range(8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    split = {"train": [{"path": str(path)}], "eval_fraction": 0.1, "max_leakage": 0.01}
+    train = [{"path": str(path), "group_by": group_by}]
+    split = {"train": train, "eval_fraction": 0.1, "max_leakage": 0.01}
     return recipe(tmp_path, **split, **data)
 
 
@@ -345,7 +347,8 @@ def sampled(tmp_path: Path, form, **data) -> Recipe:
 def test_sampled_answers_split_by_row_leak_by_their_prompt(tmp_path, tokenizer, form, group):
     message = (
         r"data\.eval: (\d+) of \1 rows \(100\.0%\) have a prompt that rows of data\.train have, "
-        r"too, .*sampled.jsonl:\d+ and .*prompts.jsonl: .* data\.group_by, .* data\.leakage: drop"
+        r"too, .*sampled.jsonl:\d+ and .*prompts.jsonl: .* data\.train\[\]\.group_by, .* "
+        r"data\.leakage: drop"
     )
     with pytest.raises(BadInput, match=message):
         checked(sampled(tmp_path, form), tokenizer)

@@ -402,7 +402,7 @@ def test_what_shapes_the_documents_is_in_the_key(tmp_path, tokenizer):
         {"duplicates": "drop"},
         {"eval_fraction": 0.3},
         {"eval_fraction": 0.4},
-        {"eval_fraction": 0.4, "group_by": "question"},
+        {"eval_fraction": 0.4, "train": [{**source, "group_by": "question"}]},
         {"too_long": "truncate_anywhere"},
         {"too_long": "split"},
         {"too_long": "split", "split_context": 3},

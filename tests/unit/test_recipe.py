@@ -219,7 +219,7 @@ def test_an_override_reaches_into_a_list(tmp_path):
             "'none', 'bfd', 'bfd_split', 'wrapped' or 'greedy' (got 'best')",
         ),
         (with_key("data.train", []), "`data.train`"),
-        (with_key("data.group_by", "id"), "`group_by` belongs to `eval_fraction`"),
+        (with_source(group_by="id"), "`train[].group_by` belongs to `eval_fraction`"),
         (with_key("data.eval", [{"path": "a", "group_by": "x"}]), "are held out whole"),
         (with_key("data.eval_fraction", 1), "`data.eval_fraction`"),
         (with_key("data.train", [{}]), "give exactly one of `path` and `name`"),

@@ -44,21 +44,26 @@ def test_the_order_of_the_fields_changes_nothing():
     assert [side(row) for row in ROWS] == [side(dict(reversed(row.items()))) for row in ROWS]
 
 
+BY_TREE = data(train=[{"path": "a", "group_by": "tree"}])
+
+
 def test_a_group_stays_whole():
-    of = data(group_by="tree")
-    sides = {tree: {side({"tree": tree, "n": n}, of) for n in range(50)} for tree in range(100)}
+    sides = {
+        tree: {side({"tree": tree, "n": n}, BY_TREE) for n in range(50)} for tree in range(100)
+    }
     assert all(len(found) == 1 for found in sides.values())
     assert {True, False} == {found.pop() for found in sides.values()}
 
 
-def test_a_source_may_have_a_group_of_its_own():
-    mixed = data(group_by="tree", train=[{"path": "a"}, {"path": "b", "group_by": "thread"}])
+def test_each_source_has_a_group_of_its_own():
+    sources = [{"path": "a", "group_by": "tree"}, {"path": "b", "group_by": "thread"}]
+    mixed = data(train=sources)
     trees, threads = mixed.train
     for n in range(100):
         row, alone = {"tree": n, "thread": n + 1}, {"thread": n + 1}
         by_thread = held_out(alone, mixed, threads, "b.jsonl:1")
         assert held_out(row, mixed, threads, "b.jsonl:1") == by_thread
-        assert held_out(row, mixed, trees, "a.jsonl:1") == side({"tree": n}, data(group_by="tree"))
+        assert held_out(row, mixed, trees, "a.jsonl:1") == side({"tree": n}, BY_TREE)
     with pytest.raises(BadInput, match="the row has no `thread`"):
         held_out({"tree": 1}, mixed, threads, "b.jsonl:1")
 
@@ -66,7 +71,7 @@ def test_a_source_may_have_a_group_of_its_own():
 @pytest.mark.parametrize("fields", [{"n": 1}, {"tree": None}])
 def test_a_row_without_its_group_is_refused_by_name(fields):
     with pytest.raises(BadInput, match=r"a\.jsonl:1: the row has no `tree`"):
-        side(fields, data(group_by="tree"))
+        side(fields, BY_TREE)
 
 
 def test_a_row_that_could_not_be_read_is_counted_with_train():

@@ -57,7 +57,6 @@ TINY = (
 QUIET = (
     "data.eval=[]",
     "data.eval_fraction=0",
-    "data.group_by=null",
     "eval.generate=null",
     "eval.best=null",
     "checkpoint.every_steps=null",
@@ -124,7 +123,8 @@ def verify_resume(
             "--steps"
         )
     hands = _hands(worlds, sequences)
-    parent = Path(load_recipe(recipe_file, overrides).run.dir).parent
+    recipe = load_recipe(recipe_file, overrides)
+    parent = Path(recipe.run.dir).parent
     parent.mkdir(parents=True, exist_ok=True)
     # not mkdtemp: a folder that is kept is for whom the umask says
     work = parent / f"verify-resume.{secrets.token_hex(4)}"
@@ -136,6 +136,8 @@ def verify_resume(
         *LOUD,
         *QUIET,
         *overrides,
+        # a group is refused where no rows are held out
+        *(f"data.train.{n}.group_by=null" for n in range(0 if tiny else len(recipe.data.train))),
         "parallel.allow_idle_ranks=true",
     ]
 

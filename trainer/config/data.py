@@ -84,8 +84,8 @@ class Source(Section):
     weight: float = Field(default=1.0, gt=0)
     """Sampling weight: an epoch has round(weight x rows) rows of this source (C1)."""
     group_by: str | None = None
-    """Column that takes the place of data.group_by in this source, where eval_fraction holds rows
-    out. null: data.group_by."""
+    """Column for `data.eval_fraction`: rows of this source with the same value are held out
+    together."""
     rows: int | None = Field(default=None, ge=1)
     """Use only the first rows, this many."""
     streaming: bool = False
@@ -136,8 +136,6 @@ class DataSection(Section):
     eval_fraction: float = Field(default=0.0, ge=0, lt=1)
     """Share of the training rows to hold out, in addition to `eval`. A hash of the row decides, so
     that no row changes sides when others are added or reordered."""
-    group_by: str | None = None
-    """Column for `eval_fraction`: rows with the same value are held out together."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Training rows whose tokens equal an earlier row's. Both count them."""
     near_duplicate: float = Field(default=0.8, ge=0.5, le=1)
@@ -203,9 +201,8 @@ class DataSection(Section):
     """Processes that tokenize. null: one for each CPU core."""
 
     def check(self) -> None:
-        check_belongs(
-            "group_by", self.group_by is not None, "eval_fraction", bool(self.eval_fraction)
-        )
+        grouped = any(source.group_by is not None for source in self.train)
+        check_belongs("train[].group_by", grouped, "eval_fraction", bool(self.eval_fraction))
         if any(source.group_by is not None for source in self.eval):
             raise ValueError("`eval`: its sources are held out whole: leave out `group_by`")
         if taken := sorted(NO_KWARGS & set(self.chat_template_kwargs)):

@@ -27,6 +27,7 @@ RENAMED_KEYS = {
     "batch.rows_per_micro": "`batch.micro_batch_size`",
     "data.max_tokens": "`data.max_length`",
     "data.cut_answers": "`data.too_long: truncate_anywhere`",
+    "data.group_by": "a key of each source: `data.train[].group_by`",
     "data.train_trailing_newline": "`data.train_on_eot: with_newline`",
     "data.train.grows": "`data.train[].streaming`",
     "data.eval.grows": "`data.eval[].streaming`",

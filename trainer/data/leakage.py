@@ -274,7 +274,7 @@ def _refuse_leak(report: dict[str, Any], data: DataSection) -> None:
     if problems:
         raise BadInput(
             f"data.eval: {'; and '.join(problems)}: where data.eval_fraction holds rows out, keep "
-            "those of one prompt together by data.group_by, a column that they share (as "
+            "those of one prompt together by data.train[].group_by, a column that they share (as "
             "`question`); or set data.leakage: drop, which leaves such rows out of the training "
             "data; or remove them yourself, or raise data.max_leakage"
         )

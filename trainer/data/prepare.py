@@ -284,8 +284,7 @@ def _cache_key(
     for part, reader in zip(split_rows.parts, work.readers, strict=True):
         split_key = None
         if part.held_out is not None:
-            group_by = split.group_of(data, part.source)
-            split_key = [split.VERSION, part.held_out, data.eval_fraction, group_by]
+            split_key = [split.VERSION, part.held_out, data.eval_fraction, part.source.group_by]
         digest = source_digest(part.source, digests_folder(data))
         sources.append([digest, part.source.rows, *reader.key(), split_key])
     # Whether packing cuts changes the documents only where long ones are split.

@@ -45,11 +45,6 @@ def parts_of(data: DataSection, which: Literal["train", "eval"]) -> tuple[Source
     )
 
 
-def group_of(data: DataSection, source: Source) -> str | None:
-    """Return the column by which rows of a train source are held out together; None: none."""
-    return data.group_by if source.group_by is None else source.group_by
-
-
 def held_out(
     fields: Mapping[str, Any] | RowError, data: DataSection, source: Source, where: str
 ) -> bool:
@@ -67,13 +62,12 @@ def held_out(
     if isinstance(fields, RowError):
         return False
     value: Any = fields
-    group_by = group_of(data, source)
-    if group_by is not None:
-        value = fields.get(group_by)
+    if source.group_by is not None:
+        value = fields.get(source.group_by)
         if value is None:
             raise BadInput(
-                f"{where}: the row has no `{group_by}`, so group_by cannot tell its side; fill it "
-                "in, name another column in the source's own group_by, or leave the row out"
+                f"{where}: the row has no `{source.group_by}`, so group_by cannot tell its side; "
+                "fill it in, name another column, or leave the row out"
             )
     # Sorted and without spaces: the hash may not depend on the order of a row's columns.
     try:
