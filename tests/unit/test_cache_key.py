@@ -35,7 +35,7 @@ SHAPES: dict[str, list[Any]] = {
     "data.train.0.columns": [{"question": "text"}],
     "data.train.0.rows": [10],
     "data.train.0.function": ["test_cache_key:as_messages"],
-    "data.train.0.filters": [{"answer_words": [1, 9]}, {"pattern": "is"}, {"not_pattern": "never"}],
+    "data.train.0.filters": [{"answer_words": [1, 9]}, {"pattern": "is"}],
     "data.eval_fraction": [0.2, 0.3],
     "data.duplicates": ["drop"],
     "data.train_on": ["all", "completion", "last_turn"],

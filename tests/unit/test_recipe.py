@@ -236,7 +236,6 @@ def test_an_override_reaches_into_a_list(tmp_path):
         (with_source(function="mine:read", format="text"), "leave out `format` and `columns`"),
         (with_source(filters={"function": "mine"}), "a function is named as `module:function`"),
         (with_source(filters={"pattern": "("}), "`(` is not a regular expression"),
-        (with_source(filters={"not_pattern": "["}), "`[` is not a regular expression"),
         (with_source(filters={"answer_words": [3, 2]}), "`answer_words` is [fewest, most]"),
         (with_source(filters={"patern": "x"}), "did you mean `data.train.0.filters.pattern`?"),
         (with_key("data.max_length", 9000), "an example must fit in a packed sequence"),

@@ -26,9 +26,8 @@ class Filters(Section):
     answer_words: tuple[int, int] | None = None
     """Fewest and most words, split at white space, as `[3, 400]`."""
     pattern: Pattern | None = None
-    """Regular expression that must match somewhere in the answer."""
-    not_pattern: Pattern | None = None
-    """Regular expression that must not match anywhere."""
+    """Regular expression that must match somewhere in the answer; `(?s)\\A(?!.*TEXT)` matches where
+    TEXT is nowhere."""
     function: FunctionName | None = None
     """Function of yours, as `module:function`: (row, packhorse.trainer.datatypes.Conversation) ->
     True to keep the row, False or a reason to leave it out. See data.train.function for where it is

@@ -33,6 +33,8 @@ RENAMED_KEYS = {
     "data.eval.grows": "`data.eval[].streaming`",
     "data.train.filters.verify": "`math_answer`, which names the column of the right answer",
     "data.train.filters.reference": "`math_answer`",
+    "data.train.filters.not_pattern": r"`pattern: '(?s)\A(?!.*TEXT)'`",
+    "data.eval.filters.not_pattern": r"`pattern: '(?s)\A(?!.*TEXT)'`",
     "data.eval.filters.verify": "`math_answer`, which names the column of the right answer",
     "data.eval.filters.reference": "`math_answer`",
     "model.recompute": "`model.activation_checkpointing: none | selective | full | auto`",

@@ -45,23 +45,21 @@ def apply_filters(filters: Filters, row: Mapping[str, Any], conversation: Conver
             raise Filtered(f"answer_words: fewer than {fewest}")
         if words > most:
             raise Filtered(f"answer_words: more than {most}")
-    if filters.pattern is not None and not _found("pattern", filters.pattern, answer):
+    if filters.pattern is not None and not _found(filters.pattern, answer):
         raise Filtered("pattern: not found")
-    if filters.not_pattern is not None and _found("not_pattern", filters.not_pattern, answer):
-        raise Filtered("not_pattern: found")
     if filters.math_answer:
         _verify(answer, row.get(filters.math_answer))
     if filters.function:
         _ask(filters.function, row, conversation)
 
 
-def _found(key: str, pattern: str, answer: str) -> bool:
+def _found(pattern: str, answer: str) -> bool:
     try:
         with interrupted_after(PATTERN_S):
             return re.search(pattern, answer) is not None
     except OutOfTime:
         # a pattern such as ^(a+)+$ backtracks for ever
-        raise RowError(f"{key}: not finished within {PATTERN_S:g} s of computing") from None
+        raise RowError(f"pattern: not finished within {PATTERN_S:g} s of computing") from None
 
 
 def _verify(answer: str, reference: Any) -> None:
