@@ -80,7 +80,7 @@ def test_its_preview_decodes_each_token_a_few_times(tmp_path: Path, turns: int) 
     example = masker.example(row)
     starts = preview.role_starts(row, example, masker)
     with mock.patch.object(preview, "_decode", wraps=preview._decode) as decoded:
-        shown = list(preview.runs(example, tokenizer, starts))
+        shown = list(preview.spans(example, tokenizer, starts))
     tokens = len(example.input_ids)
     assert sum(len(call.args[1]) for call in decoded.call_args_list) < 2 * tokens
     assert "".join(run.text for run in shown) == preview._decode(
