@@ -152,9 +152,10 @@ def shorten_gradient_sums(engine: Any) -> None:
     """Make DeepSpeed add each gradient to its sum in one pass, and reduce nothing on one rank.
 
     A micro-batch then moves 10 bytes a parameter for bf16 gradients with fp32 sums, and 12 for fp32
-    ones, at stages 0 and 1. The sums are the same, bit by bit.
+    ones, at stages 0, 1 and 3. The sums are the same, bit by bit.
     """
     optimizer = engine.optimizer
+    stage_3 = hasattr(optimizer, "fp16_partitioned_groups_flat")
     if hasattr(optimizer, "bf16_groups"):
         # DeepSpeed's own makes an fp32 copy of the gradient first: 18 bytes
         optimizer._update_hp_grad = partial(_add_gradient, optimizer)
@@ -162,6 +163,11 @@ def shorten_gradient_sums(engine: Any) -> None:
         engine.buffered_allreduce_fallback = _reduce_nothing  # of stage 0, and of 1 in bf16
         if getattr(optimizer, "partition_gradients", None) is False:  # stage 1
             optimizer.reduce_ready_partitions_and_remove_grads = _reduce_nothing
+        if stage_3 and not optimizer.offload_optimizer:
+            # DeepSpeed's own copies to a bucket, joins, casts, divides by 1 and copies: 26 and more
+            optimizer.reduce_bucket_size = 1  # each at once
+            optimizer._DeepSpeedZeroOptimizer_Stage3__avg_scatter_grads = _whole_gradients
+            optimizer.partition_grads = partial(_add_whole_gradients, optimizer)
 
 
 def _add_gradient(optimizer: Any, parameter: Any, group: int, index: int, **_: Any) -> None:
@@ -171,6 +177,25 @@ def _add_gradient(optimizer: Any, parameter: Any, group: int, index: int, **_: A
     total.view_as(parameter).add_(parameter.grad)
     parameter._hp_grad = total
     optimizer.fp32_groups_has_gradients[group][index] = True
+
+
+def _whole_gradients(parameters: Iterable[Any], _: torch.dtype) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in parameters]
+
+
+def _add_whole_gradients(
+    optimizer: Any, parameters: Iterable[Any], gradients: Iterable[torch.Tensor]
+) -> None:
+    totals = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+    for parameter, gradient in zip(parameters, gradients):
+        total = totals[parameter.ds_id].narrow(0, 0, gradient.numel()).view_as(gradient)
+        if optimizer.micro_step_id == 0:
+            total.copy_(gradient)
+        else:
+            total.add_(gradient)
+        if gradient.is_cuda:  # it was made on another stream
+            gradient.record_stream(torch.cuda.current_stream())
+        parameter.grad = None
 
 
 def _reduce_nothing(*_: Any, **__: Any) -> None:
