@@ -66,7 +66,6 @@ DOES_NOT: dict[str, list[Any]] = {
     "data.train.0.path": ["{work}/moved.jsonl"],
     "data.train.0.weight": [0.5],
     "data.eval": [[{"path": "{work}/changed.jsonl"}]],
-    "data.near_duplicate": [0.5],
     "data.max_leakage": [0.5],
     "data.leakage": ["drop"],  # which makes a folder of its own of those documents
     "data.packing": ["none", "bfd_split", "wrapped", "greedy"],

@@ -224,12 +224,6 @@ def test_a_leak_stops_the_run_and_the_message_says_where(tmp_path, tokenizer):
     assert checked(leaky(tmp_path, max_leakage=0.1), tokenizer).leakage
 
 
-def test_the_threshold_is_the_recipes(tmp_path, tokenizer):
-    report = checked(leaky(tmp_path, near_duplicate=0.95), tokenizer).leakage
-    assert report
-    assert report["leaked_rows"] == 1
-
-
 def test_a_second_start_reads_nothing(tmp_path, tokenizer, monkeypatch):
     first = checked(leaky(tmp_path), tokenizer)
     monkeypatch.setattr(leakage, "_compare", None)

@@ -385,7 +385,6 @@ def test_what_shapes_the_documents_is_in_the_key(tmp_path, tokenizer):
         {"max_rejects": 0.5},
         {"workers": 1},
         {"max_leakage": 0.5},
-        {"near_duplicate": 0.9},
     ]
     for change in same:
         prepare(recipe(tmp_path, **change), tokenizer, "train")

@@ -102,7 +102,6 @@ def test_what_shapes_the_run_may_not_change(tmp_path: Path, change: str) -> None
         "eval.every_steps=7",
         "data.cache=/elsewhere",
         "data.max_leakage=0.5",
-        "data.near_duplicate=0.9",
         "run.log_every=5",
     ],
 )

@@ -137,14 +137,12 @@ class DataSection(Section):
     that no row changes sides when others are added or reordered."""
     duplicates: Literal["keep", "drop"] = "keep"
     """Training rows whose tokens equal an earlier row's. Both count them."""
-    near_duplicate: float = Field(default=0.8, ge=0.5, le=1)
-    """Similarity from which two rows are near-duplicates: Jaccard index of their three-word
-    sequences, without system prompts and tool schemas."""
     max_leakage: float = Field(default=0.01, ge=0, le=1)
     """The run stops if a larger share of the evaluation rows also occurs in the training data,
-    exactly or as near-duplicates, or shares its prompt with a training row. Chance matches of short
-    rows stay below the default; a copied file, or a random split of repeated rows or of several
-    answers to each question, does not."""
+    exactly or as near-duplicates (a Jaccard similarity of 0.8 or more of their three-word
+    sequences), or shares its prompt with a training row. Chance matches of short rows stay below
+    the default; a copied file, or a random split of repeated rows or of several answers to each
+    question, does not."""
     leakage: Literal["stop", "drop"] = "stop"
     """What becomes of a leak. stop: see max_leakage; drop: leave the training rows out that an
     evaluation row is like, or shares its prompt with, however few they are."""

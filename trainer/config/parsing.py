@@ -28,6 +28,7 @@ RENAMED_KEYS = {
     "data.max_tokens": "`data.max_length`",
     "data.cut_answers": "`data.too_long: truncate_anywhere`",
     "data.group_by": "a key of each source: `data.train[].group_by`",
+    "data.near_duplicate": "always 0.8: leave it out",
     "data.train_trailing_newline": "`data.train_on_eot: with_newline`",
     "data.train.grows": "`data.train[].streaming`",
     "data.eval.grows": "`data.eval[].streaming`",

@@ -45,7 +45,7 @@ _FREE_KEYS = {
         "trust_remote_code",
     ),
     "data": (
-        *("eval", "near_duplicate", "max_leakage", "cache", "workers"),
+        *("eval", "max_leakage", "cache", "workers"),
         *("max_rejects", "broken_lines"),
     ),
     "batch": ("micro_batch_size",),

@@ -29,7 +29,7 @@ from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data import tokenize
 from packhorse.trainer.data.cache import keep_documents
 from packhorse.trainer.data.digest import json_digest
-from packhorse.trainer.data.near_duplicates import Index
+from packhorse.trainer.data.near_duplicates import THRESHOLD, Index
 from packhorse.trainer.data.prepare import (
     Prepared,
     cache_folder,
@@ -88,8 +88,8 @@ def _plain(text: str) -> str:
 class _HeldOut:
     """The texts of the held-out rows, each once: its first row, and how many rows have it."""
 
-    def __init__(self, threshold: float) -> None:
-        self.index = Index(threshold)
+    def __init__(self) -> None:
+        self.index = Index(THRESHOLD)
         self.first: list[str] = []  # of each text of the index, as FILE:ROW
         self.rows: list[int] = []
         self._numbers: dict[str, int] = {}
@@ -142,7 +142,7 @@ def check_leakage(
         Stopped (packhorse.trainer.utils.files): `stopping()` became true.
     """
     sides = (side.documents.folder.name for side in (train, held_out))
-    key = json_digest([VERSION, recipe.data.near_duplicate, *sides])
+    key = json_digest([VERSION, THRESHOLD, *sides])
     folder = cache_folder(recipe.data) / f"leakage-{key}"
 
     def build(staging: Path, leftovers: list[Path], check: Callable[[], None]) -> None:
@@ -205,7 +205,7 @@ def _compare(
     Memory grows with the held-out side alone.
     """
     workers = workers_of(data)
-    asked = {kind: _HeldOut(data.near_duplicate) for kind in PAIRS}
+    asked = {kind: _HeldOut() for kind in PAIRS}
     rows_held_out, kept = 0, _KeptRows(held_out)
     split_rows = SplitRows(data, "eval")
     read = _ReadTexts.of(data, "eval")

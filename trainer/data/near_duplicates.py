@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from rensa import RMinHash, RMinHashLSH  # pyright: ignore[reportAttributeAccessIssue] - it has no stubs
 
 SEQUENCE_WORDS = 3
+THRESHOLD = 0.8  # similarity from which two texts are near-duplicates
 HASHES = 128  # of a signature
 SEED = 0
 MOST_MISSED = 1e-3  # chance that a pair just similar enough is never compared
