@@ -122,14 +122,14 @@ def wide(root: Path) -> tuple[str, str]:
     return f"model.name={folder}", "optim.lr=3e-3"
 
 
-def run_cases(*waves: dict[int, list[dict[str, Any]]]) -> dict[str, Run]:
+def run_cases(*waves: dict[int, list[dict[str, Any]]], timeout_s: float = 600) -> dict[str, Run]:
     """Run each world size's cases, one wave after the other; return the runs by folder name."""
     folders = set()
     for wave in waves:
         for world, cases in wave.items():
             path = Path(cases[0]["run"]).parent / "cases.json"
             path.write_text(json.dumps(cases))
-            run_ranks(world, ["-m", "tests.numerics.cases", str(path)], timeout_s=600)
+            run_ranks(world, ["-m", "tests.numerics.cases", str(path)], timeout_s=timeout_s)
             folders |= {Path(case["run"]) for case in cases}
     starts: dict[str, dict[str, torch.Tensor]] = {}
     return {folder.name: read_run(folder, starts) for folder in folders}

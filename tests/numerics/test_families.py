@@ -1,11 +1,13 @@
-"""Experts, a hybrid and a model with towers learn the same with each optimizer (X2, X4, X7).
+"""Experts, a hybrid and a model with towers learn the same with each optimizer (X2, X3, X4, X7).
 
-Two ranks at stage 3 hand over to one at stage 2, and equal one rank at stage 0. Tiny models, four
-steps. AdamW on every architecture is in tests/models.
+One rank at stage 0 with larger micro-batches equals two at stage 3, and two that hand over to one
+at stage 2; with AdamW also two at stage 1. Tiny models, four steps. X1 is in test_x1_packed.py;
+AdamW on every architecture, in tests/models.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -15,15 +17,25 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from packhorse.trainer.checkpoint.checkpoint import open_checkpoint
 from packhorse.trainer.checkpoint.hf_export import export
 from packhorse.trainer.config.recipe import load_recipe
 from packhorse.trainer.model.load import load_model, load_tokenizer, model_class
 from packhorse.trainer.model.lora import merged_weights
 from tests.model_helpers import relative
+from tests.models import listed_experts
 from tests.models.shrunk import config_of
-from tests.numerics.compare import Run, case, difference, is_same, report, run_cases
+from tests.numerics.compare import (
+    BF16_CHANGE_BOUND,
+    Run,
+    case,
+    difference,
+    is_same,
+    report,
+    run_cases,
+)
 from tests.numerics.test_optimizers import CHOSEN, agrees
 from tests.ranks import ROOT
 from tests.runs.test_export_kinds import make_gemma
@@ -37,6 +49,7 @@ FAMILIES = {
     "hybrid": ("lfm2", {}),
     "towers": ("gemma3", {}),
     "mixture": ("qwen3_moe", {"moe_intermediate_size": 64}),  # rows of whole blocks
+    "listed": ("listed_experts", {}),  # by code beside its weights; it calls some experts only
 }
 # Adapters on experts, and experts in 4 and 8 bits: gpt-oss's have biases, and inputs first. With
 # the stages at which two ranks run them.
@@ -54,14 +67,30 @@ ADAPTERS = {
     "frozen-nf4": ("mixture", "base: nf4", ("zero2", "zero3")),
     "int8": ("mixture", "target_parameters: [experts.down_proj], base: int8", ("zero3",)),
 }
+KINDS = {"adamw": (), **CHOSEN}
+
+
+def stages_of(kind: str) -> tuple[str, ...]:
+    """Return the stages of two ranks; stage 1 shares its code with 2, which goes on for 3."""
+    return ("zero1", "zero3") if kind == "adamw" else ("zero3",)
+
+
 CASES = [
-    *((family, kind) for family in ("experts", "hybrid", "towers") for kind in CHOSEN),
-    ("sparse", "lion"),
+    *((family, kind) for family in ("experts", "hybrid", "towers") for kind in KINDS),
+    *(("sparse", kind) for kind in ("adamw", "lion")),
+    ("listed", "adamw"),  # some of its gradients are rounding noise, of which Lion takes the sign
 ]
-CONTROLS = (
-    *(("sparse", "stale_expert_gradients"), ("experts", "decay_everywhere")),
-    ("towers", "towers_trained"),
-)
+CONTROLS = [
+    *(
+        (family, control, kind)
+        for family, control in (
+            *(("sparse", "stale_expert_gradients"), ("experts", "router_bias_decayed")),
+            ("towers", "towers_trained"),
+        )
+        for kind in ("adamw", "lion")
+    ),
+    ("listed", "idle_lists_get_the_last_gradient", "adamw"),
+]
 
 
 def make(folder: Path, model_type: str, sizes: dict[str, Any]) -> None:
@@ -69,10 +98,28 @@ def make(folder: Path, model_type: str, sizes: dict[str, Any]) -> None:
     torch.manual_seed(0)
     if model_type == "gemma3":
         make_gemma(folder)
+    elif model_type == "listed_experts":
+        make_listed(folder)
     else:
         config = config_of(model_type)
         config.update(sizes)
         model_class(config).from_config(config, dtype=torch.float32).save_pretrained(folder)
+
+
+def make_listed(folder: Path) -> None:
+    """Save a model with its code, as the hub has it."""
+    config = LlamaConfig.from_pretrained(folder)
+    model = listed_experts.ListedForCausalLM(
+        listed_experts.ListedConfig(**{**config.to_dict(), "initializer_range": 0.1})
+    )
+    model.save_pretrained(folder)
+    path = folder / "config.json"
+    places = {
+        "AutoConfig": "listed_experts.ListedConfig",
+        "AutoModelForCausalLM": "listed_experts.ListedForCausalLM",
+    }
+    path.write_text(json.dumps({**json.loads(path.read_text()), "auto_map": places}))
+    shutil.copy(listed_experts.__file__, folder)
 
 
 @pytest.fixture(scope="module")
@@ -83,22 +130,33 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def keys_of(root: Path, family: str, kind: str) -> list[str]:
+    chosen = [key for key in KINDS[kind] if "optim.groups" not in key]
+    own_code = ["model.trust_remote_code=true", "batch.global_batch_size=2"]
+    more = own_code if family == "listed" else []
+    return [*COMMON, f"model.name={root / 'models' / family}", *chosen, *more]
+
+
 @pytest.fixture(scope="module")
 def runs(root: Path) -> dict[str, Run]:
     one: list[dict[str, Any]] = []
     two: list[dict[str, Any]] = []
     for family, kind in CASES:
-        keys = [*COMMON, f"model.name={root / 'models' / family}"]
-        keys += [key for key in CHOSEN[kind] if "optim.groups" not in key]
-        one.append(case(root, f"{family}-{kind}-1", "zero0", *keys))
+        keys = keys_of(root, family, kind)
+        cut = (*keys, "batch.micro_batch_size=2")
+        one.append(case(root, f"{family}-{kind}-1", "zero0", *cut))
+        two += [case(root, f"{family}-{kind}-{s}", s, *keys) for s in stages_of(kind)]
+        resumed = case(root, f"{family}-{kind}-resumed", "zero3", *keys)
         moved = case(root, f"{family}-{kind}-moved", "zero3", *keys)
-        two.append({**moved, "stop_after": 2})
+        two += [{**resumed, "stop_after": 2}, resumed, {**moved, "stop_after": 2}]
         one.append(case(root, f"{family}-{kind}-moved", "zero2", *keys))
-    for family, control in CONTROLS:
-        keys = [*COMMON, f"model.name={root / 'models' / family}", *CHOSEN["lion"]]
+    bf16 = [*keys_of(root, "listed", "adamw"), "model.dtype=bfloat16", "batch.global_batch_size=4"]
+    two += [case(root, f"listed-bf16-{s}", s, *bf16) for s in ("zero1", "zero2", "zero3")]
+    for family, control, kind in CONTROLS:
+        keys = keys_of(root, family, kind)
         # stage 2 has a gradient of zero, and decay, where stage 0 has none
         stage = "zero2" if family == "towers" else "zero0"
-        one.append(case(root, f"{family}-{control}", stage, *keys, changes=[control]))
+        one.append(case(root, f"{family}-{kind}-{control}", stage, *keys, changes=[control]))
     for name, (family, adapter, stages) in ADAPTERS.items():
         keys = [*COMMON, f"model.name={root / 'models' / family}", "optim.lr=1e-2"]
         keys.append(f"adapter={{rank: 4, target_modules: [q_proj], {adapter}}}")
@@ -113,27 +171,70 @@ def runs(root: Path) -> dict[str, Run]:
             recomputed = (*keys, "model.activation_checkpointing=selective")
             two.append(case(root, "nf4-recomputed", "zero3", *recomputed))
             one.append(case(root, "nf4-unpacked", "zero0", *keys, changes=["experts_unpacked"]))
-    return run_cases({2: two}, {1: one})
+    return run_cases({2: two}, {1: one}, timeout_s=1500)
 
 
-@pytest.mark.parametrize(("family", "kind"), CASES)
-def test_worlds_stages_and_resumes_change_nothing(
-    runs: dict[str, Run], family: str, kind: str
+@pytest.mark.parametrize(
+    ("family", "kind", "other"),
+    [(family, kind, other) for family, kind in CASES for other in (*stages_of(kind), "moved")],
+)
+def test_worlds_cuts_stages_and_resumes_change_nothing(
+    runs: dict[str, Run], family: str, kind: str, other: str
 ) -> None:
-    seen = difference(runs[f"{family}-{kind}-1"], runs[f"{family}-{kind}-moved"])
-    report(f"{family}, {kind}, resumed by another world and stage", seen)
+    """X2, X4, X7."""
+    seen = difference(runs[f"{family}-{kind}-1"], runs[f"{family}-{kind}-{other}"])
+    report(f"{family}, {kind}, {other}", seen)
     assert agrees(kind, seen)
 
 
-@pytest.mark.parametrize(("family", "control"), CONTROLS)
-def test_controls_are_caught(runs: dict[str, Run], family: str, control: str) -> None:
-    plain, changed = runs[f"{family}-lion-1"], runs[f"{family}-{control}"]
+@pytest.mark.parametrize("stage", ["zero1", "zero2"])
+def test_ranks_clip_and_sum_gradients_that_only_some_of_them_have(
+    runs: dict[str, Run], stage: str
+) -> None:
+    """In bf16 stage 1 is a class of its own in DeepSpeed; two micro-batches a rank."""
+    seen = difference(runs["listed-bf16-zero3"], runs[f"listed-bf16-{stage}"])
+    report(f"listed in bf16, {stage}", seen)
+    assert seen.change <= BF16_CHANGE_BOUND
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_x3_a_resumed_run_is_one_never_stopped(
+    runs: dict[str, Run], family: str, kind: str
+) -> None:
+    assert is_same(runs[f"{family}-{kind}-zero3"], runs[f"{family}-{kind}-resumed"])
+
+
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_an_export_acts_as_what_was_trained(
+    runs: dict[str, Run], root: Path, family: str, kind: str
+) -> None:
+    """In plain transformers; what a text does not train is bit by bit the source's."""
+    source, run = root / "models" / family, runs[f"{family}-{kind}-moved"].folder
+    saved, manifest = open_checkpoint(run)
+    trusted = {"trust_remote_code": family == "listed"}
+    trained, exported = (
+        model_class(AutoConfig.from_pretrained(f, **trusted)).from_pretrained(f, **trusted)
+        for f in (source, export(run, root / "exports" / f"{family}-{kind}"))
+    )
+    before = {name: p.detach().clone() for name, p in trained.named_parameters()}
+    trained.load_state_dict({name: saved.whole(name) for name in saved.names}, strict=False)
+    ids = torch.arange(4, 60)[None]
+    with torch.no_grad():
+        logits = [m.eval()(input_ids=ids, use_cache=False).logits for m in (trained, exported)]
+    assert torch.equal(*logits)
+    frozen = {n for n, p in exported.named_parameters() if torch.equal(p, before[n])}
+    assert frozen == before.keys() - manifest.trained
+
+
+@pytest.mark.parametrize(("family", "control", "kind"), CONTROLS)
+def test_controls_are_caught(runs: dict[str, Run], family: str, control: str, kind: str) -> None:
+    plain, changed = runs[f"{family}-{kind}-1"], runs[f"{family}-{kind}-{control}"]
     if control == "towers_trained":
         assert not any("vision" in name for name in plain.changes)
         assert any("vision" in n and c.norm() > 0 for n, c in changed.changes.items())
         return
     seen = difference(plain, changed)
-    report(f"{family}, control {control}", seen)
+    report(f"{family}, {kind}, control {control}", seen)
     assert seen.is_caught
 
 
