@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 
     PathLike = str | os.PathLike[str]
 
+# What a launcher tells its workers; a caller that is one does not hand it on.
+_OF_WORKERS = re.compile(
+    r"((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*"
+    r"|PACKHORSE_LAUNCHER)"
+)
 _SHOWN_LINES = 15  # of a failed command's output, in the error
 
 
@@ -216,6 +221,7 @@ def _run(command: str, *arguments: PathLike, logs: Path | None = None) -> tuple[
     with tempfile.TemporaryFile("w+", encoding="utf-8") as printed:
         process = subprocess.Popen(
             [sys.executable, MAIN, command, *(os.fspath(argument) for argument in arguments)],
+            env={k: value for k, value in os.environ.items() if not _OF_WORKERS.fullmatch(k)},
             stdin=subprocess.DEVNULL,
             stdout=printed,
             stderr=subprocess.PIPE,

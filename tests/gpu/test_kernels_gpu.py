@@ -5,6 +5,7 @@ pytest -m gpu tests/gpu
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,6 +29,7 @@ from packhorse.trainer.model import (
 )
 from packhorse.trainer.model.attention_kernels import Arguments, Bounds
 from packhorse.trainer.model.logit_transform import LogitTransform, measure_transform
+from packhorse.trainer.model.new_weights import initialise
 from packhorse.trainer.model.sft import SftModel
 from tests.model_helpers import WIDE, documents, pack, relative, tiny
 from tests.numerics.test_x6_kernels import VARIANTS, Case, case, in_fp32, run
@@ -412,3 +414,15 @@ def test_a_block_of_a_ring_is_the_reference(is_causal: bool) -> None:
     given = (grad, q, exact.to(q.dtype), log_sum + 0.5, k, v, blocks, arguments)
     both = zip(ring_blocks._flash_backward(*given), ring_blocks._reference_backward(*given))
     assert max(relative(ours, theirs) for ours, theirs in both) <= ATTENTION_BOUND
+
+
+def test_random_weights_are_drawn_as_on_a_cpu():
+    """ZeRO-3 builds the model on the GPU, the other stages on the CPU."""
+    expected = tiny(tf.LlamaConfig(**SIZES)).state_dict()
+    model = tiny(tf.LlamaConfig(**SIZES)).to(CUDA)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    initialise(model, 0, lambda parameters, write=False: nullcontext())
+    for name, tensor in model.state_dict().items():
+        assert tensor.is_cuda
+        assert torch.equal(tensor.cpu(), expected[name]), name

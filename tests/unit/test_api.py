@@ -100,6 +100,8 @@ def test_a_stopped_evaluation_has_no_result(command: Callable[[str], int]) -> No
         packhorse.evaluate("runs/debug", "debug")
 
 
+OF_A_WORKER = (LAUNCHER, "RANK", "LOCAL_RANK", "WORLD_SIZE", "TORCHELASTIC_RUN_ID", "MASTER_PORT")
+
 # A launcher that saves when it is asked to, and says how often it was asked.
 SAVES = """
 import signal, time
@@ -107,6 +109,8 @@ asked = []
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, frame: asked.append(signal.Signals(number).name))
 open("ready", "w")
+if {"RANK", "TORCHELASTIC_RUN_ID", "MASTER_PORT"} & set(os.environ):
+    sys.exit("it would be a rank of the caller's run")
 while not asked:
     time.sleep(0.01)
 time.sleep(0.2)
@@ -120,7 +124,8 @@ def test_a_run_saves_when_its_caller_is_interrupted_or_killed(
     command: Callable[[str], int], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     command(SAVES)
-    monkeypatch.setenv(LAUNCHER, "1")  # the caller is a worker of another run
+    for name in OF_A_WORKER:  # the caller is one, of another run
+        monkeypatch.setenv(name, "1")
     caller = (
         "import sys, packhorse; from packhorse.trainer.config import packaged\n"
         "packaged.MAIN = sys.argv[1]\n"

@@ -316,7 +316,15 @@ def test_an_address_is_plain(url: str, why: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "extra", [{"api_key": KEY}, {"headers": {"Authorization": f"Bearer {KEY}"}}, {"my-Secret": 1}]
+    "extra",
+    [
+        {"api_key": KEY},
+        {"headers": {"Authorization": f"Bearer {KEY}"}},
+        {"my-Secret": 1},
+        {"token": KEY},
+        {"hf_token": KEY},
+        {"passwd": KEY},
+    ],
 )
 def test_further_fields_hold_no_secret(extra: dict) -> None:
     """The recipe is saved in the run folder, in model cards and by trackers."""

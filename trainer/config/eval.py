@@ -14,7 +14,11 @@ from packhorse.trainer.config.base import FunctionName, Pattern, Section, check_
 from packhorse.trainer.config.best import EVAL_LOSS, BestSection, EarlyStoppingSection
 
 # The name of a field that holds a secret, in JSON.
-_SECRET = re.compile(r'"([^"]*(?:api[-_]?key|secret|password|authorization))":', re.IGNORECASE)
+_SECRET = re.compile(
+    r'"((?:[^"]*(?:api[-_]?key|secret|passw(?:or)?d|authorization|credentials?|bearer'
+    r'|(?:access|api|auth|hf|session)[-_]?token))|token)":',
+    re.IGNORECASE,
+)
 
 
 class Server(Section):

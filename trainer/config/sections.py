@@ -95,8 +95,8 @@ class BatchSection(Section):
     """Packed sequences of one optimizer step, at most, summed over all data-parallel ranks."""
     micro_batch_size: Annotated[int | Literal["auto"], number_or("auto")] = 1
     """Packed sequences in one forward pass of a rank. Gradient accumulation does the rest. auto: as
-    many as fit a quarter of the GPU's memory with nothing recomputed, if no number of GPUs then has
-    to recompute more than for one, and 1 on a CPU; a resumed run keeps the number."""
+    many as fit a quarter of the GPU's memory with nothing recomputed, if no power of two of GPUs
+    then has to recompute more than for one, and 1 on a CPU; a resumed run keeps the number."""
 
     @property
     def micro(self) -> int:

@@ -41,8 +41,8 @@ def tokens_digest(examples: Iterable[Example]) -> int:
     """Return the xxh3-64 of the examples' tokens and flags."""
     digest = xxhash.xxh3_64()
     for example in examples:
-        digest.update(example.input_ids.tobytes())
-        digest.update(example.trained.tobytes())
+        digest.update(example.input_ids.data)
+        digest.update(example.trained.data)
     return digest.intdigest()
 
 

@@ -115,7 +115,7 @@ def choose_sequence(
 
 def largest_micro_batch(recipe: Recipe, card: float, kernel: str = "liger") -> int:
     """Return the largest power of two of packed sequences whose activations, with nothing
-    recomputed, fit ACTIVATION_SHARE of a GPU of `card` bytes, and with which no number of GPUs
+    recomputed, fit ACTIVATION_SHARE of a GPU of `card` bytes, and with which none of WORLDS
     recomputes more than with one sequence.
 
     It does not depend on the number of GPUs. It is 1 for a model that cannot be planned.
