@@ -258,6 +258,15 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(tmp_path: Path) -> 
     assert found_step(tmp_path) == 2
 
 
+def test_a_link_to_nowhere_is_replaced_when_its_step_comes_again(tmp_path: Path) -> None:
+    """As where the disk to which a user has moved a checkpoint is away."""
+    publish(tmp_path, 1)
+    (tmp_path / "checkpoints" / "step-000002").symlink_to(tmp_path / "away")
+    publish(tmp_path, 2)
+    assert found_step(tmp_path) == 2
+    assert not (tmp_path / "checkpoints" / "step-000002").is_symlink()
+
+
 def test_the_last_good_one_is_not_pruned_for_a_newer_damaged_one(tmp_path: Path) -> None:
     publish(tmp_path, 2, 6, keep=2)
     flip_a_byte(tmp_path / "checkpoints" / "step-000006")

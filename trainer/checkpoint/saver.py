@@ -6,6 +6,7 @@ What a checkpoint consists of is in checkpoint.py, which finds and restores them
 from __future__ import annotations
 
 import errno
+import os
 import secrets
 import shutil
 import threading
@@ -181,7 +182,8 @@ class Saver:
     def _publish(self, staged: Path, manifest: Manifest, best: int | None) -> None:
         manifest.write(staged)
         final = self._root / folder_name(manifest.state.step)
-        if final.exists():  # a damaged one: the run would have been resumed from a whole one
+        # a damaged one, perhaps a link to nowhere: the run would have been resumed from a whole one
+        if os.path.lexists(final):
             remove(final)
         publish_folder(staged, final)
         name_and_prune(self._root, manifest.state.step, best, self._keep, self._mirror)
