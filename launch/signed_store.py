@@ -44,11 +44,14 @@ def read_secret(run_dir: Path) -> bytes:
         _make_secret(path)
         end = time.monotonic() + _WHOLE_S
         while True:
-            # a pipe would be waited for without end, and a device may never end
-            with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-                found = os.fstat(file.fileno())
-                mode, text = stat.S_IMODE(found.st_mode), file.read(2 * _SECRET_BYTES + 1) or b""
-            is_whole = stat.S_ISREG(found.st_mode) and len(text) == 2 * _SECRET_BYTES
+            mode, text = stat.S_IMODE(path.stat().st_mode), b""
+            # A pipe would be waited for without end, and a device may never end. Not opened by
+            # O_NONBLOCK: that fails where a file server holds a lease of the kernel on the file.
+            if path.is_file():
+                with path.open("rb") as file:
+                    mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+                    text = file.read(2 * _SECRET_BYTES + 1)
+            is_whole = len(text) == 2 * _SECRET_BYTES
             # another node may be writing it at this moment
             if is_whole or time.monotonic() > end:
                 break

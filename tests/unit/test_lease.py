@@ -12,6 +12,7 @@ import pytest
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils import files, lease
 from packhorse.trainer.utils.lease import Rival, is_alive, owned, require_owned, take
+from tests.file_lease import leased
 
 ROOT = Path(__file__).parents[2]
 
@@ -106,6 +107,19 @@ def test_a_pipe_in_the_place_of_a_lease_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / ".lease-000001")
     with owned(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lease-000002"]
+
+
+def test_a_folder_in_the_place_of_a_lease_is_no_sign_of_life(tmp_path):
+    (tmp_path / ".lease-000001").mkdir()
+    assert not is_alive(tmp_path)
+
+
+def test_a_lease_of_the_kernel_on_its_file_is_waited_for(tmp_path):
+    with take(tmp_path / ".lease", 1) as ours:
+        with leased(tmp_path / ".lease-000001"):
+            assert is_alive(tmp_path)
+        with leased(tmp_path / ".lease-000001"):
+            assert ours.is_ours()
 
 
 def test_every_writer_asks_first(tmp_path):

@@ -165,8 +165,15 @@ def _read(stem: Path, number: int) -> str:
 
 
 def _open(path: Path) -> IO[bytes]:
-    """Open a file to read, and a pipe or a device that has its name without waiting for it."""
-    return open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    """Open a lease's file to read. What else has its name is no lease, and not waited for.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    # Not opened by O_NONBLOCK: that fails where a file server holds a lease of the kernel on it.
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file")
+    return path.open("rb")
 
 
 def _identity(pid: int) -> str:
