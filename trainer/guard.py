@@ -17,6 +17,7 @@ from typing import Literal
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import GuardSection
 from packhorse.trainer.utils.files import append_json_lines, cut_json_lines, read_json_lines
+from packhorse.trainer.utils.log_lines import check_skipped
 
 WINDOW = 50  # losses whose median is the usual one
 _ENOUGH = 10  # losses before any is called a spike
@@ -40,9 +41,9 @@ class Guard:
         self._path = run_dir / "skipped_steps.jsonl"
         if dist.is_main():
             # a step of a line that is lost is decided anew, unless a checkpoint has passed it
-            cut_json_lines(self._path, lambda line: line["step"] > 0)
+            cut_json_lines(self._path, lambda _: True, check_skipped)
         lines = dist.broadcast(read_json_lines(self._path) if dist.is_main() else None)
-        self.skipped_steps = {int(line["step"]) - 1 for line in lines}
+        self.skipped_steps = {line["step"] - 1 for line in lines}
         self._losses = deque(recent_losses, WINDOW)
         self._is_spike = False
 

@@ -76,6 +76,14 @@ def test_a_damaged_line_is_set_aside(tmp_path: Path) -> None:
     assert guard(tmp_path).skipped_steps == {2, 4}
 
 
+@pytest.mark.parametrize("step", ["Infinity", "NaN", "3.7", "true", '"3"', "0", "-1", "9" * 400])
+def test_a_step_that_is_no_number_of_a_step_is_set_aside(tmp_path: Path, step: str) -> None:
+    (tmp_path / "skipped_steps.jsonl").write_text(f'{{"step": {step}}}\n{{"step": 5}}\n')
+    assert guard(tmp_path).skipped_steps == {4}
+    aside = tmp_path / "skipped_steps.jsonl.damaged"
+    assert aside.read_text() == f'{{"step": {step}}}\n'
+
+
 def test_too_many_stop_the_run(tmp_path: Path) -> None:
     watching = guard(tmp_path, non_finite="skip", max_skipped_steps=1)
     watching.decide(3, "not finite", "")

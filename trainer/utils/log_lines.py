@@ -59,6 +59,13 @@ def check_trace(line: dict[str, Any]) -> None:
     _require_step(line["step"])
 
 
+def check_skipped(line: dict[str, Any]) -> None:
+    """Check a line of skipped_steps.jsonl: a step, from 1."""
+    _require_step(line["step"])
+    if not line["step"]:
+        raise TypeError("step 0")
+
+
 # a run's logs of steps, and what finds damaged lines
 LOGS = {"metrics.jsonl": check_metrics, "samples.jsonl": check_sample, "trace.jsonl": check_trace}
 
