@@ -26,6 +26,7 @@ from packhorse.trainer.utils.time_limit import (
     bounded,
     interrupted_after,
     many_interruptions,
+    names_matching,
 )
 from tests.model_helpers import tiny_llama
 
@@ -250,8 +251,14 @@ def test_blocks_of_a_chunk_share_a_timer_and_each_has_its_limit(monkeypatch):
     ],
 )
 def test_a_pattern_of_the_recipe_that_does_not_end_is_named(monkeypatch, option, work):
-    monkeypatch.setattr(time_limit, "NAMES_S", 0.2)
+    monkeypatch.setattr(time_limit, "NAME_S", 0.2)
     model = tiny_llama()
     model.add_module("a" * 40, torch.nn.Linear(2, 2))
-    with pytest.raises(BadInput, match=rf"{option}: .* was not finished at the model's names"):
+    with pytest.raises(BadInput, match=rf"{option}: .* was not finished at the model's name `a+"):
         work(model)
+
+
+def test_a_slow_pattern_may_take_longer_at_many_names_than_at_one(monkeypatch):
+    monkeypatch.setattr(time_limit, "NAME_S", 0.4)
+    names = ["a", "b", "c", "d", "e", "f"]
+    assert names_matching("x", ".", names, lambda *_: compute(0.15) is None) == names

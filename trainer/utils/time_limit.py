@@ -27,7 +27,7 @@ from packhorse.trainer.utils.text import error_line
 
 LIMIT_BYTES = 4 << 30  # of memory that a call may take beyond what the helper takes at its start
 TICK_S = 0.1  # of processor time
-NAMES_S = 5.0  # of processor time, for a pattern of the recipe at all names of a model
+NAME_S = 1.0  # of processor time, for a pattern of the recipe at one name of a model
 
 T = TypeVar("T")
 
@@ -153,16 +153,22 @@ def names_matching(
         option: the recipe's key of the pattern, for the message.
 
     Raises:
-        BadInput: it takes longer than NAMES_S, as (a+)+$ does, which backtracks without end.
+        BadInput: at one name it takes longer than NAME_S, as (a+)+$ does, which backtracks without
+            end. At all names together a slow one may take its time, on any machine.
     """
-    try:
-        with interrupted_after(NAMES_S):
-            return [name for name in names if match(pattern, name)]
-    except OutOfTime:
-        raise BadInput(
-            f"{option}: `{pattern[:200]}` was not finished at the model's names within "
-            f"{NAMES_S:g} s of computing; make it simpler"
-        ) from None
+    found = []
+    with many_interruptions():
+        for name in names:
+            try:
+                with interrupted_after(NAME_S):
+                    if match(pattern, name):
+                        found.append(name)
+            except OutOfTime:
+                raise BadInput(
+                    f"{option}: `{pattern[:200]}` was not finished at the model's name "
+                    f"`{name[:200]}` within {NAME_S:g} s of computing; make it simpler"
+                ) from None
+    return found
 
 
 def _tick(*_: object) -> None:
