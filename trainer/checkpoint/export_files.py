@@ -253,9 +253,9 @@ def _own_code(config: dict[str, Any], folder: Path) -> None:
 def _rope_of_4(parameters: dict[str, Any], is_gemma_3: bool) -> dict[str, Any]:
     """Return the keys by which transformers 4 names what 5 has in `rope_parameters`."""
     found: dict[str, Any] = {}
-    if is_gemma_3 and "sliding_attention" in parameters:
-        # layers with a window have a base of their own
-        found["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+    if "full_attention" in parameters:
+        if is_gemma_3:  # layers with a window have a base of their own
+            found["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
         parameters = parameters["full_attention"]
     for key in ("rope_theta", "partial_rotary_factor"):
         if parameters.get(key) is not None:
