@@ -69,7 +69,7 @@ def try_model(name: str, root: Path) -> dict[str, Any]:
         for stage in (0, 3):
             result |= _train_and_compare(folder, root / f"zero{stage}", stage)
     except BadInput as error:
-        return {**result, "works": "refused", "why": one_line(error, 400)}
+        return {**result, "works": "refused", "why": one_line(error, 400).replace(f"{root}/", "")}
     except Exception as error:
         return {**result, "works": "crashed", "crash": _describe(error)}
     return result
