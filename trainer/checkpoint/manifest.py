@@ -9,31 +9,33 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import xxhash
-from pydantic import NonNegativeInt, TypeAdapter
+from pydantic import ConfigDict, Field, FiniteFloat, TypeAdapter, with_config
 
-from packhorse.trainer.engine.sharded_state import BESIDE, FROZEN, WEIGHT, Digests, File
+from packhorse.trainer.engine.sharded_state import BESIDE, FROZEN, WEIGHT, Count, Digests, File
 from packhorse.trainer.utils.files import write_synced
 from packhorse.trainer.utils.lease import require_owned
 
 MANIFEST = "manifest.json"
 _FORMAT = 2
+T = TypeVar("T")
 _FILE_NAME = re.compile(r"rank[0-9]{5,}-[0-9]{3,}\.safetensors")
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class RunState:
     """Where a run stands. Order, learning rate and noise follow from the step, so this is all."""
 
-    step: int  # of the plan, applied or skipped
-    updates: int  # applied ones, which AdamW counts
+    step: Count  # of the plan, applied or skipped
+    updates: Count  # applied ones, which AdamW counts
     data: str  # fingerprint of the tokenized training data
-    micro_batch_size: int  # must not change where the model is random, as by dropout
-    recent_losses: Sequence[float]  # from which the guard knows a spike
-    world_size: int  # of the run that wrote it; for people
-    stage: int  # of ZeRO; for people
+    micro_batch_size: Count  # must not change where the model is random, as by dropout
+    recent_losses: Sequence[FiniteFloat]  # from which the guard knows a spike
+    world_size: Count  # of the run that wrote it; for people
+    stage: Count  # of ZeRO; for people
 
 
 @dataclass(frozen=True)
@@ -95,27 +97,34 @@ class Manifest:
             raise ValueError(f"its format is {content['format']}, this version reads {_FORMAT}")
         if content.pop("xxh3") != _content_checksum(content):
             raise ValueError(f"the checksum of {MANIFEST} does not match its content")
-        for key in ("state", "shapes", "files", "digests"):
-            if not isinstance(content[key], dict):
-                raise ValueError(f"its `{key}` is no object")
-        digests = {
-            (name, state): int(value, 16)
-            for name, states in content["digests"].items()
-            for state, value in dict(states).items()
-        }
-        files = _FILES.validate_python(content["files"])
+        if unknown := content.keys() - _KEYS:
+            raise ValueError(f"it holds {min(unknown)[:100]!r}, which this version does not know")
+        files = _checked(_FILES, content["files"])
         for name in files:
             if not _FILE_NAME.fullmatch(name):  # as ../../x, which a mirror would write there
                 raise ValueError(f"{name!r} is no name of a checkpoint's file")
-        state = _STATE.validate_python(content["state"])
-        shapes = _SHAPES.validate_python(content["shapes"])
-        described = _TEXTS.validate_python(content.get("description", {}))
-        return cls(state, shapes, files, digests, described)
+        state = _checked(_STATE, content["state"])
+        if state.updates > state.step:
+            raise ValueError(f"it counts {state.updates} updates in {state.step} steps")
+        shapes = _checked(_SHAPES, content["shapes"])
+        digests = {
+            (name, kind): int(value, 16)
+            for name, states in _checked(_DIGESTS, content["digests"]).items()
+            for kind, value in states.items()
+        }
+        return cls(state, shapes, files, digests, _checked(_TEXTS, content.get("description", {})))
 
 
+_KEYS = {"format", "state", "shapes", "files", "digests", "description"}
 # by which values are checked: pydantic's error is a ValueError
 _STATE, _FILES = TypeAdapter(RunState), TypeAdapter(dict[str, File])
-_SHAPES, _TEXTS = TypeAdapter(dict[str, list[NonNegativeInt]]), TypeAdapter(dict[str, str])
+_SHAPES, _TEXTS = TypeAdapter(dict[str, list[Count]]), TypeAdapter(dict[str, str])
+_DIGESTS = TypeAdapter(dict[str, dict[str, Annotated[str, Field(pattern="^[0-9a-f]{1,16}$")]]])
+
+
+def _checked(kind: TypeAdapter[T], value: Any) -> T:
+    # As JSON again: of Python's values a strict check wants lists as tuples, and objects made.
+    return kind.validate_json(json.dumps(value), strict=True)
 
 
 def _content_checksum(content: dict[str, Any]) -> str:

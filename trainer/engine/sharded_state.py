@@ -16,11 +16,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import safetensors.torch
 import torch
 import xxhash
+from pydantic import ConfigDict, Field, with_config
 from safetensors import safe_open
 
 from packhorse.trainer.datatypes import BadInput
@@ -115,13 +116,17 @@ def digests_of(slices: Iterable[Slice]) -> Digests:
 # -------------------------------------------------------------------------------------------- write
 
 
+Count = Annotated[int, Field(ge=0, lt=10**18)]  # as a manifest may hold it
+
+
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class File:
     """A file as the manifest describes it."""
 
-    bytes: int
+    bytes: Count
     xxh3: str
-    slices: list[tuple[str, int, int]]  # name, start, stop
+    slices: list[tuple[str, Count, Count]]  # name, start, stop
 
 
 def write(path: Path, slices: list[Slice]) -> tuple[File, Digests]:
