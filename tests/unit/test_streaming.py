@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from packhorse.trainer.data import arrow_fields, streaming
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.loader import Loader
 from packhorse.trainer.data.prepare import train_plan
-from packhorse.trainer.data.shard_log import LOG
+from packhorse.trainer.data.shard_log import LOG, ShardLog
 from packhorse.trainer.data.streaming import StreamingData, prepare_now
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.load import load_tokenizer
@@ -32,6 +33,9 @@ from packhorse.trainer.utils.files import Stopped
 from tests.ranks import ROOT
 
 STEPS = 12
+SHARD_COUNTS = {"number": 0, "bytes": 9, "sequences": 3, "first_step": 1}
+SHARD = {**SHARD_COUNTS, **dict.fromkeys(("file", "digest", "documents", "rejects"), "a")}
+SHARD |= {"report": {}, "stream": {"rows": [1, 2], "state": {}}}
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +296,34 @@ def test_a_damaged_line_is_refused(ground):
         file.write('{"number": 1}\n')
     with pytest.raises(BadInput, match=r"shards.jsonl: line 2 is damaged"):
         ground.open()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({key: value} for key in SHARD_COUNTS for value in (-1, True, 1.0, "1", None, 10**400)),
+        *({key: None} for key in ("file", "digest", "documents", "report", "rejects")),
+        {"number": 1},
+        {"first_step": 0},
+        {"stream": {"rows": [1], "state": {}}},
+        {"stream": {"rows": [1, "2"], "state": {}}},
+        {"stream": []},
+        {"unknown": 1},
+    ],
+)
+def test_a_line_of_other_values_is_refused_in_a_sentence(tmp_path, changed):
+    (tmp_path / LOG).write_text(json.dumps(SHARD) + "\n")
+    assert [asdict(shard) for shard in ShardLog(tmp_path / LOG).shards] == [SHARD]
+    (tmp_path / LOG).write_text(json.dumps({**SHARD, **changed}) + "\n")
+    with pytest.raises(BadInput, match=r"line 1 is damaged \(.*\); restore the file, or give"):
+        ShardLog(tmp_path / LOG)
+
+
+@pytest.mark.parametrize("line", ["[" * 99_999, "[]", "7", '{"number": 0}', "9" * 5_000])
+def test_a_line_of_another_shape_is_refused_in_a_sentence(tmp_path, line):
+    (tmp_path / LOG).write_text(line + "\n")
+    with pytest.raises(BadInput, match=r"line 1 is damaged \(.*\); restore the file, or give"):
+        ShardLog(tmp_path / LOG)
 
 
 def test_the_fingerprint_is_of_the_log_up_to_the_step(ground):

@@ -15,6 +15,8 @@ from packhorse.trainer.data.digest import json_digest
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils.files import append_json_lines, sync_folder
 from packhorse.trainer.utils.lease import require_owned
+from packhorse.trainer.utils.log_lines import check_shard
+from packhorse.trainer.utils.text import printable
 
 LOG = "shards.jsonl"  # in the run folder
 
@@ -59,11 +61,13 @@ class ShardLog:
         for line in lines:
             self._offset += len(line) + 1
             try:
-                self._add(Shard(**json.loads(line)))
-            except (ValueError, TypeError) as error:
+                fields = json.loads(line)
+                check_shard(fields, len(self.shards))
+                self._add(Shard(**fields))
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
                 raise BadInput(
-                    f"{self._path}: line {len(self.shards) + 1} is damaged ({error}); restore the "
-                    "file, or give another run.dir"
+                    f"{self._path}: line {len(self.shards) + 1} is damaged "
+                    f"({printable(error, 200)}); restore the file, or give another run.dir"
                 ) from None
 
     def append(self, shard: Shard) -> None:

@@ -66,6 +66,25 @@ def check_skipped(line: dict[str, Any]) -> None:
         raise TypeError("step 0")
 
 
+def check_shard(line: dict[str, Any], number: int) -> None:
+    """Check a line of shards.jsonl, of which `number` lines stand before it."""
+    _require(line, dict)
+    for key in ("number", "bytes", "sequences", "first_step"):
+        _require_step(line[key])
+    if line["number"] != number or not line["first_step"]:
+        raise TypeError(f"shard {line['number']}, from step {line['first_step']} on")
+    for key in ("file", "digest", "documents", "rejects"):
+        _require(line[key], str)
+    _require(line["report"], dict)
+    stream = line.get("stream")
+    if stream is not None:
+        _require(stream, dict)
+        _require(stream["state"], dict)
+        first, last = stream["rows"]
+        _require_step(first)
+        _require_step(last)
+
+
 # a run's logs of steps, and what finds damaged lines
 LOGS = {"metrics.jsonl": check_metrics, "samples.jsonl": check_sample, "trace.jsonl": check_trace}
 
