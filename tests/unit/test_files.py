@@ -17,7 +17,14 @@ from safetensors.torch import save_file
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils import files, lease
-from packhorse.trainer.utils.files import ResumableFiles, Stopped, apply_umask, build_once
+from packhorse.trainer.utils.files import (
+    ResumableFiles,
+    Stopped,
+    apply_umask,
+    build_once,
+    cut_json_lines,
+    write_synced,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -248,6 +255,43 @@ def test_other_local_ranks_leave_the_work_to_the_first_for_a_while(folder, monke
 
 
 # ----------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nowhere", "pipe", "leftover"])
+def test_a_file_is_written_aside_through_nothing_that_stands_there(tmp_path, kind):
+    mine, aside = tmp_path / "mine", tmp_path / ".recipe.yaml.new"
+    mine.write_text("mine")
+    if kind == "pipe":
+        os.mkfifo(aside)
+        os.open(aside, os.O_RDWR)  # so that who opens it to write fails instead of waiting
+    elif kind == "leftover":
+        aside.write_text("longer than what is written")
+    else:
+        aside.symlink_to(mine if kind == "link" else tmp_path / "nowhere")
+    write_synced(tmp_path / "recipe.yaml", "ours")
+    assert (tmp_path / "recipe.yaml").read_text() == "ours"
+    assert not (tmp_path / "recipe.yaml").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "recipe.yaml"]
+    assert mine.read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["link", "link to nowhere", "pipe", "folder"])
+def test_damaged_lines_are_set_aside_in_a_plain_file_alone(tmp_path, kind):
+    mine, aside = tmp_path / "mine", tmp_path / "metrics.jsonl.damaged"
+    mine.write_text("mine")
+    (tmp_path / "metrics.jsonl").write_text("damaged\n")
+    if kind == "pipe":
+        os.mkfifo(aside)
+        os.open(aside, os.O_RDWR)
+    elif kind == "folder":
+        aside.mkdir()
+    else:
+        aside.symlink_to(mine if kind == "link" else tmp_path / "nowhere")
+    with pytest.raises(BadInput, match=r"metrics\.jsonl\.damaged: is no plain file"):
+        cut_json_lines(tmp_path / "metrics.jsonl", lambda _: True)
+    assert (tmp_path / "metrics.jsonl").read_text() == "damaged\n"
+    assert mine.read_text() == "mine"
+    assert not (tmp_path / "nowhere").exists()
 
 
 def resumable(staging: Path, leftovers: list[Path] | None = None) -> ResumableFiles:

@@ -139,6 +139,22 @@ def test_a_fresh_folder_takes_up_the_newest_and_the_best_checkpoint(tmp_path, pl
     assert there.whole_steps() == [2, 8, 10]
 
 
+@pytest.mark.parametrize("place", ["file"], indirect=True)
+def test_what_comes_down_is_written_through_no_link(tmp_path, place):
+    save(start(tmp_path / "first", place), tmp_path / "first", 10)
+    shard, *_ = (tmp_path / "first" / "checkpoints" / "step-000010").glob("rank*")
+    fresh, mine = tmp_path / "fresh", tmp_path / "mine"
+    fetched = fresh / "checkpoints" / ".fetching-step-000010" / shard.name
+    fetched.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    for link in (fresh / ".metrics.jsonl.new", fetched):
+        link.symlink_to(mine)
+    start(fresh, place)
+    assert found_step(fresh) == 10
+    assert mine.read_text() == "mine"
+    assert not any(path.is_symlink() for path in fresh.rglob("*"))
+
+
 def test_what_a_run_has_at_its_end_is_copied_too(tmp_path, place):
     mirror = start(tmp_path / "first", place)
     save(mirror, tmp_path / "first", 2)

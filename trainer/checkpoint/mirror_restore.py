@@ -23,7 +23,13 @@ from packhorse.trainer.checkpoint.manifest import (
 )
 from packhorse.trainer.checkpoint.mirror_place import RUN, RUN_FILES, Place
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.utils.files import checksum, publish_folder, sync_folder, write_synced
+from packhorse.trainer.utils.files import (
+    checksum,
+    publish_folder,
+    replace_file,
+    sync_folder,
+    write_synced,
+)
 
 
 def bring_newest(place: Place, run_dir: Path) -> None:
@@ -74,6 +80,7 @@ def _fetch(place: Place, checkpoints: Path, step: int) -> bool:
             if not place.fs.exists(place.path(f"{name}/{file}")):
                 dist.log.warning("mirror: skipping %s: it lacks %s", name, file)
                 return False
+            path.unlink(missing_ok=True)  # a link would be followed
             place.fs.get_file(place.path(f"{name}/{file}"), str(path))
         if checksum(path) != facts.xxh3:
             dist.log.warning("mirror: skipping %s: %s has other bytes", name, file)
@@ -109,12 +116,12 @@ def _unpack(place: Place, run_dir: Path, step: int) -> None:
             for name in archive.namelist():
                 if not _is_run_file(name):
                     raise BadInput(f"checkpoint.mirror: {place.url}: {RUN} holds {name}")
-                aside = run_dir / f".{Path(name).name}.new"
-                with archive.open(name) as content, aside.open("wb") as file:
-                    shutil.copyfileobj(content, file, 1 << 22)
                 (run_dir / name).parent.mkdir(exist_ok=True)
-                aside.replace(run_dir / name)
-    for path in place.names("shards"):
-        (run_dir / "shards").mkdir(exist_ok=True)
-        place.fs.get_file(place.path(f"shards/{path}"), str(run_dir / "shards" / path))
+                with archive.open(name) as content, replace_file(run_dir / name, "wb") as file:
+                    shutil.copyfileobj(content, file, 1 << 22)
+    for name in place.names("shards"):
+        path = run_dir / "shards" / name
+        path.parent.mkdir(exist_ok=True)
+        path.unlink(missing_ok=True)  # a link would be followed
+        place.fs.get_file(place.path(f"shards/{name}"), str(path))
     sync_folder(run_dir)

@@ -56,7 +56,9 @@ def replace_file(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
     """
     require_owned(path)
     aside = path.with_name(f".{path.name}.new")
-    with aside.open(mode, encoding=None if "b" in mode else "utf-8") as file:
+    # What a kill left there, or a stranger put: a link would be followed, and a pipe waited for.
+    aside.unlink(missing_ok=True)
+    with aside.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8") as file:
         yield file
         file.flush()
         # before the rename: else a power cut could leave the new name with no content
@@ -156,6 +158,8 @@ def cut_json_lines(
                 damaged.append(line)
     if damaged:
         aside = path.with_name(f"{path.name}.damaged")
+        if os.path.lexists(aside) and (aside.is_symlink() or not aside.is_file()):
+            raise BadInput(f"{aside}: is no plain file, to set damaged lines aside; move it away")
         require_owned(aside)
         with aside.open("ab") as file:
             file.writelines(damaged)
