@@ -187,7 +187,7 @@ PARTS = ("data", "forward", "backward", "optimizer", "checkpoint", "evaluation")
 EVALUATIONS = "evaluations.jsonl"  # in the run folder: a line for each evaluation that ended
 _STEPS_MEASURED = 3  # after which a GPU's memory is compared with the prediction
 # summed between two lines, then over ranks
-_SUMS = ("tokens", "trained", "sequences", "fillers", "micro_batches", "flops", "seconds")
+_SUMS = ("tokens", "trained", "sequences", "fillers", "micro_batches", "flops", "seconds", *PARTS)
 
 
 def memory_line(predicted: int, allocated: int, reserved: int) -> str:
@@ -291,26 +291,23 @@ class Metrics:
             self._sums["micro_batches"] += 1
             self._sums["flops"] += self._flops.of(batch)
         due = (plan.step + 1) % self._log_every == 0
-        # waits for the GPU, so it comes before the time is taken
-        parts = self.clock.read() if due else {}
+        if due:  # waits for the GPU, so it comes before the time is taken
+            self._sums |= self.clock.read()
         self._sums["seconds"] += time.perf_counter() - self._begun
         if not due:
             return None
-        line = self._make_line(plan, result, lr, parts)
+        line = self._make_line(plan, result, lr)
         self.write(plan.step + 1, line)
         self._reset()
         return line
 
-    def _make_line(
-        self, plan: StepPlan, result: StepResult, lr: float, parts: dict[str, float]
-    ) -> dict[str, float]:
+    def _make_line(self, plan: StepPlan, result: StepResult, lr: float) -> dict[str, float]:
         """Return the metrics of the steps since the last line, over all ranks."""
         host_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # from KiB
-        parts_s = [parts.get(part, 0.0) for part in PARTS]
         loss, host_gib, *sums = dist.sum_over_ranks(
-            [float(self._loss), host_gib, *self._sums.values(), *parts_s]
+            [float(self._loss), host_gib, *self._sums.values()]
         )
-        total, parts_s = dict(zip(_SUMS, sums, strict=False)), sums[len(_SUMS) :]
+        total = dict(zip(self._sums, sums, strict=True))
         world = dist.world_size()
         seconds = total["seconds"] / world
         self._all_tokens += total["tokens"]
@@ -325,10 +322,7 @@ class Metrics:
             "perf/trained_tokens_per_s": total["trained"] / seconds,
             "perf/filler_share": total["fillers"] / total["micro_batches"],
             "perf/step_s": seconds / self._steps,
-            **{
-                f"perf/{part}_s": part_s / world / self._steps
-                for part, part_s in zip(PARTS, parts_s, strict=True)
-            },
+            **{f"perf/{part}_s": total[part] / world / self._steps for part in PARTS},
             "pack/fill": total["tokens"] / (total["sequences"] * self._seq_len),
             "mem/host_peak_gib": host_gib,
         }

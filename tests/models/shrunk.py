@@ -132,6 +132,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "indexer_compress_ratio": 4,
     },
     "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},
+    "rwkv": {"num_hidden_layers": 7},  # one more than the six that it leaves alone in evaluation
     "reformer": {**_DECODER, "axial_pos_embds": False},
     "zamba": {**_TWO_HYBRIDS, "use_mamba_kernels": False},
     "zamba2": {**_TWO_HYBRIDS, "hybrid_layer_ids": [1, 3]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from packhorse.trainer.config.recipe import AdapterSection, OptimSection
+from packhorse.trainer.checkpoint import hf_export
+from packhorse.trainer.config.recipe import AdapterSection, OptimSection, load_recipe
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.engine.optim import parameter_groups
+from packhorse.trainer.model.adapter_start import start_adapter
 from packhorse.trainer.model.expert_lora import expert_parameters, plain_name
 from packhorse.trainer.model.linear_modules import linear_modules
 from packhorse.trainer.model.lora import add_adapter, in_peft_form, merged_weights
+from packhorse.trainer.model.peft_names import why_merged_only
 from tests.model_helpers import tiny_llama
 from tests.models.shrunk import config_of
+from tests.ranks import ROOT
 
 
 def model_of(model_type: str) -> Any:
@@ -27,10 +32,17 @@ def model_of(model_type: str) -> Any:
     return AutoModelForCausalLM.from_config(config_of(model_type), dtype=torch.float32)
 
 
+def section(**fields: Any) -> AdapterSection:
+    return AdapterSection.model_validate({"rank": 4, "alpha": 8, **fields})
+
+
 def adapted(model: Any, **fields: Any) -> Any:
-    section = AdapterSection.model_validate({"rank": 4, "alpha": 8, **fields})
-    add_adapter(model, section, seed=0)
+    add_adapter(model, section(**fields), seed=0)
     return model
+
+
+def values(model: Any) -> dict[str, torch.Tensor]:
+    return {n: t.detach() for n, t in chain(model.named_parameters(), model.named_buffers())}
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -80,35 +92,68 @@ def test_shared_experts_are_adapted_and_experts_only_if_they_are_named(
     assert {p.shape[0] for n, p in model.named_parameters() if ".lora_A." in n} == {4}
 
 
-@pytest.mark.parametrize("experts", [None, "all-experts"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"target_parameters": "all-experts"}, {"dropout": 0.1}], ids=str
+)
 @pytest.mark.parametrize("model_type", SHARED)
 def test_peft_loads_such_an_adapter_as_it_was_trained(
-    tmp_path: Path, model_type: str, experts: str | None
+    tmp_path: Path, model_type: str, fields: dict[str, Any]
 ) -> None:
-    fields: dict[str, Any] = {"target_parameters": experts} if experts else {}
     model = adapted(model_of(model_type), **fields)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_(0, 0.1)
     expected = logits(model)
-    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    section = AdapterSection.model_validate({"rank": 4, "alpha": 8, **fields})
-    config, tensors = in_peft_form(model, section, trained, "base", None)
+    config, tensors = in_peft_form(model, section(**fields), values(model), "base", None)
     config.save_pretrained(str(tmp_path))
     save_file(tensors, tmp_path / "adapter_model.safetensors")
+    again = adapted(model_of(model_type), **fields)
+    start_adapter(again, section(**fields, init_from=str(tmp_path)))
+    assert torch.equal(logits(again), expected)
     found = logits(PeftModel.from_pretrained(model_of(model_type), str(tmp_path)))
     assert (found - logits(model_of(model_type))).norm() > 1e-2 * expected.norm()
     assert (found - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_what_peft_cannot_load_is_not_exported_alone() -> None:
-    fields = {"variants": ["dora"]}
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "llama"])
+def test_the_start_says_which_adapter_peft_could_not_load(
+    model_type: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        model = adapted(model_of(model_type), variants=["dora"])
+    said = "it can be exported with --merge only, as peft takes" in caplog.text
+    assert said == bool(why_merged_only(model)) == (model_type == "deepseek_v3")
+
+
+def test_what_peft_cannot_load_is_not_exported_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(model_of("deepseek_v3"), variants=["dora"])
+    monkeypatch.setattr(hf_export, "_load_trained", lambda *_: model)
+    changes = ["adapter={rank: 4, variants: [dora]}"]
+    recipe = load_recipe(ROOT / "recipes" / "debug.yaml", changes)
+    nothing: Any = None
+    with pytest.raises(BadInput, match="exported with --merge only, as peft takes"):
+        hf_export._write_adapter(tmp_path, recipe, nothing, nothing, tmp_path)
+
+
+def test_peft_loads_a_module_in_full_with_its_buffers(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"modules_to_save": ["gate"]}  # with e_score_correction_bias
     model = adapted(model_of("deepseek_v3"), **fields)
-    section = AdapterSection.model_validate({"rank": 4, "alpha": 8, **fields})
-    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
-    with pytest.raises(BadInput, match="export it with --merge"):
-        in_peft_form(model, section, trained, "base", None)
+    with torch.no_grad():
+        model.model.layers[1].mlp.gate.e_score_correction_bias.copy_(torch.arange(4.0))
+        model.model.layers[1].mlp.gate.weight += 0.1
+    config, tensors = in_peft_form(model, section(**fields), values(model), "base", None)
+    config.save_pretrained(str(tmp_path))
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    expected = logits(model)
+    assert torch.equal(
+        logits(PeftModel.from_pretrained(model_of("deepseek_v3"), str(tmp_path))), expected
+    )
+    later, fields = model_of("deepseek_v3"), {**fields, "init_from": str(tmp_path)}
+    start_adapter(adapted(later, **fields), section(**fields))
+    assert torch.equal(logits(later), expected)
 
 
 @pytest.mark.parametrize("model_type", ["llama4_text", "phimoe"])

@@ -61,3 +61,12 @@ def test_a_list_inside_a_layer_is_not_the_stack_of_layers() -> None:
     """Each of LongCat-Flash's has two of everything, and the model has two layers."""
     kinds = {type(layer).__name__ for layer in decoder_layers(model_of("longcat_flash"))}
     assert kinds == {"LongcatFlashDecoderLayer"}
+
+
+def test_a_class_whose_source_is_not_there_is_named() -> None:
+    names: dict[str, Any] = {"__name__": "vendored"}
+    exec("from torch import nn\nclass Mixer(nn.Linear): pass", names)
+    model = model_of("jamba")
+    model.model.layers[0].mixer = names["Mixer"](4, 4)
+    with pytest.raises(BadInput, match=r"adapter: `vendored\.Mixer` has no source file"):
+        linear_modules(model)

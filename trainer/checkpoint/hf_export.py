@@ -31,7 +31,12 @@ from packhorse.trainer.model.load import (
     model_class,
     persistent_buffers,
 )
-from packhorse.trainer.model.lora import in_peft_form, is_of_adapter, merged_weights
+from packhorse.trainer.model.lora import (
+    in_peft_form,
+    is_of_adapter,
+    merged_weights,
+    why_merged_only,
+)
 from packhorse.trainer.model.quantisation import parts_of
 from packhorse.trainer.utils import own_output
 from packhorse.trainer.utils.download import local_folder
@@ -256,10 +261,12 @@ def _write_adapter(
     assert recipe.adapter
     section, dtype = recipe.model, getattr(torch, recipe.model.dtype)
     model = _load_trained(recipe, saved, manifest)
+    if why := why_merged_only(model):
+        raise BadInput(f"adapter: it can be exported with --merge only, as {why}")
     logits = _logits(model)
     trained = {name: saved.whole(name) for name in saved.names}
     trained = {
-        name: tensor if is_of_adapter(name) else tensor.to(dtype)
+        name: tensor.to(dtype) if name in manifest.trained and not is_of_adapter(name) else tensor
         for name, tensor in trained.items()
     }
     config, tensors = in_peft_form(model, recipe.adapter, trained, section.name, section.revision)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from packhorse.trainer import dist
 from packhorse.trainer.config.recipe import AdapterSection
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.model.lora import Gathered, in_peft_form, is_of_adapter, not_in_shards
+from packhorse.trainer.model.lora import Gathered, in_peft_form, not_in_shards
 from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.text import error_line
 
@@ -57,19 +58,20 @@ def start_adapter(model: Any, section: AdapterSection, gathered: Gathered = not_
             "adapter_config.json)"
         )
     theirs, tensors = _read(folder)
-    parameters = dict(model.named_parameters())
-    trained = [n for n, p in parameters.items() if is_of_adapter(n) or p.requires_grad]
-    # in_peft_form gives each tensor its name there: a number tells which parameter it is
-    numbers = {name: torch.tensor(number) for number, name in enumerate(trained)}
+    # a module trained in full brings its buffers, as a router's bias that no gradient reaches
+    tensors_here = dict(chain(model.named_parameters(), model.named_buffers()))
+    # in_peft_form gives each tensor its name there: a number tells which one it is
+    numbers = {name: torch.tensor(number) for number, name in enumerate(tensors_here)}
     config, by_key = in_peft_form(model, section, numbers, "", None)
-    mine = {key: parameters[trained[int(number)]] for key, number in by_key.items()}
+    names = list(tensors_here)
+    mine = {key: tensors_here[names[int(number)]] for key, number in by_key.items()}
     _require_alike(config.to_dict(), theirs, folder)
     _require_same_tensors(mine, tensors, folder)
-    for key, parameter in mine.items():
-        with gathered([parameter], write=True):
+    for key, tensor in mine.items():
+        with gathered([tensor], write=True):
             # under ZeRO-3 only rank 0 holds it whole, and its changes are broadcast
-            if parameter.numel():
-                parameter.copy_(tensors[key])
+            if tensor.numel():
+                tensor.copy_(tensors[key])
     dist.log.info("adapter: starts from the %d tensors in %s", len(mine), folder)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.decoder import decoder_of
 
 
@@ -55,13 +56,28 @@ def read_by(module: nn.Module) -> Iterator[nn.Linear]:
 
 @cache
 def _names_read(kind: type[nn.Module]) -> frozenset[str]:
-    """Return the names of modules whose weight a class's own code reads."""
+    """Return the names of modules whose weight a class's own code reads.
+
+    Raises:
+        BadInput: the class has no source to read.
+    """
     if kind.__module__.partition(".")[0] in ("torch", "peft", "bitsandbytes", "packhorse"):
         return frozenset()
     own = [cls for cls in kind.__mro__ if not cls.__module__.startswith("torch.")]
-    code = "".join(inspect.getsource(cls) for cls in own if issubclass(cls, nn.Module))
+    code = "".join(_source(cls) for cls in own if issubclass(cls, nn.Module))
     # neither where it asks for a type, nor a slice: of tensor parallelism that BLOOM only simulates
     found = re.findall(
         r"\bself\.(\w+)\.weight\b(?! *(?:\[|\.(?:dtype|device|shape|data)\b| = ))", code
     )
     return frozenset(found)
+
+
+def _source(cls: type) -> str:
+    try:
+        return inspect.getsource(cls)
+    except (OSError, TypeError):  # TypeError where its module has no file
+        raise BadInput(
+            f"adapter: `{cls.__module__}.{cls.__qualname__}` has no source file, from which it "
+            "would show which weights it reads past their modules and their adapters; put its .py "
+            "file there, or train all weights"
+        ) from None

@@ -27,6 +27,7 @@ from packhorse.trainer.model.new_weights import (
     initialise,
     loaded_weights_kept,
 )
+from packhorse.trainer.model.rescaling import keep_scale
 from packhorse.trainer.model.rope_scaling import require_rope, rope_kind, scale_rope
 from packhorse.trainer.utils.download import local_folder
 from packhorse.trainer.utils.progress import WorkProgress, show_bars_of_transformers
@@ -198,6 +199,7 @@ def load_model(
         if new_ids:
             add_embeddings(model, rows, new_ids, gathered)
         _drop_unused_sampling(model)
+        keep_scale(model)
         if section.rope_scaling:
             require_rope(model, rope_kind(section.rope_scaling))
         model.requires_grad_(True)

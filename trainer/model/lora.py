@@ -21,6 +21,8 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
+from itertools import chain
 from typing import Any
 
 import torch
@@ -40,7 +42,12 @@ from packhorse.trainer.model.expert_lora import (
 )
 from packhorse.trainer.model.expert_weights import make_where_they_run, packable_experts
 from packhorse.trainer.model.linear_modules import linear_modules, read_by
-from packhorse.trainer.model.peft_names import hide_from_conversion, names_kept, require_wrapped
+from packhorse.trainer.model.peft_names import (
+    hide_from_conversion,
+    names_kept,
+    require_wrapped,
+    why_merged_only,
+)
 from packhorse.trainer.model.quantisation import BLOCK, dequantise, numel, quantise
 from packhorse.trainer.model.token_rows import ROWS, add_rows, indices, merged_rows, with_rows
 from packhorse.trainer.utils.time_limit import names_matching
@@ -149,6 +156,8 @@ def _log(model: Any, section: AdapterSection, targets: list[str], full: list[str
             *(plain_name(next(iter(left))), len(left) - 1),
             *(100 * sum(map(numel, left.values())) / total, BLOCK),
         )
+    if why := why_merged_only(model):
+        dist.log.warning("adapter: it can be exported with --merge only, as %s", why)
 
 
 def is_of_adapter(name: str) -> bool:
@@ -353,13 +362,13 @@ def in_peft_form(
     """Return the configuration and tensors as peft saves them: adapter, and modules in full.
 
     Args:
-        trained: the trained parameters by name.
+        trained: the trained parameters, and the buffers of modules in full, by name.
         base: the folder or hub name of the model that the adapter belongs to.
     """
     from peft import get_peft_model_state_dict
 
     full = full_modules(model, section)
-    config = model.peft_config[NAME]
+    config = copy(model.peft_config[NAME])
     config.base_model_name_or_path, config.revision = base, revision
     config.modules_to_save, config.inference_mode = full or None, True
     hide_from_conversion(config, model)
@@ -367,11 +376,11 @@ def in_peft_form(
     found = get_peft_model_state_dict(
         model, state_dict=mine, adapter_name=NAME, save_embedding_layers=False
     )
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = {id(t): name for name, t in chain(model.named_parameters(), model.named_buffers())}
     for module in full:
-        for name, parameter in model.get_submodule(module).named_parameters():
+        for name, tensor in model.get_submodule(module).state_dict(keep_vars=True).items():
             # of two modules that share their weight each gets a copy: peft loads them as two
-            found[f"{module}.{name}"] = trained[names[id(parameter)]].clone()
+            found[f"{module}.{name}"] = trained[names[id(tensor)]].clone()
     for name, embedding in with_rows(model):
         config.trainable_token_indices = {name.rpartition(".")[2]: indices(embedding)}
         found[f"{name}.token_adapter.{ROWS}"] = trained[f"{name}.{ROWS}"]

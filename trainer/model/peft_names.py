@@ -13,6 +13,7 @@ from typing import Any
 
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.model.expert_lora import parameter_name, plain_name, wraps_parameter
+from packhorse.trainer.model.rescaling import is_rescaled
 from packhorse.trainer.utils.lean_import import replaced
 
 
@@ -42,22 +43,37 @@ def require_wrapped(model: Any, names: Collection[str]) -> None:
         )
 
 
+def why_merged_only(model: Any) -> str | None:
+    """Return why peft could not load the model's adapter as it was trained; None, if it can."""
+    (config,) = model.peft_config.values()
+    if config.use_dora and (taken := _taken_for_experts(config, model)):
+        return (
+            f"peft takes `{min(taken)}` for an expert of transformers 4 and has no DoRA for those"
+        )
+    if any(map(is_rescaled, model.modules())):
+        return (
+            f"{type(model).__name__} in transformers halves weights of later layers in evaluation "
+            "and not what peft puts beside them; `rescale_every: 0` in the base's config.json "
+            "ends that"
+        )
+    return None
+
+
+def _taken_for_experts(config: Any, model: Any) -> set[str]:
+    return {name for name in config.target_modules if _is_converted(name, model)}
+
+
 def hide_from_conversion(config: Any, model: Any) -> None:
     """Name modules whose names peft would take for experts by their weight, as a parameter.
 
-    What peft then builds has the same tensors and computes the same.
-
-    Raises:
-        BadInput: it is DoRA's, or has dropout, which peft has for no parameter.
+    What peft then builds has the same tensors and computes the same, but under DoRA, which peft has
+    for no parameter.
     """
-    taken = {name for name in config.target_modules if _is_converted(name, model)}
-    if taken and (config.use_dora or config.lora_dropout):
-        raise BadInput(
-            f"adapter: peft takes `{min(taken)}` for an expert of transformers 4, and could not "
-            "load this adapter with DoRA or dropout; export it with --merge"
-        )
+    taken = _taken_for_experts(config, model)
     config.target_modules = set(config.target_modules) - taken
     if taken:
+        # peft has none for a parameter, and an adapter that is not trained makes no use of it
+        config.lora_dropout = 0.0
         named = {*(config.target_parameters or ()), *(f"{name}.weight" for name in taken)}
         config.target_parameters = sorted(named)
 
