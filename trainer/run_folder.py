@@ -66,6 +66,7 @@ _WRITTEN = (
 )
 _FOLDERS = ("checkpoints", "logs", "model", "profile", "serving", "shards", "tensorboard")
 _FILES = {*_WRITTEN, "recipe.yaml", "data.json", "data.png", STOP_FILE, LOG} - {*_FOLDERS}
+_APPENDED = (LOG_FILE, LOG)  # without being replaced at a start, as the others are
 _LENGTHS = ("train.epochs", "train.steps")
 
 
@@ -135,16 +136,21 @@ def has_checkpoint(run_dir: Path) -> bool:
 
 
 def _require_kinds(run_dir: Path) -> None:
-    """Refuse a folder in which something else has the name of a file or folder of a run: through a
-    link the run would write elsewhere, and for a pipe it would wait without end."""
+    """Refuse a folder in which something else has the name of a file or folder of a run, such as a
+    pipe, for which it would wait without end. A file may be a link, as into a store of git-annex or
+    DVC, where the run replaces it, and not where it would write through the link."""
     for name in sorted({*_FILES, *_FOLDERS}):
         path = run_dir / name
         is_folder = name in _FOLDERS
-        fits = path.is_dir() if is_folder else path.is_file() and not path.is_symlink()
-        if os.path.lexists(path) and not fits:
+        if os.path.lexists(path) and not (path.is_dir() if is_folder else path.is_file()):
             raise BadInput(
                 f"run.dir: {path} is no {'folder' if is_folder else 'plain file'}, as the run "
                 "writes it there; move it away, or give another run.dir"
+            )
+        if name in _APPENDED and path.is_symlink():
+            raise BadInput(
+                f"run.dir: {path} is a link, through which the run would append to another file; "
+                "put a copy of that file in its place, or give another run.dir"
             )
 
 

@@ -16,9 +16,10 @@ from transformers import AutoTokenizer
 
 from packhorse.trainer import dist
 from packhorse.trainer.build_engine import require_same_micro_batch, resolve_micro_batch
-from packhorse.trainer.config.recipe import Recipe, load_recipe
+from packhorse.trainer.config.recipe import GuardSection, Recipe, load_recipe
 from packhorse.trainer.data.prepare import prepare, train_plan
 from packhorse.trainer.datatypes import BadInput
+from packhorse.trainer.guard import Guard
 from packhorse.trainer.metrics import EVALUATIONS, Metrics, ModelFlops
 from packhorse.trainer.run_folder import (
     describe_end,
@@ -193,19 +194,16 @@ def test_files_that_no_run_wrote_are_not_replaced(tmp_path: Path, name: str) -> 
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "recipe.yaml", "stop.json", "logs", "model"])
-@pytest.mark.parametrize("kind", ["pipe", "link to a file", "link to nowhere", "other kind"])
+@pytest.mark.parametrize("kind", ["pipe", "link to nowhere", "other kind"])
 def test_what_cannot_be_a_runs_own_file_or_folder_is_refused(
     tmp_path: Path, name: str, kind: str
 ) -> None:
-    """Through a link the run would write elsewhere, and a pipe would hold it up for ever."""
-    run, mine = tmp_path / "run", tmp_path / "mine"
+    """Of a link to nowhere nothing can be read, and a pipe would hold the run up for ever."""
+    run = tmp_path / "run"
     open_run_folder(recipe(run), run)
     (run / name).unlink(missing_ok=True)
-    mine.write_text("mine")
     if kind == "pipe":
         os.mkfifo(run / name)
-    elif kind == "link to a file":
-        (run / name).symlink_to(mine)
     elif kind == "link to nowhere":
         (run / name).symlink_to(tmp_path / "nowhere")
     elif name in ("logs", "model"):
@@ -214,8 +212,48 @@ def test_what_cannot_be_a_runs_own_file_or_folder_is_refused(
         (run / name).mkdir()
     with pytest.raises(BadInput, match=rf"{name} is no (folder|plain file)"):
         open_run_folder(recipe(run), run)
-    assert mine.read_text() == "mine"
     assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_file_that_the_run_replaces_may_be_a_link_into_a_store(tmp_path: Path) -> None:
+    """As git-annex and DVC put in the place of files."""
+    run, store = tmp_path / "run", tmp_path / "store"
+    open_run_folder(recipe(run), run)
+    logs = ("metrics.jsonl", "evaluations.jsonl", "samples.jsonl", "trace.jsonl")
+    for name in (*logs, "skipped_steps.jsonl", "stop.json", "data.json", "data.png"):
+        (run / name).write_text("")
+    there = [path for path in run.iterdir() if path.is_file()]
+    store.mkdir()
+    for path in there:
+        path.rename(store / path.name)
+        path.symlink_to(store / path.name)
+    before = {path.name: path.read_bytes() for path in store.iterdir()}
+    open_run_folder(recipe(run), run)
+    Metrics(
+        run,
+        log_every=1,
+        seq_len=8,
+        flops=ModelFlops(1, 1, 1),
+        resumed_at=2,
+        beat=lambda _: None,
+        trackers=Trackers([]),
+        to_tensorboard=False,
+    )
+    Guard(GuardSection(), run, [])
+    for name in (*logs, "skipped_steps.jsonl", "recipe.yaml"):
+        assert not (run / name).is_symlink()
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == before
+
+
+@pytest.mark.parametrize("name", ["logs/rank00000.log", "shards.jsonl"])
+def test_a_file_that_the_run_appends_to_is_no_link(tmp_path: Path, name: str) -> None:
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    open_run_folder(recipe(run), run)
+    mine.write_text("")
+    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).symlink_to(mine)
+    with pytest.raises(BadInput, match=rf"{name} is a link, through which the run would append"):
+        open_run_folder(recipe(run), run)
 
 
 def test_a_runs_folders_may_lie_on_another_disk(tmp_path: Path) -> None:

@@ -90,6 +90,17 @@ def test_the_folder_holds_the_numbers_and_the_picture(debug, tmp_path: Path):
     assert (tmp_path / "data.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_picture_that_lies_in_a_store_is_replaced_and_not_written_through(debug, tmp_path: Path):
+    _, prepared, plan = debug
+    run, stored = tmp_path / "run", tmp_path / "stored.png"
+    run.mkdir()
+    stored.write_bytes(b"of an earlier start")
+    (run / "data.png").symlink_to(stored)
+    summary.write(run, prepared, plan, None)
+    assert (run / "data.png").read_bytes().startswith(b"\x89PNG")
+    assert stored.read_bytes() == b"of an earlier start"
+
+
 def bar_heights(histogram: Histogram) -> list[list[float]]:
     """The heights of the bars, colour by colour."""
     (axes,) = draw([histogram]).axes

@@ -19,7 +19,7 @@ from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data.batch_plan import Plan
 from packhorse.trainer.data.prepare import Prepared
 from packhorse.trainer.datatypes import BadInput
-from packhorse.trainer.utils.files import write_json
+from packhorse.trainer.utils.files import replace_file, write_json
 from packhorse.trainer.utils.tables import ShortPath
 
 if TYPE_CHECKING:
@@ -82,7 +82,8 @@ def write(folder: Path, train: Prepared, plan: Plan, held_out: Prepared | None) 
     """Write data.json (see `summary`) and data.png (see `picture`) into `folder`."""
     found = {"train": summary(train, plan), **of_eval(held_out)}
     write_json(folder / "data.json", found)
-    picture(train, plan).savefig(folder / "data.png")
+    with replace_file(folder / "data.png", "wb") as file:
+        picture(train, plan).savefig(file, format="png")
 
 
 def require_own(folder: Path) -> None:
