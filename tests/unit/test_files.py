@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from packhorse.trainer.checkpoint.export_folder import apply_umask
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils import files, lease
 from packhorse.trainer.utils.files import (
     ResumableFiles,
     Stopped,
-    apply_umask,
     build_once,
     cut_json_lines,
     write_synced,

@@ -10,7 +10,6 @@ import errno
 import json
 import os
 import shutil
-import stat
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -204,21 +203,6 @@ def publish_folder(staged: Path, folder: Path) -> None:
     require_owned(folder)
     staged.rename(folder)
     sync_folder(folder.parent)
-
-
-def apply_umask(folder: Path) -> None:
-    """Give the files of a folder the mode of a new file there, as the umask or an ACL says.
-
-    Safetensors writes through temporary files, which only their owner may read.
-    """
-    probe = folder / f".mode-{uuid.uuid4().hex}"
-    probe.touch()  # not os.umask: a process has only one, and reading it means to set it
-    mode = stat.S_IMODE(probe.stat().st_mode)
-    probe.unlink()
-    for path in folder.rglob("*"):
-        is_file = path.is_file() and not path.is_symlink()
-        if is_file and stat.S_IMODE(path.stat().st_mode) != mode:
-            path.chmod(mode)
 
 
 def sync_folder(folder: Path) -> None:
