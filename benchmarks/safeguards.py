@@ -23,7 +23,7 @@ from unittest import mock
 from common import ROOT, machine, table, write_result
 
 from packhorse.trainer.config.recipe import Recipe, load_recipe
-from packhorse.trainer.data import cache, filters, template_call
+from packhorse.trainer.data import documents, filters, template_call
 from packhorse.trainer.data.digest import require_intact
 from packhorse.trainer.data.prepare import prepare
 from packhorse.trainer.model.load import load_tokenizer
@@ -52,7 +52,7 @@ def report(folder: Path, rows: int) -> str:
     tokenizer = load_tokenizer(recipe.model)
     with counted() as calls:
         whole_s = seconds(lambda: prepare(recipe, tokenizer, "train"))
-    with mock.patch.object(cache, "require_intact") as check:
+    with mock.patch.object(documents, "require_intact") as check:
         prepare(recipe, tokenizer, "train")
     check_s = of_each(lambda: require_intact(*check.call_args.args), 50)
     with time_limit.many_interruptions():  # as there is one for each chunk of rows

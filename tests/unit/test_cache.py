@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from packhorse.trainer.data import cache, tokenize
-from packhorse.trainer.data.cache import Documents, prepare
+from packhorse.trainer.data.cache import prepare
+from packhorse.trainer.data.documents import FILES, Documents
 from packhorse.trainer.data.kept_packing import keep_packed
 from packhorse.trainer.data.tokenize import LengthPolicy, RowResult, tokenize_rows
 from packhorse.trainer.datatypes import BadInput, Example, Filtered, Packed, Row, RowError
@@ -291,7 +292,7 @@ def test_a_damaged_cache_is_not_used(tmp_path):
         made(tmp_path / "d", rows(30))
 
 
-@pytest.mark.parametrize("name", [*cache.FILES.values(), "report.json"])
+@pytest.mark.parametrize("name", [*FILES.values(), "report.json"])
 def test_a_flipped_bit_is_found_by_one_rank_of_a_node(tmp_path, name, monkeypatch):
     folder = made(tmp_path / "d", rows(30)).folder
     content = bytearray((folder / name).read_bytes())
@@ -300,7 +301,7 @@ def test_a_flipped_bit_is_found_by_one_rank_of_a_node(tmp_path, name, monkeypatc
     (folder / name).write_bytes(content)
     with pytest.raises(BadInput, match=r"the data cache is damaged .* delete this folder"):
         made(tmp_path / "d", rows(30))
-    if name in cache.FILES.values():
+    if name in FILES.values():
         monkeypatch.setenv("LOCAL_RANK", "1")
         made(tmp_path / "d", rows(30))
 

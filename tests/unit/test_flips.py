@@ -25,7 +25,7 @@ from packhorse.trainer.checkpoint.export_folder import (
 from packhorse.trainer.checkpoint.manifest import Manifest
 from packhorse.trainer.checkpoint.saver import Saver
 from packhorse.trainer.config.recipe import CheckpointSection, load_recipe
-from packhorse.trainer.data import cache
+from packhorse.trainer.data.documents import FILES
 from packhorse.trainer.datatypes import BadInput
 from packhorse.trainer.utils import own_output
 from packhorse.trainer.utils.download import local_folder
@@ -82,7 +82,7 @@ def test_of_a_cache(tmp_path: Path, caplog: Log) -> None:
 
     def read() -> Any:
         documents = test_cache.made(tmp_path / "cache", rows)
-        names = sorted(cache.FILES.values())
+        names = sorted(FILES.values())
         return documents.report, [(documents.folder / name).read_bytes() for name in names]
 
     read()

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from packhorse.trainer.config.recipe import BatchSection, LossSection, Recipe, TrainSection
 from packhorse.trainer.data import tokenize
 from packhorse.trainer.data.batch_plan import Corpus, Plan
-from packhorse.trainer.data.cache import COLUMNS, FILES
 from packhorse.trainer.data.cache import prepare as prepare_documents
+from packhorse.trainer.data.documents import COLUMNS, FILES
 from packhorse.trainer.data.eval_plan import eval_plan
 from packhorse.trainer.data.loader import Loader, filler_batch
 from packhorse.trainer.data.mask import Masker

@@ -1,35 +1,31 @@
-"""Write tokenized chunks into a folder once; memory-map that folder ever after (C10).
+"""Write tokenized chunks into a folder once; documents.py maps that folder ever after (C10).
 
-The folder holds the buffers of two Arrow lists, `input_ids` and `trained`, which share `offsets`,
-and a column each for where a document came from. `report.json` has the counts and every file's
-size. `rejects.jsonl` lists the rows left out for a fault, `filtered.jsonl` those that the recipe's
-filters leave out. The folder is written aside and renamed (trainer/utils/files.py): if it has its
-final name, it is complete.
+Beside the columns, `report.json` has the counts and every file's size. `rejects.jsonl` lists the
+rows left out for a fault, `filtered.jsonl` those that the recipe's filters leave out. The folder is
+written aside and renamed (trainer/utils/files.py): if it has its final name, it is complete.
 """
 
 from __future__ import annotations
 
 import copy
-import json
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from packhorse.trainer.data.digest import (
-    damaged,
-    explained,
-    folder_digest,
-    json_digest,
-    require_intact,
-    tokens_digest,
+from packhorse.trainer.data.digest import folder_digest, json_digest
+from packhorse.trainer.data.documents import (
+    COLUMNS,
+    FILES,
+    Documents,
+    map_columns,
+    open_documents,
 )
-from packhorse.trainer.datatypes import BadInput, Example, LeftOut, Tokenized
+from packhorse.trainer.datatypes import BadInput, LeftOut, Tokenized
 from packhorse.trainer.utils.files import ResumableFiles, Stopped, build_once, write_json
 from packhorse.trainer.utils.progress import WorkProgress
 
@@ -37,18 +33,6 @@ VERSION = 6  # part of every key: raise it when the files of a folder change
 
 BLOCK_DOCUMENTS = 4096  # in memory while some are left out
 
-COLUMNS = {
-    "input_ids": np.dtype(np.int32),  # (tokens,)
-    "trained": np.dtype(np.bool_),  # (tokens,)
-    "offsets": np.dtype(np.int64),  # (documents + 1,) where each document begins, and the end
-    "trained_counts": np.dtype(np.int64),  # (documents,)
-    "sources": np.dtype(np.int32),  # (documents,) number of the source in the recipe
-    "files": np.dtype(np.int32),  # (documents,) number of the file
-    "rows": np.dtype(np.int64),  # (documents,) row number in the file, from 1
-    "digests": np.dtype(np.uint64),  # (documents,) of the tokens and flags
-    "row_digests": np.dtype(np.uint64),  # (documents,) of those of the whole row
-}
-FILES = {column: f"{column}.{dtype.name}" for column, dtype in COLUMNS.items()}
 REJECTS, FILTERED = "rejects.jsonl", "filtered.jsonl"
 
 # Counted for each source and in total. `cut` rows were truncated or split; `lost_trained_tokens`
@@ -62,55 +46,6 @@ LONGEST = "longest_reject"  # tokens of the longest row that was too long; 0: no
 # Rows counted by a text: why they are rejected or filtered, and names in them that nobody reads.
 BY_TEXT = ("reasons", "filter_reasons", "unread")
 MAX_UNREAD = 200  # names of a source: rows may have keys of their own, each another
-
-
-@dataclass(frozen=True)
-class Documents:
-    """A complete cache of n documents. Its columns are memory-mapped, so that they need no memory.
-
-    Only `lengths` is in memory, 8 bytes for each document.
-    """
-
-    folder: Path
-    fingerprint: str  # of the content: equal wherever it was built
-    report: dict[str, Any]  # the counts of COUNTED in total, and of each source under `sources`
-    input_ids: np.ndarray
-    trained: np.ndarray
-    offsets: np.ndarray
-    trained_counts: np.ndarray
-    sources: np.ndarray
-    files: np.ndarray
-    rows: np.ndarray
-    digests: np.ndarray
-    row_digests: np.ndarray
-    lengths: np.ndarray  # (n,) int64
-
-    def example(self, document: int) -> Example:
-        """Return a document's tokens and flags as views of the mapped files."""
-        span = slice(self.offsets[document], self.offsets[document + 1])
-        return Example(self.input_ids[span], self.trained[span])
-
-    def require_unchanged(self, documents: np.ndarray) -> None:
-        """Check documents again as they are read, since the folder was opened long ago.
-
-        Raises:
-            BadInput: the tokens or flags of one are no longer those that were written.
-        """
-        for document in np.unique(documents).tolist():
-            if tokens_digest([self.example(document)]) != self.digests[document]:
-                raise damaged(self.folder, f"document {document} has changed since the start")
-
-    def count_trained(
-        self, documents: np.ndarray, starts: np.ndarray, stops: np.ndarray
-    ) -> np.ndarray:
-        """Count the trained tokens (P,) that positions [start, stop) of the documents predict.
-
-        Position p predicts token p + 1, so these are the tokens of [start + 1, stop].
-        """
-        begins = self.offsets[documents] + starts + 1
-        ends = np.minimum(self.offsets[documents] + stops + 1, self.offsets[documents + 1])
-        counts = [np.count_nonzero(self.trained[b:e]) for b, e in zip(begins, ends, strict=True)]
-        return np.array(counts, np.int64)
 
 
 def prepare(
@@ -160,28 +95,9 @@ def prepare(
             writer.finish(drop_duplicates)
 
     build_once(folder, build, doing, stopping)
-    documents = _open_documents(folder)
+    documents = open_documents(folder)
     _check_rejects(documents, what, max_rejects, limit)
     return documents
-
-
-def _open_documents(folder: Path) -> Documents:
-    """Map a complete cache, every byte of it checked by one rank of this node.
-
-    Raises:
-        BadInput: it has changed since it was written.
-    """
-    with explained(folder):
-        record = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        sizes = {name: (folder / name).stat().st_size for name in record["sizes"]}
-        if sizes != record["sizes"]:
-            raise ValueError("files have changed size since they were written")
-        if record.pop("digest") != json_digest([record]):
-            raise ValueError("report.json is not as it was written")
-        require_intact(folder, FILES.values(), record["fingerprint"])
-    columns = _map_columns(folder)
-    lengths = np.diff(columns["offsets"])
-    return Documents(folder, record["fingerprint"], record["report"], **columns, lengths=lengths)
 
 
 def _check_rejects(documents: Documents, what: str, max_rejects: float, limit: str) -> None:
@@ -283,7 +199,7 @@ class _CacheWriter:
         self._files.append(FILES["offsets"], np.int64(self.state["tokens"]).tobytes())
         self._files.flush()
         folder = self._files.folder
-        columns = _map_columns(folder)
+        columns = map_columns(folder)
         repeated = self._find_duplicates(columns)
         if drop_duplicates and repeated.any():
             aside = {file: folder / f"{file}.aside" for file in FILES.values()}
@@ -339,7 +255,7 @@ def _write_report(folder: Path, sizes: dict[str, int], sources: list[dict[str, A
 
     What the columns themselves say, documents and tokens, is counted here.
     """
-    columns = _map_columns(folder)
+    columns = map_columns(folder)
     lengths = np.diff(columns["offsets"])
     for source, counts in enumerate(sources):
         of_source = columns["sources"] == source
@@ -402,14 +318,4 @@ def keep_documents(
         _write_report(staging, sizes, sources)
 
     build_once(folder, build, "leaving rows out of data.train", stopping)
-    return _open_documents(folder)
-
-
-def _map_columns(folder: Path) -> dict[str, np.ndarray]:
-    columns = {}
-    for name, dtype in COLUMNS.items():
-        path = folder / FILES[name]
-        is_empty = not path.stat().st_size  # then it cannot be mapped
-        column = np.empty(0, dtype) if is_empty else np.memmap(path, dtype, mode="r")
-        columns[name] = np.asarray(column)  # a plain view, which is sliced faster
-    return columns
+    return open_documents(folder)

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from packhorse.trainer.data.batch_plan import Plan
-from packhorse.trainer.data.cache import Documents
+from packhorse.trainer.data.documents import Documents
 from packhorse.trainer.data.prepare import TrainData
 from packhorse.trainer.data.ranks import count_groups, micro_batches_of
 from packhorse.trainer.datatypes import FILLER, Batch, StepPlan

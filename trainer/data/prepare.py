@@ -17,8 +17,8 @@ from packhorse.trainer.config.data import DataSection
 from packhorse.trainer.config.recipe import Recipe
 from packhorse.trainer.data import cache, kept_packing, pack, split, tokenize
 from packhorse.trainer.data.batch_plan import Corpus, Epochs, Packer, Plan
-from packhorse.trainer.data.cache import Documents
 from packhorse.trainer.data.digest import json_digest
+from packhorse.trainer.data.documents import Documents
 from packhorse.trainer.data.mask import Masker
 from packhorse.trainer.data.rows import RowReader
 from packhorse.trainer.data.source import source_digest
