@@ -202,6 +202,7 @@ class _Work(NamedTuple):
 
     def __call__(self, rows: list[Row]) -> Tokenized:
         documents: list[tuple[Row, Example]] = []
+        digests: list[int] = []
         row_digests: list[int] = []
         rejects: list[LeftOut] = []
         filtered: list[LeftOut] = []
@@ -218,7 +219,10 @@ class _Work(NamedTuple):
                 left_out.append(LeftOut(row.source, row.file, row.number, str(error), tokens))
                 continue
             documents += [(row, part) for part in parts]
-            row_digests += [tokens_digest(examples)] * len(parts)
+            of_row = tokens_digest(examples)
+            row_digests += [of_row] * len(parts)
+            is_whole = len(examples) == 1 and parts[0] is examples[0]
+            digests += [of_row] if is_whole else [tokens_digest([part]) for part in parts]
             unread.update((row.source, name) for name in examples[0].unread)
             for name, count in _count_costs(examples, parts).items():
                 counts[row.source, name] += count
@@ -234,7 +238,7 @@ class _Work(NamedTuple):
             sources=np.array([row.source for row, _ in documents], np.int32),
             files=np.array([row.file for row, _ in documents], np.int32),
             rows=np.array([row.number for row, _ in documents], np.int64),
-            digests=np.array([tokens_digest([part]) for part in parts], np.uint64),
+            digests=np.array(digests, np.uint64),
             row_digests=np.array(row_digests, np.uint64),
             rejects=tuple(rejects),
             filtered=tuple(filtered),
