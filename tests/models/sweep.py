@@ -51,6 +51,10 @@ LR, MAX_GRAD_NORM = 1e-3, 1.0
 BOUNDS = {"losses": 1e-6, "weights": 1e-3, "logits": 1e-4}
 
 
+# Of no causal class in transformers: models with towers whose text is trained.
+WITH_TOWERS = ("mistral3", "qwen3_vl")
+
+
 def try_model(name: str, root: Path) -> dict[str, Any]:
     """Return how a `model_type` works, in the words of table.py, and how exactly."""
     if name in NOT_TRIED:
@@ -227,7 +231,7 @@ def main(path: str, names: list[str]) -> None:
     torch.set_num_threads(1)
     dist.log.setLevel("ERROR")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {name: {"works": "not run"} for name in KNOWN}
+    results: dict[str, Any] = {name: {"works": "not run"} for name in (*KNOWN, *WITH_TOWERS)}
     if Path(path).is_file():
         results |= json.loads(Path(path).read_text())
     with dist.process_group():

@@ -15,10 +15,10 @@ from tests.models.sweep import BOUNDS
 
 INTRO = """# Every architecture, tried
 
-`make models` builds each causal architecture of transformers {version} as a tiny random model,
-loads and proves it as a run does, trains three steps at ZeRO 0 and 3 and compares with plain
-PyTorch, which runs each document alone; the export is loaded into transformers. This page is
-written by it. The [families that people train](models.md) have a page of their own.
+`make models` builds each causal architecture of transformers {version}, and a few with towers, as a
+tiny random model, loads and proves it as a run does, trains three steps at ZeRO 0 and 3 and
+compares with plain PyTorch, which runs each document alone; the export is loaded into transformers.
+This page is written by it. The [families that people train](models.md) have a page of their own.
 
 - *packed*: losses, weights and the export's logits are plain PyTorch's.
 - *by document*: the same, but a packed sequence runs document by document through the whole model.
