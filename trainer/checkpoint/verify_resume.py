@@ -129,18 +129,11 @@ def verify_resume(
     # not mkdtemp: a folder that is kept is for whom the umask says
     work = parent / f"verify-resume.{secrets.token_hex(4)}"
     work.mkdir()
-    common = [
-        *(TINY if tiny else ()),
-        f"model.dtype={dtype}",
-        f"train.steps={steps}",
-        *LOUD,
-        *QUIET,
-        *overrides,
-        # a group is refused where no rows are held out
-        *(f"data.train.{n}.group_by=null" for n in range(0 if tiny else len(recipe.data.train))),
-        "parallel.allow_idle_ranks=true",
-    ]
-
+    common = [*(TINY if tiny else ()), f"model.dtype={dtype}", f"train.steps={steps}", *LOUD, *QUIET]
+    # a group is refused where no rows are held out
+    sources = range(0 if tiny else len(recipe.data.train))
+    groups = [f"data.train.{number}.group_by=null" for number in sources]
+    common += [*overrides, *groups, "parallel.allow_idle_ranks=true"]
     _train_all(recipe_file, common, hands, at, steps, work)
     start = _load_start(work / "without-a-break" / "recipe.yaml")
     resumed, control = (
