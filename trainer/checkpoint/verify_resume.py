@@ -129,11 +129,11 @@ def verify_resume(
     # not mkdtemp: a folder that is kept is for whom the umask says
     work = parent / f"verify-resume.{secrets.token_hex(4)}"
     work.mkdir()
-    common = [*(TINY if tiny else ()), f"model.dtype={dtype}", f"train.steps={steps}", *LOUD, *QUIET]
+    common = [*(TINY if tiny else ()), f"model.dtype={dtype}", f"train.steps={steps}"]
     # a group is refused where no rows are held out
     sources = range(0 if tiny else len(recipe.data.train))
     groups = [f"data.train.{number}.group_by=null" for number in sources]
-    common += [*overrides, *groups, "parallel.allow_idle_ranks=true"]
+    common += [*LOUD, *QUIET, *overrides, *groups, "parallel.allow_idle_ranks=true"]
     _train_all(recipe_file, common, hands, at, steps, work)
     start = _load_start(work / "without-a-break" / "recipe.yaml")
     resumed, control = (
