@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaForCausalLM, Qwen3MoeConfig
+from transformers import (
+    AutoConfig,
+    Gemma4TextConfig,
+    LlamaForCausalLM,
+    Olmo3Config,
+    Qwen3MoeConfig,
+)
 
 from packhorse.trainer.checkpoint.export_files import (
     CARRIED,
@@ -110,6 +116,22 @@ def test_a_configuration_has_the_keys_of_transformers_4_too(tmp_path: Path) -> N
     written = json.loads((tmp_path / "config.json").read_text())
     assert (written["num_experts"], written["rope_theta"]) == (4, 5e5)
     assert written["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "written"),
+    [(Gemma4TextConfig(), {}), (Olmo3Config(), {"rope_theta": 500_000.0})],
+)
+def test_bases_of_layers_with_and_without_windows_are_those_of_transformers_4(
+    tmp_path: Path, config: Any, written: dict[str, float]
+) -> None:
+    """It does not know Gemma 4, and has one base for OLMo 3."""
+    config.save_pretrained(tmp_path)
+    suit_transformers_4(tmp_path, False)
+    found = json.loads((tmp_path / "config.json").read_text())
+    keys = {key for key in found if key.startswith("rope")} - {"rope_parameters"}
+    assert {key: found[key] for key in keys} == written
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
 
 
 def test_a_tokenizer_names_no_place_and_the_code_beside_it(tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def suit_transformers_4(folder: Path, trust_remote_code: bool) -> None:
             if "expert" in older and name in part:
                 part.setdefault(older, part[name])
         kind = str(part.get("model_type", ""))
-        part |= _rope_of_4(part.get("rope_parameters") or {}, kind.startswith("gemma3"))
+        part |= _rope_of_4(part.get("rope_parameters") or {}, kind)
     write_json(path, config)
     if values(read()) != values(before):
         path.write_text(text, encoding="utf-8")
@@ -250,12 +250,14 @@ def _own_code(config: dict[str, Any], folder: Path) -> None:
         config["auto_map"] = {name: here(value) for name, value in config["auto_map"].items()}
 
 
-def _rope_of_4(parameters: dict[str, Any], is_gemma_3: bool) -> dict[str, Any]:
+def _rope_of_4(parameters: dict[str, Any], kind: str) -> dict[str, Any]:
     """Return the keys by which transformers 4 names what 5 has in `rope_parameters`."""
     found: dict[str, Any] = {}
-    if "full_attention" in parameters:
-        if is_gemma_3:  # layers with a window have a base of their own
+    if "full_attention" in parameters:  # beside layers with a window
+        if kind.startswith("gemma3"):
             found["rope_local_base_freq"] = parameters["sliding_attention"]["rope_theta"]
+        elif kind != "olmo3":
+            return found  # 4.57 does not know the kind
         parameters = parameters["full_attention"]
     for key in ("rope_theta", "partial_rotary_factor"):
         if parameters.get(key) is not None:
