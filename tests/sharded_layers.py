@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
+import torch
 from deepspeed.utils import safe_get_full_grad
 
 from packhorse.trainer import dist
@@ -29,9 +30,9 @@ from tests.unit.test_packing_check import no_boundaries, with_backend
 class Unused(SftModel):
     """Runs all layers once more, for an output that nobody uses."""
 
-    def _decode(self, batch: Batch, **wanted: bool) -> Any:
-        kept = super()._decode(batch, **wanted)
-        super()._decode(batch, **wanted)
+    def hidden_states(self, batch: Batch) -> torch.Tensor:
+        kept = super().hidden_states(batch)
+        super().hidden_states(batch)
         return kept
 
 

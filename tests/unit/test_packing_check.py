@@ -392,7 +392,7 @@ def test_its_noise_and_its_routers_loss_are_those_of_the_documents_alone() -> No
 
 def test_control_another_choice_of_keys_is_caught() -> None:
     indexer = tf.models.deepseek_v32.modeling_deepseek_v32.DeepseekV32Indexer
-    choose, decode = indexer.forward, SftModel._decode_by_document
+    choose, decode = indexer.forward, SftModel.hidden_states_by_document
 
     def first_keys(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         chosen = choose(self, *args, **kwargs)
@@ -518,14 +518,14 @@ def test_a_forward_that_fails_on_another_rank_alone_counts_as_failed_here() -> N
         packed = lengths[-1] > 1
         return [own, "ImportError: no kernel" if own is None and packed else own]
 
-    def counted(self: SftModel, batch: Batch, **wanted: bool) -> Any:
+    def counted(self: SftModel, batch: Batch) -> torch.Tensor:
         lengths.append(1 if self.attends_by_itself else len(batch.lengths))
-        return decode(self, batch, **wanted)
+        return hidden_states(self, batch)
 
-    lengths, decode = [1], SftModel._decode
+    lengths, hidden_states = [1], SftModel.hidden_states
     with (
         mock.patch.object(dist, "gather", gather),
-        mock.patch.object(SftModel, "_decode", counted),
+        mock.patch.object(SftModel, "hidden_states", counted),
     ):
         seen = proof(tiny(RIGHT["llama"][0]))
     assert seen.by_itself == "the model fails on rank 1 alone: ImportError: no kernel"
@@ -554,13 +554,13 @@ def test_control_a_backend_that_ignores_an_argument_is_caught(
 
 
 def test_control_positions_that_do_not_restart_are_caught() -> None:
-    right = SftModel._decode
+    right = SftModel.hidden_states
 
-    def running_on(self: SftModel, batch: Batch) -> Any:
+    def running_on(self: SftModel, batch: Batch) -> torch.Tensor:
         batch.position_ids.copy_(torch.arange(batch.input_ids.shape[0]) % 64)
         return right(self, batch)
 
-    with mock.patch.object(SftModel, "_decode", running_on):
+    with mock.patch.object(SftModel, "hidden_states", running_on):
         assert "GPT2" in proof(tiny(RIGHT["gpt-2"][0])).by_itself
 
 

@@ -41,12 +41,12 @@ def initialise(model: Any, seed: int, gathered: Gathered) -> None:
         )
         with torch.random.fork_rng(), gathered(parameters, write=True):
             torch.manual_seed(dist.seed_from(seed, "init", name))
-            there = [parameter.data for parameter in parameters]
             # drawn on the CPU: a GPU's numbers are others, and stage 3 builds the model there
-            for parameter in parameters:
+            there = {p: p.data for p in parameters if p.device.type not in ("cpu", "meta")}
+            for parameter in there:
                 parameter.data = parameter.data.cpu()
             owner._init_weights(module)
-            for parameter, data in zip(parameters, there, strict=True):
+            for parameter, data in there.items():
                 parameter.data = data.copy_(parameter.data)
 
     visit(model, "", model)
