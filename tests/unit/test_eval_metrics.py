@@ -205,7 +205,7 @@ def test_a_scorer_that_is_slow_at_answer_after_answer_is_given_up(
         (rule("refusal", expected="unsafe"), "the row has no `unsafe`"),
         (rule("json_schema", column="schema"), "the row has no `schema`"),
         (rule("tool_call"), "the row has no tools"),
-        (rule("json_schema", file="nowhere.json"), "nowhere.json: the JSON schema cannot be read"),
+        (rule("json_schema", file="nowhere.json"), "nowhere.json: there is no such file"),
         (
             rule("exact", extract="<answer>(.*)</answer>"),
             "`extract` finds nothing in the reference",
