@@ -303,14 +303,14 @@ def step_clipped(
         return float(engine.get_global_grad_norm()) if applied else math.nan, applied
     # At stage 0 DeepSpeed reports no norm and would apply a NaN. Every rank has all gradients
     # here, already averaged, so that the norm needs no collective. fp64, as in `gradient_norm`.
-    with_gradient = [p for p in parameters if p.requires_grad]
-    fill_gradients(with_gradient)
-    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in with_gradient]
+    trained = [p for p in parameters if p.requires_grad]
+    fill_gradients(trained)
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float64) for p in trained]
     total = torch.linalg.vector_norm(torch.stack(norms))
     norm = float(total)
     if not math.isfinite(norm):
         engine.zero_grad()
         return norm, False
-    nn.utils.clip_grads_with_norm_(with_gradient, max_grad_norm, total)
+    nn.utils.clip_grads_with_norm_(trained, max_grad_norm, total)
     engine.step()
     return norm, True
